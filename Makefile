@@ -1,0 +1,114 @@
+# The interface: one line per verb. Scripts do the work; `make help` is made from the comments here.
+#
+#   CONFIG=file.yaml       configuration (docs/CONFIG.md)      NUM_PROCESSES=n   of train-distributed
+#   ARGS="train.epochs=1"  overrides of its keys               RUN=outputs/name  a finished run
+
+CONFIG ?= configs/nano.yaml
+RUN ?= outputs/nano
+DEEPSPEED ?= configs/deepspeed_z2.json
+PYTHON ?= python3
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+export PYTHONPATH := $(CURDIR)
+export PYTHONUNBUFFERED := 1
+export TOKENIZERS_PARALLELISM := false
+
+# The file of `make setup-accelerate` where there is one, else the one that fits any machine.
+DEFAULT_ACCELERATE := $(or $(HF_HOME),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/huggingface)/accelerate/default_config.yaml
+ACCELERATE_CONFIG ?= $(or $(wildcard $(DEFAULT_ACCELERATE)),configs/accelerate/ddp.yaml)
+processes = $(or $(NUM_PROCESSES),$(shell $(BIN)/python -m sft.hardware))
+launch = n=$(processes); $(BIN)/accelerate launch --config_file $(ACCELERATE_CONFIG) --num_processes $$n \
+	scripts/train.py --config $(CONFIG) train.num_processes=$$n
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-accelerate gpu-info memory-check check train train-distributed train-deepspeed \
+	train-distributed-tb train-deepspeed-tb tensorboard tb-stop evaluate infer merge nano test \
+	test-fast lint format docs clean
+
+##@ Start
+help: ## This list
+	@awk -f scripts/help.awk $(MAKEFILE_LIST)
+
+setup: $(READY) ## Make .venv and install the pinned requirements (every target does it when needed)
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+		f"error: expected Python 3.11 or newer, found {v[0]}.{v[1]}; give PYTHON=path/to/python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned requirements into $(VENV) (once; 1 to 5 minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+setup-accelerate: $(READY) ## Write and verify Accelerate's file: its wizard, or AUTO=1 [ACCELERATE_CONFIG=file]
+	@$(BIN)/python scripts/setup_accelerate.py $(if $(AUTO),--auto) \
+		$(if $(filter command environment,$(firstword $(origin ACCELERATE_CONFIG))),--config-file $(ACCELERATE_CONFIG))
+
+##@ Look
+gpu-info: $(READY) ## Devices, memory, bf16, versions
+	@$(BIN)/python scripts/gpu_info.py
+
+memory-check: $(READY) ## Memory and disk: how much, used by what
+	@$(BIN)/python scripts/memory_check.py
+
+check: $(READY) ## Try everything that CONFIG needs, one training step included; trains and writes nothing
+	@$(BIN)/python scripts/check.py --config $(CONFIG) $(ARGS)
+
+##@ Train
+train: $(READY) ## Fine-tune CONFIG in one process (default: the embedded nano model, QLoRA)
+	@$(BIN)/python scripts/train.py --config $(CONFIG) $(ARGS)
+
+train-distributed: $(READY) ## The same on every GPU (two CPU processes without one), DDP
+	@$(launch) $(ARGS)
+
+train-deepspeed: $(READY) ## The same with DeepSpeed ZeRO-2 [DEEPSPEED=file.json]
+	@$(launch) train.engine=deepspeed train.deepspeed_config=$(DEEPSPEED) $(ARGS)
+
+train-distributed-tb: tensorboard train-distributed ## train-distributed with TensorBoard running
+
+train-deepspeed-tb: tensorboard train-deepspeed ## train-deepspeed with TensorBoard running
+
+tensorboard: $(READY) ## Start TensorBoard on outputs/ and print its address [PORT=6006]
+	@$(BIN)/python scripts/tensorboard_server.py start --logdir outputs $(if $(PORT),--port $(PORT))
+
+tb-stop: $(READY) ## Stop the TensorBoard that was started here, and no other
+	@$(BIN)/python scripts/tensorboard_server.py stop --logdir outputs
+
+##@ Use
+evaluate: $(READY) ## Held-out loss and exact match of a finished run [RUN=outputs/nano]
+	@$(BIN)/python scripts/evaluate.py --run $(RUN) $(ARGS)
+
+infer: $(READY) ## Talk to a finished run [RUN=outputs/nano] [PROMPT="one question"]
+	@$(BIN)/python scripts/infer.py --run $(RUN) $(if $(PROMPT),--prompt "$(PROMPT)")
+
+merge: $(READY) ## Merge the adapter of RUN into its base, and prove it [OUTPUT=folder] [DTYPE=bf16]
+	@$(BIN)/python scripts/merge.py --run $(RUN) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(DTYPE),--dtype $(DTYPE))
+
+##@ Develop
+nano: $(READY) ## Remake the embedded base model and its task from nothing (about 20 minutes)
+	@$(BIN)/python scripts/make_nano.py
+	@$(BIN)/python scripts/train.py --config configs/nano_base.yaml
+	@$(BIN)/python scripts/make_nano.py --weights outputs/nano_base/final_checkpoint
+
+test: $(READY) ## All tests (about 10 minutes)
+	@$(BIN)/python -m pytest
+
+test-fast: $(READY) ## The tests that take no whole runs (under 90 s)
+	@$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY) ## ruff check, ruff format, mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(READY) ## Let ruff format and mend what it can
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+docs: $(READY) ## Regenerate docs/CONFIG.md from the schema
+	@$(BIN)/python -m sft.config > docs/CONFIG.md
+
+clean: ## Remove caches; OUTPUTS=1 also removes outputs/, VENV_TOO=1 the environment
+	@find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@$(if $(OUTPUTS),rm -rf outputs,echo "kept: outputs/ (OUTPUTS=1 removes it)")
+	@$(if $(VENV_TOO),rm -rf $(VENV),echo "kept: $(VENV)/ (VENV_TOO=1 removes it)")

@@ -1,0 +1,33 @@
+"""Talks to the tuned model of a finished run: one --prompt, or a conversation in the terminal."""
+
+import argparse
+from pathlib import Path
+
+from sft import cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("outputs/nano"), help="folder of the run")
+    parser.add_argument("--prompt", help="answer this and stop")
+    args = parser.parse_args()
+    from sft import run
+
+    answer = run.speaker(args.run)
+    if args.prompt is not None:
+        print(answer(args.prompt))
+        return
+    print(f"{args.run}: one question a line; an empty line ends")
+    while question := _ask():
+        print(answer(question))
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning that is right, predictable and fast (docs/DESIGN.md)."""

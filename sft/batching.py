@@ -1,0 +1,85 @@
+"""Which examples form a global batch, and how it is cut into micro-batches.
+
+Pure functions of (lengths, seed, step, number of ranks, token budget): no loader, no state. An
+epoch is a permutation of the example ids drawn from (seed, epoch); step s takes the next N of it.
+The cut changes speed and memory only, so it may differ between runs that must give the same result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+Layout = Literal["padded", "packed"]
+MicroBatch = list[int]  # example ids; empty where a rank has none but must join the collectives
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one micro-batch may hold, and how it is laid out: speed and memory, never the result."""
+
+    max_tokens: int  # padding included; a longer example goes alone
+    layout: Layout
+
+
+def steps_per_epoch(num_examples: int, global_batch: int) -> int:
+    return math.ceil(num_examples / global_batch)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+
+
+def global_batch_ids(num_examples: int, seed: int, step: int, global_batch: int) -> list[int]:
+    """Example ids of optimizer step `step` (from 0). The last batch of an epoch may be smaller."""
+    epoch, position = divmod(step, steps_per_epoch(num_examples, global_batch))
+    start = position * global_batch
+    return _epoch_order(num_examples, seed, epoch)[start : start + global_batch].tolist()
+
+
+def num_tokens(lengths: Sequence[int], micro_batch: MicroBatch, layout: Layout) -> int:
+    """Positions that the model computes for a micro-batch, padding included."""
+    if not micro_batch:
+        return 0
+    sizes = [lengths[i] for i in micro_batch]
+    return sum(sizes) if layout == "packed" else len(sizes) * max(sizes)
+
+
+def cut(
+    ids: Sequence[int], lengths: Sequence[int], num_ranks: int, budget: Budget
+) -> list[list[MicroBatch]]:
+    """Cuts a global batch: `result[rank]` is that rank's list of micro-batches.
+
+    Every id appears once; every rank has the same number of micro-batches, and their tokens
+    balance. No micro-batch exceeds the budget, except a single example that is longer by itself.
+    """
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for i in sorted(ids, key=lambda i: (-lengths[i], i)):  # longest first, to the lightest rank
+        lightest = loads.index(min(loads))
+        ranks[lightest].append(i)
+        loads[lightest] += lengths[i]
+    cuts = [_fill(rank, lengths, budget) for rank in ranks]
+    most = max(len(rank) for rank in cuts)
+    return [rank + [[] for _ in range(most - len(rank))] for rank in cuts]
+
+
+def _fill(ids: list[int], lengths: Sequence[int], budget: Budget) -> list[MicroBatch]:
+    """Micro-batches under the budget, from ids sorted by falling length (so that likes meet)."""
+    result: list[MicroBatch] = []
+    room = 0  # tokens that the last micro-batch can still take
+    for i in ids:
+        # Padded rows are as long as the first, which is the longest.
+        size = lengths[result[-1][0]] if result and budget.layout == "padded" else lengths[i]
+        if not result or size > room:
+            result.append([])
+            size, room = lengths[i], budget.max_tokens
+        result[-1].append(i)
+        room -= size
+    return result

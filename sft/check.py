@@ -1,0 +1,187 @@
+"""Preflight: a list of checks, each a `Finding(ok, what, do)`; all run, all are printed.
+
+A check that raises a UserError is a finding; what depends on it is left out and said so. Nothing is
+trained or written: the one training step happens in memory, on the first rows, in this process.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from sft import chat, engine, finetune, hardware, model, plan, processes
+from sft.config import Config, UserError, load_config, with_values
+from sft.log import Log, make_console
+
+ROWS = 8  # of the data, for the training step
+STEP_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Finding:
+    ok: bool
+    what: str
+    do: str = ""
+
+
+def run(config_file: str, overrides: list[str], requirements: Path) -> bool:
+    """Prints every finding; True if all are ok."""
+    findings = list(_all(config_file, overrides, requirements))
+    table = Table(title=f"Check of {config_file}", title_justify="left", box=None, pad_edge=False)
+    for column in ("", "what", "what to do"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        mark = Text("ok", style="green") if finding.ok else Text("NOT OK", style="bold red")
+        table.add_row(mark, Text(finding.what), Text(finding.do))
+    make_console().print(table)
+    return all(finding.ok for finding in findings)
+
+
+def _all(config_file: str, overrides: list[str], requirements: Path) -> Iterator[Finding]:
+    yield python()
+    yield packages(requirements)
+    machine = hardware.detect()
+    yield devices(machine)
+    try:
+        config = load_config(config_file, overrides)
+    except UserError as error:
+        yield Finding(
+            False, str(error), "correct the configuration; the checks that need it are left out"
+        )
+        return
+    yield Finding(True, f"configuration: {config_file}, every key known and of the right type")
+    yield precision(config, machine)
+    yield writable(Path(config.train.output_dir))
+    steps: list[Callable[[], Finding]] = [
+        lambda: tokenizer(config),
+        lambda: rows(config),
+        lambda: disk(config, machine),
+        lambda: training_step(config),
+    ]
+    for step in steps:
+        try:
+            yield step()
+        except UserError as error:
+            yield Finding(
+                False, str(error), "mend this first; later checks that need it are left out"
+            )
+            return
+
+
+def python() -> Finding:
+    found = ".".join(map(str, sys.version_info[:3]))
+    return Finding(sys.version_info >= (3, 11), f"Python {found}", "" if found else "install 3.11")
+
+
+def packages(requirements: Path) -> Finding:
+    """Installed versions against the pins."""
+    wrong = []
+    pins = re.findall(r"^([\w.-]+)==([\w.]+)", requirements.read_text("utf-8"), re.MULTILINE)
+    for name, pinned in pins:
+        try:
+            found = metadata.version(name).split("+")[0]
+        except metadata.PackageNotFoundError:
+            found = "nothing"
+        if found != pinned:
+            wrong.append(f"{name}: expected {pinned}, found {found}")
+    if wrong:
+        return Finding(False, "; ".join(wrong), f"pip install -r {requirements}, or `make setup`")
+    return Finding(True, f"packages: {len(pins)} as pinned in {requirements.name}")
+
+
+def devices(machine: hardware.Hardware) -> Finding:
+    gpus = ", ".join(hardware.describe(device) for device in machine.devices)
+    ram = hardware.gib(machine.ram_available_bytes)
+    return Finding(True, f"device: {gpus or f'CPU, {machine.cores} cores'}; {ram} of RAM available")
+
+
+def precision(config: Config, machine: hardware.Hardware) -> Finding:
+    wanted, reason = processes.resolve_precision(config.train)
+    capable = all(d.bf16 for d in machine.devices) if machine.devices else machine.cpu_bf16
+    what = f"precision: {wanted} ({reason}); bf16 {'in hardware' if capable else 'not in hardware'}"
+    slow = wanted == "bf16" and not capable
+    return Finding(
+        not slow, what, "set train.precision: fp32, emulated bf16 is slower" if slow else ""
+    )
+
+
+def writable(folder: Path) -> Finding:
+    """Creates and removes a temporary file where the run folder will be."""
+    existing = hardware.nearest_existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return Finding(True, f"write access: {folder}")
+    except OSError as error:
+        return Finding(
+            False, f"cannot write to {existing}: {error.strerror}", "set train.output_dir"
+        )
+
+
+def tokenizer(config: Config) -> Finding:
+    """Renders a conversation and compares its start with the prompt that inference makes."""
+    loaded = model.load_tokenizer(config.model)
+    chat.prepare_tokenizer(loaded)
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
+    example = chat.render(loaded, turns)
+    if mismatch := chat.prompt_mismatch(loaded, turns, example):
+        return Finding(False, f"chat template: {mismatch}", "training and serving would differ")
+    return Finding(True, f"tokenizer and template: {len(loaded):,} tokens, prompts as when served")
+
+
+def rows(config: Config) -> Finding:
+    prepared = finetune.prepare(config)
+    longest = max(len(example.ids) for example in prepared.train)
+    return Finding(
+        True,
+        f"data: {len(prepared.train):,} rows to train on, {len(prepared.held_out):,} held out, "
+        f"longest {longest:,} tokens",
+    )
+
+
+def disk(config: Config, machine: hardware.Hardware) -> Finding:
+    prepared = finetune.prepare(_few(config))
+    need = plan.make_plan(config, prepared, machine, 1).checkpoint_bytes
+    need *= config.train.save_total_limit + 2  # one in flight, and the final one
+    free = shutil.disk_usage(hardware.nearest_existing(Path(config.train.output_dir))).free
+    what = f"disk: checkpoints need {hardware.gib(need)}, {hardware.gib(free)} free"
+    return Finding(need < free, what, "" if need < free else "free some, or lower save_total_limit")
+
+
+def training_step(config: Config) -> Finding:
+    """One optimizer step of the real task on the first rows, thrown away."""
+    few = _few(config)
+    accelerator = processes.start_processes(few.train)
+    prepared = finetune.prepare(few)
+    planned = plan.make_plan(few, prepared, hardware.detect(), 1)
+    built = model.build(few, planned.precision, accelerator.device)
+    task = finetune.FineTune(few, prepared, built, accelerator, Log(None), planned.budget)
+    values = engine.Engine(task, few.train, accelerator, Log(None), planned.budget).optimizer_step()
+    return Finding(
+        True,
+        f"one training step: {len(prepared.train)} rows, loss {values['train/loss']:.4f}, "
+        f"gradient norm {values['train/grad_norm']:.4f}",
+    )
+
+
+def _few(config: Config) -> Config:
+    """The configuration for one step of the first rows, in one process."""
+    return with_values(
+        config,
+        {
+            "data.max_rows": min(ROWS, config.data.max_rows or ROWS),
+            "train.global_batch": ROWS,
+            "train.max_steps": 1,
+            "train.num_processes": None,
+            "train.engine": "ddp",
+            "train.deepspeed_config": None,
+        },
+    )

@@ -1,0 +1,185 @@
+"""A checkpoint is whole or it does not exist: stage, checksum, commit by rename, verify, prune.
+
+Every rank writes into a staging folder; the main process then writes MANIFEST.json (size and sha256
+of every file) as the last file, syncs, and renames the folder to its final name. A folder whose
+manifest does not verify is never loaded. Tensors are safetensors and the rest JSON: nothing is
+unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+
+from sft.config import UserError
+
+MANIFEST = "MANIFEST.json"
+STAGING = ".staging"
+NAME = re.compile(r"checkpoint_step_(\d+)")
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be written, or none of those that exist is valid."""
+
+    exit_code = 4
+
+
+def commit(final: Path, write: Callable[[Path], None], accelerator: Accelerator) -> None:
+    """Calls `write(staging)` on every rank, then makes the result appear at `final` at once.
+
+    Raises CheckpointError on all ranks if any of them failed; earlier checkpoints stay untouched.
+    """
+    staging = final.with_name(final.name + STAGING)
+    if accelerator.is_main_process:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    errors = gather_object([_attempt(lambda: write(staging))])
+    if not any(errors):
+        main = accelerator.is_main_process
+        errors = gather_object([_attempt(lambda: _seal(staging, final)) if main else None])
+    if any(errors):
+        if accelerator.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+        reason = next(error for error in errors if error)
+        raise CheckpointError(f"cannot save {final}: {reason}; earlier checkpoints are untouched")
+
+
+def _attempt(action: Callable[[], None]) -> str | None:
+    try:
+        action()
+    except Exception as error:  # noqa: BLE001  # the other ranks must hear of it, whatever it is
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _seal(staging: Path, final: Path) -> None:
+    files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+    manifest = {
+        str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in files
+    }
+    (staging / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1), "utf-8")
+    for path in [*files, staging / MANIFEST, staging]:
+        _sync(path)
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    staging.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- finding -----------------------------------------------------------------------------------
+
+
+def fault(folder: Path) -> str | None:
+    """Why the checkpoint in `folder` must not be loaded, or None. Reads no tensor."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+        for name, expected in files.items():
+            path = folder / name
+            if not path.resolve().is_relative_to(folder.resolve()):
+                return f"{MANIFEST} names {name}, which is outside the folder"
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
+            if sha256(path) != expected["sha256"]:
+                return f"{name} is damaged: its sha256 is not the one in {MANIFEST}"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return None
+
+
+def newest_first(run: Path) -> list[Path]:
+    folders = [path for path in run.glob("checkpoint_step_*") if NAME.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: -int(path.name.rsplit("_", 1)[1]))
+
+
+def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
+    """The checkpoint to resume from: `wanted` is a folder, or `auto` for the newest valid one.
+
+    None only if `auto` finds no checkpoint at all. Raises CheckpointError if there are some and
+    none is valid: training never restarts from zero unasked.
+    """
+    candidates = newest_first(run) if wanted == "auto" else [Path(wanted)]
+    rejected = []
+    for folder in candidates:
+        reason = fault(folder)
+        if reason is None:
+            return folder
+        rejected.append(f"{folder}: {reason}")
+        warn(f"checkpoint rejected: {rejected[-1]}")
+    if not rejected:
+        return None
+    raise CheckpointError(
+        "no valid checkpoint to resume from:\n  "
+        + "\n  ".join(rejected)
+        + "\nGive train.resume_from_checkpoint=<a good folder>, or remove these to start anew."
+    )
+
+
+def prune(run: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints; only called once the newest is committed."""
+    for folder in newest_first(run)[keep:]:
+        doomed = folder.with_name(folder.name + ".old")
+        folder.rename(doomed)  # so that a half removed one is never taken for a checkpoint
+        shutil.rmtree(doomed)
+
+
+# --- optimizer state ---------------------------------------------------------------------------
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Tensors to optimizer.safetensors (`<parameter index>.<key>`), the rest to optimizer.json."""
+    state = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            name = f"{index}.{key}"
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value.detach().cpu().contiguous().clone()
+            else:
+                scalars[name] = value
+    save_file(tensors, folder / "optimizer.safetensors")
+    rest = {"scalars": scalars, "param_groups": state["param_groups"]}
+    (folder / "optimizer.json").write_text(json.dumps(rest), "utf-8")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    rest = json.loads((folder / "optimizer.json").read_text("utf-8"))
+    state: dict[int, dict[str, Any]] = {}
+    values = load_file(folder / "optimizer.safetensors") | rest["scalars"]
+    for name, value in values.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})

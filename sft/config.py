@@ -1,0 +1,522 @@
+"""The schema of every section, and the strict loader: file < `a.b=c` overrides. Imports no torch.
+
+A section is a pydantic model; the text below a field is its documentation, and docs/CONFIG.md is
+generated from it (`python -m sft.config`). Loading collects *all* problems (YAML syntax, unknown
+keys, wrong types, missing keys, contradictions) and raises them as one `ConfigError`, each with its
+dotted path and the place where it was written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import math
+import re
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: told in one message, without a traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """The configuration cannot be run; the message lists every problem."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+    )
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Model(Section):
+    name: Text
+    """Folder of a model in Hugging Face format, or a hub id."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` builds the architecture of `config.json` with fresh weights (seeded)."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub id."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such a model is refused."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """`auto`: what transformers prefers for the architecture (SDPA where it is supported)."""
+
+
+class Tuning(Section):
+    mode: Literal["lora", "qlora", "full"] = "lora"
+    """`full`: every weight. `lora`: adapters on a frozen base. `qlora`: the base also in NF4."""
+    r: Count = 16
+    """Rank of the adapters."""
+    lora_alpha: Positive = 32.0
+    """Scale of the adapters: their output is multiplied by lora_alpha / r."""
+    lora_dropout: Fraction = 0.0
+    """Probability of dropping an input of an adapter."""
+    target_modules: Literal["auto"] | list[Text] = "auto"
+    """Modules that get an adapter. `auto`: every linear layer except the vocabulary head."""
+
+
+class Data(Section):
+    train_path: Text
+    """JSONL or JSON file of training rows (docs/DATA.md lists the formats)."""
+    eval_path: Text | None = None
+    """File of held-out rows. None: `eval_fraction` of the training rows is held out."""
+    eval_fraction: Fraction = 0.05
+    """Share of the training rows held out when there is no `eval_path`."""
+    max_rows: Count | None = None
+    """Use only the first rows of the training file. None: all."""
+    max_seq_len: Annotated[int, Field(ge=8)] = 2048
+    """Tokens. A longer row stops the run: nothing is cut away unnoticed."""
+
+
+class Train(Section):
+    output_dir: Text
+    """Run folder: everything that the run writes lies in it."""
+    seed: CountOrZero = 0
+    """Order of the data, initialisation and dropout are functions of it and of the step."""
+    epochs: Positive = 1.0
+    """Passes over the training rows; 0.5 is half a pass."""
+    max_steps: Count | None = None
+    """Optimizer steps; wins over `epochs`. None: `epochs` decides."""
+    global_batch: Count = 32
+    """Examples per optimizer step, over all processes and accumulation steps together."""
+    max_tokens: Literal["auto"] | Count = "auto"
+    """Token budget of one micro-batch. Changes speed and memory, never the result."""
+    layout: Literal["auto", "padded", "packed"] = "auto"
+    """Rows of like lengths, padded; or one row of documents that cannot see each other."""
+    engine: Literal["ddp", "deepspeed"] = "ddp"
+    """How several processes share the work; one process needs neither."""
+    deepspeed_config: Text | None = None
+    """DeepSpeed JSON for `engine: deepspeed` (configs/deepspeed_z2.json is ZeRO-2)."""
+    num_processes: Count | None = None
+    """Processes that the run must have, else it refuses to start (the Makefile sets it)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute precision; trained weights stay fp32. `auto`: bf16 where the GPU has it."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about 25 % slower."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW of PyTorch (fused where it exists) or of bitsandbytes."""
+    learning_rate: Positive = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    min_lr_ratio: Fraction = 0.0
+    """Learning rate at the last step as a share of the peak (cosine and linear)."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay, on matrices only (not on norms and biases)."""
+    adam_beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Fraction = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: Positive = 1e-8
+    """Added to the denominator of the update."""
+    max_grad_norm: NonNegative = 1.0
+    """Gradients with a larger global norm are scaled down to it. 0: never."""
+    eval_steps: Count | None = None
+    """Held-out loss every so many steps. None: only before and after."""
+    save_steps: Count | None = None
+    """Checkpoint every so many steps. None: only the final one."""
+    save_total_limit: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept; the oldest go first."""
+    resume_from_checkpoint: Text | None = None
+    """`auto`: the newest valid checkpoint of the run folder, if any; or a checkpoint folder."""
+    log_steps: Count = 10
+    """Steps between two lines in the log; files and TensorBoard get every step."""
+    tensorboard: bool = True
+    """Write scalars to `<output_dir>/tensorboard`."""
+    wandb: bool = False
+    """Also log to Weights & Biases (must be installed)."""
+
+
+class Evaluation(Section):
+    num_examples: CountOrZero = 200
+    """Held-out rows answered by generation and scored by exact match. 0: loss only."""
+    max_new_tokens: Count = 128
+    """Longest answer, tokens."""
+    batch_size: Count = 64
+    """Prompts generated at once on each process."""
+    num_shown: CountOrZero = 3
+    """Prompts whose answers before and after are shown side by side."""
+
+
+class Config(Section):
+    model: Model
+    tuning: Tuning = Tuning()
+    data: Data
+    train: Train
+    evaluation: Evaluation = Evaluation()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A combination that cannot work. `broken` sees the values at `paths`, in order."""
+
+    paths: tuple[str, ...]
+    broken: Callable[..., bool]
+    message: str
+
+
+RULES = [
+    Rule(
+        ("train.engine", "train.deepspeed_config"),
+        lambda engine, path: engine == "deepspeed" and path is None,
+        "engine: deepspeed needs train.deepspeed_config (for example configs/deepspeed_z2.json)",
+    ),
+    Rule(
+        ("train.deepspeed_config", "train.engine"),
+        lambda path, engine: path is not None and engine != "deepspeed",
+        "is only read with train.engine: deepspeed; set that, or remove this key",
+    ),
+    Rule(
+        ("train.engine", "train.optimizer"),
+        lambda engine, optimizer: engine == "deepspeed" and optimizer.startswith("paged"),
+        "DeepSpeed partitions the optimizer state itself: use adamw or adamw_8bit",
+    ),
+    Rule(
+        ("model.init", "tuning.mode"),
+        lambda init, mode: init == "random" and mode != "full",
+        "random weights have nothing to adapt: set tuning.mode: full",
+    ),
+    Rule(
+        ("data.eval_path", "data.eval_fraction"),
+        lambda path, fraction: path is None and fraction == 0,
+        "nothing would be held out: give data.eval_path or an eval_fraction above 0",
+    ),
+    Rule(
+        ("train.output_dir",),
+        lambda path: not _is_safe_path(path),
+        "must be a plain path of printable characters, at most 200, without '..'",
+    ),
+]
+
+
+def _is_safe_path(path: str) -> bool:
+    return path.isprintable() and len(path) <= 200 and ".." not in Path(path).parts
+
+
+Origins = dict[str, str]
+
+
+def load_config(file: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads `file` (with its `include:`s), applies `a.b=c` overrides, validates.
+
+    Raises ConfigError with every problem found.
+    """
+    problems: list[str] = []
+    origins: Origins = {}
+    tree = _read(Path(file), origins, problems, seen=())
+    for override in overrides or []:
+        _merge(tree, _parse_override(override, origins, problems))
+    config, found = _validate(tree, origins)
+    problems += found
+    if problems or config is None:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise ConfigError(f"{file}: {count} in the configuration\n  " + "\n  ".join(problems))
+    return config
+
+
+def dump_config(config: Config, reasons: dict[str, str] | None = None) -> str:
+    """YAML of every value; `reasons` (dotted path -> why) become comments."""
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.width = 10_000
+    tree = yaml.map()
+    for section, values in config.model_dump().items():
+        tree[section] = yaml.map()
+        for key, value in values.items():
+            tree[section][key] = value
+            if reason := (reasons or {}).get(f"{section}.{key}"):
+                tree[section].yaml_add_eol_comment(f"auto: {reason}", key)
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar(_NULL, "null"))
+    yaml.dump(tree, stream)
+    return stream.getvalue()
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """A copy with values at dotted paths replaced, validated again."""
+    tree = config.model_dump()
+    for path, value in values.items():
+        section, key = path.split(".")
+        tree[section][key] = value
+    return Config.model_validate(tree)
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+_NULL = "tag:yaml.org,2002:null"
+
+
+def _compose(text: str, name: str) -> Node | None:
+    """YAML 1.2 nodes: `3e-5` is a number, `no` a word; aliases are refused."""
+    if re.search(r"(^|[\s\[,:])[&*]\w", re.sub(r"#.*|'[^']*'|\"[^\"]*\"", "", text)):
+        raise ConfigError(f"{name}: YAML anchors and aliases are not read; use include:")
+    try:
+        return YAML(typ="safe", pure=True).compose(io.StringIO(text))
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from None
+    except (YAMLError, ValueError) as error:
+        raise ConfigError(f"{name}: not valid YAML: {error}") from None
+
+
+def _construct(node: Node | None) -> Any:
+    if isinstance(node, MappingNode):
+        return {key.value: _construct(value) for key, value in node.value}
+    if isinstance(node, SequenceNode):
+        return [_construct(item) for item in node.value]
+    return _scalar(node) if isinstance(node, ScalarNode) else {}
+
+
+def _scalar(node: ScalarNode) -> Any:
+    kind, text = str(node.tag).rsplit(":", 1)[-1], node.value
+    if kind == "int":
+        return int(text, 0) if re.fullmatch(r"[-+]?0[xo][0-9a-fA-F]+", text) else int(text)
+    if kind == "float":
+        return float(text.replace(".inf", "inf").replace(".nan", "nan").replace(".NaN", "nan"))
+    if kind == "bool":
+        return text.lower() == "true"
+    return None if kind == "null" else text
+
+
+def _lines(node: Node | None, name: str, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted path, file:line) of every key."""
+    if isinstance(node, MappingNode):
+        for key, value in node.value:
+            path = f"{prefix}{key.value}"
+            yield path, f"{name}:{key.start_mark.line + 1}"
+            yield from _lines(value, name, f"{path}.")
+
+
+def _read(file: Path, origins: Origins, problems: list[str], seen: tuple[Path, ...]) -> dict:
+    """The mapping in `file` laid over the files that it includes (paths relative to it)."""
+    if file.resolve() in seen:
+        problems.append(f"{file}: includes itself ({' -> '.join(str(p.name) for p in seen)})")
+        return {}
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        problems.append(f"cannot read the configuration {file}: {reason}")
+        return {}
+    try:
+        node = _compose(text, str(file))
+    except ConfigError as error:
+        problems.append(str(error))
+        return {}
+    if not isinstance(node, MappingNode):
+        problems.append(f"{file}: expected sections (model:, data:, train: ...), found none")
+        return {}
+    problems += _duplicates(node, str(file))
+    tree = _construct(node)
+    includes = tree.pop("include", [])
+    base: dict = {}
+    for name in [includes] if isinstance(includes, str) else includes:
+        _merge(base, _read(file.parent / name, origins, problems, (*seen, file.resolve())))
+    origins.update(_lines(node, str(file)))
+    _merge(base, tree)
+    return base
+
+
+def _duplicates(node: MappingNode, name: str, prefix: str = "") -> Iterator[str]:
+    seen = set()
+    for key, value in node.value:
+        if key.value in seen:
+            yield f"{name}:{key.start_mark.line + 1}: {prefix}{key.value} is given twice"
+        seen.add(key.value)
+        if isinstance(value, MappingNode):
+            yield from _duplicates(value, name, f"{prefix}{key.value}.")
+
+
+def _merge(base: dict, over: dict) -> None:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _parse_override(text: str, origins: Origins, problems: list[str]) -> dict:
+    match = re.fullmatch(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)=(.*)", text, re.DOTALL)
+    if not match:
+        problems.append(f"override {text!r}: expected section.key=value, as in train.epochs=1")
+        return {}
+    path, value = match.groups()
+    try:
+        node = _compose(value, f"override {path}")
+    except ConfigError as error:
+        problems.append(str(error))
+        return {}
+    tree: Any = _construct(node) if node is not None else None
+    for key in reversed(path.split(".")):
+        tree = {key: tree}
+    origins[path] = "override"
+    return tree
+
+
+# --- validating --------------------------------------------------------------------------------
+
+
+def _validate(tree: Any, origins: Origins) -> tuple[Config | None, list[str]]:
+    problems: dict[str, str] = {}
+    config = None
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        for item in error.errors():
+            path = _path(item["loc"])
+            problems.setdefault(path, _explain(path, item, origins))
+    values = _flatten(config.model_dump() if config else _with_defaults(tree))
+    for rule in RULES:
+        sound = all(path in values and path not in problems for path in rule.paths)
+        if sound and rule.broken(*(values[path] for path in rule.paths)):
+            path = rule.paths[0]
+            problems.setdefault(path, f"{path}{_where(path, origins)}: {rule.message}")
+            config = None
+    return config, list(problems.values())
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """Dotted path of a key; what pydantic appends (member of a union, list index) is cut off."""
+    return ".".join(str(part) for part in location[:2])
+
+
+def _where(path: str, origins: Origins) -> str:
+    return f" ({origins[path]})" if path in origins else ""
+
+
+def _explain(path: str, item: Any, origins: Origins) -> str:
+    section, _, key = path.partition(".")
+    at = f"{path}{_where(path, origins)}"
+    if item["type"] == "extra_forbidden":
+        known = list(SECTIONS[section].model_fields if key else SECTIONS)
+        near = difflib.get_close_matches(key or section, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        elsewhere = [s for s, model in SECTIONS.items() if key in model.model_fields]
+        hint = f"did you mean {elsewhere[0]}.{key}?" if elsewhere else hint
+        return f"{at}: unknown key; {hint}"
+    if item["type"] == "missing":
+        field = SECTIONS[section].model_fields.get(key) if key else None
+        about = f": {field.description}" if field else ""
+        return f"{at}: required, and not given{about}"
+    if not key:
+        return f"{at}: expected a section with keys, found {item['input']!r}"
+    expected = _type_name(SECTIONS[section].model_fields[key])
+    return f"{at}: expected {expected}, found {_excerpt(item['input'])}"
+
+
+def _excerpt(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _with_defaults(tree: Any) -> dict:
+    """The values that the rules can still judge when the tree is not valid as a whole."""
+    result = {}
+    for name, section in SECTIONS.items():
+        given = tree.get(name, {}) if isinstance(tree, dict) else {}
+        fields = section.model_fields.items()
+        defaults = {key: field.default for key, field in fields if not field.is_required()}
+        result[name] = {**defaults, **(given if isinstance(given, dict) else {})}
+    return result
+
+
+def _flatten(tree: dict) -> dict[str, Any]:
+    return {f"{section}.{key}": v for section, keys in tree.items() for key, v in keys.items()}
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: typing.cast(type[Section], field.annotation)
+    for name, field in Config.model_fields.items()
+}
+
+
+# --- docs/CONFIG.md ----------------------------------------------------------------------------
+
+
+def _type_name(field: Any) -> str:
+    return _annotation_name(field.annotation) + _bounds(field.metadata)
+
+
+def _bounds(metadata: list[Any]) -> str:
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    parts = [
+        f"{sign} {getattr(item, name):g}"
+        for item in metadata
+        for name, sign in signs.items()
+        if getattr(item, name, None) is not None
+    ]
+    return f" {', '.join(parts)}" if parts else ""
+
+
+def _annotation_name(annotation: Any) -> str:
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Annotated:
+        return _annotated_name(arguments)
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(str(value) for value in arguments)
+    if typing.get_origin(annotation) is list:
+        return f"list of {_annotation_name(arguments[0])}"
+    if arguments:
+        return " or ".join(_annotation_name(argument) for argument in arguments)
+    names = {
+        int: "integer",
+        float: "number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
+    return names[annotation]
+
+
+def _annotated_name(arguments: tuple[Any, ...]) -> str:
+    return _annotation_name(arguments[0]) + _bounds(arguments[1].metadata)
+
+
+def reference() -> str:
+    """docs/CONFIG.md: every key with its type, default and meaning."""
+    lines = [
+        "# Configuration keys",
+        "",
+        "Generated from `sft/config.py` by `make docs`. A file holds these sections;",
+        "`include: other.yaml` lays it over another file, and",
+        '`ARGS="train.epochs=1"` (or `section.key=value` on a command line) overrides both.',
+        " Unknown keys, wrong types and contradictions stop the run.",
+    ]
+    for name, section in SECTIONS.items():
+        lines += ["", f"## `{name}`", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for key, field in section.model_fields.items():
+            default = "**required**" if field.is_required() else f"`{_yaml(field.default)}`"
+            lines.append(f"| `{key}` | {_type_name(field)} | {default} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}" if not math.isinf(value) else str(value)
+    return "null" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,155 @@
+"""Save what a user loads, load it back, merge an adapter into its base and prove the result.
+
+`save` writes a model or an adapter in the format of transformers or PEFT, with the tokenizer and
+its chat template, so that what is served is what was trained (law 3).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from sft import chat, checkpoint
+from sft.config import Config, Model, UserError, load_config
+from sft.model import DTYPES, load_base, load_tokenizer
+
+ADAPTER = "adapter_model.safetensors"
+
+
+class ExportError(UserError):
+    """A run folder, adapter or merged model is not what it should be."""
+
+
+def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Adapter or model, and tokenizer, in `folder` (safetensors)."""
+    model.save_pretrained(str(folder))  # type: ignore[operator]
+    tokenizer.save_pretrained(str(folder))
+    config = folder / "config.json"
+    if config.exists():  # training turns the cache off; whoever loads the model wants it
+        values = json.loads(config.read_text("utf-8"))
+        config.write_text(json.dumps(values | {"use_cache": True}, indent=2) + "\n", "utf-8")
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Puts the weights that `save` wrote into `model`, which has the same shape."""
+    if (folder / ADAPTER).exists():
+        from peft import set_peft_model_state_dict
+
+        found: Any = set_peft_model_state_dict(model, load_file(folder / ADAPTER))
+        missing = [key for key in found.missing_keys if "lora_" in key]
+    else:
+        state: dict[str, torch.Tensor] = {}
+        for path in sorted(folder.glob("model*.safetensors")):
+            state |= load_file(path)
+        found = model.load_state_dict(state, strict=False)
+        tied = set(getattr(model, "_tied_weights_keys", None) or [])
+        missing = [key for key in found.missing_keys if key not in tied]
+    if missing or found.unexpected_keys:
+        raise ExportError(
+            f"{folder} does not fit the model: missing {missing[:3]}, "
+            f"unexpected {list(found.unexpected_keys)[:3]}"
+        )
+
+
+def run_config(run: Path, overrides: list[str] | None = None) -> Config:
+    """The configuration that a finished run wrote, with overrides."""
+    if not (run / "config.yaml").exists() or not (run / "final_checkpoint").exists():
+        raise ExportError(
+            f"{run}: expected a finished run (config.yaml and final_checkpoint/), found "
+            f"{'a folder without them' if run.is_dir() else 'nothing'}; run `make train` first, "
+            "or give RUN=<folder>"
+        )
+    if reason := checkpoint.fault(run / "final_checkpoint"):
+        raise ExportError(f"{run / 'final_checkpoint'} cannot be trusted: {reason}")
+    return load_config(run / "config.yaml", overrides)
+
+
+def load_tuned(
+    config: Config, precision: str, device: torch.device, *, quantised: bool = True
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The tuned model of a finished run, as it was trained: a QLoRA adapter on its NF4 base.
+
+    `quantised=False` puts the adapter on the original weights instead.
+    """
+    folder = Path(config.train.output_dir) / "final_checkpoint"
+    tokenizer = load_tokenizer(Model(name=str(folder)))
+    mode = config.tuning.mode
+    if mode == "full":
+        return load_base(Model(name=str(folder)), mode, precision, device).eval(), tokenizer
+    from peft import PeftModel
+
+    base = load_base(config.model, mode if quantised else "lora", precision, device)
+    return PeftModel.from_pretrained(base, str(folder)).eval(), tokenizer
+
+
+def merge(run: Path, output: Path, dtype: str) -> dict[str, Any]:
+    """Merges the adapter of `run` into its original base, saves it, reloads it, compares the two.
+
+    The report has, over held-out prompts: KL divergence (nats per token) of the reloaded merged
+    model from the unmerged one, the share of positions with the same most likely token, and the
+    same two against the model as trained (for QLoRA the difference is the quantisation of the
+    base). Raises ExportError when the merged model does not agree with the unmerged one.
+    """
+    config = run_config(run)
+    if config.tuning.mode == "full":
+        raise ExportError(f"{run}: full fine-tuning has no adapter; final_checkpoint/ is the model")
+    cpu = torch.device("cpu")
+    adapted, tokenizer = load_tuned(config, "fp32", cpu, quantised=False)
+    prompts = _pinned_prompts(run, tokenizer)
+    expected = [_log_probabilities(adapted, ids) for ids in prompts]
+    merged = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    save(merged.to(DTYPES[dtype]), tokenizer, output)
+    reloaded = AutoModelForCausalLM.from_pretrained(str(output), dtype=torch.float32).eval()
+    found = [_log_probabilities(reloaded, ids) for ids in prompts]
+    report: dict[str, Any] = {"dtype": dtype, "num_prompts": len(prompts)}
+    report["against_unmerged"] = _compare(expected, found)
+    if config.tuning.mode == "qlora":
+        trained, _ = load_tuned(config, "fp32", cpu)
+        report["against_trained"] = _compare(
+            [_log_probabilities(trained, i) for i in prompts], found
+        )
+    (output / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    limit = {"fp32": 1e-4, "bf16": 2e-2}[dtype]
+    if not report["against_unmerged"]["kl"] <= limit:
+        raise ExportError(
+            f"the merged model in {output} does not equal the adapter on its base: KL divergence "
+            f"{report['against_unmerged']['kl']:.2g} nats per token, expected at most {limit:g}; "
+            "do not use it"
+        )
+    return report
+
+
+def _pinned_prompts(
+    run: Path, tokenizer: PreTrainedTokenizerBase, most: int = 32
+) -> list[list[int]]:
+    """Held-out prompts with their answers, from what the run's evaluation stored."""
+    path = run / "evaluation" / "predictions.jsonl"
+    rows = (
+        [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    )
+    texts = [(row["prompt"], row["reference"]) for row in rows[:most]]
+    texts = texts or [("Hello", "Hello"), ("What is this?", "A test.")]
+    turns = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        for prompt, answer in texts
+    ]
+    return [chat.render(tokenizer, messages).ids for messages in turns]
+
+
+@torch.no_grad()
+def _log_probabilities(model: nn.Module, ids: list[int]) -> torch.Tensor:
+    return model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
+
+def _compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict[str, float]:
+    old, new = torch.cat(expected), torch.cat(found)
+    return {
+        "kl": float((old.exp() * (old - new)).sum(-1).mean()),
+        "top1_agreement": float((old.argmax(-1) == new.argmax(-1)).float().mean()),
+    }

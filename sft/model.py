@@ -1,0 +1,264 @@
+"""Tokenizer and model from the configuration: full, LoRA or QLoRA (NF4), and every part's dtype.
+
+Trained weights are fp32 (their gradients and optimizer state too); compute runs under autocast when
+the precision is bf16; a frozen base is stored in the compute dtype, or in NF4. The policy is
+checked after the build, so a silent fp16 or a trainable base cannot happen.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
+
+from sft.config import Config, Model, Tuning, UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ModelError(UserError):
+    """The model or tokenizer cannot be loaded or adapted as configured."""
+
+
+def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
+    with _explained(config.name):
+        return AutoTokenizer.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+
+
+def architecture(config: Model) -> Any:
+    """The transformers configuration (`config.json`) of the model; reads no weights."""
+    with _explained(config.name):
+        return AutoConfig.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns what transformers raises for a missing or foreign model into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().split("\n")[0][:300]
+        if Path(name).is_dir():
+            found = f"a folder with {sorted(path.name for path in Path(name).iterdir())[:12]}"
+        else:
+            found = "no such folder here, and the hub did not provide it"
+        raise ModelError(
+            f"model.name: cannot load {name!r}: expected a folder in Hugging Face format "
+            f"(config.json, *.safetensors, tokenizer) or a hub id; found: {found}. ({first_line})"
+        ) from error
+
+
+def build(config: Config, precision: str, device: torch.device) -> nn.Module:
+    """The model ready to train: frozen, quantised and adapted as `tuning.mode` says.
+
+    Weights are a function of (files, `train.seed`): the same on every process.
+    """
+    torch.manual_seed(config.train.seed)
+    mode = config.tuning.mode
+    base: Any = load_base(config.model, mode, precision, device)
+    if mode != "full":
+        for parameter in base.parameters():
+            parameter.requires_grad_(False)
+        base = add_adapters(base, config.tuning)
+    base.config.use_cache = (
+        False  # with a cache, transformers ignores the borders of packed documents
+    )
+    if config.train.gradient_checkpointing:
+        # Non-reentrant: gradients reach adapters although frozen embeddings have none.
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    check_dtypes(base, mode, precision)
+    return base
+
+
+def load_base(config: Model, mode: str, precision: str, device: torch.device) -> nn.Module:
+    """The base model without adapters. `mode` decides its storage: fp32, compute dtype or NF4."""
+    attention = None if config.attn_implementation == "auto" else config.attn_implementation
+    compute = DTYPES[precision]
+    storage = torch.float32 if mode == "full" else compute
+    with _explained(config.name):
+        if config.init == "random":
+            model = AutoModelForCausalLM.from_config(
+                architecture(config), dtype=storage, attn_implementation=attention
+            )
+            return model.to(device)
+        model = AutoModelForCausalLM.from_pretrained(
+            config.name,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=storage,
+            attn_implementation=attention,
+            low_cpu_mem_usage=True,
+            use_safetensors=True,
+            quantization_config=nf4(compute) if mode == "qlora" else None,
+            device_map={"": device},
+        )
+    if mode == "qlora":
+        keep_nf4_trainable(model)
+    return model
+
+
+def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantisation, as in QLoRA (Dettmers et al. 2023, section 3)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def keep_nf4_trainable(model: nn.Module) -> None:
+    """Stops bitsandbytes from repacking NF4 weights for inference on CPUs with AVX512-BF16.
+
+    The first forward in eval mode without gradients would repack every weight in place, and the
+    backward passes that follow would read them in the old layout: wrong gradients, no error.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def add_adapters(base: nn.Module, tuning: Tuning) -> nn.Module:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    targets = "all-linear" if tuning.target_modules == "auto" else list(tuning.target_modules)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=tuning.r,
+        lora_alpha=tuning.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
+        lora_dropout=tuning.lora_dropout,
+        target_modules=targets,
+    )
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if _is_linear(m)})
+        raise ModelError(
+            f"tuning.target_modules: {targets} names no layer of this model; "
+            f"its linear layers are: {', '.join(linear)}"
+        ) from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+# --- dtype policy ------------------------------------------------------------------------------
+
+
+def check_dtypes(model: nn.Module, mode: str, precision: str) -> None:
+    """Asserts the policy: trained weights fp32; frozen ones in the compute dtype, or NF4."""
+    frozen = {torch.float32, DTYPES[precision]} | ({torch.uint8} if mode == "qlora" else set())
+    for name, parameter in model.named_parameters():
+        allowed = {torch.float32} if parameter.requires_grad else frozen
+        assert parameter.dtype in allowed, f"{name} is {parameter.dtype}, expected one of {allowed}"
+    if mode == "qlora":
+        quantised = sum(p.dtype == torch.uint8 for p in model.parameters())
+        assert quantised, "tuning.mode is qlora, but no weight was quantised"
+
+
+@dataclass(frozen=True)
+class Share:
+    """Parameters of one kind: (what, dtype, trained or frozen)."""
+
+    what: str
+    dtype: str
+    trained: bool
+    num_parameters: int
+    num_bytes: int
+
+
+def shares(model: nn.Module) -> list[Share]:
+    """Parameters by part, dtype and whether they are trained; NF4 counts two weights a byte."""
+    counts: dict[tuple[str, str, bool], list[int]] = defaultdict(lambda: [0, 0])
+    for name, parameter in model.named_parameters():
+        quantised = parameter.dtype == torch.uint8
+        what = "adapters" if "lora_" in name else "embeddings" if "embed" in name else "layers"
+        dtype = "NF4" if quantised else str(parameter.dtype).removeprefix("torch.")
+        count = counts[what, dtype, parameter.requires_grad]
+        count[0] += parameter.numel() * (2 if quantised else 1)
+        count[1] += parameter.numel() * parameter.element_size()
+    return [Share(*key, *count) for key, count in counts.items()]
+
+
+def dtype_table(model: nn.Module) -> Table:
+    table = Table(title="Model", title_justify="left", box=None, pad_edge=False)
+    for column in ("part", "dtype", "trained"):
+        table.add_column(column)
+    for column in ("parameters", "MiB"):
+        table.add_column(column, justify="right")
+    for share in shares(model):
+        table.add_row(
+            share.what,
+            share.dtype,
+            "yes" if share.trained else "frozen",
+            f"{share.num_parameters:,}",
+            f"{share.num_bytes / 2**20:,.1f}",
+        )
+    return table
+
+
+# --- what attention and the vocabulary head see ------------------------------------------------
+
+
+class SupervisedHead:
+    """Lets only chosen positions reach the vocabulary head, so other logits are never computed.
+
+    While `positions` is set, the head's input (batch, time, hidden) becomes (positions, hidden),
+    and the model returns logits (positions, vocabulary). Works through DDP and checkpointing, for
+    every architecture with a separate head, because it is a hook on that head.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.positions: torch.Tensor | None = None  # flat indices into batch * time
+        model.get_output_embeddings().register_forward_pre_hook(self._select)  # type: ignore[operator]
+
+    def _select(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
+        if self.positions is None:
+            return None
+        return (inputs[0].flatten(0, 1)[self.positions],)
+
+
+@torch.no_grad()
+def documents_are_isolated(model: nn.Module, device: torch.device) -> bool:
+    """Whether packed documents cannot see each other: alone and packed, the logits are the same.
+
+    transformers tells documents apart by restarting position ids, and silently does not in several
+    cases; so it is tried on the model that will train, with the arguments that training uses.
+    """
+    was_training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    num_ids = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    first, second = (torch.randint(num_ids, (1, n), generator=generator) for n in (11, 7))
+    together = torch.cat([first, second], 1).to(device)
+    positions = torch.cat([torch.arange(11), torch.arange(7)])[None].to(device)
+    packed = model(input_ids=together, position_ids=positions, use_cache=False).logits[0, 11:]
+    alone = model(input_ids=second.to(device), use_cache=False).logits[0]
+    model.train(was_training)
+    # A leak changes the logits by about their own size; rounding in bf16 by about 1 %.
+    return bool((packed - alone).float().norm() < 0.1 * alone.float().norm())

@@ -1,0 +1,133 @@
+"""The processes of a run: joining them, and making sure that they are the ones that were asked for.
+
+Launchers fail silently: two processes that each believe to be alone, or one where two were asked
+for, train without an error. So the world is compared with what was launched and with what was
+asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin
+
+from sft.config import ConfigError, Train
+
+
+def resolve_precision(train: Train) -> tuple[str, str]:
+    """(precision, reason)."""
+    if train.precision != "auto":
+        return train.precision, "configured"
+    if not torch.cuda.is_available():
+        return "fp32", "no GPU; fp32 is exact and on CPUs seldom slower"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", "the GPU computes in bf16"
+    return "fp32", "the GPU has no bf16"
+
+
+def start_processes(train: Train) -> Accelerator:
+    """Joins the process group. Raises ConfigError if it is not the one that was asked for."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    precision, _ = resolve_precision(train)
+    _refuse_other_launchers(train, precision)
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu and world > 1:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    if train.engine == "deepspeed":
+        accelerator = Accelerator(
+            deepspeed_plugin=_deepspeed_plugin(train, precision),
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else None,
+        )
+    else:
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            ],
+        )
+    expected = train.num_processes or world
+    if not accelerator.num_processes == world == expected:
+        raise ConfigError(
+            f"expected {expected} process(es), found {accelerator.num_processes} in the process "
+            f"group and WORLD_SIZE={world}: the launcher did not start one run of {expected}. "
+            "Launch with `make train-distributed NUM_PROCESSES=n`, `torchrun --nproc-per-node n`, "
+            "or with an Accelerate file of distributed_type MULTI_GPU (also for CPU processes)."
+        )
+    return accelerator
+
+
+def _refuse_other_launchers(train: Train, precision: str) -> None:
+    flags = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp"}
+    for variable, engine in flags.items():
+        if os.environ.get(variable) == "true" and train.engine != engine:
+            raise ConfigError(
+                f"the Accelerate launch file asks for {engine}, train.engine says {train.engine}: "
+                f"set train.engine={engine} where that is supported, or launch with "
+                "ACCELERATE_CONFIG=configs/accelerate/ddp.yaml"
+            )
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", precision):
+        raise ConfigError(
+            f"the Accelerate launch file asks for mixed_precision {launched}, the configuration "
+            f"for {precision}: set train.precision={launched} (bf16 or fp32), or 'no' in the file"
+        )
+
+
+# Keys of a DeepSpeed file that train.* owns; two places for one value would let one of them lie.
+DEEPSPEED_OWNED = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.max_tokens",
+    "gradient_accumulation_steps": "train.max_tokens",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.schedule",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+}
+
+
+def _deepspeed_plugin(train: Train, precision: str) -> DeepSpeedPlugin:
+    import deepspeed
+
+    path = Path(str(train.deepspeed_config))
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"train.deepspeed_config: cannot read {path}: {error}") from error
+    if owned := [
+        f"{key} (use {DEEPSPEED_OWNED[key]})" for key in settings if key in DEEPSPEED_OWNED
+    ]:
+        raise ConfigError(f"{path}: remove {', '.join(owned)}: the training configuration sets it")
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2):
+        raise ConfigError(f"{path}: zero_optimization.stage: expected 1 or 2, found {stage}")
+    if not torch.cuda.is_available():
+        # Otherwise compiled at first use, for a minute, where gloo serves as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    settings |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # accumulation is ours: boundaries are set by hand
+        "gradient_clipping": train.max_grad_norm,
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+    }
+    return DeepSpeedPlugin(hf_ds_config=settings)
+
+
+def end_processes(accelerator: Accelerator) -> None:
+    """Ends a successful run of several ranks: leaves the group and, abruptly, the process.
+
+    gloo can abort in its destructors at interpreter exit, after all work is done and on disk; a
+    rank that has closed its files has nothing left to do there.
+    """
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)

@@ -1,0 +1,332 @@
+"""One training run from configuration to results: plan, answer, train, answer again, report.
+
+It owns the run folder (docs/RUNS.md) and its status: however the run ends, `status.json` says so.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from sft import chat, checkpoint, evaluate, export, finetune, hardware, plan
+from sft.config import Config, UserError, dump_config, with_values
+from sft.engine import Engine, Preempted, memory_bytes
+from sft.log import Log, duration, facts
+from sft.model import build, dtype_table
+from sft.processes import end_processes, resolve_precision, start_processes
+
+Result = TypeVar("Result")
+
+
+def train(config: Config) -> None:
+    """Runs `config` in this process group. UserErrors are raised on every rank."""
+    accelerator = start_processes(config.train)
+    folder = Path(config.train.output_dir)
+    log, status = Log(None), _Status(None)
+    try:
+        prepared = _together(accelerator, lambda: finetune.prepare(config))
+        resumed_from = _open_folder(folder, config.train.resume_from_checkpoint, accelerator)
+        if accelerator.is_main_process:
+            status = _Status(folder)
+            log = Log(folder, tensorboard=config.train.tensorboard, wandb=_wandb(config))
+        status.write("running")
+        _run(config, prepared, accelerator, log, resumed_from)
+        status.write("finished", exit_code=0)
+    except Preempted as error:
+        status.write("preempted", exit_code=error.exit_code, reason=str(error))
+        raise
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, UserError) else 1
+        status.write("failed", exit_code=code, reason=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        log.close()
+    end_processes(accelerator)
+
+
+def _run(
+    config: Config,
+    prepared: finetune.Prepared,
+    accelerator: Accelerator,
+    log: Log,
+    resumed_from: Path | None,
+) -> None:
+    started = time.perf_counter()
+    folder = Path(config.train.output_dir)
+    machine = hardware.detect(folder)
+    planned = plan.make_plan(config, prepared, machine, accelerator.num_processes)
+    resolved = with_values(config, plan.resolved_values(planned))
+    log.say(_banner(config, accelerator, planned.precision))
+    log.say(hardware.table(machine))
+    log.say(plan.table(planned))
+    log.say("First row, as the model sees it (supervised: green; special: magenta; context: dim)")
+    log.say(chat.coloured(prepared.tokenizer, prepared.train[0]))
+    if log.folder:
+        (folder / "config.yaml").write_text(dump_config(resolved, planned.reasons), "utf-8")
+        _write_json(folder / "audit.json", prepared.audit)
+        plan.write(planned, folder / "plan.json")
+
+    model = build(resolved, planned.precision, accelerator.device)
+    log.say(dtype_table(model))
+    task = finetune.FineTune(resolved, prepared, model, accelerator, log, planned.budget)
+    engine = Engine(task, resolved.train, accelerator, log, planned.budget)
+    base = _base_results(folder, task, engine, resumed=resumed_from is not None)
+    log.say(f"before: {_told(base['metrics'])}")
+    if resumed_from:
+        engine.resume(resumed_from)
+    seconds = engine.probe_seconds_per_step() * (engine.total_steps - engine.step)
+    log.say(f"training: {engine.total_steps:,} steps, about {duration(seconds)} (probed)")
+
+    training_started = time.perf_counter()
+    engine.run()
+    training_seconds = time.perf_counter() - training_started
+    tuned = _results(task, engine.model)
+    log.log(engine.step, {f"eval/{name}": value for name, value in tuned["metrics"].items()})
+    log.say(f"after: {_told(tuned['metrics'])}")
+    checkpoint.commit(folder / "final_checkpoint", engine.write_final, accelerator)
+
+    measured = {
+        "training_seconds": training_seconds,
+        "predicted_training_seconds": seconds,
+        "total_seconds": time.perf_counter() - started,
+        "memory_bytes": memory_bytes(),
+    }
+    if log.folder:
+        plan.write(planned, folder / "plan.json", measured)
+        _write_evaluation(folder / "evaluation", base, tuned)
+        log.say(_side_by_side(base, tuned, config.evaluation.num_shown))
+        log.say(_closing(config, base, tuned, measured))
+
+
+def evaluate_run(folder: Path, overrides: list[str]) -> None:
+    """Evaluates a finished run again, with overrides (another file, more examples)."""
+    config = with_values(
+        export.run_config(folder, overrides),
+        {"train.output_dir": str(folder), "train.num_processes": None, "train.engine": "ddp"},
+    )
+    accelerator = start_processes(config.train)
+    log = Log(folder) if accelerator.is_main_process else Log(None)
+    prepared = _together(accelerator, lambda: finetune.prepare(config))
+    planned = plan.make_plan(config, prepared, hardware.detect(folder), accelerator.num_processes)
+    model, _ = export.load_tuned(config, planned.precision, accelerator.device)
+    task = finetune.FineTune(config, prepared, model, accelerator, log, planned.budget)
+    results = _results(task, model)
+    log.say(f"{folder}: {_told(results['metrics'])}")
+    if log.folder:
+        _write_json(folder / "evaluation" / "evaluate.json", results)
+        log.say(_answers_table(results, config.evaluation.num_shown))
+    log.close()
+    end_processes(accelerator)
+
+
+def speaker(folder: Path) -> Callable[[str], str]:
+    """A function that answers a question as the tuned model of the run in `folder`, greedily."""
+    config = export.run_config(folder)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    precision, _ = resolve_precision(config.train)
+    model, tokenizer = export.load_tuned(config, precision, accelerator.device)
+
+    def answer(question: str) -> str:
+        prompt = chat.prompt_ids(tokenizer, [{"role": "user", "content": question}])
+        settings = config.evaluation
+        return evaluate.generate(
+            model,
+            tokenizer,
+            [prompt],
+            accelerator,
+            Log(None),
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=1,
+        )[0]
+
+    return answer
+
+
+# --- parts of the run --------------------------------------------------------------------------
+
+
+def _together(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+    """Runs `action` on every rank; a UserError of any rank is raised on all of them."""
+    result, error = None, None
+    try:
+        result = action()
+    except UserError as caught:
+        error = caught
+    if accelerator.num_processes > 1:
+        errors = gather_object([error and (accelerator.process_index, error.exit_code, str(error))])
+        if failed := [found for found in errors if found]:
+            rank, code, text = failed[0]
+            error = UserError(text if len(failed) == len(errors) else f"rank {rank}: {text}")
+            error.exit_code = code
+    if error:
+        raise error
+    return result  # type: ignore[return-value]  # without an error there is a result
+
+
+def _open_folder(folder: Path, resume: str | None, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to resume from. A fresh run moves an earlier one in its folder aside."""
+
+    def decide() -> Path | None:
+        found = checkpoint.find(folder, resume, print) if resume else None
+        if found is None and (folder / _Status.NAME).exists():
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+                number += 1
+            folder.rename(aside)
+            print(f"{folder} holds an earlier run: moved to {aside}")
+        return found
+
+    main = accelerator.is_main_process
+    decided = _together(accelerator, lambda: decide() if main else None)
+    decision = [decided]  # rank 0's, filled in on the others
+    if accelerator.num_processes > 1:
+        broadcast_object_list(decision)
+    return decision[0]
+
+
+def _base_results(
+    folder: Path, task: finetune.FineTune, engine: Engine, *, resumed: bool
+) -> dict[str, Any]:
+    """Results of the untrained model; a resumed run has them on disk."""
+    path = folder / "evaluation" / "base.json"
+    if resumed and path.exists():
+        return json.loads(path.read_text("utf-8"))
+    results = _results(task, engine.model)
+    if task.log.folder:
+        path.parent.mkdir(exist_ok=True)
+        _write_json(path, results)
+    return results
+
+
+def _results(task: finetune.FineTune, model: nn.Module) -> dict[str, Any]:
+    metrics, answers = task.evaluate(model), task.answers(model)
+    if answers:
+        metrics["exact_match"] = evaluate.exact_match(
+            [row["answer"] for row in answers], [row["reference"] for row in answers]
+        )
+    return {"metrics": metrics, "answers": answers}
+
+
+def _write_evaluation(folder: Path, base: dict[str, Any], tuned: dict[str, Any]) -> None:
+    metrics = {"base": base["metrics"], "tuned": tuned["metrics"]}
+    _write_json(folder / "metrics.json", metrics | {"num_examples": len(tuned["answers"])})
+    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        for before, after in zip(base["answers"], tuned["answers"], strict=True):
+            row = {key: after[key] for key in ("row", "prompt", "reference")}
+            row |= {"base": before["answer"], "tuned": after["answer"]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _wandb(config: Config) -> Any:
+    if not config.train.wandb:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "train.wandb: wandb is not installed; pip install wandb, or set it false"
+        ) from None
+    return wandb.init(
+        project="sft", name=Path(config.train.output_dir).name, config=config.model_dump()
+    )
+
+
+class _Status:
+    """status.json: how the run ended (state, exit code, reason). `folder=None`: another rank."""
+
+    NAME = "status.json"
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+
+    def write(self, state: str, exit_code: int | None = None, reason: str | None = None) -> None:
+        if self.folder and self.folder.is_dir():
+            values = {"state": state, "exit_code": exit_code, "reason": reason}
+            _write_json(self.folder / self.NAME, values)
+
+
+# --- what people see ---------------------------------------------------------------------------
+
+
+def _banner(config: Config, accelerator: Accelerator, precision: str) -> Table:
+    world = accelerator.num_processes
+    engine = config.train.engine if world > 1 or config.train.engine != "ddp" else "one process"
+    rows = [
+        ("model", f"{config.model.name}, {config.tuning.mode}, {precision}"),
+        ("data", config.data.train_path),
+        ("processes", f"{world} ({engine}) on {accelerator.device.type}"),
+        ("results", config.train.output_dir),
+    ]
+    return facts("Run", rows)
+
+
+def _told(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
+
+
+def _side_by_side(base: dict[str, Any], tuned: dict[str, Any], num_shown: int) -> Table:
+    table = Table(title="The same prompts, before and after", title_justify="left", show_lines=True)
+    for column in ("prompt", "base", "fine-tuned"):
+        table.add_column(column, overflow="fold", ratio=1)
+    for before, after in list(zip(base["answers"], tuned["answers"], strict=True))[:num_shown]:
+        right = after["answer"].strip() == after["reference"].strip()
+        table.add_row(
+            Text(_short(after["prompt"])),
+            Text(_short(before["answer"])),
+            Text(_short(after["answer"]), style="green" if right else "red"),
+        )
+    return table
+
+
+def _answers_table(results: dict[str, Any], num_shown: int) -> Table:
+    table = Table(show_lines=True)
+    for column in ("prompt", "answer", "reference"):
+        table.add_column(column, overflow="fold", ratio=1)
+    for row in results["answers"][:num_shown]:
+        table.add_row(*(Text(_short(row[key])) for key in ("prompt", "answer", "reference")))
+    return table
+
+
+def _short(text: str, most: int = 300) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _closing(
+    config: Config, base: dict[str, Any], tuned: dict[str, Any], measured: dict[str, Any]
+) -> Table:
+    folder = config.train.output_dir
+    rows = [
+        (name.replace("_", " "), f"{base['metrics'][name]:.4g} -> {value:.4g}")
+        for name, value in tuned["metrics"].items()
+        if name in ("loss", "exact_match")
+    ]
+    rows += [
+        ("training", duration(measured["training_seconds"])),
+        ("in all", duration(measured["total_seconds"])),
+        ("results", f"{folder}/ (evaluation/metrics.json, final_checkpoint/)"),
+    ]
+    commands = {
+        f"make infer RUN={folder}": "talk to it",
+        f"make merge RUN={folder}": "one model without adapters",
+        "make tensorboard": "look at the curves",
+    }
+    if config.tuning.mode == "full":
+        commands = {k: v for k, v in commands.items() if "merge" not in k}
+        commands['make train ARGS="tuning.mode=qlora"'] = "the same with frozen 4-bit weights"
+    width = max(map(len, commands)) + 2
+    rows += [("next", f"{command:<{width}}{why}") for command, why in commands.items()]
+    return facts("Done", rows)

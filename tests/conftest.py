@@ -1,0 +1,61 @@
+"""Shared material: the real files of ../shared (or SFT_SHARED), tiny models, launched processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("SFT_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the shared models and data in {SHARED} (or SFT_SHARED)")
+    return SHARED
+
+
+def launch(num_processes: int, script: Path | str, *arguments: str, timeout: int = 300) -> str:
+    """Runs `script` on so many real processes (torchrun) and returns what they printed.
+
+    The exit code is not judged: gloo may abort after all work is done. Tests read the files of the ranks.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={num_processes}", str(script), *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=timeout
+    )
+    return done.stdout + done.stderr
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """This environment without what an outer launcher may have left in it."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "MAKE"))
+    }
+    return kept | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"} | extra
+
+
+@pytest.fixture
+def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_script("train.py", "--config", ...)` in a process of its own."""
+
+    def call(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, f"scripts/{name}", *arguments],
+            cwd=ROOT,
+            env=clean_environment(**environment),
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    return call

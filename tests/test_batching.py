@@ -1,0 +1,196 @@
+"""Which examples form a global batch and how it is cut: properties, and one cut written out."""
+
+from __future__ import annotations
+
+from itertools import chain, pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft.batching import Budget, cut, global_batch_ids, num_tokens, steps_per_epoch
+
+any_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=40)
+any_layout: Any = st.sampled_from(["padded", "packed"])
+any_ranks = st.integers(1, 9)
+any_budget = st.integers(1, 200)
+property_of = settings(deadline=None, max_examples=150)
+
+
+def flat(ranks):
+    return [i for rank in ranks for micro_batch in rank for i in micro_batch]
+
+
+def cost(lengths, micro_batch, layout):
+    """Positions of a micro-batch, counted one by one."""
+    rows = [lengths[i] for i in micro_batch]
+    if layout == "packed":
+        return sum(1 for row in rows for _ in range(row))
+    return sum(1 for _ in rows for _ in range(max(rows)))
+
+
+# --- order -------------------------------------------------------------------------------------
+
+
+def epoch(num_examples, seed, number, global_batch):
+    steps = steps_per_epoch(num_examples, global_batch)
+    batches = [
+        global_batch_ids(num_examples, seed, step, global_batch)
+        for step in range(number * steps, (number + 1) * steps)
+    ]
+    return batches, list(chain.from_iterable(batches))
+
+
+@property_of
+@given(
+    num_examples=st.integers(1, 60),
+    seed=st.integers(0, 2**40),
+    number=st.integers(0, 50),
+    global_batch=st.integers(1, 70),
+)
+def test_an_epoch_takes_every_example_once_in_full_batches_but_the_last(
+    num_examples, seed, number, global_batch
+):
+    batches, order = epoch(num_examples, seed, number, global_batch)
+    assert sorted(order) == list(range(num_examples))
+    assert [len(batch) for batch in batches[:-1]] == [global_batch] * (len(batches) - 1)
+    assert len(batches[-1]) == (num_examples % global_batch or global_batch)
+
+
+def test_the_order_differs_between_epochs_and_between_seeds():
+    orders = [epoch(50, seed, number, 8)[1] for seed in range(4) for number in range(4)]
+    assert len({tuple(order) for order in orders}) == 16
+    assert list(range(50)) not in orders
+
+
+@property_of
+@given(
+    seed=st.integers(0, 99),
+    number=st.integers(0, 9),
+    sizes=st.tuples(any_ranks, st.integers(1, 40)),
+)
+def test_the_order_of_an_epoch_does_not_depend_on_the_size_of_the_batches(seed, number, sizes):
+    one, other = (epoch(37, seed, number, size)[1] for size in sizes)
+    assert one == other
+
+
+def test_the_batch_of_a_step_is_a_function_of_its_arguments_not_of_earlier_calls():
+    arguments = [(20, seed, step, 6) for seed in range(5) for step in range(9)]
+    forwards = [global_batch_ids(*each) for each in arguments]
+    backwards = [global_batch_ids(*each) for each in reversed(arguments)]
+    assert forwards == backwards[::-1]
+
+
+def test_a_returned_batch_belongs_to_the_caller():
+    batch = global_batch_ids(10, 0, 0, 4)
+    expected = list(batch)
+    batch.clear()
+    assert global_batch_ids(10, 0, 0, 4) == expected
+
+
+ORDER = {  # of 7 examples with seed 5: a checkpoint is only resumed rightly while this stays so
+    0: [[1, 4, 2], [3, 6, 5], [0]],
+    1: [[4, 2, 0], [6, 5, 3], [1]],
+}
+
+
+@pytest.mark.parametrize("number", ORDER)
+def test_the_order_of_a_seed_is_the_one_written_out(number):
+    assert epoch(7, 5, number, 3)[0] == ORDER[number]
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "global_batch", "steps"), [(1, 8, 1), (8, 8, 1), (9, 8, 2), (16, 8, 2)]
+)
+def test_an_epoch_has_so_many_steps(num_examples, global_batch, steps):
+    assert steps_per_epoch(num_examples, global_batch) == steps
+
+
+# --- cut ---------------------------------------------------------------------------------------
+
+
+@property_of
+@given(lengths=any_lengths, num_ranks=any_ranks, max_tokens=any_budget, layout=any_layout)
+def test_a_cut_keeps_its_promises(lengths, num_ranks, max_tokens, layout):
+    ids = list(range(len(lengths)))
+    ranks = cut(ids, lengths, num_ranks, Budget(max_tokens, layout))
+    assert len(ranks) == num_ranks
+    assert sorted(flat(ranks)) == ids, "every example once"
+    assert len({len(rank) for rank in ranks}) == 1, "collectives match"
+    for rank in ranks:
+        for micro_batch in rank:
+            if len(micro_batch) > 1:
+                assert cost(lengths, micro_batch, layout) <= max_tokens
+
+
+@property_of
+@given(lengths=any_lengths, num_ranks=any_ranks, max_tokens=any_budget, layout=any_layout)
+def test_no_micro_batch_is_there_without_need(lengths, num_ranks, max_tokens, layout):
+    ranks = cut(range(len(lengths)), lengths, num_ranks, Budget(max_tokens, layout))
+    assert any(all(rank) for rank in ranks), "one rank needs all of them"
+    for rank in ranks:
+        filled = [micro_batch for micro_batch in rank if micro_batch]
+        assert rank[: len(filled)] == filled, "empty ones come last"
+        for one, following in pairwise(filled):
+            assert cost(lengths, [*one, following[0]], layout) > max_tokens
+
+
+@property_of
+@given(lengths=any_lengths, num_ranks=any_ranks, layout=any_layout)
+def test_the_heaviest_rank_is_within_one_longest_example_of_the_mean(lengths, num_ranks, layout):
+    ranks = cut(range(len(lengths)), lengths, num_ranks, Budget(100, layout))
+    loads = [sum(lengths[i] for i in flat([rank])) for rank in ranks]
+    assert max(loads) <= sum(lengths) / num_ranks + max(lengths)
+    assert max(loads) - min(loads) <= max(lengths)
+
+
+@property_of
+@given(
+    lengths=any_lengths,
+    num_ranks=any_ranks,
+    max_tokens=any_budget,
+    layout=any_layout,
+    random=st.randoms(use_true_random=False),
+)
+def test_a_cut_depends_on_the_set_of_examples_only(lengths, num_ranks, max_tokens, layout, random):
+    budget = Budget(max_tokens, layout)
+    ids = list(range(len(lengths)))
+    shuffled = random.sample(ids, len(ids))
+    assert cut(shuffled, lengths, num_ranks, budget) == cut(ids, lengths, num_ranks, budget)
+
+
+@property_of
+@given(lengths=any_lengths, step=st.integers(0, 30), max_tokens=any_budget, layout=any_layout)
+def test_a_step_takes_the_same_examples_on_any_number_of_ranks(lengths, step, max_tokens, layout):
+    ids = global_batch_ids(len(lengths), 3, step, 8)
+    for num_ranks in (1, 2, 3, 8, 64):
+        ranks = cut(ids, lengths, num_ranks, Budget(max_tokens, layout))
+        assert sorted(flat(ranks)) == sorted(ids)
+
+
+@property_of
+@given(lengths=any_lengths, layout=any_layout, data=st.data())
+def test_the_cost_counts_padding_only_where_there_is_padding(lengths, layout, data):
+    chosen = data.draw(st.lists(st.sampled_from(range(len(lengths))), unique=True, min_size=1))
+    assert num_tokens(lengths, chosen, layout) == cost(lengths, chosen, layout)
+    assert num_tokens(lengths, [], layout) == 0
+
+
+LENGTHS = [5, 9, 2, 7, 2, 5, 12, 1]
+#   by length: 6 (12), 1 (9), 3 (7), 0 (5), 5 (5), 2 (2), 4 (2), 7 (1); each to the lighter rank:
+#   rank 0: 6 (12), 0 (17), 2 (19), 4 (21), 7 (22); rank 1: 1 (9), 3 (16), 5 (21)
+CUTS = {
+    ("packed", 12): [[[6], [0, 2, 4, 7]], [[1], [3, 5]]],
+    ("padded", 12): [[[6], [0, 2], [4, 7]], [[1], [3], [5]]],
+    ("packed", 10): [[[6], [0, 2, 4, 7], []], [[1], [3], [5]]],
+    ("padded", 24): [[[6, 0], [2, 4, 7]], [[1, 3], [5]]],
+    ("packed", 22): [[[6, 0, 2, 4, 7]], [[1, 3, 5]]],
+    ("padded", 1): [[[6], [0], [2], [4], [7]], [[1], [3], [5], [], []]],
+}
+
+
+@pytest.mark.parametrize(("layout", "max_tokens"), CUTS)
+def test_a_small_cut_is_the_one_written_out(layout, max_tokens):
+    expected = CUTS[layout, max_tokens]
+    assert cut(range(8), LENGTHS, 2, Budget(max_tokens, layout)) == expected

@@ -1,0 +1,589 @@
+"""Law 6, a checkpoint is whole or it does not exist: commit, kill, damage, find, prune, restore."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import launch
+from safetensors.torch import load_file, save_file
+
+from sft import checkpoint
+from sft.checkpoint import MANIFEST, CheckpointError, commit, fault, find, newest_first, prune
+
+FILES = ["trainer.json", "model.safetensors", "deep/er/x.json"]
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=not torch.cuda.is_available())
+
+
+def content(step: int) -> Callable[[Path], None]:
+    """A writer of a small checkpoint that says which step it is of."""
+
+    def write(folder: Path) -> None:
+        (folder / "trainer.json").write_text(json.dumps({"step": step}))
+        save_file({"w": torch.full((8,), float(step))}, folder / "model.safetensors")
+        (folder / "deep/er").mkdir(parents=True)
+        (folder / "deep/er/x.json").write_text('{"x": "some text"}')
+
+    return write
+
+
+def step_of(folder: Path | None) -> int:
+    """The step in the files of a sound checkpoint; they all agree."""
+    assert folder is not None
+    assert fault(folder) is None
+    step = json.loads((folder / "trainer.json").read_text())["step"]
+    assert load_file(folder / "model.safetensors")["w"].tolist() == [step] * 8
+    return step
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory, accelerator) -> Path:
+    """A committed checkpoint to copy; never changed."""
+    folder = tmp_path_factory.mktemp("sound") / "checkpoint_step_1"
+    commit(folder, content(1), accelerator)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, sound) -> Path:
+    """A sound checkpoint to damage."""
+    return shutil.copytree(sound, tmp_path / sound.name)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory, accelerator) -> Path:
+    """A run folder with checkpoints of steps 20, 100 and 3 to copy; never changed."""
+    run = tmp_path_factory.mktemp("three")
+    for step in (20, 100, 3):
+        commit(run / f"checkpoint_step_{step}", content(step), accelerator)
+    return run
+
+
+@pytest.fixture
+def run(tmp_path, three) -> Path:
+    """A run folder with checkpoints of steps 20, 100 and 3."""
+    return shutil.copytree(three, tmp_path / "run")
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+# --- commit ------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_appears_at_once_and_whole(tmp_path, accelerator):
+    final = tmp_path / "new/checkpoint_step_7"
+    seen = []
+
+    def write(staging: Path) -> None:
+        content(7)(staging)
+        seen.append((staging == final, final.exists(), newest_first(final.parent)))
+
+    commit(final, write, accelerator)
+    assert seen == [(False, False, [])]
+    assert names(final.parent) == {final.name}
+    assert set(tree(final)) == {*FILES, MANIFEST}
+    assert step_of(final) == 7
+
+
+def test_the_manifest_lists_every_file_with_size_and_sha256(sound):
+    expected = {
+        name: {"bytes": (sound / name).stat().st_size, "sha256": checkpoint.sha256(sound / name)}
+        for name in FILES
+    }
+    assert json.loads((sound / MANIFEST).read_text())["files"] == expected
+    known = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    (sound.parent / "hello").write_text("hello")
+    assert checkpoint.sha256(sound.parent / "hello") == known
+
+
+def test_every_file_and_folder_is_synced_before_the_rename(tmp_path, accelerator, monkeypatch):
+    final = tmp_path / "checkpoint_step_7"
+    synced: list[tuple[str, bool]] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        synced.append((str(path.relative_to(tmp_path)), final.exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    commit(final, content(7), accelerator)
+    before = {path.replace(checkpoint.STAGING, "") for path, renamed in synced if not renamed}
+    files = {f"{final.name}/{name}" for name in [*FILES, MANIFEST]}
+    folders = {final.name, f"{final.name}/deep", f"{final.name}/deep/er"}
+    assert before >= files
+    assert before >= folders, "else a crash of the machine can lose what is in them"
+    assert (".", True) in synced, "the rename itself"
+
+
+def fail_at_once(staging: Path) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def fail_half_way(staging: Path) -> None:
+    content(8)(staging)
+    raise RuntimeError("No space left on device")
+
+
+def remove_the_folder(staging: Path) -> None:
+    shutil.rmtree(staging)  # so that sealing fails, not writing
+
+
+@pytest.mark.parametrize("writer", [fail_at_once, fail_half_way, remove_the_folder])
+@pytest.mark.parametrize("step", [3, 200])
+def test_a_failing_write_leaves_earlier_checkpoints_untouched(run, accelerator, writer, step):
+    before = tree(run)
+    with pytest.raises(CheckpointError, match="earlier checkpoints are untouched") as caught:
+        commit(run / f"checkpoint_step_{step}", writer, accelerator)
+    assert caught.value.exit_code == 4
+    assert tree(run) == before
+    assert names(run) == {f"checkpoint_step_{n}" for n in (3, 20, 100)}, "no staging left"
+
+
+def test_a_failing_rename_leaves_the_replaced_checkpoint_in_place(run, accelerator, monkeypatch):
+    before = tree(run)
+    real = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if path.name.endswith(checkpoint.STAGING):
+            raise OSError(5, "Input/output error")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        commit(run / "checkpoint_step_20", content(8), accelerator)
+    assert tree(run) == before
+
+
+def test_a_folder_that_cannot_be_made_is_told_as_a_checkpoint_error(tmp_path, accelerator):
+    (tmp_path / "run").write_text("a file where the run folder should be")
+    with pytest.raises(CheckpointError, match="checkpoint_step_1"):
+        commit(tmp_path / "run/checkpoint_step_1", content(1), accelerator)
+
+
+def test_a_commit_replaces_a_checkpoint_of_the_same_name_as_a_whole(run, accelerator):
+    final = run / "checkpoint_step_20"
+    (final / "stale.json").write_text("{}")
+    (run / f"{final.name}{checkpoint.STAGING}").mkdir()
+    (run / f"{final.name}{checkpoint.STAGING}" / "left.json").write_text("{}")
+    (run / f"{final.name}.old").mkdir()
+    (run / f"{final.name}.old" / "left.json").write_text("{}")
+    commit(final, content(21), accelerator)
+    assert step_of(final) == 21
+    assert set(tree(final)) == {*FILES, MANIFEST}
+    assert names(run) == {f"checkpoint_step_{n}" for n in (3, 20, 100)}
+
+
+def sleep_while_writing(reached: Any) -> Callable[[Path], None]:
+    def write(staging: Path) -> None:
+        content(200)(staging)
+        reached.set()
+        time.sleep(60)
+
+    return write
+
+
+def sleep_while_sealing(reached: Any) -> Callable[[Path], None]:
+    def sync(path: Path) -> None:
+        if path.name == MANIFEST:
+            reached.set()
+            time.sleep(60)
+
+    checkpoint._sync = sync  # type: ignore[assignment]  # of the child process only
+    return content(200)
+
+
+def sleep_between_the_renames(reached: Any) -> Callable[[Path], None]:
+    real = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if path.name.endswith(checkpoint.STAGING):
+            reached.set()
+            time.sleep(60)
+        return real(path, target)
+
+    Path.rename = rename  # type: ignore[method-assign]  # of the child process only
+    return content(200)
+
+
+@pytest.mark.parametrize(
+    "moment", [sleep_while_writing, sleep_while_sealing, sleep_between_the_renames]
+)
+@pytest.mark.parametrize("step", [200, 100])
+def test_kill_9_in_the_middle_of_a_commit_costs_one_interval(run, accelerator, moment, step):
+    """The victim is a forked process: it has its own memory and files, and dies without a word."""
+    context = multiprocessing.get_context("fork")
+    reached = context.Event()
+    final = run / f"checkpoint_step_{step}"
+    victim = context.Process(target=lambda: commit(final, moment(reached), accelerator))
+    victim.start()
+    try:
+        assert reached.wait(20)
+    finally:
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.join()
+    assert victim.exitcode == -signal.SIGKILL
+    warnings: list[str] = []
+    survivor = step_of(find(run, "auto", warnings.append))
+    replaced = moment is sleep_between_the_renames and step == 100
+    assert survivor == (20 if replaced else 100)
+    assert warnings == []
+    commit(final, content(step), accelerator)
+    assert step_of(find(run, "auto", warnings.append)) == step
+    assert names(run) == {f"checkpoint_step_{n}" for n in (3, 20, 100, step)}
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from accelerate import Accelerator
+from sft.checkpoint import CheckpointError, commit
+
+accelerator = Accelerator(cpu=True)
+run, rank = Path(sys.argv[1]), accelerator.process_index
+
+def write(staging):
+    (staging / f"rank{rank}.json").write_text("{}")
+
+def fail_on_rank_1(staging):
+    write(staging)
+    if rank == 1:
+        raise OSError(28, "No space left on device")
+
+result = {"world": accelerator.num_processes}
+commit(run / "checkpoint_step_1", write, accelerator)
+try:
+    commit(run / "checkpoint_step_2", fail_on_rank_1, accelerator)
+except CheckpointError as error:
+    result["error"] = str(error)
+accelerator.wait_for_everyone()
+commit(run / "checkpoint_step_3", write, accelerator)
+(run.parent / f"result{rank}.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.mark.slow
+def test_a_writer_that_fails_on_one_rank_fails_the_commit_on_all(tmp_path):
+    script, run = tmp_path / "worker.py", tmp_path / "run"
+    script.write_text(WORKER)
+    told = launch(2, script, str(run))
+    results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("result*.json"))]
+    assert [result["world"] for result in results] == [2, 2], told
+    for result in results:
+        assert "No space left on device" in result["error"]
+    assert names(run) == {"checkpoint_step_1", "checkpoint_step_3"}
+    for folder in newest_first(run):
+        assert fault(folder) is None
+        assert set(tree(folder)) == {"rank0.json", "rank1.json", MANIFEST}
+
+
+# --- damage ------------------------------------------------------------------------------------
+
+
+def cut_to(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
+
+
+def flip(path: Path, byte: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "deleted": Path.unlink,
+    "halved": lambda path: cut_to(path, path.stat().st_size // 2),
+    "one byte short": lambda path: cut_to(path, path.stat().st_size - 1),
+    "one byte long": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "first bit flipped": lambda path: flip(path, 0),
+    "last bit flipped": lambda path: flip(path, -1),
+    "middle bit flipped": lambda path: flip(path, path.stat().st_size // 2),
+    "emptied": lambda path: path.write_bytes(b""),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a folder instead": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+def test_a_sound_checkpoint_has_no_fault(folder):
+    assert fault(folder) is None
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_found_and_named(folder, name, damage):
+    DAMAGE[damage](folder / name)
+    reason = fault(folder)
+    assert reason is not None
+    assert name in reason
+
+
+def test_no_flipped_bit_of_the_manifest_changes_what_is_verified(folder):
+    path = folder / MANIFEST
+    expected, original = json.loads(path.read_text())["files"], path.read_bytes()
+    for i in range(len(original)):
+        flip(path, i, bit=i % 8)
+        if fault(folder) is None:  # white space, at most
+            assert json.loads(path.read_text())["files"] == expected
+        path.write_bytes(original)
+
+
+MANIFESTS = {
+    "list": [],
+    "text": "files",
+    "number": 5,
+    "null": None,
+    "no files": {},
+    "files a list": {"files": FILES},
+    "files null": {"files": None},
+    "an empty list of files": {"files": {}},
+    "entries null": {"files": dict.fromkeys(FILES)},
+    "an entry without sha256": {"files": {"trainer.json": {"bytes": 11}}},
+    "a file above": {"files": {"../outside.json": {"bytes": 2, "sha256": "0"}}},
+    "an absolute path": {"files": {"/etc/hostname": {"bytes": 2, "sha256": "0"}}},
+    "a path with a null": {"files": {"a\0b": {"bytes": 2, "sha256": "0"}}},
+}
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS.values(), ids=MANIFESTS)
+def test_an_edited_manifest_is_a_fault(folder, manifest):
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    reason = fault(folder)
+    assert reason is not None
+    assert MANIFEST in reason
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"garbage", b"\xff\xfe", b"{", b'{"files": {}} x', b"\0" * 9]
+)
+def test_a_manifest_that_is_no_json_is_a_fault(folder, data):
+    (folder / MANIFEST).write_bytes(data)
+    assert MANIFEST in str(fault(folder))
+
+
+def test_a_file_outside_is_refused_even_if_it_matches(folder):
+    outside = folder.parent / "outside.json"
+    outside.write_text("{}")
+    entry = {"bytes": 2, "sha256": checkpoint.sha256(outside)}
+    (folder / MANIFEST).write_text(json.dumps({"files": {"../outside.json": entry}}))
+    assert "outside the folder" in str(fault(folder))
+
+
+def test_a_file_swapped_with_another_is_a_fault(folder):
+    (folder / "trainer.json").write_text('{"step": 2}')  # as long as before
+    assert fault(folder) == f"trainer.json is damaged: its sha256 is not the one in {MANIFEST}"
+
+
+# --- find --------------------------------------------------------------------------------------
+
+
+def test_the_newest_is_found_by_number_not_by_name_or_time(run):
+    warnings: list[str] = []
+    assert find(run, "auto", warnings.append) == run / "checkpoint_step_100"
+    assert warnings == []
+    assert [path.name.split("_")[-1] for path in newest_first(run)] == ["100", "20", "3"]
+
+
+def test_a_damaged_one_is_passed_over_with_a_warning_that_says_why(run):
+    (run / "checkpoint_step_100/trainer.json").write_text("")
+    warnings: list[str] = []
+    assert find(run, "auto", warnings.append) == run / "checkpoint_step_20"
+    (told,) = warnings
+    assert "checkpoint_step_100: trainer.json has 0 bytes, expected 13" in told
+
+
+def test_where_all_are_damaged_the_run_stops_and_never_starts_from_zero(run):
+    for folder in newest_first(run):
+        (folder / "trainer.json").unlink()
+    with pytest.raises(CheckpointError, match="no valid checkpoint to resume from") as caught:
+        find(run, "auto", lambda told: None)
+    assert caught.value.exit_code == 4
+    for step in (3, 20, 100):
+        assert f"checkpoint_step_{step}: trainer.json is missing" in str(caught.value)
+
+
+def test_where_there_is_none_there_is_nothing_to_resume(tmp_path):
+    assert find(tmp_path, "auto", pytest.fail) is None
+    assert find(tmp_path / "missing", "auto", pytest.fail) is None
+
+
+def test_a_folder_that_is_asked_for_is_taken_or_refused_never_replaced_by_another(run):
+    wanted = run / "checkpoint_step_3"
+    assert find(run, str(wanted), pytest.fail) == wanted
+    for damaged in (wanted, run / "missing"):
+        (wanted / "trainer.json").unlink(missing_ok=True)
+        with pytest.raises(CheckpointError, match=damaged.name):
+            find(run, str(damaged), lambda told: None)
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint_step_900.staging", "checkpoint_step_900.old", "checkpoint_step_", "x"]
+)
+def test_only_committed_checkpoints_are_found_and_pruned(run, name):
+    shutil.copytree(run / "checkpoint_step_3", run / name)  # sound, but not committed
+    assert step_of(find(run, "auto", pytest.fail)) == 100
+    assert len(newest_first(run)) == 3
+
+
+# --- prune -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"), [(1, {100}), (2, {20, 100}), (3, {3, 20, 100}), (9, {3, 20, 100})]
+)
+def test_pruning_keeps_the_newest_by_number(run, keep, kept):
+    (run / "final_checkpoint").mkdir()
+    (run / "training.log").write_text("")
+    prune(run, keep)
+    expected = {f"checkpoint_step_{n}" for n in kept} | {"final_checkpoint", "training.log"}
+    assert names(run) == expected
+    assert step_of(find(run, "auto", pytest.fail)) == 100
+
+
+def test_pruning_removes_what_a_killed_pruning_left(run):
+    shutil.copytree(run / "checkpoint_step_3", run / "checkpoint_step_3.old")
+    shutil.copytree(run / "checkpoint_step_3", run / "checkpoint_step_1.old")
+    prune(run, 2)
+    assert names(run) == {"checkpoint_step_20", "checkpoint_step_100"}
+
+
+def test_pruning_counts_no_damaged_one_so_a_sound_one_always_stays(run):
+    (run / "checkpoint_step_100/trainer.json").unlink()
+    cut_to(run / "checkpoint_step_20/model.safetensors", 10)
+    prune(run, 1)
+    assert step_of(find(run, "auto", lambda told: None)) == 3
+
+
+# --- optimizer state ---------------------------------------------------------------------------
+
+SHAPES = [(64, 128), (7,), (33, 5)]  # bitsandbytes keeps 8-bit state from 4096 elements on
+
+
+def adamw(groups: Any, **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, **settings)
+
+
+def fused_adamw(groups: Any, **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def adamw_8bit(groups: Any, **settings: Any) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, **settings)
+
+
+def paged_adamw(groups: Any, **settings: Any) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import PagedAdamW32bit
+
+    return PagedAdamW32bit(groups, **settings)
+
+
+def trained(build: Callable[..., torch.optim.Optimizer], steps: int) -> Any:
+    """(parameters, optimizer) after so many updates with random gradients."""
+    random = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=random)) for shape in SHAPES]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = build(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-7)
+    for step in range(steps):
+        update(parameters, optimizer, step)
+    return parameters, optimizer
+
+
+def update(parameters: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
+    random = torch.Generator().manual_seed(100 + step)
+    for group in optimizer.param_groups:
+        group["lr"] = 3e-3 / (step + 1)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=random)
+    optimizer.step()
+
+
+def flat_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`<parameter>.<key>` -> value of everything that the optimizer remembers."""
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    return {f"{i}.{k}": v for i, p in enumerate(order) for k, v in optimizer.state[p].items()}
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("build", [adamw, fused_adamw, adamw_8bit, paged_adamw])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_restored_optimizer_is_the_same_bit_for_bit_and_so_is_its_next_update(
+    tmp_path, build, steps
+):
+    parameters, optimizer = trained(build, steps)
+    checkpoint.save_optimizer(optimizer, tmp_path)
+    copies, restored = trained(build, 0)
+    checkpoint.load_optimizer(restored, tmp_path)
+    with torch.no_grad():
+        for copy, parameter in zip(copies, parameters, strict=True):
+            copy.copy_(parameter)
+
+    expected, found = flat_state(optimizer), flat_state(restored)
+    assert found.keys() == expected.keys()
+    assert bool(found) == bool(steps)
+    for name, value in expected.items():
+        assert type(found[name]) is type(value), name
+        if isinstance(value, torch.Tensor):
+            assert found[name].dtype == value.dtype, name
+            assert torch.equal(found[name], value), name
+        else:
+            assert found[name] == value, name
+    for saved, loaded in zip(optimizer.param_groups, restored.param_groups, strict=True):
+        keys = saved.keys() - {"params", "betas"}
+        assert {k: loaded[k] for k in keys} == {k: saved[k] for k in keys}
+        assert tuple(loaded["betas"]) == tuple(saved["betas"])
+
+    for step in (3, 4):
+        update(parameters, optimizer, step)
+        update(copies, restored, step)
+        for copy, parameter in zip(copies, parameters, strict=True):
+            assert torch.equal(copy, parameter)
+
+
+def test_the_large_tensors_of_the_8_bit_optimizer_have_8_bit_state():
+    state = flat_state(trained(adamw_8bit, 1)[1])
+    assert state["0.state1"].dtype == torch.uint8  # else the test above shows nothing about it
+
+
+def test_a_checkpoint_holds_json_and_safetensors_and_no_pickle(tmp_path, accelerator):
+    _, optimizer = trained(adamw, 1)
+
+    def write(staging: Path) -> None:
+        content(1)(staging)
+        checkpoint.save_optimizer(optimizer, staging)
+
+    final = tmp_path / "checkpoint_step_1"
+    commit(final, write, accelerator)
+    assert {Path(name).suffix for name in tree(final)} == {".json", ".safetensors"}
+    for name, data in tree(final).items():
+        if name.endswith(".json"):
+            json.loads(data)
+        else:
+            load_file(final / name)

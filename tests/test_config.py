@@ -1,0 +1,566 @@
+"""Law 5, a configuration cannot lie: what is read, what is refused, and how both are told."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, clean_environment
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft import cli
+from sft.config import (
+    RULES,
+    SECTIONS,
+    Config,
+    ConfigError,
+    UserError,
+    dump_config,
+    load_config,
+    reference,
+    with_values,
+)
+
+MINIMAL = """\
+model:
+  name: m
+data:
+  train_path: rows.jsonl
+train:
+  output_dir: outputs/x
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path) -> Path:
+    return write(tmp_path / "a.yaml", MINIMAL)
+
+
+def write(file: Path, text: str | bytes) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return file
+
+
+def problems(file: Path, *overrides: str) -> list[str]:
+    """The lines of the one message, without the folder; its header counts them."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, list(overrides))
+    assert caught.value.exit_code == 2
+    header, *lines = str(caught.value).replace(f"{file.parent}/", "").split("\n  ")
+    plural = "s" if len(lines) > 1 else ""
+    assert header == f"{file.name}: {len(lines)} problem{plural} in the configuration"
+    return lines
+
+
+def value(config: Config, path: str) -> Any:
+    section, key = path.split(".")
+    return getattr(getattr(config, section), key)
+
+
+# --- problems ----------------------------------------------------------------------------------
+
+
+def test_all_problems_come_in_one_message_each_with_its_path_and_place(tmp_path):
+    write(tmp_path / "base.yaml", "data:\n  train_path: [1]\n  eval_fraction: 0\n")
+    text = """\
+include: base.yaml
+model:
+  init: random
+tuning:
+  r: 0
+train:
+  output_dir: ../x
+  epoch: 1
+  lora_alpha: 3
+  xyz: 3
+  seed: x
+  learning_rate: -1
+  epochs: .inf
+  weight_decay: .nan
+  tensorboard: true
+  tensorboard: no
+optimiser: {}
+tune: {}
+evaluation: 5
+"""
+    file = write(tmp_path / "a.yaml", text)
+    known = ", ".join(SECTIONS["train"].model_fields)
+    expected = [
+        "a.yaml:16: train.tensorboard is given twice",
+        "override 'train.log_steps': expected section.key=value, as in train.epochs=1",
+        "model.name: required, and not given: "
+        "Folder of a model in Hugging Face format, or a hub id.",
+        "tuning.r (a.yaml:5): expected integer ≥ 1, found 0",
+        "data.train_path (base.yaml:2): expected text, found [1]",
+        "train.seed (a.yaml:11): expected integer ≥ 0, found 'x'",
+        "train.epochs (a.yaml:13): expected number > 0, found inf",
+        "train.learning_rate (a.yaml:12): expected number > 0, found -1",
+        "train.weight_decay (a.yaml:14): expected number ≥ 0, found nan",
+        "train.tensorboard (a.yaml:16): expected true or false, found 'no'",
+        "train.save_steps (override): expected integer ≥ 1 or null, found 'often'",
+        "train.epoch (a.yaml:8): unknown key; did you mean epochs?",
+        "train.lora_alpha (a.yaml:9): unknown key; did you mean tuning.lora_alpha?",
+        f"train.xyz (a.yaml:10): unknown key; known: {known}",
+        "optimiser (a.yaml:17): unknown key; known: model, tuning, data, train, evaluation",
+        "tune (a.yaml:18): unknown key; did you mean tuning?",
+        "evaluation (a.yaml:19): expected a section with keys, found 5",
+        "model.init (a.yaml:3): random weights have nothing to adapt: set tuning.mode: full",
+        "data.eval_path: nothing would be held out: "
+        "give data.eval_path or an eval_fraction above 0",
+        "train.output_dir (a.yaml:7): must be a plain path of printable characters, "
+        "at most 200, without '..'",
+    ]
+    found = problems(file, "train.log_steps", "train.save_steps=often")
+    assert sorted(found) == sorted(expected)
+
+
+def test_a_key_without_its_section_is_told_where_it_belongs(tmp_path):
+    file = write(tmp_path / "a.yaml", f"epochs: 3\n{MINIMAL}")
+    assert problems(file) == ["epochs (a.yaml:1): unknown key; did you mean train.epochs?"]
+
+
+@pytest.mark.parametrize("key", ["train.epochs", "foo.bar", ".0", "train.", "a.b.c"])
+def test_a_dotted_key_in_a_file_is_refused(tmp_path, key):
+    file = write(tmp_path / "a.yaml", f"{key}: 3\n{MINIMAL}")
+    (told,) = problems(file)
+    assert told.startswith(f"{key} (a.yaml:1): unknown key; ")
+    assert "did you mean" not in told, "what was written can be no advice"
+
+
+BROKEN = {  # text of the file -> what its first problem says
+    "": "a.yaml: expected sections (model:, data:, train: ...), found none",
+    "# nothing\n": "a.yaml: expected sections (model:, data:, train: ...), found none",
+    "- model\n- data\n": "a.yaml: expected sections (model:, data:, train: ...), found none",
+    "5\n": "a.yaml: expected sections (model:, data:, train: ...), found none",
+    b"model: \xff\xfe": "cannot read the configuration a.yaml: it is not UTF-8 text",
+    "model: [1\n": "a.yaml:2: not valid YAML: ",
+    "model:\n\tname: x\n": "a.yaml:2: not valid YAML: ",
+    f"{MINIMAL}---\n{MINIMAL}": "a.yaml:7: not valid YAML: ",
+    f"{MINIMAL}  seed: \x07\n": "a.yaml: not valid YAML: ",
+    f"{MINIMAL}model: {{name: n}}\n": "a.yaml:7: model is given twice",
+    f"? [a, b]\n: 1\n{MINIMAL}": "a.yaml:1",
+    f"{MINIMAL}tuning: {'[' * 600}": "a.yaml",
+}
+
+
+@pytest.mark.parametrize(("text", "problem"), BROKEN.items(), ids=range(len(BROKEN)))
+def test_a_file_that_is_no_configuration_is_refused_with_the_reason(tmp_path, text, problem):
+    assert problem in problems(write(tmp_path / "a.yaml", text))[0]
+
+
+def test_a_missing_file_is_refused_with_the_reason(tmp_path):
+    told = "cannot read the configuration a.yaml: No such file or directory"
+    assert problems(tmp_path / "a.yaml")[0] == told
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data: &x {train_path: t}\n",
+        "data: *x\n",
+        "a: &x 1\nb: *x\n",
+        "a: it's\nb: &x 1\nc: *x\nd: it's\n",  # between two apostrophes that are no quotes
+    ],
+)
+def test_anchors_and_aliases_are_refused(tmp_path, text):
+    (first, *_) = problems(write(tmp_path / "a.yaml", text))
+    assert "anchors and aliases are not read" in first
+
+
+@pytest.mark.parametrize("name", ["R &D", "it's &x", "a *b", "'a &b'", '"a *b"', "x # don't &b"])
+def test_an_ampersand_or_asterisk_inside_a_text_is_no_anchor(tmp_path, name):
+    file = write(tmp_path / "a.yaml", MINIMAL.replace("name: m", f"name: {name}"))
+    assert load_config(file).model.name == name.split(" #")[0].strip("'\"")
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("epochs=1", "override 'epochs=1': expected section.key=value, as in train.epochs=1"),
+        ("train.=1", "override 'train.=1': expected section.key=value, as in train.epochs=1"),
+        ("--x", "override '--x': expected section.key=value, as in train.epochs=1"),
+        ("train.epochs=", "train.epochs (override): expected number > 0, found None"),
+        ("train.epoch=1", "train.epoch (override): unknown key; did you mean epochs?"),
+        ("trian.seed=1", "trian (override): unknown key; did you mean train?"),
+        ("train.seed.x=1", "train.seed (override): expected integer ≥ 0, found {'x': 1}"),
+    ],
+)
+def test_a_bad_override_is_refused_with_the_reason(tmp_path, override, problem):
+    file = write(tmp_path / "a.yaml", f"{MINIMAL}  seed: 3\n")
+    assert problems(file, override) == [problem]
+
+
+def test_an_override_that_is_not_yaml_is_refused(minimal):
+    (told,) = problems(minimal, "train.seed=[1")
+    assert told.startswith("override train.seed")
+    assert "not valid YAML" in told
+
+
+BREAKS = [  # one for each of RULES, in order: overrides that break it, and one more that mends it
+    (["train.engine=deepspeed"], "train.deepspeed_config=z2.json"),
+    (["train.deepspeed_config=z2.json"], "train.engine=deepspeed"),
+    (
+        ["train.engine=deepspeed", "train.deepspeed_config=f", "train.optimizer=paged_adamw"],
+        "train.optimizer=adamw_8bit",
+    ),
+    (["model.init=random"], "tuning.mode=full"),
+    (["data.eval_fraction=0"], "data.eval_path=held_out.jsonl"),
+    (["train.output_dir=a/../../b"], "train.output_dir=a/b..c"),
+]
+
+
+@pytest.mark.parametrize(("rule", "case"), list(zip(RULES, BREAKS, strict=True)))
+def test_a_combination_that_cannot_work_is_refused_and_its_mended_form_is_not(minimal, rule, case):
+    overrides, mend = case
+    (told,) = problems(minimal, *overrides)
+    assert told.startswith(rule.paths[0])
+    assert told.endswith(rule.message)
+    load_config(minimal, [*overrides, mend])
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    text=st.text("model:\n -[]{}#&*!|>'\",?0x1.e_\t%@`<~", max_size=40) | st.binary(max_size=40),
+    override=st.text("=.[]{}&*!'\"_0xb1eE.nafNIA~", max_size=15),
+)
+def test_whatever_stands_in_it_only_a_configerror_is_raised(tmp_path_factory, text, override):
+    file = write(tmp_path_factory.getbasetemp() / "fuzz.yaml", text)
+    with suppress(ConfigError):
+        load_config(file, [f"train.seed={override}", override])
+
+
+# --- values ------------------------------------------------------------------------------------
+
+SCALARS = [  # path, as written in YAML, value
+    ("train.learning_rate", "3e-5", 3e-5),
+    ("train.learning_rate", "1e-4", 1e-4),
+    ("train.learning_rate", "1E+2", 100.0),
+    ("train.learning_rate", ".5", 0.5),
+    ("train.epochs", "1", 1.0),
+    ("train.seed", "010", 10),
+    ("train.seed", "08", 8),
+    ("train.seed", "0x10", 16),
+    ("train.seed", "0o17", 15),
+    ("train.seed", "+5", 5),
+    ("train.output_dir", "no", "no"),
+    ("train.output_dir", "yes", "yes"),
+    ("train.output_dir", "on", "on"),
+    ("train.output_dir", "12:30", "12:30"),
+    ("train.output_dir", "2024-01-01", "2024-01-01"),
+    ("train.output_dir", "'5'", "5"),
+    ("train.output_dir", '"null"', "null"),
+    ("train.output_dir", "a b # comment", "a b"),
+    ("train.tensorboard", "false", False),
+    ("train.tensorboard", "True", True),
+    ("train.max_steps", "null", None),
+    ("train.max_steps", "~", None),
+    ("train.max_tokens", "auto", "auto"),
+    ("train.max_tokens", "4096", 4096),
+    ("tuning.target_modules", "[q_proj, 'v_proj']", ["q_proj", "v_proj"]),
+]
+
+
+@pytest.mark.parametrize(("path", "written", "expected"), SCALARS)
+def test_a_scalar_is_read_the_same_from_a_file_and_an_override(tmp_path, path, written, expected):
+    section, key = path.split(".")
+    base = write(tmp_path / "base.yaml", MINIMAL)
+    file = write(tmp_path / "a.yaml", f"include: base.yaml\n{section}:\n  {key}: {written}\n")
+    for config in (load_config(file), load_config(base, [f"{path}={written}"])):
+        found = value(config, path)
+        assert found == expected
+        assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "written"),
+    [
+        *[("train.seed", text) for text in ("1.0", "true", "-1", "0b11", "1__0", "", "9" * 5000)],
+        *[("train.seed", text) for text in ("'1'", "[1]", "{a: 1}", "null", "1e3", "!!int x")],
+        *[("train.epochs", text) for text in (".inf", "-.inf", ".Inf", ".INF", "1e400")],
+        *[("train.epochs", text) for text in (".nan", ".NaN", ".NAN", "0", "-1", "9" * 400, "x")],
+        *[("train.warmup_ratio", text) for text in ("1", "-0.1", ".nan", ".inf")],
+        *[("train.tensorboard", text) for text in ("yes", "no", "on", "1", "'true'", "!!bool x")],
+        *[("train.output_dir", text) for text in ("5", "3e-5", "true", "null", "''")],
+        *[("train.max_tokens", text) for text in ("Auto", "0", "1.5", "null")],
+        *[("tuning.target_modules", text) for text in ("q_proj", "[1]", "[q, null]", "['']")],
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_at_its_path(minimal, path, written):
+    (told,) = problems(minimal, f"{path}={written}")
+    assert told.startswith(f"{path} (override): expected ")
+    assert ", found " in told
+    assert len(told) < 200
+
+
+def test_overrides_beat_the_file_and_the_file_beats_what_it_includes(tmp_path):
+    write(tmp_path / "base.yaml", f"{MINIMAL}  seed: 1\n  log_steps: 1\n  max_steps: 1\n")
+    text = "include: base.yaml\ntrain:\n  log_steps: 2\n  max_steps: 2\n"
+    train = load_config(write(tmp_path / "a.yaml", text), ["train.max_steps=3"]).train
+    assert (train.seed, train.log_steps, train.max_steps) == (1, 2, 3)
+    assert train.output_dir == "outputs/x"  # a section is laid over, not replaced
+
+
+def test_of_several_includes_and_of_several_overrides_the_last_wins(tmp_path):
+    write(tmp_path / "one.yaml", f"{MINIMAL}  seed: 1\n  log_steps: 1\n")
+    write(tmp_path / "two.yaml", "train: {seed: 2}\n")
+    file = write(tmp_path / "a.yaml", "include: [one.yaml, two.yaml]\n")
+    train = load_config(file, ["train.max_steps=7", "train.max_steps=8"]).train
+    assert (train.seed, train.log_steps, train.max_steps) == (2, 1, 8)
+
+
+def test_an_include_is_relative_to_the_file_that_names_it_at_any_depth(tmp_path, monkeypatch):
+    write(tmp_path / "a.yaml", "include: sub/b.yaml\ntrain: {log_steps: 3}\n")
+    write(tmp_path / "sub/b.yaml", "include: deep/c.yaml\ntrain: {log_steps: 2, max_steps: 2}\n")
+    write(tmp_path / "sub/deep/c.yaml", "include: ../../base.yaml\ntrain: {save_steps: 1}\n")
+    write(tmp_path / "base.yaml", f"{MINIMAL}  max_steps: 1\n  save_steps: 9\n")
+    monkeypatch.chdir("/")
+    train = load_config(tmp_path / "a.yaml").train
+    assert (train.log_steps, train.max_steps, train.save_steps) == (3, 2, 1)
+
+
+def test_a_file_included_twice_without_a_cycle_is_read(tmp_path):
+    write(tmp_path / "base.yaml", MINIMAL)
+    write(tmp_path / "b.yaml", "include: base.yaml\n")
+    write(tmp_path / "c.yaml", "include: base.yaml\n")
+    load_config(write(tmp_path / "a.yaml", "include: [b.yaml, c.yaml]\n"))
+
+
+def test_an_include_cycle_is_refused(tmp_path):
+    write(tmp_path / "b.yaml", "include: a.yaml\n")
+    file = write(tmp_path / "a.yaml", f"include: b.yaml\n{MINIMAL}")
+    assert problems(file) == ["a.yaml: includes itself (a.yaml -> b.yaml)"]
+
+
+def test_a_missing_include_is_refused(tmp_path):
+    file = write(tmp_path / "a.yaml", f"include: none.yaml\n{MINIMAL}")
+    assert problems(file) == ["cannot read the configuration none.yaml: No such file or directory"]
+
+
+@pytest.mark.parametrize("include", ["5", "[1]", "", "{b.yaml: 1}", "[[b.yaml]]", '"b\\0.yaml"'])
+def test_an_include_that_names_no_file_is_refused(tmp_path, include):
+    file = write(tmp_path / "a.yaml", f"{MINIMAL}include: {include}\n")
+    (told,) = problems(file)
+    assert "include" in told or "cannot read" in told
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+TRICKY = "null|~|no|1|010|1e5|a: b|# x|a &b|it's *x|&a|- a|<<|=|[a]|{a|!x|%x|'|\"|12:30|  a |é|😀"
+printable = st.text(
+    st.characters(codec="utf-8", exclude_categories=["C", "Zl", "Zp"]), min_size=1, max_size=20
+) | st.sampled_from(TRICKY.split("|"))
+positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+VALUES = {
+    "model.name": printable,
+    "model.revision": st.none() | printable,
+    "data.train_path": printable,
+    "tuning.target_modules": st.just("auto") | st.lists(printable, max_size=3),
+    "tuning.lora_alpha": positive,
+    "train.learning_rate": positive,
+    "train.epochs": positive,
+    "train.warmup_ratio": st.floats(0, 1, exclude_max=True),
+    "train.seed": st.integers(0, 2**70),
+    "train.max_steps": st.none() | st.integers(1, 10**9),
+    "train.max_tokens": st.just("auto") | st.integers(1, 10**9),
+    "train.tensorboard": st.booleans(),
+    "train.optimizer": st.sampled_from(["adamw", "paged_adamw_8bit"]),
+}
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    values=st.fixed_dictionaries(VALUES),
+    reasons=st.dictionaries(st.sampled_from(list(VALUES)), printable),
+)
+def test_what_is_dumped_loads_as_the_same_configuration(tmp_path_factory, values, reasons):
+    folder = tmp_path_factory.getbasetemp()
+    config = with_values(load_config(write(folder / "minimal.yaml", MINIMAL)), values)
+    assert load_config(write(folder / "dumped.yaml", dump_config(config, reasons))) == config
+
+
+def test_a_dump_names_every_key_and_reasons_stand_beside_their_values(minimal):
+    reasons = {
+        "train.max_tokens": "16,384 fit in memory: measured # twice",
+        "train.max_steps": "no limit",
+        "evaluation.num_shown": "the\nlast",
+    }
+    text = dump_config(load_config(minimal), reasons)
+    assert "  max_tokens: auto  # auto: 16,384 fit in memory: measured # twice\n" in text
+    assert "  max_steps: null  # auto: no limit\n" in text
+    assert "  num_shown: 3  # auto: the last" in text
+    keys = [line.split(":")[0].strip() for line in text.splitlines() if line.startswith("  ")]
+    assert keys == [key for section in SECTIONS.values() for key in section.model_fields]
+
+
+def test_a_configuration_cannot_be_changed_in_place(minimal):
+    config = load_config(minimal)
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.seed = 1
+
+
+# --- documentation and use ---------------------------------------------------------------------
+
+
+def test_the_reference_is_the_generated_one():
+    assert (ROOT / "docs/CONFIG.md").read_text("utf-8") == reference(), "run `make docs`"
+
+
+def test_the_reference_has_a_row_with_a_meaning_for_every_key():
+    rows = [line for line in reference().splitlines() if line.startswith("| `")]
+    assert (
+        "| `epochs` | number > 0 | `1` | Passes over the training rows; 0.5 is half a pass. |"
+        in rows
+    )
+    keys = [key for section in SECTIONS.values() for key in section.model_fields]
+    assert [row.split("`")[1] for row in rows] == keys
+    for row in rows:
+        _, _, kind, default, meaning, _ = (cell.strip() for cell in row.split("|"))
+        assert kind
+        assert default
+        assert len(meaning) > 10
+        assert meaning != "None"
+
+
+def _pairs(target: ast.expr, source: ast.expr) -> list[tuple[ast.expr, ast.expr]]:
+    if isinstance(target, ast.Tuple) and isinstance(source, ast.Tuple):
+        return list(zip(target.elts, source.elts, strict=True))
+    return [(target, source)]
+
+
+def section_names(tree: ast.AST) -> dict[str, str]:
+    """Variables that hold a section: annotated with its class, assigned from it, or named so."""
+    classes = {section.__name__: name for name, section in SECTIONS.items()}
+    names = {name: name for name in SECTIONS}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg) and getattr(node.annotation, "id", None) in classes:
+            names[node.arg] = classes[node.annotation.id]
+        if isinstance(node, ast.Assign):
+            for target, source in _pairs(node.targets[0], node.value):
+                section = getattr(source, "attr", None)
+                if isinstance(target, ast.Name) and section in SECTIONS:
+                    names[target.id] = section
+    return names
+
+
+def keys_read(source: str) -> Iterator[str]:
+    """`section.key` of every attribute that is read from a section; text does not count."""
+    tree = ast.parse(source)
+    names = section_names(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            holder = getattr(node.value, "id", None) or getattr(node.value, "attr", None)
+            if holder in names:
+                yield f"{names[holder]}.{node.attr}"
+
+
+def test_every_key_of_the_schema_is_read_by_the_package():
+    files = [file for file in (ROOT / "sft").rglob("*.py") if file.name != "config.py"]
+    read = {key for file in files for key in keys_read(file.read_text("utf-8"))}
+    keys = {f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields}
+    assert keys - read == set(), "accepted but read by nobody"
+
+
+def test_the_search_for_read_keys_sees_reads_and_nothing_else():
+    source = """
+def f(settings: Train, other: Engine):
+    '''train.seed'''
+    part, size = config.evaluation, 3
+    print(settings.epochs, part.batch_size, self.train.log_steps, other.layout, "data.max_rows")
+"""
+    assert set(keys_read(source)) - {"evaluation.evaluation"} == {
+        "train.epochs",
+        "evaluation.batch_size",
+        "train.log_steps",
+    }
+
+
+def test_the_loader_imports_no_heavy_library():
+    heavy = "{'torch', 'transformers', 'accelerate', 'numpy', 'peft'}"
+    code = f"import sys, sft.config, sft.cli; print(sorted({heavy} & set(sys.modules)))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+# --- scripts -----------------------------------------------------------------------------------
+
+
+def test_a_script_tells_a_bad_key_in_one_message_before_torch_is_imported(minimal, run_script):
+    done = run_script(
+        "train.py", "--config", str(minimal), "train.epoch=1", PYTHONPROFILEIMPORTTIME="1"
+    )
+    lines = done.stderr.splitlines()
+    imported = {line.rsplit("|")[-1].strip() for line in lines if line.startswith("import time:")}
+    told = [line for line in lines if not line.startswith("import time:")]
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert told == [
+        f"error: {minimal}: 1 problem in the configuration",
+        "  train.epoch (override): unknown key; did you mean epochs?",
+    ]
+    assert "sft.config" in imported
+    assert "torch" not in imported
+
+
+@pytest.fixture
+def own_environment(monkeypatch) -> None:
+    """A copy: a script may set variables for the libraries that it loads."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+class Odd(UserError):
+    exit_code = 77
+
+
+@pytest.mark.usefixtures("own_environment")
+@pytest.mark.parametrize(
+    ("raised", "code", "told"),
+    [
+        (None, 0, ""),
+        (ConfigError("bad key"), 2, "error: bad key\n"),
+        (Odd("odd"), 77, "error: odd\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_a_script_exits_with_the_code_of_what_ended_it(capsys, monkeypatch, raised, code, told):
+    def main() -> None:
+        if raised:
+            raise raised
+
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as exited:
+        cli.run(main)
+    assert exited.value.code == code
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.usefixtures("own_environment")
+def test_only_one_rank_tells_an_error_and_all_exit_with_its_code(capsys, monkeypatch):
+    def main() -> None:
+        raise ConfigError("bad key")
+
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as exited:
+        cli.run(main)
+    assert exited.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("own_environment")
+def test_a_mistake_in_the_program_is_not_hidden_as_one_of_the_user():
+    def main() -> None:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        cli.run(main)

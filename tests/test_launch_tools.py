@@ -1,0 +1,370 @@
+"""The tools around a run, with real processes: launcher, setup-accelerate, TensorBoard, reports."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import os
+import pty
+import re
+import select
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT, clean_environment
+
+from sft import hardware
+
+CONFIGS = ROOT / "configs" / "accelerate"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def script(name: str) -> ModuleType:
+    """A script as a module, for its pure functions."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_script_hides_a_package() -> None:
+    """Python searches the script's folder first: scripts/tensorboard.py would hide tensorboard."""
+    elsewhere = [path for path in sys.path if path and Path(path).resolve() != ROOT / "scripts"]
+    for path in (ROOT / "scripts").glob("*.py"):
+        assert path.stem not in sys.stdlib_module_names, path
+        assert PathFinder.find_spec(path.stem, elsewhere) is None, f"{path} hides a package"
+
+
+# ---- configs/accelerate
+
+
+@pytest.mark.parametrize(
+    ("name", "num_processes"), [("ddp", -1), ("ddp_2gpu", 2), ("ddp_4gpu", 4), ("ddp_8gpu", 8)]
+)
+def test_launcher_files_are_valid(name: str, num_processes: int) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = CONFIGS / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert config.num_processes == num_processes
+    assert config.distributed_type == "MULTI_GPU"
+    assert config.mixed_precision == "no"
+    assert config.main_process_port == 0
+    assert path.read_text().startswith("# Data parallel")
+
+
+WORKER = """
+import json, os, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+
+accelerator = Accelerator(cpu=not torch.cuda.is_available())
+model = accelerator.prepare(torch.nn.Linear(2, 2))
+total = accelerator.reduce(torch.tensor([1.0], device=accelerator.device)).item()
+result = [accelerator.process_index, accelerator.num_processes, total, type(model).__name__]
+Path(sys.argv[1], f"{os.getpid()}.json").write_text(json.dumps(result))
+accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_ddp_file_makes_one_world(tmp_path: Path) -> None:
+    """Trap 3: two processes that are not one run. Judged by what the ranks wrote."""
+    num = hardware.default_num_processes(hardware.detect())
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num)]
+    command += ["--config_file", str(CONFIGS / "ddp.yaml"), str(tmp_path / "worker.py")]
+    subprocess.run([*command, str(tmp_path)], env=clean_environment(), timeout=120, check=False)
+    found = sorted(json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert found == [[rank, num, float(num), "DistributedDataParallel"] for rank in range(num)]
+
+
+# ---- setup-accelerate
+
+TWO = {"compute_environment": "LOCAL_MACHINE", "num_processes": 2, "mixed_precision": "no"}
+
+
+@pytest.mark.slow
+def test_setup_catches_a_file_that_starts_one_process_then_mends_it(
+    tmp_path: Path, run_script: Run
+) -> None:
+    """In Accelerate's default place, without a terminal."""
+    target = tmp_path / "accelerate" / "default_config.yaml"
+    target.parent.mkdir()
+    bad = yaml.safe_dump({**TWO, "distributed_type": "MULTI_CPU", "use_cpu": True})
+    target.write_text(bad)
+
+    caught = run_script("setup_accelerate.py", "--verify-only", HF_HOME=str(tmp_path))
+    assert caught.returncode == 2
+    assert "expected: 2 process(es) that form one world, sum 3" in caught.stderr
+    assert "found:    1 process(es) did the work, in worlds of [1]" in caught.stderr
+    assert "MULTI_CPU starts one process" in caught.stderr
+    assert "Traceback" not in caught.stderr
+    assert target.read_text() == bad
+
+    num = hardware.default_num_processes(hardware.detect())
+    mended = run_script("setup_accelerate.py", HF_HOME=str(tmp_path))
+    assert mended.returncode == 0, mended.stderr
+    assert f"ok: {target} starts {num} process(es) in one world" in mended.stdout
+    assert "kept as default_config.yaml.bak beside it" in mended.stdout
+    assert target.with_name("default_config.yaml.bak").read_text() == bad
+    assert yaml.safe_load(target.read_text())["num_processes"] == num
+
+
+def test_setup_never_loses_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setup = script("setup_accelerate")
+    hw, target = hardware.detect(), tmp_path / "new" / "file.yaml"
+    setup.write_recommended(target, hw)
+    first = target.read_text()
+    setup.write_recommended(target, hw)  # the same: nothing to keep
+    assert "already is the recommended file" in capsys.readouterr().out
+    for text in ("mine: 1\n", "mine: 2\n"):
+        target.write_text(text)
+        setup.write_recommended(target, hw)
+    kept = {path.name: path.read_text() for path in target.parent.iterdir()}
+    assert kept == {"file.yaml": first, "file.yaml.bak": "mine: 1\n", "file.yaml.bak1": "mine: 2\n"}
+
+
+@pytest.mark.parametrize(
+    "text", ["num_processes: 2\n", "distributed_type: NO\nbogus: 1\n", "a: [\n"]
+)
+def test_setup_refuses_what_is_no_configuration(tmp_path: Path, text: str) -> None:
+    setup = script("setup_accelerate")
+    (tmp_path / "file.yaml").write_text(text)
+    with pytest.raises(ValueError, match="is not a configuration of Accelerate"):
+        setup.load(tmp_path / "file.yaml")
+
+
+def test_setup_judges_what_the_processes_saw() -> None:
+    setup = script("setup_accelerate")
+
+    def seen(*rows: tuple[int, int, float]) -> list[Any]:
+        return [setup.Result(*row, backend="gloo", device="cpu") for row in rows]
+
+    assert setup.judge(seen((0, 2, 3.0), (1, 2, 3.0)), 2) is None
+    assert setup.judge(seen((0, 1, 1.0)), 1) is None
+    assert "1 process(es) did the work" in setup.judge(seen((0, 1, 1.0)), 2)
+    assert "0 process(es) did the work" in setup.judge([], 2)
+    assert "independent copies" in setup.judge(seen((0, 1, 1.0), (0, 1, 1.0)), 2)
+    assert "ranks [0, 0]" in setup.judge(seen((0, 2, 3.0), (0, 2, 3.0)), 2)
+    assert "sums [2.0, 3.0]" in setup.judge(seen((0, 2, 3.0), (1, 2, 2.0)), 2)
+
+
+@pytest.mark.slow
+def test_the_wizard_asks_what_the_table_answers(tmp_path: Path) -> None:
+    """Accelerate's own wizard on a terminal, answered from our table: the recommended file."""
+    setup, hw, target = script("setup_accelerate"), hardware.detect(), tmp_path / "wizard.yaml"
+    target.write_text("old: 1\n")
+    answer_wizard(target, setup.wizard_answers(hw))
+    made, wanted = setup.load(target), setup.recommended(hw)
+    for key in ("distributed_type", "num_processes", "num_machines", "gpu_ids", "mixed_precision"):
+        assert getattr(made, key) == getattr(wanted, key), key
+    assert target.with_name("wizard.yaml.bak").read_text() == "old: 1\n"
+
+
+KEYS = {"This machine": "0", "No distributed training": "0", "multi-GPU": "4"}  # rows of menus
+
+
+WIZARD = """
+import sys; from pathlib import Path
+sys.path.insert(0, "scripts")
+import setup_accelerate; setup_accelerate.run_wizard(Path(sys.argv[1]))
+"""
+
+
+def answer_wizard(target: Path, answers: list[tuple[str, str]], seconds: float = 90) -> None:
+    """Types each answer once its question is the last thing on the terminal."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 60, 200, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-c", WIZARD, str(target)],
+        cwd=ROOT,
+        env=clean_environment(TERM="xterm"),
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+    )
+    os.close(slave)
+    shown, asked, waiting, deadline = "", 0, list(answers), time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if select.select([master], [], [], 0.2)[0]:
+            try:
+                shown += os.read(master, 65536).decode(errors="replace")
+            except OSError:  # the other end was closed: it has ended
+                break
+        elif waiting and "selecting with enter" in shown:
+            question, answer = waiting[0]
+            asked = shown.find(question.rstrip("?"), asked)
+            assert asked >= 0, f"expected the question {question!r} in:\n{shown}"
+            key = "0" if "mixed precision" in question else KEYS.get(answer, answer)
+            os.write(master, f"{key}\r".encode())
+            waiting.pop(0)
+    process.kill()
+    process.wait()
+    os.close(master)
+    assert not waiting, f"never asked: {waiting}\n{shown}"
+
+
+# ---- TensorBoard
+
+
+@pytest.fixture
+def logdir(tmp_path: Path, run_script: Run) -> Iterator[Path]:
+    """A folder with one event file; whatever server was started for it ends with the test."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / "outputs" / "run" / "tensorboard")) as writer:
+        for step in range(3):
+            writer.add_scalar("train/loss", 2.0 / (step + 1), step)
+    yield tmp_path / "outputs"
+    run_script("tensorboard_server.py", "stop", "--logdir", str(tmp_path / "outputs"))
+
+
+@pytest.fixture
+def foreign(logdir: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Somebody else's process whose command line looks like a TensorBoard of this folder."""
+    words = ["tensorboard.main", "--logdir", str(logdir), "--port", "6006"]
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", *words])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def state_of(logdir: Path) -> dict[str, Any]:
+    return json.loads((logdir / ".tensorboard.json").read_text())
+
+
+def scalars(url: str, run: str, tag: str) -> list[list[float]]:
+    """[wall time, step, value] of every point, once TensorBoard has read the event file."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for _ in range(150):
+        try:
+            address = f"{url}/data/plugin/scalars/scalars?run={run}&tag={tag}"
+            return json.load(direct.open(address, timeout=10))
+        except urllib.error.HTTPError:  # 404 until it is read
+            time.sleep(0.1)
+    raise AssertionError(f"TensorBoard never showed {run} {tag}")
+
+
+@pytest.mark.slow
+def test_tensorboard_serves_this_folder_and_stops_alone(
+    logdir: Path, foreign: subprocess.Popen[bytes], run_script: Run
+) -> None:
+    def call(verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return run_script("tensorboard_server.py", verb, "--logdir", str(logdir), *arguments)
+
+    started = call("start", "--port", "auto")
+    assert started.returncode == 0, started.stderr
+    state = state_of(logdir)
+    url = f"http://localhost:{state['port']}"
+    assert started.stdout.strip().endswith(url)
+
+    points = scalars(url, "run/tensorboard", "train/loss")
+    assert [point[1:] for point in points] == [
+        [step, pytest.approx(2 / (step + 1))] for step in range(3)
+    ]
+
+    again = call("start")
+    assert "already runs" in again.stdout
+    assert url in again.stdout
+    assert state_of(logdir) == state
+
+    taken = run_script(
+        "tensorboard_server.py", "start", "--logdir", f"{logdir}2", "--port", str(state["port"])
+    )
+    assert taken.returncode == 2
+    assert f"port {state['port']} cannot be used: Address already in use" in taken.stderr
+
+    server = psutil.Process(state["pid"])
+    family = [server, *server.children(recursive=True)]
+    assert f"stopped TensorBoard (pid {state['pid']})" in call("stop").stdout
+    assert not any(ours.is_running() and ours.status() != "zombie" for ours in family)
+    assert foreign.poll() is None
+    nothing = call("stop")
+    assert nothing.returncode == 0
+    assert "nothing to stop" in nothing.stdout
+
+
+@pytest.mark.parametrize("why", ["another creation time", "another command line"])
+def test_stop_leaves_a_reused_process_id_alone(
+    logdir: Path, foreign: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str], why: str
+) -> None:
+    tool = script("tensorboard_server")
+    born = psutil.Process(foreign.pid).create_time()
+    port, born = (6006, born - 60) if why == "another creation time" else (7007, born)
+    tool.write_state(logdir, tool.Server(foreign.pid, port, str(logdir), born))
+    tool.stop(logdir)
+    assert "has ended already: nothing to stop" in capsys.readouterr().out
+    assert foreign.poll() is None
+    assert not (logdir / ".tensorboard.json").exists()
+
+
+def test_stop_ends_the_process_that_the_record_means(
+    logdir: Path, foreign: subprocess.Popen[bytes]
+) -> None:
+    """The same record, time and words right: else the test above would pass without any stop."""
+    tool = script("tensorboard_server")
+    born = psutil.Process(foreign.pid).create_time()
+    tool.write_state(logdir, tool.Server(foreign.pid, 6006, str(logdir), born))
+    with pytest.raises(ValueError, match="does not answer"):
+        tool.start(logdir, None)
+    tool.stop(logdir)
+    assert foreign.wait(5) != 0
+
+
+def test_a_port_in_use_is_told_from_a_free_one() -> None:
+    tool = script("tensorboard_server")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port {port} cannot be used"):
+            tool.claim(port)
+    assert tool.claim(port) == port
+
+
+# ---- reports
+
+
+def test_gpu_info_is_honest_without_a_gpu(run_script: Run) -> None:
+    done = run_script("gpu_info.py", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    assert "none that torch can use" in done.stdout
+    assert "Why no GPU" in done.stdout
+    assert re.search(r"torch +\d+\.\d+", done.stdout)
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_memory_check_names_the_process_and_the_run_that_hold_most(
+    tmp_path: Path, run_script: Run
+) -> None:
+    (tmp_path / "outputs" / "big_run").mkdir(parents=True)
+    (tmp_path / "outputs" / "big_run" / "weights").write_bytes(b"x" * 64 * 1024**2)
+    code = "import sys; held = b'x' * (3 << 28); print(flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, "hoarder"], **pipes) as holder:
+        holder.stdout.readline()
+        done = run_script("memory_check.py", "--outputs", str(tmp_path / "outputs"))
+        holder.stdin.close()
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"0\.8 GiB +{holder.pid} ", done.stdout)
+    assert "outputs/big_run" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100

@@ -1,0 +1,103 @@
+"""Imports between modules go strictly downward, those inside functions included."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "sft"
+
+# The single source of the layers: a module imports only from layers with a smaller number.
+LAYERS = {
+    "config": 0,
+    "hardware": 0,
+    "batching": 0,
+    "log": 0,
+    "trace": 0,
+    "cli": 1,
+    "data": 1,
+    "model": 1,
+    "checkpoint": 1,
+    "processes": 1,
+    "chat": 1.5,  # renders and audits the rows that data reads
+    "engine": 2,
+    "evaluate": 2,
+    "export": 2,
+    "finetune": 3,
+    "plan": 4,
+    "check": 5,
+    "run": 5,
+}
+
+MODULES = sorted(
+    ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+    for file in PACKAGE.rglob("*.py")
+    if file.name != "__init__.py"
+)
+
+
+def imported(source: str, package: str = "sft") -> Iterator[str]:
+    """Full names of everything that is imported anywhere in `source`; relative ones resolved."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: 1 - node.level or None] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def source_of(module: str) -> str:
+    return Path(PACKAGE, *module.split(".")).with_suffix(".py").read_text("utf-8")
+
+
+def used_modules(source: str, package: str = "sft") -> set[str]:
+    """Modules of the package that `source` imports, by their first name below it."""
+    names = [name.split(".") for name in imported(source, package)]
+    return {parts[1] if len(parts) > 1 else "*" for parts in names if parts[0] == "sft"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_layers_below(module):
+    layer = LAYERS[module.split(".")[0]]
+    for used in used_modules(source_of(module)) - {module.split(".")[0]}:
+        assert LAYERS[used] < layer, f"{module} ({layer}) imports {used} ({LAYERS[used]})"
+
+
+def test_every_module_has_a_layer_and_a_noun_for_a_name():
+    assert {module.split(".")[0] for module in MODULES} <= set(LAYERS)
+    names = {part for module in MODULES for part in module.split(".")}
+    assert names.isdisjoint({"utils", "util", "helpers", "common", "misc"})
+
+
+def test_the_package_itself_imports_nothing():
+    assert list(imported((PACKAGE / "__init__.py").read_text("utf-8"))) == []
+
+
+@pytest.mark.parametrize("module", ["config", "cli", "batching", "data"])
+def test_what_a_script_needs_to_refuse_a_configuration_imports_no_torch(module):
+    heavy = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed"}
+    assert heavy.isdisjoint(name.split(".")[0] for name in imported(source_of(module)))
+
+
+def test_the_search_for_imports_sees_every_form():
+    source = """
+import os, sft.log
+from sft import chat as talk, data
+from sft.config import Config
+from . import model
+from .plan import table
+def f():
+    from sft import engine
+    if True:
+        import sft.run as run
+"""
+    assert used_modules(source) == {
+        "log", "chat", "data", "config", "model", "plan", "engine", "run"
+    }  # fmt: skip
+    assert used_modules("from ..export import x", "sft.crowd") == {"export"}
+    assert used_modules("import sft") == {"*"}  # in no layer: refused

@@ -1,0 +1,268 @@
+"""What a run tells: metrics.jsonl, TensorBoard, training.log and the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+
+from sft.log import WIDTH, Log, duration, facts
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]  # NaN is no JSON
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    return {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+def logged(folder: Path, after: int, steps: range, *, tensorboard: bool = False) -> None:
+    """A run that continues after a step and logs a loss of step / 4 at each of `steps`."""
+    log = Log(folder, tensorboard=tensorboard)
+    log.open_metrics(after)
+    for step in steps:
+        log.log(step, {"train/loss": step / 4})
+    log.close()
+
+
+def expected(steps: range) -> list[dict]:
+    return [{"step": step, "train/loss": step / 4} for step in steps]
+
+
+# --- metrics.jsonl -----------------------------------------------------------------------------
+
+
+def test_each_step_is_one_line_of_json_on_disk_at_once(tmp_path):
+    log = Log(tmp_path)
+    log.open_metrics(0)
+    log.log(1, {"train/loss": 0.5, "train/tokens": 7})
+    log.log(1, {"eval/loss": 0.25})
+    found = metrics(tmp_path)  # before close
+    log.close()
+    assert found == [
+        {"step": 1, "train/loss": 0.5, "train/tokens": 7},
+        {"step": 1, "eval/loss": 0.25},
+    ]
+
+
+def test_a_resumed_run_cuts_what_was_logged_after_its_checkpoint(tmp_path):
+    logged(tmp_path, 0, range(1, 8))
+    logged(tmp_path, 4, range(5, 7))
+    assert metrics(tmp_path) == expected(range(1, 7))
+
+
+def test_a_run_from_the_start_begins_anew(tmp_path):
+    logged(tmp_path, 0, range(1, 8))
+    logged(tmp_path, 0, range(1, 3))
+    assert metrics(tmp_path) == expected(range(1, 3))
+
+
+TORN = {
+    "half a line": '{"step": 4, "train/lo',
+    "a whole line without its end": '{"step": 4, "train/loss": 1.0}',
+    "zeros after a power cut": "\0\0\0\0",
+    "zeros and an end": "\0\0\0\0\n",
+    "an empty line": "\n",
+    "half a line with an end": '{"step": 4, "tra\n',
+    "not an object": "4\n",
+    "without a step": "{}\n",
+    "two torn lines": '{"step": 4, "tra\n{"st',
+}
+
+
+@pytest.mark.parametrize("torn", TORN.values(), ids=TORN)
+def test_a_torn_last_line_is_dropped(tmp_path, torn):
+    logged(tmp_path, 0, range(1, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    logged(tmp_path, 4, range(5, 7))
+    assert metrics(tmp_path) == [*expected(range(1, 4)), *expected(range(5, 7))]
+
+
+def test_values_that_are_not_finite_stay_valid_json(tmp_path):
+    log = Log(tmp_path)
+    log.open_metrics(0)
+    log.log(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.0})
+    log.close()
+    assert metrics(tmp_path) == [{"step": 1, "a": "nan", "b": "inf", "c": "-inf", "d": 1.0}]
+    assert [float(metrics(tmp_path)[0][key]) for key in "bc"] == [math.inf, -math.inf]
+
+
+# --- TensorBoard -------------------------------------------------------------------------------
+
+
+def test_scalars_are_in_tensorboard_and_a_resumed_run_purges_what_came_later(tmp_path):
+    logged(tmp_path, 0, range(1, 6), tensorboard=True)
+    assert scalars(tmp_path) == {"train/loss": [(step, step / 4) for step in range(1, 6)]}
+    logged(tmp_path, 3, range(4, 8), tensorboard=True)
+    assert scalars(tmp_path) == {"train/loss": [(step, step / 4) for step in range(1, 8)]}
+    logged(tmp_path, 5, range(6, 7), tensorboard=True)
+    assert scalars(tmp_path) == {"train/loss": [(step, step / 4) for step in range(1, 7)]}
+
+
+def test_scalars_are_on_disk_at_once(tmp_path):
+    log = Log(tmp_path, tensorboard=True)
+    log.open_metrics(0)
+    log.log(1, {"train/loss": 0.25})
+    found = scalars(tmp_path)  # before close: SummaryWriter writes in a thread of its own
+    log.close()
+    assert found == {"train/loss": [(1, 0.25)]}
+
+
+def test_without_tensorboard_none_is_written(tmp_path):
+    logged(tmp_path, 0, range(1, 3))
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "training.log"}
+
+
+def test_another_rank_writes_and_prints_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    log = Log(None, tensorboard=True)
+    log.open_metrics(0)
+    log.log(1, {"train/loss": 1.0})
+    log.say("not told")
+    with log.progress("train", 3) as advance:
+        advance()
+        advance(2, "note")
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+class Recorder:
+    """Stands for the `wandb` module's run: remembers what it was given."""
+
+    def __init__(self):
+        self.calls: list[tuple] = []
+
+    def log(self, values, step):
+        self.calls.append((step, values))
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+
+def test_wandb_gets_the_same_values_and_is_finished(tmp_path):
+    recorder = Recorder()
+    log = Log(tmp_path, wandb=recorder)
+    log.open_metrics(0)
+    log.log(3, {"train/loss": 0.5})
+    log.close()
+    assert recorder.calls == [(3, {"train/loss": 0.5}), ("finish",)]
+
+
+# --- text --------------------------------------------------------------------------------------
+
+AS_IS = [
+    "[bold]not bold[/bold] [red] [/] [0, 1] [link=x]",
+    "rows[3].messages[/0]",
+    "\\[x] C:\\data",
+    "at 12:30:05, C:a:b, :warning: :x: {braces} %s <tag>",
+    "ü 漢字 😀",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", AS_IS)
+def test_text_is_told_as_it_is_on_the_console_and_in_the_file(tmp_path, capsys, text):
+    log = Log(tmp_path)
+    log.say(text)
+    log.close()
+    assert capsys.readouterr().out == f"{text}\n"
+    assert (tmp_path / "training.log").read_text("utf-8") == f"{text}\n"
+
+
+@pytest.mark.parametrize("text", [text for text in AS_IS if text])
+def test_text_in_a_table_is_told_as_it_is(tmp_path, capsys, text):
+    log = Log(tmp_path)
+    log.say(facts("Title [x]", [("name [y]", text)]))
+    log.close()
+    title, row = capsys.readouterr().out.splitlines()
+    assert title.rstrip() == "Title [x]"
+    assert row.rstrip() == f"name [y]  {text}"
+
+
+def test_no_table_is_wider_than_the_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    log = Log(tmp_path)
+    table = Table(title="wide")
+    table.add_column("words")
+    table.add_row("word " * 200)
+    log.say(table)
+    log.say(facts("facts", [("name", "x" * 500)]))
+    log.close()
+    for text in (capsys.readouterr().out, (tmp_path / "training.log").read_text()):
+        assert max(len(line) for line in text.splitlines()) <= WIDTH
+        assert text.count("x") == 500
+
+
+def test_the_log_file_holds_no_colour_codes(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as many CI systems do
+    log = Log(tmp_path)
+    log.say(facts("title", [("name", "value")]))
+    log.close()
+    assert "\x1b" not in (tmp_path / "training.log").read_text("utf-8")
+
+
+def test_the_log_file_is_continued_by_a_second_run(tmp_path):
+    for text in ("first", "second"):
+        log = Log(tmp_path)
+        log.say(text)
+        log.close()
+    assert (tmp_path / "training.log").read_text("utf-8") == "first\nsecond\n"
+
+
+def test_what_is_said_is_on_disk_at_once(tmp_path):
+    log = Log(tmp_path)
+    log.say("now")
+    assert (tmp_path / "training.log").read_text("utf-8") == "now\n"
+    log.close()
+
+
+def test_off_a_terminal_no_progress_bar_is_drawn(tmp_path, capsys):
+    log = Log(tmp_path)
+    with log.progress("train", 3, done=1) as advance:
+        advance(1, "loss [0.5]")
+    log.close()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_on_a_terminal_the_progress_bar_shows_count_and_note(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    log = Log(tmp_path)
+    with log.progress("train", 10, done=4) as advance:
+        advance(3, "loss 0.5")
+    log.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    assert "7/10" in shown
+    assert "loss 0.5" in shown
+    assert "ETA" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0, "0 s"),
+        (0.4, "0 s"),
+        (41.2, "41 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (3599.4, "59 min 59 s"),
+        (3599.6, "1 h 0 min"),
+        (7800, "2 h 10 min"),
+        (7859, "2 h 10 min"),
+        (360_000, "100 h 0 min"),
+    ],
+)
+def test_a_duration_is_told_in_its_two_largest_units(seconds, told):
+    assert duration(seconds) == told

@@ -1,0 +1,242 @@
+"""Adapters, NF4, dtypes, checkpointing; and the traps of packed documents and of NF4 on CPUs."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from sft import hardware, model
+from sft.config import Config, Tuning
+
+CPU = torch.device("cpu")
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": tiny.VOCAB,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+SHAPES = {
+    "llama": LlamaConfig(**SMALL),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen3": Qwen3Config(**SMALL),
+    "mistral": MistralConfig(**SMALL, sliding_window=8),
+    "gemma2": Gemma2Config(**SMALL, sliding_window=8, attn_implementation="eager"),
+    "gemma3": Gemma3TextConfig(**SMALL, sliding_window=8),
+    "phi": PhiConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
+    "phi3": Phi3Config(**SMALL),
+    "gpt2": GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=tiny.VOCAB, initializer_range=0.2
+    ),
+}
+
+
+def small(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return tiny.build(SHAPES[name]).eval()
+
+
+def saved(folder, name: str = "llama") -> str:
+    small(name).save_pretrained(folder)
+    return str(folder)
+
+
+def configured(path: str, **tuning) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"name": path},
+            "tuning": {"r": 4} | tuning,
+            "data": {"train_path": "none"},
+            "train": {"output_dir": "none"},
+        }
+    )
+
+
+LLAMA_LIKE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+EXPECTED_TARGETS = {
+    "llama": LLAMA_LIKE,
+    "qwen2": LLAMA_LIKE,
+    "qwen3": LLAMA_LIKE,
+    "mistral": LLAMA_LIKE,
+    "gemma2": LLAMA_LIKE,
+    "gemma3": LLAMA_LIKE,
+    "phi": {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"},
+    "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+    "gpt2": {"c_attn", "c_proj", "c_fc"},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_auto_targets_are_all_linear_layers_but_the_head(name):
+    adapted = model.add_adapters(small(name), Tuning(r=4))
+    found = {
+        n.split(".lora_A")[0].rsplit(".", 1)[-1]
+        for n, _ in adapted.named_parameters()
+        if "lora_A" in n
+    }
+    assert found == EXPECTED_TARGETS[name]
+    trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in n for n in trained)
+
+
+def test_targets_that_match_nothing_are_refused_with_the_names_that_exist():
+    with pytest.raises(model.ModelError, match=r"c_attn.*down_proj, gate_proj"):
+        model.add_adapters(small("llama"), Tuning(target_modules=["c_attn"]))
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dtype_policy(tmp_path, mode, precision):
+    built = model.build(configured(saved(tmp_path), mode=mode), precision, CPU)
+    compute = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    found = {(s.what, s.dtype, s.trained) for s in model.shares(built)}
+    expected = {
+        "full": {("embeddings", "float32", True), ("layers", "float32", True)},
+        "lora": {
+            ("embeddings", compute, False),
+            ("layers", compute, False),
+            ("adapters", "float32", True),
+        },
+    }
+    expected["qlora"] = expected["lora"] | {("layers", "NF4", False)}
+    assert found == expected[mode]
+    count = sum(s.num_parameters for s in model.shares(built) if s.what != "adapters")
+    assert count == sum(p.numel() for p in small("llama").parameters())
+
+
+def test_a_trainable_weight_in_half_precision_is_refused():
+    with pytest.raises(AssertionError, match="float16"):
+        model.check_dtypes(small("llama").half(), "full", "fp32")
+
+
+def test_random_weights_are_a_function_of_the_seed(tmp_path):
+    config = configured(saved(tmp_path), mode="full")
+    config = config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})})
+    first, second = (model.build(config, "fp32", CPU) for _ in range(2))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_missing_model_is_one_sentence(tmp_path):
+    with pytest.raises(model.ModelError, match=r"expected a folder.*no such folder here"):
+        model.load_tokenizer(configured(str(tmp_path / "nothing")).model)
+
+
+def gradients(built: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    built.zero_grad()
+    built(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return {n: p.grad.clone() for n, p in built.named_parameters() if p.requires_grad}
+
+
+IDS = torch.arange(2, 32)[None]
+
+
+def wake(built: torch.nn.Module) -> None:
+    """Adapters start at zero output; give them some, so that every gradient is non-zero."""
+    torch.manual_seed(1)
+    for name, parameter in built.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora", "full"])
+def test_gradient_checkpointing_changes_no_gradient(tmp_path, mode):
+    config = configured(saved(tmp_path), mode=mode)
+    found = []
+    for checkpointing in (False, True):
+        train = config.train.model_copy(update={"gradient_checkpointing": checkpointing})
+        built = model.build(config.model_copy(update={"train": train}), "fp32", CPU).train()
+        wake(built)
+        assert getattr(built, "is_gradient_checkpointing", False) == checkpointing
+        found.append(gradients(built, IDS))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-6, atol=1e-7)
+
+
+# --- trap: NF4 weights repacked by the first evaluation ------------------------------------------
+
+
+def nf4_gradient_error(built: torch.nn.Module) -> float:
+    """Relative change of the adapters' gradients by an evaluation in between."""
+    wake(built)
+    before = gradients(built.train(), IDS)
+    with torch.no_grad():
+        built.eval()(input_ids=IDS)
+    after = gradients(built.train(), IDS)
+    return tiny.relative_error(list(after.values()), list(before.values()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_evaluation_leaves_the_gradients_of_qlora_alone(tmp_path, precision):
+    config = configured(saved(tmp_path), mode="qlora")
+    assert nf4_gradient_error(model.build(config, precision, CPU)) == 0
+
+
+@pytest.mark.skipif(not hardware.detect().cpu_bf16, reason="needs a CPU with AVX512-BF16")
+def test_the_trap_is_real_without_the_guard(tmp_path, monkeypatch):
+    """The control of the test above: where bitsandbytes repacks, training is silently wrong."""
+    monkeypatch.setattr(model, "keep_nf4_trainable", lambda _: None)
+    built = model.build(configured(saved(tmp_path), mode="qlora"), "bf16", CPU)
+    assert nf4_gradient_error(built) > 0.1
+
+
+# --- trap: packed documents that see each other --------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_packed_documents_give_the_logits_of_separate_ones_or_are_refused(name):
+    built = small(name)
+    documents = [torch.arange(2, 2 + n)[None] for n in (5, 13, 9)]
+    together = torch.cat(documents, 1)
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
+    packed = built(input_ids=together, position_ids=positions, use_cache=False).logits
+    alone = torch.cat([built(input_ids=d, use_cache=False).logits for d in documents], 1)
+    equal = float((packed - alone).norm() / alone.norm()) < 1e-5
+    assert model.documents_are_isolated(built, CPU) == equal
+    assert equal or name not in ("llama", "qwen2", "qwen3", "mistral")
+
+
+def test_a_model_that_leaks_is_found_out():
+    class Leaking(torch.nn.Module):
+        """What transformers does with a mask of ones: documents attend to each other."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = small("llama")
+            self.get_input_embeddings = self.inner.get_input_embeddings
+
+        def forward(self, input_ids, position_ids=None, use_cache=None):
+            ones = torch.ones_like(input_ids)
+            return self.inner(input_ids=input_ids, position_ids=position_ids, attention_mask=ones)
+
+    assert not model.documents_are_isolated(Leaking(), CPU)
+
+
+def test_only_chosen_positions_reach_the_head():
+    built = small("llama")
+    head = model.SupervisedHead(built)
+    ids = torch.stack([torch.arange(2, 12), torch.arange(12, 22)])
+    everything = built(input_ids=ids).logits.flatten(0, 1)
+    head.positions = torch.tensor([3, 0, 17])
+    chosen = built(input_ids=ids).logits
+    torch.testing.assert_close(chosen, everything[[3, 0, 17]])
