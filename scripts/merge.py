@@ -1,4 +1,4 @@
-"""Merges the adapter of a finished run into its base, and proves that the result is the same model."""
+"""Merges the adapter of a finished run into its base, and proves the result."""
 
 import argparse
 import json

@@ -41,16 +41,14 @@ def commit(final: Path, write: Callable[[Path], None], accelerator: Accelerator)
     Raises CheckpointError on all ranks if any of them failed; earlier checkpoints stay untouched.
     """
     staging = final.with_name(final.name + STAGING)
-    if accelerator.is_main_process:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    errors = gather_object([_attempt(lambda: write(staging))])
+    main = accelerator.is_main_process
+    errors = gather_object([_attempt(lambda: _make_anew(staging)) if main else None])
     if not any(errors):
-        main = accelerator.is_main_process
+        errors = gather_object([_attempt(lambda: write(staging))])
+    if not any(errors):
         errors = gather_object([_attempt(lambda: _seal(staging, final)) if main else None])
     if any(errors):
-        if accelerator.is_main_process:
+        if main:
             shutil.rmtree(staging, ignore_errors=True)
         reason = next(error for error in errors if error)
         raise CheckpointError(f"cannot save {final}: {reason}; earlier checkpoints are untouched")
@@ -64,20 +62,31 @@ def _attempt(action: Callable[[], None]) -> str | None:
     return None
 
 
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
 def _seal(staging: Path, final: Path) -> None:
-    files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+    written = sorted(staging.rglob("*"))
+    files = [path for path in written if path.is_file()]
     manifest = {
         str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in files
     }
     (staging / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1), "utf-8")
-    for path in [*files, staging / MANIFEST, staging]:
+    for path in [*written, staging / MANIFEST, staging]:
         _sync(path)
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
-    staging.rename(final)
+    try:
+        staging.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
     _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -98,10 +107,12 @@ def sha256(path: Path) -> str:
 # --- finding -----------------------------------------------------------------------------------
 
 
-def fault(folder: Path) -> str | None:
-    """Why the checkpoint in `folder` must not be loaded, or None. Reads no tensor."""
+def fault(folder: Path, *, digests: bool = True) -> str | None:
+    """Why the checkpoint in `folder` must not be loaded, or None. No `digests`: at a glance."""
     try:
         files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+        if not files:
+            return f"{MANIFEST} names no file"
         for name, expected in files.items():
             path = folder / name
             if not path.resolve().is_relative_to(folder.resolve()):
@@ -110,7 +121,7 @@ def fault(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
-            if sha256(path) != expected["sha256"]:
+            if digests and sha256(path) != expected["sha256"]:
                 return f"{name} is damaged: its sha256 is not the one in {MANIFEST}"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
@@ -148,11 +159,17 @@ def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints; only called once the newest is committed."""
-    for folder in newest_first(run)[keep:]:
+    """Removes what is older than the newest `keep` whole checkpoints; also what a kill left."""
+    for leftover in run.glob("checkpoint_step_*.old"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    num_whole = 0
+    for folder in newest_first(run):
+        if num_whole < keep:
+            num_whole += fault(folder, digests=False) is None
+            continue
         doomed = folder.with_name(folder.name + ".old")
         folder.rename(doomed)  # so that a half removed one is never taken for a checkpoint
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 # --- optimizer state ---------------------------------------------------------------------------
@@ -164,7 +181,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, values in state["state"].items():
-        for key, value in values.items():
+        for key, value in _flat(values).items():
             name = f"{index}.{key}"
             if isinstance(value, torch.Tensor):
                 tensors[name] = value.detach().cpu().contiguous().clone()
@@ -173,6 +190,13 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     save_file(tensors, folder / "optimizer.safetensors")
     rest = {"scalars": scalars, "param_groups": state["param_groups"]}
     (folder / "optimizer.json").write_text(json.dumps(rest), "utf-8")
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the mapping into which bitsandbytes wraps its tensors; it loads either form."""
+    wrapped = [key for key, value in values.items() if isinstance(value, dict)]
+    rest = {key: value for key, value in values.items() if key not in wrapped}
+    return rest | {k: v for key in wrapped for k, v in values[key].items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:

@@ -90,7 +90,7 @@ class Data(Section):
 class Train(Section):
     output_dir: Text
     """Run folder: everything that the run writes lies in it."""
-    seed: CountOrZero = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Order of the data, initialisation and dropout are functions of it and of the step."""
     epochs: Positive = 1.0
     """Passes over the training rows; 0.5 is half a pass."""
@@ -246,7 +246,7 @@ def dump_config(config: Config, reasons: dict[str, str] | None = None) -> str:
         for key, value in values.items():
             tree[section][key] = value
             if reason := (reasons or {}).get(f"{section}.{key}"):
-                tree[section].yaml_add_eol_comment(f"auto: {reason}", key)
+                tree[section].yaml_add_eol_comment(f"auto: {' '.join(reason.split())}", key)
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar(_NULL, "null"))
     yaml.dump(tree, stream)
     return stream.getvalue()
@@ -258,7 +258,10 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
     for path, value in values.items():
         section, key = path.split(".")
         tree[section][key] = value
-    return Config.model_validate(tree)
+    changed, problems = _validate(tree, {})
+    if changed is None:
+        raise ConfigError("\n  ".join(["these values do not fit the configuration", *problems]))
+    return changed
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -268,32 +271,47 @@ _NULL = "tag:yaml.org,2002:null"
 
 def _compose(text: str, name: str) -> Node | None:
     """YAML 1.2 nodes: `3e-5` is a number, `no` a word; aliases are refused."""
-    if re.search(r"(^|[\s\[,:])[&*]\w", re.sub(r"#.*|'[^']*'|\"[^\"]*\"", "", text)):
-        raise ConfigError(f"{name}: YAML anchors and aliases are not read; use include:")
     try:
+        for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
+            if getattr(event, "anchor", None):
+                place = f"{name}:{event.start_mark.line + 1}"
+                raise ConfigError(f"{place}: YAML anchors and aliases are not read; use include:")
         return YAML(typ="safe", pure=True).compose(io.StringIO(text))
+    except RecursionError:
+        raise ConfigError(f"{name}: not valid YAML: nested too deeply") from None
+    except ConfigError:
+        raise
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from None
     except (YAMLError, ValueError) as error:
-        raise ConfigError(f"{name}: not valid YAML: {error}") from None
+        raise ConfigError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
 
 
 def _construct(node: Node | None) -> Any:
     if isinstance(node, MappingNode):
-        return {key.value: _construct(value) for key, value in node.value}
+        return {_key(key): _construct(value) for key, value in node.value}
     if isinstance(node, SequenceNode):
         return [_construct(item) for item in node.value]
     return _scalar(node) if isinstance(node, ScalarNode) else {}
 
 
+def _key(node: Node) -> str:
+    return node.value if isinstance(node, ScalarNode) else "?"
+
+
 def _scalar(node: ScalarNode) -> Any:
+    """The value; what only claims to be a number stays text, and is refused as such."""
     kind, text = str(node.tag).rsplit(":", 1)[-1], node.value
-    if kind == "int":
-        return int(text, 0) if re.fullmatch(r"[-+]?0[xo][0-9a-fA-F]+", text) else int(text)
-    if kind == "float":
-        return float(text.replace(".inf", "inf").replace(".nan", "nan").replace(".NaN", "nan"))
-    if kind == "bool":
+    try:
+        if kind == "int":
+            prefixed = re.fullmatch(r"[-+]?0[xo][0-9a-fA-F]{1,16}", text)
+            return int(text, 0) if prefixed else int(text)
+        if kind == "float":
+            return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
+    except ValueError:
+        return text
+    if kind == "bool" and text.lower() in ("true", "false"):
         return text.lower() == "true"
     return None if kind == "null" else text
 
@@ -302,7 +320,7 @@ def _lines(node: Node | None, name: str, prefix: str = "") -> Iterator[tuple[str
     """(dotted path, file:line) of every key."""
     if isinstance(node, MappingNode):
         for key, value in node.value:
-            path = f"{prefix}{key.value}"
+            path = f"{prefix}{_key(key)}"
             yield path, f"{name}:{key.start_mark.line + 1}"
             yield from _lines(value, name, f"{path}.")
 
@@ -328,11 +346,16 @@ def _read(file: Path, origins: Origins, problems: list[str], seen: tuple[Path, .
         return {}
     problems += _duplicates(node, str(file))
     tree = _construct(node)
+    lines = dict(_lines(node, str(file)))
     includes = tree.pop("include", [])
+    names = includes if isinstance(includes, list) else [includes]
+    if not all(isinstance(name, str) and name.isprintable() for name in names):
+        problems.append(f"include ({lines['include']}): expected a file or a list of files")
+        names = []
     base: dict = {}
-    for name in [includes] if isinstance(includes, str) else includes:
+    for name in names:
         _merge(base, _read(file.parent / name, origins, problems, (*seen, file.resolve())))
-    origins.update(_lines(node, str(file)))
+    origins.update(lines)
     _merge(base, tree)
     return base
 
@@ -340,11 +363,11 @@ def _read(file: Path, origins: Origins, problems: list[str], seen: tuple[Path, .
 def _duplicates(node: MappingNode, name: str, prefix: str = "") -> Iterator[str]:
     seen = set()
     for key, value in node.value:
-        if key.value in seen:
-            yield f"{name}:{key.start_mark.line + 1}: {prefix}{key.value} is given twice"
-        seen.add(key.value)
+        if _key(key) in seen:
+            yield f"{name}:{key.start_mark.line + 1}: {prefix}{_key(key)} is given twice"
+        seen.add(_key(key))
         if isinstance(value, MappingNode):
-            yield from _duplicates(value, name, f"{prefix}{key.value}.")
+            yield from _duplicates(value, name, f"{prefix}{_key(key)}.")
 
 
 def _merge(base: dict, over: dict) -> None:
@@ -369,7 +392,9 @@ def _parse_override(text: str, origins: Origins, problems: list[str]) -> dict:
     tree: Any = _construct(node) if node is not None else None
     for key in reversed(path.split(".")):
         tree = {key: tree}
-    origins[path] = "override"
+    section, key, *_ = path.split(".")
+    origins.setdefault(section, "override")
+    origins[f"{section}.{key}"] = "override"
     return tree
 
 
@@ -405,14 +430,17 @@ def _where(path: str, origins: Origins) -> str:
 
 
 def _explain(path: str, item: Any, origins: Origins) -> str:
-    section, _, key = path.partition(".")
+    section, key = (*map(str, item["loc"]), "")[:2]  # either may contain a dot itself
     at = f"{path}{_where(path, origins)}"
     if item["type"] == "extra_forbidden":
         known = list(SECTIONS[section].model_fields if key else SECTIONS)
         near = difflib.get_close_matches(key or section, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        elsewhere = [s for s, model in SECTIONS.items() if key in model.model_fields]
-        hint = f"did you mean {elsewhere[0]}.{key}?" if elsewhere else hint
+        word = key or section
+        elsewhere = [s for s, model in SECTIONS.items() if word in model.model_fields]
+        hint = f"did you mean {elsewhere[0]}.{word}?" if elsewhere else hint
+        if "." in word:
+            hint = "in a file, write the section and below it the key"
         return f"{at}: unknown key; {hint}"
     if item["type"] == "missing":
         field = SECTIONS[section].model_fields.get(key) if key else None
@@ -460,7 +488,7 @@ def _type_name(field: Any) -> str:
 def _bounds(metadata: list[Any]) -> str:
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     parts = [
-        f"{sign} {getattr(item, name):g}"
+        f"{sign} {getattr(item, name)}"
         for item in metadata
         for name, sign in signs.items()
         if getattr(item, name, None) is not None

@@ -212,7 +212,7 @@ class Engine:
     def _seed(self, micro_batch: batching.MicroBatch, ids: list[int]) -> None:
         """Randomness (dropout) is a function of seed, step and position in the global batch."""
         position = ids.index(micro_batch[0]) if micro_batch else len(ids)
-        torch.manual_seed(((self.train.seed * 1_000_003 + self.step) << 20) + position)
+        torch.manual_seed((((self.train.seed * 1_000_003 + self.step) << 20) + position) % 2**63)
 
     @contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
@@ -360,6 +360,11 @@ class Engine:
 
     def resume(self, folder: Path) -> None:
         """Continues from a verified checkpoint folder."""
+        if not (folder / "trainer.json").exists():
+            raise checkpoint.CheckpointError(
+                f"{folder} holds a model, not the state of a run: expected trainer.json; "
+                "resume from a checkpoint_step_<n> folder"
+            )
         state = json.loads((folder / "trainer.json").read_text("utf-8"))
         now = self._identity()
         if changed := [k for k in now if state["identity"].get(k) != now[k]]:

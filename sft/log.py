@@ -30,7 +30,13 @@ Advance = Callable[..., None]  # advance(n=1, note="")
 
 def make_console(file: IO[str] | None = None) -> Console:
     """At most `WIDTH` columns; text is printed as it is, never read as markup."""
-    console = Console(file=file, highlight=False, markup=False)
+    console = Console(
+        file=file,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        force_terminal=False if file else None,  # FORCE_COLOR is not meant for files
+    )
     if not console.is_terminal or console.width > WIDTH:
         console.width = WIDTH
     return console
@@ -55,6 +61,14 @@ def duration(seconds: float) -> str:
     return (
         f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
     )
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of metrics.jsonl; -1 if the line was torn by a kill or a full disk."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else -1
+    except (ValueError, TypeError, KeyError):
+        return -1
 
 
 class Log:
@@ -85,8 +99,10 @@ class Log:
             return
         path = self.folder / "metrics.jsonl"
         kept = path.read_text("utf-8").splitlines(True) if path.exists() and step else []
-        kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), "utf-8")
+        kept = [line for line in kept if 0 <= _step_of(line) <= step]
+        rewritten = path.with_suffix(".tmp")  # a kill in between must not cost the history
+        rewritten.write_text("".join(kept), "utf-8")
+        rewritten.replace(path)
         self._metrics = path.open("a", encoding="utf-8")
         if self._use_tensorboard:
             from torch.utils.tensorboard import SummaryWriter

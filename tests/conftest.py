@@ -24,12 +24,18 @@ def shared() -> Path:
 def launch(num_processes: int, script: Path | str, *arguments: str, timeout: int = 300) -> str:
     """Runs `script` on so many real processes (torchrun) and returns what they printed.
 
-    The exit code is not judged: gloo may abort after all work is done. Tests read the files of the ranks.
+    The exit code is not judged: gloo may abort after all work is done. Tests read the ranks' files.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={num_processes}", str(script), *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=timeout
+        command,
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
     return done.stdout + done.stderr
 
@@ -56,6 +62,7 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
             capture_output=True,
             text=True,
             timeout=600,
+            check=False,
         )
 
     return call

@@ -1,8 +1,8 @@
 """Law 1: the cut of a global batch changes speed and memory, never loss or gradient.
 
-Every result is compared with `tiny.reference`, a loop of one example at a time that shares no code with
-the engine. A quarter of the examples have no supervised token, so some micro-batches and some ranks
-have none either.
+Every result is compared with `tiny.reference`, a loop of one example at a time that shares no code
+with the engine. A quarter of the examples have no supervised token, so some micro-batches and some
+ranks have none either.
 """
 
 from __future__ import annotations

@@ -24,6 +24,11 @@ class Tokenizer:
     pad_token_id = 0
     eos_token_id = 1
 
+    def save_pretrained(self, folder: str) -> None: ...
+
+
+AUDIT = {"data_sha256": "-", "train": {"tokenizer_sha256": "-", "template_sha256": "-"}}
+
 
 def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
@@ -79,7 +84,7 @@ def make_engine(
 ) -> engine.Engine:
     accelerator = processes.start_processes(settings.train)
     places = [data.Row(messages=[], file="tiny", line=i + 1) for i in range(len(rows))]
-    prepared = finetune.Prepared(Tokenizer(), rows, places, held_out, [], {})  # type: ignore[arg-type]
+    prepared = finetune.Prepared(Tokenizer(), rows, places, held_out, [], AUDIT)  # type: ignore[arg-type]
     task = finetune.FineTune(settings, prepared, model, accelerator, Log(None), budget)
     return engine.Engine(task, settings.train, accelerator, Log(None), budget)
 

@@ -1,0 +1,161 @@
+"""The loop: schedule, refusal of non-finite steps, exact resume. Law 1 is in test_laws.py."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from sft import batching, chat, checkpoint, engine
+from sft.config import ConfigError
+
+BUDGET = batching.Budget(60, "padded")
+SCHEDULES = {  # warm-up of 2 of 10 steps to a peak of 1; the floor of cosine and linear is 0.1
+    "constant": [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    "linear": [0.5, 1, 1, 0.8714, 0.7429, 0.6143, 0.4857, 0.3571, 0.2286, 0.1],
+    "cosine": [0.5, 1, 1, 0.9554, 0.8305, 0.6501, 0.4499, 0.2695, 0.1446, 0.1],
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learning_rate_by_step(tmp_path, schedule):
+    train = tiny.config(
+        tmp_path, schedule=schedule, learning_rate=1.0, warmup_ratio=0.15, min_lr_ratio=0.1
+    ).train
+    rates = [engine.learning_rate(train, step, 10) for step in range(10)]
+    assert rates == pytest.approx(SCHEDULES[schedule], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"epochs": 1, "global_batch": 4}, 3),  # 10 examples: 4 + 4 + 2
+        ({"epochs": 2.5, "global_batch": 4}, 8),
+        ({"epochs": 0.01, "global_batch": 4}, 1),
+        ({"epochs": 3, "max_steps": 5, "global_batch": 4}, 5),
+        ({"epochs": 1, "global_batch": 100}, 1),
+    ],
+)
+def test_number_of_steps(tmp_path, settings, expected):
+    assert engine.total_steps(tiny.config(tmp_path, **settings).train, 10) == expected
+
+
+def test_weight_decay_is_for_matrices_only(tmp_path):
+    optimizer = engine.build_optimizer(
+        tiny.config(tmp_path, weight_decay=0.5).train, tiny.llama(attention_bias=True)
+    )
+    for group in optimizer.param_groups:
+        expected = 0.5 if group["params"][0].ndim >= 2 else 0.0
+        assert group["weight_decay"] == expected
+        assert all((p.ndim >= 2) == bool(expected) for p in group["params"])
+
+
+def make(folder, rows=None, **train):
+    rows = rows or tiny.examples(0, 11)
+    settings = tiny.config(folder, **({"global_batch": 4, "max_steps": 8} | train))
+    return tiny.make_engine(tiny.llama(attention_dropout=0.3), rows, rows, settings, BUDGET)
+
+
+def weights(built):
+    return {name: value.clone() for name, value in built.task.model.state_dict().items()}
+
+
+def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(tmp_path):
+    rows = tiny.examples(0, 8)
+    built = make(tmp_path, rows, global_batch=8)
+    built.budget = batching.Budget(1, "padded")  # every example alone
+    token = rows[0].ids[0]
+    with torch.no_grad():
+        built.task.model.get_input_embeddings().weight[token] = float("nan")
+    before = weights(built)
+    with pytest.raises(engine.NonFiniteError, match="loss is nan in step 1") as error:
+        built.optimizer_step()
+    assert error.value.exit_code == 5
+    named = {i for i in range(8) if f"tiny:{i + 1}" in str(error.value)}
+    assert named == {i for i, row in enumerate(rows) if reaches_the_loss(row, token)}
+    assert 0 < len(named) < 8
+    for name, value in weights(built).items():
+        assert torch.equal(value.nan_to_num(7), before[name].nan_to_num(7)), name
+
+
+def reaches_the_loss(row, token: int) -> bool:
+    """Whether a supervised token stands behind this one."""
+    first = row.ids.index(token) if token in row.ids else len(row.ids)
+    return any(label != chat.IGNORED for label in row.labels[first + 1 :])
+
+
+def test_an_infinite_gradient_is_not_applied(tmp_path):
+    built = make(tmp_path)
+    before = weights(built)
+    parameter = next(built.task.model.parameters())
+    parameter.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    with pytest.raises(engine.NonFiniteError, match="gradient norm is"):
+        built.optimizer_step()
+    assert all(torch.equal(value, before[name]) for name, value in weights(built).items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, optimizer):
+    """With dropout, in the middle of an epoch, and with an evaluation in between."""
+    whole = make(tmp_path / "whole", optimizer=optimizer)
+    losses = []
+    for _ in range(8):
+        losses.append(whole.optimizer_step()["train/loss"])
+        whole.step += 1
+    first = make(tmp_path / "parts", optimizer=optimizer)
+    for _ in range(5):
+        first.optimizer_step()
+        first.step += 1
+    first.evaluate()
+    folder = first.save()
+    second = make(tmp_path / "parts", optimizer=optimizer)
+    assert checkpoint.fault(folder) is None
+    second.resume(folder)
+    for expected in losses[5:]:
+        assert second.optimizer_step()["train/loss"] == expected
+        second.step += 1
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(second)[name]), name
+
+
+def test_a_checkpoint_is_the_weights_the_optimizer_and_one_number(tmp_path):
+    built = make(tmp_path)
+    built.optimizer_step()
+    built.step += 1
+    folder = built.save()
+    state = json.loads((folder / "trainer.json").read_text())
+    assert state["step"] == 1
+    saved = load_file(folder / "model.safetensors")
+    trained = dict(built.task.model.named_parameters())
+    assert all(torch.equal(saved[name], trained[name]) for name in saved)
+    assert not list(folder.rglob("*.bin")) + list(folder.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"global_batch": 5}, {"optimizer": "adamw_8bit"}])
+def test_another_run_is_not_resumed(tmp_path, change):
+    built = make(tmp_path)
+    built.optimizer_step()
+    built.step += 1
+    folder = built.save()
+    (key,) = change
+    with pytest.raises(ConfigError, match=rf"train\.{key}: was .*, is"):
+        make(tmp_path, **change).resume(folder)
+
+
+def test_a_probe_leaves_no_trace(tmp_path):
+    probed, plain = make(tmp_path), make(tmp_path)
+    assert probed.probe_seconds_per_step() > 0
+    assert probed.optimizer_step()["train/loss"] == plain.optimizer_step()["train/loss"]
+    for name, value in weights(plain).items():
+        assert torch.equal(value, weights(probed)[name])
+
+
+def test_training_lowers_the_loss_of_what_it_sees(tmp_path):
+    built = make(tmp_path, max_steps=40, learning_rate=1e-2, max_grad_norm=1.0)
+    before = built.evaluate()["loss"]
+    built.run()
+    assert built.step == 40
+    assert built.evaluate()["loss"] < 0.5 * before
