@@ -32,12 +32,19 @@ def steps_per_epoch(num_examples: int, global_batch: int) -> int:
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+def _epoch_order(num_examples: int, seed: int | None, epoch: int) -> np.ndarray:
+    if seed is None:
+        return np.arange(num_examples)
     return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
-def global_batch_ids(num_examples: int, seed: int, step: int, global_batch: int) -> list[int]:
-    """Example ids of optimizer step `step` (from 0). The last batch of an epoch may be smaller."""
+def global_batch_ids(
+    num_examples: int, seed: int | None, step: int, global_batch: int
+) -> list[int]:
+    """Example ids of optimizer step `step` (from 0). The last batch of an epoch may be smaller.
+
+    `seed=None` keeps the order of the data: a curriculum.
+    """
     epoch, position = divmod(step, steps_per_epoch(num_examples, global_batch))
     start = position * global_batch
     return _epoch_order(num_examples, seed, epoch)[start : start + global_batch].tolist()

@@ -92,6 +92,8 @@ class Train(Section):
     """Run folder: everything that the run writes lies in it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Order of the data, initialisation and dropout are functions of it and of the step."""
+    shuffle: bool = True
+    """A new order each epoch. `false`: the order of the file, for a curriculum."""
     epochs: Positive = 1.0
     """Passes over the training rows; 0.5 is half a pass."""
     max_steps: Count | None = None

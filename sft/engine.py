@@ -90,6 +90,10 @@ def learning_rate(train: Train, step: int, total_steps: int) -> float:
     return train.learning_rate * (floor + (1 - floor) * shape[train.schedule])
 
 
+def order_seed(train: Train) -> int | None:
+    return train.seed if train.shuffle else None
+
+
 def total_steps(train: Train, num_examples: int) -> int:
     per_epoch = batching.steps_per_epoch(num_examples, train.global_batch)
     return train.max_steps or max(1, math.ceil(train.epochs * per_epoch))
@@ -158,7 +162,7 @@ class Engine:
         """Ids of the step's global batch, and this rank's micro-batches of it."""
         lengths, world = self.task.lengths, self.accelerator.num_processes
         ids = batching.global_batch_ids(
-            len(lengths), self.train.seed, step, self.train.global_batch
+            len(lengths), order_seed(self.train), step, self.train.global_batch
         )
         cuts = batching.cut(ids, lengths, world, self.budget)
         return ids, cuts[self.accelerator.process_index]
@@ -347,6 +351,7 @@ class Engine:
         train = self.train
         return {
             "train.seed": str(train.seed),
+            "train.shuffle": str(train.shuffle),
             "train.global_batch": str(train.global_batch),
             "train.optimizer": train.optimizer,
             "train.engine": train.engine,

@@ -90,7 +90,7 @@ def make_plan(config: Config, prepared: Prepared, hardware: Hardware, world_size
         saturates=SATURATING_TOKENS["cuda" if hardware.devices else "cpu"],
     )
     budget = batching.Budget(max_tokens, layout)
-    ids = batching.global_batch_ids(len(lengths), train.seed, 0, train.global_batch)
+    ids = batching.global_batch_ids(len(lengths), engine.order_seed(train), 0, train.global_batch)
     cuts = batching.cut(ids, lengths, world_size, budget)
     heaviest = max(batching.num_tokens(lengths, m, layout) for rank in cuts for m in rank)
     trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)

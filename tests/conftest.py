@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # models here are too small to gain from more
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("SFT_SHARED", ROOT.parent / "shared"))

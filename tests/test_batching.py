@@ -194,3 +194,8 @@ CUTS = {
 def test_a_small_cut_is_the_one_written_out(layout, max_tokens):
     expected = CUTS[layout, max_tokens]
     assert cut(range(8), LENGTHS, 2, Budget(max_tokens, layout)) == expected
+
+
+def test_without_a_seed_the_order_is_that_of_the_data():
+    assert global_batch_ids(10, None, 1, 4) == [4, 5, 6, 7]
+    assert global_batch_ids(10, None, 3, 4) == [0, 1, 2, 3]  # the next epoch

@@ -1,0 +1,66 @@
+"""`make check`: every finding is a line, the exit code says so, and nothing is written."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import ROOT
+
+from sft import check
+from sft.config import load_config, with_values
+
+
+def files() -> set:
+    return {
+        (path, path.stat().st_mtime)
+        for path in ROOT.rglob("*")
+        if path.is_file() and not {".git", ".venv", "__pycache__"} & set(path.parts)
+    }
+
+
+@pytest.mark.slow
+def test_a_sound_configuration_passes_and_leaves_no_file(run_script):
+    before = files()
+    done = run_script("check.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    for what in ("Python", "packages", "device", "configuration", "precision", "write access"):
+        assert any(line.startswith("ok") and what in line for line in lines), what
+    for what in ("tokenizer and template", "data:", "disk", "one training step"):
+        assert any(line.startswith("ok") and what in line for line in lines), what
+    assert "NOT OK" not in done.stdout
+    assert max(map(len, lines)) <= 100
+    assert files() == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.lr=1"], "unknown key"),
+        (["data.train_path=missing.jsonl"], "missing.jsonl"),
+        (["model.name=missing"], "cannot load 'missing'"),
+        (["train.output_dir=/proc/nothing"], "cannot write"),
+    ],
+)
+@pytest.mark.slow
+def test_a_fault_is_a_finding_with_a_remedy_and_exit_code_2(run_script, overrides, message):
+    done = run_script("check.py", *overrides)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "NOT OK" in done.stdout
+    assert message in " ".join(done.stdout.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_versions_are_compared_with_the_pins(tmp_path):
+    pins = tmp_path / "requirements.txt"
+    pins.write_text("rich==0.0.1  # old\nno-such-package==1.0\n")
+    found = check.packages(pins)
+    assert not found.ok
+    assert "rich: expected 0.0.1, found" in found.what
+    assert "no-such-package: expected 1.0, found nothing" in found.what
+    assert check.packages(ROOT / "requirements.txt").ok
+
+
+def test_emulated_bf16_is_a_finding():
+    config = with_values(load_config(ROOT / "configs/nano.yaml"), {"train.precision": "bf16"})
+    machine = check.hardware.detect()
+    assert check.precision(config, machine).ok == machine.cpu_bf16 or machine.devices

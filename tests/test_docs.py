@@ -1,0 +1,84 @@
+"""Every command in the docs exists, and every override in them fits the schema."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+from sft.config import load_config
+
+DOCS = [ROOT / "README.md", ROOT / "nano/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
+VARIABLES = {
+    *("CONFIG", "ARGS", "RUN", "NUM_PROCESSES", "ACCELERATE_CONFIG", "AUTO", "DEEPSPEED", "OUTPUT"),
+    *("DTYPE", "PROMPT", "PORT", "OUTPUTS", "VENV_TOO", "PYTHON"),
+}
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for path in DOCS:
+        text = path.read_text()
+        code = re.findall(r"```(?:bash|console)?\n(.*?)```", text, re.DOTALL)
+        lines = [line.removeprefix("$ ") for block in code for line in block.splitlines()]
+        lines += re.findall(r"`(make [^`]+)`", text)
+        found += [(path.name, line) for line in lines if line.startswith("make ")]
+    return found
+
+
+def test_the_docs_have_commands():
+    assert len(commands()) >= 15
+
+
+@pytest.mark.parametrize(("document", "command"), commands())
+def test_a_command_in_the_docs_is_one_that_exists(document, command):
+    words = shlex.split(command.split("#")[0])[1:]
+    assignments = [word for word in words if "=" in word]
+    for target in set(words) - set(assignments):
+        assert target in TARGETS, document
+    for assignment in assignments:
+        name, value = assignment.split("=", 1)
+        assert name in VARIABLES, document
+        if name == "ARGS":
+            load_config(ROOT / "configs/nano.yaml", value.split())
+        if name == "CONFIG" and (ROOT / value).exists():
+            load_config(ROOT / value)
+
+
+def test_every_variable_of_the_docs_is_read_by_the_makefile():
+    assert all(f"$({name})" in MAKEFILE or f"$(if $({name})" in MAKEFILE for name in VARIABLES)
+
+
+def test_help_lists_every_target_once():
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = re.findall(r"^  \S*?\x1b\[36m([a-z-]+)", told.stdout, re.MULTILINE)
+    assert sorted(listed) == sorted(TARGETS)
+    plain = re.sub(r"\x1b\[\d+m", "", told.stdout)
+    assert max(map(len, plain.splitlines())) <= 120
+
+
+def test_the_map_of_the_design_names_every_module():
+    text = (ROOT / "docs/DESIGN.md").read_text()
+    modules = {path.name for path in (ROOT / "sft").glob("*.py")} - {"__init__.py"}
+    assert modules == {name for name in re.findall(r"`(\w+\.py)`", text) if name in modules}
+
+
+def test_every_script_is_a_target():
+    scripts = {path.name for path in (ROOT / "scripts").glob("*.py")}
+    assert scripts == set(re.findall(r"scripts/(\w+\.py)", MAKEFILE))
+
+
+def test_no_path_of_a_machine_is_committed():
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    for name in filter(None, tracked.stdout.split("\0")):
+        path = ROOT / name
+        if path.is_file() and path.suffix in {".py", ".md", ".yaml", ".json", ""}:
+            text = path.read_text("utf-8", errors="replace")
+            assert str(ROOT.parent) + "/" not in text, name

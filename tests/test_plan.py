@@ -1,0 +1,112 @@
+"""The plan: exact counts, values for `auto` with their reasons, and what it says of memory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import ROOT
+
+from sft import batching, finetune, hardware, model, plan
+from sft.config import Config, dump_config, load_config, with_values
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load_config(ROOT / "configs/nano.yaml")
+
+
+@pytest.fixture(scope="module")
+def prepared(config) -> finetune.Prepared:
+    return finetune.prepare(with_values(config, {"data.max_rows": 300}))
+
+
+def machine(ram_bytes: int, gpu_bytes: int | None = None) -> hardware.Hardware:
+    gpu = hardware.Device(0, "a GPU", gpu_bytes or 0, gpu_bytes, True, (9, 0))
+    return hardware.Hardware(
+        [gpu] if gpu_bytes else [], "a CPU", 2, ram_bytes, ram_bytes, True, 100 * GIB, None
+    )
+
+
+def test_counts_are_those_of_the_data_and_of_the_model(config, prepared):
+    made = plan.make_plan(config, prepared, machine(8 * GIB), 1)
+    assert made.num_examples == 300
+    assert made.tokens_per_epoch == sum(len(example.ids) for example in prepared.train)
+    built = model.build(config, "fp32", __import__("torch").device("cpu"))
+    shares = model.shares(built)
+    assert made.num_parameters == sum(s.num_parameters for s in shares)
+    assert made.num_trained == sum(s.num_parameters for s in shares if s.trained)
+    stored = sum(s.num_bytes for s in shares)
+    assert made.memory.weights == pytest.approx(stored, rel=0.02)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
+def test_fixed_memory_by_mode(config, prepared, mode):
+    made = plan.make_plan(with_values(config, {"tuning.mode": mode}), prepared, machine(8 * GIB), 1)
+    assert made.memory.gradients == 4 * made.num_trained
+    assert made.memory.optimizer == 8 * made.num_trained
+    assert (made.num_trained == made.num_parameters) == (mode == "full")
+
+
+def test_the_budget_is_what_fits_what_saturates_or_the_longest(config, prepared):
+    longest = max(len(example.ids) for example in prepared.train)
+    roomy = plan.make_plan(config, prepared, machine(64 * GIB), 1)
+    assert roomy.budget.max_tokens == plan.SATURATING_TOKENS["cpu"]
+    tight = plan.make_plan(config, prepared, machine(100 * 2**20), 1)
+    assert longest < tight.budget.max_tokens < plan.SATURATING_TOKENS["cpu"]
+    assert tight.memory.total < 100 * 2**20
+    hopeless = plan.make_plan(config, prepared, machine(2**20), 1)
+    assert hopeless.budget.max_tokens == longest
+    assert "longest" in hopeless.reasons["train.max_tokens"]
+
+
+def test_processes_share_the_memory_of_a_cpu(config, prepared):
+    one, four = (plan.make_plan(config, prepared, machine(8 * GIB), n) for n in (1, 4))
+    assert four.available_bytes == one.available_bytes // 4
+    assert four.micro_batches <= one.micro_batches
+
+
+def test_a_value_that_was_given_is_kept(config, prepared):
+    given = with_values(config, {"train.max_tokens": 333})
+    made = plan.make_plan(given, prepared, machine(8 * GIB), 1)
+    assert made.budget.max_tokens == 333
+    assert "train.max_tokens" not in made.reasons
+
+
+def test_auto_values_and_their_reasons_go_into_the_resolved_configuration(
+    config, prepared, tmp_path
+):
+    made = plan.make_plan(config, prepared, machine(8 * GIB), 1)
+    resolved = with_values(config, plan.resolved_values(made))
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(resolved, made.reasons))
+    loaded = load_config(path)
+    assert loaded == resolved
+    assert loaded.train.max_tokens == made.budget.max_tokens
+    assert "# auto: " in path.read_text()
+
+
+def test_the_plan_is_written_with_what_was_measured(config, prepared, tmp_path):
+    made = plan.make_plan(config, prepared, machine(8 * GIB), 1)
+    plan.write(made, tmp_path / "plan.json", {"training_seconds": 3.0})
+    read = json.loads((tmp_path / "plan.json").read_text())
+    assert read["steps"] == made.steps == -(-300 // config.train.global_batch) * config.train.epochs
+    assert read["measured"] == {"training_seconds": 3.0}
+
+
+def test_packed_layout_only_where_attention_reads_borders(config):
+    assert plan.resolve_layout(config)[0] == "padded"
+    flash = with_values(config, {"model.attn_implementation": "flash_attention_2"})
+    assert plan.resolve_layout(flash)[0] == "packed"
+    padded = with_values(config, {"train.layout": "padded"})
+    assert plan.resolve_layout(padded) == ("padded", "configured")
+
+
+def test_the_first_step_is_cut_as_the_plan_says(config, prepared):
+    made = plan.make_plan(config, prepared, machine(100 * 2**20), 2)
+    lengths = [len(example.ids) for example in prepared.train]
+    ids = batching.global_batch_ids(300, config.train.seed, 0, config.train.global_batch)
+    cuts = batching.cut(ids, lengths, 2, made.budget)
+    assert [len(rank) for rank in cuts] == [made.micro_batches] * 2
