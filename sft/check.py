@@ -23,7 +23,6 @@ from sft.config import Config, UserError, load_config, with_values
 from sft.log import Log, make_console
 
 ROWS = 8  # of the data, for the training step
-STEP_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -175,13 +174,10 @@ def training_step(config: Config) -> Finding:
 def _few(config: Config) -> Config:
     """The configuration for one step of the first rows, in one process."""
     return with_values(
-        config,
+        processes.any_launch(config),
         {
             "data.max_rows": min(ROWS, config.data.max_rows or ROWS),
             "train.global_batch": ROWS,
             "train.max_steps": 1,
-            "train.num_processes": None,
-            "train.engine": "ddp",
-            "train.deepspeed_config": None,
         },
     )

@@ -71,13 +71,13 @@ def run_config(run: Path, overrides: list[str] | None = None) -> Config:
 
 
 def load_tuned(
-    config: Config, precision: str, device: torch.device, *, quantised: bool = True
+    run: Path, config: Config, precision: str, device: torch.device, *, quantised: bool = True
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The tuned model of a finished run, as it was trained: a QLoRA adapter on its NF4 base.
 
-    `quantised=False` puts the adapter on the original weights instead.
+    `config` is what `run_config(run)` gave. `quantised=False` puts the adapter on the original weights instead.
     """
-    folder = Path(config.train.output_dir) / "final_checkpoint"
+    folder = run / "final_checkpoint"
     tokenizer = load_tokenizer(Model(name=str(folder)))
     mode = config.tuning.mode
     if mode == "full":
@@ -100,7 +100,7 @@ def merge(run: Path, output: Path, dtype: str) -> dict[str, Any]:
     if config.tuning.mode == "full":
         raise ExportError(f"{run}: full fine-tuning has no adapter; final_checkpoint/ is the model")
     cpu = torch.device("cpu")
-    adapted, tokenizer = load_tuned(config, "fp32", cpu, quantised=False)
+    adapted, tokenizer = load_tuned(run, config, "fp32", cpu, quantised=False)
     prompts = _pinned_prompts(run, tokenizer)
     expected = [_log_probabilities(adapted, ids) for ids in prompts]
     merged = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
@@ -110,7 +110,7 @@ def merge(run: Path, output: Path, dtype: str) -> dict[str, Any]:
     report: dict[str, Any] = {"dtype": dtype, "num_prompts": len(prompts)}
     report["against_unmerged"] = _compare(expected, found)
     if config.tuning.mode == "qlora":
-        trained, _ = load_tuned(config, "fp32", cpu)
+        trained, _ = load_tuned(run, config, "fp32", cpu)
         report["against_trained"] = _compare(
             [_log_probabilities(trained, i) for i in prompts], found
         )

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DeepSpeedPlugin
 
-from sft.config import ConfigError, Train
+from sft.config import Config, ConfigError, Train, with_values
 
 
 def resolve_precision(train: Train) -> tuple[str, str]:
@@ -30,6 +30,12 @@ def resolve_precision(train: Train) -> tuple[str, str]:
     return "fp32", "the GPU has no bf16"
 
 
+def any_launch(config: Config) -> Config:
+    """`config` without its demands on the launch: for using a run's result, not repeating it."""
+    free = {"train.num_processes": None, "train.engine": "ddp", "train.deepspeed_config": None}
+    return with_values(config, free)
+
+
 def start_processes(train: Train) -> Accelerator:
     """Joins the process group. Raises ConfigError if it is not the one that was asked for."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -39,6 +45,8 @@ def start_processes(train: Train) -> Accelerator:
     if on_cpu and world > 1:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guesses so
     if train.engine == "deepspeed":
         accelerator = Accelerator(
             deepspeed_plugin=_deepspeed_plugin(train, precision),

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from rich.table import Table
@@ -23,7 +22,7 @@ from sft.config import Config, UserError, dump_config, with_values
 from sft.engine import Engine, Preempted, memory_bytes
 from sft.log import Log, duration, facts
 from sft.model import build, dtype_table
-from sft.processes import end_processes, resolve_precision, start_processes
+from sft.processes import any_launch, end_processes, resolve_precision, start_processes
 
 Result = TypeVar("Result")
 
@@ -110,15 +109,12 @@ def _run(
 
 def evaluate_run(folder: Path, overrides: list[str]) -> None:
     """Evaluates a finished run again, with overrides (another file, more examples)."""
-    config = with_values(
-        export.run_config(folder, overrides),
-        {"train.output_dir": str(folder), "train.num_processes": None, "train.engine": "ddp"},
-    )
+    config = any_launch(export.run_config(folder, overrides))
     accelerator = start_processes(config.train)
     log = Log(folder) if accelerator.is_main_process else Log(None)
     prepared = _together(accelerator, lambda: finetune.prepare(config))
     planned = plan.make_plan(config, prepared, hardware.detect(folder), accelerator.num_processes)
-    model, _ = export.load_tuned(config, planned.precision, accelerator.device)
+    model, _ = export.load_tuned(folder, config, planned.precision, accelerator.device)
     task = finetune.FineTune(config, prepared, model, accelerator, log, planned.budget)
     results = _results(task, model)
     log.say(f"{folder}: {_told(results['metrics'])}")
@@ -131,10 +127,10 @@ def evaluate_run(folder: Path, overrides: list[str]) -> None:
 
 def speaker(folder: Path) -> Callable[[str], str]:
     """A function that answers a question as the tuned model of the run in `folder`, greedily."""
-    config = export.run_config(folder)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    config = any_launch(export.run_config(folder))
+    accelerator = start_processes(config.train)
     precision, _ = resolve_precision(config.train)
-    model, tokenizer = export.load_tuned(config, precision, accelerator.device)
+    model, tokenizer = export.load_tuned(folder, config, precision, accelerator.device)
 
     def answer(question: str) -> str:
         prompt = chat.prompt_ids(tokenizer, [{"role": "user", "content": question}])
