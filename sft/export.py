@@ -75,7 +75,8 @@ def load_tuned(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The tuned model of a finished run, as it was trained: a QLoRA adapter on its NF4 base.
 
-    `config` is what `run_config(run)` gave. `quantised=False` puts the adapter on the original weights instead.
+    `config` is what `run_config(run)` gave. `quantised=False` puts the adapter on the original
+    weights instead.
     """
     folder = run / "final_checkpoint"
     tokenizer = load_tokenizer(Model(name=str(folder)))
