@@ -179,19 +179,24 @@ class Engine:
             group["lr"] = rate
         self.optimizer.zero_grad()
         sums: dict[str, torch.Tensor] = {}
-        broken: list[int] = []
+        losses: list[torch.Tensor] = []
         for i, batch in enumerate(batches):
             self._seed(micro_batches[i], ids)
             with self._synchronised(i == len(batches) - 1):
                 loss, extras = self.task.loss(self.model, batch)
                 self._backward(loss * (world / max(1.0, supervised)))
-            broken += [] if torch.isfinite(loss.detach()) else micro_batches[i]
+            losses.append(loss.detach())
             for name, value in {"loss": loss, **extras}.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()
         totals = dict(zip(sums, self._sum(list(sums.values())), strict=True))
-        self._refuse_non_finite("loss", totals["loss"], broken)
-        grad_norm = self._update()
-        self._refuse_non_finite("gradient norm", grad_norm, ids)
+        if not math.isfinite(totals["loss"]):
+            pairs = zip(micro_batches, losses, strict=True)
+            broken = [i for micro_batch, loss in pairs if not loss.isfinite() for i in micro_batch]
+            self._refuse("loss", totals["loss"], gather_object(broken))
+        grad_norm = self._grad_norm()
+        if not math.isfinite(grad_norm):
+            self._refuse("gradient norm", grad_norm, ids)
+        self._update()
         seconds = time.perf_counter() - started
         tokens = sum(self.task.lengths[i] for i in ids)
         return {
@@ -233,29 +238,24 @@ class Engine:
         else:
             loss.backward()
 
-    def _update(self) -> float:
-        """Clips and steps; returns the gradient's global norm before clipping.
+    def _grad_norm(self) -> float:
+        """Global norm of the gradient; the gradient is clipped, by DeepSpeed in its own step."""
+        if self.is_deepspeed:
+            return float(self.model.optimizer.scaled_global_norm())  # type: ignore[operator,union-attr]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return float(nn.utils.clip_grad_norm_(trained, self.train.max_grad_norm or math.inf))
 
-        A non-finite norm is returned without a step (DeepSpeed only learns the norm in its step).
-        """
+    def _update(self) -> None:
         if self.is_deepspeed:
             self.model.step()  # type: ignore[operator]
-            return float(self.model.get_global_grad_norm())  # type: ignore[operator]
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        norm = float(nn.utils.clip_grad_norm_(trained, self.train.max_grad_norm or math.inf))
-        if math.isfinite(norm):
+        else:
             self.optimizer.step()
-        return norm
 
-    def _refuse_non_finite(self, what: str, value: float, ids: list[int]) -> None:
-        if math.isfinite(value):
-            return
-        named = gather_object(ids) if what == "loss" else ids
+    def _refuse(self, what: str, value: float, ids: list[int]) -> None:
         raise NonFiniteError(
             f"{what} is {value} in step {self.step + 1}; the step was not applied and no "
-            f"checkpoint of it exists. Examples: {self.task.name_examples(named)}. "
-            "Look at these rows; a lower "
-            "train.learning_rate or train.precision=fp32 helps if they are sound."
+            f"checkpoint of it exists. Examples: {self.task.name_examples(ids)}. Look at these "
+            "rows; if they are sound, a lower train.learning_rate or train.precision=fp32 helps."
         )
 
     def probe_seconds_per_step(self) -> float:

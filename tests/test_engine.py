@@ -7,6 +7,7 @@ import json
 import pytest
 import tiny
 import torch
+from conftest import ROOT, launch
 from safetensors.torch import load_file
 
 from sft import batching, chat, checkpoint, engine
@@ -159,3 +160,17 @@ def test_training_lowers_the_loss_of_what_it_sees(tmp_path):
     built.run()
     assert built.step == 40
     assert built.evaluate()["loss"] < 0.5 * before
+
+
+@pytest.mark.slow
+def test_zero_2_resumes_bit_for_bit_and_refuses_an_infinite_gradient(tmp_path):
+    told = launch(2, ROOT / "tests/engine_worker.py", str(tmp_path))
+    files = sorted(tmp_path.glob("rank*.json"))
+    assert len(files) == 2, told
+    for result in (json.loads(file.read_text()) for file in files):
+        assert result["world_size"] == 2
+        assert result["engine"] == "DeepSpeedEngine"
+        assert result["losses"] == result["parts"]
+        assert result["equal"]
+        assert "gradient norm is" in result["refused"]
+        assert result["untouched"]
