@@ -87,7 +87,7 @@ merge: $(READY) ## Merge the adapter of RUN into its base, and prove it [OUTPUT=
 	@$(BIN)/python scripts/merge.py --run $(RUN) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(DTYPE),--dtype $(DTYPE))
 
 ##@ Develop
-nano: $(READY) ## Remake the embedded base model and its task from nothing (about 20 minutes)
+nano: $(READY) ## Remake the embedded base model and its task from nothing (about 25 minutes)
 	@$(BIN)/python scripts/make_nano.py
 	@$(BIN)/python scripts/train.py --config configs/nano_base.yaml
 	@$(BIN)/python scripts/make_nano.py --weights outputs/nano_base/final_checkpoint
