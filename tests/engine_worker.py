@@ -19,6 +19,7 @@ BUDGET = batching.Budget(60, "padded")
 
 
 def make(folder: Path) -> engine.Engine:
+    AcceleratorState._reset_state(False)  # Accelerate takes one DeepSpeed configuration a process
     rows = tiny.examples(0, 11)
     settings = tiny.config(
         folder,
