@@ -124,6 +124,12 @@ def build_optimizer(train: Train, model: nn.Module) -> torch.optim.Optimizer:
     return classes[train.optimizer](groups, **arguments)
 
 
+def _sum_gradients(_, bucket):  # type: ignore[no-untyped-def]  # DDP refuses text annotations
+    """Gradients summed over ranks; DDP's own mean rounds its 1 / world to fp32 on the way."""
+    work = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
 class Engine:
     """Trains `task` as `train` says; everything is written to `folder`."""
 
@@ -149,6 +155,8 @@ class Engine:
             task.model, build_optimizer(train, task.model)
         )
         self.is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            self.model.register_comm_hook(None, _sum_gradients)
         if accelerator.num_processes > 1 and self.model is task.model:
             raise ConfigError(
                 f"{accelerator.num_processes} processes, but the model was not wrapped for "
@@ -173,7 +181,7 @@ class Engine:
         ids, micro_batches = self.window(self.step)
         batches = [self.task.collate(micro_batch) for micro_batch in micro_batches]
         supervised, self.stopping = self._sum([self._count(batches), self._stop is not None])
-        world = self.accelerator.num_processes
+        world = self.accelerator.num_processes if self.is_deepspeed else 1  # DeepSpeed averages
         rate = learning_rate(self.train, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
