@@ -355,6 +355,13 @@ OPENERS: Final = {
     "test": ("", "", "hello, ", "one more thing: "),
 }
 
+# What may stand behind a request that does not end in free words.
+CLOSERS: Final = {
+    "train": (*[""] * 8, " please", ", thanks", " right away", ", ok?", " at once", " if you can"),
+    "valid": ("",),
+    "test": ("",),
+}
+
 # --------------------------------------------------------------------------- the task: values
 
 OPEN_VALUES: Final = {
@@ -483,8 +490,10 @@ CLOSED_VALUES: Final[dict[str, list[Any]]] = {
     "amount": [*range(5, 200), *(x + 0.5 for x in range(5, 100)), *range(200, 1000, 10)],
     "minutes": [*range(2, 100), 120, 180, 240, 300],
 }
+ATOMIC: Final = {*range(21), *range(30, 100, 10)}  # numbers of one word
 HELD_OUT_SHARE: Final = {"valid": 0.08, "test": 0.2}
-SHARED: Final = {"call", "day", "room", "currency"}  # keywords: the same in every split
+# Keywords, the same in every split: few, and said in words that have to be known, not copied.
+SHARED: Final = {"call", "day", "room", "currency", "people"}
 FIELD_KIND: Final = {("create_event", "title"): "event"}  # a field is named after its kind, but for
 KINDS: Final = (*OPEN_VALUES, *CLOSED_VALUES)
 
@@ -566,11 +575,19 @@ def open_values(kind: str) -> list[str]:
     return listed(OPEN_VALUES[kind], "|")
 
 
+def time_split(time: str) -> str:
+    """The split that may use a clock time: every hour and every minute is in train, but not every
+    pair. Chance would keep an hour's only spoken forms ("eight pm", "half past eight") from it."""
+    diagonal = (int(time[:2]) + int(time[3:]) // 5) % 12
+    return "valid" if diagonal == 0 else "test" if diagonal in (1, 2) else "train"
+
+
 def split_values(rng: Random) -> dict[str, Pools]:
     """Each kind's values shuffled and cut into disjoint pools, one per split.
 
     A text that also stands inside a phrasing, another value or the primer's vocabulary (`bread`)
-    cannot be kept from the base or from training, so it goes to train.
+    cannot be kept from the base or from training, so it goes to train; so does a number that is one
+    word (`ten`): those are vocabulary, held out are numbers made of them.
     """
     pools: dict[str, Pools] = {split: {} for split in SPLITS}
     everything = [v for kind in OPEN_VALUES for v in open_values(kind)]
@@ -582,8 +599,17 @@ def split_values(rng: Random) -> dict[str, Pools]:
         values: list[Any] = list(CLOSED_VALUES.get(kind) or open_values(kind))
         if len(set(values)) != len(values):
             raise AssertionError(f"{kind}: a value is listed twice")
+        if kind == "time":
+            for split in SPLITS:
+                pools[split][kind] = [time for time in values if time_split(time) == split]
+            continue
+        if kind in SHARED:
+            pools |= {split: {**pools[split], kind: values} for split in SPLITS}
+            continue
         rng.shuffle(values)
-        values.sort(key=lambda v: isinstance(v, str) and seen[normal(v)] > 1)  # stable: last
+        values.sort(
+            key=lambda v: v in ATOMIC or (isinstance(v, str) and seen[normal(v)] > 1)
+        )  # stable: last
         start = 0
         for split, share in HELD_OUT_SHARE.items():
             stop = start + max(2, round(share * len(values)))
@@ -615,7 +641,8 @@ def fill(
             spoken["money"] = say_money(rng, values["amount"], values["currency"])
         else:
             make_up = invented and kind in INVENT and rng.random() < invented
-            value = values[field] = INVENT[kind](rng) if make_up else rng.choice(pools[kind])
+            value = coined(rng, INVENT[kind](rng)) if make_up else rng.choice(pools[kind])
+            values[field] = value
             say = SAY.get(kind)
             spoken[kind] = say(rng, value) if say else str(value)
     return phrasing.format(**spoken), json.dumps(values, ensure_ascii=False)
@@ -645,7 +672,8 @@ def task_rows(
         phrasings = call.phrasings(split)
         phrasing = phrasings[turn // len(calls) % len(phrasings)]
         request, answer = fill(rng, call, phrasing, pools, invented)
-        request = rng.choice(OPENERS[split]) + request
+        closer = "" if phrasing.endswith(("{task}", "{text}")) else rng.choice(CLOSERS[split])
+        request = rng.choice(OPENERS[split]) + request + closer
         if split != "train" or not held.find(request):
             rows.setdefault(request, chat((request, answer)))
             turn += 1
@@ -725,53 +753,69 @@ def word(rng: Random) -> str:
 
 
 def name(rng: Random) -> str:
-    """A proper name: one or two made-up words, capitalised."""
-    return " ".join(made_up(rng).capitalize() for _ in range(rng.choice((1, 1, 1, 2))))
+    """A proper name: one or two made-up words, capitalised, now and then of one initial."""
+    first, second = made_up(rng), made_up(rng)
+    if rng.random() < 0.25:
+        second = first[: rng.randint(1, 2)] + second
+    return " ".join(part.capitalize() for part in (first, second)[: rng.choice((1, 1, 1, 2))])
 
 
 def place_name(rng: Random) -> str:
     first = rng.choice(("The ", "", "", "")) + rng.choice((made_up, english))(rng).capitalize()
-    return first + rng.choice(("", f" {rng.choice(NOUNS).capitalize()}", "'s", ""))
+    second = rng.choice((name(rng), rng.choice(NOUNS).capitalize()))
+    return first + rng.choice(("", "", "'s", f" {second}", f" {second}", f" and {second}"))
+
+
+def bare_thing(rng: Random) -> str:
+    """A noun, often with an adjective."""
+    noun = rng.choice(NOUNS) if rng.random() < 0.6 else made_up(rng)
+    if rng.random() < 0.6:
+        noun = f"{rng.choice(ADJECTIVES) if rng.random() < 0.7 else made_up(rng)} {noun}"
+    return noun
 
 
 def thing(rng: Random) -> str:
     """A noun phrase."""
-    noun = rng.choice(NOUNS) if rng.random() < 0.6 else made_up(rng)
-    if rng.random() < 0.6:
-        noun = f"{rng.choice(ADJECTIVES) if rng.random() < 0.7 else made_up(rng)} {noun}"
-    return rng.choice(("the ", "a ", "my ", "", "", "")) + noun
+    return rng.choice(("the ", "a ", "my ", "", "", "")) + bare_thing(rng)
 
 
 def action(rng: Random) -> str:
     """What one can do: a verb and its object."""
     verb = rng.choice(VERBS) if rng.random() < 0.6 else made_up(rng)
-    return (
-        f"{verb} {rng.choice(('the', 'my', 'a', 'some', 'your'))} {rng.choice((thing, word))(rng)}"
-    )
+    article = rng.choice(("the", "my", "a", "some", "your"))
+    return f"{verb} {article} {rng.choice((bare_thing, word))(rng)}"
 
 
 def clause(rng: Random) -> str:
     """A short statement."""
-    subject = rng.choice(("i", "we", "you", "she", "he", "they", f"the {word(rng)}", name(rng)))
-    verb = rng.choice(
-        ("is", "was", "has", "will be", "needs", "wants", "likes", "saw", made_up(rng))
+    pronoun = rng.choice(listed("i we you she he they it there nobody"))
+    a_noun = rng.choice(
+        (f"the {word(rng)}", f"my {word(rng)}", f"our {bare_thing(rng)}", word(rng))
     )
-    rest = " ".join(word(rng) for _ in range(rng.randint(1, 4)))
-    return f"{subject} {verb} {rest}"
+    subject = rng.choice((pronoun, pronoun, a_noun, a_noun, name(rng)))
+    state = rng.choice(("is", "was", "has", "will be", "needs", "wants", "likes", "saw", "says"))
+    act = f"{rng.choice(VERBS)}{rng.choice(('', 's', 'ed'))}"
+    return f"{subject} {rng.choice((state, state, act, made_up(rng)))} {words(rng, 1, 4)}"
 
 
 def words(rng: Random, low: int, high: int) -> str:
-    return " ".join(word(rng) for _ in range(rng.randint(low, high)))
+    """Words; now and then one comes twice or begins like another: copying must keep its place."""
+    drawn = [word(rng) for _ in range(rng.randint(low, high))]
+    if len(drawn) > 1 and rng.random() < 0.25:
+        i, j = rng.sample(range(len(drawn)), 2)
+        drawn[j] = drawn[i] if rng.random() < 0.3 else drawn[i][: rng.randint(1, 3)] + made_up(rng)
+    return " ".join(drawn)
 
 
 INVENTED_SHARE: Final = 0.75
 # Shapes of made-up values: n noun, a adjective, v verb, w made-up word, in upper case capitalised.
 SHAPES: Final = {
-    "place": "W's|The W|The A N|W N|N and N|W and N|The N and W|A N|W|La W|N of W|Chez W",
+    "place": "W's|The W|The A N|The W N|The A W|W W|W N|N and N|W and N|The N and W|A N|W|La W|"
+    "N of W|Chez W",
     "artist": "the a ns|W W|W|The Ns|A Ns|N of W|the w ns|DJ W|A N and W|w",
     "title": "n|a n|w n|n of ns|the a n|v the n|a ns|w w|v me a n|n and n|my a n|n in the n|w of n",
     "event": "the n n|n|a n|w n|n with W|the n|n and n|my n n|w|the a n|n of the n|v the n",
-    "label": "n|n|a n|w|n n|w n|a ns|v",
+    "label": "n|n|a n|w|n n|n n|w n|w w|v n|a ns|v",
     "city": "W|W|W|W W|San W|New W|W N",
     "to": "W|W|W|W|W W|Dr W|aunt W",
 }
@@ -792,6 +836,18 @@ def shaped(kind: str) -> Callable[[Random], str]:
         return re.sub(r"\b([navwNAVW])(s?)\b", word_for, rng.choice(shapes))
 
     return make
+
+
+def coined(rng: Random, value: str) -> str:
+    """The value; often with a word in it that begins or ends like an English one, as "package"
+    does: no part of a word must decide how the rest of it is copied."""
+    parts = value.split()
+    if rng.random() < 0.4:
+        at = rng.randrange(len(parts))
+        one, other = (rng.choice((*NOUNS, *VERBS, *ADJECTIVES)) for _ in range(2))
+        new = one + made_up(rng) if rng.random() < 0.4 else one[:4] + other[-rng.randint(2, 4) :]
+        parts[at] = new.capitalize() if parts[at][0].isupper() else new
+    return " ".join(parts)
 
 
 INVENT: Final[dict[str, Callable[[Random], str]]] = {  # kind of an open value -> a made-up one
@@ -1152,10 +1208,10 @@ def finish(rng: Random, times: Sequence[str]) -> list[tuple[str, str]]:
 
 SKILLS: Final[dict[Skill, int]] = {  # and their weights
     extract: 12,
-    convert: 4,
+    convert: 6,
     part: 3,
     question: 2,
-    repeat: 2,
+    repeat: 3,
     pick: 1,
     table: 1,
     finish: 1,
@@ -1365,7 +1421,7 @@ def main() -> None:
     )
     parser.add_argument("--valid", type=int, default=200, help="rows")
     parser.add_argument("--test", type=int, default=400, help="rows")
-    parser.add_argument("--primer-rows", type=int, default=96_000)
+    parser.add_argument("--primer-rows", type=int, default=144_000)
     parser.add_argument("--vocab", type=int, default=1024)
     args = parser.parse_args()
     if args.weights:
@@ -1395,7 +1451,8 @@ def main() -> None:
     for split, some in rows.items():
         write_rows(args.out / f"{split}.jsonl", some)
     write_rows(args.primer, primer)
-    write_model(args.out / "model", texts(primer[:20_000]), args.vocab)
+    mixed = primer[-20_000:]  # the first rows only repeat
+    write_model(args.out / "model", texts(mixed), args.vocab)
     print(f"{args.out}: {', '.join(f'{len(r)} {s}' for s, r in rows.items())}", end="; ")
     print(f"{args.primer}: {len(primer)} rows")
 
