@@ -24,6 +24,19 @@ def shared() -> Path:
     return SHARED
 
 
+def run(*command: str, timeout: int = 900, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command at the root of the repository; what its exit code means is the test's to say."""
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=clean_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
 def launch(num_processes: int, script: Path | str, *arguments: str, timeout: int = 300) -> str:
     """Runs `script` on so many real processes (torchrun) and returns what they printed.
 
@@ -31,15 +44,7 @@ def launch(num_processes: int, script: Path | str, *arguments: str, timeout: int
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={num_processes}", str(script), *arguments]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    done = run(*command, timeout=timeout)
     return done.stdout + done.stderr
 
 
@@ -58,14 +63,6 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
     """`run_script("train.py", "--config", ...)` in a process of its own."""
 
     def call(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, f"scripts/{name}", *arguments],
-            cwd=ROOT,
-            env=clean_environment(**environment),
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
+        return run(sys.executable, f"scripts/{name}", *arguments, **environment)
 
     return call

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import tiny
-from conftest import ROOT, clean_environment, launch
+from conftest import ROOT, launch, run
 
 from sft import batching, processes
 from sft.config import ConfigError
@@ -17,15 +17,7 @@ TRAIN = ["scripts/train.py", "--config", "configs/nano.yaml"]
 
 
 def accelerate(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *arguments],
-        cwd=ROOT,
-        env=clean_environment(**environment),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return run(sys.executable, "-m", "accelerate.commands.launch", *arguments, **environment)
 
 
 @pytest.mark.slow

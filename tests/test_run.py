@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, clean_environment
+from conftest import ROOT, clean_environment, run
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,27 +32,30 @@ def make(target: str, *overrides: str, **variables: str) -> subprocess.Completed
     """`make target`, as in the README."""
     assignments = [f"{name}={value}" for name, value in variables.items()]
     arguments = [f"ARGS={' '.join(overrides)}"] if overrides else []
-    return subprocess.run(
-        ["make", target, *assignments, *arguments],
-        cwd=ROOT,
-        env=clean_environment(HF_HOME="/nonexistent"),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    return run("make", target, *assignments, *arguments, HF_HOME="/nonexistent")
 
 
 def train(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "scripts/train.py", f"train.output_dir={folder}", *overrides],
+    command = [sys.executable, "scripts/train.py", f"train.output_dir={folder}", *overrides]
+    return run(*command, **environment)
+
+
+def train_until(step: int, sent: int, folder: Path, *overrides: str) -> int:
+    """Trains, sends that signal once the step is told, and returns the exit code."""
+    command = [sys.executable, "scripts/train.py", f"train.output_dir={folder}", *overrides]
+    with subprocess.Popen(
+        [*command, "train.log_steps=1"],
         cwd=ROOT,
-        env=clean_environment(**environment),
-        capture_output=True,
+        env=clean_environment(PYTHONUNBUFFERED="1"),
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=900,
-        check=False,
-    )
+    ) as process:
+        for line in process.stdout or []:
+            if line.startswith(f"step {step:5}/"):
+                process.send_signal(sent)
+                break
+        process.communicate(timeout=120)
+    return process.returncode
 
 
 def metrics(folder: Path, key: str = "train/loss") -> list[float]:
@@ -254,20 +257,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, alone):
     folder = tmp_path / "run"
-    command = [sys.executable, "-u", "scripts/train.py", f"train.output_dir={folder}", *SHORT]
-    process = subprocess.Popen(
-        [*command, "train.log_steps=1"],
-        cwd=ROOT,
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout or []:
-        if "step     3/8" in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    assert process.communicate(timeout=120) is not None
-    assert process.returncode == 75
+    assert train_until(3, signal.SIGTERM, folder, *SHORT) == 75
     assert status(folder)["state"] == "preempted"
     assert len(metrics(folder)) < 8
     done = train(folder, *SHORT, "train.resume_from_checkpoint=auto")
@@ -279,20 +269,9 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, alone):
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path, alone):
     folder = tmp_path / "run"
-    command = [sys.executable, "-u", "scripts/train.py", f"train.output_dir={folder}", *SHORT]
-    process = subprocess.Popen(
-        [*command, "train.log_steps=1", "train.save_steps=3"],
-        cwd=ROOT,
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout or []:
-        if "step     5/8" in line:
-            process.kill()
-            break
-    process.communicate(timeout=120)
-    done = train(folder, *SHORT, "train.save_steps=3", "train.resume_from_checkpoint=auto")
+    settings = [*SHORT, "train.save_steps=3"]
+    assert train_until(5, signal.SIGKILL, folder, *settings) == -signal.SIGKILL
+    done = train(folder, *settings, "train.resume_from_checkpoint=auto")
     assert "resumed from" in done.stdout, done.stdout + done.stderr
     assert metrics(folder) == metrics(alone)
     assert all(torch.equal(value, weights(alone)[name]) for name, value in weights(folder).items())
@@ -318,7 +297,8 @@ def test_a_second_run_moves_the_first_aside(tmp_path):
         (["train.epoch=1"], 2, "train.epoch (override): unknown key; did you mean epochs?"),
         (["model.name=no/such"], 2, "cannot load 'no/such'"),
         (["data.train_path=missing.jsonl"], 3, "missing.jsonl"),
-        (["data.max_seq_len=16"], 3, "too long"),
+        (["data.max_seq_len=16"], 3, "too_long"),
+        (["train.wandb=true"], 2, "wandb is not installed"),
         (["tuning.target_modules=[nothing]"], 2, "names no layer of this model"),
         (["train.resume_from_checkpoint=nowhere"], 4, "it has no MANIFEST.json"),
         (
@@ -336,6 +316,27 @@ def test_a_mistake_is_one_message_and_its_exit_code(tmp_path, overrides, code, m
     if code == 5:
         assert status(tmp_path / "run")["exit_code"] == 5
         assert all(map(math.isfinite, metrics(tmp_path / "run")))
+
+
+WANDB = """
+import json
+
+class Run:
+    def log(self, values, step): open("{file}", "a").write(json.dumps([step, *values]) + "\\n")
+    def finish(self): open("{file}", "a").write('"finished"')
+
+def init(project, name, config): return Run()
+"""
+
+
+def test_wandb_gets_the_scalars_if_asked_for(tmp_path):
+    (tmp_path / "wandb.py").write_text(WANDB.format(file=tmp_path / "told"))
+    few = ["train.wandb=true", "train.max_steps=2", "evaluation.num_examples=0"]
+    done = train(tmp_path / "run", *few, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
+    assert [line[0] for line in told if "train/loss" in line] == [1, 2]
+    assert told[-1] == "finished"
 
 
 def test_secrets_of_the_environment_stay_out_of_the_run_folder(tmp_path):
