@@ -1,36 +1,48 @@
-"""Files -> rows of messages, and what a bad row gets.
+"""Files -> rows, and what can be told of rows before anything renders them.
 
-A row is never dropped and never repaired: all bad rows of a file are collected and told in one
-`DataError` as `file:line: reason`. Formats are recognised by their keys, a JSON list by its first
-character; every row ends up as the messages that the chat template will render (`sft/chat.py`).
+Every row of every file is accounted for: it becomes a `Row` of messages (`sft/formats.py`) or a
+`BadRow` with its place, the reason and an excerpt; none is dropped unsaid and none is repaired.
+Files are told by their content, then by their name. All but JSON lists are streamed: memory does
+not grow with the number of rows.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
+import glob
+import gzip
 import hashlib
+import io
 import json
 import re
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, cast
 
-from sft.config import UserError
-
-Messages = list[dict[str, str]]  # each with exactly the keys "role" and "content"
-
-ROLES = ("system", "user", "assistant")
-FORMATS: tuple[
-    tuple[str, ...], ...
-] = (  # the keys that tell a row's format; "instruction" may have an "input" too
-    ("messages",),
-    ("prompt", "completion"),
-    ("question", "answer"),
-    ("instruction", "output"),
+from sft.config import Data, UserError
+from sft.formats import (
+    TEXT,
+    Messages,
+    Tools,
+    normalise,
+    parse_json,
+    reason_of,
+    recognise,
+    with_columns,
+    with_system,
 )
+
+LONGEST = 64 << 20  # bytes of a line or of a document; what is longer is never held in memory
+SEPARATOR = b"<|endoftext|>"  # between the documents of a raw text
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
+HELD_OUT = re.compile(r"(?i)(^|[/._-])(test|dev|val|valid|validation|eval)([/._-]|$)")
 
 
 class DataError(UserError):
@@ -50,32 +62,554 @@ class DataError(UserError):
 @dataclass(frozen=True, slots=True)
 class Row:
     messages: Messages
+    tools: Tools | None
     file: str
-    line: int  # of a JSONL file, from 1; index + 1 in a JSON list
+    line: int  # where the row begins, from 1; index + 1 in a list or a table
+    entry: int = 0  # which entry of a list of paths it came from
+    format: str = ""
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}:{self.line}"
 
 
-def load_rows(path: str, max_rows: int | None = None) -> list[Row]:
-    """The first `max_rows` rows of a JSONL file or a JSON list (all if None).
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    file: str
+    line: int
+    reason: str
+    excerpt: str
 
-    Raises DataError with every bad row among them, or if there is no file or no row in it.
+    def __str__(self) -> str:
+        return f'{self.file}:{self.line}: {self.reason}: "{self.excerpt}"'
+
+
+class Source(NamedTuple):
+    file: str  # or a hub id
+    entry: int = 0
+    on_hub: bool = False
+
+
+class Found(NamedTuple):
+    """What a reader finds: a raw row, or the error that reading it raised."""
+
+    line: int
+    value: Any
+    shown: Any  # its bytes, or what stands for them, for the excerpt
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def sources(path: str | list[str]) -> list[Source]:
+    """The files that a path, or each of a list of paths, means: a file, a folder, a glob, a hub id.
+
+    Raises DataError for one that means nothing.
     """
-    rows, problems = [], []
-    for line, source in islice(_sources(path), max_rows):
+    paths = [path] if isinstance(path, str) else path
+    return [source for entry, text in enumerate(paths) for source in _sources(text, entry)]
+
+
+def _sources(text: str, entry: int) -> list[Source]:
+    path = Path(text)
+    if path.is_dir():
+        return [Source(str(file), entry) for file in _files_in(path)]
+    if path.exists():
+        return [Source(text, entry)]
+    if glob.has_magic(text):
+        files = sorted(name for name in glob.glob(text, recursive=True) if Path(name).is_file())
+        if not files:
+            raise _unreadable(text, "no file that fits the pattern")
+        return [Source(name, entry) for name in files]
+    if HUB.fullmatch(text) and not _suffix(path):
+        return [Source(text, entry, on_hub=True)]
+    raise _unreadable(text, "No such file or directory")
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The data files of a folder; those of `datasets.save_to_disk` in their own order."""
+    if (splits := folder / "dataset_dict.json").is_file():
+        names = _listed(splits, "splits")
+        if len(names) != 1:
+            raise _several(folder, names)
+        return _files_in(folder / names[0])
+    if (state := folder / "state.json").is_file():
+        return [folder / item["filename"] for item in _listed(state, "_data_files")]
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and _suffix(file)]
+    files = [f for f in files if f.name not in ("dataset_info.json", "dataset_infos.json")]
+    if not files:
+        raise _unreadable(str(folder), "a folder without a file that ends in one of these")
+    if len(kinds := sorted({_suffix(file) for file in files})) > 1:
+        raise _several(folder, kinds)
+    names = [file.relative_to(folder).as_posix() for file in files]
+    held_out = [name for name in names if HELD_OUT.search(name)]
+    if 0 < len(held_out) < len(names):
+        raise _several(folder, [next(n for n in names if n not in held_out), held_out[0]])
+    return files
+
+
+def _listed(file: Path, key: str) -> list[Any]:
+    try:
+        return list(json.loads(file.read_text("utf-8"))[key])
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{file}: expected {key} of a saved dataset; save it again") from None
+
+
+def _suffix(path: Path) -> str:
+    """The ending that tells a data file (that of `a.jsonl.gz` is .jsonl), or ""."""
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+
+
+def _several(folder: Path, found: Iterable[str]) -> DataError:
+    return DataError(
+        f"{folder}: expected files of one kind and one split, found {', '.join(found)}; give the "
+        "one to use as a folder or a glob, such as folder/train*.parquet"
+    )
+
+
+def _unreadable(path: str, found: str) -> DataError:
+    return DataError(
+        f"{path}: expected rows ({', '.join(SUFFIXES)}, or these as .gz or .zst), a folder or glob "
+        f"of such files, or a hub id, found: {found} (relative paths start at {Path.cwd()}); "
+        "correct the path in the section data"
+    )
+
+
+def _broken(path: str, error: Exception) -> DataError:
+    return DataError(f"{path}: the file is broken: {error}; copy or make it again")
+
+
+# --- rows --------------------------------------------------------------------------------------
+
+
+def read(
+    source: Source,
+    *,
+    format: str = "auto",
+    columns: dict[str, str] | None = None,
+    system: Literal["keep", "replace", "prepend"] = "keep",
+    system_prompt: str | None = None,
+) -> Iterator[Row | BadRow]:
+    """Every row of a file in its order, good or bad. Raises DataError if it cannot be read on."""
+    empty = True
+    for line, value, shown in _found(source, format):
+        empty = False
         try:
-            rows.append(Row(_messages(_parse(source)), path, line))
+            if isinstance(value, Exception):
+                raise value
+            raw = with_columns(value, columns) if columns else value
+            name = recognise(raw) if format == "auto" else format
+            messages, tools = normalise(raw, name)
+            messages = with_system(messages, system, system_prompt)
+            yield Row(messages, tools, source.file, line, source.entry, name)
         except (ValueError, RecursionError) as error:
-            problems.append(f'{path}:{line}: {_reason(error)}: "{_excerpt(source)}"')
-    if problems:
-        raise DataError.of_rows(path, problems)
-    if not rows:
-        raise DataError(f"{path}: expected rows (JSONL or a JSON list), found none in the file")
-    return rows
+            reason = _printable(reason_of(error), 400)
+            yield BadRow(source.file, line, reason, _excerpt(shown))
+    if empty:
+        raise DataError(f"{source.file}: expected rows (docs/DATA.md), found none in the file")
+
+
+def load_rows(
+    path: str | list[str],
+    max_rows: int | None = None,
+    *,
+    format: str = "auto",
+    columns: dict[str, str] | None = None,
+    system: Literal["keep", "replace", "prepend"] = "keep",
+    system_prompt: str | None = None,
+    on_bad_row: Literal["error", "skip"] = "error",
+) -> tuple[list[Row], list[BadRow]]:
+    """(rows, bad rows) among the first `max_rows` of all files (all if None).
+
+    Raises DataError if there is no good row, and unless `on_bad_row` is skip, with every bad one.
+    """
+    options = {"format": format, "columns": columns, "system": system}
+    rows: list[Row] = []
+    bad: list[BadRow] = []
+    for row in islice(_read_all(path, system_prompt=system_prompt, **options), max_rows):
+        if isinstance(row, Row):
+            rows.append(row)
+        else:
+            bad.append(row)
+    name = path if isinstance(path, str) else ", ".join(path)
+    if bad and on_bad_row == "error":
+        raise DataError.of_rows(name, [str(row) for row in bad])
+    if bad and not rows:
+        raise DataError(f"{name}: all {len(bad)} rows are bad; the first: {bad[0]}")
+    return rows, bad
+
+
+def _read_all(path: str | list[str], **options: Any) -> Iterator[Row | BadRow]:
+    return (row for source in sources(path) for row in read(source, **options))
+
+
+def process(settings: Data, output: Path) -> list[tuple[str, str]]:
+    """Normalised training rows as JSONL, streamed, and rejected ones beside it; what to report.
+
+    Raises DataError with every bad row, unless `on_bad_row` is skip; then `output` is not made.
+    """
+    written, seen, repeated = Counter[str](), set[bytes](), 0
+    bad: list[BadRow] = []
+    found = _read_all(
+        settings.train_path,
+        format=settings.format,
+        columns=settings.columns,
+        system=settings.system,
+        system_prompt=settings.system_prompt,
+    )
+    staged = output.with_name(output.name + ".tmp")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with staged.open("w", encoding="utf-8", newline="\n") as file:
+        for row in islice(found, settings.max_rows):
+            if isinstance(row, BadRow):
+                bad.append(row)
+                continue
+            key = hashlib.sha256(_content(row)).digest()
+            repeated += key in seen
+            if key in seen and settings.duplicates == "drop":
+                continue
+            seen.add(key)
+            written[row.format] += 1
+            is_text = row.messages[0]["role"] == TEXT
+            shown = {"text": row.messages[0]["content"]} if is_text else {"messages": row.messages}
+            shown |= {"tools": row.tools} if row.tools else {}
+            file.write(json.dumps(shown, ensure_ascii=False) + "\n")
+    if (bad and settings.on_bad_row == "error") or not written:
+        staged.unlink()
+        raise DataError.of_rows(bad[0].file, [str(row) for row in bad])
+    staged.replace(output)
+    report = [("rows", f"{written.total():,}")]
+    report += [(f"from {name}", f"{count:,}") for name, count in written.most_common()]
+    fate = "dropped" if settings.duplicates == "drop" else "kept"
+    report += [("duplicates", f"{repeated:,} ({fate})")] if repeated else []
+    if bad:
+        rejected = output.with_name("rejected.jsonl")
+        write_rejected(bad, rejected)
+        report.append(("rejected", f"{len(bad):,}, listed in {rejected}"))
+    return report
+
+
+def write_rejected(bad: list[BadRow], path: str | Path) -> None:
+    """One JSON line {file, line, reason, excerpt} for each bad row."""
+    lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in bad]
+    Path(path).write_text("".join(lines), "utf-8")
+
+
+def _excerpt(shown: Any, num: int = 60) -> str:
+    if not isinstance(shown, bytes):
+        shown = json.dumps(shown, ensure_ascii=False, default=str).encode("utf-8", "replace")
+    return _printable(shown[: 8 * num].decode("utf-8", "backslashreplace").strip(), num)
+
+
+def _printable(text: str, num: int) -> str:
+    """At most `num` characters of it, on one line that any console can show."""
+    cut = text[:num] + ("..." if len(text) > num else "")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+
+
+# --- readers, one per kind of file -------------------------------------------------------------
+
+
+def _found(source: Source, format: str) -> Iterator[Found]:
+    """Every raw row of a file, by the reader that its content and then its name tell."""
+    if source.on_hub:
+        yield from _hub_rows(source.file)
+        return
+    try:
+        path, read_rows = source.file, _reader(source.file, format)
+        with _open(path) as file:
+            yield from read_rows(path, file)
+    except (EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise _unreadable(source.file, error.strerror) from None
+        raise _broken(source.file, error) from None
+
+
+Reader = Callable[[str, io.BufferedReader], Iterator[Found]]
+
+
+def _reader(path: str, format: str) -> Reader:
+    with _open(path) as file:
+        head = file.read(4096)
+    start, suffix = head.removeprefix(codecs.BOM_UTF8).lstrip(), _suffix(Path(path))
+    if head.startswith(b"PAR1"):
+        return _parquet_rows
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return _arrow_rows
+    if suffix == ".txt":
+        if format == "auto" and re.match(rb'\{\s*"|\[\s*[{"]', start):
+            raise DataError(
+                f"{path}: expected raw text, found what looks like JSON; name the file .jsonl or "
+                ".json if it holds rows, or set data.format: text"
+            )
+        return _text_rows
+    if start.startswith(b"["):
+        return _list_rows
+    if suffix in (".csv", ".tsv") and not start.startswith(b"{"):
+        return _csv_rows
+    if suffix in (".jsonl", ".ndjson", ".json") or start.startswith(b"{"):
+        return _json_rows
+    raise _unreadable(path, f"a file that begins with {_excerpt(head, 20)!r}")
+
+
+def _compression(path: str) -> str | None:
+    with Path(path).open("rb") as file:
+        head = file.read(4)
+    return next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
+
+
+def _open(path: str) -> io.BufferedReader:
+    """The bytes of a file, decompressed if they are gzip or zstd."""
+    method = _compression(path)
+    if method == "gzip":
+        return io.BufferedReader(cast(io.RawIOBase, gzip.open(path)))
+    if method == "zstd":
+        import pyarrow  # which, unlike zstandard, tells a file that was cut off
+
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+    return Path(path).open("rb")
+
+
+def _lines(file: io.BufferedReader) -> Iterator[tuple[int, bytes, bool]]:
+    """(number, line, is too long) of every line; of one that is too long, only the beginning."""
+    number = 0
+    while line := file.readline(LONGEST + 1):
+        number += 1
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if is_long := len(line) > LONGEST:
+            rest, line = line, line[:1000]
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(1 << 16)
+        yield number, line, is_long
+
+
+def _tried(parse: Callable[..., Any], *values: Any) -> Any:
+    """What `parse` returns, or the error that tells a bad row."""
+    try:
+        return parse(*values)
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def _too_long(kind: str) -> ValueError:
+    return ValueError(f"the {kind} is longer than {LONGEST / 2**20:g} MiB")
+
+
+def _json_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+    for number, line, is_long in _lines(file):
+        if is_long:
+            yield Found(number, _too_long("line"), line)
+        elif text := line.strip():
+            yield Found(number, _tried(_parse, text), text)
+
+
+def _parse(text: bytes) -> Any:
+    return parse_json(text.decode())
+
+
+def _list_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+    """The items of a JSON list, each parsed apart, so that a bad one is told like a bad line is."""
+    try:
+        text = file.read().decode("utf-8-sig")
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: the list cannot be read: {reason_of(error)}") from None
+    between, decoder = re.compile(r"[\s,]*"), json.JSONDecoder()
+    index, at = 0, text.index("[") + 1
+    while (found := between.match(text, at)) and text[at := found.end()] != "]":
+        index, start = index + 1, at
+        at = decoder.raw_decode(text, start)[1]
+        item = text[start:at]
+        yield Found(index, _tried(parse_json, item), item[:1000].encode())
+
+
+def _csv_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+    """The records below a header; a record's raw lines are kept until it ends."""
+    raw: list[bytes] = []
+    last, is_long = 0, False
+
+    def fed() -> Iterator[str]:
+        nonlocal last, is_long
+        for last, line, cut in _lines(file):  # noqa: B007 (read by the loop below)
+            is_long |= cut
+            raw.append(line)
+            yield line.decode("utf-8", "surrogateescape")
+
+    def record() -> list[str] | ValueError | None:
+        """The next record; None at the end. What is wrong with it is told when it is whole."""
+        nonlocal is_long
+        raw.clear()
+        is_long = False
+        try:
+            cells: list[str] | ValueError | None = next(reader, None)
+        except csv.Error as error:
+            cells = ValueError(f"broken quoting ({error})")
+        decoded = _tried(b"".join(raw).decode)
+        if is_long:
+            return _too_long("line")
+        return decoded if isinstance(decoded, ValueError) else cells
+
+    csv.field_size_limit(LONGEST)
+    delimiter = "\t" if _suffix(Path(path)) == ".tsv" else ","
+    reader = csv.reader(fed(), delimiter=delimiter, strict=True)
+    header = record()
+    while header == []:
+        header = record()
+    if not isinstance(header, list) or len(set(header)) < len(header):
+        repeated = isinstance(header, list) and Counter(header).most_common(1)[0][0]
+        problem = f"the column {repeated!r} twice" if header else "an empty file"
+        problem = reason_of(header) if isinstance(header, ValueError) else problem
+        raise DataError(f"{path}: expected a header that names each column once, found {problem}")
+    while True:
+        begins = last + 1
+        cells = record()
+        if cells is None:
+            return
+        if isinstance(cells, ValueError):
+            yield Found(begins, cells, b"".join(raw[:10]))
+        elif cells and len(cells) != len(header):
+            wrong = f"expected {len(header)} cells as in the header, found {len(cells)}"
+            yield Found(begins, ValueError(wrong), b"".join(raw[:10]))
+        elif cells:
+            yield Found(begins, dict(zip(header, cells, strict=True)), b"".join(raw[:10]))
+
+
+def _text_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+    """A document per file, or several between SEPARATORs, without the line ends around them."""
+    parts: list[bytes] = []
+    begins, size = 1, 0
+
+    def document() -> Iterator[Found]:
+        text = b"".join(parts).strip(b"\r\n")
+        if size > LONGEST:
+            error = f"{_too_long('document')}; put {SEPARATOR.decode()} between documents"
+            yield Found(begins, ValueError(error), text)
+        elif text.strip():
+            yield Found(begins, _tried(bytes.decode, text), text)
+
+    for number, line, is_long in _lines(file):
+        first, *others = line.split(SEPARATOR)
+        for part, is_next in [(first, False), *((other, True) for other in others)]:
+            if is_next:
+                yield from document()
+                parts, begins, size = [], number, 0
+            size += len(part) + is_long * LONGEST
+            if size > LONGEST:
+                parts = [b"".join(parts)[:1000] or part]
+            elif part.strip() or parts:
+                parts.append(part)
+            else:
+                begins = number + 1
+    yield from document()
+
+
+def _parquet_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        whole = parquet.ParquetFile(_mapped(path, file))
+        yield from _table_rows(whole.iter_batches(batch_size=256))
+    except ArrowInvalid as error:
+        raise _broken(path, error) from None
+
+
+def _arrow_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+    """A file that `datasets.save_to_disk` or Arrow itself wrote."""
+    from pyarrow import ArrowInvalid, ipc
+
+    try:
+        mapped = _mapped(path, file)
+        if mapped.read(6) == b"ARROW1":
+            whole = ipc.open_file(mapped)
+            parts = (whole.get_batch(index) for index in range(whole.num_record_batches))
+            yield from _table_rows(parts)
+        else:
+            mapped.seek(0)
+            yield from _table_rows(ipc.open_stream(mapped))
+    except ArrowInvalid as error:
+        raise _broken(path, error) from None
+
+
+def _mapped(path: str, file: io.BufferedReader) -> Any:
+    """A table's file, which is not read as a stream; one that is compressed is held in memory."""
+    import pyarrow
+
+    if _compression(path):
+        return pyarrow.BufferReader(file.read())
+    return pyarrow.memory_map(path)
+
+
+def _table_rows(batches: Iterable[Any]) -> Iterator[Found]:
+    line = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, 256):
+            part = batch.slice(start, 256)
+            rows = _tried(part.to_pylist)
+            if not isinstance(rows, list):  # one by one if a text in it is not UTF-8
+                rows = [_tried(_row_of_table, part, index) for index in range(part.num_rows)]
+            for row in rows:
+                line += 1
+                yield Found(line, _without_nulls(row) if isinstance(row, dict) else row, row)
+
+
+def _row_of_table(batch: Any, index: int) -> Any:
+    return batch.slice(index, 1).to_pylist()[0]
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without the nulls in which Arrow pads objects of different keys to one type."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if item is not None}
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
+    return {key: clean(value) for key, value in row.items()}
+
+
+def _hub_rows(name: str) -> Iterator[Found]:
+    """A dataset of the hub, `owner/name:config@split` (split: train)."""
+    import datasets
+
+    parts = HUB.fullmatch(name)
+    assert parts
+    try:
+        loaded = datasets.load_dataset(
+            parts["name"], parts["config"], split=parts["split"] or "train"
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        told = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise DataError(
+            f"{name}: no such file, and the hub gave no dataset owner/name:config@split of this "
+            f"name: {told[0]}; correct data.train_path or data.eval_path, or give a local copy"
+        ) from None
+    for line, row in enumerate(loaded, 1):
+        yield Found(line, _without_nulls(row), row)
+
+
+# --- the set of rows ---------------------------------------------------------------------------
+
+
+def mix(rows: list[Row], weights: list[float], seed: int) -> list[Row]:
+    """Each row as often as its entry's weight says: 2 is twice, 0.5 a seeded half of the rows.
+
+    Which rows the fraction takes is a function of (seed, entry, index in the entry) alone.
+    """
+    result = []
+    for entry, weight in enumerate(weights):
+        mine = [row for row in rows if row.entry == entry]
+        draws = [hashlib.sha256(b"%d:%d:%d" % (seed, entry, n)).digest() for n in range(len(mine))]
+        drawn = sorted(range(len(mine)), key=draws.__getitem__)
+        part = sorted(drawn[: round(weight % 1 * len(mine))])
+        result += mine * int(weight) + [mine[i] for i in part]
+    return result
 
 
 def split(rows: list[Row], eval_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
     """(train, eval), in file order. Which rows are held out is a function of content and seed.
 
-    Rows with identical messages stay together, so no held-out row was trained on; the held-out part
+    Rows with identical content stay together, so no held-out row was trained on; the held-out part
     can therefore be somewhat smaller than asked for.
     """
     if not eval_fraction:
@@ -100,140 +634,138 @@ def split(rows: list[Row], eval_fraction: float, seed: int) -> tuple[list[Row], 
 
 
 def digest(rows: list[Row]) -> str:
-    """sha256 of the messages in their order; where they were read from does not matter."""
+    """sha256 of messages and tools in their order; where they were read from does not matter."""
     return hashlib.sha256(b"\n".join(map(_content, rows))).hexdigest()
 
 
 def _content(row: Row) -> bytes:
-    return json.dumps(row.messages).encode()
+    """What makes a row the same as another: its messages and its tools."""
+    return (json.dumps(row.messages) + (json.dumps(row.tools) if row.tools else "")).encode()
 
 
-# --- reading -----------------------------------------------------------------------------------
+# --- duplicates and leakage --------------------------------------------------------------------
+
+SIMILAR = 0.8  # Jaccard similarity of two sets of shingles from which rows count as near-duplicates
+SHINGLE = 5  # words
+BANDS, DEPTH = 25, 5  # of MinHash: a pair at 0.8 is missed with probability 5e-5
+BUCKET = 10  # texts that a bucket remembers: bounds the time on rows made from few templates
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
 
 
-def _sources(path: str) -> Iterator[tuple[int, bytes]]:
-    """(line, text) of every row of a JSONL file; (index + 1, text) of every item of a list."""
-    try:
-        with Path(path).open("rb") as file:
-            is_list = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-            file.seek(0)
-            if is_list:
-                yield from _items(path, file.read())
-                return
-            for number, line in enumerate(file, 1):
-                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if text := text.strip():
-                    yield number, text
-    except OSError as error:
-        raise DataError(
-            f"{path}: expected a JSONL file or a JSON list of rows, found: {error.strerror} "
-            f"(relative paths start at {Path.cwd()}); correct the path in the section data"
-        ) from None
+def duplicates(rows: Sequence[Row]) -> tuple[list[list[int]], list[tuple[int, int, float]]]:
+    """(groups of identical rows, (earlier, later, similarity) of others that are nearly the same).
+
+    Of identical rows only the first is compared with others.
+    """
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        groups[_content(row)].append(index)
+    first = [group[0] for group in groups.values()]
+    near = _near([_words(rows[index].messages) for index in first])
+    pairs = [(first[earlier], first[later], alike) for earlier, later, alike in near]
+    return [group for group in groups.values() if len(group) > 1], pairs
 
 
-def _items(path: str, source: bytes) -> Iterator[tuple[int, bytes]]:
-    """The text of every item of a list, so that a bad one is told like a bad line is."""
-    try:
-        text = source.decode("utf-8-sig")
-        json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: the list cannot be read: {_reason(error)}") from None
-    between, decoder = re.compile(r"[\s,]*"), json.JSONDecoder()
-    index, at = 0, text.index("[") + 1
-    while (found := between.match(text, at)) and text[at := found.end()] != "]":
-        index, start = index + 1, at
-        at = decoder.raw_decode(text, start)[1]
-        yield index, text[start:at].encode()
+def without_duplicates(rows: list[Row]) -> list[Row]:
+    """The first of all rows that are identical; near-duplicates stay."""
+    first: dict[bytes, Row] = {}
+    for row in rows:
+        first.setdefault(_content(row), row)
+    return list(first.values())
 
 
-def _parse(source: bytes) -> Any:
-    """JSON without what Python's reader lets pass: repeated keys, NaN and Infinity."""
-    return json.loads(
-        source.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse_constant
+def leakage(train: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[int], list[int]]:
+    """Held-out rows that stand in train: (identically; nearly, or with an answer of their own).
+
+    The prompt of a row is all that stands before its last answer, except the system prompt.
+    """
+    rows, prompts = set(map(_content, train)), set(map(_prompt, train)) - {b""}
+    leaked = {index for index, row in enumerate(held_out) if _content(row) in rows}
+    nearly = {index for index, row in enumerate(held_out) if _prompt(row) in prompts} - leaked
+    asked = [index for index in range(len(held_out)) if index not in leaked | nearly]
+    for end in (None, -1):
+        texts = list({_words(row.messages[:end]): None for row in train})
+        others = [_words(held_out[index].messages[:end]) for index in asked]
+        near = _near([*texts, *others], num_known=len(texts))
+        nearly |= {asked[later - len(texts)] for _, later, _ in near}
+    return sorted(leaked), sorted(nearly)
+
+
+def _prompt(row: Row) -> bytes:
+    messages = [m for m in row.messages[:-1] if m["role"] != "system"]
+    return json.dumps([[m["role"], m["content"]] for m in messages]).encode() if messages else b""
+
+
+def _words(messages: Messages) -> str:
+    """What is compared: all but system prompts, which whole data sets share."""
+    told = [m for m in messages if m["role"] != "system"]
+    return " ".join(
+        m["content"] + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "") for m in told
     )
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if repeated:
-        raise ValueError(f"the key {repeated[0]!r} is given twice")
-    return dict(pairs)
+def _near(texts: list[str], num_known: int | None = None) -> list[tuple[int, int, float]]:
+    """(earlier, later, similarity) of texts like an earlier one that is itself like no other.
 
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-def _reason(error: ValueError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        return f"not valid JSON ({error.msg}, {line}column {error.colno})"
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start})"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-def _excerpt(source: bytes, num: int = 60) -> str:
-    text = source.decode("utf-8", "backslashreplace").strip()
-    cut = text[:num] + ("..." if len(text) > num else "")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
-
-
-# --- judging -----------------------------------------------------------------------------------
-
-
-def _messages(row: Any) -> Messages:
-    """The messages of a row in any known format; ValueError with the reason if it is a bad one."""
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, found {type(row).__name__}")
-    formats = [keys for keys in FORMATS if row.keys() >= set(keys)]
-    if len(formats) != 1:
-        known = ", ".join("/".join(keys) for keys in FORMATS)
-        raise ValueError(f"expected the keys of one format ({known}), found {sorted(row)}")
-    if row.get("tools"):
-        raise ValueError("tools are not supported, and would not be rendered")
-    if formats == [("messages",)]:
-        return _conversation(row["messages"])
-    ask, answer = formats[0]
-    question = _text(row[ask], ask)
-    if ask == "instruction" and row.get("input", "") != "":
-        question += "\n\n" + _text(row["input"], "input")
-    return [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": _text(row[answer], answer)},
-    ]
-
-
-def _conversation(messages: Any) -> Messages:
-    if not isinstance(messages, list):
-        raise ValueError(f"messages: expected a list, found {type(messages).__name__}")
-    result = [_message(message, f"message {n}") for n, message in enumerate(messages, 1)]
-    roles = [message["role"] for message in result]
-    if "assistant" not in roles:
-        raise ValueError("no assistant turn, so nothing to learn")
-    if roles[-1] != "assistant":
-        raise ValueError(f"the last turn is the {roles[-1]}'s, expected the assistant's")
+    With `num_known`, the texts from there on are compared with those before it only. MinHash over
+    word shingles proposes pairs, the sets of shingles decide; a function of the texts alone.
+    """
+    shingles: dict[int, set[int]] = {}
+    buckets: dict[int, list[int]] = {}
+    result = []
+    for index, (keys, mine) in enumerate(_signatures(texts)):
+        is_known = num_known is not None and index < num_known
+        proposed = () if is_known else {i for key in keys for i in buckets.get(key, ())}
+        best = max(((_jaccard(mine, shingles[i]), -i) for i in proposed), default=(0.0, 0))
+        if best[0] >= SIMILAR:
+            result.append((-best[1], index, best[0]))
+        elif num_known is None or is_known:
+            shingles[index] = mine
+            for key in keys:
+                if len(bucket := buckets.setdefault(key, [])) < BUCKET:
+                    bucket.append(index)
     return result
 
 
-def _message(message: Any, name: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise ValueError(f"{name}: expected an object, found {type(message).__name__}")
-    role = message.get("role")
-    if role not in ROLES:
-        raise ValueError(f"{name}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
-    if ignored := sorted(message.keys() - {"role", "content"}):
-        raise ValueError(f"{name}: would not be rendered: {', '.join(ignored)}")
-    return {"role": role, "content": _text(message.get("content"), f"{name}: content")}
+def _jaccard(a: set[int], b: set[int]) -> float:
+    common = len(a & b)
+    return common / (len(a) + len(b) - common)
 
 
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name}: expected text, found {type(value).__name__}")
-    if not value.strip():
-        raise ValueError(f"{name} is {'blank' if value else 'empty'}")
-    if "\0" in value:
-        raise ValueError(f"{name} contains a NUL character")
-    if lone := re.search(r"[\ud800-\udfff]", value):
-        raise ValueError(f"{name} contains a lone surrogate (U+{ord(lone[0]):X})")
-    return value
+def _signatures(texts: list[str], size: int = 2048) -> Iterator[tuple[list[int], set[int]]]:
+    """(the key of each MinHash band, the hashed shingles) of each text, `size` texts at a time."""
+    import numpy as np
+
+    factors = np.random.default_rng(0).integers(1, 2**63, (BANDS * DEPTH, 2), np.uint64)
+    factors[:, 0] |= 1  # odd: a permutation of the 64-bit numbers
+    hashes: dict[str, int] = {}
+    for start in range(0, len(texts), size):
+        words, ends = [], []
+        for text in texts[start : start + size]:
+            found = WORD.findall(text.lower())
+            for word in found:
+                if word not in hashes:
+                    hashes[word] = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8])
+            # a text of fewer words is one shingle, filled up; one without words is like no other
+            words += [hashes[word] for word in found] + [0] * max(0, SHINGLE - len(found))
+            ends.append(len(words))
+        array = np.array(words, np.uint64)
+        rolled = np.zeros(len(array) - SHINGLE + 1, np.uint64)
+        for offset in range(SHINGLE):
+            rolled = rolled * factors[0, 0] + array[offset : len(rolled) + offset]
+        rolled ^= rolled >> np.uint64(31)
+        stops = np.array(ends) - SHINGLE + 1
+        begins = np.array([0, *ends[:-1]])
+        # minima from each beginning to each end; what lies between two texts is cut off by the ends
+        edges = np.stack([begins, stops], 1).ravel()[:-1]
+        keys = np.zeros((len(ends), BANDS), np.uint64)
+        for number, (factor, shift) in enumerate(factors):
+            mixed = rolled * factor + shift
+            lowest = np.minimum.reduceat(mixed ^ (mixed >> np.uint64(32)), edges)[::2]
+            band = number // DEPTH
+            keys[:, band] = keys[:, band] * factors[1, 0] + lowest + np.uint64(band)
+        for row, (begin, stop) in enumerate(zip(begins, stops, strict=True)):
+            if words[begin]:
+                yield keys[row].tolist(), set(rolled[begin:stop].tolist())
+            else:
+                yield [], set()

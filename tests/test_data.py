@@ -1,38 +1,48 @@
-"""Files -> rows: each format, each kind of bad row with its place, the split and the digest."""
+"""Files -> rows: each kind of file and of broken file, bad rows with their places, what sets of
+rows are (split, mix, digest, duplicates, leakage), and memory that does not grow with a file."""
 
+from __future__ import annotations
+
+import csv
+import gzip
+import io
 import json
+import random
+import tracemalloc
+from collections import Counter
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
-from sft.data import DataError, Row, digest, load_rows, split
+from sft import data
+from sft.data import (
+    BadRow,
+    DataError,
+    Row,
+    digest,
+    duplicates,
+    leakage,
+    load_rows,
+    mix,
+    read,
+    sources,
+    split,
+    without_duplicates,
+    write_rejected,
+)
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 GOOD = b'{"question": "Hi", "answer": "Hello"}'
-ROWS = (
-    ({"messages": HELLO, "id": 7}, HELLO),
-    ({"prompt": "Hi", "completion": "Hello"}, HELLO),
-    ({"question": "Hi", "answer": "Hello"}, HELLO),
-    ({"instruction": "Hi", "input": "", "output": "Hello"}, HELLO),
-    ({"instruction": "Hi", "output": "Hello"}, HELLO),
-    (
-        {"instruction": "Add", "input": "1, 2", "output": " 3\n"},
-        [{"role": "user", "content": "Add\n\n1, 2"}, {"role": "assistant", "content": " 3\n"}],
-    ),
-)
-
-
-def chat(*turns):
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
-
 
 # source of the row, the reason told
 BAD = {
     "broken": (b'{"question": "Hi"', "not valid JSON (Expecting ',' delimiter, column 18)"),
     "two objects": (GOOD + GOOD, "not valid JSON (Extra data, column 38)"),
     "raw control": (b'{"question": "a\x00b"}', "not valid JSON (Invalid control character at"),
-    "not an object": (b'"Hi"', "expected an object, found str"),
+    "not an object": (b"5", "expected an object, found int"),
     "duplicate key": (b'{"answer": "a", "answer": "b"}', "the key 'answer' is given twice"),
     "duplicate below": (
         b'{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}',
@@ -42,39 +52,8 @@ BAD = {
     "infinity": (b'{"question": "Hi", "answer": -Infinity}', "-Infinity is not a JSON value"),
     "huge number": (b'{"question": 1' + b"0" * 5000 + b"}", "Exceeds the limit"),
     "deep": (b"[" * 100_000, "nested too deeply"),
-    "no format": ({"text": "a"}, "expected the keys of one format (messages, prompt/completion,"),
-    "half a format": ({"prompt": "a"}, "question/answer, instruction/output), found ['prompt']"),
-    "two formats": (
-        {"prompt": "a", "completion": "b", "messages": HELLO},
-        "found ['completion', 'messages', 'prompt']",
-    ),
-    "tools": ({"messages": HELLO, "tools": "[{}]"}, "tools are not supported"),
-    "no list": ({"messages": "Hi"}, "messages: expected a list, found str"),
-    "no messages": ({"messages": []}, "no assistant turn, so nothing to learn"),
-    "no assistant": (chat(("user", "a")), "no assistant turn, so nothing to learn"),
-    "last is user": (chat(("assistant", "a"), ("user", "b")), "the last turn is the user's"),
-    "message": ({"messages": ["Hi"]}, "message 1: expected an object, found str"),
-    "role": (chat(("user", "a"), ("bot", "b")), "message 2: unknown role 'bot', expected one of"),
-    "no role": ({"messages": [{"content": "a"}]}, "message 1: unknown role None"),
-    "role is a list": (chat((["user"], "a")), "message 1: unknown role ['user']"),
-    "more keys": (
-        {"messages": [{"role": "assistant", "content": "a", "tool_calls": []}]},
-        "message 1: would not be rendered: tool_calls",
-    ),
-    "empty": ({"prompt": "a", "completion": ""}, "completion is empty"),
-    "blank": (chat(("user", " \n\t"), ("assistant", "b")), "message 1: content is blank"),
-    "blank input": ({"instruction": "a", "input": " ", "output": "b"}, "input is blank"),
-    "null": ({"question": None, "answer": "b"}, "question: expected text, found NoneType"),
-    "null input": (
-        {"instruction": "a", "input": None, "output": "b"},
-        "input: expected text, found NoneType",
-    ),
-    "number": ({"question": "a", "answer": 4}, "answer: expected text, found int"),
-    "parts": (
-        chat(("assistant", [{"text": "a"}])),
-        "message 1: content: expected text, found list",
-    ),
-    "NUL": ({"question": "a", "answer": "b\0"}, "answer contains a NUL character"),
+    "no format": (b'{"a": "b"}', "expected the keys of one format (messages, conversations,"),
+    "empty": (b'{"prompt": "a", "completion": ""}', "completion is empty"),
     "surrogate": (
         b'{"question": "a", "answer": "\\ud83d"}',
         "answer contains a lone surrogate (U+D83D)",
@@ -84,43 +63,45 @@ BAD = {
 KINDS = [pytest.param(*case, id=name) for name, case in BAD.items()]
 
 
-def write(path, *sources):
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in sources]
+def write(path, *lines):
     path.write_bytes(b"\n".join(lines) + b"\n")
     return str(path)
 
 
-@pytest.mark.parametrize(("row", "messages"), ROWS)
-def test_formats(tmp_path, row, messages):
-    lines = write(tmp_path / "rows.jsonl", GOOD, row)
-    assert load_rows(lines)[1] == Row(messages, lines, 2)
-    items = tmp_path / "rows.json"
-    items.write_text(json.dumps([ROWS[0][0], row], indent=2))
-    assert load_rows(str(items))[1] == Row(messages, str(items), 2)
+def refused(path, **options):
+    """What load_rows says of it."""
+    with pytest.raises(DataError) as caught:
+        load_rows(path if isinstance(path, list) else str(path), **options)
+    assert caught.value.exit_code == 3
+    return str(caught.value)
+
+
+def asked(rows):
+    return [row.messages[0]["content"] for row in rows]
+
+
+# --- bad rows ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("bad", "reason"), KINDS)
 def test_bad_line(tmp_path, bad, reason):
     path = write(tmp_path / "rows.jsonl", GOOD, b"", bad, GOOD)
-    with pytest.raises(DataError) as caught:
-        load_rows(path)
-    assert caught.value.exit_code == 3
-    first, told = str(caught.value).split("\n")
+    first, told = refused(path).split("\n")
     assert first == f"{path}: 1 bad row; correct or remove them, none is skipped"
     assert told.startswith(f"  {path}:3: ")
     assert reason in told
     assert told.endswith('"')
+    rows, (skipped,) = load_rows(path, on_bad_row="skip")
+    assert [row.line for row in rows] == [1, 4]
+    assert told == f"  {skipped}"
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_item_of_a_list(tmp_path, kind):
     bad, reason = BAD[kind]
-    source = bad if isinstance(bad, bytes) else json.dumps(bad).encode()
     path = tmp_path / "rows.json"
-    path.write_bytes(b"[\n" + GOOD + b",\n" + source + b"]")
-    with pytest.raises(DataError) as caught:
-        load_rows(str(path))
-    message = str(caught.value)
+    path.write_bytes(b"[\n" + GOOD + b",\n" + bad + b"]")
+    message = refused(path)
     if kind in ("broken", "two objects", "raw control", "huge number", "deep", "not UTF-8"):
         assert message.startswith(f"{path}: the list cannot be read: {reason.split(' (')[0]}"[:70])
     else:
@@ -129,26 +110,167 @@ def test_bad_item_of_a_list(tmp_path, kind):
 
 
 def test_all_bad_rows_are_counted_and_ten_are_listed(tmp_path):
-    bad = [{"question": f"q{i}", "answer": ""} for i in range(13)]
+    bad = [json.dumps({"question": f"q{i}", "answer": ""}).encode() for i in range(13)]
     path = write(tmp_path / "rows.jsonl", *[row for b in bad for row in (GOOD, b)])
-    with pytest.raises(DataError) as caught:
-        load_rows(path)
-    first, *listed, more = str(caught.value).split("\n")
+    first, *listed, more = refused(path).split("\n")
     assert "13 bad rows" in first
     places = [line.split(": ")[0].strip() for line in listed]
     assert places == [f"{path}:{2 * n}" for n in range(1, 11)]
-    assert listed[2] == f'  {path}:6: answer is empty: "{json.dumps(bad[2])}"'
+    assert listed[2] == f'  {path}:6: answer is empty: "{bad[2].decode()}"'
     assert more.strip() == "... and 3 more"
 
 
 def test_excerpt_is_one_short_printable_line(tmp_path):
     path = write(tmp_path / "rows.jsonl", b'{"question": "\x1b[31m \xff' + b"a" * 200)
-    with pytest.raises(DataError) as caught:
-        load_rows(path)
-    excerpt = str(caught.value).split(': "', 1)[1]
+    excerpt = refused(path).split(': "', 1)[1]
     assert excerpt.startswith('{"question": "\\x1b[31m \\xffaaa')
     assert excerpt.endswith('a..."')
     assert len(excerpt) < 80
+
+
+def test_skipped_rows_are_written_down(tmp_path):
+    keys = b'{"messages": [{"role": "user", "content": "a", "\\ud83d\\n": 1}]}'
+    path = write(tmp_path / "rows.jsonl", GOOD, b"\xff", "{é".encode(), keys)
+    _, bad = load_rows(path, on_bad_row="skip")
+    write_rejected(bad, tmp_path / "rejected.jsonl")
+    lines = (tmp_path / "rejected.jsonl").read_text("utf-8").splitlines()
+    assert [BadRow(**json.loads(line)) for line in lines] == bad
+    assert [(row.line, row.excerpt) for row in bad[:2]] == [(2, "\\xff"), (3, "{é")]
+    assert bad[2].reason == "message 1: would not be rendered: \\ud83d\\n"
+
+
+def test_a_file_of_bad_rows_only_is_refused_in_any_case(tmp_path):
+    path = write(tmp_path / "rows.jsonl", b"5", b"6")
+    told = refused(path, on_bad_row="skip")
+    assert (
+        told
+        == f'{path}: all 2 rows are bad; the first: {path}:1: expected an object, found int: "5"'
+    )
+
+
+@pytest.mark.parametrize("ending", [b"\n", b""])
+def test_a_line_that_is_too_long_is_a_bad_row_and_never_held(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(data, "LONGEST", 2**16)
+    long = b'{"question": "' + b"a" * 5_000_000 + b'", "answer": "b"}'
+    path = write(tmp_path / "rows.jsonl", GOOD, long, GOOD, long)
+    with (tmp_path / "rows.jsonl").open("r+b") as file:
+        file.truncate((tmp_path / "rows.jsonl").stat().st_size - 1 + len(ending))
+    (source,) = sources(path)
+    tracemalloc.start()
+    rows = list(read(source))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [type(row) for row in rows] == [Row, BadRow, Row, BadRow]
+    assert str(rows[1]).startswith(f'{path}:2: the line is longer than 0.0625 MiB: "{{"questi')
+    assert peak < 1_000_000
+
+
+# --- kinds of files ----------------------------------------------------------------------------
+
+
+def in_csv(rows, delimiter=","):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["question", "answer"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def in_parquet(rows):
+    sink = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), sink, row_group_size=2)
+    return sink.getvalue()
+
+
+def in_arrow(rows, new=pyarrow.ipc.new_stream):
+    sink = io.BytesIO()
+    table = pyarrow.Table.from_pylist(rows)
+    with new(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def in_jsonl(rows):
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+ROWS = [{"question": f'é "{n}",\n\t', "answer": f"{n}, yes"} for n in range(5)]
+FILES = {
+    "a.jsonl": in_jsonl(ROWS),
+    "a.ndjson": in_jsonl(ROWS),
+    "a.json": json.dumps(ROWS, indent=1).encode(),
+    "list.jsonl": json.dumps(ROWS).encode(),  # the content wins over the name
+    "lines.json": in_jsonl(ROWS),
+    "lines.csv": in_jsonl(ROWS),
+    "none": in_jsonl(ROWS),
+    "a.csv": in_csv(ROWS),
+    "bom.csv": b"\xef\xbb\xbf" + in_csv(ROWS),
+    "a.tsv": in_csv(ROWS, "\t"),
+    "a.parquet": in_parquet(ROWS),
+    "table.bin": in_parquet(ROWS),
+    "a.arrow": in_arrow(ROWS),
+    "b.arrow": in_arrow(ROWS, pyarrow.ipc.new_file),
+}
+
+
+@pytest.mark.parametrize("compressed", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, compressed):
+    content = FILES[name]
+    if compressed == ".gz":
+        content = gzip.compress(content[:40]) + gzip.compress(content[40:])
+    if compressed == ".zst":
+        content = pyarrow.compress(content, "zstd", asbytes=True)
+    path = tmp_path / (name + compressed)
+    path.write_bytes(content)
+    rows, bad = load_rows(str(path))
+    assert bad == []
+    assert asked(rows) == [row["question"] for row in ROWS]
+    lines = (
+        [2, 4, 6, 8, 10] if name.endswith(("csv", "tsv")) and name != "lines.csv" else range(1, 6)
+    )
+    assert [row.line for row in rows] == list(lines)
+    assert {(row.file, row.tools, row.format) for row in rows} == {
+        (str(path), None, "question_answer")
+    }
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_broken_compressed_file_is_told(tmp_path, suffix):
+    rows = in_jsonl([{**ROWS[0], "id": random.random()} for _ in range(20_000)])
+    whole = gzip.compress(rows) if suffix == ".gz" else pyarrow.compress(rows, "zstd", asbytes=True)
+    path = tmp_path / f"rows.jsonl{suffix}"
+    for content in (whole[: len(whole) // 2], whole[:4] + bytes(99) + whole[103:]):
+        path.write_bytes(content)
+        assert f"{path}: the file is broken: " in refused(path)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "b.arrow"])
+def test_a_broken_table_is_told(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(FILES[name][: len(FILES[name]) // 2])
+    assert f"{path}: the file is broken: " in refused(path)
+
+
+def test_a_table_of_messages_has_no_padding_of_nulls(tmp_path):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    other = {"type": "function", "function": {"name": "sub", "arguments": {"b": 2}}}
+    conversations = [
+        [HELLO[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+        for calls in ([call], [other])
+    ]
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(in_parquet([{"messages": messages} for messages in conversations]))
+    assert [row.messages for row in load_rows(str(path))[0]] == conversations
+
+
+def test_a_table_with_text_that_is_not_utf8(tmp_path):
+    texts = pyarrow.array([b"a", b"\xff", b"c"]).view(pyarrow.string())
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"user": texts, "assistant": texts}), path)
+    rows, (bad,) = load_rows(str(path), on_bad_row="skip")
+    assert [row.line for row in rows] == [1, 3]
+    assert (bad.line, bad.reason) == (2, "not UTF-8 text (byte 0xff at 0)")
 
 
 def test_what_stands_around_rows(tmp_path):
@@ -156,52 +278,236 @@ def test_what_stands_around_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     inner = '{"question": "a\u2028b", "answer": "é"}'.encode()
     path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\r\n \t\r\n\n" + inner)
-    rows = load_rows(str(path))
+    rows, _ = load_rows(str(path))
     assert [(row.line, row.messages[0]["content"]) for row in rows] == [(1, "Hi"), (4, "a\u2028b")]
     path.write_bytes(b"\xef\xbb\xbf \n[" + inner + b"\n ,\n" + GOOD + b"]\n")
-    assert [(row.line, row.messages[1]["content"]) for row in load_rows(str(path))] == [
-        (1, "é"),
-        (2, "Hello"),
-    ]
+    rows, _ = load_rows(str(path))
+    assert [(row.line, row.messages[1]["content"]) for row in rows] == [(1, "é"), (2, "Hello")]
 
 
 def test_max_rows_reads_no_further(tmp_path):
     path = write(tmp_path / "rows.jsonl", GOOD, b"", GOOD, b"broken")
-    assert [row.line for row in load_rows(path, max_rows=2)] == [1, 3]
-    with pytest.raises(DataError, match=":4: not valid JSON"):
-        load_rows(path, max_rows=3)
+    assert [row.line for row in load_rows(path, max_rows=2)[0]] == [1, 3]
+    assert ":4: not valid JSON" in refused(path, max_rows=3)
+    assert len(load_rows([path, path], max_rows=2)[0]) == 2
+
+
+CSV = b"question,answer\nHi,Hello\n"
+BROKEN_CSV = {  # what stands below good rows, its line, the reason
+    "too few cells": (b"a\nx,y\n", 3, "expected 2 cells as in the header, found 1"),
+    "too many cells": (b"a,b,c\nx,y\n", 3, "expected 2 cells as in the header, found 3"),
+    "blank lines before": (b"\r\n\na\nx,y\n", 5, "expected 2 cells as in the header, found 1"),
+    "behind a record of two lines": (b'"a\nb",c\na\n', 5, "expected 2 cells"),
+    "quote": (b'"a"b,c\nx,y\n', 3, "broken quoting (',' expected after '\"')"),
+    "open quote": (b'x,y\n"a,b\n\nc,d\n', 4, "broken quoting (unexpected end of data)"),
+    "not UTF-8": (b"a,\xe9\nx,y\n", 3, "not UTF-8 text (byte 0xe9 at 2)"),
+    "NUL": (b"a,b\0\nx,y\n", 3, "answer contains a NUL character"),
+    "empty cell": (b"a,\nx,y\n", 3, "answer is empty"),
+    "too long": (b"a,%b\nx,y\n" % (b"b" * 2**17), 3, "the line is longer than 0.0625 MiB"),
+}
+
+
+@pytest.mark.parametrize(("below", "line", "reason"), BROKEN_CSV.values(), ids=BROKEN_CSV)
+def test_bad_record_of_a_csv(tmp_path, monkeypatch, below, line, reason):
+    monkeypatch.setattr(data, "LONGEST", 2**16)
+    path = write(tmp_path / "rows.csv", CSV + below)
+    rows, (bad,) = load_rows(path, on_bad_row="skip")
+    assert (bad.line, bad.reason[: len(reason)]) == (line, reason)
+    assert len(rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [(b"a,b,a", "the column 'a' twice"), (b'"a"b', "broken quoting"), (b"\xff", "not UTF-8")],
+)
+def test_bad_header_of_a_csv(tmp_path, header, found):
+    path = write(tmp_path / "rows.csv", header, b"x,y")
+    told = refused(path)
+    assert told.startswith(f"{path}: expected a header that names each column once, found {found}")
+
+
+def test_columns_of_a_csv(tmp_path):
+    path = write(tmp_path / "rows.csv", b",label,text", b"0,spam,Buy!")
+    (row,), _ = load_rows(path, columns={"prompt": "text", "completion": "label"})
+    assert [message["content"] for message in row.messages] == ["Buy!", "spam"]
+    assert "no column 'lable', the row has ['', 'label', 'text']" in refused(
+        path, columns={"prompt": "text", "completion": "lable"}
+    )
+
+
+def test_raw_text_is_a_row_per_document(tmp_path):
+    path = write(tmp_path / "a.txt", b"\n  Once\nupon\n", b" a time.\n\n")
+    (row,), _ = load_rows(path)
+    assert row.messages == [{"role": "text", "content": "  Once\nupon\n\n a time."}]
+    assert (row.line, row.format) == (2, "text")
+    separated = b"a\nb<|endoftext|>\n\nc\n<|endoftext|><|endoftext|>d <|endoftext|> \n"
+    rows, _ = load_rows(write(tmp_path / "b.txt", separated))
+    assert [(row.line, asked([row])[0]) for row in rows] == [(1, "a\nb"), (4, "c"), (5, "d ")]
+
+
+def test_a_bad_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LONGEST", 2**10)
+    long = b"a line\n" * 1000 + b"b" * 3000 + b"\n"
+    path = write(tmp_path / "a.txt", b"\xff", b"<|endoftext|>", long, b"<|endoftext|>good")
+    (row,), bad = load_rows(path, on_bad_row="skip")
+    assert asked([row]) == ["good"]
+    assert [(one.line, one.reason.split(" (")[0]) for one in bad] == [
+        (1, "not UTF-8 text"),
+        (3, "the document is longer than 0.000976562 MiB; put <|endoftext|> between documents"),
+    ]
+
+
+@pytest.mark.parametrize("content", [GOOD, b'[{"text": "a"}]', b'\n[ "a" ]'])
+def test_rows_are_not_taken_for_raw_text(tmp_path, content):
+    path = write(tmp_path / "rows.txt", content)
+    assert "expected raw text, found what looks like JSON; name the file .jsonl" in refused(path)
+    assert len(load_rows(path, format="text")[0]) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"[]", b"\xef\xbb\xbf", b"\xef\xbb\xbf[ ]\n"])
 def test_no_rows(tmp_path, content):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"rows.jsonl: expected rows .* found none"):
-        load_rows(str(path))
-
-
-def test_no_file(tmp_path):
-    with pytest.raises(DataError, match=r"no.jsonl: expected a JSONL .* No such file.* correct"):
-        load_rows(str(tmp_path / "no.jsonl"))
-    with pytest.raises(DataError, match=r"expected a JSONL .* Is a directory"):
-        load_rows(str(tmp_path))
+    for name in ("rows.jsonl", "rows.txt"):
+        path = tmp_path / name
+        path.write_bytes(content if name == "rows.jsonl" else b"\n\n")
+        assert refused(path).startswith(f"{path}: expected rows (docs/DATA.md), found none")
 
 
 @pytest.mark.parametrize("tail", [b"", b",", b"] x"])
 def test_broken_list(tmp_path, tail):
     path = tmp_path / "rows.json"
     path.write_bytes(b"[\n" + GOOD + tail)
-    with pytest.raises(
-        DataError, match=r"rows.json: the list cannot be read: not valid JSON .*line"
-    ):
-        load_rows(str(path))
+    told = refused(path)
+    assert "rows.json: the list cannot be read: not valid JSON" in told
+    assert "line" in told
 
 
-# --- split and digest --------------------------------------------------------------------------
+def test_a_file_of_no_known_kind(tmp_path):
+    path = write(tmp_path / "rows.xlsx", b"PK\3\4")
+    assert r"found: a file that begins with 'PK\\x03\\x04'" in refused(path)
+
+
+# --- paths -------------------------------------------------------------------------------------
+
+
+def files_of(path):
+    return [source.file for source in sources(path)]
+
+
+def test_paths(tmp_path):
+    names = ("b.jsonl", "a.jsonl", "deep/c.jsonl.gz", "deep/README.md", "deep/dataset_info.json")
+    (tmp_path / "deep").mkdir()
+    b, a, c, _, _ = (write(tmp_path / name, GOOD) for name in names)
+    assert files_of(b) == [b]
+    assert files_of(f"{tmp_path}/*.jsonl") == [a, b]
+    assert files_of(f"{tmp_path}/**/*.jsonl*") == [a, b, c]
+    assert files_of(str(tmp_path / "deep")) == [c]
+    assert [(s.file, s.entry) for s in sources([b, f"{tmp_path}/[ab].jsonl"])] == [
+        (b, 0),
+        (a, 1),
+        (b, 1),
+    ]
+    bracketed = write(tmp_path / "a[1].jsonl", GOOD)
+    assert files_of(bracketed) == [bracketed]
+    rows, _ = load_rows([b, f"{tmp_path}/[ab].jsonl"])
+    assert [(row.place, row.entry) for row in rows] == [(f"{b}:1", 0), (f"{a}:1", 1), (f"{b}:1", 1)]
+
+
+def test_no_file(tmp_path):
+    for name in ("no.jsonl", "*.jsonl", "", "no/folder/at/all"):
+        told = refused(tmp_path / name)
+        assert told.startswith(f"{tmp_path / name}: expected rows (.jsonl, ")
+        assert told.endswith("correct the path in the section data")
+    assert "found: No such file or directory" in refused("missing.jsonl")
+    assert "found: no file that fits the pattern" in refused(tmp_path / "*.jsonl")
+    assert "found: a folder without a file" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", [("a.jsonl", "LICENSE.txt"), ("data/train-0.csv", "data/test-0.csv")]
+)
+def test_a_folder_of_several_kinds_or_splits_is_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, b"")
+    assert "expected files of one kind and one split, found " in refused(tmp_path)
+
+
+def test_a_dataset_folder(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "one", num_shards=3)
+    rows, _ = load_rows(str(tmp_path / "one"))
+    assert asked(rows) == [row["question"] for row in ROWS]
+    datasets.DatasetDict(train=saved).save_to_disk(tmp_path / "train")
+    assert asked(load_rows(str(tmp_path / "train"))[0]) == asked(rows)
+    datasets.DatasetDict(train=saved, test=saved).save_to_disk(tmp_path / "both")
+    assert "found train, test; give the one to use" in refused(tmp_path / "both")
+    assert asked(load_rows(str(tmp_path / "both/test"))[0]) == asked(rows)
+    (tmp_path / "one/state.json").write_text("{}")
+    assert "expected _data_files of a saved dataset; save it again" in refused(tmp_path / "one")
+
+
+def test_a_dataset_of_the_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked_for = []
+
+    def load(*names, split):
+        asked_for.append((*names, split))
+        if names[0] == "a/missing":
+            raise datasets.exceptions.DatasetNotFoundError("offline\nmore")
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows, _ = load_rows("owner/name:main@test")
+    assert asked(rows) == [row["question"] for row in ROWS]
+    assert rows[1].place == "owner/name:main@test:2"
+    assert refused("a/missing").startswith(
+        "a/missing: no such file, and the hub gave no dataset owner/name:config@split of this "
+        "name: offline; correct data.train_path"
+    )
+    assert asked_for == [("owner/name", "main", "test"), ("a/missing", None, "train")]
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def peak_of_reading(path):
+    (source,) = sources(str(path))
+    tracemalloc.start()
+    assert sum(isinstance(row, Row) for row in read(source)) > 1000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet", "a.arrow", "a.txt"]
+)
+def test_memory_does_not_grow_with_the_file(tmp_path, name):
+    peaks = []
+    for num in (1_500, 6_000):
+        rows = [{"question": f"{n} " * 20, "answer": "yes"} for n in range(num)]
+        written = {
+            "a.jsonl": in_jsonl,
+            "a.jsonl.gz": lambda rows: gzip.compress(in_jsonl(rows)),
+            "a.csv": in_csv,
+            "a.parquet": in_parquet,
+            "a.arrow": in_arrow,
+            "a.txt": lambda rows: b"<|endoftext|>\n".join(r["question"].encode() for r in rows),
+        }
+        path = tmp_path / name
+        path.write_bytes(written[name](rows))
+        peaks.append(peak_of_reading(path))
+    assert peaks[1] < 1.3 * peaks[0] + 100_000
+
+
+# --- sets of rows ------------------------------------------------------------------------------
 
 
 def rows_of(contents):
-    return [Row([{"role": "assistant", "content": c}], "f", n) for n, c in enumerate(contents, 1)]
+    return [
+        Row([{"role": "assistant", "content": c}], None, "f", n) for n, c in enumerate(contents, 1)
+    ]
 
 
 @given(
@@ -238,8 +544,158 @@ def test_split_sizes_and_seeds():
 
 
 def test_digest_is_of_content_and_order():
-    assert digest(rows_of("ab")) == digest([Row(r.messages, "g", 9) for r in rows_of("ab")])
+    assert digest(rows_of("ab")) == digest(
+        [Row(r.messages, None, "g", 9, 1) for r in rows_of("ab")]
+    )
     assert len({digest(rows_of(c)) for c in ("ab", "ba", "a", "abb", ["a b"], ["a", "b "])}) == 6
-    as_user = [Row([{"role": "user", "content": "a"}], "f", 1)]
-    assert digest(as_user) != digest(rows_of("a"))
+    as_user = [Row([{"role": "user", "content": "a"}], None, "f", 1)]
+    with_tools = [Row(rows_of("a")[0].messages, [{"type": "function"}], "f", 1)]
+    assert len({digest(rows) for rows in (as_user, with_tools, rows_of("a"))}) == 3
     assert len(digest([])) == 64
+
+
+@given(
+    st.lists(st.integers(0, 2), max_size=60),
+    st.lists(st.sampled_from([0.1, 0.5, 0.9, 1.0, 2.0, 2.5, 3.25]), min_size=3, max_size=3),
+    st.integers(0, 5),
+)
+def test_mix_gives_each_row_as_often_as_its_entry_weighs(entries, weights, seed):
+    rows = [Row(HELLO, None, "f", n, entry) for n, entry in enumerate(entries)]
+    mixed = mix(rows, weights, seed)
+    assert mixed == mix(rows, weights, seed)
+    times = Counter(row.line for row in mixed)
+    for entry, weight in enumerate(weights):
+        mine = [times[row.line] for row in rows if row.entry == entry]
+        assert set(mine) <= {int(weight), int(weight) + (weight % 1 > 0)}
+        assert sum(mine) == int(weight) * len(mine) + round(weight % 1 * len(mine))
+    other = [Row([], None, "g", row.line, row.entry) for row in rows]  # the content plays no part
+    assert [row.line for row in mix(other, weights, seed)] == [row.line for row in mixed]
+
+
+def test_mix_draws_by_seed():
+    rows = [Row(HELLO, None, "f", n) for n in range(100)]
+    drawn = {tuple(row.line for row in mix(rows, [0.5], seed)) for seed in range(5)}
+    assert {len(lines) for lines in drawn} == {50}
+    assert len(drawn) == 5
+    assert all(list(lines) == sorted(lines) for lines in drawn)
+    assert mix(rows, [1.0], 0) == rows
+
+
+# --- duplicates and leakage --------------------------------------------------------------------
+
+
+def row_of(question, answer="yes", **more):
+    return Row(
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        None,
+        "f",
+        1,
+        **more,
+    )
+
+
+def words_of(seed, num=60):
+    draw = random.Random(seed)
+    return [f"w{draw.randrange(5000)}" for _ in range(num)]
+
+
+def jaccard(a, b):
+    sets = [{tuple(words[i : i + 5]) for i in range(len(words) - 4)} for words in (a, b)]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def test_duplicates():
+    base = words_of(0)
+    texts = {
+        "base": base,
+        "other": words_of(1),
+        "same": base,
+        "one word more": [*base, "more"],
+        "upper case": [word.upper() for word in base],
+        "half": base[:30],
+        "same again": base,
+    }
+    rows = [row_of(" ".join(words)) for words in texts.values()]
+    groups, near = duplicates(rows)
+    assert groups == [[0, 2, 6]]
+    assert [(i, j) for i, j, _ in near] == [(0, 3), (0, 4)]
+    answered = [[*words, "yes"] for words in texts.values()]
+    assert near[0][2] == pytest.approx(jaccard(answered[0], answered[3]))
+    assert near[1][2] == 1
+    assert duplicates(rows) == (groups, near)
+    assert without_duplicates(rows) == [rows[i] for i in (0, 1, 3, 4, 5)]
+
+
+def test_what_makes_rows_duplicates():
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    system = {"role": "system", "content": " ".join(words_of(3, 300))}
+    short = [
+        row_of("1 + 1 = ?", "2"),
+        row_of("1 - 1 = ?", "0"),
+        row_of("请问", "好"),
+        row_of("请问", "不"),
+    ]
+    shared = [Row([system, *row.messages], None, "f", 1) for row in short]
+    tools = [Row(HELLO, [tool], "f", 1) for tool in (call, {**call, "type": "x"})]
+    assert duplicates(short) == duplicates(shared) == ([], [])
+    assert duplicates(tools) == ([], [(0, 1, 1.0)])  # nearly: the words are the same
+    assert duplicates([]) == ([], [])
+    assert duplicates([Row([{"role": "text", "content": "a"}], None, "f", 1)] * 2) == ([[0, 1]], [])
+
+
+@pytest.mark.parametrize("size", [3, 2048])
+def test_near_duplicates_are_found_by_their_real_similarity(monkeypatch, size):
+    """Copies with so many words changed: every pair well above the bound is found, none below."""
+    monkeypatch.setattr(data._signatures, "__defaults__", (size,))
+    draw = random.Random(0)
+    rows, expected = [], set()
+    for number in range(150):
+        base = words_of(number, draw.randrange(5, 200))
+        copy = list(base)
+        for _ in range(draw.randrange(4)):
+            copy[draw.randrange(len(copy))] = "changed"
+        rows += [row_of(" ".join(base)), row_of(" ".join(copy))]
+        if jaccard([*base, "yes"], [*copy, "yes"]) >= 0.8 and base != copy:
+            expected.add((2 * number, 2 * number + 1))
+    found = {(i, j) for i, j, _ in duplicates(rows)[1]}
+    assert found == expected
+    assert len(found) > 30
+
+
+def test_copies_are_found_among_rows_of_one_template():
+    """Rows of similarity 0.7 fill the buckets; a copy shares keys that no other row has."""
+    template = " ".join(f"t{n}" for n in range(50))
+    texts = [f"{template} {' '.join(words_of(n, 8))}" for n in range(600)]
+    rows = [row_of(text) for text in [*texts, *(text + " more" for text in texts[300:320])]]
+    assert {(i, j) for i, j, _ in duplicates(rows)[1]} == {(300 + n, 600 + n) for n in range(20)}
+
+
+def test_leakage():
+    words = [words_of(n) for n in range(6)]
+    texts = [" ".join(each) for each in words]
+    train = [row_of(text) for text in texts[:5]]
+    held_out = [
+        row_of(texts[5]),
+        row_of(texts[0]),  # the row
+        row_of(texts[1], "another answer " * 30),  # the prompt
+        row_of(texts[2] + " more"),  # nearly the row
+        row_of(" ".join(words[3][1:]), " ".join(words_of(9, 500))),  # nearly the prompt
+        row_of("Hi"),
+    ]
+    assert leakage(train, held_out) == ([1], [2, 3, 4])
+    assert leakage(train[:0], held_out) == leakage(train, []) == ([], [])
+    system = {"role": "system", "content": "Be calm."}
+    apart = [Row([system, *train[0].messages], None, "f", 1)]
+    assert leakage(train, apart) == ([], [0])  # the same prompt under another system prompt
+    text = [Row([{"role": "text", "content": t}], None, "f", 1) for t in texts[:2]]
+    assert leakage(text[:1], text) == ([0], [])
+
+
+def test_real_duplicates(shared):
+    rows, _ = load_rows(str(shared / "data/chat/glaive_toolcall_en_demo.json"))
+    groups, near = duplicates(rows)
+    assert (len(groups), sum(map(len, groups)), len(near)) == (33, 68, 5)
+    train, _ = load_rows(str(shared / "data/instruct/gsm8k_train.jsonl"), 2000)
+    held_out, _ = load_rows(str(shared / "data/instruct/gsm8k_test.jsonl"), 500)
+    assert leakage(train, held_out) == ([], [])
+    assert leakage(train, train[:3] + held_out) == ([0, 1, 2], [])

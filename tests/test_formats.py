@@ -1,0 +1,449 @@
+"""A raw row -> messages and tools: every format, every kind of bad row, real files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sft.data import load_rows
+from sft.formats import BY_NAME, FORMATS, normalise, recognise, with_system
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+ASK, HELLO, CALM = turn("user", "Hi"), turn("assistant", "Hello"), turn("system", "Be calm.")
+SAYS_HI, SAYS_HELLO = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
+FUNCTION = {"name": "add", "description": "Adds", "parameters": {"type": "object"}}
+TOOL = {"type": "function", "function": FUNCTION}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLS = turn("assistant", "", tool_calls=[CALL])
+RESULT = turn("tool", "2")
+
+
+def called(**more):
+    return {"messages": [ASK, {"role": "assistant", **more}, RESULT, HELLO]}
+
+
+# row, its format, the messages, the tools
+GOOD = {
+    "messages": ({"messages": [ASK, HELLO], "id": 7}, "messages", [ASK, HELLO], None),
+    "nothing is trimmed": (
+        {"messages": [ASK, turn("assistant", " 3\n")]},
+        "messages",
+        [ASK, turn("assistant", " 3\n")],
+        None,
+    ),
+    "developer": (
+        {"messages": [turn("developer", "Be calm."), ASK, HELLO]},
+        "messages",
+        [CALM, ASK, HELLO],
+        None,
+    ),
+    "system of the row": (
+        {"messages": [ASK, HELLO], "system": "Be calm."},
+        "messages",
+        [CALM, ASK, HELLO],
+        None,
+    ),
+    "parts": (
+        {"messages": [turn("user", [{"type": "text", "text": t} for t in ("H", "i")]), HELLO]},
+        "messages",
+        [ASK, HELLO],
+        None,
+    ),
+    "weight and reasoning": (
+        {"messages": [ASK, turn("assistant", "Hello", weight=0.5, reasoning_content="Polite.")]},
+        "messages",
+        [ASK, turn("assistant", "Hello", reasoning_content="Polite.", weight=0.5)],
+        None,
+    ),
+    "null is not given": (
+        {"messages": [ASK, turn("assistant", "Hello", tool_calls=None, weight=None)]},
+        "messages",
+        [ASK, HELLO],
+        None,
+    ),
+    "tool calls": (
+        {
+            "messages": [
+                ASK,
+                turn("assistant", None, tool_calls=[{"id": "c1", **CALL}]),
+                turn("tool", "2", tool_call_id="c1", name="add"),
+                HELLO,
+            ],
+            "tools": [TOOL],
+        },
+        "messages",
+        [
+            ASK,
+            turn("assistant", "", tool_calls=[{"id": "c1", **CALL}]),
+            turn("tool", "2", tool_call_id="c1", name="add"),
+            HELLO,
+        ],
+        [TOOL],
+    ),
+    "arguments as text": (
+        called(tool_calls=[{"function": {"name": "add", "arguments": '{"a": 1}'}}]),
+        "messages",
+        [ASK, CALLS, RESULT, HELLO],
+        None,
+    ),
+    "a bare call beside text": (
+        called(tool_calls=[{"name": "add", "arguments": {"a": 1}}], content="Let me see."),
+        "messages",
+        [ASK, turn("assistant", "Let me see.", tool_calls=[CALL]), RESULT, HELLO],
+        None,
+    ),
+    "tools as text": (
+        {"messages": [ASK, HELLO], "tools": json.dumps([TOOL])},
+        "messages",
+        [ASK, HELLO],
+        [TOOL],
+    ),
+    "sharegpt": ({"conversations": [SAYS_HI, SAYS_HELLO]}, "sharegpt", [ASK, HELLO], None),
+    "sharegpt with roles": ({"conversations": [ASK, HELLO]}, "sharegpt", [ASK, HELLO], None),
+    "sharegpt with tools": (
+        {
+            "conversations": [
+                SAYS_HI,
+                {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+                {"from": "observation", "value": "2"},
+                SAYS_HELLO,
+            ],
+            "tools": json.dumps([FUNCTION]),
+            "system": "Be calm.",
+        },
+        "sharegpt",
+        [CALM, ASK, CALLS, RESULT, HELLO],
+        [TOOL],
+    ),
+    "two calls at once": (
+        {
+            "conversations": [
+                {"from": "system", "value": "Be calm."},
+                SAYS_HI,
+                {"from": "function_call", "value": json.dumps([CALL, CALL])},
+                {"from": "tool", "value": "2"},
+                {"from": "chatgpt", "value": "Hello"},
+            ],
+            "tools": "[]",
+            "system": "",
+        },
+        "sharegpt",
+        [CALM, ASK, turn("assistant", "", tool_calls=[CALL, CALL]), RESULT, HELLO],
+        None,
+    ),
+    "alpaca": ({"instruction": "Hi", "output": "Hello"}, "alpaca", [ASK, HELLO], None),
+    "alpaca without input": (
+        {"instruction": "Hi", "input": "", "output": "Hello", "tools": ""},
+        "alpaca",
+        [ASK, HELLO],
+        None,
+    ),
+    "alpaca with all": (
+        {
+            "instruction": "Add",
+            "input": "1, 2",
+            "output": "3",
+            "system": "Be calm.",
+            "history": [["Hi", "Hello"]],
+        },
+        "alpaca",
+        [CALM, ASK, HELLO, turn("user", "Add\n\n1, 2"), turn("assistant", "3")],
+        None,
+    ),
+    "prompt": ({"prompt": "Hi", "completion": "Hello"}, "prompt_completion", [ASK, HELLO], None),
+    "prompt of messages": (
+        {"prompt": [ASK, HELLO, ASK], "completion": [HELLO]},
+        "prompt_completion",
+        [ASK, turn("assistant", "Hello", weight=0), ASK, HELLO],
+        None,
+    ),
+    "question": ({"question": "Hi", "answer": "Hello"}, "question_answer", [ASK, HELLO], None),
+    "seed": ({"user": "Hi", "assistant": "Hello"}, "seed", [ASK, HELLO], None),
+    "seed with system": (
+        {"system": "Be calm.", "user": "Hi", "assistant": "Hello"},
+        "seed",
+        [CALM, ASK, HELLO],
+        None,
+    ),
+    "raw text": ("Once upon a time", "text", [turn("text", "Once upon a time")], None),
+    "raw text in a column": ({"text": " a\n", "id": 1}, "text", [turn("text", " a\n")], None),
+}
+
+
+def chat(*turns, **more):
+    return {"messages": [turn(*t) if isinstance(t, tuple) else t for t in turns], **more}
+
+
+PART = {"type": "image_url", "image_url": {"url": "a.png"}}
+BAD = {
+    "number": (5, "expected an object, found int"),
+    "list": ([ASK, HELLO], "expected an object, found list"),
+    "no format": ({"q": "a"}, "expected the keys of one format (messages, conversations, instr"),
+    "half a format": ({"prompt": "a"}, "found ['prompt']; name the columns to use in data.columns"),
+    "two formats": (
+        {"prompt": "a", "completion": "b", "messages": [ASK, HELLO]},
+        "the row fits several formats; set data.format: messages or prompt_completion",
+    ),
+    "no list": ({"messages": "Hi"}, "messages: expected a list, found str"),
+    "no messages": ({"messages": []}, "no assistant turn, so nothing to learn"),
+    "no assistant": (chat(ASK), "no assistant turn, so nothing to learn"),
+    "last is user": (chat(HELLO, ASK), "the last turn is the user's, expected the assistant's"),
+    "last is tool": (chat(ASK, CALLS, RESULT), "the last turn is the tool's"),
+    "nested too far": ({"messages": [[ASK, HELLO]]}, "message 1: expected an object, found list"),
+    "role": (chat(ASK, ("bot", "b")), "message 2: unknown role 'bot', expected one of system, "),
+    "no role": ({"messages": [{"content": "a"}]}, "message 1: unknown role None"),
+    "role is a list": (chat((["user"], "a")), "message 1: unknown role ['user']"),
+    "raw text among turns": (chat(("text", "a"), HELLO), "message 1: unknown role 'text'"),
+    "more keys": (
+        chat(turn("user", "a", name="b"), HELLO),
+        "message 1: would not be rendered: nam",
+    ),
+    "calls of a user": (
+        chat(turn("user", "a", tool_calls=[CALL])),
+        "would not be rendered: tool_c",
+    ),
+    "empty": (chat(ASK, ("assistant", "")), "message 2: content is empty"),
+    "blank": (chat(("user", " \n\t"), HELLO), "message 1: content is blank"),
+    "no content": (chat(ASK, {"role": "assistant"}), "message 2: content: expected text, found No"),
+    "empty calls": (chat(ASK, turn("assistant", None, tool_calls=[])), "content: expected text"),
+    "number as content": (chat(("user", 4), HELLO), "message 1: content: expected text, found int"),
+    "image": (
+        chat(turn("user", [{"type": "text", "text": "a"}, PART]), HELLO),
+        'message 1: content part 2: expected {"type": "text", "text": "..."}, found \'image_url\'',
+    ),
+    "part of text": (chat(turn("user", ["a"]), HELLO), "content part 1: expected {"),
+    "part with more": (
+        chat(turn("user", [{"type": "text", "text": "a", "cache_control": {}}]), HELLO),
+        "content part 1: not rendered: cache_control",
+    ),
+    "weight below 0": (chat(ASK, turn("assistant", "a", weight=-1)), "weight: expected a finite"),
+    "weight of text": (chat(ASK, turn("assistant", "a", weight="1")), "found '1'"),
+    "weight true": (chat(ASK, turn("assistant", "a", weight=True)), "found True"),
+    "weight nan": (chat(ASK, turn("assistant", "a", weight=float("nan"))), "found nan"),
+    "nothing weighs": (
+        chat(ASK, turn("assistant", "a", weight=0)),
+        "every assistant turn has weig",
+    ),
+    "result of nothing": (
+        chat(ASK, RESULT, HELLO),
+        "message 2: a tool's result needs an assistant",
+    ),
+    "call is text": (
+        called(tool_calls=["add"]),
+        "message 2: call 1: expected an object, found str",
+    ),
+    "calls are an object": (called(tool_calls=CALL), "tool_calls: expected a list, found dict"),
+    "call without a name": (
+        called(tool_calls=[{"arguments": {}}]),
+        "name: expected text, found No",
+    ),
+    "call with more": (called(tool_calls=[{**CALL, "x": 1}]), "call 1: would not be rendered: x"),
+    "call of another type": (called(tool_calls=[{**CALL, "type": "x"}]), "type 'function', found"),
+    "arguments broken": (
+        called(tool_calls=[{"name": "add", "arguments": '{"a": 1'}]),
+        "message 2: call 1: arguments: not valid JSON (Expecting ',' delimiter, column 8)",
+    ),
+    "arguments are a list": (
+        called(tool_calls=[{"name": "add", "arguments": "[1]"}]),
+        "arguments: expected an object, found list",
+    ),
+    "arguments with NUL": (
+        called(tool_calls=[{"name": "add", "arguments": {"a": ["b\0"]}}]),
+        "message 2: call 1: arguments contains a NUL character",
+    ),
+    "tools broken": (chat(ASK, HELLO, tools="[{"), "tools: not valid JSON"),
+    "tools are an object": (chat(ASK, HELLO, tools=TOOL), "tools: expected a list, found dict"),
+    "tool without a name": (
+        chat(ASK, HELLO, tools=[{}]),
+        "tool 1: name: expected text, found None",
+    ),
+    "two system prompts": (
+        chat(CALM, ASK, HELLO, system="a"),
+        "a system prompt stands both in the",
+    ),
+    "system is a list": (chat(ASK, HELLO, system=["a"]), "system: expected text, found list"),
+    "sharegpt role": (
+        {"conversations": [{"from": "me", "value": "a"}]},
+        "unknown role 'me', expec",
+    ),
+    "sharegpt call": (
+        {"conversations": [SAYS_HI, {"from": "function_call", "value": "add(1)"}]},
+        "message 2: function_call: not valid JSON (Expecting value, column 1)",
+    ),
+    "sharegpt more": (
+        {"conversations": [SAYS_HI, {**SAYS_HELLO, "score": 1}]},
+        "message 2: would not be rendered: score",
+    ),
+    "history": (
+        {"instruction": "a", "output": "b", "history": [["c"]]},
+        "history 1: expected a pa",
+    ),
+    "blank input": ({"instruction": "a", "input": " ", "output": "b"}, "input is blank"),
+    "list as completion": (
+        {"prompt": "a", "completion": [HELLO]},
+        "prompt: expected a list, found s",
+    ),
+    "completion is the user's": ({"prompt": [ASK], "completion": [ASK]}, "no assistant turn"),
+    "null": ({"question": None, "answer": "b"}, "question: expected text, found NoneType"),
+    "NUL": ({"question": "a", "answer": "b\0"}, "answer contains a NUL character"),
+    "surrogate": ({"user": "a\ud83d", "assistant": "b"}, "user contains a lone surrogate (U+D83D)"),
+    "blank text": (" \n", "text is blank"),
+    "text is a number": ({"text": 4}, "text: expected text, found int"),
+}
+
+
+@pytest.mark.parametrize(("row", "name", "messages", "tools"), GOOD.values(), ids=GOOD)
+def test_a_good_row(row, name, messages, tools):
+    before = json.dumps(row)
+    assert recognise(row) == name
+    assert normalise(row) == normalise(row, name) == (messages, tools)
+    assert json.dumps(row) == before  # the row itself is let be
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD.values(), ids=BAD)
+def test_a_bad_row(row, reason):
+    with pytest.raises(ValueError, match=r".") as caught:
+        normalise(row)
+    assert reason in str(caught.value)
+
+
+def test_every_format_has_a_good_row():
+    assert {name for _, name, *_ in GOOD.values()} == set(BY_NAME)
+    assert len({known.keys for known in FORMATS}) == len(FORMATS)
+
+
+def test_a_given_format_wins_and_needs_its_keys():
+    row = {"prompt": "a", "completion": "b", "question": "Hi", "answer": "Hello"}
+    assert normalise(row, "question_answer")[0] == [ASK, HELLO]
+    with pytest.raises(ValueError, match=r"keys user/assistant \(data.format: seed\), found \["):
+        normalise(row, "seed")
+    with pytest.raises(ValueError, match="expected an object, found str"):
+        normalise("Hi", "messages")
+
+
+def test_columns():
+    row = {"id": 3, "a.b": "Hi", "cases": [{"out": "Hello"}], "messages": "no", "prompt": "no"}
+    columns = {"prompt": "a.b", "completion": "cases.0.out"}
+    assert normalise(row, columns=columns)[0] == [ASK, HELLO]
+    for path in ("cases.1.out", "cases.0.in", "cases.out", "id.x", "nothing", "cases.-1"):
+        with pytest.raises(ValueError, match=r"no column .*, the row has .*'a.b', 'cases', 'id'"):
+            normalise(row, columns={"prompt": "a.b", "completion": path})
+    with pytest.raises(ValueError, match=r"data.columns: expected an object, found str"):
+        normalise("Hi", columns=columns)
+
+
+def test_system_prompts():
+    own = [CALM, ASK, HELLO]
+    assert with_system(own, "keep", None) == own
+    assert with_system(own, "replace", "New.") == [turn("system", "New."), ASK, HELLO]
+    assert with_system(own, "prepend", "New.")[0] == turn("system", "New.\n\nBe calm.")
+    for mode in ("replace", "prepend"):
+        assert with_system([ASK, HELLO], mode, "New.") == [turn("system", "New."), ASK, HELLO]
+        assert with_system([turn("text", "a")], mode, "New.") == [turn("text", "a")]
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "a", "{}", "\0"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["name", "function", "arguments", "text", "a"]), inner)
+    ),
+    max_leaves=6,
+)
+turns = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["system", "user", "assistant", "tool"]),
+        "content": st.just("a") | values,
+    },
+    optional={
+        "tool_calls": values | st.just([CALL]),
+        "weight": values,
+        "name": values,
+        "reasoning_content": values,
+    },
+)
+rows = st.one_of(
+    values,
+    st.fixed_dictionaries(
+        {"messages": values | st.lists(turns, max_size=3).map(lambda made: [ASK, *made, HELLO])},
+        optional={"tools": values | st.just([FUNCTION]), "system": values},
+    ),
+)
+
+
+@given(rows, st.sampled_from(["auto", *BY_NAME]))
+def test_any_row_is_good_or_bad_and_a_good_one_is_normal_already(row, format):
+    try:
+        messages, tools = normalise(row, format)
+    except ValueError:
+        return
+    if format in ("auto", "messages") and messages[0]["role"] != "text":
+        assert normalise({"messages": messages, "tools": tools}) == (messages, tools)
+
+
+# --- real files --------------------------------------------------------------------------------
+
+SELF_INSTRUCT = {
+    "instruction": "instruction",
+    "input": "instances.0.input",
+    "output": "instances.0.output",
+}
+REAL = {  # file, columns -> rows, format; none of them has a bad row
+    "instruct/gsm8k_train.jsonl": (None, 7473, "question_answer"),
+    "instruct/gsm8k_test.jsonl": (None, 1319, "question_answer"),
+    "instruct/rasbt_instruction_data.json": (None, 1100, "alpaca"),
+    "instruct/self_instruct_seed_tasks.jsonl": (SELF_INSTRUCT, 175, "alpaca"),
+    "chat/fastchat_dummy_conversation.json": (None, 500, "sharegpt"),
+    "chat/glaive_toolcall_en_demo.json": (None, 300, "sharegpt"),
+    "classify/hatecheck_test_suite_cases.csv": (
+        {"prompt": "test_case", "completion": "label_gold"},
+        3728,
+        "prompt_completion",
+    ),
+    "text/tinyshakespeare.txt": (None, 1, "text"),
+    "text/tinystories_1000.json": (None, 1000, "text"),
+}
+
+
+@pytest.mark.parametrize(("file", "case"), REAL.items(), ids=REAL)
+def test_every_row_of_real_files(shared, file, case):
+    columns, num_rows, name = case
+    rows, bad = load_rows(str(shared / "data" / file), columns=columns)
+    assert (len(rows), bad) == (num_rows, [])
+    assert {row.format for row in rows} == {name}
+
+
+def test_the_tools_of_real_rows(shared):
+    rows, _ = load_rows(str(shared / "data/chat/glaive_toolcall_en_demo.json"))
+    assert sum(row.tools is None for row in rows) == 109
+    assert all(tool["type"] == "function" for row in rows for tool in row.tools or [])
+    messages = [message for row in rows for message in row.messages]
+    assert Counter(m["role"] for m in messages) == {"user": 746, "assistant": 957, "tool": 211}
+    calls = [m["tool_calls"] for m in messages if "tool_calls" in m]
+    assert len(calls) == 211
+    assert rows[3].messages[1]["tool_calls"][0]["function"] == {
+        "name": "calculate_area",
+        "arguments": {"shape": "rectangle", "dimensions": [5, 3]},
+    }
+
+
+def test_the_texts_of_real_rows(shared):
+    file = shared / "data/classify/hatecheck_test_suite_cases.csv"
+    rows, _ = load_rows(str(file), columns=REAL["classify/hatecheck_test_suite_cases.csv"][0])
+    answers = Counter(row.messages[1]["content"] for row in rows)
+    assert answers == {"hateful": 2563, "non-hateful": 1165}
+    (text,), _ = load_rows(str(shared / "data/text/tinyshakespeare.txt"))
+    written = (shared / "data/text/tinyshakespeare.txt").read_text()
+    assert text.messages[0]["content"] == written.strip("\n")
