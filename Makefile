@@ -24,7 +24,7 @@ launch = n=$(processes); $(BIN)/accelerate launch --config_file $(ACCELERATE_CON
 	scripts/train.py --config $(CONFIG) train.num_processes=$$n
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-accelerate gpu-info memory-check check train train-distributed train-deepspeed \
+.PHONY: help setup setup-accelerate gpu-info memory-check check process audit show-data train train-distributed train-deepspeed \
 	train-distributed-tb train-deepspeed-tb tensorboard tb-stop evaluate infer merge nano test \
 	test-fast lint format docs clean
 
@@ -55,6 +55,17 @@ memory-check: $(READY) ## Memory and disk: how much, used by what
 
 check: $(READY) ## Try everything that CONFIG needs, one training step included; trains and writes nothing
 	@$(BIN)/python scripts/check.py --config $(CONFIG) $(ARGS)
+
+##@ Data
+process: $(READY) ## Raw files -> normalised chat JSONL with a report OUTPUT=file.jsonl [INPUT=path]
+	@$(BIN)/python scripts/process.py --config $(CONFIG) --output "$(OUTPUT)" \
+		$(if $(INPUT),"data.train_path=$(INPUT)") $(ARGS)
+
+audit: $(READY) ## Look at every row of CONFIG as training sees it: table, audit.json, audit.html
+	@$(BIN)/python scripts/audit.py --config $(CONFIG) $(ARGS)
+
+show-data: $(READY) ## One row's tokens in colour [ROW=17] or [ROW=file:17] [IDS=1]
+	@$(BIN)/python scripts/show_data.py --config $(CONFIG) --row "$(or $(ROW),1)" $(if $(IDS),--ids) $(ARGS)
 
 ##@ Train
 train: $(READY) ## Fine-tune CONFIG in one process (default: the embedded nano model, QLoRA)
@@ -87,7 +98,7 @@ merge: $(READY) ## Merge the adapter of RUN into its base, and prove it [OUTPUT=
 	@$(BIN)/python scripts/merge.py --run $(RUN) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(DTYPE),--dtype $(DTYPE))
 
 ##@ Develop
-nano: $(READY) ## Remake the embedded base model and its task from nothing (about 25 minutes)
+nano: $(READY) ## Remake the embedded base model and its task from nothing (about 35 minutes)
 	@$(BIN)/python scripts/make_nano.py
 	@$(BIN)/python scripts/train.py --config configs/nano_base.yaml
 	@$(BIN)/python scripts/make_nano.py --weights outputs/nano_base/final_checkpoint
@@ -104,8 +115,9 @@ lint: $(READY) ## ruff check, ruff format, mypy
 format: $(READY) ## Let ruff format and mend what it can
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-docs: $(READY) ## Regenerate docs/CONFIG.md from the schema
+docs: $(READY) ## Regenerate docs/CONFIG.md from the schema, docs/FAULTS.md from its catalogue
 	@$(BIN)/python -m sft.config > docs/CONFIG.md
+	@PYTHONPATH=.:tests $(BIN)/python tests/faults/catalogue.py > docs/FAULTS.md
 
 clean: ## Remove caches; OUTPUTS=1 also removes outputs/, VENV_TOO=1 the environment
 	@find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,32 +1,34 @@
 """Messages -> (ids, labels) through the tokenizer's own chat template; nothing else renders.
 
 What is supervised is decided on *characters* of the rendered text, then carried to tokens by their
-offsets. Each assistant turn is one span: its content and the end of turn that the template writes.
+offsets. Each assistant turn is one span: its content, its tool calls and the end of turn that the
+template writes.
 
 - A template with `{% generation %}` blocks says itself what the spans are.
-- Else the conversation is rendered once more with a sentinel in place of every assistant content.
-  What stands between the sentinels is what the template wrote, and the true rendering must be
-  exactly these pieces with the (possibly trimmed) contents between them. No prefix of a
-  conversation is ever assumed to render to a prefix of the text.
-- The end of turn is read off the *last* turn, behind which no next header can stand: the text up to
-  and including its first added token (`<|im_end|>`, `</s>`), further to an eos that directly
-  follows; without an added token all its text. Every turn must close in the same way.
+- Else the conversation is rendered once more with a sentinel in place of every assistant content
+  and of every called function's name. What stands between the sentinels is what the template
+  wrote, and the true rendering must be exactly these pieces with the (possibly trimmed) values
+  between them. No prefix of a conversation is ever assumed to render to a prefix of the text.
+- How a turn closes is read off a conversation of one turn, behind which no next header can stand:
+  the text up to and including its first added token (`<|im_end|>`, `</s>`), further to an eos that
+  directly follows; without an added token all its text. Every turn must close in the same way.
 - What the model has to write itself is supervised too: a token that holds both template and content
-  (" Hello" after "[/INST]"), and blanks between the inference prompt and the content. An added
-  token of the header that swallows blanks is not.
+  (" Hello" after "[/INST]"), blanks and an empty block of thoughts between the inference prompt and
+  the content. An added token of the header that swallows blanks is not.
+- A turn whose thoughts the template drops, as many do for all turns but the last, is not
+  supervised: at inference the model would think before it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from rich.text import Text
@@ -49,14 +51,25 @@ DEFAULT_TEMPLATE = (
 )
 GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
 THINKING = re.compile(r"(?s).*</think>\s*")  # templates move and drop it, so it is located apart
+THOUGHTS_END = re.compile(r"(?s)(<think>((?!<think>).)*)?</think>\s*$")
+THOUGHTS = re.compile(r"(?s)\s*(<think>((?!<think>).)*</think>\s*)?")
+Supervise = Literal["all", "last", "everything"]
+OnLong = Literal["error", "drop", "truncate_left_turns", "truncate"]
+Tools = list[Any] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """`labels[i]` is `ids[i]` where supervised, else -100; the loss does the shift."""
+    """`labels[i]` is `ids[i]` where supervised, else -100; the loss does the shift.
+
+    `weights[i]`: what the loss of label i is multiplied with; None: 1 everywhere. `flags`: what was
+    seen while rendering (sft/audit.py tells what each means).
+    """
 
     ids: list[int]
     labels: list[int]
+    weights: list[float] | None = None
+    flags: tuple[str, ...] = ()
 
     @property
     def num_supervised(self) -> int:
@@ -83,58 +96,112 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     return tokenizer
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Example:
-    """A conversation with every assistant turn supervised, end of turn included.
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    tools: Tools = None,
+    supervise: Supervise = "all",
+) -> Example:
+    """A conversation with its assistant turns supervised, ends of turn included.
 
-    Raises DataError where the template alters, drops or does not close an assistant turn.
+    `supervise`: `all` turns, each with its message's `weight` (1 without one); the `last` turn; or
+    `everything`, prompts too. Raises DataError where the template alters, drops or does not close
+    an assistant turn.
     """
-    text = _text(tokenizer, messages)
+    if is_document(messages):
+        return _render_document(tokenizer, messages[0]["content"])
+    text = text_of(tokenizer, messages, tools)
+    prompt = _prompt_text(tokenizer, messages, tools)
     if GENERATION_BLOCK.search(tokenizer.get_chat_template()):
-        spans = _marked_spans(tokenizer, messages)
+        spans = _marked_spans(tokenizer, messages, tools)
     else:
-        spans = _located_spans(tokenizer, messages, text)
-    ids, offsets = _tokens(tokenizer, text)
-    labels = [IGNORED] * len(ids)
+        spans = _located_spans(tokenizer, messages, tools, text)
+    ids, offsets = tokens_of(tokenizer, text)
     # Both never decrease: the tokens of one character's bytes all carry that character's offsets,
     # and where a tokenizer trims blanks off offsets, a token of blanks is empty at its own end.
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-    added = _added_tokens(tokenizer, len(tokenizer))
-    blank = _blank_behind_prompt(tokenizer, messages, text[: spans[-1][0]])
-    for content_start, end in spans:
-        start = content_start - len(blank) * text.endswith(blank, 0, content_start)
-        first, last = bisect_right(ends, start), bisect_left(starts, end)
-        while first < last and starts[first] < start and ids[first] in added:
+    added = added_tokens(tokenizer, len(tokenizer))
+    written = _written_behind_prompt(text, spans[-1], prompt)
+    turns = [m for m in messages if m["role"] == "assistant"]
+    weights = [_weight(turn, n == len(turns), supervise) for n, turn in enumerate(turns, 1)]
+    flags: list[str] = []
+    labels, factors = [IGNORED] * len(ids), [0.0] * len(ids)
+    for span, weight in zip(spans, weights, strict=True):
+        if span is None:
+            flags.append("thoughts_dropped")
+            continue
+        start, end = span
+        start -= len(written) * text.endswith(written, 0, start)
+        first, stop = bisect_right(ends, start), bisect_left(starts, end)
+        while first < stop and starts[first] < start and ids[first] in added:
             first += 1
-        if first == last:
+        if first == stop:
             raise DataError(f"the tokenizer has no token for {text[start:end]!r}")
-        labels[first:last] = ids[first:last]
-    return Example(ids, labels)
+        if starts[first] < start and text[starts[first] : start].strip():
+            flags.append("boundary_merge")
+        if weight:
+            labels[first:stop] = ids[first:stop]
+            factors[first:stop] = [weight] * (stop - first)
+    if supervise == "everything":
+        labels, factors = list(ids), [1.0] * len(ids)
+    uneven = set(factors) - {0.0, 1.0}
+    return Example(ids, labels, factors if uneven else None, tuple(dict.fromkeys(flags)))
 
 
-def render_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Example]:
-    """Every row rendered; one DataError for all that cannot be."""
-    examples, problems = [], []
-    for row in rows:
-        try:
-            examples.append(render(tokenizer, row.messages))
-        except DataError as error:
-            problems.append(f"{row.file}:{row.line}: {error}")
-    if problems:
-        raise DataError.of_rows(rows[0].file, problems)
-    return examples
+def render_row(
+    tokenizer: PreTrainedTokenizerBase,
+    row: Row,
+    max_seq_len: int,
+    *,
+    supervise: Supervise = "all",
+    on_long: OnLong = "error",
+) -> list[tuple[Row, Example]]:
+    """The examples of a row: one; of a raw document one per `max_seq_len` tokens; none if dropped.
+
+    `on_long`, for a row of more than `max_seq_len` tokens: `error` leaves it to the audit, which
+    refuses it; `drop`; `truncate_left_turns` removes the oldest exchanges behind the system turn
+    until it fits, and leaves a last exchange that is too long by itself; `truncate` cuts the end,
+    flagged `answer_cut`, and drops a row of which nothing supervised is left.
+    """
+    example = render(tokenizer, row.messages, row.tools, supervise)
+    if len(example.ids) <= max_seq_len:
+        return [(row, example)]
+    if is_document(row.messages):
+        starts = range(0, len(example.ids) - 1, max_seq_len)
+        parts = [example.ids[at : at + max_seq_len] for at in starts]
+        return [(row, Example(part, list(part))) for part in parts]
+    if on_long == "drop":
+        return []
+    if on_long == "truncate":
+        cut = Example(
+            example.ids[:max_seq_len],
+            example.labels[:max_seq_len],
+            example.weights and example.weights[:max_seq_len],
+            (*example.flags, "answer_cut"),
+        )
+        return [(row, cut)] if cut.num_supervised else []
+    if on_long == "truncate_left_turns":
+        for messages in _without_oldest(row.messages):
+            shorter = render(tokenizer, messages, row.tools, supervise)
+            if len(shorter.ids) <= max_seq_len:
+                shorter = replace(shorter, flags=(*shorter.flags, "turns_dropped"))
+                return [(replace(row, messages=messages), shorter)]
+    return [(row, example)]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None
+) -> list[int]:
     """What a model is given at inference to continue `messages`."""
-    return _tokens(tokenizer, _text(tokenizer, messages, add_generation_prompt=True))[0]
+    return tokens_of(tokenizer, text_of(tokenizer, messages, tools, add_generation_prompt=True))[0]
 
 
 def prompt_mismatch(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, example: Example
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, example: Example, tools: Tools = None
 ) -> str | None:
     """How the inference prompt of the last turn differs from what stands before it in training."""
     try:
-        prompt = prompt_ids(tokenizer, messages[:-1])
+        prompt = prompt_ids(tokenizer, messages[:-1], tools)
     except DataError as error:
         return f"no prompt can be made for the last turn: {error}"
     first = len(example.ids)
@@ -147,67 +214,31 @@ def prompt_mismatch(
         return None
     pairs = enumerate(zip(prompt, trained, strict=False))
     same = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(trained)))
-    shared = _decoded(tokenizer, prompt, max(0, same - 8), same)
-    served, seen = (_decoded(tokenizer, ids, same, same + 8) for ids in (prompt, trained))
+    shared = decoded(tokenizer, prompt, max(0, same - 8), same)
+    served, seen = (decoded(tokenizer, ids, same, same + 8) for ids in (prompt, trained))
     return f"after {shared!r} the prompt has {served!r}, training has {seen!r} (token {same})"
-
-
-def audit(
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    examples: Sequence[Example],
-    max_seq_len: int,
-) -> dict[str, Any]:
-    """Totals, digests, and under `problems` the rows (`file:line`) of each kind with their count.
-
-    `no_end_of_turn`: the last supervised token is no added token, so generation cannot stop at it.
-    `repeated_bos`: a doubled one at the start; some templates rightly write a bos before each turn.
-    """
-    added = {*_added_tokens(tokenizer, len(tokenizer)), tokenizer.eos_token_id}
-    bos = tokenizer.bos_token_id
-    found: dict[str, list[str]] = {
-        kind: []
-        for kind in (
-            "unsupervised",
-            "no_end_of_turn",
-            "repeated_bos",
-            "too_long",
-            "prompt_mismatch",
-        )
-    }
-    for row, example in zip(rows, examples, strict=True):
-        last = next((label for label in reversed(example.labels) if label != IGNORED), None)
-        wrong = {
-            "unsupervised": not example.num_supervised,
-            "no_end_of_turn": last not in added,
-            "repeated_bos": bos is not None and example.ids[:2] == [bos, bos],
-            "too_long": len(example.ids) > max_seq_len,
-            "prompt_mismatch": prompt_mismatch(tokenizer, row.messages, example) is not None,
-        }
-        for kind in (kind for kind, is_wrong in wrong.items() if is_wrong):
-            found[kind].append(f"{row.file}:{row.line}")
-    return {
-        "rows": len(rows),
-        "tokens": sum(len(example.ids) for example in examples),
-        "supervised_tokens": sum(example.num_supervised for example in examples),
-        "longest": max((len(example.ids) for example in examples), default=0),
-        "max_seq_len": max_seq_len,
-        "problems": {kind: {"count": len(refs), "rows": refs} for kind, refs in found.items()},
-        "template_sha256": _sha256(tokenizer.get_chat_template()),
-        "tokenizer_sha256": _tokenizer_sha256(tokenizer),
-    }
 
 
 def coloured(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
     """The text as a terminal shows it: supervised green, context dim, added tokens magenta."""
-    added, result, done = _added_tokens(tokenizer, len(tokenizer)), Text(), 0
+    added, result, done = added_tokens(tokenizer, len(tokenizer)), Text(), 0
     for style, run in groupby(
         zip(example.ids, example.labels, strict=True),
         lambda pair: _style(pair[0] in added, pair[1] != IGNORED),
     ):
         end = done + len(list(run))
-        result.append(_decoded(tokenizer, example.ids, done, end), style)
+        result.append(decoded(tokenizer, example.ids, done, end), style)
         done = end
+    return result
+
+
+def with_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
+    """Every token behind its id, in the colours of `coloured`, blanks made visible."""
+    added, result = added_tokens(tokenizer, len(tokenizer)), Text()
+    for at, (token, label) in enumerate(zip(example.ids, example.labels, strict=True)):
+        text = decoded(tokenizer, example.ids, at, at + 1)
+        result.append(f"{token}", "dim")
+        result.append(f"{text!r} ", _style(token in added, label != IGNORED))
     return result
 
 
@@ -220,15 +251,21 @@ def _style(is_added: bool, is_supervised: bool) -> str:
 # --- text and tokens ---------------------------------------------------------------------------
 
 
-def _text(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False
+def text_of(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    tools: Tools = None,
+    add_generation_prompt: bool = False,
 ) -> str:
     if not messages:
         raise DataError("the conversation begins with the assistant; give it a user turn first")
     try:
         return str(
             tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         )
     except (TemplateError, TypeError) as error:
@@ -239,7 +276,42 @@ def _text(
         ) from None
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
+def _prompt_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools
+) -> str | None:
+    """The inference prompt of the last turn; None if the template refuses to make one."""
+    try:
+        return text_of(tokenizer, messages[:-1], tools, add_generation_prompt=True)
+    except DataError:
+        return None
+
+
+def _render_document(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
+    """A document: all of it is supervised, and an eos ends it."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if ids[-1:] != [tokenizer.eos_token_id]:
+        ids = [*ids, tokenizer.eos_token_id]
+    return Example(ids, list(ids))
+
+
+def is_document(messages: Messages) -> bool:
+    """Raw text for continued pretraining, not a conversation."""
+    return bool(messages[0]["role"] == "text")
+
+
+def _weight(turn: dict[str, Any], is_last: bool, supervise: Supervise) -> float:
+    return 0.0 if supervise == "last" and not is_last else float(turn.get("weight", 1))
+
+
+def _without_oldest(messages: Messages) -> Iterator[Messages]:
+    """The conversation without its first exchange, its first two, ...; the system turn stays."""
+    start = 1 if messages[0]["role"] == "system" else 0
+    asked = [n for n, m in enumerate(messages) if m["role"] == "user" and n > start]
+    for n in asked:
+        yield [*messages[:start], *messages[n:]]
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
     """The template has written every special token, bos too: the tokenizer must add none."""
     encoded = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -247,7 +319,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], l
     return encoded["input_ids"], encoded["offset_mapping"]
 
 
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, end: int) -> str:
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, end: int) -> str:
     """Text of ids[start:end] in its place; decoded alone it might lose its leading blank."""
     before, until = (
         str(tokenizer.decode(ids[:at], clean_up_tokenization_spaces=False)) for at in (start, end)
@@ -256,121 +328,196 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, end
 
 
 @lru_cache(maxsize=8)
-def _added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+def added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
     """id -> text of the added tokens that are not blank (Gemma has added tokens of newlines)."""
     del size  # only in the key: a tokenizer that grew is looked at again
     return {i: token for token, i in tokenizer.get_added_vocab().items() if token.strip()}
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of vocabulary, merges, normalisation and special tokens; not of the padding last used."""
-    state = tokenizer.backend_tokenizer.to_str().partition('"added_tokens":')[2]
-    return _sha256(state + json.dumps(tokenizer.special_tokens_map, sort_keys=True))
-
-
 # --- spans -------------------------------------------------------------------------------------
 
 
-def _marked_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[Span]:
+def _marked_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools
+) -> list[Span | None]:
     """The `{% generation %}` blocks, without blanks behind the end of turn; verified."""
     names: dict[str, Any] = dict(tokenizer.special_tokens_map)
     rendered: Any = render_jinja_template(
         conversations=[messages],
+        tools=tools,
         chat_template=tokenizer.get_chat_template(),
         return_assistant_tokens_mask=True,
         **names,
     )
     (text,), (blocks,) = rendered
-    contents = [m["content"] for m in messages if m["role"] == "assistant"]
-    if len(blocks) != len(contents):
+    turns = [m for m in messages if m["role"] == "assistant"]
+    if len(blocks) != len(turns):
         raise DataError(
-            f"the chat template marks {len(blocks)} of {len(contents)} assistant turns for "
+            f"the chat template marks {len(blocks)} of {len(turns)} assistant turns for "
             "training; every turn needs one {% generation %} block"
         )
-    added = tuple(_added_tokens(tokenizer, len(tokenizer)).values())
-    spans = []
-    for number, ((start, end), content) in enumerate(zip(blocks, contents, strict=True), 1):
+    added = tuple(added_tokens(tokenizer, len(tokenizer)).values())
+    spans: list[Span | None] = []
+    for number, ((start, end), turn) in enumerate(zip(blocks, turns, strict=True), 1):
         block = text[start:end].rstrip()
-        if content.strip() not in block:
-            raise _altered(number, content)
+        _, content = split_thinking(turn["content"])
+        if any(value not in block for value in (content.strip(), *map(name_of, calls_of(turn)))):
+            raise _altered(number, turn["content"])
         if not block.endswith(added):
             raise DataError(
                 f"the {{% generation %}} block of assistant turn {number} ends in {block[-20:]!r}, "
                 "not in an end-of-turn token; move that token into the block"
             )
-        spans.append((start, start + len(block)))
+        thoughts = _thoughts(turn)
+        spans.append((start, start + len(block)) if thoughts in block else None)
     return spans
 
 
-def _located_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str) -> list[Span]:
-    """Contents with their ends of turn in `text`, found with sentinels; verified."""
-    contents = [m["content"] for m in messages if m["role"] == "assistant"]
-    pieces = _pieces(tokenizer, messages, len(contents))
-    closings = _closings(tokenizer, pieces[-1])
-    spans, at = [], len(pieces[0])
-    for number, content in enumerate(contents, 1):
-        head, tail = _split_thinking(content)
-        before, after = pieces[number - 1 : number + 1]
-        found = next((form for form in _forms(tail) if text.startswith(form + after, at)), None)
-        lead = next((form for form in _forms(head) if before.endswith(form)), None)
-        if found is None or lead is None or not text.startswith(before, at - len(before)):
-            raise _altered(number, content)
+@dataclass(frozen=True, slots=True)
+class _Anchor:
+    """A value that the sentinel stands for: an assistant's content, a called function, or (`turn`
+    0) what follows a call, so that the end of turn is looked for before it."""
+
+    turn: int
+    value: str
+    kind: Literal["content", "call", "bound"]
+
+
+def _located_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, text: str
+) -> list[Span | None]:
+    """Every assistant turn with its end in `text`, found with sentinels; verified.
+
+    None: the template drops the thoughts of the turn, so it would be trained unlike it is served.
+    """
+    anchors, pieces = _anchors(tokenizer, messages, tools)
+    places = _places(text, anchors, pieces)
+    turns = [(n, m) for n, m in enumerate(messages) if m["role"] == "assistant"]
+    spans: list[Span | None] = []
+    for number, (index, turn) in enumerate(turns, 1):
+        own = [k for k, anchor in enumerate(anchors) if anchor.turn == number]
+        before, after = pieces[own[0]], pieces[own[-1] + 1]
+        if anchors[own[0]].kind == "content":
+            start = places[own[0]][0]
+            thoughts = _thoughts(turn)
+            lead = THOUGHTS_END.search(before) if thoughts else None
+            if thoughts and (lead is None or thoughts not in lead[0]):
+                spans.append(None)
+                continue
+            start -= len(lead[0]) if lead else 0
+        else:
+            start = _call_start(tokenizer, messages[:index], tools, text, places[own[0]][0])
+        end = places[own[-1]][1]
+        spans.append((start, end + _closing(tokenizer, after, number, anchors[own[-1]].kind)))
+    return spans
+
+
+def _anchors(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools
+) -> tuple[list[_Anchor], list[str]]:
+    """What the sentinel stands for, and the texts that the template writes around it (one more)."""
+    sentinel = "zq7sentinelk"
+    while any(sentinel in str(message) for message in messages):
+        sentinel += "k"
+    anchors, stand_ins, number = [], [], 0
+    for before, message in zip([None, *messages], messages, strict=False):
+        stand_in = dict(message)
+        if message["role"] == "assistant":
+            number += 1
+            calls = calls_of(message)
+            thoughts, content = split_thinking(message["content"])
+            if content.strip() or not calls:
+                stand_in["content"] = thoughts + sentinel
+                anchors.append(_Anchor(number, content, "content"))
+            if calls:
+                stand_in["tool_calls"] = [_renamed(call, sentinel) for call in calls]
+                anchors += [_Anchor(number, name_of(call), "call") for call in calls]
+        elif before and before["role"] == "assistant" and calls_of(before):
+            stand_in["content"] = sentinel
+            anchors.append(_Anchor(0, message["content"], "bound"))
+        stand_ins.append(stand_in)
+    pieces = text_of(tokenizer, stand_ins, tools).split(sentinel)
+    if len(pieces) != len(anchors) + 1:
+        has_calls = len(anchors) > number
+        raise DataError(
+            f"the chat template writes {len(pieces) - 1} of {len(anchors)} assistant turns"
+            + (" and tool calls; use a model whose template knows tools" if has_calls else "")
+            + ("" if has_calls else "; end the row at an earlier turn, or correct the template")
+        )
+    return anchors, pieces
+
+
+def _places(text: str, anchors: list[_Anchor], pieces: list[str]) -> list[Span]:
+    """Where each value stands in `text`, which must be the pieces with the values between them."""
+    at = len(pieces[0])
+    places = []
+    for anchor, before, after in zip(anchors, pieces, pieces[1:], strict=False):
+        quoted = json.dumps(anchor.value, ensure_ascii=False)[1:-1]  # what a tool returned, as JSON
+        forms = (*_forms(anchor.value), quoted) if anchor.kind == "bound" else _forms(anchor.value)
+        found = next((form for form in forms if text.startswith(form + after, at)), None)
+        if found is None or not text.startswith(before, at - len(before)):
+            raise _altered(anchor.turn or anchors[anchors.index(anchor) - 1].turn, anchor.value)
+        places.append((at, at + len(found)))
+        at += len(found) + len(after)
+    if at != len(text):
+        raise _altered(max(anchor.turn for anchor in anchors), anchors[-1].value)
+    return places
+
+
+def _call_start(
+    tokenizer: PreTrainedTokenizerBase, before: Messages, tools: Tools, text: str, name_at: int
+) -> int:
+    """Where a turn of calls alone begins: behind its inference prompt, or its header."""
+    prompt = text_of(tokenizer, before, tools, add_generation_prompt=True)
+    if text.startswith(prompt) and len(prompt) <= name_at:
+        return len(prompt)
+    header = frame(tokenizer, tokenizer.get_chat_template()).header
+    at = text.rfind(header, 0, name_at) if header else -1
+    if at < 0:
+        raise DataError("cannot tell where the turn of a tool call begins in the chat template")
+    return at + len(header)
+
+
+def _closing(tokenizer: PreTrainedTokenizerBase, after: str, number: int, kind: str) -> int:
+    """How many characters of `after` close the turn: behind a content at once, behind a call's name
+    further on, where another special token may close it (Llama 3.1's <|eom_id|>)."""
+    closings = frame(tokenizer, tokenizer.get_chat_template()).closings
+    if kind == "content":
         closing = next((closing for closing in closings if after.startswith(closing)), None)
         if closing is None:
             raise DataError(
                 f"the chat template does not close assistant turn {number} like the last one, with "
                 f"{closings[0]!r}; end the row at this turn, or correct the template"
             )
-        spans.append((at - len(lead), at + len(found) + len(closing)))
-        at += len(found) + len(after)
-    if at != len(text):
-        raise _altered(len(contents), contents[-1])
-    return spans
+        return len(closing)
+    special = [t for t in special_tokens(tokenizer, len(tokenizer)) if t in after]
+    found = [after.find(c) + len(c) for c in closings if c in after]
+    found = found[:1] or [min(after.find(t) + len(t) for t in special)] if special else found[:1]
+    if not found:
+        raise DataError(f"the chat template does not close the tool calls of turn {number}")
+    return found[0]
 
 
-def _blank_behind_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, before: str
-) -> str:
-    """Blanks between the inference prompt and the last content, which a model has to write itself.
-
-    Llama 2: the prompt ends in "[/INST]", the content follows a space, which is a token of its own
-    before a digit.
-    """
-    try:
-        prompt = _text(tokenizer, messages[:-1], add_generation_prompt=True)
-    except DataError:  # no prompt can be made; the audit tells it
-        return ""
-    blank = before.removeprefix(prompt)
-    return blank if blank.isspace() else ""
+@dataclass(frozen=True, slots=True)
+class Frame:
+    header: str  # what opens an assistant turn
+    closings: list[str]  # what may end one, longest first
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, messages: Messages, num_turns: int) -> list[str]:
-    """What the template writes around the assistant contents: num_turns + 1 texts."""
-    sentinel = "zq7sentinelk"
-    while any(sentinel in message["content"] for message in messages):
-        sentinel += "k"
-    stand_ins = [
-        {**m, "content": _split_thinking(m["content"])[0] + sentinel}
-        if m["role"] == "assistant"
-        else m
-        for m in messages
-    ]
-    pieces = _text(tokenizer, stand_ins).split(sentinel)
-    if len(pieces) != num_turns + 1:
-        raise DataError(
-            f"the chat template writes {len(pieces) - 1} of {num_turns} assistant turns; end the "
-            "row at an earlier turn, or correct the template"
-        )
-    return pieces
-
-
-def _closings(tokenizer: PreTrainedTokenizerBase, tail: str) -> list[str]:
-    """What may end a turn, longest first, given what stands behind the last content."""
-    added = _added_tokens(tokenizer, len(tokenizer)).values()
+@lru_cache(maxsize=64)
+def frame(tokenizer: PreTrainedTokenizerBase, template: str) -> Frame:
+    """Header and end of a turn, from a conversation of one turn."""
+    del template  # only in the key: an edited one is looked at again
+    sentinel, ask = "zq7sentinelk", {"role": "user", "content": "a"}
+    text = text_of(tokenizer, [ask, {"role": "assistant", "content": sentinel}])
+    before, _, tail = text.partition(sentinel)
+    opening = before.removeprefix(text_of(tokenizer, [ask]))
+    header = (
+        opening[: len(opening) - len(lead[0])]
+        if (lead := THOUGHTS_END.search(opening))
+        else opening
+    )
+    added = added_tokens(tokenizer, len(tokenizer)).values()
     ends = [tail.index(token) + len(token) for token in added if token in tail]
     closing = tail[: min(ends)] if ends else tail.rstrip()
     if not closing.strip():
@@ -379,10 +526,52 @@ def _closings(tokenizer: PreTrainedTokenizerBase, tail: str) -> list[str]:
             "would not learn to stop; use a template that writes one, such as eos_token"
         )
     eos = re.match(r"\s*" + re.escape(tokenizer.eos_token), tail[len(closing) :])
-    return [closing + eos[0], closing] if eos else [closing]
+    return Frame(header, [closing + eos[0], closing] if eos else [closing])
 
 
-def _split_thinking(content: str) -> tuple[str, str]:
+def _written_behind_prompt(text: str, last: Span | None, prompt: str | None) -> str:
+    """What stands between the inference prompt and the last turn's text, if a model has to write
+    it: blanks, and an empty block of thoughts.
+
+    Llama 2: the prompt ends in "[/INST]", the content follows a space, which is a token of its own
+    before a digit. Qwen3 writes "<think>\n\n</think>" before an answer without thoughts.
+    """
+    if last is None or prompt is None or not text.startswith(prompt) or last[0] < len(prompt):
+        return ""
+    between = text[len(prompt) : last[0]]
+    return between if THOUGHTS.fullmatch(between) else ""
+
+
+@lru_cache(maxsize=8)
+def special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[str, ...]:
+    """Texts of the tokens that are control, not content."""
+    del size  # only in the key: a tokenizer that grew is looked at again
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    return tuple(sorted(filter(str.strip, special | set(tokenizer.all_special_tokens))))
+
+
+def calls_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    return message.get("tool_calls") or []
+
+
+def name_of(tool: dict[str, Any]) -> str:
+    """The name of a tool or of a call of one; OpenAI's form nests it."""
+    return str(tool.get("function", tool).get("name", ""))
+
+
+def _renamed(call: dict[str, Any], name: str) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": {**call["function"], "name": name}}
+    return {**call, "name": name}
+
+
+def _thoughts(turn: dict[str, Any]) -> str:
+    """What an assistant turn says it thought, without tags; "" for none."""
+    given = turn.get("reasoning_content") or split_thinking(turn["content"])[0]
+    return str(given).strip().removeprefix("<think>").removesuffix("</think>").strip()
+
+
+def split_thinking(content: str) -> tuple[str, str]:
     match = THINKING.match(content)
     end = match.end() if match else 0
     return content[:end], content[end:]

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from sft import chat, engine, finetune, hardware, model, plan, processes
+from sft import chat, engine, finetune, hardware, model, plan, prepare, processes
 from sft.config import Config, UserError, load_config, with_values
 from sft.log import Log, make_console
 
@@ -137,7 +137,7 @@ def tokenizer(config: Config) -> Finding:
 
 
 def rows(config: Config) -> Finding:
-    prepared = finetune.prepare(config)
+    prepared = prepare.prepare(config)
     longest = max(len(example.ids) for example in prepared.train)
     return Finding(
         True,
@@ -147,7 +147,7 @@ def rows(config: Config) -> Finding:
 
 
 def disk(config: Config, machine: hardware.Hardware) -> Finding:
-    prepared = finetune.prepare(_few(config))
+    prepared = prepare.prepare(_few(config))
     need = plan.make_plan(config, prepared, machine, 1).checkpoint_bytes
     need *= config.train.save_total_limit + 2  # one in flight, and the final one
     free = shutil.disk_usage(hardware.nearest_existing(Path(config.train.output_dir))).free
@@ -159,7 +159,7 @@ def training_step(config: Config) -> Finding:
     """One optimizer step of the real task on the first rows, thrown away."""
     few = _few(config)
     accelerator = processes.start_processes(few.train)
-    prepared = finetune.prepare(few)
+    prepared = prepare.prepare(few)
     planned = plan.make_plan(few, prepared, hardware.detect(), 1)
     built = model.build(few, planned.precision, accelerator.device)
     task = finetune.FineTune(few, prepared, built, accelerator, Log(None), planned.budget)

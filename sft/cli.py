@@ -44,7 +44,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # they are raised on all ranks, and told by one
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # raised on all ranks, told by one a node
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -46,6 +46,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1)]
 
 
 class Model(Section):
@@ -75,16 +76,45 @@ class Tuning(Section):
 
 
 class Data(Section):
-    train_path: Text
-    """JSONL or JSON file of training rows (docs/DATA.md lists the formats)."""
-    eval_path: Text | None = None
-    """File of held-out rows. None: `eval_fraction` of the training rows is held out."""
+    train_path: Text | Texts
+    """Training rows: a file, folder, glob or hub id, or a list of them (docs/DATA.md)."""
+    mix: list[Positive] | None = None
+    """How often an epoch has the rows of each `train_path`: 2 is twice, 0.5 a seeded half."""
+    eval_path: Text | Texts | None = None
+    """Held-out rows, given likewise. None: `eval_fraction` of the training rows is held out."""
     eval_fraction: Fraction = 0.05
     """Share of the training rows held out when there is no `eval_path`."""
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "question_answer",
+        "seed",
+        "text",
+    ] = "auto"
+    """Format of the rows (docs/DATA.md). `auto`: told by the keys of each row."""
+    columns: dict[Text, Text] | None = None
+    """Keys of a format and the column that gives each: `{prompt: query, completion: label}`."""
+    system: Literal["keep", "replace", "prepend"] = "keep"
+    """What becomes of the rows' system prompts: `system_prompt` in place of, or before them."""
+    system_prompt: Text | None = None
+    """Text for `system: replace` and `prepend`; rows without a system prompt get it, too."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """`skip` leaves bad rows out and lists them in `rejected.jsonl` of the run folder."""
+    duplicates: Literal["warn", "drop"] = "warn"
+    """`drop` keeps the first of identical training rows; near-duplicates are only told."""
     max_rows: Count | None = None
-    """Use only the first rows of the training file. None: all."""
+    """Use only the first rows of all training files. None: all."""
     max_seq_len: Annotated[int, Field(ge=8)] = 2048
-    """Tokens. A longer row stops the run: nothing is cut away unnoticed."""
+    """Longest example, tokens."""
+    on_long: Literal["error", "drop", "truncate_left_turns", "truncate"] = "error"
+    """A longer row stops the run, is dropped, loses its oldest turns, or its end; counted."""
+    supervise: Literal["all", "last", "everything"] = "all"
+    """What is learnt: all assistant turns (by their `weight`), the last, or prompts as well."""
+    audit: Literal["refuse", "warn"] = "refuse"
+    """`warn` trains on rows in which the audit has found an error."""
 
 
 class Train(Section):
@@ -203,6 +233,23 @@ RULES = [
         ("data.eval_path", "data.eval_fraction"),
         lambda path, fraction: path is None and fraction == 0,
         "nothing would be held out: give data.eval_path or an eval_fraction above 0",
+    ),
+    Rule(
+        ("data.mix", "data.train_path"),
+        lambda weights, path: (
+            weights is not None and len(weights) != (len(path) if isinstance(path, list) else 1)
+        ),
+        "must have one weight for each path of data.train_path",
+    ),
+    Rule(
+        ("data.system", "data.system_prompt"),
+        lambda system, prompt: system != "keep" and prompt is None,
+        "replace and prepend need a text: set data.system_prompt",
+    ),
+    Rule(
+        ("data.system_prompt", "data.system"),
+        lambda prompt, system: prompt is not None and system == "keep",
+        "is only read with data.system: replace or prepend; set that, or remove this key",
     ),
     Rule(
         ("train.output_dir",),
@@ -504,6 +551,8 @@ def _annotation_name(annotation: Any) -> str:
         return _annotated_name(arguments)
     if typing.get_origin(annotation) is Literal:
         return " or ".join(str(value) for value in arguments)
+    if typing.get_origin(annotation) is dict:
+        return " to ".join(map(_annotation_name, arguments))
     if typing.get_origin(annotation) is list:
         return f"list of {_annotation_name(arguments[0])}"
     if arguments:

@@ -43,7 +43,7 @@ class Task(Protocol):
     def collate(self, ids: list[int]) -> Batch:
         """A micro-batch on the device; `ids` may be empty (then nothing in it is supervised)."""
 
-    def num_supervised(self, batch: Batch) -> int: ...
+    def num_supervised(self, batch: Batch) -> float: ...
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """*Sum* of the loss over the supervised items, and further sums to be reported per item."""
@@ -124,7 +124,7 @@ def build_optimizer(train: Train, model: nn.Module) -> torch.optim.Optimizer:
     return classes[train.optimizer](groups, **arguments)
 
 
-def _sum_gradients(_, bucket):  # type: ignore[no-untyped-def]  # DDP refuses text annotations
+def _sum_gradients(_, bucket):
     """Gradients summed over ranks; DDP's own mean rounds its 1 / world to fp32 on the way."""
     work = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])

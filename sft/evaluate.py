@@ -35,7 +35,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 def held_out_loss(
     loss: Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, torch.Tensor]]],
-    num_supervised: Callable[[Any], int],
+    num_supervised: Callable[[Any], float],
     model: nn.Module,
     batches: Iterable[Any],
     accelerator: Accelerator,
@@ -45,7 +45,7 @@ def held_out_loss(
     `loss` and `num_supervised` are those of an engine.Task.
     """
     sums: dict[str, torch.Tensor] = {}
-    count = 0
+    count = 0.0
     with _eval_mode(model):
         for batch in batches:
             total, extras = loss(model, batch)

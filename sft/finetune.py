@@ -1,8 +1,4 @@
-"""The SFT task: rows of messages -> supervised tokens -> summed cross-entropy.
-
-`prepare` reads, renders and audits the data before any weight is loaded; `FineTune` is the engine's
-Task.
-"""
+"""The SFT task: examples -> supervised tokens -> summed cross-entropy; the engine's Task."""
 
 from __future__ import annotations
 
@@ -15,76 +11,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from sft import batching, chat, data, evaluate, export, model
+from sft import batching, chat, evaluate, export, model
 from sft.config import Config, ConfigError
 from sft.log import Advance, Log
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Tokenised data: row i is example i. `audit` is what audit.json holds."""
-
-    tokenizer: PreTrainedTokenizerBase
-    train: list[chat.Example]
-    train_rows: list[data.Row]
-    held_out: list[chat.Example]
-    held_out_rows: list[data.Row]
-    audit: dict[str, Any]
-
-
-def prepare(config: Config) -> Prepared:
-    """Reads and renders all rows. Raises DataError naming rows that cannot be trained on."""
-    tokenizer = model.load_tokenizer(config.model)
-    chat.prepare_tokenizer(tokenizer)
-    rows = data.load_rows(config.data.train_path, config.data.max_rows)
-    if config.data.eval_path:
-        held_out = data.load_rows(config.data.eval_path)
-    else:
-        rows, held_out = data.split(rows, config.data.eval_fraction, config.train.seed)
-    train_examples = chat.render_rows(tokenizer, rows)
-    held_out_examples = chat.render_rows(tokenizer, held_out)
-    limit = _max_length(config)
-    audit = {
-        "train": chat.audit(tokenizer, rows, train_examples, limit),
-        "held_out": chat.audit(tokenizer, held_out, held_out_examples, limit),
-        "data_sha256": data.digest(rows),
-    }
-    _refuse_problems(audit)
-    return Prepared(tokenizer, train_examples, rows, held_out_examples, held_out, audit)
-
-
-REMEDIES = {
-    "unsupervised": "no token of the answer can be learnt from; remove these rows",
-    "no_end_of_turn": "a model would not learn to stop; correct the chat template",
-    "repeated_bos": "the template and the tokenizer both write one; correct the template",
-    "too_long": "raise data.max_seq_len (at most the model's positions), or remove these rows",
-    "prompt_mismatch": "serving would not use the trained prompt; correct the chat template",
-}
-
-
-def _refuse_problems(audit: dict[str, Any]) -> None:
-    problems = []
-    for part in ("train", "held_out"):
-        for kind, found in audit[part]["problems"].items():
-            if found["count"]:
-                first = ", ".join(found["rows"][:5])
-                problems.append(
-                    f"{kind.replace('_', ' ')}: {found['count']} of {audit[part]['rows']} rows "
-                    f"({first}{', ...' if found['count'] > 5 else ''}); {REMEDIES[kind]}"
-                )
-    if problems:
-        limit, longest = audit["train"]["max_seq_len"], audit["train"]["longest"]
-        raise data.DataError(
-            f"the data cannot be trained on as it is (limit {limit} tokens, longest row {longest})"
-            ":\n  " + "\n  ".join(problems)
-        )
-
-
-def _max_length(config: Config) -> int:
-    positions = getattr(model.architecture(config.model), "max_position_embeddings", None)
-    return min(config.data.max_seq_len, positions or config.data.max_seq_len)
+from sft.prepare import Prepared
 
 
 @dataclass(frozen=True)
@@ -95,6 +26,7 @@ class Batch:
     position_ids: torch.Tensor | None  # (1, time), restarting at each document; packed only
     positions: torch.Tensor  # (supervised,)
     targets: torch.Tensor  # (supervised,)
+    weights: torch.Tensor | None = None  # (supervised,); None: 1 everywhere
 
 
 def collate(
@@ -108,13 +40,17 @@ def collate(
     """
     width = max((len(example.ids) for example in examples), default=1)
     ids: list[list[int]] = []
-    positions, targets, starts = [], [], 0
+    positions: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    starts = 0
     for example in examples:
         ids.append(example.ids + [pad] * (width - len(example.ids) if layout == "padded" else 0))
         for i, label in enumerate(example.labels[1:]):
             if label != chat.IGNORED:
                 positions.append(starts + i)
                 targets.append(label)
+                weights.append(example.weights[i + 1] if example.weights else 1.0)
         starts += len(ids[-1])
     position_ids = None
     if layout == "packed" and examples:
@@ -126,6 +62,7 @@ def collate(
         position_ids,
         torch.tensor(positions, dtype=torch.long, device=device),
         torch.tensor(targets, dtype=torch.long, device=device),
+        torch.tensor(weights, device=device) if set(weights) - {1.0} else None,
     )
 
 
@@ -161,8 +98,9 @@ class FineTune:
         pad = self.prepared.tokenizer.pad_token_id
         return collate(examples, pad, self.budget.layout, self.accelerator.device)
 
-    def num_supervised(self, batch: Batch) -> int:
-        return batch.targets.numel()
+    def num_supervised(self, batch: Batch) -> float:
+        """Tokens, or the sum of their weights."""
+        return batch.targets.numel() if batch.weights is None else float(batch.weights.sum())
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         self.head.positions = batch.positions
@@ -173,9 +111,13 @@ class FineTune:
         finally:
             self.head.positions = None
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits, batch.targets, reduction="sum")
-        correct = (logits.detach().argmax(-1) == batch.targets).sum()
-        return loss, {"token_accuracy": correct}
+        correct = logits.detach().argmax(-1) == batch.targets
+        if batch.weights is None:
+            loss = F.cross_entropy(logits, batch.targets, reduction="sum")
+            return loss, {"token_accuracy": correct.sum()}
+        losses = F.cross_entropy(logits, batch.targets, reduction="none")
+        weights = batch.weights.to(losses)
+        return losses @ weights, {"token_accuracy": correct.to(losses) @ weights}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         examples = self.prepared.held_out
@@ -196,8 +138,9 @@ class FineTune:
     def answers(self, model: nn.Module) -> list[dict[str, Any]]:
         """The first `evaluation.num_examples` held-out prompts, answered by the model."""
         settings, tokenizer = self.config.evaluation, self.prepared.tokenizer
-        rows = self.prepared.held_out_rows[: settings.num_examples]
-        prompts = [chat.prompt_ids(tokenizer, row.messages[:-1]) for row in rows]
+        asked = [r for r in self.prepared.held_out_rows if not chat.is_document(r.messages)]
+        rows = asked[: settings.num_examples]
+        prompts = [chat.prompt_ids(tokenizer, row.messages[:-1], row.tools) for row in rows]
         texts = evaluate.generate(
             model,
             tokenizer,

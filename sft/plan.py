@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from sft import batching, engine, processes
 from sft.config import Config
-from sft.finetune import Prepared
 from sft.hardware import Hardware, gib
 from sft.log import facts
 from sft.model import DTYPES, add_adapters, architecture
+from sft.prepare import Prepared
 
 MARGIN = 0.15  # of the available memory stays free: fragmentation, workspaces, other programs
 SATURATING_TOKENS = {"cpu": 2048, "cuda": 16384}  # a larger micro-batch is no faster

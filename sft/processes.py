@@ -38,6 +38,7 @@ def any_launch(config: Config) -> Config:
 
 def start_processes(train: Train) -> Accelerator:
     """Joins the process group. Raises ConfigError if it is not the one that was asked for."""
+    check_launch(train)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     precision, _ = resolve_precision(train)
     _refuse_other_launchers(train, precision)
@@ -60,15 +61,25 @@ def start_processes(train: Train) -> Accelerator:
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
             ],
         )
-    expected = train.num_processes or world
-    if not accelerator.num_processes == world == expected:
-        raise ConfigError(
-            f"expected {expected} process(es), found {accelerator.num_processes} in the process "
-            f"group and WORLD_SIZE={world}: the launcher did not start one run of {expected}. "
-            "Launch with `make train-distributed NUM_PROCESSES=n`, `torchrun --nproc-per-node n`, "
-            "or with an Accelerate file of distributed_type MULTI_GPU (also for CPU processes)."
-        )
+    if accelerator.num_processes != world:
+        raise _another_world(world, accelerator.num_processes)
     return accelerator
+
+
+def check_launch(train: Train) -> None:
+    """Raises ConfigError if the launcher did not start as many processes as were asked for."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if train.num_processes not in (None, world):
+        raise _another_world(train.num_processes, world)
+
+
+def _another_world(expected: int | None, found: int) -> ConfigError:
+    return ConfigError(
+        f"expected {expected} process(es), found {found}: the launcher did not start one run of "
+        f"{expected}. Launch with `make train-distributed NUM_PROCESSES=n`, "
+        "`torchrun --nproc-per-node n`, or with an Accelerate file of distributed_type MULTI_GPU "
+        "(also for CPU processes)."
+    )
 
 
 def _refuse_other_launchers(train: Train, precision: str) -> None:

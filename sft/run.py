@@ -5,6 +5,7 @@ It owns the run folder (docs/RUNS.md) and its status: however the run ends, `sta
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -17,23 +18,31 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from sft import chat, checkpoint, evaluate, export, finetune, hardware, plan
+from sft import audit, chat, checkpoint, evaluate, export, finetune, hardware, plan, prepare
 from sft.config import Config, UserError, dump_config, with_values
 from sft.engine import Engine, Preempted, memory_bytes
 from sft.log import Log, duration, facts
 from sft.model import build, dtype_table
-from sft.processes import any_launch, end_processes, resolve_precision, start_processes
+from sft.processes import (
+    any_launch,
+    check_launch,
+    end_processes,
+    resolve_precision,
+    start_processes,
+)
 
 Result = TypeVar("Result")
 
 
 def train(config: Config) -> None:
     """Runs `config` in this process group. UserErrors are raised on every rank."""
+    check_launch(config.train)
+    _check_wandb(config)
+    prepared = prepare.prepare(config)  # before there is a process group that could time out
     accelerator = start_processes(config.train)
     folder = Path(config.train.output_dir)
     log, status = Log(None), _Status(None)
     try:
-        prepared = _together(accelerator, lambda: finetune.prepare(config))
         resumed_from = _open_folder(folder, config.train.resume_from_checkpoint, accelerator)
         if accelerator.is_main_process:
             status = _Status(folder)
@@ -55,7 +64,7 @@ def train(config: Config) -> None:
 
 def _run(
     config: Config,
-    prepared: finetune.Prepared,
+    prepared: prepare.Prepared,
     accelerator: Accelerator,
     log: Log,
     resumed_from: Path | None,
@@ -70,9 +79,10 @@ def _run(
     log.say(plan.table(planned))
     log.say("First row, as the model sees it (supervised: green; special: magenta; context: dim)")
     log.say(chat.coloured(prepared.tokenizer, prepared.train[0]))
+    log.say(f"audit: {audit.summary(prepared.audit)}")
     if log.folder:
         (folder / "config.yaml").write_text(dump_config(resolved, planned.reasons), "utf-8")
-        _write_json(folder / "audit.json", prepared.audit)
+        prepare.write(prepared, folder)
         plan.write(planned, folder / "plan.json")
 
     model = build(resolved, planned.precision, accelerator.device)
@@ -110,9 +120,9 @@ def _run(
 def evaluate_run(folder: Path, overrides: list[str]) -> None:
     """Evaluates a finished run again, with overrides (another file, more examples)."""
     config = any_launch(export.run_config(folder, overrides))
+    prepared = prepare.prepare(config)
     accelerator = start_processes(config.train)
     log = Log(folder) if accelerator.is_main_process else Log(None)
-    prepared = _together(accelerator, lambda: finetune.prepare(config))
     planned = plan.make_plan(config, prepared, hardware.detect(folder), accelerator.num_processes)
     model, _ = export.load_tuned(folder, config, planned.precision, accelerator.device)
     task = finetune.FineTune(config, prepared, model, accelerator, log, planned.budget)
@@ -230,15 +240,15 @@ def _write_json(path: Path, values: Any) -> None:
 def _wandb(config: Config) -> Any:
     if not config.train.wandb:
         return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "train.wandb: wandb is not installed; pip install wandb, or set it false"
-        ) from None
+    wandb = importlib.import_module("wandb")
     return wandb.init(
         project="sft", name=Path(config.train.output_dir).name, config=config.model_dump()
     )
+
+
+def _check_wandb(config: Config) -> None:
+    if config.train.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("train.wandb: wandb is not installed; pip install wandb, or set it false")
 
 
 class _Status:
@@ -263,11 +273,15 @@ def _banner(config: Config, accelerator: Accelerator, precision: str) -> Table:
     engine = config.train.engine if world > 1 or config.train.engine != "ddp" else "one process"
     rows = [
         ("model", f"{config.model.name}, {config.tuning.mode}, {precision}"),
-        ("data", config.data.train_path),
+        ("data", _paths(config.data.train_path)),
         ("processes", f"{world} ({engine}) on {accelerator.device.type}"),
         ("results", config.train.output_dir),
     ]
     return facts("Run", rows)
+
+
+def _paths(path: str | list[str]) -> str:
+    return path if isinstance(path, str) else ", ".join(path)
 
 
 def _told(metrics: dict[str, float]) -> str:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sft import chat
+from sft import audit, chat
 from sft.chat import IGNORED, Example
 from sft.config import UserError
-from sft.data import DataError, Row, load_rows
+from sft.data import DataError, Row
 
 SHARED = Path(os.environ.get("SFT_SHARED", Path(__file__).parents[2] / "shared"))
 FOLDERS = {
@@ -145,7 +145,12 @@ FAMILIES = {  # template, bos, eos, supervised text of the two turns
     "zephyr": (ZEPHYR, None, "</s>", ["Hello.</s>", "Good bye.</s>"]),
     "mistral": (MISTRAL, "<s>", "</s>", ["Hello.</s>", "Good bye.</s>"]),
     "generation": (GENERATION, None, "<|im_end|>", ["Hello.<|im_end|>", "Good bye.<|im_end|>"]),
-    "reasoning": (REASONING, None, "<|im_end|>", ["Hello.<|im_end|>", "Good bye.<|im_end|>"]),
+    "reasoning": (
+        REASONING,
+        None,
+        "<|im_end|>",
+        ["Hello.<|im_end|>", "<think>\n\n</think>\n\nGood bye.<|im_end|>"],
+    ),
     "plain end": (PLAIN, None, "</s>", ["Hello.\n### end", "Good bye.\n### end"]),
     "more behind": (
         CHATML + "{{ '<|begin|>' }}",
@@ -173,7 +178,7 @@ def test_families(family):
     assert all(label in (i, IGNORED) for i, label in zip(example.ids, example.labels, strict=True))
     assert tokenizer.decode(example.ids) == tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
     mismatch = chat.prompt_mismatch(tokenizer, TWO_TURNS, example)
-    served_otherwise = family in ("reasoning", "more behind")
+    served_otherwise = family == "more behind"
     assert (mismatch is not None) == served_otherwise, mismatch
     if family != "gemma":
         with_system = chat.render(tokenizer, [SYSTEM, *TWO_TURNS])
@@ -234,11 +239,10 @@ def test_a_template_whose_prefixes_are_not_stable():
     example = chat.render(tokenizer, [ASK, {**HELLO, "content": thought}])
     assert supervised(tokenizer, example) == [thought + "<|im_end|>"]
     assert chat.prompt_mismatch(tokenizer, [ASK, HELLO], example) is None
-    with pytest.raises(DataError, match=r"turn 1 .*end the row at this turn"):
-        chat.render(tokenizer, [ASK, {**HELLO, "content": thought}, AND, BYE])
-    mismatch = chat.prompt_mismatch(tokenizer, TWO_TURNS, chat.render(tokenizer, TWO_TURNS))
-    assert mismatch is not None
-    assert "the prompt has '', training has '<think" in mismatch
+    thinking = [ASK, {**HELLO, "content": thought}, AND, BYE]
+    example = chat.render(tokenizer, thinking)  # the first turn's thoughts are dropped, so is it
+    assert supervised(tokenizer, example) == ["<think>\n\n</think>\n\nGood bye.<|im_end|>"]
+    assert example.flags == ("thoughts_dropped",)
 
 
 def test_contents_that_imitate_the_template():
@@ -323,8 +327,6 @@ def test_a_template_that_makes_it_impossible_is_refused(kind):
     tokenizer = small(template, bos="<bos>", eos="</s>")
     with pytest.raises(DataError, match=reason):
         chat.render(tokenizer, messages)
-    with pytest.raises(DataError, match=rf"(?s)f.jsonl: 1 bad row;.*\n  f.jsonl:2: .*({reason})"):
-        chat.render_rows(tokenizer, [Row(messages, "f.jsonl", 2)])
 
 
 def test_prepare_tokenizer():
@@ -432,77 +434,12 @@ def test_supervised_text_is_content_and_end_of_turn(name, ask, answers):
     assert example.num_supervised > len(answers)
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_gsm8k_passes_the_audit(name):
-    tokenizer = real(name)
-    rows = load_rows(str(SHARED / "data/instruct/gsm8k_test.jsonl"), 40)
-    examples = chat.render_rows(tokenizer, rows)
-    report = chat.audit(tokenizer, rows, examples, max_seq_len=2048)
-    assert {kind: found["count"] for kind, found in report["problems"].items()} == {
-        "unsupervised": 0,
-        "no_end_of_turn": 0,
-        "repeated_bos": 0,
-        "too_long": 0,
-        "prompt_mismatch": 0,
-    }
-    for row, example in zip(rows, examples, strict=True):
-        content = row.messages[1]["content"]
-        assert supervised(tokenizer, example) == [content + tokenizer.eos_token]
-
-
-# --- audit and view ----------------------------------------------------------------------------
-
-
-def test_audit_names_the_rows():
-    tokenizer = small(CHATML, bos="<s>", eos="<|im_end|>")
-    good = chat.render(tokenizer, [ASK, HELLO])
-    end = len(good.ids) - good.labels[::-1].index(tokenizer.eos_token_id) - 1
-    bos = tokenizer.bos_token_id
-    kinds = {
-        "unsupervised": Example(good.ids, [IGNORED] * len(good.ids)),
-        "no_end_of_turn": Example(good.ids, [*good.labels[:end], IGNORED, IGNORED]),
-        "repeated_bos": Example([bos, bos, *good.ids], [IGNORED, IGNORED, *good.labels]),
-        "too_long": chat.render(tokenizer, [ASK, {**HELLO, "content": "Hello. " * 40}]),
-        "prompt_mismatch": Example(good.ids[1:], good.labels[1:]),
-    }
-    examples = [good, *kinds.values()]
-    rows = [Row([ASK, HELLO], "f.jsonl", line) for line in range(1, len(examples) + 1)]
-    report = chat.audit(tokenizer, rows, examples, max_seq_len=60)
-    found = {kind: problem["rows"] for kind, problem in report["problems"].items()}
-    assert found == {
-        "unsupervised": ["f.jsonl:2"],
-        "no_end_of_turn": ["f.jsonl:2", "f.jsonl:3"],
-        "repeated_bos": ["f.jsonl:4"],
-        "too_long": ["f.jsonl:5"],
-        "prompt_mismatch": ["f.jsonl:2", "f.jsonl:4", "f.jsonl:6"],
-    }
-    assert all(p["count"] == len(p["rows"]) for p in report["problems"].values())
-    assert report["rows"] == 6
-    assert report["tokens"] == sum(len(example.ids) for example in examples)
-    assert report["supervised_tokens"] == sum(example.num_supervised for example in examples)
-    assert report["longest"] == len(kinds["too_long"].ids)
+# --- view -------------------------------------------------------------------------------------
 
 
 def test_position_0_is_never_predicted():
     assert Example([5, 6, 7], [5, IGNORED, 7]).num_supervised == 1
     assert Example([5], [5]).num_supervised == 0
-
-
-def test_digests_see_the_tokenizer_and_the_template_but_not_padding():
-    def digests(tokenizer):
-        report = chat.audit(tokenizer, [], [], 8)
-        return report["tokenizer_sha256"], report["template_sha256"]
-
-    first, template = digests(small(CHATML))
-    padded = small(CHATML)
-    padded(["a", "b c d"], padding=True, truncation=True, max_length=2)
-    assert digests(padded) == (first, template)
-    other = small(ZEPHYR)
-    assert digests(other)[0] == first
-    assert digests(other)[1] != template
-    other.add_tokens(["<new>"])
-    assert digests(other)[0] != first
-    assert digests(small(CHATML, eos="<eos>"))[0] != first
 
 
 def test_coloured_view():
@@ -520,3 +457,163 @@ def test_coloured_view():
         ("<|im_end|>", "bold magenta underline"),
         ("\n", "dim"),
     ]
+
+
+# --- tools -------------------------------------------------------------------------------------
+
+ADD = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
+TOOLS = [{"type": "function", "function": ADD}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "two"}}}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": '{"sum": "3"}', "name": "add"}
+AGENT = [ASK, CALLS, RESULT, BYE]
+
+# As Llama 3.1: a call is JSON, what a tool returns is written as JSON under another role.
+LLAMA31 = (
+    "{{ bos_token }}{% if tools %}{{ '<|head|>system<|tail|>\n\n' }}{{ tools | tojson }}"
+    "{{ '<|eot|>' }}{% endif %}" + LOOP + "{% if m.tool_calls %}"
+    "{% if m.tool_calls | length != 1 %}{{ raise_exception('only single tool-calls') }}{% endif %}"
+    '{{ \'<|head|>assistant<|tail|>\n\n{"name": "\' + m.tool_calls[0].function.name }}'
+    "{{ '\", \"parameters\": ' }}{{ m.tool_calls[0].function.arguments | tojson }}{{ '}<|eot|>' }}"
+    "{% elif m.role == 'tool' %}{{ '<|head|>ipython<|tail|>\n\n' }}{{ m.content | tojson }}"
+    "{{ '<|eot|>' }}{% else %}{{ '<|head|>' + m.role + '<|tail|>\n\n' + m.content | trim }}"
+    "{{ '<|eot|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|head|>assistant<|tail|>\n\n' }}{% endif %}"
+)
+# The same with another token behind a call than behind an answer.
+EOM = LLAMA31.replace("{{ '}<|eot|>' }}", "{{ '}<|im_end|>' }}")
+# As Mistral v3: no header at all; tools stand before the last question.
+MISTRAL3 = (
+    "{{ bos_token }}" + LOOP + "{% if m.role == 'user' %}"
+    "{% if tools and loop.index0 == 0 %}{{ '[TOOLS] ' }}{{ tools | tojson }}{{ ' [/TOOLS]' }}"
+    "{% endif %}{{ '[INST] ' + m.content + ' [/INST]' }}{% elif m.tool_calls %}"
+    "{{ '[CALLS] [' }}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
+    "{{ ']' + eos_token }}{% elif m.role == 'tool' %}"
+    "{{ '[RESULT] {\"content\": ' + m.content + '} [/RESULT]' }}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
+# As DeepSeek-R1: no newline between roles, special tokens inside the call.
+DEEPSEEK = (
+    "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}" + LOOP + "{% if m.role == 'user'"
+    " %}{{ '<|head|>' + m.content }}{% elif m.role == 'tool' %}{{ '<|begin|>' + m.content }}"
+    "{% elif m.tool_calls %}{{ '<|tail|>' + m.content }}{% for c in m.tool_calls %}"
+    "{{ '<|im_start|>function<|im_start|>' + c.function.name + '\n' }}"
+    "{{ c.function.arguments | tojson }}{{ '<|eot|>' }}{% endfor %}{{ eos_token }}"
+    "{% else %}{{ '<|tail|>' + m.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|tail|>' }}{% endif %}"
+)
+TOOL_FAMILIES = {  # template, bos, eos, what is supervised of the call
+    "llama 3.1": (
+        LLAMA31,
+        "<|begin|>",
+        "<|eot|>",
+        '{"name": "add", "parameters": {"a": 1, "b": "two"}}<|eot|>',
+    ),
+    "eom": (
+        EOM,
+        "<|begin|>",
+        "<|eot|>",
+        '{"name": "add", "parameters": {"a": 1, "b": "two"}}<|im_end|>',
+    ),
+    "mistral 3": (
+        MISTRAL3,
+        "<s>",
+        "</s>",
+        '[CALLS] [{"name": "add", "arguments": {"a": 1, "b": "two"}}]</s>',
+    ),
+    "deepseek": (
+        DEEPSEEK,
+        "<s>",
+        "</s>",
+        '<|im_start|>function<|im_start|>add\n{"a": 1, "b": "two"}<|eot|></s>',
+    ),
+}
+
+
+@pytest.mark.parametrize("family", TOOL_FAMILIES)
+def test_tool_calls_are_supervised_and_results_are_not(family):
+    template, bos, eos, call = TOOL_FAMILIES[family]
+    tokenizer = small(template, bos, eos)
+    example = chat.render(tokenizer, AGENT, TOOLS)
+    assert supervised(tokenizer, example) == [call, f"Good bye.{eos}"]
+    row = Row(AGENT, TOOLS, "f", 1)
+    assert audit.examine(tokenizer, row, example, 512) == []
+
+
+def test_tool_calls_of_real_templates():
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "two"}}\n</tool_call><|im_end|>'
+    tokenizer = real("qwen")
+    example = chat.render(tokenizer, AGENT, TOOLS)
+    assert supervised(tokenizer, example) == [call, "Good bye.<|im_end|>"]
+    said = [ASK, {**CALLS, "content": "Let me see."}, RESULT, BYE]
+    example = chat.render(tokenizer, said, TOOLS)
+    assert supervised(tokenizer, example) == [f"Let me see.\n{call}", "Good bye.<|im_end|>"]
+    tokenizer = real("minimind")
+    assert supervised(tokenizer, chat.render(tokenizer, AGENT, TOOLS))[-1] == "Good bye.<|im_end|>"
+
+
+def test_several_calls_in_one_turn():
+    other = {"type": "function", "function": {"name": "mul", "arguments": {}}}
+    turns = [ASK, {**CALLS, "tool_calls": [CALL, other]}, RESULT, RESULT, BYE]
+    tokenizer = small(MISTRAL3, "<s>", "</s>")
+    (calls, _) = supervised(tokenizer, chat.render(tokenizer, turns, TOOLS))
+    assert calls.startswith("[CALLS] [")
+    assert '"mul", "arguments": {}}]</s>' in calls
+
+
+def test_a_template_that_knows_no_tools_refuses_calls():
+    with pytest.raises(DataError, match="of 3 assistant turns and tool calls"):
+        chat.render(small(CHATML, eos="<|im_end|>"), AGENT, TOOLS)
+
+
+# --- what is learnt ----------------------------------------------------------------------------
+
+
+def test_weights_of_messages():
+    tokenizer = small(CHATML, eos="<|im_end|>")
+    turns = [ASK, {**HELLO, "weight": 0}, AND, {**BYE, "weight": 0.5}]
+    example = chat.render(tokenizer, turns)
+    assert supervised(tokenizer, example) == ["Good bye.<|im_end|>"]
+    assert example.weights is not None
+    pairs = zip(example.labels, example.weights, strict=True)
+    assert {weight for label, weight in pairs if label != IGNORED} == {0.5}
+    assert chat.render(tokenizer, TWO_TURNS).weights is None
+
+
+def test_supervise():
+    tokenizer = small(CHATML, eos="<|im_end|>")
+    last = chat.render(tokenizer, TWO_TURNS, supervise="last")
+    assert supervised(tokenizer, last) == ["Good bye.<|im_end|>"]
+    everything = chat.render(tokenizer, TWO_TURNS, supervise="everything")
+    assert everything.labels == everything.ids
+
+
+def test_a_document_is_learnt_whole_and_cut_into_pieces():
+    tokenizer = real("stories")
+    text = "Once upon a time there was a little girl. " * 20
+    row = Row([{"role": "text", "content": text}], None, "f", 1)
+    made = chat.render_row(tokenizer, row, 64)
+    ids = [i for _, example in made for i in example.ids]
+    assert ids == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    assert all(example.labels == example.ids for _, example in made)
+    assert max(len(example.ids) for _, example in made) == 64
+
+
+def test_long_rows():
+    tokenizer = small(CHATML, eos="<|im_end|>")
+    long = [SYSTEM, *TWO_TURNS, ASK, {**HELLO, "content": "Hello. Good bye."}]
+    row = Row(long, None, "f", 1)
+    whole = chat.render(tokenizer, long)
+    limit = len(whole.ids) - 1
+    (error,) = chat.render_row(tokenizer, row, limit)
+    assert error == (row, whole)
+    assert chat.render_row(tokenizer, row, limit, on_long="drop") == []
+    ((_, cut),) = chat.render_row(tokenizer, row, limit, on_long="truncate")
+    assert (cut.ids, cut.flags) == (whole.ids[:limit], ("answer_cut",))
+    ((shown, short),) = chat.render_row(tokenizer, row, limit, on_long="truncate_left_turns")
+    assert shown.messages == [SYSTEM, *long[3:]]
+    assert short.ids == chat.render(tokenizer, shown.messages).ids
+    assert short.flags == ("turns_dropped",)
+    ((kept, still),) = chat.render_row(tokenizer, row, 8, on_long="truncate_left_turns")
+    assert (kept, still) == (row, whole)  # the last exchange alone does not fit: the audit refuses
+    assert chat.render_row(tokenizer, row, 5, on_long="truncate") == []  # nothing left to learn

@@ -100,7 +100,7 @@ evaluation: 5
         "model.name: required, and not given: "
         "Folder of a model in Hugging Face format, or a hub id.",
         "tuning.r (a.yaml:5): expected integer ≥ 1, found 0",
-        "data.train_path (base.yaml:2): expected text, found [1]",
+        "data.train_path (base.yaml:2): expected text or list of text, found [1]",
         "train.seed (a.yaml:11): expected integer ≥ 0, < 4294967296, found 'x'",
         "train.epochs (a.yaml:13): expected number > 0, found inf",
         "train.learning_rate (a.yaml:12): expected number > 0, found -1",
@@ -217,6 +217,9 @@ BREAKS = [  # one for each of RULES, in order: overrides that break it, and one 
     ),
     (["model.init=random"], "tuning.mode=full"),
     (["data.eval_fraction=0"], "data.eval_path=held_out.jsonl"),
+    (["data.mix=[1, 2]"], "data.train_path=[a.jsonl, b.jsonl]"),
+    (["data.system=replace"], "data.system_prompt=Be kind."),
+    (["data.system_prompt=Be kind."], "data.system=prepend"),
     (["train.output_dir=a/../../b"], "train.output_dir=a/b..c"),
 ]
 
@@ -365,7 +368,8 @@ positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 VALUES = {
     "model.name": printable,
     "model.revision": st.none() | printable,
-    "data.train_path": printable,
+    "data.train_path": printable | st.lists(printable, min_size=1, max_size=3),
+    "data.columns": st.none() | st.dictionaries(printable, printable, min_size=1, max_size=3),
     "tuning.target_modules": st.just("auto") | st.lists(printable, max_size=3),
     "tuning.lora_alpha": positive,
     "train.learning_rate": positive,
@@ -541,7 +545,7 @@ def test_a_script_exits_with_the_code_of_what_ended_it(capsys, monkeypatch, rais
         if raised:
             raise raised
 
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(SystemExit) as exited:
         cli.run(main)
     assert exited.value.code == code
@@ -549,11 +553,11 @@ def test_a_script_exits_with_the_code_of_what_ended_it(capsys, monkeypatch, rais
 
 
 @pytest.mark.usefixtures("own_environment")
-def test_only_one_rank_tells_an_error_and_all_exit_with_its_code(capsys, monkeypatch):
+def test_one_rank_of_a_node_tells_an_error_and_all_exit_with_its_code(capsys, monkeypatch):
     def main() -> None:
         raise ConfigError("bad key")
 
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as exited:
         cli.run(main)
     assert exited.value.code == 2

@@ -19,11 +19,14 @@ LAYERS = {
     "log": 0,
     "trace": 0,
     "cli": 1,
-    "data": 1,
     "model": 1,
     "checkpoint": 1,
     "processes": 1,
-    "chat": 1.5,  # renders and audits the rows that data reads
+    "formats": 1,
+    "data": 1.2,  # reads the rows that formats makes messages of
+    "chat": 1.5,  # renders the rows that data reads
+    "audit": 1.6,  # examines what chat rendered
+    "prepare": 1.7,  # all of it
     "engine": 2,
     "evaluate": 2,
     "export": 2,
@@ -78,7 +81,7 @@ def test_the_package_itself_imports_nothing():
     assert list(imported((PACKAGE / "__init__.py").read_text("utf-8"))) == []
 
 
-@pytest.mark.parametrize("module", ["config", "cli", "batching", "data"])
+@pytest.mark.parametrize("module", ["config", "cli", "batching", "formats", "data"])
 def test_what_a_script_needs_to_refuse_a_configuration_imports_no_torch(module):
     heavy = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed"}
     assert heavy.isdisjoint(name.split(".")[0] for name in imported(source_of(module)))

@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import ROOT
 
-from sft import batching, finetune, hardware, model, plan
+from sft import batching, hardware, model, plan, prepare
 from sft.config import Config, dump_config, load_config, with_values
 
 GIB = 2**30
@@ -19,8 +19,8 @@ def config() -> Config:
 
 
 @pytest.fixture(scope="module")
-def prepared(config) -> finetune.Prepared:
-    return finetune.prepare(with_values(config, {"data.max_rows": 300}))
+def prepared(config) -> prepare.Prepared:
+    return prepare.prepare(with_values(config, {"data.max_rows": 300}))
 
 
 def machine(ram_bytes: int, gpu_bytes: int | None = None) -> hardware.Hardware:

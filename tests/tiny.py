@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from sft import batching, chat, data, engine, finetune, processes
+from sft import batching, chat, data, engine, finetune, prepare, processes
 from sft.config import Config
 from sft.log import Log
 
@@ -83,8 +83,8 @@ def make_engine(
     budget: batching.Budget,
 ) -> engine.Engine:
     accelerator = processes.start_processes(settings.train)
-    places = [data.Row(messages=[], file="tiny", line=i + 1) for i in range(len(rows))]
-    prepared = finetune.Prepared(Tokenizer(), rows, places, held_out, [], AUDIT)  # type: ignore[arg-type]
+    places = [data.Row([], None, "tiny", i + 1) for i in range(len(rows))]
+    prepared = prepare.Prepared(Tokenizer(), rows, places, held_out, [], AUDIT)  # type: ignore[arg-type]
     task = finetune.FineTune(settings, prepared, model, accelerator, Log(None), budget)
     return engine.Engine(task, settings.train, accelerator, Log(None), budget)
 

@@ -1,0 +1,747 @@
+"""Known bugs of real tools, each a small mutation of data, template, tokenizer or renderer.
+
+`tests/test_faults.py` lets the audit find every one, and nothing on the clean material that they
+are mutations of. docs/FAULTS.md is this table: `make docs`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from sft import audit, chat, data
+from sft.chat import IGNORED, Example
+from sft.data import Row
+
+NANO = Path(__file__).parents[2] / "nano/model"
+LIMIT = 256  # tokens
+
+
+def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+ASK, HELLO = turn("user", "Hi there, who is it?"), turn("assistant", "Hello, it is me.")
+AND, BYE = turn("user", "And now?"), turn("assistant", "Good bye.")
+SYSTEM = turn("system", "Be kind and brief.")
+TOOL = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object"}}}
+CALL = turn(
+    "assistant",
+    "",
+    tool_calls=[{"type": "function", "function": {"name": "get_time", "arguments": {"zone": "X"}}}],
+)
+RESULT = turn("tool", '{"time": "10:20"}', name="get_time")
+ONE, TWO = Row([ASK, HELLO], None, "f", 1), Row([SYSTEM, ASK, HELLO, AND, BYE], None, "f", 2)
+DATE = {"type": "function", "function": {"name": "get_date", "parameters": {"type": "object"}}}
+TOOLS = Row([ASK, CALL, RESULT, BYE], [TOOL, DATE], "f", 3)
+CLEAN = [ONE, TWO, TOOLS]
+
+# ChatML with tools, and of the blocks that the mutations below cut or change.
+CHATML = """\
+{%- if tools %}<|im_start|>system
+Tools: {{ tools | tojson }}<|im_end|>
+{% endif %}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for call in m.tool_calls or [] %}<tool>{{ call.function | tojson }}</tool>
+{%- endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+MARKED = CHATML.replace("{{ m.content }}", "{% generation %}{{ m.content }}").replace(
+    "{%- endfor %}<|im_end|>", "{%- endfor %}<|im_end|>{% endgeneration %}"
+)
+OUTSIDE = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}",
+)
+
+
+@cache
+def tokenizer(template: str = CHATML, bos: str | None = None, **added: Any) -> Any:
+    made = AutoTokenizer.from_pretrained(NANO)
+    made.chat_template = template
+    if bos:
+        made.add_special_tokens({"bos_token": bos})
+    return chat.prepare_tokenizer(made)
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: str  # of audit.KINDS, or the start of the message that refuses it
+    what: str
+    seen_in: str
+    find: Callable[[], list[str]]  # the findings, or raises
+
+
+def renderer(
+    change: Callable[[Any, Row, Example], Example], row: Row = ONE
+) -> Callable[[], list[str]]:
+    """A renderer whose example is changed."""
+
+    def find() -> list[str]:
+        made = tokenizer()
+        example = change(made, row, chat.render(made, row.messages, row.tools))
+        return audit.examine(made, row, example, LIMIT)
+
+    return find
+
+
+def template(text: str, row: Row = ONE, bos: str | None = None) -> Callable[[], list[str]]:
+    """Another template, honestly rendered."""
+
+    def find() -> list[str]:
+        made = tokenizer(text, bos)
+        example = chat.render(made, row.messages, row.tools)
+        return audit.examine(made, row, example, LIMIT)
+
+    return find
+
+
+def rows(*given: Row, against: tuple[Row, ...] = (), limit: int = LIMIT) -> Callable[[], list[str]]:
+    """Other rows, honestly rendered."""
+
+    def find() -> list[str]:
+        made = tokenizer()
+        samples = [
+            (kept, example, audit.examine(made, kept, example, limit))
+            for row in given
+            for kept, example in chat.render_row(made, row, limit)
+        ]
+        return list(audit.report(made, samples, limit, against)["problems"])
+
+    return find
+
+
+def source(content: bytes, name: str = "rows.jsonl") -> Callable[[], list[str]]:
+    """A file, read."""
+
+    def find() -> list[str]:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(content)
+            data.load_rows(str(path))
+        return []
+
+    return find
+
+
+def line(messages: Any) -> bytes:
+    return json.dumps({"messages": messages}).encode() + b"\n"
+
+
+# --- renderers ---------------------------------------------------------------------------------
+
+
+def _supervise(example: Example, *runs: tuple[int, int]) -> Example:
+    labels = [IGNORED] * len(example.ids)
+    for first, stop in runs:
+        labels[first:stop] = example.ids[first:stop]
+    return replace(example, labels=labels)
+
+
+def _runs(example: Example) -> list[tuple[int, int]]:
+    return audit.runs(example.labels)
+
+
+def _again(made: Any, text: str, example: Example) -> Example:
+    """Ids of another text, its last tokens supervised as many as before."""
+    ids = made(text, add_special_tokens=False).input_ids
+    (first, stop), *_ = _runs(example)
+    return _supervise(Example(ids, []), (len(ids) - (stop - first) - 1, len(ids) - 1))
+
+
+def _without_specials(made: Any, row: Row, example: Example) -> Example:
+    return _again(made, made.decode(example.ids, skip_special_tokens=True), example)
+
+
+def _no_end(made: Any, row: Row, example: Example) -> Example:
+    stop = _runs(example)[-1][1]
+    return Example(example.ids[: stop - 1], example.labels[: stop - 1])
+
+
+def _end_unsupervised(made: Any, row: Row, example: Example) -> Example:
+    return _supervise(example, *((first, stop - 1) for first, stop in _runs(example)))
+
+
+def _double_bos(made: Any, row: Row, example: Example) -> Example:
+    bos = example.ids[0]
+    return Example([bos, *example.ids], [IGNORED, *example.labels])
+
+
+def _shifted(by: int) -> Callable[[Any, Row, Example], Example]:
+    def change(made: Any, row: Row, example: Example) -> Example:
+        labels = example.labels
+        moved = [*labels[by:], *[IGNORED] * by] if by > 0 else [*[IGNORED] * -by, *labels[:by]]
+        return replace(example, labels=moved)
+
+    return change
+
+
+def _starts(by: int) -> Callable[[Any, Row, Example], Example]:
+    return lambda made, row, example: _supervise(
+        example, *((first + by, stop) for first, stop in _runs(example))
+    )
+
+
+def _only(which: slice) -> Callable[[Any, Row, Example], Example]:
+    return lambda made, row, example: _supervise(example, *_runs(example)[which])
+
+
+def _everything(made: Any, row: Row, example: Example) -> Example:
+    return replace(example, labels=list(example.ids))
+
+
+def _nothing(made: Any, row: Row, example: Example) -> Example:
+    return _supervise(example)
+
+
+def _inverted(made: Any, row: Row, example: Example) -> Example:
+    pairs = zip(example.ids, example.labels, strict=True)
+    return replace(example, labels=[i if label == IGNORED else IGNORED for i, label in pairs])
+
+
+def _system_lost(made: Any, row: Row, example: Example) -> Example:
+    return chat.render(made, row.messages[1:], row.tools)
+
+
+def _tools_lost(made: Any, row: Row, example: Example) -> Example:
+    return chat.render(made, row.messages)
+
+
+def _cut_right(made: Any, row: Row, example: Example) -> Example:
+    return Example(example.ids[:-6], example.labels[:-6])
+
+
+def _cut_left(made: Any, row: Row, example: Example) -> Example:
+    return Example(example.ids[6:], example.labels[6:])
+
+
+def _pad_is_eos(made: Any, row: Row, example: Example) -> Example:
+    pad = made.eos_token_id
+    return replace(example, labels=[IGNORED if i == pad else i for i in example.labels])
+
+
+def _padded(made: Any, row: Row, example: Example) -> Example:
+    pad = made.pad_token_id
+    return Example([*example.ids, pad, pad], [*example.labels, IGNORED, IGNORED])
+
+
+def _pads_supervised(made: Any, row: Row, example: Example) -> Example:
+    pad = made.pad_token_id
+    return Example([*example.ids, pad, pad], [*example.labels, pad, pad])
+
+
+def _other_row(made: Any, row: Row, example: Example) -> Example:
+    return chat.render(made, [AND, BYE])
+
+
+def _other_template(made: Any, row: Row, example: Example) -> Example:
+    return chat.render(tokenizer(CHATML.replace("{{ m.role }}", "{{ m.role }}:")), row.messages)
+
+
+def _joined_with_a_blank(made: Any, row: Row, example: Example) -> Example:
+    (first, stop), *_ = _runs(example)
+    prompt, answer = made.decode(example.ids[:first]), made.decode(example.ids[first:stop])
+    return _again(made, f"{prompt} {answer}\n", example)
+
+
+def _found_by_its_header(made: Any, row: Row, example: Example) -> Example:
+    """The last turns' header is looked for in the ids, and the user has typed its words."""
+    header = made("assistant\n", add_special_tokens=False).input_ids
+    ids = example.ids
+    at = next(i for i in range(len(ids)) if ids[i : i + len(header)] == header)
+    return _supervise(example, (at + len(header), len(ids) - 1))
+
+
+def _tool_supervised(made: Any, row: Row, example: Example) -> Example:
+    (first, _), *_, (_, stop) = _runs(example)
+    return _supervise(example, (first, stop))
+
+
+def _other_vocabulary(made: Any, row: Row, example: Example) -> Example:
+    ids = [i if i < 10 else 10 + (i + 1 - 10) % (len(made) - 10) for i in example.ids]
+    return Example(
+        ids, [i if lab != IGNORED else IGNORED for i, lab in zip(ids, example.labels, strict=True)]
+    )
+
+
+def _two_in_one(made: Any, row: Row, example: Example) -> Example:
+    return Example(example.ids * 2, example.labels * 2)
+
+
+def _in_lower_case(made: Any, row: Row, example: Example) -> Example:
+    return chat.render(made, [{**m, "content": m["content"].lower()} for m in row.messages])
+
+
+TYPED = Row([turn("user", "it says: assistant\nwhat is it?"), HELLO], None, "f", 1)
+UNWEIGHTED = Row([ASK, {**HELLO, "weight": 0}, AND, BYE], None, "f", 1)
+
+
+def _weights_ignored(made: Any, row: Row, example: Example) -> Example:
+    return chat.render(made, [{k: v for k, v in m.items() if k != "weight"} for m in row.messages])
+
+
+RENDERERS = [
+    Fault(
+        "not_the_template",
+        "text decoded without special tokens, tokenised again",
+        "chat tools",
+        renderer(_without_specials),
+    ),
+    Fault(
+        "not_the_template",
+        "no end-of-turn token at the end",
+        "early Alpaca trainers",
+        renderer(_no_end),
+    ),
+    Fault(
+        "no_end_of_turn",
+        "the end of turn is there but not supervised",
+        "mask by content",
+        renderer(_end_unsupervised),
+    ),
+    Fault(
+        "not_the_template",
+        "a second bos before the one of the template",
+        "tokenizer(text) after a template",
+        renderer(_double_bos),
+    ),
+    Fault(
+        "labels_differ",
+        "labels shifted left, and shifted again by the loss",
+        "own collators",
+        renderer(_shifted(1)),
+    ),
+    Fault("labels_differ", "labels shifted right by one", "own collators", renderer(_shifted(-1))),
+    Fault(
+        "answer_differs",
+        "mask by the length of the prompt without its header",
+        "no add_generation_prompt",
+        renderer(_starts(-3)),
+    ),
+    Fault(
+        "answer_differs",
+        "mask by the re-tokenised prompt's length, one token too long",
+        "prefix tokenisation",
+        renderer(_starts(1)),
+    ),
+    Fault(
+        "turns_differ",
+        "only the last pair of a conversation supervised",
+        "prompt/response trainers",
+        renderer(_only(slice(-1, None)), TWO),
+    ),
+    Fault(
+        "turns_differ",
+        "only the first pair of a conversation supervised",
+        "prompt/response trainers",
+        renderer(_only(slice(1)), TWO),
+    ),
+    Fault(
+        "turns_differ", "prompts supervised as well, unasked", "no mask", renderer(_everything, TWO)
+    ),
+    Fault(
+        "unsupervised",
+        "an all-zero mask from a template without generation blocks",
+        "assistant_only_loss",
+        renderer(_nothing),
+    ),
+    Fault("turns_differ", "the mask inverted", "mask conventions", renderer(_inverted)),
+    Fault(
+        "not_the_template",
+        "the system prompt dropped",
+        "ShareGPT converters",
+        renderer(_system_lost, TWO),
+    ),
+    Fault(
+        "not_the_template",
+        "the row's tools not passed to the template",
+        "tool trainers",
+        renderer(_tools_lost, TOOLS),
+    ),
+    Fault(
+        "not_the_template", "an answer truncated without a mark", "max_length", renderer(_cut_right)
+    ),
+    Fault(
+        "not_the_template",
+        "the begin of the prompt truncated without a mark",
+        "truncation_side=left",
+        renderer(_cut_left),
+    ),
+    Fault(
+        "no_end_of_turn",
+        "pad is eos, so masking pads masks the true end",
+        "LM collators",
+        renderer(_pad_is_eos),
+    ),
+    Fault(
+        "not_the_template",
+        "padding stored with the example",
+        "pad_to_max_length",
+        renderer(_padded),
+    ),
+    Fault(
+        "not_the_template",
+        "padding supervised",
+        "labels = input_ids.copy()",
+        renderer(_pads_supervised),
+    ),
+    Fault(
+        "not_the_template",
+        "ids of another row (a cache out of step)",
+        "stale caches",
+        renderer(_other_row),
+    ),
+    Fault(
+        "not_the_template",
+        "ids of the template before it was edited",
+        "stale caches",
+        renderer(_other_template),
+    ),
+    Fault(
+        "not_the_template",
+        "prompt and answer joined with a blank",
+        "prompt + ' ' + answer",
+        renderer(_joined_with_a_blank),
+    ),
+    Fault(
+        "answer_differs",
+        "header looked for in the ids, found in the user's text",
+        "completion-only collators",
+        renderer(_found_by_its_header, TYPED),
+    ),
+    Fault(
+        "turns_differ",
+        "a tool's result supervised with the turns around it",
+        "agent trainers",
+        renderer(_tool_supervised, TOOLS),
+    ),
+    Fault(
+        "turns_differ",
+        "a turn of weight 0 supervised",
+        "weight ignored",
+        renderer(_weights_ignored, UNWEIGHTED),
+    ),
+    Fault(
+        "not_the_template",
+        "ids of another tokenizer's vocabulary",
+        "resized vocabularies",
+        renderer(_other_vocabulary),
+    ),
+    Fault(
+        "not_the_template",
+        "two conversations in one example without a boundary",
+        "naive packing",
+        renderer(_two_in_one),
+    ),
+    Fault(
+        "not_the_template",
+        "text normalised before it was tokenised",
+        "cleaning scripts",
+        renderer(_in_lower_case),
+    ),
+]
+
+# --- templates ---------------------------------------------------------------------------------
+
+MERGING = Row([ASK, turn("assistant", ': "Hello"')], None, "f", 1)
+THINKING = CHATML.replace(
+    "{{ m.content }}",
+    "{{ m.content if loop.last else m.content.split('</think>')[-1].lstrip('\\n') }}",
+)
+THOUGHT = Row([ASK, turn("assistant", "<think>\nWho?\n</think>\n\nHello."), AND, BYE], None, "f", 1)
+TEMPLATES = [
+    Fault(
+        "the chat template writes no end of turn",
+        "no end of turn in the template",
+        "base-model templates",
+        template(CHATML.replace("<|im_end|>", "")),
+    ),
+    Fault(
+        "the chat template does not close assistant turn 1",
+        "an end only behind the last turn",
+        "concatenating templates",
+        template(
+            CHATML.replace(
+                "{%- endfor %}<|im_end|>", "{%- endfor %}{% if loop.last %}<|im_end|>{% endif %}"
+            ),
+            TWO,
+        ),
+    ),
+    Fault(
+        "prompt_mismatch",
+        "add_generation_prompt ignored",
+        "Llama 2 style edits",
+        template(
+            CHATML.replace("{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "")
+        ),
+    ),
+    Fault(
+        "prompt_mismatch",
+        "a blank behind the generation prompt",
+        "hand-written prompts",
+        template(CHATML.replace("assistant\n{% endif %}", "assistant\n{{ ' ' }}{% endif %}")),
+    ),
+    Fault(
+        "prompt_mismatch",
+        "the generation prompt opens thoughts that training has not",
+        "reasoning models",
+        template(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")),
+    ),
+    Fault(
+        "prompt_mismatch",
+        "a default system prompt in training only",
+        "template defaults",
+        template(
+            "{% if not add_generation_prompt %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
+            + CHATML
+        ),
+    ),
+    Fault(
+        "content_altered",
+        "the system prompt dropped by the template",
+        "no system role",
+        template(
+            CHATML.replace(
+                "{%- for m in messages %}", "{%- for m in messages if m.role != 'system' %}"
+            ),
+            TWO,
+        ),
+    ),
+    Fault(
+        "content_altered",
+        "the user's text changed by the template",
+        "normalising templates",
+        template(
+            CHATML.replace(
+                "{{ m.content }}", "{{ m.content | lower if m.role == 'user' else m.content }}"
+            )
+        ),
+    ),
+    Fault(
+        "the chat template writes",
+        "a tool's result dropped by the template",
+        "templates without tools",
+        template(
+            CHATML.replace(
+                "{%- for m in messages %}", "{%- for m in messages if m.role != 'tool' %}"
+            ),
+            TOOLS,
+        ),
+    ),
+    Fault(
+        "tools_dropped",
+        "the tools not written by the template",
+        "templates without tools",
+        template(CHATML.replace("{{ tools | tojson }}", ""), TOOLS),
+    ),
+    Fault(
+        "the chat template writes",
+        "tool calls not written by the template",
+        "templates without tools",
+        template(CHATML.replace("m.tool_calls or []", "[]"), TOOLS),
+    ),
+    Fault(
+        "the chat template alters or drops the content",
+        "long contents cut by the template",
+        "prompt limits",
+        template(CHATML.replace("{{ m.content }}", "{{ m.content[:12] }}")),
+    ),
+    Fault(
+        "the chat template writes",
+        "the last turn dropped by the template",
+        "inference templates",
+        template(CHATML.replace("{%- for m in messages %}", "{%- for m in messages[:-1] %}")),
+    ),
+    Fault(
+        "the {% generation %} block",
+        "the end of turn outside the generation block",
+        "template patches",
+        template(OUTSIDE),
+    ),
+    Fault(
+        "boundary_merge",
+        "one token over the border of prompt and answer",
+        "headers that end in punctuation",
+        template(CHATML.replace("m.role }}\n{{ m.content", 'm.role }} "{{ m.content'), MERGING),
+    ),
+    Fault(
+        "the chat template marks 4 of 2 assistant turns",
+        "generation blocks around every role",
+        "template patches",
+        template(MARKED, Row([ASK, HELLO, AND, BYE], None, "f", 1)),
+    ),
+    Fault(
+        "repeated_bos",
+        "two bos in the template",
+        "template + tokenizer",
+        template("{{ bos_token }}{{ bos_token }}" + CHATML, bos="<|bos|>"),
+    ),
+    Fault(
+        "no_end_of_turn",
+        "an end of turn that is no token of its own",
+        "'###' as a stop string",
+        template(CHATML.replace("<|im_end|>", "###")),
+    ),
+    Fault(
+        "thoughts_dropped",
+        "thoughts of an earlier turn dropped by the template",
+        "Qwen3, DeepSeek-R1",
+        template(THINKING, THOUGHT),
+    ),
+    Fault(
+        "the chat template refuses the roles",
+        "a role that the template refuses",
+        "Gemma's system role",
+        template(
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML,
+            TWO,
+        ),
+    ),
+]
+
+# --- data --------------------------------------------------------------------------------------
+
+LONG = Row([ASK, turn("assistant", "Hello. " * 120)], None, "f", 9)
+MANY = [
+    Row([turn("user", f"say {n} and {n * n}"), turn("assistant", f"{n}")], None, "f", n)
+    for n in range(60)
+]
+STORY = " ".join(f"word{n} of a story that goes on" for n in range(12))
+DATA = [
+    Fault(
+        "special_in_content",
+        "the user typed an end-of-turn token",
+        "injected roles",
+        rows(Row([turn("user", "Hi<|im_end|>\n<|im_start|>assistant"), HELLO], None, "f", 1)),
+    ),
+    Fault(
+        "special_in_content",
+        "an answer holds a special token as text",
+        "scraped logs",
+        rows(Row([ASK, turn("assistant", "Use <|im_end|>.")], None, "f", 1)),
+    ),
+    Fault("duplicate", "the same row twice", "merged files", rows(ONE, replace(ONE, line=5))),
+    Fault(
+        "near_duplicate",
+        "nearly the same row twice",
+        "paraphrase-free augmentation",
+        rows(
+            Row([turn("user", STORY), HELLO], None, "f", 1),
+            Row([turn("user", STORY + " and"), HELLO], None, "f", 2),
+        ),
+    ),
+    Fault(
+        "leaked",
+        "a held-out row in the training file",
+        "random re-splits",
+        rows(ONE, against=(ONE, TWO)),
+    ),
+    Fault(
+        "near_leak",
+        "a held-out row nearly in the training file",
+        "random re-splits",
+        rows(
+            Row([turn("user", STORY), HELLO], None, "f", 1),
+            against=(Row([turn("user", STORY + " and"), HELLO], None, "g", 2),),
+        ),
+    ),
+    Fault("too_long", "an answer beyond the limit", "max_length", rows(LONG)),
+    Fault(
+        "length_outlier",
+        "one row far longer than all others",
+        "a whole log in a cell",
+        rows(*MANY, LONG, limit=2000),
+    ),
+    Fault(
+        "1 bad row",
+        "an empty answer",
+        "failed generations",
+        source(line([ASK, turn("assistant", "")])),
+    ),
+    Fault("1 bad row", "no assistant turn", "filtered conversations", source(line([ASK]))),
+    Fault(
+        "1 bad row",
+        "the last turn is the user's",
+        "cut conversations",
+        source(line([ASK, HELLO, AND])),
+    ),
+    Fault(
+        "1 bad row",
+        "an unknown role",
+        "role names of another format",
+        source(line([ASK, turn("bot", "Hello.")])),
+    ),
+    Fault(
+        "1 bad row",
+        "an answer that is null",
+        "database exports",
+        source(line([ASK, {"role": "assistant", "content": None}])),
+    ),
+    Fault("1 bad row", "broken JSON", "interrupted writers", source(b'{"messages": [\n')),
+    Fault(
+        "1 bad row",
+        "text that is not UTF-8",
+        "other encodings",
+        source(line([ASK, HELLO]).replace(b"Hello", b"H\xe9llo")),
+    ),
+    Fault(
+        "1 bad row",
+        "a lone surrogate",
+        "cut emoji",
+        source(line([ASK, turn("assistant", "\ud83d")])),
+    ),
+    Fault(
+        "1 bad row",
+        "a NUL character",
+        "database exports",
+        source(line([ASK, turn("assistant", "a\0b")])),
+    ),
+    Fault(
+        "1 bad row",
+        "a key given twice",
+        "string concatenation",
+        source(b'{"prompt": "a", "prompt": "b", "completion": "c"}\n'),
+    ),
+    Fault(
+        "1 bad row",
+        "an image in a text row",
+        "vision exports",
+        source(line([turn("user", [{"type": "image_url", "image_url": "x"}]), HELLO])),
+    ),
+]
+
+FAULTS = {"renderer": RENDERERS, "template": TEMPLATES, "data": DATA}
+
+
+def table() -> str:
+    """docs/FAULTS.md."""
+    count = sum(map(len, FAULTS.values()))
+    lines = [
+        "# Seeded faults",
+        "",
+        f"{count} known bugs of real tools, as mutations (`tests/faults/catalogue.py`). The audit,",
+        "the renderer or the reader finds every one; on the clean material they find nothing.",
+        "Generated by `make docs`.",
+        "",
+        "| where | fault | known from | found as |",
+        "|---|---|---|---|",
+    ]
+    for where, faults in FAULTS.items():
+        for fault in faults:
+            found = f"`{fault.kind}`" if fault.kind in audit.KINDS else f"refused: {fault.kind} ..."
+            lines.append(f"| {where} | {fault.what} | {fault.seen_in} | {found} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")
