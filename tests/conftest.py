@@ -55,7 +55,8 @@ def clean_environment(**extra: str) -> dict[str, str]:
         for key, value in os.environ.items()
         if not key.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "MAKE"))
     }
-    return kept | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"} | extra
+    own = {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    return kept | own | extra
 
 
 @pytest.fixture

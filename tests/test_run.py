@@ -25,7 +25,9 @@ from sft import checkpoint
 
 pytestmark = pytest.mark.slow
 
-SHORT = ["train.max_steps=8", "evaluation.num_examples=8", "train.learning_rate=1e-3"]
+ROWS = ["data.max_rows=600", "data.eval_path=nano/valid.jsonl"]
+SHORT = [*ROWS, "train.max_steps=8", "evaluation.num_examples=8", "train.learning_rate=1e-3"]
+BRIEF = [*ROWS, "train.max_steps=2", "evaluation.num_examples=0"]
 
 
 def make(target: str, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -279,13 +281,12 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path, alone):
 
 def test_a_second_run_moves_the_first_aside(tmp_path):
     folder = tmp_path / "run"
-    one_step = ["train.max_steps=1", "evaluation.num_examples=0"]
-    assert train(folder, *one_step).returncode == 0
+    assert train(folder, *BRIEF).returncode == 0
     mark = (folder / "training.log").read_text()
-    done = train(folder, *one_step)
+    done = train(folder, *BRIEF)
     assert "moved to" in done.stdout, done.stderr
     assert (tmp_path / "run.1/training.log").read_text() == mark
-    assert len(metrics(folder)) == 1
+    assert len(metrics(folder)) == 2
 
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -331,8 +332,7 @@ def init(project, name, config): return Run()
 
 def test_wandb_gets_the_scalars_if_asked_for(tmp_path):
     (tmp_path / "wandb.py").write_text(WANDB.format(file=tmp_path / "told"))
-    few = ["train.wandb=true", "train.max_steps=2", "evaluation.num_examples=0"]
-    done = train(tmp_path / "run", *few, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    done = train(tmp_path / "run", "train.wandb=true", *BRIEF, PYTHONPATH=f"{ROOT}:{tmp_path}")
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
     assert [line[0] for line in told if "train/loss" in line] == [1, 2]
@@ -343,8 +343,7 @@ def test_secrets_of_the_environment_stay_out_of_the_run_folder(tmp_path):
     folder = tmp_path / "run"
     done = train(
         folder,
-        "train.max_steps=1",
-        "evaluation.num_examples=0",
+        *BRIEF,
         HF_TOKEN="hf_sEcReT123",
         WANDB_API_KEY="wSeCrEt9",
     )
