@@ -63,18 +63,46 @@ def cut(
 ) -> list[list[MicroBatch]]:
     """Cuts a global batch: `result[rank]` is that rank's list of micro-batches.
 
-    Every id appears once; every rank has the same number of micro-batches, and their tokens
-    balance. No micro-batch exceeds the budget, except a single example that is longer by itself.
+    Every id appears once; every rank has the same number of micro-batches, the fewest that the
+    budget allows, and their tokens balance. No micro-batch exceeds the budget, except a single
+    example that is longer by itself.
     """
+    ordered = sorted(ids, key=lambda i: (-lengths[i], i))
+    if budget.layout == "padded":
+        return _cut_padded(ordered, lengths, num_ranks, budget)
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
-    for i in sorted(ids, key=lambda i: (-lengths[i], i)):  # longest first, to the lightest rank
+    for i in ordered:  # longest first, to the lightest rank
         lightest = loads.index(min(loads))
         ranks[lightest].append(i)
         loads[lightest] += lengths[i]
     cuts = [_fill(rank, lengths, budget) for rank in ranks]
     most = max(len(rank) for rank in cuts)
     return [rank + [[] for _ in range(most - len(rank))] for rank in cuts]
+
+
+def _cut_padded(
+    ordered: Sequence[int], lengths: Sequence[int], num_ranks: int, budget: Budget
+) -> list[list[MicroBatch]]:
+    """Likes together over all ranks: runs of the sorted examples, under the smallest budget that
+    needs no more micro-batches than the given one. So padding is little and all are as large."""
+    most = math.ceil(len(_fill(ordered, lengths, budget)) / num_ranks)
+    low, high = 1, budget.max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if len(_fill(ordered, lengths, Budget(middle, "padded"))) <= most * num_ranks:
+            high = middle
+        else:
+            low = middle + 1
+    runs = _fill(ordered, lengths, Budget(high, "padded"))
+    runs.sort(key=lambda run: -num_tokens(lengths, run, "padded"))
+    ranks: list[list[MicroBatch]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for run in runs:  # largest first, to the lightest rank that has room for one more
+        rank = min((r for r in range(num_ranks) if len(ranks[r]) < most), key=loads.__getitem__)
+        ranks[rank].append(run)
+        loads[rank] += num_tokens(lengths, run, "padded")
+    return [rank + [[] for _ in range(most - len(rank))] for rank in ranks]
 
 
 def _fill(ids: list[int], lengths: Sequence[int], budget: Budget) -> list[MicroBatch]:

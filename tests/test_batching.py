@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain, pairwise
 from typing import Any
 
@@ -133,13 +134,45 @@ def test_no_micro_batch_is_there_without_need(lengths, num_ranks, max_tokens, la
         filled = [micro_batch for micro_batch in rank if micro_batch]
         assert rank[: len(filled)] == filled, "empty ones come last"
         for one, following in pairwise(filled):
-            assert cost(lengths, [*one, following[0]], layout) > max_tokens
+            if layout == "packed":
+                assert cost(lengths, [*one, following[0]], layout) > max_tokens
+    if layout == "padded":
+        assert len(ranks[0]) == math.ceil(runs_needed(lengths, max_tokens) / num_ranks)
+
+
+def runs_needed(lengths, max_tokens):
+    """Runs of the sorted examples under a budget, padded to the longest, which is the first."""
+    runs, longest, count = 0, 0, 0
+    for length in sorted(lengths, reverse=True):
+        if not runs or longest * (count + 1) > max_tokens:
+            runs, longest, count = runs + 1, length, 0
+        count += 1
+    return runs
 
 
 @property_of
-@given(lengths=any_lengths, num_ranks=any_ranks, layout=any_layout)
-def test_the_heaviest_rank_is_within_one_longest_example_of_the_mean(lengths, num_ranks, layout):
-    ranks = cut(range(len(lengths)), lengths, num_ranks, Budget(100, layout))
+@given(lengths=any_lengths, num_ranks=any_ranks, max_tokens=any_budget)
+def test_padded_micro_batches_are_as_even_as_their_number_allows(lengths, num_ranks, max_tokens):
+    ranks = cut(range(len(lengths)), lengths, num_ranks, Budget(max_tokens, "padded"))
+    largest = max(cost(lengths, m, "padded") for rank in ranks for m in rank if m)
+    alone = max(lengths)
+    if largest > alone:  # a smaller budget would need one more on some rank
+        assert runs_needed(lengths, largest - 1) > num_ranks * len(ranks[0])
+
+
+@property_of
+@given(lengths=any_lengths, num_ranks=any_ranks, max_tokens=any_budget)
+def test_padded_micro_batches_hold_likes(lengths, num_ranks, max_tokens):
+    ranks = cut(range(len(lengths)), lengths, num_ranks, Budget(max_tokens, "padded"))
+    filled = [sorted(lengths[i] for i in m) for rank in ranks for m in rank if m]
+    spans = sorted((m[0], m[-1]) for m in filled)
+    assert all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+@property_of
+@given(lengths=any_lengths, num_ranks=any_ranks)
+def test_packed_ranks_differ_by_one_longest_example_at_most(lengths, num_ranks):
+    ranks = cut(range(len(lengths)), lengths, num_ranks, Budget(100, "packed"))
     loads = [sum(lengths[i] for i in flat([rank])) for rank in ranks]
     assert max(loads) <= sum(lengths) / num_ranks + max(lengths)
     assert max(loads) - min(loads) <= max(lengths)
@@ -178,15 +211,16 @@ def test_the_cost_counts_padding_only_where_there_is_padding(lengths, layout, da
 
 
 LENGTHS = [5, 9, 2, 7, 2, 5, 12, 1]
-#   by length: 6 (12), 1 (9), 3 (7), 0 (5), 5 (5), 2 (2), 4 (2), 7 (1); each to the lighter rank:
-#   rank 0: 6 (12), 0 (17), 2 (19), 4 (21), 7 (22); rank 1: 1 (9), 3 (16), 5 (21)
+#   by length: 6 (12), 1 (9), 3 (7), 0 (5), 5 (5), 2 (2), 4 (2), 7 (1). Packed, each to the lighter
+#   rank: rank 0: 6 (12), 0 (17), 2 (19), 4 (21), 7 (22); rank 1: 1 (9), 3 (16), 5 (21).
+#   Padded: runs under the smallest budget that needs no more: 24 -> 18: 6 | 1 3 | 0 5 2 | 4 7.
 CUTS = {
     ("packed", 12): [[[6], [0, 2, 4, 7]], [[1], [3, 5]]],
-    ("padded", 12): [[[6], [0, 2], [4, 7]], [[1], [3], [5]]],
+    ("padded", 12): [[[6], [2, 4, 7], [5]], [[1], [3], [0]]],
     ("packed", 10): [[[6], [0, 2, 4, 7], []], [[1], [3], [5]]],
-    ("padded", 24): [[[6, 0], [2, 4, 7]], [[1, 3], [5]]],
+    ("padded", 24): [[[1, 3], [4, 7]], [[0, 5, 2], [6]]],
     ("packed", 22): [[[6, 0, 2, 4, 7]], [[1, 3, 5]]],
-    ("padded", 1): [[[6], [0], [2], [4], [7]], [[1], [3], [5], [], []]],
+    ("padded", 1): [[[6], [0], [2], [4]], [[1], [3], [5], [7]]],
 }
 
 
