@@ -105,7 +105,7 @@ def _cut_padded(
     return [rank + [[] for _ in range(most - len(rank))] for rank in ranks]
 
 
-def _fill(ids: list[int], lengths: Sequence[int], budget: Budget) -> list[MicroBatch]:
+def _fill(ids: Sequence[int], lengths: Sequence[int], budget: Budget) -> list[MicroBatch]:
     """Micro-batches under the budget, from ids sorted by falling length (so that likes meet)."""
     result: list[MicroBatch] = []
     room = 0  # tokens that the last micro-batch can still take
