@@ -249,6 +249,16 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
 
     Raises DataError with every bad row, unless `on_bad_row` is skip; then `output` is not made.
     """
+    sources(settings.train_path)  # one that is missing is told before anything is made
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staged = output.with_name(output.name + ".tmp")
+    try:
+        return _process(settings, output, staged)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _process(settings: Data, output: Path, staged: Path) -> list[tuple[str, str]]:
     written, seen, repeated = Counter[str](), set[bytes](), 0
     bad: list[BadRow] = []
     found = _read_all(
@@ -258,8 +268,6 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
         system=settings.system,
         system_prompt=settings.system_prompt,
     )
-    staged = output.with_name(output.name + ".tmp")
-    output.parent.mkdir(parents=True, exist_ok=True)
     with staged.open("w", encoding="utf-8", newline="\n") as file:
         for row in islice(found, settings.max_rows):
             if isinstance(row, BadRow):
@@ -276,7 +284,6 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
             shown |= {"tools": row.tools} if row.tools else {}
             file.write(json.dumps(shown, ensure_ascii=False) + "\n")
     if (bad and settings.on_bad_row == "error") or not written:
-        staged.unlink()
         raise DataError.of_rows(bad[0].file, [str(row) for row in bad])
     staged.replace(output)
     report = [("rows", f"{written.total():,}")]

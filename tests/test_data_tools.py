@@ -41,6 +41,9 @@ def test_process_leaves_nothing_behind_where_rows_are_bad(tmp_path, run_script):
     assert done.returncode == 3
     assert "rows.jsonl:31" in done.stderr
     assert list(output.parent.iterdir()) == []
+    missing = run_script("process.py", "--output", str(output), "data.train_path=missing.jsonl")
+    assert missing.returncode == 3
+    assert list(output.parent.iterdir()) == []
     done = run_script("process.py", "--output", str(output), given, "data.on_bad_row=skip")
     assert done.returncode == 0, done.stderr
     (rejected,) = map(json.loads, (output.parent / "rejected.jsonl").read_text().splitlines())
