@@ -24,8 +24,8 @@ launch = n=$(processes); $(BIN)/accelerate launch --config_file $(ACCELERATE_CON
 	scripts/train.py --config $(CONFIG) train.num_processes=$$n
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-accelerate gpu-info memory-check check process audit show-data train train-distributed train-deepspeed \
-	train-distributed-tb train-deepspeed-tb tensorboard tb-stop evaluate infer merge nano test \
+.PHONY: help setup setup-accelerate gpu-info memory-check check process audit show-data \
+	train train-distributed train-deepspeed train-distributed-tb train-deepspeed-tb tensorboard tb-stop evaluate infer merge nano test \
 	test-fast lint format docs clean
 
 ##@ Start

@@ -19,7 +19,7 @@ def main() -> int:
             ("examples", f"{told['rows']:,}"),
             ("tokens", f"{told['tokens']:,} ({told['supervised_tokens']:,} supervised)"),
             ("longest", f"{told['longest']:,} of at most {told['max_seq_len']:,} tokens"),
-            ("findings", f"{len(told['problems'])} kinds" if told["problems"] else "none"),
+            ("findings", ", ".join(told["problems"]) or "none"),
         ]
         console.print(facts(part.replace("_", " "), rows))
         if told["problems"]:

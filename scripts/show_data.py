@@ -1,7 +1,7 @@
 """A row's tokens in colour, as training sees them: supervised, context, special."""
 
 from sft import cli
-from sft.config import UserError, with_values
+from sft.config import UserError
 
 
 def main() -> None:
@@ -10,40 +10,35 @@ def main() -> None:
     parser.add_argument("--ids", action="store_true", help="every token with its id")
     args = parser.parse_intermixed_args()
     config = cli.configuration(args)
-    from sft import audit, chat, prepare
+    from sft import audit, chat, data, model, prepare
     from sft.log import make_console
 
-    prepared = prepare.prepare(with_values(config, {"data.audit": "warn"}))
-    parts = (
-        ("train", prepared.train_rows, prepared.train),
-        ("held out", prepared.held_out_rows, prepared.held_out),
-    )
-    console, shown = make_console(), 0
-    for part, rows, examples in parts:
-        for row, example in zip(rows, examples, strict=True):
-            if not f":{row.place}".endswith(f":{args.row}"):
+    settings, console, shown = config.data, make_console(), 0
+    tokenizer = chat.prepare_tokenizer(model.load_tokenizer(config.model))
+    limit = prepare.max_length(config)
+    view = chat.with_ids if args.ids else chat.coloured
+    for path in (settings.train_path, settings.eval_path or []):
+        for row in data.read_all(path, **data.options(settings)):
+            if not f":{row.file}:{row.line}".endswith(f":{args.row}"):
                 continue
             shown += 1
-            found = ", ".join(
-                audit.examine(
-                    prepared.tokenizer,
-                    row,
-                    example,
-                    prepared.audit["train"]["max_seq_len"],
-                    config.data.supervise,
+            if isinstance(row, data.BadRow):
+                console.print(f"bad row {row}")
+                continue
+            made = chat.render_row(
+                tokenizer, row, limit, supervise=settings.supervise, on_long=settings.on_long
+            )
+            for kept, example in made:
+                kinds = audit.examine(tokenizer, kept, example, limit, settings.supervise)
+                console.print(
+                    f"{row.place}: {len(example.ids)} tokens, {example.num_supervised} supervised; "
+                    f"findings: {', '.join(kinds) or 'none'}"
                 )
-            )
-            console.print(
-                f"{row.place} ({part}): {len(example.ids)} tokens, "
-                f"{example.num_supervised} supervised; findings: {found or 'none'}"
-            )
-            view = chat.with_ids if args.ids else chat.coloured
-            console.print(view(prepared.tokenizer, example))
+                console.print(view(tokenizer, example))
+            if not made:
+                console.print(f"{row.place}: dropped (data.on_long: {settings.on_long})")
     if not shown:
-        raise UserError(
-            f"no row {args.row!r}: expected a line number or file:line, for example "
-            f"{prepared.train_rows[0].place}"
-        )
+        raise UserError(f"no row {args.row!r}: expected a line number, or file:line")
 
 
 if __name__ == "__main__":

@@ -190,13 +190,9 @@ def _of_row(
     said = (_says(*pair, ends_of_turn, merged) for pair in zip(spans, learnt, strict=False))
     if not dropped and not all(said):
         yield "answer_differs"
-    if supervised and learnt and learnt[-1] is turns[-1]:
-        try:
-            prompt = chat.prompt_ids(tokenizer, row.messages[:-1], row.tools)
-        except DataError:
-            prompt = []
-        if row.messages[-1] is turns[-1] and prompt != example.ids[: supervised[-1][0]]:
-            yield "prompt_mismatch"
+    last_is_learnt = bool(supervised and learnt) and learnt[-1] is row.messages[-1]
+    if last_is_learnt and chat.prompt_mismatch(tokenizer, row.messages, example, row.tools):
+        yield "prompt_mismatch"
 
 
 def _says(span: str, turn: dict[str, Any], ends_of_turn: list[str], merged: bool) -> bool:

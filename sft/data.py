@@ -227,7 +227,7 @@ def load_rows(
     options = {"format": format, "columns": columns, "system": system}
     rows: list[Row] = []
     bad: list[BadRow] = []
-    for row in islice(_read_all(path, system_prompt=system_prompt, **options), max_rows):
+    for row in islice(read_all(path, system_prompt=system_prompt, **options), max_rows):
         if isinstance(row, Row):
             rows.append(row)
         else:
@@ -240,8 +240,19 @@ def load_rows(
     return rows, bad
 
 
-def _read_all(path: str | list[str], **options: Any) -> Iterator[Row | BadRow]:
+def read_all(path: str | list[str], **options: Any) -> Iterator[Row | BadRow]:
+    """Every row of every file; options as in `read`."""
     return (row for source in sources(path) for row in read(source, **options))
+
+
+def options(section: Data) -> dict[str, Any]:
+    """What a configuration says of how rows are read, as the options of `read`."""
+    return {
+        "format": section.format,
+        "columns": section.columns,
+        "system": section.system,
+        "system_prompt": section.system_prompt,
+    }
 
 
 def process(settings: Data, output: Path) -> list[tuple[str, str]]:
@@ -261,13 +272,7 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
 def _process(settings: Data, output: Path, staged: Path) -> list[tuple[str, str]]:
     written, seen, repeated = Counter[str](), set[bytes](), 0
     bad: list[BadRow] = []
-    found = _read_all(
-        settings.train_path,
-        format=settings.format,
-        columns=settings.columns,
-        system=settings.system,
-        system_prompt=settings.system_prompt,
-    )
+    found = read_all(settings.train_path, **options(settings))
     with staged.open("w", encoding="utf-8", newline="\n") as file:
         for row in islice(found, settings.max_rows):
             if isinstance(row, BadRow):

@@ -192,7 +192,7 @@ class Engine:
             self._seed(micro_batches[i], ids)
             with self._synchronised(i == len(batches) - 1):
                 loss, extras = self.task.loss(self.model, batch)
-                self._backward(loss * (world / max(1.0, supervised)))
+                self._backward(loss * (world / (supervised or 1.0)))
             losses.append(loss.detach())
             for name, value in {"loss": loss, **extras}.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()
@@ -208,7 +208,7 @@ class Engine:
         seconds = time.perf_counter() - started
         tokens = sum(self.task.lengths[i] for i in ids)
         return {
-            **{f"train/{name}": value / max(1.0, supervised) for name, value in totals.items()},
+            **{f"train/{name}": value / (supervised or 1.0) for name, value in totals.items()},
             "train/grad_norm": grad_norm,
             "train/learning_rate": rate,
             "train/tokens": tokens,

@@ -54,7 +54,7 @@ def held_out_loss(
                 sums[name] = sums.get(name, 0) + value.double()
     local = torch.stack([value.cpu() for value in sums.values()] + [torch.tensor(float(count))])
     *totals, number = accelerator.reduce(local.to(accelerator.device), "sum").tolist()
-    means = {name: total / max(1.0, number) for name, total in zip(sums, totals, strict=True)}
+    means = {name: total / (number or 1.0) for name, total in zip(sums, totals, strict=True)}
     return {**means, "perplexity": math.exp(min(means["loss"], 700.0))}
 
 

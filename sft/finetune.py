@@ -62,7 +62,7 @@ def collate(
         position_ids,
         torch.tensor(positions, dtype=torch.long, device=device),
         torch.tensor(targets, dtype=torch.long, device=device),
-        torch.tensor(weights, device=device) if set(weights) - {1.0} else None,
+        torch.tensor(weights, dtype=torch.float64, device=device) if set(weights) - {1.0} else None,
     )
 
 

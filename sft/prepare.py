@@ -46,7 +46,7 @@ def prepare(config: Config) -> Prepared:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
     tokenizer = chat.prepare_tokenizer(model.load_tokenizer(config.model))
     rows, held_out_rows, rejected = _rows(config)
-    limit = _max_length(config)
+    limit = max_length(config)
     train = _rendered(config, tokenizer, rows, limit)
     held_out = _rendered(config, tokenizer, held_out_rows, limit)
     rejected += train.refused + held_out.refused
@@ -92,26 +92,20 @@ def write(prepared: Prepared, folder: Path) -> None:
 def _rows(config: Config) -> tuple[list[data.Row], list[data.Row], list[data.BadRow]]:
     """(train, held out, bad rows that were skipped). Held out before any row is repeated."""
     settings, seed = config.data, config.train.seed
-    load = partial(
-        data.load_rows,
-        format=settings.format,
-        columns=settings.columns,
-        system=settings.system,
-        system_prompt=settings.system_prompt,
-        on_bad_row=settings.on_bad_row,
-    )
-    rows, rejected = load(settings.train_path, settings.max_rows)
+    how = {**data.options(settings), "on_bad_row": settings.on_bad_row}
+    rows, rejected = data.load_rows(settings.train_path, settings.max_rows, **how)
     if settings.duplicates == "drop":
         rows = data.without_duplicates(rows)
     if settings.eval_path:
-        held_out, bad = load(settings.eval_path)
+        held_out, bad = data.load_rows(settings.eval_path, **how)
         rejected += bad
     else:
         rows, held_out = data.split(rows, settings.eval_fraction, seed)
     return data.mix(rows, settings.mix, seed) if settings.mix else rows, held_out, rejected
 
 
-def _max_length(config: Config) -> int:
+def max_length(config: Config) -> int:
+    """Tokens that an example may have: what is asked for, or the positions that the model has."""
     positions = getattr(model.architecture(config.model), "max_position_embeddings", None)
     return min(config.data.max_seq_len, positions or config.data.max_seq_len)
 

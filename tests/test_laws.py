@@ -8,8 +8,10 @@ ranks have none either.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -62,6 +64,21 @@ def test_padding_changes_nothing(tmp_path):
     step(models[1], [short, long], batching.Budget(10_000, "padded"), tmp_path)
     gradients = [[p.grad for p in model.parameters()] for model in models]
     assert tiny.relative_error(*gradients) < 1e-12
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
+def test_token_weights_obey_the_law_however_small_they_are(tmp_path, layout, max_tokens):
+    random = np.random.default_rng(5)
+    rows = [
+        replace(row, weights=(random.random(len(row.ids)) * 1e-3).tolist())
+        for row in tiny.examples(5, 9)
+    ]
+    model = tiny.llama(torch.float64)
+    loss, gradients = tiny.reference(model, rows)
+    _, values = step(model, rows, batching.Budget(max_tokens, layout), tmp_path)
+    assert values["train/loss"] == pytest.approx(loss, rel=1e-12)
+    assert tiny.relative_error([p.grad for p in model.parameters()], gradients) < 1e-12
 
 
 def test_a_batch_without_supervised_tokens_is_defined(tmp_path):

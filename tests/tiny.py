@@ -92,12 +92,19 @@ def make_engine(
 def reference(model: nn.Module, rows: list[chat.Example]) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients by the plainest loop: one example at a time, all logits, one division."""
     model.zero_grad()
-    total = sum(label != chat.IGNORED for row in rows for label in row.labels[1:])
+    weights = [row.weights or [1.0] * len(row.ids) for row in rows]
+    total = sum(
+        weight
+        for row, own in zip(rows, weights, strict=True)
+        for label, weight in zip(row.labels[1:], own[1:], strict=True)
+        if label != chat.IGNORED
+    )
     loss_sum = 0.0
-    for row in rows:
+    for row, weight in zip(rows, weights, strict=True):
         logits = model(input_ids=torch.tensor([row.ids])).logits[0, :-1]
         labels = torch.tensor(row.labels[1:])
-        loss = F.cross_entropy(logits, labels, ignore_index=chat.IGNORED, reduction="sum")
+        losses = F.cross_entropy(logits, labels, ignore_index=chat.IGNORED, reduction="none")
+        loss = losses @ torch.tensor(weight[1:], dtype=losses.dtype)
         (loss / total).backward()
         loss_sum += loss.item()
     gradients = [p.grad.clone() for p in model.parameters()]
