@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -60,6 +62,39 @@ def test_help_lists_every_target_once():
     assert sorted(listed) == sorted(TARGETS)
     plain = re.sub(r"\x1b\[\d+m", "", told.stdout)
     assert max(map(len, plain.splitlines())) <= 120
+
+
+def test_clean_removes_caches_and_outputs_only_when_told(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("outputs/run", "sft/__pycache__", ".venv/lib/__pycache__", ".ruff_cache"):
+        (tmp_path / name).mkdir(parents=True)
+    for arguments, left in (
+        ([], {"Makefile", "outputs", "sft", ".venv"}),
+        (["OUTPUTS=1"], {"Makefile", "sft", ".venv"}),
+        (["VENV_TOO=1"], {"Makefile", "sft"}),
+    ):
+        subprocess.run(["make", "clean", *arguments], cwd=tmp_path, check=True, capture_output=True)
+        assert {path.name for path in tmp_path.iterdir()} == left
+        assert not (tmp_path / "sft/__pycache__").exists()
+        assert (tmp_path / ".venv/lib/__pycache__").exists() == (".venv" in left)
+
+
+def test_the_environment_is_made_once_and_again_when_the_pins_change(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    pins, stamp = tmp_path / "requirements.txt", tmp_path / ".venv/.installed"
+
+    def installs() -> bool:
+        command = ["make", "-n", "setup"]
+        told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return "pip install" in told.stdout
+
+    pins.touch()
+    assert installs()
+    stamp.parent.mkdir()
+    stamp.touch()
+    assert not installs()
+    os.utime(pins, (stamp.stat().st_mtime + 10,) * 2)
+    assert installs()
 
 
 def test_the_map_of_the_design_names_every_module():

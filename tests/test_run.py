@@ -224,10 +224,11 @@ def test_two_processes_give_the_run_of_one(tmp_path, alone, target):
     )
 
 
-def test_a_tensorboard_target_serves_the_scalars_of_the_run():
+@pytest.mark.parametrize("target", ["train-distributed-tb", "train-deepspeed-tb"])
+def test_a_tensorboard_target_serves_the_scalars_of_the_run(target):
     folder = ROOT / "outputs" / f"test-tb-{os.getpid()}"
     try:
-        done = make("train-distributed-tb", f"train.output_dir={folder}", *SHORT, NUM_PROCESSES="2")
+        done = make(target, f"train.output_dir={folder}", *SHORT, NUM_PROCESSES="2")
         address = re.search(r"http://localhost:\d+", done.stdout)
         assert address, done.stdout + done.stderr
         query = urllib.parse.urlencode({"run": f"{folder.name}/tensorboard", "tag": "train/loss"})
