@@ -407,7 +407,9 @@ class Engine:
             if self._stop is not None:
                 os._exit(128 + number)
             self._stop = signal.Signals(number)
-            self.log.say(f"{self._stop.name}: stopping after this step; again to stop at once")
+            if self.accelerator.is_main_process:  # unbuffered: it may interrupt a write of the log
+                told = f"{self._stop.name}: stopping after this step; again to stop at once\n"
+                os.write(2, told.encode())
 
         kept = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -417,6 +419,7 @@ class Engine:
                 signal.signal(number, handler)
 
     def _preempt(self) -> None:
+        self.log.say(f"asked to stop: saving step {self.step:,}")
         folder = self.save()
         raise Preempted(
             f"stopped by a signal after step {self.step:,}; saved {folder}. "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 
 import pytest
 import tiny
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 
 from sft import batching, chat, checkpoint, engine
 from sft.config import ConfigError
+from sft.log import Log, make_console
 
 BUDGET = batching.Budget(60, "padded")
 SCHEDULES = {  # warm-up of 2 of 10 steps to a peak of 1; the floor of cosine and linear is 0.1
@@ -160,6 +163,36 @@ def test_training_lowers_the_loss_of_what_it_sees(tmp_path):
     built.run()
     assert built.step == 40
     assert built.evaluate()["loss"] < 0.5 * before
+
+
+class Interrupting(io.RawIOBase):
+    """A file that is signalled in the middle of its first write."""
+
+    def __init__(self):
+        self.written = b""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        if not self.written:
+            signal.raise_signal(signal.SIGTERM)
+        self.written += bytes(data)
+        return len(data)
+
+
+def test_a_signal_in_the_middle_of_a_log_line_stops_the_run_saved(tmp_path, capfd):
+    built = make(tmp_path, log_steps=1)
+    built.log = Log(tmp_path / "run")
+    raw = Interrupting()
+    built.log._file = make_console(io.TextIOWrapper(io.BufferedWriter(raw)))
+    with pytest.raises(engine.Preempted, match="after step 2; saved"):  # step 1 was over
+        built.run()
+    assert "SIGTERM: stopping after this step" in capfd.readouterr().err
+    told = raw.written.decode()
+    assert "step     1/8" in told
+    assert "asked to stop: saving step 2" in told
+    assert checkpoint.fault(tmp_path / "checkpoint_step_2") is None
 
 
 @pytest.mark.slow
