@@ -103,7 +103,7 @@ nano: $(READY) ## Remake the embedded base model and its task from nothing (abou
 	@$(BIN)/python scripts/train.py --config configs/nano_base.yaml
 	@$(BIN)/python scripts/make_nano.py --weights outputs/nano_base/final_checkpoint
 
-test: $(READY) ## All tests (about 13 minutes)
+test: $(READY) ## All tests (about 12 minutes)
 	@$(BIN)/python -m pytest
 
 test-fast: $(READY) ## The tests that take no whole runs (under 90 s)
@@ -121,6 +121,6 @@ docs: $(READY) ## Regenerate docs/CONFIG.md from the schema, docs/FAULTS.md from
 
 clean: ## Remove caches; OUTPUTS=1 also removes outputs/, VENV_TOO=1 the environment
 	@find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
-	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@$(if $(OUTPUTS),rm -rf outputs,echo "kept: outputs/ (OUTPUTS=1 removes it)")
 	@$(if $(VENV_TOO),rm -rf $(VENV),echo "kept: $(VENV)/ (VENV_TOO=1 removes it)")

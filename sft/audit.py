@@ -12,20 +12,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from sft import chat, data
+from sft import chat, store
+from sft.batching import Layout
 from sft.chat import IGNORED, Example, Span, Supervise
 from sft.data import DataError, Row
 
@@ -125,6 +127,9 @@ KINDS = {
     ),
 }
 OUTLIER = 8
+ORDER = {kind: k for k, kind in enumerate(KINDS)}
+TOGETHER = 256  # examples that are collated at a time
+CPU = torch.device("cpu")
 
 
 # --- one row -----------------------------------------------------------------------------------
@@ -138,25 +143,86 @@ def examine(
     supervise: Supervise = "all",
 ) -> list[str]:
     """The kinds of everything wrong with an example, from the row it claims to be."""
-    found = [*example.flags, *_of_tokens(tokenizer, example, max_seq_len)]
-    if not chat.is_document(row.messages):
-        found += _of_row(tokenizer, row, example, supervise)
-    return sorted(set(found), key=list(KINDS).index)
+    if len(example.ids) != len(example.labels):
+        return ["labels_differ"]
+    alone = store.Examples(store.pack([(0, row, example)]))
+    found = int(examine_tokens(tokenizer, alone, max_seq_len)[0])
+    return kinds_of(found | examine_row(tokenizer, row, example, supervise))
 
 
-def _of_tokens(
-    tokenizer: PreTrainedTokenizerBase, example: Example, max_seq_len: int
-) -> Iterator[str]:
-    ids, labels, bos = example.ids, example.labels, tokenizer.bos_token_id
-    pairs = zip(ids, labels, strict=False)
-    if len(ids) != len(labels) or any(b not in (a, IGNORED) for a, b in pairs):
-        yield "labels_differ"
-    if not example.num_supervised:
-        yield "unsupervised"
-    if bos is not None and ids[:2] == [bos, bos]:
-        yield "repeated_bos"
-    if len(ids) > max_seq_len:
-        yield "too_long"
+def bits(kinds: Iterable[str]) -> int:
+    """A set of kinds as a number: bit k is the k-th of KINDS."""
+    return sum(1 << ORDER[kind] for kind in set(kinds))
+
+
+def kinds_of(found: int) -> list[str]:
+    return [kind for kind, k in ORDER.items() if found >> k & 1]
+
+
+def examine_row(
+    tokenizer: PreTrainedTokenizerBase, row: Row, example: Example, supervise: Supervise = "all"
+) -> int:
+    """What a second, independent rendering of the row says of its example."""
+    if chat.is_document(row.messages):
+        return bits(example.flags)
+    return bits([*example.flags, *_of_row(tokenizer, row, example, supervise)])
+
+
+def examine_tokens(
+    tokenizer: PreTrainedTokenizerBase, examples: store.Examples, max_seq_len: int
+) -> np.ndarray:
+    """What each example's micro-batch says of it: (examples,) uint32, a bit for each kind.
+
+    The examples go through the collator of training, in both layouts, and the tensors that a model
+    would be given are held against what was stored.
+    """
+    found = np.zeros(len(examples), np.uint32)
+    for start in range(0, len(examples), TOGETHER):
+        chosen = range(start, min(start + TOGETHER, len(examples)))
+        parts = [examples.tokens(i) for i in chosen]
+        ids = np.concatenate([ids for ids, _, _ in parts])
+        labels = np.concatenate([labels for _, labels, _ in parts])
+        lengths = np.array([len(ids) for ids, _, _ in parts])
+        for layout in get_args(Layout):
+            batch = store.collate(examples, chosen, tokenizer.pad_token_id, layout, CPU)
+            mine = found[chosen.start : chosen.stop]
+            _of_batch(tokenizer, batch, ids, labels, lengths, mine)
+    found[np.asarray(examples.lengths) > max_seq_len] |= bits(["too_long"])
+    return found
+
+
+def _of_batch(
+    tokenizer: PreTrainedTokenizerBase,
+    batch: store.Batch,
+    ids: np.ndarray,
+    labels: np.ndarray,
+    lengths: np.ndarray,
+    found: np.ndarray,
+) -> None:
+    tokens, seen = batch.input_ids.numpy().ravel(), batch.positions.numpy() + 1
+    starts = np.cumsum(lengths) - lengths
+    places = np.arange(len(ids))
+    if batch.position_ids is None:  # padded
+        rows = np.arange(len(lengths)) * batch.input_ids.shape[1]
+        places += np.repeat(rows - starts, lengths)
+        starts = rows
+    supervised = labels != IGNORED
+    is_first = np.zeros(len(ids), bool)  # which no token before it could predict
+    is_first[np.cumsum(lengths) - lengths] = True
+    expected = places[supervised & ~is_first]
+    wrong = [
+        places[supervised & (labels != ids)],
+        places[tokens[places] != ids],
+        np.setxor1d(seen, expected) if not np.array_equal(seen, expected) else seen[:0],
+        seen[batch.targets.numpy() != tokens[seen]],
+    ]
+    found[np.searchsorted(starts, np.concatenate(wrong), "right") - 1] |= bits(["labels_differ"])
+    learnt = np.bincount(np.searchsorted(starts, seen, "right") - 1, minlength=len(lengths))
+    found[learnt == 0] |= bits(["unsupervised"])
+    if (bos := tokenizer.bos_token_id) is not None:
+        second = np.minimum(starts + 1, len(tokens) - 1)
+        twice = (lengths > 1) & (tokens[starts] == bos) & (tokens[second] == bos)
+        found[twice] |= bits(["repeated_bos"])
 
 
 def _of_row(
@@ -252,39 +318,35 @@ Sample = tuple[Row, Example, list[str]]  # a row, its example, the kinds of its 
 
 def report(
     tokenizer: PreTrainedTokenizerBase,
-    samples: Sequence[Sample],
+    examples: store.Examples,
     max_seq_len: int,
-    against: Sequence[Row] = (),
+    alike: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     """Totals, digests, and under `problems` the rows (`file:line`) of each kind of finding.
 
-    `against`: the training rows, if these are the held-out ones.
+    `alike`: numbers of the rows with a finding that only all rows together tell.
     """
-    found: dict[str, list[str]] = {kind: [] for kind in KINDS}
-    lengths = np.array([len(example.ids) for _, example, _ in samples] or [0])
-    usual = np.quantile(lengths, 0.95)
-    for (row, _, kinds), length in zip(samples, lengths, strict=False):
-        outlying = ["length_outlier"] if length > OUTLIER * usual else []
-        for kind in [*kinds, *outlying]:
-            found[kind].append(row.place)
-    rows = list({row.place: row for row, _, _ in samples}.values())  # however often it is used
-    exact, near = data.duplicates(rows)
-    found["duplicate"] = [rows[i].place for group in exact for i in group[1:]]
-    found["near_duplicate"] = [rows[later].place for _, later, _ in near]
-    if against:
-        leaked, nearly = data.leakage(against, rows)
-        found["leaked"] = [rows[i].place for i in leaked]
-        found["near_leak"] = [rows[i].place for i in nearly]
+    found, lengths = examples.index("findings"), np.asarray(examples.lengths)
+    numbers = examples.index("row")
+    where = {kind: np.flatnonzero(found >> np.uint32(k) & 1) for kind, k in ORDER.items()}
+    where["length_outlier"] = np.flatnonzero(lengths > OUTLIER * np.quantile(lengths, 0.95))
+    for kind, rows in alike.items():  # once, however often a row is used
+        first = np.unique(numbers, return_index=True)[1]
+        where[kind] = first[np.isin(numbers[first], rows)]
     return {
-        "rows": len(samples),
+        "rows": len(examples),
         "tokens": int(lengths.sum()),
-        "supervised_tokens": sum(example.num_supervised for _, example, _ in samples),
+        "supervised_tokens": int(examples.index("supervised").sum()),
         "longest": int(lengths.max()),
         "max_seq_len": max_seq_len,
         "problems": {
-            kind: {"severity": KINDS[kind].severity, "count": len(places), "rows": places}
-            for kind, places in found.items()
-            if places
+            kind: {
+                "severity": KINDS[kind].severity,
+                "count": len(indices),
+                "rows": [examples.row(i).place for i in indices.tolist()],
+            }
+            for kind, indices in where.items()
+            if len(indices)
         },
         "template_sha256": _sha256(tokenizer.get_chat_template()),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
@@ -330,15 +392,14 @@ def summary(audited: dict[str, Any]) -> str:
     return f"{rows:,} examples, " + (f"{told} (audit.html)" if told else "nothing found")
 
 
-def worst(samples: Sequence[Sample], most: int = 20) -> list[Sample]:
+def worst(examples: store.Examples, most: int = 20) -> list[Sample]:
     """Up to three rows of each combination of findings, the gravest first; else the longest few."""
-    groups: dict[tuple[str, ...], list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(tuple(sample[2]), []).append(sample)
-    clean = sorted(groups.pop((), []), key=lambda sample: -len(sample[1].ids))
-    order = list(KINDS)
-    gravest = sorted(groups, key=lambda kinds: min(map(order.index, kinds)))
-    return [*(s for kinds in gravest for s in groups[kinds][:3]), *clean[:3]][:most]
+    found = examples.index("findings")
+    gravest = sorted(set(np.unique(found).tolist()) - {0}, key=lambda bits: bits & -bits)
+    chosen = [i for bits in gravest for i in np.flatnonzero(found == bits)[:3].tolist()]
+    clean = np.flatnonzero(found == 0)
+    chosen += clean[np.argsort(-np.asarray(examples.lengths)[clean], kind="stable")[:3]].tolist()
+    return [(examples.row(i), examples[i], kinds_of(int(found[i]))) for i in chosen[:most]]
 
 
 def _sha256(text: str) -> str:

@@ -313,6 +313,15 @@ def _without_oldest(messages: Messages) -> Iterator[Messages]:
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
     """The template has written every special token, bos too: the tokenizer must add none."""
+    ids, offsets = _encoded(tokenizer, len(tokenizer), text)
+    return list(ids), list(offsets)
+
+
+@lru_cache(maxsize=2)  # the audit asks for the same text again
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, size: int, text: str
+) -> tuple[list[int], list[Span]]:
+    del size  # only in the key: a tokenizer that grew is asked again
     encoded = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )  # verbose: the length is the audit's to judge

@@ -138,7 +138,7 @@ def tokenizer(config: Config) -> Finding:
 
 def rows(config: Config) -> Finding:
     prepared = prepare.prepare(config)
-    longest = max(len(example.ids) for example in prepared.train)
+    longest = max(prepared.train.lengths)
     return Finding(
         True,
         f"data: {len(prepared.train):,} rows to train on, {len(prepared.held_out):,} held out, "

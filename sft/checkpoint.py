@@ -46,7 +46,7 @@ def commit(final: Path, write: Callable[[Path], None], accelerator: Accelerator)
     if not any(errors):
         errors = gather_object([_attempt(lambda: write(staging))])
     if not any(errors):
-        errors = gather_object([_attempt(lambda: _seal(staging, final)) if main else None])
+        errors = gather_object([_attempt(lambda: seal(staging, final)) if main else None])
     if any(errors):
         if main:
             shutil.rmtree(staging, ignore_errors=True)
@@ -67,7 +67,8 @@ def _make_anew(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _seal(staging: Path, final: Path) -> None:
+def seal(staging: Path, final: Path) -> None:
+    """Writes the manifest of `staging`, and makes the folder appear at `final` at once."""
     written = sorted(staging.rglob("*"))
     files = [path for path in written if path.is_file()]
     manifest = {

@@ -115,6 +115,8 @@ class Data(Section):
     """What is learnt: all assistant turns (by their `weight`), the last, or prompts as well."""
     audit: Literal["refuse", "warn"] = "refuse"
     """`warn` trains on rows in which the audit has found an error."""
+    cache_dir: Text = ".cache/data"
+    """Where prepared rows are kept, a folder for each content and options; may be removed."""
 
 
 class Train(Section):

@@ -17,12 +17,14 @@ import io
 import json
 import re
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
 
 from sft.config import Data, UserError
 from sft.formats import (
@@ -51,11 +53,12 @@ class DataError(UserError):
     exit_code = 3
 
     @classmethod
-    def of_rows(cls, path: str, problems: list[str]) -> DataError:
-        """One error for all bad rows of a file, the first ten listed (`file:line: reason`)."""
-        num = f"{len(problems)} bad row{'s' if len(problems) > 1 else ''}"
-        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+    def of_rows(cls, path: str, problems: list[str], total: int | None = None) -> DataError:
+        """One error for all (`total`) bad rows, the first ten listed (`file:line: reason`)."""
+        total = total or len(problems)
+        more = [f"... and {total - 10} more"] if total > 10 else []
         listed = "\n  ".join(problems[:10] + more)
+        num = f"{total} bad row{'s' if total > 1 else ''}"
         return cls(f"{path}: {num}; correct or remove them, none is skipped\n  {listed}")
 
 
@@ -245,6 +248,22 @@ def read_all(path: str | list[str], **options: Any) -> Iterator[Row | BadRow]:
     return (row for source in sources(path) for row in read(source, **options))
 
 
+def contents(path: str | list[str]) -> list[dict[str, str | int]]:
+    """Name and sha256 (of the hub: fingerprint) of every file: what rows are a function of."""
+    found: list[dict[str, str | int]] = []
+    for source in sources(path):
+        if source.on_hub:
+            digest = str(_from_hub(source.file)._fingerprint)
+        else:
+            try:
+                with Path(source.file).open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise _unreadable(source.file, error.strerror or str(error)) from None
+        found.append({"entry": source.entry, "name": source.file, "digest": digest})
+    return found
+
+
 def options(section: Data) -> dict[str, Any]:
     """What a configuration says of how rows are read, as the options of `read`."""
     return {
@@ -278,7 +297,7 @@ def _process(settings: Data, output: Path, staged: Path) -> list[tuple[str, str]
             if isinstance(row, BadRow):
                 bad.append(row)
                 continue
-            key = hashlib.sha256(_content(row)).digest()
+            key = content_digest(row)
             repeated += key in seen
             if key in seen and settings.duplicates == "drop":
                 continue
@@ -581,13 +600,18 @@ def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hub_rows(name: str) -> Iterator[Found]:
+    for line, row in enumerate(_from_hub(name), 1):
+        yield Found(line, _without_nulls(row), row)
+
+
+def _from_hub(name: str) -> Any:
     """A dataset of the hub, `owner/name:config@split` (split: train)."""
     import datasets
 
     parts = HUB.fullmatch(name)
     assert parts
     try:
-        loaded = datasets.load_dataset(
+        return datasets.load_dataset(
             parts["name"], parts["config"], split=parts["split"] or "train"
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -596,188 +620,79 @@ def _hub_rows(name: str) -> Iterator[Found]:
             f"{name}: no such file, and the hub gave no dataset owner/name:config@split of this "
             f"name: {told[0]}; correct data.train_path or data.eval_path, or give a local copy"
         ) from None
-    for line, row in enumerate(loaded, 1):
-        yield Found(line, _without_nulls(row), row)
 
 
 # --- the set of rows ---------------------------------------------------------------------------
 
+DIGEST = np.dtype("V16")  # what makes a row the same as another
 
-def mix(rows: list[Row], weights: list[float], seed: int) -> list[Row]:
-    """Each row as often as its entry's weight says: 2 is twice, 0.5 a seeded half of the rows.
+
+def content_digest(row: Row) -> bytes:
+    """Of messages and tools; where they were read from does not matter."""
+    content = json.dumps(row.messages) + (json.dumps(row.tools) if row.tools else "")
+    return hashlib.sha256(content.encode()).digest()[:16]
+
+
+def mix(entries: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
+    """Indices of rows of these entries, each as often as its entry's weight says: 2 is twice, 0.5
+    a seeded half of the rows.
 
     Which rows the fraction takes is a function of (seed, entry, index in the entry) alone.
     """
     result = []
     for entry, weight in enumerate(weights):
-        mine = [row for row in rows if row.entry == entry]
-        draws = [hashlib.sha256(b"%d:%d:%d" % (seed, entry, n)).digest() for n in range(len(mine))]
-        drawn = sorted(range(len(mine)), key=draws.__getitem__)
-        part = sorted(drawn[: round(weight % 1 * len(mine))])
-        result += mine * int(weight) + [mine[i] for i in part]
-    return result
+        mine = np.flatnonzero(entries == entry)
+        draws = _draws(b"%d:%d:%d" % (seed, entry, n) for n in range(len(mine)))
+        part = np.sort(np.argsort(draws, kind="stable")[: round(weight % 1 * len(mine))])
+        result += [mine] * int(weight) + [mine[part]]
+    return np.concatenate(result)
 
 
-def split(rows: list[Row], eval_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, eval), in file order. Which rows are held out is a function of content and seed.
+def split(digests: np.ndarray, eval_fraction: float, seed: int) -> np.ndarray:
+    """Which rows (n, bool) are held out: a function of content and seed.
 
     Rows with identical content stay together, so no held-out row was trained on; the held-out part
     can therefore be somewhat smaller than asked for.
     """
     if not eval_fraction:
-        return rows, []
-    groups: dict[bytes, set[int]] = defaultdict(set)
-    for index, row in enumerate(rows):
-        groups[_content(row)].add(index)
-    if len(groups) < 2:
+        return np.zeros(len(digests), bool)
+    contents, group, sizes = np.unique(digests, return_inverse=True, return_counts=True)
+    if len(contents) < 2:
         raise DataError(
             f"holding out data.eval_fraction={eval_fraction:g} needs two different rows, found "
-            f"{len(groups)}; give data.eval_path, or set eval_fraction to 0"
+            f"{len(contents)}; give data.eval_path, or set eval_fraction to 0"
         )
-    drawn = sorted(groups, key=lambda text: hashlib.sha256(b"%d:" % seed + text).digest())
-    wanted = min(round(eval_fraction * len(rows)), len(rows) - 1)
-    held: set[int] = set()
-    for key in drawn:
-        if len(held) + len(groups[key]) <= wanted:
-            held |= groups[key]
-    held = held or min(groups.values(), key=len)
-    train = [row for index, row in enumerate(rows) if index not in held]
-    return train, [rows[index] for index in sorted(held)]
+    drawn = np.argsort(_draws(b"%d:" % seed + bytes(content) for content in contents))
+    wanted = min(round(eval_fraction * len(digests)), len(digests) - 1)
+    held, num_held = np.zeros(len(contents), bool), 0
+    for index, size in zip(drawn.tolist(), sizes[drawn].tolist(), strict=True):
+        if num_held + size <= wanted:
+            held[index], num_held = True, num_held + size
+    held[drawn[np.argmin(sizes[drawn])]] |= not num_held
+    return held[group]
 
 
-def digest(rows: list[Row]) -> str:
-    """sha256 of messages and tools in their order; where they were read from does not matter."""
-    return hashlib.sha256(b"\n".join(map(_content, rows))).hexdigest()
+def _draws(texts: Iterable[bytes]) -> np.ndarray:
+    """A random number (uint64) for each text, the same at all times."""
+    hashed = (int.from_bytes(hashlib.sha256(text).digest()[:8]) for text in texts)
+    return np.fromiter(hashed, np.uint64)
 
 
-def _content(row: Row) -> bytes:
-    """What makes a row the same as another: its messages and its tools."""
-    return (json.dumps(row.messages) + (json.dumps(row.tools) if row.tools else "")).encode()
+def num_rows(path: str | list[str]) -> int | None:
+    """About how many rows there are, without reading them as rows; None if that cannot be told."""
+    total = 0
+    for source in sources(path):
+        if source.on_hub or _compression(source.file):
+            return None
+        with Path(source.file).open("rb") as file:
+            head = file.read(6)
+            if head.startswith(b"PAR1"):
+                from pyarrow import parquet
 
-
-# --- duplicates and leakage --------------------------------------------------------------------
-
-SIMILAR = 0.8  # Jaccard similarity of two sets of shingles from which rows count as near-duplicates
-SHINGLE = 5  # words
-BANDS, DEPTH = 25, 5  # of MinHash: a pair at 0.8 is missed with probability 5e-5
-BUCKET = 10  # texts that a bucket remembers: bounds the time on rows made from few templates
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
-
-
-def duplicates(rows: Sequence[Row]) -> tuple[list[list[int]], list[tuple[int, int, float]]]:
-    """(groups of identical rows, (earlier, later, similarity) of others that are nearly the same).
-
-    Of identical rows only the first is compared with others.
-    """
-    groups: dict[bytes, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        groups[_content(row)].append(index)
-    first = [group[0] for group in groups.values()]
-    near = _near([_words(rows[index].messages) for index in first])
-    pairs = [(first[earlier], first[later], alike) for earlier, later, alike in near]
-    return [group for group in groups.values() if len(group) > 1], pairs
-
-
-def without_duplicates(rows: list[Row]) -> list[Row]:
-    """The first of all rows that are identical; near-duplicates stay."""
-    first: dict[bytes, Row] = {}
-    for row in rows:
-        first.setdefault(_content(row), row)
-    return list(first.values())
-
-
-def leakage(train: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[int], list[int]]:
-    """Held-out rows that stand in train: (identically; nearly, or with an answer of their own).
-
-    The prompt of a row is all that stands before its last answer, except the system prompt.
-    """
-    rows, prompts = set(map(_content, train)), set(map(_prompt, train)) - {b""}
-    leaked = {index for index, row in enumerate(held_out) if _content(row) in rows}
-    nearly = {index for index, row in enumerate(held_out) if _prompt(row) in prompts} - leaked
-    asked = [index for index in range(len(held_out)) if index not in leaked | nearly]
-    for end in (None, -1):
-        texts = list({_words(row.messages[:end]): None for row in train})
-        others = [_words(held_out[index].messages[:end]) for index in asked]
-        near = _near([*texts, *others], num_known=len(texts))
-        nearly |= {asked[later - len(texts)] for _, later, _ in near}
-    return sorted(leaked), sorted(nearly)
-
-
-def _prompt(row: Row) -> bytes:
-    messages = [m for m in row.messages[:-1] if m["role"] != "system"]
-    return json.dumps([[m["role"], m["content"]] for m in messages]).encode() if messages else b""
-
-
-def _words(messages: Messages) -> str:
-    """What is compared: all but system prompts, which whole data sets share."""
-    told = [m for m in messages if m["role"] != "system"]
-    return " ".join(
-        m["content"] + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "") for m in told
-    )
-
-
-def _near(texts: list[str], num_known: int | None = None) -> list[tuple[int, int, float]]:
-    """(earlier, later, similarity) of texts like an earlier one that is itself like no other.
-
-    With `num_known`, the texts from there on are compared with those before it only. MinHash over
-    word shingles proposes pairs, the sets of shingles decide; a function of the texts alone.
-    """
-    shingles: dict[int, set[int]] = {}
-    buckets: dict[int, list[int]] = {}
-    result = []
-    for index, (keys, mine) in enumerate(_signatures(texts)):
-        is_known = num_known is not None and index < num_known
-        proposed = () if is_known else {i for key in keys for i in buckets.get(key, ())}
-        best = max(((_jaccard(mine, shingles[i]), -i) for i in proposed), default=(0.0, 0))
-        if best[0] >= SIMILAR:
-            result.append((-best[1], index, best[0]))
-        elif num_known is None or is_known:
-            shingles[index] = mine
-            for key in keys:
-                if len(bucket := buckets.setdefault(key, [])) < BUCKET:
-                    bucket.append(index)
-    return result
-
-
-def _jaccard(a: set[int], b: set[int]) -> float:
-    common = len(a & b)
-    return common / (len(a) + len(b) - common)
-
-
-def _signatures(texts: list[str], size: int = 2048) -> Iterator[tuple[list[int], set[int]]]:
-    """(the key of each MinHash band, the hashed shingles) of each text, `size` texts at a time."""
-    import numpy as np
-
-    factors = np.random.default_rng(0).integers(1, 2**63, (BANDS * DEPTH, 2), np.uint64)
-    factors[:, 0] |= 1  # odd: a permutation of the 64-bit numbers
-    hashes: dict[str, int] = {}
-    for start in range(0, len(texts), size):
-        words, ends = [], []
-        for text in texts[start : start + size]:
-            found = WORD.findall(text.lower())
-            for word in found:
-                if word not in hashes:
-                    hashes[word] = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8])
-            # a text of fewer words is one shingle, filled up; one without words is like no other
-            words += [hashes[word] for word in found] + [0] * max(0, SHINGLE - len(found))
-            ends.append(len(words))
-        array = np.array(words, np.uint64)
-        rolled = np.zeros(len(array) - SHINGLE + 1, np.uint64)
-        for offset in range(SHINGLE):
-            rolled = rolled * factors[0, 0] + array[offset : len(rolled) + offset]
-        rolled ^= rolled >> np.uint64(31)
-        stops = np.array(ends) - SHINGLE + 1
-        begins = np.array([0, *ends[:-1]])
-        # minima from each beginning to each end; what lies between two texts is cut off by the ends
-        edges = np.stack([begins, stops], 1).ravel()[:-1]
-        keys = np.zeros((len(ends), BANDS), np.uint64)
-        for number, (factor, shift) in enumerate(factors):
-            mixed = rolled * factor + shift
-            lowest = np.minimum.reduceat(mixed ^ (mixed >> np.uint64(32)), edges)[::2]
-            band = number // DEPTH
-            keys[:, band] = keys[:, band] * factors[1, 0] + lowest + np.uint64(band)
-        for row, (begin, stop) in enumerate(zip(begins, stops, strict=True)):
-            if words[begin]:
-                yield keys[row].tolist(), set(rolled[begin:stop].tolist())
+                total += parquet.read_metadata(source.file).num_rows
+            elif head.lstrip().startswith(b"{") or _suffix(Path(source.file)) in (".csv", ".tsv"):
+                file.seek(0)
+                total += sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))
             else:
-                yield [], set()
+                return None
+    return total

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +16,7 @@ from sft import batching, chat, evaluate, export, model
 from sft.config import Config, ConfigError
 from sft.log import Advance, Log
 from sft.prepare import Prepared
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch. `positions` index into batch * time; position t predicts token t + 1."""
-
-    input_ids: torch.Tensor  # (rows, time)
-    position_ids: torch.Tensor | None  # (1, time), restarting at each document; packed only
-    positions: torch.Tensor  # (supervised,)
-    targets: torch.Tensor  # (supervised,)
-    weights: torch.Tensor | None = None  # (supervised,); None: 1 everywhere
-
-
-def collate(
-    examples: Sequence[chat.Example], pad: int, layout: batching.Layout, device: torch.device
-) -> Batch:
-    """Padded: rows padded on the right. Packed: one row of documents with restarting position ids.
-
-    Neither needs an attention mask: causal attention cannot see padding on the right, and
-    transformers confines attention to documents by their position ids as long as no mask and no
-    cache is passed.
-    """
-    width = max((len(example.ids) for example in examples), default=1)
-    ids: list[list[int]] = []
-    positions: list[int] = []
-    targets: list[int] = []
-    weights: list[float] = []
-    starts = 0
-    for example in examples:
-        ids.append(example.ids + [pad] * (width - len(example.ids) if layout == "padded" else 0))
-        for i, label in enumerate(example.labels[1:]):
-            if label != chat.IGNORED:
-                positions.append(starts + i)
-                targets.append(label)
-                weights.append(example.weights[i + 1] if example.weights else 1.0)
-        starts += len(ids[-1])
-    position_ids = None
-    if layout == "packed" and examples:
-        restarting = [i for example in examples for i in range(len(example.ids))]
-        position_ids = torch.tensor([restarting], device=device)
-        ids = [[token for row in ids for token in row]]
-    return Batch(
-        torch.tensor(ids or [[pad]], device=device),
-        position_ids,
-        torch.tensor(positions, dtype=torch.long, device=device),
-        torch.tensor(targets, dtype=torch.long, device=device),
-        torch.tensor(weights, dtype=torch.float64, device=device) if set(weights) - {1.0} else None,
-    )
+from sft.store import Batch, Examples, collate
 
 
 class FineTune:
@@ -81,7 +34,7 @@ class FineTune:
         self.config, self.prepared, self.model = config, prepared, built
         self.accelerator, self.log = accelerator, log
         self.budget = budget
-        self.lengths = [len(example.ids) for example in prepared.train]
+        self.lengths = prepared.train.lengths
         self.head = model.SupervisedHead(built)
         if budget.layout == "packed" and not model.documents_are_isolated(
             built, accelerator.device
@@ -92,11 +45,11 @@ class FineTune:
             )
 
     def collate(self, ids: list[int]) -> Batch:
-        return self._collate([self.prepared.train[i] for i in ids])
+        return self._collate(self.prepared.train, ids)
 
-    def _collate(self, examples: list[chat.Example]) -> Batch:
+    def _collate(self, examples: Examples, ids: list[int]) -> Batch:
         pad = self.prepared.tokenizer.pad_token_id
-        return collate(examples, pad, self.budget.layout, self.accelerator.device)
+        return collate(examples, ids, pad, self.budget.layout, self.accelerator.device)
 
     def num_supervised(self, batch: Batch) -> float:
         """Tokens, or the sum of their weights."""
@@ -121,25 +74,24 @@ class FineTune:
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         examples = self.prepared.held_out
-        lengths = [len(example.ids) for example in examples]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        mine = batching.cut(range(len(lengths)), lengths, world, self.budget)[rank]
+        mine = batching.cut(range(len(examples)), examples.lengths, world, self.budget)[rank]
         with self.log.progress("held-out loss", len(mine)) as advance:
-            batches = self._following(advance, ([examples[i] for i in ids] for ids in mine))
+            batches = self._following(advance, (self._collate(examples, ids) for ids in mine))
             return evaluate.held_out_loss(
                 self.loss, self.num_supervised, model, batches, self.accelerator
             )
 
-    def _following(self, advance: Advance, parts: Iterable[list[chat.Example]]) -> Iterator[Batch]:
-        for part in parts:
-            yield self._collate(part)
+    def _following(self, advance: Advance, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            yield batch
             advance()
 
     def answers(self, model: nn.Module) -> list[dict[str, Any]]:
         """The first `evaluation.num_examples` held-out prompts, answered by the model."""
         settings, tokenizer = self.config.evaluation, self.prepared.tokenizer
-        asked = [r for r in self.prepared.held_out_rows if not chat.is_document(r.messages)]
-        rows = asked[: settings.num_examples]
+        asked = (r for r in self.prepared.held_out.rows() if not chat.is_document(r.messages))
+        rows = list(islice(asked, settings.num_examples))
         prompts = [chat.prompt_ids(tokenizer, row.messages[:-1], row.tools) for row in rows]
         texts = evaluate.generate(
             model,
@@ -177,6 +129,5 @@ class FineTune:
         }
 
     def name_examples(self, ids: list[int]) -> str:
-        rows = [self.prepared.train_rows[i] for i in ids]
-        named = ", ".join(f"{row.file}:{row.line}" for row in rows[:8])
-        return named + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        named = ", ".join(self.prepared.train.row(i).place for i in ids[:8])
+        return named + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")

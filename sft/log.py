@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from rich.progress import (
 from rich.table import Table
 
 WIDTH = 100  # columns that every table fits
+LINE_EVERY = 10  # seconds, where there is no bar
 Advance = Callable[..., None]  # advance(n=1, note="")
 
 
@@ -61,6 +63,47 @@ def duration(seconds: float) -> str:
     return (
         f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
     )
+
+
+@contextmanager
+def bar(console: Console, title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
+    """A bar with ETA on a terminal; elsewhere a line every ten seconds. total=None: not known."""
+    if not console.is_terminal:
+        with _lines(console, title, total, done) as advance:
+            yield advance
+        return
+    columns = (
+        TextColumn("[cyan]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task(title, total=total, completed=done, note="")
+        yield lambda n=1, note="": shown.update(task, advance=n, note=note)
+
+
+@contextmanager
+def _lines(console: Console, title: str, total: int | None, done: int) -> Iterator[Advance]:
+    started = told = time.monotonic()
+    first = done
+
+    def advance(n: int = 1, note: str = "") -> None:
+        nonlocal done, told
+        done += n
+        now = time.monotonic()
+        if now - told < LINE_EVERY:
+            return
+        told = now
+        left = (now - started) / (done - first) * (total - done) if total and done > first else -1
+        eta = f", ETA {duration(left)}" if left >= 0 else ""
+        of = f" of {total:,}" if total else ""
+        console.print(f"{title}: {done:,}{of}{eta}  {note}".rstrip())
+
+    yield advance
 
 
 def _step_of(line: str) -> int:
@@ -128,18 +171,8 @@ class Log:
         if not self.console or not self.console.is_terminal:
             yield lambda n=1, note="": None
             return
-        columns = (
-            TextColumn("[cyan]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(title, total=total, completed=done, note="")
-            yield lambda n=1, note="": bar.update(task, advance=n, note=note)
+        with bar(self.console, title, total, done) as advance:
+            yield advance
 
     def close(self) -> None:
         for stream in (self._metrics, self._board, self._file and self._file.file):

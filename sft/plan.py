@@ -75,8 +75,8 @@ class Plan:
 
 def make_plan(config: Config, prepared: Prepared, hardware: Hardware, world_size: int) -> Plan:
     train = config.train
-    lengths = [len(example.ids) for example in prepared.train]
-    supervised = sum(example.num_supervised for example in prepared.train) / sum(lengths)
+    lengths = prepared.train.lengths
+    supervised = prepared.audit["train"]["supervised_tokens"] / sum(lengths)
     precision, why_precision = processes.resolve_precision(train)
     layout, why_layout = resolve_layout(config)
     reasons = {"train.precision": why_precision, "train.layout": why_layout}

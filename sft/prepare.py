@@ -1,107 +1,129 @@
-"""From files to examples: read, rendered and proven before any weight is loaded, on all cores.
+"""From files to proven examples on disk, before any weight is loaded or process group exists.
 
-What comes out is a function of the files, the tokenizer with its template, and the section `data`.
+What comes out is a function of the files' contents, the tokenizer with its template, the section
+`data` and this code. All of them make the name of a folder in `data.cache_dir`: one process fills
+it, under a lock and as a whole or not at all; every other process and every later run only maps it.
+
+    rows   -> read once, rendered and examined on all cores, appended to a store (sft/store.py)
+    then   -> duplicates, split, mix and leaks are decided on the digests and sketches of all rows
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from sft import audit, chat, data, model
+from sft import audit, chat, checkpoint, data, model, similar, store
 from sft.audit import Sample
 from sft.config import Config
+from sft.log import bar, make_console
 
+ROWS = "rows"  # a folder of what tells rows apart, removed when that is decided
+KEPT = 16  # folders in the cache
 AT_ONCE = 256  # rows that a worker takes at a time
+PLACE = np.dtype([("part", "u1"), ("entry", "u2")])  # of a row
+TRAIN, HELD_OUT = 0, 1  # parts
+CODE = ("formats", "data", "chat", "similar", "store", "audit", "prepare")
+LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets", "numpy")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenised data: row i is example i. `audit` is what audit.json holds."""
+    """Tokenised data. `audit` is what audit.json holds."""
 
     tokenizer: PreTrainedTokenizerBase
-    train: list[chat.Example]
-    train_rows: list[data.Row]
-    held_out: list[chat.Example]
-    held_out_rows: list[data.Row]
+    train: store.Examples
+    held_out: store.Examples
     audit: dict[str, Any]
-    rejected: Sequence[data.BadRow] = ()  # skipped: what rejected.jsonl holds
-    samples: Sequence[Sample] = ()  # the rows of most findings, for people to look at
+    folder: Path | None = None  # in the cache
+
+    def samples(self) -> list[Sample]:
+        """The rows of most findings, for people to look at."""
+        return audit.worst(self.train) + audit.worst(self.held_out, 5)
 
 
 def prepare(config: Config) -> Prepared:
-    """Reads, renders and audits all rows.
+    """Maps the examples of `config`; reads, renders and audits all rows if nobody has yet.
 
-    Raises DataError naming the rows that cannot be trained on, or that the audit refuses.
+    Raises DataError naming the rows that cannot be trained on, or that the audit refuses, and for
+    a stale or damaged folder in the cache. `data.audit: warn` prepares that anew.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
     tokenizer = chat.prepare_tokenizer(model.load_tokenizer(config.model))
-    rows, held_out_rows, rejected = _rows(config)
-    limit = max_length(config)
-    train = _rendered(config, tokenizer, rows, limit)
-    held_out = _rendered(config, tokenizer, held_out_rows, limit)
-    rejected += train.refused + held_out.refused
-    if rejected and config.data.on_bad_row == "error":
-        raise data.DataError.of_rows(rejected[0].file, [str(row) for row in rejected])
-    if not train.samples or not held_out.samples:
-        raise data.DataError(
-            f"nothing is left to {'hold out' if train.samples else 'train on'}: "
-            f"{len(rejected)} rows rejected (data.on_bad_row), "
-            f"{train.num_dropped + held_out.num_dropped} dropped (data.on_long)"
-        )
-    audited = {
-        "train": audit.report(tokenizer, train.samples, limit),
-        "held_out": audit.report(tokenizer, held_out.samples, limit, against=rows),
-        "rejected": len(rejected),
-        "dropped": train.num_dropped + held_out.num_dropped,
-        "data_sha256": data.digest([row for row, _, _ in train.samples]),
-        "options": config.data.model_dump(),
-    }
+    made_of = inputs(config, tokenizer)
+    folder = Path(config.data.cache_dir, key(made_of))
+    with _writable(folder.parent), FileLock(folder.with_suffix(".lock")):
+        fault = _fault(folder, made_of) if folder.exists() else None
+        if fault and config.data.audit == "refuse":
+            raise data.DataError(
+                f"the prepared data in {folder} are stale or damaged: {fault}; remove the folder, "
+                "or let `make audit` prepare them anew"
+            )
+        if fault:
+            make_console().print(f"prepared data were stale or damaged ({fault}): made anew")
+        if fault or not folder.exists():
+            _fill(config, tokenizer, folder, made_of)
+        prepared = _open(folder, tokenizer)
+        _prune(folder.parent)
     if config.data.audit == "refuse":
-        audit.refuse(audited)
-    return Prepared(
-        tokenizer,
-        [example for _, example, _ in train.samples],
-        [row for row, _, _ in train.samples],
-        [example for _, example, _ in held_out.samples],
-        [row for row, _, _ in held_out.samples],
-        audited,
-        rejected,
-        audit.worst([*train.samples, *held_out.samples]),
+        audit.refuse(prepared.audit)
+    return prepared
+
+
+@contextmanager
+def _writable(cache: Path) -> Iterator[None]:
+    """Makes the folder; an error of the disk becomes a DataError."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise data.DataError(
+            f"cannot keep prepared data in {cache}: {error.strerror or error}; make room, or set "
+            "data.cache_dir to another folder"
+        ) from None
+
+
+def _open(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    arrays, audited = store.open_folder(folder), (folder / "audit.json").read_text("utf-8")
+    train, held_out = (
+        store.Examples(arrays, store.mapped(folder / f"{part}.bin", np.int64))
+        for part in ("train", "held_out")
     )
+    os.utime(folder)
+    return Prepared(tokenizer, train, held_out, json.loads(audited), folder)
+
+
+def _prune(cache: Path) -> None:
+    """Removes what was used longest ago; a process that has mapped it is not disturbed."""
+    folders = [path for path in cache.iterdir() if (path / checkpoint.MANIFEST).exists()]
+    for folder in sorted(folders, key=lambda path: -path.stat().st_mtime)[KEPT:]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write(prepared: Prepared, folder: Path) -> None:
     """audit.json, audit.html, and rejected.jsonl where rows were skipped."""
     text = json.dumps(prepared.audit, indent=2, ensure_ascii=False) + "\n"
     (folder / "audit.json").write_text(text, "utf-8")
-    audit.write_html(folder / "audit.html", prepared.tokenizer, prepared.audit, prepared.samples)
-    if prepared.rejected:
-        data.write_rejected(list(prepared.rejected), folder / "rejected.jsonl")
-
-
-def _rows(config: Config) -> tuple[list[data.Row], list[data.Row], list[data.BadRow]]:
-    """(train, held out, bad rows that were skipped). Held out before any row is repeated."""
-    settings, seed = config.data, config.train.seed
-    how = {**data.options(settings), "on_bad_row": settings.on_bad_row}
-    rows, rejected = data.load_rows(settings.train_path, settings.max_rows, **how)
-    if settings.duplicates == "drop":
-        rows = data.without_duplicates(rows)
-    if settings.eval_path:
-        held_out, bad = data.load_rows(settings.eval_path, **how)
-        rejected += bad
-    else:
-        rows, held_out = data.split(rows, settings.eval_fraction, seed)
-    return data.mix(rows, settings.mix, seed) if settings.mix else rows, held_out, rejected
+    audit.write_html(folder / "audit.html", prepared.tokenizer, prepared.audit, prepared.samples())
+    if prepared.folder and prepared.audit["rejected"]:
+        shutil.copyfile(prepared.folder / "rejected.jsonl", folder / "rejected.jsonl")
 
 
 def max_length(config: Config) -> int:
@@ -110,48 +132,211 @@ def max_length(config: Config) -> int:
     return min(config.data.max_seq_len, positions or config.data.max_seq_len)
 
 
+# --- what prepared data are a function of ------------------------------------------------------
+
+
+def inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Everything that the examples and their audit depend on, and nothing else."""
+    section, package = config.data, Path(__file__).parent
+    source = b"".join((package / f"{name}.py").read_bytes() for name in CODE)
+    is_drawn = section.mix or not section.eval_path
+    return {
+        "train": data.contents(section.train_path),
+        "eval": data.contents(section.eval_path) if section.eval_path else [],
+        "options": section.model_dump(exclude={"train_path", "eval_path", "audit", "cache_dir"}),
+        "max_length": max_length(config),
+        "seed": config.train.seed if is_drawn else None,
+        "tokenizer": audit.tokenizer_sha256(tokenizer),
+        "template": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest(),
+        "code": hashlib.sha256(source).hexdigest(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def key(made_of: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _fault(folder: Path, made_of: dict[str, Any]) -> str | None:
+    """Why the prepared data in `folder` are not what `made_of` makes, or None."""
+    if reason := checkpoint.fault(folder):
+        return reason
+    was = json.loads((folder / "audit.json").read_text("utf-8"))["inputs"]
+    changed = [name for name in made_of if was.get(name) != made_of[name]]
+    return f"made of another {', '.join(changed)}" if changed else None
+
+
+# --- filling a folder --------------------------------------------------------------------------
+
+
+def _fill(
+    config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path, made_of: dict[str, Any]
+) -> None:
+    staging = folder.with_suffix(checkpoint.STAGING)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        counts = _write_rows(config, tokenizer, staging)
+        audited = _decide(config, tokenizer, staging, counts) | {"inputs": made_of}
+        (staging / "audit.json").write_text(json.dumps(audited, ensure_ascii=False), "utf-8")
+        shutil.rmtree(staging / ROWS)
+        checkpoint.seal(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@dataclass
+class _Counts:
+    rows: int = 0  # good ones, dropped ones too
+    dropped: int = 0  # by data.on_long
+    rejected: int = 0
+
+
+def _write_rows(config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path) -> _Counts:
+    """Every row of all files into the store, and what tells rows apart into `folder`/rows."""
+    settings, how = config.data, data.options(config.data)
+    streams: list[Iterator[data.Row | data.BadRow]] = [
+        islice(data.read_all(settings.train_path, **how), settings.max_rows)
+    ]
+    if settings.eval_path:
+        streams.append(data.read_all(settings.eval_path, **how))
+    work = partial(_part, tokenizer, max_length(config), settings.supervise, settings.on_long)
+    counts, first = _Counts(), list[data.BadRow]()
+    expected = data.num_rows(settings.train_path)
+    told = min(expected, settings.max_rows or expected) if expected else None
+    (folder / ROWS).mkdir()
+    with (
+        (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected,
+        store.Files(folder) as files,
+        store.Files(folder / ROWS) as own,
+        bar(make_console(), "prepare", told) as advance,
+    ):
+
+        def reject(row: data.BadRow) -> None:
+            counts.rejected += 1
+            first.extend([row] * (len(first) < 10))
+            rejected.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+
+        def good(rows: Iterable[data.Row | data.BadRow]) -> Iterator[data.Row]:
+            for row in rows:
+                if isinstance(row, data.BadRow):
+                    reject(row)
+                elif not counts.rejected or settings.on_bad_row == "skip":
+                    yield row  # after an error the others are only read, to tell all bad ones
+
+        for part, stream in enumerate(streams):
+            for made in _mapped(work, good(stream)):
+                for row in made.refused:
+                    reject(row)
+                made.places["part"] = part
+                made.arrays.index["row"] += counts.rows
+                counts.rows += len(made.places)
+                counts.dropped += made.num_dropped
+                store.write(files, made.arrays)
+                own.append("places.bin", made.places)
+                similar.write(own, made.told)
+                advance(len(made.places))
+    if counts.rejected and settings.on_bad_row == "error":
+        raise data.DataError.of_rows(first[0].file, [str(row) for row in first], counts.rejected)
+    return counts
+
+
+def _decide(
+    config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path, counts: _Counts
+) -> dict[str, Any]:
+    """Which examples are trained on and which are held out (train.bin, held_out.bin: indices in
+    the store), and what only all rows together tell; returns what audit.json holds."""
+    settings, seed = config.data, config.train.seed
+    places = store.mapped(folder / ROWS / "places.bin", PLACE)
+    told = similar.open_folder(folder / ROWS)
+    train = np.flatnonzero(places["part"] == TRAIN)
+    if settings.duplicates == "drop":
+        train = train[similar.first_of_each(told.digests[train])]
+    held_out = np.flatnonzero(places["part"] == HELD_OUT)
+    if not settings.eval_path:
+        held = data.split(told.digests[train], settings.eval_fraction, seed)
+        train, held_out = train[~held], train[held]
+    mixed = train
+    if settings.mix:
+        mixed = train[data.mix(places["entry"][train], settings.mix, seed)]
+    arrays = store.open_folder(folder)
+    orders = [_examples_of(arrays.index["row"], chosen) for chosen in (mixed, held_out)]
+    if not all(map(len, orders)):
+        raise data.DataError(
+            f"nothing is left to {'hold out' if len(orders[0]) else 'train on'}: "
+            f"{counts.rejected} rows rejected (data.on_bad_row), "
+            f"{counts.dropped} dropped (data.on_long)"
+        )
+    alike = [_alike(told, rows) for rows in (train, held_out)]
+    alike[1]["leaked"], alike[1]["near_leak"] = similar.leaks(told, train, held_out)
+    audited: dict[str, Any] = {}
+    for name, order, found in zip(("train", "held_out"), orders, alike, strict=True):
+        order.tofile(folder / f"{name}.bin")
+        examples = store.Examples(arrays, order)
+        audited[name] = audit.report(tokenizer, examples, max_length(config), found)
+    content = told.digests[arrays.index["row"][orders[0]]].tobytes()
+    return audited | {
+        "rejected": counts.rejected,
+        "dropped": counts.dropped,
+        "data_sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def _examples_of(numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Indices of the examples of these rows, in the order of the rows; `numbers` never falls."""
+    begins, ends = np.searchsorted(numbers, rows), np.searchsorted(numbers, rows, "right")
+    sizes = ends - begins
+    first = np.repeat(begins - (np.cumsum(sizes) - sizes), sizes)
+    return (first + np.arange(sizes.sum())).astype(np.int64)
+
+
+def _alike(told: similar.Told, rows: np.ndarray) -> dict[str, np.ndarray]:
+    repeated, near = similar.duplicates(told, rows)
+    return {"duplicate": repeated, "near_duplicate": np.array([later for _, later, _ in near])}
+
+
 # --- rendering on all cores --------------------------------------------------------------------
 
 
 @dataclass
-class _Rendered:
-    samples: list[Sample]
+class _Made:
+    """What a worker makes of some rows."""
+
+    arrays: store.Arrays  # of the examples; rows numbered from 0
+    places: np.ndarray  # (good rows,) of PLACE
+    told: similar.Told  # of the good rows
     refused: list[data.BadRow]  # by the chat template
     num_dropped: int  # by data.on_long
 
 
-def _rendered(
-    config: Config, tokenizer: PreTrainedTokenizerBase, rows: Sequence[data.Row], limit: int
-) -> _Rendered:
-    """Every row rendered and examined, in the order of the rows."""
-    work = partial(_part, tokenizer, limit, config.data.supervise, config.data.on_long)
-    parts = [rows[at : at + AT_ONCE] for at in range(0, len(rows), AT_ONCE)]
-    result = _Rendered([], [], 0)
-    for part in _mapped(work, parts):
-        result.samples += part.samples
-        result.refused += part.refused
-        result.num_dropped += part.num_dropped
-    return result
+Work = Callable[[Sequence[data.Row]], _Made]
 
 
-def _mapped(
-    work: Callable[[Sequence[data.Row]], _Rendered], parts: list[Sequence[data.Row]]
-) -> Iterator[_Rendered]:
-    """`map`, in forked processes where there is enough to do and more than one core to do it."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = min(cores, len(parts) // 2)
-    if workers < 2:
+def _mapped(work: Work, rows: Iterator[data.Row]) -> Iterator[_Made]:
+    """`work` on all rows, some at a time, in their order; in forked processes where there is enough
+    to do and more than one core to do it. Only a few parts are in memory at a time."""
+    parts = iter(lambda: list(islice(rows, AT_ONCE)), [])
+    first = list(islice(parts, 4))
+    workers = len(os.sched_getaffinity(0))
+    if workers < 2 or len(first) < 4:
+        yield from map(work, first)
         yield from map(work, parts)
         return
     fork = multiprocessing.get_context("fork")  # the tokenizer is inherited, sending takes seconds
     with ProcessPoolExecutor(workers, fork, _inherited.append, (work,)) as pool:
-        yield from pool.map(_call, parts)
+        waiting: deque[Future[_Made]] = deque(pool.submit(_call, part) for part in first)
+        for part in parts:
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(_call, part))
+        while waiting:
+            yield waiting.popleft().result()
 
 
-_inherited: list[Callable[[Sequence[data.Row]], _Rendered]] = []  # of a worker: its work
+_inherited: list[Work] = []  # of a worker: its work
 
 
-def _call(part: Sequence[data.Row]) -> _Rendered:
+def _call(part: Sequence[data.Row]) -> _Made:
     return _inherited[-1](part)
 
 
@@ -161,17 +346,26 @@ def _part(
     supervise: chat.Supervise,
     on_long: chat.OnLong,
     rows: Sequence[data.Row],
-) -> _Rendered:
-    result = _Rendered([], [], 0)
+) -> _Made:
+    refused: list[data.BadRow] = []
+    good: list[data.Row] = []
+    samples: list[tuple[int, data.Row, chat.Example]] = []
+    found: list[int] = []
+    num_dropped = 0
     for row in rows:
         try:
             made = chat.render_row(tokenizer, row, limit, supervise=supervise, on_long=on_long)
         except data.DataError as error:
             excerpt = row.messages[-1]["content"][:60]
-            result.refused.append(data.BadRow(row.file, row.line, str(error), excerpt))
+            refused.append(data.BadRow(row.file, row.line, str(error), excerpt))
             continue
-        result.num_dropped += not made
+        num_dropped += not made
         for shown, example in made:
-            kinds = audit.examine(tokenizer, shown, example, limit, supervise)
-            result.samples.append((shown, example, kinds))
-    return result
+            samples.append((len(good), shown, example))
+            found.append(audit.examine_row(tokenizer, shown, example, supervise))
+        good.append(row)
+    arrays = store.pack(samples)
+    seen = audit.examine_tokens(tokenizer, store.Examples(arrays), limit)
+    arrays.index["findings"] = np.array(found, np.uint32) | seen
+    places = np.array([(TRAIN, row.entry) for row in good], PLACE)
+    return _Made(arrays, places, similar.told_of(good), refused, num_dropped)

@@ -1,5 +1,5 @@
 """Files -> rows: each kind of file and of broken file, bad rows with their places, what sets of
-rows are (split, mix, digest, duplicates, leakage), and memory that does not grow with a file."""
+rows are (split, mix, digest), and memory that does not grow with a file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import io
 import json
 import random
 import tracemalloc
-from collections import Counter
 
+import numpy as np
 import pyarrow
 import pytest
 from hypothesis import given
@@ -19,18 +19,17 @@ from pyarrow import parquet
 
 from sft import data
 from sft.data import (
+    DIGEST,
     BadRow,
     DataError,
     Row,
-    digest,
-    duplicates,
-    leakage,
+    content_digest,
     load_rows,
     mix,
+    num_rows,
     read,
     sources,
     split,
-    without_duplicates,
     write_rejected,
 )
 
@@ -510,48 +509,46 @@ def rows_of(contents):
     ]
 
 
+def digests_of(contents):
+    return np.array([content_digest(row) for row in rows_of(contents)], DIGEST)
+
+
 @given(
     st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=40),
     st.floats(0.01, 0.99),
     st.integers(0, 9),
 )
 def test_split_is_a_partition_without_a_shared_content(contents, fraction, seed):
-    rows = rows_of(contents)
+    digests = digests_of(contents)
     if len(set(contents)) < 2:
         with pytest.raises(DataError, match="needs two different rows, found 1"):
-            split(rows, fraction, seed)
+            split(digests, fraction, seed)
         return
-    train, held_out = split(rows, fraction, seed)
-    assert sorted(row.line for row in train + held_out) == [row.line for row in rows]
-    assert train
-    assert held_out
-    texts = [{row.messages[0]["content"] for row in part} for part in (train, held_out)]
-    assert not texts[0] & texts[1]
-    assert (train, held_out) == split(rows, fraction, seed)
-    assert all([r.line for r in part] == sorted(r.line for r in part) for part in (train, held_out))
+    held = split(digests, fraction, seed)
+    assert 0 < held.sum() < len(contents)
+    texts = np.array(contents)
+    assert not set(texts[held]) & set(texts[~held])
+    assert (held == split(digests, fraction, seed)).all()
 
 
 def test_split_sizes_and_seeds():
-    rows = rows_of(map(str, range(200)))
-    held_out = [split(rows, 0.1, seed)[1] for seed in range(5)]
-    assert [len(part) for part in held_out] == [20] * 5
-    assert len({tuple(row.line for row in part) for part in held_out}) == 5
-    assert split(rows, 0.0, 0) == (rows, [])
-    assert [row.line for row in split(rows_of("abc"), 0.5, 0)[1]] != []
+    digests = digests_of(map(str, range(200)))
+    held_out = [split(digests, 0.1, seed) for seed in range(5)]
+    assert [held.sum() for held in held_out] == [20] * 5
+    assert len({held.tobytes() for held in held_out}) == 5
+    assert not split(digests, 0.0, 0).any()
+    assert split(digests_of("abc"), 0.5, 0).any()
     # the same contents are held out wherever the rows stand
-    turned = split(rows[::-1], 0.1, 3)[1]
-    assert sorted(row.line for row in turned) == [row.line for row in held_out[3]]
+    assert (split(digests[::-1], 0.1, 3)[::-1] == held_out[3]).all()
 
 
-def test_digest_is_of_content_and_order():
-    assert digest(rows_of("ab")) == digest(
-        [Row(r.messages, None, "g", 9, 1) for r in rows_of("ab")]
-    )
-    assert len({digest(rows_of(c)) for c in ("ab", "ba", "a", "abb", ["a b"], ["a", "b "])}) == 6
-    as_user = [Row([{"role": "user", "content": "a"}], None, "f", 1)]
-    with_tools = [Row(rows_of("a")[0].messages, [{"type": "function"}], "f", 1)]
-    assert len({digest(rows) for rows in (as_user, with_tools, rows_of("a"))}) == 3
-    assert len(digest([])) == 64
+def test_digest_is_of_content():
+    (row,) = rows_of("a")
+    assert content_digest(row) == content_digest(Row(row.messages, None, "g", 9, 1))
+    as_user = Row([{"role": "user", "content": "a"}], None, "f", 1)
+    with_tools = Row(row.messages, [{"type": "function"}], "f", 1)
+    others = [as_user, with_tools, *rows_of(["a ", "b"])]
+    assert len({content_digest(other) for other in (row, *others)}) == 5
 
 
 @given(
@@ -560,142 +557,32 @@ def test_digest_is_of_content_and_order():
     st.integers(0, 5),
 )
 def test_mix_gives_each_row_as_often_as_its_entry_weighs(entries, weights, seed):
-    rows = [Row(HELLO, None, "f", n, entry) for n, entry in enumerate(entries)]
-    mixed = mix(rows, weights, seed)
-    assert mixed == mix(rows, weights, seed)
-    times = Counter(row.line for row in mixed)
+    entries = np.array(entries, np.uint16)
+    mixed = mix(entries, weights, seed)
+    assert (mixed == mix(entries, weights, seed)).all()
+    times = np.bincount(mixed, minlength=len(entries))
     for entry, weight in enumerate(weights):
-        mine = [times[row.line] for row in rows if row.entry == entry]
+        mine = times[entries == entry]
         assert set(mine) <= {int(weight), int(weight) + (weight % 1 > 0)}
-        assert sum(mine) == int(weight) * len(mine) + round(weight % 1 * len(mine))
-    other = [Row([], None, "g", row.line, row.entry) for row in rows]  # the content plays no part
-    assert [row.line for row in mix(other, weights, seed)] == [row.line for row in mixed]
+        assert mine.sum() == int(weight) * len(mine) + round(weight % 1 * len(mine))
 
 
 def test_mix_draws_by_seed():
-    rows = [Row(HELLO, None, "f", n) for n in range(100)]
-    drawn = {tuple(row.line for row in mix(rows, [0.5], seed)) for seed in range(5)}
-    assert {len(lines) for lines in drawn} == {50}
+    entries = np.zeros(100, np.uint16)
+    drawn = {tuple(mix(entries, [0.5], seed).tolist()) for seed in range(5)}
+    assert {len(rows) for rows in drawn} == {50}
     assert len(drawn) == 5
-    assert all(list(lines) == sorted(lines) for lines in drawn)
-    assert mix(rows, [1.0], 0) == rows
+    assert all(list(rows) == sorted(rows) for rows in drawn)
+    assert mix(entries, [1.0], 0).tolist() == list(range(100))
 
 
-# --- duplicates and leakage --------------------------------------------------------------------
-
-
-def row_of(question, answer="yes", **more):
-    return Row(
-        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
-        None,
-        "f",
-        1,
-        **more,
-    )
-
-
-def words_of(seed, num=60):
-    draw = random.Random(seed)
-    return [f"w{draw.randrange(5000)}" for _ in range(num)]
-
-
-def jaccard(a, b):
-    sets = [{tuple(words[i : i + 5]) for i in range(len(words) - 4)} for words in (a, b)]
-    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-
-
-def test_duplicates():
-    base = words_of(0)
-    texts = {
-        "base": base,
-        "other": words_of(1),
-        "same": base,
-        "one word more": [*base, "more"],
-        "upper case": [word.upper() for word in base],
-        "half": base[:30],
-        "same again": base,
-    }
-    rows = [row_of(" ".join(words)) for words in texts.values()]
-    groups, near = duplicates(rows)
-    assert groups == [[0, 2, 6]]
-    assert [(i, j) for i, j, _ in near] == [(0, 3), (0, 4)]
-    answered = [[*words, "yes"] for words in texts.values()]
-    assert near[0][2] == pytest.approx(jaccard(answered[0], answered[3]))
-    assert near[1][2] == 1
-    assert duplicates(rows) == (groups, near)
-    assert without_duplicates(rows) == [rows[i] for i in (0, 1, 3, 4, 5)]
-
-
-def test_what_makes_rows_duplicates():
-    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
-    system = {"role": "system", "content": " ".join(words_of(3, 300))}
-    short = [
-        row_of("1 + 1 = ?", "2"),
-        row_of("1 - 1 = ?", "0"),
-        row_of("请问", "好"),
-        row_of("请问", "不"),
-    ]
-    shared = [Row([system, *row.messages], None, "f", 1) for row in short]
-    tools = [Row(HELLO, [tool], "f", 1) for tool in (call, {**call, "type": "x"})]
-    assert duplicates(short) == duplicates(shared) == ([], [])
-    assert duplicates(tools) == ([], [(0, 1, 1.0)])  # nearly: the words are the same
-    assert duplicates([]) == ([], [])
-    assert duplicates([Row([{"role": "text", "content": "a"}], None, "f", 1)] * 2) == ([[0, 1]], [])
-
-
-@pytest.mark.parametrize("size", [3, 2048])
-def test_near_duplicates_are_found_by_their_real_similarity(monkeypatch, size):
-    """Copies with so many words changed: every pair well above the bound is found, none below."""
-    monkeypatch.setattr(data._signatures, "__defaults__", (size,))
-    draw = random.Random(0)
-    rows, expected = [], set()
-    for number in range(150):
-        base = words_of(number, draw.randrange(5, 200))
-        copy = list(base)
-        for _ in range(draw.randrange(4)):
-            copy[draw.randrange(len(copy))] = "changed"
-        rows += [row_of(" ".join(base)), row_of(" ".join(copy))]
-        if jaccard([*base, "yes"], [*copy, "yes"]) >= 0.8 and base != copy:
-            expected.add((2 * number, 2 * number + 1))
-    found = {(i, j) for i, j, _ in duplicates(rows)[1]}
-    assert found == expected
-    assert len(found) > 30
-
-
-def test_copies_are_found_among_rows_of_one_template():
-    """Rows of similarity 0.7 fill the buckets; a copy shares keys that no other row has."""
-    template = " ".join(f"t{n}" for n in range(50))
-    texts = [f"{template} {' '.join(words_of(n, 8))}" for n in range(600)]
-    rows = [row_of(text) for text in [*texts, *(text + " more" for text in texts[300:320])]]
-    assert {(i, j) for i, j, _ in duplicates(rows)[1]} == {(300 + n, 600 + n) for n in range(20)}
-
-
-def test_leakage():
-    words = [words_of(n) for n in range(6)]
-    texts = [" ".join(each) for each in words]
-    train = [row_of(text) for text in texts[:5]]
-    held_out = [
-        row_of(texts[5]),
-        row_of(texts[0]),  # the row
-        row_of(texts[1], "another answer " * 30),  # the prompt
-        row_of(texts[2] + " more"),  # nearly the row
-        row_of(" ".join(words[3][1:]), " ".join(words_of(9, 500))),  # nearly the prompt
-        row_of("Hi"),
-    ]
-    assert leakage(train, held_out) == ([1], [2, 3, 4])
-    assert leakage(train[:0], held_out) == leakage(train, []) == ([], [])
-    system = {"role": "system", "content": "Be calm."}
-    apart = [Row([system, *train[0].messages], None, "f", 1)]
-    assert leakage(train, apart) == ([], [0])  # the same prompt under another system prompt
-    text = [Row([{"role": "text", "content": t}], None, "f", 1) for t in texts[:2]]
-    assert leakage(text[:1], text) == ([0], [])
-
-
-def test_real_duplicates(shared):
-    rows, _ = load_rows(str(shared / "data/chat/glaive_toolcall_en_demo.json"))
-    groups, near = duplicates(rows)
-    assert (len(groups), sum(map(len, groups)), len(near)) == (33, 68, 5)
-    train, _ = load_rows(str(shared / "data/instruct/gsm8k_train.jsonl"), 2000)
-    held_out, _ = load_rows(str(shared / "data/instruct/gsm8k_test.jsonl"), 500)
-    assert leakage(train, held_out) == ([], [])
-    assert leakage(train, train[:3] + held_out) == ([0, 1, 2], [])
+def test_num_rows_is_told_without_reading_rows(tmp_path):
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes((GOOD + b"\n") * 7)
+    table = tmp_path / "b.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), table)
+    assert num_rows([str(lines), str(table)]) == 9
+    packed = tmp_path / "c.jsonl.gz"
+    packed.write_bytes(gzip.compress(GOOD))
+    assert num_rows(str(packed)) is None
+    assert num_rows(str(write(tmp_path / "d.json", b"[" + GOOD + b"]"))) is None

@@ -25,8 +25,10 @@ LAYERS = {
     "formats": 1,
     "data": 1.2,  # reads the rows that formats makes messages of
     "chat": 1.5,  # renders the rows that data reads
-    "audit": 1.6,  # examines what chat rendered
-    "prepare": 1.7,  # all of it
+    "store": 1.6,  # keeps what chat rendered
+    "similar": 1.65,  # compares rows
+    "audit": 1.7,  # examines what is stored
+    "prepare": 1.8,  # all of it
     "engine": 2,
     "evaluate": 2,
     "export": 2,

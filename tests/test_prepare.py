@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, clean_environment, run
 
-from sft import audit, prepare
-from sft.config import Config, load_config
+from sft import audit, chat, prepare
+from sft.config import Config, Data, load_config, with_values
 from sft.data import DataError
+from sft.model import load_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own, in its working directory."""
+    monkeypatch.chdir(tmp_path)
 
 
 def config(*overrides: str) -> Config:
-    return load_config(ROOT / "configs/nano.yaml", [f"model.name={ROOT}/nano/model", *overrides])
+    given = [f"model.name={ROOT}/nano/model", f"data.train_path={ROOT}/nano/train.jsonl"]
+    given += [f"data.eval_path={ROOT}/nano/test.jsonl", *overrides]
+    return load_config(ROOT / "configs/nano.yaml", given)
 
 
 def rows(path, *answers: str):
@@ -24,15 +38,16 @@ def rows(path, *answers: str):
 
 
 @pytest.fixture(scope="module")
-def nano() -> prepare.Prepared:
-    return prepare.prepare(config("data.max_rows=1500"))
+def nano(tmp_path_factory) -> prepare.Prepared:
+    folder = tmp_path_factory.mktemp("cache")
+    return prepare.prepare(config("data.max_rows=1500", f"data.cache_dir={folder}"))
 
 
 def test_one_core_and_all_cores_give_the_same(nano, monkeypatch):
     monkeypatch.setattr(prepare.os, "sched_getaffinity", lambda _: {0})
     alone = prepare.prepare(config("data.max_rows=1500"))
-    assert alone.train == nano.train
-    assert alone.train_rows == nano.train_rows
+    assert list(alone.train) == list(nano.train)
+    assert list(alone.train.rows()) == list(nano.train.rows())
     assert alone.audit == nano.audit
 
 
@@ -100,7 +115,7 @@ def test_a_leaked_row_is_an_error(tmp_path):
 
 
 def test_the_page_shows_the_worst_rows_and_runs_nothing(tmp_path, nano):
-    row = replace(nano.train_rows[0], file="<script>alert(1)</script>")
+    row = replace(nano.train.row(0), file="<script>alert(1)</script>")
     sample = (row, nano.train[0], ["no_end_of_turn"])
     path = tmp_path / "audit.html"
     audit.write_html(path, nano.tokenizer, nano.audit, [sample])
@@ -108,6 +123,212 @@ def test_the_page_shows_the_worst_rows_and_runs_nothing(tmp_path, nano):
     assert "<script>" not in page
     assert "no_end_of_turn" in page
     assert "<span class='special supervised'>&lt;|im_end|&gt;</span>" in page
+
+
+# --- the cache ---------------------------------------------------------------------------------
+
+
+def model(folder: Path) -> Path:
+    """A copy of the embedded model's tokenizer and shape."""
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
+        shutil.copy(ROOT / "nano/model" / name, folder)
+    return folder
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text("utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), "utf-8")
+
+
+def other_libraries(folder, monkeypatch):
+    monkeypatch.setattr(prepare, "version", lambda name: "0")
+
+
+def other_code(folder, monkeypatch):
+    package = folder / "package"
+    shutil.copytree(ROOT / "sft", package)
+    edit(package / "chat.py", "IGNORED = -100", "IGNORED = -101")
+    monkeypatch.setattr(prepare, "__file__", str(package / "prepare.py"))
+
+
+CHANGES = {  # of everything that examples and audit depend on: an override, or an edit
+    "a word of the data": lambda f, _: edit(f / "rows.jsonl", "two", "too"),
+    "a held-out row": lambda f, _: edit(f / "held_out.jsonl", "six", "seven"),
+    "the name of the file": lambda f, _: [
+        f"data.train_path={shutil.copy(f / 'rows.jsonl', f / 'b.jsonl')}"
+    ],
+    "the tokenizer": lambda f, _: edit(
+        f / "model/tokenizer.json", '"normalizer": null', '"normalizer": {"type": "NFC"}'
+    ),
+    "the end of turn": lambda f, _: edit(
+        f / "model/tokenizer_config.json",
+        '"eos_token": "<|im_end|>"',
+        '"eos_token": "<|im_start|>"',
+    ),
+    "the template": lambda f, _: edit(f / "model/chat_template.jinja", "message", "m"),
+    "the model's positions": lambda f, _: edit(
+        f / "model/config.json", '"max_position_embeddings": 512', '"max_position_embeddings": 64'
+    ),
+    "the code": other_code,
+    "a library": other_libraries,
+    "format": lambda *_: ["data.format=prompt_completion"],
+    "columns": lambda *_: ["data.columns={prompt: completion, completion: prompt}"],
+    "system": lambda *_: ["data.system=replace", "data.system_prompt=Be brief."],
+    "on_bad_row": lambda *_: ["data.on_bad_row=skip"],
+    "duplicates": lambda *_: ["data.duplicates=drop"],
+    "max_rows": lambda *_: ["data.max_rows=2"],
+    "max_seq_len": lambda *_: ["data.max_seq_len=100"],
+    "on_long": lambda *_: ["data.on_long=drop"],
+    "supervise": lambda *_: ["data.supervise=last"],
+    "mix": lambda *_: ["data.mix=[0.5]"],
+    "eval_fraction": lambda *_: ["data.eval_path=null", "data.eval_fraction=0.3"],
+}
+
+
+def key_of(folder: Path, *overrides: str) -> str:
+    given = config(
+        f"model.name={folder}/model",
+        f"data.train_path={folder}/rows.jsonl",
+        f"data.eval_path={folder}/held_out.jsonl",
+        *overrides,
+    )
+    tokenizer = chat.prepare_tokenizer(load_tokenizer(given.model))
+    return prepare.key(prepare.inputs(given, tokenizer))
+
+
+@pytest.fixture
+def material(tmp_path) -> Path:
+    rows(tmp_path / "rows.jsonl", "one", "two", "three", "four")
+    rows(tmp_path / "held_out.jsonl", "five", "six")
+    model(tmp_path / "model")
+    return tmp_path
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_what_examples_depend_on_changes_the_key(material, monkeypatch, change):
+    before = key_of(material)
+    assert key_of(material) == before
+    overrides = CHANGES[change](material, monkeypatch) or []
+    assert key_of(material, *overrides) != before
+
+
+def test_every_option_of_the_section_is_in_the_key_or_known_not_to_matter(material):
+    tested = {option for option in Data.model_fields if option in CHANGES}
+    elsewhere = {"train_path", "eval_path", "system_prompt", "audit", "cache_dir"}
+    assert tested | elsewhere == set(Data.model_fields)
+    assert key_of(material, "data.audit=warn", "data.cache_dir=x") == key_of(material)
+    assert key_of(material, "train.seed=1", "train.learning_rate=1") == key_of(material)
+    drawn = ["data.mix=[0.5]", "data.eval_path=null"]
+    for option in drawn:
+        assert key_of(material, option, "train.seed=1") != key_of(material, option)
+
+
+def test_what_is_prepared_is_only_mapped_afterwards(material, monkeypatch):
+    given = config(*rows(material / "rows.jsonl", "one", "two", "three", "four"))
+    first = prepare.prepare(given)
+    monkeypatch.setattr(prepare, "_fill", None)
+    second = prepare.prepare(given)
+    assert list(second.train) == list(first.train)
+    assert list(second.held_out.rows()) == list(first.held_out.rows())
+    assert second.audit == first.audit
+    assert not second.train.arrays.ids.flags.writeable
+
+
+def test_stale_data_are_refused_and_warn_prepares_them_anew(material, capsys):
+    given = config(*rows(material / "rows.jsonl", "one", "two", "three", "four"))
+    first = prepare.prepare(given)
+    (first.folder / "ids.bin").unlink()  # not cut: `first` has it mapped
+    (first.folder / "ids.bin").touch()
+    with pytest.raises(DataError, match=r"stale or damaged: ids.bin has 0 bytes.*make audit"):
+        prepare.prepare(given)
+    second = prepare.prepare(with_values(given, {"data.audit": "warn"}))
+    assert "made anew" in capsys.readouterr().out
+    assert list(second.train) == list(first.train)
+    prepare.prepare(given)
+
+
+def test_what_fails_half_way_leaves_nothing_that_looks_prepared(material, monkeypatch):
+    given = config(*rows(material / "rows.jsonl", "one", "two", "three", "four"))
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "_decide", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare.prepare(given)
+    cache = Path(".cache/data")
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    made_of = prepare.inputs(given, chat.prepare_tokenizer(load_tokenizer(given.model)))
+    killed = cache / (prepare.key(made_of) + ".staging")
+    killed.mkdir()
+    (killed / "ids.bin").write_bytes(b"half")
+    assert len(prepare.prepare(given).train) == 3
+    assert not killed.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_one_message(material):
+    given = rows(material / "rows.jsonl", "one", "two", "three", "four")
+    (material / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot keep prepared data in .*set data.cache_dir"):
+        prepare.prepare(config(*given, "data.cache_dir=file/cache"))
+
+
+def test_only_what_was_used_last_is_kept(material, monkeypatch):
+    monkeypatch.setattr(prepare, "KEPT", 2)
+    given = rows(material / "rows.jsonl", "one", "two", "three", "four")
+    folders = []
+    for number in (0, 1, 0, 2):
+        folders.append(prepare.prepare(config(*given, f"data.max_seq_len={100 + number}")).folder)
+        os.utime(folders[-1], (number, 10 + len(folders)))
+    assert [folder.exists() for folder in folders] == [True, False, True, True]
+
+
+@pytest.mark.slow
+def test_of_processes_that_ask_at_once_one_prepares(material):
+    given = rows(material / "rows.jsonl", *(f"answer {n}" for n in range(3000)))
+    code = (
+        "import sys; from sft import prepare; from sft.config import load_config\n"
+        "fill, calls = prepare._fill, []\n"
+        "prepare._fill = lambda *a: (calls.append(1), fill(*a))\n"
+        "made = prepare.prepare(load_config(sys.argv[1], sys.argv[2:]))\n"
+        "print(len(calls), len(made.train), sum(made.train.lengths))\n"
+    )
+    overrides = [f"model.name={ROOT}/nano/model", *given, f"data.cache_dir={material}/cache"]
+    command = [sys.executable, "-c", code, str(ROOT / "configs/nano.yaml"), *overrides]
+    started = [
+        subprocess.Popen(command, env=clean_environment(), stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    told = [process.communicate(timeout=120)[0].split() for process in started]
+    assert sorted(calls for calls, _, _ in told) == ["0", "0", "1"]
+    assert len({tuple(rest) for _, *rest in told}) == 1
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_rows(material):
+    """Peak of the memory of its own (not of mapped files), of the preparing process."""
+    code = (
+        "import sys, threading, time; from sft import prepare; from sft.config import load_config\n"
+        "def anonymous():\n"
+        "    lines = dict(l.split(':') for l in open('/proc/self/status'))\n"
+        "    return int(lines['RssAnon'].split()[0])\n"
+        "peak, done = [0], threading.Event()\n"
+        "def watch():\n"
+        "    while not done.wait(0.02): peak[0] = max(peak[0], anonymous())\n"
+        "config = load_config(sys.argv[1], sys.argv[2:])\n"
+        "watcher = threading.Thread(target=watch); watcher.start()\n"
+        "prepare.prepare(config); done.set(); watcher.join()\n"
+        "print(peak[0])\n"
+    )
+    peaks = []
+    for number in (2_000, 20_000):
+        answers = (f"{n} " + " ".join(f"w{n * k}" for k in range(40)) for n in range(number))
+        given = rows(material / "rows.jsonl", *answers)
+        overrides = [f"model.name={ROOT}/nano/model", *given, "data.max_seq_len=2000"]
+        overrides += [f"data.cache_dir={material}/cache", "data.on_long=drop"]
+        done = run(sys.executable, "-c", code, str(ROOT / "configs/nano.yaml"), *overrides)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] < 1.1 * peaks[0], peaks
 
 
 # --- real data ---------------------------------------------------------------------------------

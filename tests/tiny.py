@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from sft import batching, chat, data, engine, finetune, prepare, processes
+from sft import batching, chat, data, engine, finetune, prepare, processes, store
 from sft.config import Config
 from sft.log import Log
 
@@ -75,6 +75,12 @@ def config(folder: Path, **train: Any) -> Config:
     )
 
 
+def stored(examples: list[chat.Example]) -> store.Examples:
+    """Examples as training reads them; row i is line i + 1 of a file tiny."""
+    rows = (data.Row([], None, "tiny", i + 1) for i in range(len(examples)))
+    return store.Examples(store.pack(zip(range(len(examples)), rows, examples, strict=True)))
+
+
 def make_engine(
     model: nn.Module,
     rows: list[chat.Example],
@@ -83,8 +89,7 @@ def make_engine(
     budget: batching.Budget,
 ) -> engine.Engine:
     accelerator = processes.start_processes(settings.train)
-    places = [data.Row([], None, "tiny", i + 1) for i in range(len(rows))]
-    prepared = prepare.Prepared(Tokenizer(), rows, places, held_out, [], AUDIT)  # type: ignore[arg-type]
+    prepared = prepare.Prepared(Tokenizer(), stored(rows), stored(held_out), AUDIT)  # type: ignore[arg-type]
     task = finetune.FineTune(settings, prepared, model, accelerator, Log(None), budget)
     return engine.Engine(task, settings.train, accelerator, Log(None), budget)
 

@@ -6,8 +6,11 @@ are mutations of. docs/FAULTS.md is this table: `make docs`.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,8 +18,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from sft import audit, chat, data
+from sft import audit, chat, data, prepare
 from sft.chat import IGNORED, Example
+from sft.config import load_config
 from sft.data import Row
 
 NANO = Path(__file__).parents[2] / "nano/model"
@@ -41,6 +45,7 @@ ONE, TWO = Row([ASK, HELLO], None, "f", 1), Row([SYSTEM, ASK, HELLO, AND, BYE], 
 DATE = {"type": "function", "function": {"name": "get_date", "parameters": {"type": "object"}}}
 TOOLS = Row([ASK, CALL, RESULT, BYE], [TOOL, DATE], "f", 3)
 CLEAN = [ONE, TWO, TOOLS]
+OTHER = Row([turn("user", "Which way is north?"), turn("assistant", "That way.")], None, "f", 4)
 
 # ChatML with tools, and of the blocks that the mutations below cut or change.
 CHATML = """\
@@ -104,17 +109,50 @@ def template(text: str, row: Row = ONE, bos: str | None = None) -> Callable[[], 
     return find
 
 
+def prepared(
+    folder: Path, given: Sequence[Row], held_out: Sequence[Row], limit: int, **data_section: Any
+) -> prepare.Prepared:
+    """Rows as a user's files, through all that comes before training."""
+    values = {"on_long": "error", "max_seq_len": limit, "cache_dir": str(folder / "cache")}
+    for name, part in (("train_path", given), ("eval_path", held_out)):
+        path = folder / f"{name}.jsonl"
+        shown = [{"messages": r.messages, **({"tools": r.tools} if r.tools else {})} for r in part]
+        path.write_text("".join(json.dumps(row) + "\n" for row in shown), "utf-8")
+        values[name] = str(path)
+    overrides = [f"data.{name}={value}" for name, value in (values | data_section).items()]
+    return prepare.prepare(
+        load_config("configs/nano.yaml", [f"model.name={folder / 'model'}", *overrides])
+    )
+
+
 def rows(*given: Row, against: tuple[Row, ...] = (), limit: int = LIMIT) -> Callable[[], list[str]]:
-    """Other rows, honestly rendered."""
+    """Other rows, honestly prepared; `against`: these are trained on and `given` held out."""
 
     def find() -> list[str]:
-        made = tokenizer()
-        samples = [
-            (kept, example, audit.examine(made, kept, example, limit))
-            for row in given
-            for kept, example in chat.render_row(made, row, limit)
-        ]
-        return list(audit.report(made, samples, limit, against)["problems"])
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            tokenizer().save_pretrained(folder / "model")
+            shutil.copy(NANO / "config.json", folder / "model")
+            parts = (against, given) if against else (given, [OTHER])
+            told = prepared(folder, *parts, limit, audit="warn").audit
+        return [*told["train"]["problems"], *told["held_out"]["problems"]]
+
+    return find
+
+
+def cached(change: Callable[[Path, Path], None]) -> Callable[[], list[str]]:
+    """Prepared once, then `change(model, prepared folder)`, then asked for again."""
+
+    def find() -> list[str]:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            tokenizer().save_pretrained(folder / "model")
+            shutil.copy(NANO / "config.json", folder / "model")
+            first = prepared(folder, [ONE, TWO], [OTHER], LIMIT)
+            assert first.folder
+            change(folder / "model", first.folder)
+            prepared(folder, [ONE, TWO], [OTHER], LIMIT)
+        return []
 
     return find
 
@@ -123,8 +161,6 @@ def source(content: bytes, name: str = "rows.jsonl") -> Callable[[], list[str]]:
     """A file, read."""
 
     def find() -> list[str]:
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.write_bytes(content)
@@ -720,7 +756,40 @@ DATA = [
     ),
 ]
 
-FAULTS = {"renderer": RENDERERS, "template": TEMPLATES, "data": DATA}
+# --- caches ------------------------------------------------------------------------------------
+
+
+def _of_another_template(model: Path, folder: Path) -> None:
+    """What a cache gives that does not look at the template: the old folder for the new key."""
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# edited #}")
+    inputs = json.loads((folder / "audit.json").read_text())["inputs"]
+    inputs["template"] = hashlib.sha256(template.read_bytes()).hexdigest()
+    folder.rename(folder.with_name(prepare.key(inputs)))
+
+
+def _with_a_flipped_bit(model: Path, folder: Path) -> None:
+    content = bytearray((folder / "ids.bin").read_bytes())
+    content[40] ^= 1
+    (folder / "ids.bin").write_bytes(content)
+
+
+def _cut_off(model: Path, folder: Path) -> None:
+    with (folder / "labels.bin").open("r+b") as file:
+        file.truncate(100)
+
+
+CACHES = [
+    Fault(
+        "made of another template",
+        "prepared before the template was edited",
+        "stale caches",
+        cached(_of_another_template),
+    ),
+    Fault("ids.bin is damaged", "a flipped bit", "disks", cached(_with_a_flipped_bit)),
+    Fault("labels.bin has 100 bytes", "a file cut off", "full disks", cached(_cut_off)),
+]
+FAULTS = {"renderer": RENDERERS, "template": TEMPLATES, "data": DATA, "cache": CACHES}
 
 
 def table() -> str:

@@ -1,0 +1,250 @@
+"""Which rows say the same, or nearly the same, as others: duplicates, and leaks into held-out rows.
+
+Identical rows have one digest. Others are compared by the shingles (runs of words) of their texts:
+MinHash proposes pairs, the shingles decide. What is compared is a sketch of each row, made where
+the row is read and kept in files, like the indices over them: they are never in memory whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from sft.data import DIGEST, Messages, Row, content_digest
+from sft.store import Files, mapped
+
+SIMILAR = 0.8  # Jaccard similarity of two sets of shingles from which rows count as near-duplicates
+SHINGLE = 5  # words
+BANDS, DEPTH = 25, 5  # of MinHash: a pair at 0.8 is missed with probability 5e-5
+BUCKET = 10  # texts that a key proposes: bounds the time on rows made from few templates
+BLOCK = 4096  # rows compared at a time
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
+
+Near = tuple[int, int, float]  # row, a later (or asked) row like it, similarity
+
+
+@dataclass(frozen=True)
+class Sketches:
+    """Of n texts; the arrays may be mapped files."""
+
+    texts: np.ndarray  # (n,) uint64: a hash of the text; 0 for one without words
+    keys: np.ndarray  # (n, BANDS) uint32: one for each MinHash band
+    ends: np.ndarray  # (n,) int64: where the shingles of each text end
+    shingles: np.ndarray  # uint32, of all texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def set_of(self, index: int) -> frozenset[int]:
+        start = int(self.ends[index - 1]) if index else 0
+        return frozenset(self.shingles[start : int(self.ends[index])].tolist())
+
+
+@dataclass(frozen=True)
+class Told:
+    """What tells n rows apart; the arrays may be mapped files."""
+
+    digests: np.ndarray  # (n,) of DIGEST: messages and tools
+    prompts: np.ndarray  # (n,) of DIGEST: what stands before the last answer; zeros if nothing does
+    whole: Sketches  # of all that the rows say
+    asked: Sketches  # of what stands before the last answer
+
+
+def told_of(rows: Sequence[Row]) -> Told:
+    return Told(
+        np.array([content_digest(row) for row in rows], DIGEST),
+        np.array([prompt_digest(row) for row in rows], DIGEST),
+        sketch([words_of(row.messages) for row in rows]),
+        sketch([words_of(row.messages[:-1]) for row in rows]),
+    )
+
+
+def write(files: Files, told: Told) -> None:
+    """Appends rows to files, for `open_folder`."""
+    files.append("digests.bin", told.digests)
+    files.append("prompts.bin", told.prompts)
+    for name, part in (("whole", told.whole), ("asked", told.asked)):
+        ends = part.ends + files.append(f"{name}_shingles.bin", part.shingles)
+        files.append(f"{name}_ends.bin", ends)
+        files.append(f"{name}_texts.bin", part.texts)
+        files.append(f"{name}_keys.bin", part.keys)
+
+
+def open_folder(folder: Path) -> Told:
+    def sketches(name: str) -> Sketches:
+        return Sketches(
+            mapped(folder / f"{name}_texts.bin", np.uint64),
+            mapped(folder / f"{name}_keys.bin", np.uint32).reshape(-1, BANDS),
+            mapped(folder / f"{name}_ends.bin", np.int64),
+            mapped(folder / f"{name}_shingles.bin", np.uint32),
+        )
+
+    digests, prompts = (mapped(folder / name, DIGEST) for name in ("digests.bin", "prompts.bin"))
+    return Told(digests, prompts, sketches("whole"), sketches("asked"))
+
+
+def words_of(messages: Messages) -> str:
+    """What is compared: all but system prompts, which whole data sets share."""
+    told = [m for m in messages if m["role"] != "system"]
+    return " ".join(
+        m["content"] + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "") for m in told
+    )
+
+
+def prompt_digest(row: Row) -> bytes:
+    """Of what stands before the last answer, except the system prompt; zeros if nothing does."""
+    messages = [[m["role"], m["content"]] for m in row.messages[:-1] if m["role"] != "system"]
+    return hashlib.sha256(json.dumps(messages).encode()).digest()[:16] if messages else bytes(16)
+
+
+# --- sketches ----------------------------------------------------------------------------------
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+_hash_of_word = lru_cache(maxsize=1 << 17)(_hash)
+
+
+def sketch(texts: Sequence[str], size: int = 2048) -> Sketches:
+    """Sketches of texts, a function of the texts alone."""
+    parts = [_sketch(texts[at : at + size]) for at in range(0, len(texts), size)]
+    if not parts:
+        keys = np.zeros((0, BANDS), np.uint32)
+        return Sketches(np.zeros(0, np.uint64), keys, np.zeros(0, np.int64), keys.ravel())
+    offsets = np.cumsum([0, *(len(part.shingles) for part in parts)])[:-1]
+    return Sketches(
+        np.concatenate([part.texts for part in parts]),
+        np.concatenate([part.keys for part in parts]),
+        np.concatenate([part.ends + offset for part, offset in zip(parts, offsets, strict=True)]),
+        np.concatenate([part.shingles for part in parts]),
+    )
+
+
+def _sketch(texts: Sequence[str]) -> Sketches:
+    factors = np.random.default_rng(0).integers(1, 2**63, (BANDS * DEPTH, 2), np.uint64)
+    factors[:, 0] |= 1  # odd: a permutation of the 64-bit numbers
+    words: list[int] = []
+    ends, hashes = [], []
+    for text in texts:
+        found = WORD.findall(text.lower())
+        # a text of fewer words is one shingle, filled up; one without words is like no other
+        words += [_hash_of_word(word) for word in found] + [0] * max(0, SHINGLE - len(found))
+        ends.append(len(words))
+        hashes.append(_hash(" ".join(found)) if found else 0)
+    array = np.array(words, np.uint64)
+    rolled = np.zeros(len(array) - SHINGLE + 1, np.uint64)
+    for offset in range(SHINGLE):
+        rolled = rolled * factors[0, 0] + array[offset : len(rolled) + offset]
+    rolled ^= rolled >> np.uint64(31)
+    stops, begins = np.array(ends) - SHINGLE + 1, np.array([0, *ends[:-1]])
+    # minima from each beginning to each end; what lies between two texts is cut off by the ends
+    edges = np.stack([begins, stops], 1).ravel()[:-1]
+    keys = np.zeros((len(ends), BANDS), np.uint64)
+    for number, (factor, shift) in enumerate(factors):
+        mixed = rolled * factor + shift
+        lowest = np.minimum.reduceat(mixed ^ (mixed >> np.uint64(32)), edges)[::2]
+        band = number // DEPTH
+        keys[:, band] = keys[:, band] * factors[1, 0] + lowest + np.uint64(band)
+    shingles = rolled.astype(np.uint32)
+    sets = [np.unique(shingles[a:b]) for a, b in zip(begins, stops, strict=True)]
+    return Sketches(
+        np.array(hashes, np.uint64),
+        (keys >> np.uint64(32)).astype(np.uint32),
+        np.cumsum([len(each) for each in sets]),
+        np.concatenate(sets),
+    )
+
+
+# --- alike -------------------------------------------------------------------------------------
+
+
+def duplicates(told: Told, rows: np.ndarray) -> tuple[np.ndarray, list[Near]]:
+    """Of `rows`: those that are identical to an earlier one; (earlier, later, similarity) of others
+    that are nearly the same. Of identical rows only the first is compared with others."""
+    first = rows[first_of_each(told.digests[rows])]
+    return np.setdiff1d(rows, first), list(near(told.whole, first))
+
+
+def leaks(told: Told, train: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out rows that stand in train: (identically; nearly, or with an answer of their own)."""
+    leaked = np.isin(told.digests[held_out], told.digests[train])
+    prompts = told.prompts[train]
+    prompts = prompts[prompts != np.zeros(1, DIGEST)]
+    nearly = np.isin(told.prompts[held_out], prompts) & ~leaked
+    rest = held_out[~leaked & ~nearly]
+    found = [row for part in (told.whole, told.asked) for _, row, _ in near(part, train, rest)]
+    return held_out[leaked], np.union1d(held_out[nearly], np.array(found, np.int64))
+
+
+def first_of_each(digests: np.ndarray) -> np.ndarray:
+    """Indices of the first row of each digest, in order."""
+    return np.sort(np.unique(digests, return_index=True)[1])
+
+
+def near(sketches: Sketches, rows: np.ndarray, asked: np.ndarray | None = None) -> Iterator[Near]:
+    """Each of the rows `asked` that is like one of `rows`, with the one it is most like.
+
+    Without `asked`, the rows among each other: a later one, and an earlier one that it is like.
+    """
+    known = rows[sketches.texts[rows] != 0]
+    known = known[first_of_each(sketches.texts[known])]  # of the same words, the first proposes
+    queried = rows if asked is None else asked
+    queried = queried[sketches.texts[queried] != 0]
+    if not len(known) or not len(queried):
+        return
+    with tempfile.TemporaryFile() as keys_file, tempfile.TemporaryFile() as order_file:
+        shape = (BANDS, len(known))
+        keys = np.memmap(keys_file, np.uint32, "w+", shape=shape)
+        order = np.memmap(order_file, np.uint32, "w+", shape=shape)
+        for band in range(BANDS):
+            column = sketches.keys[known, band]
+            sort = np.argsort(column, kind="stable")
+            keys[band], order[band] = column[sort], known[sort]
+        set_of = lru_cache(maxsize=2 * BLOCK)(sketches.set_of)
+        for start in range(0, len(queried), BLOCK):
+            block = queried[start : start + BLOCK]
+            pairs = _proposed(sketches, block, keys, order, earlier_only=asked is None)
+            for later, group in groupby(pairs.tolist(), lambda pair: pair >> 32):
+                mine, others = set_of(later), (pair & 0xFFFFFFFF for pair in group)
+                similarity, earlier = max((_jaccard(mine, set_of(n)), -n) for n in others)
+                if similarity >= SIMILAR:
+                    yield -earlier, later, similarity
+
+
+def _proposed(
+    sketches: Sketches,
+    asked: np.ndarray,
+    keys: np.ndarray,
+    order: np.ndarray,
+    *,
+    earlier_only: bool,
+) -> np.ndarray:
+    """Pairs (asked << 32 | known) of rows that share the key of a band, ascending."""
+    found = []
+    for band in range(BANDS):
+        mine = sketches.keys[asked, band]
+        at = np.searchsorted(keys[band], mine)
+        for offset in range(BUCKET):
+            place = np.minimum(at + offset, keys.shape[1] - 1)
+            other = order[band][place].astype(np.int64)
+            meets = (keys[band][place] == mine) & (at + offset == place)
+            if earlier_only:
+                meets &= other < asked
+            found.append((asked[meets].astype(np.int64) << 32) | other[meets])
+    return np.unique(np.concatenate(found))
+
+
+def _jaccard(a: frozenset[int], b: frozenset[int]) -> float:
+    common = len(a & b)
+    return common / (len(a) + len(b) - common)

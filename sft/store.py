@@ -1,0 +1,214 @@
+"""Examples as flat arrays: appended to files, mapped from them, laid out as micro-batches.
+
+A store is a folder of raw arrays: `ids.bin`, `labels.bin` and, of examples where they are not all
+1, `weights.bin` of the tokens, one example after the other; `rows.jsonl`, the rows they were made
+of; and `index.bin`, which says where each begins. Readers map the files and hold none in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike
+
+from sft.batching import Layout
+from sft.chat import IGNORED, Example
+from sft.data import Row
+
+INDEX = np.dtype(
+    [
+        ("row", np.int64),  # number of the row it was made of
+        ("start", np.int64),  # of its tokens
+        ("length", np.int32),  # tokens
+        ("supervised", np.int32),  # tokens that the loss sees
+        ("weights", np.int64),  # where its weights start; -1: 1 everywhere
+        ("text", np.int64),  # where its row starts in rows.jsonl
+        ("text_bytes", np.int64),
+        ("findings", np.uint32),  # of the audit: a bit for each kind
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Examples of any number of rows; all of a store, or what one worker made."""
+
+    index: np.ndarray  # (examples,) of INDEX
+    ids: np.ndarray  # (tokens,)
+    labels: np.ndarray  # (tokens,)
+    weights: np.ndarray
+    rows: np.ndarray  # JSON lines, as bytes
+
+
+def pack(samples: Iterable[tuple[int, Row, Example]]) -> Arrays:
+    """Arrays of (number of its row, the row, its example)."""
+    index, ids, labels, weights = [], [], [], []  # type: ignore[var-annotated]
+    text = bytearray()
+    for number, row, example in samples:
+        told = {"file": row.file, "line": row.line, "messages": row.messages}
+        told |= {"tools": row.tools} if row.tools else {}
+        line = (json.dumps(told, ensure_ascii=False) + "\n").encode()
+        where = len(weights) if example.weights else -1
+        size = (len(ids), len(example.ids), example.num_supervised, where, len(text), len(line))
+        index.append((number, *size, 0))
+        ids += example.ids
+        labels += example.labels
+        weights += example.weights or []
+        text += line
+    return Arrays(
+        np.array(index, INDEX),
+        np.array(ids, np.int32),
+        np.array(labels, np.int32),
+        np.array(weights, np.float64),
+        np.frombuffer(bytes(text), np.uint8),
+    )
+
+
+class Files:
+    """Raw arrays in the files of a folder, which grow at their ends; a context manager."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._open: dict[str, IO[bytes]] = {}
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def append(self, name: str, array: np.ndarray) -> int:
+        """Appends to the file `name`; returns at which item the array begins."""
+        if name not in self._open:
+            self._open[name] = (self._folder / name).open("wb")
+        begins = self._open[name].tell() // array.itemsize
+        array.tofile(self._open[name])
+        return begins
+
+
+def write(files: Files, arrays: Arrays) -> None:
+    """Appends examples to a store."""
+    index = arrays.index.copy()
+    index["start"] += files.append("ids.bin", arrays.ids)
+    files.append("labels.bin", arrays.labels)
+    index["weights"][index["weights"] >= 0] += files.append("weights.bin", arrays.weights)
+    index["text"] += files.append("rows.jsonl", arrays.rows)
+    files.append("index.bin", index)
+
+
+def mapped(path: Path, dtype: DTypeLike) -> np.ndarray:
+    """A file as an array that the system reads when it is used."""
+    if not path.stat().st_size:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, "r").view(np.ndarray)  # as quick to slice as any array
+
+
+def open_folder(folder: Path) -> Arrays:
+    return Arrays(
+        mapped(folder / "index.bin", INDEX),
+        mapped(folder / "ids.bin", np.int32),
+        mapped(folder / "labels.bin", np.int32),
+        mapped(folder / "weights.bin", np.float64),
+        mapped(folder / "rows.jsonl", np.uint8),
+    )
+
+
+class Examples(Sequence[Example]):
+    """Examples of a store in an order of their own; one may come more than once."""
+
+    def __init__(self, arrays: Arrays, order: np.ndarray | None = None):
+        self.arrays = arrays
+        self.order = np.arange(len(arrays.index)) if order is None else order
+        self.lengths: Sequence[int] = array("i", arrays.index["length"][self.order].tobytes())
+        self._starts, self._weights = arrays.index["start"], arrays.index["weights"]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        ids, labels, weights = self.tokens(index)
+        return Example(ids.tolist(), labels.tolist(), None if weights is None else weights.tolist())
+
+    def tokens(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """(ids, labels, weights or None) of an example."""
+        entry, length = self.order[index], self.lengths[index]
+        start, weights = self._starts[entry], self._weights[entry]
+        part = slice(start, start + length)
+        own = self.arrays.weights[weights : weights + length] if weights >= 0 else None
+        return self.arrays.ids[part], self.arrays.labels[part], own
+
+    def row(self, index: int) -> Row:
+        entry = self.arrays.index[self.order[index]]
+        start = int(entry["text"])
+        told = json.loads(self.arrays.rows[start : start + int(entry["text_bytes"])].tobytes())
+        return Row(told["messages"], told.get("tools"), told["file"], told["line"])
+
+    def rows(self) -> Iterator[Row]:
+        return (self.row(index) for index in range(len(self)))
+
+    def index(self, field: str) -> np.ndarray:  # type: ignore[override]
+        """A field of INDEX for every example, in their order."""
+        return self.arrays.index[field][self.order]
+
+
+# --- micro-batches -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. `positions` index into batch * time; position t predicts token t + 1."""
+
+    input_ids: torch.Tensor  # (rows, time)
+    position_ids: torch.Tensor | None  # (1, time), restarting at each document; packed only
+    positions: torch.Tensor  # (supervised,)
+    targets: torch.Tensor  # (supervised,)
+    weights: torch.Tensor | None = None  # (supervised,); None: 1 everywhere
+
+
+def collate(
+    examples: Examples, chosen: Sequence[int], pad: int, layout: Layout, device: torch.device
+) -> Batch:
+    """Padded: rows padded on the right. Packed: one row of documents with restarting position ids.
+
+    Neither needs an attention mask: causal attention cannot see padding on the right, and
+    transformers confines attention to documents by their position ids as long as no mask and no
+    cache is passed.
+    """
+    if not chosen:
+        none = torch.zeros(0, dtype=torch.long, device=device)
+        return Batch(torch.tensor([[pad]], device=device), None, none, none)
+    parts = [examples.tokens(i) for i in chosen]
+    lengths = np.array([len(ids) for ids, _, _ in parts])
+    ids = np.concatenate([ids for ids, _, _ in parts]).astype(np.int64)
+    labels = np.concatenate([labels for _, labels, _ in parts])
+    starts = np.cumsum(lengths) - lengths
+    within = np.arange(len(ids)) - np.repeat(starts, lengths)  # place in its own example
+    places = np.arange(len(ids))  # place in the batch
+    position_ids = None
+    if layout == "packed":
+        input_ids, position_ids = ids[None], torch.from_numpy(within[None]).to(device)
+    else:
+        width = int(lengths.max())
+        input_ids = np.full((len(parts), width), pad)
+        places = within + np.repeat(np.arange(len(parts)) * width, lengths)
+        input_ids.flat[places] = ids
+    supervised = (labels != IGNORED) & (within > 0)  # the first token has no predecessor
+    weights = None
+    if any(own is not None for _, _, own in parts):
+        ones = (np.ones(len(ids)) if own is None else own for ids, _, own in parts)
+        weights = torch.from_numpy(np.concatenate(list(ones))[supervised]).to(device)
+    return Batch(
+        torch.from_numpy(input_ids).to(device),
+        position_ids,
+        torch.from_numpy(places[supervised] - 1).to(device),
+        torch.from_numpy(labels[supervised].astype(np.int64)).to(device),
+        weights,
+    )

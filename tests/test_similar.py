@@ -1,0 +1,161 @@
+"""Duplicates and leakage: exact ones, near ones by their real similarity, on disk as in memory."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from sft import similar
+from sft.data import Row, load_rows
+from sft.similar import first_of_each, told_of
+from sft.store import Files
+
+HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def duplicates(rows):
+    repeated, near = similar.duplicates(told_of(rows), np.arange(len(rows)))
+    return repeated.tolist(), near
+
+
+def leakage(train, held_out):
+    numbers = np.arange(len(train) + len(held_out))
+    told = told_of([*train, *held_out])
+    leaked, nearly = similar.leaks(told, numbers[: len(train)], numbers[len(train) :])
+    return (leaked - len(train)).tolist(), (nearly - len(train)).tolist()
+
+
+def row_of(question, answer="yes", **more):
+    return Row(
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        None,
+        "f",
+        1,
+        **more,
+    )
+
+
+def words_of(seed, num=60):
+    draw = random.Random(seed)
+    return [f"w{draw.randrange(5000)}" for _ in range(num)]
+
+
+def jaccard(a, b):
+    sets = [{tuple(words[i : i + 5]) for i in range(len(words) - 4)} for words in (a, b)]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def test_duplicates():
+    base = words_of(0)
+    texts = {
+        "base": base,
+        "other": words_of(1),
+        "same": base,
+        "one word more": [*base, "more"],
+        "upper case": [word.upper() for word in base],
+        "half": base[:30],
+        "same again": base,
+    }
+    rows = [row_of(" ".join(words)) for words in texts.values()]
+    repeated, near = duplicates(rows)
+    assert repeated == [2, 6]
+    assert [(i, j) for i, j, _ in near] == [(0, 3), (0, 4)]
+    answered = [[*words, "yes"] for words in texts.values()]
+    assert near[0][2] == pytest.approx(jaccard(answered[0], answered[3]))
+    assert near[1][2] == 1
+    assert duplicates(rows) == (repeated, near)
+    assert first_of_each(told_of(rows).digests).tolist() == [0, 1, 3, 4, 5]
+
+
+def test_what_makes_rows_duplicates():
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    system = {"role": "system", "content": " ".join(words_of(3, 300))}
+    short = [
+        row_of("1 + 1 = ?", "2"),
+        row_of("1 - 1 = ?", "0"),
+        row_of("请问", "好"),
+        row_of("请问", "不"),
+    ]
+    shared = [Row([system, *row.messages], None, "f", 1) for row in short]
+    tools = [Row(HELLO, [tool], "f", 1) for tool in (call, {**call, "type": "x"})]
+    assert duplicates(short) == duplicates(shared) == ([], [])
+    assert duplicates(tools) == ([], [(0, 1, 1.0)])  # nearly: the words are the same
+    assert duplicates([]) == ([], [])
+    assert duplicates([Row([{"role": "text", "content": "a"}], None, "f", 1)] * 2) == ([1], [])
+
+
+@pytest.mark.parametrize("size", [3, 2048])
+def test_near_duplicates_are_found_by_their_real_similarity(monkeypatch, size):
+    """Copies with so many words changed: every pair well above the bound is found, none below."""
+    monkeypatch.setattr(similar.sketch, "__defaults__", (size,))
+    monkeypatch.setattr(similar, "BLOCK", size)
+    draw = random.Random(0)
+    rows, expected = [], set()
+    for number in range(150):
+        base = words_of(number, draw.randrange(5, 200))
+        copy = list(base)
+        for _ in range(draw.randrange(4)):
+            copy[draw.randrange(len(copy))] = "changed"
+        rows += [row_of(" ".join(base)), row_of(" ".join(copy))]
+        if jaccard([*base, "yes"], [*copy, "yes"]) >= 0.8 and base != copy:
+            expected.add((2 * number, 2 * number + 1))
+    found = {(i, j) for i, j, _ in duplicates(rows)[1]}
+    assert found == expected
+    assert len(found) > 30
+
+
+def test_copies_are_found_among_rows_of_one_template():
+    """Rows of similarity 0.7 fill the buckets; a copy shares keys that no other row has."""
+    template = " ".join(f"t{n}" for n in range(50))
+    texts = [f"{template} {' '.join(words_of(n, 8))}" for n in range(600)]
+    rows = [row_of(text) for text in [*texts, *(text + " more" for text in texts[300:320])]]
+    assert {(i, j) for i, j, _ in duplicates(rows)[1]} == {(300 + n, 600 + n) for n in range(20)}
+
+
+def test_leakage():
+    words = [words_of(n) for n in range(6)]
+    texts = [" ".join(each) for each in words]
+    train = [row_of(text) for text in texts[:5]]
+    held_out = [
+        row_of(texts[5]),
+        row_of(texts[0]),  # the row
+        row_of(texts[1], "another answer " * 30),  # the prompt
+        row_of(texts[2] + " more"),  # nearly the row
+        row_of(" ".join(words[3][1:]), " ".join(words_of(9, 500))),  # nearly the prompt
+        row_of("Hi"),
+    ]
+    assert leakage(train, held_out) == ([1], [2, 3, 4])
+    assert leakage(train[:0], held_out) == leakage(train, []) == ([], [])
+    system = {"role": "system", "content": "Be calm."}
+    apart = [Row([system, *train[0].messages], None, "f", 1)]
+    assert leakage(train, apart) == ([], [0])  # the same prompt under another system prompt
+    text = [Row([{"role": "text", "content": t}], None, "f", 1) for t in texts[:2]]
+    assert leakage(text[:1], text) == ([0], [])
+
+
+def test_real_duplicates(shared):
+    rows, _ = load_rows(str(shared / "data/chat/glaive_toolcall_en_demo.json"))
+    repeated, near = duplicates(rows)
+    assert (len(repeated), len(near)) == (68 - 33, 5)
+    train, _ = load_rows(str(shared / "data/instruct/gsm8k_train.jsonl"), 2000)
+    held_out, _ = load_rows(str(shared / "data/instruct/gsm8k_test.jsonl"), 500)
+    assert leakage(train, held_out) == ([], [])
+    assert leakage(train, train[:3] + held_out) == ([0, 1, 2], [])
+
+
+def test_what_is_written_in_parts_tells_the_same(tmp_path):
+    rows = [row_of(" ".join(words_of(n % 7, 20)), f"answer {n % 3}") for n in range(40)]
+    with Files(tmp_path) as files:
+        for start in range(0, 40, 16):
+            similar.write(files, told_of(rows[start : start + 16]))
+    written, told = similar.open_folder(tmp_path), told_of(rows)
+    numbers = np.arange(40)
+    assert [part.tolist() for part in similar.leaks(written, numbers[:30], numbers[30:])] == [
+        part.tolist() for part in similar.leaks(told, numbers[:30], numbers[30:])
+    ]
+    repeated, near = similar.duplicates(written, numbers)
+    assert (repeated.tolist(), near) == duplicates(rows)
+    assert len(repeated) == 40 - 21
+    assert near

@@ -1,0 +1,100 @@
+"""The store gives back what was put in, and micro-batches are what a plain loop makes of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sft import store
+from sft.chat import IGNORED, Example
+from sft.data import Row
+
+CPU = torch.device("cpu")
+PAD = 0
+
+
+@st.composite
+def examples(draw):
+    length = draw(st.integers(1, 12))
+    ids = draw(st.lists(st.integers(1, 99), min_size=length, max_size=length))
+    learnt = draw(st.lists(st.booleans(), min_size=length, max_size=length))
+    labels = [token if each else IGNORED for token, each in zip(ids, learnt, strict=True)]
+    weight = st.sampled_from([0.0, 0.3, 1.0, 2.5])
+    weights = draw(st.none() | st.lists(weight, min_size=length, max_size=length))
+    return Example(ids, labels, weights)
+
+
+def row(number: int) -> Row:
+    messages = [{"role": "user", "content": f"ask {number} ünï"}]
+    return Row(messages, [{"name": "t"}] if number % 2 else None, f"file {number % 3}", number + 1)
+
+
+def packed(made: list[Example]) -> store.Arrays:
+    return store.pack((number, row(number), example) for number, example in enumerate(made))
+
+
+@given(st.lists(examples(), min_size=1, max_size=9), st.integers(1, 4))
+def test_what_is_written_in_parts_comes_back(tmp_path_factory, made, size):
+    folder = tmp_path_factory.mktemp("store")
+    with store.Files(folder) as files:
+        for start in range(0, len(made), size):
+            part = [(n, row(n), made[n]) for n in range(start, min(start + size, len(made)))]
+            store.write(files, store.pack(part))
+    read = store.Examples(store.open_folder(folder))
+    assert list(read) == made == list(store.Examples(packed(made)))
+    assert list(read.rows()) == [row(number) for number in range(len(made))]
+    assert list(read.lengths) == [len(example.ids) for example in made]
+    assert read.index("supervised").tolist() == [example.num_supervised for example in made]
+    order = np.array([len(made) - 1, 0, 0])
+    assert list(store.Examples(read.arrays, order)) == [made[-1], made[0], made[0]]
+
+
+@given(st.lists(examples(), min_size=1, max_size=6), st.data())
+def test_padded_rows(made, draw):
+    chosen = draw.draw(st.lists(st.integers(0, len(made) - 1), min_size=1, max_size=6))
+    batch = store.collate(store.Examples(packed(made)), chosen, PAD, "padded", CPU)
+    rows = [made[i] for i in chosen]
+    width = max(len(example.ids) for example in rows)
+    expected = [example.ids + [PAD] * (width - len(example.ids)) for example in rows]
+    assert batch.input_ids.tolist() == expected
+    assert batch.position_ids is None
+    check_targets(batch, rows, [n * width for n in range(len(rows))])
+
+
+@given(st.lists(examples(), min_size=1, max_size=6), st.data())
+def test_packed_documents(made, draw):
+    chosen = draw.draw(st.lists(st.integers(0, len(made) - 1), min_size=1, max_size=6))
+    batch = store.collate(store.Examples(packed(made)), chosen, PAD, "packed", CPU)
+    rows = [made[i] for i in chosen]
+    assert batch.input_ids.tolist() == [[token for example in rows for token in example.ids]]
+    restarting = [i for example in rows for i in range(len(example.ids))]
+    assert batch.position_ids.tolist() == [restarting]
+    lengths = [len(example.ids) for example in rows]
+    check_targets(batch, rows, [sum(lengths[:n]) for n in range(len(rows))])
+
+
+def check_targets(batch: store.Batch, rows: list[Example], starts: list[int]) -> None:
+    """Position t predicts token t + 1; weights are those of the predicted tokens."""
+    expected = [
+        (start + i - 1, example.labels[i], example.weights[i] if example.weights else 1.0)
+        for start, example in zip(starts, rows, strict=True)
+        for i in range(1, len(example.ids))
+        if example.labels[i] != IGNORED
+    ]
+    assert batch.positions.tolist() == [position for position, _, _ in expected]
+    assert batch.targets.tolist() == [target for _, target, _ in expected]
+    if any(example.weights for example in rows):
+        assert batch.weights.tolist() == [weight for _, _, weight in expected]
+    else:
+        assert batch.weights is None
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_micro_batch_of_nothing_is_a_token_that_nothing_is_learnt_from(layout):
+    batch = store.collate(store.Examples(packed([Example([5], [5])])), [], PAD, layout, CPU)
+    assert batch.input_ids.tolist() == [[PAD]]
+    assert batch.positions.dtype == batch.targets.dtype == torch.long
+    assert len(batch.positions) == len(batch.targets) == 0
