@@ -102,6 +102,11 @@ KINDS = {
         "one token holds the end of the prompt and the begin of the answer",
         "end the template's header in a special token or a newline",
     ),
+    "no_bos": Kind(
+        "warning",
+        "does not begin with the bos token that this tokenizer gives plain text",
+        "write bos_token in the chat template, if the model was trained with it",
+    ),
     "thoughts_dropped": Kind(
         "warning",
         "the template drops the thoughts of an earlier turn, which is therefore not supervised",
@@ -235,6 +240,8 @@ def _of_row(
     if example.ids != (ids[: len(example.ids)] if is_cut else ids):
         yield "not_the_template"
         return
+    if _gives_bos(tokenizer, len(tokenizer)) and ids[0] != tokenizer.bos_token_id:
+        yield "no_bos"
     supervised = runs(example.labels)
     if supervise == "everything" or is_cut:
         return
@@ -259,6 +266,14 @@ def _of_row(
     last_is_learnt = bool(supervised and learnt) and learnt[-1] is row.messages[-1]
     if last_is_learnt and chat.prompt_mismatch(tokenizer, row.messages, example, row.tools):
         yield "prompt_mismatch"
+
+
+@lru_cache(maxsize=8)
+def _gives_bos(tokenizer: PreTrainedTokenizerBase, size: int) -> bool:
+    """Whether the tokenizer itself begins a text with bos."""
+    del size  # only in the key: a tokenizer that grew is looked at again
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
 
 
 def _says(span: str, turn: dict[str, Any], ends_of_turn: list[str], merged: bool) -> bool:
@@ -380,7 +395,7 @@ def num_errors(audited: dict[str, Any]) -> int:
 
 
 def summary(audited: dict[str, Any]) -> str:
-    """One line: what was looked at, what was found, and what was left out."""
+    """One line: what was looked at, in which formats, what was found, and what was left out."""
     rows = audited["train"]["rows"] + audited["held_out"]["rows"]
     found = [
         f"{kind} {problem['count']:,}"
@@ -389,7 +404,10 @@ def summary(audited: dict[str, Any]) -> str:
     ]
     left_out = [f"{audited[what]:,} {what}" for what in ("rejected", "dropped") if audited[what]]
     told = ", ".join(found + left_out)
-    return f"{rows:,} examples, " + (f"{told} (audit.html)" if told else "nothing found")
+    formats = ", ".join(audited["formats"])
+    return f"{rows:,} examples ({formats}), " + (
+        f"{told} (audit.html)" if told else "nothing found"
+    )
 
 
 def worst(examples: store.Examples, most: int = 20) -> list[Sample]:

@@ -162,8 +162,11 @@ def training_step(config: Config) -> Finding:
     prepared = prepare.prepare(few)
     planned = plan.make_plan(few, prepared, hardware.detect(), 1)
     built = model.build(few, planned.precision, accelerator.device)
-    task = finetune.FineTune(few, prepared, built, accelerator, Log(None), planned.budget)
-    values = engine.Engine(task, few.train, accelerator, Log(None), planned.budget).optimizer_step()
+    log = Log(None)
+    asked = config.train.layout
+    budget = finetune.usable_budget(planned.budget, asked, built, accelerator.device, log)
+    task = finetune.FineTune(few, prepared, built, accelerator, log, budget)
+    values = engine.Engine(task, few.train, accelerator, log, budget).optimizer_step()
     return Finding(
         True,
         f"one training step: {len(prepared.train)} rows, loss {values['train/loss']:.4f}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,22 @@ from sft.config import Config, ConfigError
 from sft.log import Advance, Log
 from sft.prepare import Prepared
 from sft.store import Batch, Examples, collate
+
+
+def usable_budget(
+    budget: batching.Budget, asked: str, built: nn.Module, device: torch.device, log: Log
+) -> batching.Budget:
+    """The planned budget; padded where documents of this model, packed, would see each other.
+
+    `asked`: `train.layout`; ConfigError if that is `packed` and cannot be.
+    """
+    if budget.layout == "padded" or model.documents_are_isolated(built, device):
+        return budget
+    reason = "packed documents of this model would attend to each other"
+    if asked == "packed":
+        raise ConfigError(f"train.layout: {reason}; use train.layout: padded")
+    log.say(f"layout: padded, since {reason}")
+    return replace(budget, layout="padded")
 
 
 class FineTune:
@@ -36,13 +53,6 @@ class FineTune:
         self.budget = budget
         self.lengths = prepared.train.lengths
         self.head = model.SupervisedHead(built)
-        if budget.layout == "packed" and not model.documents_are_isolated(
-            built, accelerator.device
-        ):
-            raise ConfigError(
-                "train.layout: packed documents of this model would attend to each other; "
-                "use train.layout: padded"
-            )
 
     def collate(self, ids: list[int]) -> Batch:
         return self._collate(self.prepared.train, ids)

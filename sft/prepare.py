@@ -15,11 +15,11 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -190,6 +190,7 @@ class _Counts:
     rows: int = 0  # good ones, dropped ones too
     dropped: int = 0  # by data.on_long
     rejected: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
 
 
 def _write_rows(config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path) -> _Counts:
@@ -222,6 +223,7 @@ def _write_rows(config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path
                 if isinstance(row, data.BadRow):
                     reject(row)
                 elif not counts.rejected or settings.on_bad_row == "skip":
+                    counts.formats[row.format] += 1
                     yield row  # after an error the others are only read, to tell all bad ones
 
         for part, stream in enumerate(streams):
@@ -278,6 +280,7 @@ def _decide(
     return audited | {
         "rejected": counts.rejected,
         "dropped": counts.dropped,
+        "formats": dict(counts.formats.most_common()),
         "data_sha256": hashlib.sha256(content).hexdigest(),
     }
 

@@ -87,8 +87,11 @@ def _run(
 
     model = build(resolved, planned.precision, accelerator.device)
     log.say(dtype_table(model))
-    task = finetune.FineTune(resolved, prepared, model, accelerator, log, planned.budget)
-    engine = Engine(task, resolved.train, accelerator, log, planned.budget)
+    budget = finetune.usable_budget(
+        planned.budget, config.train.layout, model, accelerator.device, log
+    )
+    task = finetune.FineTune(resolved, prepared, model, accelerator, log, budget)
+    engine = Engine(task, resolved.train, accelerator, log, budget)
     base = _base_results(folder, task, engine, resumed=resumed_from is not None)
     log.say(f"before: {_told(base['metrics'])}")
     if resumed_from:
@@ -125,7 +128,8 @@ def evaluate_run(folder: Path, overrides: list[str]) -> None:
     log = Log(folder) if accelerator.is_main_process else Log(None)
     planned = plan.make_plan(config, prepared, hardware.detect(folder), accelerator.num_processes)
     model, _ = export.load_tuned(folder, config, planned.precision, accelerator.device)
-    task = finetune.FineTune(config, prepared, model, accelerator, log, planned.budget)
+    budget = finetune.usable_budget(planned.budget, "auto", model, accelerator.device, log)
+    task = finetune.FineTune(config, prepared, model, accelerator, log, budget)
     results = _results(task, model)
     log.say(f"{folder}: {_told(results['metrics'])}")
     if log.folder:

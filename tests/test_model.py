@@ -17,8 +17,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from sft import hardware, model
-from sft.config import Config, Tuning
+from sft import batching, finetune, hardware, model
+from sft.config import Config, ConfigError, Tuning
+from sft.log import Log
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -230,6 +231,18 @@ def test_a_model_that_leaks_is_found_out():
             return self.inner(input_ids=input_ids, position_ids=position_ids, attention_mask=ones)
 
     assert not model.documents_are_isolated(Leaking(), CPU)
+
+
+def test_a_packed_layout_that_leaks_falls_back_or_is_refused(monkeypatch, tmp_path):
+    packed, log = batching.Budget(100, "packed"), Log(tmp_path)
+    built = small("llama")
+    assert finetune.usable_budget(packed, "auto", built, CPU, log) is packed
+    monkeypatch.setattr(model, "documents_are_isolated", lambda *_: False)
+    padded = finetune.usable_budget(packed, "auto", built, CPU, log)
+    assert padded == batching.Budget(100, "padded")
+    assert "layout: padded, since packed documents" in (tmp_path / "training.log").read_text()
+    with pytest.raises(ConfigError, match=r"train.layout: packed documents .* padded"):
+        finetune.usable_budget(packed, "packed", built, CPU, log)
 
 
 def test_only_chosen_positions_reach_the_head():

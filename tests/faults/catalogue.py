@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from sft import audit, chat, data, prepare
@@ -489,6 +490,18 @@ RENDERERS = [
 
 # --- templates ---------------------------------------------------------------------------------
 
+
+def _no_bos() -> list[str]:
+    made = AutoTokenizer.from_pretrained(NANO)
+    made.chat_template = CHATML
+    made.add_special_tokens({"bos_token": "<|bos|>"})
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", made.bos_token_id)]
+    )
+    example = chat.render(made, ONE.messages)
+    return audit.examine(made, ONE, example, LIMIT)
+
+
 MERGING = Row([ASK, turn("assistant", ': "Hello"')], None, "f", 1)
 THINKING = CHATML.replace(
     "{{ m.content }}",
@@ -621,6 +634,12 @@ TEMPLATES = [
         "two bos in the template",
         "template + tokenizer",
         template("{{ bos_token }}{{ bos_token }}" + CHATML, bos="<|bos|>"),
+    ),
+    Fault(
+        "no_bos",
+        "no bos in the template, add_special_tokens off",
+        "template + tokenizer",
+        _no_bos,
     ),
     Fault(
         "no_end_of_turn",
