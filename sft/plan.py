@@ -27,7 +27,7 @@ from sft.model import DTYPES, add_adapters, architecture
 from sft.prepare import Prepared
 
 MARGIN = 0.15  # of the available memory stays free: fragmentation, workspaces, other programs
-SATURATING_TOKENS = {"cpu": 2048, "cuda": 16384}  # a larger micro-batch is no faster
+SATURATING_TOKENS = {"cpu": 1024, "cuda": 16384}  # a larger micro-batch is no faster
 NF4_BYTES = 0.516  # per weight: 4 bits and the double-quantised scale of each block of 64
 ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.05, "paged_adamw_8bit": 2.05}
 # Activations kept for the backward pass, bytes per token, layer and hidden unit in bf16.

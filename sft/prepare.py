@@ -159,7 +159,8 @@ def key(made_of: dict[str, Any]) -> str:
 
 def _fault(folder: Path, made_of: dict[str, Any]) -> str | None:
     """Why the prepared data in `folder` are not what `made_of` makes, or None."""
-    if reason := checkpoint.fault(folder):
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes of this machine
+    if reason := checkpoint.fault(folder, digests=is_first):
         return reason
     was = json.loads((folder / "audit.json").read_text("utf-8"))["inputs"]
     changed = [name for name in made_of if was.get(name) != made_of[name]]
