@@ -25,6 +25,7 @@ class Budget:
 
     max_tokens: int  # padding included; a longer example goes alone
     layout: Layout
+    micro_batch_cost: int | None = None  # tokens that one more takes as long as; None: no matter
 
 
 def steps_per_epoch(num_examples: int, global_batch: int) -> int:
@@ -63,9 +64,10 @@ def cut(
 ) -> list[list[MicroBatch]]:
     """Cuts a global batch: `result[rank]` is that rank's list of micro-batches.
 
-    Every id appears once; every rank has the same number of micro-batches, the fewest that the
-    budget allows, and their tokens balance. No micro-batch exceeds the budget, except a single
-    example that is longer by itself.
+    Every id appears once; every rank has the same number of micro-batches, and their tokens
+    balance. There are as few as the budget allows; of padded ones more, where that saves more
+    padding than `micro_batch_cost` says they cost. No micro-batch exceeds the budget, except a
+    single example that is longer by itself.
     """
     ordered = sorted(ids, key=lambda i: (-lengths[i], i))
     if budget.layout == "padded":
@@ -85,8 +87,9 @@ def _cut_padded(
     ordered: Sequence[int], lengths: Sequence[int], num_ranks: int, budget: Budget
 ) -> list[list[MicroBatch]]:
     """Likes together over all ranks: runs of the sorted examples, under the smallest budget that
-    needs no more micro-batches than the given one. So padding is little and all are as large."""
-    most = math.ceil(len(_fill(ordered, lengths, budget)) / num_ranks)
+    needs no more micro-batches than the cheapest. So padding is little and all are as large."""
+    cheapest = _cheapest(ordered, lengths, budget)
+    most = math.ceil(len(cheapest) / num_ranks)
     low, high = 1, budget.max_tokens
     while low < high:
         middle = (low + high) // 2
@@ -94,15 +97,44 @@ def _cut_padded(
             high = middle
         else:
             low = middle + 1
-    runs = _fill(ordered, lengths, Budget(high, "padded"))
-    runs.sort(key=lambda run: -num_tokens(lengths, run, "padded"))
+    even = _shared_out(_fill(ordered, lengths, Budget(high, "padded")), lengths, num_ranks)
+    if budget.micro_batch_cost is None:
+        return even
+    uneven = _shared_out(cheapest, lengths, num_ranks)
+    return min(even, uneven, key=lambda ranks: max(_cost(lengths, rank, 0) for rank in ranks))
+
+
+def _shared_out(
+    runs: list[MicroBatch], lengths: Sequence[int], num_ranks: int
+) -> list[list[MicroBatch]]:
+    """Micro-batches to ranks, largest first, to the lightest that has room for one more."""
+    most = math.ceil(len(runs) / num_ranks)
     ranks: list[list[MicroBatch]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
-    for run in runs:  # largest first, to the lightest rank that has room for one more
+    for run in sorted(runs, key=lambda run: -num_tokens(lengths, run, "padded")):
         rank = min((r for r in range(num_ranks) if len(ranks[r]) < most), key=loads.__getitem__)
         ranks[rank].append(run)
         loads[rank] += num_tokens(lengths, run, "padded")
     return [rank + [[] for _ in range(most - len(rank))] for rank in ranks]
+
+
+def _cheapest(ordered: Sequence[int], lengths: Sequence[int], budget: Budget) -> list[MicroBatch]:
+    """Of the fillings under the budget and under ever smaller ones, that of the least cost."""
+    runs = best = _fill(ordered, lengths, budget)
+    cost = budget.micro_batch_cost
+    if cost is None:
+        return best
+    size, least = budget.max_tokens, _cost(lengths, best, cost)
+    while len(runs) < len(ordered) and size > 1:
+        size = size * 3 // 4
+        runs = _fill(ordered, lengths, Budget(size, "padded"))
+        if (mine := _cost(lengths, runs, cost)) < least:
+            best, least = runs, mine
+    return best
+
+
+def _cost(lengths: Sequence[int], runs: list[MicroBatch], micro_batch_cost: int) -> int:
+    return sum(num_tokens(lengths, run, "padded") + micro_batch_cost for run in runs)
 
 
 def _fill(ids: Sequence[int], lengths: Sequence[int], budget: Budget) -> list[MicroBatch]:

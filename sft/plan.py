@@ -27,7 +27,10 @@ from sft.model import DTYPES, add_adapters, architecture
 from sft.prepare import Prepared
 
 MARGIN = 0.15  # of the available memory stays free: fragmentation, workspaces, other programs
-SATURATING_TOKENS = {"cpu": 1024, "cuda": 16384}  # a larger micro-batch is no faster
+SATURATING_TOKENS = {"cpu": 2048, "cuda": 16384}  # a larger micro-batch is no faster
+# What one more micro-batch costs, in tokens; measured by benchmarks/throughput.py. On a GPU it has
+# not been measured: as few as the budget allows.
+MICRO_BATCH_COST = {"cpu": 64, "cuda": None}
 NF4_BYTES = 0.516  # per weight: 4 bits and the double-quantised scale of each block of 64
 ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.05, "paged_adamw_8bit": 2.05}
 # Activations kept for the backward pass, bytes per token, layer and hidden unit in bf16.
@@ -78,6 +81,7 @@ def make_plan(config: Config, prepared: Prepared, hardware: Hardware, world_size
     lengths = prepared.train.lengths
     supervised = prepared.audit["train"]["supervised_tokens"] / sum(lengths)
     precision, why_precision = processes.resolve_precision(train)
+    device = "cuda" if hardware.devices else "cpu"
     layout, why_layout = resolve_layout(config)
     reasons = {"train.precision": why_precision, "train.layout": why_layout}
     skeleton = _skeleton(config)
@@ -87,9 +91,9 @@ def make_plan(config: Config, prepared: Prepared, hardware: Hardware, world_size
         config,
         max(lengths),
         fits=int((available * (1 - MARGIN) - fixed.total) / per_token),
-        saturates=SATURATING_TOKENS["cuda" if hardware.devices else "cpu"],
+        saturates=SATURATING_TOKENS[device],
     )
-    budget = batching.Budget(max_tokens, layout)
+    budget = batching.Budget(max_tokens, layout, MICRO_BATCH_COST[device])
     ids = batching.global_batch_ids(len(lengths), engine.order_seed(train), 0, train.global_batch)
     cuts = batching.cut(ids, lengths, world_size, budget)
     heaviest = max(batching.num_tokens(lengths, m, layout) for rank in cuts for m in rank)

@@ -112,10 +112,16 @@ def test_an_epoch_has_so_many_steps(num_examples, global_batch, steps):
 
 
 @property_of
-@given(lengths=any_lengths, num_ranks=any_ranks, max_tokens=any_budget, layout=any_layout)
-def test_a_cut_keeps_its_promises(lengths, num_ranks, max_tokens, layout):
+@given(
+    lengths=any_lengths,
+    num_ranks=any_ranks,
+    max_tokens=any_budget,
+    layout=any_layout,
+    micro_batch_cost=st.sampled_from([None, 0, 5, 64]),
+)
+def test_a_cut_keeps_its_promises(lengths, num_ranks, max_tokens, layout, micro_batch_cost):
     ids = list(range(len(lengths)))
-    ranks = cut(ids, lengths, num_ranks, Budget(max_tokens, layout))
+    ranks = cut(ids, lengths, num_ranks, Budget(max_tokens, layout, micro_batch_cost))
     assert len(ranks) == num_ranks
     assert sorted(flat(ranks)) == ids, "every example once"
     assert len({len(rank) for rank in ranks}) == 1, "collectives match"
@@ -228,6 +234,28 @@ CUTS = {
 def test_a_small_cut_is_the_one_written_out(layout, max_tokens):
     expected = CUTS[layout, max_tokens]
     assert cut(range(8), LENGTHS, 2, Budget(max_tokens, layout)) == expected
+
+
+def whole_cost(ranks, lengths, micro_batch_cost):
+    filled = [m for rank in ranks for m in rank if m]
+    return sum(cost(lengths, m, "padded") + micro_batch_cost for m in filled)
+
+
+@property_of
+@given(
+    lengths=any_lengths, max_tokens=any_budget, micro_batch_cost=st.sampled_from([0, 3, 20, 10**6])
+)
+def test_more_micro_batches_only_where_they_cost_less_than_padding(
+    lengths, max_tokens, micro_batch_cost
+):
+    ids = range(len(lengths))
+    few = cut(ids, lengths, 1, Budget(max_tokens, "padded"))
+    more = cut(ids, lengths, 1, Budget(max_tokens, "padded", micro_batch_cost))
+    assert whole_cost(more, lengths, micro_batch_cost) <= whole_cost(few, lengths, micro_batch_cost)
+    if micro_batch_cost == 0:
+        assert sum(cost(lengths, m, "padded") for m in more[0]) == sum(lengths)
+    if micro_batch_cost == 10**6:
+        assert more == few
 
 
 def test_without_a_seed_the_order_is_that_of_the_data():
