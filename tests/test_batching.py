@@ -255,7 +255,7 @@ def test_more_micro_batches_only_where_they_cost_less_than_padding(
     if micro_batch_cost == 0:
         assert sum(cost(lengths, m, "padded") for m in more[0]) == sum(lengths)
     if micro_batch_cost == 10**6:
-        assert more == few
+        assert len(more[0]) == len(few[0])
 
 
 def test_without_a_seed_the_order_is_that_of_the_data():
