@@ -1,10 +1,11 @@
 """What is trained is proven before it is trained: every row is looked at, and what is wrong has a
 name, a meaning and a remedy.
 
-`examine` does not trust the renderer. It renders and tokenises each row again by itself and holds
-the example against it: the same ids, the supervised runs exactly the assistant turns, each with its
-end, and before the last one the very prompt that inference will give. `report` adds what only all
-rows together tell: duplicates, leaks into the held-out rows, outliers of length.
+`examine_row` does not trust the renderer. It renders each row again by itself and holds the example
+against it: the same ids, the supervised runs exactly the assistant turns, each with its end, and
+before the last one the very prompt that inference will give. `examine_tokens` does not trust the
+collator: it looks at the tensors of a micro-batch. What only all rows together tell (duplicates,
+leaks, outliers) comes from sft/prepare.py; `report` counts it all.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
 from html import escape
 from itertools import groupby
@@ -133,7 +135,8 @@ KINDS = {
 }
 OUTLIER = 8
 ORDER = {kind: k for k, kind in enumerate(KINDS)}
-TOGETHER = 256  # examples that are collated at a time
+TOGETHER, LARGE = 256, 1 << 20  # examples that are collated at a time; tokens, padding included
+LISTED = 1000  # rows of a finding that audit.json names; all are counted
 CPU = torch.device("cpu")
 
 
@@ -182,8 +185,7 @@ def examine_tokens(
     would be given are held against what was stored.
     """
     found = np.zeros(len(examples), np.uint32)
-    for start in range(0, len(examples), TOGETHER):
-        chosen = range(start, min(start + TOGETHER, len(examples)))
+    for chosen in _groups(examples.lengths):
         parts = [examples.tokens(i) for i in chosen]
         ids = np.concatenate([ids for ids, _, _ in parts])
         labels = np.concatenate([labels for _, labels, _ in parts])
@@ -194,6 +196,18 @@ def examine_tokens(
             _of_batch(tokenizer, batch, ids, labels, lengths, mine)
     found[np.asarray(examples.lengths) > max_seq_len] |= bits(["too_long"])
     return found
+
+
+def _groups(lengths: Sequence[int]) -> Iterator[range]:
+    """Examples that are collated together: neither many nor, padded, large."""
+    start, longest = 0, 0
+    for at, length in enumerate(lengths):
+        longest = max(longest, length)
+        if at > start and (at - start == TOGETHER or (at - start + 1) * longest > LARGE):
+            yield range(start, at)
+            start, longest = at, length
+    if len(lengths):
+        yield range(start, len(lengths))
 
 
 def _of_batch(
@@ -331,39 +345,33 @@ def _special(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str] |
 Sample = tuple[Row, Example, list[str]]  # a row, its example, the kinds of its findings
 
 
-def report(
-    tokenizer: PreTrainedTokenizerBase,
-    examples: store.Examples,
-    max_seq_len: int,
-    alike: Mapping[str, np.ndarray],
-) -> dict[str, Any]:
-    """Totals, digests, and under `problems` the rows (`file:line`) of each kind of finding.
+def outliers(lengths: np.ndarray) -> np.ndarray:
+    """Which examples (bool) are far longer than nearly all."""
+    return lengths > OUTLIER * np.quantile(lengths, 0.95)
 
-    `alike`: numbers of the rows with a finding that only all rows together tell.
-    """
-    found, lengths = examples.index("findings"), np.asarray(examples.lengths)
-    numbers = examples.index("row")
-    where = {kind: np.flatnonzero(found >> np.uint32(k) & 1) for kind, k in ORDER.items()}
-    where["length_outlier"] = np.flatnonzero(lengths > OUTLIER * np.quantile(lengths, 0.95))
-    for kind, rows in alike.items():  # once, however often a row is used
-        first = np.unique(numbers, return_index=True)[1]
-        where[kind] = first[np.isin(numbers[first], rows)]
+
+def report(
+    tokenizer: PreTrainedTokenizerBase, examples: store.Examples, max_seq_len: int
+) -> dict[str, Any]:
+    """Totals, digests, and under `problems` the rows (`file:line`) of each kind of finding; of a
+    row that is used more than once, once."""
+    first = np.sort(np.unique(examples.order, return_index=True)[1])
+    found, lengths = examples.index("findings")[first], np.asarray(examples.lengths)
+    problems = {}
+    for kind, k in ORDER.items():
+        rows = first[(found >> np.uint32(k) & 1).astype(bool)]
+        if len(rows):
+            listed = [examples.row(i).place for i in rows[:LISTED].tolist()]
+            told = {"severity": KINDS[kind].severity, "count": len(rows), "rows": listed}
+            problems[kind] = told
     return {
         "rows": len(examples),
         "tokens": int(lengths.sum()),
         "supervised_tokens": int(examples.index("supervised").sum()),
         "longest": int(lengths.max()),
         "max_seq_len": max_seq_len,
-        "problems": {
-            kind: {
-                "severity": KINDS[kind].severity,
-                "count": len(indices),
-                "rows": [examples.row(i).place for i in indices.tolist()],
-            }
-            for kind, indices in where.items()
-            if len(indices)
-        },
-        "template_sha256": _sha256(tokenizer.get_chat_template()),
+        "problems": problems,
+        "template_sha256": template_sha256(tokenizer),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
     }
 
@@ -426,8 +434,16 @@ def _sha256(text: str) -> str:
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of vocabulary, merges, normalisation and special tokens; not of the padding last used."""
-    state = tokenizer.backend_tokenizer.to_str().partition('"added_tokens":')[2]
-    return _sha256(state + json.dumps(tokenizer.special_tokens_map, sort_keys=True))
+    backend = tokenizer.backend_tokenizer
+    state = backend.to_str().partition('"added_tokens":')[2]
+    special = [tokenizer.special_tokens_map, backend.encode_special_tokens]
+    return _sha256(state + json.dumps(special, sort_keys=True))
+
+
+def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the chat template, or of all if there are several; of the day, too, where it is told."""
+    text = json.dumps(tokenizer.chat_template, sort_keys=True)
+    return _sha256(text + (str(date.today()) if "strftime_now" in text else ""))
 
 
 # --- what people see ---------------------------------------------------------------------------

@@ -110,7 +110,11 @@ def sources(path: str | list[str]) -> list[Source]:
     Raises DataError for one that means nothing.
     """
     paths = [path] if isinstance(path, str) else path
-    return [source for entry, text in enumerate(paths) for source in _sources(text, entry)]
+    found = [source for entry, text in enumerate(paths) for source in _sources(text, entry)]
+    for source in found:
+        if isinstance(_tried(source.file.encode), ValueError):
+            raise _unreadable(repr(source.file), "a name that is not UTF-8; rename the file")
+    return found
 
 
 def _sources(text: str, entry: int) -> list[Source]:
@@ -208,39 +212,9 @@ def read(
             yield Row(messages, tools, source.file, line, source.entry, name)
         except (ValueError, RecursionError) as error:
             reason = _printable(reason_of(error), 400)
-            yield BadRow(source.file, line, reason, _excerpt(shown))
+            yield BadRow(source.file, line, reason, excerpt_of(shown))
     if empty:
         raise DataError(f"{source.file}: expected rows (docs/DATA.md), found none in the file")
-
-
-def load_rows(
-    path: str | list[str],
-    max_rows: int | None = None,
-    *,
-    format: str = "auto",
-    columns: dict[str, str] | None = None,
-    system: Literal["keep", "replace", "prepend"] = "keep",
-    system_prompt: str | None = None,
-    on_bad_row: Literal["error", "skip"] = "error",
-) -> tuple[list[Row], list[BadRow]]:
-    """(rows, bad rows) among the first `max_rows` of all files (all if None).
-
-    Raises DataError if there is no good row, and unless `on_bad_row` is skip, with every bad one.
-    """
-    options = {"format": format, "columns": columns, "system": system}
-    rows: list[Row] = []
-    bad: list[BadRow] = []
-    for row in islice(read_all(path, system_prompt=system_prompt, **options), max_rows):
-        if isinstance(row, Row):
-            rows.append(row)
-        else:
-            bad.append(row)
-    name = path if isinstance(path, str) else ", ".join(path)
-    if bad and on_bad_row == "error":
-        raise DataError.of_rows(name, [str(row) for row in bad])
-    if bad and not rows:
-        raise DataError(f"{name}: all {len(bad)} rows are bad; the first: {bad[0]}")
-    return rows, bad
 
 
 def read_all(path: str | list[str], **options: Any) -> Iterator[Row | BadRow]:
@@ -327,7 +301,7 @@ def write_rejected(bad: list[BadRow], path: str | Path) -> None:
     Path(path).write_text("".join(lines), "utf-8")
 
 
-def _excerpt(shown: Any, num: int = 60) -> str:
+def excerpt_of(shown: Any, num: int = 60) -> str:
     if not isinstance(shown, bytes):
         shown = json.dumps(shown, ensure_ascii=False, default=str).encode("utf-8", "replace")
     return _printable(shown[: 8 * num].decode("utf-8", "backslashreplace").strip(), num)
@@ -381,7 +355,7 @@ def _reader(path: str, format: str) -> Reader:
         return _csv_rows
     if suffix in (".jsonl", ".ndjson", ".json") or start.startswith(b"{"):
         return _json_rows
-    raise _unreadable(path, f"a file that begins with {_excerpt(head, 20)!r}")
+    raise _unreadable(path, f"a file that begins with {excerpt_of(head, 20)!r}")
 
 
 def _compression(path: str) -> str | None:
@@ -656,20 +630,48 @@ def split(digests: np.ndarray, eval_fraction: float, seed: int) -> np.ndarray:
     """
     if not eval_fraction:
         return np.zeros(len(digests), bool)
-    contents, group, sizes = np.unique(digests, return_inverse=True, return_counts=True)
-    if len(contents) < 2:
+    group = groups(digests)
+    first = np.flatnonzero(group == np.arange(len(group)))  # of each content
+    if len(first) < 2:
         raise DataError(
             f"holding out data.eval_fraction={eval_fraction:g} needs two different rows, found "
-            f"{len(contents)}; give data.eval_path, or set eval_fraction to 0"
+            f"{len(first)}; give data.eval_path, or more rows"
         )
-    drawn = np.argsort(_draws(b"%d:" % seed + bytes(content) for content in contents))
+    draws = _draws(b"%d:" % seed + bytes(digests[row]) for row in first)
+    drawn = first[np.argsort(draws, kind="stable")]
+    sizes = np.bincount(group)
     wanted = min(round(eval_fraction * len(digests)), len(digests) - 1)
-    held, num_held = np.zeros(len(contents), bool), 0
-    for index, size in zip(drawn.tolist(), sizes[drawn].tolist(), strict=True):
-        if num_held + size <= wanted:
-            held[index], num_held = True, num_held + size
+    held, num_held = np.zeros(len(digests), bool), 0
+    for row in drawn:
+        if num_held + sizes[row] <= wanted:
+            held[row], num_held = True, num_held + sizes[row]
+        if num_held == wanted:
+            break
     held[drawn[np.argmin(sizes[drawn])]] |= not num_held
     return held[group]
+
+
+def groups(digests: np.ndarray) -> np.ndarray:
+    """(n,) int64: the first row that has the digest of each."""
+    result = np.empty(len(digests), np.int64)
+    for rows in _buckets(digests):
+        _, first, same = np.unique(digests[rows], return_index=True, return_inverse=True)
+        result[rows] = rows[first][same]
+    return result
+
+
+def among(digests: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(n,) bool: whether each digest is one of `others`."""
+    result = np.zeros(len(digests), bool)
+    for rows, known in zip(_buckets(digests), _buckets(others), strict=True):
+        result[rows] = np.isin(digests[rows], others[known])
+    return result
+
+
+def _buckets(digests: np.ndarray) -> Iterator[np.ndarray]:
+    """Indices of the digests in 64 parts, by their first byte: what is sorted stays small."""
+    first = np.ascontiguousarray(digests).view(np.uint8)[:: digests.itemsize]
+    return (np.flatnonzero(first % 64 == part) for part in range(64))
 
 
 def _draws(texts: Iterable[bytes]) -> np.ndarray:
@@ -687,9 +689,12 @@ def num_rows(path: str | list[str]) -> int | None:
         with Path(source.file).open("rb") as file:
             head = file.read(6)
             if head.startswith(b"PAR1"):
-                from pyarrow import parquet
+                from pyarrow import ArrowException, parquet
 
-                total += parquet.read_metadata(source.file).num_rows
+                try:
+                    total += parquet.read_metadata(source.file).num_rows
+                except ArrowException:  # its reader will tell
+                    return None
             elif head.lstrip().startswith(b"{") or _suffix(Path(source.file)) in (".csv", ".tsv"):
                 file.seek(0)
                 total += sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))

@@ -289,6 +289,11 @@ def _memory_limit(folder: Path) -> list[tuple[int, int]]:
     return []
 
 
+def usable_cores() -> int:
+    """That this process may use, now."""
+    return _cores(cgroup_limits().cores)
+
+
 def _cores(quota: float | None) -> int:
     try:
         allowed = len(os.sched_getaffinity(0))

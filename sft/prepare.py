@@ -16,9 +16,10 @@ import multiprocessing
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -27,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
-from sft import audit, chat, checkpoint, data, model, similar, store
+from sft import audit, chat, checkpoint, data, hardware, model, similar, store
 from sft.audit import Sample
-from sft.config import Config
+from sft.config import Config, Data
 from sft.log import bar, make_console
 
 ROWS = "rows"  # a folder of what tells rows apart, removed when that is decided
@@ -52,6 +53,7 @@ class Prepared:
     train: store.Examples
     held_out: store.Examples
     audit: dict[str, Any]
+    rejected: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))  # JSON lines
     folder: Path | None = None  # in the cache
 
     def samples(self) -> list[Sample]:
@@ -69,34 +71,40 @@ def prepare(config: Config) -> Prepared:
     tokenizer = chat.prepare_tokenizer(model.load_tokenizer(config.model))
     made_of = inputs(config, tokenizer)
     folder = Path(config.data.cache_dir, key(made_of))
-    with _writable(folder.parent), FileLock(folder.with_suffix(".lock")):
-        fault = _fault(folder, made_of) if folder.exists() else None
-        if fault and config.data.audit == "refuse":
-            raise data.DataError(
-                f"the prepared data in {folder} are stale or damaged: {fault}; remove the folder, "
-                "or let `make audit` prepare them anew"
-            )
-        if fault:
-            make_console().print(f"prepared data were stale or damaged ({fault}): made anew")
-        if fault or not folder.exists():
-            _fill(config, tokenizer, folder, made_of)
-        prepared = _open(folder, tokenizer)
-        _prune(folder.parent)
+    with _told_as_data_error(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            fault = _fault(folder, made_of, config.data.audit) if folder.exists() else None
+            if fault and config.data.audit == "refuse":
+                raise data.DataError(
+                    f"the prepared data in {folder} are stale or damaged: {fault}; remove the "
+                    "folder, or let `make audit` prepare them anew"
+                )
+            if fault:
+                make_console().print(f"prepared data were stale or damaged ({fault}): made anew")
+            if fault or not folder.exists():
+                _fill(config, tokenizer, folder, made_of)
+            prepared = _open(folder, tokenizer)
+    _prune(folder.parent)
     if config.data.audit == "refuse":
         audit.refuse(prepared.audit)
     return prepared
 
 
 @contextmanager
-def _writable(cache: Path) -> Iterator[None]:
-    """Makes the folder; an error of the disk becomes a DataError."""
+def _told_as_data_error(cache: Path) -> Iterator[None]:
+    """An error of the disk, or a worker that was killed, in one message."""
     try:
-        cache.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise data.DataError(
             f"cannot keep prepared data in {cache}: {error.strerror or error}; make room, or set "
             "data.cache_dir to another folder"
+        ) from None
+    except BrokenProcessPool:
+        raise data.DataError(
+            "a process that prepared data was killed, most likely for want of memory; free some, "
+            "or look for very long rows"
         ) from None
 
 
@@ -106,15 +114,22 @@ def _open(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         store.Examples(arrays, store.mapped(folder / f"{part}.bin", np.int64))
         for part in ("train", "held_out")
     )
+    rejected = store.mapped(folder / "rejected.jsonl", np.uint8)
     os.utime(folder)
-    return Prepared(tokenizer, train, held_out, json.loads(audited), folder)
+    return Prepared(tokenizer, train, held_out, json.loads(audited), rejected, folder)
 
 
 def _prune(cache: Path) -> None:
-    """Removes what was used longest ago; a process that has mapped it is not disturbed."""
-    folders = [path for path in cache.iterdir() if (path / checkpoint.MANIFEST).exists()]
-    for folder in sorted(folders, key=lambda path: -path.stat().st_mtime)[KEPT:]:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Removes what was used longest ago, and what a killed process left half made.
+
+    A process that has mapped a folder is not disturbed, one that is about to holds its lock.
+    """
+    with suppress(OSError):  # another process may be at the same
+        made = [path for path in cache.iterdir() if (path / checkpoint.MANIFEST).exists()]
+        old = sorted(made, key=lambda path: -path.stat().st_mtime)[KEPT:]
+        for folder in [*old, *cache.glob(f"*{checkpoint.STAGING}")]:
+            with suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def write(prepared: Prepared, folder: Path) -> None:
@@ -122,8 +137,9 @@ def write(prepared: Prepared, folder: Path) -> None:
     text = json.dumps(prepared.audit, indent=2, ensure_ascii=False) + "\n"
     (folder / "audit.json").write_text(text, "utf-8")
     audit.write_html(folder / "audit.html", prepared.tokenizer, prepared.audit, prepared.samples())
-    if prepared.folder and prepared.audit["rejected"]:
-        shutil.copyfile(prepared.folder / "rejected.jsonl", folder / "rejected.jsonl")
+    (folder / "rejected.jsonl").unlink(missing_ok=True)
+    if len(prepared.rejected):
+        prepared.rejected.tofile(folder / "rejected.jsonl")
 
 
 def max_length(config: Config) -> int:
@@ -147,7 +163,7 @@ def inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]
         "max_length": max_length(config),
         "seed": config.train.seed if is_drawn else None,
         "tokenizer": audit.tokenizer_sha256(tokenizer),
-        "template": hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest(),
+        "template": audit.template_sha256(tokenizer),
         "code": hashlib.sha256(source).hexdigest(),
         "libraries": {name: version(name) for name in LIBRARIES},
     }
@@ -157,10 +173,12 @@ def key(made_of: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _fault(folder: Path, made_of: dict[str, Any]) -> str | None:
+def _fault(folder: Path, made_of: dict[str, Any], policy: str) -> str | None:
     """Why the prepared data in `folder` are not what `made_of` makes, or None."""
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes of this machine
-    if reason := checkpoint.fault(folder, digests=is_first):
+    # Of the processes of a machine the first reads all bytes; what it refuses, none trains on.
+    # Where it would make them anew, all must agree on it.
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if reason := checkpoint.fault(folder, digests=is_first or policy == "warn"):
         return reason
     was = json.loads((folder / "audit.json").read_text("utf-8"))["inputs"]
     changed = [name for name in made_of if was.get(name) != made_of[name]]
@@ -178,6 +196,11 @@ def _fill(
     staging.mkdir()
     try:
         counts = _write_rows(config, tokenizer, staging)
+        again = inputs(config, tokenizer)
+        if changed := [name for name in ("train", "eval") if again[name] != made_of[name]]:
+            raise data.DataError(
+                f"the files of data.{changed[0]}_path changed while they were read; start again"
+            )
         audited = _decide(config, tokenizer, staging, counts) | {"inputs": made_of}
         (staging / "audit.json").write_text(json.dumps(audited, ensure_ascii=False), "utf-8")
         shutil.rmtree(staging / ROWS)
@@ -197,51 +220,44 @@ class _Counts:
 def _write_rows(config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path) -> _Counts:
     """Every row of all files into the store, and what tells rows apart into `folder`/rows."""
     settings, how = config.data, data.options(config.data)
-    streams: list[Iterator[data.Row | data.BadRow]] = [
-        islice(data.read_all(settings.train_path, **how), settings.max_rows)
-    ]
-    if settings.eval_path:
-        streams.append(data.read_all(settings.eval_path, **how))
+    paths = [settings.train_path, *([settings.eval_path] if settings.eval_path else [])]
     work = partial(_part, tokenizer, max_length(config), settings.supervise, settings.on_long)
     counts, first = _Counts(), list[data.BadRow]()
-    expected = data.num_rows(settings.train_path)
-    told = min(expected, settings.max_rows or expected) if expected else None
     (folder / ROWS).mkdir()
     with (
         (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected,
         store.Files(folder) as files,
         store.Files(folder / ROWS) as own,
-        bar(make_console(), "prepare", told) as advance,
+        bar(make_console(), "prepare", _num_rows(settings, paths)) as advance,
     ):
-
-        def reject(row: data.BadRow) -> None:
-            counts.rejected += 1
-            first.extend([row] * (len(first) < 10))
-            rejected.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
-
-        def good(rows: Iterable[data.Row | data.BadRow]) -> Iterator[data.Row]:
-            for row in rows:
-                if isinstance(row, data.BadRow):
-                    reject(row)
-                elif not counts.rejected or settings.on_bad_row == "skip":
-                    counts.formats[row.format] += 1
-                    yield row  # after an error the others are only read, to tell all bad ones
-
-        for part, stream in enumerate(streams):
-            for made in _mapped(work, good(stream)):
+        for part, path in enumerate(paths):
+            most = settings.max_rows if part == TRAIN else None
+            for made in _mapped(work, islice(data.read_all(path, **how), most)):
                 for row in made.refused:
-                    reject(row)
+                    rejected.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+                counts.rejected += len(made.refused)
+                first += made.refused[: 10 - len(first)]
                 made.places["part"] = part
                 made.arrays.index["row"] += counts.rows
                 counts.rows += len(made.places)
                 counts.dropped += made.num_dropped
+                counts.formats += made.formats
                 store.write(files, made.arrays)
                 own.append("places.bin", made.places)
                 similar.write(own, made.told)
-                advance(len(made.places))
-    if counts.rejected and settings.on_bad_row == "error":
+                advance(len(made.places) + len(made.refused))
+    if counts.rejected and (settings.on_bad_row == "error" or not counts.rows):
         raise data.DataError.of_rows(first[0].file, [str(row) for row in first], counts.rejected)
     return counts
+
+
+def _num_rows(settings: Data, paths: list[str | list[str]]) -> int | None:
+    """About how many rows will be read; None if that cannot be told."""
+    numbers = [data.num_rows(path) for path in paths]
+    if not all(numbers):
+        return None
+    train, *others = [number or 0 for number in numbers]
+    return min(train, settings.max_rows or train) + sum(others)
 
 
 def _decide(
@@ -252,37 +268,52 @@ def _decide(
     settings, seed = config.data, config.train.seed
     places = store.mapped(folder / ROWS / "places.bin", PLACE)
     told = similar.open_folder(folder / ROWS)
-    train = np.flatnonzero(places["part"] == TRAIN)
+    arrays = store.open_folder(folder)
+    is_kept = np.zeros(len(places), bool)  # not dropped
+    is_kept[arrays.index["row"]] = True
+    train = np.flatnonzero((places["part"] == TRAIN) & is_kept)
     if settings.duplicates == "drop":
         train = train[similar.first_of_each(told.digests[train])]
-    held_out = np.flatnonzero(places["part"] == HELD_OUT)
-    if not settings.eval_path:
+    held_out = np.flatnonzero((places["part"] == HELD_OUT) & is_kept)
+    if not settings.eval_path and len(train):
         held = data.split(told.digests[train], settings.eval_fraction, seed)
         train, held_out = train[~held], train[held]
     mixed = train
     if settings.mix:
         mixed = train[data.mix(places["entry"][train], settings.mix, seed)]
-    arrays = store.open_folder(folder)
-    orders = [_examples_of(arrays.index["row"], chosen) for chosen in (mixed, held_out)]
-    if not all(map(len, orders)):
+        train = np.unique(mixed)
+    parts = {"train": mixed, "held_out": held_out}
+    orders = {name: _examples_of(arrays.index["row"], rows) for name, rows in parts.items()}
+    if not all(map(len, orders.values())):
         raise data.DataError(
-            f"nothing is left to {'hold out' if len(orders[0]) else 'train on'}: "
+            f"nothing is left to {'hold out' if len(mixed) else 'train on'}: "
             f"{counts.rejected} rows rejected (data.on_bad_row), "
             f"{counts.dropped} dropped (data.on_long)"
         )
-    alike = [_alike(told, rows) for rows in (train, held_out)]
-    alike[1]["leaked"], alike[1]["near_leak"] = similar.leaks(told, train, held_out)
+    with store.changing(folder) as findings:
+        for name, rows in (("train", train), ("held_out", held_out)):
+            repeated, near = similar.duplicates(told, rows, folder)
+            likes = np.array([later for _, later, _ in near], np.int64)
+            for kind, chosen in (("duplicate", repeated), ("near_duplicate", likes)):
+                findings[_examples_of(arrays.index["row"], chosen)] |= audit.bits([kind])
+            order = orders[name]
+            far = audit.outliers(arrays.index["length"][order])
+            findings[order[far]] |= audit.bits(["length_outlier"])
+        pairs = zip(
+            ("leaked", "near_leak"), similar.leaks(told, train, held_out, folder), strict=True
+        )
+        for kind, chosen in pairs:
+            findings[_examples_of(arrays.index["row"], chosen)] |= audit.bits([kind])
     audited: dict[str, Any] = {}
-    for name, order, found in zip(("train", "held_out"), orders, alike, strict=True):
+    for name, order in orders.items():
         order.tofile(folder / f"{name}.bin")
         examples = store.Examples(arrays, order)
-        audited[name] = audit.report(tokenizer, examples, max_length(config), found)
-    content = told.digests[arrays.index["row"][orders[0]]].tobytes()
+        audited[name] = audit.report(tokenizer, examples, max_length(config))
     return audited | {
         "rejected": counts.rejected,
         "dropped": counts.dropped,
         "formats": dict(counts.formats.most_common()),
-        "data_sha256": hashlib.sha256(content).hexdigest(),
+        "data_sha256": store.digest(store.Examples(arrays, orders["train"])),
     }
 
 
@@ -292,11 +323,6 @@ def _examples_of(numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
     sizes = ends - begins
     first = np.repeat(begins - (np.cumsum(sizes) - sizes), sizes)
     return (first + np.arange(sizes.sum())).astype(np.int64)
-
-
-def _alike(told: similar.Told, rows: np.ndarray) -> dict[str, np.ndarray]:
-    repeated, near = similar.duplicates(told, rows)
-    return {"duplicate": repeated, "near_duplicate": np.array([later for _, later, _ in near])}
 
 
 # --- rendering on all cores --------------------------------------------------------------------
@@ -309,19 +335,21 @@ class _Made:
     arrays: store.Arrays  # of the examples; rows numbered from 0
     places: np.ndarray  # (good rows,) of PLACE
     told: similar.Told  # of the good rows
-    refused: list[data.BadRow]  # by the chat template
+    formats: Counter[str]  # of the good rows
+    refused: list[data.BadRow]  # by the reader or by the chat template
     num_dropped: int  # by data.on_long
 
 
-Work = Callable[[Sequence[data.Row]], _Made]
+AnyRow = data.Row | data.BadRow
+Work = Callable[[Sequence[AnyRow]], _Made]
 
 
-def _mapped(work: Work, rows: Iterator[data.Row]) -> Iterator[_Made]:
+def _mapped(work: Work, rows: Iterator[AnyRow]) -> Iterator[_Made]:
     """`work` on all rows, some at a time, in their order; in forked processes where there is enough
     to do and more than one core to do it. Only a few parts are in memory at a time."""
     parts = iter(lambda: list(islice(rows, AT_ONCE)), [])
     first = list(islice(parts, 4))
-    workers = len(os.sched_getaffinity(0))
+    workers = hardware.usable_cores()
     if workers < 2 or len(first) < 4:
         yield from map(work, first)
         yield from map(work, parts)
@@ -340,7 +368,7 @@ def _mapped(work: Work, rows: Iterator[data.Row]) -> Iterator[_Made]:
 _inherited: list[Work] = []  # of a worker: its work
 
 
-def _call(part: Sequence[data.Row]) -> _Made:
+def _call(part: Sequence[AnyRow]) -> _Made:
     return _inherited[-1](part)
 
 
@@ -349,7 +377,7 @@ def _part(
     limit: int,
     supervise: chat.Supervise,
     on_long: chat.OnLong,
-    rows: Sequence[data.Row],
+    rows: Sequence[AnyRow],
 ) -> _Made:
     refused: list[data.BadRow] = []
     good: list[data.Row] = []
@@ -357,10 +385,13 @@ def _part(
     found: list[int] = []
     num_dropped = 0
     for row in rows:
+        if isinstance(row, data.BadRow):
+            refused.append(row)
+            continue
         try:
             made = chat.render_row(tokenizer, row, limit, supervise=supervise, on_long=on_long)
         except data.DataError as error:
-            excerpt = row.messages[-1]["content"][:60]
+            excerpt = data.excerpt_of(row.messages[-1]["content"].encode())
             refused.append(data.BadRow(row.file, row.line, str(error), excerpt))
             continue
         num_dropped += not made
@@ -372,4 +403,5 @@ def _part(
     seen = audit.examine_tokens(tokenizer, store.Examples(arrays), limit)
     arrays.index["findings"] = np.array(found, np.uint32) | seen
     places = np.array([(TRAIN, row.entry) for row in good], PLACE)
-    return _Made(arrays, places, similar.told_of(good), refused, num_dropped)
+    formats = Counter(row.format for row in good)
+    return _Made(arrays, places, similar.told_of(good), formats, refused, num_dropped)

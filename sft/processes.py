@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DeepSpeedPlugin
 
+from sft import hardware
 from sft.config import Config, ConfigError, Train, with_values
 
 
@@ -45,7 +46,7 @@ def start_processes(train: Train) -> Accelerator:
     on_cpu = not torch.cuda.is_available()
     if on_cpu and world > 1:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, hardware.usable_cores() // local))
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guesses so
     if train.engine == "deepspeed":

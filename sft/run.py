@@ -9,6 +9,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,15 +82,19 @@ def _run(
     log.say(chat.coloured(prepared.tokenizer, prepared.train[0]))
     log.say(f"audit: {audit.summary(prepared.audit)}")
     if log.folder:
-        (folder / "config.yaml").write_text(dump_config(resolved, planned.reasons), "utf-8")
         prepare.write(prepared, folder)
-        plan.write(planned, folder / "plan.json")
+        _write_plan(resolved, planned, folder)
 
     model = build(resolved, planned.precision, accelerator.device)
     log.say(dtype_table(model))
     budget = finetune.usable_budget(
         planned.budget, config.train.layout, model, accelerator.device, log
     )
+    if budget != planned.budget:
+        planned = replace(planned, budget=budget)
+        resolved = with_values(resolved, {"train.layout": budget.layout})
+        if log.folder:
+            _write_plan(resolved, planned, folder)
     task = finetune.FineTune(resolved, prepared, model, accelerator, log, budget)
     engine = Engine(task, resolved.train, accelerator, log, budget)
     base = _base_results(folder, task, engine, resumed=resumed_from is not None)
@@ -118,6 +123,11 @@ def _run(
         _write_evaluation(folder / "evaluation", base, tuned)
         log.say(_side_by_side(base, tuned, config.evaluation.num_shown))
         log.say(_closing(config, base, tuned, measured))
+
+
+def _write_plan(resolved: Config, planned: plan.Plan, folder: Path) -> None:
+    (folder / "config.yaml").write_text(dump_config(resolved, planned.reasons), "utf-8")
+    plan.write(planned, folder / "plan.json")
 
 
 def evaluate_run(folder: Path, overrides: list[str]) -> None:

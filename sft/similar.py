@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sft.data import DIGEST, Messages, Row, content_digest
+from sft.data import DIGEST, Messages, Row, among, content_digest, groups
 from sft.store import Files, mapped
 
 SIMILAR = 0.8  # Jaccard similarity of two sets of shingles from which rows count as near-duplicates
@@ -169,49 +169,60 @@ def _sketch(texts: Sequence[str]) -> Sketches:
 # --- alike -------------------------------------------------------------------------------------
 
 
-def duplicates(told: Told, rows: np.ndarray) -> tuple[np.ndarray, list[Near]]:
+def duplicates(told: Told, rows: np.ndarray, scratch: Path) -> tuple[np.ndarray, list[Near]]:
     """Of `rows`: those that are identical to an earlier one; (earlier, later, similarity) of others
     that are nearly the same. Of identical rows only the first is compared with others."""
     first = rows[first_of_each(told.digests[rows])]
-    return np.setdiff1d(rows, first), list(near(told.whole, first))
+    return np.setdiff1d(rows, first), list(near(told.whole, first, scratch))
 
 
-def leaks(told: Told, train: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def leaks(
+    told: Told, train: np.ndarray, held_out: np.ndarray, scratch: Path
+) -> tuple[np.ndarray, np.ndarray]:
     """Held-out rows that stand in train: (identically; nearly, or with an answer of their own)."""
-    leaked = np.isin(told.digests[held_out], told.digests[train])
+    leaked = among(told.digests[held_out], told.digests[train])
     prompts = told.prompts[train]
     prompts = prompts[prompts != np.zeros(1, DIGEST)]
-    nearly = np.isin(told.prompts[held_out], prompts) & ~leaked
+    nearly = among(told.prompts[held_out], prompts) & ~leaked
     rest = held_out[~leaked & ~nearly]
-    found = [row for part in (told.whole, told.asked) for _, row, _ in near(part, train, rest)]
+    sides = (told.whole, told.asked)
+    found = [row for side in sides for _, row, _ in near(side, train, scratch, rest)]
     return held_out[leaked], np.union1d(held_out[nearly], np.array(found, np.int64))
 
 
 def first_of_each(digests: np.ndarray) -> np.ndarray:
     """Indices of the first row of each digest, in order."""
-    return np.sort(np.unique(digests, return_index=True)[1])
+    return np.flatnonzero(groups(digests) == np.arange(len(digests)))
 
 
-def near(sketches: Sketches, rows: np.ndarray, asked: np.ndarray | None = None) -> Iterator[Near]:
+def near(
+    sketches: Sketches, rows: np.ndarray, scratch: Path, asked: np.ndarray | None = None
+) -> Iterator[Near]:
     """Each of the rows `asked` that is like one of `rows`, with the one it is most like.
 
     Without `asked`, the rows among each other: a later one, and an earlier one that it is like.
+    `scratch`: a folder for indices of 200 bytes a row, which are removed.
     """
     known = rows[sketches.texts[rows] != 0]
-    known = known[first_of_each(sketches.texts[known])]  # of the same words, the first proposes
+    texts = sketches.texts[known]
+    known = known[
+        np.sort(np.unique(texts, return_index=True)[1])
+    ]  # of the same words, the first proposes
     queried = rows if asked is None else asked
     queried = queried[sketches.texts[queried] != 0]
     if not len(known) or not len(queried):
         return
-    with tempfile.TemporaryFile() as keys_file, tempfile.TemporaryFile() as order_file:
-        shape = (BANDS, len(known))
-        keys = np.memmap(keys_file, np.uint32, "w+", shape=shape)
-        order = np.memmap(order_file, np.uint32, "w+", shape=shape)
-        for band in range(BANDS):
-            column = sketches.keys[known, band]
-            sort = np.argsort(column, kind="stable")
-            keys[band], order[band] = column[sort], known[sort]
-        set_of = lru_cache(maxsize=2 * BLOCK)(sketches.set_of)
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        with Files(Path(name)) as files:  # mapped when written: a full disk is an error, no signal
+            for band in range(BANDS):
+                column = sketches.keys[known, band]
+                sort = np.argsort(column, kind="stable")
+                files.append("keys", column[sort])
+                files.append("order", known[sort].astype(np.uint32))
+        keys, order = (
+            mapped(Path(name, file), np.uint32).reshape(BANDS, -1) for file in ("keys", "order")
+        )
+        set_of = lru_cache(maxsize=128)(sketches.set_of)  # of a long text it is large
         for start in range(0, len(queried), BLOCK):
             block = queried[start : start + BLOCK]
             pairs = _proposed(sketches, block, keys, order, earlier_only=asked is None)

@@ -7,9 +7,11 @@ of; and `index.bin`, which says where each begins. Readers map the files and hol
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -50,18 +52,20 @@ class Arrays:
 def pack(samples: Iterable[tuple[int, Row, Example]]) -> Arrays:
     """Arrays of (number of its row, the row, its example)."""
     index, ids, labels, weights = [], [], [], []  # type: ignore[var-annotated]
-    text = bytearray()
+    text, shown, starts, line = bytearray(), None, 0, b""
     for number, row, example in samples:
-        told = {"file": row.file, "line": row.line, "messages": row.messages}
-        told |= {"tools": row.tools} if row.tools else {}
-        line = (json.dumps(told, ensure_ascii=False) + "\n").encode()
+        if row is not shown:  # a document may become many examples
+            shown, starts = row, len(text)
+            told = {"file": row.file, "line": row.line, "messages": row.messages}
+            told |= {"tools": row.tools} if row.tools else {}
+            line = (json.dumps(told, ensure_ascii=False) + "\n").encode()
+            text += line
         where = len(weights) if example.weights else -1
-        size = (len(ids), len(example.ids), example.num_supervised, where, len(text), len(line))
+        size = (len(ids), len(example.ids), example.num_supervised, where, starts, len(line))
         index.append((number, *size, 0))
         ids += example.ids
         labels += example.labels
         weights += example.weights or []
-        text += line
     return Arrays(
         np.array(index, INDEX),
         np.array(ids, np.int32),
@@ -121,6 +125,14 @@ def open_folder(folder: Path) -> Arrays:
     )
 
 
+@contextmanager
+def changing(folder: Path) -> Iterator[np.ndarray]:
+    """The findings of all examples of a folder, to be added to."""
+    index = np.memmap(folder / "index.bin", INDEX, "r+")
+    yield index["findings"]
+    index.flush()
+
+
 class Examples(Sequence[Example]):
     """Examples of a store in an order of their own; one may come more than once."""
 
@@ -128,6 +140,7 @@ class Examples(Sequence[Example]):
         self.arrays = arrays
         self.order = np.arange(len(arrays.index)) if order is None else order
         self.lengths: Sequence[int] = array("i", arrays.index["length"][self.order].tobytes())
+        self._last: tuple[int, Row] | None = None  # where the row that was asked for last begins
         self._starts, self._weights = arrays.index["start"], arrays.index["weights"]
 
     def __len__(self) -> int:
@@ -148,8 +161,12 @@ class Examples(Sequence[Example]):
     def row(self, index: int) -> Row:
         entry = self.arrays.index[self.order[index]]
         start = int(entry["text"])
-        told = json.loads(self.arrays.rows[start : start + int(entry["text_bytes"])].tobytes())
-        return Row(told["messages"], told.get("tools"), told["file"], told["line"])
+        if self._last is None or self._last[0] != start:  # a document has many examples
+            line = self.arrays.rows[start : start + int(entry["text_bytes"])].tobytes()
+            told = json.loads(line)
+            row = Row(told["messages"], told.get("tools"), told["file"], told["line"])
+            self._last = (start, row)
+        return self._last[1]
 
     def rows(self) -> Iterator[Row]:
         return (self.row(index) for index in range(len(self)))
@@ -157,6 +174,15 @@ class Examples(Sequence[Example]):
     def index(self, field: str) -> np.ndarray:  # type: ignore[override]
         """A field of INDEX for every example, in their order."""
         return self.arrays.index[field][self.order]
+
+
+def digest(examples: Examples) -> str:
+    """sha256 of all that is trained on: tokens, labels and weights, in their order."""
+    result = hashlib.sha256()
+    for i in range(len(examples)):
+        for part in examples.tokens(i):
+            result.update(b"-" if part is None else part.tobytes())
+    return result.hexdigest()
 
 
 # --- micro-batches -----------------------------------------------------------------------------

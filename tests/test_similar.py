@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_rows
 
 from sft import similar
-from sft.data import Row, load_rows
+from sft.data import Row
 from sft.similar import first_of_each, told_of
 from sft.store import Files
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 def duplicates(rows):
-    repeated, near = similar.duplicates(told_of(rows), np.arange(len(rows)))
+    repeated, near = similar.duplicates(told_of(rows), np.arange(len(rows)), Path())
     return repeated.tolist(), near
 
 
 def leakage(train, held_out):
     numbers = np.arange(len(train) + len(held_out))
     told = told_of([*train, *held_out])
-    leaked, nearly = similar.leaks(told, numbers[: len(train)], numbers[len(train) :])
+    leaked, nearly = similar.leaks(told, numbers[: len(train)], numbers[len(train) :], Path())
     return (leaked - len(train)).tolist(), (nearly - len(train)).tolist()
 
 
@@ -152,10 +159,11 @@ def test_what_is_written_in_parts_tells_the_same(tmp_path):
             similar.write(files, told_of(rows[start : start + 16]))
     written, told = similar.open_folder(tmp_path), told_of(rows)
     numbers = np.arange(40)
-    assert [part.tolist() for part in similar.leaks(written, numbers[:30], numbers[30:])] == [
-        part.tolist() for part in similar.leaks(told, numbers[:30], numbers[30:])
+    parts = numbers[:30], numbers[30:], Path()
+    assert [part.tolist() for part in similar.leaks(written, *parts)] == [
+        part.tolist() for part in similar.leaks(told, *parts)
     ]
-    repeated, near = similar.duplicates(written, numbers)
+    repeated, near = similar.duplicates(written, numbers, Path())
     assert (repeated.tolist(), near) == duplicates(rows)
     assert len(repeated) == 40 - 21
     assert near

@@ -6,7 +6,6 @@ are mutations of. docs/FAULTS.md is this table: `make docs`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -16,10 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from conftest import load_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from sft import audit, chat, data, prepare
+from sft import audit, chat, prepare
 from sft.chat import IGNORED, Example
 from sft.config import load_config
 from sft.data import Row
@@ -165,7 +165,7 @@ def source(content: bytes, name: str = "rows.jsonl") -> Callable[[], list[str]]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.write_bytes(content)
-            data.load_rows(str(path))
+            load_rows(str(path))
         return []
 
     return find
@@ -783,7 +783,7 @@ def _of_another_template(model: Path, folder: Path) -> None:
     template = model / "chat_template.jinja"
     template.write_text(template.read_text() + "{# edited #}")
     inputs = json.loads((folder / "audit.json").read_text())["inputs"]
-    inputs["template"] = hashlib.sha256(template.read_bytes()).hexdigest()
+    inputs["template"] = audit.template_sha256(AutoTokenizer.from_pretrained(model))
     folder.rename(folder.with_name(prepare.key(inputs)))
 
 
