@@ -24,6 +24,8 @@ def main() -> int:
         console.print(facts(part.replace("_", " "), rows))
         if told["problems"]:
             console.print(audit.table(told))
+    formats = (f"{count:,} {name}" for name, count in prepared.audit["formats"].items())
+    console.print(f"formats of the rows: {', '.join(formats)}")
     for what, why in (("rejected", "on_bad_row"), ("dropped", "on_long")):
         if count := prepared.audit[what]:
             console.print(f"{count:,} rows {what} (data.{why}: {getattr(config.data, why)})")

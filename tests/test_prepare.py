@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import psutil
 import pytest
 from conftest import ROOT, clean_environment
@@ -378,6 +379,23 @@ def test_a_file_that_changes_while_it_is_read_is_told(material, monkeypatch):
     monkeypatch.setattr(prepare, "_write_rows", meanwhile)
     with pytest.raises(DataError, match=r"data.train_path changed while they were read"):
         prepare.prepare(given)
+
+
+def test_a_dataset_of_the_hub_is_keyed_by_its_content(material, monkeypatch):
+    answers = ["one", "two", "three", "four"]
+
+    def load(name, config, split):
+        turns = [{"prompt": f"say {n}", "completion": a} for n, a in enumerate(answers)]
+        return datasets.Dataset.from_list(turns)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    given = config("data.train_path=owner/name")
+    first = prepare.prepare(given)
+    assert len(first.train) == 4
+    assert first.train.row(1).place == "owner/name:2"
+    assert prepare.prepare(given).folder == first.folder
+    answers[1] = "too"
+    assert prepare.prepare(given).folder != first.folder
 
 
 def test_a_killed_worker_is_one_message(material, monkeypatch):
