@@ -529,11 +529,8 @@ REAL = {  # file, more overrides, kinds that are found and right
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tokenizer", ["qwen2.5-instruct", "minimind", "stories260K"])
-@pytest.mark.parametrize("name", REAL)
-def test_real_data_have_no_error(shared, tmp_path, name, tokenizer):
-    file, overrides, expected = REAL[name]
+def real_model(shared: Path, tmp_path: Path, tokenizer: str) -> Path:
+    """A model folder with that tokenizer and room for long rows."""
     folder = shared / ("models" if tokenizer == "stories260K" else "data/tokenizers") / tokenizer
     model = tmp_path / "model"
     model.mkdir()
@@ -542,8 +539,38 @@ def test_real_data_have_no_error(shared, tmp_path, name, tokenizer):
             (model / part).symlink_to(folder / part)
     settings = {"model_type": "llama", "max_position_embeddings": 100_000}
     (model / "config.json").write_text(json.dumps(settings))
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["error", "drop", "truncate_left_turns", "truncate"])
+def test_the_longest_real_row_gets_what_the_policy_says(shared, tmp_path, policy):
+    """11,561 tokens with its tools; the answer stands behind the limit."""
     given = config(
-        f"model.name={model}",
+        f"model.name={real_model(shared, tmp_path, 'qwen2.5-instruct')}",
+        f"data.train_path={shared}/data/chat/glaive_toolcall_en_demo.json",
+        "data.eval_path=null",
+        "data.max_seq_len=4096",
+        "data.audit=warn",
+        f"data.on_long={policy}",
+    )
+    prepared = prepare.prepare(given)
+    told, long = prepared.audit["train"], {"too_long": 1, "length_outlier": 1}
+    is_kept = policy in ("error", "truncate_left_turns")  # its last exchange is as long by itself
+    assert {kind: told["problems"].get(kind, {"count": 0})["count"] for kind in long} == (
+        long if is_kept else dict.fromkeys(long, 0)
+    )
+    assert told["longest"] == (11_561 if is_kept else 1910)
+    assert prepared.audit["dropped"] == (not is_kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["qwen2.5-instruct", "minimind", "stories260K"])
+@pytest.mark.parametrize("name", REAL)
+def test_real_data_have_no_error(shared, tmp_path, name, tokenizer):
+    file, overrides, expected = REAL[name]
+    given = config(
+        f"model.name={real_model(shared, tmp_path, tokenizer)}",
         f"data.train_path={shared}/data/{file}",
         "data.eval_path=null",
         "data.max_seq_len=100000",
