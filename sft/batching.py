@@ -86,22 +86,37 @@ def cut(
 def _cut_padded(
     ordered: Sequence[int], lengths: Sequence[int], num_ranks: int, budget: Budget
 ) -> list[list[MicroBatch]]:
-    """Likes together over all ranks: runs of the sorted examples, under the smallest budget that
-    needs no more micro-batches than the cheapest. So padding is little and all are as large."""
-    cheapest = _cheapest(ordered, lengths, budget)
-    most = math.ceil(len(cheapest) / num_ranks)
+    """Likes together over all ranks: runs of the sorted examples, as few as the budget allows; or,
+    if one more has a cost, what takes the slowest rank the least time."""
+    few = _even(ordered, lengths, num_ranks, budget, len(_fill(ordered, lengths, budget)))
+    cost = budget.micro_batch_cost
+    if cost is None:
+        return few
+    cheapest = _cheapest(ordered, lengths, budget, cost)
+    more = _even(ordered, lengths, num_ranks, budget, len(cheapest))
+    return min(
+        (few, more, _shared_out(cheapest, lengths, num_ranks)),
+        key=lambda ranks: max(_cost(lengths, rank, cost) for rank in ranks),
+    )
+
+
+def _even(
+    ordered: Sequence[int],
+    lengths: Sequence[int],
+    num_ranks: int,
+    budget: Budget,
+    num_micro_batches: int,
+) -> list[list[MicroBatch]]:
+    """Under the smallest budget that needs no more: so padding is little and all are as large."""
+    most = math.ceil(num_micro_batches / num_ranks) * num_ranks
     low, high = 1, budget.max_tokens
     while low < high:
         middle = (low + high) // 2
-        if len(_fill(ordered, lengths, Budget(middle, "padded"))) <= most * num_ranks:
+        if len(_fill(ordered, lengths, Budget(middle, "padded"))) <= most:
             high = middle
         else:
             low = middle + 1
-    even = _shared_out(_fill(ordered, lengths, Budget(high, "padded")), lengths, num_ranks)
-    if budget.micro_batch_cost is None:
-        return even
-    uneven = _shared_out(cheapest, lengths, num_ranks)
-    return min(even, uneven, key=lambda ranks: max(_cost(lengths, rank, 0) for rank in ranks))
+    return _shared_out(_fill(ordered, lengths, Budget(high, "padded")), lengths, num_ranks)
 
 
 def _shared_out(
@@ -118,12 +133,11 @@ def _shared_out(
     return [rank + [[] for _ in range(most - len(rank))] for rank in ranks]
 
 
-def _cheapest(ordered: Sequence[int], lengths: Sequence[int], budget: Budget) -> list[MicroBatch]:
+def _cheapest(
+    ordered: Sequence[int], lengths: Sequence[int], budget: Budget, cost: int
+) -> list[MicroBatch]:
     """Of the fillings under the budget and under ever smaller ones, that of the least cost."""
     runs = best = _fill(ordered, lengths, budget)
-    cost = budget.micro_batch_cost
-    if cost is None:
-        return best
     size, least = budget.max_tokens, _cost(lengths, best, cost)
     while len(runs) < len(ordered) and size > 1:
         size = size * 3 // 4
