@@ -48,8 +48,9 @@ def main() -> None:
 
     folder = args.shared / "data/tokenizers/qwen2.5-instruct"
     tokenizer = chat.prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
-    rows = list(data.read_all(str(args.shared / "data/instruct/gsm8k_train.jsonl")))
-    lengths = [len(chat.render(tokenizer, row.messages).ids) for row in rows]  # type: ignore[union-attr]
+    read = data.read_all(str(args.shared / "data/instruct/gsm8k_train.jsonl"))
+    rows = [row for row in read if isinstance(row, data.Row)]
+    lengths = [len(chat.render(tokenizer, row.messages).ids) for row in rows]
     cases: list[tuple[str, batching.Layout | None]] = [
         ("ours, packed", "packed"),
         ("ours, padded", "padded"),
