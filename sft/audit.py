@@ -15,7 +15,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
 from functools import lru_cache
 from html import escape
 from itertools import groupby
@@ -441,9 +440,9 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of the chat template, or of all if there are several; of the day, too, where it is told."""
-    text = json.dumps(tokenizer.chat_template, sort_keys=True)
-    return _sha256(text + (str(date.today()) if "strftime_now" in text else ""))
+    """Of the chat template, or of all if there are several. Not of the day that some templates
+    write: a run that is resumed after midnight goes on with the rows as they were prepared."""
+    return _sha256(json.dumps(tokenizer.chat_template, sort_keys=True))
 
 
 # --- what people see ---------------------------------------------------------------------------

@@ -28,8 +28,8 @@ from sft.prepare import Prepared
 
 MARGIN = 0.15  # of the available memory stays free: fragmentation, workspaces, other programs
 SATURATING_TOKENS = {"cpu": 2048, "cuda": 16384}  # a larger micro-batch is no faster
-# What one more micro-batch costs, in tokens; measured by benchmarks/throughput.py. On a GPU it has
-# not been measured: as few as the budget allows.
+# What one more micro-batch costs, in tokens (docs/LOG.md has the measurement). On a GPU it has not
+# been measured: as few as the budget allows.
 MICRO_BATCH_COST = {"cpu": 64, "cuda": None}
 NF4_BYTES = 0.516  # per weight: 4 bits and the double-quantised scale of each block of 64
 ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.05, "paged_adamw_8bit": 2.05}

@@ -269,8 +269,9 @@ def _decide(
     places = store.mapped(folder / ROWS / "places.bin", PLACE)
     told = similar.open_folder(folder / ROWS)
     arrays = store.open_folder(folder)
+    numbers = arrays.index["row"].copy()  # of the rows of all examples, in one piece
     is_kept = np.zeros(len(places), bool)  # not dropped
-    is_kept[arrays.index["row"]] = True
+    is_kept[numbers] = True
     train = np.flatnonzero((places["part"] == TRAIN) & is_kept)
     if settings.duplicates == "drop":
         train = train[similar.first_of_each(told.digests[train])]
@@ -283,7 +284,7 @@ def _decide(
         mixed = train[data.mix(places["entry"][train], settings.mix, seed)]
         train = np.unique(mixed)
     parts = {"train": mixed, "held_out": held_out}
-    orders = {name: _examples_of(arrays.index["row"], rows) for name, rows in parts.items()}
+    orders = {name: _examples_of(numbers, rows) for name, rows in parts.items()}
     if not all(map(len, orders.values())):
         raise data.DataError(
             f"nothing is left to {'hold out' if len(mixed) else 'train on'}: "
@@ -295,7 +296,7 @@ def _decide(
             repeated, near = similar.duplicates(told, rows, folder)
             likes = np.array([later for _, later, _ in near], np.int64)
             for kind, chosen in (("duplicate", repeated), ("near_duplicate", likes)):
-                findings[_examples_of(arrays.index["row"], chosen)] |= audit.bits([kind])
+                findings[_examples_of(numbers, chosen)] |= audit.bits([kind])
             order = orders[name]
             far = audit.outliers(arrays.index["length"][order])
             findings[order[far]] |= audit.bits(["length_outlier"])
@@ -303,7 +304,7 @@ def _decide(
             ("leaked", "near_leak"), similar.leaks(told, train, held_out, folder), strict=True
         )
         for kind, chosen in pairs:
-            findings[_examples_of(arrays.index["row"], chosen)] |= audit.bits([kind])
+            findings[_examples_of(numbers, chosen)] |= audit.bits([kind])
     audited: dict[str, Any] = {}
     for name, order in orders.items():
         order.tofile(folder / f"{name}.bin")

@@ -41,9 +41,6 @@ class Sketches:
     ends: np.ndarray  # (n,) int64: where the shingles of each text end
     shingles: np.ndarray  # uint32, of all texts
 
-    def __len__(self) -> int:
-        return len(self.texts)
-
     def set_of(self, index: int) -> frozenset[int]:
         start = int(self.ends[index - 1]) if index else 0
         return frozenset(self.shingles[start : int(self.ends[index])].tolist())

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import psutil
 import pytest
 from conftest import ROOT, clean_environment
 from filelock import FileLock
+from transformers.utils import chat_template_utils
 
 from sft import audit, chat, prepare
 from sft.config import Config, Data, load_config, with_values
@@ -358,13 +360,18 @@ def test_what_fails_half_way_leaves_nothing_that_looks_prepared(material, monkey
     assert not killed.exists()
 
 
-def test_a_day_in_the_template_is_in_the_key(material):
-    edit(material / "model/chat_template.jinja", "{% for", "{{ strftime_now('%d') }}{% for")
-    tokenizer = load_tokenizer(config(f"model.name={material}/model").model)
-    today = audit.template_sha256(tokenizer)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(audit, "date", SimpleNamespace(today=lambda: "2030-01-01"))
-        assert audit.template_sha256(tokenizer) != today
+def test_the_day_that_a_template_writes_is_that_of_preparing(material, monkeypatch):
+    """Else a run could not be resumed after midnight."""
+    edit(material / "model/chat_template.jinja", "{% for", "{{ strftime_now('%Y') }}{% for")
+    given = config(f"model.name={material}/model", *rows(material / "a.jsonl", *map(str, range(6))))
+    first = prepare.prepare(given)
+    later = SimpleNamespace(now=lambda: datetime(2099, 1, 1))
+    monkeypatch.setattr(chat_template_utils, "datetime", later)
+    second = prepare.prepare(given)
+    assert second.folder == first.folder
+    assert list(second.train) == list(first.train)
+    anew = prepare.prepare(with_values(given, {"data.cache_dir": "other"}))
+    assert list(anew.train) != list(first.train)  # the clock was really another
 
 
 def test_a_file_that_changes_while_it_is_read_is_told(material, monkeypatch):
