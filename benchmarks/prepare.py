@@ -4,7 +4,8 @@
 
 Rows of random words of GSM8K with the Qwen2.5 tokenizer. Against `datasets.map` with the same
 tokenizer and template on as many processes, which tokenises and no more: no labels, no audit, no
-search for duplicates. Peak memory is that of the largest process, without files that it has mapped.
+search for duplicates. Peak memory is that of the largest process: its own, and its resident set,
+which counts what it has mapped of files and libraries too.
 The last lines are `audit.examine_tokens` alone on one core: what is checked of cached tokens.
 """
 
@@ -62,19 +63,23 @@ def peer(rows: Path, model: Path, work: Path) -> None:
     loaded.map(tokenise, num_proc=CORES)
 
 
-def measured(name: str, rows: Path, model: Path) -> tuple[float, float]:
-    """Seconds, and the peak memory (GiB) of the largest process."""
+def measured(name: str, rows: Path, model: Path) -> dict[str, float]:
+    """Seconds, and peaks (GiB) of the largest process: of its own memory, of its resident set."""
     with tempfile.TemporaryDirectory(dir=rows.parent) as work:
         command = [sys.executable, __file__, "--one", name, str(rows), str(model), work]
         environment = {**os.environ, "PYTHONPATH": ".", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-        started, peak = time.perf_counter(), 0
+        started, peaks = time.perf_counter(), {"RssAnon": 0, "VmRSS": 0}
         process = subprocess.Popen(command, env=environment)
         while process.poll() is None:
-            peak = max(peak, *map(anonymous, tree(process.pid)))
+            for pid in tree(process.pid):
+                for field, peak in peaks.items():
+                    peaks[field] = max(peak, memory(pid, field))
             time.sleep(0.05)
         if process.returncode:
             raise SystemExit(f"{name} failed")
-        return time.perf_counter() - started, peak / 2**20
+        own, resident = (peak / 2**20 for peak in peaks.values())
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "peak_own_gib": own, "peak_resident_gib": resident}
 
 
 def tree(pid: int) -> list[int]:
@@ -84,13 +89,13 @@ def tree(pid: int) -> list[int]:
         return [pid]
 
 
-def anonymous(pid: int) -> int:
-    """KiB of a process's own memory."""
+def memory(pid: int, field: str) -> int:
+    """KiB of a process's memory."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
+    return next((int(line.split()[1]) for line in lines if line.startswith(field)), 0)
 
 
 def collated(rows: Path, model: Path) -> float:
@@ -121,7 +126,7 @@ def main() -> None:
     gsm8k = (args.shared / "data/instruct/gsm8k_train.jsonl").read_text("utf-8")
     words = sorted({w for line in gsm8k.splitlines() for w in json.loads(line)["question"].split()})
     results, table = [], Table(box=None, pad_edge=False)
-    for column in ("rows", "what", "seconds", "rows/s", "peak memory, GiB"):
+    for column in ("rows", "what", "seconds", "rows/s", "peak own, GiB", "peak resident, GiB"):
         table.add_column(column, justify="left" if column == "what" else "right")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
@@ -134,11 +139,11 @@ def main() -> None:
             rows = Path(folder, f"{number}.jsonl")
             write_rows(rows, number, words)
             for name in ("ours", "datasets.map"):
-                seconds, peak = measured(name, rows, model)
-                result = {"rows": number, "what": name, "seconds": seconds, "peak_gib": peak}
-                results.append(result)
-                speed = f"{number / seconds:,.0f}"
-                table.add_row(f"{number:,}", name, f"{seconds:.1f}", speed, f"{peak:.2f}")
+                result = measured(name, rows, model)
+                results.append({"rows": number, "what": name, **result})
+                seconds, own, resident = result.values()
+                told = (f"{seconds:.1f}", f"{number / seconds:,.0f}", f"{own:.2f}")
+                table.add_row(f"{number:,}", name, *told, f"{resident:.2f}")
         speed = collated(Path(folder, f"{min(args.rows)}.jsonl"), model)
     console = make_console()
     console.print(table)

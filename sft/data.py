@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
+from sft.arrays import Scratch, blocks
 from sft.config import Data, UserError
 from sft.formats import (
     TEXT,
@@ -607,77 +608,61 @@ def content_digest(row: Row) -> bytes:
     return hashlib.sha256(content.encode()).digest()[:16]
 
 
-def mix(entries: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
+def mix(entries: np.ndarray, weights: list[float], seed: int, scratch: Scratch) -> np.ndarray:
     """Indices of rows of these entries, each as often as its entry's weight says: 2 is twice, 0.5
     a seeded half of the rows.
 
     Which rows the fraction takes is a function of (seed, entry, index in the entry) alone.
     """
+
+    def rows_of(entry: int) -> np.ndarray:
+        return scratch.where(len(entries), lambda block: entries[block] == entry)
+
     result = []
     for entry, weight in enumerate(weights):
-        mine = np.flatnonzero(entries == entry)
-        draws = _draws(b"%d:%d:%d" % (seed, entry, n) for n in range(len(mine)))
-        part = np.sort(np.argsort(draws, kind="stable")[: round(weight % 1 * len(mine))])
-        result += [mine] * int(weight) + [mine[part]]
-    return np.concatenate(result)
+        mine = rows_of(entry)
+        drawn = _drawn((b"%d:%d:%d" % (seed, entry, n) for n in range(len(mine))), scratch)
+        part = scratch.distinct([drawn[: round(weight % 1 * len(mine))]], np.int64)
+        result += [mine] * int(weight) + [scratch.take(mine, part)]
+    return scratch.keep(result, np.int64)
 
 
-def split(digests: np.ndarray, eval_fraction: float, seed: int) -> np.ndarray:
+def split(digests: np.ndarray, eval_fraction: float, seed: int, scratch: Scratch) -> np.ndarray:
     """Which rows (n, bool) are held out: a function of content and seed.
 
     Rows with identical content stay together, so no held-out row was trained on; the held-out part
     can therefore be somewhat smaller than asked for.
     """
     if not eval_fraction:
-        return np.zeros(len(digests), bool)
-    group = groups(digests)
-    first = np.flatnonzero(group == np.arange(len(group)))  # of each content
+        return scratch.zeros(len(digests), bool)
+    group, sizes = scratch.groups(digests), scratch.zeros(len(digests), np.int64)
+    for block in blocks(len(group)):
+        np.add.at(sizes, group[block], 1)
+    first = scratch.where(len(sizes), lambda block: sizes[block] > 0)  # of each content
     if len(first) < 2:
         raise DataError(
             f"holding out data.eval_fraction={eval_fraction:g} needs two different rows, found "
             f"{len(first)}; give data.eval_path, or more rows"
         )
-    draws = _draws(b"%d:" % seed + bytes(digests[row]) for row in first)
-    drawn = first[np.argsort(draws, kind="stable")]
-    sizes = np.bincount(group)
+    texts = (b"%d:" % seed + bytes(digests[n]) for b in blocks(len(first)) for n in first[b])
+    drawn = scratch.take(first, _drawn(texts, scratch))
     wanted = min(round(eval_fraction * len(digests)), len(digests) - 1)
-    held, num_held = np.zeros(len(digests), bool), 0
-    for row in drawn:
-        if num_held + sizes[row] <= wanted:
-            held[row], num_held = True, num_held + sizes[row]
+    held, num_held, smallest = scratch.zeros(len(digests), bool), 0, drawn[0]
+    for block in blocks(len(drawn)):
+        for row in drawn[block]:
+            smallest = row if sizes[row] < sizes[smallest] else smallest
+            if num_held + sizes[row] <= wanted:
+                held[row], num_held = True, num_held + sizes[row]
         if num_held == wanted:
             break
-    held[drawn[np.argmin(sizes[drawn])]] |= not num_held
-    return held[group]
+    held[smallest] |= not num_held
+    return scratch.take(held, group)
 
 
-def groups(digests: np.ndarray) -> np.ndarray:
-    """(n,) int64: the first row that has the digest of each."""
-    result = np.empty(len(digests), np.int64)
-    for rows in _buckets(digests):
-        _, first, same = np.unique(digests[rows], return_index=True, return_inverse=True)
-        result[rows] = rows[first][same]
-    return result
-
-
-def among(digests: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(n,) bool: whether each digest is one of `others`."""
-    result = np.zeros(len(digests), bool)
-    for rows, known in zip(_buckets(digests), _buckets(others), strict=True):
-        result[rows] = np.isin(digests[rows], others[known])
-    return result
-
-
-def _buckets(digests: np.ndarray) -> Iterator[np.ndarray]:
-    """Indices of the digests in 64 parts, by their first byte: what is sorted stays small."""
-    first = np.ascontiguousarray(digests).view(np.uint8)[:: digests.itemsize]
-    return (np.flatnonzero(first % 64 == part) for part in range(64))
-
-
-def _draws(texts: Iterable[bytes]) -> np.ndarray:
-    """A random number (uint64) for each text, the same at all times."""
+def _drawn(texts: Iterable[bytes], scratch: Scratch) -> np.ndarray:
+    """Indices of the texts in a random order, the same at all times."""
     hashed = (int.from_bytes(hashlib.sha256(text).digest()[:8]) for text in texts)
-    return np.fromiter(hashed, np.uint64)
+    return scratch.ranked(scratch.collect(hashed, ">u8"))["index"]
 
 
 def num_rows(path: str | list[str]) -> int | None:

@@ -32,6 +32,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from sft import audit, chat, checkpoint, data, hardware, model, similar, store
+from sft.arrays import Files, Scratch, blocks, mapped
 from sft.audit import Sample
 from sft.config import Config, Data
 from sft.log import bar, make_console
@@ -41,7 +42,8 @@ KEPT = 16  # folders in the cache
 AT_ONCE = 256  # rows that a worker takes at a time
 PLACE = np.dtype([("part", "u1"), ("entry", "u2")])  # of a row
 TRAIN, HELD_OUT = 0, 1  # parts
-CODE = ("formats", "data", "chat", "similar", "store", "audit", "prepare")
+ORDER = np.dtype([("example", np.int64), ("length", np.int32)])  # of what a part uses: its number
+CODE = ("arrays", "formats", "data", "chat", "similar", "store", "audit", "prepare")
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets", "numpy")
 
 
@@ -110,13 +112,15 @@ def _told_as_data_error(cache: Path) -> Iterator[None]:
 
 def _open(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     arrays, audited = store.open_folder(folder), (folder / "audit.json").read_text("utf-8")
-    train, held_out = (
-        store.Examples(arrays, store.mapped(folder / f"{part}.bin", np.int64))
-        for part in ("train", "held_out")
-    )
-    rejected = store.mapped(folder / "rejected.jsonl", np.uint8)
+    train, held_out = (_examples(folder, arrays, part) for part in ("train", "held_out"))
+    rejected = mapped(folder / "rejected.jsonl", np.uint8)
     os.utime(folder)
     return Prepared(tokenizer, train, held_out, json.loads(audited), rejected, folder)
+
+
+def _examples(folder: Path, arrays: store.Arrays, part: str) -> store.Examples:
+    order = mapped(folder / f"{part}.bin", ORDER)
+    return store.Examples(arrays, order["example"], order["length"])
 
 
 def _prune(cache: Path) -> None:
@@ -226,8 +230,8 @@ def _write_rows(config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path
     (folder / ROWS).mkdir()
     with (
         (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected,
-        store.Files(folder) as files,
-        store.Files(folder / ROWS) as own,
+        Files(folder) as files,
+        Files(folder / ROWS) as own,
         bar(make_console(), "prepare", _num_rows(settings, paths)) as advance,
     ):
         for part, path in enumerate(paths):
@@ -263,58 +267,79 @@ def _num_rows(settings: Data, paths: list[str | list[str]]) -> int | None:
 def _decide(
     config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path, counts: _Counts
 ) -> dict[str, Any]:
-    """Which examples are trained on and which are held out (train.bin, held_out.bin: indices in
-    the store), and what only all rows together tell; returns what audit.json holds."""
-    settings, seed = config.data, config.train.seed
-    places = store.mapped(folder / ROWS / "places.bin", PLACE)
+    """Which examples are trained on and which are held out (train.bin, held_out.bin), and what only
+    all rows together tell; returns what audit.json holds."""
+    settings, seed, scratch = config.data, config.train.seed, Scratch(folder)
+    places = mapped(folder / ROWS / "places.bin", PLACE)
     told = similar.open_folder(folder / ROWS)
     arrays = store.open_folder(folder)
-    numbers = arrays.index["row"].copy()  # of the rows of all examples, in one piece
-    is_kept = np.zeros(len(places), bool)  # not dropped
-    is_kept[numbers] = True
-    train = np.flatnonzero((places["part"] == TRAIN) & is_kept)
+    numbers = scratch.keep([arrays.index["row"]], np.int64)  # of the rows of all examples
+    is_kept = scratch.zeros(len(places), bool)  # not dropped
+    for block in blocks(len(numbers)):
+        is_kept[numbers[block]] = True
+
+    def rows_of(part: int) -> np.ndarray:
+        return scratch.where(len(places), lambda b: (places["part"][b] == part) & is_kept[b])
+
+    train, held_out = rows_of(TRAIN), rows_of(HELD_OUT)
     if settings.duplicates == "drop":
-        train = train[similar.first_of_each(told.digests[train])]
-    held_out = np.flatnonzero((places["part"] == HELD_OUT) & is_kept)
+        is_first = scratch.firsts(scratch.take(told.digests, train))
+        train = scratch.select(train, lambda block: is_first[block])
     if not settings.eval_path and len(train):
-        held = data.split(told.digests[train], settings.eval_fraction, seed)
-        train, held_out = train[~held], train[held]
+        digests = scratch.take(told.digests, train)
+        held = data.split(digests, settings.eval_fraction, seed, scratch)
+        held_out = scratch.select(train, lambda block: held[block])
+        train = scratch.select(train, lambda block: ~held[block])
     mixed = train
     if settings.mix:
-        mixed = train[data.mix(places["entry"][train], settings.mix, seed)]
-        train = np.unique(mixed)
-    parts = {"train": mixed, "held_out": held_out}
-    orders = {name: _examples_of(numbers, rows) for name, rows in parts.items()}
-    if not all(map(len, orders.values())):
-        raise data.DataError(
-            f"nothing is left to {'hold out' if len(mixed) else 'train on'}: "
-            f"{counts.rejected} rows rejected (data.on_bad_row), "
-            f"{counts.dropped} dropped (data.on_long)"
-        )
-    with store.changing(folder) as findings:
-        for name, rows in (("train", train), ("held_out", held_out)):
-            repeated, near = similar.duplicates(told, rows, folder)
-            likes = np.array([later for _, later, _ in near], np.int64)
-            for kind, chosen in (("duplicate", repeated), ("near_duplicate", likes)):
-                findings[_examples_of(numbers, chosen)] |= audit.bits([kind])
-            order = orders[name]
-            far = audit.outliers(arrays.index["length"][order])
-            findings[order[far]] |= audit.bits(["length_outlier"])
-        pairs = zip(
-            ("leaked", "near_leak"), similar.leaks(told, train, held_out, folder), strict=True
-        )
-        for kind, chosen in pairs:
-            findings[_examples_of(numbers, chosen)] |= audit.bits([kind])
-    audited: dict[str, Any] = {}
-    for name, order in orders.items():
-        order.tofile(folder / f"{name}.bin")
-        examples = store.Examples(arrays, order)
-        audited[name] = audit.report(tokenizer, examples, max_length(config))
+        entries = scratch.take(places["entry"], train)
+        mixed = scratch.take(train, data.mix(entries, settings.mix, seed, scratch))
+        train = scratch.distinct([mixed], np.int64)
+
+    def examples_of(rows: np.ndarray) -> Iterator[np.ndarray]:
+        return (_examples_of(numbers, rows[b]) for b in blocks(len(rows)))
+
+    with Files(folder) as files:
+        for part, rows in (("train", mixed), ("held_out", held_out)):
+            if not len(rows):
+                raise data.DataError(
+                    f"nothing is left to {'train on' if part == 'train' else 'hold out'}: "
+                    f"{counts.rejected} rows rejected (data.on_bad_row), "
+                    f"{counts.dropped} dropped (data.on_long)"
+                )
+            for found in examples_of(rows):
+                order = np.empty(len(found), ORDER)
+                order["example"], order["length"] = found, arrays.index["length"][found]
+                files.append(f"{part}.bin", order)
+    findings = store.findings(folder)
+
+    def mark(kind: str, rows: np.ndarray) -> None:
+        for found in examples_of(rows):
+            findings[found] |= audit.bits([kind])
+
+    for part, rows in (("train", train), ("held_out", held_out)):
+        repeated, near = similar.duplicates(told, rows, scratch)
+        mark("duplicate", repeated)
+        mark("near_duplicate", near["later"])
+        order = mapped(folder / f"{part}.bin", ORDER)
+        longest = audit.longest_usual(scratch.keep([order["length"]], np.int32))
+        for block in blocks(len(order)):
+            far = order["example"][block][order["length"][block] > longest]
+            findings[far] |= audit.bits(["length_outlier"])
+    for kind, rows in zip(
+        ("leaked", "near_leak"), similar.leaks(told, train, held_out, scratch), strict=True
+    ):
+        mark(kind, rows)
+    parts = {part: _examples(folder, arrays, part) for part in ("train", "held_out")}
+    audited: dict[str, Any] = {
+        part: audit.report(tokenizer, examples, max_length(config), scratch)
+        for part, examples in parts.items()
+    }
     return audited | {
         "rejected": counts.rejected,
         "dropped": counts.dropped,
         "formats": dict(counts.formats.most_common()),
-        "data_sha256": store.digest(store.Examples(arrays, orders["train"])),
+        "data_sha256": store.digest(parts["train"]),
     }
 
 

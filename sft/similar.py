@@ -10,26 +10,26 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
 
-from sft.data import DIGEST, Messages, Row, among, content_digest, groups
-from sft.store import Files, mapped
+from sft.arrays import Files, Scratch, blocks, mapped
+from sft.data import DIGEST, Messages, Row, content_digest
 
 SIMILAR = 0.8  # Jaccard similarity of two sets of shingles from which rows count as near-duplicates
 SHINGLE = 5  # words
 BANDS, DEPTH = 25, 5  # of MinHash: a pair at 0.8 is missed with probability 5e-5
 BUCKET = 10  # texts that a key proposes: bounds the time on rows made from few templates
-BLOCK = 4096  # rows compared at a time
+HALF, LOW = np.uint64(32), np.uint64(0xFFFFFFFF)  # of a key or row, and a row, in one number
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
 
-Near = tuple[int, int, float]  # row, a later (or asked) row like it, similarity
+# a row, a later (or asked) row like it, how much alike
+NEAR = np.dtype([("earlier", np.int64), ("later", np.int64), ("similarity", np.float64)])
 
 
 @dataclass(frozen=True)
@@ -166,91 +166,92 @@ def _sketch(texts: Sequence[str]) -> Sketches:
 # --- alike -------------------------------------------------------------------------------------
 
 
-def duplicates(told: Told, rows: np.ndarray, scratch: Path) -> tuple[np.ndarray, list[Near]]:
-    """Of `rows`: those that are identical to an earlier one; (earlier, later, similarity) of others
-    that are nearly the same. Of identical rows only the first is compared with others."""
-    first = rows[first_of_each(told.digests[rows])]
-    return np.setdiff1d(rows, first), list(near(told.whole, first, scratch))
+def duplicates(told: Told, rows: np.ndarray, scratch: Scratch) -> tuple[np.ndarray, np.ndarray]:
+    """Of `rows`: those that are identical to an earlier one; and of NEAR, others that are nearly
+    the same as an earlier one. Of identical rows only the first is compared with others."""
+    is_first = scratch.firsts(scratch.take(told.digests, rows))
+    first = scratch.select(rows, lambda block: is_first[block])
+    return scratch.select(rows, lambda block: ~is_first[block]), near(told.whole, first, scratch)
 
 
 def leaks(
-    told: Told, train: np.ndarray, held_out: np.ndarray, scratch: Path
+    told: Told, train: np.ndarray, held_out: np.ndarray, scratch: Scratch
 ) -> tuple[np.ndarray, np.ndarray]:
     """Held-out rows that stand in train: (identically; nearly, or with an answer of their own)."""
-    leaked = among(told.digests[held_out], told.digests[train])
-    prompts = told.prompts[train]
-    prompts = prompts[prompts != np.zeros(1, DIGEST)]
-    nearly = among(told.prompts[held_out], prompts) & ~leaked
-    rest = held_out[~leaked & ~nearly]
-    sides = (told.whole, told.asked)
-    found = [row for side in sides for _, row, _ in near(side, train, scratch, rest)]
-    return held_out[leaked], np.union1d(held_out[nearly], np.array(found, np.int64))
 
+    def stands_in_train(digests: np.ndarray) -> np.ndarray:
+        return scratch.among(scratch.take(digests, held_out), scratch.take(digests, train))
 
-def first_of_each(digests: np.ndarray) -> np.ndarray:
-    """Indices of the first row of each digest, in order."""
-    return np.flatnonzero(groups(digests) == np.arange(len(digests)))
+    leaked, prompted = stands_in_train(told.digests), stands_in_train(told.prompts)
+
+    def is_nearly(block: slice) -> np.ndarray:
+        has_prompt = told.prompts[held_out[block]] != np.zeros(1, DIGEST)
+        return ~leaked[block] & prompted[block] & has_prompt
+
+    nearly = scratch.select(held_out, is_nearly)
+    rest = scratch.select(held_out, lambda block: ~leaked[block] & ~is_nearly(block))
+    found = (near(side, train, scratch, rest)["later"] for side in (told.whole, told.asked))
+    leaked_rows = scratch.select(held_out, lambda block: leaked[block])
+    return leaked_rows, scratch.distinct([nearly, *found], np.int64)
 
 
 def near(
-    sketches: Sketches, rows: np.ndarray, scratch: Path, asked: np.ndarray | None = None
-) -> Iterator[Near]:
-    """Each of the rows `asked` that is like one of `rows`, with the one it is most like.
-
-    Without `asked`, the rows among each other: a later one, and an earlier one that it is like.
-    `scratch`: a folder for indices of 200 bytes a row, which are removed.
-    """
-    known = rows[sketches.texts[rows] != 0]
-    texts = sketches.texts[known]
-    known = known[
-        np.sort(np.unique(texts, return_index=True)[1])
-    ]  # of the same words, the first proposes
-    queried = rows if asked is None else asked
-    queried = queried[sketches.texts[queried] != 0]
-    if not len(known) or not len(queried):
-        return
-    with tempfile.TemporaryDirectory(dir=scratch) as name:
-        with Files(Path(name)) as files:  # mapped when written: a full disk is an error, no signal
-            for band in range(BANDS):
-                column = sketches.keys[known, band]
-                sort = np.argsort(column, kind="stable")
-                files.append("keys", column[sort])
-                files.append("order", known[sort].astype(np.uint32))
-        keys, order = (
-            mapped(Path(name, file), np.uint32).reshape(BANDS, -1) for file in ("keys", "order")
-        )
-        set_of = lru_cache(maxsize=128)(sketches.set_of)  # of a long text it is large
-        for start in range(0, len(queried), BLOCK):
-            block = queried[start : start + BLOCK]
-            pairs = _proposed(sketches, block, keys, order, earlier_only=asked is None)
-            for later, group in groupby(pairs.tolist(), lambda pair: pair >> 32):
-                mine, others = set_of(later), (pair & 0xFFFFFFFF for pair in group)
-                similarity, earlier = max((_jaccard(mine, set_of(n)), -n) for n in others)
-                if similarity >= SIMILAR:
-                    yield -earlier, later, similarity
-
-
-def _proposed(
-    sketches: Sketches,
-    asked: np.ndarray,
-    keys: np.ndarray,
-    order: np.ndarray,
-    *,
-    earlier_only: bool,
+    sketches: Sketches, rows: np.ndarray, scratch: Scratch, asked: np.ndarray | None = None
 ) -> np.ndarray:
-    """Pairs (asked << 32 | known) of rows that share the key of a band, ascending."""
-    found = []
+    """(n,) of NEAR: each of the rows `asked` that is like one of `rows`, with the one it is most
+    like. Without `asked`, the rows among each other: a later one, and an earlier one like it."""
+
+    texts = sketches.texts
+
+    def with_words(rows: np.ndarray) -> np.ndarray:
+        return scratch.select(rows, lambda block: texts[rows[block]] != 0)
+
+    known, queried = with_words(rows), with_words(rows if asked is None else asked)
+    is_first = scratch.firsts(scratch.take(texts, known))  # of the same words, the first proposes
+    known = scratch.select(known, lambda block: is_first[block])
+    pairs = np.zeros(0, np.uint64)
     for band in range(BANDS):
-        mine = sketches.keys[asked, band]
-        at = np.searchsorted(keys[band], mine)
+        ranked, mine = (_ranked(sketches, band, which, scratch) for which in (known, queried))
+        proposed = _proposed(ranked, mine, earlier_only=asked is None)
+        pairs = scratch.distinct(chain([pairs], proposed), np.uint64)
+    return scratch.collect(_alike(sketches, pairs), NEAR)
+
+
+def _ranked(sketches: Sketches, band: int, rows: np.ndarray, scratch: Scratch) -> np.ndarray:
+    """(key << 32 | row) of rows, ascending, by their keys of a band."""
+    keys, whole = sketches.keys, blocks(len(rows))
+    parts = (
+        keys[rows[b], band].astype(np.uint64) << HALF | rows[b].astype(np.uint64) for b in whole
+    )
+    result = scratch.keep(parts, np.uint64)
+    result.sort()
+    return result
+
+
+def _proposed(known: np.ndarray, asked: np.ndarray, *, earlier_only: bool) -> Iterator[np.ndarray]:
+    """(asked << 32 | known) of rows that share a key: the first BUCKET known ones of each key."""
+    for block in blocks(len(asked) if len(known) else 0):
+        mine = asked[block]
+        at = np.searchsorted(known, mine & ~LOW)
         for offset in range(BUCKET):
-            place = np.minimum(at + offset, keys.shape[1] - 1)
-            other = order[band][place].astype(np.int64)
-            meets = (keys[band][place] == mine) & (at + offset == place)
+            place = np.minimum(at + offset, len(known) - 1)
+            other = known[place]
+            meets = (other >> HALF == mine >> HALF) & (at + offset == place)
             if earlier_only:
-                meets &= other < asked
-            found.append((asked[meets].astype(np.int64) << 32) | other[meets])
-    return np.unique(np.concatenate(found))
+                meets &= (other & LOW) < (mine & LOW)
+            yield mine[meets] << HALF | other[meets] & LOW
+
+
+def _alike(sketches: Sketches, pairs: np.ndarray) -> Iterator[tuple[int, int, float]]:
+    """Of each asked row the known one it is most like, if it is like any."""
+    set_of = lru_cache(maxsize=128)(sketches.set_of)  # of a long text it is large
+    whole = blocks(len(pairs), 256)
+    each = (pair for block in whole for pair in pairs[block].tolist())
+    for later, group in groupby(each, lambda pair: pair >> 32):
+        mine, others = set_of(later), (pair & 0xFFFFFFFF for pair in group)
+        similarity, earlier = max((_jaccard(mine, set_of(n)), -n) for n in others)
+        if similarity >= SIMILAR:
+            yield -earlier, later, similarity
 
 
 def _jaccard(a: frozenset[int], b: frozenset[int]) -> float:

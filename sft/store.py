@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike
 
+from sft.arrays import Files, blocks, mapped
 from sft.batching import Layout
 from sft.chat import IGNORED, Example
 from sft.data import Row
@@ -75,29 +72,6 @@ def pack(samples: Iterable[tuple[int, Row, Example]]) -> Arrays:
     )
 
 
-class Files:
-    """Raw arrays in the files of a folder, which grow at their ends; a context manager."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._open: dict[str, IO[bytes]] = {}
-
-    def __enter__(self) -> Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.close()
-
-    def append(self, name: str, array: np.ndarray) -> int:
-        """Appends to the file `name`; returns at which item the array begins."""
-        if name not in self._open:
-            self._open[name] = (self._folder / name).open("wb")
-        begins = self._open[name].tell() // array.itemsize
-        array.tofile(self._open[name])
-        return begins
-
-
 def write(files: Files, arrays: Arrays) -> None:
     """Appends examples to a store."""
     index = arrays.index.copy()
@@ -106,13 +80,6 @@ def write(files: Files, arrays: Arrays) -> None:
     index["weights"][index["weights"] >= 0] += files.append("weights.bin", arrays.weights)
     index["text"] += files.append("rows.jsonl", arrays.rows)
     files.append("index.bin", index)
-
-
-def mapped(path: Path, dtype: DTypeLike) -> np.ndarray:
-    """A file as an array that the system reads when it is used."""
-    if not path.stat().st_size:
-        return np.zeros(0, dtype)
-    return np.memmap(path, dtype, "r").view(np.ndarray)  # as quick to slice as any array
 
 
 def open_folder(folder: Path) -> Arrays:
@@ -125,21 +92,21 @@ def open_folder(folder: Path) -> Arrays:
     )
 
 
-@contextmanager
-def changing(folder: Path) -> Iterator[np.ndarray]:
-    """The findings of all examples of a folder, to be added to."""
-    index = np.memmap(folder / "index.bin", INDEX, "r+")
-    yield index["findings"]
-    index.flush()
+def findings(folder: Path) -> np.ndarray:
+    """Those of all examples of a folder; what is added to them is in the file."""
+    return mapped(folder / "index.bin", INDEX, "r+")["findings"]
 
 
 class Examples(Sequence[Example]):
     """Examples of a store in an order of their own; one may come more than once."""
 
-    def __init__(self, arrays: Arrays, order: np.ndarray | None = None):
+    def __init__(
+        self, arrays: Arrays, order: np.ndarray | None = None, lengths: np.ndarray | None = None
+    ):
         self.arrays = arrays
         self.order = np.arange(len(arrays.index)) if order is None else order
-        self.lengths: Sequence[int] = array("i", arrays.index["length"][self.order].tobytes())
+        lengths = arrays.index["length"][self.order] if lengths is None else lengths
+        self.lengths: Sequence[int] = memoryview(lengths)  # type: ignore[arg-type]  # whose items are quick to get
         self._last: tuple[int, Row] | None = None  # where the row that was asked for last begins
         self._starts, self._weights = arrays.index["start"], arrays.index["weights"]
 
@@ -171,17 +138,14 @@ class Examples(Sequence[Example]):
     def rows(self) -> Iterator[Row]:
         return (self.row(index) for index in range(len(self)))
 
-    def index(self, field: str) -> np.ndarray:  # type: ignore[override]
-        """A field of INDEX for every example, in their order."""
-        return self.arrays.index[field][self.order]
-
 
 def digest(examples: Examples) -> str:
     """sha256 of all that is trained on: tokens, labels and weights, in their order."""
     result = hashlib.sha256()
-    for i in range(len(examples)):
-        for part in examples.tokens(i):
-            result.update(b"-" if part is None else part.tobytes())
+    for block in blocks(len(examples), 4096):
+        for i in range(block.start, block.stop):
+            for part in examples.tokens(i):
+                result.update(b"-" if part is None else part.tobytes())
     return result.hexdigest()
 
 

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "sft"
 LAYERS = {
     "config": 0,
     "hardware": 0,
+    "arrays": 0,
     "batching": 0,
     "log": 0,
     "trace": 0,

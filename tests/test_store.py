@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft import store
+from sft.arrays import Files
 from sft.chat import IGNORED, Example
 from sft.data import Row
 
@@ -39,7 +40,7 @@ def packed(made: list[Example]) -> store.Arrays:
 @given(st.lists(examples(), min_size=1, max_size=9), st.integers(1, 4))
 def test_what_is_written_in_parts_comes_back(tmp_path_factory, made, size):
     folder = tmp_path_factory.mktemp("store")
-    with store.Files(folder) as files:
+    with Files(folder) as files:
         for start in range(0, len(made), size):
             part = [(n, row(n), made[n]) for n in range(start, min(start + size, len(made)))]
             store.write(files, store.pack(part))
@@ -47,7 +48,8 @@ def test_what_is_written_in_parts_comes_back(tmp_path_factory, made, size):
     assert list(read) == made == list(store.Examples(packed(made)))
     assert list(read.rows()) == [row(number) for number in range(len(made))]
     assert list(read.lengths) == [len(example.ids) for example in made]
-    assert read.index("supervised").tolist() == [example.num_supervised for example in made]
+    supervised = [example.num_supervised for example in made]
+    assert read.arrays.index["supervised"].tolist() == supervised
     order = np.array([len(made) - 1, 0, 0])
     assert list(store.Examples(read.arrays, order)) == [made[-1], made[0], made[0]]
 
