@@ -66,14 +66,17 @@ def _explained(name: str) -> Iterator[None]:
         ) from error
 
 
-def build(config: Config, precision: str, device: torch.device) -> nn.Module:
+def build(
+    config: Config, precision: str, device: torch.device, weights: bool = True
+) -> nn.Module:
     """The model ready to train: frozen, quantised and adapted as `tuning.mode` says.
 
-    Weights are a function of (files, `train.seed`): the same on every process.
+    Weights are a function of (files, `train.seed`): the same on every process. Without `weights`
+    no file of them is read; they are random, and the model is the same in all else.
     """
     torch.manual_seed(config.train.seed)
     mode = config.tuning.mode
-    base: Any = load_base(config.model, mode, precision, device)
+    base: Any = load_base(config.model, mode, precision, device, weights)
     if mode != "full":
         for parameter in base.parameters():
             parameter.requires_grad_(False)
@@ -88,17 +91,25 @@ def build(config: Config, precision: str, device: torch.device) -> nn.Module:
     return base
 
 
-def load_base(config: Model, mode: str, precision: str, device: torch.device) -> nn.Module:
+def load_base(
+    config: Model, mode: str, precision: str, device: torch.device, weights: bool = True
+) -> nn.Module:
     """The base model without adapters. `mode` decides its storage: fp32, compute dtype or NF4."""
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
     compute = DTYPES[precision]
     storage = torch.float32 if mode == "full" else compute
     with _explained(config.name):
-        if config.init == "random":
+        if config.init == "random" or not weights:
             model = AutoModelForCausalLM.from_config(
-                architecture(config), dtype=storage, attn_implementation=attention
+                architecture(config),
+                dtype=storage,
+                attn_implementation=attention,
+                trust_remote_code=config.trust_remote_code,
             )
-            return model.to(device)
+            model.to(device)
+            if mode == "qlora":
+                quantise(model, compute)
+            return model
         model = AutoModelForCausalLM.from_pretrained(
             config.name,
             revision=config.revision,
@@ -123,6 +134,36 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def quantise(model: Any, compute_dtype: torch.dtype) -> None:
+    """What loading with `nf4` makes of a model's layers, for one that was not loaded."""
+    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    weights = dict(model.named_parameters())
+    asked = nf4(compute_dtype)
+    kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    with unset_fake_temporarily():  # its own class of parameters cannot be fake
+        replace_with_bnb_linear(model, kept, asked)
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            weight = weights[f"{name}.weight"].detach()
+            weight = weight if weight.shape[0] == module.out_features else weight.T  # Conv1D
+            packed, state = quantize_4bit(
+                weight, compress_statistics=asked.bnb_4bit_use_double_quant, quant_type="nf4"
+            )
+            module.weight = nn.Parameter(packed, requires_grad=False)
+            vars(module.weight).update(
+                quant_state=state, quant_type="nf4", compress_statistics=True, bnb_quantized=True
+            )
+            if module.bias is not None:
+                module.bias = nn.Parameter(weights[f"{name}.bias"].detach(), requires_grad=False)
+    model.is_loaded_in_4bit = True  # PEFT asks
+    keep_nf4_trainable(model)
 
 
 def keep_nf4_trainable(model: nn.Module) -> None:

@@ -104,8 +104,6 @@ class Recorder(TorchDispatchMode):
                 self._meet(tensor, label).label = label
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return _constant(args[0])
         if func is aten.add.Tensor and _is_accumulation(*args):
             func = aten.add_.Tensor
         result = func(*args, **(kwargs or {}))
@@ -129,9 +127,17 @@ class Recorder(TorchDispatchMode):
         self.trace.events.append((False, block))
 
 
-def _constant(tensor: torch.Tensor) -> Any:
-    """What a number is taken for whose value is not known."""
-    return True if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
+class Assume(TorchDispatchMode):
+    """Lets 1 (True) be the value of a fake tensor where a program asks for one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return _one(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def _one(dtype: torch.dtype) -> bool | int | float:
+    return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
 def _is_accumulation(left: Any, right: Any = None, *further: Any) -> bool:
