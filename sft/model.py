@@ -66,9 +66,7 @@ def _explained(name: str) -> Iterator[None]:
         ) from error
 
 
-def build(
-    config: Config, precision: str, device: torch.device, weights: bool = True
-) -> nn.Module:
+def build(config: Config, precision: str, device: torch.device, weights: bool = True) -> nn.Module:
     """The model ready to train: frozen, quantised and adapted as `tuning.mode` says.
 
     Weights are a function of (files, `train.seed`): the same on every process. Without `weights`

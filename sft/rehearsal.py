@@ -61,7 +61,7 @@ def _fake(config: Config, shape: Shape) -> Iterator[None]:
         enter(torch.random.fork_rng(devices=[]))
         if config.tuning.mode == "qlora":  # bitsandbytes keeps its tables for all models
             enter(mock.patch.dict("bitsandbytes.functional.name2qmap", clear=True))
-        enter(mock.patch("transformers.masking_utils.is_tracing", lambda *_: packed))
+        enter(mock.patch("transformers.masking_utils.is_tracing", return_value=packed))
         enter(mock.patch.object(nn.Module, "_apply", _convert))
         enter(FakeTensorMode(allow_non_fake_inputs=True))
         enter(Assume())
@@ -118,7 +118,7 @@ class Alone:
         """Computes in the precision, and gives results in fp32, as Accelerator.prepare_model."""
         if self.precision != "fp32":
             autocast = torch.autocast("cpu", model.DTYPES[self.precision])
-            built.forward = convert_outputs_to_fp32(autocast(built.forward))  # type: ignore[method-assign]
+            built.forward = convert_outputs_to_fp32(autocast(built.forward))
         return built, optimizer
 
     def reduce(self, tensor: torch.Tensor, _: str) -> torch.Tensor:

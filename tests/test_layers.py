@@ -34,6 +34,7 @@ LAYERS = {
     "evaluate": 2,
     "export": 2,
     "finetune": 3,
+    "rehearsal": 3.5,  # runs a step of the task
     "plan": 4,
     "check": 5,
     "run": 5,
