@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import DistributedType, convert_outputs_to_fp32
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sft import batching, chat, data, engine, finetune, model, store
 from sft.config import Config, with_values
@@ -54,14 +55,17 @@ def rehearse(config: Config, precision: str, shape: Shape) -> Trace:
 @contextmanager
 def _fake(config: Config, shape: Shape) -> Iterator[None]:
     """Every tensor made in it is fake, and nothing outside keeps one."""
+
     # Where documents are packed, transformers makes a mask; it makes one, too, where it cannot see.
-    packed = shape.layout == "packed" and shape.rows > 1
+    def is_tracing(*_: object) -> bool:  # a Mock would keep its arguments alive
+        return shape.layout == "packed" and shape.rows > 1
+
     with ExitStack() as stack:
         enter = stack.enter_context
         enter(torch.random.fork_rng(devices=[]))
         if config.tuning.mode == "qlora":  # bitsandbytes keeps its tables for all models
             enter(mock.patch.dict("bitsandbytes.functional.name2qmap", clear=True))
-        enter(mock.patch("transformers.masking_utils.is_tracing", return_value=packed))
+        enter(mock.patch("transformers.masking_utils.is_tracing", is_tracing))
         enter(mock.patch.object(nn.Module, "_apply", _convert))
         enter(FakeTensorMode(allow_non_fake_inputs=True))
         enter(Assume())
@@ -127,12 +131,26 @@ class Alone:
 
 def record(made: engine.Engine) -> Trace:
     """The allocations of the engine's next step, labelled by what they are for."""
-    recorder, built = Recorder(), made.task.model
+    recorder, built, collate = Recorder(), made.task.model, made.task.collate
     trained = [p for p in built.parameters() if p.requires_grad]
+    fake = getattr(trained[0], "fake_mode", None)
+
+    def collate_unseen(ids: list[int]) -> store.Batch:
+        with _disable_current_modes():  # arrays of numpy are made real
+            tensors = vars(collate(ids))
+            if fake is not None:
+                tensors = {k: t if t is None else fake.from_tensor(t) for k, t in tensors.items()}
+        recorder.name(tensors.values(), "activations")
+        return store.Batch(**tensors)
+
     recorder.name(held(built), "weights")
-    recorder.name((t for s in made.optimizer.state.values() for t in tensors(s)), "optimizer")
+    recorder.name((t for s in made.optimizer.state.values() for t in tensors_of(s)), "optimizer")
     recorder.label = "activations"
-    with recorder, head_labelled(built, recorder):
+    with (
+        mock.patch.object(made.task, "collate", collate_unseen),
+        recorder,
+        head_labelled(built, recorder),
+    ):
         made.optimizer_step()
         recorder.name((p.grad for p in trained), "gradients")
     return recorder.trace
@@ -145,11 +163,11 @@ def held(built: nn.Module) -> Iterator[torch.Tensor]:
         yield parameter
         state = getattr(parameter, "quant_state", None)
         while state is not None:
-            yield from tensors(vars(state))
+            yield from tensors_of(vars(state))
             state = state.state2
 
 
-def tensors(values: dict[str, Any]) -> Iterator[torch.Tensor]:
+def tensors_of(values: dict[str, Any]) -> Iterator[torch.Tensor]:
     return (value for value in values.values() if isinstance(value, torch.Tensor))
 
 

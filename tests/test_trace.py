@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from itertools import product
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import ROOT
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
-from sft import trace
+from sft import rehearsal, trace
+from sft.config import Config, load_config, with_values
+from sft.engine import Engine
+from sft.rehearsal import Shape
 from sft.trace import MIB, Block, CachingAllocator, Recorder, Trace
 
 # --- recording ---------------------------------------------------------------------------------
@@ -72,6 +89,138 @@ def true_peak(work, *arguments) -> tuple[int, object]:
         now += event.extra_fields.alloc_size
         most = max(most, now)
     return most, result
+
+
+# --- the step ----------------------------------------------------------------------------------
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ARCHITECTURES: dict[str, PretrainedConfig] = {
+    "Llama": LlamaConfig(**SIZES),
+    "Qwen2": Qwen2Config(**SIZES),
+    "Gemma2": Gemma2Config(**SIZES, head_dim=16, sliding_window=32),
+    "GPT2": GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, vocab_size=256, n_positions=128,
+        bos_token_id=1, eos_token_id=2,
+    ),
+}  # fmt: skip
+BUDGETS = [Shape(4, 32, 20, micro_batches=2), Shape(6, 96, 30)]
+GRID = list(product(ARCHITECTURES, ["full", "lora", "qlora"], [False, True], BUDGETS))
+
+
+def configured(folder: Path, name: str, mode: str = "lora", **train: Any) -> Config:
+    architecture = ARCHITECTURES[name]
+    architecture.architectures = [f"{name}ForCausalLM".replace("GPT2For", "GPT2LMHeadModelFor")]
+    architecture.save_pretrained(folder)
+    return Config.model_validate(
+        {
+            "model": {"name": str(folder)},
+            "tuning": {"mode": mode},
+            "data": {"train_path": "none"},
+            "train": {"output_dir": "none", **train},
+        }
+    )
+
+
+def real_engine(config: Config, shape: Shape, precision: str = "fp32", **options) -> Engine:
+    return rehearsal.make_engine(config, precision, shape, **({"weights": False} | options))
+
+
+def fake_and_real(config: Config, shape: Shape, precision: str = "fp32", **options):
+    """(peak of the rehearsed step, of the real one under the same recorder)."""
+    fake = rehearsal.rehearse(config, precision, shape).peak()
+    return fake, rehearsal.record(real_engine(config, shape, precision, **options)).peak()
+
+
+# A third of the grid: every architecture in every mode, with and without checkpointing.
+@pytest.mark.parametrize(("name", "mode", "checkpointing", "shape"), GRID[::3])
+def test_the_rehearsed_step_takes_what_the_real_one_takes(
+    tmp_path, name, mode, checkpointing, shape
+):
+    config = configured(tmp_path, name, mode, gradient_checkpointing=checkpointing)
+    fake, real = fake_and_real(config, shape)
+    assert fake == real
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "mode", "checkpointing", "shape"), GRID)
+def test_the_rehearsed_step_takes_what_the_process_allocates(
+    tmp_path, name, mode, checkpointing, shape
+):
+    config = configured(tmp_path, name, mode, gradient_checkpointing=checkpointing)
+    fake, real = fake_and_real(config, shape)
+    assert fake == real
+    assert fake.num_bytes == pytest.approx(allocated_bytes(real_engine(config, shape)), rel=0.02)
+
+
+def allocated_bytes(engine: Engine) -> int:
+    """What the model and the optimizer hold, and what the CPU allocator gives in a step."""
+    kept = list(rehearsal.held(engine.task.model))
+    for state in engine.optimizer.state.values():
+        kept += rehearsal.tensors_of(state)
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
+    return sum(storages.values()) + true_peak(engine.optimizer_step)[0]
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_what_is_traced_is_the_real_step_in_both_layouts(tmp_path, layout):
+    fake, real = fake_and_real(configured(tmp_path, "Qwen2"), Shape(3, 40, 9, 2, layout))
+    assert fake == real
+
+
+def test_the_loaded_quantised_model_and_dropout():
+    """Not a stand-in for weights, but those of the embedded model, loaded by transformers."""
+    config = with_values(load_config(ROOT / "configs/nano.yaml"), {"tuning.lora_dropout": 0.1})
+    fake, real = fake_and_real(config, Shape(4, 50, 20, 2), weights=True)
+    assert fake == real
+
+
+def test_under_autocast_the_stand_in_for_accelerate_does_as_accelerate(tmp_path, monkeypatch):
+    config = configured(tmp_path, "Llama", "full")
+    shape = Shape(4, 64, 40, 2)
+    fake = rehearsal.rehearse(config, "bf16", shape).peak()
+    assert fake.num_bytes < rehearsal.rehearse(config, "fp32", shape).peak().num_bytes
+    monkeypatch.setattr(
+        rehearsal, "Alone", lambda precision: Accelerator(cpu=True, mixed_precision=precision)
+    )
+    AcceleratorState._reset_state(True)
+    real = rehearsal.record(real_engine(config, shape, "bf16")).peak()
+    AcceleratorState._reset_state(True)
+    assert fake == real
+
+
+def test_the_breakdown_names_everything(tmp_path):
+    config = configured(tmp_path, "Llama", "full")
+    peak = rehearsal.rehearse(config, "fp32", BUDGETS[0]).peak()
+    parameters = 4 * sum(p.numel() for p in real_engine(config, BUDGETS[0]).model.parameters())
+    assert sum(peak.breakdown.values()) == peak.num_bytes
+    assert peak.breakdown["gradients"] == parameters  # there is a second micro-batch
+    assert peak.breakdown["optimizer"] == pytest.approx(2 * parameters, rel=0.001)
+    assert peak.breakdown["weights"] == pytest.approx(parameters, rel=0.001)  # and buffers
+    logits = 4 * 20 * 256 * 4  # rows, supervised, vocabulary, bytes
+    assert peak.breakdown["logits and loss"] > 2 * logits
+    assert set(peak.breakdown) <= {
+        "weights", "gradients", "optimizer", "activations", "logits and loss", "backward",
+    }  # fmt: skip
+
+
+def test_a_rehearsal_leaves_nothing_behind(tmp_path):
+    config = configured(tmp_path, "Llama", "qlora")
+    seeded = torch.random.get_rng_state()
+    rehearsal.rehearse(config, "fp32", BUDGETS[0])
+    assert torch.equal(torch.random.get_rng_state(), seeded)
+    assert type(torch.zeros(1)) is torch.Tensor
+    losses = [real_engine(config, BUDGETS[0]).optimizer_step()["train/loss"] for _ in range(2)]
+    assert losses[0] == losses[1] > 0
 
 
 # --- the caching allocator ---------------------------------------------------------------------
