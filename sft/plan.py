@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from sft import batching, engine, processes, rehearsal
 from sft.config import Config, with_values
-from sft.hardware import Hardware, gib
+from sft.hardware import Hardware
 from sft.log import facts
 from sft.model import DTYPES, add_adapters, architecture
 from sft.prepare import Prepared
@@ -306,7 +306,7 @@ def table(plan: Plan) -> Table:
         ("trained", f"{plan.num_trained:,} of {plan.num_parameters:,} parameters"),
         (
             "memory",
-            f"about {gib(memory.total)} of {gib(plan.available_bytes)} per process: "
+            f"about {_mib(memory.total)} of {_mib(plan.available_bytes)} per process: "
             + ", ".join(f"{name} {_mib(size)}" for name, size in memory.parts().items() if size)
             + f" ({memory.method})",
         ),

@@ -137,7 +137,7 @@ def record(made: engine.Engine) -> Trace:
 
     def collate_unseen(ids: list[int]) -> store.Batch:
         with _disable_current_modes():  # arrays of numpy are made real
-            tensors = vars(collate(ids))
+            tensors = dict(vars(collate(ids)))
             if fake is not None:
                 tensors = {k: t if t is None else fake.from_tensor(t) for k, t in tensors.items()}
         recorder.name(tensors.values(), "activations")
