@@ -123,34 +123,9 @@ def make_plan(config: Config, prepared: Prepared, hardware: Hardware, world_size
     reasons = {"train.precision": why_precision, "train.layout": why_layout}
     skeleton = _skeleton(config)
     available = _available_bytes(hardware, world_size)
-    ids = batching.global_batch_ids(len(lengths), engine.order_seed(train), 0, train.global_batch)
-    longest = max(lengths)
-    wanted = max(longest, SATURATING_TOKENS[device])
-    wanted = wanted if train.max_tokens == "auto" else train.max_tokens
-
-    def cut_at(max_tokens: int) -> tuple[batching.Budget, list[list[batching.MicroBatch]]]:
-        budget = batching.Budget(max_tokens, layout, MICRO_BATCH_COST[device])
-        return budget, batching.cut(ids, lengths, world_size, budget)
-
-    # From the second micro-batch on, and in DDP's buckets, there are gradients from the start.
-    for accumulates in (world_size > 1 or len(cut_at(wanted)[1][0]) > 1, True):
-        shape = Shape(
-            rows=max(2, min(math.ceil(wanted / longest), math.ceil(len(ids) / world_size))),
-            length=longest,
-            supervised=max(1, round(longest * supervised)),
-            micro_batches=2 if accumulates else 1,
-            layout=layout,
-        )
-        line = _memory(config, skeleton, precision, shape)
-        max_tokens, reasons["train.max_tokens"] = _max_tokens(
-            config,
-            longest,
-            fits=line.fits(available * (1 - MARGIN)),
-            saturates=SATURATING_TOKENS[device],
-        )
-        budget, cuts = cut_at(max_tokens)
-        if accumulates or len(cuts[0]) == 1:
-            break
+    budget, cuts, line, reasons["train.max_tokens"] = _budget(
+        config, prepared, skeleton, precision, layout, device, world_size, available
+    )
     heaviest = max(batching.num_tokens(lengths, m, layout) for rank in cuts for m in rank)
     trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
     return Plan(
@@ -183,6 +158,52 @@ def resolved_values(plan: Plan) -> dict[str, Any]:
         "train.precision": plan.precision,
     }
     return {key: values[key] for key in plan.reasons}
+
+
+def _budget(
+    config: Config,
+    prepared: Prepared,
+    skeleton: nn.Module,
+    precision: str,
+    layout: batching.Layout,
+    device: str,
+    world_size: int,
+    available_bytes: int,
+) -> tuple[batching.Budget, list[list[batching.MicroBatch]], Line, str]:
+    """(what a micro-batch may hold, the first step cut by it, the memory, the reason)."""
+    train, lengths = config.train, prepared.train.lengths
+    ids = batching.global_batch_ids(len(lengths), engine.order_seed(train), 0, train.global_batch)
+
+    def cut_at(max_tokens: int) -> tuple[batching.Budget, list[list[batching.MicroBatch]]]:
+        budget = batching.Budget(max_tokens, layout, MICRO_BATCH_COST[device])
+        return budget, batching.cut(ids, lengths, world_size, budget)
+
+    longest = max(lengths)
+    wanted = max(longest, SATURATING_TOKENS[device])
+    wanted = wanted if train.max_tokens == "auto" else train.max_tokens
+    cuts = cut_at(wanted)[1]
+    # Logits weigh more than all else where vocabularies are large: the densest micro-batch counts.
+    asked = prepared.train.arrays.index["supervised"][prepared.train.order]
+    micro_batches = [m for rank in cuts for m in rank if m]
+    densest = max(asked[m].sum() / batching.num_tokens(lengths, m, layout) for m in micro_batches)
+    # From the second micro-batch on, and in DDP's buckets, there are gradients from the start.
+    for accumulates in (world_size > 1 or len(cuts[0]) > 1, True):
+        shape = Shape(
+            rows=max(2, min(math.ceil(wanted / longest), math.ceil(len(ids) / world_size))),
+            length=longest,
+            supervised=min(longest, max(1, math.ceil(longest * densest))),
+            micro_batches=2 if accumulates else 1,
+            layout=layout,
+        )
+        line = _memory(config, skeleton, precision, shape)
+        fits = line.fits(available_bytes * (1 - MARGIN))
+        max_tokens, reason = _max_tokens(
+            config, longest, fits=fits, saturates=SATURATING_TOKENS[device]
+        )
+        budget, cuts = cut_at(max_tokens)
+        if accumulates or len(cuts[0]) == 1:
+            break
+    return budget, cuts, line, reason
 
 
 def _max_tokens(config: Config, longest: int, *, fits: int, saturates: int) -> tuple[int, str]:

@@ -8,6 +8,7 @@ On the CPU, whatever the run's device: what differs on a GPU is said in docs/LOG
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ def _fake(config: Config, shape: Shape) -> Iterator[None]:
             enter(mock.patch.dict("bitsandbytes.functional.name2qmap", clear=True))
         enter(mock.patch("transformers.masking_utils.is_tracing", is_tracing))
         enter(mock.patch.object(nn.Module, "_apply", _convert))
+        enter(warnings.catch_warnings(action="ignore"))  # the real build gives them, too
         # Of a failure torch logs the trace; the plan falls back on a closed form and says why.
         enter(mock.patch.object(getLogger("torch._subclasses.fake_tensor"), "disabled", True))
         enter(FakeTensorMode(allow_non_fake_inputs=True))
