@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+from allocations import allocated_bytes
 from conftest import ROOT
 
-from sft import batching, hardware, model, plan, prepare, rehearsal
+from sft import batching, engine, finetune, hardware, model, plan, prepare, rehearsal
 from sft.config import Config, dump_config, load_config, with_values
+from sft.log import Log
 
 GIB = 2**30
 
@@ -86,6 +88,24 @@ def test_a_micro_batch_between_the_traced_ones_takes_what_the_line_says(config):
         true = rehearsal.rehearse(given, "fp32", part).peak().num_bytes
         assert true <= line.at(part.tokens).total + 6  # each part is rounded up
         assert line.at(part.tokens).total == pytest.approx(true, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{}, {"tuning.mode": "full"}, {"train.gradient_checkpointing": True}]
+)
+def test_the_planned_memory_is_what_the_first_step_allocates(config, prepared, changes):
+    given = with_values(config, changes)
+    made = plan.make_plan(given, prepared, machine(8 * GIB), 1)
+    alone = rehearsal.Alone("fp32")
+    built = model.build(given, "fp32", rehearsal.CPU)
+    task = finetune.FineTune(given, prepared, built, alone, Log(None), made.budget)  # type: ignore[arg-type]
+    trained = engine.Engine(task, given.train, alone, Log(None), made.budget)  # type: ignore[arg-type]
+    trained.optimizer_step()  # now there is a state of the optimizer
+    trained.optimizer.zero_grad()
+    true_bytes = allocated_bytes(trained)
+    assert true_bytes < made.memory.total * 1.001
+    assert made.memory.total == pytest.approx(true_bytes, rel=0.05)
 
 
 def test_a_model_that_cannot_be_traced_gets_a_closed_form(config, prepared, monkeypatch):

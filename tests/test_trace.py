@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from allocations import allocated_bytes, true_peak
 from conftest import ROOT
 from transformers import (
     Gemma2Config,
@@ -73,23 +74,6 @@ def test_the_observer_changes_nothing_that_it_observes():
     with recorder:
         accumulating_step(weight)
     assert recorder.trace.peak().num_bytes == pytest.approx(true_bytes, rel=0.01)
-
-
-def true_peak(work, *arguments) -> tuple[int, object]:
-    """(bytes that the CPU allocator gave out at most during `work`, beyond what was there before;
-    its result), from the allocator's own events, which the profiler records."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        result = work(*arguments)
-    nodes = list(profile.profiler.kineto_results.experimental_event_tree())
-    for node in nodes:  # grows while it is read
-        nodes.extend(node.children)
-    events = [n for n in nodes if n.tag == torch._C._profiler._EventType.Allocation]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_time_ns):
-        now += event.extra_fields.alloc_size
-        most = max(most, now)
-    return most, result
 
 
 # --- the step ----------------------------------------------------------------------------------
@@ -162,15 +146,6 @@ def test_the_rehearsed_step_takes_what_the_process_allocates(
     fake, real = fake_and_real(config, shape)
     assert fake == real
     assert fake.num_bytes == pytest.approx(allocated_bytes(real_engine(config, shape)), rel=0.02)
-
-
-def allocated_bytes(engine: Engine) -> int:
-    """What the model and the optimizer hold, and what the CPU allocator gives in a step."""
-    kept = list(rehearsal.held(engine.task.model))
-    for state in engine.optimizer.state.values():
-        kept += rehearsal.tensors_of(state)
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
-    return sum(storages.values()) + true_peak(engine.optimizer_step)[0]
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
