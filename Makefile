@@ -24,7 +24,7 @@ launch = n=$(processes); $(BIN)/accelerate launch --config_file $(ACCELERATE_CON
 	scripts/train.py --config $(CONFIG) train.num_processes=$$n
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-accelerate gpu-info memory-check check process audit show-data \
+.PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
 	train train-distributed train-deepspeed train-distributed-tb train-deepspeed-tb tensorboard tb-stop evaluate infer merge nano test \
 	test-fast lint format docs clean
 
@@ -52,6 +52,11 @@ gpu-info: $(READY) ## Devices, memory, bf16, versions
 
 memory-check: $(READY) ## Memory and disk: how much, used by what
 	@$(BIN)/python scripts/memory_check.py
+
+plan: $(READY) ## What a run takes [GPU="H100-80GB x 8"] [GIB=48] [MODEL=config.json TUNING=qlora SEQ=4096] [COMPARE=1] [JSON=file]
+	@$(BIN)/python scripts/plan.py --config $(CONFIG) $(if $(GPU),--gpu "$(GPU)") $(if $(GIB),--gib $(GIB)) \
+		$(if $(MODEL),--model "$(MODEL)") $(if $(TUNING),--tuning $(TUNING)) $(if $(SEQ),--seq $(SEQ)) \
+		$(if $(COMPARE),--compare) $(if $(JSON),--json "$(JSON)") $(ARGS)
 
 check: $(READY) ## Try everything that CONFIG needs, one training step included; trains and writes nothing
 	@$(BIN)/python scripts/check.py --config $(CONFIG) $(ARGS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -26,6 +26,7 @@ class Budget:
     max_tokens: int  # padding included; a longer example goes alone
     layout: Layout
     micro_batch_cost: int | None = None  # tokens that one more takes as long as; None: no matter
+    max_rows: int | None = None  # examples, at most
 
 
 def steps_per_epoch(num_examples: int, global_batch: int) -> int:
@@ -74,8 +75,10 @@ def cut(
         return _cut_padded(ordered, lengths, num_ranks, budget)
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
-    for i in ordered:  # longest first, to the lightest rank
-        lightest = loads.index(min(loads))
+    rows = budget.max_rows or 1
+    most = math.ceil(len(ordered) / num_ranks / rows) * rows if budget.max_rows else len(ordered)
+    for i in ordered:  # longest first, to the lightest rank that has room
+        lightest = min((r for r in range(num_ranks) if len(ranks[r]) < most), key=loads.__getitem__)
         ranks[lightest].append(i)
         loads[lightest] += lengths[i]
     cuts = [_fill(rank, lengths, budget) for rank in ranks]
@@ -112,11 +115,13 @@ def _even(
     low, high = 1, budget.max_tokens
     while low < high:
         middle = (low + high) // 2
-        if len(_fill(ordered, lengths, Budget(middle, "padded"))) <= most:
+        if len(_fill(ordered, lengths, replace(budget, max_tokens=middle))) <= most:
             high = middle
         else:
             low = middle + 1
-    return _shared_out(_fill(ordered, lengths, Budget(high, "padded")), lengths, num_ranks)
+    return _shared_out(
+        _fill(ordered, lengths, replace(budget, max_tokens=high)), lengths, num_ranks
+    )
 
 
 def _shared_out(
@@ -141,7 +146,7 @@ def _cheapest(
     size, least = budget.max_tokens, _cost(lengths, best, cost)
     while len(runs) < len(ordered) and size > 1:
         size = size * 3 // 4
-        runs = _fill(ordered, lengths, Budget(size, "padded"))
+        runs = _fill(ordered, lengths, replace(budget, max_tokens=size))
         if (mine := _cost(lengths, runs, cost)) < least:
             best, least = runs, mine
     return best
@@ -158,7 +163,7 @@ def _fill(ids: Sequence[int], lengths: Sequence[int], budget: Budget) -> list[Mi
     for i in ids:
         # Padded rows are as long as the first, which is the longest.
         size = lengths[result[-1][0]] if result and budget.layout == "padded" else lengths[i]
-        if not result or size > room:
+        if not result or size > room or len(result[-1]) == budget.max_rows:
             result.append([])
             size, room = lengths[i], budget.max_tokens
         result[-1].append(i)

@@ -161,6 +161,7 @@ def training_step(config: Config) -> Finding:
     accelerator = processes.start_processes(few.train)
     prepared = prepare.prepare(few)
     planned = plan.make_plan(few, prepared, hardware.detect(), 1)
+    few = with_values(few, plan.resolved_values(planned))
     built = model.build(few, planned.precision, accelerator.device)
     log = Log(None)
     asked = config.train.layout

@@ -134,6 +134,10 @@ class Train(Section):
     """Examples per optimizer step, over all processes and accumulation steps together."""
     max_tokens: Literal["auto"] | Count = "auto"
     """Token budget of one micro-batch. Changes speed and memory, never the result."""
+    micro_batch: Literal["auto"] | Count = "auto"
+    """Examples of one micro-batch, at most. `auto`: as many as `max_tokens` holds."""
+    gradient_accumulation_steps: Literal["auto"] | Count = "auto"
+    """Micro-batches of one step and process. `auto`: as many as `global_batch` needs."""
     layout: Literal["auto", "padded", "packed"] = "auto"
     """Rows of like lengths, padded; or one row of documents that cannot see each other."""
     engine: Literal["ddp", "deepspeed"] = "ddp"
@@ -144,7 +148,7 @@ class Train(Section):
     """Processes that the run must have, else it refuses to start (the Makefile sets it)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute precision; trained weights stay fp32. `auto`: bf16 where the GPU has it."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about 25 % slower."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     """AdamW of PyTorch (fused where it exists) or of bitsandbytes."""
@@ -268,21 +272,23 @@ def _is_safe_path(path: str) -> bool:
 Origins = dict[str, str]
 
 
-def load_config(file: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads `file` (with its `include:`s), applies `a.b=c` overrides, validates.
+def load_config(file: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """Reads `file` (with its `include:`s; None: nothing), applies `a.b=c` overrides, validates.
 
     Raises ConfigError with every problem found.
     """
     problems: list[str] = []
     origins: Origins = {}
-    tree = _read(Path(file), origins, problems, seen=())
+    tree = {} if file is None else _read(Path(file), origins, problems, seen=())
     for override in overrides or []:
         _merge(tree, _parse_override(override, origins, problems))
     config, found = _validate(tree, origins)
     problems += found
     if problems or config is None:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise ConfigError(f"{file}: {count} in the configuration\n  " + "\n  ".join(problems))
+        raise ConfigError(
+            f"{file or 'overrides'}: {count} in the configuration\n  " + "\n  ".join(problems)
+        )
     return config
 
 

@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -267,26 +267,29 @@ class Engine:
         )
 
     def probe_seconds_per_step(self) -> float:
-        """Seconds for forward and backward of this rank's next window, without an update.
+        """Seconds for forward and backward of this rank's next window."""
+        window = self.window(self.step)[1]
+        self.try_out(window)  # warm-up
+        return self.try_out(window)
+
+    def try_out(self, micro_batches: list[batching.MicroBatch]) -> float:
+        """Seconds for forward and backward of these, without an update.
 
         Local to each rank and without traces: no gradient, random state or weight is left changed.
         """
-        if self.is_deepspeed:  # its backward keeps books of its own; only the forward can be tried
-            return self._time_window(lambda loss: None) * 3
-        with self.accelerator.no_sync(self.model):
-            self._time_window(torch.Tensor.backward)  # warm-up
-            seconds = self._time_window(torch.Tensor.backward)
-        self.optimizer.zero_grad()
-        return seconds
-
-    def _time_window(self, backward: Callable[[torch.Tensor], object]) -> float:
-        batches = [self.task.collate(micro_batch) for micro_batch in self.window(self.step)[1]]
+        alone = nullcontext() if self.is_deepspeed else self.accelerator.no_sync(self.model)
+        batches = [self.task.collate(micro_batch) for micro_batch in micro_batches]
         started = time.perf_counter()
-        for batch in batches:
-            loss = self.task.loss(self.model, batch)[0]
-            backward(loss)
-            loss.item()  # waits for the device
-        return time.perf_counter() - started
+        try:
+            with alone:
+                for batch in batches:
+                    loss = self.task.loss(self.model, batch)[0]
+                    if not self.is_deepspeed:  # whose backward keeps books of its own
+                        loss.backward()
+                    loss.item()  # waits for the device
+        finally:
+            self.optimizer.zero_grad()
+        return (time.perf_counter() - started) * (3 if self.is_deepspeed else 1)
 
     # -- the loop
 

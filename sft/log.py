@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 WIDTH = 100  # columns that every table fits
 LINE_EVERY = 10  # seconds, where there is no bar
@@ -44,7 +45,7 @@ def make_console(file: IO[str] | None = None) -> Console:
     return console
 
 
-def facts(title: str, rows: list[tuple[str, str]]) -> Table:
+def facts(title: str, rows: Sequence[tuple[str, str | Text]]) -> Table:
     """A two-column table: name, value."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="cyan", no_wrap=True)

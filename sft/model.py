@@ -82,7 +82,7 @@ def build(config: Config, precision: str, device: torch.device, weights: bool = 
     base.config.use_cache = (
         False  # with a cache, transformers ignores the borders of packed documents
     )
-    if config.train.gradient_checkpointing:
+    if config.train.gradient_checkpointing is True:  # a plan has made `auto` one of the two
         # Non-reentrant: gradients reach adapters although frozen embeddings have none.
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     check_dtypes(base, mode, precision)

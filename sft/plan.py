@@ -1,91 +1,73 @@
 """What the run will take, told before weights are loaded; and what the `auto` values become.
 
-Memory is that of the run's own step, traced on fake tensors (`rehearsal`) for a small and a large
-micro-batch and interpolated between them; a model that cannot be traced gets a closed form, good to
-a factor of two. Which one it was is told wherever it is shown. The token budget is the largest that
-fits the memory with a margin, and no larger than what saturates the device.
+The heaviest window of the whole run is looked for (it is known, because the order is), and its
+memory predicted (`memory`). The token budget is the largest that fits with a margin, and no larger
+than what saturates the device; activations are checkpointed where nothing else makes room.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from rich.table import Table
-from torch import nn
-from transformers import AutoModelForCausalLM
+from rich.text import Text
 
-from sft import batching, engine, processes, rehearsal
-from sft.config import Config, with_values
+from sft import batching, confirm, engine, hardware, memory, processes
+from sft.config import Config, ConfigError, with_values
+from sft.confirm import Past
 from sft.hardware import Hardware
-from sft.log import facts
-from sft.model import DTYPES, add_adapters, architecture
+from sft.log import duration, facts
+from sft.memory import Memory
+from sft.model import architecture
 from sft.prepare import Prepared
-from sft.rehearsal import Shape
-from sft.trace import Peak
+from sft.rehearsal import Window, uniform
+from sft.trace import MIB
 
-MARGIN = 0.15  # of the available memory stays free: fragmentation, workspaces, other programs
+# Of the memory stays free: other programs on a CPU, what fragmentation the replay does not see.
+MARGIN = {"cpu": 0.15, "cuda": 0.06}
 SATURATING_TOKENS = {"cpu": 2048, "cuda": 16384}  # a larger micro-batch is no faster
-# What one more micro-batch costs, in tokens (docs/LOG.md has the measurement). On a GPU it has not
-# been measured: as few as the budget allows.
+# Tokens whose time one more micro-batch takes: overhead of its operations. Measured on 2 cores
+# (docs/LOG.md); on a GPU not measured, so there the fewest micro-batches are taken.
 MICRO_BATCH_COST = {"cpu": 64, "cuda": None}
-NF4_BYTES = 0.516  # per weight: 4 bits and the double-quantised scale of each block of 64
-ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.05, "paged_adamw_8bit": 2.05}
-# Closed form: activations of a layer, bytes per token and hidden unit. Traces of Llama and Qwen2
-# shapes gave 94 to 126 in fp32 and 61 to 77 in bf16 (autocast); of GPT-2, twice that.
-ACTIVATION_BYTES = {"fp32": 110, "bf16": 70}
-# What a model may raise that fake tensors do not suit: an operation without a shape rule, a value
-# that decides what is computed, a kernel that is not installed. Mistakes of the user were refused.
-UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, ImportError, LookupError)
+UTILISATION = 0.35  # of a GPU's peak that training reaches; an assumption
+SCANNED_STEPS = 500  # in which the heaviest window is looked for
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes per process at the peak of a step, and what they are for."""
+class Work:
+    """What is trained on, as far as memory and time depend on it."""
 
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int  # kept for the backward pass
-    logits: int  # those of supervised tokens, and what the loss makes of them
-    backward: int  # gradients of activations, and what checkpointing computes again
-    method: str  # how it was predicted
+    lengths: Sequence[int]  # tokens of each example
+    supervised: np.ndarray  # (examples,) those of them that the loss sees
+    num_held_out: int
 
-    @property
-    def total(self) -> int:
-        return sum(self.parts().values())
+    @staticmethod
+    def of(prepared: Prepared) -> Work:
+        train = prepared.train
+        supervised = train.arrays.index["supervised"][train.order]
+        return Work(train.lengths, supervised, len(prepared.held_out))
 
-    def parts(self) -> dict[str, int]:
-        return {key: value for key, value in asdict(self).items() if key != "method"}
+    @staticmethod
+    def uniform(config: Config) -> Work:
+        """One global batch of the longest rows that are allowed, all of whose tokens are learnt.
 
-
-@dataclass(frozen=True)
-class Line:
-    """Memory of two micro-batches, and by it that of every other: memory is piecewise linear in
-    tokens and convex, so between the two it is at most what the line says."""
-
-    small: Memory
-    large: Memory
-    small_tokens: int
-    large_tokens: int
-
-    def at(self, tokens: int) -> Memory:
-        share = (tokens - self.small_tokens) / (self.large_tokens - self.small_tokens)
-        small, large = self.small.parts(), self.large.parts()
-        parts = {key: small[key] + share * (large[key] - small[key]) for key in small}
-        return Memory(
-            **{k: max(0, math.ceil(v)) for k, v in parts.items()}, method=self.large.method
-        )
-
-    def fits(self, num_bytes: float) -> int:
-        """Tokens of the largest micro-batch that `num_bytes` hold."""
-        per_token = (self.large.total - self.small.total) / (self.large_tokens - self.small_tokens)
-        return int(self.small_tokens + (num_bytes - self.small.total) / max(per_token, 1e-9))
+        Raises ConfigError if the model has no positions for them.
+        """
+        length, number = config.data.max_seq_len, config.train.global_batch
+        text = architecture(config.model).get_text_config()
+        positions = getattr(text, "max_position_embeddings", None)
+        if positions and length > positions:
+            raise ConfigError(
+                f"{config.model.name} has positions for {positions:,} tokens, found {length:,}: "
+                "give a smaller SEQ (data.max_seq_len)"
+            )
+        return Work([length] * number, np.full(number, length), 0)
 
 
 @dataclass(frozen=True)
@@ -99,123 +81,291 @@ class Plan:
     world_size: int
     budget: batching.Budget
     precision: str
+    gradient_checkpointing: bool
+    micro_batch: int  # examples, at most, in the first step
     micro_batches: int  # of each process in the first step
     num_parameters: int
     num_trained: int
     memory: Memory
+    context_bytes: int  # taken by the device for itself
     available_bytes: int
+    room: int  # bytes of them that a step may take: without the context and a margin
+    device: str
+    past: Past | None  # what earlier runs on it have shown
+    seconds: float | None  # of all steps, where the device's speed is known
     checkpoint_bytes: int
     reasons: dict[str, str]  # dotted configuration key -> why its `auto` became what it is
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
         """Over all steps."""
         return round(self.tokens_per_epoch * self.steps * self.global_batch / self.num_examples)
 
+    @property
+    def missing_bytes(self) -> int:
+        """By which the step exceeds what is available with the margin; 0 if it fits."""
+        return max(0, self.memory.reserved - self.room)
 
-def make_plan(config: Config, prepared: Prepared, hardware: Hardware, world_size: int) -> Plan:
+
+def make_plan(
+    config: Config, prepared: Prepared | Work, machine: Hardware, world_size: int
+) -> Plan:
+    """Raises ConfigError for an effective batch that so many processes cannot make."""
     train = config.train
-    lengths = prepared.train.lengths
-    supervised = prepared.audit["train"]["supervised_tokens"] / sum(lengths)
-    precision, why_precision = processes.resolve_precision(train)
-    device = "cuda" if hardware.devices else "cpu"
+    work = prepared if isinstance(prepared, Work) else Work.of(prepared)
+    precision, why_precision = processes.resolve_precision(train, machine.devices)
     layout, why_layout = resolve_layout(config)
-    reasons = {"train.precision": why_precision, "train.layout": why_layout}
-    skeleton = _skeleton(config)
-    available = _available_bytes(hardware, world_size)
-    budget, cuts, line, reasons["train.max_tokens"] = _budget(
-        config, prepared, skeleton, precision, layout, device, world_size, available
-    )
-    heaviest = max(batching.num_tokens(lengths, m, layout) for rank in cuts for m in rank)
-    trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
-    return Plan(
-        num_examples=len(lengths),
-        num_held_out=len(prepared.held_out),
-        tokens_per_epoch=sum(lengths),
-        supervised_share=supervised,
-        steps=engine.total_steps(train, len(lengths)),
-        global_batch=min(train.global_batch, len(lengths)),
+    at = Target(config, work, machine, world_size, precision, layout)
+    choice, why_checkpointing = at.choose()
+    counts = memory.counts(config)
+    cuts, budget = choice.cuts, choice.budget
+    reasons = {
+        "train.precision": why_precision,
+        "train.layout": why_layout,
+        "train.gradient_checkpointing": why_checkpointing,
+        "train.max_tokens": choice.why,
+        "train.micro_batch": f"what {budget.max_tokens:,} tokens hold",
+        "train.gradient_accumulation_steps": f"{len(at.first)} examples in {world_size} "
+        f"process(es) of micro-batches of at most {budget.max_tokens:,} tokens",
+    }
+    steps = engine.total_steps(train, len(work.lengths))
+    tokens = sum(work.lengths)
+    made = Plan(
+        num_examples=len(work.lengths),
+        num_held_out=work.num_held_out,
+        tokens_per_epoch=tokens,
+        supervised_share=int(work.supervised.sum()) / tokens,
+        steps=steps,
+        global_batch=len(at.first),
         world_size=world_size,
         budget=budget,
         precision=precision,
+        gradient_checkpointing=choice.checkpointing,
+        micro_batch=max(len(m) for rank in cuts for m in rank),
         micro_batches=len(cuts[0]),
-        num_parameters=sum(p.numel() for p in skeleton.parameters()),
-        num_trained=trained,
-        memory=line.at(heaviest),
-        available_bytes=available,
-        checkpoint_bytes=trained * 4 + math.ceil(trained * ADAM_BYTES[train.optimizer]),
-        reasons={
-            key: why for key, why in reasons.items() if getattr(train, key.split(".")[1]) == "auto"
-        },
+        num_parameters=counts.parameters,
+        num_trained=counts.trained,
+        memory=choice.memory,
+        context_bytes=at.context_bytes,
+        available_bytes=at.available_bytes,
+        room=int(at.room),
+        device=at.name,
+        past=confirm.past(Path(config.data.cache_dir), at.name),
+        seconds=at.seconds(counts, choice.checkpointing, steps),
+        checkpoint_bytes=counts.trained * 4
+        + math.ceil(counts.trained * memory.ADAM_BYTES[train.optimizer]),
+        reasons={k: why for k, why in reasons.items() if getattr(train, k.split(".")[1]) == "auto"},
     )
+    return replace(made, warnings=_warnings(made))
+
+
+def _warnings(plan: Plan) -> list[str]:
+    if not plan.missing_bytes:
+        return []
+    return [
+        f"one micro-batch takes {_gib(plan.memory.reserved + plan.context_bytes)} of the "
+        f"{_gib(plan.available_bytes)} per process of {plan.device}, {_gib(plan.missing_bytes)} "
+        "more than fits with a margin: expect to run out of memory"
+    ]
 
 
 def resolved_values(plan: Plan) -> dict[str, Any]:
-    """Dotted configuration keys -> the values that `auto` became."""
+    """Dotted configuration keys -> the values that `auto` became; those of the cut stay `auto`,
+    since they follow from `max_tokens`."""
     values = {
         "train.max_tokens": plan.budget.max_tokens,
         "train.layout": plan.budget.layout,
         "train.precision": plan.precision,
+        "train.gradient_checkpointing": plan.gradient_checkpointing,
     }
-    return {key: values[key] for key in plan.reasons}
+    return {key: value for key, value in values.items() if key in plan.reasons}
 
 
-def _budget(
-    config: Config,
-    prepared: Prepared,
-    skeleton: nn.Module,
-    precision: str,
-    layout: batching.Layout,
-    device: str,
-    world_size: int,
-    available_bytes: int,
-) -> tuple[batching.Budget, list[list[batching.MicroBatch]], Line, str]:
-    """(what a micro-batch may hold, the first step cut by it, the memory, the reason)."""
-    train, lengths = config.train, prepared.train.lengths
-    ids = batching.global_batch_ids(len(lengths), engine.order_seed(train), 0, train.global_batch)
-
-    def cut_at(max_tokens: int) -> tuple[batching.Budget, list[list[batching.MicroBatch]]]:
-        budget = batching.Budget(max_tokens, layout, MICRO_BATCH_COST[device])
-        return budget, batching.cut(ids, lengths, world_size, budget)
-
-    longest = max(lengths)
-    wanted = max(longest, SATURATING_TOKENS[device])
-    wanted = wanted if train.max_tokens == "auto" else train.max_tokens
-    cuts = cut_at(wanted)[1]
-    # Logits weigh more than all else where vocabularies are large: the densest micro-batch counts.
-    asked = prepared.train.arrays.index["supervised"][prepared.train.order]
-    micro_batches = [m for rank in cuts for m in rank if m]
-    densest = max(asked[m].sum() / batching.num_tokens(lengths, m, layout) for m in micro_batches)
-    # From the second micro-batch on, and in DDP's buckets, there are gradients from the start.
-    for accumulates in (world_size > 1 or len(cuts[0]) > 1, True):
-        shape = Shape(
-            rows=max(2, min(math.ceil(wanted / longest), math.ceil(len(ids) / world_size))),
-            length=longest,
-            supervised=min(longest, max(1, math.ceil(longest * densest))),
-            micro_batches=2 if accumulates else 1,
-            layout=layout,
-        )
-        line = _memory(config, skeleton, precision, shape)
-        fits = line.fits(available_bytes * (1 - MARGIN))
-        max_tokens, reason = _max_tokens(
-            config, longest, fits=fits, saturates=SATURATING_TOKENS[device]
-        )
-        budget, cuts = cut_at(max_tokens)
-        if accumulates or len(cuts[0]) == 1:
-            break
-    return budget, cuts, line, reason
+# --- choosing ----------------------------------------------------------------------------------
 
 
-def _max_tokens(config: Config, longest: int, *, fits: int, saturates: int) -> tuple[int, str]:
-    """(token budget of a micro-batch, reason); all arguments in tokens."""
-    if config.train.max_tokens != "auto":
-        return config.train.max_tokens, "configured"
-    room = f"{max(0, fits):,} would fit the memory"
-    if longest >= min(fits, saturates):
-        return longest, f"the longest example; {room}"
-    if saturates <= fits:
-        return saturates, f"more is no faster on this device; {room}"
-    return fits, "what fits the memory"
+@dataclass(frozen=True)
+class _Choice:
+    checkpointing: bool
+    budget: batching.Budget
+    cuts: list[list[batching.MicroBatch]]  # of the first step
+    memory: Memory
+    fits: bool
+    why: str  # the budget
+
+
+@dataclass(frozen=True)
+class Target:
+    """A configuration on its data and devices."""
+
+    config: Config
+    work: Work
+    machine: Hardware
+    world_size: int
+    precision: str
+    layout: batching.Layout
+
+    @property
+    def kind(self) -> str:
+        return "cuda" if self.machine.devices else "cpu"
+
+    @property
+    def name(self) -> str:
+        devices = self.machine.devices
+        return f"{devices[0].name} x {self.world_size}" if devices else self.machine.cpu_name
+
+    @property
+    def context_bytes(self) -> int:
+        return memory.CONTEXT_BYTES if self.machine.devices else 0
+
+    @property
+    def available_bytes(self) -> int:
+        """Per process: the smallest GPU's free memory, or an equal share of the RAM."""
+        if self.machine.devices:
+            return min(device.free_bytes or device.total_bytes for device in self.machine.devices)
+        return self.machine.ram_available_bytes // self.world_size
+
+    @property
+    def first(self) -> list[int]:
+        """Ids of the first step's global batch."""
+        return self._ids(0)
+
+    def _ids(self, step: int) -> list[int]:
+        train = self.config.train
+        order = engine.order_seed(train)
+        return batching.global_batch_ids(len(self.work.lengths), order, step, train.global_batch)
+
+    def choose(self) -> tuple[_Choice, str]:
+        """(the choice, why activations are checkpointed or not)."""
+        asked = self.config.train.gradient_checkpointing
+        if asked != "auto":
+            return self._largest(asked), "configured"
+        kept = self._largest(False)
+        batch = sum(self.work.lengths[i] for i in self.first) // self.world_size
+        if kept.fits and kept.budget.max_tokens >= min(SATURATING_TOKENS[self.kind] // 4, batch):
+            return kept, "not needed, and it would cost about a quarter of the speed"
+        again = self._largest(True)
+        if kept.fits and again.budget.max_tokens <= kept.budget.max_tokens:
+            return kept, "it would not make larger micro-batches possible"
+        without = "does not fit" if not kept.fits else f"holds {kept.budget.max_tokens:,} tokens"
+        return again, f"a micro-batch without it {without}"
+
+    def _largest(self, checkpointing: bool) -> _Choice:
+        """The largest budget that fits, up to what is asked for or saturates the device."""
+        train, lengths = self.config.train, self.work.lengths
+        longest = max(lengths)
+        if rows := self._rows_asked():
+            limit = rows * longest if train.max_tokens == "auto" else train.max_tokens
+            return self._tried(checkpointing, batching.Budget(limit, self.layout, None, rows), "")
+        if train.max_tokens != "auto":
+            return self._tried(checkpointing, self._budget(train.max_tokens), "configured")
+        saturates = max(longest, SATURATING_TOKENS[self.kind])
+        why = "the longest example" if longest == saturates else "more is no faster on this device"
+        high = self._tried(checkpointing, self._budget(saturates), why)
+        if high.fits or longest == saturates:
+            return high
+        low = self._tried(checkpointing, self._budget(longest), "the longest example")
+        if not low.fits:
+            return low
+        for _ in range(4):  # memory is convex in tokens: what lies between two, takes no more
+            sizes = [each.budget.max_tokens for each in (low, high)]
+            share = (self.room - low.memory.reserved) / (high.memory.reserved - low.memory.reserved)
+            tokens = int(sizes[0] + min(share, 0.98) * (sizes[1] - sizes[0]))
+            if tokens <= 1.02 * sizes[0]:
+                break
+            tried = self._tried(checkpointing, self._budget(tokens), "what fits the memory")
+            low, high = (tried, high) if tried.fits else (low, tried)
+        return low
+
+    def _rows_asked(self) -> int | None:
+        """Examples of a micro-batch, where the configuration says so."""
+        train = self.config.train
+        rows, steps = train.micro_batch, train.gradient_accumulation_steps
+        if steps == "auto":
+            return None if rows == "auto" else rows
+        batch, makes = train.global_batch, self.world_size * steps
+        expected = max(1, batch // makes) if rows == "auto" else rows
+        if expected * makes != batch:
+            raise ConfigError(
+                f"train.global_batch: {self.world_size} process(es) with {steps} micro-batches of "
+                f"{expected} make {expected * makes} examples, not {batch}: change one of "
+                "train.global_batch, train.micro_batch, train.gradient_accumulation_steps, or "
+                "leave the last two at auto"
+            )
+        return expected
+
+    def _budget(self, max_tokens: int) -> batching.Budget:
+        return batching.Budget(max_tokens, self.layout, MICRO_BATCH_COST[self.kind])
+
+    @property
+    def room(self) -> float:
+        return self.available_bytes * (1 - MARGIN[self.kind]) - self.context_bytes
+
+    def _tried(self, checkpointing: bool, budget: batching.Budget, why: str) -> _Choice:
+        config = with_values(self.config, {"train.gradient_checkpointing": checkpointing})
+        cuts = batching.cut(self.first, self.work.lengths, self.world_size, budget)
+        window = self.window(budget, checkpointing)
+        taken = self.predicted(window, config)
+        return _Choice(checkpointing, budget, cuts, taken, taken.reserved <= self.room, why)
+
+    def predicted(self, window: Window, config: Config) -> Memory:
+        return memory.predict(config, self.precision, window, on_gpu=self.kind == "cuda")
+
+    def window(self, budget: batching.Budget, checkpointing: bool) -> Window:
+        """The heaviest micro-batch; among several, it has gradients from the start."""
+        chosen, accumulates = self.heaviest(budget, checkpointing)
+        lengths, supervised = self.work.lengths, self.work.supervised
+        rows = tuple((lengths[i], min(int(supervised[i]), lengths[i])) for i in chosen)
+        return Window((rows,), budget.layout, accumulates)
+
+    def heaviest(
+        self, budget: batching.Budget, checkpointing: bool
+    ) -> tuple[batching.MicroBatch, bool]:
+        """(the micro-batch of the run that takes the most memory, whether there are several in a
+        step or several processes).
+
+        Of long runs it is looked for in the first SCANNED_STEPS steps, and among micro-batches of
+        the longest examples.
+        """
+        lengths, supervised, world = self.work.lengths, self.work.supervised, self.world_size
+        arch = architecture(self.config.model).get_text_config()
+        per_token = arch.hidden_size * memory.ACTIVATION_BYTES[self.precision]
+        per_token *= 1 if checkpointing else arch.num_hidden_layers
+
+        def weight(micro_batch: batching.MicroBatch) -> float:
+            tokens = batching.num_tokens(lengths, micro_batch, budget.layout)
+            return tokens * per_token + int(supervised[micro_batch].sum()) * arch.vocab_size * 12
+
+        steps = engine.total_steps(self.config.train, len(lengths))
+        accumulates = world > 1
+        micro_batches: list[batching.MicroBatch] = []
+        for step in range(min(steps, SCANNED_STEPS)):
+            cuts = batching.cut(self._ids(step), lengths, world, budget)
+            accumulates |= len(cuts[0]) > 1
+            micro_batches += [m for rank in cuts for m in rank if m]
+        if steps > SCANNED_STEPS:
+            share = math.ceil(len(self.first) / world)
+            order = np.argpartition(-np.asarray(lengths), min(share, len(lengths)) - 1)[:share]
+            micro_batches += batching.cut(order.tolist(), lengths, 1, budget)[0]
+        chosen = max(micro_batches, key=weight)
+        return chosen, accumulates
+
+    def seconds(self, counts: memory.Counts, checkpointing: bool, steps: int) -> float | None:
+        """Of all steps: multiplications of the weights at an assumed share of the GPU's peak."""
+        gpu = hardware.gpu_of(self.machine.devices[0].name) if self.machine.devices else None
+        if gpu is None or self.precision != "bf16":
+            return None
+        passes = (3 if self.config.tuning.mode == "full" else 2) + checkpointing
+        tokens = sum(self.work.lengths) * steps * len(self.first) / len(self.work.lengths)
+        speed = gpu.teraflops * 1e12 * UTILISATION * self.world_size
+        return 2 * passes * counts.multiplied * tokens / speed
+
+
+def target(config: Config, data: Prepared | Work, machine: Hardware, plan: Plan) -> Target:
+    """That which was planned."""
+    work = data if isinstance(data, Work) else Work.of(data)
+    return Target(config, work, machine, plan.world_size, plan.precision, plan.budget.layout)
 
 
 def resolve_layout(config: Config) -> tuple[batching.Layout, str]:
@@ -226,92 +376,99 @@ def resolve_layout(config: Config) -> tuple[batching.Layout, str]:
     return "padded", "rows of like lengths; packing would need a dense mask here"
 
 
-def _skeleton(config: Config) -> nn.Module:
-    """The model with its adapters, without storage."""
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(architecture(config.model))
+# --- what else could be done -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change of the configuration, and what it does to the step that was planned."""
+
+    change: str  # as overrides
+    price: str
+    reserved_bytes: int
+    saved_bytes: int
+    fits: bool
+
+
+def advice(config: Config, work: Work, machine: Hardware, plan: Plan) -> list[Advice]:
+    """What would take less memory, with the same micro-batch, from the cheapest on."""
+    planned = {"train.gradient_checkpointing": plan.gradient_checkpointing}
+    config = with_values(config, planned)
+    at = target(config, work, machine, plan)
+    window = at.window(plan.budget, plan.gradient_checkpointing)
+    result = []
+
+    def consider(price: str, changes: dict[str, Any], window: Window = window) -> None:
+        taken = at.predicted(window, with_values(config, changes))
+        saved = plan.memory.reserved - taken.reserved
+        if saved > 0:
+            told = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+            result.append(Advice(told, price, taken.reserved, saved, taken.reserved <= at.room))
+
+    if not plan.gradient_checkpointing:
+        price = "about 25 % slower, the same result"
+        consider(price, {"train.gradient_checkpointing": True})
+    if config.train.optimizer == "adamw":
+        consider("moments in 8 bits", {"train.optimizer": "adamw_8bit"})
     if config.tuning.mode == "full":
-        return base
-    return add_adapters(base.requires_grad_(False), config.tuning)
-
-
-def _available_bytes(hardware: Hardware, world_size: int) -> int:
-    """Per process: the smallest GPU's free memory, or an equal share of the RAM."""
-    if hardware.devices:
-        return min(device.free_bytes or device.total_bytes for device in hardware.devices)
-    return hardware.ram_available_bytes // world_size
-
-
-def _memory(config: Config, skeleton: nn.Module, precision: str, large: Shape) -> Line:
-    """Memory from micro-batches of one row to those of `large`."""
-    small = replace(large, rows=1)
-    try:
-        ends = [_traced(config, precision, shape) for shape in (small, large)]
-    except UNTRACEABLE as error:
-        why = str(error).strip().split("\n")[0] or type(error).__name__
-        ends = [_closed_form(config, skeleton, precision, s, why) for s in (small, large)]
-    return Line(ends[0], ends[1], small.tokens, large.tokens)
-
-
-def _traced(config: Config, precision: str, shape: Shape) -> Memory:
-    # bitsandbytes' optimizers have no shape rules; their state is as large as it is.
-    replaced = with_values(config, {"train.optimizer": "adamw"})
-    parts = _peak(replaced.model_dump_json(), precision, shape).breakdown
-    share = ADAM_BYTES[config.train.optimizer] / ADAM_BYTES["adamw"]
-    return Memory(
-        weights=parts["weights"],
-        gradients=parts.get("gradients", 0),
-        optimizer=round(parts["optimizer"] * share),
-        activations=parts.get("activations", 0),
-        logits=parts.get("logits and loss", 0),
-        backward=parts.get("backward", 0),
-        method="traced",
+        consider("adapters instead of all weights", {"tuning.mode": "lora"})
+    if config.tuning.mode != "qlora":
+        consider("frozen weights in 4 bits, slower", {"tuning.mode": "qlora"})
+    half = max(8, max(work.lengths) // 2)
+    shorter = tuple(
+        tuple((min(n, half), min(s, half)) for n, s in rows) for rows in window.micro_batches
     )
+    price = "longer rows are cut or left out (data.on_long)"
+    consider(price, {"data.max_seq_len": half}, replace(window, micro_batches=shorter))
+    return result
 
 
-@lru_cache(maxsize=16)
-def _peak(config: str, precision: str, shape: Shape) -> Peak:
-    """Of the configuration in JSON; a process that plans twice traces once."""
-    return rehearsal.rehearse(Config.model_validate_json(config), precision, shape).peak()
+COMPARED = ("4090", "L40S", "A100-40GB", "A100-80GB", "H100-80GB", "H200")
 
 
-def _closed_form(
-    config: Config, skeleton: nn.Module, precision: str, shape: Shape, why: str
-) -> Memory:
-    """What a model that cannot be traced takes, within about a factor of two."""
-    mode, arch = config.tuning.mode, architecture(config.model).get_text_config()
-    width = DTYPES[precision].itemsize
-    weights = 0.0
-    head = skeleton.get_output_embeddings()  # type: ignore[operator]
-    linear = {
-        id(m.weight) for m in skeleton.modules() if isinstance(m, nn.Linear) and m is not head
-    }
-    for parameter in skeleton.parameters():
-        quantised = mode == "qlora" and not parameter.requires_grad and id(parameter) in linear
-        each = 4.0 if parameter.requires_grad else NF4_BYTES if quantised else width
-        weights += parameter.numel() * each
-    trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
-    hidden, layers = shape.tokens * arch.hidden_size, arch.num_hidden_layers
-    kept, again = layers * ACTIVATION_BYTES[precision], 0
-    if config.train.gradient_checkpointing:  # inputs of layers, and one layer at a time
-        kept, again = layers * (4 if mode == "full" else width), ACTIVATION_BYTES[precision]
-    # fp32 logits, their softmax and gradient
-    logits = shape.rows * shape.supervised * arch.vocab_size * 12
-    return Memory(
-        weights=round(weights),
-        gradients=trained * 4,
-        optimizer=round(trained * ADAM_BYTES[config.train.optimizer]),
-        activations=round(kept * hidden),
-        logits=logits,
-        backward=round(again * hidden),
-        method=f"closed form, since the step could not be traced: {why}",
-    )
+def comparison(config: Config) -> list[dict[str, Any]]:
+    """For each way of tuning, with and without checkpointing: the bytes that a micro-batch of one
+    row of `data.max_seq_len` tokens takes, and how many rows each GPU of COMPARED holds."""
+    work, result = Work.uniform(config), []
+    length = work.lengths[0]
+
+    def room_on(name: str) -> float:
+        machine = replace(hardware.detect(), devices=hardware.named_gpus(name))
+        return Target(config, work, machine, 1, "bf16", "padded").room
+
+    for mode in ("full", "lora", "qlora"):
+        for checkpointing in (False, True):
+            changes = {"tuning.mode": mode, "train.gradient_checkpointing": checkpointing}
+            changed = with_values(config, changes)
+            one, two = (
+                memory.predict(changed, "bf16", _rows(number, length), on_gpu=True).reserved
+                for number in (1, 2)
+            )
+            rows = {
+                name: max(0, 1 + int((room_on(name) - one) // max(1, two - one)))
+                for name in COMPARED
+            }
+            told = {"mode": mode, "gradient_checkpointing": checkpointing}
+            result.append(told | {"reserved_bytes": one, "per_row_bytes": two - one, "rows": rows})
+    return result
+
+
+def _rows(number: int, length: int) -> Window:
+    """A micro-batch of so many rows, with gradients from the start."""
+    return replace(uniform(number, length, length), gradients=True)
+
+
+# --- what people see ---------------------------------------------------------------------------
 
 
 def table(plan: Plan) -> Table:
-    memory = plan.memory
     cut = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} x {plan.micro_batches}"
-    rows = [
+    taken = plan.memory
+    parts = ", ".join(f"{name} {size(part)}" for name, part in taken.breakdown.items() if part)
+    reserved = f" ({size(taken.reserved)} reserved)" if plan.context_bytes else ""
+    past = f"; {plan.past.runs} earlier runs took {_span(plan.past)} of it" if plan.past else ""
+    context = f", context {size(plan.context_bytes)} (assumed)" if plan.context_bytes else ""
+    rows: list[tuple[str, str | Text]] = [
         ("examples", f"{plan.num_examples:,} to train on, {plan.num_held_out:,} held out"),
         (
             "tokens",
@@ -327,21 +484,122 @@ def table(plan: Plan) -> Table:
         ("trained", f"{plan.num_trained:,} of {plan.num_parameters:,} parameters"),
         (
             "memory",
-            f"about {_mib(memory.total)} of {_mib(plan.available_bytes)} per process: "
-            + ", ".join(f"{name} {_mib(size)}" for name, size in memory.parts().items() if size)
-            + f" ({memory.method})",
+            f"{size(taken.allocated)}{reserved} of {size(plan.available_bytes)} per process: "
+            f"{parts}{context} ({taken.method}{past})",
         ),
-        ("disk", f"{_mib(plan.checkpoint_bytes)} per checkpoint"),
+        ("disk", f"{size(plan.checkpoint_bytes)} per checkpoint"),
     ]
+    if plan.seconds is not None:
+        told = f"about {duration(plan.seconds)}, if {UTILISATION:.0%} of the GPU's peak is reached"
+        rows.append(("time", told))
     rows += [("auto", f"{key}: {why}") for key, why in plan.reasons.items()]
+    rows += [("warning", Text(text, "red")) for text in plan.warnings]
     return facts("Plan", rows)
 
 
-def _mib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**20:,.0f} MiB"
+def _span(past: Past) -> str:
+    return f"{100 * (1 + past.least):.1f} to {100 * (1 + past.most):.1f} %"
+
+
+def memory_table(plan: Plan) -> Table:
+    """What the peak is made of, with a bar for each part."""
+    result = Table(title=f"Memory of a process on {plan.device}", title_justify="left", box=None)
+    result.add_column("at the peak of a step")
+    result.add_column("bytes", justify="right", no_wrap=True)
+    result.add_column("share of what is available", no_wrap=True)
+    taken = plan.memory
+    lines = dict(taken.breakdown)
+    if plan.context_bytes:
+        lines["reserved, not allocated"] = taken.reserved - taken.allocated
+        lines["context (assumed)"] = plan.context_bytes
+    in_all = sum(lines.values())
+    for name, part in {**lines, "in all": in_all, "available": plan.available_bytes}.items():
+        share = part / plan.available_bytes
+        bar = "█" * min(40, math.ceil(40 * share))
+        style = "red" if share > 1 else "bold" if name in ("in all", "available") else ""
+        result.add_row(name, size(part), f"{bar} {share:.0%}", style=style)
+    return result
+
+
+def advice_table(found: list[Advice]) -> Table:
+    result = Table(title="What would take less", title_justify="left", box=None)
+    for column in ("change", "saves", "then", "at the price of"):
+        right = column in ("saves", "then")
+        result.add_column(column, justify="right" if right else "left", overflow="fold")
+    for each in found:
+        fits = "fits" if each.fits else "does not fit"
+        row = (each.change, size(each.saved_bytes), fits, each.price)
+        result.add_row(*row, style="" if each.fits else "dim")
+    return result
+
+
+def comparison_table(found: list[dict[str, Any]], length: int) -> Table:
+    result = Table(
+        title=f"Rows of {length:,} tokens in one micro-batch (0: not even one fits)",
+        title_justify="left",
+        box=None,
+    )
+    for column in ("tuning", "checkpointing", "one row takes", "each more", *COMPARED):
+        left = column in ("tuning", "checkpointing")
+        result.add_column(column, justify="left" if left else "right")
+    for each in found:
+        sizes = (size(each[key]) for key in ("reserved_bytes", "per_row_bytes"))
+        cells = [f"[{'green' if n else 'red'}]{n:,}" for n in each["rows"].values()]
+        checkpointing = "on" if each["gradient_checkpointing"] else "off"
+        result.add_row(each["mode"], checkpointing, *sizes, *cells)
+    return result
+
+
+def size(num_bytes: float) -> str:
+    return _gib(num_bytes) if num_bytes >= 4 * 2**30 else f"{num_bytes / MIB:,.0f} MiB"
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB"
+
+
+def report(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
+    """What plan.json holds before the run (docs/RUNS.md)."""
+    taken = plan.memory
+    return {
+        "predicted": {
+            "allocated_bytes": taken.allocated,
+            "reserved_bytes": taken.reserved,
+            "context_bytes": plan.context_bytes,
+            "breakdown": taken.breakdown,
+            "method": taken.method,
+            "past": plan.past and asdict(plan.past),
+            "missing_bytes": plan.missing_bytes,
+            "checkpoint_bytes": plan.checkpoint_bytes,
+            "seconds": plan.seconds,
+        },
+        "chosen": {
+            "max_tokens": plan.budget.max_tokens,
+            "micro_batch": plan.micro_batch,
+            "gradient_accumulation_steps": plan.micro_batches,
+            "gradient_checkpointing": plan.gradient_checkpointing,
+            "precision": plan.precision,
+            "layout": plan.budget.layout,
+        },
+        "reasons": {key.removeprefix("train."): why for key, why in plan.reasons.items()},
+        "device": {"name": plan.device, "available_bytes": plan.available_bytes},
+        "work": {
+            "num_examples": plan.num_examples,
+            "num_held_out": plan.num_held_out,
+            "tokens_per_epoch": plan.tokens_per_epoch,
+            "supervised_share": plan.supervised_share,
+            "steps": plan.steps,
+            "tokens": plan.tokens,
+            "global_batch": plan.global_batch,
+            "world_size": plan.world_size,
+            "num_parameters": plan.num_parameters,
+            "num_trained": plan.num_trained,
+        },
+        "advice": [asdict(each) for each in found],
+        "warnings": plan.warnings,
+    }
 
 
 def write(plan: Plan, path: Path, measured: dict[str, Any] | None = None) -> None:
     """plan.json: the plan, and what was measured once the run is over."""
-    values = asdict(plan) | {"measured": measured}
-    path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    path.write_text(json.dumps(report(plan) | {"measured": measured}, indent=2) + "\n", "utf-8")

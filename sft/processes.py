@@ -20,13 +20,17 @@ from sft import hardware
 from sft.config import Config, ConfigError, Train, with_values
 
 
-def resolve_precision(train: Train) -> tuple[str, str]:
-    """(precision, reason)."""
+def resolve_precision(
+    train: Train, devices: list[hardware.Device] | None = None
+) -> tuple[str, str]:
+    """(precision, reason) on these GPUs (None: on this process's own)."""
     if train.precision != "auto":
         return train.precision, "configured"
-    if not torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available() if devices is None else bool(devices)
+    if not on_gpu:
         return "fp32", "no GPU; fp32 is exact and on CPUs seldom slower"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+    own = devices is None and torch.cuda.is_bf16_supported(including_emulation=False)
+    if own or (devices and all(device.bf16 for device in devices)):
         return "bf16", "the GPU computes in bf16"
     return "fp32", "the GPU has no bf16"
 

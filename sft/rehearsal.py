@@ -8,9 +8,10 @@ On the CPU, whatever the run's device: what differs on a GPU is said in docs/LOG
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from logging import getLogger
 from types import SimpleNamespace
@@ -32,35 +33,68 @@ from sft.trace import Assume, Recorder, Trace
 CPU = torch.device("cpu")
 
 
+Row = tuple[int, int]  # tokens of an example, and those of them that the loss sees
+
+
 @dataclass(frozen=True)
-class Shape:
-    """What a rehearsed step computes."""
+class Window:
+    """What one process computes in an optimizer step."""
 
-    rows: int  # of a micro-batch
-    length: int  # tokens of a row
-    supervised: int  # tokens of a row that the loss sees
-    micro_batches: int = 1
+    micro_batches: tuple[tuple[Row, ...], ...]
     layout: batching.Layout = "padded"
-
-    @property
-    def tokens(self) -> int:
-        """Of a micro-batch."""
-        return self.rows * self.length
+    gradients: bool = False  # are there from the start: of earlier micro-batches, in DDP's buckets
 
 
-def rehearse(config: Config, precision: str, shape: Shape) -> Trace:
-    """The allocations of a step that is not the first, with its weights and optimizer state."""
-    with _fake(config, shape):
-        return record(make_engine(config, precision, shape, weights=False))
+def uniform(
+    rows: int,
+    length: int,
+    supervised: int,
+    micro_batches: int = 1,
+    layout: batching.Layout = "padded",
+) -> Window:
+    """`micro_batches` of as many `rows`, all of one length."""
+    return Window((((length, supervised),) * rows,) * micro_batches, layout)
+
+
+def rehearse(
+    config: Config,
+    precision: str,
+    window: Window,
+    *,
+    depth: int | None = None,
+    on_gpu: bool = False,
+) -> Trace:
+    """The allocations of a step that is not the first, with its weights and optimizer state.
+
+    `depth`: layers, instead of all that the model has. `on_gpu`: as they would be on a GPU, as far
+    as an operation can tell.
+    """
+    with _fake(config, window, depth, on_gpu):
+        return record(make_engine(config, precision, window, weights=False), window.gradients)
+
+
+def shallow(architecture: Any, depth: int) -> Any:
+    """A copy of a transformers configuration with its first `depth` layers."""
+    result = copy.deepcopy(architecture)
+    text = result.get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
+    return result
 
 
 @contextmanager
-def _fake(config: Config, shape: Shape) -> Iterator[None]:
+def _fake(config: Config, window: Window, depth: int | None, on_gpu: bool) -> Iterator[None]:
     """Every tensor made in it is fake, and nothing outside keeps one."""
 
     # Where documents are packed, transformers makes a mask; it makes one, too, where it cannot see.
     def is_tracing(*_: object) -> bool:  # a Mock would keep its arguments alive
-        return shape.layout == "packed" and shape.rows > 1
+        return window.layout == "packed" and max(map(len, window.micro_batches)) > 1
+
+    whole = model.architecture
+
+    def architecture(asked: Any) -> Any:
+        return whole(asked) if depth is None else shallow(whole(asked), depth)
 
     with ExitStack() as stack:
         enter = stack.enter_context
@@ -69,6 +103,9 @@ def _fake(config: Config, shape: Shape) -> Iterator[None]:
             enter(mock.patch.dict("bitsandbytes.functional.name2qmap", clear=True))
         enter(mock.patch("transformers.masking_utils.is_tracing", is_tracing))
         enter(mock.patch.object(nn.Module, "_apply", _convert))
+        enter(mock.patch.object(model, "architecture", architecture))
+        if on_gpu:
+            enter(mock.patch("torch.nn.functional.dropout", _dropout_of_a_gpu))
         enter(warnings.catch_warnings(action="ignore"))  # the real build gives them, too
         # Of a failure torch logs the trace; the plan falls back on a closed form and says why.
         enter(mock.patch.object(getLogger("torch._subclasses.fake_tensor"), "disabled", True))
@@ -90,27 +127,43 @@ def _convert(module: nn.Module, function: Callable[[Any], Any], recurse: bool = 
     return module
 
 
-def make_engine(config: Config, precision: str, shape: Shape, weights: bool) -> engine.Engine:
-    """An engine of one process, alone on the CPU, whose every step is of `shape`."""
-    rows = shape.rows * shape.micro_batches
-    config = with_values(config, {"train.global_batch": rows})
-    budget = batching.Budget(shape.tokens, shape.layout)
-    unsupervised = [chat.IGNORED] * (shape.length - shape.supervised)
-    example = chat.Example([0] * shape.length, unsupervised + [0] * shape.supervised)
+def _dropout_of_a_gpu(
+    x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    """It keeps a mask of booleans; that of the CPU keeps one of numbers."""
+    del inplace
+    return torch.native_dropout(x, p, training)[0]
+
+
+def make_engine(config: Config, precision: str, window: Window, weights: bool) -> engine.Engine:
+    """An engine of one process, alone on the CPU, whose every step is `window`."""
+    rows = [row for micro_batch in window.micro_batches for row in micro_batch]
+    config = with_values(config, {"train.global_batch": len(rows)})
+    budget = batching.Budget(sum(length for length, _ in rows), window.layout)
     examples = store.Examples(
-        store.pack((i, data.Row([], None, "rehearsal", i), example) for i in range(rows))
+        store.pack(
+            (i, data.Row([], None, "rehearsal", i), _example(*r)) for i, r in enumerate(rows)
+        )
     )
     prepared = Prepared(SimpleNamespace(pad_token_id=0), examples, examples, {})  # type: ignore[arg-type]
     built = model.build(config, precision, CPU, weights=weights)
     alone: Any = Alone(precision)
     task = finetune.FineTune(config, prepared, built, alone, Log(None), budget)
     made = engine.Engine(task, config.train, alone, Log(None), budget)
+    numbers = iter(range(len(rows)))
+    micro_batches = [[next(numbers) for _ in each] for each in window.micro_batches]
+    made.window = lambda step: (list(range(len(rows))), micro_batches)  # type: ignore[method-assign]
     for parameter in built.parameters():  # the optimizer makes its state in its first step
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     made.optimizer.step()
     made.optimizer.zero_grad()
     return made
+
+
+def _example(length: int, supervised: int) -> chat.Example:
+    ids = [0] * length
+    return chat.Example(ids, [chat.IGNORED] * (length - supervised) + ids[:supervised])
 
 
 class Alone:
@@ -134,11 +187,15 @@ class Alone:
         return tensor
 
 
-def record(made: engine.Engine) -> Trace:
-    """The allocations of the engine's next step, labelled by what they are for."""
+def record(made: engine.Engine, gradients: bool = False) -> Trace:
+    """The allocations of the engine's next step: labelled by what they are for, in phases.
+
+    `gradients`: as if there were some from the start.
+    """
     recorder, built, collate = Recorder(), made.task.model, made.task.collate
     trained = [p for p in built.parameters() if p.requires_grad]
     fake = getattr(trained[0], "fake_mode", None)
+    update = made._grad_norm
 
     def collate_unseen(ids: list[int]) -> store.Batch:
         with _disable_current_modes():  # arrays of numpy are made real
@@ -148,28 +205,45 @@ def record(made: engine.Engine) -> Trace:
         recorder.name(tensors.values(), "activations")
         return store.Batch(**tensors)
 
-    recorder.name(held(built), "weights")
+    def update_seen() -> float:
+        recorder.enter("update")
+        return update()
+
+    recorder.enter("forward")
+    for label, tensors in held(built).items():
+        recorder.name(tensors, label)
     recorder.name((t for s in made.optimizer.state.values() for t in tensors_of(s)), "optimizer")
-    recorder.label = "activations"
+    if gradients:
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        recorder.name((p.grad for p in trained), "gradients")
+    recorder.label, recorder.labels = "activations", {"bitsandbytes": "dequantisation"}
     with (
+        mock.patch.object(made.optimizer, "zero_grad") if gradients else nullcontext(),
         mock.patch.object(made.task, "collate", collate_unseen),
+        mock.patch.object(made, "_grad_norm", update_seen),
         recorder,
-        head_labelled(built, recorder),
+        _labelled(built, recorder),
     ):
         made.optimizer_step()
         recorder.name((p.grad for p in trained), "gradients")
     return recorder.trace
 
 
-def held(built: nn.Module) -> Iterator[torch.Tensor]:
-    """All tensors that a model keeps, constants of quantisation included."""
-    yield from built.buffers()
-    for parameter in built.parameters():
-        yield parameter
+def held(built: nn.Module) -> dict[str, list[torch.Tensor]]:
+    """All tensors that a model keeps, by what they are."""
+    result: dict[str, list[torch.Tensor]] = {
+        "weights": list(built.buffers()),
+        "adapters": [],
+        "quantisation state": [],
+    }
+    for name, parameter in built.named_parameters():
+        result["adapters" if "lora_" in name else "weights"].append(parameter)
         state = getattr(parameter, "quant_state", None)
         while state is not None:
-            yield from tensors_of(vars(state))
+            result["quantisation state"] += tensors_of(vars(state))
             state = state.state2
+    return result
 
 
 def tensors_of(values: dict[str, Any]) -> Iterator[torch.Tensor]:
@@ -177,18 +251,24 @@ def tensors_of(values: dict[str, Any]) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def head_labelled(built: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Labels what is born from the vocabulary head on, and what is born behind it in backward."""
+def _labelled(built: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Forward, loss (from the vocabulary head on) and backward of each micro-batch."""
+    count = 0
+
+    def into_model(*_: object) -> None:
+        nonlocal count
+        count += 1
+        recorder.label = "activations"
+        recorder.enter(f"forward {count}")
 
     def into_head(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         recorder.label = "logits and loss"
+        recorder.enter(f"loss {count}")
         inputs[0].register_hook(out_of_head)
 
     def out_of_head(_: torch.Tensor) -> None:
         recorder.label = "backward"
-
-    def into_model(*_: object) -> None:
-        recorder.label = "activations"
+        recorder.enter(f"backward {count}")
 
     handles = [
         built.get_output_embeddings().register_forward_pre_hook(into_head),  # type: ignore[operator]

@@ -19,7 +19,19 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from sft import audit, chat, checkpoint, evaluate, export, finetune, hardware, plan, prepare
+from sft import (
+    audit,
+    chat,
+    checkpoint,
+    confirm,
+    evaluate,
+    export,
+    finetune,
+    hardware,
+    plan,
+    prepare,
+)
+from sft.batching import Budget, MicroBatch
 from sft.config import Config, UserError, dump_config, with_values
 from sft.engine import Engine, Preempted, memory_bytes
 from sft.log import Log, duration, facts
@@ -97,6 +109,11 @@ def _run(
             _write_plan(resolved, planned, folder)
     task = finetune.FineTune(resolved, prepared, model, accelerator, log, budget)
     engine = Engine(task, resolved.train, accelerator, log, budget)
+    planned, measured = _confirmed(planned, resolved, prepared, machine, task, engine)
+    if planned.budget != budget:
+        resolved = with_values(resolved, {"train.max_tokens": planned.budget.max_tokens})
+        if log.folder:
+            _write_plan(resolved, planned, folder)
     base = _base_results(folder, task, engine, resumed=resumed_from is not None)
     log.say(f"before: {_told(base['metrics'])}")
     if resumed_from:
@@ -112,7 +129,7 @@ def _run(
     log.say(f"after: {_told(tuned['metrics'])}")
     checkpoint.commit(folder / "final_checkpoint", engine.write_final, accelerator)
 
-    measured = {
+    measured |= {
         "training_seconds": training_seconds,
         "predicted_training_seconds": seconds,
         "total_seconds": time.perf_counter() - started,
@@ -123,6 +140,39 @@ def _run(
         _write_evaluation(folder / "evaluation", base, tuned)
         log.say(_side_by_side(base, tuned, config.evaluation.num_shown))
         log.say(_closing(config, base, tuned, measured))
+
+
+def _confirmed(
+    planned: plan.Plan,
+    config: Config,
+    prepared: prepare.Prepared,
+    machine: hardware.Hardware,
+    task: finetune.FineTune,
+    engine: Engine,
+) -> tuple[plan.Plan, dict[str, Any]]:
+    """The plan with a budget that the device holds, and what of it was measured."""
+    target = plan.target(config, prepared, machine, planned)
+
+    def heaviest(budget: Budget) -> MicroBatch:
+        return target.heaviest(budget, planned.gradient_checkpointing)[0]
+
+    budget = planned.budget
+    if machine.devices:
+        budget = confirm.fitting_budget(engine, budget, heaviest)
+        planned = replace(planned, budget=budget)
+        engine.budget = task.budget = budget
+    if engine.is_deepspeed or (planned.world_size > 1 and not machine.devices):
+        return planned, {}  # what DeepSpeed's engine and the buckets of DDP hold is not seen
+    several = target.window(budget, planned.gradient_checkpointing).gradients
+    micro_batches = [heaviest(budget)] * (2 if several else 1)
+    predicted = planned.memory.breakdown
+    peak = confirm.measured_bytes(engine, micro_batches, predicted["optimizer"])
+    told = f"{plan.size(peak)} measured, {plan.size(planned.memory.allocated)} predicted"
+    engine.log.say(f"memory of the heaviest micro-batch: {told}")
+    if engine.accelerator.is_main_process:
+        folder = Path(config.data.cache_dir)
+        confirm.remember(folder, planned.device, planned.memory.allocated, peak)
+    return planned, {"heaviest_micro_batch_bytes": peak}
 
 
 def _write_plan(resolved: Config, planned: plan.Plan, folder: Path) -> None:

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,14 +44,29 @@ class Trace:
     """Births (True) and deaths (False) of blocks, in order; what still lives has no death."""
 
     events: list[tuple[bool, Block]] = field(default_factory=list)
+    phases: list[tuple[int, str]] = field(default_factory=list)  # from which event on, its name
 
     def peak(self) -> Peak:
         """The first moment at which the living blocks have the most bytes."""
-        sums = [0, *accumulate(b.num_bytes if born else -b.num_bytes for born, b in self.events)]
-        living: Counter[str] = Counter()
-        for born, block in self.events[: sums.index(max(sums))]:
-            living[block.label] += block.num_bytes if born else -block.num_bytes
-        return Peak(max(sums), {label: size for label, size in living.most_common() if size})
+        return max(self.peaks().values(), key=lambda peak: peak.num_bytes)
+
+    def peaks(self) -> dict[str, Peak]:
+        """That of each phase; what was born before the first one belongs to it."""
+        names = [name for _, name in self.phases] or [""]
+        bounds = [0, *(start for start, _ in self.phases[1:]), len(self.events)]
+        result: dict[str, Peak] = {}
+        now, living = 0, Counter[str]()
+        for name, (start, stop) in zip(names, pairwise(bounds), strict=True):
+            most, then = now, living.copy()
+            for born, block in self.events[start:stop]:
+                size = block.num_bytes if born else -block.num_bytes
+                now, living[block.label] = now + size, living[block.label] + size
+                if now > most:
+                    most, then = now, living.copy()
+            if name not in result or most > result[name].num_bytes:
+                sizes = {label: size for label, size in then.most_common() if size}
+                result[name] = Peak(most, sizes)
+        return result
 
     def reserved(self, expandable: bool = False, capacity: float = math.inf) -> Reserved:
         """What the caching allocator takes from the GPU for it; MemoryError above `capacity`."""
@@ -87,6 +102,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.trace = Trace()
         self.label = "other"
+        self.labels: dict[str, str] = {}  # of what the operations of a namespace make
         self._known: dict[int, tuple[Block, weakref.ref]] = {}  # address of the storage -> block
 
     @contextmanager
@@ -96,6 +112,9 @@ class Recorder(TorchDispatchMode):
             yield
         finally:
             self.label = before
+
+    def enter(self, phase: str) -> None:
+        self.trace.phases.append((len(self.trace.events), phase))
 
     def name(self, tensors: Iterable[torch.Tensor | None], label: str) -> None:
         """Says what these are for, whenever they were born; those not met are born now."""
@@ -109,7 +128,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
-                self._meet(tensor, self.label)
+                self._meet(tensor, self.labels.get(func.namespace, self.label))
         return result
 
     def _meet(self, tensor: torch.Tensor, label: str) -> Block:

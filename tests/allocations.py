@@ -10,7 +10,7 @@ from sft.engine import Engine
 
 def allocated_bytes(engine: Engine) -> int:
     """What the model and the optimizer hold, and what the CPU allocator gives in a step."""
-    kept = list(rehearsal.held(engine.task.model))
+    kept = [t for tensors in rehearsal.held(engine.task.model).values() for t in tensors]
     for state in engine.optimizer.state.values():
         kept += rehearsal.tensors_of(state)
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}

@@ -35,6 +35,8 @@ LAYERS = {
     "export": 2,
     "finetune": 3,
     "rehearsal": 3.5,  # runs a step of the task
+    "memory": 3.6,  # predicts from rehearsals
+    "confirm": 3.6,
     "plan": 4,
     "check": 5,
     "run": 5,

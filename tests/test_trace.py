@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import (
 from sft import rehearsal, trace
 from sft.config import Config, load_config, with_values
 from sft.engine import Engine
-from sft.rehearsal import Shape
+from sft.rehearsal import Window, uniform
 from sft.trace import MIB, Block, CachingAllocator, Recorder, Trace
 
 # --- recording ---------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     ),
 }  # fmt: skip
 EXPERTS = {"Mixtral": MixtralConfig(**SIZES, num_local_experts=2)}
-BUDGETS = [Shape(4, 32, 20, micro_batches=2), Shape(6, 96, 30)]
+BUDGETS = [uniform(4, 32, 20, micro_batches=2), uniform(6, 96, 30)]
 GRID = list(product(ARCHITECTURES, ["full", "lora", "qlora"], [False, True], BUDGETS))
 
 
@@ -117,60 +118,69 @@ def configured(folder: Path, name: str, mode: str = "lora", **train: Any) -> Con
     )
 
 
-def real_engine(config: Config, shape: Shape, precision: str = "fp32", **options) -> Engine:
-    return rehearsal.make_engine(config, precision, shape, **({"weights": False} | options))
+def real_engine(config: Config, window: Window, precision: str = "fp32", **options) -> Engine:
+    return rehearsal.make_engine(config, precision, window, **({"weights": False} | options))
 
 
-def fake_and_real(config: Config, shape: Shape, precision: str = "fp32", **options):
+def fake_and_real(config: Config, window: Window, precision: str = "fp32", **options):
     """(peak of the rehearsed step, of the real one under the same recorder)."""
-    fake = rehearsal.rehearse(config, precision, shape).peak()
-    return fake, rehearsal.record(real_engine(config, shape, precision, **options)).peak()
+    fake = rehearsal.rehearse(config, precision, window).peak()
+    return fake, rehearsal.record(real_engine(config, window, precision, **options)).peak()
 
 
 # A third of the grid: every architecture in every mode, with and without checkpointing.
-@pytest.mark.parametrize(("name", "mode", "checkpointing", "shape"), GRID[::3])
+@pytest.mark.parametrize(("name", "mode", "checkpointing", "window"), GRID[::3])
 def test_the_rehearsed_step_takes_what_the_real_one_takes(
-    tmp_path, name, mode, checkpointing, shape
+    tmp_path, name, mode, checkpointing, window
 ):
     config = configured(tmp_path, name, mode, gradient_checkpointing=checkpointing)
-    fake, real = fake_and_real(config, shape)
+    fake, real = fake_and_real(config, window)
     assert fake == real
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "mode", "checkpointing", "shape"), GRID)
+@pytest.mark.parametrize(("name", "mode", "checkpointing", "window"), GRID)
 def test_the_rehearsed_step_takes_what_the_process_allocates(
-    tmp_path, name, mode, checkpointing, shape
+    tmp_path, name, mode, checkpointing, window
 ):
     config = configured(tmp_path, name, mode, gradient_checkpointing=checkpointing)
-    fake, real = fake_and_real(config, shape)
+    fake, real = fake_and_real(config, window)
     assert fake == real
-    assert fake.num_bytes == pytest.approx(allocated_bytes(real_engine(config, shape)), rel=0.02)
+    assert fake.num_bytes == pytest.approx(allocated_bytes(real_engine(config, window)), rel=0.02)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_what_is_traced_is_the_real_step_in_both_layouts(tmp_path, layout):
-    fake, real = fake_and_real(configured(tmp_path, "Qwen2"), Shape(3, 40, 9, 2, layout))
+    fake, real = fake_and_real(configured(tmp_path, "Qwen2"), uniform(3, 40, 9, 2, layout))
     assert fake == real
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_gradients_from_the_start_are_those_of_a_micro_batch_before(tmp_path, mode):
+    config = configured(tmp_path, "Llama", mode)
+    two = rehearsal.rehearse(config, "fp32", uniform(4, 32, 20, micro_batches=2)).peak()
+    one = rehearsal.rehearse(config, "fp32", replace(uniform(4, 32, 20), gradients=True)).peak()
+    assert one.num_bytes == pytest.approx(two.num_bytes, rel=0.002)
+    assert one.breakdown["gradients"] == two.breakdown["gradients"]
 
 
 def test_the_loaded_quantised_model_and_dropout():
     """Not a stand-in for weights, but those of the embedded model, loaded by transformers."""
     config = with_values(load_config(ROOT / "configs/nano.yaml"), {"tuning.lora_dropout": 0.1})
-    fake, real = fake_and_real(config, Shape(4, 50, 20, 2), weights=True)
+    fake, real = fake_and_real(config, uniform(4, 50, 20, 2), weights=True)
     assert fake == real
 
 
 def test_under_autocast_the_stand_in_for_accelerate_does_as_accelerate(tmp_path, monkeypatch):
     config = configured(tmp_path, "Llama", "full")
-    shape = Shape(4, 64, 40, 2)
-    fake = rehearsal.rehearse(config, "bf16", shape).peak()
-    assert fake.num_bytes < rehearsal.rehearse(config, "fp32", shape).peak().num_bytes
+    window = uniform(4, 64, 40, 2)
+    fake = rehearsal.rehearse(config, "bf16", window).peak()
+    assert fake.num_bytes < rehearsal.rehearse(config, "fp32", window).peak().num_bytes
     monkeypatch.setattr(
         rehearsal, "Alone", lambda precision: Accelerator(cpu=True, mixed_precision=precision)
     )
     AcceleratorState._reset_state(True)
-    real = rehearsal.record(real_engine(config, shape, "bf16")).peak()
+    real = rehearsal.record(real_engine(config, window, "bf16")).peak()
     AcceleratorState._reset_state(True)
     assert fake == real
 

@@ -1,0 +1,387 @@
+"""Predicted memory against the truth: here, on GPUs that others measured, and how fast it is told.
+
+    PYTHONPATH=.:tests python benchmarks/memory.py [--parts grid published speed]
+
+grid       The rehearsed step against the same recorder on the real step, and against what the CPU
+           allocator of the process really gave: architectures x tuning x checkpointing x windows.
+published  Rows that others printed, with their step in place of ours where it differs (see ROWS).
+           Nothing is fitted to them; what they leave open is said in `unknown`.
+speed      `make plan` of an 8B and a 70B model: seconds and peak memory of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from allocations import allocated_bytes
+from rich.table import Table
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PhiConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+from sft import memory, model, rehearsal
+from sft.cli import quiet_libraries
+from sft.config import Config
+from sft.finetune import FineTune
+from sft.log import make_console
+from sft.rehearsal import Window, uniform
+
+MIB = 2**20
+
+
+def configured(
+    folder: Path, architecture: PretrainedConfig, tuning: dict[str, Any], **train: Any
+) -> Config:
+    architecture.save_pretrained(folder)
+    return Config.model_validate(
+        {
+            "model": {"name": str(folder)},
+            "tuning": tuning,
+            "data": {"train_path": "none", "max_seq_len": 32768},
+            "train": {"output_dir": "none", **train},
+        }
+    )
+
+
+# --- here --------------------------------------------------------------------------------------
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 4096,
+    "max_position_embeddings": 1024,
+}
+ARCHITECTURES: dict[str, PretrainedConfig] = {
+    "Llama": LlamaConfig(**SIZES),
+    "Qwen2": Qwen2Config(**SIZES),
+    "Gemma2": Gemma2Config(**SIZES, head_dim=32, sliding_window=128),
+    "GPT2": GPT2Config(n_embd=256, n_layer=6, n_head=8, vocab_size=4096, n_positions=1024),
+}
+WINDOWS = {
+    "2 x 4 x 128": uniform(4, 128, 50, micro_batches=2),
+    "1 x 4 x 512": uniform(4, 512, 200),
+}
+
+
+def grid(folder: Path) -> list[dict[str, Any]]:
+    found = []
+    modes = ("full", "lora", "qlora")
+    for name, mode, checkpointing, (told, window) in product(
+        ARCHITECTURES, modes, (False, True), WINDOWS.items()
+    ):
+        train = {"gradient_checkpointing": checkpointing}
+        config = configured(folder, ARCHITECTURES[name], {"mode": mode}, **train)
+        fake = rehearsal.rehearse(config, "fp32", window).peak().num_bytes
+        real = [rehearsal.make_engine(config, "fp32", window, weights=False) for _ in range(2)]
+        tracked = rehearsal.record(real[0]).peak().num_bytes
+        true = allocated_bytes(real[1])
+        found.append(
+            {
+                "architecture": name,
+                "mode": mode,
+                "checkpointing": checkpointing,
+                "window": told,
+                "rehearsed_bytes": fake,
+                "tracked_bytes": tracked,
+                "allocated_bytes": true,
+                "against_tracker": fake / tracked - 1,
+                "against_allocator": fake / true - 1,
+            }
+        )
+    return found
+
+
+def show_grid(found: list[dict[str, Any]]) -> Table:
+    table = Table(title="Rehearsed step against the real one, here", title_justify="left", box=None)
+    for column in ("architecture", "tuning", "combinations", "MiB", "to tracker", "to allocator"):
+        table.add_column(
+            column, justify="left" if column in ("architecture", "tuning") else "right"
+        )
+    for name, mode in product(ARCHITECTURES, ("full", "lora", "qlora")):
+        rows = [r for r in found if (r["architecture"], r["mode"]) == (name, mode)]
+        sizes = [r["rehearsed_bytes"] / MIB for r in rows]
+        worst = [
+            max((r[k] for r in rows), key=abs) for k in ("against_tracker", "against_allocator")
+        ]
+        span = f"{min(sizes):,.0f} to {max(sizes):,.0f}"
+        table.add_row(name, mode, str(len(rows)), span, *(f"{each:+.2%}" for each in worst))
+    return table
+
+
+# --- what others measured ----------------------------------------------------------------------
+
+
+def llama(hidden: int, inter: int, layers: int, heads: int, kv: int, vocab: int, **more: Any):
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inter,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        vocab_size=vocab,
+        max_position_embeddings=32768,
+        **more,
+    )
+
+
+def qwen1(hidden: int, inter: int, layers: int, heads: int) -> PretrainedConfig:
+    """Qwen (v1) in the shape of Qwen2: the same parts, with separate query, key and value."""
+    return Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=inter,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=151936,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+    )
+
+
+LLAMA_3B = llama(3072, 8192, 28, 24, 8, 128256, head_dim=128, tie_word_embeddings=True)
+LLAMA2_7B, LLAMA2_13B = llama(4096, 11008, 32, 32, 32, 32000), llama(5120, 13824, 40, 40, 40, 32000)
+PHI_15 = PhiConfig(
+    hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
+    vocab_size=51200, max_position_embeddings=2048, hidden_act="gelu_pytorch_tanh",
+)  # fmt: skip
+QV = ["q_proj", "v_proj"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published run."""
+
+    source: str
+    what: str
+    architecture: PretrainedConfig
+    tuning: dict[str, Any]
+    window: Window
+    measured_bytes: float
+    unknown: str
+    checkpointing: bool = False
+    reserved: bool = True  # what was measured: reserved, or allocated
+    autocast: bool = True  # else everything is computed in the dtype that it is stored in
+    adapters: torch.dtype = torch.float32
+    own_loss: bool = False
+    native: bool = False  # a full trace through the allocator without expandable segments
+
+
+def published() -> list[Row]:
+    rows = []
+    for rank, modules, mib in (
+        (32, QV, 21260),
+        (64, QV, 21508),
+        (10, ["gate_proj", "up_proj", "down_proj"], 23554),
+    ):
+        rows.append(
+            Row(
+                "PEFT method comparison, L40S",
+                f"Llama-3.2-3B LoRA r{rank} {'q,v' if modules is QV else 'MLP'}",
+                LLAMA_3B,
+                {"mode": "lora", "r": rank, "target_modules": modules},
+                uniform(4, 699, 699),
+                mib * MIB,
+                "longest padded batch: 699 tokens, which the reference found from the first row",
+                autocast=False,
+                native=True,
+                own_loss=True,
+            )
+        )
+    for name, arch, layers in (
+        ("phi-1.5", PHI_15, 1044),
+        ("Llama-2 7B", LLAMA2_7B, 1304),
+        ("Llama-2 13B", LLAMA2_13B, 1304),
+    ):
+        measured = {
+            "phi-1.5": {1: 4.82, 2: 6.76, 4: 10.68},
+            "Llama-2 7B": {1: 21.30, 2: 29.07},
+            "Llama-2 13B": {1: 38.12},
+        }[name]
+        for number, gb in measured.items():
+            rows.append(
+                Row(
+                    "LitGPT, A100-40GB",
+                    f"{name} LoRA r8 q,v, micro-batch {number}",
+                    arch,
+                    {"mode": "lora", "r": 8, "target_modules": QV},
+                    uniform(number, layers, layers),
+                    gb * 1e9,
+                    "its own model code and loss; whether the longest rows meet in one batch",
+                    reserved=False,
+                    autocast=False,
+                    adapters=torch.bfloat16,
+                )
+            )
+    lengths = (256, 512, 1024, 2048, 4096, 8192)
+    for name, arch, sizes in (
+        ("1.8B", qwen1(2048, 5504, 24, 16), (6.7, 7.4, 8.4, 11.0, 16.2, 21.8)),
+        ("7B", qwen1(4096, 11008, 32, 32), (20.1, 20.4, 21.5, 23.8, 29.7, 36.6)),
+    ):
+        for length, gb in zip(lengths, sizes, strict=True):
+            rows.append(
+                Row(
+                    "Qwen README, A100-80GB",
+                    f"Qwen {name} LoRA r64, {length} tokens",
+                    arch,
+                    {"mode": "lora", "r": 64, "target_modules": "auto"},
+                    uniform(1, length, length),
+                    gb * 1e9,
+                    "what was read (taken as reserved, 1e9 bytes), dtypes of adapters, engine",
+                    checkpointing=True,
+                )
+            )
+    return rows
+
+
+@contextmanager
+def their_step(row: Row) -> Iterator[None]:
+    """Where their step differs from ours."""
+    prepare, add_adapters = rehearsal.Alone.prepare, model.add_adapters
+
+    def plain(_: Any, built: Any, optimizer: Any) -> tuple[Any, Any]:
+        return built, optimizer
+
+    def loss(task: Any, built: Any, batch: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        """transformers' own, of all tokens; a padded batch has a mask, and outputs are kept."""
+        rows, length = batch.input_ids.shape
+        mask = torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
+        task.kept = built(input_ids=batch.input_ids, attention_mask=mask, labels=batch.input_ids)
+        return task.kept.loss, {}
+
+    def added(*arguments: Any) -> Any:
+        built = add_adapters(*arguments)
+        for parameter in built.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(row.adapters)
+        return built
+
+    with (
+        mock.patch.object(rehearsal.Alone, "prepare", prepare if row.autocast else plain),
+        mock.patch.object(model, "add_adapters", added),
+        mock.patch.object(model, "check_dtypes"),
+        mock.patch.object(FineTune, "loss", loss) if row.own_loss else nullcontext(),
+    ):
+        yield
+
+
+def against_published(folder: Path) -> list[dict[str, Any]]:
+    found = []
+    for row in published():
+        config = configured(
+            folder, row.architecture, row.tuning, gradient_checkpointing=row.checkpointing
+        )
+        memory._traced.cache_clear()
+        with their_step(row):
+            predicted = memory.predict(config, "bf16", row.window, on_gpu=True)
+            told = predicted.reserved if row.reserved else predicted.allocated
+            if row.native:
+                trace = rehearsal.rehearse(config, "bf16", row.window, on_gpu=True)
+                libraries = predicted.breakdown.get("libraries", 0)
+                told = trace.reserved(expandable=False).num_bytes + libraries
+        found.append(
+            {
+                "source": row.source,
+                "what": row.what,
+                "measured_bytes": row.measured_bytes,
+                "predicted_bytes": told,
+                "error": told / row.measured_bytes - 1,
+                "method": predicted.method,
+                "unknown": row.unknown,
+            }
+        )
+    return found
+
+
+def show_published(found: list[dict[str, Any]]) -> Table:
+    table = Table(title="Against what others measured", title_justify="left", box=None)
+    for column in ("source", "run", "measured", "predicted", "error"):
+        table.add_column(column, justify="left" if column in ("source", "run") else "right")
+    for row in found:
+        sizes = (f"{row[key] / 2**30:.1f} GiB" for key in ("measured_bytes", "predicted_bytes"))
+        table.add_row(row["source"], row["what"], *sizes, f"{row['error']:+.1%}")
+    errors = [abs(row["error"]) for row in found]
+    table.add_row("", "median, worst", "", f"{statistics.median(errors):.1%}", f"{max(errors):.1%}")
+    return table
+
+
+# --- speed -------------------------------------------------------------------------------------
+
+LARGE = {
+    "8B LoRA": (llama(4096, 14336, 32, 32, 8, 128256), "lora"),
+    "8B full": (llama(4096, 14336, 32, 32, 8, 128256), "full"),
+    "70B QLoRA": (llama(8192, 28672, 80, 64, 8, 128256), "qlora"),
+}
+
+
+def speed(folder: Path) -> list[dict[str, Any]]:
+    found = []
+    for name, (architecture, mode) in LARGE.items():
+        architecture.save_pretrained(folder)
+        command = [sys.executable, "scripts/plan.py", "--model", str(folder), "--tuning", mode]
+        started = time.perf_counter()
+        subprocess.run(
+            [*command, "--seq", "4096", "--gpu", "H100-80GB"], check=True, stdout=subprocess.DEVNULL
+        )
+        seconds = time.perf_counter() - started
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        found.append({"what": name, "seconds": seconds, "peak_bytes_so_far": peak})
+    return found
+
+
+def show_speed(found: list[dict[str, Any]]) -> Table:
+    table = Table(title="make plan", title_justify="left", box=None)
+    for column in ("model", "seconds", "peak RAM up to here"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in found:
+        ram = f"{row['peak_bytes_so_far'] / 2**30:.2f} GiB"
+        table.add_row(row["what"], f"{row['seconds']:.1f}", ram)
+    return table
+
+
+PARTS = {
+    "speed": (speed, show_speed),
+    "grid": (grid, show_grid),
+    "published": (against_published, show_published),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/memory.json"))
+    args = parser.parse_args()
+    quiet_libraries()
+    told = json.loads(args.json.read_text("utf-8")) if args.json.exists() else {}
+    for part in args.parts:
+        run, show = PARTS[part]
+        with tempfile.TemporaryDirectory() as folder:
+            told[part] = run(Path(folder))
+        make_console().print(show(told[part]))
+        args.json.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""The memory that an optimizer step takes, told before weights are loaded.
+
+The run's own step is traced on fake tensors (`rehearsal`). Layers repeat, so a deep model is traced
+with few of them, phase by phase, and the phases are extended to its depth. What no trace sees
+(workspaces of a GPU's libraries) is added by formula. A model that cannot be traced gets a closed
+form, good to a factor of two. Which one it was is said in `Memory.method`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from sft import rehearsal
+from sft.config import Config
+from sft.model import DTYPES, add_adapters, architecture
+from sft.rehearsal import Window, shallow
+from sft.trace import MIB, Peak, Trace
+
+NF4_BYTES = 0.516  # per weight: 4 bits and the double-quantised scale of each block of 64
+ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.05, "paged_adamw_8bit": 2.05}
+# Closed form: activations of a layer, bytes per token and hidden unit. Traces of Llama and Qwen2
+# shapes gave 94 to 126 in fp32 and 61 to 77 in bf16 (autocast); of GPT-2, twice that.
+ACTIVATION_BYTES = {"fp32": 110, "bf16": 70}
+# What a model may raise that fake tensors do not suit: an operation without a shape rule, a value
+# that decides what is computed, a kernel that is not installed. Mistakes of the user were refused.
+UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, ImportError, LookupError)
+CONTEXT_BYTES = 600 * MIB  # of CUDA and its kernels in a process; an assumption, cards differ
+CUBLAS_BYTES = 2 * 32 * MIB  # workspaces of forward and backward threads; of Hopper, others less
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a process at the peak of a step."""
+
+    breakdown: dict[str, int]  # what they are for, largest first
+    reserved: int  # what the caching allocator of a GPU takes for them; on a CPU the same
+    method: str  # how it was predicted
+
+    @property
+    def allocated(self) -> int:
+        return sum(self.breakdown.values())
+
+
+# --- what is counted ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Counts:
+    parameters: int
+    trained: int
+    multiplied: int  # all but embeddings: each multiplies a token once
+
+
+def counts(config: Config) -> Counts:
+    return _counted(_key(config), None)
+
+
+@lru_cache(maxsize=64)
+def _counted(key: str, depth: int | None) -> Counts:
+    skeleton = _skeleton(Config.model_validate_json(key), depth)
+    embedded = skeleton.get_input_embeddings().weight  # type: ignore[operator]
+    parameters = list(skeleton.parameters())
+    total = sum(p.numel() for p in parameters)
+    head = skeleton.get_output_embeddings().weight  # type: ignore[operator]
+    looked_up = 0 if embedded is head else embedded.numel()
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return Counts(total, trained, total - looked_up)
+
+
+def _skeleton(config: Config, depth: int | None = None) -> nn.Module:
+    """The model with its adapters, without storage."""
+    arch = architecture(config.model)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            arch if depth is None else shallow(arch, depth),
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    if config.tuning.mode == "full":
+        return base
+    return add_adapters(base.requires_grad_(False), config.tuning)
+
+
+def _key(config: Config, **train: Any) -> str:
+    """The model and its adapters, and these keys of `train`, as a configuration in JSON."""
+    values = {
+        "model": config.model,
+        "tuning": config.tuning,
+        "data": {"train_path": "none"},
+        "train": {"output_dir": "none", **train},
+    }
+    return Config.model_validate(values).model_dump_json()
+
+
+# --- what memory is taken ----------------------------------------------------------------------
+
+
+def predict(config: Config, precision: str, window: Window, *, on_gpu: bool) -> Memory:
+    """The peak of a step; closed form if the step cannot be traced."""
+    try:
+        # With PyTorch's optimizer: those of bitsandbytes have no shape rules.
+        key = _key(config, gradient_checkpointing=config.train.gradient_checkpointing)
+        phases, reserved, method = _traced(key, precision, window, on_gpu)
+    except UNTRACEABLE as error:
+        why = str(error).strip().split("\n")[0] or type(error).__name__
+        parts = _closed_form(config, precision, window)
+        method = f"closed form, since the step could not be traced: {why}"
+        return Memory(parts, round(1.05 * sum(parts.values())), method)
+    share = ADAM_BYTES[config.train.optimizer] / ADAM_BYTES["adamw"]
+    added = _workspaces(config, precision, window) if on_gpu else {}
+
+    def completed(name: str, parts: dict[str, int]) -> dict[str, int]:
+        more = {"optimizer": round(parts["optimizer"] * share)}
+        more |= added if name.startswith("backward") else {}
+        return {label: size for label, size in (parts | more).items() if size}
+
+    totals = {name: completed(name, parts) for name, parts in phases.items()}
+    heaviest = max(totals.values(), key=lambda parts: sum(parts.values()))
+    traced = max(sum(parts.values()) for parts in phases.values())
+    more = sum(heaviest.values()) - traced
+    breakdown = dict(sorted(heaviest.items(), key=lambda item: -item[1]))
+    return Memory(breakdown, reserved + more if on_gpu else sum(breakdown.values()), method)
+
+
+Phases = dict[str, dict[str, int]]  # phase -> what -> bytes at its peak
+
+
+@lru_cache(maxsize=256)
+def _traced(key: str, precision: str, window: Window, on_gpu: bool) -> tuple[Phases, int, str]:
+    """(phases, reserved bytes, how) of a configuration in JSON."""
+    config = Config.model_validate_json(key)
+
+    def traced(depth: int | None) -> tuple[dict[str, Peak], int]:
+        trace = rehearsal.rehearse(config, precision, window, depth=depth, on_gpu=on_gpu)
+        return trace.peaks(), _reserved(trace) if on_gpu else trace.peak().num_bytes
+
+    depths = _depths(key)
+    if depths is None:
+        peaks, reserved = traced(None)
+        return {name: peak.breakdown for name, peak in peaks.items()}, reserved, "traced"
+    few, more, whole = depths
+    (first, first_reserved), (second, second_reserved) = traced(few), traced(more)
+    times = (whole - few) // (more - few)
+
+    def extended(small: int, large: int) -> int:
+        return max(0, small + times * (large - small))
+
+    phases = {
+        name: {
+            label: extended(first[name].breakdown.get(label, 0), peak.breakdown.get(label, 0))
+            for label in first[name].breakdown | peak.breakdown
+        }
+        for name, peak in second.items()
+    }
+    most = max(sum(parts.values()) for parts in phases.values())
+    reserved = max(most, extended(first_reserved, second_reserved))
+    return phases, reserved, f"traced with {few} and {more} of {whole} layers"
+
+
+def _reserved(trace: Trace) -> int:
+    return trace.reserved(expandable=True).num_bytes
+
+
+def _depths(key: str) -> tuple[int, int, int] | None:
+    """(few layers, more, all): depths between which every layer adds the same; None where layers
+    do not repeat, or are too few for a shorter trace to be quicker."""
+    config = Config.model_validate_json(key)
+    text = architecture(config.model).get_text_config()
+    whole, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or ["same"]
+    period = next(
+        n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds))
+    )
+    few = 2 * period + whole % period
+    more = few + period
+    if few + more >= whole:
+        return None
+    key = _key(config)
+    numbers = [_counted(key, depth).parameters for depth in (few, more, whole)]
+    repeats = numbers[2] - numbers[0] == (whole - few) // period * (numbers[1] - numbers[0])
+    return (few, more, whole) if repeats else None
+
+
+def _workspaces(config: Config, precision: str, window: Window) -> dict[str, int]:
+    """What libraries of a GPU take in a backward pass, which no trace sees.
+
+    Flash attention: the gradient of the queries in fp32 and two numbers a head and token; with
+    grouped queries, gradients of keys and values for every head (flash_bwd, PyTorch).
+    """
+    text = architecture(config.model).get_text_config()
+    result = {"libraries": CUBLAS_BYTES}
+    if precision == "bf16" and config.model.attn_implementation != "eager":
+        rows = window.micro_batches[-1]
+        packed = window.layout == "packed"
+        tokens = sum(n for n, _ in rows) if packed else len(rows) * max(n for n, _ in rows)
+        heads = text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        grouped = getattr(text, "num_key_value_heads", heads) != heads
+        each = 4 * (math.ceil(size / 32) * 32 + 2) + (4 * size if grouped else 0)
+        result["attention workspace"] = tokens * heads * each
+    return result
+
+
+def _closed_form(config: Config, precision: str, window: Window) -> dict[str, int]:
+    """What a model that cannot be traced takes, within about a factor of two."""
+    skeleton = _skeleton(config)
+    mode, arch = config.tuning.mode, architecture(config.model).get_text_config()
+    width = DTYPES[precision].itemsize
+    weights = 0.0
+    head = skeleton.get_output_embeddings()  # type: ignore[operator]
+    linear = {
+        id(m.weight) for m in skeleton.modules() if isinstance(m, nn.Linear) and m is not head
+    }
+    for parameter in skeleton.parameters():
+        quantised = mode == "qlora" and not parameter.requires_grad and id(parameter) in linear
+        each = 4.0 if parameter.requires_grad else NF4_BYTES if quantised else width
+        weights += parameter.numel() * each
+    trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
+    rows = window.micro_batches[-1]
+    padded = len(rows) * max(length for length, _ in rows)
+    tokens = sum(length for length, _ in rows) if window.layout == "packed" else padded
+    hidden, layers = tokens * arch.hidden_size, arch.num_hidden_layers
+    kept, again = layers * ACTIVATION_BYTES[precision], 0
+    if config.train.gradient_checkpointing:  # inputs of layers, and one layer at a time
+        kept, again = layers * (4 if mode == "full" else width), ACTIVATION_BYTES[precision]
+    return {
+        "weights": round(weights),
+        "gradients": trained * 4,
+        "optimizer": round(trained * ADAM_BYTES[config.train.optimizer]),
+        "activations": round(kept * hidden),
+        # fp32 logits, their softmax and gradient
+        "logits and loss": sum(supervised for _, supervised in rows) * arch.vocab_size * 12,
+        "backward": round(again * hidden),
+    }

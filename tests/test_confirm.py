@@ -1,0 +1,112 @@
+"""The heaviest micro-batch is tried before step 1; what was measured is remembered."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from sft import batching, confirm, rehearsal
+from sft.batching import Budget
+from sft.config import UserError
+from sft.log import Log
+
+
+class Said(Log):
+    def __init__(self):
+        super().__init__(None)
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    rows = tiny.examples(0, 16)
+    made = tiny.make_engine(
+        tiny.llama(), rows, rows, tiny.config(tmp_path, global_batch=16), Budget(200, "padded")
+    )
+    made.log = Said()
+    return made
+
+
+def heaviest(engine):
+    lengths = engine.task.lengths
+
+    def of(budget):
+        (cuts,) = batching.cut(range(16), lengths, 1, budget)
+        return max(cuts, key=lambda m: batching.num_tokens(lengths, m, "padded"))
+
+    return of
+
+
+def holding(engine, most):
+    """Makes the device hold so many tokens."""
+    real = engine.task.loss
+
+    def loss(model, batch):
+        if batch.input_ids.numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return real(model, batch)
+
+    engine.task.loss = loss
+
+
+def test_a_budget_that_the_device_cannot_hold_shrinks(engine):
+    weights = [p.clone() for p in engine.task.model.parameters()]
+    longest = max(engine.task.lengths)
+    assert confirm.fitting_budget(engine, Budget(200, "padded"), heaviest(engine)).max_tokens == 200
+    assert not engine.log.lines
+    holding(engine, 70)
+    budget = confirm.fitting_budget(engine, Budget(200, "padded", 64), heaviest(engine))
+    assert budget == Budget(max(50, longest), "padded", 64)
+    assert (
+        "a micro-batch of 200 tokens does not fit the memory: train.max_tokens is 100"
+        in (engine.log.lines[0])
+    )
+    assert all(p.grad is None for p in engine.task.model.parameters())
+    pairs = zip(weights, engine.task.model.parameters(), strict=True)
+    assert all(torch.equal(before, after) for before, after in pairs)
+    rows = confirm.fitting_budget(engine, Budget(400, "padded", None, 8), heaviest(engine))
+    assert rows.max_rows < 8
+
+
+def test_a_device_that_cannot_hold_the_longest_example_is_told(engine):
+    holding(engine, max(engine.task.lengths) - 1)
+    with pytest.raises(
+        UserError, match=r"the longest example \(\d+ tokens\) does not fit .* 2.00 GiB"
+    ):
+        confirm.fitting_budget(engine, Budget(200, "padded"), heaviest(engine))
+
+
+def test_what_is_measured_is_what_the_rehearsal_predicts(engine):
+    micro_batches = [[0, 1, 2], [3, 4, 5, 6]]
+    measured = confirm.measured_bytes(engine, micro_batches, 0)
+    engine.window = lambda _: (list(range(7)), micro_batches)
+    engine.optimizer_step()  # now there is a state of the optimizer
+    engine.optimizer.zero_grad()
+    state = sum(t.nbytes for s in engine.optimizer.state.values() for t in s.values())
+    assert confirm.measured_bytes(engine, micro_batches, state) == measured + state
+    real = rehearsal.record(engine).peaks()
+    passes = max(peak.num_bytes for name, peak in real.items() if name != "update")
+    assert measured + state == pytest.approx(passes, rel=0.001)
+
+
+def test_history(tmp_path):
+    assert confirm.past(tmp_path, "a GPU") is None
+    for measured in (990, 1000, 1040):
+        confirm.remember(tmp_path, "a GPU", 1000, measured)
+    confirm.remember(tmp_path, "another", 1000, 5000)
+    with (tmp_path / confirm.HISTORY).open("a") as file:
+        file.write('broken\n{"device": "a GPU"}\n[]\n{"device": "a GPU", "predicted_bytes": 0, ')
+        file.write('"measured_bytes": 1}\n')
+    past = confirm.past(tmp_path, "a GPU")
+    assert past.runs == 3
+    assert (past.least, past.most) == (pytest.approx(-0.01), pytest.approx(0.04))
+    for _ in range(confirm.KEPT):
+        confirm.remember(tmp_path, "a GPU", 1000, 1000)
+    assert confirm.past(tmp_path, "a GPU") == confirm.Past(confirm.KEPT, 0, 0)
+    (tmp_path / confirm.HISTORY).write_bytes(b"\xff\xfe")
+    assert confirm.past(tmp_path, "a GPU") is None
+    confirm.remember(tmp_path / "missing", "a GPU", 1, 1)

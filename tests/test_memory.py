@@ -1,0 +1,134 @@
+"""Few layers tell what many take; what no trace sees is added by formula."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+)
+
+from sft import memory, model, rehearsal
+from sft.config import Config, load_config, with_values
+from sft.rehearsal import Window, uniform
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 128,
+}
+DEEP: dict[str, tuple[PretrainedConfig, tuple[int, int, int]]] = {
+    "Llama": (LlamaConfig(**SIZES | {"num_hidden_layers": 7}), (2, 3, 7)),
+    "Qwen2": (Qwen2Config(**SIZES | {"num_hidden_layers": 7}), (2, 3, 7)),
+    "Gemma2": (Gemma2Config(**SIZES, head_dim=16, sliding_window=32), (4, 6, 12)),  # two kinds
+    "GPT2": (
+        GPT2Config(n_embd=64, n_layer=7, n_head=4, vocab_size=512, n_positions=128),
+        (2, 3, 7),
+    ),
+}
+WINDOWS = [uniform(3, 40, 20, micro_batches=2), Window((((100, 90), (60, 5)),), "padded")]
+
+
+def configured(folder, architecture: PretrainedConfig, mode: str, checkpointing: bool) -> Config:
+    architecture.save_pretrained(folder)
+    return Config.model_validate(
+        {
+            "model": {"name": str(folder)},
+            "tuning": {"mode": mode},
+            "data": {"train_path": "none"},
+            "train": {"output_dir": "none", "gradient_checkpointing": checkpointing},
+        }
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "mode", "checkpointing"),
+    [
+        *product(["Llama"], ["full", "lora", "qlora"], [False, True]),
+        ("Qwen2", "full", False),
+        ("Gemma2", "lora", True),
+        ("GPT2", "qlora", False),
+    ],
+)
+def test_few_layers_tell_what_all_take(tmp_path, name, mode, checkpointing):
+    architecture, depths = DEEP[name]
+    config = configured(tmp_path, architecture, mode, checkpointing)
+    for window in WINDOWS:
+        predicted = memory.predict(config, "fp32", window, on_gpu=False)
+        assert predicted.method == "traced with {} and {} of {} layers".format(*depths)
+        whole = rehearsal.rehearse(config, "fp32", window).peak()
+        assert predicted.allocated == pytest.approx(whole.num_bytes, rel=0.001)
+        for label, size in whole.breakdown.items():
+            assert predicted.breakdown.get(label, 0) == pytest.approx(size, rel=0.01, abs=2048)
+
+
+def test_layers_that_do_not_repeat_are_traced_all(tmp_path):
+    sizes = SIZES | {"num_experts": 2, "moe_intermediate_size": 32, "mlp_only_layers": [6]}
+    config = configured(tmp_path, Qwen2MoeConfig(**sizes), "lora", False)
+    assert memory._depths(memory._key(config)) is None
+    shallow = LlamaConfig(**SIZES | {"num_hidden_layers": 5})
+    assert memory._depths(memory._key(configured(tmp_path, shallow, "lora", False))) is None
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
+def test_counts_are_those_of_the_model(mode):
+    config = with_values(load_config(ROOT / "configs/nano.yaml"), {"tuning.mode": mode})
+    counts = memory.counts(config)
+    shares = model.shares(model.build(config, "fp32", rehearsal.CPU))
+    assert counts.parameters == sum(share.num_parameters for share in shares)
+    assert counts.trained == sum(share.num_parameters for share in shares if share.trained)
+
+
+def test_what_a_gpu_adds(tmp_path):
+    """Written out: 2 rows of 100 tokens, 4 heads of 16 numbers, 2 of them with keys and values."""
+    config = configured(tmp_path, DEEP["Llama"][0], "lora", False)
+    window = Window((((100, 50), (60, 50)),), "padded")
+    on_cpu = memory.predict(config, "bf16", window, on_gpu=False)
+    on_gpu = memory.predict(config, "bf16", window, on_gpu=True)
+    added = {k: v for k, v in on_gpu.breakdown.items() if k in ("libraries", "attention workspace")}
+    assert not set(added) & set(on_cpu.breakdown)
+    gradients_of_queries = 2 * 100 * 4 * (32 + 2) * 4  # fp32, rounded up to 32, and two numbers
+    gradients_of_keys_and_values = 2 * 100 * 4 * 16 * 2 * 2  # bf16, for each head
+    assert added == {
+        "libraries": 64 * 2**20,
+        "attention workspace": gradients_of_queries + gradients_of_keys_and_values,
+    }
+    packed = memory.predict(config, "bf16", Window(window.micro_batches, "packed"), on_gpu=True)
+    attention = (gradients_of_queries + gradients_of_keys_and_values) * 160 // 200
+    assert packed.breakdown["attention workspace"] == attention
+    eager = with_values(config, {"model.attn_implementation": "eager"})
+    assert "attention workspace" not in memory.predict(eager, "bf16", window, on_gpu=True).breakdown
+    assert on_gpu.reserved >= on_gpu.allocated
+
+
+def test_dropout_on_a_gpu_keeps_booleans(tmp_path):
+    config = configured(tmp_path, DEEP["Llama"][0], "lora", False)
+    with_dropout = with_values(config, {"tuning.lora_dropout": 0.1})
+    window = uniform(2, 100, 1)
+
+    def kept(on_gpu: bool) -> float:
+        """Bytes that dropout adds, per token, layer and hidden unit."""
+        traces = (
+            rehearsal.rehearse(each, "fp32", window, on_gpu=on_gpu).peaks()["loss 1"].num_bytes
+            for each in (with_dropout, config)
+        )
+        return (next(traces) - next(traces)) / (200 * 64 * 7)
+
+    inputs = 6 + 176 / 64  # of the hidden size: query, key, value, output, gate, up; and down
+    masks = (
+        inputs - 3 / 7
+    )  # the first layer's query, key and value give no gradient to what it reads
+    assert kept(False) - kept(True) == pytest.approx((4 - 1) * masks, rel=1e-6)
