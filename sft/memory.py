@@ -113,11 +113,12 @@ def predict(config: Config, precision: str, window: Window, *, on_gpu: bool) -> 
         method = f"closed form, since the step could not be traced: {why}"
         return Memory(parts, round(1.05 * sum(parts.values())), method)
     share = ADAM_BYTES[config.train.optimizer] / ADAM_BYTES["adamw"]
-    added = _workspaces(config, precision, window) if on_gpu else {}
 
     def completed(name: str, parts: dict[str, int]) -> dict[str, int]:
         more = {"optimizer": round(parts["optimizer"] * share)}
-        more |= added if name.startswith("backward") else {}
+        more |= {"libraries": CUBLAS_BYTES} if on_gpu else {}
+        if on_gpu and name.startswith("backward"):
+            more |= _attention(config, precision, window)
         return {label: size for label, size in (parts | more).items() if size}
 
     totals = {name: completed(name, parts) for name, parts in phases.items()}
@@ -186,24 +187,18 @@ def _depths(key: str) -> tuple[int, int, int] | None:
     return (few, more, whole) if repeats else None
 
 
-def _workspaces(config: Config, precision: str, window: Window) -> dict[str, int]:
-    """What libraries of a GPU take in a backward pass, which no trace sees.
-
-    Flash attention: the gradient of the queries in fp32 and two numbers a head and token; with
-    grouped queries, gradients of keys and values for every head (flash_bwd, PyTorch).
-    """
+def _attention(config: Config, precision: str, window: Window) -> dict[str, int]:
+    """What flash attention takes in a backward pass, which no trace sees: the gradient of the
+    queries in fp32 and two numbers a head and token; with grouped queries, gradients of keys and
+    values for every head (PyTorch, flash_api.cpp: mha_bwd)."""
+    if precision != "bf16" or config.model.attn_implementation == "eager":
+        return {}
     text = architecture(config.model).get_text_config()
-    result = {"libraries": CUBLAS_BYTES}
-    if precision == "bf16" and config.model.attn_implementation != "eager":
-        rows = window.micro_batches[-1]
-        packed = window.layout == "packed"
-        tokens = sum(n for n, _ in rows) if packed else len(rows) * max(n for n, _ in rows)
-        heads = text.num_attention_heads
-        size = getattr(text, "head_dim", None) or text.hidden_size // heads
-        grouped = getattr(text, "num_key_value_heads", heads) != heads
-        each = 4 * (math.ceil(size / 32) * 32 + 2) + (4 * size if grouped else 0)
-        result["attention workspace"] = tokens * heads * each
-    return result
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    grouped = getattr(text, "num_key_value_heads", heads) != heads
+    each = 4 * (math.ceil(size / 32) * 32 + 2) + (4 * size if grouped else 0)
+    return {"attention workspace": window.tokens * heads * each}
 
 
 def _closed_form(config: Config, precision: str, window: Window) -> dict[str, int]:
@@ -222,9 +217,7 @@ def _closed_form(config: Config, precision: str, window: Window) -> dict[str, in
         weights += parameter.numel() * each
     trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
     rows = window.micro_batches[-1]
-    padded = len(rows) * max(length for length, _ in rows)
-    tokens = sum(length for length, _ in rows) if window.layout == "packed" else padded
-    hidden, layers = tokens * arch.hidden_size, arch.num_hidden_layers
+    hidden, layers = window.tokens * arch.hidden_size, arch.num_hidden_layers
     kept, again = layers * ACTIVATION_BYTES[precision], 0
     if config.train.gradient_checkpointing:  # inputs of layers, and one layer at a time
         kept, again = layers * (4 if mode == "full" else width), ACTIVATION_BYTES[precision]

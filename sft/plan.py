@@ -190,6 +190,7 @@ class _Choice:
     checkpointing: bool
     budget: batching.Budget
     cuts: list[list[batching.MicroBatch]]  # of the first step
+    tokens: int  # of the heaviest micro-batch of the run
     memory: Memory
     fits: bool
     why: str  # the budget
@@ -269,10 +270,10 @@ class Target:
         if not low.fits:
             return low
         for _ in range(4):  # memory is convex in tokens: what lies between two, takes no more
-            sizes = [each.budget.max_tokens for each in (low, high)]
-            share = (self.room - low.memory.reserved) / (high.memory.reserved - low.memory.reserved)
-            tokens = int(sizes[0] + min(share, 0.98) * (sizes[1] - sizes[0]))
-            if tokens <= 1.02 * sizes[0]:
+            less, more = low.memory.reserved, high.memory.reserved
+            share = min(0.98, (self.room - less) / (more - less))
+            tokens = int(low.tokens + share * (high.tokens - low.tokens))
+            if tokens <= 1.02 * low.tokens:
                 break
             tried = self._tried(checkpointing, self._budget(tokens), "what fits the memory")
             low, high = (tried, high) if tried.fits else (low, tried)
@@ -307,7 +308,8 @@ class Target:
         cuts = batching.cut(self.first, self.work.lengths, self.world_size, budget)
         window = self.window(budget, checkpointing)
         taken = self.predicted(window, config)
-        return _Choice(checkpointing, budget, cuts, taken, taken.reserved <= self.room, why)
+        fits = taken.reserved <= self.room
+        return _Choice(checkpointing, budget, cuts, window.tokens, taken, fits, why)
 
     def predicted(self, window: Window, config: Config) -> Memory:
         return memory.predict(config, self.precision, window, on_gpu=self.kind == "cuda")

@@ -44,6 +44,12 @@ class Window:
     layout: batching.Layout = "padded"
     gradients: bool = False  # are there from the start: of earlier micro-batches, in DDP's buckets
 
+    @property
+    def tokens(self) -> int:
+        """That the last micro-batch computes."""
+        lengths = [length for length, _ in self.micro_batches[-1]]
+        return sum(lengths) if self.layout == "packed" else len(lengths) * max(lengths)
+
 
 def uniform(
     rows: int,
