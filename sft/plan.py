@@ -505,29 +505,30 @@ def _span(past: Past) -> str:
 
 def memory_table(plan: Plan) -> Table:
     """What the peak is made of, with a bar for each part."""
-    result = Table(title=f"Memory of a process on {plan.device}", title_justify="left", box=None)
-    result.add_column("at the peak of a step")
-    result.add_column("bytes", justify="right", no_wrap=True)
-    result.add_column("share of what is available", no_wrap=True)
+    title = f"Peak memory: {plan.device}"
+    result = Table(title=title, title_justify="left", box=None, show_header=False)
+    result.add_column(no_wrap=True, style="cyan")
+    result.add_column(justify="right", no_wrap=True)
+    result.add_column(no_wrap=True)
     taken = plan.memory
     lines = dict(taken.breakdown)
     if plan.context_bytes:
         lines["reserved, not allocated"] = taken.reserved - taken.allocated
         lines["context (assumed)"] = plan.context_bytes
     in_all = sum(lines.values())
-    for name, part in {**lines, "in all": in_all, "available": plan.available_bytes}.items():
-        share = part / plan.available_bytes
-        bar = "█" * min(40, math.ceil(40 * share))
-        style = "red" if share > 1 else "bold" if name in ("in all", "available") else ""
-        result.add_row(name, size(part), f"{bar} {share:.0%}", style=style)
+    for name, part in lines.items():
+        share = part / in_all
+        result.add_row(name, size(part), f"{'█' * round(40 * share)} {share:.0%}")
+    share = in_all / plan.available_bytes
+    told = Text(f"{share:.0%} of {size(plan.available_bytes)}", "red" if share > 1 else "bold")
+    result.add_row("in all", size(in_all), told)
     return result
 
 
 def advice_table(found: list[Advice]) -> Table:
     result = Table(title="What would take less", title_justify="left", box=None)
     for column in ("change", "saves", "then", "at the price of"):
-        right = column in ("saves", "then")
-        result.add_column(column, justify="right" if right else "left", overflow="fold")
+        result.add_column(column, justify="right" if column == "saves" else "left", overflow="fold")
     for each in found:
         fits = "fits" if each.fits else "does not fit"
         row = (each.change, size(each.saved_bytes), fits, each.price)
@@ -536,19 +537,17 @@ def advice_table(found: list[Advice]) -> Table:
 
 
 def comparison_table(found: list[dict[str, Any]], length: int) -> Table:
-    result = Table(
-        title=f"Rows of {length:,} tokens in one micro-batch (0: not even one fits)",
-        title_justify="left",
-        box=None,
-    )
-    for column in ("tuning", "checkpointing", "one row takes", "each more", *COMPARED):
-        left = column in ("tuning", "checkpointing")
-        result.add_column(column, justify="left" if left else "right")
+    title = f"Rows of {length:,} tokens, all learnt, that one micro-batch can have (-: none fits)"
+    result = Table(title=title, title_justify="left", box=None)
+    for column in ("tuning", "one row", "one more", *COMPARED):
+        justify: Any = "left" if column == "tuning" else "right"
+        result.add_column(column, justify=justify, no_wrap=True)
     for each in found:
         sizes = (size(each[key]) for key in ("reserved_bytes", "per_row_bytes"))
-        cells = [f"[{'green' if n else 'red'}]{n:,}" for n in each["rows"].values()]
-        checkpointing = "on" if each["gradient_checkpointing"] else "off"
-        result.add_row(each["mode"], checkpointing, *sizes, *cells)
+        cells = (Text(f"{n:,}", "green") if n else Text("-", "red") for n in each["rows"].values())
+        mode = each["mode"] + (" + ckpt" if each["gradient_checkpointing"] else "")
+        result.add_row(mode, *sizes, *cells)
+    result.caption = "ckpt: train.gradient_checkpointing=true"
     return result
 
 

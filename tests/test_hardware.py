@@ -202,3 +202,30 @@ def test_nvidia_smi_missing_or_failing_is_a_blank(
     (tmp_path / "nvidia-smi").chmod(0o755)
     assert hardware.nvidia_smi("-L") is None
     assert hardware.nvidia_smi_rows("gpu", "uuid") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "gib", "number"),
+    [
+        ("H100-80GB x 8", "H100-80GB", 79.1, 8),
+        ("h200", "h200", 139.8, 1),
+        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-40GB", 39.4, 1),
+        ("NVIDIA H100 80GB HBM3 x 2", "NVIDIA H100 80GB HBM3", 79.1, 2),
+        ("RTX 4090 X 4", "RTX 4090", 23.6, 4),
+        ("L4", "L4", 22.0, 1),
+    ],
+)
+def test_gpus_by_name(text, name, gib, number):
+    devices = hardware.named_gpus(text)
+    assert [device.index for device in devices] == list(range(number))
+    assert {(device.name, device.bf16) for device in devices} == {(name, True)}
+    assert devices[0].total_bytes == round(gib * hardware.GIB)
+
+
+def test_gpus_without_a_known_name():
+    for text in ("A100", "", "x 8", "Voodoo"):  # an A100 has 40 or 80 GB
+        with pytest.raises(ValueError, match=r"expected one of T4, .* GIB=48"):
+            hardware.named_gpus(text)
+    assert hardware.named_gpus("Voodoo x 2", 48)[1].total_bytes == 48 * hardware.GIB
+    assert hardware.named_gpus("H100-80GB", 10)[0].total_bytes == 10 * hardware.GIB
+    assert not hardware.named_gpus("T4")[0].bf16
