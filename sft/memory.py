@@ -129,6 +129,19 @@ def predict(config: Config, precision: str, window: Window, *, on_gpu: bool) -> 
     return Memory(breakdown, reserved + more if on_gpu else sum(breakdown.values()), method)
 
 
+def with_communication(taken: Memory, config: Config, world_size: int, accumulates: bool) -> Memory:
+    """What one of several processes takes.
+
+    DDP: gradients lie in its buckets; those of all but the last micro-batch are summed beside them.
+    """
+    if world_size == 1 or not accumulates:
+        return taken
+    parts = taken.breakdown | {"communication": 4 * counts(config).trained}
+    more = sum(parts.values()) - taken.allocated
+    breakdown = dict(sorted(parts.items(), key=lambda item: -item[1]))
+    return Memory(breakdown, taken.reserved + more, taken.method)
+
+
 Phases = dict[str, dict[str, int]]  # phase -> what -> bytes at its peak
 
 

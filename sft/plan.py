@@ -307,12 +307,14 @@ class Target:
         config = with_values(self.config, {"train.gradient_checkpointing": checkpointing})
         cuts = batching.cut(self.first, self.work.lengths, self.world_size, budget)
         window = self.window(budget, checkpointing)
-        taken = self.predicted(window, config)
+        taken = self.predicted(window, config, len(cuts[0]))
         fits = taken.reserved <= self.room
         return _Choice(checkpointing, budget, cuts, window.tokens, taken, fits, why)
 
-    def predicted(self, window: Window, config: Config) -> Memory:
-        return memory.predict(config, self.precision, window, on_gpu=self.kind == "cuda")
+    def predicted(self, window: Window, config: Config, micro_batches: int) -> Memory:
+        """`micro_batches`: of each process in a step."""
+        alone = memory.predict(config, self.precision, window, on_gpu=self.kind == "cuda")
+        return memory.with_communication(alone, config, self.world_size, micro_batches > 1)
 
     def window(self, budget: batching.Budget, checkpointing: bool) -> Window:
         """The heaviest micro-batch; among several, it has gradients from the start."""
@@ -401,7 +403,7 @@ def advice(config: Config, work: Work, machine: Hardware, plan: Plan) -> list[Ad
     result = []
 
     def consider(price: str, changes: dict[str, Any], window: Window = window) -> None:
-        taken = at.predicted(window, with_values(config, changes))
+        taken = at.predicted(window, with_values(config, changes), plan.micro_batches)
         saved = plan.memory.reserved - taken.reserved
         if saved > 0:
             told = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())

@@ -141,8 +141,11 @@ def _dropout_of_a_gpu(
     return torch.native_dropout(x, p, training)[0]
 
 
-def make_engine(config: Config, precision: str, window: Window, weights: bool) -> engine.Engine:
-    """An engine of one process, alone on the CPU, whose every step is `window`."""
+def make_engine(
+    config: Config, precision: str, window: Window, weights: bool, accelerator: Any = None
+) -> engine.Engine:
+    """An engine on the CPU whose every step is `window`: in its processes, or (None) alone and
+    behind its first step, in which the optimizer makes its state."""
     rows = [row for micro_batch in window.micro_batches for row in micro_batch]
     config = with_values(config, {"train.global_batch": len(rows)})
     budget = batching.Budget(sum(length for length, _ in rows), window.layout)
@@ -153,17 +156,18 @@ def make_engine(config: Config, precision: str, window: Window, weights: bool) -
     )
     prepared = Prepared(SimpleNamespace(pad_token_id=0), examples, examples, {})  # type: ignore[arg-type]
     built = model.build(config, precision, CPU, weights=weights)
-    alone: Any = Alone(precision)
-    task = finetune.FineTune(config, prepared, built, alone, Log(None), budget)
-    made = engine.Engine(task, config.train, alone, Log(None), budget)
+    group = accelerator or Alone(precision)
+    task = finetune.FineTune(config, prepared, built, group, Log(None), budget)
+    made = engine.Engine(task, config.train, group, Log(None), budget)
     numbers = iter(range(len(rows)))
     micro_batches = [[next(numbers) for _ in each] for each in window.micro_batches]
     made.window = lambda step: (list(range(len(rows))), micro_batches)  # type: ignore[method-assign]
-    for parameter in built.parameters():  # the optimizer makes its state in its first step
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    made.optimizer.step()
-    made.optimizer.zero_grad()
+    if accelerator is None:
+        for parameter in built.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        made.optimizer.step()
+        made.optimizer.zero_grad()
     return made
 
 

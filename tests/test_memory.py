@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
+import memory_worker
 import pytest
-from conftest import ROOT
+from conftest import ROOT, launch
 from transformers import (
     Gemma2Config,
     GPT2Config,
@@ -112,6 +113,22 @@ def test_what_a_gpu_adds(tmp_path):
     eager = with_values(config, {"model.attn_implementation": "eager"})
     assert "attention workspace" not in memory.predict(eager, "bf16", window, on_gpu=True).breakdown
     assert on_gpu.reserved >= on_gpu.allocated
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
+def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode):
+    sizes = SIZES | {"hidden_size": 256, "vocab_size": 4096, "num_hidden_layers": 4}
+    config = configured(tmp_path, LlamaConfig(**sizes), mode, checkpointing=False)
+    launch(2, ROOT / "tests/memory_worker.py", config.model_dump_json(), str(tmp_path / "peak"))
+    (rows, _) = memory_worker.WINDOW.micro_batches
+    window = Window((rows,), gradients=True)
+    alone = memory.predict(config, "fp32", window, on_gpu=False)
+    predicted = memory.with_communication(alone, config, 2, accumulates=True)
+    trained = 4 * memory.counts(config).trained
+    assert predicted.allocated - alone.allocated == predicted.breakdown["communication"] == trained
+    assert predicted.allocated == pytest.approx(int((tmp_path / "peak").read_text()), rel=0.02)
+    assert memory.with_communication(alone, config, 2, accumulates=False) == alone
 
 
 def test_dropout_on_a_gpu_keeps_booleans(tmp_path):
