@@ -2,6 +2,7 @@
 #
 #   CONFIG=file.yaml       configuration (docs/CONFIG.md)      NUM_PROCESSES=n   of train-distributed
 #   ARGS="train.epochs=1"  overrides of its keys               RUN=outputs/name  a finished run
+#   JSON=file              where `make plan` writes it       GIB=48            of a GPU without a known name
 
 CONFIG ?= configs/nano.yaml
 RUN ?= outputs/nano
@@ -53,7 +54,7 @@ gpu-info: $(READY) ## Devices, memory, bf16, versions
 memory-check: $(READY) ## Memory and disk: how much, used by what
 	@$(BIN)/python scripts/memory_check.py
 
-plan: $(READY) ## What a run takes [GPU="H100-80GB x 8"] [GIB=48] [MODEL=config.json TUNING=qlora SEQ=4096] [COMPARE=1] [JSON=file]
+plan: $(READY) ## What a run takes [GPU="H100-80GB x 8"] [MODEL=config.json TUNING=qlora SEQ=4096] [COMPARE=1]
 	@$(BIN)/python scripts/plan.py --config $(CONFIG) $(if $(GPU),--gpu "$(GPU)") $(if $(GIB),--gib $(GIB)) \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(TUNING),--tuning $(TUNING)) $(if $(SEQ),--seq $(SEQ)) \
 		$(if $(COMPARE),--compare) $(if $(JSON),--json "$(JSON)") $(ARGS)

@@ -10,7 +10,7 @@ from sft import cli
 from sft.config import ConfigError, load_config
 
 
-def main() -> int:
+def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--gpu", help="plan for these instead of this machine: 'H100-80GB x 8'")
     parser.add_argument(
@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--tuning", default="lora", choices=("full", "lora", "qlora"))
     parser.add_argument("--seq", type=int, default=2048, help="tokens of each row, with --model")
     parser.add_argument("--compare", action="store_true", help="all ways of tuning on several GPUs")
-    parser.add_argument("--json", type=Path, help="also written there")
+    parser.add_argument("--json", type=Path, default=Path("outputs/plan.json"), help="all numbers")
     args = parser.parse_intermixed_args()
     if args.model:
         name = str(Path(args.model).parent) if args.model.endswith("config.json") else args.model
@@ -56,10 +56,12 @@ def main() -> int:
         advised = plan.advice(config, work, machine, made)
         console.print(plan.advice_table(advised))
         report = plan.report(made, advised)
-    if args.json:
+    try:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    return 0
+    except OSError as error:
+        raise ConfigError(f"JSON: cannot write {args.json}: {error.strerror}") from None
+    console.print(f"all numbers: {args.json}")
 
 
 if __name__ == "__main__":

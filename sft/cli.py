@@ -41,6 +41,9 @@ def quiet_libraries() -> None:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's main and exits: a UserError is one message and its exit code."""
     quiet_libraries()
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        # Segments that grow leave less of a GPU's memory unusable; the plan counts on it.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     try:
         sys.exit(main() or 0)
     except UserError as error:

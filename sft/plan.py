@@ -173,12 +173,8 @@ def _warnings(plan: Plan) -> list[str]:
 def resolved_values(plan: Plan) -> dict[str, Any]:
     """Dotted configuration keys -> the values that `auto` became; those of the cut stay `auto`,
     since they follow from `max_tokens`."""
-    values = {
-        "train.max_tokens": plan.budget.max_tokens,
-        "train.layout": plan.budget.layout,
-        "train.precision": plan.precision,
-        "train.gradient_checkpointing": plan.gradient_checkpointing,
-    }
+    cut = ("micro_batch", "gradient_accumulation_steps")
+    values = {f"train.{key}": value for key, value in chosen(plan).items() if key not in cut}
     return {key: value for key, value in values.items() if key in plan.reasons}
 
 
@@ -468,7 +464,9 @@ def _rows(number: int, length: int) -> Window:
 def table(plan: Plan) -> Table:
     cut = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} x {plan.micro_batches}"
     taken = plan.memory
-    parts = ", ".join(f"{name} {size(part)}" for name, part in taken.breakdown.items() if part)
+    parts = ", ".join(
+        f"{name} {size(part)}" for name, part in taken.breakdown.items() if part >= MIB
+    )
     reserved = f" ({size(taken.reserved)} reserved)" if plan.context_bytes else ""
     past = f"; {plan.past.runs} earlier runs took {_span(plan.past)} of it" if plan.past else ""
     context = f", context {size(plan.context_bytes)} (assumed)" if plan.context_bytes else ""
@@ -496,7 +494,11 @@ def table(plan: Plan) -> Table:
     if plan.seconds is not None:
         told = f"about {duration(plan.seconds)}, if {UTILISATION:.0%} of the GPU's peak is reached"
         rows.append(("time", told))
-    rows += [("auto", f"{key}: {why}") for key, why in plan.reasons.items()]
+    values = chosen(plan)
+    rows += [
+        ("auto", f"{key}={values[key.removeprefix('train.')]}: {why}")
+        for key, why in plan.reasons.items()
+    ]
     rows += [("warning", Text(text, "red")) for text in plan.warnings]
     return facts("Plan", rows)
 
@@ -561,6 +563,18 @@ def _gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:,.1f} GiB"
 
 
+def chosen(plan: Plan) -> dict[str, Any]:
+    """The values of `train` that `auto` becomes, `auto` or not."""
+    return {
+        "precision": plan.precision,
+        "layout": plan.budget.layout,
+        "gradient_checkpointing": plan.gradient_checkpointing,
+        "max_tokens": plan.budget.max_tokens,
+        "micro_batch": plan.micro_batch,
+        "gradient_accumulation_steps": plan.micro_batches,
+    }
+
+
 def report(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
     """What plan.json holds before the run (docs/RUNS.md)."""
     taken = plan.memory
@@ -576,14 +590,7 @@ def report(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
             "checkpoint_bytes": plan.checkpoint_bytes,
             "seconds": plan.seconds,
         },
-        "chosen": {
-            "max_tokens": plan.budget.max_tokens,
-            "micro_batch": plan.micro_batch,
-            "gradient_accumulation_steps": plan.micro_batches,
-            "gradient_checkpointing": plan.gradient_checkpointing,
-            "precision": plan.precision,
-            "layout": plan.budget.layout,
-        },
+        "chosen": chosen(plan),
         "reasons": {key.removeprefix("train."): why for key, why in plan.reasons.items()},
         "device": {"name": plan.device, "available_bytes": plan.available_bytes},
         "work": {
