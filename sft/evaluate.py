@@ -23,7 +23,7 @@ from sft.log import Log
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
@@ -46,7 +46,7 @@ def held_out_loss(
     """
     sums: dict[str, torch.Tensor] = {}
     count = 0.0
-    with _eval_mode(model):
+    with eval_mode(model):
         for batch in batches:
             total, extras = loss(model, batch)
             count += num_supervised(batch)
@@ -84,7 +84,7 @@ def generate(
         use_cache=True,
     )
     found: list[tuple[int, str]] = []
-    with _eval_mode(plain), log.progress("answers", len(mine)) as advance:
+    with eval_mode(plain), log.progress("answers", len(mine)) as advance:
         for start in range(0, len(mine), batch_size):
             indices = mine[start : start + batch_size]
             texts = _answer(plain, tokenizer, [prompts[i] for i in indices], settings)

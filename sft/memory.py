@@ -101,15 +101,17 @@ def _key(config: Config, **train: Any) -> str:
 # --- what memory is taken ----------------------------------------------------------------------
 
 
-def predict(config: Config, precision: str, window: Window, *, on_gpu: bool) -> Memory:
-    """The peak of a step; closed form if the step cannot be traced."""
+def predict(
+    config: Config, precision: str, window: Window, *, on_gpu: bool, evaluation: bool = False
+) -> Memory:
+    """The peak of a step, or of the held-out loss; closed form if it cannot be traced."""
     try:
         # With PyTorch's optimizer: those of bitsandbytes have no shape rules.
         key = _key(config, gradient_checkpointing=config.train.gradient_checkpointing)
-        phases, reserved, method = _traced(key, precision, window, on_gpu)
+        phases, reserved, method = _traced(key, precision, window, on_gpu, evaluation)
     except UNTRACEABLE as error:
         why = str(error).strip().split("\n")[0] or type(error).__name__
-        parts = _closed_form(config, precision, window)
+        parts = _closed_form(config, precision, window, evaluation)
         method = f"closed form, since the step could not be traced: {why}"
         return Memory(parts, round(1.05 * sum(parts.values())), method)
     share = ADAM_BYTES[config.train.optimizer] / ADAM_BYTES["adamw"]
@@ -129,6 +131,22 @@ def predict(config: Config, precision: str, window: Window, *, on_gpu: bool) -> 
     return Memory(breakdown, reserved + more if on_gpu else sum(breakdown.values()), method)
 
 
+def generation_bytes(config: Config, precision: str, rows: int, prompt: int, answer: int) -> int:
+    """What answers to `rows` prompts take beside the weights; lengths in tokens.
+
+    By formula, the larger of: keys and values of the prompts and one layer's activations; keys and
+    values with the answers, of one layer twice, since a cache that grows is copied.
+    """
+    text = architecture(config.model).get_text_config()
+    heads, layers = text.num_attention_heads, text.num_hidden_layers
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kept = 2 * (getattr(text, "num_key_value_heads", None) or heads) * size
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    first = prompt * (layers * kept + 6 * text.hidden_size + 4 * inner)
+    last = (prompt + answer) * (layers + 1) * kept
+    return rows * max(first, last) * DTYPES[precision].itemsize
+
+
 def with_communication(taken: Memory, config: Config, world_size: int, accumulates: bool) -> Memory:
     """What one of several processes takes.
 
@@ -146,12 +164,16 @@ Phases = dict[str, dict[str, int]]  # phase -> what -> bytes at its peak
 
 
 @lru_cache(maxsize=256)
-def _traced(key: str, precision: str, window: Window, on_gpu: bool) -> tuple[Phases, int, str]:
+def _traced(
+    key: str, precision: str, window: Window, on_gpu: bool, evaluation: bool
+) -> tuple[Phases, int, str]:
     """(phases, reserved bytes, how) of a configuration in JSON."""
     config = Config.model_validate_json(key)
 
     def traced(depth: int | None) -> tuple[dict[str, Peak], int]:
-        trace = rehearsal.rehearse(config, precision, window, depth=depth, on_gpu=on_gpu)
+        trace = rehearsal.rehearse(
+            config, precision, window, depth=depth, on_gpu=on_gpu, evaluation=evaluation
+        )
         return trace.peaks(), _reserved(trace) if on_gpu else trace.peak().num_bytes
 
     depths = _depths(key)
@@ -214,7 +236,9 @@ def _attention(config: Config, precision: str, window: Window) -> dict[str, int]
     return {"attention workspace": window.tokens * heads * each}
 
 
-def _closed_form(config: Config, precision: str, window: Window) -> dict[str, int]:
+def _closed_form(
+    config: Config, precision: str, window: Window, evaluation: bool
+) -> dict[str, int]:
     """What a model that cannot be traced takes, within about a factor of two."""
     skeleton = _skeleton(config)
     mode, arch = config.tuning.mode, architecture(config.model).get_text_config()
@@ -232,7 +256,9 @@ def _closed_form(config: Config, precision: str, window: Window) -> dict[str, in
     rows = window.micro_batches[-1]
     hidden, layers = window.tokens * arch.hidden_size, arch.num_hidden_layers
     kept, again = layers * ACTIVATION_BYTES[precision], 0
-    if config.train.gradient_checkpointing:  # inputs of layers, and one layer at a time
+    if evaluation:
+        kept = ACTIVATION_BYTES[precision]
+    elif config.train.gradient_checkpointing:  # inputs of layers, and one layer at a time
         kept, again = layers * (4 if mode == "full" else width), ACTIVATION_BYTES[precision]
     return {
         "weights": round(weights),

@@ -26,7 +26,7 @@ from sft.log import duration, facts
 from sft.memory import Memory
 from sft.model import architecture
 from sft.prepare import Prepared
-from sft.rehearsal import Window, uniform
+from sft.rehearsal import Row, Window, uniform
 from sft.trace import MIB
 
 # Of the memory stays free: other programs on a CPU, what fragmentation the replay does not see.
@@ -45,13 +45,19 @@ class Work:
 
     lengths: Sequence[int]  # tokens of each example
     supervised: np.ndarray  # (examples,) those of them that the loss sees
-    num_held_out: int
+    held_out: Work | None = None
+
+    def rows(self, chosen: Sequence[int]) -> tuple[Row, ...]:
+        lengths, supervised = self.lengths, self.supervised
+        return tuple((lengths[i], min(int(supervised[i]), lengths[i])) for i in chosen)
 
     @staticmethod
     def of(prepared: Prepared) -> Work:
-        train = prepared.train
-        supervised = train.arrays.index["supervised"][train.order]
-        return Work(train.lengths, supervised, len(prepared.held_out))
+        train, held_out = (
+            (part.lengths, part.arrays.index["supervised"][part.order])
+            for part in (prepared.train, prepared.held_out)
+        )
+        return Work(*train, Work(*held_out))
 
     @staticmethod
     def uniform(config: Config) -> Work:
@@ -67,7 +73,7 @@ class Work:
                 f"{config.model.name} has positions for {positions:,} tokens, found {length:,}: "
                 "give a smaller SEQ (data.max_seq_len)"
             )
-        return Work([length] * number, np.full(number, length), 0)
+        return Work([length] * number, np.full(number, length))
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,8 @@ class Plan:
     num_parameters: int
     num_trained: int
     memory: Memory
+    evaluation_bytes: int  # at the peak of the held-out loss; 0 without one
+    generation_bytes: int  # while held-out prompts are answered; 0 without
     context_bytes: int  # taken by the device for itself
     available_bytes: int
     room: int  # bytes of them that a step may take: without the context and a margin
@@ -129,11 +137,12 @@ def make_plan(
         "train.gradient_accumulation_steps": f"{len(at.first)} examples in {world_size} "
         f"process(es) of micro-batches of at most {budget.max_tokens:,} tokens",
     }
+    evaluation = at.evaluation(budget)
     steps = engine.total_steps(train, len(work.lengths))
     tokens = sum(work.lengths)
     made = Plan(
         num_examples=len(work.lengths),
-        num_held_out=work.num_held_out,
+        num_held_out=len(work.held_out.lengths) if work.held_out else 0,
         tokens_per_epoch=tokens,
         supervised_share=int(work.supervised.sum()) / tokens,
         steps=steps,
@@ -147,6 +156,8 @@ def make_plan(
         num_parameters=counts.parameters,
         num_trained=counts.trained,
         memory=choice.memory,
+        evaluation_bytes=evaluation.allocated if evaluation else 0,
+        generation_bytes=at.generation(evaluation) if evaluation else 0,
         context_bytes=at.context_bytes,
         available_bytes=at.available_bytes,
         room=int(at.room),
@@ -161,13 +172,24 @@ def make_plan(
 
 
 def _warnings(plan: Plan) -> list[str]:
-    if not plan.missing_bytes:
-        return []
-    return [
-        f"one micro-batch takes {_gib(plan.memory.reserved + plan.context_bytes)} of the "
-        f"{_gib(plan.available_bytes)} per process of {plan.device}, {_gib(plan.missing_bytes)} "
-        "more than fits with a margin: expect to run out of memory"
-    ]
+    result = []
+    if plan.missing_bytes:
+        result.append(
+            f"one micro-batch takes {_gib(plan.memory.reserved + plan.context_bytes)} of the "
+            f"{_gib(plan.available_bytes)} per process of {plan.device}, "
+            f"{_gib(plan.missing_bytes)} more than fits with a margin: expect to run out of memory"
+        )
+    if plan.evaluation_bytes > plan.room:
+        result.append(
+            f"the held-out loss takes {_gib(plan.evaluation_bytes)}, which does not fit: a smaller "
+            "train.max_tokens or shorter held-out rows help"
+        )
+    if plan.generation_bytes > plan.room:
+        result.append(
+            f"answering held-out prompts takes {_gib(plan.generation_bytes)}, which does not fit: "
+            "lower evaluation.batch_size"
+        )
+    return result
 
 
 def resolved_values(plan: Plan) -> dict[str, Any]:
@@ -315,9 +337,7 @@ class Target:
     def window(self, budget: batching.Budget, checkpointing: bool) -> Window:
         """The heaviest micro-batch; among several, it has gradients from the start."""
         chosen, accumulates = self.heaviest(budget, checkpointing)
-        lengths, supervised = self.work.lengths, self.work.supervised
-        rows = tuple((lengths[i], min(int(supervised[i]), lengths[i])) for i in chosen)
-        return Window((rows,), budget.layout, accumulates)
+        return Window((self.work.rows(chosen),), budget.layout, accumulates)
 
     def heaviest(
         self, budget: batching.Budget, checkpointing: bool
@@ -328,15 +348,7 @@ class Target:
         Of long runs it is looked for in the first SCANNED_STEPS steps, and among micro-batches of
         the longest examples.
         """
-        lengths, supervised, world = self.work.lengths, self.work.supervised, self.world_size
-        arch = architecture(self.config.model).get_text_config()
-        per_token = arch.hidden_size * memory.ACTIVATION_BYTES[self.precision]
-        per_token *= 1 if checkpointing else arch.num_hidden_layers
-
-        def weight(micro_batch: batching.MicroBatch) -> float:
-            tokens = batching.num_tokens(lengths, micro_batch, budget.layout)
-            return tokens * per_token + int(supervised[micro_batch].sum()) * arch.vocab_size * 12
-
+        lengths, world = self.work.lengths, self.world_size
         steps = engine.total_steps(self.config.train, len(lengths))
         accumulates = world > 1
         micro_batches: list[batching.MicroBatch] = []
@@ -348,8 +360,46 @@ class Target:
             share = math.ceil(len(self.first) / world)
             order = np.argpartition(-np.asarray(lengths), min(share, len(lengths)) - 1)[:share]
             micro_batches += batching.cut(order.tolist(), lengths, 1, budget)[0]
-        chosen = max(micro_batches, key=weight)
-        return chosen, accumulates
+        return self._heaviest(self.work, micro_batches, not checkpointing), accumulates
+
+    def _heaviest(
+        self, work: Work, micro_batches: list[batching.MicroBatch], keeps_layers: bool
+    ) -> batching.MicroBatch:
+        arch = architecture(self.config.model).get_text_config()
+        per_token = arch.hidden_size * memory.ACTIVATION_BYTES[self.precision]
+        per_token *= arch.num_hidden_layers if keeps_layers else 1
+
+        def weight(micro_batch: batching.MicroBatch) -> float:
+            tokens = batching.num_tokens(work.lengths, micro_batch, self.layout)
+            learnt = int(work.supervised[micro_batch].sum())
+            return tokens * per_token + learnt * arch.vocab_size * 12
+
+        return max(micro_batches, key=weight)
+
+    def evaluation(self, budget: batching.Budget) -> Memory | None:
+        """The peak of the held-out loss."""
+        work = self.work.held_out
+        if work is None:
+            return None
+        ranks = batching.cut(range(len(work.lengths)), work.lengths, self.world_size, budget)
+        chosen = self._heaviest(work, [m for rank in ranks for m in rank if m], False)
+        window = Window((work.rows(chosen),), budget.layout, gradients=True)
+        config = with_values(self.config, {"train.gradient_checkpointing": False})
+        on_gpu = self.kind == "cuda"
+        return memory.predict(config, self.precision, window, on_gpu=on_gpu, evaluation=True)
+
+    def generation(self, evaluation: Memory) -> int:
+        """Bytes while held-out prompts are answered."""
+        settings, work = self.config.evaluation, self.work.held_out
+        if work is None or not settings.num_examples:
+            return 0
+        number = min(settings.num_examples, len(work.lengths))
+        rows = min(settings.batch_size, math.ceil(number / self.world_size))
+        prompts = np.asarray(work.lengths[:number]) - work.supervised[:number]
+        lengths = int(prompts.max()), settings.max_new_tokens
+        passing = ("activations", "logits and loss", "dequantisation")
+        kept = sum(v for k, v in evaluation.breakdown.items() if k not in passing)
+        return kept + memory.generation_bytes(self.config, self.precision, rows, *lengths)
 
     def seconds(self, counts: memory.Counts, checkpointing: bool, steps: int) -> float | None:
         """Of all steps: multiplications of the weights at an assumed share of the GPU's peak."""
@@ -491,6 +541,9 @@ def table(plan: Plan) -> Table:
         ),
         ("disk", f"{size(plan.checkpoint_bytes)} per checkpoint"),
     ]
+    if plan.evaluation_bytes:
+        told = f"{size(plan.evaluation_bytes)} for the held-out loss"
+        rows.append(("evaluation", f"{told}, {size(plan.generation_bytes)} for answers"))
     if plan.seconds is not None:
         told = f"about {duration(plan.seconds)}, if {UTILISATION:.0%} of the GPU's peak is reached"
         rows.append(("time", told))
@@ -587,6 +640,8 @@ def report(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
             "method": taken.method,
             "past": plan.past and asdict(plan.past),
             "missing_bytes": plan.missing_bytes,
+            "evaluation_bytes": plan.evaluation_bytes,
+            "generation_bytes": plan.generation_bytes,
             "checkpoint_bytes": plan.checkpoint_bytes,
             "seconds": plan.seconds,
         },

@@ -24,7 +24,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sft import batching, chat, data, engine, finetune, model, store
+from sft import batching, chat, data, engine, evaluate, finetune, model, store
 from sft.config import Config, with_values
 from sft.log import Log
 from sft.prepare import Prepared
@@ -69,14 +69,17 @@ def rehearse(
     *,
     depth: int | None = None,
     on_gpu: bool = False,
+    evaluation: bool = False,
 ) -> Trace:
-    """The allocations of a step that is not the first, with its weights and optimizer state.
+    """The allocations of a step that is not the first, with its weights and optimizer state; or of
+    a held-out loss behind one (`evaluation`), when gradients are still there.
 
     `depth`: layers, instead of all that the model has. `on_gpu`: as they would be on a GPU, as far
     as an operation can tell.
     """
     with _fake(config, window, depth, on_gpu):
-        return record(make_engine(config, precision, window, weights=False), window.gradients)
+        made = make_engine(config, precision, window, weights=False)
+        return record(made, gradients=window.gradients or evaluation, evaluation=evaluation)
 
 
 def shallow(architecture: Any, depth: int) -> Any:
@@ -197,8 +200,9 @@ class Alone:
         return tensor
 
 
-def record(made: engine.Engine, gradients: bool = False) -> Trace:
-    """The allocations of the engine's next step: labelled by what they are for, in phases.
+def record(made: engine.Engine, *, gradients: bool = False, evaluation: bool = False) -> Trace:
+    """The allocations of the engine's next step, or of a held-out loss of its first micro-batch:
+    labelled by what they are for, in phases.
 
     `gradients`: as if there were some from the start.
     """
@@ -235,6 +239,10 @@ def record(made: engine.Engine, gradients: bool = False) -> Trace:
         recorder,
         _labelled(built, recorder),
     ):
+        if evaluation:
+            with evaluate.eval_mode(built):
+                made.task.loss(made.model, made.task.collate(made.window(0)[1][0]))
+            return recorder.trace
         made.optimizer_step()
         recorder.name((p.grad for p in trained), "gradients")
     return recorder.trace
@@ -274,7 +282,8 @@ def _labelled(built: nn.Module, recorder: Recorder) -> Iterator[None]:
     def into_head(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         recorder.label = "logits and loss"
         recorder.enter(f"loss {count}")
-        inputs[0].register_hook(out_of_head)
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(out_of_head)
 
     def out_of_head(_: torch.Tensor) -> None:
         recorder.label = "backward"

@@ -14,6 +14,7 @@ from conftest import ROOT
 from sft import batching, engine, finetune, hardware, memory, model, plan, prepare, rehearsal
 from sft.config import Config, ConfigError, dump_config, load_config, with_values
 from sft.log import Log
+from sft.trace import Recorder
 
 GIB = 2**30
 
@@ -107,6 +108,26 @@ def test_the_planned_memory_is_what_the_heaviest_window_allocates(config, prepar
     heaviest, _ = at.heaviest(made.budget, made.gradient_checkpointing)
     trained.window = lambda _: (heaviest * 2, [heaviest] * 2)
     assert made.memory.allocated == pytest.approx(allocated_bytes(trained), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", "qlora"])
+def test_the_planned_answers_take_what_real_ones_take(config, prepared, mode):
+    changes = {"tuning.mode": mode, "evaluation.num_examples": 48, "evaluation.batch_size": 48}
+    given = with_values(config, changes)
+    made = plan.make_plan(given, prepared, machine(8 * GIB), 1)
+    built = model.build(given, "fp32", rehearsal.CPU)
+    recorder = Recorder()
+    for tensors in rehearsal.held(built).values():
+        recorder.name(tensors, "held")
+    alone: Any = rehearsal.Alone("fp32")
+    alone.unwrap_model = lambda model: model
+    task = finetune.FineTune(given, prepared, built, alone, Log(None), made.budget)
+    with recorder:
+        task.answers(built)
+    trained = 4 * made.num_trained
+    true_bytes = recorder.trace.peak().num_bytes + 3 * trained  # gradients, and two moments
+    assert true_bytes < made.generation_bytes < 1.5 * true_bytes
 
 
 # --- the cut -----------------------------------------------------------------------------------

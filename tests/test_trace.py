@@ -138,8 +138,9 @@ def test_the_rehearsed_step_takes_what_the_real_one_takes(
     assert fake == real
 
 
+# The whole grid, with larger models: benchmarks/memory.py.
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "mode", "checkpointing", "window"), GRID)
+@pytest.mark.parametrize(("name", "mode", "checkpointing", "window"), GRID[1::5])
 def test_the_rehearsed_step_takes_what_the_process_allocates(
     tmp_path, name, mode, checkpointing, window
 ):
@@ -147,6 +148,17 @@ def test_the_rehearsed_step_takes_what_the_process_allocates(
     fake, real = fake_and_real(config, window)
     assert fake == real
     assert fake.num_bytes == pytest.approx(allocated_bytes(real_engine(config, window)), rel=0.02)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
+def test_the_rehearsed_evaluation_takes_what_the_real_one_takes(tmp_path, mode):
+    config, window = configured(tmp_path, "Qwen2", mode), uniform(4, 32, 20)
+    fake = rehearsal.rehearse(config, "fp32", window, evaluation=True).peak()
+    real = rehearsal.record(real_engine(config, window), gradients=True, evaluation=True).peak()
+    assert fake == real
+    step = rehearsal.rehearse(config, "fp32", replace(window, gradients=True)).peak()
+    assert fake.num_bytes < step.num_bytes
+    assert fake.breakdown["gradients"] == step.breakdown["gradients"]
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
