@@ -1,11 +1,12 @@
 """Predicted memory against the truth: here, on GPUs that others measured, and how fast it is told.
 
-    PYTHONPATH=.:tests python benchmarks/memory.py [--parts grid published speed]
+    PYTHONPATH=.:tests python benchmarks/memory.py [--parts grid published processes speed]
 
 grid       The rehearsed step against the same recorder on the real step, and against what the CPU
            allocator of the process really gave: architectures x tuning x checkpointing x windows.
 published  Rows that others printed, with their step in place of ours where it differs (see ROWS).
            Nothing is fitted to them; what they leave open is said in `unknown`.
+processes  One of two real processes (DDP, ZeRO) against what is predicted for it.
 speed      `make plan` of an 8B and a 70B model: seconds and peak memory of the process.
 """
 
@@ -27,8 +28,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import memory_worker
 import torch
 from allocations import allocated_bytes
+from conftest import launch
 from rich.table import Table
 from transformers import (
     Gemma2Config,
@@ -41,7 +44,7 @@ from transformers import (
 
 from sft import memory, model, rehearsal
 from sft.cli import quiet_libraries
-from sft.config import Config
+from sft.config import Config, with_values
 from sft.finetune import FineTune
 from sft.log import make_console
 from sft.rehearsal import Window, uniform
@@ -361,7 +364,53 @@ def show_speed(found: list[dict[str, Any]]) -> Table:
     return table
 
 
+# --- several processes -------------------------------------------------------------------------
+
+ZERO = {"ZeRO-1": 1, "ZeRO-2": 2}
+BUCKETS = (500_000, 50_000_000)  # elements
+
+
+def engines(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "DDP", {}
+    for (name, stage), bucket in product(ZERO.items(), BUCKETS):
+        zero = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True}
+        zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        file = folder / f"zero{stage}_{bucket}.json"
+        file.write_text(json.dumps({"zero_optimization": zero}))
+        told = {"engine": "deepspeed", "deepspeed_config": str(file)}
+        yield f"{name}, buckets of {bucket:,}", told
+
+
+def processes(folder: Path) -> list[dict[str, Any]]:
+    found = []
+    (rows, _) = memory_worker.WINDOW.micro_batches
+    for (name, train), mode in product(engines(folder), ("full", "lora")):
+        config = configured(folder, ARCHITECTURES["Llama"], {"mode": mode}, **train)
+        config = with_values(config, {"train.gradient_checkpointing": False})
+        out = folder / "peak"
+        launch(2, "tests/memory_worker.py", config.model_dump_json(), str(out))
+        window = Window((rows,), gradients=True)
+        alone = memory.predict(config, "fp32", window, on_gpu=False)
+        predicted = memory.with_communication(alone, config, 2, accumulates=True).allocated
+        measured = int(out.read_text())
+        told = {"engine": name, "mode": mode, "measured_bytes": measured}
+        found.append(told | {"predicted_bytes": predicted, "error": predicted / measured - 1})
+        out.unlink()
+    return found
+
+
+def show_processes(found: list[dict[str, Any]]) -> Table:
+    table = Table(title="One of two processes, here", title_justify="left", box=None)
+    for column in ("engine", "tuning", "measured", "predicted", "error"):
+        table.add_column(column, justify="left" if column in ("engine", "tuning") else "right")
+    for row in found:
+        sizes = (f"{row[key] / MIB:,.0f} MiB" for key in ("measured_bytes", "predicted_bytes"))
+        table.add_row(row["engine"], row["mode"], *sizes, f"{row['error']:+.2%}")
+    return table
+
+
 PARTS = {
+    "processes": (processes, show_processes),
     "speed": (speed, show_speed),
     "grid": (grid, show_grid),
     "published": (against_published, show_published),

@@ -85,7 +85,7 @@ def _run(
     started = time.perf_counter()
     folder = Path(config.train.output_dir)
     machine = hardware.detect(folder)
-    planned = plan.make_plan(config, prepared, machine, accelerator.num_processes)
+    planned = plan_together(config, prepared, machine, accelerator)
     resolved = with_values(config, plan.resolved_values(planned))
     log.say(_banner(config, accelerator, planned.precision))
     log.say(hardware.table(machine))
@@ -142,6 +142,17 @@ def _run(
         log.say(_closing(config, base, tuned, measured))
 
 
+def plan_together(
+    config: Config, prepared: prepare.Prepared, machine: hardware.Hardware, accelerator: Accelerator
+) -> plan.Plan:
+    """One plan for all ranks, that of the one with the least memory: cut differently by each, the
+    global batch would not be whole. Collective."""
+    made = plan.make_plan(config, prepared, machine, accelerator.num_processes)
+    if accelerator.num_processes == 1:
+        return made
+    return min(gather_object([made]), key=lambda each: each.available_bytes)
+
+
 def _confirmed(
     planned: plan.Plan,
     config: Config,
@@ -186,7 +197,7 @@ def evaluate_run(folder: Path, overrides: list[str]) -> None:
     prepared = prepare.prepare(config)
     accelerator = start_processes(config.train)
     log = Log(folder) if accelerator.is_main_process else Log(None)
-    planned = plan.make_plan(config, prepared, hardware.detect(folder), accelerator.num_processes)
+    planned = plan_together(config, prepared, hardware.detect(folder), accelerator)
     model, _ = export.load_tuned(folder, config, planned.precision, accelerator.device)
     budget = finetune.usable_budget(planned.budget, "auto", model, accelerator.device, log)
     task = finetune.FineTune(config, prepared, model, accelerator, log, budget)

@@ -110,3 +110,32 @@ def test_precision_has_a_reason(tmp_path):
         )
         assert precision in ("fp32", "bf16")
         assert reason
+
+
+PLAN = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from sft import hardware, prepare, run
+from sft.config import load_config, with_values
+from sft.processes import end_processes, start_processes
+
+config = with_values(load_config("configs/nano.yaml"), {"data.max_rows": 100})
+prepared = prepare.prepare(config)
+accelerator = start_processes(config.train)
+rank = accelerator.process_index
+machine = replace(hardware.detect(), ram_available_bytes=(200 - 80 * rank) << 20)
+made = run.plan_together(config, prepared, machine, accelerator)
+Path(sys.argv[1], f"rank{rank}").write_text(f"{made.available_bytes >> 20} {made.budget}")
+end_processes(accelerator)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_with_unlike_memory_make_one_plan(tmp_path):
+    script = tmp_path / "plan.py"
+    script.write_text(PLAN)
+    launch(2, script, str(tmp_path))
+    first, second = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    assert first.startswith("60 ")  # half of what the second one has
