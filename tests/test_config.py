@@ -571,3 +571,18 @@ def test_a_mistake_in_the_program_is_not_hidden_as_one_of_the_user():
 
     with pytest.raises(ValueError, match="a bug"):
         cli.run(main)
+
+
+@pytest.mark.usefixtures("own_environment")
+@pytest.mark.parametrize("given", [None, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_segments_of_gpu_memory_grow_unless_the_user_says_otherwise(monkeypatch, given):
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(given, "max_split_size_mb:128")
+    with pytest.raises(SystemExit):
+        cli.run(lambda: None)
+    expected = None if given == "PYTORCH_CUDA_ALLOC_CONF" else "max_split_size_mb:128"
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == (
+        expected if given else "expandable_segments:True"
+    )
