@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from sft import cli
-from sft.config import ConfigError, load_config
+from sft import cli, hardware
+from sft.config import Config, ConfigError, load_config
+from sft.hardware import Hardware
 
 
 def main() -> None:
@@ -19,37 +21,24 @@ def main() -> None:
     parser.add_argument(
         "--model", help="without a configuration: its config.json, folder or hub id"
     )
-    parser.add_argument("--tuning", default="lora", choices=("full", "lora", "qlora"))
-    parser.add_argument("--seq", type=int, default=2048, help="tokens of each row, with --model")
+    parser.add_argument("--tuning", choices=("full", "lora", "qlora"), help="with --model (lora)")
+    parser.add_argument("--seq", type=int, help="tokens of each row, with --model (2048)")
     parser.add_argument("--compare", action="store_true", help="all ways of tuning on several GPUs")
     parser.add_argument("--json", type=Path, default=Path("outputs/plan.json"), help="all numbers")
     args = parser.parse_intermixed_args()
-    if args.model:
-        name = str(Path(args.model).parent) if args.model.endswith("config.json") else args.model
-        given = [f"model.name={name}", f"tuning.mode={args.tuning}", f"data.max_seq_len={args.seq}"]
-        given += ["data.train_path=none", "train.output_dir=none"]
-        config = load_config(None, given + args.overrides)
-    else:
-        config = cli.configuration(args)
-    from sft import hardware, plan, prepare
+    config = configuration(args)
+    from sft import plan, prepare
     from sft.log import make_console
 
-    machine = hardware.detect()
-    world_size = config.train.num_processes or max(1, len(machine.devices))
-    if args.gpu or args.gib:
-        try:
-            devices = hardware.named_gpus(args.gpu or "GPU", args.gib)
-        except ValueError as error:
-            raise ConfigError(f"GPU: {error}") from None
-        machine, world_size = replace(machine, devices=devices), len(devices)
+    machine, world_size = target(args, config)
     console = make_console()
+    report: object
     if args.compare:
-        found = plan.comparison(config)
+        report = found = plan.comparison(config)
         console.print(plan.comparison_table(found, config.data.max_seq_len))
-        report: object = found
     else:
-        uniform = args.model is not None
-        work = plan.Work.uniform(config) if uniform else plan.Work.of(prepare.prepare(config))
+        alone = args.model is not None
+        work = plan.Work.uniform(config) if alone else plan.Work.of(prepare.prepare(config))
         made = plan.make_plan(config, work, machine, world_size)
         console.print(plan.table(made))
         console.print(plan.memory_table(made))
@@ -62,6 +51,36 @@ def main() -> None:
     except OSError as error:
         raise ConfigError(f"JSON: cannot write {args.json}: {error.strerror}") from None
     console.print(f"all numbers: {args.json}")
+
+
+def configuration(args: Namespace) -> Config:
+    """That of the file; or the defaults for a model alone."""
+    if args.model is None:
+        if args.tuning or args.seq:
+            told = 'of a configuration set ARGS="tuning.mode=... data.max_seq_len=..."'
+            raise ConfigError(f"TUNING and SEQ describe a MODEL; {told}")
+        return cli.configuration(args)
+    path = Path(args.model)
+    name = str(path.parent) if path.name == "config.json" else args.model
+    given = [f"model.name={name}", f"tuning.mode={args.tuning or 'lora'}"]
+    given += [f"data.max_seq_len={args.seq or 2048}"]
+    return load_config(
+        None, [*given, "data.train_path=none", "train.output_dir=none", *args.overrides]
+    )
+
+
+def target(args: Namespace, config: Config) -> tuple[Hardware, int]:
+    """(devices to plan for, processes)."""
+    machine = hardware.detect()
+    if args.gpu is None and args.gib is None:
+        return machine, config.train.num_processes or max(1, len(machine.devices))
+    if args.compare:
+        raise ConfigError("COMPARE has GPUs of its own; leave out GPU and GIB")
+    try:
+        devices = hardware.named_gpus(args.gpu or "GPU", args.gib)
+    except ValueError as error:
+        raise ConfigError(f"GPU: {error}") from None
+    return replace(machine, devices=devices), len(devices)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 
 from sft import rehearsal
 from sft.batching import Budget, MicroBatch
@@ -23,25 +24,29 @@ HISTORY = "memory.jsonl"  # in data.cache_dir
 KEPT = 50  # lines of it that count
 
 
-def fitting_budget(
-    engine: Engine, budget: Budget, heaviest: Callable[[Budget], MicroBatch]
-) -> Budget:
-    """`budget`, or the largest of its halves with which every rank gets through `heaviest`.
+def fitting(
+    engine: Engine,
+    budget: Budget,
+    heaviest: Callable[[Budget], list[MicroBatch]],
+    state_bytes: int,
+) -> tuple[Budget, int]:
+    """`budget`, or the largest of its halves with which every rank gets through `heaviest`; and the
+    bytes allocated at the peak of that. Collective.
 
-    Raises UserError if not even the longest example fits. Collective.
+    `state_bytes`: of the optimizer, which has no state before its first step. Raises UserError if
+    not even the longest example fits.
     """
     longest = max(engine.task.lengths)
     while True:
-        error = _tried(engine, heaviest(budget))
-        failed = engine.accelerator.reduce(
-            torch.tensor(float(error is not None), device=engine.accelerator.device), "sum"
-        )
-        if not failed:
-            return budget
+        peak, error = _tried(engine, heaviest(budget), state_bytes)
+        errors = [error] if engine.accelerator.num_processes == 1 else gather_object([error])
+        found = [each for each in errors if each]
+        if not found:
+            return budget, peak
         if budget.max_tokens <= longest:
             raise UserError(
-                f"the longest example ({longest:,} tokens) does not fit the memory: {error}; see "
-                "what would take less with `make plan`"
+                f"the longest example ({longest:,} tokens) does not fit the memory: {found[0]}; "
+                "see what would take less with `make plan`"
             )
         smaller = max(longest, budget.max_tokens // 2)
         told = f"a micro-batch of {budget.max_tokens:,} tokens does not fit the memory"
@@ -52,36 +57,37 @@ def fitting_budget(
         budget = replace(budget, max_tokens=smaller, max_rows=rows)
 
 
-def _tried(engine: Engine, micro_batch: MicroBatch) -> str | None:
-    """What the device says if it cannot hold the micro-batch."""
+def _tried(
+    engine: Engine, micro_batches: list[MicroBatch], state_bytes: int
+) -> tuple[int, str | None]:
+    """(bytes at the peak, what the device says if it cannot hold that)."""
+    on_gpu = engine.accelerator.device.type == "cuda"
     try:
-        engine.try_out([micro_batch])
+        return (_on_gpu if on_gpu else _on_cpu)(engine, micro_batches, state_bytes), None
     except torch.OutOfMemoryError as error:
         reason = str(error).split("\n")[0]
-    else:
-        return None
-    if torch.cuda.is_available():
+    if on_gpu:
         torch.cuda.empty_cache()
-    return reason
+    return 0, reason
 
 
-def measured_bytes(engine: Engine, micro_batches: list[MicroBatch], state_bytes: int) -> int:
-    """Bytes allocated at the peak of a real forward and backward pass.
+def _on_gpu(engine: Engine, micro_batches: list[MicroBatch], state_bytes: int) -> int:
+    missing = 0 if engine.optimizer.state else state_bytes
+    room = torch.empty(missing, dtype=torch.uint8, device=engine.accelerator.device)
+    torch.cuda.reset_peak_memory_stats()
+    engine.try_out(micro_batches)
+    del room
+    return torch.cuda.max_memory_allocated()
 
-    `state_bytes`: of the optimizer, which has none before its first step.
-    """
-    states = [s for state in engine.optimizer.state.values() for s in rehearsal.tensors_of(state)]
-    missing = 0 if states else state_bytes
-    if engine.accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        engine.try_out(micro_batches)
-        return torch.cuda.max_memory_allocated() + missing
-    recorder = Recorder()
-    for tensors in (*rehearsal.held(engine.task.model).values(), states):
+
+def _on_cpu(engine: Engine, micro_batches: list[MicroBatch], state_bytes: int) -> int:
+    recorder, states = Recorder(), engine.optimizer.state.values()
+    for tensors in rehearsal.held(engine.task.model).values():
         recorder.name(tensors, "held")
+    recorder.name((t for state in states for t in rehearsal.tensors_of(state)), "held")
     with recorder:
         engine.try_out(micro_batches)
-    return recorder.trace.peak().num_bytes + missing
+    return recorder.trace.peak().num_bytes + (0 if states else state_bytes)
 
 
 # --- what earlier runs have shown --------------------------------------------------------------

@@ -110,6 +110,7 @@ GPUS = {
     "4090": Gpu(23.6, 165),
     "5090": Gpu(31.3, 210),
     "A100-40GB": Gpu(39.4, 312),
+    "L40": Gpu(44.4, 181),
     "L40S": Gpu(44.4, 362),
     "A6000": Gpu(47.4, 155),
     "A100-80GB": Gpu(79.2, 312),
@@ -133,6 +134,8 @@ def named_gpus(text: str, gib: float | None = None) -> list[Device]:
             f"expected one of {', '.join(GPUS)}, as in 'H100-80GB x 8', found {text!r}; "
             "for any other give its memory: GIB=48"
         )
+    if int(number or 1) < 1 or (gib is not None and gib <= 0):
+        raise ValueError(f"expected at least one GPU and a memory above 0, found {text!r}, {gib}")
     total = round((gib or (gpu.gib if gpu else 0)) * GIB)
     bf16 = gpu.bf16 if gpu else True
     return [Device(i, name, total, None, bf16, None) for i in range(int(number or 1))]
@@ -147,8 +150,8 @@ def gpu_of(name: str) -> Gpu | None:
         )
 
     exact = [gpu for known, gpu in GPUS.items() if plain(known) == plain(name)]
-    found = exact or [gpu for known, gpu in GPUS.items() if plain(known).startswith(plain(name))]
-    return found[0] if len(found) == 1 and plain(name) else None
+    found = exact or [gpu for known, gpu in GPUS.items() if known.split("-")[0] == plain(name)]
+    return found[0] if len(found) == 1 else None
 
 
 def default_num_processes(hw: Hardware) -> int:

@@ -18,19 +18,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sft import rehearsal
-from sft.config import Config
+from sft.config import Config, UserError
 from sft.model import DTYPES, add_adapters, architecture
 from sft.rehearsal import Window, shallow
-from sft.trace import MIB, Peak, Trace
+from sft.trace import LARGE_SEGMENT, MIB, SMALL_SEGMENT, Trace
 
 NF4_BYTES = 0.516  # per weight: 4 bits and the double-quantised scale of each block of 64
 ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.05, "paged_adamw_8bit": 2.05}
 # Closed form: activations of a layer, bytes per token and hidden unit. Traces of Llama and Qwen2
 # shapes gave 94 to 126 in fp32 and 61 to 77 in bf16 (autocast); of GPT-2, twice that.
 ACTIVATION_BYTES = {"fp32": 110, "bf16": 70}
-# What a model may raise that fake tensors do not suit: an operation without a shape rule, a value
-# that decides what is computed, a kernel that is not installed. Mistakes of the user were refused.
-UNTRACEABLE = (RuntimeError, NotImplementedError, TypeError, ValueError, ImportError, LookupError)
 CONTEXT_BYTES = 600 * MIB  # of CUDA and its kernels in a process; an assumption, cards differ
 CUBLAS_BYTES = 2 * 32 * MIB  # workspaces of forward and backward threads; of Hopper, others less
 
@@ -109,7 +106,9 @@ def predict(
         # With PyTorch's optimizer: those of bitsandbytes have no shape rules.
         key = _key(config, gradient_checkpointing=config.train.gradient_checkpointing)
         phases, reserved, method = _traced(key, precision, window, on_gpu, evaluation)
-    except UNTRACEABLE as error:
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever a model does that no trace suits
         why = str(error).strip().split("\n")[0] or type(error).__name__
         parts = _closed_form(config, precision, window, evaluation)
         method = f"closed form, since the step could not be traced: {why}"
@@ -138,7 +137,7 @@ def generation_bytes(config: Config, precision: str, rows: int, prompt: int, ans
     values with the answers, of one layer twice, since a cache that grows is copied.
     """
     text = architecture(config.model).get_text_config()
-    heads, layers = text.num_attention_heads, text.num_hidden_layers
+    heads, layers = getattr(text, "num_attention_heads", None) or 1, text.num_hidden_layers
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     kept = 2 * (getattr(text, "num_key_value_heads", None) or heads) * size
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
@@ -170,23 +169,24 @@ def _traced(
     """(phases, reserved bytes, how) of a configuration in JSON."""
     config = Config.model_validate_json(key)
 
-    def traced(depth: int | None) -> tuple[dict[str, Peak], int]:
-        trace = rehearsal.rehearse(
+    def traced(depth: int | None) -> Trace:
+        return rehearsal.rehearse(
             config, precision, window, depth=depth, on_gpu=on_gpu, evaluation=evaluation
         )
-        return trace.peaks(), _reserved(trace) if on_gpu else trace.peak().num_bytes
 
     depths = _depths(key)
     if depths is None:
-        peaks, reserved = traced(None)
-        return {name: peak.breakdown for name, peak in peaks.items()}, reserved, "traced"
+        trace = traced(None)
+        phases = {name: peak.breakdown for name, peak in trace.peaks().items()}
+        return phases, trace.reserved() if on_gpu else trace.peak().num_bytes, "traced"
     few, more, whole = depths
-    (first, first_reserved), (second, second_reserved) = traced(few), traced(more)
+    small, large = traced(few), traced(more)
     times = (whole - few) // (more - few)
 
-    def extended(small: int, large: int) -> int:
-        return max(0, small + times * (large - small))
+    def extended(less: int, more: int) -> int:
+        return max(0, less + times * (more - less))
 
+    first, second = small.peaks(), large.peaks()
     phases = {
         name: {
             label: extended(first[name].breakdown.get(label, 0), peak.breakdown.get(label, 0))
@@ -194,13 +194,11 @@ def _traced(
         }
         for name, peak in second.items()
     }
-    most = max(sum(parts.values()) for parts in phases.values())
-    reserved = max(most, extended(first_reserved, second_reserved))
+    reserved = max(sum(parts.values()) for parts in phases.values())
+    if on_gpu:  # extended without the pages of the allocator, which are rounding; then one of each
+        sizes = extended(small.reserved(pages=False), large.reserved(pages=False))
+        reserved = max(reserved, sizes) + SMALL_SEGMENT + LARGE_SEGMENT
     return phases, reserved, f"traced with {few} and {more} of {whole} layers"
-
-
-def _reserved(trace: Trace) -> int:
-    return trace.reserved(expandable=True).num_bytes
 
 
 def _depths(key: str) -> tuple[int, int, int] | None:
@@ -229,7 +227,9 @@ def _attention(config: Config, precision: str, window: Window) -> dict[str, int]
     if precision != "bf16" or config.model.attn_implementation == "eager":
         return {}
     text = architecture(config.model).get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:  # a model without attention
+        return {}
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     grouped = getattr(text, "num_key_value_heads", heads) != heads
     each = 4 * (math.ceil(size / 32) * 32 + 2) + (4 * size if grouped else 0)

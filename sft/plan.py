@@ -36,7 +36,7 @@ SATURATING_TOKENS = {"cpu": 2048, "cuda": 16384}  # a larger micro-batch is no f
 # (docs/LOG.md); on a GPU not measured, so there the fewest micro-batches are taken.
 MICRO_BATCH_COST = {"cpu": 64, "cuda": None}
 UTILISATION = 0.35  # of a GPU's peak that training reaches; an assumption
-SCANNED_STEPS = 500  # in which the heaviest window is looked for
+SCANNED = 20_000  # examples among which the heaviest micro-batch is looked for
 
 
 @dataclass(frozen=True)
@@ -224,6 +224,9 @@ class Target:
     world_size: int
     precision: str
     layout: batching.Layout
+    scanned: dict[batching.Budget, tuple[list[batching.MicroBatch], bool]] = field(
+        default_factory=dict
+    )
 
     @property
     def kind(self) -> str:
@@ -276,7 +279,16 @@ class Target:
         longest = max(lengths)
         if rows := self._rows_asked():
             limit = rows * longest if train.max_tokens == "auto" else train.max_tokens
-            return self._tried(checkpointing, batching.Budget(limit, self.layout, None, rows), "")
+            budget = batching.Budget(limit, self.layout, None, rows)
+            choice = self._tried(checkpointing, budget, f"{rows} of the longest example")
+            steps = train.gradient_accumulation_steps
+            if steps != "auto" and len(choice.cuts[0]) > steps:
+                raise ConfigError(
+                    f"train.max_tokens: {limit:,} tokens do not hold {rows} examples, as "
+                    f"train.gradient_accumulation_steps={steps} needs: raise it, or leave one of "
+                    "the two at auto"
+                )
+            return choice
         if train.max_tokens != "auto":
             return self._tried(checkpointing, self._budget(train.max_tokens), "configured")
         saturates = max(longest, SATURATING_TOKENS[self.kind])
@@ -345,22 +357,30 @@ class Target:
         """(the micro-batch of the run that takes the most memory, whether there are several in a
         step or several processes).
 
-        Of long runs it is looked for in the first SCANNED_STEPS steps, and among micro-batches of
-        the longest examples.
+        Of long runs it is looked for in the first SCANNED examples, and among micro-batches of the
+        longest ones.
         """
+        if budget not in self.scanned:
+            self.scanned[budget] = self._micro_batches(budget)
+        micro_batches, several = self.scanned[budget]
+        chosen = self._heaviest(self.work, micro_batches, not checkpointing)
+        return chosen, several or self.world_size > 1
+
+    def _micro_batches(self, budget: batching.Budget) -> tuple[list[batching.MicroBatch], bool]:
+        """(those of the run that may be the heaviest, whether a step has several)."""
         lengths, world = self.work.lengths, self.world_size
         steps = engine.total_steps(self.config.train, len(lengths))
-        accumulates = world > 1
-        micro_batches: list[batching.MicroBatch] = []
-        for step in range(min(steps, SCANNED_STEPS)):
+        looked_at = min(steps, max(1, SCANNED // self.config.train.global_batch))
+        several, result = False, list[batching.MicroBatch]()
+        for step in range(looked_at):
             cuts = batching.cut(self._ids(step), lengths, world, budget)
-            accumulates |= len(cuts[0]) > 1
-            micro_batches += [m for rank in cuts for m in rank if m]
-        if steps > SCANNED_STEPS:
-            share = math.ceil(len(self.first) / world)
-            order = np.argpartition(-np.asarray(lengths), min(share, len(lengths)) - 1)[:share]
-            micro_batches += batching.cut(order.tolist(), lengths, 1, budget)[0]
-        return self._heaviest(self.work, micro_batches, not checkpointing), accumulates
+            several |= len(cuts[0]) > 1
+            result += [m for rank in cuts for m in rank if m]
+        if steps > looked_at:
+            share = min(math.ceil(len(self.first) / world), len(lengths))
+            order = np.argpartition(-np.asarray(lengths), share - 1)[:share]
+            result += batching.cut(order.tolist(), lengths, 1, budget)[0]
+        return result, several
 
     def _heaviest(
         self, work: Work, micro_batches: list[batching.MicroBatch], keeps_layers: bool
@@ -412,6 +432,27 @@ class Target:
         return 2 * passes * counts.multiplied * tokens / speed
 
 
+def replanned(
+    plan: Plan, config: Config, data: Prepared | Work, machine: Hardware, budget: batching.Budget
+) -> Plan:
+    """The plan with another budget."""
+    changes = {"train.gradient_checkpointing": plan.gradient_checkpointing, **of_budget(budget)}
+    made = make_plan(with_values(config, changes), data, machine, plan.world_size)
+    return replace(made, budget=budget, reasons=plan.reasons)
+
+
+def of_budget(budget: batching.Budget) -> dict[str, Any]:
+    """Dotted configuration keys -> values that mean it."""
+    values: dict[str, Any] = {
+        "train.max_tokens": budget.max_tokens,
+        "train.layout": budget.layout,
+    }
+    if budget.max_rows:
+        values |= {"train.micro_batch": budget.max_rows}
+        values |= {"train.gradient_accumulation_steps": "auto"}
+    return values
+
+
 def target(config: Config, data: Prepared | Work, machine: Hardware, plan: Plan) -> Target:
     """That which was planned."""
     work = data if isinstance(data, Work) else Work.of(data)
@@ -449,7 +490,11 @@ def advice(config: Config, work: Work, machine: Hardware, plan: Plan) -> list[Ad
     result = []
 
     def consider(price: str, changes: dict[str, Any], window: Window = window) -> None:
-        taken = at.predicted(window, with_values(config, changes), plan.micro_batches)
+        try:
+            changed = with_values(config, changes)
+        except ConfigError:  # what this configuration cannot be: random weights with adapters
+            return
+        taken = at.predicted(window, changed, plan.micro_batches)
         saved = plan.memory.reserved - taken.reserved
         if saved > 0:
             told = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
@@ -489,7 +534,7 @@ def comparison(config: Config) -> list[dict[str, Any]]:
     for mode in ("full", "lora", "qlora"):
         for checkpointing in (False, True):
             changes = {"tuning.mode": mode, "train.gradient_checkpointing": checkpointing}
-            changed = with_values(config, changes)
+            changed = with_values(config, changes | {"model.init": "pretrained"})
             one, two = (
                 memory.predict(changed, "bf16", _rows(number, length), on_gpu=True).reserved
                 for number in (1, 2)

@@ -38,6 +38,7 @@ def resolve_precision(
 def any_launch(config: Config) -> Config:
     """`config` without its demands on the launch: for using a run's result, not repeating it."""
     free = {"train.num_processes": None, "train.engine": "ddp", "train.deepspeed_config": None}
+    free |= {"train.micro_batch": "auto", "train.gradient_accumulation_steps": "auto"}
     return with_values(config, free)
 
 

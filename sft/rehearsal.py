@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from logging import getLogger
 from types import SimpleNamespace
@@ -19,9 +19,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import DistributedType, convert_outputs_to_fp32
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sft import batching, chat, data, engine, evaluate, finetune, model, store
@@ -77,7 +79,11 @@ def rehearse(
     `depth`: layers, instead of all that the model has. `on_gpu`: as they would be on a GPU, as far
     as an operation can tell.
     """
-    with _fake(config, window, depth, on_gpu):
+    isolates = config.model.attn_implementation == "flash_attention_2"  # documents, without a mask
+    if isolates:  # its kernels need a GPU; what they keep is what SDPA keeps
+        config = with_values(config, {"model.attn_implementation": "sdpa"})
+    masked = window.layout == "packed" and max(map(len, window.micro_batches)) > 1 and not isolates
+    with _fake(config, masked, depth), _like_a_gpu(config, precision) if on_gpu else nullcontext():
         made = make_engine(config, precision, window, weights=False)
         return record(made, gradients=window.gradients or evaluation, evaluation=evaluation)
 
@@ -93,12 +99,15 @@ def shallow(architecture: Any, depth: int) -> Any:
 
 
 @contextmanager
-def _fake(config: Config, window: Window, depth: int | None, on_gpu: bool) -> Iterator[None]:
-    """Every tensor made in it is fake, and nothing outside keeps one."""
+def _fake(config: Config, masked: bool, depth: int | None) -> Iterator[None]:
+    """Every tensor made in it is fake, and nothing outside keeps one.
 
-    # Where documents are packed, transformers makes a mask; it makes one, too, where it cannot see.
+    `masked`: transformers makes a mask, as it does for packed documents; it would make one, too,
+    where it cannot see whether it needs one.
+    """
+
     def is_tracing(*_: object) -> bool:  # a Mock would keep its arguments alive
-        return window.layout == "packed" and max(map(len, window.micro_batches)) > 1
+        return masked
 
     whole = model.architecture
 
@@ -113,8 +122,6 @@ def _fake(config: Config, window: Window, depth: int | None, on_gpu: bool) -> It
         enter(mock.patch("transformers.masking_utils.is_tracing", is_tracing))
         enter(mock.patch.object(nn.Module, "_apply", _convert))
         enter(mock.patch.object(model, "architecture", architecture))
-        if on_gpu:
-            enter(mock.patch("torch.nn.functional.dropout", _dropout_of_a_gpu))
         enter(warnings.catch_warnings(action="ignore"))  # the real build gives them, too
         # Of a failure torch logs the trace; the plan falls back on a closed form and says why.
         enter(mock.patch.object(getLogger("torch._subclasses.fake_tensor"), "disabled", True))
@@ -136,12 +143,39 @@ def _convert(module: nn.Module, function: Callable[[Any], Any], recurse: bool = 
     return module
 
 
-def _dropout_of_a_gpu(
-    x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> torch.Tensor:
-    """It keeps a mask of booleans; that of the CPU keeps one of numbers."""
-    del inplace
-    return torch.native_dropout(x, p, training)[0]
+@contextmanager
+def _like_a_gpu(config: Config, precision: str) -> Iterator[None]:
+    """Operations keep what they would keep on a GPU."""
+    attend: Any = F.scaled_dot_product_attention
+    normalise: Any = F.layer_norm
+
+    def dropout(
+        x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> torch.Tensor:
+        """Its mask is one of booleans, on a CPU one of numbers."""
+        del inplace
+        return torch.native_dropout(x, p, training)[0]
+
+    def attention(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Its kernels make the mask of dropout again; on a CPU it would be quadratic and kept."""
+        return attend(*tensors, **options | {"dropout_p": 0.0})
+
+    def layer_norm(*arguments: Any) -> torch.Tensor:
+        """In fp32 under autocast."""
+        tensors = (a.float() if isinstance(a, torch.Tensor) else a for a in arguments)
+        return normalise(*tensors)
+
+    text = model.architecture(config.model).get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    grouped = getattr(text, "num_key_value_heads", heads) != heads
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(F, "dropout", dropout))
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
+        if precision == "bf16":
+            stack.enter_context(mock.patch.object(F, "layer_norm", layer_norm))
+        elif grouped:  # neither flash nor memory-efficient kernels take such queries in fp32
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 def make_engine(
@@ -198,6 +232,9 @@ class Alone:
 
     def reduce(self, tensor: torch.Tensor, _: str) -> torch.Tensor:
         return tensor
+
+    def no_sync(self, _: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def record(made: engine.Engine, *, gradients: bool = False, evaluation: bool = False) -> Trace:
@@ -289,7 +326,15 @@ def _labelled(built: nn.Module, recorder: Recorder) -> Iterator[None]:
         recorder.label = "backward"
         recorder.enter(f"backward {count}")
 
+    def behind_embedding(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(into_embedding)
+
+    def into_embedding(_: torch.Tensor) -> None:
+        recorder.enter(f"backward of the embedding {count}")
+
     handles = [
+        built.get_input_embeddings().register_forward_hook(behind_embedding),  # type: ignore[operator]
         built.get_output_embeddings().register_forward_pre_hook(into_head),  # type: ignore[operator]
         built.register_forward_pre_hook(into_model),
     ]

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,17 +102,14 @@ def _run(
         planned.budget, config.train.layout, model, accelerator.device, log
     )
     if budget != planned.budget:
-        planned = replace(planned, budget=budget)
-        resolved = with_values(resolved, {"train.layout": budget.layout})
-        if log.folder:
-            _write_plan(resolved, planned, folder)
+        planned = plan.replanned(planned, resolved, prepared, machine, budget)
+        resolved = _with_budget(resolved, planned, log)
     task = finetune.FineTune(resolved, prepared, model, accelerator, log, budget)
     engine = Engine(task, resolved.train, accelerator, log, budget)
-    planned, measured = _confirmed(planned, resolved, prepared, machine, task, engine)
+    planned, measured = _confirmed(planned, resolved, prepared, machine, engine)
     if planned.budget != budget:
-        resolved = with_values(resolved, {"train.max_tokens": planned.budget.max_tokens})
-        if log.folder:
-            _write_plan(resolved, planned, folder)
+        engine.budget = task.budget = planned.budget
+        resolved = _with_budget(resolved, planned, log)
     base = _base_results(folder, task, engine, resumed=resumed_from is not None)
     log.say(f"before: {_told(base['metrics'])}")
     if resumed_from:
@@ -158,32 +154,35 @@ def _confirmed(
     config: Config,
     prepared: prepare.Prepared,
     machine: hardware.Hardware,
-    task: finetune.FineTune,
     engine: Engine,
 ) -> tuple[plan.Plan, dict[str, Any]]:
-    """The plan with a budget that the device holds, and what of it was measured."""
-    target = plan.target(config, prepared, machine, planned)
-
-    def heaviest(budget: Budget) -> MicroBatch:
-        return target.heaviest(budget, planned.gradient_checkpointing)[0]
-
-    budget = planned.budget
-    if machine.devices:
-        budget = confirm.fitting_budget(engine, budget, heaviest)
-        planned = replace(planned, budget=budget)
-        engine.budget = task.budget = budget
+    """The plan with a budget that the device holds, and what of it was measured. Collective."""
     if engine.is_deepspeed or (planned.world_size > 1 and not machine.devices):
         return planned, {}  # what DeepSpeed's engine and the buckets of DDP hold is not seen
-    several = target.window(budget, planned.gradient_checkpointing).gradients
-    micro_batches = [heaviest(budget)] * (2 if several else 1)
-    predicted = planned.memory.breakdown
-    peak = confirm.measured_bytes(engine, micro_batches, predicted["optimizer"])
-    told = f"{plan.size(peak)} measured, {plan.size(planned.memory.allocated)} predicted"
+    target = plan.target(config, prepared, machine, planned)
+
+    def heaviest(budget: Budget) -> list[MicroBatch]:
+        chosen, accumulates = target.heaviest(budget, planned.gradient_checkpointing)
+        return [chosen] * (2 if accumulates else 1)
+
+    state = planned.memory.breakdown["optimizer"]
+    budget, peak = confirm.fitting(engine, planned.budget, heaviest, state)
+    if budget != planned.budget:
+        planned = plan.replanned(planned, config, prepared, machine, budget)
+    predicted = planned.memory.allocated
+    told = f"{plan.size(peak)} measured, {plan.size(predicted)} predicted"
     engine.log.say(f"memory of the heaviest micro-batch: {told}")
     if engine.accelerator.is_main_process:
-        folder = Path(config.data.cache_dir)
-        confirm.remember(folder, planned.device, planned.memory.allocated, peak)
+        confirm.remember(Path(config.data.cache_dir), planned.device, predicted, peak)
     return planned, {"heaviest_micro_batch_bytes": peak}
+
+
+def _with_budget(resolved: Config, planned: plan.Plan, log: Log) -> Config:
+    """The resolved configuration with the plan's budget; both are written again."""
+    resolved = with_values(resolved, plan.of_budget(planned.budget))
+    if log.folder:
+        _write_plan(resolved, planned, log.folder)
+    return resolved
 
 
 def _write_plan(resolved: Config, planned: plan.Plan, folder: Path) -> None:

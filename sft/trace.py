@@ -15,8 +15,7 @@ import math
 import weakref
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -68,28 +67,22 @@ class Trace:
                 result[name] = Peak(most, sizes)
         return result
 
-    def reserved(self, expandable: bool = False, capacity: float = math.inf) -> Reserved:
-        """What the caching allocator takes from the GPU for it; MemoryError above `capacity`."""
-        allocator = CachingAllocator(expandable, capacity)
+    def reserved(self, expandable: bool = True, pages: bool = True) -> int:
+        """Bytes that the caching allocator takes from the GPU for it, at most."""
+        allocator = CachingAllocator(expandable, pages)
         chunks: dict[Block, Chunk] = {}
         for born, block in self.events:
             if born and block.num_bytes:
                 chunks[block] = allocator.malloc(block.num_bytes)
             elif block in chunks:
                 allocator.free(chunks.pop(block))
-        return Reserved(allocator.peak_bytes, len(allocator.segments))
+        return allocator.reserved_bytes
 
 
 @dataclass(frozen=True)
 class Peak:
     num_bytes: int
     breakdown: dict[str, int]  # label -> bytes, largest first
-
-
-@dataclass(frozen=True)
-class Reserved:
-    num_bytes: int  # at most, at any time
-    num_segments: int  # at the end
 
 
 # --- recording ---------------------------------------------------------------------------------
@@ -104,14 +97,6 @@ class Recorder(TorchDispatchMode):
         self.label = "other"
         self.labels: dict[str, str] = {}  # of what the operations of a namespace make
         self._known: dict[int, tuple[Block, weakref.ref]] = {}  # address of the storage -> block
-
-    @contextmanager
-    def labelled(self, label: str) -> Iterator[None]:
-        before, self.label = self.label, label
-        try:
-            yield
-        finally:
-            self.label = before
 
     def enter(self, phase: str) -> None:
         self.trace.phases.append((len(self.trace.events), phase))
@@ -201,16 +186,16 @@ class Chunk:
 
 class CachingAllocator:
     """PyTorch's, for one stream and with its defaults: best fit, splitting, merging, and no return
-    of memory to the device before a request would fail.
+    of memory to the device before a request would fail, which is not modelled.
 
-    `expandable`: as with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, where each pool is one
-    segment that grows at its end; what such a segment gives back at `capacity` is not modelled.
+    `expandable`: as with PYTORCH_ALLOC_CONF=expandable_segments:True, where each pool is one
+    segment that grows at its end; by whole pages, unless `pages` is false.
     """
 
-    def __init__(self, expandable: bool = False, capacity: float = math.inf):
-        assert not expandable or capacity == math.inf
-        self.expandable, self.capacity = expandable, capacity
-        self.reserved_bytes = self.peak_bytes = 0
+    def __init__(self, expandable: bool = True, pages: bool = True):
+        self.expandable = expandable
+        self.page = {True: SMALL_SEGMENT, False: LARGE_SEGMENT} if pages else {}
+        self.reserved_bytes = 0
         self.segments: dict[int, int] = {}  # address -> bytes
         self._free: dict[bool, list[tuple[bool, int, int, Chunk]]] = {True: [], False: []}
         self._top = 0  # addresses are given out once
@@ -289,7 +274,7 @@ class CachingAllocator:
             needed = LARGE_SEGMENT
         else:
             needed = math.ceil(size / HUGE_ROUNDING) * HUGE_ROUNDING
-        self._reserve(needed)
+        self.reserved_bytes += needed
         address, self._top = self._top, self._top + needed
         self.segments[address] = needed
         return Chunk(address, needed, small)
@@ -304,29 +289,12 @@ class CachingAllocator:
             if end is not None:
                 end.next, end.grows = new, False
             end = self._ends[small] = new
-        page = SMALL_SEGMENT if small else LARGE_SEGMENT
+        page = self.page.get(small, ROUNDING)
         needed = math.ceil((size - end.size) / page) * page
-        self._reserve(needed)
+        self.reserved_bytes += needed
         end.size += needed
         self.segments[small] = self.segments.get(small, 0) + needed
         return end
-
-    def _reserve(self, num_bytes: int) -> None:
-        """Takes from the device; where it has no more, what is free is returned to it first."""
-        if self.reserved_bytes + num_bytes > self.capacity:
-            self._return_free()
-        if self.reserved_bytes + num_bytes > self.capacity:
-            raise MemoryError(f"{num_bytes:,} bytes, with {self.reserved_bytes:,} in use")
-        self.reserved_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self.reserved_bytes)
-
-    def _return_free(self) -> None:
-        """Gives back the segments that are wholly free."""
-        for entry in [entry for pool in self._free.values() for entry in pool]:
-            chunk = entry[3]
-            if chunk.previous is None and chunk.next is None:
-                self._take(chunk)
-                self.reserved_bytes -= self.segments.pop(chunk.address)
 
 
 def _order(chunk: Chunk) -> tuple[bool, int, int, Chunk]:

@@ -32,6 +32,12 @@ def test_a_sound_configuration_passes_and_leaves_no_file(run_script):
     assert files() == before
 
 
+@pytest.mark.slow
+def test_an_accumulation_that_the_run_can_make_is_sound(run_script):
+    done = run_script("check.py", "train.micro_batch=4", "train.gradient_accumulation_steps=8")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

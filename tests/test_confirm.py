@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 
-from sft import batching, confirm, rehearsal
+from sft import batching, confirm, finetune, hardware, model, plan, prepare, rehearsal, run
 from sft.batching import Budget
-from sft.config import UserError
+from sft.config import UserError, load_config, with_values
+from sft.engine import Engine
 from sft.log import Log
 
 
@@ -36,7 +41,7 @@ def heaviest(engine):
 
     def of(budget):
         (cuts,) = batching.cut(range(16), lengths, 1, budget)
-        return max(cuts, key=lambda m: batching.num_tokens(lengths, m, "padded"))
+        return [max(cuts, key=lambda m: batching.num_tokens(lengths, m, "padded"))] * 2
 
     return of
 
@@ -56,11 +61,13 @@ def holding(engine, most):
 def test_a_budget_that_the_device_cannot_hold_shrinks(engine):
     weights = [p.clone() for p in engine.task.model.parameters()]
     longest = max(engine.task.lengths)
-    assert confirm.fitting_budget(engine, Budget(200, "padded"), heaviest(engine)).max_tokens == 200
+    large, more = confirm.fitting(engine, Budget(200, "padded"), heaviest(engine), 1000)
+    assert large.max_tokens == 200
     assert not engine.log.lines
     holding(engine, 70)
-    budget = confirm.fitting_budget(engine, Budget(200, "padded", 64), heaviest(engine))
+    budget, less = confirm.fitting(engine, Budget(200, "padded", 64), heaviest(engine), 1000)
     assert budget == Budget(max(50, longest), "padded", 64)
+    assert less < more
     assert (
         "a micro-batch of 200 tokens does not fit the memory: train.max_tokens is 100"
         in (engine.log.lines[0])
@@ -68,29 +75,54 @@ def test_a_budget_that_the_device_cannot_hold_shrinks(engine):
     assert all(p.grad is None for p in engine.task.model.parameters())
     pairs = zip(weights, engine.task.model.parameters(), strict=True)
     assert all(torch.equal(before, after) for before, after in pairs)
-    rows = confirm.fitting_budget(engine, Budget(400, "padded", None, 8), heaviest(engine))
+    rows, _ = confirm.fitting(engine, Budget(400, "padded", None, 8), heaviest(engine), 0)
     assert rows.max_rows < 8
 
 
 def test_a_device_that_cannot_hold_the_longest_example_is_told(engine):
     holding(engine, max(engine.task.lengths) - 1)
-    with pytest.raises(
-        UserError, match=r"the longest example \(\d+ tokens\) does not fit .* 2.00 GiB"
-    ):
-        confirm.fitting_budget(engine, Budget(200, "padded"), heaviest(engine))
+    told = r"the longest example \(\d+ tokens\) does not fit .* 2.00 GiB"
+    with pytest.raises(UserError, match=told):
+        confirm.fitting(engine, Budget(200, "padded"), heaviest(engine), 0)
 
 
-def test_what_is_measured_is_what_the_rehearsal_predicts(engine):
-    micro_batches = [[0, 1, 2], [3, 4, 5, 6]]
-    measured = confirm.measured_bytes(engine, micro_batches, 0)
+def test_what_is_measured_is_what_the_step_takes(engine):
+    budget, micro_batches = Budget(200, "padded"), [[0, 1, 2], [3, 4, 5, 6]]
+    _, measured = confirm.fitting(engine, budget, lambda _: micro_batches, 0)
     engine.window = lambda _: (list(range(7)), micro_batches)
     engine.optimizer_step()  # now there is a state of the optimizer
     engine.optimizer.zero_grad()
     state = sum(t.nbytes for s in engine.optimizer.state.values() for t in s.values())
-    assert confirm.measured_bytes(engine, micro_batches, state) == measured + state
+    assert confirm.fitting(engine, budget, lambda _: micro_batches, 10**9)[1] == measured + state
     real = rehearsal.record(engine).peaks()
     passes = max(peak.num_bytes for name, peak in real.items() if name != "update")
     assert measured + state == pytest.approx(passes, rel=0.001)
+
+
+def test_a_run_whose_device_holds_less_goes_on_with_a_smaller_budget(tmp_path):
+    """The plan, the history and the configuration are those of what fits."""
+    config = load_config(
+        ROOT / "configs/nano.yaml",
+        ["data.max_rows=64", f"data.cache_dir={tmp_path}", "train.precision=fp32"],
+    )
+    prepared = prepare.prepare(config)
+    machine = replace(hardware.detect(), devices=hardware.named_gpus("H100-80GB"))
+    planned = plan.make_plan(config, prepared, machine, 1)
+    resolved = with_values(config, plan.resolved_values(planned))
+    alone = rehearsal.Alone("fp32")
+    built = model.build(resolved, "fp32", rehearsal.CPU)
+    task = finetune.FineTune(resolved, prepared, built, alone, Said(), planned.budget)
+    engine = Engine(task, resolved.train, alone, Said(), planned.budget)
+    holding(engine, 900)
+    smaller, measured = run._confirmed(planned, resolved, prepared, machine, engine)
+    assert smaller.budget.max_tokens < 2000 < planned.budget.max_tokens
+    assert smaller.micro_batches > planned.micro_batches
+    assert smaller.memory.allocated < planned.memory.allocated
+    (line,) = map(json.loads, (tmp_path / confirm.HISTORY).read_text().splitlines())
+    assert line["predicted_bytes"] == smaller.memory.allocated
+    assert line["measured_bytes"] == measured["heaviest_micro_batch_bytes"]
+    again = run._with_budget(resolved, smaller, Log(None))
+    assert again.train.max_tokens == smaller.budget.max_tokens
 
 
 def test_history(tmp_path):

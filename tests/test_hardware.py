@@ -226,6 +226,9 @@ def test_gpus_without_a_known_name():
     for text in ("A100", "", "x 8", "Voodoo"):  # an A100 has 40 or 80 GB
         with pytest.raises(ValueError, match=r"expected one of T4, .* GIB=48"):
             hardware.named_gpus(text)
+    for text, gib in (("H100-80GB x 0", None), ("H100-80GB", 0), ("mine", -5)):
+        with pytest.raises(ValueError, match="at least one GPU and a memory above 0"):
+            hardware.named_gpus(text, gib)
     assert hardware.named_gpus("Voodoo x 2", 48)[1].total_bytes == 48 * hardware.GIB
     assert hardware.named_gpus("H100-80GB", 10)[0].total_bytes == 10 * hardware.GIB
     assert not hardware.named_gpus("T4")[0].bf16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -93,6 +95,53 @@ def test_counts_are_those_of_the_model(mode):
     assert counts.trained == sum(share.num_parameters for share in shares if share.trained)
 
 
+@pytest.mark.parametrize(
+    ("mode", "checkpointing", "window"),
+    [
+        ("lora", False, uniform(2, 128, 128)),
+        ("full", True, uniform(3, 100, 100)),
+        ("qlora", False, uniform(3, 100, 20)),
+    ],
+)
+def test_few_layers_tell_what_the_allocator_of_a_gpu_reserves(
+    tmp_path, mode, checkpointing, window
+):
+    sizes = SIZES | {"hidden_size": 256, "intermediate_size": 704, "vocab_size": 8192}
+    config = configured(tmp_path, LlamaConfig(**sizes), mode, checkpointing)
+    window = replace(window, gradients=True)
+    predicted = memory.predict(config, "bf16", window, on_gpu=True)
+    added = sum(predicted.breakdown.get(k, 0) for k in ("libraries", "attention workspace"))
+    whole = rehearsal.rehearse(config, "bf16", window, on_gpu=True).reserved()
+    pages = 22 * 2**20  # one of each pool
+    assert whole - pages < predicted.reserved - added < whole + 2 * pages
+
+
+def test_operations_keep_what_they_keep_on_a_gpu(tmp_path):
+    """No probabilities of attention; layer norms in fp32; all probabilities where no kernel is."""
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 512, "n_positions": 512}
+    window = uniform(2, 400, 1)
+
+    def taken(architecture, precision, on_gpu=True):
+        config = configured(tmp_path, architecture, "lora", False)
+        return rehearsal.rehearse(config, precision, window, on_gpu=on_gpu).peak().num_bytes
+
+    without = taken(GPT2Config(**sizes, attn_pdrop=0.0), "bf16")
+    assert taken(GPT2Config(**sizes, attn_pdrop=0.1), "bf16") == without
+    assert without > taken(GPT2Config(**sizes, attn_pdrop=0.0), "bf16", on_gpu=False)
+    grouped = LlamaConfig(**SIZES | {"num_hidden_layers": 2, "max_position_embeddings": 512})
+    probabilities = 2 * 4 * 400 * 400 * 4  # rows, heads, tokens, tokens, bytes; of each layer
+    more = taken(grouped, "fp32") - taken(grouped, "fp32", on_gpu=False)
+    assert 2 * probabilities < more < 8 * probabilities
+
+
+def test_a_model_without_attention_is_planned(tmp_path):
+    mamba = MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=512)
+    config = configured(tmp_path, mamba, "full", False)
+    predicted = memory.predict(config, "bf16", uniform(2, 64, 64), on_gpu=True)
+    assert predicted.reserved >= predicted.allocated > 0
+    assert memory.generation_bytes(config, "bf16", 4, 20, 20) > 0
+
+
 def test_what_a_gpu_adds(tmp_path):
     """Written out: 2 rows of 100 tokens, 4 heads of 16 numbers, 2 of them with keys and values."""
     config = configured(tmp_path, DEEP["Llama"][0], "lora", False)
@@ -132,7 +181,8 @@ def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode):
 
 
 def test_dropout_on_a_gpu_keeps_booleans(tmp_path):
-    config = configured(tmp_path, DEEP["Llama"][0], "lora", False)
+    plain = LlamaConfig(**SIZES | {"num_hidden_layers": 7, "num_key_value_heads": 4})
+    config = configured(tmp_path, plain, "lora", False)
     with_dropout = with_values(config, {"tuning.lora_dropout": 0.1})
     window = uniform(2, 100, 1)
 
@@ -145,7 +195,5 @@ def test_dropout_on_a_gpu_keeps_booleans(tmp_path):
         return (next(traces) - next(traces)) / (200 * 64 * 7)
 
     inputs = 6 + 176 / 64  # of the hidden size: query, key, value, output, gate, up; and down
-    masks = (
-        inputs - 3 / 7
-    )  # the first layer's query, key and value give no gradient to what it reads
+    masks = inputs - 3 / 7  # the first layer's query, key and value give no gradient back
     assert kept(False) - kept(True) == pytest.approx((4 - 1) * masks, rel=1e-6)

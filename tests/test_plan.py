@@ -157,6 +157,28 @@ def test_the_batch_that_was_asked_for_is_made_of_what_was_asked_for(config, prep
     assert "train.micro_batch" not in made.reasons
 
 
+def test_every_choice_has_a_reason(config, prepared):
+    for train in ({}, {"train.micro_batch": 4}, {"train.gradient_accumulation_steps": 2}):
+        made = plan.make_plan(with_values(config, train), prepared, machine(8 * GIB), 1)
+        assert all(made.reasons.values())
+        assert not set(train) & set(made.reasons)
+
+
+def test_fewer_tokens_than_the_accumulation_needs_are_refused(config, prepared):
+    train = {"gradient_accumulation_steps": 2, "max_tokens": 200}
+    with pytest.raises(ConfigError, match="200 tokens do not hold 16 examples"):
+        cut_of(config, prepared, 1, **train)
+
+
+def test_random_weights_are_advised_on_without_adapters(config, prepared):
+    given = with_values(config, {"model.init": "random", "tuning.mode": "full"})
+    work = plan.Work.of(prepared)
+    made = plan.make_plan(given, work, machine(8 * GIB), 1)
+    found = plan.advice(given, work, machine(8 * GIB), made)
+    assert found
+    assert not any("tuning.mode" in each.change for each in found)
+
+
 def test_a_batch_that_the_processes_cannot_make_is_refused(config, prepared):
     with pytest.raises(
         ConfigError, match=r"3 process\(es\) with 4 micro-batches of 2 make 24 .* 32"
