@@ -47,6 +47,7 @@ from sft.cli import quiet_libraries
 from sft.config import Config, with_values
 from sft.finetune import FineTune
 from sft.log import make_console
+from sft.processes import deepspeed_settings
 from sft.rehearsal import Window, uniform
 
 MIB = 2**20
@@ -390,8 +391,11 @@ def processes(folder: Path) -> list[dict[str, Any]]:
         out = folder / "peak"
         launch(2, "tests/memory_worker.py", config.model_dump_json(), str(out))
         window = Window((rows,), gradients=True)
-        alone = memory.predict(config, "fp32", window, on_gpu=False)
-        predicted = memory.with_communication(alone, config, 2, accumulates=True).allocated
+        zero = None
+        if config.train.deepspeed_config:
+            zero = deepspeed_settings(config.train)["zero_optimization"]
+        group = memory.Group(2, accumulates=True, zero=zero)
+        predicted = memory.predict(config, "fp32", window, on_gpu=False, group=group).allocated
         measured = int(out.read_text())
         told = {"engine": name, "mode": mode, "measured_bytes": measured}
         found.append(told | {"predicted_bytes": predicted, "error": predicted / measured - 1})

@@ -53,6 +53,7 @@ class Counts:
     parameters: int
     trained: int
     multiplied: int  # all but embeddings: each multiplies a token once
+    largest: int  # of the trained ones, in one tensor
 
 
 def counts(config: Config) -> Counts:
@@ -67,8 +68,8 @@ def _counted(key: str, depth: int | None) -> Counts:
     total = sum(p.numel() for p in parameters)
     head = skeleton.get_output_embeddings().weight  # type: ignore[operator]
     looked_up = 0 if embedded is head else embedded.numel()
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return Counts(total, trained, total - looked_up)
+    trained = [p.numel() for p in parameters if p.requires_grad]
+    return Counts(total, sum(trained), total - looked_up, max(trained))
 
 
 def _skeleton(config: Config, depth: int | None = None) -> nn.Module:
@@ -98,10 +99,29 @@ def _key(config: Config, **train: Any) -> str:
 # --- what memory is taken ----------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Group:
+    """The processes that share the work of a step."""
+
+    world_size: int = 1
+    accumulates: bool = False  # several micro-batches on each
+    zero: dict[str, Any] | None = None  # DeepSpeed's zero_optimization; None: DDP
+
+
+ALONE = Group()
+
+
 def predict(
-    config: Config, precision: str, window: Window, *, on_gpu: bool, evaluation: bool = False
+    config: Config,
+    precision: str,
+    window: Window,
+    *,
+    on_gpu: bool,
+    evaluation: bool = False,
+    group: Group = ALONE,
 ) -> Memory:
-    """The peak of a step, or of the held-out loss; closed form if it cannot be traced."""
+    """The peak of a step of one of the processes, or of the held-out loss; closed form if it cannot
+    be traced."""
     try:
         # With PyTorch's optimizer: those of bitsandbytes have no shape rules.
         key = _key(config, gradient_checkpointing=config.train.gradient_checkpointing)
@@ -111,6 +131,7 @@ def predict(
     except Exception as error:  # noqa: BLE001  # whatever a model does that no trace suits
         why = str(error).strip().split("\n")[0] or type(error).__name__
         parts = _closed_form(config, precision, window, evaluation)
+        parts = _shared("backward", parts, counts(config), group)
         method = f"closed form, since the step could not be traced: {why}"
         return Memory(parts, round(1.05 * sum(parts.values())), method)
     share = ADAM_BYTES[config.train.optimizer] / ADAM_BYTES["adamw"]
@@ -120,7 +141,8 @@ def predict(
         more |= {"libraries": CUBLAS_BYTES} if on_gpu else {}
         if on_gpu and name.startswith("backward"):
             more |= _attention(config, precision, window)
-        return {label: size for label, size in (parts | more).items() if size}
+        shared = _shared(name, parts | more, counts(config), group)
+        return {label: size for label, size in shared.items() if size}
 
     totals = {name: completed(name, parts) for name, parts in phases.items()}
     heaviest = max(totals.values(), key=lambda parts: sum(parts.values()))
@@ -146,17 +168,37 @@ def generation_bytes(config: Config, precision: str, rows: int, prompt: int, ans
     return rows * max(first, last) * DTYPES[precision].itemsize
 
 
-def with_communication(taken: Memory, config: Config, world_size: int, accumulates: bool) -> Memory:
-    """What one of several processes takes.
+def _shared(name: str, parts: dict[str, int], counted: Counts, group: Group) -> dict[str, int]:
+    """The parts of a phase on one of several processes.
 
     DDP: gradients lie in its buckets; those of all but the last micro-batch are summed beside them.
+
+    ZeRO-1 and 2 (deepspeed/runtime/zero/stage_1_and_2.py, 0.19.8): the rank's share of Adam's state
+    and of a copy of the trained weights. Of earlier micro-batches ZeRO-1 keeps all gradients,
+    ZeRO-2 the share. Buckets are made by the first gradient of a backward pass, whole, however
+    little is trained; when the first is full it is copied, and from then on the share is kept.
+    ZeRO-1 holds the buckets beside the logits, too, where it accumulates. An upper bound.
     """
-    if world_size == 1 or not accumulates:
-        return taken
-    parts = taken.breakdown | {"communication": 4 * counts(config).trained}
-    more = sum(parts.values()) - taken.allocated
-    breakdown = dict(sorted(parts.items(), key=lambda item: -item[1]))
-    return Memory(breakdown, taken.reserved + more, taken.method)
+    trained = 4 * counted.trained
+    if group.world_size == 1:
+        return parts
+    if group.zero is None:
+        return parts | ({"communication": trained} if group.accumulates else {})
+    share = math.ceil(trained / group.world_size)
+    bucket = 4 * int(group.zero.get("reduce_bucket_size", 500_000_000))
+    buckets = bucket * (2 if group.zero.get("overlap_comm") else 1)
+    of_all = group.zero["stage"] == 1
+    kept = (trained if of_all else share) if group.accumulates else 0
+    parts = parts | {"gradients": kept, "optimizer": parts["optimizer"] // group.world_size + share}
+    if name.startswith("update"):
+        return parts | {"gradients": 2 * share}
+    if not name.startswith("backward"):
+        return parts | ({"communication": buckets} if of_all and group.accumulates else {})
+    full = min(bucket, trained)
+    left = round(parts.get("activations", 0) * (1 - full / trained))
+    first = parts | {"communication": buckets, "gradients": kept + 4 * counted.largest}
+    flushed = parts | {"activations": left, "communication": buckets + max(full, share)}
+    return max(first, flushed, key=lambda each: sum(each.values()))
 
 
 Phases = dict[str, dict[str, int]]  # phase -> what -> bytes at its peak

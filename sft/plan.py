@@ -343,8 +343,15 @@ class Target:
 
     def predicted(self, window: Window, config: Config, micro_batches: int) -> Memory:
         """`micro_batches`: of each process in a step."""
-        alone = memory.predict(config, self.precision, window, on_gpu=self.kind == "cuda")
-        return memory.with_communication(alone, config, self.world_size, micro_batches > 1)
+        on_gpu, group = self.kind == "cuda", self._group(micro_batches > 1)
+        return memory.predict(config, self.precision, window, on_gpu=on_gpu, group=group)
+
+    def _group(self, accumulates: bool) -> memory.Group:
+        train = self.config.train
+        zero = None
+        if train.engine == "deepspeed":
+            zero = processes.deepspeed_settings(train)["zero_optimization"]
+        return memory.Group(self.world_size, accumulates, zero)
 
     def window(self, budget: batching.Budget, checkpointing: bool) -> Window:
         """The heaviest micro-batch; among several, it has gradients from the start."""
@@ -405,8 +412,8 @@ class Target:
         chosen = self._heaviest(work, [m for rank in ranks for m in rank if m], False)
         window = Window((work.rows(chosen),), budget.layout, gradients=True)
         config = with_values(self.config, {"train.gradient_checkpointing": False})
-        on_gpu = self.kind == "cuda"
-        return memory.predict(config, self.precision, window, on_gpu=on_gpu, evaluation=True)
+        kind: Any = {"on_gpu": self.kind == "cuda", "evaluation": True, "group": self._group(False)}
+        return memory.predict(config, self.precision, window, **kind)
 
     def generation(self, evaluation: Memory) -> int:
         """Bytes while held-out prompts are answered."""

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -118,9 +119,8 @@ DEEPSPEED_OWNED = {
 }
 
 
-def _deepspeed_plugin(train: Train, precision: str) -> DeepSpeedPlugin:
-    import deepspeed
-
+def deepspeed_settings(train: Train) -> dict[str, Any]:
+    """Those of `train.deepspeed_config`. Raises ConfigError for what cannot be used."""
     path = Path(str(train.deepspeed_config))
     try:
         settings = json.loads(path.read_text("utf-8"))
@@ -133,6 +133,13 @@ def _deepspeed_plugin(train: Train, precision: str) -> DeepSpeedPlugin:
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2):
         raise ConfigError(f"{path}: zero_optimization.stage: expected 1 or 2, found {stage}")
+    return settings
+
+
+def _deepspeed_plugin(train: Train, precision: str) -> DeepSpeedPlugin:
+    import deepspeed
+
+    settings = deepspeed_settings(train)
     if not torch.cuda.is_available():
         # Otherwise compiled at first use, for a minute, where gloo serves as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

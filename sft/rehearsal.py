@@ -217,7 +217,7 @@ class Alone:
     """What an engine asks of an Accelerator, for one process on the CPU: there is one Accelerator
     in a process, and that of the run may be on a GPU."""
 
-    device, num_processes, process_index = CPU, 1, 0
+    device, num_processes, process_index, is_main_process = CPU, 1, 0, True
     distributed_type = DistributedType.NO
 
     def __init__(self, precision: str):

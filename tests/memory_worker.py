@@ -1,15 +1,22 @@
 """Run by torchrun: real steps of a configuration on real processes; writes what rank 0 allocates.
 
 memory_worker.py CONFIG OUT: a configuration in JSON, and a file for the bytes at the peak.
+
+DDP is watched by the recorder, DeepSpeed through the events of the allocator: the recorder takes
+two tensors of its optimizer, which are replaced in the first step, for living ones.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from allocations import true_peak
 
 from sft import rehearsal
 from sft.config import Config
@@ -20,16 +27,37 @@ from sft.trace import Recorder
 WINDOW = uniform(4, 64, 64, micro_batches=2)
 
 
+def paused(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Waits until gloo's thread has dropped its references: frees in other threads are not seen."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        result = collective(*arguments, **options)
+        if not options.get("async_op"):
+            time.sleep(0.01)
+        return result
+
+    return call
+
+
 def main(text: str, out: Path) -> None:
     config = Config.model_validate_json(text)
     accelerator = start_processes(config.train)
-    recorder = Recorder()
-    with recorder:
+
+    def steps() -> None:
         made = rehearsal.make_engine(config, "fp32", WINDOW, weights=False, accelerator=accelerator)
         for _ in range(2):
             made.optimizer_step()
+
+    if config.train.engine == "ddp":
+        with (recorder := Recorder()):
+            steps()
+        peak = recorder.trace.peak().num_bytes
+    else:
+        for name in ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce", "broadcast"):
+            setattr(torch.distributed, name, paused(getattr(torch.distributed, name)))
+        peak, _ = true_peak(steps)
     if accelerator.is_main_process:
-        out.write_text(str(recorder.trace.peak().num_bytes))
+        out.write_text(str(peak))
     torch.distributed.barrier()
     os._exit(0)  # gloo may abort in its destructors
 
