@@ -293,18 +293,16 @@ def their_step(row: Row) -> Iterator[None]:
 
 def against_published(folder: Path) -> list[dict[str, Any]]:
     found = []
-    for row in published():
-        config = configured(
-            folder, row.architecture, row.tuning, gradient_checkpointing=row.checkpointing
-        )
-        memory._traced.cache_clear()
+    for number, row in enumerate(published()):
+        train = {"gradient_checkpointing": row.checkpointing}
+        config = configured(folder / str(number), row.architecture, row.tuning, **train)
         with their_step(row):
             predicted = memory.predict(config, "bf16", row.window, on_gpu=True)
             told = predicted.reserved if row.reserved else predicted.allocated
             if row.native:
                 trace = rehearsal.rehearse(config, "bf16", row.window, on_gpu=True)
                 libraries = predicted.breakdown.get("libraries", 0)
-                told = trace.reserved(expandable=False).num_bytes + libraries
+                told = trace.reserved(expandable=False) + libraries
         found.append(
             {
                 "source": row.source,
