@@ -7,6 +7,7 @@ grid       The rehearsed step against the same recorder on the real step, and ag
 published  Rows that others printed, with their step in place of ours where it differs (see ROWS).
            Nothing is fitted to them; what they leave open is said in `unknown`.
 processes  One of two real processes (DDP, ZeRO) against what is predicted for it.
+gpu        Real steps on a GPU, where there is one (not by default; not yet run).
 speed      `make plan` of an 8B and a 70B model: seconds and peak memory of the process.
 """
 
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from unittest import mock
 
 import memory_worker
 import torch
+from accelerate import Accelerator
 from allocations import allocated_bytes
 from conftest import launch
 from rich.table import Table
@@ -411,17 +413,78 @@ def show_processes(found: list[dict[str, Any]]) -> Table:
     return table
 
 
+# --- a GPU of our own ----------------------------------------------------------------------------
+
+SHAPES = {
+    "135M": llama(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
+    "1.1B": llama(2048, 5632, 22, 32, 4, 32000),
+    "8B": llama(4096, 14336, 32, 32, 8, 128256),
+}
+STEPS = [  # shape, mode, checkpointing, rows x tokens
+    *product(["135M"], ["full", "lora"], [False, True], [(8, 512), (2, 4096)]),
+    *product(["1.1B"], ["full", "lora", "qlora"], [False, True], [(2, 2048)]),
+    *product(["1.1B"], ["lora"], [False, True], [(1, 8192)]),
+    *product(["8B"], ["lora", "qlora"], [True], [(1, 512), (1, 4096), (2, 2048)]),
+]
+
+
+def gpu(folder: Path) -> list[dict[str, Any]]:
+    """Real steps on a GPU with random weights, against what is predicted for them."""
+    if not torch.cuda.is_available():
+        raise SystemExit("the part gpu needs a GPU that torch can use")
+    accelerator, found = Accelerator(mixed_precision="bf16"), []
+    for number, (name, mode, checkpointing, (rows, length)) in enumerate(STEPS):
+        train = {"gradient_checkpointing": checkpointing}
+        config = configured(folder / str(number), SHAPES[name], {"mode": mode}, **train)
+        window = uniform(rows, length, length, micro_batches=2)
+        one = replace(uniform(rows, length, length), gradients=True)
+        predicted = memory.predict(config, "bf16", one, on_gpu=True)
+        torch.cuda.empty_cache()
+        made = rehearsal.make_engine(config, "bf16", window, weights=False, accelerator=accelerator)
+        made.optimizer_step()
+        torch.cuda.reset_peak_memory_stats()
+        made.optimizer_step()
+        told = {"what": f"{name} {mode}{' + ckpt' if checkpointing else ''}, {rows} x {length}"}
+        measured = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        for kind, true, expected in zip(
+            ("allocated", "reserved"),
+            measured,
+            (predicted.allocated, predicted.reserved),
+            strict=True,
+        ):
+            told |= {f"{kind}_bytes": true, f"{kind}_error": expected / true - 1}
+        found.append(told | {"breakdown": predicted.breakdown})
+        accelerator.free_memory(made.model, made.optimizer)
+        del made
+    return found
+
+
+def show_gpu(found: list[dict[str, Any]]) -> Table:
+    table = Table(title="Real steps on this GPU", title_justify="left", box=None)
+    for column in ("step", "allocated", "error", "reserved", "error"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    for row in found:
+        cells = [row["what"]]
+        for kind in ("allocated", "reserved"):
+            size, error = row[f"{kind}_bytes"], row[f"{kind}_error"]
+            cells += [f"{size / 2**30:.2f} GiB", f"{error:+.1%}"]
+        table.add_row(*cells)
+    return table
+
+
 PARTS = {
     "processes": (processes, show_processes),
     "speed": (speed, show_speed),
     "grid": (grid, show_grid),
     "published": (against_published, show_published),
+    "gpu": (gpu, show_gpu),
 }
+HERE = [part for part in PARTS if part != "gpu"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=HERE, choices=PARTS)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/memory.json"))
     args = parser.parse_args()
     quiet_libraries()

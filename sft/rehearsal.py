@@ -184,8 +184,8 @@ def _like_a_gpu(config: Config, precision: str) -> Iterator[None]:
 def make_engine(
     config: Config, precision: str, window: Window, weights: bool, accelerator: Any = None
 ) -> engine.Engine:
-    """An engine on the CPU whose every step is `window`: in its processes, or (None) alone and
-    behind its first step, in which the optimizer makes its state."""
+    """An engine whose every step is `window`: on the device of an Accelerator, in its processes; or
+    (None) alone on the CPU and behind its first step, in which the optimizer makes its state."""
     rows = [row for micro_batch in window.micro_batches for row in micro_batch]
     config = with_values(config, {"train.global_batch": len(rows)})
     budget = batching.Budget(sum(length for length, _ in rows), window.layout)
@@ -195,8 +195,8 @@ def make_engine(
         )
     )
     prepared = Prepared(SimpleNamespace(pad_token_id=0), examples, examples, {})  # type: ignore[arg-type]
-    built = model.build(config, precision, CPU, weights=weights)
     group = accelerator or Alone(precision)
+    built = model.build(config, precision, group.device, weights=weights)
     task = finetune.FineTune(config, prepared, built, group, Log(None), budget)
     made = engine.Engine(task, config.train, group, Log(None), budget)
     numbers = iter(range(len(rows)))
