@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+import sys
 
 import pytest
-from conftest import run
+from conftest import ROOT, run
+
+from sft.config import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -72,37 +76,54 @@ def test_this_machine_and_the_default_configuration(tmp_path):
     assert (chosen["micro_batch"], chosen["gradient_accumulation_steps"]) == (8, 4)
 
 
+# --- bad input, in this process ------------------------------------------------------------------
+
+
+def script(monkeypatch, *arguments: str):
+    monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+    return runpy.run_path(str(ROOT / "scripts/plan.py"))["main"]
+
+
 @pytest.mark.parametrize(
-    ("assignments", "told"),
+    ("arguments", "told"),
     [
-        (["MODEL=missing"], "cannot load 'missing': expected a folder in Hugging Face format"),
-        (["GPU=Voodoo 2"], "expected one of T4, .* found 'Voodoo 2'; for any other .* GIB=48"),
-        (["SEQ=9999"], "has positions for 4,096 tokens, found 9,999: give a smaller SEQ"),
         (
-            ["ARGS=train.gradient_accumulation_steps=3", "GPU=4090 x 2"],
+            ["--model=/no/where"],
+            "cannot load '/no/where': expected a folder in Hugging Face format",
+        ),
+        (["--gpu=Voodoo 2"], "expected one of T4, .* found 'Voodoo 2'; for any other .* GIB=48"),
+        (["--gpu=4090 x 0"], "at least one GPU"),
+        (["--gib=-5"], "a memory above 0"),
+        (["--seq=9999"], "has positions for 4,096 tokens, found 9,999: give a smaller SEQ"),
+        (["--compare", "--gpu=4090"], "COMPARE has GPUs of its own"),
+        (["--seq=512", "--config=configs/nano.yaml"], "TUNING and SEQ describe a MODEL"),
+        (
+            ["train.gradient_accumulation_steps=3", "--gpu=4090 x 2"],
             r"2 process\(es\) with 3 micro-batches of 5 make 30 examples, not 32",
         ),
-        (["GIB=24", "GPU=mine", "SEQ=64"], None),
     ],
 )
-def test_bad_input_is_one_sentence(model, assignments, told):
-    given = [] if assignments[0].startswith("MODEL") else [f"MODEL={model}"]
-    done = plan(*given, *assignments)
-    if told is None:
-        assert done.returncode == 0, done.stderr
-        assert "mine x 1" in done.stdout
-        return
-    assert done.returncode != 0
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert re.search(told, error)
+def test_bad_input_is_one_sentence(monkeypatch, model, arguments, told):
+    monkeypatch.chdir(ROOT)
+    alone = any(each.startswith(("--model", "--config")) for each in arguments)
+    given = arguments if alone else [*arguments, f"--model={model}"]
+    with pytest.raises(UserError, match=told):
+        script(monkeypatch, *given)()
 
 
-def test_a_model_that_transformers_does_not_know(tmp_path):
+def test_a_gpu_without_a_known_name(monkeypatch, model, tmp_path, capsys):
+    given = ["--gib=24", "--gpu=mine", "--seq=64", f"--model={model}", f"--json={tmp_path}/a.json"]
+    script(monkeypatch, *given)()
+    assert "mine x 1" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="JSON: cannot write"):
+        script(monkeypatch, *given[:-1], f"--json={tmp_path}/file/a.json")()
+
+
+def test_a_model_that_transformers_does_not_know(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
-    done = plan(f"MODEL={tmp_path}")
-    assert done.returncode != 0
-    assert "does not recognize this architecture" in done.stderr
+    with pytest.raises(UserError, match="does not recognize this architecture"):
+        script(monkeypatch, f"--model={tmp_path}")()
     (tmp_path / "config.json").unlink()
-    done = plan(f"MODEL={tmp_path}")
-    assert done.returncode != 0
-    assert "expected a folder in Hugging Face format" in done.stderr
+    with pytest.raises(UserError, match="expected a folder in Hugging Face format"):
+        script(monkeypatch, f"--model={tmp_path}")()
