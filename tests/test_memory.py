@@ -63,14 +63,14 @@ def configured(folder, architecture: PretrainedConfig, mode: str, checkpointing:
     [
         *product(["Llama"], ["full", "lora", "qlora"], [False, True]),
         ("Qwen2", "full", False),
-        ("Gemma2", "lora", True),
+        ("Gemma2", "full", False),
         ("GPT2", "qlora", False),
     ],
 )
 def test_few_layers_tell_what_all_take(tmp_path, name, mode, checkpointing):
     architecture, depths = DEEP[name]
     config = configured(tmp_path, architecture, mode, checkpointing)
-    for window in WINDOWS:
+    for window in WINDOWS if mode == "full" else WINDOWS[:1]:
         predicted = memory.predict(config, "fp32", window, on_gpu=False)
         assert predicted.method == "traced with {} and {} of {} layers".format(*depths)
         whole = rehearsal.rehearse(config, "fp32", window).peak()

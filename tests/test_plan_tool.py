@@ -61,6 +61,7 @@ def test_a_model_without_a_configuration_on_a_gpu_that_is_not_here(model, tmp_pa
 
 
 def test_the_matrix(model):
+    model.write_text(json.dumps(SIZES | {"num_hidden_layers": 2}))
     done = plan(f"MODEL={model}", "SEQ=512", "COMPARE=1")
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^ (full|lora|qlora)( \+ ckpt)? ", done.stdout, re.M)
