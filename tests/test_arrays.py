@@ -96,6 +96,7 @@ def decided(num_rows, scratch):
     return peak
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_rows(monkeypatch, scratch):
     monkeypatch.setattr(arrays, "BLOCK", 1024)
     decided(2_000, scratch)  # what is imported and cached once

@@ -99,6 +99,7 @@ def test_what_is_measured_is_what_the_step_takes(engine):
     assert measured + state == pytest.approx(passes, rel=0.001)
 
 
+@pytest.mark.slow
 def test_a_run_whose_device_holds_less_goes_on_with_a_smaller_budget(tmp_path):
     """The plan, the history and the configuration are those of what fits."""
     config = load_config(

@@ -96,6 +96,7 @@ def test_counts_are_those_of_the_model(mode):
     assert counts.trained == sum(share.num_parameters for share in shares if share.trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "checkpointing", "window"),
     [
@@ -143,6 +144,7 @@ def test_a_model_without_attention_is_planned(tmp_path):
     assert memory.generation_bytes(config, "bf16", 4, 20, 20) > 0
 
 
+@pytest.mark.slow
 def test_what_a_gpu_adds(tmp_path):
     """Written out: 2 rows of 100 tokens, 4 heads of 16 numbers, 2 of them with keys and values."""
     config = configured(tmp_path, DEEP["Llama"][0], "lora", False)
@@ -185,6 +187,7 @@ def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, stage):
     assert 0.99 * measured < predicted < (1.02 if stage is None else 1.06) * measured
 
 
+@pytest.mark.slow
 def test_dropout_on_a_gpu_keeps_booleans(tmp_path):
     plain = LlamaConfig(**SIZES | {"num_hidden_layers": 7, "num_key_value_heads": 4})
     config = configured(tmp_path, plain, "lora", False)

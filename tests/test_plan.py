@@ -79,6 +79,7 @@ def test_the_budget_is_what_fits_what_saturates_or_the_longest(config, prepared)
     assert "expect to run out of memory" in hopeless.warnings[0]
 
 
+@pytest.mark.slow
 def test_activations_are_checkpointed_where_nothing_else_makes_room(config, prepared):
     roomy = plan.make_plan(config, prepared, machine(64 * GIB), 1)
     assert not roomy.gradient_checkpointing
@@ -145,6 +146,7 @@ def cut_of(config, prepared, world_size, **train):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_the_batch_that_was_asked_for_is_made_of_what_was_asked_for(config, prepared, layout):
     given = with_values(config, {"train.layout": layout})
@@ -191,6 +193,7 @@ def test_a_batch_that_the_processes_cannot_make_is_refused(config, prepared):
 # --- elsewhere ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_plan_for_gpus_that_are_not_here(config, prepared):
     devices = hardware.named_gpus("H100-80GB x 8")
     made = plan.make_plan(config, prepared, replace(machine(8 * GIB), devices=devices), 8)
@@ -205,6 +208,7 @@ def test_a_plan_for_gpus_that_are_not_here(config, prepared):
     assert (made.precision, made.seconds) == ("fp32", None)
 
 
+@pytest.mark.slow
 def test_what_would_take_less_takes_less(config, prepared):
     full = with_values(config, {"tuning.mode": "full"})
     work = plan.Work.of(prepared)

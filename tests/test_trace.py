@@ -130,6 +130,7 @@ def fake_and_real(config: Config, window: Window, precision: str = "fp32", **opt
 
 
 # A third of the grid: every architecture in every mode, with and without checkpointing.
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode", "checkpointing", "window"), GRID[::3])
 def test_the_rehearsed_step_takes_what_the_real_one_takes(
     tmp_path, name, mode, checkpointing, window
