@@ -35,18 +35,12 @@ from accelerate import Accelerator
 from allocations import allocated_bytes
 from conftest import launch
 from rich.table import Table
-from transformers import (
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    PhiConfig,
-    PretrainedConfig,
-    Qwen2Config,
-)
+from shapes import architectures, configured
+from transformers import LlamaConfig, PhiConfig, PretrainedConfig, Qwen2Config
 
 from sft import memory, model, rehearsal
 from sft.cli import quiet_libraries
-from sft.config import Config, with_values
+from sft.config import with_values
 from sft.finetune import FineTune
 from sft.log import make_console
 from sft.processes import deepspeed_settings
@@ -55,37 +49,27 @@ from sft.rehearsal import Window, uniform
 MIB = 2**20
 
 
-def configured(
-    folder: Path, architecture: PretrainedConfig, tuning: dict[str, Any], **train: Any
-) -> Config:
-    architecture.save_pretrained(folder)
-    return Config.model_validate(
-        {
-            "model": {"name": str(folder)},
-            "tuning": tuning,
-            "data": {"train_path": "none", "max_seq_len": 32768},
-            "train": {"output_dir": "none", **train},
-        }
-    )
+def columned(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    """An empty table, its first columns flush left."""
+    table = Table(title=title, title_justify="left", box=None)
+    for column in left:
+        table.add_column(column)
+    for column in right:
+        table.add_column(column, justify="right")
+    return table
 
 
 # --- here --------------------------------------------------------------------------------------
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 4096,
-    "max_position_embeddings": 1024,
-}
-ARCHITECTURES: dict[str, PretrainedConfig] = {
-    "Llama": LlamaConfig(**SIZES),
-    "Qwen2": Qwen2Config(**SIZES),
-    "Gemma2": Gemma2Config(**SIZES, head_dim=32, sliding_window=128),
-    "GPT2": GPT2Config(n_embd=256, n_layer=6, n_head=8, vocab_size=4096, n_positions=1024),
-}
+ARCHITECTURES = architectures(
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    vocab_size=4096,
+    max_position_embeddings=1024,
+)
 WINDOWS = {
     "2 x 4 x 128": uniform(4, 128, 50, micro_batches=2),
     "1 x 4 x 512": uniform(4, 512, 200),
@@ -99,7 +83,7 @@ def grid(folder: Path) -> list[dict[str, Any]]:
         ARCHITECTURES, modes, (False, True), WINDOWS.items()
     ):
         train = {"gradient_checkpointing": checkpointing}
-        config = configured(folder, ARCHITECTURES[name], {"mode": mode}, **train)
+        config = configured(folder, ARCHITECTURES[name], mode, **train)
         fake = rehearsal.rehearse(config, "fp32", window).peak().num_bytes
         real = [rehearsal.make_engine(config, "fp32", window, weights=False) for _ in range(2)]
         tracked = rehearsal.record(real[0]).peak().num_bytes
@@ -121,11 +105,8 @@ def grid(folder: Path) -> list[dict[str, Any]]:
 
 
 def show_grid(found: list[dict[str, Any]]) -> Table:
-    table = Table(title="Rehearsed step against the real one, here", title_justify="left", box=None)
-    for column in ("architecture", "tuning", "combinations", "MiB", "to tracker", "to allocator"):
-        table.add_column(
-            column, justify="left" if column in ("architecture", "tuning") else "right"
-        )
+    columns = ("architecture", "tuning"), ("combinations", "MiB", "to tracker", "to allocator")
+    table = columned("Rehearsed step against the real one, here", *columns)
     for name, mode in product(ARCHITECTURES, ("full", "lora", "qlora")):
         rows = [r for r in found if (r["architecture"], r["mode"]) == (name, mode)]
         sizes = [r["rehearsed_bytes"] / MIB for r in rows]
@@ -297,7 +278,8 @@ def against_published(folder: Path) -> list[dict[str, Any]]:
     found = []
     for number, row in enumerate(published()):
         train = {"gradient_checkpointing": row.checkpointing}
-        config = configured(folder / str(number), row.architecture, row.tuning, **train)
+        config = configured(folder / str(number), row.architecture, **train)
+        config = with_values(config, {f"tuning.{key}": each for key, each in row.tuning.items()})
         with their_step(row):
             predicted = memory.predict(config, "bf16", row.window, on_gpu=True)
             told = predicted.reserved if row.reserved else predicted.allocated
@@ -320,9 +302,9 @@ def against_published(folder: Path) -> list[dict[str, Any]]:
 
 
 def show_published(found: list[dict[str, Any]]) -> Table:
-    table = Table(title="Against what others measured", title_justify="left", box=None)
-    for column in ("source", "run", "measured", "predicted", "error"):
-        table.add_column(column, justify="left" if column in ("source", "run") else "right")
+    table = columned(
+        "Against what others measured", ("source", "run"), ("measured", "predicted", "error")
+    )
     for row in found:
         sizes = (f"{row[key] / 2**30:.1f} GiB" for key in ("measured_bytes", "predicted_bytes"))
         table.add_row(row["source"], row["what"], *sizes, f"{row['error']:+.1%}")
@@ -356,9 +338,7 @@ def speed(folder: Path) -> list[dict[str, Any]]:
 
 
 def show_speed(found: list[dict[str, Any]]) -> Table:
-    table = Table(title="make plan", title_justify="left", box=None)
-    for column in ("model", "seconds", "peak RAM up to here"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table = columned("make plan", ("model",), ("seconds", "peak RAM up to here"))
     for row in found:
         ram = f"{row['peak_bytes_so_far'] / 2**30:.2f} GiB"
         table.add_row(row["what"], f"{row['seconds']:.1f}", ram)
@@ -386,7 +366,7 @@ def processes(folder: Path) -> list[dict[str, Any]]:
     found = []
     (rows, _) = memory_worker.WINDOW.micro_batches
     for (name, train), mode in product(engines(folder), ("full", "lora")):
-        config = configured(folder, ARCHITECTURES["Llama"], {"mode": mode}, **train)
+        config = configured(folder, ARCHITECTURES["Llama"], mode, **train)
         config = with_values(config, {"train.gradient_checkpointing": False})
         out = folder / "peak"
         launch(2, "tests/memory_worker.py", config.model_dump_json(), str(out))
@@ -404,9 +384,9 @@ def processes(folder: Path) -> list[dict[str, Any]]:
 
 
 def show_processes(found: list[dict[str, Any]]) -> Table:
-    table = Table(title="One of two processes, here", title_justify="left", box=None)
-    for column in ("engine", "tuning", "measured", "predicted", "error"):
-        table.add_column(column, justify="left" if column in ("engine", "tuning") else "right")
+    table = columned(
+        "One of two processes, here", ("engine", "tuning"), ("measured", "predicted", "error")
+    )
     for row in found:
         sizes = (f"{row[key] / MIB:,.0f} MiB" for key in ("measured_bytes", "predicted_bytes"))
         table.add_row(row["engine"], row["mode"], *sizes, f"{row['error']:+.2%}")
@@ -435,7 +415,7 @@ def gpu(folder: Path) -> list[dict[str, Any]]:
     accelerator, found = Accelerator(mixed_precision="bf16"), []
     for number, (name, mode, checkpointing, (rows, length)) in enumerate(STEPS):
         train = {"gradient_checkpointing": checkpointing}
-        config = configured(folder / str(number), SHAPES[name], {"mode": mode}, **train)
+        config = configured(folder / str(number), SHAPES[name], mode, **train)
         window = uniform(rows, length, length, micro_batches=2)
         one = replace(uniform(rows, length, length), gradients=True)
         predicted = memory.predict(config, "bf16", one, on_gpu=True)
@@ -460,9 +440,9 @@ def gpu(folder: Path) -> list[dict[str, Any]]:
 
 
 def show_gpu(found: list[dict[str, Any]]) -> Table:
-    table = Table(title="Real steps on this GPU", title_justify="left", box=None)
-    for column in ("step", "allocated", "error", "reserved", "error"):
-        table.add_column(column, justify="left" if column == "step" else "right")
+    table = columned(
+        "Real steps on this GPU", ("step",), ("allocated", "error", "reserved", "error")
+    )
     for row in found:
         cells = [row["what"]]
         for kind in ("allocated", "reserved"):

@@ -225,8 +225,8 @@ def _traced(
     small, large = traced(few), traced(more)
     times = (whole - few) // (more - few)
 
-    def extended(less: int, more: int) -> int:
-        return max(0, less + times * (more - less))
+    def extended(of_few: int, of_more: int) -> int:
+        return max(0, of_few + times * (of_more - of_few))
 
     first, second = small.peaks(), large.peaks()
     phases = {

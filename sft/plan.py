@@ -83,6 +83,7 @@ class Plan:
     tokens_per_epoch: int
     supervised_share: float
     steps: int
+    tokens: int  # over all steps
     global_batch: int
     world_size: int
     budget: batching.Budget
@@ -104,11 +105,6 @@ class Plan:
     checkpoint_bytes: int
     reasons: dict[str, str]  # dotted configuration key -> why its `auto` became what it is
     warnings: list[str] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        """Over all steps."""
-        return round(self.tokens_per_epoch * self.steps * self.global_batch / self.num_examples)
 
     @property
     def missing_bytes(self) -> int:
@@ -139,13 +135,15 @@ def make_plan(
     }
     evaluation = at.evaluation(budget)
     steps = engine.total_steps(train, len(work.lengths))
-    tokens = sum(work.lengths)
+    per_epoch = sum(work.lengths)
+    tokens = round(per_epoch * steps * len(at.first) / len(work.lengths))
     made = Plan(
         num_examples=len(work.lengths),
         num_held_out=len(work.held_out.lengths) if work.held_out else 0,
-        tokens_per_epoch=tokens,
-        supervised_share=int(work.supervised.sum()) / tokens,
+        tokens_per_epoch=per_epoch,
+        supervised_share=int(work.supervised.sum()) / per_epoch,
         steps=steps,
+        tokens=tokens,
         global_batch=len(at.first),
         world_size=world_size,
         budget=budget,
@@ -163,7 +161,7 @@ def make_plan(
         room=int(at.room),
         device=at.name,
         past=confirm.past(Path(config.data.cache_dir), at.name),
-        seconds=at.seconds(counts, choice.checkpointing, steps),
+        seconds=at.seconds(counts, choice.checkpointing, tokens),
         checkpoint_bytes=counts.trained * 4
         + math.ceil(counts.trained * memory.ADAM_BYTES[train.optimizer]),
         reasons={k: why for k, why in reasons.items() if getattr(train, k.split(".")[1]) == "auto"},
@@ -428,13 +426,12 @@ class Target:
         kept = sum(v for k, v in evaluation.breakdown.items() if k not in passing)
         return kept + memory.generation_bytes(self.config, self.precision, rows, *lengths)
 
-    def seconds(self, counts: memory.Counts, checkpointing: bool, steps: int) -> float | None:
-        """Of all steps: multiplications of the weights at an assumed share of the GPU's peak."""
+    def seconds(self, counts: memory.Counts, checkpointing: bool, tokens: int) -> float | None:
+        """For so many tokens: weights times tokens, at an assumed share of the GPU's peak."""
         gpu = hardware.gpu_of(self.machine.devices[0].name) if self.machine.devices else None
         if gpu is None or self.precision != "bf16":
             return None
         passes = (3 if self.config.tuning.mode == "full" else 2) + checkpointing
-        tokens = sum(self.work.lengths) * steps * len(self.first) / len(self.work.lengths)
         speed = gpu.teraflops * 1e12 * UTILISATION * self.world_size
         return 2 * passes * counts.multiplied * tokens / speed
 

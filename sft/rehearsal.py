@@ -3,7 +3,8 @@
 The step is the run's own: `model.build`, `FineTune.loss` and `Engine.optimizer_step` run as they
 are, on fake tensors, which have shapes but no data, under a recorder of allocations.
 
-On the CPU, whatever the run's device: what differs on a GPU is said in docs/LOG.md.
+On the CPU, whatever the run's device; for a GPU operations keep what they would keep there, as far
+as they can tell (docs/PLAN.md).
 """
 
 from __future__ import annotations
@@ -174,9 +175,7 @@ def _like_a_gpu(config: Config, precision: str) -> Iterator[None]:
         stack.enter_context(mock.patch.object(F, "dropout", dropout))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
         stack.enter_context(mock.patch.object(F, "layer_norm", layer_norm))
-        if (
-            precision == "fp32" and grouped
-        ):  # neither flash nor memory-efficient kernels take such queries in fp32
+        if precision == "fp32" and grouped:  # no flash or memory-efficient kernel takes these
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 

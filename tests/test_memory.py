@@ -5,56 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import memory_worker
 import pytest
+import shapes
 from conftest import ROOT, launch
-from transformers import (
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MambaConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen2MoeConfig,
-)
+from shapes import architectures, configured
+from transformers import GPT2Config, LlamaConfig, MambaConfig, Qwen2MoeConfig
 
 from sft import memory, model, rehearsal
-from sft.config import Config, load_config, with_values
+from sft.config import load_config, with_values
 from sft.rehearsal import Window, uniform
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 128,
-}
-DEEP: dict[str, tuple[PretrainedConfig, tuple[int, int, int]]] = {
-    "Llama": (LlamaConfig(**SIZES | {"num_hidden_layers": 7}), (2, 3, 7)),
-    "Qwen2": (Qwen2Config(**SIZES | {"num_hidden_layers": 7}), (2, 3, 7)),
-    "Gemma2": (Gemma2Config(**SIZES, head_dim=16, sliding_window=32), (4, 6, 12)),  # two kinds
-    "GPT2": (
-        GPT2Config(n_embd=64, n_layer=7, n_head=4, vocab_size=512, n_positions=128),
-        (2, 3, 7),
-    ),
+SIZES = shapes.SIZES | {"num_hidden_layers": 12, "vocab_size": 512}
+DEPTHS = {"Llama": (2, 3, 7), "Qwen2": (2, 3, 7), "Gemma2": (4, 6, 12), "GPT2": (2, 3, 7)}
+DEEP = {
+    name: architectures(num_hidden_layers=n, vocab_size=512)[name]
+    for name, (*_, n) in DEPTHS.items()
 }
 WINDOWS = [uniform(3, 40, 20, micro_batches=2), Window((((100, 90), (60, 5)),), "padded")]
-
-
-def configured(folder, architecture: PretrainedConfig, mode: str, checkpointing: bool) -> Config:
-    architecture.save_pretrained(folder)
-    return Config.model_validate(
-        {
-            "model": {"name": str(folder)},
-            "tuning": {"mode": mode},
-            "data": {"train_path": "none"},
-            "train": {"output_dir": "none", "gradient_checkpointing": checkpointing},
-        }
-    )
 
 
 @pytest.mark.slow
@@ -68,11 +37,10 @@ def configured(folder, architecture: PretrainedConfig, mode: str, checkpointing:
     ],
 )
 def test_few_layers_tell_what_all_take(tmp_path, name, mode, checkpointing):
-    architecture, depths = DEEP[name]
-    config = configured(tmp_path, architecture, mode, checkpointing)
+    config = configured(tmp_path, DEEP[name], mode, gradient_checkpointing=checkpointing)
     for window in WINDOWS if mode == "full" else WINDOWS[:1]:
         predicted = memory.predict(config, "fp32", window, on_gpu=False)
-        assert predicted.method == "traced with {} and {} of {} layers".format(*depths)
+        assert predicted.method == "traced with {} and {} of {} layers".format(*DEPTHS[name])
         whole = rehearsal.rehearse(config, "fp32", window).peak()
         assert predicted.allocated == pytest.approx(whole.num_bytes, rel=0.001)
         for label, size in whole.breakdown.items():
@@ -81,10 +49,11 @@ def test_few_layers_tell_what_all_take(tmp_path, name, mode, checkpointing):
 
 def test_layers_that_do_not_repeat_are_traced_all(tmp_path):
     sizes = SIZES | {"num_experts": 2, "moe_intermediate_size": 32, "mlp_only_layers": [6]}
-    config = configured(tmp_path, Qwen2MoeConfig(**sizes), "lora", False)
+    config = configured(tmp_path, Qwen2MoeConfig(**sizes), "lora", gradient_checkpointing=False)
     assert memory._depths(memory._key(config)) is None
     shallow = LlamaConfig(**SIZES | {"num_hidden_layers": 5})
-    assert memory._depths(memory._key(configured(tmp_path, shallow, "lora", False))) is None
+    few = configured(tmp_path, shallow)
+    assert memory._depths(memory._key(few)) is None
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
@@ -109,9 +78,10 @@ def test_few_layers_tell_what_the_allocator_of_a_gpu_reserves(
     tmp_path, mode, checkpointing, window
 ):
     sizes = SIZES | {"hidden_size": 256, "intermediate_size": 704, "vocab_size": 8192}
-    config = configured(tmp_path, LlamaConfig(**sizes), mode, checkpointing)
+    config = configured(tmp_path, LlamaConfig(**sizes), mode, gradient_checkpointing=checkpointing)
     window = replace(window, gradients=True)
     predicted = memory.predict(config, "bf16", window, on_gpu=True)
+    assert predicted.method == "traced with 2 and 3 of 12 layers"
     added = sum(predicted.breakdown.get(k, 0) for k in ("libraries", "attention workspace"))
     whole = rehearsal.rehearse(config, "bf16", window, on_gpu=True).reserved()
     pages = 22 * 2**20  # one of each pool
@@ -124,7 +94,7 @@ def test_operations_keep_what_they_keep_on_a_gpu(tmp_path):
     window = uniform(2, 400, 1)
 
     def taken(architecture, precision, on_gpu=True):
-        config = configured(tmp_path, architecture, "lora", False)
+        config = configured(tmp_path, architecture, "lora", gradient_checkpointing=False)
         return rehearsal.rehearse(config, precision, window, on_gpu=on_gpu).peak().num_bytes
 
     without = taken(GPT2Config(**sizes, attn_pdrop=0.0), "bf16")
@@ -138,7 +108,7 @@ def test_operations_keep_what_they_keep_on_a_gpu(tmp_path):
 
 def test_a_model_without_attention_is_planned(tmp_path):
     mamba = MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=512)
-    config = configured(tmp_path, mamba, "full", False)
+    config = configured(tmp_path, mamba, "full", gradient_checkpointing=False)
     predicted = memory.predict(config, "bf16", uniform(2, 64, 64), on_gpu=True)
     assert predicted.reserved >= predicted.allocated > 0
     assert memory.generation_bytes(config, "bf16", 4, 20, 20) > 0
@@ -147,7 +117,7 @@ def test_a_model_without_attention_is_planned(tmp_path):
 @pytest.mark.slow
 def test_what_a_gpu_adds(tmp_path):
     """Written out: 2 rows of 100 tokens, 4 heads of 16 numbers, 2 of them with keys and values."""
-    config = configured(tmp_path, DEEP["Llama"][0], "lora", False)
+    config = configured(tmp_path, DEEP["Llama"], "lora", gradient_checkpointing=False)
     window = Window((((100, 1), (60, 1)),), "padded")
     on_cpu = memory.predict(config, "bf16", window, on_gpu=False)
     on_gpu = memory.predict(config, "bf16", window, on_gpu=True)
@@ -171,7 +141,7 @@ def test_what_a_gpu_adds(tmp_path):
 @pytest.mark.parametrize(("mode", "stage"), [("full", None), ("full", 1), ("lora", 2)])
 def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, stage):
     sizes = SIZES | {"hidden_size": 256, "vocab_size": 4096, "num_hidden_layers": 4}
-    config = configured(tmp_path, LlamaConfig(**sizes), mode, checkpointing=False)
+    config = configured(tmp_path, LlamaConfig(**sizes), mode, gradient_checkpointing=False)
     zero = stage and {"stage": stage, "overlap_comm": True, "reduce_bucket_size": 500_000}
     if zero:
         file = tmp_path / "zero.json"
@@ -190,7 +160,7 @@ def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, stage):
 @pytest.mark.slow
 def test_dropout_on_a_gpu_keeps_booleans(tmp_path):
     plain = LlamaConfig(**SIZES | {"num_hidden_layers": 7, "num_key_value_heads": 4})
-    config = configured(tmp_path, plain, "lora", False)
+    config = configured(tmp_path, plain, "lora", gradient_checkpointing=False)
     with_dropout = with_values(config, {"tuning.lora_dropout": 0.1})
     window = uniform(2, 100, 1)
 

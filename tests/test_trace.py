@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,14 +11,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from allocations import allocated_bytes, true_peak
 from conftest import ROOT
-from transformers import (
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MixtralConfig,
-    PretrainedConfig,
-    Qwen2Config,
-)
+from shapes import SIZES, architectures, configured
+from transformers import MixtralConfig
 
 from sft import rehearsal, trace
 from sft.config import Config, load_config, with_values
@@ -80,43 +72,9 @@ def test_the_observer_changes_nothing_that_it_observes():
 
 # --- the step ----------------------------------------------------------------------------------
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-ARCHITECTURES: dict[str, PretrainedConfig] = {
-    "Llama": LlamaConfig(**SIZES),
-    "Qwen2": Qwen2Config(**SIZES),
-    "Gemma2": Gemma2Config(**SIZES, head_dim=16, sliding_window=32),
-    "GPT2": GPT2Config(
-        n_embd=64, n_layer=2, n_head=4, vocab_size=256, n_positions=128,
-        bos_token_id=1, eos_token_id=2,
-    ),
-}  # fmt: skip
-EXPERTS = {"Mixtral": MixtralConfig(**SIZES, num_local_experts=2)}
+ARCHITECTURES = architectures()
 BUDGETS = [uniform(4, 32, 20, micro_batches=2), uniform(6, 96, 30)]
 GRID = list(product(ARCHITECTURES, ["full", "lora", "qlora"], [False, True], BUDGETS))
-
-
-def configured(folder: Path, name: str, mode: str = "lora", **train: Any) -> Config:
-    architecture = (ARCHITECTURES | EXPERTS)[name]
-    architecture.architectures = [f"{name}ForCausalLM".replace("GPT2For", "GPT2LMHeadModelFor")]
-    architecture.save_pretrained(folder)
-    return Config.model_validate(
-        {
-            "model": {"name": str(folder)},
-            "tuning": {"mode": mode},
-            "data": {"train_path": "none"},
-            "train": {"output_dir": "none", **train},
-        }
-    )
 
 
 def real_engine(config: Config, window: Window, precision: str = "fp32", **options) -> Engine:
@@ -135,7 +93,7 @@ def fake_and_real(config: Config, window: Window, precision: str = "fp32", **opt
 def test_the_rehearsed_step_takes_what_the_real_one_takes(
     tmp_path, name, mode, checkpointing, window
 ):
-    config = configured(tmp_path, name, mode, gradient_checkpointing=checkpointing)
+    config = configured(tmp_path, ARCHITECTURES[name], mode, gradient_checkpointing=checkpointing)
     fake, real = fake_and_real(config, window)
     assert fake == real
 
@@ -146,7 +104,7 @@ def test_the_rehearsed_step_takes_what_the_real_one_takes(
 def test_the_rehearsed_step_takes_what_the_process_allocates(
     tmp_path, name, mode, checkpointing, window
 ):
-    config = configured(tmp_path, name, mode, gradient_checkpointing=checkpointing)
+    config = configured(tmp_path, ARCHITECTURES[name], mode, gradient_checkpointing=checkpointing)
     fake, real = fake_and_real(config, window)
     assert fake == real
     assert fake.num_bytes == pytest.approx(allocated_bytes(real_engine(config, window)), rel=0.02)
@@ -154,7 +112,7 @@ def test_the_rehearsed_step_takes_what_the_process_allocates(
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
 def test_the_rehearsed_evaluation_takes_what_the_real_one_takes(tmp_path, mode):
-    config, window = configured(tmp_path, "Qwen2", mode), uniform(4, 32, 20)
+    config, window = configured(tmp_path, ARCHITECTURES["Qwen2"], mode), uniform(4, 32, 20)
     fake = rehearsal.rehearse(config, "fp32", window, evaluation=True).peak()
     real = rehearsal.record(real_engine(config, window), gradients=True, evaluation=True).peak()
     assert fake == real
@@ -165,13 +123,15 @@ def test_the_rehearsed_evaluation_takes_what_the_real_one_takes(tmp_path, mode):
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_what_is_traced_is_the_real_step_in_both_layouts(tmp_path, layout):
-    fake, real = fake_and_real(configured(tmp_path, "Qwen2"), uniform(3, 40, 9, 2, layout))
+    fake, real = fake_and_real(
+        configured(tmp_path, ARCHITECTURES["Qwen2"]), uniform(3, 40, 9, 2, layout)
+    )
     assert fake == real
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_gradients_from_the_start_are_those_of_a_micro_batch_before(tmp_path, mode):
-    config = configured(tmp_path, "Llama", mode)
+    config = configured(tmp_path, ARCHITECTURES["Llama"], mode)
     two = rehearsal.rehearse(config, "fp32", uniform(4, 32, 20, micro_batches=2)).peak()
     one = rehearsal.rehearse(config, "fp32", replace(uniform(4, 32, 20), gradients=True)).peak()
     assert one.num_bytes == pytest.approx(two.num_bytes, rel=0.002)
@@ -186,7 +146,7 @@ def test_the_loaded_quantised_model_and_dropout():
 
 
 def test_under_autocast_the_stand_in_for_accelerate_does_as_accelerate(tmp_path, monkeypatch):
-    config = configured(tmp_path, "Llama", "full")
+    config = configured(tmp_path, ARCHITECTURES["Llama"], "full")
     window = uniform(4, 64, 40, 2)
     fake = rehearsal.rehearse(config, "bf16", window).peak()
     assert fake.num_bytes < rehearsal.rehearse(config, "fp32", window).peak().num_bytes
@@ -200,7 +160,7 @@ def test_under_autocast_the_stand_in_for_accelerate_does_as_accelerate(tmp_path,
 
 
 def test_the_breakdown_names_everything(tmp_path):
-    config = configured(tmp_path, "Llama", "full")
+    config = configured(tmp_path, ARCHITECTURES["Llama"], "full")
     peak = rehearsal.rehearse(config, "fp32", BUDGETS[0]).peak()
     parameters = 4 * sum(p.numel() for p in real_engine(config, BUDGETS[0]).model.parameters())
     assert sum(peak.breakdown.values()) == peak.num_bytes
@@ -215,18 +175,18 @@ def test_the_breakdown_names_everything(tmp_path):
 
 
 def test_a_rehearsal_leaves_nothing_behind(tmp_path, caplog):
-    config = configured(tmp_path, "Llama", "qlora")
+    config = configured(tmp_path, ARCHITECTURES["Llama"], "qlora")
     seeded = torch.random.get_rng_state()
     rehearsal.rehearse(config, "fp32", BUDGETS[0])
     assert torch.equal(torch.random.get_rng_state(), seeded)
     assert type(torch.zeros(1)) is torch.Tensor
     # In torch 2.13 the operation of a mixture of experts has a shape rule for bf16 only.
-    experts = configured(tmp_path, "Mixtral")
+    experts = configured(tmp_path, MixtralConfig(**SIZES, num_local_experts=2))
     with pytest.raises(RuntimeError, match="BF16"):
         rehearsal.rehearse(experts, "fp32", BUDGETS[0])
     assert caplog.text == ""
     assert type(torch.zeros(1)) is torch.Tensor
-    config = configured(tmp_path, "Llama", "qlora")
+    config = configured(tmp_path, ARCHITECTURES["Llama"], "qlora")
     losses = [real_engine(config, BUDGETS[0]).optimizer_step()["train/loss"] for _ in range(2)]
     assert losses[0] == losses[1] > 0
 
