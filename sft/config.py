@@ -140,8 +140,8 @@ class Train(Section):
     """Micro-batches of one step and process. `auto`: as many as `global_batch` needs."""
     layout: Literal["auto", "padded", "packed"] = "auto"
     """Rows of like lengths, padded; or one row of documents that cannot see each other."""
-    engine: Literal["ddp", "deepspeed"] = "ddp"
-    """How several processes share the work; one process needs neither."""
+    engine: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    """How processes share the work: a copy each (DDP), shards (FSDP2), or ZeRO of DeepSpeed."""
     deepspeed_config: Text | None = None
     """DeepSpeed JSON for `engine: deepspeed` (configs/deepspeed_z2.json is ZeRO-2)."""
     num_processes: Count | None = None
