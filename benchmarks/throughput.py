@@ -280,7 +280,7 @@ def overhead(work: Path, data: Path, args: argparse.Namespace) -> dict[str, floa
     timed(task, "loss", "forward")
     timed(engine, "_backward", "backward")
     timed(engine.optimizer, "zero_grad", "optimizer")
-    timed(engine, "_grad_norm", "optimizer")
+    timed(engine.parallel, "clip", "optimizer")
     timed(engine, "_update", "optimizer")
     timed(task, "collate", "collate")
     timed(engine, "window", "order and cut")

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from sft.config import UserError
+from sft.parallel import Piece
 
 MANIFEST = "MANIFEST.json"
 STAGING = ".staging"
@@ -176,35 +180,68 @@ def prune(run: Path, keep: int) -> None:
 # --- optimizer state ---------------------------------------------------------------------------
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Tensors to optimizer.safetensors (`<parameter index>.<key>`), the rest to optimizer.json."""
-    state = optimizer.state_dict()
+def save_optimizer(pieces: Iterable[Piece], folder: Path, rank: int, world: int) -> None:
+    """What `rank` has of the optimizer's state, to one safetensors file (none if it has nothing).
+
+    Tensors are named `<key>:<parameter>`; the header has where each starts in the flat parameter.
+    """
     tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for index, values in state["state"].items():
-        for key, value in _flat(values).items():
-            name = f"{index}.{key}"
-            if isinstance(value, torch.Tensor):
-                tensors[name] = value.detach().cpu().contiguous().clone()
-            else:
-                scalars[name] = value
-    save_file(tensors, folder / "optimizer.safetensors")
-    rest = {"scalars": scalars, "param_groups": state["param_groups"]}
-    (folder / "optimizer.json").write_text(json.dumps(rest), "utf-8")
+    starts: dict[str, int] = {}
+    for piece in pieces:
+        for key, value in piece.state.items():
+            tensors[f"{key}:{piece.name}"] = value.detach().cpu().contiguous().clone()
+            starts[f"{key}:{piece.name}"] = piece.start
+    if tensors:
+        name = f"optimizer-{rank + 1:05}-of-{world:05}.safetensors"
+        save_file(tensors, folder / name, metadata={"starts": json.dumps(starts)})
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Without the mapping into which bitsandbytes wraps its tensors; it loads either form."""
-    wrapped = [key for key, value in values.items() if isinstance(value, dict)]
-    rest = {key: value for key, value in values.items() if key not in wrapped}
-    return rest | {k: v for key in wrapped for k, v in values[key].items()}
+class OptimizerState:
+    """The files of `save_optimizer`, of however many ranks, as one; closed on leaving."""
 
+    def __init__(self, folder: Path):
+        self.folder = folder
 
-def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    rest = json.loads((folder / "optimizer.json").read_text("utf-8"))
-    state: dict[int, dict[str, Any]] = {}
-    values = load_file(folder / "optimizer.safetensors") | rest["scalars"]
-    for name, value in values.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+    def __enter__(self) -> OptimizerState:
+        self.files = ExitStack()
+        self.found: dict[
+            str, dict[str, list[tuple[int, Any]]]
+        ] = {}  # parameter: key: (start, file)
+        for path in sorted(self.folder.glob("optimizer-*.safetensors")):
+            file = self.files.enter_context(safe_open(path, "pt"))
+            for tensor, start in json.loads(file.metadata()["starts"]).items():
+                key, name = tensor.split(":", 1)
+                self.found.setdefault(name, {}).setdefault(key, []).append((start, file))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.files.close()
+
+    def read(self, name: str, start: int, number: int | None) -> dict[str, torch.Tensor]:
+        """State of parameter `name` by key: elements [start, start + number) of the flat tensor;
+        with `number` None all of them, in the shape in which they were saved."""
+        if name not in self.found:
+            raise CheckpointError(f"{self.folder} has no optimizer state of {name}")
+        return {
+            key: self._joined(f"{key}:{name}", parts, start, number)
+            for key, parts in self.found[name].items()
+        }
+
+    def _joined(
+        self, tensor: str, parts: list[tuple[int, Any]], start: int, number: int | None
+    ) -> torch.Tensor:
+        if len(parts) == 1 and parts[0][0] == 0 and number is None:
+            return parts[0][1].get_tensor(tensor)
+        spans = [
+            (first, first + math.prod(file.get_slice(tensor).get_shape()), file)
+            for first, file in sorted(parts, key=lambda part: part[0])
+        ]
+        end = spans[-1][1] if number is None else start + number
+        found, at = [], start
+        for first, last, file in spans:
+            if first <= at < min(last, end):
+                found.append(file.get_tensor(tensor).flatten()[at - first : end - first])
+                at = min(last, end)
+        if at < end:
+            raise CheckpointError(f"{self.folder}: {tensor} lacks elements from {at} on")
+        return torch.cat(found)

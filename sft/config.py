@@ -144,6 +144,8 @@ class Train(Section):
     """How processes share the work: a copy each (DDP), shards (FSDP2), or ZeRO of DeepSpeed."""
     deepspeed_config: Text | None = None
     """DeepSpeed JSON for `engine: deepspeed` (configs/deepspeed_z2.json is ZeRO-2)."""
+    offload: bool = False
+    """Keep shards in host memory between uses (`engine: fsdp`): less GPU memory, much slower."""
     num_processes: Count | None = None
     """Processes that the run must have, else it refuses to start (the Makefile sets it)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -227,8 +229,13 @@ RULES = [
     ),
     Rule(
         ("train.engine", "train.optimizer"),
-        lambda engine, optimizer: engine == "deepspeed" and optimizer.startswith("paged"),
-        "DeepSpeed partitions the optimizer state itself: use adamw or adamw_8bit",
+        lambda engine, optimizer: engine != "ddp" and optimizer != "adamw",
+        "fsdp and deepspeed keep slices of AdamW's state, which bitsandbytes packs: use adamw",
+    ),
+    Rule(
+        ("train.offload", "train.engine"),
+        lambda offload, engine: offload and engine != "fsdp",
+        "is only read with train.engine: fsdp (DeepSpeed offloads as its own file says)",
     ),
     Rule(
         ("model.init", "tuning.mode"),

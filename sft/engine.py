@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,10 +21,10 @@ from typing import Any, Protocol
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 
-from sft import batching, checkpoint
+from sft import batching, checkpoint, parallel
 from sft.config import ConfigError, Train, UserError
 from sft.log import Advance, Log, duration
 
@@ -51,11 +51,14 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Held-out metrics, computed by all processes together."""
 
-    def save(self, folder: Path) -> None:
-        """Writes what a user loads: model or adapter in its library's format. Main process only."""
+    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Writes what a user loads: model or adapter in its library's format. Main process only.
 
-    def load(self, folder: Path) -> None:
-        """Puts the weights that `save` wrote into `model`."""
+        `weights`: those of the model that are trained, and its buffers, whole, by name.
+        """
+
+    def read(self, folder: Path) -> Iterable[tuple[str, torch.Tensor]]:
+        """The weights that `save` wrote, by their name in `model`."""
 
     def identity(self) -> dict[str, str]:
         """What must not change between a checkpoint and the run that resumes it."""
@@ -99,37 +102,6 @@ def total_steps(train: Train, num_examples: int) -> int:
     return train.max_steps or max(1, math.ceil(train.epochs * per_epoch))
 
 
-def build_optimizer(train: Train, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW of PyTorch or bitsandbytes; weight decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    arguments: dict[str, Any] = {
-        "lr": train.learning_rate,
-        "betas": (train.adam_beta1, train.adam_beta2),
-        "eps": train.adam_epsilon,
-    }
-    groups = [group for group in groups if group["params"]]
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **arguments, fused=True)
-    from bitsandbytes import optim
-
-    classes = {
-        "adamw_8bit": optim.AdamW8bit,
-        "paged_adamw": optim.PagedAdamW32bit,
-        "paged_adamw_8bit": optim.PagedAdamW8bit,
-    }
-    return classes[train.optimizer](groups, **arguments)
-
-
-def _sum_gradients(_, bucket):
-    """Gradients summed over ranks; DDP's own mean rounds its 1 / world to fp32 on the way."""
-    work = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
-
-
 class Engine:
     """Trains `task` as `train` says; everything is written to `folder`."""
 
@@ -146,23 +118,11 @@ class Engine:
         self.budget = budget
         self.step = 0
         self.total_steps = total_steps(train, len(task.lengths))
-        self.optimizer: torch.optim.Optimizer
-        self.model: nn.Module
         self._stop: signal.Signals | None = None  # set by a signal on this rank
         self.stopping = 0.0  # ranks that were asked to stop
         task.model.train()
-        self.model, self.optimizer = accelerator.prepare(
-            task.model, build_optimizer(train, task.model)
-        )
-        self.is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            self.model.register_comm_hook(None, _sum_gradients)
-        if accelerator.num_processes > 1 and self.model is task.model:
-            raise ConfigError(
-                f"{accelerator.num_processes} processes, but the model was not wrapped for "
-                "them: they would train independent copies. Launch with "
-                "configs/accelerate/ddp.yaml or torchrun."
-            )
+        self.parallel = parallel.share(task.model, train, accelerator)
+        self.model, self.optimizer = self.parallel.model, self.parallel.optimizer
 
     # -- one step
 
@@ -181,18 +141,17 @@ class Engine:
         ids, micro_batches = self.window(self.step)
         batches = [self.task.collate(micro_batch) for micro_batch in micro_batches]
         supervised, self.stopping = self._sum([self._count(batches), self._stop is not None])
-        world = self.accelerator.num_processes if self.is_deepspeed else 1  # DeepSpeed averages
         rate = learning_rate(self.train, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad()
+        self.parallel.drop()
         sums: dict[str, torch.Tensor] = {}
         losses: list[torch.Tensor] = []
         for i, batch in enumerate(batches):
             self._seed(micro_batches[i], ids)
-            with self._synchronised(i == len(batches) - 1):
+            with self.parallel.synchronised(i == len(batches) - 1):
                 loss, extras = self.task.loss(self.model, batch)
-                self._backward(loss * (world / (supervised or 1.0)))
+                self.parallel.backward(loss * (self.parallel.loss_scale / (supervised or 1.0)))
             losses.append(loss.detach())
             for name, value in {"loss": loss, **extras}.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()
@@ -201,10 +160,10 @@ class Engine:
             pairs = zip(micro_batches, losses, strict=True)
             broken = [i for micro_batch, loss in pairs if not loss.isfinite() for i in micro_batch]
             self._refuse("loss", totals["loss"], gather_object(broken))
-        grad_norm = self._grad_norm()
+        grad_norm = self.parallel.clip()
         if not math.isfinite(grad_norm):
             self._refuse("gradient norm", grad_norm, ids)
-        self._update()
+        self.parallel.update()
         seconds = time.perf_counter() - started
         tokens = sum(self.task.lengths[i] for i in ids)
         return {
@@ -231,34 +190,6 @@ class Engine:
         position = ids.index(micro_batch[0]) if micro_batch else len(ids)
         torch.manual_seed((((self.train.seed * 1_000_003 + self.step) << 20) + position) % 2**63)
 
-    @contextmanager
-    def _synchronised(self, last: bool) -> Iterator[None]:
-        """Gradients are exchanged between ranks in the last micro-batch only."""
-        if self.is_deepspeed:
-            self.model.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
-        alone = last or self.is_deepspeed or self.accelerator.num_processes == 1
-        with nullcontext() if alone else self.accelerator.no_sync(self.model):
-            yield
-
-    def _backward(self, loss: torch.Tensor) -> None:
-        if self.is_deepspeed:
-            self.model.backward(loss)  # type: ignore[operator]
-        else:
-            loss.backward()
-
-    def _grad_norm(self) -> float:
-        """Global norm of the gradient; the gradient is clipped, by DeepSpeed in its own step."""
-        if self.is_deepspeed:
-            return float(self.model.optimizer.scaled_global_norm())  # type: ignore[operator,union-attr]
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        return float(nn.utils.clip_grad_norm_(trained, self.train.max_grad_norm or math.inf))
-
-    def _update(self) -> None:
-        if self.is_deepspeed:
-            self.model.step()  # type: ignore[operator]
-        else:
-            self.optimizer.step()
-
     def _refuse(self, what: str, value: float, ids: list[int]) -> None:
         raise NonFiniteError(
             f"{what} is {value} in step {self.step + 1}; the step was not applied and no "
@@ -277,19 +208,19 @@ class Engine:
 
         Local to each rank and without traces: no gradient, random state or weight is left changed.
         """
-        alone = nullcontext() if self.is_deepspeed else self.accelerator.no_sync(self.model)
+        zero = self.train.engine == "deepspeed"  # whose backward keeps books of its own
         batches = [self.task.collate(micro_batch) for micro_batch in micro_batches]
         started = time.perf_counter()
         try:
-            with alone:
+            with nullcontext() if zero else self.parallel.synchronised(last=False):
                 for batch in batches:
                     loss = self.task.loss(self.model, batch)[0]
-                    if not self.is_deepspeed:  # whose backward keeps books of its own
+                    if not zero:
                         loss.backward()
                     loss.item()  # waits for the device
         finally:
-            self.optimizer.zero_grad()
-        return (time.perf_counter() - started) * (3 if self.is_deepspeed else 1)
+            self.parallel.drop()
+        return (time.perf_counter() - started) * (3 if zero else 1)
 
     # -- the loop
 
@@ -346,17 +277,17 @@ class Engine:
         return final
 
     def _write(self, staging: Path) -> None:
-        if self.is_deepspeed:  # collective, in DeepSpeed's own format
-            self.model.save_checkpoint(  # type: ignore[operator]
-                str(staging), tag="deepspeed", exclude_frozen_parameters=True, save_latest=False
-            )
-        if not self.accelerator.is_main_process:
-            return
-        self.task.save(staging)
-        if not self.is_deepspeed:
-            checkpoint.save_optimizer(self.optimizer, staging)
-        state = {"step": self.step, "identity": self._identity()}
-        (staging / "trainer.json").write_text(json.dumps(state, indent=1), "utf-8")
+        weights = self.parallel.weights()
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        checkpoint.save_optimizer(self.parallel.pieces(), staging, rank, world)
+        if self.accelerator.is_main_process:
+            self.task.save(staging, weights)
+            state = {
+                "step": self.step,
+                "optimizer_updates": self.parallel.num_updates,
+                "identity": self._identity(),
+            }
+            (staging / "trainer.json").write_text(json.dumps(state, indent=1), "utf-8")
 
     def _identity(self) -> dict[str, str]:
         train = self.train
@@ -371,8 +302,9 @@ class Engine:
 
     def write_final(self, staging: Path) -> None:
         """What a user loads, without the state that only training needs."""
+        weights = self.parallel.weights()
         if self.accelerator.is_main_process:
-            self.task.save(staging)
+            self.task.save(staging, weights)
 
     def resume(self, folder: Path) -> None:
         """Continues from a verified checkpoint folder."""
@@ -390,13 +322,16 @@ class Engine:
                 + "\n  ".join(lines)
                 + "\nRestore these, or start anew with another train.output_dir."
             )
-        if self.is_deepspeed:
-            self.model.load_checkpoint(  # type: ignore[operator]
-                str(folder), tag="deepspeed", load_module_strict=False
+        missing = set(self.parallel.names)
+        for name, value in self.task.read(folder):
+            self.parallel.put(name, value)
+            missing.discard(name)
+        if missing:
+            raise checkpoint.CheckpointError(
+                f"{folder} does not fit the model: it lacks {', '.join(sorted(missing)[:3])}"
             )
-        else:
-            self.task.load(folder)
-            checkpoint.load_optimizer(self.optimizer, folder)
+        with checkpoint.OptimizerState(folder) as saved:
+            self.parallel.restore(state["optimizer_updates"], saved.read)
         self.step = state["step"]
         self.log.say(f"resumed from {folder} after step {self.step:,}")
 

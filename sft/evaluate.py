@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sft import chat
 from sft.log import Log
+from sft.parallel import is_split
 
 
 @contextmanager
@@ -83,12 +84,15 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
+    together = is_split(plain)  # then a rank without prompts must take part in each batch
+    most = -(-len(prompts) // accelerator.num_processes) if together else len(mine)
     found: list[tuple[int, str]] = []
     with eval_mode(plain), log.progress("answers", len(mine)) as advance:
-        for start in range(0, len(mine), batch_size):
+        for start in range(0, most, batch_size):
             indices = mine[start : start + batch_size]
-            texts = _answer(plain, tokenizer, [prompts[i] for i in indices], settings)
-            found += zip(indices, texts, strict=True)
+            asked = [prompts[i] for i in indices or order[:1]]
+            texts = _answer(plain, tokenizer, asked, settings, synced_gpus=together)
+            found += zip(indices, texts, strict=bool(indices))
             advance(len(indices))
     if accelerator.num_processes > 1:
         found = gather_object(found)
@@ -107,6 +111,8 @@ def _answer(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     settings: GenerationConfig,
+    *,
+    synced_gpus: bool,
 ) -> list[str]:
     device = next(model.parameters()).device
     width = max(len(prompt) for prompt in prompts)
@@ -114,7 +120,10 @@ def _answer(
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     output = model.generate(  # type: ignore[operator]
-        input_ids=ids, attention_mask=mask, generation_config=settings
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=settings,
+        synced_gpus=synced_gpus,
     )
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
 

@@ -7,11 +7,12 @@ its chat template, so that what is served is what was trained (law 3).
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -26,9 +27,17 @@ class ExportError(UserError):
     """A run folder, adapter or merged model is not what it should be."""
 
 
-def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Adapter or model, and tokenizer, in `folder` (safetensors)."""
-    model.save_pretrained(str(folder))  # type: ignore[operator]
+def save(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Adapter or model, and tokenizer, in `folder` (safetensors).
+
+    `weights`: those to be saved, by name, where the model itself does not have them whole.
+    """
+    model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
     tokenizer.save_pretrained(str(folder))
     config = folder / "config.json"
     if config.exists():  # training turns the cache off; whoever loads the model wants it
@@ -36,25 +45,16 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
         config.write_text(json.dumps(values | {"use_cache": True}, indent=2) + "\n", "utf-8")
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Puts the weights that `save` wrote into `model`, which has the same shape."""
-    if (folder / ADAPTER).exists():
-        from peft import set_peft_model_state_dict
-
-        found: Any = set_peft_model_state_dict(model, load_file(folder / ADAPTER))
-        missing = [key for key in found.missing_keys if "lora_" in key]
-    else:
-        state: dict[str, torch.Tensor] = {}
-        for path in sorted(folder.glob("model*.safetensors")):
-            state |= load_file(path)
-        found = model.load_state_dict(state, strict=False)
-        tied = set(getattr(model, "_tied_weights_keys", None) or [])
-        missing = [key for key in found.missing_keys if key not in tied]
-    if missing or found.unexpected_keys:
-        raise ExportError(
-            f"{folder} does not fit the model: missing {missing[:3]}, "
-            f"unexpected {list(found.unexpected_keys)[:3]}"
-        )
+def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that `save` wrote for `model`, by their name in it, one at a time."""
+    known = {name: name for name, _ in model.named_parameters()}
+    if (folder / ADAPTER).exists():  # PEFT leaves the adapter's name out
+        known = {name.replace(".default", ""): name for name in known if "lora_" in name}
+    for path in sorted(folder.glob("*model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  # no mapping
+                if name in known:
+                    yield known[name], file.get_tensor(name)
 
 
 def run_config(run: Path, overrides: list[str] | None = None) -> Config:

@@ -122,11 +122,11 @@ class FineTune:
             for row, text in zip(rows, texts, strict=True)
         ]
 
-    def save(self, folder: Path) -> None:
-        export.save(self.accelerator.unwrap_model(self.model), self.prepared.tokenizer, folder)
+    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        export.save(self.model, self.prepared.tokenizer, folder, weights)
 
-    def load(self, folder: Path) -> None:
-        export.load_weights(self.model, folder)
+    def read(self, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        return export.read_weights(self.model, folder)
 
     def identity(self) -> dict[str, str]:
         config = self.config

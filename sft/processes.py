@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DeepSpeedPlugin
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sft import hardware
 from sft.config import Config, ConfigError, Train, with_values
@@ -60,6 +61,9 @@ def start_processes(train: Train) -> Accelerator:
             deepspeed_plugin=_deepspeed_plugin(train, precision),
             kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else None,
         )
+        # Under ZeRO-3 transformers would split weights while it reads them, which neither NF4 nor
+        # the plan's models on fake tensors can have: one way to build a model, split afterwards.
+        unset_hf_deepspeed_config()
     else:
         accelerator = Accelerator(
             cpu=on_cpu,
@@ -131,8 +135,8 @@ def deepspeed_settings(train: Train) -> dict[str, Any]:
     ]:
         raise ConfigError(f"{path}: remove {', '.join(owned)}: the training configuration sets it")
     stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2):
-        raise ConfigError(f"{path}: zero_optimization.stage: expected 1 or 2, found {stage}")
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage: expected 1, 2 or 3, found {stage}")
     return settings
 
 
@@ -149,7 +153,7 @@ def _deepspeed_plugin(train: Train, precision: str) -> DeepSpeedPlugin:
         "gradient_clipping": train.max_grad_norm,
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
     }
-    return DeepSpeedPlugin(hf_ds_config=settings)
+    return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
 
 
 def end_processes(accelerator: Accelerator) -> None:

@@ -248,7 +248,7 @@ def record(made: engine.Engine, *, gradients: bool = False, evaluation: bool = F
     recorder, built, collate = Recorder(), made.task.model, made.task.collate
     trained = [p for p in built.parameters() if p.requires_grad]
     fake = getattr(trained[0], "fake_mode", None)
-    update = made._grad_norm
+    update = made.parallel.clip
 
     def collate_unseen(ids: list[int]) -> store.Batch:
         with _disable_current_modes():  # arrays of numpy are made real
@@ -274,7 +274,7 @@ def record(made: engine.Engine, *, gradients: bool = False, evaluation: bool = F
     with (
         mock.patch.object(made.optimizer, "zero_grad") if gradients else nullcontext(),
         mock.patch.object(made.task, "collate", collate_unseen),
-        mock.patch.object(made, "_grad_norm", update_seen),
+        mock.patch.object(made.parallel, "clip", update_seen),
         recorder,
         _labelled(built, recorder),
     ):

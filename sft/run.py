@@ -157,8 +157,8 @@ def _confirmed(
     engine: Engine,
 ) -> tuple[plan.Plan, dict[str, Any]]:
     """The plan with a budget that the device holds, and what of it was measured. Collective."""
-    if engine.is_deepspeed or (planned.world_size > 1 and not machine.devices):
-        return planned, {}  # what DeepSpeed's engine and the buckets of DDP hold is not seen
+    if config.train.engine != "ddp" or (planned.world_size > 1 and not machine.devices):
+        return planned, {}  # what other engines and the buckets of DDP hold is not seen
     target = plan.target(config, prepared, machine, planned)
 
     def heaviest(budget: Budget) -> list[MicroBatch]:

@@ -213,8 +213,9 @@ BREAKS = [  # one for each of RULES, in order: overrides that break it, and one 
     (["train.deepspeed_config=z2.json"], "train.engine=deepspeed"),
     (
         ["train.engine=deepspeed", "train.deepspeed_config=f", "train.optimizer=paged_adamw"],
-        "train.optimizer=adamw_8bit",
+        "train.optimizer=adamw",
     ),
+    (["train.offload=true"], "train.engine=fsdp"),
     (["model.init=random"], "tuning.mode=full"),
     (["data.eval_fraction=0"], "data.eval_path=held_out.jsonl"),
     (["data.mix=[1, 2]"], "data.train_path=[a.jsonl, b.jsonl]"),

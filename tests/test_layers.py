@@ -21,7 +21,8 @@ LAYERS = {
     "trace": 0,
     "cli": 1,
     "model": 1,
-    "checkpoint": 1,
+    "parallel": 1,
+    "checkpoint": 1.1,  # writes the pieces that parallel tells
     "processes": 1,
     "formats": 1,
     "data": 1.2,  # reads the rows that formats makes messages of

@@ -1,0 +1,66 @@
+"""Run by torchrun: short runs of the nano model, one after another; ranks write what they saw.
+
+parallel_worker.py CASES.json OUT, with cases as in tests/test_parallel.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import save_file
+
+from sft import batching, checkpoint, engine, finetune, model, prepare, processes
+from sft.config import load_config
+from sft.log import Log
+
+
+def make(case: dict[str, Any], folder: Path) -> engine.Engine:
+    AcceleratorState._reset_state(False)  # Accelerate takes one DeepSpeed configuration a process
+    config = load_config("configs/nano.yaml", [*case["overrides"], f"train.output_dir={folder}"])
+    prepared = prepare.prepare(config)
+    accelerator = processes.start_processes(config.train)
+    budget = batching.Budget(case["max_tokens"], "padded")
+    built = model.build(config, case["precision"], accelerator.device)
+    task = finetune.FineTune(config, prepared, built, accelerator, Log(None), budget)
+    return engine.Engine(task, config.train, accelerator, Log(None), budget)
+
+
+def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
+    made = make(case, out / case["name"])
+    if case["resume"]:
+        assert checkpoint.fault(Path(case["resume"])) is None
+        made.resume(Path(case["resume"]))
+    steps = []
+    while made.step < case["steps"]:
+        ids, mine = made.window(made.step)
+        values = made.optimizer_step()
+        made.step += 1
+        steps.append([ids, list(chain.from_iterable(mine)), values["train/loss"].hex()])
+        if made.step in case["save_at"]:
+            made.save()
+    weights = made.parallel.weights()
+    if made.accelerator.is_main_process:
+        save_file({k: v.contiguous() for k, v in weights.items()}, out / f"{case['name']}.weights")
+    return {
+        "world_size": made.accelerator.num_processes,
+        "engine": type(made.parallel).__name__,
+        "steps": steps,
+        "held_out": made.evaluate()["loss"],
+    }
+
+
+def main(cases: Path, out: Path) -> None:
+    for case in json.loads(cases.read_text("utf-8")):
+        found = run(case, out)
+        rank = PartialState().process_index
+        (out / f"{case['name']}.rank{rank}.json").write_text(json.dumps(found), "utf-8")
+    PartialState().wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

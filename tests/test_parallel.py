@@ -1,0 +1,208 @@
+"""Any number of processes and any engine: the same run; and resumed on others, the same run."""
+
+from __future__ import annotations
+
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, launch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from sft import checkpoint
+from sft.parallel import Piece
+
+STEPS, MIDDLE = 20, 17
+MODES = ("lora", "qlora", "full")
+ENGINES = {  # as a user would ask for them
+    "ddp": [],
+    "fsdp": ["train.engine=fsdp"],
+    "zero1": ["train.engine=deepspeed"],
+    "zero2": ["train.engine=deepspeed", "train.deepspeed_config=configs/deepspeed_z2.json"],
+    "zero3": ["train.engine=deepspeed", "train.deepspeed_config=configs/deepspeed_z3.json"],
+}
+
+
+def case(mode: str, engine: str, world: int, resume: str = "", **given: Any) -> dict[str, Any]:
+    """A run of 20 steps; the first epoch ends after 16, the checkpoint is one of the second."""
+    name = f"{mode}-{engine}-{world}" + ("-resumed" if resume else "")
+    overrides = [f"tuning.mode={mode}", "data.max_rows=64", "train.global_batch=4"]
+    overrides += [f"train.max_steps={STEPS}", "train.learning_rate=1e-3", *ENGINES[engine]]
+    more = {"max_tokens": 128, "precision": "fp32", "steps": STEPS, "save_at": [MIDDLE]}
+    return {"name": name, "overrides": overrides, "resume": resume} | more | given
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("parallel")
+    stage_1 = json.loads((ROOT / "configs/deepspeed_z2.json").read_text())
+    stage_1["zero_optimization"]["stage"] = 1
+    (folder / "z1.json").write_text(json.dumps(stage_1))
+    ENGINES["zero1"] = ["train.engine=deepspeed", f"train.deepspeed_config={folder / 'z1.json'}"]
+    return folder
+
+
+def run(folder: Path, world: int, cases: list[dict[str, Any]]) -> None:
+    (folder / "cases.json").write_text(json.dumps(cases))
+    arguments = (str(folder / "cases.json"), str(folder))
+    told = launch(world, "tests/parallel_worker.py", *arguments, timeout=900)
+    for each in cases:
+        assert len(list(folder.glob(f"{each['name']}.rank*.json"))) == world, told
+
+
+def found(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(f.read_text()) for f in sorted(folder.glob(f"{name}.rank*.json"))]
+
+
+def difference(folder: Path, *names: str) -> float:
+    """Norm of the difference of the final weights over the norm of the first."""
+    a, b = (load_file(folder / f"{name}.weights") for name in names)
+    assert a.keys() == b.keys()
+    one, other = (torch.cat([w[k].double().flatten() for k in sorted(a)]) for w in (a, b))
+    return float((one - other).norm() / one.norm())
+
+
+def assert_same(folder: Path, name: str, reference: str) -> None:
+    expected = found(folder, reference)[0]
+    ranks = found(folder, name)
+    first = STEPS - len(ranks[0]["steps"])
+    for number, step in enumerate(expected["steps"][first:]):
+        for rank in ranks:
+            ids, _, loss = rank["steps"][number]
+            assert ids == step[0]
+            assert float.fromhex(loss) == pytest.approx(float.fromhex(step[2]), rel=1e-5)
+        consumed = chain.from_iterable(rank["steps"][number][1] for rank in ranks)
+        assert sorted(consumed) == sorted(step[0])  # every example once, over all ranks
+    assert ranks[0]["held_out"] == pytest.approx(expected["held_out"], rel=1e-5)
+    assert difference(folder, name, reference) < 1e-4
+
+
+def assert_bit_equal(folder: Path, one: str, other: str) -> None:
+    for mine, theirs in zip(found(folder, one), found(folder, other), strict=True):
+        steps = min(len(mine["steps"]), len(theirs["steps"]))
+        assert mine["steps"][-steps:] == theirs["steps"][-steps:]
+    a, b = (load_file(folder / f"{name}.weights") for name in (one, other))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> Path:
+    run(folder, 1, [case(mode, "ddp", 1) for mode in MODES])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(alone) -> Path:
+    """Every engine in every mode on two processes, whole, and resumed in its middle."""
+    cases = []
+    for engine in ENGINES:
+        for mode in MODES:
+            saved = str(alone / f"{mode}-{engine}-2" / f"checkpoint_step_{MIDDLE}")
+            cases += [case(mode, engine, 2), case(mode, engine, 2, saved, save_at=[])]
+    run(alone, 2, cases)
+    return alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_with_any_engine_are_the_run_of_one(two, mode, engine):
+    expected = {"ddp": "Replicated", "fsdp": "Sharded"}.get(engine, "Zero")
+    for rank in found(two, f"{mode}-{engine}-2"):
+        assert (rank["world_size"], rank["engine"]) == (2, expected)
+    assert_same(two, f"{mode}-{engine}-2", f"{mode}-ddp-1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("mode", MODES)
+def test_resumed_equals_uninterrupted_bit_for_bit(two, mode, engine):
+    assert_bit_equal(two, f"{mode}-{engine}-2-resumed", f"{mode}-{engine}-2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_state_of_the_optimizer_is_sharded_where_the_engine_shards(two, engine):
+    saved = two / f"full-{engine}-2" / f"checkpoint_step_{MIDDLE}"
+    sizes = [path.stat().st_size for path in sorted(saved.glob("optimizer-*.safetensors"))]
+    model = (saved / "model.safetensors").stat().st_size
+    assert sum(sizes) == pytest.approx(2 * model, rel=0.02)  # both moments, once
+    assert len(sizes) == (1 if engine == "ddp" else 2)
+    assert max(sizes) < sum(sizes) * (1.01 if engine == "ddp" else 0.6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "source"),
+    [(1, "zero2-2"), (1, "fsdp-2"), (3, "ddp-1"), (4, "ddp-2"), (4, "zero3-2")],
+)
+def test_a_run_resumes_on_another_number_of_processes_or_with_another_engine(two, world, source):
+    """Also with another token budget: same examples, once each, losses within rounding."""
+    cases = []
+    for mode in MODES[::2]:
+        saved = two / f"{mode}-{source}" / f"checkpoint_step_{MIDDLE}"
+        cases.append(case(mode, "ddp", world, str(saved), max_tokens=90, save_at=[]))
+    run(two, world, cases)
+    for each in cases:
+        assert_same(two, each["name"], each["name"].split("-")[0] + "-ddp-1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [3, 4])
+def test_three_and_four_processes_are_the_run_of_one(alone, world):
+    cases = [case(mode, "ddp", world) for mode in MODES]
+    run(alone, world, cases)
+    for each in cases:
+        assert_same(alone, each["name"], each["name"].split("-")[0] + "-ddp-1")
+
+
+# --- the files of the optimizer ----------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    writers=st.integers(1, 5),
+    readers=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+def test_what_some_ranks_wrote_any_others_read(tmp_path_factory, sizes, writers, readers, seed):
+    """Slices of any cut, ranks with nothing among them, give any other cut."""
+    folder, random = tmp_path_factory.mktemp("slices"), np.random.default_rng(seed)
+    whole = {f"p{i}": {k: torch.randn(n) for k in ("exp_avg", "sq")} for i, n in enumerate(sizes)}
+    cuts = {n: np.sort(random.integers(0, len(v["sq"]) + 1, writers - 1)) for n, v in whole.items()}
+    for rank in range(writers):
+        pieces = []
+        for name, state in whole.items():
+            edges = [0, *map(int, cuts[name]), len(state["sq"])]
+            start, end = edges[rank], edges[rank + 1]
+            if end > start:
+                pieces.append(Piece(name, start, {k: v[start:end] for k, v in state.items()}))
+        checkpoint.save_optimizer(pieces, folder, rank, writers)
+    with checkpoint.OptimizerState(folder) as saved:
+        for name, state in whole.items():
+            everything = saved.read(name, 0, None)
+            assert all(torch.equal(everything[key], state[key]) for key in state)
+            step = -(-len(state["sq"]) // readers)
+            for start in range(0, len(state["sq"]), step):
+                number = min(step, len(state["sq"]) - start)
+                part = saved.read(name, start, number)
+                for key, value in state.items():
+                    assert torch.equal(part[key], value[start : start + number])
+        with pytest.raises(checkpoint.CheckpointError, match="no optimizer state of other"):
+            saved.read("other", 0, 1)
+
+
+def test_a_missing_slice_is_an_error(tmp_path):
+    checkpoint.save_optimizer([Piece("p", 4, {"sq": torch.ones(4)})], tmp_path, 1, 2)
+    with checkpoint.OptimizerState(tmp_path) as saved:
+        with pytest.raises(checkpoint.CheckpointError, match="lacks elements from 0 on"):
+            saved.read("p", 0, 8)
+        with pytest.raises(checkpoint.CheckpointError, match="lacks elements from 0 on"):
+            saved.read("p", 0, None)
