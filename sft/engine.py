@@ -73,6 +73,10 @@ class NonFiniteError(UserError):
     exit_code = 5
 
 
+class AnotherRunError(ConfigError):
+    """A checkpoint is not of the run that would resume it."""
+
+
 class Preempted(UserError):
     """A signal asked the run to stop; it saved a checkpoint and can be resumed."""
 
@@ -100,6 +104,39 @@ def order_seed(train: Train) -> int | None:
 def total_steps(train: Train, num_examples: int) -> int:
     per_epoch = batching.steps_per_epoch(num_examples, train.global_batch)
     return train.max_steps or max(1, math.ceil(train.epochs * per_epoch))
+
+
+def identity(train: Train, of_task: dict[str, str]) -> dict[str, str]:
+    """What must be the same in a run and one that resumes it."""
+    return {
+        "train.seed": str(train.seed),
+        "train.shuffle": str(train.shuffle),
+        "train.global_batch": str(train.global_batch),
+        "train.optimizer": train.optimizer,
+        **of_task,
+    }
+
+
+def read_state(checkpoint_folder: Path, now: dict[str, str]) -> dict[str, Any]:
+    """trainer.json of a checkpoint. Raises AnotherRunError, with exit code 3 if it is the data, if
+    the run that wrote it differs from the one that `now` is the identity of."""
+    path = checkpoint_folder / "trainer.json"
+    if not path.exists():
+        raise checkpoint.CheckpointError(
+            f"{checkpoint_folder} holds a model, not the state of a run: expected trainer.json; "
+            "resume from a checkpoint_step_<n> folder"
+        )
+    state = json.loads(path.read_text("utf-8"))
+    then = state["identity"]
+    if changed := [key for key in now if then.get(key) != now[key]]:
+        error = AnotherRunError(
+            f"{checkpoint_folder} belongs to another run; resuming would not continue it:\n  "
+            + "\n  ".join(f"{key}: was {then.get(key)}, is {now[key]}" for key in changed)
+            + "\nRestore these, or start anew with another train.output_dir."
+        )
+        error.exit_code = 3 if changed == ["data"] else error.exit_code
+        raise error
+    return state
 
 
 class Engine:
@@ -285,20 +322,11 @@ class Engine:
             state = {
                 "step": self.step,
                 "optimizer_updates": self.parallel.num_updates,
-                "identity": self._identity(),
+                "world_size": world,
+                "identity": identity(self.train, self.task.identity()),
+                "settings": self.train.model_dump(),
             }
             (staging / "trainer.json").write_text(json.dumps(state, indent=1), "utf-8")
-
-    def _identity(self) -> dict[str, str]:
-        train = self.train
-        return {
-            "train.seed": str(train.seed),
-            "train.shuffle": str(train.shuffle),
-            "train.global_batch": str(train.global_batch),
-            "train.optimizer": train.optimizer,
-            "train.engine": train.engine,
-            **self.task.identity(),
-        }
 
     def write_final(self, staging: Path) -> None:
         """What a user loads, without the state that only training needs."""
@@ -307,21 +335,8 @@ class Engine:
             self.task.save(staging, weights)
 
     def resume(self, folder: Path) -> None:
-        """Continues from a verified checkpoint folder."""
-        if not (folder / "trainer.json").exists():
-            raise checkpoint.CheckpointError(
-                f"{folder} holds a model, not the state of a run: expected trainer.json; "
-                "resume from a checkpoint_step_<n> folder"
-            )
-        state = json.loads((folder / "trainer.json").read_text("utf-8"))
-        now = self._identity()
-        if changed := [k for k in now if state["identity"].get(k) != now[k]]:
-            lines = [f"{k}: was {state['identity'].get(k)}, is {now[k]}" for k in changed]
-            raise ConfigError(
-                f"{folder} belongs to another run; resuming would not continue it:\n  "
-                + "\n  ".join(lines)
-                + "\nRestore these, or start anew with another train.output_dir."
-            )
+        """Continues from a verified checkpoint folder, of whatever engine and number of processes."""
+        state = read_state(folder, identity(self.train, self.task.identity()))
         missing = set(self.parallel.names)
         for name, value in self.task.read(folder):
             self.parallel.put(name, value)
@@ -334,6 +349,11 @@ class Engine:
             self.parallel.restore(state["optimizer_updates"], saved.read)
         self.step = state["step"]
         self.log.say(f"resumed from {folder} after step {self.step:,}")
+        now = self.train.model_dump() | {"processes": self.accelerator.num_processes}
+        then = state["settings"] | {"processes": state["world_size"]}
+        for key in now:
+            if then.get(key) != now[key]:
+                self.log.say(f"changed since: {key} was {then.get(key)}, is {now[key]}")
 
     # -- signals
 

@@ -36,6 +36,17 @@ def usable_budget(
     return replace(budget, layout="padded")
 
 
+def identity(config: Config, prepared: Prepared) -> dict[str, str]:
+    """What makes a checkpoint one of this run; known before a weight is loaded."""
+    return {
+        "model": model.fingerprint(config.model),
+        "tuning": config.tuning.model_dump_json(),
+        "data": prepared.audit["data_sha256"],
+        "tokenizer": prepared.audit["train"]["tokenizer_sha256"],
+        "template": prepared.audit["train"]["template_sha256"],
+    }
+
+
 class FineTune:
     """The engine's Task for supervised fine-tuning (see engine.Task for what each method owes)."""
 
@@ -129,14 +140,7 @@ class FineTune:
         return export.read_weights(self.model, folder)
 
     def identity(self) -> dict[str, str]:
-        config = self.config
-        return {
-            "model.name": config.model.name,
-            "tuning": config.tuning.model_dump_json(),
-            "data": self.prepared.audit["data_sha256"],
-            "tokenizer": self.prepared.audit["train"]["tokenizer_sha256"],
-            "template": self.prepared.audit["train"]["template_sha256"],
-        }
+        return identity(self.config, self.prepared)
 
     def name_examples(self, ids: list[int]) -> str:
         named = ", ".join(self.prepared.train.row(i).place for i in ids[:8])

@@ -7,6 +7,7 @@ checked after the build, so a silent fp16 or a trainable base cannot happen.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from sft.config import Config, Model, Tuning, UserError
 
@@ -47,6 +49,23 @@ def architecture(config: Model) -> Any:
         return AutoConfig.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+
+
+def fingerprint(config: Model) -> str:
+    """A digest of the base model, wherever it lies: its config.json, and of each file of weights
+    the size, the header (names, dtypes, shapes) and the last MiB."""
+    digest = hashlib.sha256(architecture(config).to_json_string().encode())
+    if config.init == "random":
+        return digest.hexdigest()
+    with _explained(config.name):
+        found = cached_file(config.name, "config.json", revision=config.revision)
+    for path in sorted(Path(str(found)).parent.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = file.read(min(size, 8 + int.from_bytes(file.read(8), "little")))
+            file.seek(max(0, size - 2**20))
+            digest.update(f"{path.name} {size}".encode() + header + file.read())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -160,18 +160,21 @@ class Replicated:
         """Sets the optimizer's state. `read(name, start, number)` gives a parameter's tensors by
         key: a flat slice, or (`number` None) as they were saved."""
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        step = torch.tensor(float(num_updates))
+        inner.state.clear()
+        if not num_updates:
+            return
         is_torch = isinstance(inner, torch.optim.AdamW)
         known = {id(p): name for name, p in self.names.items()}
         order = [known[id(p)] for group in inner.param_groups for p in group["params"]]
-        state = {}
+        state: dict[int, dict[str, Any]] = {}
         for index, name in enumerate(order):
-            tensors = read(name, 0, None)
+            state[index] = dict(read(name, 0, None))
             if is_torch:
-                tensors = {k: v.view(self.names[name].shape) for k, v in tensors.items()}
-            state[index] = tensors | {"step": step.clone() if is_torch else num_updates}
+                shape = self.names[name].shape
+                state[index] = {key: value.view(shape) for key, value in state[index].items()}
+            state[index]["step"] = torch.tensor(float(num_updates)) if is_torch else num_updates
         groups = inner.state_dict()["param_groups"]
-        inner.load_state_dict({"state": state if num_updates else {}, "param_groups": groups})
+        inner.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _sum_gradients(_, bucket):

@@ -32,7 +32,7 @@ from sft import (
 )
 from sft.batching import Budget, MicroBatch
 from sft.config import Config, UserError, dump_config, with_values
-from sft.engine import Engine, Preempted, memory_bytes
+from sft.engine import Engine, Preempted, identity, memory_bytes, read_state
 from sft.log import Log, duration, facts
 from sft.model import build, dtype_table
 from sft.processes import (
@@ -84,6 +84,8 @@ def _run(
     started = time.perf_counter()
     folder = Path(config.train.output_dir)
     machine = hardware.detect(folder)
+    if resumed_from:
+        read_state(resumed_from, identity(config.train, finetune.identity(config, prepared)))
     planned = plan_together(config, prepared, machine, accelerator)
     resolved = with_values(config, plan.resolved_values(planned))
     log.say(_banner(config, accelerator, planned.precision))

@@ -149,8 +149,33 @@ def test_another_run_is_not_resumed(tmp_path, change):
     built.step += 1
     folder = built.save()
     (key,) = change
-    with pytest.raises(ConfigError, match=rf"train\.{key}: was .*, is"):
+    with pytest.raises(ConfigError, match=rf"train\.{key}: was .*, is") as told:
         make(tmp_path, **change).resume(folder)
+    assert told.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "code"), [("model", 2), ("tuning", 2), ("tokenizer", 2), ("template", 2), ("data", 3)]
+)
+def test_a_run_on_another_base_or_other_data_is_not_resumed(tmp_path, monkeypatch, key, code):
+    built = make(tmp_path)
+    folder = built.save()
+    other = built.task.identity() | {key: "other"}
+    monkeypatch.setattr(built.task, "identity", lambda: other)
+    with pytest.raises(ConfigError, match=rf"{key}: was .*, is other") as told:
+        built.resume(folder)
+    assert told.value.exit_code == code
+
+
+def test_what_may_change_is_logged(tmp_path, capsys):
+    folder = make(tmp_path).save()
+    changed = make(tmp_path, learning_rate=5e-4, log_steps=3, max_steps=9)
+    changed.log = Log(tmp_path / "run")
+    changed.resume(folder)
+    told = capsys.readouterr().out
+    for line in ("learning_rate was 0.001, is 0.0005", "log_steps was 10, is 3"):
+        assert f"changed since: {line}" in told
+    assert "seed" not in told
 
 
 def test_a_probe_leaves_no_trace(tmp_path):
