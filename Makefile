@@ -57,7 +57,7 @@ memory-check: $(READY) ## Memory and disk: how much, used by what
 plan: $(READY) ## What a run takes [GPU="H100-80GB x 8"] [MODEL=config.json TUNING=qlora SEQ=4096] [COMPARE=1]
 	@$(BIN)/python scripts/plan.py --config $(CONFIG) $(if $(GPU),--gpu "$(GPU)") $(if $(GIB),--gib $(GIB)) \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(TUNING),--tuning $(TUNING)) $(if $(SEQ),--seq $(SEQ)) \
-		$(if $(COMPARE),--compare) $(if $(JSON),--json "$(JSON)") $(ARGS)
+		$(if $(UNIFORM),--uniform) $(if $(COMPARE),--compare) $(if $(JSON),--json "$(JSON)") $(ARGS)
 
 check: $(READY) ## Try everything that CONFIG needs, one training step included; trains and writes nothing
 	@$(BIN)/python scripts/check.py --config $(CONFIG) $(ARGS)

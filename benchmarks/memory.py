@@ -371,10 +371,10 @@ def processes(folder: Path) -> list[dict[str, Any]]:
         out = folder / "peak"
         launch(2, "tests/memory_worker.py", config.model_dump_json(), str(out))
         window = Window((rows,), gradients=True)
-        zero = None
+        zero = {}
         if config.train.deepspeed_config:
             zero = deepspeed_settings(config.train)["zero_optimization"]
-        group = memory.Group(2, accumulates=True, zero=zero)
+        group = memory.Group(2, config.train.engine, accumulates=True, zero=zero)
         predicted = memory.predict(config, "fp32", window, on_gpu=False, group=group).allocated
         measured = int(out.read_text())
         told = {"engine": name, "mode": mode, "measured_bytes": measured}

@@ -23,6 +23,7 @@ def main() -> None:
     )
     parser.add_argument("--tuning", choices=("full", "lora", "qlora"), help="with --model (lora)")
     parser.add_argument("--seq", type=int, help="tokens of each row, with --model (2048)")
+    parser.add_argument("--uniform", action="store_true", help="all rows of max_seq_len; no data")
     parser.add_argument("--compare", action="store_true", help="all ways of tuning on several GPUs")
     parser.add_argument("--json", type=Path, default=Path("outputs/plan.json"), help="all numbers")
     args = parser.parse_intermixed_args()
@@ -37,8 +38,8 @@ def main() -> None:
         report = found = plan.comparison(config)
         console.print(plan.comparison_table(found, config.data.max_seq_len))
     else:
-        alone = args.model is not None
-        work = plan.Work.uniform(config) if alone else plan.Work.of(prepare.prepare(config))
+        uniform = args.uniform or args.model is not None
+        work = plan.Work.uniform(config) if uniform else plan.Work.of(prepare.prepare(config))
         made = plan.make_plan(config, work, machine, world_size)
         console.print(plan.table(made))
         console.print(plan.memory_table(made))

@@ -335,7 +335,7 @@ class Engine:
             self.task.save(staging, weights)
 
     def resume(self, folder: Path) -> None:
-        """Continues from a verified checkpoint folder, of whatever engine and number of processes."""
+        """Continues from a verified checkpoint folder, of any engine and number of processes."""
         state = read_state(folder, identity(self.train, self.task.identity()))
         missing = set(self.parallel.names)
         for name, value in self.task.read(folder):

@@ -9,7 +9,7 @@ form, good to a factor of two. Which one it was is said in `Memory.method`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from sft import rehearsal
 from sft.config import Config, UserError
 from sft.model import DTYPES, add_adapters, architecture
+from sft.parallel import repeated_layers
 from sft.rehearsal import Window, shallow
 from sft.trace import LARGE_SEGMENT, MIB, SMALL_SEGMENT, Trace
 
@@ -54,6 +55,8 @@ class Counts:
     trained: int
     multiplied: int  # all but embeddings: each multiplies a token once
     largest: int  # of the trained ones, in one tensor
+    layers: int  # repeated ones, which FSDP2 gathers one at a time
+    outside: int  # of the parameters, those of no layer
 
 
 def counts(config: Config) -> Counts:
@@ -69,7 +72,9 @@ def _counted(key: str, depth: int | None) -> Counts:
     head = skeleton.get_output_embeddings().weight  # type: ignore[operator]
     looked_up = 0 if embedded is head else embedded.numel()
     trained = [p.numel() for p in parameters if p.requires_grad]
-    return Counts(total, sum(trained), total - looked_up, max(trained))
+    layers = repeated_layers(skeleton)
+    outside = total - sum(p.numel() for layer in layers for p in layer.parameters())
+    return Counts(total, sum(trained), total - looked_up, max(trained), len(layers), outside)
 
 
 def _skeleton(config: Config, depth: int | None = None) -> nn.Module:
@@ -104,8 +109,9 @@ class Group:
     """The processes that share the work of a step."""
 
     world_size: int = 1
+    engine: str = "ddp"
     accumulates: bool = False  # several micro-batches on each
-    zero: dict[str, Any] | None = None  # DeepSpeed's zero_optimization; None: DDP
+    zero: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's zero_optimization
 
 
 ALONE = Group()
@@ -131,7 +137,7 @@ def predict(
     except Exception as error:  # noqa: BLE001  # whatever a model does that no trace suits
         why = str(error).strip().split("\n")[0] or type(error).__name__
         parts = _closed_form(config, precision, window, evaluation)
-        parts = _shared("backward", parts, counts(config), group)
+        parts = _shared("backward", parts, config, precision, group)
         method = f"closed form, since the step could not be traced: {why}"
         return Memory(parts, round(1.05 * sum(parts.values())), method)
     share = ADAM_BYTES[config.train.optimizer] / ADAM_BYTES["adamw"]
@@ -141,7 +147,7 @@ def predict(
         more |= {"libraries": CUBLAS_BYTES} if on_gpu else {}
         if on_gpu and name.startswith("backward"):
             more |= _attention(config, precision, window)
-        shared = _shared(name, parts | more, counts(config), group)
+        shared = _shared(name, parts | more, config, precision, group)
         return {label: size for label, size in shared.items() if size}
 
     totals = {name: completed(name, parts) for name, parts in phases.items()}
@@ -168,7 +174,9 @@ def generation_bytes(config: Config, precision: str, rows: int, prompt: int, ans
     return rows * max(first, last) * DTYPES[precision].itemsize
 
 
-def _shared(name: str, parts: dict[str, int], counted: Counts, group: Group) -> dict[str, int]:
+def _shared(
+    name: str, parts: dict[str, int], config: Config, precision: str, group: Group
+) -> dict[str, int]:
     """The parts of a phase on one of several processes.
 
     DDP: gradients lie in its buckets; those of all but the last micro-batch are summed beside them.
@@ -179,10 +187,13 @@ def _shared(name: str, parts: dict[str, int], counted: Counts, group: Group) -> 
     little is trained; when the first is full it is copied, and from then on the share is kept.
     ZeRO-1 holds the buckets beside the logits, too, where it accumulates. An upper bound.
     """
-    trained = 4 * counted.trained
     if group.world_size == 1:
         return parts
-    if group.zero is None:
+    if group.engine == "fsdp" or group.zero.get("stage") == 3:
+        return _split(name, parts, config, precision, group)
+    counted = counts(config)
+    trained = 4 * counted.trained
+    if group.engine == "ddp":
         return parts | ({"communication": trained} if group.accumulates else {})
     share = math.ceil(trained / group.world_size)
     bucket = 4 * int(group.zero.get("reduce_bucket_size", 500_000_000))
@@ -199,6 +210,49 @@ def _shared(name: str, parts: dict[str, int], counted: Counts, group: Group) -> 
     first = parts | {"communication": buckets, "gradients": kept + 4 * counted.largest}
     flushed = parts | {"activations": left, "communication": buckets + max(full, share)}
     return max(first, flushed, key=lambda each: sum(each.values()))
+
+
+def _split(
+    name: str, parts: dict[str, int], config: Config, precision: str, group: Group
+) -> dict[str, int]:
+    """The parts of a phase where each rank keeps its share of weights, gradients and Adam's state.
+
+    FSDP2 (torch 2.13): gathered are, from the first layer to the end of the backward pass, what is
+    outside of layers; of the layers the one at work, and the buffer in which the next one arrives.
+    Gradients of a layer are whole until they lie in the buffer from which they are exchanged.
+
+    ZeRO-3 (deepspeed 0.19.8): gathered stays what is used again within `stage3_max_reuse_distance`
+    parameters, up to `stage3_max_live_parameters`, beside the bucket in which it arrives; gradients
+    go through a bucket that is always there; of its share of trained weights it has a copy.
+    """
+    counted, full = counts(config), config.tuning.mode == "full"
+    whole = parts["weights"] + parts.get("adapters", 0)
+    outside = counted.outside * (4 if full else DTYPES[precision].itemsize)
+    layer = (whole - outside) // max(1, counted.layers)
+    shared = {
+        label: math.ceil(size / group.world_size)
+        for label, size in parts.items()
+        if label in ("weights", "adapters", "optimizer")
+    }
+    share = math.ceil(4 * counted.trained / group.world_size)
+    backward, update = name.startswith("backward"), name.startswith("update")
+    if group.engine == "fsdp":
+        of_outside = 4 * counted.outside if full else 0
+        of_layer = (4 * counted.trained - of_outside) // max(1, counted.layers)
+        kept = share if group.accumulates or backward or update else 0
+        at_work = 3 if backward else 2 if name.startswith("forward") else 0
+        gathered = 0 if update else outside + at_work * layer
+        of_one = of_outside if "embedding" in name else of_layer
+        gathered += 2 * of_one if backward else 0
+    else:
+        live = int(group.zero.get("stage3_max_live_parameters", 1e9))
+        bucket = int(group.zero.get("stage3_prefetch_bucket_size", 5e7))
+        kept = share
+        gathered = round(whole * min(1, live / counted.parameters))
+        gathered += round(whole * min(1, bucket / counted.parameters))
+        gathered += (2 if backward else 1) * 4 * int(group.zero.get("reduce_bucket_size", 5e8))
+        shared["optimizer"] += share
+    return parts | shared | {"gradients": kept, "communication": gathered}
 
 
 Phases = dict[str, dict[str, int]]  # phase -> what -> bytes at its peak

@@ -217,7 +217,7 @@ class Sharded(Replicated):
             if state := getattr(getattr(module, "weight", None), "quant_state", None):
                 module.quant_state = state
         offload = CPUOffloadPolicy() if train.offload else OffloadPolicy()
-        for module in [*_layers(self.plain), self.plain]:
+        for module in [*repeated_layers(self.plain), self.plain]:
             fully_shard(module, mesh=mesh, offload_policy=offload)
         for module in self.plain.modules():
             if isinstance(module, FSDPModule):
@@ -269,7 +269,7 @@ class Sharded(Replicated):
         _fill(self.pieces(), read)
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a model: the list of modules that holds the most parameters."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     return list(max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=()))

@@ -346,10 +346,10 @@ class Target:
 
     def _group(self, accumulates: bool) -> memory.Group:
         train = self.config.train
-        zero = None
+        zero = {}
         if train.engine == "deepspeed":
             zero = processes.deepspeed_settings(train)["zero_optimization"]
-        return memory.Group(self.world_size, accumulates, zero)
+        return memory.Group(self.world_size, train.engine, accumulates, zero)
 
     def window(self, budget: batching.Budget, checkpointing: bool) -> Window:
         """The heaviest micro-batch; among several, it has gradients from the start."""

@@ -19,7 +19,7 @@ TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
 VARIABLES = {
     *("CONFIG", "ARGS", "RUN", "NUM_PROCESSES", "ACCELERATE_CONFIG", "AUTO", "DEEPSPEED", "OUTPUT"),
     *("DTYPE", "PROMPT", "PORT", "OUTPUTS", "VENV_TOO", "PYTHON", "INPUT", "ROW", "IDS"),
-    *("GPU", "GIB", "MODEL", "TUNING", "SEQ", "COMPARE", "JSON"),
+    *("GPU", "GIB", "MODEL", "TUNING", "SEQ", "UNIFORM", "COMPARE", "JSON"),
 }
 
 

@@ -150,7 +150,7 @@ def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, stage):
         config = with_values(config, engine)
     launch(2, ROOT / "tests/memory_worker.py", config.model_dump_json(), str(tmp_path / "peak"))
     (rows, _) = memory_worker.WINDOW.micro_batches
-    group = memory.Group(2, accumulates=True, zero=zero)
+    group = memory.Group(2, config.train.engine, accumulates=True, zero=zero or {})
     window = Window((rows,), gradients=True)
     predicted = memory.predict(config, "fp32", window, on_gpu=False, group=group).allocated
     measured = int((tmp_path / "peak").read_text())
