@@ -216,7 +216,7 @@ class Sharded(Replicated):
         for module in self.plain.modules():  # bitsandbytes looks here once its weight is a DTensor
             if state := getattr(getattr(module, "weight", None), "quant_state", None):
                 module.quant_state = state
-        offload = CPUOffloadPolicy() if train.offload else OffloadPolicy()
+        offload = CPUOffloadPolicy(pin_memory=device != "cpu") if train.offload else OffloadPolicy()
         for module in [*repeated_layers(self.plain), self.plain]:
             fully_shard(module, mesh=mesh, offload_policy=offload)
         for module in self.plain.modules():
