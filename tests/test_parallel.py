@@ -97,16 +97,57 @@ def alone(folder) -> Path:
     return folder
 
 
+def offloaded(folder: Path, engine: str) -> list[str]:
+    """Overrides that keep state in host memory, as each engine is told to."""
+    if engine == "fsdp":
+        return [*ENGINES[engine], "train.offload=true"]
+    told = json.loads(
+        (ROOT / f"configs/deepspeed_z{3 if engine == 'zero3' else 2}.json").read_text()
+    )
+    told["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    file = folder / f"{engine}_offload.json"
+    file.write_text(json.dumps(told))
+    return ["train.engine=deepspeed", f"train.deepspeed_config={file}"]
+
+
+def cell(mode: str, engine: str, what: str, changed: list[str]) -> dict[str, Any]:
+    """Two steps, of the matrix of docs/LAUNCH.md."""
+    short = case(mode, engine, 2, steps=2, save_at=[])
+    return short | {"name": f"{mode}-{engine}-{what}", "overrides": short["overrides"] + changed}
+
+
+OFFLOADING = ("fsdp", "zero2", "zero3")
+
+
 @pytest.fixture(scope="module")
 def two(alone) -> Path:
-    """Every engine in every mode on two processes, whole, and resumed in its middle."""
+    """Every engine in every mode on two processes: whole, resumed in its middle, and two steps of
+    each cell of the matrix."""
     cases = []
     for engine in ENGINES:
         for mode in MODES:
             saved = str(alone / f"{mode}-{engine}-2" / f"checkpoint_step_{MIDDLE}")
             cases += [case(mode, engine, 2), case(mode, engine, 2, saved, save_at=[])]
+            checkpointing = ["train.gradient_checkpointing=true"]
+            cases += [cell(mode, engine, "checkpointing", checkpointing)]
+            if engine in OFFLOADING:
+                cases += [cell(mode, engine, "offload", offloaded(alone, engine))]
     run(alone, 2, cases)
     return alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "what"),
+    [*((e, "checkpointing") for e in ENGINES), *((e, "offload") for e in OFFLOADING)],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_checkpointing_and_offloading_change_no_loss(two, mode, engine, what):
+    expected = found(two, f"{mode}-ddp-1")[0]["steps"][:2]
+    for rank in found(two, f"{mode}-{engine}-{what}"):
+        for mine, theirs in zip(rank["steps"], expected, strict=True):
+            assert mine[0] == theirs[0]
+            assert float.fromhex(mine[2]) == pytest.approx(float.fromhex(theirs[2]), rel=1e-5)
 
 
 @pytest.mark.slow
