@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from sft import chat, checkpoint
+from sft import chat, checkpoint, tensors
+from sft.checkpoint import CheckpointError
 from sft.config import Config, Model, UserError, load_config
-from sft.model import DTYPES, load_base, load_tokenizer
+from sft.model import DTYPES, add_adapters, load_base, load_tokenizer
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -38,23 +38,31 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Puts the weights that `save` wrote into `model`, which has the same shape."""
-    if (folder / ADAPTER).exists():
-        from peft import set_peft_model_state_dict
-
-        found: Any = set_peft_model_state_dict(model, load_file(folder / ADAPTER))
-        missing = [key for key in found.missing_keys if "lora_" in key]
-    else:
-        state: dict[str, torch.Tensor] = {}
-        for path in sorted(folder.glob("model*.safetensors")):
-            state |= load_file(path)
-        found = model.load_state_dict(state, strict=False)
-        tied = set(getattr(model, "_tied_weights_keys", None) or [])
-        missing = [key for key in found.missing_keys if key not in tied]
+    try:
+        found, missing = _load_weights(model, folder)
+    except RuntimeError as error:  # another shape under the same name
+        raise ExportError(f"{folder} does not fit the model: {error}") from None
     if missing or found.unexpected_keys:
         raise ExportError(
             f"{folder} does not fit the model: missing {missing[:3]}, "
             f"unexpected {list(found.unexpected_keys)[:3]}"
         )
+
+
+def _load_weights(model: nn.Module, folder: Path) -> tuple[Any, list[str]]:
+    """(what PyTorch found, names that should be there and are not)."""
+    if (folder / ADAPTER).exists():
+        from peft import set_peft_model_state_dict
+
+        state = tensors.load(folder / ADAPTER, CheckpointError)
+        found: Any = set_peft_model_state_dict(model, state)
+        return found, [key for key in found.missing_keys if "lora_" in key]
+    state = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        state |= tensors.load(path, CheckpointError)
+    found = model.load_state_dict(state, strict=False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or [])
+    return found, [key for key in found.missing_keys if key not in tied]
 
 
 def run_config(run: Path, overrides: list[str] | None = None) -> Config:
@@ -79,14 +87,17 @@ def load_tuned(
     weights instead.
     """
     folder = run / "final_checkpoint"
-    tokenizer = load_tokenizer(Model(name=str(folder)))
+    own = {"name": str(folder), "revision": None, "init": "pretrained"}
+    saved = config.model.model_copy(update=own)
+    tokenizer = load_tokenizer(saved)
     mode = config.tuning.mode
     if mode == "full":
-        return load_base(Model(name=str(folder)), mode, precision, device).eval(), tokenizer
-    from peft import PeftModel
-
+        return load_base(saved, mode, precision, device).eval(), tokenizer
     base = load_base(config.model, mode if quantised else "lora", precision, device)
-    return PeftModel.from_pretrained(base, str(folder)).eval(), tokenizer
+    # By the configuration, as in training: adapter_config.json can name modules to be imported.
+    adapted = add_adapters(base, config.tuning)
+    load_weights(adapted, folder)
+    return adapted.eval(), tokenizer
 
 
 def merge(run: Path, output: Path, dtype: str) -> dict[str, Any]:
@@ -106,7 +117,9 @@ def merge(run: Path, output: Path, dtype: str) -> dict[str, Any]:
     expected = [_log_probabilities(adapted, ids) for ids in prompts]
     merged = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     save(merged.to(DTYPES[dtype]), tokenizer, output)
-    reloaded = AutoModelForCausalLM.from_pretrained(str(output), dtype=torch.float32).eval()
+    reloaded = AutoModelForCausalLM.from_pretrained(
+        str(output), dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
+    ).eval()
     found = [_log_probabilities(reloaded, ids) for ids in prompts]
     report: dict[str, Any] = {"dtype": dtype, "num_prompts": len(prompts)}
     report["against_unmerged"] = _compare(expected, found)

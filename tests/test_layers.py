@@ -18,6 +18,7 @@ LAYERS = {
     "arrays": 0,
     "batching": 0,
     "log": 0,
+    "tensors": 0,
     "trace": 0,
     "cli": 1,
     "model": 1,
