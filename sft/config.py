@@ -45,7 +45,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Texts = Annotated[list[Text], Field(min_length=1)]
 
 
@@ -260,13 +260,16 @@ RULES = [
     Rule(
         ("train.output_dir",),
         lambda path: not _is_safe_path(path),
-        "must be a plain path of printable characters, at most 200, without '..'",
+        "must name a folder: printable characters, at most 200, without '..' and '~'",
     ),
 ]
 
 
 def _is_safe_path(path: str) -> bool:
-    return path.isprintable() and len(path) <= 200 and ".." not in Path(path).parts
+    """Absolute ones are safe: whoever starts a run says where, and scratch disks are elsewhere."""
+    parts = Path(path).parts
+    is_name = path.isprintable() and len(path) <= 200 and Path(path).name.strip()
+    return bool(is_name) and ".." not in parts and not path.startswith("~")
 
 
 Origins = dict[str, str]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sft import chat, checkpoint, tensors
 from sft.checkpoint import CheckpointError
-from sft.config import Config, Model, UserError, load_config
+from sft.config import Config, UserError, load_config
 from sft.model import DTYPES, add_adapters, load_base, load_tokenizer
 
 ADAPTER = "adapter_model.safetensors"

@@ -129,7 +129,7 @@ def load_base(
                 quantise(model, compute)
             return model
         _check_files(Path(config.name))
-        model, told = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.name,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
@@ -141,6 +141,7 @@ def load_base(
             device_map={"": device},
             output_loading_info=True,
         )
+    model, told = loaded
     if missing := sorted(told["missing_keys"]):  # which transformers makes up, with a warning
         raise ModelError(
             f"model.name: the weight files of {config.name!r} lack {len(missing)} tensors, such as "
