@@ -313,7 +313,7 @@ def _bounded(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Iterator
         yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # a template may divide by zero, recurse ...
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
             f"the chat template refuses the roles {roles}: {error}; change the row to what the "

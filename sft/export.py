@@ -75,7 +75,9 @@ def run_config(run: Path, overrides: list[str] | None = None) -> Config:
         )
     if reason := checkpoint.fault(run / "final_checkpoint"):
         raise ExportError(f"{run / 'final_checkpoint'} cannot be trusted: {reason}")
-    return load_config(run / "config.yaml", overrides)
+    # A folder that came from elsewhere must not grant itself the right to run code.
+    untrusting = ["model.trust_remote_code=false", *(overrides or [])]
+    return load_config(run / "config.yaml", untrusting)
 
 
 def load_tuned(
@@ -100,7 +102,9 @@ def load_tuned(
     return adapted.eval(), tokenizer
 
 
-def merge(run: Path, output: Path, dtype: str) -> dict[str, Any]:
+def merge(
+    run: Path, output: Path, dtype: str, overrides: list[str] | None = None
+) -> dict[str, Any]:
     """Merges the adapter of `run` into its original base, saves it, reloads it, compares the two.
 
     The report has, over held-out prompts: KL divergence (nats per token) of the reloaded merged
@@ -108,7 +112,7 @@ def merge(run: Path, output: Path, dtype: str) -> dict[str, Any]:
     same two against the model as trained (for QLoRA the difference is the quantisation of the
     base). Raises ExportError when the merged model does not agree with the unmerged one.
     """
-    config = run_config(run)
+    config = run_config(run, overrides)
     if config.tuning.mode == "full":
         raise ExportError(f"{run}: full fine-tuning has no adapter; final_checkpoint/ is the model")
     cpu = torch.device("cpu")

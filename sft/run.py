@@ -31,7 +31,7 @@ from sft import (
     prepare,
 )
 from sft.batching import Budget, MicroBatch
-from sft.config import Config, UserError, dump_config, with_values
+from sft.config import Config, UserError, dump_config, redacted, with_values
 from sft.engine import Engine, Preempted, memory_bytes
 from sft.log import Log, duration, facts
 from sft.model import build, dtype_table
@@ -209,9 +209,9 @@ def evaluate_run(folder: Path, overrides: list[str]) -> None:
     end_processes(accelerator)
 
 
-def speaker(folder: Path) -> Callable[[str], str]:
+def speaker(folder: Path, overrides: list[str] | None = None) -> Callable[[str], str]:
     """A function that answers a question as the tuned model of the run in `folder`, greedily."""
-    config = any_launch(export.run_config(folder))
+    config = any_launch(export.run_config(folder, overrides))
     accelerator = start_processes(config.train)
     precision, _ = resolve_precision(config.train)
     model, tokenizer = export.load_tuned(folder, config, precision, accelerator.device)
@@ -335,7 +335,8 @@ class _Status:
 
     def write(self, state: str, exit_code: int | None = None, reason: str | None = None) -> None:
         if self.folder and self.folder.is_dir():
-            values = {"state": state, "exit_code": exit_code, "reason": reason}
+            told = reason and redacted(reason)
+            values = {"state": state, "exit_code": exit_code, "reason": told}
             _write_json(self.folder / self.NAME, values)
 
 
