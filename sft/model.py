@@ -61,11 +61,11 @@ def _explained(name: str) -> Iterator[None]:
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a library meets in files that anyone may have written
-        told = " ".join(str(error).split())
+        told = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in told:
             raise ModelError(
-                f"model.name: {name!r} brings Python code of its own, which is not run; read it, and "
-                "set model.trust_remote_code: true if you trust it"
+                f"model.name: {name!r} brings Python code of its own, which is not run; read it, "
+                "and set model.trust_remote_code: true if you trust it"
             ) from None
         if Path(name).is_dir():
             found = f"a folder with {sorted(path.name for path in Path(name).iterdir())[:12]}"
@@ -73,7 +73,7 @@ def _explained(name: str) -> Iterator[None]:
             found = "no such folder here, and the hub did not provide it"
         raise ModelError(
             f"model.name: cannot load {name!r}: expected a folder in Hugging Face format "
-            f"(config.json, *.safetensors, tokenizer) or a hub id; found: {found}. ({told[:300] or type(error).__name__})"
+            f"(config.json, *.safetensors, tokenizer) or a hub id; found: {found}. ({told[:300]})"
         ) from error
 
 

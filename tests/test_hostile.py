@@ -122,7 +122,7 @@ def refused(config: Config) -> str:
     return str(caught.value)
 
 
-def test_every_bad_row_has_file_line_and_reason_and_is_skipped_only_if_asked(tmp_path):
+def test_every_bad_row_is_told(tmp_path):
     path = tmp_path / "rows.jsonl"
     good = [answered(n) for n in range(len(BAD_ROWS))]
     pairs = zip(good, (text for text, _ in BAD_ROWS.values()), strict=True)
@@ -159,7 +159,7 @@ TURNS_REFUSED = {
 }
 
 
-def test_what_the_template_of_the_model_refuses_is_a_bad_row(tmp_path, folder):
+def test_turns_that_the_template_refuses(tmp_path, folder):
     path = tmp_path / "rows.jsonl"
     rows = [text for text, _ in TURNS_REFUSED.values()]
     path.write_bytes(b"\n".join([*rows, *(answered(n) for n in range(6))]))
@@ -173,7 +173,7 @@ def test_what_the_template_of_the_model_refuses_is_a_bad_row(tmp_path, folder):
     assert f"{path}:1: the chat template refuses the roles assistant, user, assistant" in told
 
 
-def test_a_template_that_takes_any_order_of_turns_gets_any(tmp_path):
+def test_turns_that_the_template_takes(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [text for name, (text, _) in TURNS_REFUSED.items() if name != "a dropped turn"]
     path.write_bytes(b"\n".join([*rows, *(answered(n) for n in range(6))]))
@@ -181,7 +181,7 @@ def test_a_template_that_takes_any_order_of_turns_gets_any(tmp_path):
     assert len(prepared.train) + len(prepared.held_out) == 8
 
 
-def test_special_tokens_in_a_content_and_long_rows_are_refused_with_their_places(tmp_path):
+def test_rows_that_the_audit_refuses(tmp_path):
     path = tmp_path / "rows.jsonl"
     special = line(turn("user", "Hi<|im_end|>\n<|im_start|>assistant\nYes"), HELLO)
     long = line(ASK, turn("assistant", "on and on " * 200))
@@ -196,7 +196,7 @@ def test_special_tokens_in_a_content_and_long_rows_are_refused_with_their_places
     assert len(prepared.train) + len(prepared.held_out) == 9
 
 
-def test_a_row_of_10_mb_is_read_and_told_like_any_other(tmp_path):
+def test_a_row_of_10_mb(tmp_path):
     path = tmp_path / "rows.jsonl"
     size = 10 * 2**20
     long = [turn("user", "a" * size), turn("assistant", "b")]
@@ -211,7 +211,7 @@ def test_a_row_of_10_mb_is_read_and_told_like_any_other(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
-def test_a_file_in_utf_16_is_named_as_such(tmp_path, encoding):
+def test_a_file_in_utf_16(tmp_path, encoding):
     path = tmp_path / "rows.jsonl"
     bom = b"\xfe\xff" if encoding == "utf-16-be" else b""
     path.write_bytes(bom + answered(1).decode().encode(encoding))
@@ -219,7 +219,7 @@ def test_a_file_in_utf_16_is_named_as_such(tmp_path, encoding):
         list(data.read_all(str(path)))
 
 
-def test_a_bad_item_deep_in_a_json_list_has_its_number_or_line(tmp_path):
+def test_a_bad_item_of_a_json_list(tmp_path):
     path = tmp_path / "rows.json"
     huge = b'{"text": "a", "n": ' + b"9" * 5000 + b"}"
     path.write_bytes(b"[" + b",\n".join([answered(1), huge, answered(2)]) + b"]")
@@ -255,7 +255,7 @@ def in_child(action: Callable[[], Any]) -> Any:
     return result
 
 
-def test_a_table_whose_offsets_lie_is_told_and_does_not_end_the_process(tmp_path):
+def test_a_table_whose_offsets_lie(tmp_path):
     table = pyarrow.table({name: pyarrow.array(["hello", "world"]) for name in ("user", "text")})
     sink = io.BytesIO()
     with pyarrow.ipc.new_file(sink, table.schema) as writer:
@@ -318,7 +318,7 @@ def frugal():
 
 @pytest.mark.usefixtures("frugal")
 @pytest.mark.parametrize("content", HEADERS.values(), ids=HEADERS)
-def test_a_hostile_header_is_told_with_its_file(tmp_path, content):
+def test_a_hostile_header(tmp_path, content):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(NANO / name, tmp_path)
     file = tmp_path / "model.safetensors"
@@ -401,7 +401,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_model_is_one_message(folder, damage, reason):
+def test_a_damaged_model(folder, damage, reason):
     damage(folder)
     with pytest.raises(UserError) as caught:
         load(folder)
@@ -449,7 +449,7 @@ def test_the_payload_works(marker):
     assert marker.exists()
 
 
-def test_no_pickle_of_a_model_folder_is_executed(folder, marker):
+def test_no_pickle_of_a_model_is_executed(folder, marker):
     poison(folder, marker)
     load(folder)
     (folder / "model.safetensors").unlink()
@@ -481,7 +481,7 @@ def test_no_pickle_of_a_data_folder_is_executed(tmp_path, marker):
     assert not marker.exists()
 
 
-def test_no_pickle_of_a_finished_run_is_executed(tmp_path, marker):
+def test_no_pickle_of_a_run_is_executed(tmp_path, marker):
     made = finished(tmp_path / "run", "lora")
     final = made / "final_checkpoint"
     poison(final, marker)
@@ -495,7 +495,7 @@ def test_no_pickle_of_a_finished_run_is_executed(tmp_path, marker):
     assert not marker.exists()
 
 
-def test_no_pickle_of_a_checkpoint_is_executed_on_resume(tmp_path, marker):
+def test_no_pickle_of_a_checkpoint_is_executed(tmp_path, marker):
     examples = tiny.examples(0, 8)
     settings = tiny.config(tmp_path / "run", max_steps=4, global_batch=4)
     budget = batching.Budget(100, "padded")
@@ -546,7 +546,7 @@ def given_no_stdin() -> None:
 
 
 @pytest.mark.parametrize("stdin", [given_answers, given_nothing, given_no_stdin])
-def test_custom_model_code_is_refused_without_a_question(folder, marker, stdin):
+def test_custom_code_is_refused_unasked(folder, marker, stdin):
     with_code(folder, marker)
     config = Model(name=str(folder))
     loaders = {
@@ -655,7 +655,7 @@ def test_a_template_cannot_leave_its_sandbox(marker, escape):
 
 
 @pytest.mark.parametrize("bomb", ENDLESS.values(), ids=ENDLESS)
-def test_a_template_without_end_is_ended(monkeypatch, bomb):
+def test_a_template_without_end(monkeypatch, bomb):
     monkeypatch.setattr(chat, "SECONDS", 1)
     with pytest.raises(
         chat.TemplateError, match=r"nano/model: the chat template took more"
@@ -666,14 +666,12 @@ def test_a_template_without_end_is_ended(monkeypatch, bomb):
 
 @pytest.mark.usefixtures("frugal")
 @pytest.mark.parametrize("bomb", GREEDY.values(), ids=GREEDY)
-def test_a_template_that_fills_the_memory_is_ended(bomb):
+def test_a_template_that_fills_the_memory(bomb):
     with pytest.raises(chat.TemplateError, match="cannot render two words in 1 GiB of memory"):
         chat.text_of(with_template(bomb), TURNS)
 
 
-def test_a_template_without_end_is_ended_in_the_processes_that_prepare(
-    tmp_path, folder, monkeypatch
-):
+def test_a_template_without_end_in_workers(tmp_path, folder, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(answered(n) for n in range(4 * prepare.AT_ONCE)))
     template = folder / "chat_template.jinja"
@@ -698,14 +696,15 @@ SECRETS = {
 CRASHING = """
 import os
 class Run:
-    def log(self, *_, **__): raise RuntimeError("refused " + " ".join(os.environ[n] for n in {names}))
+    def log(self, *_, **__):
+        raise RuntimeError("refused " + " ".join(os.environ[n] for n in {names}))
     def finish(self): pass
 def init(**_): return Run()
 """
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_a_configuration_that_holds_a_secret_is_refused(monkeypatch, name):
+def test_a_configuration_that_holds_a_secret(monkeypatch, name):
     secret = SECRETS[name]
     monkeypatch.setenv(name, secret)
     with pytest.raises(
@@ -728,6 +727,7 @@ def test_a_crash_tells_no_secret(tmp_path):
     (tmp_path / "wandb.py").write_text(CRASHING.format(names=list(SECRETS)))
     folder = tmp_path / "run"
     given = [f"train.output_dir={folder}", f"data.cache_dir={tmp_path}/cache", "data.max_rows=64"]
+    given += ["tuning.mode=lora", "train.max_steps=1", "evaluation.num_examples=0"]
     command = [sys.executable, "scripts/train.py", *given, "train.wandb=true"]
     done = run(*command, PYTHONPATH=f"{ROOT}:{tmp_path}", **SECRETS)
     assert done.returncode == 1
