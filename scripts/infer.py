@@ -13,14 +13,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
     from sft import run
+    from sft.log import visible
 
     answer = run.speaker(args.run, args.overrides)
     if args.prompt is not None:
-        print(answer(args.prompt))
+        print(visible(answer(args.prompt)))
         return
     print(f"{args.run}: one question a line; an empty line ends")
     while question := _ask():
-        print(answer(question))
+        print(visible(answer(question)))
 
 
 def _ask() -> str:

@@ -42,6 +42,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft.config import UserError
 from sft.data import DataError, Messages, Row
+from sft.log import visible
 
 IGNORED = -100
 SECONDS = 20  # of CPU time that rendering one conversation may take; usual are 0.001
@@ -246,7 +247,7 @@ def coloured(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
         lambda pair: _style(pair[0] in added, pair[1] != IGNORED),
     ):
         end = done + len(list(run))
-        result.append(decoded(tokenizer, example.ids, done, end), style)
+        result.append(visible(decoded(tokenizer, example.ids, done, end)), style)
         done = end
     return result
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,11 @@ def make_console(file: IO[str] | None = None) -> Console:
     if not console.is_terminal or console.width > WIDTH:
         console.width = WIDTH
     return console
+
+
+def visible(text: str) -> str:
+    """Text from data or a model for a terminal, which would obey its control characters."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", lambda m: repr(m[0])[1:-1], text)
 
 
 def facts(title: str, rows: Sequence[tuple[str, str | Text]]) -> Table:

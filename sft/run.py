@@ -33,7 +33,7 @@ from sft import (
 from sft.batching import Budget, MicroBatch
 from sft.config import Config, UserError, dump_config, redacted, with_values
 from sft.engine import Engine, Preempted, memory_bytes
-from sft.log import Log, duration, facts
+from sft.log import Log, duration, facts, visible
 from sft.model import build, dtype_table
 from sft.processes import (
     any_launch,
@@ -387,7 +387,7 @@ def _answers_table(results: dict[str, Any], num_shown: int) -> Table:
 
 
 def _short(text: str, most: int = 300) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return visible(text if len(text) <= most else text[: most - 1] + "…")
 
 
 def _closing(

@@ -231,6 +231,14 @@ def test_a_bad_item_of_a_json_list(tmp_path):
         list(data.read_all(str(path)))
 
 
+def test_text_of_a_row_does_not_steer_the_terminal():
+    tokenizer = model.load_tokenizer(Model(name=str(NANO)))
+    text = "a\x1b]0;title\x07\tb\n c\x9b2J d\r"
+    example = chat.render(tokenizer, [turn("user", text), HELLO])
+    shown = chat.coloured(tokenizer, example).plain
+    assert "a\\x1b]0;title\\x07\tb\n c\\x9b2J d\\r" in shown
+
+
 def in_child(action: Callable[[], Any]) -> Any:
     """What `action` returns, or the exception that it raises, in a forked process; -11 and the like
     if that was killed."""
