@@ -123,6 +123,8 @@ def _sources(text: str, entry: int) -> list[Source]:
     if path.is_dir():
         return [Source(str(file), entry) for file in _files_in(path)]
     if path.exists():
+        if not path.is_file():  # a pipe, whose rows could be read only once
+            raise _unreadable(text, "no regular file")
         return [Source(text, entry)]
     if glob.has_magic(text):
         files = sorted(name for name in glob.glob(text, recursive=True) if Path(name).is_file())

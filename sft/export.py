@@ -115,6 +115,8 @@ def merge(
     config = run_config(run, overrides)
     if config.tuning.mode == "full":
         raise ExportError(f"{run}: full fine-tuning has no adapter; final_checkpoint/ is the model")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ExportError(f"{output} exists already; remove it, or give another OUTPUT")
     cpu = torch.device("cpu")
     adapted, tokenizer = load_tuned(run, config, "fp32", cpu, quantised=False)
     prompts = _pinned_prompts(run, tokenizer)
@@ -148,10 +150,13 @@ def _pinned_prompts(
 ) -> list[list[int]]:
     """Held-out prompts with their answers, from what the run's evaluation stored."""
     path = run / "evaluation" / "predictions.jsonl"
-    rows = (
-        [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    )
-    texts = [(row["prompt"], row["reference"]) for row in rows[:most]]
+    texts = []
+    if path.exists():
+        try:
+            rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            texts = [(row["prompt"], row["reference"]) for row in rows[:most]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ExportError(f"{path} cannot be read ({error!r}); remove it") from None
     texts = texts or [("Hello", "Hello"), ("What is this?", "A test.")]
     turns = [
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]

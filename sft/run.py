@@ -308,7 +308,10 @@ def _write_evaluation(folder: Path, base: dict[str, Any], tuned: dict[str, Any])
 
 
 def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    """Whole or not at all: a run that is killed while it writes must still be resumable."""
+    staged = path.with_name(path.name + ".tmp")
+    staged.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    staged.replace(path)
 
 
 def _wandb(config: Config) -> Any:

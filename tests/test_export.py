@@ -112,6 +112,21 @@ def test_a_damaged_adapter_is_not_loaded(tmp_path):
         export.run_config(folder)
 
 
+def test_what_stands_in_the_way_of_a_merge_is_told(run, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged/model-00001-of-00009.safetensors").touch()
+    with pytest.raises(export.ExportError, match="merged exists already; remove it"):
+        export.merge(run, tmp_path / "merged", "fp32")
+    answers = run / "evaluation/predictions.jsonl"
+    answers.parent.mkdir()
+    for text in ('{"prompt": "Hi"}\n', '{"prompt": "Hi", "refer'):
+        answers.write_text(text)
+        with pytest.raises(export.ExportError, match=r"predictions\.jsonl cannot be read"):
+            export.merge(run, tmp_path / "other", "fp32")
+    answers.unlink()
+    answers.parent.rmdir()
+
+
 def test_full_fine_tuning_has_nothing_to_merge(tmp_path):
     config = with_values(
         load_config(ROOT / "configs/nano.yaml"),

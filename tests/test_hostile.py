@@ -231,6 +231,12 @@ def test_a_bad_item_of_a_json_list(tmp_path):
         list(data.read_all(str(path)))
 
 
+def test_a_pipe_is_no_file_of_rows(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="found: no regular file"):
+        data.sources(str(tmp_path / "rows.jsonl"))
+
+
 def test_text_of_a_row_does_not_steer_the_terminal():
     tokenizer = model.load_tokenizer(Model(name=str(NANO)))
     text = "a\x1b]0;title\x07\tb\n c\x9b2J d\r"
