@@ -98,10 +98,10 @@ evaluate: $(READY) ## Held-out loss and exact match of a finished run [RUN=outpu
 	@$(BIN)/python scripts/evaluate.py --run $(RUN) $(ARGS)
 
 infer: $(READY) ## Talk to a finished run [RUN=outputs/nano] [PROMPT="one question"]
-	@$(BIN)/python scripts/infer.py --run $(RUN) $(if $(PROMPT),--prompt "$(PROMPT)")
+	@$(BIN)/python scripts/infer.py --run $(RUN) $(if $(PROMPT),--prompt "$(PROMPT)") $(ARGS)
 
 merge: $(READY) ## Merge the adapter of RUN into its base, and prove it [OUTPUT=folder] [DTYPE=bf16]
-	@$(BIN)/python scripts/merge.py --run $(RUN) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(DTYPE),--dtype $(DTYPE))
+	@$(BIN)/python scripts/merge.py --run $(RUN) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
 
 ##@ Develop
 nano: $(READY) ## Remake the embedded base model and its task from nothing (about 35 minutes)

@@ -12,11 +12,12 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("outputs/nano"), help="folder of the run")
     parser.add_argument("--output", type=Path, help="default: <run>/merged")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
     from sft import export
 
     output = args.output or args.run / "merged"
-    report = export.merge(args.run, output, args.dtype)
+    report = export.merge(args.run, output, args.dtype, args.overrides)
     print(json.dumps(report, indent=2))
     print(f"merged model, same as the adapter on its base: {output}")
 

@@ -22,23 +22,31 @@ template writes.
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
+import signal
+import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal
 
-from jinja2 import TemplateError
+import psutil
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft.config import UserError
 from sft.data import DataError, Messages, Row
+from sft.log import visible
 
 IGNORED = -100
+SECONDS = 20  # of CPU time that rendering one conversation may take; usual are 0.001
+BYTES = 2**30  # of memory that rendering a conversation of two words may take
 Span = tuple[int, int]  # characters, end excluded
 
 # For tokenizers without a template: plain words, which any vocabulary can write. The newline behind
@@ -77,6 +85,10 @@ class Example:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
+class TemplateError(UserError):
+    """The chat template is no template, or does not come to an end."""
+
+
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Gives it the default template and a pad token where it has none; raises if it has no eos.
 
@@ -91,6 +103,14 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = DEFAULT_TEMPLATE
+    found = tokenizer.chat_template
+    found = found.get("default") if isinstance(found, dict) else found
+    if not isinstance(found, str):
+        raise TemplateError(
+            f"{tokenizer.name_or_path}: expected one chat template, or several of which one is "
+            "called default; give it a chat_template.jinja"
+        )
+    _try_out(tokenizer, found)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -227,7 +247,7 @@ def coloured(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
         lambda pair: _style(pair[0] in added, pair[1] != IGNORED),
     ):
         end = done + len(list(run))
-        result.append(decoded(tokenizer, example.ids, done, end), style)
+        result.append(visible(decoded(tokenizer, example.ids, done, end)), style)
         done = end
     return result
 
@@ -259,21 +279,93 @@ def text_of(
 ) -> str:
     if not messages:
         raise DataError("the conversation begins with the assistant; give it a user turn first")
-    try:
+    _try_out(tokenizer, tokenizer.get_chat_template())
+    return _rendered(tokenizer, messages, tools, add_generation_prompt)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, add_prompt: bool
+) -> str:
+    with _bounded(tokenizer, messages):
         return str(
             tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+                messages, tools=tools, tokenize=False, add_generation_prompt=add_prompt
             )
         )
-    except (TemplateError, TypeError) as error:
+
+
+@contextmanager
+def _bounded(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Iterator[None]:
+    """For whatever a template does in its sandbox: its errors are told as those of the row, and
+    after SECONDS it is ended.
+
+    The time is CPU time, so a machine that is busy or asleep does not count. The signal reaches the
+    main thread only, and there not the inside of one long operation (see `_try_out`).
+    """
+
+    def end(*_: object) -> None:
+        raise TemplateError(_endless(tokenizer))
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        before = signal.signal(signal.SIGPROF, end)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  # a template may divide by zero, recurse ...
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
             f"the chat template refuses the roles {roles}: {error}; change the row to what the "
             "model's template expects"
         ) from None
+    finally:
+        if is_main:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, before)
+
+
+@lru_cache(maxsize=64)
+def _try_out(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Renders two words in a process of its own first, which the system ends if it takes too much:
+    `9**(9**9)` is one operation, and no signal handler ends it. Raises TemplateError.
+    """
+    del template  # only in the key: an edited one is tried again
+    child = os.fork()
+    if not child:
+        code = 0
+        try:
+            limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: SECONDS + 1}
+            limits[resource.RLIMIT_AS] = psutil.Process().memory_info().vms + BYTES
+            for limit, most in limits.items():
+                with suppress(ValueError, OSError):  # a smaller one holds already
+                    resource.setrlimit(limit, (most, most))
+            words = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+            _rendered(tokenizer, words, None, add_prompt=False)
+        except DataError:
+            pass  # which rows it does not suit, is told with the rows
+        except TemplateError:
+            code = 1
+        except BaseException:  # noqa: BLE001  # most likely for want of memory
+            code = 2
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code in (1, -signal.SIGXCPU, -signal.SIGKILL):
+        raise TemplateError(_endless(tokenizer))
+    if code:
+        raise TemplateError(
+            f"{tokenizer.name_or_path}: the chat template cannot render two words in "
+            f"{BYTES / 2**30:g} GiB of memory; use one that is not made to fill it"
+        )
+
+
+def _endless(tokenizer: PreTrainedTokenizerBase) -> str:
+    return (
+        f"{tokenizer.name_or_path}: the chat template took more than {SECONDS} s for one "
+        "conversation, so it was ended; use a template without endless loops"
+    )
 
 
 def _prompt_text(
@@ -351,13 +443,14 @@ def _marked_spans(
 ) -> list[Span | None]:
     """The `{% generation %}` blocks, without blanks behind the end of turn; verified."""
     names: dict[str, Any] = dict(tokenizer.special_tokens_map)
-    rendered: Any = render_jinja_template(
-        conversations=[messages],
-        tools=tools,
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        **names,
-    )
+    with _bounded(tokenizer, messages):
+        rendered: Any = render_jinja_template(
+            conversations=[messages],
+            tools=tools,
+            chat_template=tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **names,
+        )
     (text,), (blocks,) = rendered
     turns = [m for m in messages if m["role"] == "assistant"]
     if len(blocks) != len(turns):

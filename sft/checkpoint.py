@@ -25,6 +25,7 @@ from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from sft import tensors
 from sft.config import UserError
 from sft.parallel import Piece
 
@@ -128,6 +129,11 @@ def fault(folder: Path, *, digests: bool = True) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
             if digests and sha256(path) != expected["sha256"]:
                 return f"{name} is damaged: its sha256 is not the one in {MANIFEST}"
+        added = {str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")} - set(
+            files
+        )
+        if added:
+            return f"{min(added)} is not in {MANIFEST}"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -208,6 +214,8 @@ class OptimizerState:
             str, dict[str, list[tuple[int, Any]]]
         ] = {}  # parameter: key: (start, file)
         for path in sorted(self.folder.glob("optimizer-*.safetensors")):
+            if reason := tensors.fault(path):
+                raise CheckpointError(f"{path} cannot be loaded: {reason}")
             file = self.files.enter_context(safe_open(path, "pt"))
             for tensor, start in json.loads(file.metadata()["starts"]).items():
                 key, name = tensor.split(":", 1)

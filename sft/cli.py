@@ -6,11 +6,13 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
+from types import TracebackType
 from typing import NoReturn
 
-from sft.config import Config, UserError, load_config
+from sft.config import Config, UserError, load_config, redacted
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells report
 
@@ -38,9 +40,18 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|peft")
 
 
+def _tell_crash(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A traceback as usual, without secrets: what a cluster shows on a console, it also keeps."""
+    told = "".join(traceback.format_exception(kind, error, trace))
+    print(redacted(told), file=sys.stderr, end="")
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's main and exits: a UserError is one message and its exit code."""
     quiet_libraries()
+    sys.excepthook = _tell_crash
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         # Segments that grow leave less of a GPU's memory unusable; the plan counts on it.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -48,7 +59,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(main() or 0)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # raised on all ranks, told by one a node
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {redacted(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import io
 import math
+import os
 import re
 import typing
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Texts = Annotated[list[Text], Field(min_length=1)]
 
 
@@ -267,13 +268,30 @@ RULES = [
     Rule(
         ("train.output_dir",),
         lambda path: not _is_safe_path(path),
-        "must be a plain path of printable characters, at most 200, without '..'",
+        "must name a folder: printable characters, at most 200, without '..' and '~'",
     ),
 ]
 
 
 def _is_safe_path(path: str) -> bool:
-    return path.isprintable() and len(path) <= 200 and ".." not in Path(path).parts
+    """Absolute ones are safe: whoever starts a run says where, and scratch disks are elsewhere."""
+    parts = Path(path).parts
+    is_name = path.isprintable() and len(path) <= 200 and Path(path).name.strip()
+    return bool(is_name) and ".." not in parts and not path.startswith("~")
+
+
+# --- secrets -----------------------------------------------------------------------------------
+
+SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY(_ID)?)$")  # HF_TOKEN, AWS_* ...
+
+
+def redacted(text: str) -> str:
+    """The text with `<HF_TOKEN>` in place of that variable's value, and of every other secret in
+    the environment: for whatever is written to a file or told to a console that may be kept."""
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8:
+            text = text.replace(value, f"<{name}>")
+    return text
 
 
 Origins = dict[str, str]
@@ -370,7 +388,8 @@ def _scalar(node: ScalarNode) -> Any:
     try:
         if kind == "int":
             prefixed = re.fullmatch(r"[-+]?0[xo][0-9a-fA-F]{1,16}", text)
-            return int(text, 0) if prefixed else int(text)
+            number = int(text, 0) if prefixed else int(text)
+            return number if abs(number) < 2**63 else text  # no library takes a larger one
         if kind == "float":
             return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
     except ValueError:
@@ -480,6 +499,13 @@ def _validate(tree: Any, origins: Origins) -> tuple[Config | None, list[str]]:
         if sound and rule.broken(*(values[path] for path in rule.paths)):
             path = rule.paths[0]
             problems.setdefault(path, f"{path}{_where(path, origins)}: {rule.message}")
+            config = None
+    for path, value in values.items():
+        if redacted(str(value)) != str(value):
+            problems[path] = (
+                f"{path}{_where(path, origins)}: holds the secret {redacted(str(value))}, which "
+                "would be written into the run folder; libraries read it from the environment"
+            )
             config = None
     return config, list(problems.values())
 

@@ -123,6 +123,8 @@ def _sources(text: str, entry: int) -> list[Source]:
     if path.is_dir():
         return [Source(str(file), entry) for file in _files_in(path)]
     if path.exists():
+        if not path.is_file():  # a pipe, whose rows could be read only once
+            raise _unreadable(text, "no regular file")
         return [Source(text, entry)]
     if glob.has_magic(text):
         files = sorted(name for name in glob.glob(text, recursive=True) if Path(name).is_file())
@@ -338,6 +340,8 @@ Reader = Callable[[str, io.BufferedReader], Iterator[Found]]
 def _reader(path: str, format: str) -> Reader:
     with _open(path) as file:
         head = file.read(4096)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise _unreadable(path, "UTF-16 text; save it as UTF-8")
     start, suffix = head.removeprefix(codecs.BOM_UTF8).lstrip(), _suffix(Path(path))
     if head.startswith(b"PAR1"):
         return _parquet_rows
@@ -416,12 +420,18 @@ def _parse(text: bytes) -> Any:
 
 def _list_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
     """The items of a JSON list, each parsed apart, so that a bad one is told like a bad line is."""
+    content = file.read()
+    decoder = json.JSONDecoder(parse_int=len)  # how large a number may be, the item's parser judges
     try:
-        text = file.read().decode("utf-8-sig")
-        json.loads(text)
+        text = content.decode("utf-8-sig")
+        decoder.decode(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: the list cannot be read: {reason_of(error)}") from None
-    between, decoder = re.compile(r"[\s,]*"), json.JSONDecoder()
+        where = path
+        if isinstance(error, UnicodeDecodeError):
+            number = content.count(b"\n", 0, error.start) + 1
+            where = f"{path}:{number}"
+        raise DataError(f"{where}: the list cannot be read: {reason_of(error)}") from None
+    between = re.compile(r"[\s,]*")
     index, at = 0, text.index("[") + 1
     while (found := between.match(text, at)) and text[at := found.end()] != "]":
         index, start = index + 1, at
@@ -511,18 +521,18 @@ def _text_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
 
 
 def _parquet_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
     try:
         whole = parquet.ParquetFile(_mapped(path, file))
         yield from _table_rows(whole.iter_batches(batch_size=256))
-    except ArrowInvalid as error:
+    except ArrowException as error:
         raise _broken(path, error) from None
 
 
 def _arrow_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
     """A file that `datasets.save_to_disk` or Arrow itself wrote."""
-    from pyarrow import ArrowInvalid, ipc
+    from pyarrow import ArrowException, ipc
 
     try:
         mapped = _mapped(path, file)
@@ -533,7 +543,7 @@ def _arrow_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
         else:
             mapped.seek(0)
             yield from _table_rows(ipc.open_stream(mapped))
-    except ArrowInvalid as error:
+    except ArrowException as error:
         raise _broken(path, error) from None
 
 
@@ -549,6 +559,7 @@ def _mapped(path: str, file: io.BufferedReader) -> Any:
 def _table_rows(batches: Iterable[Any]) -> Iterator[Found]:
     line = 0
     for batch in batches:
+        _check_batch(batch)
         for start in range(0, batch.num_rows, 256):
             part = batch.slice(start, 256)
             rows = _tried(part.to_pylist)
@@ -557,6 +568,16 @@ def _table_rows(batches: Iterable[Any]) -> Iterator[Found]:
             for row in rows:
                 line += 1
                 yield Found(line, _without_nulls(row) if isinstance(row, dict) else row, row)
+
+
+def _check_batch(batch: Any) -> None:
+    """Raises ArrowInvalid for offsets that point outside their buffers: reading them would end the
+    process. Text that is not UTF-8 is left to the rows."""
+    try:
+        batch.validate(full=True)
+    except ValueError as error:
+        if "UTF8" not in str(error):
+            raise
 
 
 def _row_of_table(batch: Any, index: int) -> Any:

@@ -58,7 +58,7 @@ class Task(Protocol):
         """
 
     def read(self, folder: Path) -> Iterable[tuple[str, torch.Tensor]]:
-        """The weights that `save` wrote, by their name in `model`."""
+        """All trained weights that `save` wrote, by their name in `model`; or CheckpointError."""
 
     def identity(self) -> dict[str, str]:
         """What must not change between a checkpoint and the run that resumes it."""
@@ -127,7 +127,14 @@ def read_state(checkpoint_folder: Path, now: dict[str, str]) -> dict[str, Any]:
             "resume from a checkpoint_step_<n> folder"
         )
     state = json.loads(path.read_text("utf-8"))
-    then = state["identity"]
+    try:
+        sound = min(state["step"] + 0, state["optimizer_updates"] + 0, state["world_size"] - 1) >= 0
+        then = dict(state["identity"])
+        dict(state["settings"])
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise checkpoint.CheckpointError(f"{path} is not what a run writes")
     if changed := [key for key in now if then.get(key) != now[key]]:
         error = AnotherRunError(
             f"{checkpoint_folder} belongs to another run; resuming would not continue it:\n  "
@@ -337,14 +344,8 @@ class Engine:
     def resume(self, folder: Path) -> None:
         """Continues from a verified checkpoint folder, of any engine and number of processes."""
         state = read_state(folder, identity(self.train, self.task.identity()))
-        missing = set(self.parallel.names)
         for name, value in self.task.read(folder):
             self.parallel.put(name, value)
-            missing.discard(name)
-        if missing:
-            raise checkpoint.CheckpointError(
-                f"{folder} does not fit the model: it lacks {', '.join(sorted(missing)[:3])}"
-            )
         with checkpoint.OptimizerState(folder) as saved:
             self.parallel.restore(state["optimizer_updates"], saved.read)
         self.step = state["step"]

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from sft import chat, checkpoint
-from sft.config import Config, Model, UserError, load_config
-from sft.model import DTYPES, load_base, load_tokenizer
+from sft import chat, checkpoint, tensors
+from sft.checkpoint import CheckpointError
+from sft.config import Config, UserError, load_config
+from sft.model import DTYPES, add_adapters, load_base, load_tokenizer
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -46,15 +47,38 @@ def save(
 
 
 def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights that `save` wrote for `model`, by their name in it, one at a time."""
-    known = {name: name for name, _ in model.named_parameters()}
+    """The weights that `save` wrote for `model`, by their name in it, one at a time.
+
+    Raises CheckpointError if one that is trained is missing or has another shape.
+    """
+    known = dict(model.named_parameters())
+    missing = {name for name, p in known.items() if p.requires_grad}
+    names = {name: name for name in known}
     if (folder / ADAPTER).exists():  # PEFT leaves the adapter's name out
-        known = {name.replace(".default", ""): name for name in known if "lora_" in name}
+        names = {name.replace(".default", ""): name for name in known if "lora_" in name}
     for path in sorted(folder.glob("*model*.safetensors")):
+        if reason := tensors.fault(path):
+            raise CheckpointError(f"{path} cannot be loaded: {reason}")
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  # no mapping
-                if name in known:
-                    yield known[name], file.get_tensor(name)
+            for saved in names.keys() & set(file.keys()):
+                name, value = names[saved], file.get_tensor(saved)
+                shape = getattr(known[name], "ds_shape", known[name].shape)  # ZeRO-3's are split
+                if value.shape != shape:
+                    raise CheckpointError(
+                        f"{path} does not fit the model: {saved} is {list(value.shape)}, expected "
+                        f"{list(shape)}"
+                    )
+                missing.discard(name)
+                yield name, value
+    if missing:
+        raise CheckpointError(f"{folder} does not fit the model: it lacks {min(missing)}")
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Puts the weights that `save` wrote into `model`."""
+    parameters = dict(model.named_parameters())
+    for name, value in read_weights(model, folder):
+        parameters[name].data.copy_(value)
 
 
 def run_config(run: Path, overrides: list[str] | None = None) -> Config:
@@ -67,7 +91,9 @@ def run_config(run: Path, overrides: list[str] | None = None) -> Config:
         )
     if reason := checkpoint.fault(run / "final_checkpoint"):
         raise ExportError(f"{run / 'final_checkpoint'} cannot be trusted: {reason}")
-    return load_config(run / "config.yaml", overrides)
+    # A folder that came from elsewhere must not grant itself the right to run code.
+    untrusting = ["model.trust_remote_code=false", *(overrides or [])]
+    return load_config(run / "config.yaml", untrusting)
 
 
 def load_tuned(
@@ -79,17 +105,22 @@ def load_tuned(
     weights instead.
     """
     folder = run / "final_checkpoint"
-    tokenizer = load_tokenizer(Model(name=str(folder)))
+    own = {"name": str(folder), "revision": None, "init": "pretrained"}
+    saved = config.model.model_copy(update=own)
+    tokenizer = load_tokenizer(saved)
     mode = config.tuning.mode
     if mode == "full":
-        return load_base(Model(name=str(folder)), mode, precision, device).eval(), tokenizer
-    from peft import PeftModel
-
+        return load_base(saved, mode, precision, device).eval(), tokenizer
     base = load_base(config.model, mode if quantised else "lora", precision, device)
-    return PeftModel.from_pretrained(base, str(folder)).eval(), tokenizer
+    # By the configuration, as in training: adapter_config.json can name modules to be imported.
+    adapted = add_adapters(base, config.tuning)
+    load_weights(adapted, folder)
+    return adapted.eval(), tokenizer
 
 
-def merge(run: Path, output: Path, dtype: str) -> dict[str, Any]:
+def merge(
+    run: Path, output: Path, dtype: str, overrides: list[str] | None = None
+) -> dict[str, Any]:
     """Merges the adapter of `run` into its original base, saves it, reloads it, compares the two.
 
     The report has, over held-out prompts: KL divergence (nats per token) of the reloaded merged
@@ -97,16 +128,20 @@ def merge(run: Path, output: Path, dtype: str) -> dict[str, Any]:
     same two against the model as trained (for QLoRA the difference is the quantisation of the
     base). Raises ExportError when the merged model does not agree with the unmerged one.
     """
-    config = run_config(run)
+    config = run_config(run, overrides)
     if config.tuning.mode == "full":
         raise ExportError(f"{run}: full fine-tuning has no adapter; final_checkpoint/ is the model")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ExportError(f"{output} exists already; remove it, or give another OUTPUT")
     cpu = torch.device("cpu")
     adapted, tokenizer = load_tuned(run, config, "fp32", cpu, quantised=False)
     prompts = _pinned_prompts(run, tokenizer)
     expected = [_log_probabilities(adapted, ids) for ids in prompts]
     merged = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     save(merged.to(DTYPES[dtype]), tokenizer, output)
-    reloaded = AutoModelForCausalLM.from_pretrained(str(output), dtype=torch.float32).eval()
+    reloaded = AutoModelForCausalLM.from_pretrained(
+        str(output), dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
+    ).eval()
     found = [_log_probabilities(reloaded, ids) for ids in prompts]
     report: dict[str, Any] = {"dtype": dtype, "num_prompts": len(prompts)}
     report["against_unmerged"] = _compare(expected, found)
@@ -131,10 +166,13 @@ def _pinned_prompts(
 ) -> list[list[int]]:
     """Held-out prompts with their answers, from what the run's evaluation stored."""
     path = run / "evaluation" / "predictions.jsonl"
-    rows = (
-        [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    )
-    texts = [(row["prompt"], row["reference"]) for row in rows[:most]]
+    texts = []
+    if path.exists():
+        try:
+            rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            texts = [(row["prompt"], row["reference"]) for row in rows[:most]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ExportError(f"{path} cannot be read ({error!r}); remove it") from None
     texts = texts or [("Hello", "Hello"), ("What is this?", "A test.")]
     turns = [
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]

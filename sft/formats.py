@@ -8,7 +8,6 @@ and `tools` may stand beside the keys of any chat format; other keys (id, source
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +18,8 @@ Messages = list[Message]
 Tools = list[dict[str, Any]]
 
 ROLES = ("system", "user", "assistant", "tool")
+MAX_WEIGHT = 1e6  # of a message in the loss
+DEEPEST = 64  # levels of what a tool or a call holds; templates and pickling go no deeper than 300
 TEXT = "text"  # the role of the one pseudo message that raw text becomes
 # What a message may hold beside role, content and weight; anything else would not be rendered.
 EXTRAS = {
@@ -363,18 +364,21 @@ def _json(value: Any, name: str) -> Any:
 
 def _weight(value: Any, name: str) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name}: expected a finite number, 0 or more, found {value!r}")
+    if not is_number or not 0 <= value <= MAX_WEIGHT:
+        found = f"{value!r:.40}"
+        raise ValueError(f"{name}: expected a number from 0 to {MAX_WEIGHT:g}, found {found}")
     return value
 
 
-def _check_strings(value: Any, name: str) -> None:
-    """Every text inside a JSON value can be tokenised."""
+def _check_strings(value: Any, name: str, depth: int = 0) -> None:
+    """Every text inside a JSON value can be tokenised, and it is not nested without end."""
+    if depth > DEEPEST:
+        raise ValueError(f"{name}: nested too deeply (over {DEEPEST} levels)")
     if isinstance(value, str):
         _check_characters(value, name)
     elif isinstance(value, dict | list):
         for item in [*value, *value.values()] if isinstance(value, dict) else value:
-            _check_strings(item, name)
+            _check_strings(item, name, depth + 1)
 
 
 def _text(value: Any, name: str) -> str:

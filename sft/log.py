@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -25,6 +26,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from sft.config import redacted
 
 WIDTH = 100  # columns that every table fits
 LINE_EVERY = 10  # seconds, where there is no bar
@@ -43,6 +46,11 @@ def make_console(file: IO[str] | None = None) -> Console:
     if not console.is_terminal or console.width > WIDTH:
         console.width = WIDTH
     return console
+
+
+def visible(text: str) -> str:
+    """Text from data or a model for a terminal, which would obey its control characters."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", lambda m: repr(m[0])[1:-1], text)
 
 
 def facts(title: str, rows: Sequence[tuple[str, str | Text]]) -> Table:
@@ -115,6 +123,19 @@ def _step_of(line: str) -> int:
         return -1
 
 
+class _WithoutSecrets:
+    """A file of text that never gets a secret of the environment, whatever is told to it."""
+
+    def __init__(self, file: IO[str]):
+        self._file = file
+
+    def write(self, text: str) -> int:
+        return self._file.write(redacted(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 class Log:
     """The files and the console of one run. `folder=None` (another rank): silent."""
 
@@ -129,7 +150,8 @@ class Log:
         self._progress: Progress | None = None
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = make_console((folder / "training.log").open("a", encoding="utf-8"))
+            kept = _WithoutSecrets((folder / "training.log").open("a", encoding="utf-8"))
+            self._file = make_console(cast(IO[str], kept))
 
     def say(self, what: RenderableType = "") -> None:
         for console in (self.console, self._file):

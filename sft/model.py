@@ -8,6 +8,7 @@ checked after the build, so a silent fp16 or a trainable base cannot happen.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from sft import tensors
 from sft.config import Config, Model, Tuning, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,9 +40,11 @@ class ModelError(UserError):
 
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     with _explained(config.name):
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+        tokenizer("a")  # some of what a tokenizer's files get wrong shows only in use
+        return tokenizer
 
 
 def architecture(config: Model) -> Any:
@@ -70,19 +74,40 @@ def fingerprint(config: Model) -> str:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turns what transformers raises for a missing or foreign model into one sentence."""
+    """Turns what libraries raise for a missing, foreign or damaged model into one message."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().split("\n")[0][:300]
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a library meets in files that anyone may have written
+        told = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in told:
+            raise ModelError(
+                f"model.name: {name!r} brings Python code of its own, which is not run; read it, "
+                "and set model.trust_remote_code: true if you trust it"
+            ) from None
         if Path(name).is_dir():
             found = f"a folder with {sorted(path.name for path in Path(name).iterdir())[:12]}"
         else:
             found = "no such folder here, and the hub did not provide it"
         raise ModelError(
             f"model.name: cannot load {name!r}: expected a folder in Hugging Face format "
-            f"(config.json, *.safetensors, tokenizer) or a hub id; found: {found}. ({first_line})"
+            f"(config.json, *.safetensors, tokenizer) or a hub id; found: {found}. ({told[:300]})"
         ) from error
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ModelError for a weight file that is not what it says, before any is read."""
+    for path in sorted(folder.glob("*.safetensors")):
+        if reason := tensors.fault(path):
+            raise ModelError(f"model.name: {path} cannot be loaded: {reason}; copy it again")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        # transformers would follow it to any file, and unpickle one that is not safetensors.
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ModelError(f"model.name: {index} names {name!r}, expected *.safetensors")
 
 
 def build(config: Config, precision: str, device: torch.device, weights: bool = True) -> nn.Module:
@@ -127,7 +152,8 @@ def load_base(
             if mode == "qlora":
                 quantise(model, compute)
             return model
-        model = AutoModelForCausalLM.from_pretrained(
+        _check_files(Path(config.name))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.name,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
@@ -137,6 +163,13 @@ def load_base(
             use_safetensors=True,
             quantization_config=nf4(compute) if mode == "qlora" else None,
             device_map={"": device},
+            output_loading_info=True,
+        )
+    model, told = loaded
+    if missing := sorted(told["missing_keys"]):  # which transformers makes up, with a warning
+        raise ModelError(
+            f"model.name: the weight files of {config.name!r} lack {len(missing)} tensors, such as "
+            f"{missing[0]}; copy the model again, or set model.init: random for fresh weights"
         )
     if mode == "qlora":
         keep_nf4_trainable(model)

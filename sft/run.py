@@ -31,9 +31,9 @@ from sft import (
     prepare,
 )
 from sft.batching import Budget, MicroBatch
-from sft.config import Config, UserError, dump_config, with_values
+from sft.config import Config, UserError, dump_config, redacted, with_values
 from sft.engine import Engine, Preempted, identity, memory_bytes, read_state
-from sft.log import Log, duration, facts
+from sft.log import Log, duration, facts, visible
 from sft.model import build, dtype_table
 from sft.processes import (
     any_launch,
@@ -211,9 +211,9 @@ def evaluate_run(folder: Path, overrides: list[str]) -> None:
     end_processes(accelerator)
 
 
-def speaker(folder: Path) -> Callable[[str], str]:
+def speaker(folder: Path, overrides: list[str] | None = None) -> Callable[[str], str]:
     """A function that answers a question as the tuned model of the run in `folder`, greedily."""
-    config = any_launch(export.run_config(folder))
+    config = any_launch(export.run_config(folder, overrides))
     accelerator = start_processes(config.train)
     precision, _ = resolve_precision(config.train)
     model, tokenizer = export.load_tuned(folder, config, precision, accelerator.device)
@@ -310,7 +310,10 @@ def _write_evaluation(folder: Path, base: dict[str, Any], tuned: dict[str, Any])
 
 
 def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    """Whole or not at all: a run that is killed while it writes must still be resumable."""
+    staged = path.with_name(path.name + ".tmp")
+    staged.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    staged.replace(path)
 
 
 def _wandb(config: Config) -> Any:
@@ -337,7 +340,8 @@ class _Status:
 
     def write(self, state: str, exit_code: int | None = None, reason: str | None = None) -> None:
         if self.folder and self.folder.is_dir():
-            values = {"state": state, "exit_code": exit_code, "reason": reason}
+            told = reason and redacted(reason)
+            values = {"state": state, "exit_code": exit_code, "reason": told}
             _write_json(self.folder / self.NAME, values)
 
 
@@ -388,7 +392,7 @@ def _answers_table(results: dict[str, Any], num_shown: int) -> Table:
 
 
 def _short(text: str, most: int = 300) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return visible(text if len(text) <= most else text[: most - 1] + "…")
 
 
 def _closing(

@@ -116,8 +116,8 @@ evaluation: 5
         "model.init (a.yaml:3): random weights have nothing to adapt: set tuning.mode: full",
         "data.eval_path: nothing would be held out: "
         "give data.eval_path or an eval_fraction above 0",
-        "train.output_dir (a.yaml:7): must be a plain path of printable characters, "
-        "at most 200, without '..'",
+        "train.output_dir (a.yaml:7): must name a folder: printable characters, at most 200, "
+        "without '..' and '~'",
     ]
     found = problems(file, "train.log_steps", "train.save_steps=often")
     assert sorted(found) == sorted(expected)
@@ -174,6 +174,20 @@ def test_a_missing_file_is_refused_with_the_reason(tmp_path):
 def test_anchors_and_aliases_are_refused(tmp_path, text):
     (first, *_) = problems(write(tmp_path / "a.yaml", text))
     assert "anchors and aliases are not read" in first
+
+
+def test_an_alias_bomb_is_never_unfolded(tmp_path):
+    levels = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 40)]
+    text = "\n".join(["l0: &l0 lol", *levels, MINIMAL])
+    (first, *_) = problems(write(tmp_path / "a.yaml", text))
+    assert first == "a.yaml:1: YAML anchors and aliases are not read; use include:"
+
+
+def test_a_tag_makes_no_object(tmp_path):
+    tag = f"!!python/object/apply:os.mkdir [{tmp_path / 'made'}]"
+    (told,) = problems(write(tmp_path / "a.yaml", MINIMAL.replace("name: m", f"name: {tag}")))
+    assert told.startswith("model.name (a.yaml:2): expected text, found [")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("name", ["R &D", "it's &x", "a *b", "'a &b'", '"a *b"', "x # don't &b"])
@@ -292,6 +306,7 @@ def test_a_scalar_is_read_the_same_from_a_file_and_an_override(tmp_path, path, w
     [
         *[("train.seed", text) for text in ("1.0", "true", "-1", "0b11", "1__0", "", "9" * 5000)],
         *[("train.seed", text) for text in ("'1'", "[1]", "{a: 1}", "null", "1e3", "!!int x")],
+        *[("train.max_steps", text) for text in ("0", "-1", str(2**63), "9" * 30)],
         *[("train.epochs", text) for text in (".inf", "-.inf", ".Inf", ".INF", "1e400")],
         *[("train.epochs", text) for text in (".nan", ".NaN", ".NAN", "0", "-1", "9" * 400, "x")],
         *[("train.warmup_ratio", text) for text in ("1", "-0.1", ".nan", ".inf")],
@@ -306,6 +321,41 @@ def test_a_value_of_the_wrong_kind_is_refused_at_its_path(minimal, path, written
     assert told.startswith(f"{path} (override): expected ")
     assert ", found " in told
     assert len(told) < 200
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../x",
+        "a/../b",
+        "..",
+        ".",
+        "/",
+        "./",
+        "' '",
+        "~/x",
+        "x" * 300,
+        '"a\\0b"',
+        '"a\\nb"',
+        "a\u200b",
+    ],
+)
+def test_a_run_name_that_is_no_folder_below_is_refused(minimal, name):
+    (told,) = problems(minimal, f"train.output_dir={name}")
+    assert told.startswith("train.output_dir (override): ")
+
+
+@pytest.mark.parametrize("name", ["outputs/x", "/scratch/me/run 7", "a/b..c", "1e5x", "x" * 200])
+def test_a_run_may_be_in_any_folder_that_can_be_named(minimal, name):
+    assert load_config(minimal, [f"train.output_dir={name}"]).train.output_dir == name
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["model.name", "model.revision", "data.train_path", "data.system_prompt", "data.cache_dir"],
+)
+def test_a_nul_in_a_text_is_refused(minimal, path):
+    assert any(told.startswith(path) for told in problems(minimal, f'{path}="a\\0b"'))
 
 
 def test_overrides_beat_the_file_and_the_file_beats_what_it_includes(tmp_path):

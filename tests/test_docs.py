@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -118,3 +120,46 @@ def test_no_path_of_a_machine_is_committed():
         if path.is_file() and path.suffix in {".py", ".md", ".yaml", ".json", ""}:
             text = path.read_text("utf-8", errors="replace")
             assert str(ROOT.parent) + "/" not in text, name
+
+
+# --- docs/RELIABILITY.md -------------------------------------------------------------------------
+
+RELIABILITY = (ROOT / "docs/RELIABILITY.md").read_text("utf-8")
+PARAGRAPHS = [
+    *(
+        "Exit codes",
+        "Exact resume",
+        "Checkpoint atomicity",
+        "Corruption",
+        "Preemption",
+        "Processes",
+    ),
+    *("Numbers", "Rows", "Configuration", "Security", "Not reproduced here, and why"),
+]
+
+
+def names_in(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text("utf-8"))
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    return {name for name in names if name.startswith("test_")}
+
+
+def test_every_paragraph_of_the_faults_has_its_heading():
+    assert re.findall(r"^## (.+)$", RELIABILITY, re.MULTILINE) == PARAGRAPHS
+
+
+def test_every_fault_has_a_test_that_exists():
+    rows = [line for line in RELIABILITY.splitlines() if line.startswith("|")]
+    faults = [
+        row for row in rows if row not in ("| fault | what the run does | test |", "|---|---|---|")
+    ]
+    assert len(faults) > 70
+    exist = {path.name: names_in(path) for path in (ROOT / "tests").glob("test_*.py")}
+    for row in faults:
+        cells = re.split(r"(?<!\\)\|", row.strip("|"))
+        assert len(cells) == 3, row
+        named = re.findall(r"`tests/(test_\w+\.py)::(test_\w+)`", cells[2])
+        assert named, row
+        for file, name in named:
+            assert name in exist.get(file, ()), row
+    assert max(map(len, RELIABILITY.splitlines())) <= 150

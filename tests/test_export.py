@@ -84,11 +84,15 @@ def test_saved_weights_load_back_bit_for_bit(run):
     config = export.run_config(run)
     first, second = (model.build(config, "fp32", CPU) for _ in range(2))
     wake(first)
-    read = dict(export.read_weights(second, run / "final_checkpoint"))
-    trained = {name: p for name, p in first.named_parameters() if p.requires_grad}
-    assert read.keys() == trained.keys()
-    for name, value in read.items():
-        assert torch.equal(value, trained[name]), name
+    export.load_weights(second, run / "final_checkpoint")
+    for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_weights_of_another_shape_are_refused(run):
+    config = with_values(export.run_config(run), {"tuning.r": 3})
+    with pytest.raises(checkpoint.CheckpointError, match="does not fit the model"):
+        export.load_weights(model.build(config, "fp32", CPU), run / "final_checkpoint")
 
 
 def test_an_unfinished_run_is_one_message(tmp_path):
@@ -106,6 +110,21 @@ def test_a_damaged_adapter_is_not_loaded(tmp_path):
     path.write_bytes(content)
     with pytest.raises(export.ExportError, match="is damaged"):
         export.run_config(folder)
+
+
+def test_what_stands_in_the_way_of_a_merge_is_told(run, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged/model-00001-of-00009.safetensors").touch()
+    with pytest.raises(export.ExportError, match="merged exists already; remove it"):
+        export.merge(run, tmp_path / "merged", "fp32")
+    answers = run / "evaluation/predictions.jsonl"
+    answers.parent.mkdir()
+    for text in ('{"prompt": "Hi"}\n', '{"prompt": "Hi", "refer'):
+        answers.write_text(text)
+        with pytest.raises(export.ExportError, match=r"predictions\.jsonl cannot be read"):
+            export.merge(run, tmp_path / "other", "fp32")
+    answers.unlink()
+    answers.parent.rmdir()
 
 
 def test_full_fine_tuning_has_nothing_to_merge(tmp_path):

@@ -224,7 +224,10 @@ BAD = {
         chat(turn("user", [{"type": "text", "text": "a", "cache_control": {}}]), HELLO),
         "content part 1: not rendered: cache_control",
     ),
-    "weight below 0": (chat(ASK, turn("assistant", "a", weight=-1)), "weight: expected a finite"),
+    "weight below 0": (
+        chat(ASK, turn("assistant", "a", weight=-1)),
+        "weight: expected a number from 0",
+    ),
     "weight of text": (chat(ASK, turn("assistant", "a", weight="1")), "found '1'"),
     "weight true": (chat(ASK, turn("assistant", "a", weight=True)), "found True"),
     "weight nan": (chat(ASK, turn("assistant", "a", weight=float("nan"))), "found nan"),

@@ -17,7 +17,8 @@ LAYERS = {
     "hardware": 0,
     "arrays": 0,
     "batching": 0,
-    "log": 0,
+    "log": 0.5,  # tells no secret that config knows
+    "tensors": 0,
     "trace": 0,
     "cli": 1,
     "model": 1,
