@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 from sft.config import Config, UserError, load_config
@@ -44,12 +49,67 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         # Segments that grow leave less of a GPU's memory unusable; the plan counts on it.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    sys.excepthook = _bug
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # raised on all ranks, told by one a node
-            print(f"error: {error}", file=sys.stderr)
+        _tell(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if _is_first():
+            print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+# --- the first word is the cause's ---------------------------------------------------------------
+# Where several ranks fail, the first one to do so tells why; the others, whose errors mostly follow
+# from it ("connection closed by peer"), only write theirs into the file that torchrun names.
+
+
+def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's hook for what nobody caught: never lost, and told once."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    if _is_first():
+        rank = _rank()
+        print(f"error: {rank}{kind.__name__}: {error}\n" * bool(rank) + text, file=sys.stderr)
+    _record(f"{kind.__name__}: {error}", text)
+
+
+def _tell(error: UserError) -> None:
+    if _is_first():
+        print(f"error: {'' if str(error).startswith('rank ') else _rank()}{error}", file=sys.stderr)
+    _record(str(error), str(error))
+
+
+def _rank() -> str:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return f"rank {os.environ.get('RANK', '0')}: " if several else ""
+
+
+def _error_file() -> Path | None:
+    name = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(name) if name else None
+
+
+def _is_first() -> bool:
+    """Whether no other rank on this machine has told an error in this attempt."""
+    file = _error_file()
+    if file is None:
+        return True
+    try:
+        (file.parent.parent / "told").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # better twice than never
+        return True
+    return True
+
+
+def _record(message: str, text: str) -> None:
+    """As torch.distributed.elastic writes it, without importing torch."""
+    if file := _error_file():
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        try:
+            file.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        except OSError:
+            sys.stderr.write(text)

@@ -29,6 +29,7 @@ from sft import (
     hardware,
     plan,
     prepare,
+    processes,
 )
 from sft.batching import Budget, MicroBatch
 from sft.config import Config, UserError, dump_config, with_values
@@ -36,8 +37,10 @@ from sft.engine import Engine, Preempted, memory_bytes
 from sft.log import Log, duration, facts
 from sft.model import build, dtype_table
 from sft.processes import (
+    agree,
     any_launch,
     check_launch,
+    described,
     end_processes,
     resolve_precision,
     start_processes,
@@ -52,6 +55,7 @@ def train(config: Config) -> None:
     _check_wandb(config)
     prepared = prepare.prepare(config)  # before there is a process group that could time out
     accelerator = start_processes(config.train)
+    agree(accelerator, processes.facts(config, prepared.audit))
     folder = Path(config.train.output_dir)
     log, status = Log(None), _Status(None)
     try:
@@ -86,7 +90,7 @@ def _run(
     machine = hardware.detect(folder)
     planned = plan_together(config, prepared, machine, accelerator)
     resolved = with_values(config, plan.resolved_values(planned))
-    log.say(_banner(config, accelerator, planned.precision))
+    log.say(_banner(config, planned, described(accelerator)))
     log.say(hardware.table(machine))
     log.say(plan.table(planned))
     log.say("First row, as the model sees it (supervised: green; special: magenta; context: dim)")
@@ -342,14 +346,25 @@ class _Status:
 # --- what people see ---------------------------------------------------------------------------
 
 
-def _banner(config: Config, accelerator: Accelerator, precision: str) -> Table:
-    world = accelerator.num_processes
-    engine = config.train.engine if world > 1 or config.train.engine != "ddp" else "one process"
+def _banner(config: Config, planned: plan.Plan, machines: list[tuple[str, str]]) -> Table:
+    train, told = config.train, dict(machines)
+    alone = planned.world_size == 1 and train.engine == "ddp"
+    backend = f" ({told['backend']})" if "backend" in told else ""
+    file = f", {train.deepspeed_config}" if train.deepspeed_config else ""
     rows = [
-        ("model", f"{config.model.name}, {config.tuning.mode}, {precision}"),
+        ("model", f"{config.model.name}, {config.tuning.mode}"),
         ("data", _paths(config.data.train_path)),
-        ("processes", f"{world} ({engine}) on {accelerator.device.type}"),
-        ("results", config.train.output_dir),
+        ("processes", told["processes"]),
+        ("engine", "one process" if alone else f"{train.engine}{file}{backend}"),
+        ("precision", f"{planned.precision}: {resolve_precision(train)[1]}"),
+        (
+            "batch",
+            f"{train.global_batch} examples = {planned.world_size} process(es) x "
+            f"{planned.micro_batches} micro-batch(es) of at most {planned.budget.max_tokens:,} "
+            "tokens",
+        ),
+        ("devices", told["devices"]),
+        ("results", train.output_dir),
     ]
     return facts("Run", rows)
 
