@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -93,11 +94,16 @@ def _error_file() -> Path | None:
 
 def _is_first() -> bool:
     """Whether no other rank on this machine has told an error in this attempt."""
-    file = _error_file()
-    if file is None:
-        return True
+    mark, own = None, os.environ
+    if file := _error_file():  # of torchrun: attempt/local_rank/error.json
+        mark = file.parent.parent / "told"
+    elif int(own.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in own:
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+        attempt = "_".join(own.get(name, "0") for name in names)
+        mark = Path(tempfile.gettempdir()) / f"sft_told_{attempt}"
     try:
-        (file.parent.parent / "told").touch(exist_ok=False)
+        if mark:
+            mark.touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:  # better twice than never

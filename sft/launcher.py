@@ -186,10 +186,9 @@ def launch(train: Train, arguments: list[str], script: Path = TRAIN) -> int:
         command = _command(path, world, logs)
         failures = _run(world, [*command, str(script), *arguments, *asked], told)
     code = _outcome(status.exit_code(), failures, signals.stops)
-    if failures:
-        _tell_what_ranks_could_not(failures, signals.stops)
-        if code == 1 or status.exit_code() is None:
-            told.keep(folder if status.is_ours() else Path(tempfile.gettempdir()))
+    if _has_more_to_tell(failures, signals.stops):
+        own = Path(tempfile.gettempdir()) / f"sft_{os.getpid()}_{LOG}"
+        told.keep(folder / LOG if status.is_ours() else own)
     return code
 
 
@@ -247,13 +246,18 @@ def _outcome(written: int | None, failures: dict[int, int], stops: list[int]) ->
     return 128 + stops[-1] if stops else PEER_DIED
 
 
-def _tell_what_ranks_could_not(failures: dict[int, int], stops: list[int]) -> None:
-    """A rank that was killed has no words. The ones that torchrun ended are not worth any."""
-    rank, code = next(iter(failures.items()))
-    if code < 0 and not stops:
+def _has_more_to_tell(failures: dict[int, int], stops: list[int]) -> bool:
+    """Whether a rank met a bug or was killed: not all is said by what the ranks have told.
+
+    A rank that was killed has no words, so they are found here.
+    """
+    rank, code = next(iter(failures.items()), (0, 0))
+    killed = code < 0 and not stops
+    if killed:
+        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
         name = signal.Signals(-code).name
-        hint = "; out of memory?" if -code == signal.SIGKILL else ""
         print(f"error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
+    return killed or code == 1
 
 
 class _Status:
@@ -314,8 +318,7 @@ class _Report(logging.Handler):
                 each.removeHandler(self)
                 each.propagate = True
 
-    def keep(self, folder: Path) -> None:
-        path = folder / LOG
+    def keep(self, path: Path) -> None:
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(self.lines)
@@ -391,3 +394,60 @@ def catches(pid: int, number: int) -> bool:
 def _send(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
         os.kill(pid, number)
+
+
+# --- SLURM ---------------------------------------------------------------------------------------
+
+
+def requeue(train: Train, code: int, since: int) -> int:
+    """After srun ended with `code`: requeues this job if the run was preempted and gets on.
+
+    `since`: when srun was started, seconds; an older status.json is of an earlier attempt. Returns
+    the exit code of the run.
+    """
+    folder = Path(train.output_dir)
+    status = folder / "status.json"
+    written = written_exit_code(status) if _modified(status) >= since else None
+    if written is not None and not (written == 0 and code in range(1, 128)):
+        code = written
+    if code != PREEMPTED:
+        return code
+    job, times = os.environ["SLURM_JOB_ID"], _number("SLURM_RESTART_COUNT", 0, least=0)
+    step, most = newest_step(folder), _number("MAX_REQUEUES", 50, least=0)
+    record = folder / "requeue.json"
+    if times >= most:
+        return _stay(f"it was requeued {times} times, and MAX_REQUEUES is {most}")
+    if step <= _step_at_requeue(record, job):
+        return _stay(f"no progress, the newest checkpoint is of step {step} again")
+    record.write_text(json.dumps({"job": job, "step": step}) + "\n", "utf-8")
+    done = subprocess.run(["scontrol", "requeue", job], check=False)
+    if done.returncode:
+        return _stay(f"`scontrol requeue {job}` failed with exit code {done.returncode}")
+    print(f"preempted after step {step}: requeued job {job} ({times + 1} of at most {most})")
+    return code
+
+
+def _stay(reason: str) -> int:
+    print(f"preempted and saved, but not requeued: {reason}", file=sys.stderr)
+    return PREEMPTED
+
+
+def newest_step(folder: Path) -> int:
+    """Of the newest checkpoint; 0 without one. A folder of that name is whole: it was renamed."""
+    names = (re.fullmatch(r"checkpoint_step_(\d+)", path.name) for path in folder.glob("*"))
+    return max((int(name.group(1)) for name in names if name), default=0)
+
+
+def _step_at_requeue(record: Path, job: str) -> int:
+    try:
+        last = json.loads(record.read_text("utf-8"))
+    except (OSError, ValueError):
+        return 0
+    return last["step"] if last["job"] == job else 0
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return -1.0

@@ -253,20 +253,17 @@ def _short(value: str) -> str:
     return value[:12] if re.fullmatch(r"[0-9a-f]{64}", value) else value
 
 
-def described(accelerator: Accelerator) -> list[tuple[str, str]]:
-    """(what, told) of processes and devices, for people. Collective."""
+def described(accelerator: Accelerator) -> dict[str, str]:
+    """`devices` of all ranks and how ranks are `spread` over machines, for people. Collective."""
     world, device = accelerator.num_processes, accelerator.device
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    where = f" on {math.ceil(world / local)} machines, {local} each" if local < world else ""
-    gpu = device.type == "cuda"
-    own = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+    cpu = f"CPU with {torch.get_num_threads()} thread(s)"
+    own = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     names = Counter(gather_object([own]) if world > 1 else [own])
-    backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
-    return [
-        ("processes", f"{world}{where}"),
-        ("devices", ", ".join(f"{count} x {name}" for name, count in names.items())),
-        *([("backend", backend)] if backend else []),
-    ]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    backend = f", {torch.distributed.get_backend()}" if world > 1 else ""
+    machines = f" on {math.ceil(world / local)} machines, {local} on each" if local < world else ""
+    devices = ", ".join(f"{number} x {name}" for name, number in names.items())
+    return {"devices": devices, "spread": f"{machines}{backend}"}
 
 
 # Keys of a DeepSpeed file that train.* owns; two places for one value would let one of them lie.

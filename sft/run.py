@@ -346,24 +346,18 @@ class _Status:
 # --- what people see ---------------------------------------------------------------------------
 
 
-def _banner(config: Config, planned: plan.Plan, machines: list[tuple[str, str]]) -> Table:
-    train, told = config.train, dict(machines)
-    alone = planned.world_size == 1 and train.engine == "ddp"
-    backend = f" ({told['backend']})" if "backend" in told else ""
-    file = f", {train.deepspeed_config}" if train.deepspeed_config else ""
+def _banner(config: Config, planned: plan.Plan, world: dict[str, str]) -> Table:
+    train, size = config.train, planned.world_size
+    engine = train.engine if size > 1 or train.engine != "ddp" else "one process"
+    settings = f" with {train.deepspeed_config}" if train.deepspeed_config else ""
+    micro_batches = f"{planned.micro_batches} micro-batch(es)"
     rows = [
         ("model", f"{config.model.name}, {config.tuning.mode}"),
         ("data", _paths(config.data.train_path)),
-        ("processes", told["processes"]),
-        ("engine", "one process" if alone else f"{train.engine}{file}{backend}"),
+        ("processes", f"{size} ({engine}){settings}{world['spread']}"),
+        ("devices", world["devices"]),
         ("precision", f"{planned.precision}: {resolve_precision(train)[1]}"),
-        (
-            "batch",
-            f"{train.global_batch} examples = {planned.world_size} process(es) x "
-            f"{planned.micro_batches} micro-batch(es) of at most {planned.budget.max_tokens:,} "
-            "tokens",
-        ),
-        ("devices", told["devices"]),
+        ("batch", f"{train.global_batch} examples in {size} process(es) x {micro_batches}"),
         ("results", train.output_dir),
     ]
     return facts("Run", rows)
