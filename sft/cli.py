@@ -63,8 +63,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 # --- the first word is the cause's ---------------------------------------------------------------
-# Where several ranks fail, the first one to do so tells why; the others, whose errors mostly follow
-# from it ("connection closed by peer"), only write theirs into the file that torchrun names.
+# Where several ranks fail, the first one to do so tells why; the errors of the others are the same,
+# or follow from it ("connection closed by peer"). Bugs are written into torchrun's file as well.
 
 
 def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -79,7 +79,6 @@ def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType |
 def _tell(error: UserError) -> None:
     if _is_first():
         print(f"error: {'' if str(error).startswith('rank ') else _rank()}{error}", file=sys.stderr)
-    _record(str(error), str(error))
 
 
 def _rank() -> str:
