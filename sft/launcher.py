@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -181,8 +182,11 @@ def launch(train: Train, arguments: list[str], script: Path = TRAIN) -> int:
     folder, status = Path(train.output_dir), _Status(Path(train.output_dir))
     asked = [f"train.num_processes={world.num_processes}"] if script == TRAIN else []
     told = _Report()
-    signals = Signals()
-    with tempfile.TemporaryDirectory(prefix="sft_launch_") as logs, told.listening(), signals:
+    with (
+        tempfile.TemporaryDirectory(prefix="sft_launch_") as logs,
+        Signals(Path(logs)) as signals,
+        told.listening(),
+    ):
         command = _command(path, world, logs)
         failures = _run(world, [*command, str(script), *arguments, *asked], told)
     code = _outcome(status.exit_code(), failures, signals.stops)
@@ -337,38 +341,55 @@ class Signals:
 
     The first SIGTERM, SIGINT or SIGHUP asks the ranks to save and stop, the second to stop at once;
     the third kills them. SIGUSR1 (save and go on) reaches ranks that expect it: others would die.
+    A thread does it: while torch waits for other machines, the main one runs no handlers of Python.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Path):
+        self.scratch = scratch  # empty until torchrun starts ranks
         self.stops: list[int] = []
         self._kept: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        signal.set_wakeup_fd(self._write)  # gets the number of every signal, whoever is busy
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-                self._kept[number] = signal.signal(number, self.stop)
-        self._kept[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self.save)
+                self._kept[number] = signal.signal(number, lambda *_: None)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._kept.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self._write)
+        self._thread.join()
+        os.close(self._read)
 
-    def stop(self, number: int, _: object) -> None:
+    def _listen(self) -> None:
+        while numbers := os.read(self._read, 1):
+            if numbers[0] == signal.SIGUSR1:
+                self._save()
+            elif numbers[0] in self._kept:
+                self._stop(numbers[0])
+
+    def _stop(self, number: int) -> None:
         sent = signal.SIGTERM if number == signal.SIGHUP else number
         self.stops.append(sent)
-        pids = ranks()
-        if not pids:
-            raise SystemExit(128 + sent)
-        for pid in pids:
+        if not any(self.scratch.iterdir()):
+            self.scratch.rmdir()
+            os._exit(128 + sent)
+        for pid in ranks():
             _send(pid, sent if len(self.stops) < 3 else signal.SIGKILL)
 
-    def save(self, number: int, _: object) -> None:
-        expecting = [pid for pid in ranks() if catches(pid, number)]
+    def _save(self) -> None:
+        expecting = [pid for pid in ranks() if catches(pid, signal.SIGUSR1)]
         for pid in expecting:
-            _send(pid, number)
+            _send(pid, signal.SIGUSR1)
         if not expecting:
-            os.write(2, b"SIGUSR1: no rank is training yet, there is nothing to save\n")
+            print("SIGUSR1: no rank is training, there is nothing to save", file=sys.stderr)
 
 
 def ranks() -> list[int]:

@@ -191,31 +191,43 @@ def idle() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.communicate()
 
 
-def test_ranks_are_found_and_the_third_stop_kills_them(idle):
+def test_ranks_are_found_and_the_third_stop_kills_them(idle, tmp_path):
     assert set(launcher.ranks()) >= {process.pid for process in idle}
-    with launcher.Signals() as signals:
-        os.kill(os.getpid(), signal.SIGHUP)  # the terminal was closed: a SIGTERM to the ranks
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert [process.poll() for process in idle] == [None, None]
-        os.kill(os.getpid(), signal.SIGTERM)
+    (tmp_path / "attempt").mkdir()  # ranks were started
+    with launcher.Signals(tmp_path) as signals:
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM):  # a terminal was closed
+            assert [process.poll() for process in idle] == [None, None]
+            os.kill(os.getpid(), number)
+            time.sleep(0.3)
         assert [process.wait(30) for process in idle] == [-signal.SIGKILL] * 2
     assert signals.stops == [signal.SIGTERM] * 3
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
 
-def test_a_rank_that_does_not_expect_sigusr1_survives_it(idle, capfd):
+def test_a_rank_that_does_not_expect_sigusr1_survives_it(idle, tmp_path, capfd):
     assert launcher.catches(idle[0].pid, signal.SIGTERM)
     assert not launcher.catches(idle[0].pid, signal.SIGUSR1)
-    with launcher.Signals():
+    with launcher.Signals(tmp_path):
         os.kill(os.getpid(), signal.SIGUSR1)
-    assert "no rank is training yet" in capfd.readouterr().err
+        time.sleep(0.3)
+    assert "no rank is training" in capfd.readouterr().err
     assert [process.poll() for process in idle] == [None, None]
 
 
-def test_a_stop_before_there_are_ranks_ends_the_launcher(monkeypatch):
-    monkeypatch.setattr(launcher, "ranks", list)
-    with pytest.raises(SystemExit, match="143"), launcher.Signals():
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.slow
+def test_a_launcher_that_waits_for_other_machines_can_be_stopped(tmp_path):
+    """There torch waits in C++ for 15 minutes, and Python runs no handlers."""
+    port = free_port()
+    process = start(
+        *("world", tmp_path),
+        **{"NUM_MACHINES": "2", "MACHINE_RANK": "1", "MASTER_ADDR": "127.0.0.1"},
+        MASTER_PORT=str(port),
+    )
+    with socket.create_server(("127.0.0.1", port)) as silent:
+        silent.accept()  # it has come as far as to call the first machine
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 143
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- words and codes -----------------------------------------------------------------------------
