@@ -1,8 +1,9 @@
 # The interface: one line per verb. Scripts do the work; `make help` is made from the comments here.
 #
-#   CONFIG=file.yaml       configuration (docs/CONFIG.md)      NUM_PROCESSES=n   of train-distributed
-#   ARGS="train.epochs=1"  overrides of its keys               RUN=outputs/name  a finished run
-#   JSON=file              where `make plan` writes it       GIB=48            of a GPU without a known name
+#   CONFIG=file.yaml       configuration (docs/CONFIG.md)      RUN=outputs/name  a finished run
+#   ARGS="train.epochs=1"  overrides of its keys               JSON=file         where `make plan` writes it
+#   NUM_PROCESSES=n        on this machine (train-distributed, -fsdp, -deepspeed; several: docs/LAUNCH.md)
+#   GIB=48                 memory of a GPU without a known name
 
 CONFIG ?= configs/nano.yaml
 RUN ?= outputs/nano
@@ -17,17 +18,14 @@ export PYTHONPATH := $(CURDIR)
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-# The file of `make setup-accelerate` where there is one, else the one that fits any machine.
-DEFAULT_ACCELERATE := $(or $(HF_HOME),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/huggingface)/accelerate/default_config.yaml
-ACCELERATE_CONFIG ?= $(or $(wildcard $(DEFAULT_ACCELERATE)),configs/accelerate/ddp.yaml)
-processes = $(or $(NUM_PROCESSES),$(shell $(BIN)/python -m sft.hardware))
-launch = n=$(processes); $(BIN)/accelerate launch --config_file $(ACCELERATE_CONFIG) --num_processes $$n \
-	scripts/train.py --config $(CONFIG) train.num_processes=$$n
+# scripts/launch.py reads these from the environment, whether they come from there or are given to make.
+export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERATE_CONFIG
+launch = $(BIN)/python scripts/launch.py --config $(CONFIG)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
-	train train-distributed train-deepspeed train-distributed-tb train-deepspeed-tb tensorboard tb-stop evaluate infer merge nano test \
-	test-fast lint format docs clean
+	train train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
+	tb-stop evaluate infer merge nano test test-fast lint format docs clean
 
 ##@ Start
 help: ## This list
@@ -77,13 +75,18 @@ show-data: $(READY) ## One row's tokens in colour [ROW=17] or [ROW=file:17] [IDS
 train: $(READY) ## Fine-tune CONFIG in one process (default: the embedded nano model, QLoRA)
 	@$(BIN)/python scripts/train.py --config $(CONFIG) $(ARGS)
 
-train-distributed: $(READY) ## The same on every GPU (two CPU processes without one), DDP
+train-distributed: $(READY) ## The same on every GPU (two CPU processes without one), DDP [NUM_PROCESSES=n]
 	@$(launch) $(ARGS)
 
-train-deepspeed: $(READY) ## The same with DeepSpeed ZeRO-2 [DEEPSPEED=file.json]
+train-fsdp: $(READY) ## The same with weights, gradients and optimizer sharded, FSDP2
+	@$(launch) train.engine=fsdp train.deepspeed_config=null $(ARGS)
+
+train-deepspeed: $(READY) ## The same with DeepSpeed ZeRO-2 [DEEPSPEED=configs/deepspeed_z3.json]
 	@$(launch) train.engine=deepspeed train.deepspeed_config=$(DEEPSPEED) $(ARGS)
 
 train-distributed-tb: tensorboard train-distributed ## train-distributed with TensorBoard running
+
+train-fsdp-tb: tensorboard train-fsdp ## train-fsdp with TensorBoard running
 
 train-deepspeed-tb: tensorboard train-deepspeed ## train-deepspeed with TensorBoard running
 

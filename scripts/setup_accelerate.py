@@ -29,6 +29,7 @@ from rich.table import Table
 from sft import cli, hardware
 from sft.config import UserError
 from sft.hardware import Hardware, default_num_processes
+from sft.launcher import read_launch_file
 
 if TYPE_CHECKING:
     from accelerate.commands.config.config_args import ClusterConfig
@@ -241,7 +242,7 @@ def worker(folder: Path) -> None:
 
 def verify(target: Path, hw: Hardware) -> None:
     """Launches with the file; a UserError when the processes are not one world of its size."""
-    config = load(target)
+    config = read_launch_file(target)
     any_number = config.num_processes < 1  # -1: left to --num_processes
     expected = default_num_processes(hw) if any_number else config.num_processes
     expected = max(1, expected // max(1, config.num_machines))  # here only one machine's share
@@ -262,18 +263,6 @@ def verify(target: Path, hw: Hardware) -> None:
 def require(target: Path) -> None:
     if not target.is_file():
         raise UserError(f"{target} does not exist: `make setup-accelerate` writes it")
-
-
-def load(target: Path) -> ClusterConfig:
-    from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-
-    try:
-        config = load_config_from_file(str(target))
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{target} is not a configuration of Accelerate: {error}") from error
-    if not isinstance(config, ClusterConfig):
-        raise UserError(f"{target} is for Amazon SageMaker, which cannot be tried from here")
-    return config
 
 
 def launch(target: Path, config: ClusterConfig, expected: int) -> tuple[list[Result], str]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
+import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
@@ -40,27 +44,79 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|peft")
 
 
-def _tell_crash(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """A traceback as usual, without secrets: what a cluster shows on a console, it also keeps."""
-    told = "".join(traceback.format_exception(kind, error, trace))
-    print(redacted(told), file=sys.stderr, end="")
-
-
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's main and exits: a UserError is one message and its exit code."""
     quiet_libraries()
-    sys.excepthook = _tell_crash
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         # Segments that grow leave less of a GPU's memory unusable; the plan counts on it.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    sys.excepthook = _bug
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # raised on all ranks, told by one a node
-            print(f"error: {redacted(str(error))}", file=sys.stderr)
+        _tell(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if _is_first():
+            print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+# --- the first word is the cause's ---------------------------------------------------------------
+# Where several ranks fail, the first one to do so tells why; the errors of the others are the same,
+# or follow from it ("connection closed by peer"). Bugs are written into torchrun's file as well.
+
+
+def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's hook for what nobody caught: never lost, and told once."""
+    text = redacted("".join(traceback.format_exception(kind, error, trace)))
+    told = redacted(f"{kind.__name__}: {error}")
+    if _is_first():
+        rank = _rank()
+        print(f"error: {rank}{told}\n" * bool(rank) + text, file=sys.stderr)
+    _record(told, text)
+
+
+def _tell(error: UserError) -> None:
+    if _is_first():
+        told = redacted(str(error))  # what a cluster shows on a console, it also keeps
+        print(f"error: {'' if told.startswith('rank ') else _rank()}{told}", file=sys.stderr)
+
+
+def _rank() -> str:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return f"rank {os.environ.get('RANK', '0')}: " if several else ""
+
+
+def _error_file() -> Path | None:
+    name = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(name) if name else None
+
+
+def _is_first() -> bool:
+    """Whether no other rank on this machine has told an error in this attempt."""
+    mark, own = None, os.environ
+    if file := _error_file():  # of torchrun: attempt/local_rank/error.json
+        mark = file.parent.parent / "told"
+    elif int(own.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in own:
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+        attempt = "_".join(own.get(name, "0") for name in names)
+        mark = Path(tempfile.gettempdir()) / f"sft_told_{attempt}"
+    try:
+        if mark:
+            mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # better twice than never
+        return True
+    return True
+
+
+def _record(message: str, text: str) -> None:
+    """As torch.distributed.elastic writes it, without importing torch."""
+    if file := _error_file():
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        try:
+            file.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        except OSError:
+            sys.stderr.write(text)

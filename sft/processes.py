@@ -7,19 +7,25 @@ asked.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
+import re
 import sys
+from collections import Counter
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DeepSpeedPlugin, gather_object
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sft import hardware
-from sft.config import Config, ConfigError, Train, with_values
+from sft.config import Config, ConfigError, Train, UserError, with_values
 
 
 def resolve_precision(
@@ -50,6 +56,7 @@ def start_processes(train: Train) -> Accelerator:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     precision, _ = resolve_precision(train)
     _refuse_other_launchers(train, precision)
+    _forget_launch_file()
     on_cpu = not torch.cuda.is_available()
     if on_cpu and world > 1:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -79,6 +86,7 @@ def start_processes(train: Train) -> Accelerator:
 
 def check_launch(train: Train) -> None:
     """Raises ConfigError if the launcher did not start as many processes as were asked for."""
+    join_slurm()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if train.num_processes not in (None, world):
         raise _another_world(train.num_processes, world)
@@ -94,20 +102,172 @@ def _another_world(expected: int | None, found: int) -> ConfigError:
 
 
 def _refuse_other_launchers(train: Train, precision: str) -> None:
+    """Raises ConfigError if the launch file, known by what it exports, contradicts `train`."""
     flags = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp"}
     for variable, engine in flags.items():
         if os.environ.get(variable) == "true" and train.engine != engine:
             raise ConfigError(
                 f"the Accelerate launch file asks for {engine}, train.engine says {train.engine}: "
-                f"set train.engine={engine} where that is supported, or launch with "
-                "ACCELERATE_CONFIG=configs/accelerate/ddp.yaml"
+                f"set train.engine={engine}, or launch with "
+                "ACCELERATE_CONFIG=configs/accelerate/ddp.yaml, which fits every engine"
             )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") != "2":
+        raise ConfigError(
+            "the Accelerate launch file asks for FSDP version "
+            f"{os.environ.get('FSDP_VERSION', '1')}; only 2 is here: set fsdp_config.fsdp_version: "
+            "2 in the file, or launch with ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml"
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        _refuse_other_deepspeed(train)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision):
         raise ConfigError(
             f"the Accelerate launch file asks for mixed_precision {launched}, the configuration "
             f"for {precision}: set train.precision={launched} (bf16 or fp32), or 'no' in the file"
         )
+
+
+def _refuse_other_deepspeed(train: Train) -> None:
+    """The launch file may name the stage and the file of `train`, and no setting besides."""
+    named = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
+    free = {"", "mixed_precision", "zero_stage", "deepspeed_config_file"}
+    more = [key for key in named if key not in free and not key.startswith("deepspeed_")]
+    stage = deepspeed_settings(train)["zero_optimization"]["stage"]
+    found = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(train.deepspeed_config))
+    if found != str(stage):
+        more.append(f"zero_stage {found} (there it is {stage})")
+    if Path(file).resolve() != Path(str(train.deepspeed_config)).resolve():
+        more.append(f"deepspeed_config_file {file}")
+    if more:
+        raise ConfigError(
+            f"the Accelerate launch file sets {', '.join(more)}; DeepSpeed's settings are in "
+            f"train.deepspeed_config ({train.deepspeed_config}): remove them from the launch file, "
+            f"or launch with ACCELERATE_CONFIG=configs/accelerate/deepspeed_z{stage}.yaml"
+        )
+
+
+def _forget_launch_file() -> None:
+    """Takes away what an agreed launch file would make Accelerate and transformers do besides."""
+    prefixes = ("FSDP_", "ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_GRADIENT_")
+    for name in [name for name in os.environ if name.startswith(prefixes)]:
+        del os.environ[name]
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+
+
+# --- SLURM ---------------------------------------------------------------------------------------
+
+
+def join_slurm() -> None:
+    """Gives a task that srun started the variables that torchrun would have set.
+
+    Only where it is one of several tasks and no launcher has set them.
+    """
+    own = os.environ
+    if "WORLD_SIZE" in own or "SLURM_PROCID" not in own or int(own.get("SLURM_NTASKS", "1")) < 2:
+        return
+    nodes = own.get("SLURM_STEP_NODELIST") or own.get("SLURM_JOB_NODELIST", "localhost")
+    tasks = own.get("SLURM_STEP_TASKS_PER_NODE") or own.get("SLURM_TASKS_PER_NODE", "")
+    here = tasks_per_node(tasks)[int(own.get("SLURM_NODEID", "0")) :] or [int(own["SLURM_NTASKS"])]
+    own["RANK"], own["WORLD_SIZE"] = own["SLURM_PROCID"], own["SLURM_NTASKS"]
+    own["LOCAL_RANK"], own["LOCAL_WORLD_SIZE"] = own.get("SLURM_LOCALID", "0"), str(here[0])
+    own.setdefault("MASTER_ADDR", first_host(nodes))
+    own.setdefault("MASTER_PORT", str(15000 + int(own.get("SLURM_JOB_ID", "0")) % 15000))
+
+
+def first_host(nodes: str) -> str:
+    """Of a list as SLURM writes it: 'gpu[07-09,12],login' -> 'gpu07'."""
+    return re.sub(r"\[(\d+)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", nodes)[0])
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """'4(x2),3' -> [4, 4, 3]."""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
+
+
+# --- one run, not several ------------------------------------------------------------------------
+
+
+class DisagreementError(UserError):
+    """Ranks were started with unlike configurations, data or versions."""
+
+    exit_code = 7
+
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
+
+
+def facts(config: Config, audit: Mapping[str, Any]) -> dict[str, str]:
+    """What all ranks must have alike, by name. Of configured values the digest: some are secret."""
+    values = {
+        f"{section}.{key}": _digest(json.dumps(value, sort_keys=True))
+        for section, keys in config.model_dump(mode="json").items()
+        for key, value in keys.items()
+    }
+    code = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))]
+    return {
+        **values,
+        "data": audit["data_sha256"],
+        "tokenizer": audit["train"]["tokenizer_sha256"],
+        "chat template": audit["train"]["template_sha256"],
+        **{f"version of {name}": _version(name) for name in LIBRARIES},
+        "code of sft": hashlib.sha256(b"".join(code)).hexdigest(),
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def agree(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
+    """Raises DisagreementError, on all ranks, if `facts` are not the same on all. Collective.
+
+    What most ranks have is taken for right, of two ranks what the first one has.
+    """
+    if accelerator.num_processes == 1:
+        return
+    told: list[dict[str, str]] = gather_object([dict(facts)])
+    problems = []
+    for name in sorted({name for each in told for name in each}):
+        found = [each.get(name, "absent") for each in told]
+        usual = Counter(found).most_common(1)[0][0]
+        for value in dict.fromkeys(value for value in found if value != usual):
+            others = [rank for rank, each in enumerate(found) if each == value]
+            problems.append(
+                f"{name}: {_short(value)} on rank {', '.join(map(str, others))}, "
+                f"{_short(usual)} on rank {found.index(usual)}"
+            )
+    if problems:
+        raise DisagreementError(
+            "the ranks are not one run; these differ (values of the configuration by their "
+            "digest):\n  " + "\n  ".join(problems) + "\nStart all of them with the same "
+            "configuration, data, environment and code."
+        )
+
+
+def _short(value: str) -> str:
+    return value[:12] if re.fullmatch(r"[0-9a-f]{64}", value) else value
+
+
+def described(accelerator: Accelerator) -> dict[str, str]:
+    """`devices` of all ranks and how ranks are `spread` over machines, for people. Collective."""
+    world, device = accelerator.num_processes, accelerator.device
+    cpu = f"CPU with {torch.get_num_threads()} thread(s)"
+    own = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    names = Counter(gather_object([own]) if world > 1 else [own])
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    backend = f", {torch.distributed.get_backend()}" if world > 1 else ""
+    machines = f" on {math.ceil(world / local)} machines, {local} on each" if local < world else ""
+    devices = ", ".join(f"{number} x {name}" for name, number in names.items())
+    return {"devices": devices, "spread": f"{machines}{backend}"}
 
 
 # Keys of a DeepSpeed file that train.* owns; two places for one value would let one of them lie.

@@ -29,6 +29,7 @@ from sft import (
     hardware,
     plan,
     prepare,
+    processes,
 )
 from sft.batching import Budget, MicroBatch
 from sft.config import Config, UserError, dump_config, redacted, with_values
@@ -36,8 +37,10 @@ from sft.engine import Engine, Preempted, identity, memory_bytes, read_state
 from sft.log import Log, duration, facts, visible
 from sft.model import build, dtype_table
 from sft.processes import (
+    agree,
     any_launch,
     check_launch,
+    described,
     end_processes,
     resolve_precision,
     start_processes,
@@ -52,6 +55,7 @@ def train(config: Config) -> None:
     _check_wandb(config)
     prepared = prepare.prepare(config)  # before there is a process group that could time out
     accelerator = start_processes(config.train)
+    agree(accelerator, processes.facts(config, prepared.audit))
     folder = Path(config.train.output_dir)
     log, status = Log(None), _Status(None)
     try:
@@ -88,7 +92,7 @@ def _run(
         read_state(resumed_from, identity(config.train, finetune.identity(config, prepared)))
     planned = plan_together(config, prepared, machine, accelerator)
     resolved = with_values(config, plan.resolved_values(planned))
-    log.say(_banner(config, accelerator, planned.precision))
+    log.say(_banner(config, planned, described(accelerator)))
     log.say(hardware.table(machine))
     log.say(plan.table(planned))
     log.say("First row, as the model sees it (supervised: green; special: magenta; context: dim)")
@@ -348,14 +352,19 @@ class _Status:
 # --- what people see ---------------------------------------------------------------------------
 
 
-def _banner(config: Config, accelerator: Accelerator, precision: str) -> Table:
-    world = accelerator.num_processes
-    engine = config.train.engine if world > 1 or config.train.engine != "ddp" else "one process"
+def _banner(config: Config, planned: plan.Plan, world: dict[str, str]) -> Table:
+    train, size = config.train, planned.world_size
+    engine = train.engine if size > 1 or train.engine != "ddp" else "one process"
+    settings = f" with {train.deepspeed_config}" if train.deepspeed_config else ""
+    micro_batches = f"{planned.micro_batches} micro-batch(es)"
     rows = [
-        ("model", f"{config.model.name}, {config.tuning.mode}, {precision}"),
+        ("model", f"{config.model.name}, {config.tuning.mode}"),
         ("data", _paths(config.data.train_path)),
-        ("processes", f"{world} ({engine}) on {accelerator.device.type}"),
-        ("results", config.train.output_dir),
+        ("processes", f"{size} ({engine}){settings}{world['spread']}"),
+        ("devices", world["devices"]),
+        ("precision", f"{planned.precision}: {resolve_precision(train)[1]}"),
+        ("batch", f"{train.global_batch} examples in {size} process(es) x {micro_batches}"),
+        ("results", train.output_dir),
     ]
     return facts("Run", rows)
 

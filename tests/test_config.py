@@ -575,6 +575,7 @@ def test_a_script_tells_a_bad_key_in_one_message_before_torch_is_imported(minima
 def own_environment(monkeypatch) -> None:
     """A copy: a script may set variables for the libraries that it loads."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
 
 class Odd(UserError):
@@ -604,15 +605,27 @@ def test_a_script_exits_with_the_code_of_what_ended_it(capsys, monkeypatch, rais
 
 
 @pytest.mark.usefixtures("own_environment")
-def test_one_rank_of_a_node_tells_an_error_and_all_exit_with_its_code(capsys, monkeypatch):
+@pytest.mark.parametrize("under", ["torchrun", "srun"])
+def test_the_first_rank_of_a_node_tells_its_error_and_all_exit_with_their_code(
+    capsys, monkeypatch, tmp_path, under
+):
     def main() -> None:
         raise ConfigError("bad key")
 
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit) as exited:
-        cli.run(main)
-    assert exited.value.code == 2
-    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    told = []
+    for rank in ("1", "0"):
+        (tmp_path / rank).mkdir()
+        os.environ |= {"RANK": rank, "WORLD_SIZE": "2"}
+        if under == "torchrun":
+            os.environ["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / rank / "error.json")
+        else:
+            os.environ |= {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+        with pytest.raises(SystemExit) as exited:
+            cli.run(main)
+        assert exited.value.code == 2
+        told.append(capsys.readouterr().err)
+    assert told == ["error: rank 1: bad key\n", ""]
 
 
 @pytest.mark.usefixtures("own_environment")

@@ -22,6 +22,7 @@ VARIABLES = {
     *("CONFIG", "ARGS", "RUN", "NUM_PROCESSES", "ACCELERATE_CONFIG", "AUTO", "DEEPSPEED", "OUTPUT"),
     *("DTYPE", "PROMPT", "PORT", "OUTPUTS", "VENV_TOO", "PYTHON", "INPUT", "ROW", "IDS"),
     *("GPU", "GIB", "MODEL", "TUNING", "SEQ", "UNIFORM", "COMPARE", "JSON"),
+    *("NUM_MACHINES", "MACHINE_RANK", "MASTER_ADDR", "MASTER_PORT"),
 }
 
 
@@ -56,7 +57,11 @@ def test_a_command_in_the_docs_is_one_that_exists(document, command):
 
 
 def test_every_variable_of_the_docs_is_read_by_the_makefile():
-    assert all(re.search(rf"\$\((or \$\()?{name}\)", MAKEFILE) for name in VARIABLES)
+    exported = set(re.findall(r"^export ([A-Z_ ]+)$", MAKEFILE, re.MULTILINE)[0].split())
+    launch = (ROOT / "sft/launcher.py").read_text()
+    for name in VARIABLES:
+        read = name in exported and f'"{name}"' in launch
+        assert read or re.search(rf"\$\((or \$\()?{name}\)", MAKEFILE), name
 
 
 def test_help_lists_every_target_once():

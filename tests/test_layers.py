@@ -25,6 +25,7 @@ LAYERS = {
     "parallel": 1,
     "checkpoint": 1.1,  # writes the pieces that parallel tells
     "processes": 1,
+    "launcher": 1,
     "formats": 1,
     "data": 1.2,  # reads the rows that formats makes messages of
     "chat": 1.5,  # renders the rows that data reads

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -55,6 +58,131 @@ def test_a_launch_file_that_contradicts_the_configuration_is_refused(
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigError, match=message):
         processes.start_processes(tiny.config(tmp_path, precision="fp32").train)
+
+
+def test_an_fsdp2_launch_file_is_agreed_with_and_not_acted_on(tmp_path, monkeypatch):
+    """Accelerate's plugin would do nothing on the CPU, and shard a second time on GPUs."""
+    settings = tiny.config(tmp_path, engine="fsdp", precision="fp32").train
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for version in ("1", None):
+        monkeypatch.setenv("FSDP_VERSION", version or "")
+        with pytest.raises(ConfigError, match="only 2 is here"):
+            processes.start_processes(settings)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    processes._refuse_other_launchers(settings, "fp32")
+    processes._forget_launch_file()
+    assert not [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_USE"))]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ZERO_STAGE": "2"}, None),
+        ({"ZERO_STAGE": "3"}, r"zero_stage 3 \(there it is 2\).*deepspeed_z2.yaml"),
+        ({"CONFIG_FILE": "configs/deepspeed_z2.json"}, None),
+        ({"CONFIG_FILE": "other.json"}, "deepspeed_config_file other.json"),
+        ({"FIELDS": "zero_stage,deepspeed_multinode_launcher,mixed_precision"}, None),
+        (
+            {"FIELDS": "gradient_clipping,zero3_init_flag"},
+            "sets gradient_clipping, zero3_init_flag",
+        ),
+    ],
+)
+def test_a_deepspeed_launch_file_names_no_settings_of_its_own(
+    tmp_path, monkeypatch, variables, message
+):
+    path = "configs/deepspeed_z2.json"
+    settings = tiny.config(tmp_path, engine="deepspeed", deepspeed_config=path).train
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    names = {"FIELDS": "ACCELERATE_CONFIG_DS_FIELDS"}
+    for name, value in variables.items():
+        monkeypatch.setenv(names.get(name, f"ACCELERATE_DEEPSPEED_{name}"), value)
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        processes._refuse_other_launchers(settings, "fp32")
+    processes._forget_launch_file()
+    assert not [name for name in os.environ if name.startswith("ACCELERATE_DEEPSPEED")]
+
+
+# --- under srun ----------------------------------------------------------------------------------
+
+TASK = {
+    "SLURM_PROCID": "9",
+    "SLURM_NTASKS": "11",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_JOB_ID": "4711",
+    "SLURM_JOB_NODELIST": "gpu[07-09,12]",
+    "SLURM_TASKS_PER_NODE": "4(x2),3",
+}
+JOINED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def joined(monkeypatch, **changes: str | None) -> list[str | None]:
+    """What becomes of these variables in that task of srun."""
+    for name in [*JOINED, *(name for name in os.environ if name.startswith("SLURM_"))]:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in (TASK | changes).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    processes.join_slurm()
+    return [os.environ.get(name) for name in JOINED]
+
+
+def test_a_task_of_srun_is_a_rank(monkeypatch):
+    assert joined(monkeypatch) == ["9", "11", "1", "3", "gpu07", "19711"]
+    assert joined(monkeypatch, MASTER_ADDR="a", MASTER_PORT="7")[4:] == ["a", "7"]
+
+
+@pytest.mark.parametrize("change", [{"SLURM_PROCID": None}, {"SLURM_NTASKS": "1"}])
+def test_what_srun_did_not_start_as_one_of_several_is_left_alone(monkeypatch, change):
+    assert joined(monkeypatch, **change) == [None] * 6
+
+
+def test_a_launcher_inside_of_a_task_comes_first(monkeypatch):
+    assert joined(monkeypatch, RANK="0", WORLD_SIZE="2")[:3] == ["0", "2", None]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu07", "gpu07"), ("a,b[1-2]", "a"), ("n[001,003-4]-ib,x", "n001-ib"), ("r1[2-3]", "r12")],
+)
+def test_the_first_host_of_a_list(nodes, first):
+    assert processes.first_host(nodes) == first
+
+
+# --- one run -------------------------------------------------------------------------------------
+
+
+def test_the_ranks_that_differ_from_most_are_named(monkeypatch):
+    class World:
+        num_processes = 4
+
+    told = [{"data": "a" * 64, "version of torch": "2"} for _ in range(4)]
+    monkeypatch.setattr(processes, "gather_object", lambda _: told)
+    processes.agree(World(), told[0])
+    told[0]["version of torch"] = "1"
+    told[2] |= {"data": "b" * 64}
+    told[3] |= {"data": "b" * 64}
+    with pytest.raises(processes.DisagreementError) as caught:
+        processes.agree(World(), told[0])
+    assert caught.value.exit_code == 7
+    lines = str(caught.value).splitlines()[1:-1]
+    assert lines == [
+        "  data: bbbbbbbbbbbb on rank 2, 3, aaaaaaaaaaaa on rank 0",
+        "  version of torch: 1 on rank 0, 2 on rank 1",
+    ]
+
+
+def test_facts_name_every_key_and_no_value(tmp_path):
+    settings = tiny.config(tmp_path, learning_rate=0.7)
+    found = processes.facts(settings, tiny.AUDIT)
+    assert len(found["train.learning_rate"]) == 64
+    assert str(tmp_path) not in str(found)
+    other = processes.facts(tiny.config(tmp_path, learning_rate=0.8), tiny.AUDIT)
+    assert {name for name in found if found[name] != other[name]} == {"train.learning_rate"}
+    assert {"data", "chat template", "version of deepspeed", "code of sft"} < set(found)
 
 
 def test_several_processes_with_an_unwrapped_model_are_refused(tmp_path, monkeypatch):

@@ -1,0 +1,554 @@
+"""Launching for real: signals, exit codes and words of the ranks; machines; SLURM with stubs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, clean_environment
+
+from sft import launcher
+from sft.config import ConfigError, Train
+
+WORKER = ROOT / "tests/launch_worker.py"
+DRIVER = """
+import sys
+from pathlib import Path
+from sft import cli, launcher
+from sft.config import load_config
+
+mode, folder = sys.argv[1:]
+train = load_config("configs/nano.yaml", [f"train.output_dir={folder}"]).train
+cli.run(lambda: launcher.launch(train, [mode, folder], Path("tests/launch_worker.py")))
+"""
+
+
+def start(mode: str, folder: Path, *before: str, **environment: str) -> subprocess.Popen[str]:
+    """A launcher of two ranks of the worker, its output piped."""
+    folder.mkdir(exist_ok=True)
+    environment = {"NUM_PROCESSES": "2", "HF_HOME": "/nonexistent"} | environment
+    return subprocess.Popen(
+        [*before, sys.executable, "-c", DRIVER, mode, str(folder)],
+        cwd=ROOT,
+        env=clean_environment(TMPDIR=str(folder), **environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, str]:
+    """(exit code, what it said on stderr)."""
+    told = process.communicate(timeout=seconds)[1]
+    return process.returncode, told
+
+
+def wait_for(*paths: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, f"none of {paths} came"
+        time.sleep(0.05)
+
+
+# --- what is launched ----------------------------------------------------------------------------
+
+NAMES = ("NUM_PROCESSES", "NUM_MACHINES", "MACHINE_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def given(monkeypatch, tmp_path):
+    """Sets the variables of a launch to these, and no others."""
+    monkeypatch.setattr(
+        "accelerate.commands.config.config_args.default_yaml_config_file", str(tmp_path / "own")
+    )
+
+    def set_to(**values: str) -> None:
+        for name in (*NAMES, "ACCELERATE_CONFIG"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    set_to()
+    return set_to
+
+
+def train(**values: object) -> Train:
+    return Train.model_validate({"output_dir": "none", "num_processes": 4} | values)
+
+
+def world(settings: Train | None = None, file: str = "ddp") -> launcher.World:
+    read = launcher.read_launch_file(launcher.CHECKED / f"{file}.yaml")
+    return launcher.world_of(settings or train(), read)
+
+
+def test_the_processes_are_those_of_each_machine(given):
+    assert world() == launcher.World(4)
+    given(NUM_PROCESSES="3", MASTER_ADDR="left-over")
+    assert world() == launcher.World(3)
+    given(NUM_PROCESSES="3", NUM_MACHINES="2", MACHINE_RANK="1", MASTER_ADDR="a", MASTER_PORT="7")
+    assert world() == launcher.World(3, 2, 1, "a", 7)
+    assert world().num_processes == 6
+    given(NUM_MACHINES="2", MACHINE_RANK="0", MASTER_ADDR="a")
+    assert world() == launcher.World(2, 2, 0, "a", launcher.PORT)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"NUM_PROCESSES": "two"}, "NUM_PROCESSES: expected a whole number from 1 on, found 'two'"),
+        ({"NUM_PROCESSES": "0"}, "found '0'"),
+        ({"NUM_MACHINES": "2", "MASTER_ADDR": "a"}, "expected a MACHINE_RANK of 0 to 1"),
+        ({"NUM_MACHINES": "2", "MASTER_ADDR": "a", "MACHINE_RANK": "2"}, "0 to 1.* found 2"),
+        ({"NUM_MACHINES": "2", "MACHINE_RANK": "0"}, "expected MASTER_ADDR"),
+        ({"NUM_MACHINES": "3", "MACHINE_RANK": "0", "MASTER_ADDR": "a"}, "4 cannot be shared"),
+    ],
+)
+def test_a_launch_that_cannot_meet_is_refused(given, values, message):
+    given(**values)
+    with pytest.raises(ConfigError, match=message):
+        world()
+
+
+def test_the_engine_chooses_the_launch_file_unless_one_is_named(given, tmp_path):
+    def chosen(**values: object) -> Path:
+        return launcher.launch_file(train(**values))
+
+    three = str(ROOT / "configs/deepspeed_z3.json")
+    one = tmp_path / "z1.json"
+    one.write_text('{"zero_optimization": {"stage": 1}}')
+    checked = launcher.CHECKED
+    assert chosen() == checked / "ddp.yaml"
+    assert chosen(engine="fsdp") == checked / "fsdp2.yaml"
+    assert chosen(engine="deepspeed", deepspeed_config=three) == checked / "deepspeed_z3.yaml"
+    assert chosen(engine="deepspeed", deepspeed_config=str(one)) == checked / "ddp.yaml"
+    assert chosen(engine="deepspeed", deepspeed_config="missing") == checked / "ddp.yaml"
+    for kind, used in (("NO", checked / "ddp.yaml"), ("MULTI_GPU", tmp_path / "own")):
+        (tmp_path / "own").write_text(
+            yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "distributed_type": kind})
+        )
+        assert chosen() == used  # of `make setup-accelerate`
+    given(ACCELERATE_CONFIG="named.yaml")
+    assert chosen(engine="fsdp") == Path("named.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"distributed_type": "NO"}, "found NO, which starts one process"),
+        ({"distributed_type": "MULTI_CPU"}, "found MULTI_CPU, which starts one process"),
+        ({"debug": True}, "debug: true Accelerate hides failures"),
+    ],
+)
+def test_a_launch_file_that_would_fail_silently_is_refused(given, tmp_path, change, message):
+    values = yaml.safe_load((launcher.CHECKED / "ddp.yaml").read_text())
+    (tmp_path / "file.yaml").write_text(yaml.safe_dump(values | change))
+    given(ACCELERATE_CONFIG=str(tmp_path / "file.yaml"))
+    with pytest.raises(ConfigError, match=message):
+        launcher.launch(train(), [])
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_every_rank_once_and_the_code_is_that_of_the_run(tmp_path):
+    """torchrun alone dies of SIGUSR1, and turns 75 into 1."""
+    process = start("signals", tmp_path)
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    process.send_signal(signal.SIGUSR1)
+    wait_for(tmp_path / "signals0", tmp_path / "signals1")
+    process.send_signal(signal.SIGTERM)
+    assert ended(process) == (75, "")
+    for rank in (0, 1):
+        assert (tmp_path / f"signals{rank}").read_text().split() == ["SIGUSR1", "SIGTERM"]
+
+
+@pytest.fixture
+def idle() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Two processes that note signals by their exit codes, and stand for ranks."""
+    code = "import signal, sys, time; signal.signal(15, lambda *_: None)\nprint(flush=True)\n"
+    command = [sys.executable, "-c", f"{code}time.sleep(600)"]
+    made = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "LOCAL_RANK": "0"})
+        for _ in range(2)
+    ]
+    for process in made:
+        process.stdout.readline()
+    yield made
+    for process in made:
+        process.kill()
+        process.communicate()
+
+
+def test_ranks_are_found_and_the_third_stop_kills_them(idle, tmp_path):
+    assert set(launcher.ranks()) >= {process.pid for process in idle}
+    (tmp_path / "attempt").mkdir()  # ranks were started
+    with launcher.Signals(tmp_path) as signals:
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM):  # a terminal was closed
+            assert [process.poll() for process in idle] == [None, None]
+            os.kill(os.getpid(), number)
+            time.sleep(0.3)
+        assert [process.wait(30) for process in idle] == [-signal.SIGKILL] * 2
+    assert signals.stops == [signal.SIGTERM] * 3
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def test_a_rank_that_does_not_expect_sigusr1_survives_it(idle, tmp_path, capfd):
+    assert launcher.catches(idle[0].pid, signal.SIGTERM)
+    assert not launcher.catches(idle[0].pid, signal.SIGUSR1)
+    with launcher.Signals(tmp_path):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.3)
+    assert "no rank is training" in capfd.readouterr().err
+    assert [process.poll() for process in idle] == [None, None]
+
+
+@pytest.mark.slow
+def test_a_launcher_that_waits_for_other_machines_can_be_stopped(tmp_path):
+    """There torch waits in C++ for 15 minutes, and Python runs no handlers."""
+    port = free_port()
+    process = start(
+        *("world", tmp_path),
+        **{"NUM_MACHINES": "2", "MACHINE_RANK": "1", "MASTER_ADDR": "127.0.0.1"},
+        MASTER_PORT=str(port),
+    )
+    with socket.create_server(("127.0.0.1", port)) as silent:
+        silent.accept()  # it has come as far as to call the first machine
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- words and codes -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_first_word_is_the_cause_and_an_old_status_is_not_believed(tmp_path):
+    (tmp_path / "status.json").write_text('{"exit_code": 75}')
+    code, told = ended(start("bug", tmp_path))
+    assert code == 1
+    assert told.splitlines()[0] == "error: rank 1: ZeroDivisionError: the cause"
+    assert "Traceback" in told
+    assert "Root Cause" not in told  # torchrun's wall of text
+    assert "closed by peer" not in told
+    (log,) = tmp_path.glob("sft_*_launcher.log")  # the run folder is another attempt's
+    assert str(log) in told
+    assert "the cause" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("written", "failures", "stops", "code"),
+    [
+        (None, {}, [], 0),
+        (5, {1: 7, 0: 5}, [], 5),
+        (75, {0: -15}, [15], 75),
+        (0, {1: -6}, [], 0),  # gloo aborted when all was done and said
+        (0, {0: 4, 1: 4}, [], 4),  # the folder was another run's, which has finished since
+        (None, {1: 1, 0: 7}, [], 7),
+        (None, {1: 1, 0: -15}, [], 1),
+        (None, {1: -9, 0: -15}, [], 7),
+        (None, {0: -2, 1: -2}, [2], 130),
+        (None, {0: -15, 1: -15}, [15], 143),
+    ],
+)
+def test_the_code_is_what_the_run_wrote_else_what_its_ranks_say(written, failures, stops, code):
+    assert launcher._outcome(written, failures, stops) == code
+
+
+def test_a_status_is_believed_only_if_it_was_written_since(tmp_path):
+    path = tmp_path / "status.json"
+    path.write_text('{"exit_code": 75}')
+    status = launcher._Status(tmp_path)
+    assert (status.is_ours(), status.exit_code()) == (False, None)
+    path.write_text('{"exit_code": null, "state": "running"}')
+    assert (status.is_ours(), status.exit_code()) == (True, None)
+    path.write_text('{"exit_code": 5}')
+    assert status.exit_code() == 5
+
+
+@pytest.mark.slow
+def test_ranks_that_are_not_one_run_end_with_7_and_say_what_differs(tmp_path):
+    """Through run.train: another value, another data file and another library on rank 1."""
+    code, told = ended(start("run", tmp_path / "run"))
+    assert code == 7, told
+    assert told.count("the ranks are not one run") == 1
+    assert "Traceback" not in told
+    digests = "[0-9a-f]{12} on rank 1, [0-9a-f]{12} on rank 0"
+    for name in ("train.learning_rate", "data.train_path", "data.eval_path", "data"):
+        assert re.search(rf"^  {name}: {digests}$", told, re.M)
+    assert "  version of peft: 0.0.1 on rank 1, " in told
+    assert told.count("on rank 1, ") == 5
+    assert "0.7" not in told  # a value may be a secret
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+@pytest.mark.slow
+def test_make_ends_with_the_code_of_the_run(tmp_path):
+    """`Error 75`, as a scheduler's script sees it."""
+    rows = (ROOT / "nano/valid.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(rows[:20]))
+    settings = [f"data.{part}_path={tmp_path}/rows.jsonl" for part in ("train", "eval")]
+    settings += ["evaluation.num_examples=0", "train.log_steps=1", "train.max_steps=500"]
+    settings += [f"train.output_dir={tmp_path}/run", "data.audit=warn"]
+    with subprocess.Popen(
+        ["make", "train-distributed", f"ARGS={' '.join(settings)}"],
+        cwd=ROOT,
+        env=clean_environment(HF_HOME="/nonexistent", NUM_PROCESSES="2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        for line in process.stdout or []:
+            if line.startswith("step     1/"):
+                (pid,) = children(process.pid, "scripts/launch.py")
+                os.kill(pid, signal.SIGTERM)
+                break
+        told = process.communicate(timeout=180)[1]
+    assert "Error 75" in told
+    assert "Traceback" not in told
+    assert json.loads((tmp_path / "run/status.json").read_text())["exit_code"] == 75
+    assert len(list((tmp_path / "run").glob("checkpoint_step_*"))) == 1
+
+
+def children(pid: int, name: str) -> list[int]:
+    import psutil
+
+    found = psutil.Process(pid).children(recursive=True)
+    return [each.pid for each in found if name in each.cmdline()]
+
+
+# --- several machines ----------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def judge_the_world_of_two(folder: Path) -> None:
+    told = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    for each in told:
+        assert each["world"] == 2
+        assert each["model"] == "DistributedDataParallel"
+        assert each["gradient"] == [[1.5, 1.5, 1.5]]  # the mean of 1 and 2: exchanged
+        assert each["spread"] == " on 2 machines, 1 on each, gloo"
+
+
+@pytest.mark.slow
+def test_two_launchers_make_one_world(tmp_path):
+    common = {"NUM_PROCESSES": "1", "NUM_MACHINES": "2", "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": str(free_port())}
+    machines = [start("world", tmp_path, MACHINE_RANK=rank, **common) for rank in ("1", "0")]
+    for machine in machines:
+        code, told = ended(machine)
+        assert code == 0, told
+    judge_the_world_of_two(tmp_path)
+
+
+@pytest.fixture
+def namespaces() -> Iterator[list[str]]:
+    """Two network namespaces, joined by a cable: 10.213.77.1 and .2, at sft0 and sft1."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("needs root and the program `ip`")
+    names = [f"sft-test-{os.getpid()}-{i}" for i in (0, 1)]
+
+    def ip(*arguments: str) -> None:
+        done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"`ip {' '.join(arguments)}` is not allowed here: {done.stderr.strip()}")
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip(
+            "link",
+            "add",
+            "sft0",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "sft1",
+            "netns",
+            names[1],
+        )
+        for i, name in enumerate(names):
+            ip("-n", name, "address", "add", f"10.213.77.{i + 1}/24", "dev", f"sft{i}")
+            ip("-n", name, "link", "set", f"sft{i}", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@pytest.mark.slow
+def test_two_networks_make_one_world(tmp_path, namespaces):
+    common = {"NUM_PROCESSES": "1", "NUM_MACHINES": "2", "MASTER_ADDR": "10.213.77.1"}
+    machines = [
+        start(
+            *("world", tmp_path, "ip", "netns", "exec", name),
+            **common,
+            MACHINE_RANK=str(i),
+            GLOO_SOCKET_IFNAME=f"sft{i}",
+        )
+        for i, name in enumerate(namespaces)
+    ]
+    for machine in machines:
+        code, told = ended(machine)
+        assert code == 0, told
+    judge_the_world_of_two(tmp_path)
+
+
+# --- SLURM ---------------------------------------------------------------------------------------
+
+SRUN = """#!/usr/bin/env python3
+# srun of two tasks on one node: starts them, passes signals on, ends with the highest code.
+import os, signal, subprocess, sys
+
+command = sys.argv[1:]
+while command[0].startswith("-"):
+    command.pop(0)
+with open(os.environ["STUB"] + "/srun.log", "a") as file:
+    file.write(" ".join(command) + "\\n")
+if "STUB_TASK" in os.environ:
+    command = [sys.executable, *os.environ["STUB_TASK"].split()]
+base = {"SLURM_STEP_ID": "0", "SLURM_NODEID": "0"}
+tasks = []
+for i in range(2):
+    own = {**os.environ, **base, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+    tasks.append(subprocess.Popen(command, env=own, start_new_session=True))
+
+def forward(number, _):
+    for task in tasks:
+        task.send_signal(number)
+
+signal.signal(signal.SIGTERM, forward)
+sys.exit(max(code if code >= 0 else 128 - code for code in (task.wait() for task in tasks)))
+"""
+SCONTROL = """#!/bin/bash
+echo "$*" >> "$STUB/scontrol.log"
+"""
+SBATCH = """#!/bin/bash
+# sbatch that runs the job here, at once.
+while [[ $1 == -* ]]; do shift; done
+export SLURM_JOB_ID=4711 SLURM_NTASKS=2 SLURM_TASKS_PER_NODE=2 SLURM_JOB_NODELIST=localhost
+export SLURM_PROCID=0 SLURM_CPUS_PER_TASK=1 SLURM_SUBMIT_DIR=$PWD
+exec bash "$@"
+"""
+FAKE = """
+import json, os, signal, sys, time
+from pathlib import Path
+folder, code = Path(sys.argv[1]), int(sys.argv[2])
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+rank = os.environ["SLURM_PROCID"]
+(folder / f"task{rank}").touch()
+while code == 75 and not stopped:
+    time.sleep(0.05)
+time.sleep(0.3)
+if rank == "0" and code == 75:
+    (folder / f"checkpoint_step_{sys.argv[3]}").mkdir(exist_ok=True)
+    (folder / "status.json").write_text(json.dumps({"exit_code": code}))
+(folder / f"task{rank}").unlink()
+sys.exit(code + 68 * int(rank) if code == 75 else code)  # the last one was ended while it wound up
+"""
+
+
+class Slurm:
+    """Stub programs on PATH and a run folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.run = folder, folder / "run"
+        self.run.mkdir()
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sbatch", SBATCH)):
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+        (folder / "fake.py").write_text(FAKE)
+
+    def submit(self, task: str, **environment: str) -> subprocess.Popen[str]:
+        path = f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        own = {
+            "STUB": str(self.folder),
+            "STUB_TASK": task,
+            "PATH": path,
+            "TMPDIR": str(self.folder),
+        }
+        command = ["sbatch", "--nodes=1", "configs/slurm/train.sbatch"]
+        return subprocess.Popen(
+            [*command, "--config", "configs/nano.yaml", f"train.output_dir={self.run}"],
+            cwd=ROOT,
+            env=clean_environment(PYTHON=sys.executable, **own, **environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def preempted(self, step: int, **environment: str) -> tuple[int, str, int]:
+        """A job that gets SIGUSR1: (exit code, what it said, requeues so far)."""
+        job = self.submit(f"{self.folder}/fake.py {self.run} 75 {step}", **environment)
+        wait_for(self.run / "task0", self.run / "task1")
+        for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):  # the limit; preemption
+            job.send_signal(number)
+            time.sleep(0.05)
+        out, err = job.communicate(timeout=60)
+        return job.returncode, out + err, self.requeues()
+
+    def requeues(self) -> int:
+        path = self.folder / "scontrol.log"
+        return path.read_text().splitlines().count("requeue 4711") if path.exists() else 0
+
+
+@pytest.fixture
+def slurm(tmp_path) -> Slurm:
+    return Slurm(tmp_path)
+
+
+def test_a_preempted_job_is_requeued_once_as_long_as_it_gets_on(slurm):
+    code, told, requeues = slurm.preempted(step=3)
+    assert (code, requeues) == (75, 1), told
+    command = (slurm.folder / "srun.log").read_text()
+    assert "train.resume_from_checkpoint=auto train.num_processes=2" in command
+    code, told, requeues = slurm.preempted(step=5, SLURM_RESTART_COUNT="1")
+    assert (code, requeues) == (75, 2), told
+    code, told, requeues = slurm.preempted(step=5, SLURM_RESTART_COUNT="2")
+    assert (code, requeues) == (75, 2)
+    assert "not requeued: no progress, the newest checkpoint is of step 5 again" in told
+    code, told, requeues = slurm.preempted(step=9, SLURM_RESTART_COUNT="3", MAX_REQUEUES="3")
+    assert (code, requeues) == (75, 2)
+    assert "it was requeued 3 times, and MAX_REQUEUES is 3" in told
+
+
+@pytest.mark.parametrize("code", [0, 5])
+def test_a_job_that_was_not_preempted_is_not_requeued(slurm, code):
+    (slurm.run / "status.json").write_text('{"exit_code": 75}')
+    os.utime(slurm.run / "status.json", (1, 1))  # of the attempt before
+    (slurm.run / "checkpoint_step_3").mkdir()
+    job = slurm.submit(f"{slurm.folder}/fake.py {slurm.run} {code}")
+    told = job.communicate(timeout=60)
+    assert (job.returncode, slurm.requeues()) == (code, 0), told
+
+
+@pytest.mark.slow
+def test_the_tasks_of_srun_are_one_world(slurm):
+    job = slurm.submit(f"{WORKER} world {slurm.folder}")
+    told = job.communicate(timeout=180)
+    assert job.returncode == 0, told
+    for rank in (0, 1):
+        seen = json.loads((slurm.folder / f"rank{rank}.json").read_text())
+        assert seen["world"] == 2
+        assert seen["gradient"] == [[1.5, 1.5, 1.5]]
+        assert seen["spread"] == ", gloo"
