@@ -19,6 +19,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sft import chat
+from sft.guard import Guard
 from sft.log import Log
 
 
@@ -64,6 +65,7 @@ def generate(
     prompts: Sequence[list[int]],
     accelerator: Accelerator,
     log: Log,
+    guard: Guard,
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -71,7 +73,8 @@ def generate(
     """Greedy answers to `prompts` (token ids), in their order, on every rank.
 
     Prompts are sorted by length and dealt out to the ranks, so that rows of a batch are alike and
-    ranks have like work; the index travels with the answer.
+    ranks have like work; the index travels with the answer. A signal stops all ranks at one batch,
+    so each has as many, if need be empty ones.
     """
     plain = accelerator.unwrap_model(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -84,9 +87,16 @@ def generate(
         use_cache=True,
     )
     found: list[tuple[int, str]] = []
-    with eval_mode(plain), log.progress("answers", len(mine)) as advance:
-        for start in range(0, len(mine), batch_size):
-            indices = mine[start : start + batch_size]
+    most = math.ceil(len(order) / accelerator.num_processes)
+    with (
+        guard.section("generation"),
+        eval_mode(plain),
+        log.progress("answers", len(mine)) as advance,
+    ):
+        for start in range(0, most, batch_size):
+            guard.stop_if_asked()
+            if not (indices := mine[start : start + batch_size]):
+                continue
             texts = _answer(plain, tokenizer, [prompts[i] for i in indices], settings)
             found += zip(indices, texts, strict=True)
             advance(len(indices))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,22 @@ def start_processes(train: Train) -> Accelerator:
         torch.set_num_threads(max(1, hardware.usable_cores() // local))
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guesses so
+    # Longer than the watch of `guard`, which names who is missing; a collective just aborts.
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * train.stall_timeout))
     if train.engine == "deepspeed":
+        group.backend = "gloo" if on_cpu else group.backend
         accelerator = Accelerator(
-            deepspeed_plugin=_deepspeed_plugin(train, precision),
-            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else None,
+            deepspeed_plugin=_deepspeed_plugin(train, precision), kwargs_handlers=[group]
         )
     else:
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision="bf16" if precision == "bf16" else "no",
             kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+                group,
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True
+                ),
             ],
         )
     if accelerator.num_processes != world:

@@ -22,6 +22,7 @@ LAYERS = {
     "cli": 1,
     "model": 1,
     "checkpoint": 1,
+    "guard": 1.1,  # tells the newest checkpoint
     "processes": 1,
     "formats": 1,
     "data": 1.2,  # reads the rows that formats makes messages of
