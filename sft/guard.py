@@ -45,7 +45,7 @@ RANKS = ".ranks"  # in the run folder: what each rank is doing, and who was firs
 TRACEBACK = "traceback.txt"
 TICK = 0.2  # seconds between two looks at signals
 BEAT = 1.0  # seconds between two words of a rank to its peers
-GRACE = 10.0  # seconds that a rank has to end by itself, and that others wait for its reason
+GRACE = 5.0  # seconds that a rank has to end by itself, and that others wait for its reason
 SAME_REQUEST = 2.0  # seconds in which a signal is the same one: launchers pass on what all got
 SILENT = 5.0  # seconds after which a rank on another machine seems to be gone
 PACKAGE = str(Path(__file__).parent)
@@ -497,8 +497,8 @@ class Guard:
         self, state: str, code: int, reason: str, culprit: Word | None = None
     ) -> tuple[int, bool]:
         """Writes the status, if no other rank has; (exit code of the run, whether it is ours)."""
-        of = culprit or self._word()
-        if self.status.end(state, code, without_secrets(reason), of.rank, of.step):
+        rank = culprit.rank if culprit else self.rank
+        if self.status.end(state, code, without_secrets(reason), rank, self._step):
             return code, True
         if self.status.attempt is None:  # of what is not begun, all but the first end quietly
             return code, self.is_first or state != "preempted"
@@ -524,7 +524,7 @@ class Guard:
         if by_launcher or self.status.has_ended():
             return error, None
         silent = [seen.word for seen in self._peers.values() if seen.is_silent(time.monotonic())]
-        named = ", ".join(f"{word}, last in {word.place}" for word in silent)
+        named = ", ".join(f"{word}, last heard of in {word.place}" for word in silent)
         told = f"the connection to {named or 'another rank'} broke: {error}"
         return PeerError(told), silent[0] if silent else None
 
@@ -753,14 +753,24 @@ class Guard:
                 self._file_of(self.rank).with_suffix(".stack").open("w") as file,
             ):
                 faulthandler.dump_traceback(file)
-        if is_ours and culprit and culprit.rank != self.rank and culprit.machine == machine():
-            with suppress(OSError):  # what is stopped cannot end by itself
-                os.kill(culprit.pid, signal.SIGKILL)
+        if culprit and culprit.rank != self.rank and culprit.machine == machine():
+            _end_stuck(culprit.pid)
         os._exit(code)
+
+
+def _end_stuck(pid: int) -> None:
+    """A process that is stopped, or whose watch never gets a turn, cannot end by itself."""
+    deadline = time.monotonic() + 2 * GRACE
+    while not is_dead(pid):
+        if _state(pid) in ("T", "t") or time.monotonic() > deadline:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(TICK)
 
 
 def _died(word: Word) -> str:
     return (
-        f"{word} died without a word, last in {word.place}: killed from outside, for want of "
+        f"{word} died without a word, last heard of in {word.place}: killed from outside, for want of "
         "memory (see dmesg), or it crashed"
     )
