@@ -696,7 +696,7 @@ class Guard:
             self._others_ended_at = now
         elif now - self._others_ended_at > GRACE:
             told = _died(dead) if dead else "another rank has ended the run"
-            self._leave("failed", PeerError.exit_code, told, dead)
+            self._leave("failed", PeerError.exit_code, told, *([dead] if dead else []))
 
     def _watch_progress(self) -> None:
         """Ends this rank when it has stood still for too long, and so have all others."""
@@ -708,53 +708,43 @@ class Guard:
         if idle > limit / 2:
             self._look()
         if idle > limit and all(now - s.moved_at > limit / 2 for s in self._peers.values()):
-            culprit, told = self._behind()
-            self._leave("failed", PeerError.exit_code, told, culprit)
+            culprits, told = self._behind()
+            self._leave("failed", PeerError.exit_code, told, *culprits)
 
-    def _behind(self) -> tuple[Word | None, str]:
-        """The rank for which all others wait, if one stands out; and the message."""
+    def _behind(self) -> tuple[list[Word], str]:
+        """The ranks for which all others wait, if some stand out; and the message."""
         now, own = time.monotonic(), self._word()
-        words = {own.rank: (1, own.arrived, own.waits)}
-        for rank, seen in self._peers.items():
-            words[rank] = (int(not seen.is_silent(now)), seen.word.arrived, seen.word.waits)
-        all_words = {own.rank: own} | {rank: seen.word for rank, seen in self._peers.items()}
-        last = [all_words[rank] for rank, key in words.items() if key == min(words.values())]
-        if len(last) > 1:
-            places = "; ".join(f"{word}: {word.place}" for word in last)
-            return None, f"no progress for {self.stall_timeout:g} s (train.stall_timeout): {places}"
-        (word,) = last
-        stopped = (
-            " is stopped or dead and" if word.rank != own.rank and not words[word.rank][0] else ""
-        )
-        return word, (
-            f"{word}{stopped} made no progress for {self.stall_timeout:g} s (train.stall_timeout): "
-            f"{word.place}"
-        )
+        words = [((True, own.arrived, own.waits), own)]
+        for seen in self._peers.values():
+            key = (not seen.is_silent(now), seen.word.arrived, seen.word.waits)
+            words.append((key, seen.word))
+        (least, _) = min(words, key=lambda each: each[0])
+        last = [word for key, word in words if key == least]
+        gone = "" if least[0] else "stopped or dead, "
+        places = "; ".join(f"{word}, {gone}{word.place}" for word in last)
+        is_told_apart = len(last) < len(words) or len(words) == 1
+        named = "no progress of" if is_told_apart else "no progress, and no rank is behind:"
+        told = f"{named} {places}, for {self.stall_timeout:g} s (train.stall_timeout)"
+        return last if is_told_apart else [], told
 
     def _leave(
-        self,
-        state: str,
-        code: int,
-        reason: str,
-        culprit: Word | None = None,
-        patience: float = GRACE,
+        self, state: str, code: int, reason: str, *culprits: Word, patience: float = GRACE
     ) -> None:
         """Ends this process, whatever its main thread is in, unless that is ending it already."""
         if not self._ending.acquire(timeout=patience):
             if not self._left.is_set():
                 os._exit(code)
             return
-        code, is_ours = self._tell(state, code, reason, culprit)
+        code, is_ours = self._tell(state, code, reason, culprits[0] if culprits else None)
         if is_ours:
             self._say(reason, of=None)
         if code == PeerError.exit_code:
-            with (
-                suppress(OSError),
-                self._file_of(self.rank).with_suffix(".stack").open("w") as file,
-            ):
+            stacks = self._file_of(self.rank).with_suffix(".stacks")
+            with suppress(OSError), stacks.open("w") as file:
                 faulthandler.dump_traceback(file)
-        if culprit and culprit.rank != self.rank and culprit.machine == machine():
-            _end_stuck(culprit.pid)
+        for word in culprits:
+            if word.rank != self.rank and word.machine == machine():
+                _end_stuck(word.pid)
         os._exit(code)
 
 
@@ -771,6 +761,6 @@ def _end_stuck(pid: int) -> None:
 
 def _died(word: Word) -> str:
     return (
-        f"{word} died without a word, last heard of in {word.place}: killed from outside, for want of "
-        "memory (see dmesg), or it crashed"
+        f"{word} died without a word, last heard of in {word.place}: it crashed, or was killed, "
+        "perhaps for want of memory (see dmesg)"
     )
