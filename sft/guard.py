@@ -160,7 +160,8 @@ class Status:
 
 def launch() -> str:
     """What all ranks of one launch have in common, and those of another not."""
-    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID")
+    names = ["MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID"]
+    names += ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"]
     return " ".join(os.environ.get(name, "-") for name in names)
 
 
@@ -415,9 +416,7 @@ class Guard:
 
     def __enter__(self) -> Guard:
         assert self.folder
-        if (
-            "LOCAL_RANK" in os.environ
-        ):  # by a launcher. A shell may go before its run, as with nohup
+        if "LOCAL_RANK" in os.environ:  # started by a launcher. A shell may go, as with nohup
             die_with_parent(os.getppid())
         self.lock = Lock(self.folder) if self.is_first else None
         self._interrupts = True

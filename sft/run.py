@@ -236,10 +236,10 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
     except UserError:
         guard.begin()  # the attempt that failed
         raise
-    own = {Status.NAME, Lock.NAME, RANKS, TRACEBACK}  # a run that never began has no more
-    holds_run = any(path.name not in own for path in folder.iterdir())
-    continues = resume and guard.status.read().get("state") != "finished"  # if not yet from a step
-    if found is None and holds_run and not continues:
+    own = {Status.NAME, Lock.NAME, RANKS, TRACEBACK}  # all that a run leaves which never began
+    earlier = guard.status.read().get("state")
+    holds_run = earlier and any(path.name not in own for path in folder.iterdir())
+    if holds_run and not found and (not resume or earlier == "finished"):
         number = 1
         while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1

@@ -108,7 +108,6 @@ def train(request: Request) -> None:
             built.resume(found)
         built.run()
         with built.preemptible():
-            happens(request, "after")
             results(built)
         built.accelerator.wait_for_everyone()
     if guard.is_first:

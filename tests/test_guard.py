@@ -141,7 +141,6 @@ MOMENTS = {  # name -> (how often it has come then, step that is saved)
     "save": (1, 3),
     "last evaluation": (1, 6),
     "last generation": (1, 6),
-    "after": (1, 6),
 }
 
 
