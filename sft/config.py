@@ -179,6 +179,8 @@ class Train(Section):
     """Checkpoint every so many steps. None: only the final one."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; the oldest go first."""
+    stall_timeout: Annotated[float, Field(ge=10, allow_inf_nan=False)] = 1800.0
+    """Seconds without progress in any process, one micro-batch or save, that end the run."""
     resume_from_checkpoint: Text | None = None
     """`auto`: the newest valid checkpoint of the run folder, if any; or a checkpoint folder."""
     log_steps: Count = 10

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,6 +24,7 @@ from torch import nn
 
 from sft import batching, checkpoint, parallel
 from sft.config import ConfigError, Train, UserError
+from sft.guard import Guard, Preempted
 from sft.log import Advance, Log, duration
 
 Batch = Any
@@ -75,12 +74,6 @@ class NonFiniteError(UserError):
 
 class AnotherRunError(ConfigError):
     """A checkpoint is not of the run that would resume it."""
-
-
-class Preempted(UserError):
-    """A signal asked the run to stop; it saved a checkpoint and can be resumed."""
-
-    exit_code = 75
 
 
 # --- the run -----------------------------------------------------------------------------------
@@ -149,6 +142,9 @@ def read_state(checkpoint_folder: Path, now: dict[str, str]) -> dict[str, Any]:
 class Engine:
     """Trains `task` as `train` says; everything is written to `folder`."""
 
+    guard = Guard()  # `run.train` gives the one of the run; this one knows of no signal
+    _saved = 0  # the last step that needs no saving: none, or on disk
+
     def __init__(
         self,
         task: Task,
@@ -162,8 +158,6 @@ class Engine:
         self.budget = budget
         self.step = 0
         self.total_steps = total_steps(train, len(task.lengths))
-        self._stop: signal.Signals | None = None  # set by a signal on this rank
-        self.stopping = 0.0  # ranks that were asked to stop
         task.model.train()
         self.parallel = parallel.share(task.model, train, accelerator)
         self.model, self.optimizer = self.parallel.model, self.parallel.optimizer
@@ -184,7 +178,8 @@ class Engine:
         started = time.perf_counter()
         ids, micro_batches = self.window(self.step)
         batches = [self.task.collate(micro_batch) for micro_batch in micro_batches]
-        supervised, self.stopping = self._sum([self._count(batches), self._stop is not None])
+        supervised, *asked = self._sum([self._count(batches), *self.guard.flags()])
+        self.guard.agree(*asked)
         rate = learning_rate(self.train, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -192,6 +187,7 @@ class Engine:
         sums: dict[str, torch.Tensor] = {}
         losses: list[torch.Tensor] = []
         for i, batch in enumerate(batches):
+            self.guard.mark()
             self._seed(micro_batches[i], ids)
             with self.parallel.synchronised(i == len(batches) - 1):
                 loss, extras = self.task.loss(self.model, batch)
@@ -226,6 +222,7 @@ class Engine:
 
     def _sum(self, values: list[Any]) -> list[float]:
         """Sums over ranks, in fp64."""
+        self.guard.mark()
         local = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for v in values])
         return self.accelerator.reduce(local.to(self.accelerator.device), "sum").tolist()
 
@@ -270,23 +267,25 @@ class Engine:
 
     def run(self) -> None:
         """From the current step to the end, with evaluations and checkpoints at their intervals."""
-        train, log = self.train, self.log
+        train, log, guard = self.train, self.log, self.guard
         log.open_metrics(self.step)
         started, first = time.perf_counter(), self.step
+        self._saved = first
         with (
-            self._signals(),
+            self.preemptible(),
+            guard.section("step"),
             log.progress("train", self.total_steps, self.step) as advance,
         ):
             while self.step < self.total_steps:
+                guard.mark(self.step + 1)
                 values = self.optimizer_step()
                 self.step += 1
                 self._report(values, advance, (time.perf_counter() - started) / (self.step - first))
-                if self._due(train.eval_steps):
+                if self._due(train.eval_steps) and not guard.stopping:
                     self.evaluate()
-                if self._due(train.save_steps):
-                    self.save()
-                if self.stopping and self.step < self.total_steps:
-                    self._preempt()
+                if guard.take_saving() or self._due(train.save_steps):
+                    self._save_once()
+                guard.stop_if_agreed()
 
     def _due(self, interval: int | None) -> bool:
         return bool(interval and self.step % interval == 0 and self.step < self.total_steps)
@@ -356,34 +355,26 @@ class Engine:
             if then.get(key) != now[key]:
                 self.log.say(f"changed since: {key} was {then.get(key)}, is {now[key]}")
 
-    # -- signals
+    # -- stopping
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C: stop after the step, saved. A second one: at once."""
-
-        def request(number: int, _: Any) -> None:
-            if self._stop is not None:
-                os._exit(128 + number)
-            self._stop = signal.Signals(number)
-            if self.accelerator.is_main_process:  # unbuffered: it may interrupt a write of the log
-                told = f"{self._stop.name}: stopping after this step; again to stop at once\n"
-                os.write(2, told.encode())
-
-        kept = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    def preemptible(self) -> Iterator[None]:
+        """A signal in here stops the run with the last step saved."""
         try:
             yield
-        finally:
-            for number, handler in kept.items():
-                signal.signal(number, handler)
+        except Preempted as error:
+            if not self.step:  # nothing to save
+                raise
+            self.log.say(f"asked to stop: saving step {self.step:,}")
+            folder = self._save_once()
+            raise self.guard.preempted(f"after step {self.step:,}; saved {folder}") from error
 
-    def _preempt(self) -> None:
-        self.log.say(f"asked to stop: saving step {self.step:,}")
-        folder = self.save()
-        raise Preempted(
-            f"stopped by a signal after step {self.step:,}; saved {folder}. "
-            'Continue with ARGS="train.resume_from_checkpoint=auto".'
-        )
+    def _save_once(self) -> Path:
+        if self._saved != self.step:
+            with self.guard.section("save"):
+                self.save()
+            self._saved = self.step
+        return self.folder / f"checkpoint_step_{self.step}"
 
 
 def memory_bytes() -> int:

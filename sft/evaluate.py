@@ -19,6 +19,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sft import chat
+from sft.guard import Guard
 from sft.log import Log
 from sft.parallel import is_split
 
@@ -65,6 +66,7 @@ def generate(
     prompts: Sequence[list[int]],
     accelerator: Accelerator,
     log: Log,
+    guard: Guard,
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -72,7 +74,8 @@ def generate(
     """Greedy answers to `prompts` (token ids), in their order, on every rank.
 
     Prompts are sorted by length and dealt out to the ranks, so that rows of a batch are alike and
-    ranks have like work; the index travels with the answer.
+    ranks have like work; the index travels with the answer. A signal stops all ranks at one batch,
+    so each has as many, if need be empty ones.
     """
     plain = accelerator.unwrap_model(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -85,11 +88,18 @@ def generate(
         use_cache=True,
     )
     together = is_split(plain)  # then a rank without prompts must take part in each batch
-    most = -(-len(prompts) // accelerator.num_processes) if together else len(mine)
     found: list[tuple[int, str]] = []
-    with eval_mode(plain), log.progress("answers", len(mine)) as advance:
+    most = -(-len(prompts) // accelerator.num_processes)
+    with (
+        guard.section("generation"),
+        eval_mode(plain),
+        log.progress("answers", len(mine)) as advance,
+    ):
         for start in range(0, most, batch_size):
+            guard.stop_if_asked()
             indices = mine[start : start + batch_size]
+            if not indices and not together:
+                continue
             asked = [prompts[i] for i in indices or order[:1]]
             texts = _answer(plain, tokenizer, asked, settings, synced_gpus=together)
             found += zip(indices, texts, strict=bool(indices))

@@ -15,6 +15,7 @@ from torch import nn
 
 from sft import batching, chat, evaluate, export, model
 from sft.config import Config, ConfigError
+from sft.guard import Guard
 from sft.log import Advance, Log
 from sft.prepare import Prepared
 from sft.store import Batch, Examples, collate
@@ -58,7 +59,9 @@ class FineTune:
         accelerator: Accelerator,
         log: Log,
         budget: batching.Budget,
+        guard: Guard | None = None,
     ):
+        self.guard = guard or Guard()
         self.config, self.prepared, self.model = config, prepared, built
         self.accelerator, self.log = accelerator, log
         self.budget = budget
@@ -97,7 +100,10 @@ class FineTune:
         examples = self.prepared.held_out
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         mine = batching.cut(range(len(examples)), examples.lengths, world, self.budget)[rank]
-        with self.log.progress("held-out loss", len(mine)) as advance:
+        with (
+            self.guard.section("evaluation"),
+            self.log.progress("held-out loss", len(mine)) as advance,
+        ):
             batches = self._following(advance, (self._collate(examples, ids) for ids in mine))
             return evaluate.held_out_loss(
                 self.loss, self.num_supervised, model, batches, self.accelerator
@@ -105,6 +111,7 @@ class FineTune:
 
     def _following(self, advance: Advance, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
+            self.guard.stop_if_asked()  # as many batches on every rank
             yield batch
             advance()
 
@@ -120,6 +127,7 @@ class FineTune:
             prompts,
             self.accelerator,
             self.log,
+            self.guard,
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
         )

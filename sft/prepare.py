@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
-from sft import audit, chat, checkpoint, data, hardware, model, similar, store
+from sft import audit, chat, checkpoint, data, guard, hardware, model, similar, store
 from sft.arrays import Files, Scratch, blocks, mapped
 from sft.audit import Sample
 from sft.config import Config, Data
@@ -63,9 +63,10 @@ class Prepared:
         return audit.worst(self.train) + audit.worst(self.held_out, 5)
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, moved: Callable[[], None] = lambda: None) -> Prepared:
     """Maps the examples of `config`; reads, renders and audits all rows if nobody has yet.
 
+    `moved` is called at every sign of progress.
     Raises DataError naming the rows that cannot be trained on, or that the audit refuses, and for
     a stale or damaged folder in the cache. `data.audit: warn` prepares that anew.
     """
@@ -85,7 +86,7 @@ def prepare(config: Config) -> Prepared:
             if fault:
                 make_console().print(f"prepared data were stale or damaged ({fault}): made anew")
             if fault or not folder.exists():
-                _fill(config, tokenizer, folder, made_of)
+                _fill(config, tokenizer, folder, made_of, moved)
             prepared = _open(folder, tokenizer)
     _prune(folder.parent)
     if config.data.audit == "refuse":
@@ -95,18 +96,13 @@ def prepare(config: Config) -> Prepared:
 
 @contextmanager
 def _told_as_data_error(cache: Path) -> Iterator[None]:
-    """An error of the disk, or a worker that was killed, in one message."""
+    """An error of the disk, in one message."""
     try:
         yield
     except OSError as error:
         raise data.DataError(
             f"cannot keep prepared data in {cache}: {error.strerror or error}; make room, or set "
             "data.cache_dir to another folder"
-        ) from None
-    except BrokenProcessPool:
-        raise data.DataError(
-            "a process that prepared data was killed, most likely for want of memory; free some, "
-            "or look for very long rows"
         ) from None
 
 
@@ -193,13 +189,17 @@ def _fault(folder: Path, made_of: dict[str, Any], policy: str) -> str | None:
 
 
 def _fill(
-    config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path, made_of: dict[str, Any]
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    made_of: dict[str, Any],
+    moved: Callable[[], None],
 ) -> None:
     staging = folder.with_suffix(checkpoint.STAGING)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
-        counts = _write_rows(config, tokenizer, staging)
+        counts = _write_rows(config, tokenizer, staging, moved)
         again = inputs(config, tokenizer)
         if changed := [name for name in ("train", "eval") if again[name] != made_of[name]]:
             raise data.DataError(
@@ -221,7 +221,9 @@ class _Counts:
     formats: Counter[str] = field(default_factory=Counter)
 
 
-def _write_rows(config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path) -> _Counts:
+def _write_rows(
+    config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path, moved: Callable[[], None]
+) -> _Counts:
     """Every row of all files into the store, and what tells rows apart into `folder`/rows."""
     settings, how = config.data, data.options(config.data)
     paths = [settings.train_path, *([settings.eval_path] if settings.eval_path else [])]
@@ -250,6 +252,7 @@ def _write_rows(config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path
                 own.append("places.bin", made.places)
                 similar.write(own, made.told)
                 advance(len(made.places) + len(made.refused))
+                moved()
     if counts.rejected and (settings.on_bad_row == "error" or not counts.rows):
         raise data.DataError.of_rows(first[0].file, [str(row) for row in first], counts.rejected)
     return counts
@@ -368,6 +371,7 @@ class _Made:
 
 AnyRow = data.Row | data.BadRow
 Work = Callable[[Sequence[AnyRow]], _Made]
+Waiting = tuple[list[AnyRow], Future[_Made]]  # rows, and what a worker makes of them
 
 
 def _mapped(work: Work, rows: Iterator[AnyRow]) -> Iterator[_Made]:
@@ -381,17 +385,37 @@ def _mapped(work: Work, rows: Iterator[AnyRow]) -> Iterator[_Made]:
         yield from map(work, parts)
         return
     fork = multiprocessing.get_context("fork")  # the tokenizer is inherited, sending takes seconds
-    with ProcessPoolExecutor(workers, fork, _inherited.append, (work,)) as pool:
-        waiting: deque[Future[_Made]] = deque(pool.submit(_call, part) for part in first)
-        for part in parts:
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(_call, part))
-        while waiting:
-            yield waiting.popleft().result()
+    with ProcessPoolExecutor(workers, fork, _start_worker, (work, os.getpid())) as pool:
+        waiting: deque[Waiting] = deque()
+        try:
+            for part in chain(first, parts):
+                if len(waiting) > 2 * workers:
+                    yield waiting[0][1].result()
+                    waiting.popleft()
+                waiting.append((part, pool.submit(_call, part)))
+            while waiting:
+                yield waiting[0][1].result()
+                waiting.popleft()
+        except BrokenProcessPool:
+            raise _killed([part for part, made in waiting if made.exception()][:workers]) from None
+
+
+def _killed(parts: list[list[AnyRow]]) -> data.DataError:
+    """Of a worker, when these were worked on."""
+    first, last = parts[0][0], parts[-1][-1]
+    return data.DataError(
+        "a process that prepared data was killed, most likely for want of memory, when the rows "
+        f"{first.file}:{first.line} to {last.file}:{last.line} were worked on; free some memory, "
+        "or look there for very long ones"
+    )
 
 
 _inherited: list[Work] = []  # of a worker: its work
+
+
+def _start_worker(work: Work, parent: int) -> None:
+    guard.in_worker(parent)
+    _inherited.append(work)
 
 
 def _call(part: Sequence[AnyRow]) -> _Made:

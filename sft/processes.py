@@ -15,6 +15,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,12 @@ def start_processes(train: Train) -> Accelerator:
         torch.set_num_threads(max(1, hardware.usable_cores() // local))
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guesses so
+    # Longer than the watch of `guard`, which names who is missing; a collective just aborts.
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * train.stall_timeout))
     if train.engine == "deepspeed":
+        group.backend = "gloo" if on_cpu else group.backend
         accelerator = Accelerator(
-            deepspeed_plugin=_deepspeed_plugin(train, precision),
-            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else None,
+            deepspeed_plugin=_deepspeed_plugin(train, precision), kwargs_handlers=[group]
         )
         # Under ZeRO-3 transformers would split weights while it reads them, which neither NF4 nor
         # the plan's models on fake tensors can have: one way to build a model, split afterwards.
@@ -76,7 +79,10 @@ def start_processes(train: Train) -> Accelerator:
             cpu=on_cpu,
             mixed_precision="bf16" if precision == "bf16" else "no",
             kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+                group,
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True
+                ),
             ],
         )
     if accelerator.num_processes != world:

@@ -1,6 +1,6 @@
 """One training run from configuration to results: plan, answer, train, answer again, report.
 
-It owns the run folder (docs/RUNS.md) and its status: however the run ends, `status.json` says so.
+It owns the run folder (docs/RUNS.md); however the run ends, `guard` writes it to `status.json`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -32,8 +33,9 @@ from sft import (
     processes,
 )
 from sft.batching import Budget, MicroBatch
-from sft.config import Config, UserError, dump_config, redacted, with_values
-from sft.engine import Engine, Preempted, identity, memory_bytes, read_state
+from sft.config import Config, Train, UserError, dump_config, with_values
+from sft.engine import Engine, identity, memory_bytes, read_state
+from sft.guard import RANKS, TRACEBACK, Guard, Lock, Status
 from sft.log import Log, duration, facts, visible
 from sft.model import build, dtype_table
 from sft.processes import (
@@ -46,35 +48,21 @@ from sft.processes import (
     start_processes,
 )
 
-Result = TypeVar("Result")
-
 
 def train(config: Config) -> None:
-    """Runs `config` in this process group. UserErrors are raised on every rank."""
+    """Runs `config` in this process group."""
     check_launch(config.train)
     _check_wandb(config)
-    prepared = prepare.prepare(config)  # before there is a process group that could time out
-    accelerator = start_processes(config.train)
-    agree(accelerator, processes.facts(config, prepared.audit))
-    folder = Path(config.train.output_dir)
-    log, status = Log(None), _Status(None)
-    try:
-        resumed_from = _open_folder(folder, config.train.resume_from_checkpoint, accelerator)
-        if accelerator.is_main_process:
-            status = _Status(folder)
-            log = Log(folder, tensorboard=config.train.tensorboard, wandb=_wandb(config))
-        status.write("running")
-        _run(config, prepared, accelerator, log, resumed_from)
-        status.write("finished", exit_code=0)
-    except Preempted as error:
-        status.write("preempted", exit_code=error.exit_code, reason=str(error))
-        raise
-    except BaseException as error:
-        code = error.exit_code if isinstance(error, UserError) else 1
-        status.write("failed", exit_code=code, reason=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        log.close()
+    train = config.train
+    with Guard(Path(train.output_dir), train.stall_timeout) as guard:
+        found = _open_folder(train, guard) if guard.is_first else None
+        prepared = prepare.prepare(config, guard.tick)  # before a process group that could time out
+        accelerator = start_processes(train)
+        agree(accelerator, processes.facts(config, prepared.audit))
+        resumed_from = guard.join(accelerator, found)
+        with closing(_open_log(config, accelerator)) as log:
+            _run(config, prepared, accelerator, log, resumed_from, guard)
+        accelerator.wait_for_everyone()  # a run has finished when all ranks have
     end_processes(accelerator)
 
 
@@ -84,6 +72,7 @@ def _run(
     accelerator: Accelerator,
     log: Log,
     resumed_from: Path | None,
+    guard: Guard,
 ) -> None:
     started = time.perf_counter()
     folder = Path(config.train.output_dir)
@@ -102,6 +91,7 @@ def _run(
         prepare.write(prepared, folder)
         _write_plan(resolved, planned, folder)
 
+    guard.stop_if_asked()
     model = build(resolved, planned.precision, accelerator.device)
     log.say(dtype_table(model))
     budget = finetune.usable_budget(
@@ -110,8 +100,9 @@ def _run(
     if budget != planned.budget:
         planned = plan.replanned(planned, resolved, prepared, machine, budget)
         resolved = _with_budget(resolved, planned, log)
-    task = finetune.FineTune(resolved, prepared, model, accelerator, log, budget)
+    task = finetune.FineTune(resolved, prepared, model, accelerator, log, budget, guard)
     engine = Engine(task, resolved.train, accelerator, log, budget)
+    engine.guard = guard
     planned, measured = _confirmed(planned, resolved, prepared, machine, engine)
     if planned.budget != budget:
         engine.budget = task.budget = planned.budget
@@ -126,7 +117,8 @@ def _run(
     training_started = time.perf_counter()
     engine.run()
     training_seconds = time.perf_counter() - training_started
-    tuned = _results(task, engine.model)
+    with engine.preemptible():
+        tuned = _results(task, engine.model)
     log.log(engine.step, {f"eval/{name}": value for name, value in tuned["metrics"].items()})
     log.say(f"after: {_told(tuned['metrics'])}")
     checkpoint.commit(folder / "final_checkpoint", engine.write_final, accelerator)
@@ -231,6 +223,7 @@ def speaker(folder: Path, overrides: list[str] | None = None) -> Callable[[str],
             [prompt],
             accelerator,
             Log(None),
+            Guard(),
             max_new_tokens=settings.max_new_tokens,
             batch_size=1,
         )[0]
@@ -241,43 +234,25 @@ def speaker(folder: Path, overrides: list[str] | None = None) -> Callable[[str],
 # --- parts of the run --------------------------------------------------------------------------
 
 
-def _together(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
-    """Runs `action` on every rank; a UserError of any rank is raised on all of them."""
-    result, error = None, None
-    try:
-        result = action()
-    except UserError as caught:
-        error = caught
-    if accelerator.num_processes > 1:
-        errors = gather_object([error and (accelerator.process_index, error.exit_code, str(error))])
-        if failed := [found for found in errors if found]:
-            rank, code, text = failed[0]
-            error = UserError(text if len(failed) == len(errors) else f"rank {rank}: {text}")
-            error.exit_code = code
-    if error:
-        raise error
-    return result  # type: ignore[return-value]  # without an error there is a result
-
-
-def _open_folder(folder: Path, resume: str | None, accelerator: Accelerator) -> Path | None:
+def _open_folder(train: Train, guard: Guard) -> Path | None:
     """The checkpoint to resume from. A fresh run moves an earlier one in its folder aside."""
-
-    def decide() -> Path | None:
+    folder, resume = Path(train.output_dir), train.resume_from_checkpoint
+    try:
         found = checkpoint.find(folder, resume, print) if resume else None
-        if found is None and (folder / _Status.NAME).exists():
-            number = 1
-            while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-                number += 1
-            folder.rename(aside)
-            print(f"{folder} holds an earlier run: moved to {aside}")
-        return found
-
-    main = accelerator.is_main_process
-    decided = _together(accelerator, lambda: decide() if main else None)
-    decision = [decided]  # rank 0's, filled in on the others
-    if accelerator.num_processes > 1:
-        broadcast_object_list(decision)
-    return decision[0]
+    except UserError:
+        guard.begin()  # the attempt that failed
+        raise
+    own = {Status.NAME, Lock.NAME, RANKS, TRACEBACK}  # all that a run leaves which never began
+    earlier = guard.status.read().get("state")
+    holds_run = earlier and any(path.name not in own for path in folder.iterdir())
+    if holds_run and not found and (not resume or earlier == "finished"):
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        guard.move_folder(aside)
+        print(f"{folder} holds an earlier run: moved to {aside}")
+    guard.begin()
+    return found
 
 
 def _base_results(
@@ -320,6 +295,13 @@ def _write_json(path: Path, values: Any) -> None:
     staged.replace(path)
 
 
+def _open_log(config: Config, accelerator: Accelerator) -> Log:
+    if not accelerator.is_main_process:
+        return Log(None)
+    train = config.train
+    return Log(Path(train.output_dir), tensorboard=train.tensorboard, wandb=_wandb(config))
+
+
 def _wandb(config: Config) -> Any:
     if not config.train.wandb:
         return None
@@ -332,21 +314,6 @@ def _wandb(config: Config) -> Any:
 def _check_wandb(config: Config) -> None:
     if config.train.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("train.wandb: wandb is not installed; pip install wandb, or set it false")
-
-
-class _Status:
-    """status.json: how the run ended (state, exit code, reason). `folder=None`: another rank."""
-
-    NAME = "status.json"
-
-    def __init__(self, folder: Path | None):
-        self.folder = folder
-
-    def write(self, state: str, exit_code: int | None = None, reason: str | None = None) -> None:
-        if self.folder and self.folder.is_dir():
-            told = reason and redacted(reason)
-            values = {"state": state, "exit_code": exit_code, "reason": told}
-            _write_json(self.folder / self.NAME, values)
 
 
 # --- what people see ---------------------------------------------------------------------------

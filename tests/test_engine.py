@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from sft import batching, chat, checkpoint, engine, parallel
 from sft.config import ConfigError
+from sft.guard import Guard, Preempted
 from sft.log import Log, make_console
 
 BUDGET = batching.Budget(60, "padded")
@@ -215,8 +216,10 @@ def test_a_signal_in_the_middle_of_a_log_line_stops_the_run_saved(tmp_path, capf
     built.log = Log(tmp_path / "run")
     raw = Interrupting()
     built.log._file = make_console(io.TextIOWrapper(io.BufferedWriter(raw)))
-    with pytest.raises(engine.Preempted, match="after step 2; saved"):  # step 1 was over
-        built.run()
+    with Guard(tmp_path) as built.guard:
+        built.guard.join(built.accelerator, None)
+        with pytest.raises(Preempted, match="after step 2; saved"):  # step 1 was over
+            built.run()
     assert "SIGTERM: stopping after this step" in capfd.readouterr().err
     told = raw.written.decode()
     assert "step     1/8" in told

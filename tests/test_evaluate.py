@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from sft import chat, evaluate, model, processes
 from sft.config import load_config
+from sft.guard import Guard
 from sft.log import Log
 
 PROMPTS = ["hi", "what is the time in the city", "a b c d e f g h i j k l m n", "repeat: one two"]
@@ -24,9 +25,8 @@ def nano():
 def answers(nano, prompts, batch_size):
     base, tokenizer, accelerator = nano
     ids = [chat.prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
-    return evaluate.generate(
-        base, tokenizer, ids, accelerator, Log(None), max_new_tokens=12, batch_size=batch_size
-    )
+    settings = {"max_new_tokens": 12, "batch_size": batch_size}
+    return evaluate.generate(base, tokenizer, ids, accelerator, Log(None), Guard(), **settings)
 
 
 def test_answers_do_not_depend_on_batch_or_order(nano):

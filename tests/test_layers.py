@@ -24,6 +24,7 @@ LAYERS = {
     "model": 1,
     "parallel": 1,
     "checkpoint": 1.1,  # writes the pieces that parallel tells
+    "guard": 1.2,  # tells the newest checkpoint
     "processes": 1,
     "launcher": 1,
     "formats": 1,

@@ -109,7 +109,10 @@ def test_the_run_shows_machine_plan_answers_and_where_to_go(nano):
         assert part in told
     assert told.count("make ") >= 3
     assert max(map(len, told.splitlines())) <= 100
-    assert status(folder) == {"state": "finished", "exit_code": 0, "reason": None}
+    found = status(folder)
+    assert (found["state"], found["exit_code"], found["reason"]) == ("finished", 0, None)
+    assert (found["attempt"], found["checkpoint"]) == (1, "final_checkpoint")
+    assert found["step"] == len(metrics(folder))
     assert (folder / "training.log").read_text() in told + "\n"
 
 

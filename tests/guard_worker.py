@@ -1,0 +1,198 @@
+"""Forks the ranks of small runs for test_guard.py: imported once, so that a run takes a second.
+
+One JSON request a line: {out, world, folder, train, limit, moment, rank, fault, times, env}; for it
+a launcher is forked, which forks the ranks and, unlike torchrun, lets them end by themselves: that
+they do is what the tests are about. At `moment` the fault happens in `rank`. In `out` appear pids,
+`codes` (exit codes), `told` (stdout and stderr), `moment` (the fault has happened) and
+weights.safetensors (the run has finished).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from sft import batching, checkpoint, cli, engine, evaluate, prepare, run
+from sft.config import UserError, load_config
+from sft.guard import Guard, die_with_parent
+
+ROWS = tiny.examples(0, 11)
+PROMPTS = [row.ids for row in ROWS[:6]]
+Request = dict[str, Any]
+
+
+class Tokenizer(tiny.Tokenizer):
+    def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> list[str]:
+        return [str(row) for row in ids.tolist()]
+
+
+def happens(request: Request, moment: str) -> None:
+    """The fault of this rank, if its moment has come."""
+    if (moment, int(os.environ.get("RANK", "0"))) != (request["moment"], request["rank"]):
+        return
+    request["times"] -= 1
+    if request["times"]:
+        return
+    Path(request["out"], "moment").touch()
+    fault = request["fault"]
+    if fault == "loop":
+        while True:
+            time.sleep(0.01)
+    elif fault == "raise":
+        raise KeyError(f"boom {os.environ.get('HF_TOKEN')}")
+    elif isinstance(fault, int):
+        error = UserError("a mistake")
+        error.exit_code = fault
+        raise error
+    elif fault == "pause":
+        time.sleep(5)
+    elif fault == "all":  # as from a scheduler
+        for pid in json.loads(Path(request["out"], "pids").read_text())["ranks"]:
+            os.kill(pid, signal.SIGTERM)
+    else:
+        os.kill(os.getpid(), signal.Signals[fault])
+    time.sleep(0.3)  # the process group's threads may still have been writing
+
+
+def before(request: Request, moment: str, call: Callable) -> Callable:
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        happens(request, moment)
+        return call(*arguments, **named)
+
+    return wrapped
+
+
+def train(request: Request) -> None:
+    """`run.train` with a random model and no files of data."""
+    folder = Path(request["folder"])
+    settings = tiny.config(
+        folder, global_batch=4, max_steps=6, max_grad_norm=1.0, **request["train"]
+    )
+    with Guard(folder, request["limit"]) as guard:
+        found = run._open_folder(settings.train, guard) if guard.is_first else None
+        happens(request, "start")
+        model = tiny.llama(attention_dropout=0.3)
+        built = tiny.make_engine(model, ROWS, ROWS, settings, batching.Budget(30, "padded"))
+        task = built.task
+        built.guard = task.guard = guard
+        found = guard.join(built.accelerator, found)
+        loss = task.loss
+
+        def hooked(*arguments: Any) -> Any:
+            happens(request, "step" if torch.is_grad_enabled() else f"{part(built)} evaluation")
+            return loss(*arguments)
+
+        task.loss = hooked  # type: ignore[method-assign]
+        task.collate = before(request, "data", task.collate)  # type: ignore[method-assign]
+        engine.checkpoint.commit = before(request, "save", checkpoint.commit)
+        built._write = before(request, "write", built._write)  # type: ignore[method-assign]
+        answer = evaluate._answer
+
+        def answered(*arguments: Any) -> list[str]:
+            happens(request, f"{part(built)} generation")
+            return answer(*arguments)
+
+        evaluate._answer = answered
+        results(built)
+        if found:
+            built.resume(found)
+        built.run()
+        with built.preemptible():
+            results(built)
+        built.accelerator.wait_for_everyone()
+    if guard.is_first:
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        save_file(weights, Path(request["out"], "weights.safetensors"))
+    run.end_processes(built.accelerator)
+
+
+def part(built: engine.Engine) -> str:
+    return {0: "first", built.total_steps: "last"}.get(built.step, "middle")
+
+
+def results(built: engine.Engine) -> None:
+    built.task.evaluate(built.model)
+    guard, accelerator, log = built.guard, built.accelerator, built.log
+    sizes = {"max_new_tokens": 4, "batch_size": 2}
+    evaluate.generate(built.task.model, Tokenizer(), PROMPTS, accelerator, log, guard, **sizes)
+
+
+def prepare_data(request: Request) -> None:
+    """Rows are prepared by two workers, each of which stays at its first rows."""
+
+    def part(*_: Any) -> None:
+        Path(request["out"], f"worker_{os.getpid()}").touch()
+        time.sleep(600)
+
+    prepare.hardware.usable_cores = lambda: 2
+    prepare._part = part
+    config = load_config("configs/nano.yaml", [f"data.cache_dir={request['out']}/cache"])
+    with Guard(Path(request["folder"]), request["limit"]) as guard:
+        guard.begin()
+        prepare.prepare(config, guard.tick)
+
+
+def start_rank(rank: int, request: Request) -> None:
+    world = request["world"]
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])}
+    os.environ |= request["env"]
+    code = 1
+    try:
+        cli.run(lambda: (prepare_data if request["moment"] == "prepare" else train)(request))
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def start_launcher(request: Request) -> None:
+    out = Path(request["out"])
+    told = os.open(out / "told", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(told, 1)
+    os.dup2(told, 2)
+    evaluate.stop_ids = lambda _: [1]
+    pids = []
+    gate, opened = os.pipe()
+    for rank in range(request["world"]):
+        pids.append(os.fork())
+        if not pids[-1]:
+            os.close(opened)
+            os.read(gate, 1)  # until all pids are known
+            start_rank(rank, request)
+    (out / "pids").write_text(json.dumps({"launcher": os.getpid(), "ranks": pids}))
+    os.close(opened)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    (out / "codes.part").write_text(json.dumps(codes))
+    (out / "codes.part").rename(out / "codes")
+    os._exit(0)
+
+
+def main() -> None:
+    if len(sys.argv) > 1:  # by torchrun, as one rank
+        evaluate.stop_ids = lambda _: [1]
+        cli.run(lambda: train(json.loads(sys.argv[1])))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # launchers need no burial
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        if not os.fork():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            die_with_parent(os.getppid())
+            start_launcher(json.loads(line))
+
+
+if __name__ == "__main__":
+    main()

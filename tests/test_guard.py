@@ -1,0 +1,412 @@
+"""How a run ends: real processes, real signals, ranks that raise, die, stop and loop.
+
+The ranks are forked by guard_worker.py; what is asserted is what they write and their exit codes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, clean_environment
+from safetensors.torch import load_file
+
+from sft import checkpoint, guard
+
+pytestmark = pytest.mark.slow
+
+KEYS = {"state", "exit_code", "reason", "rank", "step", "attempt", "checkpoint"}
+BOUNDED = 90.0  # seconds; this machine may be busy
+
+
+def wait_for(happened: Callable[[], Any], seconds: float = BOUNDED) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+    return found
+
+
+@dataclass
+class Started:
+    """A small run in processes of its own."""
+
+    out: Path
+    folder: Path
+
+    @property
+    def pids(self) -> dict[str, Any]:
+        return json.loads(wait_for(lambda: (self.out / "pids").exists() and self._text("pids")))
+
+    def _text(self, name: str) -> str:
+        path = self.out / name
+        return path.read_text() if path.exists() else ""
+
+    def codes(self) -> list[int]:
+        """Exit codes of the ranks, once all have ended."""
+        wait_for((self.out / "codes").exists)
+        return json.loads(self._text("codes"))
+
+    def at_moment(self) -> Started:
+        wait_for((self.out / "moment").exists)
+        return self
+
+    @property
+    def told(self) -> str:
+        return self._text("told")
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return json.loads((self.folder / "status.json").read_text())
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.out / "weights.safetensors")
+
+    def checkpoints(self) -> list[str]:
+        """Whole ones; that there are no others is asserted."""
+        found = checkpoint.newest_first(self.folder)
+        assert all(checkpoint.fault(path) is None for path in found)
+        return [path.name for path in found]
+
+
+Start = Callable[..., Started]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Iterator[Start]:
+    """`start(world, moment, fault, rank)` a run in which that happens; see guard_worker.py."""
+    command = [sys.executable, "tests/guard_worker.py"]
+    path = f"{ROOT}:{ROOT / 'tests'}"
+    environment = clean_environment(PYTHONPATH=path, OMP_NUM_THREADS="1")
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, text=True
+    ) as worker:
+
+        def call(world: int = 1, moment: str = "", fault: Any = "", rank: int = 0, **more: Any):
+            out = tmp_path_factory.mktemp("guard")
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            folder = more.pop("folder", out / "run")
+            request = {"times": 1, "limit": BOUNDED, "train": {}, "env": {}} | more
+            request |= {"out": str(out), "folder": str(folder), "port": port, "world": world}
+            request |= {"moment": moment, "fault": fault, "rank": rank}
+            assert worker.stdin
+            worker.stdin.write(json.dumps(request) + "\n")
+            worker.stdin.flush()
+            return Started(out, folder)
+
+        yield call
+        worker.kill()
+
+
+@pytest.fixture(scope="module")
+def whole(start) -> dict[int, Started]:
+    """Uninterrupted runs, by number of processes."""
+    return {world: start(world) for world in (1, 2)}
+
+
+def resumed(start: Start, world: int, stopped: Started) -> Started:
+    again = start(world, folder=stopped.folder, train={"resume_from_checkpoint": "auto"})
+    assert again.codes() == [0] * world, again.told
+    return again
+
+
+def assert_same_weights(run: Started, whole: Started) -> None:
+    expected = whole.weights
+    assert all(torch.equal(value, expected[name]) for name, value in run.weights.items())
+
+
+# --- preemption ----------------------------------------------------------------------------------
+
+MOMENTS = {  # name -> (how often it has come then, step that is saved)
+    "start": (1, None),
+    "first evaluation": (2, None),
+    "first generation": (1, None),
+    "data": (1, 1),
+    "step": (2, 2),  # in the accumulation of the first step
+    "middle evaluation": (2, 3),
+    "save": (1, 3),
+    "last evaluation": (1, 6),
+    "last generation": (1, 6),
+}
+
+
+def test_an_uninterrupted_run_is_finished_with_0(whole):
+    for world, run in whole.items():
+        assert run.codes() == [0] * world, run.told
+        assert set(run.status) == KEYS
+        assert run.status | {"step": 6} == {
+            "state": "finished",
+            "exit_code": 0,
+            "reason": None,
+            "rank": 0,
+            "step": 6,
+            "attempt": 1,
+            "checkpoint": None,
+        }
+        assert not (run.folder / ".lock").exists()
+
+
+ALONE = ("start", "step", "last evaluation")  # of one process; two take every path
+
+
+@pytest.mark.parametrize(
+    ("world", "moment"), [*((2, moment) for moment in MOMENTS), *((1, moment) for moment in ALONE)]
+)
+def test_sigterm_to_one_rank_at_any_moment_saves_one_common_step_and_resumes_exactly(
+    start, whole, world, moment
+):
+    times, step = MOMENTS[moment]
+    settings = {"save_steps": 2, "eval_steps": 3}
+    run = start(world, moment, "SIGTERM", world - 1, times=times, train=settings)
+    assert run.codes() == [75] * world, run.told
+    names = run.checkpoints()
+    assert names[:1] == ([f"checkpoint_step_{step}"] if step else [])
+    assert (run.status["state"], run.status["exit_code"]) == ("preempted", 75)
+    assert run.status["checkpoint"] == (names[0] if names else None)
+    assert run.told.count("error: ") == 1
+    assert "train.resume_from_checkpoint=auto" in run.told
+    assert step or "nothing to save" in run.told
+    assert "Traceback" not in run.told
+    again = resumed(start, world, run)
+    assert_same_weights(again, whole[world])
+    assert (again.status["state"], again.status["attempt"]) == ("finished", 2)
+
+
+def test_sigterm_to_all_ranks_is_one_request(start):
+    run = start(2, "step", "all", times=2)
+    assert run.codes() == [75, 75], run.told
+    assert run.checkpoints() == ["checkpoint_step_2"]
+    assert run.told.count("SIGTERM: stopping after this step") == 1
+
+
+@pytest.mark.parametrize("moment", ["step", "write"])
+def test_a_second_signal_ends_at_once_without_half_a_checkpoint(start, whole, moment):
+    """Also the rank that waits in a collective, where no handler runs."""
+    run = start(2, moment, "loop", 1, times=1, train={"save_steps": 1}).at_moment()
+    first, second = run.pids["ranks"]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(first, number)
+        os.kill(second, number)
+        assert not (run.out / "codes").exists()
+        time.sleep(guard.SAME_REQUEST + 1)
+    assert run.codes() == [130, 130], run.told
+    assert (run.status["state"], run.status["exit_code"]) == ("interrupted", 130)
+    assert run.checkpoints() == []
+    assert_same_weights(resumed(start, 2, run), whole[2])
+
+
+def test_sigusr1_saves_and_goes_on(start, whole):
+    run = start(2, "step", "SIGUSR1", 1, times=2)
+    assert run.codes() == [0, 0], run.told
+    assert run.checkpoints() == ["checkpoint_step_2"]
+    assert_same_weights(run, whole[2])
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "codes", "named"),
+    [
+        ("SIGKILL", 1, [7, -9], "died without a word"),
+        ("SIGKILL", 0, [-9, 7], "died without a word"),
+        ("SIGSTOP", 0, [-9, 7], "stopped or dead, section "),
+        ("loop", 1, [7, 7], ", section step, step 1, "),
+        ("loop", 0, [7], ", section step, step 1, "),
+    ],
+)
+def test_a_rank_that_is_killed_stopped_or_loops_in_data_ends_all_and_is_named(
+    start, fault, rank, codes, named
+):
+    run = start(len(codes), "data", fault, rank, limit=6.0)
+    culprit = run.pids["ranks"][rank]
+    assert run.codes() == codes, run.told
+    assert (run.status["exit_code"], run.status["rank"], run.status["step"]) == (7, rank, 1)
+    assert f"rank {rank} (process {culprit} on {socket.gethostname()})" in run.status["reason"]
+    assert named in run.status["reason"]
+    assert fault == "SIGKILL" or "for 6 s (train.stall_timeout)" in run.status["reason"]
+    stacks = [path.read_text() for path in run.folder.glob(".ranks/*.stacks")]
+    assert fault != "loop" or any("in happens" in text for text in stacks)
+    first = next(line for line in run.told.splitlines() if "rror" in line)
+    assert first == f"error: {run.status['reason']}"
+    assert "Traceback" not in run.told
+
+
+def test_a_rank_that_raises_ends_all_with_the_original_error(start):
+    token = "hf_sEcReT123"
+    run = start(2, "data", "raise", 1, env={"HF_TOKEN": token})
+    assert run.codes() == [1, 1], run.told
+    first = next(line for line in run.told.splitlines() if "rror" in line)
+    assert first == "error: rank 1, step 1: KeyError: 'boom <HF_TOKEN>'"
+    assert run.told.count("Traceback") == 1  # printed once, and kept
+    assert "boom <HF_TOKEN>" in (run.folder / "traceback.txt").read_text()
+    assert run.status["reason"] == "KeyError: 'boom <HF_TOKEN>'"
+    assert (run.status["state"], run.status["exit_code"]) == ("failed", 1)
+    assert (run.status["rank"], run.status["step"]) == (1, 1)
+    kept = [path.read_bytes() for path in run.folder.rglob("*") if path.is_file()]
+    assert not any(token.encode() in content for content in [*kept, run.told.encode()])
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 5, 6, 7])
+def test_an_error_of_the_user_ends_with_its_code_and_one_message(start, code):
+    run = start(1, "start", code)
+    assert run.codes() == [code]
+    assert run.told == "error: a mistake\n"
+    assert run.status == {
+        "state": "failed",
+        "exit_code": code,
+        "reason": "a mistake",
+        "rank": 0,
+        "step": 0,
+        "attempt": 1,
+        "checkpoint": None,
+    }
+
+
+def test_a_launcher_that_is_killed_takes_its_ranks_along(start):
+    run = start(2, "data", "loop", 1).at_moment()
+    os.kill(run.pids["launcher"], signal.SIGKILL)
+    for pid in run.pids["ranks"]:
+        wait_for(lambda pid=pid: guard.is_dead(pid), 2.0)
+    assert run.status["state"] == "running"  # nobody was left to tell
+    assert resumed(start, 2, run).status["attempt"] == 2
+
+
+def test_a_second_run_in_a_folder_is_refused_and_a_dead_owner_replaced(start):
+    run = start(1, "data", "loop").at_moment()
+    (owner,) = run.pids["ranks"]
+    for resume in (None, "auto"):
+        other = start(1, folder=run.folder, train={"resume_from_checkpoint": resume})
+        assert other.codes() == [4]
+        assert f"in use by the run of process {owner} on {socket.gethostname()}" in other.told
+        assert (run.status["state"], run.status["attempt"]) == ("running", 1)
+        assert not run.folder.with_name("run.1").exists()
+    os.kill(owner, signal.SIGKILL)
+    assert run.codes() == [-9]
+    again = resumed(start, 1, run)
+    assert f"process {owner} on" in again.told
+    assert "ended without a word" in again.told
+    assert "its lock is taken over" in again.told
+    assert again.status["attempt"] == 2
+
+
+def workers(run: Started) -> list[int]:
+    """Of the preparation of data."""
+    found = wait_for(lambda: len(files := list(run.out.glob("worker_*"))) == 2 and files)
+    return [int(path.name.split("_")[1]) for path in found]
+
+
+def test_a_worker_that_is_killed_is_an_error_with_the_rows(start):
+    run = start(1, "prepare")
+    os.kill(workers(run)[0], signal.SIGKILL)
+    assert run.codes() == [3]
+    assert run.told.endswith(
+        "error: a process that prepared data was killed, most likely for want of memory, when the "
+        "rows nano/train.jsonl:1 to nano/train.jsonl:512 were worked on; free some memory, or look "
+        "there for very long ones\n"
+    )
+    assert run.status["exit_code"] == 3
+
+
+def test_workers_do_not_outlive_a_run_that_is_killed(start):
+    run = start(1, "prepare")
+    pids = workers(run)
+    os.kill(run.pids["ranks"][0], signal.SIGKILL)
+    for pid in pids:
+        wait_for(lambda pid=pid: guard.is_dead(pid), 2.0)
+
+
+# --- torchrun ------------------------------------------------------------------------------------
+
+
+def test_sigterm_to_torchrun_and_its_ranks_is_one_request(tmp_path):
+    """As schedulers send it: each rank gets it by itself, and again from its launcher."""
+    request = {"out": str(tmp_path), "folder": str(tmp_path / "run"), "world": 2, "port": 0}
+    request |= {"moment": "step", "fault": "pause", "rank": 1, "times": 2, "limit": BOUNDED}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["tests/guard_worker.py", json.dumps(request | {"train": {}, "env": {}})]
+    environment = clean_environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", OMP_NUM_THREADS="1")
+    run = Started(tmp_path, tmp_path / "run")
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        run.at_moment()
+        words = [json.loads(path.read_text()) for path in run.folder.glob(".ranks/[01].json")]
+        assert len(words) == 2
+        for pid in (*(word["pid"] for word in words), process.pid):
+            os.kill(pid, signal.SIGTERM)
+        told = process.communicate(timeout=BOUNDED)[1]
+    assert (run.status["state"], run.status["exit_code"]) == ("preempted", 75), told
+    assert run.checkpoints() == ["checkpoint_step_2"]
+    assert told.count("SIGTERM: stopping after this step") == 1
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_of_several_ranks_the_first_to_tell_wins(tmp_path):
+    first, second = guard.Status(tmp_path), guard.Status(tmp_path)
+    first.begin()
+    second.follow()
+    assert second.end("failed", 3, "the cause", rank=1, step=4)
+    assert not first.end("failed", 7, "the connection broke", rank=0, step=4)
+    assert first.verdict() == second.read()
+    assert first.read()["reason"] == "the cause"
+    later = guard.Status(tmp_path)
+    later.begin()
+    assert later.read()["attempt"] == 2
+    assert not first.end("failed", 7, "left over", rank=0, step=4)
+    assert later.read()["state"] == "running"
+
+
+def test_a_status_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    status = guard.Status(tmp_path)
+    status.begin()
+    before = (tmp_path / "status.json").read_text()
+
+    def full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(guard.os, "fsync", full)
+    assert status.end("failed", 1, "x" * 10_000, rank=0, step=1)
+    assert (tmp_path / "status.json").read_text() == before
+
+
+def test_a_file_system_without_locks_is_judged_by_what_the_owner_wrote(tmp_path, monkeypatch):
+    def unsupported(*_: Any) -> None:
+        raise OSError(95, "not supported")
+
+    monkeypatch.setattr(guard.fcntl, "flock", unsupported)
+    owner = guard.Lock(tmp_path)
+    with pytest.raises(guard.LockedError, match=f"process {os.getpid()} .*not supported"):
+        guard.Lock(tmp_path)
+    monkeypatch.setattr(guard, "is_dead", lambda _: True)
+    guard.Lock(tmp_path).release()
+    assert not (tmp_path / ".lock").exists()
+    owner.release()
+
+
+def test_a_lock_goes_with_the_folder_that_is_moved_aside(tmp_path):
+    folder = tmp_path / "run"
+    lock = guard.Lock(folder)
+    (folder / "training.log").touch()
+    lock.move_folder(tmp_path / "run.1")
+    assert [path.name for path in (tmp_path / "run.1").iterdir()] == ["training.log"]
+    with pytest.raises(guard.LockedError):
+        guard.Lock(folder)
+    lock.release()
+    guard.Lock(folder).release()
