@@ -170,6 +170,8 @@ class Train(Section):
     """Added to the denominator of the update."""
     max_grad_norm: NonNegative = 1.0
     """Gradients with a larger global norm are scaled down to it. 0: never."""
+    skip_nonfinite: CountOrZero = 0
+    """Steps of the run whose loss or gradient is NaN or infinite that go without an update."""
     eval_steps: Count | None = None
     """Held-out loss every so many steps. None: only before and after."""
     save_steps: Count | None = None

@@ -13,8 +13,9 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,9 +25,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
 
-from sft import batching, checkpoint
+from sft import batching, checkpoint, recovery
 from sft.config import ConfigError, Train, UserError
 from sft.log import Advance, Log, duration
+from sft.recovery import NonFiniteError, OutOfMemory, Shortage
 
 Batch = Any
 
@@ -35,6 +37,7 @@ class Task(Protocol):
     """What is trained. Ids are positions in `lengths`."""
 
     model: nn.Module
+    budget: batching.Budget  # how evaluation is cut; the engine lowers it where memory runs out
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -62,12 +65,6 @@ class Task(Protocol):
 
     def name_examples(self, ids: list[int]) -> str:
         """Where these examples come from, for messages."""
-
-
-class NonFiniteError(UserError):
-    """Loss or gradient is NaN or infinite; the step was not applied."""
-
-    exit_code = 5
 
 
 class Preempted(UserError):
@@ -130,6 +127,16 @@ def _sum_gradients(_, bucket):
     return work.get_future().then(lambda future: future.value()[0])
 
 
+@dataclass(frozen=True)
+class Passes:
+    """A global batch behind its backward passes; the gradients are not applied yet."""
+
+    ids: list[int]
+    supervised: float  # items, over all ranks
+    totals: dict[str, float]  # sums over them: the loss, and what the task reports
+    broken: list[int]  # ids of micro-batches whose loss is not finite
+
+
 class Engine:
     """Trains `task` as `train` says; everything is written to `folder`."""
 
@@ -145,6 +152,7 @@ class Engine:
         self.folder = Path(train.output_dir)
         self.budget = budget
         self.step = 0
+        self.num_skipped = 0  # steps without an update, since they were not finite
         self.total_steps = total_steps(train, len(task.lengths))
         self.optimizer: torch.optim.Optimizer
         self.model: nn.Module
@@ -176,47 +184,83 @@ class Engine:
         return ids, cuts[self.accelerator.process_index]
 
     def optimizer_step(self) -> dict[str, float]:
-        """One update from the global batch of `self.step`; NonFiniteError comes before it."""
+        """One update from the global batch of `self.step`, or none if that is skipped.
+
+        NonFiniteError comes before the update. Where memory runs out, the same global batch is done
+        again in smaller micro-batches; `recovery` says in which passes that is possible.
+        """
         started = time.perf_counter()
-        ids, micro_batches = self.window(self.step)
-        batches = [self.task.collate(micro_batch) for micro_batch in micro_batches]
-        supervised, self.stopping = self._sum([self._count(batches), self._stop is not None])
-        world = self.accelerator.num_processes if self.is_deepspeed else 1  # DeepSpeed averages
         rate = learning_rate(self.train, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad()
-        sums: dict[str, torch.Tensor] = {}
-        losses: list[torch.Tensor] = []
-        for i, batch in enumerate(batches):
-            self._seed(micro_batches[i], ids)
-            with self._synchronised(i == len(batches) - 1):
-                loss, extras = self.task.loss(self.model, batch)
-                self._backward(loss * (world / (supervised or 1.0)))
-            losses.append(loss.detach())
-            for name, value in {"loss": loss, **extras}.items():
-                sums[name] = sums.get(name, 0) + value.detach().double()
-        totals = dict(zip(sums, self._sum(list(sums.values())), strict=True))
-        if not math.isfinite(totals["loss"]):
-            pairs = zip(micro_batches, losses, strict=True)
-            broken = [i for micro_batch, loss in pairs if not loss.isfinite() for i in micro_batch]
-            self._refuse("loss", totals["loss"], gather_object(broken))
-        grad_norm = self._grad_norm()
-        if not math.isfinite(grad_norm):
-            self._refuse("gradient norm", grad_norm, ids)
-        self._update()
+        while isinstance(passed := self._passes(), Shortage):
+            self._shrink(passed)
+        ids, loss, grad_norm = passed.ids, passed.totals["loss"], math.nan
+        if not math.isfinite(loss):
+            self._skip("loss", loss, passed.broken)
+        else:
+            grad_norm = self._for_good(ids, self._grad_norm)
+            if self._anywhere(not math.isfinite(grad_norm)):
+                self._skip("gradient norm", grad_norm, ids)
+            else:
+                self._for_good(ids, self._update)
         seconds = time.perf_counter() - started
         tokens = sum(self.task.lengths[i] for i in ids)
+        number = passed.supervised or 1.0
+        values = {f"train/{name}": value / number for name, value in passed.totals.items()}
+        if self.train.skip_nonfinite:
+            values["train/skipped_steps"] = self.num_skipped
         return {
-            **{f"train/{name}": value / (supervised or 1.0) for name, value in totals.items()},
+            **values,
             "train/grad_norm": grad_norm,
             "train/learning_rate": rate,
             "train/tokens": tokens,
-            "train/supervised_tokens": supervised,
+            "train/supervised_tokens": passed.supervised,
             "speed/tokens_per_second": tokens / seconds,
             "speed/step_seconds": seconds,
             "memory/gib": memory_bytes() / 2**30,
         }
+
+    def _passes(self) -> Passes | Shortage:
+        """Forward and backward of the step's global batch; or the memory that ran out on any rank,
+        the same on all. Without a supervised item loss and gradient are 0, never 0 / 0."""
+        ids, micro_batches = self.window(self.step)
+        watch = recovery.Watch()
+        self._drop_gradients()
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            self.model.reducer._rebuild_buckets()  # collective: not in a pass that may be given up
+        batches = [watch.call(m, self.task.collate, m) for m in micro_batches]
+        count = 0.0 if watch.met else self._count(batches)
+        supervised, self.stopping = self._sum([count, self._stop is not None])
+        world = self.accelerator.num_processes if self.is_deepspeed else 1  # DeepSpeed averages
+        if self.waits == "forward" and (met := self._met(watch)):
+            return met
+        sums: dict[str, torch.Tensor] = {}
+        losses: list[torch.Tensor] = []
+        for i, micro_batch in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            found = watch.call(micro_batch, self._forward, micro_batch, batches[i], ids)
+            waited = self.waits in ("backward", "forward") or (last and self.waits != "never")
+            if waited and (met := self._met(watch)):
+                return met
+            if found is None:
+                continue
+            loss, extras = found
+            attempt = self._for_good if waited else watch.call
+            self._exchange(last)
+            attempt(micro_batch, self._backward, loss * (world / (supervised or 1.0)))
+            losses.append(loss.detach())
+            for name, value in {"loss": loss, **extras}.items():
+                sums[name] = sums.get(name, 0) + value.detach().double()
+        if watch.met:
+            return watch.met
+        totals = dict(zip(sums, self._sum(list(sums.values())), strict=True))
+        broken: list[int] = []
+        if not math.isfinite(totals["loss"]):
+            pairs = zip(micro_batches, losses, strict=True)
+            mine = [i for micro_batch, loss in pairs if not loss.isfinite() for i in micro_batch]
+            broken = gather_object(mine)
+        return Passes(ids, supervised, totals, broken)
 
     def _count(self, batches: list[Batch]) -> float:
         return float(sum(self.task.num_supervised(batch) for batch in batches))
@@ -231,14 +275,41 @@ class Engine:
         position = ids.index(micro_batch[0]) if micro_batch else len(ids)
         torch.manual_seed((((self.train.seed * 1_000_003 + self.step) << 20) + position) % 2**63)
 
-    @contextmanager
-    def _synchronised(self, last: bool) -> Iterator[None]:
-        """Gradients are exchanged between ranks in the last micro-batch only."""
+    def _forward(
+        self, micro_batch: batching.MicroBatch, batch: Batch, ids: list[int]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a micro-batch. OutOfMemory where other ranks wait in the same pass."""
+        self._seed(micro_batch, ids)
+        if self.waits != "forward":
+            with self._alone():
+                return self.task.loss(self.model, batch)
+        behind: list[bool] = []  # the pass in which others wait is over
+        handle = self.model.register_forward_hook(lambda *_: behind.append(True))
+        try:
+            return self.task.loss(self.model, batch)
+        except Exception as error:
+            if not behind and (said := recovery.shortage(error)):
+                raise self._out_of_memory(said, micro_batch) from None
+            raise
+        finally:
+            handle.remove()
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """Forward and backward passes in it exchange no gradients."""
+        alone = self.accelerator.num_processes > 1 and not self.is_deepspeed
+        return self.accelerator.no_sync(self.model) if alone else nullcontext()
+
+    def _exchange(self, last: bool) -> None:
+        """Gradients are exchanged between ranks in the backward pass of the last micro-batch.
+
+        DDP would arm itself for that in the forward pass, and an attempt that is given up behind it
+        would exchange in some later pass; so every forward pass is one without, and DDP is armed
+        here, once all ranks are sure to go on.
+        """
         if self.is_deepspeed:
             self.model.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
-        alone = last or self.is_deepspeed or self.accelerator.num_processes == 1
-        with nullcontext() if alone else self.accelerator.no_sync(self.model):
-            yield
+        elif last and isinstance(self.model, nn.parallel.DistributedDataParallel):
+            self.model.reducer.prepare_for_backward([])
 
     def _backward(self, loss: torch.Tensor) -> None:
         if self.is_deepspeed:
@@ -259,12 +330,85 @@ class Engine:
         else:
             self.optimizer.step()
 
-    def _refuse(self, what: str, value: float, ids: list[int]) -> None:
-        raise NonFiniteError(
-            f"{what} is {value} in step {self.step + 1}; the step was not applied and no "
-            f"checkpoint of it exists. Examples: {self.task.name_examples(ids)}. Look at these "
-            "rows; if they are sound, a lower train.learning_rate or train.precision=fp32 helps."
+    def _drop_gradients(self) -> None:
+        """So that nothing of an attempt is in the next one."""
+        self.optimizer.zero_grad()
+        if self.is_deepspeed:
+            recovery.drop_zero_gradients(self.model.optimizer)
+
+    # -- what goes wrong in a step
+
+    @property
+    def waits(self) -> recovery.Waits:
+        """The passes in which ranks wait for each other."""
+        if self.is_deepspeed:
+            return "forward" if self.model.zero_optimization_stage() == 3 else "backward"  # type: ignore[operator]
+        if self.accelerator.num_processes == 1:
+            return "never"
+        ddp = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        return "last backward" if ddp else "forward"
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return flag if self.accelerator.num_processes == 1 else self._sum([flag])[0] > 0
+
+    def _met(self, watch: recovery.Watch) -> Shortage | None:
+        """The shortage that any rank has met, the same on all. Collective."""
+        if self.accelerator.num_processes == 1 or not self._anywhere(watch.met is not None):
+            return watch.met
+        return next(met for met in gather_object([watch.met]) if met)
+
+    def _shrink(self, met: Shortage) -> None:
+        """A smaller token budget; OutOfMemory if every micro-batch is one example already."""
+        self._drop_gradients()
+        recovery.release()
+        lengths, world = self.task.lengths, self.accelerator.num_processes
+        ids, _ = self.window(self.step)
+        cuts = batching.cut(ids, lengths, world, self.budget)
+        budget = recovery.smaller(self.budget, cuts, lengths)
+        if budget is None:
+            raise OutOfMemory(
+                f"memory ran out in step {self.step + 1} with one example of "
+                f"{max(lengths[i] for i in met.ids):,} tokens "
+                f"({self.task.name_examples(met.ids)}): {met.reason}. Shorter rows "
+                "(data.max_seq_len) or train.gradient_checkpointing=true take less, see `make plan`"
+            )
+        self.budget = self.task.budget = budget
+        self.log.say(
+            f"step {self.step + 1:,}: memory ran out ({met.reason}); it is done again, and "
+            f"train.max_tokens is {budget.max_tokens:,} from here on, with the same result"
         )
+
+    def _for_good(self, ids: list[int], action: Callable[..., Any], *arguments: Any) -> Any:
+        """What `action` returns. It cannot be done again: without memory for it, the run ends."""
+        try:
+            return action(*arguments)
+        except Exception as error:
+            if (said := recovery.shortage(error)) is None:
+                raise
+            raise self._out_of_memory(said, ids) from None
+
+    def _out_of_memory(self, said: str, ids: list[int]) -> OutOfMemory:
+        return OutOfMemory(
+            f"rank {self.accelerator.process_index}: memory ran out in step {self.step + 1} where "
+            f"the step cannot be done again: {said}. Examples: {self.task.name_examples(ids)}. "
+            f"Lower train.max_tokens (now {self.budget.max_tokens:,}) and resume"
+        )
+
+    def _skip(self, what: str, value: float, ids: list[int]) -> None:
+        """No update in this step; NonFiniteError beyond `train.skip_nonfinite` of them."""
+        self._drop_gradients()
+        most, told = self.train.skip_nonfinite, f"{what} is {value} in step {self.step + 1}"
+        named = self.task.name_examples(ids)
+        if self.num_skipped >= most:
+            before = f" Skipped before it: {most} (train.skip_nonfinite)." if most else ""
+            raise NonFiniteError(
+                f"{told}; the step was not applied and no checkpoint of it exists.{before} "
+                f"Examples: {named}. Look at these rows; if they are sound, a lower "
+                "train.learning_rate or train.precision=fp32 helps."
+            )
+        self.num_skipped += 1
+        self.log.say(f"{told}: skipped ({self.num_skipped} of {most}). Examples: {named}")
 
     def probe_seconds_per_step(self) -> float:
         """Seconds for forward and backward of this rank's next window."""
@@ -355,7 +499,7 @@ class Engine:
         self.task.save(staging)
         if not self.is_deepspeed:
             checkpoint.save_optimizer(self.optimizer, staging)
-        state = {"step": self.step, "identity": self._identity()}
+        state = {"step": self.step, "num_skipped": self.num_skipped, "identity": self._identity()}
         (staging / "trainer.json").write_text(json.dumps(state, indent=1), "utf-8")
 
     def _identity(self) -> dict[str, str]:
@@ -397,7 +541,7 @@ class Engine:
         else:
             self.task.load(folder)
             checkpoint.load_optimizer(self.optimizer, folder)
-        self.step = state["step"]
+        self.step, self.num_skipped = state["step"], state.get("num_skipped", 0)
         self.log.say(f"resumed from {folder} after step {self.step:,}")
 
     # -- signals

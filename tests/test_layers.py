@@ -23,6 +23,7 @@ LAYERS = {
     "model": 1,
     "checkpoint": 1,
     "processes": 1,
+    "recovery": 1,
     "formats": 1,
     "data": 1.2,  # reads the rows that formats makes messages of
     "chat": 1.5,  # renders the rows that data reads
