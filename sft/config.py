@@ -178,6 +178,10 @@ class Train(Section):
     """Checkpoint every so many steps. None: only the final one."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; the oldest go first."""
+    save_best: Literal["loss", "perplexity", "token_accuracy"] | None = None
+    """The checkpoint that is best by this held-out metric is saved and kept as well."""
+    max_failed_saves: Count = 3
+    """A save that fails is told and training goes on; after so many in a row the run ends."""
     resume_from_checkpoint: Text | None = None
     """`auto`: the newest valid checkpoint of the run folder, if any; or a checkpoint folder."""
     log_steps: Count = 10
@@ -217,6 +221,11 @@ class Rule:
 
 
 RULES = [
+    Rule(
+        ("train.save_best", "train.eval_steps"),
+        lambda metric, interval: metric is not None and interval is None,
+        "nothing would be evaluated on the way: set train.eval_steps",
+    ),
     Rule(
         ("train.engine", "train.deepspeed_config"),
         lambda engine, path: engine == "deepspeed" and path is None,

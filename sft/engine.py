@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,10 +25,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from sft import batching, checkpoint, recovery
+from sft import batching, checkpoint, recovery, storage
 from sft.config import ConfigError, Train, UserError
-from sft.log import Advance, Log, duration
+from sft.log import Advance, Log, duration, size
 from sft.recovery import NonFiniteError, OutOfMemory, Shortage
 
 Batch = Any
@@ -158,6 +160,9 @@ class Engine:
         self.model: nn.Module
         self._stop: signal.Signals | None = None  # set by a signal on this rank
         self.stopping = 0.0  # ranks that were asked to stop
+        trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+        need = storage.checkpoint_bytes(train, trained, 0)
+        self.keeper = storage.Keeper(train, accelerator, log, need)
         task.model.train()
         self.model, self.optimizer = accelerator.prepare(
             task.model, build_optimizer(train, task.model)
@@ -441,6 +446,9 @@ class Engine:
         """From the current step to the end, with evaluations and checkpoints at their intervals."""
         train, log = self.train, self.log
         log.open_metrics(self.step)
+        self.keeper.recall(self.step)
+        if train.save_steps and self.step == 0:
+            self.prove_saving()
         started, first = time.perf_counter(), self.step
         with (
             self._signals(),
@@ -450,10 +458,11 @@ class Engine:
                 values = self.optimizer_step()
                 self.step += 1
                 self._report(values, advance, (time.perf_counter() - started) / (self.step - first))
+                best = None
                 if self._due(train.eval_steps):
-                    self.evaluate()
-                if self._due(train.save_steps):
-                    self.save()
+                    best = self.keeper.candidate(self.step, self.evaluate())
+                if best or self._due(train.save_steps):
+                    self.keeper.try_to_save(self.step, self._write, best)
                 if self.stopping and self.step < self.total_steps:
                     self._preempt()
 
@@ -482,12 +491,35 @@ class Engine:
     # -- checkpoints
 
     def save(self) -> Path:
-        """Commits `checkpoint_step_<n>` and prunes the oldest beyond `save_total_limit`."""
-        final = self.folder / f"checkpoint_step_{self.step}"
-        checkpoint.commit(final, self._write, self.accelerator)
-        if self.accelerator.is_main_process:
-            checkpoint.prune(self.folder, self.train.save_total_limit)
-        return final
+        """Commits `checkpoint_step_<n>`; CheckpointError if that fails."""
+        return self.keeper.save(self.step, self._write)
+
+    def prove_saving(self) -> None:
+        """A checkpoint is saved and read back, so that a full disk, a missing permission or a file
+        system that forgets is found before the first step. CheckpointError if it is.
+
+        It is read as a resume would, and has to leave every trained weight as it is, bit for bit.
+        """
+        before = self._checksums()
+        folder = self.save()
+        reason = checkpoint.attempt(lambda: self.read(folder))
+        if reason is None and self._checksums() != before:
+            reason = "weights that were read back are not those that were saved"
+        if any(reasons := gather_object([reason])):
+            told = next(each for each in reasons if each)
+            raise checkpoint.CheckpointError(f"{folder} was saved, but cannot be used: {told}")
+        if self.log.folder:
+            taken = size(storage.folder_bytes(folder))
+            self.log.say(
+                f"a checkpoint takes {self.keeper.seconds:.1f} s and {taken} (step 0, read back; "
+                f"{size(self.keeper.need_bytes)} once the optimizer has a state)"
+            )
+
+    def _checksums(self) -> list[int]:
+        """Of this rank's trained weights."""
+        trained = (p.detach() for p in self.model.parameters() if p.requires_grad)
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
+        return [zlib.crc32(p.cpu().flatten().view(torch.uint8).numpy().data) for p in local]
 
     def _write(self, staging: Path) -> None:
         if self.is_deepspeed:  # collective, in DeepSpeed's own format
@@ -520,6 +552,11 @@ class Engine:
 
     def resume(self, folder: Path) -> None:
         """Continues from a verified checkpoint folder."""
+        self.read(folder)
+        self.log.say(f"resumed from {folder} after step {self.step:,}")
+
+    def read(self, folder: Path) -> None:
+        """Takes step, weights and optimizer state from a verified checkpoint folder."""
         if not (folder / "trainer.json").exists():
             raise checkpoint.CheckpointError(
                 f"{folder} holds a model, not the state of a run: expected trainer.json; "
@@ -542,7 +579,6 @@ class Engine:
             self.task.load(folder)
             checkpoint.load_optimizer(self.optimizer, folder)
         self.step, self.num_skipped = state["step"], state.get("num_skipped", 0)
-        self.log.say(f"resumed from {folder} after step {self.step:,}")
 
     # -- signals
 

@@ -29,6 +29,7 @@ from sft import (
     hardware,
     plan,
     prepare,
+    storage,
 )
 from sft.batching import Budget, MicroBatch
 from sft.config import Config, UserError, dump_config, with_values
@@ -85,6 +86,7 @@ def _run(
     folder = Path(config.train.output_dir)
     machine = hardware.detect(folder)
     planned = plan_together(config, prepared, machine, accelerator)
+    _together(accelerator, lambda: storage.refuse_if_full(planned.disk, config.train))
     resolved = with_values(config, plan.resolved_values(planned))
     log.say(_banner(config, accelerator, planned.precision))
     log.say(hardware.table(machine))
@@ -123,7 +125,9 @@ def _run(
     tuned = _results(task, engine.model)
     log.log(engine.step, {f"eval/{name}": value for name, value in tuned["metrics"].items()})
     log.say(f"after: {_told(tuned['metrics'])}")
-    checkpoint.commit(folder / "final_checkpoint", engine.write_final, accelerator)
+    checkpoint.commit(
+        folder / "final_checkpoint", engine.write_final, accelerator, planned.disk.final
+    )
 
     measured |= {
         "training_seconds": training_seconds,
@@ -257,6 +261,7 @@ def _open_folder(folder: Path, resume: str | None, accelerator: Accelerator) -> 
     """The checkpoint to resume from. A fresh run moves an earlier one in its folder aside."""
 
     def decide() -> Path | None:
+        storage.refuse_if_unwritable(folder)
         found = checkpoint.find(folder, resume, print) if resume else None
         if found is None and (folder / _Status.NAME).exists():
             number = 1

@@ -56,19 +56,24 @@ def spoil(built: engine.Engine, rank: int, step: int) -> None:
     built.task.loss = loss
 
 
-def starve(built: engine.Engine, rank: int, most: int, where: str) -> list[int]:
-    """Memory for micro-batches of so many tokens only, on that rank; the sizes that are tried."""
+def starve(built: engine.Engine, rank: int, where: str) -> list[int]:
+    """Micro-batches of several examples do not fit the memory of that rank; the sizes it tried.
+
+    They fail before, behind or after the forward pass: in a backward pass that is the last of its
+    step or is not. `later`: before a forward pass that is not the first. `always`: single ones too.
+    """
     real, tried = built.task.loss, []
 
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     def loss(model: Any, batch: Any) -> Any:
+        number = len(built.window(built.step)[1])
+        first, last = len(tried) % number == 0, (len(tried) + 1) % number == 0
         tried.append(batch.input_ids.numel())
-        bad = tried[-1] > most and built.accelerator.process_index == rank
-        bad = bad and (len(batch.input_ids) > 1 or where != "backward")
-        last = len(tried) % len(built.window(built.step)[1]) == 0  # of the first step that is tried
-        if bad and where == "before":
+        bad = len(batch.input_ids) > 1 or where in ("always", "last backward")
+        bad = bad and built.accelerator.process_index == rank
+        if bad and (where in ("before", "always") or (where == "later" and not first)):
             fail()
         value, extras = real(model, batch)
         if bad and where == "behind":
@@ -138,29 +143,25 @@ def skipped(out: Path, name: str) -> dict[str, Any]:
 
 
 def starved(out: Path, name: str) -> dict[str, Any]:
-    """Memory runs out on rank 1 in step 2, in and behind its forward pass; then for everything."""
+    """Memory runs out on rank 1 behind the first step; then for everything."""
     rich = make(out / "rich", name)
-    expected = steps(rich, STEPS)
-    result: dict[str, Any] = {"expected": expected}
-    places = ["before", "behind"] + (["backward"] if name == "ddp" else [])
+    result: dict[str, Any] = {"expected": steps(rich, STEPS)}
+    places = ["before", "behind", "later"] + (["backward"] if name == "ddp" else [])
     for where in places:
         built = make(out / where, name)
-        first = steps(built, 1)
-        if where == "backward":  # of several micro-batches; the last one would be for good
+        losses = steps(built, 1)
+        if where in ("later", "backward"):  # several micro-batches a step
             built.budget = batching.Budget(40, "padded")
-        tried = starve(built, 1, 21 if where == "backward" else 40, where)
-        losses = first + steps(built, STEPS - 1)
-        difference = (weights(built) - weights(rich)).abs().max()
-        budget = [built.budget.max_tokens, built.task.budget.max_tokens]
+        tried = starve(built, 1, where)
         result[where] = {
-            "losses": losses,
-            "budget": budget,
+            "losses": losses + steps(built, STEPS - 1),
+            "budgets": [built.budget.max_tokens, built.task.budget.max_tokens],
             "tried": tried,
-            "difference": float(difference),
+            "difference": float((weights(built) - weights(rich)).abs().max()),
         }
     built = make(out / "poor", name)
     before = weights(built)
-    starve(built, 1, 1, "before")
+    starve(built, 1, "always")
     result["poor"] = refused(built.optimizer_step)
     result["untouched"] = torch.equal(weights(built), before)
     return result
@@ -177,7 +178,7 @@ def main(out: Path, name: str) -> None:
     path = out / f"rank{rank}.json"
     path.write_text(json.dumps(result), "utf-8")
     built = make(out / "stuck", name)
-    starve(built, 1, 1, "last backward")  # in the pass in which rank 0 waits
+    starve(built, 1, "last backward")  # in the pass in which rank 0 waits
     try:
         built.optimizer_step()
     except engine.UserError as error:

@@ -22,6 +22,7 @@ LAYERS = {
     "cli": 1,
     "model": 1,
     "checkpoint": 1,
+    "storage": 1.1,  # which checkpoints stay
     "processes": 1,
     "recovery": 1,
     "formats": 1,
