@@ -224,10 +224,12 @@ def prune(run: Path, keep: int, spared: Sequence[str] = (), step: int | None = N
         shutil.rmtree(leftover, ignore_errors=True)
     num_whole = 0
     for folder in newest_first(run):
-        if folder.name in spared or (step is not None and _step_of(folder) > step):
+        if step is not None and _step_of(folder) > step:
             continue
         if num_whole < keep:
             num_whole += fault(folder, digests=False) is None
+            continue
+        if folder.name in spared:
             continue
         doomed = folder.with_name(folder.name + ".old")
         folder.rename(doomed)  # so that a half removed one is never taken for a checkpoint

@@ -27,6 +27,7 @@ from sft.log import Log, size
 
 ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.05, "paged_adamw_8bit": 2.05}
 WEIGHT_BYTES = 4  # trained weights are kept in fp32
+DEEPSPEED_BYTES = 8  # per trained weight: its own files hold it once more, and ZeRO's fp32 copy
 TOKENIZER_BYTES = 130  # per token of the vocabulary; files of Llama-3, Qwen2 and Gemma have 70-130
 SMALL_BYTES = 64 * 1024  # headers of tensors, JSON of configuration, optimizer and manifest
 STEP_BYTES = 2000  # of metrics.jsonl, training.log and TensorBoard, per step
@@ -61,8 +62,8 @@ class Need:
 
 def checkpoint_bytes(train: Train, num_trained: int, vocabulary: int) -> int:
     """Trained weights, their optimizer state as the optimizer keeps it, and the tokenizer."""
-    state = math.ceil(num_trained * ADAM_BYTES[train.optimizer])
-    return _final_bytes(num_trained, vocabulary) + state
+    state = ADAM_BYTES[train.optimizer] + (DEEPSPEED_BYTES if train.engine == "deepspeed" else 0)
+    return _final_bytes(num_trained, vocabulary) + math.ceil(num_trained * state)
 
 
 def _final_bytes(num_trained: int, vocabulary: int) -> int:

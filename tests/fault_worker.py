@@ -1,12 +1,13 @@
 """Run by torchrun: faults of single ranks in the middle of steps; every rank writes what it saw.
 
-fault_worker.py OUT ENGINE; ENGINE is ddp or deepspeed
+fault_worker.py OUT ENGINE; ENGINE is ddp or deepspeed, and OUT/small, if it is there, a small disk
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 
 from sft import batching, engine
+from sft.log import Log
 
 BUDGET = batching.Budget(60, "padded")
 STEPS = 6
@@ -167,12 +169,35 @@ def starved(out: Path, name: str) -> dict[str, Any]:
     return result
 
 
+def full(out: Path, name: str) -> dict[str, Any]:
+    """The small disk is full while step 3 is saved, and then no longer."""
+    small, told = out / "small", []
+    built = make(small / "run", name, save_steps=1)
+    built.keeper.log = Log(None)
+    built.keeper.log.say = told.append  # type: ignore[method-assign, assignment]
+    real, ballast = built.task.loss, small / "ballast"
+
+    def loss(model: Any, batch: Any) -> Any:
+        if built.accelerator.is_main_process and built.step == 2 and not ballast.exists():
+            ballast.write_bytes(b"x" * (shutil.disk_usage(small).free - 100_000))
+        if built.accelerator.is_main_process and built.step == 3:
+            ballast.unlink(missing_ok=True)
+        return real(model, batch)
+
+    built.task.loss = loss
+    built.run()
+    left = sorted(path.name for path in (small / "run").glob("checkpoint_step_*"))
+    return {"step": built.step, "told": told, "left": left}
+
+
 def main(out: Path, name: str) -> None:
     result = {
         "stopped": stopped(out, name),
         "skipped": skipped(out, name),
         "starved": starved(out, name),
     }
+    if (out / "small").exists():
+        result["full"] = full(out, name)
     rank = PartialState().process_index
     result["world"] = PartialState().num_processes
     path = out / f"rank{rank}.json"

@@ -1,10 +1,12 @@
-"""Numbers that are not finite and memory that runs out in the middle of a step, on any rank."""
+"""Numbers that are not finite and memory that runs out in the middle of a step, on any rank; with
+two processes also a disk that is full for a while."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -277,7 +279,17 @@ def test_a_real_limit_of_host_memory(tmp_path):
 def ranks(request, tmp_path_factory) -> list[dict]:
     """What two processes wrote, of which the second met the faults (fault_worker.py)."""
     out = Path(tmp_path_factory.mktemp(request.param))
-    told = launch(2, ROOT / "tests/fault_worker.py", str(out), request.param)
+    small = out / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(small)]
+    mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    if not mounted:
+        small.rmdir()  # the worker then leaves that part out
+    try:
+        told = launch(2, ROOT / "tests/fault_worker.py", str(out), request.param)
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(small)], check=True)
     found = [json.loads(path.read_text()) for path in sorted(out.glob("rank*.json"))]
     assert [result["world"] for result in found] == [2, 2], told
     return found
@@ -337,3 +349,16 @@ def test_where_others_wait_the_rank_ends_and_names_the_cause(ranks):
     assert ranks[1]["stuck"]["code"] == 6
     assert "rank 1: memory ran out in step 1 where" in ranks[1]["stuck"]["told"]
     assert ranks[0].get("stuck", {"code": 1})["code"] == 1
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while_costs_all_ranks_one_checkpoint(ranks):
+    if "full" not in ranks[0]:
+        pytest.skip("cannot mount a file system here")
+    for result in (rank["full"] for rank in ranks):
+        assert result["step"] == 6
+        (warning,) = result["told"]
+        assert re.search(
+            r"cannot save .*checkpoint_step_3: .*\(need \d+ KiB, have \d+ KiB", warning
+        )
+        assert result["left"] == ["checkpoint_step_4", "checkpoint_step_5"]
