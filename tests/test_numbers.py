@@ -217,6 +217,29 @@ def test_in_the_update_memory_ends_the_run(tmp_path, monkeypatch):
         built.optimizer_step()
 
 
+def test_where_weights_are_gathered_only_what_is_behind_the_forward_pass_is_done_again(
+    tmp_path, monkeypatch
+):
+    """FSDP2 and ZeRO-3: in a forward pass other ranks wait for this one."""
+    monkeypatch.setattr(engine.Engine, "waits", "forward")
+    built = make(tmp_path)
+    starve(built, 40)
+    with pytest.raises(engine.OutOfMemory, match=r"rank 0: .* cannot be done again"):
+        steps(built, 4)
+    built = make(tmp_path)
+    real = built.task.loss
+
+    def loss(model, batch):
+        result = real(model, batch)
+        if batch.input_ids.numel() > 40:
+            raise GPU_FULL
+        return result
+
+    built.task.loss = loss
+    steps(built, 4)
+    assert built.budget.max_tokens < 40
+
+
 def test_another_error_is_not_taken_for_a_lack_of_memory(tmp_path):
     built = make(tmp_path)
     starve(built, 1, RuntimeError("shapes cannot be multiplied"))
