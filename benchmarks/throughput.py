@@ -281,7 +281,7 @@ def overhead(work: Path, data: Path, args: argparse.Namespace) -> dict[str, floa
     timed(engine, "_backward", "backward")
     timed(engine.optimizer, "zero_grad", "optimizer")
     timed(engine.parallel, "clip", "optimizer")
-    timed(engine, "_update", "optimizer")
+    timed(engine.parallel, "update", "optimizer")
     timed(task, "collate", "collate")
     timed(engine, "window", "order and cut")
     timed(engine, "optimizer_step", "steps")

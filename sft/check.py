@@ -7,9 +7,7 @@ trained or written: the one training step happens in memory, on the first rows, 
 from __future__ import annotations
 
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,9 +16,9 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from sft import chat, engine, finetune, hardware, model, plan, prepare, processes
+from sft import chat, engine, finetune, hardware, model, plan, prepare, processes, storage
 from sft.config import Config, UserError, load_config, with_values
-from sft.log import Log, make_console
+from sft.log import Log, make_console, size
 
 ROWS = 8  # of the data, for the training step
 
@@ -63,7 +61,7 @@ def _all(config_file: str, overrides: list[str], requirements: Path) -> Iterator
     steps: list[Callable[[], Finding]] = [
         lambda: tokenizer(config),
         lambda: rows(config),
-        lambda: disk(config, machine),
+        lambda: disk(config),
         lambda: training_step(config),
     ]
     for step in steps:
@@ -115,14 +113,11 @@ def precision(config: Config, machine: hardware.Hardware) -> Finding:
 
 def writable(folder: Path) -> Finding:
     """Creates and removes a temporary file where the run folder will be."""
-    existing = hardware.nearest_existing(folder)
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            return Finding(True, f"write access: {folder}")
-    except OSError as error:
-        return Finding(
-            False, f"cannot write to {existing}: {error.strerror}", "set train.output_dir"
-        )
+        storage.refuse_if_unwritable(folder)
+    except UserError as error:
+        return Finding(False, str(error), "set train.output_dir")
+    return Finding(True, f"write access: {folder}")
 
 
 def tokenizer(config: Config) -> Finding:
@@ -146,13 +141,14 @@ def rows(config: Config) -> Finding:
     )
 
 
-def disk(config: Config, machine: hardware.Hardware) -> Finding:
-    prepared = prepare.prepare(_few(config))
-    need = plan.make_plan(config, prepared, machine, 1).checkpoint_bytes
-    need *= config.train.save_total_limit + 2  # one in flight, and the final one
-    free = shutil.disk_usage(hardware.nearest_existing(Path(config.train.output_dir))).free
-    what = f"disk: checkpoints need {hardware.gib(need)}, {hardware.gib(free)} free"
-    return Finding(need < free, what, "" if need < free else "free some, or lower save_total_limit")
+def disk(config: Config) -> Finding:
+    needed = plan.disk(config, len(prepare.prepare(config).train))
+    try:
+        storage.refuse_if_full(needed, config.train)
+    except UserError as error:
+        return Finding(False, "disk", str(error))
+    free = size(storage.free_bytes(Path(config.train.output_dir)))
+    return Finding(True, f"disk: {needed}; {free} free")
 
 
 def training_step(config: Config) -> Finding:

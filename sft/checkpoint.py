@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from sft import tensors
 from sft.config import UserError
+from sft.log import size
 from sft.parallel import Piece
 
 MANIFEST = "MANIFEST.json"
@@ -40,28 +41,63 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
-def commit(final: Path, write: Callable[[Path], None], accelerator: Accelerator) -> None:
+def commit(
+    final: Path,
+    write: Callable[[Path], None],
+    accelerator: Accelerator,
+    need_bytes: int = 0,
+) -> None:
     """Calls `write(staging)` on every rank, then makes the result appear at `final` at once.
 
     Raises CheckpointError on all ranks if any of them failed; earlier checkpoints stay untouched.
+    `need_bytes`: what `write` is expected to take, to be told where the disk is full.
     """
     staging = final.with_name(final.name + STAGING)
     main = accelerator.is_main_process
-    errors = gather_object([_attempt(lambda: _make_anew(staging)) if main else None])
+    errors = gather_object([attempt(_make_anew, staging) if main else None])
     if not any(errors):
-        errors = gather_object([_attempt(lambda: write(staging))])
+        errors = gather_object([attempt(write, staging)])
     if not any(errors):
-        errors = gather_object([_attempt(lambda: seal(staging, final)) if main else None])
+        errors = gather_object([attempt(seal, staging, final) if main else None])
     if any(errors):
+        reason = next(error for error in errors if error)
+        (remedy,) = gather_object([_remedy(reason, staging, need_bytes)] if main else [])
         if main:
             shutil.rmtree(staging, ignore_errors=True)
-        reason = next(error for error in errors if error)
-        raise CheckpointError(f"cannot save {final}: {reason}; earlier checkpoints are untouched")
+        raise CheckpointError(
+            f"cannot save {final}: {reason}{remedy}; earlier checkpoints are untouched"
+        )
 
 
-def _attempt(action: Callable[[], None]) -> str | None:
+# What an error of the system means here; libraries pass on its text, if anything.
+REMEDIES = {
+    "File too large": "the limit on the size of a file is lower (`ulimit -f`)",
+    "Read-only file system": "the file system must be writable",
+    "Permission denied": "the folder must be writable",
+    "Operation not permitted": "the folder must be writable",
+}
+
+
+def _remedy(reason: str, staging: Path, need_bytes: int) -> str:
+    """What is missing: room, a permission; nothing if that is not known."""
+    for text, remedy in REMEDIES.items():
+        if text in reason:
+            return f" ({remedy})"
     try:
-        action()
+        written = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+        have = shutil.disk_usage(staging.parent).free + written
+    except OSError:
+        return ""
+    told = any(text in reason for text in ("No space left", "quota"))
+    if need_bytes > have:
+        return f" (need {size(need_bytes)}, have {size(have)})"
+    return f" (need more than {size(written)}, have {size(have)})" if told else ""
+
+
+def attempt(action: Callable[..., object], *arguments: Any) -> str | None:
+    """Why `action` failed, or None."""
+    try:
+        action(*arguments)
     except Exception as error:  # noqa: BLE001  # the other ranks must hear of it, whatever it is
         return f"{type(error).__name__}: {error}"
     return None
@@ -143,7 +179,11 @@ def fault(folder: Path, *, digests: bool = True) -> str | None:
 
 def newest_first(run: Path) -> list[Path]:
     folders = [path for path in run.glob("checkpoint_step_*") if NAME.fullmatch(path.name)]
-    return sorted(folders, key=lambda path: -int(path.name.rsplit("_", 1)[1]))
+    return sorted(folders, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.rsplit("_", 1)[1])
 
 
 def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
@@ -152,7 +192,11 @@ def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
     None only if `auto` finds no checkpoint at all. Raises CheckpointError if there are some and
     none is valid: training never restarts from zero unasked.
     """
-    candidates = newest_first(run) if wanted == "auto" else [Path(wanted)]
+    candidates = [Path(wanted)]
+    if wanted == "auto":
+        candidates = newest_first(run)
+        if all(fault(folder, digests=False) for folder in candidates):
+            candidates = [*_put_back(run), *candidates]
     rejected = []
     for folder in candidates:
         reason = fault(folder)
@@ -169,14 +213,33 @@ def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
     )
 
 
-def prune(run: Path, keep: int) -> None:
-    """Removes what is older than the newest `keep` whole checkpoints; also what a kill left."""
-    for leftover in run.glob("checkpoint_step_*.old"):
+def _put_back(run: Path) -> list[Path]:
+    """Whole checkpoints that were to be replaced, or removed, when the run was killed."""
+    result = []
+    for old in run.glob("checkpoint_step_*.old"):
+        folder = old.with_suffix("")
+        if NAME.fullmatch(folder.name) and not folder.exists() and fault(old) is None:
+            old.rename(folder)
+            result.append(folder)
+    return sorted(result, key=_step_of, reverse=True)
+
+
+def prune(run: Path, keep: int, spared: Sequence[str] = (), step: int | None = None) -> None:
+    """Removes what is older than the newest `keep` whole checkpoints; also what a kill left.
+
+    `spared`: names of further ones that stay. `step`: that of the run; what is newer than that was
+    written by one that went on elsewhere, so it neither counts nor goes.
+    """
+    for leftover in [*run.glob("checkpoint_step_*.old"), *run.glob(f"checkpoint_step_*{STAGING}")]:
         shutil.rmtree(leftover, ignore_errors=True)
     num_whole = 0
     for folder in newest_first(run):
+        if step is not None and _step_of(folder) > step:
+            continue
         if num_whole < keep:
             num_whole += fault(folder, digests=False) is None
+            continue
+        if folder.name in spared:
             continue
         doomed = folder.with_name(folder.name + ".old")
         folder.rename(doomed)  # so that a half removed one is never taken for a checkpoint

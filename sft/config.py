@@ -173,6 +173,8 @@ class Train(Section):
     """Added to the denominator of the update."""
     max_grad_norm: NonNegative = 1.0
     """Gradients with a larger global norm are scaled down to it. 0: never."""
+    skip_nonfinite: CountOrZero = 0
+    """Steps of the run whose loss or gradient is NaN or infinite that go without an update."""
     eval_steps: Count | None = None
     """Held-out loss every so many steps. None: only before and after."""
     save_steps: Count | None = None
@@ -181,6 +183,10 @@ class Train(Section):
     """Checkpoints kept; the oldest go first."""
     stall_timeout: Annotated[float, Field(ge=10, allow_inf_nan=False)] = 1800.0
     """Seconds without progress in any process, one micro-batch or save, that end the run."""
+    save_best: Literal["loss", "perplexity", "token_accuracy"] | None = None
+    """The checkpoint that is best by this held-out metric is saved and kept as well."""
+    max_failed_saves: Count = 3
+    """A save that fails is told and training goes on; after so many in a row the run ends."""
     resume_from_checkpoint: Text | None = None
     """`auto`: the newest valid checkpoint of the run folder, if any; or a checkpoint folder."""
     log_steps: Count = 10
@@ -220,6 +226,11 @@ class Rule:
 
 
 RULES = [
+    Rule(
+        ("train.save_best", "train.eval_steps"),
+        lambda metric, interval: metric is not None and interval is None,
+        "nothing would be evaluated on the way: set train.eval_steps",
+    ),
     Rule(
         ("train.engine", "train.deepspeed_config"),
         lambda engine, path: engine == "deepspeed" and path is None,

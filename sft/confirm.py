@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 
-from sft import rehearsal
+from sft import recovery, rehearsal
 from sft.batching import Budget, MicroBatch
-from sft.config import UserError
 from sft.engine import Engine
 from sft.trace import Recorder
 
@@ -33,8 +32,8 @@ def fitting(
     """`budget`, or the largest of its halves with which every rank gets through `heaviest`; and the
     bytes allocated at the peak of that. Collective.
 
-    `state_bytes`: of the optimizer, which has no state before its first step. Raises UserError if
-    not even the longest example fits.
+    `state_bytes`: of the optimizer, which has no state before its first step. Raises OutOfMemory
+    if not even the longest example fits.
     """
     longest = max(engine.task.lengths)
     while True:
@@ -44,17 +43,16 @@ def fitting(
         if not found:
             return budget, peak
         if budget.max_tokens <= longest:
-            raise UserError(
+            raise recovery.OutOfMemory(
                 f"the longest example ({longest:,} tokens) does not fit the memory: {found[0]}; "
                 "see what would take less with `make plan`"
             )
-        smaller = max(longest, budget.max_tokens // 2)
+        smaller = recovery.halved(budget, longest)
         told = f"a micro-batch of {budget.max_tokens:,} tokens does not fit the memory"
         engine.log.say(
-            f"{told}: train.max_tokens is {smaller:,} from here on, with the same result"
+            f"{told}: train.max_tokens is {smaller.max_tokens:,} from here on, with the same result"
         )
-        rows = budget.max_rows and max(1, budget.max_rows // 2)
-        budget = replace(budget, max_tokens=smaller, max_rows=rows)
+        budget = smaller
 
 
 def _tried(
@@ -64,10 +62,10 @@ def _tried(
     on_gpu = engine.accelerator.device.type == "cuda"
     try:
         return (_on_gpu if on_gpu else _on_cpu)(engine, micro_batches, state_bytes), None
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split("\n")[0]
-    if on_gpu:
-        torch.cuda.empty_cache()
+    except Exception as error:
+        if (reason := recovery.shortage(error)) is None:
+            raise
+    recovery.release()
     return 0, reason
 
 

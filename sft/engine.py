@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +24,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from sft import batching, checkpoint, parallel
-from sft.config import ConfigError, Train, UserError
+from sft import batching, checkpoint, parallel, recovery, storage
+from sft.config import ConfigError, Train
 from sft.guard import Guard, Preempted
-from sft.log import Advance, Log, duration
+from sft.log import Advance, Log, duration, size
+from sft.recovery import NonFiniteError, OutOfMemory, Shortage
 
 Batch = Any
 
@@ -34,6 +37,7 @@ class Task(Protocol):
     """What is trained. Ids are positions in `lengths`."""
 
     model: nn.Module
+    budget: batching.Budget  # how evaluation is cut; the engine lowers it where memory runs out
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -64,12 +68,6 @@ class Task(Protocol):
 
     def name_examples(self, ids: list[int]) -> str:
         """Where these examples come from, for messages."""
-
-
-class NonFiniteError(UserError):
-    """Loss or gradient is NaN or infinite; the step was not applied."""
-
-    exit_code = 5
 
 
 class AnotherRunError(ConfigError):
@@ -110,6 +108,9 @@ def identity(train: Train, of_task: dict[str, str]) -> dict[str, str]:
     }
 
 
+COUNTS = ("step", "num_skipped", "optimizer_updates", "world_size")
+
+
 def read_state(checkpoint_folder: Path, now: dict[str, str]) -> dict[str, Any]:
     """trainer.json of a checkpoint. Raises AnotherRunError, with exit code 3 if it is the data, if
     the run that wrote it differs from the one that `now` is the identity of."""
@@ -121,7 +122,7 @@ def read_state(checkpoint_folder: Path, now: dict[str, str]) -> dict[str, Any]:
         )
     state = json.loads(path.read_text("utf-8"))
     try:
-        sound = min(state["step"] + 0, state["optimizer_updates"] + 0, state["world_size"] - 1) >= 0
+        sound = all(type(state[key]) is int and state[key] >= 0 for key in COUNTS)
         then = dict(state["identity"])
         dict(state["settings"])
     except (KeyError, TypeError, ValueError):
@@ -137,6 +138,16 @@ def read_state(checkpoint_folder: Path, now: dict[str, str]) -> dict[str, Any]:
         error.exit_code = 3 if changed == ["data"] else error.exit_code
         raise error
     return state
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A global batch behind its backward passes; the gradients are not applied yet."""
+
+    ids: list[int]
+    supervised: float  # items, over all ranks
+    totals: dict[str, float]  # sums over them: the loss, and what the task reports
+    broken: list[int]  # ids of micro-batches whose loss is not finite
 
 
 class Engine:
@@ -157,7 +168,11 @@ class Engine:
         self.folder = Path(train.output_dir)
         self.budget = budget
         self.step = 0
+        self.num_skipped = 0  # steps without an update, since they were not finite
         self.total_steps = total_steps(train, len(task.lengths))
+        trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+        need = storage.checkpoint_bytes(train, trained, 0)
+        self.keeper = storage.Keeper(train, accelerator, log, need)
         task.model.train()
         self.parallel = parallel.share(task.model, train, accelerator)
         self.model, self.optimizer = self.parallel.model, self.parallel.optimizer
@@ -174,48 +189,85 @@ class Engine:
         return ids, cuts[self.accelerator.process_index]
 
     def optimizer_step(self) -> dict[str, float]:
-        """One update from the global batch of `self.step`; NonFiniteError comes before it."""
+        """One update from the global batch of `self.step`, or none if that is skipped.
+
+        NonFiniteError comes before the update. Where memory runs out, the same global batch is done
+        again in smaller micro-batches; `recovery` says in which passes that is possible.
+        """
         started = time.perf_counter()
-        ids, micro_batches = self.window(self.step)
-        batches = [self.task.collate(micro_batch) for micro_batch in micro_batches]
-        supervised, *asked = self._sum([self._count(batches), *self.guard.flags()])
-        self.guard.agree(*asked)
         rate = learning_rate(self.train, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.parallel.drop()
-        sums: dict[str, torch.Tensor] = {}
-        losses: list[torch.Tensor] = []
-        for i, batch in enumerate(batches):
-            self.guard.mark()
-            self._seed(micro_batches[i], ids)
-            with self.parallel.synchronised(i == len(batches) - 1):
-                loss, extras = self.task.loss(self.model, batch)
-                self.parallel.backward(loss * (self.parallel.loss_scale / (supervised or 1.0)))
-            losses.append(loss.detach())
-            for name, value in {"loss": loss, **extras}.items():
-                sums[name] = sums.get(name, 0) + value.detach().double()
-        totals = dict(zip(sums, self._sum(list(sums.values())), strict=True))
-        if not math.isfinite(totals["loss"]):
-            pairs = zip(micro_batches, losses, strict=True)
-            broken = [i for micro_batch, loss in pairs if not loss.isfinite() for i in micro_batch]
-            self._refuse("loss", totals["loss"], gather_object(broken))
-        grad_norm = self.parallel.clip()
-        if not math.isfinite(grad_norm):
-            self._refuse("gradient norm", grad_norm, ids)
-        self.parallel.update()
+        while isinstance(passed := self._passes(), Shortage):
+            self._shrink(passed)
+        ids, loss, grad_norm = passed.ids, passed.totals["loss"], math.nan
+        if not math.isfinite(loss):
+            self._skip("loss", loss, passed.broken)
+        else:
+            grad_norm = self._for_good(ids, self.parallel.clip)
+            if self._anywhere(not math.isfinite(grad_norm)):
+                self._skip("gradient norm", grad_norm, ids)
+            else:
+                self._for_good(ids, self.parallel.update)
         seconds = time.perf_counter() - started
         tokens = sum(self.task.lengths[i] for i in ids)
+        number = passed.supervised or 1.0
+        values = {f"train/{name}": value / number for name, value in passed.totals.items()}
+        if self.train.skip_nonfinite:
+            values["train/skipped_steps"] = self.num_skipped
         return {
-            **{f"train/{name}": value / (supervised or 1.0) for name, value in totals.items()},
+            **values,
             "train/grad_norm": grad_norm,
             "train/learning_rate": rate,
             "train/tokens": tokens,
-            "train/supervised_tokens": supervised,
+            "train/supervised_tokens": passed.supervised,
             "speed/tokens_per_second": tokens / seconds,
             "speed/step_seconds": seconds,
             "memory/gib": memory_bytes() / 2**30,
         }
+
+    def _passes(self) -> Passes | Shortage:
+        """Forward and backward of the step's global batch; or the memory that ran out on any rank,
+        the same on all. Without a supervised item loss and gradient are 0, never 0 / 0."""
+        ids, micro_batches = self.window(self.step)
+        watch = recovery.Watch()
+        self.parallel.begin()
+        batches = [watch.call(m, self.task.collate, m) for m in micro_batches]
+        count = 0.0 if watch.met else self._count(batches)
+        supervised, *asked = self._sum([count, *self.guard.flags()])
+        self.guard.agree(*asked)
+        if self.parallel.waits == "forward" and (met := self._met(watch)):
+            return met
+        sums: dict[str, torch.Tensor] = {}
+        losses: list[torch.Tensor] = []
+        for i, micro_batch in enumerate(micro_batches):
+            self.guard.mark()
+            last = i == len(micro_batches) - 1
+            found = watch.call(micro_batch, self._forward, micro_batch, batches[i], ids)
+            waited = self.parallel.waits in ("backward", "forward") or (
+                last and self.parallel.waits != "never"
+            )
+            if waited and (met := self._met(watch)):
+                return met
+            if found is None:
+                continue
+            loss, extras = found
+            attempt = self._for_good if waited else watch.call
+            self.parallel.exchange(last)
+            share = loss * (self.parallel.loss_scale / (supervised or 1.0))
+            attempt(micro_batch, self.parallel.backward, share)
+            losses.append(loss.detach())
+            for name, value in {"loss": loss, **extras}.items():
+                sums[name] = sums.get(name, 0) + value.detach().double()
+        if watch.met:
+            return watch.met
+        totals = dict(zip(sums, self._sum(list(sums.values())), strict=True))
+        broken: list[int] = []
+        if not math.isfinite(totals["loss"]):
+            pairs = zip(micro_batches, losses, strict=True)
+            mine = [i for micro_batch, loss in pairs if not loss.isfinite() for i in micro_batch]
+            broken = gather_object(mine)
+        return Passes(ids, supervised, totals, broken)
 
     def _count(self, batches: list[Batch]) -> float:
         return float(sum(self.task.num_supervised(batch) for batch in batches))
@@ -231,12 +283,88 @@ class Engine:
         position = ids.index(micro_batch[0]) if micro_batch else len(ids)
         torch.manual_seed((((self.train.seed * 1_000_003 + self.step) << 20) + position) % 2**63)
 
-    def _refuse(self, what: str, value: float, ids: list[int]) -> None:
-        raise NonFiniteError(
-            f"{what} is {value} in step {self.step + 1}; the step was not applied and no "
-            f"checkpoint of it exists. Examples: {self.task.name_examples(ids)}. Look at these "
-            "rows; if they are sound, a lower train.learning_rate or train.precision=fp32 helps."
+    def _forward(
+        self, micro_batch: batching.MicroBatch, batch: Batch, ids: list[int]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a micro-batch. OutOfMemory where other ranks wait in the same pass."""
+        self._seed(micro_batch, ids)
+        if self.parallel.waits != "forward":
+            with self.parallel.alone():
+                return self.task.loss(self.model, batch)
+        behind: list[bool] = []  # the pass in which others wait is over
+        handle = self.model.register_forward_hook(lambda *_: behind.append(True))
+        try:
+            return self.task.loss(self.model, batch)
+        except Exception as error:
+            if not behind and (said := recovery.shortage(error)):
+                raise self._out_of_memory(said, micro_batch) from None
+            raise
+        finally:
+            handle.remove()
+
+    # -- what goes wrong in a step
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return flag if self.accelerator.num_processes == 1 else self._sum([flag])[0] > 0
+
+    def _met(self, watch: recovery.Watch) -> Shortage | None:
+        """The shortage that any rank has met, the same on all. Collective."""
+        if self.accelerator.num_processes == 1 or not self._anywhere(watch.met is not None):
+            return watch.met
+        return next(met for met in gather_object([watch.met]) if met)
+
+    def _shrink(self, met: Shortage) -> None:
+        """A smaller token budget; OutOfMemory if every micro-batch is one example already."""
+        self.parallel.drop()
+        recovery.release()
+        lengths, world = self.task.lengths, self.accelerator.num_processes
+        ids, _ = self.window(self.step)
+        cuts = batching.cut(ids, lengths, world, self.budget)
+        budget = recovery.smaller(self.budget, cuts, lengths)
+        if budget is None:
+            raise OutOfMemory(
+                f"memory ran out in step {self.step + 1} with one example of "
+                f"{max(lengths[i] for i in met.ids):,} tokens "
+                f"({self.task.name_examples(met.ids)}): {met.reason}. Shorter rows "
+                "(data.max_seq_len) or train.gradient_checkpointing=true take less, see `make plan`"
+            )
+        self.budget = self.task.budget = budget
+        self.log.say(
+            f"step {self.step + 1:,}: memory ran out ({met.reason}); it is done again, and "
+            f"train.max_tokens is {budget.max_tokens:,} from here on, with the same result"
         )
+
+    def _for_good(self, ids: list[int], action: Callable[..., Any], *arguments: Any) -> Any:
+        """What `action` returns. It cannot be done again: without memory for it, the run ends."""
+        try:
+            return action(*arguments)
+        except Exception as error:
+            if (said := recovery.shortage(error)) is None:
+                raise
+            raise self._out_of_memory(said, ids) from None
+
+    def _out_of_memory(self, said: str, ids: list[int]) -> OutOfMemory:
+        return OutOfMemory(
+            f"rank {self.accelerator.process_index}: memory ran out in step {self.step + 1} where "
+            f"the step cannot be done again: {said}. Examples: {self.task.name_examples(ids)}. "
+            f"Lower train.max_tokens (now {self.budget.max_tokens:,}) and resume"
+        )
+
+    def _skip(self, what: str, value: float, ids: list[int]) -> None:
+        """No update in this step; NonFiniteError beyond `train.skip_nonfinite` of them."""
+        self.parallel.drop()
+        most, told = self.train.skip_nonfinite, f"{what} is {value} in step {self.step + 1}"
+        named = self.task.name_examples(ids)
+        if self.num_skipped >= most:
+            before = f" Skipped before it: {most} (train.skip_nonfinite)." if most else ""
+            raise NonFiniteError(
+                f"{told}; the step was not applied and no checkpoint of it exists.{before} "
+                f"Examples: {named}. Look at these rows; if they are sound, a lower "
+                "train.learning_rate or train.precision=fp32 helps."
+            )
+        self.num_skipped += 1
+        self.log.say(f"{told}: skipped ({self.num_skipped} of {most}). Examples: {named}")
 
     def probe_seconds_per_step(self) -> float:
         """Seconds for forward and backward of this rank's next window."""
@@ -253,7 +381,7 @@ class Engine:
         batches = [self.task.collate(micro_batch) for micro_batch in micro_batches]
         started = time.perf_counter()
         try:
-            with nullcontext() if zero else self.parallel.synchronised(last=False):
+            with nullcontext() if zero else self.parallel.alone():
                 for batch in batches:
                     loss = self.task.loss(self.model, batch)[0]
                     if not zero:
@@ -269,8 +397,11 @@ class Engine:
         """From the current step to the end, with evaluations and checkpoints at their intervals."""
         train, log, guard = self.train, self.log, self.guard
         log.open_metrics(self.step)
+        self.keeper.recall(self.step)
+        if train.save_steps and self.step == 0:
+            with guard.section("save"):
+                self.prove_saving()
         started, first = time.perf_counter(), self.step
-        self._saved = first
         with (
             self.preemptible(),
             guard.section("step"),
@@ -281,10 +412,12 @@ class Engine:
                 values = self.optimizer_step()
                 self.step += 1
                 self._report(values, advance, (time.perf_counter() - started) / (self.step - first))
+                best = None
                 if self._due(train.eval_steps) and not guard.stopping:
-                    self.evaluate()
-                if guard.take_saving() or self._due(train.save_steps):
-                    self._save_once()
+                    best = self.keeper.candidate(self.step, self.evaluate())
+                if guard.take_saving() or best or self._due(train.save_steps):
+                    with guard.section("save"):
+                        self.keeper.try_to_save(self.step, self._write, best)
                 guard.stop_if_agreed()
 
     def _due(self, interval: int | None) -> bool:
@@ -312,12 +445,34 @@ class Engine:
     # -- checkpoints
 
     def save(self) -> Path:
-        """Commits `checkpoint_step_<n>` and prunes the oldest beyond `save_total_limit`."""
-        final = self.folder / f"checkpoint_step_{self.step}"
-        checkpoint.commit(final, self._write, self.accelerator)
-        if self.accelerator.is_main_process:
-            checkpoint.prune(self.folder, self.train.save_total_limit)
-        return final
+        """Commits `checkpoint_step_<n>`; CheckpointError if that fails."""
+        return self.keeper.save(self.step, self._write)
+
+    def prove_saving(self) -> None:
+        """A checkpoint is saved and read back, so that a full disk, a missing permission or a file
+        system that forgets is found before the first step. CheckpointError if it is.
+
+        It is read as a resume would, and has to leave every trained weight as it is, bit for bit.
+        """
+        before = self._checksums()
+        folder = self.save()
+        reason = checkpoint.attempt(self.read, folder)
+        if reason is None and self._checksums() != before:
+            reason = "weights that were read back are not those that were saved"
+        if any(reasons := gather_object([reason])):
+            told = next(each for each in reasons if each)
+            raise checkpoint.CheckpointError(f"{folder} was saved, but cannot be used: {told}")
+        if self.log.folder:
+            taken = size(storage.folder_bytes(folder))
+            self.log.say(
+                f"a checkpoint takes {self.keeper.seconds:.1f} s and {taken} (step 0, read back; "
+                f"{size(self.keeper.need_bytes)} once the optimizer has a state)"
+            )
+
+    def _checksums(self) -> list[int]:
+        """Of this rank's trained weights."""
+        held = (tensor.detach().cpu().flatten() for tensor in self.parallel.held())
+        return [zlib.crc32(each.view(torch.uint8).numpy().data) for each in held]
 
     def _write(self, staging: Path) -> None:
         weights = self.parallel.weights()
@@ -327,6 +482,7 @@ class Engine:
             self.task.save(staging, weights)
             state = {
                 "step": self.step,
+                "num_skipped": self.num_skipped,
                 "optimizer_updates": self.parallel.num_updates,
                 "world_size": world,
                 "identity": identity(self.train, self.task.identity()),
@@ -342,18 +498,25 @@ class Engine:
 
     def resume(self, folder: Path) -> None:
         """Continues from a verified checkpoint folder, of any engine and number of processes."""
-        state = read_state(folder, identity(self.train, self.task.identity()))
-        for name, value in self.task.read(folder):
-            self.parallel.put(name, value)
-        with checkpoint.OptimizerState(folder) as saved:
-            self.parallel.restore(state["optimizer_updates"], saved.read)
-        self.step = state["step"]
+        state = self.read(folder)
+        if folder.parent.resolve() == self.folder.resolve():
+            self.keeper.saved = self.step
         self.log.say(f"resumed from {folder} after step {self.step:,}")
         now = self.train.model_dump() | {"processes": self.accelerator.num_processes}
         then = state["settings"] | {"processes": state["world_size"]}
         for key in now:
             if then.get(key) != now[key]:
                 self.log.say(f"changed since: {key} was {then.get(key)}, is {now[key]}")
+
+    def read(self, folder: Path) -> dict[str, Any]:
+        """Takes step, weights and optimizer state from a verified checkpoint folder."""
+        state = read_state(folder, identity(self.train, self.task.identity()))
+        for name, value in self.task.read(folder):
+            self.parallel.put(name, value)
+        with checkpoint.OptimizerState(folder) as saved:
+            self.parallel.restore(state["optimizer_updates"], saved.read)
+        self.step, self.num_skipped = state["step"], state["num_skipped"]
+        return state
 
     # -- stopping
 
@@ -366,15 +529,9 @@ class Engine:
             if not self.step:  # nothing to save
                 raise
             self.log.say(f"asked to stop: saving step {self.step:,}")
-            folder = self._save_once()
-            raise self.guard.preempted(f"after step {self.step:,}; saved {folder}") from error
-
-    def _save_once(self) -> Path:
-        if self._saved != self.step:
             with self.guard.section("save"):
-                self.save()
-            self._saved = self.step
-        return self.folder / f"checkpoint_step_{self.step}"
+                folder = self.save()
+            raise self.guard.preempted(f"after step {self.step:,}; saved {folder}") from error
 
 
 def memory_bytes() -> int:

@@ -6,14 +6,17 @@ every method does nothing, so callers never ask which rank they are.
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -34,7 +37,7 @@ LINE_EVERY = 10  # seconds, where there is no bar
 Advance = Callable[..., None]  # advance(n=1, note="")
 
 
-def make_console(file: IO[str] | None = None) -> Console:
+def make_console(file: Any = None) -> Console:
     """At most `WIDTH` columns; text is printed as it is, never read as markup."""
     console = Console(
         file=file,
@@ -72,6 +75,17 @@ def duration(seconds: float) -> str:
     return (
         f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
     )
+
+
+def size(num_bytes: float) -> str:
+    """'12 KiB', '1.5 MiB', '300 MiB', '5.1 GiB'."""
+    if num_bytes >= 4 * 2**30:
+        return f"{num_bytes / 2**30:,.1f} GiB"
+    if num_bytes >= 10 * 2**20:
+        return f"{num_bytes / 2**20:,.0f} MiB"
+    if num_bytes >= 2**20:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**10:.0f} KiB"
 
 
 @contextmanager
@@ -115,25 +129,42 @@ def _lines(console: Console, title: str, total: int | None, done: int) -> Iterat
     yield advance
 
 
-def _step_of(line: str) -> int:
+def _step_of(line: bytes) -> int:
     """The step of a line of metrics.jsonl; -1 if the line was torn by a kill or a full disk."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else -1
+        return json.loads(line)["step"] if line.endswith(b"\n") else -1
     except (ValueError, TypeError, KeyError):
         return -1
 
 
-class _WithoutSecrets:
-    """A file of text that never gets a secret of the environment, whatever is told to it."""
+class _Lines(io.TextIOBase):
+    """A file to which whole lines are added, without secrets of the environment. What a full disk
+    does not take is lost, with one warning; what comes when there is room again is written."""
 
-    def __init__(self, file: IO[str]):
-        self._file = file
+    def __init__(self, path: Path, warn: Callable[[str, Exception], None]):
+        super().__init__()
+        self._path, self._warn = path, warn
+        self._raw = path.open("ab", buffering=0)
+
+    def writable(self) -> bool:
+        return True
 
     def write(self, text: str) -> int:
-        return self._file.write(redacted(text))
+        data, end = (
+            redacted(text).encode("utf-8", "backslashreplace"),
+            os.fstat(self._raw.fileno()).st_size,
+        )
+        try:
+            if self._raw.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._raw.truncate(end)  # no torn line
+            self._warn(self._path.name, error)
+        return len(text)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 class Log:
@@ -143,15 +174,15 @@ class Log:
         self.folder = folder
         self.console = make_console() if folder else None
         self._file: Console | None = None
-        self._metrics: IO[str] | None = None
+        self._metrics: io.TextIOBase | None = None
+        self._warned: set[str] = set()
         self._board: Any = None
         self._use_tensorboard = tensorboard
         self._wandb = wandb
         self._progress: Progress | None = None
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            kept = _WithoutSecrets((folder / "training.log").open("a", encoding="utf-8"))
-            self._file = make_console(cast(IO[str], kept))
+            self._file = make_console(_Lines(folder / "training.log", self._warn))
 
     def say(self, what: RenderableType = "") -> None:
         for console in (self.console, self._file):
@@ -159,21 +190,40 @@ class Log:
                 console.print(what)
                 console.file.flush()
 
+    def _warn(self, name: str, error: Exception) -> None:
+        """Once for each file: a log is no reason to stop a run."""
+        if name not in self._warned:
+            self._warned.add(name)
+            self.say(f"warning: {name} cannot be written: {error}; the run goes on without it")
+
     def open_metrics(self, step: int) -> None:
         """Starts (or continues, after `step`) the curves; what a killed run logged later is cut."""
-        if not self.folder:
+        folder = self.folder
+        if not folder:
             return
-        path = self.folder / "metrics.jsonl"
-        kept = path.read_text("utf-8").splitlines(True) if path.exists() and step else []
-        kept = [line for line in kept if 0 <= _step_of(line) <= step]
-        rewritten = path.with_suffix(".tmp")  # a kill in between must not cost the history
-        rewritten.write_text("".join(kept), "utf-8")
-        rewritten.replace(path)
-        self._metrics = path.open("a", encoding="utf-8")
+        path = folder / "metrics.jsonl"
+        self._metrics = _Lines(path, self._warn)
+        kept = 0  # bytes; cutting needs no room on the disk, and a kill cannot cost the history
+        for line in path.read_bytes().splitlines(True) if step else []:
+            if not 0 <= _step_of(line) <= step:
+                break
+            kept += len(line)
+        os.truncate(path, kept)
         if self._use_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            self._to_board(lambda: self._open_board(folder / "tensorboard", step))
 
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+    def _open_board(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def _to_board(self, action: Callable[[], None]) -> None:
+        """Its own thread writes, and what that meets is raised here; it cannot be used again."""
+        try:
+            action()
+        except (OSError, RuntimeError) as error:
+            self._board = None
+            self._warn("tensorboard", error)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Scalars of one step, with names as in `train/loss`."""
@@ -182,11 +232,14 @@ class Log:
             self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
             self._metrics.flush()
         if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
+            self._to_board(lambda: self._add_scalars(step, values))
         if self._wandb:
             self._wandb.log(values, step=step)
+
+    def _add_scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
 
     @contextmanager
     def progress(self, title: str, total: int, done: int = 0) -> Iterator[Advance]:
@@ -198,7 +251,9 @@ class Log:
             yield advance
 
     def close(self) -> None:
-        for stream in (self._metrics, self._board, self._file and self._file.file):
+        if self._board:
+            self._to_board(self._board.close)
+        for stream in (self._metrics, self._file and self._file.file):
             if stream:
                 stream.close()
         if self._wandb:

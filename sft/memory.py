@@ -22,10 +22,10 @@ from sft.config import Config, UserError
 from sft.model import DTYPES, add_adapters, architecture
 from sft.parallel import repeated_layers
 from sft.rehearsal import Window, shallow
+from sft.storage import ADAM_BYTES
 from sft.trace import LARGE_SEGMENT, MIB, SMALL_SEGMENT, Trace
 
 NF4_BYTES = 0.516  # per weight: 4 bits and the double-quantised scale of each block of 64
-ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.05, "paged_adamw_8bit": 2.05}
 # Closed form: activations of a layer, bytes per token and hidden unit. Traces of Llama and Qwen2
 # shapes gave 94 to 126 in fp32 and 61 to 77 in bf16 (autocast); of GPT-2, twice that.
 ACTIVATION_BYTES = {"fp32": 110, "bf16": 70}

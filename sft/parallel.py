@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from sft.config import ConfigError, Train
+from sft.recovery import Waits
 
 Tensors = dict[str, torch.Tensor]
 
@@ -77,6 +78,8 @@ def is_split(model: nn.Module) -> bool:
 class Replicated:
     """A whole copy on every rank: one process, or DDP."""
 
+    waits: Waits = "last backward"
+    """The passes in which ranks wait for each other."""
     loss_scale = 1.0
     """By which a loss must be multiplied for gradients to be sums over ranks."""
 
@@ -86,6 +89,8 @@ class Replicated:
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
         self._wrap(train)
+        if accelerator.num_processes == 1:
+            self.waits = "never"
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def _wrap(self, train: Train) -> None:
@@ -103,11 +108,27 @@ class Replicated:
 
     # -- a step
 
-    def synchronised(self, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch: gradients are exchanged in the last."""
-        if last or self.accelerator.num_processes == 1:
+    def begin(self) -> None:
+        """Before the first pass of a step. Collective."""
+        self.drop()
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            self.model.reducer._rebuild_buckets()  # not in a pass that may be given up
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """Forward and backward passes in it exchange no gradients."""
+        if self.accelerator.num_processes == 1:
             return nullcontext()
         return self.accelerator.no_sync(self.model)
+
+    def exchange(self, last: bool) -> None:
+        """Before a backward pass: gradients are exchanged between ranks in the last one of a step.
+
+        DDP would arm itself for that in the forward pass, and an attempt that is given up behind it
+        would exchange in some later pass; so every forward pass is one without, and DDP is armed
+        here, once all ranks are sure to go on.
+        """
+        if last and isinstance(self.model, nn.parallel.DistributedDataParallel):
+            self.model.reducer.prepare_for_backward([])
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -135,6 +156,10 @@ class Replicated:
 
     def _whole(self, parameter: Any) -> torch.Tensor | None:
         return parameter.detach()
+
+    def held(self) -> Iterator[torch.Tensor]:
+        """What this rank has of the trained weights."""
+        yield from self.names.values()
 
     def put(self, name: str, value: torch.Tensor) -> None:
         """Sets a trained parameter."""
@@ -199,7 +224,13 @@ def _tensors(state: dict[str, Any]) -> Tensors:
 
 
 class Sharded(Replicated):
-    """FSDP2: every rank keeps a slice of each parameter, and gathers a layer at a time."""
+    """FSDP2: every rank keeps a slice of each parameter, and gathers a layer at a time.
+
+    Gradients are exchanged after each micro-batch: to keep them whole would take what sharding
+    saves.
+    """
+
+    waits = "forward"
 
     def _wrap(self, train: Train) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -236,8 +267,7 @@ class Sharded(Replicated):
             autocast = torch.autocast(device, torch.bfloat16)
             self.plain.forward = convert_outputs_to_fp32(autocast(self.plain.forward))
 
-    def synchronised(self, last: bool) -> AbstractContextManager[None]:
-        """Gradients are exchanged in each: to keep them whole would take what sharding saves."""
+    def alone(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def clip(self) -> float:
@@ -247,6 +277,9 @@ class Sharded(Replicated):
     def _whole(self, parameter: Any) -> torch.Tensor | None:
         whole = parameter.detach().full_tensor()  # collective
         return whole.cpu() if self.accelerator.is_main_process else None
+
+    def held(self) -> Iterator[torch.Tensor]:
+        yield from (_slice(parameter)[0] for parameter in self.names.values())
 
     def put(self, name: str, value: torch.Tensor) -> None:
         local, start = _slice(self.names[name])
@@ -304,10 +337,13 @@ class Zero(Replicated):
         self.model, self.zero = self.engine, self.engine.optimizer
         self.loss_scale = float(self.accelerator.num_processes)  # DeepSpeed averages
         self.split = self.engine.zero_optimization_stage() == 3
+        self.waits = "forward" if self.split else "backward"
 
-    def synchronised(self, last: bool) -> AbstractContextManager[None]:
-        self.engine.set_gradient_accumulation_boundary(last)
+    def alone(self) -> AbstractContextManager[Any]:
         return nullcontext()
+
+    def exchange(self, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss)
@@ -322,6 +358,14 @@ class Zero(Replicated):
     def update(self) -> None:
         self.engine.step()
 
+    def drop(self) -> None:
+        """Also what DeepSpeed has accumulated, which else only its step clears."""
+        self.zero.zero_grad()
+        for kept in ("averaged_gradients", "all_grad_tensors"):
+            getattr(self.zero, kept, {}).clear()
+        if not self.split:  # else zero_grad does it
+            self.zero.micro_step_id = -1
+
     # -- state
 
     def _whole(self, parameter: Any) -> torch.Tensor | None:
@@ -331,6 +375,12 @@ class Zero(Replicated):
 
         with GatheredParameters([parameter]):  # collective
             return parameter.detach().cpu().clone() if self.accelerator.is_main_process else None
+
+    def held(self) -> Iterator[torch.Tensor]:
+        if not self.split:
+            yield from self.names.values()
+        for name, parameter in self.names.items():
+            yield from (weight for _, weight in self._slices(name, parameter))
 
     def put(self, name: str, value: torch.Tensor) -> None:
         parameter: Any = self.names[name]

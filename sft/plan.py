@@ -18,11 +18,11 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from sft import batching, confirm, engine, hardware, memory, processes
+from sft import batching, confirm, engine, hardware, memory, processes, storage
 from sft.config import Config, ConfigError, with_values
 from sft.confirm import Past
 from sft.hardware import Hardware
-from sft.log import duration, facts
+from sft.log import duration, facts, size
 from sft.memory import Memory
 from sft.model import architecture
 from sft.prepare import Prepared
@@ -102,7 +102,7 @@ class Plan:
     device: str
     past: Past | None  # what earlier runs on it have shown
     seconds: float | None  # of all steps, where the device's speed is known
-    checkpoint_bytes: int
+    disk: storage.Need
     reasons: dict[str, str]  # dotted configuration key -> why its `auto` became what it is
     warnings: list[str] = field(default_factory=list)
 
@@ -162,11 +162,17 @@ def make_plan(
         device=at.name,
         past=confirm.past(Path(config.data.cache_dir), at.name),
         seconds=at.seconds(counts, choice.checkpointing, tokens),
-        checkpoint_bytes=counts.trained * 4
-        + math.ceil(counts.trained * memory.ADAM_BYTES[train.optimizer]),
+        disk=disk(config, len(work.lengths)),
         reasons={k: why for k, why in reasons.items() if getattr(train, k.split(".")[1]) == "auto"},
     )
     return replace(made, warnings=_warnings(made))
+
+
+def disk(config: Config, num_examples: int) -> storage.Need:
+    """What a run on so many examples writes."""
+    vocabulary = architecture(config.model).get_text_config().vocab_size
+    steps = engine.total_steps(config.train, num_examples)
+    return storage.need(config.train, memory.counts(config).trained, vocabulary, steps)
 
 
 def _warnings(plan: Plan) -> list[str]:
@@ -588,7 +594,7 @@ def table(plan: Plan) -> Table:
             f"{size(taken.allocated)}{reserved} of {size(plan.available_bytes)} per process: "
             f"{parts}{context} ({taken.method}{past})",
         ),
-        ("disk", f"{size(plan.checkpoint_bytes)} per checkpoint"),
+        ("disk", f"{plan.disk}"),
     ]
     if plan.evaluation_bytes:
         told = f"{size(plan.evaluation_bytes)} for the held-out loss"
@@ -657,10 +663,6 @@ def comparison_table(found: list[dict[str, Any]], length: int) -> Table:
     return result
 
 
-def size(num_bytes: float) -> str:
-    return _gib(num_bytes) if num_bytes >= 4 * 2**30 else f"{num_bytes / MIB:,.0f} MiB"
-
-
 def _gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:,.1f} GiB"
 
@@ -691,7 +693,8 @@ def report(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
             "missing_bytes": plan.missing_bytes,
             "evaluation_bytes": plan.evaluation_bytes,
             "generation_bytes": plan.generation_bytes,
-            "checkpoint_bytes": plan.checkpoint_bytes,
+            "checkpoint_bytes": plan.disk.checkpoint,
+            "disk_bytes": plan.disk.total,
             "seconds": plan.seconds,
         },
         "chosen": chosen(plan),

@@ -31,6 +31,7 @@ from sft import (
     plan,
     prepare,
     processes,
+    storage,
 )
 from sft.batching import Budget, MicroBatch
 from sft.config import Config, Train, UserError, dump_config, with_values
@@ -80,6 +81,7 @@ def _run(
     if resumed_from:
         read_state(resumed_from, identity(config.train, finetune.identity(config, prepared)))
     planned = plan_together(config, prepared, machine, accelerator)
+    storage.refuse_if_full(planned.disk, config.train)
     resolved = with_values(config, plan.resolved_values(planned))
     log.say(_banner(config, planned, described(accelerator)))
     log.say(hardware.table(machine))
@@ -121,7 +123,9 @@ def _run(
         tuned = _results(task, engine.model)
     log.log(engine.step, {f"eval/{name}": value for name, value in tuned["metrics"].items()})
     log.say(f"after: {_told(tuned['metrics'])}")
-    checkpoint.commit(folder / "final_checkpoint", engine.write_final, accelerator)
+    checkpoint.commit(
+        folder / "final_checkpoint", engine.write_final, accelerator, planned.disk.final
+    )
 
     measured |= {
         "training_seconds": training_seconds,
@@ -131,9 +135,7 @@ def _run(
     }
     if log.folder:
         plan.write(planned, folder / "plan.json", measured)
-        _write_evaluation(folder / "evaluation", base, tuned)
-        log.say(_side_by_side(base, tuned, config.evaluation.num_shown))
-        log.say(_closing(config, base, tuned, measured))
+        _tell_results(config, base, tuned, measured, log)
 
 
 def plan_together(
@@ -237,6 +239,7 @@ def speaker(folder: Path, overrides: list[str] | None = None) -> Callable[[str],
 def _open_folder(train: Train, guard: Guard) -> Path | None:
     """The checkpoint to resume from. A fresh run moves an earlier one in its folder aside."""
     folder, resume = Path(train.output_dir), train.resume_from_checkpoint
+    storage.refuse_if_unwritable(folder)
     try:
         found = checkpoint.find(folder, resume, print) if resume else None
     except UserError:
@@ -286,6 +289,14 @@ def _write_evaluation(folder: Path, base: dict[str, Any], tuned: dict[str, Any])
             row = {key: after[key] for key in ("row", "prompt", "reference")}
             row |= {"base": before["answer"], "tuned": after["answer"]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _tell_results(
+    config: Config, base: dict[str, Any], tuned: dict[str, Any], measured: dict[str, Any], log: Log
+) -> None:
+    _write_evaluation(Path(config.train.output_dir) / "evaluation", base, tuned)
+    log.say(_side_by_side(base, tuned, config.evaluation.num_shown))
+    log.say(_closing(config, base, tuned, measured))
 
 
 def _write_json(path: Path, values: Any) -> None:

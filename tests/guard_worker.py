@@ -98,9 +98,9 @@ def train(request: Request) -> None:
         built._write = before(request, "write", built._write)  # type: ignore[method-assign]
         answer = evaluate._answer
 
-        def answered(*arguments: Any) -> list[str]:
+        def answered(*arguments: Any, **options: Any) -> list[str]:
             happens(request, f"{part(built)} generation")
-            return answer(*arguments)
+            return answer(*arguments, **options)
 
         evaluate._answer = answered
         results(built)

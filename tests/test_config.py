@@ -223,6 +223,7 @@ def test_an_override_that_is_not_yaml_is_refused(minimal):
 
 
 BREAKS = [  # one for each of RULES, in order: overrides that break it, and one more that mends it
+    (["train.save_best=loss"], "train.eval_steps=10"),
     (["train.engine=deepspeed"], "train.deepspeed_config=z2.json"),
     (["train.deepspeed_config=z2.json"], "train.engine=deepspeed"),
     (

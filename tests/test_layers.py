@@ -22,9 +22,11 @@ LAYERS = {
     "trace": 0,
     "cli": 1,
     "model": 1,
+    "recovery": 0.6,
     "parallel": 1,
     "checkpoint": 1.1,  # writes the pieces that parallel tells
     "guard": 1.2,  # tells the newest checkpoint
+    "storage": 1.2,  # which checkpoints stay
     "processes": 1,
     "launcher": 1,
     "formats": 1,

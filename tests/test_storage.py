@@ -1,0 +1,453 @@
+"""Real small file systems that fill up, limits and permissions; which checkpoints stay."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+
+from sft import batching, checkpoint, storage
+from sft import run as whole_run
+from sft.checkpoint import CheckpointError
+from sft.config import Config
+from sft.log import Log
+
+BUDGET = batching.Budget(60, "padded")
+
+
+class Said(Log):
+    def __init__(self):
+        super().__init__(None)
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def make(folder, **train):
+    rows = tiny.examples(0, 11)
+    settings = tiny.config(folder, **({"global_batch": 4, "max_steps": 8} | train))
+    made = tiny.make_engine(tiny.llama(), rows, rows, settings, BUDGET)
+    made.log = made.keeper.log = Said()
+    return made
+
+
+def names(folder):
+    return {path.name for path in folder.glob("checkpoint_step_*")}
+
+
+def steps_of(folder):
+    return {int(path.name.split("_")[-1]) for path in checkpoint.newest_first(folder)}
+
+
+def at_step(built, actions):
+    """Does something in the forward pass of these steps (from 0)."""
+    real = built.task.loss
+
+    def loss(model, batch):
+        actions.pop(built.step, lambda: None)()
+        return real(model, batch)
+
+    built.task.loss = loss
+
+
+# --- real file systems ---------------------------------------------------------------------------
+
+
+@contextmanager
+def mounted(*arguments):
+    done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"cannot mount a file system here: {done.stderr.strip()}")
+    try:
+        yield Path(arguments[-1])
+    finally:
+        subprocess.run(["umount", "--lazy", arguments[-1]], check=True)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file system of 4 MiB; a checkpoint of the tiny model takes 0.2."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    with mounted("-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)) as result:
+        yield result
+
+
+def fill(folder, leave):
+    """Everything but so many bytes."""
+    free = shutil.disk_usage(folder).free
+    (folder / "ballast").write_bytes(b"x" * max(0, free - leave))
+
+
+def test_a_disk_that_fills_up_during_a_save_costs_that_checkpoint_only(small):
+    folder = small / "run"
+    built = make(folder, save_steps=1)
+    seen = []
+
+    def look():
+        seen.append((names(folder), checkpoint.find(folder, "auto", pytest.fail).name))
+        (small / "ballast").unlink()
+
+    at_step(built, {2: lambda: fill(small, 100_000), 3: look, 4: lambda: None})
+    built.run()
+    assert built.step == 8
+    (warning,) = [line for line in built.log.lines if line.startswith("warning")]
+    assert "cannot save" in warning
+    assert "No space left on device" in warning
+    assert "need " in warning
+    need, have = (int(warning.split(word)[1].split(" KiB")[0]) for word in ("need ", ", have "))
+    assert need > have == pytest.approx(100_000 / 1024, abs=20)
+    assert "Training goes on" in warning
+    ((left, newest),) = seen
+    assert left == {"checkpoint_step_1", "checkpoint_step_2"}, "no staging"
+    assert newest == "checkpoint_step_2"
+    assert steps_of(folder) == {6, 7}, "saves succeed again"
+
+
+def test_after_so_many_failed_saves_in_a_row_the_run_ends(small):
+    folder = small / "run"
+    built = make(folder, save_steps=1, max_failed_saves=2)
+    at_step(
+        built,
+        {
+            1: lambda: fill(small, 50_000),
+            2: (small / "ballast").unlink,
+            4: lambda: fill(small, 50_000),
+        },
+    )
+    with pytest.raises(CheckpointError, match="failed save 2 in a row") as error:
+        built.run()
+    assert error.value.exit_code == 4
+    assert built.step == 6
+    assert steps_of(folder) == {3, 4}
+    assert all(checkpoint.fault(path) is None for path in checkpoint.newest_first(folder))
+    assert names(folder) == {"checkpoint_step_3", "checkpoint_step_4"}
+
+
+def test_a_limit_on_the_size_of_files(tmp_path):
+    built = make(tmp_path, save_steps=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    at_step(built, {2: lambda: limit(40_000), 4: lambda: limit(soft)})
+    try:
+        built.run()
+    finally:
+        limit(soft)
+    warnings = [line for line in built.log.lines if line.startswith("warning")]
+    assert len(warnings) == 2
+    assert all("File too large" in line and "ulimit -f" in line for line in warnings)
+    assert names(tmp_path) == {"checkpoint_step_6", "checkpoint_step_7"}
+
+
+def test_a_folder_that_becomes_read_only(tmp_path):
+    """As root permissions do not bind; a read-only mount does."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    built = make(folder, save_steps=1)
+    with mounted("--bind", str(folder), str(folder)):
+
+        def remount(how):
+            command = ["mount", "-o", f"remount,{how},bind", str(folder)]
+            subprocess.run(command, check=True, capture_output=True)
+
+        at_step(built, {2: lambda: remount("ro"), 3: lambda: remount("rw")})
+        built.run()
+    (warning,) = [line for line in built.log.lines if line.startswith("warning")]
+    assert "Read-only file system" in warning
+    assert "must be writable" in warning
+    assert names(folder) == {"checkpoint_step_6", "checkpoint_step_7"}
+
+
+def test_a_run_folder_that_takes_no_files_is_refused_at_start(tmp_path):
+    with mounted("-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(tmp_path)) as folder:
+        with pytest.raises(CheckpointError, match=r"cannot write to .*: Read-only") as error:
+            storage.refuse_if_unwritable(folder / "new/run")
+        accelerator = Accelerator(cpu=True)
+        with pytest.raises(ValueError, match="cannot write to"):
+            whole_run._open_folder(folder / "run", None, accelerator)
+    assert error.value.exit_code == 4
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_full_disks_cost_logs_one_warning_each_and_the_run_goes_on(small, capsys):
+    log = Log(small, tensorboard=True)
+    log.open_metrics(0)
+    log.say("at the start")
+    log.log(1, {"train/loss": 1.0})
+    fill(small, 0)
+    for step in range(2, 40):
+        log.say(f"in between {step} " + "x" * 400)
+        log.log(step, {"train/loss": 2.0, **{f"more/{i}": 1.0 for i in range(20)}})
+    (small / "ballast").unlink()
+    log.say("in the end")
+    log.log(40, {"train/loss": 3.0})
+    log.close()
+    told = capsys.readouterr().out
+    for name in ("training.log", "metrics.jsonl", "tensorboard"):
+        assert told.count(f"warning: {name} cannot be written") == 1, name
+    steps = [
+        json.loads(line)["step"] for line in (small / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps[0] == 1
+    assert steps[-1] == 40
+    lines = (small / "training.log").read_text().splitlines()
+    assert "at the start" in lines[0]
+    assert "in the end" in lines
+    assert "in between 30" not in "".join(lines)
+
+
+# --- at any instant ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new step", "the only one again"])
+def test_there_is_a_valid_checkpoint_at_any_instant(tmp_path, monkeypatch, again):
+    """Before and after every change of the folder a kill would leave one that is found."""
+    accelerator = Accelerator(cpu=True)
+    folder, looks = tmp_path / "run", []
+
+    def write(staging):
+        (staging / "trainer.json").write_text("{}")
+
+    def look():
+        copy = tmp_path / "copy"  # finding may put one back
+        shutil.rmtree_real(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        found = checkpoint.find(copy, "auto", lambda _: None)
+        looks.append(found is not None and checkpoint.fault(found) is None)
+
+    checkpoint.commit(folder / "checkpoint_step_1", write, accelerator)
+    monkeypatch.setattr(shutil, "rmtree_real", shutil.rmtree, raising=False)
+
+    def watched(real):
+        def call(*arguments, **options):
+            if str(tmp_path / "copy") in str(arguments[0]):
+                return real(*arguments, **options)
+            look()
+            result = real(*arguments, **options)
+            look()
+            return result
+
+        return call
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", watched(shutil.rmtree))
+    monkeypatch.setattr(Path, "rename", watched(Path.rename))
+    for step in (1,) if again else (2, 3, 4):
+        checkpoint.commit(folder / f"checkpoint_step_{step}", write, accelerator)
+        checkpoint.prune(folder, 1)
+    assert len(looks) >= 6
+    assert all(looks)
+
+
+# --- the best ------------------------------------------------------------------------------------
+
+
+def evaluated(built, values, metric="loss"):
+    numbers = iter(values)
+    built.task.evaluate = lambda model: {metric: next(numbers)}
+
+
+def best_of(folder):
+    return json.loads((folder / "best.json").read_text())
+
+
+def test_the_best_evaluated_checkpoint_stays_beside_the_newest(tmp_path):
+    built = make(tmp_path, save_steps=1, eval_steps=1, save_best="loss", max_steps=8)
+    evaluated(built, [5, 3, 2, math.nan, 4, 6, 2.5])
+    built.run()
+    assert steps_of(tmp_path) == {3, 6, 7}
+    expected = {"metric": "loss", "value": 2, "step": 3, "checkpoint": "checkpoint_step_3"}
+    assert best_of(tmp_path) == expected
+    assert not list(tmp_path.glob("best.tmp"))
+
+
+def test_without_save_steps_only_what_is_better_is_saved(tmp_path):
+    built = make(tmp_path, eval_steps=2, save_best="token_accuracy", max_steps=9)
+    evaluated(built, [0.3, 0.5, 0.5, 0.4], "token_accuracy")
+    built.run()
+    assert steps_of(tmp_path) == {2, 4}, "more is better; as good is not better"
+    assert best_of(tmp_path)["step"] == 4
+
+
+def test_the_best_survives_a_resume(tmp_path):
+    settings = {"save_steps": 1, "eval_steps": 1, "save_best": "loss"}
+    built = make(tmp_path, max_steps=4, **settings)
+    evaluated(built, [5, 1, 4])
+    built.run()
+    resumed = make(tmp_path, max_steps=8, **settings)
+    resumed.resume(tmp_path / "checkpoint_step_3")
+    evaluated(resumed, [3, 2, 2, 2])
+    resumed.run()
+    assert steps_of(tmp_path) == {2, 6, 7}
+    assert best_of(tmp_path)["value"] == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ('{"metric": "loss", "value": 1.0, "step": 3}', 3),
+        ('{"metric": "perplexity", "value": 1.0, "step": 3}', None),
+        ('{"metric": "loss", "value": 1.0, "step": 4}', None),  # after the resumed one
+        ('{"metric": "loss", "value": 1.0, "step": 2}', None),  # is not there
+        ('{"metric": "loss"', None),
+        ("[]", None),
+    ],
+)
+def test_only_a_best_that_is_there_and_was_before_is_recalled(tmp_path, told, found):
+    built = make(tmp_path, save_steps=1, eval_steps=1, save_best="loss")
+    built.step = 3
+    built.save()
+    (tmp_path / "best.json").write_text(told)
+    built.keeper.recall(3)
+    assert (built.keeper.best and built.keeper.best.step) == found
+
+
+def test_what_a_later_run_left_neither_counts_nor_goes(tmp_path):
+    """Resumed from an older checkpoint, the newest are not this run's."""
+    for step in (2, 5, 6):
+        built = make(tmp_path, save_total_limit=9)
+        built.step = step
+        built.save()
+    resumed = make(tmp_path, save_steps=1, max_steps=5)
+    resumed.resume(tmp_path / "checkpoint_step_2")
+    resumed.run()
+    assert steps_of(tmp_path) == {3, 4, 5, 6}
+
+
+# --- before the first step -----------------------------------------------------------------------
+
+
+def test_step_0_is_saved_read_back_and_changes_nothing(tmp_path):
+    plain, saving = make(tmp_path / "a"), make(tmp_path / "b", save_steps=100)
+    losses = {}
+    for name, built in (("plain", plain), ("saving", saving)):
+        told = losses[name] = []
+        real = built.optimizer_step
+
+        def step(real=real, told=told):
+            values = real()
+            told.append(values["train/loss"].hex())
+            return values
+
+        built.optimizer_step = step
+        built.run()
+    assert losses["plain"] == losses["saving"]
+    assert steps_of(tmp_path / "b") == {0}
+    resumed = make(tmp_path / "b", save_steps=100)
+    resumed.resume(tmp_path / "b/checkpoint_step_0")
+    assert resumed.optimizer_step()["train/loss"].hex() == losses["plain"][0]
+
+
+def test_the_time_and_size_of_a_checkpoint_are_told(tmp_path):
+    built = make(tmp_path, save_steps=4)
+    built.log.folder = tmp_path
+    built.run()
+    (told,) = [line for line in built.log.lines if line.startswith("a checkpoint takes")]
+    size = storage.folder_bytes(tmp_path / "checkpoint_step_0")
+    assert f"{size / 1024:,.0f} KiB (step 0, read back; " in told
+
+
+def test_a_disk_that_does_not_keep_what_was_written_ends_the_run_before_step_1(tmp_path):
+    built = make(tmp_path, save_steps=4)
+    real = built.task.load
+
+    def load(folder):
+        real(folder)
+        with torch.no_grad():
+            next(built.task.model.parameters()).view(-1)[0] += 1e-3
+
+    built.task.load = load
+    with pytest.raises(CheckpointError, match="read back are not those that were saved") as error:
+        built.run()
+    assert error.value.exit_code == 4
+    assert built.step == 0
+
+
+def test_a_full_disk_ends_the_run_before_step_1(small):
+    fill(small, 50_000)
+    built = make(small / "run", save_steps=4)
+    with pytest.raises(CheckpointError, match=r"need \d+ KiB, have \d+ KiB"):
+        built.run()
+    assert built.step == 0
+    assert not names(small / "run")
+
+
+# --- how much ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", list(storage.ADAM_BYTES))
+def test_a_checkpoint_takes_what_is_forecast(tmp_path, optimizer):
+    large = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 5000}
+    rows = tiny.examples(0, 4)
+    settings = tiny.config(tmp_path, global_batch=4, optimizer=optimizer)
+    built = tiny.make_engine(tiny.llama(**large), rows, rows, settings, BUDGET)
+    built.optimizer_step()
+    built.step += 1
+    taken = storage.folder_bytes(built.save())
+    assert taken <= built.keeper.need_bytes < 1.1 * taken
+
+
+def train(**changes):
+    values = {"output_dir": "outputs/x", "save_steps": 10} | changes
+    return Config.model_validate(
+        {"model": {"name": "m"}, "data": {"train_path": "d"}, "train": values}
+    ).train
+
+
+@pytest.mark.parametrize(
+    ("changes", "copies"),
+    [
+        ({}, 3),  # two that stay, one that is being written
+        ({"save_total_limit": 5}, 6),
+        ({"save_best": "loss", "eval_steps": 5}, 4),
+        ({"save_total_limit": 50}, 12),  # steps 0, 10, ... 100: there are no more
+        ({"save_steps": None}, 1),  # when a signal stops the run
+        ({"save_steps": None, "save_best": "loss", "eval_steps": 5}, 3),
+    ],
+)
+def test_so_many_checkpoints_lie_on_the_disk_at_once(changes, copies):
+    needed = storage.need(train(**changes), 10**6, 0, 100)
+    assert needed.copies == copies
+    assert needed.checkpoint == pytest.approx(12 * 10**6, rel=0.01)
+    assert needed.final == pytest.approx(4 * 10**6, rel=0.02)
+    assert needed.total > copies * needed.checkpoint + needed.final
+
+
+def test_a_run_that_cannot_fit_is_refused_and_what_lies_there_counts_as_room(small):
+    settings = train(output_dir=str(small / "run"))
+    storage.refuse_if_full(storage.need(settings, 10_000, 0, 10), settings)
+    needed = storage.need(settings, 40_000, 0, 10)
+    told = r"need 2.8 MiB: 3 checkpoints of .*; have .* Make room, lower train.save_total_limit"
+    fill(small, needed.total - 200_000)
+    with pytest.raises(CheckpointError, match=told) as error:
+        storage.refuse_if_full(needed, settings)
+    assert error.value.exit_code == 4
+    (small / "ballast").unlink()
+    (small / "run/checkpoint_step_5").mkdir(parents=True)
+    (small / "run/checkpoint_step_5/model.safetensors").write_bytes(b"x" * 250_000)
+    fill(small, needed.total - 200_000)
+    storage.refuse_if_full(needed, settings)
+
+
+@pytest.mark.slow
+def test_make_train_refuses_a_disk_on_which_the_run_will_not_fit(tmp_path, run_script):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    with mounted("-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)):
+        settings = [f"train.output_dir={folder}/run", "train.save_steps=10", "data.max_rows=64"]
+        done = run_script("train.py", *settings, "train.save_total_limit=20")
+    assert done.returncode == 4, done.stderr
+    assert "lower train.save_total_limit (now 20" in done.stderr
+    assert "Traceback" not in done.stderr
