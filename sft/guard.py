@@ -200,7 +200,10 @@ class Lock:
         try:
             self._acquire()
         except OSError as error:
-            raise checkpoint.CheckpointError(f"cannot write to {folder}: {error}") from None
+            raise checkpoint.CheckpointError(
+                f"cannot write to {folder}: {error.strerror}; set train.output_dir to a folder "
+                "that is writable"
+            ) from None
 
     def _acquire(self) -> None:
         path = self.folder / self.NAME

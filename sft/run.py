@@ -239,7 +239,6 @@ def speaker(folder: Path, overrides: list[str] | None = None) -> Callable[[str],
 def _open_folder(train: Train, guard: Guard) -> Path | None:
     """The checkpoint to resume from. A fresh run moves an earlier one in its folder aside."""
     folder, resume = Path(train.output_dir), train.resume_from_checkpoint
-    storage.refuse_if_unwritable(folder)
     try:
         found = checkpoint.find(folder, resume, print) if resume else None
     except UserError:
