@@ -1,6 +1,6 @@
 # The interface: one line per verb. Scripts do the work; `make help` is made from the comments here.
 #
-#   CONFIG=file.yaml       configuration (docs/CONFIG.md)      NUM_PROCESSES=n   of train-distributed
+#   CONFIG=file.yaml       configuration (docs/CONFIG.md)      NUM_PROCESSES=n   of train-distributed, verify-*
 #   ARGS="train.epochs=1"  overrides of its keys               RUN=outputs/name  a finished run
 #   JSON=file              where `make plan` writes it       GIB=48            of a GPU without a known name
 
@@ -26,8 +26,8 @@ launch = n=$(processes); $(BIN)/accelerate launch --config_file $(ACCELERATE_CON
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
-	train train-distributed train-deepspeed train-distributed-tb train-deepspeed-tb tensorboard tb-stop evaluate infer merge nano test \
-	test-fast lint format docs clean
+	train train-distributed train-deepspeed train-distributed-tb train-deepspeed-tb tensorboard tb-stop \
+	verify-resume verify-invariance evaluate infer merge nano test test-fast lint format docs clean
 
 ##@ Start
 help: ## This list
@@ -61,6 +61,14 @@ plan: $(READY) ## What a run takes [GPU="H100-80GB x 8"] [MODEL=config.json TUNI
 
 check: $(READY) ## Try everything that CONFIG needs, one training step included; trains and writes nothing
 	@$(BIN)/python scripts/check.py --config $(CONFIG) $(ARGS)
+
+verify-resume: $(READY) ## Law 2 on CONFIG with a small model: killed and resumed, bit for bit [NUM_PROCESSES=2]
+	@$(BIN)/python scripts/verify.py --law resume --config $(CONFIG) \
+		$(if $(NUM_PROCESSES),--num-processes $(NUM_PROCESSES)) $(ARGS)
+
+verify-invariance: $(READY) ## Law 1 likewise: micro-batches, layouts, processes and engines [NUM_PROCESSES=2]
+	@$(BIN)/python scripts/verify.py --law invariance --config $(CONFIG) \
+		$(if $(NUM_PROCESSES),--num-processes $(NUM_PROCESSES)) $(ARGS)
 
 ##@ Data
 process: $(READY) ## Raw files -> normalised chat JSONL with a report OUTPUT=file.jsonl [INPUT=path]

@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -213,6 +214,7 @@ class Engine:
             "train/learning_rate": rate,
             "train/tokens": tokens,
             "train/supervised_tokens": supervised,
+            "data/examples_crc32": zlib.crc32(repr(ids).encode()),  # which ones, in which order
             "speed/tokens_per_second": tokens / seconds,
             "speed/step_seconds": seconds,
             "memory/gib": memory_bytes() / 2**30,
