@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sft import batching, checkpoint, hardware, model, prepare
+from sft import batching, checkpoint, hardware, model, prepare, processes
 from sft.config import Config, ConfigError, UserError, dump_config, with_values
 from sft.log import Advance, bar, facts
 from sft.rehearsal import shallow
@@ -124,12 +124,11 @@ def make_small(config: Config, folder: Path, *, exact: bool = False) -> Small:
     }
     if exact:
         wanted = {"train.precision": "fp32", "train.optimizer": "adamw", "tuning.lora_dropout": 0.0}
-        values |= wanted
         given = config.model_dump()
-        for path, value in wanted.items():
-            section, key = path.split(".")
-            if given[section][key] not in (value, "auto"):
-                told.append((path, f"{value} instead of {given[section][key]}"))
+        given["train"]["precision"], _ = processes.resolve_precision(config.train)
+        found = {path: given[path.split(".")[0]][path.split(".")[1]] for path in wanted}
+        told += [(p, f"{wanted[p]} instead of {found[p]}") for p in wanted if found[p] != wanted[p]]
+        values |= wanted
     shrunk = with_values(config, values)
     lengths = sorted(prepare.prepare(shrunk).train.lengths, reverse=True)
     while batch > 1 and batching.steps_per_epoch(len(lengths), batch) < 3:
@@ -143,8 +142,9 @@ def make_small(config: Config, folder: Path, *, exact: bool = False) -> Small:
     steps = per_epoch + 3
     told.append(("data", f"{len(lengths)} rows to train on, {batch} a step, {per_epoch} an epoch"))
     told.append(("steps", f"{steps}, each of them saved, every second evaluated"))
-    size = {"train.global_batch": batch, "train.max_steps": steps}
-    return Small(with_values(shrunk, size), folder, lengths, told)
+    shrunk = with_values(shrunk, {"train.global_batch": batch, "train.max_steps": steps})
+    small = Small(shrunk, folder, lengths, told)
+    return replace(small, config=with_values(shrunk, {"train.max_tokens": small.quarter}))
 
 
 def small_model(config: Config, exact: bool = False) -> tuple[nn.Module, list[tuple[str, str]]]:
@@ -383,56 +383,49 @@ class Row:
 
 @dataclass(frozen=True)
 class Kill:
-    """Where a run is killed (see `die_at`), and the step of the newest checkpoint then."""
+    """Where a run is killed (see `die_at`), the step of the newest checkpoint then, and how many
+    processes go on from there."""
 
     told: str
     point: str
     newest: int
+    resumed_by: tuple[int, ...]
 
 
-def kills(small: Small) -> list[Kill]:
-    last = small.steps_per_epoch
+def kills(small: Small, world: int) -> list[Kill]:
+    last, same = small.steps_per_epoch, (world,)
     return [
-        Kill(f"after step {last - 1}, within an epoch", f"saved:{last - 1}", last - 1),
-        Kill(f"after step {last}, last of an epoch", f"saved:{last}", last),
-        Kill(f"after step {last + 1}, first of the next", f"saved:{last + 1}", last + 1),
-        Kill(f"in the save of step {last}", f"saving:{last}", last - 1),
+        Kill(f"after step {last - 1}, within an epoch", f"saved:{last - 1}", last - 1, same),
+        Kill(f"after step {last}, last of an epoch", f"saved:{last}", last, same),
+        Kill(f"after step {last + 1}, first of the next", f"saved:{last + 1}", last + 1, same),
+        Kill(f"in the save of step {last}", f"saving:{last}", last - 1, same),
     ]
 
 
-def resume_rows(trials: Trials, world: int, chosen: list[Kill], others: list[int]) -> list[Row]:
-    """Every kill, resumed and held against the uninterrupted run; the state that the first one
-    left also resumed by `others` processes."""
+def resume_rows(trials: Trials, world: int, chosen: list[Kill]) -> list[Row]:
+    """Runs of `world` processes, killed and resumed, held against the uninterrupted one."""
     with ThreadPoolExecutor(_at_once(world)) as pool:
         whole = pool.submit(trials.run, "whole", world)
-        groups = [
-            pool.submit(_killed, trials, world, kill, whole, others if kill is chosen[0] else [])
-            for kill in chosen
-        ]
+        groups = [pool.submit(_killed, trials, world, kill, whole) for kill in chosen]
         return [row for group in groups for row in group.result()]
 
 
-def _killed(
-    trials: Trials, world: int, kill: Kill, whole: Future[Run], others: list[int]
-) -> list[Row]:
+def _killed(trials: Trials, world: int, kill: Kill, whole: Future[Run]) -> list[Row]:
     name = kill.point.replace(":", "_")
     killed = trials.run(name, world, kill=kill.point)
     if killed.state != "running":
-        return [
-            Row((kill.told,), [], f"the run was not killed, it {killed.state}: {killed.reason}")
-        ]
-    folders = {world: killed.folder} | {
-        other: killed.folder.with_name(f"{name}_by_{other}") for other in others
-    }
-    for other in others:
-        shutil.copytree(killed.folder, folders[other])
-    reference = _finished(whole.result())
+        problem = f"the run was not killed, it {killed.state}: {killed.reason}"
+        return [Row((kill.told,), [], problem)]
+    folders = {now: killed.folder.with_name(f"{name}_by_{now}") for now in kill.resumed_by}
+    for folder in folders.values():
+        shutil.copytree(killed.folder, folder)
+    whole_run = _finished(whole.result())
     return [
-        _resumed(trials, kill, folder, now, world, reference) for now, folder in folders.items()
+        resumed_row(trials, kill, folder, now, world, whole_run) for now, folder in folders.items()
     ]
 
 
-def _resumed(
+def resumed_row(
     trials: Trials, kill: Kill, folder: Path, world: int, killed_world: int, whole: Run
 ) -> Row:
     by = "" if world == killed_world else f"; by {world} process{'es' * (world > 1)}"
@@ -494,16 +487,25 @@ def _same(holds: bool) -> tuple[str, bool]:
 
 def verify_resume(config: Config, world: int, console: Console) -> None:
     """Prints the verdict on law 2. Raises VerificationError where it does not hold."""
-    others = [world - 1 if world > 2 else 1] if world > 1 else []
+    others = (world - 1 if world > 2 else 1,) if world > 1 else ()
     with _folder() as folder:
-        small = make_small(config, folder)
-        small = replace(
-            small, config=with_values(small.config, {"train.max_tokens": small.quarter})
-        )
-        _introduce(console, small, world)
-        chosen = kills(small)
-        with bar(console, "runs", 1 + 2 * len(chosen) + len(others)) as advance:
-            rows = resume_rows(Trials(small, fresh, advance), world, chosen, others)
+        small = make_small(config, folder / "as_configured")
+        introduced = [*small.told]
+        chosen = kills(small, world)
+        groups = [(small, chosen)]
+        if others:  # the cut is another, so what depends on it must be off
+            exact = make_small(config, folder / "exact", exact=True)
+            if off := [what for what in exact.told if what not in small.told]:
+                introduced += [(name, f"{what}, where others resume") for name, what in off]
+                groups.append((exact, [replace(chosen[0], resumed_by=others)]))
+            else:
+                chosen[0] = replace(chosen[0], resumed_by=(world, *others))
+        _introduce(console, small, world, introduced)
+        total = sum(1 + sum(1 + len(kill.resumed_by) for kill in kills) for _, kills in groups)
+        rows = []
+        with bar(console, "runs", total) as advance:
+            for each, its_kills in groups:
+                rows += resume_rows(Trials(each, fresh, advance), world, its_kills)
         titles = ("killed", "resumed after", "examples", "losses", "weights", "optimizer")
         _conclude(console, "Resumed equals uninterrupted", titles, rows)
 
@@ -564,10 +566,10 @@ def invariance_rows(trials: Trials, chosen: list[Cut]) -> list[Row]:
             made = pool.map(lambda cut: trials.run(cut.name, cut.world, *cut.settings()), mine)
             runs |= dict(zip(mine, made, strict=True))
     first = _finished(runs[chosen[0]])
-    return [_cut_row(cut, runs[cut], first) for cut in chosen]
+    return [cut_row(cut, runs[cut], first) for cut in chosen]
 
 
-def _cut_row(cut: Cut, made: Run, first: Run) -> Row:
+def cut_row(cut: Cut, made: Run, first: Run) -> Row:
     if not made.finished:
         return Row(cut.title, [], made.reason, refused=made.state == "refused")
     return Row(cut.title, _compared(made.folder, first.folder, exact=False)[:-1])
@@ -581,7 +583,7 @@ def verify_invariance(config: Config, world: int, console: Console) -> None:
     any_engine = {"train.engine": "ddp", "train.deepspeed_config": None}
     with _folder() as folder:
         small = make_small(with_values(config, any_engine), folder, exact=True)
-        _introduce(console, small, world)
+        _introduce(console, small, world, small.told)
         chosen = cuts(small, world, deepspeed)
         with bar(console, "runs", len(chosen)) as advance:
             rows = invariance_rows(Trials(small, fresh, advance), chosen)
@@ -610,7 +612,7 @@ def _finished(made: Run) -> Run:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """A temporary folder; it stays if a law does not hold."""
+    """A temporary folder, which stays if a law does not hold."""
     folder = Path(tempfile.mkdtemp(prefix="sft-verify-"))
     try:
         yield folder
@@ -622,11 +624,11 @@ def _folder() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _introduce(console: Console, small: Small, world: int) -> None:
+def _introduce(console: Console, small: Small, world: int, told: list[tuple[str, str]]) -> None:
     mode = (
         f"{small.config.tuning.mode}, {world} process{'es' * (world > 1)}, all else as configured"
     )
-    console.print(facts("The configuration, made small", [*small.told, ("tuning", mode)]))
+    console.print(facts("The configuration, made small", [*told, ("tuning", mode)]))
 
 
 def _conclude(console: Console, law: str, titles: tuple[str, ...], rows: list[Row]) -> None:
