@@ -269,7 +269,7 @@ class Trials:
         command = [str(TRAIN), "--config", str(file), *overrides]
         printed = self.launch(world, ["-m", "sft.verify", kill, *command] if kill else command)
         file.with_suffix(".log").write_text(printed, "utf-8")
-        self.advance(1, name)
+        self.advance(1, name.replace("_", " "))
         return judged(folder, printed)
 
 
