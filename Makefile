@@ -2,7 +2,7 @@
 #
 #   CONFIG=file.yaml       configuration (docs/CONFIG.md)      RUN=outputs/name  a finished run
 #   ARGS="train.epochs=1"  overrides of its keys               JSON=file         where `make plan` writes it
-#   NUM_PROCESSES=n        on this machine (train-distributed, -fsdp, -deepspeed; several: docs/LAUNCH.md)
+#   NUM_PROCESSES=n        on this machine (train-distributed, -fsdp, -deepspeed, verify-*; several: docs/LAUNCH.md)
 #   GIB=48                 memory of a GPU without a known name
 
 CONFIG ?= configs/nano.yaml
@@ -25,7 +25,7 @@ launch = $(BIN)/python scripts/launch.py --config $(CONFIG)
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
 	train train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
-	tb-stop evaluate infer merge nano test test-fast lint format docs clean
+	tb-stop verify-resume verify-invariance evaluate infer merge nano test test-fast lint format docs clean
 
 ##@ Start
 help: ## This list
@@ -59,6 +59,14 @@ plan: $(READY) ## What a run takes [GPU="H100-80GB x 8"] [MODEL=config.json TUNI
 
 check: $(READY) ## Try everything that CONFIG needs, one training step included; trains and writes nothing
 	@$(BIN)/python scripts/check.py --config $(CONFIG) $(ARGS)
+
+verify-resume: $(READY) ## Law 2 on CONFIG with a small model: killed and resumed, bit for bit [NUM_PROCESSES=2]
+	@$(BIN)/python scripts/verify.py --law resume --config $(CONFIG) \
+		$(if $(NUM_PROCESSES),--num-processes $(NUM_PROCESSES)) $(ARGS)
+
+verify-invariance: $(READY) ## Law 1 likewise: micro-batches, layouts, processes and engines [NUM_PROCESSES=2]
+	@$(BIN)/python scripts/verify.py --law invariance --config $(CONFIG) \
+		$(if $(NUM_PROCESSES),--num-processes $(NUM_PROCESSES)) $(ARGS)
 
 ##@ Data
 process: $(READY) ## Raw files -> normalised chat JSONL with a report OUTPUT=file.jsonl [INPUT=path]

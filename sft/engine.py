@@ -221,6 +221,7 @@ class Engine:
             "train/learning_rate": rate,
             "train/tokens": tokens,
             "train/supervised_tokens": passed.supervised,
+            "data/examples_crc32": zlib.crc32(repr(ids).encode()),  # which ones, in which order
             "speed/tokens_per_second": tokens / seconds,
             "speed/step_seconds": seconds,
             "memory/gib": memory_bytes() / 2**30,

@@ -46,6 +46,7 @@ LAYERS = {
     "plan": 4,
     "check": 5,
     "run": 5,
+    "verify": 6,  # starts whole runs
 }
 
 MODULES = sorted(

@@ -1,0 +1,289 @@
+"""Kills at random instants of real runs, until each has finished; then it must be the run that was
+never killed, bit for bit.
+
+    PYTHONPATH=.:tests python benchmarks/chaos.py [--kills 200] [--minutes 60] [--jobs 2]
+
+A rank, the launcher, or all of them get SIGKILL after a time drawn between start and end; the run
+is resumed, and so on. After each kill every committed checkpoint is verified as a load would, and
+the steps that are lost are counted. Runs are real processes that write to a real disk, forked from
+a server that has imported everything (tests/forked.py): 200 kills would else cost an hour. The
+model is that of `make verify-resume` for configs/nano.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import forked
+from rich.table import Table
+
+from sft import checkpoint, verify
+from sft.cli import quiet_libraries
+from sft.config import dump_config, load_config, with_values
+from sft.log import Advance, bar, make_console
+
+ROOT = Path(__file__).parent.parent
+SAVE_STEPS = 3
+STEPS = 30
+ORPHANED = 5.0  # seconds after which ranks whose launcher is dead are killed, too
+ZERO2 = {"train.engine": "deepspeed", "train.deepspeed_config": "configs/deepspeed_z2.json"}
+FSDP = {"train.engine": "fsdp"}
+LORA = {"tuning.mode": "lora", "tuning.lora_dropout": 0.1}
+FULL = {"tuning.mode": "full", "train.learning_rate": 1e-3}
+CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "LoRA, one process": (1, LORA),
+    "full, one process": (1, FULL),
+    "QLoRA, one process": (1, LORA | {"tuning.mode": "qlora"}),
+    "LoRA, DDP x 2": (2, LORA),
+    "full, DDP x 2": (2, FULL),
+    "LoRA, ZeRO-2 x 2": (2, LORA | ZERO2),
+    "full, ZeRO-2 x 2": (2, FULL | ZERO2),
+    "LoRA, FSDP2 x 2": (2, LORA | FSDP),
+    "full, FSDP2 x 2": (2, FULL | FSDP),
+}
+
+
+@dataclass
+class Found:
+    """What became of the runs of one configuration."""
+
+    configuration: str
+    processes: int
+    runs: int = 0  # that finished
+    kills: dict[str, int] = field(default_factory=dict)  # by what was killed
+    in_a_save: int = 0  # kills that left something staged
+    mismatches: int = 0  # finished runs that are not the uninterrupted one
+    unusable: int = 0  # kills that left no checkpoint to resume from where there was one
+    torn: int = 0  # committed checkpoints that did not verify
+    steps_lost: int = 0  # the most by one kill
+    orphaned: int = 0  # kills of a launcher whose ranks ran on
+    seconds: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def num_kills(self) -> int:
+        return sum(self.kills.values())
+
+    @property
+    def sound(self) -> bool:
+        broken = self.mismatches or self.unusable or self.torn or self.problems
+        return not broken and self.steps_lost <= SAVE_STEPS
+
+
+class Chase:
+    """One configuration, run and killed over and over."""
+
+    def __init__(self, name: str, small: verify.Small, seed: int):
+        self.world, values = CONFIGURATIONS[name]
+        self.found = Found(name, self.world)
+        self.random = random.Random(f"{seed} {name}")
+        self.folder = small.folder / name.replace(" ", "_").replace(",", "")
+        self.folder.mkdir()
+        self.config = with_values(
+            small.config,
+            values
+            | {
+                "train.max_tokens": small.quarter,
+                "train.max_steps": STEPS,
+                "train.save_steps": SAVE_STEPS,
+                "train.eval_steps": 7,
+                "train.num_processes": self.world,
+                "train.resume_from_checkpoint": "auto",
+                "evaluation.num_examples": 0,
+            },
+        )
+        self.whole = self.folder / "whole"
+        self.seconds_of_a_run = 0.0
+
+    def path(self, run: Path) -> Path:
+        """The configuration file of a run."""
+        path = run.with_suffix(".yaml")
+        config = with_values(self.config, {"train.output_dir": str(run)})
+        path.write_text(dump_config(config), "utf-8")
+        return path
+
+    def start(self, run: Path) -> Any:
+        run.with_suffix(".pids").unlink(missing_ok=True)
+        command = [str(verify.TRAIN), "--config", str(self.path(run))]
+        return forked.start(self.world, command, run.with_suffix(".log"))
+
+    def uninterrupted(self) -> None:
+        """The run to compare with; its time is that within which the others are killed."""
+        for run in (self.folder / "warm", self.whole):
+            started = time.monotonic()
+            self.start(run).join()
+            self.seconds_of_a_run = time.monotonic() - started
+        self._must_have_finished(self.whole)
+
+    def chase(self, kills: int, deadline: float, advance: Advance) -> Found:
+        started = time.monotonic()
+        try:
+            self.uninterrupted()
+            while self.found.num_kills < kills and time.monotonic() < deadline:
+                run = self.folder / f"run{self.found.runs}"
+                self.one_run(run, kills, deadline, advance)
+                self.compare(run)
+                for each in self.folder.glob(f"{run.name}*"):  # also what was moved aside
+                    shutil.rmtree(each) if each.is_dir() else each.unlink()
+                self.found.runs += 1
+        except Unsound as error:
+            self.found.problems.append(str(error))
+        self.found.seconds = time.monotonic() - started
+        return self.found
+
+    def one_run(self, run: Path, kills: int, deadline: float, advance: Advance) -> None:
+        """A run, killed until it has finished; not any more when enough is done."""
+        newest = 0
+        while True:
+            process = self.start(run)
+            enough = self.found.num_kills >= kills or time.monotonic() > deadline
+            process.join(None if enough else self.random.uniform(0, self.seconds_of_a_run))
+            if process.exitcode is not None:
+                self._must_have_finished(run)
+                return
+            self.kill(process, run)
+            newest = self.inspect(run, newest)
+            advance(1, self.found.configuration)
+
+    def kill(self, process: Any, run: Path) -> None:
+        """SIGKILL for one rank, the launcher, or all; returns when no process is left."""
+        ranks = forked.ranks(run.with_suffix(".log"))
+        targets = {"process": [process.pid]}
+        if self.world > 1:
+            while not ranks and process.is_alive():  # killed at once: they come in an instant
+                ranks = forked.ranks(run.with_suffix(".log"))
+            one = self.random.choice(ranks) if ranks else process.pid
+            targets = {"rank": [one], "launcher": [process.pid], "all": [process.pid, *ranks]}
+        target = self.random.choice(sorted(targets))
+        for pid in targets[target]:
+            _kill(pid)
+        self.found.kills[target] = self.found.kills.get(target, 0) + 1
+        process.join(forked.GRACE + 60)
+        given_up = time.monotonic() + ORPHANED
+        while (left := [pid for pid in ranks if forked.alive(pid)]) and time.monotonic() < given_up:
+            time.sleep(0.01)
+        self.found.orphaned += bool(left)
+        for pid in left:
+            _kill(pid)
+        while any(map(forked.alive, left)):
+            time.sleep(0.01)
+
+    def inspect(self, run: Path, newest_before: int) -> int:
+        """The step of the newest usable checkpoint, after a kill."""
+        folders = checkpoint.newest_first(run)
+        sound = [folder for folder in folders if checkpoint.fault(folder) is None]
+        self.found.torn += len(folders) - len(sound)
+        newest = int(sound[0].name.rsplit("_", 1)[1]) if sound else 0
+        self.found.unusable += newest < newest_before or (bool(folders) and not sound)
+        self.found.in_a_save += any(run.glob(f"*{checkpoint.STAGING}"))
+        self.found.steps_lost = max(self.found.steps_lost, _last_step(run) - newest)
+        return newest
+
+    def compare(self, run: Path) -> None:
+        for key in ("/loss", verify.EXAMPLES_KEY):
+            if verify.curves(run, key) != verify.curves(self.whole, key):
+                self.found.mismatches += 1
+                raise Unsound(f"{run} is kept: its {key} are not those of {self.whole}")
+        for name in ("final_checkpoint", f"checkpoint_step_{STEPS - SAVE_STEPS}"):
+            files = [verify.state_files(folder / name) for folder in (run, self.whole)]
+            if files[0] != files[1] or not files[1]:
+                self.found.mismatches += 1
+                raise Unsound(f"{run} is kept: its {name} is not that of {self.whole}")
+
+    def _must_have_finished(self, run: Path) -> None:
+        log = run.with_suffix(".log").read_text("utf-8", errors="replace")
+        ended = verify.judged(run, log)
+        if not ended.finished:
+            raise Unsound(f"{run} is kept: it {ended.state}: {ended.reason}")
+
+
+class Unsound(Exception):
+    """A promise is broken; the folders stay as they are."""
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _last_step(run: Path) -> int:
+    """The last step that was logged, hence applied; a line may be torn by the kill."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text("utf-8").splitlines(True) if path.exists() else []
+    steps = [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+    return max(steps, default=0)
+
+
+def shown(found: list[Found]) -> Table:
+    table = Table(title=f"{STEPS} steps, saved every {SAVE_STEPS}", title_justify="left", box=None)
+    table.add_column("configuration")
+    for column in ("runs", "kills", "in a save", "mismatches", "unusable", "lost", "orphaned", "s"):
+        table.add_column(column, justify="right")
+    for each in found:
+        cells = (each.runs, each.num_kills, each.in_a_save, each.mismatches)
+        cells += (each.unusable + each.torn, each.steps_lost, each.orphaned, round(each.seconds))
+        table.add_row(each.configuration, *map(str, cells))
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200, help="over all configurations")
+    parser.add_argument("--minutes", type=float, default=60, help="then runs are left to finish")
+    parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    parser.add_argument("--jobs", type=int, default=1, help="configurations at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/chaos.json"))
+    args = parser.parse_args()
+    console = make_console()
+    folder = Path(tempfile.mkdtemp(prefix="sft-chaos-"))
+    small = verify.make_small(load_config(ROOT / "configs/nano.yaml"), folder)
+    chases = [Chase(name, small, args.seed) for name in args.only]
+    quota = -(-args.kills // len(chases))
+    deadline = time.monotonic() + 60 * args.minutes
+    with (
+        bar(console, "kills", quota * len(chases)) as advance,
+        ThreadPoolExecutor(args.jobs) as pool,
+    ):
+        pending = [pool.submit(chase.chase, quota, deadline, advance) for chase in chases]
+        found = [each.result() for each in pending]
+    console.print(shown(found))
+    console.print("lost: steps, the most by one kill; orphaned: ranks that outlived their launcher")
+    for each in found:
+        for problem in each.problems:
+            console.print(f"{each.configuration}: {problem}")
+    sound = all(each.sound for each in found)
+    told = {
+        "seed": args.seed,
+        "steps": STEPS,
+        "save_steps": SAVE_STEPS,
+        "kills": sum(each.num_kills for each in found),
+        "mismatches": sum(each.mismatches for each in found),
+        "unusable": sum(each.unusable + each.torn for each in found),
+        "most_steps_lost": max(each.steps_lost for each in found),
+        "orphaned": sum(each.orphaned for each in found),
+        "sound": sound,
+        "configurations": [asdict(each) for each in found],
+    }
+    args.json.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+    if sound:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0 if sound else 1
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    sys.exit(main())

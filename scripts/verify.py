@@ -1,0 +1,24 @@
+"""Tries a law on a configuration whose model is made small: `resume` or `invariance`."""
+
+from sft import cli
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--law", choices=("resume", "invariance"), required=True)
+    parser.add_argument("--num-processes", type=int, help="default: as configured, or by devices")
+    args = parser.parse_intermixed_args()
+    config = cli.configuration(args)
+    from sft import hardware, verify
+    from sft.log import make_console
+
+    if args.law == "resume":
+        world = args.num_processes or config.train.num_processes or 1
+        verify.verify_resume(config, world, make_console())
+    else:
+        world = args.num_processes or hardware.default_num_processes(hardware.detect())
+        verify.verify_invariance(config, world, make_console())
+
+
+if __name__ == "__main__":
+    cli.run(main)

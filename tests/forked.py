@@ -1,0 +1,137 @@
+"""Runs of scripts/train.py by real processes that need not import anything: forks of a server.
+
+A fresh Python with torch and transformers costs six seconds before it does anything, a fork of a
+process that has imported them some milliseconds. Each run is forked anew, so none inherits what
+another has computed; only the seed of hash() is common to all. Without a GPU only: CUDA, once
+looked at, cannot be forked.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import socket
+import sys
+import time
+import traceback
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import numpy as np
+from conftest import ROOT
+
+IMPORTED = ["sft.run", "sft.verify", "peft", "bitsandbytes", "deepspeed", "forked"]
+GRACE = 5.0  # seconds that a launcher leaves the others, when one rank has failed
+
+
+def server() -> multiprocessing.context.ForkServerContext:
+    """Starts with the first process; ends with this one."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
+def start(world: int, command: list[str], log: Path) -> ForkServerProcess:
+    """A script, or `-m module`, with its arguments: by one process, or by a launcher of `world`."""
+    process = server().Process(target=_main, args=(world, command, str(log)))
+    process.start()
+    return process
+
+
+def launch(world: int, command: list[str]) -> str:
+    """As `sft.verify.fresh`, which waits for all and returns what they printed."""
+    folder = Path(command[command.index("--config") + 1])
+    log = folder.with_suffix(f".{time.monotonic_ns()}.printed")
+    process = start(world, command, log)
+    process.join()
+    for pid in ranks(log):
+        while alive(pid):
+            time.sleep(0.01)
+    return log.read_text("utf-8", errors="replace")
+
+
+def ranks(log: Path) -> list[int]:
+    """Process ids of the ranks of a run; of a run by one process none but its own."""
+    try:
+        return [int(pid) for pid in log.with_suffix(".pids").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _main(world: int, command: list[str], log: str) -> None:
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os._exit(_train(command) if world == 1 else _launcher(world, command, Path(log)))
+
+
+def _launcher(world: int, command: list[str], log: Path) -> int:
+    """What torchrun does: starts the ranks, waits for them, and ends all when one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    running = set()
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            os._exit(_train(command))
+        running.add(pid)
+    temporary = log.with_suffix(".tmp")
+    temporary.write_text(" ".join(map(str, running)))
+    temporary.rename(log.with_suffix(".pids"))
+    failed = 0.0
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        running.discard(pid)
+        if pid and status and not failed:
+            failed = time.monotonic()
+            _send(running, signal.SIGTERM)
+        if failed and time.monotonic() - failed > GRACE:
+            _send(running, signal.SIGKILL)
+        time.sleep(0 if pid else 0.01)
+    return int(bool(failed))
+
+
+def _send(pids: set[int], number: signal.Signals) -> None:
+    for pid in pids:
+        os.kill(pid, number)
+
+
+def _train(command: list[str]) -> int:
+    """The exit code of the script, run in this process."""
+    random.seed()  # not the state that all forks share
+    np.random.seed()
+    is_module = command[0] == "-m"
+    sys.argv = command[1:] if is_module else command
+    try:
+        if is_module:
+            sys.argv = [sys.argv[0], *sys.argv[1:]]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:  # noqa: BLE001  # as the interpreter would tell it
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
