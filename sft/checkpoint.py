@@ -31,6 +31,7 @@ from sft.log import size
 from sft.parallel import Piece
 
 MANIFEST = "MANIFEST.json"
+FORMAT = 1  # of the folder; raised when what is in it is read differently
 STAGING = ".staging"
 NAME = re.compile(r"checkpoint_step_(\d+)")
 
@@ -116,7 +117,9 @@ def seal(staging: Path, final: Path) -> None:
         str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in files
     }
-    (staging / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1), "utf-8")
+    (staging / MANIFEST).write_text(
+        json.dumps({"format": FORMAT, "files": manifest}, indent=1), "utf-8"
+    )
     for path in [*written, staging / MANIFEST, staging]:
         _sync(path)
     old = final.with_name(final.name + ".old")
@@ -152,7 +155,10 @@ def sha256(path: Path) -> str:
 def fault(folder: Path, *, digests: bool = True) -> str | None:
     """Why the checkpoint in `folder` must not be loaded, or None. No `digests`: at a glance."""
     try:
-        files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            return f"{MANIFEST} is of format {manifest['format']}, this version reads {FORMAT}"
         if not files:
             return f"{MANIFEST} names no file"
         for name, expected in files.items():

@@ -127,8 +127,9 @@ def read_state(checkpoint_folder: Path, now: dict[str, str]) -> dict[str, Any]:
         dict(state["settings"])
     except (KeyError, TypeError, ValueError):
         sound = False
-    if not sound:
-        raise checkpoint.CheckpointError(f"{path} is not what a run writes")
+    named = checkpoint.NAME.fullmatch(checkpoint_folder.name)
+    if not sound or (named and int(named[1]) != state["step"]):
+        raise checkpoint.CheckpointError(f"{path} is not what a run writes into such a folder")
     if changed := [key for key in now if then.get(key) != now[key]]:
         error = AnotherRunError(
             f"{checkpoint_folder} belongs to another run; resuming would not continue it:\n  "

@@ -357,14 +357,16 @@ MANIFESTS = {
     "number": 5,
     "null": None,
     "no files": {},
-    "files a list": {"files": FILES},
-    "files null": {"files": None},
-    "an empty list of files": {"files": {}},
-    "entries null": {"files": dict.fromkeys(FILES)},
-    "an entry without sha256": {"files": {"trainer.json": {"bytes": 11}}},
-    "a file above": {"files": {"../outside.json": {"bytes": 2, "sha256": "0"}}},
-    "an absolute path": {"files": {"/etc/hostname": {"bytes": 2, "sha256": "0"}}},
-    "a path with a null": {"files": {"a\0b": {"bytes": 2, "sha256": "0"}}},
+    "no format": {"files": {"trainer.json": {"bytes": 11, "sha256": "0"}}},
+    "a newer format": {"format": 2, "files": {"trainer.json": {"bytes": 11, "sha256": "0"}}},
+    "files a list": {"format": 1, "files": FILES},
+    "files null": {"format": 1, "files": None},
+    "an empty list of files": {"format": 1, "files": {}},
+    "entries null": {"format": 1, "files": dict.fromkeys(FILES)},
+    "an entry without sha256": {"format": 1, "files": {"trainer.json": {"bytes": 11}}},
+    "a file above": {"format": 1, "files": {"../outside.json": {"bytes": 2, "sha256": "0"}}},
+    "an absolute path": {"format": 1, "files": {"/etc/hostname": {"bytes": 2, "sha256": "0"}}},
+    "a path with a null": {"format": 1, "files": {"a\0b": {"bytes": 2, "sha256": "0"}}},
 }
 
 
@@ -384,11 +386,22 @@ def test_a_manifest_that_is_no_json_is_a_fault(folder, data):
     assert MANIFEST in str(fault(folder))
 
 
+def test_a_checkpoint_of_a_newer_version_is_refused(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"format": 2}))
+    assert "is of format 2, this version reads 1" in str(fault(folder))
+
+
+def test_tensors_that_the_manifest_does_not_name_are_a_fault(folder):
+    shutil.copy(folder / "model.safetensors", folder / "model-2.safetensors")
+    assert fault(folder) == f"model-2.safetensors is not in {MANIFEST}"
+
+
 def test_a_file_outside_is_refused_even_if_it_matches(folder):
     outside = folder.parent / "outside.json"
     outside.write_text("{}")
     entry = {"bytes": 2, "sha256": checkpoint.sha256(outside)}
-    (folder / MANIFEST).write_text(json.dumps({"files": {"../outside.json": entry}}))
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": {"../outside.json": entry}}))
     assert "outside the folder" in str(fault(folder))
 
 

@@ -168,6 +168,15 @@ def test_a_run_on_another_base_or_other_data_is_not_resumed(tmp_path, monkeypatc
     assert told.value.exit_code == code
 
 
+def test_a_folder_that_says_another_step_is_refused(tmp_path):
+    folder = make(tmp_path).save()
+    renamed = folder.rename(tmp_path / "checkpoint_step_7")
+    with pytest.raises(
+        checkpoint.CheckpointError, match="not what a run writes into such a folder"
+    ):
+        make(tmp_path).resume(renamed)
+
+
 def test_what_may_change_is_logged(tmp_path, capsys):
     folder = make(tmp_path).save()
     changed = make(tmp_path, learning_rate=5e-4, log_steps=3, max_steps=9)
