@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -355,44 +354,6 @@ def test_two_launchers_make_one_world(tmp_path):
         code, told = ended(machine)
         assert code == 0, told
     judge_the_world_of_two(tmp_path)
-
-
-@pytest.fixture
-def namespaces() -> Iterator[list[str]]:
-    """Two network namespaces, joined by a cable: 10.213.77.1 and .2, at sft0 and sft1."""
-    if shutil.which("ip") is None or os.geteuid() != 0:
-        pytest.skip("needs root and the program `ip`")
-    names = [f"sft-test-{os.getpid()}-{i}" for i in (0, 1)]
-
-    def ip(*arguments: str) -> None:
-        done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"`ip {' '.join(arguments)}` is not allowed here: {done.stderr.strip()}")
-
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip(
-            "link",
-            "add",
-            "sft0",
-            "netns",
-            names[0],
-            "type",
-            "veth",
-            "peer",
-            "sft1",
-            "netns",
-            names[1],
-        )
-        for i, name in enumerate(names):
-            ip("-n", name, "address", "add", f"10.213.77.{i + 1}/24", "dev", f"sft{i}")
-            ip("-n", name, "link", "set", f"sft{i}", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import ROOT, clean_environment, launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -200,6 +203,33 @@ def test_three_and_four_processes_are_the_run_of_one(alone, world):
     cases = [case(mode, "ddp", world) for mode in MODES]
     run(alone, world, cases)
     for each in cases:
+        assert_same(alone, each["name"], each["name"].split("-")[0] + "-ddp-1")
+
+
+@pytest.mark.slow
+def test_two_machines_are_the_run_of_one(alone, request):
+    """Two launchers: in two networks joined by a cable where that can be made, else on loopback."""
+    cases = [case("lora", "ddp", 2), case("full", "fsdp", 2), case("lora", "zero2", 2)]
+    cases = [each | {"name": f"{each['name']}-machines", "save_at": []} for each in cases]
+    (alone / "machines.json").write_text(json.dumps(cases))
+    try:
+        names, host = request.getfixturevalue("namespaces"), "10.213.77.1"
+    except pytest.skip.Exception:
+        names, host = [None, None], "127.0.0.1"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    machines = []
+    for rank, name in enumerate(names):
+        command = ["ip", "netns", "exec", name] if name else []
+        command += [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+        command += [f"--node-rank={rank}", f"--master-addr={host}", f"--master-port={port}"]
+        command += ["tests/parallel_worker.py", str(alone / "machines.json"), str(alone)]
+        own = {"GLOO_SOCKET_IFNAME": f"sft{rank}"} if name else {}
+        machines.append(subprocess.Popen(command, cwd=ROOT, env=clean_environment(**own)))
+    for machine in machines:
+        machine.wait(timeout=600)
+    for each in cases:
+        assert [told["world_size"] for told in found(alone, each["name"])] == [2, 2]
         assert_same(alone, each["name"], each["name"].split("-")[0] + "-ddp-1")
 
 
