@@ -7,7 +7,8 @@ A rank, the launcher, or all of them get SIGKILL after a time drawn between star
 is resumed, and so on. After each kill every committed checkpoint is verified as a load would, and
 the steps that are lost are counted. Runs are real processes that write to a real disk, forked from
 a server that has imported everything (tests/forked.py): 200 kills would else cost an hour. The
-model is that of `make verify-resume` for configs/nano.yaml.
+model is that of `make verify-resume` for configs/nano.yaml. Configurations that are not run keep
+their entry in the JSON file.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -96,7 +98,6 @@ class Chase:
             small.config,
             values
             | {
-                "train.max_tokens": small.quarter,
                 "train.max_steps": STEPS,
                 "train.save_steps": SAVE_STEPS,
                 "train.eval_steps": 7,
@@ -122,27 +123,28 @@ class Chase:
 
     def uninterrupted(self) -> None:
         """The run to compare with; its time is that within which the others are killed."""
-        for run in (self.folder / "warm", self.whole):
-            started = time.monotonic()
-            self.start(run).join()
-            self.seconds_of_a_run = time.monotonic() - started
+        started = time.monotonic()
+        self.start(self.whole).join()
+        self.seconds_of_a_run = time.monotonic() - started
         self._must_have_finished(self.whole)
 
-    def chase(self, kills: int, deadline: float, advance: Advance) -> Found:
+    def turn(self, kills: int, deadline: float, advance: Advance) -> bool:
+        """One run, killed and resumed to its end; whether there is to be another."""
         started = time.monotonic()
         try:
-            self.uninterrupted()
-            while self.found.num_kills < kills and time.monotonic() < deadline:
-                run = self.folder / f"run{self.found.runs}"
-                self.one_run(run, kills, deadline, advance)
-                self.compare(run)
-                for each in self.folder.glob(f"{run.name}*"):  # also what was moved aside
-                    shutil.rmtree(each) if each.is_dir() else each.unlink()
-                self.found.runs += 1
+            if not self.seconds_of_a_run:
+                self.uninterrupted()
+            run = self.folder / f"run{self.found.runs}"
+            self.one_run(run, kills, deadline, advance)
+            self.compare(run)
+            for each in self.folder.glob(f"{run.name}*"):  # also what was moved aside
+                shutil.rmtree(each) if each.is_dir() else each.unlink()
+            self.found.runs += 1
         except Unsound as error:
             self.found.problems.append(str(error))
-        self.found.seconds = time.monotonic() - started
-        return self.found
+        self.found.seconds += time.monotonic() - started
+        enough = self.found.num_kills >= kills or time.monotonic() > deadline
+        return not enough and not self.found.problems
 
     def one_run(self, run: Path, kills: int, deadline: float, advance: Advance) -> None:
         """A run, killed until it has finished; not any more when enough is done."""
@@ -239,6 +241,24 @@ def shown(found: list[Found]) -> Table:
     return table
 
 
+def write(path: Path, seed: int, found: list[dict[str, Any]]) -> None:
+    """The results, and those of other configurations that the file has."""
+    was = json.loads(path.read_text("utf-8"))["configurations"] if path.exists() else []
+    entries = {each["configuration"]: each for each in [*was, *found]}
+    rows = [entries[name] for name in CONFIGURATIONS if name in entries]
+    told = {
+        "seed": seed,
+        "steps": STEPS,
+        "save_steps": SAVE_STEPS,
+        "kills": sum(each["kills_in_all"] for each in rows),
+        "mismatches": sum(each["mismatches"] for each in rows),
+        "unusable": sum(each["unusable"] + each["torn"] for each in rows),
+        "most_steps_lost": max(each["steps_lost"] for each in rows),
+        "configurations": rows,
+    }
+    path.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="over all configurations")
@@ -254,31 +274,31 @@ def main() -> int:
     chases = [Chase(name, small, args.seed) for name in args.only]
     quota = -(-args.kills // len(chases))
     deadline = time.monotonic() + 60 * args.minutes
+    turns = deque(chases)  # so that where time is short, all configurations have had some
+    forked.server_ready()
+
+    def work(_: int) -> None:
+        while True:
+            try:
+                chase = turns.popleft()
+            except IndexError:
+                return
+            if chase.turn(quota, deadline, advance):
+                turns.append(chase)
+
     with (
         bar(console, "kills", quota * len(chases)) as advance,
         ThreadPoolExecutor(args.jobs) as pool,
     ):
-        pending = [pool.submit(chase.chase, quota, deadline, advance) for chase in chases]
-        found = [each.result() for each in pending]
+        list(pool.map(work, range(args.jobs)))
+    found = [chase.found for chase in chases]
     console.print(shown(found))
     console.print("lost: steps, the most by one kill; orphaned: ranks that outlived their launcher")
     for each in found:
         for problem in each.problems:
             console.print(f"{each.configuration}: {problem}")
     sound = all(each.sound for each in found)
-    told = {
-        "seed": args.seed,
-        "steps": STEPS,
-        "save_steps": SAVE_STEPS,
-        "kills": sum(each.num_kills for each in found),
-        "mismatches": sum(each.mismatches for each in found),
-        "unusable": sum(each.unusable + each.torn for each in found),
-        "most_steps_lost": max(each.steps_lost for each in found),
-        "orphaned": sum(each.orphaned for each in found),
-        "sound": sound,
-        "configurations": [asdict(each) for each in found],
-    }
-    args.json.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+    write(args.json, args.seed, [asdict(each) | {"kills_in_all": each.num_kills} for each in found])
     if sound:
         shutil.rmtree(folder, ignore_errors=True)
     return 0 if sound else 1

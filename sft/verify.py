@@ -437,14 +437,14 @@ def resumed_row(
         return Row(title, [], str(error))
     if newest is None or rejected:
         return Row(title, [], "; ".join(rejected) or "no checkpoint was committed")
+    exact = world == killed_world
     step = int(newest.name.rsplit("_", 1)[1])
     before = _history(folder, step)
     resumed = trials.run(folder.name, world, "train.resume_from_checkpoint=auto")
     if not resumed.finished:
-        return Row(title, [], resumed.reason)
+        return Row(title, [], resumed.reason, refused=resumed.state == "refused" and not exact)
     # Had it started anew, its times would be others.
     goes_on = step == kill.newest and _history(folder, step) == before
-    exact = world == killed_world
     return Row(title, [(str(step), goes_on), *_compared(resumed.folder, whole.folder, step, exact)])
 
 

@@ -37,6 +37,13 @@ def server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+def server_ready() -> None:
+    """Returns when the server has imported everything: the first run is as fast as others."""
+    process = server().Process(target=len, args=("",))
+    process.start()
+    process.join()
+
+
 def start(world: int, command: list[str], log: Path) -> ForkServerProcess:
     """A script, or `-m module`, with its arguments: by one process, or by a launcher of `world`."""
     process = server().Process(target=_main, args=(world, command, str(log)))
