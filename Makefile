@@ -121,7 +121,7 @@ nano: $(READY) ## Remake the embedded base model and its task from nothing (abou
 	@$(BIN)/python scripts/make_nano.py --weights outputs/nano_base/final_checkpoint
 
 test: $(READY) ## All tests (about 14 minutes)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY) ## The tests that take no whole runs (under 90 s)
 	@$(BIN)/python -m pytest -m "not slow"

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import socket
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -67,10 +68,10 @@ def start_processes(train: Train) -> Accelerator:
     # Longer than the watch of `guard`, which names who is missing; a collective just aborts.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * train.stall_timeout))
     if train.engine == "deepspeed":
+        plugin = _deepspeed_plugin(train, precision)
+        _be_a_group_of_one()
         group.backend = "gloo" if on_cpu else group.backend
-        accelerator = Accelerator(
-            deepspeed_plugin=_deepspeed_plugin(train, precision), kwargs_handlers=[group]
-        )
+        accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[group])
         # Under ZeRO-3 transformers would split weights while it reads them, which neither NF4 nor
         # the plan's models on fake tensors can have: one way to build a model, split afterwards.
         unset_hf_deepspeed_config()
@@ -88,6 +89,15 @@ def start_processes(train: Train) -> Accelerator:
     if accelerator.num_processes != world:
         raise _another_world(world, accelerator.num_processes)
     return accelerator
+
+
+def _be_a_group_of_one() -> None:
+    """A process without a launcher: DeepSpeed wants a group also for one."""
+    if "RANK" not in os.environ:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        told = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(told | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
 def check_launch(train: Train) -> None:

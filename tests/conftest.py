@@ -22,6 +22,18 @@ ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("SFT_SHARED", ROOT.parent / "shared"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of long tests first, so that no worker is left with one in the end."""
+    long = (
+        "test_run.py",
+        "test_parallel.py",
+        "test_verify.py",
+        "test_launcher.py",
+        "test_guard.py",
+    )
+    items.sort(key=lambda item: long.index(name) if (name := item.path.name) in long else len(long))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     if not SHARED.is_dir():
@@ -75,6 +87,7 @@ def clean_environment(**extra: str) -> dict[str, str]:
         if not key.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "MAKE"))
     }
     own = {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    own["OMP_NUM_THREADS"] = "1"  # tests run beside each other; threads that spin would not
     return kept | own | extra
 
 

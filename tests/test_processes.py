@@ -229,6 +229,20 @@ def test_the_deepspeed_files_of_the_repository_are_what_they_say(tmp_path, stage
     assert processes.deepspeed_settings(settings)["zero_optimization"]["stage"] == stage
 
 
+@pytest.mark.slow
+def test_deepspeed_needs_no_launcher_for_one_process(tmp_path):
+    settings = tiny.config(
+        tmp_path, engine="deepspeed", deepspeed_config="configs/deepspeed_z2.json"
+    )
+    program = (
+        "import sys\nfrom sft import config, processes\n"
+        "settings = config.Config.model_validate_json(sys.argv[1])\n"
+        "print('world of', processes.start_processes(settings.train).num_processes)\n"
+    )
+    told = run(sys.executable, "-c", program, settings.model_dump_json())
+    assert "world of 1" in told.stdout, told.stderr
+
+
 def test_precision_has_a_reason(tmp_path):
     for wanted in ("auto", "fp32", "bf16"):
         precision, reason = processes.resolve_precision(
