@@ -154,9 +154,6 @@ class Passes:
 class Engine:
     """Trains `task` as `train` says; everything is written to `folder`."""
 
-    guard = Guard()  # `run.train` gives the one of the run; this one knows of no signal
-    _saved = 0  # the last step that needs no saving: none, or on disk
-
     def __init__(
         self,
         task: Task,
@@ -168,6 +165,7 @@ class Engine:
         self.task, self.train, self.accelerator, self.log = task, train, accelerator, log
         self.folder = Path(train.output_dir)
         self.budget = budget
+        self.guard = Guard()  # `run.train` gives the one of the run; this one knows of no signal
         self.step = 0
         self.num_skipped = 0  # steps without an update, since they were not finite
         self.total_steps = total_steps(train, len(task.lengths))

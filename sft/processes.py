@@ -313,6 +313,15 @@ def deepspeed_settings(train: Train) -> dict[str, Any]:
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage: expected 1, 2 or 3, found {stage}")
+    offloads = {
+        key: told for key, told in settings["zero_optimization"].items() if "offload" in key
+    }
+    tried = {"offload_optimizer"} if stage > 1 else set()
+    if offloads.keys() - tried or any(told.get("device") == "nvme" for told in offloads.values()):
+        raise ConfigError(
+            f"{path}: {', '.join(offloads)}: only offload_optimizer to the device cpu is supported, "
+            "with stages 2 and 3; use it, or train.engine: fsdp with train.offload: true"
+        )
     return settings
 
 
@@ -324,6 +333,7 @@ def _deepspeed_plugin(train: Train, precision: str) -> DeepSpeedPlugin:
         # Otherwise compiled at first use, for a minute, where gloo serves as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     settings |= {
+        "zero_force_ds_cpu_optimizer": False,  # its own Adam would be compiled at first use
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # accumulation is ours: boundaries are set by hand
         "gradient_clipping": train.max_grad_norm,

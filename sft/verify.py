@@ -338,7 +338,7 @@ def state_files(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): checkpoint.sha256(path)
         for path in sorted(folder.rglob("*"))
-        if path.suffix in TENSORS or path.name == "optimizer.json"
+        if path.suffix in TENSORS
     }
 
 

@@ -18,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 
 from sft import batching, engine
+from sft.config import UserError
 from sft.log import Log
 
 BUDGET = batching.Budget(60, "padded")
@@ -91,7 +92,7 @@ def starve(built: engine.Engine, rank: int, where: str) -> list[int]:
 def refused(action: Callable[[], Any]) -> dict[str, Any]:
     try:
         action()
-    except engine.UserError as error:
+    except UserError as error:
         return {"code": error.exit_code, "told": str(error)}
     return {"code": 0, "told": ""}
 
@@ -206,7 +207,7 @@ def main(out: Path, name: str) -> None:
     starve(built, 1, "last backward")  # in the pass in which rank 0 waits
     try:
         built.optimizer_step()
-    except engine.UserError as error:
+    except UserError as error:
         result["stuck"] = {"code": error.exit_code, "told": str(error)}
     except RuntimeError as error:  # of the connection to the rank that ended
         result["stuck"] = {"code": 1, "told": str(error)}

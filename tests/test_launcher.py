@@ -318,7 +318,7 @@ def test_make_ends_with_the_code_of_the_run(tmp_path):
     assert "Error 75" in told
     assert "Traceback" not in told
     assert json.loads((tmp_path / "run/status.json").read_text())["exit_code"] == 75
-    assert len(list((tmp_path / "run").glob("checkpoint_step_*"))) == 1
+    assert len(list((tmp_path / "run").glob("checkpoint_step_*"))) == 2  # that of step 0, and one
 
 
 def children(pid: int, name: str) -> list[int]:

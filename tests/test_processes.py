@@ -210,6 +210,14 @@ def test_several_processes_with_an_unwrapped_model_are_refused(tmp_path, monkeyp
     [
         ("nothing", "cannot read"),
         ('{"zero_optimization": {"stage": 0}}', "expected 1, 2 or 3, found 0"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}',
+            "offload_param: only offload_optimizer to the device cpu is supported",
+        ),
+        (
+            '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}',
+            "only offload_optimizer to the device cpu is supported",
+        ),
         ('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}', "use train.precision"),
         ('{"gradient_clipping": 1, "zero_optimization": {"stage": 2}}', "use train.max_grad_norm"),
     ],

@@ -242,10 +242,10 @@ def test_a_torn_checkpoint_is_found_out(killed):
     made, kill, dead, whole = killed
     torn = dead.folder.with_name("torn")
     shutil.copytree(dead.folder, torn)
-    with (torn / "checkpoint_step_2/optimizer.safetensors").open("ab") as file:
+    with (torn / "checkpoint_step_2/optimizer-00001-of-00001.safetensors").open("ab") as file:
         file.write(b"0")
     row = verify.resumed_row(made, kill, torn, 1, 1, whole)
-    assert "optimizer.safetensors has" in row.problem
+    assert "optimizer-00001-of-00001.safetensors has" in row.problem
     assert not row.holds
 
 
