@@ -165,6 +165,7 @@ def inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]
         "tokenizer": audit.tokenizer_sha256(tokenizer),
         "template": audit.template_sha256(tokenizer),
         "code": hashlib.sha256(source).hexdigest(),
+        "format": checkpoint.FORMAT,  # of the folder's manifest
         "libraries": {name: version(name) for name in LIBRARIES},
     }
 

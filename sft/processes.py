@@ -319,8 +319,8 @@ def deepspeed_settings(train: Train) -> dict[str, Any]:
     tried = {"offload_optimizer"} if stage > 1 else set()
     if offloads.keys() - tried or any(told.get("device") == "nvme" for told in offloads.values()):
         raise ConfigError(
-            f"{path}: {', '.join(offloads)}: only offload_optimizer to the device cpu is supported, "
-            "with stages 2 and 3; use it, or train.engine: fsdp with train.offload: true"
+            f"{path}: {', '.join(offloads)}: only offload_optimizer to the device cpu is "
+            "supported, with stages 2 and 3; use it, or train.engine: fsdp with train.offload: true"
         )
     return settings
 

@@ -39,7 +39,8 @@ def case(mode: str, engine: str, world: int, resume: str = "", **given: Any) -> 
     overrides = [f"tuning.mode={mode}", "data.max_rows=72", "train.global_batch=4"]
     overrides += ["data.eval_path=null", "data.eval_fraction=0.12"]
     overrides += [f"train.max_steps={STEPS}", "train.learning_rate=1e-3", *ENGINES[engine]]
-    more = {"max_tokens": 128, "precision": "fp32", "steps": STEPS, "save_at": [MIDDLE]}
+    tokens = 128 if mode == "lora" else 200  # one or two examples in a micro-batch
+    more = {"max_tokens": tokens, "precision": "fp32", "steps": STEPS, "save_at": [MIDDLE]}
     return {"name": name, "overrides": overrides, "resume": resume} | more | given
 
 
@@ -117,7 +118,7 @@ def offloaded(folder: Path, engine: str) -> list[str]:
 
 def cell(mode: str, engine: str, what: str, changed: list[str]) -> dict[str, Any]:
     """Two steps, of the matrix of docs/LAUNCH.md."""
-    short = case(mode, engine, 2, steps=2, save_at=[])
+    short = case(mode, engine, 2, steps=2, save_at=[], max_tokens=400)
     return short | {"name": f"{mode}-{engine}-{what}", "overrides": short["overrides"] + changed}
 
 

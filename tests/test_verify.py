@@ -69,7 +69,8 @@ def test_fresh_processes_are_gone_when_they_are_reported(tmp_path):
     script.write_text(
         "import os, sys, time\n"
         f"open({str(tmp_path)!r} + '/' + os.environ.get('RANK', 'alone'), 'w')\n"
-        "print('told by', os.environ.get('RANK', 'alone'), *sys.argv[1:])\n"
+        "told = ['told by', os.environ.get('RANK', 'alone'), *sys.argv[1:]]\n"
+        "os.write(1, (' '.join(told) + '\\n').encode())\n"
     )
     assert verify.fresh(1, [str(script), "a=b"]) == "told by alone a=b\n"
     told = verify.fresh(2, [str(script)])
