@@ -51,10 +51,12 @@ CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "QLoRA, one process": (1, LORA | {"tuning.mode": "qlora"}),
     "LoRA, DDP x 2": (2, LORA),
     "full, DDP x 2": (2, FULL),
+    "QLoRA, DDP x 2": (2, LORA | {"tuning.mode": "qlora"}),
     "LoRA, ZeRO-2 x 2": (2, LORA | ZERO2),
     "full, ZeRO-2 x 2": (2, FULL | ZERO2),
     "LoRA, FSDP2 x 2": (2, LORA | FSDP),
     "full, FSDP2 x 2": (2, FULL | FSDP),
+    "QLoRA, FSDP2 x 2": (2, LORA | FSDP | {"tuning.mode": "qlora"}),
 }
 
 

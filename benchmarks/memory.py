@@ -347,12 +347,13 @@ def show_speed(found: list[dict[str, Any]]) -> Table:
 
 # --- several processes -------------------------------------------------------------------------
 
-ZERO = {"ZeRO-1": 1, "ZeRO-2": 2}
+ZERO = {"ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 BUCKETS = (500_000, 50_000_000)  # elements
 
 
 def engines(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "DDP", {}
+    yield "FSDP2", {"engine": "fsdp"}
     for (name, stage), bucket in product(ZERO.items(), BUCKETS):
         zero = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True}
         zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}

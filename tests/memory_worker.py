@@ -53,7 +53,8 @@ def main(text: str, out: Path) -> None:
             steps()
         peak = recorder.trace.peak().num_bytes
     else:
-        for name in ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce", "broadcast"):
+        names = ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce", "broadcast")
+        for name in (*names, "reduce_scatter_tensor"):
             setattr(torch.distributed, name, paused(getattr(torch.distributed, name)))
         peak, _ = true_peak(steps)
     if accelerator.is_main_process:
