@@ -38,7 +38,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from sft import checkpoint
+from sft import checkpoint, recovery
 from sft.config import UserError, redacted
 
 RANKS = ".ranks"  # in the run folder: what each rank is doing, and who was first to tell the end
@@ -475,6 +475,9 @@ class Guard:
             state = "preempted" if isinstance(error, Preempted) else state
         elif isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else code
+        elif said := recovery.shortage(error):  # outside of a step, which knows what to do
+            code = recovery.OutOfMemory.exit_code
+            reason = f"memory ran out: {said}. Lower train.max_tokens or evaluation.batch_size"
         code, is_ours = self._tell(state, code, reason, culprit)
         if not is_ours or (self.world == 1 and isinstance(error, UserError)):
             return code

@@ -463,8 +463,8 @@ def _step_at_requeue(record: Path, job: str) -> int:
     try:
         last = json.loads(record.read_text("utf-8"))
     except (OSError, ValueError):
-        return 0
-    return last["step"] if last["job"] == job else 0
+        return -1
+    return last["step"] if last["job"] == job else -1
 
 
 def _modified(path: Path) -> float:

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import nn
 
 from sft.config import ConfigError, Train
+from sft.processes import resolve_precision
 from sft.recovery import Waits
 
 Tensors = dict[str, torch.Tensor]
@@ -78,8 +80,8 @@ def is_split(model: nn.Module) -> bool:
 class Replicated:
     """A whole copy on every rank: one process, or DDP."""
 
-    waits: Waits = "last backward"
-    """The passes in which ranks wait for each other."""
+    waits: Waits
+    """The passes in which ranks wait for each other, or which cannot be done again."""
     loss_scale = 1.0
     """By which a loss must be multiplied for gradients to be sums over ranks."""
 
@@ -89,11 +91,10 @@ class Replicated:
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
         self._wrap(train)
-        if accelerator.num_processes == 1:
-            self.waits = "never"
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def _wrap(self, train: Train) -> None:
+        self.waits = "last backward" if self.accelerator.num_processes > 1 else "never"
         self.model, self.optimizer = self.accelerator.prepare(
             self.plain, build_optimizer(train, self.plain)
         )
@@ -135,7 +136,11 @@ class Replicated:
 
     def clip(self) -> float:
         """Norm of the whole gradient, which is scaled down to `train.max_grad_norm`."""
-        return float(nn.utils.clip_grad_norm_(list(self.names.values()), self.max_grad_norm))
+        for parameter in self.names.values():
+            if parameter.grad is None:  # no example reached it; where ranks reduce, it is 0, too
+                parameter.grad = torch.zeros_like(parameter)
+        norm: Any = nn.utils.clip_grad_norm_(list(self.names.values()), self.max_grad_norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def update(self) -> None:
         self.optimizer.step()
@@ -256,23 +261,11 @@ class Sharded(Replicated):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         register_fsdp_forward_method(self.plain, "generate")
-        self._autocast(device)
+        autocast(self.plain, device, train)
         self.model, self.optimizer = self.plain, build_optimizer(train, self.plain)
-
-    def _autocast(self, device: str) -> None:
-        """Computes in the precision of the accelerator, as its `prepare` would make it."""
-        from accelerate.utils.operations import convert_outputs_to_fp32
-
-        if self.accelerator.mixed_precision == "bf16":
-            autocast = torch.autocast(device, torch.bfloat16)
-            self.plain.forward = convert_outputs_to_fp32(autocast(self.plain.forward))
 
     def alone(self) -> AbstractContextManager[Any]:
         return nullcontext()
-
-    def clip(self) -> float:
-        norm: Any = nn.utils.clip_grad_norm_(list(self.names.values()), self.max_grad_norm)
-        return float(norm.full_tensor())
 
     def _whole(self, parameter: Any) -> torch.Tensor | None:
         whole = parameter.detach().full_tensor()  # collective
@@ -296,10 +289,20 @@ class Sharded(Replicated):
         if not num_updates:
             return
         for parameter in self.names.values():
-            step = torch.tensor(float(num_updates), device=self.accelerator.device)
+            step = torch.tensor(float(num_updates), device=parameter.device)
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": step, **moments}
         _fill(self.pieces(), read)
+
+
+def autocast(model: nn.Module, device: str, train: Train) -> None:
+    """Computes in the precision of the run and gives fp32, as Accelerate's `prepare` makes it.
+
+    Without autocast's cache of weights: it would keep a copy of each layer that was gathered.
+    """
+    if resolve_precision(train)[0] == "bf16":
+        cast = torch.autocast(device, torch.bfloat16, cache_enabled=False)
+        model.forward = convert_outputs_to_fp32(cast(model.forward))
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
@@ -331,6 +334,8 @@ class Zero(Replicated):
     """DeepSpeed: ZeRO-1 and 2 keep slices of the optimizer's state, 3 of the weights, too."""
 
     def _wrap(self, train: Train) -> None:
+        # Not DeepSpeed's own autocast, which rounds gradients and gathered weights to bf16.
+        autocast(self.plain, self.accelerator.device.type, train)
         own = build_optimizer(train, self.plain)
         self.engine: Any
         self.engine, self.optimizer = self.accelerator.prepare(self.plain, own)

@@ -47,8 +47,9 @@ def resolve_precision(
 
 def any_launch(config: Config) -> Config:
     """`config` without its demands on the launch: for using a run's result, not repeating it."""
-    free = {"train.num_processes": None, "train.engine": "ddp", "train.deepspeed_config": None}
-    free |= {"train.micro_batch": "auto", "train.gradient_accumulation_steps": "auto"}
+    free: dict[str, Any] = dict.fromkeys(("train.num_processes", "train.deepspeed_config"))
+    free |= {"train.engine": "ddp", "train.offload": False, "train.micro_batch": "auto"}
+    free |= {"train.gradient_accumulation_steps": "auto"}
     return with_values(config, free)
 
 
@@ -67,8 +68,10 @@ def start_processes(train: Train) -> Accelerator:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guesses so
     # Longer than the watch of `guard`, which names who is missing; a collective just aborts.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * train.stall_timeout))
+    if train.offload and not on_cpu:
+        group.backend = "cuda:nccl,cpu:gloo"  # norms and whole weights of shards on the host
     if train.engine == "deepspeed":
-        plugin = _deepspeed_plugin(train, precision)
+        plugin = _deepspeed_plugin(train)
         _be_a_group_of_one()
         group.backend = "gloo" if on_cpu else group.backend
         accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[group])
@@ -325,7 +328,7 @@ def deepspeed_settings(train: Train) -> dict[str, Any]:
     return settings
 
 
-def _deepspeed_plugin(train: Train, precision: str) -> DeepSpeedPlugin:
+def _deepspeed_plugin(train: Train) -> DeepSpeedPlugin:
     import deepspeed
 
     settings = deepspeed_settings(train)
@@ -337,7 +340,6 @@ def _deepspeed_plugin(train: Train, precision: str) -> DeepSpeedPlugin:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # accumulation is ours: boundaries are set by hand
         "gradient_clipping": train.max_grad_norm,
-        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
     }
     return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
 

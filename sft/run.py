@@ -247,7 +247,8 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
     own = {Status.NAME, Lock.NAME, RANKS, TRACEBACK}  # all that a run leaves which never began
     earlier = guard.status.read().get("state")
     holds_run = earlier and any(path.name not in own for path in folder.iterdir())
-    if holds_run and not found and (not resume or earlier == "finished"):
+    is_own = found and found.parent.resolve() == folder.resolve()
+    if holds_run and not is_own and (resume != "auto" or earlier == "finished"):
         number = 1
         while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1
@@ -260,11 +261,14 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
 def _base_results(
     folder: Path, task: finetune.FineTune, engine: Engine, *, resumed: bool
 ) -> dict[str, Any]:
-    """Results of the untrained model; a resumed run has them on disk."""
+    """Results of the untrained model; a resumed run that asks the same has them on disk."""
     path = folder / "evaluation" / "base.json"
+    asked = task.config.evaluation.model_dump(exclude={"num_shown", "batch_size"})
     if resumed and path.exists():
-        return json.loads(path.read_text("utf-8"))
-    results = _results(task, engine.model)
+        found = json.loads(path.read_text("utf-8"))
+        if found.get("settings") == asked:
+            return found
+    results = _results(task, engine.model) | {"settings": asked}
     if task.log.folder:
         path.parent.mkdir(exist_ok=True)
         _write_json(path, results)

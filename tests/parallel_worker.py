@@ -25,13 +25,15 @@ def make(case: dict[str, Any], folder: Path) -> engine.Engine:
     prepared = prepare.prepare(config)
     accelerator = processes.start_processes(config.train)
     budget = batching.Budget(case["max_tokens"], "padded")
-    built = model.build(config, case["precision"], accelerator.device)
+    built = model.build(config, config.train.precision, accelerator.device)
     task = finetune.FineTune(config, prepared, built, accelerator, Log(None), budget)
     return engine.Engine(task, config.train, accelerator, Log(None), budget)
 
 
 def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
     made = make(case, out / case["name"])
+    if case["prove"]:
+        made.prove_saving()
     if case["resume"]:
         assert checkpoint.fault(Path(case["resume"])) is None
         made.resume(Path(case["resume"]))

@@ -8,19 +8,22 @@ from conftest import ROOT
 from sft import check
 from sft.config import load_config, with_values
 
+# Caches; and outputs/, where tests beside this one write. The run's folder is asked for by name.
+OF_OTHERS = {".git", ".venv", ".cache", "__pycache__", ".hypothesis", ".pytest_cache", "outputs"}
+
 
 def files() -> set:
     return {
         (path, path.stat().st_mtime)
         for path in ROOT.rglob("*")
-        if path.is_file() and not {".git", ".venv", ".cache", "__pycache__"} & set(path.parts)
+        if path.is_file() and not OF_OTHERS & set(path.parts)
     }
 
 
 @pytest.mark.slow
-def test_a_sound_configuration_passes_and_leaves_no_file(run_script):
-    before = files()
-    done = run_script("check.py")
+def test_a_sound_configuration_passes_and_leaves_no_file(tmp_path, run_script):
+    before, run = files(), tmp_path / "run"
+    done = run_script("check.py", f"train.output_dir={run}")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     for what in ("Python", "packages", "device", "configuration", "precision", "write access"):
@@ -30,6 +33,7 @@ def test_a_sound_configuration_passes_and_leaves_no_file(run_script):
     assert "NOT OK" not in done.stdout
     assert max(map(len, lines)) <= 100
     assert files() == before
+    assert not run.exists()
 
 
 @pytest.mark.slow

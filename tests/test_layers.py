@@ -23,7 +23,7 @@ LAYERS = {
     "cli": 1,
     "model": 1,
     "recovery": 0.6,
-    "parallel": 1,
+    "parallel": 1.05,  # computes in the precision that processes resolves
     "checkpoint": 1.1,  # writes the pieces that parallel tells
     "guard": 1.2,  # tells the newest checkpoint
     "storage": 1.2,  # which checkpoints stay

@@ -138,7 +138,7 @@ def test_what_a_gpu_adds(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "stage"), [("full", None), ("full", 1), ("lora", 2)])
+@pytest.mark.parametrize(("mode", "stage"), [("full", None), ("lora", 2)])
 def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, stage):
     sizes = SIZES | {"hidden_size": 256, "vocab_size": 4096, "num_hidden_layers": 4}
     config = configured(tmp_path, LlamaConfig(**sizes), mode, gradient_checkpointing=False)
