@@ -108,7 +108,7 @@ def identity(train: Train, of_task: dict[str, str]) -> dict[str, str]:
     }
 
 
-COUNTS = ("step", "num_skipped", "optimizer_updates", "world_size")
+COUNTS = ("step", "evaluated", "num_skipped", "optimizer_updates", "world_size")
 
 
 def read_state(checkpoint_folder: Path, now: dict[str, str]) -> dict[str, Any]:
@@ -167,6 +167,7 @@ class Engine:
         self.budget = budget
         self.guard = Guard()  # `run.train` gives the one of the run; this one knows of no signal
         self.step = 0
+        self.evaluated = 0  # the last step after which there was an evaluation
         self.num_skipped = 0  # steps without an update, since they were not finite
         self.total_steps = total_steps(train, len(task.lengths))
         trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
@@ -407,24 +408,31 @@ class Engine:
             guard.section("step"),
             log.progress("train", self.total_steps, self.step) as advance,
         ):
+            self._follow_up(save=False)  # an evaluation that a signal had abandoned
             while self.step < self.total_steps:
                 guard.mark(self.step + 1)
                 values = self.optimizer_step()
                 self.step += 1
                 self._report(values, advance, (time.perf_counter() - started) / (self.step - first))
-                best = None
-                if self._due(train.eval_steps) and not guard.stopping:
-                    best = self.keeper.candidate(self.step, self.evaluate())
-                if guard.take_saving() or best or self._due(train.save_steps):
-                    with guard.section("save"):
-                        self.keeper.try_to_save(self.step, self._write, best)
+                self._follow_up(save=self._due(train.save_steps))
                 guard.stop_if_agreed()
+
+    def _follow_up(self, *, save: bool) -> None:
+        """What is to be done after a step: evaluation, checkpoint."""
+        best = None
+        due = self._due(self.train.eval_steps) and self.evaluated != self.step
+        if due and not self.guard.stopping:
+            best = self.keeper.candidate(self.step, self.evaluate())
+        if self.guard.take_saving() or best or save:
+            with self.guard.section("save"):
+                self.keeper.try_to_save(self.step, self._write, best)
 
     def _due(self, interval: int | None) -> bool:
         return bool(interval and self.step % interval == 0 and self.step < self.total_steps)
 
     def evaluate(self) -> dict[str, float]:
         metrics = self.task.evaluate(self.model)
+        self.evaluated = self.step
         self.log.log(self.step, {f"eval/{name}": value for name, value in metrics.items()})
         told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.log.say(f"step {self.step:,}: held-out {told}")
@@ -482,6 +490,7 @@ class Engine:
             self.task.save(staging, weights)
             state = {
                 "step": self.step,
+                "evaluated": self.evaluated,
                 "num_skipped": self.num_skipped,
                 "optimizer_updates": self.parallel.num_updates,
                 "world_size": world,
@@ -516,6 +525,7 @@ class Engine:
         with checkpoint.OptimizerState(folder) as saved:
             self.parallel.restore(state["optimizer_updates"], saved.read)
         self.step, self.num_skipped = state["step"], state["num_skipped"]
+        self.evaluated = state["evaluated"]
         return state
 
     # -- stopping

@@ -233,3 +233,26 @@ def test_a_signal_in_the_middle_of_a_log_line_stops_the_run_saved(tmp_path, capf
     assert "step     1/8" in told
     assert "asked to stop: saving step 2" in told
     assert checkpoint.fault(tmp_path / "checkpoint_step_2") is None
+
+
+def test_an_evaluation_that_a_signal_abandoned_is_made_up_for(tmp_path):
+    def abandoned(_):
+        built.guard.agree(stop=1, save=0)
+        built.guard.stop_if_agreed()
+
+    built = make(tmp_path, eval_steps=2, save_best="loss")
+    built.task.evaluate = abandoned
+    with pytest.raises(Preempted, match="after step 2; saved"):
+        built.run()
+    again, seen = make(tmp_path, eval_steps=2, save_best="loss"), []
+    evaluate = again.task.evaluate
+
+    def noted(model):
+        seen.append(again.step)
+        return evaluate(model)
+
+    again.task.evaluate = noted
+    again.resume(tmp_path / "checkpoint_step_2")
+    again.run()
+    assert seen == [2, 4, 6]
+    assert again.keeper.best.step in seen
