@@ -279,9 +279,8 @@ class OptimizerState:
 
     def __enter__(self) -> OptimizerState:
         self.files = ExitStack()
-        self.found: dict[
-            str, dict[str, list[tuple[int, Any]]]
-        ] = {}  # parameter: key: (start, file)
+        # parameter: key: (where it starts, file) of each slice
+        self.found: dict[str, dict[str, list[tuple[int, Any]]]] = {}
         for path in sorted(self.folder.glob("optimizer-*.safetensors")):
             if reason := tensors.fault(path):
                 raise CheckpointError(f"{path} cannot be loaded: {reason}")

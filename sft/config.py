@@ -31,6 +31,18 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class Preempted(UserError):
+    """A signal asked the run to stop; what there was to save is saved, and it can be resumed."""
+
+    exit_code = 75
+
+
+class PeerError(UserError):
+    """Another process of the run died, hung, is missing or disagreed."""
+
+    exit_code = 7
+
+
 class ConfigError(UserError):
     """The configuration cannot be run; the message lists every problem."""
 

@@ -25,8 +25,8 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from sft import batching, checkpoint, parallel, recovery, storage
-from sft.config import ConfigError, Train
-from sft.guard import Guard, Preempted
+from sft.config import ConfigError, Preempted, Train
+from sft.guard import Guard
 from sft.log import Advance, Log, duration, size
 from sft.recovery import NonFiniteError, OutOfMemory, Shortage
 

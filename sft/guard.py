@@ -39,7 +39,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from sft import checkpoint, recovery
-from sft.config import UserError, redacted
+from sft.config import PeerError, Preempted, UserError, redacted
 
 RANKS = ".ranks"  # in the run folder: what each rank is doing, and who was first to tell the end
 TRACEBACK = "traceback.txt"
@@ -49,18 +49,6 @@ GRACE = 5.0  # seconds that a rank has to end by itself, and that others wait fo
 SAME_REQUEST = 2.0  # seconds in which a signal is the same one: launchers pass on what all got
 SILENT = 5.0  # seconds after which a rank on another machine seems to be gone
 PACKAGE = str(Path(__file__).parent)
-
-
-class Preempted(UserError):
-    """A signal asked the run to stop; what there was to save is saved, and it can be resumed."""
-
-    exit_code = 75
-
-
-class PeerError(UserError):
-    """Another rank died, hung or disagreed."""
-
-    exit_code = 7
 
 
 class LockedError(UserError):

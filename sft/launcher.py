@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml  # type: ignore[import-untyped]
 
-from sft.config import ConfigError, Train, UserError
+from sft.config import ConfigError, PeerError, Preempted, Train, UserError
 
 if TYPE_CHECKING:
     from accelerate.commands.config.config_args import ClusterConfig
@@ -40,8 +40,6 @@ TRAIN = ROOT / "scripts/train.py"
 CHECKED = ROOT / "configs/accelerate"
 LAUNCHES = ("MULTI_GPU", "FSDP", "DEEPSPEED")  # the others start one process, whatever they say
 PORT = 29500  # on which machines meet, unless MASTER_PORT says otherwise
-PREEMPTED = 75
-PEER_DIED = 7
 LOG = "launcher.log"
 
 
@@ -230,12 +228,6 @@ def _run(world: World, command: list[str], told: _Report) -> dict[int, int]:
     return {}
 
 
-class PeerError(UserError):
-    """Another machine is missing."""
-
-    exit_code = PEER_DIED
-
-
 def _outcome(written: int | None, failures: dict[int, int], stops: list[int]) -> int:
     """The exit code of the run: what it wrote; else what its ranks ended with."""
     if not failures:
@@ -247,7 +239,7 @@ def _outcome(written: int | None, failures: dict[int, int], stops: list[int]) ->
         return meant[0]
     if own:
         return own[0]
-    return 128 + stops[-1] if stops else PEER_DIED
+    return 128 + stops[-1] if stops else PeerError.exit_code
 
 
 def _has_more_to_tell(failures: dict[int, int], stops: list[int]) -> bool:
@@ -431,7 +423,7 @@ def requeue(train: Train, code: int, since: int) -> int:
     written = written_exit_code(status) if _modified(status) >= since else None
     if written is not None and not (written == 0 and code in range(1, 128)):
         code = written
-    if code != PREEMPTED:
+    if code != Preempted.exit_code:
         return code
     job, times = os.environ["SLURM_JOB_ID"], _number("SLURM_RESTART_COUNT", 0, least=0)
     step, most = newest_step(folder), _number("MAX_REQUEUES", 50, least=0)
@@ -450,7 +442,7 @@ def requeue(train: Train, code: int, since: int) -> int:
 
 def _stay(reason: str) -> int:
     print(f"preempted and saved, but not requeued: {reason}", file=sys.stderr)
-    return PREEMPTED
+    return Preempted.exit_code
 
 
 def newest_step(folder: Path) -> int:

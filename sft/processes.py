@@ -27,7 +27,7 @@ from accelerate.utils import DeepSpeedPlugin, gather_object
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sft import hardware
-from sft.config import Config, ConfigError, Train, UserError, with_values
+from sft.config import Config, ConfigError, PeerError, Train, with_values
 
 
 def resolve_precision(
@@ -208,12 +208,6 @@ def tasks_per_node(text: str) -> list[int]:
 # --- one run, not several ------------------------------------------------------------------------
 
 
-class DisagreementError(UserError):
-    """Ranks were started with unlike configurations, data or versions."""
-
-    exit_code = 7
-
-
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
 
 
@@ -247,7 +241,7 @@ def _version(name: str) -> str:
 
 
 def agree(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
-    """Raises DisagreementError, on all ranks, if `facts` are not the same on all. Collective.
+    """Raises PeerError, on all ranks, if `facts` are not the same on all. Collective.
 
     What most ranks have is taken for right, of two ranks what the first one has.
     """
@@ -265,7 +259,7 @@ def agree(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
                 f"{_short(usual)} on rank {found.index(usual)}"
             )
     if problems:
-        raise DisagreementError(
+        raise PeerError(
             "the ranks are not one run; these differ (values of the configuration by their "
             "digest):\n  " + "\n  ".join(problems) + "\nStart all of them with the same "
             "configuration, data, environment and code."

@@ -17,22 +17,13 @@ from sft.engine import Engine
 from sft.log import Log
 
 
-class Said(Log):
-    def __init__(self):
-        super().__init__(None)
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-
 @pytest.fixture
 def engine(tmp_path):
     rows = tiny.examples(0, 16)
     made = tiny.make_engine(
         tiny.llama(), rows, rows, tiny.config(tmp_path, global_batch=16), Budget(200, "padded")
     )
-    made.log = Said()
+    made.log = tiny.Said()
     return made
 
 
@@ -112,8 +103,8 @@ def test_a_run_whose_device_holds_less_goes_on_with_a_smaller_budget(tmp_path):
     resolved = with_values(config, plan.resolved_values(planned))
     alone = rehearsal.Alone("fp32")
     built = model.build(resolved, "fp32", rehearsal.CPU)
-    task = finetune.FineTune(resolved, prepared, built, alone, Said(), planned.budget)
-    engine = Engine(task, resolved.train, alone, Said(), planned.budget)
+    task = finetune.FineTune(resolved, prepared, built, alone, tiny.Said(), planned.budget)
+    engine = Engine(task, resolved.train, alone, tiny.Said(), planned.budget)
     holding(engine, 900)
     smaller, measured = run._confirmed(planned, resolved, prepared, machine, engine)
     assert smaller.budget.max_tokens < 2000 < planned.budget.max_tokens

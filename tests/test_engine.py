@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from sft import batching, chat, checkpoint, engine, parallel
-from sft.config import ConfigError
-from sft.guard import Guard, Preempted
+from sft.config import ConfigError, Preempted
+from sft.guard import Guard
 from sft.log import Log, make_console
 
 BUDGET = batching.Budget(60, "padded")

@@ -345,10 +345,10 @@ def test_sigterm_to_torchrun_and_its_ranks_is_one_request(tmp_path):
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     ) as process:
         run.at_moment()
-        words = [json.loads(path.read_text()) for path in run.folder.glob(".ranks/[01].json")]
-        assert len(words) == 2
-        for word in words:
-            os.kill(word["pid"], signal.SIGTERM)
+        words = [run.folder / f".ranks/{rank}.json" for rank in range(2)]
+        wait_for(lambda: all(path.exists() for path in words), BOUNDED)  # a rank speaks each second
+        for path in words:
+            os.kill(json.loads(path.read_text())["pid"], signal.SIGTERM)
         time.sleep(0.3)  # else the kernel makes one of both
         process.send_signal(signal.SIGTERM)
         told = process.communicate(timeout=BOUNDED)[1]

@@ -16,26 +16,16 @@ import torch
 from conftest import ROOT, launch, run
 
 from sft import batching, chat, engine, recovery
-from sft.log import Log
 
 BUDGET = batching.Budget(60, "padded")
 GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
-
-
-class Said(Log):
-    def __init__(self):
-        super().__init__(None)
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
 
 
 def make(folder, rows=None, **train):
     rows = rows or tiny.examples(0, 11)
     settings = tiny.config(folder, **({"global_batch": 6, "max_steps": 8} | train))
     made = tiny.make_engine(tiny.llama(attention_dropout=0.3), rows, rows, settings, BUDGET)
-    made.log = Said()
+    made.log = tiny.Said()
     return made
 
 

@@ -12,7 +12,7 @@ import tiny
 from conftest import ROOT, launch, run
 
 from sft import batching, processes
-from sft.config import ConfigError
+from sft.config import ConfigError, PeerError
 
 TRAIN = ["scripts/train.py", "--config", "configs/nano.yaml"]
 
@@ -164,7 +164,7 @@ def test_the_ranks_that_differ_from_most_are_named(monkeypatch):
     told[0]["version of torch"] = "1"
     told[2] |= {"data": "b" * 64}
     told[3] |= {"data": "b" * 64}
-    with pytest.raises(processes.DisagreementError) as caught:
+    with pytest.raises(PeerError) as caught:
         processes.agree(World(), told[0])
     assert caught.value.exit_code == 7
     lines = str(caught.value).splitlines()[1:-1]

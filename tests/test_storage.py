@@ -22,20 +22,11 @@ from sft.log import Log
 BUDGET = batching.Budget(60, "padded")
 
 
-class Said(Log):
-    def __init__(self):
-        super().__init__(None)
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-
 def make(folder, **train):
     rows = tiny.examples(0, 11)
     settings = tiny.config(folder, **({"global_batch": 4, "max_steps": 8} | train))
     made = tiny.make_engine(tiny.llama(), rows, rows, settings, BUDGET)
-    made.log = made.keeper.log = Said()
+    made.log = made.keeper.log = tiny.Said()
     return made
 
 

@@ -18,6 +18,17 @@ from sft.log import Log
 VOCAB = 61
 
 
+class Said(Log):
+    """Keeps what it is told, for tests to read."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.lines: list[Any] = []
+
+    def say(self, text: Any) -> None:
+        self.lines.append(text)
+
+
 class Tokenizer:
     """All that the task asks of a tokenizer when examples are made of ids."""
 
