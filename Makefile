@@ -21,11 +21,12 @@ export TOKENIZERS_PARALLELISM := false
 # scripts/launch.py reads these from the environment, whether they come from there or are given to make.
 export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERATE_CONFIG
 launch = $(BIN)/python scripts/launch.py --config $(CONFIG)
+model = --model "$(or $(MODEL),$(RUN))" $(if $(ADAPTER),--adapter "$(ADAPTER)")
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
 	train train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
-	tb-stop verify-resume verify-invariance evaluate infer merge nano test test-fast lint format docs clean
+	tb-stop verify-resume verify-invariance evaluate eval-quick eval-test infer infer-batch merge nano test test-fast lint format docs clean
 
 ##@ Start
 help: ## This list
@@ -105,11 +106,22 @@ tb-stop: $(READY) ## Stop the TensorBoard that was started here, and no other
 	@$(BIN)/python scripts/tensorboard_server.py stop --logdir outputs
 
 ##@ Use
-evaluate: $(READY) ## Held-out loss and exact match of a finished run [RUN=outputs/nano]
+evaluate: $(READY) ## Held-out loss and scored answers of a finished run [RUN=outputs/nano] [NUM_PROCESSES=2]
 	@$(BIN)/python scripts/evaluate.py --run $(RUN) $(ARGS)
 
-infer: $(READY) ## Talk to a finished run [RUN=outputs/nano] [PROMPT="one question"]
-	@$(BIN)/python scripts/infer.py --run $(RUN) $(if $(PROMPT),--prompt "$(PROMPT)") $(ARGS)
+eval-quick: $(READY) ## The same for the first 32 held-out rows
+	@$(BIN)/python scripts/evaluate.py --run $(RUN) --name quick evaluation.num_examples=32 $(ARGS)
+
+eval-test: $(READY) ## The same for every held-out row, or those of another file [INPUT=file]
+	@$(BIN)/python scripts/evaluate.py --run $(RUN) --name test evaluation.num_examples=1000000000 \
+		$(if $(INPUT),"data.eval_path=$(INPUT)") $(ARGS)
+
+infer: $(READY) ## Talk to a run or a model [RUN= or MODEL=] [ADAPTER=] [SYSTEM=] [PROMPT="one question"]
+	@$(BIN)/python scripts/infer.py $(model) $(if $(SYSTEM),--system "$(SYSTEM)") \
+		$(if $(filter command environment,$(firstword $(origin PROMPT))),--prompt "$(PROMPT)") $(ARGS)
+
+infer-batch: $(READY) ## Answer every row of INPUT into OUTPUT (JSONL) [RUN= or MODEL=] [NUM_PROCESSES=2]
+	@$(BIN)/python scripts/infer_batch.py $(model) --input "$(INPUT)" --output "$(OUTPUT)" $(ARGS)
 
 merge: $(READY) ## Merge the adapter of RUN into its base, and prove it [OUTPUT=folder] [DTYPE=bf16]
 	@$(BIN)/python scripts/merge.py --run $(RUN) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)

@@ -1,4 +1,4 @@
-"""Held-out loss and exact match of a finished run, with overrides (another file, more examples)."""
+"""Held-out loss and scored answers of a finished run, with overrides (another file, more rows)."""
 
 import argparse
 from pathlib import Path
@@ -6,14 +6,20 @@ from pathlib import Path
 from sft import cli
 
 
-def main() -> None:
+def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("outputs/nano"), help="folder of the run")
+    parser.add_argument("--name", default="evaluate", help="results go to <run>/evaluation/<name>")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
+    from sft import launcher
+
+    if launcher.is_asked():
+        return launcher.launch_script(Path(__file__), args.run / "evaluation" / args.name)
     from sft import run
 
-    run.evaluate_run(args.run, args.overrides)
+    run.evaluate_run(args.run, args.name, args.overrides)
+    return None
 
 
 if __name__ == "__main__":

@@ -1,32 +1,45 @@
-"""Talks to the tuned model of a finished run: one --prompt, or a conversation in the terminal."""
+"""Talks to a model in the terminal: a run, a checkpoint, a base, an adapter on it, a merged one."""
 
 import argparse
-from pathlib import Path
+import sys
 
 from sft import cli
+from sft.config import UserError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("outputs/nano"), help="folder of the run")
+    cli.add_model(parser)
     parser.add_argument("--prompt", help="answer this and stop")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--system", help="system prompt")
     args = parser.parse_args()
-    from sft import run
-    from sft.log import visible
+    settings = cli.generation(args.overrides)
+    from sft import infer, processes
+    from sft.connector import AccelerateConnector
 
-    answer = run.speaker(args.run, args.overrides)
-    if args.prompt is not None:
-        print(visible(answer(args.prompt)))
+    if not processes.be_alone():  # of several processes the first one talks
         return
-    print(f"{args.run}: one question a line; an empty line ends")
-    while question := _ask():
-        print(visible(answer(question)))
+    if args.prompt == "":
+        raise UserError('PROMPT is empty; ask something, as in PROMPT="set a timer"')
+    connector = AccelerateConnector(**cli.model_of(args))
+    connector.load_model_once()
+    conversation = infer.Talk(connector, _write, args.system, **settings)
+    if args.prompt is not None:
+        conversation.ask(args.prompt)
+        return
+    print(f"{connector.model_name}: say something; /help lists commands, an empty line ends")
+    while conversation.hear(_read()):
+        pass
 
 
-def _ask() -> str:
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _read() -> str:
     try:
-        return input("> ").strip()
+        return input("> ")
     except EOFError:
         return ""
 

@@ -14,9 +14,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from sft.config import Config, UserError, load_config, redacted
+from sft.config import Config, UserError, generation_of, load_config, redacted
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells report
 
@@ -31,6 +31,38 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def configuration(args: argparse.Namespace) -> Config:
     return load_config(args.config, args.overrides)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Arguments that name a model to be used, and how it answers."""
+    parser.add_argument("--model", default="outputs/nano", help="run, checkpoint, model or hub id")
+    parser.add_argument("--adapter", help="folder of a LoRA adapter for the model")
+    parser.add_argument("--quantization", choices=["nf4"], help="of the frozen weights")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
+    parser.add_argument("--batch-size", type=_rows, default="auto", help="prompts at once")
+    parser.add_argument("--cache-dir", help="where a hub id is downloaded to")
+    parser.add_argument("overrides", nargs="*", metavar="generation.key=value")
+
+
+def _rows(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def model_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_model` was given, as arguments of AccelerateConnector."""
+    return {
+        "model_name": args.model,
+        "adapter": args.adapter,
+        "quantization": args.quantization,
+        "mixed_precision": args.precision,
+        "batch_size": args.batch_size,
+        "cache_dir": args.cache_dir,
+    }
+
+
+def generation(overrides: list[str]) -> dict[str, Any]:
+    """`generation.key=value` words as settings that are known to be valid."""
+    return generation_of(overrides).model_dump()
 
 
 def quiet_libraries() -> None:

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -60,6 +60,18 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Texts = Annotated[list[Text], Field(min_length=1)]
+MetricName = Literal[
+    "exact_match",
+    "normalised_match",
+    "numeric_match",
+    "json_valid",
+    "json_fields",
+    "rouge_l",
+    "bleu",
+    "chrf",
+    "sari",
+    "classification",
+]
 
 
 class Model(Section):
@@ -216,8 +228,27 @@ class Evaluation(Section):
     """Longest answer, tokens."""
     batch_size: Count = 64
     """Prompts generated at once on each process."""
+    metrics: Annotated[list[MetricName], Field(min_length=1)] = ["exact_match"]
+    """Scores of the answers (docs/METRICS.md), told with 95 % intervals."""
+    labels: Texts | None = None
+    """What answers can be, for the metric `classification`."""
     num_shown: CountOrZero = 3
     """Prompts whose answers before and after are shown side by side."""
+
+
+class Generation(Section):
+    """How an answer is written. No section of a file: what `make infer` and the connector take."""
+
+    max_new_tokens: Count = 256
+    """Longest answer, tokens."""
+    temperature: NonNegative = 0.0
+    """0: always the most likely token (greedy). Else logits are divided by it before drawing."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw among the fewest tokens that together are this likely."""
+    top_k: CountOrZero = 0
+    """Draw among so many most likely tokens. 0: among all."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """What is drawn for an example is a function of it and of the example's number."""
 
 
 class Config(Section):
@@ -291,6 +322,11 @@ RULES = [
         "is only read with data.system: replace or prepend; set that, or remove this key",
     ),
     Rule(
+        ("evaluation.metrics", "evaluation.labels"),
+        lambda metrics, labels: ("classification" in metrics) != (labels is not None),
+        "classification needs evaluation.labels, which nothing else reads",
+    ),
+    Rule(
         ("train.output_dir",),
         lambda path: not _is_safe_path(path),
         "must name a folder: printable characters, at most 200, without '..' and '~'",
@@ -340,6 +376,28 @@ def load_config(file: str | Path | None, overrides: list[str] | None = None) -> 
             f"{file or 'overrides'}: {count} in the configuration\n  " + "\n  ".join(problems)
         )
     return config
+
+
+def generation(values: dict[str, Any], where: str = "generation") -> Generation:
+    """Settings of generation by name. Raises ConfigError with every problem found."""
+    try:
+        return Generation.model_validate(values)
+    except ValidationError as error:
+        found = [item | {"loc": ("generation", *item["loc"])} for item in error.errors()]
+        problems = [_explain(f"{where}.{item['loc'][1]}", item, {}) for item in found]
+        raise ConfigError("\n  ".join(["these settings cannot be used", *problems])) from None
+
+
+def generation_of(overrides: list[str]) -> Generation:
+    """Settings of generation from `generation.key=value` words. Raises ConfigError likewise."""
+    problems: list[str] = []
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _merge(tree, _parse_override(override, {}, problems))
+    problems += [f"{name}: expected generation.key=value" for name in tree if name != "generation"]
+    if problems:
+        raise ConfigError("\n  ".join(["these settings cannot be used", *problems]))
+    return generation(tree.get("generation", {}))
 
 
 def dump_config(config: Config, reasons: dict[str, str] | None = None) -> str:
@@ -548,23 +606,28 @@ def _explain(path: str, item: Any, origins: Origins) -> str:
     section, key = (*map(str, item["loc"]), "")[:2]  # either may contain a dot itself
     at = f"{path}{_where(path, origins)}"
     if item["type"] == "extra_forbidden":
-        known = list(SECTIONS[section].model_fields if key else SECTIONS)
-        near = difflib.get_close_matches(key or section, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        known = list(EXPLAINED[section].model_fields if key else SECTIONS)
         word = key or section
+        hint = did_you_mean(word, known)
         elsewhere = [s for s, model in SECTIONS.items() if word in model.model_fields]
         hint = f"did you mean {elsewhere[0]}.{word}?" if elsewhere else hint
         if "." in word:
             hint = "in a file, write the section and below it the key"
         return f"{at}: unknown key; {hint}"
     if item["type"] == "missing":
-        field = SECTIONS[section].model_fields.get(key) if key else None
+        field = EXPLAINED[section].model_fields.get(key) if key else None
         about = f": {field.description}" if field else ""
         return f"{at}: required, and not given{about}"
     if not key:
         return f"{at}: expected a section with keys, found {item['input']!r}"
-    expected = _type_name(SECTIONS[section].model_fields[key])
+    expected = _type_name(EXPLAINED[section].model_fields[key])
     return f"{at}: expected {expected}, found {_excerpt(item['input'])}"
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The nearest of the known words, or all of them, as the end of a message."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 
 def _excerpt(value: Any) -> str:
@@ -591,6 +654,7 @@ SECTIONS: dict[str, type[Section]] = {
     name: typing.cast(type[Section], field.annotation)
     for name, field in Config.model_fields.items()
 }
+EXPLAINED: dict[str, type[Section]] = {**SECTIONS, "generation": Generation}
 
 
 # --- docs/CONFIG.md ----------------------------------------------------------------------------

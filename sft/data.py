@@ -34,6 +34,7 @@ from sft.formats import (
     Tools,
     normalise,
     parse_json,
+    question,
     reason_of,
     recognise,
     with_columns,
@@ -200,8 +201,12 @@ def read(
     columns: dict[str, str] | None = None,
     system: Literal["keep", "replace", "prepend"] = "keep",
     system_prompt: str | None = None,
+    asking: bool = False,
 ) -> Iterator[Row | BadRow]:
-    """Every row of a file in its order, good or bad. Raises DataError if it cannot be read on."""
+    """Every row of a file in its order, good or bad. Raises DataError if it cannot be read on.
+
+    `asking`: rows are to be answered, so they need no answer (`formats.question`).
+    """
     empty = True
     for line, value, shown in _found(source, format):
         empty = False
@@ -209,8 +214,8 @@ def read(
             if isinstance(value, Exception):
                 raise value
             raw = with_columns(value, columns) if columns else value
-            name = recognise(raw) if format == "auto" else format
-            messages, tools = normalise(raw, name)
+            name = "" if asking else recognise(raw) if format == "auto" else format
+            messages, tools = question(raw) if asking else normalise(raw, name)
             messages = with_system(messages, system, system_prompt)
             yield Row(messages, tools, source.file, line, source.entry, name)
         except (ValueError, RecursionError) as error:

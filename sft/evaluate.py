@@ -1,38 +1,35 @@
-"""Held-out loss and generated answers, over all processes, every example once.
+"""Held-out loss and scored answers, over all processes, every example once.
 
 The loss is the training loss: a sum over supervised tokens divided by their number, so it does not
-depend on how the examples are cut (law 1). Answers are greedy and come back in the order of the
-prompts.
+depend on how the examples are cut (law 1). Answers go to a file of `predictions` as they come; they
+are scored from there, each process its share, by sums that are added up. So neither takes memory
+that grows with the number of examples, and what a killed run has answered is not asked again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from sft import chat
-from sft.guard import Guard
-from sft.log import Log
-from sft.parallel import is_split
+from sft import chat, generate, metrics
+from sft.config import Generation
+from sft.data import BadRow, DataError, Messages, Row, Tools
+from sft.generate import eval_mode
+from sft.log import Log, duration
+from sft.predictions import Predictions, Record, key_of, read
 
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+WINDOW = 4096  # examples that are sorted by length and shared out together
 
 
 def held_out_loss(
@@ -60,85 +57,196 @@ def held_out_loss(
     return {**means, "perplexity": math.exp(min(means["loss"], 700.0))}
 
 
-def generate(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
+# --- answers -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and what its line will say besides; `error`: why it cannot be asked."""
+
+    messages: Messages
+    tools: Tools | None
+    told: Record
+    error: str | None = None
+
+
+def question(row: Row | BadRow) -> Question:
+    """A row's last assistant turn, if it ends in one, is the reference; all before it is asked."""
+    if isinstance(row, BadRow):
+        return Question(
+            [], None, {"row": f"{row.file}:{row.line}", "prompt": row.excerpt}, row.reason
+        )
+    *before, last = row.messages
+    asked = before if last["role"] == "assistant" else row.messages
+    told = {"row": row.place, "prompt": asked[-1]["content"] if asked else ""}
+    if last["role"] == "assistant":
+        told["reference"] = last["content"]
+    return Question(asked, row.tools, told)
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model that answers. `identity`: what its answers are a function of, beside the question."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    stop: list[int]
+    identity: str
+
+    def prompt(self, asked: Question) -> list[int] | str:
+        """Token ids, or why there are none."""
+        if asked.error is not None:
+            return asked.error
+        try:
+            ids = chat.prompt_ids(self.tokenizer, asked.messages, asked.tools)
+        except DataError as error:
+            return str(error)
+        context = generate.context_length(self.model)
+        if context is not None and len(ids) >= context:
+            return (
+                f"the prompt has {len(ids):,} tokens, the model takes {context:,} with the answer: "
+                "shorten it"
+            )
+        return ids or "the prompt is empty"
+
+    def record(self, asked: Question, prompt: list[int], answer: generate.Answer) -> Record:
+        text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+        return {
+            **asked.told,
+            "answer": text,
+            "finish_reason": answer.finish_reason,
+            "prompt_tokens": len(prompt),
+            "completion_tokens": len(answer.ids),
+        }
+
+
+def failed(asked: Question, reason: str) -> Record:
+    return {
+        **asked.told,
+        "answer": None,
+        "finish_reason": "error",
+        "prompt_tokens": 0,
+        "completion_tokens": 0,
+        "error": reason,
+    }
+
+
+def answer_all(
+    speaker: Speaker,
+    questions: Iterable[Question],
+    settings: Generation,
+    predictions: Predictions,
     accelerator: Accelerator,
     log: Log,
-    guard: Guard,
     *,
-    max_new_tokens: int,
-    batch_size: int,
-) -> list[str]:
-    """Greedy answers to `prompts` (token ids), in their order, on every rank.
+    rows: int | None = None,
+    between: Callable[[], None] = lambda: None,
+    total: int | None = None,
+) -> None:
+    """Answers what is not answered yet, into `predictions`; then that has one line a question, in
+    their order. Collective.
 
-    Prompts are sorted by length and dealt out to the ranks, so that rows of a batch are alike and
-    ranks have like work; the index travels with the answer. A signal stops all ranks at one batch,
-    so each has as many, if need be empty ones.
+    `rows`: prompts of a batch, at most; None: as many as memory holds and as make it quicker.
+    `between` is called before each batch. `total`: number of questions, if known.
     """
-    plain = accelerator.unwrap_model(model)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    mine = order[accelerator.process_index :: accelerator.num_processes]
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
-    together = is_split(plain)  # then a rank without prompts must take part in each batch
-    found: list[tuple[int, str]] = []
-    most = -(-len(prompts) // accelerator.num_processes)
-    with (
-        guard.section("generation"),
-        eval_mode(plain),
-        log.progress("answers", len(mine)) as advance,
-    ):
-        for start in range(0, most, batch_size):
-            guard.stop_if_asked()
-            indices = mine[start : start + batch_size]
-            if not indices and not together:
-                continue
-            asked = [prompts[i] for i in indices or order[:1]]
-            texts = _answer(plain, tokenizer, asked, settings, synced_gpus=together)
-            found += zip(indices, texts, strict=bool(indices))
-            advance(len(indices))
-    if accelerator.num_processes > 1:
-        found = gather_object(found)
-    return [text for _, text in sorted(found)]
+    accelerator.wait_for_everyone()  # all have read the file before anyone adds to it
+    started, tokens = time.perf_counter(), 0
+    with log.progress("answers", total) as advance:
+        rest = iter(questions)
+        while window := list(islice(rest, WINDOW)):
+            first = predictions.num_expected
+            keys = [_key(speaker, settings, asked, first + i) for i, asked in enumerate(window)]
+            open_ones = [i for i, key in enumerate(keys) if predictions.expect(key)]
+            advance(len(window) - len(open_ones))
+            own = [{"index": first + i, "key": key} for i, key in enumerate(keys)]
+            prompts = {i: speaker.prompt(window[i]) for i in open_ones}
+            bad = {i: prompt for i, prompt in prompts.items() if isinstance(prompt, str)}
+            good = [(i, prompt) for i, prompt in prompts.items() if not isinstance(prompt, str)]
+            if bad and accelerator.is_main_process:
+                predictions.append([own[i] | failed(window[i], bad[i]) for i in bad])
+            advance(len(bad))
+            for batch, found in generate.answers(
+                speaker.model,
+                [prompt for _, prompt in good],
+                settings,
+                speaker.stop,
+                accelerator,
+                rows=rows or _rows(speaker, [prompt for _, prompt in good], settings, accelerator),
+                numbers=[first + i for i, _ in good],
+                between=between,
+            ):
+                pairs = zip([good[j] for j in batch], found, strict=False)  # none for idle ranks
+                predictions.append(
+                    [own[i] | speaker.record(window[i], prompt, a) for (i, prompt), a in pairs]
+                )
+                tokens += sum(len(answer.ids) for answer in found)
+                advance(len(batch) * accelerator.num_processes)
+    _tell_slow_ranks(time.perf_counter() - started, tokens, accelerator, log)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        predictions.finish()
+    accelerator.wait_for_everyone()
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: eos, and what the chat template writes at the end of a turn."""
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    supervised = [i for i in chat.render(tokenizer, turns).labels if i != chat.IGNORED]
-    return sorted({tokenizer.eos_token_id, supervised[-1]})
+def _rows(
+    speaker: Speaker, prompts: list[list[int]], settings: Generation, accelerator: Accelerator
+) -> int:
+    """As many as the rank with the least memory holds: all must cut alike."""
+    own = generate.rows_that_pay(speaker.model, prompts, settings)
+    return min(gather_object([own])) if accelerator.num_processes > 1 else own
 
 
-def _answer(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    settings: GenerationConfig,
-    *,
-    synced_gpus: bool,
-) -> list[str]:
-    device = next(model.parameters()).device
-    width = max(len(prompt) for prompt in prompts)
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    output = model.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=mask,
-        generation_config=settings,
-        synced_gpus=synced_gpus,
-    )
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+def _key(speaker: Speaker, settings: Generation, asked: Question, number: int) -> str:
+    """What the line of an example is a function of; its number only where tokens are drawn."""
+    drawn = number if settings.temperature else None
+    of = (asked.messages, asked.tools, asked.told, asked.error)
+    return key_of(speaker.identity, settings.model_dump(), drawn, of)
 
 
-def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Share of answers equal to their reference, surrounding white space aside."""
-    pairs = zip(answers, references, strict=True)
-    return sum(a.strip() == r.strip() for a, r in pairs) / max(1, len(references))
+def _tell_slow_ranks(seconds: float, tokens: int, accelerator: Accelerator, log: Log) -> None:
+    """Says which ranks were much slower than the median one."""
+    if accelerator.num_processes == 1:
+        return
+    found = gather_object([(seconds, tokens)])
+    middle = sorted(each for each, _ in found)[(len(found) - 1) // 2]
+    for rank, (each, written) in enumerate(found):
+        if each > 1.5 * middle and each > middle + 5:
+            log.say(
+                f"warning: rank {rank} took {duration(each)} for {written:,} tokens, others "
+                f"{duration(middle)}: is its device shared, or slower?"
+            )
+
+
+# --- scores --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of answers against their references; `intervals`: 95 %, by bootstrap over the examples."""
+
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    num_examples: int
+    num_failed: int
+    tally: metrics.Tally
+
+
+def score(
+    path: Path,
+    names: Sequence[str],
+    accelerator: Accelerator,
+    labels: Sequence[str] = (),
+) -> Scores:
+    """Scores a finished file of predictions; the same on every rank. Collective."""
+    tally = metrics.Tally(names, labels)
+    total = num_failed = 0
+    world, rank = accelerator.num_processes, accelerator.process_index
+    for number, record in enumerate(read(path)):
+        total += 1
+        num_failed += record["answer"] is None
+        if number % world == rank and "reference" in record:
+            tally.add(record["index"], record["answer"], record["reference"], record["prompt"])
+    if world > 1:
+        sums = torch.as_tensor(tally.sums, device=accelerator.device)
+        tally.sums = accelerator.reduce(sums, "sum").cpu().numpy()
+    return Scores(tally.values(), tally.intervals(), total, num_failed, tally)

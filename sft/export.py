@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sft import chat, checkpoint, tensors
 from sft.checkpoint import CheckpointError
-from sft.config import Config, UserError, load_config
-from sft.model import DTYPES, add_adapters, load_base, load_tokenizer
+from sft.config import Config, Tuning, UserError, load_config
+from sft.model import DTYPES, ModelError, add_adapters, load_base, load_tokenizer
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -97,14 +97,20 @@ def run_config(run: Path, overrides: list[str] | None = None) -> Config:
 
 
 def load_tuned(
-    run: Path, config: Config, precision: str, device: torch.device, *, quantised: bool = True
+    run: Path,
+    config: Config,
+    precision: str,
+    device: torch.device,
+    *,
+    quantised: bool = True,
+    weights: Path | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The tuned model of a finished run, as it was trained: a QLoRA adapter on its NF4 base.
+    """The tuned model of a run, as it was trained: a QLoRA adapter on its NF4 base.
 
     `config` is what `run_config(run)` gave. `quantised=False` puts the adapter on the original
-    weights instead.
+    weights instead. `weights`: another checkpoint than the final one.
     """
-    folder = run / "final_checkpoint"
+    folder = weights or run / "final_checkpoint"
     own = {"name": str(folder), "revision": None, "init": "pretrained"}
     saved = config.model.model_copy(update=own)
     tokenizer = load_tokenizer(saved)
@@ -116,6 +122,55 @@ def load_tuned(
     adapted = add_adapters(base, config.tuning)
     load_weights(adapted, folder)
     return adapted.eval(), tokenizer
+
+
+# What a LoRA adapter may have that would be computed otherwise than by `model.add_adapters`.
+BEYOND = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        kind, base = found["peft_type"], found["base_model_name_or_path"]
+        sound = isinstance(base, str) and isinstance(found["target_modules"], list)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        told = getattr(error, "strerror", None) or repr(error)
+        raise ExportError(
+            f"{folder}: expected a LoRA adapter (adapter_config.json, {ADAPTER}): {told}"
+        ) from None
+    more = [key for key in BEYOND if found.get(key)]
+    if kind != "LORA" or not sound or more or found.get("bias", "none") != "none":
+        raise ExportError(
+            f"{folder}: expected a plain LoRA adapter with target_modules as a list, found "
+            f"{kind} with {', '.join(more) or found.get('bias')}; merge it with PEFT first"
+        )
+    return found
+
+
+def base_of(folder: Path) -> str:
+    """The base model that an adapter names."""
+    return str(_adapter_config(folder)["base_model_name_or_path"])
+
+
+def with_adapter(base: nn.Module, folder: Path) -> nn.Module:
+    """`base` with the adapter in `folder`, read by its numbers: adapter_config.json could name
+    modules to be imported. Raises ExportError if it is not an adapter of this base."""
+    found = _adapter_config(folder)
+    try:
+        shape = {key: found[key] for key in ("r", "lora_alpha", "target_modules")}
+        tuning = Tuning(**shape)
+    except (ValueError, KeyError) as error:
+        raise ExportError(f"{folder / 'adapter_config.json'}: not a LoRA shape: {error}") from None
+    try:
+        adapted = add_adapters(base, tuning)
+        load_weights(adapted, folder)
+    except (ModelError, CheckpointError) as error:
+        raise ExportError(
+            f"{folder} is not an adapter of this base (it names "
+            f"{found['base_model_name_or_path']}): {error}"
+        ) from None
+    return adapted
 
 
 def merge(

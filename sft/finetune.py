@@ -6,17 +6,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from sft import batching, chat, evaluate, export, model
-from sft.config import Config, ConfigError
+from sft import batching, chat, evaluate, export, generate, model
+from sft.config import Config, ConfigError, Generation
+from sft.evaluate import Scores
 from sft.guard import Guard
 from sft.log import Advance, Log
+from sft.predictions import Predictions, key_of
 from sft.prepare import Prepared
 from sft.store import Batch, Examples, collate
 
@@ -115,31 +116,29 @@ class FineTune:
             yield batch
             advance()
 
-    def answers(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The first `evaluation.num_examples` held-out prompts, answered by the model."""
+    def answers(self, model: nn.Module, path: Path, state: str) -> Scores:
+        """The first `evaluation.num_examples` held-out prompts, answered into `path` and scored.
+
+        `state`: what of the model changes in a run, such as its step.
+        """
         settings, tokenizer = self.config.evaluation, self.prepared.tokenizer
         asked = (r for r in self.prepared.held_out.rows() if not chat.is_document(r.messages))
-        rows = list(islice(asked, settings.num_examples))
-        prompts = [chat.prompt_ids(tokenizer, row.messages[:-1], row.tools) for row in rows]
-        texts = evaluate.generate(
-            model,
-            tokenizer,
-            prompts,
-            self.accelerator,
-            self.log,
-            self.guard,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-        )
-        return [
-            {
-                "row": f"{row.file}:{row.line}",
-                "prompt": row.messages[-2]["content"] if len(row.messages) > 1 else "",
-                "reference": row.messages[-1]["content"],
-                "answer": text,
-            }
-            for row, text in zip(rows, texts, strict=True)
-        ]
+        identity = key_of(self.identity(), self.config.train.seed, state)
+        speaker = evaluate.Speaker(model, tokenizer, generate.stop_ids(model, tokenizer), identity)
+        predictions = Predictions(path)
+        with self.guard.section("generation"):
+            evaluate.answer_all(
+                speaker,
+                map(evaluate.question, islice(asked, settings.num_examples)),
+                Generation(max_new_tokens=settings.max_new_tokens),
+                predictions,
+                self.accelerator,
+                self.log,
+                rows=settings.batch_size,
+                between=self.guard.stop_if_asked,
+                total=min(settings.num_examples, len(self.prepared.held_out)),
+            )
+        return evaluate.score(path, settings.metrics, self.accelerator, settings.labels or ())
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         export.save(self.model, self.prepared.tokenizer, folder, weights)

@@ -89,6 +89,33 @@ def normalise(
     return messages, _tools(row.get("tools"))
 
 
+ANSWERED_BY = {"output": "instruction", "completion": "prompt", "answer": "question"} | {
+    "assistant": "user"
+}
+
+
+def question(row: Any) -> tuple[Messages, Tools | None]:
+    """The messages and tools of a row that is asked, not learnt: it may be a text, it needs no
+    answer, and if its last turn is the assistant's that is what a good answer would be."""
+    if isinstance(row, str) or (isinstance(row, dict) and row.keys() == {"text"}):
+        text = row if isinstance(row, str) else row["text"]
+        return [{"role": "user", "content": _text(text, "text")}], None
+    given = dict(row) if isinstance(row, dict) else row
+    made_up = None
+    for answer, ask in ANSWERED_BY.items():
+        if isinstance(given, dict) and ask in given and given.get(answer) in (None, ""):
+            made_up = [{"role": "assistant", "content": "-"}]
+            given[answer] = made_up if isinstance(given[ask], list) else "-"
+    known = BY_NAME[recognise(given)]
+    messages = known.read(given)
+    messages = messages[:-1] if made_up else messages
+    if given.get("system") not in (None, ""):
+        messages = [{"role": "system", "content": _text(given["system"], "system")}, *messages]
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError("no user turn, so nothing is asked")
+    return messages, _tools(given.get("tools"))
+
+
 def with_columns(row: Any, columns: dict[str, str]) -> dict[str, Any]:
     """{field: value of its column}; a column is a key, or a path such as `instances.0.input`."""
     if not isinstance(row, dict):

@@ -194,6 +194,17 @@ def launch(train: Train, arguments: list[str], script: Path = TRAIN) -> int:
     return code
 
 
+def is_asked() -> bool:
+    """Whether NUM_PROCESSES or NUM_MACHINES asks for several processes that are yet to start."""
+    several = (_number(name, 1, least=1) > 1 for name in ("NUM_PROCESSES", "NUM_MACHINES"))
+    return any(several) and "WORLD_SIZE" not in os.environ
+
+
+def launch_script(script: Path, folder: Path) -> int:
+    """Runs this very command on all ranks; `folder` is where its `guard` tells how it ended."""
+    return launch(Train(output_dir=str(folder)), sys.argv[1:], script)
+
+
 def _command(path: Path, world: World, logs: str) -> list[str]:
     """Arguments of `accelerate launch`."""
     command = ["--config_file", str(path), "--num_processes", str(world.num_processes)]

@@ -242,7 +242,7 @@ class Log:
         self._board.flush()
 
     @contextmanager
-    def progress(self, title: str, total: int, done: int = 0) -> Iterator[Advance]:
+    def progress(self, title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
         """A bar with ETA on a terminal; elsewhere nothing moves and `say` lines tell the story."""
         if not self.console or not self.console.is_terminal:
             yield lambda n=1, note="": None
@@ -258,3 +258,17 @@ class Log:
                 stream.close()
         if self._wandb:
             self._wandb.finish()
+
+
+class Screen(Log):
+    """The console alone, for work that keeps no log; a line every ten seconds if it is a file."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.console = make_console()
+
+    @contextmanager
+    def progress(self, title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
+        assert self.console
+        with bar(self.console, title, total, done) as advance:
+            yield advance

@@ -158,22 +158,6 @@ def predict(
     return Memory(breakdown, reserved + more if on_gpu else sum(breakdown.values()), method)
 
 
-def generation_bytes(config: Config, precision: str, rows: int, prompt: int, answer: int) -> int:
-    """What answers to `rows` prompts take beside the weights; lengths in tokens.
-
-    By formula, the larger of: keys and values of the prompts and one layer's activations; keys and
-    values with the answers, of one layer twice, since a cache that grows is copied.
-    """
-    text = architecture(config.model).get_text_config()
-    heads, layers = getattr(text, "num_attention_heads", None) or 1, text.num_hidden_layers
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kept = 2 * (getattr(text, "num_key_value_heads", None) or heads) * size
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    first = prompt * (layers * kept + 6 * text.hidden_size + 4 * inner)
-    last = (prompt + answer) * (layers + 1) * kept
-    return rows * max(first, last) * DTYPES[precision].itemsize
-
-
 def _shared(
     name: str, parts: dict[str, int], config: Config, precision: str, group: Group
 ) -> dict[str, int]:

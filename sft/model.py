@@ -39,7 +39,7 @@ class ModelError(UserError):
 
 
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
-    with _explained(config.name):
+    with explained(config.name):
         tokenizer = AutoTokenizer.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -49,7 +49,7 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
 
 def architecture(config: Model) -> Any:
     """The transformers configuration (`config.json`) of the model; reads no weights."""
-    with _explained(config.name):
+    with explained(config.name):
         return AutoConfig.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -61,7 +61,7 @@ def fingerprint(config: Model) -> str:
     digest = hashlib.sha256(architecture(config).to_json_string().encode())
     if config.init == "random":
         return digest.hexdigest()
-    with _explained(config.name):
+    with explained(config.name):
         found = cached_file(config.name, "config.json", revision=config.revision)
     for path in sorted(Path(str(found)).parent.glob("*.safetensors")):
         size = path.stat().st_size
@@ -73,7 +73,7 @@ def fingerprint(config: Model) -> str:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
     """Turns what libraries raise for a missing, foreign or damaged model into one message."""
     try:
         yield
@@ -140,7 +140,7 @@ def load_base(
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
     compute = DTYPES[precision]
     storage = torch.float32 if mode == "full" else compute
-    with _explained(config.name):
+    with explained(config.name):
         if config.init == "random" or not weights:
             model = AutoModelForCausalLM.from_config(
                 architecture(config),

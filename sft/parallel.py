@@ -244,7 +244,6 @@ class Sharded(Replicated):
             FSDPModule,
             OffloadPolicy,
             fully_shard,
-            register_fsdp_forward_method,
         )
 
         device = self.accelerator.device.type
@@ -260,7 +259,6 @@ class Sharded(Replicated):
                 # Sums: 1 / world would round gradients, and our losses are shares of a sum.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        register_fsdp_forward_method(self.plain, "generate")
         autocast(self.plain, device, train)
         self.model, self.optimizer = self.plain, build_optimizer(train, self.plain)
 

@@ -21,6 +21,7 @@ from rich.text import Text
 from sft import batching, confirm, engine, hardware, memory, processes, storage
 from sft.config import Config, ConfigError, with_values
 from sft.confirm import Past
+from sft.generate import bytes_per_row
 from sft.hardware import Hardware
 from sft.log import duration, facts, size
 from sft.memory import Memory
@@ -430,7 +431,8 @@ class Target:
         lengths = int(prompts.max()), settings.max_new_tokens
         passing = ("activations", "logits and loss", "dequantisation")
         kept = sum(v for k, v in evaluation.breakdown.items() if k not in passing)
-        return kept + memory.generation_bytes(self.config, self.precision, rows, *lengths)
+        each = bytes_per_row(architecture(self.config.model), self.precision, *lengths)
+        return kept + rows * each
 
     def seconds(self, counts: memory.Counts, checkpointing: bool, tokens: int) -> float | None:
         """For so many tokens: weights times tokens, at an assumed share of the GPU's peak."""

@@ -103,6 +103,15 @@ def _be_a_group_of_one() -> None:
         os.environ.update(told | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
+def be_alone() -> bool:
+    """Makes the first of several processes one of its own; False on the others, which may go."""
+    join_slurm()
+    is_first = os.environ.get("RANK", "0") == "0"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+    return is_first
+
+
 def check_launch(train: Train) -> None:
     """Raises ConfigError if the launcher did not start as many processes as were asked for."""
     join_slurm()

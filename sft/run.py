@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Callable
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from sft import (
     chat,
     checkpoint,
     confirm,
-    evaluate,
     export,
     finetune,
     hardware,
     plan,
+    predictions,
     prepare,
     processes,
     storage,
@@ -120,7 +120,8 @@ def _run(
     engine.run()
     training_seconds = time.perf_counter() - training_started
     with engine.preemptible():
-        tuned = _results(task, engine.model)
+        path = folder / "evaluation" / "predictions.jsonl"
+        tuned = _results(task, engine.model, path, f"step {engine.step}")
     log.log(engine.step, {f"eval/{name}": value for name, value in tuned["metrics"].items()})
     log.say(f"after: {_told(tuned['metrics'])}")
     checkpoint.commit(
@@ -190,47 +191,32 @@ def _write_plan(resolved: Config, planned: plan.Plan, folder: Path) -> None:
     plan.write(planned, folder / "plan.json")
 
 
-def evaluate_run(folder: Path, overrides: list[str]) -> None:
-    """Evaluates a finished run again, with overrides (another file, more examples)."""
+def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
+    """Evaluates a finished run into `evaluation/<name>/`, with overrides (another file, more
+    examples). Collective."""
     config = any_launch(export.run_config(folder, overrides))
-    prepared = prepare.prepare(config)
-    accelerator = start_processes(config.train)
-    log = Log(folder) if accelerator.is_main_process else Log(None)
-    planned = plan_together(config, prepared, hardware.detect(folder), accelerator)
-    model, _ = export.load_tuned(folder, config, planned.precision, accelerator.device)
-    budget = finetune.usable_budget(planned.budget, "auto", model, accelerator.device, log)
-    task = finetune.FineTune(config, prepared, model, accelerator, log, budget)
-    results = _results(task, model)
-    log.say(f"{folder}: {_told(results['metrics'])}")
-    if log.folder:
-        _write_json(folder / "evaluation" / "evaluate.json", results)
-        log.say(_answers_table(results, config.evaluation.num_shown))
-    log.close()
+    out = folder / "evaluation" / name
+    with Guard(out, config.train.stall_timeout) as guard:
+        if guard.is_first:
+            guard.begin()
+        prepared = prepare.prepare(config, guard.tick)
+        accelerator = start_processes(config.train)
+        guard.join(accelerator, None)
+        log = Log(out) if accelerator.is_main_process else Log(None)
+        with closing(log):
+            planned = plan_together(config, prepared, hardware.detect(folder), accelerator)
+            model, _ = export.load_tuned(folder, config, planned.precision, accelerator.device)
+            budget = finetune.usable_budget(planned.budget, "auto", model, accelerator.device, log)
+            task = finetune.FineTune(config, prepared, model, accelerator, log, budget, guard)
+            path = out / "predictions.jsonl"
+            manifest = checkpoint.sha256(folder / "final_checkpoint" / checkpoint.MANIFEST)
+            results = _results(task, model, path, f"{manifest} {planned.precision}")
+            if log.folder:
+                _write_json(out / "metrics.json", results)
+                log.say(_scores_table(f"{folder}: {results['num_examples']:,} examples", results))
+                log.say(_answers_table(path, config.evaluation.num_shown))
+        accelerator.wait_for_everyone()
     end_processes(accelerator)
-
-
-def speaker(folder: Path, overrides: list[str] | None = None) -> Callable[[str], str]:
-    """A function that answers a question as the tuned model of the run in `folder`, greedily."""
-    config = any_launch(export.run_config(folder, overrides))
-    accelerator = start_processes(config.train)
-    precision, _ = resolve_precision(config.train)
-    model, tokenizer = export.load_tuned(folder, config, precision, accelerator.device)
-
-    def answer(question: str) -> str:
-        prompt = chat.prompt_ids(tokenizer, [{"role": "user", "content": question}])
-        settings = config.evaluation
-        return evaluate.generate(
-            model,
-            tokenizer,
-            [prompt],
-            accelerator,
-            Log(None),
-            Guard(),
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=1,
-        )[0]
-
-    return answer
 
 
 # --- parts of the run --------------------------------------------------------------------------
@@ -268,37 +254,29 @@ def _base_results(
         found = json.loads(path.read_text("utf-8"))
         if found.get("settings") == asked:
             return found
-    results = _results(task, engine.model) | {"settings": asked}
+    results = _results(task, engine.model, path.with_suffix(".jsonl"), "base")
     if task.log.folder:
-        path.parent.mkdir(exist_ok=True)
-        _write_json(path, results)
+        _write_json(path, results | {"settings": asked})
     return results
 
 
-def _results(task: finetune.FineTune, model: nn.Module) -> dict[str, Any]:
-    metrics, answers = task.evaluate(model), task.answers(model)
-    if answers:
-        metrics["exact_match"] = evaluate.exact_match(
-            [row["answer"] for row in answers], [row["reference"] for row in answers]
-        )
-    return {"metrics": metrics, "answers": answers}
-
-
-def _write_evaluation(folder: Path, base: dict[str, Any], tuned: dict[str, Any]) -> None:
-    metrics = {"base": base["metrics"], "tuned": tuned["metrics"]}
-    _write_json(folder / "metrics.json", metrics | {"num_examples": len(tuned["answers"])})
-    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for before, after in zip(base["answers"], tuned["answers"], strict=True):
-            row = {key: after[key] for key in ("row", "prompt", "reference")}
-            row |= {"base": before["answer"], "tuned": after["answer"]}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _results(task: finetune.FineTune, model: nn.Module, path: Path, state: str) -> dict[str, Any]:
+    """Held-out metrics with the scores of the answers, which are written to `path`. Collective."""
+    metrics = task.evaluate(model)
+    found = task.answers(model, path, state)
+    results = {"metrics": metrics | found.values, "intervals": found.intervals}
+    return results | {"num_examples": found.num_examples, "num_failed": found.num_failed}
 
 
 def _tell_results(
     config: Config, base: dict[str, Any], tuned: dict[str, Any], measured: dict[str, Any], log: Log
 ) -> None:
-    _write_evaluation(Path(config.train.output_dir) / "evaluation", base, tuned)
-    log.say(_side_by_side(base, tuned, config.evaluation.num_shown))
+    folder = Path(config.train.output_dir) / "evaluation"
+    both = {"base": base, "tuned": tuned}
+    written = {name: results["metrics"] for name, results in both.items()}
+    written["intervals"] = {name: results["intervals"] for name, results in both.items()}
+    _write_json(folder / "metrics.json", written | {"num_examples": tuned["num_examples"]})
+    log.say(_side_by_side(folder, config.evaluation.num_shown))
     log.say(_closing(config, base, tuned, measured))
 
 
@@ -358,12 +336,27 @@ def _told(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
 
 
-def _side_by_side(base: dict[str, Any], tuned: dict[str, Any], num_shown: int) -> Table:
+def _scores_table(title: str, results: dict[str, Any]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("metric")
+    for column in ("value", "95 % interval"):
+        table.add_column(column, justify="right")
+    for name, value in results["metrics"].items():
+        low, high = results["intervals"].get(name, (None, None))
+        interval = "" if low is None else f"{low:.4g} to {high:.4g}"
+        table.add_row(name.replace("_", " "), f"{value:.4g}", interval)
+    if results["num_failed"]:
+        table.add_row("not answered", f"{results['num_failed']:,}", "")
+    return table
+
+
+def _side_by_side(folder: Path, num_shown: int) -> Table:
     table = Table(title="The same prompts, before and after", title_justify="left", show_lines=True)
     for column in ("prompt", "base", "fine-tuned"):
         table.add_column(column, overflow="fold", ratio=1)
-    for before, after in list(zip(base["answers"], tuned["answers"], strict=True))[:num_shown]:
-        right = after["answer"].strip() == after["reference"].strip()
+    paths = (folder / "base.jsonl", folder / "predictions.jsonl")
+    for before, after in islice(zip(*map(predictions.read, paths), strict=False), num_shown):
+        right = (after["answer"] or "").strip() == after["reference"].strip()
         table.add_row(
             Text(_short(after["prompt"])),
             Text(_short(before["answer"])),
@@ -372,16 +365,17 @@ def _side_by_side(base: dict[str, Any], tuned: dict[str, Any], num_shown: int) -
     return table
 
 
-def _answers_table(results: dict[str, Any], num_shown: int) -> Table:
+def _answers_table(path: Path, num_shown: int) -> Table:
     table = Table(show_lines=True)
     for column in ("prompt", "answer", "reference"):
         table.add_column(column, overflow="fold", ratio=1)
-    for row in results["answers"][:num_shown]:
+    for row in islice(predictions.read(path), num_shown):
         table.add_row(*(Text(_short(row[key])) for key in ("prompt", "answer", "reference")))
     return table
 
 
-def _short(text: str, most: int = 300) -> str:
+def _short(text: str | None, most: int = 300) -> str:
+    text = "(no answer)" if text is None else text
     return visible(text if len(text) <= most else text[: most - 1] + "…")
 
 

@@ -37,8 +37,13 @@ LAYERS = {
     "audit": 1.7,  # examines what is stored
     "prepare": 1.8,  # all of it
     "engine": 2,
-    "evaluate": 2,
+    "predictions": 0.6,
+    "metrics": 1,
+    "generate": 2,
+    "evaluate": 2.1,  # answers and scores
     "export": 2,
+    "connector": 2.5,
+    "infer": 3,
     "finetune": 3,
     "rehearsal": 3.5,  # runs a step of the task
     "memory": 3.6,  # predicts from rehearsals

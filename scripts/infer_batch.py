@@ -1,0 +1,33 @@
+"""Answers every row of a file, on one process or many; what is answered survives a kill."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from sft import cli
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    cli.add_model(parser)
+    parser.add_argument("--input", required=True, help="file, folder, glob or hub id of prompts")
+    parser.add_argument("--output", required=True, type=Path, help="JSONL file to be written")
+    args = parser.parse_args()
+    settings = cli.generation(args.overrides)
+    folder = args.output.with_name(f"{args.output.name}.run")  # how it ends, while it runs
+    from sft import launcher
+
+    code = 0
+    if launcher.is_asked():
+        code = launcher.launch_script(Path(__file__), folder)
+    else:
+        from sft import infer
+
+        infer.answer_file(args.input, args.output, folder, cli.model_of(args), settings)
+    if code == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    return code
+
+
+if __name__ == "__main__":
+    cli.run(main)
