@@ -23,13 +23,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft import batching, chat, recovery
-from sft.config import Generation
+from sft.config import Generation, UserError
 from sft.model import DTYPES
 from sft.parallel import is_split
 
 ROWS_CPU, ROWS_GPU = 64, 256  # of a batch, at most: more do not make a CPU quicker (docs/LOG.md)
 LEAVE = 1 / 8  # share of a batch that must have ended before its rows are taken out
 Told = Callable[[list[int]], None]  # hears of the tokens of a step, a row each
+
+
+class GenerationError(UserError):
+    """The model cannot be asked."""
 
 
 class Answer(NamedTuple):
@@ -228,6 +232,11 @@ class _Step:
         self.model, self.device, self.cache = model, device, None
         plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.known = inspect.signature(plain.forward).parameters
+        if "past_key_values" not in self.known:
+            raise GenerationError(
+                f"{type(plain).__name__} keeps no keys and values (past_key_values) between "
+                "tokens, which answers are written with; ask it with its own `generate`"
+            )
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """ids (rows, new), mask (rows, all so far) -> (rows, vocabulary), fp32."""
