@@ -34,8 +34,6 @@ def row(text: str, reference: str | None = None, line: int = 1) -> Row:
 
 WORDS = ("one", "two", "three", "four")
 ROWS = [row(f"repeat: {word}", word, i) for i, word in enumerate(WORDS, 1)]
-    row(f"repeat: {word}", word, i) for i, word in enumerate(["one", "two", "three", "four"], 1)
-]
 
 
 def answered(nano, asked, path, settings=SHORT, **options):
