@@ -606,7 +606,7 @@ def _explain(path: str, item: Any, origins: Origins) -> str:
     section, key = (*map(str, item["loc"]), "")[:2]  # either may contain a dot itself
     at = f"{path}{_where(path, origins)}"
     if item["type"] == "extra_forbidden":
-        known = list(EXPLAINED[section].model_fields if key else SECTIONS)
+        known = list(KNOWN[section].model_fields if key else SECTIONS)
         word = key or section
         hint = did_you_mean(word, known)
         elsewhere = [s for s, model in SECTIONS.items() if word in model.model_fields]
@@ -615,12 +615,12 @@ def _explain(path: str, item: Any, origins: Origins) -> str:
             hint = "in a file, write the section and below it the key"
         return f"{at}: unknown key; {hint}"
     if item["type"] == "missing":
-        field = EXPLAINED[section].model_fields.get(key) if key else None
+        field = KNOWN[section].model_fields.get(key) if key else None
         about = f": {field.description}" if field else ""
         return f"{at}: required, and not given{about}"
     if not key:
         return f"{at}: expected a section with keys, found {item['input']!r}"
-    expected = _type_name(EXPLAINED[section].model_fields[key])
+    expected = _type_name(KNOWN[section].model_fields[key])
     return f"{at}: expected {expected}, found {_excerpt(item['input'])}"
 
 
@@ -654,7 +654,7 @@ SECTIONS: dict[str, type[Section]] = {
     name: typing.cast(type[Section], field.annotation)
     for name, field in Config.model_fields.items()
 }
-EXPLAINED: dict[str, type[Section]] = {**SECTIONS, "generation": Generation}
+KNOWN: dict[str, type[Section]] = {**SECTIONS, "generation": Generation}
 
 
 # --- docs/CONFIG.md ----------------------------------------------------------------------------
@@ -711,8 +711,15 @@ def reference() -> str:
         '`ARGS="train.epochs=1"` (or `section.key=value` on a command line) overrides both.',
         " Unknown keys, wrong types and contradictions stop the run.",
     ]
-    for name, section in SECTIONS.items():
-        lines += ["", f"## `{name}`", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, section in KNOWN.items():
+        lines += ["", f"## `{name}`", ""]
+        if name not in SECTIONS:
+            given = f"make infer ARGS={name}.temperature=0.7"
+            lines += [
+                f"In no file, but on the command line of `{given}` and `make infer-batch`.",
+                "",
+            ]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for key, field in section.model_fields.items():
             default = "**required**" if field.is_required() else f"`{_yaml(field.default)}`"
             lines.append(f"| `{key}` | {_type_name(field)} | {default} | {field.description} |")
