@@ -14,7 +14,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -60,6 +60,18 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Texts = Annotated[list[Text], Field(min_length=1)]
+MetricName = Literal[
+    "exact_match",
+    "normalised_match",
+    "numeric_match",
+    "json_valid",
+    "json_fields",
+    "rouge_l",
+    "bleu",
+    "chrf",
+    "sari",
+    "classification",
+]
 
 
 class Model(Section):
@@ -549,9 +561,8 @@ def _explain(path: str, item: Any, origins: Origins) -> str:
     at = f"{path}{_where(path, origins)}"
     if item["type"] == "extra_forbidden":
         known = list(SECTIONS[section].model_fields if key else SECTIONS)
-        near = difflib.get_close_matches(key or section, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         word = key or section
+        hint = did_you_mean(word, known)
         elsewhere = [s for s, model in SECTIONS.items() if word in model.model_fields]
         hint = f"did you mean {elsewhere[0]}.{word}?" if elsewhere else hint
         if "." in word:
@@ -564,10 +575,17 @@ def _explain(path: str, item: Any, origins: Origins) -> str:
     if not key:
         return f"{at}: expected a section with keys, found {item['input']!r}"
     expected = _type_name(SECTIONS[section].model_fields[key])
-    return f"{at}: expected {expected}, found {_excerpt(item['input'])}"
+    return f"{at}: expected {expected}, found {excerpt(item['input'])}"
 
 
-def _excerpt(value: Any) -> str:
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The nearest of the known words, or all of them, as the end of a message."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+
+
+def excerpt(value: Any) -> str:
+    """At most 60 characters of what Python calls it, for a message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

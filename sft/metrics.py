@@ -1,0 +1,569 @@
+"""Scores of answers by name: sums over examples, values of sums, intervals from resampled sums.
+
+An example gives a vector of statistics whose length does not depend on how many examples there are,
+and a metric is a function of the sum of those vectors. So memory does not grow, ranks add their
+sums, and any cut over processes gives the same bits: statistics are whole numbers or multiples of
+`GRID`, whose sums in float64 are exact in every order (up to eight million examples).
+
+Intervals are those of a Poisson bootstrap (Chamandy et al. 2012, "Estimating Uncertainty for
+Massive Data Streams"): in each resample an example counts Poisson(1) times, drawn from its number
+alone. Two tallies of the same examples share these weights, so their difference is a paired one.
+
+More is better for every metric. `bleu` and `chrf` are of 100, as sacrebleu tells them, all others
+of 1. An answer of None is a failed one: it scores 0 and is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cache
+from typing import Any, Literal, NoReturn, Protocol, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from sft.config import MetricName, UserError, did_you_mean, excerpt
+
+NAMES: tuple[str, ...] = get_args(MetricName)
+GRID = 2.0**-30  # of scores that are no whole numbers: 1e-9, and sums below 2**23 stay exact
+BLOCK = 256  # examples whose statistics are added at once
+INTERVAL = (2.5, 97.5)  # percentiles: 95 %
+FEWEST = 6  # examples that must differ: five that all improve do so by chance in 6 % (sign test)
+FAILURE = "(none of them)"  # what an answer is that is no label
+Values = dict[str, np.ndarray]
+
+
+class Measure(Protocol):
+    """What one name stands for."""
+
+    @property
+    def size(self) -> int:
+        """How many statistics an example has."""
+
+    def measure(self, answer: str | None, reference: str, prompt: str) -> tuple[float, ArrayLike]:
+        """(score of this example alone, its statistics [size]).
+
+        Raises UserError for a reference that this metric cannot use.
+        """
+
+    def values(self, sums: np.ndarray) -> Values:
+        """Values [rows] by name, from sums of statistics [rows, 1 + size]; before them stands the
+        number of examples, which is positive."""
+
+
+class Tally:
+    """Sums of the statistics of examples, as they are and in `num_resamples` resamples.
+
+    `labels` are those of `classification`, which keeps (1 + num_resamples) x labels x (labels + 1)
+    numbers; the other metrics keep at most 18 a resample. Raises UserError for an unknown name.
+    """
+
+    def __init__(
+        self, names: Sequence[str], labels: Sequence[str] = (), num_resamples: int = 1000
+    ) -> None:
+        self._measures = {name: _measure(name, labels) for name in names}
+        size = 1 + sum(measure.size for measure in self._measures.values())
+        self._sums = np.zeros((1 + num_resamples, size))
+        self._numbers: list[int] = []  # of examples whose statistics wait to be added
+        self._rows: list[np.ndarray] = []
+
+    def add(
+        self, number: int, answer: str | None, reference: str, prompt: str = ""
+    ) -> dict[str, float]:
+        """Counts one example, once; returns its own scores by metric.
+
+        `number` is its place in the data set: weights in resamples are drawn from it. `prompt` is
+        the source text of SARI. Raises UserError for a reference that a metric cannot use.
+        """
+        found = self._measured(number, answer, reference, prompt)
+        self._numbers.append(number)
+        self._rows.append(np.concatenate([[1.0], *(row for _, row in found.values())]))
+        if len(self._rows) == BLOCK:
+            self._add_rows()
+        return {name: score for name, (score, _) in found.items()}
+
+    def check(self, number: int, reference: str) -> None:
+        """Raises the UserError that `add` would raise, before an answer has been generated."""
+        self._measured(number, None, reference, "")
+
+    @property
+    def sums(self) -> np.ndarray:
+        """float64 [1 + num_resamples, 1 + statistics]: first the sample itself, in each row first
+        the number of examples. To be added up over ranks, and set."""
+        self._add_rows()
+        return self._sums
+
+    @sums.setter
+    def sums(self, sums: np.ndarray) -> None:
+        assert sums.shape == self._sums.shape, (sums.shape, self._sums.shape)
+        self._numbers, self._rows = [], []
+        self._sums = np.array(sums, np.float64)
+
+    @property
+    def num_examples(self) -> int:
+        return int(self.sums[0, 0])
+
+    def values(self) -> dict[str, float]:
+        """Value by name; of `classification`: accuracy, macro_precision, macro_recall, macro_f1 and
+        for each label precision/<label>, recall/<label> and f1/<label>. Empty without examples."""
+        return {name: float(values[0]) for _, name, values in self._values(self.sums[:1])}
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % percentile interval by name. It has no width where all examples score the same."""
+        return {name: _interval(values) for _, name, values in self._values(self.sums[1:])}
+
+    def confusion(self) -> dict[str, dict[str, int]]:
+        """Examples of `classification` by label of the reference and of the answer, FAILURE among
+        these; empty if it was not asked for."""
+        for measure, part in zip(self._measures.values(), self._parts(), strict=True):
+            if isinstance(measure, Classification):
+                return measure.confusion(self.sums[0, part])
+        return {}
+
+    def _measured(
+        self, number: int, answer: str | None, reference: str, prompt: str
+    ) -> dict[str, tuple[float, ArrayLike]]:
+        found = {}
+        for name, measure in self._measures.items():
+            try:
+                found[name] = measure.measure(answer, reference, prompt)
+            except UserError as error:
+                raise UserError(f"example {number}: {name} {error}") from None
+        return found
+
+    def _add_rows(self) -> None:
+        if self._rows:
+            drawn = np.stack([weights(n, len(self._sums) - 1) for n in self._numbers])
+            self._sums += drawn.T @ np.stack(self._rows)
+            self._numbers, self._rows = [], []
+
+    def _parts(self) -> Iterator[slice]:
+        """The columns of each metric."""
+        start = 1
+        for measure in self._measures.values():
+            yield slice(start, start + measure.size)
+            start += measure.size
+
+    def _values(self, sums: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
+        """(metric, name, values) of the rows that have any example: a resample of few may not."""
+        sums = sums[sums[:, 0] > 0]
+        if not len(sums):
+            return
+        for (metric, measure), part in zip(self._measures.items(), self._parts(), strict=True):
+            chosen = np.concatenate([sums[:, :1], sums[:, part]], axis=1)
+            for name, values in measure.values(chosen).items():
+                yield metric, name, values
+
+
+def weights(number: int, num_resamples: int) -> np.ndarray:
+    """float64 [1 + num_resamples]: how often an example counts in the sample (once) and in each
+    resample. A function of its number, so of no order and no rank."""
+    generator = np.random.Generator(np.random.Philox(key=number))
+    return np.concatenate([[1.0], generator.poisson(1.0, num_resamples)])
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, INTERVAL)
+    return float(low), float(high)
+
+
+Verdict = Literal["better", "worse", "not distinguishable"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`b` against `a` in one metric: better where the whole interval of b - a is above 0."""
+
+    value_a: float
+    value_b: float
+    difference: float
+    low: float
+    high: float
+    verdict: Verdict
+
+
+def difference(
+    a: Tally, b: Tally, num_unlike: Mapping[str, int] | None = None
+) -> dict[str, Difference]:
+    """Paired bootstrap of two tallies of the same examples, by name.
+
+    `num_unlike` (metric -> examples on which the two score differently; None: all) withholds a
+    verdict from fewer than FEWEST, of which resampling is too sure.
+    """
+    assert np.array_equal(a.sums[:, 0], b.sums[:, 0]), "not the same examples"
+    found = {}
+    for (metric, name, of_a), (_, _, of_b) in zip(
+        a._values(a.sums), b._values(b.sums), strict=True
+    ):
+        gain = of_b - of_a
+        low, high = _interval(gain[1:])
+        unlike = a.num_examples if num_unlike is None else num_unlike[metric]
+        verdict: Verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
+        if unlike < FEWEST:
+            verdict = "not distinguishable"
+        found[name] = Difference(float(of_a[0]), float(of_b[0]), float(gain[0]), low, high, verdict)
+    return found
+
+
+# --- means of a score of each example ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of `score(answer, reference, prompt)`, 0 to 1."""
+
+    name: str
+    score: Callable[[str, str, str], float]
+    size: int = 1
+
+    def measure(self, answer: str | None, reference: str, prompt: str) -> tuple[float, ArrayLike]:
+        score = self.score(answer or "", reference, prompt)  # looks at the reference, too
+        score = 0.0 if answer is None else score
+        return score, [round(score / GRID) * GRID]
+
+    def values(self, sums: np.ndarray) -> Values:
+        return {self.name: sums[:, 1] / sums[:, 0]}
+
+
+def exact_match(answer: str, reference: str, *_: str) -> float:
+    """Equal but for surrounding white space."""
+    return float(answer.strip() == reference.strip())
+
+
+def normalised_match(answer: str, reference: str, *_: str) -> float:
+    """Equal but for case, punctuation, articles and white space, as SQuAD's evaluation does.
+
+    Unlike there, an answer of nothing but these keeps them: "A" is not "The", "?" not "!".
+    """
+    return float(_normalised(answer) == _normalised(reference))
+
+
+def _normalised(text: str) -> str:
+    plain = "".join(c for c in text.lower() if not _is_punctuation(c))
+    words = plain.split()
+    kept = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(kept or words) or text.strip()
+
+
+def _is_punctuation(character: str) -> bool:
+    return character in string.punctuation or unicodedata.category(character).startswith("P")
+
+
+# A minus after a word, digit or bracket subtracts or joins: 5-3, (4)-3, a range 5-10.
+NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]])[-−])?\$?"
+    r"(?P<digits>\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w))?|\.\d+)"
+)
+
+
+def numeric_match(answer: str, reference: str, *_: str) -> float:
+    """The number after the last `####`, or without one the last number, is that of the reference.
+
+    As GSM8K is scored: commas, a dollar or percent sign and trailing zeros do not matter.
+    """
+    expected = _number(reference)
+    if expected is None:
+        raise UserError(f"needs a number in the reference, found {excerpt(reference)}")
+    return float(_number(answer) == expected)
+
+
+def _number(text: str) -> Decimal | None:
+    _, mark, tail = text.rpartition("####")
+    found = list(NUMBER.finditer(tail))
+    if not found:
+        return None
+    number = found[0 if mark else -1]
+    value = Decimal(number["digits"].replace(",", ""))
+    return -value if number["sign"] else value
+
+
+def json_valid(answer: str, *_: str) -> float:
+    """The answer, as it is, is JSON (RFC 8259): no fence around it, no NaN."""
+    try:
+        _json(answer)
+    except ValueError:
+        return 0.0
+    return 1.0
+
+
+def json_fields(answer: str, reference: str, *_: str) -> float:
+    """Leaves that answer and reference have alike, of all that either has; 0 if it is no JSON.
+
+    A leaf is a path (keys, places in lists) with what is there: a scalar, or an empty list or
+    object. So a missing, a wrong and an additional leaf each cost the same.
+    """
+    try:
+        expected = _leaves(_json(reference))
+    except ValueError:
+        raise UserError(f"needs JSON as the reference, found {excerpt(reference)}") from None
+    try:
+        found = _leaves(_json(answer))
+    except ValueError:
+        return 0.0
+    right = [_alike(leaf, found[path]) for path, leaf in expected.items() if path in found]
+    return sum(right) / len(expected.keys() | found.keys())
+
+
+def _json(text: str) -> Any:
+    """Raises ValueError for what is no JSON, or nested deeper than Python reads."""
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
+    """Path -> leaf. Without recursion: depth is the model's choice."""
+    leaves: dict[tuple[str | int, ...], Any] = {}
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
+    while waiting:
+        path, value = waiting.pop()
+        inner = [((*path, key), child) for key, child in _items(value)]
+        waiting += inner
+        if not inner:
+            leaves[path] = value
+    return leaves
+
+
+def _items(value: Any) -> list[tuple[str | int, Any]]:
+    if isinstance(value, list):
+        return list(enumerate(value))
+    return list(value.items()) if isinstance(value, dict) else []
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return a == b and isinstance(a, bool) == isinstance(b, bool)  # True == 1 in Python
+
+
+def rouge_l(answer: str, reference: str, *_: str) -> float:
+    """F1 of the longest common subsequence of words (rouge-score, no stemmer). Words are of a-z and
+    0-9 only: other scripts score 0."""
+    return _rouge().score(reference, answer)["rougeL"].fmeasure
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def sari_of_prompt(answer: str, reference: str, prompt: str) -> float:
+    return sari(prompt, answer, [reference])
+
+
+def sari(source: str, answer: str, references: Sequence[str]) -> float:
+    """SARI of a simplification, 0 to 1 (Xu et al. 2016, "Optimizing Statistical Machine Translation
+    for Text Simplification"): mean over n-grams of 1 to 4 words of what was rightly kept (F1),
+    deleted (precision) and added (F1).
+
+    As in its authors' SARI.py, words are lower-cased and cut at white space, nowhere else.
+    """
+    scores: list[float] = []
+    for n in range(1, 5):
+        of_references = sum((_ngrams(text, n) for text in references), Counter())
+        scores += _sari_of(_ngrams(source, n), _ngrams(answer, n), of_references, len(references))
+    return sum(scores) / len(scores)
+
+
+def _ngrams(text: str, n: int) -> Counter[tuple[str, ...]]:
+    words = text.lower().split()
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def _sari_of(
+    source: Counter, answer: Counter, references: Counter, num_references: int
+) -> tuple[float, float, float]:
+    """(keep, delete, add) for n-grams of one length. `references`: counts of all together, so those
+    of source and answer are taken as often."""
+    source = Counter({gram: count * num_references for gram, count in source.items()})
+    answer = Counter({gram: count * num_references for gram, count in answer.items()})
+    kept, to_keep = source & answer, source & references
+    rightly = kept & references
+    keep = _f1(_mean_share(rightly, kept), _mean_share(rightly, to_keep))
+    deleted = source - answer
+    delete = _mean_share(deleted - references, deleted)
+    added, to_add = answer.keys() - source.keys(), references.keys() - source.keys()
+    good = len(added & to_add)
+    add = _f1(good / max(1, len(added)), good / max(1, len(to_add)))
+    return keep, delete, add
+
+
+def _mean_share(part: Counter, whole: Counter) -> float:
+    """Mean over the n-grams of `whole` of the share of each that is in `part`."""
+    return sum(count / whole[gram] for gram, count in part.items()) / max(1, len(whole))
+
+
+def _f1(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+# --- functions of counts over all examples -------------------------------------------------------
+
+
+class Bleu:
+    """Corpus BLEU of sacrebleu as it is by default (13a tokens, exponential smoothing), 0 to 100.
+    The score of one example has the effective order, as sacrebleu advises."""
+
+    size = 10  # lengths of answer and reference; matches and n-grams, n = 1 to 4
+
+    def __init__(self) -> None:
+        from sacrebleu.metrics import BLEU
+
+        self._bleu = BLEU(effective_order=True)
+
+    def measure(self, answer: str | None, reference: str, prompt: str) -> tuple[float, ArrayLike]:
+        found = self._bleu.sentence_score(answer or "", [reference])
+        return found.score, [found.sys_len, found.ref_len, *found.counts, *found.totals]
+
+    def values(self, sums: np.ndarray) -> Values:
+        return {"bleu": np.array([self._corpus(row[1:]) for row in sums.astype(int).tolist()])}
+
+    def _corpus(self, row: list[int]) -> float:
+        length, reference_length, counts, totals = row[0], row[1], row[2:6], row[6:]
+        return self._bleu.compute_bleu(
+            counts, totals, length, reference_length, smooth_method="exp"
+        ).score
+
+
+class Chrf:
+    """Corpus chrF of sacrebleu as it is by default (chrF2, up to 6 characters), 0 to 100.
+
+    sacrebleu does not publish chrF's statistics; these two private methods are what its own corpus
+    score and significance tests are made of.
+    """
+
+    size = 18  # n-grams of answer, of reference, matches; n = 1 to 6
+
+    def __init__(self) -> None:
+        from sacrebleu.metrics import CHRF
+
+        self._chrf = CHRF()
+
+    def measure(self, answer: str | None, reference: str, prompt: str) -> tuple[float, ArrayLike]:
+        (row,) = self._chrf._extract_corpus_statistics([answer or ""], [[reference]])
+        return self._chrf._compute_f_score(row), row
+
+    def values(self, sums: np.ndarray) -> Values:
+        rows = sums[:, 1:].astype(int).tolist()
+        return {"chrf": np.array([self._chrf._compute_f_score(row) for row in rows])}
+
+
+class Classification:
+    """Scores from the confusion counts [label of the reference, label of the answer or FAILURE].
+
+    An answer is a label if it equals it, or does so (and no other) but for case and the marks
+    around it; anything else is a failure, which counts as wrong. An example's score: right or not.
+    """
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        names = [label.strip() for label in labels]
+        if not names or len({*names, FAILURE, ""}) < len(names) + 2:
+            raise UserError(
+                "classification needs evaluation.labels: the labels of the references, each once "
+                f"and neither empty nor {FAILURE!r}; found {names or 'none'}"
+            )
+        self.labels = names
+        self.size = len(names) * (len(names) + 1)
+        self._exact = {name: place for place, name in enumerate(names)}
+        shared = Counter(map(_bare, names))  # by labels that differ in case or marks only
+        self._loose = {
+            _bare(name): place for name, place in self._exact.items() if shared[_bare(name)] == 1
+        }
+        self._loose.pop("", None)  # of a label of marks only, as "+"
+
+    def measure(self, answer: str | None, reference: str, prompt: str) -> tuple[float, ArrayLike]:
+        truth, given = self._place(reference), self._place(answer or "")
+        if truth is None:
+            hint = did_you_mean(reference.strip(), self.labels)
+            raise UserError(
+                f"needs one of evaluation.labels as the reference, found {excerpt(reference)}; "
+                f"{hint}"
+            )
+        cells = np.zeros((len(self.labels), len(self.labels) + 1))
+        cells[truth, -1 if given is None else given] = 1
+        return float(given == truth), cells.ravel()
+
+    def _place(self, text: str) -> int | None:
+        return self._exact.get(text.strip(), self._loose.get(_bare(text)))
+
+    def values(self, sums: np.ndarray) -> Values:
+        num = len(self.labels)
+        diagonal = 1 + np.arange(num) * (num + 2)
+        found = {"accuracy": sums[:, diagonal].sum(axis=1) / sums[:, 0]}
+        step = max(1, 2**18 // self.size)  # bounds the memory that scikit-learn takes
+        parts = [self._by_label(sums[i : i + step, 1:]) for i in range(0, len(sums), step)]
+        by_label = np.concatenate(parts)  # [rows, labels, 3]
+        kinds = ("precision", "recall", "f1")
+        found |= {f"macro_{kind}": by_label[:, :, i].mean(axis=1) for i, kind in enumerate(kinds)}
+        for place, label in enumerate(self.labels):
+            found |= {f"{kind}/{label}": by_label[:, place, i] for i, kind in enumerate(kinds)}
+        return found
+
+    def _by_label(self, counts: np.ndarray) -> np.ndarray:
+        """[rows, labels, 3] precision, recall and F1 from counts [rows, size].
+
+        One call for all rows, in which each row has labels of its own: a call takes a millisecond.
+        """
+        from sklearn.metrics import precision_recall_fscore_support
+
+        num = len(self.labels)
+        row, truth, given = np.indices((len(counts), num, num + 1)).reshape(3, -1)
+        first = row * (num + 1)
+        labels = np.arange(len(counts))[:, None] * (num + 1) + np.arange(num)
+        scores = precision_recall_fscore_support(
+            first + truth,
+            first + given,
+            labels=labels.ravel(),
+            sample_weight=counts.ravel(),
+            zero_division=0,
+        )
+        return np.stack(scores[:3], axis=-1).reshape(len(counts), num, 3)
+
+    def confusion(self, row: np.ndarray) -> dict[str, dict[str, int]]:
+        columns = [*self.labels, FAILURE]
+        counts = row.reshape(len(self.labels), -1).astype(int).tolist()
+        return {
+            label: dict(zip(columns, line, strict=True))
+            for label, line in zip(self.labels, counts, strict=True)
+        }
+
+
+def _bare(text: str) -> str:
+    return text.strip(string.whitespace + string.punctuation).casefold()
+
+
+# --- by name -------------------------------------------------------------------------------------
+
+MEANS: dict[str, Callable[[str, str, str], float]] = {
+    "exact_match": exact_match,
+    "normalised_match": normalised_match,
+    "numeric_match": numeric_match,
+    "json_valid": json_valid,
+    "json_fields": json_fields,
+    "rouge_l": rouge_l,
+    "sari": sari_of_prompt,
+}
+
+
+def _measure(name: str, labels: Sequence[str]) -> Measure:
+    if name in MEANS:
+        return Mean(name, MEANS[name])
+    if name == "classification":
+        return Classification(labels)
+    if name == "bleu":
+        return Bleu()
+    if name == "chrf":
+        return Chrf()
+    raise UserError(f"unknown metric {name!r}; {did_you_mean(name, NAMES)}")
