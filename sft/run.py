@@ -37,7 +37,7 @@ from sft.batching import Budget, MicroBatch
 from sft.config import Config, Train, UserError, dump_config, with_values
 from sft.engine import Engine, identity, memory_bytes, read_state
 from sft.guard import RANKS, TRACEBACK, Guard, Lock, Status
-from sft.log import Log, duration, facts, visible
+from sft.log import Log, beginning, duration, facts
 from sft.model import build, dtype_table
 from sft.processes import (
     agree,
@@ -365,9 +365,9 @@ def _side_by_side(base: dict[str, Any], tuned: dict[str, Any], num_shown: int) -
     for before, after in list(zip(base["answers"], tuned["answers"], strict=True))[:num_shown]:
         right = after["answer"].strip() == after["reference"].strip()
         table.add_row(
-            Text(_short(after["prompt"])),
-            Text(_short(before["answer"])),
-            Text(_short(after["answer"]), style="green" if right else "red"),
+            Text(beginning(after["prompt"])),
+            Text(beginning(before["answer"])),
+            Text(beginning(after["answer"]), style="green" if right else "red"),
         )
     return table
 
@@ -377,12 +377,8 @@ def _answers_table(results: dict[str, Any], num_shown: int) -> Table:
     for column in ("prompt", "answer", "reference"):
         table.add_column(column, overflow="fold", ratio=1)
     for row in results["answers"][:num_shown]:
-        table.add_row(*(Text(_short(row[key])) for key in ("prompt", "answer", "reference")))
+        table.add_row(*(Text(beginning(row[key])) for key in ("prompt", "answer", "reference")))
     return table
-
-
-def _short(text: str, most: int = 300) -> str:
-    return visible(text if len(text) <= most else text[: most - 1] + "…")
 
 
 def _closing(
