@@ -1,7 +1,7 @@
 # The interface: one line per verb. Scripts do the work; `make help` is made from the comments here.
 #
 #   CONFIG=file.yaml       configuration (docs/CONFIG.md)      RUN=outputs/name  a finished run
-#   ARGS="train.epochs=1"  overrides of its keys               JSON=file         where `make plan` writes it
+#   ARGS="train.epochs=1"  overrides of its keys               JSON=file         where `plan`, `compare` write
 #   NUM_PROCESSES=n        on this machine (train-distributed, -fsdp, -deepspeed, verify-*; several: docs/LAUNCH.md)
 #   GIB=48                 memory of a GPU without a known name
 
@@ -25,7 +25,7 @@ launch = $(BIN)/python scripts/launch.py --config $(CONFIG)
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
 	train train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
-	tb-stop verify-resume verify-invariance evaluate infer merge nano test test-fast lint format docs clean
+	tb-stop verify-resume verify-invariance evaluate compare infer merge nano test test-fast lint format docs clean
 
 ##@ Start
 help: ## This list
@@ -107,6 +107,10 @@ tb-stop: $(READY) ## Stop the TensorBoard that was started here, and no other
 ##@ Use
 evaluate: $(READY) ## Held-out loss and exact match of a finished run [RUN=outputs/nano]
 	@$(BIN)/python scripts/evaluate.py --run $(RUN) $(ARGS)
+
+compare: $(READY) ## Is B better or worse than A, or not distinguishable? A=run B=run [METRIC=rouge_l,bleu] [SHOW=5]
+	@$(BIN)/python scripts/compare.py --a "$(A)" --b "$(B)" $(if $(METRIC),--metric "$(METRIC)") \
+		$(if $(SHOW),--show $(SHOW)) $(if $(JSON),--json "$(JSON)")
 
 infer: $(READY) ## Talk to a finished run [RUN=outputs/nano] [PROMPT="one question"]
 	@$(BIN)/python scripts/infer.py --run $(RUN) $(if $(PROMPT),--prompt "$(PROMPT)") $(ARGS)

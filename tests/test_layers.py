@@ -47,6 +47,7 @@ LAYERS = {
     "plan": 4,
     "check": 5,
     "run": 5,
+    "compare": 5,
     "verify": 6,  # starts whole runs
 }
 
