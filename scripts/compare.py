@@ -11,15 +11,17 @@ def main() -> None:
     run = "folder of a run, or its predictions.jsonl"
     parser.add_argument("--a", type=Path, required=True, help=run)
     parser.add_argument("--b", type=Path, required=True, help=run)
-    parser.add_argument("--metric", default="exact_match", help="one or several: 'rouge_l,bleu'")
+    parser.add_argument("--metric", help="'rouge_l,bleu' (default: evaluation.metrics of both)")
     parser.add_argument("--show", type=int, default=5, help="examples shown side by side")
     parser.add_argument("--json", type=Path, help="where to write everything")
     args = parser.parse_args()
     from sft import compare
     from sft.log import make_console
 
-    names = args.metric.replace(",", " ").split()
-    found, console = compare.compare(args.a, args.b, names), make_console()
+    names, labels = compare.configured(args.a, args.b)
+    if args.metric:
+        names = args.metric.replace(",", " ").split()
+    found, console = compare.compare(args.a, args.b, names, labels), make_console()
     console.print(compare.table(found))
     console.print(compare.wins_table(found))
     if found.unlike and args.show > 0:

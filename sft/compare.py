@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from sft.config import UserError, excerpt
+from sft.config import Evaluation, UserError, excerpt, load_config
 from sft.log import beginning, facts
 from sft.metrics import Difference, Tally, difference
 
@@ -101,6 +101,21 @@ def predictions(path: Path, name: str) -> Path:
             f"{file}; make evaluate RUN=<folder> writes it"
         )
     return file
+
+
+def configured(a: Path, b: Path) -> tuple[list[str], list[str]]:
+    """(metrics, labels) of the configurations of both runs where they agree; else exact_match,
+    and no labels."""
+    metrics_a, labels_a = _configured(predictions(a, "A"))
+    metrics_b, labels_b = _configured(predictions(b, "B"))
+    agreed = metrics_a if metrics_a == metrics_b else ["exact_match"]
+    return agreed, labels_a if labels_a == labels_b else []
+
+
+def _configured(file: Path) -> tuple[list[str], list[str]]:
+    config = file.parent.parent / "config.yaml"
+    evaluation = load_config(config).evaluation if config.is_file() else Evaluation()
+    return [*evaluation.metrics], [*(evaluation.labels or [])]
 
 
 # --- reading -------------------------------------------------------------------------------------

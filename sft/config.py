@@ -230,6 +230,10 @@ class Evaluation(Section):
     """Prompts generated at once on each process."""
     num_shown: CountOrZero = 3
     """Prompts whose answers before and after are shown side by side."""
+    metrics: Annotated[list[MetricName], Field(min_length=1)] = ["exact_match"]
+    """Scores of the answers, each with a 95 % interval (sft/metrics.py defines them)."""
+    labels: Texts | None = None
+    """Labels of the answers for `classification`; an answer that is none of them has failed."""
 
 
 class Config(Section):
@@ -301,6 +305,16 @@ RULES = [
         ("data.system_prompt", "data.system"),
         lambda prompt, system: prompt is not None and system == "keep",
         "is only read with data.system: replace or prepend; set that, or remove this key",
+    ),
+    Rule(
+        ("evaluation.metrics", "evaluation.labels"),
+        lambda names, labels: "classification" in names and labels is None,
+        "classification counts answers by label: set evaluation.labels",
+    ),
+    Rule(
+        ("evaluation.labels", "evaluation.metrics"),
+        lambda labels, names: labels is not None and "classification" not in names,
+        "is only read with evaluation.metrics: [classification]; set that, or remove this key",
     ),
     Rule(
         ("train.output_dir",),

@@ -146,6 +146,34 @@ def test_json_has_every_example_that_differs(run, script, tmp_path):
 
 # --- by what -------------------------------------------------------------------------------------
 
+WORDS = "{metrics: [bleu, chrf]}"
+LABELS = "{metrics: [classification], labels: [5, 6]}".replace("5, 6", '"5", "6"')
+
+
+@pytest.mark.parametrize(
+    ("of_a", "of_b", "metrics", "labels"),
+    [
+        (WORDS, WORDS, ["bleu", "chrf"], []),
+        (WORDS, "{}", ["exact_match"], []),
+        (WORDS, None, ["exact_match"], []),
+        (None, None, ["exact_match"], []),
+        (LABELS, LABELS, ["classification"], ["5", "6"]),
+        (LABELS, WORDS, ["exact_match"], []),
+    ],
+)
+def test_runs_are_compared_by_what_both_are_configured_to_score(run, of_a, of_b, metrics, labels):
+    a, b = run("one", right(1), of_a), run("two", right(1), of_b)
+    assert compare.configured(a, b) == (metrics, labels)
+    assert compare.configured(a / "evaluation/predictions.jsonl", b) == (metrics, labels)
+
+
+def test_labels_of_the_configurations_serve_a_metric_that_is_asked_for(run, script):
+    a = run("one", right(*[0] * 10, *[1] * 10), LABELS)
+    b = run("two", right(*[1] * 20), LABELS)
+    told = script("--a", str(a), "--b", str(b), "--metric", "classification")
+    assert "accuracy" in told
+    assert "f1/5" in told
+
 
 def test_a_metric_that_does_not_exist_or_fit_is_refused(run, script):
     a, b = run("one", right(1, 0)), run("two", right(1, 1))
