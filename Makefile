@@ -1,7 +1,7 @@
 # The interface: one line per verb. Scripts do the work; `make help` is made from the comments here.
 #
 #   CONFIG=file.yaml       configuration (docs/CONFIG.md)      RUN=outputs/name  a finished run
-#   ARGS="train.epochs=1"  overrides of its keys               JSON=file         where `make plan` writes it
+#   ARGS="train.epochs=1"  overrides of its keys               JSON=file         where `plan`, `compare` write
 #   NUM_PROCESSES=n        on this machine (train-distributed, -fsdp, -deepspeed, verify-*; several: docs/LAUNCH.md)
 #   GIB=48                 memory of a GPU without a known name
 
@@ -26,7 +26,7 @@ model = --model "$(or $(MODEL),$(RUN))" $(if $(ADAPTER),--adapter "$(ADAPTER)")
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
 	train train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
-	tb-stop verify-resume verify-invariance evaluate eval-quick eval-test infer infer-batch merge nano test test-fast lint format docs clean
+	tb-stop verify-resume verify-invariance evaluate eval-quick eval-test compare infer infer-batch merge nano test test-fast lint format docs clean
 
 ##@ Start
 help: ## This list
@@ -115,6 +115,10 @@ eval-quick: $(READY) ## The same for the first 32 held-out rows
 eval-test: $(READY) ## The same for every held-out row, or those of another file [INPUT=file]
 	@$(BIN)/python scripts/evaluate.py --run $(RUN) --name test evaluation.num_examples=1000000000 \
 		$(if $(INPUT),"data.eval_path=$(INPUT)") $(ARGS)
+
+compare: $(READY) ## Is B better or worse than A, or not distinguishable? A=run B=run [METRIC=rouge_l,bleu] [SHOW=5]
+	@$(BIN)/python scripts/compare.py --a "$(A)" --b "$(B)" $(if $(METRIC),--metric "$(METRIC)") \
+		$(if $(SHOW),--show $(SHOW)) $(if $(JSON),--json "$(JSON)")
 
 infer: $(READY) ## Talk to a run or a model [RUN= or MODEL=] [ADAPTER=] [SYSTEM=] [PROMPT="one question"]
 	@$(BIN)/python scripts/infer.py $(model) $(if $(SYSTEM),--system "$(SYSTEM)") \

@@ -223,17 +223,17 @@ class Train(Section):
 
 class Evaluation(Section):
     num_examples: CountOrZero = 200
-    """Held-out rows answered by generation and scored by exact match. 0: loss only."""
+    """Held-out rows answered by generation and scored by `metrics`. 0: loss only."""
     max_new_tokens: Count = 128
     """Longest answer, tokens."""
     batch_size: Count = 64
     """Prompts generated at once on each process."""
-    metrics: Annotated[list[MetricName], Field(min_length=1)] = ["exact_match"]
-    """Scores of the answers (docs/METRICS.md), told with 95 % intervals."""
-    labels: Texts | None = None
-    """What answers can be, for the metric `classification`."""
     num_shown: CountOrZero = 3
     """Prompts whose answers before and after are shown side by side."""
+    metrics: Annotated[list[MetricName], Field(min_length=1)] = ["exact_match"]
+    """Scores of the answers, each with a 95 % interval (sft/metrics.py defines them)."""
+    labels: Texts | None = None
+    """Labels of the answers for `classification`; an answer that is none of them has failed."""
 
 
 class Generation(Section):
@@ -323,8 +323,13 @@ RULES = [
     ),
     Rule(
         ("evaluation.metrics", "evaluation.labels"),
-        lambda metrics, labels: ("classification" in metrics) != (labels is not None),
-        "classification needs evaluation.labels, which nothing else reads",
+        lambda names, labels: "classification" in names and labels is None,
+        "classification counts answers by label: set evaluation.labels",
+    ),
+    Rule(
+        ("evaluation.labels", "evaluation.metrics"),
+        lambda labels, names: labels is not None and "classification" not in names,
+        "is only read with evaluation.metrics: [classification]; set that, or remove this key",
     ),
     Rule(
         ("train.output_dir",),
@@ -620,8 +625,8 @@ def _explain(path: str, item: Any, origins: Origins) -> str:
         return f"{at}: required, and not given{about}"
     if not key:
         return f"{at}: expected a section with keys, found {item['input']!r}"
-    expected = _type_name(KNOWN[section].model_fields[key])
-    return f"{at}: expected {expected}, found {_excerpt(item['input'])}"
+    expected = _type_name(SECTIONS[section].model_fields[key])
+    return f"{at}: expected {expected}, found {excerpt(item['input'])}"
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -630,7 +635,8 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 
-def _excerpt(value: Any) -> str:
+def excerpt(value: Any) -> str:
+    """At most 60 characters of what Python calls it, for a message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
