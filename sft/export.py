@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sft import chat, checkpoint, tensors
 from sft.checkpoint import CheckpointError
-from sft.config import Config, UserError, load_config
-from sft.model import DTYPES, add_adapters, load_base, load_tokenizer
+from sft.config import Config, Model, UserError, load_config
+from sft.model import DTYPES, add_adapters, load_base, load_tokenizer, weights_sha256
 
 ADAPTER = "adapter_model.safetensors"
+BASE = "base.json"  # beside an adapter: what it was trained on
 
 
 class ExportError(UserError):
@@ -33,13 +34,18 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     weights: dict[str, torch.Tensor] | None = None,
+    base: Model | None = None,
 ) -> None:
     """Adapter or model, and tokenizer, in `folder` (safetensors).
 
     `weights`: those to be saved, by name, where the model itself does not have them whole.
+    `base`: what an adapter belongs to; `load_tuned` refuses another.
     """
     model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
     tokenizer.save_pretrained(str(folder))
+    if base is not None:
+        told = {"name": base.name, "weights_sha256": weights_sha256(base)}
+        (folder / BASE).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
     config = folder / "config.json"
     if config.exists():  # training turns the cache off; whoever loads the model wants it
         values = json.loads(config.read_text("utf-8"))
@@ -111,11 +117,26 @@ def load_tuned(
     mode = config.tuning.mode
     if mode == "full":
         return load_base(saved, mode, precision, device).eval(), tokenizer
+    _refuse_another_base(folder, config.model)
     base = load_base(config.model, mode if quantised else "lora", precision, device)
     # By the configuration, as in training: adapter_config.json can name modules to be imported.
     adapted = add_adapters(base, config.tuning)
     load_weights(adapted, folder)
     return adapted.eval(), tokenizer
+
+
+def _refuse_another_base(folder: Path, base: Model) -> None:
+    path = folder / BASE
+    if not path.exists():  # of a run before this file was written
+        return
+    told = json.loads(path.read_text("utf-8"))  # which the manifest has vouched for
+    found = weights_sha256(base)
+    if found != told["weights_sha256"]:
+        raise ExportError(
+            f"{folder} is an adapter of {told['name']!r}: expected its weights, of digest "
+            f"{told['weights_sha256'][:12]}, found those of {base.name!r}, {found[:12]}; give the "
+            'base that it was trained on with ARGS="model.name=..."'
+        )
 
 
 def merge(

@@ -142,7 +142,8 @@ class FineTune:
         ]
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        export.save(self.model, self.prepared.tokenizer, folder, weights)
+        base = None if self.config.tuning.mode == "full" else self.config.model
+        export.save(self.model, self.prepared.tokenizer, folder, weights, base)
 
     def read(self, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         return export.read_weights(self.model, folder)

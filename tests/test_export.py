@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,19 +25,19 @@ def run(request, tmp_path_factory) -> Path:
     return finished(folder, request.param)
 
 
-def finished(folder: Path, mode: str) -> Path:
+def finished(folder: Path, mode: str, base: Path = ROOT / "nano/model", std: float = 0.1) -> Path:
     config = with_values(
         load_config(ROOT / "configs/nano.yaml"),
         {
             "tuning.mode": mode,
-            "model.name": str(ROOT / "nano/model"),
+            "model.name": str(base),
             "train.output_dir": str(folder),
         },
     )
     tokenizer = chat.prepare_tokenizer(model.load_tokenizer(config.model))
     built = model.build(config, "fp32", CPU)
-    wake(built)
-    commit(config, lambda target: export.save(built, tokenizer, target))
+    wake(built, std)
+    commit(config, lambda target: export.save(built, tokenizer, target, base=config.model))
     (folder / "config.yaml").write_text(dump_config(config))
     return folder
 
@@ -136,3 +137,15 @@ def test_full_fine_tuning_has_nothing_to_merge(tmp_path):
     (tmp_path / "config.yaml").write_text(dump_config(config))
     with pytest.raises(export.ExportError, match="has no adapter"):
         export.merge(tmp_path, tmp_path / "merged", "fp32")
+
+
+def test_an_adapter_is_not_put_on_another_base(tmp_path, run):
+    config = export.run_config(run)
+    copy = shutil.copytree(config.model.name, tmp_path / "copy")
+    moved = export.run_config(run, [f"model.name={copy}"])
+    export.load_tuned(run, moved, "fp32", CPU)  # the same weights in another place
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    with pytest.raises(export.ExportError, match="expected its weights, of digest"):
+        export.load_tuned(run, moved, "fp32", CPU)
