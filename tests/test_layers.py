@@ -40,6 +40,7 @@ LAYERS = {
     "evaluate": 2,
     "export": 2,
     "finetune": 3,
+    "merge": 3,
     "rehearsal": 3.5,  # runs a step of the task
     "memory": 3.6,  # predicts from rehearsals
     "confirm": 3.6,
