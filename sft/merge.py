@@ -278,7 +278,7 @@ def prove(folder: Path, run: Path, config: Config, base: str) -> dict[str, Any]:
     checks = _tokenizer_checks(folder, config, tokenizer, pinned)
     checks |= _generation_checks(folder, plain.generation_config)
     checks |= _tensor_checks(reference, config, merged, told, dtype)
-    del reference, plain  # so that two models in fp32 are never held
+    del reference, plain  # its memory is needed for the other one in fp32
     new = _behaviour(merged.float(), pinned)
     checks |= _behaviour_checks(old, new, effect, LIMITS[dtype])
     if config.tuning.mode == "qlora" and base == "original":
