@@ -3,7 +3,7 @@
 #   CONFIG=file.yaml       configuration (docs/CONFIG.md)      RUN=outputs/name  a finished run
 #   ARGS="train.epochs=1"  overrides of its keys               JSON=file         where `plan`, `compare` write
 #   NUM_PROCESSES=n        on this machine (train-distributed, -fsdp, -deepspeed, verify-*; several: docs/LAUNCH.md)
-#   GIB=48                 memory of a GPU without a known name
+#   GIB=48                 memory of a GPU without a known name   LLAMA_CPP=path where llama.cpp is (merge: docs/MERGE.md)
 
 CONFIG ?= configs/nano.yaml
 RUN ?= outputs/nano
@@ -22,11 +22,12 @@ export TOKENIZERS_PARALLELISM := false
 export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERATE_CONFIG
 launch = $(BIN)/python scripts/launch.py --config $(CONFIG)
 model = --model "$(or $(MODEL),$(RUN))" $(if $(ADAPTER),--adapter "$(ADAPTER)")
+gguf = $(if $(or $(GGUF),$(LLAMA_CPP)),--gguf "$(or $(GGUF),$(LLAMA_CPP))")
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
 	train train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
-	tb-stop verify-resume verify-invariance evaluate eval-quick eval-test compare infer infer-batch merge nano test test-fast lint format docs clean
+	tb-stop verify-resume verify-invariance evaluate eval-quick eval-test compare infer infer-batch merge merge-test nano test test-fast lint format docs clean
 
 ##@ Start
 help: ## This list
@@ -127,8 +128,13 @@ infer: $(READY) ## Talk to a run or a model [RUN= or MODEL=] [ADAPTER=] [SYSTEM=
 infer-batch: $(READY) ## Answer every row of INPUT into OUTPUT (JSONL) [RUN= or MODEL=] [NUM_PROCESSES=2]
 	@$(BIN)/python scripts/infer_batch.py $(model) --input "$(INPUT)" --output "$(OUTPUT)" $(ARGS)
 
-merge: $(READY) ## Merge the adapter of RUN into its base, and prove it [OUTPUT=folder] [DTYPE=bf16]
-	@$(BIN)/python scripts/merge.py --run $(RUN) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
+merge: $(READY) ## Merge RUN into its base, and prove it [OUTPUT=] [DTYPE=bf16] [BASE=dequantised] [GGUF=llama.cpp]
+	@$(BIN)/python scripts/merge.py --run $(RUN) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(DTYPE),--dtype $(DTYPE)) \
+		$(if $(BASE),--base $(BASE)) $(gguf) $(ARGS)
+
+merge-test: $(READY) ## The proof again, on a merged folder MERGED=folder [RUN=folder] [GGUF=llama.cpp]
+	@$(BIN)/python scripts/merge.py --test "$(MERGED)" $(if $(filter command environment,$(firstword $(origin RUN))),--run $(RUN)) \
+		$(if $(BASE),--base $(BASE)) $(gguf) $(ARGS)
 
 ##@ Develop
 nano: $(READY) ## Remake the embedded base model and its task from nothing (about 35 minutes)

@@ -54,12 +54,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(tokenizer: PreTrainedTokenizerBase, config: Any = None) -> list[int]:
     """Tokens that end an answer: eos, what the chat template writes at the end of a turn, and what
-    the model's own generation_config.json says."""
+    the model's own generation config says."""
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     supervised = [i for i in chat.render(tokenizer, turns).labels if i != chat.IGNORED]
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = getattr(config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
     return sorted({tokenizer.eos_token_id, supervised[-1], *own} - {None})
 

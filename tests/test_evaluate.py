@@ -22,7 +22,9 @@ def nano():
     config = load_config(ROOT / "configs/nano.yaml")
     tokenizer = chat.prepare_tokenizer(model.load_tokenizer(config.model))
     base = model.load_base(config.model, "full", "fp32", torch.device("cpu")).eval()
-    speaker = evaluate.Speaker(base, tokenizer, generate.stop_ids(base, tokenizer), "nano")
+    speaker = evaluate.Speaker(
+        base, tokenizer, generate.stop_ids(tokenizer, base.generation_config), "nano"
+    )
     return speaker, processes.start_processes(config.train)
 
 

@@ -188,7 +188,7 @@ def test_the_end_of_a_turn_stops_an_answer():
     tokenizer = chat.prepare_tokenizer(model.load_tokenizer(Model(name=str(ROOT / "nano/model"))))
     built = tiny.llama()
     built.generation_config.eos_token_id = [17, 18]
-    found = generate.stop_ids(built, tokenizer)
+    found = generate.stop_ids(tokenizer, built.generation_config)
     assert set(found) == {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id} | {
         17,
         18,

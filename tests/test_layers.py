@@ -45,6 +45,7 @@ LAYERS = {
     "connector": 2.5,
     "infer": 3,
     "finetune": 3,
+    "merge": 3,
     "rehearsal": 3.5,  # runs a step of the task
     "memory": 3.6,  # predicts from rehearsals
     "confirm": 3.6,
