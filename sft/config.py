@@ -625,8 +625,13 @@ def _explain(path: str, item: Any, origins: Origins) -> str:
         return f"{at}: required, and not given{about}"
     if not key:
         return f"{at}: expected a section with keys, found {item['input']!r}"
-    expected = _type_name(SECTIONS[section].model_fields[key])
-    return f"{at}: expected {expected}, found {excerpt(item['input'])}"
+    expected = _type_name(KNOWN[section].model_fields[key])
+    told = f"{at}: expected {expected}, found {excerpt(item['input'])}"
+    if item["type"] == "literal_error" and isinstance(item["input"], str):
+        words = re.findall(r"'([^']+)'", item["ctx"]["expected"])
+        if near := difflib.get_close_matches(item["input"], words, n=1, cutoff=0.5):
+            told += f"; did you mean {near[0]}?"
+    return told
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
