@@ -13,7 +13,7 @@ from conftest import ROOT, launch
 from shapes import architectures, configured
 from transformers import GPT2Config, LlamaConfig, MambaConfig, Qwen2MoeConfig
 
-from sft import memory, model, rehearsal
+from sft import generate, memory, model, rehearsal
 from sft.config import load_config, with_values
 from sft.rehearsal import Window, uniform
 
@@ -111,7 +111,7 @@ def test_a_model_without_attention_is_planned(tmp_path):
     config = configured(tmp_path, mamba, "full", gradient_checkpointing=False)
     predicted = memory.predict(config, "bf16", uniform(2, 64, 64), on_gpu=True)
     assert predicted.reserved >= predicted.allocated > 0
-    assert memory.generation_bytes(config, "bf16", 4, 20, 20) > 0
+    assert generate.bytes_per_row(mamba, "bf16", 20, 20) > 0
 
 
 @pytest.mark.slow
