@@ -8,7 +8,7 @@ published  Rows that others printed, with their step in place of ours where it d
            Nothing is fitted to them; what they leave open is said in `unknown`.
 processes  One of two real processes (DDP, FSDP2, ZeRO, offloading) against its prediction.
 gpu        Real steps on a GPU, where there is one (not by default; not yet run).
-budget     Likewise: the planned micro-batch against the largest that runs, by bisection (not yet run).
+budget     Likewise: the planned micro-batch against the largest that runs, found by bisection.
 speed      `make plan` of an 8B and a 70B model: seconds and peak memory of the process.
 """
 
@@ -48,7 +48,7 @@ from transformers import LlamaConfig, PhiConfig, PretrainedConfig, Qwen2Config
 
 from sft import memory, model, plan, rehearsal
 from sft.cli import quiet_libraries
-from sft.config import with_values
+from sft.config import Config, with_values
 from sft.finetune import FineTune
 from sft.log import make_console
 from sft.processes import deepspeed_settings
@@ -521,32 +521,33 @@ def budget(folder: Path) -> list[dict[str, Any]]:
     for name, mode, checkpointing, length in BUDGETS:
         train = {"gradient_checkpointing": checkpointing}
         config = configured(folder / f"{name}{mode}{length}", SHAPES[name], mode, **train)
-
-        def planned(rows: int) -> bool:
-            window = replace(uniform(rows, length, length), gradients=True)
-            return memory.predict(config, "bf16", window, on_gpu=True).reserved <= room
-
-        def runs(rows: int) -> bool:
-            window, made = uniform(rows, length, length, micro_batches=2), None
-            try:
-                made = rehearsal.make_engine(
-                    config, "bf16", window, weights=False, accelerator=accelerator
-                )
-                for _ in range(2):
-                    made.optimizer_step()
-                return True
-            except (torch.OutOfMemoryError, OutOfMemory):
-                return False
-            finally:
-                if made is not None:
-                    accelerator.free_memory(made.model, made.optimizer)
-                del made
-                torch.cuda.empty_cache()
-
-        chosen, true = largest(planned), largest(runs)
+        run = partial(_runs, config, accelerator, length)
+        chosen, most = largest(partial(_planned, config, room, length)), largest(run)
         told = {"what": f"{name} {mode}{' + ckpt' if checkpointing else ''}, rows of {length}"}
-        found.append(told | {"planned_rows": chosen, "most_rows": true, "runs": runs(chosen)})
+        found.append(told | {"planned_rows": chosen, "most_rows": most, "runs": run(chosen)})
     return found
+
+
+def _planned(config: Config, room: float, length: int, rows: int) -> bool:
+    window = replace(uniform(rows, length, length), gradients=True)
+    return memory.predict(config, "bf16", window, on_gpu=True).reserved <= room
+
+
+def _runs(config: Config, accelerator: Accelerator, length: int, rows: int) -> bool:
+    window, made = uniform(rows, length, length, micro_batches=2), None
+    options: dict[str, Any] = {"weights": False, "accelerator": accelerator}
+    try:
+        made = rehearsal.make_engine(config, "bf16", window, **options)
+        for _ in range(2):
+            made.optimizer_step()
+        return True
+    except (torch.OutOfMemoryError, OutOfMemory):
+        return False
+    finally:
+        if made is not None:
+            accelerator.free_memory(made.model, made.optimizer)
+        del made
+        torch.cuda.empty_cache()
 
 
 def show_budget(found: list[dict[str, Any]]) -> Table:
