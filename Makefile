@@ -1,9 +1,9 @@
 # The interface: one line per verb. Scripts do the work; `make help` is made from the comments here.
 #
 #   CONFIG=file.yaml       configuration (docs/CONFIG.md)      RUN=outputs/name  a finished run
-#   ARGS="train.epochs=1"  overrides of its keys               JSON=file         where `make plan` writes it
+#   ARGS="train.epochs=1"  overrides of its keys               JSON=file         where `plan`, `compare` write
 #   NUM_PROCESSES=n        on this machine (train-distributed, -fsdp, -deepspeed, verify-*; several: docs/LAUNCH.md)
-#   GIB=48                 memory of a GPU without a known name
+#   GIB=48                 memory of a GPU without a known name   LLAMA_CPP=path where llama.cpp is (merge: docs/MERGE.md)
 
 CONFIG ?= configs/nano.yaml
 RUN ?= outputs/nano
@@ -22,11 +22,12 @@ export TOKENIZERS_PARALLELISM := false
 export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERATE_CONFIG
 launch = $(BIN)/python scripts/launch.py --config $(CONFIG)
 model = --model "$(or $(MODEL),$(RUN))" $(if $(ADAPTER),--adapter "$(ADAPTER)")
+gguf = $(if $(or $(GGUF),$(LLAMA_CPP)),--gguf "$(or $(GGUF),$(LLAMA_CPP))")
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
 	train train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
-	tb-stop verify-resume verify-invariance evaluate eval-quick eval-test infer infer-batch merge nano test test-fast lint format docs clean
+	tb-stop verify-resume verify-invariance evaluate eval-quick eval-test compare infer infer-batch merge merge-test nano test test-fast lint format docs clean
 
 ##@ Start
 help: ## This list
@@ -116,6 +117,10 @@ eval-test: $(READY) ## The same for every held-out row, or those of another file
 	@$(BIN)/python scripts/evaluate.py --run $(RUN) --name test evaluation.num_examples=1000000000 \
 		$(if $(INPUT),"data.eval_path=$(INPUT)") $(ARGS)
 
+compare: $(READY) ## Is B better or worse than A, or not distinguishable? A=run B=run [METRIC=rouge_l,bleu] [SHOW=5]
+	@$(BIN)/python scripts/compare.py --a "$(A)" --b "$(B)" $(if $(METRIC),--metric "$(METRIC)") \
+		$(if $(SHOW),--show $(SHOW)) $(if $(JSON),--json "$(JSON)")
+
 infer: $(READY) ## Talk to a run or a model [RUN= or MODEL=] [ADAPTER=] [SYSTEM=] [PROMPT="one question"]
 	@$(BIN)/python scripts/infer.py $(model) $(if $(SYSTEM),--system "$(SYSTEM)") \
 		$(if $(filter command environment,$(firstword $(origin PROMPT))),--prompt "$(PROMPT)") $(ARGS)
@@ -123,8 +128,13 @@ infer: $(READY) ## Talk to a run or a model [RUN= or MODEL=] [ADAPTER=] [SYSTEM=
 infer-batch: $(READY) ## Answer every row of INPUT into OUTPUT (JSONL) [RUN= or MODEL=] [NUM_PROCESSES=2]
 	@$(BIN)/python scripts/infer_batch.py $(model) --input "$(INPUT)" --output "$(OUTPUT)" $(ARGS)
 
-merge: $(READY) ## Merge the adapter of RUN into its base, and prove it [OUTPUT=folder] [DTYPE=bf16]
-	@$(BIN)/python scripts/merge.py --run $(RUN) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
+merge: $(READY) ## Merge RUN into its base, and prove it [OUTPUT=] [DTYPE=bf16] [BASE=dequantised] [GGUF=llama.cpp]
+	@$(BIN)/python scripts/merge.py --run $(RUN) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(DTYPE),--dtype $(DTYPE)) \
+		$(if $(BASE),--base $(BASE)) $(gguf) $(ARGS)
+
+merge-test: $(READY) ## The proof again, on a merged folder MERGED=folder [RUN=folder] [GGUF=llama.cpp]
+	@$(BIN)/python scripts/merge.py --test "$(MERGED)" $(if $(filter command environment,$(firstword $(origin RUN))),--run $(RUN)) \
+		$(if $(BASE),--base $(BASE)) $(gguf) $(ARGS)
 
 ##@ Develop
 nano: $(READY) ## Remake the embedded base model and its task from nothing (about 35 minutes)

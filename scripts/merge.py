@@ -1,7 +1,6 @@
 """Merges the adapter of a finished run into its base, and proves the result."""
 
 import argparse
-import json
 from pathlib import Path
 
 from sft import cli
@@ -9,17 +8,31 @@ from sft import cli
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("outputs/nano"), help="folder of the run")
+    parser.add_argument("--run", type=Path, help="folder of the run")
     parser.add_argument("--output", type=Path, help="default: <run>/merged")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--test", type=Path, metavar="FOLDER", help="only prove, this merged model")
+    parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="bf16")
+    parser.add_argument("--base", choices=["original", "dequantised"], help="weights to merge into")
+    parser.add_argument("--gguf", type=Path, help="folder of llama.cpp: make a GGUF file as well")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
-    from sft import export
+    from sft import merge
+    from sft.log import make_console
 
-    output = args.output or args.run / "merged"
-    report = export.merge(args.run, output, args.dtype, args.overrides)
-    print(json.dumps(report, indent=2))
-    print(f"merged model, same as the adapter on its base: {output}")
+    say = make_console().print
+    if args.gguf:
+        merge.converter(args.gguf)
+    if args.test:
+        folder = args.test
+        report = merge.retest(folder, say, args.run, args.base, args.overrides)
+    else:
+        run = args.run or Path("outputs/nano")
+        folder = args.output or run / "merged"
+        base = args.base or "original"
+        report = merge.merge(run, folder, args.dtype, say, base, args.overrides)
+    say(f"merged model, proven to be the one that was trained: {folder}")
+    if args.gguf:
+        say(f"GGUF: {merge.convert(folder, report['dtype'], args.gguf)}")
 
 
 if __name__ == "__main__":

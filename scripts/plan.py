@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -46,11 +45,7 @@ def main() -> None:
         advised = plan.advice(config, work, machine, made)
         console.print(plan.advice_table(advised))
         report = plan.report(made, advised)
-    try:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    except OSError as error:
-        raise ConfigError(f"JSON: cannot write {args.json}: {error.strerror}") from None
+    cli.write_json(args.json, report)
     console.print(f"all numbers: {args.json}")
 
 

@@ -65,6 +65,15 @@ def generation(overrides: list[str]) -> dict[str, Any]:
     return generation_of(overrides).model_dump()
 
 
+def write_json(file: Path, report: object) -> None:
+    """What `JSON=file` asks for. Raises UserError where it cannot be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    except OSError as error:
+        raise UserError(f"JSON: cannot write {file}: {error.strerror}") from None
+
+
 def quiet_libraries() -> None:
     """Silences what libraries say that asks nothing of a user; their errors stay."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

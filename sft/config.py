@@ -223,17 +223,17 @@ class Train(Section):
 
 class Evaluation(Section):
     num_examples: CountOrZero = 200
-    """Held-out rows answered by generation and scored by exact match. 0: loss only."""
+    """Held-out rows answered by generation and scored by `metrics`. 0: loss only."""
     max_new_tokens: Count = 128
     """Longest answer, tokens."""
     batch_size: Count = 64
     """Prompts generated at once on each process."""
-    metrics: Annotated[list[MetricName], Field(min_length=1)] = ["exact_match"]
-    """Scores of the answers (docs/METRICS.md), told with 95 % intervals."""
-    labels: Texts | None = None
-    """What answers can be, for the metric `classification`."""
     num_shown: CountOrZero = 3
     """Prompts whose answers before and after are shown side by side."""
+    metrics: Annotated[list[MetricName], Field(min_length=1)] = ["exact_match"]
+    """Scores of the answers, each with a 95 % interval (sft/metrics.py defines them)."""
+    labels: Texts | None = None
+    """Labels of the answers for `classification`; an answer that is none of them has failed."""
 
 
 class Generation(Section):
@@ -368,8 +368,13 @@ RULES = [
     ),
     Rule(
         ("evaluation.metrics", "evaluation.labels"),
-        lambda metrics, labels: ("classification" in metrics) != (labels is not None),
-        "classification needs evaluation.labels, which nothing else reads",
+        lambda names, labels: "classification" in names and labels is None,
+        "classification counts answers by label: set evaluation.labels",
+    ),
+    Rule(
+        ("evaluation.labels", "evaluation.metrics"),
+        lambda labels, names: labels is not None and "classification" not in names,
+        "is only read with evaluation.metrics: [classification]; set that, or remove this key",
     ),
     *(
         Rule(
@@ -438,7 +443,7 @@ def classified_rows(output_dir: str) -> dict[str, str]:
 def _train_on_classified(tree: dict) -> None:
     """A file that says what to classify need not say where the rows to train on will be."""
     classify = tree.get("classify")
-    if isinstance(classify, dict) and "path" in classify:
+    if isinstance(classify, dict) and classify.get("path") is not None:
         folder = classify.get("output_dir", Classify().output_dir)
         data = tree.setdefault("data", {})
         for key, path in classified_rows(folder).items():
@@ -665,7 +670,7 @@ def _place(location: tuple[int | str, ...]) -> tuple[str, type[Section] | None, 
     """(dotted path, its section, its key there); what pydantic appends to a key (member of a union,
     place in a list) is cut off."""
     parts = [*map(str, location)]
-    section, at = EXPLAINED.get(parts[0]), 1
+    section, at = KNOWN.get(parts[0]), 1
     if parts[0] == "classify" and parts[1:2] == ["strategies"] and len(parts) > 2:
         section, at = Strategy, 3
         if parts[3:4] == ["generation"] and len(parts) > 4:
@@ -694,7 +699,7 @@ def _explain(path: str, item: Any, origins: Origins) -> str:
         return f"{at}: required, and not given{about}"
     if not key:
         return f"{at}: expected a section with keys, found {item['input']!r}"
-    return f"{at}: expected {_type_name(fields[key])}, found {_excerpt(item['input'])}"
+    return f"{at}: expected {_type_name(fields[key])}, found {excerpt(item['input'])}"
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -703,7 +708,8 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 
-def _excerpt(value: Any) -> str:
+def excerpt(value: Any) -> str:
+    """At most 60 characters of what Python calls it, for a message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -727,7 +733,7 @@ SECTIONS: dict[str, type[Section]] = {
     name: typing.cast(type[Section], field.annotation)
     for name, field in Config.model_fields.items()
 }
-EXPLAINED: dict[str, type[Section]] = {
+KNOWN: dict[str, type[Section]] = {
     **SECTIONS,
     "classify.strategies.<name>": Strategy,
     "generation": Generation,
@@ -790,8 +796,15 @@ def reference() -> str:
         '`ARGS="train.epochs=1"` (or `section.key=value` on a command line) overrides both.',
         " Unknown keys, wrong types and contradictions stop the run.",
     ]
-    for name, section in EXPLAINED.items():
-        lines += ["", f"## `{name}`", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, section in KNOWN.items():
+        lines += ["", f"## `{name}`", ""]
+        if section is Generation:
+            given = f"make infer ARGS={name}.temperature=0.7"
+            lines += [
+                f"Of each of `classify.strategies`, and of `{given}` and `make infer-batch`.",
+                "",
+            ]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for key, field in section.model_fields.items():
             default = "**required**" if field.is_required() else f"`{_yaml(field.default)}`"
             lines.append(f"| `{key}` | {_type_name(field)} | {default} | {field.description} |")

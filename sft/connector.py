@@ -382,7 +382,7 @@ def _open_model(
     base = model.load_base(settings, mode, precision, device)
     of = ""
     if adapter is not None:
-        base = export.with_adapter(base, Path(adapter))
+        base = export.with_adapter(base, settings, Path(adapter))
         of = checkpoint.sha256(Path(adapter) / export.ADAPTER)
         if (Path(adapter) / "tokenizer_config.json").exists():
             tokenizer = model.load_tokenizer(Model(name=adapter))
@@ -391,7 +391,7 @@ def _open_model(
 
 def _speaker(built: nn.Module, tokenizer: PreTrainedTokenizerBase, *of: str) -> Speaker:
     tokenizer = chat.prepare_tokenizer(tokenizer)
-    stop = generate.stop_ids(built, tokenizer)
+    stop = generate.stop_ids(tokenizer, built.generation_config)
     return Speaker(built, tokenizer, stop, key_of(of, stop, tokenizer.get_chat_template()))
 
 

@@ -1,4 +1,4 @@
-"""Save what a user loads, load it back, merge an adapter into its base and prove the result.
+"""Save what a user loads, and load it back.
 
 `save` writes a model or an adapter in the format of transformers or PEFT, with the tokenizer and
 its chat template, so that what is served is what was trained (law 3).
@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from sft import chat, checkpoint, tensors
+from sft import checkpoint, tensors
 from sft.checkpoint import CheckpointError
-from sft.config import Config, Tuning, UserError, load_config
-from sft.model import DTYPES, ModelError, add_adapters, load_base, load_tokenizer
+from sft.config import Config, Model, Tuning, UserError, load_config
+from sft.model import ModelError, add_adapters, load_base, load_tokenizer, weights_sha256
 
 ADAPTER = "adapter_model.safetensors"
+BASE = "base.json"  # beside an adapter: what it was trained on
 
 
 class ExportError(UserError):
-    """A run folder, adapter or merged model is not what it should be."""
+    """A run folder or an adapter is not what it should be."""
 
 
 def save(
@@ -33,13 +34,18 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     weights: dict[str, torch.Tensor] | None = None,
+    base: Model | None = None,
 ) -> None:
     """Adapter or model, and tokenizer, in `folder` (safetensors).
 
     `weights`: those to be saved, by name, where the model itself does not have them whole.
+    `base`: what an adapter belongs to; `load_tuned` refuses another.
     """
     model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
     tokenizer.save_pretrained(str(folder))
+    if base is not None:
+        told = {"name": base.name, "weights_sha256": weights_sha256(base)}
+        (folder / BASE).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
     config = folder / "config.json"
     if config.exists():  # training turns the cache off; whoever loads the model wants it
         values = json.loads(config.read_text("utf-8"))
@@ -117,11 +123,30 @@ def load_tuned(
     mode = config.tuning.mode
     if mode == "full":
         return load_base(saved, mode, precision, device).eval(), tokenizer
+    _refuse_another_base(folder, config.model)
     base = load_base(config.model, mode if quantised else "lora", precision, device)
     # By the configuration, as in training: adapter_config.json can name modules to be imported.
     adapted = add_adapters(base, config.tuning)
     load_weights(adapted, folder)
     return adapted.eval(), tokenizer
+
+
+def _refuse_another_base(folder: Path, base: Model) -> None:
+    path = folder / BASE
+    if not path.exists():  # of a run before this file was written
+        return
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        name, expected = str(told["name"]), str(told["weights_sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{path} is not what a run writes: {error!r}") from None
+    found = weights_sha256(base)
+    if found != expected:
+        raise ExportError(
+            f"{folder} is an adapter of {name!r}: expected its weights, of digest "
+            f"{expected[:12]}, found those of {base.name!r}, {found[:12]}; give the "
+            'base that it was trained on with ARGS="model.name=..."'
+        )
 
 
 # What a LoRA adapter may have that would be computed otherwise than by `model.add_adapters`.
@@ -153,10 +178,11 @@ def base_of(folder: Path) -> str:
     return str(_adapter_config(folder)["base_model_name_or_path"])
 
 
-def with_adapter(base: nn.Module, folder: Path) -> nn.Module:
-    """`base` with the adapter in `folder`, read by its numbers: adapter_config.json could name
-    modules to be imported. Raises ExportError if it is not an adapter of this base."""
+def with_adapter(base: nn.Module, of: Model, folder: Path) -> nn.Module:
+    """`base`, loaded from `of`, with the adapter in `folder`. Raises ExportError if it is none of
+    this base. Only its numbers are read: adapter_config.json could name modules to be imported."""
     found = _adapter_config(folder)
+    _refuse_another_base(folder, of)
     try:
         shape = {key: found[key] for key in ("r", "lora_alpha", "target_modules")}
         tuning = Tuning(**shape)
@@ -171,79 +197,3 @@ def with_adapter(base: nn.Module, folder: Path) -> nn.Module:
             f"{found['base_model_name_or_path']}): {error}"
         ) from None
     return adapted
-
-
-def merge(
-    run: Path, output: Path, dtype: str, overrides: list[str] | None = None
-) -> dict[str, Any]:
-    """Merges the adapter of `run` into its original base, saves it, reloads it, compares the two.
-
-    The report has, over held-out prompts: KL divergence (nats per token) of the reloaded merged
-    model from the unmerged one, the share of positions with the same most likely token, and the
-    same two against the model as trained (for QLoRA the difference is the quantisation of the
-    base). Raises ExportError when the merged model does not agree with the unmerged one.
-    """
-    config = run_config(run, overrides)
-    if config.tuning.mode == "full":
-        raise ExportError(f"{run}: full fine-tuning has no adapter; final_checkpoint/ is the model")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ExportError(f"{output} exists already; remove it, or give another OUTPUT")
-    cpu = torch.device("cpu")
-    adapted, tokenizer = load_tuned(run, config, "fp32", cpu, quantised=False)
-    prompts = _pinned_prompts(run, tokenizer)
-    expected = [_log_probabilities(adapted, ids) for ids in prompts]
-    merged = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
-    save(merged.to(DTYPES[dtype]), tokenizer, output)
-    reloaded = AutoModelForCausalLM.from_pretrained(
-        str(output), dtype=torch.float32, trust_remote_code=config.model.trust_remote_code
-    ).eval()
-    found = [_log_probabilities(reloaded, ids) for ids in prompts]
-    report: dict[str, Any] = {"dtype": dtype, "num_prompts": len(prompts)}
-    report["against_unmerged"] = _compare(expected, found)
-    if config.tuning.mode == "qlora":
-        trained, _ = load_tuned(run, config, "fp32", cpu)
-        report["against_trained"] = _compare(
-            [_log_probabilities(trained, i) for i in prompts], found
-        )
-    (output / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    limit = {"fp32": 1e-4, "bf16": 2e-2}[dtype]
-    if not report["against_unmerged"]["kl"] <= limit:
-        raise ExportError(
-            f"the merged model in {output} does not equal the adapter on its base: KL divergence "
-            f"{report['against_unmerged']['kl']:.2g} nats per token, expected at most {limit:g}; "
-            "do not use it"
-        )
-    return report
-
-
-def _pinned_prompts(
-    run: Path, tokenizer: PreTrainedTokenizerBase, most: int = 32
-) -> list[list[int]]:
-    """Held-out prompts with their answers, from what the run's evaluation stored."""
-    path = run / "evaluation" / "predictions.jsonl"
-    texts = []
-    if path.exists():
-        try:
-            rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            texts = [(row["prompt"], row["reference"]) for row in rows[:most]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ExportError(f"{path} cannot be read ({error!r}); remove it") from None
-    texts = texts or [("Hello", "Hello"), ("What is this?", "A test.")]
-    turns = [
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        for prompt, answer in texts
-    ]
-    return [chat.render(tokenizer, messages).ids for messages in turns]
-
-
-@torch.no_grad()
-def _log_probabilities(model: nn.Module, ids: list[int]) -> torch.Tensor:
-    return model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
-
-
-def _compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict[str, float]:
-    old, new = torch.cat(expected), torch.cat(found)
-    return {
-        "kl": float((old.exp() * (old - new)).sum(-1).mean()),
-        "top1_agreement": float((old.argmax(-1) == new.argmax(-1)).float().mean()),
-    }

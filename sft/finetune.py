@@ -124,7 +124,8 @@ class FineTune:
         settings, tokenizer = self.config.evaluation, self.prepared.tokenizer
         asked = (r for r in self.prepared.held_out.rows() if not chat.is_document(r.messages))
         identity = key_of(self.identity(), self.config.train.seed, state)
-        speaker = evaluate.Speaker(model, tokenizer, generate.stop_ids(model, tokenizer), identity)
+        stop = generate.stop_ids(tokenizer, self.model.generation_config)
+        speaker = evaluate.Speaker(model, tokenizer, stop, identity)
         predictions = Predictions(path)
         with self.guard.section("generation"):
             evaluate.answer_all(
@@ -141,7 +142,8 @@ class FineTune:
         return evaluate.score(path, settings.metrics, self.accelerator, settings.labels or ())
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        export.save(self.model, self.prepared.tokenizer, folder, weights)
+        base = None if self.config.tuning.mode == "full" else self.config.model
+        export.save(self.model, self.prepared.tokenizer, folder, weights, base)
 
     def read(self, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         return export.read_weights(self.model, folder)

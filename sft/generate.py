@@ -23,13 +23,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft import batching, chat, recovery
-from sft.config import Generation
+from sft.config import Generation, UserError
 from sft.model import DTYPES
 from sft.parallel import is_split
 
 ROWS_CPU, ROWS_GPU = 64, 256  # of a batch, at most: more do not make a CPU quicker (docs/LOG.md)
 LEAVE = 1 / 8  # share of a batch that must have ended before its rows are taken out
 Told = Callable[[list[int]], None]  # hears of the tokens of a step, a row each
+
+
+class GenerationError(UserError):
+    """The model cannot be asked."""
 
 
 class Answer(NamedTuple):
@@ -50,12 +54,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(tokenizer: PreTrainedTokenizerBase, config: Any = None) -> list[int]:
     """Tokens that end an answer: eos, what the chat template writes at the end of a turn, and what
-    the model's own generation_config.json says."""
+    the model's own generation config says."""
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     supervised = [i for i in chat.render(tokenizer, turns).labels if i != chat.IGNORED]
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = getattr(config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
     return sorted({tokenizer.eos_token_id, supervised[-1], *own} - {None})
 
@@ -228,6 +232,11 @@ class _Step:
         self.model, self.device, self.cache = model, device, None
         plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.known = inspect.signature(plain.forward).parameters
+        if "past_key_values" not in self.known:
+            raise GenerationError(
+                f"{type(plain).__name__} keeps no keys and values (past_key_values) between "
+                "tokens, which answers are written with; ask it with its own `generate`"
+            )
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """ids (rows, new), mask (rows, all so far) -> (rows, vocabulary), fp32."""

@@ -56,6 +56,11 @@ def visible(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", lambda m: repr(m[0])[1:-1], text)
 
 
+def beginning(text: str, most: int = 300) -> str:
+    """So many characters of such a text, visible."""
+    return visible(text if len(text) <= most else text[: most - 1] + "…")
+
+
 def facts(title: str, rows: Sequence[tuple[str, str | Text]]) -> Table:
     """A two-column table: name, value."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)

@@ -56,11 +56,22 @@ def architecture(config: Model) -> Any:
 
 
 def fingerprint(config: Model) -> str:
-    """A digest of the base model, wherever it lies: its config.json, and of each file of weights
-    the size, the header (names, dtypes, shapes) and the last MiB."""
+    """A digest of the base model, wherever it lies: its config.json and its files of weights."""
     digest = hashlib.sha256(architecture(config).to_json_string().encode())
-    if config.init == "random":
-        return digest.hexdigest()
+    if config.init == "pretrained":
+        for part in _told_of_weights(config):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def weights_sha256(config: Model) -> str:
+    """A digest of the files of weights alone: `config.json` is read differently by each version of
+    transformers, and an adapter outlives a version."""
+    return hashlib.sha256(b"".join(_told_of_weights(config))).hexdigest()
+
+
+def _told_of_weights(config: Model) -> Iterator[bytes]:
+    """Of each file the name, the size, the header (names, dtypes, shapes) and the last MiB."""
     with explained(config.name):
         found = cached_file(config.name, "config.json", revision=config.revision)
     for path in sorted(Path(str(found)).parent.glob("*.safetensors")):
@@ -68,8 +79,7 @@ def fingerprint(config: Model) -> str:
         with path.open("rb") as file:
             header = file.read(min(size, 8 + int.from_bytes(file.read(8), "little")))
             file.seek(max(0, size - 2**20))
-            digest.update(f"{path.name} {size}".encode() + header + file.read())
-    return digest.hexdigest()
+            yield f"{path.name} {size}".encode() + header + file.read()
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from sft.batching import Budget, MicroBatch
 from sft.config import Config, Train, UserError, dump_config, with_values
 from sft.engine import Engine, identity, memory_bytes, read_state
 from sft.guard import RANKS, TRACEBACK, Guard, Lock, Status
-from sft.log import Log, duration, facts, visible
+from sft.log import Log, beginning, duration, facts
 from sft.model import build, dtype_table
 from sft.processes import (
     agree,
@@ -358,9 +358,9 @@ def _side_by_side(folder: Path, num_shown: int) -> Table:
     for before, after in islice(zip(*map(predictions.read, paths), strict=False), num_shown):
         right = (after["answer"] or "").strip() == after["reference"].strip()
         table.add_row(
-            Text(_short(after["prompt"])),
-            Text(_short(before["answer"])),
-            Text(_short(after["answer"]), style="green" if right else "red"),
+            Text(beginning(after["prompt"])),
+            Text(_shown(before["answer"])),
+            Text(_shown(after["answer"]), style="green" if right else "red"),
         )
     return table
 
@@ -370,13 +370,12 @@ def _answers_table(path: Path, num_shown: int) -> Table:
     for column in ("prompt", "answer", "reference"):
         table.add_column(column, overflow="fold", ratio=1)
     for row in islice(predictions.read(path), num_shown):
-        table.add_row(*(Text(_short(row[key])) for key in ("prompt", "answer", "reference")))
+        table.add_row(*(Text(_shown(row[key])) for key in ("prompt", "answer", "reference")))
     return table
 
 
-def _short(text: str | None, most: int = 300) -> str:
-    text = "(no answer)" if text is None else text
-    return visible(text if len(text) <= most else text[: most - 1] + "…")
+def _shown(text: str | None) -> str:
+    return beginning("(not answered)" if text is None else text)
 
 
 def _closing(

@@ -22,18 +22,13 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from sft import batching, checkpoint, cli, engine, evaluate, prepare, run
-from sft.config import UserError, load_config
+from sft import batching, checkpoint, cli, engine, generate, prepare, run
+from sft.config import Generation, UserError, load_config
 from sft.guard import Guard, die_with_parent
 
 ROWS = tiny.examples(0, 11)
 PROMPTS = [row.ids for row in ROWS[:6]]
 Request = dict[str, Any]
-
-
-class Tokenizer(tiny.Tokenizer):
-    def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> list[str]:
-        return [str(row) for row in ids.tolist()]
 
 
 def happens(request: Request, moment: str) -> None:
@@ -96,13 +91,13 @@ def train(request: Request) -> None:
         task.collate = before(request, "data", task.collate)  # type: ignore[method-assign]
         engine.checkpoint.commit = before(request, "save", checkpoint.commit)
         built._write = before(request, "write", built._write)  # type: ignore[method-assign]
-        answer = evaluate._answer
+        decode = generate.decode
 
-        def answered(*arguments: Any, **options: Any) -> list[str]:
+        def decoded(*arguments: Any, **options: Any) -> list[generate.Answer]:
             happens(request, f"{part(built)} generation")
-            return answer(*arguments, **options)
+            return decode(*arguments, **options)
 
-        evaluate._answer = answered
+        generate.decode = decoded
         results(built)
         if found:
             built.resume(found)
@@ -122,9 +117,14 @@ def part(built: engine.Engine) -> str:
 
 def results(built: engine.Engine) -> None:
     built.task.evaluate(built.model)
-    guard, accelerator, log = built.guard, built.accelerator, built.log
-    sizes = {"max_new_tokens": 4, "batch_size": 2}
-    evaluate.generate(built.task.model, Tokenizer(), PROMPTS, accelerator, log, guard, **sizes)
+    guard, short = built.guard, Generation(max_new_tokens=4)
+    with guard.section("generation"):
+        for _ in generate.answers(
+            *(built.task.model, PROMPTS, short, [1], built.accelerator),
+            rows=2,
+            between=guard.stop_if_asked,
+        ):
+            pass
 
 
 def prepare_data(request: Request) -> None:
@@ -164,7 +164,6 @@ def start_launcher(request: Request) -> None:
     told = os.open(out / "told", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(told, 1)
     os.dup2(told, 2)
-    evaluate.stop_ids = lambda _: [1]
     pids = []
     gate, opened = os.pipe()
     for rank in range(request["world"]):
@@ -183,7 +182,6 @@ def start_launcher(request: Request) -> None:
 
 def main() -> None:
     if len(sys.argv) > 1:  # by torchrun, as one rank
-        evaluate.stop_ids = lambda _: [1]
         cli.run(lambda: train(json.loads(sys.argv[1])))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # launchers need no burial
     torch.set_num_threads(1)

@@ -13,15 +13,18 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from sft.config import load_config
+from sft.config import generation_of, load_config
 
 DOCS = [ROOT / "README.md", ROOT / "nano/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
 VARIABLES = {
     *("CONFIG", "ARGS", "RUN", "NUM_PROCESSES", "ACCELERATE_CONFIG", "AUTO", "DEEPSPEED", "OUTPUT"),
+    *("ADAPTER", "SYSTEM"),
+    *("BASE", "MERGED", "GGUF", "LLAMA_CPP"),
     *("DTYPE", "PROMPT", "PORT", "OUTPUTS", "VENV_TOO", "PYTHON", "INPUT", "ROW", "IDS"),
     *("GPU", "GIB", "MODEL", "TUNING", "SEQ", "UNIFORM", "COMPARE", "JSON"),
+    *("A", "B", "METRIC", "SHOW"),
     *("NUM_MACHINES", "MACHINE_RANK", "MASTER_ADDR", "MASTER_PORT"),
 }
 
@@ -50,7 +53,10 @@ def test_a_command_in_the_docs_is_one_that_exists(document, command):
     for assignment in assignments:
         name, value = assignment.split("=", 1)
         assert name in VARIABLES, document
-        if name == "ARGS":
+        if name == "ARGS" and "generation." in value:
+            assert words[0] in ("infer", "infer-batch")
+            generation_of(value.split())
+        elif name == "ARGS":
             load_config(ROOT / "configs/nano.yaml", value.split())
         if name == "CONFIG" and (ROOT / value).exists():
             load_config(ROOT / value)

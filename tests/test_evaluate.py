@@ -1,17 +1,20 @@
-"""Answers: the order of the prompts, any batch size, left padding that changes nothing."""
+"""Answers into a file and their scores: every example once, the same for every cut."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
 from conftest import ROOT
 
-from sft import chat, evaluate, model, processes
-from sft.config import load_config
-from sft.guard import Guard
+from sft import chat, evaluate, generate, model, processes
+from sft.config import Generation, UserError, load_config
+from sft.data import BadRow, Row
 from sft.log import Log
+from sft.predictions import Predictions, key_of, read
 
-PROMPTS = ["hi", "what is the time in the city", "a b c d e f g h i j k l m n", "repeat: one two"]
+SHORT = Generation(max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -19,50 +22,117 @@ def nano():
     config = load_config(ROOT / "configs/nano.yaml")
     tokenizer = chat.prepare_tokenizer(model.load_tokenizer(config.model))
     base = model.load_base(config.model, "full", "fp32", torch.device("cpu")).eval()
-    return base, tokenizer, processes.start_processes(config.train)
+    speaker = evaluate.Speaker(
+        base, tokenizer, generate.stop_ids(tokenizer, base.generation_config), "nano"
+    )
+    return speaker, processes.start_processes(config.train)
 
 
-def answers(nano, prompts, batch_size):
-    base, tokenizer, accelerator = nano
-    ids = [chat.prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
-    settings = {"max_new_tokens": 12, "batch_size": batch_size}
-    return evaluate.generate(base, tokenizer, ids, accelerator, Log(None), Guard(), **settings)
+def row(text: str, reference: str | None = None, line: int = 1) -> Row:
+    messages = [{"role": "user", "content": text}]
+    messages += [{"role": "assistant", "content": reference}] if reference else []
+    return Row(messages, None, "file", line)
 
 
-def test_answers_do_not_depend_on_batch_or_order(nano):
-    one_by_one = [answers(nano, [prompt], 1)[0] for prompt in PROMPTS]
-    assert len(set(one_by_one)) > 1
-    assert answers(nano, PROMPTS, 2) == one_by_one
-    assert answers(nano, PROMPTS, 100) == one_by_one
-    assert answers(nano, PROMPTS[::-1], 3) == one_by_one[::-1]
-    assert answers(nano, [], 3) == []
+WORDS = ("one", "two", "three", "four")
+ROWS = [row(f"repeat: {word}", word, i) for i, word in enumerate(WORDS, 1)]
 
 
-def test_an_answer_is_what_plain_greedy_decoding_gives(nano):
-    base, tokenizer, _ = nano
-    ids = chat.prompt_ids(tokenizer, [{"role": "user", "content": PROMPTS[1]}])
-    stop, text = evaluate.stop_ids(tokenizer), list(ids)
-    for _ in range(12):
-        token = int(base(input_ids=torch.tensor([text])).logits[0, -1].argmax())
-        if token in stop:
-            break
-        text.append(token)
-    assert answers(nano, [PROMPTS[1]], 4) == [tokenizer.decode(text[len(ids) :])]
+def answered(nano, asked, path, settings=SHORT, **options):
+    speaker, accelerator = nano
+    questions = map(evaluate.question, asked)
+    evaluate.answer_all(
+        speaker, questions, settings, Predictions(path), accelerator, Log(None), **options
+    )
+    return list(read(path))
 
 
-def test_generation_leaves_the_mode_of_the_model_alone(nano):
-    base = nano[0]
-    base.train()
-    answers(nano, PROMPTS[:1], 1)
-    assert base.training
-    base.eval()
+def test_every_row_has_its_line_in_order_also_those_that_cannot_be_asked(nano, tmp_path):
+    bad = BadRow("file", 3, "not valid JSON", "{...")
+    rows = [ROWS[0], row("x " * 600, "y"), bad, ROWS[1], row("no reference")]
+    found = answered(nano, rows, tmp_path / "predictions.jsonl", rows=2)
+    assert [line["index"] for line in found] == [0, 1, 2, 3, 4]
+    assert [line["finish_reason"] == "error" for line in found] == [0, 1, 1, 0, 0]
+    assert found[1]["error"].endswith("the model takes 512 with the answer: shorten it")
+    assert (found[2]["row"], found[2]["error"]) == ("file:3", "not valid JSON")
+    assert found[0]["row"] == "file:1"
+    assert found[0]["reference"] == "one"
+    assert "reference" not in found[4]
+    assert found[0]["prompt_tokens"] > 5
+    assert found[0]["completion_tokens"] > 0
 
 
-def test_exact_match_is_a_share():
-    assert evaluate.exact_match(["a", " b\n", "c"], ["a", "b", "d"]) == pytest.approx(2 / 3)
-    assert evaluate.exact_match([], []) == 0
+def test_windows_and_batches_change_nothing(nano, tmp_path, monkeypatch):
+    rows = ROWS * 3
+    once = answered(nano, rows, tmp_path / "once.jsonl", rows=100)
+    assert len({line["answer"] for line in once}) > 1
+    monkeypatch.setattr(evaluate, "WINDOW", 5)
+    assert answered(nano, rows, tmp_path / "windows.jsonl", rows=2) == once
 
 
-def test_the_end_of_a_turn_stops_an_answer(nano):
-    tokenizer = nano[1]
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in evaluate.stop_ids(tokenizer)
+def test_what_is_drawn_follows_the_number_of_the_example(nano, tmp_path, monkeypatch):
+    drawn = Generation(max_new_tokens=8, temperature=1.5)
+    once = answered(nano, [ROWS[0]] * 6, tmp_path / "once.jsonl", drawn)
+    assert len({line["answer"] for line in once}) > 2
+    monkeypatch.setattr(evaluate, "WINDOW", 2)
+    assert answered(nano, [ROWS[0]] * 6, tmp_path / "windows.jsonl", drawn) == once
+
+
+def test_a_stop_between_batches_loses_nothing_that_was_answered(nano, tmp_path):
+    path, calls = tmp_path / "predictions.jsonl", []
+
+    def stop_at_the_third() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise UserError("stopped")
+
+    with pytest.raises(UserError, match="stopped"):
+        answered(nano, ROWS * 2, path, rows=2, between=stop_at_the_third)
+    assert len(list(read(path))) == 4
+    calls[:] = [1] * 9  # not again
+    found = answered(nano, ROWS * 2, path, rows=2, between=lambda: calls.append(1))
+    assert len(calls) == 9 + 2
+    assert found == answered(nano, ROWS * 2, tmp_path / "whole.jsonl")
+
+
+def written(path, pairs):
+    with path.open("w") as file:
+        for i, (answer, reference) in enumerate(pairs):
+            told = {"index": i, "key": key_of(i), "prompt": "", "answer": answer}
+            file.write(json.dumps(told | {"reference": reference}) + "\n")
+    return path
+
+
+def test_scores_count_what_failed(nano, tmp_path):
+    pairs = [("a", "a"), ("b ", "b"), ("c", "x"), (None, "d")]
+    path = written(tmp_path / "predictions.jsonl", pairs)
+    found = evaluate.score(path, ["exact_match"], nano[1])
+    assert found.values == {"exact_match": 0.5}
+    assert (found.num_examples, found.num_failed) == (4, 1)
+    low, high = found.intervals["exact_match"]
+    assert 0 <= low < 0.5 < high <= 1
+
+
+def test_ranks_add_up_to_the_scores_of_one(nano, tmp_path):
+    pairs = [("a b c d", "a b c d" if i % 3 else "a c d") for i in range(20)]
+    path = written(tmp_path / "predictions.jsonl", pairs)
+    names = ["exact_match", "bleu", "rouge_l"]
+    whole = evaluate.score(path, names, nano[1])
+    parts: list = []
+
+    class Ranks:
+        """Three ranks, one after another; the last one sees the sum, as all would."""
+
+        num_processes, device = 3, torch.device("cpu")
+
+        def __init__(self, rank: int):
+            self.process_index = rank
+
+        def reduce(self, sums: torch.Tensor, _: str) -> torch.Tensor:
+            parts.append(sums)
+            return torch.stack(parts).sum(0)
+
+    for rank in range(3):
+        found = evaluate.score(path, names, Ranks(rank))
+    assert found.values == whole.values
+    assert found.intervals == whole.intervals

@@ -29,6 +29,7 @@ LAYERS = {
     "storage": 1.2,  # which checkpoints stay
     "processes": 1,
     "launcher": 1,
+    "metrics": 1,
     "formats": 1,
     "data": 1.2,  # reads the rows that formats makes messages of
     "chat": 1.5,  # renders the rows that data reads
@@ -38,7 +39,6 @@ LAYERS = {
     "prepare": 1.8,  # all of it
     "engine": 2,
     "predictions": 0.6,
-    "metrics": 1,
     "generate": 2,
     "evaluate": 2.1,  # answers and scores
     "export": 2,
@@ -47,12 +47,14 @@ LAYERS = {
     "labels": 1.3,  # read from rows
     "classification": 3.1,  # works as infer does
     "finetune": 3,
+    "merge": 3,
     "rehearsal": 3.5,  # runs a step of the task
     "memory": 3.6,  # predicts from rehearsals
     "confirm": 3.6,
     "plan": 4,
     "check": 5,
     "run": 5,
+    "compare": 5,
     "verify": 6,  # starts whole runs
 }
 
@@ -101,7 +103,9 @@ def test_the_package_itself_imports_nothing():
     assert list(imported((PACKAGE / "__init__.py").read_text("utf-8"))) == []
 
 
-@pytest.mark.parametrize("module", ["config", "cli", "batching", "formats", "data", "labels"])
+@pytest.mark.parametrize(
+    "module", ["config", "cli", "batching", "formats", "data", "labels", "metrics"]
+)
 def test_what_a_script_needs_to_refuse_a_configuration_imports_no_torch(module):
     heavy = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed"}
     assert heavy.isdisjoint(name.split(".")[0] for name in imported(source_of(module)))

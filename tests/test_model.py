@@ -150,12 +150,12 @@ def gradients(built: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tens
 IDS = torch.arange(2, 32)[None]
 
 
-def wake(built: torch.nn.Module) -> None:
+def wake(built: torch.nn.Module, std: float = 0.1) -> None:
     """Adapters start at zero output; give them some, so that every gradient is non-zero."""
     torch.manual_seed(1)
     for name, parameter in built.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=std)
 
 
 @pytest.mark.parametrize("mode", ["lora", "qlora", "full"])

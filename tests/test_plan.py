@@ -113,7 +113,7 @@ def test_the_planned_memory_is_what_the_heaviest_window_allocates(config, prepar
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lora", "qlora"])
-def test_the_planned_answers_take_what_real_ones_take(config, prepared, mode):
+def test_the_planned_answers_take_what_real_ones_take(config, prepared, mode, tmp_path):
     changes = {"tuning.mode": mode, "evaluation.num_examples": 48, "evaluation.batch_size": 48}
     given = with_values(config, changes)
     made = plan.make_plan(given, prepared, machine(8 * GIB), 1)
@@ -125,7 +125,7 @@ def test_the_planned_answers_take_what_real_ones_take(config, prepared, mode):
     alone.unwrap_model = lambda model: model
     task = finetune.FineTune(given, prepared, built, alone, Log(None), made.budget)
     with recorder:
-        task.answers(built)
+        task.answers(built, tmp_path / "answers.jsonl", "base")
     trained = 4 * made.num_trained
     true_bytes = recorder.trace.peak().num_bytes + 3 * trained  # gradients, and two moments
     assert true_bytes < made.generation_bytes < 1.5 * true_bytes

@@ -1,0 +1,252 @@
+"""Answers by `sft.generate` against `generate` of transformers: the same prompts, the same answers.
+
+    PYTHONPATH=.:tests python benchmarks/inference.py [--parts stories 60M processes bf16]
+
+stories    stories260K (../shared), 60M: a random Llama of 60M parameters. Seconds for all prompts,
+           of one at a time (a sample of them, scaled up) and of batches in their order of arrival,
+           as many rows as ours. Outputs are compared token by token.
+processes  Two processes of one thread against one process of one thread, through `infer_batch`'s
+           own path: loading is not counted.
+bf16       In bf16 a batch rounds otherwise than one row: how many answers differ, and from where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import ROOT, SHARED, clean_environment
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+
+from sft import generate
+from sft.cli import quiet_libraries
+from sft.config import Generation, Train
+from sft.log import make_console
+from sft.processes import start_processes
+
+RESULTS = ROOT / "benchmarks/results/inference.json"
+PARTS = ("stories", "60M", "processes", "bf16")
+ROWS = 32
+REPEATS = 3
+Prompts = list[list[int]]
+
+
+def stories(number: int) -> tuple[Any, Prompts, list[int], int]:
+    """The model, beginnings of real stories (4 to 200 tokens), ids that end a story, new tokens."""
+    folder = SHARED / "models/stories260K"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = json.loads((SHARED / "data/text/tinystories_1000.json").read_text())[:number]
+    random = np.random.default_rng(0)
+    prompts = [tokenizer(text).input_ids for text in texts]
+    prompts = [ids[: int(random.integers(4, min(201, len(ids))))] for ids in prompts]
+    return model, prompts, [1, 2], 256
+
+
+def shape_60m(number: int) -> tuple[Any, Prompts, list[int], int]:
+    """A random Llama of 60M parameters; answers end at some of 32,000 tokens, so by chance at
+    lengths that differ as those of real questions do."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=32_000,
+        initializer_range=0.05,
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    random = np.random.default_rng(0)
+    lengths = np.minimum(400, random.lognormal(3.5, 0.8, number).astype(int) + 4)
+    prompts = [random.integers(3, 32_000, n).tolist() for n in lengths]
+    return model, prompts, list(range(3, 32_000, 40)), 96
+
+
+def ours(model: Any, prompts: Prompts, stop: list[int], new: int, rows: int) -> list[list[int]]:
+    found: dict[int, list[int]] = {}
+    settings, alone = Generation(max_new_tokens=new), start_processes(Train(output_dir="-"))
+    for batch, answers in generate.answers(model, prompts, settings, stop, alone, rows=rows):
+        found |= {i: answer.ids for i, answer in zip(batch, answers, strict=True)}
+    return [found[i] for i in range(len(prompts))]
+
+
+def theirs(model: Any, prompts: Prompts, stop: list[int], new: int, rows: int) -> list[list[int]]:
+    """transformers' generate, in the order of arrival, padded on the left."""
+    found = []
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=new, eos_token_id=stop, pad_token_id=0, use_cache=True
+    )
+    for start in range(0, len(prompts), rows):
+        some = prompts[start : start + rows]
+        width = max(map(len, some))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in some])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some])
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        for row in output[:, width:].tolist():
+            end = next((i for i, token in enumerate(row) if token in stop), len(row))
+            found.append(row[:end])
+    return found
+
+
+def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
+
+
+def against(name: str, made: tuple[Any, Prompts, list[int], int], sample: int) -> dict[str, Any]:
+    """All three ways in turns; medians of the ratios of a turn."""
+    model, prompts, stop, new = made
+    turns, unlike = [], 0
+    ours(model, prompts[:4], stop, 8, 4)  # warm
+    chosen = list(range(0, len(prompts), max(1, len(prompts) // sample)))[:sample]
+    for _ in range(REPEATS):
+        own, found = seconds(lambda: ours(model, prompts, stop, new, ROWS))
+        arrival, other = seconds(lambda: theirs(model, prompts, stop, new, ROWS))
+        single, one = seconds(lambda: theirs(model, [prompts[i] for i in chosen], stop, new, 1))
+        share = sum(len(found[i]) + 1 for i in chosen) / sum(len(each) + 1 for each in found)
+        turns.append({"ours": own, "arrival": arrival, "single": single / share})
+        unlike = sum(a != b for a, b in zip(found, other, strict=True))
+        unlike += sum(found[i] != each for i, each in zip(chosen, one, strict=True))
+    lengths = [len(each) for each in found]
+    return {
+        "model": name,
+        "prompts": len(prompts),
+        "rows": ROWS,
+        "answer_tokens": sum(lengths),
+        "longest_answer": max(lengths),
+        "seconds": turns,
+        "against_single": statistics.median(t["single"] / t["ours"] for t in turns),
+        "against_arrival": statistics.median(t["arrival"] / t["ours"] for t in turns),
+        "unlike_answers": unlike,
+    }
+
+
+# --- two processes -------------------------------------------------------------------------------
+
+
+def process_worker(folder: Path) -> None:
+    """Run by torchrun: this rank's share, timed between two barriers."""
+    torch.set_num_threads(1)
+    accelerator = start_processes(Train(output_dir="-"))
+    torch.set_num_threads(1)
+    model, prompts, stop, new = shape_60m(96)
+    settings = Generation(max_new_tokens=new)
+    for _ in generate.answers(model, prompts[:4], settings, stop, accelerator, rows=4):
+        pass
+    accelerator.wait_for_everyone()
+    started = time.perf_counter()
+    found: dict[int, list[int]] = {}
+    for batch, answers in generate.answers(model, prompts, settings, stop, accelerator, rows=16):
+        found |= {i: answer.ids for i, answer in zip(batch, answers, strict=True)}
+    own = time.perf_counter() - started
+    accelerator.wait_for_everyone()
+    told = {"seconds": time.perf_counter() - started, "own": own, "found": found}
+    rank, world = accelerator.process_index, accelerator.num_processes
+    (folder / f"{world}_{rank}.json").write_text(json.dumps(told))
+
+
+def two_processes() -> dict[str, Any]:
+    turns, unlike = [], 0
+    for _ in range(REPEATS):
+        with tempfile.TemporaryDirectory() as name:
+            found: dict[int, Any] = {}
+            for world in (1, 2):
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+                command += [f"--nproc-per-node={world}", __file__, "--worker", name]
+                paths = f"{ROOT}:{ROOT / 'tests'}"
+                environment = clean_environment(PYTHONPATH=paths, OMP_NUM_THREADS="1")
+                subprocess.run(command, env=environment, cwd=ROOT, check=False)
+                told = [json.loads(p.read_text()) for p in Path(name).glob(f"{world}_*.json")]
+                assert len(told) == world
+                answers = {k: v for each in told for k, v in each["found"].items()}
+                found[world] = (max(each["seconds"] for each in told), answers, told)
+        (one, alone, _), (two, shared, told) = found[1], found[2]
+        unlike = sum(alone[i] != shared[i] for i in alone)
+        own = [each["own"] for each in told]
+        turns.append({"one": one, "two": two, "ranks": own})
+    return {
+        "model": "60M",
+        "seconds": turns,
+        "two_against_one": statistics.median(t["one"] / t["two"] for t in turns),
+        "unlike_answers": unlike,
+    }
+
+
+def in_bf16() -> list[dict[str, Any]]:
+    """Answers of batches against those of single rows."""
+    result = []
+    for name, make, number in (("stories260K", stories, 64), ("60M", shape_60m, 24)):
+        model, prompts, stop, new = make(number)
+        counts = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            model.to(dtype)
+            batch = ours(model, prompts, stop, new, ROWS)
+            single = ours(model, prompts, stop, new, 1)
+            counts[str(dtype).removeprefix("torch.")] = sum(
+                a != b for a, b in zip(batch, single, strict=True)
+            )
+        result.append({"model": name, "answers": number, "unlike": counts})
+    return result
+
+
+def show(found: dict[str, Any]) -> None:
+    console = make_console()
+    table = Table(title="Seconds for all answers", title_justify="left", box=None)
+    for column in ("model", "ours", "arrival order", "one at a time", "x", "x", "unlike"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name in ("stories", "60M"):
+        if row := found.get(name):
+            middle = {
+                key: statistics.median(t[key] for t in row["seconds"])
+                for key in ("ours", "arrival", "single")
+            }
+            ratios = f"{row['against_arrival']:.2f}", f"{row['against_single']:.1f}"
+            times = (f"{middle[key]:.1f}" for key in ("ours", "arrival", "single"))
+            table.add_row(row["model"], *times, *ratios, str(row["unlike_answers"]))
+    console.print(table)
+    if row := found.get("processes"):
+        ratio, unlike = row["two_against_one"], row["unlike_answers"]
+        console.print(f"two processes of one thread: {ratio:.2f} times one; {unlike} unlike")
+    for row in found.get("bf16", []):
+        console.print(f"{row['model']}: of {row['answers']} answers unlike: {row['unlike']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--worker", type=Path)
+    args = parser.parse_args()
+    quiet_libraries()
+    if args.worker:
+        process_worker(args.worker)
+        os._exit(0)
+    torch.set_num_threads(2)
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for part in args.parts:
+        if part == "stories":
+            found[part] = against("stories260K", stories(256), 16)
+        elif part == "60M":
+            found[part] = against("60M", shape_60m(64), 6)
+        else:
+            found[part] = two_processes() if part == "processes" else in_bf16()
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    show(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Better, worse or not distinguishable: the predictions of two runs on the same examples."""
+
+import argparse
+from pathlib import Path
+
+from sft import cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    run = "folder of a run, or its predictions.jsonl"
+    parser.add_argument("--a", type=Path, required=True, help=run)
+    parser.add_argument("--b", type=Path, required=True, help=run)
+    parser.add_argument("--metric", help="'rouge_l,bleu' (default: evaluation.metrics of both)")
+    parser.add_argument("--show", type=int, default=5, help="examples shown side by side")
+    parser.add_argument("--json", type=Path, help="where to write everything")
+    args = parser.parse_args()
+    from sft import compare
+    from sft.log import make_console
+
+    names, labels = compare.configured(args.a, args.b)
+    if args.metric:
+        names = args.metric.replace(",", " ").split()
+    found, console = compare.compare(args.a, args.b, names, labels), make_console()
+    console.print(compare.table(found))
+    console.print(compare.wins_table(found))
+    if found.unlike and args.show > 0:
+        console.print(compare.examples_table(found, args.show))
+    if args.json:
+        cli.write_json(args.json, compare.report(found))
+        console.print(f"all of it: {args.json}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

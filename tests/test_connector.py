@@ -1,0 +1,198 @@
+"""AccelerateConnector: the same results for every caller, on one process and on three."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import connector_worker as worker
+import pytest
+import torch
+from conftest import ROOT, launch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sft import generate
+from sft.config import ConfigError, UserError
+from sft.connector import AccelerateConnector
+from sft.export import ExportError
+from sft.log import Log
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """(the connector, what it did, its folder), on this process."""
+    made, folder = worker.connector(), tmp_path_factory.mktemp("alone")
+    return made, worker.scenario(made, folder), folder
+
+
+@pytest.fixture(scope="module")
+def fresh() -> AccelerateConnector:
+    made = worker.connector()
+    made.load_model_once()
+    return made
+
+
+def test_answers_are_in_order_and_one_at_a_time_they_are_the_same(alone, fresh):
+    asked, answers = worker.conversations(), alone[1]["answers"]
+    assert len(answers) == len(asked)
+    bad = {i for i, answer in enumerate(answers) if answer["error"]}
+    assert bad == {3, 5, len(asked) - 1}
+    for i, messages in enumerate(asked):
+        if i in bad:
+            with pytest.raises(UserError, match="cannot answer"):
+                fresh.complete(messages, **worker.SETTINGS)
+            continue
+        one = fresh.complete(messages, **worker.SETTINGS)
+        [choice] = answers[i]["choices"]
+        assert one.choices[0].message.content == choice["message"]["content"]
+        assert one.finish_reason == choice["finish_reason"] in ("stop", "length")
+        assert vars(one.usage) == answers[i]["usage"]
+        assert one.usage.total_tokens == one.usage.prompt_tokens + one.usage.completion_tokens
+
+
+def test_what_cannot_be_answered_says_why_in_its_place(alone):
+    told = [answer["error"] for answer in alone[1]["answers"] if answer["error"]]
+    assert "content is empty" in told[0]
+    assert "expected a list" in told[1]
+    assert "the model takes" in told[2]
+    failed = alone[1]["answers"][3]["choices"][0]
+    assert (failed["message"]["content"], failed["finish_reason"]) == (None, "error")
+
+
+def test_results_kept_in_a_file_are_the_same(alone):
+    _, found, folder = alone
+    assert found["kept"] == found["answers"]
+    rows = [json.loads(line) for line in (folder / "kept.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(len(worker.conversations())))
+
+
+def test_a_later_call_asks_only_what_is_new(fresh, tmp_path, monkeypatch):
+    asked, decode, seen = worker.conversations(), generate.decode, []
+
+    def counted(model, prompts, *arguments, **options):
+        seen.append(len(prompts))
+        return decode(model, prompts, *arguments, **options)
+
+    monkeypatch.setattr(generate, "decode", counted)
+    path = tmp_path / "kept.jsonl"
+    first = fresh.complete_batch(asked[:6], predictions=path, **worker.SETTINGS)
+    assert sum(seen) == 4
+    seen.clear()
+    more = fresh.complete_batch(asked[:8], predictions=path, **worker.SETTINGS)
+    assert (sum(seen), more[:6]) == (2, first)
+    seen.clear()
+    fresh.complete_batch(asked[:8], predictions=path, max_new_tokens=3)
+    assert sum(seen) == 6  # other settings, other answers
+
+
+@pytest.mark.slow
+def test_three_processes_give_what_one_gives(alone, tmp_path):
+    told = launch(3, "tests/connector_worker.py", str(tmp_path), timeout=300)
+    ranks = [json.loads((tmp_path / f"rank_{i}.json").read_text()) for i in range(3)]
+    expected = json.loads(json.dumps(alone[1]))
+    for rank in ranks:
+        assert rank["world"] == 3, told
+        for name in ("answers", "drawn", "few", "none", "kept", "items", "empty"):
+            assert rank[name] == expected[name], name
+        assert rank["trained"] == pytest.approx(expected["trained"], rel=1e-5)
+    loads = sorted(rank["own_lengths"]["items"] for rank in ranks)
+    assert sum(loads) == 251
+    assert loads[-1] == 90  # the longest item alone: by count it would be with another
+    assert (tmp_path / "kept.jsonl").read_text() == (alone[2] / "kept.jsonl").read_text()
+    saved = [
+        AutoModelForCausalLM.from_pretrained(folder / "saved") for folder in (tmp_path, alone[2])
+    ]
+    weights = [model.get_output_embeddings().weight for model in saved]
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+def test_a_saved_model_is_whole_and_trained(alone):
+    folder = alone[2] / "saved"
+    assert {"model.safetensors", "config.json", "MANIFEST.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    before = AutoModelForCausalLM.from_pretrained(ROOT / "nano/model")
+    after = AutoModelForCausalLM.from_pretrained(folder)
+    changed = [
+        name
+        for (name, a), (_, b) in zip(
+            before.named_parameters(), after.named_parameters(), strict=True
+        )
+        if not torch.equal(a, b)
+    ]
+    assert changed == ["model.embed_tokens.weight"]  # tied to the head
+
+
+def test_text_is_told_as_it_is_written_and_adds_up(fresh):
+    pieces: list[str] = []
+    answer = fresh.complete(worker.conversations()[1], told=pieces.append, max_new_tokens=12)
+    assert "".join(pieces) == answer.choices[0].message.content
+    assert len(pieces) > 3
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "nano/model", dtype=torch.float32)
+    shape = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    folder = tmp_path_factory.mktemp("adapter")
+    get_peft_model(base, shape).save_pretrained(folder)
+    return folder
+
+
+def said(name, **options) -> str | None:
+    made = AccelerateConnector(name, mixed_precision="no", log=Log(None), **options)
+    messages = [{"role": "user", "content": "what is the time in the city"}]
+    return made.complete(messages, max_new_tokens=12).choices[0].message.content
+
+
+def test_an_adapter_is_opened_with_its_base_or_by_itself(adapter, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plain = said("nano/model")
+    tuned = said("nano/model", adapter=adapter)
+    assert tuned != plain
+    assert said(adapter) == tuned
+    assert isinstance(said("nano/model", adapter=adapter, quantization="nf4"), str)
+
+
+def test_an_adapter_that_is_none_or_of_another_base_is_refused(adapter, tmp_path, shared):
+    with pytest.raises(ExportError, match=r"expected a LoRA adapter \(adapter_config\.json"):
+        said("nano/model", adapter=tmp_path / "none")
+    other = str(shared / "models/stories260K")
+    with pytest.raises(ExportError, match=r"is not an adapter of this base \(it names .*nano/m"):
+        said(other, adapter=adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(ExportError, match=r"expected a plain LoRA adapter.* use_dora; merge it"):
+        said("nano/model", adapter=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"batch_size": 0}, "batch_size: expected 'auto' or a number above 0, found 0"),
+        ({"mixed_precision": "fp16"}, "mixed_precision: expected 'bf16' or 'no'"),
+        ({"quantization": "int8"}, "quantization: expected None or 'nf4', found 'int8'"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, told):
+    with pytest.raises(UserError, match=told):
+        worker.connector(**options)
+
+
+def test_settings_of_generation_are_checked_before_a_model_is_loaded():
+    made = worker.connector()
+    with pytest.raises(ConfigError) as caught:
+        made.complete_batch([], max_new_token=5, temperature=-1.0)
+    told = str(caught.value)
+    assert "generation.max_new_token: unknown key; did you mean max_new_tokens?" in told
+    assert "generation.temperature: expected number ≥ 0, found -1.0" in told
+
+
+def test_results_of_another_number_are_refused(alone):
+    made = alone[0]
+    made.split_dataset(["a", "b"])
+    with pytest.raises(UserError, match="expected 2 results, found 1"):
+        made.gather_results(["a"])

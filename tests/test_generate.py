@@ -1,0 +1,195 @@
+"""Answers: no batch, order, padding or seed of another changes one; finished rows leave."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from conftest import ROOT
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    PreTrainedModel,
+)
+
+from sft import chat, generate, model, processes
+from sft.config import Generation, Model, Train
+
+GREEDY = Generation(max_new_tokens=24)
+# Untied: a random model whose head is its embedding says the last token again and again.
+SIZES = {"vocab_size": 61, "initializer_range": 0.3, "tie_word_embeddings": False}
+LLAMA = SIZES | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA |= {"intermediate_size": 48}
+CONFIGS = {
+    "llama": LlamaConfig(**LLAMA, num_key_value_heads=2),
+    # a window that is shorter than prompts and answers
+    "gemma2": Gemma2Config(**LLAMA, num_key_value_heads=2, head_dim=8, sliding_window=9),
+    "gpt2": GPT2Config(**SIZES, n_embd=32, n_layer=2, n_head=4),
+    "bloom": BloomConfig(**SIZES, hidden_size=32, n_layer=2, n_head=4),  # takes no position ids
+}
+STOP = list(range(2, 7))  # so that rows end at different times
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return processes.start_processes(Train(output_dir="-"))
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def made(request) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
+
+
+def prompts(number: int = 13) -> list[list[int]]:
+    return [row.ids for row in tiny.examples(1, number, longest=20)]
+
+
+def all_answers(built, asked, settings, accelerator, rows, numbers=None):
+    found = {}
+    for batch, answers in generate.answers(
+        built, asked, settings, STOP, accelerator, rows=rows, numbers=numbers
+    ):
+        found |= dict(zip(batch, answers, strict=True))
+    return [found[i] for i in range(len(asked))]
+
+
+def plainly(built, prompt: list[int], room: int) -> generate.Answer:
+    """Greedy decoding without a cache, one prompt, the whole text again for each token."""
+    text = list(prompt)
+    for _ in range(room):
+        token = int(built(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1].argmax())
+        if token in STOP:
+            return generate.Answer(text[len(prompt) :], "stop")
+        text.append(token)
+    return generate.Answer(text[len(prompt) :], "length")
+
+
+@torch.no_grad()
+def test_an_answer_is_that_of_plain_greedy_decoding_in_any_batch(made, accelerator):
+    asked = prompts()
+    expected = [plainly(made, prompt, GREEDY.max_new_tokens) for prompt in asked]
+    assert {answer.finish_reason for answer in expected} == {"stop", "length"}
+    assert len({len(answer.ids) for answer in expected}) > 2
+    for rows in (1, 3, 100):
+        assert all_answers(made, asked, GREEDY, accelerator, rows) == expected
+    assert all_answers(made, asked[::-1], GREEDY, accelerator, 5) == expected[::-1]
+
+
+def test_rows_that_have_ended_leave_the_batch(accelerator):
+    built, seen = tiny.llama().eval(), []
+    built.register_forward_pre_hook(
+        lambda *_, **named: seen.append(len(_[-1]["input_ids"])), with_kwargs=True
+    )
+    found = all_answers(built, prompts(), GREEDY, accelerator, 100)
+    lengths = sorted(len(answer.ids) for answer in found)
+    assert seen[0] == 13
+    assert seen == sorted(seen, reverse=True)
+    assert seen[-1] < 13 / 2
+    assert len(seen) == lengths[-1] + (found[0].finish_reason == "stop") or len(seen) == 24
+
+
+def test_the_context_of_the_model_ends_an_answer(accelerator):
+    built = tiny.llama(max_position_embeddings=25).eval()
+    prompt = [7] * 20
+    [answer] = generate.decode(built, [prompt], GREEDY, [])
+    assert (len(answer.ids), answer.finish_reason) == (5, "length")
+
+
+DRAWN = Generation(max_new_tokens=12, temperature=0.9, top_p=0.9, seed=7)
+
+
+def test_what_is_drawn_depends_on_the_examples_number_alone(accelerator):
+    built, asked = tiny.llama().eval(), [prompts(3)[0]] * 9
+    alone = all_answers(built, asked, DRAWN, accelerator, 1)
+    assert len({tuple(answer.ids) for answer in alone}) > 5
+    assert all_answers(built, asked, DRAWN, accelerator, 4) == alone
+    again = all_answers(built, asked[3:], DRAWN, accelerator, 4, numbers=range(3, 9))
+    assert again == alone[3:]
+    other = DRAWN.model_copy(update={"seed": 8})
+    assert all_answers(built, asked, other, accelerator, 4) != alone
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), product((1.0, 0.7, 1e-6), (0, 2)))
+def test_tokens_are_drawn_as_often_as_they_are_likely(top_p, top_k):
+    """Against the distribution written out: filtered, then normalised."""
+    likely = torch.tensor([0.02, 0.4, 0.1, 0.3, 0.18])
+    settings = Generation(temperature=2.0, top_p=top_p, top_k=top_k)
+    logits = 2.0 * likely.log()  # which the temperature halves
+    number = 4000
+    drawn = (torch.arange(number) + 0.5) / number
+    tokens = generate.choose(logits.expand(number, -1), settings, drawn)
+    found = torch.bincount(tokens, minlength=5) / number
+    kept = {(1.0, 0): 5, (0.7, 0): 2, (1e-6, 0): 1, (1.0, 2): 2, (0.7, 2): 2, (1e-6, 2): 1}
+    order = [1, 3, 4, 2, 0][: kept[top_p, top_k]]  # most likely first
+    expected = torch.zeros(5)
+    expected[order] = likely[order] / likely[order].sum()
+    assert (found - expected).abs().max() < 1e-3
+
+
+def test_the_largest_uniform_number_draws_a_token_that_may_be_drawn():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
+    settings = Generation(temperature=1.0, top_k=2)
+    drawn = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert generate.choose(logits, settings, drawn).item() == 1
+
+
+def test_a_batch_that_does_not_fit_is_answered_in_halves(accelerator, monkeypatch):
+    built, sizes, decode = tiny.llama().eval(), [], generate.decode
+    expected = all_answers(built, prompts(), GREEDY, accelerator, 100)
+
+    def short(model, asked, *arguments, **options):
+        sizes.append(len(asked))
+        if len(asked) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return decode(model, asked, *arguments, **options)
+
+    monkeypatch.setattr(generate, "decode", short)
+    assert all_answers(built, prompts(), GREEDY, accelerator, 100) == expected
+    assert sizes[0] == 13
+    assert max(sizes[-2:]) <= 4
+
+
+def test_prompts_are_shared_out_by_length_once_each():
+    lengths = [5, 90, 7, 80, 6, 85, 4, 88]
+    parts = generate.cut(lengths, 2, 2)
+    assert sorted(i for rank in parts for batch in rank for i in batch) == list(range(8))
+    loads = [sum(lengths[i] for batch in rank for i in batch) for rank in parts]
+    assert max(loads) - min(loads) <= 10
+    assert len({len(rank) for rank in parts}) == 1
+    assert all(max(lengths[i] for i in b) <= min(lengths[i] for i in b) + 10 for b in parts[0])
+    assert generate.cut([], 3, 4) == [[], [], []]
+    assert sorted(map(len, generate.cut([3, 3], 4, 8))) == [1, 1, 1, 1]  # empty ones where few
+
+
+def test_generation_leaves_the_mode_of_the_model_alone(accelerator):
+    built = tiny.llama()
+    built.train()
+    all_answers(built, prompts(2), GREEDY, accelerator, 1)
+    assert built.training
+
+
+def test_a_model_with_a_recurrent_state_is_answered_too(accelerator):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 4}
+    built = AutoModelForCausalLM.from_config(MambaConfig(**sizes)).eval()
+    with pytest.raises(generate.GenerationError, match="MambaForCausalLM"):
+        all_answers(built, prompts(2), GREEDY, accelerator, 1)
+
+
+def test_the_end_of_a_turn_stops_an_answer():
+    tokenizer = chat.prepare_tokenizer(model.load_tokenizer(Model(name=str(ROOT / "nano/model"))))
+    built = tiny.llama()
+    built.generation_config.eos_token_id = [17, 18]
+    found = generate.stop_ids(tokenizer, built.generation_config)
+    assert set(found) == {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id} | {
+        17,
+        18,
+    }

@@ -1,0 +1,478 @@
+"""Scores: those of the libraries on the whole corpus, from sums that any cut leaves the same."""
+
+from __future__ import annotations
+
+import json
+import random
+import tracemalloc
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF
+from scipy.stats import bootstrap
+from sklearn.metrics import classification_report
+
+from sft import metrics
+from sft.config import UserError
+from sft.metrics import FAILURE, GRID, NAMES, Tally
+
+LABELS = ["hateful", "non-hateful", "unclear"]
+PLAIN = [name for name in NAMES if name not in ("numeric_match", "json_fields", "classification")]
+
+
+def corpus(num: int = 60, seed: int = 0) -> list[tuple[str, str]]:
+    """(answer, reference): requests of the nano task with words lost, doubled and moved, and those
+    requests; an empty answer, one in another script, one without a fault."""
+    rows = (ROOT / "nano/train.jsonl").read_text("utf-8").splitlines()[:num]
+    drawn = random.Random(seed)
+    pairs = [
+        ("", "an empty answer"),
+        ("两 个 词", "两 词"),
+        ("all the same here", "all the same here"),
+    ]
+    for row in rows:
+        reference = json.loads(row)["messages"][0]["content"] + ", please."
+        words = reference.split() * drawn.choice([1, 1, 2])
+        kept = [word for word in words if drawn.random() < 0.8]
+        if drawn.random() < 0.3:
+            drawn.shuffle(kept)
+        pairs.append((" ".join(kept), reference))
+    return pairs
+
+
+def tallied(pairs, names, start=0, **options) -> Tally:
+    tally = Tally(names, **options)
+    for number, (answer, reference) in enumerate(pairs, start):
+        tally.add(number, answer, reference, reference)
+    return tally
+
+
+# --- one example ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        (" Yes.\n", "Yes.", 1),
+        ("yes.", "Yes.", 0),
+        ("a  b", "a b", 0),
+        ("", " ", 1),
+    ],
+)
+def test_exact_match(answer, reference, score):
+    assert metrics.exact_match(answer, reference) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ("The  Eiffel-Tower!", "eiffeltower", 1),  # SQuAD deletes punctuation
+        ("“An apple”, a day", "apple day", 1),
+        ("apples", "apple", 0),
+        ("theatre", "atre", 0),  # an article is a word
+        ("The", "A", 0),  # choices, of which SQuAD would leave nothing
+        ("a.", "A", 1),
+        ("?", "!", 0),
+        ("Ünïcode", "ünïcode", 1),
+    ],
+)
+def test_normalised_match(answer, reference, score):
+    assert metrics.normalised_match(answer, reference) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ("2 + 3 = 5\n#### 5", "so 1 and 4\n#### 5", 1),
+        ("#### 7\nno: #### 5, not 6", "5", 1),  # the last mark, the first number after it
+        ("It is 3, then 5.", "#### 5", 1),  # no mark: the last number
+        ("5, that is it. ####", "5", 0),  # a mark and nothing behind it
+        ("no number", "5", 0),
+        ("", "5", 0),
+        ("#### $1,234.50", "1234.5", 1),
+        ("#### 1,234,567", "1234567", 1),
+        ("#### 50%", "50", 1),
+        ("#### -3", "3", 0),
+        ("#### -$3.00", "-3", 1),
+        ("#### $-3", "-3", 1),
+        ("#### −3", "-3", 1),  # a minus sign of Unicode
+        ("#### +3", "3", 1),
+        ("10-3", "3", 1),  # subtracted, not negative
+        ("between 5-10", "10", 1),
+        ("about .5", "0.50", 1),
+        ("0.1", "0.10000000000000001", 0),  # decimals, not floats
+        ("1e3", "1000", 1),
+        ("5 km", "5", 1),
+    ],
+)
+def test_numeric_match(answer, reference, score):
+    assert metrics.numeric_match(answer, reference) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "valid"),
+    [
+        ('{"a": [1, null]}', 1),
+        (" 5 \n", 1),
+        ('"text"', 1),
+        ("", 0),
+        ("{'a': 1}", 0),
+        ('{"a": 1} and more', 0),
+        ('```json\n{"a": 1}\n```', 0),
+        ("NaN", 0),
+        ('{"a": -Infinity}', 0),
+        ("[" * 100_000, 0),
+        ("9" * 5000, 0),  # more digits than Python reads
+    ],
+)
+def test_json_valid(answer, valid):
+    assert metrics.json_valid(answer) == valid
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ('{"b": 2, "a": 1}', '{"a": 1, "b": 2}', 1),
+        ('{"a": 1}', '{"a": 1, "b": 2}', 1 / 2),
+        ('{"a": 1, "b": 3}', '{"a": 1, "b": 2}', 1 / 2),
+        ('{"a": 1, "b": 2, "c": 3}', '{"a": 1, "b": 2}', 2 / 3),
+        ('{"a": {"x": 1, "y": [1, 2]}}', '{"a": {"x": 1, "y": [1, 3]}}', 2 / 3),
+        ('{"a": {"x": 1}}', '{"a": 1}', 0),
+        ('{"a": true}', '{"a": 1}', 0),
+        ('{"a": 1.0}', '{"a": 1}', 1),
+        ('{"a": "1"}', '{"a": 1}', 0),
+        ('{"a": [], "b": {}}', '{"a": [], "b": []}', 1 / 2),
+        ("[2, 1]", "[1, 2]", 0),  # places count
+        ("{}", '{"a": null}', 0),
+        ("{}", "{}", 1),
+        ("{", '{"a": 1}', 0),
+        ("[" * 900 + "]" * 900, '{"a": 1}', 0),
+    ],
+)
+def test_json_fields(answer, reference, score):
+    assert metrics.json_fields(answer, reference) == score
+
+
+SOURCE = "About 95 species are currently accepted ."
+REFERENCES = [
+    "About 95 species are currently known .",
+    "About 95 species are now accepted .",
+    "95 species are now accepted .",
+]
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [  # published with the authors' SARI.py
+        ("About 95 you now get in .", 0.2682782411698074),
+        ("About 95 species are now agreed .", 0.5889995423074248),
+        ("About 95 species are currently agreed .", 0.5071608864657479),
+    ],
+)
+def test_sari_is_that_of_its_authors(answer, score):
+    assert metrics.sari(SOURCE, answer, REFERENCES) == pytest.approx(score, abs=1e-15)
+
+
+def test_sari_takes_the_prompt_as_its_source():
+    keep = [0.8, 2 / 3, 0.5, 0]  # by hand, for n-grams of 1 to 4 words
+    delete = [1 / 3, 1 / 2, 1 / 2, 1 / 2]
+    add = [1, 1 / 2, 0, 0]
+    tally = Tally(["sari"])
+    answer = "95 species are known ."
+    score = tally.add(0, answer, REFERENCES[0], prompt=SOURCE)["sari"]
+    assert score == pytest.approx(sum(keep + delete + add) / 12)
+    assert tally.values()["sari"] == pytest.approx(score, abs=GRID)
+
+
+# --- all examples --------------------------------------------------------------------------------
+
+
+def test_a_corpus_scores_as_the_libraries_score_it_whole():
+    pairs = corpus()
+    answers, references = map(list, zip(*pairs, strict=True))
+    tally = tallied(pairs, ["bleu", "chrf", "rouge_l"], num_resamples=20)
+    rouge = RougeScorer(["rougeL"], use_stemmer=False)
+    of_each = [rouge.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs]
+    assert tally.values() == {
+        "bleu": pytest.approx(BLEU().corpus_score(answers, [references]).score, rel=1e-12),
+        "chrf": pytest.approx(CHRF().corpus_score(answers, [references]).score, rel=1e-12),
+        "rouge_l": pytest.approx(np.mean(of_each), abs=GRID),
+    }
+
+
+def test_one_example_scores_as_the_libraries_score_a_sentence():
+    for answer, reference in corpus(10):
+        tally = Tally(["bleu", "chrf"], num_resamples=0)
+        assert tally.add(0, answer, reference) == {
+            "bleu": BLEU(effective_order=True).sentence_score(answer, [reference]).score,
+            "chrf": CHRF().sentence_score(answer, [reference]).score,
+        }
+
+
+def test_a_resample_scores_as_the_corpus_in_which_examples_stand_so_often():
+    pairs, num = corpus(), 5
+    tally = tallied(pairs, ["bleu", "chrf", "rouge_l"], num_resamples=num)
+    drawn = np.stack([metrics.weights(number, num) for number in range(len(pairs))]).astype(int)
+    values: dict[str, list[float]] = {name: [] for name in tally.values()}
+    for times in drawn[:, 1:].T:
+        whole = [pair for pair, n in zip(pairs, times, strict=True) for _ in range(n)]
+        for name, value in tallied(whole, tuple(values), num_resamples=0).values().items():
+            values[name].append(value)
+    for name, interval in tally.intervals().items():
+        assert interval == pytest.approx(np.percentile(values[name], [2.5, 97.5]), abs=GRID)
+        assert len(set(values[name])) == num
+
+
+LABELS = ["hateful", "non-hateful", "unclear"]
+
+
+def labelled(num: int = 200) -> list[tuple[str, str]]:
+    drawn = random.Random(1)
+    answers = [*LABELS, "Hateful.", "I cannot say", ""]
+    return [(drawn.choice(answers), drawn.choice(LABELS[:2])) for _ in range(num)]
+
+
+def test_labels_score_as_scikit_learn_scores_them_raw():
+    pairs = [*labelled(), (None, "hateful")]
+    tally = tallied(pairs, ["classification"], labels=LABELS, num_resamples=0)
+    read = {**{label: label for label in LABELS}, "Hateful.": "hateful"}
+    given, truth = zip(*((read.get(a, FAILURE), b) for a, b in pairs), strict=True)
+    expected = classification_report(truth, given, labels=LABELS, output_dict=True, zero_division=0)
+    values = tally.values()
+    assert values.pop("accuracy") == np.mean([a == b for a, b in zip(given, truth, strict=True)])
+    for kind, name in (("precision", "precision"), ("recall", "recall"), ("f1", "f1-score")):
+        for label in LABELS:
+            assert values.pop(f"{kind}/{label}") == pytest.approx(expected[label][name])
+        assert values.pop(f"macro_{kind}") == pytest.approx(expected["macro avg"][name])
+    assert not values
+    assert tally.confusion() == {
+        label: {
+            column: sum((t, g) == (label, column) for t, g in zip(truth, given, strict=True))
+            for column in [*LABELS, FAILURE]
+        }
+        for label in LABELS
+    }
+
+
+@pytest.mark.parametrize(
+    ("labels", "answer", "found"),
+    [
+        (["yes", "no"], " YES.\n", "yes"),
+        (["yes", "no"], '"no"', "no"),
+        (["yes", "no"], "yes, or no", FAILURE),
+        (["A", "B"], "(a)", "A"),
+        (["a", "A"], "A", "A"),
+        (["a", "A"], "A.", FAILURE),  # either, if it is read loosely
+        (["+", "-"], "-", "-"),
+        (["+", "-"], "?", FAILURE),
+        (["non-hateful", "hateful"], "Non-Hateful", "non-hateful"),
+    ],
+)
+def test_which_label_an_answer_is(labels, answer, found):
+    tally = Tally(["classification"], labels, num_resamples=0)
+    tally.add(0, answer, labels[0])
+    assert tally.confusion()[labels[0]][found] == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_failed_answer_scores_nothing_and_is_counted(name):
+    tally = Tally([name], ["5", "6"], num_resamples=10)
+    assert tally.add(0, "5", "5", "5")[name] > 0
+    before = tally.values()
+    assert tally.add(1, None, "5", "5") == {name: 0}
+    assert tally.num_examples == 2
+    assert all(value <= before[key] for key, value in tally.values().items())
+    if name not in ("bleu", "chrf", "classification"):
+        assert tally.values()[name] == pytest.approx(before[name] / 2, abs=GRID)
+
+
+def test_a_failed_answer_is_not_an_empty_one():
+    """Which is right where nothing was to be said, and deletes what was to go."""
+    names = ["exact_match", "normalised_match", "sari"]
+    assert Tally(names).add(0, None, "", "a prompt") == dict.fromkeys(names, 0)
+    assert all(score > 0 for score in Tally(names).add(0, "", "", "a prompt").values())
+
+
+def test_no_examples_have_no_values():
+    tally = Tally(NAMES, LABELS)
+    assert (tally.num_examples, tally.values(), tally.intervals()) == (0, {}, {})
+    assert metrics.difference(tally, Tally(NAMES, LABELS)) == {}
+
+
+# --- sums ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=6, deadline=None)
+@given(ranks=st.lists(st.integers(0, 4), min_size=63, max_size=63), order=st.randoms())
+def test_any_cut_over_ranks_and_any_order_give_the_same_sums_to_the_bit(ranks, order):
+    examples = list(enumerate(corpus()))
+    parts = [Tally(PLAIN, num_resamples=7) for _ in range(5)]
+    whole = Tally(PLAIN, num_resamples=7)
+    for number, (answer, reference) in examples:
+        whole.add(number, answer, reference, reference)
+    order.shuffle(examples)
+    for (number, (answer, reference)), rank in zip(examples, ranks, strict=True):
+        parts[rank].add(number, answer, reference, reference)
+    together = Tally(PLAIN, num_resamples=7)
+    together.sums = sum(part.sums for part in parts)
+    assert np.array_equal(together.sums, whole.sums)
+    assert together.values() == whole.values()
+    assert together.intervals() == whole.intervals()
+
+
+def test_sums_go_on_after_they_were_set():
+    pairs = corpus()
+    tally = tallied(pairs[:20], ["chrf"])
+    again = Tally(["chrf"])
+    again.sums = tally.sums
+    for number, (answer, reference) in enumerate(pairs[20:], 20):
+        again.add(number, answer, reference)
+    assert np.array_equal(again.sums, tallied(pairs, ["chrf"]).sums)
+    assert tally.num_examples == 20  # a copy was set
+
+
+def test_memory_does_not_grow_with_examples():
+    tally = Tally(["exact_match", "bleu"], num_resamples=50)
+
+    def add(numbers: range) -> int:
+        tracemalloc.reset_peak()
+        for number in numbers:
+            tally.add(number, "an answer", "a reference")
+        return tracemalloc.get_traced_memory()[1]
+
+    tracemalloc.start()
+    try:
+        few, many = add(range(600)), add(range(600, 3000))
+    finally:
+        tracemalloc.stop()
+    assert many < 1.1 * few
+
+
+# --- intervals -----------------------------------------------------------------------------------
+
+
+def test_weights_depend_on_the_number_alone_and_are_those_of_poisson():
+    drawn = np.stack([metrics.weights(number, 500) for number in range(500)])
+    assert np.array_equal(drawn[17], metrics.weights(17, 500))
+    assert np.array_equal(drawn[17, :101], metrics.weights(17, 100))  # more only add to them
+    assert (drawn[:, 0] == 1).all()
+    shares = [np.mean(drawn[:, 1:] == k) for k in range(4)]
+    assert shares == pytest.approx(np.exp(-1) / np.array([1, 1, 2, 6]), abs=0.005)
+    neighbours = np.corrcoef(drawn[:-1, 1:].ravel(), drawn[1:, 1:].ravel())[0, 1]
+    assert abs(neighbours) < 0.01
+
+
+def matches(right) -> list[tuple[str, str]]:
+    return [("5" if each else "6", "5") for each in right]
+
+
+def test_an_interval_is_that_of_the_bootstrap_of_scipy():
+    right = np.random.default_rng(0).random(400) < 0.3
+    low, high = tallied(matches(right), ["numeric_match"]).intervals()["numeric_match"]
+    expected = bootstrap(
+        (right.astype(float),), np.mean, method="percentile", n_resamples=5000, rng=0
+    ).confidence_interval
+    assert (low, high) == pytest.approx(expected, abs=0.006)  # a standard error is 0.023
+
+
+def test_an_interval_holds_the_true_value_95_times_of_100():
+    drawn, truth, covered = np.random.default_rng(1), 0.3, 0
+    for start in range(0, 20_000, 100):  # other weights for each sample
+        tally = tallied(matches(drawn.random(100) < truth), ["exact_match"], start)
+        low, high = tally.intervals()["exact_match"]
+        covered += low <= truth <= high
+    assert 0.91 <= covered / 200 <= 0.98
+
+
+def test_a_difference_is_that_of_the_paired_bootstrap_of_scipy():
+    drawn = np.random.default_rng(2)
+    a = drawn.random(400) < 0.5
+    b = np.where(drawn.random(400) < 0.8, a, drawn.random(400) < 0.6)
+    tallies = [tallied(matches(each), ["exact_match"]) for each in (a, b)]
+    found = metrics.difference(*tallies)["exact_match"]
+    expected = bootstrap(
+        (a.astype(float), b.astype(float)),
+        lambda a, b, axis: np.mean(b, axis) - np.mean(a, axis),
+        paired=True,
+        method="percentile",
+        n_resamples=5000,
+        rng=0,
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx(expected, abs=0.006)
+    assert found.difference == pytest.approx(found.value_b - found.value_a)
+    assert found.value_a == tallies[0].values()["exact_match"]
+    unpaired = sum(np.diff(tally.intervals()["exact_match"])[0] ** 2 for tally in tallies) ** 0.5
+    assert found.high - found.low < 0.6 * unpaired
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "verdict"),
+    [
+        ([0] * 20 + [1] * 30, [1] * 50, "better"),
+        ([1] * 50, [0] * 20 + [1] * 30, "worse"),
+        ([0] * 20 + [1] * 30, [1] * 30 + [0] * 20, "not distinguishable"),
+        ([1] * 50, [1] * 50, "not distinguishable"),
+        ([0] * 6, [1] * 6, "better"),
+        ([0] * 5, [1] * 5, "not distinguishable"),  # chance does that once in 16
+    ],
+)
+def test_a_verdict_is_given_where_the_whole_interval_is_on_one_side(a, b, verdict):
+    tallies = [tallied(matches(each), ["exact_match"]) for each in (a, b)]
+    assert metrics.difference(*tallies)["exact_match"].verdict == verdict
+
+
+def test_a_verdict_is_withheld_where_few_examples_differ():
+    a, b = ([0] * 5 + [1] * 95), [1] * 100
+    tallies = [tallied(matches(each), ["exact_match"]) for each in (a, b)]
+    assert metrics.difference(*tallies)["exact_match"].verdict == "better"
+    told = metrics.difference(*tallies, num_unlike={"exact_match": 5})["exact_match"]
+    assert (told.verdict, told.low > 0) == ("not distinguishable", True)
+
+
+def test_tallies_of_other_examples_are_not_compared():
+    a = tallied(matches([1, 0, 1]), ["exact_match"])
+    with pytest.raises(AssertionError, match="not the same examples"):
+        metrics.difference(a, tallied(matches([1, 0, 1]), ["exact_match"], start=1))
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "told"),
+    [
+        (["exact_macth"], (), "unknown metric 'exact_macth'; did you mean exact_match?"),
+        (["accuracy of all"], (), f"unknown metric 'accuracy of all'; known: {', '.join(NAMES)}"),
+        (["classification"], (), "classification needs evaluation.labels: .*; found none"),
+        (["classification"], ["a", "a "], r"each once .*; found \['a', 'a'\]"),
+        (["classification"], ["a", " "], "neither empty"),
+        (["classification"], ["a", FAILURE], "nor '.none of them.'"),
+    ],
+)
+def test_a_tally_of_what_there_is_not_is_refused(names, labels, told):
+    with pytest.raises(UserError, match=told):
+        Tally(names, labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference", "told"),
+    [
+        ("numeric_match", "five", "example 7: numeric_match needs a number .* found 'five'"),
+        ("json_fields", "{", "example 7: json_fields needs JSON as the reference, found '{'"),
+        ("classification", "hatefull", "found 'hatefull'; did you mean hateful?"),
+    ],
+)
+def test_a_reference_that_a_metric_cannot_use_is_refused_before_and_after(name, reference, told):
+    tally = Tally([name], LABELS)
+    for refused in (
+        lambda: tally.check(7, reference),
+        lambda: tally.add(7, None, reference),
+        lambda: tally.add(7, "5", reference),
+    ):
+        with pytest.raises(UserError, match=told):
+            refused()
+    assert tally.num_examples == 0

@@ -1,0 +1,127 @@
+"""The file of predictions: whole lines from many processes, resumed, put in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from sft.predictions import Predictions, PredictionsError, key_of, read
+
+
+def record(index: int, key: str, **more) -> dict:
+    return {"index": index, "key": key} | more
+
+
+KEYS = [key_of("example", i) for i in range(6)]
+
+
+def announced(path, keys=KEYS):
+    """(the file, the numbers of the examples that are still to be done)."""
+    found = Predictions(path)
+    return found, [i for i, key in enumerate(keys) if found.expect(key)]
+
+
+def test_what_is_finished_is_not_asked_again_and_ends_in_order(tmp_path):
+    path = tmp_path / "a/predictions.jsonl"
+    first, todo = announced(path)
+    assert todo == [0, 1, 2, 3, 4, 5]
+    first.append([record(4, KEYS[4], answer="four"), record(1, KEYS[1], answer="één\n")])
+    first.append([])
+    second, todo = announced(path)
+    assert todo == [0, 2, 3, 5]
+    second.append([record(i, KEYS[i], answer=str(i)) for i in (5, 3, 0, 2)])
+    second.finish()
+    assert [each["index"] for each in read(path)] == [0, 1, 2, 3, 4, 5]
+    assert [each["answer"] for each in read(path)][1] == "één\n"
+    assert announced(path)[1] == []
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def test_an_example_that_changed_is_asked_again_and_what_is_gone_is_dropped(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    made, _ = announced(path)
+    made.append([record(i, KEYS[i], answer="old") for i in range(6)])
+    changed = [*KEYS[:2], key_of("another"), KEYS[3]]
+    again, todo = announced(path, changed)
+    assert todo == [2]
+    again.append([record(2, changed[2], answer="new")])
+    again.finish()
+    assert [each["answer"] for each in read(path)] == ["old", "old", "new", "old"]
+
+
+def test_a_line_torn_by_a_kill_costs_that_line(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    made, _ = announced(path)
+    made.append([record(i, KEYS[i]) for i in range(3)])
+    whole = path.read_bytes()
+    for cut in range(len(whole) - 2, len(whole) - 40, -7):
+        path.write_bytes(whole[:cut])
+        again, todo = announced(path)
+        assert todo == [2, 3, 4, 5]
+        again.append([record(i, KEYS[i]) for i in todo])
+        again.finish()
+        assert [each["index"] for each in read(path)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_many_processes_add_whole_lines(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    keys = [key_of(i) for i in range(400)]
+    pids = []
+    for rank in range(4):
+        pids.append(os.fork())
+        if not pids[-1]:
+            mine, _ = announced(path, keys)
+            for i in range(rank, 400, 4):
+                mine.append([record(i, keys[i], answer="x" * (i * 37 % 9000))])
+            os._exit(0)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
+    made, todo = announced(path, keys)
+    assert todo == []
+    made.finish()
+    assert [len(each["answer"]) for each in read(path)] == [i * 37 % 9000 for i in range(400)]
+
+
+def test_what_was_appended_survives_a_kill(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    pid = os.fork()
+    if not pid:
+        mine, _ = announced(path)
+        mine.append([record(i, KEYS[i]) for i in range(4)])
+        (tmp_path / "said").touch()
+        time.sleep(60)
+    while not (tmp_path / "said").exists():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert announced(path)[1] == [4, 5]
+
+
+def test_a_file_that_is_not_whole_cannot_be_finished(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    made, _ = announced(path)
+    made.append([record(0, KEYS[0])])
+    with pytest.raises(PredictionsError, match=r"5 of 6 examples are missing, as number 2: all"):
+        made.finish()
+    assert [each["index"] for each in read(path)] == [0]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"index": -1, "key": "0"}', '{"index": 0}'])
+def test_a_line_that_is_none_is_named_by_file_and_number(tmp_path, line):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(json.dumps(record(0, KEYS[0])) + f"\n{line}\n")
+    with pytest.raises(PredictionsError, match=r"predictions\.jsonl:2: expected a JSON object"):
+        list(read(path))
+    assert announced(path)[1] == [1, 2, 3, 4, 5]
+    with pytest.raises(PredictionsError, match="cannot read"):
+        list(read(tmp_path / "none.jsonl"))
+
+
+def test_secrets_of_the_environment_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    made, _ = announced(tmp_path / "predictions.jsonl")
+    made.append([record(0, KEYS[0], answer="it is hf_secretsecret")])
+    assert "it is <HF_TOKEN>" in (tmp_path / "predictions.jsonl").read_text()
