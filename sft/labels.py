@@ -296,7 +296,7 @@ def _letters(text: str) -> str:
 def _pattern(labels: tuple[str, ...]) -> re.Pattern[str]:
     longest = sorted(labels, key=lambda label: len(_letters(label)), reverse=True)
     forms = (r"[\s_-]*".join(WORD.findall(label.casefold())) for label in longest)
-    return re.compile(rf"(?<!\w)(?<!\w-)({'|'.join(forms)})(?!-?\w)")
+    return re.compile(rf"(?<!\w)(?<!\w-)(?<!\d\.)({'|'.join(forms)})(?!-?\w|\.\d)")
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:

@@ -206,7 +206,7 @@ def write(folder: Path, rows: list[dict[str, object]] | None = None) -> Path:
 model: {{name: nano/model}}
 tuning: {{mode: full}}
 train: {{output_dir: {folder}/tuned, max_steps: 2, global_batch: 4, tensorboard: false}}
-evaluation: {{num_examples: 0}}
+evaluation: {{num_examples: 2, max_new_tokens: 6}}
 classify:
   path: {folder}/rows.jsonl
   output_dir: {folder}/classify
@@ -233,11 +233,10 @@ classify:
     [
         ("classify.tune=jsn", "classify.tune: no strategy 'jsn'; did you mean json?"),
         ("classify.use=[plain, x]", "classify.use: no strategy 'x'; known: plain, json"),
-        ("classify.path=null", "classify.path: required, and not given"),
         ("classify.strategies.plain.user=say", "plain.user: expected {text} where the text stands"),
         ("classify.strategies.plain.answer=it", "plain.answer: expected an answer in which each"),
         ("classify.strategies.plain.usr=x", "classify.strategies.plain.usr: unknown key; did you"),
-        ("classify.strategies.plain=x", "classify.strategies.plain: expected a section with keys"),
+        ("classify.strategies.plain=x", "expected a section with keys, found 'x'"),
         (
             "classify.strategies.plain.generation.max_new_token=3",
             "plain.generation.max_new_token: unknown key; did you mean max_new_tokens?",
@@ -263,6 +262,13 @@ def test_a_section_that_cannot_work_is_told_before_data_are_read(tmp_path, overr
     assert told in str(error.value)
 
 
+def test_a_file_without_the_section_is_told(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"classify\.path: required, and not given: the file of t"
+    ):
+        labels.check(load_config(ROOT / "configs/nano.yaml"))
+
+
 ROW = {"said": "tea", "kind": "good", "about": "x"}
 
 
@@ -279,7 +285,7 @@ ROW = {"said": "tea", "kind": "good", "about": "x"}
             "classify.group=abut",
             "no column 'abut', which classify.group names; did you mean",
         ),
-        ([ROW], "classify.split_by=[id]", "no column 'id', which classify.split_by names; known:"),
+        ([ROW], "classify.split_by=[zz]", "no column 'zz', which classify.split_by names; known:"),
         (
             [ROW | {"kind": "0"}, ROW | {"kind": 1}],
             "",
