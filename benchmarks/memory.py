@@ -4,9 +4,9 @@
 
 grid       The rehearsed step against the same recorder on the real step, and against what the CPU
            allocator of the process really gave: architectures x tuning x checkpointing x windows.
-published  Rows that others printed, with their step in place of ours where it differs (see ROWS).
+published  Rows that others printed, with their step in place of ours where it differs (see Row).
            Nothing is fitted to them; what they leave open is said in `unknown`.
-processes  One of two real processes (DDP, ZeRO) against what is predicted for it.
+processes  One of two real processes (DDP, FSDP2, ZeRO, offloading) against its prediction.
 gpu        Real steps on a GPU, where there is one (not by default; not yet run).
 speed      `make plan` of an 8B and a 70B model: seconds and peak memory of the process.
 """
@@ -21,9 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,11 @@ from allocations import allocated_bytes
 from conftest import launch
 from rich.table import Table
 from shapes import architectures, configured
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers import LlamaConfig, PhiConfig, PretrainedConfig, Qwen2Config
 
 from sft import memory, model, rehearsal
@@ -149,6 +156,7 @@ def qwen1(hidden: int, inter: int, layers: int, heads: int) -> PretrainedConfig:
 
 
 LLAMA_3B = llama(3072, 8192, 28, 24, 8, 128256, head_dim=128, tie_word_embeddings=True)
+LLAMA_8B = llama(4096, 14336, 32, 32, 8, 128256)
 LLAMA2_7B, LLAMA2_13B = llama(4096, 11008, 32, 32, 32, 32000), llama(5120, 13824, 40, 40, 40, 32000)
 PHI_15 = PhiConfig(
     hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
@@ -174,6 +182,8 @@ class Row:
     adapters: torch.dtype = torch.float32
     own_loss: bool = False
     native: bool = False  # a full trace through the allocator without expandable segments
+    group: memory.Group = memory.ALONE
+    selective: bool = False  # layers keep attention and every second matrix product
 
 
 def published() -> list[Row]:
@@ -240,7 +250,43 @@ def published() -> list[Row]:
                     checkpointing=True,
                 )
             )
+    for world, gib in ((8, 82.4), (128, 67.0)):
+        rows.append(
+            Row(
+                f"torchtitan, {world} x H100",
+                "Llama-3.1 8B full, FSDP2, 2 rows of 8,192 tokens",
+                LLAMA_8B,
+                {"mode": "full"},
+                uniform(2, 8192, 8192),
+                gib * 2**30,
+                "which operations its checkpointing keeps (taken: every second product); what was "
+                "read (taken as reserved); it gathers bf16, and head and embedding on their own",
+                checkpointing=True,
+                selective=True,
+                group=memory.Group(world, "fsdp"),
+            )
+        )
     return rows
+
+
+CHECKPOINT = "transformers.modeling_utils.checkpoint"
+
+
+def selective(function: Any, *arguments: Any, **options: Any) -> Any:
+    """Checkpointing as torchtitan's option "op": attention and every second matrix product are
+    kept, the rest is computed again."""
+    seen = Counter[bool]()
+
+    def policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        if operation is torch.ops.aten.mm.default:
+            seen[context.is_recompute] += 1
+            keeps = seen[context.is_recompute] % 2 == 1
+        else:
+            keeps = "scaled_dot_product" in str(operation)
+        return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(function, *arguments, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager
@@ -270,6 +316,7 @@ def their_step(row: Row) -> Iterator[None]:
         mock.patch.object(model, "add_adapters", added),
         mock.patch.object(model, "check_dtypes"),
         mock.patch.object(FineTune, "loss", loss) if row.own_loss else nullcontext(),
+        mock.patch(CHECKPOINT, selective) if row.selective else nullcontext(),
     ):
         yield
 
@@ -281,7 +328,7 @@ def against_published(folder: Path) -> list[dict[str, Any]]:
         config = configured(folder / str(number), row.architecture, **train)
         config = with_values(config, {f"tuning.{key}": each for key, each in row.tuning.items()})
         with their_step(row):
-            predicted = memory.predict(config, "bf16", row.window, on_gpu=True)
+            predicted = memory.predict(config, "bf16", row.window, on_gpu=True, group=row.group)
             told = predicted.reserved if row.reserved else predicted.allocated
             if row.native:
                 trace = rehearsal.rehearse(config, "bf16", row.window, on_gpu=True)
@@ -316,8 +363,8 @@ def show_published(found: list[dict[str, Any]]) -> Table:
 # --- speed -------------------------------------------------------------------------------------
 
 LARGE = {
-    "8B LoRA": (llama(4096, 14336, 32, 32, 8, 128256), "lora"),
-    "8B full": (llama(4096, 14336, 32, 32, 8, 128256), "full"),
+    "8B LoRA": (LLAMA_8B, "lora"),
+    "8B full": (LLAMA_8B, "full"),
     "70B QLoRA": (llama(8192, 28672, 80, 64, 8, 128256), "qlora"),
 }
 
@@ -347,20 +394,24 @@ def show_speed(found: list[dict[str, Any]]) -> Table:
 
 # --- several processes -------------------------------------------------------------------------
 
-ZERO = {"ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 BUCKETS = (500_000, 50_000_000)  # elements
 
 
 def engines(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    def zero(stage: int, bucket: int, **more: Any) -> dict[str, Any]:
+        told = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True, **more}
+        told |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        file = folder / f"zero{stage}_{bucket}{''.join(more)}.json"
+        file.write_text(json.dumps({"zero_optimization": told}))
+        return {"engine": "deepspeed", "deepspeed_config": str(file)}
+
     yield "DDP", {}
     yield "FSDP2", {"engine": "fsdp"}
-    for (name, stage), bucket in product(ZERO.items(), BUCKETS):
-        zero = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True}
-        zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-        file = folder / f"zero{stage}_{bucket}.json"
-        file.write_text(json.dumps({"zero_optimization": zero}))
-        told = {"engine": "deepspeed", "deepspeed_config": str(file)}
-        yield f"{name}, buckets of {bucket:,}", told
+    yield "FSDP2, offload", {"engine": "fsdp", "offload": True}
+    for stage, bucket in product((1, 2, 3), BUCKETS):
+        yield f"ZeRO-{stage}, buckets of {bucket:,}", zero(stage, bucket)
+    for stage in (2, 3):
+        yield f"ZeRO-{stage}, offload", zero(stage, BUCKETS[0], offload_optimizer={"device": "cpu"})
 
 
 def processes(folder: Path) -> list[dict[str, Any]]:
@@ -399,7 +450,7 @@ def show_processes(found: list[dict[str, Any]]) -> Table:
 SHAPES = {
     "135M": llama(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
     "1.1B": llama(2048, 5632, 22, 32, 4, 32000),
-    "8B": llama(4096, 14336, 32, 32, 8, 128256),
+    "8B": LLAMA_8B,
 }
 STEPS = [  # shape, mode, checkpointing, rows x tokens
     *product(["135M"], ["full", "lora"], [False, True], [(8, 512), (2, 4096)]),

@@ -699,7 +699,12 @@ def _explain(path: str, item: Any, origins: Origins) -> str:
         return f"{at}: required, and not given{about}"
     if not key:
         return f"{at}: expected a section with keys, found {item['input']!r}"
-    return f"{at}: expected {_type_name(fields[key])}, found {excerpt(item['input'])}"
+    told = f"{at}: expected {_type_name(fields[key])}, found {excerpt(item['input'])}"
+    if item["type"] == "literal_error" and isinstance(item["input"], str):
+        words = re.findall(r"'([^']+)'", item["ctx"]["expected"])
+        if near := difflib.get_close_matches(item["input"], words, n=1, cutoff=0.5):
+            told += f"; did you mean {near[0]}?"
+    return told
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

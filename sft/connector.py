@@ -154,6 +154,8 @@ class AccelerateConnector:
                     self.precision,
                     self.accelerator.device,
                 )
+            if self._speaker.tokenizer.chat_template == chat.DEFAULT_TEMPLATE:
+                self.log.say(f"{self.model_name} has no chat template: asked as User: / Assistant:")
         return self._speaker
 
     def complete(

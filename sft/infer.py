@@ -111,7 +111,7 @@ def answer_file(
         total = data.num_rows(source)
         connector.answer(_questions(source, guard), output, total, **settings)
         if connector.is_main_process:
-            connector.log.say(_told(output))
+            connector.log.say(_told(output, connector.num_processes))
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def _questions(source: str, guard: Guard) -> Iterator[evaluate.Question]:
         yield evaluate.question(row)
 
 
-def _told(output: Path) -> Table:
+def _told(output: Path, num_processes: int) -> Table:
     ended: Counter[str] = Counter()
     prompt_tokens = completion_tokens = 0
     first = ""
@@ -158,6 +158,7 @@ def _told(output: Path) -> Table:
         ("cut off", f"{ended['length']:,} at generation.max_new_tokens or the model's context"),
         ("failed", f"{ended['error']:,}" + (f", such as {visible(first)}" if first else "")),
         ("tokens", f"{prompt_tokens:,} of prompts, {completion_tokens:,} of answers"),
+        ("processes", str(num_processes)),
         ("results", str(output)),
     ]
     return facts("Answers", rows)

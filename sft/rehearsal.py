@@ -194,7 +194,7 @@ def make_engine(
         )
     )
     prepared = Prepared(SimpleNamespace(pad_token_id=0), examples, examples, {})  # type: ignore[arg-type]
-    group = accelerator or Alone(precision)
+    group = accelerator or Alone(precision, config.train.engine)
     built = model.build(config, precision, group.device, weights=weights)
     task = finetune.FineTune(config, prepared, built, group, Log(None), budget)
     made = engine.Engine(task, config.train, group, Log(None), budget)
@@ -222,13 +222,15 @@ class Alone:
     device, num_processes, process_index, is_main_process = CPU, 1, 0, True
     distributed_type = DistributedType.NO
 
-    def __init__(self, precision: str):
+    def __init__(self, precision: str, engine: str = "ddp"):
         self.precision = precision
+        self.caches = engine == "ddp"  # bf16 copies of weights live through a forward pass
 
     def prepare(self, built: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
         """Computes in the precision, and gives results in fp32, as Accelerator.prepare_model."""
         if self.precision != "fp32":
-            autocast = torch.autocast("cpu", model.DTYPES[self.precision])
+            dtype = model.DTYPES[self.precision]
+            autocast = torch.autocast("cpu", dtype, cache_enabled=self.caches)
             built.forward = convert_outputs_to_fp32(autocast(built.forward))
         return built, optimizer
 

@@ -2,8 +2,8 @@
 
 memory_worker.py CONFIG OUT: a configuration in JSON, and a file for the bytes at the peak.
 
-DDP is watched by the recorder, DeepSpeed through the events of the allocator: the recorder takes
-two tensors of its optimizer, which are replaced in the first step, for living ones.
+DDP is watched by the recorder, the others through the events of the allocator: the recorder takes
+two tensors of DeepSpeed's optimizer, which are replaced in the first step, for living ones.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ from sft.trace import Recorder
 WINDOW = uniform(4, 64, 64, micro_batches=2)
 
 
-def paused(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Waits until gloo's thread has dropped its references: frees in other threads are not seen."""
+def paused(wait: Callable[..., Any]) -> Callable[..., Any]:
+    """Until gloo's thread has dropped its references, too: frees in other threads are not seen."""
 
-    def call(*arguments: Any, **options: Any) -> Any:
-        result = collective(*arguments, **options)
-        if not options.get("async_op"):
-            time.sleep(0.01)
+    def call(*arguments: Any) -> Any:
+        result = wait(*arguments)
+        time.sleep(0.01)
         return result
 
     return call
@@ -53,9 +52,8 @@ def main(text: str, out: Path) -> None:
             steps()
         peak = recorder.trace.peak().num_bytes
     else:
-        names = ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce", "broadcast")
-        for name in (*names, "reduce_scatter_tensor"):
-            setattr(torch.distributed, name, paused(getattr(torch.distributed, name)))
+        work: Any = torch.distributed.Work
+        work.wait = paused(work.wait)
         peak, _ = true_peak(steps)
     if accelerator.is_main_process:
         out.write_text(str(peak))

@@ -217,6 +217,15 @@ def test_a_bad_override_is_refused_with_the_reason(tmp_path, override, problem):
     assert problems(file, override) == [problem]
 
 
+def test_a_word_that_is_nearly_one_of_the_known_ones_is_answered_with_it(minimal):
+    (told,) = problems(minimal, "evaluation.metrics=[exact_match, rouge_1]")
+    assert told.endswith("found 'rouge_1'; did you mean rouge_l?")
+    (told,) = problems(minimal, "train.engine=fdsp")
+    assert told == "train.engine (override): expected ddp or fsdp or deepspeed, found 'fdsp'; " + (
+        "did you mean fsdp?"
+    )
+
+
 def test_an_override_that_is_not_yaml_is_refused(minimal):
     (told,) = problems(minimal, "train.seed=[1")
     assert told.startswith("override train.seed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny
 import torch
 from conftest import ROOT
 
@@ -136,3 +137,15 @@ def test_ranks_add_up_to_the_scores_of_one(nano, tmp_path):
         found = evaluate.score(path, names, Ranks(rank))
     assert found.values == whole.values
     assert found.intervals == whole.intervals
+
+
+def test_a_slow_rank_is_told(monkeypatch):
+    class World:
+        num_processes = 4
+
+    told = tiny.Said()
+    seconds = [20.0, 61.0, 21.0, 24.0]
+    monkeypatch.setattr(evaluate, "gather_object", lambda _: [(each, 900) for each in seconds])
+    evaluate._tell_slow_ranks(20.0, 900, World(), told)
+    [line] = told.lines
+    assert line.startswith("warning: rank 1 took 1 min 01 s for 900 tokens, others 21 s")
