@@ -21,13 +21,14 @@ export TOKENIZERS_PARALLELISM := false
 # scripts/launch.py reads these from the environment, whether they come from there or are given to make.
 export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERATE_CONFIG
 launch = $(BIN)/python scripts/launch.py --config $(CONFIG)
+classified = $(if $(filter command environment,$(firstword $(origin CONFIG))),$(CONFIG),configs/classify_hatecheck.yaml)
 model = --model "$(or $(MODEL),$(RUN))" $(if $(ADAPTER),--adapter "$(ADAPTER)")
 gguf = $(if $(or $(GGUF),$(LLAMA_CPP)),--gguf "$(or $(GGUF),$(LLAMA_CPP))")
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
 	train train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
-	tb-stop verify-resume verify-invariance evaluate eval-quick eval-test compare infer infer-batch merge merge-test nano test test-fast lint format docs clean
+	tb-stop verify-resume verify-invariance evaluate eval-quick eval-test compare classify infer infer-batch merge merge-test nano test test-fast lint format docs clean
 
 ##@ Start
 help: ## This list
@@ -120,6 +121,10 @@ eval-test: $(READY) ## The same for every held-out row, or those of another file
 compare: $(READY) ## Is B better or worse than A, or not distinguishable? A=run B=run [METRIC=rouge_l,bleu] [SHOW=5]
 	@$(BIN)/python scripts/compare.py --a "$(A)" --b "$(B)" $(if $(METRIC),--metric "$(METRIC)") \
 		$(if $(SHOW),--show $(SHOW)) $(if $(JSON),--json "$(JSON)")
+
+classify: $(READY) ## Ask MODEL or RUN for labels, and score them; TUNE=1 teaches them, and compares [CONFIG=file]
+	@$(BIN)/python scripts/classify.py --config $(classified) $(if $(MODEL),--model "$(MODEL)") \
+		$(if $(filter command environment,$(firstword $(origin RUN))),--run "$(RUN)") $(if $(TUNE),--tune) $(ARGS)
 
 infer: $(READY) ## Talk to a run or a model [RUN= or MODEL=] [ADAPTER=] [SYSTEM=] [PROMPT="one question"]
 	@$(BIN)/python scripts/infer.py $(model) $(if $(SYSTEM),--system "$(SYSTEM)") \

@@ -237,7 +237,7 @@ class Evaluation(Section):
 
 
 class Generation(Section):
-    """How an answer is written. No section of a file: what `make infer` and the connector take."""
+    """How an answer is written: by `make infer`, the connector, and each `classify` strategy."""
 
     max_new_tokens: Count = 256
     """Longest answer, tokens."""
@@ -251,12 +251,57 @@ class Generation(Section):
     """What is drawn for an example is a function of it and of the example's number."""
 
 
+class Strategy(Section):
+    """A way to ask for a label: a value of `classify.strategies`, under its name."""
+
+    system: Text | None = None
+    """System prompt."""
+    user: Text
+    """What the user says, with `{text}` where the text stands."""
+    answer: Text = "{label}"
+    """The answer that fine-tuning teaches, with `{label}` where the label stands."""
+    generation: Generation = Generation()
+    """How its answers are written."""
+
+
+class Classify(Section):
+    path: Text | Texts | None = None
+    """Rows with a text and its label, a column each: CSV, JSONL, Parquet (docs/CLASSIFY.md)."""
+    output_dir: Text = "outputs/classify"
+    """Folder of the answers, scores and training rows that `make classify` writes."""
+    text: Text = "text"
+    """Column of the texts."""
+    label: Text = "label"
+    """Column of the labels."""
+    group: Text | None = None
+    """Column of the groups that are scored by themselves as well."""
+    labels: list[Text] = []
+    """What a label can be."""
+    strategies: dict[Text, Strategy] = {}
+    """Ways to ask, by name."""
+    use: Texts | None = None
+    """Names of the strategies that are tried. None: all."""
+    tune: Text | None = None
+    """Name of the strategy that `TUNE=1` teaches and a tuned model is asked with."""
+    split_by: list[Text] = []
+    """Columns of ids: rows that share an id in any of them stay in one part, as do equal texts."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the rows for the test part."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the rows for the validation part, which training holds out."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Which rows are in which part is a function of it and of the rows."""
+    part: Literal["test", "validation", "all"] = "test"
+    """What is classified: `validation` to choose by; `all` has what TUNE=1 trains on in it."""
+
+
 class Config(Section):
     model: Model
     tuning: Tuning = Tuning()
     data: Data
     train: Train
     evaluation: Evaluation = Evaluation()
+    classify: Classify = Classify()
 
 
 @dataclass(frozen=True)
@@ -331,10 +376,13 @@ RULES = [
         lambda labels, names: labels is not None and "classification" not in names,
         "is only read with evaluation.metrics: [classification]; set that, or remove this key",
     ),
-    Rule(
-        ("train.output_dir",),
-        lambda path: not _is_safe_path(path),
-        "must name a folder: printable characters, at most 200, without '..' and '~'",
+    *(
+        Rule(
+            (key,),
+            lambda path: not _is_safe_path(path),
+            "must name a folder: printable characters, at most 200, without '..' and '~'",
+        )
+        for key in ("train.output_dir", "classify.output_dir")
     ),
 ]
 
@@ -373,6 +421,7 @@ def load_config(file: str | Path | None, overrides: list[str] | None = None) -> 
     tree = {} if file is None else _read(Path(file), origins, problems, seen=())
     for override in overrides or []:
         _merge(tree, _parse_override(override, origins, problems))
+    _train_on_classified(tree)
     config, found = _validate(tree, origins)
     problems += found
     if problems or config is None:
@@ -381,6 +430,25 @@ def load_config(file: str | Path | None, overrides: list[str] | None = None) -> 
             f"{file or 'overrides'}: {count} in the configuration\n  " + "\n  ".join(problems)
         )
     return config
+
+
+def classified_rows(output_dir: str) -> dict[str, str]:
+    """Where `make classify` writes the rows to train on, by the key of `data` that reads them."""
+    return {
+        "train_path": f"{output_dir}/train.jsonl",
+        "eval_path": f"{output_dir}/validation.jsonl",
+    }
+
+
+def _train_on_classified(tree: dict) -> None:
+    """A file that says what to classify need not say where the rows to train on will be."""
+    classify = tree.get("classify")
+    if isinstance(classify, dict) and classify.get("path") is not None:
+        folder = classify.get("output_dir", Classify().output_dir)
+        data = tree.setdefault("data", {})
+        for key, path in classified_rows(folder).items():
+            if isinstance(data, dict):
+                data.setdefault(key, path)
 
 
 def generation(values: dict[str, Any], where: str = "generation") -> Generation:
@@ -579,7 +647,7 @@ def _validate(tree: Any, origins: Origins) -> tuple[Config | None, list[str]]:
         config = Config.model_validate(tree)
     except ValidationError as error:
         for item in error.errors():
-            path = _path(item["loc"])
+            path, *_ = _place(item["loc"])
             problems.setdefault(path, _explain(path, item, origins))
     values = _flatten(config.model_dump() if config else _with_defaults(tree))
     for rule in RULES:
@@ -598,9 +666,16 @@ def _validate(tree: Any, origins: Origins) -> tuple[Config | None, list[str]]:
     return config, list(problems.values())
 
 
-def _path(location: tuple[int | str, ...]) -> str:
-    """Dotted path of a key; what pydantic appends (member of a union, list index) is cut off."""
-    return ".".join(str(part) for part in location[:2])
+def _place(location: tuple[int | str, ...]) -> tuple[str, type[Section] | None, str]:
+    """(dotted path, its section, its key there); what pydantic appends to a key (member of a union,
+    place in a list) is cut off."""
+    parts = [*map(str, location)]
+    section, at = KNOWN.get(parts[0]), 1
+    if parts[0] == "classify" and parts[1:2] == ["strategies"] and len(parts) > 2:
+        section, at = Strategy, 3
+        if parts[3:4] == ["generation"] and len(parts) > 4:
+            section, at = Generation, 4
+    return ".".join(parts[: at + 1]), section, "".join(parts[at : at + 1])
 
 
 def _where(path: str, origins: Origins) -> str:
@@ -608,25 +683,23 @@ def _where(path: str, origins: Origins) -> str:
 
 
 def _explain(path: str, item: Any, origins: Origins) -> str:
-    section, key = (*map(str, item["loc"]), "")[:2]  # either may contain a dot itself
+    _, section, key = _place(item["loc"])  # each part may contain a dot itself
+    fields = section.model_fields if section else {}
     at = f"{path}{_where(path, origins)}"
     if item["type"] == "extra_forbidden":
-        known = list(KNOWN[section].model_fields if key else SECTIONS)
-        word = key or section
-        hint = did_you_mean(word, known)
+        word = key or str(item["loc"][0])
+        hint = did_you_mean(word, list(fields if key else SECTIONS))
         elsewhere = [s for s, model in SECTIONS.items() if word in model.model_fields]
         hint = f"did you mean {elsewhere[0]}.{word}?" if elsewhere else hint
         if "." in word:
             hint = "in a file, write the section and below it the key"
         return f"{at}: unknown key; {hint}"
     if item["type"] == "missing":
-        field = KNOWN[section].model_fields.get(key) if key else None
-        about = f": {field.description}" if field else ""
+        about = f": {fields[key].description}" if key else ""
         return f"{at}: required, and not given{about}"
     if not key:
         return f"{at}: expected a section with keys, found {item['input']!r}"
-    expected = _type_name(KNOWN[section].model_fields[key])
-    told = f"{at}: expected {expected}, found {excerpt(item['input'])}"
+    told = f"{at}: expected {_type_name(fields[key])}, found {excerpt(item['input'])}"
     if item["type"] == "literal_error" and isinstance(item["input"], str):
         words = re.findall(r"'([^']+)'", item["ctx"]["expected"])
         if near := difflib.get_close_matches(item["input"], words, n=1, cutoff=0.5):
@@ -665,7 +738,11 @@ SECTIONS: dict[str, type[Section]] = {
     name: typing.cast(type[Section], field.annotation)
     for name, field in Config.model_fields.items()
 }
-KNOWN: dict[str, type[Section]] = {**SECTIONS, "generation": Generation}
+KNOWN: dict[str, type[Section]] = {
+    **SECTIONS,
+    "classify.strategies.<name>": Strategy,
+    "generation": Generation,
+}
 
 
 # --- docs/CONFIG.md ----------------------------------------------------------------------------
@@ -694,6 +771,8 @@ def _annotation_name(annotation: Any) -> str:
         return " or ".join(str(value) for value in arguments)
     if typing.get_origin(annotation) is dict:
         return " to ".join(map(_annotation_name, arguments))
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation.__name__.lower()
     if typing.get_origin(annotation) is list:
         return f"list of {_annotation_name(arguments[0])}"
     if arguments:
@@ -724,10 +803,10 @@ def reference() -> str:
     ]
     for name, section in KNOWN.items():
         lines += ["", f"## `{name}`", ""]
-        if name not in SECTIONS:
+        if section is Generation:
             given = f"make infer ARGS={name}.temperature=0.7"
             lines += [
-                f"In no file, but on the command line of `{given}` and `make infer-batch`.",
+                f"Of each of `classify.strategies`, and of `{given}` and `make infer-batch`.",
                 "",
             ]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
@@ -740,6 +819,8 @@ def reference() -> str:
 def _yaml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, Section):
+        return "{}"
     if isinstance(value, float):
         return f"{value:g}" if not math.isinf(value) else str(value)
     return "null" if value is None else str(value)

@@ -230,6 +230,13 @@ def read_all(path: str | list[str], **options: Any) -> Iterator[Row | BadRow]:
     return (row for source in sources(path) for row in read(source, **options))
 
 
+def read_raw(path: str | list[str]) -> Iterator[tuple[str, Any]]:
+    """(file:line, row as its file has it, or the error in it) of every row of every file."""
+    for source in sources(path):
+        for line, value, _ in _found(source, "auto"):
+            yield f"{source.file}:{line}", value
+
+
 def contents(path: str | list[str]) -> list[dict[str, str | int]]:
     """Name and sha256 (of the hub: fingerprint) of every file: what rows are a function of."""
     found: list[dict[str, str | int]] = []

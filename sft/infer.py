@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,18 @@ def answer_file(
     if output.is_dir() or output.suffix not in (".jsonl", ".ndjson"):
         raise UserError(f"OUTPUT: expected a file that ends in .jsonl, found {output}")
     data.sources(source)  # one that is missing is told before a model is loaded
+    with at_work(folder, model, output) as (connector, guard):
+        total = data.num_rows(source)
+        connector.answer(_questions(source, guard), output, total, **settings)
+        if connector.is_main_process:
+            connector.log.say(_told(output, connector.num_processes))
+
+
+@contextmanager
+def at_work(
+    folder: Path, model: dict[str, Any], output: Path
+) -> Iterator[tuple[AccelerateConnector, Guard]]:
+    """A loaded model and its guard in `folder`, for answers into `output`. Collective."""
     with Guard(folder, STALL_TIMEOUT) as guard:
         if guard.is_first:
             guard.begin()
@@ -119,10 +132,7 @@ def answer_file(
         connector = AccelerateConnector(**model, between=between)
         guard.join(connector.accelerator, None)
         connector.load_model_once()
-        total = data.num_rows(source)
-        connector.answer(_questions(source, guard), output, total, **settings)
-        if connector.is_main_process:
-            connector.log.say(_told(output, connector.num_processes))
+        yield connector, guard
         connector.accelerator.wait_for_everyone()
     end_processes(connector.accelerator)
 

@@ -249,6 +249,7 @@ BREAKS = [  # one for each of RULES, in order: overrides that break it, and one 
     (["evaluation.metrics=[classification]"], "evaluation.labels=[yes, no]"),
     (["evaluation.labels=[yes, no]"], "evaluation.metrics=[classification]"),
     (["train.output_dir=a/../../b"], "train.output_dir=a/b..c"),
+    (["classify.output_dir=a/../../b"], "classify.output_dir=a/b..c"),
 ]
 
 

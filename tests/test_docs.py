@@ -23,7 +23,7 @@ VARIABLES = {
     *("ADAPTER", "SYSTEM"),
     *("BASE", "MERGED", "GGUF", "LLAMA_CPP"),
     *("DTYPE", "PROMPT", "PORT", "OUTPUTS", "VENV_TOO", "PYTHON", "INPUT", "ROW", "IDS"),
-    *("GPU", "GIB", "MODEL", "TUNING", "SEQ", "UNIFORM", "COMPARE", "JSON"),
+    *("GPU", "GIB", "MODEL", "TUNING", "SEQ", "UNIFORM", "COMPARE", "JSON", "TUNE"),
     *("A", "B", "METRIC", "SHOW"),
     *("NUM_MACHINES", "MACHINE_RANK", "MASTER_ADDR", "MASTER_PORT"),
 }

@@ -44,6 +44,8 @@ LAYERS = {
     "export": 2,
     "connector": 2.5,
     "infer": 3,
+    "labels": 1.3,  # read from rows
+    "classification": 3.1,  # works as infer does
     "finetune": 3,
     "merge": 3,
     "rehearsal": 3.5,  # runs a step of the task
@@ -101,7 +103,9 @@ def test_the_package_itself_imports_nothing():
     assert list(imported((PACKAGE / "__init__.py").read_text("utf-8"))) == []
 
 
-@pytest.mark.parametrize("module", ["config", "cli", "batching", "formats", "data", "metrics"])
+@pytest.mark.parametrize(
+    "module", ["config", "cli", "batching", "formats", "data", "labels", "metrics"]
+)
 def test_what_a_script_needs_to_refuse_a_configuration_imports_no_torch(module):
     heavy = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed"}
     assert heavy.isdisjoint(name.split(".")[0] for name in imported(source_of(module)))

@@ -1,0 +1,57 @@
+"""Asks a model for the labels of texts; TUNE fine-tunes it on them, and compares the two."""
+
+import os
+from pathlib import Path
+
+from sft import cli
+from sft.config import Config, UserError
+
+
+def main() -> int | None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--model", help="in place of model.name")
+    parser.add_argument("--run", type=Path, help="a tuned model: the folder of its run")
+    parser.add_argument("--tune", action="store_true", help="fine-tune, classify again, compare")
+    args = parser.parse_intermixed_args()
+    args.overrides += [f"model.name={args.model}"] if args.model else []
+    config = cli.configuration(args)
+    from sft import labels, launcher
+
+    labels.check(config, tune=args.tune)
+    if args.tune and args.run:
+        raise UserError("RUN is a tuned model: give TUNE=1, or RUN, not both")
+    if launcher.is_asked():
+        labels.split(labels.read(config.classify), config.classify)  # told once, by no rank
+        return _launch(config, ["--config", args.config, *args.overrides], args.run, args.tune)
+    if args.tune and "WORLD_SIZE" in os.environ:
+        raise UserError("TUNE=1 starts its processes itself: give NUM_PROCESSES, no launcher")
+    from sft import classification
+
+    classification.classify(config, args.run)
+    if args.tune:
+        from sft import run
+
+        run.train(config)
+        classification.classify(config, Path(config.train.output_dir))
+    return None
+
+
+def _launch(config: Config, own: list[str], run: Path | None, tune: bool) -> int:
+    """The same, each part a launch of its own."""
+    from sft import launcher
+    from sft.config import Train
+
+    def classify(run: Path | None) -> int:
+        folder = run / "classify" if run else Path(config.classify.output_dir)
+        named = ["--run", str(run)] if run else []
+        return launcher.launch(Train(output_dir=str(folder)), [*own, *named], Path(__file__))
+
+    code = classify(run)
+    if tune:
+        code = code or launcher.launch(config.train, own)
+        code = code or classify(Path(config.train.output_dir))
+    return code
+
+
+if __name__ == "__main__":
+    cli.run(main)
