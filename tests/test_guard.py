@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT, clean_environment
 from safetensors.torch import load_file
 
-from sft import checkpoint, guard
+from sft import checkpoint, cli, guard
 
 pytestmark = pytest.mark.slow
 
@@ -277,13 +277,30 @@ def test_an_error_of_the_user_ends_with_its_code_and_one_message(start, code):
     }
 
 
-def test_a_launcher_that_is_killed_takes_its_ranks_along(start):
-    run = start(2, "data", "loop", 1).at_moment()
+@pytest.mark.parametrize("moment", ["launched", "data"])
+def test_a_launcher_that_is_killed_takes_its_ranks_along(start, moment):
+    """Also ranks that import torch yet, or wait for each other to join the group."""
+    run = start(2, moment, "loop", 1).at_moment()
     os.kill(run.pids["launcher"], signal.SIGKILL)
     for pid in run.pids["ranks"]:
         wait_for(lambda pid=pid: guard.is_dead(pid), 2.0)
-    assert run.status["state"] == "running"  # nobody was left to tell
-    assert resumed(start, 2, run).status["attempt"] == 2
+    if moment == "data":
+        assert run.status["state"] == "running"  # nobody was left to tell
+        assert resumed(start, 2, run).status["attempt"] == 2
+
+
+def test_a_rank_whose_launcher_is_gone_already_ends_before_it_does_anything(tmp_path):
+    """The launcher is then not the parent, but who that is now cannot be told from outside."""
+    for launcher, code in ((os.getpid(), 0), (os.getppid(), 1)):
+        rank = os.fork()
+        if not rank:
+            os.environ |= {"LOCAL_RANK": "0", cli.LAUNCHER: str(launcher)}
+            try:
+                cli.run((tmp_path / str(launcher)).touch)
+            except SystemExit as ended:
+                os._exit(int(ended.code or 0))
+        assert os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) == code
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
 
 
 def test_a_second_run_in_a_folder_is_refused_and_a_dead_owner_replaced(start):
