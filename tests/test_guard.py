@@ -186,6 +186,25 @@ def test_sigterm_to_one_rank_at_any_moment_saves_one_common_step_and_resumes_exa
     assert (again.status["state"], again.status["attempt"]) == ("finished", 2)
 
 
+KILLS = {"middle evaluation": 2, "save": 3, "write": 3}  # how often it has come then
+
+
+@pytest.mark.parametrize(
+    ("world", "moment", "times"),
+    [(1, "step", 11), (2, "step", 6), *((w, *kill) for w in (1, 2) for kill in KILLS.items())],
+)
+def test_sigkill_at_any_moment_costs_what_came_after_the_last_save(
+    start, whole, world, moment, times
+):
+    """In the accumulation of a step, in an evaluation, before and in a save. A rank that is left
+    ends by itself, and the next run is the uninterrupted one."""
+    settings = {"save_steps": 2, "eval_steps": 3}
+    run = start(world, moment, "SIGKILL", world - 1, times=times, train=settings)
+    assert run.codes()[-1] == -signal.SIGKILL, run.told
+    assert run.checkpoints()[0] == "checkpoint_step_2"
+    assert_same_weights(resumed(start, world, run), whole[world])
+
+
 def test_sigterm_to_all_ranks_is_one_request(start):
     run = start(2, "step", "all", times=2)
     assert run.codes() == [75, 75], run.told
