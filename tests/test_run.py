@@ -160,7 +160,8 @@ def test_evaluate_infer_and_merge_use_the_run(nano, tmp_path):
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_the_other_modes_learn_too(tmp_path, mode):
-    done = train(tmp_path / "run", f"tuning.mode={mode}", *SHORT, "train.max_steps=30")
+    more = ["train.max_steps=15", "train.learning_rate=3e-3"]
+    done = train(tmp_path / "run", f"tuning.mode={mode}", *SHORT, *more)
     assert done.returncode == 0, done.stderr
     found = results(tmp_path / "run")
     assert found["tuned"]["loss"] < 0.5 * found["base"]["loss"]
