@@ -93,7 +93,8 @@ def clean_environment(**extra: str) -> dict[str, str]:
 
 @pytest.fixture
 def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_script("train.py", "--config", ...)` in a process of its own."""
+    """`run_script("train.py", "--config", ...)` in a process of its own, which has the libraries
+    already: what they read from the environment when they are imported (HF_HOME) is for `run`."""
     import forked  # needs this module
 
     def call(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

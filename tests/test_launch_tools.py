@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, clean_environment
+from conftest import ROOT, clean_environment, run
 
 from sft import hardware, launcher
 
@@ -112,16 +112,15 @@ TWO = {"compute_environment": "LOCAL_MACHINE", "num_processes": 2, "mixed_precis
 
 
 @pytest.mark.slow
-def test_setup_catches_a_file_that_starts_one_process_then_mends_it(
-    tmp_path: Path, run_script: Run
-) -> None:
+def test_setup_catches_a_file_that_starts_one_process_then_mends_it(tmp_path: Path) -> None:
     """In Accelerate's default place, without a terminal."""
+    setup = (sys.executable, "scripts/setup_accelerate.py")
     target = tmp_path / "accelerate" / "default_config.yaml"
     target.parent.mkdir()
     bad = yaml.safe_dump({**TWO, "distributed_type": "MULTI_CPU", "use_cpu": True})
     target.write_text(bad)
 
-    caught = run_script("setup_accelerate.py", "--verify-only", HF_HOME=str(tmp_path))
+    caught = run(*setup, "--verify-only", HF_HOME=str(tmp_path))
     assert caught.returncode == 2
     assert "expected: 2 process(es) that form one world, sum 3" in caught.stderr
     assert "found:    1 process(es) did the work, in worlds of [1]" in caught.stderr
@@ -130,7 +129,7 @@ def test_setup_catches_a_file_that_starts_one_process_then_mends_it(
     assert target.read_text() == bad
 
     num = hardware.default_num_processes(hardware.detect())
-    mended = run_script("setup_accelerate.py", HF_HOME=str(tmp_path))
+    mended = run(*setup, HF_HOME=str(tmp_path))
     assert mended.returncode == 0, mended.stderr
     assert f"ok: {target} starts {num} process(es) in one world" in mended.stdout
     assert "kept as default_config.yaml.bak beside it" in mended.stdout
