@@ -173,7 +173,12 @@ def disk(config: Config, num_examples: int) -> storage.Need:
     """What a run on so many examples writes."""
     vocabulary = architecture(config.model).get_text_config().vocab_size
     steps = engine.total_steps(config.train, num_examples)
-    return storage.need(config.train, memory.counts(config).trained, vocabulary, steps)
+    counted = memory.counts(config)
+    needed = storage.need(config.train, counted.trained, vocabulary, steps)
+    if config.tuning.mode == "full":
+        return needed
+    base = counted.parameters - counted.trained
+    return replace(needed, merged=2 * base + vocabulary * storage.TOKENIZER_BYTES)
 
 
 def _warnings(plan: Plan) -> list[str]:

@@ -81,7 +81,8 @@ def _run(
     if resumed_from:
         read_state(resumed_from, identity(config.train, finetune.identity(config, prepared)))
     planned = plan_together(config, prepared, machine, accelerator)
-    storage.refuse_if_full(planned.disk, config.train)
+    if warning := storage.refuse_if_full(planned.disk, config.train):
+        log.say(f"warning: {warning}")
     resolved = with_values(config, plan.resolved_values(planned))
     log.say(_banner(config, planned, described(accelerator)))
     log.say(hardware.table(machine))

@@ -46,6 +46,7 @@ class Need:
     copies: int  # of it: those that stay, and the one that is being written
     final: int  # what a user loads in the end
     logs: int
+    merged: int = 0  # of `make merge` in bf16, should it be called; not in the total
 
     @property
     def total(self) -> int:
@@ -56,6 +57,7 @@ class Need:
             f"{size(self.total)}: {self.copies} checkpoint{'s' if self.copies > 1 else ''} of "
             f"{size(self.checkpoint)}, {size(self.final)} for the final one, "
             f"{size(self.logs)} for logs"
+            + (f"; merged later {size(self.merged)} more" if self.merged else "")
         )
 
 
@@ -83,8 +85,9 @@ def need(train: Train, num_trained: int, vocabulary: int, steps: int) -> Need:
     )
 
 
-def refuse_if_full(needed: Need, train: Train) -> None:
-    """CheckpointError if the disk of the run folder cannot hold what the run will write.
+def refuse_if_full(needed: Need, train: Train) -> str | None:
+    """CheckpointError if the disk of the run folder cannot hold what the run will write; a warning
+    if it can, but not a merged model besides.
 
     Checkpoints that lie there already count as free: these are the ones that will be replaced.
     """
@@ -96,6 +99,13 @@ def refuse_if_full(needed: Need, train: Train) -> None:
             f"train.save_total_limit (now {train.save_total_limit}, at least 2), or set "
             "train.output_dir to another disk"
         )
+    if needed.total + needed.merged > have:
+        return (
+            f"there is room for the run, but not for `make merge` after it ({size(needed.merged)} "
+            f"more, have {size(have - needed.total)}): make room until then, or give it OUTPUT= on "
+            "another disk"
+        )
+    return None
 
 
 def refuse_if_unwritable(folder: Path) -> None:

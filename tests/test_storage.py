@@ -8,15 +8,17 @@ import resource
 import shutil
 import subprocess
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 from accelerate import Accelerator
+from conftest import ROOT
 
-from sft import batching, checkpoint, guard, storage
+from sft import batching, checkpoint, guard, plan, storage
 from sft.checkpoint import CheckpointError
-from sft.config import Config
+from sft.config import Config, load_config
 from sft.log import Log
 
 BUDGET = batching.Budget(60, "padded")
@@ -426,6 +428,22 @@ def test_a_run_that_cannot_fit_is_refused_and_what_lies_there_counts_as_room(sma
     (small / "run/checkpoint_step_5/model.safetensors").write_bytes(b"x" * 250_000)
     fill(small, needed.total - 200_000)
     storage.refuse_if_full(needed, settings)
+
+
+def test_room_for_the_run_but_not_for_a_merge_after_it_is_told(small):
+    settings = train(output_dir=str(small / "run"))
+    needed = replace(storage.need(settings, 10_000, 0, 10), merged=2**30)
+    told = storage.refuse_if_full(needed, settings)
+    assert told
+    assert "not for `make merge` after it (1.0 GiB more, have" in told
+    assert "merged later 1.0 GiB more" in str(needed)
+
+
+@pytest.mark.parametrize(("mode", "weights"), [("lora", 1_771_200), ("full", 0)])
+def test_a_merged_model_is_forecast_where_there_will_be_an_adapter(mode, weights):
+    config = load_config(ROOT / "configs/nano.yaml", [f"tuning.mode={mode}"])
+    merged = plan.disk(config, 100).merged
+    assert merged == (2 * weights + 1024 * storage.TOKENIZER_BYTES if weights else 0)
 
 
 @pytest.mark.slow
