@@ -8,6 +8,7 @@ published  Rows that others printed, with their step in place of ours where it d
            Nothing is fitted to them; what they leave open is said in `unknown`.
 processes  One of two real processes (DDP, FSDP2, ZeRO, offloading) against its prediction.
 gpu        Real steps on a GPU, where there is one (not by default; not yet run).
+budget     Likewise: the planned micro-batch against the largest that runs, found by bisection.
 speed      `make plan` of an 8B and a 70B model: seconds and peak memory of the process.
 """
 
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,12 +46,13 @@ from torch.utils.checkpoint import (
 )
 from transformers import LlamaConfig, PhiConfig, PretrainedConfig, Qwen2Config
 
-from sft import memory, model, rehearsal
+from sft import memory, model, plan, rehearsal
 from sft.cli import quiet_libraries
-from sft.config import with_values
+from sft.config import Config, with_values
 from sft.finetune import FineTune
 from sft.log import make_console
 from sft.processes import deepspeed_settings
+from sft.recovery import OutOfMemory
 from sft.rehearsal import Window, uniform
 
 MIB = 2**20
@@ -491,6 +493,72 @@ def gpu(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def largest(fits: Callable[[int], bool], most: int = 4096) -> int:
+    """The largest number of rows that fits, found by bisection; 0 if one does not."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+BUDGETS = (
+    ("135M", "full", False, 1024),
+    ("1.1B", "lora", False, 2048),
+    ("1.1B", "full", True, 4096),
+    ("8B", "qlora", True, 2048),
+)
+
+
+def budget(folder: Path) -> list[dict[str, Any]]:
+    """The rows that the plan would give a micro-batch, against the most that run on this GPU."""
+    if not torch.cuda.is_available():
+        raise SystemExit("the part budget needs a GPU that torch can use")
+    accelerator, found = Accelerator(mixed_precision="bf16"), []
+    room = (1 - plan.MARGIN["cuda"]) * torch.cuda.mem_get_info()[0]
+    for name, mode, checkpointing, length in BUDGETS:
+        train = {"gradient_checkpointing": checkpointing}
+        config = configured(folder / f"{name}{mode}{length}", SHAPES[name], mode, **train)
+        run = partial(_runs, config, accelerator, length)
+        chosen, most = largest(partial(_planned, config, room, length)), largest(run)
+        told = {"what": f"{name} {mode}{' + ckpt' if checkpointing else ''}, rows of {length}"}
+        found.append(told | {"planned_rows": chosen, "most_rows": most, "runs": run(chosen)})
+    return found
+
+
+def _planned(config: Config, room: float, length: int, rows: int) -> bool:
+    window = replace(uniform(rows, length, length), gradients=True)
+    return memory.predict(config, "bf16", window, on_gpu=True).reserved <= room
+
+
+def _runs(config: Config, accelerator: Accelerator, length: int, rows: int) -> bool:
+    window, made = uniform(rows, length, length, micro_batches=2), None
+    options: dict[str, Any] = {"weights": False, "accelerator": accelerator}
+    try:
+        made = rehearsal.make_engine(config, "bf16", window, **options)
+        for _ in range(2):
+            made.optimizer_step()
+        return True
+    except (torch.OutOfMemoryError, OutOfMemory):
+        return False
+    finally:
+        if made is not None:
+            accelerator.free_memory(made.model, made.optimizer)
+        del made
+        torch.cuda.empty_cache()
+
+
+def show_budget(found: list[dict[str, Any]]) -> Table:
+    table = columned("The largest micro-batch", ("step",), ("planned", "runs", "share", "fits"))
+    for row in found:
+        chosen, true = row["planned_rows"], row["most_rows"]
+        share = f"{chosen / true:.0%}" if true else "-"
+        table.add_row(row["what"], str(chosen), str(true), share, str(row["runs"]))
+    return table
+
+
 def show_gpu(found: list[dict[str, Any]]) -> Table:
     table = columned(
         "Real steps on this GPU", ("step",), ("allocated", "error", "reserved", "error")
@@ -501,6 +569,11 @@ def show_gpu(found: list[dict[str, Any]]) -> Table:
             size, error = row[f"{kind}_bytes"], row[f"{kind}_error"]
             cells += [f"{size / 2**30:.2f} GiB", f"{error:+.1%}"]
         table.add_row(*cells)
+    for title, pick in (("median", statistics.median), ("worst", max)):
+        cells = [title]
+        for kind in ("allocated", "reserved"):
+            cells += ["", f"{pick([abs(row[f'{kind}_error']) for row in found]):.1%}"]
+        table.add_row(*cells)
     return table
 
 
@@ -510,8 +583,10 @@ PARTS = {
     "grid": (grid, show_grid),
     "published": (against_published, show_published),
     "gpu": (gpu, show_gpu),
+    "budget": (budget, show_budget),
 }
-HERE = [part for part in PARTS if part != "gpu"]
+ON_GPU = ("gpu", "budget")
+HERE = [part for part in PARTS if part not in ON_GPU]
 
 
 def main() -> None:

@@ -90,7 +90,7 @@ train:
   tensorboard: true
   tensorboard: no
 optimiser: {}
-tune: {}
+tunning: {}
 evaluation: 5
 """
     file = write(tmp_path / "a.yaml", text)
@@ -111,8 +111,8 @@ evaluation: 5
         "train.epoch (a.yaml:8): unknown key; did you mean epochs?",
         "train.lora_alpha (a.yaml:9): unknown key; did you mean tuning.lora_alpha?",
         f"train.xyz (a.yaml:10): unknown key; known: {known}",
-        "optimiser (a.yaml:17): unknown key; known: model, tuning, data, train, evaluation",
-        "tune (a.yaml:18): unknown key; did you mean tuning?",
+        f"optimiser (a.yaml:17): unknown key; known: {', '.join(SECTIONS)}",
+        "tunning (a.yaml:18): unknown key; did you mean tuning?",
         "evaluation (a.yaml:19): expected a section with keys, found 5",
         "model.init (a.yaml:3): random weights have nothing to adapt: set tuning.mode: full",
         "data.eval_path: nothing would be held out: "

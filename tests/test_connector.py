@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import connector_worker as worker
@@ -196,3 +197,15 @@ def test_results_of_another_number_are_refused(alone):
     made.split_dataset(["a", "b"])
     with pytest.raises(UserError, match="expected 2 results, found 1"):
         made.gather_results(["a"])
+
+
+def test_the_program_in_the_docs_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/INFER.md").read_text(), re.DOTALL)
+    known: dict = {"conversations": worker.conversations()[:3], "texts": ["a", "bb", "ccc"]}
+    exec(code.replace("outputs/nano", str(ROOT / "nano/model")), known)
+    assert known["response"].choices[0].message.content
+    assert [answer.finish_reason for answer in known["answers"]] == [
+        json.loads(line)["finish_reason"] for line in Path("answers.jsonl").read_text().splitlines()
+    ]
+    assert known["scores"] == [1, 2, 3]
