@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -19,6 +21,7 @@ from typing import Any, NoReturn
 from sft.config import Config, UserError, generation_of, load_config, redacted
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells report
+LAUNCHER = "SFT_LAUNCHER"  # the variable in which `launcher` tells the ranks its process id
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -87,6 +90,9 @@ def quiet_libraries() -> None:
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's main and exits: a UserError is one message and its exit code."""
+    parent = os.environ.pop(LAUNCHER, None)
+    if "LOCAL_RANK" in os.environ:  # started by a launcher. A shell may go, as with nohup
+        die_with_parent(int(parent or os.getppid()))
     quiet_libraries()
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         # Segments that grow leave less of a GPU's memory unusable; the plan counts on it.
@@ -101,6 +107,16 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if _is_first():
             print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def die_with_parent(parent: int) -> None:
+    """This process is killed when `parent`, which started it, is gone, however that happens."""
+    if sys.platform != "linux":
+        return
+    set_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it was gone before this was asked for
+        os._exit(1)
 
 
 # --- the first word is the cause's ---------------------------------------------------------------

@@ -12,7 +12,6 @@ not the store of the process group, since that may live in the very process that
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import fcntl
 import json
@@ -39,6 +38,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from sft import checkpoint, recovery
+from sft.cli import die_with_parent
 from sft.config import PeerError, Preempted, UserError, redacted
 
 RANKS = ".ranks"  # in the run folder: what each rank is doing, and who was first to tell the end
@@ -276,16 +276,6 @@ def _state(pid: int) -> str:
 # --- processes that must not be left over ------------------------------------------------------
 
 
-def die_with_parent(parent: int) -> None:
-    """This process is killed when `parent`, which started it, is gone, however that happens."""
-    if sys.platform != "linux":
-        return
-    set_death_signal = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it was gone before this was asked for
-        os._exit(1)
-
-
 def in_worker(parent: int) -> None:
     """For a forked worker: it dies with its parent, and leaves signals to it."""
     signal.set_wakeup_fd(-1)  # that pipe is the parent's
@@ -399,8 +389,6 @@ class Guard:
 
     def __enter__(self) -> Guard:
         assert self.folder
-        if "LOCAL_RANK" in os.environ:  # started by a launcher. A shell may go, as with nohup
-            die_with_parent(os.getppid())
         self.lock = Lock(self.folder) if self.is_first else None
         self._interrupts = True
         self._catch_signals()

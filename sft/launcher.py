@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml  # type: ignore[import-untyped]
 
+from sft import cli
 from sft.config import ConfigError, PeerError, Preempted, Train, UserError
 
 if TYPE_CHECKING:
@@ -224,6 +225,7 @@ def _run(world: World, command: list[str], told: _Report) -> dict[int, int]:
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks on CPUs decide for themselves
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's; the others are ours
+    os.environ[cli.LAUNCHER] = str(os.getpid())
     try:
         launch_command(launch_command_parser().parse_args(command))
     except ChildFailedError as error:

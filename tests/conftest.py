@@ -94,9 +94,10 @@ def clean_environment(**extra: str) -> dict[str, str]:
 @pytest.fixture
 def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
     """`run_script("train.py", "--config", ...)` in a process of its own."""
+    import forked  # needs this module
 
     def call(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return run(sys.executable, f"scripts/{name}", *arguments, **environment)
+        return forked.run(f"scripts/{name}", *arguments, **environment)
 
     return call
 

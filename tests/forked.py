@@ -1,4 +1,4 @@
-"""Runs of scripts/train.py by real processes that need not import anything: forks of a server.
+"""Scripts run by real processes that need not import anything: forks of a server.
 
 A fresh Python with torch and transformers costs six seconds before it does anything, a fork of a
 process that has imported them some milliseconds. Each run is forked anew, so none inherits what
@@ -14,14 +14,15 @@ import random
 import runpy
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
-import traceback
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
-from conftest import ROOT
+from conftest import ROOT, clean_environment
 
 IMPORTED = ["sft.run", "sft.verify", "peft", "bitsandbytes", "deepspeed", "forked"]
 GRACE = 5.0  # seconds that a launcher leaves the others, when one rank has failed
@@ -29,9 +30,9 @@ GRACE = 5.0  # seconds that a launcher leaves the others, when one rank has fail
 
 def server() -> multiprocessing.context.ForkServerContext:
     """Starts with the first process; ends with this one."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    quiet = {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error"}  # as cli does
+    os.environ |= clean_environment(PYTHONPATH=paths, **quiet)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     return context
@@ -46,9 +47,20 @@ def server_ready() -> None:
 
 def start(world: int, command: list[str], log: Path) -> ForkServerProcess:
     """A script, or `-m module`, with its arguments: by one process, or by a launcher of `world`."""
-    process = server().Process(target=_main, args=(world, command, str(log)))
+    process = server().Process(target=_main, args=(world, command, str(log), str(log), {}))
     process.start()
     return process
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script by one process, as `conftest.run`; PYTHONPATH comes first, before what is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [f"{folder}/out", f"{folder}/err"]
+        process = server().Process(target=_main, args=(1, command, *streams, environment))
+        process.start()
+        process.join()
+        told = [Path(path).read_text("utf-8") for path in streams]
+    return subprocess.CompletedProcess(command, process.exitcode or 0, *told)
 
 
 def launch(world: int, command: list[str]) -> str:
@@ -78,11 +90,13 @@ def alive(pid: int) -> bool:
         return False
 
 
-def _main(world: int, command: list[str], log: str) -> None:
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    os._exit(_train(command) if world == 1 else _launcher(world, command, Path(log)))
+def _main(world: int, command: list[str], out: str, err: str, environment: dict[str, str]) -> None:
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    os.chdir(ROOT)
+    os.environ |= environment
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    os._exit(_script(command) if world == 1 else _launcher(world, command, Path(out)))
 
 
 def _launcher(world: int, command: list[str], log: Path) -> int:
@@ -98,7 +112,7 @@ def _launcher(world: int, command: list[str], log: Path) -> int:
         pid = os.fork()
         if pid == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            os._exit(_train(command))
+            os._exit(_script(command))
         running.add(pid)
     temporary = log.with_suffix(".tmp")
     temporary.write_text(" ".join(map(str, running)))
@@ -121,12 +135,12 @@ def _send(pids: set[int], number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def _train(command: list[str]) -> int:
+def _script(command: list[str]) -> int:
     """The exit code of the script, run in this process."""
     random.seed()  # not the state that all forks share
     np.random.seed()
     is_module = command[0] == "-m"
-    sys.argv = command[1:] if is_module else command
+    sys.argv = list(command[1:] if is_module else command)
     try:
         if is_module:
             sys.argv = [sys.argv[0], *sys.argv[1:]]
@@ -135,8 +149,8 @@ def _train(command: list[str]) -> int:
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:  # noqa: BLE001  # as the interpreter would tell it
-        traceback.print_exc()
+    except BaseException as error:  # noqa: BLE001  # as the interpreter would tell it
+        sys.excepthook(type(error), error, error.__traceback__)
         return 1
     finally:
         sys.stdout.flush()

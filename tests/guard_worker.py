@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from sft import batching, checkpoint, cli, engine, generate, prepare, run
 from sft.config import Generation, UserError, load_config
-from sft.guard import Guard, die_with_parent
+from sft.guard import Guard
 
 ROWS = tiny.examples(0, 11)
 PROMPTS = [row.ids for row in ROWS[:6]]
@@ -69,6 +69,7 @@ def before(request: Request, moment: str, call: Callable) -> Callable:
 
 def train(request: Request) -> None:
     """`run.train` with a random model and no files of data."""
+    happens(request, "launched")
     folder = Path(request["folder"])
     settings = tiny.config(
         folder, global_batch=4, max_steps=6, max_grad_norm=1.0, **request["train"]
@@ -188,7 +189,7 @@ def main() -> None:
     for line in sys.stdin:
         if not os.fork():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            die_with_parent(os.getppid())
+            cli.die_with_parent(os.getppid())
             start_launcher(json.loads(line))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, clean_environment
+from conftest import ROOT, clean_environment, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -569,10 +569,9 @@ def test_the_loader_imports_no_heavy_library():
 # --- scripts -----------------------------------------------------------------------------------
 
 
-def test_a_script_tells_a_bad_key_in_one_message_before_torch_is_imported(minimal, run_script):
-    done = run_script(
-        "train.py", "--config", str(minimal), "train.epoch=1", PYTHONPROFILEIMPORTTIME="1"
-    )
+def test_a_script_tells_a_bad_key_in_one_message_before_torch_is_imported(minimal):
+    command = [sys.executable, "scripts/train.py", "--config", str(minimal), "train.epoch=1"]
+    done = run(*command, PYTHONPROFILEIMPORTTIME="1")
     lines = done.stderr.splitlines()
     imported = {line.rsplit("|")[-1].strip() for line in lines if line.startswith("import time:")}
     told = [line for line in lines if not line.startswith("import time:")]

@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT, clean_environment
 from safetensors.torch import load_file
 
-from sft import checkpoint, guard
+from sft import checkpoint, cli, guard
 
 pytestmark = pytest.mark.slow
 
@@ -186,6 +186,25 @@ def test_sigterm_to_one_rank_at_any_moment_saves_one_common_step_and_resumes_exa
     assert (again.status["state"], again.status["attempt"]) == ("finished", 2)
 
 
+KILLS = {"middle evaluation": 2, "save": 3, "write": 3}  # how often it has come then
+
+
+@pytest.mark.parametrize(
+    ("world", "moment", "times"),
+    [(1, "step", 11), (2, "step", 6), *((w, *kill) for w in (1, 2) for kill in KILLS.items())],
+)
+def test_sigkill_at_any_moment_costs_what_came_after_the_last_save(
+    start, whole, world, moment, times
+):
+    """In the accumulation of a step, in an evaluation, before and in a save. A rank that is left
+    ends by itself, and the next run is the uninterrupted one."""
+    settings = {"save_steps": 2, "eval_steps": 3}
+    run = start(world, moment, "SIGKILL", world - 1, times=times, train=settings)
+    assert run.codes()[-1] == -signal.SIGKILL, run.told
+    assert run.checkpoints()[0] == "checkpoint_step_2"
+    assert_same_weights(resumed(start, world, run), whole[world])
+
+
 def test_sigterm_to_all_ranks_is_one_request(start):
     run = start(2, "step", "all", times=2)
     assert run.codes() == [75, 75], run.told
@@ -277,13 +296,30 @@ def test_an_error_of_the_user_ends_with_its_code_and_one_message(start, code):
     }
 
 
-def test_a_launcher_that_is_killed_takes_its_ranks_along(start):
-    run = start(2, "data", "loop", 1).at_moment()
+@pytest.mark.parametrize("moment", ["launched", "data"])
+def test_a_launcher_that_is_killed_takes_its_ranks_along(start, moment):
+    """Also ranks that import torch yet, or wait for each other to join the group."""
+    run = start(2, moment, "loop", 1).at_moment()
     os.kill(run.pids["launcher"], signal.SIGKILL)
     for pid in run.pids["ranks"]:
         wait_for(lambda pid=pid: guard.is_dead(pid), 2.0)
-    assert run.status["state"] == "running"  # nobody was left to tell
-    assert resumed(start, 2, run).status["attempt"] == 2
+    if moment == "data":
+        assert run.status["state"] == "running"  # nobody was left to tell
+        assert resumed(start, 2, run).status["attempt"] == 2
+
+
+def test_a_rank_whose_launcher_is_gone_already_ends_before_it_does_anything(tmp_path):
+    """The launcher is then not the parent, but who that is now cannot be told from outside."""
+    for launcher, code in ((os.getpid(), 0), (os.getppid(), 1)):
+        rank = os.fork()
+        if not rank:
+            os.environ |= {"LOCAL_RANK": "0", cli.LAUNCHER: str(launcher)}
+            try:
+                cli.run((tmp_path / str(launcher)).touch)
+            except SystemExit as ended:
+                os._exit(int(ended.code or 0))
+        assert os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) == code
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
 
 
 def test_a_second_run_in_a_folder_is_refused_and_a_dead_owner_replaced(start):

@@ -20,7 +20,7 @@ import pyarrow
 import pytest
 import tiny
 import torch
-from conftest import ROOT, run
+from conftest import ROOT
 from safetensors.torch import save_file
 from test_export import finished
 
@@ -737,13 +737,13 @@ def test_the_log_of_a_run_gets_no_secret(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_crash_tells_no_secret(tmp_path):
+def test_a_crash_tells_no_secret(tmp_path, run_script):
     (tmp_path / "wandb.py").write_text(CRASHING.format(names=list(SECRETS)))
     folder = tmp_path / "run"
     given = [f"train.output_dir={folder}", f"data.cache_dir={tmp_path}/cache", "data.max_rows=64"]
     given += ["tuning.mode=lora", "train.max_steps=1", "evaluation.num_examples=0"]
-    command = [sys.executable, "scripts/train.py", *given, "train.wandb=true"]
-    done = run(*command, PYTHONPATH=f"{ROOT}:{tmp_path}", **SECRETS)
+    given += ["train.wandb=true"]
+    done = run_script("train.py", *given, PYTHONPATH=str(tmp_path), **SECRETS)
     assert done.returncode == 1
     assert "RuntimeError: refused <HF_TOKEN> <WANDB_API_KEY>" in done.stderr, done.stderr
     assert "refused <HF_TOKEN>" in (folder / "status.json").read_text()

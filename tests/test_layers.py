@@ -28,8 +28,8 @@ LAYERS = {
     "guard": 1.2,  # tells the newest checkpoint
     "storage": 1.2,  # which checkpoints stay
     "processes": 1,
-    "launcher": 1,
     "metrics": 1,
+    "launcher": 1.1,  # its ranks are scripts, which cli ends with it
     "formats": 1,
     "data": 1.2,  # reads the rows that formats makes messages of
     "chat": 1.5,  # renders the rows that data reads

@@ -100,7 +100,11 @@ def assert_bit_equal(folder: Path, one: str, other: str) -> None:
 
 @pytest.fixture(scope="module")
 def alone(folder) -> Path:
-    run(folder, 1, [case(mode, "ddp", 1) for mode in MODES])
+    cases = []
+    for mode in MODES:
+        saved = str(folder / f"{mode}-ddp-1" / f"checkpoint_step_{MIDDLE}")
+        cases += [case(mode, "ddp", 1), case(mode, "ddp", 1, saved, save_at=[])]
+    run(folder, 1, cases)
     return folder
 
 
@@ -185,10 +189,10 @@ def test_two_processes_with_any_engine_are_the_run_of_one(two, mode, engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("of", ["ddp-1", *(f"{engine}-2" for engine in ENGINES)])
 @pytest.mark.parametrize("mode", MODES)
-def test_resumed_equals_uninterrupted_bit_for_bit(two, mode, engine):
-    assert_bit_equal(two, f"{mode}-{engine}-2-resumed", f"{mode}-{engine}-2")
+def test_resumed_equals_uninterrupted_bit_for_bit(two, mode, of):
+    assert_bit_equal(two, f"{mode}-{of}-resumed", f"{mode}-{of}")
 
 
 @pytest.mark.slow
@@ -227,8 +231,12 @@ def test_other_numbers_of_processes_are_the_run_of_one_whole_and_resumed(two, wo
 
 @pytest.mark.slow
 def test_two_machines_are_the_run_of_one(alone, request):
-    """Two launchers: in two networks joined by a cable where that can be made, else on loopback."""
+    """Two launchers: in two networks joined by a cable where that can be made, else on loopback.
+    LoRA from the start, the other modes from where one process had come to."""
     cases = [case("lora", "ddp", 2)]
+    for mode in ("qlora", "full"):
+        saved = alone / f"{mode}-ddp-1" / f"checkpoint_step_{MIDDLE}"
+        cases += [case(mode, "ddp", 2, str(saved))]
     cases = [each | {"name": f"{each['name']}-machines", "save_at": []} for each in cases]
     (alone / "machines.json").write_text(json.dumps(cases))
     try:

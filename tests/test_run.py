@@ -1,4 +1,8 @@
-"""Whole runs, as a user starts them: real processes, real files, the embedded model, real data."""
+"""Whole runs, as a user starts them: real processes, real files, the embedded model, real data.
+
+Targets of make start everything anew; other runs are forked (forked.py), but for the one that is
+resumed: two interpreters have unlike seeds of hash(), and the same weights nonetheless.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,10 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+import forked
 import pytest
 import torch
-from conftest import ROOT, clean_environment, run
+from conftest import ROOT, run
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,26 +43,21 @@ def make(target: str, *overrides: str, **variables: str) -> subprocess.Completed
 
 
 def train(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/train.py", f"train.output_dir={folder}", *overrides]
-    return run(*command, **environment)
+    return forked.run("scripts/train.py", f"train.output_dir={folder}", *overrides, **environment)
 
 
-def train_until(step: int, sent: int, folder: Path, *overrides: str) -> int:
+def train_until(step: int, sent: int, folder: Path, *overrides: str) -> int | None:
     """Trains, sends that signal once the step is told, and returns the exit code."""
-    command = [sys.executable, "scripts/train.py", f"train.output_dir={folder}", *overrides]
-    with subprocess.Popen(
-        [*command, "train.log_steps=1"],
-        cwd=ROOT,
-        env=clean_environment(PYTHONUNBUFFERED="1"),
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        for line in process.stdout or []:
-            if line.startswith(f"step {step:5}/"):
-                process.send_signal(sent)
-                break
-        process.communicate(timeout=120)
-    return process.returncode
+    command = ["scripts/train.py", f"train.output_dir={folder}", *overrides, "train.log_steps=1"]
+    told = folder.with_suffix(".told")
+    process = forked.start(1, command, told)
+    while process.is_alive():
+        if told.exists() and f"\nstep {step:5}/" in told.read_text():
+            os.kill(process.pid or 0, sent)
+            break
+        time.sleep(0.02)
+    process.join()
+    return process.exitcode
 
 
 def metrics(folder: Path, key: str = "train/loss") -> list[float]:
@@ -160,11 +160,11 @@ def test_evaluate_infer_and_merge_use_the_run(nano, tmp_path):
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_the_other_modes_learn_too(tmp_path, mode):
-    done = train(tmp_path / "run", f"tuning.mode={mode}", *SHORT, "train.max_steps=30")
+    more = ["train.max_steps=15", "train.learning_rate=3e-3"]
+    done = train(tmp_path / "run", f"tuning.mode={mode}", *SHORT, *more)
     assert done.returncode == 0, done.stderr
-    assert (
-        results(tmp_path / "run")["tuned"]["loss"] < 0.5 * results(tmp_path / "run")["base"]["loss"]
-    )
+    found = results(tmp_path / "run")
+    assert found["tuned"]["loss"] < 0.5 * found["base"]["loss"]
 
 
 # --- a real model on real data -------------------------------------------------------------------
@@ -217,38 +217,54 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("target", ENGINES)
-def test_two_processes_give_the_run_of_one_and_tensorboard_serves_it(alone, target):
-    folder = ROOT / "outputs" / f"test-tb-{os.getpid()}"
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory) -> dict[str, tuple[Path, str, list[list[float]]]]:
+    """Of each target: its run folder, what it told, and the losses that TensorBoard serves."""
+    made, outputs = {}, ROOT / "outputs" / f"test-tb-{os.getpid()}"
     try:
-        done = make(target, f"train.output_dir={folder}", *SHORT, NUM_PROCESSES="2")
-        assert status(folder)["state"] == "finished", done.stdout + done.stderr
-        assert re.search(rf"processes\s+2 \({ENGINES[target]}\)", done.stdout)
-        assert done.stdout.count("step     1/8") == 1  # output of many ranks comes from one
-        assert metrics(folder) == pytest.approx(metrics(alone), rel=1e-4)
-        assert results(folder)["base"] == pytest.approx(results(alone)["base"], rel=1e-5)
-        tuned = results(folder)["tuned"]["loss"]
-        assert tuned == pytest.approx(results(alone)["tuned"]["loss"], rel=1e-4)
-        address = re.search(r"http://localhost:\d+", done.stdout)
-        assert address, done.stdout + done.stderr
-        query = urllib.parse.urlencode({"run": f"{folder.name}/tensorboard", "tag": "train/loss"})
-        served: list = []
-        deadline = time.monotonic() + 60
-        while len(served) < 8 and time.monotonic() < deadline:  # the server reads files every 5 s
-            try:
-                url = f"{address[0]}/data/plugin/scalars/scalars?{query}"
-                served = json.load(urllib.request.urlopen(url, timeout=10))
-            except OSError:
-                pass
-            time.sleep(1)
-        assert [point[1] for point in served] == list(range(1, 9))
-        assert [point[2] for point in served] == pytest.approx(metrics(folder), rel=1e-6)
+        for target in ENGINES:
+            folder = outputs / target
+            done = make(target, f"train.output_dir={folder}", *SHORT, NUM_PROCESSES="2")
+            told = done.stdout + done.stderr
+            assert status(folder)["state"] == "finished", told
+            address = re.search(r"http://localhost:\d+", done.stdout)
+            assert address, told
+            made[target] = (folder, done.stdout, served(address[0], f"{outputs.name}/{target}"))
+        yield made
     finally:
         stopped = make("tb-stop")
-        subprocess.run(["rm", "-rf", str(folder)], check=True)
+        subprocess.run(["rm", "-rf", str(outputs)], check=True)
     assert stopped.returncode == 0
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(address[0], timeout=10)
+
+
+def served(address: str, name: str) -> list[list[float]]:
+    """[time, step, loss] of every step, once TensorBoard has read them: it looks every 5 s."""
+    query = urllib.parse.urlencode({"run": f"{name}/tensorboard", "tag": "train/loss"})
+    found: list = []
+    deadline = time.monotonic() + 60
+    while len(found) < 8 and time.monotonic() < deadline:
+        try:
+            url = f"{address}/data/plugin/scalars/scalars?{query}"
+            found = json.load(urllib.request.urlopen(url, timeout=10))
+        except OSError:
+            pass
+        time.sleep(0.2)
+    return found
+
+
+@pytest.mark.parametrize("target", ENGINES)
+def test_two_processes_give_the_run_of_one_and_tensorboard_serves_it(alone, targets, target):
+    folder, told, points = targets[target]
+    assert re.search(rf"processes\s+2 \({ENGINES[target]}\)", told)
+    assert told.count("step     1/8") == 1  # output of many ranks comes from one
+    assert metrics(folder) == pytest.approx(metrics(alone), rel=1e-4)
+    assert results(folder)["base"] == pytest.approx(results(alone)["base"], rel=1e-5)
+    tuned = results(folder)["tuned"]["loss"]
+    assert tuned == pytest.approx(results(alone)["tuned"]["loss"], rel=1e-4)
+    assert [point[1] for point in points] == list(range(1, 9))
+    assert [point[2] for point in points] == pytest.approx(metrics(folder), rel=1e-6)
 
 
 # --- stopped and resumed -------------------------------------------------------------------------
@@ -263,21 +279,65 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, alone):
     assert train_until(3, signal.SIGTERM, folder, *SHORT) == 75
     assert status(folder)["state"] == "preempted"
     assert len(metrics(folder)) < 8
-    done = train(folder, *SHORT, "train.resume_from_checkpoint=auto")
+    resume = [f"train.output_dir={folder}", *SHORT, "train.resume_from_checkpoint=auto"]
+    done = run(sys.executable, "scripts/train.py", *resume)
     assert done.returncode == 0, done.stderr
     assert metrics(folder) == metrics(alone)
     assert all(torch.equal(value, weights(alone)[name]) for name, value in weights(folder).items())
     assert results(folder) == results(alone)
 
 
-def test_a_second_run_moves_the_first_aside(tmp_path):
-    folder = tmp_path / "run"
-    assert train(folder, *BRIEF).returncode == 0
-    mark = (folder / "training.log").read_text()
-    done = train(folder, *BRIEF)
-    assert "moved to" in done.stdout, done.stderr
-    assert (tmp_path / "run.1/training.log").read_text() == mark
-    assert len(metrics(folder)) == 2
+WANDB = """
+import json
+
+class Run:
+    def log(self, values, step): open("{file}", "a").write(json.dumps([step, *values]) + "\\n")
+    def finish(self): open("{file}", "a").write('"finished"')
+
+def init(project, name, config): return Run()
+"""
+SECRETS = {
+    "HF_TOKEN": "hf_sEcReT123",
+    "WANDB_API_KEY": "wSeCrEt9",
+    "AWS_SECRET_ACCESS_KEY": "aSeCrEt7",
+}
+
+
+@pytest.fixture(scope="module")
+def again(tmp_path_factory) -> tuple[Path, str, str]:
+    """A folder in which a run was made twice, the first one's log, and what the second one told.
+
+    The first one had secrets in its environment and a stand-in for wandb."""
+    parent = tmp_path_factory.mktemp("again")
+    (parent / "wandb.py").write_text(WANDB.format(file=parent / "wandb.told"))
+    first = {"PYTHONPATH": str(parent), **SECRETS}
+    done = train(parent / "run", *BRIEF, "train.wandb=true", **first)
+    assert done.returncode == 0, done.stderr
+    mark = (parent / "run/training.log").read_text()
+    done = train(parent / "run", *BRIEF)
+    assert done.returncode == 0, done.stderr
+    return parent, mark, done.stdout
+
+
+def test_a_second_run_moves_the_first_aside(again):
+    parent, mark, told = again
+    assert "moved to" in told
+    assert (parent / "run.1/training.log").read_text() == mark
+    assert len(metrics(parent / "run")) == 2
+
+
+def test_wandb_gets_the_scalars_if_asked_for(again):
+    told = [json.loads(line) for line in (again[0] / "wandb.told").read_text().splitlines()]
+    assert [line[0] for line in told if "train/loss" in line] == [1, 2]
+    assert told[-1] == "finished"
+
+
+def test_secrets_of_the_environment_stay_out_of_the_run_folder(again):
+    files = [path for path in (again[0] / "run.1").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        content = path.read_bytes()
+        assert not any(secret.encode() in content for secret in SECRETS.values()), path
 
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -308,38 +368,3 @@ def test_a_mistake_is_one_message_and_its_exit_code(tmp_path, overrides, code, m
     if code == 5:
         assert status(tmp_path / "run")["exit_code"] == 5
         assert all(map(math.isfinite, metrics(tmp_path / "run")))
-
-
-WANDB = """
-import json
-
-class Run:
-    def log(self, values, step): open("{file}", "a").write(json.dumps([step, *values]) + "\\n")
-    def finish(self): open("{file}", "a").write('"finished"')
-
-def init(project, name, config): return Run()
-"""
-
-
-def test_wandb_gets_the_scalars_if_asked_for(tmp_path):
-    (tmp_path / "wandb.py").write_text(WANDB.format(file=tmp_path / "told"))
-    done = train(tmp_path / "run", "train.wandb=true", *BRIEF, PYTHONPATH=f"{ROOT}:{tmp_path}")
-    assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
-    assert [line[0] for line in told if "train/loss" in line] == [1, 2]
-    assert told[-1] == "finished"
-
-
-def test_secrets_of_the_environment_stay_out_of_the_run_folder(tmp_path):
-    folder = tmp_path / "run"
-    done = train(
-        folder,
-        *BRIEF,
-        HF_TOKEN="hf_sEcReT123",
-        WANDB_API_KEY="wSeCrEt9",
-    )
-    assert done.returncode == 0, done.stderr
-    for path in [p for p in folder.rglob("*") if p.is_file()]:
-        content = path.read_bytes()
-        assert b"hf_sEcReT123" not in content
-        assert b"wSeCrEt9" not in content
