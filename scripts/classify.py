@@ -25,6 +25,11 @@ def main() -> int | None:
         return _launch(config, ["--config", args.config, *args.overrides], args.run, args.tune)
     if args.tune and "WORLD_SIZE" in os.environ:
         raise UserError("TUNE=1 starts its processes itself: give NUM_PROCESSES, no launcher")
+    if args.tune and config.train.engine != "ddp":
+        raise UserError(
+            f"TUNE=1 with train.engine={config.train.engine}: expected NUM_PROCESSES=2 or more, "
+            "since a process that has answered cannot become one of that engine; or set ddp"
+        )
     from sft import classification
 
     classification.classify(config, args.run)

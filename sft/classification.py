@@ -230,7 +230,7 @@ def _shown(tally: Tally) -> Iterator[str]:
     values, intervals = tally.values(), tally.intervals()
     for name in SHOWN:
         low, high = intervals[name]
-        yield f"{values[name]:.3f} ({low:.3f} to {high:.3f})"
+        yield f"{values[name]:.3f} ({low:.2f} to {high:.2f})"
 
 
 def _groups_table(column: str, found: dict[str, Scored]) -> Table:

@@ -125,7 +125,7 @@ class FineTune:
         asked = (r for r in self.prepared.held_out.rows() if not chat.is_document(r.messages))
         identity = key_of(self.identity(), self.config.train.seed, state)
         stop = generate.stop_ids(tokenizer, self.model.generation_config)
-        speaker = evaluate.Speaker(model, tokenizer, stop, identity)
+        speaker = evaluate.Speaker(self.accelerator.unwrap_model(model), tokenizer, stop, identity)
         predictions = Predictions(path)
         with self.guard.section("generation"):
             evaluate.answer_all(

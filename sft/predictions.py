@@ -81,6 +81,7 @@ class Predictions:
 
     def finish(self) -> None:
         """Writes the lines in the order of the examples, without those of others. One process."""
+        self.path.touch()  # without examples nobody has made it
         self._read()
         wrong = [i for i, key in enumerate(self._expected) if self._places.get(i, (-1,))[0] != key]
         if wrong:

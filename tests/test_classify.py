@@ -363,6 +363,9 @@ def test_the_baseline_and_the_tuned_model_are_compared_on_any_number_of_processe
     for name in ("plain", "json"):
         one = (results / name / "predictions.jsonl").read_bytes()
         assert (again / name / "predictions.jsonl").read_bytes() == one, printed
+    pair = tmp_path / "pair"
+    printed = forked.launch(2, ["scripts/train.py", *two[1:3], f"train.output_dir={pair}"])
+    assert json.loads((pair / "status.json").read_text())["state"] == "finished", printed
     told = forked.launch(1, [*two[:3], "--run", f"{tmp_path}/tuned"])
     assert (tuned / "predictions.jsonl").read_bytes() == before, told
     assert "answers:" not in told

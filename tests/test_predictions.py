@@ -25,6 +25,11 @@ def announced(path, keys=KEYS):
     return found, [i for i, key in enumerate(keys) if found.expect(key)]
 
 
+def test_no_examples_give_an_empty_file(tmp_path):
+    Predictions(tmp_path / "predictions.jsonl").finish()
+    assert list(read(tmp_path / "predictions.jsonl")) == []
+
+
 def test_what_is_finished_is_not_asked_again_and_ends_in_order(tmp_path):
     path = tmp_path / "a/predictions.jsonl"
     first, todo = announced(path)
