@@ -85,11 +85,8 @@ def _run(
         log.say(f"warning: {warning}")
     resolved = with_values(config, plan.resolved_values(planned))
     log.say(_banner(config, planned, described(accelerator)))
-    log.say(hardware.table(machine))
-    log.say(plan.table(planned))
-    log.say("First row, as the model sees it (supervised: green; special: magenta; context: dim)")
-    log.say(chat.coloured(prepared.tokenizer, prepared.train[0]))
-    log.say(f"audit: {audit.summary(prepared.audit)}")
+    for told in (hardware.table(machine), plan.table(planned), *_first_row(prepared)):
+        log.say(told)
     if log.folder:
         prepare.write(prepared, folder)
         _write_plan(resolved, planned, folder)
@@ -327,6 +324,14 @@ def _banner(config: Config, planned: plan.Plan, world: dict[str, str]) -> Table:
         ("results", train.output_dir),
     ]
     return facts("Run", rows)
+
+
+def _first_row(prepared: prepare.Prepared) -> tuple[str, Text, str]:
+    return (
+        "First row, as the model sees it (supervised: green; special: magenta; context: dim)",
+        chat.coloured(prepared.tokenizer, prepared.train[0]),
+        f"audit: {audit.summary(prepared.audit)}",
+    )
 
 
 def _paths(path: str | list[str]) -> str:

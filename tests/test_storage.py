@@ -435,8 +435,8 @@ def test_room_for_the_run_but_not_for_a_merge_after_it_is_told(small):
     needed = replace(storage.need(settings, 10_000, 0, 10), merged=2**30)
     told = storage.refuse_if_full(needed, settings)
     assert told
-    assert "not for `make merge` after it (1.0 GiB more, have" in told
-    assert "merged later 1.0 GiB more" in str(needed)
+    assert "not for `make merge` after it (1,024 MiB more, have" in told
+    assert "merged later 1,024 MiB more" in str(needed)
 
 
 @pytest.mark.parametrize(("mode", "weights"), [("lora", 1_771_200), ("full", 0)])
