@@ -127,8 +127,30 @@ def load_tuned(
     base = load_base(config.model, mode if quantised else "lora", precision, device)
     # By the configuration, as in training: adapter_config.json can name modules to be imported.
     adapted = add_adapters(base, config.tuning)
+    _refuse_another_shape(folder, adapted)
     load_weights(adapted, folder)
     return adapted.eval(), tokenizer
+
+
+def _refuse_another_shape(folder: Path, adapted: Any) -> None:
+    """No tensor tells lora_alpha, nor modules that are left out: `adapted`, of the configuration,
+    is held against what was saved with the weights."""
+    saved, given = _adapter_config(folder), adapted.peft_config["default"]
+    shapes = {
+        "r": (saved.get("r"), given.r),
+        "lora_alpha": (saved.get("lora_alpha"), given.lora_alpha),
+        "target_modules": (sorted(saved["target_modules"]), sorted(given.target_modules)),
+    }
+    other = [
+        f"tuning.{key}: trained with {trained}, found {found}"
+        for key, (trained, found) in shapes.items()
+        if trained != found
+    ]
+    if other:
+        raise ExportError(
+            f"{folder}: the configuration is not that of its adapter_config.json; remove the "
+            "override, or what was changed in config.yaml\n  " + "\n  ".join(other)
+        )
 
 
 def _refuse_another_base(folder: Path, base: Model) -> None:

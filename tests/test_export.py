@@ -87,3 +87,24 @@ def test_an_adapter_is_not_put_on_another_base(tmp_path, run):
     (copy / "model.safetensors").write_bytes(content)
     with pytest.raises(export.ExportError, match="expected its weights, of digest"):
         export.load_tuned(run, moved, "fp32", CPU)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("tuning.lora_alpha=64", "tuning.lora_alpha: trained with 32.0, found 64.0"),
+        ("tuning.r=8", "tuning.r: trained with 16, found 8"),
+        ("tuning.target_modules=[q_proj]", r"trained with \['down_proj', .*, found \['q_proj'\]"),
+    ],
+)
+def test_an_adapter_is_not_computed_otherwise_than_it_was_trained(run, override, told):
+    with pytest.raises(export.ExportError, match=told) as error:
+        export.load_tuned(run, export.run_config(run, [override]), "fp32", CPU)
+    assert str(run / "final_checkpoint") in str(error.value)
+    assert "adapter_config.json" in str(error.value)
+
+
+def test_the_modules_of_an_adapter_may_be_written_out(run):
+    modules = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
+    config = export.run_config(run, [f"tuning.target_modules={modules}"])
+    export.load_tuned(run, config, "fp32", CPU)

@@ -266,6 +266,19 @@ def test_a_folder_that_is_another_model_fails(runs, whole, tmp_path, fault):
     json.dumps(report, allow_nan=False)
 
 
+def test_a_scale_that_was_not_trained_is_not_proven(runs, whole, tmp_path):
+    """Reference, formula and merge would all have it, and agree."""
+    for command in (
+        lambda: merge.merge(
+            runs["lora"], tmp_path / "m", "fp32", quiet, overrides=["tuning.lora_alpha=64"]
+        ),
+        lambda: merge.retest(whole, quiet, overrides=["tuning.lora_alpha=64"]),
+    ):
+        with pytest.raises(export.ExportError, match=r"trained with 32\.0, found 64\.0"):
+            command()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failing_proof_is_an_error_and_leaves_nothing_under_the_name(runs, tmp_path, monkeypatch):
     def forgetful(self, **_):
         return self.unload()
