@@ -106,11 +106,7 @@ def merge(
     on. Raises MergeError if the proof fails; `output` then does not exist.
     """
     config = _config(run, base, overrides)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise MergeError(f"{output} exists already; remove it, or give another OUTPUT")
-    staging, failed = (output.with_name(output.name + end) for end in (STAGING, ".failed"))
-    for leftover in (staging, failed):
-        shutil.rmtree(leftover, ignore_errors=True)
+    staging, failed = _make_room(output)
     try:
         _write(run, config, base, staging, dtype)
         report = prove(staging, run, config, base)
@@ -126,6 +122,24 @@ def merge(
     say(table(report))
     _require(report, final)
     return report
+
+
+def _make_room(output: Path) -> tuple[Path, Path]:
+    """(an empty folder to write to, the name of a merge that fails); what earlier ones left there
+    is removed. Raises MergeError if `output` exists or cannot be made."""
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise MergeError(f"{output} exists already; remove it, or give another OUTPUT")
+        staging, failed = (output.with_name(output.name + end) for end in (STAGING, ".failed"))
+        for leftover in (staging, failed):
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise MergeError(
+            f"{output}: expected a place for a folder, cannot make it: {error.strerror}; give "
+            "another OUTPUT"
+        ) from None
+    return staging, failed
 
 
 def retest(
@@ -206,7 +220,6 @@ def _write(run: Path, config: Config, base: str, folder: Path, dtype: str) -> No
         _take_dequantised(plain, config)
     merged = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     merged.generation_config = _generation(merged.generation_config, tokenizer)
-    folder.mkdir(parents=True)
     export.save(merged.to(DTYPES[dtype]), tokenizer, folder)
 
 
@@ -505,19 +518,16 @@ def _behaviour(loaded: nn.Module, pinned: list[Pinned]) -> Behaviour:
     return Behaviour(_logits(loaded, pinned), [_answer(loaded, p) for p in pinned[:NUM_ANSWERS]])
 
 
-def _context(loaded: nn.Module) -> int:
-    return getattr(loaded.config, "max_position_embeddings", None) or sys.maxsize
-
-
 @torch.no_grad()
 def _logits(loaded: nn.Module, pinned: list[Pinned]) -> list[torch.Tensor]:
-    batches = (torch.tensor([p.whole[: _context(loaded)]]) for p in pinned)
+    batches = (torch.tensor([p.whole[: generate.context_length(loaded)]]) for p in pinned)
     return [loaded(input_ids=ids).logits[0, -NUM_POSITIONS:].float().clone() for ids in batches]
 
 
 @torch.no_grad()
 def _answer(loaded: Any, pinned: Pinned) -> Answer:
-    ids = torch.tensor([pinned.prompt[-max(1, _context(loaded) - NUM_TOKENS) :]])
+    context = generate.context_length(loaded) or sys.maxsize
+    ids = torch.tensor([pinned.prompt[-max(1, context - NUM_TOKENS) :]])
     made = loaded.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

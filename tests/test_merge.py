@@ -337,6 +337,9 @@ def test_what_stands_in_the_way_of_a_merge_is_told(runs, tmp_path, monkeypatch):
     (tmp_path / "merged/model-00001-of-00009.safetensors").touch()
     with pytest.raises(merge.MergeError, match="merged exists already; remove it"):
         merge.merge(runs["lora"], tmp_path / "merged", "fp32", quiet)
+    below = tmp_path / "merged/model-00001-of-00009.safetensors/merged"
+    with pytest.raises(merge.MergeError, match=r"/merged: .* cannot make it: Not a directory"):
+        merge.merge(runs["lora"], below, "fp32", quiet)
     with pytest.raises(merge.MergeError, match="its base was not quantised"):
         merge.merge(runs["lora"], tmp_path / "other", "fp32", quiet, "dequantised")
     monkeypatch.setattr("sft.storage.free_bytes", lambda _: 1000)
