@@ -97,16 +97,14 @@ def score(path: Path, known: list[str]) -> Scored:
     """Scores a finished file of predictions."""
     tally = Tally([METRIC], known)
     groups: dict[str, Tally] = defaultdict(lambda: Tally([METRIC], known))
-    right, num_failed, num_errors = [], 0, 0
+    right, num_errors = [], 0
     for record in read(path):
-        label = labels.label_of(record["answer"], known)
-        num_failed += label is None
         num_errors += record["answer"] is None
         own = [tally, *([groups[record["group"]]] if "group" in record else [])]
         for each in own:
-            scores = each.add(record["index"], label, record["reference"])
+            scores = each.add(record["index"], record["answer"], record["reference"])
         right.append(scores[METRIC])
-    return Scored(tally, dict(groups), right, num_failed, num_errors)
+    return Scored(tally, dict(groups), right, _failures(tally), num_errors)
 
 
 def always(label: str, path: Path, known: list[str]) -> tuple[Tally, list[float]]:

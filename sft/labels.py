@@ -1,4 +1,4 @@
-"""Texts and their labels: read from files, cut into parts, asked for, and read from answers.
+"""Texts and their labels: read from files, cut into parts, and asked for.
 
 Everything here is told before a model is loaded: a wrong column, a label that is not listed, a
 strategy that does not exist. The parts are a function of the rows and a seed, not of their order,
@@ -13,7 +13,6 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from sft.config import (
 )
 from sft.data import DataError, read_raw
 from sft.formats import Messages, reason_of
+from sft.metrics import label_of, letters, text_of
 
 Parts = dict[str, list["Example"]]  # test, validation, train
 NAME = re.compile(r"\w[\w.-]*")  # of a strategy: its answers lie in a folder of that name
@@ -65,7 +65,7 @@ def check(config: Config, *, tune: bool = False) -> None:
 
 def _in_labels(settings: Classify) -> Iterator[str]:
     shown = ", ".join(settings.labels) or "none"
-    if len({_letters(label) for label in settings.labels} - {""}) < max(2, len(settings.labels)):
+    if len({letters(label) for label in settings.labels} - {""}) < max(2, len(settings.labels)):
         yield f"classify.labels: expected two or more that differ in their letters, found {shown}"
     if settings.test_fraction + settings.validation_fraction >= 1:
         yield "classify.test_fraction: with validation_fraction it leaves no rows to train on"
@@ -120,12 +120,12 @@ def read(settings: Classify) -> list[Example]:
     _check_columns(path, settings, {column for _, row in rows for column in row})
     examples = []
     for place, row in rows:
-        text, label = _cell(row.get(settings.text)), _cell(row.get(settings.label))
+        text, label = text_of(row.get(settings.text)), text_of(row.get(settings.label))
         if not text.strip() or not label:
             empty = settings.label if text.strip() else settings.text
             bad.append(f"{place}: the column {empty!r} is empty")
-        group = _cell(row.get(settings.group)) if settings.group else ""
-        ids = [_cell(row.get(column)) for column in settings.split_by]
+        group = text_of(row.get(settings.group)) if settings.group else ""
+        ids = [text_of(row.get(column)) for column in settings.split_by]
         examples.append(Example(text, label, group, place, tuple(filter(None, ids))))
     if not {example.label for example in examples} & {*settings.labels}:
         raise DataError(
@@ -154,15 +154,6 @@ def _check_columns(path: str, settings: Classify, known: set[str]) -> None:
                 f"{path}: no column {column!r}, which classify.{key} names; "
                 + did_you_mean(column, sorted(known))
             )
-
-
-def _cell(value: Any) -> str:
-    """Text of a scalar. A whole number in a column with gaps is a float in Parquet: 7.0 is 7."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return json.dumps(value) if isinstance(value, int | float) else ""
 
 
 def _listed(labels: Any) -> str:
@@ -236,7 +227,7 @@ def majority(examples: Sequence[Example]) -> str:
     return max(sorted(count), key=count.__getitem__)
 
 
-# --- questions and answers -----------------------------------------------------------------------
+# --- questions -----------------------------------------------------------------------------------
 
 
 def question(strategy: Strategy, text: str) -> Messages:
@@ -262,50 +253,3 @@ def write_rows(parts: Parts, config: Config) -> None:
                 ]
                 rows.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
         staged.replace(file)
-
-
-def label_of(answer: str | None, labels: Sequence[str]) -> str | None:
-    """The label that an answer gives; None, a failure, if it gives none, or more than one.
-
-    With JSON in it, that decides: `{"label": ...}` has to be a label. Else a label is found as
-    whole words, in any case, whatever joins them ("non hateful" is `non-hateful`), the longest
-    first; one that is negated ("not hateful") makes a failure.
-    """
-    text = (answer or "").casefold()
-    by_letters = {_letters(label): label for label in labels}
-    if "{" in text:
-        given = {_letters(_cell(each["label"])) for each in _objects(text) if "label" in each}
-    else:
-        matches = list(_pattern(tuple(labels)).finditer(text))
-        if any(NEGATED.search(text[: match.start()]) for match in matches):
-            return None
-        given = {_letters(match[0]) for match in matches}
-    return by_letters.get(given.pop()) if len(given) == 1 else None
-
-
-NEGATED = re.compile(r"(\bno[tn]|\bnever|n['\u2019]t)\s+(\w+\s+)?$")
-WORD = re.compile(r"[^\W_]+")
-
-
-def _letters(text: str) -> str:
-    """What two spellings of a label have in common."""
-    return "".join(WORD.findall(text.casefold()))
-
-
-@cache
-def _pattern(labels: tuple[str, ...]) -> re.Pattern[str]:
-    longest = sorted(labels, key=lambda label: len(_letters(label)), reverse=True)
-    forms = (r"[\s_-]*".join(WORD.findall(label.casefold())) for label in longest)
-    return re.compile(rf"(?<!\w)(?<!\w-)(?<!\d\.)({'|'.join(forms)})(?!-?\w|\.\d)")
-
-
-def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects in a text, up to one that is broken."""
-    decoder, at = json.JSONDecoder(), text.find("{")
-    while at >= 0:
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            return
-        yield value
-        at = text.find("{", end)

@@ -463,8 +463,8 @@ class Chrf:
 class Classification:
     """Scores from the confusion counts [label of the reference, label of the answer or FAILURE].
 
-    An answer is a label if it equals it, or does so (and no other) but for case and the marks
-    around it; anything else is a failure, which counts as wrong. An example's score: right or not.
+    `label_of` reads both. What gives no label is a failure, which counts as wrong; a reference has
+    to give one. An example's score: right or not.
     """
 
     def __init__(self, labels: Sequence[str]) -> None:
@@ -476,15 +476,9 @@ class Classification:
             )
         self.labels = names
         self.size = len(names) * (len(names) + 1)
-        self._exact = {name: place for place, name in enumerate(names)}
-        shared = Counter(map(_bare, names))  # by labels that differ in case or marks only
-        self._loose = {
-            _bare(name): place for name, place in self._exact.items() if shared[_bare(name)] == 1
-        }
-        self._loose.pop("", None)  # of a label of marks only, as "+"
 
     def measure(self, answer: str | None, reference: str, prompt: str) -> tuple[float, ArrayLike]:
-        truth, given = self._place(reference), self._place(answer or "")
+        truth, given = label_of(reference, self.labels), label_of(answer, self.labels)
         if truth is None:
             hint = did_you_mean(reference.strip(), self.labels)
             raise UserError(
@@ -492,11 +486,9 @@ class Classification:
                 f"{hint}"
             )
         cells = np.zeros((len(self.labels), len(self.labels) + 1))
-        cells[truth, -1 if given is None else given] = 1
+        column = -1 if given is None else self.labels.index(given)
+        cells[self.labels.index(truth), column] = 1
         return float(given == truth), cells.ravel()
-
-    def _place(self, text: str) -> int | None:
-        return self._exact.get(text.strip(), self._loose.get(_bare(text)))
 
     def values(self, sums: np.ndarray) -> Values:
         num = len(self.labels)
@@ -540,8 +532,76 @@ class Classification:
         }
 
 
-def _bare(text: str) -> str:
-    return text.strip(string.whitespace + string.punctuation).casefold()
+# --- labels in answers ---------------------------------------------------------------------------
+
+
+def label_of(answer: str | None, labels: Sequence[str]) -> str | None:
+    """The label that an answer gives; None, a failure, if it gives none, or more than one.
+
+    An answer that is a label gives it. Else JSON in it decides: `{"label": ...}` has to be a label.
+    Else a label is found as whole words, in any case, whatever joins them ("non hateful" is
+    `non-hateful`), the longest first; one that is negated ("not hateful") makes a failure.
+    """
+    text = (answer or "").strip()
+    if text in labels:
+        return text
+    by_letters, pattern = _spellings(tuple(labels))
+    if "{" in text:
+        said = [text_of(each[key]) for each in _objects(text) for key in each if _is_label(key)]
+        given = {each if each in labels else by_letters.get(letters(each)) for each in said}
+    else:
+        text = text.casefold()
+        matches = list(pattern.finditer(text))
+        if any(NEGATED.search(text[: match.start()]) for match in matches):
+            return None
+        given = {by_letters.get(letters(match[0])) for match in matches}
+    return given.pop() if len(given) == 1 else None
+
+
+NEGATED = re.compile(r"(\bno[tn]|\bnever|n['\u2019]t)\s+(\w+\s+)?$")
+WORD = re.compile(r"[^\W_]+")
+
+
+def letters(text: str) -> str:
+    """What two spellings of a label have in common."""
+    return "".join(WORD.findall(text.casefold()))
+
+
+@cache
+def _spellings(labels: tuple[str, ...]) -> tuple[dict[str, str], re.Pattern[str]]:
+    """Labels by their letters, where no other has the same, and what finds them in a text."""
+    shared = Counter(map(letters, labels))
+    by_letters = {letters(label): label for label in labels if shared[letters(label)] == 1}
+    by_letters.pop("", None)  # of a label of marks only, as "+"
+    longest = sorted(filter(letters, labels), key=lambda label: len(letters(label)), reverse=True)
+    forms = [r"[\s_-]*".join(WORD.findall(label.casefold())) for label in longest] or ["(?!)"]
+    found = rf"(?<!\w)(?<!\w-)(?<!\d\.)({'|'.join(forms)})(?!-?\w|\.\d)"
+    return by_letters, re.compile(found)
+
+
+def text_of(value: Any) -> str:
+    """Text of a scalar. A whole number in a column with gaps is a float in Parquet: 7.0 is 7."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(value) if isinstance(value, int | float) else ""
+
+
+def _is_label(key: str) -> bool:
+    return key.casefold() == "label"
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects in a text, up to one that is broken."""
+    decoder, at = json.JSONDecoder(), text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return
+        yield value
+        at = text.find("{", end)
 
 
 # --- by name -------------------------------------------------------------------------------------

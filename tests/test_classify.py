@@ -1,4 +1,4 @@
-"""Labels of texts: what an answer says, the parts of a data set, bad input, whole runs."""
+"""Labels of texts: the parts of a data set, scores, bad input, whole runs."""
 
 from __future__ import annotations
 
@@ -15,57 +15,10 @@ from sft import classification, labels
 from sft.config import Classify, ConfigError, load_config
 from sft.data import DataError
 from sft.labels import Example
+from sft.metrics import label_of
 from sft.predictions import Predictions, key_of, read
 
 KNOWN = ["hateful", "non-hateful"]
-ANSWERS = [  # what a model says, and the label in it
-    ("hateful", "hateful"),
-    ("  Non-Hateful.\n", "non-hateful"),
-    ("The text is **hateful**!", "hateful"),
-    ("HATEFUL, since it is hateful", "hateful"),
-    ("non hateful", "non-hateful"),
-    ("nonhateful", "non-hateful"),
-    ("non_hateful", "non-hateful"),
-    ("label: non-hateful (not a threat)", "non-hateful"),
-    ('{"label": "hateful"}', "hateful"),
-    ('```json\n{"label": "Non-hateful", "why": "hateful words are quoted"}\n```', "non-hateful"),
-    ('Sure: {"label": "hateful"} {"label"', "hateful"),
-    ('{"label": "hateful"} or {"label": "non-hateful"}', None),
-    ('{"label": "unclear"}', None),
-    ('{"label": ["hateful"]}', None),
-    ('{"call": "send_message", "text": "hateful"}', None),
-    ('{"label": "hateful', None),
-    ('{"result": {"label": "hateful"}}', None),
-    ("[" * 5000 + "{" * 5000, None),
-    ("hateful or non-hateful", None),
-    ("It is not hateful", None),
-    ("It isn't really hateful", None),
-    ("semi-hateful", None),
-    ("hatefully", None),
-    ("unhateful", None),
-    ("", None),
-    (None, None),
-]
-
-
-@pytest.mark.parametrize(("answer", "label"), ANSWERS)
-def test_a_label_is_read_from_an_answer_or_it_is_a_failure(answer, label):
-    assert labels.label_of(answer, KNOWN) == label
-    assert labels.label_of(answer, KNOWN[::-1]) == label
-
-
-@pytest.mark.parametrize(
-    ("answer", "label"),
-    [
-        ("non-hateful", None),
-        ("neutral", "neutral"),
-        ("2", "2"),
-        ('{"label": 2}', "2"),
-        ("2.5", None),
-    ],
-)
-def test_only_labels_that_are_listed_are_read(answer, label):
-    assert labels.label_of(answer, ["hateful", "neutral", "2"]) == label
 
 
 # --- parts ---------------------------------------------------------------------------------------
@@ -346,7 +299,7 @@ def test_the_baseline_and_the_tuned_model_are_compared_on_any_number_of_processe
         assert [turn["content"] for _, turn, _ in turns] == [
             f"good or bad? {each.text}" for each in parts[part]
         ]
-        assert [labels.label_of(turn["content"], ["good", "bad"]) for *_, turn in turns] == [
+        assert [label_of(turn["content"], ["good", "bad"]) for *_, turn in turns] == [
             each.label for each in parts[part]
         ]
     tuned = tmp_path / "tuned/classify/json"

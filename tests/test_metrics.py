@@ -18,7 +18,7 @@ from sklearn.metrics import classification_report
 
 from sft import metrics
 from sft.config import UserError
-from sft.metrics import FAILURE, GRID, NAMES, Tally
+from sft.metrics import FAILURE, GRID, NAMES, Tally, label_of
 
 LABELS = ["hateful", "non-hateful", "unclear"]
 PLAIN = [name for name in NAMES if name not in ("numeric_match", "json_fields", "classification")]
@@ -258,6 +258,71 @@ def test_labels_score_as_scikit_learn_scores_them_raw():
     }
 
 
+ANSWERS = [  # what a model says, and the label in it
+    ("hateful", "hateful"),
+    ("  Non-Hateful.\n", "non-hateful"),
+    ("The text is **hateful**!", "hateful"),
+    ("HATEFUL, since it is hateful", "hateful"),
+    ("non hateful", "non-hateful"),
+    ("nonhateful", "non-hateful"),
+    ("non_hateful", "non-hateful"),
+    ("label: non-hateful (not a threat)", "non-hateful"),
+    ('{"label": "hateful"}', "hateful"),
+    ('```json\n{"label": "Non-hateful", "why": "hateful words are quoted"}\n```', "non-hateful"),
+    ('Sure: {"label": "hateful"} {"label"', "hateful"),
+    ('{"label": "hateful"} or {"label": "non-hateful"}', None),
+    ('{"label": "unclear"}', None),
+    ('{"label": ["hateful"]}', None),
+    ('{"call": "send_message", "text": "hateful"}', None),
+    ('{"label": "hateful', None),
+    ('{"result": {"label": "hateful"}}', None),
+    ("[" * 5000 + "{" * 5000, None),
+    ("hateful or non-hateful", None),
+    ("It is not hateful", None),
+    ("It isn't really hateful", None),
+    ("semi-hateful", None),
+    ("hatefully", None),
+    ("unhateful", None),
+    ("", None),
+    (None, None),
+]
+
+
+@pytest.mark.parametrize(("answer", "label"), ANSWERS)
+def test_a_label_is_read_from_an_answer_or_it_is_a_failure(answer, label):
+    assert label_of(answer, LABELS[:2]) == label
+    assert label_of(answer, LABELS[:2][::-1]) == label
+
+
+def test_references_are_read_as_answers_are():
+    """Rows that `make classify` writes to be trained on have JSON in them."""
+    tally = Tally(["classification"], LABELS[:2], num_resamples=0)
+    read = [(answer, label) for answer, label in ANSWERS if label]
+    for number, (answer, _) in enumerate(read):
+        assert tally.add(number, answer, answer) == {"classification": 1}
+    assert tally.confusion() == {
+        label: {
+            column: sum(given == label for _, given in read) * (column == label)
+            for column in [*LABELS[:2], FAILURE]
+        }
+        for label in LABELS[:2]
+    }
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("non-hateful", None),
+        ("neutral", "neutral"),
+        ("2", "2"),
+        ('{"label": 2}', "2"),
+        ("2.5", None),
+    ],
+)
+def test_only_labels_that_are_listed_are_read(answer, label):
+    assert label_of(answer, ["hateful", "neutral", "2"]) == label
+
+
 @pytest.mark.parametrize(
     ("labels", "answer", "found"),
     [
@@ -269,6 +334,10 @@ def test_labels_score_as_scikit_learn_scores_them_raw():
         (["a", "A"], "A.", FAILURE),  # either, if it is read loosely
         (["+", "-"], "-", "-"),
         (["+", "-"], "?", FAILURE),
+        (["+", "-"], '{"label": "+"}', "+"),
+        (["-1", "1"], '{"label": -1}', "-1"),
+        (["-1", "1"], "It is 1", FAILURE),  # or -1: signs are no letters
+        (["yes", "no"], "The answer is yes, I think.", "yes"),
         (["non-hateful", "hateful"], "Non-Hateful", "non-hateful"),
     ],
 )
