@@ -540,7 +540,8 @@ def label_of(answer: str | None, labels: Sequence[str]) -> str | None:
 
     An answer that is a label gives it. Else JSON in it decides: `{"label": ...}` has to be a label.
     Else a label is found as whole words, in any case, whatever joins them ("non hateful" is
-    `non-hateful`), the longest first; one that is negated ("not hateful") makes a failure.
+    `non-hateful`), the longest first; one that is negated makes a failure: what it means instead is
+    not for us to say. Negated is all of a sentence after a "not", "never" and the like.
     """
     text = (answer or "").strip()
     if text in labels:
@@ -551,14 +552,27 @@ def label_of(answer: str | None, labels: Sequence[str]) -> str | None:
         given = {each if each in labels else by_letters.get(letters(each)) for each in said}
     else:
         text = text.casefold()
-        matches = list(pattern.finditer(text))
-        if any(NEGATED.search(text[: match.start()]) for match in matches):
+        given = {by_letters.get(letters(match[0])) for match in pattern.finditer(text)}
+        if _is_negated(pattern.sub(LABEL, text)):
             return None
-        given = {by_letters.get(letters(match[0])) for match in matches}
     return given.pop() if len(given) == 1 else None
 
 
-NEGATED = re.compile(r"(\bno[tn]|\bnever|n['\u2019]t)\s+(\w+\s+)?$")
+LABEL = "\0"  # in place of a label, which may have a "not" in itself
+SENTENCE = re.compile(r"[.!?][\"'\u2019\u201d)\]*_]*\s|\n\s*\n")  # its end, but not that of "e.g.,"
+NEGATION = re.compile(r"\b(?:not|cannot|never|neither|nor)\b|n['\u2019]t\b")
+NONE = re.compile(rf"\b(?:no|non|nothing|without)\s+(?:\w+\s+)?{LABEL}")  # "no really hateful"
+
+
+def _is_negated(text: str) -> bool:
+    """Whether a sentence of a casefolded text negates a `LABEL`."""
+    for sentence in SENTENCE.split(text):
+        before, label, _ = sentence.rpartition(LABEL)
+        if label and NEGATION.search(before):
+            return True
+    return NONE.search(text) is not None
+
+
 WORD = re.compile(r"[^\W_]+")
 
 
