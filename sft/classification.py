@@ -7,7 +7,6 @@ the same strategy before: both differences are paired ones, on the same examples
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,18 +16,17 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from sft import labels
+from sft import compare, labels
 from sft.config import Classify, Config
 from sft.evaluate import Question
 from sft.infer import at_work
 from sft.labels import Example
-from sft.log import Log, facts, visible
+from sft.log import Log, facts, visible, write_json
 from sft.metrics import FAILURE, Difference, Tally, difference
 from sft.predictions import read
 
 METRIC = "classification"
 SHOWN = ("accuracy", "macro_f1")
-COLOURS = {"better": "green", "worse": "red"}
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ def _tell(settings: Classify, folder: Path, names: list[str], usual: str, log: L
         majority = {"label": usual, **_numbers(constant[0])}
         values = {"strategy": name, "part": settings.part, **report(each), "majority": majority}
         values["against_majority"] = {key: vars(each) for key, each in against[name].items()}
-        _write(folder / name / "metrics.json", values)
+        write_json(folder / name / "metrics.json", values)
     log.say(_scores_table(found, constant[0], usual, against))
     if settings.group:
         log.say(_groups_table(settings.group, found))
@@ -189,16 +187,13 @@ def _compare(settings: Classify, folder: Path, log: Log) -> None:
         return
     a, b = score(before, settings.labels), score(after, settings.labels)
     found = paired((a.tally, a.right), (b.tally, b.right))
-    _write(own / "comparison.json", {key: vars(each) for key, each in found.items()})
-    log.say(_difference_table(f"{name}: {folder.parent} against the model before", found))
+    write_json(own / "comparison.json", {key: vars(each) for key, each in found.items()})
+    title = f"{name}: {folder.parent} against the model before"
+    log.say(compare.difference_table(title, found, "before", "after"))
 
 
 def _asked(path: Path) -> list[tuple[str, str, str]]:
     return [(each["row"], each["prompt"], each["reference"]) for each in read(path)]
-
-
-def _write(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _scores_table(
@@ -214,12 +209,11 @@ def _scores_table(
     table.add_column("than the majority")
     table.add_row(Text(f"always {visible(usual)}"), *_shown(constant), "", "")
     for name, each in found.items():
-        verdict = against[name]["accuracy"].verdict
         table.add_row(
             name,
             *_shown(each.tally),
             f"{each.num_failed:,} ({each.share_failed:.1%})",
-            Text(verdict, style=COLOURS.get(verdict, "")),
+            compare.coloured(against[name]["accuracy"].verdict),
         )
     return table
 
@@ -246,20 +240,4 @@ def _groups_table(column: str, found: dict[str, Scored]) -> Table:
             value = each.groups[group].values()["accuracy"]
             cells.append(f"{value:.2f}" + (f" ({failures:,})" if failures else ""))
         table.add_row(Text(visible(group)), f"{tally.num_examples:,}", *cells)
-    return table
-
-
-def _difference_table(title: str, found: dict[str, Difference]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in ("metric", "before", "after", "difference", "95 % interval", "it is"):
-        table.add_column(column, justify="left" if column in ("metric", "it is") else "right")
-    for name, each in found.items():
-        table.add_row(
-            Text(visible(name.replace("_", " "))),
-            f"{each.value_a:.3f}",
-            f"{each.value_b:.3f}",
-            f"{each.difference:+.3f}",
-            f"{each.low:+.3f} to {each.high:+.3f}",
-            Text(each.verdict, style=COLOURS.get(each.verdict, "")),
-        )
     return table

@@ -70,9 +70,11 @@ def generation(overrides: list[str]) -> dict[str, Any]:
 
 def write_json(file: Path, report: object) -> None:
     """What `JSON=file` asks for. Raises UserError where it cannot be written."""
+    from sft import log  # not before a rank has asked to end with its launcher
+
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        log.write_json(file, report)
     except OSError as error:
         raise UserError(f"JSON: cannot write {file}: {error.strerror}") from None
 

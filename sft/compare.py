@@ -19,10 +19,9 @@ from rich.text import Text
 
 from sft.config import Evaluation, UserError, excerpt, load_config
 from sft.log import beginning, facts
-from sft.metrics import Difference, Tally, difference
+from sft.metrics import Difference, Tally, Verdict, difference
 
 KEYS = ("row", "prompt", "reference")  # what an example is known by
-COLOURS = {"better": "green", "worse": "red"}
 Scores = dict[str, float]
 
 
@@ -212,22 +211,31 @@ def examples(found: Comparison, num: int | None = None) -> Iterator[dict[str, An
 
 
 def table(found: Comparison) -> Table:
-    """Values of both, and the difference B - A with its 95 % interval."""
-    shown = Table(title=f"B against A on {found.num_examples:,} examples", title_justify="left")
+    title = f"B against A on {found.num_examples:,} examples"
+    return difference_table(title, found.differences, "A", "B")
+
+
+def difference_table(title: str, found: dict[str, Difference], a: str, b: str) -> Table:
+    """Values of `a` and `b`, and the difference b - a with its 95 % interval."""
+    shown = Table(title=title, title_justify="left")
     shown.add_column("metric", overflow="fold", max_width=34)
-    for column in ("A", "B", "B - A", "95 % interval"):
+    for column in (a, b, f"{b} - {a}", "95 % interval"):
         shown.add_column(column, justify="right", no_wrap=True)
-    shown.add_column("B is", no_wrap=True)
-    for name, row in found.differences.items():
+    shown.add_column(f"{b} is", no_wrap=True)
+    for name, row in found.items():
         shown.add_row(
             Text(beginning(name)),
             f"{row.value_a:.4g}",
             f"{row.value_b:.4g}",
             f"{row.difference:+.4g}",
             f"{row.low:+.3g} to {row.high:+.3g}",
-            Text(row.verdict, style=COLOURS.get(row.verdict, "")),
+            coloured(row.verdict),
         )
     return shown
+
+
+def coloured(verdict: Verdict) -> Text:
+    return Text(verdict, style={"better": "green", "worse": "red"}.get(verdict, ""))
 
 
 def wins_table(found: Comparison) -> Table:

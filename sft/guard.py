@@ -40,6 +40,7 @@ from accelerate.utils import broadcast_object_list
 from sft import checkpoint, recovery
 from sft.cli import die_with_parent
 from sft.config import PeerError, Preempted, UserError, redacted
+from sft.log import write_json
 
 RANKS = ".ranks"  # in the run folder: what each rank is doing, and who was first to tell the end
 TRACEBACK = "traceback.txt"
@@ -75,7 +76,7 @@ class Status:
         (self.folder / RANKS).mkdir(parents=True)
         self.attempt = 1 + (self.read().get("attempt") or 0)
         announced = {"attempt": self.attempt, "launch": launch()}
-        _write(self.folder / RANKS / "attempt.json", announced)
+        write_json(self.folder / RANKS / "attempt.json", announced)
         self._write("running")
 
     def follow(self) -> None:
@@ -136,7 +137,7 @@ class Status:
             "attempt": self.attempt,
             "checkpoint": self._newest(state),
         }
-        _write(self.folder / self.NAME, values, sync=True)
+        write_json(self.folder / self.NAME, values, sync=True)
 
     def _newest(self, state: str) -> str | None:
         found = checkpoint.newest_first(self.folder)
@@ -151,17 +152,6 @@ def launch() -> str:
     names = ["MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID"]
     names += ["SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"]
     return " ".join(os.environ.get(name, "-") for name in names)
-
-
-def _write(path: Path, values: Any, *, sync: bool = False) -> None:
-    """JSON that is there as a whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -621,7 +611,7 @@ class Guard:
             self._beats += 1
             with suppress(OSError):  # a full disk is not this thread's to tell
                 self._file_of(self.rank).parent.mkdir(parents=True, exist_ok=True)
-                _write(self._file_of(self.rank), asdict(self._word()))
+                write_json(self._file_of(self.rank), asdict(self._word()))
 
     def _word(self) -> Word:
         where, waits = _where(self._main)

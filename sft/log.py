@@ -71,6 +71,20 @@ def facts(title: str, rows: Sequence[tuple[str, str | Text]]) -> Table:
     return table
 
 
+def write_json(path: Path, values: Any, *, sync: bool = False) -> None:
+    """JSON that is there as a whole or not at all; what is no file (`/dev/stdout`, a link) is
+    written through."""
+    is_other = path.is_symlink() or (path.exists() and not path.is_file())
+    part = path if is_other else path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    if not is_other:
+        part.replace(path)
+
+
 def duration(seconds: float) -> str:
     """'41 s', '3 min 05 s', '2 h 10 min'."""
     whole = round(seconds)

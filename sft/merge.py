@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from sft import audit, chat, export, generate, model, storage, tensors
 from sft.checkpoint import STAGING
 from sft.config import Config, UserError
-from sft.log import size
+from sft.log import size, write_json
 
 REPORT = "merge_report.json"
 DTYPES = {**model.DTYPES, "fp16": torch.float16}
@@ -110,7 +110,7 @@ def merge(
     try:
         _write(run, config, base, staging, dtype)
         report = prove(staging, run, config, base)
-        (staging / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        write_json(staging / REPORT, report)
         (staging / "README.md").write_text(_card(report, config, run, output), "utf-8")
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

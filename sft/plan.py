@@ -7,7 +7,6 @@ than what saturates the device; activations are checkpointed where nothing else 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +22,7 @@ from sft.config import Config, ConfigError, with_values
 from sft.confirm import Past
 from sft.generate import bytes_per_row
 from sft.hardware import Hardware
-from sft.log import duration, facts, size
+from sft.log import duration, facts, size, write_json
 from sft.memory import Memory
 from sft.model import architecture
 from sft.prepare import Prepared
@@ -726,4 +725,4 @@ def report(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
 
 def write(plan: Plan, path: Path, measured: dict[str, Any] | None = None) -> None:
     """plan.json: the plan, and what was measured once the run is over."""
-    path.write_text(json.dumps(report(plan) | {"measured": measured}, indent=2) + "\n", "utf-8")
+    write_json(path, report(plan) | {"measured": measured})

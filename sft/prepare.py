@@ -35,7 +35,7 @@ from sft import audit, chat, checkpoint, data, guard, hardware, model, similar, 
 from sft.arrays import Files, Scratch, blocks, mapped
 from sft.audit import Sample
 from sft.config import Config, Data
-from sft.log import bar, make_console
+from sft.log import bar, make_console, write_json
 
 ROWS = "rows"  # a folder of what tells rows apart, removed when that is decided
 KEPT = 16  # folders in the cache
@@ -134,8 +134,7 @@ def _prune(cache: Path) -> None:
 
 def write(prepared: Prepared, folder: Path) -> None:
     """audit.json, audit.html, and rejected.jsonl where rows were skipped."""
-    text = json.dumps(prepared.audit, indent=2, ensure_ascii=False) + "\n"
-    (folder / "audit.json").write_text(text, "utf-8")
+    write_json(folder / "audit.json", prepared.audit)
     audit.write_html(folder / "audit.html", prepared.tokenizer, prepared.audit, prepared.samples())
     (folder / "rejected.jsonl").unlink(missing_ok=True)
     if len(prepared.rejected):

@@ -37,7 +37,7 @@ from sft.batching import Budget, MicroBatch
 from sft.config import Config, Train, UserError, dump_config, with_values
 from sft.engine import Engine, identity, memory_bytes, read_state
 from sft.guard import RANKS, TRACEBACK, Guard, Lock, Status
-from sft.log import Log, beginning, duration, facts
+from sft.log import Log, beginning, duration, facts, write_json
 from sft.model import build, dtype_table
 from sft.processes import (
     agree,
@@ -210,7 +210,7 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
             manifest = checkpoint.sha256(folder / "final_checkpoint" / checkpoint.MANIFEST)
             results = _results(task, model, path, f"{manifest} {planned.precision}")
             if log.folder:
-                _write_json(out / "metrics.json", results)
+                write_json(out / "metrics.json", results)
                 log.say(_scores_table(f"{folder}: {results['num_examples']:,} examples", results))
                 log.say(_answers_table(path, config.evaluation.num_shown))
         accelerator.wait_for_everyone()
@@ -254,7 +254,7 @@ def _base_results(
             return found
     results = _results(task, engine.model, path.with_suffix(".jsonl"), "base")
     if task.log.folder:
-        _write_json(path, results | {"settings": asked})
+        write_json(path, results | {"settings": asked})
     return results
 
 
@@ -273,16 +273,9 @@ def _tell_results(
     both = {"base": base, "tuned": tuned}
     written = {name: results["metrics"] for name, results in both.items()}
     written["intervals"] = {name: results["intervals"] for name, results in both.items()}
-    _write_json(folder / "metrics.json", written | {"num_examples": tuned["num_examples"]})
+    write_json(folder / "metrics.json", written | {"num_examples": tuned["num_examples"]})
     log.say(_side_by_side(folder, config.evaluation.num_shown))
     log.say(_closing(config, base, tuned, measured))
-
-
-def _write_json(path: Path, values: Any) -> None:
-    """Whole or not at all: a run that is killed while it writes must still be resumable."""
-    staged = path.with_name(path.name + ".tmp")
-    staged.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    staged.replace(path)
 
 
 def _open_log(config: Config, accelerator: Accelerator) -> Log:

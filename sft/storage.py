@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -23,7 +22,7 @@ from accelerate.utils import gather_object
 from sft import checkpoint, hardware
 from sft.checkpoint import CheckpointError
 from sft.config import Train
-from sft.log import Log, size
+from sft.log import Log, size, write_json
 
 ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.05, "paged_adamw_8bit": 2.05}
 WEIGHT_BYTES = 4  # trained weights are kept in fp32
@@ -210,13 +209,8 @@ class Keeper:
 
     def _settle(self, step: int, best: Best | None) -> None:
         if best:
-            path = self.folder / BEST
-            staged = path.with_suffix(".tmp")
-            with staged.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(best) | {"checkpoint": best.name}, indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            staged.replace(path)
+            told = asdict(best) | {"checkpoint": best.name}
+            write_json(self.folder / BEST, told, sync=True)
         kept = best or self.best
         spared = [kept.name] if kept else []
         checkpoint.prune(self.folder, self.train.save_total_limit, spared, step)

@@ -45,6 +45,7 @@ LAYERS = {
     "connector": 2.5,
     "infer": 3,
     "labels": 1.3,  # read from rows
+    "compare": 3,
     "classification": 3.1,  # works as infer does
     "finetune": 3,
     "merge": 3,
@@ -54,7 +55,6 @@ LAYERS = {
     "plan": 4,
     "check": 5,
     "run": 5,
-    "compare": 5,
     "verify": 6,  # starts whole runs
 }
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
 import pytest
 from rich.table import Table
 
-from sft.log import WIDTH, Log, duration, facts
+from sft.log import WIDTH, Log, duration, facts, write_json
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -37,6 +38,39 @@ def logged(folder: Path, after: int, steps: range, *, tensorboard: bool = False)
 
 def expected(steps: range) -> list[dict]:
     return [{"step": step, "train/loss": step / 4} for step in steps]
+
+
+# --- files of JSON -------------------------------------------------------------------------------
+
+
+def test_json_is_there_as_a_whole_or_as_it_was(tmp_path, monkeypatch):
+    path, values = tmp_path / "a.json", {"b": ["é", 1.5, None, "\udc80"]}
+    write_json(path, values)
+    assert json.loads(path.read_text("utf-8")) == values
+    monkeypatch.setattr("os.fsync", lambda _: 1 / 0)  # killed before it has its name
+    with pytest.raises(ZeroDivisionError):
+        write_json(path, {}, sync=True)
+    assert json.loads(path.read_text("utf-8")) == values
+    monkeypatch.undo()
+    write_json(path, {}, sync=True)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+    assert path.read_text() == "{}\n"
+
+
+def test_json_goes_through_what_is_no_file(tmp_path):
+    """`JSON=/dev/stdout` must not replace that name by a file."""
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_json(tmp_path / "link", [1])
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "target").read_text()) == [1]
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_json(tmp_path / "pipe", [1])
+    assert json.loads(os.read(pipe, 100)) == [1]
+    assert (tmp_path / "pipe").is_fifo()
+    os.close(pipe)
+    with pytest.raises(IsADirectoryError):
+        write_json(tmp_path, [1])
 
 
 # --- metrics.jsonl -----------------------------------------------------------------------------

@@ -260,7 +260,7 @@ def test_the_best_evaluated_checkpoint_stays_beside_the_newest(tmp_path):
     assert steps_of(tmp_path) == {3, 6, 7}
     expected = {"metric": "loss", "value": 2, "step": 3, "checkpoint": "checkpoint_step_3"}
     assert best_of(tmp_path) == expected
-    assert not list(tmp_path.glob("best.tmp"))
+    assert not list(tmp_path.glob(".best.json*"))
 
 
 def test_without_save_steps_only_what_is_better_is_saved(tmp_path):
