@@ -278,7 +278,7 @@ def choose(
         return logits.argmax(-1)
     assert drawn is not None
     ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
-    likely = (ordered / settings.temperature).softmax(-1)
+    likely = ((ordered - ordered[:, :1]) / settings.temperature).softmax(-1)  # no overflow
     before = likely.cumsum(-1) - likely
     likely = likely * (before < settings.top_p)
     if settings.top_k:
