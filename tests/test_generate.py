@@ -193,3 +193,9 @@ def test_the_end_of_a_turn_stops_an_answer():
         17,
         18,
     }
+
+
+def test_a_tiny_temperature_is_greedy():
+    settings = Generation(temperature=1e-40)
+    drawn = torch.tensor([0.999], dtype=torch.float64)
+    assert generate.choose(torch.tensor([[1.0, 3.0, 2.0]]), settings, drawn).item() == 1
