@@ -111,7 +111,7 @@ tb-stop: $(READY) ## Stop the TensorBoard that was started here, and no other
 evaluate: $(READY) ## Held-out loss and scored answers of a finished run [RUN=outputs/nano] [NUM_PROCESSES=2]
 	@$(BIN)/python scripts/evaluate.py --run $(RUN) $(ARGS)
 
-eval-quick: $(READY) ## The same for the first 32 held-out rows
+eval-quick: $(READY) ## Held-out loss, and scored answers to the first 32 rows
 	@$(BIN)/python scripts/evaluate.py --run $(RUN) --name quick evaluation.num_examples=32 $(ARGS)
 
 eval-test: $(READY) ## The same for every held-out row, or those of another file [INPUT=file]

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from sft import cli
+from sft.config import UserError
 
 
 def main() -> int:
@@ -14,6 +15,9 @@ def main() -> int:
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to be written")
     args = parser.parse_args()
     settings = cli.generation(args.overrides)
+    for name, value in (("INPUT", args.input), ("OUTPUT", args.output.name)):
+        if not value:
+            raise UserError(f"{name}: required: INPUT=rows.jsonl OUTPUT=answers.jsonl")
     folder = args.output.with_name(f"{args.output.name}.run")  # how it ends, while it runs
     from sft import launcher
 

@@ -88,16 +88,19 @@ def _winner(a: float, b: float) -> str:
     return "tied" if a == b else "a" if a > b else "b"
 
 
+REMEDY = "make evaluate RUN=<folder> writes one into <folder>/evaluation/evaluate"
+
 # --- by what is compared -------------------------------------------------------------------------
 
 
 def predictions(path: Path, name: str) -> Path:
-    """The file of a run folder, or `path` itself where it is a file."""
-    file = path / "evaluation" / "predictions.jsonl" if path.is_dir() else path
-    if not file.is_file():
+    """The file of a run folder, of a folder that holds one, or `path` itself where it is a file."""
+    found = [path / "predictions.jsonl", path / "evaluation" / "predictions.jsonl", path]
+    file = next((each for each in found if each.is_file()), None)
+    if file is None:
         raise UserError(
-            f"{name}={path}: expected a run that was evaluated, or a predictions.jsonl; found no "
-            f"{file}; make evaluate RUN=<folder> writes it"
+            f"{name}={path}: expected a run, a folder of its evaluation/ or a predictions.jsonl; "
+            f"found none; {REMEDY}"
         )
     return file
 
@@ -112,8 +115,9 @@ def configured(a: Path, b: Path) -> tuple[list[str], list[str]]:
 
 
 def _configured(file: Path) -> tuple[list[str], list[str]]:
-    config = file.parent.parent / "config.yaml"
-    evaluation = load_config(config).evaluation if config.is_file() else Evaluation()
+    near = (folder / "config.yaml" for folder in list(file.resolve().parents)[:3])
+    config = next((each for each in near if each.is_file()), None)
+    evaluation = load_config(config).evaluation if config else Evaluation()
     return [*evaluation.metrics], [*(evaluation.labels or [])]
 
 
@@ -162,7 +166,7 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     raise UserError(
         f"{path}:{number}: expected an object with the texts row, prompt and reference, the number "
         f"index, and answer (a text, or null where it failed); found {found}; "
-        "make evaluate RUN=<folder> writes such a file"
+        f"{REMEDY}"
     )
 
 
@@ -187,7 +191,7 @@ def _unlike(a: Path, places_a: dict[bytes, int], b: Path, places_b: dict[bytes, 
             with path.open("rb") as file:
                 found = _at(file, only[0])
             lines[-1] += f", as row {found['row']}: {excerpt(found['prompt'])}"
-    return "\n  ".join([*lines, "evaluate both on the same data: make evaluate RUN=<folder>"])
+    return "\n  ".join([*lines, f"evaluate both on the same data: {REMEDY}"])
 
 
 def _at(file: Any, place: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sft import batching, chat, checkpoint, evaluate, export, formats, generate, model
+from sft import audit, batching, chat, checkpoint, evaluate, export, formats, generate, model
 from sft.config import Config, Generation, Model, Train, UserError, generation, load_config
 from sft.data import BadRow, Row
 from sft.evaluate import Question, Speaker
@@ -122,7 +122,15 @@ class AccelerateConnector:
         self.rows = None if batch_size == "auto" else batch_size
         train = Train(output_dir="outputs/connector", precision=PRECISIONS[mixed_precision])
         self.precision, _ = resolve_precision(train)
-        self.accelerator: Accelerator = start_processes(train)
+        try:
+            self.accelerator: Accelerator = start_processes(train)
+        except ValueError as error:
+            if isinstance(error, UserError) or "AcceleratorState" not in str(error):
+                raise
+            raise UserError(
+                f"mixed_precision: {mixed_precision} is not what this process computes in since "
+                "its first connector; give both the same"
+            ) from None
         self.log = log or (Screen() if self.is_main_process else Log(None))
         self.between = between
         self._speaker: Speaker | None = None
@@ -145,7 +153,7 @@ class AccelerateConnector:
     def load_model_once(self) -> Speaker:
         """The model and its tokenizer, loaded at the first call. Collective."""
         if self._speaker is None:
-            with self.accelerator.main_process_first():  # one download for all of this machine
+            with self.accelerator.local_main_process_first():  # one download for this machine
                 self._speaker = open_speaker(
                     self.model_name,
                     self.adapter,
@@ -263,7 +271,13 @@ class AccelerateConnector:
         self.accelerator.backward(loss)
 
     def save_model(self, model: nn.Module, output_dir: str | Path) -> None:
-        """Model or adapter as safetensors, with the tokenizer: whole, or not at all. Collective."""
+        """Model or adapter as safetensors, with the tokenizer: whole, or not at all. Collective.
+
+        Takes the place of what it saved there before, and of nothing else.
+        """
+        folder = Path(output_dir)
+        if folder.exists() and not (folder.is_dir() and _is_own(folder)):
+            raise UserError(f"{folder} holds something else; give an output_dir that is new")
         weights = self.accelerator.get_state_dict(model)
         speaker = self.load_model_once()
         plain = self.accelerator.unwrap_model(model)
@@ -272,7 +286,12 @@ class AccelerateConnector:
             if self.is_main_process:
                 export.save(plain, speaker.tokenizer, staging, weights)
 
-        checkpoint.commit(Path(output_dir), write, self.accelerator)
+        checkpoint.commit(folder, write, self.accelerator)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether all that lies there was saved together, or nothing does."""
+    return not any(folder.iterdir()) or checkpoint.fault(folder, digests=False) is None
 
 
 class Held:
@@ -356,7 +375,12 @@ def open_speaker(
         return _open_model(name, adapter, quantization, cache_dir, precision, device)
     if adapter is not None:
         raise ExportError(f"{name} is a run with weights of its own; give its base and the adapter")
-    if quantization and config.tuning.mode != "full":
+    if quantization and config.tuning.mode == "full":
+        raise ExportError(
+            f"{name}: quantization: a run of full fine-tuning is used as it was trained; for NF4 "
+            f"give its model, {weights}"
+        )
+    if quantization:
         config = config.model_copy(update={"tuning": _mode(config, "qlora")})
     built, tokenizer = export.load_tuned(folder, config, precision, device, weights=weights)
     of = checkpoint.sha256(weights / checkpoint.MANIFEST)
@@ -385,7 +409,8 @@ def _open_model(
     of = ""
     if adapter is not None:
         base = export.with_adapter(base, settings, Path(adapter))
-        of = checkpoint.sha256(Path(adapter) / export.ADAPTER)
+        files = (export.ADAPTER, "adapter_config.json")
+        of = " ".join(checkpoint.sha256(Path(adapter) / name) for name in files)
         if (Path(adapter) / "tokenizer_config.json").exists():
             tokenizer = model.load_tokenizer(Model(name=adapter))
     return _speaker(base.eval(), tokenizer, model.fingerprint(settings), of, mode, precision)
@@ -394,7 +419,8 @@ def _open_model(
 def _speaker(built: nn.Module, tokenizer: PreTrainedTokenizerBase, *of: str) -> Speaker:
     tokenizer = chat.prepare_tokenizer(tokenizer)
     stop = generate.stop_ids(tokenizer, built.generation_config)
-    return Speaker(built, tokenizer, stop, key_of(of, stop, tokenizer.get_chat_template()))
+    written = audit.tokenizer_sha256(tokenizer), tokenizer.get_chat_template()
+    return Speaker(built, tokenizer, stop, key_of(of, stop, written))
 
 
 def _downloaded(name: str, cache_dir: Path) -> str:

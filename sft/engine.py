@@ -477,6 +477,10 @@ class Engine:
                 f"{size(self.keeper.need_bytes)} once the optimizer has a state)"
             )
 
+    def digest(self) -> str:
+        """Of the trained weights on all ranks, the same on each. Collective."""
+        return " ".join(map(str, gather_object(self._checksums())))
+
     def _checksums(self) -> list[int]:
         """Of this rank's trained weights."""
         held = (tensor.detach().cpu().flatten() for tensor in self.parallel.held())

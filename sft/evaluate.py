@@ -70,8 +70,11 @@ class Question:
     error: str | None = None
 
 
-def question(row: Row | BadRow) -> Question:
-    """A row's last assistant turn, if it ends in one, is the reference; all before it is asked."""
+def question(row: Row | BadRow, tokenizer: PreTrainedTokenizerBase | None = None) -> Question:
+    """A row's last assistant turn, if it ends in one, is the reference; all before it is asked.
+
+    With a tokenizer the reference of a tool call is what its template writes for that.
+    """
     if isinstance(row, BadRow):
         return Question(
             [], None, {"row": f"{row.file}:{row.line}", "prompt": row.excerpt}, row.reason
@@ -81,6 +84,10 @@ def question(row: Row | BadRow) -> Question:
     told = {"row": row.place, "prompt": asked[-1]["content"] if asked else ""}
     if last["role"] == "assistant":
         told["reference"] = last["content"]
+        if "tool_calls" in last and tokenizer is not None:
+            whole = chat.render(tokenizer, row.messages, row.tools, "last")
+            ids = [i for i, label in zip(whole.ids, whole.labels, strict=True) if label >= 0]
+            told["reference"] = tokenizer.decode(ids, skip_special_tokens=True)
     return Question(asked, row.tools, told)
 
 
@@ -150,7 +157,13 @@ def answer_all(
     `between` is called before each batch. `total`: number of questions, if known.
     """
     accelerator.wait_for_everyone()  # all have read the file before anyone adds to it
-    started, tokens = time.perf_counter(), 0
+    busy, tokens, began = 0.0, 0, time.perf_counter()
+
+    def begin() -> None:
+        nonlocal began
+        between()
+        began = time.perf_counter()  # waiting for others is not this rank's work
+
     with log.progress("answers", total) as advance:
         rest = iter(questions)
         while window := list(islice(rest, WINDOW)):
@@ -173,15 +186,16 @@ def answer_all(
                 accelerator,
                 rows=rows or _rows(speaker, [prompt for _, prompt in good], settings, accelerator),
                 numbers=[first + i for i, _ in good],
-                between=between,
+                between=begin,
             ):
+                busy += time.perf_counter() - began
                 pairs = zip([good[j] for j in batch], found, strict=False)  # none for idle ranks
                 predictions.append(
                     [own[i] | speaker.record(window[i], prompt, a) for (i, prompt), a in pairs]
                 )
                 tokens += sum(len(answer.ids) for answer in found)
                 advance(len(batch) * accelerator.num_processes)
-    _tell_slow_ranks(time.perf_counter() - started, tokens, accelerator, log)
+    _tell_slow_ranks(busy, tokens, accelerator, log)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         predictions.finish()

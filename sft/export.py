@@ -155,7 +155,7 @@ def _refuse_another_shape(folder: Path, adapted: Any) -> None:
 
 def _refuse_another_base(folder: Path, base: Model) -> None:
     path = folder / BASE
-    if not path.exists():  # of a run before this file was written
+    if not path.exists():  # not of a run, or of one before this file was written
         return
     try:
         told = json.loads(path.read_text("utf-8"))
@@ -205,6 +205,12 @@ def with_adapter(base: nn.Module, of: Model, folder: Path) -> nn.Module:
     this base. Only its numbers are read: adapter_config.json could name modules to be imported."""
     found = _adapter_config(folder)
     _refuse_another_base(folder, of)
+    named = str(found["base_model_name_or_path"])
+    if not (folder / BASE).exists() and Path(named).resolve().name != Path(of.name).resolve().name:
+        raise ExportError(
+            f"{folder} is an adapter of {named!r}, not of {of.name!r}; if these are the same "
+            "weights, say so: set base_model_name_or_path in its adapter_config.json"
+        )
     try:
         shape = {key: found[key] for key in ("r", "lora_alpha", "target_modules")}
         tuning = Tuning(**shape)

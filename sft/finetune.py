@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from sft import batching, chat, evaluate, export, generate, model
-from sft.config import Config, ConfigError, Generation
+from sft import batching, chat, evaluate, export, generate, metrics, model
+from sft.config import Config, ConfigError, Generation, UserError
 from sft.evaluate import Scores
 from sft.guard import Guard
 from sft.log import Advance, Log
@@ -36,6 +36,19 @@ def usable_budget(
         raise ConfigError(f"train.layout: {reason}; use train.layout: padded")
     log.say(f"layout: padded, since {reason}")
     return replace(budget, layout="padded")
+
+
+def check_references(config: Config, prepared: Prepared) -> None:
+    """UserError if a metric cannot use the reference of a row that it will score."""
+    settings = config.evaluation
+    tally = metrics.Tally(settings.metrics, settings.labels or ())
+    asked = (r for r in prepared.held_out.rows() if not chat.is_document(r.messages))
+    for number, row in enumerate(islice(asked, settings.num_examples)):
+        reference = evaluate.question(row, prepared.tokenizer).told["reference"]
+        try:
+            tally.check(number, reference)
+        except UserError as error:
+            raise UserError(f"{row.place}: {error}") from None
 
 
 def identity(config: Config, prepared: Prepared) -> dict[str, str]:
@@ -119,7 +132,7 @@ class FineTune:
     def answers(self, model: nn.Module, path: Path, state: str) -> Scores:
         """The first `evaluation.num_examples` held-out prompts, answered into `path` and scored.
 
-        `state`: what of the model changes in a run, such as its step.
+        `state`: what of the model changes: its weights, the precision.
         """
         settings, tokenizer = self.config.evaluation, self.prepared.tokenizer
         asked = (r for r in self.prepared.held_out.rows() if not chat.is_document(r.messages))
@@ -130,7 +143,7 @@ class FineTune:
         with self.guard.section("generation"):
             evaluate.answer_all(
                 speaker,
-                map(evaluate.question, islice(asked, settings.num_examples)),
+                (evaluate.question(r, tokenizer) for r in islice(asked, settings.num_examples)),
                 Generation(max_new_tokens=settings.max_new_tokens),
                 predictions,
                 self.accelerator,

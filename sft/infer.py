@@ -106,7 +106,11 @@ def answer_file(
     """
     if output.is_dir() or output.suffix not in (".jsonl", ".ndjson"):
         raise UserError(f"OUTPUT: expected a file that ends in .jsonl, found {output}")
-    data.sources(source)  # one that is missing is told before a model is loaded
+    files = data.sources(source)  # one that is missing is told before a model is loaded
+    if any(not each.on_hub and Path(each.file).resolve() == output.resolve() for each in files):
+        raise UserError(f"OUTPUT: {output} is one of the files of INPUT; give another name")
+    if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(f"OUTPUT: {output} lies in the folder INPUT, which is read whole; move it")
     with at_work(folder, model, output) as (connector, guard):
         total = data.num_rows(source)
         connector.answer(_questions(source, guard), output, total, **settings)

@@ -31,6 +31,7 @@ from transformers.utils import cached_file
 from sft import tensors
 from sft.config import Config, Model, Tuning, UserError
 
+SEEN = 4096  # bytes at both ends of a tensor that the digest of a model sees
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -71,15 +72,30 @@ def weights_sha256(config: Model) -> str:
 
 
 def _told_of_weights(config: Model) -> Iterator[bytes]:
-    """Of each file the name, the size, the header (names, dtypes, shapes) and the last MiB."""
+    """Of each file the name, the size, the header (names, dtypes, shapes), and of each tensor the
+    first and the last SEEN bytes: what changes a model changes most of its tensors throughout."""
     with explained(config.name):
         found = cached_file(config.name, "config.json", revision=config.revision)
     for path in sorted(Path(str(found)).parent.glob("*.safetensors")):
         size = path.stat().st_size
         with path.open("rb") as file:
-            header = file.read(min(size, 8 + int.from_bytes(file.read(8), "little")))
-            file.seek(max(0, size - 2**20))
-            yield f"{path.name} {size}".encode() + header + file.read()
+            length = min(size, int.from_bytes(file.read(8), "little"))
+            header = file.read(length)
+            yield f"{path.name} {size}".encode() + header
+            for start, end in _tensors_in(header):
+                for place in (start, max(start, end - SEEN)):
+                    file.seek(8 + length + place)
+                    yield file.read(min(SEEN, end - start))
+
+
+def _tensors_in(header: bytes) -> list[tuple[int, int]]:
+    """Where the tensors of a file lie, by its header; none if that is damaged: its loader tells."""
+    try:
+        told = json.loads(header)
+        places = [each["data_offsets"] for name, each in told.items() if name != "__metadata__"]
+        return sorted((int(start), int(end)) for start, end in places)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return []
 
 
 @contextmanager

@@ -8,13 +8,14 @@ the order of the examples.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 from array import array
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +39,52 @@ class Predictions:
 
     def __init__(self, path: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._places: dict[int, tuple[int, int]] = {}  # index: (key, offset) of the newest line
+        self._keys = array("Q")  # of the newest line of each example
+        self._offsets = array("q")  # where it begins; -1: there is none
         self._expected = array("Q")
-        self._read()
+        with self._told():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._read()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            told = error.strerror or str(error)
+            raise PredictionsError(
+                f"{self.path}: {told}; make room, or give another file"
+            ) from None
 
     def _read(self) -> None:
-        self._places.clear()
+        self._keys, self._offsets = array("Q"), array("q")
         if not self.path.exists():
             return
         offset = 0
         with self.path.open("rb") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if record := _parsed(line):
-                    self._places[record["index"]] = (int(record["key"], 16), offset)
+                    more = record["index"] + 1 - len(self._keys)
+                    self._keys.extend([0] * more)
+                    self._offsets.extend([-1] * more)
+                    self._keys[record["index"]] = int(record["key"], 16)
+                    self._offsets[record["index"]] = offset
+                elif not _is_torn(line):
+                    raise PredictionsError(
+                        f"{self.path}:{number}: expected a line of predictions, found "
+                        f"{line[:60]!r}; this file is something else: give another one"
+                    )
                 offset += len(line)
+
+    def _has(self, index: int, key: int) -> bool:
+        known = index < len(self._keys) and self._offsets[index] >= 0
+        return known and self._keys[index] == key
 
     def expect(self, key: str) -> bool:
         """Announces the next example; whether it is still to be done."""
         index = len(self._expected)
         self._expected.append(int(key, 16))
-        return index not in self._places or self._places[index][0] != int(key, 16)
+        return not self._has(index, self._expected[index])
 
     @property
     def num_expected(self) -> int:
@@ -68,7 +94,7 @@ class Predictions:
         """Lines that a kill at any later instant does not lose."""
         lines = "".join(redacted(json.dumps(each, ensure_ascii=False)) + "\n" for each in records)
         data = lines.encode("utf-8", "backslashreplace")
-        with self.path.open("ab+", buffering=0) as file:
+        with self._told(), self.path.open("ab+", buffering=0) as file:
             with suppress(OSError):  # a file system without locks: single appends stay whole
                 fcntl.flock(file, fcntl.LOCK_EX)
             end = file.seek(0, os.SEEK_END)
@@ -76,14 +102,18 @@ class Predictions:
                 data = b"\n" + data  # behind a line that a kill has torn
             if file.write(data) != len(data):
                 os.ftruncate(file.fileno(), end)
-                raise PredictionsError(f"{self.path}: the disk is full; make room and run again")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
 
     def finish(self) -> None:
         """Writes the lines in the order of the examples, without those of others. One process."""
         self.path.touch()  # without examples nobody has made it
+        with self._told():
+            self._finish()
+
+    def _finish(self) -> None:
         self._read()
-        wrong = [i for i, key in enumerate(self._expected) if self._places.get(i, (-1,))[0] != key]
+        wrong = [i for i, key in enumerate(self._expected) if not self._has(i, key)]
         if wrong:
             raise PredictionsError(
                 f"{self.path}: {len(wrong):,} of {len(self._expected):,} examples are missing, as "
@@ -92,7 +122,7 @@ class Predictions:
         staged = self.path.with_name(self.path.name + ".tmp")
         with self.path.open("rb") as old, staged.open("wb") as new:
             for index in range(len(self._expected)):
-                old.seek(self._places[index][1])
+                old.seek(self._offsets[index])
                 new.write(old.readline())
             new.flush()
             os.fsync(new.fileno())
@@ -113,6 +143,12 @@ def read(path: Path) -> Iterator[Record]:
                 yield record
     except OSError as error:
         raise PredictionsError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a line is the beginning of one of ours that a kill cut off, as far as can be told."""
+    start = b'{"index": '
+    return line.startswith(start) or start.startswith(line.rstrip(b"\n"))
 
 
 def _parsed(line: bytes) -> Record | None:

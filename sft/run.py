@@ -80,6 +80,7 @@ def _run(
     machine = hardware.detect(folder)
     if resumed_from:
         read_state(resumed_from, identity(config.train, finetune.identity(config, prepared)))
+    finetune.check_references(config, prepared)
     planned = plan_together(config, prepared, machine, accelerator)
     if warning := storage.refuse_if_full(planned.disk, config.train):
         log.say(f"warning: {warning}")
@@ -107,7 +108,7 @@ def _run(
     if planned.budget != budget:
         engine.budget = task.budget = planned.budget
         resolved = _with_budget(resolved, planned, log)
-    base = _base_results(folder, task, engine, resumed=resumed_from is not None)
+    base = _base_results(folder, task, engine, planned.precision, resumed_from is not None)
     log.say(f"before: {_told(base['metrics'])}")
     if resumed_from:
         engine.resume(resumed_from)
@@ -119,7 +120,7 @@ def _run(
     training_seconds = time.perf_counter() - training_started
     with engine.preemptible():
         path = folder / "evaluation" / "predictions.jsonl"
-        tuned = _results(task, engine.model, path, f"step {engine.step}")
+        tuned = _results(task, engine.model, path, f"{engine.digest()} {planned.precision}")
     log.log(engine.step, {f"eval/{name}": value for name, value in tuned["metrics"].items()})
     log.say(f"after: {_told(tuned['metrics'])}")
     checkpoint.commit(
@@ -243,7 +244,7 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
 
 
 def _base_results(
-    folder: Path, task: finetune.FineTune, engine: Engine, *, resumed: bool
+    folder: Path, task: finetune.FineTune, engine: Engine, precision: str, resumed: bool
 ) -> dict[str, Any]:
     """Results of the untrained model; a resumed run that asks the same has them on disk."""
     path = folder / "evaluation" / "base.json"
@@ -252,7 +253,8 @@ def _base_results(
         found = json.loads(path.read_text("utf-8"))
         if found.get("settings") == asked:
             return found
-    results = _results(task, engine.model, path.with_suffix(".jsonl"), "base")
+    state = f"{engine.digest()} {precision}"
+    results = _results(task, engine.model, path.with_suffix(".jsonl"), state)
     if task.log.folder:
         write_json(path, results | {"settings": asked})
     return results
@@ -263,6 +265,8 @@ def _results(task: finetune.FineTune, model: nn.Module, path: Path, state: str) 
     metrics = task.evaluate(model)
     found = task.answers(model, path, state)
     results = {"metrics": metrics | found.values, "intervals": found.intervals}
+    if task.config.evaluation.labels:
+        results["confusion"] = found.tally.confusion()
     return results | {"num_examples": found.num_examples, "num_failed": found.num_failed}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import connector_worker as worker
@@ -161,10 +162,13 @@ def test_an_adapter_is_opened_with_its_base_or_by_itself(adapter, monkeypatch):
 def test_an_adapter_that_is_none_or_of_another_base_is_refused(adapter, tmp_path, shared):
     with pytest.raises(ExportError, match=r"expected a LoRA adapter \(adapter_config\.json"):
         said("nano/model", adapter=tmp_path / "none")
+    shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
     other = str(shared / "models/stories260K")
-    with pytest.raises(ExportError, match=r"is not an adapter of this base \(it names .*nano/m"):
-        said(other, adapter=adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
+    claimed = json.dumps(config | {"base_model_name_or_path": other})
+    (tmp_path / "adapter_config.json").write_text(claimed)
+    with pytest.raises(ExportError, match=r"is not an adapter of this base \(it names .*260K\)"):
+        said(other, adapter=tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(ExportError, match=r"expected a plain LoRA adapter.* use_dora; merge it"):
         said("nano/model", adapter=tmp_path)
@@ -209,3 +213,38 @@ def test_the_program_in_the_docs_runs(tmp_path, monkeypatch):
         json.loads(line)["finish_reason"] for line in Path("answers.jsonl").read_text().splitlines()
     ]
     assert known["scores"] == [1, 2, 3]
+
+
+def test_a_folder_with_something_else_is_not_saved_over(alone, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    model = alone[0].load_model_once().model
+    with pytest.raises(UserError, match="holds something else"):
+        alone[0].save_model(model, tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    alone[0].save_model(model, alone[2] / "saved")  # its own, again
+
+
+def test_a_second_precision_in_one_program_is_refused(alone):
+    with pytest.raises(UserError, match="mixed_precision: bf16 is not what this process computes"):
+        AccelerateConnector(ROOT / "nano/model", mixed_precision="bf16", log=Log(None))
+
+
+def test_an_adapter_that_names_another_base_is_refused(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    named = config | {"base_model_name_or_path": "meta/other"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(named))
+    with pytest.raises(ExportError, match="is an adapter of 'meta/other', not of 'nano/model'"):
+        said("nano/model", adapter=tmp_path)
+
+
+def test_an_adapter_with_another_scale_is_asked_again(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    identities = []
+    for alpha in (8, 200):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": alpha}))
+        options = {"mixed_precision": "no", "log": Log(None), "adapter": tmp_path}
+        made = AccelerateConnector(ROOT / "nano/model", **options)
+        identities.append(made.load_model_once().identity)
+    assert identities[0] != identities[1]

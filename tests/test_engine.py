@@ -256,3 +256,11 @@ def test_an_evaluation_that_a_signal_abandoned_is_made_up_for(tmp_path):
     again.run()
     assert seen == [2, 4, 6]
     assert again.keeper.best.step in seen
+
+
+def test_the_digest_of_the_weights_changes_with_a_step(tmp_path):
+    made = make(tmp_path)
+    before = made.digest()
+    assert made.digest() == before
+    made.optimizer_step()
+    assert made.digest() != before

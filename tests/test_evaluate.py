@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import tiny
 import torch
 from conftest import ROOT
+from transformers import AutoTokenizer
 
-from sft import chat, evaluate, generate, model, processes
+from sft import chat, evaluate, finetune, generate, model, prepare, processes
 from sft.config import Generation, UserError, load_config
 from sft.data import BadRow, Row
 from sft.log import Log
@@ -79,7 +81,8 @@ def test_what_is_drawn_follows_the_number_of_the_example(nano, tmp_path, monkeyp
     assert answered(nano, [ROWS[0]] * 6, tmp_path / "windows.jsonl", drawn) == once
 
 
-def test_a_stop_between_batches_loses_nothing_that_was_answered(nano, tmp_path):
+def test_a_stop_between_batches_loses_nothing_that_was_answered(nano, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "GROUP", 1)
     path, calls = tmp_path / "predictions.jsonl", []
 
     def stop_at_the_third() -> None:
@@ -149,3 +152,37 @@ def test_a_slow_rank_is_told(monkeypatch):
     evaluate._tell_slow_ranks(20.0, 900, World(), told)
     [line] = told.lines
     assert line.startswith("warning: rank 1 took 1 min 01 s for 900 tokens, others 21 s")
+
+
+def test_waiting_for_others_is_not_counted_as_work(nano, tmp_path, monkeypatch):
+    seconds: list[float] = []
+    monkeypatch.setattr(generate, "GROUP", 1)
+    monkeypatch.setattr(evaluate, "_tell_slow_ranks", lambda busy, *_: seconds.append(busy))
+    waited = 0.5 * 4
+    answered(nano, ROWS, tmp_path / "a.jsonl", rows=1, between=lambda: time.sleep(0.5))
+    started = time.perf_counter()
+    answered(nano, ROWS, tmp_path / "b.jsonl", rows=1)
+    whole = time.perf_counter() - started
+    assert 0 < seconds[1] <= whole
+    assert seconds[0] < whole + waited / 2
+
+
+def test_the_reference_of_a_call_is_what_the_template_writes_for_it(shared):
+    path = str(shared / "data/tokenizers/qwen2.5-instruct")
+    tokenizer = chat.prepare_tokenizer(AutoTokenizer.from_pretrained(path))
+    call = {"type": "function", "function": {"name": "wait", "arguments": {"seconds": 3}}}
+    turns = [
+        {"role": "user", "content": "wait"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    found = evaluate.question(Row(turns, None, "file", 1), tokenizer).told["reference"]
+    assert "<tool_call>" in found
+    assert '{"name": "wait", "arguments": {"seconds": 3}}' in found
+
+
+def test_a_reference_that_a_metric_cannot_use_is_told_before_anything_is_answered():
+    config = load_config(
+        ROOT / "configs/nano.yaml", ["evaluation.metrics=[numeric_match]", "data.max_rows=64"]
+    )
+    with pytest.raises(UserError, match=r"nano/test\.jsonl:\d+: .*numeric_match"):
+        finetune.check_references(config, prepare.prepare(config))

@@ -176,3 +176,25 @@ def test_files_that_cannot_be_are_told_before_a_model_is_loaded(
     with pytest.raises(UserError, match=told):
         infer.answer_file(source, Path(output), Path("status"), {"model_name": "none"}, {})
     assert not Path("status").exists()
+
+
+def test_answers_never_take_the_place_of_what_is_asked(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"prompt": "hi"}\n')
+    for asked in (source, tmp_path / "*.jsonl"):
+        with pytest.raises(UserError, match="is one of the files of INPUT"):
+            infer.answer_file(str(asked), source, tmp_path / "status", MODEL, {})
+    with pytest.raises(UserError, match="lies in the folder INPUT"):
+        infer.answer_file(str(tmp_path), tmp_path / "a.jsonl", tmp_path / "status", MODEL, {})
+    assert source.read_text() == '{"prompt": "hi"}\n'
+
+
+@pytest.mark.parametrize(
+    "given", [{"INPUT": "", "OUTPUT": "a.jsonl"}, {"INPUT": "a", "OUTPUT": ""}]
+)
+def test_a_batch_without_its_files_is_refused(given, run_script):
+    words = ["--input", given["INPUT"], "--output", given["OUTPUT"]]
+    done = run_script("infer_batch.py", *words)
+    assert done.returncode == 2
+    assert "required: INPUT=rows.jsonl OUTPUT=answers.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import tiny
 import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -18,7 +22,7 @@ from transformers import (
 )
 
 from sft import batching, finetune, hardware, model
-from sft.config import Config, ConfigError, Tuning
+from sft.config import Config, ConfigError, Model, Tuning
 from sft.log import Log
 
 CPU = torch.device("cpu")
@@ -253,3 +257,14 @@ def test_only_chosen_positions_reach_the_head():
     head.positions = torch.tensor([3, 0, 17])
     chosen = built(input_ids=ids).logits
     torch.testing.assert_close(chosen, everything[[3, 0, 17]])
+
+
+def test_the_digest_of_a_model_sees_every_tensor(tmp_path):
+    shutil.copytree(ROOT / "nano/model", tmp_path / "copy")
+    named = Model(name=str(tmp_path / "copy"))
+    digest, path = model.weights_sha256(named), tmp_path / "copy/model.safetensors"
+    assert digest == model.weights_sha256(Model(name=str(ROOT / "nano/model")))
+    weights = load_file(path)
+    for name in sorted(weights)[::7]:
+        save_file(weights | {name: -weights[name]}, path, {"format": "pt"})
+        assert model.weights_sha256(named) != digest, name

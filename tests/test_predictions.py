@@ -120,7 +120,11 @@ def test_a_line_that_is_none_is_named_by_file_and_number(tmp_path, line):
     path.write_text(json.dumps(record(0, KEYS[0])) + f"\n{line}\n")
     with pytest.raises(PredictionsError, match=r"predictions\.jsonl:2: expected a JSON object"):
         list(read(path))
-    assert announced(path)[1] == [1, 2, 3, 4, 5]
+    if line in ("[]", "{}"):  # no beginning of a line of ours
+        with pytest.raises(PredictionsError, match=r"jsonl:2: expected a line of predictions"):
+            announced(path)
+    else:
+        assert announced(path)[1] == [1, 2, 3, 4, 5]
     with pytest.raises(PredictionsError, match="cannot read"):
         list(read(tmp_path / "none.jsonl"))
 
@@ -130,3 +134,17 @@ def test_secrets_of_the_environment_are_not_written(tmp_path, monkeypatch):
     made, _ = announced(tmp_path / "predictions.jsonl")
     made.append([record(0, KEYS[0], answer="it is hf_secretsecret")])
     assert "it is <HF_TOKEN>" in (tmp_path / "predictions.jsonl").read_text()
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "a row of data"}', "free text", "1,2,3"])
+def test_a_file_that_is_something_else_is_not_written_over(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{line}\n" * 2)
+    with pytest.raises(PredictionsError, match=r"rows\.jsonl:1: expected a line of predictions"):
+        Predictions(path)
+    assert path.read_text() == f"{line}\n" * 2
+
+
+def test_a_folder_in_its_place_is_told(tmp_path):
+    with pytest.raises(PredictionsError, match="Is a directory; make room, or give another file"):
+        Predictions(tmp_path)
