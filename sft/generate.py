@@ -3,8 +3,8 @@
 An answer is a function of (model, prompt, settings, its own number): what else is in the batch, its
 order and padding and the number of processes change how fast it comes, not what it is. Rounding
 aside: sums of other shapes are rounded otherwise, and where two tokens are as likely to six digits
-either may win. Rows are padded on the left; those that have ended are taken out of the batch and of
-the cache, and the next prompts take their places, so the longest answer makes nobody wait.
+either may win. Rows are padded on the left, and a row that has ended is taken out of the batch and
+of the cache, so that the longest answer does not make all others wait.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
 
 from sft import batching, chat, recovery
 from sft.config import Generation, UserError
@@ -31,9 +29,6 @@ from sft.parallel import is_split
 
 ROWS_CPU, ROWS_GPU = 64, 256  # of a batch, at most: more do not make a CPU quicker (docs/LOG.md)
 LEAVE = 1 / 8  # share of a batch that must have ended before its rows are taken out
-GROUP = (
-    4  # batches that are answered as one: where a row has ended, the next prompt takes its place
-)
 Told = Callable[[list[int]], None]  # hears of the tokens of a step, a row each
 
 
@@ -128,12 +123,11 @@ def answers(
     numbers: Sequence[int] | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[list[int], list[Answer]]]:
-    """This rank's share of the answers, some at a time: (positions in `prompts`, answers).
+    """This rank's share of the answers, a batch at a time: (positions in `prompts`, answers).
 
-    At most `rows` are written at once. `numbers` seed what is drawn for each prompt (its position,
-    if not given). `between` is called before each of the parts; every rank has as many, if need be
-    empty ones. Where ranks hold only parts of the weights (FSDP2, ZeRO-3), all of them must take
-    part in all forward passes, so there no prompt takes the place of another.
+    `numbers` seed what is drawn for each prompt (its position, if not given). `between` is called
+    before each batch; every rank has as many, if need be empty ones. Where ranks hold only parts of
+    the weights (FSDP2, ZeRO-3), all of them must take all batches.
     """
     plain = accelerator.unwrap_model(model)
     together = is_split(plain) and accelerator.num_processes > 1
@@ -142,36 +136,33 @@ def answers(
         flag = torch.tensor(float(writing), device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum"))
 
-    def decoded(batch: list[int], most: int) -> list[Answer]:
+    def decoded(batch: list[int]) -> list[Answer]:
         seeds = [numbers[i] if numbers is not None else i for i in batch]
         asked = [prompts[i] for i in batch]
         also = others_write if together else None
-        return decode(plain, asked, settings, stop, seeds=seeds, rows=most, others_write=also)
+        return decode(plain, asked, settings, stop, seeds=seeds, others_write=also)
 
     lengths = [len(prompt) + settings.max_new_tokens for prompt in prompts]
-    at_once = rows if together else rows * GROUP
-    mine = cut(lengths, accelerator.num_processes, at_once)[accelerator.process_index]
+    mine = cut(lengths, accelerator.num_processes, rows)[accelerator.process_index]
     with eval_mode(plain):
         for batch in mine:
             between()
             if batch and not together:
-                yield batch, _within_memory(batch, rows, decoded)
+                yield batch, _in_pieces(batch, decoded)
             elif together:
-                yield batch, decoded(batch, rows)
+                yield batch, decoded(batch)
 
 
-def _within_memory(
-    batch: list[int], rows: int, decoded: Callable[[list[int], int], list[Answer]]
-) -> list[Answer]:
-    """Its answers, `rows` at once; where memory runs out half as many."""
-    while True:
-        try:
-            return decoded(batch, rows)
-        except Exception as error:
-            if rows == 1 or recovery.shortage(error) is None:
-                raise
-        recovery.release()
-        rows = min(rows, len(batch)) // 2 or 1
+def _in_pieces(batch: list[int], decoded: Callable[[list[int]], list[Answer]]) -> list[Answer]:
+    """Its answers; if memory runs out those of its halves."""
+    try:
+        return decoded(batch)
+    except Exception as error:
+        if len(batch) == 1 or recovery.shortage(error) is None:
+            raise
+    recovery.release()
+    half = len(batch) // 2
+    return [*_in_pieces(batch[:half], decoded), *_in_pieces(batch[half:], decoded)]
 
 
 @torch.no_grad()
@@ -182,12 +173,10 @@ def decode(
     stop: list[int],
     *,
     seeds: Sequence[int] = (0,),
-    rows: int | None = None,
     told: Told | None = None,
     others_write: Callable[[bool], bool] | None = None,
 ) -> list[Answer]:
-    """Answers to the prompts, in eval mode, at most `rows` at once; where rows have ended the next
-    prompts take their places, if the model's cache lets them.
+    """Answers to the prompts as one batch, in eval mode.
 
     `others_write`, collective: whether any rank is still writing; until none is, this one takes
     part in their forward passes.
@@ -197,61 +186,50 @@ def decode(
     room = [min(settings.max_new_tokens, context - len(prompt)) for prompt in prompts]
     written: list[list[int]] = [[] for _ in prompts]
     reasons = ["length"] * len(prompts)
-    waiting = [i for i in range(len(prompts)) if room[i] > 0]
-    most = rows or len(prompts)
-    draw, batch = _Draws(settings, seeds), _Batch(model, [], [], device)
-
-    def advance(some: _Batch) -> None:
-        """One token for each row; rows that have ended leave once they are many enough."""
-        tokens = choose(some.logits(), settings, draw(some.rows))
+    writing = [i for i in range(len(prompts)) if room[i] > 0]
+    rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
+    draw, step = _Draws(settings, seeds), _Step(model, device)
+    ids, mask = _padded(prompts, device)
+    while writing if others_write is None else others_write(bool(writing)):
+        if not writing:
+            step.idle()
+            continue
+        tokens = choose(step(ids, mask), settings, draw(rows))
         if told:
             told(tokens.tolist())
-        for row, token in zip(some.rows, tokens.tolist(), strict=True):
-            if row not in some.writing:
+        still = []
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if row not in writing:
                 continue
             if token in stop:
                 reasons[row] = "stop"
-                some.writing.remove(row)
                 continue
             written[row].append(token)
-            if len(written[row]) == room[row]:
-                some.writing.remove(row)
-        some.take(tokens)
-
-    def goes_on() -> bool:
-        own = bool(batch.writing or waiting)
-        return own if others_write is None else others_write(own)
-
-    while goes_on():
-        places = most - len(batch.rows)
-        if waiting and places and (not batch.rows or (batch.can_grow and places >= LEAVE * most)):
-            chosen, waiting = waiting[:places], waiting[places:]
-            fresh = _Batch(model, chosen, [prompts[i] for i in chosen], device)
-            advance(fresh)
-            batch = batch.joined_by(fresh)
-        elif batch.writing:
-            advance(batch)
-        else:
-            batch.idle()
+            if len(written[row]) < room[row]:
+                still.append(row)
+        writing = still
+        ids = tokens[:, None]
+        if writing and len(writing) <= (1 - LEAVE) * len(rows):
+            kept = torch.tensor([rows.index(row) for row in writing], device=device)
+            ids, mask, rows = ids[kept], mask[kept], list(writing)
+            step.keep(kept)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
     return [Answer(*each) for each in zip(written, reasons, strict=True)]
 
 
-class _Batch:
-    """Prompts that are answered together: what is fed next, what is seen, and the cache.
+def _padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[Any, Any]:
+    """ids and mask (rows, longest prompt), padded on the left; what pads is never looked at."""
+    width = max((len(prompt) for prompt in prompts), default=0)
+    ids = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-    ids (rows, new), mask (rows, all so far), padded on the left; what pads is never looked at.
-    """
 
-    def __init__(
-        self, model: nn.Module, rows: list[int], prompts: list[list[int]], device: torch.device
-    ):
+class _Step:
+    """One forward pass after another: logits of the last position, and the cache between them."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
         self.model, self.device, self.cache = model, device, None
-        self.rows, self.writing = rows, set(rows)  # which prompt each row is; those not ended
-        width = max((len(prompt) for prompt in prompts), default=0)
-        ids = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        self.ids = torch.tensor(ids, dtype=torch.long, device=device)
-        self.mask = torch.tensor(mask, dtype=torch.long, device=device)
         plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.known = inspect.signature(plain.forward).parameters
         if "past_key_values" not in self.known:
@@ -260,17 +238,17 @@ class _Batch:
                 "tokens, which answers are written with; ask it with its own `generate`"
             )
 
-    def logits(self) -> torch.Tensor:
-        """Of the next token: (rows, vocabulary), fp32."""
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """ids (rows, new), mask (rows, all so far) -> (rows, vocabulary), fp32."""
         options: dict[str, Any] = {}
         if "position_ids" in self.known:
-            positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-            options["position_ids"] = positions[:, -self.ids.shape[1] :]
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            options["position_ids"] = positions[:, -ids.shape[1] :]
         if "logits_to_keep" in self.known:
             options["logits_to_keep"] = 1
         output = self.model(
-            input_ids=self.ids,
-            attention_mask=self.mask,
+            input_ids=ids,
+            attention_mask=mask,
             past_key_values=self.cache,
             use_cache=True,
             **options,
@@ -278,42 +256,8 @@ class _Batch:
         self.cache = output.past_key_values
         return output.logits[:, -1].float()
 
-    def take(self, tokens: torch.Tensor) -> None:
-        """Feeds these tokens (rows,) next. Where enough rows have ended they leave."""
-        self.ids = tokens[:, None]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], 1)
-        left = [place for place, row in enumerate(self.rows) if row in self.writing]
-        if not left:
-            self.rows = []
-        elif len(left) <= (1 - LEAVE) * len(self.rows):
-            kept = torch.tensor(left, device=self.device)
-            self.ids, self.mask = self.ids[kept], self.mask[kept]
-            self.rows = [self.rows[place] for place in left]
-            self.cache.reorder_cache(kept)  # type: ignore[attr-defined]  # every kind of layer has it
-
-    @property
-    def can_grow(self) -> bool:
-        """Whether all of the cache is keys and values of every position so far."""
-        layers = getattr(self.cache, "layers", [])
-        return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-
-    def joined_by(self, other: _Batch) -> _Batch:
-        """Both as one; the shorter one is padded further on the left."""
-        if not self.rows or not other.rows:
-            return self if self.rows else other
-        wider = other.mask.shape[1] - self.mask.shape[1]
-        own, new = max(0, wider), max(0, -wider)
-
-        def joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            return torch.cat([pad(a, (0, 0, own, 0)), pad(b, (0, 0, new, 0))])
-
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):  # type: ignore[attr-defined]
-            mine.keys = joined(mine.keys, theirs.keys)
-            mine.values = joined(mine.values, theirs.values)
-        self.mask = torch.cat([pad(self.mask, (own, 0)), pad(other.mask, (new, 0))])
-        self.ids = torch.cat([self.ids, other.ids])
-        self.rows, self.writing = self.rows + other.rows, self.writing | other.writing
-        return self
+    def keep(self, rows: torch.Tensor) -> None:
+        self.cache.reorder_cache(rows)  # type: ignore[attr-defined]  # every kind of layer has it
 
     def idle(self) -> None:
         """A pass for the others' sake."""

@@ -99,7 +99,6 @@ def train(request: Request) -> None:
             return decode(*arguments, **options)
 
         generate.decode = decoded
-        generate.GROUP = 1
         results(built)
         if found:
             built.resume(found)

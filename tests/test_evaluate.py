@@ -81,8 +81,7 @@ def test_what_is_drawn_follows_the_number_of_the_example(nano, tmp_path, monkeyp
     assert answered(nano, [ROWS[0]] * 6, tmp_path / "windows.jsonl", drawn) == once
 
 
-def test_a_stop_between_batches_loses_nothing_that_was_answered(nano, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "GROUP", 1)
+def test_a_stop_between_batches_loses_nothing_that_was_answered(nano, tmp_path):
     path, calls = tmp_path / "predictions.jsonl", []
 
     def stop_at_the_third() -> None:
@@ -156,7 +155,6 @@ def test_a_slow_rank_is_told(monkeypatch):
 
 def test_waiting_for_others_is_not_counted_as_work(nano, tmp_path, monkeypatch):
     seconds: list[float] = []
-    monkeypatch.setattr(generate, "GROUP", 1)
     monkeypatch.setattr(evaluate, "_tell_slow_ranks", lambda busy, *_: seconds.append(busy))
     waited = 0.5 * 4
     answered(nano, ROWS, tmp_path / "a.jsonl", rows=1, between=lambda: time.sleep(0.5))
