@@ -239,9 +239,9 @@ def main() -> None:
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in args.parts:
         if part == "stories":
-            found[part] = against("stories260K", stories(128), 8)
+            found[part] = against("stories260K", stories(192), 6)
         elif part == "60M":
-            found[part] = against("60M", shape_60m(64), 4)
+            found[part] = against("60M", shape_60m(96), 3)
         else:
             found[part] = two_processes() if part == "processes" else in_bf16()
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")

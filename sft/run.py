@@ -249,7 +249,7 @@ def _base_results(
     """Results of the untrained model; a resumed run that asks the same has them on disk."""
     path = folder / "evaluation" / "base.json"
     asked = task.config.evaluation.model_dump(exclude={"num_shown", "batch_size"})
-    if resumed and path.exists():
+    if resumed and path.exists() and path.with_suffix(".jsonl").exists():
         found = json.loads(path.read_text("utf-8"))
         if found.get("settings") == asked:
             return found

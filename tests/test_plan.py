@@ -122,7 +122,7 @@ def test_the_planned_answers_take_what_real_ones_take(config, prepared, mode, tm
     for tensors in rehearsal.held(built).values():
         recorder.name(tensors, "held")
     alone: Any = rehearsal.Alone("fp32")
-    alone.unwrap_model = lambda model: model
+    alone.unwrap_model, alone.wait_for_everyone = lambda model: model, lambda: None
     task = finetune.FineTune(given, prepared, built, alone, Log(None), made.budget)
     with recorder:
         task.answers(built, tmp_path / "answers.jsonl", "base")

@@ -151,7 +151,7 @@ def test_under_autocast_the_stand_in_for_accelerate_does_as_accelerate(tmp_path,
     fake = rehearsal.rehearse(config, "bf16", window).peak()
     assert fake.num_bytes < rehearsal.rehearse(config, "fp32", window).peak().num_bytes
     monkeypatch.setattr(
-        rehearsal, "Alone", lambda precision: Accelerator(cpu=True, mixed_precision=precision)
+        rehearsal, "Alone", lambda precision, _: Accelerator(cpu=True, mixed_precision=precision)
     )
     AcceleratorState._reset_state(True)
     real = rehearsal.record(real_engine(config, window, "bf16")).peak()
