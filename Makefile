@@ -147,7 +147,7 @@ nano: $(READY) ## Remake the embedded base model and its task from nothing (abou
 	@$(BIN)/python scripts/train.py --config configs/nano_base.yaml
 	@$(BIN)/python scripts/make_nano.py --weights outputs/nano_base/final_checkpoint
 
-test: $(READY) ## All tests (about 14 minutes)
+test: $(READY) ## All tests (about 15 minutes)
 	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY) ## The tests that take no whole runs (under 90 s)
