@@ -23,12 +23,13 @@ export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERAT
 launch = $(BIN)/python scripts/launch.py --config $(CONFIG)
 classified = $(if $(filter command environment,$(firstword $(origin CONFIG))),$(CONFIG),configs/classify_hatecheck.yaml)
 model = --model "$(or $(MODEL),$(RUN))" $(if $(ADAPTER),--adapter "$(ADAPTER)")
+darkroom = $(if $(filter command environment,$(firstword $(origin CONFIG))),$(CONFIG),configs/ad_darkroom.yaml)
 gguf = $(if $(or $(GGUF),$(LLAMA_CPP)),--gguf "$(or $(GGUF),$(LLAMA_CPP))")
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
 	train train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
-	tb-stop verify-resume verify-invariance evaluate eval-quick eval-test compare classify infer infer-batch merge merge-test nano test test-fast lint format docs clean
+	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare classify infer infer-batch merge merge-test nano test test-fast lint format docs clean
 
 ##@ Start
 help: ## This list
@@ -100,6 +101,12 @@ train-distributed-tb: tensorboard train-distributed ## train-distributed with Te
 train-fsdp-tb: tensorboard train-fsdp ## train-fsdp with TensorBoard running
 
 train-deepspeed-tb: tensorboard train-deepspeed ## train-deepspeed with TensorBoard running
+
+collect-darkroom: $(READY) ## What PPO does while it learns each goal of the Darkroom; goes on where it was stopped
+	@$(BIN)/python scripts/collect.py --config $(darkroom) $(ARGS)
+
+train-darkroom: $(READY) ## Algorithm distillation on it: collect, train, try the unseen goals (docs/DISTILL.md)
+	@$(BIN)/python scripts/train.py --config $(darkroom) $(ARGS)
 
 tensorboard: $(READY) ## Start TensorBoard on outputs/ and print its address [PORT=6006]
 	@$(BIN)/python scripts/tensorboard_server.py start --logdir outputs $(if $(PORT),--port $(PORT))

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from sft.config import Config, UserError, generation_of, load_config, redacted
+from sft.config import AnyConfig, Config, UserError, generation_of, load_config, load_run, redacted
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells report
 LAUNCHER = "SFT_LAUNCHER"  # the variable in which `launcher` tells the ranks its process id
@@ -34,6 +34,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def configuration(args: argparse.Namespace) -> Config:
     return load_config(args.config, args.overrides)
+
+
+def run_configuration(args: argparse.Namespace) -> AnyConfig:
+    """Of whatever task."""
+    return load_run(args.config, args.overrides)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
@@ -219,6 +219,8 @@ class Train(Section):
     """Write scalars to `<output_dir>/tensorboard`."""
     wandb: bool = False
     """Also log to Weights & Biases (must be installed)."""
+    profile_steps: Count | None = None
+    """Trace so many steps, after two for warming up, into `<output_dir>/profile.json`."""
 
 
 class Evaluation(Section):
@@ -295,13 +297,73 @@ class Classify(Section):
     """What is classified: `validation` to choose by; `all` has what TUNE=1 trains on in it."""
 
 
+class Distill(Section):
+    data_dir: Text = ".cache/darkroom"
+    """Where source histories are kept, a folder for each of the settings that make them."""
+    source: Literal["ppo", "stable_baselines3"] = "ppo"
+    """PPO on all goals at once, or that of Stable-Baselines3, goal by goal: the same, slower."""
+    source_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the source histories."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Which 73 goals are trained on and which 8 are unseen (0: as published)."""
+    num_streams: Count = 100
+    """Copies of the room that a source learns in at once; each is one history."""
+    num_steps: Count = 1000
+    """Steps of each history; an episode has 20."""
+    held_out_streams: Count = 5
+    """Of them, the last: histories for the held-out loss, which are not trained on."""
+    context: Count = 120
+    """Transitions that the model sees, at most."""
+    stride: Count = 8
+    """A window has every k-th episode of a history, k drawn from 1 to this."""
+    width: Count = 64
+    """Size of the model's embeddings."""
+    num_layers: Count = 4
+    """Blocks of the model."""
+    num_heads: Count = 4
+    """Heads of each attention."""
+    dropout: Fraction = 0.0
+    """Probability of dropping what a block adds."""
+    compress: bool = False
+    """Two regions of half the context each; the model says when the older one is dropped."""
+    type_weight: NonNegative = 0.1
+    """Weight of the token-type loss (`compress: true`)."""
+    slide: Count = 1
+    """Oldest episodes that are dropped at once when the context is full."""
+    eval_episodes: Count = 500
+    """Episodes that each unseen goal is tried for, without an update."""
+    eval_seeds: Count = 16
+    """Times that each unseen goal is tried, with random numbers of their own."""
+    eval_quick: Count = 50
+    """Episodes at `train.eval_steps`."""
+
+
 class Config(Section):
+    """`task: sft`, the default."""
+
+    task: ClassVar[str] = "sft"
     model: Model
     tuning: Tuning = Tuning()
     data: Data
     train: Train
     evaluation: Evaluation = Evaluation()
     classify: Classify = Classify()
+
+
+class DistillConfig(Section):
+    """`task: distill`."""
+
+    task: ClassVar[str] = "distill"
+    distill: Distill = Distill()
+    train: Train
+
+
+AnyConfig = Config | DistillConfig
+Configured = TypeVar("Configured", bound=AnyConfig)
+SCHEMAS: dict[str, type[Config] | type[DistillConfig]] = {
+    schema.task: schema for schema in (Config, DistillConfig)
+}
+EPISODE = 20  # steps of the room that `distill` is about
 
 
 @dataclass(frozen=True)
@@ -376,13 +438,63 @@ RULES = [
         lambda labels, names: labels is not None and "classification" not in names,
         "is only read with evaluation.metrics: [classification]; set that, or remove this key",
     ),
+    Rule(
+        ("distill.context", "distill.compress"),
+        lambda context, compress: context % (EPISODE * (1 + compress)) != 0,
+        f"must be whole episodes of {EPISODE} steps, as must half of it with distill.compress",
+    ),
+    Rule(
+        ("distill.num_steps", "distill.context"),
+        lambda steps, context: steps % EPISODE != 0 or steps < context,
+        f"must be whole episodes of {EPISODE} steps, and at least distill.context",
+    ),
+    Rule(
+        ("distill.held_out_streams", "distill.num_streams"),
+        lambda held_out, streams: held_out >= streams,
+        "leaves no history to train on: give less than distill.num_streams",
+    ),
+    Rule(
+        ("distill.width", "distill.num_heads"),
+        lambda width, heads: width % heads != 0,
+        "must be a multiple of distill.num_heads",
+    ),
+    Rule(
+        ("distill.slide", "distill.context"),
+        lambda slide, context: slide * EPISODE > context,
+        "there are not so many episodes in distill.context",
+    ),
+    Rule(
+        ("distill.slide", "distill.compress"),
+        lambda slide, compress: slide != Distill().slide and compress,
+        "is not read with distill.compress, where the model says what is dropped: remove this key",
+    ),
+    Rule(
+        ("distill.type_weight", "distill.compress"),
+        lambda weight, compress: weight != Distill().type_weight and not compress,
+        "is only read with distill.compress: true; set that, or remove this key",
+    ),
+    Rule(
+        ("train.layout", "distill.context"),
+        lambda layout, _: layout == "packed",
+        "windows of histories are of one length, none is packed: leave it at auto",
+    ),
+    Rule(
+        ("train.gradient_checkpointing", "distill.context"),
+        lambda checkpointing, _: checkpointing is True,
+        "the model of histories is too small for it: leave it at auto",
+    ),
+    Rule(
+        ("train.save_best", "distill.context"),
+        lambda metric, _: metric == "token_accuracy",
+        "histories have no tokens of text: use loss",
+    ),
     *(
         Rule(
             (key,),
             lambda path: not _is_safe_path(path),
             "must name a folder: printable characters, at most 200, without '..' and '~'",
         )
-        for key in ("train.output_dir", "classify.output_dir")
+        for key in ("train.output_dir", "classify.output_dir", "distill.data_dir")
     ),
 ]
 
@@ -414,15 +526,30 @@ Origins = dict[str, str]
 def load_config(file: str | Path | None, overrides: list[str] | None = None) -> Config:
     """Reads `file` (with its `include:`s; None: nothing), applies `a.b=c` overrides, validates.
 
-    Raises ConfigError with every problem found.
+    Raises ConfigError with every problem found, and for another task than fine-tuning.
     """
+    config = load_run(file, overrides)
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"{file}: expected a configuration of task: sft, found task: {config.task}, which this "
+            "command does not know; `make train` and `make evaluate` do"
+        )
+    return config
+
+
+def load_run(file: str | Path | None, overrides: list[str] | None = None) -> AnyConfig:
+    """The same of any task: its key `task` says which sections a file has."""
     problems: list[str] = []
     origins: Origins = {}
     tree = {} if file is None else _read(Path(file), origins, problems, seen=())
     for override in overrides or []:
         _merge(tree, _parse_override(override, origins, problems))
+    task = tree.pop("task", Config.task)
+    if task not in SCHEMAS:
+        hint = did_you_mean(str(task), list(SCHEMAS))
+        raise ConfigError(f"task{_where('task', origins)}: unknown: {excerpt(task)}; {hint}")
     _train_on_classified(tree)
-    config, found = _validate(tree, origins)
+    config, found = _validate(tree, origins, SCHEMAS[task])
     problems += found
     if problems or config is None:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -473,12 +600,14 @@ def generation_of(overrides: list[str]) -> Generation:
     return generation(tree.get("generation", {}))
 
 
-def dump_config(config: Config, reasons: dict[str, str] | None = None) -> str:
+def dump_config(config: AnyConfig, reasons: dict[str, str] | None = None) -> str:
     """YAML of every value; `reasons` (dotted path -> why) become comments."""
     stream = io.StringIO()
     yaml = YAML()
     yaml.width = 10_000
     tree = yaml.map()
+    if config.task != Config.task:
+        tree["task"] = config.task
     for section, values in config.model_dump().items():
         tree[section] = yaml.map()
         for key, value in values.items():
@@ -490,16 +619,16 @@ def dump_config(config: Config, reasons: dict[str, str] | None = None) -> str:
     return stream.getvalue()
 
 
-def with_values(config: Config, values: dict[str, Any]) -> Config:
+def with_values(config: Configured, values: dict[str, Any]) -> Configured:
     """A copy with values at dotted paths replaced, validated again."""
     tree = config.model_dump()
     for path, value in values.items():
         section, key = path.split(".")
         tree[section][key] = value
-    changed, problems = _validate(tree, {})
+    changed, problems = _validate(tree, {}, SCHEMAS[config.task])
     if changed is None:
         raise ConfigError("\n  ".join(["these values do not fit the configuration", *problems]))
-    return changed
+    return typing.cast(Configured, changed)
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -640,16 +769,18 @@ def _parse_override(text: str, origins: Origins, problems: list[str]) -> dict:
 # --- validating --------------------------------------------------------------------------------
 
 
-def _validate(tree: Any, origins: Origins) -> tuple[Config | None, list[str]]:
+def _validate(
+    tree: Any, origins: Origins, schema: type[AnyConfig]
+) -> tuple[AnyConfig | None, list[str]]:
     problems: dict[str, str] = {}
-    config = None
+    config: AnyConfig | None = None
     try:
-        config = Config.model_validate(tree)
+        config = schema.model_validate(tree)
     except ValidationError as error:
         for item in error.errors():
             path, *_ = _place(item["loc"])
-            problems.setdefault(path, _explain(path, item, origins))
-    values = _flatten(config.model_dump() if config else _with_defaults(tree))
+            problems.setdefault(path, _explain(path, item, origins, schema))
+    values = _flatten(config.model_dump() if config else _with_defaults(tree, schema))
     for rule in RULES:
         sound = all(path in values and path not in problems for path in rule.paths)
         if sound and rule.broken(*(values[path] for path in rule.paths)):
@@ -682,15 +813,18 @@ def _where(path: str, origins: Origins) -> str:
     return f" ({origins[path]})" if path in origins else ""
 
 
-def _explain(path: str, item: Any, origins: Origins) -> str:
+def _explain(path: str, item: Any, origins: Origins, schema: type[AnyConfig] = Config) -> str:
     _, section, key = _place(item["loc"])  # each part may contain a dot itself
     fields = section.model_fields if section else {}
     at = f"{path}{_where(path, origins)}"
     if item["type"] == "extra_forbidden":
         word = key or str(item["loc"][0])
-        hint = did_you_mean(word, list(fields if key else SECTIONS))
-        elsewhere = [s for s, model in SECTIONS.items() if word in model.model_fields]
+        sections = sections_of(schema)
+        hint = did_you_mean(word, list(fields if key else sections))
+        elsewhere = [s for s, model in sections.items() if word in model.model_fields]
         hint = f"did you mean {elsewhere[0]}.{word}?" if elsewhere else hint
+        if not key and word in SECTIONS:
+            hint = f"task: {schema.task} has no such section"
         if "." in word:
             hint = "in a file, write the section and below it the key"
         return f"{at}: unknown key; {hint}"
@@ -719,10 +853,10 @@ def excerpt(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _with_defaults(tree: Any) -> dict:
+def _with_defaults(tree: Any, schema: type[AnyConfig]) -> dict:
     """The values that the rules can still judge when the tree is not valid as a whole."""
     result = {}
-    for name, section in SECTIONS.items():
+    for name, section in sections_of(schema).items():
         given = tree.get(name, {}) if isinstance(tree, dict) else {}
         fields = section.model_fields.items()
         defaults = {key: field.default for key, field in fields if not field.is_required()}
@@ -734,10 +868,12 @@ def _flatten(tree: dict) -> dict[str, Any]:
     return {f"{section}.{key}": v for section, keys in tree.items() for key, v in keys.items()}
 
 
-SECTIONS: dict[str, type[Section]] = {
-    name: typing.cast(type[Section], field.annotation)
-    for name, field in Config.model_fields.items()
-}
+def sections_of(schema: type[AnyConfig]) -> dict[str, type[Section]]:
+    fields = schema.model_fields.items()
+    return {name: typing.cast(type[Section], field.annotation) for name, field in fields}
+
+
+SECTIONS = sections_of(Config) | sections_of(DistillConfig)
 KNOWN: dict[str, type[Section]] = {
     **SECTIONS,
     "classify.strategies.<name>": Strategy,
@@ -800,6 +936,9 @@ def reference() -> str:
         "`include: other.yaml` lays it over another file, and",
         '`ARGS="train.epochs=1"` (or `section.key=value` on a command line) overrides both.',
         " Unknown keys, wrong types and contradictions stop the run.",
+        "",
+        "`task: distill` at the top of a file makes it one of algorithm distillation",
+        "(docs/DISTILL.md): it has the sections `distill` and `train`, others all but `distill`.",
     ]
     for name, section in KNOWN.items():
         lines += ["", f"## `{name}`", ""]

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft import checkpoint, tensors
 from sft.checkpoint import CheckpointError
-from sft.config import Config, Model, Tuning, UserError, load_config
+from sft.config import AnyConfig, Config, Model, Tuning, UserError, load_config, load_run
 from sft.model import ModelError, add_adapters, load_base, load_tokenizer, weights_sha256
 
 ADAPTER = "adapter_model.safetensors"
@@ -88,7 +88,23 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def run_config(run: Path, overrides: list[str] | None = None) -> Config:
-    """The configuration that a finished run wrote, with overrides."""
+    """The configuration that a finished run of fine-tuning wrote, with overrides."""
+    refuse_unfinished(run)
+    # A folder that came from elsewhere must not grant itself the right to run code.
+    untrusting = ["model.trust_remote_code=false", *(overrides or [])]
+    return load_config(run / "config.yaml", untrusting)
+
+
+def any_run_config(run: Path, overrides: list[str]) -> AnyConfig:
+    """The same of a run of any task."""
+    refuse_unfinished(run)
+    if isinstance(load_run(run / "config.yaml"), Config):
+        return run_config(run, overrides)
+    return load_run(run / "config.yaml", overrides)
+
+
+def refuse_unfinished(run: Path) -> None:
+    """ExportError if `run` is not the folder of a finished run, whole."""
     if not (run / "config.yaml").exists() or not (run / "final_checkpoint").exists():
         raise ExportError(
             f"{run}: expected a finished run (config.yaml and final_checkpoint/), found "
@@ -97,9 +113,6 @@ def run_config(run: Path, overrides: list[str] | None = None) -> Config:
         )
     if reason := checkpoint.fault(run / "final_checkpoint"):
         raise ExportError(f"{run / 'final_checkpoint'} cannot be trusted: {reason}")
-    # A folder that came from elsewhere must not grant itself the right to run code.
-    untrusting = ["model.trust_remote_code=false", *(overrides or [])]
-    return load_config(run / "config.yaml", untrusting)
 
 
 def load_tuned(

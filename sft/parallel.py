@@ -77,6 +77,19 @@ def is_split(model: nn.Module) -> bool:
     return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
 
 
+def whole(parameter: Any) -> torch.Tensor:
+    """A parameter, of which a rank may have a part only, on every rank. Collective where it is
+    split."""
+    if hasattr(parameter, "full_tensor"):
+        return parameter.detach().full_tensor()
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
 class Replicated:
     """A whole copy on every rank: one process, or DDP."""
 
@@ -266,8 +279,8 @@ class Sharded(Replicated):
         return nullcontext()
 
     def _whole(self, parameter: Any) -> torch.Tensor | None:
-        whole = parameter.detach().full_tensor()  # collective
-        return whole.cpu() if self.accelerator.is_main_process else None
+        found = whole(parameter)
+        return found.cpu() if self.accelerator.is_main_process else None
 
     def held(self) -> Iterator[torch.Tensor]:
         yield from (_slice(parameter)[0] for parameter in self.names.values())
@@ -374,10 +387,8 @@ class Zero(Replicated):
     def _whole(self, parameter: Any) -> torch.Tensor | None:
         if not self.split:
             return parameter.detach()
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters([parameter]):  # collective
-            return parameter.detach().cpu().clone() if self.accelerator.is_main_process else None
+        found = whole(parameter)
+        return found.cpu() if self.accelerator.is_main_process else None
 
     def held(self) -> Iterator[torch.Tensor]:
         if not self.split:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sft import batching, confirm, engine, hardware, memory, processes, storage
-from sft.config import Config, ConfigError, with_values
+from sft.config import Config, ConfigError, Train, with_values
 from sft.confirm import Past
 from sft.generate import bytes_per_row
 from sft.hardware import Hardware
@@ -286,7 +286,7 @@ class Target:
         """The largest budget that fits, up to what is asked for or saturates the device."""
         train, lengths = self.config.train, self.work.lengths
         longest = max(lengths)
-        if rows := self._rows_asked():
+        if rows := rows_asked(train, self.world_size):
             limit = rows * longest if train.max_tokens == "auto" else train.max_tokens
             budget = batching.Budget(limit, self.layout, None, rows)
             choice = self._tried(checkpointing, budget, f"{rows} of the longest example")
@@ -317,23 +317,6 @@ class Target:
             tried = self._tried(checkpointing, self._budget(tokens), "what fits the memory")
             low, high = (tried, high) if tried.fits else (low, tried)
         return low
-
-    def _rows_asked(self) -> int | None:
-        """Examples of a micro-batch, where the configuration says so."""
-        train = self.config.train
-        rows, steps = train.micro_batch, train.gradient_accumulation_steps
-        if steps == "auto":
-            return None if rows == "auto" else rows
-        batch, makes = train.global_batch, self.world_size * steps
-        expected = max(1, batch // makes) if rows == "auto" else rows
-        if expected * makes != batch:
-            raise ConfigError(
-                f"train.global_batch: {self.world_size} process(es) with {steps} micro-batches of "
-                f"{expected} make {expected * makes} examples, not {batch}: change one of "
-                "train.global_batch, train.micro_batch, train.gradient_accumulation_steps, or "
-                "leave the last two at auto"
-            )
-        return expected
 
     def _budget(self, max_tokens: int) -> batching.Budget:
         return batching.Budget(max_tokens, self.layout, MICRO_BATCH_COST[self.kind])
@@ -446,6 +429,23 @@ class Target:
         passes = (3 if self.config.tuning.mode == "full" else 2) + checkpointing
         speed = gpu.teraflops * 1e12 * UTILISATION * self.world_size
         return 2 * passes * counts.multiplied * tokens / speed
+
+
+def rows_asked(train: Train, world_size: int) -> int | None:
+    """Examples of a micro-batch, where the configuration says so."""
+    rows, steps = train.micro_batch, train.gradient_accumulation_steps
+    if steps == "auto":
+        return None if rows == "auto" else rows
+    batch, makes = train.global_batch, world_size * steps
+    expected = max(1, batch // makes) if rows == "auto" else rows
+    if expected * makes != batch:
+        raise ConfigError(
+            f"train.global_batch: {world_size} process(es) with {steps} micro-batches of "
+            f"{expected} make {expected * makes} examples, not {batch}: change one of "
+            "train.global_batch, train.micro_batch, train.gradient_accumulation_steps, or "
+            "leave the last two at auto"
+        )
+    return expected
 
 
 def replanned(

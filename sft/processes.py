@@ -27,7 +27,7 @@ from accelerate.utils import DeepSpeedPlugin, gather_object
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sft import hardware
-from sft.config import Config, ConfigError, PeerError, Train, with_values
+from sft.config import AnyConfig, ConfigError, Configured, PeerError, Train, with_values
 
 
 def resolve_precision(
@@ -45,7 +45,7 @@ def resolve_precision(
     return "fp32", "the GPU has no bf16"
 
 
-def any_launch(config: Config) -> Config:
+def any_launch(config: Configured) -> Configured:
     """`config` without its demands on the launch: for using a run's result, not repeating it."""
     free: dict[str, Any] = dict.fromkeys(("train.num_processes", "train.deepspeed_config"))
     free |= {"train.engine": "ddp", "train.offload": False, "train.micro_batch": "auto"}
@@ -220,8 +220,11 @@ def tasks_per_node(text: str) -> list[int]:
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
 
 
-def facts(config: Config, audit: Mapping[str, Any]) -> dict[str, str]:
-    """What all ranks must have alike, by name. Of configured values the digest: some are secret."""
+def facts(config: AnyConfig, data: Mapping[str, str]) -> dict[str, str]:
+    """What all ranks must have alike, by name. Of configured values the digest: some are secret.
+
+    `data`: digests of what the task is trained on.
+    """
     values = {
         f"{section}.{key}": _digest(json.dumps(value, sort_keys=True))
         for section, keys in config.model_dump(mode="json").items()
@@ -230,9 +233,7 @@ def facts(config: Config, audit: Mapping[str, Any]) -> dict[str, str]:
     code = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))]
     return {
         **values,
-        "data": audit["data_sha256"],
-        "tokenizer": audit["train"]["tokenizer_sha256"],
-        "chat template": audit["train"]["template_sha256"],
+        **data,
         **{f"version of {name}": _version(name) for name in LIBRARIES},
         "code of sft": hashlib.sha256(b"".join(code)).hexdigest(),
     }

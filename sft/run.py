@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,13 @@ from sft import (
     predictions,
     prepare,
     processes,
+    profile,
     storage,
 )
 from sft.batching import Budget, MicroBatch
-from sft.config import Config, Train, UserError, dump_config, with_values
+from sft.config import AnyConfig, Config, DistillConfig, Train, UserError, dump_config, with_values
+from sft.distill import histories
+from sft.distill import run as distilled
 from sft.engine import Engine, identity, memory_bytes, read_state
 from sft.guard import RANKS, TRACEBACK, Guard, Lock, Status
 from sft.log import Log, beginning, duration, facts, write_json
@@ -50,19 +55,20 @@ from sft.processes import (
 )
 
 
-def train(config: Config) -> None:
+def train(config: AnyConfig) -> None:
     """Runs `config` in this process group."""
     check_launch(config.train)
     _check_wandb(config)
     train = config.train
+    task = task_of(config)
     with Guard(Path(train.output_dir), train.stall_timeout) as guard:
         found = _open_folder(train, guard) if guard.is_first else None
-        prepared = prepare.prepare(config, guard.tick)  # before a process group that could time out
+        prepared = task.prepare(config, guard.tick)  # before a process group that could time out
         accelerator = start_processes(train)
-        agree(accelerator, processes.facts(config, prepared.audit))
+        agree(accelerator, processes.facts(config, task.digests(prepared)))
         resumed_from = guard.join(accelerator, found)
         with closing(_open_log(config, accelerator)) as log:
-            _run(config, prepared, accelerator, log, resumed_from, guard)
+            task.run(config, prepared, accelerator, log, resumed_from, guard)
         accelerator.wait_for_everyone()  # a run has finished when all ranks have
     end_processes(accelerator)
 
@@ -116,7 +122,8 @@ def _run(
     log.say(f"training: {engine.total_steps:,} steps, about {duration(seconds)} (probed)")
 
     training_started = time.perf_counter()
-    engine.run()
+    with profile.profiled(engine):
+        engine.run()
     training_seconds = time.perf_counter() - training_started
     with engine.preemptible():
         path = folder / "evaluation" / "predictions.jsonl"
@@ -193,29 +200,84 @@ def _write_plan(resolved: Config, planned: plan.Plan, folder: Path) -> None:
 def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
     """Evaluates a finished run into `evaluation/<name>/`, with overrides (another file, more
     examples). Collective."""
-    config = any_launch(export.run_config(folder, overrides))
+    config = any_launch(export.any_run_config(folder, overrides))
+    task = task_of(config)
     out = folder / "evaluation" / name
     with Guard(out, config.train.stall_timeout) as guard:
         if guard.is_first:
             guard.begin()
-        prepared = prepare.prepare(config, guard.tick)
+        prepared = task.prepare_evaluation(config, guard.tick)
         accelerator = start_processes(config.train)
         guard.join(accelerator, None)
         log = Log(out) if accelerator.is_main_process else Log(None)
         with closing(log):
-            planned = plan_together(config, prepared, hardware.detect(folder), accelerator)
-            model, _ = export.load_tuned(folder, config, planned.precision, accelerator.device)
-            budget = finetune.usable_budget(planned.budget, "auto", model, accelerator.device, log)
-            task = finetune.FineTune(config, prepared, model, accelerator, log, budget, guard)
-            path = out / "predictions.jsonl"
-            manifest = checkpoint.sha256(folder / "final_checkpoint" / checkpoint.MANIFEST)
-            results = _results(task, model, path, f"{manifest} {planned.precision}")
-            if log.folder:
-                write_json(out / "metrics.json", results)
-                log.say(_scores_table(f"{folder}: {results['num_examples']:,} examples", results))
-                log.say(_answers_table(path, config.evaluation.num_shown))
+            task.evaluate(folder, out, config, prepared, accelerator, log, guard)
         accelerator.wait_for_everyone()
     end_processes(accelerator)
+
+
+def _evaluate(
+    folder: Path,
+    out: Path,
+    config: Config,
+    prepared: prepare.Prepared,
+    accelerator: Accelerator,
+    log: Log,
+    guard: Guard,
+) -> None:
+    planned = plan_together(config, prepared, hardware.detect(folder), accelerator)
+    model, _ = export.load_tuned(folder, config, planned.precision, accelerator.device)
+    budget = finetune.usable_budget(planned.budget, "auto", model, accelerator.device, log)
+    task = finetune.FineTune(config, prepared, model, accelerator, log, budget, guard)
+    path = out / "predictions.jsonl"
+    manifest = checkpoint.sha256(folder / "final_checkpoint" / checkpoint.MANIFEST)
+    results = _results(task, model, path, f"{manifest} {planned.precision}")
+    if log.folder:
+        write_json(out / "metrics.json", results)
+        log.say(_scores_table(f"{folder}: {results['num_examples']:,} examples", results))
+        log.say(_answers_table(path, config.evaluation.num_shown))
+
+
+# --- tasks -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What a task does in a run and in its evaluation; Any is the task's own configuration, and
+    what it has prepared."""
+
+    prepare: Callable[[Any, Callable[[], None]], Any]
+    """Before there is a process group, on every rank; calls its argument at signs of progress."""
+    digests: Callable[[Any], dict[str, str]]
+    """Of what was prepared: all ranks must have the same."""
+    run: Callable[[Any, Any, Accelerator, Log, Path | None, Guard], None]
+    prepare_evaluation: Callable[[Any, Callable[[], None]], Any]
+    evaluate: Callable[[Path, Path, Any, Any, Accelerator, Log, Guard], None]
+
+
+def _digests(prepared: prepare.Prepared) -> dict[str, str]:
+    train = prepared.audit["train"]
+    return {
+        "data": prepared.audit["data_sha256"],
+        "tokenizer": train["tokenizer_sha256"],
+        "chat template": train["template_sha256"],
+    }
+
+
+TASKS = {
+    Config.task: Stages(prepare.prepare, _digests, _run, prepare.prepare, _evaluate),
+    DistillConfig.task: Stages(
+        distilled.prepare,
+        lambda found: {"data": histories.digest(found)},
+        distilled.run,
+        lambda config, moved: None,
+        distilled.evaluate,
+    ),
+}
+
+
+def task_of(config: AnyConfig) -> Stages:
+    return TASKS[config.task]
 
 
 # --- parts of the run --------------------------------------------------------------------------
@@ -282,14 +344,14 @@ def _tell_results(
     log.say(_closing(config, base, tuned, measured))
 
 
-def _open_log(config: Config, accelerator: Accelerator) -> Log:
+def _open_log(config: AnyConfig, accelerator: Accelerator) -> Log:
     if not accelerator.is_main_process:
         return Log(None)
     train = config.train
     return Log(Path(train.output_dir), tensorboard=train.tensorboard, wandb=_wandb(config))
 
 
-def _wandb(config: Config) -> Any:
+def _wandb(config: AnyConfig) -> Any:
     if not config.train.wandb:
         return None
     wandb = importlib.import_module("wandb")
@@ -298,7 +360,7 @@ def _wandb(config: Config) -> Any:
     )
 
 
-def _check_wandb(config: Config) -> None:
+def _check_wandb(config: AnyConfig) -> None:
     if config.train.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("train.wandb: wandb is not installed; pip install wandb, or set it false")
 

@@ -26,7 +26,9 @@ from sft.config import (
     UserError,
     dump_config,
     load_config,
+    load_run,
     reference,
+    sections_of,
     with_values,
 )
 
@@ -54,7 +56,7 @@ def write(file: Path, text: str | bytes) -> Path:
 def problems(file: Path, *overrides: str) -> list[str]:
     """The lines of the one message, without the folder; its header counts them."""
     with pytest.raises(ConfigError) as caught:
-        load_config(file, list(overrides))
+        load_run(file, list(overrides))
     assert caught.value.exit_code == 2
     header, *lines = str(caught.value).replace(f"{file.parent}/", "").split("\n  ")
     plural = "s" if len(lines) > 1 else ""
@@ -111,7 +113,7 @@ evaluation: 5
         "train.epoch (a.yaml:8): unknown key; did you mean epochs?",
         "train.lora_alpha (a.yaml:9): unknown key; did you mean tuning.lora_alpha?",
         f"train.xyz (a.yaml:10): unknown key; known: {known}",
-        f"optimiser (a.yaml:17): unknown key; known: {', '.join(SECTIONS)}",
+        f"optimiser (a.yaml:17): unknown key; known: {', '.join(sections_of(Config))}",
         "tunning (a.yaml:18): unknown key; did you mean tuning?",
         "evaluation (a.yaml:19): expected a section with keys, found 5",
         "model.init (a.yaml:3): random weights have nothing to adapt: set tuning.mode: full",
@@ -248,18 +250,37 @@ BREAKS = [  # one for each of RULES, in order: overrides that break it, and one 
     (["data.system_prompt=Be kind."], "data.system=prepend"),
     (["evaluation.metrics=[classification]"], "evaluation.labels=[yes, no]"),
     (["evaluation.labels=[yes, no]"], "evaluation.metrics=[classification]"),
+    (["distill.context=50"], "distill.context=60"),
+    (["distill.num_steps=100"], "distill.context=100"),
+    (["distill.held_out_streams=100"], "distill.num_streams=101"),
+    (["distill.width=66"], "distill.num_heads=3"),
+    (["distill.slide=7"], "distill.context=140"),
+    (["distill.slide=2", "distill.compress=true"], "distill.compress=false"),
+    (["distill.type_weight=1"], "distill.compress=true"),
+    (["train.layout=packed", "distill.context=40"], "train.layout=padded"),
+    (
+        ["train.gradient_checkpointing=true", "distill.context=40"],
+        "train.gradient_checkpointing=auto",
+    ),
+    (
+        ["train.save_best=token_accuracy", "train.eval_steps=1", "distill.context=40"],
+        "train.save_best=loss",
+    ),
     (["train.output_dir=a/../../b"], "train.output_dir=a/b..c"),
     (["classify.output_dir=a/../../b"], "classify.output_dir=a/b..c"),
+    (["distill.data_dir=a/../../b"], "distill.data_dir=a/b..c"),
 ]
 
 
 @pytest.mark.parametrize(("rule", "case"), list(zip(RULES, BREAKS, strict=True)))
 def test_a_combination_that_cannot_work_is_refused_and_its_mended_form_is_not(minimal, rule, case):
     overrides, mend = case
+    if any(path.startswith("distill.") for path in rule.paths):
+        write(minimal, "task: distill\ntrain:\n  output_dir: outputs/x\n")
     (told,) = problems(minimal, *overrides)
     assert told.startswith(rule.paths[0])
     assert told.endswith(rule.message)
-    load_config(minimal, [*overrides, mend])
+    load_run(minimal, [*overrides, mend])
 
 
 @settings(deadline=None, max_examples=200)
@@ -471,7 +492,8 @@ def test_a_dump_names_every_key_and_reasons_stand_beside_their_values(minimal):
     assert "  num_shown: 3  # auto: the last" in text
     lines = [line for line in text.splitlines() if line.startswith("  ") and line[2] != "-"]
     keys = [line.split(":")[0].strip() for line in lines]
-    assert keys == [key for section in SECTIONS.values() for key in section.model_fields]
+    sections = sections_of(Config).values()
+    assert keys == [key for section in sections for key in section.model_fields]
 
 
 def test_a_configuration_cannot_be_changed_in_place(minimal):

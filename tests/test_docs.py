@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from sft.config import generation_of, load_config
+from sft.config import generation_of, load_run
 
 DOCS = [ROOT / "README.md", ROOT / "nano/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -57,9 +57,15 @@ def test_a_command_in_the_docs_is_one_that_exists(document, command):
             assert words[0] in ("infer", "infer-batch")
             generation_of(value.split())
         elif name == "ARGS":
-            load_config(ROOT / "configs/nano.yaml", value.split())
+            load_run(ROOT / configuration_of(command), value.split())
         if name == "CONFIG" and (ROOT / value).exists():
-            load_config(ROOT / value)
+            load_run(ROOT / value)
+
+
+def configuration_of(command: str) -> str:
+    """The file whose keys a command overrides."""
+    is_darkroom = "darkroom" in command
+    return "configs/ad_darkroom.yaml" if is_darkroom else "configs/nano.yaml"
 
 
 def test_every_variable_of_the_docs_is_read_by_the_makefile():

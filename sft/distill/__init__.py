@@ -1,0 +1,1 @@
+"""Algorithm distillation: a transformer that learns in context as a learning algorithm does."""

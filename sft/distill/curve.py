@@ -1,0 +1,24 @@
+"""Returns by episode, drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def draw(path: Path, curves: Mapping[str, Sequence[float]], levels: Mapping[str, float]) -> None:
+    """`curves`: returns of episodes from the first on, by what they are of; `levels`: dotted
+    lines. PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    longest = max(map(len, curves.values()))
+    for label, values in curves.items():
+        axes.plot(range(1, len(values) + 1), values, label=label)
+    for label, value in levels.items():
+        axes.axhline(value, linestyle=":", color="grey")
+        axes.text(longest, value, label, ha="right", va="bottom", color="grey")
+    axes.set(xlabel="episode", ylabel="return", xlim=(1, longest))
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,250 @@
+"""A run of algorithm distillation: histories, training, and what is learnt in context."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.table import Table
+from torch import nn
+
+from sft import batching, checkpoint, engine, plan, processes, profile, storage
+from sft.config import DistillConfig, dump_config, with_values
+from sft.distill import darkroom, histories, task
+from sft.distill.curve import draw
+from sft.distill.source import Histories
+from sft.guard import Guard
+from sft.log import Log, duration, facts, write_json
+
+SATURATING_TOKENS = {"cpu": 8192, "cuda": 65536}  # of a micro-batch; more is no faster on a CPU
+LAST = 50  # episodes by which what was learnt in context is judged
+CURVE = "in_context_return.png"
+
+
+def prepare(config: DistillConfig, moved: Callable[[], None]) -> Histories:
+    """The source histories; collects those that nobody has collected yet."""
+    histories.collect(config.distill, moved)
+    return histories.load(config.distill)
+
+
+def run(
+    config: DistillConfig,
+    found: Histories,
+    accelerator: Accelerator,
+    log: Log,
+    resumed_from: Path | None,
+    guard: Guard,
+) -> None:
+    started = time.perf_counter()
+    settings, train, folder = config.distill, config.train, Path(config.train.output_dir)
+    if resumed_from:
+        own = task.identity(settings, histories.digest(found))
+        engine.read_state(resumed_from, engine.identity(train, own))
+    budget = usable_budget(config, accelerator)
+    model = task.build(settings, train.seed, accelerator.device)
+    work = task.Distillation(settings, found, model, accelerator, log, budget, guard)
+    steps = engine.total_steps(train, len(work.lengths))
+    disk = storage.need(train, sum(p.numel() for p in model.parameters()), 0, steps)
+    if warning := storage.refuse_if_full(disk, train):
+        log.say(f"warning: {warning}")
+    log.say(_banner(config, work, steps, disk, processes.described(accelerator)))
+    if log.folder:
+        values: dict[str, Any] = {"train.max_tokens": budget.max_tokens}
+        values["train.precision"] = processes.resolve_precision(train)[0]
+        (folder / "config.yaml").write_text(dump_config(with_values(config, values)), "utf-8")
+
+    guard.stop_if_asked()
+    trainer = engine.Engine(work, train, accelerator, log, budget)
+    trainer.guard = guard
+    if resumed_from:
+        trainer.resume(resumed_from)
+    seconds = trainer.probe_seconds_per_step() * (trainer.total_steps - trainer.step)
+    log.say(f"training: {trainer.total_steps:,} steps, about {duration(seconds)} (probed)")
+    training_started = time.perf_counter()
+    with profile.profiled(trainer):
+        trainer.run()
+    training_seconds = time.perf_counter() - training_started
+    with trainer.preemptible():
+        held_out = work.evaluate(trainer.model)
+        tried = _try(config, trainer.model, accelerator, log, guard)
+    log.log(trainer.step, {f"eval/{name}": value for name, value in held_out.items()})
+    checkpoint.commit(folder / "final_checkpoint", trainer.write_final, accelerator, disk.final)
+    if log.folder:
+        predicted = {"steps": steps, "disk_bytes": disk.total, "training_seconds": seconds}
+        measured = {
+            "training_seconds": training_seconds,
+            "total_seconds": time.perf_counter() - started,
+            "memory_bytes": engine.memory_bytes(),
+        }
+        write_json(folder / "plan.json", {"predicted": predicted, "measured": measured})
+        tell(config, tried, held_out, folder / "evaluation", log)
+        log.say(_closing(folder, tried, measured))
+
+
+def evaluate(
+    folder: Path,
+    out: Path,
+    config: DistillConfig,
+    _: None,
+    accelerator: Accelerator,
+    log: Log,
+    guard: Guard,
+) -> None:
+    """Tries the unseen goals with the model of a finished run. Collective."""
+    model = task.load(folder / "final_checkpoint", accelerator.device)
+    trained = model.settings.model_dump()
+    played = {key: value for key, value in config.distill.model_dump().items() if "eval_" in key}
+    settings = config.distill.model_copy(update=trained | played)
+    tried = _try(config.model_copy(update={"distill": settings}), model, accelerator, log, guard)
+    if log.folder:
+        tell(config, tried, {}, out, log)
+
+
+def usable_budget(config: DistillConfig, accelerator: Accelerator) -> batching.Budget:
+    """How windows become micro-batches: all are as long, so it is a number of them."""
+    asked = config.train.max_tokens
+    most = SATURATING_TOKENS[accelerator.device.type] if asked == "auto" else asked
+    rows = plan.rows_asked(config.train, accelerator.num_processes)
+    if rows and asked == "auto":
+        most = max(most, rows * task.num_positions(config.distill))
+    return batching.Budget(most, "padded", None, rows)
+
+
+def _try(
+    config: DistillConfig, model: nn.Module, accelerator: Accelerator, log: Log, guard: Guard
+) -> task.Tried:
+    """The unseen goals for all episodes."""
+    number = config.distill.eval_episodes
+    with guard.section("evaluation"), log.progress("episodes", number) as advance:
+
+        def between() -> None:
+            guard.mark()
+            advance()
+
+        return task.try_unseen(model, config.distill, accelerator, number, between)
+
+
+# --- what people see -----------------------------------------------------------------------------
+
+
+def results(tried: task.Tried) -> dict[str, Any]:
+    """In-context returns: of the last episodes, of the first, of all; per goal and seed."""
+    number = tried.returns.shape[2]
+    few = min(LAST, number)
+    parts = {
+        f"last_{few}": tried.returns[..., -few:],
+        f"first_{few}": tried.returns[..., :few],
+        f"all_{number}": tried.returns,
+    }
+    return {name: _summary(tried, part.mean(-1)) for name, part in parts.items()}
+
+
+def _summary(tried: task.Tried, means: torch.Tensor) -> dict[str, Any]:
+    """means: (goals, seeds)."""
+    return {
+        "mean": float(means.mean()),
+        "per_goal": dict(zip(map(_named, tried.goals), means.mean(1).tolist(), strict=True)),
+        "per_seed": means.mean(0).tolist(),
+        "per_goal_and_seed": dict(zip(map(_named, tried.goals), means.tolist(), strict=True)),
+    }
+
+
+def _named(goal: int) -> str:
+    return "{},{}".format(*darkroom.place_of(goal))
+
+
+def tell(
+    config: DistillConfig, tried: task.Tried, held_out: dict[str, float], out: Path, log: Log
+) -> None:
+    """metrics.json, the table and the curve."""
+    out.mkdir(parents=True, exist_ok=True)
+    returns = results(tried)
+    floors = {_named(goal): darkroom.random_return(goal) for goal in tried.goals}
+    tops = {_named(goal): darkroom.best_return(goal) for goal in tried.goals}
+    curve = tried.returns.mean((0, 1)).tolist()
+    written: dict[str, Any] = {"in_context_return": returns, "random": floors, "best": tops}
+    if config.distill.compress:
+        written["regions"] = _regions(tried)
+    source = histories.curve(histories.folder_of(config.distill))
+    write_json(out / "metrics.json", {**written, "held_out": held_out, "curve": curve})
+    log.say(_table(returns, floors, tops))
+    if config.distill.compress:
+        log.say(f"regions that the model has ended: {_regions(tried)}")
+    lines = {"random": float(np.mean([*floors.values()])), "best": float(np.mean([*tops.values()]))}
+    curves = {"in context, unseen goals": curve, "source, its own goals": source}
+    draw(out / CURVE, curves, lines)
+    log.say(f"curve: {out / CURVE}")
+
+
+def _regions(tried: task.Tried) -> dict[str, float]:
+    steps = np.array(tried.regions)
+    told = {"ended": len(steps), "forced": tried.num_forced}
+    return told | ({"mean_steps": float(steps.mean())} if len(steps) else {})
+
+
+def _table(returns: dict[str, Any], floors: dict[str, float], tops: dict[str, int]) -> Table:
+    title = "Return in context on goals that were never seen"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("goal", "random", *(name.replace("_", " ") for name in returns), "best"):
+        table.add_column(column, justify="right")
+    for goal, floor in floors.items():
+        found = (f"{each['per_goal'][goal]:.2f}" for each in returns.values())
+        table.add_row(goal, f"{floor:.2f}", *found, f"{tops[goal]:.2f}")
+    means = (f"{each['mean']:.2f}" for each in returns.values())
+    lowest, top = np.mean([*floors.values()]), np.mean([*tops.values()])
+    table.add_row("mean", f"{lowest:.2f}", *means, f"{top:.2f}")
+    return table
+
+
+def _banner(
+    config: DistillConfig,
+    work: task.Distillation,
+    steps: int,
+    disk: storage.Need,
+    world: dict[str, str],
+) -> Table:
+    settings, train, processes_ = config.distill, config.train, work.accelerator.num_processes
+    cuts = batching.cut(
+        range(min(train.global_batch, len(work.lengths))), work.lengths, processes_, work.budget
+    )
+    size = max(len(micro_batch) for micro_batch in cuts[0])
+    kind = "compressed context" if settings.compress else "plain context"
+    heads = f"{settings.num_layers} layers, {settings.num_heads} heads, width {settings.width}"
+    number = sum(p.numel() for p in work.model.parameters())
+    rows = [
+        ("model", f"{heads}: {number:,} parameters; {kind} of {settings.context} transitions"),
+        (
+            "data",
+            f"{histories.folder_of(settings)}: {work.train.num_goals} goals x "
+            f"{settings.num_streams} streams x {settings.num_steps} steps, {settings.source}",
+        ),
+        ("processes", f"{processes_} ({train.engine}){world['spread']}"),
+        ("devices", world["devices"]),
+        ("precision", ": ".join(processes.resolve_precision(train))),
+        (
+            "batch",
+            f"{train.global_batch} windows: {processes_} process(es) x {len(cuts[0])} "
+            f"micro-batch(es) of {size}",
+        ),
+        ("steps", f"{steps:,}, {steps * train.global_batch * settings.context:,} transitions"),
+        ("disk", str(disk)),
+        ("results", train.output_dir),
+    ]
+    return facts("Run", rows)
+
+
+def _closing(folder: Path, tried: task.Tried, measured: dict[str, Any]) -> Table:
+    returns = results(tried)
+    rows = [(name.replace("_", " "), f"{each['mean']:.2f}") for name, each in returns.items()]
+    rows += [
+        ("training", duration(measured["training_seconds"])),
+        ("in all", duration(measured["total_seconds"])),
+        ("results", f"{folder}/ (evaluation/metrics.json, final_checkpoint/)"),
+        ("next", f"make evaluate RUN={folder}   the same, with other seeds or more episodes"),
+    ]
+    return facts("Done", rows)

@@ -1,0 +1,358 @@
+"""Distillation: the transformer over transitions, what it does in context, the task, whole runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import forked
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from sft import batching, engine, hardware, processes
+from sft.config import ConfigError, Distill, DistillConfig, load_config, load_run
+from sft.distill import darkroom, histories, rollout, task, transformer
+from sft.distill import run as distilled
+from sft.distill.rollout import play
+from sft.distill.source import Histories
+from sft.distill.transformer import Transformer, window_tokens, with_marks
+from sft.log import Log
+
+SMALL = Distill(
+    context=40,
+    width=16,
+    num_layers=2,
+    num_heads=2,
+    num_streams=5,
+    num_steps=120,
+    held_out_streams=1,
+)
+PAIR = SMALL.model_copy(update={"compress": True})
+CONFIG = "configs/ad_darkroom.yaml"
+
+
+def made(settings: Distill, scale: float = 0.3) -> Transformer:
+    """A random model whose actions depend strongly on what it has seen."""
+    torch.manual_seed(0)
+    model = Transformer(settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return model
+
+
+def random_histories(*shape: int, seed: int = 0) -> Histories:
+    """Of random actions; whole episodes along the last dimension. The goal is cell 41."""
+    generator = torch.Generator().manual_seed(seed)
+    actions = torch.randint(5, shape, generator=generator)
+    cells, after = torch.empty_like(actions), torch.empty_like(actions)
+    at = torch.full(shape[:-1], darkroom.START)
+    for step in range(shape[-1]):
+        at = torch.full_like(at, darkroom.START) if step % 20 == 0 else at
+        cells[..., step] = at
+        at = after[..., step] = darkroom.NEXT[at, actions[..., step]]
+    return Histories(cells, actions, (after == 41).to(torch.uint8), after)
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+def test_a_token_has_the_transition_before_it_and_the_present_cell():
+    window = random_histories(1, 40)
+    tokens = window_tokens(window)[0]
+    assert tokens.shape == (40, transformer.NUM_FEATURES)
+    for step, token in enumerate(tokens):
+        row, column = divmod(int(window.cells[0, step]), 9)
+        before = [0.0] * 10 + [1.0]
+        if step:
+            cell, action, reward, after = (int(x[0, step - 1]) for x in window.tensors())
+            chosen = [float(i == action) for i in range(5)]
+            places = [[(x - 4) / 4 for x in divmod(c, 9)] for c in (cell, after)]
+            before = [*places[0], *chosen, float(reward), *places[1], 0.0]
+        assert token.tolist() == [*before, (row - 4) / 4, (column - 4) / 4, 0.0, 0.0]
+
+
+def test_the_window_predicts_behind_every_number_of_transitions():
+    """Position t says what a window cut there says: every length from one is trained at once."""
+    model, tokens = made(SMALL), window_tokens(random_histories(3, 40))
+    whole = model(tokens)[0]
+    assert (whole - whole[:, :1]).abs().max() > 0.1
+    for length in (1, 2, 17, 39):
+        cut = model(tokens[:, :length])[0]
+        torch.testing.assert_close(cut, whole[:, :length], rtol=1e-4, atol=1e-5)
+
+
+def test_two_regions_lie_between_marks():
+    window = random_histories(1, 40)
+    tokens, marked = window_tokens(window), with_marks(window_tokens(window))
+    assert marked.shape[1] == transformer.num_positions(PAIR) == 43
+    steps, types = task._layout(PAIR, torch.device("cpu"))
+    assert torch.equal(marked[:, steps], tokens)
+    assert types.nonzero()[:, 0].tolist() == [19, 39]
+    marks = marked[0, [0, 21, 22]]
+    assert marks[:, -2:].tolist() == [[1, 0], [0, 1], [1, 0]]  # begin, end, begin
+    assert marks[:, :-2].abs().sum() == 0
+
+
+# --- in context ----------------------------------------------------------------------------------
+
+ROWS = [(41, 0), (41, 1), (0, 0), (31, 5), (40, 2)]
+
+
+@pytest.mark.parametrize("settings", [SMALL, SMALL.model_copy(update={"slide": 2}), PAIR])
+def test_a_cache_gives_what_encoding_the_window_gives(settings):
+    model = made(settings)
+    quick, slow = (play(model, ROWS, 6, cached=cached) for cached in (True, False))
+    assert torch.equal(quick.returns, slow.returns)
+    assert quick.returns.std() > 0
+    assert (quick.regions, quick.num_forced) == (slow.regions, slow.num_forced)
+    if settings.compress:  # rows that end their regions at different times
+        assert len(set(quick.regions)) > 3
+
+
+def test_what_a_row_does_does_not_depend_on_the_others():
+    model = made(SMALL)
+    together = play(model, ROWS, 5).returns
+    alone = torch.cat([play(model, [row], 5).returns for row in ROWS])
+    assert torch.equal(together, alone)
+
+
+def test_the_context_is_the_newest_episodes_of_a_window_as_in_training():
+    """Against a loop of one row that keeps transitions, not tokens, and encodes all of them."""
+    model, (goal, seed) = made(SMALL), ROWS[0]
+    drawn = rollout._uniform([(goal, seed)], 6 * 20)[0].tolist()
+    seen: list[tuple[int, int, int, int]] = []
+    returns = []
+    for episode in range(6):
+        at, total = darkroom.START, 0
+        for step in range(20):
+            first = max(0, episode - 1) * 20  # two episodes fit
+            open_step = (at, 0, 0, 0)  # its action is asked for
+            columns = torch.tensor([*seen[first:], open_step]).T[:, None]
+            logits = model(window_tokens(Histories(*columns)))[0][0, -1]
+            upto, action = 0.0, 0
+            for action, share in enumerate(logits.softmax(-1).tolist()):  # noqa: B007
+                upto += share
+                if drawn[episode * 20 + step] <= upto:
+                    break
+            after = int(darkroom.NEXT[at, action])
+            seen.append((at, action, int(after == goal), after))
+            total, at = total + int(after == goal), after
+        returns.append(total)
+    assert play(model, [(goal, seed)], 6).returns[0].tolist() == returns
+
+
+@pytest.mark.parametrize(("bias", "ended", "steps"), [(-50.0, 0, set()), (50.0, 60 * 2, {1})])
+def test_the_model_says_when_a_region_ends(bias, ended, steps):
+    """One that never does is made to when it is full: half the context."""
+    model = made(PAIR)
+    assert model.kind is not None
+    model.kind.bias.data[transformer.ENDS] = bias
+    found = play(model, ROWS[:2], 3)
+    assert len(found.regions) == ended
+    assert set(found.regions) == steps
+    assert found.num_forced == (0 if ended else 60 // 20 * 2)
+
+
+# --- the task ------------------------------------------------------------------------------------
+
+
+def config(folder: Path, settings: Distill = SMALL, **train: object) -> DistillConfig:
+    values = {"output_dir": str(folder), "max_grad_norm": 0.0, "global_batch": 7} | train
+    return DistillConfig.model_validate({"distill": settings.model_dump(), "train": values})
+
+
+def make_engine(asked: DistillConfig, max_tokens: int, dtype: torch.dtype) -> engine.Engine:
+    accelerator = processes.start_processes(asked.train)
+    found = random_histories(4, asked.distill.num_streams, asked.distill.num_steps)
+    budget = batching.Budget(max_tokens, "padded")
+    model = made(asked.distill).to(dtype)
+    work = task.Distillation(asked.distill, found, model, accelerator, Log(None), budget)
+    plain = work._collate
+
+    def collate(*of: object) -> task.Batch:
+        batch = plain(*of)  # type: ignore[arg-type]
+        return replace(batch, tokens=batch.tokens.to(dtype))
+
+    work._collate = collate  # type: ignore[method-assign]
+    return engine.Engine(work, asked.train, accelerator, Log(None), budget)
+
+
+@pytest.mark.parametrize("settings", [SMALL, PAIR])
+def test_law_1_any_cut_gives_the_loss_and_gradient_of_a_plain_loop(tmp_path, settings):
+    asked, found = config(tmp_path, settings), {}
+    for max_tokens in (1, 100, 100_000):
+        made_engine = make_engine(asked, max_tokens, torch.float64)
+        values = made_engine.optimizer_step()
+        gradients = [p.grad.clone() for p in made_engine.task.model.parameters()]
+        found[max_tokens] = (values["train/loss"], gradients)
+    work, model = made_engine.task, made(settings).double()
+    ids, _ = make_engine(asked, 1, torch.float64).window(0)
+    total = 0.0
+    for number in ids:
+        window = work.train.gather([number])
+        tokens = window_tokens(window).double()
+        actions, types = model(with_marks(tokens) if settings.compress else tokens)
+        if types is None:
+            loss = F.cross_entropy(actions[0], window.actions[0].long(), reduction="sum")
+        else:
+            places = [*range(1, 21), *range(23, 43)]
+            aims = torch.tensor([0] * 19 + [1] + [0] * 19 + [1])
+            loss = F.cross_entropy(actions[0, places], window.actions[0].long(), reduction="sum")
+            loss = loss + 0.1 * F.cross_entropy(types[0, places], aims, reduction="sum")
+        (loss / (7 * 40)).backward()
+        total += loss.item() / (7 * 40)
+    expected = [p.grad for p in model.parameters()]
+    for value, gradients in found.values():
+        assert value == pytest.approx(total, rel=1e-12)
+        assert tiny.relative_error(gradients, expected) < 1e-12
+
+
+def test_the_task_tells_losses_and_accuracies_of_actions_and_types(tmp_path):
+    plain = make_engine(config(tmp_path), 1000, torch.float32).optimizer_step()
+    pair = make_engine(config(tmp_path, PAIR), 1000, torch.float32).optimizer_step()
+    assert "train/type_loss" not in plain
+    told = {name: pair[f"train/{name}"] for name in ("loss", "action_loss", "type_loss")}
+    assert told["loss"] == pytest.approx(told["action_loss"] + 0.1 * told["type_loss"])
+    assert all(0 <= pair[f"train/{name}_accuracy"] <= 1 for name in ("action", "type"))
+
+
+def test_a_model_is_loaded_as_it_was_saved(tmp_path):
+    made_engine = make_engine(config(tmp_path, PAIR), 1000, torch.float32)
+    made_engine.task.save(tmp_path, made_engine.parallel.weights())
+    loaded = task.load(tmp_path, torch.device("cpu"))
+    tokens = with_marks(window_tokens(random_histories(2, 40)))
+    for own, other in zip(loaded(tokens), made_engine.task.model(tokens), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_it_learns_to_go_on_in_context(tmp_path):
+    """Histories in which each goal has one action that is always taken: the model, which has seen
+    nothing of a new history, has to find out which from the history itself."""
+    settings = SMALL.model_copy(update={"eval_seeds": 1})
+    found = random_histories(5, 5, 120)
+    actions = torch.arange(5)[:, None, None].expand(5, 5, 120)
+    model = Transformer(settings)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    windows = histories.Windows(replace(found, actions=actions), settings, 0, 5)
+    window = windows.gather(range(20))
+    for _ in range(40):
+        loss = F.cross_entropy(
+            model(window_tokens(window))[0].flatten(0, 1), window.actions.flatten()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    logits = model(window_tokens(windows.gather(range(20, 40))))[0]
+    right = logits.argmax(-1) == (torch.arange(20, 40) % 5)[:, None]
+    assert right[:, 0].float().mean() < 0.5  # nothing is known yet
+    assert right[:, 1:].float().mean() > 0.95
+
+
+def test_a_configuration_is_of_one_task(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("task: distill\ntrain: {output_dir: x}\nmodel: {name: y}\n")
+    with pytest.raises(ConfigError, match=r"model.*task: distill has no such section"):
+        load_run(path)
+    path.write_text("task: distil\ntrain: {output_dir: x}\n")
+    with pytest.raises(ConfigError, match="did you mean distill"):
+        load_run(path)
+    with pytest.raises(ConfigError, match="expected a configuration of task: sft"):
+        load_config(CONFIG)
+    assert load_run(CONFIG).distill.compress is False
+
+
+def test_micro_batches_are_cut_as_asked(tmp_path):
+    accelerator = processes.start_processes(config(tmp_path).train)
+    asked = config(tmp_path, global_batch=64, gradient_accumulation_steps=4)
+    budget = distilled.usable_budget(asked, accelerator)
+    cuts = batching.cut(range(64), [40] * 64, 1, budget)
+    assert [len(micro_batch) for micro_batch in cuts[0]] == [16] * 4
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory) -> list[str]:
+    """Overrides of a run on short histories, which are there."""
+    folder = tmp_path_factory.mktemp("darkroom")
+    settings = SMALL.model_copy(update={"data_dir": str(folder)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "usable_cores", lambda: 1)
+        patch.setattr("sft.distill.source.EPOCHS", 1)
+        histories.collect(settings)
+    values = {name: getattr(settings, name) for name in ("data_dir", "context", "width")}
+    values |= {"num_layers": 2, "num_heads": 2, "num_streams": 5, "num_steps": 120}
+    values |= {"held_out_streams": 1, "eval_episodes": 3, "eval_seeds": 2, "eval_quick": 2}
+    train = {"max_steps": 4, "global_batch": 8, "eval_steps": 2, "save_steps": 2}
+    named = [f"distill.{key}={value}" for key, value in values.items()]
+    return [*named, *(f"train.{key}={value}" for key, value in train.items())]
+
+
+def train(folder: Path, *overrides: str, world: int = 1) -> str:
+    command = ["scripts/train.py", "--config", CONFIG, f"train.output_dir={folder}", *overrides]
+    log = folder.with_name(f"{folder.name}.{time.monotonic_ns()}.told")
+    process = forked.start(world, command, log)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    return log.read_text()
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row["train/loss"] for row in map(json.loads, lines) if "train/loss" in row]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "final_checkpoint" / task.WEIGHTS)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_results_and_resumes_bit_for_bit(collected, tmp_path):
+    told = train(tmp_path / "whole", *collected, "train.profile_steps=1")
+    for part in ("2,", "transitions", "held-out loss", "in_context_return", "best", "next"):
+        assert part in told
+    found = json.loads((tmp_path / "whole/evaluation/metrics.json").read_text())
+    returns = found["in_context_return"]["all_3"]
+    assert len(returns["per_seed"]) == 2
+    assert list(returns["per_goal"]) == ["4,2", "5,6", "6,8", "7,2", "3,6", "0,5", "5,8", "5,4"]
+    assert returns["mean"] == pytest.approx(sum(found["curve"]) / 3)
+    assert (tmp_path / "whole/evaluation" / distilled.CURVE).read_bytes()[1:4] == b"PNG"
+    trace = json.loads((tmp_path / "whole/profile.json").read_text())
+    assert any("scaled_dot_product" in event.get("name", "") for event in trace["traceEvents"])
+    kept = tmp_path / "whole/checkpoint_step_2"
+    train(tmp_path / "again", *collected, f"train.resume_from_checkpoint={kept}")
+    one, other = (weights(tmp_path / name) for name in ("whole", "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    done = forked.run("scripts/evaluate.py", "--run", str(tmp_path / "whole"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = json.loads((tmp_path / "whole/evaluation/evaluate/metrics.json").read_text())
+    assert again["in_context_return"] == found["in_context_return"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "deepspeed"])
+def test_two_processes_are_one_run_with_every_engine(collected, tmp_path, how):
+    """The same losses, and the same returns: those are played by both processes together."""
+    asked = [*collected, "distill.compress=true", "train.save_steps=null", f"train.engine={how}"]
+    stage = ["train.deepspeed_config=configs/deepspeed_z3.json"] if how == "deepspeed" else []
+    train(tmp_path / "two", *asked, *stage, world=2)
+    train(tmp_path / "one", *asked[:-1])
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = (
+        json.loads((tmp_path / name / "evaluation/metrics.json").read_text())
+        for name in ("one", "two")
+    )
+    assert two["held_out"]["loss"] == pytest.approx(one["held_out"]["loss"], rel=1e-5)
+    assert two["in_context_return"]["all_3"]["mean"] == pytest.approx(
+        one["in_context_return"]["all_3"]["mean"], abs=0.1
+    )
+    assert one["regions"]["forced"] + one["regions"]["ended"] > 0
