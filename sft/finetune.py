@@ -46,7 +46,7 @@ def check_references(config: Config, prepared: Prepared) -> None:
     for number, row in enumerate(islice(asked, settings.num_examples)):
         reference = evaluate.question(row, prepared.tokenizer).told["reference"]
         try:
-            tally.check(number, reference)
+            tally.check(number, reference, row.group)
         except UserError as error:
             raise UserError(f"{row.place}: {error}") from None
 
