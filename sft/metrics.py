@@ -461,10 +461,14 @@ class Bleu:
 
     def __init__(self) -> None:
         from sacrebleu.metrics import BLEU
+        from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a, TokenizerRegexp
 
         self._bleu = BLEU(effective_order=True)
+        self._caches = [Tokenizer13a.__call__, TokenizerRegexp.__call__]
 
     def measure(self, answer: str | None, reference: str, prompt: str) -> tuple[float, ArrayLike]:
+        for each in self._caches:  # sacrebleu keeps the last 65,536 texts
+            each.cache_clear()
         found = self._bleu.sentence_score(answer or "", [reference])
         return found.score, [found.sys_len, found.ref_len, *found.counts, *found.totals]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 
 import pytest
 import tiny
@@ -11,7 +12,17 @@ import torch
 from conftest import ROOT
 from transformers import AutoTokenizer
 
-from sft import chat, evaluate, finetune, generate, model, prepare, processes
+from sft import (
+    chat,
+    evaluate,
+    finetune,
+    generate,
+    metrics,
+    model,
+    predictions,
+    prepare,
+    processes,
+)
 from sft.config import Generation, UserError, load_config
 from sft.data import BadRow, Row
 from sft.log import Log
@@ -145,6 +156,51 @@ def test_ranks_add_up_to_the_scores_of_one(nano, tmp_path):
     for rank in range(3):
         found = evaluate.score(path, names, Ranks(rank))
     assert found.tally.report() == whole
+
+
+class Quick(evaluate.Speaker):
+    """Has prompts without a renderer."""
+
+    def prompt(self, asked: evaluate.Question) -> list[int]:
+        return [5] * (3 + len(asked.told["reference"]) % 7)
+
+
+def ask_and_score(nano, folder, number: int, names: list[str]) -> evaluate.Scores:
+    """So many questions of a Quick speaker, answered, read again as a run that goes on does, and
+    scored. Every fourth text is another one."""
+    speaker, accelerator = nano
+    quick = Quick(speaker.model, speaker.tokenizer, speaker.stop, "quick")
+    for _ in range(2):
+        asked = (
+            evaluate.question(row(f"say {i:09d}", f"it is {i // 4:09d}"), None)
+            for i in range(number)
+        )
+        predictions = Predictions(folder / "predictions.jsonl")
+        evaluate.answer_all(
+            quick, asked, SHORT, predictions, accelerator, Log(None), rows=evaluate.WINDOW
+        )
+    return evaluate.score(folder / "predictions.jsonl", names, accelerator)
+
+
+def test_memory_does_not_grow_with_the_number_of_examples(nano, tmp_path, monkeypatch):
+    """A key, a question or an answer of each example, kept anywhere, would be seen."""
+    for module, name in ((evaluate, "WINDOW"), (predictions, "AT_ONCE"), (metrics, "BLOCK")):
+        monkeypatch.setattr(module, name, 50)
+    answer = generate.Answer([7, 8], "stop")
+    monkeypatch.setattr(generate, "decode", lambda _, prompts, *a, **o: [answer] * len(prompts))
+
+    def peak(number: int) -> int:
+        (tmp_path / str(number)).mkdir()
+        tracemalloc.start()
+        try:
+            found = ask_and_score(nano, tmp_path / str(number), number, ["exact_match"])
+            assert found.num_examples == number
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(50)  # what is made once
+    assert peak(1400) - peak(200) < 100 * 1200
 
 
 def test_a_slow_rank_is_told(monkeypatch):

@@ -429,7 +429,7 @@ def test_memory_does_not_grow_with_examples():
     def add(numbers: range) -> int:
         tracemalloc.reset_peak()
         for number in numbers:
-            tally.add(number, "an answer", "a reference")
+            tally.add(number, f"answer {number}", f"reference {number}")
         return tracemalloc.get_traced_memory()[1]
 
     tracemalloc.start()
