@@ -11,7 +11,7 @@ of the data, every example once. Prompts are rendered as in training (law 3).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,8 +117,7 @@ class AccelerateConnector:
                 more = " or a number above 0" if name == "batch_size" else ""
                 expected = " or ".join(map(repr, known))
                 raise UserError(f"{name}: expected {expected}{more}, found {value!r}")
-        self.model_name, self.adapter = str(model_name), str(adapter) if adapter else None
-        self.quantization, self.cache_dir = quantization, cache_dir
+        self.model_name = str(model_name)
         self.rows = None if batch_size == "auto" else batch_size
         train = Train(output_dir="outputs/connector", precision=PRECISIONS[mixed_precision])
         self.precision, _ = resolve_precision(train)
@@ -131,6 +130,14 @@ class AccelerateConnector:
                 f"mixed_precision: {mixed_precision} is not what this process computes in since "
                 "its first connector; give both the same"
             ) from None
+        self._opening = Opening(
+            self.model_name,
+            str(adapter) if adapter else None,
+            quantization,
+            cache_dir,
+            self.precision,
+            self.accelerator.device,
+        )
         self.log = log or (Screen() if self.is_main_process else Log(None))
         self.between = between
         self._speaker: Speaker | None = None
@@ -154,14 +161,7 @@ class AccelerateConnector:
         """The model and its tokenizer, loaded at the first call. Collective."""
         if self._speaker is None:
             with self.accelerator.local_main_process_first():  # one download for this machine
-                self._speaker = open_speaker(
-                    self.model_name,
-                    self.adapter,
-                    self.quantization,
-                    self.cache_dir,
-                    self.precision,
-                    self.accelerator.device,
-                )
+                self._speaker = open_speaker(self._opening)
             if self._speaker.tokenizer.chat_template == chat.DEFAULT_TEMPLATE:
                 self.log.say(f"{self.model_name} has no chat template: asked as User: / Assistant:")
         return self._speaker
@@ -351,16 +351,21 @@ class _Stream:
 # --- what can be opened --------------------------------------------------------------------------
 
 
-def open_speaker(
-    name: str,
-    adapter: str | None,
-    quantization: Quantization,
-    cache_dir: str | Path | None,
-    precision: str,
-    device: torch.device,
-) -> Speaker:
-    """The model that these name, ready to answer."""
-    folder = Path(name)
+@dataclass(frozen=True)
+class Opening:
+    """What is opened, and how: arguments of AccelerateConnector, and where it is to compute."""
+
+    name: str
+    adapter: str | None
+    quantization: Quantization
+    cache_dir: str | Path | None
+    precision: str
+    device: torch.device
+
+
+def open_speaker(asked: Opening) -> Speaker:
+    """The model that is named, ready to answer."""
+    folder = Path(asked.name)
     if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
         config, weights = export.run_config(folder), folder / "final_checkpoint"
     elif (folder / checkpoint.MANIFEST).exists() and (folder.parent / "config.yaml").exists():
@@ -368,44 +373,43 @@ def open_speaker(
             raise ExportError(f"{folder} cannot be trusted: {reason}")
         untrusting = ["model.trust_remote_code=false"]
         config, weights = load_config(folder.parent / "config.yaml", untrusting), folder
-    elif (folder / "adapter_config.json").exists() and adapter is None:
-        base = export.base_of(folder)
-        return open_speaker(base, name, quantization, cache_dir, precision, device)
+    elif (folder / "adapter_config.json").exists() and asked.adapter is None:
+        return open_speaker(replace(asked, name=export.base_of(folder), adapter=asked.name))
     else:
-        return _open_model(name, adapter, quantization, cache_dir, precision, device)
-    if adapter is not None:
+        return _open_model(asked)
+    return _open_run(asked, config, weights)
+
+
+def _open_run(asked: Opening, config: Config, weights: Path) -> Speaker:
+    """A run, or one of its checkpoints, as it was trained."""
+    name = asked.name
+    if asked.adapter is not None:
         raise ExportError(f"{name} is a run with weights of its own; give its base and the adapter")
-    if quantization and config.tuning.mode == "full":
+    if asked.quantization and config.tuning.mode == "full":
         raise ExportError(
             f"{name}: quantization: a run of full fine-tuning is used as it was trained; for NF4 "
             f"give its model, {weights}"
         )
-    if quantization:
-        config = config.model_copy(update={"tuning": _mode(config, "qlora")})
-    built, tokenizer = export.load_tuned(folder, config, precision, device, weights=weights)
+    if asked.quantization:
+        tuning = config.tuning.model_copy(update={"mode": "qlora"})
+        config = config.model_copy(update={"tuning": tuning})
+    built, tokenizer = export.load_tuned(
+        Path(name), config, asked.precision, asked.device, weights=weights
+    )
     of = checkpoint.sha256(weights / checkpoint.MANIFEST)
     base = model.fingerprint(config.model) if config.tuning.mode != "full" else ""
-    return _speaker(built, tokenizer, base, of, config.tuning.mode, precision)
+    return _speaker(built, tokenizer, base, of, config.tuning.mode, asked.precision)
 
 
-def _mode(config: Config, mode: str) -> Any:
-    return config.tuning.model_copy(update={"mode": mode})
-
-
-def _open_model(
-    name: str,
-    adapter: str | None,
-    quantization: Quantization,
-    cache_dir: str | Path | None,
-    precision: str,
-    device: torch.device,
-) -> Speaker:
-    if cache_dir is not None and not Path(name).exists():
-        name = _downloaded(name, Path(cache_dir))
+def _open_model(asked: Opening) -> Speaker:
+    """A model by itself, or with an adapter."""
+    name, adapter = asked.name, asked.adapter
+    if asked.cache_dir is not None and not Path(name).exists():
+        name = _downloaded(name, Path(asked.cache_dir))
     settings = Model(name=name)
-    mode = "qlora" if quantization else "lora"  # storage: NF4, or the compute dtype
+    mode = "qlora" if asked.quantization else "lora"  # storage: NF4, or the compute dtype
     tokenizer = model.load_tokenizer(settings)
-    base = model.load_base(settings, mode, precision, device)
+    base = model.load_base(settings, mode, asked.precision, asked.device)
     of = ""
     if adapter is not None:
         base = export.with_adapter(base, settings, Path(adapter))
@@ -413,7 +417,7 @@ def _open_model(
         of = " ".join(checkpoint.sha256(Path(adapter) / name) for name in files)
         if (Path(adapter) / "tokenizer_config.json").exists():
             tokenizer = model.load_tokenizer(Model(name=adapter))
-    return _speaker(base.eval(), tokenizer, model.fingerprint(settings), of, mode, precision)
+    return _speaker(base.eval(), tokenizer, model.fingerprint(settings), of, mode, asked.precision)
 
 
 def _speaker(built: nn.Module, tokenizer: PreTrainedTokenizerBase, *of: str) -> Speaker:
