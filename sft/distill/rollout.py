@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sft.config import EPISODE
+from sft.config import EPISODE, Distill
 from sft.distill.darkroom import Rooms
 from sft.distill.source import Histories
 from sft.distill.transformer import (
@@ -102,7 +102,7 @@ def play(
     rooms = Rooms([goal for goal, _ in rows], device)
     empty = torch.zeros(len(rows), num_positions(settings), NUM_FEATURES, device=device)
     context = Context(model, empty, cached)
-    memory = _Regions(context) if settings.compress else _Sliding(context)
+    memory = _Regions(context) if settings.compress else _Sliding(context, settings)
     before: Histories | None = None
     returns = []
     for episode in range(num_episodes):
@@ -139,8 +139,7 @@ def _draw(logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
 class _Sliding:
     """The newest episodes; the oldest go when the context is full."""
 
-    def __init__(self, context: Context):
-        settings = context.model.settings
+    def __init__(self, context: Context, settings: Distill):
         self.context, self.most, self.dropped = context, settings.context, settings.slide * EPISODE
         self.regions, self.num_forced = list[int](), 0  # there are none
 
