@@ -24,12 +24,13 @@ MOVES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0, 0))  # (row, column) that each ac
 NUM_UNSEEN = 8
 
 
-def cell_of(row: int, column: int) -> int:
+def cell_of(row: Any, column: Any) -> Any:
+    """Of one or of an array."""
     return row * SIZE + column
 
 
-def place_of(cell: int) -> tuple[int, int]:
-    """(row, column)."""
+def place_of(cell: Any) -> tuple[Any, Any]:
+    """(row, column), likewise."""
     return divmod(cell, SIZE)
 
 

@@ -151,8 +151,8 @@ def _table(own: Histories) -> pa.Table:
     """One goal's histories, (streams, steps), a row for each step."""
     streams, steps = own.cells.shape
     at = np.arange(steps)
-    before, after = (np.divmod(each.numpy(), 9) for each in (own.cells, own.next_cells))
-    columns = (
+    before, after = (place_of(each.numpy()) for each in (own.cells, own.next_cells))
+    columns: tuple[np.ndarray, ...] = (
         np.repeat(np.arange(streams, dtype=np.uint16), steps).reshape(streams, steps),
         np.broadcast_to(at.astype(np.uint32), (streams, steps)),
         *before,
