@@ -19,6 +19,7 @@ from rich.text import Text
 from sft import chat, engine, finetune, hardware, model, plan, prepare, processes, storage
 from sft.config import Config, UserError, load_config, with_values
 from sft.log import Log, make_console, size
+from sft.tasks import make_task
 
 ROWS = 8  # of the data, for the training step
 
@@ -162,7 +163,7 @@ def training_step(config: Config) -> Finding:
     log = Log(None)
     asked = config.train.layout
     budget = finetune.usable_budget(planned.budget, asked, built, accelerator.device, log)
-    task = finetune.FineTune(few, prepared, built, accelerator, log, budget)
+    task = make_task(few, prepared, built, accelerator, log, budget)
     values = engine.Engine(task, few.train, accelerator, log, budget).optimizer_step()
     return Finding(
         True,

@@ -295,6 +295,31 @@ class Classify(Section):
     """What is classified: `validation` to choose by; `all` has what TUNE=1 trains on in it."""
 
 
+class Crowd(Section):
+    num_agents: CountOrZero = 0
+    """LoRA agents that share the frozen base (docs/CROWD.md). 0: no crowd, one model."""
+    lambda_sw: NonNegative = 0.1
+    """Weight of the diversity, which is subtracted from the loss: it keeps the agents apart."""
+    num_projections: Count = 64
+    """Random directions that the sliced Wasserstein distance is estimated with, anew each step."""
+    representation: Literal["hidden", "logits"] = "hidden"
+    """What of the agents is kept apart: hidden states, or logits."""
+    layer: Annotated[int, Field(ge=-1)] = -1
+    """Layer of the hidden states, from 0. -1: what the vocabulary head reads."""
+    pooling: Literal["last", "mean", "first"] = "last"
+    """Which supervised position (whose next token is supervised) stands for an example."""
+    normalise: bool = True
+    """Representations of length sqrt(d): the diversity is at most 4, whatever the norms are."""
+    dropconnect: Fraction = 0.0
+    """Probability of dropping a weight of an adapter in a training pass."""
+    aggregator: Literal["uniform", "sampled", "learned"] = "uniform"
+    """Dirichlet weights of the agents in an answer: their expectation, drawn, or fitted."""
+    concentration: Positive = 1.0
+    """Of the symmetric Dirichlet distribution, for each agent; `learned` replaces it."""
+    fit_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the training rows kept from training for `learned` to be fitted on."""
+
+
 class Config(Section):
     model: Model
     tuning: Tuning = Tuning()
@@ -302,6 +327,7 @@ class Config(Section):
     train: Train
     evaluation: Evaluation = Evaluation()
     classify: Classify = Classify()
+    crowd: Crowd = Crowd()
 
 
 @dataclass(frozen=True)
@@ -375,6 +401,35 @@ RULES = [
         ("evaluation.labels", "evaluation.metrics"),
         lambda labels, names: labels is not None and "classification" not in names,
         "is only read with evaluation.metrics: [classification]; set that, or remove this key",
+    ),
+    Rule(
+        ("crowd.num_agents", "tuning.mode"),
+        lambda agents, mode: agents > 0 and mode == "full",
+        "agents are LoRA adapters on a frozen base: set tuning.mode: lora or qlora",
+    ),
+    Rule(
+        ("crowd.layer", "crowd.representation"),
+        lambda layer, representation: layer != -1 and representation == "logits",
+        "is only read with crowd.representation: hidden; set that, or remove this key",
+    ),
+    Rule(
+        ("crowd.fit_fraction", "crowd.aggregator"),
+        lambda share, kind: share != Crowd().fit_fraction and kind != "learned",
+        "is only read with crowd.aggregator: learned; set that, or remove this key",
+    ),
+    Rule(
+        ("crowd.concentration", "crowd.aggregator"),
+        lambda value, kind: value != Crowd().concentration and kind != "sampled",
+        "is only read with crowd.aggregator: sampled; set that, or remove this key",
+    ),
+    *(
+        Rule(
+            (f"crowd.{key}", "crowd.num_agents"),
+            lambda value, agents, default=field.default: agents == 0 and value != default,
+            "is only read with crowd.num_agents; set that, or remove this key",
+        )
+        for key, field in Crowd.model_fields.items()
+        if key != "num_agents"
     ),
     *(
         Rule(

@@ -7,7 +7,9 @@ its chat template, so that what is served is what was trained (law 3).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from transformers import PreTrainedTokenizerBase
 from sft import checkpoint, tensors
 from sft.checkpoint import CheckpointError
 from sft.config import Config, Model, Tuning, UserError, load_config
+from sft.crowd.agents import WEIGHTS as ADAPTER
+from sft.crowd.agents import Crowd, in_peft
 from sft.model import ModelError, add_adapters, load_base, load_tokenizer, weights_sha256
 
-ADAPTER = "adapter_model.safetensors"
 BASE = "base.json"  # beside an adapter: what it was trained on
+META = "ci_llm_meta_config.json"  # beside the agents of a crowd
 
 
 class ExportError(UserError):
@@ -42,10 +46,16 @@ def save(
     `base`: what an adapter belongs to; `load_tuned` refuses another.
     """
     model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
-    tokenizer.save_pretrained(str(folder))
+    agents = sorted(folder.glob("agent*")) if isinstance(model, Crowd) else []
+    for place in [folder, *agents]:
+        tokenizer.save_pretrained(str(place))
     if base is not None:
         told = {"name": base.name, "weights_sha256": weights_sha256(base)}
-        (folder / BASE).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
+        for place in agents or [folder]:
+            (place / BASE).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
+        if isinstance(model, Crowd):
+            meta = json.dumps({**model.described(), "base": told}, indent=2)
+            (folder / META).write_text(meta + "\n", "utf-8")
     config = folder / "config.json"
     if config.exists():  # training turns the cache off; whoever loads the model wants it
         values = json.loads(config.read_text("utf-8"))
@@ -57,6 +67,9 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
 
     Raises CheckpointError if one that is trained is missing or has another shape.
     """
+    if isinstance(model, Crowd):
+        yield from _read_agents(model, folder)
+        return
     known = dict(model.named_parameters())
     missing = {name for name, p in known.items() if p.requires_grad}
     names = {name: name for name in known}
@@ -78,6 +91,62 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
                 yield name, value
     if missing:
         raise CheckpointError(f"{folder} does not fit the model: it lacks {min(missing)}")
+
+
+def _read_agents(crowd: Crowd, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """All agents' weights, joined."""
+    _refuse_another_crowd(crowd, folder)
+    paths = [folder / f"agent{agent}" / ADAPTER for agent in range(crowd.num_agents)]
+    for path in paths:
+        if reason := tensors.fault(path):
+            raise CheckpointError(f"{path} cannot be loaded: {reason}")
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
+        for name, parameter in crowd.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            saved = in_peft(name)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3's are split
+            for path, file in zip(paths, files, strict=True):
+                if saved not in file.keys():  # noqa: SIM118  # not a mapping
+                    raise CheckpointError(f"{path} does not fit the model: it lacks {saved}")
+                found = file.get_slice(saved).get_shape()
+                if found != list(shape[1:]):
+                    raise CheckpointError(
+                        f"{path} does not fit the model: {saved} is {found}, expected "
+                        f"{list(shape[1:])}"
+                    )
+            yield name, torch.stack([file.get_tensor(saved) for file in files])
+
+
+def _refuse_another_crowd(crowd: Crowd, folder: Path) -> None:
+    """CheckpointError if `folder` holds no crowd, or one of other agents; the names that differ."""
+    told = crowd_meta(folder)
+    given = crowd.described()
+    other = [
+        f"{key}: saved with {told[key]}, found {given[key]}"
+        for key in ("num_agents", "r", "lora_alpha", "target_modules")
+        if told[key] != given[key]
+    ]
+    if other:
+        raise CheckpointError(f"{folder} holds another crowd:\n  " + "\n  ".join(other))
+
+
+def crowd_meta(folder: Path) -> dict[str, Any]:
+    """What `save` told about the crowd in `folder`. CheckpointError if it holds none."""
+    path = folder / META
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        whole = isinstance(told["num_agents"], int) and isinstance(told["concentration"], list)
+        whole = whole and len(told["concentration"]) == told["num_agents"] > 0
+        whole = whole and all(0 < float(each) < math.inf for each in told["concentration"])
+        whole = whole and all(key in told for key in ("r", "lora_alpha", "target_modules", "base"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or repr(error)
+        raise CheckpointError(f"{path}: expected a crowd's description: {reason}") from None
+    if not whole:
+        raise CheckpointError(f"{path} is not what a run writes")
+    return told
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -123,11 +192,15 @@ def load_tuned(
     mode = config.tuning.mode
     if mode == "full":
         return load_base(saved, mode, precision, device).eval(), tokenizer
-    _refuse_another_base(folder, config.model)
+    crowded = config.crowd.num_agents > 0
+    _refuse_another_base(folder / "agent0" if crowded else folder, config.model)
     base = load_base(config.model, mode if quantised else "lora", precision, device)
     # By the configuration, as in training: adapter_config.json can name modules to be imported.
-    adapted = add_adapters(base, config.tuning)
-    _refuse_another_shape(folder, adapted)
+    adapted = add_adapters(base, config.tuning, config.crowd)
+    if isinstance(adapted, Crowd):
+        adapted.concentration = tuple(map(float, crowd_meta(folder)["concentration"]))
+    else:
+        _refuse_another_shape(folder, adapted)
     load_weights(adapted, folder)
     return adapted.eval(), tokenizer
 

@@ -90,7 +90,7 @@ def _skeleton(config: Config, depth: int | None = None) -> nn.Module:
         )
     if config.tuning.mode == "full":
         return base
-    return add_adapters(base.requires_grad_(False), config.tuning)
+    return add_adapters(base.requires_grad_(False), config.tuning, config.crowd)
 
 
 def _key(config: Config, **train: Any) -> str:
@@ -98,6 +98,7 @@ def _key(config: Config, **train: Any) -> str:
     values = {
         "model": config.model,
         "tuning": config.tuning,
+        "crowd": config.crowd,
         "data": {"train_path": "none"},
         "train": {"output_dir": "none", **train},
     }

@@ -48,6 +48,7 @@ from sft.processes import (
     resolve_precision,
     start_processes,
 )
+from sft.tasks import make_task
 
 
 def train(config: Config) -> None:
@@ -101,7 +102,7 @@ def _run(
     if budget != planned.budget:
         planned = plan.replanned(planned, resolved, prepared, machine, budget)
         resolved = _with_budget(resolved, planned, log)
-    task = finetune.FineTune(resolved, prepared, model, accelerator, log, budget, guard)
+    task = make_task(resolved, prepared, model, accelerator, log, budget, guard)
     engine = Engine(task, resolved.train, accelerator, log, budget)
     engine.guard = guard
     planned, measured = _confirmed(planned, resolved, prepared, machine, engine)
@@ -119,6 +120,7 @@ def _run(
     engine.run()
     training_seconds = time.perf_counter() - training_started
     with engine.preemptible():
+        task.finish(engine.model)
         path = folder / "evaluation" / "predictions.jsonl"
         tuned = _results(task, engine.model, path, f"{engine.digest()} {planned.precision}")
     log.log(engine.step, {f"eval/{name}": value for name, value in tuned["metrics"].items()})
@@ -206,7 +208,7 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
             planned = plan_together(config, prepared, hardware.detect(folder), accelerator)
             model, _ = export.load_tuned(folder, config, planned.precision, accelerator.device)
             budget = finetune.usable_budget(planned.budget, "auto", model, accelerator.device, log)
-            task = finetune.FineTune(config, prepared, model, accelerator, log, budget, guard)
+            task = make_task(config, prepared, model, accelerator, log, budget, guard)
             path = out / "predictions.jsonl"
             manifest = checkpoint.sha256(folder / "final_checkpoint" / checkpoint.MANIFEST)
             results = _results(task, model, path, f"{manifest} {planned.precision}")
