@@ -48,6 +48,7 @@ LAYERS = {
     "compare": 3,
     "classification": 3.1,  # works as infer does
     "finetune": 3,
+    "crowd": 3,
     "merge": 3,
     "rehearsal": 3.5,  # runs a step of the task
     "memory": 3.6,  # predicts from rehearsals
