@@ -316,6 +316,8 @@ class Crowd(Section):
     """Dirichlet weights of the agents in an answer: their expectation, drawn, or fitted."""
     concentration: Positive = 1.0
     """Of the symmetric Dirichlet distribution, for each agent; `learned` replaces it."""
+    agent: CountOrZero | None = None
+    """Use this agent alone, by number from 0 (evaluate, merge). None: all of them."""
     fit_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the training rows kept from training for `learned` to be fitted on."""
 
@@ -408,6 +410,11 @@ RULES = [
         "agents are LoRA adapters on a frozen base: set tuning.mode: lora or qlora",
     ),
     Rule(
+        ("crowd.agent", "crowd.num_agents"),
+        lambda agent, number: agent is not None and 0 < number <= agent,
+        "is no agent of this crowd: give 0 to crowd.num_agents - 1",
+    ),
+    Rule(
         ("crowd.layer", "crowd.representation"),
         lambda layer, representation: layer != -1 and representation == "logits",
         "is only read with crowd.representation: hidden; set that, or remove this key",
@@ -422,14 +429,10 @@ RULES = [
         lambda value, kind: value != Crowd().concentration and kind != "sampled",
         "is only read with crowd.aggregator: sampled; set that, or remove this key",
     ),
-    *(
-        Rule(
-            (f"crowd.{key}", "crowd.num_agents"),
-            lambda value, agents, default=field.default: agents == 0 and value != default,
-            "is only read with crowd.num_agents; set that, or remove this key",
-        )
-        for key, field in Crowd.model_fields.items()
-        if key != "num_agents"
+    Rule(
+        tuple(f"crowd.{key}" for key in Crowd.model_fields),  # num_agents is the first
+        lambda agents, *others: agents == 0 and [*others] != [*Crowd().model_dump().values()][1:],
+        "there is no crowd whose other keys could be read; set it, or remove them",
     ),
     *(
         Rule(

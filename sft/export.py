@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from sft import checkpoint, tensors
 from sft.checkpoint import CheckpointError
 from sft.config import Config, Model, Tuning, UserError, load_config
+from sft.config import Crowd as Crowded
 from sft.crowd.agents import WEIGHTS as ADAPTER
 from sft.crowd.agents import Crowd, in_peft
 from sft.model import ModelError, add_adapters, load_base, load_tokenizer, weights_sha256
@@ -186,6 +187,8 @@ def load_tuned(
     weights instead. `weights`: another checkpoint than the final one.
     """
     folder = weights or run / "final_checkpoint"
+    if config.crowd.agent is not None:
+        folder, config = folder / f"agent{config.crowd.agent}", alone(config)
     own = {"name": str(folder), "revision": None, "init": "pretrained"}
     saved = config.model.model_copy(update=own)
     tokenizer = load_tokenizer(saved)
@@ -203,6 +206,11 @@ def load_tuned(
         _refuse_another_shape(folder, adapted)
     load_weights(adapted, folder)
     return adapted.eval(), tokenizer
+
+
+def alone(config: Config) -> Config:
+    """That of one agent of a crowd by itself: an adapter like any other."""
+    return config.model_copy(update={"crowd": Crowded()})
 
 
 def _refuse_another_shape(folder: Path, adapted: Any) -> None:

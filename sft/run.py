@@ -55,6 +55,8 @@ def train(config: Config) -> None:
     """Runs `config` in this process group."""
     check_launch(config.train)
     _check_wandb(config)
+    if config.crowd.agent is not None:
+        raise UserError("crowd.agent: all agents of a crowd are trained; remove it")
     train = config.train
     with Guard(Path(train.output_dir), train.stall_timeout) as guard:
         found = _open_folder(train, guard) if guard.is_first else None

@@ -11,4 +11,6 @@ from sft.finetune import FineTune
 
 def make_task(config: Config, *args: Any) -> FineTune:
     """`args` as FineTune takes them."""
-    return (CrowdTune if config.crowd.num_agents else FineTune)(config, *args)
+    crowd = config.crowd
+    whole = crowd.num_agents and crowd.agent is None
+    return (CrowdTune if whole else FineTune)(config, *args)

@@ -248,6 +248,15 @@ BREAKS = [  # one for each of RULES, in order: overrides that break it, and one 
     (["data.system_prompt=Be kind."], "data.system=prepend"),
     (["evaluation.metrics=[classification]"], "evaluation.labels=[yes, no]"),
     (["evaluation.labels=[yes, no]"], "evaluation.metrics=[classification]"),
+    (["crowd.num_agents=2", "tuning.mode=full"], "tuning.mode=qlora"),
+    (["crowd.num_agents=2", "crowd.agent=2"], "crowd.agent=1"),
+    (
+        ["crowd.num_agents=2", "crowd.layer=0", "crowd.representation=logits"],
+        "crowd.representation=hidden",
+    ),
+    (["crowd.num_agents=2", "crowd.fit_fraction=0.1"], "crowd.aggregator=learned"),
+    (["crowd.num_agents=2", "crowd.concentration=2"], "crowd.aggregator=sampled"),
+    (["crowd.lambda_sw=0.5"], "crowd.num_agents=2"),
     (["train.output_dir=a/../../b"], "train.output_dir=a/b..c"),
     (["classify.output_dir=a/../../b"], "classify.output_dir=a/b..c"),
 ]

@@ -10,6 +10,7 @@ alone.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ class Crowd(nn.Module):
             parent, _, last = name.rpartition(".")
             agents = AgentsLinear(layer, self.num_agents, settings.dropconnect)
             setattr(self.base.get_submodule(parent), last, agents)
+        self.known = inspect.signature(self.base.forward).parameters
         self.config = self.base.config
         self.generation_config = getattr(self.base, "generation_config", None)
 
@@ -96,8 +98,11 @@ class Crowd(nn.Module):
     ) -> Any:
         """As the base's with K times the rows: input_ids (B, T) -> logits (K * B, T, V)."""
         tensors = {"attention_mask": attention_mask, "position_ids": position_ids}
-        options = {name: self._repeated(each) for name, each in tensors.items() if each is not None}
-        if logits_to_keep:
+        given = {name: each for name, each in tensors.items() if each is not None}
+        options: dict[str, Any] = {
+            name: self._repeated(each) for name, each in given.items() if name in self.known
+        }
+        if logits_to_keep and "logits_to_keep" in self.known:
             options["logits_to_keep"] = logits_to_keep
         return self.base(
             input_ids=self._repeated(input_ids),

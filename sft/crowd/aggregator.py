@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -25,9 +24,8 @@ from sft.config import Generation, UserError, did_you_mean, generation
 Kind = Literal["uniform", "sampled", "learned"]
 GAP = 1e-6  # nats per token that fitted weights may be below the best ones
 ITERATIONS = 1000  # of EM at most: then they are log(K) / 1000 below at the worst
-DRAWS = 256  # of weights, that stand for a Dirichlet distribution
-FLOOR = 1e-300  # of drawn weights: a smaller one changes no sum that it is in, 0 has no logarithm
-TOTALS = 10 ** (np.arange(-12, 17) / 4)  # concentrations that are tried, per agent: 0.001 to 10,000
+DRAWS = 256  # of weights, that stand for their distribution
+TOTALS = 10 ** (np.arange(-8, 17) / 4)  # per agent, 0.01 to 10,000: below, few draws mix agents
 CHUNK = 2**22  # likelihoods of tokens under drawn weights at once: 32 MiB
 BINS = 15  # of confidence, as in Guo et al. 2017
 
@@ -37,7 +35,7 @@ class AggregatorError(UserError):
 
 
 def mix(log_probs: Tensor, weights: Tensor) -> Tensor:
-    """Log probabilities (K, *, V) and weights (K,), (K, B) or (K, *) -> those of the mixture (*, V).
+    """Log probabilities (K, *, V) -> those of the mixture (*, V); weights (K,), (K, B) or (K, *).
 
     fp32, or fp64 if it is given. A weight of 0 leaves an agent out whatever it says, and what all
     others find impossible (-inf) is so.
@@ -67,9 +65,8 @@ class Aggregator:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            known = ", ".join(get_args(Kind))
             raise AggregatorError(
-                f"aggregator: expected one of {known}, found {self.kind!r}"
+                f"aggregator: expected one of {', '.join(get_args(Kind))}, found {self.kind!r}; "
                 f"{did_you_mean(str(self.kind), get_args(Kind))}"
             )
         numbers = self.concentration
@@ -99,6 +96,11 @@ class Aggregator:
     def _random(self, prompt: list[int]) -> np.random.Generator:
         digest = hashlib.sha256(np.array(prompt, dtype="<i8").tobytes()).digest()
         return np.random.default_rng([self.seed, *np.frombuffer(digest, dtype="<u4").tolist()])
+
+
+def aggregator_of(crowd: Any) -> Aggregator:
+    """The one that a crowd was built, or loaded, with."""
+    return Aggregator(crowd.aggregator, crowd.concentration)
 
 
 def fit(log_likelihoods: Tensor, answers: Tensor) -> tuple[float, ...]:
@@ -160,7 +162,7 @@ def _fit_mean(scaled: Tensor) -> Tensor:
 def _whole(scaled: Tensor, which: Tensor, concentration: np.ndarray) -> float:
     """Log likelihood of all answers, each with weights of its own from this Dirichlet."""
     drawn = np.random.default_rng(0).dirichlet(concentration, DRAWS)
-    weights = torch.from_numpy(drawn).clamp(min=FLOOR).T  # (K, draws)
+    weights = torch.from_numpy(drawn).T  # (K, draws)
     number = int(which.max()) + 1 if len(which) else 0
     sums = torch.zeros(number, DRAWS, dtype=torch.float64)
     for some, theirs in zip(_chunks(scaled), _chunks(which), strict=True):
@@ -198,10 +200,10 @@ class Mixture(nn.Module):
         number = len(aggregator.concentration)
         if number != crowd.num_agents:
             raise AggregatorError(
-                f"aggregator: expected a concentration for each of {crowd.num_agents} agents, found "
-                f"{number}; take the aggregator that was saved or fitted with this crowd"
+                f"aggregator: expected a concentration for each of {crowd.num_agents} agents, "
+                f"found {number}; take the aggregator that was saved or fitted with this crowd"
             )
-        self.crowd, self.aggregator = crowd, aggregator
+        self.crowd, self.aggregator, self.num_agents = crowd, aggregator, number
 
     @property
     def config(self) -> Any:
@@ -234,21 +236,21 @@ class Mixture(nn.Module):
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=past.agents if past else None,
+            past_key_values=None if past is None else past.agents,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
         )
         logits = output.logits.unflatten(0, (self.crowd.num_agents, len(input_ids)))
         precision = torch.promote_types(logits.dtype, torch.float32)
         log_probs = logits.log_softmax(-1, dtype=precision)  # (K, B, kept, V)
-        if past:
-            weights = past.weights
-        else:
+        if past is None:
             weights = self.aggregator.drawn(_shown(input_ids, attention_mask)).to(log_probs)
+        else:
+            weights = past.weights
         cache = output.past_key_values
         return CausalLMOutputWithPast(
             logits=mix(log_probs, weights),
-            past_key_values=None if cache is None else MixtureCache(cache, weights),
+            past_key_values=None if cache is None else MixtureCache(cache, weights),  # type: ignore[arg-type]
         )
 
     def generate(
@@ -298,8 +300,8 @@ def _conventions(own: Any, options: dict[str, Any]) -> tuple[Generation, list[in
     """(settings, tokens that end an answer, pad id) from options of transformers."""
     for name in options.keys() - DEFAULTS.keys():
         raise AggregatorError(
-            f"generate: expected {', '.join(DEFAULTS)}, found {name}"
-            f"{did_you_mean(name, list(DEFAULTS))}; a mixture is asked with these alone"
+            f"generate: expected options that a mixture takes, found {name}; "
+            f"{did_you_mean(name, list(DEFAULTS))}"
         )
     said = {name: getattr(own, name, None) for name in DEFAULTS}
     values = DEFAULTS | {name: value for name, value in said.items() if value is not None} | options
@@ -349,18 +351,3 @@ def calibration_error(sums: Tensor) -> float:
     averaged over predictions. 0 without any."""
     number, confidence, correct = sums.unbind(1)
     return float((confidence - correct).abs().sum() / number.sum().clamp(min=1))
-
-
-def disagreement_sums(log_probs: Tensor) -> Tensor:
-    """Agents' log probabilities (or logits) (K, T, V) -> (2,), fp64: over pairs of agents and
-    tokens, how often their most likely tokens differ, and how many there are."""
-    said = log_probs.argmax(-1)  # (K, T)
-    pairs = list(combinations(said, 2))
-    differ = sum(int((one != other).sum()) for one, other in pairs)
-    numbers = [differ, len(pairs) * said.shape[1]]
-    return torch.tensor(numbers, dtype=torch.float64, device=log_probs.device)
-
-
-def disagreement(sums: Tensor) -> float:
-    """Mean over pairs of the share of tokens that they would say differently. 0 without any."""
-    return float(sums[0] / sums[1].clamp(min=1))

@@ -23,7 +23,7 @@ from sft import batching, evaluate
 from sft.chat import IGNORED
 from sft.config import Crowd as Settings
 from sft.crowd.agents import Crowd
-from sft.crowd.aggregator import Aggregator, Mixture, fit, mix
+from sft.crowd.aggregator import Aggregator, Mixture, aggregator_of, fit, mix
 from sft.crowd.diversity import directions, disagreement, diversity, normalised
 from sft.finetune import FineTune
 from sft.model import SupervisedHead
@@ -189,8 +189,7 @@ class CrowdTune(FineTune):
 
     @property
     def aggregator(self) -> Aggregator:
-        made = self.settings
-        return Aggregator(made.aggregator, self.model.concentration, self.config.train.seed)
+        return aggregator_of(self.model)
 
     def answering(self, model: nn.Module) -> nn.Module:
         return Mixture(super().answering(model), self.aggregator)
