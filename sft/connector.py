@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft import audit, batching, chat, checkpoint, evaluate, export, formats, generate, model
 from sft.config import Config, Generation, Model, Train, UserError, generation, load_config
-from sft.crowd.agents import Crowd
+from sft.crowd.agents import Agents
 from sft.crowd.aggregator import Mixture, aggregator_of
 from sft.data import BadRow, Row
 from sft.evaluate import Question, Speaker
@@ -420,7 +420,7 @@ def _open_model(
 
 def _speaker(built: nn.Module, tokenizer: PreTrainedTokenizerBase, *of: str) -> Speaker:
     tokenizer = chat.prepare_tokenizer(tokenizer)
-    if isinstance(built, Crowd):
+    if isinstance(built, Agents):
         built = Mixture(built, aggregator_of(built)).eval()
     stop = generate.stop_ids(tokenizer, built.generation_config)
     written = audit.tokenizer_sha256(tokenizer), tokenizer.get_chat_template()

@@ -20,10 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sft import checkpoint, tensors
 from sft.checkpoint import CheckpointError
-from sft.config import Config, Model, Tuning, UserError, load_config
-from sft.config import Crowd as Crowded
+from sft.config import Config, Crowd, Model, Tuning, UserError, load_config
 from sft.crowd.agents import WEIGHTS as ADAPTER
-from sft.crowd.agents import Crowd, in_peft
+from sft.crowd.agents import Agents, in_peft
 from sft.model import ModelError, add_adapters, load_base, load_tokenizer, weights_sha256
 
 BASE = "base.json"  # beside an adapter: what it was trained on
@@ -47,14 +46,14 @@ def save(
     `base`: what an adapter belongs to; `load_tuned` refuses another.
     """
     model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
-    agents = sorted(folder.glob("agent*")) if isinstance(model, Crowd) else []
+    agents = sorted(folder.glob("agent*")) if isinstance(model, Agents) else []
     for place in [folder, *agents]:
         tokenizer.save_pretrained(str(place))
     if base is not None:
         told = {"name": base.name, "weights_sha256": weights_sha256(base)}
         for place in agents or [folder]:
             (place / BASE).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
-        if isinstance(model, Crowd):
+        if isinstance(model, Agents):
             meta = json.dumps({**model.described(), "base": told}, indent=2)
             (folder / META).write_text(meta + "\n", "utf-8")
     config = folder / "config.json"
@@ -68,7 +67,7 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
 
     Raises CheckpointError if one that is trained is missing or has another shape.
     """
-    if isinstance(model, Crowd):
+    if isinstance(model, Agents):
         yield from _read_agents(model, folder)
         return
     known = dict(model.named_parameters())
@@ -94,7 +93,7 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
         raise CheckpointError(f"{folder} does not fit the model: it lacks {min(missing)}")
 
 
-def _read_agents(crowd: Crowd, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_agents(crowd: Agents, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """All agents' weights, joined."""
     _refuse_another_crowd(crowd, folder)
     paths = [folder / f"agent{agent}" / ADAPTER for agent in range(crowd.num_agents)]
@@ -120,7 +119,7 @@ def _read_agents(crowd: Crowd, folder: Path) -> Iterator[tuple[str, torch.Tensor
             yield name, torch.stack([file.get_tensor(saved) for file in files])
 
 
-def _refuse_another_crowd(crowd: Crowd, folder: Path) -> None:
+def _refuse_another_crowd(crowd: Agents, folder: Path) -> None:
     """CheckpointError if `folder` holds no crowd, or one of other agents; the names that differ."""
     told = crowd_meta(folder)
     given = crowd.described()
@@ -200,7 +199,7 @@ def load_tuned(
     base = load_base(config.model, mode if quantised else "lora", precision, device)
     # By the configuration, as in training: adapter_config.json can name modules to be imported.
     adapted = add_adapters(base, config.tuning, config.crowd)
-    if isinstance(adapted, Crowd):
+    if isinstance(adapted, Agents):
         adapted.concentration = tuple(map(float, crowd_meta(folder)["concentration"]))
     else:
         _refuse_another_shape(folder, adapted)
@@ -210,7 +209,7 @@ def load_tuned(
 
 def alone(config: Config) -> Config:
     """That of one agent of a crowd by itself: an adapter like any other."""
-    return config.model_copy(update={"crowd": Crowded()})
+    return config.model_copy(update={"crowd": Crowd()})
 
 
 def _refuse_another_shape(folder: Path, adapted: Any) -> None:

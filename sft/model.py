@@ -29,9 +29,8 @@ from transformers import (
 from transformers.utils import cached_file
 
 from sft import tensors
-from sft.config import Config, Model, Tuning, UserError
-from sft.config import Crowd as Settings
-from sft.crowd.agents import Crowd
+from sft.config import Config, Crowd, Model, Tuning, UserError
+from sft.crowd.agents import Agents
 
 SEEN = 4096  # bytes at both ends of a tensor that the digest of a model sees
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -257,7 +256,7 @@ def keep_nf4_trainable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def add_adapters(base: nn.Module, tuning: Tuning, crowd: Settings | None = None) -> nn.Module:
+def add_adapters(base: nn.Module, tuning: Tuning, crowd: Crowd | None = None) -> nn.Module:
     """`base` with one adapter, as PEFT makes it; or with those of the agents of a crowd."""
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -280,7 +279,7 @@ def add_adapters(base: nn.Module, tuning: Tuning, crowd: Settings | None = None)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return Crowd(model, crowd) if crowd and crowd.num_agents else model
+    return Agents(model, crowd) if crowd and crowd.num_agents else model
 
 
 def _is_linear(module: nn.Module) -> bool:

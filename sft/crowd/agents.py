@@ -3,7 +3,7 @@
 Every row goes through the base K times, once for each agent, in one batch: row k * B + b is example
 b as agent k sees it. The frozen weights are read (and, in NF4, dequantised) once for K times the
 rows, and the adapters of all agents are one batched low-rank product per layer (`AgentsLinear`).
-`Crowd` answers as a transformers model with K * B rows; agents are saved as PEFT folders that load
+`Agents` answers as a transformers model with K * B rows; agents are saved as PEFT folders that load
 alone.
 """
 
@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
-from sft.config import Crowd as Settings
+from sft.config import Crowd
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -66,12 +66,12 @@ class AgentsLinear(nn.Module):
         return (flat + torch.bmm(low, b.mT).to(y.dtype)).view(y.shape)
 
 
-class Crowd(nn.Module):
+class Agents(nn.Module):
     """A base whose adapted layers hold K agents. `adapted`: the base as PEFT has adapted it."""
 
     num_agents: int
 
-    def __init__(self, adapted: Any, settings: Settings):
+    def __init__(self, adapted: Any, settings: Crowd):
         super().__init__()
         self.num_agents = settings.num_agents
         self.aggregator = settings.aggregator

@@ -21,8 +21,8 @@ from torch import nn
 
 from sft import batching, evaluate
 from sft.chat import IGNORED
-from sft.config import Crowd as Settings
-from sft.crowd.agents import Crowd
+from sft.config import Crowd
+from sft.crowd.agents import Agents
 from sft.crowd.aggregator import Aggregator, Mixture, aggregator_of, fit, mix
 from sft.crowd.diversity import directions, disagreement, diversity, normalised
 from sft.finetune import FineTune
@@ -36,7 +36,7 @@ class Reader:
     way: what layer `crowd.layer` gives, or the logits, at supervised positions (those whose next
     token is supervised): the last of each example, the first, or their mean."""
 
-    def __init__(self, built: Crowd, head: SupervisedHead, settings: Settings):
+    def __init__(self, built: Agents, head: SupervisedHead, settings: Crowd):
         self.head, self.settings = head, settings
         self.states: torch.Tensor | None = None  # (agents * supervised, d)
         layers = repeated_layers(built)
@@ -90,7 +90,7 @@ class Survey:
 class CrowdTune(FineTune):
     """The engine's Task for a crowd (see engine.Task for what each method owes)."""
 
-    model: Crowd
+    model: Agents
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
