@@ -399,9 +399,10 @@ def _closing(
         ("in all", duration(measured["total_seconds"])),
         ("results", f"{folder}/ (evaluation/metrics.json, final_checkpoint/)"),
     ]
+    alone = " AGENT=0" if config.crowd.num_agents else ""
     commands = {
         f"make infer RUN={folder}": "talk to it",
-        f"make merge RUN={folder}": "one model without adapters",
+        f"make merge RUN={folder}{alone}": "one model without adapters",
         "make tensorboard": "look at the curves",
     }
     if config.tuning.mode == "full":
