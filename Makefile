@@ -113,7 +113,7 @@ tb-stop: $(READY) ## Stop the TensorBoard that was started here, and no other
 	@$(BIN)/python scripts/tensorboard_server.py stop --logdir outputs
 
 ##@ Use
-evaluate: $(READY) ## Held-out loss and scored answers of a finished run [RUN=outputs/nano] [NUM_PROCESSES=2] [AGENT=0]
+evaluate: $(READY) ## Held-out loss and scored answers of a run [RUN=outputs/nano] [AGENT=0] [NUM_PROCESSES=2]
 	@$(BIN)/python scripts/evaluate.py --run $(RUN) $(if $(AGENT),--name agent$(AGENT) crowd.agent=$(AGENT)) $(ARGS)
 
 eval-quick: $(READY) ## Held-out loss, and scored answers to the first 32 rows
