@@ -61,8 +61,13 @@ def blocks(size: int, step: int | None = None) -> Iterator[slice]:
     step = step or BLOCK
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))
-        for each in list(_maps):
-            each.madvise(mmap.MADV_DONTNEED)
+        give_back()
+
+
+def give_back() -> None:
+    """Takes what all arrays have mapped out of this process's memory, until it is used again."""
+    for each in list(_maps):
+        each.madvise(mmap.MADV_DONTNEED)
 
 
 class Scratch:

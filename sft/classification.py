@@ -7,9 +7,9 @@ the same strategy before: both differences are paired ones, on the same examples
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from sft import compare, labels
 from sft.config import Classify, Config
-from sft.evaluate import Question
+from sft.evaluate import Question, groups_table
 from sft.infer import at_work
 from sft.labels import Example
 from sft.log import Log, facts, visible, write_json
@@ -34,7 +34,6 @@ class Scored:
     """Answers read as labels. `right`: 1 or 0 of each example, in their order."""
 
     tally: Tally
-    groups: dict[str, Tally]
     right: list[float]
     num_failed: int
     num_errors: int  # among these: could not be asked
@@ -93,16 +92,13 @@ def _questions(settings: Classify, name: str, examples: list[Example]) -> Iterat
 
 def score(path: Path, known: list[str]) -> Scored:
     """Scores a finished file of predictions."""
-    tally = Tally([METRIC], known)
-    groups: dict[str, Tally] = defaultdict(lambda: Tally([METRIC], known))
-    right, num_errors = [], 0
+    tally, right, num_errors = Tally([METRIC], known), [], 0
     for record in read(path):
-        num_errors += record["answer"] is None
-        own = [tally, *([groups[record["group"]]] if "group" in record else [])]
-        for each in own:
-            scores = each.add(record["index"], record["answer"], record["reference"])
+        answer = record["answer"]
+        num_errors += answer is None
+        scores = tally.add(record["index"], answer, record["reference"], group=record.get("group"))
         right.append(scores[METRIC])
-    return Scored(tally, dict(groups), right, _failures(tally), num_errors)
+    return Scored(tally, right, _failures(tally), num_errors)
 
 
 def always(label: str, path: Path, known: list[str]) -> tuple[Tally, list[float]]:
@@ -120,23 +116,15 @@ def paired(a: tuple[Tally, list[float]], b: tuple[Tally, list[float]]) -> dict[s
 
 def report(scored: Scored) -> dict[str, Any]:
     """What metrics.json says of a strategy."""
+    found = scored.tally.report()
+    for name, own in found.get("groups", {}).items():
+        own["num_failed"] = _failures(scored.tally.groups[name])
     return {
-        "num_examples": len(scored.right),
         "num_failed": scored.num_failed,
         "share_failed": scored.share_failed,
         "num_errors": scored.num_errors,
-        **_numbers(scored.tally),
-        "confusion": scored.tally.confusion(),
-        "groups": {
-            name: {"num_examples": tally.num_examples, "num_failed": _failures(tally)}
-            | _numbers(tally)
-            for name, tally in sorted(scored.groups.items())
-        },
+        **found,
     }
-
-
-def _numbers(tally: Tally) -> dict[str, Any]:
-    return {"metrics": tally.values(), "intervals": tally.intervals()}
 
 
 def _failures(tally: Tally) -> int:
@@ -165,7 +153,7 @@ def _tell(settings: Classify, folder: Path, names: list[str], usual: str, log: L
     constant = always(usual, folder / names[0] / "predictions.jsonl", settings.labels)
     against = {name: paired(constant, (each.tally, each.right)) for name, each in found.items()}
     for name, each in found.items():
-        majority = {"label": usual, **_numbers(constant[0])}
+        majority = {"label": usual, **constant[0].report()}
         values = {"strategy": name, "part": settings.part, **report(each), "majority": majority}
         values["against_majority"] = {key: vars(each) for key, each in against[name].items()}
         write_json(folder / name / "metrics.json", values)
@@ -227,17 +215,13 @@ def _shown(tally: Tally) -> Iterator[str]:
 
 def _groups_table(column: str, found: dict[str, Scored]) -> Table:
     """Accuracy, and failures where there are any, of each group."""
-    table = Table(title=f"Accuracy by {column} (failed)", title_justify="left")
-    table.add_column(column, overflow="fold")
-    table.add_column("examples", justify="right")
-    for name in found:
-        table.add_column(name, justify="right")
-    first = next(iter(found.values()))
-    for group, tally in sorted(first.groups.items()):
-        cells = []
-        for each in found.values():
-            failures = _failures(each.groups[group])
-            value = each.groups[group].values()["accuracy"]
-            cells.append(f"{value:.2f}" + (f" ({failures:,})" if failures else ""))
-        table.add_row(Text(visible(group)), f"{tally.num_examples:,}", *cells)
-    return table
+
+    def cell(groups: dict[str, Tally], group: str) -> str:
+        failures = _failures(groups[group])
+        value = groups[group].values()["accuracy"]
+        return f"{value:.2f}" + (f" ({failures:,})" if failures else "")
+
+    first = next(iter(found.values())).tally.groups
+    sizes = {name: tally.num_examples for name, tally in sorted(first.items())}
+    cells = {name: partial(cell, each.tally.groups) for name, each in found.items()}
+    return groups_table(f"Accuracy by {column} (failed)", column, sizes, cells)

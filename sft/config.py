@@ -234,6 +234,8 @@ class Evaluation(Section):
     """Scores of the answers, each with a 95 % interval (sft/metrics.py defines them)."""
     labels: Texts | None = None
     """Labels of the answers for `classification`; an answer that is none of them has failed."""
+    group: Text | None = None
+    """Column of the rows, or a path such as `meta.kind`: scores are told for each of its values."""
 
 
 class Generation(Section):

@@ -11,7 +11,7 @@ of the data, every example once. Prompts are rendered as in training (law 3).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from sft.predictions import Predictions, Record, key_of, read
 from sft.processes import resolve_precision, start_processes
 
 Quantization = Literal["nf4"] | None
+ENGINES = {"batches": None, "continuous": generate.decode_continuously}
 PRECISIONS: dict[str, Any] = {"bf16": "bf16", "no": "fp32", "fp32": "fp32", "auto": "auto"}
 
 
@@ -94,7 +95,8 @@ class AccelerateConnector:
     `adapter`: folder of a LoRA adapter for it. `quantization`: `nf4`; None: as it was trained.
     `mixed_precision`: `bf16`, `no` (fp32), or `auto`, as in training. `batch_size`: prompts at once
     on each process.
-    `cache_dir`: where a hub id is downloaded to.
+    `cache_dir`: where a hub id is downloaded to. `engine`: how `complete_batch` and `answer` write,
+    `batches` of ours or the `continuous` batching of transformers (greedy only).
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class AccelerateConnector:
         adapter: str | Path | None = None,
         quantization: Quantization = None,
         *,
+        engine: Literal["batches", "continuous"] = "batches",
         log: Log | None = None,
         between: Callable[[], None] = lambda: None,
     ):
@@ -113,14 +116,14 @@ class AccelerateConnector:
             ("batch_size", batch_size, ("auto",)),
             ("mixed_precision", mixed_precision, tuple(PRECISIONS)),
             ("quantization", quantization, (None, "nf4")),
+            ("engine", engine, tuple(ENGINES)),
         ):
             counts = name == "batch_size" and type(value) is int and value > 0
             if value not in known and not counts:
                 more = " or a number above 0" if name == "batch_size" else ""
                 expected = " or ".join(map(repr, known))
                 raise UserError(f"{name}: expected {expected}{more}, found {value!r}")
-        self.model_name, self.adapter = str(model_name), str(adapter) if adapter else None
-        self.quantization, self.cache_dir = quantization, cache_dir
+        self.model_name, self.engine = str(model_name), engine
         self.rows = None if batch_size == "auto" else batch_size
         train = Train(output_dir="outputs/connector", precision=PRECISIONS[mixed_precision])
         self.precision, _ = resolve_precision(train)
@@ -133,6 +136,14 @@ class AccelerateConnector:
                 f"mixed_precision: {mixed_precision} is not what this process computes in since "
                 "its first connector; give both the same"
             ) from None
+        self._opening = Opening(
+            self.model_name,
+            str(adapter) if adapter else None,
+            quantization,
+            cache_dir,
+            self.precision,
+            self.accelerator.device,
+        )
         self.log = log or (Screen() if self.is_main_process else Log(None))
         self.between = between
         self._speaker: Speaker | None = None
@@ -156,14 +167,8 @@ class AccelerateConnector:
         """The model and its tokenizer, loaded at the first call. Collective."""
         if self._speaker is None:
             with self.accelerator.local_main_process_first():  # one download for this machine
-                self._speaker = open_speaker(
-                    self.model_name,
-                    self.adapter,
-                    self.quantization,
-                    self.cache_dir,
-                    self.precision,
-                    self.accelerator.device,
-                )
+                opened = open_speaker(self._opening)
+            self._speaker = replace(opened, decoder=ENGINES[self.engine])
             if self._speaker.tokenizer.chat_template == chat.DEFAULT_TEMPLATE:
                 self.log.say(f"{self.model_name} has no chat template: asked as User: / Assistant:")
         return self._speaker
@@ -206,7 +211,7 @@ class AccelerateConnector:
         if predictions is not None:
             self.answer(asked, Path(predictions), len(asked), **settings)
             return [Completion.of(record) for record in read(Path(predictions))]
-        speaker, how = self.load_model_once(), generation(settings)
+        speaker, how = self._asked(settings)
         held = Held()
         self._answer_all(speaker, asked, how, held, len(asked))
         found = gather_object(held.records) if self.num_processes > 1 else held.records
@@ -217,8 +222,15 @@ class AccelerateConnector:
         self, asked: Iterable[Question], path: Path, total: int | None = None, **settings: Any
     ) -> None:
         """Answers to a stream of questions into a file of predictions. Collective."""
-        speaker, how = self.load_model_once(), generation(settings)
+        speaker, how = self._asked(settings)
         self._answer_all(speaker, asked, how, Predictions(path), total)
+
+    def _asked(self, settings: dict[str, Any]) -> tuple[Speaker, Generation]:
+        """Who answers, and how; what cannot work is told before a model is loaded."""
+        how = generation(settings)
+        if self.engine == "continuous":
+            generate.check_continuous(how)
+        return self.load_model_once(), how
 
     def _answer_all(
         self,
@@ -353,16 +365,21 @@ class _Stream:
 # --- what can be opened --------------------------------------------------------------------------
 
 
-def open_speaker(
-    name: str,
-    adapter: str | None,
-    quantization: Quantization,
-    cache_dir: str | Path | None,
-    precision: str,
-    device: torch.device,
-) -> Speaker:
-    """The model that these name, ready to answer."""
-    folder = Path(name)
+@dataclass(frozen=True)
+class Opening:
+    """What is opened, and how: arguments of AccelerateConnector, and where it is to compute."""
+
+    name: str
+    adapter: str | None
+    quantization: Quantization
+    cache_dir: str | Path | None
+    precision: str
+    device: torch.device
+
+
+def open_speaker(asked: Opening) -> Speaker:
+    """The model that is named, ready to answer."""
+    folder = Path(asked.name)
     if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
         config, weights = export.run_config(folder), folder / "final_checkpoint"
     elif (folder / checkpoint.MANIFEST).exists() and (folder.parent / "config.yaml").exists():
@@ -370,44 +387,43 @@ def open_speaker(
             raise ExportError(f"{folder} cannot be trusted: {reason}")
         untrusting = ["model.trust_remote_code=false"]
         config, weights = load_config(folder.parent / "config.yaml", untrusting), folder
-    elif (folder / "adapter_config.json").exists() and adapter is None:
-        base = export.base_of(folder)
-        return open_speaker(base, name, quantization, cache_dir, precision, device)
+    elif (folder / "adapter_config.json").exists() and asked.adapter is None:
+        return open_speaker(replace(asked, name=export.base_of(folder), adapter=asked.name))
     else:
-        return _open_model(name, adapter, quantization, cache_dir, precision, device)
-    if adapter is not None:
+        return _open_model(asked)
+    return _open_run(asked, config, weights)
+
+
+def _open_run(asked: Opening, config: Config, weights: Path) -> Speaker:
+    """A run, or one of its checkpoints, as it was trained."""
+    name = asked.name
+    if asked.adapter is not None:
         raise ExportError(f"{name} is a run with weights of its own; give its base and the adapter")
-    if quantization and config.tuning.mode == "full":
+    if asked.quantization and config.tuning.mode == "full":
         raise ExportError(
             f"{name}: quantization: a run of full fine-tuning is used as it was trained; for NF4 "
             f"give its model, {weights}"
         )
-    if quantization:
-        config = config.model_copy(update={"tuning": _mode(config, "qlora")})
-    built, tokenizer = export.load_tuned(folder, config, precision, device, weights=weights)
+    if asked.quantization:
+        tuning = config.tuning.model_copy(update={"mode": "qlora"})
+        config = config.model_copy(update={"tuning": tuning})
+    built, tokenizer = export.load_tuned(
+        Path(name), config, asked.precision, asked.device, weights=weights
+    )
     of = checkpoint.sha256(weights / checkpoint.MANIFEST)
     base = model.fingerprint(config.model) if config.tuning.mode != "full" else ""
-    return _speaker(built, tokenizer, base, of, config.tuning.mode, precision)
+    return _speaker(built, tokenizer, base, of, config.tuning.mode, asked.precision)
 
 
-def _mode(config: Config, mode: str) -> Any:
-    return config.tuning.model_copy(update={"mode": mode})
-
-
-def _open_model(
-    name: str,
-    adapter: str | None,
-    quantization: Quantization,
-    cache_dir: str | Path | None,
-    precision: str,
-    device: torch.device,
-) -> Speaker:
-    if cache_dir is not None and not Path(name).exists():
-        name = _downloaded(name, Path(cache_dir))
+def _open_model(asked: Opening) -> Speaker:
+    """A model by itself, or with an adapter."""
+    name, adapter = asked.name, asked.adapter
+    if asked.cache_dir is not None and not Path(name).exists():
+        name = _downloaded(name, Path(asked.cache_dir))
     settings = Model(name=name)
-    mode = "qlora" if quantization else "lora"  # storage: NF4, or the compute dtype
+    mode = "qlora" if asked.quantization else "lora"  # storage: NF4, or the compute dtype
     tokenizer = model.load_tokenizer(settings)
-    base = model.load_base(settings, mode, precision, device)
+    base = model.load_base(settings, mode, asked.precision, asked.device)
     of = ""
     if adapter is not None:
         base = export.with_adapter(base, settings, Path(adapter))
@@ -415,7 +431,7 @@ def _open_model(
         of = " ".join(checkpoint.sha256(Path(adapter) / name) for name in files)
         if (Path(adapter) / "tokenizer_config.json").exists():
             tokenizer = model.load_tokenizer(Model(name=adapter))
-    return _speaker(base.eval(), tokenizer, model.fingerprint(settings), of, mode, precision)
+    return _speaker(base.eval(), tokenizer, model.fingerprint(settings), of, mode, asked.precision)
 
 
 def _speaker(built: nn.Module, tokenizer: PreTrainedTokenizerBase, *of: str) -> Speaker:

@@ -27,11 +27,12 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 
 from sft.arrays import Scratch, blocks
-from sft.config import Data, UserError
+from sft.config import Data, UserError, did_you_mean
 from sft.formats import (
     TEXT,
     Messages,
     Tools,
+    column_of,
     normalise,
     parse_json,
     question,
@@ -40,6 +41,7 @@ from sft.formats import (
     with_columns,
     with_system,
 )
+from sft.metrics import text_of
 
 LONGEST = 64 << 20  # bytes of a line or of a document; what is longer is never held in memory
 SEPARATOR = b"<|endoftext|>"  # between the documents of a raw text
@@ -72,6 +74,7 @@ class Row:
     line: int  # where the row begins, from 1; index + 1 in a list or a table
     entry: int = 0  # which entry of a list of paths it came from
     format: str = ""
+    group: str | None = None  # what it has in the column that scores are told by; None: in none
 
     @property
     def place(self) -> str:
@@ -201,10 +204,12 @@ def read(
     columns: dict[str, str] | None = None,
     system: Literal["keep", "replace", "prepend"] = "keep",
     system_prompt: str | None = None,
+    group: str | None = None,
     asking: bool = False,
 ) -> Iterator[Row | BadRow]:
     """Every row of a file in its order, good or bad. Raises DataError if it cannot be read on.
 
+    `group`: the column that scores are told by; what a row has there is kept, as text.
     `asking`: rows are to be answered, so they need no answer (`formats.question`).
     """
     empty = True
@@ -217,7 +222,8 @@ def read(
             name = "" if asking else recognise(raw) if format == "auto" else format
             messages, tools = question(raw) if asking else normalise(raw, name)
             messages = with_system(messages, system, system_prompt)
-            yield Row(messages, tools, source.file, line, source.entry, name)
+            own = None if group is None else text_of(_in_column(value, group))
+            yield Row(messages, tools, source.file, line, source.entry, name, own)
         except (ValueError, RecursionError) as error:
             reason = _printable(reason_of(error), 400)
             yield BadRow(source.file, line, reason, excerpt_of(shown))
@@ -235,6 +241,33 @@ def read_raw(path: str | list[str]) -> Iterator[tuple[str, Any]]:
     for source in sources(path):
         for line, value, _ in _found(source, "auto"):
             yield f"{source.file}:{line}", value
+
+
+def check_column(path: str | list[str], column: str, key: str) -> None:
+    """Raises DataError if no row of the files has the column, which `key` of a configuration names.
+
+    The first row that has it ends the search.
+    """
+    known = set[str]()
+    for _, row in read_raw(path):
+        if _in_column(row, column) is not None:
+            return
+        known |= row.keys() if isinstance(row, dict) else set()
+    raise no_column(path, column, key, known)
+
+
+def no_column(path: str | list[str], column: str, key: str, known: Iterable[str]) -> DataError:
+    shown = path if isinstance(path, str) else ", ".join(path)
+    hint = did_you_mean(column, sorted(known))
+    return DataError(f"{shown}: no column {column!r}, which {key} names; {hint}")
+
+
+def _in_column(row: Any, column: str) -> Any:
+    """None if the row has nothing there."""
+    try:
+        return column_of(row, column) if isinstance(row, dict) else None
+    except ValueError:
+        return None
 
 
 def contents(path: str | list[str]) -> list[dict[str, str | int]]:

@@ -2,16 +2,15 @@
 
 The loss is the training loss: a sum over supervised tokens divided by their number, so it does not
 depend on how the examples are cut (law 1). Answers go to a file of `predictions` as they come; they
-are scored from there, each process its share, by sums that are added up. So memory grows by a key
-and a place for each example, not by its text, and what a killed run has answered is not asked
-again.
+are scored from there, each process its share, by sums that are added up. So memory does not grow
+with the number of examples, and what a killed run has answered is not asked again.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +28,7 @@ from sft import chat, generate, metrics
 from sft.config import Generation
 from sft.data import BadRow, DataError, Messages, Row, Tools
 from sft.generate import eval_mode
-from sft.log import Log, duration
+from sft.log import Log, duration, visible
 from sft.predictions import Predictions, Record, key_of, read
 
 WINDOW = 4096  # examples that are sorted by length and shared out together
@@ -83,6 +84,7 @@ def question(row: Row | BadRow, tokenizer: PreTrainedTokenizerBase | None = None
     *before, last = row.messages
     asked = before if last["role"] == "assistant" else row.messages
     told = {"row": row.place, "prompt": asked[-1]["content"] if asked else ""}
+    told |= {} if row.group is None else {"group": row.group}
     if last["role"] == "assistant":
         told["reference"] = last["content"]
         if "tool_calls" in last and tokenizer is not None:
@@ -100,6 +102,7 @@ class Speaker:
     tokenizer: PreTrainedTokenizerBase
     stop: list[int]
     identity: str
+    decoder: generate.Decoder | None = None  # generate.decode
 
     def prompt(self, asked: Question) -> list[int] | str:
         """Token ids, or why there are none."""
@@ -186,6 +189,7 @@ def answer_all(
                 speaker.stop,
                 accelerator,
                 rows=rows or _rows(speaker, [prompt for _, prompt in good], settings, accelerator),
+                decoder=speaker.decoder,
                 numbers=[first + i for i, _ in good],
                 between=begin,
             ):
@@ -208,6 +212,7 @@ def _rows(
 ) -> int:
     """As many as the rank with the least memory holds: all must cut alike."""
     own = generate.rows_that_pay(speaker.model, prompts, settings)
+    own *= 1 if speaker.decoder is None else generate.REFILLS
     return min(gather_object([own])) if accelerator.num_processes > 1 else own
 
 
@@ -237,13 +242,11 @@ def _tell_slow_ranks(seconds: float, tokens: int, accelerator: Accelerator, log:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of answers against their references; `intervals`: 95 %, by bootstrap over the examples."""
+    """Of answers against their references. `tally`: of those that have a reference."""
 
-    values: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
+    tally: metrics.Tally
     num_examples: int
     num_failed: int
-    tally: metrics.Tally
 
 
 def score(
@@ -259,9 +262,33 @@ def score(
     for number, record in enumerate(read(path)):
         total += 1
         num_failed += record["answer"] is None
-        if number % world == rank and "reference" in record:
-            tally.add(record["index"], record["answer"], record["reference"], record["prompt"])
+        if "reference" not in record:
+            continue
+        group = record.get("group")
+        if number % world == rank:
+            answer, reference = record["answer"], record["reference"]
+            tally.add(record["index"], answer, reference, record["prompt"], group)
+        elif group is not None:
+            tally.of_group(group)  # all ranks have the same groups in the same order
     if world > 1:
-        sums = torch.as_tensor(tally.sums, device=accelerator.device)
-        tally.sums = accelerator.reduce(sums, "sum").cpu().numpy()
-    return Scores(tally.values(), tally.intervals(), total, num_failed, tally)
+        for each in (tally, *tally.groups.values()):
+            sums = torch.as_tensor(each.sums, device=accelerator.device)
+            each.sums = accelerator.reduce(sums, "sum").cpu().numpy()
+    return Scores(tally, total, num_failed)
+
+
+def groups_table(
+    title: str,
+    column: str,
+    sizes: Mapping[str, int],
+    cells: Mapping[str, Callable[[str], str]],
+) -> Table:
+    """A row for each group: its examples, and of each column the cell of this group."""
+    table = Table(title=title, title_justify="left")
+    table.add_column(column, overflow="fold")
+    for name in ("examples", *cells):
+        table.add_column(name, justify="right")
+    for group, size in sizes.items():
+        shown = (cell(group) for cell in cells.values())
+        table.add_row(Text(visible(group) or "(none)"), f"{size:,}", *shown)
+    return table

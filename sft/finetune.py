@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from sft import batching, chat, evaluate, export, generate, metrics, model
+from sft.arrays import blocks
 from sft.config import Config, ConfigError, Crowd, Generation, UserError
 from sft.evaluate import Scores
 from sft.guard import Guard
@@ -46,7 +47,7 @@ def check_references(config: Config, prepared: Prepared) -> None:
     for number, row in enumerate(islice(asked, settings.num_examples)):
         reference = evaluate.question(row, prepared.tokenizer).told["reference"]
         try:
-            tally.check(number, reference)
+            tally.check(number, reference, row.group)
         except UserError as error:
             raise UserError(f"{row.place}: {error}") from None
 
@@ -131,16 +132,13 @@ class FineTune:
     def surveyed(self, ids: list[int], found: torch.Tensor | None, supervised: float) -> None: ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        examples = self.prepared.held_out
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        mine = batching.cut(range(len(examples)), examples.lengths, world, self.budget)[rank]
+        num = len(self.prepared.held_out)
         with (
             self.guard.section("evaluation"),
-            self.log.progress("held-out loss", len(mine)) as advance,
+            self.log.progress("held-out loss", num) as advance,
         ):
-            batches = self._following(advance, (self._collate(examples, ids) for ids in mine))
             return evaluate.held_out_loss(
-                self.scored, self.num_supervised, model, batches, self.accelerator
+                self.scored, self.num_supervised, model, self._held_out(advance), self.accelerator
             )
 
     def scored(
@@ -156,11 +154,17 @@ class FineTune:
     def finish(self, model: nn.Module) -> None:
         """After the last step: what follows from the trained weights. Collective."""
 
-    def _following(self, advance: Advance, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            self.guard.stop_if_asked()  # as many batches on every rank
-            yield batch
-            advance()
+    def _held_out(self, advance: Advance) -> Iterator[Batch]:
+        """This rank's micro-batches, as many as every rank's, of some examples after the others: a
+        cut of all of them would take memory by their number."""
+        examples, world = self.prepared.held_out, self.accelerator.num_processes
+        for part in blocks(len(examples), evaluate.WINDOW):
+            ids = range(part.start, part.stop)
+            cut = batching.cut(ids, examples.lengths, world, self.budget)
+            for own in cut[self.accelerator.process_index]:
+                self.guard.stop_if_asked()
+                yield self._collate(examples, own)
+                advance(len(own) * world)
 
     def answers(self, model: nn.Module, path: Path, state: str) -> Scores:
         """The first `evaluation.num_examples` held-out prompts, answered into `path` and scored.

@@ -117,10 +117,28 @@ def question(row: Any) -> tuple[Messages, Tools | None]:
 
 
 def with_columns(row: Any, columns: dict[str, str]) -> dict[str, Any]:
-    """{field: value of its column}; a column is a key, or a path such as `instances.0.input`."""
+    """{field: value of its column}, as `column_of` finds it."""
     if not isinstance(row, dict):
         raise ValueError(f"data.columns: expected an object, found {type(row).__name__}")
-    return {field: _column(row, column) for field, column in columns.items()}
+    try:
+        return {field: column_of(row, column) for field, column in columns.items()}
+    except ValueError as error:
+        raise ValueError(f"data.columns: {error}") from None
+
+
+def column_of(row: dict[str, Any], column: str) -> Any:
+    """What a row has at a key, or at a path such as `instances.0.input`; ValueError if nothing."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            raise ValueError(f"no column {column!r}, the row has {sorted(row)}")
+    return value
 
 
 def with_system(
@@ -165,20 +183,6 @@ def reason_of(error: ValueError | RecursionError) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start})"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-def _column(row: dict[str, Any], path: str) -> Any:
-    if path in row:
-        return row[path]
-    value: Any = row
-    for part in path.split("."):
-        if isinstance(value, dict) and part in value:
-            value = value[part]
-        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
-            value = value[int(part)]
-        else:
-            raise ValueError(f"data.columns: no column {path!r}, the row has {sorted(row)}")
-    return value
 
 
 # --- one function per format -------------------------------------------------------------------

@@ -25,7 +25,7 @@ from sft.config import (
     classified_rows,
     did_you_mean,
 )
-from sft.data import DataError, read_raw
+from sft.data import DataError, no_column, read_raw
 from sft.formats import Messages, reason_of
 from sft.metrics import label_of, letters, text_of
 
@@ -150,10 +150,7 @@ def _check_columns(path: str, settings: Classify, known: set[str]) -> None:
     wanted += [("split_by", column) for column in settings.split_by]
     for key, column in wanted:
         if column not in known:
-            raise DataError(
-                f"{path}: no column {column!r}, which classify.{key} names; "
-                + did_you_mean(column, sorted(known))
-            )
+            raise no_column(path, column, f"classify.{key}", known)
 
 
 def _listed(labels: Any) -> str:

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, NoReturn, Protocol, get_args
 
 import numpy as np
@@ -36,6 +36,8 @@ GRID = 2.0**-30  # of scores that are no whole numbers: 1e-9, and sums below 2**
 BLOCK = 256  # examples whose statistics are added at once
 INTERVAL = (2.5, 97.5)  # percentiles: 95 %
 FEWEST = 6  # examples that must differ: five that all improve do so by chance in 6 % (sign test)
+REPORTED = ("num_examples", "metrics", "intervals")  # also where they are empty
+MOST_BYTES = 1 << 30  # that the sums of all groups take
 FAILURE = "(none of them)"  # what an answer is that is no label
 Values = dict[str, np.ndarray]
 
@@ -61,13 +63,16 @@ class Measure(Protocol):
 class Tally:
     """Sums of the statistics of examples, as they are and in `num_resamples` resamples.
 
-    `labels` are those of `classification`, which keeps (1 + num_resamples) x labels x (labels + 1)
-    numbers; the other metrics keep at most 18 a resample. Raises UserError for an unknown name.
+    `groups`: a tally of each group that examples were said to be of. `labels` are those of
+    `classification`, which keeps (1 + num_resamples) x labels x (labels + 1) numbers; the other
+    metrics keep at most 18 a resample. Raises UserError for an unknown name.
     """
 
     def __init__(
         self, names: Sequence[str], labels: Sequence[str] = (), num_resamples: int = 1000
     ) -> None:
+        self.groups: dict[str, Tally] = {}
+        self._another = partial(Tally, names, labels, num_resamples)
         self._measures = {name: _measure(name, labels) for name in names}
         size = 1 + sum(measure.size for measure in self._measures.values())
         self._sums = np.zeros((1 + num_resamples, size))
@@ -75,23 +80,41 @@ class Tally:
         self._rows: list[np.ndarray] = []
 
     def add(
-        self, number: int, answer: str | None, reference: str, prompt: str = ""
+        self,
+        number: int,
+        answer: str | None,
+        reference: str,
+        prompt: str = "",
+        group: str | None = None,
     ) -> dict[str, float]:
-        """Counts one example, once; returns its own scores by metric.
+        """Counts one example, once, in its group too; returns its own scores by metric.
 
         `number` is its place in the data set: weights in resamples are drawn from it. `prompt` is
         the source text of SARI. Raises UserError for a reference that a metric cannot use.
         """
         found = self._measured(number, answer, reference, prompt)
-        self._numbers.append(number)
-        self._rows.append(np.concatenate([[1.0], *(row for _, row in found.values())]))
-        if len(self._rows) == BLOCK:
-            self._add_rows()
+        row = np.concatenate([[1.0], *(row for _, row in found.values())])
+        self._count(number, row)
+        if group is not None:
+            self.of_group(group)._count(number, row)
         return {name: score for name, (score, _) in found.items()}
 
-    def check(self, number: int, reference: str) -> None:
+    def check(self, number: int, reference: str, group: str | None = None) -> None:
         """Raises the UserError that `add` would raise, before an answer has been generated."""
         self._measured(number, None, reference, "")
+        if group is not None:
+            self.of_group(group)
+
+    def of_group(self, name: str) -> Tally:
+        """The tally of this group, empty if it is new. Raises UserError if they become too many."""
+        if name not in self.groups:
+            if (len(self.groups) + 1) * self._sums.nbytes > MOST_BYTES:
+                raise UserError(
+                    f"more than {len(self.groups):,} groups, whose sums take over "
+                    f"{MOST_BYTES / 2**30:g} GiB, as {name!r}; group by a column of fewer values"
+                )
+            self.groups[name] = self._another()
+        return self.groups[name]
 
     @property
     def sums(self) -> np.ndarray:
@@ -127,6 +150,18 @@ class Tally:
                 return measure.confusion(self.sums[0, part])
         return {}
 
+    def report(self) -> dict[str, Any]:
+        """All of it for JSON: num_examples, metrics, intervals, confusion if there is one, and
+        groups, the same of each, by name."""
+        found = {
+            "num_examples": self.num_examples,
+            "metrics": self.values(),
+            "intervals": self.intervals(),
+            "confusion": self.confusion(),
+            "groups": {name: own.report() for name, own in sorted(self.groups.items())},
+        }
+        return {name: value for name, value in found.items() if value or name in REPORTED}
+
     def _measured(
         self, number: int, answer: str | None, reference: str, prompt: str
     ) -> dict[str, tuple[float, ArrayLike]]:
@@ -137,6 +172,12 @@ class Tally:
             except UserError as error:
                 raise UserError(f"example {number}: {name} {error}") from None
         return found
+
+    def _count(self, number: int, row: np.ndarray) -> None:
+        self._numbers.append(number)
+        self._rows.append(row)
+        if len(self._rows) == BLOCK:
+            self._add_rows()
 
     def _add_rows(self) -> None:
         if self._rows:
@@ -420,10 +461,14 @@ class Bleu:
 
     def __init__(self) -> None:
         from sacrebleu.metrics import BLEU
+        from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a, TokenizerRegexp
 
         self._bleu = BLEU(effective_order=True)
+        self._caches = [Tokenizer13a.__call__, TokenizerRegexp.__call__]
 
     def measure(self, answer: str | None, reference: str, prompt: str) -> tuple[float, ArrayLike]:
+        for each in self._caches:  # sacrebleu keeps the last 65,536 texts
+            each.cache_clear()
         found = self._bleu.sentence_score(answer or "", [reference])
         return found.score, [found.sys_len, found.ref_len, *found.counts, *found.totals]
 

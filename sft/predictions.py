@@ -3,7 +3,7 @@
 Every process appends whole lines under a lock and syncs them. A line has the `index` of its example
 and a `key`: what the answer is a function of. A run that continues reads them all first and asks
 again only for what is missing or has another key; at the end one process writes the lines anew, in
-the order of the examples.
+the order of the examples. What is known of each lies in nameless files beside it, not in memory.
 """
 
 from __future__ import annotations
@@ -13,15 +13,22 @@ import fcntl
 import hashlib
 import json
 import os
-from array import array
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from sft.arrays import BLOCK, Scratch, blocks, give_back, mapped
 from sft.config import UserError, redacted
 
 Record = dict[str, Any]
+PLACE = [("key", np.uint64), ("begins", np.int64), ("num_bytes", np.int64)]  # of a line, or none: 0
+LINE = np.dtype([("index", np.int64), *PLACE])
+AT_ONCE = 4096  # lines that are read before they are written down
 
 
 class PredictionsError(UserError):
@@ -38,13 +45,12 @@ class Predictions:
     """The file at `path`. Examples are announced in their order by `expect`, each by its key."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self._keys = array("Q")  # of the newest line of each example
-        self._offsets = array("q")  # where it begins; -1: there is none
-        self._expected = array("Q")
+        self.path, self.num_expected = path, 0
         with self._told():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._read()
+            self._scratch = Scratch(path.parent)
+            self._expected = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # until the end
+            self._places = self._read()
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -56,44 +62,53 @@ class Predictions:
                 f"{self.path}: {told}; make room, or give another file"
             ) from None
 
-    def _read(self) -> None:
-        self._keys, self._offsets = array("Q"), array("q")
+    def _read(self) -> np.ndarray:
+        """(examples,) of PLACE: the newest line of each, of all that are expected or have one."""
+        lines = self._scratch.keep(self._lines(), LINE)
+        size = max((int(lines["index"][b].max()) + 1 for b in blocks(len(lines))), default=0)
+        places = self._scratch.zeros(max(size, self.num_expected), np.dtype(PLACE))
+        for block in blocks(len(lines)):
+            for name, _ in PLACE:  # of two lines of an example the last one stays
+                places[name][lines["index"][block]] = lines[name][block]
+        return places
+
+    def _lines(self) -> Iterator[np.ndarray]:
+        """Parts of all lines of the file, in their order, of LINE."""
         if not self.path.exists():
             return
-        offset = 0
+        found, offset = [], 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if record := _parsed(line):
-                    more = record["index"] + 1 - len(self._keys)
-                    self._keys.extend([0] * more)
-                    self._offsets.extend([-1] * more)
-                    self._keys[record["index"]] = int(record["key"], 16)
-                    self._offsets[record["index"]] = offset
+                    found.append((record["index"], int(record["key"], 16), offset, len(line)))
                 elif not _is_torn(line):
                     raise PredictionsError(
                         f"{self.path}:{number}: expected a line of predictions, found "
                         f"{line[:60]!r}; this file is something else: give another one"
                     )
                 offset += len(line)
-
-    def _has(self, index: int, key: int) -> bool:
-        known = index < len(self._keys) and self._offsets[index] >= 0
-        return known and self._keys[index] == key
+                if len(found) == AT_ONCE:
+                    yield np.array(found, LINE)
+                    found = []
+        yield np.array(found, LINE)
 
     def expect(self, key: str) -> bool:
         """Announces the next example; whether it is still to be done."""
-        index = len(self._expected)
-        self._expected.append(int(key, 16))
-        return not self._has(index, self._expected[index])
-
-    @property
-    def num_expected(self) -> int:
-        return len(self._expected)
+        index, number = self.num_expected, int(key, 16)
+        with self._told():
+            self._expected.write(number.to_bytes(8, sys.byteorder))
+        self.num_expected += 1
+        if self.num_expected % BLOCK == 0:
+            give_back()
+        if index >= len(self._places):
+            return True
+        place = self._places[index]
+        return not place["num_bytes"] or place["key"] != number
 
     def append(self, records: list[Record]) -> None:
         """Lines that a kill at any later instant does not lose."""
-        lines = "".join(redacted(json.dumps(each, ensure_ascii=False)) + "\n" for each in records)
-        data = lines.encode("utf-8", "backslashreplace")
+        lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records)
+        data = redacted(lines).encode("utf-8", "backslashreplace")
         with self._told(), self.path.open("ab+", buffering=0) as file:
             with suppress(OSError):  # a file system without locks: single appends stay whole
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -112,18 +127,24 @@ class Predictions:
             self._finish()
 
     def _finish(self) -> None:
-        self._read()
-        wrong = [i for i, key in enumerate(self._expected) if not self._has(i, key)]
-        if wrong:
+        places = self._read()
+        self._expected.flush()
+        expected = mapped(self._expected, np.uint64)
+        wrong = self._scratch.where(
+            len(expected),
+            lambda b: (places["num_bytes"][b] == 0) | (places["key"][b] != expected[b]),
+        )
+        if len(wrong):
             raise PredictionsError(
-                f"{self.path}: {len(wrong):,} of {len(self._expected):,} examples are missing, as "
+                f"{self.path}: {len(wrong):,} of {len(expected):,} examples are missing, as "
                 f"number {wrong[0] + 1}: all processes must write to one file system; run again"
             )
         staged = self.path.with_name(self.path.name + ".tmp")
         with self.path.open("rb") as old, staged.open("wb") as new:
-            for index in range(len(self._expected)):
-                old.seek(self._offsets[index])
-                new.write(old.readline())
+            for block in blocks(len(expected)):
+                for place in places[block]:
+                    old.seek(place["begins"])
+                    new.write(old.read(place["num_bytes"]))
             new.flush()
             os.fsync(new.fileno())
         staged.replace(self.path)
@@ -155,6 +176,7 @@ def _parsed(line: bytes) -> Record | None:
     """The record of a line; None if it was torn, or is not one of ours."""
     try:
         record = json.loads(line)
-        return record if record["index"] >= 0 and int(record["key"], 16) < 2**64 else None
+        known = 0 <= record["index"] < 2**32 and 0 <= int(record["key"], 16) < 2**64
+        return record if known else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None

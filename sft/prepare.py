@@ -43,7 +43,7 @@ AT_ONCE = 256  # rows that a worker takes at a time
 PLACE = np.dtype([("part", "u1"), ("entry", "u2")])  # of a row
 TRAIN, HELD_OUT = 0, 1  # parts
 ORDER = np.dtype([("example", np.int64), ("length", np.int32)])  # of what a part uses: its number
-CODE = ("arrays", "formats", "data", "chat", "similar", "store", "audit", "prepare")
+CODE = ("arrays", "formats", "metrics", "data", "chat", "similar", "store", "audit", "prepare")
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets", "numpy")
 
 
@@ -178,6 +178,7 @@ def inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]
         "eval": data.contents(section.eval_path) if section.eval_path else [],
         "options": section.model_dump(exclude={"train_path", "eval_path", "audit", "cache_dir"}),
         "max_length": max_length(config),
+        "group": config.evaluation.group,
         "seed": config.train.seed if is_drawn else None,
         "tokenizer": audit.tokenizer_sha256(tokenizer),
         "template": audit.template_sha256(tokenizer),
@@ -213,6 +214,9 @@ def _fill(
     made_of: dict[str, Any],
     moved: Callable[[], None],
 ) -> None:
+    if config.evaluation.group:  # told before any row is rendered
+        scored = config.data.eval_path or config.data.train_path
+        data.check_column(scored, config.evaluation.group, "evaluation.group")
     staging = folder.with_suffix(checkpoint.STAGING)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -243,7 +247,8 @@ def _write_rows(
     config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path, moved: Callable[[], None]
 ) -> _Counts:
     """Every row of all files into the store, and what tells rows apart into `folder`/rows."""
-    settings, how = config.data, data.options(config.data)
+    settings = config.data
+    how = data.options(settings) | {"group": config.evaluation.group}
     paths = [settings.train_path, *([settings.eval_path] if settings.eval_path else [])]
     work = partial(_part, tokenizer, max_length(config), settings.supervise, settings.on_long)
     counts, first = _Counts(), list[data.BadRow]()

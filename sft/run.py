@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from sft import (
     chat,
     checkpoint,
     confirm,
+    evaluate,
     export,
     finetune,
     hardware,
@@ -203,6 +206,7 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
         if guard.is_first:
             guard.begin()
         prepared = prepare.prepare(config, guard.tick)
+        finetune.check_references(config, prepared)
         accelerator = start_processes(config.train)
         guard.join(accelerator, None)
         log = Log(out) if accelerator.is_main_process else Log(None)
@@ -217,6 +221,8 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
             if log.folder:
                 write_json(out / "metrics.json", results)
                 log.say(_scores_table(f"{folder}: {results['num_examples']:,} examples", results))
+                for told in _groups_table(config, results):
+                    log.say(told)
                 log.say(_answers_table(path, config.evaluation.num_shown))
         accelerator.wait_for_everyone()
     end_processes(accelerator)
@@ -268,9 +274,8 @@ def _results(task: finetune.FineTune, model: nn.Module, path: Path, state: str) 
     """Held-out metrics with the scores of the answers, which are written to `path`. Collective."""
     metrics = task.evaluate(model)
     found = task.answers(model, path, state)
-    results = {"metrics": metrics | found.values, "intervals": found.intervals}
-    if task.config.evaluation.labels:
-        results["confusion"] = found.tally.confusion()
+    results = found.tally.report()
+    results["metrics"] = metrics | results["metrics"]
     return results | {"num_examples": found.num_examples, "num_failed": found.num_failed}
 
 
@@ -280,9 +285,12 @@ def _tell_results(
     folder = Path(config.train.output_dir) / "evaluation"
     both = {"base": base, "tuned": tuned}
     written = {name: results["metrics"] for name, results in both.items()}
-    written["intervals"] = {name: results["intervals"] for name, results in both.items()}
+    for key in ("intervals", *(["groups"] if config.evaluation.group else [])):
+        written[key] = {name: results[key] for name, results in both.items()}
     write_json(folder / "metrics.json", written | {"num_examples": tuned["num_examples"]})
     log.say(_side_by_side(folder, config.evaluation.num_shown))
+    for told in _groups_table(config, tuned):
+        log.say(told)
     log.say(_closing(config, base, tuned, measured))
 
 
@@ -355,6 +363,22 @@ def _scores_table(title: str, results: dict[str, Any]) -> Table:
     if results["num_failed"]:
         table.add_row("not answered", f"{results['num_failed']:,}", "")
     return table
+
+
+def _groups_table(config: Config, results: dict[str, Any]) -> Iterator[Table]:
+    """The scores of each group, but for those of single labels; their intervals are in the file."""
+    groups = results.get("groups")
+    if not groups:
+        return
+    names = [name for name in results["intervals"] if "/" not in name]
+
+    def cell(metric: str, group: str) -> str:
+        return f"{groups[group]['metrics'][metric]:.4g}"
+
+    sizes = {name: each["num_examples"] for name, each in groups.items()}
+    cells = {name.replace("_", " "): partial(cell, name) for name in names}
+    column = str(config.evaluation.group)
+    yield evaluate.groups_table(f"Scores by {column}", column, sizes, cells)
 
 
 def _side_by_side(folder: Path, num_shown: int) -> Table:

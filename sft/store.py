@@ -55,6 +55,7 @@ def pack(samples: Iterable[tuple[int, Row, Example]]) -> Arrays:
             shown, starts = row, len(text)
             told = {"file": row.file, "line": row.line, "messages": row.messages}
             told |= {"tools": row.tools} if row.tools else {}
+            told |= {} if row.group is None else {"group": row.group}
             line = (json.dumps(told, ensure_ascii=False) + "\n").encode()
             text += line
         where = len(weights) if example.weights else -1
@@ -135,7 +136,8 @@ class Examples(Sequence[Example]):
         if self._last is None or self._last[0] != start:  # a document has many examples
             line = self.arrays.rows[start : start + int(entry["text_bytes"])].tobytes()
             told = json.loads(line)
-            row = Row(told["messages"], told.get("tools"), told["file"], told["line"])
+            place = told["file"], told["line"]
+            row = Row(told["messages"], told.get("tools"), *place, group=told.get("group"))
             self._last = (start, row)
         return self._last[1]
 

@@ -1,4 +1,4 @@
-"""Run by torchrun: short runs of the nano model, one after another; ranks write what they saw.
+"""Of torchrun, or forked: short runs of the nano model, in turn; ranks write what they saw.
 
 parallel_worker.py CASES.json OUT, with cases as in tests/test_parallel.py.
 """

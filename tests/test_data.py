@@ -329,6 +329,28 @@ def test_columns_of_a_csv(tmp_path):
     )
 
 
+def test_rows_keep_what_scores_are_told_by(tmp_path):
+    chat = {"prompt": "a", "completion": "b"}
+    rows = [{"kind": 7.0}, {"kind": ""}, {}, {"kind": None}, {"kind": True}, {"kind": "ü"}]
+    rows = [json.dumps(chat | row | {"meta": {"kind": "x"}}).encode() for row in rows]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    assert [row.group for row in load_rows(path, group="kind")[0]] == ["7", "", "", "", "true", "ü"]
+    assert {row.group for row in load_rows(path, group="meta.kind")[0]} == {"x"}
+    assert {row.group for row in load_rows(path)[0]} == {None}
+    mapped = {"prompt": "prompt", "completion": "completion"}
+    assert load_rows(path, group="meta.kind", columns=mapped)[0][0].group == "x"
+
+
+def test_a_column_that_no_row_has_is_told(tmp_path):
+    path = write(tmp_path / "rows.jsonl", b'{"prompt": "a"}', b"{", b"[]", b'{"kind": "", "b": 1}')
+    for column in ("kind", "prompt", "b"):
+        data.check_column(path, column, "section.key")
+    with pytest.raises(DataError) as error:
+        data.check_column(path, "knd", "section.key")
+    expected = f"{path}: no column 'knd', which section.key names; did you mean kind?"
+    assert str(error.value).startswith(expected)
+
+
 def test_raw_text_is_a_row_per_document(tmp_path):
     path = write(tmp_path / "a.txt", b"\n  Once\nupon\n", b" a time.\n\n")
     (row,), _ = load_rows(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 
 import pytest
 import tiny
@@ -11,7 +12,17 @@ import torch
 from conftest import ROOT
 from transformers import AutoTokenizer
 
-from sft import chat, evaluate, finetune, generate, model, prepare, processes
+from sft import (
+    chat,
+    evaluate,
+    finetune,
+    generate,
+    metrics,
+    model,
+    predictions,
+    prepare,
+    processes,
+)
 from sft.config import Generation, UserError, load_config
 from sft.data import BadRow, Row
 from sft.log import Log
@@ -98,10 +109,11 @@ def test_a_stop_between_batches_loses_nothing_that_was_answered(nano, tmp_path):
     assert found == answered(nano, ROWS * 2, tmp_path / "whole.jsonl")
 
 
-def written(path, pairs):
+def written(path, pairs, groups=""):
     with path.open("w") as file:
         for i, (answer, reference) in enumerate(pairs):
             told = {"index": i, "key": key_of(i), "prompt": "", "answer": answer}
+            told |= {"group": groups[i % len(groups)]} if groups else {}
             file.write(json.dumps(told | {"reference": reference}) + "\n")
     return path
 
@@ -110,18 +122,23 @@ def test_scores_count_what_failed(nano, tmp_path):
     pairs = [("a", "a"), ("b ", "b"), ("c", "x"), (None, "d")]
     path = written(tmp_path / "predictions.jsonl", pairs)
     found = evaluate.score(path, ["exact_match"], nano[1])
-    assert found.values == {"exact_match": 0.5}
+    assert found.tally.values() == {"exact_match": 0.5}
     assert (found.num_examples, found.num_failed) == (4, 1)
-    low, high = found.intervals["exact_match"]
+    low, high = found.tally.intervals()["exact_match"]
     assert 0 <= low < 0.5 < high <= 1
 
 
 def test_ranks_add_up_to_the_scores_of_one(nano, tmp_path):
     pairs = [("a b c d", "a b c d" if i % 3 else "a c d") for i in range(20)]
-    path = written(tmp_path / "predictions.jsonl", pairs)
+    path = written(tmp_path / "predictions.jsonl", pairs, groups="xxxyz")
     names = ["exact_match", "bleu", "rouge_l"]
-    whole = evaluate.score(path, names, nano[1])
-    parts: list = []
+    whole = evaluate.score(path, names, nano[1]).tally.report()
+    assert {name: own["num_examples"] for name, own in whole["groups"].items()} == {
+        "x": 12,
+        "y": 4,
+        "z": 4,
+    }
+    parts: dict[int, list] = {}
 
     class Ranks:
         """Three ranks, one after another; the last one sees the sum, as all would."""
@@ -129,16 +146,61 @@ def test_ranks_add_up_to_the_scores_of_one(nano, tmp_path):
         num_processes, device = 3, torch.device("cpu")
 
         def __init__(self, rank: int):
-            self.process_index = rank
+            self.process_index, self.calls = rank, 0
 
         def reduce(self, sums: torch.Tensor, _: str) -> torch.Tensor:
-            parts.append(sums)
-            return torch.stack(parts).sum(0)
+            self.calls += 1
+            parts.setdefault(self.calls, []).append(sums)
+            return torch.stack(parts[self.calls]).sum(0)
 
     for rank in range(3):
         found = evaluate.score(path, names, Ranks(rank))
-    assert found.values == whole.values
-    assert found.intervals == whole.intervals
+    assert found.tally.report() == whole
+
+
+class Quick(evaluate.Speaker):
+    """Has prompts without a renderer."""
+
+    def prompt(self, asked: evaluate.Question) -> list[int]:
+        return [5] * (3 + len(asked.told["reference"]) % 7)
+
+
+def ask_and_score(nano, folder, number: int, names: list[str]) -> evaluate.Scores:
+    """So many questions of a Quick speaker, answered, read again as a run that goes on does, and
+    scored. Every fourth text is another one."""
+    speaker, accelerator = nano
+    quick = Quick(speaker.model, speaker.tokenizer, speaker.stop, "quick")
+    for _ in range(2):
+        asked = (
+            evaluate.question(row(f"say {i:09d}", f"it is {i // 4:09d}"), None)
+            for i in range(number)
+        )
+        predictions = Predictions(folder / "predictions.jsonl")
+        evaluate.answer_all(
+            quick, asked, SHORT, predictions, accelerator, Log(None), rows=evaluate.WINDOW
+        )
+    return evaluate.score(folder / "predictions.jsonl", names, accelerator)
+
+
+def test_memory_does_not_grow_with_the_number_of_examples(nano, tmp_path, monkeypatch):
+    """A key, a question or an answer of each example, kept anywhere, would be seen."""
+    for module, name in ((evaluate, "WINDOW"), (predictions, "AT_ONCE"), (metrics, "BLOCK")):
+        monkeypatch.setattr(module, name, 50)
+    answer = generate.Answer([7, 8], "stop")
+    monkeypatch.setattr(generate, "decode", lambda _, prompts, *a, **o: [answer] * len(prompts))
+
+    def peak(number: int) -> int:
+        (tmp_path / str(number)).mkdir()
+        tracemalloc.start()
+        try:
+            found = ask_and_score(nano, tmp_path / str(number), number, ["exact_match"])
+            assert found.num_examples == number
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(50)  # what is made once
+    assert peak(1400) - peak(200) < 100 * 1200
 
 
 def test_a_slow_rank_is_told(monkeypatch):
@@ -176,6 +238,20 @@ def test_the_reference_of_a_call_is_what_the_template_writes_for_it(shared):
     found = evaluate.question(Row(turns, None, "file", 1), tokenizer).told["reference"]
     assert "<tool_call>" in found
     assert '{"name": "wait", "arguments": {"seconds": 3}}' in found
+
+
+def test_a_column_that_no_row_has_is_told_before_any_is_rendered(tmp_path, monkeypatch):
+    config = load_config(
+        ROOT / "configs/nano.yaml",
+        ["evaluation.group=mesages", f"data.cache_dir={tmp_path}", "data.max_rows=64"],
+    )
+    monkeypatch.setattr(prepare, "_part", None)
+    told = (
+        r"nano/test\.jsonl: no column 'mesages', which evaluation\.group names; did you mean messa"
+    )
+    with pytest.raises(UserError, match=told):
+        prepare.prepare(config)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 def test_a_reference_that_a_metric_cannot_use_is_told_before_anything_is_answered():

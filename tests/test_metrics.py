@@ -429,7 +429,7 @@ def test_memory_does_not_grow_with_examples():
     def add(numbers: range) -> int:
         tracemalloc.reset_peak()
         for number in numbers:
-            tally.add(number, "an answer", "a reference")
+            tally.add(number, f"answer {number}", f"reference {number}")
         return tracemalloc.get_traced_memory()[1]
 
     tracemalloc.start()
@@ -441,6 +441,34 @@ def test_memory_does_not_grow_with_examples():
 
 
 # --- intervals -----------------------------------------------------------------------------------
+
+
+def test_a_group_scores_as_its_examples_do_alone():
+    names = ["exact_match", "bleu", "classification"]
+    pairs = [(a, b) for a, b in labelled(60)]
+    whole = Tally(names, LABELS)
+    for number, (answer, reference) in enumerate(pairs):
+        whole.add(number, answer, reference, group="abb"[number % 3])
+    found = whole.report()
+    assert list(found["groups"]) == ["a", "b"]
+    for name in "ab":
+        alone = Tally(names, LABELS)
+        for number, (answer, reference) in enumerate(pairs):
+            if "abb"[number % 3] == name:
+                alone.add(number, answer, reference)
+        assert found["groups"][name] == alone.report()
+        assert found["groups"][name]["confusion"] == alone.confusion()
+    assert found["metrics"] == tallied(pairs, names, labels=LABELS).values()
+
+
+def test_more_groups_than_memory_has_room_for_are_refused(monkeypatch):
+    made = Tally(["exact_match"])
+    monkeypatch.setattr(metrics, "MOST_BYTES", 3 * made.sums.nbytes)
+    for name in "abca":
+        made.check(0, "x", name)
+    with pytest.raises(UserError, match=r"more than 3 groups, whose sums take over .* as 'd'"):
+        made.check(0, "x", "d")
+    assert list(made.groups) == ["a", "b", "c"]
 
 
 def test_weights_depend_on_the_number_alone_and_are_those_of_poisson():

@@ -10,10 +10,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, clean_environment, launch
+from conftest import ROOT, clean_environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from sft import checkpoint
 from sft.parallel import Piece
 
-STEPS, MIDDLE = 20, 17
+STEPS, MIDDLE = 11, 9
 MODES = ("lora", "qlora", "full")
 ENGINES = {  # as a user would ask for them
     "ddp": [],
@@ -33,11 +34,11 @@ ENGINES = {  # as a user would ask for them
 
 
 def case(mode: str, engine: str, world: int, resume: str = "", **given: Any) -> dict[str, Any]:
-    """A run of 20 steps; the first epoch ends after 16, the checkpoint is one of the second. Eight
+    """A run of 11 steps; the first epoch ends after 8, the checkpoint is one of the second. Eight
     rows are held out."""
     name = f"{mode}-{engine}-{world}" + ("-resumed" if resume else "")
-    overrides = [f"tuning.mode={mode}", "data.max_rows=72", "train.global_batch=4"]
-    overrides += ["data.eval_path=null", "data.eval_fraction=0.12"]
+    overrides = [f"tuning.mode={mode}", "data.max_rows=40", "train.global_batch=4"]
+    overrides += ["data.eval_path=null", "data.eval_fraction=0.2"]
     overrides += [f"train.max_steps={STEPS}", "train.learning_rate=1e-3", *ENGINES[engine]]
     tokens = 128 if mode == "lora" else 200  # one or two examples in a micro-batch
     overrides += ["train.precision=fp32"]
@@ -57,10 +58,12 @@ def folder(tmp_path_factory) -> Path:
 
 def run(folder: Path, world: int, cases: list[dict[str, Any]]) -> None:
     (folder / "cases.json").write_text(json.dumps(cases))
-    arguments = (str(folder / "cases.json"), str(folder))
-    told = launch(world, "tests/parallel_worker.py", *arguments, timeout=900)
+    log = folder / f"{cases[0]['name']}.log"
+    command = ["tests/parallel_worker.py", str(folder / "cases.json"), str(folder)]
+    forked.start(world, command, log).join()
     for each in cases:
-        assert len(list(folder.glob(f"{each['name']}.rank*.json"))) == world, told
+        ranks = list(folder.glob(f"{each['name']}.rank*.json"))
+        assert len(ranks) == world, log.read_text(errors="replace")
 
 
 def found(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -6,9 +6,11 @@ import json
 import os
 import signal
 import time
+import tracemalloc
 
 import pytest
 
+from sft import arrays, predictions
 from sft.predictions import Predictions, PredictionsError, key_of, read
 
 
@@ -88,6 +90,31 @@ def test_many_processes_add_whole_lines(tmp_path):
     assert todo == []
     made.finish()
     assert [len(each["answer"]) for each in read(path)] == [i * 37 % 9000 for i in range(400)]
+
+
+def test_memory_does_not_grow_with_the_number_of_examples(tmp_path, monkeypatch):
+    """Eight bytes of each, kept anywhere but in files, would be seen."""
+    monkeypatch.setattr(predictions, "AT_ONCE", 64)
+    monkeypatch.setattr(arrays, "BLOCK", 64)
+
+    def peak(number: int) -> int:
+        path = tmp_path / f"{number}.jsonl"
+        tracemalloc.start()
+        try:
+            for again in (False, True):
+                made = Predictions(path)
+                for first in range(0, number, 50):
+                    own = [record(i, key_of(i)) for i in range(first, first + 50)]
+                    assert [made.expect(each["key"]) for each in own] == [not again] * 50
+                    made.append([] if again else own[::-1])
+                made.finish()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(50)  # what is made once
+    assert peak(4050) - peak(450) < 8 * 3600
+    assert [each["index"] for each in read(tmp_path / "4050.jsonl")] == [*range(4050)]
 
 
 def test_what_was_appended_survives_a_kill(tmp_path):

@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import forked
@@ -78,9 +79,9 @@ def status(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory) -> tuple[Path, str]:
-    """`make train`, only into another folder."""
+    """`make train`, only into another folder, and with 200 of its 375 steps."""
     folder = tmp_path_factory.mktemp("runs") / "nano"
-    done = make("train", f"train.output_dir={folder}")
+    done = make("train", f"train.output_dir={folder}", "train.max_steps=200")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
@@ -265,6 +266,29 @@ def test_two_processes_give_the_run_of_one_and_tensorboard_serves_it(alone, targ
     assert tuned == pytest.approx(results(alone)["tuned"]["loss"], rel=1e-4)
     assert [point[1] for point in points] == list(range(1, 9))
     assert [point[2] for point in points] == pytest.approx(metrics(folder), rel=1e-6)
+
+
+def test_scores_are_told_by_a_column_of_the_rows_on_any_number_of_processes(alone, tmp_path):
+    """`kind` is what a request asks for; the first row has none."""
+    rows = [json.loads(line) for line in (ROOT / "nano/valid.jsonl").open()][:24]
+    kinds = ["", *(json.loads(row["messages"][1]["content"])["call"] for row in rows[1:])]
+    told = [row | ({"kind": kind} if kind else {}) for row, kind in zip(rows, kinds, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    words = ["scripts/evaluate.py", "--run", str(alone), f"data.eval_path={tmp_path}/rows.jsonl"]
+    words += ["evaluation.num_examples=24", "evaluation.group=kind"]
+    words += ["evaluation.metrics=[exact_match, json_fields]"]
+    found = []
+    for world in (1, 2):
+        log = tmp_path / f"{world}.log"
+        forked.start(world, [*words, "--name", f"by-{world}"], log).join()
+        folder = alone / f"evaluation/by-{world}"
+        assert status(folder)["state"] == "finished", log.read_text()
+        assert re.search(r"Scores by kind *\n.*\n.*kind +┃ examples ┃ exact match", log.read_text())
+        found.append(json.loads((folder / "metrics.json").read_text())["groups"])
+        answered = map(json.loads, (folder / "predictions.jsonl").open())
+        assert [row["group"] for row in answered] == kinds
+    assert found[0] == found[1]
+    assert {name: own["num_examples"] for name, own in found[0].items()} == Counter(kinds)
 
 
 # --- stopped and resumed -------------------------------------------------------------------------

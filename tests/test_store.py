@@ -30,7 +30,9 @@ def examples(draw):
 
 def row(number: int) -> Row:
     messages = [{"role": "user", "content": f"ask {number} ünï"}]
-    return Row(messages, [{"name": "t"}] if number % 2 else None, f"file {number % 3}", number + 1)
+    tools = [{"name": "t"}] if number % 2 else None
+    group = (None, "", "ü")[number % 3]
+    return Row(messages, tools, f"file {number % 3}", number + 1, group=group)
 
 
 def packed(made: list[Example]) -> store.Arrays:
