@@ -365,7 +365,7 @@ ARMS: dict[str, tuple[str, ...]] = {  # overrides; alpha is twice the rank in al
     "one adapter, 4 x steps": ("crowd.num_agents=1",),
     "diversity 0.1, raw": ("crowd.lambda_sw=0.1", "crowd.normalise=false"),
 }
-STEPS = {"embedded": 60, "GSM8K": 40}
+STEPS = {"embedded": 80, "GSM8K": 40}
 SCORED = 128  # held-out rows
 
 
@@ -400,7 +400,10 @@ def evidence(shared: Path, work: Path) -> dict[str, Any]:
         task, arm, seed = job
         steps = STEPS[task] * (AGENTS if arm.endswith("x steps") else 1)
         of_run = (f"train.seed={seed}", f"train.max_steps={steps}")
-        found = trained(configuration(work, *tasks(shared)[task], *ARMS[arm], *of_run), work)
+        config = configuration(work, *tasks(shared)[task], *ARMS[arm], *of_run)
+        # The gradients of K agents are 1 / K of an adapter's each, so 1 / sqrt(K) of its norm.
+        clip = config.train.max_grad_norm / config.crowd.num_agents**0.5
+        found = trained(with_values(config, {"train.max_grad_norm": clip}), work)
         runs.append({"task": task, "arm": arm, "seed": seed, **found})
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(runs[-1]) + "\n")
