@@ -11,7 +11,7 @@ served: by the aggregator's mixture of the agents.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,22 @@ def _pooled(states: torch.Tensor, pooling: str) -> torch.Tensor:
     if pooling == "mean":
         return states.mean(0)
     return states[-1 if pooling == "last" else 0]
+
+
+def _needed(batch: Batch, pooling: str) -> Batch:
+    """With only those supervised positions that are pooled: logits of others take long."""
+    if pooling == "mean":
+        return batch
+    counts = torch.tensor(batch.counts, dtype=torch.long)  # also of a batch without examples
+    ends = counts.cumsum(0)
+    places = (ends - 1 if pooling == "last" else ends - counts)[counts > 0]
+    return replace(
+        batch,
+        positions=batch.positions[places],
+        targets=batch.targets[places],
+        weights=None,
+        counts=counts.clamp(max=1).tolist(),
+    )
 
 
 @dataclass(frozen=True)
@@ -146,6 +162,7 @@ class CrowdTune(FineTune):
     @torch.no_grad()
     def survey(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """(examples, agents, d): their representations, 0 for those without a supervised token."""
+        batch = _needed(batch, self.settings.pooling)
         points = self.reader.take(self._forward(model, batch), batch)
         whole = points.new_zeros(len(batch.examples), *points.shape[1:])
         whole[[i for i, count in enumerate(batch.counts) if count]] = points
