@@ -283,6 +283,8 @@ class AccelerateConnector:
         weights = self.accelerator.get_state_dict(model)
         speaker = self.load_model_once()
         plain = self.accelerator.unwrap_model(model)
+        if isinstance(plain, Mixture):
+            raise UserError("save_model: agents are saved by the run that trains them")
 
         def write(staging: Path) -> None:
             if self.is_main_process:
@@ -366,11 +368,12 @@ def open_speaker(
     if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
         config, weights = export.run_config(folder), folder / "final_checkpoint"
     elif (folder / checkpoint.MANIFEST).exists() and (folder.parent / "config.yaml").exists():
-        if reason := checkpoint.fault(folder):
-            raise ExportError(f"{folder} cannot be trusted: {reason}")
+        _require_whole(folder)
         untrusting = ["model.trust_remote_code=false"]
         config, weights = load_config(folder.parent / "config.yaml", untrusting), folder
-    elif (folder / "adapter_config.json").exists() and adapter is None:
+    elif adapter is None and any((folder / name).exists() for name in export.ADAPTED):
+        if (folder / checkpoint.MANIFEST).exists():  # a checkpoint without its run
+            _require_whole(folder)
         base = export.base_of(folder)
         return open_speaker(base, name, quantization, cache_dir, precision, device)
     else:
@@ -388,6 +391,11 @@ def open_speaker(
     of = checkpoint.sha256(weights / checkpoint.MANIFEST)
     base = model.fingerprint(config.model) if config.tuning.mode != "full" else ""
     return _speaker(built, tokenizer, base, of, config.tuning.mode, precision)
+
+
+def _require_whole(folder: Path) -> None:
+    if reason := checkpoint.fault(folder):
+        raise ExportError(f"{folder} cannot be trusted: {reason}")
 
 
 def _mode(config: Config, mode: str) -> Any:
@@ -411,8 +419,9 @@ def _open_model(
     of = ""
     if adapter is not None:
         base = export.with_adapter(base, settings, Path(adapter))
-        files = (export.ADAPTER, "adapter_config.json")
-        of = " ".join(checkpoint.sha256(Path(adapter) / name) for name in files)
+        names = (export.ADAPTER, *export.ADAPTED)
+        files = (file for name in names for file in sorted(Path(adapter).rglob(name)))
+        of = " ".join(map(checkpoint.sha256, files))
         if (Path(adapter) / "tokenizer_config.json").exists():
             tokenizer = model.load_tokenizer(Model(name=adapter))
     return _speaker(base.eval(), tokenizer, model.fingerprint(settings), of, mode, precision)
