@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,20 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from scipy.stats import norm
-from transformers import GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from sft import batching, chat, engine, export, model
-from sft.config import ConfigError, with_values
+from sft import batching, chat, engine, export, generate, merge, model, prepare
+from sft import run as running
+from sft.config import ConfigError, Generation, UserError, load_config, with_values
+from sft.connector import AccelerateConnector
 from sft.crowd import aggregator, diversity
 from sft.crowd.agents import AgentsLinear
+from sft.log import Log
 
 IDS = torch.tensor([[5, 9, 30, 2, 17, 44], [7, 7, 8, 60, 3, 1]])
 
@@ -544,3 +550,262 @@ def test_the_concentration_is_fitted_on_the_rows_kept_from_training(tmp_path):
     expected = aggregator.fit(torch.stack(likely, 1), torch.tensor(owners))
     assert found[0] == pytest.approx(expected)
     assert found[0] != pytest.approx(made.task.model.num_agents * (1.0,), rel=0.01)
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+ASKED = ["set a timer for ten minutes", "what is the time", "book a table for two at five"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A whole run of three agents on the embedded model in NF4."""
+    folder = tmp_path_factory.mktemp("crowd") / "run"
+    overrides = {
+        "tuning.r": 4,
+        "crowd.num_agents": 3,
+        "crowd.lambda_sw": 0.5,
+        "data.max_rows": 40,
+        "data.eval_path": "null",
+        "data.eval_fraction": 0.2,
+        "data.cache_dir": folder.parent / "cache",
+        "train.output_dir": folder,
+        "train.max_steps": 3,
+        "train.global_batch": 8,
+        "train.learning_rate": 1e-2,
+        "train.max_tokens": 300,
+        "train.precision": "fp32",
+        "train.tensorboard": "false",
+        "evaluation.num_examples": 3,
+        "evaluation.max_new_tokens": 8,
+    }
+    given = [f"{key}={value}" for key, value in overrides.items()]
+    running.train(load_config(ROOT / "configs/crowd_nano.yaml", given))
+    return folder
+
+
+@pytest.fixture
+def moved(run, tmp_path) -> Path:
+    """The agents without the run beside them."""
+    return shutil.copytree(run / "final_checkpoint", tmp_path / "moved")
+
+
+def loaded(run: Path, *overrides: str, weights: Path | None = None) -> Any:
+    config = export.run_config(run, list(overrides))
+    return export.load_tuned(run, config, "fp32", CPU, weights=weights)[0]
+
+
+@torch.no_grad()
+def said(built: Any) -> torch.Tensor:
+    return built(input_ids=IDS, use_cache=False).logits
+
+
+def test_each_agent_of_a_run_loads_alone(run):
+    crowd = said(loaded(run)).view(3, *IDS.shape, -1)
+    for agent in range(3):
+        base = model.load_base(export.run_config(run).model, "qlora", "fp32", CPU)
+        alone = PeftModel.from_pretrained(base, run / f"final_checkpoint/agent{agent}").eval()
+        torch.testing.assert_close(said(alone), crowd[agent], rtol=1e-4, atol=1e-4)
+        one = said(loaded(run, f"crowd.agent={agent}"))
+        torch.testing.assert_close(one, crowd[agent], rtol=1e-4, atol=1e-4)
+        assert AutoTokenizer.from_pretrained(run / f"final_checkpoint/agent{agent}").chat_template
+    assert (crowd[0] - crowd[1]).abs().max() > 0.01
+
+
+def test_the_folder_tells_what_the_crowd_is(run):
+    told = json.loads((run / "final_checkpoint" / export.META).read_text())
+    concentration = told.pop("concentration")
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert told == {
+        "num_agents": 3,
+        "r": 4,
+        "lora_alpha": 16.0,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(linear),
+        "aggregator": "learned",
+        "base": {
+            "name": "nano/model",
+            "weights_sha256": model.weights_sha256(export.run_config(run).model),
+        },
+    }
+    assert loaded(run).concentration == tuple(concentration) != (1.0, 1.0, 1.0)
+    names = {path.name for path in (run / "final_checkpoint").iterdir()}
+    assert {"agent0", "agent1", "agent2", export.META} <= names
+    assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt", ".pth")]
+
+
+def test_rows_kept_for_the_aggregator_are_in_no_other_part(run):
+    prepared = prepare.prepare(export.run_config(run))
+    parts = [prepared.train, prepared.held_out, prepared.validation]
+    lines = [{part.row(i).line for i in range(len(part))} for part in parts]
+    assert [len(each) for each in lines] == [len(part) for part in parts]
+    assert len(set.union(*lines)) == 40
+    assert len(prepared.validation) == 2  # of 32, a twentieth
+    everything = prepare.prepare(export.run_config(run, ["crowd.aggregator=uniform"]))
+    assert everything.validation is None
+    assert len(everything.train) == len(prepared.train) + 2
+
+
+def test_of_a_crowd_of_one_row_none_can_be_kept(run):
+    with pytest.raises(UserError, match="needs a training row to fit on, found 1 in all"):
+        prepare.prepare(export.run_config(run, ["data.max_rows=2", "data.eval_fraction=0.5"]))
+
+
+def lacking(path: Path) -> None:
+    path.unlink()
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def retold(**changes: Any) -> Any:
+    def change(path: Path) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+WEIGHTS = "agent1/adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        (WEIGHTS, lacking, rf"{WEIGHTS} cannot be loaded: .*No such file"),
+        (WEIGHTS, cut_off, rf"{WEIGHTS} cannot be loaded: it is no sound safetensors file"),
+        (export.META, lacking, rf"{export.META}: expected a crowd's description: No such file"),
+        (export.META, cut_off, rf"{export.META} is not what a run writes: JSONDecodeError"),
+        (export.META, retold(num_agents=2), f"{export.META} is not what a run writes"),
+        (export.META, retold(concentration=[1, -1, 1]), f"{export.META} is not what a run writes"),
+        (
+            export.META,
+            retold(num_agents=2, concentration=[1, 1]),
+            r"holds another crowd:\n  num_agents: saved with 2, found 3",
+        ),
+        (export.META, retold(r=8), r"holds another crowd:\n  r: saved with 8, found 4"),
+        (
+            export.META,
+            retold(base={"name": "x", "weights_sha256": "0"}),
+            "belongs to 'x': expected",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_that_of_the_crowd_is_refused(run, moved, name, change, told):
+    change(moved / name)
+    with pytest.raises(UserError, match=told):
+        loaded(run, weights=moved)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("crowd.num_agents=2", "num_agents: saved with 3, found 2"),
+        ("tuning.r=8", "r: saved with 4, found 8"),
+        ("tuning.lora_alpha=4", r"lora_alpha: saved with 16\.0, found 4\.0"),
+        ("tuning.target_modules=[q_proj]", r"target_modules: saved with \['down_proj', "),
+    ],
+)
+def test_a_configuration_that_is_not_that_of_the_crowd_is_refused(run, override, told):
+    with pytest.raises(UserError, match=told):
+        loaded(run, override)
+
+
+def test_what_was_not_fitted_is_not_served_as_learned(run, moved):
+    retold(aggregator="uniform", concentration=[1.0, 1.0, 1.0])(moved / export.META)
+    with pytest.raises(export.ExportError, match="expected uniform, as it was trained, found lear"):
+        loaded(run, weights=moved)
+    drawn = loaded(run, "crowd.aggregator=sampled", "crowd.concentration=2", weights=moved)
+    assert aggregator.aggregator_of(drawn) == aggregator.Aggregator("sampled", (2.0, 2.0, 2.0))
+
+
+def test_an_agent_without_weight_is_part_of_a_sound_folder(run, moved):
+    retold(concentration=[1.5, 0.0, 3.0])(moved / export.META)
+    assert loaded(run, weights=moved).concentration == (1.5, 0.0, 3.0)
+
+
+def test_one_agent_is_evaluated_and_merged_alone(run, tmp_path):
+    found = {}
+    for agent in (None, 0, 1, 2):
+        chosen = [] if agent is None else [f"crowd.agent={agent}"]
+        running.evaluate_run(run, f"of-{agent}", [*chosen, "evaluation.num_examples=0"])
+        told = json.loads((run / f"evaluation/of-{agent}/metrics.json").read_text())
+        found[agent] = told["metrics"]
+    trained = json.loads((run / "evaluation/metrics.json").read_text())["tuned"]
+    assert found[None]["loss"] == pytest.approx(trained["loss"], rel=1e-5)
+    own = [found[agent]["loss"] for agent in range(3)]
+    assert len(set(own)) == 3
+    assert sum(own) / 3 == pytest.approx(found[None]["agent_loss"], rel=1e-5)
+
+    with pytest.raises(merge.MergeError, match="mixture of 3 agents is no single model; give one"):
+        merge.merge(run, tmp_path / "whole", "fp32", quiet)
+    report = merge.merge(run, tmp_path / "one", "fp32", quiet, overrides=["crowd.agent=1"])
+    assert report["agent"] == 1
+    assert "| adapter | agent 1 of 3, r 4," in (tmp_path / "one/README.md").read_text()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=torch.float32)
+    base = model.load_base(export.run_config(run).model, "lora", "fp32", CPU)
+    alone = PeftModel.from_pretrained(base, run / "final_checkpoint/agent1").eval()
+    torch.testing.assert_close(said(merged), said(alone), rtol=1e-4, atol=1e-4)
+    assert merge.retest(tmp_path / "one", quiet) == report  # by the agent of the report
+    with pytest.raises(merge.MergeError, match="is not the model that was trained"):
+        merge.retest(tmp_path / "one", quiet, overrides=["crowd.agent=2"])
+
+
+def quiet(_: Any) -> None: ...
+
+
+# --- served --------------------------------------------------------------------------------------
+
+
+def connector(name: Path, **options: Any) -> AccelerateConnector:
+    return AccelerateConnector(name, mixed_precision="no", log=Log(None), **options)
+
+
+def answers(made: AccelerateConnector) -> list[str | None]:
+    asked = [[{"role": "user", "content": text}] for text in ASKED]
+    found = made.complete_batch(asked, max_new_tokens=8)
+    return [each.choices[0].message.content for each in found]
+
+
+def test_a_crowd_answers_as_its_mixture_with_its_run_and_without(run, moved, tmp_path):
+    made = connector(run)
+    mixture, tokenizer = made.load_model_once().model, made.load_model_once().tokenizer
+    crowd = loaded(run)
+    assert mixture.aggregator == aggregator.Aggregator("learned", crowd.concentration)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+        for text in ASKED
+    ]
+    own = aggregator.Mixture(crowd, aggregator.aggregator_of(crowd)).eval()
+    stop = generate.stop_ids(tokenizer, own.generation_config)
+    with torch.no_grad():
+        found = generate.decode(own, prompts, Generation(max_new_tokens=8), stop)
+    expected = [tokenizer.decode(each.ids, skip_special_tokens=True) for each in found]
+    assert any(expected)
+    assert answers(made) == expected
+    assert answers(connector(run / "final_checkpoint")) == expected
+    alone = connector(moved, quantization="nf4")  # of an adapter without its run, the base's dtype
+    assert answers(alone) == expected
+    assert mixture.aggregator == alone.load_model_once().model.aggregator
+    assert answers(connector(ROOT / "nano/model", adapter=moved, quantization="nf4")) == expected
+    with pytest.raises(UserError, match="save_model: agents are saved by the run"):
+        made.save_model(mixture, tmp_path / "saved")
+
+
+def test_a_moved_crowd_is_refused_where_it_is_damaged_or_the_base_is_another(moved, tmp_path):
+    other = shutil.copytree(ROOT / "nano/model", tmp_path / "other")
+    content = bytearray((other / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (other / "model.safetensors").write_bytes(content)
+    with pytest.raises(export.ExportError, match="belongs to 'nano/model': expected its weights"):
+        connector(other, adapter=moved).load_model_once()
+    identities = [connector(moved).load_model_once().identity]
+    retold(concentration=[1.0, 1.0, 5.0])(moved / export.META)
+    with pytest.raises(export.ExportError, match=f"cannot be trusted: {export.META} has"):
+        connector(moved).load_model_once()
+    (moved / "MANIFEST.json").unlink()
+    identities.append(connector(moved).load_model_once().identity)
+    assert len(set(identities)) == 2  # another mixture: what was answered is asked again
