@@ -131,7 +131,7 @@ def cell(mode: str, engine: str, what: str, changed: list[str]) -> dict[str, Any
 def crowd(mode: str, engine: str, world: int) -> dict[str, Any]:
     """Three steps of two agents, of which the diversity is one of the whole batch."""
     short = case(mode, engine, world, steps=3, save_at=[], prove=True)
-    own = ["crowd.num_agents=2", "crowd.lambda_sw=0.5", "tuning.r=4"]
+    own = ["crowd.num_agents=2", "crowd.lambda_sw=0.5", "tuning.r=4", "train.learning_rate=3e-3"]
     return short | {"name": f"crowd-{short['name']}", "overrides": short["overrides"] + own}
 
 
