@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shapes
 import tiny
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from peft import PeftModel
 from scipy.stats import norm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from sft import batching, chat, engine, export, generate, merge, model, prepare
+from sft import batching, chat, engine, export, generate, memory, merge, model, prepare, rehearsal
 from sft import run as running
 from sft.config import ConfigError, Generation, UserError, load_config, with_values
 from sft.connector import AccelerateConnector
@@ -346,6 +347,13 @@ def test_token_weights_are_in_the_cross_entropy_of_all_agents(tmp_path, max_toke
     assert_law(tmp_path, rows, batching.Budget(max_tokens, "padded"))
 
 
+@pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
+def test_a_row_that_is_supervised_in_its_first_token_alone_has_no_part(tmp_path, max_tokens):
+    first = chat.Example([4, 5, 6], [4, chat.IGNORED, chat.IGNORED])  # nothing predicts that one
+    rows = [first, *tiny.examples(5, 5), first]
+    assert_law(tmp_path, rows, batching.Budget(max_tokens, "padded"))
+
+
 def test_padding_changes_nothing(tmp_path):
     """A row beside one that is shorter, and beside one that is longer, neither supervised."""
     row = tiny.examples(3, 1, longest=8)[0]
@@ -432,6 +440,18 @@ def test_modules_that_are_not_linear_are_refused(tmp_path):
     given = with_values(tiny.crowd_config(tmp_path), {"tuning.target_modules": ["embed_tokens"]})
     with pytest.raises(ConfigError, match=r"target_modules: .* found model.embed_tokens, a Embedd"):
         tiny.adapted(given)
+
+
+def test_a_plan_of_few_layers_is_that_of_all_wherever_a_crowd_reads(tmp_path):
+    deep = shapes.configured(tmp_path, shapes.architectures(num_hidden_layers=7)["Llama"])
+    window = rehearsal.uniform(3, 40, 20, micro_batches=2)
+    given = with_values(deep, {"crowd.num_agents": 2, "crowd.layer": 5})
+    found = memory.predict(given, "fp32", window, on_gpu=False)
+    assert found.method == "traced with 2 and 3 of 7 layers"
+    whole = rehearsal.rehearse(given, "fp32", window).peak().num_bytes
+    assert found.allocated == pytest.approx(whole, rel=0.01)
+    with pytest.raises(ConfigError, match="one of this model's 7 layers"):
+        memory.predict(with_values(given, {"crowd.layer": 7}), "fp32", window, on_gpu=False)
 
 
 # --- law 2 ---------------------------------------------------------------------------------------

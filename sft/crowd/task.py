@@ -54,7 +54,6 @@ class Reader:
     def forget(self) -> None:
         """What is left of a pass that was given up would keep its whole graph."""
         self.states: torch.Tensor | None = None  # (agents * supervised, d)
-        self.positions: torch.Tensor | None = None  # of these, where `states` has all: (.., d)
 
     def _of_head(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if self.head.positions is not None:
@@ -62,16 +61,14 @@ class Reader:
 
     def _of_layer(self, _: nn.Module, __: Any, output: Any) -> None:
         if self.head.positions is not None:
-            self.states = output[0] if isinstance(output, tuple) else output
-            self.positions = self.head.positions  # taken later: checkpointing does layers again
+            states = output[0] if isinstance(output, tuple) else output
+            self.states = states.flatten(0, 1)[self.head.positions]
 
     def take(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """logits (agents, supervised, vocabulary) -> points (examples with a supervised token,
         agents, d), in fp32 or wider."""
         states = logits if self.settings.representation == "logits" else self.states
         assert states is not None
-        if self.positions is not None:
-            states = states.flatten(0, 1)[self.positions]
         self.forget()
         agents = self.settings.num_agents
         states = states.to(torch.promote_types(states.dtype, torch.float32))
