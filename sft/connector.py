@@ -295,6 +295,8 @@ class AccelerateConnector:
         weights = self.accelerator.get_state_dict(model)
         speaker = self.load_model_once()
         plain = self.accelerator.unwrap_model(model)
+        if isinstance(plain, Mixture):
+            raise UserError("save_model: agents are saved by the run that trains them")
 
         def write(staging: Path) -> None:
             if self.is_main_process:
@@ -383,11 +385,12 @@ def open_speaker(asked: Opening) -> Speaker:
     if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
         config, weights = export.run_config(folder), folder / "final_checkpoint"
     elif (folder / checkpoint.MANIFEST).exists() and (folder.parent / "config.yaml").exists():
-        if reason := checkpoint.fault(folder):
-            raise ExportError(f"{folder} cannot be trusted: {reason}")
+        _require_whole(folder)
         untrusting = ["model.trust_remote_code=false"]
         config, weights = load_config(folder.parent / "config.yaml", untrusting), folder
-    elif (folder / "adapter_config.json").exists() and asked.adapter is None:
+    elif asked.adapter is None and any((folder / name).exists() for name in export.ADAPTED):
+        if (folder / checkpoint.MANIFEST).exists():  # a checkpoint without its run
+            _require_whole(folder)
         return open_speaker(replace(asked, name=export.base_of(folder), adapter=asked.name))
     else:
         return _open_model(asked)
@@ -415,6 +418,11 @@ def _open_run(asked: Opening, config: Config, weights: Path) -> Speaker:
     return _speaker(built, tokenizer, base, of, config.tuning.mode, asked.precision)
 
 
+def _require_whole(folder: Path) -> None:
+    if reason := checkpoint.fault(folder):
+        raise ExportError(f"{folder} cannot be trusted: {reason}")
+
+
 def _open_model(asked: Opening) -> Speaker:
     """A model by itself, or with an adapter."""
     name, adapter = asked.name, asked.adapter
@@ -427,8 +435,9 @@ def _open_model(asked: Opening) -> Speaker:
     of = ""
     if adapter is not None:
         base = export.with_adapter(base, settings, Path(adapter))
-        files = (export.ADAPTER, "adapter_config.json")
-        of = " ".join(checkpoint.sha256(Path(adapter) / name) for name in files)
+        names = (export.ADAPTER, *export.ADAPTED)
+        files = (file for name in names for file in sorted(Path(adapter).rglob(name)))
+        of = " ".join(map(checkpoint.sha256, files))
         if (Path(adapter) / "tokenizer_config.json").exists():
             tokenizer = model.load_tokenizer(Model(name=adapter))
     return _speaker(base.eval(), tokenizer, model.fingerprint(settings), of, mode, asked.precision)

@@ -143,10 +143,10 @@ def read_state(checkpoint_folder: Path, now: dict[str, str]) -> dict[str, Any]:
     named = checkpoint.NAME.fullmatch(checkpoint_folder.name)
     if not sound or (named and int(named[1]) != state["step"]):
         raise checkpoint.CheckpointError(f"{path} is not what a run writes into such a folder")
-    if changed := [key for key in now if then.get(key) != now[key]]:
+    if changed := [key for key in {**now, **then} if then.get(key) != now.get(key)]:
         error = AnotherRunError(
             f"{checkpoint_folder} belongs to another run; resuming would not continue it:\n  "
-            + "\n  ".join(f"{key}: was {then.get(key)}, is {now[key]}" for key in changed)
+            + "\n  ".join(f"{key}: was {then.get(key)}, is {now.get(key)}" for key in changed)
             + "\nRestore these, or start anew with another train.output_dir."
         )
         error.exit_code = 3 if changed == ["data"] else error.exit_code
@@ -313,7 +313,7 @@ class Engine:
         """Lets the task survey the global batch; nothing to do where it is not cut. Or the memory
         that ran out, as in `_passes`."""
         table = None
-        if self.accelerator.num_processes > 1 or len(micro_batches) > 1:
+        if self._is_cut(micro_batches):
             places = {number: place for place, number in enumerate(ids)}
             for micro_batch, batch in zip(micro_batches, batches, strict=True):
                 self.guard.mark()
@@ -332,6 +332,9 @@ class Engine:
         self._seed([], ids)  # the same on all
         self.task.surveyed(ids, table, supervised)
         return None
+
+    def _is_cut(self, micro_batches: list[batching.MicroBatch]) -> bool:
+        return self.accelerator.num_processes > 1 or len(micro_batches) > 1
 
     def _forward(
         self,
@@ -439,6 +442,9 @@ class Engine:
         started = time.perf_counter()
         try:
             with nullcontext() if zero else self.parallel.alone():
+                if self.task.surveys and self._is_cut(micro_batches):
+                    for batch in batches:
+                        self.task.survey(self.model, batch)
                 for batch in batches:
                     loss = self.task.loss(self.model, batch)[0]
                     if not zero:

@@ -27,6 +27,7 @@ from sft.model import ModelError, add_adapters, load_base, load_tokenizer, weigh
 
 BASE = "base.json"  # beside an adapter: what it was trained on
 META = "ci_llm_meta_config.json"  # beside the agents of a crowd
+ADAPTED = ("adapter_config.json", META)  # either says that a folder needs a base
 
 
 class ExportError(UserError):
@@ -137,16 +138,22 @@ def crowd_meta(folder: Path) -> dict[str, Any]:
     path = folder / META
     try:
         told = json.loads(path.read_text("utf-8"))
-        whole = isinstance(told["num_agents"], int) and isinstance(told["concentration"], list)
-        whole = whole and len(told["concentration"]) == told["num_agents"] > 0
-        whole = whole and all(0 < float(each) < math.inf for each in told["concentration"])
-        whole = whole and all(key in told for key in ("r", "lora_alpha", "target_modules", "base"))
+        shape_of(told)
+        settings = Crowd(num_agents=told["num_agents"], aggregator=told["aggregator"])
+        numbers = list(map(float, told["concentration"]))
+        whole = len(numbers) == settings.num_agents and 0 < sum(numbers) < math.inf
+        whole = whole and min(numbers) >= 0 and isinstance(told["base"]["name"], str)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or repr(error)
+        reason = getattr(error, "strerror", None) or " ".join(repr(error).split())
         raise CheckpointError(f"{path}: expected a crowd's description: {reason}") from None
     if not whole:
         raise CheckpointError(f"{path} is not what a run writes")
     return told
+
+
+def shape_of(told: dict[str, Any]) -> Tuning:
+    """Of adapters, by what was saved beside them. ValueError or KeyError for what is none."""
+    return Tuning(**{key: told[key] for key in ("r", "lora_alpha", "target_modules")})
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -194,17 +201,28 @@ def load_tuned(
     mode = config.tuning.mode
     if mode == "full":
         return load_base(saved, mode, precision, device).eval(), tokenizer
-    crowded = config.crowd.num_agents > 0
-    _refuse_another_base(folder / "agent0" if crowded else folder, config.model)
+    _refuse_another_base(folder, config.model)
     base = load_base(config.model, mode if quantised else "lora", precision, device)
     # By the configuration, as in training: adapter_config.json can name modules to be imported.
     adapted = add_adapters(base, config.tuning, config.crowd)
     if isinstance(adapted, Agents):
-        adapted.concentration = tuple(map(float, crowd_meta(folder)["concentration"]))
+        _take_concentration(adapted, folder, config.crowd)
     else:
         _refuse_another_shape(folder, adapted)
     load_weights(adapted, folder)
     return adapted.eval(), tokenizer
+
+
+def _take_concentration(crowd: Agents, folder: Path, settings: Crowd) -> None:
+    """A fitted one, where the configuration has none of its own."""
+    told = crowd_meta(folder)
+    if told["aggregator"] == "learned" and settings.concentration == Crowd().concentration:
+        crowd.concentration = tuple(map(float, told["concentration"]))
+    elif settings.aggregator == "learned":
+        raise ExportError(
+            f"{folder}: crowd.aggregator: expected {told['aggregator']}, as it was trained, found "
+            "learned, for which nothing was fitted; remove the override, or train with it"
+        )
 
 
 def alone(config: Config) -> Config:
@@ -234,18 +252,20 @@ def _refuse_another_shape(folder: Path, adapted: Any) -> None:
 
 
 def _refuse_another_base(folder: Path, base: Model) -> None:
-    path = folder / BASE
+    crowded = (folder / META).exists()
+    path = folder / (META if crowded else BASE)
     if not path.exists():  # not of a run, or of one before this file was written
         return
     try:
         told = json.loads(path.read_text("utf-8"))
+        told = told["base"] if crowded else told
         name, expected = str(told["name"]), str(told["weights_sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{path} is not what a run writes: {error!r}") from None
     found = weights_sha256(base)
     if found != expected:
         raise ExportError(
-            f"{folder} is an adapter of {name!r}: expected its weights, of digest "
+            f"{folder} belongs to {name!r}: expected its weights, of digest "
             f"{expected[:12]}, found those of {base.name!r}, {found[:12]}; give the "
             'base that it was trained on with ARGS="model.name=..."'
         )
@@ -276,15 +296,20 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def base_of(folder: Path) -> str:
-    """The base model that an adapter names."""
+    """The base model that an adapter, or a crowd, names."""
+    if (folder / META).exists():
+        return str(crowd_meta(folder)["base"]["name"])
     return str(_adapter_config(folder)["base_model_name_or_path"])
 
 
 def with_adapter(base: nn.Module, of: Model, folder: Path) -> nn.Module:
-    """`base`, loaded from `of`, with the adapter in `folder`. Raises ExportError if it is none of
-    this base. Only its numbers are read: adapter_config.json could name modules to be imported."""
-    found = _adapter_config(folder)
+    """`base`, loaded from `of`, with the adapter, or the crowd, in `folder`. Raises ExportError if
+    it is none of this base. Only numbers are read: adapter_config.json could name modules to be
+    imported."""
     _refuse_another_base(folder, of)
+    if (folder / META).exists():
+        return _with_crowd(base, folder)
+    found = _adapter_config(folder)
     named = str(found["base_model_name_or_path"])
     if not (folder / BASE).exists() and Path(named).resolve().name != Path(of.name).resolve().name:
         raise ExportError(
@@ -292,8 +317,7 @@ def with_adapter(base: nn.Module, of: Model, folder: Path) -> nn.Module:
             "weights, say so: set base_model_name_or_path in its adapter_config.json"
         )
     try:
-        shape = {key: found[key] for key in ("r", "lora_alpha", "target_modules")}
-        tuning = Tuning(**shape)
+        tuning = shape_of(found)
     except (ValueError, KeyError) as error:
         raise ExportError(f"{folder / 'adapter_config.json'}: not a LoRA shape: {error}") from None
     try:
@@ -305,3 +329,15 @@ def with_adapter(base: nn.Module, of: Model, folder: Path) -> nn.Module:
             f"{found['base_model_name_or_path']}): {error}"
         ) from None
     return adapted
+
+
+def _with_crowd(base: nn.Module, folder: Path) -> nn.Module:
+    told = crowd_meta(folder)
+    settings = Crowd(num_agents=told["num_agents"], aggregator=told["aggregator"])
+    try:
+        crowd: Any = add_adapters(base, shape_of(told), settings)
+        load_weights(crowd, folder)
+    except ModelError as error:
+        raise ExportError(f"{folder} is no crowd of this base: {error}") from None
+    crowd.concentration = tuple(map(float, told["concentration"]))
+    return crowd

@@ -384,7 +384,7 @@ def _depths(key: str) -> tuple[int, int, int] | None:
     )
     few = 2 * period + whole % period
     more = few + period
-    if few + more >= whole:
+    if few + more >= whole or config.crowd.layer >= whole:  # which the task refuses
         return None
     key = _key(config)
     numbers = [_counted(key, depth).parameters for depth in (few, more, whole)]

@@ -84,6 +84,8 @@ def rehearse(
     isolates = config.model.attn_implementation == "flash_attention_2"  # documents, without a mask
     if isolates:  # its kernels need a GPU; what they keep is what SDPA keeps
         config = with_values(config, {"model.attn_implementation": "sdpa"})
+    if depth is not None and config.crowd.layer >= depth:  # of those that there are, the last
+        config = with_values(config, {"crowd.layer": depth - 1})
     masked = window.layout == "packed" and max(map(len, window.micro_batches)) > 1 and not isolates
     with _fake(config, masked, depth), _like_a_gpu(config, precision) if on_gpu else nullcontext():
         made = make_engine(config, precision, window, weights=False)

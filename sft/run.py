@@ -211,7 +211,8 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
         guard.join(accelerator, None)
         log = Log(out) if accelerator.is_main_process else Log(None)
         with closing(log):
-            planned = plan_together(config, prepared, hardware.detect(folder), accelerator)
+            used = config if config.crowd.agent is None else export.alone(config)
+            planned = plan_together(used, prepared, hardware.detect(folder), accelerator)
             model, _ = export.load_tuned(folder, config, planned.precision, accelerator.device)
             budget = finetune.usable_budget(planned.budget, "auto", model, accelerator.device, log)
             task = make_task(config, prepared, model, accelerator, log, budget, guard)

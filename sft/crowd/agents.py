@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
-from sft.config import Crowd
+from sft.config import ConfigError, Crowd
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -81,6 +81,11 @@ class Agents(nn.Module):
         layers = [(n, m) for n, m in adapted.get_base_model().named_modules() if _is_adapted(m)]
         self.base = adapted.get_base_model()
         for name, layer in layers:
+            if "default" not in layer.lora_A:
+                raise ConfigError(
+                    f"tuning.target_modules: agents adapt linear layers, found {name}, a "
+                    f"{type(layer.base_layer).__name__}; leave it out"
+                )
             parent, _, last = name.rpartition(".")
             agents = AgentsLinear(layer, self.num_agents, settings.dropconnect)
             setattr(self.base.get_submodule(parent), last, agents)
@@ -139,12 +144,15 @@ class Agents(nn.Module):
             "concentration": list(self.concentration),
         }
 
-    def save_pretrained(self, folder: str, state_dict: dict[str, torch.Tensor]) -> None:
+    def save_pretrained(
+        self, folder: str, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> None:
         """`agent0` ... `agent{K-1}`, each an adapter in PEFT's own format. `state_dict`: whole
         weights by name, where the module itself has only parts of them."""
         told = copy.copy(self.peft_config)
         told.inference_mode = True
-        adapters = {name: each for name, each in state_dict.items() if "lora_" in name}
+        whole = self.state_dict() if state_dict is None else state_dict
+        adapters = {name: each for name, each in whole.items() if "lora_" in name}
         for agent in range(self.num_agents):
             place = Path(folder, f"agent{agent}")
             told.save_pretrained(str(place))

@@ -21,7 +21,7 @@ from torch import nn
 
 from sft import batching, evaluate
 from sft.chat import IGNORED
-from sft.config import Crowd
+from sft.config import ConfigError, Crowd
 from sft.crowd.agents import Agents
 from sft.crowd.aggregator import Aggregator, Mixture, aggregator_of, fit, mix
 from sft.crowd.diversity import directions, disagreement, diversity, normalised
@@ -38,13 +38,22 @@ class Reader:
 
     def __init__(self, built: Agents, head: SupervisedHead, settings: Crowd):
         self.head, self.settings = head, settings
-        self.states: torch.Tensor | None = None  # (agents * supervised, d)
+        self.forget()
         layers = repeated_layers(built)
+        if settings.layer >= len(layers):
+            raise ConfigError(
+                f"crowd.layer: expected one of this model's {len(layers)} layers, 0 to "
+                f"{len(layers) - 1}, or -1, found {settings.layer}"
+            )
         if settings.representation == "hidden" and settings.layer == -1:
             # After the hook of `head`, which takes the supervised positions.
             built.get_output_embeddings().register_forward_pre_hook(self._of_head)
         elif settings.representation == "hidden":
             layers[settings.layer].register_forward_hook(self._of_layer)
+
+    def forget(self) -> None:
+        """What is left of a pass that was given up would keep its whole graph."""
+        self.states: torch.Tensor | None = None  # (agents * supervised, d)
 
     def _of_head(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if self.head.positions is not None:
@@ -59,8 +68,8 @@ class Reader:
         """logits (agents, supervised, vocabulary) -> points (examples with a supervised token,
         agents, d), in fp32 or wider."""
         states = logits if self.settings.representation == "logits" else self.states
-        self.states = None
         assert states is not None
+        self.forget()
         agents = self.settings.num_agents
         states = states.to(torch.promote_types(states.dtype, torch.float32))
         states = states.view(agents, -1, states.shape[-1]).movedim(0, 1)  # (supervised, agents, d)
@@ -112,7 +121,8 @@ class CrowdTune(FineTune):
         super().__init__(*args, **options)
         self.settings = self.config.crowd
         self.surveys = self.settings.lambda_sw > 0 and self.settings.num_agents > 1
-        self.reader = Reader(self.model, self.head, self.settings)
+        if self.surveys:
+            self.reader = Reader(self.model, self.head, self.settings)
         self.survey_of: Survey | None = None
         self.seed = self.config.train.seed
 
@@ -136,6 +146,8 @@ class CrowdTune(FineTune):
 
     def _forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Logits (agents, supervised, vocabulary)."""
+        if self.surveys:
+            self.reader.forget()
         size, agents = batch.input_ids.numel(), self.settings.num_agents
         positions = torch.cat([batch.positions + agent * size for agent in range(agents)])
         logits = self.logits(model, batch, positions)
