@@ -11,6 +11,7 @@ served: by the aggregator's mixture of the agents.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,15 +91,15 @@ def _needed(batch: Batch, pooling: str) -> Batch:
     """With only those supervised positions that are pooled: logits of others take long."""
     if pooling == "mean":
         return batch
-    counts = torch.tensor(batch.counts, dtype=torch.long)  # also of a batch without examples
-    ends = counts.cumsum(0)
-    places = (ends - 1 if pooling == "last" else ends - counts)[counts > 0]
+    ends = [*itertools.accumulate(batch.counts)]  # no tensors: a plan's have no values
+    pairs = [(end, count) for end, count in zip(ends, batch.counts, strict=True) if count]
+    places = [end - (1 if pooling == "last" else count) for end, count in pairs]
     return replace(
         batch,
         positions=batch.positions[places],
         targets=batch.targets[places],
         weights=None,
-        counts=counts.clamp(max=1).tolist(),
+        counts=[min(count, 1) for count in batch.counts],
     )
 
 
