@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -424,6 +425,35 @@ def test_where_memory_runs_out_the_same_batch_is_done_in_smaller_pieces(
     assert starved.budget.max_tokens <= 30
     for key in ("train/loss", "train/diversity"):
         assert found[key] == pytest.approx(expected[key], rel=1e-10)
+
+
+def test_what_a_pass_that_was_given_up_has_left_is_gone_before_the_next(tmp_path):
+    made, _ = step(tmp_path, tiny.examples(1, 8), batching.Budget(60, "padded"))
+    left = made.task.reader.states = torch.zeros(3)
+    gone, seen = weakref.ref(left), []
+    del left
+    embeddings = made.task.model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda *_: seen.append(gone() is None))
+    made.optimizer_step()
+    assert all(seen)
+    assert seen
+
+
+def test_a_probe_takes_the_survey_too_and_leaves_no_trace(tmp_path, monkeypatch):
+    made, expected = step(tmp_path, tiny.examples(1, 8), batching.Budget(60, "padded"))
+    probed, calls = copied(made), []
+    real = probed.task.survey
+
+    def survey(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(probed.task, "survey", survey)
+    probed.probe_seconds_per_step()
+    assert len(calls) == 2 * len(probed.window(0)[1]) > 2  # the first to warm up
+    found = probed.optimizer_step()
+    assert found["train/loss"] == expected["train/loss"]
+    assert found["train/diversity"] == expected["train/diversity"]
 
 
 def copied(made: engine.Engine) -> engine.Engine:
