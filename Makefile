@@ -24,6 +24,7 @@ export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERAT
 launch = $(BIN)/python scripts/launch.py --config $(CONFIG)
 classified = $(if $(filter command environment,$(firstword $(origin CONFIG))),$(CONFIG),configs/classify_hatecheck.yaml)
 crowd = $(if $(filter command environment,$(firstword $(origin CONFIG))),$(CONFIG),configs/crowd_nano.yaml)
+agent = $(if $(AGENT),crowd.agent=$(AGENT))
 model = --model "$(or $(MODEL),$(RUN)$(if $(AGENT),/final_checkpoint/agent$(AGENT)))" $(if $(ADAPTER),--adapter "$(ADAPTER)")
 gguf = $(if $(or $(GGUF),$(LLAMA_CPP)),--gguf "$(or $(GGUF),$(LLAMA_CPP))")
 
@@ -114,13 +115,13 @@ tb-stop: $(READY) ## Stop the TensorBoard that was started here, and no other
 
 ##@ Use
 evaluate: $(READY) ## Held-out loss and scored answers of a run [RUN=outputs/nano] [AGENT=0] [NUM_PROCESSES=2]
-	@$(BIN)/python scripts/evaluate.py --run $(RUN) $(if $(AGENT),--name agent$(AGENT) crowd.agent=$(AGENT)) $(ARGS)
+	@$(BIN)/python scripts/evaluate.py --run $(RUN) $(if $(AGENT),--name agent$(AGENT)) $(agent) $(ARGS)
 
 eval-quick: $(READY) ## Held-out loss, and scored answers to the first 32 rows
-	@$(BIN)/python scripts/evaluate.py --run $(RUN) --name quick evaluation.num_examples=32 $(ARGS)
+	@$(BIN)/python scripts/evaluate.py --run $(RUN) --name quick$(AGENT) evaluation.num_examples=32 $(agent) $(ARGS)
 
 eval-test: $(READY) ## The same for every held-out row, or those of another file [INPUT=file]
-	@$(BIN)/python scripts/evaluate.py --run $(RUN) --name test evaluation.num_examples=1000000000 \
+	@$(BIN)/python scripts/evaluate.py --run $(RUN) --name test$(AGENT) evaluation.num_examples=1000000000 $(agent) \
 		$(if $(INPUT),"data.eval_path=$(INPUT)") $(ARGS)
 
 compare: $(READY) ## Is B better or worse than A, or not distinguishable? A=run B=run [METRIC=rouge_l,bleu] [SHOW=5]
@@ -140,7 +141,7 @@ infer-batch: $(READY) ## Answer every row of INPUT into OUTPUT (JSONL) [RUN= or 
 
 merge: $(READY) ## Merge RUN into its base, and prove it [OUTPUT=] [DTYPE=bf16] [BASE=dequantised] [GGUF=llama.cpp]
 	@$(BIN)/python scripts/merge.py --run $(RUN) $(if $(or $(OUTPUT),$(AGENT)),--output $(or $(OUTPUT),$(RUN)/merged_agent$(AGENT))) \
-		$(if $(AGENT),crowd.agent=$(AGENT)) $(if $(DTYPE),--dtype $(DTYPE)) \
+		$(agent) $(if $(DTYPE),--dtype $(DTYPE)) \
 		$(if $(BASE),--base $(BASE)) $(gguf) $(ARGS)
 
 merge-test: $(READY) ## The proof again, on a merged folder MERGED=folder [RUN=folder] [GGUF=llama.cpp]

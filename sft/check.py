@@ -31,7 +31,7 @@ from sft import (
     processes,
     storage,
 )
-from sft.config import Config, UserError, load_config, with_values
+from sft.config import Config, UserError, load_config, refuse_one_agent, with_values
 from sft.log import Log, make_console, size
 from sft.tasks import make_task
 
@@ -170,6 +170,8 @@ def disk(config: Config) -> Finding:
 def trial(config: Config) -> Iterator[Finding]:
     """Model, processes, two optimizer steps of the real task on the first rows, a checkpoint of it
     saved and read back, and an answer; all of it thrown away."""
+    storage.refuse_if_unwritable(Path(config.train.output_dir))
+    refuse_one_agent(config)
     accelerator = processes.start_processes(processes.any_launch(config).train)
     yield Finding(True, f"Accelerate: {processes.described(accelerator)['devices']}")
     place = hardware.nearest_existing(Path(config.train.output_dir))
@@ -215,7 +217,9 @@ def answer(task: finetune.FineTune, built: nn.Module, folder: Path) -> Finding:
     """One held-out prompt, as after training."""
     path = folder / "predictions.jsonl"
     task.answers(built, path, "check")
-    (record,) = predictions.read(path)
+    record = next(predictions.read(path), None)
+    if record is None:
+        return Finding(True, "generation: no held-out row asks for an answer")
     if "error" in record:
         return Finding(False, f"generation: {record['row']}: {record['error']}", "mend the row")
     agents = task.config.crowd.num_agents

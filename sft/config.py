@@ -311,7 +311,7 @@ class Crowd(Section):
     pooling: Literal["last", "mean", "first"] = "last"
     """Which supervised position (whose next token is supervised) stands for an example."""
     normalise: bool = True
-    """Representations of length sqrt(d): the diversity is at most 4, whatever the norms are."""
+    """Representations of length sqrt(d), so that the diversity is not won by larger norms."""
     dropconnect: Fraction = 0.0
     """Probability of dropping a weight of an adapter in a training pass."""
     aggregator: Literal["uniform", "sampled", "learned"] = "uniform"
@@ -341,6 +341,14 @@ class Rule:
     paths: tuple[str, ...]
     broken: Callable[..., bool]
     message: str
+
+
+OTHERS = tuple(key for key in Crowd.model_fields if key != "num_agents")  # of a crowd
+DIVERSITY = ("num_projections", "representation", "layer", "pooling", "normalise")  # how measured
+
+
+def _defaults(section: type[Section], keys: Sequence[str]) -> list[Any]:
+    return [section.model_fields[key].default for key in keys]
 
 
 RULES = [
@@ -432,8 +440,13 @@ RULES = [
         "is only read with crowd.aggregator: sampled; set that, or remove this key",
     ),
     Rule(
-        tuple(f"crowd.{key}" for key in Crowd.model_fields),  # num_agents is the first
-        lambda agents, *others: agents == 0 and [*others] != [*Crowd().model_dump().values()][1:],
+        ("crowd.lambda_sw", *(f"crowd.{key}" for key in DIVERSITY)),
+        lambda weight, *others: weight == 0 and [*others] != _defaults(Crowd, DIVERSITY),
+        "0 measures no diversity, whose other keys could be read; raise it, or remove them",
+    ),
+    Rule(
+        ("crowd.num_agents", *(f"crowd.{key}" for key in OTHERS)),
+        lambda agents, *others: agents == 0 and [*others] != _defaults(Crowd, OTHERS),
         "there is no crowd whose other keys could be read; set it, or remove them",
     ),
     *(
@@ -490,6 +503,12 @@ def load_config(file: str | Path | None, overrides: list[str] | None = None) -> 
             f"{file or 'overrides'}: {count} in the configuration\n  " + "\n  ".join(problems)
         )
     return config
+
+
+def refuse_one_agent(config: Config) -> None:
+    """ConfigError for `crowd.agent` where a crowd is trained, planned or tried out."""
+    if config.crowd.agent is not None:
+        raise ConfigError("crowd.agent: all agents of a crowd are trained; remove it")
 
 
 def classified_rows(output_dir: str) -> dict[str, str]:

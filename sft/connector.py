@@ -388,6 +388,8 @@ def open_speaker(asked: Opening) -> Speaker:
         _require_whole(folder)
         untrusting = ["model.trust_remote_code=false"]
         config, weights = load_config(folder.parent / "config.yaml", untrusting), folder
+    elif agent := _agent_in_run(folder):
+        config, weights = agent, folder.parent
     elif asked.adapter is None and any((folder / name).exists() for name in export.ADAPTED):
         if (folder / checkpoint.MANIFEST).exists():  # a checkpoint without its run
             _require_whole(folder)
@@ -395,6 +397,16 @@ def open_speaker(asked: Opening) -> Speaker:
     else:
         return _open_model(asked)
     return _open_run(asked, config, weights)
+
+
+def _agent_in_run(folder: Path) -> Config | None:
+    """The configuration of one agent of a run's crowd, if `folder` is its."""
+    crowd, run = folder.parent, folder.parent.parent / "config.yaml"
+    number = folder.name.removeprefix("agent")
+    if not ((crowd / export.META).exists() and run.exists() and number.isdecimal()):
+        return None
+    _require_whole(crowd)
+    return load_config(run, ["model.trust_remote_code=false", f"crowd.agent={number}"])
 
 
 def _open_run(asked: Opening, config: Config, weights: Path) -> Speaker:
@@ -413,7 +425,7 @@ def _open_run(asked: Opening, config: Config, weights: Path) -> Speaker:
     built, tokenizer = export.load_tuned(
         Path(name), config, asked.precision, asked.device, weights=weights
     )
-    of = checkpoint.sha256(weights / checkpoint.MANIFEST)
+    of = f"{checkpoint.sha256(weights / checkpoint.MANIFEST)} {config.crowd.agent}"
     base = model.fingerprint(config.model) if config.tuning.mode != "full" else ""
     return _speaker(built, tokenizer, base, of, config.tuning.mode, asked.precision)
 

@@ -328,9 +328,10 @@ class Engine:
                     table[[places[number] for number in micro_batch]] = found
             if met := self._met(watch):
                 return met
-            table = self.accelerator.reduce(table, "sum")  # each row comes from one rank
+            # Each row comes from one rank.
+            table = self._for_good(ids, self.accelerator.reduce, table, "sum")
         self._seed([], ids)  # the same on all
-        self.task.surveyed(ids, table, supervised)
+        self._for_good(ids, self.task.surveyed, ids, table, supervised)
         return None
 
     def _is_cut(self, micro_batches: list[batching.MicroBatch]) -> bool:

@@ -37,7 +37,14 @@ from sft import (
     storage,
 )
 from sft.batching import Budget, MicroBatch
-from sft.config import Config, Train, UserError, dump_config, with_values
+from sft.config import (
+    Config,
+    Train,
+    UserError,
+    dump_config,
+    refuse_one_agent,
+    with_values,
+)
 from sft.engine import Engine, identity, memory_bytes, read_state
 from sft.guard import RANKS, TRACEBACK, Guard, Lock, Status
 from sft.log import Log, beginning, duration, facts, write_json
@@ -58,8 +65,7 @@ def train(config: Config) -> None:
     """Runs `config` in this process group."""
     check_launch(config.train)
     _check_wandb(config)
-    if config.crowd.agent is not None:
-        raise UserError("crowd.agent: all agents of a crowd are trained; remove it")
+    refuse_one_agent(config)
     train = config.train
     with Guard(Path(train.output_dir), train.stall_timeout) as guard:
         found = _open_folder(train, guard) if guard.is_first else None
@@ -287,7 +293,7 @@ def _tell_results(
     both = {"base": base, "tuned": tuned}
     written = {name: results["metrics"] for name, results in both.items()}
     for key in ("intervals", *(["groups"] if config.evaluation.group else [])):
-        written[key] = {name: results[key] for name, results in both.items()}
+        written[key] = {name: results.get(key, {}) for name, results in both.items()}
     write_json(folder / "metrics.json", written | {"num_examples": tuned["num_examples"]})
     log.say(_side_by_side(folder, config.evaluation.num_shown))
     for told in _groups_table(config, tuned):

@@ -138,7 +138,7 @@ def crowd(mode: str, engine: str, world: int) -> dict[str, Any]:
     return short | {"name": f"crowd-{short['name']}", "overrides": short["overrides"] + own}
 
 
-CROWDS = [("lora", e) for e in ("ddp", "fsdp", "zero2", "zero3")] + [("qlora", "ddp")]
+CROWDS = [("lora", e) for e in ("ddp", "fsdp", "zero3")] + [("qlora", e) for e in ("ddp", "zero2")]
 OFFLOADING = ("fsdp", "zero2", "zero3")
 
 

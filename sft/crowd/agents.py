@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sft.config import ConfigError, Crowd
 
@@ -81,7 +82,7 @@ class Agents(nn.Module):
         layers = [(n, m) for n, m in adapted.get_base_model().named_modules() if _is_adapted(m)]
         self.base = adapted.get_base_model()
         for name, layer in layers:
-            if "default" not in layer.lora_A:
+            if not isinstance(layer.base_layer, nn.Linear | Conv1D):
                 raise ConfigError(
                     f"tuning.target_modules: agents adapt linear layers, found {name}, a "
                     f"{type(layer.base_layer).__name__}; leave it out"

@@ -204,6 +204,7 @@ class Mixture(nn.Module):
                 f"found {number}; take the aggregator that was saved or fitted with this crowd"
             )
         self.crowd, self.aggregator, self.num_agents = crowd, aggregator, number
+        self.training = crowd.training  # which `eval_mode` restores
 
     @property
     def config(self) -> Any:

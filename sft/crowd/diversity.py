@@ -5,15 +5,14 @@ difference of the sorted points. Its mean over random directions, onto which clo
 are projected, is the squared sliced distance (Bonneel et al. 2015, equation 13; Monte Carlo over
 `num_projections` directions).
 
-`normalised` points have length sqrt(d). The distance is then between 0 and 4, whatever d is, and
-cannot be won by blowing up norms; of raw points it has no bound, and its gradient grows with them.
+`normalised` points have length sqrt(d). The distance is then between 0 and 4, whatever d is (an
+estimate from few directions can be more), and cannot be won by blowing up norms; of raw points it
+has no bound, and its gradient grows with them.
 """
 
 from __future__ import annotations
 
 import torch
-
-BOUND = 4.0  # of the distance between normalised points
 
 
 def directions(num_projections: int, dimension: int, seed: int) -> torch.Tensor:

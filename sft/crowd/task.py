@@ -229,7 +229,8 @@ class CrowdTune(FineTune):
         rows = self.prepared.validation
         if self.settings.aggregator != "learned" or rows is None:
             return
-        self.model.concentration = fit(*self._likelihoods(model, rows))
+        with self.guard.section("aggregator"):
+            self.model.concentration = fit(*self._likelihoods(model, rows))
         told = ", ".join(f"{each:.3g}" for each in self.model.concentration)
         self.log.say(f"aggregator: concentration {told}, fitted on {len(rows):,} rows")
 
@@ -239,8 +240,13 @@ class CrowdTune(FineTune):
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         mine = batching.cut(range(len(rows)), rows.lengths, world, self.budget)[rank]
         found: list[tuple[int, torch.Tensor]] = []
-        with evaluate.eval_mode(model):
+        with (
+            evaluate.eval_mode(model),
+            self.log.progress("likelihoods for the aggregator", len(mine)) as advance,
+        ):
             for ids in mine:
+                self.guard.stop_if_asked()
+                advance()
                 batch = self._collate(rows, ids)
                 logits = self._forward(model, batch).log_softmax(-1)
                 chosen = batch.targets[:, None].expand(len(logits), -1, 1)
