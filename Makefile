@@ -3,6 +3,7 @@
 #   CONFIG=file.yaml       configuration (docs/CONFIG.md)      RUN=outputs/name  a finished run
 #   ARGS="train.epochs=1"  overrides of its keys               JSON=file         where `plan`, `compare` write
 #   NUM_PROCESSES=n        on this machine (train-distributed, -fsdp, -deepspeed, verify-*; several: docs/LAUNCH.md)
+#   AGENT=0                one agent of a crowd (docs/CROWD.md)
 #   GIB=48                 memory of a GPU without a known name   LLAMA_CPP=path where llama.cpp is (merge: docs/MERGE.md)
 
 CONFIG ?= configs/nano.yaml
@@ -22,13 +23,15 @@ export TOKENIZERS_PARALLELISM := false
 export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERATE_CONFIG
 launch = $(BIN)/python scripts/launch.py --config $(CONFIG)
 classified = $(if $(filter command environment,$(firstword $(origin CONFIG))),$(CONFIG),configs/classify_hatecheck.yaml)
-model = --model "$(or $(MODEL),$(RUN))" $(if $(ADAPTER),--adapter "$(ADAPTER)")
+crowd = $(if $(filter command environment,$(firstword $(origin CONFIG))),$(CONFIG),configs/crowd_nano.yaml)
+agent = $(if $(AGENT),crowd.agent=$(AGENT))
+model = --model "$(or $(MODEL),$(RUN)$(if $(AGENT),/final_checkpoint/agent$(AGENT)))" $(if $(ADAPTER),--adapter "$(ADAPTER)")
 darkroom = $(if $(filter command environment,$(firstword $(origin CONFIG))),$(CONFIG),configs/ad_darkroom.yaml)
 gguf = $(if $(or $(GGUF),$(LLAMA_CPP)),--gguf "$(or $(GGUF),$(LLAMA_CPP))")
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
-	train train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
+	train train-crowd train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
 	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare classify infer infer-batch merge merge-test nano test test-fast lint format docs clean
 
 ##@ Start
@@ -87,6 +90,9 @@ show-data: $(READY) ## One row's tokens in colour [ROW=17] or [ROW=file:17] [IDS
 train: $(READY) ## Fine-tune CONFIG in one process (default: the embedded nano model, QLoRA)
 	@$(BIN)/python scripts/train.py --config $(CONFIG) $(ARGS)
 
+train-crowd: $(READY) ## K agents on one frozen base (default: configs/crowd_nano.yaml) [NUM_PROCESSES=n]
+	@$(BIN)/python scripts/$(if $(NUM_PROCESSES),launch,train).py --config $(crowd) $(ARGS)
+
 train-distributed: $(READY) ## The same on every GPU (two CPU processes without one), DDP [NUM_PROCESSES=n]
 	@$(launch) $(ARGS)
 
@@ -115,14 +121,14 @@ tb-stop: $(READY) ## Stop the TensorBoard that was started here, and no other
 	@$(BIN)/python scripts/tensorboard_server.py stop --logdir outputs
 
 ##@ Use
-evaluate: $(READY) ## Held-out loss and scored answers of a finished run [RUN=outputs/nano] [NUM_PROCESSES=2]
-	@$(BIN)/python scripts/evaluate.py --run $(RUN) $(ARGS)
+evaluate: $(READY) ## Held-out loss and scored answers of a run [RUN=outputs/nano] [AGENT=0] [NUM_PROCESSES=2]
+	@$(BIN)/python scripts/evaluate.py --run $(RUN) $(if $(AGENT),--name agent$(AGENT)) $(agent) $(ARGS)
 
 eval-quick: $(READY) ## Held-out loss, and scored answers to the first 32 rows
-	@$(BIN)/python scripts/evaluate.py --run $(RUN) --name quick evaluation.num_examples=32 $(ARGS)
+	@$(BIN)/python scripts/evaluate.py --run $(RUN) --name quick$(AGENT) evaluation.num_examples=32 $(agent) $(ARGS)
 
 eval-test: $(READY) ## The same for every held-out row, or those of another file [INPUT=file]
-	@$(BIN)/python scripts/evaluate.py --run $(RUN) --name test evaluation.num_examples=1000000000 \
+	@$(BIN)/python scripts/evaluate.py --run $(RUN) --name test$(AGENT) evaluation.num_examples=1000000000 $(agent) \
 		$(if $(INPUT),"data.eval_path=$(INPUT)") $(ARGS)
 
 compare: $(READY) ## Is B better or worse than A, or not distinguishable? A=run B=run [METRIC=rouge_l,bleu] [SHOW=5]
@@ -141,7 +147,8 @@ infer-batch: $(READY) ## Answer every row of INPUT into OUTPUT (JSONL) [RUN= or 
 	@$(BIN)/python scripts/infer_batch.py $(model) $(if $(ENGINE),--engine $(ENGINE)) --input "$(INPUT)" --output "$(OUTPUT)" $(ARGS)
 
 merge: $(READY) ## Merge RUN into its base, and prove it [OUTPUT=] [DTYPE=bf16] [BASE=dequantised] [GGUF=llama.cpp]
-	@$(BIN)/python scripts/merge.py --run $(RUN) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(DTYPE),--dtype $(DTYPE)) \
+	@$(BIN)/python scripts/merge.py --run $(RUN) $(if $(or $(OUTPUT),$(AGENT)),--output $(or $(OUTPUT),$(RUN)/merged_agent$(AGENT))) \
+		$(agent) $(if $(DTYPE),--dtype $(DTYPE)) \
 		$(if $(BASE),--base $(BASE)) $(gguf) $(ARGS)
 
 merge-test: $(READY) ## The proof again, on a merged folder MERGED=folder [RUN=folder] [GGUF=llama.cpp]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sft import cli, hardware
-from sft.config import Config, ConfigError, load_config
+from sft.config import Config, ConfigError, load_config, refuse_one_agent
 from sft.hardware import Hardware
 
 
@@ -55,7 +55,9 @@ def configuration(args: Namespace) -> Config:
         if args.tuning or args.seq:
             told = 'of a configuration set ARGS="tuning.mode=... data.max_seq_len=..."'
             raise ConfigError(f"TUNING and SEQ describe a MODEL; {told}")
-        return cli.configuration(args)
+        config = cli.configuration(args)
+        refuse_one_agent(config)
+        return config
     path = Path(args.model)
     name = str(path.parent) if path.name == "config.json" else args.model
     given = [f"model.name={name}", f"tuning.mode={args.tuning or 'lora'}"]

@@ -1,13 +1,15 @@
 """Preflight: a list of checks, each a `Finding(ok, what, do)`; all run, all are printed.
 
 A check that raises a UserError is a finding; what depends on it is left out and said so. Nothing is
-trained or written: the one training step happens in memory, on the first rows, in this process.
+kept: the steps happen in this process, on the first rows, and their checkpoint in a folder that is
+removed.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,12 +17,26 @@ from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
-from sft import chat, engine, finetune, hardware, model, plan, prepare, processes, storage
-from sft.config import Config, UserError, load_config, with_values
+from sft import (
+    chat,
+    engine,
+    finetune,
+    hardware,
+    model,
+    plan,
+    predictions,
+    prepare,
+    processes,
+    storage,
+)
+from sft.config import Config, UserError, load_config, refuse_one_agent, with_values
 from sft.log import Log, make_console, size
+from sft.tasks import make_task
 
 ROWS = 8  # of the data, for the training step
+NEW_TOKENS = 16  # of the answer, at most
 
 
 @dataclass(frozen=True)
@@ -58,15 +74,15 @@ def _all(config_file: str, overrides: list[str], requirements: Path) -> Iterator
     yield Finding(True, f"configuration: {config_file}, every key known and of the right type")
     yield precision(config, machine)
     yield writable(Path(config.train.output_dir))
-    steps: list[Callable[[], Finding]] = [
-        lambda: tokenizer(config),
-        lambda: rows(config),
-        lambda: disk(config),
-        lambda: training_step(config),
+    steps: list[Callable[[], Iterator[Finding]]] = [
+        lambda: iter([tokenizer(config)]),
+        lambda: iter([rows(config)]),
+        lambda: iter([disk(config)]),
+        lambda: trial(config),
     ]
     for step in steps:
         try:
-            yield step()
+            yield from step()
         except UserError as error:
             yield Finding(
                 False, str(error), "mend this first; later checks that need it are left out"
@@ -151,33 +167,80 @@ def disk(config: Config) -> Finding:
     return Finding(True, f"disk: {needed}; {free} free")
 
 
-def training_step(config: Config) -> Finding:
-    """One optimizer step of the real task on the first rows, thrown away."""
-    few = _few(config)
-    accelerator = processes.start_processes(few.train)
-    prepared = prepare.prepare(few)
-    planned = plan.make_plan(few, prepared, hardware.detect(), 1)
-    few = with_values(few, plan.resolved_values(planned))
-    built = model.build(few, planned.precision, accelerator.device)
-    log = Log(None)
-    asked = config.train.layout
-    budget = finetune.usable_budget(planned.budget, asked, built, accelerator.device, log)
-    task = finetune.FineTune(few, prepared, built, accelerator, log, budget)
-    values = engine.Engine(task, few.train, accelerator, log, budget).optimizer_step()
+def trial(config: Config) -> Iterator[Finding]:
+    """Model, processes, two optimizer steps of the real task on the first rows, a checkpoint of it
+    saved and read back, and an answer; all of it thrown away."""
+    storage.refuse_if_unwritable(Path(config.train.output_dir))
+    refuse_one_agent(config)
+    accelerator = processes.start_processes(processes.any_launch(config).train)
+    yield Finding(True, f"Accelerate: {processes.described(accelerator)['devices']}")
+    place = hardware.nearest_existing(Path(config.train.output_dir))
+    with tempfile.TemporaryDirectory(prefix=".check_", dir=place) as folder:
+        few = _few(config, folder)
+        prepared = prepare.prepare(few)
+        planned = plan.make_plan(few, prepared, hardware.detect(), 1)
+        few = with_values(few, plan.resolved_values(planned))
+        built = model.build(few, planned.precision, accelerator.device)
+        trained = f"{planned.num_trained:,} of {planned.num_parameters:,} parameters are trained"
+        yield Finding(True, f"model: {few.tuning.mode} of {few.model.name}, {trained}")
+        log = Log(None)
+        asked = config.train.layout
+        budget = finetune.usable_budget(planned.budget, asked, built, accelerator.device, log)
+        task = make_task(few, prepared, built, accelerator, log, budget)
+        made = engine.Engine(task, few.train, accelerator, log, budget)
+        values = made.optimizer_step()
+        yield Finding(
+            True,
+            f"one training step: {len(prepared.train)} rows, loss {values['train/loss']:.4f}, "
+            f"gradient norm {values['train/grad_norm']:.4f}",
+        )
+        if task.surveys:
+            yield diversity(made)
+        if few.tuning.mode != "full":  # whole weights can be large; a run tries it at its start
+            made.prove_saving()
+            taken = size(storage.folder_bytes(Path(folder)))
+            yield Finding(True, f"checkpoint: saved, verified and read back, {taken}")
+        if config.evaluation.num_examples:
+            yield answer(task, made.model, Path(folder))
+
+
+def diversity(made: engine.Engine) -> Finding:
+    """Of the second step: before the first, agents are the same function."""
+    made.step += 1
+    found = made.optimizer_step()["train/diversity"]
+    made.step -= 1
+    what = f"diversity: {found:.3g} after one step"
+    return Finding(found > 0, what, "" if found > 0 else "agents do not part: train.learning_rate")
+
+
+def answer(task: finetune.FineTune, built: nn.Module, folder: Path) -> Finding:
+    """One held-out prompt, as after training."""
+    path = folder / "predictions.jsonl"
+    task.answers(built, path, "check")
+    record = next(predictions.read(path), None)
+    if record is None:
+        return Finding(True, "generation: no held-out row asks for an answer")
+    if "error" in record:
+        return Finding(False, f"generation: {record['row']}: {record['error']}", "mend the row")
+    agents = task.config.crowd.num_agents
+    by = f", by {agents} agents ({task.config.crowd.aggregator})" if agents else ""
     return Finding(
         True,
-        f"one training step: {len(prepared.train)} rows, loss {values['train/loss']:.4f}, "
-        f"gradient norm {values['train/grad_norm']:.4f}",
+        f"{'aggregated ' * bool(agents)}generation: {record['prompt_tokens']} tokens asked, "
+        f"{record['completion_tokens']} answered{by}",
     )
 
 
-def _few(config: Config) -> Config:
-    """The configuration for one step of the first rows, in one process."""
+def _few(config: Config, folder: str) -> Config:
+    """The configuration for two steps of the first rows, in one process."""
     return with_values(
         processes.any_launch(config),
         {
             "data.max_rows": min(ROWS, config.data.max_rows or ROWS),
+            "train.output_dir": folder,
             "train.global_batch": ROWS,
-            "train.max_steps": 1,
+            "train.max_steps": 2,
+            "evaluation.num_examples": 1,
+            "evaluation.max_new_tokens": min(NEW_TOKENS, config.evaluation.max_new_tokens),
         },
     )

@@ -299,6 +299,33 @@ class Classify(Section):
     """What is classified: `validation` to choose by; `all` has what TUNE=1 trains on in it."""
 
 
+class Crowd(Section):
+    num_agents: CountOrZero = 0
+    """LoRA agents that share the frozen base (docs/CROWD.md). 0: no crowd, one model."""
+    lambda_sw: NonNegative = 0.1
+    """Weight of the diversity, which is subtracted from the loss: it keeps the agents apart."""
+    num_projections: Count = 64
+    """Random directions that the sliced Wasserstein distance is estimated with, anew each step."""
+    representation: Literal["hidden", "logits"] = "hidden"
+    """What of the agents is kept apart: hidden states, or logits."""
+    layer: Annotated[int, Field(ge=-1)] = -1
+    """Layer of the hidden states, from 0. -1: what the vocabulary head reads."""
+    pooling: Literal["last", "mean", "first"] = "last"
+    """Which supervised position (whose next token is supervised) stands for an example."""
+    normalise: bool = True
+    """Representations of length sqrt(d), so that the diversity is not won by larger norms."""
+    dropconnect: Fraction = 0.0
+    """Probability of dropping a weight of an adapter in a training pass."""
+    aggregator: Literal["uniform", "sampled", "learned"] = "uniform"
+    """Dirichlet weights of the agents in an answer: their expectation, drawn, or fitted."""
+    concentration: Positive = 1.0
+    """Of the symmetric Dirichlet distribution, for each agent; `learned` replaces it."""
+    agent: CountOrZero | None = None
+    """Use this agent alone, by number from 0 (evaluate, merge). None: all of them."""
+    fit_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the training rows kept from training for `learned` to be fitted on."""
+
+
 class Distill(Section):
     data_dir: Text = ".cache/darkroom"
     """Where source histories are kept, a folder for each of the settings that make them."""
@@ -350,6 +377,7 @@ class Config(Section):
     train: Train
     evaluation: Evaluation = Evaluation()
     classify: Classify = Classify()
+    crowd: Crowd = Crowd()
 
 
 class DistillConfig(Section):
@@ -375,6 +403,14 @@ class Rule:
     paths: tuple[str, ...]
     broken: Callable[..., bool]
     message: str
+
+
+OTHERS = tuple(key for key in Crowd.model_fields if key != "num_agents")  # of a crowd
+DIVERSITY = ("num_projections", "representation", "layer", "pooling", "normalise")  # how measured
+
+
+def _defaults(section: type[Section], keys: Sequence[str]) -> list[Any]:
+    return [section.model_fields[key].default for key in keys]
 
 
 RULES = [
@@ -439,6 +475,41 @@ RULES = [
         ("evaluation.labels", "evaluation.metrics"),
         lambda labels, names: labels is not None and "classification" not in names,
         "is only read with evaluation.metrics: [classification]; set that, or remove this key",
+    ),
+    Rule(
+        ("crowd.num_agents", "tuning.mode"),
+        lambda agents, mode: agents > 0 and mode == "full",
+        "agents are LoRA adapters on a frozen base: set tuning.mode: lora or qlora",
+    ),
+    Rule(
+        ("crowd.agent", "crowd.num_agents"),
+        lambda agent, number: agent is not None and 0 < number <= agent,
+        "is no agent of this crowd: give 0 to crowd.num_agents - 1",
+    ),
+    Rule(
+        ("crowd.layer", "crowd.representation"),
+        lambda layer, representation: layer != -1 and representation == "logits",
+        "is only read with crowd.representation: hidden; set that, or remove this key",
+    ),
+    Rule(
+        ("crowd.fit_fraction", "crowd.aggregator"),
+        lambda share, kind: share != Crowd().fit_fraction and kind != "learned",
+        "is only read with crowd.aggregator: learned; set that, or remove this key",
+    ),
+    Rule(
+        ("crowd.concentration", "crowd.aggregator"),
+        lambda value, kind: value != Crowd().concentration and kind != "sampled",
+        "is only read with crowd.aggregator: sampled; set that, or remove this key",
+    ),
+    Rule(
+        ("crowd.lambda_sw", *(f"crowd.{key}" for key in DIVERSITY)),
+        lambda weight, *others: weight == 0 and [*others] != _defaults(Crowd, DIVERSITY),
+        "0 measures no diversity, whose other keys could be read; raise it, or remove them",
+    ),
+    Rule(
+        ("crowd.num_agents", *(f"crowd.{key}" for key in OTHERS)),
+        lambda agents, *others: agents == 0 and [*others] != _defaults(Crowd, OTHERS),
+        "there is no crowd whose other keys could be read; set it, or remove them",
     ),
     Rule(
         ("distill.context", "distill.compress"),
@@ -559,6 +630,12 @@ def load_run(file: str | Path | None, overrides: list[str] | None = None) -> Any
             f"{file or 'overrides'}: {count} in the configuration\n  " + "\n  ".join(problems)
         )
     return config
+
+
+def refuse_one_agent(config: Config) -> None:
+    """ConfigError for `crowd.agent` where a crowd is trained, planned or tried out."""
+    if config.crowd.agent is not None:
+        raise ConfigError("crowd.agent: all agents of a crowd are trained; remove it")
 
 
 def classified_rows(output_dir: str) -> dict[str, str]:

@@ -23,6 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sft import audit, batching, chat, checkpoint, evaluate, export, formats, generate, model
 from sft.config import Config, Generation, Model, Train, UserError, generation, load_config
+from sft.crowd.agents import Agents
+from sft.crowd.aggregator import Mixture, aggregator_of
 from sft.data import BadRow, Row
 from sft.evaluate import Question, Speaker
 from sft.export import ExportError
@@ -293,6 +295,8 @@ class AccelerateConnector:
         weights = self.accelerator.get_state_dict(model)
         speaker = self.load_model_once()
         plain = self.accelerator.unwrap_model(model)
+        if isinstance(plain, Mixture):
+            raise UserError("save_model: agents are saved by the run that trains them")
 
         def write(staging: Path) -> None:
             if self.is_main_process:
@@ -381,15 +385,28 @@ def open_speaker(asked: Opening) -> Speaker:
     if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
         config, weights = export.run_config(folder), folder / "final_checkpoint"
     elif (folder / checkpoint.MANIFEST).exists() and (folder.parent / "config.yaml").exists():
-        if reason := checkpoint.fault(folder):
-            raise ExportError(f"{folder} cannot be trusted: {reason}")
+        _require_whole(folder)
         untrusting = ["model.trust_remote_code=false"]
         config, weights = load_config(folder.parent / "config.yaml", untrusting), folder
-    elif (folder / "adapter_config.json").exists() and asked.adapter is None:
+    elif agent := _agent_in_run(folder):
+        config, weights = agent, folder.parent
+    elif asked.adapter is None and any((folder / name).exists() for name in export.ADAPTED):
+        if (folder / checkpoint.MANIFEST).exists():  # a checkpoint without its run
+            _require_whole(folder)
         return open_speaker(replace(asked, name=export.base_of(folder), adapter=asked.name))
     else:
         return _open_model(asked)
     return _open_run(asked, config, weights)
+
+
+def _agent_in_run(folder: Path) -> Config | None:
+    """The configuration of one agent of a run's crowd, if `folder` is its."""
+    crowd, run = folder.parent, folder.parent.parent / "config.yaml"
+    number = folder.name.removeprefix("agent")
+    if not ((crowd / export.META).exists() and run.exists() and number.isdecimal()):
+        return None
+    _require_whole(crowd)
+    return load_config(run, ["model.trust_remote_code=false", f"crowd.agent={number}"])
 
 
 def _open_run(asked: Opening, config: Config, weights: Path) -> Speaker:
@@ -408,9 +425,14 @@ def _open_run(asked: Opening, config: Config, weights: Path) -> Speaker:
     built, tokenizer = export.load_tuned(
         Path(name), config, asked.precision, asked.device, weights=weights
     )
-    of = checkpoint.sha256(weights / checkpoint.MANIFEST)
+    of = f"{checkpoint.sha256(weights / checkpoint.MANIFEST)} {config.crowd.agent}"
     base = model.fingerprint(config.model) if config.tuning.mode != "full" else ""
     return _speaker(built, tokenizer, base, of, config.tuning.mode, asked.precision)
+
+
+def _require_whole(folder: Path) -> None:
+    if reason := checkpoint.fault(folder):
+        raise ExportError(f"{folder} cannot be trusted: {reason}")
 
 
 def _open_model(asked: Opening) -> Speaker:
@@ -425,8 +447,9 @@ def _open_model(asked: Opening) -> Speaker:
     of = ""
     if adapter is not None:
         base = export.with_adapter(base, settings, Path(adapter))
-        files = (export.ADAPTER, "adapter_config.json")
-        of = " ".join(checkpoint.sha256(Path(adapter) / name) for name in files)
+        names = (export.ADAPTER, *export.ADAPTED)
+        files = (file for name in names for file in sorted(Path(adapter).rglob(name)))
+        of = " ".join(map(checkpoint.sha256, files))
         if (Path(adapter) / "tokenizer_config.json").exists():
             tokenizer = model.load_tokenizer(Model(name=adapter))
     return _speaker(base.eval(), tokenizer, model.fingerprint(settings), of, mode, asked.precision)
@@ -434,6 +457,8 @@ def _open_model(asked: Opening) -> Speaker:
 
 def _speaker(built: nn.Module, tokenizer: PreTrainedTokenizerBase, *of: str) -> Speaker:
     tokenizer = chat.prepare_tokenizer(tokenizer)
+    if isinstance(built, Agents):
+        built = Mixture(built, aggregator_of(built)).eval()
     stop = generate.stop_ids(tokenizer, built.generation_config)
     written = audit.tokenizer_sha256(tokenizer), tokenizer.get_chat_template()
     return Speaker(built, tokenizer, stop, key_of(of, stop, written))

@@ -38,6 +38,7 @@ class Task(Protocol):
 
     model: nn.Module
     budget: batching.Budget  # how evaluation is cut; the engine lowers it where memory runs out
+    surveys: bool  # the loss is not a sum over examples: it has to know of the whole global batch
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -50,6 +51,18 @@ class Task(Protocol):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """*Sum* of the loss over the supervised items, and further sums to be reported per item."""
+
+    def survey(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
+        """What `loss` must know of each example, (examples, ...), in their order; no gradients."""
+
+    def surveyed(self, ids: list[int], found: torch.Tensor | None, supervised: float) -> None:
+        """Before the passes of a global batch: `survey` of all its examples, on every rank alike,
+        and its number of items. None: it is not cut, so that `loss` sees all of it."""
+
+    def scored(
+        self, model: nn.Module, batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """As `loss`, of what is held out: of the model as it will be used."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Held-out metrics, computed by all processes together."""
@@ -130,10 +143,10 @@ def read_state(checkpoint_folder: Path, now: dict[str, str]) -> dict[str, Any]:
     named = checkpoint.NAME.fullmatch(checkpoint_folder.name)
     if not sound or (named and int(named[1]) != state["step"]):
         raise checkpoint.CheckpointError(f"{path} is not what a run writes into such a folder")
-    if changed := [key for key in now if then.get(key) != now[key]]:
+    if changed := [key for key in {**now, **then} if then.get(key) != now.get(key)]:
         error = AnotherRunError(
             f"{checkpoint_folder} belongs to another run; resuming would not continue it:\n  "
-            + "\n  ".join(f"{key}: was {then.get(key)}, is {now[key]}" for key in changed)
+            + "\n  ".join(f"{key}: was {then.get(key)}, is {now.get(key)}" for key in changed)
             + "\nRestore these, or start anew with another train.output_dir."
         )
         error.exit_code = 3 if changed == ["data"] else error.exit_code
@@ -239,12 +252,17 @@ class Engine:
         self.guard.agree(*asked)
         if self.parallel.waits == "forward" and (met := self._met(watch)):
             return met
+        if self.task.surveys and (
+            met := self._survey(ids, micro_batches, batches, supervised, watch)
+        ):
+            return met
         sums: dict[str, torch.Tensor] = {}
         losses: list[torch.Tensor] = []
         for i, micro_batch in enumerate(micro_batches):
             self.guard.mark()
             last = i == len(micro_batches) - 1
-            found = watch.call(micro_batch, self._forward, micro_batch, batches[i], ids)
+            loss_of = (self._forward, micro_batch, batches[i], ids, self.task.loss)
+            found = watch.call(micro_batch, *loss_of)
             waited = self.parallel.waits in ("backward", "forward") or (
                 last and self.parallel.waits != "never"
             )
@@ -284,18 +302,58 @@ class Engine:
         position = ids.index(micro_batch[0]) if micro_batch else len(ids)
         torch.manual_seed((((self.train.seed * 1_000_003 + self.step) << 20) + position) % 2**63)
 
+    def _survey(
+        self,
+        ids: list[int],
+        micro_batches: list[batching.MicroBatch],
+        batches: list[Batch],
+        supervised: float,
+        watch: recovery.Watch,
+    ) -> Shortage | None:
+        """Lets the task survey the global batch; nothing to do where it is not cut. Or the memory
+        that ran out, as in `_passes`."""
+        table = None
+        if self._is_cut(micro_batches):
+            places = {number: place for place, number in enumerate(ids)}
+            for micro_batch, batch in zip(micro_batches, batches, strict=True):
+                self.guard.mark()
+                found = watch.call(
+                    micro_batch, self._forward, micro_batch, batch, ids, self.task.survey
+                )
+                if self.parallel.waits == "forward" and (met := self._met(watch)):
+                    return met
+                if found is not None:
+                    if table is None:
+                        table = found.new_zeros(len(ids), *found.shape[1:])
+                    table[[places[number] for number in micro_batch]] = found
+            if met := self._met(watch):
+                return met
+            # Each row comes from one rank.
+            table = self._for_good(ids, self.accelerator.reduce, table, "sum")
+        self._seed([], ids)  # the same on all
+        self._for_good(ids, self.task.surveyed, ids, table, supervised)
+        return None
+
+    def _is_cut(self, micro_batches: list[batching.MicroBatch]) -> bool:
+        return self.accelerator.num_processes > 1 or len(micro_batches) > 1
+
     def _forward(
-        self, micro_batch: batching.MicroBatch, batch: Batch, ids: list[int]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of a micro-batch. OutOfMemory where other ranks wait in the same pass."""
+        self,
+        micro_batch: batching.MicroBatch,
+        batch: Batch,
+        ids: list[int],
+        action: Callable[[nn.Module, Batch], Any],
+    ) -> Any:
+        """`action` of a micro-batch, a forward pass (the task's loss). OutOfMemory where other
+        ranks wait in the same pass."""
         self._seed(micro_batch, ids)
         if self.parallel.waits != "forward":
             with self.parallel.alone():
-                return self.task.loss(self.model, batch)
+                return action(self.model, batch)
         behind: list[bool] = []  # the pass in which others wait is over
         handle = self.model.register_forward_hook(lambda *_: behind.append(True))
         try:
-            return self.task.loss(self.model, batch)
+            return action(self.model, batch)
         except Exception as error:
             if not behind and (said := recovery.shortage(error)):
                 raise self._out_of_memory(said, micro_batch) from None
@@ -380,9 +438,14 @@ class Engine:
         """
         zero = self.train.engine == "deepspeed"  # whose backward keeps books of its own
         batches = [self.task.collate(micro_batch) for micro_batch in micro_batches]
+        if self.task.surveys:
+            self.task.surveyed([], None, 0.0)
         started = time.perf_counter()
         try:
             with nullcontext() if zero else self.parallel.alone():
+                if self.task.surveys and self._is_cut(micro_batches):
+                    for batch in batches:
+                        self.task.survey(self.model, batch)
                 for batch in batches:
                     loss = self.task.loss(self.model, batch)[0]
                     if not zero:

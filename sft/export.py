@@ -7,7 +7,9 @@ its chat template, so that what is served is what was trained (law 3).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from sft import checkpoint, tensors
 from sft.checkpoint import CheckpointError
-from sft.config import AnyConfig, Config, Model, Tuning, UserError, load_config, load_run
+from sft.config import AnyConfig, Config, Crowd, Model, Tuning, UserError, load_config, load_run
+from sft.crowd.agents import WEIGHTS as ADAPTER
+from sft.crowd.agents import Agents, in_peft
 from sft.model import ModelError, add_adapters, load_base, load_tokenizer, weights_sha256
 
-ADAPTER = "adapter_model.safetensors"
 BASE = "base.json"  # beside an adapter: what it was trained on
+META = "ci_llm_meta_config.json"  # beside the agents of a crowd
+ADAPTED = ("adapter_config.json", META)  # either says that a folder needs a base
 
 
 class ExportError(UserError):
@@ -42,10 +47,16 @@ def save(
     `base`: what an adapter belongs to; `load_tuned` refuses another.
     """
     model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
-    tokenizer.save_pretrained(str(folder))
+    agents = sorted(folder.glob("agent*")) if isinstance(model, Agents) else []
+    for place in [folder, *agents]:
+        tokenizer.save_pretrained(str(place))
     if base is not None:
         told = {"name": base.name, "weights_sha256": weights_sha256(base)}
-        (folder / BASE).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
+        for place in agents or [folder]:
+            (place / BASE).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
+        if isinstance(model, Agents):
+            meta = json.dumps({**model.described(), "base": told}, indent=2)
+            (folder / META).write_text(meta + "\n", "utf-8")
     config = folder / "config.json"
     if config.exists():  # training turns the cache off; whoever loads the model wants it
         values = json.loads(config.read_text("utf-8"))
@@ -57,6 +68,9 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
 
     Raises CheckpointError if one that is trained is missing or has another shape.
     """
+    if isinstance(model, Agents):
+        yield from _read_agents(model, folder)
+        return
     known = dict(model.named_parameters())
     missing = {name for name, p in known.items() if p.requires_grad}
     names = {name: name for name in known}
@@ -78,6 +92,68 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
                 yield name, value
     if missing:
         raise CheckpointError(f"{folder} does not fit the model: it lacks {min(missing)}")
+
+
+def _read_agents(crowd: Agents, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """All agents' weights, joined."""
+    _refuse_another_crowd(crowd, folder)
+    paths = [folder / f"agent{agent}" / ADAPTER for agent in range(crowd.num_agents)]
+    for path in paths:
+        if reason := tensors.fault(path):
+            raise CheckpointError(f"{path} cannot be loaded: {reason}")
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
+        for name, parameter in crowd.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            saved = in_peft(name)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3's are split
+            for path, file in zip(paths, files, strict=True):
+                if saved not in file.keys():  # noqa: SIM118  # not a mapping
+                    raise CheckpointError(f"{path} does not fit the model: it lacks {saved}")
+                found = file.get_slice(saved).get_shape()
+                if found != list(shape[1:]):
+                    raise CheckpointError(
+                        f"{path} does not fit the model: {saved} is {found}, expected "
+                        f"{list(shape[1:])}"
+                    )
+            yield name, torch.stack([file.get_tensor(saved) for file in files])
+
+
+def _refuse_another_crowd(crowd: Agents, folder: Path) -> None:
+    """CheckpointError if `folder` holds no crowd, or one of other agents; the names that differ."""
+    told = crowd_meta(folder)
+    given = crowd.described()
+    other = [
+        f"{key}: saved with {told[key]}, found {given[key]}"
+        for key in ("num_agents", "r", "lora_alpha", "target_modules")
+        if told[key] != given[key]
+    ]
+    if other:
+        raise CheckpointError(f"{folder} holds another crowd:\n  " + "\n  ".join(other))
+
+
+def crowd_meta(folder: Path) -> dict[str, Any]:
+    """What `save` told about the crowd in `folder`. CheckpointError if it holds none."""
+    path = folder / META
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        shape_of(told)
+        settings = Crowd(num_agents=told["num_agents"], aggregator=told["aggregator"])
+        numbers = list(map(float, told["concentration"]))
+        whole = len(numbers) == settings.num_agents and 0 < sum(numbers) < math.inf
+        whole = whole and min(numbers) >= 0 and isinstance(told["base"]["name"], str)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(repr(error).split())
+        raise CheckpointError(f"{path}: expected a crowd's description: {reason}") from None
+    if not whole:
+        raise CheckpointError(f"{path} is not what a run writes")
+    return told
+
+
+def shape_of(told: dict[str, Any]) -> Tuning:
+    """Of adapters, by what was saved beside them. ValueError or KeyError for what is none."""
+    return Tuning(**{key: told[key] for key in ("r", "lora_alpha", "target_modules")})
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -130,6 +206,8 @@ def load_tuned(
     weights instead. `weights`: another checkpoint than the final one.
     """
     folder = weights or run / "final_checkpoint"
+    if config.crowd.agent is not None:
+        folder, config = folder / f"agent{config.crowd.agent}", alone(config)
     own = {"name": str(folder), "revision": None, "init": "pretrained"}
     saved = config.model.model_copy(update=own)
     tokenizer = load_tokenizer(saved)
@@ -139,10 +217,30 @@ def load_tuned(
     _refuse_another_base(folder, config.model)
     base = load_base(config.model, mode if quantised else "lora", precision, device)
     # By the configuration, as in training: adapter_config.json can name modules to be imported.
-    adapted = add_adapters(base, config.tuning)
-    _refuse_another_shape(folder, adapted)
+    adapted = add_adapters(base, config.tuning, config.crowd)
+    if isinstance(adapted, Agents):
+        _take_concentration(adapted, folder, config.crowd)
+    else:
+        _refuse_another_shape(folder, adapted)
     load_weights(adapted, folder)
     return adapted.eval(), tokenizer
+
+
+def _take_concentration(crowd: Agents, folder: Path, settings: Crowd) -> None:
+    """A fitted one, where the configuration has none of its own."""
+    told = crowd_meta(folder)
+    if told["aggregator"] == "learned" and settings.concentration == Crowd().concentration:
+        crowd.concentration = tuple(map(float, told["concentration"]))
+    elif settings.aggregator == "learned":
+        raise ExportError(
+            f"{folder}: crowd.aggregator: expected {told['aggregator']}, as it was trained, found "
+            "learned, for which nothing was fitted; remove the override, or train with it"
+        )
+
+
+def alone(config: Config) -> Config:
+    """That of one agent of a crowd by itself: an adapter like any other."""
+    return config.model_copy(update={"crowd": Crowd()})
 
 
 def _refuse_another_shape(folder: Path, adapted: Any) -> None:
@@ -167,18 +265,20 @@ def _refuse_another_shape(folder: Path, adapted: Any) -> None:
 
 
 def _refuse_another_base(folder: Path, base: Model) -> None:
-    path = folder / BASE
+    crowded = (folder / META).exists()
+    path = folder / (META if crowded else BASE)
     if not path.exists():  # not of a run, or of one before this file was written
         return
     try:
         told = json.loads(path.read_text("utf-8"))
+        told = told["base"] if crowded else told
         name, expected = str(told["name"]), str(told["weights_sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{path} is not what a run writes: {error!r}") from None
     found = weights_sha256(base)
     if found != expected:
         raise ExportError(
-            f"{folder} is an adapter of {name!r}: expected its weights, of digest "
+            f"{folder} belongs to {name!r}: expected its weights, of digest "
             f"{expected[:12]}, found those of {base.name!r}, {found[:12]}; give the "
             'base that it was trained on with ARGS="model.name=..."'
         )
@@ -209,15 +309,20 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def base_of(folder: Path) -> str:
-    """The base model that an adapter names."""
+    """The base model that an adapter, or a crowd, names."""
+    if (folder / META).exists():
+        return str(crowd_meta(folder)["base"]["name"])
     return str(_adapter_config(folder)["base_model_name_or_path"])
 
 
 def with_adapter(base: nn.Module, of: Model, folder: Path) -> nn.Module:
-    """`base`, loaded from `of`, with the adapter in `folder`. Raises ExportError if it is none of
-    this base. Only its numbers are read: adapter_config.json could name modules to be imported."""
-    found = _adapter_config(folder)
+    """`base`, loaded from `of`, with the adapter, or the crowd, in `folder`. Raises ExportError if
+    it is none of this base. Only numbers are read: adapter_config.json could name modules to be
+    imported."""
     _refuse_another_base(folder, of)
+    if (folder / META).exists():
+        return _with_crowd(base, folder)
+    found = _adapter_config(folder)
     named = str(found["base_model_name_or_path"])
     if not (folder / BASE).exists() and Path(named).resolve().name != Path(of.name).resolve().name:
         raise ExportError(
@@ -225,8 +330,7 @@ def with_adapter(base: nn.Module, of: Model, folder: Path) -> nn.Module:
             "weights, say so: set base_model_name_or_path in its adapter_config.json"
         )
     try:
-        shape = {key: found[key] for key in ("r", "lora_alpha", "target_modules")}
-        tuning = Tuning(**shape)
+        tuning = shape_of(found)
     except (ValueError, KeyError) as error:
         raise ExportError(f"{folder / 'adapter_config.json'}: not a LoRA shape: {error}") from None
     try:
@@ -238,3 +342,15 @@ def with_adapter(base: nn.Module, of: Model, folder: Path) -> nn.Module:
             f"{found['base_model_name_or_path']}): {error}"
         ) from None
     return adapted
+
+
+def _with_crowd(base: nn.Module, folder: Path) -> nn.Module:
+    told = crowd_meta(folder)
+    settings = Crowd(num_agents=told["num_agents"], aggregator=told["aggregator"])
+    try:
+        crowd: Any = add_adapters(base, shape_of(told), settings)
+        load_weights(crowd, folder)
+    except ModelError as error:
+        raise ExportError(f"{folder} is no crowd of this base: {error}") from None
+    crowd.concentration = tuple(map(float, told["concentration"]))
+    return crowd

@@ -14,7 +14,7 @@ from torch import nn
 
 from sft import batching, chat, evaluate, export, generate, metrics, model
 from sft.arrays import blocks
-from sft.config import Config, ConfigError, Generation, UserError
+from sft.config import Config, ConfigError, Crowd, Generation, UserError
 from sft.evaluate import Scores
 from sft.guard import Guard
 from sft.log import Advance, Log
@@ -57,14 +57,24 @@ def identity(config: Config, prepared: Prepared) -> dict[str, str]:
     return {
         "model": model.fingerprint(config.model),
         "tuning": config.tuning.model_dump_json(),
+        **_crowd(config.crowd),
         "data": prepared.audit["data_sha256"],
         "tokenizer": prepared.audit["train"]["tokenizer_sha256"],
         "template": prepared.audit["train"]["template_sha256"],
     }
 
 
+def _crowd(settings: Crowd) -> dict[str, str]:
+    """Each key by itself, so that it is told which one differs."""
+    if not settings.num_agents:
+        return {}
+    return {f"crowd.{key}": str(value) for key, value in settings.model_dump().items()}
+
+
 class FineTune:
     """The engine's Task for supervised fine-tuning (see engine.Task for what each method owes)."""
+
+    surveys = False
 
     def __init__(
         self,
@@ -95,14 +105,7 @@ class FineTune:
         return batch.targets.numel() if batch.weights is None else float(batch.weights.sum())
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        self.head.positions = batch.positions
-        try:
-            logits = model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-            ).logits  # (supervised, vocabulary)
-        finally:
-            self.head.positions = None
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = self.logits(model, batch, batch.positions)
         correct = logits.detach().argmax(-1) == batch.targets
         if batch.weights is None:
             loss = F.cross_entropy(logits, batch.targets, reduction="sum")
@@ -111,6 +114,23 @@ class FineTune:
         weights = batch.weights.to(losses)
         return losses @ weights, {"token_accuracy": correct.to(losses) @ weights}
 
+    def logits(self, model: nn.Module, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
+        """(positions, vocabulary), in fp32 or wider; `positions` as in `SupervisedHead`."""
+        self.head.positions = positions
+        try:
+            logits = model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            ).logits
+        finally:
+            self.head.positions = None
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def survey(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
+        """Nothing: the loss is a sum over examples."""
+        return None
+
+    def surveyed(self, ids: list[int], found: torch.Tensor | None, supervised: float) -> None: ...
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         num = len(self.prepared.held_out)
         with (
@@ -118,8 +138,21 @@ class FineTune:
             self.log.progress("held-out loss", num) as advance,
         ):
             return evaluate.held_out_loss(
-                self.loss, self.num_supervised, model, self._held_out(advance), self.accelerator
+                self.scored, self.num_supervised, model, self._held_out(advance), self.accelerator
             )
+
+    def scored(
+        self, model: nn.Module, batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """As `loss`, of what is held out: of the model as it will be used."""
+        return self.loss(model, batch)
+
+    def answering(self, model: nn.Module) -> nn.Module:
+        """The model that writes answers."""
+        return self.accelerator.unwrap_model(model)
+
+    def finish(self, model: nn.Module) -> None:
+        """After the last step: what follows from the trained weights. Collective."""
 
     def _held_out(self, advance: Advance) -> Iterator[Batch]:
         """This rank's micro-batches, as many as every rank's, of some examples after the others: a
@@ -142,7 +175,7 @@ class FineTune:
         asked = (r for r in self.prepared.held_out.rows() if not chat.is_document(r.messages))
         identity = key_of(self.identity(), self.config.train.seed, state)
         stop = generate.stop_ids(tokenizer, self.model.generation_config)
-        speaker = evaluate.Speaker(self.accelerator.unwrap_model(model), tokenizer, stop, identity)
+        speaker = evaluate.Speaker(self.answering(model), tokenizer, stop, identity)
         predictions = Predictions(path)
         with self.guard.section("generation"):
             evaluate.answer_all(

@@ -117,8 +117,10 @@ def rows_that_pay(model: nn.Module, prompts: Sequence[list[int]], settings: Gene
         free = psutil.virtual_memory().available // _local_ranks()
     precision = "bf16" if parameter.dtype == torch.bfloat16 else "fp32"
     longest = max((len(prompt) for prompt in prompts), default=1)
-    each = bytes_per_row(model.config, precision, longest, settings.max_new_tokens)
-    return max(1, min(free // 2 // each, ROWS_GPU if on_gpu else ROWS_CPU))
+    agents = getattr(model, "num_agents", 1)  # of a crowd, each with a row for every prompt
+    each = bytes_per_row(model.config, precision, longest, settings.max_new_tokens) * agents
+    most = (ROWS_GPU if on_gpu else ROWS_CPU) // agents
+    return max(1, min(free // 2 // each, most))
 
 
 def _local_ranks() -> int:
@@ -259,6 +261,8 @@ def decode_continuously(
     check_continuous(settings)
     if others_write is not None:
         raise GenerationError(f"{CONTINUOUS} needs the whole model on each process")
+    if not hasattr(model, "continuous_batching_context_manager"):
+        raise GenerationError(f"{CONTINUOUS} asks a single model, found a crowd; leave it out")
     plain: Any = model
     context = context_length(model) or 2**62
     room = [min(settings.max_new_tokens, context - len(prompt)) for prompt in prompts]

@@ -90,7 +90,7 @@ def _skeleton(config: Config, depth: int | None = None) -> nn.Module:
         )
     if config.tuning.mode == "full":
         return base
-    return add_adapters(base.requires_grad_(False), config.tuning)
+    return add_adapters(base.requires_grad_(False), config.tuning, config.crowd)
 
 
 def _key(config: Config, **train: Any) -> str:
@@ -98,6 +98,7 @@ def _key(config: Config, **train: Any) -> str:
     values = {
         "model": config.model,
         "tuning": config.tuning,
+        "crowd": config.crowd,
         "data": {"train_path": "none"},
         "train": {"output_dir": "none", **train},
     }
@@ -383,7 +384,7 @@ def _depths(key: str) -> tuple[int, int, int] | None:
     )
     few = 2 * period + whole % period
     more = few + period
-    if few + more >= whole:
+    if few + more >= whole or config.crowd.layer >= whole:  # which the task refuses
         return None
     key = _key(config)
     numbers = [_counted(key, depth).parameters for depth in (few, more, whole)]
@@ -404,7 +405,8 @@ def _attention(config: Config, precision: str, window: Window) -> dict[str, int]
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     grouped = getattr(text, "num_key_value_heads", heads) != heads
     each = 4 * (math.ceil(size / 32) * 32 + 2) + (4 * size if grouped else 0)
-    return {"attention workspace": window.tokens * heads * each}
+    agents = max(1, config.crowd.num_agents)
+    return {"attention workspace": window.tokens * heads * each * agents}
 
 
 def _closed_form(
@@ -425,7 +427,8 @@ def _closed_form(
         weights += parameter.numel() * each
     trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
     rows = window.micro_batches[-1]
-    hidden, layers = window.tokens * arch.hidden_size, arch.num_hidden_layers
+    agents = max(1, config.crowd.num_agents)  # a row each
+    hidden, layers = agents * window.tokens * arch.hidden_size, arch.num_hidden_layers
     kept, again = layers * ACTIVATION_BYTES[precision], 0
     if evaluation:
         kept = ACTIVATION_BYTES[precision]
@@ -437,6 +440,6 @@ def _closed_form(
         "optimizer": round(trained * ADAM_BYTES[config.train.optimizer]),
         "activations": round(kept * hidden),
         # fp32 logits, their softmax and gradient
-        "logits and loss": sum(supervised for _, supervised in rows) * arch.vocab_size * 12,
+        "logits and loss": sum(s for _, s in rows) * agents * arch.vocab_size * 12,
         "backward": round(again * hidden),
     }

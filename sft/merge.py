@@ -158,6 +158,8 @@ def retest(
         raise MergeError(f"{folder} has no {REPORT} that names its run; give RUN=<folder>")
     run = run or Path(told["run"])
     base = base or told.get("base", "original")
+    if told.get("agent") is not None:
+        overrides = [f"crowd.agent={told['agent']}", *(overrides or [])]
     report = prove(folder, run, _config(run, base, overrides), base)
     say(table(report))
     _require(report, folder)
@@ -173,7 +175,7 @@ def _told(folder: Path) -> dict[str, Any]:
         )
     try:
         told = json.loads((folder / REPORT).read_text("utf-8"))
-        return {key: told[key] for key in ("run", "base")}
+        return {key: told[key] for key in ("run", "base")} | {"agent": told.get("agent")}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -185,6 +187,11 @@ def _config(run: Path, base: str, overrides: list[str] | None) -> Config:
     mode = config.tuning.mode
     if mode == "full":
         raise MergeError(f"{run}: full fine-tuning has no adapter; final_checkpoint/ is the model")
+    if config.crowd.num_agents and config.crowd.agent is None:
+        raise MergeError(
+            f"{run}: a mixture of {config.crowd.num_agents} agents is no single model; give one of "
+            f"them, AGENT=0 to {config.crowd.num_agents - 1}"
+        )
     if base == "dequantised" and mode != "qlora":
         raise MergeError(f"{run}: its base was not quantised ({mode}); leave BASE out")
     return config
@@ -301,6 +308,7 @@ def prove(folder: Path, run: Path, config: Config, base: str) -> dict[str, Any]:
         "run": str(run),
         "dtype": dtype,
         "base": base,
+        "agent": config.crowd.agent,
         "num_prompts": len(pinned),
         "checks": {name: _finite(asdict(check)) for name, check in checks.items()},
     }
@@ -600,6 +608,8 @@ def _card(report: dict[str, Any], config: Config, run: Path, folder: Path) -> st
     name = config.model.name
     name = Path(name).name if Path(name).is_absolute() else name
     tuning, train = config.tuning, config.train
+    alone = config.crowd.agent
+    agent = "" if alone is None else f"agent {alone} of {config.crowd.num_agents}, "
     length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"
     rows = "\n".join(
         f"| {check['what']} | {_shown(check['measured'])} | {_limit(check)} |"
@@ -613,7 +623,8 @@ def _card(report: dict[str, Any], config: Config, run: Path, folder: Path) -> st
         run=run.name,
         weights=report["base"],
         dtype=report["dtype"],
-        adapter=f"r {tuning.r}, lora_alpha {tuning.lora_alpha:g}, modules {tuning.target_modules}",
+        adapter=f"{agent}r {tuning.r}, lora_alpha {tuning.lora_alpha:g}, "
+        f"modules {tuning.target_modules}",
         training=f"{length} of {train.global_batch} examples, "
         f"learning rate {train.learning_rate:g}, seed {train.seed}",
         data=_data_sha256(run),

@@ -29,7 +29,8 @@ from transformers import (
 from transformers.utils import cached_file
 
 from sft import tensors
-from sft.config import Config, Model, Tuning, UserError
+from sft.config import Config, Crowd, Model, Tuning, UserError
+from sft.crowd.agents import Agents
 
 SEEN = 4096  # bytes at both ends of a tensor that the digest of a model sees
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -148,7 +149,7 @@ def build(config: Config, precision: str, device: torch.device, weights: bool = 
     if mode != "full":
         for parameter in base.parameters():
             parameter.requires_grad_(False)
-        base = add_adapters(base, config.tuning)
+        base = add_adapters(base, config.tuning, config.crowd)
     base.config.use_cache = (
         False  # with a cache, transformers ignores the borders of packed documents
     )
@@ -255,7 +256,8 @@ def keep_nf4_trainable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def add_adapters(base: nn.Module, tuning: Tuning) -> nn.Module:
+def add_adapters(base: nn.Module, tuning: Tuning, crowd: Crowd | None = None) -> nn.Module:
+    """`base` with one adapter, as PEFT makes it; or with those of the agents of a crowd."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = "all-linear" if tuning.target_modules == "auto" else list(tuning.target_modules)
@@ -277,7 +279,7 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> nn.Module:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return model
+    return Agents(model, crowd) if crowd and crowd.num_agents else model
 
 
 def _is_linear(module: nn.Module) -> bool:

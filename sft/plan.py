@@ -274,7 +274,7 @@ class Target:
             return self._largest(asked), "configured"
         kept = self._largest(False)
         batch = sum(self.work.lengths[i] for i in self.first) // self.world_size
-        if kept.fits and kept.budget.max_tokens >= min(SATURATING_TOKENS[self.kind] // 4, batch):
+        if kept.fits and kept.budget.max_tokens >= min(self.saturating // 4, batch):
             return kept, "not needed, and it would cost about a quarter of the speed"
         again = self._largest(True)
         if kept.fits and again.budget.max_tokens <= kept.budget.max_tokens:
@@ -300,7 +300,7 @@ class Target:
             return choice
         if train.max_tokens != "auto":
             return self._tried(checkpointing, self._budget(train.max_tokens), "configured")
-        saturates = max(longest, SATURATING_TOKENS[self.kind])
+        saturates = max(longest, self.saturating)
         why = "the longest example" if longest == saturates else "more is no faster on this device"
         high = self._tried(checkpointing, self._budget(saturates), why)
         if high.fits or longest == saturates:
@@ -319,7 +319,18 @@ class Target:
         return low
 
     def _budget(self, max_tokens: int) -> batching.Budget:
-        return batching.Budget(max_tokens, self.layout, MICRO_BATCH_COST[self.kind])
+        cost = MICRO_BATCH_COST[self.kind]
+        return batching.Budget(max_tokens, self.layout, cost and max(1, cost // self.agents))
+
+    @property
+    def agents(self) -> int:
+        """How often each token goes through the model."""
+        return max(1, self.config.crowd.num_agents)
+
+    @property
+    def saturating(self) -> int:
+        """Tokens of the data that make a micro-batch as large as is of use."""
+        return SATURATING_TOKENS[self.kind] // self.agents
 
     @property
     def room(self) -> float:
@@ -419,7 +430,7 @@ class Target:
         passing = ("activations", "logits and loss", "dequantisation")
         kept = sum(v for k, v in evaluation.breakdown.items() if k not in passing)
         each = bytes_per_row(architecture(self.config.model), self.precision, *lengths)
-        return kept + rows * each
+        return kept + rows * each * self.agents
 
     def seconds(self, counts: memory.Counts, checkpointing: bool, tokens: int) -> float | None:
         """For so many tokens: weights times tokens, at an assumed share of the GPU's peak."""
@@ -427,8 +438,12 @@ class Target:
         if gpu is None or self.precision != "bf16":
             return None
         passes = (3 if self.config.tuning.mode == "full" else 2) + checkpointing
+        passes += self.config.crowd.num_agents > 1 and self.config.crowd.lambda_sw > 0  # the survey
         speed = gpu.teraflops * 1e12 * UTILISATION * self.world_size
-        return 2 * passes * counts.multiplied * tokens / speed
+        multiplied = counts.multiplied
+        if self.agents > 1:  # each agent's adapter sees its own rows
+            multiplied = self.agents * (multiplied - counts.trained) + counts.trained
+        return 2 * passes * multiplied * tokens / speed
 
 
 def rows_asked(train: Train, world_size: int) -> int | None:

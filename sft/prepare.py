@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice
@@ -57,6 +57,7 @@ class Prepared:
     audit: dict[str, Any]
     rejected: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))  # JSON lines
     folder: Path | None = None  # in the cache
+    validation: store.Examples | None = None  # kept from training for a crowd's aggregator
 
     def samples(self) -> list[Sample]:
         """The rows of most findings, for people to look at."""
@@ -91,7 +92,24 @@ def prepare(config: Config, moved: Callable[[], None] = lambda: None) -> Prepare
     _prune(folder.parent)
     if config.data.audit == "refuse":
         audit.refuse(prepared.audit)
+    if config.crowd.num_agents and config.crowd.aggregator == "learned":
+        return _with_validation(prepared, config.crowd.fit_fraction)
     return prepared
+
+
+def _with_validation(prepared: Prepared, share: float) -> Prepared:
+    """Takes training rows out for validation, evenly spread over them: at least one on both sides,
+    or DataError."""
+    number = len(prepared.train)
+    if number < 2:
+        raise data.DataError(
+            f"crowd.aggregator: learned needs a training row to fit on, found {number} in all"
+        )
+    chosen = np.zeros(number, bool)
+    count = min(number - 1, max(1, round(share * number)))
+    chosen[np.linspace(0, number - 1, count).astype(int)] = True
+    train, validation = (prepared.train.select(part) for part in (~chosen, chosen))
+    return replace(prepared, train=train, validation=validation)
 
 
 @contextmanager

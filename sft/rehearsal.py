@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import getLogger
 from types import SimpleNamespace
 from typing import Any
@@ -27,10 +27,11 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sft import batching, chat, data, engine, evaluate, finetune, model, store
+from sft import batching, chat, data, engine, evaluate, model, store
 from sft.config import Config, with_values
 from sft.log import Log
 from sft.prepare import Prepared
+from sft.tasks import make_task
 from sft.trace import Assume, Recorder, Trace
 
 CPU = torch.device("cpu")
@@ -83,6 +84,8 @@ def rehearse(
     isolates = config.model.attn_implementation == "flash_attention_2"  # documents, without a mask
     if isolates:  # its kernels need a GPU; what they keep is what SDPA keeps
         config = with_values(config, {"model.attn_implementation": "sdpa"})
+    if depth is not None and config.crowd.layer >= depth:  # of those that there are, the last
+        config = with_values(config, {"crowd.layer": depth - 1})
     masked = window.layout == "packed" and max(map(len, window.micro_batches)) > 1 and not isolates
     with _fake(config, masked, depth), _like_a_gpu(config, precision) if on_gpu else nullcontext():
         made = make_engine(config, precision, window, weights=False)
@@ -196,7 +199,7 @@ def make_engine(
     prepared = Prepared(SimpleNamespace(pad_token_id=0), examples, examples, {})  # type: ignore[arg-type]
     group = accelerator or Alone(precision, config.train.engine)
     built = model.build(config, precision, group.device, weights=weights)
-    task = finetune.FineTune(config, prepared, built, group, Log(None), budget)
+    task = make_task(config, prepared, built, group, Log(None), budget)
     made = engine.Engine(task, config.train, group, Log(None), budget)
     numbers = iter(range(len(rows)))
     micro_batches = [[next(numbers) for _ in each] for each in window.micro_batches]
@@ -254,11 +257,12 @@ def record(made: engine.Engine, *, gradients: bool = False, evaluation: bool = F
 
     def collate_unseen(ids: list[int]) -> store.Batch:
         with _disable_current_modes():  # arrays of numpy are made real
-            tensors = dict(vars(collate(ids)))
+            batch = collate(ids)
             if fake is not None:
-                tensors = {k: t if t is None else fake.from_tensor(t) for k, t in tensors.items()}
-        recorder.name(tensors.values(), "activations")
-        return store.Batch(**tensors)
+                real = {k: t for k, t in vars(batch).items() if isinstance(t, torch.Tensor)}
+                batch = replace(batch, **{k: fake.from_tensor(t) for k, t in real.items()})
+        recorder.name(tensors_of(vars(batch)), "activations")
+        return batch
 
     def update_seen() -> float:
         recorder.enter("update")
@@ -282,7 +286,7 @@ def record(made: engine.Engine, *, gradients: bool = False, evaluation: bool = F
     ):
         if evaluation:
             with evaluate.eval_mode(built):
-                made.task.loss(made.model, made.task.collate(made.window(0)[1][0]))
+                made.task.scored(made.model, made.task.collate(made.window(0)[1][0]))
             return recorder.trace
         made.optimizer_step()
         recorder.name((p.grad for p in trained), "gradients")
@@ -305,7 +309,7 @@ def held(built: nn.Module) -> dict[str, list[torch.Tensor]]:
     return result
 
 
-def tensors_of(values: dict[str, Any]) -> Iterator[torch.Tensor]:
+def tensors_of(values: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     return (value for value in values.values() if isinstance(value, torch.Tensor))
 
 

@@ -39,7 +39,16 @@ from sft import (
     storage,
 )
 from sft.batching import Budget, MicroBatch
-from sft.config import AnyConfig, Config, DistillConfig, Train, UserError, dump_config, with_values
+from sft.config import (
+    AnyConfig,
+    Config,
+    DistillConfig,
+    Train,
+    UserError,
+    dump_config,
+    refuse_one_agent,
+    with_values,
+)
 from sft.distill import histories
 from sft.distill import run as distilled
 from sft.engine import Engine, identity, memory_bytes, read_state
@@ -55,6 +64,7 @@ from sft.processes import (
     resolve_precision,
     start_processes,
 )
+from sft.tasks import make_task
 
 
 def train(config: AnyConfig) -> None:
@@ -109,7 +119,7 @@ def _run(
     if budget != planned.budget:
         planned = plan.replanned(planned, resolved, prepared, machine, budget)
         resolved = _with_budget(resolved, planned, log)
-    task = finetune.FineTune(resolved, prepared, model, accelerator, log, budget, guard)
+    task = make_task(resolved, prepared, model, accelerator, log, budget, guard)
     engine = Engine(task, resolved.train, accelerator, log, budget)
     engine.guard = guard
     planned, measured = _confirmed(planned, resolved, prepared, machine, engine)
@@ -128,6 +138,7 @@ def _run(
         engine.run()
     training_seconds = time.perf_counter() - training_started
     with engine.preemptible():
+        task.finish(engine.model)
         path = folder / "evaluation" / "predictions.jsonl"
         tuned = _results(task, engine.model, path, f"{engine.digest()} {planned.precision}")
     log.log(engine.step, {f"eval/{name}": value for name, value in tuned["metrics"].items()})
@@ -218,6 +229,11 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
     end_processes(accelerator)
 
 
+def _prepare(config: Config, moved: Callable[[], None]) -> prepare.Prepared:
+    refuse_one_agent(config)
+    return prepare.prepare(config, moved)
+
+
 def _prepare_evaluation(config: Config, moved: Callable[[], None]) -> prepare.Prepared:
     prepared = prepare.prepare(config, moved)
     finetune.check_references(config, prepared)
@@ -233,10 +249,11 @@ def _evaluate(
     log: Log,
     guard: Guard,
 ) -> None:
-    planned = plan_together(config, prepared, hardware.detect(folder), accelerator)
+    used = config if config.crowd.agent is None else export.alone(config)
+    planned = plan_together(used, prepared, hardware.detect(folder), accelerator)
     model, _ = export.load_tuned(folder, config, planned.precision, accelerator.device)
     budget = finetune.usable_budget(planned.budget, "auto", model, accelerator.device, log)
-    task = finetune.FineTune(config, prepared, model, accelerator, log, budget, guard)
+    task = make_task(config, prepared, model, accelerator, log, budget, guard)
     path = out / "predictions.jsonl"
     manifest = checkpoint.sha256(folder / "final_checkpoint" / checkpoint.MANIFEST)
     results = _results(task, model, path, f"{manifest} {planned.precision}")
@@ -275,7 +292,7 @@ def _digests(prepared: prepare.Prepared) -> dict[str, str]:
 
 
 TASKS = {
-    Config.task: Stages(prepare.prepare, _digests, _run, _prepare_evaluation, _evaluate),
+    Config.task: Stages(_prepare, _digests, _run, _prepare_evaluation, _evaluate),
     DistillConfig.task: Stages(
         distilled.prepare,
         lambda found: {"data": histories.digest(found)},
@@ -348,7 +365,7 @@ def _tell_results(
     both = {"base": base, "tuned": tuned}
     written = {name: results["metrics"] for name, results in both.items()}
     for key in ("intervals", *(["groups"] if config.evaluation.group else [])):
-        written[key] = {name: results[key] for name, results in both.items()}
+        written[key] = {name: results.get(key, {}) for name, results in both.items()}
     write_json(folder / "metrics.json", written | {"num_examples": tuned["num_examples"]})
     log.say(_side_by_side(folder, config.evaluation.num_shown))
     for told in _groups_table(config, tuned):
@@ -485,9 +502,10 @@ def _closing(
         ("in all", duration(measured["total_seconds"])),
         ("results", f"{folder}/ (evaluation/metrics.json, final_checkpoint/)"),
     ]
+    alone = " AGENT=0" if config.crowd.num_agents else ""
     commands = {
         f"make infer RUN={folder}": "talk to it",
-        f"make merge RUN={folder}": "one model without adapters",
+        f"make merge RUN={folder}{alone}": "one model without adapters",
         "make tensorboard": "look at the curves",
     }
     if config.tuning.mode == "full":

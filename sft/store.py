@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +126,10 @@ class Examples(Sequence[Example]):
         own = self.arrays.weights[weights : weights + length] if weights >= 0 else None
         return self.arrays.ids[part], self.arrays.labels[part], own
 
+    def select(self, chosen: np.ndarray) -> Examples:
+        """Those of a mask (examples,)."""
+        return Examples(self.arrays, self.order[chosen], np.asarray(self.lengths)[chosen])
+
     def row(self, index: int) -> Row:
         entry = self.arrays.index[self.order[index]]
         start = int(entry["text"])
@@ -163,6 +167,8 @@ class Batch:
     positions: torch.Tensor  # (supervised,)
     targets: torch.Tensor  # (supervised,)
     weights: torch.Tensor | None = None  # (supervised,); None: 1 everywhere
+    examples: list[int] = field(default_factory=list)  # their ids, in the order of `positions`
+    counts: list[int] = field(default_factory=list)  # supervised positions of each
 
 
 def collate(
@@ -203,4 +209,6 @@ def collate(
         torch.from_numpy(places[supervised] - 1).to(device),
         torch.from_numpy(labels[supervised].astype(np.int64)).to(device),
         weights,
+        list(chosen),
+        np.add.reduceat(supervised, starts, dtype=np.int64).tolist(),
     )

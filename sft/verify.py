@@ -123,7 +123,12 @@ def make_small(config: Config, folder: Path, *, exact: bool = False) -> Small:
         "evaluation.max_new_tokens": min(config.evaluation.max_new_tokens, 8),
     }
     if exact:
-        wanted = {"train.precision": "fp32", "train.optimizer": "adamw", "tuning.lora_dropout": 0.0}
+        wanted = {
+            "train.precision": "fp32",
+            "train.optimizer": "adamw",
+            "tuning.lora_dropout": 0.0,
+            "crowd.dropconnect": 0.0,
+        }
         given = config.model_dump()
         given["train"]["precision"], _ = processes.resolve_precision(config.train)
         found = {path: given[path.split(".")[0]][path.split(".")[1]] for path in wanted}
@@ -360,8 +365,13 @@ def weight_deviation(found: Path, expected: Path) -> float:
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    files = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
-    return {name: value.double() for tensors in files for name, value in tensors.items()}
+    """By file and name: the agents of a crowd have the same names in folders of their own."""
+    files = {path.relative_to(folder): load_file(path) for path in folder.rglob("*.safetensors")}
+    return {
+        f"{place} {name}": value.double()
+        for place, tensors in files.items()
+        for name, value in tensors.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,19 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 
 from sft import batching
+from sft.config import Config
 
 BUDGETS = [1, 40, 100_000]
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "crowd": torch.float64}
+
+
+def configured(name: str, out: Path) -> Config:
+    train = {"global_batch": 13}
+    return tiny.crowd_config(out, train=train) if name == "crowd" else tiny.config(out, **train)
+
+
+def built(name: str, settings: Config, dtype: torch.dtype) -> torch.nn.Module:
+    return tiny.adapted(settings, dtype) if name == "crowd" else tiny.llama(dtype)
 
 
 def main(out: Path, seeds: list[int]) -> None:
@@ -26,18 +36,21 @@ def main(out: Path, seeds: list[int]) -> None:
         for name, dtype in DTYPES.items():
             for layout in ("padded", "packed"):
                 for max_tokens in BUDGETS:
-                    model = tiny.llama(dtype)
-                    settings = tiny.config(out, global_batch=13)
+                    settings = configured(name, out)
+                    model, fresh = (built(name, settings, dtype) for _ in range(2))
                     budget = batching.Budget(max_tokens, layout)
                     engine = tiny.make_engine(model, rows, held_out, settings, budget)
                     values = engine.optimizer_step()
-                    gradients = torch.cat([p.grad.double().flatten() for p in model.parameters()])
-                    engine = tiny.make_engine(tiny.llama(dtype), rows, held_out, settings, budget)
+                    trained = (p for p in model.parameters() if p.requires_grad)
+                    gradients = torch.cat([p.grad.double().flatten() for p in trained])
+                    seed_of_step = getattr(engine.task, "seed", None)
+                    engine = tiny.make_engine(fresh, rows, held_out, settings, budget)
                     results.append(
                         {
                             "case": [seed, name, layout, max_tokens],
                             "world_size": engine.accelerator.num_processes,
                             "loss": values["train/loss"],
+                            "seed": seed_of_step,
                             "held_out_loss": engine.task.evaluate(engine.model)["loss"],
                             "gradients": gradients.tolist(),
                         }

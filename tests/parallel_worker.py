@@ -14,7 +14,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import save_file
 
-from sft import batching, checkpoint, engine, finetune, model, prepare, processes
+from sft import batching, checkpoint, engine, model, prepare, processes, tasks
 from sft.config import load_config
 from sft.log import Log
 
@@ -26,7 +26,7 @@ def make(case: dict[str, Any], folder: Path) -> engine.Engine:
     accelerator = processes.start_processes(config.train)
     budget = batching.Budget(case["max_tokens"], "padded")
     built = model.build(config, config.train.precision, accelerator.device)
-    task = finetune.FineTune(config, prepared, built, accelerator, Log(None), budget)
+    task = tasks.make_task(config, prepared, built, accelerator, Log(None), budget)
     return engine.Engine(task, config.train, accelerator, Log(None), budget)
 
 

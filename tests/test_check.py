@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 from sft import check
-from sft.config import load_config, with_values
+from sft.config import ConfigError, load_config, with_values
 
 # Caches; and outputs/, where tests beside this one write. The run's folder is asked for by name.
 OF_OTHERS = {".git", ".venv", ".cache", "__pycache__", ".hypothesis", ".pytest_cache", "outputs"}
@@ -74,3 +74,35 @@ def test_emulated_bf16_is_a_finding():
     config = with_values(load_config(ROOT / "configs/nano.yaml"), {"train.precision": "bf16"})
     machine = check.hardware.detect()
     assert check.precision(config, machine).ok == machine.cpu_bf16 or machine.devices
+
+
+def test_a_crowd_is_tried_out_before_it_is_trained(tmp_path):
+    run = f"train.output_dir={tmp_path / 'run'}"
+    config = load_config(ROOT / "configs/crowd_nano.yaml", [run, "train.precision=fp32"])
+    found = list(check.trial(config))
+    assert all(finding.ok for finding in found), found
+    told = [finding.what.split(":")[0] for finding in found]
+    assert told == [
+        *("Accelerate", "model", "one training step"),
+        *("diversity", "checkpoint", "aggregated generation"),
+    ]
+    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob(".check_*"))
+
+
+def test_one_agent_alone_is_not_trained(tmp_path):
+    config = load_config(ROOT / "configs/crowd_nano.yaml", ["crowd.agent=1"])
+    with pytest.raises(ConfigError, match=r"crowd.agent: all agents"):
+        list(check.trial(config))
+
+
+def test_text_that_asks_nothing_is_tried_without_an_answer(tmp_path):
+    text = ROOT / "nano/README.md"
+    for name in ("train.txt", "held_out.txt"):
+        (tmp_path / name).write_text(text.read_text()[: 2000 if name == "train.txt" else 500])
+    changes = {"data.train_path": "train.txt", "data.eval_path": "held_out.txt"}
+    changes = {key: str(tmp_path / value) for key, value in changes.items()}
+    changes |= {"train.output_dir": str(tmp_path / "run"), "data.on_long": "truncate"}
+    found = list(check.trial(with_values(load_config(ROOT / "configs/nano.yaml"), changes)))
+    assert found[-1].what == "generation: no held-out row asks for an answer"
+    assert found[-1].ok

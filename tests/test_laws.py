@@ -11,6 +11,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import law_worker
 import numpy as np
 import pytest
 import tiny
@@ -112,6 +113,18 @@ def test_any_number_of_processes_gives_the_same_loss_and_gradient(tmp_path, worl
                 assert result["held_out_loss"] == pytest.approx(held_out_loss, rel=tolerance)
                 found = [torch.tensor(result["gradients"], dtype=torch.float64)]
                 assert tiny.relative_error(found, flat) < tolerance, result["case"]
+        settings_ = law_worker.configured("crowd", tmp_path)
+        crowd = law_worker.built("crowd", settings_, torch.float64)
+        cases = [r for rank in ranks for r in rank if r["case"][:2] == [seed, "crowd"]]
+        assert len(cases) == world * 6
+        [seed_of_step] = {result["seed"] for result in cases}
+        loss, gradients = tiny.crowd_reference(crowd, rows, settings_, seed_of_step)
+        flat = [torch.cat([g.flatten() for g in gradients])]
+        for result in cases:
+            assert result["loss"] == pytest.approx(loss, rel=1e-10), result["case"]
+            found = [torch.tensor(result["gradients"], dtype=torch.float64)]
+            assert tiny.relative_error(found, flat) < 1e-10, result["case"]
+        assert len({round(result["held_out_loss"], 10) for result in cases}) == 1
 
 
 def test_evaluation_obeys_the_same_law(tmp_path):

@@ -48,6 +48,11 @@ LAYERS = {
     "compare": 3,
     "classification": 3.1,  # works as infer does
     "finetune": 3,
+    "crowd.agents": 0.9,
+    "crowd.diversity": 0,
+    "crowd.aggregator": 2.2,  # is asked as generate asks
+    "crowd.task": 3.1,  # what finetune does, for all agents
+    "tasks": 3.2,
     "distill.darkroom": 0.1,
     "distill.curve": 0,
     "distill.source": 0.2,  # learns in rooms
@@ -96,7 +101,7 @@ def used_modules(source: str, package: str = "sft") -> set[str]:
 
 
 def _module(parts: list[str]) -> list[str]:
-    """Of sft.distill.task.Distillation only distill.task."""
+    """Of sft.crowd.task.CrowdTune only crowd.task."""
     return parts[:2] if (PACKAGE / parts[0]).is_dir() else parts[:1]
 
 

@@ -107,6 +107,7 @@ def alone(folder) -> Path:
     for mode in MODES:
         saved = str(folder / f"{mode}-ddp-1" / f"checkpoint_step_{MIDDLE}")
         cases += [case(mode, "ddp", 1), case(mode, "ddp", 1, saved, save_at=[])]
+    cases += [crowd(mode, "ddp", 1) for mode in ("lora", "qlora")]
     run(folder, 1, cases)
     return folder
 
@@ -130,6 +131,14 @@ def cell(mode: str, engine: str, what: str, changed: list[str]) -> dict[str, Any
     return short | {"name": f"{mode}-{engine}-{what}", "overrides": short["overrides"] + changed}
 
 
+def crowd(mode: str, engine: str, world: int) -> dict[str, Any]:
+    """Three steps of two agents, of which the diversity is one of the whole batch."""
+    short = case(mode, engine, world, steps=3, save_at=[], prove=True)
+    own = ["crowd.num_agents=2", "crowd.lambda_sw=0.5", "tuning.r=4", "train.learning_rate=3e-3"]
+    return short | {"name": f"crowd-{short['name']}", "overrides": short["overrides"] + own}
+
+
+CROWDS = [("lora", e) for e in ("ddp", "fsdp", "zero3")] + [("qlora", e) for e in ("ddp", "zero2")]
 OFFLOADING = ("fsdp", "zero2", "zero3")
 
 
@@ -142,6 +151,7 @@ def two(alone) -> Path:
         bf16 = cell("lora", engine, "bf16", ["train.precision=bf16"])
         bf16 |= {"prove": True, "max_tokens": 128, "steps": 1, "save_at": [1]}
         cases += [bf16]  # of which step 0 is saved and read back, too
+        cases += [crowd(mode, each, 2) for mode, each in CROWDS if each == engine]
         for mode in MODES:
             saved = str(alone / f"{mode}-{engine}-2" / f"checkpoint_step_{MIDDLE}")
             cases += [case(mode, engine, 2), case(mode, engine, 2, saved, save_at=[])]
@@ -189,6 +199,26 @@ def test_two_processes_with_any_engine_are_the_run_of_one(two, mode, engine):
     for rank in found(two, f"{mode}-{engine}-2"):
         assert (rank["world_size"], rank["engine"]) == (2, expected)
     assert_same(two, f"{mode}-{engine}-2", f"{mode}-ddp-1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "engine"), CROWDS)
+def test_a_crowd_on_two_processes_is_that_of_one(two, mode, engine):
+    name, reference = f"crowd-{mode}-{engine}-2", f"crowd-{mode}-ddp-1"
+    [alone] = found(two, reference)
+    ranks = found(two, name)
+    for number, (ids, _, loss) in enumerate(alone["steps"]):
+        consumed = chain.from_iterable(rank["steps"][number][1] for rank in ranks)
+        assert sorted(consumed) == sorted(ids)
+        for rank in ranks:
+            assert rank["steps"][number][0] == ids
+            assert float.fromhex(rank["steps"][number][2]) == pytest.approx(
+                float.fromhex(loss), rel=1e-5
+            )
+    assert len(ranks) == 2
+    assert len(alone["steps"]) == 3
+    assert ranks[0]["held_out"] == pytest.approx(alone["held_out"], rel=1e-5)
+    assert difference(two, name, reference) < 1e-4
 
 
 @pytest.mark.slow

@@ -11,7 +11,18 @@ import torch
 from allocations import allocated_bytes
 from conftest import ROOT
 
-from sft import batching, engine, finetune, hardware, memory, model, plan, prepare, rehearsal
+from sft import (
+    batching,
+    engine,
+    finetune,
+    hardware,
+    memory,
+    model,
+    plan,
+    prepare,
+    rehearsal,
+    tasks,
+)
 from sft.config import Config, ConfigError, dump_config, load_config, with_values
 from sft.log import Log
 from sft.trace import Recorder
@@ -94,14 +105,21 @@ def test_activations_are_checkpointed_where_nothing_else_makes_room(config, prep
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{}, {"tuning.mode": "full"}, {"train.gradient_checkpointing": True}]
+    "changes",
+    [
+        {},
+        {"tuning.mode": "full"},
+        {"train.gradient_checkpointing": True},
+        {"crowd.num_agents": 3},
+        {"crowd.num_agents": 3, "tuning.mode": "lora", "train.gradient_checkpointing": True},
+    ],
 )
 def test_the_planned_memory_is_what_the_heaviest_window_allocates(config, prepared, changes):
     given = with_values(config, {"train.gradient_checkpointing": False} | changes)
     made = plan.make_plan(given, prepared, machine(8 * GIB), 1)
     alone: Any = rehearsal.Alone("fp32")
     built = model.build(given, "fp32", rehearsal.CPU)
-    task = finetune.FineTune(given, prepared, built, alone, Log(None), made.budget)
+    task = tasks.make_task(given, prepared, built, alone, Log(None), made.budget)
     trained = engine.Engine(task, given.train, alone, Log(None), made.budget)
     trained.optimizer_step()  # now there is a state of the optimizer
     trained.optimizer.zero_grad()

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from sft import batching, chat, data, engine, finetune, prepare, processes, store
-from sft.config import Config
+from sft import batching, chat, data, engine, model, prepare, processes, store, tasks
+from sft.config import Config, with_values
 from sft.log import Log
 
 VOCAB = 61
@@ -86,6 +86,26 @@ def config(folder: Path, **train: Any) -> Config:
     )
 
 
+def crowd_config(folder: Path, *, train: dict[str, Any] | None = None, **crowd: Any) -> Config:
+    """Of three agents of rank 4 that are kept apart."""
+    values = {"num_agents": 3, "lambda_sw": 0.7, "num_projections": 16} | crowd
+    changes = {"tuning.mode": "lora", "tuning.r": 4, "tuning.lora_alpha": 8.0}
+    changes |= {f"crowd.{key}": value for key, value in values.items()}
+    return with_values(config(folder, **(train or {})), changes)
+
+
+def adapted(settings: Config, dtype: torch.dtype = torch.float32, base: Any = None) -> nn.Module:
+    """`base` (None: `llama`) with adapters, those of a crowd where there is one, none of them 0."""
+    base = (llama(dtype) if base is None else base).requires_grad_(False)
+    built = model.add_adapters(base, settings.tuning, settings.crowd)
+    random = torch.Generator().manual_seed(3)
+    for parameter in built.parameters():
+        if parameter.requires_grad:
+            drawn = torch.randn(parameter.shape, generator=random, dtype=dtype)
+            parameter.data = 0.2 * drawn
+    return built
+
+
 def stored(examples: list[chat.Example]) -> store.Examples:
     """Examples as training reads them; row i is line i + 1 of a file tiny."""
     rows = (data.Row([], None, "tiny", i + 1) for i in range(len(examples)))
@@ -93,7 +113,7 @@ def stored(examples: list[chat.Example]) -> store.Examples:
 
 
 def make_engine(
-    model: nn.Module,
+    built: nn.Module,
     rows: list[chat.Example],
     held_out: list[chat.Example],
     settings: Config,
@@ -101,7 +121,7 @@ def make_engine(
 ) -> engine.Engine:
     accelerator = processes.start_processes(settings.train)
     prepared = prepare.Prepared(Tokenizer(), stored(rows), stored(held_out), AUDIT)  # type: ignore[arg-type]
-    task = finetune.FineTune(settings, prepared, model, accelerator, Log(None), budget)
+    task = tasks.make_task(settings, prepared, built, accelerator, Log(None), budget)
     return engine.Engine(task, settings.train, accelerator, Log(None), budget)
 
 
@@ -126,6 +146,52 @@ def reference(model: nn.Module, rows: list[chat.Example]) -> tuple[float, list[t
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     return loss_sum / total, gradients
+
+
+def crowd_reference(
+    crowd: Any, rows: list[chat.Example], settings: Config, seed: int
+) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of a crowd from the definitions: one example at a time, all logits, one
+    direction and one pair of agents at a time. `seed`: of the directions."""
+    crowd.zero_grad()
+    told = settings.crowd
+    total, entropy, clouds = 0.0, torch.zeros((), dtype=torch.float64), []
+    for row in rows:
+        ids = torch.tensor([row.ids] * told.num_agents)
+        output = crowd.base(input_ids=ids, output_hidden_states=True)
+        places = [t for t, label in enumerate(row.labels[1:]) if label != chat.IGNORED]
+        for t in places:
+            weight = row.weights[t + 1] if row.weights else 1.0
+            total += weight
+            likely = output.logits[:, t].double().log_softmax(-1)[:, row.labels[t + 1]]
+            entropy = entropy - weight * likely.sum() / told.num_agents
+        if places:
+            hidden = output.hidden_states[told.layer if told.layer == -1 else told.layer + 1]
+            states = (output.logits if told.representation == "logits" else hidden)[:, places]
+            pooled = {"last": states[:, -1], "first": states[:, 0], "mean": states.mean(1)}
+            point = pooled[told.pooling].double()
+            length = point.shape[-1] ** 0.5
+            clouds.append(length * F.normalize(point, dim=-1) if told.normalise else point)
+    loss = entropy / (total or 1.0)
+    if clouds and told.num_agents > 1:
+        loss = loss - told.lambda_sw * _apart(torch.stack(clouds, 1), told.num_projections, seed)
+    loss.backward()
+    gradients = [p.grad.clone() for p in crowd.parameters() if p.requires_grad]
+    crowd.zero_grad()
+    return loss.item(), gradients
+
+
+def _apart(points: torch.Tensor, num_projections: int, seed: int) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(num_projections, points.shape[-1], generator=random)
+    distances = []
+    for direction in drawn:
+        onto = (direction / direction.norm()).double()
+        for i, one in enumerate(points):
+            for other in points[:i]:
+                a, b = (one @ onto).sort().values, (other @ onto).sort().values
+                distances.append((a - b).square().mean())
+    return torch.stack(distances).mean()
 
 
 def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

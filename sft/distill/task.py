@@ -67,6 +67,8 @@ class Tried:
 class Distillation:
     """The engine's Task for algorithm distillation (see engine.Task for what each method owes)."""
 
+    surveys = False
+
     def __init__(
         self,
         settings: Distill,
@@ -112,11 +114,23 @@ class Distillation:
         sums |= {"type_loss": type_loss, "type_accuracy": type_right}
         return loss + self.settings.type_weight * type_loss, sums
 
+    def survey(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
+        """Nothing: the loss is a sum over windows."""
+        return None
+
+    def surveyed(self, ids: list[int], found: torch.Tensor | None, supervised: float) -> None: ...
+
+    def scored(
+        self, model: nn.Module, batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """As `loss`, of what is held out."""
+        return self.loss(model, batch)
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Loss on held-out histories, and the return in context on the unseen goals."""
         with self.guard.section("evaluation"):
             found = evaluate.held_out_loss(
-                self.loss, self.num_supervised, model, self._held_out(), self.accelerator
+                self.scored, self.num_supervised, model, self._held_out(), self.accelerator
             )
             number = self.settings.eval_quick
             quick = try_unseen(model, self.settings, self.accelerator, number, self.guard.mark)
