@@ -170,13 +170,14 @@ def tell(
     written: dict[str, Any] = {"in_context_return": returns, "random": floors, "best": tops}
     if config.distill.compress:
         written["regions"] = _regions(tried)
-    source = histories.curve(histories.folder_of(config.distill))
     write_json(out / "metrics.json", {**written, "held_out": held_out, "curve": curve})
     log.say(_table(returns, floors, tops))
     if config.distill.compress:
         log.say(f"regions that the model has ended: {_regions(tried)}")
     lines = {"random": float(np.mean([*floors.values()])), "best": float(np.mean([*tops.values()]))}
-    curves = {"in context, unseen goals": curve, "source, its own goals": source}
+    curves = {"in context, unseen goals": curve}
+    if (source := histories.folder_of(config.distill)).exists():  # else of a run from elsewhere
+        curves["source, its own goals"] = histories.curve(source)
     draw(out / CURVE, curves, lines)
     log.say(f"curve: {out / CURVE}")
 
