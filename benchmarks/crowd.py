@@ -93,7 +93,7 @@ def seconds(call: Callable[[], Any]) -> float:
 # --- speed ---------------------------------------------------------------------------------------
 
 BATCHES = (2, 8, 32)  # examples of a global batch
-REPEATS = 7
+REPEATS = 3
 ALONE = {f"crowd.{key}": value for key, value in Crowd().model_dump().items()}
 
 

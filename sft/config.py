@@ -302,7 +302,7 @@ class Classify(Section):
 class Crowd(Section):
     num_agents: CountOrZero = 0
     """LoRA agents that share the frozen base (docs/CROWD.md). 0: no crowd, one model."""
-    lambda_sw: NonNegative = 0.1
+    lambda_sw: NonNegative = 0.01
     """Weight of the diversity, which is subtracted from the loss: it keeps the agents apart."""
     num_projections: Count = 64
     """Random directions that the sliced Wasserstein distance is estimated with, anew each step."""

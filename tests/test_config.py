@@ -258,7 +258,7 @@ BREAKS = [  # one for each of RULES, in order: overrides that break it, and one 
     ),
     (["crowd.num_agents=2", "crowd.fit_fraction=0.1"], "crowd.aggregator=learned"),
     (["crowd.num_agents=2", "crowd.concentration=2"], "crowd.aggregator=sampled"),
-    (["crowd.num_agents=2", "crowd.lambda_sw=0", "crowd.pooling=mean"], "crowd.lambda_sw=0.1"),
+    (["crowd.num_agents=2", "crowd.lambda_sw=0", "crowd.pooling=mean"], "crowd.lambda_sw=0.5"),
     (["crowd.dropconnect=0.5"], "crowd.num_agents=2"),
     (["distill.context=50"], "distill.context=60"),
     (["distill.num_steps=100"], "distill.context=100"),
