@@ -447,13 +447,13 @@ def held_out(task: CrowdTune, built: nn.Module) -> tuple[Tensor, Tensor, Tensor]
     """Of `SCORED` rows: log probabilities (agents, tokens, vocabulary), targets (tokens,), and
     representations (agents, rows, d)."""
     rows, found = first(task.prepared.held_out, SCORED), []
+    reader = Reader(task.model, task.head, task.settings)  # an arm without diversity has none
     with generate.eval_mode(built):
-        for ids in batching.cut(range(len(rows)), rows.lengths, 1, batching.Budget(1024, "padded"))[
-            0
-        ]:
+        budget = batching.Budget(1024, "padded")
+        for ids in batching.cut(range(len(rows)), rows.lengths, 1, budget)[0]:
             batch = task._collate(rows, ids)
             logits = task._forward(built, batch)
-            points = task.reader.take(logits, batch).movedim(0, 1)
+            points = reader.take(logits, batch).movedim(0, 1)
             found.append((logits.log_softmax(-1), batch.targets, points))
     log_probs, targets, points = zip(*found, strict=True)
     return torch.cat(log_probs, 1), torch.cat(targets), torch.cat(points, 1)
