@@ -194,10 +194,13 @@ def test_ranks_are_found_and_the_third_stop_kills_them(idle, tmp_path):
     assert set(launcher.ranks()) >= {process.pid for process in idle}
     (tmp_path / "attempt").mkdir()  # ranks were started
     with launcher.Signals(tmp_path) as signals:
-        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM):  # a terminal was closed
+        told = (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM)  # a terminal was closed
+        for count, number in enumerate(told, 1):
             assert [process.poll() for process in idle] == [None, None]
             os.kill(os.getpid(), number)
-            time.sleep(0.3)
+            deadline = time.monotonic() + 30
+            while len(signals.stops) < count and time.monotonic() < deadline:
+                time.sleep(0.1)  # two that wait at once would be one
         assert [process.wait(30) for process in idle] == [-signal.SIGKILL] * 2
     assert signals.stops == [signal.SIGTERM] * 3
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
