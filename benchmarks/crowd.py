@@ -295,7 +295,7 @@ def generation(work: Path) -> dict[str, Any]:
     mixture = Mixture(built, Aggregator("uniform", (1.0,) * AGENTS)).eval()
     prompts = [first(prepared.train, PROMPTS)[i].ids[:40] for i in range(PROMPTS)]
     ways = {"cached": cached, "read_again": read_again}
-    turns = [{name: way(mixture, prompts) for name, way in ways.items()} for _ in range(4)][1:]
+    turns = [{name: way(mixture, prompts) for name, way in ways.items()} for _ in range(3)][1:]
     rows = []
     for length in LENGTHS:
         row: dict[str, Any] = {"tokens": length}
