@@ -361,6 +361,7 @@ ARMS: dict[str, tuple[str, ...]] = {  # overrides; alpha is twice the rank in al
     "diversity 0.01": ("crowd.lambda_sw=0.01",),
     "diversity 0.1": ("crowd.lambda_sw=0.1",),
     "diversity 1": ("crowd.lambda_sw=1",),
+    "diversity 0.1, raw": ("crowd.lambda_sw=0.1", "crowd.normalise=false"),
 }
 STEPS = {"embedded": 80, "GSM8K": 40}
 SCORED = 128  # held-out rows
