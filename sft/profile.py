@@ -1,7 +1,9 @@
-"""Where the time of a step goes: a trace of a few steps, on request (`train.profile_steps`)."""
+"""How long a run takes, foretold and measured; and where the time of a step goes: a trace of a few
+steps, on request (`train.profile_steps`)."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +11,24 @@ from pathlib import Path
 import torch
 
 from sft.engine import Engine
+from sft.log import duration
 
 TRACE = "profile.json"  # for chrome://tracing or ui.perfetto.dev
 WARM_UP = 2  # steps: the first ones allocate
+
+
+def timed(engine: Engine, resumed_from: Path | None) -> dict[str, float]:
+    """The engine's steps to the end, behind a checkpoint if there is one: the seconds that they
+    took, and those that a probe had foretold. Collective."""
+    if resumed_from:
+        engine.resume(resumed_from)
+    seconds = engine.probe_seconds_per_step() * (engine.total_steps - engine.step)
+    engine.log.say(f"training: {engine.total_steps:,} steps, about {duration(seconds)} (probed)")
+    started = time.perf_counter()
+    with profiled(engine):
+        engine.run()
+    measured = time.perf_counter() - started
+    return {"training_seconds": measured, "predicted_training_seconds": seconds}
 
 
 @contextmanager

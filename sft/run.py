@@ -128,15 +128,7 @@ def _run(
         resolved = _with_budget(resolved, planned, log)
     base = _base_results(folder, task, engine, planned.precision, resumed_from is not None)
     log.say(f"before: {_told(base['metrics'])}")
-    if resumed_from:
-        engine.resume(resumed_from)
-    seconds = engine.probe_seconds_per_step() * (engine.total_steps - engine.step)
-    log.say(f"training: {engine.total_steps:,} steps, about {duration(seconds)} (probed)")
-
-    training_started = time.perf_counter()
-    with profile.profiled(engine):
-        engine.run()
-    training_seconds = time.perf_counter() - training_started
+    measured |= profile.timed(engine, resumed_from)
     with engine.preemptible():
         task.finish(engine.model)
         path = folder / "evaluation" / "predictions.jsonl"
@@ -148,8 +140,6 @@ def _run(
     )
 
     measured |= {
-        "training_seconds": training_seconds,
-        "predicted_training_seconds": seconds,
         "total_seconds": time.perf_counter() - started,
         "memory_bytes": memory_bytes(),
     }

@@ -61,23 +61,17 @@ def run(
     guard.stop_if_asked()
     trainer = engine.Engine(work, train, accelerator, log, budget)
     trainer.guard = guard
-    if resumed_from:
-        trainer.resume(resumed_from)
-    seconds = trainer.probe_seconds_per_step() * (trainer.total_steps - trainer.step)
-    log.say(f"training: {trainer.total_steps:,} steps, about {duration(seconds)} (probed)")
-    training_started = time.perf_counter()
-    with profile.profiled(trainer):
-        trainer.run()
-    training_seconds = time.perf_counter() - training_started
+    times = profile.timed(trainer, resumed_from)
     with trainer.preemptible():
         held_out = work.evaluate(trainer.model)
         tried = _try(config, trainer.model, accelerator, log, guard)
     log.log(trainer.step, {f"eval/{name}": value for name, value in held_out.items()})
     checkpoint.commit(folder / "final_checkpoint", trainer.write_final, accelerator, disk.final)
     if log.folder:
+        seconds = times.pop("predicted_training_seconds")
         predicted = {"steps": steps, "disk_bytes": disk.total, "training_seconds": seconds}
         measured = {
-            "training_seconds": training_seconds,
+            **times,
             "total_seconds": time.perf_counter() - started,
             "memory_bytes": engine.memory_bytes(),
         }
