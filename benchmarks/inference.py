@@ -1,12 +1,15 @@
 """Answers by `sft.generate` against `generate` of transformers: the same prompts, the same answers.
 
     PYTHONPATH=.:tests python benchmarks/inference.py [--parts stories 60M continuous]
+        [--repeats 5] [--json benchmarks/results/inference.json]
+
+All but `processes` and `bf16` run on a GPU where there is one.
 
 stories    stories260K (../shared), 60M: a random Llama of 60M parameters. Seconds for all prompts,
            of one at a time (a sample of them, scaled up) and of batches in their order of arrival,
            as many rows as ours. Outputs are compared token by token.
 continuous  The continuous batching of transformers against our batches, as `engine="continuous"` of
-           AccelerateConnector has it, on a GPU where there is one.
+           AccelerateConnector has it.
 processes  Two processes of one thread against one process of one thread, through `infer_batch`'s
            own path: loading is not counted.
 bf16       In bf16 a batch rounds otherwise than one row: how many answers differ, and from where.
@@ -40,8 +43,7 @@ from sft.processes import start_processes
 
 RESULTS = ROOT / "benchmarks/results/inference.json"
 PARTS = ("stories", "60M", "continuous", "processes", "bf16")
-ROWS = 64  # what `auto` takes on a CPU
-REPEATS = 5
+ROWS = generate.ROWS_CPU
 Prompts = list[list[int]]
 
 
@@ -104,8 +106,8 @@ def theirs(model: Any, prompts: Prompts, stop: list[int], new: int, rows: int) -
     for start in range(0, len(prompts), rows):
         some = prompts[start : start + rows]
         width = max(map(len, some))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in some])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some])
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in some], device=model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some]).to(ids)
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         for row in output[:, width:].tolist():
             end = next((i for i, token in enumerate(row) if token in stop), len(row))
@@ -119,15 +121,25 @@ def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def against(name: str, made: tuple[Any, Prompts, list[int], int], sample: int) -> dict[str, Any]:
+def place() -> tuple[torch.device, int]:
+    """The device, and the rows that `auto` takes there."""
+    device = start_processes(Train(output_dir="-")).device
+    return device, generate.ROWS_GPU if device.type == "cuda" else generate.ROWS_CPU
+
+
+def against(
+    name: str, made: tuple[Any, Prompts, list[int], int], sample: int, repeats: int
+) -> dict[str, Any]:
     """All three ways in turns; medians of the ratios of a turn."""
     model, prompts, stop, new = made
+    device, rows = place()
+    model.to(device)
     turns, unlike = [], 0
     ours(model, prompts[:4], stop, 8, 4)  # warm
     chosen = list(range(0, len(prompts), max(1, len(prompts) // sample)))[:sample]
-    for _ in range(REPEATS):
-        own, found = seconds(lambda: ours(model, prompts, stop, new, ROWS))
-        arrival, other = seconds(lambda: theirs(model, prompts, stop, new, ROWS))
+    for _ in range(repeats):
+        own, found = seconds(lambda: ours(model, prompts, stop, new, rows))
+        arrival, other = seconds(lambda: theirs(model, prompts, stop, new, rows))
         single, one = seconds(lambda: theirs(model, [prompts[i] for i in chosen], stop, new, 1))
         share = sum(len(found[i]) + 1 for i in chosen) / sum(len(each) + 1 for each in found)
         turns.append({"ours": own, "arrival": arrival, "single": single / share})
@@ -136,8 +148,9 @@ def against(name: str, made: tuple[Any, Prompts, list[int], int], sample: int) -
     lengths = [len(each) for each in found]
     return {
         "model": name,
+        "device": str(device),
         "prompts": len(prompts),
-        "rows": ROWS,
+        "rows": rows,
         "answer_tokens": sum(lengths),
         "longest_answer": max(lengths),
         "seconds": turns,
@@ -147,16 +160,15 @@ def against(name: str, made: tuple[Any, Prompts, list[int], int], sample: int) -
     }
 
 
-def continuous() -> list[dict[str, Any]]:
+def continuous(repeats: int) -> list[dict[str, Any]]:
     """Medians of the ratios of a turn; above 1 continuous batching is the quicker."""
     result = []
-    device = start_processes(Train(output_dir="-")).device
-    rows = generate.ROWS_GPU if device.type == "cuda" else generate.ROWS_CPU
+    device, rows = place()
     for name, make in (("stories260K", stories), ("60M", shape_60m)):
         model, prompts, stop, new = make(4 * rows)
         model.to(device)
         turns, unlike = [], 0
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             own, found = seconds(lambda: ours(model, prompts, stop, new, rows))  # noqa: B023
             many = rows * generate.REFILLS
             theirs, other = seconds(
@@ -194,9 +206,9 @@ def process_worker(folder: Path) -> None:
     (folder / f"{world}_{rank}.json").write_text(json.dumps(told))
 
 
-def two_processes() -> dict[str, Any]:
+def two_processes(repeats: int) -> dict[str, Any]:
     turns, unlike = [], 0
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         with tempfile.TemporaryDirectory() as name:
             found: dict[int, Any] = {}
             for world in (1, 2):
@@ -221,7 +233,7 @@ def two_processes() -> dict[str, Any]:
     }
 
 
-def in_bf16() -> list[dict[str, Any]]:
+def in_bf16(_: int) -> list[dict[str, Any]]:
     """Answers of batches against those of single rows."""
     result = []
     for name, make, number in (("stories260K", stories, 64), ("60M", shape_60m, 24)):
@@ -268,6 +280,8 @@ def show(found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--worker", type=Path)
     args = parser.parse_args()
     quiet_libraries()
@@ -275,16 +289,17 @@ def main() -> None:
         process_worker(args.worker)
         os._exit(0)
     torch.set_num_threads(2)
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = json.loads(args.json.read_text()) if args.json.exists() else {}
+    many = 4 if torch.cuda.is_available() else 1  # as many batches as on a CPU
     for part in args.parts:
         if part == "stories":
-            found[part] = against("stories260K", stories(256), 6)
+            found[part] = against("stories260K", stories(many * 256), 6, args.repeats)
         elif part == "60M":
-            found[part] = against("60M", shape_60m(128), 4)
+            found[part] = against("60M", shape_60m(many * 128), 4, args.repeats)
         else:
             others = {"continuous": continuous, "processes": two_processes, "bf16": in_bf16}
-            found[part] = others[part]()
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+            found[part] = others[part](args.repeats)
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
     show(found)
 
 
