@@ -3,14 +3,15 @@
     python -m venv peer && peer/bin/pip install trl==1.16.0 torch==2.13.0 transformers==5.23.0 \\
         accelerate==1.15.0 peft==0.21.2 datasets==5.2.0
     PYTHONPATH=. .venv/bin/python benchmarks/throughput.py --peer peer/bin/python \\
-        [--shared ../shared] [--repeats 3] [--batch 32] [--precision fp32]
+        [--shared ../shared] [--repeats 3] [--batch 32] [--precision fp32] [--size 4.5M]
 
 Both train LoRA r8 on every linear layer of the same Llama of 4.5M parameters (random weights, fixed
 seed, vocabulary of 6,400) with AdamW at the same constant learning rate, on one thread and with the
 same number of examples an optimizer step: ours by scripts/train.py with what the plan chooses, TRL
 in its default batches of 8, accumulated. TRL's gradient checkpointing, on by default, is off unless
 the case says so, since ours is off too. The cases take turns, one process at a time; repetition i
-has seed i.
+has seed i. Where there is a GPU both use it; a larger --size and more --rows tell more there, and
+the overhead, whose parts are timed on the host, is left out.
 
 - documents: 768 of tinyshakespeare, lengths drawn lognormal with mean 59 tokens (57 in the sample);
   every token is supervised.
@@ -54,7 +55,24 @@ from sft.engine import Engine
 from sft.log import Log, make_console
 from sft.processes import start_processes
 
-NUM_TRAIN, NUM_HELD_OUT = {"documents": 768, "GSM8K": 384}, 96
+NUM_HELD_OUT = 96
+SIZES: dict[str, dict[str, int]] = {
+    "4.5M": {
+        "hidden_size": 256,
+        "intermediate_size": 672,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+    "110M": {  # SmolLM2-135M with another vocabulary
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MEAN_LENGTH, SIGMA, LONGEST = 59, 0.8, 512  # tokens of a document, its end included
 LEARNING_RATE, RANK, ALPHA, LONGEST_ROW = 2e-3, 8, 16, 1024
 TEMPLATE = (  # ChatML with the blocks that TRL needs to supervise the answers only
@@ -67,6 +85,7 @@ TEMPLATE = (  # ChatML with the blocks that TRL needs to supervise the answers o
 OURS = "ours"
 CASES: dict[str, dict[str, Any]] = {  # overrides of ours, arguments of TRL's SFTConfig
     OURS: {},
+    "ours varlen": {"model.attn_implementation": "varlen"},  # packed; its kernel needs a GPU
     "TRL default": {},
     "TRL group_by_length": {"train_sampling_strategy": "group_by_length"},
     "TRL packing": {"packing": True, "per_device_train_batch_size": 1},
@@ -78,7 +97,7 @@ ONCE = ("TRL packing", "TRL checkpointing")  # one run on the first data: not wh
 # --- material ----------------------------------------------------------------------------------
 
 
-def make_material(shared: Path, work: Path) -> dict[str, Path]:
+def make_material(shared: Path, work: Path, size: str, rows: int) -> dict[str, Path]:
     """The model with its tokenizer, and a folder of train.jsonl and test.jsonl per data set."""
     tokenizer = AutoTokenizer.from_pretrained(shared / "data/tokenizers/minimind")
     tokenizer.chat_template = TEMPLATE
@@ -86,11 +105,7 @@ def make_material(shared: Path, work: Path) -> dict[str, Path]:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=672,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        **SIZES[size],
         max_position_embeddings=LONGEST_ROW,
         tie_word_embeddings=True,
         initializer_range=0.06,  # so that adapters alone can lower the loss
@@ -101,9 +116,7 @@ def make_material(shared: Path, work: Path) -> dict[str, Path]:
     LlamaForCausalLM(config).save_pretrained(work / "model")
 
     rng = np.random.default_rng(0)
-    drawn = rng.lognormal(
-        np.log(MEAN_LENGTH) - SIGMA**2 / 2, SIGMA, NUM_TRAIN["documents"] + NUM_HELD_OUT
-    )
+    drawn = rng.lognormal(np.log(MEAN_LENGTH) - SIGMA**2 / 2, SIGMA, rows + NUM_HELD_OUT)
     lengths = np.clip(drawn, 8, LONGEST).astype(int) - 1  # the end of text comes on top
     text = (shared / "data/text/tinyshakespeare.txt").read_text("utf-8")
     ids = tokenizer(text, verbose=False)["input_ids"]
@@ -115,7 +128,7 @@ def make_material(shared: Path, work: Path) -> dict[str, Path]:
     order = rng.permutation(len(documents))
     _write_rows([documents[i] for i in order], work / "documents")
     instruct = shared / "data/instruct"
-    train = _gsm8k(instruct / "gsm8k_train.jsonl", NUM_TRAIN["GSM8K"])
+    train = _gsm8k(instruct / "gsm8k_train.jsonl", rows // 2)  # three times as long
     _write_rows(train + _gsm8k(instruct / "gsm8k_test.jsonl", NUM_HELD_OUT), work / "GSM8K")
     return {name: work / name for name in ("documents", "GSM8K")}
 
@@ -179,7 +192,7 @@ def run_ours(
         "steps": len(steps),
         "tokens": sum(step["train/tokens"] for step in steps),
         "supervised": round(sum(step["train/supervised_tokens"] for step in steps)),
-        "budget": planned["budget"],
+        "chosen": planned["chosen"],
         "adapter": str(work / "run/final_checkpoint"),
     }
 
@@ -238,12 +251,12 @@ def examples_of(work: Path, data: Path, part: str) -> list[chat.Example]:
 @torch.no_grad()
 def held_out_loss(work: Path, adapter: str, examples: Iterable[chat.Example]) -> float:
     """Mean over the supervised tokens, in fp32, an example at a time."""
-    base = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).to(DEVICE)
     tuned = PeftModel.from_pretrained(base, adapter).eval()
     total, count = 0.0, 0
     for example in examples:
-        logits = tuned(input_ids=torch.tensor([example.ids]), use_cache=False).logits[0, :-1]
-        labels = torch.tensor(example.labels[1:])
+        ids, labels = (torch.tensor(each, device=DEVICE) for each in (example.ids, example.labels))
+        logits, labels = tuned(input_ids=ids[None], use_cache=False).logits[0, :-1], labels[1:]
         total += F.cross_entropy(logits, labels, reduction="sum").item()
         count += example.num_supervised
     return total / count
@@ -278,7 +291,7 @@ def overhead(work: Path, data: Path, args: argparse.Namespace) -> dict[str, floa
         setattr(owner, name, outer)
 
     timed(task, "loss", "forward")
-    timed(engine, "_backward", "backward")
+    timed(engine.parallel, "backward", "backward")
     timed(engine.optimizer, "zero_grad", "optimizer")
     timed(engine.parallel, "clip", "optimizer")
     timed(engine.parallel, "update", "optimizer")
@@ -343,16 +356,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/throughput"), help="is emptied")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32, help="examples per optimizer step")
+    parser.add_argument("--size", choices=SIZES, default="4.5M")
+    parser.add_argument("--rows", type=int, default=768, help="documents; half as many of GSM8K")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--data", nargs="+", default=["documents", "GSM8K"])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    everywhere = [case for case in CASES if DEVICE == "cuda" or "varlen" not in case]
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=everywhere)
     args = parser.parse_args()
     cli.quiet_libraries()
     torch.set_num_threads(1)
     console = make_console()
     shutil.rmtree(args.work, ignore_errors=True)
     args.work.mkdir(parents=True)
-    material = make_material(args.shared, args.work)
+    material = make_material(args.shared, args.work, args.size, args.rows)
     held_out = {name: examples_of(args.work, material[name], "test") for name in args.data}
     runs: list[dict[str, Any]] = []
     plans = itertools.product(range(args.repeats), args.data, args.cases)
@@ -370,7 +386,8 @@ def main() -> None:
         rest = [run for run in runs if run["data"] == name and run["case"] != "TRL packing"]
         assert len({(run["tokens"], run["supervised"]) for run in rest}) == 1, rest
     found = summary(runs)
-    shares = {name: overhead(args.work, material[name], args) for name in args.data}
+    timed = args.data if DEVICE == "cpu" else []
+    shares = {name: overhead(args.work, material[name], args) for name in timed}
     console.print(table(found))
     for name, share in shares.items():
         console.print(
@@ -382,7 +399,11 @@ def main() -> None:
     result = {
         "command": " ".join(["benchmarks/throughput.py --peer peer/bin/python", *given]),
         "settings": settings,
-        "machine": {"cpu": hardware.detect(args.work).cpu_name, "threads": 1},
+        "machine": {
+            "cpu": hardware.detect(args.work).cpu_name,
+            "threads": 1,
+            "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else None,
+        },
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "summary": found,
         "overhead": shares,

@@ -22,14 +22,19 @@ def main() -> None:
     rows = [json.loads(line) for line in Path(job["train"]).read_text("utf-8").splitlines()]
     trainer = SFTTrainer(
         model=job["model"],
-        args=SFTConfig(use_cpu=True, report_to="none", disable_tqdm=True, **job["arguments"]),
+        args=SFTConfig(
+            use_cpu=not torch.cuda.is_available(),
+            report_to="none",
+            disable_tqdm=True,
+            **job["arguments"],
+        ),
         train_dataset=Dataset.from_list(rows),
         peft_config=LoraConfig(
             task_type="CAUSAL_LM", target_modules="all-linear", lora_dropout=0.0, **job["lora"]
         ),
     )
     examples = list(trainer.train_dataset)
-    ids = torch.tensor([examples[0]["input_ids"]])
+    ids = torch.tensor([examples[0]["input_ids"]], device=trainer.model.device)
     trainer.model(input_ids=ids, labels=ids).loss.backward()  # warm, as ours is after its probe
     trainer.model.zero_grad()
     seconds = trainer.train().metrics["train_runtime"]

@@ -83,8 +83,10 @@ class Model(Section):
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such a model is refused."""
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """`auto`: what transformers prefers for the architecture (SDPA where it is supported)."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "varlen", "flash_attention_2"] = "auto"
+    """`auto`: what transformers prefers for the architecture (SDPA where it is supported).
+    `varlen`: PyTorch's flash kernel for packed documents, on a GPU in bf16; `flash_attention_2`:
+    that of the package flash-attn. With both, `train.layout: auto` packs."""
 
 
 class Tuning(Section):

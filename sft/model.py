@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from sft import tensors
+from sft import attention, tensors
 from sft.config import Config, Crowd, Model, Tuning, UserError
 from sft.crowd.agents import Agents
 
@@ -164,7 +164,9 @@ def load_base(
     config: Model, mode: str, precision: str, device: torch.device, weights: bool = True
 ) -> nn.Module:
     """The base model without adapters. `mode` decides its storage: fp32, compute dtype or NF4."""
-    attention = None if config.attn_implementation == "auto" else config.attn_implementation
+    kernel = None if config.attn_implementation == "auto" else config.attn_implementation
+    if kernel == attention.NAME:
+        attention.register()
     compute = DTYPES[precision]
     storage = torch.float32 if mode == "full" else compute
     with explained(config.name):
@@ -172,7 +174,7 @@ def load_base(
             model = AutoModelForCausalLM.from_config(
                 architecture(config),
                 dtype=storage,
-                attn_implementation=attention,
+                attn_implementation=kernel,
                 trust_remote_code=config.trust_remote_code,
             )
             model.to(device)
@@ -185,7 +187,7 @@ def load_base(
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             dtype=storage,
-            attn_implementation=attention,
+            attn_implementation=kernel,
             low_cpu_mem_usage=True,
             use_safetensors=True,
             quantization_config=nf4(compute) if mode == "qlora" else None,

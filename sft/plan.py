@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from sft import batching, confirm, engine, hardware, memory, processes, storage
+from sft import attention, batching, confirm, engine, hardware, memory, processes, storage
 from sft.config import Config, ConfigError, Train, with_values
 from sft.confirm import Past
 from sft.generate import bytes_per_row
@@ -493,7 +493,7 @@ def target(config: Config, data: Prepared | Work, machine: Hardware, plan: Plan)
 def resolve_layout(config: Config) -> tuple[batching.Layout, str]:
     if config.train.layout != "auto":
         return config.train.layout, "configured"
-    if config.model.attn_implementation == "flash_attention_2":
+    if config.model.attn_implementation in attention.UNMASKED:
         return "packed", "flash attention reads document borders without a mask"
     return "padded", "rows of like lengths; packing would need a dense mask here"
 

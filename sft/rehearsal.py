@@ -27,7 +27,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sft import batching, chat, data, engine, evaluate, model, store
+from sft import attention, batching, chat, data, engine, evaluate, model, store
 from sft.config import Config, with_values
 from sft.log import Log
 from sft.prepare import Prepared
@@ -81,7 +81,7 @@ def rehearse(
     `depth`: layers, instead of all that the model has. `on_gpu`: as they would be on a GPU, as far
     as an operation can tell.
     """
-    isolates = config.model.attn_implementation == "flash_attention_2"  # documents, without a mask
+    isolates = config.model.attn_implementation in attention.UNMASKED
     if isolates:  # its kernels need a GPU; what they keep is what SDPA keeps
         config = with_values(config, {"model.attn_implementation": "sdpa"})
     if depth is not None and config.crowd.layer >= depth:  # of those that there are, the last

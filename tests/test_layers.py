@@ -21,6 +21,7 @@ LAYERS = {
     "tensors": 0,
     "trace": 0,
     "cli": 1,
+    "attention": 0.5,
     "model": 1,
     "recovery": 0.6,
     "parallel": 1.05,  # computes in the precision that processes resolves
