@@ -10,7 +10,7 @@ import tiny
 import torch
 from test_numbers import steps, weights
 
-from sft import batching, chat
+from sft import attention, batching, chat
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LONG = 512
@@ -72,3 +72,50 @@ def test_packed_documents_do_not_see_each_other_on_a_gpu(dtype, most):
         packed = model(input_ids=torch.cat(documents)[None].cuda(), position_ids=positions).logits
         alone = torch.cat([model(input_ids=d[None].cuda()).logits[0] for d in documents])
     assert float((packed[0] - alone).norm() / alone.norm()) < most
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_the_varlen_kernel_is_attention_within_documents(window):
+    """Against SDPA on each document alone, in fp32: output and gradients."""
+    random = torch.Generator("cuda").manual_seed(0)
+    lengths = [300, 17, 128, 1, 66]
+    shapes = [(1, heads, sum(lengths), 64) for heads in (8, 2, 2)]
+    plain = [torch.randn(s, generator=random, device="cuda", requires_grad=True) for s in shapes]
+    packed = [each.detach().bfloat16().requires_grad_() for each in plain]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].cuda()
+    given = {"position_ids": positions, "sliding_window": window}
+    found, _ = attention.attend(torch.nn.Module(), *packed, None, scaling=0.125, **given)
+    expected = []
+    for q, k, v in zip(*(each.split(lengths, 2) for each in plain), strict=True):
+        distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+        seen = ((distance >= 0) & (distance < (window or LONG))).cuda()
+        options = {"attn_mask": seen, "scale": 0.125, "enable_gqa": True}
+        expected.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **options))
+    whole = torch.cat(expected, 2).transpose(1, 2)
+    weights = torch.randn(whole.shape, generator=random, device="cuda")
+    (whole * weights).sum().backward()
+    (found * weights).sum().backward()
+    pairs = [(found, whole), *((a.grad, b.grad) for a, b in zip(packed, plain, strict=True))]
+    for one, other in pairs:
+        assert float((one - other).norm() / other.norm()) < 1e-2
+
+
+def test_a_step_packed_by_the_varlen_kernel_is_the_padded_one():
+    """Loss and gradients in bf16, the difference no larger than rounding."""
+    attention.register()
+    documents = [torch.randint(2, 4096, (n,)) for n in (300, 17, 128, 2, 66)]
+    packed = torch.cat(documents)[None].cuda()
+    positions = torch.cat([torch.arange(len(d)) for d in documents])[None].cuda()
+    padded = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True).cuda()
+    inside = torch.nn.utils.rnn.pad_sequence([torch.ones(len(d)) for d in documents], True).bool()
+    gradients = []
+    for name in ("varlen", "sdpa"):
+        model = tiny.llama(torch.bfloat16, **SIZES).cuda()
+        model.set_attn_implementation(name)
+        if name == "varlen":
+            logits = model(input_ids=packed, position_ids=positions).logits[0]
+        else:
+            logits = model(input_ids=padded).logits[inside.cuda()]
+        torch.nn.functional.cross_entropy(logits.float(), packed[0]).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert tiny.relative_error(*gradients) < 2e-2
