@@ -32,7 +32,7 @@ gguf = $(if $(or $(GGUF),$(LLAMA_CPP)),--gguf "$(or $(GGUF),$(LLAMA_CPP))")
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
 	train train-crowd train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
-	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare classify infer infer-batch merge merge-test nano test test-fast lint format docs clean
+	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare classify infer infer-batch merge merge-test nano test test-gpu test-fast lint format docs clean
 
 ##@ Start
 help: ## This list
@@ -163,6 +163,9 @@ nano: $(READY) ## Remake the embedded base model and its task from nothing (abou
 
 test: $(READY) ## All tests (about 15 minutes)
 	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+test-gpu: $(READY) ## What only a GPU shows (the other tests hide it)
+	@SFT_TEST_GPU=1 $(BIN)/python -m pytest tests/test_gpu.py
 
 test-fast: $(READY) ## The tests that take no whole runs (under 90 s)
 	@$(BIN)/python -m pytest -m "not slow"

@@ -36,6 +36,7 @@ SATURATING_TOKENS = {"cpu": 2048, "cuda": 16384}  # a larger micro-batch is no f
 # (docs/LOG.md); on a GPU not measured, so there the fewest micro-batches are taken.
 MICRO_BATCH_COST = {"cpu": 64, "cuda": None}
 UTILISATION = 0.35  # of a GPU's peak that training reaches; an assumption
+LAUNCHES = 0.05  # seconds of arithmetic below which a GPU waits for the launches of its kernels
 SCANNED = 20_000  # examples among which the heaviest micro-batch is looked for
 
 
@@ -621,8 +622,7 @@ def table(plan: Plan) -> Table:
         told = f"{size(plan.evaluation_bytes)} for the held-out loss"
         rows.append(("evaluation", f"{told}, {size(plan.generation_bytes)} for answers"))
     if plan.seconds is not None:
-        told = f"about {duration(plan.seconds)}, if {UTILISATION:.0%} of the GPU's peak is reached"
-        rows.append(("time", told))
+        rows.append(("time", _time(plan)))
     values = chosen(plan)
     rows += [
         ("auto", f"{key}={values[key.removeprefix('train.')]}: {why}")
@@ -630,6 +630,13 @@ def table(plan: Plan) -> Table:
     ]
     rows += [("warning", Text(text, "red")) for text in plan.warnings]
     return facts("Plan", rows)
+
+
+def _time(plan: Plan) -> str:
+    assert plan.seconds is not None
+    if plan.seconds < LAUNCHES * plan.steps * plan.micro_batches:
+        return "that of launching kernels, so small are the micro-batches: tried before step 1"
+    return f"about {duration(plan.seconds)}, if {UTILISATION:.0%} of the GPU's peak is reached"
 
 
 def _span(past: Past) -> str:

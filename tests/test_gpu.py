@@ -1,4 +1,4 @@
-"""What only a GPU shows; skipped, and said so, where there is none."""
+"""What only a GPU shows: `make test-gpu`; skipped, and said so, elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from test_numbers import steps, weights
 
 from sft import attention, batching, chat
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make test-gpu")
 LONG = 512
 WHOLE = batching.Budget(64 * LONG, "padded")
 SIZES = {
@@ -97,7 +97,7 @@ def test_the_varlen_kernel_is_attention_within_documents(window):
     (found * weights).sum().backward()
     pairs = [(found, whole), *((a.grad, b.grad) for a, b in zip(packed, plain, strict=True))]
     for one, other in pairs:
-        assert float((one - other).norm() / other.norm()) < 1e-2
+        assert float((one - other).detach().norm() / other.detach().norm()) < 1e-2
 
 
 def test_a_step_packed_by_the_varlen_kernel_is_the_padded_one():

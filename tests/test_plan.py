@@ -221,6 +221,9 @@ def test_a_plan_for_gpus_that_are_not_here(config, prepared):
     assert {"libraries", "attention workspace"} <= set(made.memory.breakdown)
     assert made.seconds is not None
     assert made.seconds > 0
+    assert "launching kernels" in plan._time(made)
+    slow = replace(made, seconds=plan.LAUNCHES * made.steps * made.micro_batches + 1)
+    assert "35% of the GPU's peak" in plan._time(slow)
     old = hardware.named_gpus("T4")
     made = plan.make_plan(config, prepared, replace(machine(8 * GIB), devices=old), 1)
     assert (made.precision, made.seconds) == ("fp32", None)
