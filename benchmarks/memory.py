@@ -488,6 +488,7 @@ def gpu(folder: Path) -> list[dict[str, Any]]:
         ):
             told |= {f"{kind}_bytes": true, f"{kind}_error": expected / true - 1}
         found.append(told | {"breakdown": predicted.breakdown})
+        print(json.dumps(told), flush=True)  # a lent machine may be taken back
         accelerator.free_memory(made.model, made.optimizer)
         del made
     return found
@@ -525,6 +526,7 @@ def budget(folder: Path) -> list[dict[str, Any]]:
         chosen, most = largest(partial(_planned, config, room, length)), largest(run)
         told = {"what": f"{name} {mode}{' + ckpt' if checkpointing else ''}, rows of {length}"}
         found.append(told | {"planned_rows": chosen, "most_rows": most, "runs": run(chosen)})
+        print(json.dumps(found[-1]), flush=True)
     return found
 
 
