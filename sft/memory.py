@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -130,7 +130,8 @@ def predict(
         engine = "fsdp" if casts else "ddp"  # what autocast keeps depends on it
         checkpointing = config.train.gradient_checkpointing
         key = _key(config, gradient_checkpointing=checkpointing, engine=engine)
-        phases, reserved, method = _traced(key, precision, window, on_gpu, evaluation)
+        seen = replace(window, waiting=0)
+        phases, reserved, method = _traced(key, precision, seen, on_gpu, evaluation)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  # whatever a model does that no trace suits
@@ -140,9 +141,10 @@ def predict(
         method = f"closed form, since the step could not be traced: {why}"
         return Memory(parts, round(1.05 * sum(parts.values())), method)
     share = ADAM_BYTES[config.train.optimizer] / ADAM_BYTES["adamw"]
+    waiting = {"waiting batches": window.waiting * traits(config).waiting_bytes}
 
     def completed(name: str, parts: dict[str, int]) -> dict[str, int]:
-        more = {"optimizer": round(parts["optimizer"] * share)}
+        more = waiting | {"optimizer": round(parts["optimizer"] * share)}
         more |= {"libraries": CUBLAS_BYTES} if on_gpu else {}
         if on_gpu and name.startswith("backward"):
             more |= _attention(config, precision, window)

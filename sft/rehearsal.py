@@ -42,6 +42,7 @@ class Window:
     micro_batches: tuple[tuple[Row, ...], ...]
     layout: batching.Layout = "padded"
     gradients: bool = False  # are there from the start: of earlier micro-batches, in DDP's buckets
+    waiting: int = 0  # tokens of other micro-batches that are there; `memory` adds them
 
     @property
     def tokens(self) -> int:

@@ -38,20 +38,31 @@ def make_task(config: Config, prepared: Prepared, built: nn.Module, *args: Any) 
 
 
 @dataclass(frozen=True)
+class Words:
+    """How a plan of the task is told."""
+
+    examples: str = "examples"
+    each: str = ""  # what one is
+    items: str = "supervised"  # tokens that the loss is of
+    answers: str = "answering held-out prompts"
+    fewer: str = "evaluation.batch_size"  # the key that makes these take less
+
+
+@dataclass(frozen=True)
 class Traits:
-    """Of a configuration, beside `train`: what memory and time depend on, and how it is told."""
+    """Of a configuration, beside `train`: what memory and time depend on."""
 
     text: Any  # sizes of the model, by their names in configurations of transformers
     cache: Path  # what outlives a run
     mode: str = "full"  # as `tuning.mode`
     agents: int = 1  # how often each token goes through the model
     layer: int = -1  # that the crowd looks at
+    surveys: bool = False  # a pass more (engine.Task)
     attention: str = "auto"  # as `model.attn_implementation`
     vocabulary: int = 0  # of the tokenizer that is saved
-    small: bool = False  # a token takes so little that overhead is most of the time
-    examples: str = "examples"
-    answers: str = "answers to held-out prompts"
-    fewer: str = "evaluation.batch_size"  # the key that makes these take less
+    small: bool = False  # its layers: nothing is gained by tracing few of them or by checkpointing
+    waiting_bytes: int = 0  # of a token in a micro-batch that is collated and has to wait
+    words: Words = Words()
 
 
 def traits(config: AnyConfig) -> Traits:
@@ -98,6 +109,7 @@ def _traits(config: Config) -> Traits:
         config.tuning.mode,
         max(1, config.crowd.num_agents),
         config.crowd.layer,
+        config.crowd.num_agents > 1 and config.crowd.lambda_sw > 0,
         config.model.attn_implementation,
         text.vocab_size,
     )
@@ -162,9 +174,14 @@ def _distill_traits(config: DistillConfig) -> Traits:
         SimpleNamespace(**sizes),
         Path(settings.data_dir),
         small=True,
-        examples=f"windows of {settings.context} transitions",
-        answers="the unseen goals",
-        fewer="distill.eval_seeds",
+        waiting_bytes=4 * transformer.NUM_FEATURES + 8,  # and its action
+        words=Words(
+            "windows",
+            f" of {settings.context} transitions",
+            "transitions",
+            "trying the unseen goals",
+            "distill.eval_seeds",
+        ),
     )
 
 

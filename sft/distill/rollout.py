@@ -75,6 +75,16 @@ class Context:
         self.cache.lengths = lengths
 
 
+def bytes_per_row(settings: Distill) -> int:
+    """What a row takes beside the weights: its cache, its tokens with copies of them, and where
+    what stays is encoded again, one block: the stream twice, what attention found, its norm, the
+    inner layer twice."""
+    width, positions = settings.width, num_positions(settings)
+    stay = positions if settings.compress else positions - settings.slide * EPISODE
+    held = positions * (2 * width * settings.num_layers + 5 * NUM_FEATURES)
+    return 4 * (held + max(1, stay) * 12 * width)
+
+
 @dataclass(frozen=True)
 class Played:
     returns: torch.Tensor
