@@ -212,18 +212,18 @@ def _warnings(plan: Plan) -> list[str]:
     result = []
     if plan.missing_bytes:
         result.append(
-            f"one micro-batch takes {_gib(plan.memory.reserved + plan.context_bytes)} of the "
-            f"{_gib(plan.available_bytes)} per process of {plan.device}, "
-            f"{_gib(plan.missing_bytes)} more than fits with a margin: expect to run out of memory"
+            f"one micro-batch takes {size(plan.memory.reserved + plan.context_bytes)} of the "
+            f"{size(plan.available_bytes)} per process of {plan.device}, "
+            f"{size(plan.missing_bytes)} more than fits with a margin: expect to run out of memory"
         )
     if plan.evaluation_bytes > plan.room:
         result.append(
-            f"the held-out loss takes {_gib(plan.evaluation_bytes)}, which does not fit: a smaller "
+            f"the held-out loss takes {size(plan.evaluation_bytes)}, which does not fit: a smaller "
             "train.max_tokens or shorter held-out rows help"
         )
     if plan.generation_bytes > plan.room:
         result.append(
-            f"{plan.words.answers} takes {_gib(plan.generation_bytes)}, which does not fit: "
+            f"{plan.words.answers} takes {size(plan.generation_bytes)}, which does not fit: "
             f"lower {plan.words.fewer}"
         )
     return result
@@ -718,10 +718,6 @@ def comparison_table(found: list[dict[str, Any]], length: int) -> Table:
         result.add_row(mode, *sizes, *cells)
     result.caption = "ckpt: train.gradient_checkpointing=true"
     return result
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:,.1f} GiB"
 
 
 def chosen(plan: Plan) -> dict[str, Any]:

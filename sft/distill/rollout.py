@@ -76,13 +76,14 @@ class Context:
 
 
 def bytes_per_row(settings: Distill) -> int:
-    """What a row takes beside the weights: its cache, its tokens with copies of them, and where
-    what stays is encoded again, one block: the stream twice, what attention found, its norm, the
-    inner layer twice."""
+    """What a row takes beside the weights: what is drawn for it, its cache, its tokens, and where
+    what stays is encoded again, copies of those and one block: the stream twice, what attention
+    found, its norm, the inner layer twice."""
     width, positions = settings.width, num_positions(settings)
     stay = positions if settings.compress else positions - settings.slide * EPISODE
-    held = positions * (2 * width * settings.num_layers + 5 * NUM_FEATURES)
-    return 4 * (held + max(1, stay) * 12 * width)
+    held = positions * (2 * width * settings.num_layers + NUM_FEATURES)
+    held += settings.eval_episodes * EPISODE
+    return 4 * (held + max(1, stay) * (12 * width + 4 * NUM_FEATURES))
 
 
 @dataclass(frozen=True)
