@@ -220,7 +220,9 @@ def _distillation(config: DistillConfig, folder: Path, exact: bool) -> Shrunk:
     ]
     values = {f"distill.{key}": value for key, value in sizes.items()}
     batch = 2 * len(lengths) // 5  # two whole ones and half of one
-    return Shrunk(values, told, {"distill.dropout": 0.0}, batch, lambda _: lengths, "windows")
+    # The bias of keys has no gradient but rounding, of which AdamW would make updates.
+    smooth = {"distill.dropout": 0.0, "train.adam_epsilon": max(1e-6, config.train.adam_epsilon)}
+    return Shrunk(values, told, smooth, batch, lambda _: lengths, "windows")
 
 
 SHRINKING: dict[str, Callable[[Any, Path, bool], Shrunk]] = {
