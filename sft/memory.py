@@ -141,10 +141,12 @@ def predict(
         method = f"closed form, since the step could not be traced: {why}"
         return Memory(parts, round(1.05 * sum(parts.values())), method)
     share = ADAM_BYTES[config.train.optimizer] / ADAM_BYTES["adamw"]
-    waiting = {"waiting batches": window.waiting * traits(config).waiting_bytes}
+    own = traits(config)
+    besides = {"waiting batches": window.waiting * own.waiting_bytes}
+    besides |= {} if on_gpu else {"examples": own.examples_bytes}
 
     def completed(name: str, parts: dict[str, int]) -> dict[str, int]:
-        more = waiting | {"optimizer": round(parts["optimizer"] * share)}
+        more = besides | {"optimizer": round(parts["optimizer"] * share)}
         more |= {"libraries": CUBLAS_BYTES} if on_gpu else {}
         if on_gpu and name.startswith("backward"):
             more |= _attention(config, precision, window)

@@ -61,6 +61,7 @@ class Traits:
     attention: str = "auto"  # as `model.attn_implementation`
     vocabulary: int = 0  # of the tokenizer that is saved
     small: bool = False  # its layers: nothing is gained by tracing few of them or by checkpointing
+    examples_bytes: int = 0  # of all that are trained on, where the RAM of each process has them
     waiting_bytes: int = 0  # of a token in a micro-batch that is collated and has to wait
     words: Words = Words()
 
@@ -174,6 +175,7 @@ def _distill_traits(config: DistillConfig) -> Traits:
         SimpleNamespace(**sizes),
         Path(settings.data_dir),
         small=True,
+        examples_bytes=sum(t.numel() for t in task.blank_histories(settings).tensors()),
         waiting_bytes=4 * transformer.NUM_FEATURES + 8,  # and its action
         words=Words(
             "windows",

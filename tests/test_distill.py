@@ -284,13 +284,18 @@ def planned(asked: DistillConfig, ram_bytes: int = 2**33, world: int = 1) -> pla
     return plan.make_plan(asked, plan.Work.windows(asked.distill), machine, world)
 
 
-def of_few(asked: DistillConfig, foretold: plan.Plan) -> engine.Engine:
-    """The planned run in this process, on histories of two goals."""
+def blank_run(asked: DistillConfig, foretold: plan.Plan) -> engine.Engine:
+    """The planned run in this process, on histories that take no memory."""
     settings, alone = asked.distill, rehearsal.Alone("fp32")
-    found = random_histories(2, settings.num_streams, settings.num_steps)
+    found = task.blank_histories(settings)
     model = task.build(settings, 0, rehearsal.CPU)
     work = task.Distillation(settings, found, model, alone, Log(None), foretold.budget)
     return engine.Engine(work, asked.train, alone, Log(None), foretold.budget)
+
+
+def of_step(foretold: plan.Plan) -> int:
+    """Bytes without those of the histories, which are told as well."""
+    return foretold.memory.allocated - foretold.memory.breakdown["examples"]
 
 
 def test_windows_are_counted_before_there_are_histories(tmp_path):
@@ -314,11 +319,12 @@ def test_micro_batches_are_cut_as_asked(tmp_path):
 def test_the_planned_memory_is_what_a_step_allocates(name):
     asked = with_values(DARKROOM, PLANNED[name] | {"distill.num_steps": 120})
     foretold = planned(asked)
-    trained = of_few(asked, foretold)
+    trained = blank_run(asked, foretold)
     trained.optimizer_step()  # now there is a state of the optimizer
     trained.optimizer.zero_grad()
     assert foretold.memory.method == "traced"
-    assert foretold.memory.allocated == pytest.approx(allocated_bytes(trained), rel=0.005)
+    assert foretold.memory.breakdown["examples"] == 4 * 73 * 100 * 120
+    assert of_step(foretold) == pytest.approx(allocated_bytes(trained), rel=0.005)
 
 
 def test_what_does_not_fit_is_cut(tmp_path):
@@ -329,12 +335,12 @@ def test_what_does_not_fit_is_cut(tmp_path):
     assert 0.6 * tight.room < tight.memory.reserved <= tight.room
     assert "does not fit" in tight.warnings[0]  # the unseen goals, tried with 128 rows
     assert "lower distill.eval_seeds" in tight.warnings[0]
-    trained, machine = of_few(asked, tight), hardware.detect()
+    trained, machine = blank_run(asked, tight), hardware.detect()
     work = plan.Work.windows(asked.distill)
     foretold, measured = plan.confirm_on(trained, tight, asked, work, replace(machine, devices=[]))
     assert foretold is tight
     found = measured["heaviest_micro_batch_bytes"]
-    assert tight.memory.allocated == pytest.approx(found, rel=0.02)
+    assert of_step(tight) == pytest.approx(found, rel=0.02)
     assert (tmp_path / "memory.jsonl").exists()
 
 
@@ -351,6 +357,7 @@ def test_trying_the_unseen_goals_takes_what_is_planned(tmp_path, settings):
         copy = task.whole_copy(model, settings, alone)
         rollout.play(copy, [(goal, 0) for goal in range(8) for _ in range(16)], 4)
     held = 12 * foretold.num_trained  # gradients, two moments
+    held += foretold.memory.breakdown["examples"]
     true_bytes = held + recorder.trace.peak().num_bytes
     assert true_bytes < foretold.generation_bytes < 1.5 * true_bytes
 
@@ -403,6 +410,14 @@ def test_a_run_leaves_its_results_and_resumes_bit_for_bit(collected, tmp_path):
     told = train(tmp_path / "whole", *collected, "train.profile_steps=1")
     for part in ("2,", "transitions", "held-out loss", "in_context_return", "best", "next"):
         assert part in told
+    plan_json = json.loads((tmp_path / "whole/plan.json").read_text())
+    predicted, measured = plan_json["predicted"], plan_json["measured"]
+    bytes_seen = measured["heaviest_micro_batch_bytes"]
+    assert predicted["allocated_bytes"] == pytest.approx(bytes_seen, rel=0.02)
+    assert f"{plan.size(predicted['allocated_bytes'])} of" in told  # the banner
+    assert measured["training_seconds"] > 0
+    kept = load_run(tmp_path / "whole/config.yaml").train
+    assert kept.max_tokens == plan_json["chosen"]["max_tokens"]
     found = json.loads((tmp_path / "whole/evaluation/metrics.json").read_text())
     returns = found["in_context_return"]["all_3"]
     assert len(returns["per_seed"]) == 2
