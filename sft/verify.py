@@ -635,8 +635,9 @@ def cuts(small: Small, world: int, deepspeed: list[Path]) -> list[Cut]:
         Cut(1, alone, "padded", small.whole),
         Cut(1, alone, "padded", small.quarter),
         Cut(1, alone, "padded", 1),
-        Cut(1, alone, "packed", small.quarter),
     ]
+    if isinstance(small.config, Config):  # windows of histories are not packed
+        found.append(Cut(1, alone, "packed", small.quarter))
     if world > 1:
         found.append(Cut(world, "DDP", "padded", small.quarter))
         found.append(Cut(world, "FSDP2", "padded", small.quarter, ("train.engine=fsdp",)))
