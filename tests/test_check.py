@@ -95,7 +95,7 @@ def test_distillation_is_tried_before_it_is_trained(tmp_path, monkeypatch):
     """With its histories, and without: then on blank ones, and nothing is collected."""
     monkeypatch.setattr(hardware, "usable_cores", lambda: 1)
     monkeypatch.setattr(source, "EPOCHS", 1)
-    sizes = ["distill.num_streams=2", "distill.held_out_streams=1", "distill.num_steps=120"]
+    sizes = ["distill.num_streams=2", "distill.held_out_streams=1", "distill.num_steps=260"]
     folders = [f"distill.data_dir={tmp_path}/rooms", f"train.output_dir={tmp_path}/run"]
     given = "configs/ad_darkroom.yaml", [*sizes, *folders, "train.precision=fp32"]
 
@@ -109,14 +109,14 @@ def test_distillation_is_tried_before_it_is_trained(tmp_path, monkeypatch):
         *("one training step", "checkpoint", "in context"),
     ]
     assert all(finding.ok for finding in found.values()), found
-    assert "73 goals x 2 streams x 120 steps are collected" in found["histories"].what
+    assert "73 goals x 2 streams x 260 steps are collected" in found["histories"].what
     assert "blank histories" in found["model"].what
     assert not [*tmp_path.iterdir()]
 
     settings = load_run(*given).distill
     folder = histories.collect(settings)
     found = checked()
-    assert found["histories"].what.endswith(f"73 goals x 2 streams x 120 steps in {folder}")
+    assert found["histories"].what.endswith(f"73 goals x 2 streams x 260 steps in {folder}")
     assert "blank" not in found["model"].what
     assert {path.name for path in tmp_path.iterdir()} == {"rooms"}
     histories.path_of(folder, 41).write_text("torn")

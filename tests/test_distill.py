@@ -271,7 +271,7 @@ def test_a_configuration_is_of_one_task(tmp_path):
 
 # --- the plan ------------------------------------------------------------------------------------
 
-DARKROOM = load_run(CONFIG)
+DARKROOM = with_values(load_run(CONFIG), {"distill.num_steps": 260})
 PLANNED = {
     "plain": {},
     "compressed": {"distill.compress": True},
@@ -317,19 +317,19 @@ def test_micro_batches_are_cut_as_asked(tmp_path):
 
 @pytest.mark.parametrize("name", PLANNED)
 def test_the_planned_memory_is_what_a_step_allocates(name):
-    asked = with_values(DARKROOM, PLANNED[name] | {"distill.num_steps": 120})
+    asked = with_values(DARKROOM, PLANNED[name])
     foretold = planned(asked)
     trained = blank_run(asked, foretold)
     trained.optimizer_step()  # now there is a state of the optimizer
     trained.optimizer.zero_grad()
     assert foretold.memory.method == "traced"
-    assert foretold.memory.breakdown["examples"] == 4 * 73 * 100 * 120
+    assert foretold.memory.breakdown["examples"] == 4 * 73 * 100 * 260
     assert of_step(foretold) == pytest.approx(allocated_bytes(trained), rel=0.005)
 
 
 def test_what_does_not_fit_is_cut(tmp_path):
-    asked = with_values(DARKROOM, {"distill.num_steps": 120, "distill.data_dir": str(tmp_path)})
-    tight = planned(asked, 40 * 2**20)
+    asked = with_values(DARKROOM, {"distill.data_dir": str(tmp_path)})
+    tight = planned(asked, 44 * 2**20)
     assert 120 < tight.budget.max_tokens < planned(asked).budget.max_tokens
     assert tight.micro_batches == 3  # two would not fit
     assert 0.6 * tight.room < tight.memory.reserved <= tight.room
