@@ -181,6 +181,7 @@ def sources(config: DistillConfig) -> Finding:
     if not missing:
         number = len(histories.load(settings).cells)
         return Finding(True, f"histories: {number} goals x {told} in {folder}")
+    storage.refuse_if_unwritable(folder, "distill.data_dir")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as those that collect
     started = time.process_time()  # others may use this core as well

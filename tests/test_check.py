@@ -123,6 +123,10 @@ def test_distillation_is_tried_before_it_is_trained(tmp_path, monkeypatch):
     *_, last = checked().values()
     assert not last.ok
     assert "goal_4_5.parquet" in last.what
+    given[1].append("distill.data_dir=/proc/nothing")
+    *_, last = checked().values()
+    assert not last.ok
+    assert "set distill.data_dir" in last.what
 
 
 def test_one_agent_alone_is_not_trained(tmp_path):
