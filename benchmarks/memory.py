@@ -1,12 +1,13 @@
 """Predicted memory against the truth: here, on GPUs that others measured, and how fast it is told.
 
-    PYTHONPATH=.:tests python benchmarks/memory.py [--parts grid published processes speed]
+    PYTHONPATH=.:tests python benchmarks/memory.py [--parts grid published processes distillation]
 
 grid       The rehearsed step against the same recorder on the real step, and against what the CPU
            allocator of the process really gave: architectures x tuning x checkpointing x windows.
 published  Rows that others printed, with their step in place of ours where it differs (see Row).
            Nothing is fitted to them; what they leave open is said in `unknown`.
 processes  One of two real processes (DDP, FSDP2, ZeRO, offloading) against its prediction.
+distillation  Both of these of a model of histories.
 gpu        Real steps on a GPU, where there is one (not by default; not yet run).
 budget     Likewise: the planned micro-batch against the largest that runs, found by bisection.
 speed      `make plan` of an 8B and a 70B model: seconds and peak memory of the process.
@@ -48,7 +49,8 @@ from transformers import LlamaConfig, PhiConfig, PretrainedConfig, Qwen2Config
 
 from sft import memory, model, plan, rehearsal
 from sft.cli import quiet_libraries
-from sft.config import Config, with_values
+from sft.config import AnyConfig, Config, dump_config, load_run, with_values
+from sft.distill.transformer import num_positions
 from sft.finetune import FineTune
 from sft.log import make_console
 from sft.processes import deepspeed_settings
@@ -93,24 +95,23 @@ def grid(folder: Path) -> list[dict[str, Any]]:
     ):
         train = {"gradient_checkpointing": checkpointing}
         config = configured(folder, ARCHITECTURES[name], mode, **train)
-        fake = rehearsal.rehearse(config, "fp32", window).peak().num_bytes
-        real = [rehearsal.make_engine(config, "fp32", window, weights=False) for _ in range(2)]
-        tracked = rehearsal.record(real[0]).peak().num_bytes
-        true = allocated_bytes(real[1])
-        found.append(
-            {
-                "architecture": name,
-                "mode": mode,
-                "checkpointing": checkpointing,
-                "window": told,
-                "rehearsed_bytes": fake,
-                "tracked_bytes": tracked,
-                "allocated_bytes": true,
-                "against_tracker": fake / tracked - 1,
-                "against_allocator": fake / true - 1,
-            }
-        )
+        row = {"architecture": name, "mode": mode, "checkpointing": checkpointing, "window": told}
+        found.append(row | against_real(config, window))
     return found
+
+
+def against_real(config: AnyConfig, window: Window) -> dict[str, Any]:
+    fake = rehearsal.rehearse(config, "fp32", window).peak().num_bytes
+    real = [rehearsal.make_engine(config, "fp32", window, weights=False) for _ in range(2)]
+    tracked = rehearsal.record(real[0]).peak().num_bytes
+    true = allocated_bytes(real[1])
+    return {
+        "rehearsed_bytes": fake,
+        "tracked_bytes": tracked,
+        "allocated_bytes": true,
+        "against_tracker": fake / tracked - 1,
+        "against_allocator": fake / true - 1,
+    }
 
 
 def show_grid(found: list[dict[str, Any]]) -> Table:
@@ -418,23 +419,31 @@ def engines(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def processes(folder: Path) -> list[dict[str, Any]]:
     found = []
-    (rows, _) = memory_worker.WINDOW.micro_batches
     for (name, train), mode in product(engines(folder), ("full", "lora")):
         config = configured(folder, ARCHITECTURES["Llama"], mode, **train)
         config = with_values(config, {"train.gradient_checkpointing": False})
-        out = folder / "peak"
-        launch(2, "tests/memory_worker.py", config.model_dump_json(), str(out))
-        window = Window((rows,), gradients=True)
-        zero = {}
-        if config.train.deepspeed_config:
-            zero = deepspeed_settings(config.train)["zero_optimization"]
-        group = memory.Group(2, config.train.engine, accumulates=True, zero=zero)
-        predicted = memory.predict(config, "fp32", window, on_gpu=False, group=group).allocated
-        measured = int(out.read_text())
-        told = {"engine": name, "mode": mode, "measured_bytes": measured}
-        found.append(told | {"predicted_bytes": predicted, "error": predicted / measured - 1})
-        out.unlink()
+        found.append({"engine": name, "mode": mode} | one_of_two(config, folder))
     return found
+
+
+def one_of_two(config: AnyConfig, folder: Path, length: int | None = None) -> dict[str, Any]:
+    """`length`: tokens of an example, if another than the worker asks for."""
+    file, out = folder / "run.yaml", folder / "peak"
+    file.write_text(dump_config(config))
+    launch(2, "tests/memory_worker.py", str(file), str(out))
+    (rows, _) = memory_worker.WINDOW.micro_batches
+    if length:
+        rows = ((length, length),) * len(rows)
+    window = Window((rows,), gradients=True, waiting=len(rows) * rows[0][0])
+    zero = {}
+    if config.train.deepspeed_config:
+        zero = deepspeed_settings(config.train)["zero_optimization"]
+    group = memory.Group(2, config.train.engine, accumulates=True, zero=zero)
+    told = memory.predict(config, "fp32", window, on_gpu=False, group=group)
+    predicted = told.allocated - told.breakdown.get("examples", 0)  # the worker has none
+    measured = int(out.read_text())
+    error = predicted / measured - 1
+    return {"measured_bytes": measured, "predicted_bytes": predicted, "error": error}
 
 
 def show_processes(found: list[dict[str, Any]]) -> Table:
@@ -444,6 +453,42 @@ def show_processes(found: list[dict[str, Any]]) -> Table:
     for row in found:
         sizes = (f"{row[key] / MIB:,.0f} MiB" for key in ("measured_bytes", "predicted_bytes"))
         table.add_row(row["engine"], row["mode"], *sizes, f"{row['error']:+.2%}")
+    return table
+
+
+# --- distillation ------------------------------------------------------------------------------
+
+HISTORIES: dict[str, dict[str, Any]] = {
+    "as configured": {},
+    "compressed": {"distill.compress": True},
+    "dropout": {"distill.dropout": 0.1},
+    "256 wide, 6 layers": {"distill.width": 256, "distill.num_layers": 6},
+}
+
+
+def distillation(folder: Path) -> list[dict[str, Any]]:
+    config, found = load_run("configs/ad_darkroom.yaml"), []
+    for (name, changes), number in product(HISTORIES.items(), (1, 4)):
+        changed = with_values(config, changes)
+        window = uniform(64 // number, num_positions(changed.distill), 120, number)
+        told = {"model": name, "how": f"{number} micro-batch(es)"}
+        found.append(told | against_real(changed, window))
+    wide = "256 wide, 6 layers"  # so that weights and gradients count for something
+    for engine, train in engines(folder):
+        values = HISTORIES[wide] | {f"train.{key}": value for key, value in train.items()}
+        row = one_of_two(with_values(config, values), folder, num_positions(config.distill))
+        found.append({"model": wide, "how": engine} | row)
+    return found
+
+
+def show_distillation(found: list[dict[str, Any]]) -> Table:
+    columns = ("model", "step, or engine of two processes"), ("measured", "predicted", "error")
+    table = columned("Distillation, here", *columns)
+    for row in found:
+        measured = row.get("allocated_bytes") or row["measured_bytes"]
+        predicted = row.get("rehearsed_bytes") or row["predicted_bytes"]
+        sizes = (f"{each / MIB:,.1f} MiB" for each in (measured, predicted))
+        table.add_row(row["model"], row["how"], *sizes, f"{predicted / measured - 1:+.2%}")
     return table
 
 
@@ -583,6 +628,7 @@ PARTS = {
     "processes": (processes, show_processes),
     "speed": (speed, show_speed),
     "grid": (grid, show_grid),
+    "distillation": (distillation, show_distillation),
     "published": (against_published, show_published),
     "gpu": (gpu, show_gpu),
     "budget": (budget, show_budget),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sft import cli, hardware
-from sft.config import Config, ConfigError, load_config, refuse_one_agent
+from sft.config import AnyConfig, Config, ConfigError, load_config, refuse_one_agent
 from sft.hardware import Hardware
 
 
@@ -33,12 +33,16 @@ def main() -> None:
     machine, world_size = target(args, config)
     console = make_console()
     report: object
-    if args.compare:
+    if args.compare and isinstance(config, Config):
         report = found = plan.comparison(config)
         console.print(plan.comparison_table(found, config.data.max_seq_len))
     else:
-        uniform = args.uniform or args.model is not None
-        work = plan.Work.uniform(config) if uniform else plan.Work.of(prepare.prepare(config))
+        if not isinstance(config, Config):
+            work = plan.Work.windows(config.distill)
+        elif args.uniform or args.model is not None:
+            work = plan.Work.uniform(config)
+        else:
+            work = plan.Work.of(prepare.prepare(config))
         made = plan.make_plan(config, work, machine, world_size)
         console.print(plan.table(made))
         console.print(plan.memory_table(made))
@@ -49,14 +53,20 @@ def main() -> None:
     console.print(f"all numbers: {args.json}")
 
 
-def configuration(args: Namespace) -> Config:
+def configuration(args: Namespace) -> AnyConfig:
     """That of the file; or the defaults for a model alone."""
     if args.model is None:
         if args.tuning or args.seq:
             told = 'of a configuration set ARGS="tuning.mode=... data.max_seq_len=..."'
             raise ConfigError(f"TUNING and SEQ describe a MODEL; {told}")
-        config = cli.configuration(args)
-        refuse_one_agent(config)
+        config = cli.run_configuration(args)
+        if isinstance(config, Config):
+            refuse_one_agent(config)
+        elif args.compare or args.uniform:
+            raise ConfigError(
+                "COMPARE and UNIFORM are about ways of tuning and rows of text: expected task: "
+                f"sft, found task: {config.task}; leave them out"
+            )
         return config
     path = Path(args.model)
     name = str(path.parent) if path.name == "config.json" else args.model
@@ -67,7 +77,7 @@ def configuration(args: Namespace) -> Config:
     )
 
 
-def target(args: Namespace, config: Config) -> tuple[Hardware, int]:
+def target(args: Namespace, config: AnyConfig) -> tuple[Hardware, int]:
     """(devices to plan for, processes)."""
     machine = hardware.detect()
     if args.gpu is None and args.gib is None:

@@ -8,7 +8,7 @@ def main() -> None:
     parser.add_argument("--law", choices=("resume", "invariance"), required=True)
     parser.add_argument("--num-processes", type=int, help="default: as configured, or by devices")
     args = parser.parse_intermixed_args()
-    config = cli.configuration(args)
+    config = cli.run_configuration(args)
     from sft import hardware, verify
     from sft.log import make_console
 

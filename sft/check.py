@@ -1,20 +1,25 @@
 """Preflight: a list of checks, each a `Finding(ok, what, do)`; all run, all are printed.
 
 A check that raises a UserError is a finding; what depends on it is left out and said so. Nothing is
-kept: the steps happen in this process, on the first rows, and their checkpoint in a folder that is
+kept: the steps happen in this process, on few examples, and their checkpoint in a folder that is
 removed.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate import Accelerator
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -31,11 +36,28 @@ from sft import (
     processes,
     storage,
 )
-from sft.config import Config, UserError, load_config, refuse_one_agent, with_values
-from sft.log import Log, make_console, size
+from sft.config import (
+    EPISODE,
+    AnyConfig,
+    Config,
+    Configured,
+    Distill,
+    DistillConfig,
+    Train,
+    UserError,
+    load_run,
+    refuse_one_agent,
+    with_values,
+)
+from sft.distill import histories
+from sft.distill import task as distill_task
+from sft.distill.source import SOURCES
+from sft.distill.task import Distillation, blank_histories, try_unseen
+from sft.engine import Task
+from sft.log import Log, duration, make_console, size
 from sft.tasks import make_task
 
-ROWS = 8  # of the data, for the training step
+ROWS = 8  # examples of the training step
 NEW_TOKENS = 16  # of the answer, at most
 
 
@@ -65,7 +87,7 @@ def _all(config_file: str, overrides: list[str], requirements: Path) -> Iterator
     machine = hardware.detect()
     yield devices(machine)
     try:
-        config = load_config(config_file, overrides)
+        config = load_run(config_file, overrides)
     except UserError as error:
         yield Finding(
             False, str(error), "correct the configuration; the checks that need it are left out"
@@ -74,20 +96,12 @@ def _all(config_file: str, overrides: list[str], requirements: Path) -> Iterator
     yield Finding(True, f"configuration: {config_file}, every key known and of the right type")
     yield precision(config, machine)
     yield writable(Path(config.train.output_dir))
-    steps: list[Callable[[], Iterator[Finding]]] = [
-        lambda: iter([tokenizer(config)]),
-        lambda: iter([rows(config)]),
-        lambda: iter([disk(config)]),
-        lambda: trial(config),
-    ]
-    for step in steps:
-        try:
-            yield from step()
-        except UserError as error:
-            yield Finding(
-                False, str(error), "mend this first; later checks that need it are left out"
-            )
-            return
+    try:
+        for check in (*OF_TASK[config.task].data, disk):
+            yield check(config)
+        yield from trial(config)
+    except UserError as error:
+        yield Finding(False, str(error), "mend this first; later checks that need it are left out")
 
 
 def python() -> Finding:
@@ -117,7 +131,7 @@ def devices(machine: hardware.Hardware) -> Finding:
     return Finding(True, f"device: {gpus or f'CPU, {machine.cores} cores'}; {ram} of RAM available")
 
 
-def precision(config: Config, machine: hardware.Hardware) -> Finding:
+def precision(config: AnyConfig, machine: hardware.Hardware) -> Finding:
     wanted, reason = processes.resolve_precision(config.train)
     capable = all(d.bf16 for d in machine.devices) if machine.devices else machine.cpu_bf16
     what = f"precision: {wanted} ({reason}); bf16 {'in hardware' if capable else 'not in hardware'}"
@@ -157,8 +171,40 @@ def rows(config: Config) -> Finding:
     )
 
 
-def disk(config: Config) -> Finding:
-    needed = plan.disk(config, len(prepare.prepare(config).train))
+def sources(config: DistillConfig) -> Finding:
+    """Histories that are there can be read; of others how long it takes to collect them, by the
+    time of one episode."""
+    settings = config.distill
+    folder = histories.folder_of(settings)
+    missing = [job for job in histories.jobs(settings) if not _collected(settings, job[1])]
+    told = f"{settings.num_streams} streams x {settings.num_steps} steps"
+    if not missing:
+        number = len(histories.load(settings).cells)
+        return Finding(True, f"histories: {number} goals x {told} in {folder}")
+    storage.refuse_if_unwritable(folder, "distill.data_dir")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as those that collect
+    started = time.process_time()  # others may use this core as well
+    seed, learnt = missing[0]
+    SOURCES[settings.source](learnt, settings.num_streams, EPISODE, seed)
+    seconds = (time.process_time() - started) * settings.num_steps / EPISODE
+    torch.set_num_threads(threads)
+    rounds = math.ceil(len(missing) / min(len(missing), hardware.usable_cores()))
+    number = sum(len(learnt) for _, learnt in missing)
+    return Finding(
+        True,
+        f"histories: {number} goals x {told} are collected into {folder} first, which takes about "
+        f"{duration(rounds * seconds)} (probed)",
+    )
+
+
+def _collected(settings: Distill, learnt: list[int]) -> bool:
+    folder = histories.folder_of(settings)
+    return all(histories.path_of(folder, goal).exists() for goal in learnt)
+
+
+def disk(config: AnyConfig) -> Finding:
+    needed = plan.disk(config, OF_TASK[config.task].num_examples(config))
     try:
         storage.refuse_if_full(needed, config.train)
     except UserError as error:
@@ -167,41 +213,102 @@ def disk(config: Config) -> Finding:
     return Finding(True, f"disk: {needed}; {free} free")
 
 
-def trial(config: Config) -> Iterator[Finding]:
-    """Model, processes, two optimizer steps of the real task on the first rows, a checkpoint of it
+# --- trying it out -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A task that is ready for its first step."""
+
+    task: Task
+    train: Train
+    planned: plan.Plan
+    model: str  # in words
+    saves: bool  # its checkpoint is small enough to be tried
+    answers: Callable[[nn.Module], Iterator[Finding]]  # what the trained model is for
+
+
+def trial(config: AnyConfig) -> Iterator[Finding]:
+    """Model, processes, two optimizer steps of the real task on few examples, a checkpoint of it
     saved and read back, and an answer; all of it thrown away."""
     storage.refuse_if_unwritable(Path(config.train.output_dir))
-    refuse_one_agent(config)
     accelerator = processes.start_processes(processes.any_launch(config).train)
     yield Finding(True, f"Accelerate: {processes.described(accelerator)['devices']}")
     place = hardware.nearest_existing(Path(config.train.output_dir))
     with tempfile.TemporaryDirectory(prefix=".check_", dir=place) as folder:
-        few = _few(config, folder)
-        prepared = prepare.prepare(few)
-        planned = plan.make_plan(few, prepared, hardware.detect(), 1)
-        few = with_values(few, plan.resolved_values(planned))
-        built = model.build(few, planned.precision, accelerator.device)
+        tried = OF_TASK[config.task].begin(_few(config, folder), accelerator)
+        task, planned = tried.task, tried.planned
         trained = f"{planned.num_trained:,} of {planned.num_parameters:,} parameters are trained"
-        yield Finding(True, f"model: {few.tuning.mode} of {few.model.name}, {trained}")
-        log = Log(None)
-        asked = config.train.layout
-        budget = finetune.usable_budget(planned.budget, asked, built, accelerator.device, log)
-        task = make_task(few, prepared, built, accelerator, log, budget)
-        made = engine.Engine(task, few.train, accelerator, log, budget)
+        yield Finding(True, f"model: {tried.model}, {trained}")
+        made = engine.Engine(task, tried.train, accelerator, Log(None), task.budget)
         values = made.optimizer_step()
         yield Finding(
             True,
-            f"one training step: {len(prepared.train)} rows, loss {values['train/loss']:.4f}, "
-            f"gradient norm {values['train/grad_norm']:.4f}",
+            f"one training step: {planned.global_batch} {planned.words.examples}, "
+            f"loss {values['train/loss']:.4f}, gradient norm {values['train/grad_norm']:.4f}",
         )
         if task.surveys:
             yield diversity(made)
-        if few.tuning.mode != "full":  # whole weights can be large; a run tries it at its start
+        if tried.saves:
             made.prove_saving()
             taken = size(storage.folder_bytes(Path(folder)))
             yield Finding(True, f"checkpoint: saved, verified and read back, {taken}")
-        if config.evaluation.num_examples:
-            yield answer(task, made.model, Path(folder))
+        yield from tried.answers(made.model)
+
+
+def _few(config: Configured, folder: str) -> Configured:
+    """The configuration for two steps of few examples, in one process."""
+    few = {"train.output_dir": folder, "train.global_batch": ROWS, "train.max_steps": 2}
+    return with_values(processes.any_launch(config), few)
+
+
+def _fine_tuning(config: Config, accelerator: Accelerator) -> Trial:
+    """On the first rows."""
+    refuse_one_agent(config)
+    few = with_values(
+        config,
+        {
+            "data.max_rows": min(ROWS, config.data.max_rows or ROWS),
+            "evaluation.num_examples": min(1, config.evaluation.num_examples),
+            "evaluation.max_new_tokens": min(NEW_TOKENS, config.evaluation.max_new_tokens),
+        },
+    )
+    prepared = prepare.prepare(few)
+    planned = plan.make_plan(few, prepared, hardware.detect(), 1)
+    few = with_values(few, plan.resolved_values(planned))
+    built = model.build(few, planned.precision, accelerator.device)
+    log, asked = Log(None), config.train.layout
+    budget = finetune.usable_budget(planned.budget, asked, built, accelerator.device, log)
+    task = make_task(few, prepared, built, accelerator, log, budget)
+    folder = Path(few.train.output_dir)
+
+    def answers(trained: nn.Module) -> Iterator[Finding]:
+        if few.evaluation.num_examples:
+            yield answer(task, trained, folder)
+
+    told = f"{few.tuning.mode} of {few.model.name}"
+    saves = few.tuning.mode != "full"  # whole weights can be large; a run tries it at its start
+    return Trial(task, few.train, planned, told, saves, answers)
+
+
+def _distillation(config: DistillConfig, accelerator: Accelerator) -> Trial:
+    """On the histories, or on blank ones where they are not collected yet."""
+    settings = config.distill.model_copy(update={"eval_seeds": 1})
+    planned = plan.make_plan(config, plan.Work.windows(settings), hardware.detect(), 1)
+    few = with_values(config, plan.resolved_values(planned))
+    there = all(_collected(settings, learnt) for _, learnt in histories.jobs(settings))
+    found = histories.load(settings) if there else blank_histories(settings)
+    built = distill_task.build(settings, few.train.seed, accelerator.device)
+    task = Distillation(settings, found, built, accelerator, Log(None), planned.budget)
+
+    def answers(trained: nn.Module) -> Iterator[Finding]:
+        tried = try_unseen(trained, settings, accelerator, 1, lambda: None)
+        told = f"{len(tried.goals)} unseen goals, an episode each"
+        yield Finding(True, f"in context: {told}, return {float(tried.returns.mean()):.2f}")
+
+    on = "" if there else ", on blank histories"
+    told = f"{settings.num_layers} layers, width {settings.width}{on}"
+    return Trial(task, few.train, planned, told, True, answers)
 
 
 def diversity(made: engine.Engine) -> Finding:
@@ -231,16 +338,20 @@ def answer(task: finetune.FineTune, built: nn.Module, folder: Path) -> Finding:
     )
 
 
-def _few(config: Config, folder: str) -> Config:
-    """The configuration for two steps of the first rows, in one process."""
-    return with_values(
-        processes.any_launch(config),
-        {
-            "data.max_rows": min(ROWS, config.data.max_rows or ROWS),
-            "train.output_dir": folder,
-            "train.global_batch": ROWS,
-            "train.max_steps": 2,
-            "evaluation.num_examples": 1,
-            "evaluation.max_new_tokens": min(NEW_TOKENS, config.evaluation.max_new_tokens),
-        },
-    )
+@dataclass(frozen=True)
+class Checks:
+    """What is checked of a task; Any is its own configuration."""
+
+    data: list[Callable[[Any], Finding]]
+    num_examples: Callable[[Any], int]
+    begin: Callable[[Any, Accelerator], Trial]
+
+
+OF_TASK = {
+    Config.task: Checks(
+        [tokenizer, rows], lambda config: len(prepare.prepare(config).train), _fine_tuning
+    ),
+    DistillConfig.task: Checks(
+        [sources], lambda config: len(plan.Work.windows(config.distill).lengths), _distillation
+    ),
+}

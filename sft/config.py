@@ -607,7 +607,7 @@ def load_config(file: str | Path | None, overrides: list[str] | None = None) -> 
     if not isinstance(config, Config):
         raise ConfigError(
             f"{file}: expected a configuration of task: sft, found task: {config.task}, which this "
-            "command does not know; `make train` and `make evaluate` do"
+            "command does not know; `make plan`, `check`, `train`, `evaluate` and `verify-*` do"
         )
     return config
 

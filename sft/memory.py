@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from sft import rehearsal
-from sft.config import Config, UserError
-from sft.model import DTYPES, add_adapters, architecture
+from sft.config import SCHEMAS, AnyConfig, Config, UserError
+from sft.model import DTYPES
 from sft.parallel import repeated_layers
-from sft.rehearsal import Window, shallow
+from sft.rehearsal import Window
 from sft.storage import ADAM_BYTES
+from sft.tasks import skeleton, traits
 from sft.trace import LARGE_SEGMENT, MIB, SMALL_SEGMENT, Trace
 
 NF4_BYTES = 0.516  # per weight: 4 bits and the double-quantised scale of each block of 64
@@ -61,48 +60,41 @@ class Counts:
     sizes: tuple[int, ...]  # of each parameter
 
 
-def counts(config: Config) -> Counts:
+def counts(config: AnyConfig) -> Counts:
     return _counted(_key(config), None)
 
 
 @lru_cache(maxsize=64)
-def _counted(key: str, depth: int | None) -> Counts:
-    skeleton = _skeleton(Config.model_validate_json(key), depth)
-    embedded = skeleton.get_input_embeddings().weight  # type: ignore[operator]
-    parameters = list(skeleton.parameters())
+def _counted(key: Key, depth: int | None) -> Counts:
+    built = skeleton(_config(key), depth)
+    embedded = built.get_input_embeddings().weight  # type: ignore[operator]
+    parameters = list(built.parameters())
     total = sum(p.numel() for p in parameters)
-    head = skeleton.get_output_embeddings().weight  # type: ignore[operator]
+    head = built.get_output_embeddings().weight  # type: ignore[operator]
     looked_up = 0 if embedded is head else embedded.numel()
     trained = [p.numel() for p in parameters if p.requires_grad]
-    layers = repeated_layers(skeleton)
+    layers = repeated_layers(built)
     outside = total - sum(p.numel() for layer in layers for p in layer.parameters())
     sizes = tuple(p.numel() for p in parameters)
     return Counts(total, sum(trained), total - looked_up, max(trained), len(layers), outside, sizes)
 
 
-def _skeleton(config: Config, depth: int | None = None) -> nn.Module:
-    """The model with its adapters, without storage."""
-    arch = architecture(config.model)
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            arch if depth is None else shallow(arch, depth),
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    if config.tuning.mode == "full":
-        return base
-    return add_adapters(base.requires_grad_(False), config.tuning, config.crowd)
+Key = tuple[str, str]  # a task, and a configuration of it in JSON
+MODELLED = ("model", "tuning", "crowd", "distill")
 
 
-def _key(config: Config, **train: Any) -> str:
-    """The model and its adapters, and these keys of `train`, as a configuration in JSON."""
-    values = {
-        "model": config.model,
-        "tuning": config.tuning,
-        "crowd": config.crowd,
-        "data": {"train_path": "none"},
-        "train": {"output_dir": "none", **train},
-    }
-    return Config.model_validate(values).model_dump_json()
+def _key(config: AnyConfig, **train: Any) -> Key:
+    """The sections that say what the model is, and these keys of `train`."""
+    values: dict[str, Any] = {name: part for name, part in config if name in MODELLED}
+    values |= {"train": {"output_dir": "none", **train}}
+    if isinstance(config, Config):
+        values |= {"data": {"train_path": "none"}}
+    return config.task, type(config).model_validate(values).model_dump_json()
+
+
+def _config(key: Key) -> AnyConfig:
+    task, text = key
+    return SCHEMAS[task].model_validate_json(text)
 
 
 # --- what memory is taken ----------------------------------------------------------------------
@@ -122,7 +114,7 @@ ALONE = Group()
 
 
 def predict(
-    config: Config,
+    config: AnyConfig,
     precision: str,
     window: Window,
     *,
@@ -138,7 +130,8 @@ def predict(
         engine = "fsdp" if casts else "ddp"  # what autocast keeps depends on it
         checkpointing = config.train.gradient_checkpointing
         key = _key(config, gradient_checkpointing=checkpointing, engine=engine)
-        phases, reserved, method = _traced(key, precision, window, on_gpu, evaluation)
+        seen = replace(window, waiting=0)
+        phases, reserved, method = _traced(key, precision, seen, on_gpu, evaluation)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  # whatever a model does that no trace suits
@@ -148,9 +141,12 @@ def predict(
         method = f"closed form, since the step could not be traced: {why}"
         return Memory(parts, round(1.05 * sum(parts.values())), method)
     share = ADAM_BYTES[config.train.optimizer] / ADAM_BYTES["adamw"]
+    own = traits(config)
+    besides = {"waiting batches": window.waiting * own.waiting_bytes}
+    besides |= {} if on_gpu else {"examples": own.examples_bytes}
 
     def completed(name: str, parts: dict[str, int]) -> dict[str, int]:
-        more = {"optimizer": round(parts["optimizer"] * share)}
+        more = besides | {"optimizer": round(parts["optimizer"] * share)}
         more |= {"libraries": CUBLAS_BYTES} if on_gpu else {}
         if on_gpu and name.startswith("backward"):
             more |= _attention(config, precision, window)
@@ -174,16 +170,16 @@ ZERO_SIZES: dict[str, tuple[float, Callable[[int], float]]] = {
 }
 
 
-def _zero_size(config: Config, group: Group, key: str) -> int:
+def _zero_size(config: AnyConfig, group: Group, key: str) -> int:
     default, automatic = ZERO_SIZES[key]
     told = group.zero.get(key, default)
     if told == "auto":
-        told = automatic(architecture(config.model).get_text_config().hidden_size)
+        told = automatic(traits(config).text.hidden_size)
     return int(told)
 
 
 def _shared(
-    name: str, parts: dict[str, int], config: Config, precision: str, group: Group
+    name: str, parts: dict[str, int], config: AnyConfig, precision: str, group: Group
 ) -> dict[str, int]:
     """The parts of a phase on one of the processes, those in host memory among them.
 
@@ -210,7 +206,7 @@ def _shared(
 
 
 def _of_rank(
-    name: str, parts: dict[str, int], config: Config, precision: str, group: Group, on_gpu: bool
+    name: str, parts: dict[str, int], config: AnyConfig, precision: str, group: Group, on_gpu: bool
 ) -> dict[str, int]:
     """The parts of a phase in the memory of one process's device: for a GPU without what lies in
     host memory between uses."""
@@ -219,7 +215,7 @@ def _of_rank(
     return {label: size for label, size in shared.items() if size and label not in hosted}
 
 
-def _hosted(config: Config, group: Group) -> tuple[str, ...]:
+def _hosted(config: AnyConfig, group: Group) -> tuple[str, ...]:
     if config.train.offload:
         return ("weights", "adapters", "gradients", "optimizer")
     return ("gradients", "optimizer") if _offloads(group) else ()
@@ -229,7 +225,7 @@ def _offloads(group: Group) -> bool:
     return (group.zero.get("offload_optimizer") or {}).get("device") == "cpu"
 
 
-def _sliced(name: str, parts: dict[str, int], config: Config, group: Group) -> dict[str, int]:
+def _sliced(name: str, parts: dict[str, int], config: AnyConfig, group: Group) -> dict[str, int]:
     """ZeRO-1 and 2."""
     counted, offloads = counts(config), _offloads(group)
     trained, largest = 4 * counted.trained, 4 * counted.largest
@@ -260,7 +256,7 @@ def _split(parts: dict[str, int], group: Group) -> dict[str, int]:
 
 
 def _gathered_by_layer(
-    name: str, parts: dict[str, int], config: Config, precision: str, group: Group
+    name: str, parts: dict[str, int], config: AnyConfig, precision: str, group: Group
 ) -> dict[str, int]:
     """FSDP2 (torch 2.13).
 
@@ -270,7 +266,7 @@ def _gathered_by_layer(
     a layer lie in the buffer from which they are exchanged until the next one's are whole, by when
     that layer's activations are gone.
     """
-    counted, full = counts(config), config.tuning.mode == "full"
+    counted, full = counts(config), traits(config).mode == "full"
     whole = parts["weights"] + parts.get("adapters", 0)
     outside = counted.outside * (4 if full else DTYPES[precision].itemsize)
     layers = max(1, counted.layers)
@@ -293,7 +289,7 @@ def _gathered_by_layer(
 
 
 def _gathered_ahead(
-    name: str, parts: dict[str, int], config: Config, group: Group
+    name: str, parts: dict[str, int], config: AnyConfig, group: Group
 ) -> dict[str, int]:
     """ZeRO-3 (deepspeed/runtime/zero/stage3.py, 0.19.8).
 
@@ -336,10 +332,10 @@ Phases = dict[str, dict[str, int]]  # phase -> what -> bytes at its peak
 
 @lru_cache(maxsize=256)
 def _traced(
-    key: str, precision: str, window: Window, on_gpu: bool, evaluation: bool
+    key: Key, precision: str, window: Window, on_gpu: bool, evaluation: bool
 ) -> tuple[Phases, int, str]:
-    """(phases, reserved bytes, how) of a configuration in JSON."""
-    config = Config.model_validate_json(key)
+    """(phases, reserved bytes, how)."""
+    config = _config(key)
 
     def traced(depth: int | None) -> Trace:
         return rehearsal.rehearse(
@@ -373,18 +369,19 @@ def _traced(
     return phases, reserved, f"traced with {few} and {more} of {whole} layers"
 
 
-def _depths(key: str) -> tuple[int, int, int] | None:
+def _depths(key: Key) -> tuple[int, int, int] | None:
     """(few layers, more, all): depths between which every layer adds the same; None where layers
     do not repeat, or are too few for a shorter trace to be quicker."""
-    config = Config.model_validate_json(key)
-    text = architecture(config.model).get_text_config()
+    config = _config(key)
+    own = traits(config)
+    text = own.text
     whole, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or ["same"]
     period = next(
         n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds))
     )
     few = 2 * period + whole % period
     more = few + period
-    if few + more >= whole or config.crowd.layer >= whole:  # which the task refuses
+    if own.small or few + more >= whole or own.layer >= whole:  # which the task refuses
         return None
     key = _key(config)
     numbers = [_counted(key, depth).parameters for depth in (few, more, whole)]
@@ -392,42 +389,40 @@ def _depths(key: str) -> tuple[int, int, int] | None:
     return (few, more, whole) if repeats else None
 
 
-def _attention(config: Config, precision: str, window: Window) -> dict[str, int]:
+def _attention(config: AnyConfig, precision: str, window: Window) -> dict[str, int]:
     """What flash attention takes in a backward pass, which no trace sees: the gradient of the
     queries in fp32 and two numbers a head and token; with grouped queries, gradients of keys and
     values for every head (PyTorch, flash_api.cpp: mha_bwd)."""
-    if precision != "bf16" or config.model.attn_implementation == "eager":
+    own = traits(config)
+    if precision != "bf16" or own.attention == "eager":
         return {}
-    text = architecture(config.model).get_text_config()
+    text = own.text
     heads = getattr(text, "num_attention_heads", None)
     if not heads:  # a model without attention
         return {}
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     grouped = getattr(text, "num_key_value_heads", heads) != heads
     each = 4 * (math.ceil(size / 32) * 32 + 2) + (4 * size if grouped else 0)
-    agents = max(1, config.crowd.num_agents)
-    return {"attention workspace": window.tokens * heads * each * agents}
+    return {"attention workspace": window.tokens * heads * each * own.agents}
 
 
 def _closed_form(
-    config: Config, precision: str, window: Window, evaluation: bool
+    config: AnyConfig, precision: str, window: Window, evaluation: bool
 ) -> dict[str, int]:
     """What a model that cannot be traced takes, within about a factor of two."""
-    skeleton = _skeleton(config)
-    mode, arch = config.tuning.mode, architecture(config.model).get_text_config()
+    built, own = skeleton(config), traits(config)
+    mode, arch = own.mode, own.text
     width = DTYPES[precision].itemsize
     weights = 0.0
-    head = skeleton.get_output_embeddings()  # type: ignore[operator]
-    linear = {
-        id(m.weight) for m in skeleton.modules() if isinstance(m, nn.Linear) and m is not head
-    }
-    for parameter in skeleton.parameters():
+    head = built.get_output_embeddings()  # type: ignore[operator]
+    linear = {id(m.weight) for m in built.modules() if isinstance(m, nn.Linear) and m is not head}
+    for parameter in built.parameters():
         quantised = mode == "qlora" and not parameter.requires_grad and id(parameter) in linear
         each = 4.0 if parameter.requires_grad else NF4_BYTES if quantised else width
         weights += parameter.numel() * each
-    trained = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in built.parameters() if p.requires_grad)
     rows = window.micro_batches[-1]
-    agents = max(1, config.crowd.num_agents)  # a row each
+    agents = own.agents  # a row each
     hidden, layers = agents * window.tokens * arch.hidden_size, arch.num_hidden_layers
     kept, again = layers * ACTIVATION_BYTES[precision], 0
     if evaluation:

@@ -7,6 +7,7 @@ checked after the build, so a silent fp16 or a trainable base cannot happen.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections import defaultdict
@@ -55,6 +56,16 @@ def architecture(config: Model) -> Any:
         return AutoConfig.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+
+
+def shallow(architecture: Any, depth: int) -> Any:
+    """A copy of a transformers configuration with its first `depth` layers."""
+    result = copy.deepcopy(architecture)
+    text = result.get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
+    return result
 
 
 def fingerprint(config: Model) -> str:

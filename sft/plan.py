@@ -10,28 +10,43 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.table import Table
 from rich.text import Text
 
 from sft import attention, batching, confirm, engine, hardware, memory, processes, storage
-from sft.config import Config, ConfigError, Train, with_values
+from sft.config import (
+    AnyConfig,
+    Config,
+    ConfigError,
+    Configured,
+    Distill,
+    Train,
+    dump_config,
+    with_values,
+)
 from sft.confirm import Past
-from sft.generate import bytes_per_row
+from sft.distill.task import blank_histories, num_held_out, split
+from sft.distill.transformer import num_positions
+from sft.engine import Engine
 from sft.hardware import Hardware
-from sft.log import duration, facts, size, write_json
+from sft.log import Log, duration, facts, size, write_json
 from sft.memory import Memory
-from sft.model import architecture
 from sft.prepare import Prepared
-from sft.rehearsal import Row, Window, uniform
+from sft.rehearsal import Window, uniform
+from sft.tasks import Row, Traits, Words, answering_bytes, traits
 from sft.trace import MIB
 
 # Of the memory stays free: other programs on a CPU, what fragmentation the replay does not see.
 MARGIN = {"cpu": 0.15, "cuda": 0.06}
 SATURATING_TOKENS = {"cpu": 2048, "cuda": 16384}  # a larger micro-batch is no faster
+OF_SMALL = {"cpu": 8192, "cuda": 65536}  # likewise, of a model whose tokens take little
 # Tokens whose time one more micro-batch takes: overhead of its operations. Measured on 2 cores
 # (docs/LOG.md); on a GPU not measured, so there the fewest micro-batches are taken.
 MICRO_BATCH_COST = {"cpu": 64, "cuda": None}
@@ -67,14 +82,24 @@ class Work:
         Raises ConfigError if the model has no positions for them.
         """
         length, number = config.data.max_seq_len, config.train.global_batch
-        text = architecture(config.model).get_text_config()
-        positions = getattr(text, "max_position_embeddings", None)
+        positions = getattr(traits(config).text, "max_position_embeddings", None)
         if positions and length > positions:
             raise ConfigError(
                 f"{config.model.name} has positions for {positions:,} tokens, found {length:,}: "
                 "give a smaller SEQ (data.max_seq_len)"
             )
         return Work([length] * number, np.full(number, length))
+
+    @staticmethod
+    def windows(settings: Distill) -> Work:
+        """Of histories, which need not be there: how many there are follows from the settings."""
+        train, held_out = split(blank_histories(settings), settings)
+
+        def work(number: int, rest: Work | None = None) -> Work:
+            learnt = np.full(number, settings.context)
+            return Work([num_positions(settings)] * number, learnt, rest)
+
+        return work(len(train), work(num_held_out(held_out)))
 
 
 @dataclass(frozen=True)
@@ -104,6 +129,7 @@ class Plan:
     past: Past | None  # what earlier runs on it have shown
     seconds: float | None  # of all steps, where the device's speed is known
     disk: storage.Need
+    words: Words
     reasons: dict[str, str]  # dotted configuration key -> why its `auto` became what it is
     warnings: list[str] = field(default_factory=list)
 
@@ -114,13 +140,14 @@ class Plan:
 
 
 def make_plan(
-    config: Config, prepared: Prepared | Work, machine: Hardware, world_size: int
+    config: AnyConfig, prepared: Prepared | Work, machine: Hardware, world_size: int
 ) -> Plan:
     """Raises ConfigError for an effective batch that so many processes cannot make."""
     train = config.train
     work = prepared if isinstance(prepared, Work) else Work.of(prepared)
     precision, why_precision = processes.resolve_precision(train, machine.devices)
     layout, why_layout = resolve_layout(config)
+    own = traits(config)
     at = Target(config, work, machine, world_size, precision, layout)
     choice, why_checkpointing = at.choose()
     counts = memory.counts(config)
@@ -131,8 +158,8 @@ def make_plan(
         "train.gradient_checkpointing": why_checkpointing,
         "train.max_tokens": choice.why,
         "train.micro_batch": f"what {budget.max_tokens:,} tokens hold",
-        "train.gradient_accumulation_steps": f"{len(at.first)} examples in {world_size} "
-        f"process(es) of micro-batches of at most {budget.max_tokens:,} tokens",
+        "train.gradient_accumulation_steps": f"{len(at.first)} {own.words.examples} in "
+        f"{world_size} process(es) of micro-batches of at most {budget.max_tokens:,} tokens",
     }
     evaluation = at.evaluation(budget)
     steps = engine.total_steps(train, len(work.lengths))
@@ -156,48 +183,49 @@ def make_plan(
         num_trained=counts.trained,
         memory=choice.memory,
         evaluation_bytes=evaluation.allocated if evaluation else 0,
-        generation_bytes=at.generation(evaluation) if evaluation else 0,
+        generation_bytes=at.answering(evaluation) if evaluation else 0,
         context_bytes=at.context_bytes,
         available_bytes=at.available_bytes,
         room=int(at.room),
         device=at.name,
-        past=confirm.past(Path(config.data.cache_dir), at.name),
+        past=confirm.past(own.cache, at.name),
         seconds=at.seconds(counts, choice.checkpointing, tokens),
         disk=disk(config, len(work.lengths)),
+        words=own.words,
         reasons={k: why for k, why in reasons.items() if getattr(train, k.split(".")[1]) == "auto"},
     )
     return replace(made, warnings=_warnings(made))
 
 
-def disk(config: Config, num_examples: int) -> storage.Need:
+def disk(config: AnyConfig, num_examples: int) -> storage.Need:
     """What a run on so many examples writes."""
-    vocabulary = architecture(config.model).get_text_config().vocab_size
+    own = traits(config)
     steps = engine.total_steps(config.train, num_examples)
     counted = memory.counts(config)
-    needed = storage.need(config.train, counted.trained, vocabulary, steps)
-    if config.tuning.mode == "full":
+    needed = storage.need(config.train, counted.trained, own.vocabulary, steps)
+    if own.mode == "full":
         return needed
     base = counted.parameters - counted.trained
-    return replace(needed, merged=2 * base + vocabulary * storage.TOKENIZER_BYTES)
+    return replace(needed, merged=2 * base + own.vocabulary * storage.TOKENIZER_BYTES)
 
 
 def _warnings(plan: Plan) -> list[str]:
     result = []
     if plan.missing_bytes:
         result.append(
-            f"one micro-batch takes {_gib(plan.memory.reserved + plan.context_bytes)} of the "
-            f"{_gib(plan.available_bytes)} per process of {plan.device}, "
-            f"{_gib(plan.missing_bytes)} more than fits with a margin: expect to run out of memory"
+            f"one micro-batch takes {size(plan.memory.reserved + plan.context_bytes)} of the "
+            f"{size(plan.available_bytes)} per process of {plan.device}, "
+            f"{size(plan.missing_bytes)} more than fits with a margin: expect to run out of memory"
         )
     if plan.evaluation_bytes > plan.room:
         result.append(
-            f"the held-out loss takes {_gib(plan.evaluation_bytes)}, which does not fit: a smaller "
+            f"the held-out loss takes {size(plan.evaluation_bytes)}, which does not fit: a smaller "
             "train.max_tokens or shorter held-out rows help"
         )
     if plan.generation_bytes > plan.room:
         result.append(
-            f"answering held-out prompts takes {_gib(plan.generation_bytes)}, which does not fit: "
-            "lower evaluation.batch_size"
+            f"{plan.words.answers} takes {size(plan.generation_bytes)}, which does not fit: "
+            f"lower {plan.words.fewer}"
         )
     return result
 
@@ -228,7 +256,7 @@ class _Choice:
 class Target:
     """A configuration on its data and devices."""
 
-    config: Config
+    config: AnyConfig
     work: Work
     machine: Hardware
     world_size: int
@@ -237,6 +265,10 @@ class Target:
     scanned: dict[batching.Budget, tuple[list[batching.MicroBatch], bool]] = field(
         default_factory=dict
     )
+
+    @cached_property
+    def traits(self) -> Traits:
+        return traits(self.config)
 
     @property
     def kind(self) -> str:
@@ -273,6 +305,8 @@ class Target:
         asked = self.config.train.gradient_checkpointing
         if asked != "auto":
             return self._largest(asked), "configured"
+        if self.traits.small:
+            return self._largest(False), "the model is too small for it"
         kept = self._largest(False)
         batch = sum(self.work.lengths[i] for i in self.first) // self.world_size
         if kept.fits and kept.budget.max_tokens >= min(self.saturating // 4, batch):
@@ -321,17 +355,14 @@ class Target:
 
     def _budget(self, max_tokens: int) -> batching.Budget:
         cost = MICRO_BATCH_COST[self.kind]
-        return batching.Budget(max_tokens, self.layout, cost and max(1, cost // self.agents))
-
-    @property
-    def agents(self) -> int:
-        """How often each token goes through the model."""
-        return max(1, self.config.crowd.num_agents)
+        agents = self.traits.agents
+        return batching.Budget(max_tokens, self.layout, cost and max(1, cost // agents))
 
     @property
     def saturating(self) -> int:
         """Tokens of the data that make a micro-batch as large as is of use."""
-        return SATURATING_TOKENS[self.kind] // self.agents
+        tokens = OF_SMALL if self.traits.small else SATURATING_TOKENS
+        return tokens[self.kind] // self.traits.agents
 
     @property
     def room(self) -> float:
@@ -345,9 +376,10 @@ class Target:
         fits = taken.reserved <= self.room
         return _Choice(checkpointing, budget, cuts, window.tokens, taken, fits, why)
 
-    def predicted(self, window: Window, config: Config, micro_batches: int) -> Memory:
+    def predicted(self, window: Window, config: AnyConfig, micro_batches: int) -> Memory:
         """`micro_batches`: of each process in a step."""
         on_gpu, group = self.kind == "cuda", self._group(micro_batches > 1)
+        window = replace(window, waiting=(micro_batches - 1) * window.tokens)
         return memory.predict(config, self.precision, window, on_gpu=on_gpu, group=group)
 
     def _group(self, accumulates: bool) -> memory.Group:
@@ -396,7 +428,7 @@ class Target:
     def _heaviest(
         self, work: Work, micro_batches: list[batching.MicroBatch], keeps_layers: bool
     ) -> batching.MicroBatch:
-        arch = architecture(self.config.model).get_text_config()
+        arch = self.traits.text
         per_token = arch.hidden_size * memory.ACTIVATION_BYTES[self.precision]
         per_token *= arch.num_hidden_layers if keeps_layers else 1
 
@@ -419,31 +451,28 @@ class Target:
         kind: Any = {"on_gpu": self.kind == "cuda", "evaluation": True, "group": self._group(False)}
         return memory.predict(config, self.precision, window, **kind)
 
-    def generation(self, evaluation: Memory) -> int:
-        """Bytes while held-out prompts are answered."""
-        settings, work = self.config.evaluation, self.work.held_out
-        if work is None or not settings.num_examples:
+    def answering(self, evaluation: Memory) -> int:
+        """Bytes while what was learnt is tried: held-out prompts are answered; 0 if none are."""
+        work = self.work.held_out
+        if work is None:
             return 0
-        number = min(settings.num_examples, len(work.lengths))
-        rows = min(settings.batch_size, math.ceil(number / self.world_size))
-        prompts = np.asarray(work.lengths[:number]) - work.supervised[:number]
-        lengths = int(prompts.max()), settings.max_new_tokens
+        prompts = (np.asarray(work.lengths) - work.supervised).tolist()
+        taken = answering_bytes(self.config, self.precision, prompts, self.world_size)
         passing = ("activations", "logits and loss", "dequantisation")
         kept = sum(v for k, v in evaluation.breakdown.items() if k not in passing)
-        each = bytes_per_row(architecture(self.config.model), self.precision, *lengths)
-        return kept + rows * each * self.agents
+        return kept + taken if taken else 0
 
     def seconds(self, counts: memory.Counts, checkpointing: bool, tokens: int) -> float | None:
         """For so many tokens: weights times tokens, at an assumed share of the GPU's peak."""
         gpu = hardware.gpu_of(self.machine.devices[0].name) if self.machine.devices else None
-        if gpu is None or self.precision != "bf16":
+        if gpu is None or self.precision != "bf16" or self.traits.small:
             return None
-        passes = (3 if self.config.tuning.mode == "full" else 2) + checkpointing
-        passes += self.config.crowd.num_agents > 1 and self.config.crowd.lambda_sw > 0  # the survey
+        agents = self.traits.agents
+        passes = (3 if self.traits.mode == "full" else 2) + checkpointing + self.traits.surveys
         speed = gpu.teraflops * 1e12 * UTILISATION * self.world_size
         multiplied = counts.multiplied
-        if self.agents > 1:  # each agent's adapter sees its own rows
-            multiplied = self.agents * (multiplied - counts.trained) + counts.trained
+        if agents > 1:  # each agent's adapter sees its own rows
+            multiplied = agents * (multiplied - counts.trained) + counts.trained
         return 2 * passes * multiplied * tokens / speed
 
 
@@ -465,7 +494,7 @@ def rows_asked(train: Train, world_size: int) -> int | None:
 
 
 def replanned(
-    plan: Plan, config: Config, data: Prepared | Work, machine: Hardware, budget: batching.Budget
+    plan: Plan, config: AnyConfig, data: Prepared | Work, machine: Hardware, budget: batching.Budget
 ) -> Plan:
     """The plan with another budget."""
     changes = {"train.gradient_checkpointing": plan.gradient_checkpointing, **of_budget(budget)}
@@ -485,16 +514,16 @@ def of_budget(budget: batching.Budget) -> dict[str, Any]:
     return values
 
 
-def target(config: Config, data: Prepared | Work, machine: Hardware, plan: Plan) -> Target:
+def target(config: AnyConfig, data: Prepared | Work, machine: Hardware, plan: Plan) -> Target:
     """That which was planned."""
     work = data if isinstance(data, Work) else Work.of(data)
     return Target(config, work, machine, plan.world_size, plan.precision, plan.budget.layout)
 
 
-def resolve_layout(config: Config) -> tuple[batching.Layout, str]:
+def resolve_layout(config: AnyConfig) -> tuple[batching.Layout, str]:
     if config.train.layout != "auto":
         return config.train.layout, "configured"
-    if config.model.attn_implementation in attention.UNMASKED:
+    if traits(config).attention in attention.UNMASKED:
         return "packed", "flash attention reads document borders without a mask"
     return "padded", "rows of like lengths; packing would need a dense mask here"
 
@@ -513,7 +542,7 @@ class Advice:
     fits: bool
 
 
-def advice(config: Config, work: Work, machine: Hardware, plan: Plan) -> list[Advice]:
+def advice(config: AnyConfig, work: Work, machine: Hardware, plan: Plan) -> list[Advice]:
     """What would take less memory, with the same micro-batch, from the cheapest on."""
     planned = {"train.gradient_checkpointing": plan.gradient_checkpointing}
     config = with_values(config, planned)
@@ -537,6 +566,8 @@ def advice(config: Config, work: Work, machine: Hardware, plan: Plan) -> list[Ad
         consider(price, {"train.gradient_checkpointing": True})
     if config.train.optimizer == "adamw":
         consider("moments in 8 bits", {"train.optimizer": "adamw_8bit"})
+    if not isinstance(config, Config):
+        return result
     if config.tuning.mode == "full":
         consider("adapters instead of all weights", {"tuning.mode": "lora"})
     if config.tuning.mode != "qlora":
@@ -589,6 +620,7 @@ def _rows(number: int, length: int) -> Window:
 
 
 def table(plan: Plan) -> Table:
+    words = plan.words
     cut = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} x {plan.micro_batches}"
     taken = plan.memory
     parts = ", ".join(
@@ -598,13 +630,16 @@ def table(plan: Plan) -> Table:
     past = f"; {plan.past.runs} earlier runs took {_span(plan.past)} of it" if plan.past else ""
     context = f", context {size(plan.context_bytes)} (assumed)" if plan.context_bytes else ""
     rows: list[tuple[str, str | Text]] = [
-        ("examples", f"{plan.num_examples:,} to train on, {plan.num_held_out:,} held out"),
+        (
+            words.examples,
+            f"{plan.num_examples:,}{words.each} to train on, {plan.num_held_out:,} held out",
+        ),
         (
             "tokens",
-            f"{plan.tokens_per_epoch:,} per epoch ({plan.supervised_share:.0%} supervised), "
+            f"{plan.tokens_per_epoch:,} per epoch ({plan.supervised_share:.0%} {words.items}), "
             f"{plan.tokens:,} in all",
         ),
-        ("steps", f"{plan.steps:,} of {plan.global_batch} examples"),
+        ("steps", f"{plan.steps:,} of {plan.global_batch} {words.examples}"),
         (
             "batch",
             f"{cut} micro-batch(es) of at most {plan.budget.max_tokens:,} tokens, "
@@ -620,7 +655,8 @@ def table(plan: Plan) -> Table:
     ]
     if plan.evaluation_bytes:
         told = f"{size(plan.evaluation_bytes)} for the held-out loss"
-        rows.append(("evaluation", f"{told}, {size(plan.generation_bytes)} for answers"))
+        told += f", {size(plan.generation_bytes)} for {words.answers}"
+        rows.append(("evaluation", told))
     if plan.seconds is not None:
         rows.append(("time", _time(plan)))
     values = chosen(plan)
@@ -691,10 +727,6 @@ def comparison_table(found: list[dict[str, Any]], length: int) -> Table:
     return result
 
 
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:,.1f} GiB"
-
-
 def chosen(plan: Plan) -> dict[str, Any]:
     """The values of `train` that `auto` becomes, `auto` or not."""
     return {
@@ -748,3 +780,59 @@ def report(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
 def write(plan: Plan, path: Path, measured: dict[str, Any] | None = None) -> None:
     """plan.json: the plan, and what was measured once the run is over."""
     write_json(path, report(plan) | {"measured": measured})
+
+
+# --- in a run ----------------------------------------------------------------------------------
+
+
+def make_together(
+    config: AnyConfig, data: Prepared | Work, machine: Hardware, accelerator: Accelerator
+) -> Plan:
+    """One plan for all ranks, that of the one with the least memory: cut differently by each, the
+    global batch would not be whole. Collective."""
+    made = make_plan(config, data, machine, accelerator.num_processes)
+    if accelerator.num_processes == 1:
+        return made
+    return min(gather_object([made]), key=lambda each: each.available_bytes)
+
+
+def confirm_on(
+    engine: Engine, planned: Plan, resolved: AnyConfig, data: Prepared | Work, machine: Hardware
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan with a budget that the device holds, which the engine has from then on, and what of
+    it was measured. Collective."""
+    train = resolved.train
+    if train.engine != "ddp" or (planned.world_size > 1 and not machine.devices):
+        return planned, {}  # what other engines and the buckets of DDP hold is not seen
+    at = target(resolved, data, machine, planned)
+
+    def heaviest(budget: batching.Budget) -> list[batching.MicroBatch]:
+        chosen, accumulates = at.heaviest(budget, planned.gradient_checkpointing)
+        return [chosen] * (2 if accumulates else 1)
+
+    state = planned.memory.breakdown["optimizer"]
+    budget, peak = confirm.fitting(engine, planned.budget, heaviest, state)
+    if budget != planned.budget:
+        planned = replanned(planned, resolved, data, machine, budget)
+        engine.budget = engine.task.budget = budget
+        with_budget(resolved, planned, engine.log)
+    predicted = planned.memory.allocated
+    told = f"{size(peak)} measured, {size(predicted)} predicted"
+    engine.log.say(f"memory of the heaviest micro-batch: {told}")
+    if engine.accelerator.is_main_process:
+        confirm.remember(at.traits.cache, planned.device, predicted, peak)
+    return planned, {"heaviest_micro_batch_bytes": peak}
+
+
+def with_budget(resolved: Configured, planned: Plan, log: Log) -> Configured:
+    """The resolved configuration with the plan's budget; both are written again."""
+    resolved = with_values(resolved, of_budget(planned.budget))
+    if log.folder:
+        keep(resolved, planned, log.folder)
+    return resolved
+
+
+def keep(resolved: AnyConfig, planned: Plan, folder: Path) -> None:
+    """config.yaml and plan.json of a run folder."""
+    (folder / "config.yaml").write_text(dump_config(resolved, planned.reasons), "utf-8")
+    write(planned, folder / "plan.json")

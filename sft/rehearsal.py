@@ -1,6 +1,6 @@
 """One optimizer step of the run, rehearsed before a weight is loaded: the memory that it takes.
 
-The step is the run's own: `model.build`, `FineTune.loss` and `Engine.optimizer_step` run as they
+The step is the run's own: `model.build`, the task's loss and `Engine.optimizer_step` run as they
 are, on fake tensors, which have shapes but no data, under a recorder of allocations.
 
 On the CPU, whatever the run's device; for a GPU operations keep what they would keep there, as far
@@ -9,13 +9,11 @@ as they can tell (docs/PLAN.md).
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from logging import getLogger
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,17 +25,14 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sft import attention, batching, chat, data, engine, evaluate, model, store
-from sft.config import Config, with_values
+from sft import attention, batching, engine, evaluate, model
+from sft.config import AnyConfig, with_values
 from sft.log import Log
-from sft.prepare import Prepared
-from sft.tasks import make_task
+from sft.model import shallow
+from sft.tasks import Row, blank, traits
 from sft.trace import Assume, Recorder, Trace
 
 CPU = torch.device("cpu")
-
-
-Row = tuple[int, int]  # tokens of an example, and those of them that the loss sees
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,7 @@ class Window:
     micro_batches: tuple[tuple[Row, ...], ...]
     layout: batching.Layout = "padded"
     gradients: bool = False  # are there from the start: of earlier micro-batches, in DDP's buckets
+    waiting: int = 0  # tokens of other micro-batches that are there; `memory` adds them
 
     @property
     def tokens(self) -> int:
@@ -67,7 +63,7 @@ def uniform(
 
 
 def rehearse(
-    config: Config,
+    config: AnyConfig,
     precision: str,
     window: Window,
     *,
@@ -81,10 +77,11 @@ def rehearse(
     `depth`: layers, instead of all that the model has. `on_gpu`: as they would be on a GPU, as far
     as an operation can tell.
     """
-    isolates = config.model.attn_implementation in attention.UNMASKED
+    own = traits(config)
+    isolates = own.attention in attention.UNMASKED  # documents, without a mask
     if isolates:  # its kernels need a GPU; what they keep is what SDPA keeps
         config = with_values(config, {"model.attn_implementation": "sdpa"})
-    if depth is not None and config.crowd.layer >= depth:  # of those that there are, the last
+    if depth is not None and own.layer >= depth:  # of those that there are, the last
         config = with_values(config, {"crowd.layer": depth - 1})
     masked = window.layout == "packed" and max(map(len, window.micro_batches)) > 1 and not isolates
     with _fake(config, masked, depth), _like_a_gpu(config, precision) if on_gpu else nullcontext():
@@ -92,18 +89,8 @@ def rehearse(
         return record(made, gradients=window.gradients or evaluation, evaluation=evaluation)
 
 
-def shallow(architecture: Any, depth: int) -> Any:
-    """A copy of a transformers configuration with its first `depth` layers."""
-    result = copy.deepcopy(architecture)
-    text = result.get_text_config()
-    text.num_hidden_layers = depth
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:depth]
-    return result
-
-
 @contextmanager
-def _fake(config: Config, masked: bool, depth: int | None) -> Iterator[None]:
+def _fake(config: AnyConfig, masked: bool, depth: int | None) -> Iterator[None]:
     """Every tensor made in it is fake, and nothing outside keeps one.
 
     `masked`: transformers makes a mask, as it does for packed documents; it would make one, too,
@@ -121,7 +108,7 @@ def _fake(config: Config, masked: bool, depth: int | None) -> Iterator[None]:
     with ExitStack() as stack:
         enter = stack.enter_context
         enter(torch.random.fork_rng(devices=[]))
-        if config.tuning.mode == "qlora":  # bitsandbytes keeps its tables for all models
+        if traits(config).mode == "qlora":  # bitsandbytes keeps its tables for all models
             enter(mock.patch.dict("bitsandbytes.functional.name2qmap", clear=True))
         enter(mock.patch("transformers.masking_utils.is_tracing", is_tracing))
         enter(mock.patch.object(nn.Module, "_apply", _convert))
@@ -148,7 +135,7 @@ def _convert(module: nn.Module, function: Callable[[Any], Any], recurse: bool = 
 
 
 @contextmanager
-def _like_a_gpu(config: Config, precision: str) -> Iterator[None]:
+def _like_a_gpu(config: AnyConfig, precision: str) -> Iterator[None]:
     """Operations keep what they would keep on a GPU."""
     attend: Any = F.scaled_dot_product_attention
     normalise: Any = F.layer_norm
@@ -171,7 +158,7 @@ def _like_a_gpu(config: Config, precision: str) -> Iterator[None]:
         tensors = (a.float() if isinstance(a, torch.Tensor) else a for a in arguments)
         return normalise(*tensors)
 
-    text = model.architecture(config.model).get_text_config()
+    text = traits(config).text
     heads = getattr(text, "num_attention_heads", None)
     grouped = getattr(text, "num_key_value_heads", heads) != heads
     with ExitStack() as stack:
@@ -184,38 +171,26 @@ def _like_a_gpu(config: Config, precision: str) -> Iterator[None]:
 
 
 def make_engine(
-    config: Config, precision: str, window: Window, weights: bool, accelerator: Any = None
+    config: AnyConfig, precision: str, window: Window, weights: bool, accelerator: Any = None
 ) -> engine.Engine:
     """An engine whose every step is `window`: on the device of an Accelerator, in its processes; or
     (None) alone on the CPU and behind its first step, in which the optimizer makes its state."""
     rows = [row for micro_batch in window.micro_batches for row in micro_batch]
     config = with_values(config, {"train.global_batch": len(rows)})
     budget = batching.Budget(sum(length for length, _ in rows), window.layout)
-    examples = store.Examples(
-        store.pack(
-            (i, data.Row([], None, "rehearsal", i), _example(*r)) for i, r in enumerate(rows)
-        )
-    )
-    prepared = Prepared(SimpleNamespace(pad_token_id=0), examples, examples, {})  # type: ignore[arg-type]
     group = accelerator or Alone(precision, config.train.engine)
-    built = model.build(config, precision, group.device, weights=weights)
-    task = make_task(config, prepared, built, group, Log(None), budget)
+    task = blank(config, precision, rows, group, budget, weights)
     made = engine.Engine(task, config.train, group, Log(None), budget)
     numbers = iter(range(len(rows)))
     micro_batches = [[next(numbers) for _ in each] for each in window.micro_batches]
     made.window = lambda step: (list(range(len(rows))), micro_batches)  # type: ignore[method-assign]
     if accelerator is None:
-        for parameter in built.parameters():
+        for parameter in task.model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         made.optimizer.step()
         made.optimizer.zero_grad()
     return made
-
-
-def _example(length: int, supervised: int) -> chat.Example:
-    ids = [0] * length
-    return chat.Example(ids, [chat.IGNORED] * (length - supervised) + ids[:supervised])
 
 
 class Alone:
@@ -255,7 +230,7 @@ def record(made: engine.Engine, *, gradients: bool = False, evaluation: bool = F
     fake = getattr(trained[0], "fake_mode", None)
     update = made.parallel.clip
 
-    def collate_unseen(ids: list[int]) -> store.Batch:
+    def collate_unseen(ids: list[int]) -> engine.Batch:
         with _disable_current_modes():  # arrays of numpy are made real
             batch = collate(ids)
             if fake is not None:

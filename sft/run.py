@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -26,7 +25,6 @@ from sft import (
     audit,
     chat,
     checkpoint,
-    confirm,
     evaluate,
     export,
     finetune,
@@ -38,14 +36,12 @@ from sft import (
     profile,
     storage,
 )
-from sft.batching import Budget, MicroBatch
 from sft.config import (
     AnyConfig,
     Config,
     DistillConfig,
     Train,
     UserError,
-    dump_config,
     refuse_one_agent,
     with_values,
 )
@@ -99,7 +95,7 @@ def _run(
     if resumed_from:
         read_state(resumed_from, identity(config.train, finetune.identity(config, prepared)))
     finetune.check_references(config, prepared)
-    planned = plan_together(config, prepared, machine, accelerator)
+    planned = plan.make_together(config, prepared, machine, accelerator)
     if warning := storage.refuse_if_full(planned.disk, config.train):
         log.say(f"warning: {warning}")
     resolved = with_values(config, plan.resolved_values(planned))
@@ -108,7 +104,7 @@ def _run(
         log.say(told)
     if log.folder:
         prepare.write(prepared, folder)
-        _write_plan(resolved, planned, folder)
+        plan.keep(resolved, planned, folder)
 
     guard.stop_if_asked()
     model = build(resolved, planned.precision, accelerator.device)
@@ -118,14 +114,11 @@ def _run(
     )
     if budget != planned.budget:
         planned = plan.replanned(planned, resolved, prepared, machine, budget)
-        resolved = _with_budget(resolved, planned, log)
+        resolved = plan.with_budget(resolved, planned, log)
     task = make_task(resolved, prepared, model, accelerator, log, budget, guard)
     engine = Engine(task, resolved.train, accelerator, log, budget)
     engine.guard = guard
-    planned, measured = _confirmed(planned, resolved, prepared, machine, engine)
-    if planned.budget != budget:
-        engine.budget = task.budget = planned.budget
-        resolved = _with_budget(resolved, planned, log)
+    planned, measured = plan.confirm_on(engine, planned, resolved, prepared, machine)
     base = _base_results(folder, task, engine, planned.precision, resumed_from is not None)
     log.say(f"before: {_told(base['metrics'])}")
     measured |= profile.timed(engine, resumed_from)
@@ -146,58 +139,6 @@ def _run(
     if log.folder:
         plan.write(planned, folder / "plan.json", measured)
         _tell_results(config, base, tuned, measured, log)
-
-
-def plan_together(
-    config: Config, prepared: prepare.Prepared, machine: hardware.Hardware, accelerator: Accelerator
-) -> plan.Plan:
-    """One plan for all ranks, that of the one with the least memory: cut differently by each, the
-    global batch would not be whole. Collective."""
-    made = plan.make_plan(config, prepared, machine, accelerator.num_processes)
-    if accelerator.num_processes == 1:
-        return made
-    return min(gather_object([made]), key=lambda each: each.available_bytes)
-
-
-def _confirmed(
-    planned: plan.Plan,
-    config: Config,
-    prepared: prepare.Prepared,
-    machine: hardware.Hardware,
-    engine: Engine,
-) -> tuple[plan.Plan, dict[str, Any]]:
-    """The plan with a budget that the device holds, and what of it was measured. Collective."""
-    if config.train.engine != "ddp" or (planned.world_size > 1 and not machine.devices):
-        return planned, {}  # what other engines and the buckets of DDP hold is not seen
-    target = plan.target(config, prepared, machine, planned)
-
-    def heaviest(budget: Budget) -> list[MicroBatch]:
-        chosen, accumulates = target.heaviest(budget, planned.gradient_checkpointing)
-        return [chosen] * (2 if accumulates else 1)
-
-    state = planned.memory.breakdown["optimizer"]
-    budget, peak = confirm.fitting(engine, planned.budget, heaviest, state)
-    if budget != planned.budget:
-        planned = plan.replanned(planned, config, prepared, machine, budget)
-    predicted = planned.memory.allocated
-    told = f"{plan.size(peak)} measured, {plan.size(predicted)} predicted"
-    engine.log.say(f"memory of the heaviest micro-batch: {told}")
-    if engine.accelerator.is_main_process:
-        confirm.remember(Path(config.data.cache_dir), planned.device, predicted, peak)
-    return planned, {"heaviest_micro_batch_bytes": peak}
-
-
-def _with_budget(resolved: Config, planned: plan.Plan, log: Log) -> Config:
-    """The resolved configuration with the plan's budget; both are written again."""
-    resolved = with_values(resolved, plan.of_budget(planned.budget))
-    if log.folder:
-        _write_plan(resolved, planned, log.folder)
-    return resolved
-
-
-def _write_plan(resolved: Config, planned: plan.Plan, folder: Path) -> None:
-    (folder / "config.yaml").write_text(dump_config(resolved, planned.reasons), "utf-8")
-    plan.write(planned, folder / "plan.json")
 
 
 def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
@@ -240,7 +181,7 @@ def _evaluate(
     guard: Guard,
 ) -> None:
     used = config if config.crowd.agent is None else export.alone(config)
-    planned = plan_together(used, prepared, hardware.detect(folder), accelerator)
+    planned = plan.make_together(used, prepared, hardware.detect(folder), accelerator)
     model, _ = export.load_tuned(folder, config, planned.precision, accelerator.device)
     budget = finetune.usable_budget(planned.budget, "auto", model, accelerator.device, log)
     task = make_task(config, prepared, model, accelerator, log, budget, guard)

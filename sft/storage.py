@@ -107,16 +107,16 @@ def refuse_if_full(needed: Need, train: Train) -> str | None:
     return None
 
 
-def refuse_if_unwritable(folder: Path) -> None:
-    """CheckpointError if the run folder, where it is or will be, takes no files."""
+def refuse_if_unwritable(folder: Path, key: str = "train.output_dir") -> None:
+    """CheckpointError if the folder that `key` names, where it is or will be, takes no files."""
     existing = hardware.nearest_existing(folder)
     try:
         with tempfile.TemporaryFile(dir=existing):
             return
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: cannot write to {existing}: {error.strerror}; set train.output_dir to a "
-            "folder that is writable"
+            f"{folder}: cannot write to {existing}: {error.strerror}; set {key} to a folder that "
+            "is writable"
         ) from None
 
 

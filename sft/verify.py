@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,10 +34,21 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sft import batching, checkpoint, hardware, model, prepare, processes
-from sft.config import Config, ConfigError, UserError, dump_config, with_values
+from sft import batching, checkpoint, hardware, model, plan, prepare, processes
+from sft.config import (
+    EPISODE,
+    AnyConfig,
+    Config,
+    ConfigError,
+    DistillConfig,
+    UserError,
+    dump_config,
+    with_values,
+)
+from sft.distill import histories
 from sft.log import Advance, bar, facts
-from sft.rehearsal import shallow
+from sft.model import shallow
+from sft.tasks import traits
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "scripts/train.py"
@@ -51,6 +62,7 @@ WIDTHS = {  # of the small model, where its configuration names them
     "num_experts": 4,
     "num_local_experts": 4,
 }
+DISTILL_WIDTH = 32  # of the small model of histories
 EXAMPLES = 8  # of a global batch, at most
 HELD_OUT = 6  # rows
 LOSS, WEIGHTS = 1e-5, 1e-4  # relative deviation that another cut may cause
@@ -70,7 +82,7 @@ class VerificationError(UserError):
 class Small:
     """A configuration that trains in seconds; all that its runs write is in `folder`."""
 
-    config: Config
+    config: AnyConfig
     folder: Path
     lengths: list[int]  # tokens of the examples, falling
     told: list[tuple[str, str]]  # what is not as the user configured it
@@ -90,27 +102,29 @@ class Small:
         return max(self.lengths[0], sum(self.lengths[: self.config.train.global_batch]) // 4)
 
 
-def make_small(config: Config, folder: Path, *, exact: bool = False) -> Small:
-    """`config` with a small model of random weights, and few rows, so that an epoch has three steps
-    and a partial last batch; half of a second epoch follows.
+@dataclass(frozen=True)
+class Shrunk:
+    """What is small of a task."""
+
+    values: dict[str, Any]  # of its sections, by dotted path
+    told: list[tuple[str, str]]
+    smooth: dict[str, Any]  # values without which another cut draws other random numbers
+    batch: int  # examples of a global batch, at most
+    lengths: Callable[[Any], Sequence[int]]  # of the examples; Any is the small configuration
+    among: str  # what they were looked for in
+
+
+def make_small(config: AnyConfig, folder: Path, *, exact: bool = False) -> Small:
+    """`config` with a small model of random weights, and few examples, so that an epoch has three
+    steps and a partial last batch; half of a second epoch follows.
 
     `exact`: without dropout and in fp32, so that runs that are cut differently can be compared.
     """
     if not hardware.detect().devices:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guesses so
-    built, told = small_model(config, exact)
-    place = str(folder / "model")
-    built.save_pretrained(place)  # type: ignore[operator]
-    model.load_tokenizer(config.model).save_pretrained(place)
-    batch = min(config.train.global_batch, EXAMPLES)
-    rows = 2 * batch + max(1, batch // 2) + HELD_OUT
+    made = SHRINKING[config.task](config, folder, exact)
+    told = [*made.told]
     values: dict[str, Any] = {
-        "model.name": place,
-        "model.revision": None,
-        "data.max_rows": rows,
-        "data.eval_path": None,
-        "data.eval_fraction": HELD_OUT / rows,
-        "data.cache_dir": str(folder / "cache"),
         "train.output_dir": str(folder / "run"),
         "train.micro_batch": "auto",
         "train.gradient_accumulation_steps": "auto",
@@ -119,37 +133,102 @@ def make_small(config: Config, folder: Path, *, exact: bool = False) -> Small:
         "train.resume_from_checkpoint": None,
         "train.tensorboard": False,
         "train.wandb": False,
-        "evaluation.num_examples": min(config.evaluation.num_examples, 2),
-        "evaluation.max_new_tokens": min(config.evaluation.max_new_tokens, 8),
+        **made.values,
     }
     if exact:
-        wanted = {
-            "train.precision": "fp32",
-            "train.optimizer": "adamw",
-            "tuning.lora_dropout": 0.0,
-            "crowd.dropconnect": 0.0,
-        }
+        wanted = {"train.precision": "fp32", "train.optimizer": "adamw", **made.smooth}
         given = config.model_dump()
         given["train"]["precision"], _ = processes.resolve_precision(config.train)
         found = {path: given[path.split(".")[0]][path.split(".")[1]] for path in wanted}
         told += [(p, f"{wanted[p]} instead of {found[p]}") for p in wanted if found[p] != wanted[p]]
         values |= wanted
-    shrunk = with_values(config, values)
-    lengths = sorted(prepare.prepare(shrunk).train.lengths, reverse=True)
+    shrunk, batch = with_values(config, values), made.batch
+    lengths = sorted(made.lengths(shrunk), reverse=True)
     while batch > 1 and batching.steps_per_epoch(len(lengths), batch) < 3:
         batch -= 1
     per_epoch = batching.steps_per_epoch(len(lengths), batch)
     if per_epoch < 3:
         raise VerificationError(
             "expected at least 3 usable training rows, to interrupt an epoch in its middle and at "
-            f"its end; found {len(lengths)} among the first {rows} of {config.data.train_path}"
+            f"its end; found {len(lengths)} among {made.among}"
         )
     steps = per_epoch + 3
-    told.append(("data", f"{len(lengths)} rows to train on, {batch} a step, {per_epoch} an epoch"))
+    examples = traits(shrunk).words.examples
+    number = f"{len(lengths)} {examples} to train on"
+    told.append(("data", f"{number}, {batch} a step, {per_epoch} an epoch"))
     told.append(("steps", f"{steps}, each of them saved, every second evaluated"))
     shrunk = with_values(shrunk, {"train.global_batch": batch, "train.max_steps": steps})
     small = Small(shrunk, folder, lengths, told)
     return replace(small, config=with_values(shrunk, {"train.max_tokens": small.quarter}))
+
+
+def _fine_tuning(config: Config, folder: Path, exact: bool) -> Shrunk:
+    built, told = small_model(config, exact)
+    place = str(folder / "model")
+    built.save_pretrained(place)  # type: ignore[operator]
+    model.load_tokenizer(config.model).save_pretrained(place)
+    batch = min(config.train.global_batch, EXAMPLES)
+    rows = 2 * batch + max(1, batch // 2) + HELD_OUT
+    values = {
+        "model.name": place,
+        "model.revision": None,
+        "data.max_rows": rows,
+        "data.eval_path": None,
+        "data.eval_fraction": HELD_OUT / rows,
+        "data.cache_dir": str(folder / "cache"),
+        "evaluation.num_examples": min(config.evaluation.num_examples, 2),
+        "evaluation.max_new_tokens": min(config.evaluation.max_new_tokens, 8),
+    }
+    told.append(("tuning", config.tuning.mode))
+    smooth = {"tuning.lora_dropout": 0.0, "crowd.dropconnect": 0.0}
+    among = f"the first {rows} of {config.data.train_path}"
+    return Shrunk(
+        values, told, smooth, batch, lambda small: prepare.prepare(small).train.lengths, among
+    )
+
+
+def _distillation(config: DistillConfig, folder: Path, exact: bool) -> Shrunk:
+    """Histories of PPO, which are collected here: with a window in two goes for each goal."""
+    given = config.distill
+    context = min(given.context, 2 * EPISODE)
+    wide = given.width > DISTILL_WIDTH
+    sizes = {
+        "num_layers": min(given.num_layers, LAYERS),
+        "width": DISTILL_WIDTH if wide else given.width,
+        "num_heads": 4 if wide else given.num_heads,
+        "context": context,
+        "slide": min(given.slide, context // EPISODE),
+        "source": "ppo",
+        "num_streams": 2,
+        "num_steps": 2 * context,
+        "held_out_streams": 1,
+        "data_dir": str(folder / "histories"),
+        "eval_episodes": 1,
+        "eval_seeds": 1,
+        "eval_quick": 1,
+    }
+    settings = given.model_copy(update=sizes)
+    histories.collect(settings)
+    lengths = plan.Work.windows(settings).lengths
+    told = [
+        (
+            "model",
+            f"{settings.num_layers} layers of {settings.width} instead of {given.num_layers} of "
+            f"{given.width}, context of {context} instead of {given.context} transitions",
+        ),
+        ("histories", f"2 streams of {2 * context} steps of each goal, collected for this"),
+    ]
+    values = {f"distill.{key}": value for key, value in sizes.items()}
+    batch = 2 * len(lengths) // 5  # two whole ones and half of one
+    # The bias of keys has no gradient but rounding, of which AdamW would make updates.
+    smooth = {"distill.dropout": 0.0, "train.adam_epsilon": max(1e-6, config.train.adam_epsilon)}
+    return Shrunk(values, told, smooth, batch, lambda _: lengths, "windows")
+
+
+SHRINKING: dict[str, Callable[[Any, Path, bool], Shrunk]] = {
+    Config.task: _fine_tuning,
+    DistillConfig.task: _distillation,
+}
 
 
 def small_model(config: Config, exact: bool = False) -> tuple[nn.Module, list[tuple[str, str]]]:
@@ -495,7 +574,7 @@ def _same(holds: bool) -> tuple[str, bool]:
     return ("same" if holds else "OTHER"), holds
 
 
-def verify_resume(config: Config, world: int, console: Console) -> None:
+def verify_resume(config: AnyConfig, world: int, console: Console) -> None:
     """Prints the verdict on law 2. Raises VerificationError where it does not hold."""
     others = (world - 1 if world > 2 else 1,) if world > 1 else ()
     with _folder() as folder:
@@ -510,7 +589,7 @@ def verify_resume(config: Config, world: int, console: Console) -> None:
                 groups.append((exact, [replace(chosen[0], resumed_by=others)]))
             else:
                 chosen[0] = replace(chosen[0], resumed_by=(world, *others))
-        _introduce(console, small, world, introduced)
+        _introduce(console, world, introduced)
         total = sum(1 + sum(1 + len(kill.resumed_by) for kill in kills) for _, kills in groups)
         rows = []
         with bar(console, "runs", total) as advance:
@@ -556,8 +635,9 @@ def cuts(small: Small, world: int, deepspeed: list[Path]) -> list[Cut]:
         Cut(1, alone, "padded", small.whole),
         Cut(1, alone, "padded", small.quarter),
         Cut(1, alone, "padded", 1),
-        Cut(1, alone, "packed", small.quarter),
     ]
+    if isinstance(small.config, Config):  # windows of histories are not packed
+        found.append(Cut(1, alone, "packed", small.quarter))
     if world > 1:
         found.append(Cut(world, "DDP", "padded", small.quarter))
         found.append(Cut(world, "FSDP2", "padded", small.quarter, ("train.engine=fsdp",)))
@@ -585,7 +665,7 @@ def cut_row(cut: Cut, made: Run, first: Run) -> Row:
     return Row(cut.title, _compared(made.folder, first.folder, exact=False)[:-1])
 
 
-def verify_invariance(config: Config, world: int, console: Console) -> None:
+def verify_invariance(config: AnyConfig, world: int, console: Console) -> None:
     """Prints the verdict on law 1. Raises VerificationError where it does not hold."""
     deepspeed = sorted(ROOT.glob("configs/deepspeed_z*.json"))
     own = Path(config.train.deepspeed_config or deepspeed[0])
@@ -593,7 +673,7 @@ def verify_invariance(config: Config, world: int, console: Console) -> None:
     any_engine = {"train.engine": "ddp", "train.deepspeed_config": None}
     with _folder() as folder:
         small = make_small(with_values(config, any_engine), folder, exact=True)
-        _introduce(console, small, world, small.told)
+        _introduce(console, world, small.told)
         chosen = cuts(small, world, deepspeed)
         with bar(console, "runs", len(chosen)) as advance:
             rows = invariance_rows(Trials(small, fresh, advance), chosen)
@@ -634,11 +714,9 @@ def _folder() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _introduce(console: Console, small: Small, world: int, told: list[tuple[str, str]]) -> None:
-    mode = (
-        f"{small.config.tuning.mode}, {world} process{'es' * (world > 1)}, all else as configured"
-    )
-    console.print(facts("The configuration, made small", [*told, ("tuning", mode)]))
+def _introduce(console: Console, world: int, told: list[tuple[str, str]]) -> None:
+    rest = ("processes", f"{world}; all else as configured")
+    console.print(facts("The configuration, made small", [*told, rest]))
 
 
 def _conclude(console: Console, law: str, titles: tuple[str, ...], rows: list[Row]) -> None:

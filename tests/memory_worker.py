@@ -1,6 +1,6 @@
 """Run by torchrun: real steps of a configuration on real processes; writes what rank 0 allocates.
 
-memory_worker.py CONFIG OUT: a configuration in JSON, and a file for the bytes at the peak.
+memory_worker.py CONFIG OUT: files of a configuration, and for the bytes at the peak.
 
 DDP is watched by the recorder, the others through the events of the allocator: the recorder takes
 two tensors of DeepSpeed's optimizer, which are replaced in the first step, for living ones.
@@ -19,7 +19,7 @@ import torch
 from allocations import true_peak
 
 from sft import rehearsal
-from sft.config import Config
+from sft.config import load_run
 from sft.processes import start_processes
 from sft.rehearsal import uniform
 from sft.trace import Recorder
@@ -38,8 +38,8 @@ def paused(wait: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def main(text: str, out: Path) -> None:
-    config = Config.model_validate_json(text)
+def main(file: str, out: Path) -> None:
+    config = load_run(file)
     accelerator = start_processes(config.train)
 
     def steps() -> None:

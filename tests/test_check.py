@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from conftest import ROOT
 
-from sft import check
-from sft.config import ConfigError, load_config, with_values
+from sft import check, hardware
+from sft.config import ConfigError, load_config, load_run, with_values
+from sft.distill import histories, source
 
 # Caches; and outputs/, where tests beside this one write. The run's folder is asked for by name.
 OF_OTHERS = {".git", ".venv", ".cache", "__pycache__", ".hypothesis", ".pytest_cache", "outputs"}
@@ -88,6 +89,44 @@ def test_a_crowd_is_tried_out_before_it_is_trained(tmp_path):
     ]
     assert not (tmp_path / "run").exists()
     assert not list(tmp_path.glob(".check_*"))
+
+
+def test_distillation_is_tried_before_it_is_trained(tmp_path, monkeypatch):
+    """With its histories, and without: then on blank ones, and nothing is collected."""
+    monkeypatch.setattr(hardware, "usable_cores", lambda: 1)
+    monkeypatch.setattr(source, "EPOCHS", 1)
+    sizes = ["distill.num_streams=2", "distill.held_out_streams=1", "distill.num_steps=260"]
+    folders = [f"distill.data_dir={tmp_path}/rooms", f"train.output_dir={tmp_path}/run"]
+    given = "configs/ad_darkroom.yaml", [*sizes, *folders, "train.precision=fp32"]
+
+    def checked() -> dict[str, check.Finding]:
+        found = check._all(*given, ROOT / "requirements.txt")
+        return {finding.what.split(":")[0]: finding for finding in found}
+
+    found = checked()
+    assert list(found)[-7:] == [
+        *("histories", "disk", "Accelerate", "model"),
+        *("one training step", "checkpoint", "in context"),
+    ]
+    assert all(finding.ok for finding in found.values()), found
+    assert "73 goals x 2 streams x 260 steps are collected" in found["histories"].what
+    assert "blank histories" in found["model"].what
+    assert not [*tmp_path.iterdir()]
+
+    settings = load_run(*given).distill
+    folder = histories.collect(settings)
+    found = checked()
+    assert found["histories"].what.endswith(f"73 goals x 2 streams x 260 steps in {folder}")
+    assert "blank" not in found["model"].what
+    assert {path.name for path in tmp_path.iterdir()} == {"rooms"}
+    histories.path_of(folder, 41).write_text("torn")
+    *_, last = checked().values()
+    assert not last.ok
+    assert "goal_4_5.parquet" in last.what
+    given[1].append("distill.data_dir=/proc/nothing")
+    *_, last = checked().values()
+    assert not last.ok
+    assert "set distill.data_dir" in last.what
 
 
 def test_one_agent_alone_is_not_trained(tmp_path):

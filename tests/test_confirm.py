@@ -10,7 +10,7 @@ import tiny
 import torch
 from conftest import ROOT
 
-from sft import batching, confirm, finetune, hardware, model, plan, prepare, rehearsal, run
+from sft import batching, confirm, finetune, hardware, model, plan, prepare, rehearsal
 from sft.batching import Budget
 from sft.config import UserError, load_config, with_values
 from sft.engine import Engine
@@ -106,14 +106,15 @@ def test_a_run_whose_device_holds_less_goes_on_with_a_smaller_budget(tmp_path):
     task = finetune.FineTune(resolved, prepared, built, alone, tiny.Said(), planned.budget)
     engine = Engine(task, resolved.train, alone, tiny.Said(), planned.budget)
     holding(engine, 900)
-    smaller, measured = run._confirmed(planned, resolved, prepared, machine, engine)
+    smaller, measured = plan.confirm_on(engine, planned, resolved, prepared, machine)
+    assert engine.budget == task.budget == smaller.budget
     assert smaller.budget.max_tokens < 2000 < planned.budget.max_tokens
     assert smaller.micro_batches > planned.micro_batches
     assert smaller.memory.allocated < planned.memory.allocated
     (line,) = map(json.loads, (tmp_path / confirm.HISTORY).read_text().splitlines())
     assert line["predicted_bytes"] == smaller.memory.allocated
     assert line["measured_bytes"] == measured["heaviest_micro_batch_bytes"]
-    again = run._with_budget(resolved, smaller, Log(None))
+    again = plan.with_budget(resolved, smaller, Log(None))
     assert again.train.max_tokens == smaller.budget.max_tokens
 
 

@@ -12,16 +12,18 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from allocations import allocated_bytes
 from safetensors.torch import load_file
 
-from sft import batching, engine, hardware, processes
-from sft.config import ConfigError, Distill, DistillConfig, load_config, load_run
+from sft import batching, engine, hardware, plan, processes, rehearsal
+from sft.config import ConfigError, Distill, DistillConfig, load_config, load_run, with_values
 from sft.distill import darkroom, histories, rollout, task, transformer
 from sft.distill import run as distilled
 from sft.distill.rollout import play
 from sft.distill.source import Histories
 from sft.distill.transformer import Transformer, window_tokens, with_marks
 from sft.log import Log
+from sft.trace import Recorder
 
 SMALL = Distill(
     context=40,
@@ -267,12 +269,97 @@ def test_a_configuration_is_of_one_task(tmp_path):
     assert load_run(CONFIG).distill.compress is False
 
 
+# --- the plan ------------------------------------------------------------------------------------
+
+DARKROOM = with_values(load_run(CONFIG), {"distill.num_steps": 260})
+PLANNED = {
+    "plain": {},
+    "compressed": {"distill.compress": True},
+    "dropout, several micro-batches": {"distill.dropout": 0.1, "train.micro_batch": 4},
+}
+
+
+def planned(asked: DistillConfig, ram_bytes: int = 2**33, world: int = 1) -> plan.Plan:
+    machine = replace(hardware.detect(), devices=[], ram_available_bytes=ram_bytes)
+    return plan.make_plan(asked, plan.Work.windows(asked.distill), machine, world)
+
+
+def blank_run(asked: DistillConfig, foretold: plan.Plan) -> engine.Engine:
+    """The planned run in this process, on histories that take no memory."""
+    settings, alone = asked.distill, rehearsal.Alone("fp32")
+    found = task.blank_histories(settings)
+    model = task.build(settings, 0, rehearsal.CPU)
+    work = task.Distillation(settings, found, model, alone, Log(None), foretold.budget)
+    return engine.Engine(work, asked.train, alone, Log(None), foretold.budget)
+
+
+def of_step(foretold: plan.Plan) -> int:
+    """Bytes without those of the histories, which are told as well."""
+    return foretold.memory.allocated - foretold.memory.breakdown["examples"]
+
+
+def test_windows_are_counted_before_there_are_histories(tmp_path):
+    asked = config(tmp_path, PAIR)
+    foretold, real = planned(asked), make_engine(asked, 10_000, torch.float32).task
+    goals = 73 / 4  # the histories have four
+    assert foretold.num_examples == goals * len(real.lengths)
+    assert foretold.num_held_out == goals * sum(len(batch.tokens) for batch in real._held_out())
+    assert foretold.tokens_per_epoch == goals * sum(real.lengths)
+    assert foretold.supervised_share == 40 / 43
+    assert foretold.num_trained == sum(p.numel() for p in made(PAIR).parameters())
+
+
 def test_micro_batches_are_cut_as_asked(tmp_path):
-    accelerator = processes.start_processes(config(tmp_path).train)
-    asked = config(tmp_path, global_batch=64, gradient_accumulation_steps=4)
-    budget = distilled.usable_budget(asked, accelerator)
-    cuts = batching.cut(range(64), [40] * 64, 1, budget)
-    assert [len(micro_batch) for micro_batch in cuts[0]] == [16] * 4
+    foretold = planned(config(tmp_path, global_batch=64, gradient_accumulation_steps=4))
+    assert (foretold.micro_batch, foretold.micro_batches, foretold.budget.max_rows) == (16, 4, 16)
+    assert planned(config(tmp_path, global_batch=64, micro_batch=8), world=2).micro_batches == 4
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_planned_memory_is_what_a_step_allocates(name):
+    asked = with_values(DARKROOM, PLANNED[name])
+    foretold = planned(asked)
+    trained = blank_run(asked, foretold)
+    trained.optimizer_step()  # now there is a state of the optimizer
+    trained.optimizer.zero_grad()
+    assert foretold.memory.method == "traced"
+    assert foretold.memory.breakdown["examples"] == 4 * 73 * 100 * 260
+    assert of_step(foretold) == pytest.approx(allocated_bytes(trained), rel=0.005)
+
+
+def test_what_does_not_fit_is_cut(tmp_path):
+    asked = with_values(DARKROOM, {"distill.data_dir": str(tmp_path)})
+    tight = planned(asked, 44 * 2**20)
+    assert 120 < tight.budget.max_tokens < planned(asked).budget.max_tokens
+    assert tight.micro_batches == 3  # two would not fit
+    assert 0.6 * tight.room < tight.memory.reserved <= tight.room
+    assert "does not fit" in tight.warnings[0]  # the unseen goals, tried with 128 rows
+    assert "lower distill.eval_seeds" in tight.warnings[0]
+    trained, machine = blank_run(asked, tight), hardware.detect()
+    work = plan.Work.windows(asked.distill)
+    foretold, measured = plan.confirm_on(trained, tight, asked, work, replace(machine, devices=[]))
+    assert foretold is tight
+    found = measured["heaviest_micro_batch_bytes"]
+    assert of_step(tight) == pytest.approx(found, rel=0.02)
+    assert (tmp_path / "memory.jsonl").exists()
+
+
+@pytest.mark.parametrize("settings", [SMALL, SMALL.model_copy(update={"slide": 2}), PAIR])
+def test_trying_the_unseen_goals_takes_what_is_planned(tmp_path, settings):
+    settings = settings.model_copy(update={"eval_episodes": 4})
+    foretold = planned(config(tmp_path, settings))
+    model, recorder = made(settings), Recorder()
+    alone = rehearsal.Alone("fp32")
+    alone.unwrap_model = lambda model: model
+    for tensors in rehearsal.held(model).values():
+        recorder.name(tensors, "held")
+    with recorder:
+        copy = task.whole_copy(model, settings, alone)
+        rollout.play(copy, [(goal, 0) for goal in range(8) for _ in range(16)], 4)
+    held = 12 * foretold.num_trained  # gradients, two moments
+    held += foretold.memory.breakdown["examples"]
+    true_bytes = held + recorder.trace.peak().num_bytes
+    assert true_bytes < foretold.generation_bytes < 1.5 * true_bytes
 
 
 # --- whole runs ----------------------------------------------------------------------------------
@@ -321,8 +408,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_a_run_leaves_its_results_and_resumes_bit_for_bit(collected, tmp_path):
     told = train(tmp_path / "whole", *collected, "train.profile_steps=1")
-    for part in ("2,", "transitions", "held-out loss", "in_context_return", "best", "next"):
+    for part in ("2 layers", "transitions", "held-out loss", "in_context_return", "best", "next"):
         assert part in told
+    plan_json = json.loads((tmp_path / "whole/plan.json").read_text())
+    predicted, measured = plan_json["predicted"], plan_json["measured"]
+    bytes_seen = measured["heaviest_micro_batch_bytes"]
+    assert predicted["allocated_bytes"] == pytest.approx(bytes_seen, rel=0.02)
+    assert f"{plan.size(predicted['allocated_bytes'])} of" in told  # the banner
+    assert measured["training_seconds"] > 0
+    kept = load_run(tmp_path / "whole/config.yaml").train
+    assert kept.max_tokens == plan_json["chosen"]["max_tokens"]
     found = json.loads((tmp_path / "whole/evaluation/metrics.json").read_text())
     returns = found["in_context_return"]["all_3"]
     assert len(returns["per_seed"]) == 2

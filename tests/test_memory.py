@@ -14,7 +14,7 @@ from shapes import architectures, configured
 from transformers import GPT2Config, LlamaConfig, MambaConfig, Qwen2MoeConfig
 
 from sft import generate, memory, model, rehearsal
-from sft.config import load_config, with_values
+from sft.config import dump_config, load_config, with_values
 from sft.rehearsal import Window, uniform
 
 SIZES = shapes.SIZES | {"num_hidden_layers": 12, "vocab_size": 512}
@@ -151,7 +151,9 @@ def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, engine, st
         file.write_text(json.dumps({"zero_optimization": zero}))
         train |= {"deepspeed_config": str(file)}
     config = configured(tmp_path, LlamaConfig(**sizes), mode, **train)
-    launch(2, ROOT / "tests/memory_worker.py", config.model_dump_json(), str(tmp_path / "peak"))
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    files = [str(tmp_path / name) for name in ("run.yaml", "peak")]
+    launch(2, ROOT / "tests/memory_worker.py", *files)
     (rows, _) = memory_worker.WINDOW.micro_batches
     group = memory.Group(2, config.train.engine, accumulates=True, zero=zero or {})
     window = Window((rows,), gradients=True)

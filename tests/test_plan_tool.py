@@ -112,6 +112,38 @@ def test_bad_input_is_one_sentence(monkeypatch, model, arguments, told):
         script(monkeypatch, *given)()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--compare"], "COMPARE and UNIFORM .* expected task: sft, found task: distill"),
+        (["--uniform"], "COMPARE and UNIFORM .* expected task: sft, found task: distill"),
+        (["--seq=512"], "TUNING and SEQ describe a MODEL"),
+        (["train.gradient_accumulation_steps=3"], "make 63 examples, not 64"),
+    ],
+)
+def test_what_distillation_has_none_of_is_refused(monkeypatch, arguments, told):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=told):
+        script(monkeypatch, "--config=configs/ad_darkroom.yaml", *arguments)()
+
+
+def test_distillation_on_gpus_that_are_not_here(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "plan.json"
+    given = ["--config=configs/ad_darkroom.yaml", "--gpu=H100-80GB x 2", f"--json={out}"]
+    script(monkeypatch, *given, f"distill.data_dir={tmp_path}/rooms", "train.engine=fsdp")()
+    told = capsys.readouterr().out
+    for part in ("346,750 of 120 transitions", "15,360,000 in all", "What would take less"):
+        assert part in told
+    read = json.loads(out.read_text())
+    predicted, chosen = read["predicted"], read["chosen"]
+    assert sum(predicted["breakdown"].values()) == predicted["allocated_bytes"]
+    assert "communication" in predicted["breakdown"]  # what FSDP2 gathers
+    assert predicted["seconds"] is None  # nobody knows what of a GPU so small a model uses
+    assert (chosen["precision"], chosen["micro_batch"]) == ("bf16", 32)
+    assert not (tmp_path / "rooms").exists()  # nothing was collected
+
+
 def test_a_gpu_without_a_known_name(monkeypatch, model, tmp_path, capsys):
     given = ["--gib=24", "--gpu=mine", "--seq=64", f"--model={model}", f"--json={tmp_path}/a.json"]
     script(monkeypatch, *given)()

@@ -264,7 +264,7 @@ PLAN = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from sft import hardware, prepare, run
+from sft import hardware, plan, prepare
 from sft.config import load_config, with_values
 from sft.processes import end_processes, start_processes
 
@@ -273,7 +273,7 @@ prepared = prepare.prepare(config)
 accelerator = start_processes(config.train)
 rank = accelerator.process_index
 machine = replace(hardware.detect(), ram_available_bytes=(200 - 80 * rank) << 20)
-made = run.plan_together(config, prepared, machine, accelerator)
+made = plan.make_together(config, prepared, machine, accelerator)
 Path(sys.argv[1], f"rank{rank}").write_text(f"{made.available_bytes >> 20} {made.budget}")
 end_processes(accelerator)
 """

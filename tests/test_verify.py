@@ -18,8 +18,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 from shapes import architectures, configured
 
-from sft import verify
-from sft.config import load_config
+from sft import hardware, verify
+from sft.config import load_config, load_run
 
 # --- parts ---------------------------------------------------------------------------------------
 
@@ -129,6 +129,31 @@ def test_too_few_rows_are_told(tmp_path):
     config = load_config(ROOT / "configs/nano.yaml", [f"data.train_path={tmp_path}/rows.jsonl"])
     with pytest.raises(verify.VerificationError, match="at least 3 usable training rows"):
         verify.make_small(config, tmp_path)
+
+
+DARKROOM = ["distill.compress=true", "distill.dropout=0.1", "distill.width=48"]
+
+
+def small_darkroom(folder: Path, monkeypatch) -> verify.Small:
+    monkeypatch.setattr(hardware, "usable_cores", lambda: 1)  # a pool takes longer to start
+    config = load_run(ROOT / "configs/ad_darkroom.yaml", DARKROOM)
+    return verify.make_small(config, folder, exact=True)
+
+
+def test_distillation_is_made_small(tmp_path, monkeypatch):
+    small = small_darkroom(tmp_path, monkeypatch)
+    train, distill = small.config.train, small.config.distill
+    assert (distill.num_layers, distill.width, distill.context) == (2, 32, 40)
+    assert distill.compress  # as configured
+    assert distill.dropout == 0
+    assert (train.learning_rate, train.adam_epsilon) == (3e-3, 1e-6)
+    assert small.lengths == [43] * (73 * 4)  # a stream of four episodes for each goal
+    assert small.steps_per_epoch == 3
+    assert len(small.lengths) % train.global_batch != 0
+    assert small.quarter < 43 * train.global_batch == small.whole
+    told = dict(small.told)
+    assert told["distill.dropout"] == "0.0 instead of 0.1"
+    assert "2 layers of 32 instead of 4 of 48" in told["model"]
 
 
 # --- whole runs ----------------------------------------------------------------------------------
@@ -248,6 +273,18 @@ def test_a_torn_checkpoint_is_found_out(killed):
     row = verify.resumed_row(made, kill, torn, 1, 1, whole)
     assert "optimizer-00001-of-00001.safetensors has" in row.problem
     assert not row.holds
+
+
+@pytest.mark.slow
+def test_distillation_keeps_both_laws(tmp_path, monkeypatch):
+    made = verify.Trials(small_darkroom(tmp_path, monkeypatch), forked.launch)
+    (row,) = verify.resume_rows(made, 1, verify.kills(made.small, 1)[-1:])
+    assert holding(row) == dict.fromkeys(CELLS, True)
+    cut = verify.Cut(1, "one process", "padded", 1)
+    whole = verify.Run(tmp_path / "whole", "finished", "")
+    row = verify.cut_row(cut, made.run("alone", 1, *cut.settings()), whole)
+    assert row.holds, row
+    assert row.cells[1][0] != "0e+00"  # it was cut
 
 
 @pytest.fixture(scope="module")

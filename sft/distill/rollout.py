@@ -75,6 +75,17 @@ class Context:
         self.cache.lengths = lengths
 
 
+def bytes_per_row(settings: Distill) -> int:
+    """What a row takes beside the weights: what is drawn for it, its cache, its tokens, and where
+    what stays is encoded again, copies of those and one block: the stream twice, what attention
+    found, its norm, the inner layer twice."""
+    width, positions = settings.width, num_positions(settings)
+    stay = positions if settings.compress else positions - settings.slide * EPISODE
+    held = positions * (2 * width * settings.num_layers + NUM_FEATURES)
+    held += settings.eval_episodes * EPISODE
+    return 4 * (held + max(1, stay) * (12 * width + 4 * NUM_FEATURES))
+
+
 @dataclass(frozen=True)
 class Played:
     returns: torch.Tensor

@@ -13,15 +13,14 @@ from accelerate import Accelerator
 from rich.table import Table
 from torch import nn
 
-from sft import batching, checkpoint, engine, plan, processes, profile, storage
-from sft.config import DistillConfig, dump_config, with_values
+from sft import checkpoint, engine, hardware, plan, processes, profile, storage
+from sft.config import DistillConfig, with_values
 from sft.distill import darkroom, histories, task
 from sft.distill.curve import draw
 from sft.distill.source import Histories
 from sft.guard import Guard
 from sft.log import Log, duration, facts, write_json
 
-SATURATING_TOKENS = {"cpu": 8192, "cuda": 65536}  # of a micro-batch; more is no faster on a CPU
 LAST = 50  # episodes by which what was learnt in context is judged
 CURVE = "in_context_return.png"
 
@@ -42,40 +41,38 @@ def run(
 ) -> None:
     started = time.perf_counter()
     settings, train, folder = config.distill, config.train, Path(config.train.output_dir)
+    machine, windows = hardware.detect(folder), plan.Work.windows(settings)
     if resumed_from:
         own = task.identity(settings, histories.digest(found))
         engine.read_state(resumed_from, engine.identity(train, own))
-    budget = usable_budget(config, accelerator)
-    model = task.build(settings, train.seed, accelerator.device)
-    work = task.Distillation(settings, found, model, accelerator, log, budget, guard)
-    steps = engine.total_steps(train, len(work.lengths))
-    disk = storage.need(train, sum(p.numel() for p in model.parameters()), 0, steps)
-    if warning := storage.refuse_if_full(disk, train):
-        log.say(f"warning: {warning}")
-    log.say(_banner(config, work, steps, disk, processes.described(accelerator)))
+    planned = plan.make_together(config, windows, machine, accelerator)
+    storage.refuse_if_full(planned.disk, train)
+    resolved = with_values(config, plan.resolved_values(planned))
+    log.say(_banner(config, planned, processes.described(accelerator)))
+    log.say(plan.table(planned))
     if log.folder:
-        values: dict[str, Any] = {"train.max_tokens": budget.max_tokens}
-        values["train.precision"] = processes.resolve_precision(train)[0]
-        (folder / "config.yaml").write_text(dump_config(with_values(config, values)), "utf-8")
+        plan.keep(resolved, planned, folder)
 
     guard.stop_if_asked()
-    trainer = engine.Engine(work, train, accelerator, log, budget)
+    model = task.build(settings, train.seed, accelerator.device)
+    work = task.Distillation(settings, found, model, accelerator, log, planned.budget, guard)
+    trainer = engine.Engine(work, resolved.train, accelerator, log, planned.budget)
     trainer.guard = guard
-    times = profile.timed(trainer, resumed_from)
+    planned, measured = plan.confirm_on(trainer, planned, resolved, windows, machine)
+    measured |= profile.timed(trainer, resumed_from)
     with trainer.preemptible():
         held_out = work.evaluate(trainer.model)
         tried = _try(config, trainer.model, accelerator, log, guard)
     log.log(trainer.step, {f"eval/{name}": value for name, value in held_out.items()})
-    checkpoint.commit(folder / "final_checkpoint", trainer.write_final, accelerator, disk.final)
+    checkpoint.commit(
+        folder / "final_checkpoint", trainer.write_final, accelerator, planned.disk.final
+    )
+    measured |= {
+        "total_seconds": time.perf_counter() - started,
+        "memory_bytes": engine.memory_bytes(),
+    }
     if log.folder:
-        seconds = times.pop("predicted_training_seconds")
-        predicted = {"steps": steps, "disk_bytes": disk.total, "training_seconds": seconds}
-        measured = {
-            **times,
-            "total_seconds": time.perf_counter() - started,
-            "memory_bytes": engine.memory_bytes(),
-        }
-        write_json(folder / "plan.json", {"predicted": predicted, "measured": measured})
+        plan.write(planned, folder / "plan.json", measured)
         tell(config, tried, held_out, folder / "evaluation", log)
         log.say(_closing(folder, tried, measured))
 
@@ -97,16 +94,6 @@ def evaluate(
     tried = _try(config.model_copy(update={"distill": settings}), model, accelerator, log, guard)
     if log.folder:
         tell(config, tried, {}, out, log)
-
-
-def usable_budget(config: DistillConfig, accelerator: Accelerator) -> batching.Budget:
-    """How windows become micro-batches: all are as long, so it is a number of them."""
-    asked = config.train.max_tokens
-    most = SATURATING_TOKENS[accelerator.device.type] if asked == "auto" else asked
-    rows = plan.rows_asked(config.train, accelerator.num_processes)
-    if rows and asked == "auto":
-        most = max(most, rows * task.num_positions(config.distill))
-    return batching.Budget(most, "padded", None, rows)
 
 
 def _try(
@@ -196,38 +183,27 @@ def _table(returns: dict[str, Any], floors: dict[str, float], tops: dict[str, in
     return table
 
 
-def _banner(
-    config: DistillConfig,
-    work: task.Distillation,
-    steps: int,
-    disk: storage.Need,
-    world: dict[str, str],
-) -> Table:
-    settings, train, processes_ = config.distill, config.train, work.accelerator.num_processes
-    cuts = batching.cut(
-        range(min(train.global_batch, len(work.lengths))), work.lengths, processes_, work.budget
-    )
-    size = max(len(micro_batch) for micro_batch in cuts[0])
+def _banner(config: DistillConfig, planned: plan.Plan, world: dict[str, str]) -> Table:
+    settings, train, size = config.distill, config.train, planned.world_size
+    num_goals = len(darkroom.goals(settings.split_seed)[0])
     kind = "compressed context" if settings.compress else "plain context"
     heads = f"{settings.num_layers} layers, {settings.num_heads} heads, width {settings.width}"
-    number = sum(p.numel() for p in work.model.parameters())
+    number = planned.num_parameters
     rows = [
         ("model", f"{heads}: {number:,} parameters; {kind} of {settings.context} transitions"),
         (
             "data",
-            f"{histories.folder_of(settings)}: {work.train.num_goals} goals x "
+            f"{histories.folder_of(settings)}: {num_goals} goals x "
             f"{settings.num_streams} streams x {settings.num_steps} steps, {settings.source}",
         ),
-        ("processes", f"{processes_} ({train.engine}){world['spread']}"),
+        ("processes", f"{size} ({train.engine}){world['spread']}"),
         ("devices", world["devices"]),
         ("precision", ": ".join(processes.resolve_precision(train))),
         (
             "batch",
-            f"{train.global_batch} windows: {processes_} process(es) x {len(cuts[0])} "
-            f"micro-batch(es) of {size}",
+            f"{train.global_batch} windows: {size} process(es) x {planned.micro_batches} "
+            f"micro-batch(es) of {planned.micro_batch}",
         ),
-        ("steps", f"{steps:,}, {steps * train.global_batch * settings.context:,} transitions"),
-        ("disk", str(disk)),
         ("results", train.output_dir),
     ]
     return facts("Run", rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -42,6 +43,25 @@ def identity(settings: Distill, digest: str) -> dict[str, str]:
 def build(settings: Distill, seed: int, device: torch.device) -> Transformer:
     torch.manual_seed(seed)
     return Transformer(settings).to(device)
+
+
+def split(found: Histories, settings: Distill) -> tuple[Windows, Windows]:
+    """Windows that are trained on, and those of the streams that are held out."""
+    first = settings.num_streams - settings.held_out_streams
+    train, held_out = (0, first), (first, settings.num_streams)
+    return Windows(found, settings, *train), Windows(found, settings, *held_out)
+
+
+def num_held_out(windows: Windows) -> int:
+    """Of them that the held-out loss is of."""
+    return windows.num_goals * (windows.last - windows.first)
+
+
+def blank_histories(settings: Distill) -> Histories:
+    """Of noughts that share one place in memory: for what depends on their number alone."""
+    number = len(darkroom.goals(settings.split_seed)[0])
+    shape = (number, settings.num_streams, settings.num_steps)
+    return Histories(*[torch.zeros(1, 1, 1, dtype=torch.uint8).expand(shape)] * 4)
 
 
 @dataclass(frozen=True)
@@ -82,11 +102,8 @@ class Distillation:
         self.settings, self.budget = settings, budget
         self.model: nn.Module = model
         self.accelerator, self.log, self.guard = accelerator, log, guard or Guard()
-        first = settings.num_streams - settings.held_out_streams
-        self.train = Windows(found, settings, 0, first)
-        self.held_out = Windows(found, settings, first, settings.num_streams)
+        self.train, self.held_out = split(found, settings)
         self.lengths = [num_positions(settings)] * len(self.train)
-        self.digest = histories.digest(found)
         self.steps, self.types = _layout(settings, accelerator.device)
 
     def collate(self, ids: Sequence[int]) -> Batch:
@@ -138,7 +155,7 @@ class Distillation:
 
     def _held_out(self) -> Iterator[Batch]:
         """A window for each stream and goal that is held out, once."""
-        ids = range(self.train.num_goals * self.settings.held_out_streams)
+        ids = range(num_held_out(self.held_out))
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         for micro_batch in batching.cut(ids, self.lengths, world, self.budget)[rank]:
             self.guard.stop_if_asked()  # as many on every rank
@@ -154,6 +171,10 @@ class Distillation:
 
     def identity(self) -> dict[str, str]:
         return identity(self.settings, self.digest)
+
+    @cached_property
+    def digest(self) -> str:
+        return histories.digest(self.train.histories)
 
     def name_examples(self, ids: list[int]) -> str:
         named = []

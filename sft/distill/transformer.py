@@ -155,6 +155,14 @@ class Transformer(nn.Module):
         self.kind = nn.Linear(width, 2) if settings.compress else None
         self._initialise()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """As models of transformers call it: what tokens enter by."""
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The first of the heads."""
+        return self.action
+
     @torch.no_grad()
     def _initialise(self) -> None:
         """Each block adds little at first, and no action is preferred."""
