@@ -345,8 +345,10 @@ class Distill(Section):
     """Of them, the last: histories for the held-out loss, which are not trained on."""
     context: Count = 120
     """Transitions that the model sees, at most."""
-    stride: Count = 8
-    """A window has every k-th episode of a history, k drawn from 1 to this."""
+    search_episodes: Count = 3
+    """First episodes of the histories, of which a window is made while it has found nothing."""
+    jump_to: Count = 12
+    """Episode of the histories from which on the rest of a window comes."""
     width: Count = 64
     """Size of the model's embeddings."""
     num_layers: Count = 4
@@ -522,6 +524,11 @@ RULES = [
         ("distill.num_steps", "distill.context"),
         lambda steps, context: steps % EPISODE != 0 or steps < context,
         f"must be whole episodes of {EPISODE} steps, and at least distill.context",
+    ),
+    Rule(
+        ("distill.jump_to", "distill.search_episodes", "distill.num_steps"),
+        lambda later, first, steps: not first <= later < steps // EPISODE,
+        "must be at least distill.search_episodes, and less than the episodes in distill.num_steps",
     ),
     Rule(
         ("distill.held_out_streams", "distill.num_streams"),

@@ -179,21 +179,30 @@ def test_a_damaged_file_is_refused_by_name(few):
 
 
 def test_windows_are_episodes_of_one_goal_in_their_order():
-    """Every field tells where it comes from."""
-    settings = Distill(num_streams=6, num_steps=400, context=80, stride=6, held_out_streams=2)
+    """Every field but the rewards tells where it comes from. The first two goals are found by
+    stream 1 in each episode, by stream 2 from the second one on; the third goal by nobody."""
+    settings = Distill(
+        num_streams=6, num_steps=400, context=80, search_episodes=3, jump_to=5, held_out_streams=2
+    )
     index = torch.arange(3 * 6 * 400).view(3, 6, 400)
-    windows = Windows(source.Histories(*[index] * 4), settings, 0, 4)
+    rewards = torch.zeros(3, 6, 20, 20)
+    rewards[:2, 1, :, -1] = rewards[:2, 2, 1:, 0] = 1
+    history = source.Histories(index, index, rewards.flatten(2), index)
+    windows = Windows(history, settings, 0, 4)
     found = windows.gather(range(300)).cells.view(300, 4, 20)
     assert (found % 20 == torch.arange(20)).all()  # whole episodes
     goals, streams = found[..., 0] // 2400, found[..., 0] // 400 % 6
     episodes = found[..., 0] % 400 // 20
     assert (goals == (torch.arange(300) % 3)[:, None]).all()
     assert set(streams.flatten().tolist()) == {0, 1, 2, 3}  # not those that are held out
-    steps = episodes.diff(dim=1)
-    assert (steps == steps[:, :1]).all()
-    strides, begins = set(steps.flatten().tolist()), set(episodes[:, 0].tolist())
-    assert strides == {1, 2, 3, 4, 5, 6}
-    assert min(begins) == 0
-    assert max(begins) > 12
+    assert (episodes.diff(dim=1) >= 0).all()
+    early = episodes < 3
+    assert set(episodes[early].tolist()) == {0, 1, 2}
+    assert set(episodes[~early].tolist()) == set(range(5, 20))
+    won = rewards[goals, streams, episodes].any(-1)
+    assert not early[:, 1:][won[:, :-1]].any()  # what has found the goal jumps
+    stayed = early[goals[:, 0] == 2].sum(1).bincount(minlength=5) / 100
+    assert (stayed[:4] > 0).all()
+    assert stayed[4] == pytest.approx(0.5, abs=0.15)  # half of them to the end
     assert torch.equal(windows.gather([17]).cells, windows.gather(range(300)).cells[17:18])
     assert len(windows) == 3 * 4 * 20

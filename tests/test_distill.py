@@ -32,6 +32,8 @@ SMALL = Distill(
     num_heads=2,
     num_streams=5,
     num_steps=120,
+    search_episodes=2,
+    jump_to=3,
     held_out_streams=1,
 )
 PAIR = SMALL.model_copy(update={"compress": True})
@@ -376,6 +378,7 @@ def collected(tmp_path_factory) -> list[str]:
         histories.collect(settings)
     values = {name: getattr(settings, name) for name in ("data_dir", "context", "width")}
     values |= {"num_layers": 2, "num_heads": 2, "num_streams": 5, "num_steps": 120}
+    values |= {"search_episodes": 2, "jump_to": 3}
     values |= {"held_out_streams": 1, "eval_episodes": 3, "eval_seeds": 2, "eval_quick": 2}
     train = {"max_steps": 4, "global_batch": 8, "eval_steps": 2, "save_steps": 2}
     named = [f"distill.{key}={value}" for key, value in values.items()]

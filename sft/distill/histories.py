@@ -4,8 +4,13 @@ A Parquet file for each goal (docs/DISTILL.md has the columns), in a folder whos
 made it; what is there is not made again, so a collection that was killed goes on. Goals are learnt
 in groups that do not depend on the number of cores, so neither do the histories.
 
-A window has episodes of one goal in their order, every k-th one, each from any of its streams:
-one policy acts in all of them. Which, is a function of the window's number.
+A window has episodes of one goal in the order of its source's learning, each from any of its
+streams: one policy acts in all of them. It stays with the first episodes of the histories for as
+long as it has found nothing, or shorter, and then jumps to later ones: one reward is all that a
+stream of its own needs to know, so that is what the model is shown to go by. A source that learns
+in many streams heads for the goal before a single stream has found it, and a model that has seen
+only that takes its own heading for knowledge, and searches where it has been. Which episodes, is a
+function of the window's number.
 """
 
 from __future__ import annotations
@@ -207,7 +212,7 @@ def _read(path: Path, shape: tuple[int, int]) -> Histories:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of the streams [first, last) of all goals, by number; as many as episodes begin."""
+    """Windows of the streams [first, last) of all goals, by number; as many as episodes."""
 
     histories: Histories
     settings: Distill
@@ -231,15 +236,23 @@ class Windows:
         """(goals, streams, episodes, 20) each."""
         return tuple(each.unflatten(-1, (-1, EPISODE)) for each in self.histories.tensors())
 
+    @cached_property
+    def _rewarded(self) -> np.ndarray:
+        """(goals, streams, episodes): whether the goal was found."""
+        return (self.histories.returns() > 0).numpy()
+
     def choice(self, number: int) -> tuple[int, np.ndarray, np.ndarray]:
         """(goal, streams, episodes) of a window."""
         random = np.random.default_rng([self.settings.source_seed, number])
-        size = self.settings.context // EPISODE
-        most = max(1, (self.num_episodes - 1) // max(1, size - 1))
-        stride = random.integers(1, min(self.settings.stride, most) + 1)
-        begin = random.integers(self.num_episodes - (size - 1) * stride)
+        goal, size = number % self.num_goals, self.settings.context // EPISODE
         streams = random.integers(self.first, self.last, size)
-        return number % self.num_goals, streams, begin + stride * np.arange(size)
+        stays = random.integers(2 * size)  # half of the windows to their end, if nothing is found
+        early = np.sort(random.integers(self.settings.search_episodes, size=size))[:stays]
+        rewarded = self._rewarded[goal, streams[: len(early)], early]
+        if rewarded.any():
+            early = early[: int(rewarded.argmax()) + 1]
+        later = random.integers(self.settings.jump_to, self.num_episodes, size - len(early))
+        return goal, streams, np.concatenate([early, np.sort(later)])
 
     def gather(self, numbers: Sequence[int]) -> Histories:
         """(windows, context) of cells, actions, rewards and next cells."""
