@@ -197,6 +197,8 @@ def _distillation(config: DistillConfig, folder: Path, exact: bool) -> Shrunk:
         "width": DISTILL_WIDTH if wide else given.width,
         "num_heads": 4 if wide else given.num_heads,
         "context": context,
+        "search_episodes": 1,
+        "jump_to": 1,
         "slide": min(given.slide, context // EPISODE),
         "source": "ppo",
         "num_streams": 2,
