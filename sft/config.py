@@ -361,14 +361,16 @@ class Distill(Section):
     """Two regions of half the context each; the model says when the older one is dropped."""
     type_weight: NonNegative = 0.1
     """Weight of the token-type loss (`compress: true`)."""
-    slide: Count = 1
-    """Oldest episodes that are dropped at once when the context is full."""
+    slide: Count | None = None
+    """Oldest episodes that are dropped at once when the context is full. None: half of them."""
     eval_episodes: Count = 500
     """Episodes that each unseen goal is tried for, without an update."""
     eval_seeds: Count = 16
     """Times that each unseen goal is tried, with random numbers of their own."""
     eval_quick: Count = 50
     """Episodes at `train.eval_steps`."""
+    eval_temperature: Positive = 0.8
+    """Of the softmax that actions are drawn from; 1 acts as the source did."""
 
 
 class Config(Section):
@@ -542,12 +544,12 @@ RULES = [
     ),
     Rule(
         ("distill.slide", "distill.context"),
-        lambda slide, context: slide * EPISODE > context,
+        lambda slide, context: slide is not None and slide * EPISODE > context,
         "there are not so many episodes in distill.context",
     ),
     Rule(
         ("distill.slide", "distill.compress"),
-        lambda slide, compress: slide != Distill().slide and compress,
+        lambda slide, compress: slide is not None and compress,
         "is not read with distill.compress, where the model says what is dropped: remove this key",
     ),
     Rule(

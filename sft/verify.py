@@ -199,7 +199,7 @@ def _distillation(config: DistillConfig, folder: Path, exact: bool) -> Shrunk:
         "context": context,
         "search_episodes": 1,
         "jump_to": 1,
-        "slide": min(given.slide, context // EPISODE),
+        "slide": None,
         "source": "ppo",
         "num_streams": 2,
         "num_steps": 2 * context,

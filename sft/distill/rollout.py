@@ -75,12 +75,17 @@ class Context:
         self.cache.lengths = lengths
 
 
+def dropped(settings: Distill) -> int:
+    """Steps of the oldest episodes, which go when the context is full."""
+    return EPISODE * (settings.slide or max(1, settings.context // EPISODE // 2))
+
+
 def bytes_per_row(settings: Distill) -> int:
     """What a row takes beside the weights: what is drawn for it, its cache, its tokens, and where
     what stays is encoded again, copies of those and one block: the stream twice, what attention
     found, its norm, the inner layer twice."""
     width, positions = settings.width, num_positions(settings)
-    stay = positions if settings.compress else positions - settings.slide * EPISODE
+    stay = positions if settings.compress else positions - dropped(settings)
     held = positions * (2 * width * settings.num_layers + NUM_FEATURES)
     held += settings.eval_episodes * EPISODE
     return 4 * (held + max(1, stay) * (12 * width + 4 * NUM_FEATURES))
@@ -122,7 +127,8 @@ def play(
         for step in range(EPISODE):
             token = alone(empty[:, 0]) if before is None else features(now, before)
             actions, types = context.add(token)
-            action = _draw(actions, drawn[:, episode * EPISODE + step])
+            sharpened = actions.float() / settings.eval_temperature
+            action = _draw(sharpened, drawn[:, episode * EPISODE + step])
             cell, (now, reward, _) = now, rooms.step(action)
             before = Histories(cell, action, reward, now)
             total += reward
@@ -143,7 +149,7 @@ def _uniform(rows: Sequence[Row], number: int) -> torch.Tensor:
 
 def _draw(logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     """Actions (rows,) from the softmax of `logits`, by numbers from 0 to 1."""
-    upto = logits.float().softmax(-1).cumsum(-1)
+    upto = logits.softmax(-1).cumsum(-1)
     return (upto < drawn[:, None] * upto[:, -1:]).sum(-1)
 
 
@@ -151,7 +157,7 @@ class _Sliding:
     """The newest episodes; the oldest go when the context is full."""
 
     def __init__(self, context: Context, settings: Distill):
-        self.context, self.most, self.dropped = context, settings.context, settings.slide * EPISODE
+        self.context, self.most, self.dropped = context, settings.context, dropped(settings)
         self.regions, self.num_forced = list[int](), 0  # there are none
 
     def begin_episode(self) -> None:

@@ -36,7 +36,7 @@ WEIGHTS, SETTINGS = "model.safetensors", "distill.json"
 
 def identity(settings: Distill, digest: str) -> dict[str, str]:
     """What makes a checkpoint one of this run; `digest`: of the histories."""
-    played = {"eval_episodes", "eval_seeds", "eval_quick", "data_dir"}
+    played = {name for name in Distill.model_fields if name.startswith("eval_")} | {"data_dir"}
     return {"distill": settings.model_dump_json(exclude=played), "data": digest}
 
 
