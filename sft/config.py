@@ -1041,7 +1041,8 @@ def reference() -> str:
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for key, field in section.model_fields.items():
             default = "**required**" if field.is_required() else f"`{_yaml(field.default)}`"
-            lines.append(f"| `{key}` | {_type_name(field)} | {default} | {field.description} |")
+            meaning = " ".join(str(field.description).split())
+            lines.append(f"| `{key}` | {_type_name(field)} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
