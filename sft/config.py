@@ -346,7 +346,7 @@ class Distill(Section):
     search_episodes: Count = 3
     """First episodes of the histories, of which a window is made while it has found nothing."""
     jump_to: Count = 12
-    """Episode of the histories from which on the rest of a window comes."""
+    """Episode of the histories, counted from 0, from which on the rest of a window comes."""
     width: Count = 64
     """Size of the model's embeddings."""
     num_layers: Count = 4

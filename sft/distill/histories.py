@@ -6,11 +6,10 @@ in groups that do not depend on the number of cores, so neither do the histories
 
 A window has episodes of one goal in the order of its source's learning, each from any of its
 streams: one policy acts in all of them. It stays with the first episodes of the histories for as
-long as it has found nothing, or shorter, and then jumps to later ones: one reward is all that a
-stream of its own needs to know, so that is what the model is shown to go by. A source that learns
-in many streams heads for the goal before a single stream has found it, and a model that has seen
-only that takes its own heading for knowledge, and searches where it has been. Which episodes, is a
-function of the window's number.
+long as it has found nothing, or shorter, and then jumps to later ones, so that the model acts on
+its first reward at once. In between the source heads for a goal that a single stream has not found
+yet: other streams have told it, and nobody tells the model. Which episodes, is a function of the
+window's number.
 """
 
 from __future__ import annotations
