@@ -347,8 +347,10 @@ class Distill(Section):
     """Transitions that the model sees, at most."""
     search_episodes: Count = 3
     """First episodes of the histories, of which a window is made while it has found nothing."""
+    search_best_of: Count = 32
+    """Each of them is, of so many streams, the one that visits most cells that are new to it."""
     jump_to: Count = 12
-    """Episode of the histories from which on the rest of a window comes."""
+    """Episode of the histories, counted from 0, from which on the rest of a window comes."""
     width: Count = 64
     """Size of the model's embeddings."""
     num_layers: Count = 4
@@ -369,8 +371,6 @@ class Distill(Section):
     """Times that each unseen goal is tried, with random numbers of their own."""
     eval_quick: Count = 50
     """Episodes at `train.eval_steps`."""
-    eval_temperature: Positive = 0.8
-    """Of the softmax that actions are drawn from; 1 acts as the source did."""
 
 
 class Config(Section):

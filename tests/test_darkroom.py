@@ -178,16 +178,19 @@ def test_a_damaged_file_is_refused_by_name(few):
         histories.load(few)
 
 
+SEARCHING = Distill(
+    num_streams=6, num_steps=400, context=80, search_episodes=3, jump_to=5, held_out_streams=2
+)
+
+
 def test_windows_are_episodes_of_one_goal_in_their_order():
     """Every field but the rewards tells where it comes from. The first two goals are found by
     stream 1 in each episode, by stream 2 from the second one on; the third goal by nobody."""
-    settings = Distill(
-        num_streams=6, num_steps=400, context=80, search_episodes=3, jump_to=5, held_out_streams=2
-    )
+    settings = SEARCHING.model_copy(update={"search_best_of": 1})
     index = torch.arange(3 * 6 * 400).view(3, 6, 400)
     rewards = torch.zeros(3, 6, 20, 20)
     rewards[:2, 1, :, -1] = rewards[:2, 2, 1:, 0] = 1
-    history = source.Histories(index, index, rewards.flatten(2), index)
+    history = source.Histories(index, index, rewards.flatten(2), index % 81)
     windows = Windows(history, settings, 0, 4)
     found = windows.gather(range(300)).cells.view(300, 4, 20)
     assert (found % 20 == torch.arange(20)).all()  # whole episodes
@@ -206,3 +209,16 @@ def test_windows_are_episodes_of_one_goal_in_their_order():
     assert stayed[4] == pytest.approx(0.5, abs=0.15)  # half of them to the end
     assert torch.equal(windows.gather([17]).cells, windows.gather(range(300)).cells[17:18])
     assert len(windows) == 3 * 4 * 20
+
+
+def test_a_search_goes_on_where_it_has_not_been():
+    """Streams 0 to 3 go to six, five, four and one cell; those of 1 and 3 are also those of 0."""
+    visits = [range(6), range(5), range(10, 14), range(1)]
+    cells = torch.stack([torch.tensor((list(each) * 20)[:20]) for each in visits])
+    after = cells.repeat(1, 20)[None]
+    history = source.Histories(after, after, torch.zeros(1, 4, 400), after)
+    settings = SEARCHING.model_copy(update={"search_best_of": 64})
+    windows = Windows(history, settings, 0, 4)
+    long = [streams for _, streams, episodes in map(windows.choice, range(99)) if episodes[1] < 3]
+    assert len(long) > 20
+    assert {tuple(streams[:2]) for streams in long} == {(0, 2)}

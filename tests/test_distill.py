@@ -140,8 +140,7 @@ def test_the_context_is_the_newest_episodes_of_a_window_as_in_training():
             columns = torch.tensor([*seen[first:], open_step]).T[:, None]
             logits = model(window_tokens(Histories(*columns)))[0][0, -1]
             upto, action = 0.0, 0
-            shares = (logits / 0.8).softmax(-1)  # `eval_temperature`
-            for action, share in enumerate(shares.tolist()):  # noqa: B007
+            for action, share in enumerate(logits.softmax(-1).tolist()):  # noqa: B007
                 upto += share
                 if drawn[episode * 20 + step] <= upto:
                     break

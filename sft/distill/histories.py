@@ -6,11 +6,11 @@ in groups that do not depend on the number of cores, so neither do the histories
 
 A window has episodes of one goal in the order of its source's learning, each from any of its
 streams: one policy acts in all of them. It stays with the first episodes of the histories for as
-long as it has found nothing, or shorter, and then jumps to later ones: one reward is all that a
-stream of its own needs to know, so that is what the model is shown to go by. A source that learns
-in many streams heads for the goal before a single stream has found it, and a model that has seen
-only that takes its own heading for knowledge, and searches where it has been. Which episodes, is a
-function of the window's number.
+long as it has found nothing, or shorter, and then jumps to later ones, so that the model acts on
+its first reward at once. In between the source heads for a goal that a single stream has not found
+yet: other streams have told it, and nobody tells the model. Of the first episodes, in which the
+source walks at random, those are taken that go where the window has not been: so the model learns
+to search. Which episodes, is a function of the window's number.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from filelock import FileLock
 from sft import guard, hardware
 from sft.config import EPISODE, Distill, UserError
 from sft.distill.curve import draw
-from sft.distill.darkroom import best_return, cell_of, goals, place_of, random_return
+from sft.distill.darkroom import SIZE, best_return, cell_of, goals, place_of, random_return
 from sft.distill.source import SOURCES, Histories
 from sft.log import bar, make_console, write_json
 
@@ -241,6 +241,13 @@ class Windows:
         """(goals, streams, episodes): whether the goal was found."""
         return (self.histories.returns() > 0).numpy()
 
+    @cached_property
+    def _visited(self) -> np.ndarray:
+        """(goals, streams, first episodes, cells): whether an episode went there."""
+        reached = self._episodes[3][:, :, : self.settings.search_episodes].long()
+        visited = torch.zeros(*reached.shape[:-1], SIZE * SIZE, dtype=torch.bool)
+        return visited.scatter_(-1, reached, True).numpy()
+
     def choice(self, number: int) -> tuple[int, np.ndarray, np.ndarray]:
         """(goal, streams, episodes) of a window."""
         random = np.random.default_rng([self.settings.source_seed, number])
@@ -248,11 +255,25 @@ class Windows:
         streams = random.integers(self.first, self.last, size)
         stays = random.integers(2 * size)  # half of the windows to their end, if nothing is found
         early = np.sort(random.integers(self.settings.search_episodes, size=size))[:stays]
-        rewarded = self._rewarded[goal, streams[: len(early)], early]
-        if rewarded.any():
-            early = early[: int(rewarded.argmax()) + 1]
-        later = random.integers(self.settings.jump_to, self.num_episodes, size - len(early))
-        return goal, streams, np.concatenate([early, np.sort(later)])
+        found = self._search(random, goal, early)
+        streams[: len(found)] = found
+        later = random.integers(self.settings.jump_to, self.num_episodes, size - len(found))
+        return goal, streams, np.concatenate([early[: len(found)], np.sort(later)])
+
+    def _search(self, random: np.random.Generator, goal: int, episodes: np.ndarray) -> list[int]:
+        """Streams of these episodes, up to the first that finds the goal; each is, of some that are
+        drawn, the one that visits most cells that those before it have not."""
+        streams: list[int] = []
+        seen = np.zeros(SIZE * SIZE, dtype=bool)
+        for episode in episodes:
+            drawn = random.integers(self.first, self.last, self.settings.search_best_of)
+            visited = self._visited[goal, drawn, episode]
+            best = int((visited & ~seen).sum(-1).argmax())
+            seen |= visited[best]
+            streams.append(int(drawn[best]))
+            if self._rewarded[goal, drawn[best], episode]:
+                break
+        return streams
 
     def gather(self, numbers: Sequence[int]) -> Histories:
         """(windows, context) of cells, actions, rewards and next cells."""

@@ -127,8 +127,7 @@ def play(
         for step in range(EPISODE):
             token = alone(empty[:, 0]) if before is None else features(now, before)
             actions, types = context.add(token)
-            sharpened = actions.float() / settings.eval_temperature
-            action = _draw(sharpened, drawn[:, episode * EPISODE + step])
+            action = _draw(actions, drawn[:, episode * EPISODE + step])
             cell, (now, reward, _) = now, rooms.step(action)
             before = Histories(cell, action, reward, now)
             total += reward
@@ -149,7 +148,7 @@ def _uniform(rows: Sequence[Row], number: int) -> torch.Tensor:
 
 def _draw(logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     """Actions (rows,) from the softmax of `logits`, by numbers from 0 to 1."""
-    upto = logits.softmax(-1).cumsum(-1)
+    upto = logits.float().softmax(-1).cumsum(-1)
     return (upto < drawn[:, None] * upto[:, -1:]).sum(-1)
 
 
