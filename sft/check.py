@@ -41,7 +41,6 @@ from sft.config import (
     AnyConfig,
     Config,
     Configured,
-    Distill,
     DistillConfig,
     Train,
     UserError,
@@ -176,7 +175,7 @@ def sources(config: DistillConfig) -> Finding:
     time of one episode."""
     settings = config.distill
     folder = histories.folder_of(settings)
-    missing = [job for job in histories.jobs(settings) if not _collected(settings, job[1])]
+    missing = histories.missing(settings)
     told = f"{settings.num_streams} streams x {settings.num_steps} steps"
     if not missing:
         number = len(histories.load(settings).cells)
@@ -196,11 +195,6 @@ def sources(config: DistillConfig) -> Finding:
         f"histories: {number} goals x {told} are collected into {folder} first, which takes about "
         f"{duration(rounds * seconds)} (probed)",
     )
-
-
-def _collected(settings: Distill, learnt: list[int]) -> bool:
-    folder = histories.folder_of(settings)
-    return all(histories.path_of(folder, goal).exists() for goal in learnt)
 
 
 def disk(config: AnyConfig) -> Finding:
@@ -296,7 +290,7 @@ def _distillation(config: DistillConfig, accelerator: Accelerator) -> Trial:
     settings = config.distill.model_copy(update={"eval_seeds": 1})
     planned = plan.make_plan(config, plan.Work.windows(settings), hardware.detect(), 1)
     few = with_values(config, plan.resolved_values(planned))
-    there = all(_collected(settings, learnt) for _, learnt in histories.jobs(settings))
+    there = not histories.missing(settings)
     found = histories.load(settings) if there else blank_histories(settings)
     built = distill_task.build(settings, few.train.seed, accelerator.device)
     task = Distillation(settings, found, built, accelerator, Log(None), planned.budget)

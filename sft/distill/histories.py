@@ -81,9 +81,8 @@ def collect(settings: Distill, moved: Callable[[], None] = lambda: None) -> Path
         with FileLock(folder.with_suffix(".lock")):
             for left in folder.glob(".*"):  # of a kill
                 left.unlink()
-            whole = [job for job in jobs(settings) if any(not _is_there(folder, g) for g in job[1])]
-            if whole:
-                _collect(settings, folder, whole, moved)
+            if left_to_do := missing(settings):
+                _collect(settings, folder, left_to_do, moved)
     except OSError as error:
         raise HistoryError(
             f"cannot keep histories in {folder}: {error.strerror or error}; make room, or set "
@@ -92,8 +91,10 @@ def collect(settings: Distill, moved: Callable[[], None] = lambda: None) -> Path
     return folder
 
 
-def _is_there(folder: Path, goal: int) -> bool:
-    return path_of(folder, goal).exists()
+def missing(settings: Distill) -> list[tuple[int, list[int]]]:
+    """The jobs that are not done."""
+    folder = folder_of(settings)
+    return [job for job in jobs(settings) if not all(path_of(folder, g).exists() for g in job[1])]
 
 
 def _collect(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ def run(
     started = time.perf_counter()
     settings, train, folder = config.distill, config.train, Path(config.train.output_dir)
     machine, windows = hardware.detect(folder), plan.Work.windows(settings)
+    held = accelerator.num_processes * sum(each.nbytes for each in found.tensors())
+    # The plan counts the histories, which are in memory already.
+    machine = replace(machine, ram_available_bytes=machine.ram_available_bytes + held)
     if resumed_from:
         own = task.identity(settings, histories.digest(found))
         engine.read_state(resumed_from, engine.identity(train, own))
