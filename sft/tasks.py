@@ -21,7 +21,7 @@ from sft import batching, chat, data, model, store
 from sft.config import AnyConfig, Config, DistillConfig
 from sft.crowd.agents import Agents
 from sft.crowd.task import CrowdTune
-from sft.distill import darkroom, rollout, task, transformer
+from sft.distill import darkroom, histories, rollout, task, transformer
 from sft.engine import Task
 from sft.finetune import FineTune
 from sft.generate import bytes_per_row
@@ -175,7 +175,7 @@ def _distill_traits(config: DistillConfig) -> Traits:
         SimpleNamespace(**sizes),
         Path(settings.data_dir),
         small=True,
-        examples_bytes=sum(t.numel() for t in task.blank_histories(settings).tensors()),
+        examples_bytes=histories.num_bytes(settings),
         waiting_bytes=4 * transformer.NUM_FEATURES + 8,  # and its action
         words=Words(
             "windows",

@@ -239,13 +239,14 @@ class Windows:
 
     @cached_property
     def _rewarded(self) -> np.ndarray:
-        """(goals, streams, episodes): whether the goal was found."""
-        return (self.histories.returns() > 0).numpy()
+        """(goals, own streams, episodes): whether the goal was found."""
+        return (self.histories.returns()[:, self.first : self.last] > 0).numpy()
 
     @cached_property
     def _visited(self) -> np.ndarray:
-        """(goals, streams, first episodes, cells): whether an episode went there."""
-        reached = self._episodes[3][:, :, : self.settings.search_episodes].long()
+        """(goals, own streams, first episodes, cells): whether an episode went there."""
+        searching = self.settings.search_episodes
+        reached = self._episodes[3][:, self.first : self.last, :searching].long()
         visited = torch.zeros(*reached.shape[:-1], SIZE * SIZE, dtype=torch.bool)
         return visited.scatter_(-1, reached, True).numpy()
 
@@ -267,11 +268,11 @@ class Windows:
         streams: list[int] = []
         seen = np.zeros(SIZE * SIZE, dtype=bool)
         for episode in episodes:
-            drawn = random.integers(self.first, self.last, self.settings.search_best_of)
+            drawn = random.integers(self.last - self.first, size=self.settings.search_best_of)
             visited = self._visited[goal, drawn, episode]
             best = int((visited & ~seen).sum(-1).argmax())
             seen |= visited[best]
-            streams.append(int(drawn[best]))
+            streams.append(self.first + int(drawn[best]))
             if self._rewarded[goal, drawn[best], episode]:
                 break
         return streams
@@ -286,6 +287,13 @@ class Windows:
             for i in (1, 2)
         )
         return Histories(*(each[goal, stream, episode].flatten(1) for each in self._episodes))
+
+
+def num_bytes(settings: Distill) -> int:
+    """Of all histories, and of what windows are chosen by: what was rewarded, where it went."""
+    number = len(goals(settings.split_seed)[0]) * settings.num_streams
+    known = settings.num_steps // EPISODE + settings.search_episodes * SIZE * SIZE
+    return number * (4 * settings.num_steps + known)
 
 
 def digest(histories: Histories) -> str:
