@@ -376,11 +376,12 @@ class SupervisedHead:
 
 
 @torch.no_grad()
-def documents_are_isolated(model: nn.Module, device: torch.device) -> bool:
+def documents_are_isolated(model: nn.Module, precision: str, device: torch.device) -> bool:
     """Whether packed documents cannot see each other: alone and packed, the logits are the same.
 
     transformers tells documents apart by restarting position ids, and silently does not in several
-    cases; so it is tried on the model that will train, with the arguments that training uses.
+    cases; so it is tried on the model that will train, with the arguments that training uses, and
+    in its precision: another one may have another kernel.
     """
     was_training = model.training
     model.eval()
@@ -389,8 +390,9 @@ def documents_are_isolated(model: nn.Module, device: torch.device) -> bool:
     first, second = (torch.randint(num_ids, (1, n), generator=generator) for n in (11, 7))
     together = torch.cat([first, second], 1).to(device)
     positions = torch.cat([torch.arange(11), torch.arange(7)])[None].to(device)
-    packed = model(input_ids=together, position_ids=positions, use_cache=False).logits[0, 11:]
-    alone = model(input_ids=second.to(device), use_cache=False).logits[0]
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        packed = model(input_ids=together, position_ids=positions, use_cache=False).logits[0, 11:]
+        alone = model(input_ids=second.to(device), use_cache=False).logits[0]
     model.train(was_training)
     # A leak changes the logits by about their own size; rounding in bf16 by about 1 %.
     return bool((packed - alone).float().norm() < 0.1 * alone.float().norm())
