@@ -51,14 +51,15 @@ def attend(
     scaling: float | None = None,
     **given: Any,
 ) -> tuple[torch.Tensor, None]:
-    """(rows, time, heads, size). Raises AttentionError for what the kernel has not."""
+    """(rows, time, heads, size). Raises AttentionError for what the kernel has not, and for what
+    SDPA has not either, whichever would compute."""
+    for name, has in {"softcap": "soft caps", "s_aux": "sinks"}.items():
+        if given.get(name) is not None:
+            raise _cannot(has)
     dtype = _kernel_dtype(query.device, query.dtype)
     if attention_mask is not None or query.shape[2] != key.shape[2] or dtype is None:
         given |= {"dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
-    for name, has in {"softcap": "soft caps", "s_aux": "sinks"}.items():
-        if given.get(name) is not None:
-            raise _cannot(has)
     if dropout:
         raise _cannot("dropout")
     rows, _, time, _ = query.shape

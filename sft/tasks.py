@@ -117,6 +117,7 @@ def _traits(config: Config) -> Traits:
 
 
 def _skeleton(config: Config, depth: int | None) -> nn.Module:
+    model.check_attention(config.model)  # a plan for a GPU loads nothing with it
     arch = model.architecture(config.model)
     base = AutoModelForCausalLM.from_config(
         arch if depth is None else model.shallow(arch, depth),
