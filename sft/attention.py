@@ -20,7 +20,6 @@ from transformers.masking_utils import sdpa_mask
 from sft.config import UserError
 
 NAME = "varlen"
-UNMASKED = (NAME, "flash_attention_2")  # keep packed documents apart without a mask
 
 
 class AttentionError(UserError):
@@ -31,6 +30,11 @@ def register() -> None:
     """Makes the name known to transformers."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, mask)
+
+
+def needs_no_mask(name: str, precision: str, on_gpu: bool) -> bool:
+    """Whether attention of this name keeps packed documents apart without a mask."""
+    return name == "flash_attention_2" or (name == NAME and on_gpu and precision == "bf16")
 
 
 def mask(*, q_length: int, kv_length: int, dtype: torch.dtype, **given: Any) -> torch.Tensor | None:
