@@ -220,7 +220,7 @@ def _warnings(plan: Plan) -> list[str]:
     if plan.evaluation_bytes > plan.room:
         result.append(
             f"the held-out loss takes {size(plan.evaluation_bytes)}, which does not fit: a smaller "
-            "train.max_tokens or shorter held-out rows help"
+            f"train.max_tokens or {plan.words.shorter} help"
         )
     if plan.generation_bytes > plan.room:
         result.append(

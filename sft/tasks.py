@@ -46,6 +46,7 @@ class Words:
     items: str = "supervised"  # tokens that the loss is of
     answers: str = "answering held-out prompts"
     fewer: str = "evaluation.batch_size"  # the key that makes these take less
+    shorter: str = "shorter held-out rows"  # what makes the held-out loss take less
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def _distill_traits(config: DistillConfig) -> Traits:
             "transitions",
             "trying the unseen goals",
             "distill.eval_seeds",
+            "a smaller distill.context",
         ),
     )
 
