@@ -1,6 +1,7 @@
 """Which task a configuration means, and what rehearsals and plans have to know of it.
 
-They ask here, and nowhere else, what differs from task to task.
+They ask here for what differs from task to task; the data that a plan is of, and the advice that
+only fine-tuning can take, are told apart in `plan`.
 """
 
 from __future__ import annotations
