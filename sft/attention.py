@@ -20,7 +20,6 @@ from transformers.masking_utils import sdpa_mask
 from sft.config import UserError
 
 NAME = "varlen"
-UNMASKED = (NAME, "flash_attention_2")  # keep packed documents apart without a mask
 
 
 class AttentionError(UserError):
@@ -31,6 +30,11 @@ def register() -> None:
     """Makes the name known to transformers."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, mask)
+
+
+def needs_no_mask(name: str, precision: str, on_gpu: bool) -> bool:
+    """Whether attention of this name keeps packed documents apart without a mask."""
+    return name == "flash_attention_2" or (name == NAME and on_gpu and precision == "bf16")
 
 
 def mask(*, q_length: int, kv_length: int, dtype: torch.dtype, **given: Any) -> torch.Tensor | None:
@@ -51,14 +55,15 @@ def attend(
     scaling: float | None = None,
     **given: Any,
 ) -> tuple[torch.Tensor, None]:
-    """(rows, time, heads, size). Raises AttentionError for what the kernel has not."""
+    """(rows, time, heads, size). Raises AttentionError for what the kernel has not, and for what
+    SDPA has not either, whichever would compute."""
+    for name, has in {"softcap": "soft caps", "s_aux": "sinks"}.items():
+        if given.get(name) is not None:
+            raise _cannot(has)
     dtype = _kernel_dtype(query.device, query.dtype)
     if attention_mask is not None or query.shape[2] != key.shape[2] or dtype is None:
         given |= {"dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
-    for name, has in {"softcap": "soft caps", "s_aux": "sinks"}.items():
-        if given.get(name) is not None:
-            raise _cannot(has)
     if dropout:
         raise _cannot("dropout")
     rows, _, time, _ = query.shape

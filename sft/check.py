@@ -272,7 +272,9 @@ def _fine_tuning(config: Config, accelerator: Accelerator) -> Trial:
     few = with_values(few, plan.resolved_values(planned))
     built = model.build(few, planned.precision, accelerator.device)
     log, asked = Log(None), config.train.layout
-    budget = finetune.usable_budget(planned.budget, asked, built, accelerator.device, log)
+    budget = finetune.usable_budget(
+        planned.budget, asked, built, planned.precision, accelerator.device, log
+    )
     task = make_task(few, prepared, built, accelerator, log, budget)
     folder = Path(few.train.output_dir)
 

@@ -85,8 +85,9 @@ class Model(Section):
     """Run Python code that comes with the model. Off: such a model is refused."""
     attn_implementation: Literal["auto", "sdpa", "eager", "varlen", "flash_attention_2"] = "auto"
     """`auto`: what transformers prefers for the architecture (SDPA where it is supported).
-    `varlen`: PyTorch's flash kernel for packed documents, on a GPU in bf16; `flash_attention_2`:
-    that of the package flash-attn. With both, `train.layout: auto` packs."""
+    `varlen`: PyTorch's flash kernel for packed documents, on a GPU in bf16, and SDPA elsewhere;
+    `flash_attention_2`: that of the package flash-attn. Where such a kernel computes,
+    `train.layout: auto` packs."""
 
 
 class Tuning(Section):

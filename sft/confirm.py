@@ -19,7 +19,7 @@ from sft.batching import Budget, MicroBatch
 from sft.engine import Engine
 from sft.trace import Recorder
 
-HISTORY = "memory.jsonl"  # in data.cache_dir
+HISTORY = "memory.jsonl"  # in what outlives a run: tasks.Traits.cache
 KEPT = 50  # lines of it that count
 
 

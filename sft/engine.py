@@ -385,8 +385,8 @@ class Engine:
             raise OutOfMemory(
                 f"memory ran out in step {self.step + 1} with one example of "
                 f"{max(lengths[i] for i in met.ids):,} tokens "
-                f"({self.task.name_examples(met.ids)}): {met.reason}. Shorter rows "
-                "(data.max_seq_len) or train.gradient_checkpointing=true take less, see `make plan`"
+                f"({self.task.name_examples(met.ids)}): {met.reason}; see what would take less "
+                "with `make plan`"
             )
         self.budget = self.task.budget = budget
         self.log.say(

@@ -24,13 +24,18 @@ from sft.store import Batch, Examples, collate
 
 
 def usable_budget(
-    budget: batching.Budget, asked: str, built: nn.Module, device: torch.device, log: Log
+    budget: batching.Budget,
+    asked: str,
+    built: nn.Module,
+    precision: str,
+    device: torch.device,
+    log: Log,
 ) -> batching.Budget:
     """The planned budget; padded where documents of this model, packed, would see each other.
 
     `asked`: `train.layout`; ConfigError if that is `packed` and cannot be.
     """
-    if budget.layout == "padded" or model.documents_are_isolated(built, device):
+    if budget.layout == "padded" or model.documents_are_isolated(built, precision, device):
         return budget
     reason = "packed documents of this model would attend to each other"
     if asked == "packed":

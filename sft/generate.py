@@ -23,7 +23,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation import ContinuousBatchingConfig
 
-from sft import batching, chat, recovery
+from sft import attention, batching, chat, recovery
 from sft.config import Generation, UserError
 from sft.model import DTYPES
 from sft.parallel import is_split
@@ -278,11 +278,14 @@ def decode_continuously(
         max_requests_per_batch=rows,
     )
     found: dict[str | None, Any] = {}
-    with plain.continuous_batching_context_manager(
-        generation_config=how,
-        continuous_batching_config=sizes,
-        warmup=plain.device.type != "cpu",  # of CUDA graphs
-    ) as manager:
+    with (
+        _known_attention(plain),
+        plain.continuous_batching_context_manager(
+            generation_config=how,
+            continuous_batching_config=sizes,
+            warmup=plain.device.type != "cpu",  # of CUDA graphs
+        ) as manager,
+    ):
         names = [
             manager.add_request(prompt, max_new_tokens=most, eos_token_id=stop)
             for prompt, most in zip(prompts, room, strict=True)
@@ -296,6 +299,20 @@ def decode_continuously(
     if told := next(filter(None, failed), None):
         raise GenerationError(f"{CONTINUOUS} failed: {told}; leave it out")
     return [_without_stop(found[name].generated_tokens, stop) for name in names]
+
+
+@contextmanager
+def _known_attention(model: Any) -> Iterator[None]:
+    """SDPA in the place of an attention that continuous batching does not know."""
+    own = model.config._attn_implementation
+    if own != attention.NAME:
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
 
 
 def check_continuous(settings: Generation) -> None:

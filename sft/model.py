@@ -175,9 +175,8 @@ def load_base(
     config: Model, mode: str, precision: str, device: torch.device, weights: bool = True
 ) -> nn.Module:
     """The base model without adapters. `mode` decides its storage: fp32, compute dtype or NF4."""
+    check_attention(config)
     kernel = None if config.attn_implementation == "auto" else config.attn_implementation
-    if kernel == attention.NAME:
-        attention.register()
     compute = DTYPES[precision]
     storage = torch.float32 if mode == "full" else compute
     with explained(config.name):
@@ -214,6 +213,31 @@ def load_base(
     if mode == "qlora":
         keep_nf4_trainable(model)
     return model
+
+
+def check_attention(config: Model) -> None:
+    """Makes `varlen` known where it is asked for. ModelError for an architecture that cannot have
+    it: without flash attention of its own it may need a mask that ours is not given, and what the
+    kernel cannot take goes to SDPA. transformers asks nothing of a name that was added to it."""
+    if config.attn_implementation != attention.NAME:
+        return
+    attention.register()
+    arch, model = architecture(config), None
+    with explained(config.name), torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(
+                arch,
+                attn_implementation=attention.NAME,
+                trust_remote_code=config.trust_remote_code,
+            )
+        except KeyError as error:  # an older model has a table of its own
+            if error.args != (attention.NAME,):
+                raise
+    if not (model and model._supports_flash_attn and model._supports_sdpa):
+        raise ModelError(
+            f"model.attn_implementation: {attention.NAME} expects an architecture that has flash "
+            f"attention and SDPA in transformers, found {arch.model_type}; set auto"
+        )
 
 
 def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -376,11 +400,12 @@ class SupervisedHead:
 
 
 @torch.no_grad()
-def documents_are_isolated(model: nn.Module, device: torch.device) -> bool:
+def documents_are_isolated(model: nn.Module, precision: str, device: torch.device) -> bool:
     """Whether packed documents cannot see each other: alone and packed, the logits are the same.
 
     transformers tells documents apart by restarting position ids, and silently does not in several
-    cases; so it is tried on the model that will train, with the arguments that training uses.
+    cases; so it is tried on the model that will train, with the arguments that training uses, and
+    in its precision: another one may have another kernel.
     """
     was_training = model.training
     model.eval()
@@ -389,8 +414,9 @@ def documents_are_isolated(model: nn.Module, device: torch.device) -> bool:
     first, second = (torch.randint(num_ids, (1, n), generator=generator) for n in (11, 7))
     together = torch.cat([first, second], 1).to(device)
     positions = torch.cat([torch.arange(11), torch.arange(7)])[None].to(device)
-    packed = model(input_ids=together, position_ids=positions, use_cache=False).logits[0, 11:]
-    alone = model(input_ids=second.to(device), use_cache=False).logits[0]
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        packed = model(input_ids=together, position_ids=positions, use_cache=False).logits[0, 11:]
+        alone = model(input_ids=second.to(device), use_cache=False).logits[0]
     model.train(was_training)
     # A leak changes the logits by about their own size; rounding in bf16 by about 1 %.
     return bool((packed - alone).float().norm() < 0.1 * alone.float().norm())

@@ -146,7 +146,7 @@ def make_plan(
     train = config.train
     work = prepared if isinstance(prepared, Work) else Work.of(prepared)
     precision, why_precision = processes.resolve_precision(train, machine.devices)
-    layout, why_layout = resolve_layout(config)
+    layout, why_layout = resolve_layout(config, precision, bool(machine.devices))
     own = traits(config)
     at = Target(config, work, machine, world_size, precision, layout)
     choice, why_checkpointing = at.choose()
@@ -220,7 +220,7 @@ def _warnings(plan: Plan) -> list[str]:
     if plan.evaluation_bytes > plan.room:
         result.append(
             f"the held-out loss takes {size(plan.evaluation_bytes)}, which does not fit: a smaller "
-            "train.max_tokens or shorter held-out rows help"
+            f"train.max_tokens or {plan.words.shorter} help"
         )
     if plan.generation_bytes > plan.room:
         result.append(
@@ -520,12 +520,16 @@ def target(config: AnyConfig, data: Prepared | Work, machine: Hardware, plan: Pl
     return Target(config, work, machine, plan.world_size, plan.precision, plan.budget.layout)
 
 
-def resolve_layout(config: AnyConfig) -> tuple[batching.Layout, str]:
+def resolve_layout(config: AnyConfig, precision: str, on_gpu: bool) -> tuple[batching.Layout, str]:
     if config.train.layout != "auto":
         return config.train.layout, "configured"
-    if traits(config).attention in attention.UNMASKED:
+    asked = traits(config).attention
+    if attention.needs_no_mask(asked, precision, on_gpu):
         return "packed", "flash attention reads document borders without a mask"
-    return "padded", "rows of like lengths; packing would need a dense mask here"
+    why = "rows of like lengths; packing would need a dense mask here"
+    if asked == attention.NAME:
+        why += f", where {asked} has no kernel: it has one on a GPU, in bf16"
+    return "padded", why
 
 
 # --- what else could be done -------------------------------------------------------------------

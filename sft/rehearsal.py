@@ -78,9 +78,9 @@ def rehearse(
     as an operation can tell.
     """
     own = traits(config)
-    isolates = own.attention in attention.UNMASKED  # documents, without a mask
-    if isolates:  # its kernels need a GPU; what they keep is what SDPA keeps
-        config = with_values(config, {"model.attn_implementation": "sdpa"})
+    isolates = attention.needs_no_mask(own.attention, precision, on_gpu)
+    if isolates:  # its kernels need a GPU; what they keep is what SDPA keeps, where a model has it
+        config = with_values(config, {"model.attn_implementation": "auto"})
     if depth is not None and own.layer >= depth:  # of those that there are, the last
         config = with_values(config, {"crowd.layer": depth - 1})
     masked = window.layout == "packed" and max(map(len, window.micro_batches)) > 1 and not isolates

@@ -110,7 +110,7 @@ def _run(
     model = build(resolved, planned.precision, accelerator.device)
     log.say(dtype_table(model))
     budget = finetune.usable_budget(
-        planned.budget, config.train.layout, model, accelerator.device, log
+        planned.budget, config.train.layout, model, planned.precision, accelerator.device, log
     )
     if budget != planned.budget:
         planned = plan.replanned(planned, resolved, prepared, machine, budget)
@@ -183,7 +183,9 @@ def _evaluate(
     used = config if config.crowd.agent is None else export.alone(config)
     planned = plan.make_together(used, prepared, hardware.detect(folder), accelerator)
     model, _ = export.load_tuned(folder, config, planned.precision, accelerator.device)
-    budget = finetune.usable_budget(planned.budget, "auto", model, accelerator.device, log)
+    budget = finetune.usable_budget(
+        planned.budget, "auto", model, planned.precision, accelerator.device, log
+    )
     task = make_task(config, prepared, model, accelerator, log, budget, guard)
     path = out / "predictions.jsonl"
     manifest = checkpoint.sha256(folder / "final_checkpoint" / checkpoint.MANIFEST)

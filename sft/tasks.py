@@ -1,6 +1,7 @@
 """Which task a configuration means, and what rehearsals and plans have to know of it.
 
-They ask here, and nowhere else, what differs from task to task.
+They ask here for what differs from task to task; the data that a plan is of, and the advice that
+only fine-tuning can take, are told apart in `plan`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Words:
     items: str = "supervised"  # tokens that the loss is of
     answers: str = "answering held-out prompts"
     fewer: str = "evaluation.batch_size"  # the key that makes these take less
+    shorter: str = "shorter held-out rows"  # what makes the held-out loss take less
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def _traits(config: Config) -> Traits:
 
 
 def _skeleton(config: Config, depth: int | None) -> nn.Module:
+    model.check_attention(config.model)  # a plan for a GPU loads nothing with it
     arch = model.architecture(config.model)
     base = AutoModelForCausalLM.from_config(
         arch if depth is None else model.shallow(arch, depth),
@@ -183,6 +186,7 @@ def _distill_traits(config: DistillConfig) -> Traits:
             "transitions",
             "trying the unseen goals",
             "distill.eval_seeds",
+            "a smaller distill.context",
         ),
     )
 

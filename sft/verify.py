@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sft import batching, checkpoint, hardware, model, plan, prepare, processes
+from sft import attention, batching, checkpoint, hardware, model, plan, prepare, processes
 from sft.config import (
     EPISODE,
     AnyConfig,
@@ -142,6 +142,9 @@ def make_small(config: AnyConfig, folder: Path, *, exact: bool = False) -> Small
         found = {path: given[path.split(".")[0]][path.split(".")[1]] for path in wanted}
         told += [(p, f"{wanted[p]} instead of {found[p]}") for p in wanted if found[p] != wanted[p]]
         values |= wanted
+        if traits(config).attention == attention.NAME:
+            had_by = f"of SDPA with a mask: {attention.NAME} has no kernel in fp32"
+            told.append(("packed rows", had_by))
     shrunk, batch = with_values(config, values), made.batch
     lengths = sorted(made.lengths(shrunk), reverse=True)
     while batch > 1 and batching.steps_per_epoch(len(lengths), batch) < 3:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    CodeGenConfig,
+    FalconConfig,
     Gemma2Config,
+    GPTJConfig,
+    GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    PersimmonConfig,
     Qwen3Config,
 )
 
-from sft import attention
+from sft import attention, generate, model
+from sft.config import Crowd, Generation, Model, Tuning
 
 SMALL = {
     "hidden_size": 32,
@@ -30,6 +40,16 @@ SHAPES = {
     "qwen3": Qwen3Config(**SMALL, head_dim=8),
     "mistral": MistralConfig(**SMALL, sliding_window=4),
 }
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 64}
+FOREIGN = [
+    BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=64),  # would see the future
+    CodeGenConfig(**GPT, rotary_dim=4),  # likewise
+    Llama4TextConfig(**SMALL, head_dim=8, num_local_experts=2, intermediate_size_mlp=48),  # chunks
+    GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, num_experts_per_tok=1),  # sinks
+    Gemma2Config(**SMALL, head_dim=8),  # soft caps
+    FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64),
+    GPTJConfig(**GPT, rotary_dim=4),
+]
 CPU = torch.device("cpu")
 
 
@@ -59,13 +79,22 @@ def by_definition(
 def build(architecture, name):
     torch.manual_seed(0)
     attention.register()
-    return AutoModelForCausalLM.from_config(architecture, attn_implementation=name).eval()
+    own = copy.deepcopy(architecture)  # a model keeps it, and in it which attention it has
+    return AutoModelForCausalLM.from_config(own, attn_implementation=name).eval()
 
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(attention, "varlen_attn", by_definition)
+    """It is there, and tells of how many tokens it was asked each time."""
+    calls = []
+
+    def told(query, *given, **options):
+        calls.append(len(query))
+        return by_definition(query, *given, **options)
+
+    monkeypatch.setattr(attention, "varlen_attn", told)
     monkeypatch.setattr(attention, "_kernel_dtype", lambda _, dtype: dtype)
+    return calls
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -93,6 +122,59 @@ def test_padded_rows_and_a_crowd_of_packed_ones_are_as_with_sdpa(name, kernel):
         assert torch.allclose(built(**given).logits, plain(**given).logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_agents", [0, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_of_packed_rows_have_the_gradients_that_they_have_with_sdpa(
+    num_agents, checkpointing, kernel
+):
+    """A crowd has a row for each agent, and one row of positions for all."""
+    ids = torch.randint(2, 64, (1, 20), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(9), torch.arange(11)])[None]
+
+    def gradients(name):
+        base = build(SHAPES["llama"], name).requires_grad_(False)
+        built = model.add_adapters(base, Tuning(mode="lora", r=4), Crowd(num_agents=num_agents))
+        for key, parameter in built.named_parameters():
+            if "lora_B" in key:
+                parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        logits = built.train()(input_ids=ids, position_ids=positions, use_cache=False).logits
+        logits.pow(2).mean().backward()
+        return torch.cat([p.grad.flatten() for p in built.parameters() if p.requires_grad])
+
+    expected = gradients("sdpa")
+    assert not kernel
+    assert torch.allclose(gradients("varlen"), expected, atol=1e-6)
+    layers = 2 * (2 if checkpointing else 1)
+    assert kernel == [20 * max(1, num_agents)] * layers
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_answers_are_those_of_sdpa_which_has_all_but_the_first_pass_of_full_rows(name, kernel):
+    """It has left padding, steps on a cache and rows that leave."""
+    plain, built = (build(SHAPES[name], each) for each in ("sdpa", "varlen"))
+    how, full, ragged = Generation(max_new_tokens=9), [[3, 4, 5], [6, 7, 8]], [[5, 6, 7, 9], [3, 4]]
+    for prompts, passes in ((ragged, []), (full, [6, 6])):
+        expected = generate.decode(plain, prompts, how, [1])
+        stop = [expected[0].ids[4]]  # the first row leaves early
+        expected = generate.decode(plain, prompts, how, stop)
+        assert len(expected[0].ids) < 9
+        assert not kernel
+        assert generate.decode(built, prompts, how, stop) == expected
+        assert kernel == passes
+        kernel.clear()
+
+
+def test_continuous_batching_is_asked_of_sdpa(kernel):
+    plain, built = (build(SHAPES["llama"], each) for each in ("sdpa", "varlen"))
+    asked = [[3, 4, 5], [6, 7]], Generation(max_new_tokens=4), [1]
+    expected = generate.decode_continuously(plain, *asked)
+    assert generate.decode_continuously(built, *asked) == expected
+    assert built.config._attn_implementation == "varlen"
+    assert not kernel
+
+
 def test_generation_and_a_device_without_the_kernel_go_to_sdpa():
     """Left padding and a cache; nothing is patched here, so packed rows have a mask."""
     plain, built = (build(SHAPES["llama"], name) for name in ("sdpa", "varlen"))
@@ -118,10 +200,59 @@ def test_borders():
 
 
 def test_what_the_kernel_has_not_is_refused(kernel):
-    capped = build(Gemma2Config(**SMALL, head_dim=8, sliding_window=8), "varlen")
     ids = torch.arange(2, 9)[None]
-    with pytest.raises(attention.AttentionError, match="soft caps, which this model needs; set"):
-        capped(input_ids=ids, use_cache=False)
     dropping = build(LlamaConfig(**SMALL, attention_dropout=0.1), "varlen").train()
     with pytest.raises(attention.AttentionError, match="dropout"):
         dropping(input_ids=ids, use_cache=False)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_neither_the_kernel_nor_sdpa_has_is_refused(there, request):
+    if there:
+        request.getfixturevalue("kernel")
+    ids = torch.arange(2, 9)[None]
+    for architecture, what in ((FOREIGN[4], "soft caps"), (FOREIGN[3], "sinks")):
+        told = f"attn_implementation: varlen has no attention with {what}, which this model needs"
+        with pytest.raises(attention.AttentionError, match=told):
+            build(architecture, "varlen")(input_ids=ids, use_cache=False)
+
+
+@pytest.mark.parametrize("architecture", FOREIGN, ids=lambda each: each.model_type)
+def test_an_architecture_that_cannot_have_it_is_refused_before_its_weights_are_read(
+    architecture, tmp_path
+):
+    architecture.save_pretrained(tmp_path)  # and no weights
+    asked = Model(name=str(tmp_path), attn_implementation="varlen")
+    told = (
+        f"model.attn_implementation: varlen expects .*, found {architecture.model_type}; set auto"
+    )
+    with pytest.raises(model.ModelError, match=told):
+        model.load_base(asked, "full", "fp32", CPU)
+
+
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+def test_the_key_varlen_loads_a_model_that_has_it(init, tmp_path, kernel):
+    build(SHAPES["llama"], "sdpa").save_pretrained(tmp_path)
+    logits = {}
+    for name in ("sdpa", "varlen"):
+        asked = Model(name=str(tmp_path), init=init, attn_implementation=name)
+        torch.manual_seed(0)
+        built = model.load_base(asked, "full", "fp32", CPU).eval()
+        logits[name] = built(input_ids=torch.arange(2, 9)[None], use_cache=False).logits
+        assert kernel == ([7, 7] if name == "varlen" else [])
+    assert torch.allclose(logits["varlen"], logits["sdpa"], atol=1e-5)
+
+
+def test_isolation_is_proven_with_the_kernel_of_the_precision(kernel, monkeypatch):
+    """Persimmon gives attention no positions: its mask knows documents, the kernel does not."""
+
+    def of_autocast(_, dtype):
+        return torch.bfloat16 if torch.is_autocast_enabled("cpu") else None
+
+    monkeypatch.setattr(attention, "_kernel_dtype", of_autocast)
+    leaking, sound = (build(each, "varlen") for each in (PersimmonConfig(**SMALL), SHAPES["llama"]))
+    assert model.documents_are_isolated(leaking, "fp32", CPU)
+    assert not kernel
+    assert not model.documents_are_isolated(leaking, "bf16", CPU)
+    assert model.documents_are_isolated(sound, "bf16", CPU)
+    assert kernel

@@ -104,7 +104,8 @@ def test_a_run_whose_device_holds_less_goes_on_with_a_smaller_budget(tmp_path):
     alone = rehearsal.Alone("fp32")
     built = model.build(resolved, "fp32", rehearsal.CPU)
     task = finetune.FineTune(resolved, prepared, built, alone, tiny.Said(), planned.budget)
-    engine = Engine(task, resolved.train, alone, tiny.Said(), planned.budget)
+    engine = Engine(task, resolved.train, alone, Log(tmp_path / "run"), planned.budget)
+    plan.keep(resolved, planned, engine.log.folder)
     holding(engine, 900)
     smaller, measured = plan.confirm_on(engine, planned, resolved, prepared, machine)
     assert engine.budget == task.budget == smaller.budget
@@ -114,8 +115,10 @@ def test_a_run_whose_device_holds_less_goes_on_with_a_smaller_budget(tmp_path):
     (line,) = map(json.loads, (tmp_path / confirm.HISTORY).read_text().splitlines())
     assert line["predicted_bytes"] == smaller.memory.allocated
     assert line["measured_bytes"] == measured["heaviest_micro_batch_bytes"]
-    again = plan.with_budget(resolved, smaller, Log(None))
-    assert again.train.max_tokens == smaller.budget.max_tokens
+    kept = load_config(tmp_path / "run/config.yaml")
+    assert kept == with_values(resolved, {"train.max_tokens": smaller.budget.max_tokens})
+    told = json.loads((tmp_path / "run/plan.json").read_text())
+    assert told == json.loads(json.dumps(plan.report(smaller))) | {"measured": None}
 
 
 def test_history(tmp_path):

@@ -337,6 +337,8 @@ def test_what_does_not_fit_is_cut(tmp_path):
     assert 0.6 * tight.room < tight.memory.reserved <= tight.room
     assert "does not fit" in tight.warnings[0]  # the unseen goals, tried with 128 rows
     assert "lower distill.eval_seeds" in tight.warnings[0]
+    (told, _) = plan._warnings(replace(tight, evaluation_bytes=tight.room + 1))
+    assert "a smaller train.max_tokens or a smaller distill.context help" in told
     trained, machine = blank_run(asked, tight), hardware.detect()
     work = plan.Work.windows(asked.distill)
     foretold, measured = plan.confirm_on(trained, tight, asked, work, replace(machine, devices=[]))

@@ -217,7 +217,7 @@ def test_packed_documents_give_the_logits_of_separate_ones_or_are_refused(name):
     packed = built(input_ids=together, position_ids=positions, use_cache=False).logits
     alone = torch.cat([built(input_ids=d, use_cache=False).logits for d in documents], 1)
     equal = float((packed - alone).norm() / alone.norm()) < 1e-5
-    assert model.documents_are_isolated(built, CPU) == equal
+    assert model.documents_are_isolated(built, "fp32", CPU) == equal
     assert equal or name not in ("llama", "qwen2", "qwen3", "mistral")
 
 
@@ -234,19 +234,19 @@ def test_a_model_that_leaks_is_found_out():
             ones = torch.ones_like(input_ids)
             return self.inner(input_ids=input_ids, position_ids=position_ids, attention_mask=ones)
 
-    assert not model.documents_are_isolated(Leaking(), CPU)
+    assert not model.documents_are_isolated(Leaking(), "fp32", CPU)
 
 
 def test_a_packed_layout_that_leaks_falls_back_or_is_refused(monkeypatch, tmp_path):
     packed, log = batching.Budget(100, "packed"), Log(tmp_path)
     built = small("llama")
-    assert finetune.usable_budget(packed, "auto", built, CPU, log) is packed
+    assert finetune.usable_budget(packed, "auto", built, "fp32", CPU, log) is packed
     monkeypatch.setattr(model, "documents_are_isolated", lambda *_: False)
-    padded = finetune.usable_budget(packed, "auto", built, CPU, log)
+    padded = finetune.usable_budget(packed, "auto", built, "fp32", CPU, log)
     assert padded == batching.Budget(100, "padded")
     assert "layout: padded, since packed documents" in (tmp_path / "training.log").read_text()
     with pytest.raises(ConfigError, match=r"train.layout: packed documents .* padded"):
-        finetune.usable_budget(packed, "packed", built, CPU, log)
+        finetune.usable_budget(packed, "packed", built, "fp32", CPU, log)
 
 
 def test_only_chosen_positions_reach_the_head():

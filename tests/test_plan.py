@@ -6,10 +6,12 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from allocations import allocated_bytes
 from conftest import ROOT
+from transformers import BloomConfig
 
 from sft import (
     batching,
@@ -308,8 +310,40 @@ def test_the_plan_is_written_with_what_was_measured(config, prepared, tmp_path):
 
 
 def test_packed_layout_only_where_attention_reads_borders(config):
-    assert plan.resolve_layout(config)[0] == "padded"
-    flash = with_values(config, {"model.attn_implementation": "flash_attention_2"})
-    assert plan.resolve_layout(flash)[0] == "packed"
+    """`varlen` has its kernel on a GPU in bf16 alone: elsewhere it would be a dense mask."""
+    everywhere = [(precision, on_gpu) for precision in ("fp32", "bf16") for on_gpu in (False, True)]
+    expected = {"auto": [], "varlen": [("bf16", True)], "flash_attention_2": everywhere}
+    for name, packed in expected.items():
+        given = with_values(config, {"model.attn_implementation": name})
+        for place in everywhere:
+            layout, why = plan.resolve_layout(given, *place)
+            assert layout == ("packed" if place in packed else "padded")
+            assert ("on a GPU, in bf16" in why) == (name == "varlen" and not packed.count(place))
     padded = with_values(config, {"train.layout": "padded"})
-    assert plan.resolve_layout(padded) == ("padded", "configured")
+    assert plan.resolve_layout(padded, "bf16", True) == ("padded", "configured")
+
+
+def test_a_plan_packs_with_varlen_for_a_gpu_only(config):
+    """Also for one that is not here."""
+    asked = {"model.attn_implementation": "varlen", "train.max_tokens": 2000}
+    given = with_values(config, asked | {"train.gradient_checkpointing": False})
+    work = plan.Work([20] * 64, np.full(64, 9))
+    made = {
+        kind: plan.make_plan(given, work, machine(8 * GIB, gpu), 1)
+        for kind, gpu in (("cpu", None), ("gpu", 80 * GIB))
+    }
+    assert {kind: each.budget.layout for kind, each in made.items()} == {
+        "cpu": "padded",
+        "gpu": "packed",
+    }
+    assert all(each.memory.method == "traced" for each in made.values())
+    assert "in bf16" in made["cpu"].reasons["train.layout"]
+
+
+def test_a_plan_refuses_an_attention_that_the_model_cannot_have(config, tmp_path):
+    BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=64).save_pretrained(tmp_path)
+    changes = {"model.name": str(tmp_path), "model.attn_implementation": "varlen"}
+    given, work = with_values(config, changes), plan.Work([20] * 64, np.full(64, 9))
+    for gpu in (None, 80 * GIB):
+        with pytest.raises(model.ModelError, match="attn_implementation: varlen expects"):
+            plan.make_plan(given, work, machine(8 * GIB, gpu), 1)

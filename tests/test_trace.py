@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from allocations import allocated_bytes, true_peak
 from conftest import ROOT
 from shapes import SIZES, architectures, configured
-from transformers import MixtralConfig
+from transformers import Gemma2Config, MixtralConfig
 
 from sft import rehearsal, trace
 from sft.config import Config, load_config, with_values
@@ -121,12 +121,36 @@ def test_the_rehearsed_evaluation_takes_what_the_real_one_takes(tmp_path, mode):
     assert fake.breakdown["gradients"] == step.breakdown["gradients"]
 
 
+@pytest.mark.parametrize("attention", ["auto", "varlen"])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_what_is_traced_is_the_real_step_in_both_layouts(tmp_path, layout):
-    fake, real = fake_and_real(
-        configured(tmp_path, ARCHITECTURES["Qwen2"]), uniform(3, 40, 9, 2, layout)
-    )
+def test_what_is_traced_is_the_real_step_in_both_layouts(tmp_path, layout, attention):
+    config = configured(tmp_path, ARCHITECTURES["Qwen2"])
+    config = with_values(config, {"model.attn_implementation": attention})
+    fake, real = fake_and_real(config, uniform(3, 40, 9, 2, layout))
     assert fake == real
+
+
+def test_packed_rows_take_a_mask_wherever_varlen_has_no_kernel(tmp_path):
+    config, window = configured(tmp_path, ARCHITECTURES["Qwen2"]), uniform(3, 40, 9, 2, "packed")
+
+    def taken(name, precision):
+        asked = with_values(config, {"model.attn_implementation": name})
+        traced = rehearsal.rehearse(asked, precision, window, depth=1, on_gpu=True)
+        return traced.peak().num_bytes
+
+    assert taken("varlen", "bf16") < taken("sdpa", "bf16")
+    assert taken("varlen", "fp32") == taken("sdpa", "fp32")
+
+
+def test_flash_attention_of_a_model_without_sdpa_is_rehearsed_as_its_own(tmp_path):
+    """Which has a mask: an upper bound."""
+    config = configured(tmp_path, Gemma2Config(**SIZES, head_dim=16))
+    window, taken = uniform(3, 40, 9, 2, "packed"), []
+    for name in ("flash_attention_2", "auto"):
+        asked = with_values(config, {"model.attn_implementation": name})
+        traced = rehearsal.rehearse(asked, "bf16", window, depth=1, on_gpu=True)
+        taken.append(traced.peak().num_bytes)
+    assert taken[0] == taken[1]
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])

@@ -131,6 +131,14 @@ def test_too_few_rows_are_told(tmp_path):
         verify.make_small(config, tmp_path)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_that_varlen_has_no_kernel_in_fp32_is_told(tmp_path, exact):
+    overrides = ["model.attn_implementation=varlen", "data.max_rows=64"]
+    config = load_config(ROOT / "configs/nano.yaml", overrides)
+    told = dict(verify.make_small(config, tmp_path, exact=exact).told)
+    assert told.get("packed rows", "").startswith("of SDPA with a mask: varlen has no") == exact
+
+
 DARKROOM = ["distill.compress=true", "distill.dropout=0.1", "distill.width=48"]
 
 
