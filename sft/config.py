@@ -222,6 +222,9 @@ class Train(Section):
     """Write scalars to `<output_dir>/tensorboard`."""
     wandb: bool = False
     """Also log to Weights & Biases (must be installed)."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time; an operation that has none ends the run.
+    Slower on GPUs; on CPUs nothing changes."""
     profile_steps: Count | None = None
     """Trace so many steps, after two for warming up, into `<output_dir>/profile.json`."""
 

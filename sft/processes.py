@@ -60,6 +60,9 @@ def start_processes(train: Train) -> Accelerator:
     precision, _ = resolve_precision(train)
     _refuse_other_launchers(train, precision)
     _forget_launch_file()
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
     on_cpu = not torch.cuda.is_available()
     if on_cpu and world > 1:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))

@@ -412,7 +412,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_a_run_leaves_its_results_and_resumes_bit_for_bit(collected, tmp_path):
-    told = train(tmp_path / "whole", *collected, "train.profile_steps=1")
+    told = train(
+        tmp_path / "whole", *collected, "train.profile_steps=1", "train.deterministic=true"
+    )
     for part in ("2 layers", "transitions", "held-out loss", "in_context_return", "best", "next"):
         assert part in told
     plan_json = json.loads((tmp_path / "whole/plan.json").read_text())

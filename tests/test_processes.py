@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import tiny
+import torch
 from conftest import ROOT, launch, run
 
 from sft import batching, processes
@@ -249,6 +250,19 @@ def test_deepspeed_needs_no_launcher_for_one_process(tmp_path):
     )
     told = run(sys.executable, "-c", program, settings.model_dump_json())
     assert "world of 1" in told.stdout, told.stderr
+
+
+def test_deterministic_algorithms_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    processes.start_processes(tiny.config(tmp_path).train)
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        processes.start_processes(tiny.config(tmp_path, deterministic=True).train)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_precision_has_a_reason(tmp_path):
