@@ -292,6 +292,7 @@ def blank_run(asked: DistillConfig, foretold: plan.Plan) -> engine.Engine:
     found = task.blank_histories(settings)
     model = task.build(settings, 0, rehearsal.CPU)
     work = task.Distillation(settings, found, model, alone, Log(None), foretold.budget)
+    _ = work.train._rewarded, work.train._visited  # which are counted with the histories
     return engine.Engine(work, asked.train, alone, Log(None), foretold.budget)
 
 
