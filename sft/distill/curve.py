@@ -20,5 +20,5 @@ def draw(path: Path, curves: Mapping[str, Sequence[float]], levels: Mapping[str,
         axes.axhline(value, linestyle=":", color="grey")
         axes.text(longest, value, label, ha="right", va="bottom", color="grey")
     axes.set(xlabel="episode", ylabel="return", xlim=(1, longest))
-    axes.legend(loc="lower right")
+    axes.legend(loc="center right")
     figure.savefig(path, dpi=120)
