@@ -193,6 +193,7 @@ def idle() -> Iterator[list[subprocess.Popen[bytes]]]:
 def test_ranks_are_found_and_the_third_stop_kills_them(idle, tmp_path):
     assert set(launcher.ranks()) >= {process.pid for process in idle}
     (tmp_path / "attempt").mkdir()  # ranks were started
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
     with launcher.Signals(tmp_path) as signals:
         told = (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM)  # a terminal was closed
         for count, number in enumerate(told, 1):
@@ -202,6 +203,7 @@ def test_ranks_are_found_and_the_third_stop_kills_them(idle, tmp_path):
             while len(signals.stops) < count and time.monotonic() < deadline:
                 time.sleep(0.1)  # two that wait at once would be one
         assert [process.wait(30) for process in idle] == [-signal.SIGKILL] * 2
+    signal.signal(signal.SIGHUP, before)
     assert signals.stops == [signal.SIGTERM] * 3
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
