@@ -533,7 +533,7 @@ def gpu(folder: Path) -> list[dict[str, Any]]:
         ):
             told |= {f"{kind}_bytes": true, f"{kind}_error": expected / true - 1}
         found.append(told | {"breakdown": predicted.breakdown})
-        print(json.dumps(told), flush=True)  # a lent machine may be taken back
+        print(json.dumps(told), flush=True)  # a time limit may end it before the table
         accelerator.free_memory(made.model, made.optimizer)
         del made
     return found
