@@ -157,9 +157,9 @@ merge-test: $(READY) ## The proof again, on a merged folder MERGED=folder [RUN=f
 
 ##@ Develop
 nano: $(READY) ## Remake the embedded base model and its task from nothing (about 35 minutes)
-	@$(BIN)/python scripts/make_nano.py
+	@$(BIN)/python -m nano.make_nano
 	@$(BIN)/python scripts/train.py --config configs/nano_base.yaml
-	@$(BIN)/python scripts/make_nano.py --weights outputs/nano_base/final_checkpoint
+	@$(BIN)/python -m nano.make_nano --weights outputs/nano_base/final_checkpoint
 
 test: $(READY) ## All tests (about 15 minutes)
 	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
