@@ -21,7 +21,7 @@ from test_export import CPU, commit, finished
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from sft import export, merge
-from sft.config import dump_config, load_config, with_values
+from sft.config import UserError, dump_config, load_config, with_values
 from sft.log import make_console
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 1024}
@@ -31,7 +31,14 @@ SHAPES = {
         GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=1024, initializer_range=0.2)
     ),
 }
-ROWS = [("remind me to sew at 7 am", '{"call": "set_reminder"}'), ("what is it", "a thing")]
+ROWS = [
+    {"prompt": "remind me to sew at 7 am", "reference": '{"call": "set_reminder"}'},
+    {"prompt": "what is it", "reference": "a thing"},
+    {"prompt": "who", "error": "this row cannot be rendered"},
+]
+
+
+PROOF = ["tokenizer", "template", "generation", "tensors", "weights", "kl"]
 
 
 def quiet(_: Any) -> None: ...
@@ -48,7 +55,7 @@ def base(folder: Path, shape: str = "llama") -> Path:
 
 def made_run(folder: Path, mode: str, shape: str = "llama") -> Path:
     (folder / "run/evaluation").mkdir(parents=True)
-    rows = [{"prompt": prompt, "reference": answer} for prompt, answer in ROWS]
+    rows = [{"index": index, "key": "0", **row} for index, row in enumerate(ROWS)]
     answers = folder / "run/evaluation/predictions.jsonl"
     answers.write_text("\n".join(map(json.dumps, rows)))
     return finished(folder / "run", mode, base(folder / "base", shape))
@@ -76,6 +83,10 @@ def measured(report: dict[str, Any], name: str) -> Any:
     return report["checks"][name]["measured"]
 
 
+def failing(report: dict[str, Any]) -> set[str]:
+    return {name for name, check in report["checks"].items() if not check["ok"]}
+
+
 # --- merges that are right -----------------------------------------------------------------------
 
 
@@ -95,10 +106,12 @@ def test_a_merge_is_the_model_that_was_trained(runs, tmp_path, mode, base_weight
     assert merged.config.use_cache
     template = AutoTokenizer.from_pretrained(ROOT / "nano/model").chat_template
     assert AutoTokenizer.from_pretrained(folder).chat_template == template
-    assert measured(report, "effect") > 1e-3
-    assert ("trained" in report["checks"]) == (mode == "qlora" and not nf4)
-    if "trained" in report["checks"]:  # the originals are not what the adapter was trained on
-        assert measured(report, "trained") > 1e4 * measured(report, "kl")
+    assert list(report["checks"]) == PROOF
+    assert report["num_prompts"] == 2  # those with an answer
+    if mode == "qlora" and not nf4:  # the originals are not what the adapter was trained on
+        trained = merge.prove(folder, run, export.run_config(run), "dequantised")
+        assert measured(trained, "kl") > 1e4 * measured(report, "kl")
+        assert {"weights", "kl"} == failing(trained)
     assert json.loads((folder / merge.REPORT).read_text()) == report
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
 
@@ -230,7 +243,7 @@ def vocabulary_shifted(folder: Path, _: Path) -> None:
 
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
-WEIGHTS = {"weights", "kept"}
+WEIGHTS = {"weights", "kl"}
 FAULTS = {
     "wrong base": (onto_another_base, WEIGHTS),
     "half the scale": (scaled(0.5), WEIGHTS),
@@ -239,17 +252,19 @@ FAULTS = {
     "module dropped": (module_dropped, {"weights"}),
     "adapter not applied": (scaled(0.0), WEIGHTS),
     "template lost": (without("chat_template.jinja"), {"template"}),
-    "eos of the tokenizer": (in_json("tokenizer_config.json", eos_token="<|pad|>"), {"eos"}),
+    "eos of the tokenizer": (in_json("tokenizer_config.json", eos_token="<|pad|>"), {"tokenizer"}),
     "eos of generation": (in_json("generation_config.json", eos_token_id=1), {"generation"}),
     "generation lost": (without("generation_config.json"), {"generation"}),
-    "another vocabulary": (vocabulary_shifted, {"vocabulary"}),
+    "another vocabulary": (vocabulary_shifted, {"tokenizer"}),
     "tensor missing": (in_weights(lambda w: w.pop(NAME)), {"tensors", "weights"}),
     "tensor added": (
         in_weights(lambda w: w.update({"more": torch.ones(1).bfloat16()})),
         {"tensors"},
     ),
-    "tensor empty": (in_weights(lambda w: w[NAME].zero_()), {"empty", "weights"}),
-    "not a number": (in_weights(lambda w: w[NAME][0].fill_(math.nan)), {"empty", "weights", "kl"}),
+    "tensor empty": (in_weights(lambda w: w[NAME].zero_()), WEIGHTS),
+    "not a number": (in_weights(lambda w: w[NAME][0].fill_(math.nan)), WEIGHTS),
+    "another dtype": (in_json("config.json", dtype="float32"), WEIGHTS),
+    "another architecture": (in_json("config.json", rms_norm_eps=0.1), {"kl"}),
 }
 
 
@@ -259,10 +274,9 @@ def test_a_folder_that_is_another_model_fails(runs, whole, tmp_path, fault):
     folder, run = shutil.copytree(whole, tmp_path / "merged"), runs["lora"]
     damage(folder, run)
     report = merge.prove(folder, run, export.run_config(run), "original")
-    failing = {name for name, check in report["checks"].items() if not check["ok"]}
-    assert expected <= failing
+    assert expected <= failing(report)
     if not expected & {"weights", "tensors"}:  # and nothing else is blamed
-        assert not failing & {"tensors", "empty", "weights", "kl", "kept"}
+        assert expected == failing(report)
     json.dumps(report, allow_nan=False)
 
 
@@ -288,7 +302,7 @@ def test_a_failing_proof_is_an_error_and_leaves_nothing_under_the_name(runs, tmp
     with pytest.raises(merge.MergeError) as error:
         merge.merge(runs["lora"], tmp_path / "merged", "fp32", told.append)
     assert "merged.failed is not the model that was trained" in str(error.value)
-    assert "kept: that KL as a share of the effect: expected at most 0.1, found 1" in str(
+    assert "kl: KL from the adapter model, nats per token: expected at most 1e-08, found" in str(
         error.value
     )
     assert [path.name for path in tmp_path.iterdir()] == ["merged.failed"]
@@ -305,28 +319,18 @@ def test_an_adapter_that_rounding_would_lose_is_told(tmp_path):
     run = finished(tmp_path / "run", "lora", base(tmp_path / "base"), std=1e-6)
     with pytest.raises(merge.MergeError, match="bf16 rounds away what the adapter learnt"):
         merge.merge(run, tmp_path / "merged", "bf16", quiet)
+    stored = json.loads((tmp_path / "merged.failed" / merge.REPORT).read_text())
+    assert failing(stored) == {"kl"}
+    assert stored["checks"]["kl"]["measured"] < merge.MAX_KL["bf16"]  # which alone would pass it
     merge.merge(run, tmp_path / "merged", "fp32", quiet)
 
 
 def test_the_table_fits_a_terminal(whole, capsys):
     report = json.loads((whole / merge.REPORT).read_text())
-    make_console().print(merge.table(report))
+    make_console().print(merge.proof_table(report))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert all(any(f" {name} " in line for line in lines) for name in report["checks"])
-
-
-def test_greedy_answers_are_judged_by_how_near_the_tie_was():
-    scores = [torch.tensor([2.0, 1.5, 0.0]), torch.tensor([0.0, 1.0, 3.0])]
-    own = merge.Answer([0, 2], scores)
-    for ids, nats in (
-        ([0, 2], 0),
-        ([1, 0], 0.5),
-        ([0, 1], 2),
-        ([0], math.inf),
-        ([0, 2, 1], math.inf),
-    ):
-        assert own.parting(merge.Answer(ids, scores)) == nats
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -354,20 +358,26 @@ def test_what_stands_in_the_way_of_a_merge_is_told(runs, tmp_path, monkeypatch):
 def test_unreadable_predictions_are_named(runs, whole, tmp_path, text):
     run = shutil.copytree(runs["lora"], tmp_path / "run")
     (run / "evaluation/predictions.jsonl").write_text(text)
-    with pytest.raises(merge.MergeError, match=r"predictions\.jsonl cannot be read"):
+    with pytest.raises(UserError, match=r"predictions\.jsonl:1: expected a JSON object"):
         merge.retest(whole, quiet, run)
 
 
 def test_what_cannot_be_tested_is_told(whole, tmp_path):
     with pytest.raises(merge.MergeError, match="found nothing; run `make merge` first"):
         merge.retest(tmp_path / "none", quiet)
+    odd = shutil.copytree(whole, tmp_path / "odd")
+    in_json("config.json", dtype="float64")(odd, odd)
+    with pytest.raises(merge.MergeError, match=r"one of fp32, bf16, fp16, found torch\.float64"):
+        merge.retest(odd, quiet)
     folder = shutil.copytree(whole, tmp_path / "merged")
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-100])
     with pytest.raises(merge.MergeError, match=r"model\.safetensors cannot be loaded"):
         merge.retest(folder, quiet)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(merge.MergeError, match="found none; merge again"):
+    with pytest.raises(
+        merge.MergeError, match=r"cannot be loaded .*no file named model\.safetensors"
+    ):
         merge.retest(folder, quiet)
     (folder / merge.REPORT).write_text("{")
     with pytest.raises(merge.MergeError, match=r"merge_report\.json cannot be read"):

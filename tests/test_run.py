@@ -155,8 +155,7 @@ def test_evaluate_infer_and_merge_use_the_run(nano, tmp_path):
     assert done.returncode == 0, done.stderr
     checks = json.loads((tmp_path / "merged/merge_report.json").read_text())["checks"]
     assert checks["kl"]["measured"] < 1e-9
-    assert checks["top1"]["measured"] == checks["greedy"]["measured"] == 1
-    assert checks["trained"]["measured"] > checks["kl"]["measured"]
+    assert all(check["ok"] for check in checks.values())
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
