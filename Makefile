@@ -3,7 +3,7 @@
 #   CONFIG=file.yaml       configuration (docs/CONFIG.md)      RUN=outputs/name  a finished run
 #   ARGS="train.epochs=1"  overrides of its keys               JSON=file         where `plan`, `compare` write
 #   NUM_PROCESSES=n        on this machine (train-distributed, -fsdp, -deepspeed, verify-*; several: docs/LAUNCH.md)
-#   AGENT=0                one agent of a crowd (docs/CROWD.md)
+#   AGENT=0                one agent of a crowd (docs/research/CROWD.md)
 #   GIB=48                 memory of a GPU without a known name   LLAMA_CPP=path where llama.cpp is (merge: docs/MERGE.md)
 
 CONFIG ?= configs/nano.yaml
@@ -111,7 +111,7 @@ train-deepspeed-tb: tensorboard train-deepspeed ## train-deepspeed with TensorBo
 collect-darkroom: $(READY) ## What PPO does while it learns each goal of the Darkroom; goes on where it was stopped
 	@$(BIN)/python scripts/collect.py --config $(darkroom) $(ARGS)
 
-train-darkroom: $(READY) ## Algorithm distillation on it: collect, train, try the unseen goals (docs/DISTILL.md)
+train-darkroom: $(READY) ## Algorithm distillation: collect, train, try the unseen goals (docs/research/DISTILL.md)
 	@$(BIN)/python scripts/train.py --config $(darkroom) $(ARGS)
 
 tensorboard: $(READY) ## Start TensorBoard on outputs/ and print its address [PORT=6006]

@@ -9,7 +9,7 @@ train   Transitions per second of configs/ad_darkroom.yaml, on 1 and on 2 proces
 source  CPU seconds for one goal and episode: PPO of Stable-Baselines3 against that of many goals
         at once.
 unseen  Not a speed: what the source reaches on the unseen goals, were it to learn them. The return
-        in context is held against it (docs/DISTILL.md).
+        in context is held against it (docs/research/DISTILL.md).
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ KINDS = {
     ),
     "thoughts_dropped": Kind(
         "warning",
-        "the template drops the thoughts of an earlier turn, which is therefore not supervised",
+        "the template drops the thoughts of a turn, which is therefore not supervised",
         "end the row at that turn if it is to be learnt",
     ),
     "answer_cut": Kind(

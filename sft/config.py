@@ -307,7 +307,7 @@ class Classify(Section):
 
 class Crowd(Section):
     num_agents: CountOrZero = 0
-    """LoRA agents that share the frozen base (docs/CROWD.md). 0: no crowd, one model."""
+    """LoRA agents that share the frozen base (docs/research/CROWD.md). 0: no crowd, one model."""
     lambda_sw: NonNegative = 0.01
     """Weight of the diversity, which is subtracted from the loss: it keeps the agents apart."""
     num_projections: Count = 64
@@ -1032,7 +1032,8 @@ def reference() -> str:
         " Unknown keys, wrong types and contradictions stop the run.",
         "",
         "`task: distill` at the top of a file makes it one of algorithm distillation",
-        "(docs/DISTILL.md): it has the sections `distill` and `train`, others all but `distill`.",
+        "(docs/research/DISTILL.md): it has the sections `distill` and `train`,",
+        "others all but `distill`.",
     ]
     for name, section in KNOWN.items():
         lines += ["", f"## `{name}`", ""]

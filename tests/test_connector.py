@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import connector_worker as worker
+import forked
 import pytest
 import torch
 from conftest import ROOT, launch
@@ -230,16 +231,21 @@ def test_results_of_another_number_are_refused(alone):
         made.gather_results(["a"])
 
 
-def test_the_program_in_the_docs_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_program_in_the_docs_runs(tmp_path, world):
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/INFER.md").read_text(), re.DOTALL)
-    known: dict = {"conversations": worker.conversations()[:3], "texts": ["a", "bb", "ccc"]}
-    exec(code.replace("outputs/nano", str(ROOT / "nano/model")), known)
-    assert known["response"].choices[0].message.content
-    assert [answer.finish_reason for answer in known["answers"]] == [
-        json.loads(line)["finish_reason"] for line in Path("answers.jsonl").read_text().splitlines()
-    ]
-    assert known["scores"] == [1, 2, 3]
+    predictions, program = tmp_path / "answers.jsonl", tmp_path / "ask.py"
+    code = code.replace("outputs/nano", str(ROOT / "nano/model"))
+    program.write_text(code.replace("answers.jsonl", str(predictions)))
+    process = forked.start(world, [str(program)], tmp_path / "printed")
+    process.join()
+    printed = (tmp_path / "printed").read_text()
+    results = re.search(r"^(.+) [1-9]\d*\n(\[.+\]) \[27, 49\]$", printed, re.MULTILINE)
+    assert results, printed
+    answers = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert len(answers) == 2
+    assert results[2] == str([answer["finish_reason"] for answer in answers])
+    assert results[1].endswith((" stop", " length"))
 
 
 def test_a_folder_with_something_else_is_not_saved_over(alone, tmp_path):

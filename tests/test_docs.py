@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from sft.config import generation_of, load_run
 
-DOCS = [ROOT / "README.md", ROOT / "nano/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", ROOT / "nano/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
 VARIABLES = {
@@ -60,6 +60,33 @@ def test_a_command_in_the_docs_is_one_that_exists(document, command):
             load_run(ROOT / configuration_of(command), value.split())
         if name == "CONFIG" and (ROOT / value).exists():
             load_run(ROOT / value)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_of_a_document_leads_to_a_file(path):
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", path.read_text("utf-8")):
+        assert (path.parent / target).exists(), target
+
+
+def test_every_document_that_is_named_exists():
+    folders = ("sft", "scripts", "benchmarks", "configs", "tests", "docs", "nano")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    named = {
+        name
+        for path in [ROOT / "README.md", ROOT / "Makefile", *files]
+        if path.suffix in {".py", ".md", ".yaml", ""} and path.is_file()
+        for name in re.findall(r"\bdocs/[\w/]+\.md\b", path.read_text("utf-8", errors="replace"))
+    }
+    assert len(named) > 10
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_log_is_newest_first_with_short_lines():
+    text = (ROOT / "docs/LOG.md").read_text("utf-8")
+    dates = re.findall(r"^## (\d{4}-\d{2}-\d{2}) \S", text, re.MULTILINE)
+    assert dates == sorted(dates, reverse=True)
+    assert len(dates) == text.count("\n## ") > 20
+    assert max(map(len, text.splitlines())) < 120
 
 
 def configuration_of(command: str) -> str:

@@ -1,8 +1,8 @@
 """Source histories in files, and the windows of them that are trained on.
 
-A Parquet file for each goal (docs/DISTILL.md has the columns), in a folder whose name says what
-made it; what is there is not made again, so a collection that was killed goes on. Goals are learnt
-in groups that do not depend on the number of cores, so neither do the histories.
+A Parquet file for each goal (docs/research/DISTILL.md has the columns), in a folder whose name says
+what made it; what is there is not made again, so a collection that was killed goes on. Goals are
+learnt in groups that do not depend on the number of cores, so neither do the histories.
 
 A window has episodes of one goal in the order of its source's learning, each from any of its
 streams: one policy acts in all of them. It stays with the first episodes of the histories for as
