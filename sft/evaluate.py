@@ -102,7 +102,6 @@ class Speaker:
     tokenizer: PreTrainedTokenizerBase
     stop: list[int]
     identity: str
-    decoder: generate.Decoder | None = None  # generate.decode
 
     def prompt(self, asked: Question) -> list[int] | str:
         """Token ids, or why there are none."""
@@ -189,7 +188,6 @@ def answer_all(
                 speaker.stop,
                 accelerator,
                 rows=rows or _rows(speaker, [prompt for _, prompt in good], settings, accelerator),
-                decoder=speaker.decoder,
                 numbers=[first + i for i, _ in good],
                 between=begin,
             ):
@@ -212,7 +210,6 @@ def _rows(
 ) -> int:
     """As many as the rank with the least memory holds: all must cut alike."""
     own = generate.rows_that_pay(speaker.model, prompts, settings)
-    own *= 1 if speaker.decoder is None else generate.REFILLS
     return min(gather_object([own])) if accelerator.num_processes > 1 else own
 
 
