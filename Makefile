@@ -144,7 +144,7 @@ infer: $(READY) ## Talk to a run or a model [RUN= or MODEL=] [ADAPTER=] [SYSTEM=
 		$(if $(filter command environment,$(firstword $(origin PROMPT))),--prompt "$(PROMPT)") $(ARGS)
 
 infer-batch: $(READY) ## Answer every row of INPUT into OUTPUT (JSONL) [RUN= or MODEL=] [NUM_PROCESSES=2]
-	@$(BIN)/python scripts/infer_batch.py $(model) $(if $(ENGINE),--engine $(ENGINE)) --input "$(INPUT)" --output "$(OUTPUT)" $(ARGS)
+	@$(BIN)/python scripts/infer_batch.py $(model) --input "$(INPUT)" --output "$(OUTPUT)" $(ARGS)
 
 merge: $(READY) ## Merge RUN into its base, and prove it [OUTPUT=] [DTYPE=bf16] [BASE=dequantised] [GGUF=llama.cpp]
 	@$(BIN)/python scripts/merge.py --run $(RUN) $(if $(or $(OUTPUT),$(AGENT)),--output $(or $(OUTPUT),$(RUN)/merged_agent$(AGENT))) \

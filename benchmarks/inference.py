@@ -1,6 +1,6 @@
 """Answers by `sft.generate` against `generate` of transformers: the same prompts, the same answers.
 
-    PYTHONPATH=.:tests python benchmarks/inference.py [--parts stories 60M continuous]
+    PYTHONPATH=.:tests python benchmarks/inference.py [--parts stories 60M processes]
         [--repeats 5] [--json benchmarks/results/inference.json]
 
 All but `processes` and `bf16` run on a GPU where there is one.
@@ -8,8 +8,6 @@ All but `processes` and `bf16` run on a GPU where there is one.
 stories    stories260K (../shared), 60M: a random Llama of 60M parameters. Seconds for all prompts,
            of one at a time (a sample of them, scaled up) and of batches in their order of arrival,
            as many rows as ours. Outputs are compared token by token.
-continuous  The continuous batching of transformers against our batches, as `engine="continuous"` of
-           AccelerateConnector has it.
 processes  Two processes of one thread against one process of one thread, through `infer_batch`'s
            own path: loading is not counted.
 bf16       In bf16 a batch rounds otherwise than one row: how many answers differ, and from where.
@@ -42,7 +40,7 @@ from sft.log import make_console
 from sft.processes import start_processes
 
 RESULTS = ROOT / "benchmarks/results/inference.json"
-PARTS = ("stories", "60M", "continuous", "processes", "bf16")
+PARTS = ("stories", "60M", "processes", "bf16")
 ROWS = generate.ROWS_CPU
 Prompts = list[list[int]]
 
@@ -80,19 +78,10 @@ def shape_60m(number: int) -> tuple[Any, Prompts, list[int], int]:
     return model, prompts, list(range(3, 32_000, 40)), 96
 
 
-def ours(
-    model: Any,
-    prompts: Prompts,
-    stop: list[int],
-    new: int,
-    rows: int,
-    decoder: generate.Decoder | None = None,
-) -> list[list[int]]:
+def ours(model: Any, prompts: Prompts, stop: list[int], new: int, rows: int) -> list[list[int]]:
     found: dict[int, list[int]] = {}
     settings, alone = Generation(max_new_tokens=new), start_processes(Train(output_dir="-"))
-    for batch, answers in generate.answers(
-        model, prompts, settings, stop, alone, rows=rows, decoder=decoder
-    ):
+    for batch, answers in generate.answers(model, prompts, settings, stop, alone, rows=rows):
         found |= {i: answer.ids for i, answer in zip(batch, answers, strict=True)}
     return [found[i] for i in range(len(prompts))]
 
@@ -158,28 +147,6 @@ def against(
         "against_arrival": statistics.median(t["arrival"] / t["ours"] for t in turns),
         "unlike_answers": unlike,
     }
-
-
-def continuous(repeats: int) -> list[dict[str, Any]]:
-    """Medians of the ratios of a turn; above 1 continuous batching is the quicker."""
-    result = []
-    device, rows = place()
-    for name, make in (("stories260K", stories), ("60M", shape_60m)):
-        model, prompts, stop, new = make(4 * rows)
-        model.to(device)
-        turns, unlike = [], 0
-        for _ in range(repeats):
-            own, found = seconds(lambda: ours(model, prompts, stop, new, rows))  # noqa: B023
-            many = rows * generate.REFILLS
-            theirs, other = seconds(
-                lambda: ours(model, prompts, stop, new, many, generate.decode_continuously)  # noqa: B023
-            )
-            turns.append({"batches": own, "continuous": theirs})
-            unlike = sum(a != b for a, b in zip(found, other, strict=True))
-        ratio = statistics.median(t["batches"] / t["continuous"] for t in turns)
-        told = {"model": name, "device": str(device), "prompts": len(prompts), "rows": rows}
-        result.append(told | {"seconds": turns, "faster": ratio, "unlike_answers": unlike})
-    return result
 
 
 # --- two processes -------------------------------------------------------------------------------
@@ -265,11 +232,6 @@ def show(found: dict[str, Any]) -> None:
             times = (f"{middle[key]:.1f}" for key in ("ours", "arrival", "single"))
             table.add_row(row["model"], *times, *ratios, str(row["unlike_answers"]))
     console.print(table)
-    for row in found.get("continuous", []):
-        console.print(
-            f"{row['model']}, {row['device']}: continuous batching {row['faster']:.2f} times as "
-            f"fast as batches; {row['unlike_answers']} of {row['prompts']} unlike"
-        )
     if row := found.get("processes"):
         ratio, unlike = row["two_against_one"], row["unlike_answers"]
         console.print(f"two processes of one thread: {ratio:.2f} times one; {unlike} unlike")
@@ -297,7 +259,7 @@ def main() -> None:
         elif part == "60M":
             found[part] = against("60M", shape_60m(many * 128), 4, args.repeats)
         else:
-            others = {"continuous": continuous, "processes": two_processes, "bf16": in_bf16}
+            others = {"processes": two_processes, "bf16": in_bf16}
             found[part] = others[part](args.repeats)
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     show(found)

@@ -11,8 +11,6 @@ from sft.config import UserError
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     cli.add_model(parser)
-    engines = ("batches", "continuous")  # of ours, or the continuous batching of transformers
-    parser.add_argument("--engine", choices=engines, default="batches", help="docs/INFER.md")
     parser.add_argument("--input", required=True, help="file, folder, glob or hub id of prompts")
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to be written")
     args = parser.parse_args()
@@ -29,8 +27,7 @@ def main() -> int:
     else:
         from sft import infer
 
-        asked = cli.model_of(args) | {"engine": args.engine}
-        infer.answer_file(args.input, args.output, folder, asked, settings)
+        infer.answer_file(args.input, args.output, folder, cli.model_of(args), settings)
     if code == 0:
         shutil.rmtree(folder, ignore_errors=True)
     return code

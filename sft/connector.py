@@ -33,7 +33,6 @@ from sft.predictions import Predictions, Record, key_of, read
 from sft.processes import resolve_precision, start_processes
 
 Quantization = Literal["nf4"] | None
-ENGINES = {"batches": None, "continuous": generate.decode_continuously}
 PRECISIONS: dict[str, Any] = {"bf16": "bf16", "no": "fp32", "fp32": "fp32", "auto": "auto"}
 
 
@@ -94,9 +93,7 @@ class AccelerateConnector:
     `model_name`: folder of a run, of one of its checkpoints, of a model or adapter, or a hub id.
     `adapter`: folder of a LoRA adapter for it. `quantization`: `nf4`; None: as it was trained.
     `mixed_precision`: `bf16`, `no` (fp32), or `auto`, as in training. `batch_size`: prompts at once
-    on each process.
-    `cache_dir`: where a hub id is downloaded to. `engine`: how `complete_batch` and `answer` write,
-    `batches` of ours or the `continuous` batching of transformers (greedy only).
+    on each process. `cache_dir`: where a hub id is downloaded to.
     """
 
     def __init__(
@@ -108,7 +105,6 @@ class AccelerateConnector:
         adapter: str | Path | None = None,
         quantization: Quantization = None,
         *,
-        engine: Literal["batches", "continuous"] = "batches",
         log: Log | None = None,
         between: Callable[[], None] = lambda: None,
     ):
@@ -116,14 +112,13 @@ class AccelerateConnector:
             ("batch_size", batch_size, ("auto",)),
             ("mixed_precision", mixed_precision, tuple(PRECISIONS)),
             ("quantization", quantization, (None, "nf4")),
-            ("engine", engine, tuple(ENGINES)),
         ):
             counts = name == "batch_size" and type(value) is int and value > 0
             if value not in known and not counts:
                 more = " or a number above 0" if name == "batch_size" else ""
                 expected = " or ".join(map(repr, known))
                 raise UserError(f"{name}: expected {expected}{more}, found {value!r}")
-        self.model_name, self.engine = str(model_name), engine
+        self.model_name = str(model_name)
         self.rows = None if batch_size == "auto" else batch_size
         train = Train(output_dir="outputs/connector", precision=PRECISIONS[mixed_precision])
         self.precision, _ = resolve_precision(train)
@@ -167,8 +162,7 @@ class AccelerateConnector:
         """The model and its tokenizer, loaded at the first call. Collective."""
         if self._speaker is None:
             with self.accelerator.local_main_process_first():  # one download for this machine
-                opened = open_speaker(self._opening)
-            self._speaker = replace(opened, decoder=ENGINES[self.engine])
+                self._speaker = open_speaker(self._opening)
             if self._speaker.tokenizer.chat_template == chat.DEFAULT_TEMPLATE:
                 self.log.say(f"{self.model_name} has no chat template: asked as User: / Assistant:")
         return self._speaker
@@ -211,7 +205,7 @@ class AccelerateConnector:
         if predictions is not None:
             self.answer(asked, Path(predictions), len(asked), **settings)
             return [Completion.of(record) for record in read(Path(predictions))]
-        speaker, how = self._asked(settings)
+        how, speaker = generation(settings), self.load_model_once()
         held = Held()
         self._answer_all(speaker, asked, how, held, len(asked))
         found = gather_object(held.records) if self.num_processes > 1 else held.records
@@ -222,15 +216,8 @@ class AccelerateConnector:
         self, asked: Iterable[Question], path: Path, total: int | None = None, **settings: Any
     ) -> None:
         """Answers to a stream of questions into a file of predictions. Collective."""
-        speaker, how = self._asked(settings)
+        how, speaker = generation(settings), self.load_model_once()
         self._answer_all(speaker, asked, how, Predictions(path), total)
-
-    def _asked(self, settings: dict[str, Any]) -> tuple[Speaker, Generation]:
-        """Who answers, and how; what cannot work is told before a model is loaded."""
-        how = generation(settings)
-        if self.engine == "continuous":
-            generate.check_continuous(how)
-        return self.load_model_once(), how
 
     def _answer_all(
         self,

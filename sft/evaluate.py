@@ -2,8 +2,8 @@
 
 The loss is the training loss: a sum over supervised tokens divided by their number, so it does not
 depend on how the examples are cut (law 1). Answers go to a file of `predictions` as they come; they
-are scored from there, each process its share, by sums that are added up. So memory does not grow
-with the number of examples, and what a killed run has answered is not asked again.
+are scored from there, each process its share. Memory holds a few numbers of an example, no text,
+and what a killed run has answered is not asked again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -102,7 +103,6 @@ class Speaker:
     tokenizer: PreTrainedTokenizerBase
     stop: list[int]
     identity: str
-    decoder: generate.Decoder | None = None  # generate.decode
 
     def prompt(self, asked: Question) -> list[int] | str:
         """Token ids, or why there are none."""
@@ -189,7 +189,6 @@ def answer_all(
                 speaker.stop,
                 accelerator,
                 rows=rows or _rows(speaker, [prompt for _, prompt in good], settings, accelerator),
-                decoder=speaker.decoder,
                 numbers=[first + i for i, _ in good],
                 between=begin,
             ):
@@ -212,7 +211,6 @@ def _rows(
 ) -> int:
     """As many as the rank with the least memory holds: all must cut alike."""
     own = generate.rows_that_pay(speaker.model, prompts, settings)
-    own *= 1 if speaker.decoder is None else generate.REFILLS
     return min(gather_object([own])) if accelerator.num_processes > 1 else own
 
 
@@ -272,8 +270,7 @@ def score(
             tally.of_group(group)  # all ranks have the same groups in the same order
     if world > 1:
         for each in (tally, *tally.groups.values()):
-            sums = torch.as_tensor(each.sums, device=accelerator.device)
-            each.sums = accelerator.reduce(sums, "sum").cpu().numpy()
+            each.rows = np.concatenate(gather_object([each.rows]))
     return Scores(tally, total, num_failed)
 
 

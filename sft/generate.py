@@ -13,48 +13,27 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.generation import ContinuousBatchingConfig
+from transformers import PreTrainedTokenizerBase
 
-from sft import attention, batching, chat, recovery
+from sft import batching, chat, recovery
 from sft.config import Generation, UserError
 from sft.model import DTYPES
 from sft.parallel import is_split
 
 ROWS_CPU, ROWS_GPU = 64, 256  # of a batch, at most: more do not make a CPU quicker (docs/LOG.md)
 LEAVE = 1 / 8  # share of a batch that must have ended before its rows are taken out
-REFILLS = (
-    4  # prompts that continuous batching gets for each row of a batch: what it can refill with
-)
-PAGE = 256  # tokens whose keys and values lie together in its cache
-CONTINUOUS = 'engine="continuous"'
 Told = Callable[[list[int]], None]  # hears of the tokens of a step, a row each
 
 
 class GenerationError(UserError):
     """The model cannot be asked."""
-
-
-class Decoder(Protocol):
-    """What answers a batch; arguments as of `decode`."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        prompts: Sequence[list[int]],
-        settings: Generation,
-        stop: list[int],
-        *,
-        seeds: Sequence[int],
-        others_write: Callable[[bool], bool] | None,
-    ) -> list[Answer]: ...
 
 
 class Answer(NamedTuple):
@@ -143,15 +122,14 @@ def answers(
     accelerator: Accelerator,
     *,
     rows: int,
-    decoder: Decoder | None = None,
     numbers: Sequence[int] | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[list[int], list[Answer]]]:
     """This rank's share of the answers, a batch at a time: (positions in `prompts`, answers).
 
     `numbers` seed what is drawn for each prompt (its position, if not given). `between` is called
-    before each batch; every rank has as many, if need be empty ones. `decoder`: `decode` if not
-    given. Where ranks hold only parts of the weights (FSDP2, ZeRO-3), all must take all batches.
+    before each batch; every rank has as many, if need be empty ones. Where ranks hold only parts
+    of the weights (FSDP2, ZeRO-3), all must take all batches.
     """
     plain = accelerator.unwrap_model(model)
     together = is_split(plain) and accelerator.num_processes > 1
@@ -164,8 +142,7 @@ def answers(
         seeds = [numbers[i] if numbers is not None else i for i in batch]
         asked = [prompts[i] for i in batch]
         also = others_write if together else None
-        write = decoder or decode
-        return write(plain, asked, settings, stop, seeds=seeds, others_write=also)
+        return decode(plain, asked, settings, stop, seeds=seeds, others_write=also)
 
     lengths = [len(prompt) + settings.max_new_tokens for prompt in prompts]
     mine = cut(lengths, accelerator.num_processes, rows)[accelerator.process_index]
@@ -240,92 +217,6 @@ def decode(
             step.keep(kept)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
     return [Answer(*each) for each in zip(written, reasons, strict=True)]
-
-
-@torch.no_grad()
-def decode_continuously(
-    model: nn.Module,
-    prompts: Sequence[list[int]],
-    settings: Generation,
-    stop: list[int],
-    *,
-    seeds: Sequence[int] = (),
-    others_write: Callable[[bool], bool] | None = None,
-) -> list[Answer]:
-    """The same answers by the continuous batching of transformers: a paged cache, in which the next
-    prompt takes the place of one that has ended. `seeds` do not matter: it is greedy.
-
-    Raises GenerationError where it cannot give the same: for answers that are drawn, for models
-    whose weights lie on several ranks, and if it fails.
-    """
-    check_continuous(settings)
-    if others_write is not None:
-        raise GenerationError(f"{CONTINUOUS} needs the whole model on each process")
-    if not hasattr(model, "continuous_batching_context_manager"):
-        raise GenerationError(f"{CONTINUOUS} asks a single model, found a crowd; leave it out")
-    plain: Any = model
-    context = context_length(model) or 2**62
-    room = [min(settings.max_new_tokens, context - len(prompt)) for prompt in prompts]
-    how = GenerationConfig(
-        do_sample=False, max_new_tokens=max(room), eos_token_id=stop, pad_token_id=stop[0]
-    )
-    longest = max(len(prompt) + most for prompt, most in zip(prompts, room, strict=True))
-    rows = -(-len(prompts) // REFILLS)
-    sizes = ContinuousBatchingConfig(  # by default nearly all memory that is free
-        num_blocks=rows * -(-longest // PAGE) + 1,
-        page_size=PAGE,
-        max_batch_tokens=max(longest, rows),
-        max_requests_per_batch=rows,
-    )
-    found: dict[str | None, Any] = {}
-    with (
-        _known_attention(plain),
-        plain.continuous_batching_context_manager(
-            generation_config=how,
-            continuous_batching_config=sizes,
-            warmup=plain.device.type != "cpu",  # of CUDA graphs
-        ) as manager,
-    ):
-        names = [
-            manager.add_request(prompt, max_new_tokens=most, eos_token_id=stop)
-            for prompt, most in zip(prompts, room, strict=True)
-        ]
-        while len(found) < len(names):
-            if result := manager.get_result(timeout=1):
-                found[result.request_id] = result
-            elif not manager.is_running():
-                break
-    failed = [found[name].error if name in found else "it ended early" for name in names]
-    if told := next(filter(None, failed), None):
-        raise GenerationError(f"{CONTINUOUS} failed: {told}; leave it out")
-    return [_without_stop(found[name].generated_tokens, stop) for name in names]
-
-
-@contextmanager
-def _known_attention(model: Any) -> Iterator[None]:
-    """SDPA in the place of an attention that continuous batching does not know."""
-    own = model.config._attn_implementation
-    if own != attention.NAME:
-        yield
-        return
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
-
-
-def check_continuous(settings: Generation) -> None:
-    if settings.temperature:
-        raise GenerationError(
-            f"{CONTINUOUS} draws from one stream for all: expected temperature=0, found "
-            f"{settings.temperature:g}; leave one of them out"
-        )
-
-
-def _without_stop(tokens: list[int], stop: list[int]) -> Answer:
-    ends = tokens[-1:] and tokens[-1] in stop
-    return Answer(tokens[:-1], "stop") if ends else Answer(tokens, "length")
 
 
 def _padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[Any, Any]:

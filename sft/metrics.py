@@ -1,15 +1,14 @@
-"""Scores of answers by name: sums over examples, values of sums, intervals from resampled sums.
+"""Scores of answers by name, with 95 % intervals by bootstrap over the examples.
 
-An example gives a vector of statistics whose length does not depend on how many examples there are,
-and a metric is a function of the sum of those vectors. So memory does not grow, ranks add their
-sums, and any cut over processes gives the same bits: statistics are whole numbers or multiples of
-`GRID`, whose sums in float64 are exact in every order (up to eight million examples).
+An example gives a few numbers, its statistics, and a metric is a function of their sums over all
+examples. Statistics are whole numbers or multiples of `GRID`, whose sums in float64 are exact in
+every order (up to eight million examples), so any cut over processes gives the same bits.
 
-Intervals are those of a Poisson bootstrap (Chamandy et al. 2012, "Estimating Uncertainty for
-Massive Data Streams"): in each resample an example counts Poisson(1) times, drawn from its number
-alone. Two tallies of the same examples share these weights, so their difference is a paired one.
+Intervals are percentiles of `scipy.stats.bootstrap`. BCa would correct them for bias and skew, but
+scipy computes it in a time that grows with the square of the number of examples, and it has no
+interval where all examples score the same. Two runs are compared on the same resamples (paired).
 
-More is better for every metric. `bleu` and `chrf` are of 100, as sacrebleu tells them, all others
+More is better for every metric. `bleu` and `chrf` are of 100, as sacrebleu reports them, all others
 of 1. An answer of None is a failed one: it scores 0 and is counted.
 """
 
@@ -19,6 +18,7 @@ import json
 import re
 import string
 import unicodedata
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,18 +27,17 @@ from functools import cache, partial
 from typing import Any, Literal, NoReturn, Protocol, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from sft.config import MetricName, UserError, did_you_mean, excerpt
 
 NAMES: tuple[str, ...] = get_args(MetricName)
 GRID = 2.0**-30  # of scores that are no whole numbers: 1e-9, and sums below 2**23 stay exact
-BLOCK = 256  # examples whose statistics are added at once
-INTERVAL = (2.5, 97.5)  # percentiles: 95 %
+RESAMPLES = 1000
+AT_ONCE = 2**20  # examples in the resamples that are drawn together: about 40 MB
 FEWEST = 6  # examples that must differ: five that all improve do so by chance in 6 % (sign test)
 REPORTED = ("num_examples", "metrics", "intervals")  # also where they are empty
-MOST_BYTES = 1 << 30  # that the sums of all groups take
 FAILURE = "(none of them)"  # what an answer is that is no label
+Measured = tuple[float, Sequence[float]]  # score of an example by itself, its statistics
 Values = dict[str, np.ndarray]
 
 
@@ -47,37 +46,31 @@ class Measure(Protocol):
 
     @property
     def size(self) -> int:
-        """How many statistics an example has."""
+        """Returns how many statistics an example has."""
 
-    def measure(self, answer: str | None, reference: str, prompt: str) -> tuple[float, ArrayLike]:
-        """(score of this example alone, its statistics [size]).
+    def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
+        """Raises UserError for a reference that this metric cannot use."""
 
-        Raises UserError for a reference that this metric cannot use.
-        """
-
-    def values(self, sums: np.ndarray) -> Values:
-        """Values [rows] by name, from sums of statistics [rows, 1 + size]; before them stands the
-        number of examples, which is positive."""
+    def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
+        """Returns values [resamples] by name. `rows` [examples, size] are statistics; `counts`
+        [resamples, examples] says how often each example is in a resample."""
 
 
 class Tally:
-    """Sums of the statistics of examples, as they are and in `num_resamples` resamples.
+    """Keeps the statistics of examples, and scores all examples together.
 
-    `groups`: a tally of each group that examples were said to be of. `labels` are those of
-    `classification`, which keeps (1 + num_resamples) x labels x (labels + 1) numbers; the other
-    metrics keep at most 18 a resample. Raises UserError for an unknown name.
+    An example takes 8 bytes for its number and 8 for each statistic (`chrf` has 18, `bleu` 10, any
+    other metric 1), and as much again if it has a group. Scoring takes up to three copies of that.
+    `groups` has a tally for each group. `labels` are those of `classification`. Raises UserError
+    for an unknown name.
     """
 
-    def __init__(
-        self, names: Sequence[str], labels: Sequence[str] = (), num_resamples: int = 1000
-    ) -> None:
+    def __init__(self, names: Sequence[str], labels: Sequence[str] = ()) -> None:
         self.groups: dict[str, Tally] = {}
-        self._another = partial(Tally, names, labels, num_resamples)
+        self._another = partial(Tally, names, labels)
         self._measures = {name: _measure(name, labels) for name in names}
-        size = 1 + sum(measure.size for measure in self._measures.values())
-        self._sums = np.zeros((1 + num_resamples, size))
-        self._numbers: list[int] = []  # of examples whose statistics wait to be added
-        self._rows: list[np.ndarray] = []
+        self._width = 1 + sum(measure.size for measure in self._measures.values())
+        self._rows = array("d")
 
     def add(
         self,
@@ -87,72 +80,71 @@ class Tally:
         prompt: str = "",
         group: str | None = None,
     ) -> dict[str, float]:
-        """Counts one example, once, in its group too; returns its own scores by metric.
+        """Counts one example, in its group too; returns its own scores by metric.
 
-        `number` is its place in the data set: weights in resamples are drawn from it. `prompt` is
-        the source text of SARI. Raises UserError for a reference that a metric cannot use.
+        `number` is its place in the data set. `prompt` is the source text of SARI. Raises UserError
+        for a reference that a metric cannot use.
         """
-        found = self._measured(number, answer, reference, prompt)
-        row = np.concatenate([[1.0], *(row for _, row in found.values())])
-        self._count(number, row)
+        row, scores = array("d", [number]), {}
+        for name, measure in self._measures.items():
+            try:
+                scores[name], statistics = measure.measure(answer, reference, prompt)
+            except UserError as error:
+                raise UserError(f"example {number}: {name} {error}") from None
+            row.extend(statistics)
+        self._rows += row
         if group is not None:
-            self.of_group(group)._count(number, row)
-        return {name: score for name, (score, _) in found.items()}
-
-    def check(self, number: int, reference: str, group: str | None = None) -> None:
-        """Raises the UserError that `add` would raise, before an answer has been generated."""
-        self._measured(number, None, reference, "")
-        if group is not None:
-            self.of_group(group)
+            self.of_group(group)._rows += row
+        return scores
 
     def of_group(self, name: str) -> Tally:
-        """The tally of this group, empty if it is new. Raises UserError if they become too many."""
+        """Returns the tally of this group, empty if it is new."""
         if name not in self.groups:
-            if (len(self.groups) + 1) * self._sums.nbytes > MOST_BYTES:
-                raise UserError(
-                    f"more than {len(self.groups):,} groups, whose sums take over "
-                    f"{MOST_BYTES / 2**30:g} GiB, as {name!r}; group by a column of fewer values"
-                )
             self.groups[name] = self._another()
         return self.groups[name]
 
     @property
-    def sums(self) -> np.ndarray:
-        """float64 [1 + num_resamples, 1 + statistics]: first the sample itself, in each row first
-        the number of examples. To be added up over ranks, and set."""
-        self._add_rows()
-        return self._sums
+    def rows(self) -> np.ndarray:
+        """Returns float64 [examples, 1 + statistics], sorted by the first column, the examples'
+        numbers. Ranks concatenate theirs and set the result."""
+        rows = np.asarray(self._rows).reshape(-1, self._width)
+        ordered = rows[np.argsort(rows[:, 0], kind="stable")]
+        return np.asfortranarray(ordered)  # sums of columns take half the time
 
-    @sums.setter
-    def sums(self, sums: np.ndarray) -> None:
-        assert sums.shape == self._sums.shape, (sums.shape, self._sums.shape)
-        self._numbers, self._rows = [], []
-        self._sums = np.array(sums, np.float64)
+    @rows.setter
+    def rows(self, rows: np.ndarray) -> None:
+        assert rows.shape[1] == self._width, (rows.shape, self._width)
+        self._rows = array("d", rows.tobytes())
 
     @property
     def num_examples(self) -> int:
-        return int(self.sums[0, 0])
+        return len(self._rows) // self._width
 
     def values(self) -> dict[str, float]:
-        """Value by name; of `classification`: accuracy, macro_precision, macro_recall, macro_f1 and
-        for each label precision/<label>, recall/<label> and f1/<label>. Empty without examples."""
-        return {name: float(values[0]) for _, name, values in self._values(self.sums[:1])}
+        """Returns values by name; of `classification`: accuracy, macro_precision, macro_recall,
+        macro_f1 and for each label precision/<label>, recall/<label> and f1/<label>. It is empty
+        without examples."""
+        found = self._values(self.rows, np.ones((1, self.num_examples)))
+        return {name: float(values[0]) for _, name, values in found}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % percentile interval by name. It has no width where all examples score the same."""
-        return {name: _interval(values) for _, name, values in self._values(self.sums[1:])}
+        """Returns 95 % intervals by name. An interval has no width where all examples score the
+        same, as a single one does."""
+        rows = self.rows
+        found = _intervals(lambda counts: self._stacked(rows, counts), len(rows)).tolist()
+        return {name: (low, high) for name, (low, high) in zip(self.values(), found, strict=True)}
 
     def confusion(self) -> dict[str, dict[str, int]]:
-        """Examples of `classification` by label of the reference and of the answer, FAILURE among
-        these; empty if it was not asked for."""
-        for measure, part in zip(self._measures.values(), self._parts(), strict=True):
+        """Returns the number of examples by label of the reference and of the answer, FAILURE
+        among these; it is empty without `classification`."""
+        for _, measure, part in self._parts(self.rows):
             if isinstance(measure, Classification):
-                return measure.confusion(self.sums[0, part])
+                return measure.confusion(part)
         return {}
 
     def report(self) -> dict[str, Any]:
-        """All of it for JSON: num_examples, metrics, intervals, confusion if there is one, and
-        groups, the same of each, by name."""
+        """Returns what JSON can hold: num_examples, metrics, intervals, confusion if there is one,
+        and the same for each of the groups, by name."""
         found = {
             "num_examples": self.num_examples,
             "metrics": self.values(),
@@ -162,57 +154,49 @@ class Tally:
         }
         return {name: value for name, value in found.items() if value or name in REPORTED}
 
-    def _measured(
-        self, number: int, answer: str | None, reference: str, prompt: str
-    ) -> dict[str, tuple[float, ArrayLike]]:
-        found = {}
-        for name, measure in self._measures.items():
-            try:
-                found[name] = measure.measure(answer, reference, prompt)
-            except UserError as error:
-                raise UserError(f"example {number}: {name} {error}") from None
-        return found
-
-    def _count(self, number: int, row: np.ndarray) -> None:
-        self._numbers.append(number)
-        self._rows.append(row)
-        if len(self._rows) == BLOCK:
-            self._add_rows()
-
-    def _add_rows(self) -> None:
-        if self._rows:
-            drawn = np.stack([weights(n, len(self._sums) - 1) for n in self._numbers])
-            self._sums += drawn.T @ np.stack(self._rows)
-            self._numbers, self._rows = [], []
-
-    def _parts(self) -> Iterator[slice]:
-        """The columns of each metric."""
+    def _parts(self, rows: np.ndarray) -> Iterator[tuple[str, Measure, np.ndarray]]:
+        """Yields (metric, measure, its columns)."""
         start = 1
-        for measure in self._measures.values():
-            yield slice(start, start + measure.size)
+        for metric, measure in self._measures.items():
+            yield metric, measure, rows[:, start : start + measure.size]
             start += measure.size
 
-    def _values(self, sums: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
-        """(metric, name, values) of the rows that have any example: a resample of few may not."""
-        sums = sums[sums[:, 0] > 0]
-        if not len(sums):
-            return
-        for (metric, measure), part in zip(self._measures.items(), self._parts(), strict=True):
-            chosen = np.concatenate([sums[:, :1], sums[:, part]], axis=1)
-            for name, values in measure.values(chosen).items():
+    def _values(
+        self, rows: np.ndarray, counts: np.ndarray
+    ) -> Iterator[tuple[str, str, np.ndarray]]:
+        """Yields (metric, name, values [resamples]); nothing without examples."""
+        for metric, measure, part in self._parts(rows) if len(rows) else ():
+            for name, values in measure.values(part, counts).items():
                 yield metric, name, values
 
-
-def weights(number: int, num_resamples: int) -> np.ndarray:
-    """float64 [1 + num_resamples]: how often an example counts in the sample (once) and in each
-    resample. A function of its number, so of no order and no rank."""
-    generator = np.random.Generator(np.random.Philox(key=number))
-    return np.concatenate([[1.0], generator.poisson(1.0, num_resamples)])
+    def _stacked(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns values [names, resamples]."""
+        found = [values for *_, values in self._values(rows, counts)]
+        return np.array(found).reshape(-1, len(counts))
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(values, INTERVAL)
-    return float(low), float(high)
+def _intervals(values: Callable[[np.ndarray], np.ndarray], num_examples: int) -> np.ndarray:
+    """Returns 95 % intervals [names, 2]. `values` maps counts [resamples, examples], how often each
+    example is in a resample, to values [names, resamples]."""
+    if num_examples < 2:  # every resample is the sample
+        return values(np.ones((1, num_examples))).repeat(2, axis=1)
+    from scipy.stats import bootstrap
+
+    def statistic(places: np.ndarray, axis: int) -> np.ndarray:
+        own = places + np.arange(len(places))[:, None] * num_examples  # counted in one call
+        counts = np.bincount(own.ravel(), minlength=own.size).reshape(own.shape)
+        return values(counts.astype(float))
+
+    low, high = bootstrap(
+        (np.arange(num_examples),),
+        statistic,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, AT_ONCE // num_examples),
+        method="percentile",
+        rng=0,
+    ).confidence_interval
+    return np.stack([low, high], axis=1)
 
 
 Verdict = Literal["better", "worse", "not distinguishable"]
@@ -220,7 +204,7 @@ Verdict = Literal["better", "worse", "not distinguishable"]
 
 @dataclass(frozen=True)
 class Difference:
-    """`b` against `a` in one metric: better where the whole interval of b - a is above 0."""
+    """Compares `b` with `a` in one metric; it is better if the interval of b - a is above 0."""
 
     value_a: float
     value_b: float
@@ -233,23 +217,24 @@ class Difference:
 def difference(
     a: Tally, b: Tally, num_unlike: Mapping[str, int] | None = None
 ) -> dict[str, Difference]:
-    """Paired bootstrap of two tallies of the same examples, by name.
+    """Compares two tallies of the same examples by paired bootstrap; the result is by name.
 
     `num_unlike` (metric -> examples on which the two score differently; None: all) withholds a
     verdict from fewer than FEWEST, of which resampling is too sure.
     """
-    assert np.array_equal(a.sums[:, 0], b.sums[:, 0]), "not the same examples"
-    found = {}
-    for (metric, name, of_a), (_, _, of_b) in zip(
-        a._values(a.sums), b._values(b.sums), strict=True
+    rows_a, rows_b, num = a.rows, b.rows, a.num_examples
+    assert np.array_equal(rows_a[:, 0], rows_b[:, 0]), "not the same examples"
+    bounds = _intervals(lambda counts: b._stacked(rows_b, counts) - a._stacked(rows_a, counts), num)
+    once, found = np.ones((1, num)), {}
+    for (metric, name, of_a), (_, _, of_b), (low, high) in zip(
+        a._values(rows_a, once), b._values(rows_b, once), bounds.tolist(), strict=True
     ):
-        gain = of_b - of_a
-        low, high = _interval(gain[1:])
-        unlike = a.num_examples if num_unlike is None else num_unlike[metric]
+        unlike = num if num_unlike is None else num_unlike[metric]
         verdict: Verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
         if unlike < FEWEST:
             verdict = "not distinguishable"
-        found[name] = Difference(float(of_a[0]), float(of_b[0]), float(gain[0]), low, high, verdict)
+        value_a, value_b = float(of_a[0]), float(of_b[0])
+        found[name] = Difference(value_a, value_b, value_b - value_a, low, high, verdict)
     return found
 
 
@@ -264,13 +249,13 @@ class Mean:
     score: Callable[[str, str, str], float]
     size: int = 1
 
-    def measure(self, answer: str | None, reference: str, prompt: str) -> tuple[float, ArrayLike]:
+    def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
         score = self.score(answer or "", reference, prompt)  # looks at the reference, too
         score = 0.0 if answer is None else score
         return score, [round(score / GRID) * GRID]
 
-    def values(self, sums: np.ndarray) -> Values:
-        return {self.name: sums[:, 1] / sums[:, 0]}
+    def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
+        return {self.name: counts @ rows[:, 0] / len(rows)}
 
 
 def exact_match(answer: str, reference: str, *_: str) -> float:
@@ -466,14 +451,15 @@ class Bleu:
         self._bleu = BLEU(effective_order=True)
         self._caches = [Tokenizer13a.__call__, TokenizerRegexp.__call__]
 
-    def measure(self, answer: str | None, reference: str, prompt: str) -> tuple[float, ArrayLike]:
+    def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
         for each in self._caches:  # sacrebleu keeps the last 65,536 texts
             each.cache_clear()
         found = self._bleu.sentence_score(answer or "", [reference])
         return found.score, [found.sys_len, found.ref_len, *found.counts, *found.totals]
 
-    def values(self, sums: np.ndarray) -> Values:
-        return {"bleu": np.array([self._corpus(row[1:]) for row in sums.astype(int).tolist()])}
+    def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
+        sums = (counts @ rows).astype(int).tolist()
+        return {"bleu": np.array([self._corpus(each) for each in sums])}
 
     def _corpus(self, row: list[int]) -> float:
         length, reference_length, counts, totals = row[0], row[1], row[2:6], row[6:]
@@ -496,21 +482,23 @@ class Chrf:
 
         self._chrf = CHRF()
 
-    def measure(self, answer: str | None, reference: str, prompt: str) -> tuple[float, ArrayLike]:
+    def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
         (row,) = self._chrf._extract_corpus_statistics([answer or ""], [[reference]])
         return self._chrf._compute_f_score(row), row
 
-    def values(self, sums: np.ndarray) -> Values:
-        rows = sums[:, 1:].astype(int).tolist()
-        return {"chrf": np.array([self._chrf._compute_f_score(row) for row in rows])}
+    def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
+        sums = (counts @ rows).astype(int).tolist()
+        return {"chrf": np.array([self._chrf._compute_f_score(each) for each in sums])}
 
 
 class Classification:
     """Scores from the confusion counts [label of the reference, label of the answer or FAILURE].
 
     `label_of` reads both. What gives no label is a failure, which counts as wrong; a reference has
-    to give one. An example's score: right or not.
+    to give one. An example's score: right or not. Its statistic: the number of its cell.
     """
+
+    size = 1
 
     def __init__(self, labels: Sequence[str]) -> None:
         names = [label.strip() for label in labels]
@@ -520,9 +508,8 @@ class Classification:
                 f"and neither empty nor {FAILURE!r}; found {names or 'none'}"
             )
         self.labels = names
-        self.size = len(names) * (len(names) + 1)
 
-    def measure(self, answer: str | None, reference: str, prompt: str) -> tuple[float, ArrayLike]:
+    def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
         truth, given = label_of(reference, self.labels), label_of(answer, self.labels)
         if truth is None:
             hint = did_you_mean(reference.strip(), self.labels)
@@ -530,51 +517,43 @@ class Classification:
                 f"needs one of evaluation.labels as the reference, found {excerpt(reference)}; "
                 f"{hint}"
             )
-        cells = np.zeros((len(self.labels), len(self.labels) + 1))
-        column = -1 if given is None else self.labels.index(given)
-        cells[self.labels.index(truth), column] = 1
-        return float(given == truth), cells.ravel()
-
-    def values(self, sums: np.ndarray) -> Values:
         num = len(self.labels)
-        diagonal = 1 + np.arange(num) * (num + 2)
-        found = {"accuracy": sums[:, diagonal].sum(axis=1) / sums[:, 0]}
-        step = max(1, 2**18 // self.size)  # bounds the memory that scikit-learn takes
-        parts = [self._by_label(sums[i : i + step, 1:]) for i in range(0, len(sums), step)]
-        by_label = np.concatenate(parts)  # [rows, labels, 3]
-        kinds = ("precision", "recall", "f1")
-        found |= {f"macro_{kind}": by_label[:, :, i].mean(axis=1) for i, kind in enumerate(kinds)}
+        column = num if given is None else self.labels.index(given)
+        return float(given == truth), [self.labels.index(truth) * (num + 1) + column]
+
+    def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
+        tables = (self._table(rows, each) for each in counts)
+        sums = [[t.diagonal(), t.sum(axis=1), t[:, :-1].sum(axis=0)] for t in tables]
+        right, truth, given = np.array(sums).transpose(1, 0, 2)  # [resamples, labels] each
+        kinds = {
+            "precision": _ratio(right, given),
+            "recall": _ratio(right, truth),
+            "f1": _ratio(2 * right, given + truth),
+        }
+        found = {"accuracy": right.sum(axis=1) / len(rows)}
+        found |= {f"macro_{kind}": each.mean(axis=1) for kind, each in kinds.items()}
         for place, label in enumerate(self.labels):
-            found |= {f"{kind}/{label}": by_label[:, place, i] for i, kind in enumerate(kinds)}
+            found |= {f"{kind}/{label}": each[:, place] for kind, each in kinds.items()}
         return found
 
-    def _by_label(self, counts: np.ndarray) -> np.ndarray:
-        """[rows, labels, 3] precision, recall and F1 from counts [rows, size].
-
-        One call for all rows, in which each row has labels of its own: a call takes a millisecond.
-        """
-        from sklearn.metrics import precision_recall_fscore_support
-
+    def _table(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns confusion counts [label of the reference, label of the answer or FAILURE]."""
         num = len(self.labels)
-        row, truth, given = np.indices((len(counts), num, num + 1)).reshape(3, -1)
-        first = row * (num + 1)
-        labels = np.arange(len(counts))[:, None] * (num + 1) + np.arange(num)
-        scores = precision_recall_fscore_support(
-            first + truth,
-            first + given,
-            labels=labels.ravel(),
-            sample_weight=counts.ravel(),
-            zero_division=0,
-        )
-        return np.stack(scores[:3], axis=-1).reshape(len(counts), num, 3)
+        cells = np.bincount(rows[:, 0].astype(int), counts, num * (num + 1))
+        return cells.reshape(num, num + 1)
 
-    def confusion(self, row: np.ndarray) -> dict[str, dict[str, int]]:
+    def confusion(self, rows: np.ndarray) -> dict[str, dict[str, int]]:
         columns = [*self.labels, FAILURE]
-        counts = row.reshape(len(self.labels), -1).astype(int).tolist()
+        table = self._table(rows, np.ones(len(rows))).astype(int).tolist()
         return {
             label: dict(zip(columns, line, strict=True))
-            for label, line in zip(self.labels, counts, strict=True)
+            for label, line in zip(self.labels, table, strict=True)
         }
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Returns part / whole; 0 where there is nothing."""
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
 # --- labels in answers ---------------------------------------------------------------------------

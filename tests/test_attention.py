@@ -166,15 +166,6 @@ def test_answers_are_those_of_sdpa_which_has_all_but_the_first_pass_of_full_rows
         kernel.clear()
 
 
-def test_continuous_batching_is_asked_of_sdpa(kernel):
-    plain, built = (build(SHAPES["llama"], each) for each in ("sdpa", "varlen"))
-    asked = [[3, 4, 5], [6, 7]], Generation(max_new_tokens=4), [1]
-    expected = generate.decode_continuously(plain, *asked)
-    assert generate.decode_continuously(built, *asked) == expected
-    assert built.config._attn_implementation == "varlen"
-    assert not kernel
-
-
 def test_generation_and_a_device_without_the_kernel_go_to_sdpa():
     """Left padding and a cache; nothing is patched here, so packed rows have a mask."""
     plain, built = (build(SHAPES["llama"], name) for name in ("sdpa", "varlen"))

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from rich.cells import cell_len
 
-from sft import compare
+from sft import compare, metrics
 from sft.config import UserError
 
 CONFIG = """\
@@ -229,7 +229,8 @@ def test_a_run_without_predictions_is_refused(run, tmp_path):
     assert "make evaluate" in refused(tmp_path, a)
 
 
-def test_texts_are_not_kept(run):
+def test_texts_are_not_kept(run, monkeypatch):
+    monkeypatch.setattr(metrics, "AT_ONCE", 10_000)
     text = "word " * 2000
     files = [run(name, [line(n, text + name, text) for n in range(400)]) for name in ("one", "two")]
     tracemalloc.start()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import connector_worker as worker
@@ -17,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft import generate
-from sft.config import ConfigError, Generation, UserError
+from sft.config import ConfigError, UserError
 from sft.connector import AccelerateConnector
 from sft.export import ExportError
 from sft.log import Log
@@ -53,32 +52,6 @@ def test_answers_are_in_order_and_one_at_a_time_they_are_the_same(alone, fresh):
         assert one.finish_reason == choice["finish_reason"] in ("stop", "length")
         assert vars(one.usage) == answers[i]["usage"]
         assert one.usage.total_tokens == one.usage.prompt_tokens + one.usage.completion_tokens
-
-
-def test_continuous_batching_writes_the_same_tokens(alone):
-    made = worker.connector(engine="continuous", batch_size=9)
-    found = made.complete_batch(worker.conversations(), **worker.SETTINGS)
-    assert [asdict(each) for each in found] == alone[1]["answers"]
-
-
-def test_continuous_batching_is_greedy_and_says_so_before_a_model_is_loaded():
-    made = AccelerateConnector("none", mixed_precision="no", engine="continuous", log=Log(None))
-    with pytest.raises(UserError, match=r"expected temperature=0, found 0\.7; leave one of them"):
-        made.complete_batch(worker.conversations(), temperature=0.7)
-    with pytest.raises(UserError, match="engine: expected 'batches' or 'continuous', found 'vllm'"):
-        AccelerateConnector("none", engine="vllm")
-
-
-def test_a_failure_of_continuous_batching_is_one_message(fresh, monkeypatch):
-    speaker = fresh.load_model_once()
-
-    def failing(*_, **__):
-        raise ValueError("no room")
-
-    monkeypatch.setattr(speaker.model.model, "forward", failing)
-    how = Generation(max_new_tokens=4)
-    with pytest.raises(UserError, match=r'engine="continuous" failed: .*no room.*; leave it out'):
-        generate.decode_continuously(speaker.model, [[5, 6, 7]], how, speaker.stop)
 
 
 def test_what_cannot_be_answered_says_why_in_its_place(alone):

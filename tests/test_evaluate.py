@@ -17,7 +17,6 @@ from sft import (
     evaluate,
     finetune,
     generate,
-    metrics,
     model,
     predictions,
     prepare,
@@ -128,7 +127,7 @@ def test_scores_count_what_failed(nano, tmp_path):
     assert 0 <= low < 0.5 < high <= 1
 
 
-def test_ranks_add_up_to_the_scores_of_one(nano, tmp_path):
+def test_ranks_together_have_the_scores_of_one(nano, tmp_path, monkeypatch):
     pairs = [("a b c d", "a b c d" if i % 3 else "a c d") for i in range(20)]
     path = written(tmp_path / "predictions.jsonl", pairs, groups="xxxyz")
     names = ["exact_match", "bleu", "rouge_l"]
@@ -141,20 +140,22 @@ def test_ranks_add_up_to_the_scores_of_one(nano, tmp_path):
     parts: dict[int, list] = {}
 
     class Ranks:
-        """Three ranks, one after another; the last one sees the sum, as all would."""
+        """Three ranks, one after another; the last one sees the parts of all, as all would."""
 
-        num_processes, device = 3, torch.device("cpu")
+        num_processes = 3
 
         def __init__(self, rank: int):
             self.process_index, self.calls = rank, 0
 
-        def reduce(self, sums: torch.Tensor, _: str) -> torch.Tensor:
+        def gather(self, own: list) -> list:
             self.calls += 1
-            parts.setdefault(self.calls, []).append(sums)
-            return torch.stack(parts[self.calls]).sum(0)
+            parts.setdefault(self.calls, []).extend(own)
+            return parts[self.calls]
 
     for rank in range(3):
-        found = evaluate.score(path, names, Ranks(rank))
+        ranks = Ranks(rank)
+        monkeypatch.setattr(evaluate, "gather_object", ranks.gather)
+        found = evaluate.score(path, names, ranks)
     assert found.tally.report() == whole
 
 
@@ -184,7 +185,7 @@ def ask_and_score(nano, folder, number: int, names: list[str]) -> evaluate.Score
 
 def test_memory_does_not_grow_with_the_number_of_examples(nano, tmp_path, monkeypatch):
     """A key, a question or an answer of each example, kept anywhere, would be seen."""
-    for module, name in ((evaluate, "WINDOW"), (predictions, "AT_ONCE"), (metrics, "BLOCK")):
+    for module, name in ((evaluate, "WINDOW"), (predictions, "AT_ONCE")):
         monkeypatch.setattr(module, name, 50)
     answer = generate.Answer([7, 8], "stop")
     monkeypatch.setattr(generate, "decode", lambda _, prompts, *a, **o: [answer] * len(prompts))

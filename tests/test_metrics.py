@@ -1,4 +1,4 @@
-"""Scores: those of the libraries on the whole corpus, from sums that any cut leaves the same."""
+"""Scores: those of the libraries on the whole corpus, the same for any cut over processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
-from scipy.stats import bootstrap
+from scipy.stats import binom, bootstrap
 from sklearn.metrics import classification_report
 
 from sft import metrics
@@ -194,7 +194,7 @@ def test_sari_takes_the_prompt_as_its_source():
 def test_a_corpus_scores_as_the_libraries_score_it_whole():
     pairs = corpus()
     answers, references = map(list, zip(*pairs, strict=True))
-    tally = tallied(pairs, ["bleu", "chrf", "rouge_l"], num_resamples=20)
+    tally = tallied(pairs, ["bleu", "chrf", "rouge_l"])
     rouge = RougeScorer(["rougeL"], use_stemmer=False)
     of_each = [rouge.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs]
     assert tally.values() == {
@@ -206,7 +206,7 @@ def test_a_corpus_scores_as_the_libraries_score_it_whole():
 
 def test_one_example_scores_as_the_libraries_score_a_sentence():
     for answer, reference in corpus(10):
-        tally = Tally(["bleu", "chrf"], num_resamples=0)
+        tally = Tally(["bleu", "chrf"])
         assert tally.add(0, answer, reference) == {
             "bleu": BLEU(effective_order=True).sentence_score(answer, [reference]).score,
             "chrf": CHRF().sentence_score(answer, [reference]).score,
@@ -214,17 +214,15 @@ def test_one_example_scores_as_the_libraries_score_a_sentence():
 
 
 def test_a_resample_scores_as_the_corpus_in_which_examples_stand_so_often():
-    pairs, num = corpus(), 5
-    tally = tallied(pairs, ["bleu", "chrf", "rouge_l"], num_resamples=num)
-    drawn = np.stack([metrics.weights(number, num) for number in range(len(pairs))]).astype(int)
-    values: dict[str, list[float]] = {name: [] for name in tally.values()}
-    for times in drawn[:, 1:].T:
+    pairs, names = corpus(), ("bleu", "chrf", "rouge_l")
+    tally = tallied(pairs, names)
+    counts = np.random.default_rng(0).multinomial(len(pairs), [1 / len(pairs)] * len(pairs), 5)
+    found = tally._stacked(tally.rows, counts.astype(float))
+    assert found.shape == (3, 5)
+    for times, values in zip(counts, found.T, strict=True):
         whole = [pair for pair, n in zip(pairs, times, strict=True) for _ in range(n)]
-        for name, value in tallied(whole, tuple(values), num_resamples=0).values().items():
-            values[name].append(value)
-    for name, interval in tally.intervals().items():
-        assert interval == pytest.approx(np.percentile(values[name], [2.5, 97.5]), abs=GRID)
-        assert len(set(values[name])) == num
+        assert values == pytest.approx([*tallied(whole, names).values().values()], abs=GRID)
+    assert len(np.unique(found)) == found.size
 
 
 LABELS = ["hateful", "non-hateful", "unclear"]
@@ -238,7 +236,7 @@ def labelled(num: int = 200) -> list[tuple[str, str]]:
 
 def test_labels_score_as_scikit_learn_scores_them_raw():
     pairs = [*labelled(), (None, "hateful")]
-    tally = tallied(pairs, ["classification"], labels=LABELS, num_resamples=0)
+    tally = tallied(pairs, ["classification"], labels=LABELS)
     read = {**{label: label for label in LABELS}, "Hateful.": "hateful"}
     given, truth = zip(*((read.get(a, FAILURE), b) for a, b in pairs), strict=True)
     expected = classification_report(truth, given, labels=LABELS, output_dict=True, zero_division=0)
@@ -313,7 +311,7 @@ def test_a_label_is_read_from_an_answer_or_it_is_a_failure(answer, label):
 
 def test_references_are_read_as_answers_are():
     """Rows that `make classify` writes to be trained on have JSON in them."""
-    tally = Tally(["classification"], LABELS[:2], num_resamples=0)
+    tally = Tally(["classification"], LABELS[:2])
     read = [(answer, label) for answer, label in ANSWERS if label]
     for number, (answer, _) in enumerate(read):
         assert tally.add(number, answer, answer) == {"classification": 1}
@@ -361,14 +359,14 @@ def test_only_labels_that_are_listed_are_read(answer, label):
     ],
 )
 def test_which_label_an_answer_is(labels, answer, found):
-    tally = Tally(["classification"], labels, num_resamples=0)
+    tally = Tally(["classification"], labels)
     tally.add(0, answer, labels[0])
     assert tally.confusion()[labels[0]][found] == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_failed_answer_scores_nothing_and_is_counted(name):
-    tally = Tally([name], ["5", "6"], num_resamples=10)
+    tally = Tally([name], ["5", "6"])
     assert tally.add(0, "5", "5", "5")[name] > 0
     before = tally.values()
     assert tally.add(1, None, "5", "5") == {name: 0}
@@ -391,53 +389,68 @@ def test_no_examples_have_no_values():
     assert metrics.difference(tally, Tally(NAMES, LABELS)) == {}
 
 
-# --- sums ----------------------------------------------------------------------------------------
+# --- examples of all ranks ------------------------------------------------------------------------
 
 
 @settings(max_examples=6, deadline=None)
 @given(ranks=st.lists(st.integers(0, 4), min_size=63, max_size=63), order=st.randoms())
-def test_any_cut_over_ranks_and_any_order_give_the_same_sums_to_the_bit(ranks, order):
+def test_any_cut_over_ranks_and_any_order_give_the_same_report_to_the_bit(ranks, order):
     examples = list(enumerate(corpus()))
-    parts = [Tally(PLAIN, num_resamples=7) for _ in range(5)]
-    whole = Tally(PLAIN, num_resamples=7)
+    parts = [Tally(PLAIN) for _ in range(5)]
+    whole = Tally(PLAIN)
     for number, (answer, reference) in examples:
         whole.add(number, answer, reference, reference)
     order.shuffle(examples)
     for (number, (answer, reference)), rank in zip(examples, ranks, strict=True):
         parts[rank].add(number, answer, reference, reference)
-    together = Tally(PLAIN, num_resamples=7)
-    together.sums = sum(part.sums for part in parts)
-    assert np.array_equal(together.sums, whole.sums)
-    assert together.values() == whole.values()
-    assert together.intervals() == whole.intervals()
+    together = Tally(PLAIN)
+    together.rows = np.concatenate([part.rows for part in parts])
+    assert np.array_equal(together.rows, whole.rows)
+    assert together.report() == whole.report()
 
 
-def test_sums_go_on_after_they_were_set():
+def test_examples_are_added_to_rows_that_were_set():
     pairs = corpus()
     tally = tallied(pairs[:20], ["chrf"])
     again = Tally(["chrf"])
-    again.sums = tally.sums
+    again.rows = tally.rows
     for number, (answer, reference) in enumerate(pairs[20:], 20):
         again.add(number, answer, reference)
-    assert np.array_equal(again.sums, tallied(pairs, ["chrf"]).sums)
+    assert np.array_equal(again.rows, tallied(pairs, ["chrf"]).rows)
     assert tally.num_examples == 20  # a copy was set
 
 
-def test_memory_does_not_grow_with_examples():
-    tally = Tally(["exact_match", "bleu"], num_resamples=50)
-
-    def add(numbers: range) -> int:
-        tracemalloc.reset_peak()
-        for number in numbers:
-            tally.add(number, f"answer {number}", f"reference {number}")
-        return tracemalloc.get_traced_memory()[1]
-
+def peak(action) -> int:
+    """Bytes that `action` takes at the most, beside what there was."""
     tracemalloc.start()
     try:
-        few, many = add(range(600)), add(range(600, 3000))
+        action()
+        return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert many < 1.1 * few
+
+
+def test_an_example_takes_eight_bytes_a_statistic():
+    tally = Tally(["exact_match", "bleu"])
+
+    def add(numbers: range) -> None:
+        for number in numbers:
+            tally.add(number, f"answer {number}", f"reference {number}")
+
+    add(range(100))  # what is made once
+    kept = 8 * (1 + 1 + 10)
+    assert peak(lambda: add(range(100, 3000))) < 1.5 * kept * 2900
+
+
+def test_the_memory_of_resampling_does_not_grow_with_examples(monkeypatch):
+    monkeypatch.setattr(metrics, "AT_ONCE", 20_000)
+    monkeypatch.setattr(metrics, "RESAMPLES", 50)
+    taken = {}
+    for num in (1_000, 10_000):
+        tally = tallied(matches(np.arange(num) % 2), ["exact_match"])
+        tally.intervals()  # what is made once
+        taken[num] = peak(tally.intervals) - 3 * tally.rows.nbytes
+    assert taken[10_000] < 1.5 * taken[1_000] < 60 * 20_000
 
 
 # --- intervals -----------------------------------------------------------------------------------
@@ -461,27 +474,6 @@ def test_a_group_scores_as_its_examples_do_alone():
     assert found["metrics"] == tallied(pairs, names, labels=LABELS).values()
 
 
-def test_more_groups_than_memory_has_room_for_are_refused(monkeypatch):
-    made = Tally(["exact_match"])
-    monkeypatch.setattr(metrics, "MOST_BYTES", 3 * made.sums.nbytes)
-    for name in "abca":
-        made.check(0, "x", name)
-    with pytest.raises(UserError, match=r"more than 3 groups, whose sums take over .* as 'd'"):
-        made.check(0, "x", "d")
-    assert list(made.groups) == ["a", "b", "c"]
-
-
-def test_weights_depend_on_the_number_alone_and_are_those_of_poisson():
-    drawn = np.stack([metrics.weights(number, 500) for number in range(500)])
-    assert np.array_equal(drawn[17], metrics.weights(17, 500))
-    assert np.array_equal(drawn[17, :101], metrics.weights(17, 100))  # more only add to them
-    assert (drawn[:, 0] == 1).all()
-    shares = [np.mean(drawn[:, 1:] == k) for k in range(4)]
-    assert shares == pytest.approx(np.exp(-1) / np.array([1, 1, 2, 6]), abs=0.005)
-    neighbours = np.corrcoef(drawn[:-1, 1:].ravel(), drawn[1:, 1:].ravel())[0, 1]
-    assert abs(neighbours) < 0.01
-
-
 def matches(right) -> list[tuple[str, str]]:
     return [("5" if each else "6", "5") for each in right]
 
@@ -490,15 +482,41 @@ def test_an_interval_is_that_of_the_bootstrap_of_scipy():
     right = np.random.default_rng(0).random(400) < 0.3
     low, high = tallied(matches(right), ["numeric_match"]).intervals()["numeric_match"]
     expected = bootstrap(
-        (right.astype(float),), np.mean, method="percentile", n_resamples=5000, rng=0
+        (right.astype(float),), np.mean, method="percentile", n_resamples=1000, rng=0
     ).confidence_interval
-    assert (low, high) == pytest.approx(expected, abs=0.006)  # a standard error is 0.023
+    assert (low, high) == pytest.approx(expected, abs=1e-12)
+
+
+def test_an_interval_is_that_of_the_binomial_distribution():
+    """Which the share of right answers in a resample has."""
+    right = np.random.default_rng(0).random(2000) < 0.3
+    low, high = tallied(matches(right), ["exact_match"]).intervals()["exact_match"]
+    expected = binom(2000, right.mean()).ppf([0.025, 0.975]) / 2000
+    assert (low, high) == pytest.approx(expected, abs=0.003)  # a standard error is 0.01
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num", [1, 2, 7])
+def test_an_interval_of_equal_examples_has_no_width(name, num):
+    for answer in ("5", "6", None):
+        tally = tallied([(answer, "5")] * num, [name], labels=["5", "6"])
+        for key, interval in tally.intervals().items():
+            assert interval == pytest.approx((tally.values()[key],) * 2, rel=1e-12)
+        for row in metrics.difference(tally, tally).values():
+            assert (row.low, row.high, row.verdict) == (0, 0, "not distinguishable")
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_interval_of_two_examples_spans_both():
+    tally = tallied(matches([0, 1]), ["exact_match", "chrf"])
+    assert tally.intervals() == {"exact_match": (0, 1), "chrf": (0, 100)}
 
 
 def test_an_interval_holds_the_true_value_95_times_of_100():
     drawn, truth, covered = np.random.default_rng(1), 0.3, 0
-    for start in range(0, 20_000, 100):  # other weights for each sample
-        tally = tallied(matches(drawn.random(100) < truth), ["exact_match"], start)
+    for _ in range(200):
+        tally = tallied(matches(drawn.random(100) < truth), ["exact_match"])
         low, high = tally.intervals()["exact_match"]
         covered += low <= truth <= high
     assert 0.91 <= covered / 200 <= 0.98
@@ -515,10 +533,10 @@ def test_a_difference_is_that_of_the_paired_bootstrap_of_scipy():
         lambda a, b, axis: np.mean(b, axis) - np.mean(a, axis),
         paired=True,
         method="percentile",
-        n_resamples=5000,
+        n_resamples=1000,
         rng=0,
     ).confidence_interval
-    assert (found.low, found.high) == pytest.approx(expected, abs=0.006)
+    assert (found.low, found.high) == pytest.approx(expected, abs=1e-12)
     assert found.difference == pytest.approx(found.value_b - found.value_a)
     assert found.value_a == tallies[0].values()["exact_match"]
     unpaired = sum(np.diff(tally.intervals()["exact_match"])[0] ** 2 for tally in tallies) ** 0.5
@@ -585,7 +603,6 @@ def test_a_tally_of_what_there_is_not_is_refused(names, labels, told):
 def test_a_reference_that_a_metric_cannot_use_is_refused_before_and_after(name, reference, told):
     tally = Tally([name], LABELS)
     for refused in (
-        lambda: tally.check(7, reference),
         lambda: tally.add(7, None, reference),
         lambda: tally.add(7, "5", reference),
     ):
