@@ -2,8 +2,8 @@
 
 The loss is the training loss: a sum over supervised tokens divided by their number, so it does not
 depend on how the examples are cut (law 1). Answers go to a file of `predictions` as they come; they
-are scored from there, each process its share, by sums that are added up. So memory does not grow
-with the number of examples, and what a killed run has answered is not asked again.
+are scored from there, each process its share, by sums that are added up. So no answer stays in
+memory, and what a killed run has answered is not asked again.
 """
 
 from __future__ import annotations
