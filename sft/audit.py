@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,7 +28,6 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from sft import chat, store
-from sft.arrays import Scratch, blocks
 from sft.batching import Layout
 from sft.chat import IGNORED, Example, Span, Supervise
 from sft.data import DataError, Row
@@ -347,48 +345,29 @@ Sample = tuple[Row, Example, list[str]]  # a row, its example, the kinds of its 
 
 
 def longest_usual(lengths: np.ndarray) -> float:
-    """Tokens above which an example is far longer than nearly all; sorts the lengths."""
-    lengths.sort()
-    whole, part = divmod(0.95 * (len(lengths) - 1), 1)
-    below, above = lengths[int(whole)], lengths[min(int(whole) + 1, len(lengths) - 1)]
-    return float(OUTLIER * (below + part * (above - below)))
+    """Tokens above which an example is far longer than nearly all."""
+    return float(OUTLIER * np.quantile(lengths, 0.95))
 
 
 def report(
-    tokenizer: PreTrainedTokenizerBase,
-    examples: store.Examples,
-    max_seq_len: int,
-    scratch: Scratch,
+    tokenizer: PreTrainedTokenizerBase, examples: store.Examples, max_seq_len: int
 ) -> dict[str, Any]:
     """Totals, digests, and under `problems` the rows (`file:line`) of each kind of finding; of a
     row that is used more than once, once."""
-    index, is_told = examples.arrays.index, scratch.zeros(len(examples.arrays.index), bool)
-    counts, listed = Counter[str](), defaultdict[str, list[str]](list)
-    tokens = supervised = longest = 0
-    for block in blocks(len(examples)):
-        order, lengths = examples.order[block], np.asarray(examples.lengths[block])
-        tokens += int(lengths.sum())
-        supervised += int(index["supervised"][order].sum())
-        longest = max(longest, int(lengths.max()))
-        places = np.sort(np.unique(order, return_index=True)[1])
-        places = places[~is_told[order[places]]]
-        is_told[order[places]] = True
-        found = index["findings"][order[places]]
-        for kind, k in ORDER.items():
-            mine = places[(found >> np.uint32(k) & 1).astype(bool)]
-            counts[kind] += len(mine)
-            more = mine[: LISTED - len(listed[kind])] + block.start
-            listed[kind] += [examples.row(i).place for i in more.tolist()]
-    problems = {
-        kind: {"severity": KINDS[kind].severity, "count": counts[kind], "rows": listed[kind]}
-        for kind in ORDER
-        if counts[kind]
-    }
+    index, order, lengths = examples.arrays.index, examples.order, np.asarray(examples.lengths)
+    places = np.sort(np.unique(order, return_index=True)[1])  # where each example stands first
+    found, problems = index["findings"][order[places]], {}
+    for kind, k in ORDER.items():
+        mine = places[(found >> np.uint32(k) & 1).astype(bool)]
+        if len(mine):
+            rows = [examples.row(i).place for i in mine[:LISTED].tolist()]
+            severity = KINDS[kind].severity
+            problems[kind] = {"severity": severity, "count": len(mine), "rows": rows}
     return {
         "rows": len(examples),
-        "tokens": tokens,
-        "supervised_tokens": supervised,
-        "longest": longest,
+        "tokens": int(lengths.sum()),
+        "supervised_tokens": int(index["supervised"][order].sum()),
+        "longest": int(lengths.max(initial=0)),
         "max_seq_len": max_seq_len,
         "problems": problems,
         "template_sha256": template_sha256(tokenizer),
@@ -440,20 +419,13 @@ def summary(audited: dict[str, Any]) -> str:
 
 def worst(examples: store.Examples, most: int = 20) -> list[Sample]:
     """Up to three rows of each combination of findings, the gravest first; else the longest few."""
-    findings, order = examples.arrays.index["findings"], examples.order
-    flagged, clean = defaultdict[int, list[int]](list), list[int]()
-    for block in blocks(len(examples)):
-        found = findings[order[block]]
-        for bits in np.unique(found[found != 0]).tolist():
-            here = np.flatnonzero(found == bits)[: 3 - len(flagged[bits])]
-            flagged[bits] += (here + block.start).tolist()
-        here = np.flatnonzero(found == 0)
-        lengths = np.asarray(examples.lengths[block])[here]
-        clean += (here[np.argsort(-lengths, kind="stable")[:3]] + block.start).tolist()
-        clean = sorted(clean, key=lambda i: -examples.lengths[i])[:3]
-    gravest = sorted(flagged, key=lambda bits: bits & -bits)
-    chosen = [*(i for bits in gravest for i in flagged[bits]), *clean][:most]
-    kinds = (kinds_of(int(findings[order[i]])) for i in chosen)
+    found = examples.arrays.index["findings"][examples.order]
+    gravest = sorted(np.unique(found[found != 0]).tolist(), key=lambda bits: bits & -bits)
+    flagged = [i for bits in gravest for i in np.flatnonzero(found == bits)[:3].tolist()]
+    clean = np.flatnonzero(found == 0)
+    longest = np.argsort(-np.asarray(examples.lengths)[clean], kind="stable")[:3]
+    chosen = [*flagged, *clean[longest].tolist()][:most]
+    kinds = (kinds_of(int(found[i])) for i in chosen)
     return [(examples.row(i), examples[i], told) for i, told in zip(chosen, kinds, strict=True)]
 
 

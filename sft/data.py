@@ -26,7 +26,6 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
-from sft.arrays import Scratch, blocks
 from sft.config import Data, UserError, did_you_mean
 from sft.formats import (
     TEXT,
@@ -674,61 +673,64 @@ def content_digest(row: Row) -> bytes:
     return hashlib.sha256(content.encode()).digest()[:16]
 
 
-def mix(entries: np.ndarray, weights: list[float], seed: int, scratch: Scratch) -> np.ndarray:
+def groups(digests: np.ndarray) -> np.ndarray:
+    """Returns (n,): of each digest the first index that has it."""
+    _, first, number = np.unique(digests, return_index=True, return_inverse=True)
+    return first[number]
+
+
+def firsts(digests: np.ndarray) -> np.ndarray:
+    """Returns (n,) bool: whether a digest stands here for the first time."""
+    return groups(digests) == np.arange(len(digests))
+
+
+def mix(entries: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
     """Indices of rows of these entries, each as often as its entry's weight says: 2 is twice, 0.5
     a seeded half of the rows.
 
     Which rows the fraction takes is a function of (seed, entry, index in the entry) alone.
     """
-
-    def rows_of(entry: int) -> np.ndarray:
-        return scratch.where(len(entries), lambda block: entries[block] == entry)
-
     result = []
     for entry, weight in enumerate(weights):
-        mine = rows_of(entry)
-        drawn = _drawn((b"%d:%d:%d" % (seed, entry, n) for n in range(len(mine))), scratch)
-        part = scratch.distinct([drawn[: round(weight % 1 * len(mine))]], np.int64)
-        result += [mine] * int(weight) + [scratch.take(mine, part)]
-    return scratch.keep(result, np.int64)
+        mine = np.flatnonzero(entries == entry)
+        drawn = _drawn(b"%d:%d:%d" % (seed, entry, n) for n in range(len(mine)))
+        part = np.sort(drawn[: round(weight % 1 * len(mine))])
+        result += [mine] * int(weight) + [mine[part]]
+    return np.concatenate(result)
 
 
-def split(digests: np.ndarray, eval_fraction: float, seed: int, scratch: Scratch) -> np.ndarray:
+def split(digests: np.ndarray, eval_fraction: float, seed: int) -> np.ndarray:
     """Which rows (n, bool) are held out: a function of content and seed.
 
     Rows with identical content stay together, so no held-out row was trained on; the held-out part
     can therefore be somewhat smaller than asked for.
     """
+    held = np.zeros(len(digests), bool)
     if not eval_fraction:
-        return scratch.zeros(len(digests), bool)
-    group, sizes = scratch.groups(digests), scratch.zeros(len(digests), np.int64)
-    for block in blocks(len(group)):
-        np.add.at(sizes, group[block], 1)
-    first = scratch.where(len(sizes), lambda block: sizes[block] > 0)  # of each content
+        return held
+    group = groups(digests)
+    sizes = np.bincount(group)
+    first = np.flatnonzero(sizes)  # of each content
     if len(first) < 2:
         raise DataError(
             f"holding out data.eval_fraction={eval_fraction:g} needs two different rows, found "
             f"{len(first)}; give data.eval_path, or more rows"
         )
-    texts = (b"%d:" % seed + bytes(digests[n]) for b in blocks(len(first)) for n in first[b])
-    drawn = scratch.take(first, _drawn(texts, scratch))
+    drawn = first[_drawn(b"%d:" % seed + bytes(digest) for digest in digests[first])]
     wanted = min(round(eval_fraction * len(digests)), len(digests) - 1)
-    held, num_held, smallest = scratch.zeros(len(digests), bool), 0, drawn[0]
-    for block in blocks(len(drawn)):
-        for row in drawn[block]:
-            smallest = row if sizes[row] < sizes[smallest] else smallest
-            if num_held + sizes[row] <= wanted:
-                held[row], num_held = True, num_held + sizes[row]
-        if num_held == wanted:
-            break
-    held[smallest] |= not num_held
-    return scratch.take(held, group)
+    num_held = 0
+    for row in drawn:
+        if num_held + sizes[row] <= wanted:
+            held[row], num_held = True, num_held + sizes[row]
+    if not num_held:
+        held[drawn[np.argmin(sizes[drawn])]] = True
+    return held[group]
 
 
-def _drawn(texts: Iterable[bytes], scratch: Scratch) -> np.ndarray:
+def _drawn(texts: Iterable[bytes]) -> np.ndarray:
     """Indices of the texts in a random order, the same at all times."""
     hashed = (int.from_bytes(hashlib.sha256(text).digest()[:8]) for text in texts)
-    return scratch.ranked(scratch.collect(hashed, ">u8"))["index"]
+    return np.argsort(np.fromiter(hashed, np.uint64), kind="stable")
 
 
 def num_rows(path: str | list[str]) -> int | None:

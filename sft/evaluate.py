@@ -2,8 +2,13 @@
 
 The loss is the training loss: a sum over supervised tokens divided by their number, so it does not
 depend on how the examples are cut (law 1). Answers go to a file of `predictions` as they come; they
+<<<<<<< HEAD
 are scored from there, each process its share. Memory holds a few numbers of an example, no text,
 and what a killed run has answered is not asked again.
+=======
+are scored from there, each process its share, by sums that are added up. So no answer stays in
+memory, and what a killed run has answered is not asked again.
+>>>>>>> h_arrays
 """
 
 from __future__ import annotations

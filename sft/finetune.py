@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from sft import batching, chat, evaluate, export, generate, metrics, model
-from sft.arrays import blocks
 from sft.config import Config, ConfigError, Crowd, Generation, UserError
 from sft.evaluate import Scores
 from sft.guard import Guard
@@ -163,8 +162,9 @@ class FineTune:
         """This rank's micro-batches, as many as every rank's, of some examples after the others: a
         cut of all of them would take memory by their number."""
         examples, world = self.prepared.held_out, self.accelerator.num_processes
-        for part in blocks(len(examples), evaluate.WINDOW):
-            ids = range(part.start, part.stop)
+        everything = range(len(examples))
+        for start in everything[:: evaluate.WINDOW]:
+            ids = everything[start : start + evaluate.WINDOW]
             cut = batching.cut(ids, examples.lengths, world, self.budget)
             for own in cut[self.accelerator.process_index]:
                 self.guard.stop_if_asked()

@@ -3,7 +3,7 @@
 Every process appends whole lines under a lock and syncs them. A line has the `index` of its example
 and a `key`: what the answer is a function of. A run that continues reads them all first and asks
 again only for what is missing or has another key; at the end one process writes the lines anew, in
-the order of the examples. What is known of each lies in nameless files beside it, not in memory.
+the order of the examples. Of each example its key and the place of its line are in memory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-import sys
-import tempfile
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,13 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from sft.arrays import BLOCK, Scratch, blocks, give_back, mapped
 from sft.config import UserError, redacted
 
 Record = dict[str, Any]
-PLACE = [("key", np.uint64), ("begins", np.int64), ("num_bytes", np.int64)]  # of a line, or none: 0
-LINE = np.dtype([("index", np.int64), *PLACE])
-AT_ONCE = 4096  # lines that are read before they are written down
+LINE = np.dtype([("index", np.int64), ("key", np.uint64), ("begins", np.int64)])
 
 
 class PredictionsError(UserError):
@@ -45,12 +41,15 @@ class Predictions:
     """The file at `path`. Examples are announced in their order by `expect`, each by its key."""
 
     def __init__(self, path: Path):
-        self.path, self.num_expected = path, 0
+        self.path, self._expected = path, array("Q")  # keys
         with self._told():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._scratch = Scratch(path.parent)
-            self._expected = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # until the end
-            self._places = self._read()
+            lines = self._read()
+        self._index, self._keys = np.array(lines["index"]), np.array(lines["key"])
+
+    @property
+    def num_expected(self) -> int:
+        return len(self._expected)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -63,47 +62,32 @@ class Predictions:
             ) from None
 
     def _read(self) -> np.ndarray:
-        """(examples,) of PLACE: the newest line of each, of all that are expected or have one."""
-        lines = self._scratch.keep(self._lines(), LINE)
-        size = max((int(lines["index"][b].max()) + 1 for b in blocks(len(lines))), default=0)
-        places = self._scratch.zeros(max(size, self.num_expected), np.dtype(PLACE))
-        for block in blocks(len(lines)):
-            for name, _ in PLACE:  # of two lines of an example the last one stays
-                places[name][lines["index"][block]] = lines[name][block]
-        return places
+        """Returns the newest line of each example, of LINE, ascending by its index."""
+        lines = np.fromiter(self._lines(), LINE)[::-1]
+        return lines[np.unique(lines["index"], return_index=True)[1]]
 
-    def _lines(self) -> Iterator[np.ndarray]:
-        """Parts of all lines of the file, in their order, of LINE."""
+    def _lines(self) -> Iterator[tuple[int, int, int]]:
+        """Yields all lines of the file, in their order, as LINE."""
         if not self.path.exists():
             return
-        found, offset = [], 0
+        offset = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if record := _parsed(line):
-                    found.append((record["index"], int(record["key"], 16), offset, len(line)))
+                    yield record["index"], int(record["key"], 16), offset
                 elif not _is_torn(line):
                     raise PredictionsError(
                         f"{self.path}:{number}: expected a line of predictions, found "
                         f"{line[:60]!r}; this file is something else: give another one"
                     )
                 offset += len(line)
-                if len(found) == AT_ONCE:
-                    yield np.array(found, LINE)
-                    found = []
-        yield np.array(found, LINE)
 
     def expect(self, key: str) -> bool:
         """Announces the next example; whether it is still to be done."""
-        index, number = self.num_expected, int(key, 16)
-        with self._told():
-            self._expected.write(number.to_bytes(8, sys.byteorder))
-        self.num_expected += 1
-        if self.num_expected % BLOCK == 0:
-            give_back()
-        if index >= len(self._places):
-            return True
-        place = self._places[index]
-        return not place["num_bytes"] or place["key"] != number
+        index, number = len(self._expected), int(key, 16)
+        self._expected.append(number)
+        at = np.searchsorted(self._index, index)
+        return bool(at == len(self._index) or self._index[at] != index or self._keys[at] != number)
 
     def append(self, records: list[Record]) -> None:
         """Lines that a kill at any later instant does not lose."""
@@ -127,24 +111,20 @@ class Predictions:
             self._finish()
 
     def _finish(self) -> None:
-        places = self._read()
-        self._expected.flush()
-        expected = mapped(self._expected, np.uint64)
-        wrong = self._scratch.where(
-            len(expected),
-            lambda b: (places["num_bytes"][b] == 0) | (places["key"][b] != expected[b]),
-        )
-        if len(wrong):
+        lines, expected = self._read(), np.array(self._expected, np.uint64)
+        lines = lines[lines["index"] < len(expected)]
+        is_made = np.zeros(len(expected), bool)
+        is_made[lines["index"]] = lines["key"] == expected[lines["index"]]
+        if len(wrong := np.flatnonzero(~is_made)):
             raise PredictionsError(
                 f"{self.path}: {len(wrong):,} of {len(expected):,} examples are missing, as "
                 f"number {wrong[0] + 1}: all processes must write to one file system; run again"
             )
         staged = self.path.with_name(self.path.name + ".tmp")
         with self.path.open("rb") as old, staged.open("wb") as new:
-            for block in blocks(len(expected)):
-                for place in places[block]:
-                    old.seek(place["begins"])
-                    new.write(old.read(place["num_bytes"]))
+            for begins in lines["begins"]:
+                old.seek(begins)
+                new.write(old.readline().rstrip(b"\n") + b"\n")  # the last may have lost its end
             new.flush()
             os.fsync(new.fileno())
         staged.replace(self.path)

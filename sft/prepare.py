@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from sft import audit, chat, checkpoint, data, guard, hardware, model, similar, store
-from sft.arrays import Files, Scratch, blocks, mapped
+from sft.arrays import Files, mapped
 from sft.audit import Sample
 from sft.config import Config, Data
 from sft.log import bar, make_console, write_json
@@ -295,70 +295,53 @@ def _decide(
 ) -> dict[str, Any]:
     """Which examples are trained on and which are held out (train.bin, held_out.bin), and what only
     all rows together tell; returns what audit.json holds."""
-    settings, seed, scratch = config.data, config.train.seed, Scratch(folder)
+    settings, seed = config.data, config.train.seed
     places = mapped(folder / ROWS / "places.bin", PLACE)
     told = similar.open_folder(folder / ROWS)
     arrays = store.open_folder(folder)
-    numbers = scratch.keep([arrays.index["row"]], np.int64)  # of the rows of all examples
-    is_kept = scratch.zeros(len(places), bool)  # not dropped
-    for block in blocks(len(numbers)):
-        is_kept[numbers[block]] = True
-
-    def rows_of(part: int) -> np.ndarray:
-        return scratch.where(len(places), lambda b: (places["part"][b] == part) & is_kept[b])
-
-    train, held_out = rows_of(TRAIN), rows_of(HELD_OUT)
+    numbers = np.array(arrays.index["row"])  # of the rows of all examples
+    is_kept = np.isin(np.arange(len(places)), numbers)  # not dropped
+    train, held_out = (
+        np.flatnonzero((places["part"] == part) & is_kept) for part in (TRAIN, HELD_OUT)
+    )
     if settings.duplicates == "drop":
-        is_first = scratch.firsts(scratch.take(told.digests, train))
-        train = scratch.select(train, lambda block: is_first[block])
+        train = train[data.firsts(told.digests[train])]
     if not settings.eval_path and len(train):
-        digests = scratch.take(told.digests, train)
-        held = data.split(digests, settings.eval_fraction, seed, scratch)
-        held_out = scratch.select(train, lambda block: held[block])
-        train = scratch.select(train, lambda block: ~held[block])
+        held = data.split(told.digests[train], settings.eval_fraction, seed)
+        train, held_out = train[~held], train[held]
     mixed = train
     if settings.mix:
-        entries = scratch.take(places["entry"], train)
-        mixed = scratch.take(train, data.mix(entries, settings.mix, seed, scratch))
-        train = scratch.distinct([mixed], np.int64)
-
-    def examples_of(rows: np.ndarray) -> Iterator[np.ndarray]:
-        return (_examples_of(numbers, rows[b]) for b in blocks(len(rows)))
-
-    with Files(folder) as files:
-        for part, rows in (("train", mixed), ("held_out", held_out)):
-            if not len(rows):
-                raise data.DataError(
-                    f"nothing is left to {'train on' if part == 'train' else 'hold out'}: "
-                    f"{counts.rejected} rows rejected (data.on_bad_row), "
-                    f"{counts.dropped} dropped (data.on_long)"
-                )
-            for found in examples_of(rows):
-                order = np.empty(len(found), ORDER)
-                order["example"], order["length"] = found, arrays.index["length"][found]
-                files.append(f"{part}.bin", order)
+        mixed = train[data.mix(places["entry"][train], settings.mix, seed)]
+        train = np.unique(mixed)
+    for part, rows in (("train", mixed), ("held_out", held_out)):
+        if not len(rows):
+            raise data.DataError(
+                f"nothing is left to {'train on' if part == 'train' else 'hold out'}: "
+                f"{counts.rejected} rows rejected (data.on_bad_row), "
+                f"{counts.dropped} dropped (data.on_long)"
+            )
+        found = _examples_of(numbers, rows)
+        order = np.empty(len(found), ORDER)
+        order["example"], order["length"] = found, arrays.index["length"][found]
+        order.tofile(folder / f"{part}.bin")
+    parts = {part: _examples(folder, arrays, part) for part in ("train", "held_out")}
     findings = store.findings(folder)
 
     def mark(kind: str, rows: np.ndarray) -> None:
-        for found in examples_of(rows):
-            findings[found] |= audit.bits([kind])
+        findings[_examples_of(numbers, rows)] |= audit.bits([kind])
 
-    for part, rows in (("train", train), ("held_out", held_out)):
-        repeated, near = similar.duplicates(told, rows, scratch)
+    for examples, rows in zip(parts.values(), (train, held_out), strict=True):
+        repeated, near = similar.duplicates(told, rows)
         mark("duplicate", repeated)
         mark("near_duplicate", near["later"])
-        order = mapped(folder / f"{part}.bin", ORDER)
-        longest = audit.longest_usual(scratch.keep([order["length"]], np.int32))
-        for block in blocks(len(order)):
-            far = order["example"][block][order["length"][block] > longest]
-            findings[far] |= audit.bits(["length_outlier"])
-    for kind, rows in zip(
-        ("leaked", "near_leak"), similar.leaks(told, train, held_out, scratch), strict=True
-    ):
-        mark(kind, rows)
-    parts = {part: _examples(folder, arrays, part) for part in ("train", "held_out")}
+        lengths = np.asarray(examples.lengths)
+        far = examples.order[lengths > audit.longest_usual(lengths)]
+        findings[far] |= audit.bits(["length_outlier"])
+    leaked, near_leaked = similar.leaks(told, train, held_out)
+    mark("leaked", leaked)
+    mark("near_leak", near_leaked)
     audited: dict[str, Any] = {
-        part: audit.report(tokenizer, examples, max_length(config), scratch)
+        part: audit.report(tokenizer, examples, max_length(config))
         for part, examples in parts.items()
     }
     return audited | {

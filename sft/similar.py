@@ -2,7 +2,7 @@
 
 Identical rows have one digest. Others are compared by the shingles (runs of words) of their texts:
 MinHash proposes pairs, the shingles decide. What is compared is a sketch of each row, made where
-the row is read and kept in files, like the indices over them: they are never in memory whole.
+the row is read and kept in files, which are mapped.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from sft.arrays import Files, Scratch, blocks, mapped
-from sft.data import DIGEST, Messages, Row, content_digest
+from sft.arrays import Files, mapped
+from sft.data import DIGEST, Messages, Row, content_digest, firsts
 
 SIMILAR = 0.8  # Jaccard similarity of two sets of shingles from which rows count as near-duplicates
 SHINGLE = 5  # words
 BANDS, DEPTH = 25, 5  # of MinHash: a pair at 0.8 is missed with probability 5e-5
+AT_ONCE = 1 << 18  # rows whose pairs are in memory at a time
 BUCKET = 10  # texts that a key proposes: bounds the time on rows made from few templates
 HALF, LOW = np.uint64(32), np.uint64(0xFFFFFFFF)  # of a key or row, and a row, in one number
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
@@ -166,88 +167,69 @@ def _sketch(texts: Sequence[str]) -> Sketches:
 # --- alike -------------------------------------------------------------------------------------
 
 
-def duplicates(told: Told, rows: np.ndarray, scratch: Scratch) -> tuple[np.ndarray, np.ndarray]:
+def duplicates(told: Told, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of `rows`: those that are identical to an earlier one; and of NEAR, others that are nearly
     the same as an earlier one. Of identical rows only the first is compared with others."""
-    is_first = scratch.firsts(scratch.take(told.digests, rows))
-    first = scratch.select(rows, lambda block: is_first[block])
-    return scratch.select(rows, lambda block: ~is_first[block]), near(told.whole, first, scratch)
+    is_first = firsts(told.digests[rows])
+    return rows[~is_first], near(told.whole, rows[is_first])
 
 
-def leaks(
-    told: Told, train: np.ndarray, held_out: np.ndarray, scratch: Scratch
-) -> tuple[np.ndarray, np.ndarray]:
+def leaks(told: Told, train: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Held-out rows that stand in train: (identically; nearly, or with an answer of their own)."""
-
-    def stands_in_train(digests: np.ndarray) -> np.ndarray:
-        return scratch.among(scratch.take(digests, held_out), scratch.take(digests, train))
-
-    leaked, prompted = stands_in_train(told.digests), stands_in_train(told.prompts)
-
-    def is_nearly(block: slice) -> np.ndarray:
-        has_prompt = told.prompts[held_out[block]] != np.zeros(1, DIGEST)
-        return ~leaked[block] & prompted[block] & has_prompt
-
-    nearly = scratch.select(held_out, is_nearly)
-    rest = scratch.select(held_out, lambda block: ~leaked[block] & ~is_nearly(block))
-    found = (near(side, train, scratch, rest)["later"] for side in (told.whole, told.asked))
-    leaked_rows = scratch.select(held_out, lambda block: leaked[block])
-    return leaked_rows, scratch.distinct([nearly, *found], np.int64)
+    leaked, prompted = (
+        np.isin(digests[held_out], digests[train]) for digests in (told.digests, told.prompts)
+    )
+    nearly = ~leaked & prompted & (told.prompts[held_out] != np.zeros(1, DIGEST))
+    rest = held_out[~leaked & ~nearly]
+    found = (near(side, train, rest)["later"] for side in (told.whole, told.asked))
+    return held_out[leaked], np.unique(np.concatenate([held_out[nearly], *found]))
 
 
-def near(
-    sketches: Sketches, rows: np.ndarray, scratch: Scratch, asked: np.ndarray | None = None
-) -> np.ndarray:
+def near(sketches: Sketches, rows: np.ndarray, asked: np.ndarray | None = None) -> np.ndarray:
     """(n,) of NEAR: each of the rows `asked` that is like one of `rows`, with the one it is most
     like. Without `asked`, the rows among each other: a later one, and an earlier one like it."""
-
     texts = sketches.texts
+    known, queried = (r[texts[r] != 0] for r in (rows, rows if asked is None else asked))
+    known = known[firsts(texts[known])]  # of the same words, the first proposes
+    parts = (queried[at : at + AT_ONCE] for at in range(0, len(queried), AT_ONCE))
+    pairs = (_pairs(sketches.keys, known, part, earlier_only=asked is None) for part in parts)
+    return np.fromiter((found for each in pairs for found in _alike(sketches, each)), NEAR)
 
-    def with_words(rows: np.ndarray) -> np.ndarray:
-        return scratch.select(rows, lambda block: texts[rows[block]] != 0)
 
-    known, queried = with_words(rows), with_words(rows if asked is None else asked)
-    is_first = scratch.firsts(scratch.take(texts, known))  # of the same words, the first proposes
-    known = scratch.select(known, lambda block: is_first[block])
+def _pairs(
+    keys: np.ndarray, known: np.ndarray, asked: np.ndarray, *, earlier_only: bool
+) -> np.ndarray:
+    """Returns (asked << 32 | known), ascending, of rows that share the key of a band."""
     pairs = np.zeros(0, np.uint64)
-    for band in range(BANDS):
-        ranked, mine = (_ranked(sketches, band, which, scratch) for which in (known, queried))
-        proposed = _proposed(ranked, mine, earlier_only=asked is None)
-        pairs = scratch.distinct(chain([pairs], proposed), np.uint64)
-    return scratch.collect(_alike(sketches, pairs), NEAR)
+    for band in keys.T:
+        proposed = _proposed(_ranked(band, known), _ranked(band, asked), earlier_only=earlier_only)
+        pairs = np.concatenate([pairs, *proposed])
+        pairs.sort()  # np.unique would hash them, which takes three times as long
+        pairs = np.append(pairs[:1], pairs[1:][pairs[1:] != pairs[:-1]])
+    return pairs
 
 
-def _ranked(sketches: Sketches, band: int, rows: np.ndarray, scratch: Scratch) -> np.ndarray:
-    """(key << 32 | row) of rows, ascending, by their keys of a band."""
-    keys, whole = sketches.keys, blocks(len(rows))
-    parts = (
-        keys[rows[b], band].astype(np.uint64) << HALF | rows[b].astype(np.uint64) for b in whole
-    )
-    result = scratch.keep(parts, np.uint64)
-    result.sort()
-    return result
+def _ranked(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """(key << 32 | row) of rows, ascending."""
+    return np.sort(keys[rows].astype(np.uint64) << HALF | rows.astype(np.uint64))
 
 
 def _proposed(known: np.ndarray, asked: np.ndarray, *, earlier_only: bool) -> Iterator[np.ndarray]:
     """(asked << 32 | known) of rows that share a key: the first BUCKET known ones of each key."""
-    for block in blocks(len(asked) if len(known) else 0):
-        mine = asked[block]
-        at = np.searchsorted(known, mine & ~LOW)
-        for offset in range(BUCKET):
-            place = np.minimum(at + offset, len(known) - 1)
-            other = known[place]
-            meets = (other >> HALF == mine >> HALF) & (at + offset == place)
-            if earlier_only:
-                meets &= (other & LOW) < (mine & LOW)
-            yield mine[meets] << HALF | other[meets] & LOW
+    at = np.searchsorted(known, asked & ~LOW)
+    for _ in range(BUCKET):
+        asked, at = asked[at < len(known)], at[at < len(known)]
+        other = known[at]
+        meets = other >> HALF == asked >> HALF
+        asked, at, other = asked[meets], at[meets] + 1, other[meets]
+        new = (other & LOW) < (asked & LOW) if earlier_only else slice(None)
+        yield asked[new] << HALF | other[new] & LOW
 
 
 def _alike(sketches: Sketches, pairs: np.ndarray) -> Iterator[tuple[int, int, float]]:
     """Of each asked row the known one it is most like, if it is like any."""
     set_of = lru_cache(maxsize=128)(sketches.set_of)  # of a long text it is large
-    whole = blocks(len(pairs), 256)
-    each = (pair for block in whole for pair in pairs[block].tolist())
-    for later, group in groupby(each, lambda pair: pair >> 32):
+    for later, group in groupby(pairs.data, lambda pair: pair >> 32):
         mine, others = set_of(later), (pair & 0xFFFFFFFF for pair in group)
         similarity, earlier = max((_jaccard(mine, set_of(n)), -n) for n in others)
         if similarity >= SIMILAR:

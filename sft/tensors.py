@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 
 def fault(path: Path) -> str | None:
@@ -25,15 +24,6 @@ def fault(path: Path) -> str | None:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         return f"it is no sound safetensors file ({error})"
     return None
-
-
-def load(path: Path, error: type[Exception]) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU; raises `error`, naming the file, if it is not sound."""
-    from safetensors.torch import load_file
-
-    if reason := fault(path):
-        raise error(f"{path} cannot be loaded: {reason}")
-    return load_file(path)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

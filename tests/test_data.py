@@ -8,9 +8,7 @@ import gzip
 import io
 import json
 import random
-import tempfile
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -21,13 +19,14 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from sft import data
-from sft.arrays import Scratch
 from sft.data import (
     DIGEST,
     BadRow,
     DataError,
     Row,
     content_digest,
+    firsts,
+    groups,
     mix,
     num_rows,
     read,
@@ -36,7 +35,6 @@ from sft.data import (
     write_rejected,
 )
 
-SCRATCH = Scratch(Path(tempfile.gettempdir()))
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 GOOD = b'{"question": "Hi", "answer": "Hello"}'
 
@@ -530,6 +528,16 @@ def digests_of(contents):
     return np.array([content_digest(row) for row in rows_of(contents)], DIGEST)
 
 
+@given(st.lists(st.integers(0, 20), max_size=60))
+@pytest.mark.parametrize("dtype", [np.uint64, DIGEST])
+def test_the_first_of_equal_ones(dtype, numbers):
+    pairs = np.array([[number, 0] for number in numbers], np.uint64).reshape(-1, 2)
+    keys = pairs.view(DIGEST).ravel() if dtype is DIGEST else pairs[:, 0]
+    expected = [numbers.index(number) for number in numbers]
+    assert groups(keys).tolist() == expected
+    assert firsts(keys).tolist() == [n == first for n, first in enumerate(expected)]
+
+
 @given(
     st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=40),
     st.floats(0.01, 0.99),
@@ -539,24 +547,24 @@ def test_split_is_a_partition_without_a_shared_content(contents, fraction, seed)
     digests = digests_of(contents)
     if len(set(contents)) < 2:
         with pytest.raises(DataError, match="needs two different rows, found 1"):
-            split(digests, fraction, seed, SCRATCH)
+            split(digests, fraction, seed)
         return
-    held = split(digests, fraction, seed, SCRATCH)
+    held = split(digests, fraction, seed)
     assert 0 < held.sum() < len(contents)
     texts = np.array(contents)
     assert not set(texts[held]) & set(texts[~held])
-    assert (held == split(digests, fraction, seed, SCRATCH)).all()
+    assert (held == split(digests, fraction, seed)).all()
 
 
 def test_split_sizes_and_seeds():
     digests = digests_of(map(str, range(200)))
-    held_out = [split(digests, 0.1, seed, SCRATCH) for seed in range(5)]
+    held_out = [split(digests, 0.1, seed) for seed in range(5)]
     assert [held.sum() for held in held_out] == [20] * 5
     assert len({held.tobytes() for held in held_out}) == 5
-    assert not split(digests, 0.0, 0, SCRATCH).any()
-    assert split(digests_of("abc"), 0.5, 0, SCRATCH).any()
+    assert not split(digests, 0.0, 0).any()
+    assert split(digests_of("abc"), 0.5, 0).any()
     # the same contents are held out wherever the rows stand
-    assert (split(digests[::-1], 0.1, 3, SCRATCH)[::-1] == held_out[3]).all()
+    assert (split(digests[::-1], 0.1, 3)[::-1] == held_out[3]).all()
 
 
 def test_digest_is_of_content():
@@ -575,8 +583,8 @@ def test_digest_is_of_content():
 )
 def test_mix_gives_each_row_as_often_as_its_entry_weighs(entries, weights, seed):
     entries = np.array(entries, np.uint16)
-    mixed = mix(entries, weights, seed, SCRATCH)
-    assert (mixed == mix(entries, weights, seed, SCRATCH)).all()
+    mixed = mix(entries, weights, seed)
+    assert (mixed == mix(entries, weights, seed)).all()
     times = np.bincount(mixed, minlength=len(entries))
     for entry, weight in enumerate(weights):
         mine = times[entries == entry]
@@ -586,11 +594,11 @@ def test_mix_gives_each_row_as_often_as_its_entry_weighs(entries, weights, seed)
 
 def test_mix_draws_by_seed():
     entries = np.zeros(100, np.uint16)
-    drawn = {tuple(mix(entries, [0.5], seed, SCRATCH).tolist()) for seed in range(5)}
+    drawn = {tuple(mix(entries, [0.5], seed).tolist()) for seed in range(5)}
     assert {len(rows) for rows in drawn} == {50}
     assert len(drawn) == 5
     assert all(list(rows) == sorted(rows) for rows in drawn)
-    assert mix(entries, [1.0], 0, SCRATCH).tolist() == list(range(100))
+    assert mix(entries, [1.0], 0).tolist() == list(range(100))
 
 
 def test_num_rows_is_told_without_reading_rows(tmp_path):

@@ -18,7 +18,6 @@ from sft import (
     finetune,
     generate,
     model,
-    predictions,
     prepare,
     processes,
 )
@@ -184,9 +183,8 @@ def ask_and_score(nano, folder, number: int, names: list[str]) -> evaluate.Score
 
 
 def test_memory_does_not_grow_with_the_number_of_examples(nano, tmp_path, monkeypatch):
-    """A key, a question or an answer of each example, kept anywhere, would be seen."""
-    for module, name in ((evaluate, "WINDOW"), (predictions, "AT_ONCE")):
-        monkeypatch.setattr(module, name, 50)
+    """A question or an answer of each example, kept anywhere, would be seen."""
+    monkeypatch.setattr(evaluate, "WINDOW", 50)
     answer = generate.Answer([7, 8], "stop")
     monkeypatch.setattr(generate, "decode", lambda _, prompts, *a, **o: [answer] * len(prompts))
 

@@ -10,7 +10,6 @@ import tracemalloc
 
 import pytest
 
-from sft import arrays, predictions
 from sft.predictions import Predictions, PredictionsError, key_of, read
 
 
@@ -74,6 +73,17 @@ def test_a_line_torn_by_a_kill_costs_that_line(tmp_path):
         assert [each["index"] for each in read(path)] == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_last_line_that_lost_only_its_end_is_kept_whole(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    made, _ = announced(path, KEYS[:2])
+    made.append([record(i, KEYS[i]) for i in (1, 0)])
+    path.write_bytes(path.read_bytes()[:-1])
+    again, todo = announced(path, KEYS[:2])
+    assert todo == []
+    again.finish()
+    assert [each["index"] for each in read(path)] == [0, 1]
+
+
 def test_many_processes_add_whole_lines(tmp_path):
     path = tmp_path / "predictions.jsonl"
     keys = [key_of(i) for i in range(400)]
@@ -92,10 +102,8 @@ def test_many_processes_add_whole_lines(tmp_path):
     assert [len(each["answer"]) for each in read(path)] == [i * 37 % 9000 for i in range(400)]
 
 
-def test_memory_does_not_grow_with_the_number_of_examples(tmp_path, monkeypatch):
-    """Eight bytes of each, kept anywhere but in files, would be seen."""
-    monkeypatch.setattr(predictions, "AT_ONCE", 64)
-    monkeypatch.setattr(arrays, "BLOCK", 64)
+def test_an_example_takes_less_than_a_hundred_bytes_of_memory(tmp_path):
+    """Its key and its place, and what sorts them; a line of each, kept, would be seen."""
 
     def peak(number: int) -> int:
         path = tmp_path / f"{number}.jsonl"
@@ -104,7 +112,7 @@ def test_memory_does_not_grow_with_the_number_of_examples(tmp_path, monkeypatch)
             for again in (False, True):
                 made = Predictions(path)
                 for first in range(0, number, 50):
-                    own = [record(i, key_of(i)) for i in range(first, first + 50)]
+                    own = [record(i, key_of(i), answer="x" * 99) for i in range(first, first + 50)]
                     assert [made.expect(each["key"]) for each in own] == [not again] * 50
                     made.append([] if again else own[::-1])
                 made.finish()
@@ -113,7 +121,7 @@ def test_memory_does_not_grow_with_the_number_of_examples(tmp_path, monkeypatch)
             tracemalloc.stop()
 
     peak(50)  # what is made once
-    assert peak(4050) - peak(450) < 8 * 3600
+    assert peak(4050) - peak(450) < 100 * 3600
     assert [each["index"] for each in read(tmp_path / "4050.jsonl")] == [*range(4050)]
 
 

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
+import tracemalloc
 
 import numpy as np
 import pytest
 from conftest import load_rows
 
-from sft import arrays, similar
-from sft.arrays import Files, Scratch
-from sft.data import Row
+from sft import data, similar
+from sft.arrays import Files
+from sft.data import DIGEST, Row
 from sft.similar import told_of
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def duplicates(rows):
-    repeated, near = similar.duplicates(told_of(rows), np.arange(len(rows)), Scratch(Path()))
+    repeated, near = similar.duplicates(told_of(rows), np.arange(len(rows)))
     return repeated.tolist(), near.tolist()
 
 
 def leakage(train, held_out):
     numbers = np.arange(len(train) + len(held_out))
     told = told_of([*train, *held_out])
-    leaked, nearly = similar.leaks(
-        told, numbers[: len(train)], numbers[len(train) :], Scratch(Path())
-    )
+    leaked, nearly = similar.leaks(told, numbers[: len(train)], numbers[len(train) :])
     return (leaked - len(train)).tolist(), (nearly - len(train)).tolist()
 
 
@@ -98,7 +91,7 @@ def test_what_makes_rows_duplicates():
 def test_near_duplicates_are_found_by_their_real_similarity(monkeypatch, size):
     """Copies with so many words changed: every pair well above the bound is found, none below."""
     monkeypatch.setattr(similar.sketch, "__defaults__", (size,))
-    monkeypatch.setattr(arrays, "BLOCK", size)
+    monkeypatch.setattr(similar, "AT_ONCE", size)
     draw = random.Random(0)
     rows, expected = [], set()
     for number in range(150):
@@ -160,11 +153,48 @@ def test_what_is_written_in_parts_tells_the_same(tmp_path):
             similar.write(files, told_of(rows[start : start + 16]))
     written, told = similar.open_folder(tmp_path), told_of(rows)
     numbers = np.arange(40)
-    parts = numbers[:30], numbers[30:], Scratch(Path())
+    parts = numbers[:30], numbers[30:]
     assert [part.tolist() for part in similar.leaks(written, *parts)] == [
         part.tolist() for part in similar.leaks(told, *parts)
     ]
-    repeated, near = similar.duplicates(written, numbers, Scratch(Path()))
+    repeated, near = similar.duplicates(written, numbers)
     assert (repeated.tolist(), near.tolist()) == duplicates(rows)
     assert len(repeated) == 40 - 21
     assert len(near)
+
+
+def decided(num_rows):
+    """Returns the peak memory, in bytes, while a split, a mix, duplicates and leaks of rows are
+    decided; not that of the sketches, which are files in a run."""
+    draw = np.random.default_rng(0)
+
+    def random(shape, dtype):
+        return draw.integers(0, 2**32, shape, np.uint32).view(dtype)
+
+    def sketches():
+        keys = random(num_rows * similar.BANDS, np.uint32).reshape(-1, similar.BANDS)
+        ends = np.arange(1, num_rows + 1) * 4
+        return similar.Sketches(random(num_rows * 2, "u8"), keys, ends, random(4 * num_rows, "u4"))
+
+    digests, prompts = random(num_rows * 4, DIGEST), random(num_rows * 4, DIGEST)
+    digests[: num_rows // 4] = digests[num_rows // 4 : num_rows // 4 * 2]
+    told = similar.Told(digests, prompts, sketches(), sketches())
+    tracemalloc.start()
+    held = data.split(told.digests, 0.3, 0)
+    assert round(0.3 * num_rows) - 2 < np.count_nonzero(held) <= round(0.3 * num_rows)
+    rows, held_out = np.flatnonzero(~held), np.flatnonzero(held)
+    entries = np.zeros(len(rows), np.uint16)
+    assert len(data.mix(entries, [1.5], 0)) == len(rows) + round(len(rows) / 2)
+    repeated, _ = similar.duplicates(told, rows)
+    assert len(repeated) > num_rows // 10
+    leaked, _ = similar.leaks(told, rows, held_out)
+    assert not len(leaked)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.slow
+def test_to_decide_takes_less_than_100_bytes_of_memory_a_row():
+    decided(2_000)  # what is imported and cached once
+    assert decided(32_000) - decided(8_000) < 100 * 24_000
