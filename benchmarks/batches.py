@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 from statistics import mean
 
-from sft import batching, chat, data
-from sft.batching import Budget, MicroBatch
-from sft.log import make_console
+from sft.data import batches, files, template
+from sft.data.batches import Budget, MicroBatch
+from sft.runtime.console import make_console
 
 RANKS, EACH, BUDGET = 8, 16, 4096
 
@@ -25,14 +25,14 @@ def fixed(ids: list[int]) -> list[list[MicroBatch]]:
     return [[ids[rank * EACH : (rank + 1) * EACH]] for rank in range(RANKS)]
 
 
-def measured(lengths: list[int], layout: batching.Layout | None) -> dict[str, float]:
+def measured(lengths: list[int], layout: batches.Layout | None) -> dict[str, float]:
     """Over an epoch's full batches: waste of padding, slowest rank over mean (both as shares)."""
     real, computed, slowest = 0, 0, []
     for step in range(len(lengths) // (RANKS * EACH)):
-        ids = batching.global_batch_ids(len(lengths), 0, step, RANKS * EACH)
+        ids = batches.global_batch_ids(len(lengths), 0, step, RANKS * EACH)
         shown = layout or "padded"
-        cut = batching.cut(ids, lengths, RANKS, Budget(BUDGET, layout)) if layout else fixed(ids)
-        ranks = [sum(batching.num_tokens(lengths, m, shown) for m in rank) for rank in cut]
+        cut = batches.cut(ids, lengths, RANKS, Budget(BUDGET, layout)) if layout else fixed(ids)
+        ranks = [sum(batches.num_tokens(lengths, m, shown) for m in rank) for rank in cut]
         real += sum(lengths[i] for i in ids)
         computed += sum(ranks)
         slowest.append(max(ranks) / mean(ranks) - 1)
@@ -47,11 +47,11 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     folder = args.shared / "data/tokenizers/qwen2.5-instruct"
-    tokenizer = chat.prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
-    read = data.read_all(str(args.shared / "data/instruct/gsm8k_train.jsonl"))
-    rows = [row for row in read if isinstance(row, data.Row)]
-    lengths = [len(chat.render(tokenizer, row.messages).ids) for row in rows]
-    cases: list[tuple[str, batching.Layout | None]] = [
+    tokenizer = template.prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+    read = files.read_all(str(args.shared / "data/instruct/gsm8k_train.jsonl"))
+    rows = [row for row in read if isinstance(row, files.Row)]
+    lengths = [len(template.render(tokenizer, row.messages).ids) for row in rows]
+    cases: list[tuple[str, batches.Layout | None]] = [
         ("ours, packed", "packed"),
         ("ours, padded", "padded"),
         ("random, 16 a rank, padded", None),

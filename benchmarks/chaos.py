@@ -32,10 +32,13 @@ from typing import Any
 import forked
 from rich.table import Table
 
-from sft import checkpoint, verify
 from sft.cli import quiet_libraries
-from sft.config import dump_config, load_config, with_values
-from sft.log import Advance, bar, make_console
+from sft.config.load import dump_config, load_config, with_values
+from sft.runtime import checkpoint
+from sft.runtime.console import Advance, bar, make_console
+from sft.verify import laws
+from sft.verify.runs import TRAIN, judged
+from sft.verify.small import Small, make_small
 
 ROOT = Path(__file__).parent.parent
 SAVE_STEPS = 3
@@ -90,7 +93,7 @@ class Found:
 class Chase:
     """One configuration, run and killed over and over."""
 
-    def __init__(self, name: str, small: verify.Small, seed: int):
+    def __init__(self, name: str, small: Small, seed: int):
         self.world, values = CONFIGURATIONS[name]
         self.found = Found(name, self.world)
         self.random = random.Random(f"{seed} {name}")
@@ -120,7 +123,7 @@ class Chase:
 
     def start(self, run: Path) -> Any:
         run.with_suffix(".pids").unlink(missing_ok=True)
-        command = [str(verify.TRAIN), "--config", str(self.path(run))]
+        command = [str(TRAIN), "--config", str(self.path(run))]
         return forked.start(self.world, command, run.with_suffix(".log"))
 
     def uninterrupted(self) -> None:
@@ -197,19 +200,19 @@ class Chase:
         return newest
 
     def compare(self, run: Path) -> None:
-        for key in ("/loss", verify.EXAMPLES_KEY):
-            if verify.curves(run, key) != verify.curves(self.whole, key):
+        for key in ("/loss", laws.EXAMPLES_KEY):
+            if laws.curves(run, key) != laws.curves(self.whole, key):
                 self.found.mismatches += 1
                 raise Unsound(f"{run} is kept: its {key} are not those of {self.whole}")
         for name in ("final_checkpoint", f"checkpoint_step_{STEPS - SAVE_STEPS}"):
-            files = [verify.state_files(folder / name) for folder in (run, self.whole)]
+            files = [laws.state_files(folder / name) for folder in (run, self.whole)]
             if files[0] != files[1] or not files[1]:
                 self.found.mismatches += 1
                 raise Unsound(f"{run} is kept: its {name} is not that of {self.whole}")
 
     def _must_have_finished(self, run: Path) -> None:
         log = run.with_suffix(".log").read_text("utf-8", errors="replace")
-        ended = verify.judged(run, log)
+        ended = judged(run, log)
         if not ended.finished:
             raise Unsound(f"{run} is kept: it {ended.state}: {ended.reason}")
 
@@ -272,7 +275,7 @@ def main() -> int:
     args = parser.parse_args()
     console = make_console()
     folder = Path(tempfile.mkdtemp(prefix="sft-chaos-"))
-    small = verify.make_small(load_config(ROOT / "configs/nano.yaml"), folder)
+    small = make_small(load_config(ROOT / "configs/nano.yaml"), folder)
     chases = [Chase(name, small, args.seed) for name in args.only]
     quota = -(-args.kills // len(chases))
     deadline = time.monotonic() + 60 * args.minutes

@@ -37,34 +37,34 @@ from peft import PeftModel
 from rich.table import Table
 from torch import Tensor, nn
 
-from sft import batching, export, generate, hardware, model, prepare
-from sft.chat import IGNORED
 from sft.cli import quiet_libraries
-from sft.config import Config, Crowd, Generation, load_config, with_values
-from sft.crowd.aggregator import (
-    Aggregator,
-    Mixture,
-    calibration_error,
-    calibration_sums,
-    mix,
-)
-from sft.crowd.diversity import directions, disagreement, diversity
-from sft.crowd.task import CrowdTune, Reader
-from sft.engine import Engine
-from sft.finetune import FineTune
-from sft.log import Log, make_console, write_json
-from sft.parallel import build_optimizer
-from sft.plan import SATURATING_TOKENS
-from sft.prepare import Prepared
-from sft.processes import start_processes
-from sft.store import Batch, Examples
-from sft.tasks import make_task
+from sft.config.load import load_config, with_values
+from sft.config.schema import Config, Crowd, Generation
+from sft.data import batches, cache
+from sft.data.cache import Prepared
+from sft.data.examples import Batch, Examples
+from sft.data.template import IGNORED
+from sft.evaluate import generate
+from sft.models import load
+from sft.plan.choose import SATURATING_TOKENS
+from sft.runtime import hardware
+from sft.runtime.console import make_console, write_json
+from sft.runtime.log import Log
+from sft.runtime.processes import start_processes
+from sft.tasks.crowd import agents
+from sft.tasks.crowd.aggregator import Aggregator, Mixture, calibration_error, calibration_sums, mix
+from sft.tasks.crowd.diversity import directions, disagreement, diversity
+from sft.tasks.crowd.task import CrowdTune, Reader
+from sft.tasks.registry import make_task
+from sft.tasks.sft.task import FineTune
+from sft.train.engine import Engine
+from sft.train.optimizer import build_optimizer
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/crowd.json"
 PARTS = ("speed", "generation", "evidence")
 AGENTS = 4
-WHOLE = batching.Budget(2**20, "padded")  # a global batch in one micro-batch
+WHOLE = batches.Budget(2**20, "padded")  # a global batch in one micro-batch
 
 
 def configuration(work: Path, *overrides: str) -> Config:
@@ -73,9 +73,9 @@ def configuration(work: Path, *overrides: str) -> Config:
     return load_config(ROOT / "configs/crowd_nano.yaml", [*common, *overrides])
 
 
-def engine_of(config: Config, prepared: Prepared, budget: batching.Budget) -> Engine:
+def engine_of(config: Config, prepared: Prepared, budget: batches.Budget) -> Engine:
     accelerator = start_processes(config.train)
-    built = model.build(config, "fp32", accelerator.device)
+    built = load.build(config, "fp32", accelerator.device)
     task = make_task(config, prepared, built, accelerator, Log(None), budget)
     return Engine(task, config.train, accelerator, Log(None), budget)
 
@@ -116,7 +116,7 @@ def steps_of(work: Path, mode: str, batch: int, strength: float) -> dict[str, An
         f"train.global_batch={batch}",
     )
     alone = with_values(config, ALONE | {"train.global_batch": AGENTS * batch})
-    prepared = prepare.prepare(config)
+    prepared = cache.prepare(config)
     crowd = engine_of(config, same_batch(prepared, batch, 1), WHOLE)
     one = engine_of(alone, same_batch(prepared, batch, AGENTS), WHOLE)
     for name, weight in crowd.task.model.named_parameters():
@@ -130,8 +130,8 @@ def steps_of(work: Path, mode: str, batch: int, strength: float) -> dict[str, An
         "passes": passes.step,
         "plain": partial(passes.step, plain=True),
         "one": lambda: step(one, WHOLE),
-        "crowd_cut": lambda: step(crowd, batching.Budget(most // AGENTS, "padded")),
-        "one_cut": lambda: step(one, batching.Budget(most, "padded")),
+        "crowd_cut": lambda: step(crowd, batches.Budget(most // AGENTS, "padded")),
+        "one_cut": lambda: step(one, batches.Budget(most, "padded")),
     }
     turns = [{name: seconds(way) for name, way in ways.items()} for _ in range(REPEATS + 1)][1:]
 
@@ -151,7 +151,7 @@ def steps_of(work: Path, mode: str, batch: int, strength: float) -> dict[str, An
     }
 
 
-def step(engine: Engine, budget: batching.Budget) -> None:
+def step(engine: Engine, budget: batches.Budget) -> None:
     engine.budget = budget
     engine.optimizer_step()
 
@@ -168,7 +168,7 @@ class Passes:
 
     def __init__(self, crowd: Engine, config: Config, alone: Config, work: Path):
         self.crowd, self.train, self.strength = crowd, config.train, config.crowd.lambda_sw
-        base: Any = model.load_base(config.model, config.tuning.mode, "fp32", torch.device("cpu"))
+        base: Any = load.load_base(config.model, config.tuning.mode, "fp32", torch.device("cpu"))
         base.requires_grad_(False)
         with tempfile.TemporaryDirectory(dir=work) as folder:
             crowd.task.model.save_pretrained(folder, dict(crowd.task.model.named_parameters()))
@@ -248,7 +248,7 @@ class Passes:
         apart = whole = 0.0
         for name, gradient in found.items():
             for agent, theirs in enumerate(gradient):
-                place = export.in_peft(name).removesuffix("weight") + f"agent{agent}.weight"
+                place = agents.in_peft(name).removesuffix("weight") + f"agent{agent}.weight"
                 apart += float((own[place] - theirs).double().pow(2).sum())
                 whole += float(theirs.double().pow(2).sum())
         return {
@@ -286,8 +286,8 @@ PROMPTS = 4
 def generation(work: Path) -> dict[str, Any]:
     """Cumulative seconds after so many tokens, of one answer of `LENGTHS[-1]` to each prompt."""
     config = configuration(work, "crowd.aggregator=uniform")
-    prepared = prepare.prepare(config)
-    built = model.build(config, "fp32", torch.device("cpu"))
+    prepared = cache.prepare(config)
+    built = load.build(config, "fp32", torch.device("cpu"))
     torch.manual_seed(0)
     for name, weight in built.named_parameters():
         if "lora_B" in name:  # agents that differ: it is 0 at first
@@ -415,9 +415,9 @@ def jobs() -> list[tuple[str, str, int]]:
 def trained(config: Config, work: Path) -> dict[str, Any]:
     """One arm: trained, then scored with each aggregator."""
     crowd = config.crowd
-    quickest = batching.Budget(SATURATING_TOKENS["cpu"] // crowd.num_agents, "padded")
+    quickest = batches.Budget(SATURATING_TOKENS["cpu"] // crowd.num_agents, "padded")
     budget = WHOLE if crowd.lambda_sw and crowd.num_agents > 1 else quickest
-    engine = engine_of(config, prepare.prepare(config), budget)
+    engine = engine_of(config, cache.prepare(config), budget)
     task = engine.task
     assert isinstance(task, CrowdTune)
     started = time.process_time()
@@ -450,8 +450,8 @@ def held_out(task: CrowdTune, built: nn.Module) -> tuple[Tensor, Tensor, Tensor]
     rows, found = first(task.prepared.held_out, SCORED), []
     reader = Reader(task.model, task.head, task.settings)  # an arm without diversity has none
     with generate.eval_mode(built):
-        budget = batching.Budget(1024, "padded")
-        for ids in batching.cut(range(len(rows)), rows.lengths, 1, budget)[0]:
+        budget = batches.Budget(1024, "padded")
+        for ids in batches.cut(range(len(rows)), rows.lengths, 1, budget)[0]:
             batch = task._collate(rows, ids)
             logits = task._forward(built, batch)
             points = reader.take(logits, batch).movedim(0, 1)

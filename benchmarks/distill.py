@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 
-from sft.config import DistillConfig, load_run
-from sft.distill import darkroom, rollout, source, task
-from sft.log import make_console, write_json
+from sft.config.load import load_run
+from sft.config.schema import DistillConfig
+from sft.runtime.console import make_console, write_json
+from sft.tasks.distill import darkroom, rollout, source, task
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs/ad_darkroom.yaml"

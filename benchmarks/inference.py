@@ -33,11 +33,11 @@ from conftest import ROOT, SHARED, clean_environment
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from sft import generate
 from sft.cli import quiet_libraries
-from sft.config import Generation, Train
-from sft.log import make_console
-from sft.processes import start_processes
+from sft.config.schema import Generation, Train
+from sft.evaluate import generate
+from sft.runtime.console import make_console
+from sft.runtime.processes import start_processes
 
 RESULTS = ROOT / "benchmarks/results/inference.json"
 PARTS = ("stories", "60M", "processes", "bf16")

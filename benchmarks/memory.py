@@ -47,15 +47,18 @@ from torch.utils.checkpoint import (
 )
 from transformers import LlamaConfig, PhiConfig, PretrainedConfig, Qwen2Config
 
-from sft import memory, model, plan, rehearsal
 from sft.cli import quiet_libraries
-from sft.config import AnyConfig, Config, dump_config, load_run, with_values
-from sft.distill.transformer import num_positions
-from sft.finetune import FineTune
-from sft.log import make_console
-from sft.processes import deepspeed_settings
-from sft.recovery import OutOfMemory
-from sft.rehearsal import Window, uniform
+from sft.config.load import dump_config, load_run, with_values
+from sft.config.schema import AnyConfig, Config
+from sft.errors import OutOfMemory
+from sft.models import adapters as models_adapters
+from sft.models import dtypes
+from sft.plan import choose, dry_run, memory, sharding
+from sft.plan.dry_run import Window, uniform
+from sft.runtime.console import make_console
+from sft.runtime.deepspeed import deepspeed_settings
+from sft.tasks.distill.transformer import num_positions
+from sft.tasks.sft.task import FineTune
 
 MIB = 2**20
 
@@ -101,9 +104,9 @@ def grid(folder: Path) -> list[dict[str, Any]]:
 
 
 def against_real(config: AnyConfig, window: Window) -> dict[str, Any]:
-    fake = rehearsal.rehearse(config, "fp32", window).peak().num_bytes
-    real = [rehearsal.make_engine(config, "fp32", window, weights=False) for _ in range(2)]
-    tracked = rehearsal.record(real[0]).peak().num_bytes
+    fake = dry_run.rehearse(config, "fp32", window).peak().num_bytes
+    real = [dry_run.make_engine(config, "fp32", window, weights=False) for _ in range(2)]
+    tracked = dry_run.record(real[0]).peak().num_bytes
     true = allocated_bytes(real[1])
     return {
         "rehearsed_bytes": fake,
@@ -185,7 +188,7 @@ class Row:
     adapters: torch.dtype = torch.float32
     own_loss: bool = False
     native: bool = False  # a full trace through the allocator without expandable segments
-    group: memory.Group = memory.ALONE
+    group: sharding.Group = sharding.ALONE
     selective: bool = False  # layers keep attention and every second matrix product
 
 
@@ -266,7 +269,7 @@ def published() -> list[Row]:
                 "read (taken as reserved); it gathers bf16, and head and embedding on their own",
                 checkpointing=True,
                 selective=True,
-                group=memory.Group(world, "fsdp"),
+                group=sharding.Group(world, "fsdp"),
             )
         )
     return rows
@@ -295,7 +298,7 @@ def selective(function: Any, *arguments: Any, **options: Any) -> Any:
 @contextmanager
 def their_step(row: Row) -> Iterator[None]:
     """Where their step differs from ours."""
-    prepare, add_adapters = rehearsal.Alone.prepare, model.add_adapters
+    prepare, add_adapters = dry_run.Alone.prepare, models_adapters.add_adapters
 
     def plain(_: Any, built: Any, optimizer: Any) -> tuple[Any, Any]:
         return built, optimizer
@@ -315,9 +318,9 @@ def their_step(row: Row) -> Iterator[None]:
         return built
 
     with (
-        mock.patch.object(rehearsal.Alone, "prepare", prepare if row.autocast else plain),
-        mock.patch.object(model, "add_adapters", added),
-        mock.patch.object(model, "check_dtypes"),
+        mock.patch.object(dry_run.Alone, "prepare", prepare if row.autocast else plain),
+        mock.patch.object(models_adapters, "add_adapters", added),
+        mock.patch.object(dtypes, "check_dtypes"),
         mock.patch.object(FineTune, "loss", loss) if row.own_loss else nullcontext(),
         mock.patch(CHECKPOINT, selective) if row.selective else nullcontext(),
     ):
@@ -334,7 +337,7 @@ def against_published(folder: Path) -> list[dict[str, Any]]:
             predicted = memory.predict(config, "bf16", row.window, on_gpu=True, group=row.group)
             told = predicted.reserved if row.reserved else predicted.allocated
             if row.native:
-                trace = rehearsal.rehearse(config, "bf16", row.window, on_gpu=True)
+                trace = dry_run.rehearse(config, "bf16", row.window, on_gpu=True)
                 libraries = predicted.breakdown.get("libraries", 0)
                 told = trace.reserved(expandable=False) + libraries
         found.append(
@@ -438,7 +441,7 @@ def one_of_two(config: AnyConfig, folder: Path, length: int | None = None) -> di
     zero = {}
     if config.train.deepspeed_config:
         zero = deepspeed_settings(config.train)["zero_optimization"]
-    group = memory.Group(2, config.train.engine, accumulates=True, zero=zero)
+    group = sharding.Group(2, config.train.engine, accumulates=True, zero=zero)
     told = memory.predict(config, "fp32", window, on_gpu=False, group=group)
     predicted = told.allocated - told.breakdown.get("examples", 0)  # the worker has none
     measured = int(out.read_text())
@@ -519,7 +522,7 @@ def gpu(folder: Path) -> list[dict[str, Any]]:
         one = replace(uniform(rows, length, length), gradients=True)
         predicted = memory.predict(config, "bf16", one, on_gpu=True)
         torch.cuda.empty_cache()
-        made = rehearsal.make_engine(config, "bf16", window, weights=False, accelerator=accelerator)
+        made = dry_run.make_engine(config, "bf16", window, weights=False, accelerator=accelerator)
         made.optimizer_step()
         torch.cuda.reset_peak_memory_stats()
         made.optimizer_step()
@@ -563,7 +566,7 @@ def budget(folder: Path) -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         raise SystemExit("the part budget needs a GPU that torch can use")
     accelerator, found = Accelerator(mixed_precision="bf16"), []
-    room = (1 - plan.MARGIN["cuda"]) * torch.cuda.mem_get_info()[0]
+    room = (1 - choose.MARGIN["cuda"]) * torch.cuda.mem_get_info()[0]
     for name, mode, checkpointing, length in BUDGETS:
         train = {"gradient_checkpointing": checkpointing}
         config = configured(folder / f"{name}{mode}{length}", SHAPES[name], mode, **train)
@@ -584,7 +587,7 @@ def _runs(config: Config, accelerator: Accelerator, length: int, rows: int) -> b
     window, made = uniform(rows, length, length, micro_batches=2), None
     options: dict[str, Any] = {"weights": False, "accelerator": accelerator}
     try:
-        made = rehearsal.make_engine(config, "bf16", window, **options)
+        made = dry_run.make_engine(config, "bf16", window, **options)
         for _ in range(2):
             made.optimizer_step()
         return True

@@ -25,9 +25,10 @@ from typing import Any
 import psutil
 from rich.table import Table
 
-from sft import audit, prepare, store
-from sft.config import load_config
-from sft.log import make_console
+from sft.config.load import load_config
+from sft.data import audit, cache
+from sft.data.examples import Examples, open_folder
+from sft.runtime.console import make_console
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -45,7 +46,7 @@ def write_rows(path: Path, number: int, words: list[str]) -> None:
 def ours(rows: Path, model: Path, work: Path) -> None:
     overrides = [f"model.name={model}", f"data.train_path={rows}", "data.eval_path=null"]
     overrides += ["data.eval_fraction=0.001", f"data.cache_dir={work}/cache"]
-    prepare.prepare(load_config("configs/nano.yaml", overrides))
+    cache.prepare(load_config("configs/nano.yaml", overrides))
 
 
 def peer(rows: Path, model: Path, work: Path) -> None:
@@ -103,7 +104,7 @@ def collated(rows: Path, model: Path) -> float:
     with tempfile.TemporaryDirectory(dir=rows.parent) as work:
         ours(rows, model, Path(work))
         (folder,) = [path for path in Path(work, "cache").iterdir() if path.is_dir()]
-        examples = store.Examples(store.open_folder(folder))
+        examples = Examples(open_folder(folder))
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model)

@@ -22,12 +22,13 @@ from unittest import mock
 import tiny
 from rich.table import Table
 
-from sft import batching, checkpoint, storage
 from sft.cli import quiet_libraries
-from sft.config import with_values
-from sft.engine import Engine
-from sft.log import make_console, size
-from sft.model import add_adapters
+from sft.config.load import with_values
+from sft.data import batches
+from sft.models.adapters import add_adapters
+from sft.runtime import checkpoint, disk
+from sft.runtime.console import make_console, size
+from sft.train.engine import Engine
 
 SIZES = {
     "5M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "vocab_size": 512},
@@ -44,7 +45,7 @@ def make(folder: Path, name: str, mode: str) -> Engine:
     if mode == "lora":
         settings = with_values(settings, {"tuning.mode": "lora"})
         model = add_adapters(model.requires_grad_(False), settings.tuning)
-    return tiny.make_engine(model, rows, rows, settings, batching.Budget(1024, "padded"))
+    return tiny.make_engine(model, rows, rows, settings, batches.Budget(1024, "padded"))
 
 
 def timed(spent: dict[str, float], name: str, action: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,7 +81,7 @@ def measured(folder: Path, name: str, mode: str) -> dict[str, Any]:
             part.stop()
         saves.append(spent | {"all": time.perf_counter() - started})
     medians = {key: statistics.median(save[key] for save in saves[1:]) for key in saves[0]}
-    told = {"model": name, "mode": mode, "checkpoint_bytes": storage.folder_bytes(saved)}
+    told = {"model": name, "mode": mode, "checkpoint_bytes": disk.folder_bytes(saved)}
     return told | {"step_seconds": statistics.median(steps[1:]), "save_seconds": medians}
 
 

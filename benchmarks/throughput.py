@@ -49,11 +49,17 @@ from peft import PeftModel
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from sft import chat, cli, finetune, hardware, model, plan, prepare
-from sft.config import load_config
-from sft.engine import Engine
-from sft.log import Log, make_console
-from sft.processes import start_processes
+from sft import cli
+from sft.config.load import load_config
+from sft.data import cache, template
+from sft.models import load
+from sft.plan import plan
+from sft.runtime import hardware
+from sft.runtime.console import make_console
+from sft.runtime.log import Log
+from sft.runtime.processes import start_processes
+from sft.tasks.sft.task import FineTune
+from sft.train.engine import Engine
 
 NUM_HELD_OUT = 96
 SIZES: dict[str, dict[str, int]] = {
@@ -241,15 +247,15 @@ def _command(command: list[Any]) -> str:
     return done.stdout
 
 
-def examples_of(work: Path, data: Path, part: str) -> list[chat.Example]:
-    tokenizer = chat.prepare_tokenizer(AutoTokenizer.from_pretrained(work / "model"))
+def examples_of(work: Path, data: Path, part: str) -> list[template.Example]:
+    tokenizer = template.prepare_tokenizer(AutoTokenizer.from_pretrained(work / "model"))
     rows = [json.loads(line) for line in (data / f"{part}.jsonl").read_text("utf-8").splitlines()]
     texts = [row.get("messages") or [{"role": "text", "content": row["text"]}] for row in rows]
-    return [chat.render(tokenizer, messages) for messages in texts]
+    return [template.render(tokenizer, messages) for messages in texts]
 
 
 @torch.no_grad()
-def held_out_loss(work: Path, adapter: str, examples: Iterable[chat.Example]) -> float:
+def held_out_loss(work: Path, adapter: str, examples: Iterable[template.Example]) -> float:
     """Mean over the supervised tokens, in fp32, an example at a time."""
     base = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).to(DEVICE)
     tuned = PeftModel.from_pretrained(base, adapter).eval()
@@ -268,13 +274,13 @@ def held_out_loss(work: Path, adapter: str, examples: Iterable[chat.Example]) ->
 def overhead(work: Path, data: Path, args: argparse.Namespace) -> dict[str, float]:
     """Shares of an epoch's time: within the steps, and of steps with their log, all files on."""
     config = load_config(our_config(work, data, 0, args), ["train.tensorboard=true"])
-    prepared = prepare.prepare(config)
+    prepared = cache.prepare(config)
     accelerator = start_processes(config.train)
     log = Log(work / "overhead", tensorboard=True)
     log.console = None
     planned = plan.make_plan(config, prepared, hardware.detect(work), 1)
-    built = model.build(config, planned.precision, accelerator.device)
-    task = finetune.FineTune(config, prepared, built, accelerator, log, planned.budget)
+    built = load.build(config, planned.precision, accelerator.device)
+    task = FineTune(config, prepared, built, accelerator, log, planned.budget)
     engine = Engine(task, config.train, accelerator, log, planned.budget)
     engine.probe_seconds_per_step()
     spent: dict[str, float] = {}

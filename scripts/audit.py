@@ -3,16 +3,16 @@
 from pathlib import Path
 
 from sft import cli
-from sft.config import with_values
+from sft.config.load import with_values
 
 
 def main() -> int:
     config = cli.configuration(cli.parser(__doc__).parse_intermixed_args())
-    from sft import audit, prepare
-    from sft.log import facts, make_console
+    from sft.data import audit, audit_report, cache
+    from sft.runtime.console import facts, make_console
 
     console = make_console()
-    prepared = prepare.prepare(with_values(config, {"data.audit": "warn"}))
+    prepared = cache.prepare(with_values(config, {"data.audit": "warn"}))
     for part in ("train", "held_out"):
         told = prepared.audit[part]
         rows = [
@@ -23,7 +23,7 @@ def main() -> int:
         ]
         console.print(facts(part.replace("_", " "), rows))
         if told["problems"]:
-            console.print(audit.table(told))
+            console.print(audit_report.table(told))
     formats = (f"{count:,} {name}" for name, count in prepared.audit["formats"].items())
     console.print(f"formats of the rows: {', '.join(formats)}")
     for what, why in (("rejected", "on_bad_row"), ("dropped", "on_long")):
@@ -31,7 +31,7 @@ def main() -> int:
             console.print(f"{count:,} rows {what} (data.{why}: {getattr(config.data, why)})")
     folder = Path("outputs/audits", Path(config.train.output_dir).name)
     folder.mkdir(parents=True, exist_ok=True)
-    prepare.write(prepared, folder)
+    cache.write(prepared, folder)
     console.print(f"{folder}/audit.html has the rows of most findings in colour")
     return 3 if audit.num_errors(prepared.audit) else 0
 

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from sft import cli
-from sft.config import Config, UserError
+from sft.config.schema import Config
+from sft.errors import UserError
 
 
 def main() -> int | None:
@@ -15,13 +16,14 @@ def main() -> int | None:
     args = parser.parse_intermixed_args()
     args.overrides += [f"model.name={args.model}"] if args.model else []
     config = cli.configuration(args)
-    from sft import labels, launcher
+    from sft.runtime import launcher
+    from sft.serve.classify import rows
 
-    labels.check(config, tune=args.tune)
+    rows.check(config, tune=args.tune)
     if args.tune and args.run:
         raise UserError("RUN is a tuned model: give TUNE=1, or RUN, not both")
     if launcher.is_asked():
-        labels.split(labels.read(config.classify), config.classify)  # told once, by no rank
+        rows.split(rows.read(config.classify), config.classify)  # told once, by no rank
         return _launch(config, ["--config", args.config, *args.overrides], args.run, args.tune)
     if args.tune and "WORLD_SIZE" in os.environ:
         raise UserError("TUNE=1 starts its processes itself: give NUM_PROCESSES, no launcher")
@@ -30,21 +32,21 @@ def main() -> int | None:
             f"TUNE=1 with train.engine={config.train.engine}: expected NUM_PROCESSES=2 or more, "
             "since a process that has answered cannot become one of that engine; or set ddp"
         )
-    from sft import classification
+    from sft.serve.classify import strategies
 
-    classification.classify(config, args.run)
+    strategies.classify(config, args.run)
     if args.tune:
         from sft import run
 
         run.train(config)
-        classification.classify(config, Path(config.train.output_dir))
+        strategies.classify(config, Path(config.train.output_dir))
     return None
 
 
 def _launch(config: Config, own: list[str], run: Path | None, tune: bool) -> int:
     """The same, each part a launch of its own."""
-    from sft import launcher
-    from sft.config import Train
+    from sft.config.schema import Train
+    from sft.runtime import launcher
 
     def classify(run: Path | None) -> int:
         folder = run / "classify" if run else Path(config.classify.output_dir)

@@ -1,14 +1,15 @@
 """Source histories of the Darkroom: what PPO did while it learnt each goal, on all cores."""
 
 from sft import cli
-from sft.config import ConfigError, DistillConfig
+from sft.config.schema import DistillConfig
+from sft.errors import ConfigError
 
 
 def main() -> None:
     config = cli.run_configuration(cli.parser(__doc__).parse_intermixed_args())
     if not isinstance(config, DistillConfig):
         raise ConfigError(f"expected a configuration of task: distill, found task: {config.task}")
-    from sft.distill import histories
+    from sft.tasks.distill import histories
 
     folder = histories.collect(config.distill)
     returns = histories.curve(folder)

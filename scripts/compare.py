@@ -15,8 +15,8 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=5, help="examples shown side by side")
     parser.add_argument("--json", type=Path, help="where to write everything")
     args = parser.parse_args()
-    from sft import compare
-    from sft.log import make_console
+    from sft.evaluate import compare
+    from sft.runtime.console import make_console
 
     names, labels = compare.configured(args.a, args.b)
     if args.metric:

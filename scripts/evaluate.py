@@ -12,7 +12,7 @@ def main() -> int | None:
     parser.add_argument("--name", default="evaluate", help="results go to <run>/evaluation/<name>")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
-    from sft import launcher
+    from sft.runtime import launcher
 
     if launcher.is_asked():
         return launcher.launch_script(Path(__file__), args.run / "evaluation" / args.name)

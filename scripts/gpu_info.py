@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sft import cli, hardware
+from sft import cli
+from sft.runtime import hardware
 
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "bitsandbytes", "deepspeed")
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from sft import cli
-from sft.config import UserError
+from sft.errors import UserError
 
 
 def main() -> None:
@@ -14,8 +14,9 @@ def main() -> None:
     parser.add_argument("--system", help="system prompt")
     args = parser.parse_args()
     settings = cli.generation(args.overrides)
-    from sft import infer, processes
-    from sft.connector import AccelerateConnector
+    from sft.runtime import processes
+    from sft.serve import chat
+    from sft.serve.connector import AccelerateConnector
 
     if not processes.be_alone():  # of several processes the first one talks
         return
@@ -23,7 +24,7 @@ def main() -> None:
         raise UserError('PROMPT is empty; ask something, as in PROMPT="set a timer"')
     connector = AccelerateConnector(**cli.model_of(args))
     connector.load_model_once()
-    conversation = infer.Talk(connector, _write, args.system, **settings)
+    conversation = chat.Talk(connector, _write, args.system, **settings)
     if args.prompt is not None:
         conversation.ask(args.prompt)
         return

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from sft import cli
-from sft.config import UserError
+from sft.errors import UserError
 
 
 def main() -> int:
@@ -19,15 +19,15 @@ def main() -> int:
         if not value:
             raise UserError(f"{name}: required: INPUT=rows.jsonl OUTPUT=answers.jsonl")
     folder = args.output.with_name(f"{args.output.name}.run")  # how it ends, while it runs
-    from sft import launcher
+    from sft.runtime import launcher
 
     code = 0
     if launcher.is_asked():
         code = launcher.launch_script(Path(__file__), folder)
     else:
-        from sft import infer
+        from sft.serve import chat
 
-        infer.answer_file(args.input, args.output, folder, cli.model_of(args), settings)
+        chat.answer_file(args.input, args.output, folder, cli.model_of(args), settings)
     if code == 0:
         shutil.rmtree(folder, ignore_errors=True)
     return code

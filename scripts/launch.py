@@ -1,6 +1,7 @@
 """Starts a run on several processes, of this machine or of several (docs/LAUNCH.md)."""
 
-from sft import cli, launcher
+from sft import cli
+from sft.runtime import launcher, slurm
 
 
 def main() -> int:
@@ -10,7 +11,7 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     train = cli.run_configuration(args).train
     if args.requeue_after is not None:
-        return launcher.requeue(train, args.requeue_after, args.since)
+        return slurm.requeue(train, args.requeue_after, args.since)
     return launcher.launch(train, ["--config", args.config, *args.overrides])
 
 

@@ -16,8 +16,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from sft import cli, hardware
-from sft.hardware import gib
+from sft import cli
+from sft.runtime import hardware
+from sft.runtime.hardware import gib
 
 TOP = 5  # the largest processes and folders
 SMALL_BYTES = 50 * 1024**2  # not worth a line

@@ -16,12 +16,12 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="folder of llama.cpp: make a GGUF file as well")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
-    from sft import merge
-    from sft.log import make_console
+    from sft.runtime.console import make_console
+    from sft.serve import gguf, merge
 
     say = make_console().print
     if args.gguf:
-        merge.converter(args.gguf)
+        gguf.converter(args.gguf)
     if args.test:
         folder = args.test
         report = merge.retest(folder, say, args.run, args.base, args.overrides)
@@ -32,7 +32,7 @@ def main() -> None:
         report = merge.merge(run, folder, args.dtype, say, base, args.overrides)
     say(f"merged model, proven to be the one that was trained: {folder}")
     if args.gguf:
-        say(f"GGUF: {merge.convert(folder, report['dtype'], args.gguf)}")
+        say(f"GGUF: {gguf.convert(folder, report['dtype'], args.gguf)}")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,13 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from sft import cli, hardware
-from sft.config import AnyConfig, Config, ConfigError, load_config, refuse_one_agent
-from sft.hardware import Hardware
+from sft import cli
+from sft.config.load import load_config, refuse_one_agent
+from sft.config.schema import AnyConfig, Config
+from sft.errors import ConfigError
+from sft.plan import gpus
+from sft.runtime import hardware
+from sft.runtime.hardware import Hardware
 
 
 def main() -> None:
@@ -27,29 +31,31 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("outputs/plan.json"), help="all numbers")
     args = parser.parse_intermixed_args()
     config = configuration(args)
-    from sft import plan, prepare
-    from sft.log import make_console
+    from sft.data import cache
+    from sft.plan import advice, plan, report
+    from sft.runtime.console import make_console
+    from sft.tasks import base
 
     machine, world_size = target(args, config)
     console = make_console()
-    report: object
+    numbers: object
     if args.compare and isinstance(config, Config):
-        report = found = plan.comparison(config)
-        console.print(plan.comparison_table(found, config.data.max_seq_len))
+        numbers = found = advice.comparison(config)
+        console.print(report.comparison_table(found, config.data.max_seq_len))
     else:
         if not isinstance(config, Config):
-            work = plan.Work.windows(config.distill)
+            work = base.Work.windows(config.distill)
         elif args.uniform or args.model is not None:
-            work = plan.Work.uniform(config)
+            work = base.Work.uniform(config)
         else:
-            work = plan.Work.of(prepare.prepare(config))
+            work = base.Work.of(cache.prepare(config))
         made = plan.make_plan(config, work, machine, world_size)
-        console.print(plan.table(made))
-        console.print(plan.memory_table(made))
-        advised = plan.advice(config, work, machine, made)
-        console.print(plan.advice_table(advised))
-        report = plan.report(made, advised)
-    cli.write_json(args.json, report)
+        console.print(report.table(made))
+        console.print(report.memory_table(made))
+        advised = advice.advice(config, work, machine, made)
+        console.print(report.advice_table(advised))
+        numbers = report.report(made, advised)
+    cli.write_json(args.json, numbers)
     console.print(f"all numbers: {args.json}")
 
 
@@ -85,7 +91,7 @@ def target(args: Namespace, config: AnyConfig) -> tuple[Hardware, int]:
     if args.compare:
         raise ConfigError("COMPARE has GPUs of its own; leave out GPU and GIB")
     try:
-        devices = hardware.named_gpus(args.gpu or "GPU", args.gib)
+        devices = gpus.named_gpus(args.gpu or "GPU", args.gib)
     except ValueError as error:
         raise ConfigError(f"GPU: {error}") from None
     return replace(machine, devices=devices), len(devices)

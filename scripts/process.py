@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sft import cli
-from sft.config import UserError
+from sft.errors import UserError
 
 
 def main() -> None:
@@ -11,12 +11,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSONL to write")
     args = parser.parse_intermixed_args()
     config = cli.configuration(args)
-    from sft import data
-    from sft.log import facts, make_console
+    from sft.data import files
+    from sft.runtime.console import facts, make_console
 
     if args.output.exists():
         raise UserError(f"{args.output} exists already; remove it, or give another OUTPUT")
-    report = data.process(config.data, args.output)
+    report = files.process(config.data, args.output)
     make_console().print(facts(f"Written to {args.output}", report))
 
 

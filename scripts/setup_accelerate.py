@@ -26,10 +26,11 @@ import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.table import Table
 
-from sft import cli, hardware
-from sft.config import UserError
-from sft.hardware import Hardware, default_num_processes
-from sft.launcher import read_launch_file
+from sft import cli
+from sft.errors import UserError
+from sft.runtime import hardware
+from sft.runtime.hardware import Hardware, default_num_processes
+from sft.runtime.world import read_launch_file
 
 if TYPE_CHECKING:
     from accelerate.commands.config.config_args import ClusterConfig

@@ -1,7 +1,7 @@
 """A row's tokens in colour, as training sees them: supervised, context, special."""
 
 from sft import cli
-from sft.config import UserError
+from sft.errors import UserError
 
 
 def main() -> None:
@@ -10,22 +10,23 @@ def main() -> None:
     parser.add_argument("--ids", action="store_true", help="every token with its id")
     args = parser.parse_intermixed_args()
     config = cli.configuration(args)
-    from sft import audit, chat, data, model, prepare
-    from sft.log import make_console
+    from sft.data import audit, cache, files, template
+    from sft.models import load
+    from sft.runtime.console import make_console
 
     settings, console, shown = config.data, make_console(), 0
-    tokenizer = chat.prepare_tokenizer(model.load_tokenizer(config.model))
-    limit = prepare.max_length(config)
-    view = chat.with_ids if args.ids else chat.coloured
+    tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))
+    limit = cache.max_length(config)
+    view = template.with_ids if args.ids else template.coloured
     for path in (settings.train_path, settings.eval_path or []):
-        for row in data.read_all(path, **data.options(settings)):
+        for row in files.read_all(path, **files.options(settings)):
             if not f":{row.file}:{row.line}".endswith(f":{args.row}"):
                 continue
             shown += 1
-            if isinstance(row, data.BadRow):
+            if isinstance(row, files.BadRow):
                 console.print(f"bad row {row}")
                 continue
-            made = chat.render_row(
+            made = template.render_row(
                 tokenizer, row, limit, supervise=settings.supervise, on_long=settings.on_long
             )
             for kept, example in made:

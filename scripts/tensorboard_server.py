@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 
 from sft import cli
-from sft.config import UserError
+from sft.errors import UserError
 
 HOST = "127.0.0.1"
 FIRST_PORT = 6006  # TensorBoard's own; `auto` takes it or the next free one

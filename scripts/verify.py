@@ -9,15 +9,16 @@ def main() -> None:
     parser.add_argument("--num-processes", type=int, help="default: as configured, or by devices")
     args = parser.parse_intermixed_args()
     config = cli.run_configuration(args)
-    from sft import hardware, verify
-    from sft.log import make_console
+    from sft.runtime import hardware
+    from sft.runtime.console import make_console
+    from sft.verify import laws
 
     if args.law == "resume":
         world = args.num_processes or config.train.num_processes or 1
-        verify.verify_resume(config, world, make_console())
+        laws.verify_resume(config, world, make_console())
     else:
         world = args.num_processes or hardware.default_num_processes(hardware.detect())
-        verify.verify_invariance(config, world, make_console())
+        laws.verify_invariance(config, world, make_console())
 
 
 if __name__ == "__main__":

@@ -24,37 +24,26 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from sft import (
-    chat,
-    engine,
-    finetune,
-    hardware,
-    model,
-    plan,
-    predictions,
-    prepare,
-    processes,
-    storage,
-)
-from sft.config import (
-    EPISODE,
-    AnyConfig,
-    Config,
-    Configured,
-    DistillConfig,
-    Train,
-    UserError,
-    load_run,
-    refuse_one_agent,
-    with_values,
-)
-from sft.distill import histories
-from sft.distill import task as distill_task
-from sft.distill.source import SOURCES
-from sft.distill.task import Distillation, blank_histories, try_unseen
-from sft.engine import Task
-from sft.log import Log, duration, make_console, size
-from sft.tasks import make_task
+from sft.config.load import load_run, refuse_one_agent, with_values
+from sft.config.schema import EPISODE, AnyConfig, Config, Configured, DistillConfig, Train
+from sft.data import cache, template
+from sft.errors import UserError
+from sft.evaluate import predictions
+from sft.models import load
+from sft.plan import plan
+from sft.runtime import hardware, processes
+from sft.runtime.console import duration, make_console, size
+from sft.runtime.disk import folder_bytes, free_bytes, refuse_if_full, refuse_if_unwritable
+from sft.runtime.log import Log
+from sft.runtime.precision import resolve_precision
+from sft.tasks import base
+from sft.tasks.distill import histories
+from sft.tasks.distill.source import SOURCES
+from sft.tasks.distill.task import Distillation, blank_histories, build, try_unseen
+from sft.tasks.registry import make_task
+from sft.tasks.sft.task import FineTune, usable_budget
+from sft.train import engine
+from sft.train.task import Task
 
 ROWS = 8  # examples of the training step
 NEW_TOKENS = 16  # of the answer, at most
@@ -131,7 +120,7 @@ def devices(machine: hardware.Hardware) -> Finding:
 
 
 def precision(config: AnyConfig, machine: hardware.Hardware) -> Finding:
-    wanted, reason = processes.resolve_precision(config.train)
+    wanted, reason = resolve_precision(config.train)
     capable = all(d.bf16 for d in machine.devices) if machine.devices else machine.cpu_bf16
     what = f"precision: {wanted} ({reason}); bf16 {'in hardware' if capable else 'not in hardware'}"
     slow = wanted == "bf16" and not capable
@@ -143,7 +132,7 @@ def precision(config: AnyConfig, machine: hardware.Hardware) -> Finding:
 def writable(folder: Path) -> Finding:
     """Creates and removes a temporary file where the run folder will be."""
     try:
-        storage.refuse_if_unwritable(folder)
+        refuse_if_unwritable(folder)
     except UserError as error:
         return Finding(False, str(error), "set train.output_dir")
     return Finding(True, f"write access: {folder}")
@@ -151,17 +140,17 @@ def writable(folder: Path) -> Finding:
 
 def tokenizer(config: Config) -> Finding:
     """Renders a conversation and compares its start with the prompt that inference makes."""
-    loaded = model.load_tokenizer(config.model)
-    chat.prepare_tokenizer(loaded)
+    loaded = load.load_tokenizer(config.model)
+    template.prepare_tokenizer(loaded)
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
-    example = chat.render(loaded, turns)
-    if mismatch := chat.prompt_mismatch(loaded, turns, example):
+    example = template.render(loaded, turns)
+    if mismatch := template.prompt_mismatch(loaded, turns, example):
         return Finding(False, f"chat template: {mismatch}", "training and serving would differ")
     return Finding(True, f"tokenizer and template: {len(loaded):,} tokens, prompts as when served")
 
 
 def rows(config: Config) -> Finding:
-    prepared = prepare.prepare(config)
+    prepared = cache.prepare(config)
     longest = max(prepared.train.lengths)
     return Finding(
         True,
@@ -180,7 +169,7 @@ def sources(config: DistillConfig) -> Finding:
     if not missing:
         number = len(histories.load(settings).cells)
         return Finding(True, f"histories: {number} goals x {told} in {folder}")
-    storage.refuse_if_unwritable(folder, "distill.data_dir")
+    refuse_if_unwritable(folder, "distill.data_dir")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as those that collect
     started = time.process_time()  # others may use this core as well
@@ -200,10 +189,10 @@ def sources(config: DistillConfig) -> Finding:
 def disk(config: AnyConfig) -> Finding:
     needed = plan.disk(config, OF_TASK[config.task].num_examples(config))
     try:
-        storage.refuse_if_full(needed, config.train)
+        refuse_if_full(needed, config.train)
     except UserError as error:
         return Finding(False, "disk", str(error))
-    free = size(storage.free_bytes(Path(config.train.output_dir)))
+    free = size(free_bytes(Path(config.train.output_dir)))
     return Finding(True, f"disk: {needed}; {free} free")
 
 
@@ -225,7 +214,7 @@ class Trial:
 def trial(config: AnyConfig) -> Iterator[Finding]:
     """Model, processes, two optimizer steps of the real task on few examples, a checkpoint of it
     saved and read back, and an answer; all of it thrown away."""
-    storage.refuse_if_unwritable(Path(config.train.output_dir))
+    refuse_if_unwritable(Path(config.train.output_dir))
     accelerator = processes.start_processes(processes.any_launch(config).train)
     yield Finding(True, f"Accelerate: {processes.described(accelerator)['devices']}")
     place = hardware.nearest_existing(Path(config.train.output_dir))
@@ -245,7 +234,7 @@ def trial(config: AnyConfig) -> Iterator[Finding]:
             yield diversity(made)
         if tried.saves:
             made.prove_saving()
-            taken = size(storage.folder_bytes(Path(folder)))
+            taken = size(folder_bytes(Path(folder)))
             yield Finding(True, f"checkpoint: saved, verified and read back, {taken}")
         yield from tried.answers(made.model)
 
@@ -267,14 +256,12 @@ def _fine_tuning(config: Config, accelerator: Accelerator) -> Trial:
             "evaluation.max_new_tokens": min(NEW_TOKENS, config.evaluation.max_new_tokens),
         },
     )
-    prepared = prepare.prepare(few)
+    prepared = cache.prepare(few)
     planned = plan.make_plan(few, prepared, hardware.detect(), 1)
     few = with_values(few, plan.resolved_values(planned))
-    built = model.build(few, planned.precision, accelerator.device)
+    built = load.build(few, planned.precision, accelerator.device)
     log, asked = Log(None), config.train.layout
-    budget = finetune.usable_budget(
-        planned.budget, asked, built, planned.precision, accelerator.device, log
-    )
+    budget = usable_budget(planned.budget, asked, built, planned.precision, accelerator.device, log)
     task = make_task(few, prepared, built, accelerator, log, budget)
     folder = Path(few.train.output_dir)
 
@@ -290,11 +277,11 @@ def _fine_tuning(config: Config, accelerator: Accelerator) -> Trial:
 def _distillation(config: DistillConfig, accelerator: Accelerator) -> Trial:
     """On the histories, or on blank ones where they are not collected yet."""
     settings = config.distill.model_copy(update={"eval_seeds": 1})
-    planned = plan.make_plan(config, plan.Work.windows(settings), hardware.detect(), 1)
+    planned = plan.make_plan(config, base.Work.windows(settings), hardware.detect(), 1)
     few = with_values(config, plan.resolved_values(planned))
     there = not histories.missing(settings)
     found = histories.load(settings) if there else blank_histories(settings)
-    built = distill_task.build(settings, few.train.seed, accelerator.device)
+    built = build(settings, few.train.seed, accelerator.device)
     task = Distillation(settings, found, built, accelerator, Log(None), planned.budget)
 
     def answers(trained: nn.Module) -> Iterator[Finding]:
@@ -316,7 +303,7 @@ def diversity(made: engine.Engine) -> Finding:
     return Finding(found > 0, what, "" if found > 0 else "agents do not part: train.learning_rate")
 
 
-def answer(task: finetune.FineTune, built: nn.Module, folder: Path) -> Finding:
+def answer(task: FineTune, built: nn.Module, folder: Path) -> Finding:
     """One held-out prompt, as after training."""
     path = folder / "predictions.jsonl"
     task.answers(built, path, "check")
@@ -345,9 +332,9 @@ class Checks:
 
 OF_TASK = {
     Config.task: Checks(
-        [tokenizer, rows], lambda config: len(prepare.prepare(config).train), _fine_tuning
+        [tokenizer, rows], lambda config: len(cache.prepare(config).train), _fine_tuning
     ),
     DistillConfig.task: Checks(
-        [sources], lambda config: len(plan.Work.windows(config.distill).lengths), _distillation
+        [sources], lambda config: len(base.Work.windows(config.distill).lengths), _distillation
     ),
 }

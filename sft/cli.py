@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import logging
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -18,10 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from sft.config import AnyConfig, Config, UserError, generation_of, load_config, load_run, redacted
+from sft.config.load import generation_of, load_config, load_run
+from sft.config.schema import AnyConfig, Config
+from sft.errors import UserError, redacted
+from sft.runtime.children import LAUNCHER, die_with_parent
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells report
-LAUNCHER = "SFT_LAUNCHER"  # the variable in which `launcher` tells the ranks its process id
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -75,11 +75,11 @@ def generation(overrides: list[str]) -> dict[str, Any]:
 
 def write_json(file: Path, report: object) -> None:
     """What `JSON=file` asks for. Raises UserError where it cannot be written."""
-    from sft import log  # not before a rank has asked to end with its launcher
+    from sft.runtime import console  # not before a rank has asked to end with its launcher
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        log.write_json(file, report)
+        console.write_json(file, report)
     except OSError as error:
         raise UserError(f"JSON: cannot write {file}: {error.strerror}") from None
 
@@ -114,16 +114,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if _is_first():
             print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-
-
-def die_with_parent(parent: int) -> None:
-    """This process is killed when `parent`, which started it, is gone, however that happens."""
-    if sys.platform != "linux":
-        return
-    set_death_signal = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it was gone before this was asked for
-        os._exit(1)
 
 
 # --- the first word is the cause's ---------------------------------------------------------------

@@ -8,59 +8,53 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
-from sft import (
-    audit,
-    chat,
-    checkpoint,
-    evaluate,
-    export,
-    finetune,
-    hardware,
-    plan,
-    predictions,
-    prepare,
-    processes,
-    profile,
-    storage,
+from sft.config.load import refuse_one_agent, with_values
+from sft.config.schema import AnyConfig, Config, DistillConfig, Train
+from sft.data import cache
+from sft.errors import UserError
+from sft.models.dtypes import dtype_table
+from sft.models.load import build
+from sft.plan import calibration, plan, report
+from sft.report import (
+    _answers_table,
+    _banner,
+    _first_row,
+    _groups_table,
+    _scores_table,
+    _tell_results,
+    _told,
 )
-from sft.config import (
-    AnyConfig,
-    Config,
-    DistillConfig,
-    Train,
-    UserError,
-    refuse_one_agent,
-    with_values,
-)
-from sft.distill import histories
-from sft.distill import run as distilled
-from sft.engine import Engine, identity, memory_bytes, read_state
-from sft.guard import RANKS, TRACEBACK, Guard, Lock, Status
-from sft.log import Log, beginning, duration, facts, write_json
-from sft.model import build, dtype_table
-from sft.processes import (
-    agree,
+from sft.runtime import agreement, checkpoint, disk, hardware
+from sft.runtime.agreement import agree
+from sft.runtime.console import write_json
+from sft.runtime.lock import Lock
+from sft.runtime.log import Log
+from sft.runtime.processes import (
     any_launch,
     check_launch,
     described,
     end_processes,
-    resolve_precision,
     start_processes,
 )
-from sft.tasks import make_task
+from sft.runtime.status import RANKS, TRACEBACK, Status
+from sft.runtime.watchdog import Guard
+from sft.serve import runs
+from sft.tasks.distill import histories
+from sft.tasks.distill import report as distill_report
+from sft.tasks.registry import make_task
+from sft.tasks.sft import task as sft_task
+from sft.train import profile
+from sft.train.engine import Engine, memory_bytes
+from sft.train.state import identity, read_state
 
 
 def train(config: AnyConfig) -> None:
@@ -73,7 +67,7 @@ def train(config: AnyConfig) -> None:
         found = _open_folder(train, guard) if guard.is_first else None
         prepared = task.prepare(config, guard.tick)  # before a process group that could time out
         accelerator = start_processes(train)
-        agree(accelerator, processes.facts(config, task.digests(prepared)))
+        agree(accelerator, agreement.facts(config, task.digests(prepared)))
         resumed_from = guard.join(accelerator, found)
         with closing(_open_log(config, accelerator)) as log:
             task.run(config, prepared, accelerator, log, resumed_from, guard)
@@ -83,7 +77,7 @@ def train(config: AnyConfig) -> None:
 
 def _run(
     config: Config,
-    prepared: prepare.Prepared,
+    prepared: cache.Prepared,
     accelerator: Accelerator,
     log: Log,
     resumed_from: Path | None,
@@ -93,32 +87,32 @@ def _run(
     folder = Path(config.train.output_dir)
     machine = hardware.detect(folder)
     if resumed_from:
-        read_state(resumed_from, identity(config.train, finetune.identity(config, prepared)))
-    finetune.check_references(config, prepared)
-    planned = plan.make_together(config, prepared, machine, accelerator)
-    if warning := storage.refuse_if_full(planned.disk, config.train):
+        read_state(resumed_from, identity(config.train, sft_task.identity(config, prepared)))
+    sft_task.check_references(config, prepared)
+    planned = calibration.make_together(config, prepared, machine, accelerator)
+    if warning := disk.refuse_if_full(planned.disk, config.train):
         log.say(f"warning: {warning}")
     resolved = with_values(config, plan.resolved_values(planned))
     log.say(_banner(config, planned, described(accelerator)))
-    for told in (hardware.table(machine), plan.table(planned), *_first_row(prepared)):
+    for told in (hardware.table(machine), report.table(planned), *_first_row(prepared)):
         log.say(told)
     if log.folder:
-        prepare.write(prepared, folder)
-        plan.keep(resolved, planned, folder)
+        cache.write(prepared, folder)
+        report.keep(resolved, planned, folder)
 
     guard.stop_if_asked()
     model = build(resolved, planned.precision, accelerator.device)
     log.say(dtype_table(model))
-    budget = finetune.usable_budget(
+    budget = sft_task.usable_budget(
         planned.budget, config.train.layout, model, planned.precision, accelerator.device, log
     )
     if budget != planned.budget:
         planned = plan.replanned(planned, resolved, prepared, machine, budget)
-        resolved = plan.with_budget(resolved, planned, log)
+        resolved = calibration.with_budget(resolved, planned, log)
     task = make_task(resolved, prepared, model, accelerator, log, budget, guard)
     engine = Engine(task, resolved.train, accelerator, log, budget)
     engine.guard = guard
-    planned, measured = plan.confirm_on(engine, planned, resolved, prepared, machine)
+    planned, measured = calibration.confirm_on(engine, planned, resolved, prepared, machine)
     base = _base_results(folder, task, engine, planned.precision, resumed_from is not None)
     log.say(f"before: {_told(base['metrics'])}")
     measured |= profile.timed(engine, resumed_from)
@@ -137,14 +131,14 @@ def _run(
         "memory_bytes": memory_bytes(),
     }
     if log.folder:
-        plan.write(planned, folder / "plan.json", measured)
+        report.write(planned, folder / "plan.json", measured)
         _tell_results(config, base, tuned, measured, log)
 
 
 def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
     """Evaluates a finished run into `evaluation/<name>/`, with overrides (another file, more
     examples). Collective."""
-    config = any_launch(export.any_run_config(folder, overrides))
+    config = any_launch(runs.any_run_config(folder, overrides))
     task = task_of(config)
     out = folder / "evaluation" / name
     with Guard(out, config.train.stall_timeout) as guard:
@@ -160,14 +154,14 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
     end_processes(accelerator)
 
 
-def _prepare(config: Config, moved: Callable[[], None]) -> prepare.Prepared:
+def _prepare(config: Config, moved: Callable[[], None]) -> cache.Prepared:
     refuse_one_agent(config)
-    return prepare.prepare(config, moved)
+    return cache.prepare(config, moved)
 
 
-def _prepare_evaluation(config: Config, moved: Callable[[], None]) -> prepare.Prepared:
-    prepared = prepare.prepare(config, moved)
-    finetune.check_references(config, prepared)
+def _prepare_evaluation(config: Config, moved: Callable[[], None]) -> cache.Prepared:
+    prepared = cache.prepare(config, moved)
+    sft_task.check_references(config, prepared)
     return prepared
 
 
@@ -175,15 +169,15 @@ def _evaluate(
     folder: Path,
     out: Path,
     config: Config,
-    prepared: prepare.Prepared,
+    prepared: cache.Prepared,
     accelerator: Accelerator,
     log: Log,
     guard: Guard,
 ) -> None:
-    used = config if config.crowd.agent is None else export.alone(config)
-    planned = plan.make_together(used, prepared, hardware.detect(folder), accelerator)
-    model, _ = export.load_tuned(folder, config, planned.precision, accelerator.device)
-    budget = finetune.usable_budget(
+    used = config if config.crowd.agent is None else runs.alone(config)
+    planned = calibration.make_together(used, prepared, hardware.detect(folder), accelerator)
+    model, _ = runs.load_tuned(folder, config, planned.precision, accelerator.device)
+    budget = sft_task.usable_budget(
         planned.budget, "auto", model, planned.precision, accelerator.device, log
     )
     task = make_task(config, prepared, model, accelerator, log, budget, guard)
@@ -215,7 +209,7 @@ class Stages:
     evaluate: Callable[[Path, Path, Any, Any, Accelerator, Log, Guard], None]
 
 
-def _digests(prepared: prepare.Prepared) -> dict[str, str]:
+def _digests(prepared: cache.Prepared) -> dict[str, str]:
     train = prepared.audit["train"]
     return {
         "data": prepared.audit["data_sha256"],
@@ -227,11 +221,11 @@ def _digests(prepared: prepare.Prepared) -> dict[str, str]:
 TASKS = {
     Config.task: Stages(_prepare, _digests, _run, _prepare_evaluation, _evaluate),
     DistillConfig.task: Stages(
-        distilled.prepare,
+        distill_report.prepare,
         lambda found: {"data": histories.digest(found)},
-        distilled.run,
+        distill_report.run,
         lambda config, moved: None,
-        distilled.evaluate,
+        distill_report.evaluate,
     ),
 }
 
@@ -266,7 +260,7 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
 
 
 def _base_results(
-    folder: Path, task: finetune.FineTune, engine: Engine, precision: str, resumed: bool
+    folder: Path, task: sft_task.FineTune, engine: Engine, precision: str, resumed: bool
 ) -> dict[str, Any]:
     """Results of the untrained model; a resumed run that asks the same has them on disk."""
     path = folder / "evaluation" / "base.json"
@@ -282,28 +276,13 @@ def _base_results(
     return results
 
 
-def _results(task: finetune.FineTune, model: nn.Module, path: Path, state: str) -> dict[str, Any]:
+def _results(task: sft_task.FineTune, model: nn.Module, path: Path, state: str) -> dict[str, Any]:
     """Held-out metrics with the scores of the answers, which are written to `path`. Collective."""
     metrics = task.evaluate(model)
     found = task.answers(model, path, state)
     results = found.tally.report()
     results["metrics"] = metrics | results["metrics"]
     return results | {"num_examples": found.num_examples, "num_failed": found.num_failed}
-
-
-def _tell_results(
-    config: Config, base: dict[str, Any], tuned: dict[str, Any], measured: dict[str, Any], log: Log
-) -> None:
-    folder = Path(config.train.output_dir) / "evaluation"
-    both = {"base": base, "tuned": tuned}
-    written = {name: results["metrics"] for name, results in both.items()}
-    for key in ("intervals", *(["groups"] if config.evaluation.group else [])):
-        written[key] = {name: results.get(key, {}) for name, results in both.items()}
-    write_json(folder / "metrics.json", written | {"num_examples": tuned["num_examples"]})
-    log.say(_side_by_side(folder, config.evaluation.num_shown))
-    for told in _groups_table(config, tuned):
-        log.say(told)
-    log.say(_closing(config, base, tuned, measured))
 
 
 def _open_log(config: AnyConfig, accelerator: Accelerator) -> Log:
@@ -325,125 +304,3 @@ def _wandb(config: AnyConfig) -> Any:
 def _check_wandb(config: AnyConfig) -> None:
     if config.train.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("train.wandb: wandb is not installed; pip install wandb, or set it false")
-
-
-# --- what people see ---------------------------------------------------------------------------
-
-
-def _banner(config: Config, planned: plan.Plan, world: dict[str, str]) -> Table:
-    train, size = config.train, planned.world_size
-    engine = train.engine if size > 1 or train.engine != "ddp" else "one process"
-    settings = f" with {train.deepspeed_config}" if train.deepspeed_config else ""
-    micro_batches = f"{planned.micro_batches} micro-batch(es)"
-    rows = [
-        ("model", f"{config.model.name}, {config.tuning.mode}"),
-        ("data", _paths(config.data.train_path)),
-        ("processes", f"{size} ({engine}){settings}{world['spread']}"),
-        ("devices", world["devices"]),
-        ("precision", f"{planned.precision}: {resolve_precision(train)[1]}"),
-        ("batch", f"{train.global_batch} examples in {size} process(es) x {micro_batches}"),
-        ("results", train.output_dir),
-    ]
-    return facts("Run", rows)
-
-
-def _first_row(prepared: prepare.Prepared) -> tuple[str, Text, str]:
-    return (
-        "First row, as the model sees it (supervised: green; special: magenta; context: dim)",
-        chat.coloured(prepared.tokenizer, prepared.train[0]),
-        f"audit: {audit.summary(prepared.audit)}",
-    )
-
-
-def _paths(path: str | list[str]) -> str:
-    return path if isinstance(path, str) else ", ".join(path)
-
-
-def _told(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
-
-
-def _scores_table(title: str, results: dict[str, Any]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("metric")
-    for column in ("value", "95 % interval"):
-        table.add_column(column, justify="right")
-    for name, value in results["metrics"].items():
-        low, high = results["intervals"].get(name, (None, None))
-        interval = "" if low is None else f"{low:.4g} to {high:.4g}"
-        table.add_row(name.replace("_", " "), f"{value:.4g}", interval)
-    if results["num_failed"]:
-        table.add_row("not answered", f"{results['num_failed']:,}", "")
-    return table
-
-
-def _groups_table(config: Config, results: dict[str, Any]) -> Iterator[Table]:
-    """The scores of each group, but for those of single labels; their intervals are in the file."""
-    groups = results.get("groups")
-    if not groups:
-        return
-    names = [name for name in results["intervals"] if "/" not in name]
-
-    def cell(metric: str, group: str) -> str:
-        return f"{groups[group]['metrics'][metric]:.4g}"
-
-    sizes = {name: each["num_examples"] for name, each in groups.items()}
-    cells = {name.replace("_", " "): partial(cell, name) for name in names}
-    column = str(config.evaluation.group)
-    yield evaluate.groups_table(f"Scores by {column}", column, sizes, cells)
-
-
-def _side_by_side(folder: Path, num_shown: int) -> Table:
-    table = Table(title="The same prompts, before and after", title_justify="left", show_lines=True)
-    for column in ("prompt", "base", "fine-tuned"):
-        table.add_column(column, overflow="fold", ratio=1)
-    paths = (folder / "base.jsonl", folder / "predictions.jsonl")
-    for before, after in islice(zip(*map(predictions.read, paths), strict=False), num_shown):
-        right = (after["answer"] or "").strip() == after["reference"].strip()
-        table.add_row(
-            Text(beginning(after["prompt"])),
-            Text(_shown(before["answer"])),
-            Text(_shown(after["answer"]), style="green" if right else "red"),
-        )
-    return table
-
-
-def _answers_table(path: Path, num_shown: int) -> Table:
-    table = Table(show_lines=True)
-    for column in ("prompt", "answer", "reference"):
-        table.add_column(column, overflow="fold", ratio=1)
-    for row in islice(predictions.read(path), num_shown):
-        table.add_row(*(Text(_shown(row[key])) for key in ("prompt", "answer", "reference")))
-    return table
-
-
-def _shown(text: str | None) -> str:
-    return beginning("(not answered)" if text is None else text)
-
-
-def _closing(
-    config: Config, base: dict[str, Any], tuned: dict[str, Any], measured: dict[str, Any]
-) -> Table:
-    folder = config.train.output_dir
-    rows = [
-        (name.replace("_", " "), f"{base['metrics'][name]:.4g} -> {value:.4g}")
-        for name, value in tuned["metrics"].items()
-        if name in ("loss", "exact_match")
-    ]
-    rows += [
-        ("training", duration(measured["training_seconds"])),
-        ("in all", duration(measured["total_seconds"])),
-        ("results", f"{folder}/ (evaluation/metrics.json, final_checkpoint/)"),
-    ]
-    alone = " AGENT=0" if config.crowd.num_agents else ""
-    commands = {
-        f"make infer RUN={folder}": "talk to it",
-        f"make merge RUN={folder}{alone}": "one model without adapters",
-        "make tensorboard": "look at the curves",
-    }
-    if config.tuning.mode == "full":
-        commands = {k: v for k, v in commands.items() if "merge" not in k}
-        commands['make train ARGS="tuning.mode=qlora"'] = "the same with frozen 4-bit weights"
-    width = max(map(len, commands)) + 2
-    rows += [("next", f"{command:<{width}}{why}") for command, why in commands.items()]
-    return facts("Done", rows)

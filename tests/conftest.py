@@ -17,7 +17,8 @@ if "SFT_TEST_GPU" not in os.environ:  # `make test-gpu`; all else is the same on
 import pytest
 import torch
 
-from sft import data
+from sft import errors
+from sft.data import files
 
 torch.set_num_threads(1)  # models here are too small to gain from more
 
@@ -49,13 +50,13 @@ def load_rows(
     max_rows: int | None = None,
     on_bad_row: str = "error",
     **options: Any,
-) -> tuple[list[data.Row], list[data.BadRow]]:
+) -> tuple[list[files.Row], list[files.BadRow]]:
     """(rows, bad rows); a DataError of all bad ones unless they are skipped."""
-    found = list(islice(data.read_all(path, **options), max_rows))
-    bad = [row for row in found if isinstance(row, data.BadRow)]
+    found = list(islice(files.read_all(path, **options), max_rows))
+    bad = [row for row in found if isinstance(row, files.BadRow)]
     if bad and on_bad_row == "error":
-        raise data.DataError.of_rows(str(path), list(map(str, bad)))
-    return [row for row in found if isinstance(row, data.Row)], bad
+        raise errors.DataError.of_rows(str(path), list(map(str, bad)))
+    return [row for row in found if isinstance(row, files.Row)], bad
 
 
 def run(*command: str, timeout: int = 900, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from conftest import ROOT
 
-from sft.connector import AccelerateConnector
-from sft.log import Log
+from sft.runtime.log import Log
+from sft.serve.connector import AccelerateConnector
 
 TEXTS = ["hi", "what is the time in the city", "a b c d e f g h i j k l m n", "repeat: one two"]
 TEXTS += [f"{text} {text}" for text in TEXTS] + ["again", "once more, please"]

@@ -17,11 +17,12 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
-from sft import batching, engine
-from sft.config import UserError
-from sft.log import Log
+from sft.data import batches
+from sft.errors import UserError
+from sft.runtime.log import Log
+from sft.train import engine
 
-BUDGET = batching.Budget(60, "padded")
+BUDGET = batches.Budget(60, "padded")
 STEPS = 6
 
 
@@ -154,7 +155,7 @@ def starved(out: Path, name: str) -> dict[str, Any]:
         built = make(out / where, name)
         losses = steps(built, 1)
         if where in ("later", "backward"):  # several micro-batches a step
-            built.budget = batching.Budget(40, "padded")
+            built.budget = batches.Budget(40, "padded")
         tried = starve(built, 1, where)
         result[where] = {
             "losses": losses + steps(built, STEPS - 1),

@@ -22,9 +22,15 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from sft import batching, checkpoint, cli, engine, generate, prepare, run
-from sft.config import Generation, UserError, load_config
-from sft.guard import Guard
+from sft import cli, run
+from sft.config.load import load_config
+from sft.config.schema import Generation
+from sft.data import batches, cache
+from sft.errors import UserError
+from sft.evaluate import generate
+from sft.runtime import checkpoint, children, processes
+from sft.runtime.watchdog import Guard
+from sft.train import engine
 
 ROWS = tiny.examples(0, 11)
 PROMPTS = [row.ids for row in ROWS[:6]]
@@ -78,7 +84,7 @@ def train(request: Request) -> None:
         found = run._open_folder(settings.train, guard) if guard.is_first else None
         happens(request, "start")
         model = tiny.llama(attention_dropout=0.3)
-        built = tiny.make_engine(model, ROWS, ROWS, settings, batching.Budget(30, "padded"))
+        built = tiny.make_engine(model, ROWS, ROWS, settings, batches.Budget(30, "padded"))
         task = built.task
         built.guard = task.guard = guard
         found = guard.join(built.accelerator, found)
@@ -109,7 +115,7 @@ def train(request: Request) -> None:
     if guard.is_first:
         weights = {name: value.clone() for name, value in model.state_dict().items()}
         save_file(weights, Path(request["out"], "weights.safetensors"))
-    run.end_processes(built.accelerator)
+    processes.end_processes(built.accelerator)
 
 
 def part(built: engine.Engine) -> str:
@@ -135,12 +141,12 @@ def prepare_data(request: Request) -> None:
         Path(request["out"], f"worker_{os.getpid()}").touch()
         time.sleep(600)
 
-    prepare.hardware.usable_cores = lambda: 2
-    prepare._part = part
+    cache.hardware.usable_cores = lambda: 2
+    cache._part = part
     config = load_config("configs/nano.yaml", [f"data.cache_dir={request['out']}/cache"])
     with Guard(Path(request["folder"]), request["limit"]) as guard:
         guard.begin()
-        prepare.prepare(config, guard.tick)
+        cache.prepare(config, guard.tick)
 
 
 def start_rank(rank: int, request: Request) -> None:
@@ -189,7 +195,7 @@ def main() -> None:
     for line in sys.stdin:
         if not os.fork():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            cli.die_with_parent(os.getppid())
+            children.die_with_parent(os.getppid())
             start_launcher(json.loads(line))
 
 

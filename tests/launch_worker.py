@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from sft import cli
-from sft.config import load_config
+from sft.config.load import load_config
 
 MODE, FOLDER, RANK = sys.argv[1], Path(sys.argv[2]), int(os.environ.get("RANK", "0"))
 
@@ -56,19 +56,19 @@ def run() -> None:
     settings.append("data.audit=warn")  # the rows are held out as well
     rate = ["train.learning_rate=0.7"] if RANK else []
     config = load_config("configs/nano.yaml", [*settings, *rate])
-    from sft import processes
-    from sft import run as runs
+    from sft import run
+    from sft.runtime import agreement
 
-    found = processes._version
+    found = agreement._version
     if RANK == 1:
-        processes._version = lambda name: "0.0.1" if name == "peft" else found(name)
-    runs.train(config)
+        agreement._version = lambda name: "0.0.1" if name == "peft" else found(name)
+    run.train(config)
 
 
 def world() -> None:
     import torch
 
-    from sft import processes
+    from sft.runtime import processes
 
     config = load_config("configs/nano.yaml", [f"train.output_dir={FOLDER}"])
     accelerator = processes.start_processes(config.train)

@@ -13,8 +13,8 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
-from sft import batching
-from sft.config import Config
+from sft.config.schema import Config
+from sft.data import batches
 
 BUDGETS = [1, 40, 100_000]
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "crowd": torch.float64}
@@ -38,7 +38,7 @@ def main(out: Path, seeds: list[int]) -> None:
                 for max_tokens in BUDGETS:
                     settings = configured(name, out)
                     model, fresh = (built(name, settings, dtype) for _ in range(2))
-                    budget = batching.Budget(max_tokens, layout)
+                    budget = batches.Budget(max_tokens, layout)
                     engine = tiny.make_engine(model, rows, held_out, settings, budget)
                     values = engine.optimizer_step()
                     trained = (p for p in model.parameters() if p.requires_grad)

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from allocations import true_peak
 
-from sft import rehearsal
-from sft.config import load_run
-from sft.processes import start_processes
-from sft.rehearsal import uniform
-from sft.trace import Recorder
+from sft.config.load import load_run
+from sft.plan import dry_run
+from sft.plan.dry_run import uniform
+from sft.plan.trace import Recorder
+from sft.runtime.processes import start_processes
 
 WINDOW = uniform(4, 64, 64, micro_batches=2)
 
@@ -43,7 +43,7 @@ def main(file: str, out: Path) -> None:
     accelerator = start_processes(config.train)
 
     def steps() -> None:
-        made = rehearsal.make_engine(config, "fp32", WINDOW, weights=False, accelerator=accelerator)
+        made = dry_run.make_engine(config, "fp32", WINDOW, weights=False, accelerator=accelerator)
         for _ in range(2):
             made.optimizer_step()
 

@@ -14,19 +14,23 @@ from typing import Any
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import save_file
 
-from sft import batching, checkpoint, engine, model, prepare, processes, tasks
-from sft.config import load_config
-from sft.log import Log
+from sft.config.load import load_config
+from sft.data import batches, cache
+from sft.models import load
+from sft.runtime import checkpoint, processes
+from sft.runtime.log import Log
+from sft.tasks import registry
+from sft.train import engine
 
 
 def make(case: dict[str, Any], folder: Path) -> engine.Engine:
     AcceleratorState._reset_state(False)  # Accelerate takes one DeepSpeed configuration a process
     config = load_config("configs/nano.yaml", [*case["overrides"], f"train.output_dir={folder}"])
-    prepared = prepare.prepare(config)
+    prepared = cache.prepare(config)
     accelerator = processes.start_processes(config.train)
-    budget = batching.Budget(case["max_tokens"], "padded")
-    built = model.build(config, config.train.precision, accelerator.device)
-    task = tasks.make_task(config, prepared, built, accelerator, Log(None), budget)
+    budget = batches.Budget(case["max_tokens"], "padded")
+    built = load.build(config, config.train.precision, accelerator.device)
+    task = registry.make_task(config, prepared, built, accelerator, Log(None), budget)
     return engine.Engine(task, config.train, accelerator, Log(None), budget)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from sft.config import Config
+from sft.config.schema import Config
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

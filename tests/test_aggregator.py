@@ -16,10 +16,22 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from sft import generate, processes
-from sft.config import ConfigError, Generation, Train
-from sft.crowd import aggregator, diversity
-from sft.crowd.aggregator import Aggregator, AggregatorError, Mixture
+from sft.config.schema import Generation, Train
+from sft.errors import ConfigError
+from sft.evaluate import generate
+from sft.runtime import processes
+from sft.tasks.crowd import aggregator as crowd_aggregator
+from sft.tasks.crowd import diversity
+from sft.tasks.crowd.aggregator import (
+    GAP,
+    ITERATIONS,
+    TOTALS,
+    Aggregator,
+    AggregatorError,
+    Mixture,
+    fit,
+    mix,
+)
 
 STOP = [2, 3, 4, 5, 6]  # so that answers end at different times
 GREEDY = Generation(max_new_tokens=16)
@@ -114,7 +126,7 @@ SAID = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.25, 0.0, 0.75, 0.0]], dtype=torch.
     ],
 )
 def test_a_mixture_is_the_weighted_mean_of_the_distributions(weights, expected):
-    found = aggregator.mix(SAID.log(), torch.tensor(weights))
+    found = mix(SAID.log(), torch.tensor(weights))
     assert found.dtype == torch.float64
     torch.testing.assert_close(found.exp(), torch.tensor(expected, dtype=torch.float64))
     assert found[3] == -torch.inf
@@ -123,18 +135,18 @@ def test_a_mixture_is_the_weighted_mean_of_the_distributions(weights, expected):
 def test_each_row_has_weights_of_its_own_whatever_stands_behind_it():
     weights = torch.tensor([[0.25, 1.0], [0.75, 0.0]], dtype=torch.float64)  # (K, B)
     expected = torch.tensor([[0.3125, 0.125, 0.5625, 0.0], [0.5, 0.5, 0.0, 0.0]]).double()
-    found = aggregator.mix(SAID[:, None].expand(-1, 2, -1).log(), weights)
+    found = mix(SAID[:, None].expand(-1, 2, -1).log(), weights)
     torch.testing.assert_close(found.exp(), expected)
     tokens = SAID[:, None, None].expand(-1, 2, 3, -1).log()  # (K, B, T, V)
-    found = aggregator.mix(tokens, weights)
+    found = mix(tokens, weights)
     torch.testing.assert_close(found.exp(), expected[:, None].expand(-1, 3, -1))
-    same = aggregator.mix(tokens, weights[:, :, None].expand(-1, -1, 3))
+    same = mix(tokens, weights[:, :, None].expand(-1, -1, 3))
     torch.testing.assert_close(same, found)
 
 
 def test_a_mixture_of_hardly_possible_tokens_does_not_underflow():
     said = torch.tensor([[-1000.0, -2.0], [-1001.0, -3.0]], dtype=torch.bfloat16)
-    found = aggregator.mix(said, torch.tensor([0.5, 0.5]))
+    found = mix(said, torch.tensor([0.5, 0.5]))
     assert found.dtype == torch.float32
     expected = torch.tensor([-1000.0, -2.0]) + math.log((1 + math.exp(-1)) / 2)
     # bf16 knows neither 1001 nor the sum, so the first is compared as it was rounded
@@ -217,7 +229,7 @@ def spoken(weights: np.ndarray, length: int, seed: int = 0) -> tuple[torch.Tenso
 
 def likelihood(log_likelihoods: torch.Tensor, weights) -> float:
     """Mean over tokens of the log likelihood under the mixture."""
-    return float(aggregator.mix(log_likelihoods[..., None], torch.as_tensor(weights)).mean())
+    return float(mix(log_likelihoods[..., None], torch.as_tensor(weights)).mean())
 
 
 def mean_of(concentration: tuple[float, ...]) -> np.ndarray:
@@ -227,12 +239,12 @@ def mean_of(concentration: tuple[float, ...]) -> np.ndarray:
 def test_fitting_finds_the_weights_of_a_known_mixture():
     true = np.array([0.6, 0.3, 0.1])
     heard, answers = spoken(np.tile(true, (200, 1)), 40)
-    found = mean_of(aggregator.fit(heard, answers))
+    found = mean_of(fit(heard, answers))
     assert np.abs(found - true).max() < 0.02
     best = minimize(
         lambda free: -likelihood(heard, np.exp(free) / np.exp(free).sum()), np.zeros(3), tol=1e-10
     )
-    assert likelihood(heard, found) >= -best.fun - aggregator.GAP
+    assert likelihood(heard, found) >= -best.fun - GAP
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -242,11 +254,11 @@ def test_fitted_weights_are_never_below_even_ones_nor_any_others(seed):
     heard = torch.from_numpy(random.normal(-3, 3, (number, int(random.integers(1, 60)))))
     heard[0, :3] = -torch.inf  # impossible to one agent
     heard[1, 5:9] = -torch.inf
-    found = mean_of(aggregator.fit(heard, torch.arange(heard.shape[1]) // 4))
+    found = mean_of(fit(heard, torch.arange(heard.shape[1]) // 4))
     reached = likelihood(heard, found)
     assert reached >= likelihood(heard, np.full(number, 1 / number)) - 1e-12
     others = random.dirichlet([0.5] * number, 300)
-    slack = max(aggregator.GAP, math.log(number) / aggregator.ITERATIONS)
+    slack = max(GAP, math.log(number) / ITERATIONS)
     assert reached >= max(likelihood(heard, other) for other in others) - slack
 
 
@@ -255,7 +267,7 @@ def test_the_total_tells_whether_answers_have_an_agent_each():
     alone = np.eye(number)[random.integers(number, size=120)]
     even = np.full((120, number), 1 / number)
     between = random.dirichlet([2.0] * number, 120)
-    totals = [sum(aggregator.fit(*spoken(each, 30))) for each in (alone, between, even)]
+    totals = [sum(fit(*spoken(each, 30))) for each in (alone, between, even)]
     assert totals[0] < 0.5
     assert 3 <= totals[1] <= 12  # 6
     assert totals[2] > 100
@@ -266,7 +278,7 @@ def test_the_total_is_that_of_the_exact_likelihood(true):
     """Two agents: the expectation over a Beta distribution, by quadrature on 1,000 quantiles."""
     drawn = np.random.default_rng(2).dirichlet([true / 2, true / 2], 40)
     heard, answers = spoken(drawn, 12)
-    found = aggregator.fit(heard, answers)
+    found = fit(heard, answers)
     likely, mean = heard.exp().numpy(), mean_of(found)
 
     def exact(total: float) -> float:
@@ -275,7 +287,7 @@ def test_the_total_is_that_of_the_exact_likelihood(true):
         whole = each.reshape(40, 12, -1).sum(1)
         return float(np.logaddexp.reduce(whole, 1).sum() - 40 * math.log(1000))
 
-    best = max(exact(2 * each) for each in aggregator.TOTALS)
+    best = max(exact(2 * each) for each in TOTALS)
     assert exact(sum(found)) > best - 0.5
 
 
@@ -288,7 +300,7 @@ def test_agents_that_exclude_each_other_are_a_dirichlet_multinomial(true):
     agents = np.concatenate([np.repeat(np.arange(3), each) for each in counts])
     heard = torch.full((3, 600), -torch.inf)
     heard[torch.from_numpy(agents), torch.arange(600)] = -7.0
-    found = aggregator.fit(heard, torch.arange(60).repeat_interleave(10))
+    found = fit(heard, torch.arange(60).repeat_interleave(10))
     np.testing.assert_allclose(mean_of(found), counts.sum(0) / 600, atol=1e-6)
 
     def exact(total: float) -> float:
@@ -296,35 +308,35 @@ def test_agents_that_exclude_each_other_are_a_dirichlet_multinomial(true):
         rising = (gammaln(prior + counts) - gammaln(prior)).sum(1)
         return float((rising + gammaln(total) - gammaln(total + 10)).sum())
 
-    best = max(exact(3 * each) for each in aggregator.TOTALS)
+    best = max(exact(3 * each) for each in TOTALS)
     assert exact(sum(found)) > best - 2
 
 
 def test_fitting_depends_on_neither_order_nor_names_nor_chunks(monkeypatch):
     heard, answers = spoken(np.random.default_rng(3).dirichlet([1.0, 0.5], 30), 9)
-    found = aggregator.fit(heard, answers)
+    found = fit(heard, answers)
     order = torch.from_numpy(np.random.default_rng(4).permutation(len(answers)))
-    assert aggregator.fit(heard[:, order], 7 * answers[order] + 100) == pytest.approx(found)
-    assert aggregator.fit(heard + torch.randn(270), answers) == pytest.approx(found)
-    monkeypatch.setattr(aggregator, "CHUNK", 10 * aggregator.DRAWS)
-    assert aggregator.fit(heard, answers) == pytest.approx(found)
+    assert fit(heard[:, order], 7 * answers[order] + 100) == pytest.approx(found)
+    assert fit(heard + torch.randn(270), answers) == pytest.approx(found)
+    monkeypatch.setattr(crowd_aggregator, "CHUNK", 10 * crowd_aggregator.DRAWS)
+    assert crowd_aggregator.fit(heard, answers) == pytest.approx(found)
 
 
 def test_fitting_nothing_prefers_nothing():
     nothing = torch.zeros(0, dtype=torch.long)
-    assert aggregator.fit(torch.zeros(3, 0), nothing) == pytest.approx((1.0, 1.0, 1.0))
+    assert crowd_aggregator.fit(torch.zeros(3, 0), nothing) == pytest.approx((1.0, 1.0, 1.0))
     impossible = torch.full((2, 4), -torch.inf)
-    assert aggregator.fit(impossible, torch.zeros(4)) == pytest.approx((1.0, 1.0))
+    assert crowd_aggregator.fit(impossible, torch.zeros(4)) == pytest.approx((1.0, 1.0))
     same = torch.full((2, 5), -800.0)  # agents that agree, on tokens whose probability is 0 in fp64
-    assert aggregator.fit(same, torch.arange(5)) == pytest.approx((1.0, 1.0))
-    assert aggregator.fit(torch.tensor([[-1.0, -2.0]]), torch.tensor([0, 1])) == pytest.approx(
-        (1.0,)
-    )
+    assert crowd_aggregator.fit(same, torch.arange(5)) == pytest.approx((1.0, 1.0))
+    assert crowd_aggregator.fit(
+        torch.tensor([[-1.0, -2.0]]), torch.tensor([0, 1])
+    ) == pytest.approx((1.0,))
 
 
 def test_an_agent_that_finds_answers_impossible_gets_no_weight():
     heard = torch.tensor([[-1.0, -2.0, -1.0], [-torch.inf] * 3])
-    found = aggregator.fit(heard, torch.tensor([0, 0, 1]))
+    found = crowd_aggregator.fit(heard, torch.tensor([0, 0, 1]))
     assert found[1] == 0
     assert Aggregator("sampled", found).drawn([[1, 2]]).tolist() == [[1.0], [0.0]]
 
@@ -521,27 +533,29 @@ def test_the_calibration_error_is_that_of_bins_written_out():
     low, high = [0.05, 1 / 15, 0.0], [0.95, 1.0]  # a bin has its upper edge
     confidence = torch.tensor([0.62, 0.65, *high, *low], dtype=torch.float64)
     correct = torch.tensor([1, 0, 1, 1, 0, 1, 0])
-    sums = aggregator.calibration_sums(confidence, correct)
+    sums = crowd_aggregator.calibration_sums(confidence, correct)
     assert sums[:, 0].nonzero()[:, 0].tolist() == [0, 9, 14]
     expected = [[3, sum(low), 1], [2, 0.62 + 0.65, 1], [2, sum(high), 2]]
     torch.testing.assert_close(sums[[0, 9, 14]], torch.tensor(expected, dtype=torch.float64))
     gaps = (1 - sum(low)) + (0.62 + 0.65 - 1) + (2 - sum(high))
-    assert aggregator.calibration_error(sums) == pytest.approx(gaps / 7)
+    assert crowd_aggregator.calibration_error(sums) == pytest.approx(gaps / 7)
 
 
 def test_calibration_adds_up_over_any_cut():
     random = torch.Generator().manual_seed(0)
     confidence = torch.rand(500, generator=random)
     correct = torch.rand(500, generator=random) < confidence
-    whole = aggregator.calibration_sums(confidence, correct)
+    whole = crowd_aggregator.calibration_sums(confidence, correct)
     parts = zip(confidence.split([1, 99, 0, 400]), correct.split([1, 99, 0, 400]), strict=True)
-    cut = sum(aggregator.calibration_sums(*part) for part in parts)
+    cut = sum(crowd_aggregator.calibration_sums(*part) for part in parts)
     torch.testing.assert_close(cut, whole)
-    honest = aggregator.calibration_error(whole)
-    boastful = aggregator.calibration_error(aggregator.calibration_sums(confidence.sqrt(), correct))
+    honest = crowd_aggregator.calibration_error(whole)
+    boastful = crowd_aggregator.calibration_error(
+        crowd_aggregator.calibration_sums(confidence.sqrt(), correct)
+    )
     assert honest < 0.06
     assert boastful > 0.1
-    assert aggregator.calibration_error(torch.zeros(15, 3)) == 0
+    assert crowd_aggregator.calibration_error(torch.zeros(15, 3)) == 0
 
 
 def test_disagreement_is_the_share_of_tokens_that_pairs_say_differently():

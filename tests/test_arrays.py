@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sft.arrays import Files, mapped
+from sft.data.arrays import Files, mapped
 
 
 def test_what_is_appended_is_mapped_one_after_the_other(tmp_path):

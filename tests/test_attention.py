@@ -22,8 +22,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from sft import attention, generate, model
-from sft.config import Crowd, Generation, Model, Tuning
+from sft import errors
+from sft.config.schema import Crowd, Generation, Model, Tuning
+from sft.evaluate import generate
+from sft.models import adapters, attention, head, load
 
 SMALL = {
     "hidden_size": 32,
@@ -133,7 +135,7 @@ def test_adapters_of_packed_rows_have_the_gradients_that_they_have_with_sdpa(
 
     def gradients(name):
         base = build(SHAPES["llama"], name).requires_grad_(False)
-        built = model.add_adapters(base, Tuning(mode="lora", r=4), Crowd(num_agents=num_agents))
+        built = adapters.add_adapters(base, Tuning(mode="lora", r=4), Crowd(num_agents=num_agents))
         for key, parameter in built.named_parameters():
             if "lora_B" in key:
                 parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
@@ -217,8 +219,8 @@ def test_an_architecture_that_cannot_have_it_is_refused_before_its_weights_are_r
     told = (
         f"model.attn_implementation: varlen expects .*, found {architecture.model_type}; set auto"
     )
-    with pytest.raises(model.ModelError, match=told):
-        model.load_base(asked, "full", "fp32", CPU)
+    with pytest.raises(errors.ModelError, match=told):
+        load.load_base(asked, "full", "fp32", CPU)
 
 
 @pytest.mark.parametrize("init", ["pretrained", "random"])
@@ -228,7 +230,7 @@ def test_the_key_varlen_loads_a_model_that_has_it(init, tmp_path, kernel):
     for name in ("sdpa", "varlen"):
         asked = Model(name=str(tmp_path), init=init, attn_implementation=name)
         torch.manual_seed(0)
-        built = model.load_base(asked, "full", "fp32", CPU).eval()
+        built = load.load_base(asked, "full", "fp32", CPU).eval()
         logits[name] = built(input_ids=torch.arange(2, 9)[None], use_cache=False).logits
         assert kernel == ([7, 7] if name == "varlen" else [])
     assert torch.allclose(logits["varlen"], logits["sdpa"], atol=1e-5)
@@ -242,8 +244,8 @@ def test_isolation_is_proven_with_the_kernel_of_the_precision(kernel, monkeypatc
 
     monkeypatch.setattr(attention, "_kernel_dtype", of_autocast)
     leaking, sound = (build(each, "varlen") for each in (PersimmonConfig(**SMALL), SHAPES["llama"]))
-    assert model.documents_are_isolated(leaking, "fp32", CPU)
+    assert head.documents_are_isolated(leaking, "fp32", CPU)
     assert not kernel
-    assert not model.documents_are_isolated(leaking, "bf16", CPU)
-    assert model.documents_are_isolated(sound, "bf16", CPU)
+    assert not head.documents_are_isolated(leaking, "bf16", CPU)
+    assert head.documents_are_isolated(sound, "bf16", CPU)
     assert kernel

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.batching import Budget, cut, global_batch_ids, num_tokens, steps_per_epoch
+from sft.data.batches import Budget, cut, global_batch_ids, num_tokens, steps_per_epoch
 
 any_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 any_layout: Any = st.sampled_from(["padded", "packed"])

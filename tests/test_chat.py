@@ -11,10 +11,19 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sft import audit, chat
-from sft.chat import IGNORED, Example
-from sft.config import UserError
-from sft.data import DataError, Row
+from sft.data import audit, rendering
+from sft.data.files import Row
+from sft.data.template import (
+    IGNORED,
+    Example,
+    coloured,
+    prepare_tokenizer,
+    prompt_ids,
+    prompt_mismatch,
+    render,
+    render_row,
+)
+from sft.errors import DataError, UserError
 
 SHARED = Path(os.environ.get("SFT_SHARED", Path(__file__).parents[2] / "shared"))
 FOLDERS = {
@@ -36,7 +45,7 @@ def real(name):
     folder = SHARED / FOLDERS[name]
     if not folder.exists():
         pytest.skip(f"no {folder}: set SFT_SHARED to the folder of real tokenizers")
-    return chat.prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+    return prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
 
 
 @cache
@@ -61,7 +70,7 @@ def small(template, bos=None, eos="</s>"):
         tokenizer_object=Tokenizer.from_str(_small_bpe()), bos_token=bos, eos_token=eos
     )
     tokenizer.chat_template = template
-    return chat.prepare_tokenizer(tokenizer)
+    return prepare_tokenizer(tokenizer)
 
 
 def supervised(tokenizer, example):
@@ -173,15 +182,15 @@ FAMILIES = {  # template, bos, eos, supervised text of the two turns
 def test_families(family):
     template, bos, eos, expected = FAMILIES[family]
     tokenizer = small(template, bos, eos)
-    example = chat.render(tokenizer, TWO_TURNS)
+    example = render(tokenizer, TWO_TURNS)
     assert supervised(tokenizer, example) == expected
     assert all(label in (i, IGNORED) for i, label in zip(example.ids, example.labels, strict=True))
     assert tokenizer.decode(example.ids) == tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
-    mismatch = chat.prompt_mismatch(tokenizer, TWO_TURNS, example)
+    mismatch = prompt_mismatch(tokenizer, TWO_TURNS, example)
     served_otherwise = family == "more behind"
     assert (mismatch is not None) == served_otherwise, mismatch
     if family != "gemma":
-        with_system = chat.render(tokenizer, [SYSTEM, *TWO_TURNS])
+        with_system = render(tokenizer, [SYSTEM, *TWO_TURNS])
         assert supervised(tokenizer, with_system) == expected
 
 
@@ -190,7 +199,7 @@ def test_trimmed_content(family):
     template, bos, eos, expected = FAMILIES[family]
     tokenizer = small(template, bos, eos)
     padded = [ASK, {**HELLO, "content": " \nHello.\n "}, AND, {**BYE, "content": "Good bye. "}]
-    assert supervised(tokenizer, chat.render(tokenizer, padded)) == expected
+    assert supervised(tokenizer, render(tokenizer, padded)) == expected
 
 
 @pytest.mark.parametrize(
@@ -206,7 +215,7 @@ def test_trimmed_content(family):
 def test_content_trimmed_at_one_side(trim, kept):
     tokenizer = small(CHATML.replace("m['content']", f"m['content']{trim}"))
     turns = [ASK, {**HELLO, "content": "\n Hello. \n"}]
-    (text,) = supervised(tokenizer, chat.render(tokenizer, turns))
+    (text,) = supervised(tokenizer, render(tokenizer, turns))
     assert text.removeprefix("\n") == kept.removeprefix("\n") + "<|im_end|>"
 
 
@@ -215,8 +224,8 @@ def test_trimmed_offsets():
     tokenizer, other = small(CHATML), small(CHATML)
     other.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     turns = [ASK, {**HELLO, "content": "   Hello.   Good \n   bye.  "}]
-    example = chat.render(other, turns)
-    assert example == chat.render(tokenizer, turns)
+    example = render(other, turns)
+    assert example == render(tokenizer, turns)
     offsets = other(turns[1]["content"], return_offsets_mapping=True).offset_mapping
     assert any(start == end for start, end in offsets)  # they are trimmed
 
@@ -225,7 +234,7 @@ def test_a_blank_added_token_ends_no_turn():
     """Gemma has added tokens of newlines."""
     tokenizer = small(PLAIN)
     tokenizer.add_tokens(["\n", "\n\n"])
-    texts = supervised(tokenizer, chat.render(tokenizer, TWO_TURNS))
+    texts = supervised(tokenizer, render(tokenizer, TWO_TURNS))
     assert texts == ["Hello.\n### end", "Good bye.\n### end"]
 
 
@@ -236,11 +245,11 @@ def test_a_template_whose_prefixes_are_not_stable():
     )
     assert not whole.startswith(prefix)  # what makes prefix rendering wrong
     thought = "<think>\nA greeting.\n</think>\n\nHello."
-    example = chat.render(tokenizer, [ASK, {**HELLO, "content": thought}])
+    example = render(tokenizer, [ASK, {**HELLO, "content": thought}])
     assert supervised(tokenizer, example) == [thought + "<|im_end|>"]
-    assert chat.prompt_mismatch(tokenizer, [ASK, HELLO], example) is None
+    assert prompt_mismatch(tokenizer, [ASK, HELLO], example) is None
     thinking = [ASK, {**HELLO, "content": thought}, AND, BYE]
-    example = chat.render(tokenizer, thinking)  # the first turn's thoughts are dropped, so is it
+    example = render(tokenizer, thinking)  # the first turn's thoughts are dropped, so is it
     assert supervised(tokenizer, example) == ["<think>\n\n</think>\n\nGood bye.<|im_end|>"]
     assert example.flags == ("thoughts_dropped",)
 
@@ -253,17 +262,17 @@ def test_contents_that_imitate_the_template():
         {"role": "user", "content": "zq7sentinelkk assistant\nuser\nassistant\n"},
         {"role": "assistant", "content": "a"},
     ]
-    texts = supervised(tokenizer, chat.render(tokenizer, turns))
+    texts = supervised(tokenizer, render(tokenizer, turns))
     assert texts == ["user\nassistant\nzq7sentinelk<|im_end|>", "a<|im_end|>"]
 
 
 def test_assistant_turns_in_a_row_and_first():
     tokenizer = small(CHATML, eos="<|im_end|>")
     turns = [HELLO, HELLO, ASK, BYE]
-    texts = supervised(tokenizer, chat.render(tokenizer, turns))
+    texts = supervised(tokenizer, render(tokenizer, turns))
     assert texts == ["Hello.<|im_end|>", "Hello.<|im_end|>", "Good bye.<|im_end|>"]
-    alone = chat.render(tokenizer, [HELLO])
-    assert "begins with the assistant" in str(chat.prompt_mismatch(tokenizer, [HELLO], alone))
+    alone = render(tokenizer, [HELLO])
+    assert "begins with the assistant" in str(prompt_mismatch(tokenizer, [HELLO], alone))
 
 
 def test_header_token_that_swallows_blanks_is_not_supervised():
@@ -274,7 +283,7 @@ def test_header_token_that_swallows_blanks_is_not_supervised():
     tokenizer = small(template)
     tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True)], special_tokens=True)
     turns = [ASK, {"role": "assistant", "content": "\n\nHello."}]
-    example = chat.render(tokenizer, turns)
+    example = render(tokenizer, turns)
     header = tokenizer.convert_tokens_to_ids("<|assistant|>")
     assert header in example.ids
     assert header not in example.labels
@@ -326,16 +335,16 @@ def test_a_template_that_makes_it_impossible_is_refused(kind):
     template, messages, reason = IMPOSSIBLE[kind]
     tokenizer = small(template, bos="<bos>", eos="</s>")
     with pytest.raises(DataError, match=reason):
-        chat.render(tokenizer, messages)
+        render(tokenizer, messages)
 
 
 def test_prepare_tokenizer():
     with pytest.raises(UserError, match="no eos token"):
         small(CHATML, eos=None)
     tokenizer = small(None)
-    assert tokenizer.chat_template == chat.DEFAULT_TEMPLATE
+    assert tokenizer.chat_template == rendering.DEFAULT_TEMPLATE
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    assert tokenizer.pad_token_id in chat.render(tokenizer, TWO_TURNS).labels  # a true eos
+    assert tokenizer.pad_token_id in render(tokenizer, TWO_TURNS).labels  # a true eos
     qwen = real("qwen")
     assert qwen.pad_token == "<|endoftext|>"
     assert "You are Qwen" in qwen.chat_template
@@ -357,11 +366,11 @@ REAL = {  # rendered start, supervised text of the two turns
 @pytest.mark.parametrize("name", REAL)
 def test_real_tokenizers(name):
     tokenizer, (start, expected) = real(name), REAL[name]
-    example = chat.render(tokenizer, TWO_TURNS)
+    example = render(tokenizer, TWO_TURNS)
     assert tokenizer.decode(example.ids).startswith(start)
     assert supervised(tokenizer, example) == expected
-    assert chat.prompt_mismatch(tokenizer, TWO_TURNS, example) is None
-    assert chat.coloured(tokenizer, example).plain == tokenizer.decode(example.ids)
+    assert prompt_mismatch(tokenizer, TWO_TURNS, example) is None
+    assert coloured(tokenizer, example).plain == tokenizer.decode(example.ids)
 
 
 @pytest.mark.parametrize("family", ["llama2", "mistral", "zephyr", "default"])
@@ -370,9 +379,9 @@ def test_sentencepiece_vocabulary(family):
     template, _, _, expected = FAMILIES[family]
     tokenizer = AutoTokenizer.from_pretrained(real("stories").name_or_path)
     tokenizer.chat_template = template
-    example = chat.render(chat.prepare_tokenizer(tokenizer), TWO_TURNS)
+    example = render(prepare_tokenizer(tokenizer), TWO_TURNS)
     assert [t.strip() for t in supervised(tokenizer, example)] == [t.strip() for t in expected]
-    assert chat.prompt_mismatch(tokenizer, TWO_TURNS, example) is None
+    assert prompt_mismatch(tokenizer, TWO_TURNS, example) is None
 
 
 def test_a_blank_that_the_model_has_to_write():
@@ -380,15 +389,15 @@ def test_a_blank_that_the_model_has_to_write():
     for tokenizer in (small(LLAMA2, "<s>"), small(LLAMA2.replace("' ' + m", "'\n ' + m"), "<s>")):
         blank = "\n " if "'\n ' + m" in tokenizer.chat_template else " "
         turns = [ASK, {**HELLO, "content": "7"}, AND, {**BYE, "content": "8"}]
-        example = chat.render(tokenizer, turns)
+        example = render(tokenizer, turns)
         assert supervised(tokenizer, example) == [blank + "7 </s>", blank + "8 </s>"]
-        assert chat.prompt_mismatch(tokenizer, turns, example) is None
+        assert prompt_mismatch(tokenizer, turns, example) is None
 
 
 def test_one_bos():
     tokenizer = real("stories")
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id  # it would add a second one
-    for ids in (chat.render(tokenizer, TWO_TURNS).ids, chat.prompt_ids(tokenizer, [ASK])):
+    for ids in (render(tokenizer, TWO_TURNS).ids, prompt_ids(tokenizer, [ASK])):
         assert ids[0] == tokenizer.bos_token_id
         assert ids.count(tokenizer.bos_token_id) == 1
 
@@ -396,10 +405,10 @@ def test_one_bos():
 def test_thinking_in_a_real_template():
     thought = "<think>\nA greeting.\n</think>\n\nHello."
     turns = [ASK, {**HELLO, "content": thought}]
-    example = chat.render(real("minimind"), turns)
+    example = render(real("minimind"), turns)
     assert supervised(real("minimind"), example) == [thought + "<|im_end|>"]
     # the prompt at inference closes the thinking at once
-    mismatch = chat.prompt_mismatch(real("minimind"), turns, example)
+    mismatch = prompt_mismatch(real("minimind"), turns, example)
     assert r"assistant\n' the prompt has '<think>\n\n</think>\n\n', training has ''" in str(
         mismatch
     )
@@ -422,7 +431,7 @@ def test_supervised_text_is_content_and_end_of_turn(name, ask, answers):
         for answer in answers
         for role, content in (("user", ask), ("assistant", answer))
     ]
-    example = chat.render(tokenizer, turns)
+    example = render(tokenizer, turns)
     texts = supervised(tokenizer, example)
     assert len(texts) == len(answers)
     for text, answer in zip(texts, answers, strict=True):
@@ -444,7 +453,7 @@ def test_position_0_is_never_predicted():
 
 def test_coloured_view():
     tokenizer = small(CHATML, eos="<|im_end|>")
-    view = chat.coloured(tokenizer, chat.render(tokenizer, [ASK, HELLO]))
+    view = coloured(tokenizer, render(tokenizer, [ASK, HELLO]))
     spans = [(view.plain[span.start : span.end], str(span.style)) for span in view.spans]
     assert spans == [
         ("<|im_start|>", "bold magenta"),
@@ -534,7 +543,7 @@ TOOL_FAMILIES = {  # template, bos, eos, what is supervised of the call
 def test_tool_calls_are_supervised_and_results_are_not(family):
     template, bos, eos, call = TOOL_FAMILIES[family]
     tokenizer = small(template, bos, eos)
-    example = chat.render(tokenizer, AGENT, TOOLS)
+    example = render(tokenizer, AGENT, TOOLS)
     assert supervised(tokenizer, example) == [call, f"Good bye.{eos}"]
     row = Row(AGENT, TOOLS, "f", 1)
     assert audit.examine(tokenizer, row, example, 512) == []
@@ -543,27 +552,27 @@ def test_tool_calls_are_supervised_and_results_are_not(family):
 def test_tool_calls_of_real_templates():
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "two"}}\n</tool_call><|im_end|>'
     tokenizer = real("qwen")
-    example = chat.render(tokenizer, AGENT, TOOLS)
+    example = render(tokenizer, AGENT, TOOLS)
     assert supervised(tokenizer, example) == [call, "Good bye.<|im_end|>"]
     said = [ASK, {**CALLS, "content": "Let me see."}, RESULT, BYE]
-    example = chat.render(tokenizer, said, TOOLS)
+    example = render(tokenizer, said, TOOLS)
     assert supervised(tokenizer, example) == [f"Let me see.\n{call}", "Good bye.<|im_end|>"]
     tokenizer = real("minimind")
-    assert supervised(tokenizer, chat.render(tokenizer, AGENT, TOOLS))[-1] == "Good bye.<|im_end|>"
+    assert supervised(tokenizer, render(tokenizer, AGENT, TOOLS))[-1] == "Good bye.<|im_end|>"
 
 
 def test_several_calls_in_one_turn():
     other = {"type": "function", "function": {"name": "mul", "arguments": {}}}
     turns = [ASK, {**CALLS, "tool_calls": [CALL, other]}, RESULT, RESULT, BYE]
     tokenizer = small(MISTRAL3, "<s>", "</s>")
-    (calls, _) = supervised(tokenizer, chat.render(tokenizer, turns, TOOLS))
+    (calls, _) = supervised(tokenizer, render(tokenizer, turns, TOOLS))
     assert calls.startswith("[CALLS] [")
     assert '"mul", "arguments": {}}]</s>' in calls
 
 
 def test_a_template_that_knows_no_tools_refuses_calls():
     with pytest.raises(DataError, match="of 3 assistant turns and tool calls"):
-        chat.render(small(CHATML, eos="<|im_end|>"), AGENT, TOOLS)
+        render(small(CHATML, eos="<|im_end|>"), AGENT, TOOLS)
 
 
 # --- what is learnt ----------------------------------------------------------------------------
@@ -572,19 +581,19 @@ def test_a_template_that_knows_no_tools_refuses_calls():
 def test_weights_of_messages():
     tokenizer = small(CHATML, eos="<|im_end|>")
     turns = [ASK, {**HELLO, "weight": 0}, AND, {**BYE, "weight": 0.5}]
-    example = chat.render(tokenizer, turns)
+    example = render(tokenizer, turns)
     assert supervised(tokenizer, example) == ["Good bye.<|im_end|>"]
     assert example.weights is not None
     pairs = zip(example.labels, example.weights, strict=True)
     assert {weight for label, weight in pairs if label != IGNORED} == {0.5}
-    assert chat.render(tokenizer, TWO_TURNS).weights is None
+    assert render(tokenizer, TWO_TURNS).weights is None
 
 
 def test_supervise():
     tokenizer = small(CHATML, eos="<|im_end|>")
-    last = chat.render(tokenizer, TWO_TURNS, supervise="last")
+    last = render(tokenizer, TWO_TURNS, supervise="last")
     assert supervised(tokenizer, last) == ["Good bye.<|im_end|>"]
-    everything = chat.render(tokenizer, TWO_TURNS, supervise="everything")
+    everything = render(tokenizer, TWO_TURNS, supervise="everything")
     assert everything.labels == everything.ids
 
 
@@ -592,7 +601,7 @@ def test_a_document_is_learnt_whole_and_cut_into_pieces():
     tokenizer = real("stories")
     text = "Once upon a time there was a little girl. " * 20
     row = Row([{"role": "text", "content": text}], None, "f", 1)
-    made = chat.render_row(tokenizer, row, 64)
+    made = render_row(tokenizer, row, 64)
     ids = [i for _, example in made for i in example.ids]
     assert ids == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
     assert all(example.labels == example.ids for _, example in made)
@@ -603,17 +612,17 @@ def test_long_rows():
     tokenizer = small(CHATML, eos="<|im_end|>")
     long = [SYSTEM, *TWO_TURNS, ASK, {**HELLO, "content": "Hello. Good bye."}]
     row = Row(long, None, "f", 1)
-    whole = chat.render(tokenizer, long)
+    whole = render(tokenizer, long)
     limit = len(whole.ids) - 1
-    (error,) = chat.render_row(tokenizer, row, limit)
+    (error,) = render_row(tokenizer, row, limit)
     assert error == (row, whole)
-    assert chat.render_row(tokenizer, row, limit, on_long="drop") == []
-    ((_, cut),) = chat.render_row(tokenizer, row, limit, on_long="truncate")
+    assert render_row(tokenizer, row, limit, on_long="drop") == []
+    ((_, cut),) = render_row(tokenizer, row, limit, on_long="truncate")
     assert (cut.ids, cut.flags) == (whole.ids[:limit], ("answer_cut",))
-    ((shown, short),) = chat.render_row(tokenizer, row, limit, on_long="truncate_left_turns")
+    ((shown, short),) = render_row(tokenizer, row, limit, on_long="truncate_left_turns")
     assert shown.messages == [SYSTEM, *long[3:]]
-    assert short.ids == chat.render(tokenizer, shown.messages).ids
+    assert short.ids == render(tokenizer, shown.messages).ids
     assert short.flags == ("turns_dropped",)
-    ((kept, still),) = chat.render_row(tokenizer, row, 8, on_long="truncate_left_turns")
+    ((kept, still),) = render_row(tokenizer, row, 8, on_long="truncate_left_turns")
     assert (kept, still) == (row, whole)  # the last exchange alone does not fit: the audit refuses
-    assert chat.render_row(tokenizer, row, 5, on_long="truncate") == []  # nothing left to learn
+    assert render_row(tokenizer, row, 5, on_long="truncate") == []  # nothing left to learn

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from conftest import ROOT
 
-from sft import check, hardware
-from sft.config import ConfigError, load_config, load_run, with_values
-from sft.distill import histories, source
+from sft import check
+from sft.config.load import load_config, load_run, with_values
+from sft.errors import ConfigError
+from sft.runtime import hardware
+from sft.tasks.distill import histories, source
 
 # Caches; and outputs/, where tests beside this one write. The run's folder is asked for by name.
 OF_OTHERS = {".git", ".venv", ".cache", "__pycache__", ".hypothesis", ".pytest_cache", "outputs"}

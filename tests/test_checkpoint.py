@@ -18,8 +18,9 @@ from accelerate import Accelerator
 from conftest import launch
 from safetensors.torch import load_file, save_file
 
-from sft import checkpoint
-from sft.checkpoint import MANIFEST, CheckpointError, commit, fault, find, newest_first, prune
+from sft.errors import CheckpointError
+from sft.runtime import checkpoint
+from sft.runtime.checkpoint import MANIFEST, commit, fault, find, newest_first, prune
 
 FILES = ["trainer.json", "model.safetensors", "deep/er/x.json"]
 

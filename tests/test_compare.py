@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 from rich.cells import cell_len
 
-from sft import compare, metrics
-from sft.config import UserError
+from sft.errors import UserError
+from sft.evaluate import compare, scores
 
 CONFIG = """\
 model: {name: m}
@@ -230,7 +230,7 @@ def test_a_run_without_predictions_is_refused(run, tmp_path):
 
 
 def test_texts_are_not_kept(run, monkeypatch):
-    monkeypatch.setattr(metrics, "AT_ONCE", 10_000)
+    monkeypatch.setattr(scores, "AT_ONCE", 10_000)
     text = "word " * 2000
     files = [run(name, [line(n, text + name, text) for n in range(400)]) for name in ("one", "two")]
     tracemalloc.start()

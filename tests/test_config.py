@@ -17,20 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft import cli
-from sft.config import (
-    KNOWN,
-    RULES,
-    SECTIONS,
-    Config,
-    ConfigError,
-    UserError,
-    dump_config,
-    load_config,
-    load_run,
-    reference,
-    sections_of,
-    with_values,
-)
+from sft.config.load import dump_config, load_config, load_run, with_values
+from sft.config.reference import reference
+from sft.config.rules import RULES
+from sft.config.schema import KNOWN, SECTIONS, Config, sections_of
+from sft.errors import ConfigError, UserError
 
 MINIMAL = """\
 model:
@@ -591,7 +582,7 @@ def f(settings: Train, other: Engine):
 
 def test_the_loader_imports_no_heavy_library():
     heavy = "{'torch', 'transformers', 'accelerate', 'numpy', 'peft'}"
-    code = f"import sys, sft.config, sft.cli; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, sft.config.load, sft.cli; print(sorted({heavy} & set(sys.modules)))"
     command = [sys.executable, "-c", code]
     done = subprocess.run(
         command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, check=True

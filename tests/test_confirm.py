@@ -10,11 +10,16 @@ import tiny
 import torch
 from conftest import ROOT
 
-from sft import batching, confirm, finetune, hardware, model, plan, prepare, rehearsal
-from sft.batching import Budget
-from sft.config import UserError, load_config, with_values
-from sft.engine import Engine
-from sft.log import Log
+from sft.config.load import load_config, with_values
+from sft.data import batches, cache
+from sft.data.batches import Budget
+from sft.errors import UserError
+from sft.models import load
+from sft.plan import calibration, dry_run, gpus, history, plan, report
+from sft.runtime import hardware
+from sft.runtime.log import Log
+from sft.tasks.sft.task import FineTune
+from sft.train.engine import Engine
 
 
 @pytest.fixture
@@ -31,8 +36,8 @@ def heaviest(engine):
     lengths = engine.task.lengths
 
     def of(budget):
-        (cuts,) = batching.cut(range(16), lengths, 1, budget)
-        return [max(cuts, key=lambda m: batching.num_tokens(lengths, m, "padded"))] * 2
+        (cuts,) = batches.cut(range(16), lengths, 1, budget)
+        return [max(cuts, key=lambda m: batches.num_tokens(lengths, m, "padded"))] * 2
 
     return of
 
@@ -52,11 +57,11 @@ def holding(engine, most):
 def test_a_budget_that_the_device_cannot_hold_shrinks(engine):
     weights = [p.clone() for p in engine.task.model.parameters()]
     longest = max(engine.task.lengths)
-    large, more = confirm.fitting(engine, Budget(200, "padded"), heaviest(engine), 1000)
+    large, more = calibration.fitting(engine, Budget(200, "padded"), heaviest(engine), 1000)
     assert large.max_tokens == 200
     assert not engine.log.lines
     holding(engine, 70)
-    budget, less = confirm.fitting(engine, Budget(200, "padded", 64), heaviest(engine), 1000)
+    budget, less = calibration.fitting(engine, Budget(200, "padded", 64), heaviest(engine), 1000)
     assert budget == Budget(max(50, longest), "padded", 64)
     assert less < more
     assert (
@@ -66,7 +71,7 @@ def test_a_budget_that_the_device_cannot_hold_shrinks(engine):
     assert all(p.grad is None for p in engine.task.model.parameters())
     pairs = zip(weights, engine.task.model.parameters(), strict=True)
     assert all(torch.equal(before, after) for before, after in pairs)
-    rows, _ = confirm.fitting(engine, Budget(400, "padded", None, 8), heaviest(engine), 0)
+    rows, _ = calibration.fitting(engine, Budget(400, "padded", None, 8), heaviest(engine), 0)
     assert rows.max_rows < 8
 
 
@@ -74,18 +79,20 @@ def test_a_device_that_cannot_hold_the_longest_example_is_told(engine):
     holding(engine, max(engine.task.lengths) - 1)
     told = r"the longest example \(\d+ tokens\) does not fit .* 2.00 GiB"
     with pytest.raises(UserError, match=told):
-        confirm.fitting(engine, Budget(200, "padded"), heaviest(engine), 0)
+        calibration.fitting(engine, Budget(200, "padded"), heaviest(engine), 0)
 
 
 def test_what_is_measured_is_what_the_step_takes(engine):
     budget, micro_batches = Budget(200, "padded"), [[0, 1, 2], [3, 4, 5, 6]]
-    _, measured = confirm.fitting(engine, budget, lambda _: micro_batches, 0)
+    _, measured = calibration.fitting(engine, budget, lambda _: micro_batches, 0)
     engine.window = lambda _: (list(range(7)), micro_batches)
     engine.optimizer_step()  # now there is a state of the optimizer
     engine.optimizer.zero_grad()
     state = sum(t.nbytes for s in engine.optimizer.state.values() for t in s.values())
-    assert confirm.fitting(engine, budget, lambda _: micro_batches, 10**9)[1] == measured + state
-    real = rehearsal.record(engine).peaks()
+    assert (
+        calibration.fitting(engine, budget, lambda _: micro_batches, 10**9)[1] == measured + state
+    )
+    real = dry_run.record(engine).peaks()
     passes = max(peak.num_bytes for name, peak in real.items() if name != "update")
     assert measured + state == pytest.approx(passes, rel=0.001)
 
@@ -97,44 +104,44 @@ def test_a_run_whose_device_holds_less_goes_on_with_a_smaller_budget(tmp_path):
         ROOT / "configs/nano.yaml",
         ["data.max_rows=64", f"data.cache_dir={tmp_path}", "train.precision=fp32"],
     )
-    prepared = prepare.prepare(config)
-    machine = replace(hardware.detect(), devices=hardware.named_gpus("H100-80GB"))
+    prepared = cache.prepare(config)
+    machine = replace(hardware.detect(), devices=gpus.named_gpus("H100-80GB"))
     planned = plan.make_plan(config, prepared, machine, 1)
     resolved = with_values(config, plan.resolved_values(planned))
-    alone = rehearsal.Alone("fp32")
-    built = model.build(resolved, "fp32", rehearsal.CPU)
-    task = finetune.FineTune(resolved, prepared, built, alone, tiny.Said(), planned.budget)
+    alone = dry_run.Alone("fp32")
+    built = load.build(resolved, "fp32", dry_run.CPU)
+    task = FineTune(resolved, prepared, built, alone, tiny.Said(), planned.budget)
     engine = Engine(task, resolved.train, alone, Log(tmp_path / "run"), planned.budget)
-    plan.keep(resolved, planned, engine.log.folder)
+    report.keep(resolved, planned, engine.log.folder)
     holding(engine, 900)
-    smaller, measured = plan.confirm_on(engine, planned, resolved, prepared, machine)
+    smaller, measured = calibration.confirm_on(engine, planned, resolved, prepared, machine)
     assert engine.budget == task.budget == smaller.budget
     assert smaller.budget.max_tokens < 2000 < planned.budget.max_tokens
     assert smaller.micro_batches > planned.micro_batches
     assert smaller.memory.allocated < planned.memory.allocated
-    (line,) = map(json.loads, (tmp_path / confirm.HISTORY).read_text().splitlines())
+    (line,) = map(json.loads, (tmp_path / history.HISTORY).read_text().splitlines())
     assert line["predicted_bytes"] == smaller.memory.allocated
     assert line["measured_bytes"] == measured["heaviest_micro_batch_bytes"]
     kept = load_config(tmp_path / "run/config.yaml")
     assert kept == with_values(resolved, {"train.max_tokens": smaller.budget.max_tokens})
     told = json.loads((tmp_path / "run/plan.json").read_text())
-    assert told == json.loads(json.dumps(plan.report(smaller))) | {"measured": None}
+    assert told == json.loads(json.dumps(report.report(smaller))) | {"measured": None}
 
 
 def test_history(tmp_path):
-    assert confirm.past(tmp_path, "a GPU") is None
+    assert history.past(tmp_path, "a GPU") is None
     for measured in (990, 1000, 1040):
-        confirm.remember(tmp_path, "a GPU", 1000, measured)
-    confirm.remember(tmp_path, "another", 1000, 5000)
-    with (tmp_path / confirm.HISTORY).open("a") as file:
+        history.remember(tmp_path, "a GPU", 1000, measured)
+    history.remember(tmp_path, "another", 1000, 5000)
+    with (tmp_path / history.HISTORY).open("a") as file:
         file.write('broken\n{"device": "a GPU"}\n[]\n{"device": "a GPU", "predicted_bytes": 0, ')
         file.write('"measured_bytes": 1}\n')
-    past = confirm.past(tmp_path, "a GPU")
+    past = history.past(tmp_path, "a GPU")
     assert past.runs == 3
     assert (past.least, past.most) == (pytest.approx(-0.01), pytest.approx(0.04))
-    for _ in range(confirm.KEPT):
-        confirm.remember(tmp_path, "a GPU", 1000, 1000)
-    assert confirm.past(tmp_path, "a GPU") == confirm.Past(confirm.KEPT, 0, 0)
-    (tmp_path / confirm.HISTORY).write_bytes(b"\xff\xfe")
-    assert confirm.past(tmp_path, "a GPU") is None
-    confirm.remember(tmp_path / "missing", "a GPU", 1, 1)
+    for _ in range(history.KEPT):
+        history.remember(tmp_path, "a GPU", 1000, 1000)
+    assert history.past(tmp_path, "a GPU") == history.Past(history.KEPT, 0, 0)
+    (tmp_path / history.HISTORY).write_bytes(b"\xff\xfe")
+    assert history.past(tmp_path, "a GPU") is None
+    history.remember(tmp_path / "missing", "a GPU", 1, 1)

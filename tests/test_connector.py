@@ -15,11 +15,10 @@ from conftest import ROOT, launch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft import generate
-from sft.config import ConfigError, UserError
-from sft.connector import AccelerateConnector
-from sft.export import ExportError
-from sft.log import Log
+from sft.errors import ConfigError, ExportError, UserError
+from sft.evaluate import generate
+from sft.runtime.log import Log
+from sft.serve.connector import AccelerateConnector
 
 
 @pytest.fixture(scope="module")

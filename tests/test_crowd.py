@@ -23,13 +23,23 @@ from peft import PeftModel
 from scipy.stats import norm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from sft import batching, chat, engine, export, generate, memory, merge, model, prepare, rehearsal
-from sft import run as running
-from sft.config import Config, ConfigError, Generation, UserError, load_config, with_values
-from sft.connector import AccelerateConnector
-from sft.crowd import aggregator, diversity
-from sft.crowd.agents import AgentsLinear
-from sft.log import Log
+from sft import errors
+from sft import run as sft_run
+from sft.config import schema
+from sft.config.load import load_config, with_values
+from sft.config.schema import Config, Generation
+from sft.data import batches, cache, template
+from sft.errors import ConfigError, UserError
+from sft.evaluate import generate
+from sft.models import digest, load, quantise
+from sft.models.adapters import add_adapters
+from sft.plan import dry_run, memory
+from sft.runtime.log import Log
+from sft.serve import merge, runs
+from sft.serve.connector import AccelerateConnector
+from sft.tasks.crowd import aggregator, diversity, files
+from sft.tasks.crowd.agents import AgentsLinear
+from sft.train import engine
 
 IDS = torch.tensor([[5, 9, 30, 2, 17, 44], [7, 7, 8, 60, 3, 1]])
 
@@ -47,7 +57,7 @@ def gpt2(dtype: torch.dtype) -> torch.nn.Module:
 
 def nf4(dtype: torch.dtype) -> torch.nn.Module:
     base = tiny.llama(dtype)
-    model.quantise(base, dtype)
+    quantise.quantise(base, dtype)
     return base
 
 
@@ -87,7 +97,7 @@ def test_agents_start_as_peft_starts_adapters_each_by_itself(tmp_path):
     for crowd in (None, given.crowd):
         base = tiny.llama()
         torch.manual_seed(5)
-        built.append(model.add_adapters(base, given.tuning, crowd))
+        built.append(add_adapters(base, given.tuning, crowd))
     single, crowd = ([(n, p) for n, p in each.named_parameters() if "lora_" in n] for each in built)
     for (_, expected), (name, found) in zip(single, crowd, strict=True):
         assert torch.equal(found[0], expected)
@@ -105,11 +115,9 @@ def test_agents_start_as_peft_starts_adapters_each_by_itself(tmp_path):
 def trained(folder: Path, steps: int, changes: dict[str, Any], **crowd: Any) -> engine.Engine:
     given = with_values(tiny.crowd_config(folder, train={"global_batch": 4}, **crowd), changes)
     torch.manual_seed(5)
-    built = model.add_adapters(tiny.llama().requires_grad_(False), given.tuning, given.crowd)
+    built = add_adapters(tiny.llama().requires_grad_(False), given.tuning, given.crowd)
     rows = tiny.examples(0, 11)
-    return steps_of(
-        tiny.make_engine(built, rows, rows, given, batching.Budget(60, "padded")), steps
-    )
+    return steps_of(tiny.make_engine(built, rows, rows, given, batches.Budget(60, "padded")), steps)
 
 
 def steps_of(made: engine.Engine, number: int) -> engine.Engine:
@@ -127,7 +135,7 @@ def adapters(made: engine.Engine) -> torch.Tensor:
 
 def test_a_crowd_of_one_trains_as_one_adapter_does(tmp_path):
     crowd = trained(tmp_path, 3, {}, num_agents=1)
-    plain = {f"crowd.{key}": value for key, value in export.Crowd().model_dump().items()}
+    plain = {f"crowd.{key}": value for key, value in schema.Crowd().model_dump().items()}
     single = trained(tmp_path, 3, plain)
     assert type(single.task).__name__ == "FineTune"
     assert crowd.losses == pytest.approx(single.losses, rel=1e-6)
@@ -145,7 +153,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, crowd):
         if checkpointing:
             options = {"use_reentrant": False}
             built.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        made = tiny.make_engine(built, rows, rows, given, batching.Budget(60, "padded"))
+        made = tiny.make_engine(built, rows, rows, given, batches.Budget(60, "padded"))
         made.optimizer_step()
         found.append(gradients(built))
     assert tiny.relative_error(*found) < 1e-12
@@ -299,7 +307,7 @@ def test_alone_and_without_points_there_is_no_distance():
 # --- law 1 ---------------------------------------------------------------------------------------
 
 
-def step(folder: Path, rows: list[chat.Example], budget: batching.Budget, **crowd: Any):
+def step(folder: Path, rows: list[template.Example], budget: batches.Budget, **crowd: Any):
     """(the engine behind the gradients of one step of all rows, what it told)"""
     given = tiny.crowd_config(folder, train={"global_batch": len(rows)}, **crowd)
     made = tiny.make_engine(exact(given), rows, rows, given, budget)
@@ -342,31 +350,33 @@ def test_any_cut_gives_the_same_loss_and_gradient_diversity_included(
     if any(row.num_supervised for row in rows):
         crowd = {"num_agents": agents, "representation": read[0], "layer": read[1]}
         crowd |= {"pooling": pooling, "normalise": normalise}
-        assert_law(tmp_path, rows, batching.Budget(max_tokens, layout), **crowd)
+        assert_law(tmp_path, rows, batches.Budget(max_tokens, layout), **crowd)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
 def test_token_weights_are_in_the_cross_entropy_of_all_agents(tmp_path, max_tokens):
     random = np.random.default_rng(5)
     rows = [replace(r, weights=random.random(len(r.ids)).tolist()) for r in tiny.examples(5, 7)]
-    assert_law(tmp_path, rows, batching.Budget(max_tokens, "padded"))
+    assert_law(tmp_path, rows, batches.Budget(max_tokens, "padded"))
 
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
 def test_a_row_that_is_supervised_in_its_first_token_alone_has_no_part(tmp_path, max_tokens):
-    first = chat.Example([4, 5, 6], [4, chat.IGNORED, chat.IGNORED])  # nothing predicts that one
+    first = template.Example(
+        [4, 5, 6], [4, template.IGNORED, template.IGNORED]
+    )  # nothing predicts that one
     rows = [first, *tiny.examples(5, 5), first]
-    assert_law(tmp_path, rows, batching.Budget(max_tokens, "padded"))
+    assert_law(tmp_path, rows, batches.Budget(max_tokens, "padded"))
 
 
 def test_padding_changes_nothing(tmp_path):
     """A row beside one that is shorter, and beside one that is longer, neither supervised."""
     row = tiny.examples(3, 1, longest=8)[0]
-    others = [chat.Example([5] * n, [chat.IGNORED] * n) for n in (2, 30)]
+    others = [template.Example([5] * n, [template.IGNORED] * n) for n in (2, 30)]
     for pooling in ("last", "mean", "first"):
         found = [
             gradients(
-                step(tmp_path, rows, batching.Budget(999, "padded"), pooling=pooling)[0].task.model
+                step(tmp_path, rows, batches.Budget(999, "padded"), pooling=pooling)[0].task.model
             )
             for rows in ([row, other] for other in others)
         ]
@@ -376,7 +386,7 @@ def test_padding_changes_nothing(tmp_path):
 def test_directions_are_those_of_the_step_for_every_cut(tmp_path):
     rows, seeds = tiny.examples(1, 8), []
     for max_tokens in (1, 50, 9999):
-        made, _ = step(tmp_path, rows, batching.Budget(max_tokens, "padded"), dropconnect=0.1)
+        made, _ = step(tmp_path, rows, batches.Budget(max_tokens, "padded"), dropconnect=0.1)
         seeds.append(made.task.seed)
         made.step += 1
         made.optimizer_step()
@@ -386,9 +396,9 @@ def test_directions_are_those_of_the_step_for_every_cut(tmp_path):
 
 
 def test_a_batch_without_supervised_tokens_is_defined(tmp_path):
-    nothing = [chat.Example(ids=[3, 4, 5], labels=[chat.IGNORED] * 3)] * 3
+    nothing = [template.Example(ids=[3, 4, 5], labels=[template.IGNORED] * 3)] * 3
     for max_tokens in (1, 100):
-        made, values = step(tmp_path, nothing, batching.Budget(max_tokens, "padded"))
+        made, values = step(tmp_path, nothing, batches.Budget(max_tokens, "padded"))
         assert values["train/loss"] == values["train/diversity"] == 0
         assert not any(g.any() for g in gradients(made.task.model))
 
@@ -397,13 +407,13 @@ def test_a_batch_that_is_whole_needs_no_survey(tmp_path, monkeypatch):
     def never(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("sft.crowd.task.CrowdTune.survey", never)
+    monkeypatch.setattr("sft.tasks.crowd.task.CrowdTune.survey", never)
     rows = tiny.examples(1, 8)
-    _, values = step(tmp_path, rows, batching.Budget(9999, "padded"))
+    _, values = step(tmp_path, rows, batches.Budget(9999, "padded"))
     assert values["train/diversity"] > 0
-    step(tmp_path, rows, batching.Budget(30, "padded"), lambda_sw=0.0, num_projections=64)
+    step(tmp_path, rows, batches.Budget(30, "padded"), lambda_sw=0.0, num_projections=64)
     with pytest.raises(AssertionError):
-        step(tmp_path, rows, batching.Budget(30, "padded"))
+        step(tmp_path, rows, batches.Budget(30, "padded"))
 
 
 @pytest.mark.parametrize("place", ["survey", "loss"])
@@ -411,7 +421,7 @@ def test_where_memory_runs_out_the_same_batch_is_done_in_smaller_pieces(
     tmp_path, monkeypatch, place
 ):
     rows = tiny.examples(1, 8)
-    made, expected = step(tmp_path, rows, batching.Budget(60, "padded"))
+    made, expected = step(tmp_path, rows, batches.Budget(60, "padded"))
     starved = copied(made)
     real = getattr(starved.task, place)
 
@@ -428,7 +438,7 @@ def test_where_memory_runs_out_the_same_batch_is_done_in_smaller_pieces(
 
 
 def test_what_a_pass_that_was_given_up_has_left_is_gone_before_the_next(tmp_path):
-    made, _ = step(tmp_path, tiny.examples(1, 8), batching.Budget(60, "padded"))
+    made, _ = step(tmp_path, tiny.examples(1, 8), batches.Budget(60, "padded"))
     left = made.task.reader.states = torch.zeros(3)
     gone, seen = weakref.ref(left), []
     del left
@@ -440,7 +450,7 @@ def test_what_a_pass_that_was_given_up_has_left_is_gone_before_the_next(tmp_path
 
 
 def test_a_probe_takes_the_survey_too_and_leaves_no_trace(tmp_path, monkeypatch):
-    made, expected = step(tmp_path, tiny.examples(1, 8), batching.Budget(60, "padded"))
+    made, expected = step(tmp_path, tiny.examples(1, 8), batches.Budget(60, "padded"))
     probed, calls = copied(made), []
     real = probed.task.survey
 
@@ -465,7 +475,7 @@ def copied(made: engine.Engine) -> engine.Engine:
 
 def test_a_layer_that_the_model_lacks_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"crowd\.layer: expected one of this model's 2 layers"):
-        step(tmp_path, tiny.examples(1, 2), batching.Budget(60, "padded"), layer=2)
+        step(tmp_path, tiny.examples(1, 2), batches.Budget(60, "padded"), layer=2)
 
 
 def test_modules_that_are_not_linear_are_refused(tmp_path):
@@ -476,11 +486,11 @@ def test_modules_that_are_not_linear_are_refused(tmp_path):
 
 def test_a_plan_of_few_layers_is_that_of_all_wherever_a_crowd_reads(tmp_path):
     deep = shapes.configured(tmp_path, shapes.architectures(num_hidden_layers=7)["Llama"])
-    window = rehearsal.uniform(3, 40, 20, micro_batches=2)
+    window = dry_run.uniform(3, 40, 20, micro_batches=2)
     given = with_values(deep, {"crowd.num_agents": 2, "crowd.layer": 5})
     found = memory.predict(given, "fp32", window, on_gpu=False)
     assert found.method == "traced with 2 and 3 of 7 layers"
-    whole = rehearsal.rehearse(given, "fp32", window).peak().num_bytes
+    whole = dry_run.rehearse(given, "fp32", window).peak().num_bytes
     assert found.allocated == pytest.approx(whole, rel=0.01)
     with pytest.raises(ConfigError, match="one of this model's 7 layers"):
         memory.predict(with_values(given, {"crowd.layer": 7}), "fp32", window, on_gpu=False)
@@ -510,17 +520,17 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
         ({"tuning.r": 2}, r'tuning: was .*"r":4.*, is .*"r":2'),
         ({"model.name": "another"}, r"model: was \w{64}, is \w{64}"),
         (
-            {f"crowd.{key}": value for key, value in export.Crowd().model_dump().items()},
+            {f"crowd.{key}": value for key, value in schema.Crowd().model_dump().items()},
             r"crowd\.num_agents: was 3, is None",
         ),
     ],
 )
 def test_another_crowd_is_not_resumed(tmp_path, monkeypatch, changes, told):
-    real = model.fingerprint
-    monkeypatch.setattr(model, "fingerprint", lambda each: _fingerprint(real, each))
+    real = digest.fingerprint
+    monkeypatch.setattr(digest, "fingerprint", lambda each: _fingerprint(real, each))
     folder = trained(tmp_path, 1, {}).save()
     other = trained(tmp_path, 0, changes)
-    with pytest.raises(engine.AnotherRunError, match=told) as error:
+    with pytest.raises(errors.AnotherRunError, match=told) as error:
         other.resume(folder)
     assert "belongs to another run" in str(error.value)
 
@@ -531,22 +541,24 @@ def _fingerprint(real: Any, each: Any) -> str:
 
 
 def test_an_adapter_is_not_resumed_as_a_crowd(tmp_path):
-    plain = {f"crowd.{key}": value for key, value in export.Crowd().model_dump().items()}
+    plain = {f"crowd.{key}": value for key, value in schema.Crowd().model_dump().items()}
     folder = trained(tmp_path, 1, plain).save()
-    with pytest.raises(engine.AnotherRunError, match=r"crowd\.num_agents: was None, is 3"):
+    with pytest.raises(errors.AnotherRunError, match=r"crowd\.num_agents: was None, is 3"):
         trained(tmp_path, 0, {}).resume(folder)
 
 
 # --- what is held out ----------------------------------------------------------------------------
 
 
-def mixture_loss(crowd: Any, rows: list[chat.Example], weights: torch.Tensor) -> dict[str, float]:
+def mixture_loss(
+    crowd: Any, rows: list[template.Example], weights: torch.Tensor
+) -> dict[str, float]:
     """From the definitions, one example at a time."""
     sums, number = {"loss": 0.0, "agent_loss": 0.0, "token_accuracy": 0.0}, 0
     for row in rows:
         each = crowd(input_ids=torch.tensor([row.ids]), use_cache=False).logits.double().softmax(-1)
         for t, label in enumerate(row.labels[1:]):
-            if label != chat.IGNORED:
+            if label != template.IGNORED:
                 mixed = (weights[:, None] * each[:, t]).sum(0)
                 sums["loss"] -= math.log(mixed[label])
                 sums["agent_loss"] -= float(each[:, t, label].log().mean())
@@ -564,7 +576,7 @@ def test_what_is_held_out_is_scored_as_the_mixture(tmp_path, kind):
     for max_tokens, layout in ((1, "padded"), (50, "packed"), (9999, "padded")):
         built = tiny.adapted(given, torch.float64)
         built.concentration = tuple(weights.tolist())
-        budget = batching.Budget(max_tokens, layout)
+        budget = batches.Budget(max_tokens, layout)
         made = tiny.make_engine(built, rows, rows, given, budget)
         found = made.evaluate()
         expected = mixture_loss(built.eval(), rows, weights / weights.sum())
@@ -584,7 +596,7 @@ def test_the_concentration_is_fitted_on_the_rows_kept_from_training(tmp_path):
             train,
             train,
             given,
-            batching.Budget(max_tokens, "padded"),
+            batches.Budget(max_tokens, "padded"),
         )
         made.task.prepared = replace(made.task.prepared, validation=tiny.stored(kept))
         made.task.finish(made.model)
@@ -596,7 +608,7 @@ def test_the_concentration_is_fitted_on_the_rows_kept_from_training(tmp_path):
         for i, row in enumerate(kept):
             logits = made.task.model.eval()(input_ids=torch.tensor([row.ids])).logits
             for t, label in enumerate(row.labels[1:]):
-                if label != chat.IGNORED:
+                if label != template.IGNORED:
                     likely.append(logits[:, t].log_softmax(-1)[:, label])
                     owners.append(i)
     expected = aggregator.fit(torch.stack(likely, 1), torch.tensor(owners))
@@ -633,7 +645,7 @@ def run(tmp_path_factory) -> Path:
         "evaluation.max_new_tokens": 8,
     }
     given = [f"{key}={value}" for key, value in overrides.items()]
-    running.train(load_config(ROOT / "configs/crowd_nano.yaml", given))
+    sft_run.train(load_config(ROOT / "configs/crowd_nano.yaml", given))
     return folder
 
 
@@ -644,8 +656,8 @@ def moved(run, tmp_path) -> Path:
 
 
 def loaded(run: Path, *overrides: str, weights: Path | None = None) -> Any:
-    config = export.run_config(run, list(overrides))
-    return export.load_tuned(run, config, "fp32", CPU, weights=weights)[0]
+    config = runs.run_config(run, list(overrides))
+    return runs.load_tuned(run, config, "fp32", CPU, weights=weights)[0]
 
 
 @torch.no_grad()
@@ -656,7 +668,7 @@ def said(built: Any) -> torch.Tensor:
 def test_each_agent_of_a_run_loads_alone(run):
     crowd = said(loaded(run)).view(3, *IDS.shape, -1)
     for agent in range(3):
-        base = model.load_base(export.run_config(run).model, "qlora", "fp32", CPU)
+        base = load.load_base(runs.run_config(run).model, "qlora", "fp32", CPU)
         alone = PeftModel.from_pretrained(base, run / f"final_checkpoint/agent{agent}").eval()
         torch.testing.assert_close(said(alone), crowd[agent], rtol=1e-4, atol=1e-4)
         one = said(loaded(run, f"crowd.agent={agent}"))
@@ -666,7 +678,7 @@ def test_each_agent_of_a_run_loads_alone(run):
 
 
 def test_the_folder_tells_what_the_crowd_is(run):
-    told = json.loads((run / "final_checkpoint" / export.META).read_text())
+    told = json.loads((run / "final_checkpoint" / files.META).read_text())
     concentration = told.pop("concentration")
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert told == {
@@ -678,30 +690,30 @@ def test_the_folder_tells_what_the_crowd_is(run):
         "aggregator": "learned",
         "base": {
             "name": "nano/model",
-            "weights_sha256": model.weights_sha256(export.run_config(run).model),
+            "weights_sha256": digest.weights_sha256(runs.run_config(run).model),
         },
     }
     assert loaded(run).concentration == tuple(concentration) != (1.0, 1.0, 1.0)
     names = {path.name for path in (run / "final_checkpoint").iterdir()}
-    assert {"agent0", "agent1", "agent2", export.META} <= names
+    assert {"agent0", "agent1", "agent2", files.META} <= names
     assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt", ".pth")]
 
 
 def test_rows_kept_for_the_aggregator_are_in_no_other_part(run):
-    prepared = prepare.prepare(export.run_config(run))
+    prepared = cache.prepare(runs.run_config(run))
     parts = [prepared.train, prepared.held_out, prepared.validation]
     lines = [{part.row(i).line for i in range(len(part))} for part in parts]
     assert [len(each) for each in lines] == [len(part) for part in parts]
     assert len(set.union(*lines)) == 40
     assert len(prepared.validation) == 2  # of 32, a twentieth
-    everything = prepare.prepare(export.run_config(run, ["crowd.aggregator=uniform"]))
+    everything = cache.prepare(runs.run_config(run, ["crowd.aggregator=uniform"]))
     assert everything.validation is None
     assert len(everything.train) == len(prepared.train) + 2
 
 
 def test_of_a_crowd_of_one_row_none_can_be_kept(run):
     with pytest.raises(UserError, match="needs a training row to fit on, found 1 in all"):
-        prepare.prepare(export.run_config(run, ["data.max_rows=2", "data.eval_fraction=0.5"]))
+        cache.prepare(runs.run_config(run, ["data.max_rows=2", "data.eval_fraction=0.5"]))
 
 
 def lacking(path: Path) -> None:
@@ -727,18 +739,18 @@ WEIGHTS = "agent1/adapter_model.safetensors"
     [
         (WEIGHTS, lacking, rf"{WEIGHTS} cannot be loaded: .*No such file"),
         (WEIGHTS, cut_off, rf"{WEIGHTS} cannot be loaded: it is no sound safetensors file"),
-        (export.META, lacking, rf"{export.META}: expected a crowd's description: No such file"),
-        (export.META, cut_off, rf"{export.META} is not what a run writes: JSONDecodeError"),
-        (export.META, retold(num_agents=2), f"{export.META} is not what a run writes"),
-        (export.META, retold(concentration=[1, -1, 1]), f"{export.META} is not what a run writes"),
+        (files.META, lacking, rf"{files.META}: expected a crowd's description: No such file"),
+        (files.META, cut_off, rf"{files.META} is not what a run writes: JSONDecodeError"),
+        (files.META, retold(num_agents=2), f"{files.META} is not what a run writes"),
+        (files.META, retold(concentration=[1, -1, 1]), f"{files.META} is not what a run writes"),
         (
-            export.META,
+            files.META,
             retold(num_agents=2, concentration=[1, 1]),
             r"holds another crowd:\n  num_agents: saved with 2, found 3",
         ),
-        (export.META, retold(r=8), r"holds another crowd:\n  r: saved with 8, found 4"),
+        (files.META, retold(r=8), r"holds another crowd:\n  r: saved with 8, found 4"),
         (
-            export.META,
+            files.META,
             retold(base={"name": "x", "weights_sha256": "0"}),
             "belongs to 'x': expected",
         ),
@@ -765,15 +777,15 @@ def test_a_configuration_that_is_not_that_of_the_crowd_is_refused(run, override,
 
 
 def test_what_was_not_fitted_is_not_served_as_learned(run, moved):
-    retold(aggregator="uniform", concentration=[1.0, 1.0, 1.0])(moved / export.META)
-    with pytest.raises(export.ExportError, match="expected uniform, as it was trained, found lear"):
+    retold(aggregator="uniform", concentration=[1.0, 1.0, 1.0])(moved / files.META)
+    with pytest.raises(errors.ExportError, match="expected uniform, as it was trained, found lear"):
         loaded(run, weights=moved)
     drawn = loaded(run, "crowd.aggregator=sampled", "crowd.concentration=2", weights=moved)
     assert aggregator.aggregator_of(drawn) == aggregator.Aggregator("sampled", (2.0, 2.0, 2.0))
 
 
 def test_an_agent_without_weight_is_part_of_a_sound_folder(run, moved):
-    retold(concentration=[1.5, 0.0, 3.0])(moved / export.META)
+    retold(concentration=[1.5, 0.0, 3.0])(moved / files.META)
     assert loaded(run, weights=moved).concentration == (1.5, 0.0, 3.0)
 
 
@@ -781,7 +793,7 @@ def test_one_agent_is_evaluated_and_merged_alone(run, tmp_path):
     found = {}
     for agent in (None, 0, 1, 2):
         chosen = [] if agent is None else [f"crowd.agent={agent}"]
-        running.evaluate_run(run, f"of-{agent}", [*chosen, "evaluation.num_examples=0"])
+        sft_run.evaluate_run(run, f"of-{agent}", [*chosen, "evaluation.num_examples=0"])
         told = json.loads((run / f"evaluation/of-{agent}/metrics.json").read_text())
         found[agent] = told["metrics"]
     trained = json.loads((run / "evaluation/metrics.json").read_text())["tuned"]
@@ -790,17 +802,17 @@ def test_one_agent_is_evaluated_and_merged_alone(run, tmp_path):
     assert len(set(own)) == 3
     assert sum(own) / 3 == pytest.approx(found[None]["agent_loss"], rel=1e-5)
 
-    with pytest.raises(merge.MergeError, match="mixture of 3 agents is no single model; give one"):
+    with pytest.raises(errors.MergeError, match="mixture of 3 agents is no single model; give one"):
         merge.merge(run, tmp_path / "whole", "fp32", quiet)
     report = merge.merge(run, tmp_path / "one", "fp32", quiet, overrides=["crowd.agent=1"])
     assert report["agent"] == 1
     assert "| adapter | agent 1 of 3, r 4," in (tmp_path / "one/README.md").read_text()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=torch.float32)
-    base = model.load_base(export.run_config(run).model, "lora", "fp32", CPU)
+    base = load.load_base(runs.run_config(run).model, "lora", "fp32", CPU)
     alone = PeftModel.from_pretrained(base, run / "final_checkpoint/agent1").eval()
     torch.testing.assert_close(said(merged), said(alone), rtol=1e-4, atol=1e-4)
     assert merge.retest(tmp_path / "one", quiet) == report  # by the agent of the report
-    with pytest.raises(merge.MergeError, match="is not the model that was trained"):
+    with pytest.raises(errors.MergeError, match="is not the model that was trained"):
         merge.retest(tmp_path / "one", quiet, overrides=["crowd.agent=2"])
 
 
@@ -852,11 +864,11 @@ def test_a_moved_crowd_is_refused_where_it_is_damaged_or_the_base_is_another(mov
     content = bytearray((other / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (other / "model.safetensors").write_bytes(content)
-    with pytest.raises(export.ExportError, match="belongs to 'nano/model': expected its weights"):
+    with pytest.raises(errors.ExportError, match="belongs to 'nano/model': expected its weights"):
         connector(other, adapter=moved).load_model_once()
     identities = [connector(moved).load_model_once().identity]
-    retold(concentration=[1.0, 1.0, 5.0])(moved / export.META)
-    with pytest.raises(export.ExportError, match=f"cannot be trusted: {export.META} has"):
+    retold(concentration=[1.0, 1.0, 5.0])(moved / files.META)
+    with pytest.raises(errors.ExportError, match=f"cannot be trusted: {files.META} has"):
         connector(moved).load_model_once()
     (moved / "MANIFEST.json").unlink()
     identities.append(connector(moved).load_model_once().identity)

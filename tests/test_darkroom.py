@@ -8,11 +8,11 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from sft import hardware
-from sft.config import Distill
-from sft.distill import darkroom, histories, source
-from sft.distill.darkroom import MOVES, START, Darkroom, Rooms, cell_of, place_of
-from sft.distill.histories import HistoryError, Windows
+from sft.config.schema import Distill
+from sft.runtime import hardware
+from sft.tasks.distill import darkroom, histories, source
+from sft.tasks.distill.darkroom import MOVES, START, Darkroom, Rooms, cell_of, place_of
+from sft.tasks.distill.histories import HistoryError, Windows
 
 # Published: unseen goals for seed 0, their best return, and what random actions got.
 UNSEEN = [(4, 2), (5, 6), (6, 8), (7, 2), (3, 6), (0, 5), (5, 8), (5, 4)]

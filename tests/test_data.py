@@ -18,22 +18,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from sft import data
-from sft.data import (
+from sft.data import files, readers
+from sft.data.files import (
     DIGEST,
     BadRow,
-    DataError,
     Row,
     content_digest,
-    firsts,
-    groups,
-    mix,
     num_rows,
     read,
     sources,
-    split,
     write_rejected,
 )
+from sft.data.split import firsts, groups, mix, split
+from sft.errors import DataError
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 GOOD = b'{"question": "Hi", "answer": "Hello"}'
@@ -142,7 +139,7 @@ def test_skipped_rows_are_written_down(tmp_path):
 
 @pytest.mark.parametrize("ending", [b"\n", b""])
 def test_a_line_that_is_too_long_is_a_bad_row_and_never_held(tmp_path, monkeypatch, ending):
-    monkeypatch.setattr(data, "LONGEST", 2**16)
+    monkeypatch.setattr(readers, "LONGEST", 2**16)
     long = b'{"question": "' + b"a" * 5_000_000 + b'", "answer": "b"}'
     path = write(tmp_path / "rows.jsonl", GOOD, long, GOOD, long)
     with (tmp_path / "rows.jsonl").open("r+b") as file:
@@ -301,7 +298,7 @@ BROKEN_CSV = {  # what stands below good rows, its line, the reason
 
 @pytest.mark.parametrize(("below", "line", "reason"), BROKEN_CSV.values(), ids=BROKEN_CSV)
 def test_bad_record_of_a_csv(tmp_path, monkeypatch, below, line, reason):
-    monkeypatch.setattr(data, "LONGEST", 2**16)
+    monkeypatch.setattr(readers, "LONGEST", 2**16)
     path = write(tmp_path / "rows.csv", CSV + below)
     rows, (bad,) = load_rows(path, on_bad_row="skip")
     assert (bad.line, bad.reason[: len(reason)]) == (line, reason)
@@ -342,9 +339,9 @@ def test_rows_keep_what_scores_are_told_by(tmp_path):
 def test_a_column_that_no_row_has_is_told(tmp_path):
     path = write(tmp_path / "rows.jsonl", b'{"prompt": "a"}', b"{", b"[]", b'{"kind": "", "b": 1}')
     for column in ("kind", "prompt", "b"):
-        data.check_column(path, column, "section.key")
+        files.check_column(path, column, "section.key")
     with pytest.raises(DataError) as error:
-        data.check_column(path, "knd", "section.key")
+        files.check_column(path, "knd", "section.key")
     expected = f"{path}: no column 'knd', which section.key names; did you mean kind?"
     assert str(error.value).startswith(expected)
 
@@ -360,7 +357,7 @@ def test_raw_text_is_a_row_per_document(tmp_path):
 
 
 def test_a_bad_document(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LONGEST", 2**10)
+    monkeypatch.setattr(readers, "LONGEST", 2**10)
     long = b"a line\n" * 1000 + b"b" * 3000 + b"\n"
     path = write(tmp_path / "a.txt", b"\xff", b"<|endoftext|>", long, b"<|endoftext|>good")
     (row,), bad = load_rows(path, on_bad_row="skip")

@@ -15,15 +15,20 @@ import torch.nn.functional as F
 from allocations import allocated_bytes
 from safetensors.torch import load_file
 
-from sft import batching, engine, hardware, plan, processes, rehearsal
-from sft.config import ConfigError, Distill, DistillConfig, load_config, load_run, with_values
-from sft.distill import darkroom, histories, rollout, task, transformer
-from sft.distill import run as distilled
-from sft.distill.rollout import play
-from sft.distill.source import Histories
-from sft.distill.transformer import Transformer, window_tokens, with_marks
-from sft.log import Log
-from sft.trace import Recorder
+from sft.config.load import load_config, load_run, with_values
+from sft.config.schema import Distill, DistillConfig
+from sft.data import batches
+from sft.errors import ConfigError
+from sft.plan import calibration, dry_run, plan
+from sft.plan.trace import Recorder
+from sft.runtime import console, hardware, processes
+from sft.runtime.log import Log
+from sft.tasks import base
+from sft.tasks.distill import darkroom, histories, report, rollout, task, transformer
+from sft.tasks.distill.rollout import play
+from sft.tasks.distill.source import Histories
+from sft.tasks.distill.transformer import Transformer, window_tokens, with_marks
+from sft.train import engine
 
 SMALL = Distill(
     context=40,
@@ -174,7 +179,7 @@ def config(folder: Path, settings: Distill = SMALL, **train: object) -> DistillC
 def make_engine(asked: DistillConfig, max_tokens: int, dtype: torch.dtype) -> engine.Engine:
     accelerator = processes.start_processes(asked.train)
     found = random_histories(4, asked.distill.num_streams, asked.distill.num_steps)
-    budget = batching.Budget(max_tokens, "padded")
+    budget = batches.Budget(max_tokens, "padded")
     model = made(asked.distill).to(dtype)
     work = task.Distillation(asked.distill, found, model, accelerator, Log(None), budget)
     plain = work._collate
@@ -283,14 +288,14 @@ PLANNED = {
 
 def planned(asked: DistillConfig, ram_bytes: int = 2**33, world: int = 1) -> plan.Plan:
     machine = replace(hardware.detect(), devices=[], ram_available_bytes=ram_bytes)
-    return plan.make_plan(asked, plan.Work.windows(asked.distill), machine, world)
+    return plan.make_plan(asked, base.Work.windows(asked.distill), machine, world)
 
 
 def blank_run(asked: DistillConfig, foretold: plan.Plan) -> engine.Engine:
     """The planned run in this process, on histories that take no memory."""
-    settings, alone = asked.distill, rehearsal.Alone("fp32")
+    settings, alone = asked.distill, dry_run.Alone("fp32")
     found = task.blank_histories(settings)
-    model = task.build(settings, 0, rehearsal.CPU)
+    model = task.build(settings, 0, dry_run.CPU)
     work = task.Distillation(settings, found, model, alone, Log(None), foretold.budget)
     _ = work.train._rewarded, work.train._visited  # which are counted with the histories
     return engine.Engine(work, asked.train, alone, Log(None), foretold.budget)
@@ -341,8 +346,10 @@ def test_what_does_not_fit_is_cut(tmp_path):
     (told, _) = plan._warnings(replace(tight, evaluation_bytes=tight.room + 1))
     assert "a smaller train.max_tokens or a smaller distill.context help" in told
     trained, machine = blank_run(asked, tight), hardware.detect()
-    work = plan.Work.windows(asked.distill)
-    foretold, measured = plan.confirm_on(trained, tight, asked, work, replace(machine, devices=[]))
+    work = base.Work.windows(asked.distill)
+    foretold, measured = calibration.confirm_on(
+        trained, tight, asked, work, replace(machine, devices=[])
+    )
     assert foretold is tight
     found = measured["heaviest_micro_batch_bytes"]
     assert of_step(tight) == pytest.approx(found, rel=0.02)
@@ -354,9 +361,9 @@ def test_trying_the_unseen_goals_takes_what_is_planned(tmp_path, settings):
     settings = settings.model_copy(update={"eval_episodes": 4})
     foretold = planned(config(tmp_path, settings))
     model, recorder = made(settings), Recorder()
-    alone = rehearsal.Alone("fp32")
+    alone = dry_run.Alone("fp32")
     alone.unwrap_model = lambda model: model
-    for tensors in rehearsal.held(model).values():
+    for tensors in dry_run.held(model).values():
         recorder.name(tensors, "held")
     with recorder:
         copy = task.whole_copy(model, settings, alone)
@@ -377,7 +384,7 @@ def collected(tmp_path_factory) -> list[str]:
     settings = SMALL.model_copy(update={"data_dir": str(folder)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hardware, "usable_cores", lambda: 1)
-        patch.setattr("sft.distill.source.EPOCHS", 1)
+        patch.setattr("sft.tasks.distill.source.EPOCHS", 1)
         histories.collect(settings)
     values = {name: getattr(settings, name) for name in ("data_dir", "context", "width")}
     values |= {"num_layers": 2, "num_heads": 2, "num_streams": 5, "num_steps": 120}
@@ -422,7 +429,7 @@ def test_a_run_leaves_its_results_and_resumes_bit_for_bit(collected, tmp_path):
     predicted, measured = plan_json["predicted"], plan_json["measured"]
     bytes_seen = measured["heaviest_micro_batch_bytes"]
     assert predicted["allocated_bytes"] == pytest.approx(bytes_seen, rel=0.02)
-    assert f"{plan.size(predicted['allocated_bytes'])} of" in told  # the banner
+    assert f"{console.size(predicted['allocated_bytes'])} of" in told  # the banner
     assert measured["training_seconds"] > 0
     kept = load_run(tmp_path / "whole/config.yaml").train
     assert kept.max_tokens == plan_json["chosen"]["max_tokens"]
@@ -431,7 +438,7 @@ def test_a_run_leaves_its_results_and_resumes_bit_for_bit(collected, tmp_path):
     assert len(returns["per_seed"]) == 2
     assert list(returns["per_goal"]) == ["4,2", "5,6", "6,8", "7,2", "3,6", "0,5", "5,8", "5,4"]
     assert returns["mean"] == pytest.approx(sum(found["curve"]) / 3)
-    assert (tmp_path / "whole/evaluation" / distilled.CURVE).read_bytes()[1:4] == b"PNG"
+    assert (tmp_path / "whole/evaluation" / report.CURVE).read_bytes()[1:4] == b"PNG"
     trace = json.loads((tmp_path / "whole/profile.json").read_text())
     assert any("scaled_dot_product" in event.get("name", "") for event in trace["traceEvents"])
     kept = tmp_path / "whole/checkpoint_step_2"

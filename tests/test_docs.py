@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from sft.config import generation_of, load_run
+from sft.config.load import generation_of, load_run
 
 DOCS = [ROOT / "README.md", ROOT / "nano/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()

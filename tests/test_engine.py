@@ -11,12 +11,17 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from sft import batching, chat, checkpoint, engine, parallel
-from sft.config import ConfigError, Preempted
-from sft.guard import Guard
-from sft.log import Log, make_console
+from sft import errors
+from sft.data import batches, template
+from sft.errors import ConfigError, Preempted
+from sft.runtime import checkpoint
+from sft.runtime.console import make_console
+from sft.runtime.log import Log
+from sft.runtime.watchdog import Guard
+from sft.train.optimizer import build_optimizer
+from sft.train.schedule import learning_rate, total_steps
 
-BUDGET = batching.Budget(60, "padded")
+BUDGET = batches.Budget(60, "padded")
 SCHEDULES = {  # warm-up of 2 of 10 steps to a peak of 1; the floor of cosine and linear is 0.1
     "constant": [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1],
     "linear": [0.5, 1, 1, 0.8714, 0.7429, 0.6143, 0.4857, 0.3571, 0.2286, 0.1],
@@ -29,7 +34,7 @@ def test_learning_rate_by_step(tmp_path, schedule):
     train = tiny.config(
         tmp_path, schedule=schedule, learning_rate=1.0, warmup_ratio=0.15, min_lr_ratio=0.1
     ).train
-    rates = [engine.learning_rate(train, step, 10) for step in range(10)]
+    rates = [learning_rate(train, step, 10) for step in range(10)]
     assert rates == pytest.approx(SCHEDULES[schedule], abs=1e-4)
 
 
@@ -44,11 +49,11 @@ def test_learning_rate_by_step(tmp_path, schedule):
     ],
 )
 def test_number_of_steps(tmp_path, settings, expected):
-    assert engine.total_steps(tiny.config(tmp_path, **settings).train, 10) == expected
+    assert total_steps(tiny.config(tmp_path, **settings).train, 10) == expected
 
 
 def test_weight_decay_is_for_matrices_only(tmp_path):
-    optimizer = parallel.build_optimizer(
+    optimizer = build_optimizer(
         tiny.config(tmp_path, weight_decay=0.5).train, tiny.llama(attention_bias=True)
     )
     for group in optimizer.param_groups:
@@ -72,12 +77,12 @@ def weights(built):
 def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(tmp_path):
     rows = tiny.examples(0, 8)
     built = make(tmp_path, rows, global_batch=8)
-    built.budget = batching.Budget(1, "padded")  # every example alone
+    built.budget = batches.Budget(1, "padded")  # every example alone
     token = rows[0].ids[0]
     with torch.no_grad():
         built.task.model.get_input_embeddings().weight[token] = float("nan")
     before = weights(built)
-    with pytest.raises(engine.NonFiniteError, match="loss is nan in step 1") as error:
+    with pytest.raises(errors.NonFiniteError, match="loss is nan in step 1") as error:
         built.optimizer_step()
     assert error.value.exit_code == 5
     named = {i for i in range(8) if f"tiny:{i + 1}" in str(error.value)}
@@ -90,7 +95,7 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(tmp_path):
 def reaches_the_loss(row, token: int) -> bool:
     """Whether a supervised token stands behind this one."""
     first = row.ids.index(token) if token in row.ids else len(row.ids)
-    return any(label != chat.IGNORED for label in row.labels[first + 1 :])
+    return any(label != template.IGNORED for label in row.labels[first + 1 :])
 
 
 def test_an_infinite_gradient_is_not_applied(tmp_path):
@@ -98,7 +103,7 @@ def test_an_infinite_gradient_is_not_applied(tmp_path):
     before = weights(built)
     parameter = next(built.task.model.parameters())
     parameter.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
-    with pytest.raises(engine.NonFiniteError, match="gradient norm is"):
+    with pytest.raises(errors.NonFiniteError, match="gradient norm is"):
         built.optimizer_step()
     assert all(torch.equal(value, before[name]) for name, value in weights(built).items())
 
@@ -170,9 +175,7 @@ def test_a_run_on_another_base_or_other_data_is_not_resumed(tmp_path, monkeypatc
 def test_a_folder_that_says_another_step_is_refused(tmp_path):
     folder = make(tmp_path).save()
     renamed = folder.rename(tmp_path / "checkpoint_step_7")
-    with pytest.raises(
-        checkpoint.CheckpointError, match="not what a run writes into such a folder"
-    ):
+    with pytest.raises(errors.CheckpointError, match="not what a run writes into such a folder"):
         make(tmp_path).resume(renamed)
 
 

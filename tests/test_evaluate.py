@@ -12,19 +12,17 @@ import torch
 from conftest import ROOT
 from transformers import AutoTokenizer
 
-from sft import (
-    chat,
-    evaluate,
-    finetune,
-    generate,
-    model,
-    prepare,
-    processes,
-)
-from sft.config import Generation, UserError, load_config
-from sft.data import BadRow, Row
-from sft.log import Log
-from sft.predictions import Predictions, key_of, read
+from sft.config.load import load_config
+from sft.config.schema import Generation
+from sft.data import cache, template
+from sft.data.files import BadRow, Row
+from sft.errors import UserError
+from sft.evaluate import answers, generate
+from sft.evaluate.predictions import Predictions, key_of, read
+from sft.models import load
+from sft.runtime import processes
+from sft.runtime.log import Log
+from sft.tasks.sft import task
 
 SHORT = Generation(max_new_tokens=8)
 
@@ -32,9 +30,9 @@ SHORT = Generation(max_new_tokens=8)
 @pytest.fixture(scope="module")
 def nano():
     config = load_config(ROOT / "configs/nano.yaml")
-    tokenizer = chat.prepare_tokenizer(model.load_tokenizer(config.model))
-    base = model.load_base(config.model, "full", "fp32", torch.device("cpu")).eval()
-    speaker = evaluate.Speaker(
+    tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))
+    base = load.load_base(config.model, "full", "fp32", torch.device("cpu")).eval()
+    speaker = answers.Speaker(
         base, tokenizer, generate.stop_ids(tokenizer, base.generation_config), "nano"
     )
     return speaker, processes.start_processes(config.train)
@@ -52,8 +50,8 @@ ROWS = [row(f"repeat: {word}", word, i) for i, word in enumerate(WORDS, 1)]
 
 def answered(nano, asked, path, settings=SHORT, **options):
     speaker, accelerator = nano
-    questions = map(evaluate.question, asked)
-    evaluate.answer_all(
+    questions = map(answers.question, asked)
+    answers.answer_all(
         speaker, questions, settings, Predictions(path), accelerator, Log(None), **options
     )
     return list(read(path))
@@ -78,7 +76,7 @@ def test_windows_and_batches_change_nothing(nano, tmp_path, monkeypatch):
     rows = ROWS * 3
     once = answered(nano, rows, tmp_path / "once.jsonl", rows=100)
     assert len({line["answer"] for line in once}) > 1
-    monkeypatch.setattr(evaluate, "WINDOW", 5)
+    monkeypatch.setattr(answers, "WINDOW", 5)
     assert answered(nano, rows, tmp_path / "windows.jsonl", rows=2) == once
 
 
@@ -86,7 +84,7 @@ def test_what_is_drawn_follows_the_number_of_the_example(nano, tmp_path, monkeyp
     drawn = Generation(max_new_tokens=8, temperature=1.5)
     once = answered(nano, [ROWS[0]] * 6, tmp_path / "once.jsonl", drawn)
     assert len({line["answer"] for line in once}) > 2
-    monkeypatch.setattr(evaluate, "WINDOW", 2)
+    monkeypatch.setattr(answers, "WINDOW", 2)
     assert answered(nano, [ROWS[0]] * 6, tmp_path / "windows.jsonl", drawn) == once
 
 
@@ -119,7 +117,7 @@ def written(path, pairs, groups=""):
 def test_scores_count_what_failed(nano, tmp_path):
     pairs = [("a", "a"), ("b ", "b"), ("c", "x"), (None, "d")]
     path = written(tmp_path / "predictions.jsonl", pairs)
-    found = evaluate.score(path, ["exact_match"], nano[1])
+    found = answers.score(path, ["exact_match"], nano[1])
     assert found.tally.values() == {"exact_match": 0.5}
     assert (found.num_examples, found.num_failed) == (4, 1)
     low, high = found.tally.intervals()["exact_match"]
@@ -130,7 +128,7 @@ def test_ranks_together_have_the_scores_of_one(nano, tmp_path, monkeypatch):
     pairs = [("a b c d", "a b c d" if i % 3 else "a c d") for i in range(20)]
     path = written(tmp_path / "predictions.jsonl", pairs, groups="xxxyz")
     names = ["exact_match", "bleu", "rouge_l"]
-    whole = evaluate.score(path, names, nano[1]).tally.report()
+    whole = answers.score(path, names, nano[1]).tally.report()
     assert {name: own["num_examples"] for name, own in whole["groups"].items()} == {
         "x": 12,
         "y": 4,
@@ -153,38 +151,38 @@ def test_ranks_together_have_the_scores_of_one(nano, tmp_path, monkeypatch):
 
     for rank in range(3):
         ranks = Ranks(rank)
-        monkeypatch.setattr(evaluate, "gather_object", ranks.gather)
-        found = evaluate.score(path, names, ranks)
+        monkeypatch.setattr(answers, "gather_object", ranks.gather)
+        found = answers.score(path, names, ranks)
     assert found.tally.report() == whole
 
 
-class Quick(evaluate.Speaker):
+class Quick(answers.Speaker):
     """Has prompts without a renderer."""
 
-    def prompt(self, asked: evaluate.Question) -> list[int]:
+    def prompt(self, asked: answers.Question) -> list[int]:
         return [5] * (3 + len(asked.told["reference"]) % 7)
 
 
-def ask_and_score(nano, folder, number: int, names: list[str]) -> evaluate.Scores:
+def ask_and_score(nano, folder, number: int, names: list[str]) -> answers.Scores:
     """So many questions of a Quick speaker, answered, read again as a run that goes on does, and
     scored. Every fourth text is another one."""
     speaker, accelerator = nano
     quick = Quick(speaker.model, speaker.tokenizer, speaker.stop, "quick")
     for _ in range(2):
         asked = (
-            evaluate.question(row(f"say {i:09d}", f"it is {i // 4:09d}"), None)
+            answers.question(row(f"say {i:09d}", f"it is {i // 4:09d}"), None)
             for i in range(number)
         )
         predictions = Predictions(folder / "predictions.jsonl")
-        evaluate.answer_all(
-            quick, asked, SHORT, predictions, accelerator, Log(None), rows=evaluate.WINDOW
+        answers.answer_all(
+            quick, asked, SHORT, predictions, accelerator, Log(None), rows=answers.WINDOW
         )
-    return evaluate.score(folder / "predictions.jsonl", names, accelerator)
+    return answers.score(folder / "predictions.jsonl", names, accelerator)
 
 
 def test_memory_does_not_grow_with_the_number_of_examples(nano, tmp_path, monkeypatch):
     """A question or an answer of each example, kept anywhere, would be seen."""
-    monkeypatch.setattr(evaluate, "WINDOW", 50)
+    monkeypatch.setattr(answers, "WINDOW", 50)
     answer = generate.Answer([7, 8], "stop")
     monkeypatch.setattr(generate, "decode", lambda _, prompts, *a, **o: [answer] * len(prompts))
 
@@ -208,15 +206,15 @@ def test_a_slow_rank_is_told(monkeypatch):
 
     told = tiny.Said()
     seconds = [20.0, 61.0, 21.0, 24.0]
-    monkeypatch.setattr(evaluate, "gather_object", lambda _: [(each, 900) for each in seconds])
-    evaluate._tell_slow_ranks(20.0, 900, World(), told)
+    monkeypatch.setattr(answers, "gather_object", lambda _: [(each, 900) for each in seconds])
+    answers._tell_slow_ranks(20.0, 900, World(), told)
     [line] = told.lines
     assert line.startswith("warning: rank 1 took 1 min 01 s for 900 tokens, others 21 s")
 
 
 def test_waiting_for_others_is_not_counted_as_work(nano, tmp_path, monkeypatch):
     seconds: list[float] = []
-    monkeypatch.setattr(evaluate, "_tell_slow_ranks", lambda busy, *_: seconds.append(busy))
+    monkeypatch.setattr(answers, "_tell_slow_ranks", lambda busy, *_: seconds.append(busy))
     waited = 0.5 * 4
     answered(nano, ROWS, tmp_path / "a.jsonl", rows=1, between=lambda: time.sleep(0.5))
     started = time.perf_counter()
@@ -228,13 +226,13 @@ def test_waiting_for_others_is_not_counted_as_work(nano, tmp_path, monkeypatch):
 
 def test_the_reference_of_a_call_is_what_the_template_writes_for_it(shared):
     path = str(shared / "data/tokenizers/qwen2.5-instruct")
-    tokenizer = chat.prepare_tokenizer(AutoTokenizer.from_pretrained(path))
+    tokenizer = template.prepare_tokenizer(AutoTokenizer.from_pretrained(path))
     call = {"type": "function", "function": {"name": "wait", "arguments": {"seconds": 3}}}
     turns = [
         {"role": "user", "content": "wait"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
     ]
-    found = evaluate.question(Row(turns, None, "file", 1), tokenizer).told["reference"]
+    found = answers.question(Row(turns, None, "file", 1), tokenizer).told["reference"]
     assert "<tool_call>" in found
     assert '{"name": "wait", "arguments": {"seconds": 3}}' in found
 
@@ -244,12 +242,12 @@ def test_a_column_that_no_row_has_is_told_before_any_is_rendered(tmp_path, monke
         ROOT / "configs/nano.yaml",
         ["evaluation.group=mesages", f"data.cache_dir={tmp_path}", "data.max_rows=64"],
     )
-    monkeypatch.setattr(prepare, "_part", None)
+    monkeypatch.setattr(cache, "_part", None)
     told = (
         r"nano/test\.jsonl: no column 'mesages', which evaluation\.group names; did you mean messa"
     )
     with pytest.raises(UserError, match=told):
-        prepare.prepare(config)
+        cache.prepare(config)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
@@ -258,4 +256,4 @@ def test_a_reference_that_a_metric_cannot_use_is_told_before_anything_is_answere
         ROOT / "configs/nano.yaml", ["evaluation.metrics=[numeric_match]", "data.max_rows=64"]
     )
     with pytest.raises(UserError, match=r"nano/test\.jsonl:\d+: .*numeric_match"):
-        finetune.check_references(config, prepare.prepare(config))
+        task.check_references(config, cache.prepare(config))

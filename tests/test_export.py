@@ -10,8 +10,14 @@ import torch
 from conftest import ROOT
 from test_model import wake
 
-from sft import chat, checkpoint, export, model, processes
-from sft.config import Config, dump_config, load_config, with_values
+from sft import errors
+from sft.config.load import dump_config, load_config, with_values
+from sft.config.schema import Config
+from sft.data import template
+from sft.models import export, load
+from sft.runtime import checkpoint, processes
+from sft.serve import runs
+from sft.tasks.crowd import agents
 
 CPU = torch.device("cpu")
 
@@ -32,8 +38,8 @@ def finished(folder: Path, mode: str, base: Path = ROOT / "nano/model", std: flo
             "train.output_dir": str(folder),
         },
     )
-    tokenizer = chat.prepare_tokenizer(model.load_tokenizer(config.model))
-    built = model.build(config, "fp32", CPU)
+    tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))
+    built = load.build(config, "fp32", CPU)
     wake(built, std)
     commit(config, lambda target: export.save(built, tokenizer, target, base=config.model))
     (folder / "config.yaml").write_text(dump_config(config))
@@ -46,8 +52,8 @@ def commit(config: Config, write) -> None:
 
 
 def test_saved_weights_load_back_bit_for_bit(run):
-    config = export.run_config(run)
-    first, second = (model.build(config, "fp32", CPU) for _ in range(2))
+    config = runs.run_config(run)
+    first, second = (load.build(config, "fp32", CPU) for _ in range(2))
     wake(first)
     export.load_weights(second, run / "final_checkpoint")
     for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
@@ -55,38 +61,38 @@ def test_saved_weights_load_back_bit_for_bit(run):
 
 
 def test_weights_of_another_shape_are_refused(run):
-    config = with_values(export.run_config(run), {"tuning.r": 3})
-    with pytest.raises(checkpoint.CheckpointError, match="does not fit the model"):
-        export.load_weights(model.build(config, "fp32", CPU), run / "final_checkpoint")
+    config = with_values(runs.run_config(run), {"tuning.r": 3})
+    with pytest.raises(errors.CheckpointError, match="does not fit the model"):
+        export.load_weights(load.build(config, "fp32", CPU), run / "final_checkpoint")
 
 
 def test_an_unfinished_run_is_one_message(tmp_path):
-    with pytest.raises(export.ExportError, match="expected a finished run"):
-        export.run_config(tmp_path)
-    with pytest.raises(export.ExportError, match="found nothing"):
-        export.run_config(tmp_path / "missing")
+    with pytest.raises(errors.ExportError, match="expected a finished run"):
+        runs.run_config(tmp_path)
+    with pytest.raises(errors.ExportError, match="found nothing"):
+        runs.run_config(tmp_path / "missing")
 
 
 def test_a_damaged_adapter_is_not_loaded(tmp_path):
     folder = finished(tmp_path, "lora")
-    path = folder / "final_checkpoint" / export.ADAPTER
+    path = folder / "final_checkpoint" / agents.WEIGHTS
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(export.ExportError, match="is damaged"):
-        export.run_config(folder)
+    with pytest.raises(errors.ExportError, match="is damaged"):
+        runs.run_config(folder)
 
 
 def test_an_adapter_is_not_put_on_another_base(tmp_path, run):
-    config = export.run_config(run)
+    config = runs.run_config(run)
     copy = shutil.copytree(config.model.name, tmp_path / "copy")
-    moved = export.run_config(run, [f"model.name={copy}"])
-    export.load_tuned(run, moved, "fp32", CPU)  # the same weights in another place
+    moved = runs.run_config(run, [f"model.name={copy}"])
+    runs.load_tuned(run, moved, "fp32", CPU)  # the same weights in another place
     content = bytearray((copy / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (copy / "model.safetensors").write_bytes(content)
-    with pytest.raises(export.ExportError, match="expected its weights, of digest"):
-        export.load_tuned(run, moved, "fp32", CPU)
+    with pytest.raises(errors.ExportError, match="expected its weights, of digest"):
+        runs.load_tuned(run, moved, "fp32", CPU)
 
 
 @pytest.mark.parametrize(
@@ -98,13 +104,13 @@ def test_an_adapter_is_not_put_on_another_base(tmp_path, run):
     ],
 )
 def test_an_adapter_is_not_computed_otherwise_than_it_was_trained(run, override, told):
-    with pytest.raises(export.ExportError, match=told) as error:
-        export.load_tuned(run, export.run_config(run, [override]), "fp32", CPU)
+    with pytest.raises(errors.ExportError, match=told) as error:
+        runs.load_tuned(run, runs.run_config(run, [override]), "fp32", CPU)
     assert str(run / "final_checkpoint") in str(error.value)
     assert "adapter_config.json" in str(error.value)
 
 
 def test_the_modules_of_an_adapter_may_be_written_out(run):
     modules = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
-    config = export.run_config(run, [f"tuning.target_modules={modules}"])
-    export.load_tuned(run, config, "fp32", CPU)
+    config = runs.run_config(run, [f"tuning.target_modules={modules}"])
+    runs.load_tuned(run, config, "fp32", CPU)

@@ -6,8 +6,8 @@ import pytest
 from conftest import ROOT
 from faults import catalogue
 
-from sft import audit, chat
-from sft.data import DataError
+from sft.data import audit, template
+from sft.errors import DataError
 
 FAULTS = [(where, fault) for where, faults in catalogue.FAULTS.items() for fault in faults]
 
@@ -36,7 +36,7 @@ def test_every_kind_of_finding_has_a_fault():
 @pytest.mark.parametrize("row", catalogue.CLEAN, ids=["one turn", "two turns", "tools"])
 def test_nothing_is_found_on_what_they_mutate(row):
     made = catalogue.tokenizer()
-    example = chat.render(made, row.messages, row.tools)
+    example = template.render(made, row.messages, row.tools)
     assert audit.examine(made, row, example, catalogue.LIMIT) == []
 
 

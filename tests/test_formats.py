@@ -10,7 +10,7 @@ from conftest import load_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft.formats import BY_NAME, FORMATS, normalise, recognise, with_system
+from sft.data.formats import BY_NAME, FORMATS, normalise, recognise, with_system
 
 
 def turn(role, content, **more):

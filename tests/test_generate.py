@@ -19,8 +19,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sft import chat, generate, model, processes
-from sft.config import Generation, Model, Train
+from sft.config.schema import Generation, Model, Train
+from sft.data import template
+from sft.evaluate import generate
+from sft.models import load
+from sft.runtime import processes
 
 GREEDY = Generation(max_new_tokens=24)
 # Untied: a random model whose head is its embedding says the last token again and again.
@@ -191,7 +194,9 @@ def test_a_model_with_a_recurrent_state_is_answered_too(accelerator):
 
 
 def test_the_end_of_a_turn_stops_an_answer():
-    tokenizer = chat.prepare_tokenizer(model.load_tokenizer(Model(name=str(ROOT / "nano/model"))))
+    tokenizer = template.prepare_tokenizer(
+        load.load_tokenizer(Model(name=str(ROOT / "nano/model")))
+    )
     built = tiny.llama()
     built.generation_config.eos_token_id = [17, 18]
     found = generate.stop_ids(tokenizer, built.generation_config)

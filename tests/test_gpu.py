@@ -10,11 +10,12 @@ import tiny
 import torch
 from test_numbers import steps, weights
 
-from sft import attention, batching, chat
+from sft.data import batches, template
+from sft.models import attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make test-gpu")
 LONG = 512
-WHOLE = batching.Budget(64 * LONG, "padded")
+WHOLE = batches.Budget(64 * LONG, "padded")
 SIZES = {
     "hidden_size": 256,
     "intermediate_size": 704,
@@ -29,7 +30,8 @@ def make(folder):
     random = np.random.default_rng(0)
     ids = random.integers(2, SIZES["vocab_size"], (64, LONG)).tolist()
     rows = [
-        chat.Example(ids=row, labels=[chat.IGNORED] * (LONG // 2) + row[LONG // 2 :]) for row in ids
+        template.Example(ids=row, labels=[template.IGNORED] * (LONG // 2) + row[LONG // 2 :])
+        for row in ids
     ]
     settings = tiny.config(folder, global_batch=64, max_steps=4, precision="fp32")
     made = tiny.make_engine(tiny.llama(**SIZES), rows, rows, settings, WHOLE)

@@ -22,7 +22,10 @@ import torch
 from conftest import ROOT, clean_environment
 from safetensors.torch import load_file
 
-from sft import checkpoint, cli, guard
+from sft import cli, errors
+from sft.runtime import checkpoint, children, watchdog
+from sft.runtime.lock import Lock
+from sft.runtime.status import Status
 
 pytestmark = pytest.mark.slow
 
@@ -221,7 +224,7 @@ def test_a_second_signal_ends_at_once_without_half_a_checkpoint(start, whole, mo
         os.kill(first, number)
         os.kill(second, number)
         assert not (run.out / "codes").exists()
-        time.sleep(guard.SAME_REQUEST + 1)
+        time.sleep(watchdog.SAME_REQUEST + 1)
     assert run.codes() == [130, 130], run.told
     assert (run.status["state"], run.status["exit_code"]) == ("interrupted", 130)
     assert run.checkpoints() == (["checkpoint_step_0"] if moment == "step" else [])
@@ -302,7 +305,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(start, moment):
     run = start(2, moment, "loop", 1).at_moment()
     os.kill(run.pids["launcher"], signal.SIGKILL)
     for pid in run.pids["ranks"]:
-        wait_for(lambda pid=pid: guard.is_dead(pid), 2.0)
+        wait_for(lambda pid=pid: children.is_dead(pid), 2.0)
     if moment == "data":
         assert run.status["state"] == "running"  # nobody was left to tell
         assert resumed(start, 2, run).status["attempt"] == 2
@@ -313,7 +316,7 @@ def test_a_rank_whose_launcher_is_gone_already_ends_before_it_does_anything(tmp_
     for launcher, code in ((os.getpid(), 0), (os.getppid(), 1)):
         rank = os.fork()
         if not rank:
-            os.environ |= {"LOCAL_RANK": "0", cli.LAUNCHER: str(launcher)}
+            os.environ |= {"LOCAL_RANK": "0", children.LAUNCHER: str(launcher)}
             try:
                 cli.run((tmp_path / str(launcher)).touch)
             except SystemExit as ended:
@@ -363,7 +366,7 @@ def test_workers_do_not_outlive_a_run_that_is_killed(start):
     pids = workers(run)
     os.kill(run.pids["ranks"][0], signal.SIGKILL)
     for pid in pids:
-        wait_for(lambda pid=pid: guard.is_dead(pid), 2.0)
+        wait_for(lambda pid=pid: children.is_dead(pid), 2.0)
 
 
 # --- torchrun ------------------------------------------------------------------------------------
@@ -397,14 +400,14 @@ def test_sigterm_to_torchrun_and_its_ranks_is_one_request(tmp_path):
 
 
 def test_of_several_ranks_the_first_to_tell_wins(tmp_path):
-    first, second = guard.Status(tmp_path), guard.Status(tmp_path)
+    first, second = Status(tmp_path), Status(tmp_path)
     first.begin()
     second.follow()
     assert second.end("failed", 3, "the cause", rank=1, step=4)
     assert not first.end("failed", 7, "the connection broke", rank=0, step=4)
     assert first.verdict() == second.read()
     assert first.read()["reason"] == "the cause"
-    later = guard.Status(tmp_path)
+    later = Status(tmp_path)
     later.begin()
     assert later.read()["attempt"] == 2
     assert not first.end("failed", 7, "left over", rank=0, step=4)
@@ -412,14 +415,14 @@ def test_of_several_ranks_the_first_to_tell_wins(tmp_path):
 
 
 def test_a_status_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
-    status = guard.Status(tmp_path)
+    status = Status(tmp_path)
     status.begin()
     before = (tmp_path / "status.json").read_text()
 
     def full(_: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(guard.os, "fsync", full)
+    monkeypatch.setattr(watchdog.os, "fsync", full)
     assert status.end("failed", 1, "x" * 10_000, rank=0, step=1)
     assert (tmp_path / "status.json").read_text() == before
 
@@ -428,23 +431,23 @@ def test_a_file_system_without_locks_is_judged_by_what_the_owner_wrote(tmp_path,
     def unsupported(*_: Any) -> None:
         raise OSError(95, "not supported")
 
-    monkeypatch.setattr(guard.fcntl, "flock", unsupported)
-    owner = guard.Lock(tmp_path)
-    with pytest.raises(guard.LockedError, match=f"process {os.getpid()} .*not supported"):
-        guard.Lock(tmp_path)
-    monkeypatch.setattr(guard, "is_dead", lambda _: True)
-    guard.Lock(tmp_path).release()
+    monkeypatch.setattr(watchdog.fcntl, "flock", unsupported)
+    owner = Lock(tmp_path)
+    with pytest.raises(errors.LockedError, match=f"process {os.getpid()} .*not supported"):
+        Lock(tmp_path)
+    monkeypatch.setattr(children, "is_dead", lambda _: True)
+    Lock(tmp_path).release()
     assert not (tmp_path / ".lock").exists()
     owner.release()
 
 
 def test_a_lock_goes_with_the_folder_that_is_moved_aside(tmp_path):
     folder = tmp_path / "run"
-    lock = guard.Lock(folder)
+    lock = Lock(folder)
     (folder / "training.log").touch()
     lock.move_folder(tmp_path / "run.1")
     assert [path.name for path in (tmp_path / "run.1").iterdir()] == ["training.log"]
-    with pytest.raises(guard.LockedError):
-        guard.Lock(folder)
+    with pytest.raises(errors.LockedError):
+        Lock(folder)
     lock.release()
-    guard.Lock(folder).release()
+    Lock(folder).release()

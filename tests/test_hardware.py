@@ -12,8 +12,9 @@ import psutil
 import pytest
 from rich.console import Console
 
-from sft import hardware
-from sft.hardware import GIB, CgroupLimits, Device, Hardware
+from sft.plan import gpus
+from sft.runtime import hardware
+from sft.runtime.hardware import GIB, CgroupLimits, Device, Hardware
 
 TOPOLOGY = """\
 \t\x1b[4mGPU0\tGPU1\tGPU2\tGPU3\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m
@@ -216,7 +217,7 @@ def test_nvidia_smi_missing_or_failing_is_a_blank(
     ],
 )
 def test_gpus_by_name(text, name, gib, number):
-    devices = hardware.named_gpus(text)
+    devices = gpus.named_gpus(text)
     assert [device.index for device in devices] == list(range(number))
     assert {(device.name, device.bf16) for device in devices} == {(name, True)}
     assert devices[0].total_bytes == round(gib * hardware.GIB)
@@ -225,10 +226,10 @@ def test_gpus_by_name(text, name, gib, number):
 def test_gpus_without_a_known_name():
     for text in ("A100", "", "x 8", "Voodoo"):  # an A100 has 40 or 80 GB
         with pytest.raises(ValueError, match=r"expected one of T4, .* GIB=48"):
-            hardware.named_gpus(text)
+            gpus.named_gpus(text)
     for text, gib in (("H100-80GB x 0", None), ("H100-80GB", 0), ("mine", -5)):
         with pytest.raises(ValueError, match="at least one GPU and a memory above 0"):
-            hardware.named_gpus(text, gib)
-    assert hardware.named_gpus("Voodoo x 2", 48)[1].total_bytes == 48 * hardware.GIB
-    assert hardware.named_gpus("H100-80GB", 10)[0].total_bytes == 10 * hardware.GIB
-    assert not hardware.named_gpus("T4")[0].bf16
+            gpus.named_gpus(text, gib)
+    assert gpus.named_gpus("Voodoo x 2", 48)[1].total_bytes == 48 * hardware.GIB
+    assert gpus.named_gpus("H100-80GB", 10)[0].total_bytes == 10 * hardware.GIB
+    assert not gpus.named_gpus("T4")[0].bf16

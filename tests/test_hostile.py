@@ -24,11 +24,19 @@ from conftest import ROOT
 from safetensors.torch import save_file
 from test_export import finished
 
-from sft import batching, chat, checkpoint, data, export, model, prepare
-from sft.checkpoint import CheckpointError
-from sft.config import Config, ConfigError, Model, UserError, load_config
-from sft.data import DataError
-from sft.log import Log
+from sft import errors
+from sft.config.load import load_config
+from sft.config.schema import Config, Model
+from sft.data import batches, cache, rendering
+from sft.data.files import BadRow, Row, read_all, sources
+from sft.data.template import coloured, prepare_tokenizer, render
+from sft.errors import CheckpointError, ConfigError, DataError, UserError
+from sft.models import export
+from sft.models.load import architecture, load_base, load_tokenizer
+from sft.runtime import checkpoint
+from sft.runtime.log import Log
+from sft.serve import runs
+from sft.tasks.crowd import agents
 
 CPU = torch.device("cpu")
 NANO = ROOT / "nano/model"
@@ -49,10 +57,10 @@ def marker(tmp_path) -> Path:
 def load(folder: Path) -> tuple[Any, Any]:
     """All that training loads of a model, in its order."""
     config = Model(name=str(folder))
-    model.architecture(config)
-    tokenizer = chat.prepare_tokenizer(model.load_tokenizer(config))
-    chat.render(tokenizer, TURNS)
-    return model.load_base(config, "lora", "fp32", CPU), tokenizer
+    architecture(config)
+    tokenizer = prepare_tokenizer(load_tokenizer(config))
+    render(tokenizer, TURNS)
+    return load_base(config, "lora", "fp32", CPU), tokenizer
 
 
 def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
@@ -110,14 +118,14 @@ def configured(rows: Path, *overrides: str, folder: Path = NANO) -> Config:
     return load_config(ROOT / "configs/nano.yaml", given)
 
 
-def rejected(prepared: prepare.Prepared) -> list[data.BadRow]:
+def rejected(prepared: cache.Prepared) -> list[BadRow]:
     lines = prepared.rejected.tobytes().decode().splitlines()
-    return [data.BadRow(**json.loads(text)) for text in lines]
+    return [BadRow(**json.loads(text)) for text in lines]
 
 
 def refused(config: Config) -> str:
     with pytest.raises(DataError) as caught:
-        prepare.prepare(config)
+        cache.prepare(config)
     assert caught.value.exit_code == 3
     return str(caught.value)
 
@@ -136,7 +144,7 @@ def test_every_bad_row_is_told(tmp_path):
         assert reason in told
     assert (len(listed), more) == (10, f"... and {len(BAD_ROWS) - 10} more")
 
-    prepared = prepare.prepare(configured(path, "data.on_bad_row=skip"))
+    prepared = cache.prepare(configured(path, "data.on_bad_row=skip"))
     found = rejected(prepared)
     assert [(row.file, row.line) for row in found] == [place[:2] for place in expected]
     for row, (*_, reason) in zip(found, expected, strict=True):
@@ -165,7 +173,7 @@ def test_turns_that_the_template_refuses(tmp_path, folder):
     path.write_bytes(b"\n".join([*rows, *(answered(n) for n in range(6))]))
     (folder / "chat_template.jinja").write_text(STRICT)
     config = configured(path, "data.on_bad_row=skip", folder=folder)
-    found = rejected(prepare.prepare(config))
+    found = rejected(cache.prepare(config))
     assert [(row.file, row.line) for row in found] == [(str(path), n) for n in (1, 2, 3)]
     for row, (_, reason) in zip(found, TURNS_REFUSED.values(), strict=True):
         assert reason in row.reason
@@ -177,7 +185,7 @@ def test_turns_that_the_template_takes(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [text for name, (text, _) in TURNS_REFUSED.items() if name != "a dropped turn"]
     path.write_bytes(b"\n".join([*rows, *(answered(n) for n in range(6))]))
-    prepared = prepare.prepare(configured(path))
+    prepared = cache.prepare(configured(path))
     assert len(prepared.train) + len(prepared.held_out) == 8
 
 
@@ -191,7 +199,7 @@ def test_rows_that_the_audit_refuses(tmp_path):
     assert "too_long" in told
     assert f"{path}:1" in told
     assert f"{path}:2" in told
-    prepared = prepare.prepare(configured(path, "data.on_long=drop", "data.audit=warn"))
+    prepared = cache.prepare(configured(path, "data.on_long=drop", "data.audit=warn"))
     assert prepared.audit["dropped"] == 1
     assert len(prepared.train) + len(prepared.held_out) == 9
 
@@ -201,11 +209,11 @@ def test_a_row_of_10_mb(tmp_path):
     size = 10 * 2**20
     long = [turn("user", "a" * size), turn("assistant", "b")]
     path.write_bytes(b"\n".join([answered(1), line(*long), line(*long, 5)]))  # type: ignore[arg-type]
-    first, second, third = data.read_all(str(path))
-    assert isinstance(first, data.Row)
-    assert isinstance(second, data.Row)
+    first, second, third = read_all(str(path))
+    assert isinstance(first, Row)
+    assert isinstance(second, Row)
     assert len(second.messages[0]["content"]) == size
-    assert isinstance(third, data.BadRow)
+    assert isinstance(third, BadRow)
     assert (third.line, third.reason) == (3, "message 3: expected an object, found int")
     assert len(third.excerpt) < 100
 
@@ -216,32 +224,32 @@ def test_a_file_in_utf_16(tmp_path, encoding):
     bom = b"\xfe\xff" if encoding == "utf-16-be" else b""
     path.write_bytes(bom + answered(1).decode().encode(encoding))
     with pytest.raises(DataError, match="UTF-16 text; save it as UTF-8"):
-        list(data.read_all(str(path)))
+        list(read_all(str(path)))
 
 
 def test_a_bad_item_of_a_json_list(tmp_path):
     path = tmp_path / "rows.json"
     huge = b'{"text": "a", "n": ' + b"9" * 5000 + b"}"
     path.write_bytes(b"[" + b",\n".join([answered(1), huge, answered(2)]) + b"]")
-    rows = list(data.read_all(str(path)))
-    assert [type(row) for row in rows] == [data.Row, data.BadRow, data.Row]
+    rows = list(read_all(str(path)))
+    assert [type(row) for row in rows] == [Row, BadRow, Row]
     assert str(rows[1]).startswith(f"{path}:2: Exceeds the limit")
     path.write_bytes(b"[" + b",\n".join([answered(1), b'{"text": "\xff"}']) + b"]")
     with pytest.raises(DataError, match=r"rows.json:2: the list cannot be read: not UTF-8 text"):
-        list(data.read_all(str(path)))
+        list(read_all(str(path)))
 
 
 def test_a_pipe_is_no_file_of_rows(tmp_path):
     os.mkfifo(tmp_path / "rows.jsonl")
     with pytest.raises(DataError, match="found: no regular file"):
-        data.sources(str(tmp_path / "rows.jsonl"))
+        sources(str(tmp_path / "rows.jsonl"))
 
 
 def test_text_of_a_row_does_not_steer_the_terminal():
-    tokenizer = model.load_tokenizer(Model(name=str(NANO)))
+    tokenizer = load_tokenizer(Model(name=str(NANO)))
     text = "a\x1b]0;title\x07\tb\n c\x9b2J d\r"
-    example = chat.render(tokenizer, [turn("user", text), HELLO])
-    shown = chat.coloured(tokenizer, example).plain
+    example = render(tokenizer, [turn("user", text), HELLO])
+    shown = coloured(tokenizer, example).plain
     assert "a\\x1b]0;title\\x07\tb\n c\\x9b2J d\\r" in shown
 
 
@@ -278,7 +286,7 @@ def test_a_table_whose_offsets_lie(tmp_path):
     assert offsets in sink.getvalue()
     path = tmp_path / "rows.arrow"
     path.write_bytes(sink.getvalue().replace(offsets, struct.pack("<iii", 0, 5, 2**30)))
-    error = in_child(lambda: list(data.read_all(str(path))))
+    error = in_child(lambda: list(read_all(str(path))))
     assert isinstance(error, DataError)
     assert f"{path}: the file is broken: " in str(error)
 
@@ -337,10 +345,10 @@ def test_a_hostile_header(tmp_path, content):
         shutil.copy(NANO / name, tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
-    with pytest.raises(model.ModelError, match=r"model\.safetensors cannot be loaded: it") as told:
-        model.load_base(Model(name=str(tmp_path)), "lora", "fp32", CPU)
+    with pytest.raises(errors.ModelError, match=r"model\.safetensors cannot be loaded: it") as told:
+        load_base(Model(name=str(tmp_path)), "lora", "fp32", CPU)
     assert told.value.exit_code == 2
-    file.rename(tmp_path / export.ADAPTER)
+    file.rename(tmp_path / agents.WEIGHTS)
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors cannot be lo") as told:
         export.load_weights(torch.nn.Linear(1, 1), tmp_path)
     assert told.value.exit_code == 4
@@ -467,7 +475,7 @@ def test_no_pickle_of_a_model_is_executed(folder, marker):
     poison(folder, marker)
     load(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(model.ModelError, match=r"model\.safetensors"):
+    with pytest.raises(errors.ModelError, match=r"model\.safetensors"):
         load(folder)
     assert not marker.exists()
 
@@ -477,12 +485,12 @@ def test_no_pickle_of_a_data_folder_is_executed(tmp_path, marker):
     rows.mkdir()
     poison(rows, marker)
     (rows / "rows.jsonl").write_bytes(answered(1))
-    assert len(list(data.read_all(str(rows)))) == 1
+    assert len(list(read_all(str(rows)))) == 1
     (rows / "rows.jsonl").write_bytes(payload(marker))
-    (bad,) = data.read_all(str(rows))
-    assert isinstance(bad, data.BadRow)
+    (bad,) = read_all(str(rows))
+    assert isinstance(bad, BadRow)
     with pytest.raises(DataError):
-        list(data.read_all(str(rows / "state.pkl")))
+        list(read_all(str(rows / "state.pkl")))
     disguised = {
         b"ARROW:extension:name": b"arrow.py_extension_type",
         b"ARROW:extension:metadata": payload(marker),
@@ -491,7 +499,7 @@ def test_no_pickle_of_a_data_folder_is_executed(tmp_path, marker):
     table = pyarrow.table([pyarrow.array(["a"])], schema=pyarrow.schema([field]))
     with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table)
-    assert len(list(data.read_all(str(tmp_path / "a.arrow")))) == 1
+    assert len(list(read_all(str(tmp_path / "a.arrow")))) == 1
     assert not marker.exists()
 
 
@@ -500,19 +508,19 @@ def test_no_pickle_of_a_run_is_executed(tmp_path, marker):
     final = made / "final_checkpoint"
     poison(final, marker)
     sealed_again(final)
-    config = export.run_config(made)
-    export.load_tuned(made, config, "fp32", CPU)
-    (final / export.ADAPTER).unlink()
+    config = runs.run_config(made)
+    runs.load_tuned(made, config, "fp32", CPU)
+    (final / agents.WEIGHTS).unlink()
     sealed_again(final)
     with pytest.raises(UserError, match="does not fit the model: it lacks"):
-        export.load_tuned(made, export.run_config(made), "fp32", CPU)
+        runs.load_tuned(made, runs.run_config(made), "fp32", CPU)
     assert not marker.exists()
 
 
 def test_no_pickle_of_a_checkpoint_is_executed(tmp_path, marker):
     examples = tiny.examples(0, 8)
     settings = tiny.config(tmp_path / "run", max_steps=4, global_batch=4)
-    budget = batching.Budget(100, "padded")
+    budget = batches.Budget(100, "padded")
 
     def engine():
         return tiny.make_engine(tiny.llama(), examples, examples[:2], settings, budget)
@@ -564,9 +572,9 @@ def test_custom_code_is_refused_unasked(folder, marker, stdin):
     with_code(folder, marker)
     config = Model(name=str(folder))
     loaders = {
-        "config": lambda: model.architecture(config),
-        "tokenizer": lambda: model.load_tokenizer(config),
-        "model": lambda: model.load_base(config, "lora", "fp32", CPU),
+        "config": lambda: architecture(config),
+        "tokenizer": lambda: load_tokenizer(config),
+        "model": lambda: load_base(config, "lora", "fp32", CPU),
     }
 
     def attempt() -> dict[str, str]:
@@ -575,7 +583,7 @@ def test_custom_code_is_refused_unasked(folder, marker, stdin):
         for name, loader in loaders.items():
             try:
                 loader()
-            except model.ModelError as error:
+            except errors.ModelError as error:
                 told[name] = str(error)
         left = None if sys.stdin is None else sys.stdin.read()
         return told | {"unread": str(left)}
@@ -598,8 +606,8 @@ def test_a_run_folder_cannot_allow_its_own_code(tmp_path):
     )
     (made / "config.yaml").write_text(changed_text)
     assert load_config(made / "config.yaml").model.trust_remote_code
-    assert not export.run_config(made).model.trust_remote_code
-    assert export.run_config(made, ["model.trust_remote_code=true"]).model.trust_remote_code
+    assert not runs.run_config(made).model.trust_remote_code
+    assert runs.run_config(made, ["model.trust_remote_code=true"]).model.trust_remote_code
 
 
 def test_an_adapter_cannot_name_modules_to_import(tmp_path, marker, monkeypatch):
@@ -610,7 +618,7 @@ def test_an_adapter_cannot_name_modules_to_import(tmp_path, marker, monkeypatch)
     megatron = {"hidden_size": 192, "tensor_model_parallel_size": 1}
     changed("adapter_config.json", megatron_core="evil", megatron_config=megatron)(final)
     sealed_again(final)
-    export.load_tuned(made, export.run_config(made), "fp32", CPU)
+    runs.load_tuned(made, runs.run_config(made), "fp32", CPU)
     assert not marker.exists()
 
 
@@ -651,7 +659,7 @@ GREEDY = {
 
 
 def with_template(text: str) -> Any:
-    tokenizer = model.load_tokenizer(Model(name=str(NANO)))
+    tokenizer = load_tokenizer(Model(name=str(NANO)))
     tokenizer.chat_template = text + tokenizer.chat_template
     return tokenizer
 
@@ -660,7 +668,7 @@ def with_template(text: str) -> Any:
 def test_a_template_cannot_leave_its_sandbox(marker, escape):
     tokenizer = with_template(escape.replace("MARKER", str(marker)))
     try:
-        text = chat.text_of(tokenizer, TURNS)
+        text = rendering.text_of(tokenizer, TURNS)
     except DataError:
         text = ""
     text = text.partition("<|im_start|>")[0]
@@ -670,31 +678,31 @@ def test_a_template_cannot_leave_its_sandbox(marker, escape):
 
 @pytest.mark.parametrize("bomb", ENDLESS.values(), ids=ENDLESS)
 def test_a_template_without_end(monkeypatch, bomb):
-    monkeypatch.setattr(chat, "SECONDS", 1)
+    monkeypatch.setattr(rendering, "SECONDS", 1)
     with pytest.raises(
-        chat.TemplateError, match=r"nano/model: the chat template took more"
+        rendering.TemplateError, match=r"nano/model: the chat template took more"
     ) as told:
-        chat.render(with_template(bomb), TURNS)
+        render(with_template(bomb), TURNS)
     assert told.value.exit_code == 2
 
 
 @pytest.mark.usefixtures("frugal")
 @pytest.mark.parametrize("bomb", GREEDY.values(), ids=GREEDY)
 def test_a_template_that_fills_the_memory(bomb):
-    with pytest.raises(chat.TemplateError, match="cannot render two words in 1 GiB of memory"):
-        chat.text_of(with_template(bomb), TURNS)
+    with pytest.raises(rendering.TemplateError, match="cannot render two words in 1 GiB of memory"):
+        rendering.text_of(with_template(bomb), TURNS)
 
 
 def test_a_template_without_end_in_workers(tmp_path, folder, monkeypatch):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\n".join(answered(n) for n in range(4 * prepare.AT_ONCE)))
+    path.write_bytes(b"\n".join(answered(n) for n in range(4 * cache.AT_ONCE)))
     template = folder / "chat_template.jinja"
     bomb = "{% if messages[0].content == 'say 700' %}" + LOOPS + "{% endif %}"
     template.write_text(bomb + template.read_text())
-    monkeypatch.setattr(prepare.hardware, "usable_cores", lambda: 2)
-    monkeypatch.setattr(chat, "SECONDS", 1)
-    with pytest.raises(chat.TemplateError, match="the chat template took more than 1 s"):
-        prepare.prepare(configured(path, folder=folder))
+    monkeypatch.setattr(cache.hardware, "usable_cores", lambda: 2)
+    monkeypatch.setattr(rendering, "SECONDS", 1)
+    with pytest.raises(rendering.TemplateError, match="the chat template took more than 1 s"):
+        cache.prepare(configured(path, folder=folder))
     assert not list((tmp_path / "cache").glob("*.staging"))
 
 

@@ -12,10 +12,12 @@ import forked
 import pytest
 from conftest import ROOT
 
-from sft import cli, generate, infer
-from sft.config import ConfigError, UserError
-from sft.connector import AccelerateConnector
-from sft.log import Log
+from sft import cli
+from sft.errors import ConfigError, UserError
+from sft.evaluate import generate
+from sft.runtime.log import Log
+from sft.serve import chat
+from sft.serve.connector import AccelerateConnector
 
 MODEL = {"model_name": str(ROOT / "nano/model"), "mixed_precision": "no", "log": Log(None)}
 
@@ -25,9 +27,9 @@ def connector() -> AccelerateConnector:
     return AccelerateConnector(**MODEL)
 
 
-def talk(connector, *lines: str, system: str | None = None) -> tuple[infer.Talk, str]:
+def talk(connector, *lines: str, system: str | None = None) -> tuple[chat.Talk, str]:
     told: list[str] = []
-    conversation = infer.Talk(connector, told.append, system, max_new_tokens=8)
+    conversation = chat.Talk(connector, told.append, system, max_new_tokens=8)
     for line in lines:
         assert conversation.hear(line), line
     return conversation, "".join(told)
@@ -114,7 +116,7 @@ def whole(tmp_path_factory) -> tuple[Path, Path]:
     source, output = rows_file(folder), folder / "answers.jsonl"
     status = folder / "answers.jsonl.run"
     settings = {"max_new_tokens": 16}
-    infer.answer_file(str(source), output, status, MODEL | {"batch_size": 8}, settings)
+    chat.answer_file(str(source), output, status, MODEL | {"batch_size": 8}, settings)
     assert json.loads((status / "status.json").read_text())["state"] == "finished"
     return source, output
 
@@ -174,7 +176,7 @@ def test_files_that_cannot_be_are_told_before_a_model_is_loaded(
     Path("rows.jsonl").write_text('{"prompt": "hi"}\n')
     Path("folder.jsonl").mkdir()
     with pytest.raises(UserError, match=told):
-        infer.answer_file(source, Path(output), Path("status"), {"model_name": "none"}, {})
+        chat.answer_file(source, Path(output), Path("status"), {"model_name": "none"}, {})
     assert not Path("status").exists()
 
 
@@ -183,9 +185,9 @@ def test_answers_never_take_the_place_of_what_is_asked(tmp_path):
     source.write_text('{"prompt": "hi"}\n')
     for asked in (source, tmp_path / "*.jsonl"):
         with pytest.raises(UserError, match="is one of the files of INPUT"):
-            infer.answer_file(str(asked), source, tmp_path / "status", MODEL, {})
+            chat.answer_file(str(asked), source, tmp_path / "status", MODEL, {})
     with pytest.raises(UserError, match="lies in the folder INPUT"):
-        infer.answer_file(str(tmp_path), tmp_path / "a.jsonl", tmp_path / "status", MODEL, {})
+        chat.answer_file(str(tmp_path), tmp_path / "a.jsonl", tmp_path / "status", MODEL, {})
     assert source.read_text() == '{"prompt": "hi"}\n'
 
 

@@ -28,7 +28,7 @@ import pytest
 import yaml
 from conftest import ROOT, clean_environment, run
 
-from sft import hardware, launcher
+from sft.runtime import hardware, world
 
 CONFIGS = ROOT / "configs" / "accelerate"
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -66,7 +66,7 @@ def test_no_script_hides_a_package() -> None:
     ],
 )
 def test_launcher_files_are_valid(name: str, kind: str) -> None:
-    config = launcher.read_launch_file(CONFIGS / f"{name}.yaml")
+    config = world.read_launch_file(CONFIGS / f"{name}.yaml")
     assert config.distributed_type == kind
     assert config.num_processes == -1  # to be given: Accelerate refuses to guess
     assert config.mixed_precision == "no"
@@ -157,7 +157,7 @@ def test_setup_never_loses_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_setup_refuses_what_is_no_configuration(tmp_path: Path, text: str) -> None:
     (tmp_path / "file.yaml").write_text(text)
     with pytest.raises(ValueError, match="is not a configuration of Accelerate"):
-        launcher.read_launch_file(tmp_path / "file.yaml")
+        world.read_launch_file(tmp_path / "file.yaml")
 
 
 def test_setup_judges_what_the_processes_saw() -> None:
@@ -181,7 +181,7 @@ def test_the_wizard_asks_what_the_table_answers(tmp_path: Path) -> None:
     setup, hw, target = script("setup_accelerate"), hardware.detect(), tmp_path / "wizard.yaml"
     target.write_text("old: 1\n")
     answer_wizard(target, setup.wizard_answers(hw))
-    made, wanted = launcher.read_launch_file(target), setup.recommended(hw)
+    made, wanted = world.read_launch_file(target), setup.recommended(hw)
     for key in ("distributed_type", "num_processes", "num_machines", "gpu_ids", "mixed_precision"):
         assert getattr(made, key) == getattr(wanted, key), key
     assert target.with_name("wizard.yaml.bak").read_text() == "old: 1\n"

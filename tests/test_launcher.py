@@ -17,8 +17,11 @@ import pytest
 import yaml
 from conftest import ROOT, clean_environment
 
-from sft import launcher
-from sft.config import ConfigError, Train
+from sft.config.schema import Train
+from sft.errors import ConfigError
+from sft.runtime import launcher
+from sft.runtime.signals import Signals, catches, ranks
+from sft.runtime.world import CHECKED, PORT, World, launch_file, read_launch_file, world_of
 
 WORKER = ROOT / "tests/launch_worker.py"
 DRIVER = """
@@ -86,20 +89,20 @@ def train(**values: object) -> Train:
     return Train.model_validate({"output_dir": "none", "num_processes": 4} | values)
 
 
-def world(settings: Train | None = None, file: str = "ddp") -> launcher.World:
-    read = launcher.read_launch_file(launcher.CHECKED / f"{file}.yaml")
-    return launcher.world_of(settings or train(), read)
+def world(settings: Train | None = None, file: str = "ddp") -> World:
+    read = read_launch_file(CHECKED / f"{file}.yaml")
+    return world_of(settings or train(), read)
 
 
 def test_the_processes_are_those_of_each_machine(given):
-    assert world() == launcher.World(4)
+    assert world() == World(4)
     given(NUM_PROCESSES="3", MASTER_ADDR="left-over")
-    assert world() == launcher.World(3)
+    assert world() == World(3)
     given(NUM_PROCESSES="3", NUM_MACHINES="2", MACHINE_RANK="1", MASTER_ADDR="a", MASTER_PORT="7")
-    assert world() == launcher.World(3, 2, 1, "a", 7)
+    assert world() == World(3, 2, 1, "a", 7)
     assert world().num_processes == 6
     given(NUM_MACHINES="2", MACHINE_RANK="0", MASTER_ADDR="a")
-    assert world() == launcher.World(2, 2, 0, "a", launcher.PORT)
+    assert world() == World(2, 2, 0, "a", PORT)
 
 
 @pytest.mark.parametrize(
@@ -121,12 +124,12 @@ def test_a_launch_that_cannot_meet_is_refused(given, values, message):
 
 def test_the_engine_chooses_the_launch_file_unless_one_is_named(given, tmp_path):
     def chosen(**values: object) -> Path:
-        return launcher.launch_file(train(**values))
+        return launch_file(train(**values))
 
     three = str(ROOT / "configs/deepspeed_z3.json")
     one = tmp_path / "z1.json"
     one.write_text('{"zero_optimization": {"stage": 1}}')
-    checked = launcher.CHECKED
+    checked = CHECKED
     assert chosen() == checked / "ddp.yaml"
     assert chosen(engine="fsdp") == checked / "fsdp2.yaml"
     assert chosen(engine="deepspeed", deepspeed_config=three) == checked / "deepspeed_z3.yaml"
@@ -150,7 +153,7 @@ def test_the_engine_chooses_the_launch_file_unless_one_is_named(given, tmp_path)
     ],
 )
 def test_a_launch_file_that_would_fail_silently_is_refused(given, tmp_path, change, message):
-    values = yaml.safe_load((launcher.CHECKED / "ddp.yaml").read_text())
+    values = yaml.safe_load((CHECKED / "ddp.yaml").read_text())
     (tmp_path / "file.yaml").write_text(yaml.safe_dump(values | change))
     given(ACCELERATE_CONFIG=str(tmp_path / "file.yaml"))
     with pytest.raises(ConfigError, match=message):
@@ -191,10 +194,10 @@ def idle() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def test_ranks_are_found_and_the_third_stop_kills_them(idle, tmp_path):
-    assert set(launcher.ranks()) >= {process.pid for process in idle}
+    assert set(ranks()) >= {process.pid for process in idle}
     (tmp_path / "attempt").mkdir()  # ranks were started
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
-    with launcher.Signals(tmp_path) as signals:
+    with Signals(tmp_path) as signals:
         told = (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM)  # a terminal was closed
         for count, number in enumerate(told, 1):
             assert [process.poll() for process in idle] == [None, None]
@@ -209,9 +212,9 @@ def test_ranks_are_found_and_the_third_stop_kills_them(idle, tmp_path):
 
 
 def test_a_rank_that_does_not_expect_sigusr1_survives_it(idle, tmp_path, capfd):
-    assert launcher.catches(idle[0].pid, signal.SIGTERM)
-    assert not launcher.catches(idle[0].pid, signal.SIGUSR1)
-    with launcher.Signals(tmp_path):
+    assert catches(idle[0].pid, signal.SIGTERM)
+    assert not catches(idle[0].pid, signal.SIGUSR1)
+    with Signals(tmp_path):
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.3)
     assert "no rank is training" in capfd.readouterr().err

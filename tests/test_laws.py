@@ -20,7 +20,7 @@ from conftest import ROOT, launch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sft import batching, chat
+from sft.data import batches, template
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 SEEDS = [1, 2]
@@ -51,7 +51,7 @@ def test_any_cut_into_micro_batches_gives_the_same_loss_and_gradient(
         return
     loss, gradients = tiny.reference(tiny.llama(dtype), rows)
     model = tiny.llama(dtype)
-    _, values = step(model, rows, batching.Budget(max_tokens, layout), tmp_path)
+    _, values = step(model, rows, batches.Budget(max_tokens, layout), tmp_path)
     assert values["train/loss"] == pytest.approx(loss, rel=TOLERANCE[dtype])
     assert tiny.relative_error([p.grad for p in model.parameters()], gradients) < TOLERANCE[dtype]
 
@@ -59,10 +59,10 @@ def test_any_cut_into_micro_batches_gives_the_same_loss_and_gradient(
 def test_padding_changes_nothing(tmp_path):
     """The same example alone and beside one three times as long."""
     short = tiny.examples(3, 1, longest=8)[0]
-    long = chat.Example(ids=[5] * 30, labels=[chat.IGNORED] * 30)
+    long = template.Example(ids=[5] * 30, labels=[template.IGNORED] * 30)
     models = [tiny.llama(torch.float64) for _ in range(2)]
-    step(models[0], [short], batching.Budget(10_000, "padded"), tmp_path)
-    step(models[1], [short, long], batching.Budget(10_000, "padded"), tmp_path)
+    step(models[0], [short], batches.Budget(10_000, "padded"), tmp_path)
+    step(models[1], [short, long], batches.Budget(10_000, "padded"), tmp_path)
     gradients = [[p.grad for p in model.parameters()] for model in models]
     assert tiny.relative_error(*gradients) < 1e-12
 
@@ -77,15 +77,15 @@ def test_token_weights_obey_the_law_however_small_they_are(tmp_path, layout, max
     ]
     model = tiny.llama(torch.float64)
     loss, gradients = tiny.reference(model, rows)
-    _, values = step(model, rows, batching.Budget(max_tokens, layout), tmp_path)
+    _, values = step(model, rows, batches.Budget(max_tokens, layout), tmp_path)
     assert values["train/loss"] == pytest.approx(loss, rel=1e-12)
     assert tiny.relative_error([p.grad for p in model.parameters()], gradients) < 1e-12
 
 
 def test_a_batch_without_supervised_tokens_is_defined(tmp_path):
-    nothing = [chat.Example(ids=[3, 4, 5], labels=[chat.IGNORED] * 3)]
+    nothing = [template.Example(ids=[3, 4, 5], labels=[template.IGNORED] * 3)]
     model = tiny.llama()
-    _, values = step(model, nothing, batching.Budget(10, "padded"), tmp_path)
+    _, values = step(model, nothing, batches.Budget(10, "padded"), tmp_path)
     assert values["train/loss"] == 0
     assert all(p.grad.abs().max() == 0 for p in model.parameters())
 
@@ -133,7 +133,7 @@ def test_evaluation_obeys_the_same_law(tmp_path):
     for layout in ("padded", "packed"):
         for max_tokens in (1, 50, 10_000):
             settings_ = tiny.config(Path(tmp_path), global_batch=4)
-            budget = batching.Budget(max_tokens, layout)
+            budget = batches.Budget(max_tokens, layout)
             engine = tiny.make_engine(
                 tiny.llama(torch.float64), held_out, held_out, settings_, budget
             )

@@ -102,7 +102,7 @@ def used_modules(source: str, package: str = "sft") -> set[str]:
 
 
 def _module(parts: list[str]) -> list[str]:
-    """Of sft.crowd.task.CrowdTune only crowd.task."""
+    """Of sft.tasks.crowd.task.CrowdTune only crowd.task."""
     return parts[:2] if (PACKAGE / parts[0]).is_dir() else parts[:1]
 
 

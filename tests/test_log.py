@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from sft.log import WIDTH, Log, duration, facts, write_json
+from sft.runtime.console import WIDTH, duration, facts, write_json
+from sft.runtime.log import Log
 
 
 def metrics(folder: Path) -> list[dict]:

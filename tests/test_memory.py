@@ -13,9 +13,13 @@ from conftest import ROOT, launch
 from shapes import architectures, configured
 from transformers import GPT2Config, LlamaConfig, MambaConfig, Qwen2MoeConfig
 
-from sft import generate, memory, model, rehearsal
-from sft.config import dump_config, load_config, with_values
-from sft.rehearsal import Window, uniform
+from sft.config.load import dump_config, load_config, with_values
+from sft.evaluate import generate
+from sft.models import dtypes, load
+from sft.plan import counts as plan_counts
+from sft.plan import dry_run, memory, sharding
+from sft.plan.counts import _key
+from sft.plan.dry_run import Window, uniform
 
 SIZES = shapes.SIZES | {"num_hidden_layers": 12, "vocab_size": 512}
 DEPTHS = {"Llama": (2, 3, 7), "Qwen2": (2, 3, 7), "Gemma2": (4, 6, 12), "GPT2": (2, 3, 7)}
@@ -41,7 +45,7 @@ def test_few_layers_tell_what_all_take(tmp_path, name, mode, checkpointing):
     for window in WINDOWS if mode == "full" else WINDOWS[:1]:
         predicted = memory.predict(config, "fp32", window, on_gpu=False)
         assert predicted.method == "traced with {} and {} of {} layers".format(*DEPTHS[name])
-        whole = rehearsal.rehearse(config, "fp32", window).peak()
+        whole = dry_run.rehearse(config, "fp32", window).peak()
         assert predicted.allocated == pytest.approx(whole.num_bytes, rel=0.001)
         for label, size in whole.breakdown.items():
             assert predicted.breakdown.get(label, 0) == pytest.approx(size, rel=0.01, abs=2048)
@@ -50,17 +54,17 @@ def test_few_layers_tell_what_all_take(tmp_path, name, mode, checkpointing):
 def test_layers_that_do_not_repeat_are_traced_all(tmp_path):
     sizes = SIZES | {"num_experts": 2, "moe_intermediate_size": 32, "mlp_only_layers": [6]}
     config = configured(tmp_path, Qwen2MoeConfig(**sizes), "lora", gradient_checkpointing=False)
-    assert memory._depths(memory._key(config)) is None
+    assert memory._depths(_key(config)) is None
     shallow = LlamaConfig(**SIZES | {"num_hidden_layers": 5})
     few = configured(tmp_path, shallow)
-    assert memory._depths(memory._key(few)) is None
+    assert memory._depths(_key(few)) is None
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
 def test_counts_are_those_of_the_model(mode):
     config = with_values(load_config(ROOT / "configs/nano.yaml"), {"tuning.mode": mode})
-    counts = memory.counts(config)
-    shares = model.shares(model.build(config, "fp32", rehearsal.CPU))
+    counts = plan_counts.counts(config)
+    shares = dtypes.shares(load.build(config, "fp32", dry_run.CPU))
     assert counts.parameters == sum(share.num_parameters for share in shares)
     assert counts.trained == sum(share.num_parameters for share in shares if share.trained)
 
@@ -83,7 +87,7 @@ def test_few_layers_tell_what_the_allocator_of_a_gpu_reserves(
     predicted = memory.predict(config, "bf16", window, on_gpu=True)
     assert predicted.method == "traced with 2 and 3 of 12 layers"
     added = sum(predicted.breakdown.get(k, 0) for k in ("libraries", "attention workspace"))
-    whole = rehearsal.rehearse(config, "bf16", window, on_gpu=True).reserved()
+    whole = dry_run.rehearse(config, "bf16", window, on_gpu=True).reserved()
     pages = 22 * 2**20  # one of each pool
     assert whole - pages < predicted.reserved - added < whole + 2 * pages
 
@@ -95,7 +99,7 @@ def test_operations_keep_what_they_keep_on_a_gpu(tmp_path):
 
     def taken(architecture, precision, on_gpu=True):
         config = configured(tmp_path, architecture, "lora", gradient_checkpointing=False)
-        return rehearsal.rehearse(config, precision, window, on_gpu=on_gpu).peak().num_bytes
+        return dry_run.rehearse(config, precision, window, on_gpu=on_gpu).peak().num_bytes
 
     without = taken(GPT2Config(**sizes, attn_pdrop=0.0), "bf16")
     assert taken(GPT2Config(**sizes, attn_pdrop=0.1), "bf16") == without
@@ -155,7 +159,7 @@ def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, engine, st
     files = [str(tmp_path / name) for name in ("run.yaml", "peak")]
     launch(2, ROOT / "tests/memory_worker.py", *files)
     (rows, _) = memory_worker.WINDOW.micro_batches
-    group = memory.Group(2, config.train.engine, accumulates=True, zero=zero or {})
+    group = sharding.Group(2, config.train.engine, accumulates=True, zero=zero or {})
     window = Window((rows,), gradients=True)
     predicted = memory.predict(config, "fp32", window, on_gpu=False, group=group).allocated
     measured = int((tmp_path / "peak").read_text())
@@ -164,7 +168,7 @@ def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, engine, st
 
 def sharded(config, train, **zero):
     """The breakdown of a step on one of 4 GPUs."""
-    group = memory.Group(4, config.train.engine, accumulates=True, zero=zero)
+    group = sharding.Group(4, config.train.engine, accumulates=True, zero=zero)
     window = Window((((100, 100),),), gradients=True)
     config = with_values(config, train)
     return memory.predict(config, "bf16", window, on_gpu=True, group=group).breakdown
@@ -195,10 +199,10 @@ def test_what_lies_in_host_memory_is_not_the_gpus(tmp_path, train, zero, offload
 def test_buckets_that_accelerate_sizes(tmp_path):
     """Written out: the hidden size is 64."""
     config = configured(tmp_path, DEEP["Llama"], "full")
-    sizes = dict.fromkeys(memory.ZERO_SIZES, "auto") | {"stage3_max_live_parameters": 7}
-    group = memory.Group(2, "deepspeed", zero=sizes)
-    assert [memory._zero_size(config, group, key) for key in sizes] == [4096, 3686, 640, 7]
-    assert memory._zero_size(config, memory.Group(2), "reduce_bucket_size") == 500_000_000
+    sizes = dict.fromkeys(sharding.ZERO_SIZES, "auto") | {"stage3_max_live_parameters": 7}
+    group = sharding.Group(2, "deepspeed", zero=sizes)
+    assert [sharding._zero_size(config, group, key) for key in sizes] == [4096, 3686, 640, 7]
+    assert sharding._zero_size(config, sharding.Group(2), "reduce_bucket_size") == 500_000_000
 
 
 def test_bf16_copies_of_weights_live_only_where_autocast_keeps_them(tmp_path):
@@ -206,7 +210,7 @@ def test_bf16_copies_of_weights_live_only_where_autocast_keeps_them(tmp_path):
 
     def forward(engine):
         other = with_values(config, {"train.engine": engine})
-        trace = rehearsal.rehearse(other, "bf16", uniform(1, 16, 16))
+        trace = dry_run.rehearse(other, "bf16", uniform(1, 16, 16))
         return trace.peaks()["forward 1"].num_bytes
 
     layer = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176)  # bytes in bf16; norms have no copy
@@ -224,7 +228,7 @@ def test_dropout_on_a_gpu_keeps_booleans(tmp_path):
     def kept(on_gpu: bool) -> float:
         """Bytes that dropout adds, per token, layer and hidden unit."""
         traces = (
-            rehearsal.rehearse(each, "fp32", window, on_gpu=on_gpu).peaks()["loss 1"].num_bytes
+            dry_run.rehearse(each, "fp32", window, on_gpu=on_gpu).peaks()["loss 1"].num_bytes
             for each in (with_dropout, config)
         )
         return (next(traces) - next(traces)) / (200 * 64 * 7)

@@ -20,9 +20,12 @@ from safetensors.torch import load_file, save_file
 from test_export import CPU, commit, finished
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from sft import export, merge
-from sft.config import UserError, dump_config, load_config, with_values
-from sft.log import make_console
+from sft import errors
+from sft.config.load import dump_config, load_config, with_values
+from sft.errors import UserError
+from sft.runtime.console import make_console
+from sft.serve import gguf, merge, proof
+from sft.serve.runs import load_tuned, run_config
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 1024}
 SHAPES = {
@@ -98,7 +101,7 @@ def test_a_merge_is_the_model_that_was_trained(runs, tmp_path, mode, base_weight
     run, folder = runs[mode], tmp_path / "merged"
     report = merge.merge(run, folder, "fp32", quiet, base_weights)
     nf4 = base_weights == "dequantised"
-    adapted, _ = export.load_tuned(run, export.run_config(run), "fp32", CPU, quantised=nf4)
+    adapted, _ = load_tuned(run, run_config(run), "fp32", CPU, quantised=nf4)
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(run.parent / "base", dtype=torch.float32)
@@ -109,7 +112,7 @@ def test_a_merge_is_the_model_that_was_trained(runs, tmp_path, mode, base_weight
     assert list(report["checks"]) == PROOF
     assert report["num_prompts"] == 2  # those with an answer
     if mode == "qlora" and not nf4:  # the originals are not what the adapter was trained on
-        trained = merge.prove(folder, run, export.run_config(run), "dequantised")
+        trained = proof.prove(folder, run, run_config(run), "dequantised")
         assert measured(trained, "kl") > 1e4 * measured(report, "kl")
         assert {"weights", "kl"} == failing(trained)
     assert json.loads((folder / merge.REPORT).read_text()) == report
@@ -166,7 +169,7 @@ def test_the_proof_of_a_whole_folder_can_be_repeated(runs, whole, tmp_path):
     report = merge.retest(whole, quiet)
     assert report == json.loads((whole / merge.REPORT).read_text())
     unreported = shutil.copytree(whole, tmp_path / "m", ignore=shutil.ignore_patterns(merge.REPORT))
-    with pytest.raises(merge.MergeError, match="give RUN=<folder>"):
+    with pytest.raises(errors.MergeError, match="give RUN=<folder>"):
         merge.retest(unreported, quiet)
     assert merge.retest(unreported, quiet, runs["lora"]) == report
 
@@ -273,7 +276,7 @@ def test_a_folder_that_is_another_model_fails(runs, whole, tmp_path, fault):
     damage, expected = FAULTS[fault]
     folder, run = shutil.copytree(whole, tmp_path / "merged"), runs["lora"]
     damage(folder, run)
-    report = merge.prove(folder, run, export.run_config(run), "original")
+    report = proof.prove(folder, run, run_config(run), "original")
     assert expected <= failing(report)
     if not expected & {"weights", "tensors"}:  # and nothing else is blamed
         assert expected == failing(report)
@@ -288,7 +291,7 @@ def test_a_scale_that_was_not_trained_is_not_proven(runs, whole, tmp_path):
         ),
         lambda: merge.retest(whole, quiet, overrides=["tuning.lora_alpha=64"]),
     ):
-        with pytest.raises(export.ExportError, match=r"trained with 32\.0, found 64\.0"):
+        with pytest.raises(errors.ExportError, match=r"trained with 32\.0, found 64\.0"):
             command()
     assert not list(tmp_path.iterdir())
 
@@ -299,7 +302,7 @@ def test_a_failing_proof_is_an_error_and_leaves_nothing_under_the_name(runs, tmp
 
     monkeypatch.setattr("peft.tuners.lora.LoraModel.merge_and_unload", forgetful)
     told: list[Any] = []
-    with pytest.raises(merge.MergeError) as error:
+    with pytest.raises(errors.MergeError) as error:
         merge.merge(runs["lora"], tmp_path / "merged", "fp32", told.append)
     assert "merged.failed is not the model that was trained" in str(error.value)
     assert "kl: KL from the adapter model, nats per token: expected at most 1e-08, found" in str(
@@ -307,7 +310,7 @@ def test_a_failing_proof_is_an_error_and_leaves_nothing_under_the_name(runs, tmp
     )
     assert [path.name for path in tmp_path.iterdir()] == ["merged.failed"]
     assert "**failed" in (tmp_path / "merged.failed/README.md").read_text()
-    with pytest.raises(merge.MergeError, match=r"merged\.failed is not the model"):
+    with pytest.raises(errors.MergeError, match=r"merged\.failed is not the model"):
         merge.retest(tmp_path / "merged.failed", quiet)
     monkeypatch.undo()
     merge.merge(runs["lora"], tmp_path / "merged", "fp32", told.append)
@@ -317,17 +320,17 @@ def test_a_failing_proof_is_an_error_and_leaves_nothing_under_the_name(runs, tmp
 def test_an_adapter_that_rounding_would_lose_is_told(tmp_path):
     (tmp_path / "run").mkdir()
     run = finished(tmp_path / "run", "lora", base(tmp_path / "base"), std=1e-6)
-    with pytest.raises(merge.MergeError, match="bf16 rounds away what the adapter learnt"):
+    with pytest.raises(errors.MergeError, match="bf16 rounds away what the adapter learnt"):
         merge.merge(run, tmp_path / "merged", "bf16", quiet)
     stored = json.loads((tmp_path / "merged.failed" / merge.REPORT).read_text())
     assert failing(stored) == {"kl"}
-    assert stored["checks"]["kl"]["measured"] < merge.MAX_KL["bf16"]  # which alone would pass it
+    assert stored["checks"]["kl"]["measured"] < proof.MAX_KL["bf16"]  # which alone would pass it
     merge.merge(run, tmp_path / "merged", "fp32", quiet)
 
 
 def test_the_table_fits_a_terminal(whole, capsys):
     report = json.loads((whole / merge.REPORT).read_text())
-    make_console().print(merge.proof_table(report))
+    make_console().print(proof.proof_table(report))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert all(any(f" {name} " in line for line in lines) for name in report["checks"])
@@ -339,16 +342,16 @@ def test_the_table_fits_a_terminal(whole, capsys):
 def test_what_stands_in_the_way_of_a_merge_is_told(runs, tmp_path, monkeypatch):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged/model-00001-of-00009.safetensors").touch()
-    with pytest.raises(merge.MergeError, match="merged exists already; remove it"):
+    with pytest.raises(errors.MergeError, match="merged exists already; remove it"):
         merge.merge(runs["lora"], tmp_path / "merged", "fp32", quiet)
     below = tmp_path / "merged/model-00001-of-00009.safetensors/merged"
-    with pytest.raises(merge.MergeError, match=r"/merged: .* cannot make it: Not a directory"):
+    with pytest.raises(errors.MergeError, match=r"/merged: .* cannot make it: Not a directory"):
         merge.merge(runs["lora"], below, "fp32", quiet)
-    with pytest.raises(merge.MergeError, match="its base was not quantised"):
+    with pytest.raises(errors.MergeError, match="its base was not quantised"):
         merge.merge(runs["lora"], tmp_path / "other", "fp32", quiet, "dequantised")
-    monkeypatch.setattr("sft.storage.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("sft.runtime.disk.free_bytes", lambda _: 1000)
     with pytest.raises(
-        merge.MergeError, match=r"need \d+ KiB for [\d,]+ weights in fp32, have 1 KiB"
+        errors.MergeError, match=r"need \d+ KiB for [\d,]+ weights in fp32, have 1 KiB"
     ):
         merge.merge(runs["lora"], tmp_path / "other", "fp32", quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
@@ -363,24 +366,24 @@ def test_unreadable_predictions_are_named(runs, whole, tmp_path, text):
 
 
 def test_what_cannot_be_tested_is_told(whole, tmp_path):
-    with pytest.raises(merge.MergeError, match="found nothing; run `make merge` first"):
+    with pytest.raises(errors.MergeError, match="found nothing; run `make merge` first"):
         merge.retest(tmp_path / "none", quiet)
     odd = shutil.copytree(whole, tmp_path / "odd")
     in_json("config.json", dtype="float64")(odd, odd)
-    with pytest.raises(merge.MergeError, match=r"one of fp32, bf16, fp16, found torch\.float64"):
+    with pytest.raises(errors.MergeError, match=r"one of fp32, bf16, fp16, found torch\.float64"):
         merge.retest(odd, quiet)
     folder = shutil.copytree(whole, tmp_path / "merged")
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-100])
-    with pytest.raises(merge.MergeError, match=r"model\.safetensors cannot be loaded"):
+    with pytest.raises(errors.MergeError, match=r"model\.safetensors cannot be loaded"):
         merge.retest(folder, quiet)
     (folder / "model.safetensors").unlink()
     with pytest.raises(
-        merge.MergeError, match=r"cannot be loaded .*no file named model\.safetensors"
+        errors.MergeError, match=r"cannot be loaded .*no file named model\.safetensors"
     ):
         merge.retest(folder, quiet)
     (folder / merge.REPORT).write_text("{")
-    with pytest.raises(merge.MergeError, match=r"merge_report\.json cannot be read"):
+    with pytest.raises(errors.MergeError, match=r"merge_report\.json cannot be read"):
         merge.retest(folder, quiet)
 
 
@@ -391,7 +394,7 @@ def test_full_fine_tuning_has_nothing_to_merge(tmp_path):
     )
     commit(config, lambda target: (target / "config.json").write_text(json.dumps({})))
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    with pytest.raises(merge.MergeError, match="has no adapter"):
+    with pytest.raises(errors.MergeError, match="has no adapter"):
         merge.merge(tmp_path, tmp_path / "merged", "fp32", quiet)
 
 
@@ -423,18 +426,20 @@ pathlib.Path(out).write_text(json.dumps([folder, kind]))
 
 def test_a_gguf_file_is_made_by_the_converter_of_the_user(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "merged")
-    (tmp_path / merge.CONVERTER).write_text(STAND_IN.format(fail=False))
+    (tmp_path / gguf.CONVERTER).write_text(STAND_IN.format(fail=False))
     for dtype, kind in (("bf16", "bf16"), ("fp16", "f16"), ("fp32", "f32")):
-        made = merge.convert(folder, dtype, tmp_path)
+        made = gguf.convert(folder, dtype, tmp_path)
         assert made == folder / f"merged-{kind}.gguf"
         assert json.loads(made.read_text()) == [str(folder), kind]
 
 
 def test_a_converter_that_fails_or_is_not_there_is_told(whole, tmp_path):
-    with pytest.raises(merge.MergeError, match=r"git clone .* or set LLAMA_CPP to it"):
-        merge.converter(tmp_path / "none")
-    (tmp_path / merge.CONVERTER).write_text(STAND_IN.format(fail=True))
+    with pytest.raises(errors.MergeError, match=r"git clone .* or set LLAMA_CPP to it"):
+        gguf.converter(tmp_path / "none")
+    (tmp_path / gguf.CONVERTER).write_text(STAND_IN.format(fail=True))
     before = set(whole.iterdir())
-    with pytest.raises(merge.MergeError, match="ended with 1 and no GGUF file: Model architecture"):
-        merge.convert(whole, "bf16", tmp_path)
+    with pytest.raises(
+        errors.MergeError, match="ended with 1 and no GGUF file: Model architecture"
+    ):
+        gguf.convert(whole, "bf16", tmp_path)
     assert set(whole.iterdir()) == before

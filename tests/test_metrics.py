@@ -16,9 +16,11 @@ from sacrebleu.metrics import BLEU, CHRF
 from scipy.stats import binom, bootstrap
 from sklearn.metrics import classification_report
 
-from sft import metrics
-from sft.config import UserError
-from sft.metrics import FAILURE, GRID, NAMES, Tally, label_of
+from sft.errors import UserError
+from sft.evaluate import metrics, scores
+from sft.evaluate.labels import label_of
+from sft.evaluate.metrics import FAILURE, GRID, NAMES
+from sft.evaluate.scores import Tally
 
 LABELS = ["hateful", "non-hateful", "unclear"]
 PLAIN = [name for name in NAMES if name not in ("numeric_match", "json_fields", "classification")]
@@ -386,7 +388,7 @@ def test_a_failed_answer_is_not_an_empty_one():
 def test_no_examples_have_no_values():
     tally = Tally(NAMES, LABELS)
     assert (tally.num_examples, tally.values(), tally.intervals()) == (0, {}, {})
-    assert metrics.difference(tally, Tally(NAMES, LABELS)) == {}
+    assert scores.difference(tally, Tally(NAMES, LABELS)) == {}
 
 
 # --- examples of all ranks ------------------------------------------------------------------------
@@ -443,8 +445,8 @@ def test_an_example_takes_eight_bytes_a_statistic():
 
 
 def test_the_memory_of_resampling_does_not_grow_with_examples(monkeypatch):
-    monkeypatch.setattr(metrics, "AT_ONCE", 20_000)
-    monkeypatch.setattr(metrics, "RESAMPLES", 50)
+    monkeypatch.setattr(scores, "AT_ONCE", 20_000)
+    monkeypatch.setattr(scores, "RESAMPLES", 50)
     taken = {}
     for num in (1_000, 10_000):
         tally = tallied(matches(np.arange(num) % 2), ["exact_match"])
@@ -503,7 +505,7 @@ def test_an_interval_of_equal_examples_has_no_width(name, num):
         tally = tallied([(answer, "5")] * num, [name], labels=["5", "6"])
         for key, interval in tally.intervals().items():
             assert interval == pytest.approx((tally.values()[key],) * 2, rel=1e-12)
-        for row in metrics.difference(tally, tally).values():
+        for row in scores.difference(tally, tally).values():
             assert (row.low, row.high, row.verdict) == (0, 0, "not distinguishable")
 
 
@@ -527,7 +529,7 @@ def test_a_difference_is_that_of_the_paired_bootstrap_of_scipy():
     a = drawn.random(400) < 0.5
     b = np.where(drawn.random(400) < 0.8, a, drawn.random(400) < 0.6)
     tallies = [tallied(matches(each), ["exact_match"]) for each in (a, b)]
-    found = metrics.difference(*tallies)["exact_match"]
+    found = scores.difference(*tallies)["exact_match"]
     expected = bootstrap(
         (a.astype(float), b.astype(float)),
         lambda a, b, axis: np.mean(b, axis) - np.mean(a, axis),
@@ -556,21 +558,21 @@ def test_a_difference_is_that_of_the_paired_bootstrap_of_scipy():
 )
 def test_a_verdict_is_given_where_the_whole_interval_is_on_one_side(a, b, verdict):
     tallies = [tallied(matches(each), ["exact_match"]) for each in (a, b)]
-    assert metrics.difference(*tallies)["exact_match"].verdict == verdict
+    assert scores.difference(*tallies)["exact_match"].verdict == verdict
 
 
 def test_a_verdict_is_withheld_where_few_examples_differ():
     a, b = ([0] * 5 + [1] * 95), [1] * 100
     tallies = [tallied(matches(each), ["exact_match"]) for each in (a, b)]
-    assert metrics.difference(*tallies)["exact_match"].verdict == "better"
-    told = metrics.difference(*tallies, num_unlike={"exact_match": 5})["exact_match"]
+    assert scores.difference(*tallies)["exact_match"].verdict == "better"
+    told = scores.difference(*tallies, num_unlike={"exact_match": 5})["exact_match"]
     assert (told.verdict, told.low > 0) == ("not distinguishable", True)
 
 
 def test_tallies_of_other_examples_are_not_compared():
     a = tallied(matches([1, 0, 1]), ["exact_match"])
     with pytest.raises(AssertionError, match="not the same examples"):
-        metrics.difference(a, tallied(matches([1, 0, 1]), ["exact_match"], start=1))
+        scores.difference(a, tallied(matches([1, 0, 1]), ["exact_match"], start=1))
 
 
 # --- what is refused -----------------------------------------------------------------------------

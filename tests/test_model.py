@@ -21,9 +21,17 @@ from transformers import (
     Qwen3Config,
 )
 
-from sft import batching, finetune, hardware, model
-from sft.config import Config, ConfigError, Model, Tuning
-from sft.log import Log
+from sft import errors
+from sft.config.schema import Config, Model, Tuning
+from sft.data import batches
+from sft.errors import ConfigError
+from sft.models import adapters, dtypes, load, quantise
+from sft.models import head as models_head
+from sft.models.digest import weights_sha256
+from sft.models.head import documents_are_isolated
+from sft.runtime import hardware
+from sft.runtime.log import Log
+from sft.tasks.sft import task
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -90,7 +98,7 @@ EXPECTED_TARGETS = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_auto_targets_are_all_linear_layers_but_the_head(name):
-    adapted = model.add_adapters(small(name), Tuning(r=4))
+    adapted = adapters.add_adapters(small(name), Tuning(r=4))
     found = {
         n.split(".lora_A")[0].rsplit(".", 1)[-1]
         for n, _ in adapted.named_parameters()
@@ -103,16 +111,16 @@ def test_auto_targets_are_all_linear_layers_but_the_head(name):
 
 
 def test_targets_that_match_nothing_are_refused_with_the_names_that_exist():
-    with pytest.raises(model.ModelError, match=r"c_attn.*down_proj, gate_proj"):
-        model.add_adapters(small("llama"), Tuning(target_modules=["c_attn"]))
+    with pytest.raises(errors.ModelError, match=r"c_attn.*down_proj, gate_proj"):
+        adapters.add_adapters(small("llama"), Tuning(target_modules=["c_attn"]))
 
 
 @pytest.mark.parametrize("mode", ["lora", "qlora", "full"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_dtype_policy(tmp_path, mode, precision):
-    built = model.build(configured(saved(tmp_path), mode=mode), precision, CPU)
+    built = load.build(configured(saved(tmp_path), mode=mode), precision, CPU)
     compute = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-    found = {(s.what, s.dtype, s.trained) for s in model.shares(built)}
+    found = {(s.what, s.dtype, s.trained) for s in dtypes.shares(built)}
     expected = {
         "full": {("embeddings", "float32", True), ("layers", "float32", True)},
         "lora": {
@@ -123,26 +131,26 @@ def test_dtype_policy(tmp_path, mode, precision):
     }
     expected["qlora"] = expected["lora"] | {("layers", "NF4", False)}
     assert found == expected[mode]
-    count = sum(s.num_parameters for s in model.shares(built) if s.what != "adapters")
+    count = sum(s.num_parameters for s in dtypes.shares(built) if s.what != "adapters")
     assert count == sum(p.numel() for p in small("llama").parameters())
 
 
 def test_a_trainable_weight_in_half_precision_is_refused():
     with pytest.raises(AssertionError, match="float16"):
-        model.check_dtypes(small("llama").half(), "full", "fp32")
+        dtypes.check_dtypes(small("llama").half(), "full", "fp32")
 
 
 def test_random_weights_are_a_function_of_the_seed(tmp_path):
     config = configured(saved(tmp_path), mode="full")
     config = config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})})
-    first, second = (model.build(config, "fp32", CPU) for _ in range(2))
+    first, second = (load.build(config, "fp32", CPU) for _ in range(2))
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_a_missing_model_is_one_sentence(tmp_path):
-    with pytest.raises(model.ModelError, match=r"expected a folder.*no such folder here"):
-        model.load_tokenizer(configured(str(tmp_path / "nothing")).model)
+    with pytest.raises(errors.ModelError, match=r"expected a folder.*no such folder here"):
+        load.load_tokenizer(configured(str(tmp_path / "nothing")).model)
 
 
 def gradients(built: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -168,7 +176,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, mode):
     found = []
     for checkpointing in (False, True):
         train = config.train.model_copy(update={"gradient_checkpointing": checkpointing})
-        built = model.build(config.model_copy(update={"train": train}), "fp32", CPU).train()
+        built = load.build(config.model_copy(update={"train": train}), "fp32", CPU).train()
         wake(built)
         assert getattr(built, "is_gradient_checkpointing", False) == checkpointing
         found.append(gradients(built, IDS))
@@ -194,14 +202,14 @@ def nf4_gradient_error(built: torch.nn.Module) -> float:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_evaluation_leaves_the_gradients_of_qlora_alone(tmp_path, precision):
     config = configured(saved(tmp_path), mode="qlora")
-    assert nf4_gradient_error(model.build(config, precision, CPU)) == 0
+    assert nf4_gradient_error(load.build(config, precision, CPU)) == 0
 
 
 @pytest.mark.skipif(not hardware.detect().cpu_bf16, reason="needs a CPU with AVX512-BF16")
 def test_the_trap_is_real_without_the_guard(tmp_path, monkeypatch):
     """The control of the test above: where bitsandbytes repacks, training is silently wrong."""
-    monkeypatch.setattr(model, "keep_nf4_trainable", lambda _: None)
-    built = model.build(configured(saved(tmp_path), mode="qlora"), "bf16", CPU)
+    monkeypatch.setattr(quantise, "keep_nf4_trainable", lambda _: None)
+    built = load.build(configured(saved(tmp_path), mode="qlora"), "bf16", CPU)
     assert nf4_gradient_error(built) > 0.1
 
 
@@ -217,7 +225,7 @@ def test_packed_documents_give_the_logits_of_separate_ones_or_are_refused(name):
     packed = built(input_ids=together, position_ids=positions, use_cache=False).logits
     alone = torch.cat([built(input_ids=d, use_cache=False).logits for d in documents], 1)
     equal = float((packed - alone).norm() / alone.norm()) < 1e-5
-    assert model.documents_are_isolated(built, "fp32", CPU) == equal
+    assert documents_are_isolated(built, "fp32", CPU) == equal
     assert equal or name not in ("llama", "qwen2", "qwen3", "mistral")
 
 
@@ -234,24 +242,24 @@ def test_a_model_that_leaks_is_found_out():
             ones = torch.ones_like(input_ids)
             return self.inner(input_ids=input_ids, position_ids=position_ids, attention_mask=ones)
 
-    assert not model.documents_are_isolated(Leaking(), "fp32", CPU)
+    assert not documents_are_isolated(Leaking(), "fp32", CPU)
 
 
 def test_a_packed_layout_that_leaks_falls_back_or_is_refused(monkeypatch, tmp_path):
-    packed, log = batching.Budget(100, "packed"), Log(tmp_path)
+    packed, log = batches.Budget(100, "packed"), Log(tmp_path)
     built = small("llama")
-    assert finetune.usable_budget(packed, "auto", built, "fp32", CPU, log) is packed
-    monkeypatch.setattr(model, "documents_are_isolated", lambda *_: False)
-    padded = finetune.usable_budget(packed, "auto", built, "fp32", CPU, log)
-    assert padded == batching.Budget(100, "padded")
+    assert task.usable_budget(packed, "auto", built, "fp32", CPU, log) is packed
+    monkeypatch.setattr(models_head, "documents_are_isolated", lambda *_: False)
+    padded = task.usable_budget(packed, "auto", built, "fp32", CPU, log)
+    assert padded == batches.Budget(100, "padded")
     assert "layout: padded, since packed documents" in (tmp_path / "training.log").read_text()
     with pytest.raises(ConfigError, match=r"train.layout: packed documents .* padded"):
-        finetune.usable_budget(packed, "packed", built, "fp32", CPU, log)
+        task.usable_budget(packed, "packed", built, "fp32", CPU, log)
 
 
 def test_only_chosen_positions_reach_the_head():
     built = small("llama")
-    head = model.SupervisedHead(built)
+    head = models_head.SupervisedHead(built)
     ids = torch.stack([torch.arange(2, 12), torch.arange(12, 22)])
     everything = built(input_ids=ids).logits.flatten(0, 1)
     head.positions = torch.tensor([3, 0, 17])
@@ -262,9 +270,9 @@ def test_only_chosen_positions_reach_the_head():
 def test_the_digest_of_a_model_sees_every_tensor(tmp_path):
     shutil.copytree(ROOT / "nano/model", tmp_path / "copy")
     named = Model(name=str(tmp_path / "copy"))
-    digest, path = model.weights_sha256(named), tmp_path / "copy/model.safetensors"
-    assert digest == model.weights_sha256(Model(name=str(ROOT / "nano/model")))
+    digest, path = weights_sha256(named), tmp_path / "copy/model.safetensors"
+    assert digest == weights_sha256(Model(name=str(ROOT / "nano/model")))
     weights = load_file(path)
     for name in sorted(weights)[::7]:
         save_file(weights | {name: -weights[name]}, path, {"format": "pt"})
-        assert model.weights_sha256(named) != digest, name
+        assert weights_sha256(named) != digest, name

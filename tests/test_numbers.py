@@ -15,9 +15,11 @@ import tiny
 import torch
 from conftest import ROOT, launch, run
 
-from sft import batching, chat, engine, recovery
+from sft import errors
+from sft.data import batches, template
+from sft.train import recovery
 
-BUDGET = batching.Budget(60, "padded")
+BUDGET = batches.Budget(60, "padded")
 GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
 
@@ -123,7 +125,7 @@ def test_skipped_steps_are_counted_across_a_resume_which_stays_exact(tmp_path):
     assert found + losses(second, 3) == expected
     assert torch.equal(weights(whole), weights(second))
     spoil(second, 6)
-    with pytest.raises(engine.NonFiniteError, match=r"step 7; .* Skipped before it: 1"):
+    with pytest.raises(errors.NonFiniteError, match=r"step 7; .* Skipped before it: 1"):
         second.optimizer_step()
     assert torch.equal(weights(whole), weights(second))
 
@@ -131,14 +133,14 @@ def test_skipped_steps_are_counted_across_a_resume_which_stays_exact(tmp_path):
 def test_by_default_the_first_one_stops_the_run_without_a_checkpoint_of_that_step(tmp_path):
     built = make(tmp_path, save_steps=1)
     spoil(built, 2)
-    with pytest.raises(engine.NonFiniteError) as error:
+    with pytest.raises(errors.NonFiniteError) as error:
         built.run()
     assert error.value.exit_code == 5
     assert max(int(path.name.split("_")[-1]) for path in tmp_path.glob("checkpoint_*")) == 2
 
 
 def test_a_batch_without_supervised_tokens_is_a_step_of_gradient_zero(tmp_path):
-    nothing = [chat.Example(ids=[3, 4, 5], labels=[chat.IGNORED] * 3) for _ in range(2)]
+    nothing = [template.Example(ids=[3, 4, 5], labels=[template.IGNORED] * 3) for _ in range(2)]
     built = make(tmp_path, nothing, global_batch=2, max_grad_norm=1.0, skip_nonfinite=1)
     before = weights(built)
     (values,) = steps(built, 1)
@@ -186,7 +188,7 @@ def test_at_one_example_the_run_ends_with_its_length_and_row(tmp_path):
     built = make(tmp_path)
     before = weights(built)
     starve(built, 20)
-    with pytest.raises(engine.OutOfMemory, match=r"one example of (\d+) tokens \(tiny:") as error:
+    with pytest.raises(errors.OutOfMemory, match=r"one example of (\d+) tokens \(tiny:") as error:
         built.optimizer_step()
     assert error.value.exit_code == 6
     assert str(error.value).endswith("; see what would take less with `make plan`")
@@ -205,7 +207,7 @@ def test_in_the_update_memory_ends_the_run(tmp_path, monkeypatch):
         raise GPU_FULL
 
     monkeypatch.setattr(built.parallel, "update", fail)
-    with pytest.raises(engine.OutOfMemory, match="in step 1 where the step cannot be done again"):
+    with pytest.raises(errors.OutOfMemory, match="in step 1 where the step cannot be done again"):
         built.optimizer_step()
 
 
@@ -214,7 +216,7 @@ def test_where_weights_are_gathered_only_what_is_behind_the_forward_pass_is_done
     built = make(tmp_path)
     built.parallel.waits = "forward"
     starve(built, 40)
-    with pytest.raises(engine.OutOfMemory, match=r"rank 0: .* cannot be done again"):
+    with pytest.raises(errors.OutOfMemory, match=r"rank 0: .* cannot be done again"):
         steps(built, 4)
     built = make(tmp_path)
     built.parallel.waits = "forward"
@@ -240,9 +242,9 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(tmp_path):
 
 def test_a_smaller_budget_is_half_of_what_was_held():
     lengths = [10, 10, 10, 10, 30]
-    budget = batching.Budget(4096, "padded", None, 4)
+    budget = batches.Budget(4096, "padded", None, 4)
     cuts = [[[4, 0, 1, 2], [3]], [[], []]]
-    assert recovery.smaller(budget, cuts, lengths) == batching.Budget(60, "padded", None, 2)
+    assert recovery.smaller(budget, cuts, lengths) == batches.Budget(60, "padded", None, 2)
     assert recovery.smaller(budget, [[[0], []], [[4], [1]]], lengths) is None
 
 

@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from sft import checkpoint
-from sft.parallel import Piece
+from sft import errors
+from sft.runtime import checkpoint
+from sft.runtime.checkpoint import Piece
 
 STEPS, MIDDLE = 11, 9
 MODES = ("lora", "qlora", "full")
@@ -326,14 +327,14 @@ def test_what_some_ranks_wrote_any_others_read(tmp_path_factory, sizes, writers,
                 part = saved.read(name, start, number)
                 for key, value in state.items():
                     assert torch.equal(part[key], value[start : start + number])
-        with pytest.raises(checkpoint.CheckpointError, match="no optimizer state of other"):
+        with pytest.raises(errors.CheckpointError, match="no optimizer state of other"):
             saved.read("other", 0, 1)
 
 
 def test_a_missing_slice_is_an_error(tmp_path):
     checkpoint.save_optimizer([Piece("p", 4, {"sq": torch.ones(4)})], tmp_path, 1, 2)
     with checkpoint.OptimizerState(tmp_path) as saved:
-        with pytest.raises(checkpoint.CheckpointError, match="lacks elements from 0 on"):
+        with pytest.raises(errors.CheckpointError, match="lacks elements from 0 on"):
             saved.read("p", 0, 8)
-        with pytest.raises(checkpoint.CheckpointError, match="lacks elements from 0 on"):
+        with pytest.raises(errors.CheckpointError, match="lacks elements from 0 on"):
             saved.read("p", 0, None)

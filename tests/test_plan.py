@@ -13,21 +13,19 @@ from allocations import allocated_bytes
 from conftest import ROOT
 from transformers import BloomConfig
 
-from sft import (
-    batching,
-    engine,
-    finetune,
-    hardware,
-    memory,
-    model,
-    plan,
-    prepare,
-    rehearsal,
-    tasks,
-)
-from sft.config import Config, ConfigError, dump_config, load_config, with_values
-from sft.log import Log
-from sft.trace import Recorder
+from sft import errors
+from sft.config.load import dump_config, load_config, with_values
+from sft.config.schema import Config
+from sft.data import batches, cache
+from sft.errors import ConfigError
+from sft.models import dtypes, load
+from sft.plan import advice, choose, dry_run, gpus, memory, plan, report
+from sft.plan.trace import Recorder
+from sft.runtime import disk, hardware
+from sft.runtime.log import Log
+from sft.tasks import base, registry
+from sft.tasks.sft.task import FineTune
+from sft.train import engine
 
 GIB = 2**30
 
@@ -38,8 +36,8 @@ def config() -> Config:
 
 
 @pytest.fixture(scope="module")
-def prepared(config) -> prepare.Prepared:
-    return prepare.prepare(with_values(config, {"data.max_rows": 300}))
+def prepared(config) -> cache.Prepared:
+    return cache.prepare(with_values(config, {"data.max_rows": 300}))
 
 
 def machine(ram_bytes: int, gpu_bytes: int | None = None) -> hardware.Hardware:
@@ -53,11 +51,11 @@ def test_counts_are_those_of_the_data_and_of_the_model(config, prepared):
     made = plan.make_plan(config, prepared, machine(8 * GIB), 1)
     assert made.num_examples == 300
     assert made.tokens_per_epoch == sum(len(example.ids) for example in prepared.train)
-    built = model.build(config, "fp32", torch.device("cpu"))
-    shares = model.shares(built)
+    built = load.build(config, "fp32", torch.device("cpu"))
+    shares = dtypes.shares(built)
     assert made.num_parameters == sum(s.num_parameters for s in shares)
     assert made.num_trained == sum(s.num_parameters for s in shares if s.trained)
-    for what, tensors in rehearsal.held(built).items():
+    for what, tensors in dry_run.held(built).items():
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
         assert made.memory.breakdown[what] == sum(storages.values())
 
@@ -78,11 +76,11 @@ def test_the_budget_is_what_fits_what_saturates_or_the_longest(config, prepared)
     given = with_values(config, {"train.gradient_checkpointing": False})
     longest = max(len(example.ids) for example in prepared.train)
     roomy = plan.make_plan(given, prepared, machine(64 * GIB), 1)
-    assert roomy.budget.max_tokens == plan.SATURATING_TOKENS["cpu"]
+    assert roomy.budget.max_tokens == choose.SATURATING_TOKENS["cpu"]
     assert not roomy.warnings
     room = 60 * 2**20
     tight = plan.make_plan(given, prepared, machine(room), 1)
-    assert longest < tight.budget.max_tokens < plan.SATURATING_TOKENS["cpu"]
+    assert longest < tight.budget.max_tokens < choose.SATURATING_TOKENS["cpu"]
     # No less than nine tenths of what fits is used, and no more than fits with the margin.
     assert 0.9 * tight.room < tight.memory.reserved <= tight.room < 0.86 * room
     hopeless = plan.make_plan(given, prepared, machine(2**20), 1)
@@ -119,9 +117,9 @@ def test_activations_are_checkpointed_where_nothing_else_makes_room(config, prep
 def test_the_planned_memory_is_what_the_heaviest_window_allocates(config, prepared, changes):
     given = with_values(config, {"train.gradient_checkpointing": False} | changes)
     made = plan.make_plan(given, prepared, machine(8 * GIB), 1)
-    alone: Any = rehearsal.Alone("fp32")
-    built = model.build(given, "fp32", rehearsal.CPU)
-    task = tasks.make_task(given, prepared, built, alone, Log(None), made.budget)
+    alone: Any = dry_run.Alone("fp32")
+    built = load.build(given, "fp32", dry_run.CPU)
+    task = registry.make_task(given, prepared, built, alone, Log(None), made.budget)
     trained = engine.Engine(task, given.train, alone, Log(None), made.budget)
     trained.optimizer_step()  # now there is a state of the optimizer
     trained.optimizer.zero_grad()
@@ -137,13 +135,13 @@ def test_the_planned_answers_take_what_real_ones_take(config, prepared, mode, tm
     changes = {"tuning.mode": mode, "evaluation.num_examples": 48, "evaluation.batch_size": 48}
     given = with_values(config, changes)
     made = plan.make_plan(given, prepared, machine(8 * GIB), 1)
-    built = model.build(given, "fp32", rehearsal.CPU)
+    built = load.build(given, "fp32", dry_run.CPU)
     recorder = Recorder()
-    for tensors in rehearsal.held(built).values():
+    for tensors in dry_run.held(built).values():
         recorder.name(tensors, "held")
-    alone: Any = rehearsal.Alone("fp32")
+    alone: Any = dry_run.Alone("fp32")
     alone.unwrap_model, alone.wait_for_everyone = lambda model: model, lambda: None
-    task = finetune.FineTune(given, prepared, built, alone, Log(None), made.budget)
+    task = FineTune(given, prepared, built, alone, Log(None), made.budget)
     with recorder:
         task.answers(built, tmp_path / "answers.jsonl", "base")
     trained = 4 * made.num_trained
@@ -158,8 +156,8 @@ def cut_of(config, prepared, world_size, **train):
     given = with_values(config, {f"train.{key}": value for key, value in train.items()})
     made = plan.make_plan(given, prepared, machine(8 * GIB), world_size)
     lengths = prepared.train.lengths
-    ids = batching.global_batch_ids(300, given.train.seed, 0, given.train.global_batch)
-    ranks = batching.cut(ids, lengths, world_size, made.budget)
+    ids = batches.global_batch_ids(300, given.train.seed, 0, given.train.global_batch)
+    ranks = batches.cut(ids, lengths, world_size, made.budget)
     assert sorted(i for rank in ranks for m in rank for i in m) == sorted(ids)
     assert max(len(m) for rank in ranks for m in rank) == made.micro_batch
     assert {len(rank) for rank in ranks} == {made.micro_batches}
@@ -194,9 +192,9 @@ def test_fewer_tokens_than_the_accumulation_needs_are_refused(config, prepared):
 
 def test_random_weights_are_advised_on_without_adapters(config, prepared):
     given = with_values(config, {"model.init": "random", "tuning.mode": "full"})
-    work = plan.Work.of(prepared)
+    work = base.Work.of(prepared)
     made = plan.make_plan(given, work, machine(8 * GIB), 1)
-    found = plan.advice(given, work, machine(8 * GIB), made)
+    found = advice.advice(given, work, machine(8 * GIB), made)
     assert found
     assert not any("tuning.mode" in each.change for each in found)
 
@@ -215,7 +213,7 @@ def test_a_batch_that_the_processes_cannot_make_is_refused(config, prepared):
 
 @pytest.mark.slow
 def test_a_plan_for_gpus_that_are_not_here(config, prepared):
-    devices = hardware.named_gpus("H100-80GB x 8")
+    devices = gpus.named_gpus("H100-80GB x 8")
     made = plan.make_plan(config, prepared, replace(machine(8 * GIB), devices=devices), 8)
     assert (made.precision, made.device) == ("bf16", "H100-80GB x 8")
     assert made.available_bytes == devices[0].total_bytes
@@ -223,10 +221,10 @@ def test_a_plan_for_gpus_that_are_not_here(config, prepared):
     assert {"libraries", "attention workspace"} <= set(made.memory.breakdown)
     assert made.seconds is not None
     assert made.seconds > 0
-    assert "launching kernels" in plan._time(made)
-    slow = replace(made, seconds=plan.LAUNCHES * made.steps * made.micro_batches + 1)
-    assert "35% of the GPU's peak" in plan._time(slow)
-    old = hardware.named_gpus("T4")
+    assert "launching kernels" in report._time(made)
+    slow = replace(made, seconds=report.LAUNCHES * made.steps * made.micro_batches + 1)
+    assert "35% of the GPU's peak" in report._time(slow)
+    old = gpus.named_gpus("T4")
     made = plan.make_plan(config, prepared, replace(machine(8 * GIB), devices=old), 1)
     assert (made.precision, made.seconds) == ("fp32", None)
 
@@ -234,9 +232,9 @@ def test_a_plan_for_gpus_that_are_not_here(config, prepared):
 @pytest.mark.slow
 def test_what_would_take_less_takes_less(config, prepared):
     full = with_values(config, {"tuning.mode": "full"})
-    work = plan.Work.of(prepared)
+    work = base.Work.of(prepared)
     made = plan.make_plan(full, work, machine(8 * GIB), 1)
-    found = {each.change: each for each in plan.advice(full, work, machine(8 * GIB), made)}
+    found = {each.change: each for each in advice.advice(full, work, machine(8 * GIB), made)}
     assert list(found)[:2] == ["train.gradient_checkpointing=true", "train.optimizer=adamw_8bit"]
     for change in list(found)[:2]:
         key, value = change.split("=")
@@ -245,7 +243,7 @@ def test_what_would_take_less_takes_less(config, prepared):
         then = plan.make_plan(changed, work, machine(8 * GIB), 1)
         saved = made.memory.reserved - then.memory.reserved
         assert found[change].saved_bytes == pytest.approx(saved, rel=0.01)
-    assert plan.report(made, list(found.values()))["advice"][0]["saved_bytes"] > 0
+    assert report.report(made, list(found.values()))["advice"][0]["saved_bytes"] > 0
 
 
 def test_a_model_that_cannot_be_traced_gets_a_closed_form(config, prepared, monkeypatch):
@@ -265,7 +263,7 @@ def test_a_model_that_cannot_be_traced_gets_a_closed_form(config, prepared, monk
 def test_the_state_of_optimizers_of_bitsandbytes(config, prepared, kind):
     given = with_values(config, {"train.optimizer": kind})
     made = plan.make_plan(given, prepared, machine(8 * GIB), 1)
-    each = memory.ADAM_BYTES[kind]
+    each = disk.ADAM_BYTES[kind]
     assert made.memory.breakdown["optimizer"] == pytest.approx(each * made.num_trained, rel=0.01)
 
 
@@ -297,7 +295,7 @@ def test_auto_values_and_their_reasons_go_into_the_resolved_configuration(
 
 def test_the_plan_is_written_with_what_was_measured(config, prepared, tmp_path):
     made = plan.make_plan(config, prepared, machine(8 * GIB), 1)
-    plan.write(made, tmp_path / "plan.json", {"training_seconds": 3.0})
+    report.write(made, tmp_path / "plan.json", {"training_seconds": 3.0})
     read = json.loads((tmp_path / "plan.json").read_text())
     steps = -(-300 // config.train.global_batch) * config.train.epochs
     assert read["work"]["steps"] == made.steps == steps
@@ -316,18 +314,18 @@ def test_packed_layout_only_where_attention_reads_borders(config):
     for name, packed in expected.items():
         given = with_values(config, {"model.attn_implementation": name})
         for place in everywhere:
-            layout, why = plan.resolve_layout(given, *place)
+            layout, why = choose.resolve_layout(given, *place)
             assert layout == ("packed" if place in packed else "padded")
             assert ("on a GPU, in bf16" in why) == (name == "varlen" and not packed.count(place))
     padded = with_values(config, {"train.layout": "padded"})
-    assert plan.resolve_layout(padded, "bf16", True) == ("padded", "configured")
+    assert choose.resolve_layout(padded, "bf16", True) == ("padded", "configured")
 
 
 def test_a_plan_packs_with_varlen_for_a_gpu_only(config):
     """Also for one that is not here."""
     asked = {"model.attn_implementation": "varlen", "train.max_tokens": 2000}
     given = with_values(config, asked | {"train.gradient_checkpointing": False})
-    work = plan.Work([20] * 64, np.full(64, 9))
+    work = base.Work([20] * 64, np.full(64, 9))
     made = {
         kind: plan.make_plan(given, work, machine(8 * GIB, gpu), 1)
         for kind, gpu in (("cpu", None), ("gpu", 80 * GIB))
@@ -343,7 +341,7 @@ def test_a_plan_packs_with_varlen_for_a_gpu_only(config):
 def test_a_plan_refuses_an_attention_that_the_model_cannot_have(config, tmp_path):
     BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=64).save_pretrained(tmp_path)
     changes = {"model.name": str(tmp_path), "model.attn_implementation": "varlen"}
-    given, work = with_values(config, changes), plan.Work([20] * 64, np.full(64, 9))
+    given, work = with_values(config, changes), base.Work([20] * 64, np.full(64, 9))
     for gpu in (None, 80 * GIB):
-        with pytest.raises(model.ModelError, match="attn_implementation: varlen expects"):
+        with pytest.raises(errors.ModelError, match="attn_implementation: varlen expects"):
             plan.make_plan(given, work, machine(8 * GIB, gpu), 1)

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT, run
 
-from sft.config import UserError
+from sft.errors import UserError
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import tracemalloc
 
 import pytest
 
-from sft.predictions import Predictions, PredictionsError, key_of, read
+from sft.evaluate.predictions import Predictions, PredictionsError, key_of, read
 
 
 def record(index: int, key: str, **more) -> dict:

@@ -22,10 +22,14 @@ from conftest import ROOT, clean_environment
 from filelock import FileLock
 from transformers.utils import chat_template_utils
 
-from sft import audit, chat, prepare
-from sft.config import Config, Data, load_config, with_values
-from sft.data import DataError
-from sft.model import load_tokenizer
+from sft.config.load import load_config, with_values
+from sft.config.schema import Config, Data
+from sft.data import audit, audit_report
+from sft.data import cache as data_cache
+from sft.data.cache import Prepared, hardware, prepare, write
+from sft.data.template import prepare_tokenizer
+from sft.errors import DataError
+from sft.models.load import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -47,16 +51,16 @@ def rows(path, *answers: str):
 
 
 @pytest.fixture(scope="module")
-def nano(tmp_path_factory) -> prepare.Prepared:
+def nano(tmp_path_factory) -> Prepared:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(prepare.hardware, "usable_cores", lambda: 2)
-        return prepare.prepare(config("data.max_rows=1500", f"data.cache_dir={folder}"))
+        patched.setattr(hardware, "usable_cores", lambda: 2)
+        return prepare(config("data.max_rows=1500", f"data.cache_dir={folder}"))
 
 
 def test_one_core_and_all_cores_give_the_same(nano, monkeypatch):
-    monkeypatch.setattr(prepare.hardware, "usable_cores", lambda: 1)
-    alone = prepare.prepare(config("data.max_rows=1500"))
+    monkeypatch.setattr(hardware, "usable_cores", lambda: 1)
+    alone = prepare(config("data.max_rows=1500"))
     assert list(alone.train) == list(nano.train)
     assert list(alone.train.rows()) == list(nano.train.rows())
     assert alone.audit == nano.audit
@@ -75,8 +79,8 @@ def test_an_error_of_the_audit_stops_the_run_and_warn_lets_it_pass(tmp_path):
         match=r"(?s)special_in_content: 1 of .*rows.jsonl:2\).*remedy|"
         r"special_in_content: 1 of .*rows.jsonl:2.*write it otherwise",
     ):
-        prepare.prepare(config(*given))
-    assert audit.num_errors(prepare.prepare(config(*given, "data.audit=warn")).audit) == 1
+        prepare(config(*given))
+    assert audit.num_errors(prepare(config(*given, "data.audit=warn")).audit) == 1
 
 
 def test_bad_rows_stop_the_run_or_are_skipped_and_listed(tmp_path):
@@ -84,10 +88,10 @@ def test_bad_rows_stop_the_run_or_are_skipped_and_listed(tmp_path):
     given = rows(path, "one", "two", "three", "four")
     path.write_text(path.read_text() + '{"prompt": "p"}\n')
     with pytest.raises(DataError, match=r"1 bad row.*\n.*rows.jsonl:5: expected the keys"):
-        prepare.prepare(config(*given))
-    prepared = prepare.prepare(config(*given, "data.on_bad_row=skip"))
+        prepare(config(*given))
+    prepared = prepare(config(*given, "data.on_bad_row=skip"))
     assert prepared.audit["rejected"] == 1
-    prepare.write(prepared, tmp_path)
+    write(prepared, tmp_path)
     (rejected,) = map(json.loads, (tmp_path / "rejected.jsonl").read_text().splitlines())
     assert (rejected["line"], rejected["excerpt"]) == (5, '{"prompt": "p"}')
 
@@ -98,9 +102,9 @@ def test_long_rows_are_counted(tmp_path, policy):
     overrides = [*given, "data.max_seq_len=40", f"data.on_long={policy}", "data.eval_fraction=0.2"]
     if policy == "error":
         with pytest.raises(DataError, match="too_long: 1 of"):
-            prepare.prepare(config(*overrides))
+            prepare(config(*overrides))
         return
-    prepared = prepare.prepare(config(*overrides))
+    prepared = prepare(config(*overrides))
     found = prepared.audit["train"]["problems"] | prepared.audit["held_out"]["problems"]
     assert prepared.audit["dropped"] == (policy == "drop")
     assert ("answer_cut" in found) == (policy == "truncate")
@@ -111,9 +115,9 @@ def test_duplicates_are_told_or_dropped(tmp_path):
     path = tmp_path / "rows.jsonl"
     given = rows(path, "one", "two", "three", "four")
     path.write_text(path.read_text() * 2)
-    told = prepare.prepare(config(*given)).audit["train"]["problems"]["duplicate"]
+    told = prepare(config(*given)).audit["train"]["problems"]["duplicate"]
     assert told["severity"] == "warning"
-    dropped = prepare.prepare(config(*given, "data.duplicates=drop"))
+    dropped = prepare(config(*given, "data.duplicates=drop"))
     assert len(dropped.train) + len(dropped.held_out) == 4
 
 
@@ -122,7 +126,7 @@ def test_a_file_of_bad_rows_only_is_refused_in_any_case(tmp_path):
     given = rows(path, "one", "two")
     path.write_text('{"prompt": "p"}\n' * 20)
     with pytest.raises(DataError, match=r"20 bad rows.*\n.*rows.jsonl:1: expected the keys"):
-        prepare.prepare(config(*given, "data.on_bad_row=skip"))
+        prepare(config(*given, "data.on_bad_row=skip"))
 
 
 def test_bad_rows_of_reader_and_template_are_told_in_their_order(tmp_path):
@@ -135,7 +139,7 @@ def test_bad_rows_of_reader_and_template_are_told_in_their_order(tmp_path):
     lines[1], lines[3] = json.dumps(refused), '{"prompt": "p"}'
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(DataError) as raised:
-        prepare.prepare(config(*given))
+        prepare(config(*given))
     told = str(raised.value)
     assert "2 bad rows" in told
     assert told.index("rows.jsonl:2:") < told.index("rows.jsonl:4:")
@@ -144,7 +148,7 @@ def test_bad_rows_of_reader_and_template_are_told_in_their_order(tmp_path):
 def test_a_broken_table_is_one_message(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"PAR1" + b"x" * 100)
     with pytest.raises(DataError, match=r"t.parquet: the file is broken"):
-        prepare.prepare(config("data.train_path=t.parquet"))
+        prepare(config("data.train_path=t.parquet"))
 
 
 def test_a_document_is_stored_once_however_many_examples_it_makes(tmp_path):
@@ -152,7 +156,7 @@ def test_a_document_is_stored_once_however_many_examples_it_makes(tmp_path):
     (tmp_path / "long.txt").write_text(text)
     (tmp_path / "other.txt").write_text("Another text altogether, of a few words.")
     given = ["data.train_path=long.txt", "data.eval_path=other.txt", "data.max_seq_len=64"]
-    prepared = prepare.prepare(config(*given))
+    prepared = prepare(config(*given))
     assert len(prepared.train) > 50
     assert (prepared.folder / "rows.jsonl").stat().st_size < 2 * len(text)
     assert {row.place for row in prepared.train.rows()} == {"long.txt:1"}
@@ -167,7 +171,7 @@ def test_what_is_trained_on_has_a_digest_of_its_tokens(tmp_path):
     for limit in (60, 100):
         given = ["data.train_path=rows.jsonl", "data.on_long=truncate_left_turns"]
         given += ["data.audit=warn", f"data.max_seq_len={limit}"]
-        made = prepare.prepare(config(*given))
+        made = prepare(config(*given))
         digests.add(made.audit["data_sha256"])
         lengths.append(made.train.lengths[0])
     assert lengths[0] < lengths[1]
@@ -178,12 +182,12 @@ def test_rows_that_are_not_used_are_not_told_of(tmp_path):
     """Dropped rows take no part in the split, rows that the mix does not draw do not leak."""
     given = rows(tmp_path / "rows.jsonl", "one", "two", *["three " * 40] * 3)
     limits = ["data.max_seq_len=40", "data.on_long=drop", "data.eval_fraction=0.5"]
-    prepared = prepare.prepare(config(*given, *limits))
+    prepared = prepare(config(*given, *limits))
     assert (len(prepared.train), len(prepared.held_out)) == (1, 1)
     rows(tmp_path / "a.jsonl", *map(str, range(20)))
     mixed = ["data.train_path=a.jsonl", "data.eval_path=b.jsonl", "data.mix=[0.5]"]
     (tmp_path / "b.jsonl").write_text((tmp_path / "a.jsonl").read_text())
-    leaked = prepare.prepare(config(*mixed, "data.audit=warn")).audit["held_out"]["problems"]
+    leaked = prepare(config(*mixed, "data.audit=warn")).audit["held_out"]["problems"]
     assert leaked["leaked"]["count"] == 10
 
 
@@ -193,8 +197,8 @@ def test_a_leaked_row_is_an_error(tmp_path):
     held_out.write_text(train.read_text().splitlines(True)[1])
     overrides = given[0], f"data.eval_path={held_out}"
     with pytest.raises(DataError, match=r"leaked: 1 of 1 held_out rows"):
-        prepare.prepare(config(*overrides))
-    shown = prepare.prepare(config(*overrides, "data.audit=warn")).samples()
+        prepare(config(*overrides))
+    shown = prepare(config(*overrides, "data.audit=warn")).samples()
     assert [kinds for row, _, kinds in shown if row.file == str(held_out)] == [["leaked"]]
 
 
@@ -202,7 +206,7 @@ def test_the_page_shows_the_worst_rows_and_runs_nothing(tmp_path, nano):
     row = replace(nano.train.row(0), file="<script>alert(1)</script>")
     sample = (row, nano.train[0], ["no_end_of_turn"])
     path = tmp_path / "audit.html"
-    audit.write_html(path, nano.tokenizer, nano.audit, [sample])
+    audit_report.write_html(path, nano.tokenizer, nano.audit, [sample])
     page = path.read_text("utf-8")
     assert "<script>" not in page
     assert "no_end_of_turn" in page
@@ -227,14 +231,14 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def other_libraries(folder, monkeypatch):
-    monkeypatch.setattr(prepare, "version", lambda name: "0")
+    monkeypatch.setattr(data_cache, "version", lambda name: "0")
 
 
 def other_code(folder, monkeypatch):
     package = folder / "package"
     shutil.copytree(ROOT / "sft", package)
     edit(package / "chat.py", "IGNORED = -100", "IGNORED = -101")
-    monkeypatch.setattr(prepare, "__file__", str(package / "prepare.py"))
+    monkeypatch.setattr(data_cache, "__file__", str(package / "prepare.py"))
 
 
 CHANGES = {  # of everything that examples and audit depend on: an override, or an edit
@@ -286,8 +290,8 @@ def key_of(folder: Path, *overrides: str) -> str:
         f"data.eval_path={folder}/held_out.jsonl",
         *overrides,
     )
-    tokenizer = chat.prepare_tokenizer(load_tokenizer(given.model))
-    return prepare.key(prepare.inputs(given, tokenizer))
+    tokenizer = prepare_tokenizer(load_tokenizer(given.model))
+    return data_cache.key(data_cache.inputs(given, tokenizer))
 
 
 @pytest.fixture
@@ -322,9 +326,9 @@ def test_every_option_of_the_section_is_in_the_key_or_known_not_to_matter(materi
 
 def test_what_is_prepared_is_only_mapped_afterwards(material, monkeypatch):
     given = config(*rows(material / "rows.jsonl", "one", "two", "three", "four"))
-    first = prepare.prepare(given)
-    monkeypatch.setattr(prepare, "_fill", None)
-    second = prepare.prepare(given)
+    first = data_cache.prepare(given)
+    monkeypatch.setattr(data_cache, "_fill", None)
+    second = data_cache.prepare(given)
     assert list(second.train) == list(first.train)
     assert list(second.held_out.rows()) == list(first.held_out.rows())
     assert second.audit == first.audit
@@ -333,30 +337,30 @@ def test_what_is_prepared_is_only_mapped_afterwards(material, monkeypatch):
 
 def test_stale_data_are_refused_and_warn_prepares_them_anew(material, capsys):
     given = config(*rows(material / "rows.jsonl", "one", "two", "three", "four"))
-    first = prepare.prepare(given)
+    first = data_cache.prepare(given)
     (first.folder / "ids.bin").unlink()  # not cut: `first` has it mapped
     (first.folder / "ids.bin").touch()
     with pytest.raises(DataError, match=r"stale or damaged: ids.bin has 0 bytes.*make audit"):
-        prepare.prepare(given)
-    second = prepare.prepare(with_values(given, {"data.audit": "warn"}))
+        data_cache.prepare(given)
+    second = data_cache.prepare(with_values(given, {"data.audit": "warn"}))
     assert "made anew" in capsys.readouterr().out
     assert list(second.train) == list(first.train)
-    prepare.prepare(given)
+    data_cache.prepare(given)
 
 
 def test_what_fails_half_way_leaves_nothing_that_looks_prepared(material, monkeypatch):
     given = config(*rows(material / "rows.jsonl", "one", "two", "three", "four"))
     with monkeypatch.context() as patched:
-        patched.setattr(prepare, "_decide", lambda *_: 1 / 0)
+        patched.setattr(data_cache, "_decide", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            prepare.prepare(given)
+            data_cache.prepare(given)
     cache = Path(".cache/data")
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
-    made_of = prepare.inputs(given, chat.prepare_tokenizer(load_tokenizer(given.model)))
-    killed = cache / (prepare.key(made_of) + ".staging")
+    made_of = data_cache.inputs(given, prepare_tokenizer(load_tokenizer(given.model)))
+    killed = cache / (data_cache.key(made_of) + ".staging")
     killed.mkdir()
     (killed / "ids.bin").write_bytes(b"half")
-    assert len(prepare.prepare(given).train) == 3
+    assert len(data_cache.prepare(given).train) == 3
     assert not killed.exists()
 
 
@@ -364,28 +368,28 @@ def test_the_day_that_a_template_writes_is_that_of_preparing(material, monkeypat
     """Else a run could not be resumed after midnight."""
     edit(material / "model/chat_template.jinja", "{% for", "{{ strftime_now('%Y') }}{% for")
     given = config(f"model.name={material}/model", *rows(material / "a.jsonl", *map(str, range(6))))
-    first = prepare.prepare(given)
+    first = data_cache.prepare(given)
     later = SimpleNamespace(now=lambda: datetime(2099, 1, 1))
     monkeypatch.setattr(chat_template_utils, "datetime", later)
-    second = prepare.prepare(given)
+    second = data_cache.prepare(given)
     assert second.folder == first.folder
     assert list(second.train) == list(first.train)
-    anew = prepare.prepare(with_values(given, {"data.cache_dir": "other"}))
+    anew = data_cache.prepare(with_values(given, {"data.cache_dir": "other"}))
     assert list(anew.train) != list(first.train)  # the clock was really another
 
 
 def test_a_file_that_changes_while_it_is_read_is_told(material, monkeypatch):
     given = config(*rows(material / "rows.jsonl", "one", "two", "three", "four"))
-    write_rows = prepare._write_rows
+    write_rows = data_cache._write_rows
 
     def meanwhile(*arguments):
         counts = write_rows(*arguments)
         edit(material / "rows.jsonl", "two", "too")
         return counts
 
-    monkeypatch.setattr(prepare, "_write_rows", meanwhile)
+    monkeypatch.setattr(data_cache, "_write_rows", meanwhile)
     with pytest.raises(DataError, match=r"data.train_path changed while they were read"):
-        prepare.prepare(given)
+        data_cache.prepare(given)
 
 
 def test_a_dataset_of_the_hub_is_keyed_by_its_content(material, monkeypatch):
@@ -397,42 +401,42 @@ def test_a_dataset_of_the_hub_is_keyed_by_its_content(material, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     given = config("data.train_path=owner/name")
-    first = prepare.prepare(given)
+    first = data_cache.prepare(given)
     assert len(first.train) == 4
     assert first.train.row(1).place == "owner/name:2"
-    assert prepare.prepare(given).folder == first.folder
+    assert data_cache.prepare(given).folder == first.folder
     answers[1] = "too"
-    assert prepare.prepare(given).folder != first.folder
+    assert data_cache.prepare(given).folder != first.folder
 
 
 def test_a_killed_worker_is_one_message(material, monkeypatch):
     given = config(*rows(material / "rows.jsonl", *map(str, range(2000))))
-    monkeypatch.setattr(prepare.hardware, "usable_cores", lambda: 2)
-    monkeypatch.setattr(prepare, "_part", lambda *_: os._exit(9))
+    monkeypatch.setattr(data_cache.hardware, "usable_cores", lambda: 2)
+    monkeypatch.setattr(data_cache, "_part", lambda *_: os._exit(9))
     with pytest.raises(DataError, match="was killed, most likely for want of memory"):
-        prepare.prepare(given)
+        data_cache.prepare(given)
 
 
 def test_every_rank_prepares_anew_what_one_does(material, monkeypatch):
     given = config(*rows(material / "rows.jsonl", "one", "two", "three", "four"), "data.audit=warn")
-    first = prepare.prepare(given)
+    first = data_cache.prepare(given)
     ids = (first.folder / "ids.bin").read_bytes()
     (first.folder / "ids.bin").unlink()  # of unchanged size: only its digest tells
     (first.folder / "ids.bin").write_bytes(ids[:-1] + bytes([ids[-1] ^ 1]))
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert list(prepare.prepare(given).train) == list(first.train)
+    assert list(data_cache.prepare(given).train) == list(first.train)
 
 
 def test_what_another_process_holds_is_not_pruned(material, monkeypatch):
-    monkeypatch.setattr(prepare, "KEPT", 0)
+    monkeypatch.setattr(data_cache, "KEPT", 0)
     given = rows(material / "rows.jsonl", "one", "two", "three", "four")
     folder = Path(".cache/data/held")
     folder.mkdir(parents=True)
     (folder / "MANIFEST.json").touch()
     with FileLock(folder.with_suffix(".lock")):
-        prepare.prepare(config(*given))
+        data_cache.prepare(config(*given))
         assert folder.exists()
-    prepare.prepare(config(*given))
+    data_cache.prepare(config(*given))
     assert not folder.exists()
 
 
@@ -440,15 +444,17 @@ def test_a_cache_that_cannot_be_written_is_one_message(material):
     given = rows(material / "rows.jsonl", "one", "two", "three", "four")
     (material / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot keep prepared data in .*set data.cache_dir"):
-        prepare.prepare(config(*given, "data.cache_dir=file/cache"))
+        data_cache.prepare(config(*given, "data.cache_dir=file/cache"))
 
 
 def test_only_what_was_used_last_is_kept(material, monkeypatch):
-    monkeypatch.setattr(prepare, "KEPT", 2)
+    monkeypatch.setattr(data_cache, "KEPT", 2)
     given = rows(material / "rows.jsonl", "one", "two", "three", "four")
     folders = []
     for number in (0, 1, 0, 2):
-        folders.append(prepare.prepare(config(*given, f"data.max_seq_len={100 + number}")).folder)
+        folders.append(
+            data_cache.prepare(config(*given, f"data.max_seq_len={100 + number}")).folder
+        )
         os.utime(folders[-1], (number, 10 + len(folders)))
     assert [folder.exists() for folder in folders] == [True, False, True, True]
 
@@ -457,7 +463,7 @@ def test_only_what_was_used_last_is_kept(material, monkeypatch):
 def test_of_processes_that_ask_at_once_one_prepares(material):
     given = rows(material / "rows.jsonl", *(f"answer {n}" for n in range(3000)))
     code = (
-        "import sys; from sft import prepare; from sft.config import load_config\n"
+        "import sys; from sft.data import cache; from sft.config.load import load_config\n"
         "fill, calls = prepare._fill, []\n"
         "prepare._fill = lambda *a: (calls.append(1), fill(*a))\n"
         "made = prepare.prepare(load_config(sys.argv[1], sys.argv[2:]))\n"
@@ -488,7 +494,7 @@ def own_memory(pid: int) -> int:
 def test_memory_does_not_grow_with_the_number_of_rows(material):
     """18,000 rows more; held in memory they would take over 20 MiB."""
     code = (
-        "import sys; from sft import prepare; from sft.config import load_config\n"
+        "import sys; from sft.data import cache; from sft.config.load import load_config\n"
         "prepare.prepare(load_config(sys.argv[1], sys.argv[2:]))\n"
     )
     peaks = []
@@ -561,7 +567,7 @@ def test_the_longest_real_row_gets_what_the_policy_says(shared, tmp_path, policy
         "data.audit=warn",
         f"data.on_long={policy}",
     )
-    prepared = prepare.prepare(given)
+    prepared = data_cache.prepare(given)
     told, long = prepared.audit["train"], {"too_long": 1, "length_outlier": 1}
     is_kept = policy in ("error", "truncate_left_turns")  # its last exchange is as long by itself
     assert {kind: told["problems"].get(kind, {"count": 0})["count"] for kind in long} == (
@@ -586,9 +592,9 @@ def test_real_data_have_no_error(shared, tmp_path, name, tokenizer):
     )
     if name == "glaive" and tokenizer == "stories260K":  # its plain template knows no tools
         with pytest.raises(DataError, match="use a model whose template knows tools"):
-            prepare.prepare(given)
+            data_cache.prepare(given)
         return
-    prepared = prepare.prepare(given)
+    prepared = data_cache.prepare(given)
     problems = prepared.audit["train"]["problems"] | prepared.audit["held_out"]["problems"]
     errors = {k: v["rows"][:5] for k, v in problems.items() if v["severity"] == "error"}
     assert errors == {}

@@ -12,8 +12,10 @@ import tiny
 import torch
 from conftest import ROOT, launch, run
 
-from sft import batching, processes
-from sft.config import ConfigError, PeerError
+from sft.data import batches
+from sft.errors import ConfigError, PeerError
+from sft.runtime import agreement, deepspeed, processes, slurm
+from sft.runtime.precision import resolve_precision
 
 TRAIN = ["scripts/train.py", "--config", "configs/nano.yaml"]
 
@@ -126,7 +128,7 @@ def joined(monkeypatch, **changes: str | None) -> list[str | None]:
     for name, value in (TASK | changes).items():
         if value is not None:
             monkeypatch.setenv(name, value)
-    processes.join_slurm()
+    slurm.join_slurm()
     return [os.environ.get(name) for name in JOINED]
 
 
@@ -149,7 +151,7 @@ def test_a_launcher_inside_of_a_task_comes_first(monkeypatch):
     [("gpu07", "gpu07"), ("a,b[1-2]", "a"), ("n[001,003-4]-ib,x", "n001-ib"), ("r1[2-3]", "r12")],
 )
 def test_the_first_host_of_a_list(nodes, first):
-    assert processes.first_host(nodes) == first
+    assert slurm.first_host(nodes) == first
 
 
 # --- one run -------------------------------------------------------------------------------------
@@ -161,12 +163,12 @@ def test_the_ranks_that_differ_from_most_are_named(monkeypatch):
 
     told = [{"data": "a" * 64, "version of torch": "2"} for _ in range(4)]
     monkeypatch.setattr(processes, "gather_object", lambda _: told)
-    processes.agree(World(), told[0])
+    agreement.agree(World(), told[0])
     told[0]["version of torch"] = "1"
     told[2] |= {"data": "b" * 64}
     told[3] |= {"data": "b" * 64}
     with pytest.raises(PeerError) as caught:
-        processes.agree(World(), told[0])
+        agreement.agree(World(), told[0])
     assert caught.value.exit_code == 7
     lines = str(caught.value).splitlines()[1:-1]
     assert lines == [
@@ -177,10 +179,10 @@ def test_the_ranks_that_differ_from_most_are_named(monkeypatch):
 
 def test_facts_name_every_key_and_no_value(tmp_path):
     settings = tiny.config(tmp_path, learning_rate=0.7)
-    found = processes.facts(settings, {"data": "-"})
+    found = agreement.facts(settings, {"data": "-"})
     assert len(found["train.learning_rate"]) == 64
     assert str(tmp_path) not in str(found)
-    other = processes.facts(tiny.config(tmp_path, learning_rate=0.8), {"data": "-"})
+    other = agreement.facts(tiny.config(tmp_path, learning_rate=0.8), {"data": "-"})
     assert {name for name in found if found[name] != other[name]} == {"train.learning_rate"}
     assert {"data", "version of deepspeed", "code of sft"} < set(found)
 
@@ -203,7 +205,7 @@ def test_several_processes_with_an_unwrapped_model_are_refused(tmp_path, monkeyp
 
     monkeypatch.setattr(processes, "start_processes", lambda _: Pretender())
     with pytest.raises(ConfigError, match="not wrapped"):
-        tiny.make_engine(tiny.llama(), rows, rows, settings, batching.Budget(50, "padded"))
+        tiny.make_engine(tiny.llama(), rows, rows, settings, batches.Budget(50, "padded"))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_a_deepspeed_file_that_cannot_work_is_refused(tmp_path, content, message
 def test_the_deepspeed_files_of_the_repository_are_what_they_say(tmp_path, stage):
     file = str(ROOT / f"configs/deepspeed_z{stage}.json")
     settings = tiny.config(tmp_path, engine="deepspeed", deepspeed_config=file).train
-    assert processes.deepspeed_settings(settings)["zero_optimization"]["stage"] == stage
+    assert deepspeed.deepspeed_settings(settings)["zero_optimization"]["stage"] == stage
 
 
 @pytest.mark.slow
@@ -267,9 +269,7 @@ def test_deterministic_algorithms_are_asked_for(tmp_path, monkeypatch):
 
 def test_precision_has_a_reason(tmp_path):
     for wanted in ("auto", "fp32", "bf16"):
-        precision, reason = processes.resolve_precision(
-            tiny.config(tmp_path, precision=wanted).train
-        )
+        precision, reason = resolve_precision(tiny.config(tmp_path, precision=wanted).train)
         assert precision in ("fp32", "bf16")
         assert reason
 

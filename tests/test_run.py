@@ -27,7 +27,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft import checkpoint
+from sft.runtime import checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -9,23 +9,24 @@ import numpy as np
 import pytest
 from conftest import load_rows
 
-from sft import data, similar
-from sft.arrays import Files
-from sft.data import DIGEST, Row
-from sft.similar import told_of
+from sft.data import duplicates as data_duplicates
+from sft.data import split
+from sft.data.arrays import Files
+from sft.data.duplicates import told_of
+from sft.data.files import DIGEST, Row
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
 def duplicates(rows):
-    repeated, near = similar.duplicates(told_of(rows), np.arange(len(rows)))
+    repeated, near = data_duplicates.duplicates(told_of(rows), np.arange(len(rows)))
     return repeated.tolist(), near.tolist()
 
 
 def leakage(train, held_out):
     numbers = np.arange(len(train) + len(held_out))
     told = told_of([*train, *held_out])
-    leaked, nearly = similar.leaks(told, numbers[: len(train)], numbers[len(train) :])
+    leaked, nearly = data_duplicates.leaks(told, numbers[: len(train)], numbers[len(train) :])
     return (leaked - len(train)).tolist(), (nearly - len(train)).tolist()
 
 
@@ -90,8 +91,8 @@ def test_what_makes_rows_duplicates():
 @pytest.mark.parametrize("size", [3, 2048])
 def test_near_duplicates_are_found_by_their_real_similarity(monkeypatch, size):
     """Copies with so many words changed: every pair well above the bound is found, none below."""
-    monkeypatch.setattr(similar.sketch, "__defaults__", (size,))
-    monkeypatch.setattr(similar, "AT_ONCE", size)
+    monkeypatch.setattr(data_duplicates.sketch, "__defaults__", (size,))
+    monkeypatch.setattr(data_duplicates, "AT_ONCE", size)
     draw = random.Random(0)
     rows, expected = [], set()
     for number in range(150):
@@ -150,14 +151,14 @@ def test_what_is_written_in_parts_tells_the_same(tmp_path):
     rows = [row_of(" ".join(words_of(n % 7, 20)), f"answer {n % 3}") for n in range(40)]
     with Files(tmp_path) as files:
         for start in range(0, 40, 16):
-            similar.write(files, told_of(rows[start : start + 16]))
-    written, told = similar.open_folder(tmp_path), told_of(rows)
+            data_duplicates.write(files, told_of(rows[start : start + 16]))
+    written, told = data_duplicates.open_folder(tmp_path), told_of(rows)
     numbers = np.arange(40)
     parts = numbers[:30], numbers[30:]
-    assert [part.tolist() for part in similar.leaks(written, *parts)] == [
-        part.tolist() for part in similar.leaks(told, *parts)
+    assert [part.tolist() for part in data_duplicates.leaks(written, *parts)] == [
+        part.tolist() for part in data_duplicates.leaks(told, *parts)
     ]
-    repeated, near = similar.duplicates(written, numbers)
+    repeated, near = data_duplicates.duplicates(written, numbers)
     assert (repeated.tolist(), near.tolist()) == duplicates(rows)
     assert len(repeated) == 40 - 21
     assert len(near)
@@ -172,22 +173,26 @@ def decided(num_rows):
         return draw.integers(0, 2**32, shape, np.uint32).view(dtype)
 
     def sketches():
-        keys = random(num_rows * similar.BANDS, np.uint32).reshape(-1, similar.BANDS)
+        keys = random(num_rows * data_duplicates.BANDS, np.uint32).reshape(
+            -1, data_duplicates.BANDS
+        )
         ends = np.arange(1, num_rows + 1) * 4
-        return similar.Sketches(random(num_rows * 2, "u8"), keys, ends, random(4 * num_rows, "u4"))
+        return data_duplicates.Sketches(
+            random(num_rows * 2, "u8"), keys, ends, random(4 * num_rows, "u4")
+        )
 
     digests, prompts = random(num_rows * 4, DIGEST), random(num_rows * 4, DIGEST)
     digests[: num_rows // 4] = digests[num_rows // 4 : num_rows // 4 * 2]
-    told = similar.Told(digests, prompts, sketches(), sketches())
+    told = data_duplicates.Told(digests, prompts, sketches(), sketches())
     tracemalloc.start()
-    held = data.split(told.digests, 0.3, 0)
+    held = split.split(told.digests, 0.3, 0)
     assert round(0.3 * num_rows) - 2 < np.count_nonzero(held) <= round(0.3 * num_rows)
     rows, held_out = np.flatnonzero(~held), np.flatnonzero(held)
     entries = np.zeros(len(rows), np.uint16)
-    assert len(data.mix(entries, [1.5], 0)) == len(rows) + round(len(rows) / 2)
-    repeated, _ = similar.duplicates(told, rows)
+    assert len(split.mix(entries, [1.5], 0)) == len(rows) + round(len(rows) / 2)
+    repeated, _ = data_duplicates.duplicates(told, rows)
     assert len(repeated) > num_rows // 10
-    leaked, _ = similar.leaks(told, rows, held_out)
+    leaked, _ = data_duplicates.leaks(told, rows, held_out)
     assert not len(leaked)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -16,12 +16,15 @@ import tiny
 from accelerate import Accelerator
 from conftest import ROOT
 
-from sft import batching, checkpoint, guard, plan, storage
-from sft.checkpoint import CheckpointError
-from sft.config import Config, load_config
-from sft.log import Log
+from sft.config.load import load_config
+from sft.config.schema import Config
+from sft.data import batches
+from sft.errors import CheckpointError
+from sft.plan import plan
+from sft.runtime import checkpoint, disk, lock
+from sft.runtime.log import Log
 
-BUDGET = batching.Budget(60, "padded")
+BUDGET = batches.Budget(60, "padded")
 
 
 def make(folder, **train):
@@ -165,9 +168,9 @@ def test_a_folder_that_becomes_read_only(tmp_path):
 def test_a_run_folder_that_takes_no_files_is_refused_at_start(tmp_path):
     with mounted("-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(tmp_path)) as folder:
         with pytest.raises(CheckpointError, match=r"cannot write to .*: Read-only") as error:
-            storage.refuse_if_unwritable(folder / "new/run")
+            disk.refuse_if_unwritable(folder / "new/run")
         with pytest.raises(CheckpointError, match=r"cannot write to .*: Read-only"):
-            guard.Lock(folder / "new/run")
+            lock.Lock(folder / "new/run")
     assert error.value.exit_code == 4
 
 
@@ -345,7 +348,7 @@ def test_the_time_and_size_of_a_checkpoint_are_told(tmp_path):
     built.log.folder = tmp_path
     built.run()
     (told,) = [line for line in built.log.lines if line.startswith("a checkpoint takes")]
-    size = storage.folder_bytes(tmp_path / "checkpoint_step_0")
+    size = disk.folder_bytes(tmp_path / "checkpoint_step_0")
     assert f"{size / 1024:,.0f} KiB (step 0, read back; " in told
 
 
@@ -376,7 +379,7 @@ def test_a_full_disk_ends_the_run_before_step_1(small):
 # --- how much ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", list(storage.ADAM_BYTES))
+@pytest.mark.parametrize("optimizer", list(disk.ADAM_BYTES))
 def test_a_checkpoint_takes_what_is_forecast(tmp_path, optimizer):
     large = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 5000}
     rows = tiny.examples(0, 4)
@@ -384,7 +387,7 @@ def test_a_checkpoint_takes_what_is_forecast(tmp_path, optimizer):
     built = tiny.make_engine(tiny.llama(**large), rows, rows, settings, BUDGET)
     built.optimizer_step()
     built.step += 1
-    taken = storage.folder_bytes(built.save())
+    taken = disk.folder_bytes(built.save())
     assert taken <= built.keeper.need_bytes < 1.1 * taken
 
 
@@ -407,7 +410,7 @@ def train(**changes):
     ],
 )
 def test_so_many_checkpoints_lie_on_the_disk_at_once(changes, copies):
-    needed = storage.need(train(**changes), 10**6, 0, 100)
+    needed = disk.need(train(**changes), 10**6, 0, 100)
     assert needed.copies == copies
     assert needed.checkpoint == pytest.approx(12 * 10**6, rel=0.01)
     assert needed.final == pytest.approx(4 * 10**6, rel=0.02)
@@ -416,24 +419,24 @@ def test_so_many_checkpoints_lie_on_the_disk_at_once(changes, copies):
 
 def test_a_run_that_cannot_fit_is_refused_and_what_lies_there_counts_as_room(small):
     settings = train(output_dir=str(small / "run"))
-    storage.refuse_if_full(storage.need(settings, 10_000, 0, 10), settings)
-    needed = storage.need(settings, 40_000, 0, 10)
+    disk.refuse_if_full(disk.need(settings, 10_000, 0, 10), settings)
+    needed = disk.need(settings, 40_000, 0, 10)
     told = r"need 2.8 MiB: 3 checkpoints of .*; have .* Make room, lower train.save_total_limit"
     fill(small, needed.total - 200_000)
     with pytest.raises(CheckpointError, match=told) as error:
-        storage.refuse_if_full(needed, settings)
+        disk.refuse_if_full(needed, settings)
     assert error.value.exit_code == 4
     (small / "ballast").unlink()
     (small / "run/checkpoint_step_5").mkdir(parents=True)
     (small / "run/checkpoint_step_5/model.safetensors").write_bytes(b"x" * 250_000)
     fill(small, needed.total - 200_000)
-    storage.refuse_if_full(needed, settings)
+    disk.refuse_if_full(needed, settings)
 
 
 def test_room_for_the_run_but_not_for_a_merge_after_it_is_told(small):
     settings = train(output_dir=str(small / "run"))
-    needed = replace(storage.need(settings, 10_000, 0, 10), merged=2**30)
-    told = storage.refuse_if_full(needed, settings)
+    needed = replace(disk.need(settings, 10_000, 0, 10), merged=2**30)
+    told = disk.refuse_if_full(needed, settings)
     assert told
     assert "not for `make merge` after it (1,024 MiB more, have" in told
     assert "merged later 1,024 MiB more" in str(needed)
@@ -443,7 +446,7 @@ def test_room_for_the_run_but_not_for_a_merge_after_it_is_told(small):
 def test_a_merged_model_is_forecast_where_there_will_be_an_adapter(mode, weights):
     config = load_config(ROOT / "configs/nano.yaml", [f"tuning.mode={mode}"])
     merged = plan.disk(config, 100).merged
-    assert merged == (2 * weights + 1024 * storage.TOKENIZER_BYTES if weights else 0)
+    assert merged == (2 * weights + 1024 * disk.TOKENIZER_BYTES if weights else 0)
 
 
 @pytest.mark.slow

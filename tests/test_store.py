@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft import store
-from sft.arrays import Files
-from sft.chat import IGNORED, Example
-from sft.data import Row
+from sft.data.arrays import Files
+from sft.data.examples import Arrays, Batch, Examples, collate, open_folder, pack, write
+from sft.data.files import Row
+from sft.data.template import IGNORED, Example
 
 CPU = torch.device("cpu")
 PAD = 0
@@ -35,8 +35,8 @@ def row(number: int) -> Row:
     return Row(messages, tools, f"file {number % 3}", number + 1, group=group)
 
 
-def packed(made: list[Example]) -> store.Arrays:
-    return store.pack((number, row(number), example) for number, example in enumerate(made))
+def packed(made: list[Example]) -> Arrays:
+    return pack((number, row(number), example) for number, example in enumerate(made))
 
 
 @given(st.lists(examples(), min_size=1, max_size=9), st.integers(1, 4))
@@ -45,21 +45,21 @@ def test_what_is_written_in_parts_comes_back(tmp_path_factory, made, size):
     with Files(folder) as files:
         for start in range(0, len(made), size):
             part = [(n, row(n), made[n]) for n in range(start, min(start + size, len(made)))]
-            store.write(files, store.pack(part))
-    read = store.Examples(store.open_folder(folder))
-    assert list(read) == made == list(store.Examples(packed(made)))
+            write(files, pack(part))
+    read = Examples(open_folder(folder))
+    assert list(read) == made == list(Examples(packed(made)))
     assert list(read.rows()) == [row(number) for number in range(len(made))]
     assert list(read.lengths) == [len(example.ids) for example in made]
     supervised = [example.num_supervised for example in made]
     assert read.arrays.index["supervised"].tolist() == supervised
     order = np.array([len(made) - 1, 0, 0])
-    assert list(store.Examples(read.arrays, order)) == [made[-1], made[0], made[0]]
+    assert list(Examples(read.arrays, order)) == [made[-1], made[0], made[0]]
 
 
 @given(st.lists(examples(), min_size=1, max_size=6), st.data())
 def test_padded_rows(made, draw):
     chosen = draw.draw(st.lists(st.integers(0, len(made) - 1), min_size=1, max_size=6))
-    batch = store.collate(store.Examples(packed(made)), chosen, PAD, "padded", CPU)
+    batch = collate(Examples(packed(made)), chosen, PAD, "padded", CPU)
     rows = [made[i] for i in chosen]
     width = max(len(example.ids) for example in rows)
     expected = [example.ids + [PAD] * (width - len(example.ids)) for example in rows]
@@ -71,7 +71,7 @@ def test_padded_rows(made, draw):
 @given(st.lists(examples(), min_size=1, max_size=6), st.data())
 def test_packed_documents(made, draw):
     chosen = draw.draw(st.lists(st.integers(0, len(made) - 1), min_size=1, max_size=6))
-    batch = store.collate(store.Examples(packed(made)), chosen, PAD, "packed", CPU)
+    batch = collate(Examples(packed(made)), chosen, PAD, "packed", CPU)
     rows = [made[i] for i in chosen]
     assert batch.input_ids.tolist() == [[token for example in rows for token in example.ids]]
     restarting = [i for example in rows for i in range(len(example.ids))]
@@ -80,7 +80,7 @@ def test_packed_documents(made, draw):
     check_targets(batch, rows, [sum(lengths[:n]) for n in range(len(rows))])
 
 
-def check_targets(batch: store.Batch, rows: list[Example], starts: list[int]) -> None:
+def check_targets(batch: Batch, rows: list[Example], starts: list[int]) -> None:
     """Position t predicts token t + 1; weights are those of the predicted tokens."""
     expected = [
         (start + i - 1, example.labels[i], example.weights[i] if example.weights else 1.0)
@@ -98,7 +98,7 @@ def check_targets(batch: store.Batch, rows: list[Example], starts: list[int]) ->
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_a_micro_batch_of_nothing_is_a_token_that_nothing_is_learnt_from(layout):
-    batch = store.collate(store.Examples(packed([Example([5], [5])])), [], PAD, layout, CPU)
+    batch = collate(Examples(packed([Example([5], [5])])), [], PAD, layout, CPU)
     assert batch.input_ids.tolist() == [[PAD]]
     assert batch.positions.dtype == batch.targets.dtype == torch.long
     assert len(batch.positions) == len(batch.targets) == 0

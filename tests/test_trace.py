@@ -14,11 +14,13 @@ from conftest import ROOT
 from shapes import SIZES, architectures, configured
 from transformers import Gemma2Config, MixtralConfig
 
-from sft import rehearsal, trace
-from sft.config import Config, load_config, with_values
-from sft.engine import Engine
-from sft.rehearsal import Window, uniform
-from sft.trace import MIB, Block, CachingAllocator, Recorder, Trace
+from sft.config.load import load_config, with_values
+from sft.config.schema import Config
+from sft.plan import dry_run, trace
+from sft.plan.allocator import MIB, CachingAllocator
+from sft.plan.dry_run import Window, uniform
+from sft.plan.trace import Block, Recorder, Trace
+from sft.train.engine import Engine
 
 # --- recording ---------------------------------------------------------------------------------
 
@@ -78,13 +80,13 @@ GRID = list(product(ARCHITECTURES, ["full", "lora", "qlora"], [False, True], BUD
 
 
 def real_engine(config: Config, window: Window, precision: str = "fp32", **options) -> Engine:
-    return rehearsal.make_engine(config, precision, window, **({"weights": False} | options))
+    return dry_run.make_engine(config, precision, window, **({"weights": False} | options))
 
 
 def fake_and_real(config: Config, window: Window, precision: str = "fp32", **options):
     """(peak of the rehearsed step, of the real one under the same recorder)."""
-    fake = rehearsal.rehearse(config, precision, window).peak()
-    return fake, rehearsal.record(real_engine(config, window, precision, **options)).peak()
+    fake = dry_run.rehearse(config, precision, window).peak()
+    return fake, dry_run.record(real_engine(config, window, precision, **options)).peak()
 
 
 # A third of the grid: every architecture in every mode, with and without checkpointing.
@@ -113,10 +115,10 @@ def test_the_rehearsed_step_takes_what_the_process_allocates(
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
 def test_the_rehearsed_evaluation_takes_what_the_real_one_takes(tmp_path, mode):
     config, window = configured(tmp_path, ARCHITECTURES["Qwen2"], mode), uniform(4, 32, 20)
-    fake = rehearsal.rehearse(config, "fp32", window, evaluation=True).peak()
-    real = rehearsal.record(real_engine(config, window), gradients=True, evaluation=True).peak()
+    fake = dry_run.rehearse(config, "fp32", window, evaluation=True).peak()
+    real = dry_run.record(real_engine(config, window), gradients=True, evaluation=True).peak()
     assert fake == real
-    step = rehearsal.rehearse(config, "fp32", replace(window, gradients=True)).peak()
+    step = dry_run.rehearse(config, "fp32", replace(window, gradients=True)).peak()
     assert fake.num_bytes < step.num_bytes
     assert fake.breakdown["gradients"] == step.breakdown["gradients"]
 
@@ -135,7 +137,7 @@ def test_packed_rows_take_a_mask_wherever_varlen_has_no_kernel(tmp_path):
 
     def taken(name, precision):
         asked = with_values(config, {"model.attn_implementation": name})
-        traced = rehearsal.rehearse(asked, precision, window, depth=1, on_gpu=True)
+        traced = dry_run.rehearse(asked, precision, window, depth=1, on_gpu=True)
         return traced.peak().num_bytes
 
     assert taken("varlen", "bf16") < taken("sdpa", "bf16")
@@ -148,7 +150,7 @@ def test_flash_attention_of_a_model_without_sdpa_is_rehearsed_as_its_own(tmp_pat
     window, taken = uniform(3, 40, 9, 2, "packed"), []
     for name in ("flash_attention_2", "auto"):
         asked = with_values(config, {"model.attn_implementation": name})
-        traced = rehearsal.rehearse(asked, "bf16", window, depth=1, on_gpu=True)
+        traced = dry_run.rehearse(asked, "bf16", window, depth=1, on_gpu=True)
         taken.append(traced.peak().num_bytes)
     assert taken[0] == taken[1]
 
@@ -156,8 +158,8 @@ def test_flash_attention_of_a_model_without_sdpa_is_rehearsed_as_its_own(tmp_pat
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_gradients_from_the_start_are_those_of_a_micro_batch_before(tmp_path, mode):
     config = configured(tmp_path, ARCHITECTURES["Llama"], mode)
-    two = rehearsal.rehearse(config, "fp32", uniform(4, 32, 20, micro_batches=2)).peak()
-    one = rehearsal.rehearse(config, "fp32", replace(uniform(4, 32, 20), gradients=True)).peak()
+    two = dry_run.rehearse(config, "fp32", uniform(4, 32, 20, micro_batches=2)).peak()
+    one = dry_run.rehearse(config, "fp32", replace(uniform(4, 32, 20), gradients=True)).peak()
     assert one.num_bytes == pytest.approx(two.num_bytes, rel=0.002)
     assert one.breakdown["gradients"] == two.breakdown["gradients"]
 
@@ -172,20 +174,20 @@ def test_the_loaded_quantised_model_and_dropout():
 def test_under_autocast_the_stand_in_for_accelerate_does_as_accelerate(tmp_path, monkeypatch):
     config = configured(tmp_path, ARCHITECTURES["Llama"], "full")
     window = uniform(4, 64, 40, 2)
-    fake = rehearsal.rehearse(config, "bf16", window).peak()
-    assert fake.num_bytes < rehearsal.rehearse(config, "fp32", window).peak().num_bytes
+    fake = dry_run.rehearse(config, "bf16", window).peak()
+    assert fake.num_bytes < dry_run.rehearse(config, "fp32", window).peak().num_bytes
     monkeypatch.setattr(
-        rehearsal, "Alone", lambda precision, _: Accelerator(cpu=True, mixed_precision=precision)
+        dry_run, "Alone", lambda precision, _: Accelerator(cpu=True, mixed_precision=precision)
     )
     AcceleratorState._reset_state(True)
-    real = rehearsal.record(real_engine(config, window, "bf16")).peak()
+    real = dry_run.record(real_engine(config, window, "bf16")).peak()
     AcceleratorState._reset_state(True)
     assert fake == real
 
 
 def test_the_breakdown_names_everything(tmp_path):
     config = configured(tmp_path, ARCHITECTURES["Llama"], "full")
-    peak = rehearsal.rehearse(config, "fp32", BUDGETS[0]).peak()
+    peak = dry_run.rehearse(config, "fp32", BUDGETS[0]).peak()
     parameters = 4 * sum(p.numel() for p in real_engine(config, BUDGETS[0]).model.parameters())
     assert sum(peak.breakdown.values()) == peak.num_bytes
     assert peak.breakdown["gradients"] == parameters  # there is a second micro-batch
@@ -201,13 +203,13 @@ def test_the_breakdown_names_everything(tmp_path):
 def test_a_rehearsal_leaves_nothing_behind(tmp_path, caplog):
     config = configured(tmp_path, ARCHITECTURES["Llama"], "qlora")
     seeded = torch.random.get_rng_state()
-    rehearsal.rehearse(config, "fp32", BUDGETS[0])
+    dry_run.rehearse(config, "fp32", BUDGETS[0])
     assert torch.equal(torch.random.get_rng_state(), seeded)
     assert type(torch.zeros(1)) is torch.Tensor
     # In torch 2.13 the operation of a mixture of experts has a shape rule for bf16 only.
     experts = configured(tmp_path, MixtralConfig(**SIZES, num_local_experts=2))
     with pytest.raises(RuntimeError, match="BF16"):
-        rehearsal.rehearse(experts, "fp32", BUDGETS[0])
+        dry_run.rehearse(experts, "fp32", BUDGETS[0])
     assert caplog.text == ""
     assert type(torch.zeros(1)) is torch.Tensor
     config = configured(tmp_path, ARCHITECTURES["Llama"], "qlora")

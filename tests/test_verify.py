@@ -18,8 +18,11 @@ from rich.console import Console
 from safetensors.torch import save_file
 from shapes import architectures, configured
 
-from sft import hardware, verify
-from sft.config import load_config, load_run
+from sft import errors
+from sft.config.load import load_config, load_run
+from sft.runtime import hardware
+from sft.verify import laws, runs
+from sft.verify.small import Small, make_small, small_model
 
 # --- parts ---------------------------------------------------------------------------------------
 
@@ -35,7 +38,7 @@ WIDE = architectures(
 @pytest.mark.parametrize("name", WIDE)
 def test_the_small_model_is_of_the_same_architecture(tmp_path, name):
     config = configured(tmp_path, WIDE[name])
-    built, told = verify.small_model(config, exact=True)
+    built, told = small_model(config, exact=True)
     assert type(built).__name__.startswith(name)
     text = built.config.get_text_config()
     assert (text.num_hidden_layers, text.hidden_size) == (2, 64)
@@ -51,7 +54,7 @@ def test_the_small_model_is_of_the_same_architecture(tmp_path, name):
 def test_a_run_dies_at_the_point_that_was_chosen(tmp_path, point, left):
     child = os.fork()
     if child == 0:
-        verify.die_at(point)
+        runs.die_at(point)
         for step in range(1, 6):
             staging = tmp_path / f"checkpoint_step_{step}.staging"
             staging.mkdir()
@@ -72,16 +75,16 @@ def test_fresh_processes_are_gone_when_they_are_reported(tmp_path):
         "told = ['told by', os.environ.get('RANK', 'alone'), *sys.argv[1:]]\n"
         "os.write(1, (' '.join(told) + '\\n').encode())\n"
     )
-    assert verify.fresh(1, [str(script), "a=b"]) == "told by alone a=b\n"
-    told = verify.fresh(2, [str(script)])
+    assert runs.fresh(1, [str(script), "a=b"]) == "told by alone a=b\n"
+    told = runs.fresh(2, [str(script)])
     assert {"told by 0", "told by 1"} <= set(told.splitlines()), told
     assert {path.name for path in tmp_path.iterdir()} == {"script.py", "alone", "0", "1"}
 
 
 def test_deviations_are_relative_and_infinite_where_something_is_missing(tmp_path):
-    assert verify.deviation({1: 2.0, 2: 11.0}, {1: 2.0, 2: 10.0}) == pytest.approx(0.1)
-    assert verify.deviation({1: 2.0}, {1: 2.0, 2: 10.0}) == float("inf")
-    assert verify.deviation({}, {}) == float("inf")
+    assert laws.deviation({1: 2.0, 2: 11.0}, {1: 2.0, 2: 10.0}) == pytest.approx(0.1)
+    assert laws.deviation({1: 2.0}, {1: 2.0, 2: 10.0}) == float("inf")
+    assert laws.deviation({}, {}) == float("inf")
     for name, tensors in {
         "one": {"a": torch.ones(4), "b": torch.zeros(2)},
         "near": {"a": torch.ones(4) * 1.5, "b": torch.zeros(2)},
@@ -90,18 +93,18 @@ def test_deviations_are_relative_and_infinite_where_something_is_missing(tmp_pat
     }.items():
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
-    assert verify.weight_deviation(tmp_path / "near", tmp_path / "one") == pytest.approx(0.5)
+    assert laws.weight_deviation(tmp_path / "near", tmp_path / "one") == pytest.approx(0.5)
     for name in ("less", "none"):
-        assert verify.weight_deviation(tmp_path / name, tmp_path / "one") == float("inf")
-        assert verify.weight_deviation(tmp_path / name, tmp_path / name) in (0, float("inf"))
-    assert verify.weight_deviation(tmp_path / "none", tmp_path / "none") == float("inf")
+        assert laws.weight_deviation(tmp_path / name, tmp_path / "one") == float("inf")
+        assert laws.weight_deviation(tmp_path / name, tmp_path / name) in (0, float("inf"))
+    assert laws.weight_deviation(tmp_path / "none", tmp_path / "none") == float("inf")
 
 
 def test_every_cut_is_tried_once():
-    small = verify.Small(load_config(ROOT / "configs/nano.yaml"), Path(), [9, 5, 4], [])
+    small = Small(load_config(ROOT / "configs/nano.yaml"), Path(), [9, 5, 4], [])
     files = [Path("configs/deepspeed_z2.json")]
     for world, number in ((1, 4), (2, 7)):
-        found = verify.cuts(small, world, files)
+        found = laws.cuts(small, world, files)
         assert len({cut.name for cut in found}) == len(found) == number
         for each in found:  # what it asks for is a configuration
             load_config(ROOT / "configs/nano.yaml", each.settings())
@@ -110,16 +113,16 @@ def test_every_cut_is_tried_once():
 def test_a_broken_row_is_an_error_and_a_refused_one_is_not():
     told = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     titles = ("what", "found")
-    sound = verify.Row(("first",), [("same", True)])
-    refused = verify.Row(("second",), [], "error: it cannot", refused=True)
-    verify._conclude(told, "law", titles, [sound, refused])
+    sound = laws.Row(("first",), [("same", True)])
+    refused = laws.Row(("second",), [], "error: it cannot", refused=True)
+    laws._conclude(told, "law", titles, [sound, refused])
     assert "error: it cannot" in told.export_text(clear=False)
     for broken in (
-        verify.Row(("third",), [("OTHER", False)]),
-        verify.Row(("third",), [], "it failed"),
+        laws.Row(("third",), [("OTHER", False)]),
+        laws.Row(("third",), [], "it failed"),
     ):
-        with pytest.raises(verify.VerificationError, match="third") as raised:
-            verify._conclude(told, "law", titles, [sound, broken])
+        with pytest.raises(errors.VerificationError, match="third") as raised:
+            laws._conclude(told, "law", titles, [sound, broken])
         assert raised.value.exit_code == 1
 
 
@@ -127,25 +130,25 @@ def test_too_few_rows_are_told(tmp_path):
     rows = (ROOT / "nano/train.jsonl").read_text().splitlines()[:3]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     config = load_config(ROOT / "configs/nano.yaml", [f"data.train_path={tmp_path}/rows.jsonl"])
-    with pytest.raises(verify.VerificationError, match="at least 3 usable training rows"):
-        verify.make_small(config, tmp_path)
+    with pytest.raises(errors.VerificationError, match="at least 3 usable training rows"):
+        make_small(config, tmp_path)
 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_that_varlen_has_no_kernel_in_fp32_is_told(tmp_path, exact):
     overrides = ["model.attn_implementation=varlen", "data.max_rows=64"]
     config = load_config(ROOT / "configs/nano.yaml", overrides)
-    told = dict(verify.make_small(config, tmp_path, exact=exact).told)
+    told = dict(make_small(config, tmp_path, exact=exact).told)
     assert told.get("packed rows", "").startswith("of SDPA with a mask: varlen has no") == exact
 
 
 DARKROOM = ["distill.compress=true", "distill.dropout=0.1", "distill.width=48"]
 
 
-def small_darkroom(folder: Path, monkeypatch) -> verify.Small:
+def small_darkroom(folder: Path, monkeypatch) -> Small:
     monkeypatch.setattr(hardware, "usable_cores", lambda: 1)  # a pool takes longer to start
     config = load_run(ROOT / "configs/ad_darkroom.yaml", DARKROOM)
-    return verify.make_small(config, folder, exact=True)
+    return make_small(config, folder, exact=True)
 
 
 def test_distillation_is_made_small(tmp_path, monkeypatch):
@@ -170,9 +173,9 @@ LORA = ["tuning.mode=lora", "tuning.lora_dropout=0.1", "evaluation.num_examples=
 CELLS = ("step", "examples", "losses", "weights", "optimizer")
 
 
-def trials(folder: Path, *overrides: str, exact: bool = False) -> verify.Trials:
+def trials(folder: Path, *overrides: str, exact: bool = False) -> runs.Trials:
     config = load_config(ROOT / "configs/nano.yaml", [*LORA, *overrides])
-    return verify.Trials(verify.make_small(config, folder, exact=exact), forked.launch)
+    return runs.Trials(make_small(config, folder, exact=exact), forked.launch)
 
 
 BROKEN = """
@@ -194,17 +197,17 @@ def broken(tmp_path, monkeypatch):
 
     def put(fault: str) -> None:
         script = tmp_path / "broken.py"
-        script.write_text(BROKEN.format(fault=fault, train=str(verify.TRAIN)))
-        monkeypatch.setattr(verify, "TRAIN", script)
+        script.write_text(BROKEN.format(fault=fault, train=str(runs.TRAIN)))
+        monkeypatch.setattr(runs, "TRAIN", script)
 
     return put
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory) -> tuple[verify.Trials, verify.Kill, verify.Run, verify.Run]:
+def killed(tmp_path_factory) -> tuple[runs.Trials, laws.Kill, runs.Run, runs.Run]:
     """A run that was killed in a save, and the uninterrupted one."""
     made = trials(tmp_path_factory.mktemp("resume"))
-    kill = verify.kills(made.small, 1)[-1]
+    kill = laws.kills(made.small, 1)[-1]
     dead = made.run("killed", 1, kill=kill.point)
     assert dead.state == "running"
     return made, kill, dead, made.run("whole", 1)
@@ -216,10 +219,10 @@ def resumed(killed) -> dict[str, bool] | str:
     folder = dead.folder.with_name("resumed")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(dead.folder, folder)
-    return holding(verify.resumed_row(made, kill, folder, 1, 1, whole))
+    return holding(laws.resumed_row(made, kill, folder, 1, 1, whole))
 
 
-def holding(row: verify.Row) -> dict[str, bool] | str:
+def holding(row: laws.Row) -> dict[str, bool] | str:
     assert row.holds == (not row.problem and all(holds for _, holds in row.cells))
     return row.problem or {name: holds for name, (_, holds) in zip(CELLS, row.cells, strict=True)}
 
@@ -278,30 +281,30 @@ def test_a_torn_checkpoint_is_found_out(killed):
     shutil.copytree(dead.folder, torn)
     with (torn / "checkpoint_step_2/optimizer-00001-of-00001.safetensors").open("ab") as file:
         file.write(b"0")
-    row = verify.resumed_row(made, kill, torn, 1, 1, whole)
+    row = laws.resumed_row(made, kill, torn, 1, 1, whole)
     assert "optimizer-00001-of-00001.safetensors has" in row.problem
     assert not row.holds
 
 
 @pytest.mark.slow
 def test_distillation_keeps_both_laws(tmp_path, monkeypatch):
-    made = verify.Trials(small_darkroom(tmp_path, monkeypatch), forked.launch)
-    (row,) = verify.resume_rows(made, 1, verify.kills(made.small, 1)[-1:])
+    made = runs.Trials(small_darkroom(tmp_path, monkeypatch), forked.launch)
+    (row,) = laws.resume_rows(made, 1, laws.kills(made.small, 1)[-1:])
     assert holding(row) == dict.fromkeys(CELLS, True)
-    cut = verify.Cut(1, "one process", "padded", 1)
-    whole = verify.Run(tmp_path / "whole", "finished", "")
-    row = verify.cut_row(cut, made.run("alone", 1, *cut.settings()), whole)
+    cut = laws.Cut(1, "one process", "padded", 1)
+    whole = runs.Run(tmp_path / "whole", "finished", "")
+    row = laws.cut_row(cut, made.run("alone", 1, *cut.settings()), whole)
     assert row.holds, row
     assert row.cells[1][0] != "0e+00"  # it was cut
 
 
 @pytest.fixture(scope="module")
-def exact(tmp_path_factory) -> tuple[verify.Trials, list[verify.Row], verify.Run]:
+def exact(tmp_path_factory) -> tuple[runs.Trials, list[laws.Row], runs.Run]:
     """A run without dropout; and one that two processes resumed, held against it."""
     made = trials(tmp_path_factory.mktemp("exact"), exact=True)
-    kill = replace(verify.kills(made.small, 1)[0], resumed_by=(2,))
-    rows = verify.resume_rows(made, 1, [kill])
-    return made, rows, verify.Run(made.small.folder / "whole", "finished", "")
+    kill = replace(laws.kills(made.small, 1)[0], resumed_by=(2,))
+    rows = laws.resume_rows(made, 1, [kill])
+    return made, rows, runs.Run(made.small.folder / "whole", "finished", "")
 
 
 @pytest.mark.slow
@@ -314,9 +317,9 @@ def test_two_processes_go_on_where_one_was_killed(exact):
 
 def cut(exact, world: int, layout: str, max_tokens: int) -> dict[str, bool] | str:
     made, _, whole = exact
-    chosen = verify.Cut(world, "any", layout, max_tokens)
+    chosen = laws.Cut(world, "any", layout, max_tokens)
     name = f"cut{len(list(made.small.folder.iterdir()))}"
-    row = verify.cut_row(chosen, made.run(name, world, *chosen.settings()), whole)
+    row = laws.cut_row(chosen, made.run(name, world, *chosen.settings()), whole)
     return row.problem or dict(zip(CELLS[1:4], (holds for _, holds in row.cells), strict=True))
 
 

@@ -11,9 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from sft import batching, chat, data, engine, model, prepare, processes, store, tasks
-from sft.config import Config, with_values
-from sft.log import Log
+from sft.config.load import with_values
+from sft.config.schema import Config
+from sft.data import batches, cache, files, template
+from sft.data.examples import Examples, pack
+from sft.models import adapters
+from sft.runtime import processes
+from sft.runtime.log import Log
+from sft.tasks import registry
+from sft.train import engine
 
 VOCAB = 61
 
@@ -62,15 +68,15 @@ def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Mo
     return model
 
 
-def examples(seed: int, number: int, longest: int = 30) -> list[chat.Example]:
+def examples(seed: int, number: int, longest: int = 30) -> list[template.Example]:
     """Random lengths and labels; a quarter of the examples have no supervised token at all."""
     random = np.random.default_rng(seed)
     result = []
     for i in range(number):
         ids = random.integers(2, VOCAB, random.integers(2, longest + 1)).tolist()
         share = 0.0 if i % 4 == 3 else random.uniform(0.05, 1.0)
-        labels = [t if random.random() < share else chat.IGNORED for t in ids]
-        result.append(chat.Example(ids=ids, labels=labels))
+        labels = [t if random.random() < share else template.IGNORED for t in ids]
+        result.append(template.Example(ids=ids, labels=labels))
     return result
 
 
@@ -97,7 +103,7 @@ def crowd_config(folder: Path, *, train: dict[str, Any] | None = None, **crowd: 
 def adapted(settings: Config, dtype: torch.dtype = torch.float32, base: Any = None) -> nn.Module:
     """`base` (None: `llama`) with adapters, those of a crowd where there is one, none of them 0."""
     base = (llama(dtype) if base is None else base).requires_grad_(False)
-    built = model.add_adapters(base, settings.tuning, settings.crowd)
+    built = adapters.add_adapters(base, settings.tuning, settings.crowd)
     random = torch.Generator().manual_seed(3)
     for parameter in built.parameters():
         if parameter.requires_grad:
@@ -106,26 +112,26 @@ def adapted(settings: Config, dtype: torch.dtype = torch.float32, base: Any = No
     return built
 
 
-def stored(examples: list[chat.Example]) -> store.Examples:
+def stored(examples: list[template.Example]) -> Examples:
     """Examples as training reads them; row i is line i + 1 of a file tiny."""
-    rows = (data.Row([], None, "tiny", i + 1) for i in range(len(examples)))
-    return store.Examples(store.pack(zip(range(len(examples)), rows, examples, strict=True)))
+    rows = (files.Row([], None, "tiny", i + 1) for i in range(len(examples)))
+    return Examples(pack(zip(range(len(examples)), rows, examples, strict=True)))
 
 
 def make_engine(
     built: nn.Module,
-    rows: list[chat.Example],
-    held_out: list[chat.Example],
+    rows: list[template.Example],
+    held_out: list[template.Example],
     settings: Config,
-    budget: batching.Budget,
+    budget: batches.Budget,
 ) -> engine.Engine:
     accelerator = processes.start_processes(settings.train)
-    prepared = prepare.Prepared(Tokenizer(), stored(rows), stored(held_out), AUDIT)  # type: ignore[arg-type]
-    task = tasks.make_task(settings, prepared, built, accelerator, Log(None), budget)
+    prepared = cache.Prepared(Tokenizer(), stored(rows), stored(held_out), AUDIT)  # type: ignore[arg-type]
+    task = registry.make_task(settings, prepared, built, accelerator, Log(None), budget)
     return engine.Engine(task, settings.train, accelerator, Log(None), budget)
 
 
-def reference(model: nn.Module, rows: list[chat.Example]) -> tuple[float, list[torch.Tensor]]:
+def reference(model: nn.Module, rows: list[template.Example]) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients by the plainest loop: one example at a time, all logits, one division."""
     model.zero_grad()
     weights = [row.weights or [1.0] * len(row.ids) for row in rows]
@@ -133,13 +139,13 @@ def reference(model: nn.Module, rows: list[chat.Example]) -> tuple[float, list[t
         weight
         for row, own in zip(rows, weights, strict=True)
         for label, weight in zip(row.labels[1:], own[1:], strict=True)
-        if label != chat.IGNORED
+        if label != template.IGNORED
     )
     loss_sum = 0.0
     for row, weight in zip(rows, weights, strict=True):
         logits = model(input_ids=torch.tensor([row.ids])).logits[0, :-1]
         labels = torch.tensor(row.labels[1:])
-        losses = F.cross_entropy(logits, labels, ignore_index=chat.IGNORED, reduction="none")
+        losses = F.cross_entropy(logits, labels, ignore_index=template.IGNORED, reduction="none")
         loss = losses @ torch.tensor(weight[1:], dtype=losses.dtype)
         (loss / total).backward()
         loss_sum += loss.item()
@@ -149,7 +155,7 @@ def reference(model: nn.Module, rows: list[chat.Example]) -> tuple[float, list[t
 
 
 def crowd_reference(
-    crowd: Any, rows: list[chat.Example], settings: Config, seed: int
+    crowd: Any, rows: list[template.Example], settings: Config, seed: int
 ) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients of a crowd from the definitions: one example at a time, all logits, one
     direction and one pair of agents at a time. `seed`: of the directions."""
@@ -159,7 +165,7 @@ def crowd_reference(
     for row in rows:
         ids = torch.tensor([row.ids] * told.num_agents)
         output = crowd.base(input_ids=ids, output_hidden_states=True)
-        places = [t for t, label in enumerate(row.labels[1:]) if label != chat.IGNORED]
+        places = [t for t, label in enumerate(row.labels[1:]) if label != template.IGNORED]
         for t in places:
             weight = row.weights[t + 1] if row.weights else 1.0
             total += weight

@@ -19,10 +19,11 @@ from conftest import load_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from sft import audit, chat, prepare
-from sft.chat import IGNORED, Example
-from sft.config import load_config
-from sft.data import Row
+from sft.config.load import load_config
+from sft.data import audit
+from sft.data.cache import Prepared, key, prepare
+from sft.data.files import Row
+from sft.data.template import IGNORED, Example, prepare_tokenizer, render
 
 NANO = Path(__file__).parents[2] / "nano/model"
 LIMIT = 256  # tokens
@@ -75,7 +76,7 @@ def tokenizer(template: str = CHATML, bos: str | None = None, **added: Any) -> A
     made.chat_template = template
     if bos:
         made.add_special_tokens({"bos_token": bos})
-    return chat.prepare_tokenizer(made)
+    return prepare_tokenizer(made)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def renderer(
 
     def find() -> list[str]:
         made = tokenizer()
-        example = change(made, row, chat.render(made, row.messages, row.tools))
+        example = change(made, row, render(made, row.messages, row.tools))
         return audit.examine(made, row, example, LIMIT)
 
     return find
@@ -104,7 +105,7 @@ def template(text: str, row: Row = ONE, bos: str | None = None) -> Callable[[], 
 
     def find() -> list[str]:
         made = tokenizer(text, bos)
-        example = chat.render(made, row.messages, row.tools)
+        example = render(made, row.messages, row.tools)
         return audit.examine(made, row, example, LIMIT)
 
     return find
@@ -112,7 +113,7 @@ def template(text: str, row: Row = ONE, bos: str | None = None) -> Callable[[], 
 
 def prepared(
     folder: Path, given: Sequence[Row], held_out: Sequence[Row], limit: int, **data_section: Any
-) -> prepare.Prepared:
+) -> Prepared:
     """Rows as a user's files, through all that comes before training."""
     values = {"on_long": "error", "max_seq_len": limit, "cache_dir": str(folder / "cache")}
     for name, part in (("train_path", given), ("eval_path", held_out)):
@@ -121,9 +122,7 @@ def prepared(
         path.write_text("".join(json.dumps(row) + "\n" for row in shown), "utf-8")
         values[name] = str(path)
     overrides = [f"data.{name}={value}" for name, value in (values | data_section).items()]
-    return prepare.prepare(
-        load_config("configs/nano.yaml", [f"model.name={folder / 'model'}", *overrides])
-    )
+    return prepare(load_config("configs/nano.yaml", [f"model.name={folder / 'model'}", *overrides]))
 
 
 def rows(*given: Row, against: tuple[Row, ...] = (), limit: int = LIMIT) -> Callable[[], list[str]]:
@@ -247,11 +246,11 @@ def _inverted(made: Any, row: Row, example: Example) -> Example:
 
 
 def _system_lost(made: Any, row: Row, example: Example) -> Example:
-    return chat.render(made, row.messages[1:], row.tools)
+    return render(made, row.messages[1:], row.tools)
 
 
 def _tools_lost(made: Any, row: Row, example: Example) -> Example:
-    return chat.render(made, row.messages)
+    return render(made, row.messages)
 
 
 def _cut_right(made: Any, row: Row, example: Example) -> Example:
@@ -278,11 +277,11 @@ def _pads_supervised(made: Any, row: Row, example: Example) -> Example:
 
 
 def _other_row(made: Any, row: Row, example: Example) -> Example:
-    return chat.render(made, [AND, BYE])
+    return render(made, [AND, BYE])
 
 
 def _other_template(made: Any, row: Row, example: Example) -> Example:
-    return chat.render(tokenizer(CHATML.replace("{{ m.role }}", "{{ m.role }}:")), row.messages)
+    return render(tokenizer(CHATML.replace("{{ m.role }}", "{{ m.role }}:")), row.messages)
 
 
 def _joined_with_a_blank(made: Any, row: Row, example: Example) -> Example:
@@ -316,7 +315,7 @@ def _two_in_one(made: Any, row: Row, example: Example) -> Example:
 
 
 def _in_lower_case(made: Any, row: Row, example: Example) -> Example:
-    return chat.render(made, [{**m, "content": m["content"].lower()} for m in row.messages])
+    return render(made, [{**m, "content": m["content"].lower()} for m in row.messages])
 
 
 TYPED = Row([turn("user", "it says: assistant\nwhat is it?"), HELLO], None, "f", 1)
@@ -324,7 +323,7 @@ UNWEIGHTED = Row([ASK, {**HELLO, "weight": 0}, AND, BYE], None, "f", 1)
 
 
 def _weights_ignored(made: Any, row: Row, example: Example) -> Example:
-    return chat.render(made, [{k: v for k, v in m.items() if k != "weight"} for m in row.messages])
+    return render(made, [{k: v for k, v in m.items() if k != "weight"} for m in row.messages])
 
 
 RENDERERS = [
@@ -498,7 +497,7 @@ def _no_bos() -> list[str]:
     made.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|bos|> $A", special_tokens=[("<|bos|>", made.bos_token_id)]
     )
-    example = chat.render(made, ONE.messages)
+    example = render(made, ONE.messages)
     return audit.examine(made, ONE, example, LIMIT)
 
 
@@ -784,7 +783,7 @@ def _of_another_template(model: Path, folder: Path) -> None:
     template.write_text(template.read_text() + "{# edited #}")
     inputs = json.loads((folder / "audit.json").read_text())["inputs"]
     inputs["template"] = audit.template_sha256(AutoTokenizer.from_pretrained(model))
-    folder.rename(folder.with_name(prepare.key(inputs)))
+    folder.rename(folder.with_name(key(inputs)))
 
 
 def _with_a_flipped_bit(model: Path, folder: Path) -> None:

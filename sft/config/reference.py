@@ -1,0 +1,98 @@
+"""Writes docs/CONFIG.md from the schema."""
+
+from __future__ import annotations
+
+import math
+import typing
+from typing import Annotated, Any, Literal
+
+from sft.config.schema import KNOWN, Generation, Section
+
+# --- docs/CONFIG.md ----------------------------------------------------------------------------
+
+
+def _type_name(field: Any) -> str:
+    return _annotation_name(field.annotation) + _bounds(field.metadata)
+
+
+def _bounds(metadata: list[Any]) -> str:
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    parts = [
+        f"{sign} {getattr(item, name)}"
+        for item in metadata
+        for name, sign in signs.items()
+        if getattr(item, name, None) is not None
+    ]
+    return f" {', '.join(parts)}" if parts else ""
+
+
+def _annotation_name(annotation: Any) -> str:
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Annotated:
+        return _annotated_name(arguments)
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(str(value) for value in arguments)
+    if typing.get_origin(annotation) is dict:
+        return " to ".join(map(_annotation_name, arguments))
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation.__name__.lower()
+    if typing.get_origin(annotation) is list:
+        return f"list of {_annotation_name(arguments[0])}"
+    if arguments:
+        return " or ".join(_annotation_name(argument) for argument in arguments)
+    names = {
+        int: "integer",
+        float: "number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
+    return names[annotation]
+
+
+def _annotated_name(arguments: tuple[Any, ...]) -> str:
+    return _annotation_name(arguments[0]) + _bounds(arguments[1].metadata)
+
+
+def reference() -> str:
+    """docs/CONFIG.md: every key with its type, default and meaning."""
+    lines = [
+        "# Configuration keys",
+        "",
+        "Generated from `sft/config.py` by `make docs`. A file holds these sections;",
+        "`include: other.yaml` lays it over another file, and",
+        '`ARGS="train.epochs=1"` (or `section.key=value` on a command line) overrides both.',
+        " Unknown keys, wrong types and contradictions stop the run.",
+        "",
+        "`task: distill` at the top of a file makes it one of algorithm distillation",
+        "(docs/research/DISTILL.md): it has the sections `distill` and `train`,",
+        "others all but `distill`.",
+    ]
+    for name, section in KNOWN.items():
+        lines += ["", f"## `{name}`", ""]
+        if section is Generation:
+            given = f"make infer ARGS={name}.temperature=0.7"
+            lines += [
+                f"Of each of `classify.strategies`, and of `{given}` and `make infer-batch`.",
+                "",
+            ]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for key, field in section.model_fields.items():
+            default = "**required**" if field.is_required() else f"`{_yaml(field.default)}`"
+            meaning = " ".join(str(field.description).split())
+            lines.append(f"| `{key}` | {_type_name(field)} | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Section):
+        return "{}"
+    if isinstance(value, float):
+        return f"{value:g}" if not math.isinf(value) else str(value)
+    return "null" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

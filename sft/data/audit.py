@@ -1,0 +1,444 @@
+"""What is trained is proven before it is trained: every row is looked at, and what is wrong has a
+name, a meaning and a remedy.
+
+`examine_row` does not trust the renderer. It renders each row again by itself and holds the example
+against it: the same ids, the supervised runs exactly the assistant turns, each with its end, and
+before the last one the very prompt that inference will give. `examine_tokens` does not trust the
+collator: it looks at the tensors of a micro-batch. What only all rows together tell (duplicates,
+leaks, outliers) comes from sft/prepare.py; `report` counts it all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sft.data import rendering, template
+from sft.data.batches import Layout
+from sft.data.examples import Batch, Examples, collate, pack
+from sft.data.files import Row
+from sft.data.rendering import Span
+from sft.data.spans import frame
+from sft.data.template import IGNORED, Example, Supervise
+from sft.errors import DataError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of finding. An error stops the run; a warning is told."""
+
+    severity: Literal["error", "warning"]
+    meaning: str
+    remedy: str
+
+
+KINDS = {
+    "not_the_template": Kind(
+        "error",
+        "the ids are not those of the chat template's text",
+        "prepare the data again with this tokenizer and template, through sft/chat.py",
+    ),
+    "labels_differ": Kind(
+        "error", "a label is another token than the one in its place", "labels are not shifted"
+    ),
+    "unsupervised": Kind(
+        "error", "no token can be learnt from", "give it an answer, or remove the row"
+    ),
+    "turns_differ": Kind(
+        "error", "the supervised parts are not the assistant turns", "supervise whole turns"
+    ),
+    "answer_differs": Kind(
+        "error",
+        "a supervised part is not the answer and its end of turn",
+        "correct the chat template or the row",
+    ),
+    "no_end_of_turn": Kind(
+        "error",
+        "a turn does not end in a token at which generation can stop",
+        "correct the chat template: a model would not learn to stop",
+    ),
+    "repeated_bos": Kind(
+        "error", "begins with two bos tokens", "the template and the tokenizer both write one"
+    ),
+    "too_long": Kind(
+        "error",
+        "has more tokens than data.max_seq_len or the model's positions",
+        "raise data.max_seq_len, or set data.on_long to drop, truncate_left_turns or truncate",
+    ),
+    "prompt_mismatch": Kind(
+        "error",
+        "what stands before the last answer is not the prompt of inference",
+        "correct the chat template: add_generation_prompt must write what training has",
+    ),
+    "special_in_content": Kind(
+        "error",
+        "a content holds the text of a special token, which becomes the real token",
+        "write it otherwise, or remove the row",
+    ),
+    "content_altered": Kind(
+        "error",
+        "the template drops or changes what a message says",
+        "use a role and a form that the template knows",
+    ),
+    "tools_dropped": Kind(
+        "error",
+        "the template does not write the row's tools",
+        "use a model whose template knows tools, or remove them from the row",
+    ),
+    "leaked": Kind(
+        "error", "a held-out row is also a training row", "remove it from one of the two files"
+    ),
+    "boundary_merge": Kind(
+        "warning",
+        "one token holds the end of the prompt and the begin of the answer",
+        "end the template's header in a special token or a newline",
+    ),
+    "no_bos": Kind(
+        "warning",
+        "does not begin with the bos token that this tokenizer gives plain text",
+        "write bos_token in the chat template, if the model was trained with it",
+    ),
+    "thoughts_dropped": Kind(
+        "warning",
+        "the template drops the thoughts of a turn, which is therefore not supervised",
+        "end the row at that turn if it is to be learnt",
+    ),
+    "answer_cut": Kind(
+        "warning", "cut at data.max_seq_len: an answer lost its end", "data.on_long: drop"
+    ),
+    "turns_dropped": Kind(
+        "warning", "its oldest turns were removed to fit data.max_seq_len", "raise it to keep them"
+    ),
+    "duplicate": Kind(
+        "warning", "says the same as an earlier row", "set data.duplicates: drop, if not meant"
+    ),
+    "near_duplicate": Kind("warning", "says nearly the same as an earlier row", "look at the pair"),
+    "near_leak": Kind(
+        "warning",
+        "a held-out row is nearly a training row, or has the prompt of one",
+        "look at the pair",
+    ),
+    "length_outlier": Kind(
+        "warning", "over 8 times as long as 95 % of the rows", "look at it, or lower max_seq_len"
+    ),
+}
+OUTLIER = 8
+ORDER = {kind: k for k, kind in enumerate(KINDS)}
+TOGETHER, LARGE = 256, 1 << 20  # examples that are collated at a time; tokens, padding included
+LISTED = 1000  # rows of a finding that audit.json names; all are counted
+CPU = torch.device("cpu")
+
+
+# --- one row -----------------------------------------------------------------------------------
+
+
+def examine(
+    tokenizer: PreTrainedTokenizerBase,
+    row: Row,
+    example: Example,
+    max_seq_len: int,
+    supervise: Supervise = "all",
+) -> list[str]:
+    """The kinds of everything wrong with an example, from the row it claims to be."""
+    if len(example.ids) != len(example.labels):
+        return ["labels_differ"]
+    alone = Examples(pack([(0, row, example)]))
+    found = int(examine_tokens(tokenizer, alone, max_seq_len)[0])
+    return kinds_of(found | examine_row(tokenizer, row, example, supervise))
+
+
+def bits(kinds: Iterable[str]) -> int:
+    """A set of kinds as a number: bit k is the k-th of KINDS."""
+    return sum(1 << ORDER[kind] for kind in set(kinds))
+
+
+def kinds_of(found: int) -> list[str]:
+    return [kind for kind, k in ORDER.items() if found >> k & 1]
+
+
+def examine_row(
+    tokenizer: PreTrainedTokenizerBase, row: Row, example: Example, supervise: Supervise = "all"
+) -> int:
+    """What a second, independent rendering of the row says of its example."""
+    if template.is_document(row.messages):
+        return bits(example.flags)
+    return bits([*example.flags, *_of_row(tokenizer, row, example, supervise)])
+
+
+def examine_tokens(
+    tokenizer: PreTrainedTokenizerBase, examples: Examples, max_seq_len: int
+) -> np.ndarray:
+    """What each example's micro-batch says of it: (examples,) uint32, a bit for each kind.
+
+    The examples go through the collator of training, in both layouts, and the tensors that a model
+    would be given are held against what was stored.
+    """
+    found = np.zeros(len(examples), np.uint32)
+    for chosen in _groups(examples.lengths):
+        parts = [examples.tokens(i) for i in chosen]
+        ids = np.concatenate([ids for ids, _, _ in parts])
+        labels = np.concatenate([labels for _, labels, _ in parts])
+        lengths = np.array([len(ids) for ids, _, _ in parts])
+        for layout in get_args(Layout):
+            batch = collate(examples, chosen, tokenizer.pad_token_id, layout, CPU)
+            mine = found[chosen.start : chosen.stop]
+            _of_batch(tokenizer, batch, ids, labels, lengths, mine)
+    found[np.asarray(examples.lengths) > max_seq_len] |= bits(["too_long"])
+    return found
+
+
+def _groups(lengths: Sequence[int]) -> Iterator[range]:
+    """Examples that are collated together: neither many nor, padded, large."""
+    start, longest = 0, 0
+    for at, length in enumerate(lengths):
+        longest = max(longest, length)
+        if at > start and (at - start == TOGETHER or (at - start + 1) * longest > LARGE):
+            yield range(start, at)
+            start, longest = at, length
+    if len(lengths):
+        yield range(start, len(lengths))
+
+
+def _of_batch(
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Batch,
+    ids: np.ndarray,
+    labels: np.ndarray,
+    lengths: np.ndarray,
+    found: np.ndarray,
+) -> None:
+    tokens, seen = batch.input_ids.numpy().ravel(), batch.positions.numpy() + 1
+    starts = np.cumsum(lengths) - lengths
+    places = np.arange(len(ids))
+    if batch.position_ids is None:  # padded
+        rows = np.arange(len(lengths)) * batch.input_ids.shape[1]
+        places += np.repeat(rows - starts, lengths)
+        starts = rows
+    supervised = labels != IGNORED
+    is_first = np.zeros(len(ids), bool)  # which no token before it could predict
+    is_first[np.cumsum(lengths) - lengths] = True
+    expected = places[supervised & ~is_first]
+    wrong = [
+        places[supervised & (labels != ids)],
+        places[tokens[places] != ids],
+        np.setxor1d(seen, expected) if not np.array_equal(seen, expected) else seen[:0],
+        seen[batch.targets.numpy() != tokens[seen]],
+    ]
+    found[np.searchsorted(starts, np.concatenate(wrong), "right") - 1] |= bits(["labels_differ"])
+    learnt = np.bincount(np.searchsorted(starts, seen, "right") - 1, minlength=len(lengths))
+    found[learnt == 0] |= bits(["unsupervised"])
+    if (bos := tokenizer.bos_token_id) is not None:
+        second = np.minimum(starts + 1, len(tokens) - 1)
+        twice = (lengths > 1) & (tokens[starts] == bos) & (tokens[second] == bos)
+        found[twice] |= bits(["repeated_bos"])
+
+
+def _of_row(
+    tokenizer: PreTrainedTokenizerBase, row: Row, example: Example, supervise: Supervise
+) -> Iterator[str]:
+    text = rendering.text_of(tokenizer, row.messages, row.tools)
+    yield from _of_text(tokenizer, row, text)
+    ids, offsets = template.tokens_of(tokenizer, text)
+    is_cut = "answer_cut" in example.flags
+    if example.ids != (ids[: len(example.ids)] if is_cut else ids):
+        yield "not_the_template"
+        return
+    if _gives_bos(tokenizer, len(tokenizer)) and ids[0] != tokenizer.bos_token_id:
+        yield "no_bos"
+    supervised = runs(example.labels)
+    if supervise == "everything" or is_cut:
+        return
+    turns = [m for m in row.messages if m["role"] == "assistant"]
+    learnt = [turn for turn in turns if turn.get("weight", 1)]
+    learnt = learnt[-1:] if supervise == "last" else learnt
+    dropped = "thoughts_dropped" in example.flags
+    if len(supervised) > len(learnt) or (len(supervised) < len(learnt) and not dropped):
+        yield "turns_differ"
+        return
+    ends = {*rendering.added_tokens(tokenizer, len(tokenizer)), tokenizer.eos_token_id}
+    if any(example.ids[stop - 1] not in ends for _, stop in supervised):
+        yield "no_end_of_turn"
+    spans = [text[offsets[first][0] : offsets[stop - 1][1]] for first, stop in supervised]
+    ends_of_turn = [c.strip() for c in frame(tokenizer, tokenizer.get_chat_template()).closings]
+    merged = "boundary_merge" in example.flags
+    said = (_says(*pair, ends_of_turn, merged) for pair in zip(spans, learnt, strict=False))
+    if not dropped and not all(said):
+        yield "answer_differs"
+    last_is_learnt = bool(supervised and learnt) and learnt[-1] is row.messages[-1]
+    if last_is_learnt and template.prompt_mismatch(tokenizer, row.messages, example, row.tools):
+        yield "prompt_mismatch"
+
+
+@lru_cache(maxsize=8)
+def _gives_bos(tokenizer: PreTrainedTokenizerBase, size: int) -> bool:
+    """Whether the tokenizer itself begins a text with bos."""
+    del size  # only in the key: a tokenizer that grew is looked at again
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
+
+
+def _says(span: str, turn: dict[str, Any], ends_of_turn: list[str], merged: bool) -> bool:
+    """Whether a supervised text is that turn and nothing else: blanks or thoughts, the content, the
+    calls, the end of turn. `merged`: its first token holds some of the prompt too."""
+    content, calls = rendering.split_thinking(turn["content"])[1].strip(), rendering.calls_of(turn)
+    before, _, after = span.partition(content) if content else ("", "", span)
+    if content not in span:
+        return False
+    if calls:
+        return all(rendering.name_of(call) in after for call in calls)
+    begins = merged or not before.strip() or rendering.THOUGHTS_END.fullmatch(before.lstrip())
+    return bool(begins) and after.strip() in ends_of_turn
+
+
+def runs(labels: Sequence[int]) -> list[Span]:
+    """The supervised runs, as token indices."""
+    bounds, inside = [], False
+    for index, label in enumerate([*labels, IGNORED]):
+        if (label != IGNORED) != inside:
+            bounds.append(index)
+            inside = not inside
+    return list(zip(bounds[::2], bounds[1::2], strict=True))
+
+
+def _of_text(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> Iterator[str]:
+    """What the rendered text did to the contents and the tools."""
+    special = _special(tokenizer, len(tokenizer))
+    contents = [message["content"] for message in row.messages]
+    if special and any(special.search(content) for content in contents):
+        yield "special_in_content"
+    at = 0
+    for message in row.messages:
+        content = rendering.split_thinking(message["content"])[1].strip()
+        quoted = json.dumps(content, ensure_ascii=False)[1:-1]  # some templates write JSON
+        places = [place for form in (content, quoted) if (place := text.find(form, at)) >= 0]
+        if not places:
+            yield "content_altered"
+            break
+        at = min(places) + (len(content) if message["role"] == "assistant" else 0)
+    if any(rendering.name_of(tool) not in text for tool in row.tools or []):
+        yield "tools_dropped"
+
+
+@lru_cache(maxsize=8)
+def _special(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str] | None:
+    """Finds the special tokens, which a content must not hold: typed, they would be real ones."""
+    written = rendering.special_tokens(tokenizer, size)
+    return re.compile("|".join(map(re.escape, written))) if written else None
+
+
+# --- all rows ----------------------------------------------------------------------------------
+
+
+Sample = tuple[Row, Example, list[str]]  # a row, its example, the kinds of its findings
+
+
+def longest_usual(lengths: np.ndarray) -> float:
+    """Tokens above which an example is far longer than nearly all."""
+    return float(OUTLIER * np.quantile(lengths, 0.95))
+
+
+def report(
+    tokenizer: PreTrainedTokenizerBase, examples: Examples, max_seq_len: int
+) -> dict[str, Any]:
+    """Totals, digests, and under `problems` the rows (`file:line`) of each kind of finding; of a
+    row that is used more than once, once."""
+    index, order, lengths = examples.arrays.index, examples.order, np.asarray(examples.lengths)
+    places = np.sort(np.unique(order, return_index=True)[1])  # where each example stands first
+    found, problems = index["findings"][order[places]], {}
+    for kind, k in ORDER.items():
+        mine = places[(found >> np.uint32(k) & 1).astype(bool)]
+        if len(mine):
+            rows = [examples.row(i).place for i in mine[:LISTED].tolist()]
+            severity = KINDS[kind].severity
+            problems[kind] = {"severity": severity, "count": len(mine), "rows": rows}
+    return {
+        "rows": len(examples),
+        "tokens": int(lengths.sum()),
+        "supervised_tokens": int(index["supervised"][order].sum()),
+        "longest": int(lengths.max(initial=0)),
+        "max_seq_len": max_seq_len,
+        "problems": problems,
+        "template_sha256": template_sha256(tokenizer),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+    }
+
+
+def refuse(audited: dict[str, Any]) -> None:
+    """Raises DataError with every finding of both parts that is an error."""
+    problems = []
+    for part in ("train", "held_out"):
+        for kind, found in audited[part]["problems"].items():
+            if found["severity"] == "error":
+                first = ", ".join(found["rows"][:5]) + (", ..." if found["count"] > 5 else "")
+                problems.append(
+                    f"{kind}: {found['count']} of {audited[part]['rows']} {part} rows ({first}): "
+                    f"{KINDS[kind].meaning}; {KINDS[kind].remedy}"
+                )
+    if problems:
+        limit, longest = audited["train"]["max_seq_len"], audited["train"]["longest"]
+        raise DataError(
+            f"the data cannot be trained on as it is (limit {limit} tokens, longest row {longest})"
+            ":\n  " + "\n  ".join(problems) + "\nlook at them with `make audit` and `make "
+            "show-data`; data.audit: warn trains nevertheless"
+        )
+
+
+def num_errors(audited: dict[str, Any]) -> int:
+    """Kinds of findings that a run refuses, in both parts."""
+    found = [*audited["train"]["problems"].values(), *audited["held_out"]["problems"].values()]
+    return sum(problem["severity"] == "error" for problem in found)
+
+
+def summary(audited: dict[str, Any]) -> str:
+    """One line: what was looked at, in which formats, what was found, and what was left out."""
+    rows = audited["train"]["rows"] + audited["held_out"]["rows"]
+    found = [
+        f"{kind} {problem['count']:,}"
+        for part in ("train", "held_out")
+        for kind, problem in audited[part]["problems"].items()
+    ]
+    left_out = [f"{audited[what]:,} {what}" for what in ("rejected", "dropped") if audited[what]]
+    told = ", ".join(found + left_out)
+    formats = ", ".join(audited["formats"])
+    return f"{rows:,} examples ({formats}), " + (
+        f"{told} (audit.html)" if told else "nothing found"
+    )
+
+
+def worst(examples: Examples, most: int = 20) -> list[Sample]:
+    """Up to three rows of each combination of findings, the gravest first; else the longest few."""
+    found = examples.arrays.index["findings"][examples.order]
+    gravest = sorted(np.unique(found[found != 0]).tolist(), key=lambda bits: bits & -bits)
+    flagged = [i for bits in gravest for i in np.flatnonzero(found == bits)[:3].tolist()]
+    clean = np.flatnonzero(found == 0)
+    longest = np.argsort(-np.asarray(examples.lengths)[clean], kind="stable")[:3]
+    chosen = [*flagged, *clean[longest].tolist()][:most]
+    kinds = (kinds_of(int(found[i])) for i in chosen)
+    return [(examples.row(i), examples[i], told) for i, told in zip(chosen, kinds, strict=True)]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of vocabulary, merges, normalisation and special tokens; not of the padding last used."""
+    backend = tokenizer.backend_tokenizer
+    state = backend.to_str().partition('"added_tokens":')[2]
+    special = [tokenizer.special_tokens_map, backend.encode_special_tokens]
+    return _sha256(state + json.dumps(special, sort_keys=True))
+
+
+def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the chat template, or of all if there are several. Not of the day that some templates
+    write: a run that is resumed after midnight goes on with the rows as they were prepared."""
+    return _sha256(json.dumps(tokenizer.chat_template, sort_keys=True))

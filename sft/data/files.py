@@ -1,0 +1,363 @@
+"""Files -> rows, and what can be told of rows before anything renders them.
+
+Every row of every file is accounted for: it becomes a `Row` of messages (`sft/formats.py`) or a
+`BadRow` with its place, the reason and an excerpt; none is dropped unsaid and none is repaired.
+Files are told by their content, then by their name. All but JSON lists are streamed: memory does
+not grow with the number of rows.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from sft.config.schema import Data
+from sft.data.formats import (
+    TEXT,
+    Messages,
+    Tools,
+    column_of,
+    normalise,
+    question,
+    reason_of,
+    recognise,
+    text_of,
+    with_columns,
+    with_system,
+)
+from sft.data.readers import (
+    HUB,
+    Found,
+    _broken,
+    _compression,
+    _from_hub,
+    _hub_rows,
+    _open,
+    _printable,
+    _reader,
+    _suffix,
+    _tried,
+    _unreadable,
+    excerpt_of,
+)
+from sft.data.split import HELD_OUT
+from sft.errors import DataError, did_you_mean
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    messages: Messages
+    tools: Tools | None
+    file: str
+    line: int  # where the row begins, from 1; index + 1 in a list or a table
+    entry: int = 0  # which entry of a list of paths it came from
+    format: str = ""
+    group: str | None = None  # what it has in the column that scores are told by; None: in none
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    file: str
+    line: int
+    reason: str
+    excerpt: str
+
+    def __str__(self) -> str:
+        return f'{self.file}:{self.line}: {self.reason}: "{self.excerpt}"'
+
+
+class Source(NamedTuple):
+    file: str  # or a hub id
+    entry: int = 0
+    on_hub: bool = False
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def sources(path: str | list[str]) -> list[Source]:
+    """The files that a path, or each of a list of paths, means: a file, a folder, a glob, a hub id.
+
+    Raises DataError for one that means nothing.
+    """
+    paths = [path] if isinstance(path, str) else path
+    found = [source for entry, text in enumerate(paths) for source in _sources(text, entry)]
+    for source in found:
+        if isinstance(_tried(source.file.encode), ValueError):
+            raise _unreadable(repr(source.file), "a name that is not UTF-8; rename the file")
+    return found
+
+
+def _sources(text: str, entry: int) -> list[Source]:
+    path = Path(text)
+    if path.is_dir():
+        return [Source(str(file), entry) for file in _files_in(path)]
+    if path.exists():
+        if not path.is_file():  # a pipe, whose rows could be read only once
+            raise _unreadable(text, "no regular file")
+        return [Source(text, entry)]
+    if glob.has_magic(text):
+        files = sorted(name for name in glob.glob(text, recursive=True) if Path(name).is_file())
+        if not files:
+            raise _unreadable(text, "no file that fits the pattern")
+        return [Source(name, entry) for name in files]
+    if HUB.fullmatch(text) and not _suffix(path):
+        return [Source(text, entry, on_hub=True)]
+    raise _unreadable(text, "No such file or directory")
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The data files of a folder; those of `datasets.save_to_disk` in their own order."""
+    if (splits := folder / "dataset_dict.json").is_file():
+        names = _listed(splits, "splits")
+        if len(names) != 1:
+            raise _several(folder, names)
+        return _files_in(folder / names[0])
+    if (state := folder / "state.json").is_file():
+        return [folder / item["filename"] for item in _listed(state, "_data_files")]
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and _suffix(file)]
+    files = [f for f in files if f.name not in ("dataset_info.json", "dataset_infos.json")]
+    if not files:
+        raise _unreadable(str(folder), "a folder without a file that ends in one of these")
+    if len(kinds := sorted({_suffix(file) for file in files})) > 1:
+        raise _several(folder, kinds)
+    names = [file.relative_to(folder).as_posix() for file in files]
+    held_out = [name for name in names if HELD_OUT.search(name)]
+    if 0 < len(held_out) < len(names):
+        raise _several(folder, [next(n for n in names if n not in held_out), held_out[0]])
+    return files
+
+
+def _listed(file: Path, key: str) -> list[Any]:
+    try:
+        return list(json.loads(file.read_text("utf-8"))[key])
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{file}: expected {key} of a saved dataset; save it again") from None
+
+
+def _several(folder: Path, found: Iterable[str]) -> DataError:
+    return DataError(
+        f"{folder}: expected files of one kind and one split, found {', '.join(found)}; give the "
+        "one to use as a folder or a glob, such as folder/train*.parquet"
+    )
+
+
+# --- rows --------------------------------------------------------------------------------------
+
+
+def read(
+    source: Source,
+    *,
+    format: str = "auto",
+    columns: dict[str, str] | None = None,
+    system: Literal["keep", "replace", "prepend"] = "keep",
+    system_prompt: str | None = None,
+    group: str | None = None,
+    asking: bool = False,
+) -> Iterator[Row | BadRow]:
+    """Every row of a file in its order, good or bad. Raises DataError if it cannot be read on.
+
+    `group`: the column that scores are told by; what a row has there is kept, as text.
+    `asking`: rows are to be answered, so they need no answer (`formats.question`).
+    """
+    empty = True
+    for line, value, shown in _found(source, format):
+        empty = False
+        try:
+            if isinstance(value, Exception):
+                raise value
+            raw = with_columns(value, columns) if columns else value
+            name = "" if asking else recognise(raw) if format == "auto" else format
+            messages, tools = question(raw) if asking else normalise(raw, name)
+            messages = with_system(messages, system, system_prompt)
+            own = None if group is None else text_of(_in_column(value, group))
+            yield Row(messages, tools, source.file, line, source.entry, name, own)
+        except (ValueError, RecursionError) as error:
+            reason = _printable(reason_of(error), 400)
+            yield BadRow(source.file, line, reason, excerpt_of(shown))
+    if empty:
+        raise DataError(f"{source.file}: expected rows (docs/DATA.md), found none in the file")
+
+
+def read_all(path: str | list[str], **options: Any) -> Iterator[Row | BadRow]:
+    """Every row of every file; options as in `read`."""
+    return (row for source in sources(path) for row in read(source, **options))
+
+
+def read_raw(path: str | list[str]) -> Iterator[tuple[str, Any]]:
+    """(file:line, row as its file has it, or the error in it) of every row of every file."""
+    for source in sources(path):
+        for line, value, _ in _found(source, "auto"):
+            yield f"{source.file}:{line}", value
+
+
+def check_column(path: str | list[str], column: str, key: str) -> None:
+    """Raises DataError if no row of the files has the column, which `key` of a configuration names.
+
+    The first row that has it ends the search.
+    """
+    known = set[str]()
+    for _, row in read_raw(path):
+        if _in_column(row, column) is not None:
+            return
+        known |= row.keys() if isinstance(row, dict) else set()
+    raise no_column(path, column, key, known)
+
+
+def no_column(path: str | list[str], column: str, key: str, known: Iterable[str]) -> DataError:
+    shown = path if isinstance(path, str) else ", ".join(path)
+    hint = did_you_mean(column, sorted(known))
+    return DataError(f"{shown}: no column {column!r}, which {key} names; {hint}")
+
+
+def _in_column(row: Any, column: str) -> Any:
+    """None if the row has nothing there."""
+    try:
+        return column_of(row, column) if isinstance(row, dict) else None
+    except ValueError:
+        return None
+
+
+def contents(path: str | list[str]) -> list[dict[str, str | int]]:
+    """Name and sha256 (of the hub: fingerprint) of every file: what rows are a function of."""
+    found: list[dict[str, str | int]] = []
+    for source in sources(path):
+        if source.on_hub:
+            digest = str(_from_hub(source.file)._fingerprint)
+        else:
+            try:
+                with Path(source.file).open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise _unreadable(source.file, error.strerror or str(error)) from None
+        found.append({"entry": source.entry, "name": source.file, "digest": digest})
+    return found
+
+
+def options(section: Data) -> dict[str, Any]:
+    """What a configuration says of how rows are read, as the options of `read`."""
+    return {
+        "format": section.format,
+        "columns": section.columns,
+        "system": section.system,
+        "system_prompt": section.system_prompt,
+    }
+
+
+def process(settings: Data, output: Path) -> list[tuple[str, str]]:
+    """Normalised training rows as JSONL, streamed, and rejected ones beside it; what to report.
+
+    Raises DataError with every bad row, unless `on_bad_row` is skip; then `output` is not made.
+    """
+    sources(settings.train_path)  # one that is missing is told before anything is made
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staged = output.with_name(output.name + ".tmp")
+    try:
+        return _process(settings, output, staged)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _process(settings: Data, output: Path, staged: Path) -> list[tuple[str, str]]:
+    written, seen, repeated = Counter[str](), set[bytes](), 0
+    bad: list[BadRow] = []
+    found = read_all(settings.train_path, **options(settings))
+    with staged.open("w", encoding="utf-8", newline="\n") as file:
+        for row in islice(found, settings.max_rows):
+            if isinstance(row, BadRow):
+                bad.append(row)
+                continue
+            key = content_digest(row)
+            repeated += key in seen
+            if key in seen and settings.duplicates == "drop":
+                continue
+            seen.add(key)
+            written[row.format] += 1
+            is_text = row.messages[0]["role"] == TEXT
+            shown = {"text": row.messages[0]["content"]} if is_text else {"messages": row.messages}
+            shown |= {"tools": row.tools} if row.tools else {}
+            file.write(json.dumps(shown, ensure_ascii=False) + "\n")
+    if (bad and settings.on_bad_row == "error") or not written:
+        raise DataError.of_rows(bad[0].file, [str(row) for row in bad])
+    staged.replace(output)
+    report = [("rows", f"{written.total():,}")]
+    report += [(f"from {name}", f"{count:,}") for name, count in written.most_common()]
+    fate = "dropped" if settings.duplicates == "drop" else "kept"
+    report += [("duplicates", f"{repeated:,} ({fate})")] if repeated else []
+    if bad:
+        rejected = output.with_name("rejected.jsonl")
+        write_rejected(bad, rejected)
+        report.append(("rejected", f"{len(bad):,}, listed in {rejected}"))
+    return report
+
+
+def write_rejected(bad: list[BadRow], path: str | Path) -> None:
+    """One JSON line {file, line, reason, excerpt} for each bad row."""
+    lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in bad]
+    Path(path).write_text("".join(lines), "utf-8")
+
+
+# --- readers, one per kind of file -------------------------------------------------------------
+
+
+def _found(source: Source, format: str) -> Iterator[Found]:
+    """Every raw row of a file, by the reader that its content and then its name tell."""
+    if source.on_hub:
+        yield from _hub_rows(source.file)
+        return
+    try:
+        path, read_rows = source.file, _reader(source.file, format)
+        with _open(path) as file:
+            yield from read_rows(path, file)
+    except (EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise _unreadable(source.file, error.strerror) from None
+        raise _broken(source.file, error) from None
+
+
+# --- the set of rows ---------------------------------------------------------------------------
+
+DIGEST = np.dtype("V16")  # what makes a row the same as another
+
+
+def content_digest(row: Row) -> bytes:
+    """Of messages and tools; where they were read from does not matter."""
+    content = json.dumps(row.messages) + (json.dumps(row.tools) if row.tools else "")
+    return hashlib.sha256(content.encode()).digest()[:16]
+
+
+def num_rows(path: str | list[str]) -> int | None:
+    """About how many rows there are, without reading them as rows; None if that cannot be told."""
+    total = 0
+    for source in sources(path):
+        if source.on_hub or _compression(source.file):
+            return None
+        with Path(source.file).open("rb") as file:
+            head = file.read(6)
+            if head.startswith(b"PAR1"):
+                from pyarrow import ArrowException, parquet
+
+                try:
+                    total += parquet.read_metadata(source.file).num_rows
+                except ArrowException:  # its reader will tell
+                    return None
+            elif head.lstrip().startswith(b"{") or _suffix(Path(source.file)) in (".csv", ".tsv"):
+                file.seek(0)
+                total += sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))
+            else:
+                return None
+    return total

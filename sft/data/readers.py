@@ -1,0 +1,345 @@
+"""Reads rows from files of each format."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from sft.data.formats import parse_json, reason_of
+from sft.errors import DataError
+
+LONGEST = 64 << 20  # bytes of a line or of a document; what is longer is never held in memory
+SEPARATOR = b"<|endoftext|>"  # between the documents of a raw text
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
+
+
+class Found(NamedTuple):
+    """What a reader finds: a raw row, or the error that reading it raised."""
+
+    line: int
+    value: Any
+    shown: Any  # its bytes, or what stands for them, for the excerpt
+
+
+def _suffix(path: Path) -> str:
+    """The ending that tells a data file (that of `a.jsonl.gz` is .jsonl), or ""."""
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+
+
+def _unreadable(path: str, found: str) -> DataError:
+    return DataError(
+        f"{path}: expected rows ({', '.join(SUFFIXES)}, or these as .gz or .zst), a folder or glob "
+        f"of such files, or a hub id, found: {found} (relative paths start at {Path.cwd()}); "
+        "correct the path in the section data"
+    )
+
+
+def _broken(path: str, error: Exception) -> DataError:
+    return DataError(f"{path}: the file is broken: {error}; copy or make it again")
+
+
+def excerpt_of(shown: Any, num: int = 60) -> str:
+    if not isinstance(shown, bytes):
+        shown = json.dumps(shown, ensure_ascii=False, default=str).encode("utf-8", "replace")
+    return _printable(shown[: 8 * num].decode("utf-8", "backslashreplace").strip(), num)
+
+
+def _printable(text: str, num: int) -> str:
+    """At most `num` characters of it, on one line that any console can show."""
+    cut = text[:num] + ("..." if len(text) > num else "")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+
+
+Reader = Callable[[str, io.BufferedReader], Iterator[Found]]
+
+
+def _reader(path: str, format: str) -> Reader:
+    with _open(path) as file:
+        head = file.read(4096)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise _unreadable(path, "UTF-16 text; save it as UTF-8")
+    start, suffix = head.removeprefix(codecs.BOM_UTF8).lstrip(), _suffix(Path(path))
+    if head.startswith(b"PAR1"):
+        return _parquet_rows
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return _arrow_rows
+    if suffix == ".txt":
+        if format == "auto" and re.match(rb'\{\s*"|\[\s*[{"]', start):
+            raise DataError(
+                f"{path}: expected raw text, found what looks like JSON; name the file .jsonl or "
+                ".json if it holds rows, or set data.format: text"
+            )
+        return _text_rows
+    if start.startswith(b"["):
+        return _list_rows
+    if suffix in (".csv", ".tsv") and not start.startswith(b"{"):
+        return _csv_rows
+    if suffix in (".jsonl", ".ndjson", ".json") or start.startswith(b"{"):
+        return _json_rows
+    raise _unreadable(path, f"a file that begins with {excerpt_of(head, 20)!r}")
+
+
+def _compression(path: str) -> str | None:
+    with Path(path).open("rb") as file:
+        head = file.read(4)
+    return next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
+
+
+def _open(path: str) -> io.BufferedReader:
+    """The bytes of a file, decompressed if they are gzip or zstd."""
+    method = _compression(path)
+    if method == "gzip":
+        return io.BufferedReader(cast(io.RawIOBase, gzip.open(path)))
+    if method == "zstd":
+        import pyarrow  # which, unlike zstandard, tells a file that was cut off
+
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+    return Path(path).open("rb")
+
+
+def _lines(file: io.BufferedReader) -> Iterator[tuple[int, bytes, bool]]:
+    """(number, line, is too long) of every line; of one that is too long, only the beginning."""
+    number = 0
+    while line := file.readline(LONGEST + 1):
+        number += 1
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if is_long := len(line) > LONGEST:
+            rest, line = line, line[:1000]
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(1 << 16)
+        yield number, line, is_long
+
+
+def _tried(parse: Callable[..., Any], *values: Any) -> Any:
+    """What `parse` returns, or the error that tells a bad row."""
+    try:
+        return parse(*values)
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def _too_long(kind: str) -> ValueError:
+    return ValueError(f"the {kind} is longer than {LONGEST / 2**20:g} MiB")
+
+
+def _json_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+    for number, line, is_long in _lines(file):
+        if is_long:
+            yield Found(number, _too_long("line"), line)
+        elif text := line.strip():
+            yield Found(number, _tried(_parse, text), text)
+
+
+def _parse(text: bytes) -> Any:
+    return parse_json(text.decode())
+
+
+def _list_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+    """The items of a JSON list, each parsed apart, so that a bad one is told like a bad line is."""
+    content = file.read()
+    decoder = json.JSONDecoder(parse_int=len)  # how large a number may be, the item's parser judges
+    try:
+        text = content.decode("utf-8-sig")
+        decoder.decode(text)
+    except (ValueError, RecursionError) as error:
+        where = path
+        if isinstance(error, UnicodeDecodeError):
+            number = content.count(b"\n", 0, error.start) + 1
+            where = f"{path}:{number}"
+        raise DataError(f"{where}: the list cannot be read: {reason_of(error)}") from None
+    between = re.compile(r"[\s,]*")
+    index, at = 0, text.index("[") + 1
+    while (found := between.match(text, at)) and text[at := found.end()] != "]":
+        index, start = index + 1, at
+        at = decoder.raw_decode(text, start)[1]
+        item = text[start:at]
+        yield Found(index, _tried(parse_json, item), item[:1000].encode())
+
+
+def _csv_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+    """The records below a header; a record's raw lines are kept until it ends."""
+    raw: list[bytes] = []
+    last, is_long = 0, False
+
+    def fed() -> Iterator[str]:
+        nonlocal last, is_long
+        for last, line, cut in _lines(file):  # noqa: B007 (read by the loop below)
+            is_long |= cut
+            raw.append(line)
+            yield line.decode("utf-8", "surrogateescape")
+
+    def record() -> list[str] | ValueError | None:
+        """The next record; None at the end. What is wrong with it is told when it is whole."""
+        nonlocal is_long
+        raw.clear()
+        is_long = False
+        try:
+            cells: list[str] | ValueError | None = next(reader, None)
+        except csv.Error as error:
+            cells = ValueError(f"broken quoting ({error})")
+        decoded = _tried(b"".join(raw).decode)
+        if is_long:
+            return _too_long("line")
+        return decoded if isinstance(decoded, ValueError) else cells
+
+    csv.field_size_limit(LONGEST)
+    delimiter = "\t" if _suffix(Path(path)) == ".tsv" else ","
+    reader = csv.reader(fed(), delimiter=delimiter, strict=True)
+    header = record()
+    while header == []:
+        header = record()
+    if not isinstance(header, list) or len(set(header)) < len(header):
+        repeated = isinstance(header, list) and Counter(header).most_common(1)[0][0]
+        problem = f"the column {repeated!r} twice" if header else "an empty file"
+        problem = reason_of(header) if isinstance(header, ValueError) else problem
+        raise DataError(f"{path}: expected a header that names each column once, found {problem}")
+    while True:
+        begins = last + 1
+        cells = record()
+        if cells is None:
+            return
+        if isinstance(cells, ValueError):
+            yield Found(begins, cells, b"".join(raw[:10]))
+        elif cells and len(cells) != len(header):
+            wrong = f"expected {len(header)} cells as in the header, found {len(cells)}"
+            yield Found(begins, ValueError(wrong), b"".join(raw[:10]))
+        elif cells:
+            yield Found(begins, dict(zip(header, cells, strict=True)), b"".join(raw[:10]))
+
+
+def _text_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+    """A document per file, or several between SEPARATORs, without the line ends around them."""
+    parts: list[bytes] = []
+    begins, size = 1, 0
+
+    def document() -> Iterator[Found]:
+        text = b"".join(parts).strip(b"\r\n")
+        if size > LONGEST:
+            error = f"{_too_long('document')}; put {SEPARATOR.decode()} between documents"
+            yield Found(begins, ValueError(error), text)
+        elif text.strip():
+            yield Found(begins, _tried(bytes.decode, text), text)
+
+    for number, line, is_long in _lines(file):
+        first, *others = line.split(SEPARATOR)
+        for part, is_next in [(first, False), *((other, True) for other in others)]:
+            if is_next:
+                yield from document()
+                parts, begins, size = [], number, 0
+            size += len(part) + is_long * LONGEST
+            if size > LONGEST:
+                parts = [b"".join(parts)[:1000] or part]
+            elif part.strip() or parts:
+                parts.append(part)
+            else:
+                begins = number + 1
+    yield from document()
+
+
+def _parquet_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        whole = parquet.ParquetFile(_mapped(path, file))
+        yield from _table_rows(whole.iter_batches(batch_size=256))
+    except ArrowException as error:
+        raise _broken(path, error) from None
+
+
+def _arrow_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+    """A file that `datasets.save_to_disk` or Arrow itself wrote."""
+    from pyarrow import ArrowException, ipc
+
+    try:
+        mapped = _mapped(path, file)
+        if mapped.read(6) == b"ARROW1":
+            whole = ipc.open_file(mapped)
+            parts = (whole.get_batch(index) for index in range(whole.num_record_batches))
+            yield from _table_rows(parts)
+        else:
+            mapped.seek(0)
+            yield from _table_rows(ipc.open_stream(mapped))
+    except ArrowException as error:
+        raise _broken(path, error) from None
+
+
+def _mapped(path: str, file: io.BufferedReader) -> Any:
+    """A table's file, which is not read as a stream; one that is compressed is held in memory."""
+    import pyarrow
+
+    if _compression(path):
+        return pyarrow.BufferReader(file.read())
+    return pyarrow.memory_map(path)
+
+
+def _table_rows(batches: Iterable[Any]) -> Iterator[Found]:
+    line = 0
+    for batch in batches:
+        _check_batch(batch)
+        for start in range(0, batch.num_rows, 256):
+            part = batch.slice(start, 256)
+            rows = _tried(part.to_pylist)
+            if not isinstance(rows, list):  # one by one if a text in it is not UTF-8
+                rows = [_tried(_row_of_table, part, index) for index in range(part.num_rows)]
+            for row in rows:
+                line += 1
+                yield Found(line, _without_nulls(row) if isinstance(row, dict) else row, row)
+
+
+def _check_batch(batch: Any) -> None:
+    """Raises ArrowInvalid for offsets that point outside their buffers: reading them would end the
+    process. Text that is not UTF-8 is left to the rows."""
+    try:
+        batch.validate(full=True)
+    except ValueError as error:
+        if "UTF8" not in str(error):
+            raise
+
+
+def _row_of_table(batch: Any, index: int) -> Any:
+    return batch.slice(index, 1).to_pylist()[0]
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without the nulls in which Arrow pads objects of different keys to one type."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if item is not None}
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
+    return {key: clean(value) for key, value in row.items()}
+
+
+def _hub_rows(name: str) -> Iterator[Found]:
+    for line, row in enumerate(_from_hub(name), 1):
+        yield Found(line, _without_nulls(row), row)
+
+
+def _from_hub(name: str) -> Any:
+    """A dataset of the hub, `owner/name:config@split` (split: train)."""
+    import datasets
+
+    parts = HUB.fullmatch(name)
+    assert parts
+    try:
+        return datasets.load_dataset(
+            parts["name"], parts["config"], split=parts["split"] or "train"
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        told = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise DataError(
+            f"{name}: no such file, and the hub gave no dataset owner/name:config@split of this "
+            f"name: {told[0]}; correct data.train_path or data.eval_path, or give a local copy"
+        ) from None

@@ -1,0 +1,170 @@
+"""Renders conversations with the tokenizer's chat template, bounded in time and memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from typing import Any
+
+import psutil
+from transformers import PreTrainedTokenizerBase
+
+from sft.data.formats import Messages
+from sft.errors import DataError, UserError
+
+SECONDS = 20  # of CPU time that rendering one conversation may take; usual are 0.001
+BYTES = 2**30  # of memory that rendering a conversation of two words may take
+Span = tuple[int, int]  # characters, end excluded
+
+# For tokenizers without a template: plain words, which any vocabulary can write. The newline behind
+# a header belongs to the prompt, so that the prompt's tokens do not depend on the answer.
+DEFAULT_TEMPLATE = (
+    "{{ bos_token if bos_token else '' }}{% for message in messages %}"
+    "{{ message['role'] | capitalize + ':\n' + message['content'] }}"
+    "{{ (eos_token if message['role'] == 'assistant' else '') + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+)
+THINKING = re.compile(r"(?s).*</think>\s*")  # templates move and drop it, so it is located apart
+THOUGHTS_END = re.compile(r"(?s)(<think>((?!<think>).)*)?</think>\s*$")
+THOUGHTS = re.compile(r"(?s)\s*(<think>((?!<think>).)*</think>\s*)?")
+Tools = list[Any] | None
+
+
+class TemplateError(UserError):
+    """The chat template is no template, or does not come to an end."""
+
+
+# --- text and tokens ---------------------------------------------------------------------------
+
+
+def text_of(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    tools: Tools = None,
+    add_generation_prompt: bool = False,
+) -> str:
+    if not messages:
+        raise DataError("the conversation begins with the assistant; give it a user turn first")
+    _try_out(tokenizer, tokenizer.get_chat_template())
+    return _rendered(tokenizer, messages, tools, add_generation_prompt)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, add_prompt: bool
+) -> str:
+    with _bounded(tokenizer, messages):
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=add_prompt
+            )
+        )
+
+
+@contextmanager
+def _bounded(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Iterator[None]:
+    """For whatever a template does in its sandbox: its errors are told as those of the row, and
+    after SECONDS it is ended.
+
+    The time is CPU time, so a machine that is busy or asleep does not count. The signal reaches the
+    main thread only, and there not the inside of one long operation (see `_try_out`).
+    """
+
+    def end(*_: object) -> None:
+        raise TemplateError(_endless(tokenizer))
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        before = signal.signal(signal.SIGPROF, end)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  # a template may divide by zero, recurse ...
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(
+            f"the chat template refuses the roles {roles}: {error}; change the row to what the "
+            "model's template expects"
+        ) from None
+    finally:
+        if is_main:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, before)
+
+
+@lru_cache(maxsize=64)
+def _try_out(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Renders two words in a process of its own first, which the system ends if it takes too much:
+    `9**(9**9)` is one operation, and no signal handler ends it. Raises TemplateError.
+    """
+    del template  # only in the key: an edited one is tried again
+    child = os.fork()
+    if not child:
+        code = 0
+        try:
+            limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: SECONDS + 1}
+            limits[resource.RLIMIT_AS] = psutil.Process().memory_info().vms + BYTES
+            for limit, most in limits.items():
+                with suppress(ValueError, OSError):  # a smaller one holds already
+                    resource.setrlimit(limit, (most, most))
+            words = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+            _rendered(tokenizer, words, None, add_prompt=False)
+        except DataError:
+            pass  # which rows it does not suit, is told with the rows
+        except TemplateError:
+            code = 1
+        except BaseException:  # noqa: BLE001  # most likely for want of memory
+            code = 2
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code in (1, -signal.SIGXCPU, -signal.SIGKILL):
+        raise TemplateError(_endless(tokenizer))
+    if code:
+        raise TemplateError(
+            f"{tokenizer.name_or_path}: the chat template cannot render two words in "
+            f"{BYTES / 2**30:g} GiB of memory; use one that is not made to fill it"
+        )
+
+
+def _endless(tokenizer: PreTrainedTokenizerBase) -> str:
+    return (
+        f"{tokenizer.name_or_path}: the chat template took more than {SECONDS} s for one "
+        "conversation, so it was ended; use a template without endless loops"
+    )
+
+
+@lru_cache(maxsize=8)
+def added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+    """id -> text of the added tokens that are not blank (Gemma has added tokens of newlines)."""
+    del size  # only in the key: a tokenizer that grew is looked at again
+    return {i: token for token, i in tokenizer.get_added_vocab().items() if token.strip()}
+
+
+@lru_cache(maxsize=8)
+def special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[str, ...]:
+    """Texts of the tokens that are control, not content."""
+    del size  # only in the key: a tokenizer that grew is looked at again
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    return tuple(sorted(filter(str.strip, special | set(tokenizer.all_special_tokens))))
+
+
+def calls_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    return message.get("tool_calls") or []
+
+
+def name_of(tool: dict[str, Any]) -> str:
+    """The name of a tool or of a call of one; OpenAI's form nests it."""
+    return str(tool.get("function", tool).get("name", ""))
+
+
+def split_thinking(content: str) -> tuple[str, str]:
+    match = THINKING.match(content)
+    end = match.end() if match else 0
+    return content[:end], content[end:]

@@ -1,0 +1,262 @@
+"""Finds the characters of each assistant turn in a rendered conversation."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from sft.data.formats import Messages
+from sft.data.rendering import (
+    THOUGHTS,
+    THOUGHTS_END,
+    Span,
+    Tools,
+    _bounded,
+    added_tokens,
+    calls_of,
+    name_of,
+    special_tokens,
+    split_thinking,
+    text_of,
+)
+from sft.errors import DataError
+
+# --- spans -------------------------------------------------------------------------------------
+
+
+def _marked_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools
+) -> list[Span | None]:
+    """The `{% generation %}` blocks, without blanks behind the end of turn; verified."""
+    names: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    with _bounded(tokenizer, messages):
+        rendered: Any = render_jinja_template(
+            conversations=[messages],
+            tools=tools,
+            chat_template=tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **names,
+        )
+    (text,), (blocks,) = rendered
+    turns = [m for m in messages if m["role"] == "assistant"]
+    if len(blocks) != len(turns):
+        raise DataError(
+            f"the chat template marks {len(blocks)} of {len(turns)} assistant turns for "
+            "training; every turn needs one {% generation %} block"
+        )
+    added = tuple(added_tokens(tokenizer, len(tokenizer)).values())
+    spans: list[Span | None] = []
+    for number, ((start, end), turn) in enumerate(zip(blocks, turns, strict=True), 1):
+        block = text[start:end].rstrip()
+        _, content = split_thinking(turn["content"])
+        if any(value not in block for value in (content.strip(), *map(name_of, calls_of(turn)))):
+            raise _altered(number, turn["content"])
+        if not block.endswith(added):
+            raise DataError(
+                f"the {{% generation %}} block of assistant turn {number} ends in {block[-20:]!r}, "
+                "not in an end-of-turn token; move that token into the block"
+            )
+        thoughts = _thoughts(turn)
+        spans.append((start, start + len(block)) if thoughts in block else None)
+    return spans
+
+
+@dataclass(frozen=True, slots=True)
+class _Anchor:
+    """A value that the sentinel stands for: an assistant's content, a called function, or (`turn`
+    0) what follows a call, so that the end of turn is looked for before it."""
+
+    turn: int
+    value: str
+    kind: Literal["content", "call", "bound"]
+
+
+def _located_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, text: str
+) -> list[Span | None]:
+    """Every assistant turn with its end in `text`, found with sentinels; verified.
+
+    None: the template drops the thoughts of the turn, so it would be trained unlike it is served.
+    """
+    anchors, pieces = _anchors(tokenizer, messages, tools)
+    places = _places(text, anchors, pieces)
+    turns = [(n, m) for n, m in enumerate(messages) if m["role"] == "assistant"]
+    spans: list[Span | None] = []
+    for number, (index, turn) in enumerate(turns, 1):
+        own = [k for k, anchor in enumerate(anchors) if anchor.turn == number]
+        before, after = pieces[own[0]], pieces[own[-1] + 1]
+        if anchors[own[0]].kind == "content":
+            start = places[own[0]][0]
+            thoughts = _thoughts(turn)
+            lead = THOUGHTS_END.search(before) if thoughts else None
+            if thoughts and (lead is None or thoughts not in lead[0]):
+                spans.append(None)
+                continue
+            start -= len(lead[0]) if lead else 0
+        else:
+            start = _call_start(tokenizer, messages[:index], tools, text, places[own[0]][0])
+        end = places[own[-1]][1]
+        spans.append((start, end + _closing(tokenizer, after, number, anchors[own[-1]].kind)))
+    return spans
+
+
+def _anchors(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools
+) -> tuple[list[_Anchor], list[str]]:
+    """What the sentinel stands for, and the texts that the template writes around it (one more)."""
+    sentinel = "zq7sentinelk"
+    while any(sentinel in str(message) for message in messages):
+        sentinel += "k"
+    anchors, stand_ins, number = [], [], 0
+    for before, message in zip([None, *messages], messages, strict=False):
+        stand_in = dict(message)
+        if message["role"] == "assistant":
+            number += 1
+            calls = calls_of(message)
+            thoughts, content = split_thinking(message["content"])
+            if content.strip() or not calls:
+                stand_in["content"] = thoughts + sentinel
+                anchors.append(_Anchor(number, content, "content"))
+            if calls:
+                stand_in["tool_calls"] = [_renamed(call, sentinel) for call in calls]
+                anchors += [_Anchor(number, name_of(call), "call") for call in calls]
+        elif before and before["role"] == "assistant" and calls_of(before):
+            stand_in["content"] = sentinel
+            anchors.append(_Anchor(0, message["content"], "bound"))
+        stand_ins.append(stand_in)
+    pieces = text_of(tokenizer, stand_ins, tools).split(sentinel)
+    if len(pieces) != len(anchors) + 1:
+        has_calls = len(anchors) > number
+        raise DataError(
+            f"the chat template writes {len(pieces) - 1} of {len(anchors)} assistant turns"
+            + (" and tool calls; use a model whose template knows tools" if has_calls else "")
+            + ("" if has_calls else "; end the row at an earlier turn, or correct the template")
+        )
+    return anchors, pieces
+
+
+def _places(text: str, anchors: list[_Anchor], pieces: list[str]) -> list[Span]:
+    """Where each value stands in `text`, which must be the pieces with the values between them."""
+    at = len(pieces[0])
+    places = []
+    for anchor, before, after in zip(anchors, pieces, pieces[1:], strict=False):
+        quoted = json.dumps(anchor.value, ensure_ascii=False)[1:-1]  # what a tool returned, as JSON
+        forms = (*_forms(anchor.value), quoted) if anchor.kind == "bound" else _forms(anchor.value)
+        found = next((form for form in forms if text.startswith(form + after, at)), None)
+        if found is None or not text.startswith(before, at - len(before)):
+            raise _altered(anchor.turn or anchors[anchors.index(anchor) - 1].turn, anchor.value)
+        places.append((at, at + len(found)))
+        at += len(found) + len(after)
+    if at != len(text):
+        raise _altered(max(anchor.turn for anchor in anchors), anchors[-1].value)
+    return places
+
+
+def _call_start(
+    tokenizer: PreTrainedTokenizerBase, before: Messages, tools: Tools, text: str, name_at: int
+) -> int:
+    """Where a turn of calls alone begins: behind its inference prompt, or its header."""
+    prompt = text_of(tokenizer, before, tools, add_generation_prompt=True)
+    if text.startswith(prompt) and len(prompt) <= name_at:
+        return len(prompt)
+    header = frame(tokenizer, tokenizer.get_chat_template()).header
+    at = text.rfind(header, 0, name_at) if header else -1
+    if at < 0:
+        raise DataError("cannot tell where the turn of a tool call begins in the chat template")
+    return at + len(header)
+
+
+def _closing(tokenizer: PreTrainedTokenizerBase, after: str, number: int, kind: str) -> int:
+    """How many characters of `after` close the turn: behind a content at once, behind a call's name
+    further on, where another special token may close it (Llama 3.1's <|eom_id|>)."""
+    closings = frame(tokenizer, tokenizer.get_chat_template()).closings
+    if kind == "content":
+        closing = next((closing for closing in closings if after.startswith(closing)), None)
+        if closing is None:
+            raise DataError(
+                f"the chat template does not close assistant turn {number} like the last one, with "
+                f"{closings[0]!r}; end the row at this turn, or correct the template"
+            )
+        return len(closing)
+    special = [t for t in special_tokens(tokenizer, len(tokenizer)) if t in after]
+    found = [after.find(c) + len(c) for c in closings if c in after]
+    found = found[:1] or [min(after.find(t) + len(t) for t in special)] if special else found[:1]
+    if not found:
+        raise DataError(f"the chat template does not close the tool calls of turn {number}")
+    return found[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    header: str  # what opens an assistant turn
+    closings: list[str]  # what may end one, longest first
+
+
+@lru_cache(maxsize=64)
+def frame(tokenizer: PreTrainedTokenizerBase, template: str) -> Frame:
+    """Header and end of a turn, from a conversation of one turn."""
+    del template  # only in the key: an edited one is looked at again
+    sentinel, ask = "zq7sentinelk", {"role": "user", "content": "a"}
+    text = text_of(tokenizer, [ask, {"role": "assistant", "content": sentinel}])
+    before, _, tail = text.partition(sentinel)
+    opening = before.removeprefix(text_of(tokenizer, [ask]))
+    header = (
+        opening[: len(opening) - len(lead[0])]
+        if (lead := THOUGHTS_END.search(opening))
+        else opening
+    )
+    added = added_tokens(tokenizer, len(tokenizer)).values()
+    ends = [tail.index(token) + len(token) for token in added if token in tail]
+    closing = tail[: min(ends)] if ends else tail.rstrip()
+    if not closing.strip():
+        raise DataError(
+            "the chat template writes no end of turn behind the assistant's content, so a model "
+            "would not learn to stop; use a template that writes one, such as eos_token"
+        )
+    eos = re.match(r"\s*" + re.escape(tokenizer.eos_token), tail[len(closing) :])
+    return Frame(header, [closing + eos[0], closing] if eos else [closing])
+
+
+def _written_behind_prompt(text: str, last: Span | None, prompt: str | None) -> str:
+    """What stands between the inference prompt and the last turn's text, if a model has to write
+    it: blanks, and an empty block of thoughts.
+
+    Llama 2: the prompt ends in "[/INST]", the content follows a space, which is a token of its own
+    before a digit. Qwen3 writes "<think>\n\n</think>" before an answer without thoughts.
+    """
+    if last is None or prompt is None or not text.startswith(prompt) or last[0] < len(prompt):
+        return ""
+    between = text[len(prompt) : last[0]]
+    return between if THOUGHTS.fullmatch(between) else ""
+
+
+def _renamed(call: dict[str, Any], name: str) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": {**call["function"], "name": name}}
+    return {**call, "name": name}
+
+
+def _thoughts(turn: dict[str, Any]) -> str:
+    """What an assistant turn says it thought, without tags; "" for none."""
+    given = turn.get("reasoning_content") or split_thinking(turn["content"])[0]
+    return str(given).strip().removeprefix("<think>").removesuffix("</think>").strip()
+
+
+def _forms(content: str) -> tuple[str, ...]:
+    """A content and its trimmed forms, the longest first."""
+    one_side = (content.rstrip("\n"), content.rstrip(), content.lstrip("\n"), content.lstrip())
+    return (content, *one_side, content.strip("\n"), content.strip())
+
+
+def _altered(number: int, content: str) -> DataError:
+    return DataError(
+        f"the chat template alters or drops the content of assistant turn {number} "
+        f"({content[:40]!r}), so it cannot be trained on as written; end the row at this turn if "
+        "the template drops reasoning from earlier turns, or correct the template or the row"
+    )

@@ -1,0 +1,73 @@
+"""Mixes files and splits rows into training and held-out parts."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from sft.errors import DataError
+
+HELD_OUT = re.compile(r"(?i)(^|[/._-])(test|dev|val|valid|validation|eval)([/._-]|$)")
+
+
+def groups(digests: np.ndarray) -> np.ndarray:
+    """Returns (n,): of each digest the first index that has it."""
+    _, first, number = np.unique(digests, return_index=True, return_inverse=True)
+    return first[number]
+
+
+def firsts(digests: np.ndarray) -> np.ndarray:
+    """Returns (n,) bool: whether a digest stands here for the first time."""
+    return groups(digests) == np.arange(len(digests))
+
+
+def mix(entries: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
+    """Indices of rows of these entries, each as often as its entry's weight says: 2 is twice, 0.5
+    a seeded half of the rows.
+
+    Which rows the fraction takes is a function of (seed, entry, index in the entry) alone.
+    """
+    result = []
+    for entry, weight in enumerate(weights):
+        mine = np.flatnonzero(entries == entry)
+        drawn = _drawn(b"%d:%d:%d" % (seed, entry, n) for n in range(len(mine)))
+        part = np.sort(drawn[: round(weight % 1 * len(mine))])
+        result += [mine] * int(weight) + [mine[part]]
+    return np.concatenate(result)
+
+
+def split(digests: np.ndarray, eval_fraction: float, seed: int) -> np.ndarray:
+    """Which rows (n, bool) are held out: a function of content and seed.
+
+    Rows with identical content stay together, so no held-out row was trained on; the held-out part
+    can therefore be somewhat smaller than asked for.
+    """
+    held = np.zeros(len(digests), bool)
+    if not eval_fraction:
+        return held
+    group = groups(digests)
+    sizes = np.bincount(group)
+    first = np.flatnonzero(sizes)  # of each content
+    if len(first) < 2:
+        raise DataError(
+            f"holding out data.eval_fraction={eval_fraction:g} needs two different rows, found "
+            f"{len(first)}; give data.eval_path, or more rows"
+        )
+    drawn = first[_drawn(b"%d:" % seed + bytes(digest) for digest in digests[first])]
+    wanted = min(round(eval_fraction * len(digests)), len(digests) - 1)
+    num_held = 0
+    for row in drawn:
+        if num_held + sizes[row] <= wanted:
+            held[row], num_held = True, num_held + sizes[row]
+    if not num_held:
+        held[drawn[np.argmin(sizes[drawn])]] = True
+    return held[group]
+
+
+def _drawn(texts: Iterable[bytes]) -> np.ndarray:
+    """Indices of the texts in a random order, the same at all times."""
+    hashed = (int.from_bytes(hashlib.sha256(text).digest()[:8]) for text in texts)
+    return np.argsort(np.fromiter(hashed, np.uint64), kind="stable")

@@ -1,0 +1,311 @@
+"""Messages -> (ids, labels) through the tokenizer's own chat template; nothing else renders.
+
+What is supervised is decided on *characters* of the rendered text, then carried to tokens by their
+offsets. Each assistant turn is one span: its content, its tool calls and the end of turn that the
+template writes.
+
+- A template with `{% generation %}` blocks says itself what the spans are.
+- Else the conversation is rendered once more with a sentinel in place of every assistant content
+  and of every called function's name. What stands between the sentinels is what the template
+  wrote, and the true rendering must be exactly these pieces with the (possibly trimmed) values
+  between them. No prefix of a conversation is ever assumed to render to a prefix of the text.
+- How a turn closes is read off a conversation of one turn, behind which no next header can stand:
+  the text up to and including its first added token (`<|im_end|>`, `</s>`), further to an eos that
+  directly follows; without an added token all its text. Every turn must close in the same way.
+- What the model has to write itself is supervised too: a token that holds both template and content
+  (" Hello" after "[/INST]"), blanks and an empty block of thoughts between the inference prompt and
+  the content. An added token of the header that swallows blanks is not.
+- A turn whose thoughts the template drops, as many do for all turns but the last, is not
+  supervised: at inference the model would think before it.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, Literal
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from sft.data.files import Row
+from sft.data.formats import Messages
+from sft.data.rendering import (
+    DEFAULT_TEMPLATE,
+    Span,
+    TemplateError,
+    Tools,
+    _try_out,
+    added_tokens,
+    text_of,
+)
+from sft.data.spans import _located_spans, _marked_spans, _written_behind_prompt
+from sft.errors import DataError, UserError
+from sft.runtime.console import visible
+
+IGNORED = -100
+GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
+Supervise = Literal["all", "last", "everything"]
+OnLong = Literal["error", "drop", "truncate_left_turns", "truncate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """`labels[i]` is `ids[i]` where supervised, else -100; the loss does the shift.
+
+    `weights[i]`: what the loss of label i is multiplied with; None: 1 everywhere. `flags`: what was
+    seen while rendering (sft/audit.py tells what each means).
+    """
+
+    ids: list[int]
+    labels: list[int]
+    weights: list[float] | None = None
+    flags: tuple[str, ...] = ()
+
+    @property
+    def num_supervised(self) -> int:
+        """Position 0 has no predecessor that could predict it."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Gives it the default template and a pad token where it has none; raises if it has no eos.
+
+    Padding with eos is safe here: labels come from spans, never from comparing ids with the pad id.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(f"{tokenizer.name_or_path}: expected a tokenizer with a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has no eos token, so a model could not learn "
+            "to stop; name one as eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = DEFAULT_TEMPLATE
+    found = tokenizer.chat_template
+    found = found.get("default") if isinstance(found, dict) else found
+    if not isinstance(found, str):
+        raise TemplateError(
+            f"{tokenizer.name_or_path}: expected one chat template, or several of which one is "
+            "called default; give it a chat_template.jinja"
+        )
+    _try_out(tokenizer, found)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    tools: Tools = None,
+    supervise: Supervise = "all",
+) -> Example:
+    """A conversation with its assistant turns supervised, ends of turn included.
+
+    `supervise`: `all` turns, each with its message's `weight` (1 without one); the `last` turn; or
+    `everything`, prompts too. Raises DataError where the template alters, drops or does not close
+    an assistant turn.
+    """
+    if is_document(messages):
+        return _render_document(tokenizer, messages[0]["content"])
+    text = text_of(tokenizer, messages, tools)
+    prompt = _prompt_text(tokenizer, messages, tools)
+    if GENERATION_BLOCK.search(tokenizer.get_chat_template()):
+        spans = _marked_spans(tokenizer, messages, tools)
+    else:
+        spans = _located_spans(tokenizer, messages, tools, text)
+    ids, offsets = tokens_of(tokenizer, text)
+    # Both never decrease: the tokens of one character's bytes all carry that character's offsets,
+    # and where a tokenizer trims blanks off offsets, a token of blanks is empty at its own end.
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    added = added_tokens(tokenizer, len(tokenizer))
+    written = _written_behind_prompt(text, spans[-1], prompt)
+    turns = [m for m in messages if m["role"] == "assistant"]
+    weights = [_weight(turn, n == len(turns), supervise) for n, turn in enumerate(turns, 1)]
+    flags: list[str] = []
+    labels, factors = [IGNORED] * len(ids), [0.0] * len(ids)
+    for span, weight in zip(spans, weights, strict=True):
+        if span is None:
+            flags.append("thoughts_dropped")
+            continue
+        start, end = span
+        start -= len(written) * text.endswith(written, 0, start)
+        first, stop = bisect_right(ends, start), bisect_left(starts, end)
+        while first < stop and starts[first] < start and ids[first] in added:
+            first += 1
+        if first == stop:
+            raise DataError(f"the tokenizer has no token for {text[start:end]!r}")
+        if starts[first] < start and text[starts[first] : start].strip():
+            flags.append("boundary_merge")
+        if weight:
+            labels[first:stop] = ids[first:stop]
+            factors[first:stop] = [weight] * (stop - first)
+    if supervise == "everything":
+        labels, factors = list(ids), [1.0] * len(ids)
+    uneven = set(factors) - {0.0, 1.0}
+    return Example(ids, labels, factors if uneven else None, tuple(dict.fromkeys(flags)))
+
+
+def render_row(
+    tokenizer: PreTrainedTokenizerBase,
+    row: Row,
+    max_seq_len: int,
+    *,
+    supervise: Supervise = "all",
+    on_long: OnLong = "error",
+) -> list[tuple[Row, Example]]:
+    """The examples of a row: one; of a raw document one per `max_seq_len` tokens; none if dropped.
+
+    `on_long`, for a row of more than `max_seq_len` tokens: `error` leaves it to the audit, which
+    refuses it; `drop`; `truncate_left_turns` removes the oldest exchanges behind the system turn
+    until it fits, and leaves a last exchange that is too long by itself; `truncate` cuts the end,
+    flagged `answer_cut`, and drops a row of which nothing supervised is left.
+    """
+    example = render(tokenizer, row.messages, row.tools, supervise)
+    if len(example.ids) <= max_seq_len:
+        return [(row, example)]
+    if is_document(row.messages):
+        starts = range(0, len(example.ids) - 1, max_seq_len)
+        parts = [example.ids[at : at + max_seq_len] for at in starts]
+        return [(row, Example(part, list(part))) for part in parts]
+    if on_long == "drop":
+        return []
+    if on_long == "truncate":
+        cut = Example(
+            example.ids[:max_seq_len],
+            example.labels[:max_seq_len],
+            example.weights and example.weights[:max_seq_len],
+            (*example.flags, "answer_cut"),
+        )
+        return [(row, cut)] if cut.num_supervised else []
+    if on_long == "truncate_left_turns":
+        for messages in _without_oldest(row.messages):
+            shorter = render(tokenizer, messages, row.tools, supervise)
+            if len(shorter.ids) <= max_seq_len:
+                shorter = replace(shorter, flags=(*shorter.flags, "turns_dropped"))
+                return [(replace(row, messages=messages), shorter)]
+    return [(row, example)]
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None
+) -> list[int]:
+    """What a model is given at inference to continue `messages`."""
+    return tokens_of(tokenizer, text_of(tokenizer, messages, tools, add_generation_prompt=True))[0]
+
+
+def prompt_mismatch(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, example: Example, tools: Tools = None
+) -> str | None:
+    """How the inference prompt of the last turn differs from what stands before it in training."""
+    try:
+        prompt = prompt_ids(tokenizer, messages[:-1], tools)
+    except DataError as error:
+        return f"no prompt can be made for the last turn: {error}"
+    first = len(example.ids)
+    while first and example.labels[first - 1] == IGNORED:
+        first -= 1
+    while first and example.labels[first - 1] != IGNORED:
+        first -= 1
+    trained = example.ids[:first]
+    if prompt == trained:
+        return None
+    pairs = enumerate(zip(prompt, trained, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(trained)))
+    shared = decoded(tokenizer, prompt, max(0, same - 8), same)
+    served, seen = (decoded(tokenizer, ids, same, same + 8) for ids in (prompt, trained))
+    return f"after {shared!r} the prompt has {served!r}, training has {seen!r} (token {same})"
+
+
+def coloured(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
+    """The text as a terminal shows it: supervised green, context dim, added tokens magenta."""
+    added, result, done = added_tokens(tokenizer, len(tokenizer)), Text(), 0
+    for style, run in groupby(
+        zip(example.ids, example.labels, strict=True),
+        lambda pair: _style(pair[0] in added, pair[1] != IGNORED),
+    ):
+        end = done + len(list(run))
+        result.append(visible(decoded(tokenizer, example.ids, done, end)), style)
+        done = end
+    return result
+
+
+def with_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
+    """Every token behind its id, in the colours of `coloured`, blanks made visible."""
+    added, result = added_tokens(tokenizer, len(tokenizer)), Text()
+    for at, (token, label) in enumerate(zip(example.ids, example.labels, strict=True)):
+        text = decoded(tokenizer, example.ids, at, at + 1)
+        result.append(f"{token}", "dim")
+        result.append(f"{text!r} ", _style(token in added, label != IGNORED))
+    return result
+
+
+def _style(is_added: bool, is_supervised: bool) -> str:
+    if is_added:
+        return "bold magenta underline" if is_supervised else "bold magenta"
+    return "green" if is_supervised else "dim"
+
+
+def _prompt_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools
+) -> str | None:
+    """The inference prompt of the last turn; None if the template refuses to make one."""
+    try:
+        return text_of(tokenizer, messages[:-1], tools, add_generation_prompt=True)
+    except DataError:
+        return None
+
+
+def _render_document(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
+    """A document: all of it is supervised, and an eos ends it."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if ids[-1:] != [tokenizer.eos_token_id]:
+        ids = [*ids, tokenizer.eos_token_id]
+    return Example(ids, list(ids))
+
+
+def is_document(messages: Messages) -> bool:
+    """Raw text for continued pretraining, not a conversation."""
+    return bool(messages[0]["role"] == "text")
+
+
+def _weight(turn: dict[str, Any], is_last: bool, supervise: Supervise) -> float:
+    return 0.0 if supervise == "last" and not is_last else float(turn.get("weight", 1))
+
+
+def _without_oldest(messages: Messages) -> Iterator[Messages]:
+    """The conversation without its first exchange, its first two, ...; the system turn stays."""
+    start = 1 if messages[0]["role"] == "system" else 0
+    asked = [n for n, m in enumerate(messages) if m["role"] == "user" and n > start]
+    for n in asked:
+        yield [*messages[:start], *messages[n:]]
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
+    """The template has written every special token, bos too: the tokenizer must add none."""
+    ids, offsets = _encoded(tokenizer, len(tokenizer), text)
+    return list(ids), list(offsets)
+
+
+@lru_cache(maxsize=2)  # the audit asks for the same text again
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, size: int, text: str
+) -> tuple[list[int], list[Span]]:
+    del size  # only in the key: a tokenizer that grew is asked again
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )  # verbose: the length is the audit's to judge
+    return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, end: int) -> str:
+    """Text of ids[start:end] in its place; decoded alone it might lose its leading blank."""
+    before, until = (
+        str(tokenizer.decode(ids[:at], clean_up_tokenization_spaces=False)) for at in (start, end)
+    )
+    return until[len(before) :]

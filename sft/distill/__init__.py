@@ -1,1 +1,0 @@
-"""Algorithm distillation: a transformer that learns in context as a learning algorithm does."""

@@ -1,0 +1,88 @@
+"""Finds the label in an answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+from sft.data.formats import text_of
+
+# --- labels in answers ---------------------------------------------------------------------------
+
+
+def label_of(answer: str | None, labels: Sequence[str]) -> str | None:
+    """The label that an answer gives; None, a failure, if it gives none, or more than one.
+
+    An answer that is a label gives it. Else JSON in it decides: `{"label": ...}` has to be a label.
+    Else a label is found as whole words, in any case, whatever joins them ("non hateful" is
+    `non-hateful`), the longest first; one that is negated makes a failure: what it means instead is
+    not for us to say. Negated is all of a sentence after a "not", "never" and the like.
+    """
+    text = (answer or "").strip()
+    if text in labels:
+        return text
+    by_letters, pattern = _spellings(tuple(labels))
+    if "{" in text:
+        said = [text_of(each[key]) for each in _objects(text) for key in each if _is_label(key)]
+        given = {each if each in labels else by_letters.get(letters(each)) for each in said}
+    else:
+        text = text.casefold()
+        given = {by_letters.get(letters(match[0])) for match in pattern.finditer(text)}
+        if _is_negated(pattern.sub(LABEL, text)):
+            return None
+    return given.pop() if len(given) == 1 else None
+
+
+LABEL = "\0"  # in place of a label, which may have a "not" in itself
+SENTENCE = re.compile(r"[.!?][\"'\u2019\u201d)\]*_]*\s|\n\s*\n")  # its end, but not that of "e.g.,"
+NEGATION = re.compile(r"\b(?:not|cannot|never|neither|nor)\b|n['\u2019]t\b")
+NONE = re.compile(rf"\b(?:no|non|nothing|without)\s+(?:\w+\s+)?{LABEL}")  # "no really hateful"
+
+
+def _is_negated(text: str) -> bool:
+    """Whether a sentence of a casefolded text negates a `LABEL`."""
+    for sentence in SENTENCE.split(text):
+        before, label, _ = sentence.rpartition(LABEL)
+        if label and NEGATION.search(before):
+            return True
+    return NONE.search(text) is not None
+
+
+WORD = re.compile(r"[^\W_]+")
+
+
+def letters(text: str) -> str:
+    """What two spellings of a label have in common."""
+    return "".join(WORD.findall(text.casefold()))
+
+
+@cache
+def _spellings(labels: tuple[str, ...]) -> tuple[dict[str, str], re.Pattern[str]]:
+    """Labels by their letters, where no other has the same, and what finds them in a text."""
+    shared = Counter(map(letters, labels))
+    by_letters = {letters(label): label for label in labels if shared[letters(label)] == 1}
+    by_letters.pop("", None)  # of a label of marks only, as "+"
+    longest = sorted(filter(letters, labels), key=lambda label: len(letters(label)), reverse=True)
+    forms = [r"[\s_-]*".join(WORD.findall(label.casefold())) for label in longest] or ["(?!)"]
+    found = rf"(?<!\w)(?<!\w-)(?<!\d\.)({'|'.join(forms)})(?!-?\w|\.\d)"
+    return by_letters, re.compile(found)
+
+
+def _is_label(key: str) -> bool:
+    return key.casefold() == "label"
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects in a text, up to one that is broken."""
+    decoder, at = json.JSONDecoder(), text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return
+        yield value
+        at = text.find("{", end)

@@ -1,0 +1,399 @@
+"""Scores of answers by name, with 95 % intervals by bootstrap over the examples.
+
+An example gives a few numbers, its statistics, and a metric is a function of their sums over all
+examples. Statistics are whole numbers or multiples of `GRID`, whose sums in float64 are exact in
+every order (up to eight million examples), so any cut over processes gives the same bits.
+
+Intervals are percentiles of `scipy.stats.bootstrap`. BCa would correct them for bias and skew, but
+scipy computes it in a time that grows with the square of the number of examples, and it has no
+interval where all examples score the same. Two runs are compared on the same resamples (paired).
+
+More is better for every metric. `bleu` and `chrf` are of 100, as sacrebleu reports them, all others
+of 1. An answer of None is a failed one: it scores 0 and is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cache
+from typing import Any, Literal, NoReturn, Protocol, get_args
+
+import numpy as np
+
+from sft.config.schema import MetricName
+from sft.errors import UserError, did_you_mean, excerpt
+from sft.evaluate.labels import label_of
+
+NAMES: tuple[str, ...] = get_args(MetricName)
+GRID = 2.0**-30  # of scores that are no whole numbers: 1e-9, and sums below 2**23 stay exact
+FAILURE = "(none of them)"  # what an answer is that is no label
+Measured = tuple[float, Sequence[float]]  # score of an example by itself, its statistics
+Values = dict[str, np.ndarray]
+
+
+class Measure(Protocol):
+    """What one name stands for."""
+
+    @property
+    def size(self) -> int:
+        """Returns how many statistics an example has."""
+
+    def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
+        """Raises UserError for a reference that this metric cannot use."""
+
+    def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
+        """Returns values [resamples] by name. `rows` [examples, size] are statistics; `counts`
+        [resamples, examples] says how often each example is in a resample."""
+
+
+Verdict = Literal["better", "worse", "not distinguishable"]
+
+
+# --- means of a score of each example ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of `score(answer, reference, prompt)`, 0 to 1."""
+
+    name: str
+    score: Callable[[str, str, str], float]
+    size: int = 1
+
+    def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
+        score = self.score(answer or "", reference, prompt)  # looks at the reference, too
+        score = 0.0 if answer is None else score
+        return score, [round(score / GRID) * GRID]
+
+    def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
+        return {self.name: counts @ rows[:, 0] / len(rows)}
+
+
+def exact_match(answer: str, reference: str, *_: str) -> float:
+    """Equal but for surrounding white space."""
+    return float(answer.strip() == reference.strip())
+
+
+def normalised_match(answer: str, reference: str, *_: str) -> float:
+    """Equal but for case, punctuation, articles and white space, as SQuAD's evaluation does.
+
+    Unlike there, an answer of nothing but these keeps them: "A" is not "The", "?" not "!".
+    """
+    return float(_normalised(answer) == _normalised(reference))
+
+
+def _normalised(text: str) -> str:
+    plain = "".join(c for c in text.lower() if not _is_punctuation(c))
+    words = plain.split()
+    kept = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(kept or words) or text.strip()
+
+
+def _is_punctuation(character: str) -> bool:
+    return character in string.punctuation or unicodedata.category(character).startswith("P")
+
+
+# A minus after a word, digit or bracket subtracts or joins: 5-3, (4)-3, a range 5-10.
+NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]])[-−])?\$?"
+    r"(?P<digits>\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w))?|\.\d+)"
+)
+
+
+def numeric_match(answer: str, reference: str, *_: str) -> float:
+    """The number after the last `####`, or without one the last number, is that of the reference.
+
+    As GSM8K is scored: commas, a dollar or percent sign and trailing zeros do not matter.
+    """
+    expected = _number(reference)
+    if expected is None:
+        raise UserError(f"needs a number in the reference, found {excerpt(reference)}")
+    return float(_number(answer) == expected)
+
+
+def _number(text: str) -> Decimal | None:
+    _, mark, tail = text.rpartition("####")
+    found = list(NUMBER.finditer(tail))
+    if not found:
+        return None
+    number = found[0 if mark else -1]
+    value = Decimal(number["digits"].replace(",", ""))
+    return -value if number["sign"] else value
+
+
+def json_valid(answer: str, *_: str) -> float:
+    """The answer, as it is, is JSON (RFC 8259): no fence around it, no NaN."""
+    try:
+        _json(answer)
+    except ValueError:
+        return 0.0
+    return 1.0
+
+
+def json_fields(answer: str, reference: str, *_: str) -> float:
+    """Leaves that answer and reference have alike, of all that either has; 0 if it is no JSON.
+
+    A leaf is a path (keys, places in lists) with what is there: a scalar, or an empty list or
+    object. So a missing, a wrong and an additional leaf each cost the same.
+    """
+    try:
+        expected = _leaves(_json(reference))
+    except ValueError:
+        raise UserError(f"needs JSON as the reference, found {excerpt(reference)}") from None
+    try:
+        found = _leaves(_json(answer))
+    except ValueError:
+        return 0.0
+    right = [_alike(leaf, found[path]) for path, leaf in expected.items() if path in found]
+    return sum(right) / len(expected.keys() | found.keys())
+
+
+def _json(text: str) -> Any:
+    """Raises ValueError for what is no JSON, or nested deeper than Python reads."""
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
+    """Path -> leaf. Without recursion: depth is the model's choice."""
+    leaves: dict[tuple[str | int, ...], Any] = {}
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
+    while waiting:
+        path, value = waiting.pop()
+        inner = [((*path, key), child) for key, child in _items(value)]
+        waiting += inner
+        if not inner:
+            leaves[path] = value
+    return leaves
+
+
+def _items(value: Any) -> list[tuple[str | int, Any]]:
+    if isinstance(value, list):
+        return list(enumerate(value))
+    return list(value.items()) if isinstance(value, dict) else []
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return a == b and isinstance(a, bool) == isinstance(b, bool)  # True == 1 in Python
+
+
+def rouge_l(answer: str, reference: str, *_: str) -> float:
+    """F1 of the longest common subsequence of words (rouge-score, no stemmer). Words are of a-z and
+    0-9 only: other scripts score 0."""
+    return _rouge().score(reference, answer)["rougeL"].fmeasure
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def sari_of_prompt(answer: str, reference: str, prompt: str) -> float:
+    return sari(prompt, answer, [reference])
+
+
+def sari(source: str, answer: str, references: Sequence[str]) -> float:
+    """SARI of a simplification, 0 to 1 (Xu et al. 2016, "Optimizing Statistical Machine Translation
+    for Text Simplification"): mean over n-grams of 1 to 4 words of what was rightly kept (F1),
+    deleted (precision) and added (F1).
+
+    As in its authors' SARI.py, words are lower-cased and cut at white space, nowhere else.
+    """
+    scores: list[float] = []
+    for n in range(1, 5):
+        of_references = sum((_ngrams(text, n) for text in references), Counter())
+        scores += _sari_of(_ngrams(source, n), _ngrams(answer, n), of_references, len(references))
+    return sum(scores) / len(scores)
+
+
+def _ngrams(text: str, n: int) -> Counter[tuple[str, ...]]:
+    words = text.lower().split()
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def _sari_of(
+    source: Counter, answer: Counter, references: Counter, num_references: int
+) -> tuple[float, float, float]:
+    """(keep, delete, add) for n-grams of one length. `references`: counts of all together, so those
+    of source and answer are taken as often."""
+    source = Counter({gram: count * num_references for gram, count in source.items()})
+    answer = Counter({gram: count * num_references for gram, count in answer.items()})
+    kept, to_keep = source & answer, source & references
+    rightly = kept & references
+    keep = _f1(_mean_share(rightly, kept), _mean_share(rightly, to_keep))
+    deleted = source - answer
+    delete = _mean_share(deleted - references, deleted)
+    added, to_add = answer.keys() - source.keys(), references.keys() - source.keys()
+    good = len(added & to_add)
+    add = _f1(good / max(1, len(added)), good / max(1, len(to_add)))
+    return keep, delete, add
+
+
+def _mean_share(part: Counter, whole: Counter) -> float:
+    """Mean over the n-grams of `whole` of the share of each that is in `part`."""
+    return sum(count / whole[gram] for gram, count in part.items()) / max(1, len(whole))
+
+
+def _f1(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+# --- functions of counts over all examples -------------------------------------------------------
+
+
+class Bleu:
+    """Corpus BLEU of sacrebleu as it is by default (13a tokens, exponential smoothing), 0 to 100.
+    The score of one example has the effective order, as sacrebleu advises."""
+
+    size = 10  # lengths of answer and reference; matches and n-grams, n = 1 to 4
+
+    def __init__(self) -> None:
+        from sacrebleu.metrics import BLEU
+        from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a, TokenizerRegexp
+
+        self._bleu = BLEU(effective_order=True)
+        self._caches = [Tokenizer13a.__call__, TokenizerRegexp.__call__]
+
+    def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
+        for each in self._caches:  # sacrebleu keeps the last 65,536 texts
+            each.cache_clear()
+        found = self._bleu.sentence_score(answer or "", [reference])
+        return found.score, [found.sys_len, found.ref_len, *found.counts, *found.totals]
+
+    def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
+        sums = (counts @ rows).astype(int).tolist()
+        return {"bleu": np.array([self._corpus(each) for each in sums])}
+
+    def _corpus(self, row: list[int]) -> float:
+        length, reference_length, counts, totals = row[0], row[1], row[2:6], row[6:]
+        return self._bleu.compute_bleu(
+            counts, totals, length, reference_length, smooth_method="exp"
+        ).score
+
+
+class Chrf:
+    """Corpus chrF of sacrebleu as it is by default (chrF2, up to 6 characters), 0 to 100.
+
+    sacrebleu does not publish chrF's statistics; these two private methods are what its own corpus
+    score and significance tests are made of.
+    """
+
+    size = 18  # n-grams of answer, of reference, matches; n = 1 to 6
+
+    def __init__(self) -> None:
+        from sacrebleu.metrics import CHRF
+
+        self._chrf = CHRF()
+
+    def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
+        (row,) = self._chrf._extract_corpus_statistics([answer or ""], [[reference]])
+        return self._chrf._compute_f_score(row), row
+
+    def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
+        sums = (counts @ rows).astype(int).tolist()
+        return {"chrf": np.array([self._chrf._compute_f_score(each) for each in sums])}
+
+
+class Classification:
+    """Scores from the confusion counts [label of the reference, label of the answer or FAILURE].
+
+    `label_of` reads both. What gives no label is a failure, which counts as wrong; a reference has
+    to give one. An example's score: right or not. Its statistic: the number of its cell.
+    """
+
+    size = 1
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        names = [label.strip() for label in labels]
+        if not names or len({*names, FAILURE, ""}) < len(names) + 2:
+            raise UserError(
+                "classification needs evaluation.labels: the labels of the references, each once "
+                f"and neither empty nor {FAILURE!r}; found {names or 'none'}"
+            )
+        self.labels = names
+
+    def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
+        truth, given = label_of(reference, self.labels), label_of(answer, self.labels)
+        if truth is None:
+            hint = did_you_mean(reference.strip(), self.labels)
+            raise UserError(
+                f"needs one of evaluation.labels as the reference, found {excerpt(reference)}; "
+                f"{hint}"
+            )
+        num = len(self.labels)
+        column = num if given is None else self.labels.index(given)
+        return float(given == truth), [self.labels.index(truth) * (num + 1) + column]
+
+    def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
+        tables = (self._table(rows, each) for each in counts)
+        sums = [[t.diagonal(), t.sum(axis=1), t[:, :-1].sum(axis=0)] for t in tables]
+        right, truth, given = np.array(sums).transpose(1, 0, 2)  # [resamples, labels] each
+        kinds = {
+            "precision": _ratio(right, given),
+            "recall": _ratio(right, truth),
+            "f1": _ratio(2 * right, given + truth),
+        }
+        found = {"accuracy": right.sum(axis=1) / len(rows)}
+        found |= {f"macro_{kind}": each.mean(axis=1) for kind, each in kinds.items()}
+        for place, label in enumerate(self.labels):
+            found |= {f"{kind}/{label}": each[:, place] for kind, each in kinds.items()}
+        return found
+
+    def _table(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns confusion counts [label of the reference, label of the answer or FAILURE]."""
+        num = len(self.labels)
+        cells = np.bincount(rows[:, 0].astype(int), counts, num * (num + 1))
+        return cells.reshape(num, num + 1)
+
+    def confusion(self, rows: np.ndarray) -> dict[str, dict[str, int]]:
+        columns = [*self.labels, FAILURE]
+        table = self._table(rows, np.ones(len(rows))).astype(int).tolist()
+        return {
+            label: dict(zip(columns, line, strict=True))
+            for label, line in zip(self.labels, table, strict=True)
+        }
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Returns part / whole; 0 where there is nothing."""
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+
+
+# --- by name -------------------------------------------------------------------------------------
+
+MEANS: dict[str, Callable[[str, str, str], float]] = {
+    "exact_match": exact_match,
+    "normalised_match": normalised_match,
+    "numeric_match": numeric_match,
+    "json_valid": json_valid,
+    "json_fields": json_fields,
+    "rouge_l": rouge_l,
+    "sari": sari_of_prompt,
+}
+
+
+def measure_of(name: str, labels: Sequence[str]) -> Measure:
+    if name in MEANS:
+        return Mean(name, MEANS[name])
+    if name == "classification":
+        return Classification(labels)
+    if name == "bleu":
+        return Bleu()
+    if name == "chrf":
+        return Chrf()
+    raise UserError(f"unknown metric {name!r}; {did_you_mean(name, NAMES)}")

@@ -1,0 +1,198 @@
+"""Scores of answers with their intervals."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from sft.errors import UserError
+from sft.evaluate.metrics import Classification, Measure, Verdict, measure_of
+
+RESAMPLES = 1000
+AT_ONCE = 2**20  # examples in the resamples that are drawn together: about 40 MB
+FEWEST = 6  # examples that must differ: five that all improve do so by chance in 6 % (sign test)
+REPORTED = ("num_examples", "metrics", "intervals")  # also where they are empty
+
+
+class Tally:
+    """Keeps the statistics of examples, and scores all examples together.
+
+    An example takes 8 bytes for its number and 8 for each statistic (`chrf` has 18, `bleu` 10, any
+    other metric 1), and as much again if it has a group. Scoring takes up to three copies of that.
+    `groups` has a tally for each group. `labels` are those of `classification`. Raises UserError
+    for an unknown name.
+    """
+
+    def __init__(self, names: Sequence[str], labels: Sequence[str] = ()) -> None:
+        self.groups: dict[str, Tally] = {}
+        self._another = partial(Tally, names, labels)
+        self._measures = {name: measure_of(name, labels) for name in names}
+        self._width = 1 + sum(measure.size for measure in self._measures.values())
+        self._rows = array("d")
+
+    def add(
+        self,
+        number: int,
+        answer: str | None,
+        reference: str,
+        prompt: str = "",
+        group: str | None = None,
+    ) -> dict[str, float]:
+        """Counts one example, in its group too; returns its own scores by metric.
+
+        `number` is its place in the data set. `prompt` is the source text of SARI. Raises UserError
+        for a reference that a metric cannot use.
+        """
+        row, scores = array("d", [number]), {}
+        for name, measure in self._measures.items():
+            try:
+                scores[name], statistics = measure.measure(answer, reference, prompt)
+            except UserError as error:
+                raise UserError(f"example {number}: {name} {error}") from None
+            row.extend(statistics)
+        self._rows += row
+        if group is not None:
+            self.of_group(group)._rows += row
+        return scores
+
+    def of_group(self, name: str) -> Tally:
+        """Returns the tally of this group, empty if it is new."""
+        if name not in self.groups:
+            self.groups[name] = self._another()
+        return self.groups[name]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Returns float64 [examples, 1 + statistics], sorted by the first column, the examples'
+        numbers. Ranks concatenate theirs and set the result."""
+        rows = np.asarray(self._rows).reshape(-1, self._width)
+        ordered = rows[np.argsort(rows[:, 0], kind="stable")]
+        return np.asfortranarray(ordered)  # sums of columns take half the time
+
+    @rows.setter
+    def rows(self, rows: np.ndarray) -> None:
+        assert rows.shape[1] == self._width, (rows.shape, self._width)
+        self._rows = array("d", rows.tobytes())
+
+    @property
+    def num_examples(self) -> int:
+        return len(self._rows) // self._width
+
+    def values(self) -> dict[str, float]:
+        """Returns values by name; of `classification`: accuracy, macro_precision, macro_recall,
+        macro_f1 and for each label precision/<label>, recall/<label> and f1/<label>. It is empty
+        without examples."""
+        found = self._values(self.rows, np.ones((1, self.num_examples)))
+        return {name: float(values[0]) for _, name, values in found}
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Returns 95 % intervals by name. An interval has no width where all examples score the
+        same, as a single one does."""
+        rows = self.rows
+        found = _intervals(lambda counts: self._stacked(rows, counts), len(rows)).tolist()
+        return {name: (low, high) for name, (low, high) in zip(self.values(), found, strict=True)}
+
+    def confusion(self) -> dict[str, dict[str, int]]:
+        """Returns the number of examples by label of the reference and of the answer, FAILURE
+        among these; it is empty without `classification`."""
+        for _, measure, part in self._parts(self.rows):
+            if isinstance(measure, Classification):
+                return measure.confusion(part)
+        return {}
+
+    def report(self) -> dict[str, Any]:
+        """Returns what JSON can hold: num_examples, metrics, intervals, confusion if there is one,
+        and the same for each of the groups, by name."""
+        found = {
+            "num_examples": self.num_examples,
+            "metrics": self.values(),
+            "intervals": self.intervals(),
+            "confusion": self.confusion(),
+            "groups": {name: own.report() for name, own in sorted(self.groups.items())},
+        }
+        return {name: value for name, value in found.items() if value or name in REPORTED}
+
+    def _parts(self, rows: np.ndarray) -> Iterator[tuple[str, Measure, np.ndarray]]:
+        """Yields (metric, measure, its columns)."""
+        start = 1
+        for metric, measure in self._measures.items():
+            yield metric, measure, rows[:, start : start + measure.size]
+            start += measure.size
+
+    def _values(
+        self, rows: np.ndarray, counts: np.ndarray
+    ) -> Iterator[tuple[str, str, np.ndarray]]:
+        """Yields (metric, name, values [resamples]); nothing without examples."""
+        for metric, measure, part in self._parts(rows) if len(rows) else ():
+            for name, values in measure.values(part, counts).items():
+                yield metric, name, values
+
+    def _stacked(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns values [names, resamples]."""
+        found = [values for *_, values in self._values(rows, counts)]
+        return np.array(found).reshape(-1, len(counts))
+
+
+def _intervals(values: Callable[[np.ndarray], np.ndarray], num_examples: int) -> np.ndarray:
+    """Returns 95 % intervals [names, 2]. `values` maps counts [resamples, examples], how often each
+    example is in a resample, to values [names, resamples]."""
+    if num_examples < 2:  # every resample is the sample
+        return values(np.ones((1, num_examples))).repeat(2, axis=1)
+    from scipy.stats import bootstrap
+
+    def statistic(places: np.ndarray, axis: int) -> np.ndarray:
+        own = places + np.arange(len(places))[:, None] * num_examples  # counted in one call
+        counts = np.bincount(own.ravel(), minlength=own.size).reshape(own.shape)
+        return values(counts.astype(float))
+
+    low, high = bootstrap(
+        (np.arange(num_examples),),
+        statistic,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, AT_ONCE // num_examples),
+        method="percentile",
+        rng=0,
+    ).confidence_interval
+    return np.stack([low, high], axis=1)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Compares `b` with `a` in one metric; it is better if the interval of b - a is above 0."""
+
+    value_a: float
+    value_b: float
+    difference: float
+    low: float
+    high: float
+    verdict: Verdict
+
+
+def difference(
+    a: Tally, b: Tally, num_unlike: Mapping[str, int] | None = None
+) -> dict[str, Difference]:
+    """Compares two tallies of the same examples by paired bootstrap; the result is by name.
+
+    `num_unlike` (metric -> examples on which the two score differently; None: all) withholds a
+    verdict from fewer than FEWEST, of which resampling is too sure.
+    """
+    rows_a, rows_b, num = a.rows, b.rows, a.num_examples
+    assert np.array_equal(rows_a[:, 0], rows_b[:, 0]), "not the same examples"
+    bounds = _intervals(lambda counts: b._stacked(rows_b, counts) - a._stacked(rows_a, counts), num)
+    once, found = np.ones((1, num)), {}
+    for (metric, name, of_a), (_, _, of_b), (low, high) in zip(
+        a._values(rows_a, once), b._values(rows_b, once), bounds.tolist(), strict=True
+    ):
+        unlike = num if num_unlike is None else num_unlike[metric]
+        verdict: Verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
+        if unlike < FEWEST:
+            verdict = "not distinguishable"
+        value_a, value_b = float(of_a[0]), float(of_b[0])
+        found[name] = Difference(value_a, value_b, value_b - value_a, low, high, verdict)
+    return found

@@ -1,0 +1,95 @@
+"""Saves what a user loads, and reads it back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from sft.config.schema import Model, Tuning
+from sft.errors import CheckpointError
+from sft.models.digest import weights_sha256
+from sft.runtime import checkpoint
+from sft.tasks.crowd.agents import WEIGHTS as ADAPTER
+from sft.tasks.crowd.agents import Agents
+from sft.tasks.crowd.files import META, _read_agents
+
+BASE = "base.json"  # beside an adapter: what it was trained on
+
+
+def save(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+    base: Model | None = None,
+) -> None:
+    """Adapter or model, and tokenizer, in `folder` (safetensors).
+
+    `weights`: those to be saved, by name, where the model itself does not have them whole.
+    `base`: what an adapter belongs to; `load_tuned` refuses another.
+    """
+    model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
+    agents = sorted(folder.glob("agent*")) if isinstance(model, Agents) else []
+    for place in [folder, *agents]:
+        tokenizer.save_pretrained(str(place))
+    if base is not None:
+        told = {"name": base.name, "weights_sha256": weights_sha256(base)}
+        for place in agents or [folder]:
+            (place / BASE).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
+        if isinstance(model, Agents):
+            meta = json.dumps({**model.described(), "base": told}, indent=2)
+            (folder / META).write_text(meta + "\n", "utf-8")
+    config = folder / "config.json"
+    if config.exists():  # training turns the cache off; whoever loads the model wants it
+        values = json.loads(config.read_text("utf-8"))
+        config.write_text(json.dumps(values | {"use_cache": True}, indent=2) + "\n", "utf-8")
+
+
+def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that `save` wrote for `model`, by their name in it, one at a time.
+
+    Raises CheckpointError if one that is trained is missing or has another shape.
+    """
+    if isinstance(model, Agents):
+        yield from _read_agents(model, folder)
+        return
+    known = dict(model.named_parameters())
+    missing = {name for name, p in known.items() if p.requires_grad}
+    names = {name: name for name in known}
+    if (folder / ADAPTER).exists():  # PEFT leaves the adapter's name out
+        names = {name.replace(".default", ""): name for name in known if "lora_" in name}
+    for path in sorted(folder.glob("*model*.safetensors")):
+        if reason := checkpoint.tensor_fault(path):
+            raise CheckpointError(f"{path} cannot be loaded: {reason}")
+        with safe_open(path, "pt") as file:
+            for saved in names.keys() & set(file.keys()):
+                name, value = names[saved], file.get_tensor(saved)
+                shape = getattr(known[name], "ds_shape", known[name].shape)  # ZeRO-3's are split
+                if value.shape != shape:
+                    raise CheckpointError(
+                        f"{path} does not fit the model: {saved} is {list(value.shape)}, expected "
+                        f"{list(shape)}"
+                    )
+                missing.discard(name)
+                yield name, value
+    if missing:
+        raise CheckpointError(f"{folder} does not fit the model: it lacks {min(missing)}")
+
+
+def shape_of(told: dict[str, Any]) -> Tuning:
+    """Of adapters, by what was saved beside them. ValueError or KeyError for what is none."""
+    return Tuning(**{key: told[key] for key in ("r", "lora_alpha", "target_modules")})
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Puts the weights that `save` wrote into `model`."""
+    parameters = dict(model.named_parameters())
+    for name, value in read_weights(model, folder):
+        parameters[name].data.copy_(value)

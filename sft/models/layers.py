@@ -1,0 +1,32 @@
+"""The repeated layers of a model, and parameters that a rank holds only in part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether a rank holds only parts of the weights (FSDP2, ZeRO-3): forwards are collective."""
+    return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
+
+
+def whole(parameter: Any) -> torch.Tensor:
+    """A parameter, of which a rank may have a part only, on every rank. Collective where it is
+    split."""
+    if hasattr(parameter, "full_tensor"):
+        return parameter.detach().full_tensor()
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a model: the list of modules that holds the most parameters."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return list(max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=()))

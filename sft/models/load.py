@@ -1,0 +1,189 @@
+"""Tokenizer and model from the configuration: full, LoRA or QLoRA (NF4), and every part's dtype.
+
+Trained weights are fp32 (their gradients and optimizer state too); compute runs under autocast when
+the precision is bf16; a frozen base is stored in the compute dtype, or in NF4. The policy is
+checked after the build, so a silent fp16 or a trainable base cannot happen.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from sft.config.schema import Config, Model
+from sft.errors import ModelError, UserError
+from sft.models import attention
+from sft.models.adapters import add_adapters
+from sft.models.dtypes import DTYPES, check_dtypes
+from sft.models.quantise import keep_nf4_trainable, nf4, quantise
+from sft.runtime import checkpoint
+
+
+def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
+    with explained(config.name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        tokenizer("a")  # some of what a tokenizer's files get wrong shows only in use
+        return tokenizer
+
+
+def architecture(config: Model) -> Any:
+    """The transformers configuration (`config.json`) of the model; reads no weights."""
+    with explained(config.name):
+        return AutoConfig.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+
+
+def shallow(architecture: Any, depth: int) -> Any:
+    """A copy of a transformers configuration with its first `depth` layers."""
+    result = copy.deepcopy(architecture)
+    text = result.get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
+    return result
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turns what libraries raise for a missing, foreign or damaged model into one message."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a library meets in files that anyone may have written
+        told = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in told:
+            raise ModelError(
+                f"model.name: {name!r} brings Python code of its own, which is not run; read it, "
+                "and set model.trust_remote_code: true if you trust it"
+            ) from None
+        if Path(name).is_dir():
+            found = f"a folder with {sorted(path.name for path in Path(name).iterdir())[:12]}"
+        else:
+            found = "no such folder here, and the hub did not provide it"
+        raise ModelError(
+            f"model.name: cannot load {name!r}: expected a folder in Hugging Face format "
+            f"(config.json, *.safetensors, tokenizer) or a hub id; found: {found}. ({told[:300]})"
+        ) from error
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ModelError for a weight file that is not what it says, before any is read."""
+    for path in sorted(folder.glob("*.safetensors")):
+        if reason := checkpoint.tensor_fault(path):
+            raise ModelError(f"model.name: {path} cannot be loaded: {reason}; copy it again")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        # transformers would follow it to any file, and unpickle one that is not safetensors.
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ModelError(f"model.name: {index} names {name!r}, expected *.safetensors")
+
+
+def build(config: Config, precision: str, device: torch.device, weights: bool = True) -> nn.Module:
+    """The model ready to train: frozen, quantised and adapted as `tuning.mode` says.
+
+    Weights are a function of (files, `train.seed`): the same on every process. Without `weights`
+    no file of them is read; they are random, and the model is the same in all else.
+    """
+    torch.manual_seed(config.train.seed)
+    mode = config.tuning.mode
+    base: Any = load_base(config.model, mode, precision, device, weights)
+    if mode != "full":
+        for parameter in base.parameters():
+            parameter.requires_grad_(False)
+        base = add_adapters(base, config.tuning, config.crowd)
+    base.config.use_cache = (
+        False  # with a cache, transformers ignores the borders of packed documents
+    )
+    if config.train.gradient_checkpointing is True:  # a plan has made `auto` one of the two
+        # Non-reentrant: gradients reach adapters although frozen embeddings have none.
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    check_dtypes(base, mode, precision)
+    return base
+
+
+def load_base(
+    config: Model, mode: str, precision: str, device: torch.device, weights: bool = True
+) -> nn.Module:
+    """The base model without adapters. `mode` decides its storage: fp32, compute dtype or NF4."""
+    check_attention(config)
+    kernel = None if config.attn_implementation == "auto" else config.attn_implementation
+    compute = DTYPES[precision]
+    storage = torch.float32 if mode == "full" else compute
+    with explained(config.name):
+        if config.init == "random" or not weights:
+            model = AutoModelForCausalLM.from_config(
+                architecture(config),
+                dtype=storage,
+                attn_implementation=kernel,
+                trust_remote_code=config.trust_remote_code,
+            )
+            model.to(device)
+            if mode == "qlora":
+                quantise(model, compute)
+            return model
+        _check_files(Path(config.name))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config.name,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=storage,
+            attn_implementation=kernel,
+            low_cpu_mem_usage=True,
+            use_safetensors=True,
+            quantization_config=nf4(compute) if mode == "qlora" else None,
+            device_map={"": device},
+            output_loading_info=True,
+        )
+    model, told = loaded
+    if missing := sorted(told["missing_keys"]):  # which transformers makes up, with a warning
+        raise ModelError(
+            f"model.name: the weight files of {config.name!r} lack {len(missing)} tensors, such as "
+            f"{missing[0]}; copy the model again, or set model.init: random for fresh weights"
+        )
+    if mode == "qlora":
+        keep_nf4_trainable(model)
+    return model
+
+
+def check_attention(config: Model) -> None:
+    """Makes `varlen` known where it is asked for. ModelError for an architecture that cannot have
+    it: without flash attention of its own it may need a mask that ours is not given, and what the
+    kernel cannot take goes to SDPA. transformers asks nothing of a name that was added to it."""
+    if config.attn_implementation != attention.NAME:
+        return
+    attention.register()
+    arch, model = architecture(config), None
+    with explained(config.name), torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(
+                arch,
+                attn_implementation=attention.NAME,
+                trust_remote_code=config.trust_remote_code,
+            )
+        except KeyError as error:  # an older model has a table of its own
+            if error.args != (attention.NAME,):
+                raise
+    if not (model and model._supports_flash_attn and model._supports_sdpa):
+        raise ModelError(
+            f"model.attn_implementation: {attention.NAME} expects an architecture that has flash "
+            f"attention and SDPA in transformers, found {arch.model_type}; set auto"
+        )

@@ -1,0 +1,104 @@
+"""What would take less memory, and what other GPUs would hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sft.config.load import with_values
+from sft.config.schema import AnyConfig, Config
+from sft.errors import ConfigError
+from sft.plan import gpus, memory
+from sft.plan.choose import Target
+from sft.plan.dry_run import Window, uniform
+from sft.plan.plan import Plan, target
+from sft.runtime import hardware
+from sft.runtime.hardware import Hardware
+from sft.tasks.base import Work
+
+# --- what else could be done -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change of the configuration, and what it does to the step that was planned."""
+
+    change: str  # as overrides
+    price: str
+    reserved_bytes: int
+    saved_bytes: int
+    fits: bool
+
+
+def advice(config: AnyConfig, work: Work, machine: Hardware, plan: Plan) -> list[Advice]:
+    """What would take less memory, with the same micro-batch, from the cheapest on."""
+    planned = {"train.gradient_checkpointing": plan.gradient_checkpointing}
+    config = with_values(config, planned)
+    at = target(config, work, machine, plan)
+    window = at.window(plan.budget, plan.gradient_checkpointing)
+    result = []
+
+    def consider(price: str, changes: dict[str, Any], window: Window = window) -> None:
+        try:
+            changed = with_values(config, changes)
+        except ConfigError:  # what this configuration cannot be: random weights with adapters
+            return
+        taken = at.predicted(window, changed, plan.micro_batches)
+        saved = plan.memory.reserved - taken.reserved
+        if saved > 0:
+            told = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+            result.append(Advice(told, price, taken.reserved, saved, taken.reserved <= at.room))
+
+    if not plan.gradient_checkpointing:
+        price = "about 25 % slower, the same result"
+        consider(price, {"train.gradient_checkpointing": True})
+    if config.train.optimizer == "adamw":
+        consider("moments in 8 bits", {"train.optimizer": "adamw_8bit"})
+    if not isinstance(config, Config):
+        return result
+    if config.tuning.mode == "full":
+        consider("adapters instead of all weights", {"tuning.mode": "lora"})
+    if config.tuning.mode != "qlora":
+        consider("frozen weights in 4 bits, slower", {"tuning.mode": "qlora"})
+    half = max(8, max(work.lengths) // 2)
+    shorter = tuple(
+        tuple((min(n, half), min(s, half)) for n, s in rows) for rows in window.micro_batches
+    )
+    price = "longer rows are cut or left out (data.on_long)"
+    consider(price, {"data.max_seq_len": half}, replace(window, micro_batches=shorter))
+    return result
+
+
+COMPARED = ("4090", "L40S", "A100-40GB", "A100-80GB", "H100-80GB", "H200")
+
+
+def comparison(config: Config) -> list[dict[str, Any]]:
+    """For each way of tuning, with and without checkpointing: the bytes that a micro-batch of one
+    row of `data.max_seq_len` tokens takes, and how many rows each GPU of COMPARED holds."""
+    work, result = Work.uniform(config), []
+    length = work.lengths[0]
+
+    def room_on(name: str) -> float:
+        machine = replace(hardware.detect(), devices=gpus.named_gpus(name))
+        return Target(config, work, machine, 1, "bf16", "padded").room
+
+    for mode in ("full", "lora", "qlora"):
+        for checkpointing in (False, True):
+            changes = {"tuning.mode": mode, "train.gradient_checkpointing": checkpointing}
+            changed = with_values(config, changes | {"model.init": "pretrained"})
+            one, two = (
+                memory.predict(changed, "bf16", _rows(number, length), on_gpu=True).reserved
+                for number in (1, 2)
+            )
+            rows = {
+                name: max(0, 1 + int((room_on(name) - one) // max(1, two - one)))
+                for name in COMPARED
+            }
+            told = {"mode": mode, "gradient_checkpointing": checkpointing}
+            result.append(told | {"reserved_bytes": one, "per_row_bytes": two - one, "rows": rows})
+    return result
+
+
+def _rows(number: int, length: int) -> Window:
+    """A micro-batch of so many rows, with gradients from the start."""
+    return replace(uniform(number, length, length), gradients=True)

@@ -1,0 +1,149 @@
+"""A model of PyTorch's caching allocator."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+MIB = 2**20
+
+
+# --- the caching allocator ---------------------------------------------------------------------
+
+ROUNDING = 512  # bytes: the smallest block, and what every size is rounded up to
+SMALL = MIB  # requests up to it are cut from small segments, others from large ones
+SMALL_SEGMENT = 2 * MIB
+LARGE_SEGMENT = 20 * MIB  # for requests below half of it; larger ones get a segment of their own
+HUGE_ROUNDING = 2 * MIB  # of such a segment
+
+
+@dataclass(eq=False)
+class Chunk:
+    """A piece of a segment, used or free; its neighbours are pieces of the same segment."""
+
+    address: int
+    size: int
+    small: bool
+    free: bool = False
+    previous: Chunk | None = None
+    next: Chunk | None = None
+    grows: bool = False  # the last of an expandable segment
+
+
+class CachingAllocator:
+    """PyTorch's, for one stream and with its defaults: best fit, splitting, merging, and no return
+    of memory to the device before a request would fail, which is not modelled.
+
+    `expandable`: as with PYTORCH_ALLOC_CONF=expandable_segments:True, where each pool is one
+    segment that grows at its end; by whole pages, unless `pages` is false.
+    """
+
+    def __init__(self, expandable: bool = True, pages: bool = True):
+        self.expandable = expandable
+        self.page = {True: SMALL_SEGMENT, False: LARGE_SEGMENT} if pages else {}
+        self.reserved_bytes = 0
+        self.segments: dict[int, int] = {}  # address -> bytes
+        self._free: dict[bool, list[tuple[bool, int, int, Chunk]]] = {True: [], False: []}
+        self._top = 0  # addresses are given out once
+        self._ends: dict[bool, Chunk] = {}  # of the expandable segments
+
+    def malloc(self, num_bytes: int) -> Chunk:
+        size = max(1, math.ceil(num_bytes / ROUNDING)) * ROUNDING
+        small = size <= SMALL
+        chunk = self._best_fit(size, small) or self._more(size, small)
+        return self._split(chunk, size)
+
+    def free(self, chunk: Chunk) -> None:
+        for other in (chunk.previous, chunk.next):
+            if other is not None and other.free:
+                self._take(other)
+                self._merge(chunk, other)
+        self._give(chunk)
+
+    # -- the free chunks of each pool
+
+    def _give(self, chunk: Chunk) -> None:
+        chunk.free = True
+        insort(self._free[chunk.small], _order(chunk))
+
+    def _take(self, chunk: Chunk) -> Chunk:
+        chunk.free = False
+        pool = self._free[chunk.small]
+        del pool[bisect_left(pool, _order(chunk))]
+        return chunk
+
+    def _best_fit(self, size: int, small: bool) -> Chunk | None:
+        pool = self._free[small]
+        place = bisect_left(pool, (False, size, -1))
+        if place == len(pool) or pool[place][3].size < size:
+            return None
+        return self._take(pool[place][3])
+
+    # -- neighbours
+
+    def _split(self, chunk: Chunk, size: int) -> Chunk:
+        left = chunk.size - size
+        if left < ROUNDING or (left <= SMALL and not chunk.small and not self.expandable):
+            return chunk
+        rest = Chunk(chunk.address + size, left, chunk.small, False, chunk, chunk.next, chunk.grows)
+        if rest.next is not None:
+            rest.next.previous = rest
+        if rest.grows:
+            self._ends[rest.small] = rest
+        chunk.size, chunk.next, chunk.grows = size, rest, False
+        self._give(rest)
+        return chunk
+
+    def _merge(self, chunk: Chunk, other: Chunk) -> None:
+        """`chunk` swallows its neighbour."""
+        if other is chunk.next:
+            chunk.next, chunk.grows = other.next, other.grows
+        else:
+            chunk.address, chunk.previous = other.address, other.previous
+        chunk.size += other.size
+        if chunk.grows:
+            self._ends[chunk.small] = chunk
+        if chunk.next is not None:
+            chunk.next.previous = chunk
+        if chunk.previous is not None:
+            chunk.previous.next = chunk
+
+    # -- segments
+
+    def _more(self, size: int, small: bool) -> Chunk:
+        """A chunk of at least `size` bytes that the device gives; it is not in the pool."""
+        if self.expandable:
+            return self._expand(size, small)
+        if small:
+            needed = SMALL_SEGMENT
+        elif size < LARGE_SEGMENT // 2:
+            needed = LARGE_SEGMENT
+        else:
+            needed = math.ceil(size / HUGE_ROUNDING) * HUGE_ROUNDING
+        self.reserved_bytes += needed
+        address, self._top = self._top, self._top + needed
+        self.segments[address] = needed
+        return Chunk(address, needed, small)
+
+    def _expand(self, size: int, small: bool) -> Chunk:
+        end = self._ends.get(small)
+        if end is not None and end.free:
+            self._take(end)
+        else:  # an empty chunk behind the last
+            address = end.address + end.size if end else 0
+            new = Chunk(address, 0, small, False, end, None, True)
+            if end is not None:
+                end.next, end.grows = new, False
+            end = self._ends[small] = new
+        page = self.page.get(small, ROUNDING)
+        needed = math.ceil((size - end.size) / page) * page
+        self.reserved_bytes += needed
+        end.size += needed
+        self.segments[small] = self.segments.get(small, 0) + needed
+        return end
+
+
+def _order(chunk: Chunk) -> tuple[bool, int, int, Chunk]:
+    """Best fit first; the chunk that can grow comes last, since it counts as endless."""
+    return chunk.grows, chunk.size, chunk.address, chunk

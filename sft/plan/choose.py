@@ -1,0 +1,314 @@
+"""Chooses the token budget and gradient checkpointing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from sft.config.load import with_values
+from sft.config.schema import AnyConfig, Train
+from sft.data import batches
+from sft.errors import ConfigError
+from sft.models import attention
+from sft.plan import gpus, sharding
+from sft.plan.counts import Counts
+from sft.plan.dry_run import Window
+from sft.plan.memory import ACTIVATION_BYTES, CONTEXT_BYTES, Memory, predict
+from sft.runtime import deepspeed
+from sft.runtime.hardware import Hardware
+from sft.tasks.base import Traits, Work
+from sft.tasks.registry import answering_bytes, traits
+from sft.train import schedule
+
+# Of the memory stays free: other programs on a CPU, what fragmentation the replay does not see.
+MARGIN = {"cpu": 0.15, "cuda": 0.06}
+SATURATING_TOKENS = {"cpu": 2048, "cuda": 16384}  # a larger micro-batch is no faster
+OF_SMALL = {"cpu": 8192, "cuda": 65536}  # likewise, of a model whose tokens take little
+# Tokens whose time one more micro-batch takes: overhead of its operations. Measured on 2 cores
+# (docs/LOG.md); on a GPU not measured, so there the fewest micro-batches are taken.
+MICRO_BATCH_COST = {"cpu": 64, "cuda": None}
+UTILISATION = 0.35  # of a GPU's peak that training reaches; an assumption
+SCANNED = 20_000  # examples among which the heaviest micro-batch is looked for
+
+
+# --- choosing ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Choice:
+    checkpointing: bool
+    budget: batches.Budget
+    cuts: list[list[batches.MicroBatch]]  # of the first step
+    tokens: int  # of the heaviest micro-batch of the run
+    memory: Memory
+    fits: bool
+    why: str  # the budget
+
+
+@dataclass(frozen=True)
+class Target:
+    """A configuration on its data and devices."""
+
+    config: AnyConfig
+    work: Work
+    machine: Hardware
+    world_size: int
+    precision: str
+    layout: batches.Layout
+    scanned: dict[batches.Budget, tuple[list[batches.MicroBatch], bool]] = field(
+        default_factory=dict
+    )
+
+    @cached_property
+    def traits(self) -> Traits:
+        return traits(self.config)
+
+    @property
+    def kind(self) -> str:
+        return "cuda" if self.machine.devices else "cpu"
+
+    @property
+    def name(self) -> str:
+        devices = self.machine.devices
+        return f"{devices[0].name} x {self.world_size}" if devices else self.machine.cpu_name
+
+    @property
+    def context_bytes(self) -> int:
+        return CONTEXT_BYTES if self.machine.devices else 0
+
+    @property
+    def available_bytes(self) -> int:
+        """Per process: the smallest GPU's free memory, or an equal share of the RAM."""
+        if self.machine.devices:
+            return min(device.free_bytes or device.total_bytes for device in self.machine.devices)
+        return self.machine.ram_available_bytes // self.world_size
+
+    @property
+    def first(self) -> list[int]:
+        """Ids of the first step's global batch."""
+        return self._ids(0)
+
+    def _ids(self, step: int) -> list[int]:
+        train = self.config.train
+        order = schedule.order_seed(train)
+        return batches.global_batch_ids(len(self.work.lengths), order, step, train.global_batch)
+
+    def choose(self) -> tuple[_Choice, str]:
+        """(the choice, why activations are checkpointed or not)."""
+        asked = self.config.train.gradient_checkpointing
+        if asked != "auto":
+            return self._largest(asked), "configured"
+        if self.traits.small:
+            return self._largest(False), "the model is too small for it"
+        kept = self._largest(False)
+        batch = sum(self.work.lengths[i] for i in self.first) // self.world_size
+        if kept.fits and kept.budget.max_tokens >= min(self.saturating // 4, batch):
+            return kept, "not needed, and it would cost about a quarter of the speed"
+        again = self._largest(True)
+        if kept.fits and again.budget.max_tokens <= kept.budget.max_tokens:
+            return kept, "it would not make larger micro-batches possible"
+        without = "does not fit" if not kept.fits else f"holds {kept.budget.max_tokens:,} tokens"
+        return again, f"a micro-batch without it {without}"
+
+    def _largest(self, checkpointing: bool) -> _Choice:
+        """The largest budget that fits, up to what is asked for or saturates the device."""
+        train, lengths = self.config.train, self.work.lengths
+        longest = max(lengths)
+        if rows := rows_asked(train, self.world_size):
+            limit = rows * longest if train.max_tokens == "auto" else train.max_tokens
+            budget = batches.Budget(limit, self.layout, None, rows)
+            choice = self._tried(checkpointing, budget, f"{rows} of the longest example")
+            steps = train.gradient_accumulation_steps
+            if steps != "auto" and len(choice.cuts[0]) > steps:
+                raise ConfigError(
+                    f"train.max_tokens: {limit:,} tokens do not hold {rows} examples, as "
+                    f"train.gradient_accumulation_steps={steps} needs: raise it, or leave one of "
+                    "the two at auto"
+                )
+            return choice
+        if train.max_tokens != "auto":
+            return self._tried(checkpointing, self._budget(train.max_tokens), "configured")
+        saturates = max(longest, self.saturating)
+        why = "the longest example" if longest == saturates else "more is no faster on this device"
+        high = self._tried(checkpointing, self._budget(saturates), why)
+        if high.fits or longest == saturates:
+            return high
+        low = self._tried(checkpointing, self._budget(longest), "the longest example")
+        if not low.fits:
+            return low
+        for _ in range(4):  # memory is convex in tokens: what lies between two, takes no more
+            less, more = low.memory.reserved, high.memory.reserved
+            share = min(0.98, (self.room - less) / (more - less))
+            tokens = int(low.tokens + share * (high.tokens - low.tokens))
+            if tokens <= 1.02 * low.tokens:
+                break
+            tried = self._tried(checkpointing, self._budget(tokens), "what fits the memory")
+            low, high = (tried, high) if tried.fits else (low, tried)
+        return low
+
+    def _budget(self, max_tokens: int) -> batches.Budget:
+        cost = MICRO_BATCH_COST[self.kind]
+        agents = self.traits.agents
+        return batches.Budget(max_tokens, self.layout, cost and max(1, cost // agents))
+
+    @property
+    def saturating(self) -> int:
+        """Tokens of the data that make a micro-batch as large as is of use."""
+        tokens = OF_SMALL if self.traits.small else SATURATING_TOKENS
+        return tokens[self.kind] // self.traits.agents
+
+    @property
+    def room(self) -> float:
+        return self.available_bytes * (1 - MARGIN[self.kind]) - self.context_bytes
+
+    def _tried(self, checkpointing: bool, budget: batches.Budget, why: str) -> _Choice:
+        config = with_values(self.config, {"train.gradient_checkpointing": checkpointing})
+        cuts = batches.cut(self.first, self.work.lengths, self.world_size, budget)
+        window = self.window(budget, checkpointing)
+        taken = self.predicted(window, config, len(cuts[0]))
+        fits = taken.reserved <= self.room
+        return _Choice(checkpointing, budget, cuts, window.tokens, taken, fits, why)
+
+    def predicted(self, window: Window, config: AnyConfig, micro_batches: int) -> Memory:
+        """`micro_batches`: of each process in a step."""
+        on_gpu, group = self.kind == "cuda", self._group(micro_batches > 1)
+        window = replace(window, waiting=(micro_batches - 1) * window.tokens)
+        return predict(config, self.precision, window, on_gpu=on_gpu, group=group)
+
+    def _group(self, accumulates: bool) -> sharding.Group:
+        train = self.config.train
+        zero = {}
+        if train.engine == "deepspeed":
+            zero = deepspeed.deepspeed_settings(train)["zero_optimization"]
+        return sharding.Group(self.world_size, train.engine, accumulates, zero)
+
+    def window(self, budget: batches.Budget, checkpointing: bool) -> Window:
+        """The heaviest micro-batch; among several, it has gradients from the start."""
+        chosen, accumulates = self.heaviest(budget, checkpointing)
+        return Window((self.work.rows(chosen),), budget.layout, accumulates)
+
+    def heaviest(
+        self, budget: batches.Budget, checkpointing: bool
+    ) -> tuple[batches.MicroBatch, bool]:
+        """(the micro-batch of the run that takes the most memory, whether there are several in a
+        step or several processes).
+
+        Of long runs it is looked for in the first SCANNED examples, and among micro-batches of the
+        longest ones.
+        """
+        if budget not in self.scanned:
+            self.scanned[budget] = self._micro_batches(budget)
+        micro_batches, several = self.scanned[budget]
+        chosen = self._heaviest(self.work, micro_batches, not checkpointing)
+        return chosen, several or self.world_size > 1
+
+    def _micro_batches(self, budget: batches.Budget) -> tuple[list[batches.MicroBatch], bool]:
+        """(those of the run that may be the heaviest, whether a step has several)."""
+        lengths, world = self.work.lengths, self.world_size
+        steps = schedule.total_steps(self.config.train, len(lengths))
+        looked_at = min(steps, max(1, SCANNED // self.config.train.global_batch))
+        several, result = False, list[batches.MicroBatch]()
+        for step in range(looked_at):
+            cuts = batches.cut(self._ids(step), lengths, world, budget)
+            several |= len(cuts[0]) > 1
+            result += [m for rank in cuts for m in rank if m]
+        if steps > looked_at:
+            share = min(math.ceil(len(self.first) / world), len(lengths))
+            order = np.argpartition(-np.asarray(lengths), share - 1)[:share]
+            result += batches.cut(order.tolist(), lengths, 1, budget)[0]
+        return result, several
+
+    def _heaviest(
+        self, work: Work, micro_batches: list[batches.MicroBatch], keeps_layers: bool
+    ) -> batches.MicroBatch:
+        arch = self.traits.text
+        per_token = arch.hidden_size * ACTIVATION_BYTES[self.precision]
+        per_token *= arch.num_hidden_layers if keeps_layers else 1
+
+        def weight(micro_batch: batches.MicroBatch) -> float:
+            tokens = batches.num_tokens(work.lengths, micro_batch, self.layout)
+            learnt = int(work.supervised[micro_batch].sum())
+            return tokens * per_token + learnt * arch.vocab_size * 12
+
+        return max(micro_batches, key=weight)
+
+    def evaluation(self, budget: batches.Budget) -> Memory | None:
+        """The peak of the held-out loss."""
+        work = self.work.held_out
+        if work is None:
+            return None
+        ranks = batches.cut(range(len(work.lengths)), work.lengths, self.world_size, budget)
+        chosen = self._heaviest(work, [m for rank in ranks for m in rank if m], False)
+        window = Window((work.rows(chosen),), budget.layout, gradients=True)
+        config = with_values(self.config, {"train.gradient_checkpointing": False})
+        kind: Any = {"on_gpu": self.kind == "cuda", "evaluation": True, "group": self._group(False)}
+        return predict(config, self.precision, window, **kind)
+
+    def answering(self, evaluation: Memory) -> int:
+        """Bytes while what was learnt is tried: held-out prompts are answered; 0 if none are."""
+        work = self.work.held_out
+        if work is None:
+            return 0
+        prompts = (np.asarray(work.lengths) - work.supervised).tolist()
+        taken = answering_bytes(self.config, self.precision, prompts, self.world_size)
+        passing = ("activations", "logits and loss", "dequantisation")
+        kept = sum(v for k, v in evaluation.breakdown.items() if k not in passing)
+        return kept + taken if taken else 0
+
+    def seconds(self, counts: Counts, checkpointing: bool, tokens: int) -> float | None:
+        """For so many tokens: weights times tokens, at an assumed share of the GPU's peak."""
+        gpu = gpus.gpu_of(self.machine.devices[0].name) if self.machine.devices else None
+        if gpu is None or self.precision != "bf16" or self.traits.small:
+            return None
+        agents = self.traits.agents
+        passes = (3 if self.traits.mode == "full" else 2) + checkpointing + self.traits.surveys
+        speed = gpu.teraflops * 1e12 * UTILISATION * self.world_size
+        multiplied = counts.multiplied
+        if agents > 1:  # each agent's adapter sees its own rows
+            multiplied = agents * (multiplied - counts.trained) + counts.trained
+        return 2 * passes * multiplied * tokens / speed
+
+
+def rows_asked(train: Train, world_size: int) -> int | None:
+    """Examples of a micro-batch, where the configuration says so."""
+    rows, steps = train.micro_batch, train.gradient_accumulation_steps
+    if steps == "auto":
+        return None if rows == "auto" else rows
+    batch, makes = train.global_batch, world_size * steps
+    expected = max(1, batch // makes) if rows == "auto" else rows
+    if expected * makes != batch:
+        raise ConfigError(
+            f"train.global_batch: {world_size} process(es) with {steps} micro-batches of "
+            f"{expected} make {expected * makes} examples, not {batch}: change one of "
+            "train.global_batch, train.micro_batch, train.gradient_accumulation_steps, or "
+            "leave the last two at auto"
+        )
+    return expected
+
+
+def of_budget(budget: batches.Budget) -> dict[str, Any]:
+    """Dotted configuration keys -> values that mean it."""
+    values: dict[str, Any] = {
+        "train.max_tokens": budget.max_tokens,
+        "train.layout": budget.layout,
+    }
+    if budget.max_rows:
+        values |= {"train.micro_batch": budget.max_rows}
+        values |= {"train.gradient_accumulation_steps": "auto"}
+    return values
+
+
+def resolve_layout(config: AnyConfig, precision: str, on_gpu: bool) -> tuple[batches.Layout, str]:
+    if config.train.layout != "auto":
+        return config.train.layout, "configured"
+    asked = traits(config).attention
+    if attention.needs_no_mask(asked, precision, on_gpu):
+        return "packed", "flash attention reads document borders without a mask"
+    why = "rows of like lengths; packing would need a dense mask here"
+    if asked == attention.NAME:
+        why += f", where {asked} has no kernel: it has one on a GPU, in bf16"
+    return "padded", why

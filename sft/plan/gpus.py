@@ -1,0 +1,74 @@
+"""What GPUs are known by name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from sft.runtime.hardware import GIB, Device
+
+# ---- GPUs by name, to plan for them elsewhere
+
+
+@dataclass(frozen=True)
+class Gpu:
+    gib: float
+    """What torch says it has in all; the makers' numbers are larger."""
+    teraflops: float
+    """Dense peak in the precision that `bf16` says (else fp16), from the maker's data sheet."""
+    bf16: bool = True
+
+
+GPUS = {
+    "T4": Gpu(14.6, 65, False),
+    "V100-16GB": Gpu(15.8, 125, False),
+    "V100-32GB": Gpu(31.7, 125, False),
+    "A10": Gpu(22.0, 125),
+    "A10G": Gpu(22.0, 70),
+    "L4": Gpu(22.0, 121),
+    "3090": Gpu(23.6, 71),
+    "4090": Gpu(23.6, 165),
+    "5090": Gpu(31.3, 210),
+    "A100-40GB": Gpu(39.4, 312),
+    "L40": Gpu(44.4, 181),
+    "L40S": Gpu(44.4, 362),
+    "A6000": Gpu(47.4, 155),
+    "A100-80GB": Gpu(79.2, 312),
+    "H100-80GB": Gpu(79.1, 989),
+    "H200": Gpu(139.8, 989),
+    "B200": Gpu(178.3, 2250),
+}
+
+
+def named_gpus(text: str, gib: float | None = None) -> list[Device]:
+    """The devices that `NAME` or `NAME x n` means; `gib`: the memory of each.
+
+    Raises ValueError for a name that is not in the table, unless `gib` is given.
+    """
+    name, _, number = (
+        part.strip() for part in re.sub(r"\s+[xX*]\s*(?=\d+$)", "|", text.strip()).partition("|")
+    )
+    gpu = gpu_of(name)
+    if gpu is None and gib is None:
+        raise ValueError(
+            f"expected one of {', '.join(GPUS)}, as in 'H100-80GB x 8', found {text!r}; "
+            "for any other give its memory: GIB=48"
+        )
+    if int(number or 1) < 1 or (gib is not None and gib <= 0):
+        raise ValueError(f"expected at least one GPU and a memory above 0, found {text!r}, {gib}")
+    total = round((gib or (gpu.gib if gpu else 0)) * GIB)
+    bf16 = gpu.bf16 if gpu else True
+    return [Device(i, name, total, None, bf16, None) for i in range(int(number or 1))]
+
+
+def gpu_of(name: str) -> Gpu | None:
+    """The line of the table for a name as people or drivers write it, if there is just one."""
+
+    def plain(text: str) -> str:
+        return re.sub(
+            r"[^A-Z0-9]|GB(?!\d)|NVIDIA|GEFORCE|RTX|TESLA|SXM\d?|PCIE|HBM\d?E?", "", text.upper()
+        )
+
+    exact = [gpu for known, gpu in GPUS.items() if plain(known) == plain(name)]
+    found = exact or [gpu for known, gpu in GPUS.items() if known.split("-")[0] == plain(name)]
+    return found[0] if len(found) == 1 else None

@@ -1,0 +1,160 @@
+"""Records every allocation of whatever runs under it, and replays the record.
+
+`Recorder` is a dispatch mode: after each operation it looks for storages that it has not met, and a
+weak reference tells when one dies. It sees the same on real tensors and on fake ones
+(`torch._subclasses.FakeTensorMode`), which have shapes and lifetimes but no data; so a step of any
+size can be recorded on a laptop. `peak` replays a record as requested bytes, `reserved` through a
+model of PyTorch's CUDA caching allocator (c10/cuda/CUDACachingAllocator.cpp).
+
+What no dispatch mode can see is missing: the workspace inside a kernel, the CUDA context, NCCL.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from sft.plan.allocator import CachingAllocator, Chunk
+
+aten = torch.ops.aten
+
+
+@dataclass(eq=False)
+class Block:
+    """One storage."""
+
+    num_bytes: int
+    label: str  # what it is for; may be told later than its birth
+
+
+@dataclass
+class Trace:
+    """Births (True) and deaths (False) of blocks, in order; what still lives has no death."""
+
+    events: list[tuple[bool, Block]] = field(default_factory=list)
+    phases: list[tuple[int, str]] = field(default_factory=list)  # from which event on, its name
+
+    def peak(self) -> Peak:
+        """The first moment at which the living blocks have the most bytes."""
+        return max(self.peaks().values(), key=lambda peak: peak.num_bytes)
+
+    def peaks(self) -> dict[str, Peak]:
+        """That of each phase; what was born before the first one belongs to it."""
+        names = [name for _, name in self.phases] or [""]
+        bounds = [0, *(start for start, _ in self.phases[1:]), len(self.events)]
+        result: dict[str, Peak] = {}
+        now, living = 0, Counter[str]()
+        for name, (start, stop) in zip(names, pairwise(bounds), strict=True):
+            most, then = now, living.copy()
+            for born, block in self.events[start:stop]:
+                size = block.num_bytes if born else -block.num_bytes
+                now, living[block.label] = now + size, living[block.label] + size
+                if now > most:
+                    most, then = now, living.copy()
+            if name not in result or most > result[name].num_bytes:
+                sizes = {label: size for label, size in then.most_common() if size}
+                result[name] = Peak(most, sizes)
+        return result
+
+    def reserved(self, expandable: bool = True, pages: bool = True) -> int:
+        """Bytes that the caching allocator takes from the GPU for it, at most."""
+        allocator = CachingAllocator(expandable, pages)
+        chunks: dict[Block, Chunk] = {}
+        for born, block in self.events:
+            if born and block.num_bytes:
+                chunks[block] = allocator.malloc(block.num_bytes)
+            elif block in chunks:
+                allocator.free(chunks.pop(block))
+        return allocator.reserved_bytes
+
+
+@dataclass(frozen=True)
+class Peak:
+    num_bytes: int
+    breakdown: dict[str, int]  # label -> bytes, largest first
+
+
+# --- recording ---------------------------------------------------------------------------------
+
+
+class Recorder(TorchDispatchMode):
+    """Records into `trace` while it is entered; `label` names what is born next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.label = "other"
+        self.labels: dict[str, str] = {}  # of what the operations of a namespace make
+        self._known: dict[int, tuple[Block, weakref.ref]] = {}  # address of the storage -> block
+
+    def enter(self, phase: str) -> None:
+        self.trace.phases.append((len(self.trace.events), phase))
+
+    def name(self, tensors: Iterable[torch.Tensor | None], label: str) -> None:
+        """Says what these are for, whenever they were born; those not met are born now."""
+        for tensor in tensors:
+            if tensor is not None:
+                self._meet(tensor, label).label = label
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is aten.add.Tensor and _is_accumulation(*args):
+            func = aten.add_.Tensor
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._meet(tensor, self.labels.get(func.namespace, self.label))
+        return result
+
+    def _meet(self, tensor: torch.Tensor, label: str) -> Block:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self._known:
+            block = Block(storage.nbytes(), label)
+            self.trace.events.append((True, block))
+            watch = weakref.ref(storage, lambda _: self._forget(address))
+            self._known[address] = block, watch
+        return self._known[address][0]
+
+    def _forget(self, address: int) -> None:
+        block, _ = self._known.pop(address)
+        self.trace.events.append((False, block))
+
+
+class Assume(TorchDispatchMode):
+    """Lets 1 (True) be the value of a fake tensor where a program asks for one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return _one(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def _one(dtype: torch.dtype) -> bool | int | float:
+    return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+
+
+def _is_accumulation(left: Any, right: Any = None, *further: Any) -> bool:
+    """Whether autograd sums two gradients of one tensor and may overwrite the first.
+
+    It does so in place where it holds the last reference to the first, but not while a dispatch
+    mode looks on (torch/csrc/autograd/input_buffer.cpp: `can_accumulate_inplace`); without this
+    the observer would change what it observes.
+    """
+    return (
+        torch._C._current_graph_task_id() != -1
+        and not torch.is_grad_enabled()
+        and not further
+        and isinstance(right, torch.Tensor)
+        and (left.shape, left.dtype) == (right.shape, right.dtype)
+        # The gradient itself, and the object that asks; a view or a saved tensor would be a third.
+        and torch._C._storage_Use_Count(left.untyped_storage()._cdata) == 2
+    )

@@ -1,0 +1,82 @@
+"""Checks that all ranks run the same code on the same configuration and data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from sft.config.schema import AnyConfig
+from sft.errors import PeerError
+
+# --- one run, not several ------------------------------------------------------------------------
+
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
+
+
+def facts(config: AnyConfig, data: Mapping[str, str]) -> dict[str, str]:
+    """What all ranks must have alike, by name. Of configured values the digest: some are secret.
+
+    `data`: digests of what the task is trained on.
+    """
+    values = {
+        f"{section}.{key}": _digest(json.dumps(value, sort_keys=True))
+        for section, keys in config.model_dump(mode="json").items()
+        for key, value in keys.items()
+    }
+    code = [path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
+    return {
+        **values,
+        **data,
+        **{f"version of {name}": _version(name) for name in LIBRARIES},
+        "code of sft": hashlib.sha256(b"".join(code)).hexdigest(),
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def agree(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
+    """Raises PeerError, on all ranks, if `facts` are not the same on all. Collective.
+
+    What most ranks have is taken for right, of two ranks what the first one has.
+    """
+    if accelerator.num_processes == 1:
+        return
+    told: list[dict[str, str]] = gather_object([dict(facts)])
+    problems = []
+    for name in sorted({name for each in told for name in each}):
+        found = [each.get(name, "absent") for each in told]
+        usual = Counter(found).most_common(1)[0][0]
+        for value in dict.fromkeys(value for value in found if value != usual):
+            others = [rank for rank, each in enumerate(found) if each == value]
+            problems.append(
+                f"{name}: {_short(value)} on rank {', '.join(map(str, others))}, "
+                f"{_short(usual)} on rank {found.index(usual)}"
+            )
+    if problems:
+        raise PeerError(
+            "the ranks are not one run; these differ (values of the configuration by their "
+            "digest):\n  " + "\n  ".join(problems) + "\nStart all of them with the same "
+            "configuration, data, environment and code."
+        )
+
+
+def _short(value: str) -> str:
+    return value[:12] if re.fullmatch(r"[0-9a-f]{64}", value) else value

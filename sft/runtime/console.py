@@ -1,0 +1,139 @@
+"""What people see: tables, progress, sizes and durations as text."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+WIDTH = 100  # columns that every table fits
+LINE_EVERY = 10  # seconds, where there is no bar
+Advance = Callable[..., None]  # advance(n=1, note="")
+
+
+def make_console(file: Any = None) -> Console:
+    """At most `WIDTH` columns; text is printed as it is, never read as markup."""
+    console = Console(
+        file=file,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        force_terminal=False if file else None,  # FORCE_COLOR is not meant for files
+    )
+    if not console.is_terminal or console.width > WIDTH:
+        console.width = WIDTH
+    return console
+
+
+def visible(text: str) -> str:
+    """Text from data or a model for a terminal, which would obey its control characters."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", lambda m: repr(m[0])[1:-1], text)
+
+
+def beginning(text: str, most: int = 300) -> str:
+    """So many characters of such a text, visible."""
+    return visible(text if len(text) <= most else text[: most - 1] + "…")
+
+
+def facts(title: str, rows: Sequence[tuple[str, str | Text]]) -> Table:
+    """A two-column table: name, value."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def write_json(path: Path, values: Any, *, sync: bool = False) -> None:
+    """JSON that is there as a whole or not at all; what is no file (`/dev/stdout`, a link) is
+    written through."""
+    is_other = path.is_symlink() or (path.exists() and not path.is_file())
+    part = path if is_other else path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    if not is_other:
+        part.replace(path)
+
+
+def duration(seconds: float) -> str:
+    """'41 s', '3 min 05 s', '2 h 10 min'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return (
+        f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    )
+
+
+def size(num_bytes: float) -> str:
+    """'12 KiB', '1.5 MiB', '300 MiB', '5.1 GiB'."""
+    if num_bytes >= 4 * 2**30:
+        return f"{num_bytes / 2**30:,.1f} GiB"
+    if num_bytes >= 10 * 2**20:
+        return f"{num_bytes / 2**20:,.0f} MiB"
+    if num_bytes >= 2**20:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**10:.0f} KiB"
+
+
+@contextmanager
+def bar(console: Console, title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
+    """A bar with ETA on a terminal; elsewhere a line every ten seconds. total=None: not known."""
+    if not console.is_terminal:
+        with _lines(console, title, total, done) as advance:
+            yield advance
+        return
+    columns = (
+        TextColumn("[cyan]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task(title, total=total, completed=done, note="")
+        yield lambda n=1, note="": shown.update(task, advance=n, note=note)
+
+
+@contextmanager
+def _lines(console: Console, title: str, total: int | None, done: int) -> Iterator[Advance]:
+    started = told = time.monotonic()
+    first = done
+
+    def advance(n: int = 1, note: str = "") -> None:
+        nonlocal done, told
+        done += n
+        now = time.monotonic()
+        if now - told < LINE_EVERY:
+            return
+        told = now
+        left = (now - started) / (done - first) * (total - done) if total and done > first else -1
+        eta = f", ETA {duration(left)}" if left >= 0 else ""
+        of = f" of {total:,}" if total else ""
+        console.print(f"{title}: {done:,}{of}{eta}  {note}".rstrip())
+
+    yield advance

@@ -1,0 +1,116 @@
+"""How much a run writes, and whether it fits."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from sft.config.schema import Train
+from sft.errors import CheckpointError
+from sft.runtime import hardware
+from sft.runtime.checkpoint import newest_first
+from sft.runtime.console import size
+
+ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.05, "paged_adamw_8bit": 2.05}
+WEIGHT_BYTES = 4  # trained weights are kept in fp32
+TOKENIZER_BYTES = 130  # per token of the vocabulary; files of Llama-3, Qwen2 and Gemma have 70-130
+SMALL_BYTES = 64 * 1024  # headers of tensors, JSON of configuration, optimizer and manifest
+STEP_BYTES = 2000  # of metrics.jsonl, training.log and TensorBoard, per step
+
+
+# --- how much ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of disk that a run takes at most."""
+
+    checkpoint: int  # one of them
+    copies: int  # of it: those that stay, and the one that is being written
+    final: int  # what a user loads in the end
+    logs: int
+    merged: int = 0  # of `make merge` in bf16, should it be called; not in the total
+
+    @property
+    def total(self) -> int:
+        return self.copies * self.checkpoint + self.final + self.logs
+
+    def __str__(self) -> str:
+        return (
+            f"{size(self.total)}: {self.copies} checkpoint{'s' if self.copies > 1 else ''} of "
+            f"{size(self.checkpoint)}, {size(self.final)} for the final one, "
+            f"{size(self.logs)} for logs"
+            + (f"; merged later {size(self.merged)} more" if self.merged else "")
+        )
+
+
+def checkpoint_bytes(train: Train, num_trained: int, vocabulary: int) -> int:
+    """Trained weights, their optimizer state as the optimizer keeps it, and the tokenizer."""
+    state = ADAM_BYTES[train.optimizer]
+    return _final_bytes(num_trained, vocabulary) + math.ceil(num_trained * state)
+
+
+def _final_bytes(num_trained: int, vocabulary: int) -> int:
+    return num_trained * WEIGHT_BYTES + vocabulary * TOKENIZER_BYTES + SMALL_BYTES
+
+
+def need(train: Train, num_trained: int, vocabulary: int, steps: int) -> Need:
+    """Of a run of so many steps. Without `save_steps` there may be one checkpoint: a signal's."""
+    saves = 1 + math.ceil(steps / train.save_steps) if train.save_steps else 1
+    staying = min(saves, train.save_total_limit) if train.save_steps else 1
+    staging = 1 if saves > 1 or train.save_best else 0
+    best = 1 if train.save_best else 0
+    return Need(
+        checkpoint=checkpoint_bytes(train, num_trained, vocabulary),
+        copies=staying + staging + best,
+        final=_final_bytes(num_trained, vocabulary),
+        logs=steps * STEP_BYTES + 2**20,
+    )
+
+
+def refuse_if_full(needed: Need, train: Train) -> str | None:
+    """CheckpointError if the disk of the run folder cannot hold what the run will write; a warning
+    if it can, but not a merged model besides.
+
+    Checkpoints that lie there already count as free: these are the ones that will be replaced.
+    """
+    folder = Path(train.output_dir)
+    have = free_bytes(folder) + sum(map(folder_bytes, newest_first(folder)))
+    if needed.total > have:
+        raise CheckpointError(
+            f"{folder}: need {needed}; have {size(have)}. Make room, lower "
+            f"train.save_total_limit (now {train.save_total_limit}, at least 2), or set "
+            "train.output_dir to another disk"
+        )
+    if needed.total + needed.merged > have:
+        return (
+            f"there is room for the run, but not for `make merge` after it ({size(needed.merged)} "
+            f"more, have {size(have - needed.total)}): make room until then, or give it OUTPUT= on "
+            "another disk"
+        )
+    return None
+
+
+def refuse_if_unwritable(folder: Path, key: str = "train.output_dir") -> None:
+    """CheckpointError if the folder that `key` names, where it is or will be, takes no files."""
+    existing = hardware.nearest_existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot write to {existing}: {error.strerror}; set {key} to a folder that "
+            "is writable"
+        ) from None
+
+
+def free_bytes(path: Path) -> int:
+    """Where `path` is, or would be."""
+    return shutil.disk_usage(hardware.nearest_existing(path)).free
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,324 @@
+"""What this machine is: devices, memory, bf16, interconnect, cores, disk; honest blanks elsewhere.
+
+`detect` looks and changes nothing. Two things are less simple than they seem:
+
+- Cores and memory are what *this process* may use: CPU affinity and cgroup limits (containers,
+  SLURM) count, not what the mainboard has.
+- Free GPU memory comes from nvidia-smi. Asking CUDA would open a context (about 0.5 GiB) on every
+  GPU from every rank; that is only the fallback.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from rich.table import Table
+
+GIB = 1024**3
+CPU_PROCESSES = 2  # without a GPU: enough for gloo to be a true world, cheap enough for a laptop
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
+WORST_TO_BEST = (
+    "SYS",
+    "NODE",
+    "PHB",
+    "PXB",
+    "PIX",
+    "NV",
+)  # nvidia-smi topo -m: what a path crosses
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU that torch can use, in torch's numbering (CUDA_VISIBLE_DEVICES applies)."""
+
+    index: int
+    name: str
+    total_bytes: int
+    free_bytes: int | None
+    """None when neither nvidia-smi nor CUDA would tell."""
+    bf16: bool
+    """In hardware: emulated bf16 trains slower than fp32."""
+    compute_capability: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Hardware:
+    devices: list[Device]
+    """Empty on a machine where torch sees no GPU."""
+    cpu_name: str
+    cores: int
+    """That this process may use: the least of affinity and cgroup quota."""
+    ram_total_bytes: int
+    ram_available_bytes: int
+    cpu_bf16: bool
+    disk_free_bytes: int
+    """Where `path` is, or would be."""
+    interconnect: str | None
+    """The worst link between two of the GPUs; None with fewer than two, or if not known."""
+
+
+def detect(path: str | Path = ".") -> Hardware:
+    """Looks at this machine; `path` is where output will be written (it need not exist yet)."""
+    devices = _devices()
+    limits = cgroup_limits()
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
+    if limits.memory_bytes is not None and limits.memory_bytes < total:
+        total = limits.memory_bytes
+        available = max(0, min(available, total - (limits.memory_used_bytes or 0)))
+    cpuinfo = _read(Path("/proc/cpuinfo"))
+    return Hardware(
+        devices=devices,
+        cpu_name=_cpu_name(cpuinfo),
+        cores=_cores(limits.cores),
+        ram_total_bytes=total,
+        ram_available_bytes=available,
+        cpu_bf16=bool(BF16_FLAGS & _cpu_flags(cpuinfo)),
+        disk_free_bytes=shutil.disk_usage(nearest_existing(Path(path))).free,
+        interconnect=_interconnect(len(devices)),
+    )
+
+
+def default_num_processes(hw: Hardware) -> int:
+    """One process per GPU; without a GPU, two on gloo."""
+    return len(hw.devices) or CPU_PROCESSES
+
+
+def table(hw: Hardware) -> Table:
+    """What `make gpu-info` prints; fits 100 columns."""
+    result = Table(title="This machine", title_justify="left", show_header=False, box=None)
+    result.add_column(style="cyan", no_wrap=True)
+    result.add_column(overflow="fold")
+    if not hw.devices:
+        result.add_row("GPU", "none that torch can use: training runs on the CPU")
+    for device in hw.devices:
+        result.add_row(f"GPU {device.index}", describe(device))
+    if len(hw.devices) > 1:
+        result.add_row("interconnect", hw.interconnect or UNKNOWN)
+    result.add_row("CPU", hw.cpu_name)
+    result.add_row("cores", f"{hw.cores} usable by this process")
+    result.add_row("bf16 on the CPU", "in hardware" if hw.cpu_bf16 else "no")
+    result.add_row("RAM", f"{gib(hw.ram_available_bytes)} available of {gib(hw.ram_total_bytes)}")
+    result.add_row("disk", f"{gib(hw.disk_free_bytes)} free")
+    result.add_row("processes", f"{default_num_processes(hw)} by default")
+    return result
+
+
+def describe(device: Device) -> str:
+    """'NVIDIA H200, 139.8 GiB (139.2 GiB free), compute capability 9.0, bf16'."""
+    capability = device.compute_capability
+    return ", ".join(
+        [
+            device.name,
+            f"{gib(device.total_bytes)} ({gib(device.free_bytes)} free)",
+            f"compute capability {'.'.join(map(str, capability)) if capability else UNKNOWN}",
+            "bf16" if device.bf16 else "no bf16",
+        ]
+    )
+
+
+def gib(num_bytes: int | None) -> str:
+    return UNKNOWN if num_bytes is None else f"{num_bytes / GIB:.1f} GiB"
+
+
+def nearest_existing(path: Path) -> Path:
+    """The folder that decides which disk `path` will be on."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+# ---- GPUs
+
+
+def nvidia_smi(*arguments: str) -> str | None:
+    """Its output, or None where it is missing, fails or hangs (a wedged driver does that)."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def nvidia_smi_rows(query: str, *fields: str) -> list[list[str]]:
+    """`nvidia_smi_rows("gpu", "uuid", "memory.free")`: the cells of each GPU; memory in MiB."""
+    text = nvidia_smi(f"--query-{query}={','.join(fields)}", "--format=csv,noheader,nounits")
+    rows = [[cell.strip() for cell in line.split(",")] for line in (text or "").splitlines()]
+    return [row for row in rows if len(row) == len(fields)]
+
+
+def _devices() -> list[Device]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    free = {
+        uuid.removeprefix("GPU-"): int(mib) * 1024**2
+        for uuid, mib in nvidia_smi_rows("gpu", "uuid", "memory.free")
+        if mib.isdigit()
+    }
+    return [_device(index, free) for index in range(torch.cuda.device_count())]
+
+
+def _device(index: int, free_by_uuid: dict[str, int]) -> Device:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    amd = torch.version.hip is not None  # its major.minor is a gfx number, not a compute capability
+    free = free_by_uuid.get(str(getattr(properties, "uuid", "")))
+    return Device(
+        index=index,
+        name=properties.name,
+        total_bytes=properties.total_memory,
+        free_bytes=_free_by_cuda(index) if free is None else free,
+        bf16=amd or properties.major >= 8,
+        compute_capability=None if amd else (properties.major, properties.minor),
+    )
+
+
+def _free_by_cuda(index: int) -> int | None:
+    import torch
+
+    try:
+        return torch.cuda.mem_get_info(index)[0]
+    except RuntimeError:  # a GPU in exclusive mode that another process holds
+        return None
+
+
+def _interconnect(num_devices: int) -> str | None:
+    if num_devices < 2:
+        return None
+    return worst_link(nvidia_smi("topo", "-m") or "", num_devices)
+
+
+def worst_link(topology: str, num_devices: int) -> str | None:
+    """From `nvidia-smi topo -m`: 'NVLink (NV18)', 'PCIe (PHB)', or None where it cannot be said.
+
+    The matrix lists every GPU of the machine. When torch sees only some of them, and the links
+    differ, it is not known which of the links are ours.
+    """
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", topology).splitlines()  # the header is underlined
+    cells = [line.split()[1:] for line in lines if line.strip().startswith("GPU")]
+    rows = [row for row in cells if "X" in row]  # the header, which starts with GPU0 too, has none
+    links = {link for row in rows for link in row[: len(rows)] if link != "X"}
+    known = all(_rank(link)[0] >= 0 for link in links)
+    if not links or not known or (len(rows) != num_devices and len(links) > 1):
+        return None
+    worst = min(links, key=_rank)
+    return f"NVLink ({worst})" if worst.startswith("NV") else f"PCIe ({worst})"
+
+
+def _rank(link: str) -> tuple[int, int]:
+    """Orders links from worst to best; more lanes of NVLink are better. Unknown: -1."""
+    kind, lanes = re.sub(r"\d+$", "", link), re.search(r"\d+$", link)
+    order = WORST_TO_BEST.index(kind) if kind in WORST_TO_BEST else -1
+    return order, int(lanes.group()) if lanes else 0
+
+
+# ---- CPU and memory
+
+
+@dataclass(frozen=True)
+class CgroupLimits:
+    cores: float | None = None
+    memory_bytes: int | None = None
+    memory_used_bytes: int | None = None
+    """Without the page cache that the kernel gives back under pressure."""
+
+
+def cgroup_limits(
+    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> CgroupLimits:
+    """The tightest limits on the way from our cgroup to the root, version 1 or 2.
+
+    A limit set on any ancestor binds, and inside a container the path may be the host's and not
+    exist here: every existing folder on the way is read.
+    """
+    cores: list[float] = []
+    memory: list[tuple[int, int]] = []  # (limit, used)
+    for controllers, folder in _cgroup_folders(membership, root):
+        if controllers & {"", "cpu"}:
+            cores += _cpu_quota(folder)
+        if controllers & {"", "memory"}:
+            memory += _memory_limit(folder)
+    limit, used = min(memory, default=(None, None))
+    return CgroupLimits(min(cores, default=None), limit, used)
+
+
+def _cgroup_folders(membership: Path, root: Path) -> list[tuple[set[str], Path]]:
+    """(controllers, folder) of our cgroups and their ancestors; version 2 has the controller ''."""
+    result = []
+    for line in _read(membership).splitlines():
+        _, names, path = line.split(":", 2)
+        base = root / names if names else root
+        folder = base / path.lstrip("/")
+        ancestors = [folder, *folder.parents]
+        inside = [each for each in ancestors if each == base or base in each.parents]
+        result += [(set(names.split(",")), each) for each in inside if each.is_dir()]
+    return result
+
+
+def _cpu_quota(folder: Path) -> list[float]:
+    version2 = _read(folder / "cpu.max").split()  # "max 100000" or "150000 100000", microseconds
+    version1 = [_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+    quota, period = version2 if len(version2) == 2 else version1
+    return [int(quota) / int(period)] if quota.isdigit() and period.isdigit() else []  # "-1": none
+
+
+def _memory_limit(folder: Path) -> list[tuple[int, int]]:
+    names = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+    for limit_name, used_name in names:
+        limit = _read(folder / limit_name).strip()
+        if limit.isdigit():
+            used = int(_read(folder / used_name).strip() or 0)
+            cache = re.search(
+                r"^(?:total_)?inactive_file (\d+)", _read(folder / "memory.stat"), re.M
+            )
+            return [(int(limit), max(0, used - (int(cache.group(1)) if cache else 0)))]
+    return []
+
+
+def usable_cores() -> int:
+    """That this process may use, now."""
+    return _cores(cgroup_limits().cores)
+
+
+def _cores(quota: float | None) -> int:
+    try:
+        allowed = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS has no affinity
+        allowed = os.cpu_count() or 1
+    return max(1, min(allowed, int(quota) if quota is not None else allowed))
+
+
+def _cpu_name(cpuinfo: str) -> str:
+    named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.M)  # Arm's cpuinfo has no name
+    return named.group(1).strip() if named else platform.processor() or platform.machine()
+
+
+def _cpu_flags(cpuinfo: str) -> set[str]:
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.M)
+    return set(found.group(1).split()) if found else set()
+
+
+def _read(path: Path) -> str:
+    """A file of the kernel, or '' where this kernel does not have it."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":  # what the Makefile launches unless NUM_PROCESSES is given
+    print(default_num_processes(detect()))

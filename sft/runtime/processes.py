@@ -1,0 +1,197 @@
+"""The processes of a run: joining them, and making sure that they are the ones that were asked for.
+
+Launchers fail silently: two processes that each believe to be alone, or one where two were asked
+for, train without an error. So the world is compared with what was launched and with what was
+asked.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import sys
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import gather_object
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from sft.config.load import with_values
+from sft.config.schema import Configured, Train
+from sft.errors import ConfigError
+from sft.runtime import hardware
+from sft.runtime.deepspeed import _deepspeed_plugin, deepspeed_settings
+from sft.runtime.precision import resolve_precision
+from sft.runtime.slurm import join_slurm
+
+
+def any_launch(config: Configured) -> Configured:
+    """`config` without its demands on the launch: for using a run's result, not repeating it."""
+    free: dict[str, Any] = dict.fromkeys(("train.num_processes", "train.deepspeed_config"))
+    free |= {"train.engine": "ddp", "train.offload": False, "train.micro_batch": "auto"}
+    free |= {"train.gradient_accumulation_steps": "auto"}
+    return with_values(config, free)
+
+
+def start_processes(train: Train) -> Accelerator:
+    """Joins the process group. Raises ConfigError if it is not the one that was asked for."""
+    check_launch(train)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    precision, _ = resolve_precision(train)
+    _refuse_other_launchers(train, precision)
+    _forget_launch_file()
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu and world > 1:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        torch.set_num_threads(max(1, hardware.usable_cores() // local))
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guesses so
+    # Longer than the watch of `guard`, which names who is missing; a collective just aborts.
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * train.stall_timeout))
+    if train.offload and not on_cpu:
+        group.backend = "cuda:nccl,cpu:gloo"  # norms and whole weights of shards on the host
+    if train.engine == "deepspeed":
+        plugin = _deepspeed_plugin(train)
+        _be_a_group_of_one()
+        group.backend = "gloo" if on_cpu else group.backend
+        accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[group])
+        # Under ZeRO-3 transformers would split weights while it reads them, which neither NF4 nor
+        # the plan's models on fake tensors can have: one way to build a model, split afterwards.
+        unset_hf_deepspeed_config()
+    else:
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            kwargs_handlers=[
+                group,
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True
+                ),
+            ],
+        )
+    if accelerator.num_processes != world:
+        raise _another_world(world, accelerator.num_processes)
+    return accelerator
+
+
+def _be_a_group_of_one() -> None:
+    """A process without a launcher: DeepSpeed wants a group also for one."""
+    if "RANK" not in os.environ:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        told = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(told | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+
+
+def be_alone() -> bool:
+    """Makes the first of several processes one of its own; False on the others, which may go."""
+    join_slurm()
+    is_first = os.environ.get("RANK", "0") == "0"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+    return is_first
+
+
+def check_launch(train: Train) -> None:
+    """Raises ConfigError if the launcher did not start as many processes as were asked for."""
+    join_slurm()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if train.num_processes not in (None, world):
+        raise _another_world(train.num_processes, world)
+
+
+def _another_world(expected: int | None, found: int) -> ConfigError:
+    return ConfigError(
+        f"expected {expected} process(es), found {found}: the launcher did not start one run of "
+        f"{expected}. Launch with `make train-distributed NUM_PROCESSES=n`, "
+        "`torchrun --nproc-per-node n`, or with an Accelerate file of distributed_type MULTI_GPU "
+        "(also for CPU processes)."
+    )
+
+
+def _refuse_other_launchers(train: Train, precision: str) -> None:
+    """Raises ConfigError if the launch file, known by what it exports, contradicts `train`."""
+    flags = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp"}
+    for variable, engine in flags.items():
+        if os.environ.get(variable) == "true" and train.engine != engine:
+            raise ConfigError(
+                f"the Accelerate launch file asks for {engine}, train.engine says {train.engine}: "
+                f"set train.engine={engine}, or launch with "
+                "ACCELERATE_CONFIG=configs/accelerate/ddp.yaml, which fits every engine"
+            )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") != "2":
+        raise ConfigError(
+            "the Accelerate launch file asks for FSDP version "
+            f"{os.environ.get('FSDP_VERSION', '1')}; only 2 is here: set fsdp_config.fsdp_version: "
+            "2 in the file, or launch with ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml"
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        _refuse_other_deepspeed(train)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", precision):
+        raise ConfigError(
+            f"the Accelerate launch file asks for mixed_precision {launched}, the configuration "
+            f"for {precision}: set train.precision={launched} (bf16 or fp32), or 'no' in the file"
+        )
+
+
+def _refuse_other_deepspeed(train: Train) -> None:
+    """The launch file may name the stage and the file of `train`, and no setting besides."""
+    named = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
+    free = {"", "mixed_precision", "zero_stage", "deepspeed_config_file"}
+    more = [key for key in named if key not in free and not key.startswith("deepspeed_")]
+    stage = deepspeed_settings(train)["zero_optimization"]["stage"]
+    found = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(train.deepspeed_config))
+    if found != str(stage):
+        more.append(f"zero_stage {found} (there it is {stage})")
+    if Path(file).resolve() != Path(str(train.deepspeed_config)).resolve():
+        more.append(f"deepspeed_config_file {file}")
+    if more:
+        raise ConfigError(
+            f"the Accelerate launch file sets {', '.join(more)}; DeepSpeed's settings are in "
+            f"train.deepspeed_config ({train.deepspeed_config}): remove them from the launch file, "
+            f"or launch with ACCELERATE_CONFIG=configs/accelerate/deepspeed_z{stage}.yaml"
+        )
+
+
+def _forget_launch_file() -> None:
+    """Takes away what an agreed launch file would make Accelerate and transformers do besides."""
+    prefixes = ("FSDP_", "ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_GRADIENT_")
+    for name in [name for name in os.environ if name.startswith(prefixes)]:
+        del os.environ[name]
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+
+
+def described(accelerator: Accelerator) -> dict[str, str]:
+    """`devices` of all ranks and how ranks are `spread` over machines, for people. Collective."""
+    world, device = accelerator.num_processes, accelerator.device
+    cpu = f"CPU with {torch.get_num_threads()} thread(s)"
+    own = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    names = Counter(gather_object([own]) if world > 1 else [own])
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    backend = f", {torch.distributed.get_backend()}" if world > 1 else ""
+    machines = f" on {math.ceil(world / local)} machines, {local} on each" if local < world else ""
+    devices = ", ".join(f"{number} x {name}" for name, number in names.items())
+    return {"devices": devices, "spread": f"{machines}{backend}"}
+
+
+def end_processes(accelerator: Accelerator) -> None:
+    """Ends a successful run of several ranks: leaves the group and, abruptly, the process.
+
+    gloo can abort in its destructors at interpreter exit, after all work is done and on disk; a
+    rank that has closed its files has nothing left to do there.
+    """
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)

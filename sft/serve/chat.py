@@ -1,0 +1,169 @@
+"""A model in use: a conversation in the terminal, and answers to all rows of files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sft.data.files import num_rows, read_all, sources
+from sft.errors import Preempted, UserError
+from sft.evaluate import answers
+from sft.evaluate.predictions import read
+from sft.runtime.console import facts, visible
+from sft.runtime.processes import end_processes
+from sft.runtime.watchdog import Guard
+from sft.serve.connector import AccelerateConnector
+
+STALL_TIMEOUT = 1800.0  # seconds without a batch answered on any process that end the run
+
+HELP = """\
+/reset          forget the conversation
+/system TEXT    begin anew with this system prompt; /system alone: without one
+/save [FILE]    add the conversation to a JSONL file that training can read (conversations.jsonl)
+/help           this list; an empty line, /quit or Ctrl-D ends"""
+
+
+class Talk:
+    """What is said to `connector` and what it answers; commands begin with a slash."""
+
+    def __init__(
+        self,
+        connector: AccelerateConnector,
+        write: Callable[[str], None],
+        system: str | None = None,
+        **settings: Any,
+    ):
+        self.connector, self.write, self.settings = connector, write, settings
+        self.begin(system)
+
+    def begin(self, system: str | None) -> None:
+        self.system = system
+        self.messages: list[dict[str, str]] = (
+            [{"role": "system", "content": system}] if system else []
+        )
+
+    def hear(self, line: str) -> bool:
+        """Answers a line or does what it commands; False if it ends the conversation."""
+        line = line.strip()
+        if line in ("", "/quit", "/exit"):
+            return False
+        command, _, rest = line.partition(" ")
+        commands: dict[str, Callable[[str], object]] = {
+            "/help": lambda _: self.write(HELP + "\n"),
+            "/reset": lambda _: self.begin(self.system),
+            "/system": lambda text: self.begin(text.strip() or None),
+            "/save": self.save,
+        }
+        if not line.startswith("/"):
+            self.ask(line)
+        elif action := commands.get(command):
+            action(rest)
+        else:
+            self.write(f"unknown command {visible(command)}; /help lists them\n")
+        return True
+
+    def ask(self, line: str) -> None:
+        asked = [*self.messages, {"role": "user", "content": line}]
+        try:
+            found = self.connector.complete(asked, told=self._show, **self.settings)
+        except UserError as error:
+            self.write(f"{error} (/reset forgets what was said)\n")
+            return
+        cut = " [max_new_tokens reached]" if found.finish_reason == "length" else ""
+        self.write(f"{cut}\n")
+        answer = found.choices[0].message.content or ""
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def _show(self, text: str) -> None:
+        self.write(visible(text))
+
+    def save(self, name: str) -> None:
+        path = Path(name.strip() or "conversations.jsonl")
+        if not any(message["role"] == "assistant" for message in self.messages):
+            self.write("nothing was said yet\n")
+            return
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            self.write(f"cannot write {path}: {error.strerror}\n")
+            return
+        self.write(f"added to {path}\n")
+
+
+def answer_file(
+    source: str, output: Path, folder: Path, model: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """Answers every row that `source` (as data.train_path) has, into the JSONL file `output`.
+
+    A bad row gets a line with the reason. `folder`: status, lock and words of the processes while
+    it runs. `model`: arguments of AccelerateConnector. Collective.
+    """
+    if output.is_dir() or output.suffix not in (".jsonl", ".ndjson"):
+        raise UserError(f"OUTPUT: expected a file that ends in .jsonl, found {output}")
+    files = sources(source)  # one that is missing is told before a model is loaded
+    if any(not each.on_hub and Path(each.file).resolve() == output.resolve() for each in files):
+        raise UserError(f"OUTPUT: {output} is one of the files of INPUT; give another name")
+    if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(f"OUTPUT: {output} lies in the folder INPUT, which is read whole; move it")
+    with at_work(folder, model, output) as (connector, guard):
+        total = num_rows(source)
+        connector.answer(_questions(source, guard), output, total, **settings)
+        if connector.is_main_process:
+            connector.log.say(_told(output, connector.num_processes))
+
+
+@contextmanager
+def at_work(
+    folder: Path, model: dict[str, Any], output: Path
+) -> Iterator[tuple[AccelerateConnector, Guard]]:
+    """A loaded model and its guard in `folder`, for answers into `output`. Collective."""
+    with Guard(folder, STALL_TIMEOUT) as guard:
+        if guard.is_first:
+            guard.begin()
+
+        def between() -> None:
+            """Between two batches: all that is answered is on disk."""
+            guard.tick()
+            if guard.flags()[0]:
+                raise Preempted(f"stopped; {output} has what is answered: run again to go on")
+
+        connector = AccelerateConnector(**model, between=between)
+        guard.join(connector.accelerator, None)
+        connector.load_model_once()
+        yield connector, guard
+        connector.accelerator.wait_for_everyone()
+    end_processes(connector.accelerator)
+
+
+def _questions(source: str, guard: Guard) -> Iterator[answers.Question]:
+    for row in read_all(source, asking=True):
+        guard.tick()
+        yield answers.question(row)
+
+
+def _told(output: Path, num_processes: int) -> Table:
+    ended: Counter[str] = Counter()
+    prompt_tokens = completion_tokens = 0
+    first = ""
+    for record in read(output):
+        ended[record["finish_reason"]] += 1
+        prompt_tokens += record["prompt_tokens"]
+        completion_tokens += record["completion_tokens"]
+        if "error" in record and not first:
+            first = f"{record['row']}: {record['error']}"
+    rows = [
+        ("answered", f"{ended['stop'] + ended['length']:,} of {ended.total():,} rows"),
+        ("cut off", f"{ended['length']:,} at generation.max_new_tokens or the model's context"),
+        ("failed", f"{ended['error']:,}" + (f", such as {visible(first)}" if first else "")),
+        ("tokens", f"{prompt_tokens:,} of prompts, {completion_tokens:,} of answers"),
+        ("processes", str(num_processes)),
+        ("results", str(output)),
+    ]
+    return facts("Answers", rows)

@@ -1,0 +1,246 @@
+"""Texts and their labels: read from files, cut into parts, and asked for.
+
+Everything here is told before a model is loaded: a wrong column, a label that is not listed, a
+strategy that does not exist. The parts are a function of the rows and a seed, not of their order,
+and what is alike stays in one part: test texts that are training texts with one word changed would
+measure memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sft.config.load import classified_rows
+from sft.config.schema import Classify, Config, Model, Strategy
+from sft.data.files import no_column, read_raw
+from sft.data.formats import Messages, reason_of, text_of
+from sft.errors import ConfigError, DataError, did_you_mean
+from sft.evaluate.labels import label_of, letters
+
+Parts = dict[str, list["Example"]]  # test, validation, train
+NAME = re.compile(r"\w[\w.-]*")  # of a strategy: its answers lie in a folder of that name
+
+
+class Example(NamedTuple):
+    text: str
+    label: str
+    group: str
+    place: str  # file:line
+    ids: tuple[str, ...] = ()  # rows that share one stay together
+
+
+# --- the section classify ------------------------------------------------------------------------
+
+
+def check(config: Config, *, tune: bool = False) -> None:
+    """Raises ConfigError with everything in the section that cannot work. Reads no data."""
+    settings = config.classify
+    if settings.path is None:
+        raise ConfigError(
+            "classify.path: required, and not given: the file of texts and labels; "
+            "CONFIG=configs/classify_hatecheck.yaml shows a section classify"
+        )
+    problems = [*_in_labels(settings), *_in_strategies(settings), *_in_others(config)]
+    if tune and settings.tune is None:
+        problems.append("classify.tune: TUNE=1 needs the name of a strategy, found none")
+    if tune and settings.part == "all":
+        problems.append(
+            "classify.part: all has the rows in it that TUNE=1 trains on; set test or validation"
+        )
+    if problems:
+        raise ConfigError("classify cannot be run\n  " + "\n  ".join(problems))
+
+
+def _in_labels(settings: Classify) -> Iterator[str]:
+    shown = ", ".join(settings.labels) or "none"
+    if len({letters(label) for label in settings.labels} - {""}) < max(2, len(settings.labels)):
+        yield f"classify.labels: expected two or more that differ in their letters, found {shown}"
+    if settings.test_fraction + settings.validation_fraction >= 1:
+        yield "classify.test_fraction: with validation_fraction it leaves no rows to train on"
+
+
+def _in_strategies(settings: Classify) -> Iterator[str]:
+    known = settings.strategies
+    if not known:
+        yield "classify.strategies: expected at least one, found none"
+    for key, names in (("use", settings.use or []), ("tune", [settings.tune])):
+        for name in names:
+            if known and name is not None and name not in known:
+                yield f"classify.{key}: no strategy {name!r}; {did_you_mean(name, [*known])}"
+    for name, strategy in known.items():
+        at = f"classify.strategies.{name}"
+        if not NAME.fullmatch(name):
+            yield f"{at}: expected a name of letters, digits, '_', '.' and '-'"
+        if "{text}" not in strategy.user:
+            yield f"{at}.user: expected {{text}} where the text stands, found {strategy.user!r}"
+        taught = {label: strategy.answer.replace("{label}", label) for label in settings.labels}
+        if any(label_of(answer, settings.labels) != label for label, answer in taught.items()):
+            yield (
+                f"{at}.answer: expected an answer in which each label is found again, found "
+                f"{strategy.answer!r}; plain is '{{label}}', JSON is '{{\"label\": \"{{label}}\"}}'"
+            )
+
+
+def _in_others(config: Config) -> Iterator[str]:
+    """The model is loaded as `make infer` does, by its name; rows to train on are written where
+    `config.data` reads them, and over nothing else."""
+    for key, value in config.model.model_dump().items():
+        if key != "name" and value != Model.model_fields[key].default:
+            yield f"model.{key}: make classify loads a model by its name alone; remove this key"
+    for key, path in classified_rows(config.classify.output_dir).items():
+        found = config.data.model_dump()[key]
+        if found != path:
+            yield f"data.{key}: make classify writes {path}; remove this key, found {found!r}"
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def read(settings: Classify) -> list[Example]:
+    """All rows of `settings.path`, in their order. Raises DataError with every bad one."""
+    path, rows, bad = str(settings.path), [], []
+    for place, row in read_raw(settings.path or ""):
+        if isinstance(row, dict):
+            rows.append((place, row))
+        else:
+            is_error = isinstance(row, ValueError | RecursionError)
+            bad.append(f"{place}: {reason_of(row) if is_error else 'expected columns'}")
+    _check_columns(path, settings, {column for _, row in rows for column in row})
+    examples = []
+    for place, row in rows:
+        text, label = text_of(row.get(settings.text)), text_of(row.get(settings.label))
+        if not text.strip() or not label:
+            empty = settings.label if text.strip() else settings.text
+            bad.append(f"{place}: the column {empty!r} is empty")
+        group = text_of(row.get(settings.group)) if settings.group else ""
+        ids = [text_of(row.get(column)) for column in settings.split_by]
+        examples.append(Example(text, label, group, place, tuple(filter(None, ids))))
+    if not {example.label for example in examples} & {*settings.labels}:
+        raise DataError(
+            f"{path}: no label in it is one of classify.labels: the column {settings.label!r} has "
+            f"{_listed({example.label for example in examples})}, classify.labels are "
+            f"{_listed(settings.labels)}"
+        )
+    bad += [
+        f"{each.place}: the label {each.label!r} is not in classify.labels; "
+        + did_you_mean(each.label, settings.labels)
+        for each in examples
+        if each.label and each.label not in settings.labels
+    ]
+    if bad:
+        raise DataError.of_rows(path, bad)
+    return examples
+
+
+def _check_columns(path: str, settings: Classify, known: set[str]) -> None:
+    wanted = [("text", settings.text), ("label", settings.label)]
+    wanted += [("group", settings.group)] if settings.group else []
+    wanted += [("split_by", column) for column in settings.split_by]
+    for key, column in wanted:
+        if column not in known:
+            raise no_column(path, column, f"classify.{key}", known)
+
+
+def _listed(labels: Any) -> str:
+    found = sorted(labels)
+    return ", ".join(map(repr, found[:10])) + (f" and {len(found) - 10} more" * (len(found) > 10))
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def split(examples: Sequence[Example], settings: Classify) -> Parts:
+    """Test, validation and training part, each with about its share of every label.
+
+    Families (rows that share a text or an id, directly or through others) are drawn whole, in an
+    order that the seed and their texts give. Raises DataError if they are too few.
+    """
+    kinds = defaultdict(list)  # by the most common label of a family
+    for family in sorted(_families(examples), key=lambda family: _drawn(family, settings.seed)):
+        count = Counter(example.label for example in family)
+        kinds[max(sorted(count), key=count.__getitem__)].append(family)
+    shares = {"test": settings.test_fraction, "validation": settings.validation_fraction}
+    part_of: dict[str, str] = {}
+    for families in kinds.values():
+        total, num = sum(map(len, families)), Counter[str]()
+        for family in families:
+            open_ones = (part for part, share in shares.items() if num[part] < share * total)
+            part = next(open_ones, "train")
+            num[part] += len(family)
+            part_of |= {example.text: part for example in family}
+    parts: Parts = {"test": [], "validation": [], "train": []}
+    for example in examples:
+        parts[part_of[example.text]].append(example)
+    if empty := [part for part, own in parts.items() if not own]:
+        num_families = sum(map(len, kinds.values()))
+        raise DataError(
+            f"{settings.path}: expected rows for three parts, found none for {empty[0]}: "
+            f"{len(examples):,} rows are {num_families:,} families that stay together "
+            "(classify.split_by); give more rows, or other fractions"
+        )
+    return parts
+
+
+def _families(examples: Sequence[Example]) -> list[list[Example]]:
+    """Rows that are connected by texts or ids, by union of what they share."""
+    parents: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def root(key: tuple[str, str]) -> tuple[str, str]:
+        parents.setdefault(key, key)
+        while parents[key] != key:
+            parents[key] = parents[parents[key]]
+            key = parents[key]
+        return key
+
+    for example in examples:
+        for name in example.ids:
+            parents[root(("id", name))] = root(("text", example.text))
+    families = defaultdict(list)
+    for example in examples:
+        families[root(("text", example.text))].append(example)
+    return list(families.values())
+
+
+def _drawn(family: list[Example], seed: int) -> str:
+    digests = (hashlib.sha256(f"{seed} {example.text}".encode()) for example in family)
+    return min(digest.hexdigest() for digest in digests)
+
+
+def majority(examples: Sequence[Example]) -> str:
+    """The most common label; of equals the first by name."""
+    count = Counter(example.label for example in examples)
+    return max(sorted(count), key=count.__getitem__)
+
+
+# --- questions -----------------------------------------------------------------------------------
+
+
+def question(strategy: Strategy, text: str) -> Messages:
+    user = {"role": "user", "content": strategy.user.replace("{text}", text)}
+    return [*([{"role": "system", "content": strategy.system}] if strategy.system else []), user]
+
+
+def write_rows(parts: Parts, config: Config) -> None:
+    """Training and validation part as conversations of the strategy `classify.tune`."""
+    settings = config.classify
+    strategy = settings.strategies[str(settings.tune)]
+    paths = classified_rows(settings.output_dir)
+    for part, key in (("train", "train_path"), ("validation", "eval_path")):
+        file = Path(paths[key])
+        staged = file.with_name(file.name + ".tmp")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with staged.open("w", encoding="utf-8") as rows:
+            for example in parts[part]:
+                answer = strategy.answer.replace("{label}", example.label)
+                turns = [
+                    *question(strategy, example.text),
+                    {"role": "assistant", "content": answer},
+                ]
+                rows.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+        staged.replace(file)

@@ -1,0 +1,269 @@
+"""Merges an adapter into its base, proves the result, and converts it for llama.cpp.
+
+The proof only reads. It loads the merged folder as a user does and compares it with the adapter on
+its base: every tensor, the tokenizer, template and generation files, and one KL on pinned prompts.
+A merge gets its name when it is proven; else it stays as `<name>.failed`, with the report.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from sft.config.schema import Config
+from sft.errors import MergeError
+from sft.models import export, load
+from sft.runtime import disk
+from sft.runtime.checkpoint import STAGING
+from sft.runtime.console import size, write_json
+from sft.serve import runs
+from sft.serve.proof import (
+    CPU,
+    DTYPES,
+    add_turn_ends,
+    dequantise,
+    describe_check,
+    failing_checks,
+    proof_table,
+    prove,
+    require_proven,
+)
+
+# --- the two commands --------------------------------------------------------------------------
+
+REPORT = "merge_report.json"
+Say = Callable[[RenderableType], None]
+
+
+def merge(
+    run: Path,
+    output: Path,
+    dtype: str,
+    say: Say,
+    base: str = "original",
+    overrides: list[str] | None = None,
+) -> dict[str, Any]:
+    """Merges the adapter of `run` into `output`; returns the report of the proof.
+
+    `base` names the weights to merge into: `original`, or `dequantised`, on which a QLoRA run was
+    trained. Raises MergeError if the proof fails; `output` then does not exist.
+    """
+    config = _load_config(run, base, overrides)
+    staging, failed = _make_room(output)
+    try:
+        _write(run, config, base, staging, dtype)
+        report = prove(staging, run, config, base)
+        write_json(staging / REPORT, report)
+        (staging / "README.md").write_text(_card(report, config, run, output), "utf-8")
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    if output.exists():
+        output.rmdir()
+    final = failed if failing_checks(report) else output
+    staging.rename(final)
+    say(proof_table(report))
+    require_proven(report, final)
+    return report
+
+
+def _make_room(output: Path) -> tuple[Path, Path]:
+    """Returns an empty folder to write to, and the name of a merge that fails. Removes what earlier
+    merges left there. Raises MergeError if `output` exists or cannot be made."""
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise MergeError(f"{output} exists already; remove it, or give another OUTPUT")
+        staging, failed = (output.with_name(output.name + end) for end in (STAGING, ".failed"))
+        for leftover in (staging, failed):
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise MergeError(
+            f"{output}: expected a place for a folder, cannot make it: {error.strerror}; give "
+            "another OUTPUT"
+        ) from None
+    return staging, failed
+
+
+def retest(
+    folder: Path,
+    say: Say,
+    run: Path | None = None,
+    base: str | None = None,
+    overrides: list[str] | None = None,
+) -> dict[str, Any]:
+    """Repeats the proof on a merged folder, without changing it; returns the report.
+
+    `run` and `base` are those that its report names, if None. Raises MergeError if the proof fails.
+    """
+    stored = _read_report(folder)
+    if run is None and "run" not in stored:
+        raise MergeError(f"{folder} has no {REPORT} that names its run; give RUN=<folder>")
+    run = run or Path(stored["run"])
+    base = base or stored.get("base", "original")
+    if stored.get("agent") is not None:
+        overrides = [f"crowd.agent={stored['agent']}", *(overrides or [])]
+    report = prove(folder, run, _load_config(run, base, overrides), base)
+    say(proof_table(report))
+    require_proven(report, folder)
+    return report
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    """Returns run, base and agent from the report in a merged folder; nothing if it has none."""
+    if not (folder / "config.json").exists():
+        raise MergeError(
+            f"{folder}: expected a merged model (config.json, *.safetensors), found "
+            f"{'a folder without' if folder.is_dir() else 'nothing'}; run `make merge` first"
+        )
+    try:
+        report = json.loads((folder / REPORT).read_text("utf-8"))
+        return {"run": report["run"], "base": report["base"], "agent": report.get("agent")}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MergeError(f"{folder / REPORT} cannot be read ({error!r}); remove it") from None
+
+
+def _load_config(run: Path, base: str, overrides: list[str] | None) -> Config:
+    """Returns the configuration of `run`. Raises MergeError if it has no single adapter, or no such
+    base."""
+    config = runs.run_config(run, overrides)
+    mode = config.tuning.mode
+    if mode == "full":
+        raise MergeError(f"{run}: full fine-tuning has no adapter; final_checkpoint/ is the model")
+    if config.crowd.num_agents and config.crowd.agent is None:
+        raise MergeError(
+            f"{run}: a mixture of {config.crowd.num_agents} agents is no single model; give one of "
+            f"them, AGENT=0 to {config.crowd.num_agents - 1}"
+        )
+    if base == "dequantised" and mode != "qlora":
+        raise MergeError(f"{run}: its base was not quantised ({mode}); leave BASE out")
+    return config
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def _write(run: Path, config: Config, base: str, folder: Path, dtype: str) -> None:
+    adapted, tokenizer = runs.load_tuned(run, config, "fp32", CPU, quantised=False)
+    plain: Any = adapted.get_base_model()  # type: ignore[operator]
+    _refuse_if_full(folder, plain, tokenizer, dtype)
+    if base == "dequantised":
+        _copy_dequantised(plain, config)
+    merged = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    merged.generation_config = add_turn_ends(merged.generation_config, tokenizer)
+    export.save(merged.to(DTYPES[dtype]), tokenizer, folder)
+
+
+def _refuse_if_full(
+    folder: Path, plain: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: str
+) -> None:
+    weights = sum(p.numel() for name, p in plain.named_parameters() if "lora_" not in name)
+    need = weights * DTYPES[dtype].itemsize + len(tokenizer) * disk.TOKENIZER_BYTES
+    have = disk.free_bytes(folder)
+    if need > have:
+        raise MergeError(
+            f"{folder.parent}: need {size(need)} for {weights:,} weights in {dtype}, have "
+            f"{size(have)}; make room, or give OUTPUT on another disk"
+        )
+
+
+def _copy_dequantised(plain: nn.Module, config: Config) -> None:
+    """Replaces the weights that NF4 stores by what it makes of them."""
+    quantised = load.load_base(config.model, "qlora", "fp32", CPU)
+    for name, layer in quantised.named_modules():
+        if hasattr(getattr(layer, "weight", None), "quant_state"):
+            target: Any = plain.get_submodule(name)
+            target = getattr(target, "base_layer", target)
+            weight = dequantise(layer.weight)
+            target.weight.data.copy_(weight.T if isinstance(target, Conv1D) else weight)
+
+
+# --- the model card ----------------------------------------------------------------------------
+
+
+def _card(report: dict[str, Any], config: Config, run: Path, folder: Path) -> str:
+    """Returns the model card, README.md, without paths of this machine: it may be published."""
+    name = config.model.name
+    name = Path(name).name if Path(name).is_absolute() else name
+    tuning, train = config.tuning, config.train
+    alone = config.crowd.agent
+    agent = "" if alone is None else f"agent {alone} of {config.crowd.num_agents}, "
+    length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"
+    rows = "\n".join(f"| {' | '.join(describe_check(c))} |" for c in report["checks"].values())
+    return CARD.format(
+        base_model=json.dumps(name),  # JSON is YAML, whatever the name
+        mode=tuning.mode,
+        title=folder.name,
+        base=name,
+        run=run.name,
+        weights=report["base"],
+        dtype=report["dtype"],
+        adapter=f"{agent}r {tuning.r}, lora_alpha {tuning.lora_alpha:g}, "
+        f"modules {tuning.target_modules}",
+        training=f"{length} of {train.global_batch} examples, "
+        f"learning rate {train.learning_rate:g}, seed {train.seed}",
+        data=_data_sha256(run),
+        verdict="failed: this is not the model that was trained"
+        if failing_checks(report)
+        else "passed",
+        rows=rows,
+    )
+
+
+def _data_sha256(run: Path) -> str:
+    path = run / "audit.json"
+    audited = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return str(audited.get("data_sha256", "not known"))
+
+
+CARD = """---
+base_model: {base_model}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [sft, {mode}, merged]
+---
+
+# {title}
+
+{base}, fine-tuned with {mode}; the adapter is merged into the {weights} weights, stored in {dtype}.
+
+| | |
+|---|---|
+| run | {run} |
+| adapter | {adapter} |
+| training | {training} |
+| data, sha256 | {data} |
+
+## Proof
+
+The reloaded model against the adapter on its base, both computing in fp32: **{verdict}**.
+
+| what | measured | expected |
+|---|---|---|
+{rows}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/{title}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/{title}")
+turns = [{{"role": "user", "content": "..."}}]
+prompt = tokenizer.apply_chat_template(
+    turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+output = model.generate(**prompt, max_new_tokens=64)
+print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""

@@ -1,0 +1,287 @@
+"""Proves that a merged model equals the one that was trained."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from sft.config.schema import Config
+from sft.data import audit, template
+from sft.errors import MergeError
+from sft.evaluate import generate, predictions
+from sft.models import dtypes, load
+from sft.runtime import checkpoint
+from sft.serve import runs
+
+# --- the proof ---------------------------------------------------------------------------------
+
+DTYPES = {**dtypes.DTYPES, "fp16": torch.float16}
+CPU = torch.device("cpu")
+NUM_PROMPTS = 32  # conversations whose probabilities are compared
+NUM_POSITIONS = 64  # the last ones of each, which are the answer's: a row is a whole vocabulary
+# Nats per token that rounding to the dtype may cost (docs/LOG.md has what was measured).
+MAX_KL = {"fp32": 1e-8, "fp16": 1e-4, "bf16": 5e-3}
+LOST = 0.1  # of what the adapter changes, at most: half its scale loses 0.25, no adapter 1
+NOTHING = 1e-9  # nats per token; below, an adapter changes nothing that could be lost
+
+
+class Check(TypedDict):
+    """One line of the proof. `limit` is the largest number, or the only text, that passes."""
+
+    ok: bool
+    what: str
+    measured: float | str
+    limit: float | str
+
+
+Checks = dict[str, Check]
+
+
+def _at_most(what: str, measured: float, limit: float) -> Check:
+    shown = measured if math.isfinite(measured) else str(measured)  # JSON has no other numbers
+    ok = measured <= limit  # NaN is not
+    return Check(ok=ok, what=what, measured=shown, limit=limit)
+
+
+def _equal(what: str, found: Any, expected: Any) -> Check:
+    return Check(ok=found == expected, what=what, measured=str(found), limit=str(expected))
+
+
+def prove(folder: Path, run: Path, config: Config, base: str) -> dict[str, Any]:
+    """Compares the merged model in `folder` with the adapter of `run` on the weights of `base`.
+
+    Both compute in fp32, so only the stored weights differ. Returns the report: `checks`, each with
+    ok, what, measured and limit; `run`, `dtype`, `base`, `agent`, `num_prompts`.
+    """
+    merged, dtype, loading = _load_merged(folder, config)
+    reference: Any
+    reference, tokenizer = runs.load_tuned(
+        run, config, "fp32", CPU, quantised=base == "dequantised"
+    )
+    generation = add_turn_ends(reference.get_base_model().generation_config, tokenizer)
+    prompts = _load_prompts(run, tokenizer)
+    expected = _logits(reference, prompts)
+    with reference.disable_adapter():
+        effect = _kl(expected, _logits(reference, prompts))
+    checks = _compare_tokenizers(folder, config, tokenizer)
+    checks["generation"] = _compare_generation(folder, generation)
+    checks |= _compare_tensors(reference, config, merged, loading, dtype)
+    del reference  # its memory is needed for the merged model in fp32
+    kl = _kl(expected, _logits(merged.float(), prompts))
+    limit = min(MAX_KL[dtype], LOST * max(effect, NOTHING))
+    checks["kl"] = _at_most("KL from the adapter model, nats per token", kl, limit)
+    return {
+        "run": str(run),
+        "dtype": dtype,
+        "base": base,
+        "agent": config.crowd.agent,
+        "num_prompts": len(prompts),
+        "checks": checks,
+    }
+
+
+def _load_merged(folder: Path, config: Config) -> tuple[Any, str, dict[str, Any]]:
+    """Returns the merged model as transformers loads it, its dtype, and which tensors were missing
+    or unknown. Raises MergeError if it cannot be loaded."""
+    for path in sorted(folder.glob("*.safetensors")):
+        if reason := checkpoint.tensor_fault(path):
+            raise MergeError(f"{path} cannot be loaded: {reason}; merge again")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype="auto",
+            trust_remote_code=config.model.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise MergeError(f"{folder} cannot be loaded ({error}); merge again") from error
+    merged, loading = loaded
+    stored = merged.config.dtype
+    dtype = next((name for name, kind in DTYPES.items() if kind == stored), None)
+    if dtype is None:
+        raise MergeError(
+            f"{folder}: expected weights in one of {', '.join(DTYPES)}, found {stored}; merge again"
+        )
+    return merged.eval(), dtype, loading
+
+
+def _load_prompts(run: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Returns the ids of held-out conversations that the run's evaluation stored; else of two."""
+    path = run / "evaluation" / "predictions.jsonl"
+    stored = islice(predictions.read(path), NUM_PROMPTS) if path.exists() else ()
+    texts = [(each["prompt"], each["reference"]) for each in stored if "reference" in each]
+    return [
+        template.render(
+            tokenizer,
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+        ).ids
+        for prompt, answer in texts or [("Hello", "Hello"), ("What is this?", "A test.")]
+    ]
+
+
+def _compare_tokenizers(folder: Path, config: Config, expected: PreTrainedTokenizerBase) -> Checks:
+    """Compares the tokenizer in `folder` with the one that the run was trained with."""
+    own = {"name": str(folder), "revision": None}
+    both = (load.load_tokenizer(config.model.model_copy(update=own)), expected)
+    return {
+        "tokenizer": _equal(
+            "digest of vocabulary and special tokens",
+            *(audit.tokenizer_sha256(each)[:12] for each in both),
+        ),
+        "template": _equal(
+            "digest of the chat template", *(audit.template_sha256(each)[:12] for each in both)
+        ),
+    }
+
+
+def _compare_generation(folder: Path, expected: GenerationConfig) -> Check:
+    what = "generation_config.json and its ends of a turn"
+    if not (folder / "generation_config.json").exists():
+        return _equal(what, "missing", "present")
+    both = (GenerationConfig.from_pretrained(str(folder)), expected)
+    found, wanted = (json.loads(each.to_json_string(ignore_metadata=True)) for each in both)
+    other = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
+    return _equal(
+        what, *({key: own.get(key) for key in other} or "equal" for own in (found, wanted))
+    )
+
+
+def add_turn_ends(base: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Returns the base's configuration with the tokens that end a turn. A base that has never seen
+    the template does not name them, and its answers would never end."""
+    result = GenerationConfig.from_dict(base.to_dict())
+    ends = generate.stop_ids(tokenizer, base)
+    result.eos_token_id = ends[0] if len(ends) == 1 else ends
+    return result
+
+
+@torch.no_grad()
+def _compare_tensors(
+    reference: Any, config: Config, merged: nn.Module, loading: dict[str, Any], dtype: str
+) -> Checks:
+    """Compares each tensor with what it must be; tied weights are one tensor."""
+    found = dict(merged.named_parameters())
+    strange = set(loading["missing_keys"]) | set(loading["unexpected_keys"])
+    worst, where = 0.0, ""
+    for name, expected in _expected_weights(reference, config, merged):
+        value = found.pop(name, None)
+        if value is None or value.shape != expected.shape:
+            strange.add(name)
+        elif (error := _count_roundings(value.float(), expected, dtype)) > worst:
+            worst, where = error, name
+    names = sorted(strange | found.keys())
+    shown = ", ".join([*names[:1], *(["..."] if names[1:] else [])]) or "none"
+    weights = "error of the worst weight, in roundings" + (f" ({where})" if worst > 1 else "")
+    return {
+        "tensors": _equal("tensors that are missing, unknown or misshapen", shown, "none"),
+        "weights": _at_most(weights, worst, 1.0),
+    }
+
+
+def _expected_weights(
+    reference: Any, config: Config, merged: nn.Module
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields what each parameter of `merged` must be, in fp32, by the formula of LoRA and not by
+    the library that merged: W + lora_alpha / r * B @ A."""
+    scale = config.tuning.lora_alpha / config.tuning.r
+    plain, modules = reference.get_base_model(), dict(merged.named_modules())
+    for name, parameter in plain.named_parameters():
+        if "lora_" in name:
+            continue
+        owner, _, kind = name.rpartition(".")
+        adapted = owner.removesuffix(".base_layer")
+        is_turned = isinstance(modules.get(adapted), Conv1D)  # GPT-2's, (in, out)
+        value = dequantise(parameter)
+        if is_turned and hasattr(parameter, "quant_state"):
+            value = value.T
+        if owner != adapted and kind == "weight":
+            layer = plain.get_submodule(adapted)
+            a, b = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+            value = value + scale * ((b @ a).T if is_turned else b @ a)
+        yield f"{adapted}.{kind}", value
+
+
+def dequantise(weight: torch.Tensor) -> torch.Tensor:
+    """Returns a weight in fp32, whether it is stored in NF4 or not."""
+    if not hasattr(weight, "quant_state"):
+        return weight.float()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state).float()
+
+
+def _count_roundings(value: torch.Tensor, expected: torch.Tensor, dtype: str) -> float:
+    """Returns the largest error of an element over what rounding to `dtype` explains: half a unit
+    of its last place, and fp32's own error in the sum that `expected` is."""
+    kind = torch.finfo(DTYPES[dtype])
+    slack = 16 * torch.finfo(torch.float32).eps * float(expected.abs().max())
+    allowed = expected.abs() * (kind.eps / 2) + kind.smallest_normal * kind.eps + slack
+    return float(((value - expected).abs() / allowed).nan_to_num(math.inf).max())
+
+
+@torch.no_grad()
+def _logits(loaded: nn.Module, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """Returns (positions, vocabulary) for each prompt."""
+    batches = (torch.tensor([ids[: generate.context_length(loaded)]]) for ids in prompts)
+    return [loaded(input_ids=ids).logits[0, -NUM_POSITIONS:].float().clone() for ids in batches]
+
+
+def _kl(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+    """Returns the KL of `found` from `expected` in nats per token, summed in fp64: in fp32 it would
+    measure its own rounding."""
+    total = 0.0
+    for logits in zip(found, expected, strict=True):
+        new, old = (each.double().log_softmax(-1) for each in logits)
+        total += float(F.kl_div(new, old, reduction="sum", log_target=True))
+    return total / sum(map(len, expected))
+
+
+def failing_checks(report: dict[str, Any]) -> list[str]:
+    return [name for name, check in report["checks"].items() if not check["ok"]]
+
+
+def describe_check(check: Check) -> tuple[str, str, str]:
+    """Returns what a check of a report compares, what it measured, and what was expected."""
+    measured, limit = (
+        each if isinstance(each, str) else f"{each:.3g}"
+        for each in (check["measured"], check["limit"])
+    )
+    kind = "exactly" if isinstance(check["limit"], str) else "at most"
+    return check["what"], measured, f"{kind} {limit}"
+
+
+def proof_table(report: dict[str, Any]) -> Table:
+    title = f"Proof: {report['dtype']}, {report['base']} weights, {report['num_prompts']} prompts"
+    result = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("", "check", "what", "measured", "expected"):
+        result.add_column(column, overflow="fold")
+    for name, check in report["checks"].items():
+        mark = Text("ok", style="green") if check["ok"] else Text("NOT OK", style="bold red")
+        result.add_row(mark, *map(Text, (name, *describe_check(check))))
+    return result
+
+
+def require_proven(report: dict[str, Any], folder: Path) -> None:
+    """Raises MergeError, with every check that fails, if there is one."""
+    failing = failing_checks(report)
+    described = ((name, *describe_check(report["checks"][name])) for name in failing)
+    lines = [f"\n  {name}: {what}: expected {e}, found {m}" for name, what, m, e in described]
+    if failing == ["kl"] and report["checks"]["kl"]["limit"] < MAX_KL[report["dtype"]]:
+        lines.append(f"\n{report['dtype']} rounds away what the adapter learnt: use DTYPE=fp32")
+    if failing:
+        raise MergeError(
+            f"{folder} is not the model that was trained; do not use it:{''.join(lines)}"
+        )

@@ -1,0 +1,171 @@
+"""K LoRA agents on one frozen base, in one batched forward pass.
+
+Every row goes through the base K times, once for each agent, in one batch: row k * B + b is example
+b as agent k sees it. The frozen weights are read (and, in NF4, dequantised) once for K times the
+rows, and the adapters of all agents are one batched low-rank product per layer (`AgentsLinear`).
+`Agents` answers as a transformers model with K * B rows; agents are saved as PEFT folders that load
+alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sft.config.schema import Crowd
+from sft.errors import ConfigError
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+class AgentsLinear(nn.Module):
+    """A frozen linear layer and the low-rank updates of K agents: rows of agent k get W + s B_k A_k
+    (Hu et al. 2021), with s = lora_alpha / r.
+
+    With `dropconnect`, training drops single weights of A and B with that probability, anew in each
+    pass (Wan et al. 2013): a mask in the forward pass, so the weights stay and gradients are right.
+    """
+
+    def __init__(self, adapted: Any, num_agents: int, dropconnect: float):
+        super().__init__()
+        self.base_layer = adapted.base_layer
+        self.num_agents, self.dropconnect = num_agents, dropconnect
+        self.scale = adapted.scaling["default"]
+        self.dropout = adapted.lora_dropout["default"]
+        first, out = (getattr(adapted, name)["default"].weight for name in ("lora_A", "lora_B"))
+        agents = torch.empty(num_agents, *first.shape, device=first.device)
+        agents[0] = first.detach()  # alone, agent 0 is the adapter that PEFT would have made
+        for each in agents[1:]:
+            nn.init.kaiming_uniform_(each, a=math.sqrt(5))
+        self.lora_A = nn.Parameter(agents)  # (agents, r, in)
+        zeros = torch.zeros(num_agents, *out.shape, device=out.device)
+        self.lora_B = nn.Parameter(zeros)  # (agents, out, r)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (agents * rows, ..., in) -> (agents * rows, ..., out)."""
+        rows = x.reshape(self.num_agents, -1, x.shape[-1])
+        y = self.base_layer(rows)
+        a: torch.Tensor = self.lora_A
+        b: torch.Tensor = self.lora_B
+        if self.training and self.dropconnect:
+            a, b = (F.dropout(weight, self.dropconnect) for weight in (a, b))
+        if not torch.is_autocast_enabled(x.device.type):
+            rows = rows.to(a.dtype)
+        low = torch.bmm(self.dropout(rows), a.mT) * self.scale
+        if y.dtype == low.dtype == b.dtype:
+            y.baddbmm_(low, b.mT)  # which no backward pass reads; another tensor takes 8 % longer
+        else:
+            y = y + torch.bmm(low, b.mT).to(y.dtype)
+        return y.view(*x.shape[:-1], -1)
+
+
+class Agents(nn.Module):
+    """A base whose adapted layers hold K agents. `adapted`: the base as PEFT has adapted it."""
+
+    num_agents: int
+
+    def __init__(self, adapted: Any, settings: Crowd):
+        super().__init__()
+        self.num_agents = settings.num_agents
+        self.aggregator = settings.aggregator
+        self.concentration = (settings.concentration,) * settings.num_agents  # of the aggregator
+        self.peft_config = adapted.peft_config["default"]
+        layers = [(n, m) for n, m in adapted.get_base_model().named_modules() if _is_adapted(m)]
+        self.base = adapted.get_base_model()
+        for name, layer in layers:
+            if not isinstance(layer.base_layer, nn.Linear | Conv1D):
+                raise ConfigError(
+                    f"tuning.target_modules: agents adapt linear layers, found {name}, a "
+                    f"{type(layer.base_layer).__name__}; leave it out"
+                )
+            parent, _, last = name.rpartition(".")
+            agents = AgentsLinear(layer, self.num_agents, settings.dropconnect)
+            setattr(self.base.get_submodule(parent), last, agents)
+        self.known = inspect.signature(self.base.forward).parameters
+        self.config = self.base.config
+        self.generation_config = getattr(self.base, "generation_config", None)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+    ) -> Any:
+        """As the base's with K times the rows: input_ids (B, T) -> logits (K * B, T, V)."""
+        tensors = {"attention_mask": attention_mask, "position_ids": position_ids}
+        given = {name: each for name, each in tensors.items() if each is not None}
+        options: dict[str, Any] = {
+            name: self._repeated(each) for name, each in given.items() if name in self.known
+        }
+        if logits_to_keep and "logits_to_keep" in self.known:
+            options["logits_to_keep"] = logits_to_keep
+        return self.base(
+            input_ids=self._repeated(input_ids),
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **options,
+        )
+
+    def _repeated(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.repeat(self.num_agents, *[1] * (rows.dim() - 1))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        self.base.gradient_checkpointing_enable(**options)
+
+    # -- folders
+
+    def described(self) -> dict[str, Any]:
+        """What the agents are, for a file beside them."""
+        given = self.peft_config
+        return {
+            "num_agents": self.num_agents,
+            "r": given.r,
+            "lora_alpha": given.lora_alpha,
+            "lora_dropout": given.lora_dropout,
+            "target_modules": sorted(given.target_modules),
+            "aggregator": self.aggregator,
+            "concentration": list(self.concentration),
+        }
+
+    def save_pretrained(
+        self, folder: str, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """`agent0` ... `agent{K-1}`, each an adapter in PEFT's own format. `state_dict`: whole
+        weights by name, where the module itself has only parts of them."""
+        told = copy.copy(self.peft_config)
+        told.inference_mode = True
+        whole = self.state_dict() if state_dict is None else state_dict
+        adapters = {name: each for name, each in whole.items() if "lora_" in name}
+        for agent in range(self.num_agents):
+            place = Path(folder, f"agent{agent}")
+            told.save_pretrained(str(place))
+            own = {in_peft(n): each[agent].cpu().contiguous() for n, each in adapters.items()}
+            save_file(own, str(place / WEIGHTS), {"format": "pt"})
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, LoraLayer)
+
+
+def in_peft(name: str) -> str:
+    """The name that PEFT gives a weight of an agent in its files."""
+    return f"base_model.model.{name.removeprefix('base.')}.weight"

@@ -1,0 +1,255 @@
+"""Source algorithms: what learns each goal from nothing, and is recorded while it does.
+
+Both are the PPO of Stable-Baselines3 with the published settings. `ppo` has the networks of many
+goals in stacked matrices and trains them together: the same updates, at a tenth of the time.
+`stable_baselines` is the library itself, one goal after the other, and what the former is held
+against.
+
+One policy acts in all streams of a goal, and is updated after every episode.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sft.config.schema import EPISODE
+from sft.tasks.distill.darkroom import MOVES, NUM_CELLS, SIZE, Rooms, place_of
+
+# As published; the rest is what Stable-Baselines3 has for defaults.
+BATCH, EPOCHS, RATE = 50, 20, 3e-4
+GAMMA, LAMBDA, CLIP, VALUE_WEIGHT, MAX_NORM = 0.99, 0.95, 0.2, 0.5, 0.5
+HIDDEN, ADAM_EPSILON = 64, 1e-5
+
+
+@dataclass(frozen=True)
+class Histories:
+    """What sources did: (goals, streams, steps), whole episodes one after the other."""
+
+    cells: torch.Tensor
+    actions: torch.Tensor
+    rewards: torch.Tensor
+    next_cells: torch.Tensor
+    """Where each step ended, the last one of an episode included."""
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.cells, self.actions, self.rewards, self.next_cells
+
+    def returns(self) -> torch.Tensor:
+        """(goals, streams, episodes)."""
+        return self.rewards.float().unflatten(-1, (-1, EPISODE)).sum(-1)
+
+    @staticmethod
+    def joined(parts: Sequence[Histories]) -> Histories:
+        """Of the goals of all parts."""
+        return Histories(*map(torch.cat, zip(*(part.tensors() for part in parts), strict=True)))
+
+
+class _Networks:
+    """Policies and values of Stable-Baselines3's MlpPolicy, of all goals: two hidden layers of
+    tanh each. Stacked first by kind, then by goal, so that each kind is one slice."""
+
+    def __init__(self, num_goals: int, generator: torch.Generator):
+        def matrices(number: int, inputs: int, outputs: int, gain: float) -> torch.Tensor:
+            stack = torch.empty(number, outputs, inputs)
+            for each in stack:
+                nn.init.orthogonal_(each, gain, generator=generator)
+            return stack.transpose(1, 2).contiguous()
+
+        g, root = num_goals, math.sqrt(2)
+        weights = [
+            matrices(2 * g, 2, HIDDEN, root),
+            matrices(2 * g, HIDDEN, HIDDEN, root),
+            matrices(g, HIDDEN, len(MOVES), 0.01),
+            matrices(g, HIDDEN, 1, 1.0),
+        ]
+        biases = [torch.zeros(len(each), 1, each.shape[2]) for each in weights]
+        self.weights, self.biases, self.num_goals = weights, biases, num_goals
+        self.parameters = [*weights, *biases]
+        for each in self.parameters:
+            each.requires_grad_()
+        self.optimizer = torch.optim.Adam(self.parameters, RATE, eps=ADAM_EPSILON, fused=True)
+
+    def __call__(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """places: (goals, batch, 2). Returns (log probabilities of actions, values)."""
+        w, b = self.weights, self.biases
+        x = places.repeat(2, 1, 1)
+        for layer in (0, 1):
+            x = torch.tanh(torch.baddbmm(b[layer], x, w[layer]))
+        logits = torch.baddbmm(b[2], x[: self.num_goals], w[2])
+        values = torch.baddbmm(b[3], x[self.num_goals :], w[3])
+        return logits.log_softmax(-1), values.squeeze(-1)
+
+    def update(self, loss: torch.Tensor) -> None:
+        """A step of Adam; the gradient of each goal is clipped by itself."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        own = [each.view(-1, self.num_goals, each[0].numel()) for each in gradients]
+        norms = torch.stack([each.square().sum((0, 2)) for each in own]).sum(0).sqrt()
+        scale = (MAX_NORM / (norms + 1e-6)).clamp(max=1.0)
+        for each in own:
+            each.mul_(scale[:, None])
+        self.optimizer.step()
+
+
+def ppo(goals: Sequence[int], num_streams: int, num_steps: int, seed: int) -> Histories:
+    """Histories of all `goals`, trained side by side; a function of the arguments, on one thread
+    of one machine."""
+    generator = torch.Generator().manual_seed(seed)
+    networks = _Networks(len(goals), generator)
+    rooms = Rooms(torch.tensor(goals)[:, None].expand(-1, num_streams).contiguous())
+    episodes = []
+    for _ in range(num_steps // EPISODE):
+        episode, probabilities, values = _play(networks, rooms, generator)
+        episodes.append(episode)
+        advantages = _advantages(episode.rewards.float(), values)
+        _learn(networks, episode, probabilities, advantages, advantages + values, generator)
+    columns = zip(*(episode.tensors() for episode in episodes), strict=True)
+    return Histories(*(torch.cat(column, -1).to(torch.uint8) for column in columns))
+
+
+PLACES = torch.tensor([place_of(cell) for cell in range(NUM_CELLS)], dtype=torch.float32)
+
+
+@torch.no_grad()
+def _play(
+    networks: _Networks, rooms: Rooms, generator: torch.Generator
+) -> tuple[Histories, torch.Tensor, torch.Tensor]:
+    """(an episode in all streams, log probabilities of its actions, values), (goals, streams,
+    20)."""
+    cells, steps = rooms.reset(), []
+    for _ in range(EPISODE):
+        logs, values = networks(PLACES[cells])
+        drawn = torch.multinomial(logs.exp().flatten(0, 1), 1, generator=generator)
+        actions = drawn.view_as(cells)
+        taken = logs.gather(-1, actions[..., None]).squeeze(-1)
+        before = cells
+        cells, rewards, _ = rooms.step(actions)
+        steps.append((before, actions, rewards, cells, taken, values))
+    *episode, taken, values = (torch.stack(column, -1) for column in zip(*steps, strict=True))
+    return Histories(*episode), taken, values
+
+
+def _advantages(rewards: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Generalised advantage estimation along the last dimension, which is one episode."""
+    result, later = torch.empty_like(values), torch.zeros_like(values[..., 0])
+    after = later  # nothing has value behind the end
+    for step in reversed(range(EPISODE)):
+        error = rewards[..., step] + GAMMA * after - values[..., step]
+        later = error + GAMMA * LAMBDA * later
+        after, result[..., step] = values[..., step], later
+    return result
+
+
+def _learn(
+    networks: _Networks,
+    episode: Histories,
+    before: torch.Tensor,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    generator: torch.Generator,
+) -> None:
+    """The epochs of one update; each goal has an order of its own."""
+    flat = [each.flatten(1) for each in (episode.actions, before, advantages, returns)]
+    places = PLACES[episode.cells.flatten(1)]
+    for _ in range(EPOCHS):
+        order = torch.rand(places.shape[:2], generator=generator).argsort(1)
+        shuffled = [places.gather(1, order[..., None].expand_as(places))]
+        shuffled += [each.gather(1, order) for each in flat]
+        batches = (each.split(BATCH, 1) for each in shuffled)
+        for seen, actions, old, advantage, aim in zip(*batches, strict=True):
+            logs, values = networks(seen)
+            ratio = (logs.gather(-1, actions[..., None]).squeeze(-1) - old).exp()
+            spread = advantage.std(1, keepdim=True) + 1e-8
+            gain = (advantage - advantage.mean(1, True)) / spread
+            clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+            policy = -torch.min(ratio * gain, clipped * gain).mean(1)
+            value = (aim - values).square().mean(1)
+            networks.update((policy + VALUE_WEIGHT * value).sum())
+
+
+# --- Stable-Baselines3 ---------------------------------------------------------------------------
+
+
+def stable_baselines(
+    goals: Sequence[int], num_streams: int, num_steps: int, seed: int
+) -> Histories:
+    """The same from Stable-Baselines3's own PPO, one goal after the other."""
+    parts = [_stable_baselines(goal, num_streams, num_steps, seed) for goal in goals]
+    return Histories.joined(parts)
+
+
+def _stable_baselines(goal: int, num_streams: int, num_steps: int, seed: int) -> Histories:
+    import stable_baselines3
+
+    rooms = _recorded_rooms(goal, num_streams)
+    learner = stable_baselines3.PPO(
+        "MlpPolicy",
+        rooms,
+        n_steps=EPISODE,
+        batch_size=BATCH,
+        n_epochs=EPOCHS,
+        learning_rate=RATE,
+        seed=seed,
+        device="cpu",
+    )
+    learner.learn(num_streams * num_steps)
+    columns = zip(*rooms.steps[:num_steps], strict=True)
+    return Histories(*(torch.stack(column, -1)[None].to(torch.uint8) for column in columns))
+
+
+def _recorded_rooms(goal: int, num_streams: int) -> Any:
+    """Rooms as Stable-Baselines3 steps them; every step is kept in `steps`."""
+    import numpy as np
+    from gymnasium import spaces
+    from stable_baselines3.common.vec_env import VecEnv
+
+    class Recorded(VecEnv):
+        def __init__(self) -> None:
+            box = spaces.Box(0, SIZE - 1, (2,), np.float32)
+            super().__init__(num_streams, box, spaces.Discrete(len(MOVES)))
+            self.rooms = Rooms([goal] * num_streams)
+            self.steps: list[tuple[torch.Tensor, ...]] = []
+
+        def reset(self) -> np.ndarray:
+            return PLACES[self.rooms.reset()].numpy()
+
+        def step_async(self, actions: np.ndarray) -> None:
+            self.actions = torch.from_numpy(actions)
+
+        def step_wait(self) -> Any:
+            before = self.rooms.cells
+            cells, rewards, over = self.rooms.step(self.actions)
+            self.steps.append((before, self.actions, rewards, cells))
+            seen = PLACES[cells].numpy()
+            told: list[dict[str, Any]] = [{} for _ in range(num_streams)]
+            if over:  # the library wants the next episode's first observation, and the last beside
+                told = [{"terminal_observation": each} for each in seen]
+                seen = self.reset()
+            # A copy: the library may add to the rewards that it is given.
+            return seen, rewards.float().numpy(), np.full(num_streams, over), told
+
+        def close(self) -> None: ...
+
+        def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+            return [getattr(self, attr_name, None)] * num_streams
+
+        def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+            raise NotImplementedError
+
+        def env_method(self, method_name: str, *args: Any, **kwargs: Any) -> list[Any]:
+            raise NotImplementedError
+
+        def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+            return [False] * num_streams
+
+    return Recorded()
+
+
+SOURCES = {"ppo": ppo, "stable_baselines3": stable_baselines}

@@ -1,0 +1,205 @@
+"""The model: a causal transformer over transitions, which predicts the next action at each of them.
+
+A token has the transition before it (cell, action, reward, next cell) and the cell that it asks an
+action for: the published transition token and query token in one. So a single causal pass over a
+window predicts the action behind every number of transitions, from none to all but the last of the
+context: it is trained to begin with an empty history. Cells are coordinates, not names, so that a
+goal which was never seen lies between some that were.
+
+With `compress` two more tokens mark where a region of the history begins and ends, and a second
+head says behind each step whether the region ends there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sft.config.schema import Distill
+from sft.tasks.distill.darkroom import MOVES, NUM_CELLS, SIZE, place_of
+from sft.tasks.distill.source import Histories
+
+# What a token is made of, in this order: cell, action, reward and next cell of the transition;
+# whether there is none; the present cell; whether it marks a region's begin, or its end.
+PARTS = {"before": 2, "action": len(MOVES), "reward": 1, "after": 2, "none": 1, "now": 2}
+MARKS = {"begin": 1, "end": 1}
+NUM_FEATURES = sum(PARTS.values()) + sum(MARKS.values())
+NUM_BEFORE = 2 + len(MOVES) + 1 + 2  # features of the transition
+NONE = NUM_BEFORE  # place of that feature
+BEGIN, END = NUM_FEATURES - 2, NUM_FEATURES - 1
+GOES_ON, ENDS = 0, 1  # token types: what comes next in the region
+COORDINATES = (torch.tensor([place_of(cell) for cell in range(NUM_CELLS)]) - (SIZE - 1) / 2) / (
+    (SIZE - 1) / 2
+)  # (cells, 2), from -1 to 1
+
+
+def features(now: torch.Tensor, before: Histories) -> torch.Tensor:
+    """Tokens (..., NUM_FEATURES) of steps in cells `now`, each behind the transition `before`."""
+    place = COORDINATES.to(now.device)
+    action = F.one_hot(before.actions.long(), len(MOVES))
+    reward = before.rewards[..., None]
+    marks = torch.zeros(*now.shape, 1 + 2 + 2, device=now.device)
+    marks[..., 1:3] = place[now.long()]
+    cells = (place[before.cells.long()], action, reward, place[before.next_cells.long()], marks)
+    return torch.cat(cells, -1)
+
+
+def alone(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens of steps as they are when the history begins there: without a transition before."""
+    result = tokens.clone()
+    result[..., :NUM_BEFORE] = 0.0
+    result[..., NONE] = 1.0
+    return result
+
+
+def mark(kind: int, like: torch.Tensor) -> torch.Tensor:
+    """A token that is the mark `kind` (BEGIN or END) for each of `like`, (..., NUM_FEATURES)."""
+    result = torch.zeros_like(like)
+    result[..., kind] = 1.0
+    return result
+
+
+def window_tokens(window: Histories) -> torch.Tensor:
+    """(windows, steps, NUM_FEATURES) of histories (windows, steps) that begin at an episode."""
+    before = Histories(*(each.roll(1, -1) for each in window.tensors()))
+    tokens = features(window.cells, before)
+    return torch.cat([alone(tokens[:, :1]), tokens[:, 1:]], 1)
+
+
+def with_marks(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens of two regions, each half of `tokens`: begin, steps, end, begin, steps."""
+    first, second = tokens.chunk(2, 1)
+    begin, end = (mark(kind, tokens[:, :1]) for kind in (BEGIN, END))
+    return torch.cat([begin, first, end, begin, second], 1)
+
+
+def num_positions(settings: Distill) -> int:
+    return settings.context + 3 * settings.compress
+
+
+class Cache:
+    """Keys and values of tokens that were seen: (rows, positions, heads, size) for each block."""
+
+    def __init__(self, model: Transformer, rows: int, device: torch.device):
+        settings = model.settings
+        heads, width = settings.num_heads, settings.width
+        shape = (2, rows, num_positions(settings), heads, width // heads)
+        self.blocks = [torch.zeros(shape, device=device) for _ in range(settings.num_layers)]
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.into = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        kept: torch.Tensor | None,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x: (rows, tokens, width). `kept`: of a Cache, to which these are added."""
+        query, key, value = self.into(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        if kept is not None:
+            rows = torch.arange(len(x), device=x.device)[:, None]
+            kept[0][rows, positions], kept[1][rows, positions] = key.float(), value.float()
+            seen = mask.shape[-1] if mask is not None else int(positions.max()) + 1
+            key, value = (each[:, :seen].to(query.dtype) for each in kept)
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+        causal = mask is None and x.shape[1] > 1
+        found = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
+        return self.out(found.transpose(1, 2).flatten(-2))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.attention_norm, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm = nn.LayerNorm(width)
+        self.layers = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        kept: torch.Tensor | None,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        attended = self.attention(self.attention_norm(x), kept, positions, mask)
+        x = x + self.dropout(attended)
+        return x + self.dropout(self.layers(self.norm(x)))
+
+
+class Transformer(nn.Module):
+    def __init__(self, settings: Distill):
+        super().__init__()
+        self.settings = settings
+        width, depth = settings.width, settings.num_layers
+        self.embedding = nn.Linear(NUM_FEATURES, width)
+        self.positions = nn.Parameter(torch.empty(num_positions(settings), width))
+        self.blocks = nn.ModuleList(
+            Block(width, settings.num_heads, settings.dropout) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.action = nn.Linear(width, len(MOVES))
+        self.kind = nn.Linear(width, 2) if settings.compress else None
+        self._initialise()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """As models of transformers call it: what tokens enter by."""
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The first of the heads."""
+        return self.action
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Each block adds little at first, and no action is preferred."""
+        nn.init.normal_(self.positions, std=0.02)
+        residual = 1 / math.sqrt(2 * len(self.blocks))
+        for name, parameter in self.blocks.named_parameters():
+            if parameter.ndim == 2 and "norm" not in name:
+                nn.init.normal_(parameter, std=1 / math.sqrt(self.settings.width))
+                if name.endswith(("out.weight", "layers.2.weight")):
+                    parameter.mul_(residual)
+        nn.init.normal_(self.action.weight, std=0.02)
+
+    def forward(
+        self, tokens: torch.Tensor, cache: Cache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """tokens: (rows, tokens, NUM_FEATURES). With a cache they come behind those that each row
+        has in it, and are added to it. Returns logits of (actions, token types)."""
+        number = tokens.shape[1]
+        positions = torch.arange(number, device=tokens.device)[None]
+        mask = None
+        if cache is not None:
+            positions = positions + cache.lengths[:, None]
+            mask = _mask(positions)
+        x = self.embedding(tokens) + self.positions[positions]
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache.blocks[i], positions, mask)
+        if cache is not None:
+            cache.lengths = cache.lengths + number
+        x = self.norm(x)
+        return self.action(x), None if self.kind is None else self.kind(x)
+
+
+def _mask(positions: torch.Tensor) -> torch.Tensor | None:
+    """(rows, 1, tokens, keys): who sees whom, each its own past; None if all see all there is, or
+    the causal order is that of an empty cache."""
+    same = bool((positions == positions[:1]).all())
+    if same and (positions.shape[1] == 1 or int(positions[0, 0]) == 0):
+        return None
+    keys = torch.arange(int(positions.max()) + 1, device=positions.device)
+    return (keys <= positions[..., None])[:, None]

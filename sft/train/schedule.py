@@ -1,0 +1,30 @@
+"""Learning rate and order: functions of the configuration and the step."""
+
+from __future__ import annotations
+
+import math
+
+from sft.config.schema import Train
+from sft.data import batches
+
+# --- the run -----------------------------------------------------------------------------------
+
+
+def learning_rate(train: Train, step: int, total_steps: int) -> float:
+    """Linear warm-up, then `schedule` down to `min_lr_ratio`: a function of the step (from 0)."""
+    warmup = math.ceil(train.warmup_ratio * total_steps)
+    if step < warmup:
+        return train.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, total_steps - 1 - warmup)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    floor = 1.0 if train.schedule == "constant" else train.min_lr_ratio
+    return train.learning_rate * (floor + (1 - floor) * shape[train.schedule])
+
+
+def order_seed(train: Train) -> int | None:
+    return train.seed if train.shuffle else None
+
+
+def total_steps(train: Train, num_examples: int) -> int:
+    per_epoch = batches.steps_per_epoch(num_examples, train.global_batch)
+    return train.max_steps or max(1, math.ceil(train.epochs * per_epoch))

@@ -1,0 +1,56 @@
+"""The state of a run in a checkpoint, and whether it belongs to this run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sft import errors
+from sft.config.schema import Train
+from sft.errors import AnotherRunError
+from sft.runtime import checkpoint
+
+
+def identity(train: Train, of_task: dict[str, str]) -> dict[str, str]:
+    """What must be the same in a run and one that resumes it."""
+    return {
+        "train.seed": str(train.seed),
+        "train.shuffle": str(train.shuffle),
+        "train.global_batch": str(train.global_batch),
+        "train.optimizer": train.optimizer,
+        **of_task,
+    }
+
+
+COUNTS = ("step", "evaluated", "num_skipped", "optimizer_updates", "world_size")
+
+
+def read_state(checkpoint_folder: Path, now: dict[str, str]) -> dict[str, Any]:
+    """trainer.json of a checkpoint. Raises AnotherRunError, with exit code 3 if it is the data, if
+    the run that wrote it differs from the one that `now` is the identity of."""
+    path = checkpoint_folder / "trainer.json"
+    if not path.exists():
+        raise errors.CheckpointError(
+            f"{checkpoint_folder} holds a model, not the state of a run: expected trainer.json; "
+            "resume from a checkpoint_step_<n> folder"
+        )
+    state = json.loads(path.read_text("utf-8"))
+    try:
+        sound = all(type(state[key]) is int and state[key] >= 0 for key in COUNTS)
+        then = dict(state["identity"])
+        dict(state["settings"])
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    named = checkpoint.NAME.fullmatch(checkpoint_folder.name)
+    if not sound or (named and int(named[1]) != state["step"]):
+        raise errors.CheckpointError(f"{path} is not what a run writes into such a folder")
+    if changed := [key for key in {**now, **then} if then.get(key) != now.get(key)]:
+        error = AnotherRunError(
+            f"{checkpoint_folder} belongs to another run; resuming would not continue it:\n  "
+            + "\n  ".join(f"{key}: was {then.get(key)}, is {now.get(key)}" for key in changed)
+            + "\nRestore these, or start anew with another train.output_dir."
+        )
+        error.exit_code = 3 if changed == ["data"] else error.exit_code
+        raise error
+    return state

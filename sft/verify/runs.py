@@ -1,0 +1,136 @@
+"""Whole runs in fresh processes, judged by the files they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sft.config.load import dump_config, with_values
+from sft.errors import ConfigError
+from sft.runtime.console import Advance
+from sft.verify.small import Small
+
+ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "scripts/train.py"
+PATIENCE = 900  # seconds for one run
+
+
+# --- whole runs --------------------------------------------------------------------------------
+
+Launch = Callable[[int, list[str]], str]  # (processes, script and arguments) -> what it printed
+
+
+def fresh(world: int, command: list[str]) -> str:
+    """Runs a script (or `-m module`) in `world` fresh processes, and returns when all are gone."""
+    python = [sys.executable]
+    if world > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment.setdefault("OMP_NUM_THREADS", "1")  # runs share the cores, and the model is small
+    with subprocess.Popen(
+        [*python, *command],
+        env=environment,
+        stdout=subprocess.PIPE,  # which ends when the last process that may write to it has ended
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        try:
+            return process.communicate(timeout=PATIENCE)[0]
+        except subprocess.TimeoutExpired:
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                each.kill()
+            return process.communicate()[0] + f"\nerror: not ended after {PATIENCE} seconds"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, and how the run ended: `state` as in status.json."""
+
+    folder: Path
+    state: str
+    reason: str
+
+    @property
+    def finished(self) -> bool:
+        return self.state == "finished"
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Runs of a small configuration, each in a folder of its own."""
+
+    small: Small
+    launch: Launch = fresh
+    advance: Advance = lambda *_: None  # is told of every run that has ended
+
+    def run(self, name: str, world: int, *overrides: str, kill: str | None = None) -> Run:
+        """One run by `world` processes; `kill`: see `die_at`."""
+        folder, file = (self.small.folder / f"{name}{suffix}" for suffix in ("", ".yaml"))
+        values = {"train.output_dir": str(folder), "train.num_processes": world}
+        file.write_text(dump_config(with_values(self.small.config, values)), "utf-8")
+        command = [str(TRAIN), "--config", str(file), *overrides]
+        printed = self.launch(world, ["-m", "sft.verify.runs", kill, *command] if kill else command)
+        file.with_suffix(".log").write_text(printed, "utf-8")
+        self.advance(1, name.replace("_", " "))
+        return judged(folder, printed)
+
+
+def judged(folder: Path, printed: str) -> Run:
+    """How a run ended. Exit codes are not judged: those of launchers say little."""
+    try:
+        status = json.loads((folder / "status.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        status = {}
+    lines = [line for line in printed.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    reason = status.get("reason") or (errors or lines[-1:] or ["it printed nothing"])[0]
+    refused = errors and status.get("exit_code", ConfigError.exit_code) == ConfigError.exit_code
+    return Run(folder, "refused" if refused else status.get("state", "failed"), reason)
+
+
+def die_at(point: str) -> None:
+    """SIGKILLs this run, launcher and all ranks, in the save of a step: at `saving:3` when all is
+    written and nothing committed yet, at `saved:3` right after the commit."""
+    when, step = point.split(":")
+    committed, dying = list[str](), list[bool]()
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if dying:
+            return
+        if event == "os.rename" and Path(arguments[1]).name == f"checkpoint_step_{step}":
+            committed.append(os.fspath(arguments[1]))  # as soon as this hook returns
+            dying.extend([True] * (when == "saving"))
+        elif committed:
+            dying.extend([True] * os.path.isdir(committed[0]))
+        if dying:
+            _kill_everything()
+
+    sys.addaudithook(watch)
+
+
+def _kill_everything() -> None:
+    here = psutil.Process()
+    launcher = here.parent()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and launcher:
+        for each in [launcher, *launcher.children()]:
+            if each.pid != here.pid:
+                each.kill()
+    os.kill(here.pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":  # a run that is to be killed: die_at's argument, a script, its arguments
+    die_at(sys.argv[1])
+    sys.argv = sys.argv[2:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
