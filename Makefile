@@ -177,7 +177,7 @@ format: $(READY) ## Let ruff format and mend what it can
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 docs: $(READY) ## Regenerate docs/CONFIG.md from the schema, docs/FAULTS.md from its catalogue
-	@$(BIN)/python -m sft.config > docs/CONFIG.md
+	@$(BIN)/python scripts/config_reference.py > docs/CONFIG.md
 	@PYTHONPATH=.:tests $(BIN)/python tests/faults/catalogue.py > docs/FAULTS.md
 
 clean: ## Remove caches; OUTPUTS=1 also removes outputs/, VENV_TOO=1 the environment

@@ -49,13 +49,14 @@ from sft.models import load
 from sft.plan.choose import SATURATING_TOKENS
 from sft.runtime import hardware
 from sft.runtime.console import make_console, write_json
+from sft.runtime.context import Context
 from sft.runtime.log import Log
 from sft.runtime.processes import start_processes
 from sft.tasks.crowd import agents
 from sft.tasks.crowd.aggregator import Aggregator, Mixture, calibration_error, calibration_sums, mix
 from sft.tasks.crowd.diversity import directions, disagreement, diversity
 from sft.tasks.crowd.task import CrowdTune, Reader
-from sft.tasks.registry import make_task
+from sft.tasks.registry import task_of
 from sft.tasks.sft.task import FineTune
 from sft.train.engine import Engine
 from sft.train.optimizer import build_optimizer
@@ -76,8 +77,8 @@ def configuration(work: Path, *overrides: str) -> Config:
 def engine_of(config: Config, prepared: Prepared, budget: batches.Budget) -> Engine:
     accelerator = start_processes(config.train)
     built = load.build(config, "fp32", accelerator.device)
-    task = make_task(config, prepared, built, accelerator, Log(None), budget)
-    return Engine(task, config.train, accelerator, Log(None), budget)
+    task = task_of(config)(config, prepared, built, budget, Context(accelerator, Log(None)))
+    return Engine(task, config.train, Context(accelerator, Log(None)), budget)
 
 
 def first(examples: Examples, number: int) -> Examples:
@@ -237,7 +238,7 @@ class Passes:
         """From the crowd's own loss and gradients, relative."""
         task, built = self.crowd.task, self.crowd.task.model
         batch = task.collate(self.crowd.window(0)[0])
-        task.surveyed([], None, 0.0)
+        task.set_global_batch([], None, 0.0)
         loss = task.loss(built, batch)[0] / task.num_supervised(batch)
         built.zero_grad()
         loss.backward()

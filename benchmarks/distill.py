@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
-from sft.config.load import load_run
-from sft.config.schema import DistillConfig
 from sft.runtime.console import make_console, write_json
 from sft.tasks.distill import darkroom, rollout, source, task
+from sft.tasks.distill.config import DistillConfig
+from sft.tasks.registry import load_run
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs/ad_darkroom.yaml"

@@ -48,8 +48,8 @@ from torch.utils.checkpoint import (
 from transformers import LlamaConfig, PhiConfig, PretrainedConfig, Qwen2Config
 
 from sft.cli import quiet_libraries
-from sft.config.load import dump_config, load_run, with_values
-from sft.config.schema import AnyConfig, Config
+from sft.config.load import dump_config, with_values
+from sft.config.schema import Config, RunConfig
 from sft.errors import OutOfMemory
 from sft.models import adapters as models_adapters
 from sft.models import dtypes
@@ -58,6 +58,7 @@ from sft.plan.dry_run import Window, uniform
 from sft.runtime.console import make_console
 from sft.runtime.deepspeed import deepspeed_settings
 from sft.tasks.distill.transformer import num_positions
+from sft.tasks.registry import load_run
 from sft.tasks.sft.task import FineTune
 
 MIB = 2**20
@@ -103,7 +104,7 @@ def grid(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def against_real(config: AnyConfig, window: Window) -> dict[str, Any]:
+def against_real(config: RunConfig, window: Window) -> dict[str, Any]:
     fake = dry_run.rehearse(config, "fp32", window).peak().num_bytes
     real = [dry_run.make_engine(config, "fp32", window, weights=False) for _ in range(2)]
     tracked = dry_run.record(real[0]).peak().num_bytes
@@ -429,7 +430,7 @@ def processes(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def one_of_two(config: AnyConfig, folder: Path, length: int | None = None) -> dict[str, Any]:
+def one_of_two(config: RunConfig, folder: Path, length: int | None = None) -> dict[str, Any]:
     """`length`: tokens of an example, if another than the worker asks for."""
     file, out = folder / "run.yaml", folder / "peak"
     file.write_text(dump_config(config))

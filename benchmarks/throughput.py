@@ -56,6 +56,7 @@ from sft.models import load
 from sft.plan import plan
 from sft.runtime import hardware
 from sft.runtime.console import make_console
+from sft.runtime.context import Context
 from sft.runtime.log import Log
 from sft.runtime.processes import start_processes
 from sft.tasks.sft.task import FineTune
@@ -278,10 +279,10 @@ def overhead(work: Path, data: Path, args: argparse.Namespace) -> dict[str, floa
     accelerator = start_processes(config.train)
     log = Log(work / "overhead", tensorboard=True)
     log.console = None
-    planned = plan.make_plan(config, prepared, hardware.detect(work), 1)
+    planned = plan.make_plan(config, FineTune.workload(config, prepared), hardware.detect(work), 1)
     built = load.build(config, planned.precision, accelerator.device)
-    task = FineTune(config, prepared, built, accelerator, log, planned.budget)
-    engine = Engine(task, config.train, accelerator, log, planned.budget)
+    task = FineTune(config, prepared, built, planned.budget, Context(accelerator, log))
+    engine = Engine(task, config.train, Context(accelerator, log), planned.budget)
     engine.probe_seconds_per_step()
     spent: dict[str, float] = {}
 

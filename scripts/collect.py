@@ -1,8 +1,8 @@
 """Source histories of the Darkroom: what PPO did while it learnt each goal, on all cores."""
 
 from sft import cli
-from sft.config.schema import DistillConfig
 from sft.errors import ConfigError
+from sft.tasks.distill.config import DistillConfig
 
 
 def main() -> None:

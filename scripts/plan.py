@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from sft import cli
-from sft.config.load import load_config, refuse_one_agent
-from sft.config.schema import AnyConfig, Config
+from sft.config.load import load_config
+from sft.config.schema import Config, RunConfig
 from sft.errors import ConfigError
 from sft.plan import gpus
 from sft.runtime import hardware
 from sft.runtime.hardware import Hardware
+from sft.tasks.registry import task_of
 
 
 def main() -> None:
@@ -31,10 +32,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("outputs/plan.json"), help="all numbers")
     args = parser.parse_intermixed_args()
     config = configuration(args)
-    from sft.data import cache
     from sft.plan import advice, plan, report
     from sft.runtime.console import make_console
-    from sft.tasks import base
 
     machine, world_size = target(args, config)
     console = make_console()
@@ -43,32 +42,29 @@ def main() -> None:
         numbers = found = advice.comparison(config)
         console.print(report.comparison_table(found, config.data.max_seq_len))
     else:
-        if not isinstance(config, Config):
-            work = base.Work.windows(config.distill)
-        elif args.uniform or args.model is not None:
-            work = base.Work.uniform(config)
+        if isinstance(config, Config) and (args.uniform or args.model is not None):
+            workload = task_of(config).uniform_workload(config)
         else:
-            work = base.Work.of(cache.prepare(config))
-        made = plan.make_plan(config, work, machine, world_size)
+            workload = task_of(config).workload(config)
+        made = plan.make_plan(config, workload, machine, world_size)
         console.print(report.table(made))
         console.print(report.memory_table(made))
-        advised = advice.advice(config, work, machine, made)
+        advised = advice.advice(config, workload, machine, made)
         console.print(report.advice_table(advised))
         numbers = report.report(made, advised)
     cli.write_json(args.json, numbers)
     console.print(f"all numbers: {args.json}")
 
 
-def configuration(args: Namespace) -> AnyConfig:
+def configuration(args: Namespace) -> RunConfig:
     """That of the file; or the defaults for a model alone."""
     if args.model is None:
         if args.tuning or args.seq:
             told = 'of a configuration set ARGS="tuning.mode=... data.max_seq_len=..."'
             raise ConfigError(f"TUNING and SEQ describe a MODEL; {told}")
         config = cli.run_configuration(args)
-        if isinstance(config, Config):
-            refuse_one_agent(config)
-        elif args.compare or args.uniform:
+        task_of(config).refuse_untrainable(config)
+        if not isinstance(config, Config) and (args.compare or args.uniform):
             raise ConfigError(
                 "COMPARE and UNIFORM are about ways of tuning and rows of text: expected task: "
                 f"sft, found task: {config.task}; leave them out"
@@ -83,7 +79,7 @@ def configuration(args: Namespace) -> AnyConfig:
     )
 
 
-def target(args: Namespace, config: AnyConfig) -> tuple[Hardware, int]:
+def target(args: Namespace, config: RunConfig) -> tuple[Hardware, int]:
     """(devices to plan for, processes)."""
     machine = hardware.detect()
     if args.gpu is None and args.gib is None:

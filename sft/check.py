@@ -7,53 +7,31 @@ removed.
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
-from sft.config.load import load_run, refuse_one_agent, with_values
-from sft.config.schema import EPISODE, AnyConfig, Config, Configured, DistillConfig, Train
-from sft.data import cache, template
+from sft.config.load import with_values
+from sft.config.schema import Configured, RunConfig
 from sft.errors import UserError
-from sft.evaluate import predictions
-from sft.models import load
 from sft.plan import plan
 from sft.runtime import hardware, processes
-from sft.runtime.console import duration, make_console, size
+from sft.runtime.console import make_console, size
+from sft.runtime.context import Context
 from sft.runtime.disk import folder_bytes, free_bytes, refuse_if_full, refuse_if_unwritable
-from sft.runtime.log import Log
 from sft.runtime.precision import resolve_precision
-from sft.tasks import base
-from sft.tasks.distill import histories
-from sft.tasks.distill.source import SOURCES
-from sft.tasks.distill.task import Distillation, blank_histories, build, try_unseen
-from sft.tasks.registry import make_task
-from sft.tasks.sft.task import FineTune, usable_budget
+from sft.tasks.base import Finding, Task
+from sft.tasks.registry import load_run, task_of
 from sft.train import engine
-from sft.train.task import Task
 
 ROWS = 8  # examples of the training step
-NEW_TOKENS = 16  # of the answer, at most
-
-
-@dataclass(frozen=True)
-class Finding:
-    ok: bool
-    what: str
-    do: str = ""
 
 
 def run(config_file: str, overrides: list[str], requirements: Path) -> bool:
@@ -85,8 +63,9 @@ def _all(config_file: str, overrides: list[str], requirements: Path) -> Iterator
     yield precision(config, machine)
     yield writable(Path(config.train.output_dir))
     try:
-        for check in (*OF_TASK[config.task].data, disk):
-            yield check(config)
+        task_of(config).refuse_untrainable(config)
+        yield from task_of(config).check_data(config)
+        yield disk(config)
         yield from trial(config)
     except UserError as error:
         yield Finding(False, str(error), "mend this first; later checks that need it are left out")
@@ -119,7 +98,7 @@ def devices(machine: hardware.Hardware) -> Finding:
     return Finding(True, f"device: {gpus or f'CPU, {machine.cores} cores'}; {ram} of RAM available")
 
 
-def precision(config: AnyConfig, machine: hardware.Hardware) -> Finding:
+def precision(config: RunConfig, machine: hardware.Hardware) -> Finding:
     wanted, reason = resolve_precision(config.train)
     capable = all(d.bf16 for d in machine.devices) if machine.devices else machine.cpu_bf16
     what = f"precision: {wanted} ({reason}); bf16 {'in hardware' if capable else 'not in hardware'}"
@@ -138,56 +117,10 @@ def writable(folder: Path) -> Finding:
     return Finding(True, f"write access: {folder}")
 
 
-def tokenizer(config: Config) -> Finding:
-    """Renders a conversation and compares its start with the prompt that inference makes."""
-    loaded = load.load_tokenizer(config.model)
-    template.prepare_tokenizer(loaded)
-    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
-    example = template.render(loaded, turns)
-    if mismatch := template.prompt_mismatch(loaded, turns, example):
-        return Finding(False, f"chat template: {mismatch}", "training and serving would differ")
-    return Finding(True, f"tokenizer and template: {len(loaded):,} tokens, prompts as when served")
-
-
-def rows(config: Config) -> Finding:
-    prepared = cache.prepare(config)
-    longest = max(prepared.train.lengths)
-    return Finding(
-        True,
-        f"data: {len(prepared.train):,} rows to train on, {len(prepared.held_out):,} held out, "
-        f"longest {longest:,} tokens",
-    )
-
-
-def sources(config: DistillConfig) -> Finding:
-    """Histories that are there can be read; of others how long it takes to collect them, by the
-    time of one episode."""
-    settings = config.distill
-    folder = histories.folder_of(settings)
-    missing = histories.missing(settings)
-    told = f"{settings.num_streams} streams x {settings.num_steps} steps"
-    if not missing:
-        number = len(histories.load(settings).cells)
-        return Finding(True, f"histories: {number} goals x {told} in {folder}")
-    refuse_if_unwritable(folder, "distill.data_dir")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as those that collect
-    started = time.process_time()  # others may use this core as well
-    seed, learnt = missing[0]
-    SOURCES[settings.source](learnt, settings.num_streams, EPISODE, seed)
-    seconds = (time.process_time() - started) * settings.num_steps / EPISODE
-    torch.set_num_threads(threads)
-    rounds = math.ceil(len(missing) / min(len(missing), hardware.usable_cores()))
-    number = sum(len(learnt) for _, learnt in missing)
-    return Finding(
-        True,
-        f"histories: {number} goals x {told} are collected into {folder} first, which takes about "
-        f"{duration(rounds * seconds)} (probed)",
-    )
-
-
-def disk(config: AnyConfig) -> Finding:
-    needed = plan.disk(config, OF_TASK[config.task].num_examples(config))
+def disk(config: RunConfig) -> Finding:
+    kind = task_of(config)
+    number = len(kind.workload(config).lengths)
+    needed = plan.disk(config, number)
     try:
         refuse_if_full(needed, config.train)
     except UserError as error:
@@ -199,142 +132,47 @@ def disk(config: AnyConfig) -> Finding:
 # --- trying it out -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A task that is ready for its first step."""
+def trial(config: RunConfig) -> Iterator[Finding]:
+    """Tries model, processes, two steps on few examples, a checkpoint and an answer.
 
-    task: Task
-    train: Train
-    planned: plan.Plan
-    model: str  # in words
-    saves: bool  # its checkpoint is small enough to be tried
-    answers: Callable[[nn.Module], Iterator[Finding]]  # what the trained model is for
-
-
-def trial(config: AnyConfig) -> Iterator[Finding]:
-    """Model, processes, two optimizer steps of the real task on few examples, a checkpoint of it
-    saved and read back, and an answer; all of it thrown away."""
+    The steps are the task's own; the checkpoint is saved, read back and thrown away.
+    """
     refuse_if_unwritable(Path(config.train.output_dir))
     accelerator = processes.start_processes(processes.any_launch(config).train)
     yield Finding(True, f"Accelerate: {processes.described(accelerator)['devices']}")
     place = hardware.nearest_existing(Path(config.train.output_dir))
     with tempfile.TemporaryDirectory(prefix=".check_", dir=place) as folder:
-        tried = OF_TASK[config.task].begin(_few(config, folder), accelerator)
-        task, planned = tried.task, tried.planned
+        task, planned = _begin(_few(config, folder), accelerator)
         trained = f"{planned.num_trained:,} of {planned.num_parameters:,} parameters are trained"
-        yield Finding(True, f"model: {tried.model}, {trained}")
-        made = engine.Engine(task, tried.train, accelerator, Log(None), task.budget)
+        described = dict(task.describe(config))
+        yield Finding(True, f"model: {described.get('model', config.task)}, {trained}")
+        made = engine.Engine(task, task.config.train, task.context, task.budget)
         values = made.optimizer_step()
         yield Finding(
             True,
-            f"one training step: {planned.global_batch} {planned.words.examples}, "
+            f"one training step: {planned.global_batch} {planned.labels.examples}, "
             f"loss {values['train/loss']:.4f}, gradient norm {values['train/grad_norm']:.4f}",
         )
-        if task.surveys:
-            yield diversity(made)
-        if tried.saves:
+        if task.saves_small_checkpoints:
             made.prove_saving()
             taken = size(folder_bytes(Path(folder)))
             yield Finding(True, f"checkpoint: saved, verified and read back, {taken}")
-        yield from tried.answers(made.model)
+        yield from task.check_result(made, Path(folder))
 
 
 def _few(config: Configured, folder: str) -> Configured:
-    """The configuration for two steps of few examples, in one process."""
+    """Returns the configuration for two steps of few examples, in one process."""
     few = {"train.output_dir": folder, "train.global_batch": ROWS, "train.max_steps": 2}
-    return with_values(processes.any_launch(config), few)
+    return task_of(config).trial_config(with_values(processes.any_launch(config), few))
 
 
-def _fine_tuning(config: Config, accelerator: Accelerator) -> Trial:
-    """On the first rows."""
-    refuse_one_agent(config)
-    few = with_values(
-        config,
-        {
-            "data.max_rows": min(ROWS, config.data.max_rows or ROWS),
-            "evaluation.num_examples": min(1, config.evaluation.num_examples),
-            "evaluation.max_new_tokens": min(NEW_TOKENS, config.evaluation.max_new_tokens),
-        },
-    )
-    prepared = cache.prepare(few)
-    planned = plan.make_plan(few, prepared, hardware.detect(), 1)
-    few = with_values(few, plan.resolved_values(planned))
-    built = load.build(few, planned.precision, accelerator.device)
-    log, asked = Log(None), config.train.layout
-    budget = usable_budget(planned.budget, asked, built, planned.precision, accelerator.device, log)
-    task = make_task(few, prepared, built, accelerator, log, budget)
-    folder = Path(few.train.output_dir)
-
-    def answers(trained: nn.Module) -> Iterator[Finding]:
-        if few.evaluation.num_examples:
-            yield answer(task, trained, folder)
-
-    told = f"{few.tuning.mode} of {few.model.name}"
-    saves = few.tuning.mode != "full"  # whole weights can be large; a run tries it at its start
-    return Trial(task, few.train, planned, told, saves, answers)
-
-
-def _distillation(config: DistillConfig, accelerator: Accelerator) -> Trial:
-    """On the histories, or on blank ones where they are not collected yet."""
-    settings = config.distill.model_copy(update={"eval_seeds": 1})
-    planned = plan.make_plan(config, base.Work.windows(settings), hardware.detect(), 1)
-    few = with_values(config, plan.resolved_values(planned))
-    there = not histories.missing(settings)
-    found = histories.load(settings) if there else blank_histories(settings)
-    built = build(settings, few.train.seed, accelerator.device)
-    task = Distillation(settings, found, built, accelerator, Log(None), planned.budget)
-
-    def answers(trained: nn.Module) -> Iterator[Finding]:
-        tried = try_unseen(trained, settings, accelerator, 1, lambda: None)
-        told = f"{len(tried.goals)} unseen goals, an episode each"
-        yield Finding(True, f"in context: {told}, return {float(tried.returns.mean()):.2f}")
-
-    on = "" if there else ", on blank histories"
-    told = f"{settings.num_layers} layers, width {settings.width}{on}"
-    return Trial(task, few.train, planned, told, True, answers)
-
-
-def diversity(made: engine.Engine) -> Finding:
-    """Of the second step: before the first, agents are the same function."""
-    made.step += 1
-    found = made.optimizer_step()["train/diversity"]
-    made.step -= 1
-    what = f"diversity: {found:.3g} after one step"
-    return Finding(found > 0, what, "" if found > 0 else "agents do not part: train.learning_rate")
-
-
-def answer(task: FineTune, built: nn.Module, folder: Path) -> Finding:
-    """One held-out prompt, as after training."""
-    path = folder / "predictions.jsonl"
-    task.answers(built, path, "check")
-    record = next(predictions.read(path), None)
-    if record is None:
-        return Finding(True, "generation: no held-out row asks for an answer")
-    if "error" in record:
-        return Finding(False, f"generation: {record['row']}: {record['error']}", "mend the row")
-    agents = task.config.crowd.num_agents
-    by = f", by {agents} agents ({task.config.crowd.aggregator})" if agents else ""
-    return Finding(
-        True,
-        f"{'aggregated ' * bool(agents)}generation: {record['prompt_tokens']} tokens asked, "
-        f"{record['completion_tokens']} answered{by}",
-    )
-
-
-@dataclass(frozen=True)
-class Checks:
-    """What is checked of a task; Any is its own configuration."""
-
-    data: list[Callable[[Any], Finding]]
-    num_examples: Callable[[Any], int]
-    begin: Callable[[Any, Accelerator], Trial]
-
-
-OF_TASK = {
-    Config.task: Checks(
-        [tokenizer, rows], lambda config: len(cache.prepare(config).train), _fine_tuning
-    ),
-    DistillConfig.task: Checks(
-        [sources], lambda config: len(base.Work.windows(config.distill).lengths), _distillation
-    ),
-}
+def _begin(config: RunConfig, accelerator: Accelerator) -> tuple[Task, plan.Plan]:
+    """Returns the task, ready for its first step, and its plan."""
+    kind = task_of(config)
+    prepared = kind.trial_data(config)
+    planned = plan.make_plan(config, kind.workload(config, prepared), hardware.detect(), 1)
+    config = with_values(config, plan.resolved_values(planned))
+    context = Context(accelerator)
+    task = kind.build(config, prepared, planned.precision, planned.budget, context)
+    task.budget = task.usable_budget(planned.precision, config.train.layout)
+    return task, planned

@@ -16,10 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from sft.config.load import generation_of, load_config, load_run
-from sft.config.schema import AnyConfig, Config
+from sft.config.load import generation_of, load_config
+from sft.config.schema import Config, RunConfig
 from sft.errors import UserError, redacted
 from sft.runtime.children import LAUNCHER, die_with_parent
+from sft.tasks.registry import load_run
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells report
 
@@ -36,7 +37,7 @@ def configuration(args: argparse.Namespace) -> Config:
     return load_config(args.config, args.overrides)
 
 
-def run_configuration(args: argparse.Namespace) -> AnyConfig:
+def run_configuration(args: argparse.Namespace) -> RunConfig:
     """Of whatever task."""
     return load_run(args.config, args.overrides)
 

@@ -1,41 +1,29 @@
-"""One training run from configuration to results: plan, answer, train, answer again, report.
+"""One training run, of any task, from configuration to results.
 
-It owns the run folder (docs/RUNS.md); however the run ends, `guard` writes it to `status.json`.
+It owns the run folder (docs/RUNS.md). However the run ends, `watchdog` writes it to `status.json`.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
 
-from sft.config.load import refuse_one_agent, with_values
-from sft.config.schema import AnyConfig, Config, DistillConfig, Train
-from sft.data import cache
+from sft import report
+from sft.config.load import with_values
+from sft.config.schema import RunConfig, Train
 from sft.errors import UserError
-from sft.models.dtypes import dtype_table
-from sft.models.load import build
-from sft.plan import calibration, plan, report
-from sft.report import (
-    _answers_table,
-    _banner,
-    _first_row,
-    _groups_table,
-    _scores_table,
-    _tell_results,
-    _told,
-)
-from sft.runtime import agreement, checkpoint, disk, hardware
-from sft.runtime.agreement import agree
-from sft.runtime.console import write_json
+from sft.plan import calibration, plan
+from sft.plan import report as plan_report
+from sft.runtime import agreement, checkpoint, hardware
+from sft.runtime.console import metrics_line
+from sft.runtime.context import Context
+from sft.runtime.disk import refuse_if_full
 from sft.runtime.lock import Lock
 from sft.runtime.log import Log
 from sft.runtime.processes import (
@@ -48,80 +36,78 @@ from sft.runtime.processes import (
 from sft.runtime.status import RANKS, TRACEBACK, Status
 from sft.runtime.watchdog import Guard
 from sft.serve import runs
-from sft.tasks.distill import histories
-from sft.tasks.distill import report as distill_report
-from sft.tasks.registry import make_task
-from sft.tasks.sft import task as sft_task
-from sft.train import profile
+from sft.tasks.base import Task
+from sft.tasks.registry import task_of
 from sft.train.engine import Engine, memory_bytes
 from sft.train.state import identity, read_state
 
 
-def train(config: AnyConfig) -> None:
+def train(config: RunConfig) -> None:
     """Runs `config` in this process group."""
     check_launch(config.train)
     _check_wandb(config)
-    train = config.train
     task = task_of(config)
-    with Guard(Path(train.output_dir), train.stall_timeout) as guard:
-        found = _open_folder(train, guard) if guard.is_first else None
+    task.refuse_untrainable(config)
+    with Guard(Path(config.train.output_dir), config.train.stall_timeout) as guard:
+        found = _open_folder(config.train, guard) if guard.is_first else None
         prepared = task.prepare(config, guard.tick)  # before a process group that could time out
-        accelerator = start_processes(train)
-        agree(accelerator, agreement.facts(config, task.digests(prepared)))
+        accelerator = start_processes(config.train)
+        agreement.agree(accelerator, agreement.facts(config, task.digests(prepared)))
         resumed_from = guard.join(accelerator, found)
         with closing(_open_log(config, accelerator)) as log:
-            task.run(config, prepared, accelerator, log, resumed_from, guard)
+            _run(task, config, prepared, Context(accelerator, log, guard), resumed_from)
         accelerator.wait_for_everyone()  # a run has finished when all ranks have
     end_processes(accelerator)
 
 
 def _run(
-    config: Config,
-    prepared: cache.Prepared,
-    accelerator: Accelerator,
-    log: Log,
+    kind: type[Task],
+    config: RunConfig,
+    prepared: Any,
+    context: Context,
     resumed_from: Path | None,
-    guard: Guard,
 ) -> None:
+    """Plans, builds, measures the base, trains, measures again and reports."""
     started = time.perf_counter()
+    accelerator, log, guard = context.accelerator, context.log, context.guard
     folder = Path(config.train.output_dir)
-    machine = hardware.detect(folder)
     if resumed_from:
-        read_state(resumed_from, identity(config.train, sft_task.identity(config, prepared)))
-    sft_task.check_references(config, prepared)
-    planned = calibration.make_together(config, prepared, machine, accelerator)
-    if warning := disk.refuse_if_full(planned.disk, config.train):
+        read_state(resumed_from, identity(config.train, kind.identity_of(config, prepared)))
+    kind.refuse_unusable(config, prepared)
+    machine = hardware.detect(folder)
+    # The plan counts the data that are in memory already.
+    resident = accelerator.num_processes * kind.resident_bytes(prepared)
+    machine = replace(machine, ram_available_bytes=machine.ram_available_bytes + resident)
+    workload = kind.workload(config, prepared)
+    planned = calibration.make_together(config, workload, machine, accelerator)
+    if warning := refuse_if_full(planned.disk, config.train):
         log.say(f"warning: {warning}")
     resolved = with_values(config, plan.resolved_values(planned))
-    log.say(_banner(config, planned, described(accelerator)))
-    for told in (hardware.table(machine), report.table(planned), *_first_row(prepared)):
-        log.say(told)
+    log.say(report.banner(config, kind.describe(config), planned, described(accelerator)))
+    for shown in (hardware.table(machine), plan_report.table(planned), *kind.preview(prepared)):
+        log.say(shown)
     if log.folder:
-        cache.write(prepared, folder)
-        report.keep(resolved, planned, folder)
+        kind.write_data_report(prepared, folder)
+        plan_report.keep(resolved, planned, folder)
 
     guard.stop_if_asked()
-    model = build(resolved, planned.precision, accelerator.device)
-    log.say(dtype_table(model))
-    budget = sft_task.usable_budget(
-        planned.budget, config.train.layout, model, planned.precision, accelerator.device, log
-    )
+    task = kind.build(resolved, prepared, planned.precision, planned.budget, context)
+    budget = task.usable_budget(planned.precision, config.train.layout)
     if budget != planned.budget:
-        planned = plan.replanned(planned, resolved, prepared, machine, budget)
+        planned = plan.replanned(planned, resolved, workload, machine, budget)
         resolved = calibration.with_budget(resolved, planned, log)
-    task = make_task(resolved, prepared, model, accelerator, log, budget, guard)
-    engine = Engine(task, resolved.train, accelerator, log, budget)
-    engine.guard = guard
-    planned, measured = calibration.confirm_on(engine, planned, resolved, prepared, machine)
-    base = _base_results(folder, task, engine, planned.precision, resumed_from is not None)
-    log.say(f"before: {_told(base['metrics'])}")
-    measured |= profile.timed(engine, resumed_from)
+    engine = Engine(task, resolved.train, context, budget)
+    planned, measured = calibration.confirm_on(engine, planned, resolved, workload, machine)
+    base = task.measure_base(engine, planned.precision, resumed_from is not None)
+    if base:
+        log.say(f"before: {metrics_line(base.metrics)}")
+    measured |= engine.train_to_end(resumed_from)
     with engine.preemptible():
         task.finish(engine.model)
-        path = folder / "evaluation" / "predictions.jsonl"
-        tuned = _results(task, engine.model, path, f"{engine.digest()} {planned.precision}")
-    log.log(engine.step, {f"eval/{name}": value for name, value in tuned["metrics"].items()})
-    log.say(f"after: {_told(tuned['metrics'])}")
+        state = f"{engine.digest()} {planned.precision}"
+        tuned = task.measure(engine.model, folder / "evaluation", state)
+    log.log(engine.step, {f"eval/{name}": value for name, value in tuned.metrics.items()})
+    log.say(f"after: {metrics_line(tuned.metrics)}")
     checkpoint.commit(
         folder / "final_checkpoint", engine.write_final, accelerator, planned.disk.final
     )
@@ -131,13 +117,18 @@ def _run(
         "memory_bytes": memory_bytes(),
     }
     if log.folder:
-        report.write(planned, folder / "plan.json", measured)
-        _tell_results(config, base, tuned, measured, log)
+        plan_report.write(planned, folder / "plan.json", measured)
+        for shown in task.report(base, tuned, folder / "evaluation"):
+            log.say(shown)
+        rows, commands = task.closing_rows(base, tuned)
+        log.say(report.closing(config, rows, commands, measured))
 
 
 def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
-    """Evaluates a finished run into `evaluation/<name>/`, with overrides (another file, more
-    examples). Collective."""
+    """Evaluates a finished run into `evaluation/<name>/`. Collective.
+
+    `overrides` change its configuration, such as the held-out file or the number of examples.
+    """
     config = any_launch(runs.any_run_config(folder, overrides))
     task = task_of(config)
     out = folder / "evaluation" / name
@@ -149,92 +140,25 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
         guard.join(accelerator, None)
         log = Log(out) if accelerator.is_main_process else Log(None)
         with closing(log):
-            task.evaluate(folder, out, config, prepared, accelerator, log, guard)
+            _evaluate(task, folder, out, config, prepared, Context(accelerator, log, guard))
         accelerator.wait_for_everyone()
     end_processes(accelerator)
 
 
-def _prepare(config: Config, moved: Callable[[], None]) -> cache.Prepared:
-    refuse_one_agent(config)
-    return cache.prepare(config, moved)
-
-
-def _prepare_evaluation(config: Config, moved: Callable[[], None]) -> cache.Prepared:
-    prepared = cache.prepare(config, moved)
-    sft_task.check_references(config, prepared)
-    return prepared
-
-
 def _evaluate(
-    folder: Path,
-    out: Path,
-    config: Config,
-    prepared: cache.Prepared,
-    accelerator: Accelerator,
-    log: Log,
-    guard: Guard,
+    kind: type[Task], folder: Path, out: Path, config: Any, prepared: Any, context: Context
 ) -> None:
-    used = config if config.crowd.agent is None else runs.alone(config)
-    planned = calibration.make_together(used, prepared, hardware.detect(folder), accelerator)
-    model, _ = runs.load_tuned(folder, config, planned.precision, accelerator.device)
-    budget = sft_task.usable_budget(
-        planned.budget, "auto", model, planned.precision, accelerator.device, log
-    )
-    task = make_task(config, prepared, model, accelerator, log, budget, guard)
-    path = out / "predictions.jsonl"
+    """Measures the model of the run in `folder` with files in `out`, and reports."""
+    machine = hardware.detect(folder)
+    workload = kind.workload(config, prepared)
+    planned = calibration.make_together(config, workload, machine, context.accelerator)
+    task = kind.open(folder, config, prepared, planned.precision, planned.budget, context)
+    task.budget = task.usable_budget(planned.precision, "auto")
     manifest = checkpoint.sha256(folder / "final_checkpoint" / checkpoint.MANIFEST)
-    results = _results(task, model, path, f"{manifest} {planned.precision}")
-    if log.folder:
-        write_json(out / "metrics.json", results)
-        log.say(_scores_table(f"{folder}: {results['num_examples']:,} examples", results))
-        for told in _groups_table(config, results):
-            log.say(told)
-        log.say(_answers_table(path, config.evaluation.num_shown))
-
-
-# --- tasks -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stages:
-    """What a task does in a run and in its evaluation; Any is the task's own configuration, and
-    what it has prepared."""
-
-    prepare: Callable[[Any, Callable[[], None]], Any]
-    """Before there is a process group, on every rank; calls its argument at signs of progress."""
-    digests: Callable[[Any], dict[str, str]]
-    """Of what was prepared: all ranks must have the same."""
-    run: Callable[[Any, Any, Accelerator, Log, Path | None, Guard], None]
-    prepare_evaluation: Callable[[Any, Callable[[], None]], Any]
-    evaluate: Callable[[Path, Path, Any, Any, Accelerator, Log, Guard], None]
-
-
-def _digests(prepared: cache.Prepared) -> dict[str, str]:
-    train = prepared.audit["train"]
-    return {
-        "data": prepared.audit["data_sha256"],
-        "tokenizer": train["tokenizer_sha256"],
-        "chat template": train["template_sha256"],
-    }
-
-
-TASKS = {
-    Config.task: Stages(_prepare, _digests, _run, _prepare_evaluation, _evaluate),
-    DistillConfig.task: Stages(
-        distill_report.prepare,
-        lambda found: {"data": histories.digest(found)},
-        distill_report.run,
-        lambda config, moved: None,
-        distill_report.evaluate,
-    ),
-}
-
-
-def task_of(config: AnyConfig) -> Stages:
-    return TASKS[config.task]
-
-
-# --- parts of the run --------------------------------------------------------------------------
+    results = task.measure_saved(task.model, out, f"{manifest} {planned.precision}")
+    if context.log.folder:
+        for shown in task.report(None, results, out):
+            context.log.say(shown)
 
 
 def _open_folder(train: Train, guard: Guard) -> Path | None:
@@ -259,40 +183,14 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
     return found
 
 
-def _base_results(
-    folder: Path, task: sft_task.FineTune, engine: Engine, precision: str, resumed: bool
-) -> dict[str, Any]:
-    """Results of the untrained model; a resumed run that asks the same has them on disk."""
-    path = folder / "evaluation" / "base.json"
-    asked = task.config.evaluation.model_dump(exclude={"num_shown", "batch_size"})
-    if resumed and path.exists() and path.with_suffix(".jsonl").exists():
-        found = json.loads(path.read_text("utf-8"))
-        if found.get("settings") == asked:
-            return found
-    state = f"{engine.digest()} {precision}"
-    results = _results(task, engine.model, path.with_suffix(".jsonl"), state)
-    if task.log.folder:
-        write_json(path, results | {"settings": asked})
-    return results
-
-
-def _results(task: sft_task.FineTune, model: nn.Module, path: Path, state: str) -> dict[str, Any]:
-    """Held-out metrics with the scores of the answers, which are written to `path`. Collective."""
-    metrics = task.evaluate(model)
-    found = task.answers(model, path, state)
-    results = found.tally.report()
-    results["metrics"] = metrics | results["metrics"]
-    return results | {"num_examples": found.num_examples, "num_failed": found.num_failed}
-
-
-def _open_log(config: AnyConfig, accelerator: Accelerator) -> Log:
+def _open_log(config: RunConfig, accelerator: Accelerator) -> Log:
     if not accelerator.is_main_process:
         return Log(None)
     train = config.train
     return Log(Path(train.output_dir), tensorboard=train.tensorboard, wandb=_wandb(config))
 
 
-def _wandb(config: AnyConfig) -> Any:
+def _wandb(config: RunConfig) -> Any:
     if not config.train.wandb:
         return None
     wandb = importlib.import_module("wandb")
@@ -301,6 +199,6 @@ def _wandb(config: AnyConfig) -> Any:
     )
 
 
-def _check_wandb(config: AnyConfig) -> None:
+def _check_wandb(config: RunConfig) -> None:
     if config.train.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("train.wandb: wandb is not installed; pip install wandb, or set it false")

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from allocations import true_peak
 
-from sft.config.load import load_run
 from sft.plan import dry_run
 from sft.plan.dry_run import uniform
 from sft.plan.trace import Recorder
 from sft.runtime.processes import start_processes
+from sft.tasks.registry import load_run
 
 WINDOW = uniform(4, 64, 64, micro_batches=2)
 

@@ -18,8 +18,9 @@ from sft.config.load import load_config
 from sft.data import batches, cache
 from sft.models import load
 from sft.runtime import checkpoint, processes
+from sft.runtime.context import Context
 from sft.runtime.log import Log
-from sft.tasks import registry
+from sft.tasks.registry import task_of
 from sft.train import engine
 
 
@@ -30,8 +31,8 @@ def make(case: dict[str, Any], folder: Path) -> engine.Engine:
     accelerator = processes.start_processes(config.train)
     budget = batches.Budget(case["max_tokens"], "padded")
     built = load.build(config, config.train.precision, accelerator.device)
-    task = registry.make_task(config, prepared, built, accelerator, Log(None), budget)
-    return engine.Engine(task, config.train, accelerator, Log(None), budget)
+    task = task_of(config)(config, prepared, built, budget, Context(accelerator, Log(None)))
+    return engine.Engine(task, config.train, Context(accelerator, Log(None)), budget)
 
 
 def run(case: dict[str, Any], out: Path) -> dict[str, Any]:

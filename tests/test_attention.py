@@ -26,6 +26,7 @@ from sft import errors
 from sft.config.schema import Crowd, Generation, Model, Tuning
 from sft.evaluate import generate
 from sft.models import adapters, attention, head, load
+from sft.tasks.crowd.agents import Agents
 
 SMALL = {
     "hidden_size": 32,
@@ -135,7 +136,9 @@ def test_adapters_of_packed_rows_have_the_gradients_that_they_have_with_sdpa(
 
     def gradients(name):
         base = build(SHAPES["llama"], name).requires_grad_(False)
-        built = adapters.add_adapters(base, Tuning(mode="lora", r=4), Crowd(num_agents=num_agents))
+        built = adapters.add_adapters(base, Tuning(mode="lora", r=4))
+        if num_agents:
+            built = Agents(built, Crowd(num_agents=num_agents))
         for key, parameter in built.named_parameters():
             if "lora_B" in key:
                 parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))

@@ -6,10 +6,11 @@ import pytest
 from conftest import ROOT
 
 from sft import check
-from sft.config.load import load_config, load_run, with_values
+from sft.config.load import load_config, with_values
 from sft.errors import ConfigError
 from sft.runtime import hardware
 from sft.tasks.distill import histories, source
+from sft.tasks.registry import load_run
 
 # Caches; and outputs/, where tests beside this one write. The run's folder is asked for by name.
 OF_OTHERS = {".git", ".venv", ".cache", "__pycache__", ".hypothesis", ".pytest_cache", "outputs"}
@@ -87,7 +88,7 @@ def test_a_crowd_is_tried_out_before_it_is_trained(tmp_path):
     told = [finding.what.split(":")[0] for finding in found]
     assert told == [
         *("Accelerate", "model", "one training step"),
-        *("diversity", "checkpoint", "aggregated generation"),
+        *("checkpoint", "diversity", "aggregated generation"),
     ]
     assert not (tmp_path / "run").exists()
     assert not list(tmp_path.glob(".check_*"))
@@ -112,7 +113,7 @@ def test_distillation_is_tried_before_it_is_trained(tmp_path, monkeypatch):
     ]
     assert all(finding.ok for finding in found.values()), found
     assert "73 goals x 2 streams x 260 steps are collected" in found["histories"].what
-    assert "blank histories" in found["model"].what
+    assert "blank histories" in found["in context"].what
     assert not [*tmp_path.iterdir()]
 
     settings = load_run(*given).distill

@@ -17,6 +17,7 @@ from sft.errors import UserError
 from sft.models import load
 from sft.plan import calibration, dry_run, gpus, history, plan, report
 from sft.runtime import hardware
+from sft.runtime.context import Context
 from sft.runtime.log import Log
 from sft.tasks.sft.task import FineTune
 from sft.train.engine import Engine
@@ -106,15 +107,17 @@ def test_a_run_whose_device_holds_less_goes_on_with_a_smaller_budget(tmp_path):
     )
     prepared = cache.prepare(config)
     machine = replace(hardware.detect(), devices=gpus.named_gpus("H100-80GB"))
-    planned = plan.make_plan(config, prepared, machine, 1)
+    planned = plan.make_plan(config, FineTune.workload(config, prepared), machine, 1)
     resolved = with_values(config, plan.resolved_values(planned))
     alone = dry_run.Alone("fp32")
     built = load.build(resolved, "fp32", dry_run.CPU)
-    task = FineTune(resolved, prepared, built, alone, tiny.Said(), planned.budget)
-    engine = Engine(task, resolved.train, alone, Log(tmp_path / "run"), planned.budget)
+    task = FineTune(resolved, prepared, built, planned.budget, Context(alone, tiny.Said()))
+    engine = Engine(task, resolved.train, Context(alone, Log(tmp_path / "run")), planned.budget)
     report.keep(resolved, planned, engine.log.folder)
     holding(engine, 900)
-    smaller, measured = calibration.confirm_on(engine, planned, resolved, prepared, machine)
+    smaller, measured = calibration.confirm_on(
+        engine, planned, resolved, FineTune.workload(config, prepared), machine
+    )
     assert engine.budget == task.budget == smaller.budget
     assert smaller.budget.max_tokens < 2000 < planned.budget.max_tokens
     assert smaller.micro_batches > planned.micro_batches

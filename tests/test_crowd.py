@@ -28,7 +28,7 @@ from sft import run as sft_run
 from sft.config import schema
 from sft.config.load import load_config, with_values
 from sft.config.schema import Config, Generation
-from sft.data import batches, cache, template
+from sft.data import batches, template
 from sft.errors import ConfigError, UserError
 from sft.evaluate import generate
 from sft.models import digest, load, quantise
@@ -38,7 +38,9 @@ from sft.runtime.log import Log
 from sft.serve import merge, runs
 from sft.serve.connector import AccelerateConnector
 from sft.tasks.crowd import aggregator, diversity, files
-from sft.tasks.crowd.agents import AgentsLinear
+from sft.tasks.crowd.agents import Agents, AgentsLinear
+from sft.tasks.crowd.task import CrowdTune
+from sft.tasks.registry import task_of
 from sft.train import engine
 
 IDS = torch.tensor([[5, 9, 30, 2, 17, 44], [7, 7, 8, 60, 3, 1]])
@@ -97,7 +99,8 @@ def test_agents_start_as_peft_starts_adapters_each_by_itself(tmp_path):
     for crowd in (None, given.crowd):
         base = tiny.llama()
         torch.manual_seed(5)
-        built.append(add_adapters(base, given.tuning, crowd))
+        adapted = add_adapters(base, given.tuning)
+        built.append(Agents(adapted, crowd) if crowd else adapted)
     single, crowd = ([(n, p) for n, p in each.named_parameters() if "lora_" in n] for each in built)
     for (_, expected), (name, found) in zip(single, crowd, strict=True):
         assert torch.equal(found[0], expected)
@@ -115,7 +118,7 @@ def test_agents_start_as_peft_starts_adapters_each_by_itself(tmp_path):
 def trained(folder: Path, steps: int, changes: dict[str, Any], **crowd: Any) -> engine.Engine:
     given = with_values(tiny.crowd_config(folder, train={"global_batch": 4}, **crowd), changes)
     torch.manual_seed(5)
-    built = add_adapters(tiny.llama().requires_grad_(False), given.tuning, given.crowd)
+    built = task_of(given).adapt(tiny.llama().requires_grad_(False), given)
     rows = tiny.examples(0, 11)
     return steps_of(tiny.make_engine(built, rows, rows, given, batches.Budget(60, "padded")), steps)
 
@@ -407,7 +410,7 @@ def test_a_batch_that_is_whole_needs_no_survey(tmp_path, monkeypatch):
     def never(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("sft.tasks.crowd.task.CrowdTune.survey", never)
+    monkeypatch.setattr("sft.tasks.crowd.task.CrowdTune.summarise", never)
     rows = tiny.examples(1, 8)
     _, values = step(tmp_path, rows, batches.Budget(9999, "padded"))
     assert values["train/diversity"] > 0
@@ -416,7 +419,7 @@ def test_a_batch_that_is_whole_needs_no_survey(tmp_path, monkeypatch):
         step(tmp_path, rows, batches.Budget(30, "padded"))
 
 
-@pytest.mark.parametrize("place", ["survey", "loss"])
+@pytest.mark.parametrize("place", ["summarise", "loss"])
 def test_where_memory_runs_out_the_same_batch_is_done_in_smaller_pieces(
     tmp_path, monkeypatch, place
 ):
@@ -452,13 +455,13 @@ def test_what_a_pass_that_was_given_up_has_left_is_gone_before_the_next(tmp_path
 def test_a_probe_takes_the_survey_too_and_leaves_no_trace(tmp_path, monkeypatch):
     made, expected = step(tmp_path, tiny.examples(1, 8), batches.Budget(60, "padded"))
     probed, calls = copied(made), []
-    real = probed.task.survey
+    real = probed.task.summarise
 
     def survey(*given: Any) -> torch.Tensor:
         calls.append(given)
         return real(*given)
 
-    monkeypatch.setattr(probed.task, "survey", survey)
+    monkeypatch.setattr(probed.task, "summarise", survey)
     probed.probe_seconds_per_step()
     assert len(calls) == 2 * len(probed.window(0)[1]) > 2  # the first to warm up
     found = probed.optimizer_step()
@@ -700,20 +703,20 @@ def test_the_folder_tells_what_the_crowd_is(run):
 
 
 def test_rows_kept_for_the_aggregator_are_in_no_other_part(run):
-    prepared = cache.prepare(runs.run_config(run))
+    prepared = CrowdTune.prepare(runs.run_config(run))
     parts = [prepared.train, prepared.held_out, prepared.validation]
     lines = [{part.row(i).line for i in range(len(part))} for part in parts]
     assert [len(each) for each in lines] == [len(part) for part in parts]
     assert len(set.union(*lines)) == 40
     assert len(prepared.validation) == 2  # of 32, a twentieth
-    everything = cache.prepare(runs.run_config(run, ["crowd.aggregator=uniform"]))
+    everything = CrowdTune.prepare(runs.run_config(run, ["crowd.aggregator=uniform"]))
     assert everything.validation is None
     assert len(everything.train) == len(prepared.train) + 2
 
 
 def test_of_a_crowd_of_one_row_none_can_be_kept(run):
-    with pytest.raises(UserError, match="needs a training row to fit on, found 1 in all"):
-        cache.prepare(runs.run_config(run, ["data.max_rows=2", "data.eval_fraction=0.5"]))
+    with pytest.raises(UserError, match="learned: expected at least 2 training rows"):
+        CrowdTune.prepare(runs.run_config(run, ["data.max_rows=2", "data.eval_fraction=0.5"]))
 
 
 def lacking(path: Path) -> None:
@@ -855,7 +858,7 @@ def test_a_crowd_answers_as_its_mixture_with_its_run_and_without(run, moved, tmp
     assert answers(alone) == expected
     assert mixture.aggregator == alone.load_model_once().model.aggregator
     assert answers(connector(ROOT / "nano/model", adapter=moved, quantization="nf4")) == expected
-    with pytest.raises(UserError, match="save_model: agents are saved by the run"):
+    with pytest.raises(UserError, match="save_model: a mixture of models is saved by the run"):
         made.save_model(mixture, tmp_path / "saved")
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from sft.config.schema import Distill
 from sft.runtime import hardware
 from sft.tasks.distill import darkroom, histories, source
+from sft.tasks.distill.config import Distill
 from sft.tasks.distill.darkroom import MOVES, START, Darkroom, Rooms, cell_of, place_of
 from sft.tasks.distill.histories import HistoryError, Windows
 

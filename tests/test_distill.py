@@ -15,19 +15,20 @@ import torch.nn.functional as F
 from allocations import allocated_bytes
 from safetensors.torch import load_file
 
-from sft.config.load import load_config, load_run, with_values
-from sft.config.schema import Distill, DistillConfig
+from sft.config.load import load_config, with_values
 from sft.data import batches
 from sft.errors import ConfigError
 from sft.plan import calibration, dry_run, plan
 from sft.plan.trace import Recorder
 from sft.runtime import console, hardware, processes
+from sft.runtime.context import Context
 from sft.runtime.log import Log
-from sft.tasks import base
 from sft.tasks.distill import darkroom, histories, report, rollout, task, transformer
+from sft.tasks.distill.config import Distill, DistillConfig
 from sft.tasks.distill.rollout import play
 from sft.tasks.distill.source import Histories
 from sft.tasks.distill.transformer import Transformer, window_tokens, with_marks
+from sft.tasks.registry import load_run
 from sft.train import engine
 
 SMALL = Distill(
@@ -181,7 +182,7 @@ def make_engine(asked: DistillConfig, max_tokens: int, dtype: torch.dtype) -> en
     found = random_histories(4, asked.distill.num_streams, asked.distill.num_steps)
     budget = batches.Budget(max_tokens, "padded")
     model = made(asked.distill).to(dtype)
-    work = task.Distillation(asked.distill, found, model, accelerator, Log(None), budget)
+    work = task.Distillation(asked, found, model, budget, Context(accelerator))
     plain = work._collate
 
     def collate(*of: object) -> task.Batch:
@@ -189,7 +190,7 @@ def make_engine(asked: DistillConfig, max_tokens: int, dtype: torch.dtype) -> en
         return replace(batch, tokens=batch.tokens.to(dtype))
 
     work._collate = collate  # type: ignore[method-assign]
-    return engine.Engine(work, asked.train, accelerator, Log(None), budget)
+    return engine.Engine(work, asked.train, Context(accelerator, Log(None)), budget)
 
 
 @pytest.mark.parametrize("settings", [SMALL, PAIR])
@@ -271,7 +272,7 @@ def test_a_configuration_is_of_one_task(tmp_path):
     path.write_text("task: distil\ntrain: {output_dir: x}\n")
     with pytest.raises(ConfigError, match="did you mean distill"):
         load_run(path)
-    with pytest.raises(ConfigError, match="expected a configuration of task: sft"):
+    with pytest.raises(ConfigError, match="expected sft, found 'distill'"):
         load_config(CONFIG)
     assert load_run(CONFIG).distill.compress is False
 
@@ -288,7 +289,7 @@ PLANNED = {
 
 def planned(asked: DistillConfig, ram_bytes: int = 2**33, world: int = 1) -> plan.Plan:
     machine = replace(hardware.detect(), devices=[], ram_available_bytes=ram_bytes)
-    return plan.make_plan(asked, base.Work.windows(asked.distill), machine, world)
+    return plan.make_plan(asked, task.Distillation.workload(asked), machine, world)
 
 
 def blank_run(asked: DistillConfig, foretold: plan.Plan) -> engine.Engine:
@@ -296,9 +297,9 @@ def blank_run(asked: DistillConfig, foretold: plan.Plan) -> engine.Engine:
     settings, alone = asked.distill, dry_run.Alone("fp32")
     found = task.blank_histories(settings)
     model = task.build(settings, 0, dry_run.CPU)
-    work = task.Distillation(settings, found, model, alone, Log(None), foretold.budget)
+    work = task.Distillation(asked, found, model, foretold.budget, Context(alone))
     _ = work.train._rewarded, work.train._visited  # which are counted with the histories
-    return engine.Engine(work, asked.train, alone, Log(None), foretold.budget)
+    return engine.Engine(work, asked.train, Context(alone, Log(None)), foretold.budget)
 
 
 def of_step(foretold: plan.Plan) -> int:
@@ -340,13 +341,13 @@ def test_what_does_not_fit_is_cut(tmp_path):
     tight = planned(asked, 44 * 2**20)
     assert 120 < tight.budget.max_tokens < planned(asked).budget.max_tokens
     assert tight.micro_batches == 3  # two would not fit
-    assert 0.6 * tight.room < tight.memory.reserved <= tight.room
+    assert 0.6 * tight.usable_bytes < tight.memory.reserved <= tight.usable_bytes
     assert "does not fit" in tight.warnings[0]  # the unseen goals, tried with 128 rows
     assert "lower distill.eval_seeds" in tight.warnings[0]
-    (told, _) = plan._warnings(replace(tight, evaluation_bytes=tight.room + 1))
+    (told, _) = plan._warnings(replace(tight, evaluation_bytes=tight.usable_bytes + 1))
     assert "a smaller train.max_tokens or a smaller distill.context help" in told
     trained, machine = blank_run(asked, tight), hardware.detect()
-    work = base.Work.windows(asked.distill)
+    work = task.Distillation.workload(asked)
     foretold, measured = calibration.confirm_on(
         trained, tight, asked, work, replace(machine, devices=[])
     )

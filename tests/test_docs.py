@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from sft.config.load import generation_of, load_run
+from sft.config.load import generation_of
+from sft.tasks.registry import load_run
 
 DOCS = [ROOT / "README.md", ROOT / "nano/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -97,7 +98,7 @@ def configuration_of(command: str) -> str:
 
 def test_every_variable_of_the_docs_is_read_by_the_makefile():
     exported = set(re.findall(r"^export ([A-Z_ ]+)$", MAKEFILE, re.MULTILINE)[0].split())
-    launch = (ROOT / "sft/launcher.py").read_text()
+    launch = (ROOT / "sft/runtime/world.py").read_text()
     for name in VARIABLES:
         read = name in exported and f'"{name}"' in launch
         assert read or re.search(rf"\$\((or \$\()?{name}\)", MAKEFILE), name
@@ -146,8 +147,12 @@ def test_the_environment_is_made_once_and_again_when_the_pins_change(tmp_path):
 
 def test_the_map_of_the_design_names_every_module():
     text = (ROOT / "docs/DESIGN.md").read_text()
-    modules = {path.name for path in (ROOT / "sft").glob("*.py")} - {"__init__.py"}
-    assert modules == {name for name in re.findall(r"`(\w+\.py)`", text) if name in modules}
+    table = text[text.index("| package |") : text.index("**The seam.**")]
+    named = set(re.findall(r"`([\w./]+)`", table))
+    package = ROOT / "sft"
+    files = {file.relative_to(package).with_suffix("") for file in package.rglob("*.py")}
+    modules = {str(file) for file in files if file.name != "__init__"}
+    assert {name for name in named if "/" in name or (package / f"{name}.py").exists()} == modules
 
 
 def test_every_script_is_a_target():

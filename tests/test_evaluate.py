@@ -22,7 +22,7 @@ from sft.evaluate.predictions import Predictions, key_of, read
 from sft.models import load
 from sft.runtime import processes
 from sft.runtime.log import Log
-from sft.tasks.sft import task
+from sft.tasks.sft.task import FineTune
 
 SHORT = Generation(max_new_tokens=8)
 
@@ -256,4 +256,4 @@ def test_a_reference_that_a_metric_cannot_use_is_told_before_anything_is_answere
         ROOT / "configs/nano.yaml", ["evaluation.metrics=[numeric_match]", "data.max_rows=64"]
     )
     with pytest.raises(UserError, match=r"nano/test\.jsonl:\d+: .*numeric_match"):
-        task.check_references(config, cache.prepare(config))
+        FineTune.refuse_unusable(config, cache.prepare(config))

@@ -17,7 +17,6 @@ from sft.data import template
 from sft.models import export, load
 from sft.runtime import checkpoint, processes
 from sft.serve import runs
-from sft.tasks.crowd import agents
 
 CPU = torch.device("cpu")
 
@@ -75,7 +74,7 @@ def test_an_unfinished_run_is_one_message(tmp_path):
 
 def test_a_damaged_adapter_is_not_loaded(tmp_path):
     folder = finished(tmp_path, "lora")
-    path = folder / "final_checkpoint" / agents.WEIGHTS
+    path = folder / "final_checkpoint" / export.ADAPTER
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

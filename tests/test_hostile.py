@@ -36,7 +36,6 @@ from sft.models.load import architecture, load_base, load_tokenizer
 from sft.runtime import checkpoint
 from sft.runtime.log import Log
 from sft.serve import runs
-from sft.tasks.crowd import agents
 
 CPU = torch.device("cpu")
 NANO = ROOT / "nano/model"
@@ -348,7 +347,7 @@ def test_a_hostile_header(tmp_path, content):
     with pytest.raises(errors.ModelError, match=r"model\.safetensors cannot be loaded: it") as told:
         load_base(Model(name=str(tmp_path)), "lora", "fp32", CPU)
     assert told.value.exit_code == 2
-    file.rename(tmp_path / agents.WEIGHTS)
+    file.rename(tmp_path / export.ADAPTER)
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors cannot be lo") as told:
         export.load_weights(torch.nn.Linear(1, 1), tmp_path)
     assert told.value.exit_code == 4
@@ -510,7 +509,7 @@ def test_no_pickle_of_a_run_is_executed(tmp_path, marker):
     sealed_again(final)
     config = runs.run_config(made)
     runs.load_tuned(made, config, "fp32", CPU)
-    (final / agents.WEIGHTS).unlink()
+    (final / export.ADAPTER).unlink()
     sealed_again(final)
     with pytest.raises(UserError, match="does not fit the model: it lacks"):
         runs.load_tuned(made, runs.run_config(made), "fp32", CPU)

@@ -1,9 +1,10 @@
-"""Imports between modules go strictly downward, those inside functions included."""
+"""The packages are imported in one order, and no module is part of a circle of imports."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,77 +12,36 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "sft"
 
-# The single source of the layers: a module imports only from layers with a smaller number.
-LAYERS = {
-    "config": 0,
-    "hardware": 0,
-    "arrays": 0,
-    "batching": 0,
-    "log": 0.5,  # tells no secret that config knows
-    "tensors": 0,
-    "trace": 0,
-    "cli": 1,
-    "attention": 0.5,
-    "model": 1,
-    "recovery": 0.6,
-    "parallel": 1.05,  # computes in the precision that processes resolves
-    "checkpoint": 1.1,  # writes the pieces that parallel tells
-    "guard": 1.2,  # tells the newest checkpoint
-    "storage": 1.2,  # which checkpoints stay
-    "processes": 1,
-    "metrics": 1,
-    "launcher": 1.1,  # its ranks are scripts, which cli ends with it
-    "formats": 1,
-    "data": 1.2,  # reads the rows that formats makes messages of
-    "chat": 1.5,  # renders the rows that data reads
-    "store": 1.6,  # keeps what chat rendered
-    "similar": 1.65,  # compares rows
-    "audit": 1.7,  # examines what is stored
-    "prepare": 1.8,  # all of it
-    "engine": 2,
-    "predictions": 0.6,
-    "generate": 2,
-    "evaluate": 2.1,  # answers and scores
-    "export": 2,
-    "connector": 2.5,
-    "infer": 3,
-    "labels": 1.3,  # read from rows
-    "compare": 3,
-    "classification": 3.1,  # works as infer does
-    "finetune": 3,
-    "crowd.agents": 0.9,
-    "crowd.diversity": 0,
-    "crowd.aggregator": 2.2,  # is asked as generate asks
-    "crowd.task": 3.1,  # what finetune does, for all agents
-    "tasks": 3.2,
-    "distill.darkroom": 0.1,
-    "distill.curve": 0,
-    "distill.source": 0.2,  # learns in rooms
-    "distill.transformer": 0.3,  # over what sources did
-    "distill.rollout": 0.4,
-    "distill.histories": 1.3,
-    "distill.task": 3,
-    "profile": 2.1,  # of the engine's steps
-    "distill.run": 4.5,  # cuts micro-batches as the plan does
-    "merge": 3,
-    "rehearsal": 3.5,  # runs a step of the task
-    "memory": 3.6,  # predicts from rehearsals
-    "confirm": 3.6,
-    "plan": 4,
-    "check": 5,
-    "run": 5,
-    "verify": 6,  # starts whole runs
-}
-
-MODULES = sorted(
-    ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
-    for file in PACKAGE.rglob("*.py")
-    if file.name != "__init__.py"
-)
+# The pipeline. What stands here imports only from names before it, inside functions too.
+ORDER = [
+    "errors",
+    "config",
+    "runtime",
+    "models",
+    "data",
+    "train",
+    "evaluate",
+    "tasks",
+    "plan",
+    "serve",
+    "report",
+    "run",
+    "check",
+    "verify",
+    "cli",
+]
 
 
-def imported(source: str, package: str = "sft") -> Iterator[str]:
-    """Full names of everything that is imported anywhere in `source`; relative ones resolved."""
+def dotted(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {dotted(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(source: str, package: str) -> Iterator[str]:
+    """Yields the full name of everything that `source` imports anywhere; `package`: where it is."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -91,60 +51,92 @@ def imported(source: str, package: str = "sft") -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def source_of(module: str) -> str:
-    return Path(PACKAGE, *module.split(".")).with_suffix(".py").read_text("utf-8")
+def used(module: str) -> set[str]:
+    """Returns the modules of the package that `module` imports."""
+    found = set()
+    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    for name in imported(MODULES[module].read_text("utf-8"), package):
+        if name.split(".")[0] == "sft":
+            found.add(name if name in MODULES else name.rpartition(".")[0])
+    return found - {module}
 
 
-def used_modules(source: str, package: str = "sft") -> set[str]:
-    """Modules of the package that `source` imports, by their names below it."""
-    names = [name.split(".")[1:] for name in imported(source, package) if name.startswith("sft")]
-    return {".".join(_module(parts)) if parts else "*" for parts in names}
+def place(module: str) -> int:
+    return ORDER.index(module.split(".")[1])
 
 
-def _module(parts: list[str]) -> list[str]:
-    """Of sft.tasks.crowd.task.CrowdTune only crowd.task."""
-    return parts[:2] if (PACKAGE / parts[0]).is_dir() else parts[:1]
+INNER = [module for module in MODULES if module != "sft"]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_layers_below(module):
-    layer = LAYERS[module]
-    for used in used_modules(source_of(module)) - {module}:
-        assert LAYERS[used] < layer, f"{module} ({layer}) imports {used} ({LAYERS[used]})"
+@pytest.mark.parametrize("module", INNER)
+def test_a_module_imports_only_from_packages_before_its_own(module):
+    later = [name for name in used(module) if name != "sft" and place(name) > place(module)]
+    assert later == []
 
 
-def test_every_module_has_a_layer_and_a_noun_for_a_name():
-    assert set(MODULES) == set(LAYERS)
+def test_no_module_imports_itself_by_way_of_others():
+    TopologicalSorter({module: used(module) for module in INNER}).prepare()  # raises CycleError
+
+
+def test_every_package_has_its_place_and_modules_have_nouns_for_names():
+    assert {module.split(".")[1] for module in INNER} == set(ORDER)
     names = {part for module in MODULES for part in module.split(".")}
     assert names.isdisjoint({"utils", "util", "helpers", "common", "misc"})
 
 
-def test_the_package_itself_imports_nothing():
-    assert list(imported((PACKAGE / "__init__.py").read_text("utf-8"))) == []
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(m for m in INNER if m.startswith("sft.config")),
+        "sft.errors",
+        "sft.cli",
+        "sft.tasks.registry",
+        "sft.tasks.distill.config",
+        "sft.data.batches",
+        "sft.data.formats",
+        "sft.data.files",
+        "sft.data.readers",
+        "sft.data.split",
+        "sft.evaluate.metrics",
+        "sft.runtime.children",
+    ],
+)
+def test_what_refuses_a_configuration_imports_no_torch(module):
+    heavy = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed"}
+    source = MODULES[module].read_text("utf-8")
+    assert heavy.isdisjoint(name.split(".")[0] for name in imported(source, "sft"))
+
+
+TASKS = ("sft.tasks.crowd", "sft.tasks.distill")
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "cli", "batching", "formats", "data", "labels", "metrics"]
+    "module", [m for m in INNER if not m.startswith((*TASKS, "sft.config", "sft.tasks.registry"))]
 )
-def test_what_a_script_needs_to_refuse_a_configuration_imports_no_torch(module):
-    heavy = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed"}
-    assert heavy.isdisjoint(name.split(".")[0] for name in imported(source_of(module)))
+def test_only_the_registry_knows_crowds_and_distillation(module):
+    tree = ast.parse(MODULES[module].read_text("utf-8"))
+    names = {getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(tree)}
+    texts = {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    words = ("crowd", "distill", "darkroom")
+    assert [text for text in names | texts if any(word in text.lower() for word in words)] == []
 
 
 def test_the_search_for_imports_sees_every_form():
     source = """
-import os, sft.log
-from sft import chat as talk, data
-from sft.config import Config
+import os, sft.run
+from sft import check as preflight
+from sft.config.load import load_config
 from . import model
 from .plan import table
 def f():
-    from sft import engine
-    if True:
-        import sft.run as run
+    from sft.train import engine
 """
-    assert used_modules(source) == {
-        "log", "chat", "data", "config", "model", "plan", "engine", "run"
+    assert set(imported(source, "sft")) == {
+        "os", "sft.run", "sft.check", "sft.config.load.load_config", "sft.model",
+        "sft.plan.table", "sft.train.engine",
     }  # fmt: skip
-    assert used_modules("from ..export import x", "sft.crowd") == {"export"}
-    assert used_modules("import sft") == {"*"}  # in no layer: refused
+    assert set(imported("from ..export import x", "sft.tasks")) == {"sft.export.x"}

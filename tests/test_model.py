@@ -25,13 +25,15 @@ from sft import errors
 from sft.config.schema import Config, Model, Tuning
 from sft.data import batches
 from sft.errors import ConfigError
-from sft.models import adapters, dtypes, load, quantise
+from sft.models import adapters, dtypes, load
 from sft.models import head as models_head
 from sft.models.digest import weights_sha256
 from sft.models.head import documents_are_isolated
+from sft.plan.dry_run import Alone
 from sft.runtime import hardware
+from sft.runtime.context import Context
 from sft.runtime.log import Log
-from sft.tasks.sft import task
+from sft.tasks.sft.task import FineTune
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -208,7 +210,7 @@ def test_an_evaluation_leaves_the_gradients_of_qlora_alone(tmp_path, precision):
 @pytest.mark.skipif(not hardware.detect().cpu_bf16, reason="needs a CPU with AVX512-BF16")
 def test_the_trap_is_real_without_the_guard(tmp_path, monkeypatch):
     """The control of the test above: where bitsandbytes repacks, training is silently wrong."""
-    monkeypatch.setattr(quantise, "keep_nf4_trainable", lambda _: None)
+    monkeypatch.setattr(load, "keep_nf4_trainable", lambda _: None)
     built = load.build(configured(saved(tmp_path), mode="qlora"), "bf16", CPU)
     assert nf4_gradient_error(built) > 0.1
 
@@ -246,15 +248,15 @@ def test_a_model_that_leaks_is_found_out():
 
 
 def test_a_packed_layout_that_leaks_falls_back_or_is_refused(monkeypatch, tmp_path):
-    packed, log = batches.Budget(100, "packed"), Log(tmp_path)
-    built = small("llama")
-    assert task.usable_budget(packed, "auto", built, "fp32", CPU, log) is packed
+    packed = batches.Budget(100, "packed")
+    context = Context(Alone("fp32"), Log(tmp_path))
+    made = FineTune(None, None, small("llama"), packed, context)
+    assert made.usable_budget("fp32", "auto") is packed
     monkeypatch.setattr(models_head, "documents_are_isolated", lambda *_: False)
-    padded = task.usable_budget(packed, "auto", built, "fp32", CPU, log)
-    assert padded == batches.Budget(100, "padded")
+    assert made.usable_budget("fp32", "auto") == batches.Budget(100, "padded")
     assert "layout: padded, since packed documents" in (tmp_path / "training.log").read_text()
     with pytest.raises(ConfigError, match=r"train.layout: packed documents .* padded"):
-        task.usable_budget(packed, "packed", built, "fp32", CPU, log)
+        made.usable_budget("fp32", "packed")
 
 
 def test_only_chosen_positions_reach_the_head():

@@ -22,12 +22,18 @@ from sft.models import dtypes, load
 from sft.plan import advice, choose, dry_run, gpus, memory, plan, report
 from sft.plan.trace import Recorder
 from sft.runtime import disk, hardware
+from sft.runtime.context import Context
 from sft.runtime.log import Log
-from sft.tasks import base, registry
+from sft.tasks.base import Workload
+from sft.tasks.registry import task_of
 from sft.tasks.sft.task import FineTune
 from sft.train import engine
 
 GIB = 2**30
+
+
+def sizes(prepared: cache.Prepared) -> Workload:
+    return FineTune.workload(load_config(ROOT / "configs/nano.yaml"), prepared)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,7 @@ def machine(ram_bytes: int, gpu_bytes: int | None = None) -> hardware.Hardware:
 
 
 def test_counts_are_those_of_the_data_and_of_the_model(config, prepared):
-    made = plan.make_plan(config, prepared, machine(8 * GIB), 1)
+    made = plan.make_plan(config, sizes(prepared), machine(8 * GIB), 1)
     assert made.num_examples == 300
     assert made.tokens_per_epoch == sum(len(example.ids) for example in prepared.train)
     built = load.build(config, "fp32", torch.device("cpu"))
@@ -62,7 +68,9 @@ def test_counts_are_those_of_the_data_and_of_the_model(config, prepared):
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
 def test_fixed_memory_by_mode(config, prepared, mode):
-    made = plan.make_plan(with_values(config, {"tuning.mode": mode}), prepared, machine(8 * GIB), 1)
+    made = plan.make_plan(
+        with_values(config, {"tuning.mode": mode}), sizes(prepared), machine(8 * GIB), 1
+    )
     parts = made.memory.breakdown
     assert made.memory.method == "traced"
     assert made.memory.allocated == made.memory.reserved == sum(parts.values())
@@ -75,31 +83,31 @@ def test_fixed_memory_by_mode(config, prepared, mode):
 def test_the_budget_is_what_fits_what_saturates_or_the_longest(config, prepared):
     given = with_values(config, {"train.gradient_checkpointing": False})
     longest = max(len(example.ids) for example in prepared.train)
-    roomy = plan.make_plan(given, prepared, machine(64 * GIB), 1)
+    roomy = plan.make_plan(given, sizes(prepared), machine(64 * GIB), 1)
     assert roomy.budget.max_tokens == choose.SATURATING_TOKENS["cpu"]
     assert not roomy.warnings
     room = 60 * 2**20
-    tight = plan.make_plan(given, prepared, machine(room), 1)
+    tight = plan.make_plan(given, sizes(prepared), machine(room), 1)
     assert longest < tight.budget.max_tokens < choose.SATURATING_TOKENS["cpu"]
     # No less than nine tenths of what fits is used, and no more than fits with the margin.
-    assert 0.9 * tight.room < tight.memory.reserved <= tight.room < 0.86 * room
-    hopeless = plan.make_plan(given, prepared, machine(2**20), 1)
+    assert 0.9 * tight.usable_bytes < tight.memory.reserved <= tight.usable_bytes < 0.86 * room
+    hopeless = plan.make_plan(given, sizes(prepared), machine(2**20), 1)
     assert hopeless.budget.max_tokens == longest
     assert "longest" in hopeless.reasons["train.max_tokens"]
-    assert hopeless.missing_bytes == hopeless.memory.reserved - hopeless.room > 0
+    assert hopeless.missing_bytes == hopeless.memory.reserved - hopeless.usable_bytes > 0
     assert "expect to run out of memory" in hopeless.warnings[0]
 
 
 @pytest.mark.slow
 def test_activations_are_checkpointed_where_nothing_else_makes_room(config, prepared):
-    roomy = plan.make_plan(config, prepared, machine(64 * GIB), 1)
+    roomy = plan.make_plan(config, sizes(prepared), machine(64 * GIB), 1)
     assert not roomy.gradient_checkpointing
-    tight = plan.make_plan(config, prepared, machine(30 * 2**20), 1)
+    tight = plan.make_plan(config, sizes(prepared), machine(30 * 2**20), 1)
     assert tight.gradient_checkpointing
     assert not tight.missing_bytes
     assert "micro-batch without it" in tight.reasons["train.gradient_checkpointing"]
     kept = with_values(config, {"train.gradient_checkpointing": False})
-    without = plan.make_plan(kept, prepared, machine(30 * 2**20), 1)
+    without = plan.make_plan(kept, sizes(prepared), machine(30 * 2**20), 1)
     assert without.budget.max_tokens < tight.budget.max_tokens
 
 
@@ -116,11 +124,11 @@ def test_activations_are_checkpointed_where_nothing_else_makes_room(config, prep
 )
 def test_the_planned_memory_is_what_the_heaviest_window_allocates(config, prepared, changes):
     given = with_values(config, {"train.gradient_checkpointing": False} | changes)
-    made = plan.make_plan(given, prepared, machine(8 * GIB), 1)
+    made = plan.make_plan(given, sizes(prepared), machine(8 * GIB), 1)
     alone: Any = dry_run.Alone("fp32")
     built = load.build(given, "fp32", dry_run.CPU)
-    task = registry.make_task(given, prepared, built, alone, Log(None), made.budget)
-    trained = engine.Engine(task, given.train, alone, Log(None), made.budget)
+    task = task_of(given)(given, prepared, built, made.budget, Context(alone, Log(None)))
+    trained = engine.Engine(task, given.train, Context(alone, Log(None)), made.budget)
     trained.optimizer_step()  # now there is a state of the optimizer
     trained.optimizer.zero_grad()
     at = plan.target(given, prepared, machine(8 * GIB), made)
@@ -134,14 +142,14 @@ def test_the_planned_memory_is_what_the_heaviest_window_allocates(config, prepar
 def test_the_planned_answers_take_what_real_ones_take(config, prepared, mode, tmp_path):
     changes = {"tuning.mode": mode, "evaluation.num_examples": 48, "evaluation.batch_size": 48}
     given = with_values(config, changes)
-    made = plan.make_plan(given, prepared, machine(8 * GIB), 1)
+    made = plan.make_plan(given, sizes(prepared), machine(8 * GIB), 1)
     built = load.build(given, "fp32", dry_run.CPU)
     recorder = Recorder()
     for tensors in dry_run.held(built).values():
         recorder.name(tensors, "held")
     alone: Any = dry_run.Alone("fp32")
     alone.unwrap_model, alone.wait_for_everyone = lambda model: model, lambda: None
-    task = FineTune(given, prepared, built, alone, Log(None), made.budget)
+    task = FineTune(given, prepared, built, made.budget, Context(alone, Log(None)))
     with recorder:
         task.answers(built, tmp_path / "answers.jsonl", "base")
     trained = 4 * made.num_trained
@@ -154,7 +162,7 @@ def test_the_planned_answers_take_what_real_ones_take(config, prepared, mode, tm
 
 def cut_of(config, prepared, world_size, **train):
     given = with_values(config, {f"train.{key}": value for key, value in train.items()})
-    made = plan.make_plan(given, prepared, machine(8 * GIB), world_size)
+    made = plan.make_plan(given, sizes(prepared), machine(8 * GIB), world_size)
     lengths = prepared.train.lengths
     ids = batches.global_batch_ids(300, given.train.seed, 0, given.train.global_batch)
     ranks = batches.cut(ids, lengths, world_size, made.budget)
@@ -179,7 +187,7 @@ def test_the_batch_that_was_asked_for_is_made_of_what_was_asked_for(config, prep
 
 def test_every_choice_has_a_reason(config, prepared):
     for train in ({}, {"train.micro_batch": 4}, {"train.gradient_accumulation_steps": 2}):
-        made = plan.make_plan(with_values(config, train), prepared, machine(8 * GIB), 1)
+        made = plan.make_plan(with_values(config, train), sizes(prepared), machine(8 * GIB), 1)
         assert all(made.reasons.values())
         assert not set(train) & set(made.reasons)
 
@@ -192,7 +200,7 @@ def test_fewer_tokens_than_the_accumulation_needs_are_refused(config, prepared):
 
 def test_random_weights_are_advised_on_without_adapters(config, prepared):
     given = with_values(config, {"model.init": "random", "tuning.mode": "full"})
-    work = base.Work.of(prepared)
+    work = sizes(prepared)
     made = plan.make_plan(given, work, machine(8 * GIB), 1)
     found = advice.advice(given, work, machine(8 * GIB), made)
     assert found
@@ -214,7 +222,7 @@ def test_a_batch_that_the_processes_cannot_make_is_refused(config, prepared):
 @pytest.mark.slow
 def test_a_plan_for_gpus_that_are_not_here(config, prepared):
     devices = gpus.named_gpus("H100-80GB x 8")
-    made = plan.make_plan(config, prepared, replace(machine(8 * GIB), devices=devices), 8)
+    made = plan.make_plan(config, sizes(prepared), replace(machine(8 * GIB), devices=devices), 8)
     assert (made.precision, made.device) == ("bf16", "H100-80GB x 8")
     assert made.available_bytes == devices[0].total_bytes
     assert made.memory.reserved > made.memory.allocated
@@ -225,14 +233,14 @@ def test_a_plan_for_gpus_that_are_not_here(config, prepared):
     slow = replace(made, seconds=report.LAUNCHES * made.steps * made.micro_batches + 1)
     assert "35% of the GPU's peak" in report._time(slow)
     old = gpus.named_gpus("T4")
-    made = plan.make_plan(config, prepared, replace(machine(8 * GIB), devices=old), 1)
+    made = plan.make_plan(config, sizes(prepared), replace(machine(8 * GIB), devices=old), 1)
     assert (made.precision, made.seconds) == ("fp32", None)
 
 
 @pytest.mark.slow
 def test_what_would_take_less_takes_less(config, prepared):
     full = with_values(config, {"tuning.mode": "full"})
-    work = base.Work.of(prepared)
+    work = sizes(prepared)
     made = plan.make_plan(full, work, machine(8 * GIB), 1)
     found = {each.change: each for each in advice.advice(full, work, machine(8 * GIB), made)}
     assert list(found)[:2] == ["train.gradient_checkpointing=true", "train.optimizer=adamw_8bit"]
@@ -247,13 +255,13 @@ def test_what_would_take_less_takes_less(config, prepared):
 
 
 def test_a_model_that_cannot_be_traced_gets_a_closed_form(config, prepared, monkeypatch):
-    traced = plan.make_plan(config, prepared, machine(8 * GIB), 1)
+    traced = plan.make_plan(config, sizes(prepared), machine(8 * GIB), 1)
 
     def refuse(*_):
         raise NotImplementedError("no shape rule for this operation\nand more")
 
     monkeypatch.setattr(memory, "_traced", refuse)
-    made = plan.make_plan(config, prepared, machine(8 * GIB), 1)
+    made = plan.make_plan(config, sizes(prepared), machine(8 * GIB), 1)
     assert made.memory.method.startswith("closed form")
     assert made.memory.method.endswith("no shape rule for this operation")
     assert 0.5 < made.memory.allocated / traced.memory.allocated < 2
@@ -262,20 +270,20 @@ def test_a_model_that_cannot_be_traced_gets_a_closed_form(config, prepared, monk
 @pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw"])
 def test_the_state_of_optimizers_of_bitsandbytes(config, prepared, kind):
     given = with_values(config, {"train.optimizer": kind})
-    made = plan.make_plan(given, prepared, machine(8 * GIB), 1)
+    made = plan.make_plan(given, sizes(prepared), machine(8 * GIB), 1)
     each = disk.ADAM_BYTES[kind]
     assert made.memory.breakdown["optimizer"] == pytest.approx(each * made.num_trained, rel=0.01)
 
 
 def test_processes_share_the_memory_of_a_cpu(config, prepared):
-    one, four = (plan.make_plan(config, prepared, machine(8 * GIB), n) for n in (1, 4))
+    one, four = (plan.make_plan(config, sizes(prepared), machine(8 * GIB), n) for n in (1, 4))
     assert four.available_bytes == one.available_bytes // 4
     assert four.micro_batches <= one.micro_batches
 
 
 def test_a_value_that_was_given_is_kept(config, prepared):
     given = with_values(config, {"train.max_tokens": 333})
-    made = plan.make_plan(given, prepared, machine(8 * GIB), 1)
+    made = plan.make_plan(given, sizes(prepared), machine(8 * GIB), 1)
     assert made.budget.max_tokens == 333
     assert "train.max_tokens" not in made.reasons
 
@@ -283,7 +291,7 @@ def test_a_value_that_was_given_is_kept(config, prepared):
 def test_auto_values_and_their_reasons_go_into_the_resolved_configuration(
     config, prepared, tmp_path
 ):
-    made = plan.make_plan(config, prepared, machine(8 * GIB), 1)
+    made = plan.make_plan(config, sizes(prepared), machine(8 * GIB), 1)
     resolved = with_values(config, plan.resolved_values(made))
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(resolved, made.reasons))
@@ -294,7 +302,7 @@ def test_auto_values_and_their_reasons_go_into_the_resolved_configuration(
 
 
 def test_the_plan_is_written_with_what_was_measured(config, prepared, tmp_path):
-    made = plan.make_plan(config, prepared, machine(8 * GIB), 1)
+    made = plan.make_plan(config, sizes(prepared), machine(8 * GIB), 1)
     report.write(made, tmp_path / "plan.json", {"training_seconds": 3.0})
     read = json.loads((tmp_path / "plan.json").read_text())
     steps = -(-300 // config.train.global_batch) * config.train.epochs
@@ -325,7 +333,7 @@ def test_a_plan_packs_with_varlen_for_a_gpu_only(config):
     """Also for one that is not here."""
     asked = {"model.attn_implementation": "varlen", "train.max_tokens": 2000}
     given = with_values(config, asked | {"train.gradient_checkpointing": False})
-    work = base.Work([20] * 64, np.full(64, 9))
+    work = Workload([20] * 64, np.full(64, 9))
     made = {
         kind: plan.make_plan(given, work, machine(8 * GIB, gpu), 1)
         for kind, gpu in (("cpu", None), ("gpu", 80 * GIB))
@@ -341,7 +349,7 @@ def test_a_plan_packs_with_varlen_for_a_gpu_only(config):
 def test_a_plan_refuses_an_attention_that_the_model_cannot_have(config, tmp_path):
     BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=64).save_pretrained(tmp_path)
     changes = {"model.name": str(tmp_path), "model.attn_implementation": "varlen"}
-    given, work = with_values(config, changes), base.Work([20] * 64, np.full(64, 9))
+    given, work = with_values(config, changes), Workload([20] * 64, np.full(64, 9))
     for gpu in (None, 80 * GIB):
         with pytest.raises(errors.ModelError, match="attn_implementation: varlen expects"):
             plan.make_plan(given, work, machine(8 * GIB, gpu), 1)

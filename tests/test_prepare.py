@@ -236,9 +236,9 @@ def other_libraries(folder, monkeypatch):
 
 def other_code(folder, monkeypatch):
     package = folder / "package"
-    shutil.copytree(ROOT / "sft", package)
-    edit(package / "chat.py", "IGNORED = -100", "IGNORED = -101")
-    monkeypatch.setattr(data_cache, "__file__", str(package / "prepare.py"))
+    shutil.copytree(ROOT / "sft/data", package)
+    edit(package / "template.py", "IGNORED = -100", "IGNORED = -101")
+    monkeypatch.setattr(data_cache, "__file__", str(package / "cache.py"))
 
 
 CHANGES = {  # of everything that examples and audit depend on: an override, or an edit

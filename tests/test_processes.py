@@ -162,7 +162,7 @@ def test_the_ranks_that_differ_from_most_are_named(monkeypatch):
         num_processes = 4
 
     told = [{"data": "a" * 64, "version of torch": "2"} for _ in range(4)]
-    monkeypatch.setattr(processes, "gather_object", lambda _: told)
+    monkeypatch.setattr(agreement, "gather_object", lambda _: told)
     agreement.agree(World(), told[0])
     told[0]["version of torch"] = "1"
     told[2] |= {"data": "b" * 64}
@@ -246,8 +246,8 @@ def test_deepspeed_needs_no_launcher_for_one_process(tmp_path):
         tmp_path, engine="deepspeed", deepspeed_config="configs/deepspeed_z2.json"
     )
     program = (
-        "import sys\nfrom sft import config, processes\n"
-        "settings = config.Config.model_validate_json(sys.argv[1])\n"
+        "import sys\nfrom sft.config.schema import Config\nfrom sft.runtime import processes\n"
+        "settings = Config.model_validate_json(sys.argv[1])\n"
         "print('world of', processes.start_processes(settings.train).num_processes)\n"
     )
     told = run(sys.executable, "-c", program, settings.model_dump_json())
@@ -278,16 +278,18 @@ PLAN = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from sft import hardware, plan, prepare
-from sft.config import load_config, with_values
-from sft.processes import end_processes, start_processes
+from sft.config.load import load_config, with_values
+from sft.plan import calibration
+from sft.runtime import hardware
+from sft.runtime.processes import end_processes, start_processes
+from sft.tasks.sft.task import FineTune
 
 config = with_values(load_config("configs/nano.yaml"), {"data.max_rows": 100})
-prepared = prepare.prepare(config)
+workload = FineTune.workload(config)
 accelerator = start_processes(config.train)
 rank = accelerator.process_index
 machine = replace(hardware.detect(), ram_available_bytes=(200 - 80 * rank) << 20)
-made = plan.make_together(config, prepared, machine, accelerator)
+made = calibration.make_together(config, workload, machine, accelerator)
 Path(sys.argv[1], f"rank{rank}").write_text(f"{made.available_bytes >> 20} {made.budget}")
 end_processes(accelerator)
 """

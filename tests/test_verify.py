@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 from shapes import architectures, configured
 
 from sft import errors
-from sft.config.load import load_config, load_run
+from sft.config.load import load_config
 from sft.runtime import hardware
+from sft.tasks.registry import load_run
+from sft.tasks.sft.shrink import small_model
 from sft.verify import laws, runs
-from sft.verify.small import Small, make_small, small_model
+from sft.verify.small import Small, make_small
 
 # --- parts ---------------------------------------------------------------------------------------
 
@@ -138,7 +140,7 @@ def test_too_few_rows_are_told(tmp_path):
 def test_that_varlen_has_no_kernel_in_fp32_is_told(tmp_path, exact):
     overrides = ["model.attn_implementation=varlen", "data.max_rows=64"]
     config = load_config(ROOT / "configs/nano.yaml", overrides)
-    told = dict(make_small(config, tmp_path, exact=exact).told)
+    told = dict(make_small(config, tmp_path, exact=exact).changes)
     assert told.get("packed rows", "").startswith("of SDPA with a mask: varlen has no") == exact
 
 
@@ -162,7 +164,7 @@ def test_distillation_is_made_small(tmp_path, monkeypatch):
     assert small.steps_per_epoch == 3
     assert len(small.lengths) % train.global_batch != 0
     assert small.quarter < 43 * train.global_batch == small.whole
-    told = dict(small.told)
+    told = dict(small.changes)
     assert told["distill.dropout"] == "0.0 instead of 0.1"
     assert "2 layers of 32 instead of 4 of 48" in told["model"]
 

@@ -15,10 +15,10 @@ from sft.config.load import with_values
 from sft.config.schema import Config
 from sft.data import batches, cache, files, template
 from sft.data.examples import Examples, pack
-from sft.models import adapters
 from sft.runtime import processes
+from sft.runtime.context import Context
 from sft.runtime.log import Log
-from sft.tasks import registry
+from sft.tasks.registry import task_of
 from sft.train import engine
 
 VOCAB = 61
@@ -103,7 +103,7 @@ def crowd_config(folder: Path, *, train: dict[str, Any] | None = None, **crowd: 
 def adapted(settings: Config, dtype: torch.dtype = torch.float32, base: Any = None) -> nn.Module:
     """`base` (None: `llama`) with adapters, those of a crowd where there is one, none of them 0."""
     base = (llama(dtype) if base is None else base).requires_grad_(False)
-    built = adapters.add_adapters(base, settings.tuning, settings.crowd)
+    built = task_of(settings).adapt(base, settings)
     random = torch.Generator().manual_seed(3)
     for parameter in built.parameters():
         if parameter.requires_grad:
@@ -127,8 +127,8 @@ def make_engine(
 ) -> engine.Engine:
     accelerator = processes.start_processes(settings.train)
     prepared = cache.Prepared(Tokenizer(), stored(rows), stored(held_out), AUDIT)  # type: ignore[arg-type]
-    task = registry.make_task(settings, prepared, built, accelerator, Log(None), budget)
-    return engine.Engine(task, settings.train, accelerator, Log(None), budget)
+    task = task_of(settings)(settings, prepared, built, budget, Context(accelerator, Log(None)))
+    return engine.Engine(task, settings.train, Context(accelerator, Log(None)), budget)
 
 
 def reference(model: nn.Module, rows: list[template.Example]) -> tuple[float, list[torch.Tensor]]:

@@ -1,4 +1,9 @@
-"""Reads, merges and validates configuration files and overrides."""
+"""Reads, merges and validates configuration files and overrides (file < `a.b=c`). Imports no torch.
+
+Loading collects *all* problems (YAML syntax, unknown keys, wrong types, missing keys,
+contradictions) and raises them as one `ConfigError`, each with its dotted path and the place where
+it was written.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import difflib
 import io
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +23,12 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from sft.config.reference import _type_name
 from sft.config.rules import RULES
 from sft.config.schema import (
-    KNOWN,
-    SCHEMAS,
-    SECTIONS,
-    AnyConfig,
+    NESTED,
     Classify,
     Config,
     Configured,
     Generation,
+    RunConfig,
     Section,
     Strategy,
     sections_of,
@@ -40,28 +43,36 @@ def load_config(file: str | Path | None, overrides: list[str] | None = None) -> 
 
     Raises ConfigError with every problem found, and for another task than fine-tuning.
     """
-    config = load_run(file, overrides)
-    if not isinstance(config, Config):
-        raise ConfigError(
-            f"{file}: expected a configuration of task: sft, found task: {config.task}, which this "
-            "command does not know; `make plan`, `check`, `train`, `evaluate` and `verify-*` do"
-        )
+    others = "; `make plan`, `check`, `train`, `evaluate` and `verify-*` know the other tasks"
+    config = load_any(file, overrides, {Config.task: Config}, others)
+    assert isinstance(config, Config)
     return config
 
 
-def load_run(file: str | Path | None, overrides: list[str] | None = None) -> AnyConfig:
-    """The same of any task: its key `task` says which sections a file has."""
+def load_any(
+    file: str | Path | None,
+    overrides: list[str] | None,
+    schemas: Mapping[str, type[RunConfig]],
+    remedy: str = "",
+) -> RunConfig:
+    """Reads a configuration of any task; `schemas` has the schema for each value of the key `task`.
+
+    Raises ConfigError with every problem found; `remedy` ends the message for another task.
+    """
     problems: list[str] = []
     origins: Origins = {}
     tree = {} if file is None else _read(Path(file), origins, problems, seen=())
     for override in overrides or []:
         _merge(tree, _parse_override(override, origins, problems))
     task = tree.pop("task", Config.task)
-    if task not in SCHEMAS:
-        hint = did_you_mean(str(task), list(SCHEMAS))
-        raise ConfigError(f"task{_where('task', origins)}: unknown: {excerpt(task)}; {hint}")
+    if task not in schemas:
+        hint = remedy or f"; {did_you_mean(str(task), list(schemas))}"
+        expected = " or ".join(schemas)
+        raise ConfigError(
+            f"task{_where('task', origins)}: expected {expected}, found {excerpt(task)}{hint}"
+        )
     _train_on_classified(tree)
-    config, found = _validate(tree, origins, SCHEMAS[task])
+    config, found = _validate(tree, origins, schemas[task], sections_of_all(schemas.values()))
     problems += found
     if problems or config is None:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -71,18 +82,17 @@ def load_run(file: str | Path | None, overrides: list[str] | None = None) -> Any
     return config
 
 
-def refuse_one_agent(config: Config) -> None:
-    """ConfigError for `crowd.agent` where a crowd is trained, planned or tried out."""
-    if config.crowd.agent is not None:
-        raise ConfigError("crowd.agent: all agents of a crowd are trained; remove it")
-
-
 def classified_rows(output_dir: str) -> dict[str, str]:
     """Where `make classify` writes the rows to train on, by the key of `data` that reads them."""
     return {
         "train_path": f"{output_dir}/train.jsonl",
         "eval_path": f"{output_dir}/validation.jsonl",
     }
+
+
+def sections_of_all(schemas: Iterable[type[RunConfig]]) -> set[str]:
+    """Returns the names of the sections of all tasks."""
+    return {name for schema in schemas for name in sections_of(schema)}
 
 
 def _train_on_classified(tree: dict) -> None:
@@ -118,7 +128,7 @@ def generation_of(overrides: list[str]) -> Generation:
     return generation(tree.get("generation", {}))
 
 
-def dump_config(config: AnyConfig, reasons: dict[str, str] | None = None) -> str:
+def dump_config(config: RunConfig, reasons: dict[str, str] | None = None) -> str:
     """YAML of every value; `reasons` (dotted path -> why) become comments."""
     stream = io.StringIO()
     yaml = YAML()
@@ -143,7 +153,7 @@ def with_values(config: Configured, values: dict[str, Any]) -> Configured:
     for path, value in values.items():
         section, key = path.split(".")
         tree[section][key] = value
-    changed, problems = _validate(tree, {}, SCHEMAS[config.task])
+    changed, problems = _validate(tree, {}, type(config))
     if changed is None:
         raise ConfigError("\n  ".join(["these values do not fit the configuration", *problems]))
     return typing.cast(Configured, changed)
@@ -288,18 +298,21 @@ def _parse_override(text: str, origins: Origins, problems: list[str]) -> dict:
 
 
 def _validate(
-    tree: Any, origins: Origins, schema: type[AnyConfig]
-) -> tuple[AnyConfig | None, list[str]]:
+    tree: Any,
+    origins: Origins,
+    schema: type[RunConfig],
+    sections: Collection[str] = (),
+) -> tuple[RunConfig | None, list[str]]:
     problems: dict[str, str] = {}
-    config: AnyConfig | None = None
+    config: RunConfig | None = None
     try:
         config = schema.model_validate(tree)
     except ValidationError as error:
         for item in error.errors():
-            path, *_ = _place(item["loc"])
-            problems.setdefault(path, _explain(path, item, origins, schema))
+            path, *_ = _place(item["loc"], schema)
+            problems.setdefault(path, _explain(path, item, origins, schema, sections))
     values = _flatten(config.model_dump() if config else _with_defaults(tree, schema))
-    for rule in RULES:
+    for rule in (*RULES, *schema.rules):
         sound = all(path in values and path not in problems for path in rule.paths)
         if sound and rule.broken(*(values[path] for path in rule.paths)):
             path = rule.paths[0]
@@ -315,11 +328,13 @@ def _validate(
     return config, list(problems.values())
 
 
-def _place(location: tuple[int | str, ...]) -> tuple[str, type[Section] | None, str]:
+def _place(
+    location: tuple[int | str, ...], schema: type[RunConfig]
+) -> tuple[str, type[Section] | None, str]:
     """(dotted path, its section, its key there); what pydantic appends to a key (member of a union,
     place in a list) is cut off."""
     parts = [*map(str, location)]
-    section, at = KNOWN.get(parts[0]), 1
+    section, at = {**sections_of(schema), **NESTED}.get(parts[0]), 1
     if parts[0] == "classify" and parts[1:2] == ["strategies"] and len(parts) > 2:
         section, at = Strategy, 3
         if parts[3:4] == ["generation"] and len(parts) > 4:
@@ -331,8 +346,15 @@ def _where(path: str, origins: Origins) -> str:
     return f" ({origins[path]})" if path in origins else ""
 
 
-def _explain(path: str, item: Any, origins: Origins, schema: type[AnyConfig] = Config) -> str:
-    _, section, key = _place(item["loc"])  # each part may contain a dot itself
+def _explain(
+    path: str,
+    item: Any,
+    origins: Origins,
+    schema: type[RunConfig] = Config,
+    known: Collection[str] = (),
+) -> str:
+    """Returns the message for an error of pydantic. `known`: sections of any task."""
+    _, section, key = _place(item["loc"], schema)  # each part may contain a dot itself
     fields = section.model_fields if section else {}
     at = f"{path}{_where(path, origins)}"
     if item["type"] == "extra_forbidden":
@@ -341,7 +363,7 @@ def _explain(path: str, item: Any, origins: Origins, schema: type[AnyConfig] = C
         hint = did_you_mean(word, list(fields if key else sections))
         elsewhere = [s for s, model in sections.items() if word in model.model_fields]
         hint = f"did you mean {elsewhere[0]}.{word}?" if elsewhere else hint
-        if not key and word in SECTIONS:
+        if not key and word in known:
             hint = f"task: {schema.task} has no such section"
         if "." in word:
             hint = "in a file, write the section and below it the key"
@@ -359,7 +381,7 @@ def _explain(path: str, item: Any, origins: Origins, schema: type[AnyConfig] = C
     return told
 
 
-def _with_defaults(tree: Any, schema: type[AnyConfig]) -> dict:
+def _with_defaults(tree: Any, schema: type[RunConfig]) -> dict:
     """The values that the rules can still judge when the tree is not valid as a whole."""
     result = {}
     for name, section in sections_of(schema).items():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import typing
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from sft.config.schema import KNOWN, Generation, Section
+from sft.config.schema import NESTED, Generation, RunConfig, Section, sections_of
 
 # --- docs/CONFIG.md ----------------------------------------------------------------------------
 
@@ -54,12 +55,15 @@ def _annotated_name(arguments: tuple[Any, ...]) -> str:
     return _annotation_name(arguments[0]) + _bounds(arguments[1].metadata)
 
 
-def reference() -> str:
-    """docs/CONFIG.md: every key with its type, default and meaning."""
+def reference(schemas: Iterable[type[RunConfig]]) -> str:
+    """Returns docs/CONFIG.md: every key of every task with its type, default and meaning."""
+    sections: dict[str, type[Section]] = {}
+    for schema in schemas:
+        sections |= sections_of(schema)
     lines = [
         "# Configuration keys",
         "",
-        "Generated from `sft/config.py` by `make docs`. A file holds these sections;",
+        "Generated from the schemas by `make docs`. A file holds these sections;",
         "`include: other.yaml` lays it over another file, and",
         '`ARGS="train.epochs=1"` (or `section.key=value` on a command line) overrides both.',
         " Unknown keys, wrong types and contradictions stop the run.",
@@ -68,7 +72,7 @@ def reference() -> str:
         "(docs/research/DISTILL.md): it has the sections `distill` and `train`,",
         "others all but `distill`.",
     ]
-    for name, section in KNOWN.items():
+    for name, section in {**sections, **NESTED}.items():
         lines += ["", f"## `{name}`", ""]
         if section is Generation:
             given = f"make infer ARGS={name}.temperature=0.7"
@@ -92,7 +96,3 @@ def _yaml(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}" if not math.isinf(value) else str(value)
     return "null" if value is None else str(value)
-
-
-if __name__ == "__main__":
-    print(reference(), end="")

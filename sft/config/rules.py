@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sft.config.schema import EPISODE, Crowd, Distill, Section
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A combination that cannot work. `broken` sees the values at `paths`, in order."""
-
-    paths: tuple[str, ...]
-    broken: Callable[..., bool]
-    message: str
-
+from sft.config.schema import Crowd, Rule, Section
 
 OTHERS = tuple(key for key in Crowd.model_fields if key != "num_agents")  # of a crowd
 DIVERSITY = ("num_projections", "representation", "layer", "pooling", "normalise")  # how measured
@@ -125,73 +114,18 @@ RULES = [
         lambda agents, *others: agents == 0 and [*others] != _defaults(Crowd, OTHERS),
         "there is no crowd whose other keys could be read; set it, or remove them",
     ),
-    Rule(
-        ("distill.context", "distill.compress"),
-        lambda context, compress: context % (EPISODE * (1 + compress)) != 0,
-        f"must be whole episodes of {EPISODE} steps, as must half of it with distill.compress",
-    ),
-    Rule(
-        ("distill.num_steps", "distill.context"),
-        lambda steps, context: steps % EPISODE != 0 or steps < context,
-        f"must be whole episodes of {EPISODE} steps, and at least distill.context",
-    ),
-    Rule(
-        ("distill.jump_to", "distill.search_episodes", "distill.num_steps"),
-        lambda later, first, steps: not first <= later < steps // EPISODE,
-        "must be at least distill.search_episodes, and less than the episodes in distill.num_steps",
-    ),
-    Rule(
-        ("distill.held_out_streams", "distill.num_streams"),
-        lambda held_out, streams: held_out >= streams,
-        "leaves no history to train on: give less than distill.num_streams",
-    ),
-    Rule(
-        ("distill.width", "distill.num_heads"),
-        lambda width, heads: width % heads != 0,
-        "must be a multiple of distill.num_heads",
-    ),
-    Rule(
-        ("distill.slide", "distill.context"),
-        lambda slide, context: slide is not None and slide * EPISODE > context,
-        "there are not so many episodes in distill.context",
-    ),
-    Rule(
-        ("distill.slide", "distill.compress"),
-        lambda slide, compress: slide is not None and compress,
-        "is not read with distill.compress, where the model says what is dropped: remove this key",
-    ),
-    Rule(
-        ("distill.type_weight", "distill.compress"),
-        lambda weight, compress: weight != Distill().type_weight and not compress,
-        "is only read with distill.compress: true; set that, or remove this key",
-    ),
-    Rule(
-        ("train.layout", "distill.context"),
-        lambda layout, _: layout == "packed",
-        "windows of histories are of one length, none is packed: leave it at auto",
-    ),
-    Rule(
-        ("train.gradient_checkpointing", "distill.context"),
-        lambda checkpointing, _: checkpointing is True,
-        "the model of histories is too small for it: leave it at auto",
-    ),
-    Rule(
-        ("train.save_best", "distill.context"),
-        lambda metric, _: metric == "token_accuracy",
-        "histories have no tokens of text: use loss",
-    ),
     *(
         Rule(
             (key,),
-            lambda path: not _is_safe_path(path),
+            lambda path: not is_safe_path(path),
             "must name a folder: printable characters, at most 200, without '..' and '~'",
         )
-        for key in ("train.output_dir", "classify.output_dir", "distill.data_dir")
+        for key in ("train.output_dir", "classify.output_dir")
     ),
 ]
 
 
-def _is_safe_path(path: str) -> bool:
+def is_safe_path(path: str) -> bool:
     """Absolute ones are safe: whoever starts a run says where, and scratch disks are elsewhere."""
     parts = Path(path).parts
     is_name = path.isprintable() and len(path) <= 200 and Path(path).name.strip()

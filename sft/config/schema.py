@@ -1,15 +1,15 @@
-"""The schema of every section, and the strict loader: file < `a.b=c` overrides. Imports no torch.
+"""The schema of every section of a configuration. Imports no torch.
 
-A section is a pydantic model; the text below a field is its documentation, and docs/CONFIG.md is
-generated from it (`python -m sft.config`). Loading collects *all* problems (YAML syntax, unknown
-keys, wrong types, missing keys, contradictions) and raises them as one `ConfigError`, each with its
-dotted path and the place where it was written.
+A section is a pydantic model; the text below a field is its documentation, from which `make docs`
+writes docs/CONFIG.md.
 """
 
 from __future__ import annotations
 
 import typing
-from typing import Annotated, ClassVar, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -299,52 +299,32 @@ class Crowd(Section):
     """Share of the training rows kept from training for `learned` to be fitted on."""
 
 
-class Distill(Section):
-    data_dir: Text = ".cache/darkroom"
-    """Where source histories are kept, a folder for each of the settings that make them."""
-    source: Literal["ppo", "stable_baselines3"] = "ppo"
-    """PPO on all goals at once, or that of Stable-Baselines3, goal by goal: the same, slower."""
-    source_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of the source histories."""
-    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Which 73 goals are trained on and which 8 are unseen (0: as published)."""
-    num_streams: Count = 100
-    """Copies of the room that a source learns in at once; each is one history."""
-    num_steps: Count = 1000
-    """Steps of each history; an episode has 20."""
-    held_out_streams: Count = 5
-    """Of them, the last: histories for the held-out loss, which are not trained on."""
-    context: Count = 120
-    """Transitions that the model sees, at most."""
-    search_episodes: Count = 3
-    """First episodes of the histories, of which a window is made while it has found nothing."""
-    search_best_of: Count = 32
-    """Each of them is, of so many streams, the one that visits most cells that are new to it."""
-    jump_to: Count = 12
-    """Episode of the histories, counted from 0, from which on the rest of a window comes."""
-    width: Count = 64
-    """Size of the model's embeddings."""
-    num_layers: Count = 4
-    """Blocks of the model."""
-    num_heads: Count = 4
-    """Heads of each attention."""
-    dropout: Fraction = 0.0
-    """Probability of dropping what a block adds."""
-    compress: bool = False
-    """Two regions of half the context each; the model says when the older one is dropped."""
-    type_weight: NonNegative = 0.1
-    """Weight of the token-type loss (`compress: true`)."""
-    slide: Count | None = None
-    """Oldest episodes that are dropped at once when the context is full. None: half of them."""
-    eval_episodes: Count = 500
-    """Episodes that each unseen goal is tried for, without an update."""
-    eval_seeds: Count = 16
-    """Times that each unseen goal is tried, with random numbers of their own."""
-    eval_quick: Count = 50
-    """Episodes at `train.eval_steps`."""
+@dataclass(frozen=True)
+class Rule:
+    """A combination that cannot work. `broken` receives the values at `paths`, in order."""
+
+    paths: tuple[str, ...]
+    broken: Callable[..., bool]
+    message: str
 
 
-class Config(Section):
+class RunConfig(Section):
+    """A configuration of any task: its sections, `train` among them."""
+
+    task: ClassVar[str]
+    """The value of the key `task` in a file."""
+    rules: ClassVar[Sequence[Rule]] = ()
+    """Combinations of the task's own sections that cannot work."""
+    if TYPE_CHECKING:
+        train: Train
+
+    @property
+    def kind(self) -> str:
+        """The name of the task in the registry."""
+        return self.task
+
+
+class Config(RunConfig):
     """`task: sft`, the default."""
 
     task: ClassVar[str] = "sft"
@@ -356,31 +336,21 @@ class Config(Section):
     classify: Classify = Classify()
     crowd: Crowd = Crowd()
 
-
-class DistillConfig(Section):
-    """`task: distill`."""
-
-    task: ClassVar[str] = "distill"
-    distill: Distill = Distill()
-    train: Train
+    @property
+    def kind(self) -> str:
+        return "crowd" if self.crowd.num_agents else self.task
 
 
-AnyConfig = Config | DistillConfig
-Configured = TypeVar("Configured", bound=AnyConfig)
-SCHEMAS: dict[str, type[Config] | type[DistillConfig]] = {
-    schema.task: schema for schema in (Config, DistillConfig)
-}
-EPISODE = 20  # steps of the room that `distill` is about
+Configured = TypeVar("Configured", bound=RunConfig)
 
 
-def sections_of(schema: type[AnyConfig]) -> dict[str, type[Section]]:
+def sections_of(schema: type[RunConfig]) -> dict[str, type[Section]]:
+    """Returns the sections of a schema by name."""
     fields = schema.model_fields.items()
     return {name: typing.cast(type[Section], field.annotation) for name, field in fields}
 
 
-SECTIONS = sections_of(Config) | sections_of(DistillConfig)
-KNOWN: dict[str, type[Section]] = {
-    **SECTIONS,
+NESTED: dict[str, type[Section]] = {
     "classify.strategies.<name>": Strategy,
     "generation": Generation,
 }

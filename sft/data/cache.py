@@ -73,7 +73,7 @@ class Prepared:
     audit: dict[str, Any]
     rejected: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))  # JSON lines
     folder: Path | None = None  # in the cache
-    validation: Examples | None = None  # kept from training for a crowd's aggregator
+    validation: Examples | None = None  # rows that are kept from training
 
     def samples(self) -> list[Sample]:
         """The rows of most findings, for people to look at."""
@@ -108,18 +108,18 @@ def prepare(config: Config, moved: Callable[[], None] = lambda: None) -> Prepare
     _prune(folder.parent)
     if config.data.audit == "refuse":
         refuse(prepared.audit)
-    if config.crowd.num_agents and config.crowd.aggregator == "learned":
-        return _with_validation(prepared, config.crowd.fit_fraction)
     return prepared
 
 
-def _with_validation(prepared: Prepared, share: float) -> Prepared:
-    """Takes training rows out for validation, evenly spread over them: at least one on both sides,
-    or DataError."""
+def with_validation(prepared: Prepared, share: float) -> Prepared:
+    """Takes training rows out for validation, evenly spread over them, at least one on both sides.
+
+    Raises DataError if there are fewer than two.
+    """
     number = len(prepared.train)
     if number < 2:
         raise errors.DataError(
-            f"crowd.aggregator: learned needs a training row to fit on, found {number} in all"
+            f"expected at least 2 training rows, to keep one for validation, found {number}"
         )
     chosen = np.zeros(number, bool)
     count = min(number - 1, max(1, round(share * number)))

@@ -98,9 +98,9 @@ def rows_that_pay(model: nn.Module, prompts: Sequence[list[int]], settings: Gene
         free = psutil.virtual_memory().available // _local_ranks()
     precision = "bf16" if parameter.dtype == torch.bfloat16 else "fp32"
     longest = max((len(prompt) for prompt in prompts), default=1)
-    agents = getattr(model, "num_agents", 1)  # of a crowd, each with a row for every prompt
-    each = bytes_per_row(model.config, precision, longest, settings.max_new_tokens) * agents
-    most = (ROWS_GPU if on_gpu else ROWS_CPU) // agents
+    copies = getattr(model, "rows_per_prompt", 1)  # of a model that is several in one
+    each = bytes_per_row(model.config, precision, longest, settings.max_new_tokens) * copies
+    most = (ROWS_GPU if on_gpu else ROWS_CPU) // copies
     return max(1, min(free // 2 // each, most))
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from sft.config.schema import Crowd, Tuning
+from sft.config.schema import Tuning
 from sft.errors import ModelError
-from sft.tasks.crowd.agents import Agents
 
 
-def add_adapters(base: nn.Module, tuning: Tuning, crowd: Crowd | None = None) -> nn.Module:
-    """`base` with one adapter, as PEFT makes it; or with those of the agents of a crowd."""
+def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
+    """Returns `base` with a LoRA adapter, as PEFT makes it, in fp32."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = "all-linear" if tuning.target_modules == "auto" else list(tuning.target_modules)
@@ -32,7 +33,7 @@ def add_adapters(base: nn.Module, tuning: Tuning, crowd: Crowd | None = None) ->
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return Agents(model, crowd) if crowd and crowd.num_agents else model
+    return model
 
 
 def _is_linear(module: nn.Module) -> bool:

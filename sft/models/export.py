@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ from sft.config.schema import Model, Tuning
 from sft.errors import CheckpointError
 from sft.models.digest import weights_sha256
 from sft.runtime import checkpoint
-from sft.tasks.crowd.agents import WEIGHTS as ADAPTER
-from sft.tasks.crowd.agents import Agents
-from sft.tasks.crowd.files import META, _read_agents
 
+ADAPTER = "adapter_model.safetensors"
 BASE = "base.json"  # beside an adapter: what it was trained on
+
+
+def base_record(base: Model) -> dict[str, str]:
+    """Returns what identifies the base of an adapter."""
+    return {"name": base.name, "weights_sha256": weights_sha256(base)}
 
 
 def save(
@@ -33,19 +36,12 @@ def save(
     """Adapter or model, and tokenizer, in `folder` (safetensors).
 
     `weights`: those to be saved, by name, where the model itself does not have them whole.
-    `base`: what an adapter belongs to; `load_tuned` refuses another.
+    `base`: what an adapter belongs to; loading it refuses another.
     """
     model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
-    agents = sorted(folder.glob("agent*")) if isinstance(model, Agents) else []
-    for place in [folder, *agents]:
-        tokenizer.save_pretrained(str(place))
+    tokenizer.save_pretrained(str(folder))
     if base is not None:
-        told = {"name": base.name, "weights_sha256": weights_sha256(base)}
-        for place in agents or [folder]:
-            (place / BASE).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
-        if isinstance(model, Agents):
-            meta = json.dumps({**model.described(), "base": told}, indent=2)
-            (folder / META).write_text(meta + "\n", "utf-8")
+        (folder / BASE).write_text(json.dumps(base_record(base), indent=2) + "\n", "utf-8")
     config = folder / "config.json"
     if config.exists():  # training turns the cache off; whoever loads the model wants it
         values = json.loads(config.read_text("utf-8"))
@@ -57,9 +53,6 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
 
     Raises CheckpointError if one that is trained is missing or has another shape.
     """
-    if isinstance(model, Agents):
-        yield from _read_agents(model, folder)
-        return
     known = dict(model.named_parameters())
     missing = {name for name, p in known.items() if p.requires_grad}
     names = {name: name for name in known}
@@ -90,6 +83,11 @@ def shape_of(told: dict[str, Any]) -> Tuning:
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Puts the weights that `save` wrote into `model`."""
+    put_weights(model, read_weights(model, folder))
+
+
+def put_weights(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copies weights into the parameters of these names."""
     parameters = dict(model.named_parameters())
-    for name, value in read_weights(model, folder):
+    for name, value in weights:
         parameters[name].data.copy_(value)

@@ -8,6 +8,13 @@ import torch
 from torch import nn
 
 
+def embedding_layers(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """Returns the layers at the input and at the output, None where a model has none."""
+    methods = (getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output"))
+    first, last = (method() if method else None for method in methods)
+    return first, last
+
+
 def is_split(model: nn.Module) -> bool:
     """Whether a rank holds only parts of the weights (FSDP2, ZeRO-3): forwards are collective."""
     return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())

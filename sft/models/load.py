@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,20 @@ def _check_files(folder: Path) -> None:
                 raise ModelError(f"model.name: {index} names {name!r}, expected *.safetensors")
 
 
-def build(config: Config, precision: str, device: torch.device, weights: bool = True) -> nn.Module:
+def build(
+    config: Config,
+    precision: str,
+    device: torch.device,
+    weights: bool = True,
+    adapt: Callable[[nn.Module, Config], nn.Module] = lambda base, config: add_adapters(
+        base, config.tuning
+    ),
+) -> nn.Module:
     """The model ready to train: frozen, quantised and adapted as `tuning.mode` says.
 
     Weights are a function of (files, `train.seed`): the same on every process. Without `weights`
-    no file of them is read; they are random, and the model is the same in all else.
+    no file of them is read; they are random, and the model is the same in all else. `adapt` adds
+    what is trained on a frozen base.
     """
     torch.manual_seed(config.train.seed)
     mode = config.tuning.mode
@@ -109,7 +118,7 @@ def build(config: Config, precision: str, device: torch.device, weights: bool = 
     if mode != "full":
         for parameter in base.parameters():
             parameter.requires_grad_(False)
-        base = add_adapters(base, config.tuning, config.crowd)
+        base = adapt(base, config)
     base.config.use_cache = (
         False  # with a cache, transformers ignores the borders of packed documents
     )

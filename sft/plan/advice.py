@@ -6,15 +6,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sft.config.load import with_values
-from sft.config.schema import AnyConfig, Config
+from sft.config.schema import Config, RunConfig
 from sft.errors import ConfigError
 from sft.plan import gpus, memory
-from sft.plan.choose import Target
+from sft.plan.choose import Planner
 from sft.plan.dry_run import Window, uniform
-from sft.plan.plan import Plan, target
+from sft.plan.plan import Plan, planner
 from sft.runtime import hardware
 from sft.runtime.hardware import Hardware
-from sft.tasks.base import Work
+from sft.tasks.base import Workload
+from sft.tasks.registry import task_of
+from sft.tasks.sft.task import FineTune
 
 # --- what else could be done -------------------------------------------------------------------
 
@@ -30,11 +32,11 @@ class Advice:
     fits: bool
 
 
-def advice(config: AnyConfig, work: Work, machine: Hardware, plan: Plan) -> list[Advice]:
+def advice(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan) -> list[Advice]:
     """What would take less memory, with the same micro-batch, from the cheapest on."""
     planned = {"train.gradient_checkpointing": plan.gradient_checkpointing}
     config = with_values(config, planned)
-    at = target(config, work, machine, plan)
+    at = planner(config, workload, machine, plan)
     window = at.window(plan.budget, plan.gradient_checkpointing)
     result = []
 
@@ -47,26 +49,28 @@ def advice(config: AnyConfig, work: Work, machine: Hardware, plan: Plan) -> list
         saved = plan.memory.reserved - taken.reserved
         if saved > 0:
             told = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
-            result.append(Advice(told, price, taken.reserved, saved, taken.reserved <= at.room))
+            result.append(
+                Advice(told, price, taken.reserved, saved, taken.reserved <= at.usable_bytes)
+            )
 
     if not plan.gradient_checkpointing:
         price = "about 25 % slower, the same result"
         consider(price, {"train.gradient_checkpointing": True})
     if config.train.optimizer == "adamw":
         consider("moments in 8 bits", {"train.optimizer": "adamw_8bit"})
-    if not isinstance(config, Config):
-        return result
-    if config.tuning.mode == "full":
-        consider("adapters instead of all weights", {"tuning.mode": "lora"})
-    if config.tuning.mode != "qlora":
-        consider("frozen weights in 4 bits, slower", {"tuning.mode": "qlora"})
-    half = max(8, max(work.lengths) // 2)
-    shorter = tuple(
-        tuple((min(n, half), min(s, half)) for n, s in rows) for rows in window.micro_batches
-    )
-    price = "longer rows are cut or left out (data.on_long)"
-    consider(price, {"data.max_seq_len": half}, replace(window, micro_batches=shorter))
+    for each in task_of(config).alternatives(config, workload):
+        consider(each.price, each.values, _shortened(window, each.max_length))
     return result
+
+
+def _shortened(window: Window, most: int | None) -> Window:
+    """Returns the window with examples of at most so many tokens."""
+    if most is None:
+        return window
+    shorter = tuple(
+        tuple((min(n, most), min(s, most)) for n, s in rows) for rows in window.micro_batches
+    )
+    return replace(window, micro_batches=shorter)
 
 
 COMPARED = ("4090", "L40S", "A100-40GB", "A100-80GB", "H100-80GB", "H200")
@@ -75,12 +79,12 @@ COMPARED = ("4090", "L40S", "A100-40GB", "A100-80GB", "H100-80GB", "H200")
 def comparison(config: Config) -> list[dict[str, Any]]:
     """For each way of tuning, with and without checkpointing: the bytes that a micro-batch of one
     row of `data.max_seq_len` tokens takes, and how many rows each GPU of COMPARED holds."""
-    work, result = Work.uniform(config), []
-    length = work.lengths[0]
+    workload, result = FineTune.uniform_workload(config), []
+    length = workload.lengths[0]
 
     def room_on(name: str) -> float:
         machine = replace(hardware.detect(), devices=gpus.named_gpus(name))
-        return Target(config, work, machine, 1, "bf16", "padded").room
+        return Planner(config, workload, machine, 1, "bf16", "padded").usable_bytes
 
     for mode in ("full", "lora", "qlora"):
         for checkpointing in (False, True):

@@ -14,21 +14,20 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from sft.config.load import with_values
-from sft.config.schema import AnyConfig, Configured
+from sft.config.schema import Configured, RunConfig
 from sft.data import batches
 from sft.data.batches import Budget, MicroBatch
-from sft.data.cache import Prepared
 from sft.errors import OutOfMemory
 from sft.plan import dry_run, history
 from sft.plan.choose import of_budget
-from sft.plan.plan import Plan, make_plan, replanned, target
+from sft.plan.plan import Plan, make_plan, planner, replanned
 from sft.plan.report import keep
 from sft.plan.trace import Recorder
 from sft.runtime import oom
 from sft.runtime.console import size
 from sft.runtime.hardware import Hardware
 from sft.runtime.log import Log
-from sft.tasks.base import Work
+from sft.tasks.base import Workload
 from sft.train import recovery
 from sft.train.engine import Engine
 
@@ -102,25 +101,25 @@ def _on_cpu(engine: Engine, micro_batches: list[MicroBatch], state_bytes: int) -
 
 
 def make_together(
-    config: AnyConfig, data: Prepared | Work, machine: Hardware, accelerator: Accelerator
+    config: RunConfig, workload: Workload, machine: Hardware, accelerator: Accelerator
 ) -> Plan:
     """One plan for all ranks, that of the one with the least memory: cut differently by each, the
     global batch would not be whole. Collective."""
-    made = make_plan(config, data, machine, accelerator.num_processes)
+    made = make_plan(config, workload, machine, accelerator.num_processes)
     if accelerator.num_processes == 1:
         return made
     return min(gather_object([made]), key=lambda each: each.available_bytes)
 
 
 def confirm_on(
-    engine: Engine, planned: Plan, resolved: AnyConfig, data: Prepared | Work, machine: Hardware
+    engine: Engine, planned: Plan, resolved: RunConfig, workload: Workload, machine: Hardware
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan with a budget that the device holds, which the engine has from then on, and what of
     it was measured. Collective."""
     train = resolved.train
     if train.engine != "ddp" or (planned.world_size > 1 and not machine.devices):
         return planned, {}  # what other engines and the buckets of DDP hold is not seen
-    at = target(resolved, data, machine, planned)
+    at = planner(resolved, workload, machine, planned)
 
     def heaviest(budget: batches.Budget) -> list[batches.MicroBatch]:
         chosen, accumulates = at.heaviest(budget, planned.gradient_checkpointing)
@@ -129,14 +128,14 @@ def confirm_on(
     state = planned.memory.breakdown["optimizer"]
     budget, peak = fitting(engine, planned.budget, heaviest, state)
     if budget != planned.budget:
-        planned = replanned(planned, resolved, data, machine, budget)
+        planned = replanned(planned, resolved, workload, machine, budget)
         engine.budget = engine.task.budget = budget
         with_budget(resolved, planned, engine.log)
     predicted = planned.memory.allocated
     told = f"{size(peak)} measured, {size(predicted)} predicted"
     engine.log.say(f"memory of the heaviest micro-batch: {told}")
     if engine.accelerator.is_main_process:
-        history.remember(at.traits.cache, planned.device, predicted, peak)
+        history.remember(at.info.cache, planned.device, predicted, peak)
     return planned, {"heaviest_micro_batch_bytes": peak}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sft.config.load import with_values
-from sft.config.schema import AnyConfig, Train
+from sft.config.schema import RunConfig, Train
 from sft.data import batches
 from sft.errors import ConfigError
 from sft.models import attention
@@ -20,8 +20,8 @@ from sft.plan.dry_run import Window
 from sft.plan.memory import ACTIVATION_BYTES, CONTEXT_BYTES, Memory, predict
 from sft.runtime import deepspeed
 from sft.runtime.hardware import Hardware
-from sft.tasks.base import Traits, Work
-from sft.tasks.registry import answering_bytes, traits
+from sft.tasks.base import TaskInfo, Workload
+from sft.tasks.registry import task_of
 from sft.train import schedule
 
 # Of the memory stays free: other programs on a CPU, what fragmentation the replay does not see.
@@ -50,11 +50,11 @@ class _Choice:
 
 
 @dataclass(frozen=True)
-class Target:
+class Planner:
     """A configuration on its data and devices."""
 
-    config: AnyConfig
-    work: Work
+    config: RunConfig
+    workload: Workload
     machine: Hardware
     world_size: int
     precision: str
@@ -64,8 +64,8 @@ class Target:
     )
 
     @cached_property
-    def traits(self) -> Traits:
-        return traits(self.config)
+    def info(self) -> TaskInfo:
+        return task_of(self.config).info(self.config)
 
     @property
     def kind(self) -> str:
@@ -95,17 +95,17 @@ class Target:
     def _ids(self, step: int) -> list[int]:
         train = self.config.train
         order = schedule.order_seed(train)
-        return batches.global_batch_ids(len(self.work.lengths), order, step, train.global_batch)
+        return batches.global_batch_ids(len(self.workload.lengths), order, step, train.global_batch)
 
     def choose(self) -> tuple[_Choice, str]:
         """(the choice, why activations are checkpointed or not)."""
         asked = self.config.train.gradient_checkpointing
         if asked != "auto":
             return self._largest(asked), "configured"
-        if self.traits.small:
+        if self.info.small:
             return self._largest(False), "the model is too small for it"
         kept = self._largest(False)
-        batch = sum(self.work.lengths[i] for i in self.first) // self.world_size
+        batch = sum(self.workload.lengths[i] for i in self.first) // self.world_size
         if kept.fits and kept.budget.max_tokens >= min(self.saturating // 4, batch):
             return kept, "not needed, and it would cost about a quarter of the speed"
         again = self._largest(True)
@@ -116,7 +116,7 @@ class Target:
 
     def _largest(self, checkpointing: bool) -> _Choice:
         """The largest budget that fits, up to what is asked for or saturates the device."""
-        train, lengths = self.config.train, self.work.lengths
+        train, lengths = self.config.train, self.workload.lengths
         longest = max(lengths)
         if rows := rows_asked(train, self.world_size):
             limit = rows * longest if train.max_tokens == "auto" else train.max_tokens
@@ -142,7 +142,7 @@ class Target:
             return low
         for _ in range(4):  # memory is convex in tokens: what lies between two, takes no more
             less, more = low.memory.reserved, high.memory.reserved
-            share = min(0.98, (self.room - less) / (more - less))
+            share = min(0.98, (self.usable_bytes - less) / (more - less))
             tokens = int(low.tokens + share * (high.tokens - low.tokens))
             if tokens <= 1.02 * low.tokens:
                 break
@@ -152,28 +152,28 @@ class Target:
 
     def _budget(self, max_tokens: int) -> batches.Budget:
         cost = MICRO_BATCH_COST[self.kind]
-        agents = self.traits.agents
-        return batches.Budget(max_tokens, self.layout, cost and max(1, cost // agents))
+        copies = self.info.copies
+        return batches.Budget(max_tokens, self.layout, cost and max(1, cost // copies))
 
     @property
     def saturating(self) -> int:
         """Tokens of the data that make a micro-batch as large as is of use."""
-        tokens = OF_SMALL if self.traits.small else SATURATING_TOKENS
-        return tokens[self.kind] // self.traits.agents
+        tokens = OF_SMALL if self.info.small else SATURATING_TOKENS
+        return tokens[self.kind] // self.info.copies
 
     @property
-    def room(self) -> float:
+    def usable_bytes(self) -> float:
         return self.available_bytes * (1 - MARGIN[self.kind]) - self.context_bytes
 
     def _tried(self, checkpointing: bool, budget: batches.Budget, why: str) -> _Choice:
         config = with_values(self.config, {"train.gradient_checkpointing": checkpointing})
-        cuts = batches.cut(self.first, self.work.lengths, self.world_size, budget)
+        cuts = batches.cut(self.first, self.workload.lengths, self.world_size, budget)
         window = self.window(budget, checkpointing)
         taken = self.predicted(window, config, len(cuts[0]))
-        fits = taken.reserved <= self.room
+        fits = taken.reserved <= self.usable_bytes
         return _Choice(checkpointing, budget, cuts, window.tokens, taken, fits, why)
 
-    def predicted(self, window: Window, config: AnyConfig, micro_batches: int) -> Memory:
+    def predicted(self, window: Window, config: RunConfig, micro_batches: int) -> Memory:
         """`micro_batches`: of each process in a step."""
         on_gpu, group = self.kind == "cuda", self._group(micro_batches > 1)
         window = replace(window, waiting=(micro_batches - 1) * window.tokens)
@@ -189,7 +189,7 @@ class Target:
     def window(self, budget: batches.Budget, checkpointing: bool) -> Window:
         """The heaviest micro-batch; among several, it has gradients from the start."""
         chosen, accumulates = self.heaviest(budget, checkpointing)
-        return Window((self.work.rows(chosen),), budget.layout, accumulates)
+        return Window((self.workload.rows(chosen),), budget.layout, accumulates)
 
     def heaviest(
         self, budget: batches.Budget, checkpointing: bool
@@ -203,12 +203,12 @@ class Target:
         if budget not in self.scanned:
             self.scanned[budget] = self._micro_batches(budget)
         micro_batches, several = self.scanned[budget]
-        chosen = self._heaviest(self.work, micro_batches, not checkpointing)
+        chosen = self._heaviest(self.workload, micro_batches, not checkpointing)
         return chosen, several or self.world_size > 1
 
     def _micro_batches(self, budget: batches.Budget) -> tuple[list[batches.MicroBatch], bool]:
         """(those of the run that may be the heaviest, whether a step has several)."""
-        lengths, world = self.work.lengths, self.world_size
+        lengths, world = self.workload.lengths, self.world_size
         steps = schedule.total_steps(self.config.train, len(lengths))
         looked_at = min(steps, max(1, SCANNED // self.config.train.global_batch))
         several, result = False, list[batches.MicroBatch]()
@@ -223,9 +223,9 @@ class Target:
         return result, several
 
     def _heaviest(
-        self, work: Work, micro_batches: list[batches.MicroBatch], keeps_layers: bool
+        self, work: Workload, micro_batches: list[batches.MicroBatch], keeps_layers: bool
     ) -> batches.MicroBatch:
-        arch = self.traits.text
+        arch = self.info.text
         per_token = arch.hidden_size * ACTIVATION_BYTES[self.precision]
         per_token *= arch.num_hidden_layers if keeps_layers else 1
 
@@ -238,7 +238,7 @@ class Target:
 
     def evaluation(self, budget: batches.Budget) -> Memory | None:
         """The peak of the held-out loss."""
-        work = self.work.held_out
+        work = self.workload.held_out
         if work is None:
             return None
         ranks = batches.cut(range(len(work.lengths)), work.lengths, self.world_size, budget)
@@ -250,11 +250,12 @@ class Target:
 
     def answering(self, evaluation: Memory) -> int:
         """Bytes while what was learnt is tried: held-out prompts are answered; 0 if none are."""
-        work = self.work.held_out
+        work = self.workload.held_out
         if work is None:
             return 0
         prompts = (np.asarray(work.lengths) - work.supervised).tolist()
-        taken = answering_bytes(self.config, self.precision, prompts, self.world_size)
+        task = task_of(self.config)
+        taken = task.answering_bytes(self.config, self.precision, prompts, self.world_size)
         passing = ("activations", "logits and loss", "dequantisation")
         kept = sum(v for k, v in evaluation.breakdown.items() if k not in passing)
         return kept + taken if taken else 0
@@ -262,14 +263,16 @@ class Target:
     def seconds(self, counts: Counts, checkpointing: bool, tokens: int) -> float | None:
         """For so many tokens: weights times tokens, at an assumed share of the GPU's peak."""
         gpu = gpus.gpu_of(self.machine.devices[0].name) if self.machine.devices else None
-        if gpu is None or self.precision != "bf16" or self.traits.small:
+        if gpu is None or self.precision != "bf16" or self.info.small:
             return None
-        agents = self.traits.agents
-        passes = (3 if self.traits.mode == "full" else 2) + checkpointing + self.traits.surveys
+        copies = self.info.copies
+        passes = (
+            (3 if self.info.mode == "full" else 2) + checkpointing + self.info.needs_global_batch
+        )
         speed = gpu.teraflops * 1e12 * UTILISATION * self.world_size
         multiplied = counts.multiplied
-        if agents > 1:  # each agent's adapter sees its own rows
-            multiplied = agents * (multiplied - counts.trained) + counts.trained
+        if copies > 1:  # each copy has an adapter, which sees its own rows
+            multiplied = copies * (multiplied - counts.trained) + counts.trained
         return 2 * passes * multiplied * tokens / speed
 
 
@@ -302,10 +305,10 @@ def of_budget(budget: batches.Budget) -> dict[str, Any]:
     return values
 
 
-def resolve_layout(config: AnyConfig, precision: str, on_gpu: bool) -> tuple[batches.Layout, str]:
+def resolve_layout(config: RunConfig, precision: str, on_gpu: bool) -> tuple[batches.Layout, str]:
     if config.train.layout != "auto":
         return config.train.layout, "configured"
-    asked = traits(config).attention
+    asked = task_of(config).info(config).attention
     if attention.needs_no_mask(asked, precision, on_gpu):
         return "packed", "flash attention reads document borders without a mask"
     why = "rows of like lengths; packing would need a dense mask here"

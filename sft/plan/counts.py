@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from sft.config.schema import SCHEMAS, AnyConfig, Config
-from sft.models.layers import repeated_layers
-from sft.tasks.registry import skeleton
+from sft.config.schema import RunConfig
+from sft.models.layers import embedding_layers, repeated_layers
+from sft.tasks.registry import task_of
 
 # --- what is counted ---------------------------------------------------------------------------
 
@@ -24,18 +24,18 @@ class Counts:
     sizes: tuple[int, ...]  # of each parameter
 
 
-def counts(config: AnyConfig) -> Counts:
+def counts(config: RunConfig) -> Counts:
     return _counted(_key(config), None)
 
 
 @lru_cache(maxsize=64)
 def _counted(key: Key, depth: int | None) -> Counts:
-    built = skeleton(_config(key), depth)
-    embedded = built.get_input_embeddings().weight  # type: ignore[operator]
+    config = _config(key)
+    built = task_of(config).skeleton(config, depth)
+    first, last = (getattr(layer, "weight", None) for layer in embedding_layers(built))
     parameters = list(built.parameters())
     total = sum(p.numel() for p in parameters)
-    head = built.get_output_embeddings().weight  # type: ignore[operator]
-    looked_up = 0 if embedded is head else embedded.numel()
+    looked_up = 0 if first is None or first is last else first.numel()
     trained = [p.numel() for p in parameters if p.requires_grad]
     layers = repeated_layers(built)
     outside = total - sum(p.numel() for layer in layers for p in layer.parameters())
@@ -43,19 +43,17 @@ def _counted(key: Key, depth: int | None) -> Counts:
     return Counts(total, sum(trained), total - looked_up, max(trained), len(layers), outside, sizes)
 
 
-Key = tuple[str, str]  # a task, and a configuration of it in JSON
-MODELLED = ("model", "tuning", "crowd", "distill")
+Key = tuple[type[RunConfig], str]  # a schema, and a configuration of it in JSON
 
 
-def _key(config: AnyConfig, **train: Any) -> Key:
+def _key(config: RunConfig, **train: Any) -> Key:
     """The sections that say what the model is, and these keys of `train`."""
-    values: dict[str, Any] = {name: part for name, part in config if name in MODELLED}
-    values |= {"train": {"output_dir": "none", **train}}
-    if isinstance(config, Config):
-        values |= {"data": {"train_path": "none"}}
-    return config.task, type(config).model_validate(values).model_dump_json()
+    task = task_of(config)
+    values: dict[str, Any] = {name: getattr(config, name) for name in task.modelled}
+    values |= {"train": {"output_dir": "none", **train}, **task.placeholders}
+    return type(config), type(config).model_validate(values).model_dump_json()
 
 
-def _config(key: Key) -> AnyConfig:
-    task, text = key
-    return SCHEMAS[task].model_validate_json(text)
+def _config(key: Key) -> RunConfig:
+    schema, text = key
+    return schema.model_validate_json(text)

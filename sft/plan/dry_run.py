@@ -26,16 +26,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sft.config.load import with_values
-from sft.config.schema import AnyConfig
+from sft.config.schema import RunConfig
 from sft.data import batches
 from sft.evaluate import generate
 from sft.models import dtypes, load
 from sft.models.attention import needs_no_mask
+from sft.models.layers import embedding_layers
 from sft.models.load import shallow
 from sft.plan.trace import Assume, Recorder, Trace
-from sft.runtime.log import Log
+from sft.runtime.context import Context
 from sft.tasks.base import Row
-from sft.tasks.registry import blank, traits
+from sft.tasks.registry import task_of
 from sft.train.engine import Engine
 from sft.train.task import Batch
 
@@ -70,7 +71,7 @@ def uniform(
 
 
 def rehearse(
-    config: AnyConfig,
+    config: RunConfig,
     precision: str,
     window: Window,
     *,
@@ -84,12 +85,13 @@ def rehearse(
     `depth`: layers, instead of all that the model has. `on_gpu`: as they would be on a GPU, as far
     as an operation can tell.
     """
-    own = traits(config)
+    task = task_of(config)
+    own = task.info(config)
     isolates = needs_no_mask(own.attention, precision, on_gpu)
     if isolates:  # its kernels need a GPU; what they keep is what SDPA keeps, where a model has it
         config = with_values(config, {"model.attn_implementation": "auto"})
-    if depth is not None and own.layer >= depth:  # of those that there are, the last
-        config = with_values(config, {"crowd.layer": depth - 1})
+    if depth is not None:
+        config = task.with_depth(config, depth)
     masked = window.layout == "packed" and max(map(len, window.micro_batches)) > 1 and not isolates
     with _fake(config, masked, depth), _like_a_gpu(config, precision) if on_gpu else nullcontext():
         made = make_engine(config, precision, window, weights=False)
@@ -97,7 +99,7 @@ def rehearse(
 
 
 @contextmanager
-def _fake(config: AnyConfig, masked: bool, depth: int | None) -> Iterator[None]:
+def _fake(config: RunConfig, masked: bool, depth: int | None) -> Iterator[None]:
     """Every tensor made in it is fake, and nothing outside keeps one.
 
     `masked`: transformers makes a mask, as it does for packed documents; it would make one, too,
@@ -115,7 +117,9 @@ def _fake(config: AnyConfig, masked: bool, depth: int | None) -> Iterator[None]:
     with ExitStack() as stack:
         enter = stack.enter_context
         enter(torch.random.fork_rng(devices=[]))
-        if traits(config).mode == "qlora":  # bitsandbytes keeps its tables for all models
+        if (
+            task_of(config).info(config).mode == "qlora"
+        ):  # bitsandbytes keeps its tables for all models
             enter(mock.patch.dict("bitsandbytes.functional.name2qmap", clear=True))
         enter(mock.patch("transformers.masking_utils.is_tracing", is_tracing))
         enter(mock.patch.object(nn.Module, "_apply", _convert))
@@ -142,7 +146,7 @@ def _convert(module: nn.Module, function: Callable[[Any], Any], recurse: bool = 
 
 
 @contextmanager
-def _like_a_gpu(config: AnyConfig, precision: str) -> Iterator[None]:
+def _like_a_gpu(config: RunConfig, precision: str) -> Iterator[None]:
     """Operations keep what they would keep on a GPU."""
     attend: Any = F.scaled_dot_product_attention
     normalise: Any = F.layer_norm
@@ -165,7 +169,7 @@ def _like_a_gpu(config: AnyConfig, precision: str) -> Iterator[None]:
         tensors = (a.float() if isinstance(a, torch.Tensor) else a for a in arguments)
         return normalise(*tensors)
 
-    text = traits(config).text
+    text = task_of(config).info(config).text
     heads = getattr(text, "num_attention_heads", None)
     grouped = getattr(text, "num_key_value_heads", heads) != heads
     with ExitStack() as stack:
@@ -178,16 +182,17 @@ def _like_a_gpu(config: AnyConfig, precision: str) -> Iterator[None]:
 
 
 def make_engine(
-    config: AnyConfig, precision: str, window: Window, weights: bool, accelerator: Any = None
+    config: RunConfig, precision: str, window: Window, weights: bool, accelerator: Any = None
 ) -> Engine:
     """An engine whose every step is `window`: on the device of an Accelerator, in its processes; or
     (None) alone on the CPU and behind its first step, in which the optimizer makes its state."""
     rows = [row for micro_batch in window.micro_batches for row in micro_batch]
     config = with_values(config, {"train.global_batch": len(rows)})
     budget = batches.Budget(sum(length for length, _ in rows), window.layout)
-    group = accelerator or Alone(precision, config.train.engine)
-    task = blank(config, precision, rows, group, budget, weights)
-    made = Engine(task, config.train, group, Log(None), budget)
+    context = Context(accelerator or Alone(precision, config.train.engine))
+    kind = task_of(config)
+    task = kind.build(config, kind.blank_data(config, rows), precision, budget, context, weights)
+    made = Engine(task, config.train, context, budget)
     numbers = iter(range(len(rows)))
     micro_batches = [[next(numbers) for _ in each] for each in window.micro_batches]
     made.window = lambda step: (list(range(len(rows))), micro_batches)  # type: ignore[method-assign]
@@ -268,7 +273,7 @@ def record(made: Engine, *, gradients: bool = False, evaluation: bool = False) -
     ):
         if evaluation:
             with generate.eval_mode(built):
-                made.task.scored(made.model, made.task.collate(made.window(0)[1][0]))
+                made.task.eval_loss(made.model, made.task.collate(made.window(0)[1][0]))
             return recorder.trace
         made.optimizer_step()
         recorder.name((p.grad for p in trained), "gradients")
@@ -323,11 +328,12 @@ def _labelled(built: nn.Module, recorder: Recorder) -> Iterator[None]:
     def into_embedding(_: torch.Tensor) -> None:
         recorder.enter(f"backward of the embedding {count}")
 
-    handles = [
-        built.get_input_embeddings().register_forward_hook(behind_embedding),  # type: ignore[operator]
-        built.get_output_embeddings().register_forward_pre_hook(into_head),  # type: ignore[operator]
-        built.register_forward_pre_hook(into_model),
-    ]
+    embeddings, head = embedding_layers(built)
+    handles = [built.register_forward_pre_hook(into_model)]
+    if embeddings is not None:
+        handles.append(embeddings.register_forward_hook(behind_embedding))
+    if head is not None:
+        handles.append(head.register_forward_pre_hook(into_head))
     try:
         yield
     finally:

@@ -14,9 +14,10 @@ from functools import lru_cache
 
 from torch import nn
 
-from sft.config.schema import AnyConfig
+from sft.config.schema import RunConfig
 from sft.errors import UserError
 from sft.models.dtypes import DTYPES
+from sft.models.layers import embedding_layers
 from sft.plan import dry_run
 from sft.plan.allocator import LARGE_SEGMENT, MIB, SMALL_SEGMENT
 from sft.plan.counts import Key, _config, _counted, _key
@@ -24,7 +25,7 @@ from sft.plan.dry_run import Window
 from sft.plan.sharding import ALONE, Group, _of_rank
 from sft.plan.trace import Trace
 from sft.runtime.disk import ADAM_BYTES
-from sft.tasks.registry import skeleton, traits
+from sft.tasks.registry import task_of
 
 NF4_BYTES = 0.516  # per weight: 4 bits and the double-quantised scale of each block of 64
 # Closed form: activations of a layer, bytes per token and hidden unit. Traces of Llama and Qwen2
@@ -48,7 +49,7 @@ class Memory:
 
 
 def predict(
-    config: AnyConfig,
+    config: RunConfig,
     precision: str,
     window: Window,
     *,
@@ -75,7 +76,7 @@ def predict(
         method = f"closed form, since the step could not be traced: {why}"
         return Memory(parts, round(1.05 * sum(parts.values())), method)
     share = ADAM_BYTES[config.train.optimizer] / ADAM_BYTES["adamw"]
-    own = traits(config)
+    own = task_of(config).info(config)
     besides = {"waiting batches": window.waiting * own.waiting_bytes}
     besides |= {} if on_gpu else {"examples": own.examples_bytes}
 
@@ -140,7 +141,7 @@ def _depths(key: Key) -> tuple[int, int, int] | None:
     """(few layers, more, all): depths between which every layer adds the same; None where layers
     do not repeat, or are too few for a shorter trace to be quicker."""
     config = _config(key)
-    own = traits(config)
+    own = task_of(config).info(config)
     text = own.text
     whole, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or ["same"]
     period = next(
@@ -148,7 +149,7 @@ def _depths(key: Key) -> tuple[int, int, int] | None:
     )
     few = 2 * period + whole % period
     more = few + period
-    if own.small or few + more >= whole or own.layer >= whole:  # which the task refuses
+    if own.small or few + more >= whole or own.deepest_layer >= whole:  # which the task refuses
         return None
     key = _key(config)
     numbers = [_counted(key, depth).parameters for depth in (few, more, whole)]
@@ -156,11 +157,11 @@ def _depths(key: Key) -> tuple[int, int, int] | None:
     return (few, more, whole) if repeats else None
 
 
-def _attention(config: AnyConfig, precision: str, window: Window) -> dict[str, int]:
+def _attention(config: RunConfig, precision: str, window: Window) -> dict[str, int]:
     """What flash attention takes in a backward pass, which no trace sees: the gradient of the
     queries in fp32 and two numbers a head and token; with grouped queries, gradients of keys and
     values for every head (PyTorch, flash_api.cpp: mha_bwd)."""
-    own = traits(config)
+    own = task_of(config).info(config)
     if precision != "bf16" or own.attention == "eager":
         return {}
     text = own.text
@@ -170,18 +171,19 @@ def _attention(config: AnyConfig, precision: str, window: Window) -> dict[str, i
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     grouped = getattr(text, "num_key_value_heads", heads) != heads
     each = 4 * (math.ceil(size / 32) * 32 + 2) + (4 * size if grouped else 0)
-    return {"attention workspace": window.tokens * heads * each * own.agents}
+    return {"attention workspace": window.tokens * heads * each * own.copies}
 
 
 def _closed_form(
-    config: AnyConfig, precision: str, window: Window, evaluation: bool
+    config: RunConfig, precision: str, window: Window, evaluation: bool
 ) -> dict[str, int]:
     """What a model that cannot be traced takes, within about a factor of two."""
-    built, own = skeleton(config), traits(config)
+    task = task_of(config)
+    built, own = task.skeleton(config), task.info(config)
     mode, arch = own.mode, own.text
     width = DTYPES[precision].itemsize
     weights = 0.0
-    head = built.get_output_embeddings()  # type: ignore[operator]
+    _, head = embedding_layers(built)
     linear = {id(m.weight) for m in built.modules() if isinstance(m, nn.Linear) and m is not head}
     for parameter in built.parameters():
         quantised = mode == "qlora" and not parameter.requires_grad and id(parameter) in linear
@@ -189,8 +191,8 @@ def _closed_form(
         weights += parameter.numel() * each
     trained = sum(p.numel() for p in built.parameters() if p.requires_grad)
     rows = window.micro_batches[-1]
-    agents = own.agents  # a row each
-    hidden, layers = agents * window.tokens * arch.hidden_size, arch.num_hidden_layers
+    copies = own.copies  # a row each
+    hidden, layers = copies * window.tokens * arch.hidden_size, arch.num_hidden_layers
     kept, again = layers * ACTIVATION_BYTES[precision], 0
     if evaluation:
         kept = ACTIVATION_BYTES[precision]
@@ -202,6 +204,6 @@ def _closed_form(
         "optimizer": round(trained * ADAM_BYTES[config.train.optimizer]),
         "activations": round(kept * hidden),
         # fp32 logits, their softmax and gradient
-        "logits and loss": sum(s for _, s in rows) * agents * arch.vocab_size * 12,
+        "logits and loss": sum(s for _, s in rows) * copies * arch.vocab_size * 12,
         "backward": round(again * hidden),
     }

@@ -11,20 +11,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sft.config.load import with_values
-from sft.config.schema import AnyConfig
+from sft.config.schema import RunConfig
 from sft.data import batches
-from sft.data.cache import Prepared
 from sft.plan import counts as plan_counts
 from sft.plan import history
-from sft.plan.choose import Target, of_budget, resolve_layout
+from sft.plan.choose import Planner, of_budget, resolve_layout
 from sft.plan.history import Past
 from sft.plan.memory import Memory
 from sft.runtime.console import size
 from sft.runtime.disk import TOKENIZER_BYTES, Need, need
 from sft.runtime.hardware import Hardware
 from sft.runtime.precision import resolve_precision
-from sft.tasks.base import Words, Work
-from sft.tasks.registry import traits
+from sft.tasks.base import Labels, Workload
+from sft.tasks.registry import task_of
 from sft.train import schedule
 
 
@@ -50,31 +49,28 @@ class Plan:
     generation_bytes: int  # while held-out prompts are answered; 0 without
     context_bytes: int  # taken by the device for itself
     available_bytes: int
-    room: int  # bytes of them that a step may take: without the context and a margin
+    usable_bytes: int  # of them for a step: without the context and a margin
     device: str
     past: Past | None  # what earlier runs on it have shown
     seconds: float | None  # of all steps, where the device's speed is known
     disk: Need
-    words: Words
+    labels: Labels
     reasons: dict[str, str]  # dotted configuration key -> why its `auto` became what it is
     warnings: list[str] = field(default_factory=list)
 
     @property
     def missing_bytes(self) -> int:
         """By which the step exceeds what is available with the margin; 0 if it fits."""
-        return max(0, self.memory.reserved - self.room)
+        return max(0, self.memory.reserved - self.usable_bytes)
 
 
-def make_plan(
-    config: AnyConfig, prepared: Prepared | Work, machine: Hardware, world_size: int
-) -> Plan:
+def make_plan(config: RunConfig, workload: Workload, machine: Hardware, world_size: int) -> Plan:
     """Raises ConfigError for an effective batch that so many processes cannot make."""
     train = config.train
-    work = prepared if isinstance(prepared, Work) else Work.of(prepared)
     precision, why_precision = resolve_precision(train, machine.devices)
     layout, why_layout = resolve_layout(config, precision, bool(machine.devices))
-    own = traits(config)
-    at = Target(config, work, machine, world_size, precision, layout)
+    own = task_of(config).info(config)
+    at = Planner(config, workload, machine, world_size, precision, layout)
     choice, why_checkpointing = at.choose()
     counts = plan_counts.counts(config)
     cuts, budget = choice.cuts, choice.budget
@@ -84,18 +80,18 @@ def make_plan(
         "train.gradient_checkpointing": why_checkpointing,
         "train.max_tokens": choice.why,
         "train.micro_batch": f"what {budget.max_tokens:,} tokens hold",
-        "train.gradient_accumulation_steps": f"{len(at.first)} {own.words.examples} in "
+        "train.gradient_accumulation_steps": f"{len(at.first)} {own.labels.examples} in "
         f"{world_size} process(es) of micro-batches of at most {budget.max_tokens:,} tokens",
     }
     evaluation = at.evaluation(budget)
-    steps = schedule.total_steps(train, len(work.lengths))
-    per_epoch = sum(work.lengths)
-    tokens = round(per_epoch * steps * len(at.first) / len(work.lengths))
+    steps = schedule.total_steps(train, len(workload.lengths))
+    per_epoch = sum(workload.lengths)
+    tokens = round(per_epoch * steps * len(at.first) / len(workload.lengths))
     made = Plan(
-        num_examples=len(work.lengths),
-        num_held_out=len(work.held_out.lengths) if work.held_out else 0,
+        num_examples=len(workload.lengths),
+        num_held_out=len(workload.held_out.lengths) if workload.held_out else 0,
         tokens_per_epoch=per_epoch,
-        supervised_share=int(work.supervised.sum()) / per_epoch,
+        supervised_share=int(workload.supervised.sum()) / per_epoch,
         steps=steps,
         tokens=tokens,
         global_batch=len(at.first),
@@ -112,20 +108,20 @@ def make_plan(
         generation_bytes=at.answering(evaluation) if evaluation else 0,
         context_bytes=at.context_bytes,
         available_bytes=at.available_bytes,
-        room=int(at.room),
+        usable_bytes=int(at.usable_bytes),
         device=at.name,
         past=history.past(own.cache, at.name),
         seconds=at.seconds(counts, choice.checkpointing, tokens),
-        disk=disk(config, len(work.lengths)),
-        words=own.words,
+        disk=disk(config, len(workload.lengths)),
+        labels=own.labels,
         reasons={k: why for k, why in reasons.items() if getattr(train, k.split(".")[1]) == "auto"},
     )
     return replace(made, warnings=_warnings(made))
 
 
-def disk(config: AnyConfig, num_examples: int) -> Need:
+def disk(config: RunConfig, num_examples: int) -> Need:
     """What a run on so many examples writes."""
-    own = traits(config)
+    own = task_of(config).info(config)
     steps = schedule.total_steps(config.train, num_examples)
     counted = plan_counts.counts(config)
     needed = need(config.train, counted.trained, own.vocabulary, steps)
@@ -143,15 +139,15 @@ def _warnings(plan: Plan) -> list[str]:
             f"{size(plan.available_bytes)} per process of {plan.device}, "
             f"{size(plan.missing_bytes)} more than fits with a margin: expect to run out of memory"
         )
-    if plan.evaluation_bytes > plan.room:
+    if plan.evaluation_bytes > plan.usable_bytes:
         result.append(
             f"the held-out loss takes {size(plan.evaluation_bytes)}, which does not fit: a smaller "
-            f"train.max_tokens or {plan.words.shorter} help"
+            f"train.max_tokens or {plan.labels.eval_remedy} help"
         )
-    if plan.generation_bytes > plan.room:
+    if plan.generation_bytes > plan.usable_bytes:
         result.append(
-            f"{plan.words.answers} takes {size(plan.generation_bytes)}, which does not fit: "
-            f"lower {plan.words.fewer}"
+            f"{plan.labels.answers} takes {size(plan.generation_bytes)}, which does not fit: "
+            f"lower {plan.labels.answers_key}"
         )
     return result
 
@@ -165,18 +161,21 @@ def resolved_values(plan: Plan) -> dict[str, Any]:
 
 
 def replanned(
-    plan: Plan, config: AnyConfig, data: Prepared | Work, machine: Hardware, budget: batches.Budget
+    plan: Plan,
+    config: RunConfig,
+    workload: Workload,
+    machine: Hardware,
+    budget: batches.Budget,
 ) -> Plan:
     """The plan with another budget."""
     changes = {"train.gradient_checkpointing": plan.gradient_checkpointing, **of_budget(budget)}
-    made = make_plan(with_values(config, changes), data, machine, plan.world_size)
+    made = make_plan(with_values(config, changes), workload, machine, plan.world_size)
     return replace(made, budget=budget, reasons=plan.reasons)
 
 
-def target(config: AnyConfig, data: Prepared | Work, machine: Hardware, plan: Plan) -> Target:
+def planner(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan) -> Planner:
     """That which was planned."""
-    work = data if isinstance(data, Work) else Work.of(data)
-    return Target(config, work, machine, plan.world_size, plan.precision, plan.budget.layout)
+    return Planner(config, workload, machine, plan.world_size, plan.precision, plan.budget.layout)
 
 
 def chosen(plan: Plan) -> dict[str, Any]:

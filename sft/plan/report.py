@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sft.config.load import dump_config
-from sft.config.schema import AnyConfig
+from sft.config.schema import RunConfig
 from sft.plan.advice import COMPARED, Advice
 from sft.plan.allocator import MIB
 from sft.plan.choose import UTILISATION
@@ -26,7 +26,7 @@ LAUNCHES = 0.05  # seconds of arithmetic below which a GPU waits for the launche
 
 
 def table(plan: Plan) -> Table:
-    words = plan.words
+    labels = plan.labels
     cut = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} x {plan.micro_batches}"
     taken = plan.memory
     parts = ", ".join(
@@ -37,15 +37,15 @@ def table(plan: Plan) -> Table:
     context = f", context {size(plan.context_bytes)} (assumed)" if plan.context_bytes else ""
     rows: list[tuple[str, str | Text]] = [
         (
-            words.examples,
-            f"{plan.num_examples:,}{words.each} to train on, {plan.num_held_out:,} held out",
+            labels.examples,
+            f"{plan.num_examples:,}{labels.each} to train on, {plan.num_held_out:,} held out",
         ),
         (
             "tokens",
-            f"{plan.tokens_per_epoch:,} per epoch ({plan.supervised_share:.0%} {words.items}), "
+            f"{plan.tokens_per_epoch:,} per epoch ({plan.supervised_share:.0%} {labels.items}), "
             f"{plan.tokens:,} in all",
         ),
-        ("steps", f"{plan.steps:,} of {plan.global_batch} {words.examples}"),
+        ("steps", f"{plan.steps:,} of {plan.global_batch} {labels.examples}"),
         (
             "batch",
             f"{cut} micro-batch(es) of at most {plan.budget.max_tokens:,} tokens, "
@@ -61,7 +61,7 @@ def table(plan: Plan) -> Table:
     ]
     if plan.evaluation_bytes:
         told = f"{size(plan.evaluation_bytes)} for the held-out loss"
-        told += f", {size(plan.generation_bytes)} for {words.answers}"
+        told += f", {size(plan.generation_bytes)} for {labels.answers}"
         rows.append(("evaluation", told))
     if plan.seconds is not None:
         rows.append(("time", _time(plan)))
@@ -176,7 +176,7 @@ def write(plan: Plan, path: Path, measured: dict[str, Any] | None = None) -> Non
     write_json(path, report(plan) | {"measured": measured})
 
 
-def keep(resolved: AnyConfig, planned: Plan, folder: Path) -> None:
+def keep(resolved: RunConfig, planned: Plan, folder: Path) -> None:
     """config.yaml and plan.json of a run folder."""
     (folder / "config.yaml").write_text(dump_config(resolved, planned.reasons), "utf-8")
     write(planned, folder / "plan.json")

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft.config.schema import AnyConfig
+from sft.config.schema import RunConfig
 from sft.models.dtypes import DTYPES
 from sft.plan.counts import counts
-from sft.tasks.registry import traits
+from sft.tasks.registry import task_of
 
 # --- what memory is taken ----------------------------------------------------------------------
 
@@ -38,16 +38,16 @@ ZERO_SIZES: dict[str, tuple[float, Callable[[int], float]]] = {
 }
 
 
-def _zero_size(config: AnyConfig, group: Group, key: str) -> int:
+def _zero_size(config: RunConfig, group: Group, key: str) -> int:
     default, automatic = ZERO_SIZES[key]
     told = group.zero.get(key, default)
     if told == "auto":
-        told = automatic(traits(config).text.hidden_size)
+        told = automatic(task_of(config).info(config).text.hidden_size)
     return int(told)
 
 
 def _shared(
-    name: str, parts: dict[str, int], config: AnyConfig, precision: str, group: Group
+    name: str, parts: dict[str, int], config: RunConfig, precision: str, group: Group
 ) -> dict[str, int]:
     """The parts of a phase on one of the processes, those in host memory among them.
 
@@ -74,7 +74,7 @@ def _shared(
 
 
 def _of_rank(
-    name: str, parts: dict[str, int], config: AnyConfig, precision: str, group: Group, on_gpu: bool
+    name: str, parts: dict[str, int], config: RunConfig, precision: str, group: Group, on_gpu: bool
 ) -> dict[str, int]:
     """The parts of a phase in the memory of one process's device: for a GPU without what lies in
     host memory between uses."""
@@ -83,7 +83,7 @@ def _of_rank(
     return {label: size for label, size in shared.items() if size and label not in hosted}
 
 
-def _hosted(config: AnyConfig, group: Group) -> tuple[str, ...]:
+def _hosted(config: RunConfig, group: Group) -> tuple[str, ...]:
     if config.train.offload:
         return ("weights", "adapters", "gradients", "optimizer")
     return ("gradients", "optimizer") if _offloads(group) else ()
@@ -93,7 +93,7 @@ def _offloads(group: Group) -> bool:
     return (group.zero.get("offload_optimizer") or {}).get("device") == "cpu"
 
 
-def _sliced(name: str, parts: dict[str, int], config: AnyConfig, group: Group) -> dict[str, int]:
+def _sliced(name: str, parts: dict[str, int], config: RunConfig, group: Group) -> dict[str, int]:
     """ZeRO-1 and 2."""
     counted, offloads = counts(config), _offloads(group)
     trained, largest = 4 * counted.trained, 4 * counted.largest
@@ -124,7 +124,7 @@ def _split(parts: dict[str, int], group: Group) -> dict[str, int]:
 
 
 def _gathered_by_layer(
-    name: str, parts: dict[str, int], config: AnyConfig, precision: str, group: Group
+    name: str, parts: dict[str, int], config: RunConfig, precision: str, group: Group
 ) -> dict[str, int]:
     """FSDP2 (torch 2.13).
 
@@ -134,7 +134,7 @@ def _gathered_by_layer(
     a layer lie in the buffer from which they are exchanged until the next one's are whole, by when
     that layer's activations are gone.
     """
-    counted, full = counts(config), traits(config).mode == "full"
+    counted, full = counts(config), task_of(config).info(config).mode == "full"
     whole = parts["weights"] + parts.get("adapters", 0)
     outside = counted.outside * (4 if full else DTYPES[precision].itemsize)
     layers = max(1, counted.layers)
@@ -157,7 +157,7 @@ def _gathered_by_layer(
 
 
 def _gathered_ahead(
-    name: str, parts: dict[str, int], config: AnyConfig, group: Group
+    name: str, parts: dict[str, int], config: RunConfig, group: Group
 ) -> dict[str, int]:
     """ZeRO-3 (deepspeed/runtime/zero/stage3.py, 0.19.8).
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from sft.config.schema import AnyConfig
+from sft.config.schema import RunConfig
 from sft.errors import PeerError
 
 # --- one run, not several ------------------------------------------------------------------------
@@ -22,7 +22,7 @@ from sft.errors import PeerError
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
 
 
-def facts(config: AnyConfig, data: Mapping[str, str]) -> dict[str, str]:
+def facts(config: RunConfig, data: Mapping[str, str]) -> dict[str, str]:
     """What all ranks must have alike, by name. Of configured values the digest: some are secret.
 
     `data`: digests of what the task is trained on.

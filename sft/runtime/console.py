@@ -6,10 +6,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from rich.console import Console
 from rich.progress import (
@@ -62,18 +62,55 @@ def facts(title: str, rows: Sequence[tuple[str, str | Text]]) -> Table:
     return table
 
 
-def write_json(path: Path, values: Any, *, sync: bool = False) -> None:
-    """JSON that is there as a whole or not at all; what is no file (`/dev/stdout`, a link) is
-    written through."""
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    *,
+    left: int = 1,
+    lines: bool = False,
+) -> Table:
+    """Returns a table within `WIDTH` columns; all but the first `left` columns are right-aligned.
+
+    `lines` draws lines between rows and wraps every column, for texts of any length.
+    """
+    result = Table(title=title, title_justify="left", show_lines=lines, pad_edge=lines)
+    result.box = result.box if lines else None
+    for number, column in enumerate(columns):
+        justify: Literal["left", "right"] = "left" if number < left else "right"
+        result.add_column(column, justify=justify, overflow="fold", ratio=1 if lines else None)
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def metrics_line(metrics: dict[str, float]) -> str:
+    """Returns 'loss 0.0269, token accuracy 0.9986'."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
+
+
+@contextmanager
+def atomic_write(path: Path, *, sync: bool = False) -> Iterator[IO[str]]:
+    """Opens a text file that appears whole or not at all; what is no file, such as a link or
+    `/dev/stdout`, is written through.
+
+    `sync` waits until the disk has it.
+    """
     is_other = path.is_symlink() or (path.exists() and not path.is_file())
     part = path if is_other else path.with_name(f".{path.name}.{os.getpid()}")
     with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        yield file
         if sync:
             file.flush()
             os.fsync(file.fileno())
     if not is_other:
         part.replace(path)
+
+
+def write_json(path: Path, values: Any, *, sync: bool = False) -> None:
+    """Writes JSON that appears whole or not at all (`atomic_write`)."""
+    with atomic_write(path, sync=sync) as file:
+        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def duration(seconds: float) -> str:

@@ -35,7 +35,6 @@ from sft.runtime.log import Log, Screen
 from sft.runtime.precision import resolve_precision
 from sft.runtime.processes import start_processes
 from sft.serve.open import Opening, Quantization, open_speaker
-from sft.tasks.crowd.aggregator import Mixture
 
 PRECISIONS: dict[str, Any] = {"bf16": "bf16", "no": "fp32", "fp32": "fp32", "auto": "auto"}
 
@@ -286,8 +285,8 @@ class AccelerateConnector:
         weights = self.accelerator.get_state_dict(model)
         speaker = self.load_model_once()
         plain = self.accelerator.unwrap_model(model)
-        if isinstance(plain, Mixture):
-            raise UserError("save_model: agents are saved by the run that trains them")
+        if getattr(plain, "rows_per_prompt", 1) > 1:
+            raise UserError("save_model: a mixture of models is saved by the run that trains it")
 
         def write(staging: Path) -> None:
             if self.is_main_process:

@@ -36,6 +36,7 @@ from sft.serve.proof import (
     prove,
     require_proven,
 )
+from sft.tasks.registry import task_of
 
 # --- the two commands --------------------------------------------------------------------------
 
@@ -109,8 +110,8 @@ def retest(
         raise MergeError(f"{folder} has no {REPORT} that names its run; give RUN=<folder>")
     run = run or Path(stored["run"])
     base = base or stored.get("base", "original")
-    if stored.get("agent") is not None:
-        overrides = [f"crowd.agent={stored['agent']}", *(overrides or [])]
+    task = task_of(runs.run_config(run))
+    overrides = [*task.overrides_of(stored), *(overrides or [])]
     report = prove(folder, run, _load_config(run, base, overrides), base)
     say(proof_table(report))
     require_proven(report, folder)
@@ -118,7 +119,7 @@ def retest(
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
-    """Returns run, base and agent from the report in a merged folder; nothing if it has none."""
+    """Returns the report in a merged folder; nothing if it has none."""
     if not (folder / "config.json").exists():
         raise MergeError(
             f"{folder}: expected a merged model (config.json, *.safetensors), found "
@@ -126,7 +127,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
         )
     try:
         report = json.loads((folder / REPORT).read_text("utf-8"))
-        return {"run": report["run"], "base": report["base"], "agent": report.get("agent")}
+        return {**report, "run": report["run"], "base": report["base"]}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -140,11 +141,7 @@ def _load_config(run: Path, base: str, overrides: list[str] | None) -> Config:
     mode = config.tuning.mode
     if mode == "full":
         raise MergeError(f"{run}: full fine-tuning has no adapter; final_checkpoint/ is the model")
-    if config.crowd.num_agents and config.crowd.agent is None:
-        raise MergeError(
-            f"{run}: a mixture of {config.crowd.num_agents} agents is no single model; give one of "
-            f"them, AGENT=0 to {config.crowd.num_agents - 1}"
-        )
+    task_of(config).refuse_merge(config, run)
     if base == "dequantised" and mode != "qlora":
         raise MergeError(f"{run}: its base was not quantised ({mode}); leave BASE out")
     return config
@@ -196,8 +193,7 @@ def _card(report: dict[str, Any], config: Config, run: Path, folder: Path) -> st
     name = config.model.name
     name = Path(name).name if Path(name).is_absolute() else name
     tuning, train = config.tuning, config.train
-    alone = config.crowd.agent
-    agent = "" if alone is None else f"agent {alone} of {config.crowd.num_agents}, "
+    part = task_of(config).describe_part(config)
     length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"
     rows = "\n".join(f"| {' | '.join(describe_check(c))} |" for c in report["checks"].values())
     return CARD.format(
@@ -208,7 +204,7 @@ def _card(report: dict[str, Any], config: Config, run: Path, folder: Path) -> st
         run=run.name,
         weights=report["base"],
         dtype=report["dtype"],
-        adapter=f"{agent}r {tuning.r}, lora_alpha {tuning.lora_alpha:g}, "
+        adapter=f"{part}r {tuning.r}, lora_alpha {tuning.lora_alpha:g}, "
         f"modules {tuning.target_modules}",
         training=f"{length} of {train.global_batch} examples, "
         f"learning rate {train.learning_rate:g}, seed {train.seed}",

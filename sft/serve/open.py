@@ -20,10 +20,9 @@ from sft.evaluate.predictions import key_of
 from sft.models import digest, load
 from sft.runtime import checkpoint
 from sft.serve import runs
-from sft.tasks.crowd import agents
-from sft.tasks.crowd.agents import Agents
-from sft.tasks.crowd.aggregator import Mixture, aggregator_of
-from sft.tasks.crowd.files import META
+from sft.tasks.registry import fine_tuning_tasks, task_of
+from sft.tasks.sft.saved import refuse_another_base
+from sft.tasks.sft.task import FineTune
 
 Quantization = Literal["nf4"] | None
 
@@ -52,25 +51,31 @@ def open_speaker(asked: Opening) -> Speaker:
         _require_whole(folder)
         untrusting = ["model.trust_remote_code=false"]
         config, weights = load_config(folder.parent / "config.yaml", untrusting), folder
-    elif agent := _agent_in_run(folder):
-        config, weights = agent, folder.parent
-    elif asked.adapter is None and any((folder / name).exists() for name in runs.ADAPTED):
+    elif part := _part_of_run(folder):
+        config, weights = part, folder.parent
+    elif asked.adapter is None and (task := _task_of_adapter(folder)):
         if (folder / checkpoint.MANIFEST).exists():  # a checkpoint without its run
             _require_whole(folder)
-        return open_speaker(replace(asked, name=runs.base_of(folder), adapter=asked.name))
+        return open_speaker(replace(asked, name=task.base_name(folder), adapter=asked.name))
     else:
         return _open_model(asked)
     return _open_run(asked, config, weights)
 
 
-def _agent_in_run(folder: Path) -> Config | None:
-    """The configuration of one agent of a run's crowd, if `folder` is its."""
-    crowd, run = folder.parent, folder.parent.parent / "config.yaml"
-    number = folder.name.removeprefix("agent")
-    if not ((crowd / META).exists() and run.exists() and number.isdecimal()):
+def _part_of_run(folder: Path) -> Config | None:
+    """Returns the configuration that selects `folder`, if it is part of a checkpoint of a run."""
+    run = folder.parents[1] / "config.yaml" if len(folder.parents) > 1 else folder
+    parts = (task.overrides_of_part(folder) for task in fine_tuning_tasks())
+    overrides = next((part for part in parts if part is not None), None)
+    if overrides is None or not run.is_file():
         return None
-    _require_whole(crowd)
-    return load_config(run, ["model.trust_remote_code=false", f"crowd.agent={number}"])
+    _require_whole(folder.parent)
+    return load_config(run, ["model.trust_remote_code=false", *overrides])
+
+
+def _task_of_adapter(folder: Path) -> type[FineTune] | None:
+    """Returns the task that writes such a folder, which needs a base."""
+    return next((task for task in fine_tuning_tasks() if task.is_adapter(folder)), None)
 
 
 def _open_run(asked: Opening, config: Config, weights: Path) -> Speaker:
@@ -86,12 +91,13 @@ def _open_run(asked: Opening, config: Config, weights: Path) -> Speaker:
     if asked.quantization:
         tuning = config.tuning.model_copy(update={"mode": "qlora"})
         config = config.model_copy(update={"tuning": tuning})
-    built, tokenizer = runs.load_tuned(
-        Path(name), config, asked.precision, asked.device, weights=weights
-    )
-    of = f"{checkpoint.sha256(weights / checkpoint.MANIFEST)} {config.crowd.agent}"
+    task = task_of(config)
+    built, tokenizer = task.load_saved(weights, config, asked.precision, asked.device)
+    of = f"{checkpoint.sha256(weights / checkpoint.MANIFEST)} {task.part(config)}"
     base = digest.fingerprint(config.model) if config.tuning.mode != "full" else ""
-    return _speaker(built, tokenizer, base, of, config.tuning.mode, asked.precision)
+    return _speaker(
+        task.as_answer_model(built), tokenizer, base, of, config.tuning.mode, asked.precision
+    )
 
 
 def _require_whole(folder: Path) -> None:
@@ -110,19 +116,18 @@ def _open_model(asked: Opening) -> Speaker:
     base = load.load_base(settings, mode, asked.precision, asked.device)
     of = ""
     if adapter is not None:
-        base = runs.with_adapter(base, settings, Path(adapter))
-        names = (agents.WEIGHTS, *runs.ADAPTED)
-        files = (file for name in names for file in sorted(Path(adapter).rglob(name)))
-        of = " ".join(map(checkpoint.sha256, files))
-        if (Path(adapter) / "tokenizer_config.json").exists():
+        folder = Path(adapter)
+        task = _task_of_adapter(folder) or FineTune  # which says what is missing
+        refuse_another_base(settings, task.recorded_base(folder))
+        base = task.as_answer_model(task.with_adapter(base, name, folder))
+        of = " ".join(checkpoint.sha256(file) for file in task.adapter_files(folder))
+        if (folder / "tokenizer_config.json").exists():
             tokenizer = load.load_tokenizer(Model(name=adapter))
     return _speaker(base.eval(), tokenizer, digest.fingerprint(settings), of, mode, asked.precision)
 
 
 def _speaker(built: nn.Module, tokenizer: PreTrainedTokenizerBase, *of: str) -> Speaker:
     tokenizer = template.prepare_tokenizer(tokenizer)
-    if isinstance(built, Agents):
-        built = Mixture(built, aggregator_of(built)).eval()
     stop = generate.stop_ids(tokenizer, built.generation_config)
     written = audit.tokenizer_sha256(tokenizer), tokenizer.get_chat_template()
     return Speaker(built, tokenizer, stop, key_of(of, stop, written))

@@ -24,6 +24,7 @@ from sft.evaluate import generate, predictions
 from sft.models import dtypes, load
 from sft.runtime import checkpoint
 from sft.serve import runs
+from sft.tasks.registry import task_of
 
 # --- the proof ---------------------------------------------------------------------------------
 
@@ -86,7 +87,7 @@ def prove(folder: Path, run: Path, config: Config, base: str) -> dict[str, Any]:
         "run": str(run),
         "dtype": dtype,
         "base": base,
-        "agent": config.crowd.agent,
+        **task_of(config).part(config),
         "num_prompts": len(prompts),
         "checks": checks,
     }

@@ -1,111 +1,376 @@
-"""What every task has in common."""
+"""What a task is: one class that prepares its data, builds its model, trains, checks and reports.
+
+Class methods answer before a model exists; an instance has one and is what the engine trains
+(`train.task.Trainable`). Adding a task is a folder with such a class and a line in `registry`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from rich.console import RenderableType
 from torch import nn
 
-from sft.config.schema import Config, Distill
-from sft.data.cache import Prepared
-from sft.errors import ConfigError
-from sft.tasks.distill.task import blank_histories, num_held_out, split
-from sft.tasks.distill.transformer import num_positions
-from sft.tasks.registry import traits
-from sft.train.task import Task
+from sft.data import batches
+from sft.errors import VerificationError
+from sft.models.export import load_weights, read_weights
+from sft.runtime.console import metrics_line, write_json
+from sft.runtime.context import Context
+from sft.train.engine import Engine
+from sft.train.task import Batch
 
-Row = tuple[int, int]  # tokens of an example, and those of them that the loss sees
+Row = tuple[int, int]  # tokens of an example, and how many of them the loss is a sum over
 
 
 @dataclass(frozen=True)
-class Words:
-    """How a plan of the task is told."""
+class Labels:
+    """The words that a plan of the task uses."""
 
     examples: str = "examples"
-    each: str = ""  # what one is
-    items: str = "supervised"  # tokens that the loss is of
+    each: str = ""  # what one example is
+    items: str = "supervised"  # tokens that the loss is a sum over
     answers: str = "answering held-out prompts"
-    fewer: str = "evaluation.batch_size"  # the key that makes these take less
-    shorter: str = "shorter held-out rows"  # what makes the held-out loss take less
+    answers_key: str = "evaluation.batch_size"  # a smaller value makes answers take less memory
+    eval_remedy: str = "shorter held-out rows"  # what makes the held-out loss take less memory
 
 
 @dataclass(frozen=True)
-class Traits:
-    """Of a configuration, beside `train`: what memory and time depend on."""
+class TaskInfo:
+    """What memory and time depend on, beside `train`."""
 
-    text: Any  # sizes of the model, by their names in configurations of transformers
-    cache: Path  # what outlives a run
-    mode: str = "full"  # as `tuning.mode`
-    agents: int = 1  # how often each token goes through the model
-    layer: int = -1  # that the crowd looks at
-    surveys: bool = False  # a pass more (engine.Task)
-    attention: str = "auto"  # as `model.attn_implementation`
+    text: Any  # sizes of the model, named as in configurations of transformers
+    cache: Path  # folder for what outlives a run
+    mode: str = "full"  # as in `tuning.mode`
+    copies: int = 1  # how often each token goes through the model
+    deepest_layer: int = -1  # that the loss reads; -1: the last one, however many there are
+    needs_global_batch: bool = False  # one more pass (train.task.Trainable)
+    packs: bool = True  # whether several examples can share a row
+    attention: str = "auto"  # as in `model.attn_implementation`
     vocabulary: int = 0  # of the tokenizer that is saved
-    small: bool = False  # its layers: nothing is gained by tracing few of them or by checkpointing
-    examples_bytes: int = 0  # of all that are trained on, where the RAM of each process has them
-    waiting_bytes: int = 0  # of a token in a micro-batch that is collated and has to wait
-    words: Words = Words()
-
-
-# --- all of them -------------------------------------------------------------------------------
+    small: bool = False  # tracing few layers or gradient checkpointing would gain nothing
+    examples_bytes: int = 0  # of all training examples, where each process keeps them in RAM
+    waiting_bytes: int = 0  # of one token in a micro-batch that is collated and waits
+    labels: Labels = Labels()
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What the functions above do for a task; Any is the task's own configuration."""
-
-    traits: Callable[[Any], Traits]
-    skeleton: Callable[[Any, int | None], nn.Module]
-    blank: Callable[..., Task]
-    answering: Callable[[Any, str, Sequence[int], int], int]
-
-
-@dataclass(frozen=True)
-class Work:
+class Workload:
     """What is trained on, as far as memory and time depend on it."""
 
     lengths: Sequence[int]  # tokens of each example
-    supervised: np.ndarray  # (examples,) those of them that the loss sees
-    held_out: Work | None = None
+    supervised: np.ndarray  # (examples,) how many of them the loss is a sum over
+    held_out: Workload | None = None
 
     def rows(self, chosen: Sequence[int]) -> tuple[Row, ...]:
         lengths, supervised = self.lengths, self.supervised
         return tuple((lengths[i], min(int(supervised[i]), lengths[i])) for i in chosen)
 
-    @staticmethod
-    def of(prepared: Prepared) -> Work:
-        train, held_out = (
-            (part.lengths, part.arrays.index["supervised"][part.order])
-            for part in (prepared.train, prepared.held_out)
-        )
-        return Work(*train, Work(*held_out))
 
-    @staticmethod
-    def uniform(config: Config) -> Work:
-        """One global batch of the longest rows that are allowed, all of whose tokens are learnt.
+@dataclass(frozen=True)
+class Alternative:
+    """A change of the configuration that takes less memory, and what it costs."""
 
-        Raises ConfigError if the model has no positions for them.
+    values: dict[str, Any]  # by dotted path
+    price: str
+    max_length: int | None = None  # tokens to which it shortens the examples
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check of `make check`."""
+
+    ok: bool
+    what: str
+    do: str = ""
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What `make verify-*` makes small of a task."""
+
+    values: dict[str, Any]  # of its sections, by dotted path
+    changes: list[tuple[str, str]]  # for people: name, what is other than configured
+    smooth: dict[str, Any]  # values without which another cut draws other random numbers
+    batch: int  # examples of a global batch, at most
+    among: str  # what the examples were looked for in
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an evaluation found."""
+
+    metrics: dict[str, float]
+    details: Any = None  # what else the task's report shows
+
+
+class Task(ABC):
+    """One kind of training; see the module's docstring. `Any` is the task's own configuration."""
+
+    modelled: ClassVar[tuple[str, ...]]
+    """Sections of the configuration that say what the model is."""
+    placeholders: ClassVar[Mapping[str, Any]] = {}
+    """Values for other sections that have required keys, where only the model matters."""
+    needs_global_batch = False
+
+    # -- before there is a model
+
+    @classmethod
+    @abstractmethod
+    def prepare(cls, config: Any, tick: Callable[[], None] = lambda: None) -> Any:
+        """Returns the data, before there is a process group; calls `tick` at signs of progress."""
+
+    @classmethod
+    def prepare_evaluation(cls, config: Any, tick: Callable[[], None] = lambda: None) -> Any:
+        """Returns the data that an evaluation needs."""
+        return cls.prepare(config, tick)
+
+    @classmethod
+    def refuse_untrainable(cls, config: Any) -> None:
+        """Raises ConfigError for a configuration that can be used, but not trained."""
+
+    @classmethod
+    def digests(cls, prepared: Any) -> dict[str, str]:
+        """Returns digests of the data, which all ranks must share."""
+        return {}
+
+    @classmethod
+    def identity_of(cls, config: Any, prepared: Any) -> dict[str, str]:
+        """Returns what makes a checkpoint one of this run, known before a weight is loaded."""
+        own = {name: getattr(config, name).model_dump_json() for name in cls.modelled}
+        return own | cls.digests(prepared)
+
+    @classmethod
+    def refuse_unusable(cls, config: Any, prepared: Any) -> None:
+        """Raises UserError for data that training or evaluation could not use."""
+
+    @classmethod
+    @abstractmethod
+    def info(cls, config: Any) -> TaskInfo:
+        """Returns what memory and time depend on."""
+
+    @classmethod
+    @abstractmethod
+    def workload(cls, config: Any, prepared: Any = None) -> Workload:
+        """Returns the sizes of the examples; of None, prepares the data if they are needed."""
+
+    @classmethod
+    @abstractmethod
+    def build_model(
+        cls, config: Any, precision: str, device: torch.device, weights: bool = True
+    ) -> nn.Module:
+        """Returns the model ready to train; without `weights` it is random and reads no file."""
+
+    @classmethod
+    def build(
+        cls,
+        config: Any,
+        prepared: Any,
+        precision: str,
+        budget: batches.Budget,
+        context: Context,
+        weights: bool = True,
+    ) -> Task:
+        """Returns the task with its model."""
+        model = cls.build_model(config, precision, context.accelerator.device, weights)
+        return cls(config, prepared, model, budget, context)
+
+    @classmethod
+    def skeleton(cls, config: Any, depth: int | None = None) -> nn.Module:
+        """Returns the model without storage, adapters included; `depth`: the layers it gets."""
+        assert depth is None
+        with torch.device("meta"):
+            return cls.build_model(config, "fp32", torch.device("meta"), weights=False)
+
+    @classmethod
+    def with_depth(cls, config: Any, depth: int) -> Any:
+        """Returns a configuration that fits a model of so many layers."""
+        return config
+
+    @classmethod
+    @abstractmethod
+    def blank_data(cls, config: Any, rows: Sequence[Row]) -> Any:
+        """Returns data of such examples without content, for a dry run."""
+
+    @classmethod
+    def answering_bytes(
+        cls, config: Any, precision: str, prompts: Sequence[int], world_size: int
+    ) -> int:
+        """Returns what one process takes, beside what it holds, while the result is tried.
+
+        `prompts`: tokens of each held-out prompt.
         """
-        length, number = config.data.max_seq_len, config.train.global_batch
-        positions = getattr(traits(config).text, "max_position_embeddings", None)
-        if positions and length > positions:
-            raise ConfigError(
-                f"{config.model.name} has positions for {positions:,} tokens, found {length:,}: "
-                "give a smaller SEQ (data.max_seq_len)"
-            )
-        return Work([length] * number, np.full(number, length))
+        return 0
 
-    @staticmethod
-    def windows(settings: Distill) -> Work:
-        """Of histories, which need not be there: how many there are follows from the settings."""
-        train, held_out = split(blank_histories(settings), settings)
+    @classmethod
+    def resident_bytes(cls, prepared: Any) -> int:
+        """Returns bytes of the data that are in the memory of each process already."""
+        return 0
 
-        def work(number: int, rest: Work | None = None) -> Work:
-            learnt = np.full(number, settings.context)
-            return Work([num_positions(settings)] * number, learnt, rest)
+    @classmethod
+    def alternatives(cls, config: Any, workload: Workload) -> Iterator[Alternative]:
+        """Yields changes that take less memory, cheapest first."""
+        yield from ()
 
-        return work(len(train), work(num_held_out(held_out)))
+    # -- what people see before training
+
+    @classmethod
+    def describe(cls, config: Any) -> list[tuple[str, str]]:
+        """Returns rows for the table that opens a run: model and data."""
+        return [("task", config.task)]
+
+    @classmethod
+    def preview(cls, prepared: Any) -> Iterator[RenderableType]:
+        """Yields what is printed about the data."""
+        yield from ()
+
+    @classmethod
+    def write_data_report(cls, prepared: Any, folder: Path) -> None:
+        """Writes what the run folder keeps about the data."""
+
+    # -- check and verify
+
+    @classmethod
+    def check_data(cls, config: Any) -> Iterator[Finding]:
+        """Yields findings about the data of `config`."""
+        number = len(cls.workload(config).lengths)
+        yield Finding(True, f"data: {number:,} {cls.info(config).labels.examples} to train on")
+
+    @classmethod
+    def trial_config(cls, config: Any) -> Any:
+        """Returns the configuration for two steps of few examples."""
+        return config
+
+    @classmethod
+    def trial_data(cls, config: Any) -> Any:
+        """Returns the data of such a trial."""
+        return cls.prepare(config)
+
+    def check_result(self, engine: Engine, folder: Path) -> Iterator[Finding]:
+        """Yields findings about the model after its first step, whose run folder is `folder`."""
+        yield from ()
+
+    saves_small_checkpoints = True
+    """Whether a trial saves a checkpoint; a run tries it at its start anyway."""
+
+    @classmethod
+    def shrink(cls, config: Any, folder: Path, exact: bool) -> Shrunk:
+        """Returns how the task becomes small enough for many whole runs.
+
+        `exact`: without randomness, so that runs that are cut differently can be compared.
+        """
+        raise VerificationError(f"task: {config.task} cannot be made small, so it cannot be tried")
+
+    # -- with a model
+
+    def __init__(
+        self, config: Any, prepared: Any, model: Any, budget: batches.Budget, context: Context
+    ):
+        self.config, self.prepared, self.model = config, prepared, model
+        self.budget, self.context = budget, context
+        self.accelerator, self.log, self.guard = context.accelerator, context.log, context.guard
+
+    def identity(self) -> dict[str, str]:
+        return self.identity_of(self.config, self.prepared)
+
+    @property
+    @abstractmethod
+    def lengths(self) -> Sequence[int]: ...
+
+    @abstractmethod
+    def collate(self, ids: list[int]) -> Batch: ...
+
+    @abstractmethod
+    def num_supervised(self, batch: Batch) -> float: ...
+
+    @abstractmethod
+    def loss(
+        self, model: nn.Module, batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
+
+    def summarise(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
+        return None
+
+    def set_global_batch(
+        self, ids: list[int], summaries: torch.Tensor | None, supervised: float
+    ) -> None: ...
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module) -> dict[str, float]: ...
+
+    def eval_loss(
+        self, model: nn.Module, batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.loss(model, batch)
+
+    @abstractmethod
+    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None: ...
+
+    def read(self, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        return read_weights(self.model, folder)
+
+    def name_examples(self, ids: list[int]) -> str:
+        return "examples " + ", ".join(map(str, ids[:8]))
+
+    def usable_budget(self, precision: str, layout: str) -> batches.Budget:
+        """Returns the planned budget, changed where this model cannot use its layout.
+
+        Raises ConfigError if `layout`, the configured one, demands it.
+        """
+        return self.budget
+
+    def finish(self, model: nn.Module) -> None:
+        """Computes what follows from the trained weights. Collective."""
+
+    # -- results
+
+    def measure_base(self, engine: Engine, precision: str, resumed: bool) -> Results | None:
+        """Returns results of the untrained model, if the report compares with them. Collective."""
+        return None
+
+    def measure(self, model: nn.Module, folder: Path, state: str) -> Results:
+        """Returns the results that the run reports; files go to `folder`. Collective.
+
+        `state`: what changes the results beside the configuration: weights and precision.
+        """
+        return Results(self.evaluate(model))
+
+    def measure_saved(self, model: nn.Module, folder: Path, state: str) -> Results:
+        """Returns the results of a finished run's model, with files in `folder`. Collective."""
+        return self.measure(model, folder, state)
+
+    def report(
+        self, base: Results | None, tuned: Results, folder: Path
+    ) -> Iterator[RenderableType]:
+        """Writes `metrics.json` into `folder` and yields what is printed. Main process only."""
+        write_json(folder / "metrics.json", {"metrics": tuned.metrics})
+        yield f"results: {metrics_line(tuned.metrics)}"
+
+    def closing_rows(
+        self, base: Results | None, tuned: Results
+    ) -> tuple[list[tuple[str, str]], dict[str, str]]:
+        """Returns rows of the last table, and commands to try next with what they do."""
+        return [], {}
+
+    # -- a finished run
+
+    @classmethod
+    def open(
+        cls,
+        run: Path,
+        config: Any,
+        prepared: Any,
+        precision: str,
+        budget: batches.Budget,
+        context: Context,
+    ) -> Task:
+        """Returns the task with the model of the finished run in the folder `run`."""
+        task = cls.build(config, prepared, precision, budget, context)
+        load_weights(task.model, run / "final_checkpoint")
+        task.model.eval()
+        return task

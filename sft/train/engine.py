@@ -20,7 +20,6 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
@@ -30,19 +29,19 @@ from sft.data.batches import Budget, MicroBatch, cut, global_batch_ids
 from sft.errors import NonFiniteError, OutOfMemory, Preempted
 from sft.runtime import checkpoint, disk, oom
 from sft.runtime.console import Advance, duration, size
-from sft.runtime.log import Log
-from sft.runtime.watchdog import Guard
+from sft.runtime.context import Context
 from sft.train import recovery, retention
 from sft.train.parallel import share as parallel_share
+from sft.train.profile import profiled
 from sft.train.recovery import Shortage
 from sft.train.schedule import learning_rate, order_seed, total_steps
 from sft.train.state import identity, read_state
-from sft.train.task import Batch, Task
+from sft.train.task import Batch, Trainable
 
 
 @dataclass(frozen=True)
-class Passes:
-    """A global batch behind its backward passes; the gradients are not applied yet."""
+class AccumulatedStep:
+    """A global batch after its backward passes and before the update."""
 
     ids: list[int]
     supervised: float  # items, over all ranks
@@ -55,25 +54,24 @@ class Engine:
 
     def __init__(
         self,
-        task: Task,
+        task: Trainable,
         train: Train,
-        accelerator: Accelerator,
-        log: Log,
+        context: Context,
         budget: Budget,
     ):
-        self.task, self.train, self.accelerator, self.log = task, train, accelerator, log
+        self.task, self.train = task, train
+        self.accelerator, self.log, self.guard = context.accelerator, context.log, context.guard
         self.folder = Path(train.output_dir)
-        self.budget = budget
-        self.guard = Guard()  # `run.train` gives the one of the run; this one knows of no signal
+        self.budget = task.budget = budget
         self.step = 0
         self.evaluated = 0  # the last step after which there was an evaluation
         self.num_skipped = 0  # steps without an update, since they were not finite
         self.total_steps = total_steps(train, len(task.lengths))
         trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
         need = disk.checkpoint_bytes(train, trained, 0)
-        self.keeper = retention.Keeper(train, accelerator, log, need)
+        self.keeper = retention.Keeper(train, context.accelerator, context.log, need)
         task.model.train()
-        self.parallel = parallel_share.share(task.model, train, accelerator)
+        self.parallel = parallel_share.share(task.model, train, context.accelerator)
         self.model, self.optimizer = self.parallel.model, self.parallel.optimizer
 
     # -- one step
@@ -124,7 +122,7 @@ class Engine:
             "memory/gib": memory_bytes() / 2**30,
         }
 
-    def _passes(self) -> Passes | Shortage:
+    def _passes(self) -> AccumulatedStep | Shortage:
         """Forward and backward of the step's global batch; or the memory that ran out on any rank,
         the same on all. Without a supervised item loss and gradient are 0, never 0 / 0."""
         ids, micro_batches = self.window(self.step)
@@ -136,8 +134,8 @@ class Engine:
         self.guard.agree(*asked)
         if self.parallel.waits == "forward" and (met := self._met(watch)):
             return met
-        if self.task.surveys and (
-            met := self._survey(ids, micro_batches, batches, supervised, watch)
+        if self.task.needs_global_batch and (
+            met := self._summarise(ids, micro_batches, batches, supervised, watch)
         ):
             return met
         sums: dict[str, torch.Tensor] = {}
@@ -170,7 +168,7 @@ class Engine:
             pairs = zip(micro_batches, losses, strict=True)
             mine = [i for micro_batch, loss in pairs if not loss.isfinite() for i in micro_batch]
             broken = gather_object(mine)
-        return Passes(ids, supervised, totals, broken)
+        return AccumulatedStep(ids, supervised, totals, broken)
 
     def _count(self, batches: list[Batch]) -> float:
         return float(sum(self.task.num_supervised(batch) for batch in batches))
@@ -186,7 +184,7 @@ class Engine:
         position = ids.index(micro_batch[0]) if micro_batch else len(ids)
         torch.manual_seed((((self.train.seed * 1_000_003 + self.step) << 20) + position) % 2**63)
 
-    def _survey(
+    def _summarise(
         self,
         ids: list[int],
         micro_batches: list[MicroBatch],
@@ -194,15 +192,17 @@ class Engine:
         supervised: float,
         watch: recovery.Watch,
     ) -> Shortage | None:
-        """Lets the task survey the global batch; nothing to do where it is not cut. Or the memory
-        that ran out, as in `_passes`."""
+        """Gives the task the summaries of the whole global batch, if the batch is cut.
+
+        Returns the memory that ran out, as `_passes` does.
+        """
         table = None
         if self._is_cut(micro_batches):
             places = {number: place for place, number in enumerate(ids)}
             for micro_batch, batch in zip(micro_batches, batches, strict=True):
                 self.guard.mark()
                 found = watch.call(
-                    micro_batch, self._forward, micro_batch, batch, ids, self.task.survey
+                    micro_batch, self._forward, micro_batch, batch, ids, self.task.summarise
                 )
                 if self.parallel.waits == "forward" and (met := self._met(watch)):
                     return met
@@ -215,7 +215,7 @@ class Engine:
             # Each row comes from one rank.
             table = self._for_good(ids, self.accelerator.reduce, table, "sum")
         self._seed([], ids)  # the same on all
-        self._for_good(ids, self.task.surveyed, ids, table, supervised)
+        self._for_good(ids, self.task.set_global_batch, ids, table, supervised)
         return None
 
     def _is_cut(self, micro_batches: list[MicroBatch]) -> bool:
@@ -322,14 +322,14 @@ class Engine:
         """
         zero = self.train.engine == "deepspeed"  # whose backward keeps books of its own
         batches = [self.task.collate(micro_batch) for micro_batch in micro_batches]
-        if self.task.surveys:
-            self.task.surveyed([], None, 0.0)
+        if self.task.needs_global_batch:
+            self.task.set_global_batch([], None, 0.0)
         started = time.perf_counter()
         try:
             with nullcontext() if zero else self.parallel.alone():
-                if self.task.surveys and self._is_cut(micro_batches):
+                if self.task.needs_global_batch and self._is_cut(micro_batches):
                     for batch in batches:
-                        self.task.survey(self.model, batch)
+                        self.task.summarise(self.model, batch)
                 for batch in batches:
                     loss = self.task.loss(self.model, batch)[0]
                     if not zero:
@@ -340,6 +340,20 @@ class Engine:
         return (time.perf_counter() - started) * (3 if zero else 1)
 
     # -- the loop
+
+    def train_to_end(self, resumed_from: Path | None) -> dict[str, float]:
+        """Trains to the last step, from a checkpoint if there is one. Collective.
+
+        Returns the seconds that it took, and the seconds that a probe predicted.
+        """
+        if resumed_from:
+            self.resume(resumed_from)
+        predicted = self.probe_seconds_per_step() * (self.total_steps - self.step)
+        self.log.say(f"training: {self.total_steps:,} steps, about {duration(predicted)} (probed)")
+        started = time.perf_counter()
+        self.run()
+        measured = time.perf_counter() - started
+        return {"training_seconds": measured, "predicted_training_seconds": predicted}
 
     def run(self) -> None:
         """From the current step to the end, with evaluations and checkpoints at their intervals."""
@@ -354,11 +368,13 @@ class Engine:
             self.preemptible(),
             guard.section("step"),
             log.progress("train", self.total_steps, self.step) as advance,
+            profiled(train, log) as trace_step,
         ):
             self._follow_up(save=False)  # an evaluation that a signal had abandoned
             while self.step < self.total_steps:
                 guard.mark(self.step + 1)
                 values = self.optimizer_step()
+                trace_step()
                 self.step += 1
                 self._report(values, advance, (time.perf_counter() - started) / (self.step - first))
                 self._follow_up(save=self._due(train.save_steps))

@@ -1,4 +1,4 @@
-"""The protocol between the engine and a task."""
+"""What the engine needs of a task."""
 
 from __future__ import annotations
 
@@ -14,51 +14,62 @@ from sft.data import batches
 Batch = Any
 
 
-class Task(Protocol):
-    """What is trained. Ids are positions in `lengths`."""
+class Trainable(Protocol):
+    """A model, its examples and a loss. Ids are positions in `lengths`."""
 
     model: nn.Module
-    budget: batches.Budget  # how evaluation is cut; the engine lowers it where memory runs out
-    surveys: bool  # the loss is not a sum over examples: it has to know of the whole global batch
+    budget: batches.Budget
+    """How micro-batches are cut; the engine lowers it where memory runs out."""
+    needs_global_batch: bool
+    """Whether the loss depends on the whole global batch instead of being a sum over examples."""
 
     @property
     def lengths(self) -> Sequence[int]:
         """Tokens of each training example."""
 
     def collate(self, ids: list[int]) -> Batch:
-        """A micro-batch on the device; `ids` may be empty (then nothing in it is supervised)."""
+        """Returns a micro-batch on the device; of no ids, one without supervised items."""
 
-    def num_supervised(self, batch: Batch) -> float: ...
+    def num_supervised(self, batch: Batch) -> float:
+        """Returns the number of items that the loss is a sum over, or the sum of their weights."""
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """*Sum* of the loss over the supervised items, and further sums to be reported per item."""
+        """Returns the *sum* of the loss over the supervised items, and sums to be reported."""
 
-    def survey(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
-        """What `loss` must know of each example, (examples, ...), in their order; no gradients."""
+    def summarise(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
+        """Returns what `loss` needs of each example, (examples, ...), without gradients."""
 
-    def surveyed(self, ids: list[int], found: torch.Tensor | None, supervised: float) -> None:
-        """Before the passes of a global batch: `survey` of all its examples, on every rank alike,
-        and its number of items. None: it is not cut, so that `loss` sees all of it."""
+    def set_global_batch(
+        self, ids: list[int], summaries: torch.Tensor | None, supervised: float
+    ) -> None:
+        """Receives the summaries of a global batch, on every rank alike, before its passes.
 
-    def scored(
-        self, model: nn.Module, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """As `loss`, of what is held out: of the model as it will be used."""
+        `supervised`: its number of items. `summaries` is None if the batch is not cut, so that
+        `loss` sees all of it.
+        """
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out metrics, computed by all processes together."""
+        """Returns held-out metrics, computed by all processes together."""
+
+    def eval_loss(
+        self, model: nn.Module, batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Returns what `loss` returns, for held-out data and the model as it will be used."""
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """Writes what a user loads: model or adapter in its library's format. Main process only.
 
-        `weights`: those of the model that are trained, and its buffers, whole, by name.
+        `weights`: the trained weights of the model and its buffers, whole, by name.
         """
 
     def read(self, folder: Path) -> Iterable[tuple[str, torch.Tensor]]:
-        """All trained weights that `save` wrote, by their name in `model`; or CheckpointError."""
+        """Yields all trained weights that `save` wrote, by their name in `model`.
+
+        Raises CheckpointError if one is missing or has another shape.
+        """
 
     def identity(self) -> dict[str, str]:
-        """What must not change between a checkpoint and the run that resumes it."""
+        """Returns what must not change between a checkpoint and the run that resumes it."""
 
     def name_examples(self, ids: list[int]) -> str:
-        """Where these examples come from, for messages."""
+        """Returns where these examples come from, for messages."""

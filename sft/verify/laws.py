@@ -27,10 +27,11 @@ from safetensors.torch import load_file
 
 from sft import errors
 from sft.config.load import with_values
-from sft.config.schema import AnyConfig, Config
+from sft.config.schema import RunConfig
 from sft.errors import VerificationError
 from sft.runtime import checkpoint, hardware
 from sft.runtime.console import bar, facts
+from sft.tasks.registry import task_of
 from sft.verify.runs import ROOT, Run, Trials, fresh
 from sft.verify.small import Small, make_small
 
@@ -81,7 +82,7 @@ def weight_deviation(found: Path, expected: Path) -> float:
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """By file and name: the agents of a crowd have the same names in folders of their own."""
+    """By file and name: adapters in folders of their own have the same names."""
     files = {path.relative_to(folder): load_file(path) for path in folder.rglob("*.safetensors")}
     return {
         f"{place} {name}": value.double()
@@ -211,17 +212,17 @@ def _same(holds: bool) -> tuple[str, bool]:
     return ("same" if holds else "OTHER"), holds
 
 
-def verify_resume(config: AnyConfig, world: int, console: Console) -> None:
+def verify_resume(config: RunConfig, world: int, console: Console) -> None:
     """Prints the verdict on law 2. Raises VerificationError where it does not hold."""
     others = (world - 1 if world > 2 else 1,) if world > 1 else ()
     with _folder() as folder:
         small = make_small(config, folder / "as_configured")
-        introduced = [*small.told]
+        introduced = [*small.changes]
         chosen = kills(small, world)
         groups = [(small, chosen)]
         if others:  # the cut is another, so what depends on it must be off
             exact = make_small(config, folder / "exact", exact=True)
-            if off := [what for what in exact.told if what not in small.told]:
+            if off := [what for what in exact.changes if what not in small.changes]:
                 introduced += [(name, f"{what}, where others resume") for name, what in off]
                 groups.append((exact, [replace(chosen[0], resumed_by=others)]))
             else:
@@ -273,7 +274,7 @@ def cuts(small: Small, world: int, deepspeed: list[Path]) -> list[Cut]:
         Cut(1, alone, "padded", small.quarter),
         Cut(1, alone, "padded", 1),
     ]
-    if isinstance(small.config, Config):  # windows of histories are not packed
+    if task_of(small.config).info(small.config).packs:
         found.append(Cut(1, alone, "packed", small.quarter))
     if world > 1:
         found.append(Cut(world, "DDP", "padded", small.quarter))
@@ -302,7 +303,7 @@ def cut_row(cut: Cut, made: Run, first: Run) -> Row:
     return Row(cut.title, _compared(made.folder, first.folder, exact=False)[:-1])
 
 
-def verify_invariance(config: AnyConfig, world: int, console: Console) -> None:
+def verify_invariance(config: RunConfig, world: int, console: Console) -> None:
     """Prints the verdict on law 1. Raises VerificationError where it does not hold."""
     deepspeed = sorted(ROOT.glob("configs/deepspeed_z*.json"))
     own = Path(config.train.deepspeed_config or deepspeed[0])
@@ -310,7 +311,7 @@ def verify_invariance(config: AnyConfig, world: int, console: Console) -> None:
     any_engine = {"train.engine": "ddp", "train.deepspeed_config": None}
     with _folder() as folder:
         small = make_small(with_values(config, any_engine), folder, exact=True)
-        _introduce(console, world, small.told)
+        _introduce(console, world, small.changes)
         chosen = cuts(small, world, deepspeed)
         with bar(console, "runs", len(chosen)) as advance:
             rows = invariance_rows(Trials(small, fresh, advance), chosen)

@@ -24,8 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sft.config.schema import Crowd
 from sft.errors import ConfigError
-
-WEIGHTS = "adapter_model.safetensors"
+from sft.models.export import ADAPTER
 
 
 class AgentsLinear(nn.Module):
@@ -159,7 +158,7 @@ class Agents(nn.Module):
             place = Path(folder, f"agent{agent}")
             told.save_pretrained(str(place))
             own = {in_peft(n): each[agent].cpu().contiguous() for n, each in adapters.items()}
-            save_file(own, str(place / WEIGHTS), {"format": "pt"})
+            save_file(own, str(place / ADAPTER), {"format": "pt"})
 
 
 def _is_adapted(module: nn.Module) -> bool:

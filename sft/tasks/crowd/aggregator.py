@@ -195,7 +195,7 @@ class MixtureCache:
 
 
 class Mixture(nn.Module):
-    """A crowd and its aggregator, asked as one model: `sft.generate` takes it as it is."""
+    """A crowd and its aggregator, asked as one model: `evaluate.generate` takes it as it is."""
 
     def __init__(self, crowd: nn.Module, aggregator: Aggregator):
         super().__init__()
@@ -206,6 +206,7 @@ class Mixture(nn.Module):
                 f"found {number}; take the aggregator that was saved or fitted with this crowd"
             )
         self.crowd, self.aggregator, self.num_agents = crowd, aggregator, number
+        self.rows_per_prompt = number  # which decoding asks for
         self.training = crowd.training  # which `eval_mode` restores
 
     @property

@@ -12,19 +12,37 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from sft.config.schema import Crowd
+from sft.config.schema import Crowd, Model
 from sft.errors import CheckpointError, ExportError, ModelError
 from sft.models.adapters import add_adapters
-from sft.models.export import load_weights, shape_of
+from sft.models.export import ADAPTER, BASE, base_record, put_weights, shape_of
 from sft.runtime import checkpoint
-from sft.tasks.crowd.agents import WEIGHTS as ADAPTER
 from sft.tasks.crowd.agents import Agents, in_peft
 
 META = "ci_llm_meta_config.json"  # beside the agents of a crowd
 
 
-def _read_agents(crowd: Agents, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def save(
+    crowd: Agents,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    base: Model,
+) -> None:
+    """Writes each agent as an adapter that loads alone, and what the agents are together."""
+    crowd.save_pretrained(str(folder), state_dict=weights)
+    record = base_record(base)
+    for place in sorted(folder.glob("agent*")):
+        tokenizer.save_pretrained(str(place))
+        (place / BASE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    tokenizer.save_pretrained(str(folder))
+    meta = json.dumps({**crowd.described(), "base": record}, indent=2)
+    (folder / META).write_text(meta + "\n", "utf-8")
+
+
+def read_agents(crowd: Agents, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """All agents' weights, joined."""
     _refuse_another_crowd(crowd, folder)
     paths = [folder / f"agent{agent}" / ADAPTER for agent in range(crowd.num_agents)]
@@ -52,7 +70,7 @@ def _read_agents(crowd: Agents, folder: Path) -> Iterator[tuple[str, torch.Tenso
 
 def _refuse_another_crowd(crowd: Agents, folder: Path) -> None:
     """CheckpointError if `folder` holds no crowd, or one of other agents; the names that differ."""
-    told = crowd_meta(folder)
+    told = read_meta(folder)
     given = crowd.described()
     other = [
         f"{key}: saved with {told[key]}, found {given[key]}"
@@ -63,7 +81,7 @@ def _refuse_another_crowd(crowd: Agents, folder: Path) -> None:
         raise CheckpointError(f"{folder} holds another crowd:\n  " + "\n  ".join(other))
 
 
-def crowd_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> dict[str, Any]:
     """What `save` told about the crowd in `folder`. CheckpointError if it holds none."""
     path = folder / META
     try:
@@ -81,9 +99,9 @@ def crowd_meta(folder: Path) -> dict[str, Any]:
     return told
 
 
-def _take_concentration(crowd: Agents, folder: Path, settings: Crowd) -> None:
+def take_concentration(crowd: Agents, folder: Path, settings: Crowd) -> None:
     """A fitted one, where the configuration has none of its own."""
-    told = crowd_meta(folder)
+    told = read_meta(folder)
     if told["aggregator"] == "learned" and settings.concentration == Crowd().concentration:
         crowd.concentration = tuple(map(float, told["concentration"]))
     elif settings.aggregator == "learned":
@@ -93,12 +111,12 @@ def _take_concentration(crowd: Agents, folder: Path, settings: Crowd) -> None:
         )
 
 
-def _with_crowd(base: nn.Module, folder: Path) -> nn.Module:
-    told = crowd_meta(folder)
+def with_agents(base: nn.Module, folder: Path) -> nn.Module:
+    told = read_meta(folder)
     settings = Crowd(num_agents=told["num_agents"], aggregator=told["aggregator"])
     try:
-        crowd: Any = add_adapters(base, shape_of(told), settings)
-        load_weights(crowd, folder)
+        crowd: Any = Agents(add_adapters(base, shape_of(told)), settings)
+        put_weights(crowd, read_agents(crowd, folder))
     except ModelError as error:
         raise ExportError(f"{folder} is no crowd of this base: {error}") from None
     crowd.concentration = tuple(map(float, told["concentration"]))

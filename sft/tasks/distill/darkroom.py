@@ -15,7 +15,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from sft.config.schema import EPISODE
+from sft.tasks.distill.config import EPISODE
 
 SIZE = 9
 NUM_CELLS = SIZE * SIZE

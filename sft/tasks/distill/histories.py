@@ -32,10 +32,10 @@ import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
 
-from sft.config.schema import EPISODE, Distill
 from sft.errors import UserError
 from sft.runtime import children, hardware
 from sft.runtime.console import bar, make_console, write_json
+from sft.tasks.distill.config import EPISODE, Distill
 from sft.tasks.distill.curve import draw
 from sft.tasks.distill.darkroom import SIZE, best_return, cell_of, goals, place_of, random_return
 from sft.tasks.distill.source import SOURCES, Histories

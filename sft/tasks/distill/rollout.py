@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sft.config.schema import EPISODE, Distill
+from sft.tasks.distill.config import EPISODE, Distill
 from sft.tasks.distill.darkroom import Rooms
 from sft.tasks.distill.source import Histories
 from sft.tasks.distill.transformer import (

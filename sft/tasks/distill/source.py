@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sft.config.schema import EPISODE
+from sft.tasks.distill.config import EPISODE
 from sft.tasks.distill.darkroom import MOVES, NUM_CELLS, SIZE, Rooms, place_of
 
 # As published; the rest is what Stable-Baselines3 has for defaults.

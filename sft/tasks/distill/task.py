@@ -1,43 +1,55 @@
-"""Distillation as the engine's Task: windows of histories -> the action behind every transition."""
+"""Distillation: windows of histories -> the action after every transition."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from rich.console import RenderableType
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
-from sft.config.schema import Distill
 from sft.data import batches
 from sft.evaluate import answers
 from sft.models import export, layers
-from sft.runtime.log import Log
-from sft.runtime.watchdog import Guard
-from sft.tasks.distill import darkroom, histories, rollout
+from sft.runtime import hardware
+from sft.runtime.console import duration
+from sft.runtime.context import Context
+from sft.runtime.disk import refuse_if_unwritable
+from sft.tasks.base import Finding, Labels, Results, Row, Shrunk, Task, TaskInfo, Workload
+from sft.tasks.distill import darkroom, histories, report, rollout, shrink
+from sft.tasks.distill.config import EPISODE, Distill, DistillConfig
+from sft.tasks.distill.data import blank_histories, num_held_out, split, windows
 from sft.tasks.distill.histories import Windows
-from sft.tasks.distill.source import Histories
+from sft.tasks.distill.source import SOURCES, Histories
 from sft.tasks.distill.transformer import (
     ENDS,
     GOES_ON,
+    NUM_FEATURES,
     Transformer,
     num_positions,
     window_tokens,
     with_marks,
 )
+from sft.train.engine import Engine
 
 WEIGHTS, SETTINGS = "model.safetensors", "distill.json"
 
 
 def identity(settings: Distill, digest: str) -> dict[str, str]:
-    """What makes a checkpoint one of this run; `digest`: of the histories."""
+    """Returns what makes a checkpoint one of this run. `digest`: of the histories."""
     played = {name for name in Distill.model_fields if name.startswith("eval_")} | {"data_dir"}
     return {"distill": settings.model_dump_json(exclude=played), "data": digest}
 
@@ -45,25 +57,6 @@ def identity(settings: Distill, digest: str) -> dict[str, str]:
 def build(settings: Distill, seed: int, device: torch.device) -> Transformer:
     torch.manual_seed(seed)
     return Transformer(settings).to(device)
-
-
-def split(found: Histories, settings: Distill) -> tuple[Windows, Windows]:
-    """Windows that are trained on, and those of the streams that are held out."""
-    first = settings.num_streams - settings.held_out_streams
-    train, held_out = (0, first), (first, settings.num_streams)
-    return Windows(found, settings, *train), Windows(found, settings, *held_out)
-
-
-def num_held_out(windows: Windows) -> int:
-    """Of them that the held-out loss is of."""
-    return windows.num_goals * (windows.last - windows.first)
-
-
-def blank_histories(settings: Distill) -> Histories:
-    """Of noughts that share one place in memory: for what depends on their number alone."""
-    number = len(darkroom.goals(settings.split_seed)[0])
-    shape = (number, settings.num_streams, settings.num_steps)
-    return Histories(*[torch.zeros(1, 1, 1, dtype=torch.uint8).expand(shape)] * 4)
 
 
 @dataclass(frozen=True)
@@ -76,37 +69,179 @@ class Batch:
         return self.actions.numel()
 
 
-@dataclass(frozen=True)
-class Tried:
-    """What the unseen goals brought, the same on every rank."""
+class Distillation(Task):
+    """Algorithm distillation (docs/research/DISTILL.md)."""
 
-    goals: list[int]
-    returns: torch.Tensor  # (goals, seeds, episodes)
-    regions: list[int]  # steps of each region that the model ended
-    num_forced: int
+    modelled = ("distill",)
+    config: DistillConfig
+    prepared: Histories
 
+    # -- before there is a model
 
-class Distillation:
-    """The engine's Task for algorithm distillation (see engine.Task for what each method owes)."""
+    @classmethod
+    def prepare(cls, config: DistillConfig, tick: Callable[[], None] = lambda: None) -> Histories:
+        """Returns the source histories; collects those that are missing."""
+        histories.collect(config.distill, tick)
+        return histories.load(config.distill)
 
-    surveys = False
+    @classmethod
+    def prepare_evaluation(
+        cls, config: DistillConfig, tick: Callable[[], None] = lambda: None
+    ) -> Histories:
+        """Returns blank histories: the unseen goals are played, not read."""
+        return blank_histories(config.distill)
+
+    @classmethod
+    def digests(cls, prepared: Histories) -> dict[str, str]:
+        return {"data": histories.digest(prepared)}
+
+    @classmethod
+    def identity_of(cls, config: DistillConfig, prepared: Histories) -> dict[str, str]:
+        return identity(config.distill, histories.digest(prepared))
+
+    @classmethod
+    def info(cls, config: DistillConfig) -> TaskInfo:
+        settings = config.distill
+        sizes = {
+            "hidden_size": settings.width,
+            "num_hidden_layers": settings.num_layers,
+            "num_attention_heads": settings.num_heads,
+            "vocab_size": len(darkroom.MOVES),
+        }
+        return TaskInfo(
+            SimpleNamespace(**sizes),
+            Path(settings.data_dir),
+            small=True,
+            packs=False,
+            examples_bytes=histories.num_bytes(settings),
+            waiting_bytes=4 * NUM_FEATURES + 8,  # and its action
+            labels=Labels(
+                "windows",
+                f" of {settings.context} transitions",
+                "transitions",
+                "trying the unseen goals",
+                "distill.eval_seeds",
+                "a smaller distill.context",
+            ),
+        )
+
+    @classmethod
+    def workload(cls, config: DistillConfig, prepared: Histories | None = None) -> Workload:
+        return windows(config.distill)
+
+    @classmethod
+    def build_model(
+        cls, config: DistillConfig, precision: str, device: torch.device, weights: bool = True
+    ) -> nn.Module:
+        return build(config.distill, config.train.seed, device)
+
+    @classmethod
+    def blank_data(cls, config: DistillConfig, rows: Sequence[Row]) -> Histories:
+        with _disable_current_modes():  # a step gathers its windows outside of the dry run
+            return blank_histories(config.distill)
+
+    @classmethod
+    def answering_bytes(
+        cls, config: DistillConfig, precision: str, prompts: Sequence[int], world_size: int
+    ) -> int:
+        """Returns what a copy of the model in fp32 takes with the rows that a rank plays."""
+        settings = config.distill
+        _, unseen = darkroom.goals(settings.split_seed)
+        rows = math.ceil(len(unseen) * settings.eval_seeds / world_size)
+        copy = 4 * sum(p.numel() for p in cls.skeleton(config).parameters())
+        return copy + rows * rollout.bytes_per_row(settings)
+
+    @classmethod
+    def resident_bytes(cls, prepared: Histories) -> int:
+        return sum(each.nbytes for each in prepared.tensors())
+
+    # -- what people see before training
+
+    @classmethod
+    def describe(cls, config: DistillConfig) -> list[tuple[str, str]]:
+        settings = config.distill
+        num_goals = len(darkroom.goals(settings.split_seed)[0])
+        kind = "compressed context" if settings.compress else "plain context"
+        heads = f"{settings.num_layers} layers, {settings.num_heads} heads, width {settings.width}"
+        return [
+            ("model", f"{heads}; {kind} of {settings.context} transitions"),
+            (
+                "data",
+                f"{histories.folder_of(settings)}: {num_goals} goals x {settings.num_streams} "
+                f"streams x {settings.num_steps} steps, {settings.source}",
+            ),
+        ]
+
+    # -- check and verify
+
+    @classmethod
+    def check_data(cls, config: DistillConfig) -> Iterator[Finding]:
+        """Says whether histories are there, or else how long it takes to collect them."""
+        settings = config.distill
+        folder = histories.folder_of(settings)
+        missing = histories.missing(settings)
+        told = f"{settings.num_streams} streams x {settings.num_steps} steps"
+        if not missing:
+            number = len(histories.load(settings).cells)
+            yield Finding(True, f"histories: {number} goals x {told} in {folder}")
+            return
+        refuse_if_unwritable(folder, "distill.data_dir")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as those that collect
+        started = time.process_time()  # others may use this core as well
+        seed, learnt = missing[0]
+        SOURCES[settings.source](learnt, settings.num_streams, EPISODE, seed)
+        seconds = (time.process_time() - started) * settings.num_steps / EPISODE
+        torch.set_num_threads(threads)
+        rounds = math.ceil(len(missing) / min(len(missing), hardware.usable_cores()))
+        number = sum(len(learnt) for _, learnt in missing)
+        yield Finding(
+            True,
+            f"histories: {number} goals x {told} are collected into {folder} first, which takes "
+            f"about {duration(rounds * seconds)} (probed)",
+        )
+
+    @classmethod
+    def trial_config(cls, config: DistillConfig) -> DistillConfig:
+        settings = config.distill.model_copy(update={"eval_seeds": 1})
+        return config.model_copy(update={"distill": settings})
+
+    @classmethod
+    def trial_data(cls, config: DistillConfig) -> Histories:
+        """Returns the histories, or blank ones where they are not collected yet."""
+        if histories.missing(config.distill):
+            return blank_histories(config.distill)
+        return histories.load(config.distill)
+
+    def check_result(self, engine: Engine, folder: Path) -> Iterator[Finding]:
+        settings = self.config.distill
+        tried = try_unseen(engine.model, settings, self.accelerator, 1, lambda: None)
+        on = ", on blank histories" if histories.missing(settings) else ""
+        episodes = f"{len(tried.goals)} unseen goals, an episode each{on}"
+        yield Finding(True, f"in context: {episodes}, return {float(tried.returns.mean()):.2f}")
+
+    @classmethod
+    def shrink(cls, config: DistillConfig, folder: Path, exact: bool) -> Shrunk:
+        return shrink.shrink(config, folder, exact)
+
+    # -- with a model
 
     def __init__(
         self,
-        settings: Distill,
-        found: Histories,
+        config: DistillConfig,
+        prepared: Histories,
         model: Transformer,
-        accelerator: Accelerator,
-        log: Log,
         budget: batches.Budget,
-        guard: Guard | None = None,
+        context: Context,
     ):
-        self.settings, self.budget = settings, budget
-        self.model: nn.Module = model
-        self.accelerator, self.log, self.guard = accelerator, log, guard or Guard()
-        self.train, self.held_out = split(found, settings)
-        self.lengths = [num_positions(settings)] * len(self.train)
-        self.steps, self.types = _layout(settings, accelerator.device)
+        super().__init__(config, prepared, model, budget, context)
+        self.settings = config.distill
+        self.train, self.held_out = split(prepared, self.settings)
+        self.steps, self.types = _layout(self.settings, self.accelerator.device)
+
+    @cached_property
+    def lengths(self) -> Sequence[int]:
+        return [num_positions(self.settings)] * len(self.train)
 
     def collate(self, ids: Sequence[int]) -> Batch:
         return self._collate(self.train, ids)
@@ -133,23 +268,11 @@ class Distillation:
         sums |= {"type_loss": type_loss, "type_accuracy": type_right}
         return loss + self.settings.type_weight * type_loss, sums
 
-    def survey(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
-        """Nothing: the loss is a sum over windows."""
-        return None
-
-    def surveyed(self, ids: list[int], found: torch.Tensor | None, supervised: float) -> None: ...
-
-    def scored(
-        self, model: nn.Module, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """As `loss`, of what is held out."""
-        return self.loss(model, batch)
-
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Loss on held-out histories, and the return in context on the unseen goals."""
         with self.guard.section("evaluation"):
             found = answers.held_out_loss(
-                self.scored, self.num_supervised, model, self._held_out(), self.accelerator
+                self.eval_loss, self.num_supervised, model, self._held_out(), self.accelerator
             )
             number = self.settings.eval_quick
             quick = try_unseen(model, self.settings, self.accelerator, number, self.guard.mark)
@@ -168,15 +291,12 @@ class Distillation:
         save_file(tensors, folder / WEIGHTS)
         (folder / SETTINGS).write_text(self.settings.model_dump_json(indent=2) + "\n", "utf-8")
 
-    def read(self, folder: Path) -> Iterable[tuple[str, torch.Tensor]]:
-        return export.read_weights(self.model, folder)
-
     def identity(self) -> dict[str, str]:
-        return identity(self.settings, self.digest)
+        return identity(self.settings, self._digest)
 
     @cached_property
-    def digest(self) -> str:
-        return histories.digest(self.train.histories)
+    def _digest(self) -> str:
+        return histories.digest(self.prepared)
 
     def name_examples(self, ids: list[int]) -> str:
         named = []
@@ -185,6 +305,61 @@ class Distillation:
             place = darkroom.place_of(darkroom.goals(self.settings.split_seed)[0][goal])
             named.append(f"goal {place}, episodes {episodes[0]} to {episodes[-1]}")
         return "; ".join(named) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+
+    # -- results
+
+    def measure(self, model: nn.Module, folder: Path, state: str) -> Results:
+        held_out = self.evaluate(model)
+        return Results(held_out, (held_out, self._try_all(model)))
+
+    def measure_saved(self, model: nn.Module, folder: Path, state: str) -> Results:
+        """Plays the unseen goals only: the held-out histories need not be here any more."""
+        return Results({}, ({}, self._try_all(model)))
+
+    def _try_all(self, model: nn.Module) -> report.Tried:
+        """Plays the unseen goals for all episodes."""
+        number = self.settings.eval_episodes
+        with self.guard.section("evaluation"), self.log.progress("episodes", number) as advance:
+
+            def between() -> None:
+                self.guard.mark()
+                advance()
+
+            return try_unseen(model, self.settings, self.accelerator, number, between)
+
+    def report(
+        self, base: Results | None, tuned: Results, folder: Path
+    ) -> Iterator[RenderableType]:
+        held_out, tried = tuned.details
+        return report.show(self.config, tried, held_out, folder)
+
+    def closing_rows(
+        self, base: Results | None, tuned: Results
+    ) -> tuple[list[tuple[str, str]], dict[str, str]]:
+        _, tried = tuned.details
+        found = report.results(tried).items()
+        rows = [(name.replace("_", " "), f"{each['mean']:.2f}") for name, each in found]
+        command = f"make evaluate RUN={self.config.train.output_dir}"
+        return rows, {command: "the same, with other seeds or more episodes"}
+
+    # -- a finished run
+
+    @classmethod
+    def open(
+        cls,
+        run: Path,
+        config: DistillConfig,
+        prepared: Any,
+        precision: str,
+        budget: batches.Budget,
+        context: Context,
+    ) -> Task:
+        model = load(run / "final_checkpoint", context.accelerator.device)
+        trained = model.settings.model_dump()
+        played = {k: v for k, v in config.distill.model_dump().items() if k.startswith("eval_")}
+        settings = config.distill.model_copy(update=trained | played)
+        config = config.model_copy(update={"distill": settings})
+        return cls(config, blank_histories(settings), model, budget, context)
 
 
 def _layout(settings: Distill, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,7 +389,7 @@ def try_unseen(
     accelerator: Accelerator,
     num_episodes: int,
     between: Callable[[], None],
-) -> Tried:
+) -> report.Tried:
     """Every unseen goal with every seed, shared out over all processes. Collective.
 
     Each rank plays on a copy of its own, whatever the engine has made of the weights: nothing is
@@ -231,7 +406,7 @@ def try_unseen(
         for (goal, seed), own in zip(theirs, found.returns, strict=True):
             returns[unseen.index(goal), seed] = own
     regions = [steps for _, found in told for steps in found.regions]
-    return Tried(unseen, returns, regions, sum(found.num_forced for _, found in told))
+    return report.Tried(unseen, returns, regions, sum(found.num_forced for _, found in told))
 
 
 def whole_copy(model: nn.Module, settings: Distill, accelerator: Accelerator) -> Transformer:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sft.config.schema import Distill
+from sft.tasks.distill.config import Distill
 from sft.tasks.distill.darkroom import MOVES, NUM_CELLS, SIZE, place_of
 from sft.tasks.distill.source import Histories
 

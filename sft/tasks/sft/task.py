@@ -1,105 +1,254 @@
-"""The SFT task: examples -> supervised tokens -> summed cross-entropy; the engine's Task."""
+"""Fine-tuning: examples -> supervised tokens -> summed cross-entropy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from rich.console import RenderableType
 from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from sft.config.schema import Config, Crowd, Generation
-from sft.data import batches, template
+from sft.config.schema import Config, Generation
+from sft.data import audit, batches, cache, files, template
 from sft.data.cache import Prepared
-from sft.data.examples import Batch, Examples, collate
+from sft.data.examples import Batch, Examples, collate, pack
 from sft.errors import ConfigError, UserError
-from sft.evaluate import generate, scores
-from sft.evaluate.answers import WINDOW, Scores, Speaker, answer_all, held_out_loss, question, score
+from sft.evaluate import answers, generate, scores
+from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import Predictions, key_of
-from sft.models import digest, export, head
-from sft.runtime.console import Advance
-from sft.runtime.log import Log
-from sft.runtime.watchdog import Guard
+from sft.models import adapters, digest, export, head, load
+from sft.runtime.console import Advance, write_json
+from sft.tasks.base import Alternative, Finding, Results, Row, Shrunk, Task, TaskInfo, Workload
+from sft.tasks.sft import check, report, saved, shrink
+from sft.train.engine import Engine
 
 
-def usable_budget(
-    budget: batches.Budget,
-    asked: str,
-    built: nn.Module,
-    precision: str,
-    device: torch.device,
-    log: Log,
-) -> batches.Budget:
-    """The planned budget; padded where documents of this model, packed, would see each other.
+class FineTune(Task):
+    """Supervised fine-tuning of a causal language model: full, LoRA or QLoRA."""
 
-    `asked`: `train.layout`; ConfigError if that is `packed` and cannot be.
-    """
-    if budget.layout == "padded" or head.documents_are_isolated(built, precision, device):
-        return budget
-    reason = "packed documents of this model would attend to each other"
-    if asked == "packed":
-        raise ConfigError(f"train.layout: {reason}; use train.layout: padded")
-    log.say(f"layout: padded, since {reason}")
-    return replace(budget, layout="padded")
+    modelled: ClassVar[tuple[str, ...]] = ("model", "tuning")
+    placeholders: ClassVar[Mapping[str, Any]] = {"data": {"train_path": "none"}}
+    prepared: Prepared
 
+    # -- before there is a model
 
-def check_references(config: Config, prepared: Prepared) -> None:
-    """UserError if a metric cannot use the reference of a row that it will score."""
-    settings = config.evaluation
-    tally = scores.Tally(settings.metrics, settings.labels or ())
-    asked = (r for r in prepared.held_out.rows() if not template.is_document(r.messages))
-    for number, row in enumerate(islice(asked, settings.num_examples)):
-        reference = question(row, prepared.tokenizer).told["reference"]
-        try:
-            tally.add(number, None, reference)  # as if its answer had failed
-        except UserError as error:
-            raise UserError(f"{row.place}: {error}") from None
+    @classmethod
+    def prepare(cls, config: Config, tick: Callable[[], None] = lambda: None) -> Prepared:
+        cls.refuse_untrainable(config)
+        return cache.prepare(config, tick)
 
+    @classmethod
+    def prepare_evaluation(
+        cls, config: Config, tick: Callable[[], None] = lambda: None
+    ) -> Prepared:
+        prepared = cache.prepare(config, tick)
+        cls.refuse_unusable(config, prepared)
+        return prepared
 
-def identity(config: Config, prepared: Prepared) -> dict[str, str]:
-    """What makes a checkpoint one of this run; known before a weight is loaded."""
-    return {
-        "model": digest.fingerprint(config.model),
-        "tuning": config.tuning.model_dump_json(),
-        **_crowd(config.crowd),
-        "data": prepared.audit["data_sha256"],
-        "tokenizer": prepared.audit["train"]["tokenizer_sha256"],
-        "template": prepared.audit["train"]["template_sha256"],
-    }
+    @classmethod
+    def digests(cls, prepared: Prepared) -> dict[str, str]:
+        train = prepared.audit["train"]
+        return {
+            "data": prepared.audit["data_sha256"],
+            "tokenizer": train["tokenizer_sha256"],
+            "template": train["template_sha256"],
+        }
 
+    @classmethod
+    def identity_of(cls, config: Config, prepared: Prepared) -> dict[str, str]:
+        return {
+            "model": digest.fingerprint(config.model),
+            "tuning": config.tuning.model_dump_json(),
+            **cls.digests(prepared),
+        }
 
-def _crowd(settings: Crowd) -> dict[str, str]:
-    """Each key by itself, so that it is told which one differs."""
-    if not settings.num_agents:
-        return {}
-    return {f"crowd.{key}": str(value) for key, value in settings.model_dump().items()}
+    @classmethod
+    def refuse_unusable(cls, config: Config, prepared: Prepared) -> None:
+        """Raises UserError if a metric cannot use the reference of a row that it will score."""
+        settings = config.evaluation
+        tally = scores.Tally(settings.metrics, settings.labels or ())
+        asked = (r for r in prepared.held_out.rows() if not template.is_document(r.messages))
+        for number, row in enumerate(islice(asked, settings.num_examples)):
+            reference = answers.question(row, prepared.tokenizer).told["reference"]
+            try:
+                tally.add(number, None, reference)  # as if its answer had failed
+            except UserError as error:
+                raise UserError(f"{row.place}: {error}") from None
 
+    @classmethod
+    def info(cls, config: Config) -> TaskInfo:
+        text = load.architecture(config.model).get_text_config()
+        return TaskInfo(
+            text,
+            Path(config.data.cache_dir),
+            config.tuning.mode,
+            attention=config.model.attn_implementation,
+            vocabulary=text.vocab_size,
+        )
 
-class FineTune:
-    """The engine's Task for supervised fine-tuning (see engine.Task for what each method owes)."""
+    @classmethod
+    def workload(cls, config: Config, prepared: Prepared | None = None) -> Workload:
+        prepared = prepared or cls.prepare(config)
+        train, held_out = (
+            (part.lengths, part.arrays.index["supervised"][part.order])
+            for part in (prepared.train, prepared.held_out)
+        )
+        return Workload(*train, Workload(*held_out))
 
-    surveys = False
+    @classmethod
+    def uniform_workload(cls, config: Config) -> Workload:
+        """Returns one global batch of the longest rows that are allowed, all tokens supervised.
 
-    def __init__(
-        self,
-        config: Config,
-        prepared: Prepared,
-        built: nn.Module,
-        accelerator: Accelerator,
-        log: Log,
-        budget: batches.Budget,
-        guard: Guard | None = None,
-    ):
-        self.guard = guard or Guard()
-        self.config, self.prepared, self.model = config, prepared, built
-        self.accelerator, self.log = accelerator, log
-        self.budget = budget
-        self.lengths = prepared.train.lengths
-        self.head = head.SupervisedHead(built)
+        Raises ConfigError if the model has no positions for them.
+        """
+        length, number = config.data.max_seq_len, config.train.global_batch
+        positions = getattr(cls.info(config).text, "max_position_embeddings", None)
+        if positions and length > positions:
+            raise ConfigError(
+                f"{config.model.name} has positions for {positions:,} tokens, found {length:,}: "
+                "give a smaller SEQ (data.max_seq_len)"
+            )
+        return Workload([length] * number, np.full(number, length))
+
+    @classmethod
+    def build_model(
+        cls, config: Config, precision: str, device: torch.device, weights: bool = True
+    ) -> nn.Module:
+        return load.build(config, precision, device, weights, adapt=cls.adapt)
+
+    @classmethod
+    def adapt(cls, base: nn.Module, config: Config) -> nn.Module:
+        """Returns the frozen `base` with the adapters that are trained."""
+        return adapters.add_adapters(base, config.tuning)
+
+    @classmethod
+    def skeleton(cls, config: Config, depth: int | None = None) -> nn.Module:
+        load.check_attention(config.model)  # a plan for a GPU loads nothing with it
+        arch = load.architecture(config.model)
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(
+                arch if depth is None else load.shallow(arch, depth),
+                trust_remote_code=config.model.trust_remote_code,
+            )
+            if config.tuning.mode == "full":
+                return base
+            return cls.adapt(base.requires_grad_(False), config)
+
+    @classmethod
+    def blank_data(cls, config: Config, rows: Sequence[Row]) -> Prepared:
+        examples = Examples(
+            pack(
+                (i, files.Row([], None, "rehearsal", i), _blank_example(*row))
+                for i, row in enumerate(rows)
+            )
+        )
+        tokenizer: Any = SimpleNamespace(pad_token_id=0)
+        return Prepared(tokenizer, examples, examples, {})
+
+    @classmethod
+    def answering_bytes(
+        cls, config: Config, precision: str, prompts: Sequence[int], world_size: int
+    ) -> int:
+        settings = config.evaluation
+        asked = prompts[: settings.num_examples]
+        if not len(asked):
+            return 0
+        rows = min(settings.batch_size, math.ceil(len(asked) / world_size))
+        arch = load.architecture(config.model)
+        each = generate.bytes_per_row(arch, precision, int(max(asked)), settings.max_new_tokens)
+        return rows * each * cls.info(config).copies
+
+    @classmethod
+    def alternatives(cls, config: Config, workload: Workload) -> Iterator[Alternative]:
+        if config.tuning.mode == "full":
+            yield Alternative({"tuning.mode": "lora"}, "adapters instead of all weights")
+        if config.tuning.mode != "qlora":
+            yield Alternative({"tuning.mode": "qlora"}, "frozen weights in 4 bits, slower")
+        half = max(8, max(workload.lengths) // 2)
+        price = "longer rows are cut or left out (data.on_long)"
+        yield Alternative({"data.max_seq_len": half}, price, max_length=half)
+
+    # -- what people see before training
+
+    @classmethod
+    def describe(cls, config: Config) -> list[tuple[str, str]]:
+        paths = config.data.train_path
+        return [
+            ("model", f"{config.model.name}, {config.tuning.mode}"),
+            ("data", paths if isinstance(paths, str) else ", ".join(paths)),
+        ]
+
+    @classmethod
+    def preview(cls, prepared: Prepared) -> Iterator[RenderableType]:
+        yield "First row, as the model sees it (supervised: green; special: magenta; context: dim)"
+        yield template.coloured(prepared.tokenizer, prepared.train[0])
+        yield f"audit: {audit.summary(prepared.audit)}"
+
+    @classmethod
+    def write_data_report(cls, prepared: Prepared, folder: Path) -> None:
+        cache.write(prepared, folder)
+
+    # -- check and verify
+
+    @classmethod
+    def check_data(cls, config: Config) -> Iterator[Finding]:
+        yield check.tokenizer(config)
+        prepared = cls.prepare(config)
+        yield Finding(
+            True,
+            f"data: {len(prepared.train):,} rows to train on, {len(prepared.held_out):,} held out, "
+            f"longest {max(prepared.train.lengths):,} tokens",
+        )
+
+    @classmethod
+    def trial_config(cls, config: Config) -> Config:
+        return check.few(config)
+
+    @property
+    def saves_small_checkpoints(self) -> bool:  # type: ignore[override]
+        return self.config.tuning.mode != "full"  # whole weights can be large
+
+    def check_result(self, engine: Engine, folder: Path) -> Iterator[Finding]:
+        if self.config.evaluation.num_examples:
+            path = folder / "predictions.jsonl"
+            self.answers(engine.model, path, "check")
+            yield check.answer(path, self.answered_by)
+
+    @classmethod
+    def shrink(cls, config: Config, folder: Path, exact: bool) -> Shrunk:
+        return shrink.shrink(config, folder, exact)
+
+    # -- with a model
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.head = head.SupervisedHead(self.model)
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        return self.prepared.train.lengths
+
+    def usable_budget(self, precision: str, layout: str) -> batches.Budget:
+        device = self.accelerator.device
+        if self.budget.layout == "padded" or head.documents_are_isolated(
+            self.model, precision, device
+        ):
+            return self.budget
+        reason = "packed documents of this model would attend to each other"
+        if layout == "packed":
+            raise ConfigError(f"train.layout: {reason}; use train.layout: padded")
+        self.log.say(f"layout: padded, since {reason}")
+        return replace(self.budget, layout="padded")
 
     def collate(self, ids: list[int]) -> Batch:
         return self._collate(self.prepared.train, ids)
@@ -133,47 +282,46 @@ class FineTune:
             self.head.positions = None
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def survey(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
-        """Nothing: the loss is a sum over examples."""
-        return None
-
-    def surveyed(self, ids: list[int], found: torch.Tensor | None, supervised: float) -> None: ...
-
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         num = len(self.prepared.held_out)
         with (
             self.guard.section("evaluation"),
             self.log.progress("held-out loss", num) as advance,
         ):
-            return held_out_loss(
-                self.scored, self.num_supervised, model, self._held_out(advance), self.accelerator
+            return answers.held_out_loss(
+                self.eval_loss,
+                self.num_supervised,
+                model,
+                self._held_out(advance),
+                self.accelerator,
             )
-
-    def scored(
-        self, model: nn.Module, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """As `loss`, of what is held out: of the model as it will be used."""
-        return self.loss(model, batch)
-
-    def answering(self, model: nn.Module) -> nn.Module:
-        """The model that writes answers."""
-        return self.accelerator.unwrap_model(model)
-
-    def finish(self, model: nn.Module) -> None:
-        """After the last step: what follows from the trained weights. Collective."""
 
     def _held_out(self, advance: Advance) -> Iterator[Batch]:
         """This rank's micro-batches, as many as every rank's, of some examples after the others: a
         cut of all of them would take memory by their number."""
         examples, world = self.prepared.held_out, self.accelerator.num_processes
         everything = range(len(examples))
-        for start in everything[::WINDOW]:
-            ids = everything[start : start + WINDOW]
+        for start in everything[:: answers.WINDOW]:
+            ids = everything[start : start + answers.WINDOW]
             cut = batches.cut(ids, examples.lengths, world, self.budget)
             for own in cut[self.accelerator.process_index]:
                 self.guard.stop_if_asked()
                 yield self._collate(examples, own)
                 advance(len(own) * world)
+
+    def answer_model(self, model: nn.Module) -> nn.Module:
+        """Returns the model that writes answers."""
+        return self.as_answer_model(self.accelerator.unwrap_model(model))
+
+    @classmethod
+    def as_answer_model(cls, model: nn.Module) -> nn.Module:
+        """Returns what answers with the trained `model`."""
+        return model
+
+    @property
+    def answered_by(self) -> str:
+        """Says what answers, where that is not simply the model."""
+        return ""
 
     def answers(self, model: nn.Module, path: Path, state: str) -> Scores:
         """The first `evaluation.num_examples` held-out prompts, answered into `path` and scored.
@@ -184,12 +332,12 @@ class FineTune:
         asked = (r for r in self.prepared.held_out.rows() if not template.is_document(r.messages))
         identity = key_of(self.identity(), self.config.train.seed, state)
         stop = generate.stop_ids(tokenizer, self.model.generation_config)
-        speaker = Speaker(self.answering(model), tokenizer, stop, identity)
+        speaker = answers.Speaker(self.answer_model(model), tokenizer, stop, identity)
         predictions = Predictions(path)
         with self.guard.section("generation"):
-            answer_all(
+            answers.answer_all(
                 speaker,
-                (question(r, tokenizer) for r in islice(asked, settings.num_examples)),
+                (answers.question(r, tokenizer) for r in islice(asked, settings.num_examples)),
                 Generation(max_new_tokens=settings.max_new_tokens),
                 predictions,
                 self.accelerator,
@@ -198,18 +346,165 @@ class FineTune:
                 between=self.guard.stop_if_asked,
                 total=min(settings.num_examples, len(self.prepared.held_out)),
             )
-        return score(path, settings.metrics, self.accelerator, settings.labels or ())
+        return answers.score(path, settings.metrics, self.accelerator, settings.labels or ())
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         base = None if self.config.tuning.mode == "full" else self.config.model
         export.save(self.model, self.prepared.tokenizer, folder, weights, base)
 
-    def read(self, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-        return export.read_weights(self.model, folder)
-
-    def identity(self) -> dict[str, str]:
-        return identity(self.config, self.prepared)
-
     def name_examples(self, ids: list[int]) -> str:
         named = ", ".join(self.prepared.train.row(i).place for i in ids[:8])
         return named + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+
+    # -- results
+
+    def measure_base(self, engine: Engine, precision: str, resumed: bool) -> Results:
+        """Returns results of the base; a resumed run that asks the same has them on disk."""
+        path = engine.folder / "evaluation" / "base.json"
+        asked = self.config.evaluation.model_dump(exclude={"num_shown", "batch_size"})
+        if resumed and path.exists() and path.with_suffix(".jsonl").exists():
+            found = json.loads(path.read_text("utf-8"))
+            if found.get("settings") == asked:
+                return Results(found["metrics"], found)
+        state = f"{engine.digest()} {precision}"
+        results = self._measure(engine.model, path.with_suffix(".jsonl"), state)
+        if self.log.folder:
+            write_json(path, results.details | {"settings": asked})
+        return results
+
+    def measure(self, model: nn.Module, folder: Path, state: str) -> Results:
+        return self._measure(model, folder / "predictions.jsonl", state)
+
+    def _measure(self, model: nn.Module, path: Path, state: str) -> Results:
+        """Returns held-out metrics with the scores of the answers, which go to `path`."""
+        held_out = self.evaluate(model)
+        found = self.answers(model, path, state)
+        results = found.tally.report()
+        results["metrics"] = held_out | results["metrics"]
+        results |= {"num_examples": found.num_examples, "num_failed": found.num_failed}
+        return Results(results["metrics"], results)
+
+    def report(
+        self, base: Results | None, tuned: Results, folder: Path
+    ) -> Iterator[RenderableType]:
+        if base is None:
+            return report.of_evaluation(self.config, tuned, folder)
+        return report.of_run(self.config, base, tuned, folder)
+
+    merge_arguments = ""  # what `make merge` needs beside the run
+
+    def closing_rows(
+        self, base: Results | None, tuned: Results
+    ) -> tuple[list[tuple[str, str]], dict[str, str]]:
+        return report.closing(self.config, base, tuned, self.merge_arguments)
+
+    # -- a finished run
+
+    @classmethod
+    def open(
+        cls,
+        run: Path,
+        config: Config,
+        prepared: Prepared,
+        precision: str,
+        budget: batches.Budget,
+        context: Any,
+    ) -> Task:
+        model, _ = cls.load_saved(
+            run / "final_checkpoint", config, precision, context.accelerator.device
+        )
+        return cls(config, prepared, model, budget, context)
+
+    @classmethod
+    def load_saved(
+        cls,
+        folder: Path,
+        config: Config,
+        precision: str,
+        device: torch.device,
+        *,
+        quantised: bool = True,
+    ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        """Returns the trained model in a checkpoint `folder`, and its tokenizer.
+
+        It is as it was trained: a QLoRA adapter on its NF4 base. `quantised=False` puts the adapter
+        on the original weights instead. Raises ExportError for another base or adapter.
+        """
+        own = {"name": str(folder), "revision": None, "init": "pretrained"}
+        model_files = config.model.model_copy(update=own)
+        tokenizer = load.load_tokenizer(model_files)
+        mode = config.tuning.mode
+        if mode == "full":
+            return load.load_base(model_files, mode, precision, device).eval(), tokenizer
+        saved.refuse_another_base(config.model, cls.recorded_base(folder))
+        base = load.load_base(config.model, mode if quantised else "lora", precision, device)
+        # By the configuration, as in training: adapter_config.json can name modules to be imported.
+        adapted = cls.adapt(base, config)
+        cls.take_saved(adapted, folder, config)
+        return adapted.eval(), tokenizer
+
+    @classmethod
+    def take_saved(cls, adapted: nn.Module, folder: Path, config: Config) -> None:
+        """Puts what was saved in `folder` into the adapted model of `config`."""
+        saved.refuse_another_shape(folder, adapted)
+        export.load_weights(adapted, folder)
+
+    # -- an adapter without its run
+
+    @classmethod
+    def is_adapter(cls, folder: Path) -> bool:
+        """Whether `folder` holds what this task trains on a frozen base."""
+        return (folder / saved.ADAPTER_CONFIG).exists()
+
+    @classmethod
+    def adapter_files(cls, folder: Path) -> list[Path]:
+        """Returns the files of an adapter that its answers depend on."""
+        return sorted(folder / name for name in (export.ADAPTER, saved.ADAPTER_CONFIG))
+
+    @classmethod
+    def recorded_base(cls, folder: Path) -> saved.BaseRecord | None:
+        """Returns what an adapter's folder says about its base; None if nothing."""
+        return saved.read_base_record(folder / export.BASE)
+
+    @classmethod
+    def base_name(cls, folder: Path) -> str:
+        """Returns the base model that an adapter names."""
+        return str(saved.read_adapter_config(folder)["base_model_name_or_path"])
+
+    @classmethod
+    def with_adapter(cls, base: nn.Module, name: str, folder: Path) -> nn.Module:
+        """Returns `base`, loaded from `name`, with the adapter in `folder`.
+
+        Raises ExportError if it is none of this base. Only numbers are read: adapter_config.json
+        could name modules to be imported.
+        """
+        return saved.with_adapter(base, name, folder)
+
+    @classmethod
+    def refuse_merge(cls, config: Config, run: Path) -> None:
+        """Raises MergeError if `config` does not mean a single model."""
+
+    @classmethod
+    def part(cls, config: Config) -> dict[str, Any]:
+        """Returns which part of a run's model `config` selects, for a file beside it."""
+        return {}
+
+    @classmethod
+    def overrides_of(cls, record: Mapping[str, Any]) -> list[str]:
+        """Returns overrides that select what `part` recorded."""
+        return []
+
+    @classmethod
+    def describe_part(cls, config: Config) -> str:
+        """Returns the same as text, for a model card."""
+        return ""
+
+    @classmethod
+    def overrides_of_part(cls, folder: Path) -> list[str] | None:
+        """Returns overrides that select the part of a run in `folder`; None if it is no part."""
+        return None
+
+
+def _blank_example(length: int, supervised: int) -> template.Example:
+    ids = [0] * length
+    return template.Example(ids, [template.IGNORED] * (length - supervised) + ids[:supervised])

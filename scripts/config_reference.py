@@ -1,0 +1,7 @@
+"""Prints docs/CONFIG.md, generated from the schemas of all tasks."""
+
+from sft.config.reference import reference
+from sft.tasks.registry import schemas
+
+if __name__ == "__main__":
+    print(reference(schemas().values()), end="")

@@ -1,0 +1,117 @@
+"""Makes a model and its data small, so that `make verify-*` can try many whole runs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from sft.config.schema import Config
+from sft.errors import VerificationError
+from sft.models.load import architecture, load_tokenizer, shallow
+from sft.tasks.base import Shrunk
+
+LAYERS = 2
+WIDTHS = {  # of the small model, where its configuration names them
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+}
+EXAMPLES = 8  # of a global batch, at most
+HELD_OUT = 6  # rows
+
+
+def shrink(config: Config, folder: Path, exact: bool) -> Shrunk:
+    """Returns values with a narrow model of random weights and a few rows of the data."""
+    built, told = small_model(config, exact)
+    place = str(folder / "model")
+    built.save_pretrained(place)  # type: ignore[operator]
+    load_tokenizer(config.model).save_pretrained(place)
+    batch = min(config.train.global_batch, EXAMPLES)
+    rows = 2 * batch + max(1, batch // 2) + HELD_OUT
+    values = {
+        "model.name": place,
+        "model.revision": None,
+        "data.max_rows": rows,
+        "data.eval_path": None,
+        "data.eval_fraction": HELD_OUT / rows,
+        "data.cache_dir": str(folder / "cache"),
+        "evaluation.num_examples": min(config.evaluation.num_examples, 2),
+        "evaluation.max_new_tokens": min(config.evaluation.max_new_tokens, 8),
+    }
+    told.append(("tuning", config.tuning.mode))
+    smooth = {"tuning.lora_dropout": 0.0}
+    among = f"the first {rows} of {config.data.train_path}"
+    return Shrunk(values, told, smooth, batch, among)
+
+
+def small_model(config: Config, exact: bool = False) -> tuple[nn.Module, list[tuple[str, str]]]:
+    """A model of the configured architecture with two narrow layers and random weights, and what
+    is to be told about it. `exact`: without dropout."""
+    whole = architecture(config.model)
+    few = shallow(whole, min(LAYERS, whole.get_text_config().num_hidden_layers))
+    told = []
+    if exact and (dropped := _without_dropout(few)):
+        told.append(("model", f"no dropout ({', '.join(dropped)})"))
+    problem = ""
+    for candidate in (narrow(few), few):  # not every architecture lets its widths be chosen
+        torch.manual_seed(config.train.seed)
+        try:
+            built = AutoModelForCausalLM.from_config(
+                candidate,
+                dtype=torch.float32,
+                trust_remote_code=config.model.trust_remote_code,
+                attn_implementation="eager",
+            )
+            with torch.no_grad():
+                built(input_ids=torch.arange(8)[None])
+        except Exception as error:  # noqa: BLE001  # whatever its code raises
+            problem = f"{type(error).__name__}: {error}"
+            continue
+        was, now = whole.get_text_config(), candidate.get_text_config()
+        sizes = f"{now.num_hidden_layers} layers of {now.hidden_size}"
+        sizes += f" instead of {was.num_hidden_layers} of {was.hidden_size}, random weights"
+        return built, [("model", f"{type(built).__name__}: {sizes}"), *told]
+    raise VerificationError(f"cannot make a small model of {config.model.name}: {problem}")
+
+
+def narrow(architecture: Any) -> Any:
+    """A copy of a transformers configuration whose layers are narrow."""
+    result = copy.deepcopy(architecture)
+    text = result.get_text_config()
+    if text.hidden_size <= WIDTHS["hidden_size"]:
+        return result
+    heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    for name, size in WIDTHS.items():
+        if getattr(text, name, None) is not None:
+            setattr(text, name, size)
+    if groups is not None:  # as many as heads, fewer, or one
+        text.num_key_value_heads = 4 if groups == heads else min(groups, 2)
+    return result
+
+
+def _without_dropout(architecture: Any) -> list[str]:
+    """Turns every dropout of a configuration off; names of those that were on."""
+    found = []
+    for part in {
+        id(each): each for each in (architecture, architecture.get_text_config())
+    }.values():
+        for name, value in vars(part).items():
+            if (
+                ("dropout" in name or name.endswith("_pdrop"))
+                and isinstance(value, float)
+                and value
+            ):
+                found.append(name)
+        for name in found:
+            if hasattr(part, name):
+                setattr(part, name, 0.0)
+    return found
