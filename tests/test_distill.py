@@ -234,7 +234,7 @@ def test_the_task_tells_losses_and_accuracies_of_actions_and_types(tmp_path):
 
 def test_a_model_is_loaded_as_it_was_saved(tmp_path):
     made_engine = make_engine(config(tmp_path, PAIR), 1000, torch.float32)
-    made_engine.task.save(tmp_path, made_engine.parallel.weights())
+    made_engine.task.save(tmp_path, made_engine.parallel.gather_weights())
     loaded = task.load(tmp_path, torch.device("cpu"))
     tokens = with_marks(window_tokens(random_histories(2, 40)))
     for own, other in zip(loaded(tokens), made_engine.task.model(tokens), strict=True):
@@ -424,7 +424,7 @@ def test_a_run_leaves_its_results_and_resumes_bit_for_bit(collected, tmp_path):
     told = train(
         tmp_path / "whole", *collected, "train.profile_steps=1", "train.deterministic=true"
     )
-    for part in ("2 layers", "transitions", "held-out loss", "in_context_return", "best", "next"):
+    for part in ("2 layers", "transitions", "held-out loss", "in context return", "best", "next"):
         assert part in told
     plan_json = json.loads((tmp_path / "whole/plan.json").read_text())
     predicted, measured = plan_json["predicted"], plan_json["measured"]

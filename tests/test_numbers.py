@@ -244,8 +244,8 @@ def test_a_smaller_budget_is_half_of_what_was_held():
     lengths = [10, 10, 10, 10, 30]
     budget = batches.Budget(4096, "padded", None, 4)
     cuts = [[[4, 0, 1, 2], [3]], [[], []]]
-    assert recovery.smaller(budget, cuts, lengths) == batches.Budget(60, "padded", None, 2)
-    assert recovery.smaller(budget, [[[0], []], [[4], [1]]], lengths) is None
+    assert recovery.smaller_budget(budget, cuts, lengths) == batches.Budget(60, "padded", None, 2)
+    assert recovery.smaller_budget(budget, [[[0], []], [[4], [1]]], lengths) is None
 
 
 LIMITED = """

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from sft import errors
 from sft.runtime import checkpoint
-from sft.runtime.checkpoint import Piece
+from sft.runtime.checkpoint import OptimizerShard
 
 STEPS, MIDDLE = 11, 9
 MODES = ("lora", "qlora", "full")
@@ -315,7 +315,8 @@ def test_what_some_ranks_wrote_any_others_read(tmp_path_factory, sizes, writers,
             edges = [0, *map(int, cuts[name]), len(state["sq"])]
             start, end = edges[rank], edges[rank + 1]
             if end > start:
-                pieces.append(Piece(name, start, {k: v[start:end] for k, v in state.items()}))
+                own = {k: v[start:end] for k, v in state.items()}
+                pieces.append(OptimizerShard(name, start, own))
         checkpoint.save_optimizer(pieces, folder, rank, writers)
     with checkpoint.OptimizerState(folder) as saved:
         for name, state in whole.items():
@@ -332,7 +333,7 @@ def test_what_some_ranks_wrote_any_others_read(tmp_path_factory, sizes, writers,
 
 
 def test_a_missing_slice_is_an_error(tmp_path):
-    checkpoint.save_optimizer([Piece("p", 4, {"sq": torch.ones(4)})], tmp_path, 1, 2)
+    checkpoint.save_optimizer([OptimizerShard("p", 4, {"sq": torch.ones(4)})], tmp_path, 1, 2)
     with checkpoint.OptimizerState(tmp_path) as saved:
         with pytest.raises(errors.CheckpointError, match="lacks elements from 0 on"):
             saved.read("p", 0, 8)

@@ -20,9 +20,8 @@ def is_split(model: nn.Module) -> bool:
     return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
 
 
-def whole(parameter: Any) -> torch.Tensor:
-    """A parameter, of which a rank may have a part only, on every rank. Collective where it is
-    split."""
+def full_tensor(parameter: Any) -> torch.Tensor:
+    """Returns the whole of a parameter that ranks may hold in parts. Collective if they do."""
     if hasattr(parameter, "full_tensor"):
         return parameter.detach().full_tensor()
     if not hasattr(parameter, "ds_id"):

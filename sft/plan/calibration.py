@@ -56,7 +56,7 @@ def fitting(
                 f"the longest example ({longest:,} tokens) does not fit the memory: {found[0]}; "
                 "see what would take less with `make plan`"
             )
-        smaller = recovery.halved(budget, longest)
+        smaller = recovery.halve_budget(budget, longest)
         told = f"a micro-batch of {budget.max_tokens:,} tokens does not fit the memory"
         engine.log.say(
             f"{told}: train.max_tokens is {smaller.max_tokens:,} from here on, with the same result"

@@ -269,17 +269,17 @@ def prune(run: Path, keep: int, spared: Sequence[str] = (), step: int | None = N
 # --- optimizer state ---------------------------------------------------------------------------
 
 
-def save_optimizer(pieces: Iterable[Piece], folder: Path, rank: int, world: int) -> None:
+def save_optimizer(shards: Iterable[OptimizerShard], folder: Path, rank: int, world: int) -> None:
     """What `rank` has of the optimizer's state, to one safetensors file (none if it has nothing).
 
     Tensors are named `<key>:<parameter>`; the header has where each starts in the flat parameter.
     """
     tensors: dict[str, torch.Tensor] = {}
     starts: dict[str, int] = {}
-    for piece in pieces:
-        for key, value in piece.state.items():
-            tensors[f"{key}:{piece.name}"] = value.detach().cpu().contiguous().clone()
-            starts[f"{key}:{piece.name}"] = piece.start
+    for shard in shards:
+        for key, value in shard.state.items():
+            tensors[f"{key}:{shard.name}"] = value.detach().cpu().contiguous().clone()
+            starts[f"{key}:{shard.name}"] = shard.start
     if tensors:
         name = f"optimizer-{rank + 1:05}-of-{world:05}.safetensors"
         save_file(tensors, folder / name, metadata={"starts": json.dumps(starts)})
@@ -341,12 +341,12 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What this rank keeps of the optimizer's state of one parameter."""
+class OptimizerShard:
+    """This rank's part of the optimizer's state of one parameter."""
 
     name: str
-    """of the parameter"""
+    """The name of the parameter."""
     start: int
-    """first element of the flat parameter that is kept here"""
+    """The first element of the flat parameter that the part covers."""
     state: Tensors
-    """per key of the optimizer: the live tensor, flat where it is a slice"""
+    """The live tensor for each key of the optimizer, flat if it is a slice."""

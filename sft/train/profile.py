@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a trace of a few steps, on request (`train.profile_steps`)."""
+"""The memory of a step, and a trace of where its time goes (`train.profile_steps`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 from sft.config.schema import Train
@@ -17,9 +18,9 @@ WARM_UP = 2  # steps: the first ones allocate
 
 @contextmanager
 def profiled(train: Train, log: Log) -> Iterator[Callable[[], None]]:
-    """Yields a function to be called after each step; the main process then writes a trace.
+    """Yields a function to call after each step; the main process then writes a trace.
 
-    A run that has fewer steps than asked for leaves a trace of those that there were.
+    A run of fewer steps than `train.profile_steps` leaves a trace of all of them.
     """
     number = train.profile_steps
     if number is None or log.folder is None:
@@ -34,3 +35,10 @@ def profiled(train: Train, log: Log) -> Iterator[Callable[[], None]]:
 
     with torch.profiler.profile(schedule=once, on_trace_ready=write) as profiler:
         yield profiler.step
+
+
+def memory_bytes() -> int:
+    """Returns the peak allocation on the GPU, or this process's resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss

@@ -1,19 +1,18 @@
-"""What goes wrong in a step and can be mended: memory that runs out, numbers that are not finite.
+"""Recovery from an out-of-memory error within a step.
 
-All ranks must do the same about it. What one rank met is therefore agreed upon before the next pass
-in which ranks wait for each other; `Waits` says which passes those are:
+All ranks must react alike. Before each pass in which ranks wait for each other they therefore agree
+on whether any of them ran out of memory. `Waits` says which passes those are:
 
-    never          one process: every pass can be done again
-    last backward  DDP: gradients are exchanged in the last backward pass of a step only, all that
-                   comes before it can be done again
-    backward       ZeRO-1 and 2: gradients are reduced in every backward pass, which cannot be done
-                   again; the forward passes between them can
-    forward        FSDP2 and ZeRO-3: weights are gathered in forward passes, too. What a rank meets
-                   behind its forward pass (the loss) can be done again, nothing else can
+    never          one process: every pass can be repeated
+    last backward  DDP: gradients are exchanged only in the last backward pass of a step; every pass
+                   before it can be repeated
+    backward       ZeRO-1 and 2: every backward pass reduces gradients and cannot be repeated; the
+                   forward passes between them can
+    forward        FSDP2 and ZeRO-3: forward passes gather weights, too. Only what follows a forward
+                   pass (the loss) can be repeated
 
-Where a rank runs out of memory in a pass in which others wait for it, or in the update, it ends
-with OutOfMemory at once: no half-exchanged gradient is ever used, and nobody waits for a rank that
-has ended.
+A rank that runs out of memory in a pass in which others wait for it, or in the update, raises
+OutOfMemory at once. So no half-exchanged gradient is used, and no rank waits for an ended one.
 """
 
 from __future__ import annotations
@@ -31,43 +30,53 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Shortage:
-    """Memory ran out in these examples."""
+class Oom:
+    """An out-of-memory error and the examples it happened with."""
 
-    reason: str  # what the allocator said, its first line
+    reason: str  # the first line of the allocator's message
     ids: list[int]
 
 
-class Watch:
-    """Of one attempt at a step: from the first shortage on, this rank does nothing more."""
+@dataclass(frozen=True)
+class AccumulatedStep:
+    """A global batch after its backward passes and before the update."""
+
+    ids: list[int]
+    supervised: float  # items, over all ranks
+    totals: dict[str, float]  # sums over them: the loss, and what the task reports
+    broken: list[int]  # ids of micro-batches whose loss is not finite
+
+
+class OomGuard:
+    """Runs the passes of one attempt at a step; after an out-of-memory error it runs no more."""
 
     def __init__(self) -> None:
-        self.met: Shortage | None = None
+        self.oom: Oom | None = None
 
     def call(self, ids: list[int], action: Callable[..., Result], *args: Any) -> Result | None:
-        """What `action` returns; None once memory has run out."""
-        if self.met is None:
+        """Returns the result of `action`; None once memory has run out."""
+        if self.oom is None:
             try:
                 return action(*args)
             except Exception as error:
-                if (said := shortage(error)) is None:
+                if (reason := shortage(error)) is None:
                     raise
-                self.met = Shortage(said, ids)  # not the error: its frames hold the tensors
+                self.oom = Oom(reason, ids)  # not the error: its frames hold the tensors
         return None
 
 
-def halved(budget: Budget, least: int) -> Budget:
-    """Half of it, in tokens (at least so many) and in rows."""
+def halve_budget(budget: Budget, least: int) -> Budget:
+    """Returns half the budget in tokens, but at least `least`, and in rows."""
     rows = budget.max_rows and max(1, budget.max_rows // 2)
     return replace(budget, max_tokens=max(least, budget.max_tokens // 2), max_rows=rows)
 
 
-def smaller(
+def smaller_budget(
     budget: Budget, cuts: Sequence[list[MicroBatch]], lengths: Sequence[int]
 ) -> Budget | None:
-    """Half of what the largest micro-batch of these cuts holds; None if each is one example."""
+    """Returns half of what the largest micro-batch of `cuts` holds; None if each is one example."""
     several = [m for rank in cuts for m in rank if len(m) > 1]
     if not several:
         return None
-    held = max(batches.num_tokens(lengths, m, budget.layout) for m in several)
-    return halved(replace(budget, max_tokens=min(held, budget.max_tokens)), 1)
+    largest = max(batches.num_tokens(lengths, m, budget.layout) for m in several)
+    return halve_budget(replace(budget, max_tokens=min(largest, budget.max_tokens)), 1)

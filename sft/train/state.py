@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sft.runtime import checkpoint
 
 
 def identity(train: Train, of_task: dict[str, str]) -> dict[str, str]:
-    """What must be the same in a run and one that resumes it."""
+    """Returns what must be the same in a run and one that resumes it."""
     return {
         "train.seed": str(train.seed),
         "train.shuffle": str(train.shuffle),
@@ -23,13 +24,33 @@ def identity(train: Train, of_task: dict[str, str]) -> dict[str, str]:
     }
 
 
+STATE = "trainer.json"
 COUNTS = ("step", "evaluated", "num_skipped", "optimizer_updates", "world_size")
 
 
+def write_state(folder: Path, counts: dict[str, int], train: Train, now: dict[str, str]) -> None:
+    """Writes trainer.json. `counts`: a number for each of `COUNTS`; `now`: the run's identity."""
+    assert counts.keys() == set(COUNTS)
+    state = {**counts, "identity": now, "settings": train.model_dump()}
+    (folder / STATE).write_text(json.dumps(state, indent=1), "utf-8")
+
+
+def changed_settings(state: dict[str, Any], train: Train, world_size: int) -> Iterator[str]:
+    """Yields what a resumed run has set otherwise than the run that wrote `state`."""
+    now = train.model_dump() | {"processes": world_size}
+    then = state["settings"] | {"processes": state["world_size"]}
+    for key in now:
+        if then.get(key) != now[key]:
+            yield f"{key} was {then.get(key)}, is {now[key]}"
+
+
 def read_state(checkpoint_folder: Path, now: dict[str, str]) -> dict[str, Any]:
-    """trainer.json of a checkpoint. Raises AnotherRunError, with exit code 3 if it is the data, if
-    the run that wrote it differs from the one that `now` is the identity of."""
-    path = checkpoint_folder / "trainer.json"
+    """Returns trainer.json of a checkpoint.
+
+    Raises AnotherRunError if the run that wrote it has another identity than `now`; the exit code
+    is 3 if only the data differ.
+    """
+    path = checkpoint_folder / STATE
     if not path.exists():
         raise errors.CheckpointError(
             f"{checkpoint_folder} holds a model, not the state of a run: expected trainer.json; "

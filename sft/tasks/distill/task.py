@@ -414,7 +414,7 @@ def whole_copy(model: nn.Module, settings: Distill, accelerator: Accelerator) ->
     plain = accelerator.unwrap_model(model)
     with torch.random.fork_rng(devices=[]):
         copy = Transformer(settings).to(accelerator.device)
-    weights = {name: layers.whole(p) for name, p in plain.named_parameters()}
+    weights = {name: layers.full_tensor(p) for name, p in plain.named_parameters()}
     copy.load_state_dict(weights)
     return copy.eval()
 

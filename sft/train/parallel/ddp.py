@@ -1,15 +1,14 @@
-"""How the processes of a run share its model: copies (DDP), shards (FSDP2), or ZeRO of DeepSpeed.
+"""A whole copy of the model on every rank (one process, or DDP), and the interface of all engines.
 
-Each way is a class with the same few methods, and whatever the way, the gradient is the sum over
-ranks, the norm is that of the whole gradient, and the state of the optimizer is told and set as
-slices of flat parameters, so that a checkpoint of one number of processes, or of one engine, loads
-on another.
+FSDP2 and DeepSpeed are subclasses. With each of them the gradient is the sum over ranks and the
+norm is that of the whole gradient. The state of the optimizer is saved as slices of flat
+parameters, so a checkpoint loads on another number of processes and on another engine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,37 +16,43 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sft.config.schema import Train
 from sft.errors import ConfigError
-from sft.runtime.checkpoint import Piece, Tensors
+from sft.runtime.checkpoint import OptimizerShard, Tensors
 from sft.runtime.precision import resolve_precision
 from sft.train.optimizer import build_optimizer
 from sft.train.recovery import Waits
 
+# read(parameter, start, number) -> its saved tensors by key: elements of the flat tensor from
+# `start` on, or the tensors as they were saved if `number` is None.
+ReadState = Callable[[str, int, int | None], Tensors]
+
 
 class Replicated:
-    """A whole copy on every rank: one process, or DDP."""
+    """The model as one process or DDP trains it."""
 
     waits: Waits
-    """The passes in which ranks wait for each other, or which cannot be done again."""
+    """The passes in which ranks wait for each other, or which cannot be repeated."""
     loss_scale = 1.0
-    """By which a loss must be multiplied for gradients to be sums over ranks."""
+    """The factor that losses are multiplied by, so that gradients are sums over ranks."""
 
     def __init__(self, model: nn.Module, train: Train, accelerator: Accelerator):
-        self.plain, self.accelerator = model, accelerator
+        self.module, self.accelerator = model, accelerator
         self.max_grad_norm = train.max_grad_norm or math.inf
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
         self._wrap(train)
-        self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def _wrap(self, train: Train) -> None:
+        """Sets `model` and `optimizer`."""
         self.waits = "last backward" if self.accelerator.num_processes > 1 else "never"
         self.model, self.optimizer = self.accelerator.prepare(
-            self.plain, build_optimizer(train, self.plain)
+            self.module, build_optimizer(train, self.module)
         )
-        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+        if isinstance(self.model, DistributedDataParallel):
             self.model.register_comm_hook(None, _sum_gradients)
         elif self.accelerator.num_processes > 1:
             raise ConfigError(
@@ -58,106 +63,110 @@ class Replicated:
 
     # -- a step
 
-    def begin(self) -> None:
-        """Before the first pass of a step. Collective."""
-        self.drop()
-        if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            self.model.reducer._rebuild_buckets()  # not in a pass that may be given up
+    def begin_step(self) -> None:
+        """Clears what an earlier step left. Collective."""
+        self.zero_grad()
+        if isinstance(self.model, DistributedDataParallel):
+            self.model.reducer._rebuild_buckets()  # not in a pass that may be abandoned
 
-    def alone(self) -> AbstractContextManager[Any]:
-        """Forward and backward passes in it exchange no gradients."""
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Returns a context in which passes exchange no gradients."""
         if self.accelerator.num_processes == 1:
             return nullcontext()
         return self.accelerator.no_sync(self.model)
 
-    def exchange(self, last: bool) -> None:
-        """Before a backward pass: gradients are exchanged between ranks in the last one of a step.
+    def prepare_backward(self, last: bool) -> None:
+        """Makes the backward pass that follows exchange gradients if it is the step's `last`.
 
-        DDP would arm itself for that in the forward pass, and an attempt that is given up behind it
-        would exchange in some later pass; so every forward pass is one without, and DDP is armed
-        here, once all ranks are sure to go on.
+        DDP would decide that in the forward pass, and an attempt that is abandoned after its
+        forward pass would exchange gradients in some later one. So forward passes run in
+        `no_sync`, and DDP is prepared here, where all ranks are sure to go on.
         """
-        if last and isinstance(self.model, nn.parallel.DistributedDataParallel):
+        if last and isinstance(self.model, DistributedDataParallel):
             self.model.reducer.prepare_for_backward([])
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
     def clip(self) -> float:
-        """Norm of the whole gradient, which is scaled down to `train.max_grad_norm`."""
-        for parameter in self.names.values():
+        """Scales the whole gradient down to `train.max_grad_norm` and returns its norm before."""
+        for parameter in self.trained.values():
             if parameter.grad is None:  # no example reached it; where ranks reduce, it is 0, too
                 parameter.grad = torch.zeros_like(parameter)
-        norm: Any = nn.utils.clip_grad_norm_(list(self.names.values()), self.max_grad_norm)
+        norm: Any = nn.utils.clip_grad_norm_(list(self.trained.values()), self.max_grad_norm)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def update(self) -> None:
         self.optimizer.step()
 
-    def drop(self) -> None:
-        """Forgets all gradients."""
+    def zero_grad(self) -> None:
         self.optimizer.zero_grad()
 
     # -- state
 
-    def weights(self) -> Tensors:
-        """Trained parameters and saved buffers, whole, by name; on the main process. Collective."""
-        found = dict(_saved_buffers(self.plain))
-        for name, parameter in self.names.items():
-            if (whole := self._whole(parameter)) is not None:
-                found[name] = whole
+    def gather_weights(self) -> Tensors:
+        """Returns whole trained parameters and saved buffers by name, on the main process.
+
+        Collective.
+        """
+        found = dict(_saved_buffers(self.module))
+        for name, parameter in self.trained.items():
+            if (tensor := self._full_tensor(parameter)) is not None:
+                found[name] = tensor
         return found
 
-    def _whole(self, parameter: Any) -> torch.Tensor | None:
+    def _full_tensor(self, parameter: Any) -> torch.Tensor | None:
+        """Returns a whole parameter; None where only the main process needs it."""
         return parameter.detach()
 
-    def held(self) -> Iterator[torch.Tensor]:
-        """What this rank has of the trained weights."""
-        yield from self.names.values()
+    def local_weights(self) -> Iterator[torch.Tensor]:
+        """Yields this rank's part of the trained weights."""
+        yield from self.trained.values()
 
-    def put(self, name: str, value: torch.Tensor) -> None:
-        """Sets a trained parameter."""
-        self.names[name].data.copy_(value)
+    def set_weight(self, name: str, value: torch.Tensor) -> None:
+        """Sets a trained parameter from its whole value."""
+        self.trained[name].data.copy_(value)
 
     @property
     def num_updates(self) -> int:
-        """Updates that the optimizer has made, all parameters together."""
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return max((int(values["step"]) for values in inner.state.values()), default=0)
+        """The number of updates that the optimizer has made."""
+        states = self._base_optimizer.state.values()
+        return max((int(values["step"]) for values in states), default=0)
 
-    def pieces(self) -> Iterator[Piece]:
-        """The optimizer's state on this rank; on the main process alone where all have it."""
+    @property
+    def _base_optimizer(self) -> Any:
+        """The optimizer without the wrapper that holds it."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def optimizer_shards(self) -> Iterator[OptimizerShard]:
+        """Yields the optimizer's state that this rank saves: all of it on the main process."""
         if self.accelerator.is_main_process:
-            for name, parameter in self.names.items():
-                yield Piece(name, 0, _tensors(self._state(parameter)))
+            for name, parameter in self.trained.items():
+                state = self._base_optimizer.state.get(parameter, {})
+                yield OptimizerShard(name, 0, state_tensors(state))
 
-    def _state(self, parameter: torch.Tensor) -> dict[str, Any]:
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return inner.state.get(parameter, {})
-
-    def restore(self, num_updates: int, read: Any) -> None:
-        """Sets the optimizer's state. `read(name, start, number)` gives a parameter's tensors by
-        key: a flat slice, or (`number` None) as they were saved."""
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        inner.state.clear()
+    def load_optimizer(self, num_updates: int, read: ReadState) -> None:
+        """Sets the optimizer's state to the saved one that `read` returns."""
+        optimizer = self._base_optimizer
+        optimizer.state.clear()
         if not num_updates:
             return
-        is_torch = isinstance(inner, torch.optim.AdamW)
-        known = {id(p): name for name, p in self.names.items()}
-        order = [known[id(p)] for group in inner.param_groups for p in group["params"]]
+        is_torch = isinstance(optimizer, torch.optim.AdamW)
+        known = {id(p): name for name, p in self.trained.items()}
+        order = [known[id(p)] for group in optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Any]] = {}
         for index, name in enumerate(order):
             state[index] = dict(read(name, 0, None))
             if is_torch:
-                shape = self.names[name].shape
+                shape = self.trained[name].shape
                 state[index] = {key: value.view(shape) for key, value in state[index].items()}
             state[index]["step"] = torch.tensor(float(num_updates)) if is_torch else num_updates
-        groups = inner.state_dict()["param_groups"]
-        inner.load_state_dict({"state": state, "param_groups": groups})
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _sum_gradients(_, bucket):
-    """Gradients summed over ranks; DDP's own mean rounds its 1 / world to fp32 on the way."""
+    """Sums gradients over ranks; DDP's own mean would round 1 / world to fp32."""
     work = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 
@@ -169,18 +178,36 @@ def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{prefix}.{name}".removeprefix("."), buffer
 
 
-def _tensors(state: dict[str, Any]) -> Tensors:
-    """Without the step count, and the mapping into which bitsandbytes wraps its tensors."""
+def state_tensors(state: dict[str, Any]) -> Tensors:
+    """Returns the tensors of a parameter's state, without its step count.
+
+    bitsandbytes keeps some of them in a nested mapping.
+    """
     found: Tensors = {}
     for key, value in state.items():
-        found |= _tensors(value) if isinstance(value, dict) else {key: value}
+        found |= state_tensors(value) if isinstance(value, dict) else {key: value}
     return {key: value for key, value in found.items() if key != "step"}
 
 
-def autocast(model: nn.Module, device: str, train: Train) -> None:
-    """Computes in the precision of the run and gives fp32, as Accelerate's `prepare` makes it.
+def zero_moments(like: torch.Tensor, num_updates: int) -> dict[str, torch.Tensor]:
+    """Returns AdamW's state of a tensor after so many updates, its moments not yet filled."""
+    moments = {key: torch.zeros_like(like) for key in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.tensor(float(num_updates), device=like.device), **moments}
 
-    Without autocast's cache of weights: it would keep a copy of each layer that was gathered.
+
+def fill_shards(shards: Iterator[OptimizerShard], read: ReadState) -> None:
+    """Copies the saved state into the live tensors of `shards`."""
+    for shard in shards:
+        if number := max((tensor.numel() for tensor in shard.state.values()), default=0):
+            found = read(shard.name, shard.start, number)
+            for key, tensor in shard.state.items():
+                tensor.copy_(found[key])
+
+
+def autocast(model: nn.Module, device: str, train: Train) -> None:
+    """Makes `model` compute in the run's precision and return fp32, like Accelerate's `prepare`.
+
+    Autocast caches no weights: it would keep a copy of each layer that was gathered.
     """
     if resolve_precision(train)[0] == "bf16":
         cast = torch.autocast(device, torch.bfloat16, cache_enabled=False)

@@ -10,124 +10,122 @@ from typing import Any
 import torch
 
 from sft.config.schema import Train
-from sft.models.layers import whole
-from sft.runtime.checkpoint import Piece
+from sft.models.layers import full_tensor
+from sft.runtime.checkpoint import OptimizerShard
 from sft.train.optimizer import build_optimizer
-from sft.train.parallel.ddp import Replicated, _tensors, autocast
-from sft.train.parallel.slices import fill_slices
+from sft.train.parallel.ddp import (
+    ReadState,
+    Replicated,
+    autocast,
+    fill_shards,
+    state_tensors,
+    zero_moments,
+)
 
 
 class Zero(Replicated):
-    """DeepSpeed: ZeRO-1 and 2 keep slices of the optimizer's state, 3 of the weights, too."""
+    """The model as ZeRO trains it: all stages split the optimizer's state, 3 also the weights."""
 
     def _wrap(self, train: Train) -> None:
         # Not DeepSpeed's own autocast, which rounds gradients and gathered weights to bf16.
-        autocast(self.plain, self.accelerator.device.type, train)
-        own = build_optimizer(train, self.plain)
+        autocast(self.module, self.accelerator.device.type, train)
+        own = build_optimizer(train, self.module)
         self.engine: Any
-        self.engine, self.optimizer = self.accelerator.prepare(self.plain, own)
+        self.engine, self.optimizer = self.accelerator.prepare(self.module, own)
         self.model, self.zero = self.engine, self.engine.optimizer
         self.loss_scale = float(self.accelerator.num_processes)  # DeepSpeed averages
-        self.split = self.engine.zero_optimization_stage() == 3
-        self.waits = "forward" if self.split else "backward"
+        self.is_split = self.engine.zero_optimization_stage() == 3
+        self.waits = "forward" if self.is_split else "backward"
 
-    def alone(self) -> AbstractContextManager[Any]:
+    def no_sync(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def exchange(self, last: bool) -> None:
+    def prepare_backward(self, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss)
 
     def clip(self) -> float:
-        """Norm of the whole gradient; DeepSpeed clips in its own step."""
-        norms = self.zero._get_norm_groups() if self.split else [self.zero.scaled_global_norm()]
-        if any(float(norm) < 0 for norm in norms):  # how it tells what is not finite
+        """Returns the norm of the whole gradient; DeepSpeed clips in its own step."""
+        norms = self.zero._get_norm_groups() if self.is_split else [self.zero.scaled_global_norm()]
+        if any(float(norm) < 0 for norm in norms):  # DeepSpeed's mark of one that is not finite
             return math.inf
         return math.hypot(*map(float, norms))
 
     def update(self) -> None:
         self.engine.step()
 
-    def drop(self) -> None:
-        """Also what DeepSpeed has accumulated, which else only its step clears."""
+    def zero_grad(self) -> None:
+        """Forgets gradients, those included that only DeepSpeed's own step would clear."""
         self.zero.zero_grad()
         for kept in ("averaged_gradients", "all_grad_tensors"):
             getattr(self.zero, kept, {}).clear()
-        if not self.split:  # else zero_grad does it
+        if not self.is_split:  # else zero_grad does it
             self.zero.micro_step_id = -1
 
     # -- state
 
-    def _whole(self, parameter: Any) -> torch.Tensor | None:
-        if not self.split:
+    def _full_tensor(self, parameter: Any) -> torch.Tensor | None:
+        if not self.is_split:
             return parameter.detach()
-        found = whole(parameter)
+        found = full_tensor(parameter)
         return found.cpu() if self.accelerator.is_main_process else None
 
-    def held(self) -> Iterator[torch.Tensor]:
-        if not self.split:
-            yield from self.names.values()
-        for name, parameter in self.names.items():
-            yield from (weight for _, weight in self._slices(name, parameter))
+    def local_weights(self) -> Iterator[torch.Tensor]:
+        if not self.is_split:
+            yield from self.trained.values()
+        for name, parameter in self.trained.items():
+            yield from (weight for _, weight in self._shards(name, parameter))
 
-    def put(self, name: str, value: torch.Tensor) -> None:
-        parameter: Any = self.names[name]
+    def set_weight(self, name: str, value: torch.Tensor) -> None:
+        parameter: Any = self.trained[name]
         if parameter.shape == value.shape:  # else it is split, and empty here
             parameter.data.copy_(value)
-        for piece, weight in self._slices(name, parameter):
-            part = value.flatten()[piece.start : piece.start + weight.numel()]
+        for shard, weight in self._shards(name, parameter):
+            part = value.flatten()[shard.start : shard.start + weight.numel()]
             weight.copy_(part)
-            if self.split:  # what is gathered lies beside what is updated
+            if self.is_split:  # stage 3 gathers from a copy of the weights that it updates
                 parameter.ds_tensor.data[: len(part)].copy_(part)
 
-    def pieces(self) -> Iterator[Piece]:
-        for name, parameter in self.names.items():
-            for piece, _ in self._slices(name, parameter):
-                yield piece
+    def optimizer_shards(self) -> Iterator[OptimizerShard]:
+        for name, parameter in self.trained.items():
+            for shard, _ in self._shards(name, parameter):
+                yield shard
 
-    def _slices(self, name: str, parameter: Any) -> Iterator[tuple[Piece, torch.Tensor]]:
-        """This rank's piece of a parameter, if it has one, and that of its fp32 weights."""
-        if self.split:
+    def _shards(self, name: str, parameter: Any) -> Iterator[tuple[OptimizerShard, torch.Tensor]]:
+        """Yields this rank's shard of a parameter, if it has one, and its fp32 weights."""
+        if self.is_split:
             group, first, number = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = self.accelerator.process_index * number
             number = min(number, parameter.ds_numel - start)  # the last partition is padded
-        elif parameter._hp_mapping is not None:
-            group = parameter._hp_mapping.param_group_index
-            here, there = (
-                parameter._hp_mapping.hp_fragment_address,
-                parameter._hp_mapping.lp_fragment_address,
-            )
-            first, number, start = here.start, here.numel, there.start
+        elif (mapping := parameter._hp_mapping) is not None:
+            group = mapping.param_group_index
+            first, number = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+            start = mapping.lp_fragment_address.start
         else:
             number = 0
         if number > 0:
             flat = self._partitions[group]
-            state = _tensors(self._base.state.get(flat, {}))
+            state = state_tensors(self._base_optimizer.state.get(flat, {}))
             parts = {key: value.narrow(0, first, number) for key, value in state.items()}
-            yield Piece(name, start, parts), flat.data.narrow(0, first, number)
+            yield OptimizerShard(name, start, parts), flat.data.narrow(0, first, number)
 
     @property
-    def _base(self) -> torch.optim.Optimizer:
+    def _base_optimizer(self) -> Any:
         return self.zero.optimizer
 
     @property
     def _partitions(self) -> list[torch.Tensor]:
         """This rank's trained weights in fp32, a flat tensor for each group of parameters."""
-        name = "fp32_partitioned_groups_flat" if self.split else "single_partition_of_fp32_groups"
+        name = (
+            "fp32_partitioned_groups_flat" if self.is_split else "single_partition_of_fp32_groups"
+        )
         return getattr(self.zero, name)
 
-    @property
-    def num_updates(self) -> int:
-        return max((int(values["step"]) for values in self._base.state.values()), default=0)
-
-    def restore(self, num_updates: int, read: Any) -> None:
-        self._base.state.clear()
-        if not num_updates:
-            return
-        for partition in self._partitions:
-            step = torch.tensor(float(num_updates), device=partition.device)
-            moments = {key: torch.zeros_like(partition) for key in ("exp_avg", "exp_avg_sq")}
-            self._base.state[partition] = {"step": step, **moments}
-        fill_slices(self.pieces(), read)
+    def load_optimizer(self, num_updates: int, read: ReadState) -> None:
+        self._base_optimizer.state.clear()
+        if num_updates:
+            for partition in self._partitions:
+                self._base_optimizer.state[partition] = zero_moments(partition, num_updates)
+            fill_shards(self.optimizer_shards(), read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,18 +10,24 @@ from typing import Any
 import torch
 
 from sft.config.schema import Train
-from sft.models.layers import repeated_layers, whole
-from sft.runtime.checkpoint import Piece
+from sft.models.layers import full_tensor, repeated_layers
+from sft.runtime.checkpoint import OptimizerShard
 from sft.train.optimizer import build_optimizer
-from sft.train.parallel.ddp import Replicated, _tensors, autocast
-from sft.train.parallel.slices import fill_slices, local_slice
+from sft.train.parallel.ddp import (
+    ReadState,
+    Replicated,
+    autocast,
+    fill_shards,
+    state_tensors,
+    zero_moments,
+)
 
 
 class Sharded(Replicated):
-    """FSDP2: every rank keeps a slice of each parameter, and gathers a layer at a time.
+    """The model as FSDP2 trains it: a rank keeps a slice of each parameter and gathers layers.
 
-    Gradients are exchanged after each micro-batch: to keep them whole would take what sharding
-    saves.
+    Gradients are exchanged after each micro-batch: to keep them whole would take the memory that
+    sharding saves.
     """
 
     waits = "forward"
@@ -36,46 +43,55 @@ class Sharded(Replicated):
 
         device = self.accelerator.device.type
         mesh = init_device_mesh(device, (self.accelerator.num_processes,))
-        for module in self.plain.modules():  # bitsandbytes looks here once its weight is a DTensor
+        for module in self.module.modules():  # bitsandbytes looks here if its weight is a DTensor
             if state := getattr(getattr(module, "weight", None), "quant_state", None):
                 module.quant_state = state
         offload = CPUOffloadPolicy(pin_memory=device != "cpu") if train.offload else OffloadPolicy()
-        for module in [*repeated_layers(self.plain), self.plain]:
+        for module in [*repeated_layers(self.module), self.module]:
             fully_shard(module, mesh=mesh, offload_policy=offload)
-        for module in self.plain.modules():
+        for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 # Sums: 1 / world would round gradients, and our losses are shares of a sum.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        autocast(self.plain, device, train)
-        self.model, self.optimizer = self.plain, build_optimizer(train, self.plain)
+        autocast(self.module, device, train)
+        self.model, self.optimizer = self.module, build_optimizer(train, self.module)
 
-    def alone(self) -> AbstractContextManager[Any]:
+    def no_sync(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def _whole(self, parameter: Any) -> torch.Tensor | None:
-        found = whole(parameter)
+    def _full_tensor(self, parameter: Any) -> torch.Tensor | None:
+        found = full_tensor(parameter)
         return found.cpu() if self.accelerator.is_main_process else None
 
-    def held(self) -> Iterator[torch.Tensor]:
-        yield from (local_slice(parameter)[0] for parameter in self.names.values())
+    def local_weights(self) -> Iterator[torch.Tensor]:
+        yield from (_local_slice(parameter)[0] for parameter in self.trained.values())
 
-    def put(self, name: str, value: torch.Tensor) -> None:
-        local, start = local_slice(self.names[name])
+    def set_weight(self, name: str, value: torch.Tensor) -> None:
+        local, start = _local_slice(self.trained[name])
         local.copy_(value.flatten()[start : start + local.numel()])
 
-    def pieces(self) -> Iterator[Piece]:
-        for name, parameter in self.names.items():
-            _, start = local_slice(parameter)
-            state = _tensors(self._state(parameter))
-            yield Piece(name, start, {key: local_slice(value)[0] for key, value in state.items()})
+    def optimizer_shards(self) -> Iterator[OptimizerShard]:
+        for name, parameter in self.trained.items():
+            _, start = _local_slice(parameter)
+            state = state_tensors(self.optimizer.state.get(parameter, {}))
+            tensors = {key: _local_slice(value)[0] for key, value in state.items()}
+            yield OptimizerShard(name, start, tensors)
 
-    def restore(self, num_updates: int, read: Any) -> None:
+    def load_optimizer(self, num_updates: int, read: ReadState) -> None:
         self.optimizer.state.clear()
-        if not num_updates:
-            return
-        for parameter in self.names.values():
-            step = torch.tensor(float(num_updates), device=parameter.device)
-            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": step, **moments}
-        fill_slices(self.pieces(), read)
+        if num_updates:
+            for parameter in self.trained.values():
+                self.optimizer.state[parameter] = zero_moments(parameter, num_updates)
+            fill_shards(self.optimizer_shards(), read)
+
+
+def _local_slice(value: Any) -> tuple[torch.Tensor, int]:
+    """Returns this rank's elements of a DTensor, flat, and where they start in the flat whole."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        value.shape, value.device_mesh, value.placements
+    )
+    start = offset[0] * math.prod(value.shape[1:]) if math.prod(shape) else 0
+    return value.detach().to_local().flatten(), start
