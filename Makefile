@@ -178,7 +178,7 @@ format: $(READY) ## Let ruff format and mend what it can
 
 docs: $(READY) ## Regenerate docs/CONFIG.md from the schema, docs/FAULTS.md from its catalogue
 	@$(BIN)/python scripts/config_reference.py > docs/CONFIG.md
-	@PYTHONPATH=.:tests $(BIN)/python tests/faults/catalogue.py > docs/FAULTS.md
+	@PYTHONPATH=.:tests:tests/support $(BIN)/python tests/faults/catalogue.py > docs/FAULTS.md
 
 clean: ## Remove caches; OUTPUTS=1 also removes outputs/, VENV_TOO=1 the environment
 	@find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

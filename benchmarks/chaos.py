@@ -1,14 +1,15 @@
 """Kills at random instants of real runs, until each has finished; then it must be the run that was
 never killed, bit for bit.
 
-    PYTHONPATH=.:tests python benchmarks/chaos.py [--kills 200] [--minutes 60] [--jobs 2]
+    PYTHONPATH=.:tests:tests/support python benchmarks/chaos.py [--kills 200] [--minutes 60]
+        [--jobs 2]
 
 A rank, the launcher, or all of them get SIGKILL after a time drawn between start and end; the run
 is resumed, and so on. After each kill every committed checkpoint is verified as a load would, and
 the steps that are lost are counted. Runs are real processes that write to a real disk, forked from
-a server that has imported everything (tests/forked.py): 200 kills would else cost an hour. The
-model is that of `make verify-resume` for configs/nano.yaml. Configurations that are not run keep
-their entry in the JSON file.
+a server that has imported everything (tests/support/forked.py): 200 kills would else cost an
+hour. The model is that of `make verify-resume` for configs/nano.yaml. Configurations that are not
+run keep their entry in the JSON file.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Answers by `sft.generate` against `generate` of transformers: the same prompts, the same answers.
 
-    PYTHONPATH=.:tests python benchmarks/inference.py [--parts stories 60M processes]
+    PYTHONPATH=.:tests:tests/support python benchmarks/inference.py [--parts stories 60M processes]
         [--repeats 5] [--json benchmarks/results/inference.json]
 
 All but `processes` and `bf16` run on a GPU where there is one.
@@ -181,7 +181,7 @@ def two_processes(repeats: int) -> dict[str, Any]:
             for world in (1, 2):
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
                 command += [f"--nproc-per-node={world}", __file__, "--worker", name]
-                paths = f"{ROOT}:{ROOT / 'tests'}"
+                paths = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/support'}"
                 environment = clean_environment(PYTHONPATH=paths, OMP_NUM_THREADS="1")
                 subprocess.run(command, env=environment, cwd=ROOT, check=False)
                 told = [json.loads(p.read_text()) for p in Path(name).glob(f"{world}_*.json")]

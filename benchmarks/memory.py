@@ -1,6 +1,7 @@
 """Predicted memory against the truth: here, on GPUs that others measured, and how fast it is told.
 
-    PYTHONPATH=.:tests python benchmarks/memory.py [--parts grid published processes distillation]
+    PYTHONPATH=.:tests:tests/support python benchmarks/memory.py
+        [--parts grid published processes distillation]
 
 grid       The rehearsed step against the same recorder on the real step, and against what the CPU
            allocator of the process really gave: architectures x tuning x checkpointing x windows.
@@ -434,7 +435,7 @@ def one_of_two(config: RunConfig, folder: Path, length: int | None = None) -> di
     """`length`: tokens of an example, if another than the worker asks for."""
     file, out = folder / "run.yaml", folder / "peak"
     file.write_text(dump_config(config))
-    launch(2, "tests/memory_worker.py", str(file), str(out))
+    launch(2, "tests/support/memory_worker.py", str(file), str(out))
     (rows, _) = memory_worker.WINDOW.micro_batches
     if length:
         rows = ((length, length),) * len(rows)

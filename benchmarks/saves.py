@@ -4,7 +4,7 @@ A save gathers, copies and writes tensors (which an asynchronous one could do la
 of them), then hashes, syncs, renames and prunes (which it could do later as it is). A step of the
 same run is the measure.
 
-    PYTHONPATH=.:tests python benchmarks/saves.py
+    PYTHONPATH=.:tests:tests/support python benchmarks/saves.py
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from sft.data import files
 torch.set_num_threads(1)  # models here are too small to gain from more
 
 ROOT = Path(__file__).parent.parent
+PATHS = os.pathsep.join(str(ROOT / part) for part in (".", "tests", "tests/support"))
 SHARED = Path(os.environ.get("SFT_SHARED", ROOT.parent / "shared"))
 
 
@@ -90,7 +91,7 @@ def clean_environment(**extra: str) -> dict[str, str]:
         for key, value in os.environ.items()
         if not key.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "MAKE"))
     }
-    own = {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    own = {"PYTHONPATH": PATHS, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     own["OMP_NUM_THREADS"] = "1"  # tests run beside each other; threads that spin would not
     return kept | own | extra
 

@@ -90,7 +90,7 @@ def test_a_later_call_asks_only_what_is_new(fresh, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_three_processes_give_what_one_gives(alone, tmp_path):
-    told = launch(3, "tests/connector_worker.py", str(tmp_path), timeout=300)
+    told = launch(3, "tests/support/connector_worker.py", str(tmp_path), timeout=300)
     ranks = [json.loads((tmp_path / f"rank_{i}.json").read_text()) for i in range(3)]
     expected = json.loads(json.dumps(alone[1]))
     for rank in ranks:

@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, clean_environment
+from conftest import PATHS, ROOT, clean_environment
 from safetensors.torch import load_file
 
 from sft import cli, errors
-from sft.runtime import checkpoint, children, watchdog
+from sft.runtime import checkpoint, children, lock, watchdog
 from sft.runtime.lock import Lock
 from sft.runtime.status import Status
 
@@ -90,9 +90,8 @@ Start = Callable[..., Started]
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Iterator[Start]:
     """`start(world, moment, fault, rank)` a run in which that happens; see guard_worker.py."""
-    command = [sys.executable, "tests/guard_worker.py"]
-    path = f"{ROOT}:{ROOT / 'tests'}"
-    environment = clean_environment(PYTHONPATH=path, OMP_NUM_THREADS="1")
+    command = [sys.executable, "tests/support/guard_worker.py"]
+    environment = clean_environment(PYTHONPATH=PATHS, OMP_NUM_THREADS="1")
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, text=True
     ) as worker:
@@ -377,8 +376,8 @@ def test_sigterm_to_torchrun_and_its_ranks_is_one_request(tmp_path):
     request = {"out": str(tmp_path), "folder": str(tmp_path / "run"), "world": 2, "port": 0}
     request |= {"moment": "step", "fault": "pause", "rank": 1, "times": 2, "limit": BOUNDED}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["tests/guard_worker.py", json.dumps(request | {"train": {}, "env": {}})]
-    environment = clean_environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", OMP_NUM_THREADS="1")
+    command += ["tests/support/guard_worker.py", json.dumps(request | {"train": {}, "env": {}})]
+    environment = clean_environment(PYTHONPATH=PATHS, OMP_NUM_THREADS="1")
     run = Started(tmp_path, tmp_path / "run")
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
@@ -422,7 +421,7 @@ def test_a_status_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(_: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(watchdog.os, "fsync", full)
+    monkeypatch.setattr(lock.os, "fsync", full)
     assert status.end("failed", 1, "x" * 10_000, rank=0, step=1)
     assert (tmp_path / "status.json").read_text() == before
 
@@ -431,7 +430,7 @@ def test_a_file_system_without_locks_is_judged_by_what_the_owner_wrote(tmp_path,
     def unsupported(*_: Any) -> None:
         raise OSError(95, "not supported")
 
-    monkeypatch.setattr(watchdog.fcntl, "flock", unsupported)
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
     owner = Lock(tmp_path)
     with pytest.raises(errors.LockedError, match=f"process {os.getpid()} .*not supported"):
         Lock(tmp_path)

@@ -23,7 +23,7 @@ from sft.runtime import launcher
 from sft.runtime.signals import Signals, catches, ranks
 from sft.runtime.world import CHECKED, PORT, World, launch_file, read_launch_file, world_of
 
-WORKER = ROOT / "tests/launch_worker.py"
+WORKER = ROOT / "tests/support/launch_worker.py"
 DRIVER = """
 import sys
 from pathlib import Path
@@ -32,7 +32,7 @@ from sft.config import load_config
 
 mode, folder = sys.argv[1:]
 train = load_config("configs/nano.yaml", [f"train.output_dir={folder}"]).train
-cli.run(lambda: launcher.launch(train, [mode, folder], Path("tests/launch_worker.py")))
+cli.run(lambda: launcher.launch(train, [mode, folder], Path("tests/support/launch_worker.py")))
 """
 
 

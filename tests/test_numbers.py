@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import ROOT, launch, run
+from conftest import PATHS, ROOT, launch, run
 
 from sft import errors
 from sft.data import batches, template
@@ -279,7 +279,7 @@ def test_a_real_limit_of_host_memory(tmp_path):
         sys.executable,
         str(tmp_path / "limited.py"),
         str(tmp_path),
-        PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
+        PYTHONPATH=PATHS,
         OMP_NUM_THREADS="1",
     )
     assert "memory ran out" in done.stdout, done.stderr
@@ -302,7 +302,7 @@ def ranks(request, tmp_path_factory) -> list[dict]:
     if not mounted:
         small.rmdir()  # the worker then leaves that part out
     try:
-        told = launch(2, ROOT / "tests/fault_worker.py", str(out), request.param)
+        told = launch(2, ROOT / "tests/support/fault_worker.py", str(out), request.param)
     finally:
         if mounted:
             subprocess.run(["umount", "--lazy", str(small)], check=True)

@@ -60,7 +60,7 @@ def folder(tmp_path_factory) -> Path:
 def run(folder: Path, world: int, cases: list[dict[str, Any]]) -> None:
     (folder / "cases.json").write_text(json.dumps(cases))
     log = folder / f"{cases[0]['name']}.log"
-    command = ["tests/parallel_worker.py", str(folder / "cases.json"), str(folder)]
+    command = ["tests/support/parallel_worker.py", str(folder / "cases.json"), str(folder)]
     forked.start(world, command, log).join()
     for each in cases:
         ranks = list(folder.glob(f"{each['name']}.rank*.json"))
@@ -284,7 +284,7 @@ def test_two_machines_are_the_run_of_one(alone, request):
         command = ["ip", "netns", "exec", name] if name else []
         command += [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
         command += [f"--node-rank={rank}", f"--master-addr={host}", f"--master-port={port}"]
-        command += ["tests/parallel_worker.py", str(alone / "machines.json"), str(alone)]
+        command += ["tests/support/parallel_worker.py", str(alone / "machines.json"), str(alone)]
         own = {"GLOO_SOCKET_IFNAME": f"sft{rank}"} if name else {}
         machines.append(subprocess.Popen(command, cwd=ROOT, env=clean_environment(**own)))
     for machine in machines:

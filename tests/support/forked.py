@@ -22,7 +22,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
-from conftest import ROOT, clean_environment
+from conftest import PATHS, ROOT, clean_environment
 
 IMPORTED = ["sft.run", "sft.verify", "peft", "bitsandbytes", "deepspeed", "forked"]
 GRACE = 5.0  # seconds that a launcher leaves the others, when one rank has failed
@@ -30,9 +30,8 @@ GRACE = 5.0  # seconds that a launcher leaves the others, when one rank has fail
 
 def server() -> multiprocessing.context.ForkServerContext:
     """Starts with the first process; ends with this one."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     quiet = {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error"}  # as cli does
-    os.environ |= clean_environment(PYTHONPATH=paths, **quiet)
+    os.environ |= clean_environment(PYTHONPATH=PATHS, **quiet)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     return context
