@@ -7,7 +7,7 @@ from sft.config.load import with_values
 
 
 def main() -> int:
-    config = cli.configuration(cli.parser(__doc__).parse_intermixed_args())
+    config = cli.configuration(cli.parser(__doc__).parse_args())
     from sft.data import audit, audit_report, cache
     from sft.runtime.console import facts, make_console
 

@@ -8,7 +8,7 @@ REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 
 
 def main() -> int:
-    args = cli.parser(__doc__).parse_intermixed_args()
+    args = cli.parser(__doc__).parse_args()
     from sft import check
 
     return 0 if check.run(args.config, args.overrides, REQUIREMENTS) else 2

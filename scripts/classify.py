@@ -13,7 +13,7 @@ def main() -> int | None:
     parser.add_argument("--model", help="in place of model.name")
     parser.add_argument("--run", type=Path, help="a tuned model: the folder of its run")
     parser.add_argument("--tune", action="store_true", help="fine-tune, classify again, compare")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_args()
     args.overrides += [f"model.name={args.model}"] if args.model else []
     config = cli.configuration(args)
     from sft.runtime import launcher

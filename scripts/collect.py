@@ -6,7 +6,7 @@ from sft.tasks.distill.config import DistillConfig
 
 
 def main() -> None:
-    config = cli.run_configuration(cli.parser(__doc__).parse_intermixed_args())
+    config = cli.run_configuration(cli.parser(__doc__).parse_args())
     if not isinstance(config, DistillConfig):
         raise ConfigError(f"expected a configuration of task: distill, found task: {config.task}")
     from sft.tasks.distill import histories

@@ -1,16 +1,14 @@
 """Held-out loss and scored answers of a finished run, with overrides (another file, more rows)."""
 
-import argparse
 from pathlib import Path
 
 from sft import cli
 
 
 def main() -> int | None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--run", type=Path, default=Path("outputs/nano"), help="folder of the run")
     parser.add_argument("--name", default="evaluate", help="results go to <run>/evaluation/<name>")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
     from sft.runtime import launcher
 

@@ -1,6 +1,5 @@
 """Talks to a model in the terminal: a run, a checkpoint, a base, an adapter on it, a merged one."""
 
-import argparse
 import sys
 
 from sft import cli
@@ -8,7 +7,7 @@ from sft.errors import UserError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(__doc__)
     cli.add_model(parser)
     parser.add_argument("--prompt", help="answer this and stop")
     parser.add_argument("--system", help="system prompt")

@@ -1,6 +1,5 @@
 """Answers every row of a file, on one process or many; what is answered survives a kill."""
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from sft.errors import UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(__doc__)
     cli.add_model(parser)
     parser.add_argument("--input", required=True, help="file, folder, glob or hub id of prompts")
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to be written")

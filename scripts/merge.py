@@ -1,20 +1,18 @@
 """Merges the adapter of a finished run into its base, and proves the result."""
 
-import argparse
 from pathlib import Path
 
 from sft import cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--run", type=Path, help="folder of the run")
     parser.add_argument("--output", type=Path, help="default: <run>/merged")
     parser.add_argument("--test", type=Path, metavar="FOLDER", help="only prove, this merged model")
     parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="bf16")
     parser.add_argument("--base", choices=["original", "dequantised"], help="weights to merge into")
     parser.add_argument("--gguf", type=Path, help="folder of llama.cpp: make a GGUF file as well")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
     from sft.runtime.console import make_console
     from sft.serve import gguf, merge

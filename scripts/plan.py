@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--uniform", action="store_true", help="all rows of max_seq_len; no data")
     parser.add_argument("--compare", action="store_true", help="all ways of tuning on several GPUs")
     parser.add_argument("--json", type=Path, default=Path("outputs/plan.json"), help="all numbers")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_args()
     config = configuration(args)
     from sft.plan import advice, plan, report
     from sft.runtime.console import make_console

@@ -9,7 +9,7 @@ from sft.errors import UserError
 def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="JSONL to write")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_args()
     config = cli.configuration(args)
     from sft.data import files
     from sft.runtime.console import facts, make_console

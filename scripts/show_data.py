@@ -8,7 +8,7 @@ def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--row", default="1", help="line of a file, or file:line as audits say it")
     parser.add_argument("--ids", action="store_true", help="every token with its id")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_args()
     config = cli.configuration(args)
     from sft.data import audit, cache, files, template
     from sft.models import load

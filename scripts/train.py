@@ -4,7 +4,7 @@ from sft import cli
 
 
 def main() -> None:
-    config = cli.run_configuration(cli.parser(__doc__).parse_intermixed_args())
+    config = cli.run_configuration(cli.parser(__doc__).parse_args())
     from sft import run  # after the configuration: a mistake in it is told at once
 
     run.train(config)

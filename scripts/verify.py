@@ -7,7 +7,7 @@ def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--law", choices=("resume", "invariance"), required=True)
     parser.add_argument("--num-processes", type=int, help="default: as configured, or by devices")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_args()
     config = cli.run_configuration(args)
     from sft.runtime import hardware
     from sft.runtime.console import make_console

@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -25,11 +25,27 @@ from sft.tasks.registry import load_run
 INTERRUPTED = 130  # 128 + SIGINT, what shells report
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the configuration file and its overrides."""
-    result = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+class Parser(argparse.ArgumentParser):
+    """A parser of a script's own options; all other words are `overrides` of a configuration."""
+
+    def __init__(self, description: str | None):
+        epilog = (
+            "set keys (docs/CONFIG.md) with section.key=value, --section.key value, --key value"
+        )
+        first = (description or "").split("\n")[0]
+        super().__init__(description=first, epilog=epilog, allow_abbrev=False)
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        """Returns the options, and the other words in their order as `overrides`."""
+        result, overrides = self.parse_known_args(args)
+        result.overrides = overrides
+        return result
+
+
+def parser(description: str | None) -> Parser:
+    """Returns a parser with the configuration file and its overrides."""
+    result = Parser(description)
     result.add_argument("--config", default="configs/nano.yaml", help="YAML file (docs/CONFIG.md)")
-    result.add_argument("overrides", nargs="*", metavar="section.key=value")
     return result
 
 
@@ -50,7 +66,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     parser.add_argument("--batch-size", type=_rows, default="auto", help="prompts at once")
     parser.add_argument("--cache-dir", help="where a hub id is downloaded to")
-    parser.add_argument("overrides", nargs="*", metavar="generation.key=value")
 
 
 def _rows(text: str) -> int | str:
@@ -70,7 +85,7 @@ def model_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def generation(overrides: list[str]) -> dict[str, Any]:
-    """`generation.key=value` words as settings that are known to be valid."""
+    """Returns settings of generation from overrides, validated."""
     return generation_of(overrides).model_dump()
 
 

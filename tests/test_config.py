@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft import cli
-from sft.config.load import dump_config, load_config, with_values
+from sft.config.aliases import ALIASES
+from sft.config.load import dump_config, generation_of, load_config, with_values
 from sft.config.reference import reference
 from sft.config.rules import RULES
 from sft.config.schema import NESTED, Config, Section, sections_of
@@ -202,7 +205,7 @@ def test_an_ampersand_or_asterisk_inside_a_text_is_no_anchor(tmp_path, name):
     [
         ("epochs=1", "override 'epochs=1': expected section.key=value, as in train.epochs=1"),
         ("train.=1", "override 'train.=1': expected section.key=value, as in train.epochs=1"),
-        ("--x", "override '--x': expected section.key=value, as in train.epochs=1"),
+        ("epochs", "override 'epochs': expected section.key=value, as in train.epochs=1"),
         ("train.epochs=", "train.epochs (override): expected number > 0, found None"),
         ("train.epoch=1", "train.epoch (override): unknown key; did you mean epochs?"),
         ("trian.seed=1", "trian (override): unknown key; did you mean train?"),
@@ -295,7 +298,7 @@ def test_a_combination_that_cannot_work_is_refused_and_its_mended_form_is_not(mi
 @settings(deadline=None, max_examples=200)
 @given(
     text=st.text("model:\n -[]{}#&*!|>'\",?0x1.e_\t%@`<~", max_size=40) | st.binary(max_size=40),
-    override=st.text("=.[]{}&*!'\"_0xb1eE.nafNIA~", max_size=15),
+    override=st.text("-=.[]{}&*!'\"_0xb1eE.nafNIA~", max_size=15),
 )
 def test_whatever_stands_in_it_only_a_configerror_is_raised(tmp_path_factory, text, override):
     file = write(tmp_path_factory.getbasetemp() / "fuzz.yaml", text)
@@ -453,12 +456,175 @@ def test_an_include_that_names_no_file_is_refused(tmp_path, include):
     assert "include" in told or "cannot read" in told
 
 
-# --- writing -----------------------------------------------------------------------------------
-
 TRICKY = "null|~|no|1|010|1e5|a: b|# x|a &b|it's *x|&a|- a|<<|=|[a]|{a|!x|%x|'|\"|12:30|  a |é|😀"
 printable = st.text(
     st.characters(codec="utf-8", exclude_categories=["C", "Zl", "Zp"]), min_size=1, max_size=20
 ) | st.sampled_from(TRICKY.split("|"))
+
+
+# --- flags and other names ---------------------------------------------------------------------
+
+PATHS = [
+    (task, f"{name}.{key}")
+    for task, schema in schemas().items()
+    for name, section in sections_of(schema).items()
+    for key in section.model_fields
+]
+WRITTEN = ["1", "-1", "0.5", "1e-4", "true", "null", "auto", "[a, b]", "{a: b}", "x y", "it's", ""]
+
+
+def outcome(file: Path, *words: str) -> Any:
+    """The configuration, or the message that refuses it."""
+    try:
+        return load_run(file, list(words))
+    except ConfigError as error:
+        return str(error)
+
+
+@settings(deadline=None, max_examples=250)
+@given(
+    key=st.sampled_from(PATHS),
+    written=st.sampled_from(WRITTEN)
+    | printable.filter(lambda text: not re.match(r"--|[\w.]+=", text)),
+    joined=st.booleans(),
+    dashes=st.booleans(),
+    short=st.booleans(),
+)
+def test_a_flag_gives_what_its_override_gives(
+    tmp_path_factory, key, written, joined, dashes, short
+):
+    task, path = key
+    text = MINIMAL if task == "sft" else "task: distill\ntrain: {output_dir: outputs/x}\n"
+    file = write(tmp_path_factory.getbasetemp() / f"{task}.yaml", text)
+    last = path.split(".")[1]
+    same = [p for t, p in PATHS if t == task and p.endswith(f".{last}")]
+    name = last if short and (len(same) == 1 or path.startswith("train.")) else path
+    flag = f"--{name.replace('_', '-') if dashes else name}"
+    words = [f"{flag}={written}"] if joined else [flag, written]
+    assert outcome(file, *words) == outcome(file, f"{path}={written}")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--tensorboard"], {"tensorboard": True}),
+        (["--deterministic", "train.epochs=2"], {"deterministic": True, "epochs": 2.0}),
+        (["--deterministic", "--epochs", "2"], {"deterministic": True, "epochs": 2.0}),
+        (["--deterministic", "false"], {"deterministic": False}),
+        (["--gradient_checkpointing"], {"gradient_checkpointing": True}),
+        (["--max_steps", "20", "--max_steps", "30"], {"max_steps": 30}),
+        (["--seed", "3", "--output_dir", "a b"], {"seed": 3, "output_dir": "a b"}),
+        (["--bf16"], {"precision": "bf16"}),
+        (["--bf16", "false"], {"precision": "fp32"}),
+        (["--bf16", "--fp16", "false"], {"precision": "bf16"}),
+        (["--bf16", "train.precision=bf16"], {"precision": "bf16"}),
+        (["--fp16", "false"], {"precision": "auto"}),
+        (["--mixed_precision", "no"], {"precision": "fp32"}),
+        (["--per-device-train-batch-size=4", "train.seed=1"], {"micro_batch": 4, "seed": 1}),
+        (["train.num_train_epochs=3"], {"epochs": 3.0}),
+        (["--train.logging_steps", "5"], {"log_steps": 5}),
+        (["--optim", "adamw_torch_fused"], {"optimizer": "adamw"}),
+        (["--lr_scheduler_type", "constant_with_warmup"], {"schedule": "constant"}),
+        (
+            ["--lr_scheduler_type", "linear", "--packing"],
+            {"schedule": "linear", "layout": "packed"},
+        ),
+        (["--resume_from_checkpoint", "auto"], {"resume_from_checkpoint": "auto"}),
+    ],
+)
+def test_flags_are_read_as_people_type_them(minimal, words, expected):
+    changed = {f"train.{key}": value for key, value in expected.items()}
+    assert load_config(minimal, words) == with_values(load_config(minimal), changed)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--learning_rat", "1"], "--learning_rat: unknown flag; did you mean --learning_rate?"),
+        (["--learning_rat=1"], "--learning_rat: unknown flag; did you mean --learning_rate?"),
+        (["--confg", "x.yaml"], "--confg: unknown flag; did you mean --config?"),
+        (["--zzzzzzzz"], "--zzzzzzzz: unknown flag; docs/CONFIG.md lists the keys"),
+        (["--num_streams", "3"], "--num_streams: unknown flag; did you mean --num_"),
+        (["--train."], "--train.: unknown flag; "),
+        (
+            ["--group", "x"],
+            "--group: several sections have this key: expected --evaluation.group or "
+            "--classify.group",
+        ),
+        (["--epochs"], "--epochs: expected a value, as in --epochs=1"),
+        (["--epochs", "--tensorboard"], "--epochs: expected a value, as in --epochs=1"),
+        (["--epochs", "train.seed=1"], "train.epochs (override): expected number > 0, found"),
+        (["--train.epoch", "1"], "train.epoch (override): unknown key; did you mean epochs?"),
+        (["--trian.seed", "1"], "trian (override): unknown key; did you mean train?"),
+        (["--bf16=yes"], "train.bf16 (override): expected true or false, found 'yes'"),
+        (
+            ["--logging_steps", "x"],
+            "train.log_steps (override as logging_steps): expected integer ≥ 1, found 'x'",
+        ),
+        (
+            ["train.micro_batch=8", "--per_device_train_batch_size", "4"],
+            "train.per_device_train_batch_size (override): another name of train.micro_batch, "
+            "which is given as well, with another value: 4 and 8; remove one",
+        ),
+        (["data.num_train_epochs=3"], "data.num_train_epochs (override): unknown key; did you"),
+        *(
+            (words, "train.precision (override" + found)
+            for words, found in (
+                (["--fp16"], " as fp16): expected auto or fp32 or bf16, found 'fp16'; small grad"),
+                (["--mixed_precision", "fp16"], " as mixed_precision): expected auto or fp32 or"),
+                (["--precision", "fp16"], "): expected auto or fp32 or bf16, found 'fp16'; small"),
+            )
+        ),
+    ],
+)
+def test_a_flag_that_cannot_be_read_is_one_problem(minimal, words, problem):
+    (found,) = problems(minimal, *words)
+    assert found.startswith(problem)
+
+
+def test_bf16_and_fp16_together_are_refused_with_both_reasons(minimal):
+    conflict, unsupported = problems(minimal, "--bf16", "--fp16")
+    assert conflict.startswith("train.fp16 (override): another name of train.precision, ")
+    assert "loss scaling" in unsupported
+
+
+def test_other_names_work_in_files_and_each_file_is_laid_over_the_next(tmp_path):
+    write(tmp_path / "base.yaml", f"{MINIMAL}  micro_batch: 4\n  bf16: true\n  logging_steps: 7\n")
+    text = "include: base.yaml\ntrain:\n  per_device_train_batch_size: 8\n  precision: fp32\n"
+    train = load_config(write(tmp_path / "a.yaml", text), ["--logging_steps", "9"]).train
+    assert (train.micro_batch, train.precision, train.log_steps) == (8, "fp32", 9)
+    file = write(tmp_path / "b.yaml", f"{text}  micro_batch: 2\n  num_train_epochs: x\n")
+    assert problems(file) == [
+        "train.per_device_train_batch_size (b.yaml:3): another name of train.micro_batch, which "
+        "is given as well, with another value: 8 and 2; remove one",
+        "train.epochs (b.yaml:6 as num_train_epochs): expected number > 0, found 'x'",
+    ]
+
+
+@pytest.mark.parametrize(("name", "alias"), ALIASES.items())
+def test_an_alias_names_a_key_and_hides_none(name, alias):
+    section, key = alias.key.split(".")
+    assert key in SECTIONS[section].model_fields
+    assert name == key or name not in SECTIONS[section].model_fields
+
+
+def test_generation_takes_flags(minimal):
+    found = generation_of(["--temperature", "0.5", "generation.top_k=3", "--seed=7"])
+    assert (found.temperature, found.top_k, found.seed) == (0.5, 3, 7)
+
+
+@pytest.mark.usefixtures("own_environment")
+def test_a_parser_leaves_flags_of_keys_where_they_stand():
+    parser = cli.parser("A script.")
+    parser.add_argument("--seq", type=int)
+    line = "--learning_rate 1e-4 --config c.yaml train.epochs=1 --seq 5 --layer -1 --x=y"
+    args = parser.parse_args(shlex.split(line))
+    assert (args.config, args.seq) == ("c.yaml", 5)
+    assert " ".join(args.overrides) == "--learning_rate 1e-4 train.epochs=1 --layer -1 --x=y"
+
+
+# --- writing -----------------------------------------------------------------------------------
+
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 VALUES = {
     "model.name": printable,
@@ -521,7 +687,8 @@ def test_the_reference_is_the_generated_one():
 
 
 def test_the_reference_has_a_row_with_a_meaning_for_every_key():
-    rows = [line for line in reference(schemas().values()).splitlines() if line.startswith("| `")]
+    text = reference(schemas().values()).partition("## Other names")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert (
         "| `epochs` | number > 0 | `1` | Passes over the training rows; 0.5 is half a pass. |"
         in rows

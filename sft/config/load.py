@@ -1,4 +1,4 @@
-"""Reads, merges and validates configuration files and overrides (file < `a.b=c`). Imports no torch.
+"""Reads, merges and validates configuration files and overrides. Imports no torch.
 
 Loading collects *all* problems (YAML syntax, unknown keys, wrong types, missing keys,
 contradictions) and raises them as one `ConfigError`, each with its dotted path and the place where
@@ -20,6 +20,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from sft.config.aliases import ALIASES, replace_aliases
+from sft.config.flags import Sections, parse_overrides
 from sft.config.reference import _type_name
 from sft.config.rules import RULES
 from sft.config.schema import (
@@ -28,6 +30,8 @@ from sft.config.schema import (
     Config,
     Configured,
     Generation,
+    Origins,
+    Refused,
     RunConfig,
     Section,
     Strategy,
@@ -35,13 +39,12 @@ from sft.config.schema import (
 )
 from sft.errors import ConfigError, did_you_mean, excerpt, redacted
 
-Origins = dict[str, str]
-
 
 def load_config(file: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """Reads `file` (with its `include:`s; None: nothing), applies `a.b=c` overrides, validates.
+    """Reads `file` (with its `include:`s; None: nothing), applies overrides and validates.
 
-    Raises ConfigError with every problem found, and for another task than fine-tuning.
+    Overrides are words such as `train.epochs=1`, `--train.epochs=1`, or `--epochs` and `1`. Raises
+    ConfigError with every problem found, and for another task than fine-tuning.
     """
     others = "; `make plan`, `check`, `train`, `evaluate` and `verify-*` know the other tasks"
     config = load_any(file, overrides, {Config.task: Config}, others)
@@ -62,8 +65,6 @@ def load_any(
     problems: list[str] = []
     origins: Origins = {}
     tree = {} if file is None else _read(Path(file), origins, problems, seen=())
-    for override in overrides or []:
-        _merge(tree, _parse_override(override, origins, problems))
     task = tree.pop("task", Config.task)
     if task not in schemas:
         hint = remedy or f"; {did_you_mean(str(task), list(schemas))}"
@@ -71,8 +72,10 @@ def load_any(
         raise ConfigError(
             f"task{_where('task', origins)}: expected {expected}, found {excerpt(task)}{hint}"
         )
+    schema = schemas[task]
+    _merge(tree, _read_overrides(overrides or [], sections_of(schema), origins, problems))
     _train_on_classified(tree)
-    config, found = _validate(tree, origins, schemas[task], sections_of_all(schemas.values()))
+    config, found = _validate(tree, origins, schema, sections_of_all(schemas.values()))
     problems += found
     if problems or config is None:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -117,11 +120,9 @@ def generation(values: dict[str, Any], where: str = "generation") -> Generation:
 
 
 def generation_of(overrides: list[str]) -> Generation:
-    """Settings of generation from `generation.key=value` words. Raises ConfigError likewise."""
+    """Settings of generation from overrides. Raises ConfigError likewise."""
     problems: list[str] = []
-    tree: dict[str, Any] = {}
-    for override in overrides:
-        _merge(tree, _parse_override(override, {}, problems))
+    tree = _read_overrides(overrides, {"generation": Generation}, {}, problems)
     problems += [f"{name}: expected generation.key=value" for name in tree if name != "generation"]
     if problems:
         raise ConfigError("\n  ".join(["these settings cannot be used", *problems]))
@@ -243,6 +244,7 @@ def _read(file: Path, origins: Origins, problems: list[str], seen: tuple[Path, .
     problems += _duplicates(node, str(file))
     tree = _construct(node)
     lines = dict(_lines(node, str(file)))
+    replace_aliases(tree, lines, problems)
     includes = tree.pop("include", [])
     names = includes if isinstance(includes, list) else [includes]
     if not all(isinstance(name, str) and name.isprintable() for name in names):
@@ -274,24 +276,28 @@ def _merge(base: dict, over: dict) -> None:
             base[key] = value
 
 
-def _parse_override(text: str, origins: Origins, problems: list[str]) -> dict:
-    match = re.fullmatch(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)=(.*)", text, re.DOTALL)
-    if not match:
-        problems.append(f"override {text!r}: expected section.key=value, as in train.epochs=1")
-        return {}
-    path, value = match.groups()
-    try:
-        node = _compose(value, f"override {path}")
-    except ConfigError as error:
-        problems.append(str(error))
-        return {}
-    tree: Any = _construct(node) if node is not None else None
-    for key in reversed(path.split(".")):
-        tree = {key: tree}
-    section, key, *_ = path.split(".")
-    origins.setdefault(section, "override")
-    origins[f"{section}.{key}"] = "override"
-    return tree
+def _read_overrides(
+    words: list[str], sections: Sections, origins: Origins, problems: list[str]
+) -> dict:
+    """Returns the tree of the overrides; adds to `problems` what is wrong with their form."""
+    result: dict[str, Any] = {}
+    places: Origins = {}
+    for path, value in parse_overrides(words, sections, problems):
+        try:
+            node = _compose(value, f"override {path}")
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        tree: Any = _construct(node) if node is not None else None
+        for key in reversed(path.split(".")):
+            tree = {key: tree}
+        section, key, *_ = path.split(".")
+        origins.setdefault(section, "override")
+        places[f"{section}.{key}"] = "override"
+        _merge(result, tree)
+    replace_aliases(result, places, problems)
+    origins.update(places)
+    return result
 
 
 # --- validating --------------------------------------------------------------------------------
@@ -361,8 +367,9 @@ def _explain(
         word = key or str(item["loc"][0])
         sections = sections_of(schema)
         hint = did_you_mean(word, list(fields if key else sections))
-        elsewhere = [s for s, model in sections.items() if word in model.model_fields]
-        hint = f"did you mean {elsewhere[0]}.{word}?" if elsewhere else hint
+        elsewhere = [f"{s}.{word}" for s, model in sections.items() if word in model.model_fields]
+        elsewhere += [ALIASES[word].key] if word in ALIASES else []
+        hint = f"did you mean {elsewhere[0]}?" if elsewhere else hint
         if not key and word in known:
             hint = f"task: {schema.task} has no such section"
         if "." in word:
@@ -374,6 +381,9 @@ def _explain(
     if not key:
         return f"{at}: expected a section with keys, found {item['input']!r}"
     told = f"{at}: expected {_type_name(fields[key])}, found {excerpt(item['input'])}"
+    for refused in fields[key].metadata:
+        if isinstance(refused, Refused) and refused.value == item["input"]:
+            return f"{told}; {refused.reason}"
     if item["type"] == "literal_error" and isinstance(item["input"], str):
         words = re.findall(r"'([^']+)'", item["ctx"]["expected"])
         if near := difflib.get_close_matches(item["input"], words, n=1, cutoff=0.5):

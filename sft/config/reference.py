@@ -7,6 +7,7 @@ import typing
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
+from sft.config.aliases import ALIASES, UNSET
 from sft.config.schema import NESTED, Generation, RunConfig, Section, sections_of
 
 # --- docs/CONFIG.md ----------------------------------------------------------------------------
@@ -65,8 +66,12 @@ def reference(schemas: Iterable[type[RunConfig]]) -> str:
         "",
         "Generated from the schemas by `make docs`. A file holds these sections;",
         "`include: other.yaml` lays it over another file, and",
-        '`ARGS="train.epochs=1"` (or `section.key=value` on a command line) overrides both.',
-        " Unknown keys, wrong types and contradictions stop the run.",
+        "words in `ARGS` or on a command line override both. Unknown keys, wrong types and",
+        "contradictions stop the run, all in one message.",
+        "",
+        "An override is `train.learning_rate=1e-4`, `--train.learning_rate 1e-4` or, where one",
+        "section has the key, `--learning_rate 1e-4`. A flag of a key that is true or false may",
+        "stand alone: `--tensorboard`. The end of this page has other names of keys.",
         "",
         "`task: distill` at the top of a file makes it one of algorithm distillation",
         "(docs/research/DISTILL.md): it has the sections `distill` and `train`,",
@@ -85,7 +90,29 @@ def reference(schemas: Iterable[type[RunConfig]]) -> str:
             default = "**required**" if field.is_required() else f"`{_yaml(field.default)}`"
             meaning = " ".join(str(field.description).split())
             lines.append(f"| `{key}` | {_type_name(field)} | {default} | {meaning} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_alias_lines()]) + "\n"
+
+
+def _alias_lines() -> list[str]:
+    """Returns the section on other names of keys."""
+    lines = [
+        "",
+        "## Other names",
+        "",
+        "Names that Hugging Face's TrainingArguments and example scripts use for these keys. They",
+        "work in a file (in the key's section) and as flags; other keys of the same meaning have",
+        "the same name. A key and its other name with different values stop the run.",
+        "",
+        "| other name | key | values |",
+        "|---|---|---|",
+    ]
+    for name, alias in ALIASES.items():
+        values = ", ".join(
+            f"`{_yaml(given)}`: {'as if not given' if own is UNSET else f'`{_yaml(own)}`'}"
+            for given, own in alias.values.items()
+        )
+        lines.append(f"| `{name}` | `{alias.key}` | {values or 'the same'} |")
+    return lines
 
 
 def _yaml(value: Any) -> str:

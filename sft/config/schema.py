@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Origins = dict[str, str]
+"""Dotted path of a key -> where it was written, for messages."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(
@@ -20,6 +23,15 @@ class Section(BaseModel):
     )
 
 
+@dataclass(frozen=True)
+class Refused:
+    """A value that users may expect to work, and why it does not."""
+
+    value: str
+    reason: str
+
+
+NO_FP16 = Refused("fp16", "small gradients vanish in fp16 without loss scaling; use bf16, or fp32")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -143,7 +155,7 @@ class Train(Section):
     """Keep shards in host memory between uses (`engine: fsdp`): less GPU memory, much slower."""
     num_processes: Count | None = None
     """Processes that the run must have, else it refuses to start (the Makefile sets it)."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16"], NO_FP16] = "auto"
     """Compute precision; trained weights stay fp32. `auto`: bf16 where the GPU has it."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about 25 % slower."""

@@ -1,0 +1,87 @@
+"""Other names of keys: those that Hugging Face's TrainingArguments and example scripts use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from sft.config.schema import Origins
+from sft.errors import excerpt
+
+
+class Alias(NamedTuple):
+    """The key that another name stands for, and what the other name's values are there."""
+
+    key: str
+    values: Mapping[Any, Any] = {}
+    """Value under the other name -> value of the key (UNSET: none). Others stay as they are."""
+
+    @property
+    def is_switch(self) -> bool:
+        """Returns whether the name takes only true and false."""
+        return bool(self.values) and all(isinstance(value, bool) for value in self.values)
+
+
+UNSET = object()
+
+ALIASES = {
+    "output_dir": Alias("train.output_dir"),  # two sections have these two: a flag means train's
+    "seed": Alias("train.seed"),
+    "num_train_epochs": Alias("train.epochs"),
+    "per_device_train_batch_size": Alias("train.micro_batch"),
+    "per_device_eval_batch_size": Alias("evaluation.batch_size"),
+    "lr_scheduler_type": Alias("train.schedule", {"constant_with_warmup": "constant"}),
+    "optim": Alias(
+        "train.optimizer",
+        {
+            "adamw_torch": "adamw",
+            "adamw_torch_fused": "adamw",
+            "adamw_bnb_8bit": "adamw_8bit",
+            "paged_adamw_32bit": "paged_adamw",
+        },
+    ),
+    "bf16": Alias("train.precision", {True: "bf16", False: "fp32"}),
+    "fp16": Alias("train.precision", {True: "fp16", False: UNSET}),
+    "mixed_precision": Alias("train.precision", {"no": "fp32"}),
+    "logging_steps": Alias("train.log_steps"),
+    "full_determinism": Alias("train.deterministic"),
+    "deepspeed": Alias("train.deepspeed_config"),
+    "packing": Alias("train.layout", {True: "packed", False: "padded"}),
+    "model_name_or_path": Alias("model.name"),
+    "model_revision": Alias("model.revision"),
+    "lora_r": Alias("tuning.r"),
+    "lora_target_modules": Alias("tuning.target_modules", {"all-linear": "auto"}),
+    "dataset_name": Alias("data.train_path"),
+    "train_file": Alias("data.train_path"),
+    "validation_file": Alias("data.eval_path"),
+    "max_train_samples": Alias("data.max_rows"),
+    "max_length": Alias("data.max_seq_len"),
+    "max_seq_length": Alias("data.max_seq_len"),
+}
+
+
+def replace_aliases(tree: dict[str, Any], origins: Origins, problems: list[str]) -> None:
+    """Renames each alias in `tree` to its key; adds to `problems` those that contradict the key."""
+    for name, alias in ALIASES.items():
+        section, key = alias.key.split(".")
+        keys = tree.get(section)
+        if name == key or not isinstance(keys, dict) or name not in keys:
+            continue
+        found, place = keys.pop(name), origins.get(f"{section}.{name}", "")
+        if alias.is_switch and not isinstance(found, bool):
+            wrong = f"expected true or false, found {excerpt(found)}"
+            problems.append(f"{section}.{name} ({place}): {wrong}")
+            continue
+        same = (
+            own for each, own in alias.values.items() if type(each) is type(found) and each == found
+        )
+        value = next(same, found)
+        if value is UNSET:
+            continue
+        if key in keys and keys[key] != value:
+            problems.append(
+                f"{section}.{name} ({place}): another name of {alias.key}, which is given as well, "
+                f"with another value: {excerpt(value)} and {excerpt(keys[key])}; remove one"
+            )
+        keys[key] = value
+        origins[alias.key] = f"{place} as {name}"
