@@ -314,13 +314,11 @@ Timed = tuple[list[float], list[list[int]]]  # seconds until each token, the ans
 
 def cached(mixture: Mixture, prompts: list[list[int]]) -> Timed:
     started, times = time.perf_counter(), list[float]()
-    found = generate.decode(
-        mixture,
+    decoder = generate.Decoder(mixture, [], Generation(max_new_tokens=LENGTHS[-1]))
+    found = decoder.decode(
         prompts,
-        Generation(max_new_tokens=LENGTHS[-1]),
-        [],
         seeds=range(len(prompts)),
-        told=lambda _: times.append(time.perf_counter() - started),
+        on_tokens=lambda _: times.append(time.perf_counter() - started),
     )
     return times, [answer.ids for answer in found]
 

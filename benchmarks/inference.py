@@ -1,4 +1,4 @@
-"""Answers by `sft.generate` against `generate` of transformers: the same prompts, the same answers.
+"""Answers by `sft.evaluate.generate` and by `generate` of transformers to the same prompts.
 
     PYTHONPATH=.:tests:tests/support python benchmarks/inference.py [--parts stories 60M processes]
         [--repeats 5] [--json benchmarks/results/inference.json]
@@ -80,8 +80,8 @@ def shape_60m(number: int) -> tuple[Any, Prompts, list[int], int]:
 
 def ours(model: Any, prompts: Prompts, stop: list[int], new: int, rows: int) -> list[list[int]]:
     found: dict[int, list[int]] = {}
-    settings, alone = Generation(max_new_tokens=new), start_processes(Train(output_dir="-"))
-    for batch, answers in generate.answers(model, prompts, settings, stop, alone, rows=rows):
+    decoder = generate.Decoder(model, stop, Generation(max_new_tokens=new), rows)
+    for batch, answers in decoder.answer_batches(prompts, start_processes(Train(output_dir="-"))):
         found |= {i: answer.ids for i, answer in zip(batch, answers, strict=True)}
     return [found[i] for i in range(len(prompts))]
 
@@ -158,13 +158,13 @@ def process_worker(folder: Path) -> None:
     accelerator = start_processes(Train(output_dir="-"))
     torch.set_num_threads(1)
     model, prompts, stop, new = shape_60m(96)
-    settings = Generation(max_new_tokens=new)
-    for _ in generate.answers(model, prompts[:4], settings, stop, accelerator, rows=4):
+    decoder = generate.Decoder(model, stop, Generation(max_new_tokens=new), 16)
+    for _ in decoder.answer_batches(prompts[:4], accelerator):
         pass
     accelerator.wait_for_everyone()
     started = time.perf_counter()
     found: dict[int, list[int]] = {}
-    for batch, answers in generate.answers(model, prompts, settings, stop, accelerator, rows=16):
+    for batch, answers in decoder.answer_batches(prompts, accelerator):
         found |= {i: answer.ids for i, answer in zip(batch, answers, strict=True)}
     own = time.perf_counter() - started
     accelerator.wait_for_everyone()

@@ -23,12 +23,12 @@ def main() -> None:
         raise UserError('PROMPT is empty; ask something, as in PROMPT="set a timer"')
     connector = AccelerateConnector(**cli.model_of(args))
     connector.load_model_once()
-    conversation = chat.Talk(connector, _write, args.system, **settings)
+    conversation = chat.Conversation(connector, _write, args.system, **settings)
     if args.prompt is not None:
         conversation.ask(args.prompt)
         return
     print(f"{connector.model_name}: say something; /help lists commands, an empty line ends")
-    while conversation.hear(_read()):
+    while conversation.handle(_read()):
         pass
 
 

@@ -130,7 +130,7 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
 
     `overrides` change its configuration, such as the held-out file or the number of examples.
     """
-    config = any_launch(runs.any_run_config(folder, overrides))
+    config = any_launch(runs.load_any_run_config(folder, overrides))
     task = task_of(config)
     out = folder / "evaluation" / name
     with Guard(out, config.train.stall_timeout) as guard:

@@ -386,7 +386,8 @@ def plainly(crowd, weights, prompt, settings, number) -> generate.Answer:
 
 def all_answers(mixture, asked, settings, accelerator, rows) -> list[generate.Answer]:
     found = {}
-    for batch, answers in generate.answers(mixture, asked, settings, STOP, accelerator, rows=rows):
+    decoder = generate.Decoder(mixture, STOP, settings, rows)
+    for batch, answers in decoder.answer_batches(asked, accelerator):
         found |= dict(zip(batch, answers, strict=True))
     return [found[i] for i in range(len(asked))]
 
@@ -414,7 +415,8 @@ def test_tokens_are_as_frequent_as_in_the_mixture(crowd):
     prompt, number = prompts()[0][:4], 3000
     mixture = Mixture(crowd, AGGREGATORS["learned"])
     settings = Generation(max_new_tokens=1, temperature=1.0)
-    found = generate.decode(mixture, [prompt] * number, settings, [], seeds=range(number))
+    decoder = generate.Decoder(mixture, [], settings)
+    found = decoder.decode([prompt] * number, seeds=range(number))
     counts = np.bincount([answer.ids[0] for answer in found], minlength=tiny.VOCAB)
     likely = distribution(crowd, AGGREGATORS["learned"].expected(), prompt)
     wrong = np.exp(likely) / np.exp(likely).sum()  # probabilities taken for logits
@@ -446,7 +448,8 @@ def test_a_pass_without_cache_and_mask_gives_every_position(crowd):
 def test_an_answer_of_n_tokens_takes_n_passes_of_one_token_each(crowd):
     mixture, [prompt] = Mixture(crowd, AGGREGATORS["sampled"]), prompts(1)
     crowd.asked.clear()
-    generate.decode(mixture, [prompt, prompt[1:]], Generation(max_new_tokens=20), [])
+    decoder = generate.Decoder(mixture, [], Generation(max_new_tokens=20))
+    decoder.decode([prompt, prompt[1:]])
     assert crowd.asked == [(2, len(prompt))] + [(2, 1)] * 19
 
 

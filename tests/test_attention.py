@@ -161,12 +161,12 @@ def test_answers_are_those_of_sdpa_which_has_all_but_the_first_pass_of_full_rows
     plain, built = (build(SHAPES[name], each) for each in ("sdpa", "varlen"))
     how, full, ragged = Generation(max_new_tokens=9), [[3, 4, 5], [6, 7, 8]], [[5, 6, 7, 9], [3, 4]]
     for prompts, passes in ((ragged, []), (full, [6, 6])):
-        expected = generate.decode(plain, prompts, how, [1])
+        expected = generate.Decoder(plain, [1], how).decode(prompts)
         stop = [expected[0].ids[4]]  # the first row leaves early
-        expected = generate.decode(plain, prompts, how, stop)
+        expected = generate.Decoder(plain, stop, how).decode(prompts)
         assert len(expected[0].ids) < 9
         assert not kernel
-        assert generate.decode(built, prompts, how, stop) == expected
+        assert generate.Decoder(built, stop, how).decode(prompts) == expected
         assert kernel == passes
         kernel.clear()
 

@@ -70,13 +70,13 @@ def test_results_kept_in_a_file_are_the_same(alone):
 
 
 def test_a_later_call_asks_only_what_is_new(fresh, tmp_path, monkeypatch):
-    asked, decode, seen = worker.conversations(), generate.decode, []
+    asked, decode, seen = worker.conversations(), generate.Decoder.decode, []
 
-    def counted(model, prompts, *arguments, **options):
+    def counted(decoder, prompts, **options):
         seen.append(len(prompts))
-        return decode(model, prompts, *arguments, **options)
+        return decode(decoder, prompts, **options)
 
-    monkeypatch.setattr(generate, "decode", counted)
+    monkeypatch.setattr(generate.Decoder, "decode", counted)
     path = tmp_path / "kept.jsonl"
     first = fresh.complete_batch(asked[:6], predictions=path, **worker.SETTINGS)
     assert sum(seen) == 4
@@ -127,9 +127,9 @@ def test_a_saved_model_is_whole_and_trained(alone):
     assert changed == ["model.embed_tokens.weight"]  # tied to the head
 
 
-def test_text_is_told_as_it_is_written_and_adds_up(fresh):
+def test_text_comes_as_it_is_written_and_adds_up(fresh):
     pieces: list[str] = []
-    answer = fresh.complete(worker.conversations()[1], told=pieces.append, max_new_tokens=12)
+    answer = fresh.complete(worker.conversations()[1], on_text=pieces.append, max_new_tokens=12)
     assert "".join(pieces) == answer.choices[0].message.content
     assert len(pieces) > 3
 

@@ -659,7 +659,7 @@ def moved(run, tmp_path) -> Path:
 
 
 def loaded(run: Path, *overrides: str, weights: Path | None = None) -> Any:
-    config = runs.run_config(run, list(overrides))
+    config = runs.load_run_config(run, list(overrides))
     return runs.load_tuned(run, config, "fp32", CPU, weights=weights)[0]
 
 
@@ -671,7 +671,7 @@ def said(built: Any) -> torch.Tensor:
 def test_each_agent_of_a_run_loads_alone(run):
     crowd = said(loaded(run)).view(3, *IDS.shape, -1)
     for agent in range(3):
-        base = load.load_base(runs.run_config(run).model, "qlora", "fp32", CPU)
+        base = load.load_base(runs.load_run_config(run).model, "qlora", "fp32", CPU)
         alone = PeftModel.from_pretrained(base, run / f"final_checkpoint/agent{agent}").eval()
         torch.testing.assert_close(said(alone), crowd[agent], rtol=1e-4, atol=1e-4)
         one = said(loaded(run, f"crowd.agent={agent}"))
@@ -693,7 +693,7 @@ def test_the_folder_tells_what_the_crowd_is(run):
         "aggregator": "learned",
         "base": {
             "name": "nano/model",
-            "weights_sha256": digest.weights_sha256(runs.run_config(run).model),
+            "weights_sha256": digest.weights_sha256(runs.load_run_config(run).model),
         },
     }
     assert loaded(run).concentration == tuple(concentration) != (1.0, 1.0, 1.0)
@@ -703,20 +703,20 @@ def test_the_folder_tells_what_the_crowd_is(run):
 
 
 def test_rows_kept_for_the_aggregator_are_in_no_other_part(run):
-    prepared = CrowdTune.prepare(runs.run_config(run))
+    prepared = CrowdTune.prepare(runs.load_run_config(run))
     parts = [prepared.train, prepared.held_out, prepared.validation]
     lines = [{part.row(i).line for i in range(len(part))} for part in parts]
     assert [len(each) for each in lines] == [len(part) for part in parts]
     assert len(set.union(*lines)) == 40
     assert len(prepared.validation) == 2  # of 32, a twentieth
-    everything = CrowdTune.prepare(runs.run_config(run, ["crowd.aggregator=uniform"]))
+    everything = CrowdTune.prepare(runs.load_run_config(run, ["crowd.aggregator=uniform"]))
     assert everything.validation is None
     assert len(everything.train) == len(prepared.train) + 2
 
 
 def test_of_a_crowd_of_one_row_none_can_be_kept(run):
     with pytest.raises(UserError, match="learned: expected at least 2 training rows"):
-        CrowdTune.prepare(runs.run_config(run, ["data.max_rows=2", "data.eval_fraction=0.5"]))
+        CrowdTune.prepare(runs.load_run_config(run, ["data.max_rows=2", "data.eval_fraction=0.5"]))
 
 
 def lacking(path: Path) -> None:
@@ -811,7 +811,7 @@ def test_one_agent_is_evaluated_and_merged_alone(run, tmp_path):
     assert report["agent"] == 1
     assert "| adapter | agent 1 of 3, r 4," in (tmp_path / "one/README.md").read_text()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=torch.float32)
-    base = load.load_base(runs.run_config(run).model, "lora", "fp32", CPU)
+    base = load.load_base(runs.load_run_config(run).model, "lora", "fp32", CPU)
     alone = PeftModel.from_pretrained(base, run / "final_checkpoint/agent1").eval()
     torch.testing.assert_close(said(merged), said(alone), rtol=1e-4, atol=1e-4)
     assert merge.retest(tmp_path / "one", quiet) == report  # by the agent of the report
@@ -849,7 +849,7 @@ def test_a_crowd_answers_as_its_mixture_with_its_run_and_without(run, moved, tmp
     own = aggregator.Mixture(crowd, aggregator.aggregator_of(crowd)).eval()
     stop = generate.stop_ids(tokenizer, own.generation_config)
     with torch.no_grad():
-        found = generate.decode(own, prompts, Generation(max_new_tokens=8), stop)
+        found = generate.Decoder(own, stop, Generation(max_new_tokens=8)).decode(prompts)
     expected = [tokenizer.decode(each.ids, skip_special_tokens=True) for each in found]
     assert any(expected)
     assert answers(made) == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -21,7 +22,7 @@ from sft.evaluate import answers, generate
 from sft.evaluate.predictions import Predictions, key_of, read
 from sft.models import load
 from sft.runtime import processes
-from sft.runtime.log import Log
+from sft.runtime.context import Context
 from sft.tasks.sft.task import FineTune
 
 SHORT = Generation(max_new_tokens=8)
@@ -32,10 +33,9 @@ def nano():
     config = load_config(ROOT / "configs/nano.yaml")
     tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))
     base = load.load_base(config.model, "full", "fp32", torch.device("cpu")).eval()
-    speaker = answers.Speaker(
-        base, tokenizer, generate.stop_ids(tokenizer, base.generation_config), "nano"
-    )
-    return speaker, processes.start_processes(config.train)
+    stop = generate.stop_ids(tokenizer, base.generation_config)
+    model = answers.AnswerModel(base, stop, SHORT, tokenizer=tokenizer, identity="nano")
+    return model, Context(processes.start_processes(config.train))
 
 
 def row(text: str, reference: str | None = None, line: int = 1) -> Row:
@@ -48,12 +48,11 @@ WORDS = ("one", "two", "three", "four")
 ROWS = [row(f"repeat: {word}", word, i) for i, word in enumerate(WORDS, 1)]
 
 
-def answered(nano, asked, path, settings=SHORT, **options):
-    speaker, accelerator = nano
-    questions = map(answers.question, asked)
-    answers.answer_all(
-        speaker, questions, settings, Predictions(path), accelerator, Log(None), **options
-    )
+def answered(nano, asked, path, settings=SHORT, rows=None, **options):
+    model, context = nano
+    model = replace(model, settings=settings, batch_size=rows)
+    questions = map(answers.make_question, asked)
+    answers.answer_all(model, questions, Predictions(path), context, **options)
     return list(read(path))
 
 
@@ -117,7 +116,7 @@ def written(path, pairs, groups=""):
 def test_scores_count_what_failed(nano, tmp_path):
     pairs = [("a", "a"), ("b ", "b"), ("c", "x"), (None, "d")]
     path = written(tmp_path / "predictions.jsonl", pairs)
-    found = answers.score(path, ["exact_match"], nano[1])
+    found = answers.score_file(path, ["exact_match"], nano[1].accelerator)
     assert found.tally.values() == {"exact_match": 0.5}
     assert (found.num_examples, found.num_failed) == (4, 1)
     low, high = found.tally.intervals()["exact_match"]
@@ -128,7 +127,7 @@ def test_ranks_together_have_the_scores_of_one(nano, tmp_path, monkeypatch):
     pairs = [("a b c d", "a b c d" if i % 3 else "a c d") for i in range(20)]
     path = written(tmp_path / "predictions.jsonl", pairs, groups="xxxyz")
     names = ["exact_match", "bleu", "rouge_l"]
-    whole = answers.score(path, names, nano[1]).tally.report()
+    whole = answers.score_file(path, names, nano[1].accelerator).tally.report()
     assert {name: own["num_examples"] for name, own in whole["groups"].items()} == {
         "x": 12,
         "y": 4,
@@ -152,39 +151,40 @@ def test_ranks_together_have_the_scores_of_one(nano, tmp_path, monkeypatch):
     for rank in range(3):
         ranks = Ranks(rank)
         monkeypatch.setattr(answers, "gather_object", ranks.gather)
-        found = answers.score(path, names, ranks)
+        found = answers.score_file(path, names, ranks)
     assert found.tally.report() == whole
 
 
-class Quick(answers.Speaker):
+class Quick(answers.AnswerModel):
     """Has prompts without a renderer."""
 
-    def prompt(self, asked: answers.Question) -> list[int]:
-        return [5] * (3 + len(asked.told["reference"]) % 7)
+    def render_prompt(self, question: answers.Question) -> list[int]:
+        return [5] * (3 + len(question.fields["reference"]) % 7)
 
 
 def ask_and_score(nano, folder, number: int, names: list[str]) -> answers.Scores:
-    """So many questions of a Quick speaker, answered, read again as a run that goes on does, and
-    scored. Every fourth text is another one."""
-    speaker, accelerator = nano
-    quick = Quick(speaker.model, speaker.tokenizer, speaker.stop, "quick")
+    """Answers so many questions with a Quick model, reads them as a resumed run does, and returns
+    their scores. Every fourth text is another one."""
+    model, context = nano
+    named = {"tokenizer": model.tokenizer, "identity": "quick"}
+    quick = Quick(model.model, model.stop, SHORT, answers.WINDOW, **named)
     for _ in range(2):
         asked = (
-            answers.question(row(f"say {i:09d}", f"it is {i // 4:09d}"), None)
+            answers.make_question(row(f"say {i:09d}", f"it is {i // 4:09d}"), None)
             for i in range(number)
         )
         predictions = Predictions(folder / "predictions.jsonl")
-        answers.answer_all(
-            quick, asked, SHORT, predictions, accelerator, Log(None), rows=answers.WINDOW
-        )
-    return answers.score(folder / "predictions.jsonl", names, accelerator)
+        answers.answer_all(quick, asked, predictions, context)
+    return answers.score_file(folder / "predictions.jsonl", names, context.accelerator)
 
 
 def test_memory_does_not_grow_with_the_number_of_examples(nano, tmp_path, monkeypatch):
     """A question or an answer of each example, kept anywhere, would be seen."""
     monkeypatch.setattr(answers, "WINDOW", 50)
     answer = generate.Answer([7, 8], "stop")
-    monkeypatch.setattr(generate, "decode", lambda _, prompts, *a, **o: [answer] * len(prompts))
+    monkeypatch.setattr(
+        generate.Decoder, "decode", lambda _, prompts, **options: [answer] * len(prompts)
+    )
 
     def peak(number: int) -> int:
         (tmp_path / str(number)).mkdir()
@@ -200,21 +200,21 @@ def test_memory_does_not_grow_with_the_number_of_examples(nano, tmp_path, monkey
     assert peak(1400) - peak(200) < 100 * 1200
 
 
-def test_a_slow_rank_is_told(monkeypatch):
+def test_a_slow_rank_is_reported(monkeypatch):
     class World:
         num_processes = 4
 
     told = tiny.Said()
     seconds = [20.0, 61.0, 21.0, 24.0]
     monkeypatch.setattr(answers, "gather_object", lambda _: [(each, 900) for each in seconds])
-    answers._tell_slow_ranks(20.0, 900, World(), told)
+    answers._warn_of_slow_ranks(20.0, 900, Context(World(), told))
     [line] = told.lines
     assert line.startswith("warning: rank 1 took 1 min 01 s for 900 tokens, others 21 s")
 
 
 def test_waiting_for_others_is_not_counted_as_work(nano, tmp_path, monkeypatch):
     seconds: list[float] = []
-    monkeypatch.setattr(answers, "_tell_slow_ranks", lambda busy, *_: seconds.append(busy))
+    monkeypatch.setattr(answers, "_warn_of_slow_ranks", lambda busy, *_: seconds.append(busy))
     waited = 0.5 * 4
     answered(nano, ROWS, tmp_path / "a.jsonl", rows=1, between=lambda: time.sleep(0.5))
     started = time.perf_counter()
@@ -232,7 +232,7 @@ def test_the_reference_of_a_call_is_what_the_template_writes_for_it(shared):
         {"role": "user", "content": "wait"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
     ]
-    found = answers.question(Row(turns, None, "file", 1), tokenizer).told["reference"]
+    found = answers.make_question(Row(turns, None, "file", 1), tokenizer).fields["reference"]
     assert "<tool_call>" in found
     assert '{"name": "wait", "arguments": {"seconds": 3}}' in found
 

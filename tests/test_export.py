@@ -51,7 +51,7 @@ def commit(config: Config, write) -> None:
 
 
 def test_saved_weights_load_back_bit_for_bit(run):
-    config = runs.run_config(run)
+    config = runs.load_run_config(run)
     first, second = (load.build(config, "fp32", CPU) for _ in range(2))
     wake(first)
     export.load_weights(second, run / "final_checkpoint")
@@ -60,16 +60,16 @@ def test_saved_weights_load_back_bit_for_bit(run):
 
 
 def test_weights_of_another_shape_are_refused(run):
-    config = with_values(runs.run_config(run), {"tuning.r": 3})
+    config = with_values(runs.load_run_config(run), {"tuning.r": 3})
     with pytest.raises(errors.CheckpointError, match="does not fit the model"):
         export.load_weights(load.build(config, "fp32", CPU), run / "final_checkpoint")
 
 
 def test_an_unfinished_run_is_one_message(tmp_path):
     with pytest.raises(errors.ExportError, match="expected a finished run"):
-        runs.run_config(tmp_path)
+        runs.load_run_config(tmp_path)
     with pytest.raises(errors.ExportError, match="found nothing"):
-        runs.run_config(tmp_path / "missing")
+        runs.load_run_config(tmp_path / "missing")
 
 
 def test_a_damaged_adapter_is_not_loaded(tmp_path):
@@ -79,13 +79,13 @@ def test_a_damaged_adapter_is_not_loaded(tmp_path):
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(errors.ExportError, match="is damaged"):
-        runs.run_config(folder)
+        runs.load_run_config(folder)
 
 
 def test_an_adapter_is_not_put_on_another_base(tmp_path, run):
-    config = runs.run_config(run)
+    config = runs.load_run_config(run)
     copy = shutil.copytree(config.model.name, tmp_path / "copy")
-    moved = runs.run_config(run, [f"model.name={copy}"])
+    moved = runs.load_run_config(run, [f"model.name={copy}"])
     runs.load_tuned(run, moved, "fp32", CPU)  # the same weights in another place
     content = bytearray((copy / "model.safetensors").read_bytes())
     content[-1] ^= 1
@@ -104,12 +104,12 @@ def test_an_adapter_is_not_put_on_another_base(tmp_path, run):
 )
 def test_an_adapter_is_not_computed_otherwise_than_it_was_trained(run, override, told):
     with pytest.raises(errors.ExportError, match=told) as error:
-        runs.load_tuned(run, runs.run_config(run, [override]), "fp32", CPU)
+        runs.load_tuned(run, runs.load_run_config(run, [override]), "fp32", CPU)
     assert str(run / "final_checkpoint") in str(error.value)
     assert "adapter_config.json" in str(error.value)
 
 
 def test_the_modules_of_an_adapter_may_be_written_out(run):
     modules = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
-    config = runs.run_config(run, [f"tuning.target_modules={modules}"])
+    config = runs.load_run_config(run, [f"tuning.target_modules={modules}"])
     runs.load_tuned(run, config, "fp32", CPU)

@@ -1,4 +1,4 @@
-"""Answers: no batch, order, padding or seed of another changes one; finished rows leave."""
+"""Answers: no batch, order, padding or seed of another changes one; finished rows are dropped."""
 
 from __future__ import annotations
 
@@ -57,9 +57,8 @@ def prompts(number: int = 13) -> list[list[int]]:
 
 def all_answers(built, asked, settings, accelerator, rows, numbers=None):
     found = {}
-    for batch, answers in generate.answers(
-        built, asked, settings, STOP, accelerator, rows=rows, numbers=numbers
-    ):
+    decoder = generate.Decoder(built, STOP, settings, rows)
+    for batch, answers in decoder.answer_batches(asked, accelerator, numbers):
         found |= dict(zip(batch, answers, strict=True))
     return [found[i] for i in range(len(asked))]
 
@@ -86,7 +85,7 @@ def test_an_answer_is_that_of_plain_greedy_decoding_in_any_batch(made, accelerat
     assert all_answers(made, asked[::-1], GREEDY, accelerator, 5) == expected[::-1]
 
 
-def test_rows_that_have_ended_leave_the_batch(accelerator):
+def test_finished_rows_are_dropped_from_the_batch(accelerator):
     built, seen = tiny.llama().eval(), []
     built.register_forward_pre_hook(
         lambda *_, **named: seen.append(len(_[-1]["input_ids"])), with_kwargs=True
@@ -97,7 +96,7 @@ def test_rows_that_have_ended_leave_the_batch(accelerator):
     rows, expected = 13, []
     for step in range(max(passes)):
         left = sum(number > step for number in passes)
-        rows = left if left <= (1 - generate.LEAVE) * rows else rows
+        rows = left if left <= (1 - generate.DROP_SHARE) * rows else rows
         expected.append(rows)
     assert seen == expected
     assert expected[0] == 13
@@ -108,7 +107,7 @@ def test_rows_that_have_ended_leave_the_batch(accelerator):
 def test_the_context_of_the_model_ends_an_answer(accelerator):
     built = tiny.llama(max_position_embeddings=25).eval()
     prompt = [7] * 20
-    [answer] = generate.decode(built, [prompt], GREEDY, [])
+    [answer] = generate.Decoder(built, [], GREEDY).decode([prompt])
     assert (len(answer.ids), answer.finish_reason) == (5, "length")
 
 
@@ -151,16 +150,16 @@ def test_the_largest_uniform_number_draws_a_token_that_may_be_drawn():
 
 
 def test_a_batch_that_does_not_fit_is_answered_in_halves(accelerator, monkeypatch):
-    built, sizes, decode = tiny.llama().eval(), [], generate.decode
+    built, sizes, decode = tiny.llama().eval(), [], generate.Decoder.decode
     expected = all_answers(built, prompts(), GREEDY, accelerator, 100)
 
-    def short(model, asked, *arguments, **options):
+    def short(decoder, asked, **options):
         sizes.append(len(asked))
         if len(asked) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return decode(model, asked, *arguments, **options)
+        return decode(decoder, asked, **options)
 
-    monkeypatch.setattr(generate, "decode", short)
+    monkeypatch.setattr(generate.Decoder, "decode", short)
     assert all_answers(built, prompts(), GREEDY, accelerator, 100) == expected
     assert sizes[0] == 13
     assert max(sizes[-2:]) <= 4
@@ -168,14 +167,19 @@ def test_a_batch_that_does_not_fit_is_answered_in_halves(accelerator, monkeypatc
 
 def test_prompts_are_shared_out_by_length_once_each():
     lengths = [5, 90, 7, 80, 6, 85, 4, 88]
-    parts = generate.cut(lengths, 2, 2)
+    parts = generate.cut_batches(lengths, 2, 2)
     assert sorted(i for rank in parts for batch in rank for i in batch) == list(range(8))
     loads = [sum(lengths[i] for batch in rank for i in batch) for rank in parts]
     assert max(loads) - min(loads) <= 10
     assert len({len(rank) for rank in parts}) == 1
     assert all(max(lengths[i] for i in b) <= min(lengths[i] for i in b) + 10 for b in parts[0])
-    assert generate.cut([], 3, 4) == [[], [], []]
-    assert sorted(map(len, generate.cut([3, 3], 4, 8))) == [1, 1, 1, 1]  # empty ones where few
+    assert generate.cut_batches([], 3, 4) == [[], [], []]
+    assert sorted(map(len, generate.cut_batches([3, 3], 4, 8))) == [
+        1,
+        1,
+        1,
+        1,
+    ]  # empty ones where few
 
 
 def test_generation_leaves_the_mode_of_the_model_alone(accelerator):

@@ -507,12 +507,12 @@ def test_no_pickle_of_a_run_is_executed(tmp_path, marker):
     final = made / "final_checkpoint"
     poison(final, marker)
     sealed_again(final)
-    config = runs.run_config(made)
+    config = runs.load_run_config(made)
     runs.load_tuned(made, config, "fp32", CPU)
     (final / export.ADAPTER).unlink()
     sealed_again(final)
     with pytest.raises(UserError, match="does not fit the model: it lacks"):
-        runs.load_tuned(made, runs.run_config(made), "fp32", CPU)
+        runs.load_tuned(made, runs.load_run_config(made), "fp32", CPU)
     assert not marker.exists()
 
 
@@ -605,8 +605,8 @@ def test_a_run_folder_cannot_allow_its_own_code(tmp_path):
     )
     (made / "config.yaml").write_text(changed_text)
     assert load_config(made / "config.yaml").model.trust_remote_code
-    assert not runs.run_config(made).model.trust_remote_code
-    assert runs.run_config(made, ["model.trust_remote_code=true"]).model.trust_remote_code
+    assert not runs.load_run_config(made).model.trust_remote_code
+    assert runs.load_run_config(made, ["model.trust_remote_code=true"]).model.trust_remote_code
 
 
 def test_an_adapter_cannot_name_modules_to_import(tmp_path, marker, monkeypatch):
@@ -617,7 +617,7 @@ def test_an_adapter_cannot_name_modules_to_import(tmp_path, marker, monkeypatch)
     megatron = {"hidden_size": 192, "tensor_model_parallel_size": 1}
     changed("adapter_config.json", megatron_core="evil", megatron_config=megatron)(final)
     sealed_again(final)
-    runs.load_tuned(made, runs.run_config(made), "fp32", CPU)
+    runs.load_tuned(made, runs.load_run_config(made), "fp32", CPU)
     assert not marker.exists()
 
 

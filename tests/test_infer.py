@@ -27,11 +27,11 @@ def connector() -> AccelerateConnector:
     return AccelerateConnector(**MODEL)
 
 
-def talk(connector, *lines: str, system: str | None = None) -> tuple[chat.Talk, str]:
+def talk(connector, *lines: str, system: str | None = None) -> tuple[chat.Conversation, str]:
     told: list[str] = []
-    conversation = chat.Talk(connector, told.append, system, max_new_tokens=8)
+    conversation = chat.Conversation(connector, told.append, system, max_new_tokens=8)
     for line in lines:
-        assert conversation.hear(line), line
+        assert conversation.handle(line), line
     return conversation, "".join(told)
 
 
@@ -47,17 +47,17 @@ def test_a_conversation_has_a_history_that_the_model_sees(connector):
 def test_commands(connector, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     conversation, told = talk(connector, "/save", "hi", "/save", "/save other.jsonl", "/rest")
-    assert told.startswith("nothing was said yet\n")
+    assert told.startswith("there is no answer to save yet\n")
     assert told.endswith("unknown command /rest; /help lists them\n")
     saved = json.loads(Path("conversations.jsonl").read_text())
     assert (
         saved == {"messages": conversation.messages} == json.loads(Path("other.jsonl").read_text())
     )
-    conversation.hear("/reset")
+    conversation.handle("/reset")
     assert conversation.messages == []
-    conversation.hear("/system be kind")
+    conversation.handle("/system be kind")
     assert conversation.messages == [{"role": "system", "content": "be kind"}]
-    assert not any(map(conversation.hear, ("", "/quit", "  ")))
+    assert not any(map(conversation.handle, ("", "/quit", "  ")))
     _, told = talk(connector, "hi", "/save none/x.jsonl", "/help")
     assert "cannot write none/x.jsonl: No such file or directory" in told
     assert all(command in told for command in ("/reset", "/system", "/save"))
@@ -71,13 +71,13 @@ def test_a_conversation_that_is_too_long_says_so_and_goes_on(connector):
 
 
 def test_what_a_model_says_does_not_steer_the_terminal(connector, monkeypatch):
-    def escaping(model, prompts, *arguments, told, **options):
+    def escaping(decoder, prompts, on_tokens):
         ids = connector.load_model_once().tokenizer("a\x1b[2Jb").input_ids
         for token in ids:
-            told([token])
+            on_tokens([token])
         return [generate.Answer(ids, "stop")]
 
-    monkeypatch.setattr(generate, "decode", escaping)
+    monkeypatch.setattr(generate.Decoder, "decode", escaping)
     assert "\x1b" not in talk(connector, "hi")[1]
 
 

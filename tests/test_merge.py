@@ -25,7 +25,7 @@ from sft.config.load import dump_config, load_config, with_values
 from sft.errors import UserError
 from sft.runtime.console import make_console
 from sft.serve import gguf, merge, proof
-from sft.serve.runs import load_tuned, run_config
+from sft.serve.runs import load_run_config, load_tuned
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 1024}
 SHAPES = {
@@ -101,7 +101,7 @@ def test_a_merge_is_the_model_that_was_trained(runs, tmp_path, mode, base_weight
     run, folder = runs[mode], tmp_path / "merged"
     report = merge.merge(run, folder, "fp32", quiet, base_weights)
     nf4 = base_weights == "dequantised"
-    adapted, _ = load_tuned(run, run_config(run), "fp32", CPU, quantised=nf4)
+    adapted, _ = load_tuned(run, load_run_config(run), "fp32", CPU, quantised=nf4)
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(run.parent / "base", dtype=torch.float32)
@@ -112,7 +112,7 @@ def test_a_merge_is_the_model_that_was_trained(runs, tmp_path, mode, base_weight
     assert list(report["checks"]) == PROOF
     assert report["num_prompts"] == 2  # those with an answer
     if mode == "qlora" and not nf4:  # the originals are not what the adapter was trained on
-        trained = proof.prove(folder, run, run_config(run), "dequantised")
+        trained = proof.prove(folder, run, load_run_config(run), "dequantised")
         assert measured(trained, "kl") > 1e4 * measured(report, "kl")
         assert {"weights", "kl"} == failing(trained)
     assert json.loads((folder / merge.REPORT).read_text()) == report
@@ -276,7 +276,7 @@ def test_a_folder_that_is_another_model_fails(runs, whole, tmp_path, fault):
     damage, expected = FAULTS[fault]
     folder, run = shutil.copytree(whole, tmp_path / "merged"), runs["lora"]
     damage(folder, run)
-    report = proof.prove(folder, run, run_config(run), "original")
+    report = proof.prove(folder, run, load_run_config(run), "original")
     assert expected <= failing(report)
     if not expected & {"weights", "tensors"}:  # and nothing else is blamed
         assert expected == failing(report)

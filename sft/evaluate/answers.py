@@ -1,14 +1,9 @@
 """Held-out loss and scored answers, over all processes, every example once.
 
 The loss is the training loss: a sum over supervised tokens divided by their number, so it does not
-depend on how the examples are cut (law 1). Answers go to a file of `predictions` as they come; they
-<<<<<<< HEAD
-are scored from there, each process its share. Memory holds a few numbers of an example, no text,
-and what a killed run has answered is not asked again.
-=======
-are scored from there, each process its share, by sums that are added up. So no answer stays in
-memory, and what a killed run has answered is not asked again.
->>>>>>> h_arrays
+depend on how the examples are cut (law 1). Answers go to a file of `predictions` as they come and
+are scored from there, each process its share. So memory holds a few numbers per example and no
+text, and a run that was killed does not repeat what it has answered.
 """
 
 from __future__ import annotations
@@ -16,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,16 +25,15 @@ from rich.text import Text
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sft.config.schema import Generation
 from sft.data import template
 from sft.data.files import BadRow, Row
 from sft.data.formats import Messages, Tools
 from sft.errors import DataError
-from sft.evaluate import generate, scores
-from sft.evaluate.generate import eval_mode
-from sft.evaluate.predictions import Predictions, Record, key_of, read
-from sft.runtime.console import duration, visible
-from sft.runtime.log import Log
+from sft.evaluate import scores
+from sft.evaluate.generate import Answer, Decoder, context_length, eval_mode
+from sft.evaluate.predictions import MemoryPredictions, Predictions, Record, key_of, read
+from sft.runtime.console import duration, table, visible
+from sft.runtime.context import Context
 
 WINDOW = 4096  # examples that are sorted by length and shared out together
 
@@ -51,9 +45,9 @@ def held_out_loss(
     batches: Iterable[Any],
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Mean loss per supervised item over the batches of all ranks, and its perplexity.
+    """Returns the mean loss per supervised item over the batches of all ranks, and its perplexity.
 
-    `loss` and `num_supervised` are those of an engine.Task.
+    `loss` and `num_supervised` are those of a task. Collective.
     """
     sums: dict[str, torch.Tensor] = {}
     count = 0.0
@@ -69,59 +63,77 @@ def held_out_loss(
     return {**means, "perplexity": math.exp(min(means["loss"], 700.0))}
 
 
-# --- answers -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and what its line will say besides; `error`: why it cannot be asked."""
+    """Messages that a model answers, with the fields that its record starts with.
+
+    `error` says why it cannot be asked.
+    """
 
     messages: Messages
     tools: Tools | None
-    told: Record
+    fields: Record
     error: str | None = None
 
+    def to_record(
+        self,
+        answer: str | None,
+        finish_reason: str = "error",
+        prompt_tokens: int = 0,
+        completion_tokens: int = 0,
+    ) -> Record:
+        """Returns the record of an answer; None: of a failure."""
+        return {
+            **self.fields,
+            "answer": answer,
+            "finish_reason": finish_reason,
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+        }
 
-def question(row: Row | BadRow, tokenizer: PreTrainedTokenizerBase | None = None) -> Question:
-    """A row's last assistant turn, if it ends in one, is the reference; all before it is asked.
 
-    With a tokenizer the reference of a tool call is what its template writes for that.
+def make_question(row: Row | BadRow, tokenizer: PreTrainedTokenizerBase | None = None) -> Question:
+    """Returns the question of a row: a last turn of the assistant is the reference, all before it
+    is asked.
+
+    With a tokenizer, the reference of a tool call is what its template writes for that.
     """
     if isinstance(row, BadRow):
-        return Question(
-            [], None, {"row": f"{row.file}:{row.line}", "prompt": row.excerpt}, row.reason
-        )
+        fields = {"row": f"{row.file}:{row.line}", "prompt": row.excerpt}
+        return Question([], None, fields, row.reason)
     *before, last = row.messages
-    asked = before if last["role"] == "assistant" else row.messages
-    told = {"row": row.place, "prompt": asked[-1]["content"] if asked else ""}
-    told |= {} if row.group is None else {"group": row.group}
-    if last["role"] == "assistant":
-        told["reference"] = last["content"]
+    has_reference = last["role"] == "assistant"
+    asked = before if has_reference else row.messages
+    fields = {"row": row.place, "prompt": asked[-1]["content"] if asked else ""}
+    fields |= {} if row.group is None else {"group": row.group}
+    if has_reference:
+        fields["reference"] = last["content"]
         if "tool_calls" in last and tokenizer is not None:
             whole = template.render(tokenizer, row.messages, row.tools, "last")
             ids = [i for i, label in zip(whole.ids, whole.labels, strict=True) if label >= 0]
-            told["reference"] = tokenizer.decode(ids, skip_special_tokens=True)
-    return Question(asked, row.tools, told)
+            fields["reference"] = str(tokenizer.decode(ids, skip_special_tokens=True))
+    return Question(asked, row.tools, fields)
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """A model that answers. `identity`: what its answers are a function of, beside the question."""
+class AnswerModel(Decoder):
+    """A model that answers questions.
 
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    stop: list[int]
-    identity: str
+    `identity` names all that its answers depend on, beside the question and the settings.
+    """
 
-    def prompt(self, asked: Question) -> list[int] | str:
-        """Token ids, or why there are none."""
-        if asked.error is not None:
-            return asked.error
+    tokenizer: PreTrainedTokenizerBase = field(kw_only=True)
+    identity: str = field(kw_only=True)
+
+    def render_prompt(self, question: Question) -> list[int] | str:
+        """Returns the token ids of a question, or the reason why it has none."""
+        if question.error is not None:
+            return question.error
         try:
-            ids = template.prompt_ids(self.tokenizer, asked.messages, asked.tools)
+            ids = template.prompt_ids(self.tokenizer, question.messages, question.tools)
         except DataError as error:
             return str(error)
-        context = generate.context_length(self.model)
+        context = context_length(self.model)
         if context is not None and len(ids) >= context:
             return (
                 f"the prompt has {len(ids):,} tokens, the model takes {context:,} with the answer: "
@@ -129,141 +141,111 @@ class Speaker:
             )
         return ids or "the prompt is empty"
 
-    def record(self, asked: Question, prompt: list[int], answer: generate.Answer) -> Record:
-        text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
-        return {
-            **asked.told,
-            "answer": text,
-            "finish_reason": answer.finish_reason,
-            "prompt_tokens": len(prompt),
-            "completion_tokens": len(answer.ids),
-        }
+    def to_record(self, question: Question, prompt: list[int], answer: Answer) -> Record:
+        """Returns the record of an answer, with its text."""
+        text = str(self.tokenizer.decode(answer.ids, skip_special_tokens=True))
+        return question.to_record(text, answer.finish_reason, len(prompt), len(answer.ids))
 
-
-def failed(asked: Question, reason: str) -> Record:
-    return {
-        **asked.told,
-        "answer": None,
-        "finish_reason": "error",
-        "prompt_tokens": 0,
-        "completion_tokens": 0,
-        "error": reason,
-    }
+    def key(self, question: Question, number: int) -> str:
+        """Returns a digest of all that a record depends on. The example's number is part of it only
+        where tokens are drawn."""
+        drawn = number if self.settings.temperature else None
+        asked = (question.messages, question.tools, question.fields, question.error)
+        return key_of(self.identity, self.settings.model_dump(), drawn, asked)
 
 
 def answer_all(
-    speaker: Speaker,
+    model: AnswerModel,
     questions: Iterable[Question],
-    settings: Generation,
-    predictions: Predictions,
-    accelerator: Accelerator,
-    log: Log,
+    predictions: Predictions | MemoryPredictions,
+    context: Context,
     *,
-    rows: int | None = None,
     between: Callable[[], None] = lambda: None,
     total: int | None = None,
 ) -> None:
-    """Answers what is not answered yet, into `predictions`; then that has one line a question, in
-    their order. Collective.
+    """Adds the answers that `predictions` lacks, so that it has one record per question, in their
+    order. Collective.
 
-    `rows`: prompts of a batch, at most; None: as many as memory holds and as make it quicker.
-    `between` is called before each batch. `total`: number of questions, if known.
+    `between` is called before each batch. `total` is the number of questions, if known.
     """
+    accelerator = context.accelerator
     accelerator.wait_for_everyone()  # all have read the file before anyone adds to it
-    busy, tokens, began = 0.0, 0, time.perf_counter()
+    busy, tokens, started = 0.0, 0, time.perf_counter()
 
-    def begin() -> None:
-        nonlocal began
+    def start_batch() -> None:
+        nonlocal started
         between()
-        began = time.perf_counter()  # waiting for others is not this rank's work
+        started = time.perf_counter()  # waiting for others is not this rank's work
 
-    with log.progress("answers", total) as advance:
+    with context.log.progress("answers", total) as advance:
         rest = iter(questions)
         while window := list(islice(rest, WINDOW)):
             first = predictions.num_expected
-            keys = [_key(speaker, settings, asked, first + i) for i, asked in enumerate(window)]
-            open_ones = [i for i, key in enumerate(keys) if predictions.expect(key)]
-            advance(len(window) - len(open_ones))
-            own = [{"index": first + i, "key": key} for i, key in enumerate(keys)]
-            prompts = {i: speaker.prompt(window[i]) for i in open_ones}
-            bad = {i: prompt for i, prompt in prompts.items() if isinstance(prompt, str)}
-            good = [(i, prompt) for i, prompt in prompts.items() if not isinstance(prompt, str)]
+            keys = [model.key(question, first + i) for i, question in enumerate(window)]
+            missing = [i for i, key in enumerate(keys) if predictions.expect(key)]
+            advance(len(window) - len(missing))
+            start = [{"index": first + i, "key": key} for i, key in enumerate(keys)]
+            good, bad = [], []
+            for i in missing:
+                prompt = model.render_prompt(window[i])
+                if isinstance(prompt, str):
+                    bad.append(start[i] | window[i].to_record(None) | {"error": prompt})
+                else:
+                    good.append((i, prompt))
             if bad and accelerator.is_main_process:
-                predictions.append([own[i] | failed(window[i], bad[i]) for i in bad])
+                predictions.append(bad)
             advance(len(bad))
-            for batch, found in generate.answers(
-                speaker.model,
+            for batch, found in model.answer_batches(
                 [prompt for _, prompt in good],
-                settings,
-                speaker.stop,
                 accelerator,
-                rows=rows or _rows(speaker, [prompt for _, prompt in good], settings, accelerator),
                 numbers=[first + i for i, _ in good],
-                between=begin,
+                between=start_batch,
             ):
-                busy += time.perf_counter() - began
+                busy += time.perf_counter() - started
                 pairs = zip([good[j] for j in batch], found, strict=False)  # none for idle ranks
                 predictions.append(
-                    [own[i] | speaker.record(window[i], prompt, a) for (i, prompt), a in pairs]
+                    [start[i] | model.to_record(window[i], prompt, a) for (i, prompt), a in pairs]
                 )
                 tokens += sum(len(answer.ids) for answer in found)
                 advance(len(batch) * accelerator.num_processes)
-    _tell_slow_ranks(busy, tokens, accelerator, log)
+    _warn_of_slow_ranks(busy, tokens, context)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         predictions.finish()
     accelerator.wait_for_everyone()
 
 
-def _rows(
-    speaker: Speaker, prompts: list[list[int]], settings: Generation, accelerator: Accelerator
-) -> int:
-    """As many as the rank with the least memory holds: all must cut alike."""
-    own = generate.rows_that_pay(speaker.model, prompts, settings)
-    return min(gather_object([own])) if accelerator.num_processes > 1 else own
-
-
-def _key(speaker: Speaker, settings: Generation, asked: Question, number: int) -> str:
-    """What the line of an example is a function of; its number only where tokens are drawn."""
-    drawn = number if settings.temperature else None
-    of = (asked.messages, asked.tools, asked.told, asked.error)
-    return key_of(speaker.identity, settings.model_dump(), drawn, of)
-
-
-def _tell_slow_ranks(seconds: float, tokens: int, accelerator: Accelerator, log: Log) -> None:
-    """Says which ranks were much slower than the median one."""
-    if accelerator.num_processes == 1:
+def _warn_of_slow_ranks(seconds: float, tokens: int, context: Context) -> None:
+    """Logs which ranks were much slower than the median one. Collective."""
+    if context.accelerator.num_processes == 1:
         return
     found = gather_object([(seconds, tokens)])
-    middle = sorted(each for each, _ in found)[(len(found) - 1) // 2]
-    for rank, (each, written) in enumerate(found):
-        if each > 1.5 * middle and each > middle + 5:
-            log.say(
-                f"warning: rank {rank} took {duration(each)} for {written:,} tokens, others "
-                f"{duration(middle)}: is its device shared, or slower?"
+    median = sorted(own for own, _ in found)[(len(found) - 1) // 2]
+    for rank, (own, written) in enumerate(found):
+        if own > 1.5 * median and own > median + 5:
+            context.log.say(
+                f"warning: rank {rank} took {duration(own)} for {written:,} tokens, others "
+                f"{duration(median)}: is its device shared, or slower?"
             )
-
-
-# --- scores --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of answers against their references. `tally`: of those that have a reference."""
+    """Scores of answers. `tally` counts those that have a reference."""
 
     tally: scores.Tally
     num_examples: int
     num_failed: int
 
 
-def score(
+def score_file(
     path: Path,
-    names: Sequence[str],
+    metrics: Sequence[str],
     accelerator: Accelerator,
     labels: Sequence[str] = (),
 ) -> Scores:
-    """Scores a finished file of predictions; the same on every rank. Collective."""
-    tally = scores.Tally(names, labels)
+    """Returns the scores of a finished file of predictions, equal on every rank. Collective."""
+    tally = scores.Tally(metrics, labels)
     total = num_failed = 0
     world, rank = accelerator.num_processes, accelerator.process_index
     for number, record in enumerate(read(path)):
@@ -289,12 +271,9 @@ def groups_table(
     sizes: Mapping[str, int],
     cells: Mapping[str, Callable[[str], str]],
 ) -> Table:
-    """A row for each group: its examples, and of each column the cell of this group."""
-    table = Table(title=title, title_justify="left")
-    table.add_column(column, overflow="fold")
-    for name in ("examples", *cells):
-        table.add_column(name, justify="right")
-    for group, size in sizes.items():
-        shown = (cell(group) for cell in cells.values())
-        table.add_row(Text(visible(group) or "(none)"), f"{size:,}", *shown)
-    return table
+    """Returns a table with a row for each group: its size, and each column's cell for it."""
+    rows: list[list[str | Text]] = [
+        [Text(visible(group) or "(none)"), f"{size:,}", *(cell(group) for cell in cells.values())]
+        for group, size in sizes.items()
+    ]
+    return table(title, (column, "examples", *cells), rows)

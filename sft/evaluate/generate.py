@@ -1,10 +1,11 @@
-"""Prompts (token ids) -> answers: likes together, a cache of keys and values, finished rows leave.
+"""Prompts of token ids -> answers: length-sorted batches, a cache of keys and values, finished rows
+are dropped.
 
-An answer is a function of (model, prompt, settings, its own number): what else is in the batch, its
-order and padding and the number of processes change how fast it comes, not what it is. Rounding
-aside: sums of other shapes are rounded otherwise, and where two tokens are as likely to six digits
-either may win. Rows are padded on the left, and a row that has ended is taken out of the batch and
-of the cache, so that the longest answer does not make all others wait.
+An answer is a function of (model, prompt, settings, its own number). What else is in the batch, its
+order and padding and the number of processes change the speed, not the answer, up to rounding: sums
+of another shape round differently, so of two tokens that are equally likely to six digits either
+may win. Rows are padded on the left. A finished row leaves the batch and the cache, so the longest
+answer does not delay all others.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -29,17 +32,16 @@ from sft.models.dtypes import DTYPES
 from sft.models.layers import is_split
 from sft.runtime import oom
 
-ROWS_CPU, ROWS_GPU = 64, 256  # of a batch, at most: more do not make a CPU quicker (docs/LOG.md)
-LEAVE = 1 / 8  # share of a batch that must have ended before its rows are taken out
-Told = Callable[[list[int]], None]  # hears of the tokens of a step, a row each
+ROWS_CPU, ROWS_GPU = 64, 256  # the largest batch; a CPU is no faster with more (docs/LOG.md)
+DROP_SHARE = 1 / 8  # share of a batch that must have finished before its rows are dropped
 
 
 class GenerationError(UserError):
-    """The model cannot be asked."""
+    """A model that cannot write answers."""
 
 
 class Answer(NamedTuple):
-    """Token ids without the one that ended it, and what did: `stop`, or `length`."""
+    """Token ids without the one that ended the answer; `finish_reason`: `stop` or `length`."""
 
     ids: list[int]
     finish_reason: str
@@ -47,6 +49,7 @@ class Answer(NamedTuple):
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model in eval mode, without gradients, and restores its mode."""
     was_training = model.training
     model.eval()
     try:
@@ -57,8 +60,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, config: Any = None) -> list[int]:
-    """Tokens that end an answer: eos, what the chat template writes at the end of a turn, and what
-    the model's own generation config says."""
+    """Returns the tokens that end an answer: eos, the chat template's end of a turn, and those of
+    the model's own generation config."""
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     supervised = [i for i in template.render(tokenizer, turns).labels if i != template.IGNORED]
     own = getattr(config, "eos_token_id", None)
@@ -67,16 +70,16 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, config: Any = None) -> list[int
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Tokens of prompt and answer together that the model was made for, if it says."""
+    """Returns the most tokens of prompt and answer together; None if the model sets no limit."""
     text = model.config.get_text_config()  # type: ignore[union-attr, operator]
     return getattr(text, "max_position_embeddings", None)
 
 
 def bytes_per_row(architecture: Any, precision: str, prompt: int, answer: int) -> int:
-    """What the answer to one prompt takes beside the weights; lengths in tokens.
+    """Returns the bytes that one answer takes beside the weights; lengths are in tokens.
 
-    By formula, the larger of: keys and values of the prompt and one layer's activations; keys and
-    values with the answer, of one layer twice, since a cache that grows is copied.
+    A formula: the larger of the prompt's keys and values with one layer's activations, and all keys
+    and values with one layer's twice, since a cache that grows is copied.
     """
     text = architecture.get_text_config()
     heads, layers = getattr(text, "num_attention_heads", None) or 1, text.num_hidden_layers
@@ -88,149 +91,163 @@ def bytes_per_row(architecture: Any, precision: str, prompt: int, answer: int) -
     return max(first, last) * DTYPES[precision].itemsize
 
 
-def rows_that_pay(model: nn.Module, prompts: Sequence[list[int]], settings: Generation) -> int:
-    """Prompts of a batch: what half of the free memory holds, and no more than make it quicker."""
-    parameter = next(model.parameters())
-    on_gpu = parameter.device.type == "cuda"
-    if on_gpu:
-        free = torch.cuda.mem_get_info(parameter.device)[0]
-    else:
-        free = psutil.virtual_memory().available // _local_ranks()
-    precision = "bf16" if parameter.dtype == torch.bfloat16 else "fp32"
-    longest = max((len(prompt) for prompt in prompts), default=1)
-    copies = getattr(model, "rows_per_prompt", 1)  # of a model that is several in one
-    each = bytes_per_row(model.config, precision, longest, settings.max_new_tokens) * copies
-    most = (ROWS_GPU if on_gpu else ROWS_CPU) // copies
-    return max(1, min(free // 2 // each, most))
+def cut_batches(lengths: Sequence[int], num_ranks: int, rows: int) -> list[list[list[int]]]:
+    """Returns length-sorted batches of at most `rows` prompts for each rank.
 
-
-def _local_ranks() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def cut(lengths: Sequence[int], num_ranks: int, rows: int) -> list[list[list[int]]]:
-    """`result[rank]`: batches of at most `rows` prompts, likes together, as many on every rank and
-    balanced by tokens; `lengths` are of prompts with the longest answer."""
+    All ranks get equally many batches, if need be empty ones, and about as many tokens. A length is
+    that of a prompt with the longest answer.
+    """
     longest = max(lengths, default=1)
     budget = batches.Budget(rows * longest, "padded", max_rows=rows)
     return batches.cut(range(len(lengths)), lengths, num_ranks, budget)
 
 
-def answers(
-    model: nn.Module,
-    prompts: Sequence[list[int]],
-    settings: Generation,
-    stop: list[int],
-    accelerator: Accelerator,
-    *,
-    rows: int,
-    numbers: Sequence[int] | None = None,
-    between: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[list[int], list[Answer]]]:
-    """This rank's share of the answers, a batch at a time: (positions in `prompts`, answers).
+@dataclass(frozen=True)
+class Decoder:
+    """A model with all that its answers need: what ends and shapes them, and how many are written
+    at once.
 
-    `numbers` seed what is drawn for each prompt (its position, if not given). `between` is called
-    before each batch; every rank has as many, if need be empty ones. Where ranks hold only parts
-    of the weights (FSDP2, ZeRO-3), all must take all batches.
+    `stop` holds the tokens that end an answer. `batch_size`: prompts in a batch; None: as many as
+    memory holds and speed gains from.
     """
-    plain = accelerator.unwrap_model(model)
-    together = is_split(plain) and accelerator.num_processes > 1
 
-    def others_write(writing: bool) -> bool:
-        flag = torch.tensor(float(writing), device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum"))
+    model: nn.Module
+    stop: Sequence[int]
+    settings: Generation = field(default_factory=Generation)
+    batch_size: int | None = None
 
-    def decoded(batch: list[int]) -> list[Answer]:
-        seeds = [numbers[i] if numbers is not None else i for i in batch]
-        asked = [prompts[i] for i in batch]
-        also = others_write if together else None
-        return decode(plain, asked, settings, stop, seeds=seeds, others_write=also)
+    def answer_batches(
+        self,
+        prompts: Sequence[list[int]],
+        accelerator: Accelerator,
+        numbers: Sequence[int] | None = None,
+        between: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[list[int], list[Answer]]]:
+        """Yields this rank's share in batches: (positions in `prompts`, answers). Collective.
 
-    lengths = [len(prompt) + settings.max_new_tokens for prompt in prompts]
-    mine = cut(lengths, accelerator.num_processes, rows)[accelerator.process_index]
-    with eval_mode(plain):
-        for batch in mine:
-            between()
-            if batch and not together:
-                yield batch, _in_pieces(batch, decoded)
-            elif together:
-                yield batch, decoded(batch)
+        `numbers` seed what is drawn for each prompt; None: its position. `between` is called before
+        each batch. Ranks that hold only parts of the weights (FSDP2, ZeRO-3) must take all batches.
+        """
+        together = is_split(self.model) and accelerator.num_processes > 1
+
+        def any_writes(writing: bool) -> bool:
+            flag = torch.tensor(float(writing), device=accelerator.device)
+            return bool(accelerator.reduce(flag, "sum"))
+
+        def decode(batch: list[int]) -> list[Answer]:
+            seeds = batch if numbers is None else [numbers[i] for i in batch]
+            asked, others = [prompts[i] for i in batch], any_writes if together else None
+            return self.decode(asked, seeds=seeds, any_writes=others)
+
+        rows = self.max_batch_size(prompts, accelerator)
+        lengths = [len(prompt) + self.settings.max_new_tokens for prompt in prompts]
+        own = cut_batches(lengths, accelerator.num_processes, rows)[accelerator.process_index]
+        with eval_mode(self.model):
+            for batch in own:
+                between()
+                if together:
+                    yield batch, decode(batch)
+                elif batch:
+                    yield batch, _halve_until_it_fits(batch, decode)
+
+    def max_batch_size(self, prompts: Sequence[list[int]], accelerator: Accelerator) -> int:
+        """Returns how many prompts a batch has: what half of the free memory holds on each rank,
+        and no more than speed gains from. Collective."""
+        if self.batch_size:
+            return self.batch_size
+        parameter = next(self.model.parameters())
+        on_gpu = parameter.device.type == "cuda"
+        if on_gpu:
+            free = torch.cuda.mem_get_info(parameter.device)[0]
+        else:
+            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            free = psutil.virtual_memory().available // local_ranks
+        precision = "bf16" if parameter.dtype == torch.bfloat16 else "fp32"
+        longest = max((len(prompt) for prompt in prompts), default=1)
+        copies = getattr(self.model, "rows_per_prompt", 1)  # a mixture of models has several
+        new = self.settings.max_new_tokens
+        each = bytes_per_row(self.model.config, precision, longest, new) * copies
+        own = max(1, min(free // 2 // each, (ROWS_GPU if on_gpu else ROWS_CPU) // copies))
+        return min(gather_object([own])) if accelerator.num_processes > 1 else own
+
+    @torch.no_grad()
+    def decode(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        seeds: Sequence[int] = (0,),
+        on_tokens: Callable[[list[int]], None] | None = None,
+        any_writes: Callable[[bool], bool] | None = None,
+    ) -> list[Answer]:
+        """Returns the answers to prompts, as one batch of a model in eval mode.
+
+        `on_tokens` receives each step's tokens, one per row. `any_writes`, collective, receives
+        whether this rank writes and returns whether any does; until none does, this rank joins
+        their forward passes.
+        """
+        device = next(self.model.parameters()).device
+        context = context_length(self.model) or 2**62
+        limits = [min(self.settings.max_new_tokens, context - len(prompt)) for prompt in prompts]
+        written: list[list[int]] = [[] for _ in prompts]
+        reasons = ["length"] * len(prompts)
+        writing = [i for i in range(len(prompts)) if limits[i] > 0]
+        rows = list(range(len(prompts)))  # the prompt of each row in the batch
+        draw, forward = _Draws(self.settings, seeds), _Forward(self.model, device)
+        ids, mask = _pad(prompts, device)
+        while writing if any_writes is None else any_writes(bool(writing)):
+            if not writing:
+                forward.join_others()
+                continue
+            tokens = choose(forward(ids, mask), self.settings, draw(rows))
+            if on_tokens:
+                on_tokens(tokens.tolist())
+            still = []
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                if row not in writing:
+                    continue
+                if token in self.stop:
+                    reasons[row] = "stop"
+                    continue
+                written[row].append(token)
+                if len(written[row]) < limits[row]:
+                    still.append(row)
+            writing = still
+            ids = tokens[:, None]
+            if writing and len(writing) <= (1 - DROP_SHARE) * len(rows):
+                kept = torch.tensor([rows.index(row) for row in writing], device=device)
+                ids, mask, rows = ids[kept], mask[kept], list(writing)
+                forward.keep_rows(kept)
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        return [Answer(*each) for each in zip(written, reasons, strict=True)]
 
 
-def _in_pieces(batch: list[int], decoded: Callable[[list[int]], list[Answer]]) -> list[Answer]:
-    """Its answers; if memory runs out those of its halves."""
+def _halve_until_it_fits(
+    batch: list[int], decode: Callable[[list[int]], list[Answer]]
+) -> list[Answer]:
+    """Returns the answers of a batch; if memory runs out, those of its halves."""
     try:
-        return decoded(batch)
+        return decode(batch)
     except Exception as error:
         if len(batch) == 1 or oom.shortage(error) is None:
             raise
     oom.release()
     half = len(batch) // 2
-    return [*_in_pieces(batch[:half], decoded), *_in_pieces(batch[half:], decoded)]
+    return [
+        *_halve_until_it_fits(batch[:half], decode),
+        *_halve_until_it_fits(batch[half:], decode),
+    ]
 
 
-@torch.no_grad()
-def decode(
-    model: nn.Module,
-    prompts: Sequence[list[int]],
-    settings: Generation,
-    stop: list[int],
-    *,
-    seeds: Sequence[int] = (0,),
-    told: Told | None = None,
-    others_write: Callable[[bool], bool] | None = None,
-) -> list[Answer]:
-    """Answers to the prompts as one batch, in eval mode.
-
-    `others_write`, collective: whether any rank is still writing; until none is, this one takes
-    part in their forward passes.
-    """
-    device = next(model.parameters()).device
-    context = context_length(model) or 2**62
-    room = [min(settings.max_new_tokens, context - len(prompt)) for prompt in prompts]
-    written: list[list[int]] = [[] for _ in prompts]
-    reasons = ["length"] * len(prompts)
-    writing = [i for i in range(len(prompts)) if room[i] > 0]
-    rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
-    draw, step = _Draws(settings, seeds), _Step(model, device)
-    ids, mask = _padded(prompts, device)
-    while writing if others_write is None else others_write(bool(writing)):
-        if not writing:
-            step.idle()
-            continue
-        tokens = choose(step(ids, mask), settings, draw(rows))
-        if told:
-            told(tokens.tolist())
-        still = []
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            if row not in writing:
-                continue
-            if token in stop:
-                reasons[row] = "stop"
-                continue
-            written[row].append(token)
-            if len(written[row]) < room[row]:
-                still.append(row)
-        writing = still
-        ids = tokens[:, None]
-        if writing and len(writing) <= (1 - LEAVE) * len(rows):
-            kept = torch.tensor([rows.index(row) for row in writing], device=device)
-            ids, mask, rows = ids[kept], mask[kept], list(writing)
-            step.keep(kept)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-    return [Answer(*each) for each in zip(written, reasons, strict=True)]
-
-
-def _padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[Any, Any]:
-    """ids and mask (rows, longest prompt), padded on the left; what pads is never looked at."""
+def _pad(prompts: Sequence[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ids and mask [rows, longest prompt], padded on the left."""
     width = max((len(prompt) for prompt in prompts), default=0)
     ids = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-class _Step:
-    """One forward pass after another: logits of the last position, and the cache between them."""
+class _Forward:
+    """Forward passes that return the last position's logits, and the cache between them."""
 
     def __init__(self, model: nn.Module, device: torch.device):
         self.model, self.device, self.cache = model, device, None
@@ -243,7 +260,7 @@ class _Step:
             )
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """ids (rows, new), mask (rows, all so far) -> (rows, vocabulary), fp32."""
+        """Returns fp32 logits [rows, vocabulary] for ids [rows, new] and mask [rows, so far]."""
         options: dict[str, Any] = {}
         if "position_ids" in self.known:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -260,11 +277,11 @@ class _Step:
         self.cache = output.past_key_values
         return output.logits[:, -1].float()
 
-    def keep(self, rows: torch.Tensor) -> None:
+    def keep_rows(self, rows: torch.Tensor) -> None:
         self.cache.reorder_cache(rows)  # type: ignore[attr-defined]  # every kind of layer has it
 
-    def idle(self) -> None:
-        """A pass for the others' sake."""
+    def join_others(self) -> None:
+        """Takes part in a pass of ranks that still write."""
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self.model(input_ids=ids, use_cache=False)
 
@@ -272,11 +289,12 @@ class _Step:
 def choose(
     logits: torch.Tensor, settings: Generation, drawn: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The next token of each row: logits (or log probabilities) (rows, vocabulary) -> (rows,).
+    """Returns the next token of each row, [rows], from logits or log probabilities
+    [rows, vocabulary].
 
-    The most likely one; with a temperature, drawn by inverting the distribution function of the
-    `top_k` most likely ones and of the fewest that have `top_p` (Holtzman et al. 2020) at `drawn`,
-    uniform numbers (rows,) in [0, 1).
+    It is the most likely one. With a temperature it is drawn among the `top_k` most likely ones and
+    the fewest that have `top_p` (Holtzman et al. 2020), by inverting their distribution function at
+    `drawn`, uniform numbers [rows] in [0, 1).
     """
     if settings.temperature == 0:
         return logits.argmax(-1)
@@ -289,12 +307,12 @@ def choose(
         likely[:, settings.top_k :] = 0
     reached = likely.cumsum(-1)
     chosen = (reached <= drawn.to(reached)[:, None] * reached[:, -1:]).sum(-1, keepdim=True)
-    last = (likely > 0).sum(-1, keepdim=True) - 1  # rounding may point behind it
+    last = (likely > 0).sum(-1, keepdim=True) - 1  # rounding may point past it
     return tokens.gather(-1, torch.minimum(chosen, last))[:, 0]
 
 
 class _Draws:
-    """Uniform numbers, a stream for each prompt: a function of (settings.seed, its number)."""
+    """Uniform numbers, one stream per prompt, which depends on (settings.seed, its number)."""
 
     def __init__(self, settings: Generation, seeds: Sequence[int]):
         self.streams = None

@@ -1,9 +1,9 @@
 """Finished examples in one JSONL file, from any number of processes, kept when a run is killed.
 
 Every process appends whole lines under a lock and syncs them. A line has the `index` of its example
-and a `key`: what the answer is a function of. A run that continues reads them all first and asks
-again only for what is missing or has another key; at the end one process writes the lines anew, in
-the order of the examples. Of each example its key and the place of its line are in memory.
+and a `key`, a digest of all that the answer depends on. A run that continues reads all lines first
+and asks again only for what is missing or has another key. At the end one process rewrites the
+lines in the order of the examples. Memory holds each example's key and the place of its line.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from typing import Any
 import numpy as np
 
 from sft.errors import UserError, redacted
+from sft.runtime.console import atomic_write
 
 Record = dict[str, Any]
 LINE = np.dtype([("index", np.int64), ("key", np.uint64), ("begins", np.int64)])
 
 
 class PredictionsError(UserError):
-    """The file of predictions is not what it should be."""
+    """A file of predictions that cannot be read or written."""
 
 
 def key_of(*parts: Any) -> str:
-    """16 hexadecimal digits of a digest of these values, as JSON."""
+    """Returns 16 hexadecimal digits of a digest of these values, as JSON."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 class Predictions:
-    """The file at `path`. Examples are announced in their order by `expect`, each by its key."""
+    """The file at `path`. `expect` announces the examples in their order, each by its key."""
 
     def __init__(self, path: Path):
         self.path, self._expected = path, array("Q")  # keys
-        with self._told():
+        with self._reporting():
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = self._read()
         self._index, self._keys = np.array(lines["index"]), np.array(lines["key"])
@@ -52,13 +53,14 @@ class Predictions:
         return len(self._expected)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _reporting(self) -> Iterator[None]:
+        """Raises PredictionsError where the file system fails."""
         try:
             yield
         except OSError as error:
-            told = error.strerror or str(error)
+            reason = error.strerror or error
             raise PredictionsError(
-                f"{self.path}: {told}; make room, or give another file"
+                f"{self.path}: {reason}; make room, or give another file"
             ) from None
 
     def _read(self) -> np.ndarray:
@@ -73,7 +75,7 @@ class Predictions:
         offset = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if record := _parsed(line):
+                if record := _parse(line):
                     yield record["index"], int(record["key"], 16), offset
                 elif not _is_torn(line):
                     raise PredictionsError(
@@ -83,59 +85,74 @@ class Predictions:
                 offset += len(line)
 
     def expect(self, key: str) -> bool:
-        """Announces the next example; whether it is still to be done."""
+        """Announces the next example; returns whether its record is missing."""
         index, number = len(self._expected), int(key, 16)
         self._expected.append(number)
         at = np.searchsorted(self._index, index)
         return bool(at == len(self._index) or self._index[at] != index or self._keys[at] != number)
 
     def append(self, records: list[Record]) -> None:
-        """Lines that a kill at any later instant does not lose."""
+        """Writes lines that no later kill loses."""
         lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records)
         data = redacted(lines).encode("utf-8", "backslashreplace")
-        with self._told(), self.path.open("ab+", buffering=0) as file:
+        with self._reporting(), self.path.open("ab+", buffering=0) as file:
             with suppress(OSError):  # a file system without locks: single appends stay whole
                 fcntl.flock(file, fcntl.LOCK_EX)
             end = file.seek(0, os.SEEK_END)
             if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
-                data = b"\n" + data  # behind a line that a kill has torn
+                data = b"\n" + data  # after a line that a kill has torn
             if file.write(data) != len(data):
                 os.ftruncate(file.fileno(), end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Writes the lines in the order of the examples, without those of others. One process."""
-        self.path.touch()  # without examples nobody has made it
-        with self._told():
-            self._finish()
+        """Rewrites the lines in the order of the examples, without others. For one process."""
+        with self._reporting():
+            self.path.touch()  # without examples nobody has made it
+            lines, expected = self._read(), np.array(self._expected, np.uint64)
+            lines = lines[lines["index"] < len(expected)]
+            is_made = np.zeros(len(expected), bool)
+            is_made[lines["index"]] = lines["key"] == expected[lines["index"]]
+            if len(wrong := np.flatnonzero(~is_made)):
+                raise PredictionsError(
+                    f"{self.path}: {len(wrong):,} of {len(expected):,} examples are missing, as "
+                    f"number {wrong[0] + 1}: all processes must write to one file system; run again"
+                )
+            path = self.path.resolve()  # a link is kept; its file is replaced
+            with path.open("rb") as old, atomic_write(path, sync=True) as new:
+                for begins in lines["begins"]:
+                    old.seek(begins)
+                    line = (
+                        old.readline().decode("utf-8", "surrogatepass").rstrip("\n")
+                    )  # the last may lack its end
+                    new.write(line + "\n")
 
-    def _finish(self) -> None:
-        lines, expected = self._read(), np.array(self._expected, np.uint64)
-        lines = lines[lines["index"] < len(expected)]
-        is_made = np.zeros(len(expected), bool)
-        is_made[lines["index"]] = lines["key"] == expected[lines["index"]]
-        if len(wrong := np.flatnonzero(~is_made)):
-            raise PredictionsError(
-                f"{self.path}: {len(wrong):,} of {len(expected):,} examples are missing, as "
-                f"number {wrong[0] + 1}: all processes must write to one file system; run again"
-            )
-        staged = self.path.with_name(self.path.name + ".tmp")
-        with self.path.open("rb") as old, staged.open("wb") as new:
-            for begins in lines["begins"]:
-                old.seek(begins)
-                new.write(old.readline().rstrip(b"\n") + b"\n")  # the last may have lost its end
-            new.flush()
-            os.fsync(new.fileno())
-        staged.replace(self.path)
+
+class MemoryPredictions:
+    """Records in memory, in place of a file, for results that the caller keeps anyway."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.num_expected = 0
+
+    def expect(self, _: str) -> bool:
+        """Announces the next example, whose record is missing."""
+        self.num_expected += 1
+        return True
+
+    def append(self, records: list[Record]) -> None:
+        self.records += records
+
+    def finish(self) -> None: ...
 
 
 def read(path: Path) -> Iterator[Record]:
-    """The records of a finished file, in its order. Raises PredictionsError for a bad line."""
+    """Yields the records of a finished file. Raises PredictionsError for a bad line."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                record = _parsed(line)
+                record = _parse(line)
                 if record is None:
                     raise PredictionsError(
                         f"{path}:{number}: expected a JSON object with index and key, found "
@@ -147,16 +164,16 @@ def read(path: Path) -> Iterator[Record]:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether a line is the beginning of one of ours that a kill cut off, as far as can be told."""
+    """Returns whether a line looks like the beginning of a record that a kill cut off."""
     start = b'{"index": '
     return line.startswith(start) or start.startswith(line.rstrip(b"\n"))
 
 
-def _parsed(line: bytes) -> Record | None:
-    """The record of a line; None if it was torn, or is not one of ours."""
+def _parse(line: bytes) -> Record | None:
+    """Returns the record of a line; None if it is torn or something else."""
     try:
         record = json.loads(line)
-        known = 0 <= record["index"] < 2**32 and 0 <= int(record["key"], 16) < 2**64
-        return record if known else None
+        is_known = 0 <= record["index"] < 2**32 and 0 <= int(record["key"], 16) < 2**64
+        return record if is_known else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None

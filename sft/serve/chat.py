@@ -24,13 +24,13 @@ STALL_TIMEOUT = 1800.0  # seconds without a batch answered on any process that e
 
 HELP = """\
 /reset          forget the conversation
-/system TEXT    begin anew with this system prompt; /system alone: without one
+/system TEXT    start again with this system prompt; /system alone: without one
 /save [FILE]    add the conversation to a JSONL file that training can read (conversations.jsonl)
 /help           this list; an empty line, /quit or Ctrl-D ends"""
 
 
-class Talk:
-    """What is said to `connector` and what it answers; commands begin with a slash."""
+class Conversation:
+    """A conversation with `connector`; lines that begin with a slash are commands."""
 
     def __init__(
         self,
@@ -40,24 +40,25 @@ class Talk:
         **settings: Any,
     ):
         self.connector, self.write, self.settings = connector, write, settings
-        self.begin(system)
+        self.restart(system)
 
-    def begin(self, system: str | None) -> None:
+    def restart(self, system: str | None) -> None:
+        """Forgets all messages; `system` is the new system prompt."""
         self.system = system
         self.messages: list[dict[str, str]] = (
             [{"role": "system", "content": system}] if system else []
         )
 
-    def hear(self, line: str) -> bool:
-        """Answers a line or does what it commands; False if it ends the conversation."""
+    def handle(self, line: str) -> bool:
+        """Answers a line or does what it commands; returns whether the conversation goes on."""
         line = line.strip()
         if line in ("", "/quit", "/exit"):
             return False
         command, _, rest = line.partition(" ")
         commands: dict[str, Callable[[str], object]] = {
             "/help": lambda _: self.write(HELP + "\n"),
-            "/reset": lambda _: self.begin(self.system),
-            "/system": lambda text: self.begin(text.strip() or None),
+            "/reset": lambda _: self.restart(self.system),
+            "/system": lambda text: self.restart(text.strip() or None),
             "/save": self.save,
         }
         if not line.startswith("/"):
@@ -69,11 +70,12 @@ class Talk:
         return True
 
     def ask(self, line: str) -> None:
+        """Writes the answer to a line, or why there is none."""
         asked = [*self.messages, {"role": "user", "content": line}]
         try:
-            found = self.connector.complete(asked, told=self._show, **self.settings)
+            found = self.connector.complete(asked, on_text=self._show, **self.settings)
         except UserError as error:
-            self.write(f"{error} (/reset forgets what was said)\n")
+            self.write(f"{error} (/reset forgets the conversation)\n")
             return
         cut = " [max_new_tokens reached]" if found.finish_reason == "length" else ""
         self.write(f"{cut}\n")
@@ -84,9 +86,10 @@ class Talk:
         self.write(visible(text))
 
     def save(self, name: str) -> None:
+        """Adds the conversation to the JSONL file of that name."""
         path = Path(name.strip() or "conversations.jsonl")
         if not any(message["role"] == "assistant" for message in self.messages):
-            self.write("nothing was said yet\n")
+            self.write("there is no answer to save yet\n")
             return
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -100,41 +103,41 @@ class Talk:
 def answer_file(
     source: str, output: Path, folder: Path, model: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    """Answers every row that `source` (as data.train_path) has, into the JSONL file `output`.
+    """Writes the answer to every row of `source` (as data.train_path) into the JSONL file `output`.
 
-    A bad row gets a line with the reason. `folder`: status, lock and words of the processes while
-    it runs. `model`: arguments of AccelerateConnector. Collective.
+    A bad row gets a line with the reason. `folder` holds status, lock and heartbeats while it runs.
+    `model`: arguments of AccelerateConnector. Collective.
     """
     if output.is_dir() or output.suffix not in (".jsonl", ".ndjson"):
         raise UserError(f"OUTPUT: expected a file that ends in .jsonl, found {output}")
-    files = sources(source)  # one that is missing is told before a model is loaded
+    files = sources(source)  # a missing one is reported before a model is loaded
     if any(not each.on_hub and Path(each.file).resolve() == output.resolve() for each in files):
         raise UserError(f"OUTPUT: {output} is one of the files of INPUT; give another name")
     if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"OUTPUT: {output} lies in the folder INPUT, which is read whole; move it")
-    with at_work(folder, model, output) as (connector, guard):
+    with guarded_model(folder, model, output) as (connector, guard):
         total = num_rows(source)
         connector.answer(_questions(source, guard), output, total, **settings)
         if connector.is_main_process:
-            connector.log.say(_told(output, connector.num_processes))
+            connector.log.say(_summarise(output, connector.num_processes))
 
 
 @contextmanager
-def at_work(
+def guarded_model(
     folder: Path, model: dict[str, Any], output: Path
 ) -> Iterator[tuple[AccelerateConnector, Guard]]:
-    """A loaded model and its guard in `folder`, for answers into `output`. Collective."""
+    """Yields a loaded model and its guard in `folder`, for answers into `output`. Collective."""
     with Guard(folder, STALL_TIMEOUT) as guard:
         if guard.is_first:
             guard.begin()
 
-        def between() -> None:
-            """Between two batches: all that is answered is on disk."""
+        def stop_if_asked() -> None:
+            """Raises Preempted between two batches, when all answers are on disk."""
             guard.tick()
             if guard.flags()[0]:
                 raise Preempted(f"stopped; {output} has what is answered: run again to go on")
 
-        connector = AccelerateConnector(**model, between=between)
+        connector = AccelerateConnector(**model, between=stop_if_asked)
         guard.join(connector.accelerator, None)
         connector.load_model_once()
         yield connector, guard
@@ -145,10 +148,11 @@ def at_work(
 def _questions(source: str, guard: Guard) -> Iterator[answers.Question]:
     for row in read_all(source, asking=True):
         guard.tick()
-        yield answers.question(row)
+        yield answers.make_question(row)
 
 
-def _told(output: Path, num_processes: int) -> Table:
+def _summarise(output: Path, num_processes: int) -> Table:
+    """Returns what a finished file of predictions has, in numbers."""
     ended: Counter[str] = Counter()
     prompt_tokens = completion_tokens = 0
     first = ""

@@ -1,4 +1,4 @@
-"""`AccelerateConnector`: one object that infers and trains, on one process or on many.
+"""`AccelerateConnector`: inference and training on one process or on many.
 
     connector = AccelerateConnector("outputs/nano")  # a run, checkpoint, model, adapter, hub id
     connector.complete([{"role": "user", "content": "Hi"}]).choices[0].message.content
@@ -11,7 +11,7 @@ of the data, every example once. Prompts are rendered as in training (law 3).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,31 +19,30 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from sft.config.load import generation
-from sft.config.schema import Generation, Train
+from sft.config.schema import Train
 from sft.data import batches, formats, rendering
 from sft.data.files import BadRow, Row
 from sft.errors import UserError
 from sft.evaluate import answers, generate
-from sft.evaluate.answers import Question, Speaker
-from sft.evaluate.predictions import Predictions, Record, read
+from sft.evaluate.answers import AnswerModel, Question
+from sft.evaluate.predictions import MemoryPredictions, Predictions, Record, read
 from sft.models import export
 from sft.runtime import checkpoint
+from sft.runtime.context import Context
 from sft.runtime.log import Log, Screen
 from sft.runtime.precision import resolve_precision
 from sft.runtime.processes import start_processes
-from sft.serve.open import Opening, Quantization, open_speaker
+from sft.serve.open import Opening, Quantization, open_model
 
 PRECISIONS: dict[str, Any] = {"bf16": "bf16", "no": "fp32", "fp32": "fp32", "auto": "auto"}
 
 
-# --- responses, in the shape that users of chat clients know -------------------------------------
-
-
 @dataclass(frozen=True)
 class Message:
+    """An answer. It and the next three classes have the shape of chat clients' responses."""
+
     content: str | None
     role: str = "assistant"
 
@@ -76,14 +75,14 @@ class Completion:
         return self.choices[0].finish_reason
 
     @staticmethod
-    def of(record: Record) -> Completion:
+    def from_record(record: Record) -> Completion:
         choice = Choice(Message(record["answer"]), record["finish_reason"])
         usage = Usage(record["prompt_tokens"], record["completion_tokens"])
         return Completion((choice,), usage, record.get("error"))
 
 
-class Share(list):
-    """This process's part of a dataset; `indices` are the places of its items in it."""
+class DatasetPart(list):
+    """This process's part of a dataset, with its items' `indices` there."""
 
     def __init__(self, items: Iterable[Any], indices: list[int]):
         super().__init__(items)
@@ -91,12 +90,13 @@ class Share(list):
 
 
 class AccelerateConnector:
-    """A model and the processes that share the work. Raises UserError for what cannot work.
+    """A model and the processes that share its work. Raises UserError for arguments that cannot be.
 
     `model_name`: folder of a run, of one of its checkpoints, of a model or adapter, or a hub id.
     `adapter`: folder of a LoRA adapter for it. `quantization`: `nf4`; None: as it was trained.
-    `mixed_precision`: `bf16`, `no` (fp32), or `auto`, as in training. `batch_size`: prompts at once
-    on each process. `cache_dir`: where a hub id is downloaded to.
+    `mixed_precision`: `bf16`, `no` (fp32), or `auto`, as in training. `batch_size`: prompts in a
+    batch on each process. `cache_dir`: the folder for downloads of a hub id. `between` is called
+    before each batch.
     """
 
     def __init__(
@@ -116,13 +116,12 @@ class AccelerateConnector:
             ("mixed_precision", mixed_precision, tuple(PRECISIONS)),
             ("quantization", quantization, (None, "nf4")),
         ):
-            counts = name == "batch_size" and type(value) is int and value > 0
-            if value not in known and not counts:
+            is_size = name == "batch_size" and type(value) is int and value > 0
+            if value not in known and not is_size:
                 more = " or a number above 0" if name == "batch_size" else ""
                 expected = " or ".join(map(repr, known))
                 raise UserError(f"{name}: expected {expected}{more}, found {value!r}")
         self.model_name = str(model_name)
-        self.rows = None if batch_size == "auto" else batch_size
         train = Train(output_dir="outputs/connector", precision=PRECISIONS[mixed_precision])
         self.precision, _ = resolve_precision(train)
         try:
@@ -141,11 +140,12 @@ class AccelerateConnector:
             cache_dir,
             self.precision,
             self.accelerator.device,
+            None if batch_size == "auto" else batch_size,
         )
         self.log = log or (Screen() if self.is_main_process else Log(None))
         self.between = between
-        self._speaker: Speaker | None = None
-        self._share: Share | None = None
+        self._model: AnswerModel | None = None
+        self._part: DatasetPart | None = None
 
     @property
     def is_main_process(self) -> bool:
@@ -159,39 +159,41 @@ class AccelerateConnector:
     def num_processes(self) -> int:
         return self.accelerator.num_processes
 
-    # -- inference
-
-    def load_model_once(self) -> Speaker:
-        """The model and its tokenizer, loaded at the first call. Collective."""
-        if self._speaker is None:
+    def load_model_once(self) -> AnswerModel:
+        """Returns the model with its tokenizer, loaded at the first call. Collective."""
+        if self._model is None:
             with self.accelerator.local_main_process_first():  # one download for this machine
-                self._speaker = open_speaker(self._opening)
-            if self._speaker.tokenizer.chat_template == rendering.DEFAULT_TEMPLATE:
+                self._model = open_model(self._opening)
+            if self._model.tokenizer.chat_template == rendering.DEFAULT_TEMPLATE:
                 self.log.say(f"{self.model_name} has no chat template: asked as User: / Assistant:")
-        return self._speaker
+        return self._model
+
+    def _model_with(self, settings: dict[str, Any]) -> AnswerModel:
+        """Returns the model with these settings. Raises ConfigError before it loads one."""
+        checked = generation(settings)
+        return replace(self.load_model_once(), settings=checked)
 
     def complete(
         self,
         messages: list[dict[str, Any]],
-        told: Callable[[str], None] | None = None,
+        on_text: Callable[[str], None] | None = None,
         **settings: Any,
     ) -> Completion:
-        """The answer to a conversation; `told` hears its text as it is written. Raises UserError
-        for a conversation that cannot be answered. `settings`: see config.Generation.
+        """Returns the answer to a conversation; `on_text` receives its text as it is written.
+
+        `settings`: see config.Generation. Raises UserError for a conversation that cannot be
+        answered.
         """
-        speaker, how = self.load_model_once(), generation(settings)
-        asked = _question(messages, 0)
-        prompt = speaker.prompt(asked)
+        model, question = self._model_with(settings), _make_question(messages, 0)
+        prompt = model.render_prompt(question)
         if isinstance(prompt, str):
             raise UserError(f"cannot answer: {prompt}")
-        stream = _Stream(speaker.tokenizer, speaker.stop, told) if told else None
-        with generate.eval_mode(speaker.model):
-            [answer] = generate.decode(
-                speaker.model, [prompt], how, speaker.stop, told=stream.hear if stream else None
-            )
+        stream = _TextStream(model, on_text) if on_text else None
+        with generate.eval_mode(model.model):
+            [answer] = model.decode([prompt], on_tokens=stream.add if stream else None)
         if stream:
-            stream.end()
-        return Completion.of(speaker.record(asked, prompt, answer))
+            stream.flush()
+        return Completion.from_record(model.to_record(question, prompt, answer))
 
     def complete_batch(
         self,
@@ -199,156 +201,127 @@ class AccelerateConnector:
         predictions: str | Path | None = None,
         **settings: Any,
     ) -> list[Completion]:
-        """Answers to all, in their order, on every process. Collective.
+        """Returns the answers to all, in their order, on every process. Collective.
 
-        One that cannot be answered gets `error` and the finish_reason `error`. With `predictions`,
-        a JSONL file, what is answered is on disk, and not asked again by a later call.
+        One that cannot be answered gets `error` and the finish_reason `error`. `predictions` names
+        a JSONL file for the answers; a later call does not ask again for what it has.
         """
-        asked = [_question(messages, i) for i, messages in enumerate(conversations)]
+        questions = [_make_question(messages, i) for i, messages in enumerate(conversations)]
         if predictions is not None:
-            self.answer(asked, Path(predictions), len(asked), **settings)
-            return [Completion.of(record) for record in read(Path(predictions))]
-        how, speaker = generation(settings), self.load_model_once()
-        held = Held()
-        self._answer_all(speaker, asked, how, held, len(asked))
-        found = gather_object(held.records) if self.num_processes > 1 else held.records
+            self.answer(questions, Path(predictions), len(questions), **settings)
+            return [Completion.from_record(record) for record in read(Path(predictions))]
+        memory = MemoryPredictions()
+        self._answer_all(self._model_with(settings), questions, memory, len(questions))
+        found = gather_object(memory.records) if self.num_processes > 1 else memory.records
         by_index = {record["index"]: record for record in found}
-        return [Completion.of(by_index[i]) for i in range(len(asked))]
+        return [Completion.from_record(by_index[i]) for i in range(len(questions))]
 
     def answer(
-        self, asked: Iterable[Question], path: Path, total: int | None = None, **settings: Any
+        self, questions: Iterable[Question], path: Path, total: int | None = None, **settings: Any
     ) -> None:
-        """Answers to a stream of questions into a file of predictions. Collective."""
-        how, speaker = generation(settings), self.load_model_once()
-        self._answer_all(speaker, asked, how, Predictions(path), total)
+        """Writes the answers to a stream of questions into a file of predictions. Collective."""
+        self._answer_all(self._model_with(settings), questions, Predictions(path), total)
 
     def _answer_all(
         self,
-        speaker: Speaker,
-        asked: Iterable[Question],
-        how: Generation,
-        predictions: Any,
+        model: AnswerModel,
+        questions: Iterable[Question],
+        predictions: Predictions | MemoryPredictions,
         total: int | None,
     ) -> None:
         answers.answer_all(
-            speaker,
-            asked,
-            how,
+            model,
+            questions,
             predictions,
-            self.accelerator,
-            self.log,
-            rows=self.rows,
+            Context(self.accelerator, self.log),
             between=self.between,
             total=total,
         )
 
-    # -- work that is not generation
-
-    def split_dataset(self, dataset: Sequence[Any]) -> Share:
-        """This process's part, balanced by the length of the items (as text). Every item is in the
-        part of one process; with fewer items than processes some parts are empty."""
+    def split_dataset(self, dataset: Sequence[Any]) -> DatasetPart:
+        """Returns this process's part, balanced by the length of the items (as text). Each item is
+        in the part of one process; with fewer items than processes some parts are empty."""
         lengths = [len(item if isinstance(item, str) else str(item)) + 1 for item in dataset]
         budget = batches.Budget(1, "packed", max_rows=None)
         parts = batches.cut(range(len(lengths)), lengths, self.num_processes, budget)
         mine = sorted(i for micro_batch in parts[self.process_index] for i in micro_batch)
-        self._share = Share([dataset[i] for i in mine], mine)
-        return self._share
+        self._part = DatasetPart([dataset[i] for i in mine], mine)
+        return self._part
 
-    def gather_results(self, results: Sequence[Any], share: Share | None = None) -> list[Any]:
-        """One result for each item of this process's part (the last one split), by all processes,
-        in the order of the dataset, on every process. Collective."""
-        share = self._share if share is None else share
-        if share is None or len(results) != len(share):
-            expected = "a part of split_dataset" if share is None else f"{len(share)} results"
+    def gather_results(self, results: Sequence[Any], part: DatasetPart | None = None) -> list[Any]:
+        """Returns the results of all processes on every process, in the order of the dataset.
+
+        `results` has one for each item of this process's part; None: of the last one split.
+        Collective.
+        """
+        part = self._part if part is None else part
+        if part is None or len(results) != len(part):
+            expected = "a part of split_dataset" if part is None else f"{len(part)} results"
             raise UserError(f"gather_results: expected {expected}, found {len(results)} results")
-        pairs = list(zip(share.indices, results, strict=True))
+        pairs = list(zip(part.indices, results, strict=True))
         found = gather_object(pairs) if self.num_processes > 1 else pairs
         return [result for _, result in sorted(found, key=lambda pair: pair[0])]
 
-    # -- training
-
     def prepare_for_training(self, model: nn.Module, optimizer: Any, *dataloaders: Any) -> Any:
-        """The same, for this process group: (model, optimizer, *dataloaders)."""
+        """Returns (model, optimizer, *dataloaders) for this process group."""
         return self.accelerator.prepare(model, optimizer, *dataloaders)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)
 
     def save_model(self, model: nn.Module, output_dir: str | Path) -> None:
-        """Model or adapter as safetensors, with the tokenizer: whole, or not at all. Collective.
+        """Saves model or adapter as safetensors, with the tokenizer, whole or not at all.
 
-        Takes the place of what it saved there before, and of nothing else.
+        Replaces what it saved there before, and nothing else. Collective.
         """
         folder = Path(output_dir)
         if folder.exists() and not (folder.is_dir() and _is_own(folder)):
             raise UserError(f"{folder} holds something else; give an output_dir that is new")
         weights = self.accelerator.get_state_dict(model)
-        speaker = self.load_model_once()
+        tokenizer = self.load_model_once().tokenizer
         plain = self.accelerator.unwrap_model(model)
         if getattr(plain, "rows_per_prompt", 1) > 1:
             raise UserError("save_model: a mixture of models is saved by the run that trains it")
 
         def write(staging: Path) -> None:
             if self.is_main_process:
-                export.save(plain, speaker.tokenizer, staging, weights)
+                export.save(plain, tokenizer, staging, weights)
 
         checkpoint.commit(folder, write, self.accelerator)
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether all that lies there was saved together, or nothing does."""
+    """Returns whether a folder is empty, or all in it was saved together."""
     return not any(folder.iterdir()) or checkpoint.fault(folder, digests=False) is None
 
 
-class Held:
-    """In place of a file of predictions: in memory, for results that the caller holds anyway."""
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-        self.num_expected = 0
-
-    def expect(self, _: str) -> bool:
-        self.num_expected += 1
-        return True
-
-    def append(self, records: list[Record]) -> None:
-        self.records += records
-
-    def finish(self) -> None: ...
-
-
-def _question(messages: Any, number: int) -> Question:
-    """A conversation as a question; what is none becomes one with an error."""
+def _make_question(messages: Any, number: int) -> Question:
+    """Returns a conversation as a question, with an error if it is none."""
     try:
-        read_messages, tools = formats.question({"messages": messages})
+        turns, tools = formats.question({"messages": messages})
     except (ValueError, RecursionError) as error:
-        return answers.question(BadRow("", number, formats.reason_of(error), str(messages)[:60]))
-    return answers.question(Row(read_messages, tools, "", number))
+        bad = BadRow("", number, formats.reason_of(error), str(messages)[:60])
+        return answers.make_question(bad)
+    return answers.make_question(Row(turns, tools, "", number))
 
 
-class _Stream:
-    """Text of tokens as they come, told only where more tokens cannot change it."""
+class _TextStream:
+    """Passes on the text of tokens as they come, as far as later tokens cannot change it."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: list[int], told: Callable[[str], None]
-    ):
-        self.tokenizer, self.stop, self.told = tokenizer, stop, told
+    def __init__(self, model: AnswerModel, on_text: Callable[[str], None]):
+        self.model, self.on_text = model, on_text
         self.ids: list[int] = []
         self.done = 0
 
-    def hear(self, tokens: list[int]) -> None:
-        if tokens[0] not in self.stop:
+    def add(self, tokens: list[int]) -> None:
+        """Receives the next token of the only row."""
+        if tokens[0] not in self.model.stop:
             self.ids.append(tokens[0])
-            text = self._text()
-            if not text.endswith("\ufffd"):  # the first bytes of a character
-                self._tell(text)
+            self.flush(is_last=False)
 
-    def end(self) -> None:
-        self._tell(self._text())
-
-    def _text(self) -> str:
-        return str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-
-    def _tell(self, text: str) -> None:
-        self.told(text[self.done :])
-        self.done = max(self.done, len(text))
+    def flush(self, is_last: bool = True) -> None:
+        """Passes on the new text; a character without its last bytes waits for them."""
+        text = str(self.model.tokenizer.decode(self.ids, skip_special_tokens=True))
+        if is_last or not text.endswith("\ufffd"):
+            self.on_text(text[self.done :])
+            self.done = max(self.done, len(text))

@@ -110,7 +110,7 @@ def retest(
         raise MergeError(f"{folder} has no {REPORT} that names its run; give RUN=<folder>")
     run = run or Path(stored["run"])
     base = base or stored.get("base", "original")
-    task = task_of(runs.run_config(run))
+    task = task_of(runs.load_run_config(run))
     overrides = [*task.overrides_of(stored), *(overrides or [])]
     report = prove(folder, run, _load_config(run, base, overrides), base)
     say(proof_table(report))
@@ -137,7 +137,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
 def _load_config(run: Path, base: str, overrides: list[str] | None) -> Config:
     """Returns the configuration of `run`. Raises MergeError if it has no single adapter, or no such
     base."""
-    config = runs.run_config(run, overrides)
+    config = runs.load_run_config(run, overrides)
     mode = config.tuning.mode
     if mode == "full":
         raise MergeError(f"{run}: full fine-tuning has no adapter; final_checkpoint/ is the model")

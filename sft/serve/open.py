@@ -15,7 +15,7 @@ from sft.config.schema import Config, Model
 from sft.data import audit, template
 from sft.errors import ExportError
 from sft.evaluate import generate
-from sft.evaluate.answers import Speaker
+from sft.evaluate.answers import AnswerModel
 from sft.evaluate.predictions import key_of
 from sft.models import digest, load
 from sft.runtime import checkpoint
@@ -27,12 +27,12 @@ from sft.tasks.sft.task import FineTune
 Quantization = Literal["nf4"] | None
 
 
-# --- what can be opened --------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Opening:
-    """What is opened, and how: arguments of AccelerateConnector, and where it is to compute."""
+    """What to open and how: arguments of AccelerateConnector, and the device to compute on.
+
+    `batch_size`: prompts in a batch; None: see `Decoder`.
+    """
 
     name: str
     adapter: str | None
@@ -40,13 +40,14 @@ class Opening:
     cache_dir: str | Path | None
     precision: str
     device: torch.device
+    batch_size: int | None = None
 
 
-def open_speaker(asked: Opening) -> Speaker:
-    """The model that is named, ready to answer."""
+def open_model(asked: Opening) -> AnswerModel:
+    """Returns the named model, ready to answer."""
     folder = Path(asked.name)
     if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
-        config, weights = runs.run_config(folder), folder / "final_checkpoint"
+        config, weights = runs.load_run_config(folder), folder / "final_checkpoint"
     elif (folder / checkpoint.MANIFEST).exists() and (folder.parent / "config.yaml").exists():
         _require_whole(folder)
         untrusting = ["model.trust_remote_code=false"]
@@ -56,9 +57,9 @@ def open_speaker(asked: Opening) -> Speaker:
     elif asked.adapter is None and (task := _task_of_adapter(folder)):
         if (folder / checkpoint.MANIFEST).exists():  # a checkpoint without its run
             _require_whole(folder)
-        return open_speaker(replace(asked, name=task.base_name(folder), adapter=asked.name))
+        return open_model(replace(asked, name=task.base_name(folder), adapter=asked.name))
     else:
-        return _open_model(asked)
+        return _open_base(asked)
     return _open_run(asked, config, weights)
 
 
@@ -78,8 +79,8 @@ def _task_of_adapter(folder: Path) -> type[FineTune] | None:
     return next((task for task in fine_tuning_tasks() if task.is_adapter(folder)), None)
 
 
-def _open_run(asked: Opening, config: Config, weights: Path) -> Speaker:
-    """A run, or one of its checkpoints, as it was trained."""
+def _open_run(asked: Opening, config: Config, weights: Path) -> AnswerModel:
+    """Returns a run, or one of its checkpoints, as it was trained."""
     name = asked.name
     if asked.adapter is not None:
         raise ExportError(f"{name} is a run with weights of its own; give its base and the adapter")
@@ -93,47 +94,55 @@ def _open_run(asked: Opening, config: Config, weights: Path) -> Speaker:
         config = config.model_copy(update={"tuning": tuning})
     task = task_of(config)
     built, tokenizer = task.load_saved(weights, config, asked.precision, asked.device)
-    of = f"{checkpoint.sha256(weights / checkpoint.MANIFEST)} {task.part(config)}"
+    own = f"{checkpoint.sha256(weights / checkpoint.MANIFEST)} {task.part(config)}"
     base = digest.fingerprint(config.model) if config.tuning.mode != "full" else ""
-    return _speaker(
-        task.as_answer_model(built), tokenizer, base, of, config.tuning.mode, asked.precision
+    return _answer_model(
+        asked, task.as_answer_model(built), tokenizer, base, own, config.tuning.mode
     )
 
 
 def _require_whole(folder: Path) -> None:
+    """Raises ExportError for a damaged checkpoint."""
     if reason := checkpoint.fault(folder):
         raise ExportError(f"{folder} cannot be trusted: {reason}")
 
 
-def _open_model(asked: Opening) -> Speaker:
-    """A model by itself, or with an adapter."""
+def _open_base(asked: Opening) -> AnswerModel:
+    """Returns a model by itself, or with an adapter."""
     name, adapter = asked.name, asked.adapter
     if asked.cache_dir is not None and not Path(name).exists():
-        name = _downloaded(name, Path(asked.cache_dir))
+        name = _download(name, Path(asked.cache_dir))
     settings = Model(name=name)
     mode = "qlora" if asked.quantization else "lora"  # storage: NF4, or the compute dtype
     tokenizer = load.load_tokenizer(settings)
     base = load.load_base(settings, mode, asked.precision, asked.device)
-    of = ""
+    own = ""
     if adapter is not None:
         folder = Path(adapter)
         task = _task_of_adapter(folder) or FineTune  # which says what is missing
         refuse_another_base(settings, task.recorded_base(folder))
         base = task.as_answer_model(task.with_adapter(base, name, folder))
-        of = " ".join(checkpoint.sha256(file) for file in task.adapter_files(folder))
+        own = " ".join(checkpoint.sha256(file) for file in task.adapter_files(folder))
         if (folder / "tokenizer_config.json").exists():
             tokenizer = load.load_tokenizer(Model(name=adapter))
-    return _speaker(base.eval(), tokenizer, digest.fingerprint(settings), of, mode, asked.precision)
+    return _answer_model(asked, base.eval(), tokenizer, digest.fingerprint(settings), own, mode)
 
 
-def _speaker(built: nn.Module, tokenizer: PreTrainedTokenizerBase, *of: str) -> Speaker:
+def _answer_model(
+    asked: Opening, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *weights: str
+) -> AnswerModel:
+    """Returns the model; `weights` are digests and names that tell its weights from others."""
     tokenizer = template.prepare_tokenizer(tokenizer)
-    stop = generate.stop_ids(tokenizer, built.generation_config)
-    written = audit.tokenizer_sha256(tokenizer), tokenizer.get_chat_template()
-    return Speaker(built, tokenizer, stop, key_of(of, stop, written))
+    stop = generate.stop_ids(tokenizer, model.generation_config)
+    rendering = audit.tokenizer_sha256(tokenizer), tokenizer.get_chat_template()
+    identity = key_of((*weights, asked.precision), stop, rendering)
+    return AnswerModel(
+        model, stop, batch_size=asked.batch_size, tokenizer=tokenizer, identity=identity
+    )
 
 
-def _downloaded(name: str, cache_dir: Path) -> str:
+def _download(name: str, cache_dir: Path) -> str:
+    """Returns the folder that a model of the hub was downloaded to."""
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]

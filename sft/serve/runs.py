@@ -15,24 +15,24 @@ from sft.runtime import checkpoint
 from sft.tasks.registry import load_run, task_of
 
 
-def run_config(run: Path, overrides: list[str] | None = None) -> Config:
-    """The configuration that a finished run of fine-tuning wrote, with overrides."""
+def load_run_config(run: Path, overrides: list[str] | None = None) -> Config:
+    """Returns the configuration of a finished run of fine-tuning, with overrides."""
     refuse_unfinished(run)
     # A folder that came from elsewhere must not grant itself the right to run code.
     untrusting = ["model.trust_remote_code=false", *(overrides or [])]
     return load_config(run / "config.yaml", untrusting)
 
 
-def any_run_config(run: Path, overrides: list[str]) -> RunConfig:
-    """The same of a run of any task."""
+def load_any_run_config(run: Path, overrides: list[str]) -> RunConfig:
+    """Returns the configuration of a finished run of any task, with overrides."""
     refuse_unfinished(run)
     if isinstance(load_run(run / "config.yaml"), Config):
-        return run_config(run, overrides)
+        return load_run_config(run, overrides)
     return load_run(run / "config.yaml", overrides)
 
 
 def refuse_unfinished(run: Path) -> None:
-    """ExportError if `run` is not the folder of a finished run, whole."""
+    """Raises ExportError if `run` is not the undamaged folder of a finished run."""
     if not (run / "config.yaml").exists() or not (run / "final_checkpoint").exists():
         raise ExportError(
             f"{run}: expected a finished run (config.yaml and final_checkpoint/), found "
@@ -54,8 +54,8 @@ def load_tuned(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Returns the trained model of a run, as it was trained, and its tokenizer.
 
-    `config` is what `run_config(run)` returned. `quantised=False` puts a QLoRA adapter on the
-    original weights instead of NF4. `weights`: another checkpoint than the final one.
+    `config` is what `load_run_config(run)` returned. `quantised=False` puts a QLoRA adapter on the
+    original weights instead of NF4. `weights` names another checkpoint than the final one.
     """
     folder = weights or run / "final_checkpoint"
     return task_of(config).load_saved(folder, config, precision, device, quantised=quantised)

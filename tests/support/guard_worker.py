@@ -98,13 +98,13 @@ def train(request: Request) -> None:
         task.collate = before(request, "data", task.collate)  # type: ignore[method-assign]
         engine.checkpoint.commit = before(request, "save", checkpoint.commit)
         built._write = before(request, "write", built._write)  # type: ignore[method-assign]
-        decode = generate.decode
+        decode = generate.Decoder.decode
 
         def decoded(*arguments: Any, **options: Any) -> list[generate.Answer]:
             happens(request, f"{part(built)} generation")
             return decode(*arguments, **options)
 
-        generate.decode = decoded
+        generate.Decoder.decode = decoded  # type: ignore[method-assign]
         results(built)
         if found:
             built.resume(found)
@@ -126,11 +126,8 @@ def results(built: engine.Engine) -> None:
     built.task.evaluate(built.model)
     guard, short = built.guard, Generation(max_new_tokens=4)
     with guard.section("generation"):
-        for _ in generate.answers(
-            *(built.task.model, PROMPTS, short, [1], built.accelerator),
-            rows=2,
-            between=guard.stop_if_asked,
-        ):
+        decoder = generate.Decoder(built.task.model, [1], short, 2)
+        for _ in decoder.answer_batches(PROMPTS, built.accelerator, between=guard.stop_if_asked):
             pass
 
 

@@ -1,6 +1,6 @@
 """Labels asked of a model, strategy by strategy, and what they are worth.
 
-An answer that gives no label is a failure: it counts as wrong everywhere, and is told by itself.
+An answer that gives no label is a failure: it counts as wrong everywhere, and is counted by itself.
 Next to each accuracy stands that of always giving the most common label, and next to a tuned model
 the same strategy before: both differences are paired ones, on the same examples.
 """
@@ -24,7 +24,7 @@ from sft.evaluate.predictions import read
 from sft.evaluate.scores import Difference, Tally, difference
 from sft.runtime.console import facts, visible, write_json
 from sft.runtime.log import Log
-from sft.serve.chat import at_work
+from sft.serve.chat import guarded_model
 from sft.serve.classify import rows as classify_rows
 from sft.serve.classify.rows import Example
 
@@ -63,7 +63,7 @@ def classify(config: Config, run: Path | None = None) -> None:
         "model_name": str(run or config.model.name),
         "mixed_precision": config.train.precision,
     }
-    with at_work(folder, model, folder) as (connector, _):
+    with guarded_model(folder, model, folder) as (connector, _):
         if connector.is_main_process:
             connector.log.say(_told(config, model["model_name"], parts, len(chosen)))
             if settings.tune and not run:
@@ -85,9 +85,9 @@ def classify(config: Config, run: Path | None = None) -> None:
 def _questions(settings: Classify, name: str, examples: list[Example]) -> Iterator[Question]:
     strategy = settings.strategies[name]
     for each in examples:
-        told = {"row": each.place, "prompt": each.text, "reference": each.label}
-        told |= {"group": each.group} if settings.group else {}
-        yield Question(classify_rows.question(strategy, each.text), None, told)
+        fields = {"row": each.place, "prompt": each.text, "reference": each.label}
+        fields |= {"group": each.group} if settings.group else {}
+        yield Question(classify_rows.question(strategy, each.text), None, fields)
 
 
 # --- scores --------------------------------------------------------------------------------------

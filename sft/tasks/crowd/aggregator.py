@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from sft.config.load import generation
 from sft.config.schema import Generation
 from sft.errors import UserError, did_you_mean
-from sft.evaluate.generate import Answer, decode, eval_mode
+from sft.evaluate.generate import Answer, Decoder, eval_mode
 
 Kind = Literal["uniform", "sampled", "learned"]
 GAP = 1e-6  # nats per token that fitted weights may be below the best ones
@@ -271,8 +271,8 @@ class Mixture(nn.Module):
         settings, stop, pad = _conventions(self.generation_config, options)
         prompts, heard = _shown(input_ids, attention_mask), list[list[int]]()
         with eval_mode(self):
-            found = decode(
-                self, prompts, settings, stop, seeds=range(len(prompts)), told=heard.append
+            found = Decoder(self, stop, settings).decode(
+                prompts, seeds=range(len(prompts)), on_tokens=heard.append
             )
         answers = _with_ends(found, heard)
         width = max(map(len, answers), default=0)

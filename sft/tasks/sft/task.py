@@ -79,7 +79,7 @@ class FineTune(Task):
         tally = scores.Tally(settings.metrics, settings.labels or ())
         asked = (r for r in prepared.held_out.rows() if not template.is_document(r.messages))
         for number, row in enumerate(islice(asked, settings.num_examples)):
-            reference = answers.question(row, prepared.tokenizer).told["reference"]
+            reference = answers.make_question(row, prepared.tokenizer).fields["reference"]
             try:
                 tally.add(number, None, reference)  # as if its answer had failed
             except UserError as error:
@@ -332,21 +332,25 @@ class FineTune(Task):
         asked = (r for r in self.prepared.held_out.rows() if not template.is_document(r.messages))
         identity = key_of(self.identity(), self.config.train.seed, state)
         stop = generate.stop_ids(tokenizer, self.model.generation_config)
-        speaker = answers.Speaker(self.answer_model(model), tokenizer, stop, identity)
+        answer_model = answers.AnswerModel(
+            self.answer_model(model),
+            stop,
+            Generation(max_new_tokens=settings.max_new_tokens),
+            settings.batch_size,
+            tokenizer=tokenizer,
+            identity=identity,
+        )
         predictions = Predictions(path)
         with self.guard.section("generation"):
             answers.answer_all(
-                speaker,
-                (answers.question(r, tokenizer) for r in islice(asked, settings.num_examples)),
-                Generation(max_new_tokens=settings.max_new_tokens),
+                answer_model,
+                (answers.make_question(r, tokenizer) for r in islice(asked, settings.num_examples)),
                 predictions,
-                self.accelerator,
-                self.log,
-                rows=settings.batch_size,
+                self.context,
                 between=self.guard.stop_if_asked,
                 total=min(settings.num_examples, len(self.prepared.held_out)),
             )
-        return answers.score(path, settings.metrics, self.accelerator, settings.labels or ())
+        return answers.score_file(path, settings.metrics, self.accelerator, settings.labels or ())
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         base = None if self.config.tuning.mode == "full" else self.config.model
