@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 CODE = ("sft", "scripts", "nano")
 TEXT = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "docs", "configs")
 
-# Each with what to say instead. Plain words of another meaning (a bar of 'likes', 'kind') are not here.
+# Each with what to say instead.
 BANNED = {
     r"(un|fore)?told|tells?|telling": "report, log, say, predict",
     r"mend(s|ed|ing)?": "fix, correct, repair",
