@@ -23,7 +23,7 @@ def main() -> int:
         ]
         console.print(facts(part.replace("_", " "), rows))
         if told["problems"]:
-            console.print(audit_report.table(told))
+            console.print(audit_report.findings_table(told))
     formats = (f"{count:,} {name}" for name, count in prepared.audit["formats"].items())
     console.print(f"formats of the rows: {', '.join(formats)}")
     for what, why in (("rejected", "on_bad_row"), ("dropped", "on_long")):
@@ -31,9 +31,9 @@ def main() -> int:
             console.print(f"{count:,} rows {what} (data.{why}: {getattr(config.data, why)})")
     folder = Path("outputs/audits", Path(config.train.output_dir).name)
     folder.mkdir(parents=True, exist_ok=True)
-    cache.write(prepared, folder)
+    cache.write_audit(prepared, folder)
     console.print(f"{folder}/audit.html has the rows of most findings in colour")
-    return 3 if audit.num_errors(prepared.audit) else 0
+    return 3 if audit.count_errors(prepared.audit) else 0
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ def main() -> None:
     settings, console, shown = config.data, make_console(), 0
     tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))
     limit = cache.max_length(config)
-    view = template.with_ids if args.ids else template.coloured
+    view = template.list_tokens if args.ids else template.colour_text
     for path in (settings.train_path, settings.eval_path or []):
-        for row in files.read_all(path, **files.options(settings)):
+        for row in files.read_all(path, **files.read_options(settings)):
             if not f":{row.file}:{row.line}".endswith(f":{args.row}"):
                 continue
             shown += 1

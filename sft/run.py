@@ -18,6 +18,7 @@ from sft import report
 from sft.config.load import with_values
 from sft.config.schema import RunConfig, Train
 from sft.errors import UserError
+from sft.models.dtypes import dtype_table
 from sft.plan import calibration, plan
 from sft.plan import report as plan_report
 from sft.runtime import agreement, checkpoint, hardware
@@ -93,6 +94,7 @@ def _run(
 
     guard.stop_if_asked()
     task = kind.build(resolved, prepared, planned.precision, planned.budget, context)
+    log.say(dtype_table(task.model))
     budget = task.usable_budget(planned.precision, config.train.layout)
     if budget != planned.budget:
         planned = plan.replanned(planned, resolved, workload, machine, budget)

@@ -185,14 +185,14 @@ def test_generation_and_a_device_without_the_kernel_go_to_sdpa():
 
 def test_borders():
     positions = torch.tensor([[0, 1, 2, 0, 0, 1]])
-    starts, longest = attention.borders(positions, 2, 6, CPU)
+    starts, longest = attention.document_starts(positions, 2, 6, CPU)
     assert starts.tolist() == [0, 3, 4, 6, 9, 10, 12]
     assert (starts.dtype, longest) == (torch.int32, 3)
-    assert attention.borders(positions, 1, 6, CPU)[0].tolist() == [0, 3, 4, 6]
-    starts, longest = attention.borders(None, 2, 3, CPU)
+    assert attention.document_starts(positions, 1, 6, CPU)[0].tolist() == [0, 3, 4, 6]
+    starts, longest = attention.document_starts(None, 2, 3, CPU)
     assert (starts.tolist(), longest) == ([0, 3, 6], 3)
     middle = torch.tensor([[4, 5, 6]])  # of a document that began before
-    assert attention.borders(middle, 1, 3, CPU)[0].tolist() == [0, 3]
+    assert attention.document_starts(middle, 1, 3, CPU)[0].tolist() == [0, 3]
 
 
 def test_what_the_kernel_has_not_is_refused(kernel):

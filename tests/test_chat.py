@@ -16,7 +16,7 @@ from sft.data.files import Row
 from sft.data.template import (
     IGNORED,
     Example,
-    coloured,
+    colour_text,
     prepare_tokenizer,
     prompt_ids,
     prompt_mismatch,
@@ -370,7 +370,7 @@ def test_real_tokenizers(name):
     assert tokenizer.decode(example.ids).startswith(start)
     assert supervised(tokenizer, example) == expected
     assert prompt_mismatch(tokenizer, TWO_TURNS, example) is None
-    assert coloured(tokenizer, example).plain == tokenizer.decode(example.ids)
+    assert colour_text(tokenizer, example).plain == tokenizer.decode(example.ids)
 
 
 @pytest.mark.parametrize("family", ["llama2", "mistral", "zephyr", "default"])
@@ -453,7 +453,7 @@ def test_position_0_is_never_predicted():
 
 def test_coloured_view():
     tokenizer = small(CHATML, eos="<|im_end|>")
-    view = coloured(tokenizer, render(tokenizer, [ASK, HELLO]))
+    view = colour_text(tokenizer, render(tokenizer, [ASK, HELLO]))
     spans = [(view.plain[span.start : span.end], str(span.style)) for span in view.spans]
     assert spans == [
         ("<|im_start|>", "bold magenta"),

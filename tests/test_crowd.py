@@ -529,7 +529,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     ],
 )
 def test_another_crowd_is_not_resumed(tmp_path, monkeypatch, changes, told):
-    real = digest.fingerprint
+    real = digest.model_sha256
     monkeypatch.setattr(digest, "fingerprint", lambda each: _fingerprint(real, each))
     folder = trained(tmp_path, 1, {}).save()
     other = trained(tmp_path, 0, changes)

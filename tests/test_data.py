@@ -29,7 +29,7 @@ from sft.data.files import (
     sources,
     write_rejected,
 )
-from sft.data.split import firsts, groups, mix, split
+from sft.data.split import first_equal, is_first, mix, split
 from sft.errors import DataError
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -531,8 +531,8 @@ def test_the_first_of_equal_ones(dtype, numbers):
     pairs = np.array([[number, 0] for number in numbers], np.uint64).reshape(-1, 2)
     keys = pairs.view(DIGEST).ravel() if dtype is DIGEST else pairs[:, 0]
     expected = [numbers.index(number) for number in numbers]
-    assert groups(keys).tolist() == expected
-    assert firsts(keys).tolist() == [n == first for n, first in enumerate(expected)]
+    assert first_equal(keys).tolist() == expected
+    assert is_first(keys).tolist() == [n == first for n, first in enumerate(expected)]
 
 
 @given(

@@ -242,7 +242,7 @@ def test_a_column_that_no_row_has_is_told_before_any_is_rendered(tmp_path, monke
         ROOT / "configs/nano.yaml",
         ["evaluation.group=mesages", f"data.cache_dir={tmp_path}", "data.max_rows=64"],
     )
-    monkeypatch.setattr(cache, "_part", None)
+    monkeypatch.setattr(cache, "_render_rows", None)
     told = (
         r"nano/test\.jsonl: no column 'mesages', which evaluation\.group names; did you mean messa"
     )

@@ -10,7 +10,7 @@ from conftest import load_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft.data.formats import BY_NAME, FORMATS, normalise, recognise, with_system
+from sft.data.formats import BY_NAME, FORMATS, normalise, recognise, set_system_prompt
 
 
 def turn(role, content, **more):
@@ -345,12 +345,12 @@ def test_columns():
 
 def test_system_prompts():
     own = [CALM, ASK, HELLO]
-    assert with_system(own, "keep", None) == own
-    assert with_system(own, "replace", "New.") == [turn("system", "New."), ASK, HELLO]
-    assert with_system(own, "prepend", "New.")[0] == turn("system", "New.\n\nBe calm.")
+    assert set_system_prompt(own, "keep", None) == own
+    assert set_system_prompt(own, "replace", "New.") == [turn("system", "New."), ASK, HELLO]
+    assert set_system_prompt(own, "prepend", "New.")[0] == turn("system", "New.\n\nBe calm.")
     for mode in ("replace", "prepend"):
-        assert with_system([ASK, HELLO], mode, "New.") == [turn("system", "New."), ASK, HELLO]
-        assert with_system([turn("text", "a")], mode, "New.") == [turn("text", "a")]
+        assert set_system_prompt([ASK, HELLO], mode, "New.") == [turn("system", "New."), ASK, HELLO]
+        assert set_system_prompt([turn("text", "a")], mode, "New.") == [turn("text", "a")]
 
 
 values = st.recursive(

@@ -29,7 +29,7 @@ from sft.config.load import load_config
 from sft.config.schema import Config, Model
 from sft.data import batches, cache, rendering
 from sft.data.files import BadRow, Row, read_all, sources
-from sft.data.template import coloured, prepare_tokenizer, render
+from sft.data.template import colour_text, prepare_tokenizer, render
 from sft.errors import CheckpointError, ConfigError, DataError, UserError
 from sft.models import export
 from sft.models.load import architecture, load_base, load_tokenizer
@@ -248,7 +248,7 @@ def test_text_of_a_row_does_not_steer_the_terminal():
     tokenizer = load_tokenizer(Model(name=str(NANO)))
     text = "a\x1b]0;title\x07\tb\n c\x9b2J d\r"
     example = render(tokenizer, [turn("user", text), HELLO])
-    shown = coloured(tokenizer, example).plain
+    shown = colour_text(tokenizer, example).plain
     assert "a\\x1b]0;title\\x07\tb\n c\\x9b2J d\\r" in shown
 
 
@@ -667,7 +667,7 @@ def with_template(text: str) -> Any:
 def test_a_template_cannot_leave_its_sandbox(marker, escape):
     tokenizer = with_template(escape.replace("MARKER", str(marker)))
     try:
-        text = rendering.text_of(tokenizer, TURNS)
+        text = rendering.render_text(tokenizer, TURNS)
     except DataError:
         text = ""
     text = text.partition("<|im_start|>")[0]
@@ -689,7 +689,7 @@ def test_a_template_without_end(monkeypatch, bomb):
 @pytest.mark.parametrize("bomb", GREEDY.values(), ids=GREEDY)
 def test_a_template_that_fills_the_memory(bomb):
     with pytest.raises(rendering.TemplateError, match="cannot render two words in 1 GiB of memory"):
-        rendering.text_of(with_template(bomb), TURNS)
+        rendering.render_text(with_template(bomb), TURNS)
 
 
 def test_a_template_without_end_in_workers(tmp_path, folder, monkeypatch):

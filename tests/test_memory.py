@@ -64,7 +64,7 @@ def test_layers_that_do_not_repeat_are_traced_all(tmp_path):
 def test_counts_are_those_of_the_model(mode):
     config = with_values(load_config(ROOT / "configs/nano.yaml"), {"tuning.mode": mode})
     counts = plan_counts.counts(config)
-    shares = dtypes.shares(load.build(config, "fp32", dry_run.CPU))
+    shares = dtypes.parameter_groups(load.build(config, "fp32", dry_run.CPU))
     assert counts.parameters == sum(share.num_parameters for share in shares)
     assert counts.trained == sum(share.num_parameters for share in shares if share.trained)
 

@@ -122,7 +122,7 @@ def test_targets_that_match_nothing_are_refused_with_the_names_that_exist():
 def test_dtype_policy(tmp_path, mode, precision):
     built = load.build(configured(saved(tmp_path), mode=mode), precision, CPU)
     compute = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-    found = {(s.what, s.dtype, s.trained) for s in dtypes.shares(built)}
+    found = {(s.part, s.dtype, s.trained) for s in dtypes.parameter_groups(built)}
     expected = {
         "full": {("embeddings", "float32", True), ("layers", "float32", True)},
         "lora": {
@@ -133,7 +133,7 @@ def test_dtype_policy(tmp_path, mode, precision):
     }
     expected["qlora"] = expected["lora"] | {("layers", "NF4", False)}
     assert found == expected[mode]
-    count = sum(s.num_parameters for s in dtypes.shares(built) if s.what != "adapters")
+    count = sum(s.num_parameters for s in dtypes.parameter_groups(built) if s.part != "adapters")
     assert count == sum(p.numel() for p in small("llama").parameters())
 
 

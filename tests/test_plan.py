@@ -58,7 +58,7 @@ def test_counts_are_those_of_the_data_and_of_the_model(config, prepared):
     assert made.num_examples == 300
     assert made.tokens_per_epoch == sum(len(example.ids) for example in prepared.train)
     built = load.build(config, "fp32", torch.device("cpu"))
-    shares = dtypes.shares(built)
+    shares = dtypes.parameter_groups(built)
     assert made.num_parameters == sum(s.num_parameters for s in shares)
     assert made.num_trained == sum(s.num_parameters for s in shares if s.trained)
     for what, tensors in dry_run.held(built).items():

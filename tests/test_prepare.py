@@ -26,7 +26,7 @@ from sft.config.load import load_config, with_values
 from sft.config.schema import Config, Data
 from sft.data import audit, audit_report
 from sft.data import cache as data_cache
-from sft.data.cache import Prepared, hardware, prepare, write
+from sft.data.cache import Prepared, hardware, prepare, write_audit
 from sft.data.template import prepare_tokenizer
 from sft.errors import DataError
 from sft.models.load import load_tokenizer
@@ -67,7 +67,7 @@ def test_one_core_and_all_cores_give_the_same(nano, monkeypatch):
 
 
 def test_the_embedded_task_has_no_error(nano):
-    assert audit.num_errors(nano.audit) == 0
+    assert audit.count_errors(nano.audit) == 0
     kinds = {*nano.audit["train"]["problems"], *nano.audit["held_out"]["problems"]}
     assert kinds <= {"near_duplicate"}  # requests made from phrasings are alike
 
@@ -80,7 +80,7 @@ def test_an_error_of_the_audit_stops_the_run_and_warn_lets_it_pass(tmp_path):
         r"special_in_content: 1 of .*rows.jsonl:2.*write it otherwise",
     ):
         prepare(config(*given))
-    assert audit.num_errors(prepare(config(*given, "data.audit=warn")).audit) == 1
+    assert audit.count_errors(prepare(config(*given, "data.audit=warn")).audit) == 1
 
 
 def test_bad_rows_stop_the_run_or_are_skipped_and_listed(tmp_path):
@@ -91,7 +91,7 @@ def test_bad_rows_stop_the_run_or_are_skipped_and_listed(tmp_path):
         prepare(config(*given))
     prepared = prepare(config(*given, "data.on_bad_row=skip"))
     assert prepared.audit["rejected"] == 1
-    write(prepared, tmp_path)
+    write_audit(prepared, tmp_path)
     (rejected,) = map(json.loads, (tmp_path / "rejected.jsonl").read_text().splitlines())
     assert (rejected["line"], rejected["excerpt"]) == (5, '{"prompt": "p"}')
 
@@ -291,7 +291,7 @@ def key_of(folder: Path, *overrides: str) -> str:
         *overrides,
     )
     tokenizer = prepare_tokenizer(load_tokenizer(given.model))
-    return data_cache.key(data_cache.inputs(given, tokenizer))
+    return data_cache.cache_key(data_cache.cache_inputs(given, tokenizer))
 
 
 @pytest.fixture
@@ -356,8 +356,8 @@ def test_what_fails_half_way_leaves_nothing_that_looks_prepared(material, monkey
             data_cache.prepare(given)
     cache = Path(".cache/data")
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
-    made_of = data_cache.inputs(given, prepare_tokenizer(load_tokenizer(given.model)))
-    killed = cache / (data_cache.key(made_of) + ".staging")
+    made_of = data_cache.cache_inputs(given, prepare_tokenizer(load_tokenizer(given.model)))
+    killed = cache / (data_cache.cache_key(made_of) + ".staging")
     killed.mkdir()
     (killed / "ids.bin").write_bytes(b"half")
     assert len(data_cache.prepare(given).train) == 3
@@ -412,7 +412,7 @@ def test_a_dataset_of_the_hub_is_keyed_by_its_content(material, monkeypatch):
 def test_a_killed_worker_is_one_message(material, monkeypatch):
     given = config(*rows(material / "rows.jsonl", *map(str, range(2000))))
     monkeypatch.setattr(data_cache.hardware, "usable_cores", lambda: 2)
-    monkeypatch.setattr(data_cache, "_part", lambda *_: os._exit(9))
+    monkeypatch.setattr(data_cache, "_render_rows", lambda *_: os._exit(9))
     with pytest.raises(DataError, match="was killed, most likely for want of memory"):
         data_cache.prepare(given)
 

@@ -100,6 +100,7 @@ def test_the_run_shows_machine_plan_answers_and_where_to_go(nano):
         "cores",
         "steps",
         "memory",
+        "frozen",
         "ETA",
         "before:",
         "after:",

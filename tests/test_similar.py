@@ -12,21 +12,21 @@ from conftest import load_rows
 from sft.data import duplicates as data_duplicates
 from sft.data import split
 from sft.data.arrays import Files
-from sft.data.duplicates import told_of
+from sft.data.duplicates import fingerprint
 from sft.data.files import DIGEST, Row
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
 def duplicates(rows):
-    repeated, near = data_duplicates.duplicates(told_of(rows), np.arange(len(rows)))
+    repeated, near = data_duplicates.find_duplicates(fingerprint(rows), np.arange(len(rows)))
     return repeated.tolist(), near.tolist()
 
 
 def leakage(train, held_out):
     numbers = np.arange(len(train) + len(held_out))
-    told = told_of([*train, *held_out])
-    leaked, nearly = data_duplicates.leaks(told, numbers[: len(train)], numbers[len(train) :])
+    told = fingerprint([*train, *held_out])
+    leaked, nearly = data_duplicates.find_leaks(told, numbers[: len(train)], numbers[len(train) :])
     return (leaked - len(train)).tolist(), (nearly - len(train)).tolist()
 
 
@@ -92,7 +92,7 @@ def test_what_makes_rows_duplicates():
 def test_near_duplicates_are_found_by_their_real_similarity(monkeypatch, size):
     """Copies with so many words changed: every pair well above the bound is found, none below."""
     monkeypatch.setattr(data_duplicates.sketch, "__defaults__", (size,))
-    monkeypatch.setattr(data_duplicates, "AT_ONCE", size)
+    monkeypatch.setattr(data_duplicates, "QUERIES_PER_PASS", size)
     draw = random.Random(0)
     rows, expected = [], set()
     for number in range(150):
@@ -151,14 +151,14 @@ def test_what_is_written_in_parts_tells_the_same(tmp_path):
     rows = [row_of(" ".join(words_of(n % 7, 20)), f"answer {n % 3}") for n in range(40)]
     with Files(tmp_path) as files:
         for start in range(0, 40, 16):
-            data_duplicates.write(files, told_of(rows[start : start + 16]))
-    written, told = data_duplicates.open_folder(tmp_path), told_of(rows)
+            data_duplicates.write(files, fingerprint(rows[start : start + 16]))
+    written, told = data_duplicates.open_folder(tmp_path), fingerprint(rows)
     numbers = np.arange(40)
     parts = numbers[:30], numbers[30:]
-    assert [part.tolist() for part in data_duplicates.leaks(written, *parts)] == [
-        part.tolist() for part in data_duplicates.leaks(told, *parts)
+    assert [part.tolist() for part in data_duplicates.find_leaks(written, *parts)] == [
+        part.tolist() for part in data_duplicates.find_leaks(told, *parts)
     ]
-    repeated, near = data_duplicates.duplicates(written, numbers)
+    repeated, near = data_duplicates.find_duplicates(written, numbers)
     assert (repeated.tolist(), near.tolist()) == duplicates(rows)
     assert len(repeated) == 40 - 21
     assert len(near)
@@ -183,16 +183,16 @@ def decided(num_rows):
 
     digests, prompts = random(num_rows * 4, DIGEST), random(num_rows * 4, DIGEST)
     digests[: num_rows // 4] = digests[num_rows // 4 : num_rows // 4 * 2]
-    told = data_duplicates.Told(digests, prompts, sketches(), sketches())
+    told = data_duplicates.RowFingerprint(digests, prompts, sketches(), sketches())
     tracemalloc.start()
     held = split.split(told.digests, 0.3, 0)
     assert round(0.3 * num_rows) - 2 < np.count_nonzero(held) <= round(0.3 * num_rows)
     rows, held_out = np.flatnonzero(~held), np.flatnonzero(held)
     entries = np.zeros(len(rows), np.uint16)
     assert len(split.mix(entries, [1.5], 0)) == len(rows) + round(len(rows) / 2)
-    repeated, _ = data_duplicates.duplicates(told, rows)
+    repeated, _ = data_duplicates.find_duplicates(told, rows)
     assert len(repeated) > num_rows // 10
-    leaked, _ = data_duplicates.leaks(told, rows, held_out)
+    leaked, _ = data_duplicates.find_leaks(told, rows, held_out)
     assert not len(leaked)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

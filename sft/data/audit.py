@@ -27,7 +27,7 @@ from sft.data.batches import Layout
 from sft.data.examples import Batch, Examples, collate, pack
 from sft.data.files import Row
 from sft.data.rendering import Span
-from sft.data.spans import frame
+from sft.data.spans import turn_frame
 from sft.data.template import IGNORED, Example, Supervise
 from sft.errors import DataError
 
@@ -132,7 +132,7 @@ KINDS = {
     ),
 }
 OUTLIER = 8
-ORDER = {kind: k for k, kind in enumerate(KINDS)}
+BIT = {kind: k for k, kind in enumerate(KINDS)}
 TOGETHER, LARGE = 256, 1 << 20  # examples that are collated at a time; tokens, padding included
 LISTED = 1000  # rows of a finding that audit.json names; all are counted
 CPU = torch.device("cpu")
@@ -153,16 +153,16 @@ def examine(
         return ["labels_differ"]
     alone = Examples(pack([(0, row, example)]))
     found = int(examine_tokens(tokenizer, alone, max_seq_len)[0])
-    return kinds_of(found | examine_row(tokenizer, row, example, supervise))
+    return to_kinds(found | examine_row(tokenizer, row, example, supervise))
 
 
-def bits(kinds: Iterable[str]) -> int:
+def to_bits(kinds: Iterable[str]) -> int:
     """A set of kinds as a number: bit k is the k-th of KINDS."""
-    return sum(1 << ORDER[kind] for kind in set(kinds))
+    return sum(1 << BIT[kind] for kind in set(kinds))
 
 
-def kinds_of(found: int) -> list[str]:
-    return [kind for kind, k in ORDER.items() if found >> k & 1]
+def to_kinds(found: int) -> list[str]:
+    return [kind for kind, k in BIT.items() if found >> k & 1]
 
 
 def examine_row(
@@ -170,8 +170,8 @@ def examine_row(
 ) -> int:
     """What a second, independent rendering of the row says of its example."""
     if template.is_document(row.messages):
-        return bits(example.flags)
-    return bits([*example.flags, *_of_row(tokenizer, row, example, supervise)])
+        return to_bits(example.flags)
+    return to_bits([*example.flags, *_compare_row(tokenizer, row, example, supervise)])
 
 
 def examine_tokens(
@@ -183,7 +183,7 @@ def examine_tokens(
     would be given are held against what was stored.
     """
     found = np.zeros(len(examples), np.uint32)
-    for chosen in _groups(examples.lengths):
+    for chosen in _collation_groups(examples.lengths):
         parts = [examples.tokens(i) for i in chosen]
         ids = np.concatenate([ids for ids, _, _ in parts])
         labels = np.concatenate([labels for _, labels, _ in parts])
@@ -191,12 +191,12 @@ def examine_tokens(
         for layout in get_args(Layout):
             batch = collate(examples, chosen, tokenizer.pad_token_id, layout, CPU)
             mine = found[chosen.start : chosen.stop]
-            _of_batch(tokenizer, batch, ids, labels, lengths, mine)
-    found[np.asarray(examples.lengths) > max_seq_len] |= bits(["too_long"])
+            _examine_batch(tokenizer, batch, ids, labels, lengths, mine)
+    found[np.asarray(examples.lengths) > max_seq_len] |= to_bits(["too_long"])
     return found
 
 
-def _groups(lengths: Sequence[int]) -> Iterator[range]:
+def _collation_groups(lengths: Sequence[int]) -> Iterator[range]:
     """Examples that are collated together: neither many nor, padded, large."""
     start, longest = 0, 0
     for at, length in enumerate(lengths):
@@ -208,7 +208,7 @@ def _groups(lengths: Sequence[int]) -> Iterator[range]:
         yield range(start, len(lengths))
 
 
-def _of_batch(
+def _examine_batch(
     tokenizer: PreTrainedTokenizerBase,
     batch: Batch,
     ids: np.ndarray,
@@ -233,28 +233,28 @@ def _of_batch(
         np.setxor1d(seen, expected) if not np.array_equal(seen, expected) else seen[:0],
         seen[batch.targets.numpy() != tokens[seen]],
     ]
-    found[np.searchsorted(starts, np.concatenate(wrong), "right") - 1] |= bits(["labels_differ"])
+    found[np.searchsorted(starts, np.concatenate(wrong), "right") - 1] |= to_bits(["labels_differ"])
     learnt = np.bincount(np.searchsorted(starts, seen, "right") - 1, minlength=len(lengths))
-    found[learnt == 0] |= bits(["unsupervised"])
+    found[learnt == 0] |= to_bits(["unsupervised"])
     if (bos := tokenizer.bos_token_id) is not None:
         second = np.minimum(starts + 1, len(tokens) - 1)
         twice = (lengths > 1) & (tokens[starts] == bos) & (tokens[second] == bos)
-        found[twice] |= bits(["repeated_bos"])
+        found[twice] |= to_bits(["repeated_bos"])
 
 
-def _of_row(
+def _compare_row(
     tokenizer: PreTrainedTokenizerBase, row: Row, example: Example, supervise: Supervise
 ) -> Iterator[str]:
-    text = rendering.text_of(tokenizer, row.messages, row.tools)
-    yield from _of_text(tokenizer, row, text)
-    ids, offsets = template.tokens_of(tokenizer, text)
+    text = rendering.render_text(tokenizer, row.messages, row.tools)
+    yield from _examine_text(tokenizer, row, text)
+    ids, offsets = template.tokenise(tokenizer, text)
     is_cut = "answer_cut" in example.flags
     if example.ids != (ids[: len(example.ids)] if is_cut else ids):
         yield "not_the_template"
         return
-    if _gives_bos(tokenizer, len(tokenizer)) and ids[0] != tokenizer.bos_token_id:
+    if _adds_bos(tokenizer, len(tokenizer)) and ids[0] != tokenizer.bos_token_id:
         yield "no_bos"
-    supervised = runs(example.labels)
+    supervised = supervised_runs(example.labels)
     if supervise == "everything" or is_cut:
         return
     turns = [m for m in row.messages if m["role"] == "assistant"]
@@ -268,9 +268,11 @@ def _of_row(
     if any(example.ids[stop - 1] not in ends for _, stop in supervised):
         yield "no_end_of_turn"
     spans = [text[offsets[first][0] : offsets[stop - 1][1]] for first, stop in supervised]
-    ends_of_turn = [c.strip() for c in frame(tokenizer, tokenizer.get_chat_template()).closings]
+    ends_of_turn = [
+        c.strip() for c in turn_frame(tokenizer, tokenizer.get_chat_template()).closings
+    ]
     merged = "boundary_merge" in example.flags
-    said = (_says(*pair, ends_of_turn, merged) for pair in zip(spans, learnt, strict=False))
+    said = (_is_turn(*pair, ends_of_turn, merged) for pair in zip(spans, learnt, strict=False))
     if not dropped and not all(said):
         yield "answer_differs"
     last_is_learnt = bool(supervised and learnt) and learnt[-1] is row.messages[-1]
@@ -279,27 +281,27 @@ def _of_row(
 
 
 @lru_cache(maxsize=8)
-def _gives_bos(tokenizer: PreTrainedTokenizerBase, size: int) -> bool:
+def _adds_bos(tokenizer: PreTrainedTokenizerBase, size: int) -> bool:
     """Whether the tokenizer itself begins a text with bos."""
     del size  # only in the key: a tokenizer that grew is looked at again
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
 
 
-def _says(span: str, turn: dict[str, Any], ends_of_turn: list[str], merged: bool) -> bool:
+def _is_turn(span: str, turn: dict[str, Any], ends_of_turn: list[str], merged: bool) -> bool:
     """Whether a supervised text is that turn and nothing else: blanks or thoughts, the content, the
     calls, the end of turn. `merged`: its first token holds some of the prompt too."""
-    content, calls = rendering.split_thinking(turn["content"])[1].strip(), rendering.calls_of(turn)
+    content, calls = rendering.split_thinking(turn["content"])[1].strip(), rendering.get_calls(turn)
     before, _, after = span.partition(content) if content else ("", "", span)
     if content not in span:
         return False
     if calls:
-        return all(rendering.name_of(call) in after for call in calls)
+        return all(rendering.get_name(call) in after for call in calls)
     begins = merged or not before.strip() or rendering.THOUGHTS_END.fullmatch(before.lstrip())
     return bool(begins) and after.strip() in ends_of_turn
 
 
-def runs(labels: Sequence[int]) -> list[Span]:
+def supervised_runs(labels: Sequence[int]) -> list[Span]:
     """The supervised runs, as token indices."""
     bounds, inside = [], False
     for index, label in enumerate([*labels, IGNORED]):
@@ -309,9 +311,9 @@ def runs(labels: Sequence[int]) -> list[Span]:
     return list(zip(bounds[::2], bounds[1::2], strict=True))
 
 
-def _of_text(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> Iterator[str]:
+def _examine_text(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> Iterator[str]:
     """What the rendered text did to the contents and the tools."""
-    special = _special(tokenizer, len(tokenizer))
+    special = _special_pattern(tokenizer, len(tokenizer))
     contents = [message["content"] for message in row.messages]
     if special and any(special.search(content) for content in contents):
         yield "special_in_content"
@@ -324,12 +326,12 @@ def _of_text(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> Iterato
             yield "content_altered"
             break
         at = min(places) + (len(content) if message["role"] == "assistant" else 0)
-    if any(rendering.name_of(tool) not in text for tool in row.tools or []):
+    if any(rendering.get_name(tool) not in text for tool in row.tools or []):
         yield "tools_dropped"
 
 
 @lru_cache(maxsize=8)
-def _special(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str] | None:
+def _special_pattern(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str] | None:
     """Finds the special tokens, which a content must not hold: typed, they would be real ones."""
     written = rendering.special_tokens(tokenizer, size)
     return re.compile("|".join(map(re.escape, written))) if written else None
@@ -341,12 +343,12 @@ def _special(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str] |
 Sample = tuple[Row, Example, list[str]]  # a row, its example, the kinds of its findings
 
 
-def longest_usual(lengths: np.ndarray) -> float:
+def outlier_length(lengths: np.ndarray) -> float:
     """Tokens above which an example is far longer than nearly all."""
     return float(OUTLIER * np.quantile(lengths, 0.95))
 
 
-def report(
+def summarise_part(
     tokenizer: PreTrainedTokenizerBase, examples: Examples, max_seq_len: int
 ) -> dict[str, Any]:
     """Totals, digests, and under `problems` the rows (`file:line`) of each kind of finding; of a
@@ -354,7 +356,7 @@ def report(
     index, order, lengths = examples.arrays.index, examples.order, np.asarray(examples.lengths)
     places = np.sort(np.unique(order, return_index=True)[1])  # where each example stands first
     found, problems = index["findings"][order[places]], {}
-    for kind, k in ORDER.items():
+    for kind, k in BIT.items():
         mine = places[(found >> np.uint32(k) & 1).astype(bool)]
         if len(mine):
             rows = [examples.row(i).place for i in mine[:LISTED].tolist()]
@@ -392,13 +394,13 @@ def refuse(audited: dict[str, Any]) -> None:
         )
 
 
-def num_errors(audited: dict[str, Any]) -> int:
+def count_errors(audited: dict[str, Any]) -> int:
     """Kinds of findings that a run refuses, in both parts."""
     found = [*audited["train"]["problems"].values(), *audited["held_out"]["problems"].values()]
     return sum(problem["severity"] == "error" for problem in found)
 
 
-def summary(audited: dict[str, Any]) -> str:
+def summarise(audited: dict[str, Any]) -> str:
     """One line: what was looked at, in which formats, what was found, and what was left out."""
     rows = audited["train"]["rows"] + audited["held_out"]["rows"]
     found = [
@@ -414,7 +416,7 @@ def summary(audited: dict[str, Any]) -> str:
     )
 
 
-def worst(examples: Examples, most: int = 20) -> list[Sample]:
+def pick_samples(examples: Examples, most: int = 20) -> list[Sample]:
     """Up to three rows of each combination of findings, the gravest first; else the longest few."""
     found = examples.arrays.index["findings"][examples.order]
     gravest = sorted(np.unique(found[found != 0]).tolist(), key=lambda bits: bits & -bits)
@@ -422,7 +424,7 @@ def worst(examples: Examples, most: int = 20) -> list[Sample]:
     clean = np.flatnonzero(found == 0)
     longest = np.argsort(-np.asarray(examples.lengths)[clean], kind="stable")[:3]
     chosen = [*flagged, *clean[longest].tolist()][:most]
-    kinds = (kinds_of(int(found[i])) for i in chosen)
+    kinds = (to_kinds(int(found[i])) for i in chosen)
     return [(examples.row(i), examples[i], told) for i, told in zip(chosen, kinds, strict=True)]
 
 

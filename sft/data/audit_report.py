@@ -19,7 +19,7 @@ from sft.data.template import IGNORED, Example
 # --- what people see ---------------------------------------------------------------------------
 
 
-def table(told: dict[str, Any]) -> Table:
+def findings_table(told: dict[str, Any]) -> Table:
     """The findings of one part (train or held out), errors first."""
     result = Table(box=None, pad_edge=False, show_header=bool(told["problems"]))
     for column in ("finding", "rows", "what", "first rows"):
@@ -85,7 +85,7 @@ def _html(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
         ),
     ):
         end = done + len(list(run))
-        text = escape(template.decoded(tokenizer, example.ids, done, end))
+        text = escape(template.decode_slice(tokenizer, example.ids, done, end))
         parts.append(f"<span class='{names}'>{text}</span>")
         done = end
     return "".join(parts)

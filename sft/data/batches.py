@@ -91,19 +91,19 @@ def _cut_padded(
 ) -> list[list[MicroBatch]]:
     """Likes together over all ranks: runs of the sorted examples, as few as the budget allows; or,
     if one more has a cost, what takes the slowest rank the least time."""
-    few = _even(ordered, lengths, num_ranks, budget, len(_fill(ordered, lengths, budget)))
+    few = _cut_evenly(ordered, lengths, num_ranks, budget, len(_fill(ordered, lengths, budget)))
     cost = budget.micro_batch_cost
     if cost is None:
         return few
-    cheapest = _cheapest(ordered, lengths, budget, cost)
-    more = _even(ordered, lengths, num_ranks, budget, len(cheapest))
+    cheapest = _find_cheapest(ordered, lengths, budget, cost)
+    more = _cut_evenly(ordered, lengths, num_ranks, budget, len(cheapest))
     return min(
-        (few, more, _shared_out(cheapest, lengths, num_ranks)),
-        key=lambda ranks: max(_cost(lengths, rank, cost) for rank in ranks),
+        (few, more, _assign_to_ranks(cheapest, lengths, num_ranks)),
+        key=lambda ranks: max(_total_cost(lengths, rank, cost) for rank in ranks),
     )
 
 
-def _even(
+def _cut_evenly(
     ordered: Sequence[int],
     lengths: Sequence[int],
     num_ranks: int,
@@ -119,12 +119,12 @@ def _even(
             high = middle
         else:
             low = middle + 1
-    return _shared_out(
+    return _assign_to_ranks(
         _fill(ordered, lengths, replace(budget, max_tokens=high)), lengths, num_ranks
     )
 
 
-def _shared_out(
+def _assign_to_ranks(
     runs: list[MicroBatch], lengths: Sequence[int], num_ranks: int
 ) -> list[list[MicroBatch]]:
     """Micro-batches to ranks, largest first, to the lightest that has room for one more."""
@@ -138,21 +138,21 @@ def _shared_out(
     return [rank + [[] for _ in range(most - len(rank))] for rank in ranks]
 
 
-def _cheapest(
+def _find_cheapest(
     ordered: Sequence[int], lengths: Sequence[int], budget: Budget, cost: int
 ) -> list[MicroBatch]:
     """Of the fillings under the budget and under ever smaller ones, that of the least cost."""
     runs = best = _fill(ordered, lengths, budget)
-    size, least = budget.max_tokens, _cost(lengths, best, cost)
+    size, least = budget.max_tokens, _total_cost(lengths, best, cost)
     while len(runs) < len(ordered) and size > 1:
         size = size * 3 // 4
         runs = _fill(ordered, lengths, replace(budget, max_tokens=size))
-        if (mine := _cost(lengths, runs, cost)) < least:
+        if (mine := _total_cost(lengths, runs, cost)) < least:
             best, least = runs, mine
     return best
 
 
-def _cost(lengths: Sequence[int], runs: list[MicroBatch], micro_batch_cost: int) -> int:
+def _total_cost(lengths: Sequence[int], runs: list[MicroBatch], micro_batch_cost: int) -> int:
     return sum(num_tokens(lengths, run, "padded") + micro_batch_cost for run in runs)
 
 

@@ -38,25 +38,25 @@ from sft.data import examples as data_examples
 from sft.data.arrays import Files, mapped
 from sft.data.audit import (
     Sample,
-    bits,
     examine_row,
     examine_tokens,
-    longest_usual,
+    outlier_length,
+    pick_samples,
     refuse,
-    report,
+    summarise_part,
     template_sha256,
+    to_bits,
     tokenizer_sha256,
-    worst,
 )
 from sft.data.examples import Arrays, Examples, open_folder
-from sft.data.files import BadRow, Row, check_column, contents, num_rows, options, read_all
+from sft.data.files import BadRow, Row, check_column, file_digests, num_rows, read_all, read_options
 from sft.models import load
 from sft.runtime import checkpoint, children, hardware
 from sft.runtime.console import bar, make_console, write_json
 
 ROWS = "rows"  # a folder of what tells rows apart, removed when that is decided
 KEPT = 16  # folders in the cache
-AT_ONCE = 256  # rows that a worker takes at a time
+CHUNK_ROWS = 256  # rows that a worker takes at a time
 PLACE = np.dtype([("part", "u1"), ("entry", "u2")])  # of a row
 TRAIN, HELD_OUT = 0, 1  # parts
 ORDER = np.dtype([("example", np.int64), ("length", np.int32)])  # of what a part uses: its number
@@ -77,24 +77,24 @@ class Prepared:
 
     def samples(self) -> list[Sample]:
         """The rows of most findings, for people to look at."""
-        return worst(self.train) + worst(self.held_out, 5)
+        return pick_samples(self.train) + pick_samples(self.held_out, 5)
 
 
-def prepare(config: Config, moved: Callable[[], None] = lambda: None) -> Prepared:
+def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> Prepared:
     """Maps the examples of `config`; reads, renders and audits all rows if nobody has yet.
 
-    `moved` is called at every sign of progress.
+    `on_progress` is called at every sign of progress.
     Raises DataError naming the rows that cannot be trained on, or that the audit refuses, and for
     a stale or damaged folder in the cache. `data.audit: warn` prepares that anew.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
     tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))
-    made_of = inputs(config, tokenizer)
-    folder = Path(config.data.cache_dir, key(made_of))
-    with _told_as_data_error(folder.parent):
+    made_of = cache_inputs(config, tokenizer)
+    folder = Path(config.data.cache_dir, cache_key(made_of))
+    with _as_data_error(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
-            fault = _fault(folder, made_of, config.data.audit) if folder.exists() else None
+            fault = _find_fault(folder, made_of, config.data.audit) if folder.exists() else None
             if fault and config.data.audit == "refuse":
                 raise errors.DataError(
                     f"the prepared data in {folder} are stale or damaged: {fault}; remove the "
@@ -103,7 +103,7 @@ def prepare(config: Config, moved: Callable[[], None] = lambda: None) -> Prepare
             if fault:
                 make_console().print(f"prepared data were stale or damaged ({fault}): made anew")
             if fault or not folder.exists():
-                _fill(config, tokenizer, folder, made_of, moved)
+                _fill(config, tokenizer, folder, made_of, on_progress)
             prepared = _open(folder, tokenizer)
     _prune(folder.parent)
     if config.data.audit == "refuse":
@@ -129,7 +129,7 @@ def with_validation(prepared: Prepared, share: float) -> Prepared:
 
 
 @contextmanager
-def _told_as_data_error(cache: Path) -> Iterator[None]:
+def _as_data_error(cache: Path) -> Iterator[None]:
     """An error of the disk, in one message."""
     try:
         yield
@@ -166,7 +166,7 @@ def _prune(cache: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def write(prepared: Prepared, folder: Path) -> None:
+def write_audit(prepared: Prepared, folder: Path) -> None:
     """audit.json, audit.html, and rejected.jsonl where rows were skipped."""
     write_json(folder / "audit.json", prepared.audit)
     audit_report.write_html(
@@ -186,14 +186,14 @@ def max_length(config: Config) -> int:
 # --- what prepared data are a function of ------------------------------------------------------
 
 
-def inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def cache_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Everything that the examples and their audit depend on, and nothing else."""
     section = config.data
     source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     is_drawn = section.mix or not section.eval_path
     return {
-        "train": contents(section.train_path),
-        "eval": contents(section.eval_path) if section.eval_path else [],
+        "train": file_digests(section.train_path),
+        "eval": file_digests(section.eval_path) if section.eval_path else [],
         "options": section.model_dump(exclude={"train_path", "eval_path", "audit", "cache_dir"}),
         "max_length": max_length(config),
         "group": config.evaluation.group,
@@ -206,11 +206,11 @@ def inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]
     }
 
 
-def key(made_of: dict[str, Any]) -> str:
+def cache_key(made_of: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _fault(folder: Path, made_of: dict[str, Any], policy: str) -> str | None:
+def _find_fault(folder: Path, made_of: dict[str, Any], policy: str) -> str | None:
     """Why the prepared data in `folder` are not what `made_of` makes, or None."""
     # Of the processes of a machine the first reads all bytes; what it refuses, none trains on.
     # Where it would make them anew, all must agree on it.
@@ -230,7 +230,7 @@ def _fill(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     made_of: dict[str, Any],
-    moved: Callable[[], None],
+    on_progress: Callable[[], None],
 ) -> None:
     if config.evaluation.group:  # told before any row is rendered
         scored = config.data.eval_path or config.data.train_path
@@ -239,8 +239,8 @@ def _fill(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
-        counts = _write_rows(config, tokenizer, staging, moved)
-        again = inputs(config, tokenizer)
+        counts = _write_rows(config, tokenizer, staging, on_progress)
+        again = cache_inputs(config, tokenizer)
         if changed := [name for name in ("train", "eval") if again[name] != made_of[name]]:
             raise errors.DataError(
                 f"the files of data.{changed[0]}_path changed while they were read; start again"
@@ -262,13 +262,18 @@ class _Counts:
 
 
 def _write_rows(
-    config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path, moved: Callable[[], None]
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    on_progress: Callable[[], None],
 ) -> _Counts:
     """Every row of all files into the store, and what tells rows apart into `folder`/rows."""
     settings = config.data
-    how = options(settings) | {"group": config.evaluation.group}
+    how = read_options(settings) | {"group": config.evaluation.group}
     paths = [settings.train_path, *([settings.eval_path] if settings.eval_path else [])]
-    work = partial(_part, tokenizer, max_length(config), settings.supervise, settings.on_long)
+    work = partial(
+        _render_rows, tokenizer, max_length(config), settings.supervise, settings.on_long
+    )
     counts, first = _Counts(), list[BadRow]()
     (folder / ROWS).mkdir()
     with (
@@ -279,7 +284,7 @@ def _write_rows(
     ):
         for part, path in enumerate(paths):
             most = settings.max_rows if part == TRAIN else None
-            for made in _mapped(work, islice(read_all(path, **how), most)):
+            for made in _map_chunks(work, islice(read_all(path, **how), most)):
                 for row in made.refused:
                     rejected.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
                 counts.rejected += len(made.refused)
@@ -293,7 +298,7 @@ def _write_rows(
                 own.append("places.bin", made.places)
                 duplicates.write(own, made.told)
                 advance(len(made.places) + len(made.refused))
-                moved()
+                on_progress()
     if counts.rejected and (settings.on_bad_row == "error" or not counts.rows):
         raise errors.DataError.of_rows(first[0].file, [str(row) for row in first], counts.rejected)
     return counts
@@ -323,7 +328,7 @@ def _decide(
         np.flatnonzero((places["part"] == part) & is_kept) for part in (TRAIN, HELD_OUT)
     )
     if settings.duplicates == "drop":
-        train = train[split.firsts(told.digests[train])]
+        train = train[split.is_first(told.digests[train])]
     if not settings.eval_path and len(train):
         held = split.split(told.digests[train], settings.eval_fraction, seed)
         train, held_out = train[~held], train[held]
@@ -343,29 +348,30 @@ def _decide(
         order["example"], order["length"] = found, arrays.index["length"][found]
         order.tofile(folder / f"{part}.bin")
     parts = {part: _examples(folder, arrays, part) for part in ("train", "held_out")}
-    findings = data_examples.findings(folder)
+    findings = data_examples.open_findings(folder)
 
     def mark(kind: str, rows: np.ndarray) -> None:
-        findings[_examples_of(numbers, rows)] |= bits([kind])
+        findings[_examples_of(numbers, rows)] |= to_bits([kind])
 
     for examples, rows in zip(parts.values(), (train, held_out), strict=True):
-        repeated, near = duplicates.duplicates(told, rows)
+        repeated, near = duplicates.find_duplicates(told, rows)
         mark("duplicate", repeated)
         mark("near_duplicate", near["later"])
         lengths = np.asarray(examples.lengths)
-        far = examples.order[lengths > longest_usual(lengths)]
-        findings[far] |= bits(["length_outlier"])
-    leaked, near_leaked = duplicates.leaks(told, train, held_out)
+        far = examples.order[lengths > outlier_length(lengths)]
+        findings[far] |= to_bits(["length_outlier"])
+    leaked, near_leaked = duplicates.find_leaks(told, train, held_out)
     mark("leaked", leaked)
     mark("near_leak", near_leaked)
     audited: dict[str, Any] = {
-        part: report(tokenizer, examples, max_length(config)) for part, examples in parts.items()
+        part: summarise_part(tokenizer, examples, max_length(config))
+        for part, examples in parts.items()
     }
     return audited | {
         "rejected": counts.rejected,
         "dropped": counts.dropped,
         "formats": dict(counts.formats.most_common()),
-        "data_sha256": data_examples.digest(parts["train"]),
+        "data_sha256": data_examples.examples_sha256(parts["train"]),
     }
 
 
@@ -381,26 +387,26 @@ def _examples_of(numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class _Made:
+class _Rendered:
     """What a worker makes of some rows."""
 
     arrays: data_examples.Arrays  # of the examples; rows numbered from 0
     places: np.ndarray  # (good rows,) of PLACE
-    told: duplicates.Told  # of the good rows
+    told: duplicates.RowFingerprint  # of the good rows
     formats: Counter[str]  # of the good rows
     refused: list[BadRow]  # by the reader or by the chat template
     num_dropped: int  # by data.on_long
 
 
 AnyRow = Row | BadRow
-Work = Callable[[Sequence[AnyRow]], _Made]
-Waiting = tuple[list[AnyRow], Future[_Made]]  # rows, and what a worker makes of them
+Work = Callable[[Sequence[AnyRow]], _Rendered]
+Waiting = tuple[list[AnyRow], Future[_Rendered]]  # rows, and what a worker makes of them
 
 
-def _mapped(work: Work, rows: Iterator[AnyRow]) -> Iterator[_Made]:
+def _map_chunks(work: Work, rows: Iterator[AnyRow]) -> Iterator[_Rendered]:
     """`work` on all rows, some at a time, in their order; in forked processes where there is enough
     to do and more than one core to do it. Only a few parts are in memory at a time."""
-    parts = iter(lambda: list(islice(rows, AT_ONCE)), [])
+    parts = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
     first = list(islice(parts, 4))
     workers = hardware.usable_cores()
     if workers < 2 or len(first) < 4:
@@ -415,15 +421,17 @@ def _mapped(work: Work, rows: Iterator[AnyRow]) -> Iterator[_Made]:
                 if len(waiting) > 2 * workers:
                     yield waiting[0][1].result()
                     waiting.popleft()
-                waiting.append((part, pool.submit(_call, part)))
+                waiting.append((part, pool.submit(_run_work, part)))
             while waiting:
                 yield waiting[0][1].result()
                 waiting.popleft()
         except BrokenProcessPool:
-            raise _killed([part for part, made in waiting if made.exception()][:workers]) from None
+            raise _killed_worker(
+                [part for part, made in waiting if made.exception()][:workers]
+            ) from None
 
 
-def _killed(parts: list[list[AnyRow]]) -> errors.DataError:
+def _killed_worker(parts: list[list[AnyRow]]) -> errors.DataError:
     """Of a worker, when these were worked on."""
     first, last = parts[0][0], parts[-1][-1]
     return errors.DataError(
@@ -441,17 +449,17 @@ def _start_worker(work: Work, parent: int) -> None:
     _inherited.append(work)
 
 
-def _call(part: Sequence[AnyRow]) -> _Made:
+def _run_work(part: Sequence[AnyRow]) -> _Rendered:
     return _inherited[-1](part)
 
 
-def _part(
+def _render_rows(
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
     supervise: template.Supervise,
     on_long: template.OnLong,
     rows: Sequence[AnyRow],
-) -> _Made:
+) -> _Rendered:
     refused: list[BadRow] = []
     good: list[Row] = []
     samples: list[tuple[int, Row, template.Example]] = []
@@ -464,7 +472,7 @@ def _part(
         try:
             made = template.render_row(tokenizer, row, limit, supervise=supervise, on_long=on_long)
         except errors.DataError as error:
-            excerpt = readers.excerpt_of(row.messages[-1]["content"].encode())
+            excerpt = readers.make_excerpt(row.messages[-1]["content"].encode())
             refused.append(BadRow(row.file, row.line, str(error), excerpt))
             continue
         num_dropped += not made
@@ -477,4 +485,4 @@ def _part(
     arrays.index["findings"] = np.array(found, np.uint32) | seen
     places = np.array([(TRAIN, row.entry) for row in good], PLACE)
     formats = Counter(row.format for row in good)
-    return _Made(arrays, places, duplicates.told_of(good), formats, refused, num_dropped)
+    return _Rendered(arrays, places, duplicates.fingerprint(good), formats, refused, num_dropped)

@@ -21,12 +21,12 @@ import numpy as np
 from sft.data.arrays import Files, mapped
 from sft.data.files import DIGEST, Row, content_digest
 from sft.data.formats import Messages
-from sft.data.split import firsts
+from sft.data.split import is_first
 
 SIMILAR = 0.8  # Jaccard similarity of two sets of shingles from which rows count as near-duplicates
 SHINGLE = 5  # words
 BANDS, DEPTH = 25, 5  # of MinHash: a pair at 0.8 is missed with probability 5e-5
-AT_ONCE = 1 << 18  # rows whose pairs are in memory at a time
+QUERIES_PER_PASS = 1 << 18  # rows whose pairs are in memory at a time
 BUCKET = 10  # texts that a key proposes: bounds the time on rows made from few templates
 HALF, LOW = np.uint64(32), np.uint64(0xFFFFFFFF)  # of a key or row, and a row, in one number
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
@@ -44,13 +44,13 @@ class Sketches:
     ends: np.ndarray  # (n,) int64: where the shingles of each text end
     shingles: np.ndarray  # uint32, of all texts
 
-    def set_of(self, index: int) -> frozenset[int]:
+    def shingle_set(self, index: int) -> frozenset[int]:
         start = int(self.ends[index - 1]) if index else 0
         return frozenset(self.shingles[start : int(self.ends[index])].tolist())
 
 
 @dataclass(frozen=True)
-class Told:
+class RowFingerprint:
     """What tells n rows apart; the arrays may be mapped files."""
 
     digests: np.ndarray  # (n,) of DIGEST: messages and tools
@@ -59,16 +59,16 @@ class Told:
     asked: Sketches  # of what stands before the last answer
 
 
-def told_of(rows: Sequence[Row]) -> Told:
-    return Told(
+def fingerprint(rows: Sequence[Row]) -> RowFingerprint:
+    return RowFingerprint(
         np.array([content_digest(row) for row in rows], DIGEST),
         np.array([prompt_digest(row) for row in rows], DIGEST),
-        sketch([words_of(row.messages) for row in rows]),
-        sketch([words_of(row.messages[:-1]) for row in rows]),
+        sketch([compared_text(row.messages) for row in rows]),
+        sketch([compared_text(row.messages[:-1]) for row in rows]),
     )
 
 
-def write(files: Files, told: Told) -> None:
+def write(files: Files, told: RowFingerprint) -> None:
     """Appends rows to files, for `open_folder`."""
     files.append("digests.bin", told.digests)
     files.append("prompts.bin", told.prompts)
@@ -79,7 +79,7 @@ def write(files: Files, told: Told) -> None:
         files.append(f"{name}_keys.bin", part.keys)
 
 
-def open_folder(folder: Path) -> Told:
+def open_folder(folder: Path) -> RowFingerprint:
     def sketches(name: str) -> Sketches:
         return Sketches(
             mapped(folder / f"{name}_texts.bin", np.uint64),
@@ -89,10 +89,10 @@ def open_folder(folder: Path) -> Told:
         )
 
     digests, prompts = (mapped(folder / name, DIGEST) for name in ("digests.bin", "prompts.bin"))
-    return Told(digests, prompts, sketches("whole"), sketches("asked"))
+    return RowFingerprint(digests, prompts, sketches("whole"), sketches("asked"))
 
 
-def words_of(messages: Messages) -> str:
+def compared_text(messages: Messages) -> str:
     """What is compared: all but system prompts, which whole data sets share."""
     told = [m for m in messages if m["role"] != "system"]
     return " ".join(
@@ -169,33 +169,35 @@ def _sketch(texts: Sequence[str]) -> Sketches:
 # --- alike -------------------------------------------------------------------------------------
 
 
-def duplicates(told: Told, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def find_duplicates(told: RowFingerprint, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of `rows`: those that are identical to an earlier one; and of NEAR, others that are nearly
     the same as an earlier one. Of identical rows only the first is compared with others."""
-    is_first = firsts(told.digests[rows])
-    return rows[~is_first], near(told.whole, rows[is_first])
+    first = is_first(told.digests[rows])
+    return rows[~first], find_near(told.whole, rows[first])
 
 
-def leaks(told: Told, train: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def find_leaks(
+    told: RowFingerprint, train: np.ndarray, held_out: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Held-out rows that stand in train: (identically; nearly, or with an answer of their own)."""
     leaked, prompted = (
         np.isin(digests[held_out], digests[train]) for digests in (told.digests, told.prompts)
     )
     nearly = ~leaked & prompted & (told.prompts[held_out] != np.zeros(1, DIGEST))
     rest = held_out[~leaked & ~nearly]
-    found = (near(side, train, rest)["later"] for side in (told.whole, told.asked))
+    found = (find_near(side, train, rest)["later"] for side in (told.whole, told.asked))
     return held_out[leaked], np.unique(np.concatenate([held_out[nearly], *found]))
 
 
-def near(sketches: Sketches, rows: np.ndarray, asked: np.ndarray | None = None) -> np.ndarray:
+def find_near(sketches: Sketches, rows: np.ndarray, asked: np.ndarray | None = None) -> np.ndarray:
     """(n,) of NEAR: each of the rows `asked` that is like one of `rows`, with the one it is most
     like. Without `asked`, the rows among each other: a later one, and an earlier one like it."""
     texts = sketches.texts
     known, queried = (r[texts[r] != 0] for r in (rows, rows if asked is None else asked))
-    known = known[firsts(texts[known])]  # of the same words, the first proposes
-    parts = (queried[at : at + AT_ONCE] for at in range(0, len(queried), AT_ONCE))
+    known = known[is_first(texts[known])]  # of the same words, the first proposes
+    parts = (queried[at : at + QUERIES_PER_PASS] for at in range(0, len(queried), QUERIES_PER_PASS))
     pairs = (_pairs(sketches.keys, known, part, earlier_only=asked is None) for part in parts)
-    return np.fromiter((found for each in pairs for found in _alike(sketches, each)), NEAR)
+    return np.fromiter((found for each in pairs for found in _most_similar(sketches, each)), NEAR)
 
 
 def _pairs(
@@ -204,19 +206,21 @@ def _pairs(
     """Returns (asked << 32 | known), ascending, of rows that share the key of a band."""
     pairs = np.zeros(0, np.uint64)
     for band in keys.T:
-        proposed = _proposed(_ranked(band, known), _ranked(band, asked), earlier_only=earlier_only)
+        proposed = _propose(
+            _sort_by_key(band, known), _sort_by_key(band, asked), earlier_only=earlier_only
+        )
         pairs = np.concatenate([pairs, *proposed])
         pairs.sort()  # np.unique would hash them, which takes three times as long
         pairs = np.append(pairs[:1], pairs[1:][pairs[1:] != pairs[:-1]])
     return pairs
 
 
-def _ranked(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def _sort_by_key(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """(key << 32 | row) of rows, ascending."""
     return np.sort(keys[rows].astype(np.uint64) << HALF | rows.astype(np.uint64))
 
 
-def _proposed(known: np.ndarray, asked: np.ndarray, *, earlier_only: bool) -> Iterator[np.ndarray]:
+def _propose(known: np.ndarray, asked: np.ndarray, *, earlier_only: bool) -> Iterator[np.ndarray]:
     """(asked << 32 | known) of rows that share a key: the first BUCKET known ones of each key."""
     at = np.searchsorted(known, asked & ~LOW)
     for _ in range(BUCKET):
@@ -228,12 +232,12 @@ def _proposed(known: np.ndarray, asked: np.ndarray, *, earlier_only: bool) -> It
         yield asked[new] << HALF | other[new] & LOW
 
 
-def _alike(sketches: Sketches, pairs: np.ndarray) -> Iterator[tuple[int, int, float]]:
+def _most_similar(sketches: Sketches, pairs: np.ndarray) -> Iterator[tuple[int, int, float]]:
     """Of each asked row the known one it is most like, if it is like any."""
-    set_of = lru_cache(maxsize=128)(sketches.set_of)  # of a long text it is large
+    shingle_set = lru_cache(maxsize=128)(sketches.shingle_set)  # of a long text it is large
     for later, group in groupby(pairs.data, lambda pair: pair >> 32):
-        mine, others = set_of(later), (pair & 0xFFFFFFFF for pair in group)
-        similarity, earlier = max((_jaccard(mine, set_of(n)), -n) for n in others)
+        mine, others = shingle_set(later), (pair & 0xFFFFFFFF for pair in group)
+        similarity, earlier = max((_jaccard(mine, shingle_set(n)), -n) for n in others)
         if similarity >= SIMILAR:
             yield -earlier, later, similarity
 

@@ -93,7 +93,7 @@ def open_folder(folder: Path) -> Arrays:
     )
 
 
-def findings(folder: Path) -> np.ndarray:
+def open_findings(folder: Path) -> np.ndarray:
     """Those of all examples of a folder; what is added to them is in the file."""
     return mapped(folder / "index.bin", INDEX, "r+")["findings"]
 
@@ -145,7 +145,7 @@ class Examples(Sequence[Example]):
         return (self.row(index) for index in range(len(self)))
 
 
-def digest(examples: Examples) -> str:
+def examples_sha256(examples: Examples) -> str:
     """sha256 of all that is trained on: tokens, labels and weights, in their order."""
     result = hashlib.sha256()
     for i in range(len(examples)):

@@ -26,29 +26,29 @@ from sft.data.formats import (
     TEXT,
     Messages,
     Tools,
-    column_of,
+    error_reason,
+    get_column,
     normalise,
-    question,
-    reason_of,
+    read_question,
     recognise,
-    text_of,
-    with_columns,
-    with_system,
+    scalar_text,
+    select_columns,
+    set_system_prompt,
 )
 from sft.data.readers import (
     HUB,
-    Found,
-    _broken,
-    _compression,
-    _from_hub,
+    RawRow,
+    _choose_reader,
     _hub_rows,
     _open,
-    _printable,
-    _reader,
-    _suffix,
-    _tried,
-    _unreadable,
-    excerpt_of,
+    broken_file,
+    compression_of,
+    data_suffix,
+    load_from_hub,
+    make_excerpt,
+    one_line,
+    unreadable,
+    value_or_error,
 )
 from sft.data.split import HELD_OUT
 from sft.errors import DataError, did_you_mean
@@ -97,8 +97,8 @@ def sources(path: str | list[str]) -> list[Source]:
     paths = [path] if isinstance(path, str) else path
     found = [source for entry, text in enumerate(paths) for source in _sources(text, entry)]
     for source in found:
-        if isinstance(_tried(source.file.encode), ValueError):
-            raise _unreadable(repr(source.file), "a name that is not UTF-8; rename the file")
+        if isinstance(value_or_error(source.file.encode), ValueError):
+            raise unreadable(repr(source.file), "a name that is not UTF-8; rename the file")
     return found
 
 
@@ -108,48 +108,48 @@ def _sources(text: str, entry: int) -> list[Source]:
         return [Source(str(file), entry) for file in _files_in(path)]
     if path.exists():
         if not path.is_file():  # a pipe, whose rows could be read only once
-            raise _unreadable(text, "no regular file")
+            raise unreadable(text, "no regular file")
         return [Source(text, entry)]
     if glob.has_magic(text):
         files = sorted(name for name in glob.glob(text, recursive=True) if Path(name).is_file())
         if not files:
-            raise _unreadable(text, "no file that fits the pattern")
+            raise unreadable(text, "no file that fits the pattern")
         return [Source(name, entry) for name in files]
-    if HUB.fullmatch(text) and not _suffix(path):
+    if HUB.fullmatch(text) and not data_suffix(path):
         return [Source(text, entry, on_hub=True)]
-    raise _unreadable(text, "No such file or directory")
+    raise unreadable(text, "No such file or directory")
 
 
 def _files_in(folder: Path) -> list[Path]:
     """The data files of a folder; those of `datasets.save_to_disk` in their own order."""
     if (splits := folder / "dataset_dict.json").is_file():
-        names = _listed(splits, "splits")
+        names = _read_list(splits, "splits")
         if len(names) != 1:
-            raise _several(folder, names)
+            raise _ambiguous(folder, names)
         return _files_in(folder / names[0])
     if (state := folder / "state.json").is_file():
-        return [folder / item["filename"] for item in _listed(state, "_data_files")]
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and _suffix(file)]
+        return [folder / item["filename"] for item in _read_list(state, "_data_files")]
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and data_suffix(file)]
     files = [f for f in files if f.name not in ("dataset_info.json", "dataset_infos.json")]
     if not files:
-        raise _unreadable(str(folder), "a folder without a file that ends in one of these")
-    if len(kinds := sorted({_suffix(file) for file in files})) > 1:
-        raise _several(folder, kinds)
+        raise unreadable(str(folder), "a folder without a file that ends in one of these")
+    if len(kinds := sorted({data_suffix(file) for file in files})) > 1:
+        raise _ambiguous(folder, kinds)
     names = [file.relative_to(folder).as_posix() for file in files]
     held_out = [name for name in names if HELD_OUT.search(name)]
     if 0 < len(held_out) < len(names):
-        raise _several(folder, [next(n for n in names if n not in held_out), held_out[0]])
+        raise _ambiguous(folder, [next(n for n in names if n not in held_out), held_out[0]])
     return files
 
 
-def _listed(file: Path, key: str) -> list[Any]:
+def _read_list(file: Path, key: str) -> list[Any]:
     try:
         return list(json.loads(file.read_text("utf-8"))[key])
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{file}: expected {key} of a saved dataset; save it again") from None
 
 
-def _several(folder: Path, found: Iterable[str]) -> DataError:
+def _ambiguous(folder: Path, found: Iterable[str]) -> DataError:
     return DataError(
         f"{folder}: expected files of one kind and one split, found {', '.join(found)}; give the "
         "one to use as a folder or a glob, such as folder/train*.parquet"
@@ -167,12 +167,12 @@ def read(
     system: Literal["keep", "replace", "prepend"] = "keep",
     system_prompt: str | None = None,
     group: str | None = None,
-    asking: bool = False,
+    to_answer: bool = False,
 ) -> Iterator[Row | BadRow]:
     """Every row of a file in its order, good or bad. Raises DataError if it cannot be read on.
 
     `group`: the column that scores are told by; what a row has there is kept, as text.
-    `asking`: rows are to be answered, so they need no answer (`formats.question`).
+    `to_answer`: rows are to be answered, so they need no answer (`formats.read_question`).
     """
     empty = True
     for line, value, shown in _found(source, format):
@@ -180,15 +180,15 @@ def read(
         try:
             if isinstance(value, Exception):
                 raise value
-            raw = with_columns(value, columns) if columns else value
-            name = "" if asking else recognise(raw) if format == "auto" else format
-            messages, tools = question(raw) if asking else normalise(raw, name)
-            messages = with_system(messages, system, system_prompt)
-            own = None if group is None else text_of(_in_column(value, group))
+            raw = select_columns(value, columns) if columns else value
+            name = "" if to_answer else recognise(raw) if format == "auto" else format
+            messages, tools = read_question(raw) if to_answer else normalise(raw, name)
+            messages = set_system_prompt(messages, system, system_prompt)
+            own = None if group is None else scalar_text(_value_in(value, group))
             yield Row(messages, tools, source.file, line, source.entry, name, own)
         except (ValueError, RecursionError) as error:
-            reason = _printable(reason_of(error), 400)
-            yield BadRow(source.file, line, reason, excerpt_of(shown))
+            reason = one_line(error_reason(error), 400)
+            yield BadRow(source.file, line, reason, make_excerpt(shown))
     if empty:
         raise DataError(f"{source.file}: expected rows (docs/DATA.md), found none in the file")
 
@@ -212,43 +212,43 @@ def check_column(path: str | list[str], column: str, key: str) -> None:
     """
     known = set[str]()
     for _, row in read_raw(path):
-        if _in_column(row, column) is not None:
+        if _value_in(row, column) is not None:
             return
         known |= row.keys() if isinstance(row, dict) else set()
-    raise no_column(path, column, key, known)
+    raise missing_column(path, column, key, known)
 
 
-def no_column(path: str | list[str], column: str, key: str, known: Iterable[str]) -> DataError:
+def missing_column(path: str | list[str], column: str, key: str, known: Iterable[str]) -> DataError:
     shown = path if isinstance(path, str) else ", ".join(path)
     hint = did_you_mean(column, sorted(known))
     return DataError(f"{shown}: no column {column!r}, which {key} names; {hint}")
 
 
-def _in_column(row: Any, column: str) -> Any:
+def _value_in(row: Any, column: str) -> Any:
     """None if the row has nothing there."""
     try:
-        return column_of(row, column) if isinstance(row, dict) else None
+        return get_column(row, column) if isinstance(row, dict) else None
     except ValueError:
         return None
 
 
-def contents(path: str | list[str]) -> list[dict[str, str | int]]:
+def file_digests(path: str | list[str]) -> list[dict[str, str | int]]:
     """Name and sha256 (of the hub: fingerprint) of every file: what rows are a function of."""
     found: list[dict[str, str | int]] = []
     for source in sources(path):
         if source.on_hub:
-            digest = str(_from_hub(source.file)._fingerprint)
+            digest = str(load_from_hub(source.file)._fingerprint)
         else:
             try:
                 with Path(source.file).open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
-                raise _unreadable(source.file, error.strerror or str(error)) from None
+                raise unreadable(source.file, error.strerror or str(error)) from None
         found.append({"entry": source.entry, "name": source.file, "digest": digest})
     return found
 
 
-def options(section: Data) -> dict[str, Any]:
+def read_options(section: Data) -> dict[str, Any]:
     """What a configuration says of how rows are read, as the options of `read`."""
     return {
         "format": section.format,
@@ -275,7 +275,7 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
 def _process(settings: Data, output: Path, staged: Path) -> list[tuple[str, str]]:
     written, seen, repeated = Counter[str](), set[bytes](), 0
     bad: list[BadRow] = []
-    found = read_all(settings.train_path, **options(settings))
+    found = read_all(settings.train_path, **read_options(settings))
     with staged.open("w", encoding="utf-8", newline="\n") as file:
         for row in islice(found, settings.max_rows):
             if isinstance(row, BadRow):
@@ -314,19 +314,19 @@ def write_rejected(bad: list[BadRow], path: str | Path) -> None:
 # --- readers, one per kind of file -------------------------------------------------------------
 
 
-def _found(source: Source, format: str) -> Iterator[Found]:
+def _found(source: Source, format: str) -> Iterator[RawRow]:
     """Every raw row of a file, by the reader that its content and then its name tell."""
     if source.on_hub:
         yield from _hub_rows(source.file)
         return
     try:
-        path, read_rows = source.file, _reader(source.file, format)
+        path, read_rows = source.file, _choose_reader(source.file, format)
         with _open(path) as file:
             yield from read_rows(path, file)
     except (EOFError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
-            raise _unreadable(source.file, error.strerror) from None
-        raise _broken(source.file, error) from None
+            raise unreadable(source.file, error.strerror) from None
+        raise broken_file(source.file, error) from None
 
 
 # --- the set of rows ---------------------------------------------------------------------------
@@ -344,7 +344,7 @@ def num_rows(path: str | list[str]) -> int | None:
     """About how many rows there are, without reading them as rows; None if that cannot be told."""
     total = 0
     for source in sources(path):
-        if source.on_hub or _compression(source.file):
+        if source.on_hub or compression_of(source.file):
             return None
         with Path(source.file).open("rb") as file:
             head = file.read(6)
@@ -355,7 +355,10 @@ def num_rows(path: str | list[str]) -> int | None:
                     total += parquet.read_metadata(source.file).num_rows
                 except ArrowException:  # its reader will tell
                     return None
-            elif head.lstrip().startswith(b"{") or _suffix(Path(source.file)) in (".csv", ".tsv"):
+            elif head.lstrip().startswith(b"{") or data_suffix(Path(source.file)) in (
+                ".csv",
+                ".tsv",
+            ):
                 file.seek(0)
                 total += sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))
             else:

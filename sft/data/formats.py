@@ -67,7 +67,7 @@ def normalise(
     row: Any, format: str = "auto", columns: dict[str, str] | None = None
 ) -> tuple[Messages, Tools | None]:
     """The messages and tools of a row; ValueError with the reason if it is a bad one."""
-    row = with_columns(row, columns) if columns else row
+    row = select_columns(row, columns) if columns else row
     known = BY_NAME[recognise(row) if format == "auto" else format]
     if known.name == "text" and isinstance(row, str):
         row = {"text": row}
@@ -94,7 +94,7 @@ ANSWERED_BY = {"output": "instruction", "completion": "prompt", "answer": "quest
 }
 
 
-def question(row: Any) -> tuple[Messages, Tools | None]:
+def read_question(row: Any) -> tuple[Messages, Tools | None]:
     """The messages and tools of a row that is asked, not learnt: it may be a text, it needs no
     answer, and if its last turn is the assistant's that is what a good answer would be."""
     if isinstance(row, str) or (isinstance(row, dict) and row.keys() == {"text"}):
@@ -116,17 +116,17 @@ def question(row: Any) -> tuple[Messages, Tools | None]:
     return messages, _tools(given.get("tools"))
 
 
-def with_columns(row: Any, columns: dict[str, str]) -> dict[str, Any]:
-    """{field: value of its column}, as `column_of` finds it."""
+def select_columns(row: Any, columns: dict[str, str]) -> dict[str, Any]:
+    """{field: value of its column}, as `get_column` finds it."""
     if not isinstance(row, dict):
         raise ValueError(f"data.columns: expected an object, found {type(row).__name__}")
     try:
-        return {field: column_of(row, column) for field, column in columns.items()}
+        return {field: get_column(row, column) for field, column in columns.items()}
     except ValueError as error:
         raise ValueError(f"data.columns: {error}") from None
 
 
-def column_of(row: dict[str, Any], column: str) -> Any:
+def get_column(row: dict[str, Any], column: str) -> Any:
     """What a row has at a key, or at a path such as `instances.0.input`; ValueError if nothing."""
     if column in row:
         return row[column]
@@ -141,7 +141,7 @@ def column_of(row: dict[str, Any], column: str) -> Any:
     return value
 
 
-def with_system(
+def set_system_prompt(
     messages: Messages, mode: Literal["keep", "replace", "prepend"], text: str | None
 ) -> Messages:
     """The conversation under the system prompt `text`, in place of its own or before it.
@@ -175,7 +175,7 @@ def _refuse_constant(name: str) -> None:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
 
 
-def reason_of(error: ValueError | RecursionError) -> str:
+def error_reason(error: ValueError | RecursionError) -> str:
     """What is wrong with a row, from the error that reading it raised."""
     if isinstance(error, json.JSONDecodeError):
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
@@ -309,11 +309,11 @@ def _message(message: Any, name: str) -> Message:
     if "weight" in given:
         result["weight"] = _weight(given["weight"], f"{name}: weight")
     silent = "tool_calls" in result and content in (None, "", [])
-    result["content"] = "" if silent else _text(_joined(content, name), f"{name}: content")
+    result["content"] = "" if silent else _text(_join_parts(content, name), f"{name}: content")
     return result
 
 
-def _joined(content: Any, name: str) -> Any:
+def _join_parts(content: Any, name: str) -> Any:
     """The text of typed parts [{"type": "text", "text": ...}]."""
     if not isinstance(content, list):
         return content
@@ -333,8 +333,8 @@ def _joined(content: Any, name: str) -> Any:
 
 def _call(call: Any, name: str) -> dict[str, Any]:
     """A tool call as templates expect it: wrapped as a function, its arguments an object."""
-    given = _given(call, name)
-    function = _given(given["function"], f"{name}: function") if "function" in given else given
+    given = _object_in(call, name)
+    function = _object_in(given["function"], f"{name}: function") if "function" in given else given
     known = {"id", "type", "index", "name", "arguments"}
     ignored = given.keys() - known - {"function"} | function.keys() - known
     if ignored:
@@ -355,9 +355,9 @@ def _tools(value: Any) -> Tools | None:
     tools = _json(value, "tools") if value not in (None, "") else None
     result = []
     for number, tool in enumerate(_list(tools or [], "tools"), 1):
-        given = _given(tool, f"tool {number}")
+        given = _object_in(tool, f"tool {number}")
         wrapped = given if "function" in given else {"type": "function", "function": given}
-        function = _given(wrapped["function"], f"tool {number}: function")
+        function = _object_in(wrapped["function"], f"tool {number}: function")
         _text(function.get("name"), f"tool {number}: name")
         _check_strings(wrapped, f"tool {number}")
         result.append(wrapped)
@@ -371,7 +371,7 @@ def _pair(ask: Any, answer: Any, ask_name: str, answer_name: str) -> Messages:
     ]
 
 
-def _given(value: Any, name: str) -> dict[str, Any]:
+def _object_in(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name}: expected an object, found {type(value).__name__}")
     return {key: item for key, item in value.items() if item is not None}
@@ -390,7 +390,7 @@ def _json(value: Any, name: str) -> Any:
     try:
         return parse_json(value)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: {reason_of(error)}") from None
+        raise ValueError(f"{name}: {error_reason(error)}") from None
 
 
 def _weight(value: Any, name: str) -> float:
@@ -428,7 +428,7 @@ def _check_characters(text: str, name: str) -> None:
         raise ValueError(f"{name} contains a lone surrogate (U+{ord(lone[0]):X})")
 
 
-def text_of(value: Any) -> str:
+def scalar_text(value: Any) -> str:
     """Text of a scalar. A whole number in a column with gaps is a float in Parquet: 7.0 is 7."""
     if isinstance(value, str):
         return value

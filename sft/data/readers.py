@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from sft.data.formats import parse_json, reason_of
+from sft.data.formats import error_reason, parse_json
 from sft.errors import DataError
 
 LONGEST = 64 << 20  # bytes of a line or of a document; what is longer is never held in memory
@@ -23,7 +23,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
 
 
-class Found(NamedTuple):
+class RawRow(NamedTuple):
     """What a reader finds: a raw row, or the error that reading it raised."""
 
     line: int
@@ -31,13 +31,13 @@ class Found(NamedTuple):
     shown: Any  # its bytes, or what stands for them, for the excerpt
 
 
-def _suffix(path: Path) -> str:
+def data_suffix(path: Path) -> str:
     """The ending that tells a data file (that of `a.jsonl.gz` is .jsonl), or ""."""
     name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
-def _unreadable(path: str, found: str) -> DataError:
+def unreadable(path: str, found: str) -> DataError:
     return DataError(
         f"{path}: expected rows ({', '.join(SUFFIXES)}, or these as .gz or .zst), a folder or glob "
         f"of such files, or a hub id, found: {found} (relative paths start at {Path.cwd()}); "
@@ -45,31 +45,31 @@ def _unreadable(path: str, found: str) -> DataError:
     )
 
 
-def _broken(path: str, error: Exception) -> DataError:
+def broken_file(path: str, error: Exception) -> DataError:
     return DataError(f"{path}: the file is broken: {error}; copy or make it again")
 
 
-def excerpt_of(shown: Any, num: int = 60) -> str:
+def make_excerpt(shown: Any, num: int = 60) -> str:
     if not isinstance(shown, bytes):
         shown = json.dumps(shown, ensure_ascii=False, default=str).encode("utf-8", "replace")
-    return _printable(shown[: 8 * num].decode("utf-8", "backslashreplace").strip(), num)
+    return one_line(shown[: 8 * num].decode("utf-8", "backslashreplace").strip(), num)
 
 
-def _printable(text: str, num: int) -> str:
+def one_line(text: str, num: int) -> str:
     """At most `num` characters of it, on one line that any console can show."""
     cut = text[:num] + ("..." if len(text) > num else "")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
-Reader = Callable[[str, io.BufferedReader], Iterator[Found]]
+Reader = Callable[[str, io.BufferedReader], Iterator[RawRow]]
 
 
-def _reader(path: str, format: str) -> Reader:
+def _choose_reader(path: str, format: str) -> Reader:
     with _open(path) as file:
         head = file.read(4096)
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise _unreadable(path, "UTF-16 text; save it as UTF-8")
-    start, suffix = head.removeprefix(codecs.BOM_UTF8).lstrip(), _suffix(Path(path))
+        raise unreadable(path, "UTF-16 text; save it as UTF-8")
+    start, suffix = head.removeprefix(codecs.BOM_UTF8).lstrip(), data_suffix(Path(path))
     if head.startswith(b"PAR1"):
         return _parquet_rows
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
@@ -87,10 +87,10 @@ def _reader(path: str, format: str) -> Reader:
         return _csv_rows
     if suffix in (".jsonl", ".ndjson", ".json") or start.startswith(b"{"):
         return _json_rows
-    raise _unreadable(path, f"a file that begins with {excerpt_of(head, 20)!r}")
+    raise unreadable(path, f"a file that begins with {make_excerpt(head, 20)!r}")
 
 
-def _compression(path: str) -> str | None:
+def compression_of(path: str) -> str | None:
     with Path(path).open("rb") as file:
         head = file.read(4)
     return next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
@@ -98,7 +98,7 @@ def _compression(path: str) -> str | None:
 
 def _open(path: str) -> io.BufferedReader:
     """The bytes of a file, decompressed if they are gzip or zstd."""
-    method = _compression(path)
+    method = compression_of(path)
     if method == "gzip":
         return io.BufferedReader(cast(io.RawIOBase, gzip.open(path)))
     if method == "zstd":
@@ -121,7 +121,7 @@ def _lines(file: io.BufferedReader) -> Iterator[tuple[int, bytes, bool]]:
         yield number, line, is_long
 
 
-def _tried(parse: Callable[..., Any], *values: Any) -> Any:
+def value_or_error(parse: Callable[..., Any], *values: Any) -> Any:
     """What `parse` returns, or the error that tells a bad row."""
     try:
         return parse(*values)
@@ -129,23 +129,23 @@ def _tried(parse: Callable[..., Any], *values: Any) -> Any:
         return error
 
 
-def _too_long(kind: str) -> ValueError:
+def _too_long_error(kind: str) -> ValueError:
     return ValueError(f"the {kind} is longer than {LONGEST / 2**20:g} MiB")
 
 
-def _json_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+def _json_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
     for number, line, is_long in _lines(file):
         if is_long:
-            yield Found(number, _too_long("line"), line)
+            yield RawRow(number, _too_long_error("line"), line)
         elif text := line.strip():
-            yield Found(number, _tried(_parse, text), text)
+            yield RawRow(number, value_or_error(_parse, text), text)
 
 
 def _parse(text: bytes) -> Any:
     return parse_json(text.decode())
 
 
-def _list_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+def _list_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
     """The items of a JSON list, each parsed apart, so that a bad one is told like a bad line is."""
     content = file.read()
     decoder = json.JSONDecoder(parse_int=len)  # how large a number may be, the item's parser judges
@@ -157,17 +157,17 @@ def _list_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
         if isinstance(error, UnicodeDecodeError):
             number = content.count(b"\n", 0, error.start) + 1
             where = f"{path}:{number}"
-        raise DataError(f"{where}: the list cannot be read: {reason_of(error)}") from None
+        raise DataError(f"{where}: the list cannot be read: {error_reason(error)}") from None
     between = re.compile(r"[\s,]*")
     index, at = 0, text.index("[") + 1
     while (found := between.match(text, at)) and text[at := found.end()] != "]":
         index, start = index + 1, at
         at = decoder.raw_decode(text, start)[1]
         item = text[start:at]
-        yield Found(index, _tried(parse_json, item), item[:1000].encode())
+        yield RawRow(index, value_or_error(parse_json, item), item[:1000].encode())
 
 
-def _csv_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+def _csv_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
     """The records below a header; a record's raw lines are kept until it ends."""
     raw: list[bytes] = []
     last, is_long = 0, False
@@ -188,13 +188,13 @@ def _csv_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
             cells: list[str] | ValueError | None = next(reader, None)
         except csv.Error as error:
             cells = ValueError(f"broken quoting ({error})")
-        decoded = _tried(b"".join(raw).decode)
+        decoded = value_or_error(b"".join(raw).decode)
         if is_long:
-            return _too_long("line")
+            return _too_long_error("line")
         return decoded if isinstance(decoded, ValueError) else cells
 
     csv.field_size_limit(LONGEST)
-    delimiter = "\t" if _suffix(Path(path)) == ".tsv" else ","
+    delimiter = "\t" if data_suffix(Path(path)) == ".tsv" else ","
     reader = csv.reader(fed(), delimiter=delimiter, strict=True)
     header = record()
     while header == []:
@@ -202,7 +202,7 @@ def _csv_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
     if not isinstance(header, list) or len(set(header)) < len(header):
         repeated = isinstance(header, list) and Counter(header).most_common(1)[0][0]
         problem = f"the column {repeated!r} twice" if header else "an empty file"
-        problem = reason_of(header) if isinstance(header, ValueError) else problem
+        problem = error_reason(header) if isinstance(header, ValueError) else problem
         raise DataError(f"{path}: expected a header that names each column once, found {problem}")
     while True:
         begins = last + 1
@@ -210,26 +210,26 @@ def _csv_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
         if cells is None:
             return
         if isinstance(cells, ValueError):
-            yield Found(begins, cells, b"".join(raw[:10]))
+            yield RawRow(begins, cells, b"".join(raw[:10]))
         elif cells and len(cells) != len(header):
             wrong = f"expected {len(header)} cells as in the header, found {len(cells)}"
-            yield Found(begins, ValueError(wrong), b"".join(raw[:10]))
+            yield RawRow(begins, ValueError(wrong), b"".join(raw[:10]))
         elif cells:
-            yield Found(begins, dict(zip(header, cells, strict=True)), b"".join(raw[:10]))
+            yield RawRow(begins, dict(zip(header, cells, strict=True)), b"".join(raw[:10]))
 
 
-def _text_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+def _text_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
     """A document per file, or several between SEPARATORs, without the line ends around them."""
     parts: list[bytes] = []
     begins, size = 1, 0
 
-    def document() -> Iterator[Found]:
+    def document() -> Iterator[RawRow]:
         text = b"".join(parts).strip(b"\r\n")
         if size > LONGEST:
-            error = f"{_too_long('document')}; put {SEPARATOR.decode()} between documents"
-            yield Found(begins, ValueError(error), text)
+            error = f"{_too_long_error('document')}; put {SEPARATOR.decode()} between documents"
+            yield RawRow(begins, ValueError(error), text)
         elif text.strip():
-            yield Found(begins, _tried(bytes.decode, text), text)
+            yield RawRow(begins, value_or_error(bytes.decode, text), text)
 
     for number, line, is_long in _lines(file):
         first, *others = line.split(SEPARATOR)
@@ -247,22 +247,22 @@ def _text_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
     yield from document()
 
 
-def _parquet_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+def _parquet_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
     from pyarrow import ArrowException, parquet
 
     try:
-        whole = parquet.ParquetFile(_mapped(path, file))
+        whole = parquet.ParquetFile(_map_table(path, file))
         yield from _table_rows(whole.iter_batches(batch_size=256))
     except ArrowException as error:
-        raise _broken(path, error) from None
+        raise broken_file(path, error) from None
 
 
-def _arrow_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
+def _arrow_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
     """A file that `datasets.save_to_disk` or Arrow itself wrote."""
     from pyarrow import ArrowException, ipc
 
     try:
-        mapped = _mapped(path, file)
+        mapped = _map_table(path, file)
         if mapped.read(6) == b"ARROW1":
             whole = ipc.open_file(mapped)
             parts = (whole.get_batch(index) for index in range(whole.num_record_batches))
@@ -271,30 +271,32 @@ def _arrow_rows(path: str, file: io.BufferedReader) -> Iterator[Found]:
             mapped.seek(0)
             yield from _table_rows(ipc.open_stream(mapped))
     except ArrowException as error:
-        raise _broken(path, error) from None
+        raise broken_file(path, error) from None
 
 
-def _mapped(path: str, file: io.BufferedReader) -> Any:
+def _map_table(path: str, file: io.BufferedReader) -> Any:
     """A table's file, which is not read as a stream; one that is compressed is held in memory."""
     import pyarrow
 
-    if _compression(path):
+    if compression_of(path):
         return pyarrow.BufferReader(file.read())
     return pyarrow.memory_map(path)
 
 
-def _table_rows(batches: Iterable[Any]) -> Iterator[Found]:
+def _table_rows(batches: Iterable[Any]) -> Iterator[RawRow]:
     line = 0
     for batch in batches:
         _check_batch(batch)
         for start in range(0, batch.num_rows, 256):
             part = batch.slice(start, 256)
-            rows = _tried(part.to_pylist)
+            rows = value_or_error(part.to_pylist)
             if not isinstance(rows, list):  # one by one if a text in it is not UTF-8
-                rows = [_tried(_row_of_table, part, index) for index in range(part.num_rows)]
+                rows = [
+                    value_or_error(_row_of_table, part, index) for index in range(part.num_rows)
+                ]
             for row in rows:
                 line += 1
-                yield Found(line, _without_nulls(row) if isinstance(row, dict) else row, row)
+                yield RawRow(line, _without_nulls(row) if isinstance(row, dict) else row, row)
 
 
 def _check_batch(batch: Any) -> None:
@@ -322,12 +324,12 @@ def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     return {key: clean(value) for key, value in row.items()}
 
 
-def _hub_rows(name: str) -> Iterator[Found]:
-    for line, row in enumerate(_from_hub(name), 1):
-        yield Found(line, _without_nulls(row), row)
+def _hub_rows(name: str) -> Iterator[RawRow]:
+    for line, row in enumerate(load_from_hub(name), 1):
+        yield RawRow(line, _without_nulls(row), row)
 
 
-def _from_hub(name: str) -> Any:
+def load_from_hub(name: str) -> Any:
     """A dataset of the hub, `owner/name:config@split` (split: train)."""
     import datasets
 

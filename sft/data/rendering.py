@@ -43,7 +43,7 @@ class TemplateError(UserError):
 # --- text and tokens ---------------------------------------------------------------------------
 
 
-def text_of(
+def render_text(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
     tools: Tools = None,
@@ -51,14 +51,14 @@ def text_of(
 ) -> str:
     if not messages:
         raise DataError("the conversation begins with the assistant; give it a user turn first")
-    _try_out(tokenizer, tokenizer.get_chat_template())
-    return _rendered(tokenizer, messages, tools, add_generation_prompt)
+    try_template(tokenizer, tokenizer.get_chat_template())
+    return _apply_template(tokenizer, messages, tools, add_generation_prompt)
 
 
-def _rendered(
+def _apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, add_prompt: bool
 ) -> str:
-    with _bounded(tokenizer, messages):
+    with bounded(tokenizer, messages):
         return str(
             tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=add_prompt
@@ -67,16 +67,16 @@ def _rendered(
 
 
 @contextmanager
-def _bounded(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Iterator[None]:
+def bounded(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Iterator[None]:
     """For whatever a template does in its sandbox: its errors are told as those of the row, and
     after SECONDS it is ended.
 
     The time is CPU time, so a machine that is busy or asleep does not count. The signal reaches the
-    main thread only, and there not the inside of one long operation (see `_try_out`).
+    main thread only, and there not the inside of one long operation (see `try_template`).
     """
 
     def end(*_: object) -> None:
-        raise TemplateError(_endless(tokenizer))
+        raise TemplateError(_endless_message(tokenizer))
 
     is_main = threading.current_thread() is threading.main_thread()
     if is_main:
@@ -99,7 +99,7 @@ def _bounded(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Iterator
 
 
 @lru_cache(maxsize=64)
-def _try_out(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+def try_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """Renders two words in a process of its own first, which the system ends if it takes too much:
     `9**(9**9)` is one operation, and no signal handler ends it. Raises TemplateError.
     """
@@ -114,7 +114,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
                 with suppress(ValueError, OSError):  # a smaller one holds already
                     resource.setrlimit(limit, (most, most))
             words = [{"role": role, "content": "a"} for role in ("user", "assistant")]
-            _rendered(tokenizer, words, None, add_prompt=False)
+            _apply_template(tokenizer, words, None, add_prompt=False)
         except DataError:
             pass  # which rows it does not suit, is told with the rows
         except TemplateError:
@@ -125,7 +125,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code in (1, -signal.SIGXCPU, -signal.SIGKILL):
-        raise TemplateError(_endless(tokenizer))
+        raise TemplateError(_endless_message(tokenizer))
     if code:
         raise TemplateError(
             f"{tokenizer.name_or_path}: the chat template cannot render two words in "
@@ -133,7 +133,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         )
 
 
-def _endless(tokenizer: PreTrainedTokenizerBase) -> str:
+def _endless_message(tokenizer: PreTrainedTokenizerBase) -> str:
     return (
         f"{tokenizer.name_or_path}: the chat template took more than {SECONDS} s for one "
         "conversation, so it was ended; use a template without endless loops"
@@ -155,11 +155,11 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[str, 
     return tuple(sorted(filter(str.strip, special | set(tokenizer.all_special_tokens))))
 
 
-def calls_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+def get_calls(message: dict[str, Any]) -> list[dict[str, Any]]:
     return message.get("tool_calls") or []
 
 
-def name_of(tool: dict[str, Any]) -> str:
+def get_name(tool: dict[str, Any]) -> str:
     """The name of a tool or of a call of one; OpenAI's form nests it."""
     return str(tool.get("function", tool).get("name", ""))
 

@@ -17,25 +17,25 @@ from sft.data.rendering import (
     THOUGHTS_END,
     Span,
     Tools,
-    _bounded,
     added_tokens,
-    calls_of,
-    name_of,
+    bounded,
+    get_calls,
+    get_name,
+    render_text,
     special_tokens,
     split_thinking,
-    text_of,
 )
 from sft.errors import DataError
 
 # --- spans -------------------------------------------------------------------------------------
 
 
-def _marked_spans(
+def find_marked_spans(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools
 ) -> list[Span | None]:
     """The `{% generation %}` blocks, without blanks behind the end of turn; verified."""
     names: dict[str, Any] = dict(tokenizer.special_tokens_map)
-    with _bounded(tokenizer, messages):
+    with bounded(tokenizer, messages):
         rendered: Any = render_jinja_template(
             conversations=[messages],
             tools=tools,
@@ -55,14 +55,14 @@ def _marked_spans(
     for number, ((start, end), turn) in enumerate(zip(blocks, turns, strict=True), 1):
         block = text[start:end].rstrip()
         _, content = split_thinking(turn["content"])
-        if any(value not in block for value in (content.strip(), *map(name_of, calls_of(turn)))):
-            raise _altered(number, turn["content"])
+        if any(value not in block for value in (content.strip(), *map(get_name, get_calls(turn)))):
+            raise _altered_content(number, turn["content"])
         if not block.endswith(added):
             raise DataError(
                 f"the {{% generation %}} block of assistant turn {number} ends in {block[-20:]!r}, "
                 "not in an end-of-turn token; move that token into the block"
             )
-        thoughts = _thoughts(turn)
+        thoughts = _get_thoughts(turn)
         spans.append((start, start + len(block)) if thoughts in block else None)
     return spans
 
@@ -77,7 +77,7 @@ class _Anchor:
     kind: Literal["content", "call", "bound"]
 
 
-def _located_spans(
+def find_spans(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, text: str
 ) -> list[Span | None]:
     """Every assistant turn with its end in `text`, found with sentinels; verified.
@@ -93,7 +93,7 @@ def _located_spans(
         before, after = pieces[own[0]], pieces[own[-1] + 1]
         if anchors[own[0]].kind == "content":
             start = places[own[0]][0]
-            thoughts = _thoughts(turn)
+            thoughts = _get_thoughts(turn)
             lead = THOUGHTS_END.search(before) if thoughts else None
             if thoughts and (lead is None or thoughts not in lead[0]):
                 spans.append(None)
@@ -118,19 +118,19 @@ def _anchors(
         stand_in = dict(message)
         if message["role"] == "assistant":
             number += 1
-            calls = calls_of(message)
+            calls = get_calls(message)
             thoughts, content = split_thinking(message["content"])
             if content.strip() or not calls:
                 stand_in["content"] = thoughts + sentinel
                 anchors.append(_Anchor(number, content, "content"))
             if calls:
-                stand_in["tool_calls"] = [_renamed(call, sentinel) for call in calls]
-                anchors += [_Anchor(number, name_of(call), "call") for call in calls]
-        elif before and before["role"] == "assistant" and calls_of(before):
+                stand_in["tool_calls"] = [_rename_call(call, sentinel) for call in calls]
+                anchors += [_Anchor(number, get_name(call), "call") for call in calls]
+        elif before and before["role"] == "assistant" and get_calls(before):
             stand_in["content"] = sentinel
             anchors.append(_Anchor(0, message["content"], "bound"))
         stand_ins.append(stand_in)
-    pieces = text_of(tokenizer, stand_ins, tools).split(sentinel)
+    pieces = render_text(tokenizer, stand_ins, tools).split(sentinel)
     if len(pieces) != len(anchors) + 1:
         has_calls = len(anchors) > number
         raise DataError(
@@ -147,14 +147,20 @@ def _places(text: str, anchors: list[_Anchor], pieces: list[str]) -> list[Span]:
     places = []
     for anchor, before, after in zip(anchors, pieces, pieces[1:], strict=False):
         quoted = json.dumps(anchor.value, ensure_ascii=False)[1:-1]  # what a tool returned, as JSON
-        forms = (*_forms(anchor.value), quoted) if anchor.kind == "bound" else _forms(anchor.value)
+        forms = (
+            (*_trimmed_forms(anchor.value), quoted)
+            if anchor.kind == "bound"
+            else _trimmed_forms(anchor.value)
+        )
         found = next((form for form in forms if text.startswith(form + after, at)), None)
         if found is None or not text.startswith(before, at - len(before)):
-            raise _altered(anchor.turn or anchors[anchors.index(anchor) - 1].turn, anchor.value)
+            raise _altered_content(
+                anchor.turn or anchors[anchors.index(anchor) - 1].turn, anchor.value
+            )
         places.append((at, at + len(found)))
         at += len(found) + len(after)
     if at != len(text):
-        raise _altered(max(anchor.turn for anchor in anchors), anchors[-1].value)
+        raise _altered_content(max(anchor.turn for anchor in anchors), anchors[-1].value)
     return places
 
 
@@ -162,10 +168,10 @@ def _call_start(
     tokenizer: PreTrainedTokenizerBase, before: Messages, tools: Tools, text: str, name_at: int
 ) -> int:
     """Where a turn of calls alone begins: behind its inference prompt, or its header."""
-    prompt = text_of(tokenizer, before, tools, add_generation_prompt=True)
+    prompt = render_text(tokenizer, before, tools, add_generation_prompt=True)
     if text.startswith(prompt) and len(prompt) <= name_at:
         return len(prompt)
-    header = frame(tokenizer, tokenizer.get_chat_template()).header
+    header = turn_frame(tokenizer, tokenizer.get_chat_template()).header
     at = text.rfind(header, 0, name_at) if header else -1
     if at < 0:
         raise DataError("cannot tell where the turn of a tool call begins in the chat template")
@@ -175,7 +181,7 @@ def _call_start(
 def _closing(tokenizer: PreTrainedTokenizerBase, after: str, number: int, kind: str) -> int:
     """How many characters of `after` close the turn: behind a content at once, behind a call's name
     further on, where another special token may close it (Llama 3.1's <|eom_id|>)."""
-    closings = frame(tokenizer, tokenizer.get_chat_template()).closings
+    closings = turn_frame(tokenizer, tokenizer.get_chat_template()).closings
     if kind == "content":
         closing = next((closing for closing in closings if after.startswith(closing)), None)
         if closing is None:
@@ -199,13 +205,13 @@ class Frame:
 
 
 @lru_cache(maxsize=64)
-def frame(tokenizer: PreTrainedTokenizerBase, template: str) -> Frame:
+def turn_frame(tokenizer: PreTrainedTokenizerBase, template: str) -> Frame:
     """Header and end of a turn, from a conversation of one turn."""
     del template  # only in the key: an edited one is looked at again
     sentinel, ask = "zq7sentinelk", {"role": "user", "content": "a"}
-    text = text_of(tokenizer, [ask, {"role": "assistant", "content": sentinel}])
+    text = render_text(tokenizer, [ask, {"role": "assistant", "content": sentinel}])
     before, _, tail = text.partition(sentinel)
-    opening = before.removeprefix(text_of(tokenizer, [ask]))
+    opening = before.removeprefix(render_text(tokenizer, [ask]))
     header = (
         opening[: len(opening) - len(lead[0])]
         if (lead := THOUGHTS_END.search(opening))
@@ -223,7 +229,7 @@ def frame(tokenizer: PreTrainedTokenizerBase, template: str) -> Frame:
     return Frame(header, [closing + eos[0], closing] if eos else [closing])
 
 
-def _written_behind_prompt(text: str, last: Span | None, prompt: str | None) -> str:
+def text_behind_prompt(text: str, last: Span | None, prompt: str | None) -> str:
     """What stands between the inference prompt and the last turn's text, if a model has to write
     it: blanks, and an empty block of thoughts.
 
@@ -236,25 +242,25 @@ def _written_behind_prompt(text: str, last: Span | None, prompt: str | None) -> 
     return between if THOUGHTS.fullmatch(between) else ""
 
 
-def _renamed(call: dict[str, Any], name: str) -> dict[str, Any]:
+def _rename_call(call: dict[str, Any], name: str) -> dict[str, Any]:
     if "function" in call:
         return {**call, "function": {**call["function"], "name": name}}
     return {**call, "name": name}
 
 
-def _thoughts(turn: dict[str, Any]) -> str:
+def _get_thoughts(turn: dict[str, Any]) -> str:
     """What an assistant turn says it thought, without tags; "" for none."""
     given = turn.get("reasoning_content") or split_thinking(turn["content"])[0]
     return str(given).strip().removeprefix("<think>").removesuffix("</think>").strip()
 
 
-def _forms(content: str) -> tuple[str, ...]:
+def _trimmed_forms(content: str) -> tuple[str, ...]:
     """A content and its trimmed forms, the longest first."""
     one_side = (content.rstrip("\n"), content.rstrip(), content.lstrip("\n"), content.lstrip())
     return (content, *one_side, content.strip("\n"), content.strip())
 
 
-def _altered(number: int, content: str) -> DataError:
+def _altered_content(number: int, content: str) -> DataError:
     return DataError(
         f"the chat template alters or drops the content of assistant turn {number} "
         f"({content[:40]!r}), so it cannot be trained on as written; end the row at this turn if "

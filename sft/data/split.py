@@ -13,15 +13,15 @@ from sft.errors import DataError
 HELD_OUT = re.compile(r"(?i)(^|[/._-])(test|dev|val|valid|validation|eval)([/._-]|$)")
 
 
-def groups(digests: np.ndarray) -> np.ndarray:
+def first_equal(digests: np.ndarray) -> np.ndarray:
     """Returns (n,): of each digest the first index that has it."""
     _, first, number = np.unique(digests, return_index=True, return_inverse=True)
     return first[number]
 
 
-def firsts(digests: np.ndarray) -> np.ndarray:
+def is_first(digests: np.ndarray) -> np.ndarray:
     """Returns (n,) bool: whether a digest stands here for the first time."""
-    return groups(digests) == np.arange(len(digests))
+    return first_equal(digests) == np.arange(len(digests))
 
 
 def mix(entries: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
@@ -33,7 +33,7 @@ def mix(entries: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
     result = []
     for entry, weight in enumerate(weights):
         mine = np.flatnonzero(entries == entry)
-        drawn = _drawn(b"%d:%d:%d" % (seed, entry, n) for n in range(len(mine)))
+        drawn = _draw_order(b"%d:%d:%d" % (seed, entry, n) for n in range(len(mine)))
         part = np.sort(drawn[: round(weight % 1 * len(mine))])
         result += [mine] * int(weight) + [mine[part]]
     return np.concatenate(result)
@@ -48,7 +48,7 @@ def split(digests: np.ndarray, eval_fraction: float, seed: int) -> np.ndarray:
     held = np.zeros(len(digests), bool)
     if not eval_fraction:
         return held
-    group = groups(digests)
+    group = first_equal(digests)
     sizes = np.bincount(group)
     first = np.flatnonzero(sizes)  # of each content
     if len(first) < 2:
@@ -56,7 +56,7 @@ def split(digests: np.ndarray, eval_fraction: float, seed: int) -> np.ndarray:
             f"holding out data.eval_fraction={eval_fraction:g} needs two different rows, found "
             f"{len(first)}; give data.eval_path, or more rows"
         )
-    drawn = first[_drawn(b"%d:" % seed + bytes(digest) for digest in digests[first])]
+    drawn = first[_draw_order(b"%d:" % seed + bytes(digest) for digest in digests[first])]
     wanted = min(round(eval_fraction * len(digests)), len(digests) - 1)
     num_held = 0
     for row in drawn:
@@ -67,7 +67,7 @@ def split(digests: np.ndarray, eval_fraction: float, seed: int) -> np.ndarray:
     return held[group]
 
 
-def _drawn(texts: Iterable[bytes]) -> np.ndarray:
+def _draw_order(texts: Iterable[bytes]) -> np.ndarray:
     """Indices of the texts in a random order, the same at all times."""
     hashed = (int.from_bytes(hashlib.sha256(text).digest()[:8]) for text in texts)
     return np.argsort(np.fromiter(hashed, np.uint64), kind="stable")

@@ -39,11 +39,11 @@ from sft.data.rendering import (
     Span,
     TemplateError,
     Tools,
-    _try_out,
     added_tokens,
-    text_of,
+    render_text,
+    try_template,
 )
-from sft.data.spans import _located_spans, _marked_spans, _written_behind_prompt
+from sft.data.spans import find_marked_spans, find_spans, text_behind_prompt
 from sft.errors import DataError, UserError
 from sft.runtime.console import visible
 
@@ -93,7 +93,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
             f"{tokenizer.name_or_path}: expected one chat template, or several of which one is "
             "called default; give it a chat_template.jinja"
         )
-    _try_out(tokenizer, found)
+    try_template(tokenizer, found)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -113,18 +113,18 @@ def render(
     """
     if is_document(messages):
         return _render_document(tokenizer, messages[0]["content"])
-    text = text_of(tokenizer, messages, tools)
+    text = render_text(tokenizer, messages, tools)
     prompt = _prompt_text(tokenizer, messages, tools)
     if GENERATION_BLOCK.search(tokenizer.get_chat_template()):
-        spans = _marked_spans(tokenizer, messages, tools)
+        spans = find_marked_spans(tokenizer, messages, tools)
     else:
-        spans = _located_spans(tokenizer, messages, tools, text)
-    ids, offsets = tokens_of(tokenizer, text)
+        spans = find_spans(tokenizer, messages, tools, text)
+    ids, offsets = tokenise(tokenizer, text)
     # Both never decrease: the tokens of one character's bytes all carry that character's offsets,
     # and where a tokenizer trims blanks off offsets, a token of blanks is empty at its own end.
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
     added = added_tokens(tokenizer, len(tokenizer))
-    written = _written_behind_prompt(text, spans[-1], prompt)
+    written = text_behind_prompt(text, spans[-1], prompt)
     turns = [m for m in messages if m["role"] == "assistant"]
     weights = [_weight(turn, n == len(turns), supervise) for n, turn in enumerate(turns, 1)]
     flags: list[str] = []
@@ -184,7 +184,7 @@ def render_row(
         )
         return [(row, cut)] if cut.num_supervised else []
     if on_long == "truncate_left_turns":
-        for messages in _without_oldest(row.messages):
+        for messages in _drop_oldest(row.messages):
             shorter = render(tokenizer, messages, row.tools, supervise)
             if len(shorter.ids) <= max_seq_len:
                 shorter = replace(shorter, flags=(*shorter.flags, "turns_dropped"))
@@ -196,7 +196,9 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None
 ) -> list[int]:
     """What a model is given at inference to continue `messages`."""
-    return tokens_of(tokenizer, text_of(tokenizer, messages, tools, add_generation_prompt=True))[0]
+    return tokenise(tokenizer, render_text(tokenizer, messages, tools, add_generation_prompt=True))[
+        0
+    ]
 
 
 def prompt_mismatch(
@@ -217,12 +219,12 @@ def prompt_mismatch(
         return None
     pairs = enumerate(zip(prompt, trained, strict=False))
     same = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(trained)))
-    shared = decoded(tokenizer, prompt, max(0, same - 8), same)
-    served, seen = (decoded(tokenizer, ids, same, same + 8) for ids in (prompt, trained))
+    shared = decode_slice(tokenizer, prompt, max(0, same - 8), same)
+    served, seen = (decode_slice(tokenizer, ids, same, same + 8) for ids in (prompt, trained))
     return f"after {shared!r} the prompt has {served!r}, training has {seen!r} (token {same})"
 
 
-def coloured(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
+def colour_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
     """The text as a terminal shows it: supervised green, context dim, added tokens magenta."""
     added, result, done = added_tokens(tokenizer, len(tokenizer)), Text(), 0
     for style, run in groupby(
@@ -230,16 +232,16 @@ def coloured(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
         lambda pair: _style(pair[0] in added, pair[1] != IGNORED),
     ):
         end = done + len(list(run))
-        result.append(visible(decoded(tokenizer, example.ids, done, end)), style)
+        result.append(visible(decode_slice(tokenizer, example.ids, done, end)), style)
         done = end
     return result
 
 
-def with_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
-    """Every token behind its id, in the colours of `coloured`, blanks made visible."""
+def list_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
+    """Every token behind its id, in the colours of `colour_text`, blanks made visible."""
     added, result = added_tokens(tokenizer, len(tokenizer)), Text()
     for at, (token, label) in enumerate(zip(example.ids, example.labels, strict=True)):
-        text = decoded(tokenizer, example.ids, at, at + 1)
+        text = decode_slice(tokenizer, example.ids, at, at + 1)
         result.append(f"{token}", "dim")
         result.append(f"{text!r} ", _style(token in added, label != IGNORED))
     return result
@@ -256,7 +258,7 @@ def _prompt_text(
 ) -> str | None:
     """The inference prompt of the last turn; None if the template refuses to make one."""
     try:
-        return text_of(tokenizer, messages[:-1], tools, add_generation_prompt=True)
+        return render_text(tokenizer, messages[:-1], tools, add_generation_prompt=True)
     except DataError:
         return None
 
@@ -278,7 +280,7 @@ def _weight(turn: dict[str, Any], is_last: bool, supervise: Supervise) -> float:
     return 0.0 if supervise == "last" and not is_last else float(turn.get("weight", 1))
 
 
-def _without_oldest(messages: Messages) -> Iterator[Messages]:
+def _drop_oldest(messages: Messages) -> Iterator[Messages]:
     """The conversation without its first exchange, its first two, ...; the system turn stays."""
     start = 1 if messages[0]["role"] == "system" else 0
     asked = [n for n, m in enumerate(messages) if m["role"] == "user" and n > start]
@@ -286,14 +288,14 @@ def _without_oldest(messages: Messages) -> Iterator[Messages]:
         yield [*messages[:start], *messages[n:]]
 
 
-def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
     """The template has written every special token, bos too: the tokenizer must add none."""
-    ids, offsets = _encoded(tokenizer, len(tokenizer), text)
+    ids, offsets = _encode(tokenizer, len(tokenizer), text)
     return list(ids), list(offsets)
 
 
 @lru_cache(maxsize=2)  # the audit asks for the same text again
-def _encoded(
+def _encode(
     tokenizer: PreTrainedTokenizerBase, size: int, text: str
 ) -> tuple[list[int], list[Span]]:
     del size  # only in the key: a tokenizer that grew is asked again
@@ -303,7 +305,7 @@ def _encoded(
     return encoded["input_ids"], encoded["offset_mapping"]
 
 
-def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, end: int) -> str:
+def decode_slice(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, end: int) -> str:
     """Text of ids[start:end] in its place; decoded alone it might lose its leading blank."""
     before, until = (
         str(tokenizer.decode(ids[:at], clean_up_tokenization_spaces=False)) for at in (start, end)

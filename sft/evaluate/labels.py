@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from sft.data.formats import text_of
+from sft.data.formats import scalar_text
 
 # --- labels in answers ---------------------------------------------------------------------------
 
@@ -27,7 +27,7 @@ def label_of(answer: str | None, labels: Sequence[str]) -> str | None:
         return text
     by_letters, pattern = _spellings(tuple(labels))
     if "{" in text:
-        said = [text_of(each[key]) for each in _objects(text) for key in each if _is_label(key)]
+        said = [scalar_text(each[key]) for each in _objects(text) for key in each if _is_label(key)]
         given = {each if each in labels else by_letters.get(letters(each)) for each in said}
     else:
         text = text.casefold()

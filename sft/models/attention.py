@@ -67,7 +67,7 @@ def attend(
     if dropout:
         raise _cannot("dropout")
     rows, _, time, _ = query.shape
-    starts, longest = borders(given.get("position_ids"), rows, time, query.device)
+    starts, longest = document_starts(given.get("position_ids"), rows, time, query.device)
     window = given.get("sliding_window")
     q, k, v = (each.to(dtype).transpose(1, 2).flatten(0, 1) for each in (query, key, value))
     attended = varlen_attn(
@@ -105,7 +105,7 @@ def _kernel_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | Non
 _known = WeakTensorKeyDictionary()  # layers of a pass share their position ids
 
 
-def borders(
+def document_starts(
     positions: torch.Tensor | None, rows: int, time: int, device: torch.device
 ) -> tuple[torch.Tensor, int]:
     """Where documents begin in all rows, one behind the other, with the end of the last (int32),

@@ -76,7 +76,7 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
         raise CheckpointError(f"{folder} does not fit the model: it lacks {min(missing)}")
 
 
-def shape_of(told: dict[str, Any]) -> Tuning:
+def adapter_tuning(told: dict[str, Any]) -> Tuning:
     """Of adapters, by what was saved beside them. ValueError or KeyError for what is none."""
     return Tuning(**{key: told[key] for key in ("r", "lora_alpha", "target_modules")})
 

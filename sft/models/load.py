@@ -33,7 +33,7 @@ from sft.runtime import checkpoint
 
 
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
-    with explained(config.name):
+    with explain_load_errors(config.name):
         tokenizer = AutoTokenizer.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -43,13 +43,13 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
 
 def architecture(config: Model) -> Any:
     """The transformers configuration (`config.json`) of the model; reads no weights."""
-    with explained(config.name):
+    with explain_load_errors(config.name):
         return AutoConfig.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
 
 
-def shallow(architecture: Any, depth: int) -> Any:
+def keep_layers(architecture: Any, depth: int) -> Any:
     """A copy of a transformers configuration with its first `depth` layers."""
     result = copy.deepcopy(architecture)
     text = result.get_text_config()
@@ -60,7 +60,7 @@ def shallow(architecture: Any, depth: int) -> Any:
 
 
 @contextmanager
-def explained(name: str) -> Iterator[None]:
+def explain_load_errors(name: str) -> Iterator[None]:
     """Turns what libraries raise for a missing, foreign or damaged model into one message."""
     try:
         yield
@@ -137,7 +137,7 @@ def load_base(
     kernel = None if config.attn_implementation == "auto" else config.attn_implementation
     compute = DTYPES[precision]
     storage = torch.float32 if mode == "full" else compute
-    with explained(config.name):
+    with explain_load_errors(config.name):
         if config.init == "random" or not weights:
             model = AutoModelForCausalLM.from_config(
                 architecture(config),
@@ -181,7 +181,7 @@ def check_attention(config: Model) -> None:
         return
     attention.register()
     arch, model = architecture(config), None
-    with explained(config.name), torch.device("meta"):
+    with explain_load_errors(config.name), torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(
                 arch,

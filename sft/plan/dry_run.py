@@ -32,7 +32,7 @@ from sft.evaluate import generate
 from sft.models import dtypes, load
 from sft.models.attention import needs_no_mask
 from sft.models.layers import embedding_layers
-from sft.models.load import shallow
+from sft.models.load import keep_layers
 from sft.plan.trace import Assume, Recorder, Trace
 from sft.runtime.context import Context
 from sft.tasks.base import Row
@@ -112,7 +112,7 @@ def _fake(config: RunConfig, masked: bool, depth: int | None) -> Iterator[None]:
     whole = load.architecture
 
     def architecture(asked: Any) -> Any:
-        return whole(asked) if depth is None else shallow(whole(asked), depth)
+        return whole(asked) if depth is None else keep_layers(whole(asked), depth)
 
     with ExitStack() as stack:
         enter = stack.enter_context

@@ -146,7 +146,7 @@ def guarded_model(
 
 
 def _questions(source: str, guard: Guard) -> Iterator[answers.Question]:
-    for row in read_all(source, asking=True):
+    for row in read_all(source, to_answer=True):
         guard.tick()
         yield answers.make_question(row)
 

@@ -298,9 +298,9 @@ def _is_own(folder: Path) -> bool:
 def _make_question(messages: Any, number: int) -> Question:
     """Returns a conversation as a question, with an error if it is none."""
     try:
-        turns, tools = formats.question({"messages": messages})
+        turns, tools = formats.read_question({"messages": messages})
     except (ValueError, RecursionError) as error:
-        bad = BadRow("", number, formats.reason_of(error), str(messages)[:60])
+        bad = BadRow("", number, formats.error_reason(error), str(messages)[:60])
         return answers.make_question(bad)
     return answers.make_question(Row(turns, tools, "", number))
 

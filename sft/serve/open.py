@@ -95,7 +95,7 @@ def _open_run(asked: Opening, config: Config, weights: Path) -> AnswerModel:
     task = task_of(config)
     built, tokenizer = task.load_saved(weights, config, asked.precision, asked.device)
     own = f"{checkpoint.sha256(weights / checkpoint.MANIFEST)} {task.part(config)}"
-    base = digest.fingerprint(config.model) if config.tuning.mode != "full" else ""
+    base = digest.model_sha256(config.model) if config.tuning.mode != "full" else ""
     return _answer_model(
         asked, task.as_answer_model(built), tokenizer, base, own, config.tuning.mode
     )
@@ -125,7 +125,7 @@ def _open_base(asked: Opening) -> AnswerModel:
         own = " ".join(checkpoint.sha256(file) for file in task.adapter_files(folder))
         if (folder / "tokenizer_config.json").exists():
             tokenizer = load.load_tokenizer(Model(name=adapter))
-    return _answer_model(asked, base.eval(), tokenizer, digest.fingerprint(settings), own, mode)
+    return _answer_model(asked, base.eval(), tokenizer, digest.model_sha256(settings), own, mode)
 
 
 def _answer_model(
@@ -146,5 +146,5 @@ def _download(name: str, cache_dir: Path) -> str:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-    with load.explained(name):
+    with load.explain_load_errors(name):
         return str(snapshot_download(name, cache_dir=cache_dir, allow_patterns=wanted))

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from sft.config.load import load_config
 from sft.data import audit
-from sft.data.cache import Prepared, key, prepare
+from sft.data.cache import Prepared, cache_key, prepare
 from sft.data.files import Row
 from sft.data.template import IGNORED, Example, prepare_tokenizer, render
 
@@ -185,7 +185,7 @@ def _supervise(example: Example, *runs: tuple[int, int]) -> Example:
 
 
 def _runs(example: Example) -> list[tuple[int, int]]:
-    return audit.runs(example.labels)
+    return audit.supervised_runs(example.labels)
 
 
 def _again(made: Any, text: str, example: Example) -> Example:
@@ -783,7 +783,7 @@ def _of_another_template(model: Path, folder: Path) -> None:
     template.write_text(template.read_text() + "{# edited #}")
     inputs = json.loads((folder / "audit.json").read_text())["inputs"]
     inputs["template"] = audit.template_sha256(AutoTokenizer.from_pretrained(model))
-    folder.rename(folder.with_name(key(inputs)))
+    folder.rename(folder.with_name(cache_key(inputs)))
 
 
 def _with_a_flipped_bit(model: Path, folder: Path) -> None:

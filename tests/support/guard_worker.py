@@ -139,7 +139,7 @@ def prepare_data(request: Request) -> None:
         time.sleep(600)
 
     cache.hardware.usable_cores = lambda: 2
-    cache._part = part
+    cache._render_rows = part
     config = load_config("configs/nano.yaml", [f"data.cache_dir={request['out']}/cache"])
     with Guard(Path(request["folder"]), request["limit"]) as guard:
         guard.begin()

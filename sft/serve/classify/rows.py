@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from sft.config.load import classified_rows
 from sft.config.schema import Classify, Config, Model, Strategy
-from sft.data.files import no_column, read_raw
-from sft.data.formats import Messages, reason_of, text_of
+from sft.data.files import missing_column, read_raw
+from sft.data.formats import Messages, error_reason, scalar_text
 from sft.errors import ConfigError, DataError, did_you_mean
 from sft.evaluate.labels import label_of, letters
 
@@ -110,16 +110,16 @@ def read(settings: Classify) -> list[Example]:
             rows.append((place, row))
         else:
             is_error = isinstance(row, ValueError | RecursionError)
-            bad.append(f"{place}: {reason_of(row) if is_error else 'expected columns'}")
+            bad.append(f"{place}: {error_reason(row) if is_error else 'expected columns'}")
     _check_columns(path, settings, {column for _, row in rows for column in row})
     examples = []
     for place, row in rows:
-        text, label = text_of(row.get(settings.text)), text_of(row.get(settings.label))
+        text, label = scalar_text(row.get(settings.text)), scalar_text(row.get(settings.label))
         if not text.strip() or not label:
             empty = settings.label if text.strip() else settings.text
             bad.append(f"{place}: the column {empty!r} is empty")
-        group = text_of(row.get(settings.group)) if settings.group else ""
-        ids = [text_of(row.get(column)) for column in settings.split_by]
+        group = scalar_text(row.get(settings.group)) if settings.group else ""
+        ids = [scalar_text(row.get(column)) for column in settings.split_by]
         examples.append(Example(text, label, group, place, tuple(filter(None, ids))))
     if not {example.label for example in examples} & {*settings.labels}:
         raise DataError(
@@ -144,7 +144,7 @@ def _check_columns(path: str, settings: Classify, known: set[str]) -> None:
     wanted += [("split_by", column) for column in settings.split_by]
     for key, column in wanted:
         if column not in known:
-            raise no_column(path, column, f"classify.{key}", known)
+            raise missing_column(path, column, f"classify.{key}", known)
 
 
 def _listed(labels: Any) -> str:

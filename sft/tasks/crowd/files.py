@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from sft.config.schema import Crowd, Model
 from sft.errors import CheckpointError, ExportError, ModelError
 from sft.models.adapters import add_adapters
-from sft.models.export import ADAPTER, BASE, base_record, put_weights, shape_of
+from sft.models.export import ADAPTER, BASE, adapter_tuning, base_record, put_weights
 from sft.runtime import checkpoint
 from sft.tasks.crowd.agents import Agents, in_peft
 
@@ -86,7 +86,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / META
     try:
         told = json.loads(path.read_text("utf-8"))
-        shape_of(told)
+        adapter_tuning(told)
         settings = Crowd(num_agents=told["num_agents"], aggregator=told["aggregator"])
         numbers = list(map(float, told["concentration"]))
         whole = len(numbers) == settings.num_agents and 0 < sum(numbers) < math.inf
@@ -115,7 +115,7 @@ def with_agents(base: nn.Module, folder: Path) -> nn.Module:
     told = read_meta(folder)
     settings = Crowd(num_agents=told["num_agents"], aggregator=told["aggregator"])
     try:
-        crowd: Any = Agents(add_adapters(base, shape_of(told)), settings)
+        crowd: Any = Agents(add_adapters(base, adapter_tuning(told)), settings)
         put_weights(crowd, read_agents(crowd, folder))
     except ModelError as error:
         raise ExportError(f"{folder} is no crowd of this base: {error}") from None

@@ -13,7 +13,7 @@ from sft.config.schema import Model
 from sft.errors import CheckpointError, ExportError, ModelError
 from sft.models.adapters import add_adapters
 from sft.models.digest import weights_sha256
-from sft.models.export import ADAPTER, BASE, load_weights, shape_of
+from sft.models.export import ADAPTER, BASE, adapter_tuning, load_weights
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What a LoRA adapter may have that `models.adapters.add_adapters` would compute otherwise.
@@ -111,7 +111,7 @@ def with_adapter(base: nn.Module, name: str, folder: Path) -> nn.Module:
             "weights, say so: set base_model_name_or_path in its adapter_config.json"
         )
     try:
-        tuning = shape_of(found)
+        tuning = adapter_tuning(found)
     except (ValueError, KeyError) as error:
         raise ExportError(f"{folder / 'adapter_config.json'}: not a LoRA shape: {error}") from None
     try:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sft.config.schema import Config
 from sft.errors import VerificationError
-from sft.models.load import architecture, load_tokenizer, shallow
+from sft.models.load import architecture, keep_layers, load_tokenizer
 from sft.tasks.base import Shrunk
 
 LAYERS = 2
@@ -57,7 +57,7 @@ def small_model(config: Config, exact: bool = False) -> tuple[nn.Module, list[tu
     """A model of the configured architecture with two narrow layers and random weights, and what
     is to be told about it. `exact`: without dropout."""
     whole = architecture(config.model)
-    few = shallow(whole, min(LAYERS, whole.get_text_config().num_hidden_layers))
+    few = keep_layers(whole, min(LAYERS, whole.get_text_config().num_hidden_layers))
     told = []
     if exact and (dropped := _without_dropout(few)):
         told.append(("model", f"no dropout ({', '.join(dropped)})"))

@@ -67,7 +67,7 @@ class FineTune(Task):
     @classmethod
     def identity_of(cls, config: Config, prepared: Prepared) -> dict[str, str]:
         return {
-            "model": digest.fingerprint(config.model),
+            "model": digest.model_sha256(config.model),
             "tuning": config.tuning.model_dump_json(),
             **cls.digests(prepared),
         }
@@ -137,7 +137,7 @@ class FineTune(Task):
         arch = load.architecture(config.model)
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(
-                arch if depth is None else load.shallow(arch, depth),
+                arch if depth is None else load.keep_layers(arch, depth),
                 trust_remote_code=config.model.trust_remote_code,
             )
             if config.tuning.mode == "full":
@@ -191,12 +191,12 @@ class FineTune(Task):
     @classmethod
     def preview(cls, prepared: Prepared) -> Iterator[RenderableType]:
         yield "First row, as the model sees it (supervised: green; special: magenta; context: dim)"
-        yield template.coloured(prepared.tokenizer, prepared.train[0])
-        yield f"audit: {audit.summary(prepared.audit)}"
+        yield template.colour_text(prepared.tokenizer, prepared.train[0])
+        yield f"audit: {audit.summarise(prepared.audit)}"
 
     @classmethod
     def write_data_report(cls, prepared: Prepared, folder: Path) -> None:
-        cache.write(prepared, folder)
+        cache.write_audit(prepared, folder)
 
     # -- check and verify
 
