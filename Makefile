@@ -19,9 +19,9 @@ export PYTHONPATH := $(CURDIR)
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-# scripts/launch.py reads these from the environment, whether they come from there or are given to make.
+# scripts/train_distributed.py reads these from the environment, whether they come from there or are given to make.
 export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERATE_CONFIG
-launch = $(BIN)/python scripts/launch.py --config $(CONFIG)
+launch = $(BIN)/python scripts/train_distributed.py --config $(CONFIG)
 classified = $(if $(filter command environment,$(firstword $(origin CONFIG))),$(CONFIG),configs/classify_hatecheck.yaml)
 crowd = $(if $(filter command environment,$(firstword $(origin CONFIG))),$(CONFIG),configs/crowd_nano.yaml)
 agent = $(if $(AGENT),crowd.agent=$(AGENT))
@@ -91,7 +91,7 @@ train: $(READY) ## Fine-tune CONFIG in one process (default: the embedded nano m
 	@$(BIN)/python scripts/train.py --config $(CONFIG) $(ARGS)
 
 train-crowd: $(READY) ## K agents on one frozen base (default: configs/crowd_nano.yaml) [NUM_PROCESSES=n]
-	@$(BIN)/python scripts/$(if $(NUM_PROCESSES),launch,train).py --config $(crowd) $(ARGS)
+	@$(BIN)/python scripts/$(if $(NUM_PROCESSES),train_distributed,train).py --config $(crowd) $(ARGS)
 
 train-distributed: $(READY) ## The same on every GPU (two CPU processes without one), DDP [NUM_PROCESSES=n]
 	@$(launch) $(ARGS)

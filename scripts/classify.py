@@ -22,7 +22,7 @@ def main() -> int | None:
     rows.check(config, tune=args.tune)
     if args.tune and args.run:
         raise UserError("RUN is a tuned model: give TUNE=1, or RUN, not both")
-    if launcher.is_asked():
+    if launcher.has_ranks_to_start():
         rows.split(rows.read(config.classify), config.classify)  # told once, by no rank
         return _launch(config, ["--config", args.config, *args.overrides], args.run, args.tune)
     if args.tune and "WORLD_SIZE" in os.environ:
@@ -51,11 +51,14 @@ def _launch(config: Config, own: list[str], run: Path | None, tune: bool) -> int
     def classify(run: Path | None) -> int:
         folder = run / "classify" if run else Path(config.classify.output_dir)
         named = ["--run", str(run)] if run else []
-        return launcher.launch(Train(output_dir=str(folder)), [*own, *named], Path(__file__))
+        program = [*launcher.this_program(), *own, *named]
+        return launcher.launch(Train(output_dir=str(folder)), program)
 
     code = classify(run)
     if tune:
-        code = code or launcher.launch(config.train, own)
+        code = code or launcher.launch(
+            config.train, [str(Path(__file__).with_name("train.py")), *own], trains=True
+        )
         code = code or classify(Path(config.train.output_dir))
     return code
 

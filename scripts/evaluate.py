@@ -12,8 +12,8 @@ def main() -> int | None:
     args = parser.parse_args()
     from sft.runtime import launcher
 
-    if launcher.is_asked():
-        return launcher.launch_script(Path(__file__), args.run / "evaluation" / args.name)
+    if launcher.has_ranks_to_start():
+        return launcher.launch_self(args.run / "evaluation" / args.name)
     from sft import run
 
     run.evaluate_run(args.run, args.name, args.overrides)

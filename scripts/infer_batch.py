@@ -21,8 +21,8 @@ def main() -> int:
     from sft.runtime import launcher
 
     code = 0
-    if launcher.is_asked():
-        code = launcher.launch_script(Path(__file__), folder)
+    if launcher.has_ranks_to_start():
+        code = launcher.launch_self(folder)
     else:
         from sft.serve import chat
 

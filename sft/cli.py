@@ -165,13 +165,13 @@ def _error_file() -> Path | None:
 
 def _is_first() -> bool:
     """Whether no other rank on this machine has told an error in this attempt."""
-    mark, own = None, os.environ
+    from sft.runtime import slurm
+
+    mark = None
     if file := _error_file():  # of torchrun: attempt/local_rank/error.json
-        mark = file.parent.parent / "told"
-    elif int(own.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in own:
-        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-        attempt = "_".join(own.get(name, "0") for name in names)
-        mark = Path(tempfile.gettempdir()) / f"sft_told_{attempt}"
+        mark = file.parent.parent / "reported"
+    elif step := slurm.step_id():
+        mark = Path(tempfile.gettempdir()) / f"sft_reported_{step}"
     try:
         if mark:
             mark.touch(exist_ok=False)

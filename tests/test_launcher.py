@@ -20,19 +20,19 @@ from conftest import ROOT, clean_environment
 from sft.config.schema import Train
 from sft.errors import ConfigError
 from sft.runtime import launcher
-from sft.runtime.signals import Signals, catches, ranks
-from sft.runtime.world import CHECKED, PORT, World, launch_file, read_launch_file, world_of
+from sft.runtime.signals import SignalRelay, has_handler, rank_pids
+from sft.runtime.world import PLAIN, PORT, World, launch_file, read_launch_file, world_of
 
 WORKER = ROOT / "tests/support/launch_worker.py"
 DRIVER = """
 import sys
-from pathlib import Path
-from sft import cli, launcher
-from sft.config import load_config
+from sft import cli
+from sft.config.load import load_config
+from sft.runtime import launcher
 
 mode, folder = sys.argv[1:]
 train = load_config("configs/nano.yaml", [f"train.output_dir={folder}"]).train
-cli.run(lambda: launcher.launch(train, [mode, folder], Path("tests/support/launch_worker.py")))
+cli.run(lambda: launcher.launch(train, ["tests/support/launch_worker.py", mode, folder]))
 """
 
 
@@ -89,9 +89,8 @@ def train(**values: object) -> Train:
     return Train.model_validate({"output_dir": "none", "num_processes": 4} | values)
 
 
-def world(settings: Train | None = None, file: str = "ddp") -> World:
-    read = read_launch_file(CHECKED / f"{file}.yaml")
-    return world_of(settings or train(), read)
+def world() -> World:
+    return world_of(train(), read_launch_file(PLAIN))
 
 
 def test_the_processes_are_those_of_each_machine(given):
@@ -122,26 +121,24 @@ def test_a_launch_that_cannot_meet_is_refused(given, values, message):
         world()
 
 
-def test_the_engine_chooses_the_launch_file_unless_one_is_named(given, tmp_path):
+def test_one_launch_file_serves_every_engine_unless_another_is_named(given, tmp_path):
     def chosen(**values: object) -> Path:
         return launch_file(train(**values))
 
-    three = str(ROOT / "configs/deepspeed_z3.json")
-    one = tmp_path / "z1.json"
-    one.write_text('{"zero_optimization": {"stage": 1}}')
-    checked = CHECKED
-    assert chosen() == checked / "ddp.yaml"
-    assert chosen(engine="fsdp") == checked / "fsdp2.yaml"
-    assert chosen(engine="deepspeed", deepspeed_config=three) == checked / "deepspeed_z3.yaml"
-    assert chosen(engine="deepspeed", deepspeed_config=str(one)) == checked / "ddp.yaml"
-    assert chosen(engine="deepspeed", deepspeed_config="missing") == checked / "ddp.yaml"
-    for kind, used in (("NO", checked / "ddp.yaml"), ("MULTI_GPU", tmp_path / "own")):
+    for kind, used in (("NO", PLAIN), ("MULTI_GPU", tmp_path / "own")):
         (tmp_path / "own").write_text(
             yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "distributed_type": kind})
         )
         assert chosen() == used  # of `make setup-accelerate`
+    assert chosen(engine="fsdp") == chosen(engine="deepspeed") == PLAIN
     given(ACCELERATE_CONFIG="named.yaml")
-    assert chosen(engine="fsdp") == Path("named.yaml")
+    assert chosen() == chosen(engine="fsdp") == Path("named.yaml")
+
+
+def test_the_launch_file_is_that_of_the_folder_of_configurations():
+    """So that what users start with `accelerate launch` is what the launcher starts."""
+    shown = yaml.safe_load((ROOT / "configs/accelerate/ddp.yaml").read_text())
+    assert yaml.safe_load(PLAIN.read_text()).items() <= shown.items()
 
 
 @pytest.mark.parametrize(
@@ -153,7 +150,7 @@ def test_the_engine_chooses_the_launch_file_unless_one_is_named(given, tmp_path)
     ],
 )
 def test_a_launch_file_that_would_fail_silently_is_refused(given, tmp_path, change, message):
-    values = yaml.safe_load((CHECKED / "ddp.yaml").read_text())
+    values = yaml.safe_load(PLAIN.read_text())
     (tmp_path / "file.yaml").write_text(yaml.safe_dump(values | change))
     given(ACCELERATE_CONFIG=str(tmp_path / "file.yaml"))
     with pytest.raises(ConfigError, match=message):
@@ -194,10 +191,10 @@ def idle() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def test_ranks_are_found_and_the_third_stop_kills_them(idle, tmp_path):
-    assert set(ranks()) >= {process.pid for process in idle}
+    assert set(rank_pids()) >= {process.pid for process in idle}
     (tmp_path / "attempt").mkdir()  # ranks were started
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
-    with Signals(tmp_path) as signals:
+    with SignalRelay(tmp_path) as signals:
         told = (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM)  # a terminal was closed
         for count, number in enumerate(told, 1):
             assert [process.poll() for process in idle] == [None, None]
@@ -212,9 +209,9 @@ def test_ranks_are_found_and_the_third_stop_kills_them(idle, tmp_path):
 
 
 def test_a_rank_that_does_not_expect_sigusr1_survives_it(idle, tmp_path, capfd):
-    assert catches(idle[0].pid, signal.SIGTERM)
-    assert not catches(idle[0].pid, signal.SIGUSR1)
-    with Signals(tmp_path):
+    assert has_handler(idle[0].pid, signal.SIGTERM)
+    assert not has_handler(idle[0].pid, signal.SIGUSR1)
+    with SignalRelay(tmp_path):
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.3)
     assert "no rank is training" in capfd.readouterr().err
@@ -319,7 +316,7 @@ def test_make_ends_with_the_code_of_the_run(tmp_path):
     ) as process:
         for line in process.stdout or []:
             if line.startswith("step     1/"):
-                (pid,) = children(process.pid, "scripts/launch.py")
+                (pid,) = children(process.pid, "scripts/train_distributed.py")
                 os.kill(pid, signal.SIGTERM)
                 break
         told = process.communicate(timeout=180)[1]

@@ -69,6 +69,10 @@ def test_a_run_dies_at_the_point_that_was_chosen(tmp_path, point, left):
     assert names == {f"checkpoint_step_{step}" for step in range(1, left + 1)} | staged
 
 
+def forks(world: int, _folder: Path, program: list[str]) -> str:
+    return forked.launch(world, program)
+
+
 def test_fresh_processes_are_gone_when_they_are_reported(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -77,8 +81,8 @@ def test_fresh_processes_are_gone_when_they_are_reported(tmp_path):
         "told = ['told by', os.environ.get('RANK', 'alone'), *sys.argv[1:]]\n"
         "os.write(1, (' '.join(told) + '\\n').encode())\n"
     )
-    assert runs.fresh(1, [str(script), "a=b"]) == "told by alone a=b\n"
-    told = runs.fresh(2, [str(script)])
+    assert runs.fresh(1, tmp_path, [str(script), "a=b"]) == "told by alone a=b\n"
+    told = runs.fresh(2, tmp_path, [str(script)])
     assert {"told by 0", "told by 1"} <= set(told.splitlines()), told
     assert {path.name for path in tmp_path.iterdir()} == {"script.py", "alone", "0", "1"}
 
@@ -177,7 +181,7 @@ CELLS = ("step", "examples", "losses", "weights", "optimizer")
 
 def trials(folder: Path, *overrides: str, exact: bool = False) -> runs.Trials:
     config = load_config(ROOT / "configs/nano.yaml", [*LORA, *overrides])
-    return runs.Trials(make_small(config, folder, exact=exact), forked.launch)
+    return runs.Trials(make_small(config, folder, exact=exact), forks)
 
 
 BROKEN = """
@@ -290,7 +294,7 @@ def test_a_torn_checkpoint_is_found_out(killed):
 
 @pytest.mark.slow
 def test_distillation_keeps_both_laws(tmp_path, monkeypatch):
-    made = runs.Trials(small_darkroom(tmp_path, monkeypatch), forked.launch)
+    made = runs.Trials(small_darkroom(tmp_path, monkeypatch), forks)
     (row,) = laws.resume_rows(made, 1, laws.kills(made.small, 1)[-1:])
     assert holding(row) == dict.fromkeys(CELLS, True)
     cut = laws.Cut(1, "one process", "padded", 1)

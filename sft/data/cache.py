@@ -445,7 +445,7 @@ _inherited: list[Work] = []  # of a worker: its work
 
 
 def _start_worker(work: Work, parent: int) -> None:
-    children.in_worker(parent)
+    children.prepare_worker(parent)
     _inherited.append(work)
 
 

@@ -228,9 +228,9 @@ def _halve_until_it_fits(
     try:
         return decode(batch)
     except Exception as error:
-        if len(batch) == 1 or oom.shortage(error) is None:
+        if len(batch) == 1 or oom.oom_message(error) is None:
             raise
-    oom.release()
+    oom.release_memory()
     half = len(batch) // 2
     return [
         *_halve_until_it_fits(batch[:half], decode),

@@ -72,9 +72,9 @@ def _tried(
     try:
         return (_on_gpu if on_gpu else _on_cpu)(engine, micro_batches, state_bytes), None
     except Exception as error:
-        if (reason := oom.shortage(error)) is None:
+        if (reason := oom.oom_message(error)) is None:
             raise
-    oom.release()
+    oom.release_memory()
     return 0, reason
 
 

@@ -1,4 +1,4 @@
-"""Processes that must not outlive the one that started them."""
+"""Starts and ends other processes, and says whether one is alive."""
 
 from __future__ import annotations
 
@@ -6,24 +6,38 @@ import ctypes
 import os
 import signal
 import socket
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-LAUNCHER = "SFT_LAUNCHER"  # the variable in which `launcher` tells the ranks its process id
+import psutil
+
+LAUNCHER = "SFT_LAUNCHER"  # the variable in which the launcher gives the ranks its process id
 
 
 def die_with_parent(parent: int) -> None:
-    """This process is killed when `parent`, which started it, is gone, however that happens."""
+    """Makes the kernel kill this process when `parent`, which started it, ends in whatever way."""
     if sys.platform != "linux":
         return
     set_death_signal = 1  # PR_SET_PDEATHSIG
     ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it was gone before this was asked for
+    if os.getppid() != parent:  # it ended before the kernel was asked
         os._exit(1)
 
 
-def machine() -> str:
-    """What processes share that can look at each other by their numbers."""
+def prepare_worker(parent: int) -> None:
+    """Makes a forked worker die with its parent, and leave signals to it."""
+    signal.set_wakeup_fd(-1)  # that pipe is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the pool ends its workers
+    die_with_parent(parent)
+
+
+def machine_id() -> str:
+    """Returns a text that is equal for processes that see each other's process ids."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -32,7 +46,7 @@ def machine() -> str:
 
 
 def is_dead(pid: int) -> bool:
-    """Whether that process of this machine is gone, or only waits to be buried."""
+    """Returns whether that process of this machine has exited or is a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -43,20 +57,41 @@ def is_dead(pid: int) -> bool:
 
 
 def process_state(pid: int) -> str:
-    """The kernel's letter: R running, S sleeping, T stopped, Z dead; '' where it is not told."""
+    """Returns the kernel's letter (R running, T stopped, Z zombie), or '' if unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
     except OSError:
         return ""
 
 
-# --- processes that must not be left over ------------------------------------------------------
+def kill_tree(pid: int) -> None:
+    """Kills a process and all its descendants; this process, if it is one of them, last."""
+    with suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        family = [root, *root.children(recursive=True)]
+        for process in sorted(family, key=lambda each: each.pid == os.getpid()):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
-def in_worker(parent: int) -> None:
-    """For a forked worker: it dies with its parent, and leaves signals to it."""
-    signal.set_wakeup_fd(-1)  # that pipe is the parent's
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the pool ends its workers
-    die_with_parent(parent)
+def run_captured(command: Sequence[str], seconds: float, environment: Mapping[str, str]) -> str:
+    """Returns what a command and its descendants printed; kills them all after so many seconds.
+
+    It waits until the last process that may still print has ended.
+    """
+    with subprocess.Popen(
+        command,
+        env=dict(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        try:
+            return process.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            kill_tree(process.pid)
+            return process.communicate()[0] + f"\nerror: killed after {seconds} seconds"
+        except BaseException:
+            kill_tree(process.pid)
+            raise

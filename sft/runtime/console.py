@@ -1,4 +1,4 @@
-"""What people see: tables, progress, sizes and durations as text."""
+"""Formats what people see: tables, progress, sizes and durations; writes files whole."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Advance = Callable[..., None]  # advance(n=1, note="")
 
 
 def make_console(file: Any = None) -> Console:
-    """At most `WIDTH` columns; text is printed as it is, never read as markup."""
+    """Returns a console of at most `WIDTH` columns that prints text as it is, never as markup."""
     console = Console(
         file=file,
         highlight=False,
@@ -43,17 +43,17 @@ def make_console(file: Any = None) -> Console:
 
 
 def visible(text: str) -> str:
-    """Text from data or a model for a terminal, which would obey its control characters."""
+    """Returns text without the control characters that a terminal would obey."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", lambda m: repr(m[0])[1:-1], text)
 
 
 def beginning(text: str, most: int = 300) -> str:
-    """So many characters of such a text, visible."""
+    """Returns at most so many characters of a text, made visible."""
     return visible(text if len(text) <= most else text[: most - 1] + "…")
 
 
 def facts(title: str, rows: Sequence[tuple[str, str | Text]]) -> Table:
-    """A two-column table: name, value."""
+    """Returns a two-column table: name, value."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
@@ -91,10 +91,9 @@ def metrics_line(metrics: dict[str, float]) -> str:
 
 @contextmanager
 def atomic_write(path: Path, *, sync: bool = False) -> Iterator[IO[str]]:
-    """Opens a text file that appears whole or not at all; what is no file, such as a link or
-    `/dev/stdout`, is written through.
+    """Opens a text file that appears whole or not at all.
 
-    `sync` waits until the disk has it.
+    A link or `/dev/stdout` is written directly. `sync` waits until the disk has the file.
     """
     is_other = path.is_symlink() or (path.exists() and not path.is_file())
     part = path if is_other else path.with_name(f".{path.name}.{os.getpid()}")
@@ -107,6 +106,15 @@ def atomic_write(path: Path, *, sync: bool = False) -> Iterator[IO[str]]:
         part.replace(path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file, or {} if the file is missing or holds no object."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_json(path: Path, values: Any, *, sync: bool = False) -> None:
     """Writes JSON that appears whole or not at all (`atomic_write`)."""
     with atomic_write(path, sync=sync) as file:
@@ -114,7 +122,7 @@ def write_json(path: Path, values: Any, *, sync: bool = False) -> None:
 
 
 def duration(seconds: float) -> str:
-    """'41 s', '3 min 05 s', '2 h 10 min'."""
+    """Returns '41 s', '3 min 05 s' or '2 h 10 min'."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -125,7 +133,7 @@ def duration(seconds: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """'12 KiB', '1.5 MiB', '300 MiB', '5.1 GiB'."""
+    """Returns '12 KiB', '1.5 MiB', '300 MiB' or '5.1 GiB'."""
     if num_bytes >= 4 * 2**30:
         return f"{num_bytes / 2**30:,.1f} GiB"
     if num_bytes >= 10 * 2**20:
@@ -137,7 +145,10 @@ def size(num_bytes: float) -> str:
 
 @contextmanager
 def bar(console: Console, title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
-    """A bar with ETA on a terminal; elsewhere a line every ten seconds. total=None: not known."""
+    """Shows a bar with an ETA on a terminal, elsewhere a line every ten seconds.
+
+    `total` is None where it is unknown.
+    """
     if not console.is_terminal:
         with _lines(console, title, total, done) as advance:
             yield advance
@@ -158,16 +169,16 @@ def bar(console: Console, title: str, total: int | None, done: int = 0) -> Itera
 
 @contextmanager
 def _lines(console: Console, title: str, total: int | None, done: int) -> Iterator[Advance]:
-    started = told = time.monotonic()
+    started = printed_at = time.monotonic()
     first = done
 
     def advance(n: int = 1, note: str = "") -> None:
-        nonlocal done, told
+        nonlocal done, printed_at
         done += n
         now = time.monotonic()
-        if now - told < LINE_EVERY:
+        if now - printed_at < LINE_EVERY:
             return
-        told = now
+        printed_at = now
         left = (now - started) / (done - first) * (total - done) if total and done > first else -1
         eta = f", ETA {duration(left)}" if left >= 0 else ""
         of = f" of {total:,}" if total else ""

@@ -1,12 +1,15 @@
-"""Starting the ranks of a run on this machine, and ending with the exit code of the run.
+"""Starts the ranks of a run on this machine, and ends with the exit code of the run.
 
-`accelerate launch` starts them with torchrun's agent, here inside this very process: the ranks are
-its children and can be reached. Three things that torchrun does otherwise are done by us:
+`accelerate launch` starts them with torchrun's agent, here inside this very process, so that the
+ranks are its children. Three things are done here that torchrun does otherwise:
 
-- Signals. torchrun turns SIGTERM and SIGINT into a kill after 30 s and dies of SIGUSR1. Ours go to
-  every rank, once each, and the ranks take the time that a save takes.
-- Exit codes. torchrun makes 1 of all of them. The run's own is in `status.json`.
-- Words. Ranks tell the error that came first (`cli`); torchrun's report goes to `launcher.log`.
+- Signals. torchrun turns SIGTERM and SIGINT into a kill after 30 s, and SIGUSR1 kills it. Here each
+  reaches every rank once, and the ranks take the time that a save takes.
+- Exit codes. torchrun turns all of them into 1. The run's own code is in `status.json`.
+- Messages. The rank that fails first prints its error (`cli`); torchrun's report goes to
+  `launcher.log`.
+
+    python -m sft.runtime.launcher FOLDER PROGRAM ...   NUM_PROCESSES ranks of any program
 """
 
 from __future__ import annotations
@@ -18,17 +21,16 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sft.config.schema import Train
 from sft.errors import PeerError
 from sft.runtime import children
-from sft.runtime.signals import Signals
-from sft.runtime.status import written_exit_code
+from sft.runtime.console import read_json
+from sft.runtime.signals import SignalRelay
+from sft.runtime.slurm import join_slurm
 from sft.runtime.world import (
-    ROOT,
     World,
     launch_file,
     read_launch_file,
@@ -37,62 +39,75 @@ from sft.runtime.world import (
     world_of,
 )
 
-if TYPE_CHECKING:
-    pass
-TRAIN = ROOT / "scripts/train.py"
 LOG = "launcher.log"
 
 
-# --- launching ---------------------------------------------------------------------------------
+def is_rank() -> bool:
+    """Returns whether a launcher has started this process: torchrun, srun or `accelerate launch`.
+
+    The last sets no WORLD_SIZE where it starts one process only.
+    """
+    join_slurm()
+    return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
-def launch(train: Train, arguments: list[str], script: Path = TRAIN) -> int:
-    """Runs `script` with `arguments` on all ranks of this machine; the exit code of the run."""
+def has_ranks_to_start() -> bool:
+    """Returns whether NUM_PROCESSES or NUM_MACHINES asks for processes that are yet to start."""
+    several = (read_number(name, 1, least=1) > 1 for name in ("NUM_PROCESSES", "NUM_MACHINES"))
+    return any(several) and not is_rank()
+
+
+def this_program() -> list[str]:
+    """Returns the running program without its arguments: a script, or `-m` and a module."""
+    spec = sys.modules["__main__"].__spec__
+    return ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
+
+
+def launch_self(folder: Path) -> int:
+    """Runs this very command on all ranks; `folder` has the status.json of what they do."""
+    return launch(Train(output_dir=str(folder)), [*this_program(), *sys.argv[1:]])
+
+
+def launch(train: Train, program: Sequence[str], *, trains: bool = False) -> int:
+    """Runs `program` (a script or `-m` and a module, with arguments) on all ranks of this machine.
+
+    If it `trains`, an override states how many ranks there must be. Returns the exit code of the
+    run in `train.output_dir`.
+    """
     path = launch_file(train)
     file = read_launch_file(path)
     refuse_hidden_failures(path, file)
     world = world_of(train, file)
     folder, status = Path(train.output_dir), _Status(Path(train.output_dir))
-    asked = [f"train.num_processes={world.num_processes}"] if script == TRAIN else []
-    told = _Report()
+    report = _Report()
     with (
         tempfile.TemporaryDirectory(prefix="sft_launch_") as logs,
-        Signals(Path(logs)) as signals,
-        told.listening(),
+        SignalRelay(Path(logs)) as relay,
+        report.capture(),
     ):
-        command = _command(path, world, logs)
-        failures = _run(world, [*command, str(script), *arguments, *asked], told)
-    code = _outcome(status.exit_code(), failures, signals.stops)
-    if _has_more_to_tell(failures, signals.stops):
+        command = [*_options(path, world, logs), *program]
+        command += [f"train.num_processes={world.num_processes}"] if trains else []
+        failures = _run(world, command, report)
+    code = _outcome(status.exit_code(), failures, relay.stops)
+    if _needs_report(failures, relay.stops):
         own = Path(tempfile.gettempdir()) / f"sft_{os.getpid()}_{LOG}"
-        told.keep(folder / LOG if status.is_ours() else own)
+        report.save(folder / LOG if status.is_ours() else own)
     return code
 
 
-def is_asked() -> bool:
-    """Whether NUM_PROCESSES or NUM_MACHINES asks for several processes that are yet to start."""
-    several = (read_number(name, 1, least=1) > 1 for name in ("NUM_PROCESSES", "NUM_MACHINES"))
-    return any(several) and "WORLD_SIZE" not in os.environ
-
-
-def launch_script(script: Path, folder: Path) -> int:
-    """Runs this very command on all ranks; `folder` is where its `guard` tells how it ended."""
-    return launch(Train(output_dir=str(folder)), sys.argv[1:], script)
-
-
-def _command(path: Path, world: World, logs: str) -> list[str]:
-    """Arguments of `accelerate launch`."""
-    command = ["--config_file", str(path), "--num_processes", str(world.num_processes)]
-    command += ["--num_machines", str(world.machines), "--log_dir", logs]
+def _options(path: Path, world: World, logs: str) -> list[str]:
+    """Returns options of `accelerate launch`."""
+    options = ["--config_file", str(path), "--num_processes", str(world.num_processes)]
+    options += ["--num_machines", str(world.machines), "--log_dir", logs]
     if world.address:
-        command += ["--machine_rank", str(world.rank), "--same_network", "--rdzv_backend", "static"]
-        command += ["--main_process_ip", world.address, "--main_process_port", str(world.port)]
-        command += ["--deepspeed_multinode_launcher", "standard"]  # torchrun, not ssh
-    return command
+        options += ["--machine_rank", str(world.rank), "--same_network", "--rdzv_backend", "static"]
+        options += ["--main_process_ip", world.address, "--main_process_port", str(world.port)]
+        options += ["--deepspeed_multinode_launcher", "standard"]  # torchrun, not ssh
+    return options
 
 
-def _run(world: World, command: list[str], told: _Report) -> dict[int, int]:
-    """Runs the ranks to their end: {rank: exit code} of those that failed, the first one first."""
+def _run(world: World, command: list[str], report: _Report) -> dict[int, int]:
+    """Runs the ranks to their end; returns {rank: exit code} of those that failed, first first."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -103,7 +118,7 @@ def _run(world: World, command: list[str], told: _Report) -> dict[int, int]:
     try:
         launch_command(launch_command_parser().parse_args(command))
     except ChildFailedError as error:
-        told.add(str(error))
+        report.add(str(error))
         return {rank: failure.exitcode for rank, failure in error.failures.items()}
     except (ConnectionError, DistError) as error:
         meeting = f"{world.address}:{world.port}" if world.address else "a port of this machine"
@@ -116,23 +131,21 @@ def _run(world: World, command: list[str], told: _Report) -> dict[int, int]:
 
 
 def _outcome(written: int | None, failures: dict[int, int], stops: list[int]) -> int:
-    """The exit code of the run: what it wrote; else what its ranks ended with."""
+    """Returns the exit code of the run: what it wrote, or else what its ranks ended with."""
     if not failures:
         return 0
     own = [code for code in failures.values() if code > 0]
     if written is not None and not (written == 0 and own):  # 0, and gloo died when all was done
         return written
-    if meant := [code for code in own if code > 1]:
-        return meant[0]
     if own:
-        return own[0]
+        return next((code for code in own if code > 1), own[0])
     return 128 + stops[-1] if stops else PeerError.exit_code
 
 
-def _has_more_to_tell(failures: dict[int, int], stops: list[int]) -> bool:
-    """Whether a rank met a bug or was killed: not all is said by what the ranks have told.
+def _needs_report(failures: dict[int, int], stops: list[int]) -> bool:
+    """Returns whether a rank met a bug or was killed, which its own messages do not explain.
 
-    A rank that was killed has no words, so they are found here.
+    A rank that was killed could print nothing, so this does.
     """
     rank, code = next(iter(failures.items()), (0, 0))
     killed = code < 0 and not stops
@@ -144,7 +157,7 @@ def _has_more_to_tell(failures: dict[int, int], stops: list[int]) -> bool:
 
 
 class _Status:
-    """The run's status.json, believed only if it was written after this was made."""
+    """The run's status.json, trusted only if it was written after this object was made."""
 
     def __init__(self, folder: Path):
         self.path = folder / "status.json"
@@ -161,12 +174,12 @@ class _Status:
         return self._stamp() not in (None, self.before)
 
     def exit_code(self) -> int | None:
-        """None: this attempt wrote none, or is said to run still."""
-        return written_exit_code(self.path) if self.is_ours() else None
+        """Returns what this attempt has written; None while it runs or if it wrote nothing."""
+        return read_json(self.path).get("exit_code") if self.is_ours() else None
 
 
 class _Report(logging.Handler):
-    """What torchrun has to say, for a file instead of the console."""
+    """A log handler that collects torchrun's messages for a file instead of the console."""
 
     NAMES = ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher")
 
@@ -181,7 +194,7 @@ class _Report(logging.Handler):
         self.lines.append(f"{time.strftime('%F %T')} {text}\n")
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def capture(self) -> Iterator[None]:
         loggers = [logging.getLogger(name) for name in self.NAMES]
         for each in loggers:
             each.addHandler(self)
@@ -193,7 +206,7 @@ class _Report(logging.Handler):
                 each.removeHandler(self)
                 each.propagate = True
 
-    def keep(self, path: Path) -> None:
+    def save(self, path: Path) -> None:
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(self.lines)
@@ -202,3 +215,7 @@ class _Report(logging.Handler):
             sys.stderr.writelines(self.lines)
         else:
             print(f"what every rank ended with: {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(launch(Train(output_dir=sys.argv[1]), sys.argv[2:]))

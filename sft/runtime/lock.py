@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""Allows one run at a time in a folder."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from typing import Any
 
 from sft import errors
 from sft.errors import LockedError
-from sft.runtime.children import is_dead, machine
-from sft.runtime.status import read_status
-
-# --- one run in a folder -----------------------------------------------------------------------
+from sft.runtime.children import is_dead, machine_id
+from sft.runtime.console import read_json
 
 
 class Lock:
-    """The right to write into a run folder. The kernel frees it when its owner dies.
+    """The right to write into a run folder, which the kernel frees when its owner dies.
 
-    Raises LockedError, naming the owner, if another run has it.
+    Raises LockedError, which names the owner, if another run has it.
     """
 
     NAME = ".lock"
@@ -42,23 +40,21 @@ class Lock:
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+", encoding="utf-8")
-            owner = read_status(path)
+            owner = read_json(path)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise self._held_by(owner) from None
-            except OSError as error:  # a file system without locks: what is written must do
-                if owner and not (owner.get("machine") == machine() and is_dead(owner["pid"])):
+            except OSError as error:  # a file system without locks: trust what the file says
+                if owner and not (owner.get("machine") == machine_id() and is_dead(owner["pid"])):
                     raise self._held_by(owner, f" (no locks here: {error.strerror})") from None
             with suppress(FileNotFoundError):  # moved aside, or released, in between
                 if os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
                     break
             self._file.close()
         if owner:
-            print(
-                f"{_told_of(owner)} ended without a word in {self.folder}: its lock is taken over"
-            )
-        own = {"pid": os.getpid(), "host": socket.gethostname(), "machine": machine()}
+            print(f"removed the stale lock of {_describe(owner)} ({self.folder})")
+        own = {"pid": os.getpid(), "host": socket.gethostname(), "machine": machine_id()}
         own["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
         self._file.truncate(0)
         self._file.write(json.dumps(own) + "\n")
@@ -66,13 +62,13 @@ class Lock:
 
     def _held_by(self, owner: dict[str, Any], why: str = "") -> LockedError:
         return LockedError(
-            f"{self.folder} is in use by {_told_of(owner)}{why}: wait for it or stop it, or give "
-            f"this run another train.output_dir. (If it is surely gone, remove "
+            f"{self.folder} is in use by the run of {_describe(owner)}{why}: wait for it or stop "
+            "it, or give this run another train.output_dir. (If it is surely gone, remove "
             f"{self.folder / self.NAME}.)"
         )
 
     def move_folder(self, aside: Path) -> None:
-        """Moves what the folder holds aside; the lock is that of the new, empty one."""
+        """Renames the folder to `aside`, and locks a new, empty one in its place."""
         self.folder.rename(aside)
         (aside / self.NAME).unlink()
         self._file.close()
@@ -84,6 +80,6 @@ class Lock:
         self._file.close()
 
 
-def _told_of(owner: dict[str, Any]) -> str:
+def _describe(owner: dict[str, Any]) -> str:
     pid, host, since = (owner.get(key, "?") for key in ("pid", "host", "since"))
-    return f"the run of process {pid} on {host} (since {since})"
+    return f"process {pid} on {host} (since {since})"

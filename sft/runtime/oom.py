@@ -7,17 +7,18 @@ import gc
 import torch
 
 
-def shortage(error: BaseException) -> str | None:
-    """What an allocator said, if this error is one of memory: of the host, of torch, of a GPU."""
-    said = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
+def oom_message(error: BaseException) -> str | None:
+    """Returns the allocator's message (host, torch or GPU), or None for any other error."""
+    message = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return said
+        return message
     phrases = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
-    return said if isinstance(error, RuntimeError) and any(p in said for p in phrases) else None
+    is_oom = isinstance(error, RuntimeError) and any(phrase in message for phrase in phrases)
+    return message if is_oom else None
 
 
-def release() -> None:
-    """Gives back what the failed attempt held."""
+def release_memory() -> None:
+    """Gives back the memory that a failed attempt held."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

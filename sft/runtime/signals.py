@@ -1,47 +1,46 @@
-"""Passes signals on to the ranks."""
+"""Forwards signals from the launcher to the ranks."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-# --- signals -----------------------------------------------------------------------------------
 
+class SignalRelay:
+    """A context in which this process forwards signals, once to each rank.
 
-class Signals:
-    """Passes signals on to the ranks, once to each: they are in sessions of their own.
-
-    The first SIGTERM, SIGINT or SIGHUP asks the ranks to save and stop, the second to stop at once;
-    the third kills them. SIGUSR1 (save and go on) reaches ranks that expect it: others would die.
-    A thread does it: while torch waits for other machines, the main one runs no handlers of Python.
+    Ranks are in sessions of their own, so signals of a terminal do not reach them. The first
+    SIGTERM, SIGINT or SIGHUP asks them to save and stop, the second to stop at once, the third
+    kills them. SIGUSR1 (save and go on) is sent only to ranks that handle it, since others would
+    die. A thread forwards: while torch waits for other machines, the main thread runs no handlers.
     """
 
     def __init__(self, scratch: Path):
         self.scratch = scratch  # empty until torchrun starts ranks
         self.stops: list[int] = []
-        self._kept: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> SignalRelay:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        signal.set_wakeup_fd(self._write)  # gets the number of every signal, whoever is busy
+        signal.set_wakeup_fd(self._write)  # gets the number of every signal, whatever is running
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-                self._kept[number] = signal.signal(number, lambda *_: None)
+                self._handlers[number] = signal.signal(number, lambda *_: None)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._kept.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         os.close(self._write)
@@ -52,7 +51,7 @@ class Signals:
         while numbers := os.read(self._read, 1):
             if numbers[0] == signal.SIGUSR1:
                 self._save()
-            elif numbers[0] in self._kept:
+            elif numbers[0] in self._handlers:
                 self._stop(numbers[0])
 
     def _stop(self, number: int) -> None:
@@ -61,29 +60,27 @@ class Signals:
         if not any(self.scratch.iterdir()):
             self.scratch.rmdir()
             os._exit(128 + sent)
-        for pid in ranks():
-            _send(pid, sent if len(self.stops) < 3 else signal.SIGKILL)
+        _send(rank_pids(), sent if len(self.stops) < 3 else signal.SIGKILL)
 
     def _save(self) -> None:
-        expecting = [pid for pid in ranks() if catches(pid, signal.SIGUSR1)]
-        for pid in expecting:
-            _send(pid, signal.SIGUSR1)
-        if not expecting:
+        training = [pid for pid in rank_pids() if has_handler(pid, signal.SIGUSR1)]
+        _send(training, signal.SIGUSR1)
+        if not training:
             print("SIGUSR1: no rank is training, there is nothing to save", file=sys.stderr)
 
 
-def ranks() -> list[int]:
-    """Process ids of the ranks on this machine."""
+def rank_pids() -> list[int]:
+    """Returns the process ids of the ranks that this process has started."""
     found = []
     for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
+        with suppress(psutil.Error):
             if "LOCAL_RANK" in child.environ():
                 found.append(child.pid)
     return found
 
 
-def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for that signal; assumed where the kernel does not tell."""
+def has_handler(pid: int, number: int) -> bool:
+    """Returns whether a process handles that signal; True where the kernel does not show it."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -92,6 +89,7 @@ def catches(pid: int, number: int) -> bool:
     return bool(mask and int(mask.group(1), 16) >> (number - 1) & 1)
 
 
-def _send(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
-        os.kill(pid, number)
+def _send(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):  # it ended meanwhile
+            os.kill(pid, number)

@@ -1,8 +1,7 @@
-"""How an attempt ended: `status.json`."""
+"""Records how an attempt of a run ended: `status.json`."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -10,52 +9,40 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sft.runtime import checkpoint
-from sft.runtime.console import write_json
+from sft.runtime import checkpoint, slurm
+from sft.runtime.console import read_json, write_json
 
-
-def written_exit_code(path: Path) -> int | None:
-    try:
-        code = json.loads(path.read_text("utf-8"))["exit_code"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return code if isinstance(code, int) else None
-
-
-RANKS = ".ranks"  # in the run folder: what each rank is doing, and who was first to tell the end
+RANKS = ".ranks"  # in the run folder: heartbeats, and which rank reported the end first
 TRACEBACK = "traceback.txt"
 
 
-# --- the state of a run ------------------------------------------------------------------------
-
-
 class Status:
-    """status.json: state, exit code, reason, rank, step, attempt, newest checkpoint."""
+    """The file status.json: state, exit code, reason, rank, step, attempt, newest checkpoint."""
 
     NAME = "status.json"
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.attempt: int | None = None  # of the run in the folder; None: not begun, or not ours
+        self.attempt: int | None = None  # of the run in the folder; None before it has begun
 
     def begin(self) -> None:
-        """The next attempt in this folder. By the first rank, which holds the lock."""
+        """Begins the next attempt in this folder. For the first rank only."""
         shutil.rmtree(self.folder / RANKS, ignore_errors=True)
         (self.folder / RANKS).mkdir(parents=True)
         self.attempt = 1 + (self.read().get("attempt") or 0)
-        announced = {"attempt": self.attempt, "launch": launch()}
+        announced = {"attempt": self.attempt, "launch": launch_id()}
         write_json(self.folder / RANKS / "attempt.json", announced)
         self._write("running")
 
     def follow(self) -> None:
-        """Takes the attempt that the first rank of this very launch has begun, if it has."""
-        announced = read_status(self.folder / RANKS / "attempt.json")
-        is_ours = announced.get("launch") == launch() and announced["attempt"] != self.attempt
+        """Adopts the attempt that the first rank of the same launch has begun, if it has."""
+        announced = read_json(self.folder / RANKS / "attempt.json")
+        is_ours = announced.get("launch") == launch_id() and announced["attempt"] != self.attempt
         if is_ours and not self._mark(announced["attempt"]).exists():
             self.attempt = announced["attempt"]
 
     def end(self, state: str, code: int, reason: str | None, rank: int, step: int | None) -> bool:
-        """Writes how the attempt ended; False if another rank has, or a later attempt began."""
+        """Writes how the attempt ended; returns False if another rank has, or a later one began."""
         if self.attempt is None or self.read().get("attempt", self.attempt) != self.attempt:
             return False
         try:
@@ -69,24 +56,22 @@ class Status:
         return True
 
     def _mark(self, attempt: int) -> Path:
-        """The file that only one rank can make: the first to tell how this attempt ended."""
+        """Returns the file that only the first rank to report the end of an attempt can create."""
         return self.folder / RANKS / f"ended_{attempt}"
 
     def has_ended(self) -> bool:
         return self.attempt is not None and self._mark(self.attempt).exists()
 
     def verdict(self) -> dict[str, Any]:
-        """What the first to tell has written; waits a moment for it to be there."""
-        told: dict[str, Any] = {}
+        """Returns the end that the first rank has written, after waiting a moment for it."""
         for _ in range(20):
-            told = self.read()
-            if told.get("state") != "running":
+            if self.read().get("state") != "running":
                 break
             time.sleep(0.1)
-        return told
+        return self.read()
 
     def read(self) -> dict[str, Any]:
-        return read_status(self.folder / self.NAME)
+        return read_json(self.folder / self.NAME)
 
     def _write(
         self,
@@ -115,16 +100,8 @@ class Status:
         return next(whole, None)
 
 
-def launch() -> str:
-    """What all ranks of one launch have in common, and those of another not."""
-    names = ["MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID"]
-    names += ["SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"]
+def launch_id() -> str:
+    """Returns a text that is equal on all ranks of one launch, and differs between launches."""
+    names = ["MASTER_ADDR", "MASTER_PORT", *slurm.ATTEMPT]
+    names += ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"]
     return " ".join(os.environ.get(name, "-") for name in names)
-
-
-def read_status(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -37,10 +37,10 @@ from accelerate.utils import broadcast_object_list
 from sft import errors
 from sft.errors import PeerError, Preempted, UserError, redacted
 from sft.runtime import oom
-from sft.runtime.children import is_dead, machine, process_state
-from sft.runtime.console import write_json
+from sft.runtime.children import is_dead, machine_id, process_state
+from sft.runtime.console import read_json, write_json
 from sft.runtime.lock import Lock
-from sft.runtime.status import RANKS, TRACEBACK, Status, read_status
+from sft.runtime.status import RANKS, TRACEBACK, Status
 
 TICK = 0.2  # seconds between two looks at signals
 BEAT = 1.0  # seconds between two words of a rank to its peers
@@ -91,11 +91,11 @@ class Seen:
         return Seen(word, spoke_at, now if word.ticks != self.word.ticks else self.moved_at)
 
     def is_dead(self) -> bool:
-        return self.word.machine == machine() and is_dead(self.word.pid)
+        return self.word.machine == machine_id() and is_dead(self.word.pid)
 
     def is_silent(self, now: float) -> bool:
         """Stopped or dead. On another machine that shows in its silence."""
-        if self.word.machine == machine():
+        if self.word.machine == machine_id():
             return process_state(self.word.pid) in ("T", "t") or is_dead(self.word.pid)
         return now - self.spoke_at > SILENT
 
@@ -216,7 +216,7 @@ class Guard:
             state = "preempted" if isinstance(error, Preempted) else state
         elif isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else code
-        elif said := oom.shortage(error):  # outside of a step, which knows what to do
+        elif said := oom.oom_message(error):  # outside of a step, which knows what to do
             code = errors.OutOfMemory.exit_code
             reason = f"memory ran out: {said}. Lower train.max_tokens or evaluation.batch_size"
         code, is_ours = self._tell(state, code, reason, culprit)
@@ -394,7 +394,7 @@ class Guard:
             rank=self.rank,
             pid=os.getpid(),
             host=socket.gethostname(),
-            machine=machine(),
+            machine=machine_id(),
             attempt=self.status.attempt,
             beat=self._beats,
             ticks=self._ticks,
@@ -412,7 +412,7 @@ class Guard:
         """Reads the words of all peers."""
         now = time.monotonic()
         for rank in range(self.world):
-            told = read_status(self._file_of(rank)) if rank != self.rank else {}
+            told = read_json(self._file_of(rank)) if rank != self.rank else {}
             if not told or told.get("attempt") != self.status.attempt:
                 self._peers.pop(rank, None)  # not there yet, or has left in peace
                 continue
@@ -481,7 +481,7 @@ class Guard:
             with suppress(OSError), stacks.open("w") as file:
                 faulthandler.dump_traceback(file)
         for word in culprits:
-            if word.rank != self.rank and word.machine == machine():
+            if word.rank != self.rank and word.machine == machine_id():
                 _end_stuck(word.pid)
         os._exit(code)
 

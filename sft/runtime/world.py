@@ -1,8 +1,7 @@
-"""Which processes a launch starts, from the environment and Accelerate's file."""
+"""Decides which processes a launch starts, from the environment and Accelerate's file."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,28 +14,24 @@ import yaml  # type: ignore[import-untyped]
 from sft.config.schema import Train
 from sft.errors import ConfigError, UserError
 
-ROOT = Path(__file__).parents[2]
-CHECKED = ROOT / "configs/accelerate"
 if TYPE_CHECKING:
     from accelerate.commands.config.config_args import ClusterConfig
 
+PLAIN = Path(__file__).with_name("launch.yaml")
 LAUNCHES = ("MULTI_GPU", "FSDP", "DEEPSPEED")  # the others start one process, whatever they say
 PORT = 29500  # on which machines meet, unless MASTER_PORT says otherwise
 
 
-# --- what to launch ----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class World:
-    """What this machine starts, and of what it is a part."""
+    """The processes that this machine starts, and the machines that share the run."""
 
     per_machine: int
     machines: int = 1
     rank: int = 0
-    """Of this machine."""
+    """The number of this machine, from 0."""
     address: str | None = None
-    """Where the machines meet; None on one machine."""
+    """The address at which the machines meet; None on one machine."""
     port: int = PORT
 
     @property
@@ -45,33 +40,20 @@ class World:
 
 
 def launch_file(train: Train) -> Path:
-    """ACCELERATE_CONFIG; else that of `make setup-accelerate` for DDP; else the engine's own."""
+    """Returns ACCELERATE_CONFIG; else, for DDP, the file of `make setup-accelerate`; else ours."""
     if named := os.environ.get("ACCELERATE_CONFIG"):
         return Path(named)
-    if train.engine == "fsdp":
-        return CHECKED / "fsdp2.yaml"
-    if train.engine == "deepspeed":
-        own = CHECKED / f"deepspeed_z{_stage(train)}.yaml"
-        return own if own.exists() else CHECKED / "ddp.yaml"  # which starts any engine
-    from accelerate.commands.config.config_args import default_yaml_config_file
+    if train.engine == "ddp":
+        from accelerate.commands.config.config_args import default_yaml_config_file
 
-    default = Path(default_yaml_config_file)
-    if default.is_file() and _kind(read_launch_file(default)) == "MULTI_GPU":
-        return default
-    return CHECKED / "ddp.yaml"
-
-
-def _stage(train: Train) -> Any:
-    """ZeRO stage of the DeepSpeed file, or None: what is wrong with it the ranks will say."""
-    try:
-        settings = json.loads(Path(str(train.deepspeed_config)).read_text("utf-8"))
-        return settings["zero_optimization"]["stage"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        default = Path(default_yaml_config_file)
+        if default.is_file() and _kind(read_launch_file(default)) == "MULTI_GPU":
+            return default
+    return PLAIN
 
 
 def read_launch_file(path: Path) -> ClusterConfig:
-    """An Accelerate launch file. Raises UserError for anything else."""
+    """Reads an Accelerate launch file. Raises UserError for anything else."""
     from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
     try:
@@ -88,10 +70,11 @@ def _kind(file: ClusterConfig) -> str:
 
 
 def world_of(train: Train, file: ClusterConfig) -> World:
-    """From NUM_PROCESSES (on each machine), NUM_MACHINES, MACHINE_RANK, MASTER_ADDR, MASTER_PORT.
+    """Returns the world of a launch. Raises ConfigError if its values do not fit together.
 
-    Where these are not set: the launch file, if it is for several machines; one machine; as many
-    processes as train.num_processes asks for, or one per GPU (two without a GPU).
+    It reads NUM_PROCESSES (on each machine), NUM_MACHINES, MACHINE_RANK, MASTER_ADDR and
+    MASTER_PORT. Where these are not set, it takes the machines of the launch file, if that is for
+    several, and train.num_processes, or one process per GPU (two without a GPU).
     """
     own: dict[str, Any] = vars(file) if (file.num_machines or 1) > 1 else {}
     machines = read_number("NUM_MACHINES", own.get("num_machines", 1), least=1)
@@ -115,6 +98,7 @@ def world_of(train: Train, file: ClusterConfig) -> World:
 
 
 def read_number(name: str, default: int | None, least: int) -> Any:
+    """Returns the whole number in a variable of the environment, or `default` if it is not set."""
     text = os.environ.get(name, "").strip()
     if not text:
         return default
@@ -124,10 +108,11 @@ def read_number(name: str, default: int | None, least: int) -> Any:
 
 
 def _per_machine(train: Train, machines: int) -> int:
-    if train.num_processes is None:  # asked of another process: CUDA would stay open in this one
+    if train.num_processes is None:  # counted by another process: CUDA would stay open in this one
         command = [sys.executable, "-m", "sft.runtime.hardware"]
-        told = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-        return int(told.stdout)
+        root = Path(__file__).parents[2]
+        counted = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
+        return int(counted.stdout)
     if train.num_processes % machines:
         raise ConfigError(
             f"train.num_processes: {train.num_processes} cannot be shared evenly by {machines} "
@@ -137,6 +122,7 @@ def _per_machine(train: Train, machines: int) -> int:
 
 
 def refuse_hidden_failures(path: Path, file: ClusterConfig) -> None:
+    """Raises ConfigError for a launch file that starts one process, or hides failures."""
     if _kind(file) not in LAUNCHES:
         raise ConfigError(
             f"{path}: expected distributed_type {', '.join(LAUNCHES[:-1])} or {LAUNCHES[-1]} (for "

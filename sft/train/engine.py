@@ -27,7 +27,7 @@ from sft.errors import NonFiniteError, OutOfMemory, Preempted
 from sft.runtime import checkpoint, disk
 from sft.runtime.console import Advance, duration, metrics_line, size
 from sft.runtime.context import Context
-from sft.runtime.oom import release, shortage
+from sft.runtime.oom import oom_message, release_memory
 from sft.train import recovery, retention
 from sft.train.parallel import share_model
 from sft.train.profile import memory_bytes, profiled
@@ -226,7 +226,7 @@ class Engine:
         try:
             return action(self.model, batch)
         except Exception as error:
-            if not passed and (reason := shortage(error)):
+            if not passed and (reason := oom_message(error)):
                 raise self._out_of_memory(reason, micro_batch) from None
             raise
         finally:
@@ -247,7 +247,7 @@ class Engine:
     def _shrink_budget(self, found: Oom) -> None:
         """Halves the token budget; raises OutOfMemory if each micro-batch is one example."""
         self.parallel.zero_grad()
-        release()
+        release_memory()
         lengths = self.task.lengths
         _, cuts = self._cuts(self.step)
         budget = recovery.smaller_budget(self.budget, cuts, lengths)
@@ -272,7 +272,7 @@ class Engine:
         try:
             return action(*arguments)
         except Exception as error:
-            if (reason := shortage(error)) is None:
+            if (reason := oom_message(error)) is None:
                 raise
             raise self._out_of_memory(reason, ids) from None
 

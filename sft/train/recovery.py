@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from sft.data import batches
 from sft.data.batches import Budget, MicroBatch
-from sft.runtime.oom import shortage
+from sft.runtime.oom import oom_message
 
 Waits = Literal["never", "last backward", "backward", "forward"]
 Result = TypeVar("Result")
@@ -59,7 +59,7 @@ class OomGuard:
             try:
                 return action(*args)
             except Exception as error:
-                if (reason := shortage(error)) is None:
+                if (reason := oom_message(error)) is None:
                     raise
                 self.oom = Oom(reason, ids)  # not the error: its frames hold the tensors
         return None

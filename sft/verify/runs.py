@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from sft.config.load import dump_config, with_values
 from sft.errors import ConfigError
+from sft.runtime import children
 from sft.runtime.console import Advance
+from sft.runtime.world import PLAIN
 from sft.verify.small import Small
 
 ROOT = Path(__file__).parents[2]
@@ -27,31 +25,22 @@ PATIENCE = 900  # seconds for one run
 
 # --- whole runs --------------------------------------------------------------------------------
 
-Launch = Callable[[int, list[str]], str]  # (processes, script and arguments) -> what it printed
+# (processes, run folder, program: a script or `-m` and a module, with arguments) -> what it printed
+Launch = Callable[[int, Path, list[str]], str]
 
 
-def fresh(world: int, command: list[str]) -> str:
-    """Runs a script (or `-m module`) in `world` fresh processes, and returns when all are gone."""
-    python = [sys.executable]
-    if world > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+def fresh(world: int, folder: Path, program: list[str]) -> str:
+    """Runs a program in `world` fresh processes; returns what they printed when all have ended."""
+    launcher = ["-m", "sft.runtime.launcher", str(folder)] if world > 1 else []
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    environment.setdefault("OMP_NUM_THREADS", "1")  # runs share the cores, and the model is small
-    with subprocess.Popen(
-        [*python, *command],
-        env=environment,
-        stdout=subprocess.PIPE,  # which ends when the last process that may write to it has ended
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as process:
-        try:
-            return process.communicate(timeout=PATIENCE)[0]
-        except subprocess.TimeoutExpired:
-            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-                each.kill()
-            return process.communicate()[0] + f"\nerror: not ended after {PATIENCE} seconds"
+    environment = {"OMP_NUM_THREADS": "1"}  # runs share the cores, and the model is small
+    environment |= os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment |= {
+        "NUM_PROCESSES": str(world),
+        "NUM_MACHINES": "1",
+        "ACCELERATE_CONFIG": str(PLAIN),
+    }
+    return children.run_captured([sys.executable, *launcher, *program], PATIENCE, environment)
 
 
 @dataclass(frozen=True)
@@ -81,7 +70,9 @@ class Trials:
         values = {"train.output_dir": str(folder), "train.num_processes": world}
         file.write_text(dump_config(with_values(self.small.config, values)), "utf-8")
         command = [str(TRAIN), "--config", str(file), *overrides]
-        printed = self.launch(world, ["-m", "sft.verify.runs", kill, *command] if kill else command)
+        if kill:
+            command = ["-m", "sft.verify.runs", kill, *command]
+        printed = self.launch(world, folder, command)
         file.with_suffix(".log").write_text(printed, "utf-8")
         self.advance(1, name.replace("_", " "))
         return judged(folder, printed)
@@ -115,19 +106,10 @@ def die_at(point: str) -> None:
         elif committed:
             dying.extend([True] * os.path.isdir(committed[0]))
         if dying:
-            _kill_everything()
+            has_launcher = int(os.environ.get("WORLD_SIZE", "1")) > 1
+            children.kill_tree(os.getppid() if has_launcher else os.getpid())
 
     sys.addaudithook(watch)
-
-
-def _kill_everything() -> None:
-    here = psutil.Process()
-    launcher = here.parent()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and launcher:
-        for each in [launcher, *launcher.children()]:
-            if each.pid != here.pid:
-                each.kill()
-    os.kill(here.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":  # a run that is to be killed: die_at's argument, a script, its arguments

@@ -1,4 +1,4 @@
-"""Run by sft/launcher.py in place of scripts/train.py: launch_worker.py MODE FOLDER, on every rank.
+"""Run by the launcher in place of a training script: launch_worker.py MODE FOLDER, on every rank.
 
 signals: notes every signal, saves for a second after one that stops, ends with 75.
 bug: rank 1 raises what nobody catches, the other then loses its peer.

@@ -139,7 +139,7 @@ def _learn_all(
 
 
 def _start_worker(parent: int) -> None:
-    children.in_worker(parent)
+    children.prepare_worker(parent)
     torch.set_num_threads(1)  # the cores have a process each
 
 
