@@ -120,6 +120,7 @@ def _run(
         "memory_bytes": memory_bytes(),
     }
     if log.folder:
+        (folder / "evaluation").mkdir(exist_ok=True)
         plan_report.write(planned, folder / "plan.json", measured)
         for shown in task.report(base, tuned, folder / "evaluation"):
             log.say(shown)

@@ -1,7 +1,21 @@
-"""What a task is: one class that prepares its data, builds its model, trains, checks and reports.
+"""A task: one class that prepares its data, builds its model, trains, checks and reports.
 
 Class methods answer before a model exists; an instance has one and is what the engine trains
 (`train.task.Trainable`). Adding a task is a folder with such a class and a line in `registry`.
+
+A minimal task (tests/toy_task.py) defines a schema, a `RunConfig` with a section of its own, and
+
+    modelled            the sections that say what the model is
+    prepare             reads or makes the data
+    workload            the sizes of the training examples and of the held-out ones
+    build_model         the model, random or from files
+    collate             a micro-batch of training examples: a dataclass of tensors
+    collate_held_out    a micro-batch of held-out examples
+    num_supervised      the number of items in a micro-batch that the loss is a sum over
+    loss                that sum, and further sums to report
+
+With these it trains on any number of processes, resumes, evaluates and plans. All other methods
+have defaults, and a task overrides those that say too little for it.
 """
 
 from __future__ import annotations
@@ -9,18 +23,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from rich.console import RenderableType
+from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sft.data import batches
 from sft.errors import VerificationError
+from sft.evaluate import answers
 from sft.models.export import load_weights, read_weights
-from sft.runtime.console import metrics_line, write_json
+from sft.runtime.console import Advance, metrics_line, write_json
 from sft.runtime.context import Context
 from sft.train.engine import Engine
 from sft.train.task import Batch
@@ -33,11 +52,11 @@ class Labels:
     """The words that a plan of the task uses."""
 
     examples: str = "examples"
-    each: str = ""  # what one example is
-    items: str = "supervised"  # tokens that the loss is a sum over
+    each: str = ""  # describes one example
+    items: str = "supervised"  # the tokens that the loss is a sum over
     answers: str = "answering held-out prompts"
-    answers_key: str = "evaluation.batch_size"  # a smaller value makes answers take less memory
-    eval_remedy: str = "shorter held-out rows"  # what makes the held-out loss take less memory
+    answers_key: str = "evaluation.batch_size"  # the key that lowers the memory of answers
+    eval_remedy: str = "shorter held-out rows"  # how the held-out loss takes less memory
 
 
 @dataclass(frozen=True)
@@ -45,29 +64,30 @@ class TaskInfo:
     """What memory and time depend on, beside `train`."""
 
     text: Any  # sizes of the model, named as in configurations of transformers
-    cache: Path  # folder for what outlives a run
+    cache: Path  # folder for files that outlive a run
     mode: str = "full"  # as in `tuning.mode`
     copies: int = 1  # how often each token goes through the model
-    deepest_layer: int = -1  # that the loss reads; -1: the last one, however many there are
+    deepest_layer: int = -1  # the last layer that the loss reads; -1: the last of all
     needs_global_batch: bool = False  # one more pass (train.task.Trainable)
     packs: bool = True  # whether several examples can share a row
     attention: str = "auto"  # as in `model.attn_implementation`
-    vocabulary: int = 0  # of the tokenizer that is saved
+    vocabulary: int = 0  # entries of the tokenizer that is saved
     small: bool = False  # tracing few layers or gradient checkpointing would gain nothing
-    examples_bytes: int = 0  # of all training examples, where each process keeps them in RAM
-    waiting_bytes: int = 0  # of one token in a micro-batch that is collated and waits
+    examples_bytes: int = 0  # bytes of all training examples, if each process keeps them in RAM
+    waiting_bytes: int = 0  # bytes of one token in a micro-batch that is collated and waits
     labels: Labels = Labels()
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained on, as far as memory and time depend on it."""
+    """The sizes of the examples, on which memory and time depend."""
 
     lengths: Sequence[int]  # tokens of each example
-    supervised: np.ndarray  # (examples,) how many of them the loss is a sum over
+    supervised: np.ndarray  # (examples,) the number of items that the loss is a sum over
     held_out: Workload | None = None
 
     def rows(self, chosen: Sequence[int]) -> tuple[Row, ...]:
+        """Returns the sizes of the `chosen` examples."""
         lengths, supervised = self.lengths, self.supervised
         return tuple((lengths[i], min(int(supervised[i]), lengths[i])) for i in chosen)
 
@@ -78,7 +98,7 @@ class Alternative:
 
     values: dict[str, Any]  # by dotted path
     price: str
-    max_length: int | None = None  # tokens to which it shortens the examples
+    max_length: int | None = None  # tokens that examples are shortened to
 
 
 @dataclass(frozen=True)
@@ -92,21 +112,21 @@ class Finding:
 
 @dataclass(frozen=True)
 class Shrunk:
-    """What `make verify-*` makes small of a task."""
+    """A task made small for `make verify-*`."""
 
-    values: dict[str, Any]  # of its sections, by dotted path
-    changes: list[tuple[str, str]]  # for people: name, what is other than configured
-    smooth: dict[str, Any]  # values without which another cut draws other random numbers
-    batch: int  # examples of a global batch, at most
-    among: str  # what the examples were looked for in
+    values: dict[str, Any]  # for its sections, by dotted path
+    changes: list[tuple[str, str]]  # shown to people: name, difference from the configuration
+    smooth: dict[str, Any]  # values that make another cut draw the same random numbers
+    batch: int  # maximum examples of a global batch
+    among: str  # where the examples were searched
 
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation found."""
+    """The results of an evaluation."""
 
     metrics: dict[str, float]
-    details: Any = None  # what else the task's report shows
+    details: Any = None  # further results for the task's report
 
 
 class Task(ABC):
@@ -150,14 +170,17 @@ class Task(ABC):
         """Raises UserError for data that training or evaluation could not use."""
 
     @classmethod
-    @abstractmethod
     def info(cls, config: Any) -> TaskInfo:
-        """Returns what memory and time depend on."""
+        """Returns what memory and time depend on. By default the model is small."""
+        shapes = [p.shape for p in cls.skeleton(config).parameters() if p.ndim > 1]
+        widest = max((max(shape) for shape in shapes), default=1)
+        sizes = {"hidden_size": widest, "num_hidden_layers": len(shapes), "vocab_size": 1}
+        return TaskInfo(SimpleNamespace(**sizes), Path(".cache", config.task), small=True)
 
     @classmethod
     @abstractmethod
     def workload(cls, config: Any, prepared: Any = None) -> Workload:
-        """Returns the sizes of the examples; of None, prepares the data if they are needed."""
+        """Returns the sizes of the examples; if `prepared` is None, prepares the data for that."""
 
     @classmethod
     @abstractmethod
@@ -193,15 +216,19 @@ class Task(ABC):
         return config
 
     @classmethod
-    @abstractmethod
     def blank_data(cls, config: Any, rows: Sequence[Row]) -> Any:
-        """Returns data of such examples without content, for a dry run."""
+        """Returns data with examples of these sizes for a dry run, which ignores their content.
+
+        The default are the prepared data: it fits tasks whose examples are of one size.
+        """
+        with _disable_current_modes():  # a dry run makes tensors without values
+            return cls.prepare(config)
 
     @classmethod
     def answering_bytes(
         cls, config: Any, precision: str, prompts: Sequence[int], world_size: int
     ) -> int:
-        """Returns what one process takes, beside what it holds, while the result is tried.
+        """Returns the bytes that one process needs on top while the result is tried.
 
         `prompts`: tokens of each held-out prompt.
         """
@@ -209,7 +236,7 @@ class Task(ABC):
 
     @classmethod
     def resident_bytes(cls, prepared: Any) -> int:
-        """Returns bytes of the data that are in the memory of each process already."""
+        """Returns the bytes of data that each process has in memory already."""
         return 0
 
     @classmethod
@@ -226,12 +253,12 @@ class Task(ABC):
 
     @classmethod
     def preview(cls, prepared: Any) -> Iterator[RenderableType]:
-        """Yields what is printed about the data."""
+        """Yields the output about the data."""
         yield from ()
 
     @classmethod
     def write_data_report(cls, prepared: Any, folder: Path) -> None:
-        """Writes what the run folder keeps about the data."""
+        """Writes the files about the data into the run folder."""
 
     # -- check and verify
 
@@ -262,7 +289,7 @@ class Task(ABC):
     def shrink(cls, config: Any, folder: Path, exact: bool) -> Shrunk:
         """Returns how the task becomes small enough for many whole runs.
 
-        `exact`: without randomness, so that runs that are cut differently can be compared.
+        `exact`: no randomness, so that runs with different cuts can be compared.
         """
         raise VerificationError(f"task: {config.task} cannot be made small, so it cannot be tried")
 
@@ -278,12 +305,20 @@ class Task(ABC):
     def identity(self) -> dict[str, str]:
         return self.identity_of(self.config, self.prepared)
 
+    @cached_property
+    def _workload(self) -> Workload:
+        return self.workload(self.config, self.prepared)
+
     @property
-    @abstractmethod
-    def lengths(self) -> Sequence[int]: ...
+    def lengths(self) -> Sequence[int]:
+        return self._workload.lengths
 
     @abstractmethod
     def collate(self, ids: list[int]) -> Batch: ...
+
+    @abstractmethod
+    def collate_held_out(self, ids: list[int]) -> Batch:
+        """Returns a micro-batch of held-out examples; for no ids, one without items."""
 
     @abstractmethod
     def num_supervised(self, batch: Batch) -> float: ...
@@ -300,16 +335,48 @@ class Task(ABC):
         self, ids: list[int], summaries: torch.Tensor | None, supervised: float
     ) -> None: ...
 
-    @abstractmethod
-    def evaluate(self, model: nn.Module) -> dict[str, float]: ...
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Returns the held-out loss, its perplexity and the means of what the loss reports."""
+        with (
+            self.guard.section("evaluation"),
+            self.log.progress("held-out loss", len(self.held_out_lengths)) as advance,
+        ):
+            return answers.held_out_loss(
+                self.eval_loss,
+                self.num_supervised,
+                model,
+                self._held_out_batches(advance),
+                self.accelerator,
+            )
+
+    @property
+    def held_out_lengths(self) -> Sequence[int]:
+        assert self._workload.held_out is not None
+        return self._workload.held_out.lengths
+
+    def _held_out_batches(self, advance: Advance) -> Iterator[Batch]:
+        """Yields this rank's micro-batches, as many as on every other rank.
+
+        They are cut from some examples at a time: cutting all would need memory for each of them.
+        """
+        lengths, world = self.held_out_lengths, self.accelerator.num_processes
+        everything = range(len(lengths))
+        for start in everything[:: answers.WINDOW]:
+            ids = everything[start : start + answers.WINDOW]
+            cut = batches.cut(ids, lengths, world, self.budget)
+            for own in cut[self.accelerator.process_index]:
+                self.guard.stop_if_asked()
+                yield self.collate_held_out(own)
+                advance(len(own) * world)
 
     def eval_loss(
         self, model: nn.Module, batch: Batch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return self.loss(model, batch)
 
-    @abstractmethod
-    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None: ...
+    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+        save_file(tensors, folder / "model.safetensors")
 
     def read(self, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         return read_weights(self.model, folder)

@@ -16,10 +16,8 @@ from safetensors.torch import save_file
 
 from sft.config.load import load_config
 from sft.data import batches, cache
-from sft.models import load
 from sft.runtime import checkpoint, processes
 from sft.runtime.context import Context
-from sft.runtime.log import Log
 from sft.tasks.registry import task_of
 from sft.train import engine
 
@@ -30,9 +28,9 @@ def make(case: dict[str, Any], folder: Path) -> engine.Engine:
     prepared = cache.prepare(config)
     accelerator = processes.start_processes(config.train)
     budget = batches.Budget(case["max_tokens"], "padded")
-    built = load.build(config, config.train.precision, accelerator.device)
-    task = task_of(config)(config, prepared, built, budget, Context(accelerator, Log(None)))
-    return engine.Engine(task, config.train, Context(accelerator, Log(None)), budget)
+    context = Context(accelerator)
+    task = task_of(config).build(config, prepared, config.train.precision, budget, context)
+    return engine.Engine(task, config.train, context, budget)
 
 
 def run(case: dict[str, Any], out: Path) -> dict[str, Any]:

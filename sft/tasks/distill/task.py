@@ -17,12 +17,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import RenderableType
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sft.data import batches
-from sft.evaluate import answers
 from sft.models import export, layers
 from sft.runtime import hardware
 from sft.runtime.console import duration
@@ -31,7 +29,7 @@ from sft.runtime.disk import refuse_if_unwritable
 from sft.tasks.base import Finding, Labels, Results, Row, Shrunk, Task, TaskInfo, Workload
 from sft.tasks.distill import darkroom, histories, report, rollout, shrink
 from sft.tasks.distill.config import EPISODE, Distill, DistillConfig
-from sft.tasks.distill.data import blank_histories, num_held_out, split, windows
+from sft.tasks.distill.data import blank_histories, split, windows
 from sft.tasks.distill.histories import Windows
 from sft.tasks.distill.source import SOURCES, Histories
 from sft.tasks.distill.transformer import (
@@ -39,13 +37,12 @@ from sft.tasks.distill.transformer import (
     GOES_ON,
     NUM_FEATURES,
     Transformer,
-    num_positions,
     window_tokens,
     with_marks,
 )
 from sft.train.engine import Engine
 
-WEIGHTS, SETTINGS = "model.safetensors", "distill.json"
+SETTINGS = "distill.json"
 
 
 def identity(settings: Distill, digest: str) -> dict[str, str]:
@@ -239,12 +236,11 @@ class Distillation(Task):
         self.train, self.held_out = split(prepared, self.settings)
         self.steps, self.types = _layout(self.settings, self.accelerator.device)
 
-    @cached_property
-    def lengths(self) -> Sequence[int]:
-        return [num_positions(self.settings)] * len(self.train)
-
     def collate(self, ids: Sequence[int]) -> Batch:
         return self._collate(self.train, ids)
+
+    def collate_held_out(self, ids: Sequence[int]) -> Batch:
+        return self._collate(self.held_out, ids)
 
     def _collate(self, windows: Windows, ids: Sequence[int]) -> Batch:
         device = self.accelerator.device
@@ -270,25 +266,14 @@ class Distillation(Task):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Loss on held-out histories, and the return in context on the unseen goals."""
+        found = super().evaluate(model)
+        number = self.settings.eval_quick
         with self.guard.section("evaluation"):
-            found = answers.held_out_loss(
-                self.eval_loss, self.num_supervised, model, self._held_out(), self.accelerator
-            )
-            number = self.settings.eval_quick
             quick = try_unseen(model, self.settings, self.accelerator, number, self.guard.mark)
         return {**found, "in_context_return": float(quick.returns.mean())}
 
-    def _held_out(self) -> Iterator[Batch]:
-        """A window for each stream and goal that is held out, once."""
-        ids = range(num_held_out(self.held_out))
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        for micro_batch in batches.cut(ids, self.lengths, world, self.budget)[rank]:
-            self.guard.stop_if_asked()  # as many on every rank
-            yield self._collate(self.held_out, micro_batch)
-
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-        save_file(tensors, folder / WEIGHTS)
+        super().save(folder, weights)
         (folder / SETTINGS).write_text(self.settings.model_dump_json(indent=2) + "\n", "utf-8")
 
     def identity(self) -> dict[str, str]:

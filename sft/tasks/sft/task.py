@@ -27,7 +27,7 @@ from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import Predictions, key_of
 from sft.models import adapters, digest, export, head, load
-from sft.runtime.console import Advance, write_json
+from sft.runtime.console import write_json
 from sft.tasks.base import Alternative, Finding, Results, Row, Shrunk, Task, TaskInfo, Workload
 from sft.tasks.sft import check, report, saved, shrink
 from sft.train.engine import Engine
@@ -253,6 +253,13 @@ class FineTune(Task):
     def collate(self, ids: list[int]) -> Batch:
         return self._collate(self.prepared.train, ids)
 
+    def collate_held_out(self, ids: list[int]) -> Batch:
+        return self._collate(self.prepared.held_out, ids)
+
+    @property
+    def held_out_lengths(self) -> Sequence[int]:
+        return self.prepared.held_out.lengths
+
     def _collate(self, examples: Examples, ids: list[int]) -> Batch:
         pad = self.prepared.tokenizer.pad_token_id
         return collate(examples, ids, pad, self.budget.layout, self.accelerator.device)
@@ -281,33 +288,6 @@ class FineTune(Task):
         finally:
             self.head.positions = None
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        num = len(self.prepared.held_out)
-        with (
-            self.guard.section("evaluation"),
-            self.log.progress("held-out loss", num) as advance,
-        ):
-            return answers.held_out_loss(
-                self.eval_loss,
-                self.num_supervised,
-                model,
-                self._held_out(advance),
-                self.accelerator,
-            )
-
-    def _held_out(self, advance: Advance) -> Iterator[Batch]:
-        """This rank's micro-batches, as many as every rank's, of some examples after the others: a
-        cut of all of them would take memory by their number."""
-        examples, world = self.prepared.held_out, self.accelerator.num_processes
-        everything = range(len(examples))
-        for start in everything[:: answers.WINDOW]:
-            ids = everything[start : start + answers.WINDOW]
-            cut = batches.cut(ids, examples.lengths, world, self.budget)
-            for own in cut[self.accelerator.process_index]:
-                self.guard.stop_if_asked()
-                yield self._collate(examples, own)
-                advance(len(own) * world)
 
     def answer_model(self, model: nn.Module) -> nn.Module:
         """Returns the model that writes answers."""
