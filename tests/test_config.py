@@ -22,7 +22,7 @@ from sft import cli
 from sft.config.aliases import ALIASES
 from sft.config.load import dump_config, generation_of, load_config, with_values
 from sft.config.reference import reference
-from sft.config.rules import RULES
+from sft.config.rules import RULES, conditions
 from sft.config.schema import NESTED, Config, Section, sections_of
 from sft.errors import ConfigError, UserError
 from sft.tasks.distill.config import RULES as DISTILL_RULES
@@ -235,42 +235,26 @@ def test_an_override_that_is_not_yaml_is_refused(minimal):
     assert "not valid YAML" in told
 
 
-BREAKS = [  # one for each of RULES, in order: overrides that break it, and one more that mends it
+BREAKS = [  # for each rule, in order: overrides that break it, and one more that repairs it
     (["train.save_best=loss"], "train.eval_steps=10"),
     (["train.engine=deepspeed"], "train.deepspeed_config=z2.json"),
-    (["train.deepspeed_config=z2.json"], "train.engine=deepspeed"),
     (
         ["train.engine=deepspeed", "train.deepspeed_config=f", "train.optimizer=paged_adamw"],
         "train.optimizer=adamw",
     ),
-    (["train.offload=true"], "train.engine=fsdp"),
     (["model.init=random"], "tuning.mode=full"),
     (["data.eval_fraction=0"], "data.eval_path=held_out.jsonl"),
     (["data.mix=[1, 2]"], "data.train_path=[a.jsonl, b.jsonl]"),
     (["data.system=replace"], "data.system_prompt=Be kind."),
-    (["data.system_prompt=Be kind."], "data.system=prepend"),
     (["evaluation.metrics=[classification]"], "evaluation.labels=[yes, no]"),
-    (["evaluation.labels=[yes, no]"], "evaluation.metrics=[classification]"),
     (["crowd.num_agents=2", "tuning.mode=full"], "tuning.mode=qlora"),
     (["crowd.num_agents=2", "crowd.agent=2"], "crowd.agent=1"),
-    (
-        ["crowd.num_agents=2", "crowd.layer=0", "crowd.representation=logits"],
-        "crowd.representation=hidden",
-    ),
-    (["crowd.num_agents=2", "crowd.fit_fraction=0.1"], "crowd.aggregator=learned"),
-    (["crowd.num_agents=2", "crowd.concentration=2"], "crowd.aggregator=sampled"),
-    (["crowd.num_agents=2", "crowd.lambda_sw=0", "crowd.pooling=mean"], "crowd.lambda_sw=0.5"),
-    (["crowd.dropconnect=0.5"], "crowd.num_agents=2"),
-    (["train.output_dir=a/../../b"], "train.output_dir=a/b..c"),
-    (["classify.output_dir=a/../../b"], "classify.output_dir=a/b..c"),
     (["distill.context=50"], "distill.context=60"),
     (["distill.num_steps=300", "distill.context=320"], "distill.context=300"),
     (["distill.jump_to=50"], "distill.num_steps=1020"),
     (["distill.held_out_streams=100"], "distill.num_streams=101"),
     (["distill.width=66"], "distill.num_heads=3"),
     (["distill.slide=7"], "distill.context=140"),
-    (["distill.slide=2", "distill.compress=true"], "distill.compress=false"),
-    (["distill.type_weight=1"], "distill.compress=true"),
     (["train.layout=packed", "distill.context=40"], "train.layout=padded"),
     (
         ["train.gradient_checkpointing=true", "distill.context=40"],
@@ -280,19 +264,78 @@ BREAKS = [  # one for each of RULES, in order: overrides that break it, and one 
         ["train.save_best=token_accuracy", "train.eval_steps=1", "distill.context=40"],
         "train.save_best=loss",
     ),
-    (["distill.data_dir=a/../../b"], "distill.data_dir=a/b..c"),
 ]
 
 
+READ_ONLY_WITH = {  # key -> value, the condition, and overrides under which it is read
+    "train.deepspeed_config": ("z2.json", "train.engine: deepspeed", "train.engine=deepspeed"),
+    "train.offload": ("true", "train.engine: fsdp", "train.engine=fsdp"),
+    "data.system_prompt": ("Hi.", "data.system: replace or prepend", "data.system=prepend"),
+    "evaluation.labels": (
+        "[yes, no]",
+        "evaluation.metrics: classification",
+        "evaluation.metrics=[bleu, classification]",
+    ),
+    "crowd.lambda_sw": ("1", "crowd.num_agents > 0", "crowd.num_agents=2"),
+    "crowd.dropconnect": ("0.5", "crowd.num_agents > 0", "crowd.num_agents=2"),
+    "crowd.aggregator": ("sampled", "crowd.num_agents > 0", "crowd.num_agents=2"),
+    "crowd.agent": ("0", "crowd.num_agents > 0", "crowd.num_agents=2"),
+    "crowd.num_projections": ("9", "crowd.lambda_sw > 0", "crowd.lambda_sw=1"),
+    "crowd.representation": ("logits", "crowd.lambda_sw > 0", "crowd.lambda_sw=1"),
+    "crowd.pooling": ("mean", "crowd.lambda_sw > 0", "crowd.lambda_sw=1"),
+    "crowd.normalise": ("false", "crowd.lambda_sw > 0", "crowd.lambda_sw=1"),
+    "crowd.layer": ("0", "crowd.representation: hidden", "crowd.representation=hidden"),
+    "crowd.concentration": ("2", "crowd.aggregator: sampled", "crowd.aggregator=sampled"),
+    "crowd.fit_fraction": ("0.1", "crowd.aggregator: learned", "crowd.aggregator=learned"),
+    "distill.slide": ("2", "distill.compress: false", "distill.compress=false"),
+    "distill.type_weight": ("1", "distill.compress: true", "distill.compress=true"),
+}
+UNDER = {  # overrides under which only the condition of READ_ONLY_WITH is broken
+    "crowd.lambda_sw > 0": ["crowd.num_agents=2", "crowd.lambda_sw=0"],
+    "crowd.representation: hidden": ["crowd.num_agents=2", "crowd.representation=logits"],
+    "crowd.aggregator: sampled": ["crowd.num_agents=2"],
+    "crowd.aggregator: learned": ["crowd.num_agents=2"],
+    "distill.compress: false": ["distill.compress=true"],
+}
+
+
+def of_task(file: Path, path: str) -> Path:
+    """Writes the smallest configuration of the task whose section `path` is in."""
+    distill = "task: distill\ntrain:\n  output_dir: outputs/x\n"
+    return write(file, distill if path.startswith("distill.") else MINIMAL)
+
+
 @pytest.mark.parametrize(("rule", "case"), list(zip([*RULES, *DISTILL_RULES], BREAKS, strict=True)))
-def test_a_combination_that_cannot_work_is_refused_and_its_mended_form_is_not(minimal, rule, case):
-    overrides, mend = case
-    if any(path.startswith("distill.") for path in rule.paths):
-        write(minimal, "task: distill\ntrain:\n  output_dir: outputs/x\n")
-    (told,) = problems(minimal, *overrides)
-    assert told.startswith(rule.paths[0])
-    assert told.endswith(rule.message)
-    load_run(minimal, [*overrides, mend])
+def test_a_combination_that_cannot_work_is_refused_and_its_repaired_form_is_not(
+    minimal, rule, case
+):
+    overrides, repair = case
+    of_task(minimal, "distill." if rule in DISTILL_RULES else "")
+    (found,) = problems(minimal, *overrides)
+    assert found.startswith(rule.paths[0])
+    assert found.endswith(rule.message)
+    load_run(minimal, [*overrides, repair])
+
+
+@pytest.mark.parametrize(("path", "case"), READ_ONLY_WITH.items())
+def test_a_key_that_would_not_be_read_is_refused(minimal, path, case):
+    value, condition, repair = case
+    of_task(minimal, path)
+    overrides = [*UNDER.get(condition, []), f"{path}={value}"]
+    assert problems(minimal, *overrides) == [
+        f"{path} (override): is only read with {condition}; set that, or remove this key"
+    ]
+    load_run(minimal, [*overrides, repair])
+
+
+def test_every_condition_of_a_key_has_a_case():
+    stated = {
+        f"{name}.{key}"
+        for name, section in SECTIONS.items()
+        for key in section.model_fields
+        if conditions(section, key)
+    }
+    assert stated == READ_ONLY_WITH.keys()
 
 
 @settings(deadline=None, max_examples=200)
@@ -387,9 +430,12 @@ def test_a_value_of_the_wrong_kind_is_refused_at_its_path(minimal, path, written
         "a\u200b",
     ],
 )
-def test_a_run_name_that_is_no_folder_below_is_refused(minimal, name):
-    (told,) = problems(minimal, f"train.output_dir={name}")
-    assert told.startswith("train.output_dir (override): ")
+@pytest.mark.parametrize("path", ["train.output_dir", "classify.output_dir", "distill.data_dir"])
+def test_a_text_that_names_no_folder_is_refused(minimal, path, name):
+    of_task(minimal, path)
+    (found,) = problems(minimal, f"{path}={name}")
+    reason = "must name a folder: printable characters, at most 200, without '..' and '~'"
+    assert found == f"{path} (override): {reason}"
 
 
 @pytest.mark.parametrize("name", ["outputs/x", "/scratch/me/run 7", "a/b..c", "1e5x", "x" * 200])

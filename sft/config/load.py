@@ -23,7 +23,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from sft.config.aliases import ALIASES, replace_aliases
 from sft.config.flags import Sections, parse_overrides
 from sft.config.reference import _type_name
-from sft.config.rules import RULES
+from sft.config.rules import rules_of
 from sft.config.schema import (
     NESTED,
     Classify,
@@ -318,7 +318,7 @@ def _validate(
             path, *_ = _place(item["loc"], schema)
             problems.setdefault(path, _explain(path, item, origins, schema, sections))
     values = _flatten(config.model_dump() if config else _with_defaults(tree, schema))
-    for rule in (*RULES, *schema.rules):
+    for rule in rules_of(schema):
         sound = all(path in values and path not in problems for path in rule.paths)
         if sound and rule.broken(*(values[path] for path in rule.paths)):
             path = rule.paths[0]
@@ -378,6 +378,8 @@ def _explain(
     if item["type"] == "missing":
         about = f": {fields[key].description}" if key else ""
         return f"{at}: required, and not given{about}"
+    if item["type"] == "value_error":
+        return f"{at}: {item['ctx']['error']}"
     if not key:
         return f"{at}: expected a section with keys, found {item['input']!r}"
     told = f"{at}: expected {_type_name(fields[key])}, found {excerpt(item['input'])}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from sft.config.aliases import ALIASES, UNSET
+from sft.config.rules import conditions
 from sft.config.schema import NESTED, Generation, RunConfig, Section, sections_of
 
 # --- docs/CONFIG.md ----------------------------------------------------------------------------
@@ -85,10 +86,14 @@ def reference(schemas: Iterable[type[RunConfig]]) -> str:
                 f"Of each of `classify.strategies`, and of `{given}` and `make infer-batch`.",
                 "",
             ]
+        if section.only_with:
+            lines += [f"Other keys are only read with `{section.only_with}`.", ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for key, field in section.model_fields.items():
             default = "**required**" if field.is_required() else f"`{_yaml(field.default)}`"
-            meaning = " ".join(str(field.description).split())
+            found = [each for each in conditions(section, key) if each != section.only_with]
+            stated = [f"Only with `{condition}`." for condition in found]
+            meaning = " ".join([*str(field.description).split(), *stated])
             lines.append(f"| `{key}` | {_type_name(field)} | {default} | {meaning} |")
     return "\n".join([*lines, *_alias_lines()]) + "\n"
 

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-from sft.config.schema import Crowd, Rule, Section
-
-OTHERS = tuple(key for key in Crowd.model_fields if key != "num_agents")  # of a crowd
-DIVERSITY = ("num_projections", "representation", "layer", "pooling", "normalise")  # how measured
-
-
-def _defaults(section: type[Section], keys: Sequence[str]) -> list[Any]:
-    return [section.model_fields[key].default for key in keys]
-
+from sft.config.schema import OnlyWith, Rule, RunConfig, Section, sections_of
 
 RULES = [
     Rule(
         ("train.save_best", "train.eval_steps"),
         lambda metric, interval: metric is not None and interval is None,
-        "nothing would be evaluated on the way: set train.eval_steps",
+        "nothing would be evaluated during training: set train.eval_steps",
     ),
     Rule(
         ("train.engine", "train.deepspeed_config"),
@@ -28,19 +18,9 @@ RULES = [
         "engine: deepspeed needs train.deepspeed_config (for example configs/deepspeed_z2.json)",
     ),
     Rule(
-        ("train.deepspeed_config", "train.engine"),
-        lambda path, engine: path is not None and engine != "deepspeed",
-        "is only read with train.engine: deepspeed; set that, or remove this key",
-    ),
-    Rule(
         ("train.engine", "train.optimizer"),
         lambda engine, optimizer: engine != "ddp" and optimizer != "adamw",
         "fsdp and deepspeed keep slices of AdamW's state, which bitsandbytes packs: use adamw",
-    ),
-    Rule(
-        ("train.offload", "train.engine"),
-        lambda offload, engine: offload and engine != "fsdp",
-        "is only read with train.engine: fsdp (DeepSpeed offloads as its own file says)",
     ),
     Rule(
         ("model.init", "tuning.mode"),
@@ -65,19 +45,9 @@ RULES = [
         "replace and prepend need a text: set data.system_prompt",
     ),
     Rule(
-        ("data.system_prompt", "data.system"),
-        lambda prompt, system: prompt is not None and system == "keep",
-        "is only read with data.system: replace or prepend; set that, or remove this key",
-    ),
-    Rule(
         ("evaluation.metrics", "evaluation.labels"),
         lambda names, labels: "classification" in names and labels is None,
         "classification counts answers by label: set evaluation.labels",
-    ),
-    Rule(
-        ("evaluation.labels", "evaluation.metrics"),
-        lambda labels, names: labels is not None and "classification" not in names,
-        "is only read with evaluation.metrics: [classification]; set that, or remove this key",
     ),
     Rule(
         ("crowd.num_agents", "tuning.mode"),
@@ -89,44 +59,30 @@ RULES = [
         lambda agent, number: agent is not None and 0 < number <= agent,
         "is no agent of this crowd: give 0 to crowd.num_agents - 1",
     ),
-    Rule(
-        ("crowd.layer", "crowd.representation"),
-        lambda layer, representation: layer != -1 and representation == "logits",
-        "is only read with crowd.representation: hidden; set that, or remove this key",
-    ),
-    Rule(
-        ("crowd.fit_fraction", "crowd.aggregator"),
-        lambda share, kind: share != Crowd().fit_fraction and kind != "learned",
-        "is only read with crowd.aggregator: learned; set that, or remove this key",
-    ),
-    Rule(
-        ("crowd.concentration", "crowd.aggregator"),
-        lambda value, kind: value != Crowd().concentration and kind != "sampled",
-        "is only read with crowd.aggregator: sampled; set that, or remove this key",
-    ),
-    Rule(
-        ("crowd.lambda_sw", *(f"crowd.{key}" for key in DIVERSITY)),
-        lambda weight, *others: weight == 0 and [*others] != _defaults(Crowd, DIVERSITY),
-        "0 measures no diversity, whose other keys could be read; raise it, or remove them",
-    ),
-    Rule(
-        ("crowd.num_agents", *(f"crowd.{key}" for key in OTHERS)),
-        lambda agents, *others: agents == 0 and [*others] != _defaults(Crowd, OTHERS),
-        "there is no crowd whose other keys could be read; set it, or remove them",
-    ),
-    *(
-        Rule(
-            (key,),
-            lambda path: not is_safe_path(path),
-            "must name a folder: printable characters, at most 200, without '..' and '~'",
-        )
-        for key in ("train.output_dir", "classify.output_dir")
-    ),
 ]
 
 
-def is_safe_path(path: str) -> bool:
-    """Absolute ones are safe: whoever starts a run says where, and scratch disks are elsewhere."""
-    parts = Path(path).parts
-    is_name = path.isprintable() and len(path) <= 200 and Path(path).name.strip()
-    return bool(is_name) and ".." not in parts and not path.startswith("~")
+def rules_of(schema: type[RunConfig]) -> list[Rule]:
+    """Returns all rules of a schema: for all tasks, of its task, and those that its keys state."""
+    return [*RULES, *schema.rules, *_rules_of_keys(schema)]
+
+
+def conditions(section: type[Section], key: str) -> list[OnlyWith]:
+    """Returns under which conditions a key of a section is read."""
+    stated = [item for item in section.model_fields[key].metadata if isinstance(item, OnlyWith)]
+    whole = section.only_with
+    return [*([whole] if whole and not whole.path.endswith(f".{key}") else []), *stated]
+
+
+def _rules_of_keys(schema: type[RunConfig]) -> Iterator[Rule]:
+    """Yields a rule for each condition of a key: it must hold, or the key keep its default."""
+    for name, section in sections_of(schema).items():
+        for key, field in section.model_fields.items():
+            for condition in conditions(section, key):
+                yield Rule(
+                    (f"{name}.{key}", condition.path),
+                    lambda value, other, default=field.default, condition=condition: (
+                        value != default and not condition.holds(other)
+                    ),
+                    f"is only read with {condition}; set that, or remove this key",
+                )

@@ -9,18 +9,34 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Origins = dict[str, str]
 """Dotted path of a key -> where it was written, for messages."""
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
-    )
+@dataclass(frozen=True)
+class OnlyWith:
+    """States that a key is read only if another key has one of `values`, or is above `above`."""
+
+    path: str
+    values: tuple[Any, ...] = ()
+    above: float = float("inf")
+
+    def holds(self, value: Any) -> bool:
+        """Returns whether the key is read if the other one has this value."""
+        given = value if isinstance(value, list) else [value]
+        return any(each in self.values for each in given) or (
+            not self.values and value > self.above
+        )
+
+    def __str__(self) -> str:
+        if not self.values:
+            return f"{self.path} > {self.above:g}"
+        return f"{self.path}: {' or '.join(str(value).lower() for value in self.values)}"
 
 
 @dataclass(frozen=True)
@@ -31,14 +47,36 @@ class Refused:
     reason: str
 
 
-NO_FP16 = Refused("fp16", "small gradients vanish in fp16 without loss scaling; use bf16, or fp32")
+class Section(BaseModel):
+    """A section of a configuration: its keys, each with its type, default and documentation."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+    )
+    only_with: ClassVar[OnlyWith | None] = None
+    """States when the other keys of the section are read. None: always."""
+
+
+def _refuse_unsafe(path: str) -> str:
+    """Raises ValueError for a path that names no folder; absolute ones may name a scratch disk."""
+    is_name = path.isprintable() and len(path) <= 200 and Path(path).name.strip()
+    if not is_name or ".." in Path(path).parts or path.startswith("~"):
+        raise ValueError(
+            "must name a folder: printable characters, at most 200, without '..' and '~'"
+        )
+    return path
+
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Texts = Annotated[list[Text], Field(min_length=1)]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(_refuse_unsafe)]
 MetricName = Literal[
     "exact_match",
     "normalised_match",
@@ -51,46 +89,55 @@ MetricName = Literal[
     "sari",
     "classification",
 ]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16"],
+    Refused("fp16", "small gradients vanish in fp16 without loss scaling; use bf16 or fp32"),
+]
 
 
 class Model(Section):
     name: Text
     """Folder of a model in Hugging Face format, or a hub id."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """`random` builds the architecture of `config.json` with fresh weights (seeded)."""
+    """`pretrained` loads the weights. `random` builds the architecture of `config.json` with new,
+    seeded weights."""
     revision: Text | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit of a hub id. null: its main branch."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off: such a model is refused."""
+    """Run Python code that comes with the model. `false`: a model that needs it is refused."""
     attn_implementation: Literal["auto", "sdpa", "eager", "varlen", "flash_attention_2"] = "auto"
-    """`auto`: what transformers prefers for the architecture (SDPA where it is supported).
-    `varlen`: PyTorch's flash kernel for packed documents, on a GPU in bf16, and SDPA elsewhere;
-    `flash_attention_2`: that of the package flash-attn. Where such a kernel computes,
+    """Attention kernel. `auto`: the one that transformers prefers for the architecture (SDPA where
+    it is supported). `varlen`: PyTorch's flash kernel for packed documents on a GPU in bf16, SDPA
+    elsewhere. `flash_attention_2`: the kernel of the package flash-attn. With a flash kernel,
     `train.layout: auto` packs."""
 
 
 class Tuning(Section):
     mode: Literal["lora", "qlora", "full"] = "lora"
-    """`full`: every weight. `lora`: adapters on a frozen base. `qlora`: the base also in NF4."""
+    """`full` trains every weight. `lora` trains adapters on a frozen base. `qlora` does so with the
+    base stored in 4 bits (NF4)."""
     r: Count = 16
     """Rank of the adapters."""
     lora_alpha: Positive = 32.0
     """Scale of the adapters: their output is multiplied by lora_alpha / r."""
     lora_dropout: Fraction = 0.0
-    """Probability of dropping an input of an adapter."""
+    """Probability of dropping an input of an adapter during training."""
     target_modules: Literal["auto"] | list[Text] = "auto"
-    """Modules that get an adapter. `auto`: every linear layer except the vocabulary head."""
+    """Names of the modules that get an adapter. `auto`: every linear layer except the vocabulary
+    head."""
 
 
 class Data(Section):
     train_path: Text | Texts
     """Training rows: a file, folder, glob or hub id, or a list of them (docs/DATA.md)."""
     mix: list[Positive] | None = None
-    """How often an epoch has the rows of each `train_path`: 2 is twice, 0.5 a seeded half."""
+    """How many times an epoch contains the rows of each `train_path`: 2 is twice, 0.5 is a seeded
+    half. null: once."""
     eval_path: Text | Texts | None = None
-    """Held-out rows, given likewise. None: `eval_fraction` of the training rows is held out."""
+    """Held-out rows, in the same forms as `train_path`. null: `eval_fraction` of the training
+    rows."""
     eval_fraction: Fraction = 0.05
-    """Share of the training rows held out when there is no `eval_path`."""
+    """Share of the training rows that is held out if `eval_path` is null."""
     format: Literal[
         "auto",
         "messages",
@@ -101,66 +148,82 @@ class Data(Section):
         "seed",
         "text",
     ] = "auto"
-    """Format of the rows (docs/DATA.md). `auto`: told by the keys of each row."""
+    """Format of the rows (docs/DATA.md). `auto`: detected from each row's keys."""
     columns: dict[Text, Text] | None = None
-    """Keys of a format and the column that gives each: `{prompt: query, completion: label}`."""
+    """Column of the rows that gives each key of a format: `{prompt: query, completion: label}`.
+    null: columns are named like the keys."""
     system: Literal["keep", "replace", "prepend"] = "keep"
-    """What becomes of the rows' system prompts: `system_prompt` in place of, or before them."""
-    system_prompt: Text | None = None
-    """Text for `system: replace` and `prepend`; rows without a system prompt get it, too."""
+    """The rows' system prompts: `keep` leaves them, `replace` puts `system_prompt` in their place,
+    `prepend` puts it before them."""
+    system_prompt: Annotated[Text | None, OnlyWith("data.system", ("replace", "prepend"))] = None
+    """System prompt for every row. Rows without a system prompt get it too."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """`skip` leaves bad rows out and lists them in `rejected.jsonl` of the run folder."""
+    """`error` stops the run. `skip` leaves bad rows out and lists them in `rejected.jsonl` of the
+    run folder."""
     duplicates: Literal["warn", "drop"] = "warn"
-    """`drop` keeps the first of identical training rows; near-duplicates are only told."""
+    """Identical training rows: `warn` reports them, `drop` keeps the first. Near-duplicates are
+    only reported."""
     max_rows: Count | None = None
-    """Use only the first rows of all training files. None: all."""
+    """Number of training rows to use, from the start of the files. null: all."""
     max_seq_len: Annotated[int, Field(ge=8)] = 2048
-    """Longest example, tokens."""
+    """Maximum length of an example, in tokens."""
     on_long: Literal["error", "drop", "truncate_left_turns", "truncate"] = "error"
-    """A longer row stops the run, is dropped, loses its oldest turns, or its end; counted."""
+    """What happens to a longer row: `error` stops the run, `drop` leaves the row out,
+    `truncate_left_turns` removes its oldest turns, `truncate` cuts its end. The run counts them."""
     supervise: Literal["all", "last", "everything"] = "all"
-    """What is learnt: all assistant turns (by their `weight`), the last, or prompts as well."""
+    """Tokens to learn: those of `all` assistant turns (scaled by each turn's `weight`), of the
+    `last` one, or of `everything`, prompts included."""
     audit: Literal["refuse", "warn"] = "refuse"
-    """`warn` trains on rows in which the audit has found an error."""
+    """If the audit finds an error in a row: `refuse` stops the run, `warn` trains anyway."""
     cache_dir: Text = ".cache/data"
-    """Where prepared rows are kept, a folder for each content and options; may be removed."""
+    """Folder of prepared rows, with a subfolder for each content and set of options. It can be
+    deleted."""
 
 
 class Train(Section):
-    output_dir: Text
-    """Run folder: everything that the run writes lies in it."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Order of the data, initialisation and dropout are functions of it and of the step."""
+    output_dir: Folder
+    """Run folder. The run writes all its files here."""
+    seed: Seed = 0
+    """The order of the data, the initial weights and dropout depend only on this seed and on the
+    step."""
     shuffle: bool = True
-    """A new order each epoch. `false`: the order of the file, for a curriculum."""
+    """`true`: a new order in each epoch. `false`: the order of the file, for a curriculum."""
     epochs: Positive = 1.0
     """Passes over the training rows; 0.5 is half a pass."""
     max_steps: Count | None = None
-    """Optimizer steps; wins over `epochs`. None: `epochs` decides."""
+    """Optimizer steps; takes precedence over `epochs`. null: `epochs` decides."""
     global_batch: Count = 32
     """Examples per optimizer step, over all processes and accumulation steps together."""
     max_tokens: Literal["auto"] | Count = "auto"
-    """Token budget of one micro-batch. Changes speed and memory, never the result."""
+    """Maximum tokens of one micro-batch. Changes speed and memory, never the result. `auto`: as
+    many as fit in memory."""
     micro_batch: Literal["auto"] | Count = "auto"
-    """Examples of one micro-batch, at most. `auto`: as many as `max_tokens` holds."""
+    """Maximum examples of one micro-batch. `auto`: as many as `max_tokens` allows."""
     gradient_accumulation_steps: Literal["auto"] | Count = "auto"
-    """Micro-batches of one step and process. `auto`: as many as `global_batch` needs."""
+    """Micro-batches per step and process. `auto`: as many as `global_batch` needs."""
     layout: Literal["auto", "padded", "packed"] = "auto"
-    """Rows of like lengths, padded; or one row of documents that cannot see each other."""
+    """`padded`: rows of similar length, padded to the longest. `packed`: one row of several
+    documents that cannot see each other. `auto`: the plan chooses."""
     engine: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
-    """How processes share the work: a copy each (DDP), shards (FSDP2), or ZeRO of DeepSpeed."""
-    deepspeed_config: Text | None = None
-    """DeepSpeed JSON for `engine: deepspeed` (configs/deepspeed_z2.json is ZeRO-2)."""
-    offload: bool = False
-    """Keep shards in host memory between uses (`engine: fsdp`): less GPU memory, much slower."""
+    """How processes share the model: `ddp` gives each a copy, `fsdp` shards it (FSDP2), `deepspeed`
+    uses ZeRO."""
+    deepspeed_config: Annotated[Text | None, OnlyWith("train.engine", ("deepspeed",))] = None
+    """DeepSpeed JSON file (configs/deepspeed_z2.json is ZeRO-2)."""
+    offload: Annotated[bool, OnlyWith("train.engine", ("fsdp",))] = False
+    """Keep shards in host memory between uses: less GPU memory, much slower. (DeepSpeed offloads if
+    its own file says so.)"""
     num_processes: Count | None = None
-    """Processes that the run must have, else it refuses to start (the Makefile sets it)."""
-    precision: Annotated[Literal["auto", "fp32", "bf16"], NO_FP16] = "auto"
-    """Compute precision; trained weights stay fp32. `auto`: bf16 where the GPU has it."""
+    """Number of processes that the run must have; it refuses to start with another number. The
+    launcher sets it. null: any number."""
+    precision: Precision = "auto"
+    """Precision of the computation. Trained weights stay in fp32. `auto`: bf16 if the GPU supports
+    it, else fp32."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass: less memory, about 25 % slower."""
+    """Recompute activations in the backward pass: less memory, about 25 % slower. `auto`: only if
+    memory would be short without it."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """AdamW of PyTorch (fused where it exists) or of bitsandbytes."""
+    """`adamw` is PyTorch's (fused where available). The others are those of bitsandbytes: state in
+    8 bits, paged to host memory, or both."""
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -168,147 +231,164 @@ class Train(Section):
     warmup_ratio: Fraction = 0.03
     """Share of the steps in which the learning rate rises linearly from 0."""
     min_lr_ratio: Fraction = 0.0
-    """Learning rate at the last step as a share of the peak (cosine and linear)."""
+    """Learning rate at the last step, as a share of the peak (`cosine` and `linear`)."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay, on matrices only (not on norms and biases)."""
     adam_beta1: Fraction = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     adam_beta2: Fraction = 0.999
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     adam_epsilon: Positive = 1e-8
     """Added to the denominator of the update."""
     max_grad_norm: NonNegative = 1.0
-    """Gradients with a larger global norm are scaled down to it. 0: never."""
+    """Gradients with a larger global norm are scaled down to this norm. 0: no clipping."""
     skip_nonfinite: CountOrZero = 0
-    """Steps of the run whose loss or gradient is NaN or infinite that go without an update."""
+    """How many steps with a NaN or infinite loss or gradient to skip before the run fails."""
     eval_steps: Count | None = None
-    """Held-out loss every so many steps. None: only before and after."""
+    """Steps between two measurements of the held-out loss. null: only before and after training."""
     save_steps: Count | None = None
-    """Checkpoint every so many steps. None: only the final one."""
+    """Steps between two checkpoints. null: only the final one."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
-    """Checkpoints kept; the oldest go first."""
+    """Number of checkpoints to keep; the oldest are deleted first."""
     stall_timeout: Annotated[float, Field(ge=10, allow_inf_nan=False)] = 1800.0
-    """Seconds without progress in any process, one micro-batch or save, that end the run."""
+    """Seconds that a process may go without progress (a micro-batch or a save) before the run
+    ends."""
     save_best: Literal["loss", "perplexity", "token_accuracy"] | None = None
-    """The checkpoint that is best by this held-out metric is saved and kept as well."""
+    """Held-out metric: the checkpoint with its best value is saved and kept as well. null: none."""
     max_failed_saves: Count = 3
-    """A save that fails is told and training goes on; after so many in a row the run ends."""
+    """Number of consecutive failed saves that ends the run. After fewer, a warning is logged and
+    training goes on."""
     resume_from_checkpoint: Text | None = None
-    """`auto`: the newest valid checkpoint of the run folder, if any; or a checkpoint folder."""
+    """Checkpoint folder to resume from. `auto`: the newest valid checkpoint of the run folder, if
+    there is one. null: train from the start."""
     log_steps: Count = 10
-    """Steps between two lines in the log; files and TensorBoard get every step."""
+    """Steps between two lines of the log. Metric files and TensorBoard get every step."""
     tensorboard: bool = True
     """Write scalars to `<output_dir>/tensorboard`."""
     wandb: bool = False
-    """Also log to Weights & Biases (must be installed)."""
+    """Also log to Weights & Biases (the package must be installed)."""
     deterministic: bool = False
-    """Only algorithms that give the same bits every time; an operation that has none ends the run.
-    Slower on GPUs; on CPUs nothing changes."""
+    """Use only algorithms that give the same bits every time; an operation without one ends the
+    run. Slower on GPUs; no change on CPUs."""
     profile_steps: Count | None = None
-    """Trace so many steps, after two for warming up, into `<output_dir>/profile.json`."""
+    """Number of steps to trace into `<output_dir>/profile.json`, after two steps of warm-up. null:
+    none."""
 
 
 class Evaluation(Section):
     num_examples: CountOrZero = 200
-    """Held-out rows answered by generation and scored by `metrics`. 0: loss only."""
+    """Number of held-out rows to answer by generation and to score with `metrics`. 0: only the
+    held-out loss."""
     max_new_tokens: Count = 128
-    """Longest answer, tokens."""
+    """Maximum length of an answer, in tokens."""
     batch_size: Count = 64
-    """Prompts generated at once on each process."""
+    """Prompts answered at once on each process."""
     num_shown: CountOrZero = 3
-    """Prompts whose answers before and after are shown side by side."""
+    """Number of prompts whose answers before and after training are shown side by side."""
     metrics: Annotated[list[MetricName], Field(min_length=1)] = ["exact_match"]
-    """Scores of the answers, each with a 95 % interval (sft/metrics.py defines them)."""
-    labels: Texts | None = None
-    """Labels of the answers for `classification`; an answer that is none of them has failed."""
+    """Scores of the answers, each with a 95 % interval (sft/evaluate/metrics.py defines them)."""
+    labels: Annotated[Texts | None, OnlyWith("evaluation.metrics", ("classification",))] = None
+    """Possible labels. An answer that is none of them counts as failed."""
     group: Text | None = None
-    """Column of the rows, or a path such as `meta.kind`: scores are told for each of its values."""
+    """Column of the rows, or a path such as `meta.kind`: scores are also reported for each of its
+    values. null: only for all rows together."""
 
 
 class Generation(Section):
-    """How an answer is written: by `make infer`, the connector, and each `classify` strategy."""
+    """How an answer is generated: by `make infer`, the connector, and each `classify` strategy."""
 
     max_new_tokens: Count = 256
-    """Longest answer, tokens."""
+    """Maximum length of an answer, in tokens."""
     temperature: NonNegative = 0.0
-    """0: always the most likely token (greedy). Else logits are divided by it before drawing."""
+    """Logits are divided by it before sampling. 0: always the most likely token (greedy)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw among the fewest tokens that together are this likely."""
+    """Sample from the smallest set of most likely tokens whose probabilities add up to this."""
     top_k: CountOrZero = 0
-    """Draw among so many most likely tokens. 0: among all."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """What is drawn for an example is a function of it and of the example's number."""
+    """Sample from this number of most likely tokens. 0: from all."""
+    seed: Seed = 0
+    """What is sampled for an example depends only on this seed and on the example's number."""
 
 
 class Strategy(Section):
     """A way to ask for a label: a value of `classify.strategies`, under its name."""
 
     system: Text | None = None
-    """System prompt."""
+    """System prompt. null: none."""
     user: Text
-    """What the user says, with `{text}` where the text stands."""
+    """User message, with `{text}` in the place of the text."""
     answer: Text = "{label}"
-    """The answer that fine-tuning teaches, with `{label}` where the label stands."""
+    """Answer that fine-tuning teaches, with `{label}` in the place of the label."""
     generation: Generation = Generation()
-    """How its answers are written."""
+    """How the answers are generated (section `generation`)."""
 
 
 class Classify(Section):
     path: Text | Texts | None = None
-    """Rows with a text and its label, a column each: CSV, JSONL, Parquet (docs/CLASSIFY.md)."""
-    output_dir: Text = "outputs/classify"
-    """Folder of the answers, scores and training rows that `make classify` writes."""
+    """Rows with a text and its label in two columns: CSV, JSONL or Parquet (docs/CLASSIFY.md)."""
+    output_dir: Folder = "outputs/classify"
+    """Folder for the answers, scores and training rows that `make classify` writes."""
     text: Text = "text"
     """Column of the texts."""
     label: Text = "label"
     """Column of the labels."""
     group: Text | None = None
-    """Column of the groups that are scored by themselves as well."""
+    """Column by whose values scores are also reported. null: only for all rows together."""
     labels: list[Text] = []
-    """What a label can be."""
+    """All possible labels."""
     strategies: dict[Text, Strategy] = {}
-    """Ways to ask, by name."""
+    """Ways to ask for a label, by name."""
     use: Texts | None = None
-    """Names of the strategies that are tried. None: all."""
+    """Names of the strategies to try. null: all."""
     tune: Text | None = None
-    """Name of the strategy that `TUNE=1` teaches and a tuned model is asked with."""
+    """Name of the strategy that `TUNE=1` fine-tunes, and that a fine-tuned model is asked with."""
     split_by: list[Text] = []
-    """Columns of ids: rows that share an id in any of them stay in one part, as do equal texts."""
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the rows for the test part."""
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the rows for the validation part, which training holds out."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Which rows are in which part is a function of it and of the rows."""
+    """Columns of ids. Rows that share an id in one of them stay in the same part, as do rows with
+    equal texts."""
+    test_fraction: Share = 0.2
+    """Share of the rows in the test part."""
+    validation_fraction: Share = 0.1
+    """Share of the rows in the validation part, which training holds out."""
+    seed: Seed = 0
+    """The split into parts depends only on this seed and on the rows."""
     part: Literal["test", "validation", "all"] = "test"
-    """What is classified: `validation` to choose by; `all` has what TUNE=1 trains on in it."""
+    """Part to classify. `validation` serves to choose a strategy. `all` includes the rows that
+    `TUNE=1` trains on."""
+
+
+DIVERSE = OnlyWith("crowd.lambda_sw", above=0)
 
 
 class Crowd(Section):
+    only_with: ClassVar[OnlyWith | None] = OnlyWith("crowd.num_agents", above=0)
     num_agents: CountOrZero = 0
-    """LoRA agents that share the frozen base (docs/research/CROWD.md). 0: no crowd, one model."""
+    """Number of LoRA agents that share the frozen base (docs/research/CROWD.md). 0: one model, no
+    crowd."""
     lambda_sw: NonNegative = 0.01
-    """Weight of the diversity, which is subtracted from the loss: it keeps the agents apart."""
-    num_projections: Count = 64
-    """Random directions that the sliced Wasserstein distance is estimated with, anew each step."""
-    representation: Literal["hidden", "logits"] = "hidden"
-    """What of the agents is kept apart: hidden states, or logits."""
-    layer: Annotated[int, Field(ge=-1)] = -1
-    """Layer of the hidden states, from 0. -1: what the vocabulary head reads."""
-    pooling: Literal["last", "mean", "first"] = "last"
-    """Which supervised position (whose next token is supervised) stands for an example."""
-    normalise: bool = True
-    """Representations of length sqrt(d), so that the diversity is not won by larger norms."""
+    """Weight of the diversity, which is subtracted from the loss so that the agents stay
+    different."""
+    num_projections: Annotated[Count, DIVERSE] = 64
+    """Number of random directions that estimate the sliced Wasserstein distance. They are redrawn
+    in each step."""
+    representation: Annotated[Literal["hidden", "logits"], DIVERSE] = "hidden"
+    """What is compared between agents: hidden states or logits."""
+    layer: Annotated[int, Field(ge=-1), DIVERSE, OnlyWith("crowd.representation", ("hidden",))] = -1
+    """Layer of the hidden states, counted from 0. -1: the input of the vocabulary head."""
+    pooling: Annotated[Literal["last", "mean", "first"], DIVERSE] = "last"
+    """What represents an example: its `last` supervised position (whose next token is supervised),
+    the `first`, or the `mean` of all."""
+    normalise: Annotated[bool, DIVERSE] = True
+    """Scale representations to length sqrt(d), so that larger norms do not count as diversity."""
     dropconnect: Fraction = 0.0
     """Probability of dropping a weight of an adapter in a training pass."""
     aggregator: Literal["uniform", "sampled", "learned"] = "uniform"
-    """Dirichlet weights of the agents in an answer: their expectation, drawn, or fitted."""
-    concentration: Positive = 1.0
-    """Of the symmetric Dirichlet distribution, for each agent; `learned` replaces it."""
+    """Dirichlet weights of the agents in an answer: their expectation (`uniform`), a random draw
+    (`sampled`), or fitted to data (`learned`)."""
+    concentration: Annotated[Positive, OnlyWith("crowd.aggregator", ("sampled",))] = 1.0
+    """Concentration of the symmetric Dirichlet distribution, for each agent."""
     agent: CountOrZero | None = None
-    """Use this agent alone, by number from 0 (evaluate, merge). None: all of them."""
-    fit_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the training rows kept from training for `learned` to be fitted on."""
+    """Number, from 0, of the only agent that evaluate and merge use. null: all agents."""
+    fit_fraction: Annotated[Share, OnlyWith("crowd.aggregator", ("learned",))] = 0.05
+    """Share of the training rows on which `learned` weights are fitted; they are not trained on."""
 
 
 @dataclass(frozen=True)
@@ -337,7 +417,7 @@ class RunConfig(Section):
 
 
 class Config(RunConfig):
-    """`task: sft`, the default."""
+    """A configuration of `task: sft`, the default."""
 
     task: ClassVar[str] = "sft"
     model: Model
@@ -350,6 +430,7 @@ class Config(RunConfig):
 
     @property
     def kind(self) -> str:
+        """The name of the task in the registry: agents make it a crowd."""
         return "crowd" if self.crowd.num_agents else self.task
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
-
-from sft.config.rules import is_safe_path
 from sft.config.schema import (
     Count,
+    Folder,
     Fraction,
     NonNegative,
+    OnlyWith,
     Rule,
     RunConfig,
     Section,
-    Text,
+    Seed,
     Train,
 )
 
@@ -23,48 +22,52 @@ EPISODE = 20  # steps of an episode
 
 
 class Distill(Section):
-    data_dir: Text = ".cache/darkroom"
-    """Where source histories are kept, a folder for each of the settings that make them."""
+    data_dir: Folder = ".cache/darkroom"
+    """Folder of the source histories, with a subfolder for each set of settings that make them."""
     source: Literal["ppo", "stable_baselines3"] = "ppo"
-    """PPO on all goals at once, or that of Stable-Baselines3, goal by goal: the same, slower."""
-    source_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of the source histories."""
-    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Which 73 goals are trained on and which 8 are unseen (0: as published)."""
+    """`ppo` trains on all goals at once. `stable_baselines3` is the PPO of Stable-Baselines3, one
+    goal at a time: the same histories, slower."""
+    source_seed: Seed = 0
+    """Seed of the source histories."""
+    split_seed: Seed = 0
+    """Seed of the split into 73 goals to train on and 8 unseen ones. 0: the published split."""
     num_streams: Count = 100
-    """Copies of the room that a source learns in at once; each is one history."""
+    """Number of copies of the room in which a source learns at once; each gives one history."""
     num_steps: Count = 1000
-    """Steps of each history; an episode has 20."""
+    """Steps per history; an episode has 20."""
     held_out_streams: Count = 5
-    """Of them, the last: histories for the held-out loss, which are not trained on."""
+    """Number of streams, the last ones, whose histories are held out for the loss."""
     context: Count = 120
-    """Transitions that the model sees, at most."""
+    """Maximum number of transitions that the model sees."""
     search_episodes: Count = 3
-    """First episodes of the histories, of which a window is made while it has found nothing."""
+    """Number of first episodes of the histories. A window is made of these until it has found the
+    goal."""
     search_best_of: Count = 32
-    """Each of them is, of so many streams, the one that visits most cells that are new to it."""
+    """Number of streams that are drawn for each of these episodes; the one that visits most cells
+    that are new to the window is taken."""
     jump_to: Count = 12
-    """Episode of the histories, counted from 0, from which on the rest of a window comes."""
+    """Episode of the histories, counted from 0, from which the rest of a window is taken."""
     width: Count = 64
     """Size of the model's embeddings."""
     num_layers: Count = 4
-    """Blocks of the model."""
+    """Number of transformer blocks."""
     num_heads: Count = 4
-    """Heads of each attention."""
+    """Attention heads per block."""
     dropout: Fraction = 0.0
-    """Probability of dropping what a block adds."""
+    """Probability of dropping an element that a block adds."""
     compress: bool = False
-    """Two regions of half the context each; the model says when the older one is dropped."""
-    type_weight: NonNegative = 0.1
-    """Weight of the token-type loss (`compress: true`)."""
-    slide: Count | None = None
-    """Oldest episodes that are dropped at once when the context is full. None: half of them."""
+    """Split the context into two regions of half its length; the model decides when the older one
+    is dropped."""
+    type_weight: Annotated[NonNegative, OnlyWith("distill.compress", (True,))] = 0.1
+    """Weight of the token-type loss."""
+    slide: Annotated[Count | None, OnlyWith("distill.compress", (False,))] = None
+    """Number of oldest episodes to drop at once when the context is full. null: half of them."""
     eval_episodes: Count = 500
-    """Episodes that each unseen goal is tried for, without an update."""
+    """Episodes per attempt at an unseen goal; no weight is updated."""
     eval_seeds: Count = 16
-    """Times that each unseen goal is tried, with random numbers of their own."""
+    """Attempts at each unseen goal, each with its own random numbers."""
     eval_quick: Count = 50
-    """Episodes at `train.eval_steps`."""
+    """Episodes per attempt in the evaluations every `train.eval_steps`."""
 
 
 RULES = (
@@ -99,40 +102,25 @@ RULES = (
         "there are not so many episodes in distill.context",
     ),
     Rule(
-        ("distill.slide", "distill.compress"),
-        lambda slide, compress: slide is not None and compress,
-        "is not read with distill.compress, where the model says what is dropped: remove this key",
-    ),
-    Rule(
-        ("distill.type_weight", "distill.compress"),
-        lambda weight, compress: weight != Distill().type_weight and not compress,
-        "is only read with distill.compress: true; set that, or remove this key",
-    ),
-    Rule(
-        ("train.layout", "distill.context"),
-        lambda layout, _: layout == "packed",
+        ("train.layout",),
+        lambda layout: layout == "packed",
         "windows of histories are of one length, none is packed: leave it at auto",
     ),
     Rule(
-        ("train.gradient_checkpointing", "distill.context"),
-        lambda checkpointing, _: checkpointing is True,
+        ("train.gradient_checkpointing",),
+        lambda checkpointing: checkpointing is True,
         "the model of histories is too small for it: leave it at auto",
     ),
     Rule(
-        ("train.save_best", "distill.context"),
-        lambda metric, _: metric == "token_accuracy",
+        ("train.save_best",),
+        lambda metric: metric == "token_accuracy",
         "histories have no tokens of text: use loss",
-    ),
-    Rule(
-        ("distill.data_dir",),
-        lambda path: not is_safe_path(path),
-        "must name a folder: printable characters, at most 200, without '..' and '~'",
     ),
 )
 
 
 class DistillConfig(RunConfig):
-    """`task: distill`."""
+    """A configuration of `task: distill`."""
 
     task: ClassVar[str] = "distill"
     rules: ClassVar[Sequence[Rule]] = RULES
