@@ -53,7 +53,7 @@ from sft.runtime.context import Context
 from sft.runtime.log import Log
 from sft.runtime.processes import start_processes
 from sft.tasks.crowd import agents
-from sft.tasks.crowd.aggregator import Aggregator, Mixture, calibration_error, calibration_sums, mix
+from sft.tasks.crowd.aggregator import Aggregator, Mixture, mix
 from sft.tasks.crowd.diversity import directions, disagreement, diversity
 from sft.tasks.crowd.task import CrowdTune, Reader
 from sft.tasks.registry import task_of
@@ -364,6 +364,7 @@ ARMS: dict[str, tuple[str, ...]] = {  # overrides; alpha is twice the rank in al
 }
 STEPS = {"embedded": 80, "GSM8K": 40}
 SCORED = 128  # held-out rows
+BINS = 15  # of confidence, as in Guo et al. 2017
 
 
 def tasks(shared: Path) -> dict[str, tuple[str, ...]]:
@@ -466,19 +467,29 @@ def scored(
     task.model.aggregator = kind
     weights = task.aggregator.expected()
     mixed = mix(log_probs, weights.to(log_probs))
-    confidence, said = mixed.exp().max(-1)
-    sums = calibration_sums(confidence, said == targets)
+    confidence, chosen = mixed.exp().max(-1)
     result = {
         "weights": weights.tolist(),
         "loss": F.nll_loss(mixed, targets).item(),
-        "token_accuracy": (said == targets).double().mean().item(),
-        "ece": calibration_error(sums),
+        "token_accuracy": (chosen == targets).double().mean().item(),
+        "ece": calibration_error(confidence, chosen == targets),
     }
     if task.config.evaluation.num_examples:
         with tempfile.TemporaryDirectory(dir=work) as folder:
             found = task.answers(built, Path(folder, "answers.jsonl"), kind)
         result["exact_match"] = found.tally.values()["exact_match"]
     return result
+
+
+def calibration_error(confidence: Tensor, correct: Tensor) -> float:
+    """Returns the expected calibration error of predictions [N] (Guo et al. 2017): the difference
+    of accuracy and confidence in each of `BINS` bins (low, high], averaged over predictions."""
+    edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)[1:-1]
+    gaps = torch.zeros(BINS, dtype=torch.float64)
+    gaps.index_add_(
+        0, torch.bucketize(confidence.double(), edges), confidence.double() - correct.double()
+    )
+    return float(gaps.abs().sum() / max(1, len(confidence)))
 
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

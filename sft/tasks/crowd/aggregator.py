@@ -1,4 +1,4 @@
-"""One answer from K agents: the mixture of their next-token distributions, and what it is worth.
+"""One answer from K agents: the mixture of their next-token distributions.
 
 A mixture is a distribution, so its logarithm stands where a model's logits stand: temperature,
 top-p and top-k then act on the mixture itself. Everything is in log space, in fp32 at least. All
@@ -29,7 +29,6 @@ ITERATIONS = 1000  # of EM at most: then they are log(K) / 1000 below at the wor
 DRAWS = 256  # of weights, that stand for their distribution
 TOTALS = 10 ** (np.arange(-8, 17) / 4)  # per agent, 0.01 to 10,000: below, few draws mix agents
 CHUNK = 2**22  # likelihoods of tokens under drawn weights at once: 32 MiB
-BINS = 15  # of confidence, as in Guo et al. 2017
 
 
 class AggregatorError(UserError):
@@ -335,23 +334,3 @@ def _with_ends(found: list[Answer], heard: list[list[int]]) -> list[list[int]]:
             if passes[row] > step:
                 answers[row].append(token)
     return answers
-
-
-# --- what answers are worth: sums, which add up over batches and ranks ---------------------------
-
-
-def calibration_sums(confidence: Tensor, correct: Tensor) -> Tensor:
-    """Predictions (N,) by confidence, in `BINS` equal bins (low, high]: (BINS, 3), fp64, each bin's
-    number, summed confidence, and how many are correct."""
-    edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64, device=confidence.device)
-    confidence = confidence.double()
-    rows = torch.stack([torch.ones_like(confidence), confidence, correct.to(confidence)], 1)
-    sums = torch.zeros(BINS, 3, dtype=torch.float64, device=confidence.device)
-    return sums.index_add_(0, torch.bucketize(confidence, edges[1:-1]), rows)
-
-
-def calibration_error(sums: Tensor) -> float:
-    """Expected calibration error (Guo et al. 2017): what accuracy differs from confidence in a bin,
-    averaged over predictions. 0 without any."""
-    number, confidence, correct = sums.unbind(1)
-    return float((confidence - correct).abs().sum() / number.sum().clamp(min=1))
