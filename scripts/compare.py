@@ -18,16 +18,17 @@ def main() -> None:
     from sft.evaluate import compare
     from sft.runtime.console import make_console
 
-    names, labels = compare.configured(args.a, args.b)
+    names, labels = compare.agreed_metrics(args.a, args.b)
     if args.metric:
         names = args.metric.replace(",", " ").split()
     found, console = compare.compare(args.a, args.b, names, labels), make_console()
-    console.print(compare.table(found))
+    title = f"B against A on {found.num_examples:,} examples"
+    console.print(compare.difference_table(title, found.differences, "A", "B"))
     console.print(compare.wins_table(found))
-    if found.unlike and args.show > 0:
+    if found.differing and args.show > 0:
         console.print(compare.examples_table(found, args.show))
     if args.json:
-        cli.write_json(args.json, compare.report(found))
+        cli.write_json(args.json, compare.comparison_json(found))
         console.print(f"all of it: {args.json}")
 
 

@@ -89,7 +89,7 @@ def test_a_run_that_answers_more_is_better_and_the_examples_tell_where(run):
     assert row.difference == pytest.approx(0.3)
     assert row.low < row.difference < row.high
     assert found.wins == {"exact_match": compare.Wins(a=5, b=20, tied=25)}
-    shown = list(compare.examples(found))
+    shown = list(compare.differing_examples(found))
     assert [each["row"] for each in shown] == [
         f"rows.jsonl:{n}" for n in (*range(1, 21), *range(46, 51))
     ]
@@ -106,7 +106,7 @@ def test_a_run_is_not_distinguishable_from_itself(run):
     found = compare.compare(a, a / "evaluation/predictions.jsonl", ["exact_match", "chrf"])
     assert {row.verdict for row in found.differences.values()} == {"not distinguishable"}
     assert set(found.wins.values()) == {compare.Wins(0, 0, 3)}
-    assert not found.unlike
+    assert not found.differing
 
 
 def test_five_answers_that_improve_are_not_enough(run):
@@ -163,8 +163,8 @@ LABELS = "{metrics: [classification], labels: [5, 6]}".replace("5, 6", '"5", "6"
 )
 def test_runs_are_compared_by_what_both_are_configured_to_score(run, of_a, of_b, metrics, labels):
     a, b = run("one", right(1), of_a), run("two", right(1), of_b)
-    assert compare.configured(a, b) == (metrics, labels)
-    assert compare.configured(a / "evaluation/predictions.jsonl", b) == (metrics, labels)
+    assert compare.agreed_metrics(a, b) == (metrics, labels)
+    assert compare.agreed_metrics(a / "evaluation/predictions.jsonl", b) == (metrics, labels)
 
 
 def test_labels_of_the_configurations_serve_a_metric_that_is_asked_for(run, script):

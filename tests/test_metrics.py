@@ -565,7 +565,7 @@ def test_a_verdict_is_withheld_where_few_examples_differ():
     a, b = ([0] * 5 + [1] * 95), [1] * 100
     tallies = [tallied(matches(each), ["exact_match"]) for each in (a, b)]
     assert scores.difference(*tallies)["exact_match"].verdict == "better"
-    told = scores.difference(*tallies, num_unlike={"exact_match": 5})["exact_match"]
+    told = scores.difference(*tallies, num_differing={"exact_match": 5})["exact_match"]
     assert (told.verdict, told.low > 0) == ("not distinguishable", True)
 
 

@@ -11,24 +11,27 @@ from typing import Any
 
 from sft.data.formats import scalar_text
 
-# --- labels in answers ---------------------------------------------------------------------------
-
 
 def label_of(answer: str | None, labels: Sequence[str]) -> str | None:
-    """The label that an answer gives; None, a failure, if it gives none, or more than one.
+    """Returns the label that an answer gives; None, a failure, if it gives none, or more than one.
 
-    An answer that is a label gives it. Else JSON in it decides: `{"label": ...}` has to be a label.
-    Else a label is found as whole words, in any case, whatever joins them ("non hateful" is
-    `non-hateful`), the longest first; one that is negated makes a failure: what it means instead is
-    not for us to say. Negated is all of a sentence after a "not", "never" and the like.
+    An answer that is a label gives it. Else JSON in it decides: `{"label": ...}` must be a label.
+    Else labels are found as whole words, the longest first, in any case and whatever joins the
+    words ("non hateful" is `non-hateful`). A negated label is a failure, since its meaning is open.
+    A "not", "never" and the like negates all that follows in its sentence.
     """
     text = (answer or "").strip()
     if text in labels:
         return text
     by_letters, pattern = _spellings(tuple(labels))
     if "{" in text:
-        said = [scalar_text(each[key]) for each in _objects(text) for key in each if _is_label(key)]
-        given = {each if each in labels else by_letters.get(letters(each)) for each in said}
+        named = [
+            scalar_text(each[key])
+            for each in _objects(text)
+            for key in each
+            if key.casefold() == "label"
+        ]
+        given = {each if each in labels else by_letters.get(letters(each)) for each in named}
     else:
         text = text.casefold()
         given = {by_letters.get(letters(match[0])) for match in pattern.finditer(text)}
@@ -44,7 +47,7 @@ NONE = re.compile(rf"\b(?:no|non|nothing|without)\s+(?:\w+\s+)?{LABEL}")  # "no 
 
 
 def _is_negated(text: str) -> bool:
-    """Whether a sentence of a casefolded text negates a `LABEL`."""
+    """Returns whether a sentence of a casefolded text negates a `LABEL`."""
     for sentence in SENTENCE.split(text):
         before, label, _ = sentence.rpartition(LABEL)
         if label and NEGATION.search(before):
@@ -56,13 +59,13 @@ WORD = re.compile(r"[^\W_]+")
 
 
 def letters(text: str) -> str:
-    """What two spellings of a label have in common."""
+    """Returns the letters and digits of a label, which all its spellings share."""
     return "".join(WORD.findall(text.casefold()))
 
 
 @cache
 def _spellings(labels: tuple[str, ...]) -> tuple[dict[str, str], re.Pattern[str]]:
-    """Labels by their letters, where no other has the same, and what finds them in a text."""
+    """Returns labels by their letters, unless two share them, and a pattern that finds labels."""
     shared = Counter(map(letters, labels))
     by_letters = {letters(label): label for label in labels if shared[letters(label)] == 1}
     by_letters.pop("", None)  # of a label of marks only, as "+"
@@ -72,12 +75,8 @@ def _spellings(labels: tuple[str, ...]) -> tuple[dict[str, str], re.Pattern[str]
     return by_letters, re.compile(found)
 
 
-def _is_label(key: str) -> bool:
-    return key.casefold() == "label"
-
-
 def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects in a text, up to one that is broken."""
+    """Yields the JSON objects in a text, up to a broken one."""
     decoder, at = json.JSONDecoder(), text.find("{")
     while at >= 0:
         try:

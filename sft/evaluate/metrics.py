@@ -1,15 +1,15 @@
 """Scores of answers by name, with 95 % intervals by bootstrap over the examples.
 
-An example gives a few numbers, its statistics, and a metric is a function of their sums over all
+Each example gives a few numbers, its statistics, and a metric is a function of their sums over all
 examples. Statistics are whole numbers or multiples of `GRID`, whose sums in float64 are exact in
-every order (up to eight million examples), so any cut over processes gives the same bits.
+any order (up to eight million examples). So any cut over processes gives the same bits.
 
 Intervals are percentiles of `scipy.stats.bootstrap`. BCa would correct them for bias and skew, but
 scipy computes it in a time that grows with the square of the number of examples, and it has no
 interval where all examples score the same. Two runs are compared on the same resamples (paired).
 
-More is better for every metric. `bleu` and `chrf` are of 100, as sacrebleu reports them, all others
-of 1. An answer of None is a failed one: it scores 0 and is counted.
+More is better for every metric. `bleu` and `chrf` go up to 100, as in sacrebleu, all others to 1.
+An answer of None has failed: it scores 0 and counts.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ from sft.errors import UserError, did_you_mean, excerpt
 from sft.evaluate.labels import label_of
 
 NAMES: tuple[str, ...] = get_args(MetricName)
-GRID = 2.0**-30  # of scores that are no whole numbers: 1e-9, and sums below 2**23 stay exact
-FAILURE = "(none of them)"  # what an answer is that is no label
+GRID = 2.0**-30  # of fractional scores: 1e-9, and sums below 2**23 stay exact
+FAILURE = "(none of them)"  # stands for an answer without a label
 Measured = tuple[float, Sequence[float]]  # score of an example by itself, its statistics
 Values = dict[str, np.ndarray]
 
 
 class Measure(Protocol):
-    """What one name stands for."""
+    """A metric, or several that share their statistics."""
 
     @property
     def size(self) -> int:
         """Returns how many statistics an example has."""
 
     def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
-        """Raises UserError for a reference that this metric cannot use."""
+        """Returns an example's score and statistics. Raises UserError for a reference that this
+        metric cannot use."""
 
     def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
         """Returns values [resamples] by name. `rows` [examples, size] are statistics; `counts`
@@ -54,9 +55,6 @@ class Measure(Protocol):
 
 
 Verdict = Literal["better", "worse", "not distinguishable"]
-
-
-# --- means of a score of each example ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Mean:
     size: int = 1
 
     def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
-        score = self.score(answer or "", reference, prompt)  # looks at the reference, too
+        score = self.score(answer or "", reference, prompt)  # checks the reference, too
         score = 0.0 if answer is None else score
         return score, [round(score / GRID) * GRID]
 
@@ -77,19 +75,19 @@ class Mean:
 
 
 def exact_match(answer: str, reference: str, *_: str) -> float:
-    """Equal but for surrounding white space."""
+    """Returns 1 if both are equal without surrounding white space."""
     return float(answer.strip() == reference.strip())
 
 
 def normalised_match(answer: str, reference: str, *_: str) -> float:
-    """Equal but for case, punctuation, articles and white space, as SQuAD's evaluation does.
+    """Returns 1 if both are equal without case, punctuation, articles and white space, as in SQuAD.
 
     Unlike there, an answer of nothing but these keeps them: "A" is not "The", "?" not "!".
     """
-    return float(_normalised(answer) == _normalised(reference))
+    return float(_normalise(answer) == _normalise(reference))
 
 
-def _normalised(text: str) -> str:
+def _normalise(text: str) -> str:
     plain = "".join(c for c in text.lower() if not _is_punctuation(c))
     words = plain.split()
     kept = [word for word in words if word not in ("a", "an", "the")]
@@ -108,9 +106,9 @@ NUMBER = re.compile(
 
 
 def numeric_match(answer: str, reference: str, *_: str) -> float:
-    """The number after the last `####`, or without one the last number, is that of the reference.
+    """Returns 1 if the number after the last `####`, else the last number, is the reference's.
 
-    As GSM8K is scored: commas, a dollar or percent sign and trailing zeros do not matter.
+    As in GSM8K, commas, a dollar or percent sign and trailing zeros do not matter.
     """
     expected = _number(reference)
     if expected is None:
@@ -129,34 +127,34 @@ def _number(text: str) -> Decimal | None:
 
 
 def json_valid(answer: str, *_: str) -> float:
-    """The answer, as it is, is JSON (RFC 8259): no fence around it, no NaN."""
+    """Returns 1 if the whole answer is JSON (RFC 8259): no fence around it, no NaN."""
     try:
-        _json(answer)
+        _parse_json(answer)
     except ValueError:
         return 0.0
     return 1.0
 
 
 def json_fields(answer: str, reference: str, *_: str) -> float:
-    """Leaves that answer and reference have alike, of all that either has; 0 if it is no JSON.
+    """Returns the share of all leaves that are equal in answer and reference; 0 if it is no JSON.
 
-    A leaf is a path (keys, places in lists) with what is there: a scalar, or an empty list or
-    object. So a missing, a wrong and an additional leaf each cost the same.
+    A leaf is a path (keys, places in lists) to a scalar, an empty list or an empty object. So a
+    missing, a wrong and an additional leaf cost the same.
     """
     try:
-        expected = _leaves(_json(reference))
+        expected = _leaves(_parse_json(reference))
     except ValueError:
         raise UserError(f"needs JSON as the reference, found {excerpt(reference)}") from None
     try:
-        found = _leaves(_json(answer))
+        found = _leaves(_parse_json(answer))
     except ValueError:
         return 0.0
-    right = [_alike(leaf, found[path]) for path, leaf in expected.items() if path in found]
+    right = [_is_equal(leaf, found[path]) for path, leaf in expected.items() if path in found]
     return sum(right) / len(expected.keys() | found.keys())
 
 
-def _json(text: str) -> Any:
-    """Raises ValueError for what is no JSON, or nested deeper than Python reads."""
+def _parse_json(text: str) -> Any:
+    """Returns the value. Raises ValueError for no JSON, or one too deep for Python."""
     try:
         return json.loads(text, parse_constant=_refuse)
     except RecursionError:
@@ -168,7 +166,7 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
-    """Path -> leaf. Without recursion: depth is the model's choice."""
+    """Returns leaves by path, without recursion, since the model chooses the depth."""
     leaves: dict[tuple[str | int, ...], Any] = {}
     waiting: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
     while waiting:
@@ -186,13 +184,15 @@ def _items(value: Any) -> list[tuple[str | int, Any]]:
     return list(value.items()) if isinstance(value, dict) else []
 
 
-def _alike(a: Any, b: Any) -> bool:
+def _is_equal(a: Any, b: Any) -> bool:
     return a == b and isinstance(a, bool) == isinstance(b, bool)  # True == 1 in Python
 
 
 def rouge_l(answer: str, reference: str, *_: str) -> float:
-    """F1 of the longest common subsequence of words (rouge-score, no stemmer). Words are of a-z and
-    0-9 only: other scripts score 0."""
+    """Returns the F1 of the longest common subsequence of words (rouge-score, no stemmer).
+
+    Words are of a-z and 0-9 only; other scripts score 0.
+    """
     return _rouge().score(reference, answer)["rougeL"].fmeasure
 
 
@@ -208,11 +208,11 @@ def sari_of_prompt(answer: str, reference: str, prompt: str) -> float:
 
 
 def sari(source: str, answer: str, references: Sequence[str]) -> float:
-    """SARI of a simplification, 0 to 1 (Xu et al. 2016, "Optimizing Statistical Machine Translation
-    for Text Simplification"): mean over n-grams of 1 to 4 words of what was rightly kept (F1),
-    deleted (precision) and added (F1).
+    """Returns the SARI of a simplification, 0 to 1 (Xu et al. 2016, "Optimizing Statistical Machine
+    Translation for Text Simplification").
 
-    As in its authors' SARI.py, words are lower-cased and cut at white space, nowhere else.
+    It is the mean, over n-grams of 1 to 4 words, of what was rightly kept (F1), deleted (precision)
+    and added (F1). As in its authors' SARI.py, words are lower-cased and cut at white space only.
     """
     scores: list[float] = []
     for n in range(1, 5):
@@ -229,8 +229,8 @@ def _ngrams(text: str, n: int) -> Counter[tuple[str, ...]]:
 def _sari_of(
     source: Counter, answer: Counter, references: Counter, num_references: int
 ) -> tuple[float, float, float]:
-    """(keep, delete, add) for n-grams of one length. `references`: counts of all together, so those
-    of source and answer are taken as often."""
+    """Returns (keep, delete, add) for n-grams of one length. `references` counts those of all
+    references together, so the counts of source and answer are multiplied by their number."""
     source = Counter({gram: count * num_references for gram, count in source.items()})
     answer = Counter({gram: count * num_references for gram, count in answer.items()})
     kept, to_keep = source & answer, source & references
@@ -245,7 +245,7 @@ def _sari_of(
 
 
 def _mean_share(part: Counter, whole: Counter) -> float:
-    """Mean over the n-grams of `whole` of the share of each that is in `part`."""
+    """Returns the mean share, over the n-grams of `whole`, that `part` has of each."""
     return sum(count / whole[gram] for gram, count in part.items()) / max(1, len(whole))
 
 
@@ -253,12 +253,11 @@ def _f1(precision: float, recall: float) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-# --- functions of counts over all examples -------------------------------------------------------
-
-
 class Bleu:
-    """Corpus BLEU of sacrebleu as it is by default (13a tokens, exponential smoothing), 0 to 100.
-    The score of one example has the effective order, as sacrebleu advises."""
+    """Corpus BLEU of sacrebleu with its defaults (13a tokens, exponential smoothing), 0 to 100.
+
+    A single example is scored with the effective order, as sacrebleu advises.
+    """
 
     size = 10  # lengths of answer and reference; matches and n-grams, n = 1 to 4
 
@@ -287,10 +286,10 @@ class Bleu:
 
 
 class Chrf:
-    """Corpus chrF of sacrebleu as it is by default (chrF2, up to 6 characters), 0 to 100.
+    """Corpus chrF of sacrebleu with its defaults (chrF2, up to 6 characters), 0 to 100.
 
-    sacrebleu does not publish chrF's statistics; these two private methods are what its own corpus
-    score and significance tests are made of.
+    sacrebleu does not publish chrF's statistics; its own corpus score and significance tests use
+    these two private methods.
     """
 
     size = 18  # n-grams of answer, of reference, matches; n = 1 to 6
@@ -312,8 +311,8 @@ class Chrf:
 class Classification:
     """Scores from the confusion counts [label of the reference, label of the answer or FAILURE].
 
-    `label_of` reads both. What gives no label is a failure, which counts as wrong; a reference has
-    to give one. An example's score: right or not. Its statistic: the number of its cell.
+    `label_of` reads both. An answer without a label is a failure and counts as wrong; a reference
+    must have one. An example's score is 1 or 0, its statistic the number of its cell.
     """
 
     size = 1
@@ -361,6 +360,7 @@ class Classification:
         return cells.reshape(num, num + 1)
 
     def confusion(self, rows: np.ndarray) -> dict[str, dict[str, int]]:
+        """Returns numbers of examples by label of the reference, then label of the answer."""
         columns = [*self.labels, FAILURE]
         table = self._table(rows, np.ones(len(rows))).astype(int).tolist()
         return {
@@ -370,11 +370,9 @@ class Classification:
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Returns part / whole; 0 where there is nothing."""
+    """Returns part / whole; 0 where `whole` is."""
     return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
-
-# --- by name -------------------------------------------------------------------------------------
 
 MEANS: dict[str, Callable[[str, str, str], float]] = {
     "exact_match": exact_match,
@@ -387,7 +385,8 @@ MEANS: dict[str, Callable[[str, str, str], float]] = {
 }
 
 
-def measure_of(name: str, labels: Sequence[str]) -> Measure:
+def make_measure(name: str, labels: Sequence[str]) -> Measure:
+    """Returns the measure of that name. Raises UserError for an unknown one."""
     if name in MEANS:
         return Mean(name, MEANS[name])
     if name == "classification":

@@ -1,4 +1,4 @@
-"""Scores of answers with their intervals."""
+"""Scores of all answers together, with their intervals, and differences of two such scores."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from sft.errors import UserError
-from sft.evaluate.metrics import Classification, Measure, Verdict, measure_of
+from sft.evaluate.metrics import Classification, Measure, Verdict, make_measure
 
 RESAMPLES = 1000
 AT_ONCE = 2**20  # examples in the resamples that are drawn together: about 40 MB
-FEWEST = 6  # examples that must differ: five that all improve do so by chance in 6 % (sign test)
+FEWEST = 6  # examples that must differ: five improve together by chance in 6 % (sign test)
 REPORTED = ("num_examples", "metrics", "intervals")  # also where they are empty
 
 
 class Tally:
-    """Keeps the statistics of examples, and scores all examples together.
+    """The statistics of examples, from which all examples are scored together.
 
     An example takes 8 bytes for its number and 8 for each statistic (`chrf` has 18, `bleu` 10, any
     other metric 1), and as much again if it has a group. Scoring takes up to three copies of that.
@@ -31,7 +31,7 @@ class Tally:
     def __init__(self, names: Sequence[str], labels: Sequence[str] = ()) -> None:
         self.groups: dict[str, Tally] = {}
         self._another = partial(Tally, names, labels)
-        self._measures = {name: measure_of(name, labels) for name in names}
+        self._measures = {name: make_measure(name, labels) for name in names}
         self._width = 1 + sum(measure.size for measure in self._measures.values())
         self._rows = array("d")
 
@@ -85,8 +85,8 @@ class Tally:
 
     def values(self) -> dict[str, float]:
         """Returns values by name; of `classification`: accuracy, macro_precision, macro_recall,
-        macro_f1 and for each label precision/<label>, recall/<label> and f1/<label>. It is empty
-        without examples."""
+        macro_f1 and for each label precision/<label>, recall/<label> and f1/<label>. The result is
+        empty without examples."""
         found = self._values(self.rows, np.ones((1, self.num_examples)))
         return {name: float(values[0]) for _, name, values in found}
 
@@ -98,8 +98,8 @@ class Tally:
         return {name: (low, high) for name, (low, high) in zip(self.values(), found, strict=True)}
 
     def confusion(self) -> dict[str, dict[str, int]]:
-        """Returns the number of examples by label of the reference and of the answer, FAILURE
-        among these; it is empty without `classification`."""
+        """Returns the number of examples by label of the reference and label of the answer or
+        FAILURE; empty without `classification`."""
         for _, measure, part in self._parts(self.rows):
             if isinstance(measure, Classification):
                 return measure.confusion(part)
@@ -139,8 +139,11 @@ class Tally:
 
 
 def _intervals(values: Callable[[np.ndarray], np.ndarray], num_examples: int) -> np.ndarray:
-    """Returns 95 % intervals [names, 2]. `values` maps counts [resamples, examples], how often each
-    example is in a resample, to values [names, resamples]."""
+    """Returns 95 % intervals [names, 2].
+
+    `values` maps counts [resamples, examples], how often a resample has each example, to values
+    [names, resamples].
+    """
     if num_examples < 2:  # every resample is the sample
         return values(np.ones((1, num_examples))).repeat(2, axis=1)
     from scipy.stats import bootstrap
@@ -164,7 +167,7 @@ def _intervals(values: Callable[[np.ndarray], np.ndarray], num_examples: int) ->
 
 @dataclass(frozen=True)
 class Difference:
-    """Compares `b` with `a` in one metric; it is better if the interval of b - a is above 0."""
+    """The difference of `b` from `a` in one metric; `b` is better if the interval is above 0."""
 
     value_a: float
     value_b: float
@@ -175,12 +178,12 @@ class Difference:
 
 
 def difference(
-    a: Tally, b: Tally, num_unlike: Mapping[str, int] | None = None
+    a: Tally, b: Tally, num_differing: Mapping[str, int] | None = None
 ) -> dict[str, Difference]:
-    """Compares two tallies of the same examples by paired bootstrap; the result is by name.
+    """Returns the differences of two tallies of the same examples by name, by paired bootstrap.
 
-    `num_unlike` (metric -> examples on which the two score differently; None: all) withholds a
-    verdict from fewer than FEWEST, of which resampling is too sure.
+    `num_differing` says by metric how many examples score differently; None: all. Fewer than FEWEST
+    get no verdict, since resampling is too sure of them.
     """
     rows_a, rows_b, num = a.rows, b.rows, a.num_examples
     assert np.array_equal(rows_a[:, 0], rows_b[:, 0]), "not the same examples"
@@ -189,9 +192,9 @@ def difference(
     for (metric, name, of_a), (_, _, of_b), (low, high) in zip(
         a._values(rows_a, once), b._values(rows_b, once), bounds.tolist(), strict=True
     ):
-        unlike = num if num_unlike is None else num_unlike[metric]
+        differing = num if num_differing is None else num_differing[metric]
         verdict: Verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
-        if unlike < FEWEST:
+        if differing < FEWEST:
             verdict = "not distinguishable"
         value_a, value_b = float(of_a[0]), float(of_b[0])
         found[name] = Difference(value_a, value_b, value_b - value_a, low, high, verdict)

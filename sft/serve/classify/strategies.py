@@ -204,7 +204,7 @@ def _scores_table(
             name,
             *_shown(each.tally),
             f"{each.num_failed:,} ({each.share_failed:.1%})",
-            compare.coloured(against[name]["accuracy"].verdict),
+            compare.colour_verdict(against[name]["accuracy"].verdict),
         )
     return table
 
