@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from sft.config.load import generation_of, load_config
 from sft.config.schema import Config, RunConfig
-from sft.errors import UserError, redacted
+from sft.errors import UserError, redact
 from sft.runtime.children import LAUNCHER, die_with_parent
 from sft.tasks.registry import load_run
 
@@ -139,8 +139,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Python's hook for what nobody caught: never lost, and told once."""
-    text = redacted("".join(traceback.format_exception(kind, error, trace)))
-    told = redacted(f"{kind.__name__}: {error}")
+    text = redact("".join(traceback.format_exception(kind, error, trace)))
+    told = redact(f"{kind.__name__}: {error}")
     if _is_first():
         rank = _rank()
         print(f"error: {rank}{told}\n" * bool(rank) + text, file=sys.stderr)
@@ -149,7 +149,7 @@ def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType |
 
 def _tell(error: UserError) -> None:
     if _is_first():
-        told = redacted(str(error))  # what a cluster shows on a console, it also keeps
+        told = redact(str(error))  # what a cluster shows on a console, it also keeps
         print(f"error: {'' if told.startswith('rank ') else _rank()}{told}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, their exit codes, and what must not reach a log."""
+"""Errors that a user can fix, their exit codes, and text that messages share."""
 
 from __future__ import annotations
 
@@ -6,65 +6,66 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any
 
 
+class ExitCode(IntEnum):
+    """How a command ended; docs/RUNS.md explains each code."""
+
+    FINISHED = 0
+    BUG = 1
+    CONFIGURATION = 2
+    DATA = 3
+    CHECKPOINT = 4
+    NOT_FINITE = 5
+    OUT_OF_MEMORY = 6
+    PEER = 7
+    PREEMPTED = 75
+    INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+    TERMINATED = 143  # 128 + SIGTERM
+
+
 class UserError(ValueError):
-    """A mistake that the user can mend: told in one message, without a traceback."""
+    """An error that the user can fix; reported in one message, without a traceback."""
 
-    exit_code = 2
-
-
-class Preempted(UserError):
-    """A signal asked the run to stop; what there was to save is saved, and it can be resumed."""
-
-    exit_code = 75
-
-
-class PeerError(UserError):
-    """Another process of the run died, hung, is missing or disagreed."""
-
-    exit_code = 7
+    exit_code: int = ExitCode.CONFIGURATION
 
 
 class ConfigError(UserError):
     """The configuration cannot be run; the message lists every problem."""
 
 
-# --- secrets -----------------------------------------------------------------------------------
-
-SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY(_ID)?)$")  # HF_TOKEN, AWS_* ...
-
-
-def redacted(text: str) -> str:
-    """The text with `<HF_TOKEN>` in place of that variable's value, and of every other secret in
-    the environment: for whatever is written to a file or told to a console that may be kept."""
-    for name, value in os.environ.items():
-        if SECRET.search(name) and len(value) >= 8:
-            text = text.replace(value, f"<{name}>")
-    return text
+class AnotherRunError(ConfigError):
+    """A checkpoint belongs to another run than the one that would resume from it."""
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """The nearest of the known words, or all of them, as the end of a message."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+class ModelError(UserError):
+    """The model or tokenizer cannot be loaded or adapted as configured."""
 
 
-def excerpt(value: Any) -> str:
-    """At most 60 characters of what Python calls it, for a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+class ExportError(UserError):
+    """A run folder or an adapter is incomplete, damaged or of another kind than expected."""
+
+
+class MergeError(UserError):
+    """There is nothing to merge, or the merged model differs from the trained one."""
+
+
+class VerificationError(UserError):
+    """A law does not hold for this configuration, or could not be tested."""
+
+    exit_code = ExitCode.BUG
 
 
 class DataError(UserError):
-    """The data cannot be trained on as it is; the message says which rows, why, and what to do."""
+    """The data cannot be trained on as they are; the message lists rows, reasons and remedies."""
 
-    exit_code = 3
+    exit_code = ExitCode.DATA
 
     @classmethod
-    def of_rows(cls, path: str, problems: list[str], total: int | None = None) -> DataError:
-        """One error for all (`total`) bad rows, the first ten listed (`file:line: reason`)."""
+    def from_rows(cls, path: str, problems: list[str], total: int | None = None) -> DataError:
+        """Makes one error of all (`total`) bad rows; lists ten of them (`file:line: reason`)."""
         total = total or len(problems)
         more = [f"... and {total - 10} more"] if total > 10 else []
         listed = "\n  ".join(problems[:10] + more)
@@ -72,47 +73,63 @@ class DataError(UserError):
         return cls(f"{path}: {num}; correct or remove them, none is skipped\n  {listed}")
 
 
-class ModelError(UserError):
-    """The model or tokenizer cannot be loaded or adapted as configured."""
-
-
 class CheckpointError(UserError):
-    """A checkpoint cannot be written, or none of those that exist is valid."""
+    """A checkpoint cannot be written, or no valid one exists."""
 
-    exit_code = 4
+    exit_code = ExitCode.CHECKPOINT
 
 
 class LockedError(UserError):
-    """Another run is at work in the folder."""
+    """Another run is using the folder."""
 
-    exit_code = 4
+    exit_code = ExitCode.CHECKPOINT
 
 
 class NonFiniteError(UserError):
     """Loss or gradient is NaN or infinite; the step was not applied."""
 
-    exit_code = 5
+    exit_code = ExitCode.NOT_FINITE
 
 
 class OutOfMemory(UserError):
-    """Memory ran out where no smaller micro-batch helps, or where a step cannot be done again."""
+    """Memory ran out where a smaller micro-batch does not help or the step cannot be repeated."""
 
-    exit_code = 6
-
-
-class AnotherRunError(ConfigError):
-    """A checkpoint is not of the run that would resume it."""
+    exit_code = ExitCode.OUT_OF_MEMORY
 
 
-class ExportError(UserError):
-    """A run folder or an adapter is not what it should be."""
+class PeerError(UserError):
+    """Another process of the run died, stalled, is missing or has other inputs."""
+
+    exit_code = ExitCode.PEER
 
 
-class MergeError(UserError):
-    """There is nothing to merge, or the merged model is not the one that was trained."""
+class Preempted(UserError):
+    """A signal stopped the run after its state was saved; the run can be resumed."""
+
+    exit_code = ExitCode.PREEMPTED
 
 
-class VerificationError(UserError):
-    """A law does not hold on this configuration, or could not be tried."""
+SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY(_ID)?)$")  # HF_TOKEN, AWS_* ...
 
-    exit_code = 1
+
+def redact(text: str) -> str:
+    """Replaces the value of each secret variable of the environment by its name, `<HF_TOKEN>`.
+
+    All text that goes to a file or a console passes through it, since clusters keep both.
+    """
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8:
+            text = text.replace(value, f"<{name}>")
+    return text
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """Returns the end of a message: the nearest of the known words, or all of them."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+
+
+def shorten(value: Any) -> str:
+    """Returns at most 60 characters of a value's representation, for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -56,7 +56,7 @@ def load_rows(
     found = list(islice(files.read_all(path, **options), max_rows))
     bad = [row for row in found if isinstance(row, files.BadRow)]
     if bad and on_bad_row == "error":
-        raise errors.DataError.of_rows(str(path), list(map(str, bad)))
+        raise errors.DataError.from_rows(str(path), list(map(str, bad)))
     return [row for row in found if isinstance(row, files.Row)], bad
 
 

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 from sft.config.load import generation_of
+from sft.errors import ExitCode
 from sft.tasks.registry import load_run
 
 DOCS = [ROOT / "README.md", ROOT / "nano/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -169,6 +170,13 @@ def test_no_path_of_a_machine_is_committed():
         if path.is_file() and path.suffix in {".py", ".md", ".yaml", ".json", ""}:
             text = path.read_text("utf-8", errors="replace")
             assert str(ROOT.parent) + "/" not in text, name
+
+
+def test_the_table_of_exit_codes_names_them_all():
+    text = (ROOT / "docs/RUNS.md").read_text("utf-8")
+    table = text[text.index("| exit code |") :].split("\n\n")[0]
+    rows = re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE)
+    assert [int(code) for row in rows for code in row.split(",")] == [*ExitCode]
 
 
 # --- docs/RELIABILITY.md -------------------------------------------------------------------------

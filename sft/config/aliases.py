@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sft.config.schema import Origins
-from sft.errors import excerpt
+from sft.errors import shorten
 
 
 class Alias(NamedTuple):
@@ -69,7 +69,7 @@ def replace_aliases(tree: dict[str, Any], origins: Origins, problems: list[str])
             continue
         found, place = keys.pop(name), origins.get(f"{section}.{name}", "")
         if alias.is_switch and not isinstance(found, bool):
-            wrong = f"expected true or false, found {excerpt(found)}"
+            wrong = f"expected true or false, found {shorten(found)}"
             problems.append(f"{section}.{name} ({place}): {wrong}")
             continue
         same = (
@@ -81,7 +81,7 @@ def replace_aliases(tree: dict[str, Any], origins: Origins, problems: list[str])
         if key in keys and keys[key] != value:
             problems.append(
                 f"{section}.{name} ({place}): another name of {alias.key}, which is given as well, "
-                f"with another value: {excerpt(value)} and {excerpt(keys[key])}; remove one"
+                f"with another value: {shorten(value)} and {shorten(keys[key])}; remove one"
             )
         keys[key] = value
         origins[alias.key] = f"{place} as {name}"

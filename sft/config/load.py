@@ -37,7 +37,7 @@ from sft.config.schema import (
     Strategy,
     sections_of,
 )
-from sft.errors import ConfigError, did_you_mean, excerpt, redacted
+from sft.errors import ConfigError, redact, shorten, suggest
 
 
 def load_config(file: str | Path | None, overrides: list[str] | None = None) -> Config:
@@ -67,10 +67,10 @@ def load_any(
     tree = {} if file is None else _read(Path(file), origins, problems, seen=())
     task = tree.pop("task", Config.task)
     if task not in schemas:
-        hint = remedy or f"; {did_you_mean(str(task), list(schemas))}"
+        hint = remedy or f"; {suggest(str(task), list(schemas))}"
         expected = " or ".join(schemas)
         raise ConfigError(
-            f"task{_where('task', origins)}: expected {expected}, found {excerpt(task)}{hint}"
+            f"task{_where('task', origins)}: expected {expected}, found {shorten(task)}{hint}"
         )
     schema = schemas[task]
     _merge(tree, _read_overrides(overrides or [], sections_of(schema), origins, problems))
@@ -325,9 +325,9 @@ def _validate(
             problems.setdefault(path, f"{path}{_where(path, origins)}: {rule.message}")
             config = None
     for path, value in values.items():
-        if redacted(str(value)) != str(value):
+        if redact(str(value)) != str(value):
             problems[path] = (
-                f"{path}{_where(path, origins)}: holds the secret {redacted(str(value))}, which "
+                f"{path}{_where(path, origins)}: holds the secret {redact(str(value))}, which "
                 "would be written into the run folder; libraries read it from the environment"
             )
             config = None
@@ -366,7 +366,7 @@ def _explain(
     if item["type"] == "extra_forbidden":
         word = key or str(item["loc"][0])
         sections = sections_of(schema)
-        hint = did_you_mean(word, list(fields if key else sections))
+        hint = suggest(word, list(fields if key else sections))
         elsewhere = [f"{s}.{word}" for s, model in sections.items() if word in model.model_fields]
         elsewhere += [ALIASES[word].key] if word in ALIASES else []
         hint = f"did you mean {elsewhere[0]}?" if elsewhere else hint
@@ -382,7 +382,7 @@ def _explain(
         return f"{at}: {item['ctx']['error']}"
     if not key:
         return f"{at}: expected a section with keys, found {item['input']!r}"
-    told = f"{at}: expected {_type_name(fields[key])}, found {excerpt(item['input'])}"
+    told = f"{at}: expected {_type_name(fields[key])}, found {shorten(item['input'])}"
     for refused in fields[key].metadata:
         if isinstance(refused, Refused) and refused.value == item["input"]:
             return f"{told}; {refused.reason}"

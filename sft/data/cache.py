@@ -300,7 +300,9 @@ def _write_rows(
                 advance(len(made.places) + len(made.refused))
                 on_progress()
     if counts.rejected and (settings.on_bad_row == "error" or not counts.rows):
-        raise errors.DataError.of_rows(first[0].file, [str(row) for row in first], counts.rejected)
+        raise errors.DataError.from_rows(
+            first[0].file, [str(row) for row in first], counts.rejected
+        )
     return counts
 
 

@@ -51,7 +51,7 @@ from sft.data.readers import (
     value_or_error,
 )
 from sft.data.split import HELD_OUT
-from sft.errors import DataError, did_you_mean
+from sft.errors import DataError, suggest
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ def check_column(path: str | list[str], column: str, key: str) -> None:
 
 def missing_column(path: str | list[str], column: str, key: str, known: Iterable[str]) -> DataError:
     shown = path if isinstance(path, str) else ", ".join(path)
-    hint = did_you_mean(column, sorted(known))
+    hint = suggest(column, sorted(known))
     return DataError(f"{shown}: no column {column!r}, which {key} names; {hint}")
 
 
@@ -292,7 +292,7 @@ def _process(settings: Data, output: Path, staged: Path) -> list[tuple[str, str]
             shown |= {"tools": row.tools} if row.tools else {}
             file.write(json.dumps(shown, ensure_ascii=False) + "\n")
     if (bad and settings.on_bad_row == "error") or not written:
-        raise DataError.of_rows(bad[0].file, [str(row) for row in bad])
+        raise DataError.from_rows(bad[0].file, [str(row) for row in bad])
     staged.replace(output)
     report = [("rows", f"{written.total():,}")]
     report += [(f"from {name}", f"{count:,}") for name, count in written.most_common()]

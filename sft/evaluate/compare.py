@@ -19,7 +19,7 @@ from rich.text import Text
 
 from sft.config.load import load_config
 from sft.config.schema import Evaluation
-from sft.errors import UserError, excerpt
+from sft.errors import UserError, shorten
 from sft.evaluate.metrics import Verdict
 from sft.evaluate.scores import Difference, Tally, difference
 from sft.runtime.console import beginning, facts, table
@@ -165,7 +165,7 @@ def _parse_example(path: Path, number: int, line: bytes) -> dict[str, Any]:
     elif missing := [key for key in (*KEYS, "index", "answer") if key not in example]:
         found = f"none of {', '.join(missing)} but {', '.join(example) or 'nothing'}"
     elif wrong := [key for key in example if not _is_valid(key, example[key])]:
-        found = ", ".join(f"{key} {excerpt(example[key])}" for key in wrong)
+        found = ", ".join(f"{key} {shorten(example[key])}" for key in wrong)
     else:
         return example
     raise UserError(
@@ -197,7 +197,7 @@ def _describe_mismatch(
         if only:
             with path.open("rb") as file:
                 found = _read_at(file, only[0])
-            lines[-1] += f", as row {found['row']}: {excerpt(found['prompt'])}"
+            lines[-1] += f", as row {found['row']}: {shorten(found['prompt'])}"
     return "\n  ".join([*lines, f"evaluate both on the same data: {REMEDY}"])
 
 

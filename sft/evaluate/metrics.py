@@ -28,7 +28,7 @@ from typing import Any, Literal, NoReturn, Protocol, get_args
 import numpy as np
 
 from sft.config.schema import MetricName
-from sft.errors import UserError, did_you_mean, excerpt
+from sft.errors import UserError, shorten, suggest
 from sft.evaluate.labels import label_of
 
 NAMES: tuple[str, ...] = get_args(MetricName)
@@ -112,7 +112,7 @@ def numeric_match(answer: str, reference: str, *_: str) -> float:
     """
     expected = _number(reference)
     if expected is None:
-        raise UserError(f"needs a number in the reference, found {excerpt(reference)}")
+        raise UserError(f"needs a number in the reference, found {shorten(reference)}")
     return float(_number(answer) == expected)
 
 
@@ -144,7 +144,7 @@ def json_fields(answer: str, reference: str, *_: str) -> float:
     try:
         expected = _leaves(_parse_json(reference))
     except ValueError:
-        raise UserError(f"needs JSON as the reference, found {excerpt(reference)}") from None
+        raise UserError(f"needs JSON as the reference, found {shorten(reference)}") from None
     try:
         found = _leaves(_parse_json(answer))
     except ValueError:
@@ -329,9 +329,9 @@ class Classification:
     def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
         truth, given = label_of(reference, self.labels), label_of(answer, self.labels)
         if truth is None:
-            hint = did_you_mean(reference.strip(), self.labels)
+            hint = suggest(reference.strip(), self.labels)
             raise UserError(
-                f"needs one of evaluation.labels as the reference, found {excerpt(reference)}; "
+                f"needs one of evaluation.labels as the reference, found {shorten(reference)}; "
                 f"{hint}"
             )
         num = len(self.labels)
@@ -395,4 +395,4 @@ def make_measure(name: str, labels: Sequence[str]) -> Measure:
         return Bleu()
     if name == "chrf":
         return Chrf()
-    raise UserError(f"unknown metric {name!r}; {did_you_mean(name, NAMES)}")
+    raise UserError(f"unknown metric {name!r}; {suggest(name, NAMES)}")

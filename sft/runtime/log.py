@@ -21,7 +21,7 @@ from rich.progress import (
     Progress,
 )
 
-from sft.errors import redacted
+from sft.errors import redact
 from sft.runtime.console import Advance, bar, make_console
 
 
@@ -47,7 +47,7 @@ class _Lines(io.TextIOBase):
 
     def write(self, text: str) -> int:
         data, end = (
-            redacted(text).encode("utf-8", "backslashreplace"),
+            redact(text).encode("utf-8", "backslashreplace"),
             os.fstat(self._raw.fileno()).st_size,
         )
         try:

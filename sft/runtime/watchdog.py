@@ -35,7 +35,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from sft import errors
-from sft.errors import PeerError, Preempted, UserError, redacted
+from sft.errors import PeerError, Preempted, UserError, redact
 from sft.runtime import oom
 from sft.runtime.children import is_dead, machine_id, process_state
 from sft.runtime.console import read_json, write_json
@@ -225,7 +225,7 @@ class Guard:
         is_own = not isinstance(error, UserError) or not (self.accelerator or culprit)
         self._say(reason, of=self._word() if is_own else None)
         if not isinstance(error, UserError | SystemExit):
-            text = redacted("".join(traceback.format_exception(error)))
+            text = redact("".join(traceback.format_exception(error)))
             print(text, file=sys.stderr, end="", flush=True)
             with suppress(OSError):
                 (self.status.folder / TRACEBACK).write_text(text, "utf-8")
@@ -236,7 +236,7 @@ class Guard:
     ) -> tuple[int, bool]:
         """Writes the status, if no other rank has; (exit code of the run, whether it is ours)."""
         rank = culprit.rank if culprit else self.rank
-        if self.status.end(state, code, redacted(reason), rank, self._step):
+        if self.status.end(state, code, redact(reason), rank, self._step):
             return code, True
         if self.status.attempt is None:  # of what is not begun, all but the first end quietly
             return code, self.is_first or state != "preempted"
@@ -245,7 +245,7 @@ class Guard:
     def _say(self, reason: str, of: Word | None) -> None:
         place = f"rank {of.rank}, " if of and self.world > 1 else ""
         place += f"step {of.step}: " if of else ""
-        print(f"error: {place}{redacted(reason)}", file=sys.stderr, flush=True)
+        print(f"error: {place}{redact(reason)}", file=sys.stderr, flush=True)
 
     def _cause_of(self, error: BaseException) -> tuple[BaseException, Word | None]:
         """`error`, or what befell another rank and only shows here; and that rank."""

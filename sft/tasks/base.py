@@ -185,17 +185,9 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def build_model(
-        cls,
-        config: Any,
-        precision: str,
-        device: torch.device,
-        weights: bool = True,
-        depth: int | None = None,
+        cls, config: Any, precision: str, device: torch.device, weights: bool = True
     ) -> nn.Module:
-        """Returns the model ready to train; without `weights` it is random and reads no file.
-
-        `depth`: how many layers it gets, of random weights; None: all.
-        """
+        """Returns the model ready to train; without `weights` it is random and reads no file."""
 
     @classmethod
     def build(
@@ -205,17 +197,18 @@ class Task(ABC):
         precision: str,
         budget: batches.Budget,
         context: Context,
+        weights: bool = True,
     ) -> Task:
         """Returns the task with its model."""
-        model = cls.build_model(config, precision, context.accelerator.device)
+        model = cls.build_model(config, precision, context.accelerator.device, weights)
         return cls(config, prepared, model, budget, context)
 
     @classmethod
     def skeleton(cls, config: Any, depth: int | None = None) -> nn.Module:
         """Returns the model without storage, adapters included; `depth`: the layers it gets."""
-        meta = torch.device("meta")
-        with meta:
-            return cls.build_model(config, "fp32", meta, weights=False, depth=depth)
+        assert depth is None
+        with torch.device("meta"):
+            return cls.build_model(config, "fp32", torch.device("meta"), weights=False)
 
     @classmethod
     def with_depth(cls, config: Any, depth: int) -> Any:
@@ -391,11 +384,12 @@ class Task(ABC):
     def name_examples(self, ids: list[int]) -> str:
         return "examples " + ", ".join(map(str, ids[:8]))
 
-    def check_layout(self, precision: str, layout: str) -> None:
-        """Changes the layout of the budget where this model cannot use the planned one.
+    def usable_budget(self, precision: str, layout: str) -> batches.Budget:
+        """Returns the planned budget, changed where this model cannot use its layout.
 
         Raises ConfigError if `layout`, the configured one, demands it.
         """
+        return self.budget
 
     def finish(self, model: nn.Module) -> None:
         """Computes what follows from the trained weights. Collective."""

@@ -20,7 +20,7 @@ from sft.config.load import classified_rows
 from sft.config.schema import Classify, Config, Model, Strategy
 from sft.data.files import missing_column, read_raw
 from sft.data.formats import Messages, error_reason, scalar_text
-from sft.errors import ConfigError, DataError, did_you_mean
+from sft.errors import ConfigError, DataError, suggest
 from sft.evaluate.labels import label_of, letters
 
 Parts = dict[str, list["Example"]]  # test, validation, train
@@ -72,7 +72,7 @@ def _in_strategies(settings: Classify) -> Iterator[str]:
     for key, names in (("use", settings.use or []), ("tune", [settings.tune])):
         for name in names:
             if known and name is not None and name not in known:
-                yield f"classify.{key}: no strategy {name!r}; {did_you_mean(name, [*known])}"
+                yield f"classify.{key}: no strategy {name!r}; {suggest(name, [*known])}"
     for name, strategy in known.items():
         at = f"classify.strategies.{name}"
         if not NAME.fullmatch(name):
@@ -129,12 +129,12 @@ def read(settings: Classify) -> list[Example]:
         )
     bad += [
         f"{each.place}: the label {each.label!r} is not in classify.labels; "
-        + did_you_mean(each.label, settings.labels)
+        + suggest(each.label, settings.labels)
         for each in examples
         if each.label and each.label not in settings.labels
     ]
     if bad:
-        raise DataError.of_rows(path, bad)
+        raise DataError.from_rows(path, bad)
     return examples
 
 

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sft.config.load import generation
 from sft.config.schema import Generation
-from sft.errors import UserError, did_you_mean
+from sft.errors import UserError, suggest
 from sft.evaluate.generate import Answer, Decoder, eval_mode
 
 Kind = Literal["uniform", "sampled", "learned"]
@@ -68,7 +68,7 @@ class Aggregator:
         if self.kind not in get_args(Kind):
             raise AggregatorError(
                 f"aggregator: expected one of {', '.join(get_args(Kind))}, found {self.kind!r}; "
-                f"{did_you_mean(str(self.kind), get_args(Kind))}"
+                f"{suggest(str(self.kind), get_args(Kind))}"
             )
         numbers = self.concentration
         if not all(0 <= number < math.inf for number in numbers) or not sum(numbers) > 0:
@@ -304,7 +304,7 @@ def _conventions(own: Any, options: dict[str, Any]) -> tuple[Generation, list[in
     for name in options.keys() - DEFAULTS.keys():
         raise AggregatorError(
             f"generate: expected options that a mixture takes, found {name}; "
-            f"{did_you_mean(name, list(DEFAULTS))}"
+            f"{suggest(name, list(DEFAULTS))}"
         )
     said = {name: getattr(own, name, None) for name in DEFAULTS}
     values = DEFAULTS | {name: value for name, value in said.items() if value is not None} | options

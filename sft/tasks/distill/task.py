@@ -128,14 +128,8 @@ class Distillation(Task):
 
     @classmethod
     def build_model(
-        cls,
-        config: DistillConfig,
-        precision: str,
-        device: torch.device,
-        weights: bool = True,
-        depth: int | None = None,
+        cls, config: DistillConfig, precision: str, device: torch.device, weights: bool = True
     ) -> nn.Module:
-        assert depth is None  # `TaskInfo.small`: traced whole
         return build(config.distill, config.train.seed, device)
 
     @classmethod

@@ -122,14 +122,9 @@ class FineTune(Task):
 
     @classmethod
     def build_model(
-        cls,
-        config: Config,
-        precision: str,
-        device: torch.device,
-        weights: bool = True,
-        depth: int | None = None,
+        cls, config: Config, precision: str, device: torch.device, weights: bool = True
     ) -> nn.Module:
-        return load.build(config, precision, device, weights, depth, adapt=cls.adapt)
+        return load.build(config, precision, device, weights, adapt=cls.adapt)
 
     @classmethod
     def adapt(cls, base: nn.Module, config: Config) -> nn.Module:
@@ -243,17 +238,17 @@ class FineTune(Task):
     def lengths(self) -> Sequence[int]:
         return self.prepared.train.lengths
 
-    def check_layout(self, precision: str, layout: str) -> None:
+    def usable_budget(self, precision: str, layout: str) -> batches.Budget:
         device = self.accelerator.device
         if self.budget.layout == "padded" or head.documents_are_isolated(
             self.model, precision, device
         ):
-            return
+            return self.budget
         reason = "packed documents of this model would attend to each other"
         if layout == "packed":
             raise ConfigError(f"train.layout: {reason}; use train.layout: padded")
         self.log.say(f"layout: padded, since {reason}")
-        self.budget = replace(self.budget, layout="padded")
+        return replace(self.budget, layout="padded")
 
     def collate(self, ids: list[int]) -> Batch:
         return self._collate(self.prepared.train, ids)
