@@ -19,11 +19,13 @@ def main() -> int | None:
     from sft.runtime import launcher
     from sft.serve.classify import rows
 
-    rows.check(config, tune=args.tune)
+    rows.check_section(config, tune=args.tune)
     if args.tune and args.run:
         raise UserError("RUN is a tuned model: give TUNE=1, or RUN, not both")
     if launcher.has_ranks_to_start():
-        rows.split(rows.read(config.classify), config.classify)  # told once, by no rank
+        rows.split_parts(
+            rows.read_examples(config.classify), config.classify
+        )  # told once, by no rank
         return _launch(config, ["--config", args.config, *args.overrides], args.run, args.tune)
     if args.tune and "WORLD_SIZE" in os.environ:
         raise UserError("TUNE=1 starts its processes itself: give NUM_PROCESSES, no launcher")

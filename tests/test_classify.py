@@ -18,7 +18,7 @@ from sft.evaluate.labels import label_of
 from sft.evaluate.predictions import Predictions, key_of, read
 from sft.serve.classify import rows as classify_rows
 from sft.serve.classify import strategies
-from sft.serve.classify.rows import Example, majority, split
+from sft.serve.classify.rows import Example, most_common_label, split_parts
 
 KNOWN = ["hateful", "non-hateful"]
 
@@ -43,7 +43,7 @@ def some_examples(seed: int, num: int = 300) -> list[Example]:
 @pytest.mark.parametrize("seed", range(5))
 def test_parts_hold_every_row_once_and_what_is_alike_together(seed):
     settings, examples = Classify(labels=["a", "b"], seed=seed), some_examples(seed)
-    parts = split(examples, settings)
+    parts = split_parts(examples, settings)
     assert sorted(row.place for own in parts.values() for row in own) == sorted(
         row.place for row in examples
     )
@@ -54,26 +54,26 @@ def test_parts_hold_every_row_once_and_what_is_alike_together(seed):
                     k for row in parts[other] for k in kind(row)
                 }
                 assert not shared
-    again = split(random.Random(7).sample(examples, len(examples)), settings)
+    again = split_parts(random.Random(7).sample(examples, len(examples)), settings)
     assert {part: set(own) for part, own in again.items()} == {
         part: set(own) for part, own in parts.items()
     }
-    assert split(examples, Classify(seed=seed + 1)) != parts
+    assert split_parts(examples, Classify(seed=seed + 1)) != parts
 
 
 def test_parts_have_their_shares_of_every_label():
     examples = [Example(f"text {i}", "ab"[i % 4 == 0], "", f"f:{i}") for i in range(400)]
-    parts = split(examples, Classify())
+    parts = split_parts(examples, Classify())
     for part, size in (("test", 80), ("validation", 40), ("train", 280)):
         assert len(parts[part]) == size
         assert sum(row.label == "b" for row in parts[part]) == size / 4
-    assert majority(parts["train"]) == "a"
+    assert most_common_label(parts["train"]) == "a"
 
 
 def test_too_few_families_for_three_parts_are_told():
     one = [Example(f"text {i}", "a", "", f"f:{i}", ("same",)) for i in range(10)]
     with pytest.raises(DataError, match=r"none for validation: 10 rows are 1 families"):
-        split(one, Classify(path="f"))
+        split_parts(one, Classify(path="f"))
 
 
 def test_templates_of_the_test_part_are_unseen_in_training(shared):
@@ -81,10 +81,10 @@ def test_templates_of_the_test_part_are_unseen_in_training(shared):
         ROOT / "configs/classify_hatecheck.yaml",
         [f"classify.path={shared}/data/classify/hatecheck_test_suite_cases.csv"],
     ).classify
-    examples = classify_rows.read(settings)
+    examples = classify_rows.read_examples(settings)
     assert len(examples) == 3728
     assert sum(row.label == "hateful" for row in examples) == 2563
-    parts = classify_rows.split(examples, settings)
+    parts = classify_rows.split_parts(examples, settings)
     templates = {part: {i for row in own for i in row.ids} for part, own in parts.items()}
     assert not templates["test"] & (templates["train"] | templates["validation"])
     assert len(parts["test"]) == pytest.approx(0.2 * 3728, rel=0.03)
@@ -101,12 +101,12 @@ def test_failures_count_and_groups_are_those_of_scikit_learn(tmp_path):
     for index, (truth, kind, group) in enumerate(rows):
         record = {"index": index, "key": key_of(index), "prompt": "", "reference": truth}
         predictions.append([record | {"answer": said[kind], "group": group}])
-    scored = strategies.score(predictions.path, KNOWN)
-    assert scored.num_failed == sum(kind in "?!" for _, kind, _ in rows) > 0
-    assert scored.num_errors == sum(kind == "!" for _, kind, _ in rows) > 0
-    told = strategies.report(scored)
-    assert told["share_failed"] == scored.num_failed / 60
-    for name, found in [("", told), *told["groups"].items()]:
+    scored = strategies.score_labels(predictions.path, KNOWN)
+    report = scored.report()
+    assert report["num_failed"] == sum(kind in "?!" for _, kind, _ in rows) > 0
+    assert report["num_errors"] == sum(kind == "!" for _, kind, _ in rows) > 0
+    assert report["share_failed"] == report["num_failed"] / 60
+    for name, found in [("", report), *report["groups"].items()]:
         own = [row for row in rows if name in ("", row[2])]
         truth, given = [row[0] for row in own], [row[1] for row in own]
         assert found["num_examples"] == len(own)
@@ -119,7 +119,7 @@ def test_failures_count_and_groups_are_those_of_scikit_learn(tmp_path):
         )
         low, high = found["intervals"]["accuracy"]
         assert low <= found["metrics"]["accuracy"] <= high
-    assert sum(group["num_examples"] for group in told["groups"].values()) == 60
+    assert sum(group["num_examples"] for group in report["groups"].values()) == 60
 
 
 def test_the_most_common_label_is_compared_on_the_same_examples(tmp_path):
@@ -132,11 +132,11 @@ def test_the_most_common_label_is_compared_on_the_same_examples(tmp_path):
             "reference": KNOWN[index % 4 > 2],
         }
         predictions.append([record | {"answer": record["reference"]}])
-    scored = strategies.score(predictions.path, KNOWN)
-    constant = strategies.always("hateful", predictions.path, KNOWN)
-    found = strategies.paired(constant, (scored.tally, scored.right))["accuracy"]
+    scored = strategies.score_labels(predictions.path, KNOWN)
+    constant = strategies.score_constant("hateful", predictions.path, KNOWN)
+    found = strategies.compare_paired(constant, scored)["accuracy"]
     assert (found.value_a, found.value_b, found.verdict) == (0.75, 1.0, "better")
-    same = strategies.paired(constant, constant)["accuracy"]
+    same = strategies.compare_paired(constant, constant)["accuracy"]
     assert (same.difference, same.verdict) == (0.0, "not distinguishable")
 
 
@@ -211,9 +211,9 @@ classify:
 def test_a_section_that_cannot_work_is_told_before_data_are_read(tmp_path, override, told):
     file = write(tmp_path)
     (tmp_path / "rows.jsonl").unlink()
-    classify_rows.check(load_config(file), tune=True)
+    classify_rows.check_section(load_config(file), tune=True)
     with pytest.raises(ConfigError) as error:
-        classify_rows.check(load_config(file, [override]))
+        classify_rows.check_section(load_config(file, [override]))
     assert told in str(error.value)
 
 
@@ -221,7 +221,7 @@ def test_a_file_without_the_section_is_told(tmp_path):
     with pytest.raises(
         ConfigError, match=r"classify\.path: required, and not given: the file of t"
     ):
-        classify_rows.check(load_config(ROOT / "configs/nano.yaml"))
+        classify_rows.check_section(load_config(ROOT / "configs/nano.yaml"))
 
 
 ROW = {"said": "tea", "kind": "good", "about": "x"}
@@ -260,7 +260,7 @@ ROW = {"said": "tea", "kind": "good", "about": "x"}
 def test_rows_that_cannot_be_used_are_told_with_their_place(tmp_path, rows, override, told):
     file = write(tmp_path, rows)
     with pytest.raises(DataError) as error:
-        classify_rows.read(load_config(file, [override] if override else []).classify)
+        classify_rows.read_examples(load_config(file, [override] if override else []).classify)
     assert told in str(error.value)
 
 
@@ -270,12 +270,12 @@ def test_tables_are_read_as_lines_are(tmp_path, suffix):
     from pyarrow import csv, parquet
 
     file = write(tmp_path)
-    plain = classify_rows.read(load_config(file).classify)
+    plain = classify_rows.read_examples(load_config(file).classify)
     table = pa.Table.from_pylist(
         [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     )
     (csv.write_csv if suffix == "csv" else parquet.write_table)(table, tmp_path / f"rows.{suffix}")
-    found = classify_rows.read(
+    found = classify_rows.read_examples(
         load_config(file, [f"classify.path={tmp_path}/rows.{suffix}"]).classify
     )
     assert [row[:3] for row in found] == [row[:3] for row in plain]
@@ -288,8 +288,8 @@ def test_tables_are_read_as_lines_are(tmp_path, suffix):
 def test_the_baseline_and_the_tuned_model_are_compared_on_any_number_of_processes(tmp_path):
     file, again = write(tmp_path), tmp_path / "two"
     printed = forked.launch(1, ["scripts/classify.py", "--config", str(file), "--tune"])
-    parts = classify_rows.split(
-        classify_rows.read(settings := load_config(file).classify), settings
+    parts = classify_rows.split_parts(
+        classify_rows.read_examples(settings := load_config(file).classify), settings
     )
     results = tmp_path / "classify"
     for name in ("plain", "json"):

@@ -1,9 +1,8 @@
-"""Texts and their labels: read from files, cut into parts, and asked for.
+"""Reads texts and their labels, cuts them into parts, and makes conversations of them.
 
-Everything here is told before a model is loaded: a wrong column, a label that is not listed, a
-strategy that does not exist. The parts are a function of the rows and a seed, not of their order,
-and what is alike stays in one part: test texts that are training texts with one word changed would
-measure memory.
+All errors are reported before a model is loaded: a wrong column, a label that is not listed, an
+unknown strategy. The parts depend on the rows and a seed, not on the rows' order. Similar rows stay
+in one part, since a test text that repeats a training text but for one word would measure memory.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sft.config.load import classified_rows
 from sft.config.schema import Classify, Config, Model, Strategy
@@ -22,12 +22,15 @@ from sft.data.files import missing_column, read_raw
 from sft.data.formats import Messages, error_reason, scalar_text
 from sft.errors import ConfigError, DataError, suggest
 from sft.evaluate.labels import label_of, letters
+from sft.runtime.console import atomic_write
 
 Parts = dict[str, list["Example"]]  # test, validation, train
-NAME = re.compile(r"\w[\w.-]*")  # of a strategy: its answers lie in a folder of that name
+NAME = re.compile(r"\w[\w.-]*")  # of a strategy, and of the folder with its answers
 
 
 class Example(NamedTuple):
+    """A text with its label."""
+
     text: str
     label: str
     group: str
@@ -35,18 +38,19 @@ class Example(NamedTuple):
     ids: tuple[str, ...] = ()  # rows that share one stay together
 
 
-# --- the section classify ------------------------------------------------------------------------
-
-
-def check(config: Config, *, tune: bool = False) -> None:
-    """Raises ConfigError with everything in the section that cannot work. Reads no data."""
+def check_section(config: Config, *, tune: bool = False) -> None:
+    """Raises ConfigError with all that is wrong in the section `classify`. Reads no data."""
     settings = config.classify
     if settings.path is None:
         raise ConfigError(
             "classify.path: required, and not given: the file of texts and labels; "
             "CONFIG=configs/classify_hatecheck.yaml shows a section classify"
         )
-    problems = [*_in_labels(settings), *_in_strategies(settings), *_in_others(config)]
+    problems = [
+        *_label_problems(settings),
+        *_strategy_problems(settings),
+        *_other_problems(config),
+    ]
     if tune and settings.tune is None:
         problems.append("classify.tune: TUNE=1 needs the name of a strategy, found none")
     if tune and settings.part == "all":
@@ -57,7 +61,7 @@ def check(config: Config, *, tune: bool = False) -> None:
         raise ConfigError("classify cannot be run\n  " + "\n  ".join(problems))
 
 
-def _in_labels(settings: Classify) -> Iterator[str]:
+def _label_problems(settings: Classify) -> Iterator[str]:
     shown = ", ".join(settings.labels) or "none"
     if len({letters(label) for label in settings.labels} - {""}) < max(2, len(settings.labels)):
         yield f"classify.labels: expected two or more that differ in their letters, found {shown}"
@@ -65,7 +69,7 @@ def _in_labels(settings: Classify) -> Iterator[str]:
         yield "classify.test_fraction: with validation_fraction it leaves no rows to train on"
 
 
-def _in_strategies(settings: Classify) -> Iterator[str]:
+def _strategy_problems(settings: Classify) -> Iterator[str]:
     known = settings.strategies
     if not known:
         yield "classify.strategies: expected at least one, found none"
@@ -79,17 +83,17 @@ def _in_strategies(settings: Classify) -> Iterator[str]:
             yield f"{at}: expected a name of letters, digits, '_', '.' and '-'"
         if "{text}" not in strategy.user:
             yield f"{at}.user: expected {{text}} where the text stands, found {strategy.user!r}"
-        taught = {label: strategy.answer.replace("{label}", label) for label in settings.labels}
-        if any(label_of(answer, settings.labels) != label for label, answer in taught.items()):
+        answers = {label: strategy.answer.replace("{label}", label) for label in settings.labels}
+        if any(label_of(answer, settings.labels) != label for label, answer in answers.items()):
             yield (
                 f"{at}.answer: expected an answer in which each label is found again, found "
                 f"{strategy.answer!r}; plain is '{{label}}', JSON is '{{\"label\": \"{{label}}\"}}'"
             )
 
 
-def _in_others(config: Config) -> Iterator[str]:
-    """The model is loaded as `make infer` does, by its name; rows to train on are written where
-    `config.data` reads them, and over nothing else."""
+def _other_problems(config: Config) -> Iterator[str]:
+    """Yields keys that would be ignored: a model is loaded by its name, as `make infer` does, and
+    rows to train on are written where `config.data` reads them."""
     for key, value in config.model.model_dump().items():
         if key != "name" and value != Model.model_fields[key].default:
             yield f"model.{key}: make classify loads a model by its name alone; remove this key"
@@ -99,11 +103,8 @@ def _in_others(config: Config) -> Iterator[str]:
             yield f"data.{key}: make classify writes {path}; remove this key, found {found!r}"
 
 
-# --- rows ----------------------------------------------------------------------------------------
-
-
-def read(settings: Classify) -> list[Example]:
-    """All rows of `settings.path`, in their order. Raises DataError with every bad one."""
+def read_examples(settings: Classify) -> list[Example]:
+    """Returns all rows of `settings.path`, in their order. Raises DataError with every bad one."""
     path, rows, bad = str(settings.path), [], []
     for place, row in read_raw(settings.path or ""):
         if isinstance(row, dict):
@@ -124,8 +125,8 @@ def read(settings: Classify) -> list[Example]:
     if not {example.label for example in examples} & {*settings.labels}:
         raise DataError(
             f"{path}: no label in it is one of classify.labels: the column {settings.label!r} has "
-            f"{_listed({example.label for example in examples})}, classify.labels are "
-            f"{_listed(settings.labels)}"
+            f"{_list_labels({example.label for example in examples})}, classify.labels are "
+            f"{_list_labels(settings.labels)}"
         )
     bad += [
         f"{each.place}: the label {each.label!r} is not in classify.labels; "
@@ -147,31 +148,28 @@ def _check_columns(path: str, settings: Classify, known: set[str]) -> None:
             raise missing_column(path, column, f"classify.{key}", known)
 
 
-def _listed(labels: Any) -> str:
+def _list_labels(labels: Iterable[str]) -> str:
+    """Returns ten of the labels as text, and the number of the others."""
     found = sorted(labels)
     return ", ".join(map(repr, found[:10])) + (f" and {len(found) - 10} more" * (len(found) > 10))
 
 
-# --- parts ---------------------------------------------------------------------------------------
+def split_parts(examples: Sequence[Example], settings: Classify) -> Parts:
+    """Returns test, validation and training part, each with about its share of every label.
 
-
-def split(examples: Sequence[Example], settings: Classify) -> Parts:
-    """Test, validation and training part, each with about its share of every label.
-
-    Families (rows that share a text or an id, directly or through others) are drawn whole, in an
-    order that the seed and their texts give. Raises DataError if they are too few.
+    Families (rows that share a text or an id, directly or through others) stay whole. The seed and
+    their texts give their order. Raises DataError if there are too few.
     """
     kinds = defaultdict(list)  # by the most common label of a family
-    for family in sorted(_families(examples), key=lambda family: _drawn(family, settings.seed)):
-        count = Counter(example.label for example in family)
-        kinds[max(sorted(count), key=count.__getitem__)].append(family)
+    for family in sorted(_find_families(examples), key=partial(_smallest_digest, settings.seed)):
+        kinds[most_common_label(family)].append(family)
     shares = {"test": settings.test_fraction, "validation": settings.validation_fraction}
     part_of: dict[str, str] = {}
     for families in kinds.values():
         total, num = sum(map(len, families)), Counter[str]()
         for family in families:
-            open_ones = (part for part, share in shares.items() if num[part] < share * total)
-            part = next(open_ones, "train")
+            unfilled = (part for part, share in shares.items() if num[part] < share * total)
+            part = next(unfilled, "train")
             num[part] += len(family)
             part_of |= {example.text: part for example in family}
     parts: Parts = {"test": [], "validation": [], "train": []}
@@ -187,8 +185,8 @@ def split(examples: Sequence[Example], settings: Classify) -> Parts:
     return parts
 
 
-def _families(examples: Sequence[Example]) -> list[list[Example]]:
-    """Rows that are connected by texts or ids, by union of what they share."""
+def _find_families(examples: Sequence[Example]) -> list[list[Example]]:
+    """Returns groups of rows that texts or ids connect, by union of what they share."""
     parents: dict[tuple[str, str], tuple[str, str]] = {}
 
     def root(key: tuple[str, str]) -> tuple[str, str]:
@@ -207,40 +205,34 @@ def _families(examples: Sequence[Example]) -> list[list[Example]]:
     return list(families.values())
 
 
-def _drawn(family: list[Example], seed: int) -> str:
+def _smallest_digest(seed: int, family: list[Example]) -> str:
     digests = (hashlib.sha256(f"{seed} {example.text}".encode()) for example in family)
     return min(digest.hexdigest() for digest in digests)
 
 
-def majority(examples: Sequence[Example]) -> str:
-    """The most common label; of equals the first by name."""
+def most_common_label(examples: Sequence[Example]) -> str:
+    """Returns the most common label; of equally common ones the first by name."""
     count = Counter(example.label for example in examples)
     return max(sorted(count), key=count.__getitem__)
 
 
-# --- questions -----------------------------------------------------------------------------------
-
-
-def question(strategy: Strategy, text: str) -> Messages:
+def make_messages(strategy: Strategy, text: str) -> Messages:
+    """Returns the conversation that asks for the label of a text."""
     user = {"role": "user", "content": strategy.user.replace("{text}", text)}
     return [*([{"role": "system", "content": strategy.system}] if strategy.system else []), user]
 
 
-def write_rows(parts: Parts, config: Config) -> None:
-    """Training and validation part as conversations of the strategy `classify.tune`."""
+def write_conversations(parts: Parts, config: Config) -> None:
+    """Writes training and validation part as conversations of the strategy `classify.tune`."""
     settings = config.classify
     strategy = settings.strategies[str(settings.tune)]
     paths = classified_rows(settings.output_dir)
     for part, key in (("train", "train_path"), ("validation", "eval_path")):
         file = Path(paths[key])
-        staged = file.with_name(file.name + ".tmp")
         file.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("w", encoding="utf-8") as rows:
+        with atomic_write(file) as rows:
             for example in parts[part]:
                 answer = strategy.answer.replace("{label}", example.label)
-                turns = [
-                    *question(strategy, example.text),
-                    {"role": "assistant", "content": answer},
-                ]
+                turns = make_messages(strategy, example.text)
+                turns.append({"role": "assistant", "content": answer})
                 rows.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
-        staged.replace(file)
