@@ -1,13 +1,9 @@
-"""A run knows how it ends: one run in a folder, signals, stalled and dead ranks, and status.json.
-
-    Status  how the attempt ended; of several ranks the first to tell wins
-    Lock    one run at a time in a folder; a dead owner's lock is free
-    Guard   around a whole run: hears signals, watches over this rank and its peers, tells the end
+"""Ends a run in a known way: on signals, when ranks stall or die, and with a status.json.
 
 Signals set flags; `Engine` and `Task` carry them to all ranks, so that a run stops at one common
-step. A thread per rank writes what the rank is doing into the run folder, where a peer finds it
-also when the rank is stopped or dead, and ends the process when nothing moves any more. Files and
-not the store of the process group, since that may live in the very process that is stopped.
+step. A thread in each rank writes a heartbeat into the run folder, where peers find it even when
+the rank is stopped or dead. The same thread ends the process when nothing makes progress any more.
+Heartbeats are files, since the store of the process group may live in the process that is stopped.
 """
 
 from __future__ import annotations
@@ -43,28 +39,25 @@ from sft.runtime.lock import Lock
 from sft.runtime.status import RANKS, TRACEBACK, Status
 
 TICK = 0.2  # seconds between two looks at signals
-BEAT = 1.0  # seconds between two words of a rank to its peers
+BEAT = 1.0  # seconds between two heartbeats
 GRACE = 5.0  # seconds that a rank has to end by itself, and that others wait for its reason
-SAME_REQUEST = 2.0  # seconds in which a signal is the same one: launchers pass on what all got
-SILENT = 5.0  # seconds after which a rank on another machine seems to be gone
+SAME_REQUEST = 2.0  # seconds within which a repeated signal counts once: launchers forward it too
+SILENT = 5.0  # seconds after which a rank on another machine counts as gone
 PACKAGE = str(Path(__file__).parents[1])
 
 
-# --- ranks that watch each other ---------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Word:
-    """What a rank tells its peers."""
+class Heartbeat:
+    """A rank's message to its peers: who it is, where it is, and how far it has come."""
 
     rank: int
     pid: int
     host: str
     machine: str
     attempt: int | None
-    beat: int  # counts words
-    ticks: int  # counts signs of progress
-    arrived: int  # counts points that all ranks pass: who has passed fewer is behind
+    beat: int  # number of this heartbeat
+    ticks: int  # number of signs of progress so far
+    arrived: int  # number of points passed that all ranks pass; a lower number means behind
     section: str
     step: int
     waits: bool  # for other processes
@@ -79,29 +72,29 @@ class Word:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A peer's last word, and since when, by the clock of this process, it says the same."""
+class PeerState:
+    """A peer's last heartbeat, and when, by the clock of this process, it came and progressed."""
 
-    word: Word
-    spoke_at: float
-    moved_at: float
+    last: Heartbeat
+    beat_at: float
+    progress_at: float
 
-    def renewed(self, word: Word, now: float) -> Seen:
-        spoke_at = now if word.beat != self.word.beat else self.spoke_at
-        return Seen(word, spoke_at, now if word.ticks != self.word.ticks else self.moved_at)
+    def update(self, new: Heartbeat, now: float) -> PeerState:
+        beat_at = now if new.beat != self.last.beat else self.beat_at
+        return PeerState(new, beat_at, now if new.ticks != self.last.ticks else self.progress_at)
 
     def is_dead(self) -> bool:
-        return self.word.machine == machine_id() and is_dead(self.word.pid)
+        return self.last.machine == machine_id() and is_dead(self.last.pid)
 
-    def is_silent(self, now: float) -> bool:
-        """Stopped or dead. On another machine that shows in its silence."""
-        if self.word.machine == machine_id():
-            return process_state(self.word.pid) in ("T", "t") or is_dead(self.word.pid)
-        return now - self.spoke_at > SILENT
+    def is_gone(self, now: float) -> bool:
+        """Returns whether it is stopped or dead; on another machine, whether it is silent."""
+        if self.last.machine == machine_id():
+            return process_state(self.last.pid) in ("T", "t") or is_dead(self.last.pid)
+        return now - self.beat_at > SILENT
 
 
-def _where(thread: int) -> tuple[str, bool]:
-    """(innermost place in this package, whether it waits for other processes) of a thread."""
+def _locate(thread: int) -> tuple[str, bool]:
+    """Returns a thread's innermost line in this package, and whether it waits for processes."""
     frame: FrameType | None = sys._current_frames().get(thread)
     place, waits = "", False
     while frame:
@@ -113,8 +106,8 @@ def _where(thread: int) -> tuple[str, bool]:
     return place or "outside of sft", waits
 
 
-# What a collective says when others are gone; the cause is theirs to tell.
-OF_PEERS = re.compile(
+# Messages of a collective whose peers are gone; the cause is in what a peer reports.
+PEER_GONE = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|by peer|tcpstore|recvvalue"
     r"|sendbytes|timed? ?out waiting|barrier",
     re.IGNORECASE,
@@ -122,9 +115,10 @@ OF_PEERS = re.compile(
 
 
 class Guard:
-    """Around a run, in every rank. Without `folder` it does nothing and catches no signal.
+    """A context around a whole run, in every rank, that handles signals, stalls and the end.
 
-    `stall_timeout`: seconds without progress (`tick`, `mark`) of any rank, after which all end.
+    Without `folder` it does nothing. All ranks end after `stall_timeout` seconds in which none of
+    them made progress (`tick`, `mark`).
     """
 
     def __init__(self, folder: Path | None = None, stall_timeout: float = math.inf):
@@ -132,19 +126,19 @@ class Guard:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.folder, self.stall_timeout = folder, stall_timeout
         self.status = Status(folder or Path())
-        self.accelerator: Accelerator | None = None  # of the group, once joined
+        self.accelerator: Accelerator | None = None  # set by `join`
         self.stopping = False  # all ranks have agreed to stop
         self._saving = False  # all ranks have agreed to save and go on
-        self._stop: signal.Signals | None = None  # asked of this rank
-        self._stop_heard_at = 0.0  # by the watch
-        self._saves = self._saves_told = 0
+        self._stop: signal.Signals | None = None  # the stop signal that this rank received first
+        self._stop_at = 0.0  # when the watch received it
+        self._saves = self._saves_agreed = 0  # requests to save: received, and passed to `agree`
         self._interrupts = False  # a first signal raises at once: no rank waits for this one yet
         self._section, self._step = "start", 0
         self._beats = self._ticks = self._arrived = 0
-        self._moved_at = self._others_ended_at = time.monotonic()
-        self._peers: dict[int, Seen] = {}
+        self._progress_at = self._peers_alive_at = time.monotonic()
+        self._peers: dict[int, PeerState] = {}
         self._left = threading.Event()
-        self._ending = threading.Lock()  # main thread or watch: one of them tells the end
+        self._ending = threading.Lock()  # the main thread or the watch ends the run, not both
 
     # -- the run
 
@@ -167,11 +161,11 @@ class Guard:
         self.lock.move_folder(aside)
 
     def begin(self) -> None:
-        """The folder is ours: from here on its status tells of this run. By the first rank."""
+        """Begins an attempt: the status now describes this run. For the first rank only."""
         self.status.begin()
 
     def join(self, accelerator: Accelerator, of_first: Any) -> Any:
-        """From here on this rank moves with the others. Every rank gets what the first one has."""
+        """Makes this rank act with the others; returns the first rank's `of_first` on all."""
         shared = [of_first, self.status.attempt]
         if accelerator.num_processes > 1:
             broadcast_object_list(shared)
@@ -191,20 +185,20 @@ class Guard:
         self._watch.join()
         self._release_signals()
         with suppress(OSError):
-            self._file_of(self.rank).unlink()  # gone, but not dead
+            self._file_of(self.rank).unlink()  # peers see that it left, not that it died
         if self.lock:
             self.lock.release()
         if error is None:
             return
-        if self.world > 1:  # others may be in a collective, which this one's shutdown waits for
+        if self.world > 1:  # others may be in a collective, and a normal exit would wait for them
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-        if not isinstance(error, UserError):  # which `cli.run` tells
+        if not isinstance(error, UserError):  # which `cli.run` reports
             raise SystemExit(code) from None
 
     def _end(self, error: BaseException | None) -> int:
-        """Tells how the run ended here, if no other rank has; returns the exit code."""
+        """Reports how the run ended here, if no other rank has; returns the exit code."""
         if error is None:
             if self.is_first:
                 self.status.end("finished", 0, None, 0, self._step)
@@ -216,14 +210,14 @@ class Guard:
             state = "preempted" if isinstance(error, Preempted) else state
         elif isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else code
-        elif said := oom.oom_message(error):  # outside of a step, which knows what to do
+        elif message := oom.oom_message(error):  # outside of a step, which handles its own
             code = errors.OutOfMemory.exit_code
-            reason = f"memory ran out: {said}. Lower train.max_tokens or evaluation.batch_size"
-        code, is_ours = self._tell(state, code, reason, culprit)
+            reason = f"memory ran out: {message}. Lower train.max_tokens or evaluation.batch_size"
+        code, is_ours = self._write_end(state, code, reason, culprit)
         if not is_ours or (self.world == 1 and isinstance(error, UserError)):
             return code
         is_own = not isinstance(error, UserError) or not (self.accelerator or culprit)
-        self._say(reason, of=self._word() if is_own else None)
+        self._print_error(reason, self._heartbeat() if is_own else None)
         if not isinstance(error, UserError | SystemExit):
             text = redact("".join(traceback.format_exception(error)))
             print(text, file=sys.stderr, end="", flush=True)
@@ -231,57 +225,57 @@ class Guard:
                 (self.status.folder / TRACEBACK).write_text(text, "utf-8")
         return code
 
-    def _tell(
-        self, state: str, code: int, reason: str, culprit: Word | None = None
+    def _write_end(
+        self, state: str, code: int, reason: str, culprit: Heartbeat | None = None
     ) -> tuple[int, bool]:
-        """Writes the status, if no other rank has; (exit code of the run, whether it is ours)."""
+        """Writes the status unless a rank has; returns the run's exit code and if it is ours."""
         rank = culprit.rank if culprit else self.rank
         if self.status.end(state, code, redact(reason), rank, self._step):
             return code, True
-        if self.status.attempt is None:  # of what is not begun, all but the first end quietly
+        if self.status.attempt is None:  # before it has begun, all but the first end quietly
             return code, self.is_first or state != "preempted"
         return self.status.verdict().get("exit_code") or code, False
 
-    def _say(self, reason: str, of: Word | None) -> None:
-        place = f"rank {of.rank}, " if of and self.world > 1 else ""
-        place += f"step {of.step}: " if of else ""
+    def _print_error(self, reason: str, at: Heartbeat | None = None) -> None:
+        place = f"rank {at.rank}, " if at and self.world > 1 else ""
+        place += f"step {at.step}: " if at else ""
         print(f"error: {place}{redact(reason)}", file=sys.stderr, flush=True)
 
-    def _cause_of(self, error: BaseException) -> tuple[BaseException, Word | None]:
-        """`error`, or what befell another rank and only shows here; and that rank."""
-        by_peers = isinstance(error, RuntimeError) and OF_PEERS.search(str(error))
+    def _cause_of(self, error: BaseException) -> tuple[BaseException, Heartbeat | None]:
+        """Returns `error`, or the failure of another rank that caused it, with that rank."""
+        by_peers = isinstance(error, RuntimeError) and PEER_GONE.search(str(error))
         by_launcher = isinstance(error, Preempted) and not self.accelerator
         if self.world == 1 or not (by_peers or by_launcher):
             return error, None
         deadline = time.monotonic() + (GRACE if by_peers else 2 * BEAT)
         while time.monotonic() < deadline and not self.status.has_ended():
-            self._look()
-            if dead := self._dead():
-                return PeerError(_died(dead)), dead
+            self._read_peers()
+            if dead := self._dead_peer():
+                return PeerError(_describe_death(dead)), dead
             time.sleep(TICK)
         if by_launcher or self.status.has_ended():
             return error, None
-        silent = [seen.word for seen in self._peers.values() if seen.is_silent(time.monotonic())]
-        named = ", ".join(f"{word}, last heard of in {word.place}" for word in silent)
-        told = f"the connection to {named or 'another rank'} broke: {error}"
-        return PeerError(told), silent[0] if silent else None
+        gone = [peer.last for peer in self._peers.values() if peer.is_gone(time.monotonic())]
+        named = ", ".join(f"{last}, last seen in {last.place}" for last in gone)
+        reason = f"the connection to {named or 'another rank'} broke: {error}"
+        return PeerError(reason), gone[0] if gone else None
 
     # -- progress
 
     def tick(self) -> None:
-        """A sign of progress of this rank alone."""
+        """Records progress of this rank alone."""
         self._ticks += 1
-        self._moved_at = time.monotonic()
+        self._progress_at = time.monotonic()
 
     def mark(self, step: int | None = None) -> None:
-        """A point that every rank passes equally often."""
+        """Records that this rank passed a point that every rank passes equally often."""
         self._step = self._step if step is None else step
         self._arrived += 1
         self.tick()
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """What the run is in, for messages; each has the whole time limit."""
+        """Names what the run is doing, for messages; each section has the whole time limit."""
         former, self._section = self._section, name
         self.mark()
         try:
@@ -293,9 +287,9 @@ class Guard:
     # -- signals
 
     def flags(self) -> tuple[bool, bool]:
-        """(stop, save) as asked of this rank; their sums over all ranks are for `agree`."""
+        """Returns (stop, save) as signalled to this rank; `agree` takes their sums over ranks."""
         saves = self._saves
-        save, self._saves_told = saves > self._saves_told, saves
+        save, self._saves_agreed = saves > self._saves_agreed, saves
         return self._stop is not None, save
 
     def agree(self, stop: float, save: float) -> None:
@@ -303,33 +297,35 @@ class Guard:
         self._saving |= save > 0
 
     def take_saving(self) -> bool:
-        """Whether all ranks have agreed to save; asked once, it is done."""
+        """Returns whether all ranks have agreed to save, and forgets the request."""
         saving, self._saving = self._saving, False
         return saving
 
     def stop_if_asked(self) -> None:
-        """Raises Preempted on every rank if any was asked to stop. Collective."""
+        """Raises Preempted on every rank if any received a stop signal. Collective."""
         self.mark()
         flags = self.flags()
         if self.accelerator and self.accelerator.num_processes > 1:
-            asked = torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device)
-            flags = self.accelerator.reduce(asked, "sum").tolist()
+            local = torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device)
+            flags = self.accelerator.reduce(local, "sum").tolist()
         self.agree(*flags)
         self.stop_if_agreed()
 
     def stop_if_agreed(self) -> None:
         if self.stopping:
-            raise self.preempted("before the first step; there was nothing to save")
+            raise self.preemption()
 
-    def preempted(self, when: str) -> Preempted:
-        asked = self._stop.name if self._stop else "a signal"
+    def preemption(
+        self, when: str = "before the first step; there was nothing to save"
+    ) -> Preempted:
+        name = self._stop.name if self._stop else "a signal"
         return Preempted(
-            f'stopped by {asked} {when}. Continue with ARGS="train.resume_from_checkpoint=auto".'
+            f'stopped by {name} {when}. Continue with ARGS="train.resume_from_checkpoint=auto".'
         )
 
     def _catch_signals(self) -> None:
-        """From here on signals are flags. The watch hears them by a pipe, also while the main
-        thread waits in a collective, where handlers do not run."""
+        """Turns signals into flags. A pipe passes them to the watch as well, since handlers do not
+        run while the main thread waits in a collective."""
 
         def stop(number: int, _: Any) -> None:
             is_first, self._stop = self._stop is None, self._stop or signal.Signals(number)
@@ -340,57 +336,57 @@ class Guard:
             self._saves += 1
 
         self._pipe, self._pipe_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._kept_fd = signal.set_wakeup_fd(self._pipe_end, warn_on_full_buffer=False)
+        self._former_fd = signal.set_wakeup_fd(self._pipe_end, warn_on_full_buffer=False)
         handlers = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGUSR1: save}
-        self._kept = {number: signal.signal(number, new) for number, new in handlers.items()}
+        self._former = {number: signal.signal(number, new) for number, new in handlers.items()}
 
     def _release_signals(self) -> None:
-        for number, handler in self._kept.items():
+        for number, handler in self._former.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._kept_fd)
+        signal.set_wakeup_fd(self._former_fd)
         os.close(self._pipe)
         os.close(self._pipe_end)
 
     # -- the watch: a thread
 
     def _keep_watch(self) -> None:
-        spoke_at = -math.inf
+        beat_at = -math.inf
         while not self._left.is_set():
             if select.select([self._pipe], [], [], TICK)[0]:
-                self._hear(os.read(self._pipe, 64))
-            if time.monotonic() - spoke_at >= BEAT:
-                spoke_at = time.monotonic()
-                self._speak()
+                self._receive(os.read(self._pipe, 64))
+            if time.monotonic() - beat_at >= BEAT:
+                beat_at = time.monotonic()
+                self._beat()
                 self._watch_peers()
             self._watch_progress()
 
-    def _hear(self, signals: bytes) -> None:
-        """Tells of the first signal, ends at the second."""
+    def _receive(self, signals: bytes) -> None:
+        """Announces the first stop signal, and ends this process at the second."""
         for number in signals:
             if number not in (signal.SIGINT, signal.SIGTERM):
                 continue
             name, now = signal.Signals(number).name, time.monotonic()
-            if not self._stop_heard_at:
-                self._stop_heard_at = now
+            if not self._stop_at:
+                self._stop_at = now
                 if self.is_first:
                     print(
                         f"{name}: stopping after this step; again to stop at once", file=sys.stderr
                     )
-            elif now - self._stop_heard_at > SAME_REQUEST:
+            elif now - self._stop_at > SAME_REQUEST:
                 self._leave("interrupted", 128 + number, f"a second signal, {name}", patience=0)
 
-    def _speak(self) -> None:
+    def _beat(self) -> None:
         if not (self.is_first or self.accelerator):
             self.status.follow()
         if self.world > 1 and self.status.attempt is not None:
             self._beats += 1
-            with suppress(OSError):  # a full disk is not this thread's to tell
+            with suppress(OSError):  # the main thread reports a full disk
                 self._file_of(self.rank).parent.mkdir(parents=True, exist_ok=True)
-                write_json(self._file_of(self.rank), asdict(self._word()))
+                write_json(self._file_of(self.rank), asdict(self._heartbeat()))
 
-    def _word(self) -> Word:
-        where, waits = _where(self._main)
-        return Word(
+    def _heartbeat(self) -> Heartbeat:
+        where, waits = _locate(self._main)
+        return Heartbeat(
             rank=self.rank,
             pid=os.getpid(),
             host=socket.gethostname(),
@@ -408,86 +404,85 @@ class Guard:
     def _file_of(self, rank: int) -> Path:
         return self.status.folder / RANKS / f"{rank}.json"
 
-    def _look(self) -> None:
-        """Reads the words of all peers."""
+    def _read_peers(self) -> None:
+        """Reads the heartbeats of all peers."""
         now = time.monotonic()
         for rank in range(self.world):
-            told = read_json(self._file_of(rank)) if rank != self.rank else {}
-            if not told or told.get("attempt") != self.status.attempt:
-                self._peers.pop(rank, None)  # not there yet, or has left in peace
+            found = read_json(self._file_of(rank)) if rank != self.rank else {}
+            if not found or found.get("attempt") != self.status.attempt:
+                self._peers.pop(rank, None)  # not there yet, or ended normally
                 continue
-            word = Word(**told)
-            seen = self._peers.get(rank)
-            self._peers[rank] = seen.renewed(word, now) if seen else Seen(word, now, now)
+            new = Heartbeat(**found)
+            peer = self._peers.get(rank, PeerState(new, now, now))
+            self._peers[rank] = peer.update(new, now)
 
-    def _dead(self) -> Word | None:
-        return next((seen.word for seen in self._peers.values() if seen.is_dead()), None)
+    def _dead_peer(self) -> Heartbeat | None:
+        return next((peer.last for peer in self._peers.values() if peer.is_dead()), None)
 
     def _watch_peers(self) -> None:
-        """Ends this rank some time after another has ended or died, should it not do so itself."""
+        """Ends this rank some time after another has ended or died, if it does not do so itself."""
         if self.world == 1:
             return
-        if len(self._peers) < self.world - 1 or self._dead():
-            self._look()
-        now, dead = time.monotonic(), self._dead()
+        if len(self._peers) < self.world - 1 or self._dead_peer():
+            self._read_peers()
+        now, dead = time.monotonic(), self._dead_peer()
         if not dead and not self.status.has_ended():
-            self._others_ended_at = now
-        elif now - self._others_ended_at > GRACE:
-            told = _died(dead) if dead else "another rank has ended the run"
-            self._leave("failed", PeerError.exit_code, told, *([dead] if dead else []))
+            self._peers_alive_at = now
+        elif now - self._peers_alive_at > GRACE:
+            reason = _describe_death(dead) if dead else "another rank has ended the run"
+            self._leave("failed", PeerError.exit_code, reason, *([dead] if dead else []))
 
     def _watch_progress(self) -> None:
-        """Ends this rank when it has stood still for too long, and so have all others."""
+        """Ends this rank when neither it nor any other has made progress for too long."""
         now = time.monotonic()
-        if self._interrupts and self._stop and now - self._stop_heard_at > GRACE:
-            asked = self.preempted("before the first step; there was nothing to save")
-            self._leave("preempted", asked.exit_code, str(asked))
-        idle, limit = now - self._moved_at, self.stall_timeout
+        if self._interrupts and self._stop and now - self._stop_at > GRACE:
+            error = self.preemption()
+            self._leave("preempted", error.exit_code, str(error))
+        idle, limit = now - self._progress_at, self.stall_timeout
         if idle > limit / 2:
-            self._look()
-        if idle > limit and all(now - s.moved_at > limit / 2 for s in self._peers.values()):
-            culprits, told = self._behind()
-            self._leave("failed", PeerError.exit_code, told, *culprits)
+            self._read_peers()
+        if idle > limit and all(now - p.progress_at > limit / 2 for p in self._peers.values()):
+            culprits, reason = self._find_stalled()
+            self._leave("failed", PeerError.exit_code, reason, *culprits)
 
-    def _behind(self) -> tuple[list[Word], str]:
-        """The ranks for which all others wait, if some stand out; and the message."""
-        now, own = time.monotonic(), self._word()
-        words = [((True, own.arrived, own.waits), own)]
-        for seen in self._peers.values():
-            key = (not seen.is_silent(now), seen.word.arrived, seen.word.waits)
-            words.append((key, seen.word))
-        (least, _) = min(words, key=lambda each: each[0])
-        last = [word for key, word in words if key == least]
+    def _find_stalled(self) -> tuple[list[Heartbeat], str]:
+        """Returns the ranks for which all others wait, if some are behind, and the message."""
+        now, own = time.monotonic(), self._heartbeat()
+        ranks = [((True, own.arrived, own.waits), own)]
+        for peer in self._peers.values():
+            ranks.append(((not peer.is_gone(now), peer.last.arrived, peer.last.waits), peer.last))
+        least = min(progress for progress, _ in ranks)
+        behind = [rank for progress, rank in ranks if progress == least]
         gone = "" if least[0] else "stopped or dead, "
-        places = "; ".join(f"{word}, {gone}{word.place}" for word in last)
-        is_told_apart = len(last) < len(words) or len(words) == 1
-        named = "no progress of" if is_told_apart else "no progress, and no rank is behind:"
-        told = f"{named} {places}, for {self.stall_timeout:g} s (train.stall_timeout)"
-        return last if is_told_apart else [], told
+        places = "; ".join(f"{rank}, {gone}{rank.place}" for rank in behind)
+        is_clear = len(behind) < len(ranks) or len(ranks) == 1
+        named = "no progress of" if is_clear else "no progress, and no rank is behind:"
+        reason = f"{named} {places}, for {self.stall_timeout:g} s (train.stall_timeout)"
+        return behind if is_clear else [], reason
 
     def _leave(
-        self, state: str, code: int, reason: str, *culprits: Word, patience: float = GRACE
+        self, state: str, code: int, reason: str, *culprits: Heartbeat, patience: float = GRACE
     ) -> None:
-        """Ends this process, whatever its main thread is in, unless that is ending it already."""
+        """Ends this process, whatever its main thread does, unless that is ending it already."""
         if not self._ending.acquire(timeout=patience):
             if not self._left.is_set():
                 os._exit(code)
             return
-        code, is_ours = self._tell(state, code, reason, culprits[0] if culprits else None)
+        code, is_ours = self._write_end(state, code, reason, culprits[0] if culprits else None)
         if is_ours:
-            self._say(reason, of=None)
+            self._print_error(reason)
         if code == PeerError.exit_code:
             stacks = self._file_of(self.rank).with_suffix(".stacks")
             with suppress(OSError), stacks.open("w") as file:
                 faulthandler.dump_traceback(file)
-        for word in culprits:
-            if word.rank != self.rank and word.machine == machine_id():
-                _end_stuck(word.pid)
+        for rank in culprits:
+            if rank.rank != self.rank and rank.machine == machine_id():
+                _kill_stuck(rank.pid)
         os._exit(code)
 
 
-def _end_stuck(pid: int) -> None:
-    """A process that is stopped, or whose watch never gets a turn, cannot end by itself."""
+def _kill_stuck(pid: int) -> None:
+    """Kills a process that cannot end itself: it is stopped, or its watch never gets to run."""
     deadline = time.monotonic() + 2 * GRACE
     while not is_dead(pid):
         if process_state(pid) in ("T", "t") or time.monotonic() > deadline:
@@ -497,8 +492,8 @@ def _end_stuck(pid: int) -> None:
         time.sleep(TICK)
 
 
-def _died(word: Word) -> str:
+def _describe_death(last: Heartbeat) -> str:
     return (
-        f"{word} died without a word, last heard of in {word.place}: it crashed, or was killed, "
-        "perhaps for want of memory (see dmesg)"
+        f"{last} exited unexpectedly in {last.place}; crashed or killed, possibly out of memory "
+        "(see dmesg)"
     )

@@ -495,4 +495,4 @@ class Engine:
             self.log.say(f"asked to stop: saving step {self.step:,}")
             with self.guard.section("save"):
                 folder = self.save()
-            raise self.guard.preempted(f"after step {self.step:,}; saved {folder}") from error
+            raise self.guard.preemption(f"after step {self.step:,}; saved {folder}") from error
