@@ -304,6 +304,8 @@ class CrowdTune(FineTune):
 
     @classmethod
     def as_answer_model(cls, model: nn.Module) -> nn.Module:
+        if not isinstance(model, Agents):  # one agent alone
+            return model
         return Mixture(model, aggregator_of(model)).eval()
 
     def answer_model(self, model: nn.Module) -> nn.Module:
