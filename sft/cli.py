@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from sft.config.load import generation_of, load_config
+from sft.config.load import load_config, parse_generation
 from sft.config.schema import Config, RunConfig
 from sft.errors import UserError, redact
 from sft.runtime.children import LAUNCHER, die_with_parent
@@ -86,7 +86,7 @@ def model_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def generation(overrides: list[str]) -> dict[str, Any]:
     """Returns settings of generation from overrides, validated."""
-    return generation_of(overrides).model_dump()
+    return parse_generation(overrides).model_dump()
 
 
 def write_json(file: Path, report: object) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from sft import cli
 from sft.config.aliases import ALIASES
-from sft.config.load import dump_config, generation_of, load_config, with_values
+from sft.config.load import dump_config, load_config, parse_generation, with_values
 from sft.config.reference import reference
 from sft.config.rules import RULES, conditions
 from sft.config.schema import NESTED, Config, Section, sections_of
@@ -655,7 +655,7 @@ def test_an_alias_names_a_key_and_hides_none(name, alias):
 
 
 def test_generation_takes_flags(minimal):
-    found = generation_of(["--temperature", "0.5", "generation.top_k=3", "--seed=7"])
+    found = parse_generation(["--temperature", "0.5", "generation.top_k=3", "--seed=7"])
     assert (found.temperature, found.top_k, found.seed) == (0.5, 3, 7)
 
 

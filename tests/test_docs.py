@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from sft.config.load import generation_of
+from sft.config.load import parse_generation
 from sft.errors import ExitCode
 from sft.tasks.registry import load_run
 
@@ -57,7 +57,7 @@ def test_a_command_in_the_docs_is_one_that_exists(document, command):
         assert name in VARIABLES, document
         if name == "ARGS" and "generation." in value:
             assert words[0] in ("infer", "infer-batch")
-            generation_of(value.split())
+            parse_generation(value.split())
         elif name == "ARGS":
             load_run(ROOT / configuration_of(command), value.split())
         if name == "CONFIG" and (ROOT / value).exists():

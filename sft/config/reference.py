@@ -14,7 +14,7 @@ from sft.config.schema import NESTED, Generation, RunConfig, Section, sections_o
 # --- docs/CONFIG.md ----------------------------------------------------------------------------
 
 
-def _type_name(field: Any) -> str:
+def type_name(field: Any) -> str:
     return _annotation_name(field.annotation) + _bounds(field.metadata)
 
 
@@ -94,7 +94,7 @@ def reference(schemas: Iterable[type[RunConfig]]) -> str:
             found = [each for each in conditions(section, key) if each != section.only_with]
             stated = [f"Only with `{condition}`." for condition in found]
             meaning = " ".join([*str(field.description).split(), *stated])
-            lines.append(f"| `{key}` | {_type_name(field)} | {default} | {meaning} |")
+            lines.append(f"| `{key}` | {type_name(field)} | {default} | {meaning} |")
     return "\n".join([*lines, *_alias_lines()]) + "\n"
 
 

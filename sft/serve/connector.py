@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from sft.config.load import generation
+from sft.config.load import make_generation
 from sft.config.schema import Train
 from sft.data import batches, formats, rendering
 from sft.data.files import BadRow, Row
@@ -170,7 +170,7 @@ class AccelerateConnector:
 
     def _model_with(self, settings: dict[str, Any]) -> AnswerModel:
         """Returns the model with these settings. Raises ConfigError before it loads one."""
-        checked = generation(settings)
+        checked = make_generation(settings)
         return replace(self.load_model_once(), settings=checked)
 
     def complete(

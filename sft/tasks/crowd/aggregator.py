@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from sft.config.load import generation
+from sft.config.load import make_generation
 from sft.config.schema import Generation
 from sft.errors import UserError, suggest
 from sft.evaluate.generate import Answer, Decoder, eval_mode
@@ -318,7 +318,7 @@ def _conventions(own: Any, options: dict[str, Any]) -> tuple[Generation, list[in
     ends = values["eos_token_id"]
     stop = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     pad = values["pad_token_id"]
-    return generation(settings), stop, pad if pad is not None else (*stop, 0)[0]
+    return make_generation(settings), stop, pad if pad is not None else (*stop, 0)[0]
 
 
 def _with_ends(found: list[Answer], heard: list[list[int]]) -> list[list[int]]:

@@ -1,0 +1,168 @@
+"""Reads YAML files with their includes, and overrides, into trees of plain values."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from sft.config.aliases import replace_aliases
+from sft.config.flags import Sections, parse_overrides
+from sft.config.schema import Origins
+from sft.errors import ConfigError
+
+
+class Reader:
+    """Reads files and overrides; keeps where each key was written, and every problem."""
+
+    def __init__(self) -> None:
+        self.origins: Origins = {}
+        self.problems: list[str] = []
+
+    def read_file(self, file: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
+        """Returns the mapping in `file`, merged over the files that it includes.
+
+        Paths of included files are relative to `file`; `including` are the files on the way to it.
+        """
+        if file.resolve() in including:
+            way = " -> ".join(path.name for path in including)
+            self.problems.append(f"{file}: includes itself ({way})")
+            return {}
+        try:
+            node = _parse(file.read_text("utf-8"), str(file))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            self.problems.append(f"cannot read the configuration {file}: {reason}")
+            return {}
+        except ConfigError as error:
+            self.problems.append(str(error))
+            return {}
+        if not isinstance(node, MappingNode):
+            self.problems.append(
+                f"{file}: expected sections (model:, data:, train: ...), found none"
+            )
+            return {}
+        tree, lines = _construct(node), self._read_lines(node, file)
+        replace_aliases(tree, lines, self.problems)
+        base: dict[str, Any] = {}
+        for name in self._read_includes(tree, lines):
+            merge(base, self.read_file(file.parent / name, (*including, file.resolve())))
+        self.origins.update(lines)
+        merge(base, tree)
+        return base
+
+    def read_overrides(self, words: list[str], sections: Sections) -> dict[str, Any]:
+        """Returns the tree of the overrides."""
+        result: dict[str, Any] = {}
+        origins: Origins = {}
+        for path, text in parse_overrides(words, sections, self.problems):
+            try:
+                node = _parse(text, f"override {path}")
+            except ConfigError as error:
+                self.problems.append(str(error))
+                continue
+            tree: Any = _construct(node) if node is not None else None
+            for key in reversed(path.split(".")):
+                tree = {key: tree}
+            section, key, *_ = path.split(".")
+            self.origins.setdefault(section, "override")
+            origins[f"{section}.{key}"] = "override"
+            merge(result, tree)
+        replace_aliases(result, origins, self.problems)
+        self.origins.update(origins)
+        return result
+
+    def _read_lines(self, node: Node, file: Path) -> Origins:
+        """Returns file:line of every key; reports keys that are given twice."""
+        lines: Origins = {}
+        for path, number in _number_keys(node):
+            if path in lines:
+                self.problems.append(f"{file}:{number}: {path} is given twice")
+            lines[path] = f"{file}:{number}"
+        return lines
+
+    def _read_includes(self, tree: dict[str, Any], lines: Origins) -> list[str]:
+        """Takes the names of included files out of the tree."""
+        names = tree.pop("include", [])
+        names = names if isinstance(names, list) else [names]
+        if all(isinstance(name, str) and name.isprintable() for name in names):
+            return names
+        self.problems.append(f"include ({lines['include']}): expected a file or a list of files")
+        return []
+
+
+def merge(base: dict, over: dict) -> None:
+    """Puts the values of `over` into `base`; sections that both have are merged key by key."""
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _parse(text: str, name: str) -> Node | None:
+    """Returns nodes of YAML 1.2, where `3e-5` is a number and `no` a text; refuses anchors.
+
+    Raises ConfigError, which `name` begins, if the text is not valid.
+    """
+    try:
+        for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
+            if getattr(event, "anchor", None):
+                place = f"{name}:{event.start_mark.line + 1}"
+                raise ConfigError(f"{place}: YAML anchors and aliases are not read; use include:")
+        return YAML(typ="safe", pure=True).compose(io.StringIO(text))
+    except RecursionError:
+        raise ConfigError(f"{name}: not valid YAML: nested too deeply") from None
+    except ConfigError:
+        raise
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from None
+    except (YAMLError, ValueError) as error:
+        raise ConfigError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def _construct(node: Node) -> Any:
+    """Returns the value of a node."""
+    if isinstance(node, MappingNode):
+        return {_key(key): _construct(value) for key, value in node.value}
+    if isinstance(node, SequenceNode):
+        return [_construct(item) for item in node.value]
+    return _construct_scalar(node) if isinstance(node, ScalarNode) else {}
+
+
+def _key(node: Node) -> str:
+    """Returns the text of a key."""
+    return node.value if isinstance(node, ScalarNode) else "?"
+
+
+def _construct_scalar(node: ScalarNode) -> Any:
+    """Returns the value of a scalar; what is no valid number stays text, which is refused later."""
+    kind, text = str(node.tag).rsplit(":", 1)[-1], node.value
+    try:
+        if kind == "int":
+            prefixed = re.fullmatch(r"[-+]?0[xo][0-9a-fA-F]{1,16}", text)
+            number = int(text, 0) if prefixed else int(text)
+            return number if abs(number) < 2**63 else text  # no library takes a larger one
+        if kind == "float":
+            return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
+    except ValueError:
+        return text
+    if kind == "bool" and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return None if kind == "null" else text
+
+
+def _number_keys(node: Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Yields (dotted path, line) of every key."""
+    if isinstance(node, MappingNode):
+        for key, value in node.value:
+            path = f"{prefix}{_key(key)}"
+            yield path, key.start_mark.line + 1
+            yield from _number_keys(value, f"{path}.")
