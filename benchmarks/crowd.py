@@ -78,7 +78,7 @@ def engine_of(config: Config, prepared: Prepared, budget: batches.Budget) -> Eng
     accelerator = start_processes(config.train)
     built = load.build(config, "fp32", accelerator.device)
     task = task_of(config)(config, prepared, built, budget, Context(accelerator, Log(None)))
-    return Engine(task, config.train, Context(accelerator, Log(None)), budget)
+    return Engine(task, config.train, Context(accelerator, Log(None)))
 
 
 def first(examples: Examples, number: int) -> Examples:
@@ -153,7 +153,7 @@ def steps_of(work: Path, mode: str, batch: int, strength: float) -> dict[str, An
 
 
 def step(engine: Engine, budget: batches.Budget) -> None:
-    engine.budget = budget
+    engine.task.budget = budget
     engine.optimizer_step()
 
 

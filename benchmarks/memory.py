@@ -55,7 +55,7 @@ from sft.errors import OutOfMemory
 from sft.models import adapters as models_adapters
 from sft.models import dtypes
 from sft.plan import choose, dry_run, memory, sharding
-from sft.plan.dry_run import Window, uniform
+from sft.plan.dry_run import Window, uniform_window
 from sft.runtime.console import make_console
 from sft.runtime.deepspeed import deepspeed_settings
 from sft.tasks.distill.transformer import num_positions
@@ -87,8 +87,8 @@ ARCHITECTURES = architectures(
     max_position_embeddings=1024,
 )
 WINDOWS = {
-    "2 x 4 x 128": uniform(4, 128, 50, micro_batches=2),
-    "1 x 4 x 512": uniform(4, 512, 200),
+    "2 x 4 x 128": uniform_window(4, 128, 50, micro_batches=2),
+    "1 x 4 x 512": uniform_window(4, 512, 200),
 }
 
 
@@ -106,9 +106,9 @@ def grid(folder: Path) -> list[dict[str, Any]]:
 
 
 def against_real(config: RunConfig, window: Window) -> dict[str, Any]:
-    fake = dry_run.rehearse(config, "fp32", window).peak().num_bytes
+    fake = dry_run.trace_step(config, "fp32", window).peak().num_bytes
     real = [dry_run.make_engine(config, "fp32", window, weights=False) for _ in range(2)]
-    tracked = dry_run.record(real[0]).peak().num_bytes
+    tracked = dry_run.record_step(real[0]).peak().num_bytes
     true = allocated_bytes(real[1])
     return {
         "rehearsed_bytes": fake,
@@ -190,7 +190,7 @@ class Row:
     adapters: torch.dtype = torch.float32
     own_loss: bool = False
     native: bool = False  # a full trace through the allocator without expandable segments
-    group: sharding.Group = sharding.ALONE
+    group: sharding.Group = sharding.ONE_PROCESS
     selective: bool = False  # layers keep attention and every second matrix product
 
 
@@ -207,7 +207,7 @@ def published() -> list[Row]:
                 f"Llama-3.2-3B LoRA r{rank} {'q,v' if modules is QV else 'MLP'}",
                 LLAMA_3B,
                 {"mode": "lora", "r": rank, "target_modules": modules},
-                uniform(4, 699, 699),
+                uniform_window(4, 699, 699),
                 mib * MIB,
                 "longest padded batch: 699 tokens, which the reference found from the first row",
                 autocast=False,
@@ -232,7 +232,7 @@ def published() -> list[Row]:
                     f"{name} LoRA r8 q,v, micro-batch {number}",
                     arch,
                     {"mode": "lora", "r": 8, "target_modules": QV},
-                    uniform(number, layers, layers),
+                    uniform_window(number, layers, layers),
                     gb * 1e9,
                     "its own model code and loss; whether the longest rows meet in one batch",
                     reserved=False,
@@ -252,7 +252,7 @@ def published() -> list[Row]:
                     f"Qwen {name} LoRA r64, {length} tokens",
                     arch,
                     {"mode": "lora", "r": 64, "target_modules": "auto"},
-                    uniform(1, length, length),
+                    uniform_window(1, length, length),
                     gb * 1e9,
                     "what was read (taken as reserved, 1e9 bytes), dtypes of adapters, engine",
                     checkpointing=True,
@@ -265,7 +265,7 @@ def published() -> list[Row]:
                 "Llama-3.1 8B full, FSDP2, 2 rows of 8,192 tokens",
                 LLAMA_8B,
                 {"mode": "full"},
-                uniform(2, 8192, 8192),
+                uniform_window(2, 8192, 8192),
                 gib * 2**30,
                 "which operations its checkpointing keeps (taken: every second product); what was "
                 "read (taken as reserved); it gathers bf16, and head and embedding on their own",
@@ -300,7 +300,7 @@ def selective(function: Any, *arguments: Any, **options: Any) -> Any:
 @contextmanager
 def their_step(row: Row) -> Iterator[None]:
     """Where their step differs from ours."""
-    prepare, add_adapters = dry_run.Alone.prepare, models_adapters.add_adapters
+    prepare, add_adapters = dry_run.CpuAccelerator.prepare, models_adapters.add_adapters
 
     def plain(_: Any, built: Any, optimizer: Any) -> tuple[Any, Any]:
         return built, optimizer
@@ -320,7 +320,7 @@ def their_step(row: Row) -> Iterator[None]:
         return built
 
     with (
-        mock.patch.object(dry_run.Alone, "prepare", prepare if row.autocast else plain),
+        mock.patch.object(dry_run.CpuAccelerator, "prepare", prepare if row.autocast else plain),
         mock.patch.object(models_adapters, "add_adapters", added),
         mock.patch.object(dtypes, "check_dtypes"),
         mock.patch.object(FineTune, "loss", loss) if row.own_loss else nullcontext(),
@@ -339,7 +339,7 @@ def against_published(folder: Path) -> list[dict[str, Any]]:
             predicted = memory.predict(config, "bf16", row.window, on_gpu=True, group=row.group)
             told = predicted.reserved if row.reserved else predicted.allocated
             if row.native:
-                trace = dry_run.rehearse(config, "bf16", row.window, on_gpu=True)
+                trace = dry_run.trace_step(config, "bf16", row.window, on_gpu=True)
                 libraries = predicted.breakdown.get("libraries", 0)
                 told = trace.reserved(expandable=False) + libraries
         found.append(
@@ -475,7 +475,7 @@ def distillation(folder: Path) -> list[dict[str, Any]]:
     config, found = load_run("configs/ad_darkroom.yaml"), []
     for (name, changes), number in product(HISTORIES.items(), (1, 4)):
         changed = with_values(config, changes)
-        window = uniform(64 // number, num_positions(changed.distill), 120, number)
+        window = uniform_window(64 // number, num_positions(changed.distill), 120, number)
         told = {"model": name, "how": f"{number} micro-batch(es)"}
         found.append(told | against_real(changed, window))
     wide = "256 wide, 6 layers"  # so that weights and gradients count for something
@@ -520,8 +520,8 @@ def gpu(folder: Path) -> list[dict[str, Any]]:
     for number, (name, mode, checkpointing, (rows, length)) in enumerate(STEPS):
         train = {"gradient_checkpointing": checkpointing}
         config = configured(folder / str(number), SHAPES[name], mode, **train)
-        window = uniform(rows, length, length, micro_batches=2)
-        one = replace(uniform(rows, length, length), gradients=True)
+        window = uniform_window(rows, length, length, micro_batches=2)
+        one = replace(uniform_window(rows, length, length), gradients=True)
         predicted = memory.predict(config, "bf16", one, on_gpu=True)
         torch.cuda.empty_cache()
         made = dry_run.make_engine(config, "bf16", window, weights=False, accelerator=accelerator)
@@ -581,12 +581,12 @@ def budget(folder: Path) -> list[dict[str, Any]]:
 
 
 def _planned(config: Config, room: float, length: int, rows: int) -> bool:
-    window = replace(uniform(rows, length, length), gradients=True)
+    window = replace(uniform_window(rows, length, length), gradients=True)
     return memory.predict(config, "bf16", window, on_gpu=True).reserved <= room
 
 
 def _runs(config: Config, accelerator: Accelerator, length: int, rows: int) -> bool:
-    window, made = uniform(rows, length, length, micro_batches=2), None
+    window, made = uniform_window(rows, length, length, micro_batches=2), None
     options: dict[str, Any] = {"weights": False, "accelerator": accelerator}
     try:
         made = dry_run.make_engine(config, "bf16", window, **options)

@@ -282,7 +282,7 @@ def overhead(work: Path, data: Path, args: argparse.Namespace) -> dict[str, floa
     planned = plan.make_plan(config, FineTune.workload(config, prepared), hardware.detect(work), 1)
     built = load.build(config, planned.precision, accelerator.device)
     task = FineTune(config, prepared, built, planned.budget, Context(accelerator, log))
-    engine = Engine(task, config.train, Context(accelerator, log), planned.budget)
+    engine = Engine(task, config.train, Context(accelerator, log))
     engine.probe_seconds_per_step()
     spent: dict[str, float] = {}
 

@@ -39,7 +39,7 @@ def main() -> None:
     console = make_console()
     numbers: object
     if args.compare and isinstance(config, Config):
-        numbers = found = advice.comparison(config)
+        numbers = found = advice.compare_gpus(config)
         console.print(report.comparison_table(found, config.data.max_seq_len))
     else:
         if isinstance(config, Config) and (args.uniform or args.model is not None):
@@ -47,11 +47,11 @@ def main() -> None:
         else:
             workload = task_of(config).workload(config)
         made = plan.make_plan(config, workload, machine, world_size)
-        console.print(report.table(made))
+        console.print(report.plan_table(made))
         console.print(report.memory_table(made))
-        advised = advice.advice(config, workload, machine, made)
+        advised = advice.advise(config, workload, machine, made)
         console.print(report.advice_table(advised))
-        numbers = report.report(made, advised)
+        numbers = report.plan_values(made, advised)
     cli.write_json(args.json, numbers)
     console.print(f"all numbers: {args.json}")
 

@@ -120,7 +120,7 @@ def writable(folder: Path) -> Finding:
 def disk(config: RunConfig) -> Finding:
     kind = task_of(config)
     number = len(kind.workload(config).lengths)
-    needed = plan.disk(config, number)
+    needed = plan.predict_disk(config, number)
     try:
         refuse_if_full(needed, config.train)
     except UserError as error:
@@ -146,7 +146,7 @@ def trial(config: RunConfig) -> Iterator[Finding]:
         trained = f"{planned.num_trained:,} of {planned.num_parameters:,} parameters are trained"
         described = dict(task.describe(config))
         yield Finding(True, f"model: {described.get('model', config.task)}, {trained}")
-        made = engine.Engine(task, task.config.train, task.context, task.budget)
+        made = engine.Engine(task, task.config.train, task.context)
         values = made.optimizer_step()
         yield Finding(
             True,
@@ -171,8 +171,8 @@ def _begin(config: RunConfig, accelerator: Accelerator) -> tuple[Task, plan.Plan
     kind = task_of(config)
     prepared = kind.trial_data(config)
     planned = plan.make_plan(config, kind.workload(config, prepared), hardware.detect(), 1)
-    config = with_values(config, plan.resolved_values(planned))
+    resolved = with_values(config, plan.resolved_values(planned))
     context = Context(accelerator)
-    task = kind.build(config, prepared, planned.precision, planned.budget, context)
-    task.budget = task.usable_budget(planned.precision, config.train.layout)
+    task = kind.build(resolved, prepared, planned.precision, planned.budget, context)
+    task.check_layout(planned.precision, config.train.layout)
     return task, planned

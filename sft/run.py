@@ -81,26 +81,27 @@ def _run(
     resident = accelerator.num_processes * kind.resident_bytes(prepared)
     machine = replace(machine, ram_available_bytes=machine.ram_available_bytes + resident)
     workload = kind.workload(config, prepared)
-    planned = calibration.make_together(config, workload, machine, accelerator)
+    planned = calibration.make_common_plan(config, workload, machine, accelerator)
     if warning := refuse_if_full(planned.disk, config.train):
         log.say(f"warning: {warning}")
     resolved = with_values(config, plan.resolved_values(planned))
     log.say(report.banner(config, kind.describe(config), planned, described(accelerator)))
-    for shown in (hardware.table(machine), plan_report.table(planned), *kind.preview(prepared)):
+    for shown in (
+        hardware.table(machine),
+        plan_report.plan_table(planned),
+        *kind.preview(prepared),
+    ):
         log.say(shown)
     if log.folder:
         kind.write_data_report(prepared, folder)
-        plan_report.keep(resolved, planned, folder)
+        plan_report.write_resolved(resolved, planned, folder)
 
     guard.stop_if_asked()
     task = kind.build(resolved, prepared, planned.precision, planned.budget, context)
     log.say(dtype_table(task.model))
-    budget = task.usable_budget(planned.precision, config.train.layout)
-    if budget != planned.budget:
-        planned = plan.replanned(planned, resolved, workload, machine, budget)
-        resolved = calibration.with_budget(resolved, planned, log)
-    engine = Engine(task, resolved.train, context, budget)
-    planned, measured = calibration.confirm_on(engine, planned, resolved, workload, machine)
+    task.check_layout(planned.precision, config.train.layout)
+    engine = Engine(task, resolved.train, context)
+    planned, measured = calibration.calibrate(engine, planned, resolved, workload, machine)
     base = task.measure_base(engine, planned.precision, resumed_from is not None)
     if base:
         log.say(f"before: {metrics_line(base.metrics)}")
@@ -121,7 +122,7 @@ def _run(
     }
     if log.folder:
         (folder / "evaluation").mkdir(exist_ok=True)
-        plan_report.write(planned, folder / "plan.json", measured)
+        plan_report.write_plan(planned, folder / "plan.json", measured)
         for shown in task.report(base, tuned, folder / "evaluation"):
             log.say(shown)
         rows, commands = task.closing_rows(base, tuned)
@@ -155,9 +156,9 @@ def _evaluate(
     """Measures the model of the run in `folder` with files in `out`, and reports."""
     machine = hardware.detect(folder)
     workload = kind.workload(config, prepared)
-    planned = calibration.make_together(config, workload, machine, context.accelerator)
+    planned = calibration.make_common_plan(config, workload, machine, context.accelerator)
     task = kind.open(folder, config, prepared, planned.precision, planned.budget, context)
-    task.budget = task.usable_budget(planned.precision, "auto")
+    task.check_layout(planned.precision, "auto")
     manifest = checkpoint.sha256(folder / "final_checkpoint" / checkpoint.MANIFEST)
     results = task.measure_saved(task.model, out, f"{manifest} {planned.precision}")
     if context.log.folder:

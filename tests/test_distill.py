@@ -190,7 +190,7 @@ def make_engine(asked: DistillConfig, max_tokens: int, dtype: torch.dtype) -> en
         return replace(batch, tokens=batch.tokens.to(dtype))
 
     work._collate = collate  # type: ignore[method-assign]
-    return engine.Engine(work, asked.train, Context(accelerator, Log(None)), budget)
+    return engine.Engine(work, asked.train, Context(accelerator, Log(None)))
 
 
 @pytest.mark.parametrize("settings", [SMALL, PAIR])
@@ -294,12 +294,12 @@ def planned(asked: DistillConfig, ram_bytes: int = 2**33, world: int = 1) -> pla
 
 def blank_run(asked: DistillConfig, foretold: plan.Plan) -> engine.Engine:
     """The planned run in this process, on histories that take no memory."""
-    settings, alone = asked.distill, dry_run.Alone("fp32")
+    settings, alone = asked.distill, dry_run.CpuAccelerator("fp32")
     found = task.blank_histories(settings)
     model = task.build(settings, 0, dry_run.CPU)
     work = task.Distillation(asked, found, model, foretold.budget, Context(alone))
     _ = work.train._rewarded, work.train._visited  # which are counted with the histories
-    return engine.Engine(work, asked.train, Context(alone, Log(None)), foretold.budget)
+    return engine.Engine(work, asked.train, Context(alone, Log(None)))
 
 
 def of_step(foretold: plan.Plan) -> int:
@@ -350,7 +350,7 @@ def test_what_does_not_fit_is_cut(tmp_path):
     assert "a smaller train.max_tokens or a smaller distill.context help" in told
     trained, machine = blank_run(asked, tight), hardware.detect()
     work = task.Distillation.workload(asked)
-    foretold, measured = calibration.confirm_on(
+    foretold, measured = calibration.calibrate(
         trained, tight, asked, work, replace(machine, devices=[])
     )
     assert foretold is tight
@@ -364,10 +364,10 @@ def test_trying_the_unseen_goals_takes_what_is_planned(tmp_path, settings):
     settings = settings.model_copy(update={"eval_episodes": 4})
     foretold = planned(config(tmp_path, settings))
     model, recorder = made(settings), Recorder()
-    alone = dry_run.Alone("fp32")
+    alone = dry_run.CpuAccelerator("fp32")
     alone.unwrap_model = lambda model: model
-    for tensors in dry_run.held(model).values():
-        recorder.name(tensors, "held")
+    for tensors in dry_run.tensors_by_use(model).values():
+        recorder.label_tensors(tensors, "held")
     with recorder:
         copy = task.whole_copy(model, settings, alone)
         rollout.play(copy, [(goal, 0) for goal in range(8) for _ in range(16)], 4)

@@ -77,7 +77,7 @@ def weights(built):
 def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(tmp_path):
     rows = tiny.examples(0, 8)
     built = make(tmp_path, rows, global_batch=8)
-    built.budget = batches.Budget(1, "padded")  # every example alone
+    built.task.budget = batches.Budget(1, "padded")  # every example alone
     token = rows[0].ids[0]
     with torch.no_grad():
         built.task.model.get_input_embeddings().weight[token] = float("nan")

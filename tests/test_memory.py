@@ -18,8 +18,8 @@ from sft.evaluate import generate
 from sft.models import dtypes, load
 from sft.plan import counts as plan_counts
 from sft.plan import dry_run, memory, sharding
-from sft.plan.counts import _key
-from sft.plan.dry_run import Window, uniform
+from sft.plan.counts import model_key
+from sft.plan.dry_run import Window, uniform_window
 
 SIZES = shapes.SIZES | {"num_hidden_layers": 12, "vocab_size": 512}
 DEPTHS = {"Llama": (2, 3, 7), "Qwen2": (2, 3, 7), "Gemma2": (4, 6, 12), "GPT2": (2, 3, 7)}
@@ -27,7 +27,7 @@ DEEP = {
     name: architectures(num_hidden_layers=n, vocab_size=512)[name]
     for name, (*_, n) in DEPTHS.items()
 }
-WINDOWS = [uniform(3, 40, 20, micro_batches=2), Window((((100, 90), (60, 5)),), "padded")]
+WINDOWS = [uniform_window(3, 40, 20, micro_batches=2), Window((((100, 90), (60, 5)),), "padded")]
 
 
 @pytest.mark.slow
@@ -45,7 +45,7 @@ def test_few_layers_tell_what_all_take(tmp_path, name, mode, checkpointing):
     for window in WINDOWS if mode == "full" else WINDOWS[:1]:
         predicted = memory.predict(config, "fp32", window, on_gpu=False)
         assert predicted.method == "traced with {} and {} of {} layers".format(*DEPTHS[name])
-        whole = dry_run.rehearse(config, "fp32", window).peak()
+        whole = dry_run.trace_step(config, "fp32", window).peak()
         assert predicted.allocated == pytest.approx(whole.num_bytes, rel=0.001)
         for label, size in whole.breakdown.items():
             assert predicted.breakdown.get(label, 0) == pytest.approx(size, rel=0.01, abs=2048)
@@ -54,16 +54,16 @@ def test_few_layers_tell_what_all_take(tmp_path, name, mode, checkpointing):
 def test_layers_that_do_not_repeat_are_traced_all(tmp_path):
     sizes = SIZES | {"num_experts": 2, "moe_intermediate_size": 32, "mlp_only_layers": [6]}
     config = configured(tmp_path, Qwen2MoeConfig(**sizes), "lora", gradient_checkpointing=False)
-    assert memory._depths(_key(config)) is None
+    assert memory._depths(model_key(config)) is None
     shallow = LlamaConfig(**SIZES | {"num_hidden_layers": 5})
     few = configured(tmp_path, shallow)
-    assert memory._depths(_key(few)) is None
+    assert memory._depths(model_key(few)) is None
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
 def test_counts_are_those_of_the_model(mode):
     config = with_values(load_config(ROOT / "configs/nano.yaml"), {"tuning.mode": mode})
-    counts = plan_counts.counts(config)
+    counts = plan_counts.count_parameters(config)
     shares = dtypes.parameter_groups(load.build(config, "fp32", dry_run.CPU))
     assert counts.parameters == sum(share.num_parameters for share in shares)
     assert counts.trained == sum(share.num_parameters for share in shares if share.trained)
@@ -73,9 +73,9 @@ def test_counts_are_those_of_the_model(mode):
 @pytest.mark.parametrize(
     ("mode", "checkpointing", "window"),
     [
-        ("lora", False, uniform(2, 128, 128)),
-        ("full", True, uniform(3, 100, 100)),
-        ("qlora", False, uniform(3, 100, 20)),
+        ("lora", False, uniform_window(2, 128, 128)),
+        ("full", True, uniform_window(3, 100, 100)),
+        ("qlora", False, uniform_window(3, 100, 20)),
     ],
 )
 def test_few_layers_tell_what_the_allocator_of_a_gpu_reserves(
@@ -87,7 +87,7 @@ def test_few_layers_tell_what_the_allocator_of_a_gpu_reserves(
     predicted = memory.predict(config, "bf16", window, on_gpu=True)
     assert predicted.method == "traced with 2 and 3 of 12 layers"
     added = sum(predicted.breakdown.get(k, 0) for k in ("libraries", "attention workspace"))
-    whole = dry_run.rehearse(config, "bf16", window, on_gpu=True).reserved()
+    whole = dry_run.trace_step(config, "bf16", window, on_gpu=True).reserved()
     pages = 22 * 2**20  # one of each pool
     assert whole - pages < predicted.reserved - added < whole + 2 * pages
 
@@ -95,11 +95,11 @@ def test_few_layers_tell_what_the_allocator_of_a_gpu_reserves(
 def test_operations_keep_what_they_keep_on_a_gpu(tmp_path):
     """No probabilities of attention; layer norms in fp32; all probabilities where no kernel is."""
     sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 512, "n_positions": 512}
-    window = uniform(2, 400, 1)
+    window = uniform_window(2, 400, 1)
 
     def taken(architecture, precision, on_gpu=True):
         config = configured(tmp_path, architecture, "lora", gradient_checkpointing=False)
-        return dry_run.rehearse(config, precision, window, on_gpu=on_gpu).peak().num_bytes
+        return dry_run.trace_step(config, precision, window, on_gpu=on_gpu).peak().num_bytes
 
     without = taken(GPT2Config(**sizes, attn_pdrop=0.0), "bf16")
     assert taken(GPT2Config(**sizes, attn_pdrop=0.1), "bf16") == without
@@ -113,7 +113,7 @@ def test_operations_keep_what_they_keep_on_a_gpu(tmp_path):
 def test_a_model_without_attention_is_planned(tmp_path):
     mamba = MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=512)
     config = configured(tmp_path, mamba, "full", gradient_checkpointing=False)
-    predicted = memory.predict(config, "bf16", uniform(2, 64, 64), on_gpu=True)
+    predicted = memory.predict(config, "bf16", uniform_window(2, 64, 64), on_gpu=True)
     assert predicted.reserved >= predicted.allocated > 0
     assert generate.bytes_per_row(mamba, "bf16", 20, 20) > 0
 
@@ -210,7 +210,7 @@ def test_bf16_copies_of_weights_live_only_where_autocast_keeps_them(tmp_path):
 
     def forward(engine):
         other = with_values(config, {"train.engine": engine})
-        trace = dry_run.rehearse(other, "bf16", uniform(1, 16, 16))
+        trace = dry_run.trace_step(other, "bf16", uniform_window(1, 16, 16))
         return trace.peaks()["forward 1"].num_bytes
 
     layer = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176)  # bytes in bf16; norms have no copy
@@ -223,12 +223,12 @@ def test_dropout_on_a_gpu_keeps_booleans(tmp_path):
     plain = LlamaConfig(**SIZES | {"num_hidden_layers": 7, "num_key_value_heads": 4})
     config = configured(tmp_path, plain, "lora", gradient_checkpointing=False)
     with_dropout = with_values(config, {"tuning.lora_dropout": 0.1})
-    window = uniform(2, 100, 1)
+    window = uniform_window(2, 100, 1)
 
     def kept(on_gpu: bool) -> float:
         """Bytes that dropout adds, per token, layer and hidden unit."""
         traces = (
-            dry_run.rehearse(each, "fp32", window, on_gpu=on_gpu).peaks()["loss 1"].num_bytes
+            dry_run.trace_step(each, "fp32", window, on_gpu=on_gpu).peaks()["loss 1"].num_bytes
             for each in (with_dropout, config)
         )
         return (next(traces) - next(traces)) / (200 * 64 * 7)

@@ -29,7 +29,7 @@ from sft.models import adapters, dtypes, load
 from sft.models import head as models_head
 from sft.models.digest import weights_sha256
 from sft.models.head import documents_are_isolated
-from sft.plan.dry_run import Alone
+from sft.plan.dry_run import CpuAccelerator
 from sft.runtime import hardware
 from sft.runtime.context import Context
 from sft.runtime.log import Log
@@ -249,14 +249,17 @@ def test_a_model_that_leaks_is_found_out():
 
 def test_a_packed_layout_that_leaks_falls_back_or_is_refused(monkeypatch, tmp_path):
     packed = batches.Budget(100, "packed")
-    context = Context(Alone("fp32"), Log(tmp_path))
+    context = Context(CpuAccelerator("fp32"), Log(tmp_path))
     made = FineTune(None, None, small("llama"), packed, context)
-    assert made.usable_budget("fp32", "auto") is packed
+    made.check_layout("fp32", "auto")
+    assert made.budget is packed
     monkeypatch.setattr(models_head, "documents_are_isolated", lambda *_: False)
-    assert made.usable_budget("fp32", "auto") == batches.Budget(100, "padded")
+    made.check_layout("fp32", "auto")
+    assert made.budget == batches.Budget(100, "padded")
     assert "layout: padded, since packed documents" in (tmp_path / "training.log").read_text()
+    made.budget = packed
     with pytest.raises(ConfigError, match=r"train.layout: packed documents .* padded"):
-        made.usable_budget("fp32", "packed")
+        made.check_layout("fp32", "packed")
 
 
 def test_only_chosen_positions_reach_the_head():

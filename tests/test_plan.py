@@ -61,7 +61,7 @@ def test_counts_are_those_of_the_data_and_of_the_model(config, prepared):
     shares = dtypes.parameter_groups(built)
     assert made.num_parameters == sum(s.num_parameters for s in shares)
     assert made.num_trained == sum(s.num_parameters for s in shares if s.trained)
-    for what, tensors in dry_run.held(built).items():
+    for what, tensors in dry_run.tensors_by_use(built).items():
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
         assert made.memory.breakdown[what] == sum(storages.values())
 
@@ -125,14 +125,14 @@ def test_activations_are_checkpointed_where_nothing_else_makes_room(config, prep
 def test_the_planned_memory_is_what_the_heaviest_window_allocates(config, prepared, changes):
     given = with_values(config, {"train.gradient_checkpointing": False} | changes)
     made = plan.make_plan(given, sizes(prepared), machine(8 * GIB), 1)
-    alone: Any = dry_run.Alone("fp32")
+    alone: Any = dry_run.CpuAccelerator("fp32")
     built = load.build(given, "fp32", dry_run.CPU)
     task = task_of(given)(given, prepared, built, made.budget, Context(alone, Log(None)))
-    trained = engine.Engine(task, given.train, Context(alone, Log(None)), made.budget)
+    trained = engine.Engine(task, given.train, Context(alone, Log(None)))
     trained.optimizer_step()  # now there is a state of the optimizer
     trained.optimizer.zero_grad()
-    at = plan.target(given, prepared, machine(8 * GIB), made)
-    heaviest, _ = at.heaviest(made.budget, made.gradient_checkpointing)
+    at = plan.planner_of(given, prepared, machine(8 * GIB), made)
+    heaviest, _ = at.heaviest_micro_batch(made.budget, made.gradient_checkpointing)
     trained.window = lambda _: (heaviest * 2, [heaviest] * 2)
     assert made.memory.allocated == pytest.approx(allocated_bytes(trained), rel=0.02)
 
@@ -145,9 +145,9 @@ def test_the_planned_answers_take_what_real_ones_take(config, prepared, mode, tm
     made = plan.make_plan(given, sizes(prepared), machine(8 * GIB), 1)
     built = load.build(given, "fp32", dry_run.CPU)
     recorder = Recorder()
-    for tensors in dry_run.held(built).values():
-        recorder.name(tensors, "held")
-    alone: Any = dry_run.Alone("fp32")
+    for tensors in dry_run.tensors_by_use(built).values():
+        recorder.label_tensors(tensors, "held")
+    alone: Any = dry_run.CpuAccelerator("fp32")
     alone.unwrap_model, alone.wait_for_everyone = lambda model: model, lambda: None
     task = FineTune(given, prepared, built, made.budget, Context(alone, Log(None)))
     with recorder:
@@ -202,7 +202,7 @@ def test_random_weights_are_advised_on_without_adapters(config, prepared):
     given = with_values(config, {"model.init": "random", "tuning.mode": "full"})
     work = sizes(prepared)
     made = plan.make_plan(given, work, machine(8 * GIB), 1)
-    found = advice.advice(given, work, machine(8 * GIB), made)
+    found = advice.advise(given, work, machine(8 * GIB), made)
     assert found
     assert not any("tuning.mode" in each.change for each in found)
 
@@ -242,7 +242,7 @@ def test_what_would_take_less_takes_less(config, prepared):
     full = with_values(config, {"tuning.mode": "full"})
     work = sizes(prepared)
     made = plan.make_plan(full, work, machine(8 * GIB), 1)
-    found = {each.change: each for each in advice.advice(full, work, machine(8 * GIB), made)}
+    found = {each.change: each for each in advice.advise(full, work, machine(8 * GIB), made)}
     assert list(found)[:2] == ["train.gradient_checkpointing=true", "train.optimizer=adamw_8bit"]
     for change in list(found)[:2]:
         key, value = change.split("=")
@@ -251,7 +251,7 @@ def test_what_would_take_less_takes_less(config, prepared):
         then = plan.make_plan(changed, work, machine(8 * GIB), 1)
         saved = made.memory.reserved - then.memory.reserved
         assert found[change].saved_bytes == pytest.approx(saved, rel=0.01)
-    assert report.report(made, list(found.values()))["advice"][0]["saved_bytes"] > 0
+    assert report.plan_values(made, list(found.values()))["advice"][0]["saved_bytes"] > 0
 
 
 def test_a_model_that_cannot_be_traced_gets_a_closed_form(config, prepared, monkeypatch):
@@ -260,7 +260,7 @@ def test_a_model_that_cannot_be_traced_gets_a_closed_form(config, prepared, monk
     def refuse(*_):
         raise NotImplementedError("no shape rule for this operation\nand more")
 
-    monkeypatch.setattr(memory, "_traced", refuse)
+    monkeypatch.setattr(memory, "_trace", refuse)
     made = plan.make_plan(config, sizes(prepared), machine(8 * GIB), 1)
     assert made.memory.method.startswith("closed form")
     assert made.memory.method.endswith("no shape rule for this operation")
@@ -303,7 +303,7 @@ def test_auto_values_and_their_reasons_go_into_the_resolved_configuration(
 
 def test_the_plan_is_written_with_what_was_measured(config, prepared, tmp_path):
     made = plan.make_plan(config, sizes(prepared), machine(8 * GIB), 1)
-    report.write(made, tmp_path / "plan.json", {"training_seconds": 3.0})
+    report.write_plan(made, tmp_path / "plan.json", {"training_seconds": 3.0})
     read = json.loads((tmp_path / "plan.json").read_text())
     steps = -(-300 // config.train.global_batch) * config.train.epochs
     assert read["work"]["steps"] == made.steps == steps

@@ -289,7 +289,7 @@ workload = FineTune.workload(config)
 accelerator = start_processes(config.train)
 rank = accelerator.process_index
 machine = replace(hardware.detect(), ram_available_bytes=(200 - 80 * rank) << 20)
-made = calibration.make_together(config, workload, machine, accelerator)
+made = calibration.make_common_plan(config, workload, machine, accelerator)
 Path(sys.argv[1], f"rank{rank}").write_text(f"{made.available_bytes >> 20} {made.budget}")
 end_processes(accelerator)
 """

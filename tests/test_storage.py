@@ -445,7 +445,7 @@ def test_room_for_the_run_but_not_for_a_merge_after_it_is_told(small):
 @pytest.mark.parametrize(("mode", "weights"), [("lora", 1_771_200), ("full", 0)])
 def test_a_merged_model_is_forecast_where_there_will_be_an_adapter(mode, weights):
     config = load_config(ROOT / "configs/nano.yaml", [f"tuning.mode={mode}"])
-    merged = plan.disk(config, 100).merged
+    merged = plan.predict_disk(config, 100).merged
     assert merged == (2 * weights + 1024 * disk.TOKENIZER_BYTES if weights else 0)
 
 

@@ -18,7 +18,7 @@ from sft.config.load import load_config, with_values
 from sft.config.schema import Config
 from sft.plan import dry_run, trace
 from sft.plan.allocator import MIB, CachingAllocator
-from sft.plan.dry_run import Window, uniform
+from sft.plan.dry_run import Window, uniform_window
 from sft.plan.trace import Block, Recorder, Trace
 from sft.train.engine import Engine
 
@@ -34,7 +34,7 @@ def test_births_and_deaths_of_storages():
         del a
         assert recorder.trace.peak() == trace.Peak(800, {"other": 400, "sum": 400})
         del b  # the last reference to the first storage
-        recorder.name([c], "result")
+        recorder.label_tensors([c], "result")
         recorder.label = "other"
         d = torch.zeros(50)
     events = [(born, block.num_bytes) for born, block in recorder.trace.events]
@@ -48,7 +48,7 @@ def test_births_and_deaths_of_storages():
 def test_what_was_there_before_is_born_when_it_is_named():
     weight = torch.zeros(1000)
     recorder = Recorder()
-    recorder.name([weight, weight.view(10, 100), None], "weights")
+    recorder.label_tensors([weight, weight.view(10, 100), None], "weights")
     with recorder:
         doubled = weight * 2
     assert recorder.trace.peak().breakdown == {"weights": 4000, "other": 4000}
@@ -75,7 +75,7 @@ def test_the_observer_changes_nothing_that_it_observes():
 # --- the step ----------------------------------------------------------------------------------
 
 ARCHITECTURES = architectures()
-BUDGETS = [uniform(4, 32, 20, micro_batches=2), uniform(6, 96, 30)]
+BUDGETS = [uniform_window(4, 32, 20, micro_batches=2), uniform_window(6, 96, 30)]
 GRID = list(product(ARCHITECTURES, ["full", "lora", "qlora"], [False, True], BUDGETS))
 
 
@@ -85,8 +85,8 @@ def real_engine(config: Config, window: Window, precision: str = "fp32", **optio
 
 def fake_and_real(config: Config, window: Window, precision: str = "fp32", **options):
     """(peak of the rehearsed step, of the real one under the same recorder)."""
-    fake = dry_run.rehearse(config, precision, window).peak()
-    return fake, dry_run.record(real_engine(config, window, precision, **options)).peak()
+    fake = dry_run.trace_step(config, precision, window).peak()
+    return fake, dry_run.record_step(real_engine(config, window, precision, **options)).peak()
 
 
 # A third of the grid: every architecture in every mode, with and without checkpointing.
@@ -114,11 +114,11 @@ def test_the_rehearsed_step_takes_what_the_process_allocates(
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
 def test_the_rehearsed_evaluation_takes_what_the_real_one_takes(tmp_path, mode):
-    config, window = configured(tmp_path, ARCHITECTURES["Qwen2"], mode), uniform(4, 32, 20)
-    fake = dry_run.rehearse(config, "fp32", window, evaluation=True).peak()
-    real = dry_run.record(real_engine(config, window), gradients=True, evaluation=True).peak()
+    config, window = configured(tmp_path, ARCHITECTURES["Qwen2"], mode), uniform_window(4, 32, 20)
+    fake = dry_run.trace_step(config, "fp32", window, evaluation=True).peak()
+    real = dry_run.record_step(real_engine(config, window), gradients=True, evaluation=True).peak()
     assert fake == real
-    step = dry_run.rehearse(config, "fp32", replace(window, gradients=True)).peak()
+    step = dry_run.trace_step(config, "fp32", replace(window, gradients=True)).peak()
     assert fake.num_bytes < step.num_bytes
     assert fake.breakdown["gradients"] == step.breakdown["gradients"]
 
@@ -128,16 +128,19 @@ def test_the_rehearsed_evaluation_takes_what_the_real_one_takes(tmp_path, mode):
 def test_what_is_traced_is_the_real_step_in_both_layouts(tmp_path, layout, attention):
     config = configured(tmp_path, ARCHITECTURES["Qwen2"])
     config = with_values(config, {"model.attn_implementation": attention})
-    fake, real = fake_and_real(config, uniform(3, 40, 9, 2, layout))
+    fake, real = fake_and_real(config, uniform_window(3, 40, 9, 2, layout))
     assert fake == real
 
 
 def test_packed_rows_take_a_mask_wherever_varlen_has_no_kernel(tmp_path):
-    config, window = configured(tmp_path, ARCHITECTURES["Qwen2"]), uniform(3, 40, 9, 2, "packed")
+    config, window = (
+        configured(tmp_path, ARCHITECTURES["Qwen2"]),
+        uniform_window(3, 40, 9, 2, "packed"),
+    )
 
     def taken(name, precision):
         asked = with_values(config, {"model.attn_implementation": name})
-        traced = dry_run.rehearse(asked, precision, window, depth=1, on_gpu=True)
+        traced = dry_run.trace_step(asked, precision, window, depth=1, on_gpu=True)
         return traced.peak().num_bytes
 
     assert taken("varlen", "bf16") < taken("sdpa", "bf16")
@@ -147,10 +150,10 @@ def test_packed_rows_take_a_mask_wherever_varlen_has_no_kernel(tmp_path):
 def test_flash_attention_of_a_model_without_sdpa_is_rehearsed_as_its_own(tmp_path):
     """Which has a mask: an upper bound."""
     config = configured(tmp_path, Gemma2Config(**SIZES, head_dim=16))
-    window, taken = uniform(3, 40, 9, 2, "packed"), []
+    window, taken = uniform_window(3, 40, 9, 2, "packed"), []
     for name in ("flash_attention_2", "auto"):
         asked = with_values(config, {"model.attn_implementation": name})
-        traced = dry_run.rehearse(asked, "bf16", window, depth=1, on_gpu=True)
+        traced = dry_run.trace_step(asked, "bf16", window, depth=1, on_gpu=True)
         taken.append(traced.peak().num_bytes)
     assert taken[0] == taken[1]
 
@@ -158,8 +161,10 @@ def test_flash_attention_of_a_model_without_sdpa_is_rehearsed_as_its_own(tmp_pat
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_gradients_from_the_start_are_those_of_a_micro_batch_before(tmp_path, mode):
     config = configured(tmp_path, ARCHITECTURES["Llama"], mode)
-    two = dry_run.rehearse(config, "fp32", uniform(4, 32, 20, micro_batches=2)).peak()
-    one = dry_run.rehearse(config, "fp32", replace(uniform(4, 32, 20), gradients=True)).peak()
+    two = dry_run.trace_step(config, "fp32", uniform_window(4, 32, 20, micro_batches=2)).peak()
+    one = dry_run.trace_step(
+        config, "fp32", replace(uniform_window(4, 32, 20), gradients=True)
+    ).peak()
     assert one.num_bytes == pytest.approx(two.num_bytes, rel=0.002)
     assert one.breakdown["gradients"] == two.breakdown["gradients"]
 
@@ -167,27 +172,29 @@ def test_gradients_from_the_start_are_those_of_a_micro_batch_before(tmp_path, mo
 def test_the_loaded_quantised_model_and_dropout():
     """Not a stand-in for weights, but those of the embedded model, loaded by transformers."""
     config = with_values(load_config(ROOT / "configs/nano.yaml"), {"tuning.lora_dropout": 0.1})
-    fake, real = fake_and_real(config, uniform(4, 50, 20, 2), weights=True)
+    fake, real = fake_and_real(config, uniform_window(4, 50, 20, 2), weights=True)
     assert fake == real
 
 
 def test_under_autocast_the_stand_in_for_accelerate_does_as_accelerate(tmp_path, monkeypatch):
     config = configured(tmp_path, ARCHITECTURES["Llama"], "full")
-    window = uniform(4, 64, 40, 2)
-    fake = dry_run.rehearse(config, "bf16", window).peak()
-    assert fake.num_bytes < dry_run.rehearse(config, "fp32", window).peak().num_bytes
+    window = uniform_window(4, 64, 40, 2)
+    fake = dry_run.trace_step(config, "bf16", window).peak()
+    assert fake.num_bytes < dry_run.trace_step(config, "fp32", window).peak().num_bytes
     monkeypatch.setattr(
-        dry_run, "Alone", lambda precision, _: Accelerator(cpu=True, mixed_precision=precision)
+        dry_run,
+        "CpuAccelerator",
+        lambda precision, _: Accelerator(cpu=True, mixed_precision=precision),
     )
     AcceleratorState._reset_state(True)
-    real = dry_run.record(real_engine(config, window, "bf16")).peak()
+    real = dry_run.record_step(real_engine(config, window, "bf16")).peak()
     AcceleratorState._reset_state(True)
     assert fake == real
 
 
 def test_the_breakdown_names_everything(tmp_path):
     config = configured(tmp_path, ARCHITECTURES["Llama"], "full")
-    peak = dry_run.rehearse(config, "fp32", BUDGETS[0]).peak()
+    peak = dry_run.trace_step(config, "fp32", BUDGETS[0]).peak()
     parameters = 4 * sum(p.numel() for p in real_engine(config, BUDGETS[0]).model.parameters())
     assert sum(peak.breakdown.values()) == peak.num_bytes
     assert peak.breakdown["gradients"] == parameters  # there is a second micro-batch
@@ -203,13 +210,13 @@ def test_the_breakdown_names_everything(tmp_path):
 def test_a_rehearsal_leaves_nothing_behind(tmp_path, caplog):
     config = configured(tmp_path, ARCHITECTURES["Llama"], "qlora")
     seeded = torch.random.get_rng_state()
-    dry_run.rehearse(config, "fp32", BUDGETS[0])
+    dry_run.trace_step(config, "fp32", BUDGETS[0])
     assert torch.equal(torch.random.get_rng_state(), seeded)
     assert type(torch.zeros(1)) is torch.Tensor
     # In torch 2.13 the operation of a mixture of experts has a shape rule for bf16 only.
     experts = configured(tmp_path, MixtralConfig(**SIZES, num_local_experts=2))
     with pytest.raises(RuntimeError, match="BF16"):
-        dry_run.rehearse(experts, "fp32", BUDGETS[0])
+        dry_run.trace_step(experts, "fp32", BUDGETS[0])
     assert caplog.text == ""
     assert type(torch.zeros(1)) is torch.Tensor
     config = configured(tmp_path, ARCHITECTURES["Llama"], "qlora")

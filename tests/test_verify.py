@@ -188,7 +188,7 @@ BROKEN = """
 import runpy
 import sys
 import torch
-from sft import batching, engine
+from sft.train import engine
 
 {fault}
 
@@ -257,12 +257,12 @@ engine.Engine._seed = seed
     ),
     "the epoch starts afresh": (
         """
-sound, resume, skipped = batching.global_batch_ids, engine.Engine.resume, [0]
+sound, resume, skipped = engine.global_batch_ids, engine.Engine.resume, [0]
 def resumed(self, folder):
     resume(self, folder)
     skipped[0] = self.step
 engine.Engine.resume = resumed
-batching.global_batch_ids = lambda number, seed, step, batch: sound(
+engine.global_batch_ids = lambda number, seed, step, batch: sound(
     number, seed, step - skipped[0], batch
 )
 """,
@@ -339,8 +339,8 @@ CUT_FAULTS = {  # processes, the fault, and what must be seen to differ
         2,
         """
 import os
-sound = batching.global_batch_ids
-batching.global_batch_ids = lambda number, seed, step, batch: sound(
+sound = engine.global_batch_ids
+engine.global_batch_ids = lambda number, seed, step, batch: sound(
     number, seed + int(os.environ.get("WORLD_SIZE", "1")) - 1, step, batch
 )
 """,

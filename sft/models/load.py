@@ -102,6 +102,7 @@ def build(
     precision: str,
     device: torch.device,
     weights: bool = True,
+    depth: int | None = None,
     adapt: Callable[[nn.Module, Config], nn.Module] = lambda base, config: add_adapters(
         base, config.tuning
     ),
@@ -109,12 +110,12 @@ def build(
     """The model ready to train: frozen, quantised and adapted as `tuning.mode` says.
 
     Weights are a function of (files, `train.seed`): the same on every process. Without `weights`
-    no file of them is read; they are random, and the model is the same in all else. `adapt` adds
-    what is trained on a frozen base.
+    no file of them is read; they are random, and the model is the same in all else. `depth` sets
+    the number of its layers. `adapt` adds what is trained on a frozen base.
     """
     torch.manual_seed(config.train.seed)
     mode = config.tuning.mode
-    base: Any = load_base(config.model, mode, precision, device, weights)
+    base: Any = load_base(config.model, mode, precision, device, weights, depth)
     if mode != "full":
         for parameter in base.parameters():
             parameter.requires_grad_(False)
@@ -130,7 +131,12 @@ def build(
 
 
 def load_base(
-    config: Model, mode: str, precision: str, device: torch.device, weights: bool = True
+    config: Model,
+    mode: str,
+    precision: str,
+    device: torch.device,
+    weights: bool = True,
+    depth: int | None = None,
 ) -> nn.Module:
     """The base model without adapters. `mode` decides its storage: fp32, compute dtype or NF4."""
     check_attention(config)
@@ -139,8 +145,9 @@ def load_base(
     storage = torch.float32 if mode == "full" else compute
     with explain_load_errors(config.name):
         if config.init == "random" or not weights:
+            arch = architecture(config)
             model = AutoModelForCausalLM.from_config(
-                architecture(config),
+                arch if depth is None else keep_layers(arch, depth),
                 dtype=storage,
                 attn_implementation=kernel,
                 trust_remote_code=config.trust_remote_code,

@@ -1,4 +1,4 @@
-"""What would take less memory, and what other GPUs would hold."""
+"""Changes that take less memory, and a comparison of GPUs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from sft.config.schema import Config, RunConfig
 from sft.errors import ConfigError
 from sft.plan import gpus, memory
 from sft.plan.choose import Planner
-from sft.plan.dry_run import Window, uniform
-from sft.plan.plan import Plan, planner
+from sft.plan.dry_run import Window, uniform_window
+from sft.plan.plan import Plan, planner_of
 from sft.runtime import hardware
 from sft.runtime.hardware import Hardware
 from sft.tasks.base import Workload
 from sft.tasks.registry import task_of
 from sft.tasks.sft.task import FineTune
 
-# --- what else could be done -------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Advice:
-    """A change of the configuration, and what it does to the step that was planned."""
+    """A change of the configuration, and its effect on the planned step."""
 
     change: str  # as overrides
     price: str
@@ -32,26 +30,25 @@ class Advice:
     fits: bool
 
 
-def advice(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan) -> list[Advice]:
-    """What would take less memory, with the same micro-batch, from the cheapest on."""
+def advise(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan) -> list[Advice]:
+    """Returns changes that take less memory with the same micro-batch, cheapest first."""
     planned = {"train.gradient_checkpointing": plan.gradient_checkpointing}
     config = with_values(config, planned)
-    at = planner(config, workload, machine, plan)
-    window = at.window(plan.budget, plan.gradient_checkpointing)
+    planner = planner_of(config, workload, machine, plan)
+    window = planner.heaviest_window(plan.budget, plan.gradient_checkpointing)
     result = []
 
     def consider(price: str, changes: dict[str, Any], window: Window = window) -> None:
         try:
             changed = with_values(config, changes)
-        except ConfigError:  # what this configuration cannot be: random weights with adapters
+        except ConfigError:  # such as random weights with adapters
             return
-        taken = at.predicted(window, changed, plan.micro_batches)
-        saved = plan.memory.reserved - taken.reserved
+        reserved = planner.predict(window, changed, plan.micro_batches).reserved
+        saved = plan.memory.reserved - reserved
         if saved > 0:
-            told = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
-            result.append(
-                Advice(told, price, taken.reserved, saved, taken.reserved <= at.usable_bytes)
-            )
+            change = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+            fits = reserved <= planner.usable_bytes
+            result.append(Advice(change, price, reserved, saved, fits))
 
     if not plan.gradient_checkpointing:
         price = "about 25 % slower, the same result"
@@ -59,11 +56,11 @@ def advice(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan)
     if config.train.optimizer == "adamw":
         consider("moments in 8 bits", {"train.optimizer": "adamw_8bit"})
     for each in task_of(config).alternatives(config, workload):
-        consider(each.price, each.values, _shortened(window, each.max_length))
+        consider(each.price, each.values, _shorten(window, each.max_length))
     return result
 
 
-def _shortened(window: Window, most: int | None) -> Window:
+def _shorten(window: Window, most: int | None) -> Window:
     """Returns the window with examples of at most so many tokens."""
     if most is None:
         return window
@@ -76,13 +73,15 @@ def _shortened(window: Window, most: int | None) -> Window:
 COMPARED = ("4090", "L40S", "A100-40GB", "A100-80GB", "H100-80GB", "H200")
 
 
-def comparison(config: Config) -> list[dict[str, Any]]:
-    """For each way of tuning, with and without checkpointing: the bytes that a micro-batch of one
-    row of `data.max_seq_len` tokens takes, and how many rows each GPU of COMPARED holds."""
+def compare_gpus(config: Config) -> list[dict[str, Any]]:
+    """Compares ways of tuning, with and without checkpointing, on the GPUs of COMPARED.
+
+    Returns the bytes of one row of `data.max_seq_len` tokens, and how many rows each GPU holds.
+    """
     workload, result = FineTune.uniform_workload(config), []
     length = workload.lengths[0]
 
-    def room_on(name: str) -> float:
+    def usable_bytes(name: str) -> float:
         machine = replace(hardware.detect(), devices=gpus.named_gpus(name))
         return Planner(config, workload, machine, 1, "bf16", "padded").usable_bytes
 
@@ -95,14 +94,14 @@ def comparison(config: Config) -> list[dict[str, Any]]:
                 for number in (1, 2)
             )
             rows = {
-                name: max(0, 1 + int((room_on(name) - one) // max(1, two - one)))
+                name: max(0, 1 + int((usable_bytes(name) - one) // max(1, two - one)))
                 for name in COMPARED
             }
-            told = {"mode": mode, "gradient_checkpointing": checkpointing}
-            result.append(told | {"reserved_bytes": one, "per_row_bytes": two - one, "rows": rows})
+            row = {"mode": mode, "gradient_checkpointing": checkpointing}
+            result.append(row | {"reserved_bytes": one, "per_row_bytes": two - one, "rows": rows})
     return result
 
 
 def _rows(number: int, length: int) -> Window:
-    """A micro-batch of so many rows, with gradients from the start."""
-    return replace(uniform(number, length, length), gradients=True)
+    """Returns a micro-batch of so many rows, with gradients from the start."""
+    return replace(uniform_window(number, length, length), gradients=True)

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 MIB = 2**20
 
 
-# --- the caching allocator ---------------------------------------------------------------------
-
 ROUNDING = 512  # bytes: the smallest block, and what every size is rounded up to
 SMALL = MIB  # requests up to it are cut from small segments, others from large ones
 SMALL_SEGMENT = 2 * MIB
@@ -20,7 +18,7 @@ HUGE_ROUNDING = 2 * MIB  # of such a segment
 
 @dataclass(eq=False)
 class Chunk:
-    """A piece of a segment, used or free; its neighbours are pieces of the same segment."""
+    """A part of a segment, used or free; its neighbours are parts of the same segment."""
 
     address: int
     size: int
@@ -32,8 +30,8 @@ class Chunk:
 
 
 class CachingAllocator:
-    """PyTorch's, for one stream and with its defaults: best fit, splitting, merging, and no return
-    of memory to the device before a request would fail, which is not modelled.
+    """A model of PyTorch's allocator, for one stream and with its defaults: best fit, splitting and
+    merging. It returns no memory to the device.
 
     `expandable`: as with PYTORCH_ALLOC_CONF=expandable_segments:True, where each pool is one
     segment that grows at its end; by whole pages, unless `pages` is false.
@@ -96,7 +94,7 @@ class CachingAllocator:
         return chunk
 
     def _merge(self, chunk: Chunk, other: Chunk) -> None:
-        """`chunk` swallows its neighbour."""
+        """Extends `chunk` by its neighbour."""
         if other is chunk.next:
             chunk.next, chunk.grows = other.next, other.grows
         else:
@@ -112,7 +110,7 @@ class CachingAllocator:
     # -- segments
 
     def _more(self, size: int, small: bool) -> Chunk:
-        """A chunk of at least `size` bytes that the device gives; it is not in the pool."""
+        """Returns a new chunk of at least `size` bytes from the device; it is not in the pool."""
         if self.expandable:
             return self._expand(size, small)
         if small:
@@ -145,5 +143,5 @@ class CachingAllocator:
 
 
 def _order(chunk: Chunk) -> tuple[bool, int, int, Chunk]:
-    """Best fit first; the chunk that can grow comes last, since it counts as endless."""
+    """Returns a key that sorts by best fit; the chunk that can grow comes last."""
     return chunk.grows, chunk.size, chunk.address, chunk

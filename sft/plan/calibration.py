@@ -1,7 +1,7 @@
-"""Predictions held against the machine: the heaviest micro-batch of the run is tried before step 1.
+"""Calibrates the plan: tries the heaviest micro-batch of the run before step 1.
 
 Where a GPU cannot hold it the token budget shrinks, which changes no result. What was measured is
-kept beside what was predicted, and tells the next plan how far off such predictions were.
+kept beside what was predicted, and shows the next plan how far off such predictions were.
 """
 
 from __future__ import annotations
@@ -14,63 +14,110 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from sft.config.load import with_values
-from sft.config.schema import Configured, RunConfig
-from sft.data import batches
+from sft.config.schema import RunConfig
 from sft.data.batches import Budget, MicroBatch
 from sft.errors import OutOfMemory
 from sft.plan import dry_run, history
-from sft.plan.choose import of_budget
-from sft.plan.plan import Plan, make_plan, planner, replanned
-from sft.plan.report import keep
+from sft.plan.choose import budget_values
+from sft.plan.plan import Plan, make_plan, planner_of, replan
+from sft.plan.report import write_resolved
 from sft.plan.trace import Recorder
 from sft.runtime import oom
 from sft.runtime.console import size
 from sft.runtime.hardware import Hardware
-from sft.runtime.log import Log
 from sft.tasks.base import Workload
 from sft.train import recovery
 from sft.train.engine import Engine
 
 
-def fitting(
-    engine: Engine,
-    budget: Budget,
-    heaviest: Callable[[Budget], list[MicroBatch]],
-    state_bytes: int,
-) -> tuple[Budget, int]:
-    """`budget`, or the largest of its halves with which every rank gets through `heaviest`; and the
-    bytes allocated at the peak of that. Collective.
+def make_common_plan(
+    config: RunConfig, workload: Workload, machine: Hardware, accelerator: Accelerator
+) -> Plan:
+    """Returns the plan of the rank with the least memory, for all: a global batch that each rank
+    cuts differently would not be whole. Collective."""
+    plan = make_plan(config, workload, machine, accelerator.num_processes)
+    if accelerator.num_processes == 1:
+        return plan
+    return min(gather_object([plan]), key=lambda each: each.available_bytes)
+
+
+def calibrate(
+    engine: Engine, plan: Plan, resolved: RunConfig, workload: Workload, machine: Hardware
+) -> tuple[Plan, dict[str, Any]]:
+    """Returns the plan with a budget that model and device can use, and the bytes measured.
+
+    The task has that budget from then on, and the run folder is written again. Collective.
+    """
+    plan, resolved = _adopt_budget(engine, plan, resolved, workload, machine)
+    train = resolved.train
+    if train.engine != "ddp" or (plan.world_size > 1 and not machine.devices):
+        return plan, {}  # what other engines and the buckets of DDP hold is not seen
+    planner = planner_of(resolved, workload, machine, plan)
+
+    def heaviest(budget: Budget) -> list[MicroBatch]:
+        chosen, accumulates = planner.heaviest_micro_batch(budget, plan.gradient_checkpointing)
+        return [chosen] * (2 if accumulates else 1)
+
+    peak = fit_budget(engine, heaviest, plan.memory.breakdown["optimizer"])
+    plan, _ = _adopt_budget(engine, plan, resolved, workload, machine)
+    predicted = plan.memory.allocated
+    compared = f"{size(peak)} measured, {size(predicted)} predicted"
+    engine.log.say(f"memory of the heaviest micro-batch: {compared}")
+    if engine.accelerator.is_main_process:
+        history.append(planner.info.cache, plan.device, predicted, peak)
+    return plan, {"heaviest_micro_batch_bytes": peak}
+
+
+def _adopt_budget(
+    engine: Engine, plan: Plan, resolved: RunConfig, workload: Workload, machine: Hardware
+) -> tuple[Plan, RunConfig]:
+    """Returns plan and configuration with the task's budget; writes both if they changed."""
+    budget = engine.task.budget
+    if budget != plan.budget:
+        plan = replan(plan, resolved, workload, machine, budget)
+        resolved = with_values(resolved, budget_values(budget))
+        engine.train = resolved.train
+        if engine.log.folder:
+            write_resolved(resolved, plan, engine.log.folder)
+    return plan, resolved
+
+
+def fit_budget(
+    engine: Engine, heaviest: Callable[[Budget], list[MicroBatch]], state_bytes: int
+) -> int:
+    """Halves the task's budget until every rank gets through `heaviest` of it; returns the bytes
+    allocated at the peak. Collective.
 
     `state_bytes`: of the optimizer, which has no state before its first step. Raises OutOfMemory
     if not even the longest example fits.
     """
-    longest = max(engine.task.lengths)
+    task, longest = engine.task, max(engine.task.lengths)
     while True:
-        peak, error = _tried(engine, heaviest(budget), state_bytes)
+        peak, error = _try(engine, heaviest(task.budget), state_bytes)
         errors = [error] if engine.accelerator.num_processes == 1 else gather_object([error])
-        found = [each for each in errors if each]
-        if not found:
-            return budget, peak
-        if budget.max_tokens <= longest:
+        reason = next(filter(None, errors), None)
+        if reason is None:
+            return peak
+        tokens = task.budget.max_tokens
+        if tokens <= longest:
             raise OutOfMemory(
-                f"the longest example ({longest:,} tokens) does not fit the memory: {found[0]}; "
+                f"the longest example ({longest:,} tokens) does not fit the memory: {reason}; "
                 "see what would take less with `make plan`"
             )
-        smaller = recovery.halve_budget(budget, longest)
-        told = f"a micro-batch of {budget.max_tokens:,} tokens does not fit the memory"
+        task.budget = recovery.halve_budget(task.budget, longest)
         engine.log.say(
-            f"{told}: train.max_tokens is {smaller.max_tokens:,} from here on, with the same result"
+            f"a micro-batch of {tokens:,} tokens does not fit the memory: train.max_tokens is "
+            f"{task.budget.max_tokens:,} from here on, with the same result"
         )
-        budget = smaller
 
 
-def _tried(
+def _try(
     engine: Engine, micro_batches: list[MicroBatch], state_bytes: int
 ) -> tuple[int, str | None]:
-    """(bytes at the peak, what the device says if it cannot hold that)."""
+    """Returns the bytes at the peak, and the device's message if it cannot hold that."""
     on_gpu = engine.accelerator.device.type == "cuda"
     try:
-        return (_on_gpu if on_gpu else _on_cpu)(engine, micro_batches, state_bytes), None
+        return (_peak_on_gpu if on_gpu else _peak_on_cpu)(engine, micro_batches, state_bytes), None
     except Exception as error:
         if (reason := oom.oom_message(error)) is None:
             raise
@@ -78,70 +125,20 @@ def _tried(
     return 0, reason
 
 
-def _on_gpu(engine: Engine, micro_batches: list[MicroBatch], state_bytes: int) -> int:
+def _peak_on_gpu(engine: Engine, micro_batches: list[MicroBatch], state_bytes: int) -> int:
     missing = 0 if engine.optimizer.state else state_bytes
-    room = torch.empty(missing, dtype=torch.uint8, device=engine.accelerator.device)
+    reserve = torch.empty(missing, dtype=torch.uint8, device=engine.accelerator.device)
     torch.cuda.reset_peak_memory_stats()
     engine.try_out(micro_batches)
-    del room
+    del reserve
     return torch.cuda.max_memory_allocated()
 
 
-def _on_cpu(engine: Engine, micro_batches: list[MicroBatch], state_bytes: int) -> int:
+def _peak_on_cpu(engine: Engine, micro_batches: list[MicroBatch], state_bytes: int) -> int:
     recorder, states = Recorder(), engine.optimizer.state.values()
-    for tensors in dry_run.held(engine.task.model).values():
-        recorder.name(tensors, "held")
-    recorder.name((t for state in states for t in dry_run.tensors_of(state)), "held")
+    for tensors in dry_run.tensors_by_use(engine.task.model).values():
+        recorder.label_tensors(tensors, "kept")
+    recorder.label_tensors((t for state in states for t in dry_run.tensors_in(state)), "kept")
     with recorder:
         engine.try_out(micro_batches)
     return recorder.trace.peak().num_bytes + (0 if states else state_bytes)
-
-
-# --- in a run ----------------------------------------------------------------------------------
-
-
-def make_together(
-    config: RunConfig, workload: Workload, machine: Hardware, accelerator: Accelerator
-) -> Plan:
-    """One plan for all ranks, that of the one with the least memory: cut differently by each, the
-    global batch would not be whole. Collective."""
-    made = make_plan(config, workload, machine, accelerator.num_processes)
-    if accelerator.num_processes == 1:
-        return made
-    return min(gather_object([made]), key=lambda each: each.available_bytes)
-
-
-def confirm_on(
-    engine: Engine, planned: Plan, resolved: RunConfig, workload: Workload, machine: Hardware
-) -> tuple[Plan, dict[str, Any]]:
-    """The plan with a budget that the device holds, which the engine has from then on, and what of
-    it was measured. Collective."""
-    train = resolved.train
-    if train.engine != "ddp" or (planned.world_size > 1 and not machine.devices):
-        return planned, {}  # what other engines and the buckets of DDP hold is not seen
-    at = planner(resolved, workload, machine, planned)
-
-    def heaviest(budget: batches.Budget) -> list[batches.MicroBatch]:
-        chosen, accumulates = at.heaviest(budget, planned.gradient_checkpointing)
-        return [chosen] * (2 if accumulates else 1)
-
-    state = planned.memory.breakdown["optimizer"]
-    budget, peak = fitting(engine, planned.budget, heaviest, state)
-    if budget != planned.budget:
-        planned = replanned(planned, resolved, workload, machine, budget)
-        engine.budget = engine.task.budget = budget
-        with_budget(resolved, planned, engine.log)
-    predicted = planned.memory.allocated
-    told = f"{size(peak)} measured, {size(predicted)} predicted"
-    engine.log.say(f"memory of the heaviest micro-batch: {told}")
-    if engine.accelerator.is_main_process:
-        history.remember(at.info.cache, planned.device, predicted, peak)
-    return planned, {"heaviest_micro_batch_bytes": peak}
-
-
-def with_budget(resolved: Configured, planned: Plan, log: Log) -> Configured:
-    """The resolved configuration with the plan's budget; both are written again."""
-    resolved = with_values(resolved, of_budget(planned.budget))
-    if log.folder:
-        keep(resolved, planned, log.folder)
-    return resolved

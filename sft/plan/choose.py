@@ -24,29 +24,28 @@ from sft.tasks.base import TaskInfo, Workload
 from sft.tasks.registry import task_of
 from sft.train import schedule
 
-# Of the memory stays free: other programs on a CPU, what fragmentation the replay does not see.
+# Share of the memory that stays free: for other programs on a CPU, for fragmentation on a GPU.
 MARGIN = {"cpu": 0.15, "cuda": 0.06}
 SATURATING_TOKENS = {"cpu": 2048, "cuda": 16384}  # a larger micro-batch is no faster
-OF_SMALL = {"cpu": 8192, "cuda": 65536}  # likewise, of a model whose tokens take little
-# Tokens whose time one more micro-batch takes: overhead of its operations. Measured on 2 cores
-# (docs/LOG.md); on a GPU not measured, so there the fewest micro-batches are taken.
+SATURATING_SMALL = {"cpu": 8192, "cuda": 65536}  # likewise, of a model whose tokens take little
+# Overhead of one micro-batch, in tokens. Measured on 2 cores (docs/LOG.md); on a GPU not measured,
+# so there the fewest micro-batches are taken.
 MICRO_BATCH_COST = {"cpu": 64, "cuda": None}
 UTILISATION = 0.35  # of a GPU's peak that training reaches; an assumption
 SCANNED = 20_000  # examples among which the heaviest micro-batch is looked for
 
 
-# --- choosing ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Choice:
+    """A token budget, with or without gradient checkpointing, and its memory."""
+
     checkpointing: bool
     budget: batches.Budget
     cuts: list[list[batches.MicroBatch]]  # of the first step
     tokens: int  # of the heaviest micro-batch of the run
     memory: Memory
     fits: bool
-    why: str  # the budget
+    why: str  # it is this budget
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ class Planner:
     world_size: int
     precision: str
     layout: batches.Layout
-    scanned: dict[batches.Budget, tuple[list[batches.MicroBatch], bool]] = field(
-        default_factory=dict
+    _candidates: dict[batches.Budget, tuple[list[batches.MicroBatch], bool]] = field(
+        default_factory=dict, init=False
     )
 
     @cached_property
@@ -82,14 +81,14 @@ class Planner:
 
     @property
     def available_bytes(self) -> int:
-        """Per process: the smallest GPU's free memory, or an equal share of the RAM."""
+        """Returns, per process, the smallest GPU's free memory, or an equal share of the RAM."""
         if self.machine.devices:
             return min(device.free_bytes or device.total_bytes for device in self.machine.devices)
         return self.machine.ram_available_bytes // self.world_size
 
     @property
-    def first(self) -> list[int]:
-        """Ids of the first step's global batch."""
+    def first_ids(self) -> list[int]:
+        """Returns the ids of the first step's global batch."""
         return self._ids(0)
 
     def _ids(self, step: int) -> list[int]:
@@ -98,30 +97,30 @@ class Planner:
         return batches.global_batch_ids(len(self.workload.lengths), order, step, train.global_batch)
 
     def choose(self) -> tuple[_Choice, str]:
-        """(the choice, why activations are checkpointed or not)."""
+        """Returns the choice, and why activations are checkpointed or not."""
         asked = self.config.train.gradient_checkpointing
         if asked != "auto":
-            return self._largest(asked), "configured"
+            return self._choose_largest(asked), "configured"
         if self.info.small:
-            return self._largest(False), "the model is too small for it"
-        kept = self._largest(False)
-        batch = sum(self.workload.lengths[i] for i in self.first) // self.world_size
+            return self._choose_largest(False), "the model is too small for it"
+        kept = self._choose_largest(False)
+        batch = sum(self.workload.lengths[i] for i in self.first_ids) // self.world_size
         if kept.fits and kept.budget.max_tokens >= min(self.saturating // 4, batch):
             return kept, "not needed, and it would cost about a quarter of the speed"
-        again = self._largest(True)
-        if kept.fits and again.budget.max_tokens <= kept.budget.max_tokens:
+        recomputed = self._choose_largest(True)
+        if kept.fits and recomputed.budget.max_tokens <= kept.budget.max_tokens:
             return kept, "it would not make larger micro-batches possible"
         without = "does not fit" if not kept.fits else f"holds {kept.budget.max_tokens:,} tokens"
-        return again, f"a micro-batch without it {without}"
+        return recomputed, f"a micro-batch without it {without}"
 
-    def _largest(self, checkpointing: bool) -> _Choice:
-        """The largest budget that fits, up to what is asked for or saturates the device."""
+    def _choose_largest(self, checkpointing: bool) -> _Choice:
+        """Returns the largest budget that fits, up to the configured or the saturating one."""
         train, lengths = self.config.train, self.workload.lengths
         longest = max(lengths)
-        if rows := rows_asked(train, self.world_size):
+        if rows := configured_rows(train, self.world_size):
             limit = rows * longest if train.max_tokens == "auto" else train.max_tokens
             budget = batches.Budget(limit, self.layout, None, rows)
-            choice = self._tried(checkpointing, budget, f"{rows} of the longest example")
+            choice = self._try(checkpointing, budget, f"{rows} of the longest example")
             steps = train.gradient_accumulation_steps
             if steps != "auto" and len(choice.cuts[0]) > steps:
                 raise ConfigError(
@@ -131,50 +130,50 @@ class Planner:
                 )
             return choice
         if train.max_tokens != "auto":
-            return self._tried(checkpointing, self._budget(train.max_tokens), "configured")
+            return self._try(checkpointing, self._budget(train.max_tokens), "configured")
         saturates = max(longest, self.saturating)
         why = "the longest example" if longest == saturates else "more is no faster on this device"
-        high = self._tried(checkpointing, self._budget(saturates), why)
+        high = self._try(checkpointing, self._budget(saturates), why)
         if high.fits or longest == saturates:
             return high
-        low = self._tried(checkpointing, self._budget(longest), "the longest example")
+        low = self._try(checkpointing, self._budget(longest), "the longest example")
         if not low.fits:
             return low
-        for _ in range(4):  # memory is convex in tokens: what lies between two, takes no more
+        for _ in range(4):  # memory is convex in tokens, so interpolation never predicts too little
             less, more = low.memory.reserved, high.memory.reserved
             share = min(0.98, (self.usable_bytes - less) / (more - less))
             tokens = int(low.tokens + share * (high.tokens - low.tokens))
             if tokens <= 1.02 * low.tokens:
                 break
-            tried = self._tried(checkpointing, self._budget(tokens), "what fits the memory")
-            low, high = (tried, high) if tried.fits else (low, tried)
+            middle = self._try(checkpointing, self._budget(tokens), "what fits the memory")
+            low, high = (middle, high) if middle.fits else (low, middle)
         return low
 
     def _budget(self, max_tokens: int) -> batches.Budget:
         cost = MICRO_BATCH_COST[self.kind]
-        copies = self.info.copies
-        return batches.Budget(max_tokens, self.layout, cost and max(1, cost // copies))
+        cost = cost and max(1, cost // self.info.copies)
+        return batches.Budget(max_tokens, self.layout, cost)
 
     @property
     def saturating(self) -> int:
-        """Tokens of the data that make a micro-batch as large as is of use."""
-        tokens = OF_SMALL if self.info.small else SATURATING_TOKENS
+        """Returns the tokens of the data beyond which a micro-batch is no faster."""
+        tokens = SATURATING_SMALL if self.info.small else SATURATING_TOKENS
         return tokens[self.kind] // self.info.copies
 
     @property
     def usable_bytes(self) -> float:
         return self.available_bytes * (1 - MARGIN[self.kind]) - self.context_bytes
 
-    def _tried(self, checkpointing: bool, budget: batches.Budget, why: str) -> _Choice:
+    def _try(self, checkpointing: bool, budget: batches.Budget, why: str) -> _Choice:
         config = with_values(self.config, {"train.gradient_checkpointing": checkpointing})
-        cuts = batches.cut(self.first, self.workload.lengths, self.world_size, budget)
-        window = self.window(budget, checkpointing)
-        taken = self.predicted(window, config, len(cuts[0]))
-        fits = taken.reserved <= self.usable_bytes
-        return _Choice(checkpointing, budget, cuts, window.tokens, taken, fits, why)
+        cuts = batches.cut(self.first_ids, self.workload.lengths, self.world_size, budget)
+        window = self.heaviest_window(budget, checkpointing)
+        memory = self.predict(window, config, len(cuts[0]))
+        fits = memory.reserved <= self.usable_bytes
+        return _Choice(checkpointing, budget, cuts, window.tokens, memory, fits, why)
 
-    def predicted(self, window: Window, config: RunConfig, micro_batches: int) -> Memory:
-        """`micro_batches`: of each process in a step."""
+    def predict(self, window: Window, config: RunConfig, micro_batches: int) -> Memory:
+        """Returns the memory of a step with so many micro-batches on each process."""
         on_gpu, group = self.kind == "cuda", self._group(micro_batches > 1)
         window = replace(window, waiting=(micro_batches - 1) * window.tokens)
         return predict(config, self.precision, window, on_gpu=on_gpu, group=group)
@@ -186,38 +185,37 @@ class Planner:
             zero = deepspeed.deepspeed_settings(train)["zero_optimization"]
         return sharding.Group(self.world_size, train.engine, accumulates, zero)
 
-    def window(self, budget: batches.Budget, checkpointing: bool) -> Window:
-        """The heaviest micro-batch; among several, it has gradients from the start."""
-        chosen, accumulates = self.heaviest(budget, checkpointing)
+    def heaviest_window(self, budget: batches.Budget, checkpointing: bool) -> Window:
+        """Returns the heaviest micro-batch; among several, it has gradients from the start."""
+        chosen, accumulates = self.heaviest_micro_batch(budget, checkpointing)
         return Window((self.workload.rows(chosen),), budget.layout, accumulates)
 
-    def heaviest(
+    def heaviest_micro_batch(
         self, budget: batches.Budget, checkpointing: bool
     ) -> tuple[batches.MicroBatch, bool]:
-        """(the micro-batch of the run that takes the most memory, whether there are several in a
-        step or several processes).
+        """Returns the micro-batch of the run that takes the most memory, and whether gradients of
+        others exist beside it: of earlier micro-batches, or in DDP's buckets.
 
-        Of long runs it is looked for in the first SCANNED examples, and among micro-batches of the
-        longest ones.
+        A long run is searched in its first SCANNED examples and in micro-batches of the longest.
         """
-        if budget not in self.scanned:
-            self.scanned[budget] = self._micro_batches(budget)
-        micro_batches, several = self.scanned[budget]
+        if budget not in self._candidates:
+            self._candidates[budget] = self._heavy_micro_batches(budget)
+        micro_batches, several = self._candidates[budget]
         chosen = self._heaviest(self.workload, micro_batches, not checkpointing)
         return chosen, several or self.world_size > 1
 
-    def _micro_batches(self, budget: batches.Budget) -> tuple[list[batches.MicroBatch], bool]:
-        """(those of the run that may be the heaviest, whether a step has several)."""
+    def _heavy_micro_batches(self, budget: batches.Budget) -> tuple[list[batches.MicroBatch], bool]:
+        """Returns the micro-batches that may be the heaviest, and whether a step has several."""
         lengths, world = self.workload.lengths, self.world_size
         steps = schedule.total_steps(self.config.train, len(lengths))
-        looked_at = min(steps, max(1, SCANNED // self.config.train.global_batch))
+        scanned = min(steps, max(1, SCANNED // self.config.train.global_batch))
         several, result = False, list[batches.MicroBatch]()
-        for step in range(looked_at):
+        for step in range(scanned):
             cuts = batches.cut(self._ids(step), lengths, world, budget)
             several |= len(cuts[0]) > 1
             result += [m for rank in cuts for m in rank if m]
-        if steps > looked_at:
-            share = min(math.ceil(len(self.first) / world), len(lengths))
+        if steps > scanned:
+            share = min(math.ceil(len(self.first_ids) / world), len(lengths))
             order = np.argpartition(-np.asarray(lengths), share - 1)[:share]
             result += batches.cut(order.tolist(), lengths, 1, budget)[0]
         return result, several
@@ -231,13 +229,13 @@ class Planner:
 
         def weight(micro_batch: batches.MicroBatch) -> float:
             tokens = batches.num_tokens(work.lengths, micro_batch, self.layout)
-            learnt = int(work.supervised[micro_batch].sum())
-            return tokens * per_token + learnt * arch.vocab_size * 12
+            supervised = int(work.supervised[micro_batch].sum())
+            return tokens * per_token + supervised * arch.vocab_size * 12
 
         return max(micro_batches, key=weight)
 
-    def evaluation(self, budget: batches.Budget) -> Memory | None:
-        """The peak of the held-out loss."""
+    def predict_evaluation(self, budget: batches.Budget) -> Memory | None:
+        """Returns the peak of the held-out loss; None if nothing is held out."""
         work = self.workload.held_out
         if work is None:
             return None
@@ -245,24 +243,24 @@ class Planner:
         chosen = self._heaviest(work, [m for rank in ranks for m in rank if m], False)
         window = Window((work.rows(chosen),), budget.layout, gradients=True)
         config = with_values(self.config, {"train.gradient_checkpointing": False})
-        kind: Any = {"on_gpu": self.kind == "cuda", "evaluation": True, "group": self._group(False)}
-        return predict(config, self.precision, window, **kind)
+        on_gpu, group = self.kind == "cuda", self._group(False)
+        return predict(config, self.precision, window, on_gpu=on_gpu, evaluation=True, group=group)
 
-    def answering(self, evaluation: Memory) -> int:
-        """Bytes while what was learnt is tried: held-out prompts are answered; 0 if none are."""
+    def answering_bytes(self, evaluation: Memory) -> int:
+        """Returns the bytes while held-out prompts are answered; 0 if none are."""
         work = self.workload.held_out
         if work is None:
             return 0
         prompts = (np.asarray(work.lengths) - work.supervised).tolist()
         task = task_of(self.config)
         taken = task.answering_bytes(self.config, self.precision, prompts, self.world_size)
-        passing = ("activations", "logits and loss", "dequantisation")
-        kept = sum(v for k, v in evaluation.breakdown.items() if k not in passing)
+        transient = ("activations", "logits and loss", "dequantisation")
+        kept = sum(v for k, v in evaluation.breakdown.items() if k not in transient)
         return kept + taken if taken else 0
 
     def seconds(self, counts: Counts, checkpointing: bool, tokens: int) -> float | None:
-        """For so many tokens: weights times tokens, at an assumed share of the GPU's peak."""
-        gpu = gpus.gpu_of(self.machine.devices[0].name) if self.machine.devices else None
+        """Returns the time of so many tokens: weights x tokens at an assumed share of the peak."""
+        gpu = gpus.find_gpu(self.machine.devices[0].name) if self.machine.devices else None
         if gpu is None or self.precision != "bf16" or self.info.small:
             return None
         copies = self.info.copies
@@ -276,8 +274,8 @@ class Planner:
         return 2 * passes * multiplied * tokens / speed
 
 
-def rows_asked(train: Train, world_size: int) -> int | None:
-    """Examples of a micro-batch, where the configuration says so."""
+def configured_rows(train: Train, world_size: int) -> int | None:
+    """Returns the examples of a micro-batch, if configured; raises ConfigError if impossible."""
     rows, steps = train.micro_batch, train.gradient_accumulation_steps
     if steps == "auto":
         return None if rows == "auto" else rows
@@ -293,8 +291,8 @@ def rows_asked(train: Train, world_size: int) -> int | None:
     return expected
 
 
-def of_budget(budget: batches.Budget) -> dict[str, Any]:
-    """Dotted configuration keys -> values that mean it."""
+def budget_values(budget: batches.Budget) -> dict[str, Any]:
+    """Returns the configuration of a budget, by dotted key."""
     values: dict[str, Any] = {
         "train.max_tokens": budget.max_tokens,
         "train.layout": budget.layout,
@@ -306,12 +304,13 @@ def of_budget(budget: batches.Budget) -> dict[str, Any]:
 
 
 def resolve_layout(config: RunConfig, precision: str, on_gpu: bool) -> tuple[batches.Layout, str]:
+    """Returns the layout of micro-batches, and the reason."""
     if config.train.layout != "auto":
         return config.train.layout, "configured"
     asked = task_of(config).info(config).attention
     if attention.needs_no_mask(asked, precision, on_gpu):
         return "packed", "flash attention reads document borders without a mask"
-    why = "rows of like lengths; packing would need a dense mask here"
+    why = "rows sorted by length; packing would need a dense mask here"
     if asked == attention.NAME:
         why += f", where {asked} has no kernel: it has one on a GPU, in bf16"
     return "padded", why

@@ -10,27 +10,28 @@ from sft.config.schema import RunConfig
 from sft.models.layers import embedding_layers, repeated_layers
 from sft.tasks.registry import task_of
 
-# --- what is counted ---------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Counts:
+    """The sizes of a model."""
+
     parameters: int
     trained: int
     multiplied: int  # all but embeddings: each multiplies a token once
-    largest: int  # of the trained ones, in one tensor
+    largest: int  # the trained tensor with the most parameters
     layers: int  # repeated ones, which FSDP2 gathers one at a time
-    outside: int  # of the parameters, those of no layer
+    outside: int  # parameters of no layer
     sizes: tuple[int, ...]  # of each parameter
 
 
-def counts(config: RunConfig) -> Counts:
-    return _counted(_key(config), None)
+def count_parameters(config: RunConfig) -> Counts:
+    return count_at_depth(model_key(config), None)
 
 
 @lru_cache(maxsize=64)
-def _counted(key: Key, depth: int | None) -> Counts:
-    config = _config(key)
+def count_at_depth(key: ModelKey, depth: int | None) -> Counts:
+    """Counts the model with so many layers; None: with all."""
+    config = config_of_key(key)
     built = task_of(config).skeleton(config, depth)
     first, last = (getattr(layer, "weight", None) for layer in embedding_layers(built))
     parameters = list(built.parameters())
@@ -43,17 +44,17 @@ def _counted(key: Key, depth: int | None) -> Counts:
     return Counts(total, sum(trained), total - looked_up, max(trained), len(layers), outside, sizes)
 
 
-Key = tuple[type[RunConfig], str]  # a schema, and a configuration of it in JSON
+ModelKey = tuple[type[RunConfig], str]  # a schema, and a configuration of it in JSON
 
 
-def _key(config: RunConfig, **train: Any) -> Key:
-    """The sections that say what the model is, and these keys of `train`."""
+def model_key(config: RunConfig, **train: Any) -> ModelKey:
+    """Returns the sections that define the model, and these keys of `train`, as a cache key."""
     task = task_of(config)
     values: dict[str, Any] = {name: getattr(config, name) for name in task.modelled}
     values |= {"train": {"output_dir": "none", **train}, **task.placeholders}
     return type(config), type(config).model_validate(values).model_dump_json()
 
 
-def _config(key: Key) -> RunConfig:
+def config_of_key(key: ModelKey) -> RunConfig:
     schema, text = key
     return schema.model_validate_json(text)

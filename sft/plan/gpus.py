@@ -1,4 +1,4 @@
-"""What GPUs are known by name."""
+"""GPUs known by name, to plan for them elsewhere."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 from sft.runtime.hardware import GIB, Device
 
-# ---- GPUs by name, to plan for them elsewhere
-
 
 @dataclass(frozen=True)
 class Gpu:
     gib: float
-    """What torch says it has in all; the makers' numbers are larger."""
+    """Total memory as torch reports it; the makers' numbers are larger."""
     teraflops: float
-    """Dense peak in the precision that `bf16` says (else fp16), from the maker's data sheet."""
+    """Dense peak in bf16 (without it: fp16), from the maker's data sheet."""
     bf16: bool = True
 
 
@@ -41,14 +39,14 @@ GPUS = {
 
 
 def named_gpus(text: str, gib: float | None = None) -> list[Device]:
-    """The devices that `NAME` or `NAME x n` means; `gib`: the memory of each.
+    """Returns the devices that `NAME` or `NAME x n` names; `gib`: the memory of each.
 
     Raises ValueError for a name that is not in the table, unless `gib` is given.
     """
     name, _, number = (
         part.strip() for part in re.sub(r"\s+[xX*]\s*(?=\d+$)", "|", text.strip()).partition("|")
     )
-    gpu = gpu_of(name)
+    gpu = find_gpu(name)
     if gpu is None and gib is None:
         raise ValueError(
             f"expected one of {', '.join(GPUS)}, as in 'H100-80GB x 8', found {text!r}; "
@@ -61,8 +59,8 @@ def named_gpus(text: str, gib: float | None = None) -> list[Device]:
     return [Device(i, name, total, None, bf16, None) for i in range(int(number or 1))]
 
 
-def gpu_of(name: str) -> Gpu | None:
-    """The line of the table for a name as people or drivers write it, if there is just one."""
+def find_gpu(name: str) -> Gpu | None:
+    """Returns the GPU with a name as people or drivers write it, if there is just one."""
 
     def plain(text: str) -> str:
         return re.sub(

@@ -1,4 +1,4 @@
-"""What earlier runs took, compared with what was predicted."""
+"""The memory that earlier runs took, compared with its prediction."""
 
 from __future__ import annotations
 
@@ -6,44 +6,41 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-HISTORY = "memory.jsonl"  # in what outlives a run: tasks.Traits.cache
-KEPT = 50  # lines of it that count
-
-
-# --- what earlier runs have shown --------------------------------------------------------------
+HISTORY = "memory.jsonl"  # in the folder that outlives a run: `TaskInfo.cache`
+KEPT = 50  # the last lines that count
 
 
 @dataclass(frozen=True)
 class Past:
-    """What earlier runs on a device took beyond what was predicted, as shares of that."""
+    """The memory of earlier runs on a device beyond its prediction, as shares of that."""
 
     runs: int
     least: float
     most: float
 
 
-def past(folder: Path, device: str) -> Past | None:
-    """Of the last KEPT runs; lines that cannot be read count nothing."""
+def read_past(folder: Path, device: str) -> Past | None:
+    """Returns the history of the last KEPT runs; skips lines that cannot be read."""
     try:
         lines = (folder / HISTORY).read_text("utf-8").splitlines()
     except (OSError, ValueError):
         return None
-    beyond = [share for line in lines if (share := _beyond(line, device)) is not None][-KEPT:]
-    return Past(len(beyond), min(beyond), max(beyond)) if beyond else None
+    errors = [error for line in lines if (error := _error(line, device)) is not None][-KEPT:]
+    return Past(len(errors), min(errors), max(errors)) if errors else None
 
 
-def _beyond(line: str, device: str) -> float | None:
+def _error(line: str, device: str) -> float | None:
     try:
-        told = json.loads(line)
-        if told["device"] != device:
+        row = json.loads(line)
+        if row["device"] != device:
             return None
-        return float(told["measured_bytes"]) / float(told["predicted_bytes"]) - 1
+        return float(row["measured_bytes"]) / float(row["predicted_bytes"]) - 1
     except (ValueError, KeyError, TypeError, ZeroDivisionError):
         return None
 
 
-def remember(folder: Path, device: str, predicted: int, measured: int) -> None:
-    """Adds a line to the history; a folder that cannot be written to is no reason to stop."""
+def append(folder: Path, device: str, predicted: int, measured: int) -> None:
+    """Adds a line to the history; ignores a folder that cannot be written."""
     line = {"device": device, "predicted_bytes": predicted, "measured_bytes": measured}
     try:
         with (folder / HISTORY).open("a", encoding="utf-8") as file:

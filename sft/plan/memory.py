@@ -1,9 +1,9 @@
-"""The memory that an optimizer step takes, told before weights are loaded.
+"""Predicts the memory of an optimizer step before weights are loaded.
 
-The run's own step is traced on fake tensors (`rehearsal`). Layers repeat, so a deep model is traced
-with few of them, phase by phase, and the phases are extended to its depth. What no trace sees
-(workspaces of a GPU's libraries) is added by formula. A model that cannot be traced gets a closed
-form, good to a factor of two. Which one it was is said in `Memory.method`.
+The run's own step is traced on fake tensors (`dry_run`). Layers repeat, so a deep model is traced
+with few of them, phase by phase, and the phases are extended to its depth. Workspaces of a GPU's
+libraries, which no trace sees, are added by formula. A model that cannot be traced gets a closed
+form, good to a factor of two. `Memory.method` names the one that was used.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sft.models.dtypes import DTYPES
 from sft.models.layers import embedding_layers
 from sft.plan import dry_run
 from sft.plan.allocator import LARGE_SEGMENT, MIB, SMALL_SEGMENT
-from sft.plan.counts import Key, _config, _counted, _key
+from sft.plan.counts import ModelKey, config_of_key, count_at_depth, model_key
 from sft.plan.dry_run import Window
-from sft.plan.sharding import ALONE, Group, _of_rank
+from sft.plan.sharding import ONE_PROCESS, Group, parts_on_rank
 from sft.plan.trace import Trace
 from sft.runtime.disk import ADAM_BYTES
 from sft.tasks.registry import task_of
@@ -37,10 +37,10 @@ CUBLAS_BYTES = 2 * 32 * MIB  # workspaces of forward and backward threads; of Ho
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a process at the peak of a step."""
+    """Bytes of one process at the peak of a step."""
 
-    breakdown: dict[str, int]  # what they are for, largest first
-    reserved: int  # what the caching allocator of a GPU takes for them; on a CPU the same
+    breakdown: dict[str, int]  # by use, largest first
+    reserved: int  # taken by the caching allocator of a GPU for them; on a CPU the same
     method: str  # how it was predicted
 
     @property
@@ -55,143 +55,147 @@ def predict(
     *,
     on_gpu: bool,
     evaluation: bool = False,
-    group: Group = ALONE,
+    group: Group = ONE_PROCESS,
 ) -> Memory:
-    """The peak of a step of one of the processes, or of the held-out loss; closed form if it cannot
-    be traced."""
+    """Returns the peak of one process in a step, or in the held-out loss (`evaluation`).
+
+    Uses the closed form if the step cannot be traced.
+    """
     try:
         # With PyTorch's optimizer: those of bitsandbytes have no shape rules.
         casts = group.engine == "deepspeed" or (group.engine == "fsdp" and group.world_size > 1)
         engine = "fsdp" if casts else "ddp"  # what autocast keeps depends on it
         checkpointing = config.train.gradient_checkpointing
-        key = _key(config, gradient_checkpointing=checkpointing, engine=engine)
-        seen = replace(window, waiting=0)
-        phases, reserved, method = _traced(key, precision, seen, on_gpu, evaluation)
+        key = model_key(config, gradient_checkpointing=checkpointing, engine=engine)
+        alone = replace(window, waiting=0)
+        phases, reserved, method = _trace(key, precision, alone, on_gpu, evaluation)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  # whatever a model does that no trace suits
         why = str(error).strip().split("\n")[0] or type(error).__name__
         parts = _closed_form(config, precision, window, evaluation)
-        parts = _of_rank("backward", parts, config, precision, group, on_gpu)
+        parts = parts_on_rank("backward", parts, config, precision, group, on_gpu)
         method = f"closed form, since the step could not be traced: {why}"
         return Memory(parts, round(1.05 * sum(parts.values())), method)
     share = ADAM_BYTES[config.train.optimizer] / ADAM_BYTES["adamw"]
-    own = task_of(config).info(config)
-    besides = {"waiting batches": window.waiting * own.waiting_bytes}
-    besides |= {} if on_gpu else {"examples": own.examples_bytes}
+    info = task_of(config).info(config)
+    added = {"waiting batches": window.waiting * info.waiting_bytes}
+    added |= {"libraries": CUBLAS_BYTES} if on_gpu else {"examples": info.examples_bytes}
 
-    def completed(name: str, parts: dict[str, int]) -> dict[str, int]:
-        more = besides | {"optimizer": round(parts["optimizer"] * share)}
-        more |= {"libraries": CUBLAS_BYTES} if on_gpu else {}
+    def complete(name: str, parts: dict[str, int]) -> dict[str, int]:
+        more = added | {"optimizer": round(parts["optimizer"] * share)}
         if on_gpu and name.startswith("backward"):
-            more |= _attention(config, precision, window)
-        return _of_rank(name, parts | more, config, precision, group, on_gpu)
+            more |= _attention_workspace(config, precision, window)
+        return parts_on_rank(name, parts | more, config, precision, group, on_gpu)
 
-    totals = {name: completed(name, parts) for name, parts in phases.items()}
-    heaviest = max(totals.values(), key=lambda parts: sum(parts.values()))
+    totals = [complete(name, parts) for name, parts in phases.items()]
+    heaviest = max(totals, key=lambda parts: sum(parts.values()))
     traced = max(sum(parts.values()) for parts in phases.values())
     more = sum(heaviest.values()) - traced
     breakdown = dict(sorted(heaviest.items(), key=lambda item: -item[1]))
     return Memory(breakdown, reserved + more if on_gpu else sum(breakdown.values()), method)
 
 
-Phases = dict[str, dict[str, int]]  # phase -> what -> bytes at its peak
+Phases = dict[str, dict[str, int]]  # phase -> use -> bytes at its peak
 
 
 @lru_cache(maxsize=256)
-def _traced(
-    key: Key, precision: str, window: Window, on_gpu: bool, evaluation: bool
+def _trace(
+    key: ModelKey, precision: str, window: Window, on_gpu: bool, evaluation: bool
 ) -> tuple[Phases, int, str]:
-    """(phases, reserved bytes, how)."""
-    config = _config(key)
+    """Returns the phases, the reserved bytes, and how they were found."""
+    config = config_of_key(key)
 
-    def traced(depth: int | None) -> Trace:
-        return dry_run.rehearse(
+    def trace_at(depth: int | None) -> Trace:
+        return dry_run.trace_step(
             config, precision, window, depth=depth, on_gpu=on_gpu, evaluation=evaluation
         )
 
     depths = _depths(key)
     if depths is None:
-        trace = traced(None)
+        trace = trace_at(None)
         phases = {name: peak.breakdown for name, peak in trace.peaks().items()}
         return phases, trace.reserved() if on_gpu else trace.peak().num_bytes, "traced"
     few, more, whole = depths
-    small, large = traced(few), traced(more)
+    small, large = trace_at(few), trace_at(more)
     times = (whole - few) // (more - few)
 
-    def extended(of_few: int, of_more: int) -> int:
-        return max(0, of_few + times * (of_more - of_few))
+    def extend(with_few: int, with_more: int) -> int:
+        return max(0, with_few + times * (with_more - with_few))
 
     first, second = small.peaks(), large.peaks()
     phases = {
         name: {
-            label: extended(first[name].breakdown.get(label, 0), peak.breakdown.get(label, 0))
+            label: extend(first[name].breakdown.get(label, 0), peak.breakdown.get(label, 0))
             for label in first[name].breakdown | peak.breakdown
         }
         for name, peak in second.items()
     }
     reserved = max(sum(parts.values()) for parts in phases.values())
-    if on_gpu:  # extended without the pages of the allocator, which are rounding; then one of each
-        sizes = extended(small.reserved(pages=False), large.reserved(pages=False))
+    if on_gpu:  # extended without pages, by which the allocator rounds; then one of each pool
+        sizes = extend(small.reserved(pages=False), large.reserved(pages=False))
         reserved = max(reserved, sizes) + SMALL_SEGMENT + LARGE_SEGMENT
     return phases, reserved, f"traced with {few} and {more} of {whole} layers"
 
 
-def _depths(key: Key) -> tuple[int, int, int] | None:
-    """(few layers, more, all): depths between which every layer adds the same; None where layers
-    do not repeat, or are too few for a shorter trace to be quicker."""
-    config = _config(key)
-    own = task_of(config).info(config)
-    text = own.text
+def _depths(key: ModelKey) -> tuple[int, int, int] | None:
+    """Returns few layers, more, and all: depths between which every layer adds the same.
+
+    None where layers do not repeat, or are too few for a shorter trace to be quicker.
+    """
+    config = config_of_key(key)
+    info = task_of(config).info(config)
+    text = info.text
     whole, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or ["same"]
     period = next(
         n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds))
     )
     few = 2 * period + whole % period
     more = few + period
-    if own.small or few + more >= whole or own.deepest_layer >= whole:  # which the task refuses
+    if info.small or few + more >= whole or info.deepest_layer >= whole:  # which the task refuses
         return None
-    key = _key(config)
-    numbers = [_counted(key, depth).parameters for depth in (few, more, whole)]
+    key = model_key(config)
+    numbers = [count_at_depth(key, depth).parameters for depth in (few, more, whole)]
     repeats = numbers[2] - numbers[0] == (whole - few) // period * (numbers[1] - numbers[0])
     return (few, more, whole) if repeats else None
 
 
-def _attention(config: RunConfig, precision: str, window: Window) -> dict[str, int]:
-    """What flash attention takes in a backward pass, which no trace sees: the gradient of the
-    queries in fp32 and two numbers a head and token; with grouped queries, gradients of keys and
-    values for every head (PyTorch, flash_api.cpp: mha_bwd)."""
-    own = task_of(config).info(config)
-    if precision != "bf16" or own.attention == "eager":
+def _attention_workspace(config: RunConfig, precision: str, window: Window) -> dict[str, int]:
+    """Returns the bytes of flash attention in a backward pass, which no trace sees.
+
+    They are the gradient of the queries in fp32 and two numbers a head and token; with grouped
+    queries also gradients of keys and values for every head (PyTorch, flash_api.cpp: mha_bwd).
+    """
+    info = task_of(config).info(config)
+    if precision != "bf16" or info.attention == "eager":
         return {}
-    text = own.text
+    text = info.text
     heads = getattr(text, "num_attention_heads", None)
     if not heads:  # a model without attention
         return {}
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     grouped = getattr(text, "num_key_value_heads", heads) != heads
     each = 4 * (math.ceil(size / 32) * 32 + 2) + (4 * size if grouped else 0)
-    return {"attention workspace": window.tokens * heads * each * own.copies}
+    return {"attention workspace": window.tokens * heads * each * info.copies}
 
 
 def _closed_form(
     config: RunConfig, precision: str, window: Window, evaluation: bool
 ) -> dict[str, int]:
-    """What a model that cannot be traced takes, within about a factor of two."""
+    """Returns the bytes of a model that cannot be traced, within about a factor of two."""
     task = task_of(config)
-    built, own = task.skeleton(config), task.info(config)
-    mode, arch = own.mode, own.text
+    model, info = task.skeleton(config), task.info(config)
+    mode, arch, copies = info.mode, info.text, info.copies  # each row goes through every copy
     width = DTYPES[precision].itemsize
     weights = 0.0
-    _, head = embedding_layers(built)
-    linear = {id(m.weight) for m in built.modules() if isinstance(m, nn.Linear) and m is not head}
-    for parameter in built.parameters():
+    _, head = embedding_layers(model)
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
+    for parameter in model.parameters():
         quantised = mode == "qlora" and not parameter.requires_grad and id(parameter) in linear
         each = 4.0 if parameter.requires_grad else NF4_BYTES if quantised else width
         weights += parameter.numel() * each
-    trained = sum(p.numel() for p in built.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = window.micro_batches[-1]
-    copies = own.copies  # a row each
     hidden, layers = copies * window.tokens * arch.hidden_size, arch.num_hidden_layers
     kept, again = layers * ACTIVATION_BYTES[precision], 0
     if evaluation:

@@ -1,8 +1,8 @@
-"""What the run will take, told before weights are loaded; and what the `auto` values become.
+"""Predicts memory, time and disk of a run before weights are loaded, and resolves `auto` values.
 
-The heaviest window of the whole run is looked for (it is known, because the order is), and its
-memory predicted (`memory`). The token budget is the largest that fits with a margin, and no larger
-than what saturates the device; activations are checkpointed where nothing else makes room.
+The order of the examples is known, so the heaviest window of the whole run is, too; `memory`
+predicts what it takes. The token budget is the largest that fits with a margin, and no larger than
+one that saturates the device. Activations are checkpointed only where nothing else makes room.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any
 from sft.config.load import with_values
 from sft.config.schema import RunConfig
 from sft.data import batches
-from sft.plan import counts as plan_counts
-from sft.plan import history
-from sft.plan.choose import Planner, of_budget, resolve_layout
-from sft.plan.history import Past
+from sft.plan.choose import Planner, budget_values, resolve_layout
+from sft.plan.counts import count_parameters
+from sft.plan.history import Past, read_past
 from sft.plan.memory import Memory
 from sft.runtime.console import size
 from sft.runtime.disk import TOKENIZER_BYTES, Need, need
@@ -29,6 +28,8 @@ from sft.train import schedule
 
 @dataclass(frozen=True)
 class Plan:
+    """What a run will take, per process, and the values that `auto` becomes."""
+
     num_examples: int
     num_held_out: int
     tokens_per_epoch: int
@@ -41,7 +42,7 @@ class Plan:
     precision: str
     gradient_checkpointing: bool
     micro_batch: int  # examples, at most, in the first step
-    micro_batches: int  # of each process in the first step
+    micro_batches: int  # per process in the first step
     num_parameters: int
     num_trained: int
     memory: Memory
@@ -49,52 +50,52 @@ class Plan:
     generation_bytes: int  # while held-out prompts are answered; 0 without
     context_bytes: int  # taken by the device for itself
     available_bytes: int
-    usable_bytes: int  # of them for a step: without the context and a margin
+    usable_bytes: int  # available to a step: without the context and a margin
     device: str
-    past: Past | None  # what earlier runs on it have shown
+    past: Past | None  # of earlier runs on the device
     seconds: float | None  # of all steps, where the device's speed is known
     disk: Need
     labels: Labels
-    reasons: dict[str, str]  # dotted configuration key -> why its `auto` became what it is
+    reasons: dict[str, str]  # dotted configuration key -> why its `auto` has this value
     warnings: list[str] = field(default_factory=list)
 
     @property
     def missing_bytes(self) -> int:
-        """By which the step exceeds what is available with the margin; 0 if it fits."""
+        """Returns by how much the step exceeds the usable memory; 0 if it fits."""
         return max(0, self.memory.reserved - self.usable_bytes)
 
 
 def make_plan(config: RunConfig, workload: Workload, machine: Hardware, world_size: int) -> Plan:
-    """Raises ConfigError for an effective batch that so many processes cannot make."""
+    """Plans the run; raises ConfigError for a global batch that so many processes cannot make."""
     train = config.train
     precision, why_precision = resolve_precision(train, machine.devices)
     layout, why_layout = resolve_layout(config, precision, bool(machine.devices))
-    own = task_of(config).info(config)
-    at = Planner(config, workload, machine, world_size, precision, layout)
-    choice, why_checkpointing = at.choose()
-    counts = plan_counts.counts(config)
-    cuts, budget = choice.cuts, choice.budget
+    info = task_of(config).info(config)
+    planner = Planner(config, workload, machine, world_size, precision, layout)
+    choice, why_checkpointing = planner.choose()
+    counts = count_parameters(config)
+    cuts, budget, global_batch = choice.cuts, choice.budget, len(planner.first_ids)
     reasons = {
         "train.precision": why_precision,
         "train.layout": why_layout,
         "train.gradient_checkpointing": why_checkpointing,
         "train.max_tokens": choice.why,
         "train.micro_batch": f"what {budget.max_tokens:,} tokens hold",
-        "train.gradient_accumulation_steps": f"{len(at.first)} {own.labels.examples} in "
+        "train.gradient_accumulation_steps": f"{global_batch} {info.labels.examples} in "
         f"{world_size} process(es) of micro-batches of at most {budget.max_tokens:,} tokens",
     }
-    evaluation = at.evaluation(budget)
+    evaluation = planner.predict_evaluation(budget)
     steps = schedule.total_steps(train, len(workload.lengths))
     per_epoch = sum(workload.lengths)
-    tokens = round(per_epoch * steps * len(at.first) / len(workload.lengths))
-    made = Plan(
+    tokens = round(per_epoch * steps * global_batch / len(workload.lengths))
+    plan = Plan(
         num_examples=len(workload.lengths),
         num_held_out=len(workload.held_out.lengths) if workload.held_out else 0,
         tokens_per_epoch=per_epoch,
         supervised_share=int(workload.supervised.sum()) / per_epoch,
         steps=steps,
         tokens=tokens,
-        global_batch=len(at.first),
+        global_batch=global_batch,
         world_size=world_size,
         budget=budget,
         precision=precision,
@@ -105,30 +106,30 @@ def make_plan(config: RunConfig, workload: Workload, machine: Hardware, world_si
         num_trained=counts.trained,
         memory=choice.memory,
         evaluation_bytes=evaluation.allocated if evaluation else 0,
-        generation_bytes=at.answering(evaluation) if evaluation else 0,
-        context_bytes=at.context_bytes,
-        available_bytes=at.available_bytes,
-        usable_bytes=int(at.usable_bytes),
-        device=at.name,
-        past=history.past(own.cache, at.name),
-        seconds=at.seconds(counts, choice.checkpointing, tokens),
-        disk=disk(config, len(workload.lengths)),
-        labels=own.labels,
+        generation_bytes=planner.answering_bytes(evaluation) if evaluation else 0,
+        context_bytes=planner.context_bytes,
+        available_bytes=planner.available_bytes,
+        usable_bytes=int(planner.usable_bytes),
+        device=planner.name,
+        past=read_past(info.cache, planner.name),
+        seconds=planner.seconds(counts, choice.checkpointing, tokens),
+        disk=predict_disk(config, len(workload.lengths)),
+        labels=info.labels,
         reasons={k: why for k, why in reasons.items() if getattr(train, k.split(".")[1]) == "auto"},
     )
-    return replace(made, warnings=_warnings(made))
+    return replace(plan, warnings=_warnings(plan))
 
 
-def disk(config: RunConfig, num_examples: int) -> Need:
-    """What a run on so many examples writes."""
-    own = task_of(config).info(config)
+def predict_disk(config: RunConfig, num_examples: int) -> Need:
+    """Returns the bytes that a run on so many examples writes."""
+    info = task_of(config).info(config)
     steps = schedule.total_steps(config.train, num_examples)
-    counted = plan_counts.counts(config)
-    needed = need(config.train, counted.trained, own.vocabulary, steps)
-    if own.mode == "full":
-        return needed
-    base = counted.parameters - counted.trained
-    return replace(needed, merged=2 * base + own.vocabulary * TOKENIZER_BYTES)
+    counts = count_parameters(config)
+    written = need(config.train, counts.trained, info.vocabulary, steps)
+    if info.mode == "full":
+        return written
+    base = counts.parameters - counts.trained
+    return replace(written, merged=2 * base + info.vocabulary * TOKENIZER_BYTES)
 
 
 def _warnings(plan: Plan) -> list[str]:
@@ -153,33 +154,31 @@ def _warnings(plan: Plan) -> list[str]:
 
 
 def resolved_values(plan: Plan) -> dict[str, Any]:
-    """Dotted configuration keys -> the values that `auto` became; those of the cut stay `auto`,
-    since they follow from `max_tokens`."""
+    """Returns the values that `auto` became, by dotted key.
+
+    Keys of the cut stay `auto`, since they follow from `max_tokens`.
+    """
     cut = ("micro_batch", "gradient_accumulation_steps")
-    values = {f"train.{key}": value for key, value in chosen(plan).items() if key not in cut}
+    values = {f"train.{key}": value for key, value in chosen_values(plan).items() if key not in cut}
     return {key: value for key, value in values.items() if key in plan.reasons}
 
 
-def replanned(
-    plan: Plan,
-    config: RunConfig,
-    workload: Workload,
-    machine: Hardware,
-    budget: batches.Budget,
+def replan(
+    plan: Plan, config: RunConfig, workload: Workload, machine: Hardware, budget: batches.Budget
 ) -> Plan:
-    """The plan with another budget."""
-    changes = {"train.gradient_checkpointing": plan.gradient_checkpointing, **of_budget(budget)}
-    made = make_plan(with_values(config, changes), workload, machine, plan.world_size)
-    return replace(made, budget=budget, reasons=plan.reasons)
+    """Returns the plan with another budget."""
+    changes = {"train.gradient_checkpointing": plan.gradient_checkpointing, **budget_values(budget)}
+    changed = make_plan(with_values(config, changes), workload, machine, plan.world_size)
+    return replace(changed, budget=budget, reasons=plan.reasons)
 
 
-def planner(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan) -> Planner:
-    """That which was planned."""
+def planner_of(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan) -> Planner:
+    """Returns the planner with the precision and the layout of a plan."""
     return Planner(config, workload, machine, plan.world_size, plan.precision, plan.budget.layout)
 
 
-def chosen(plan: Plan) -> dict[str, Any]:
-    """The values of `train` that `auto` becomes, `auto` or not."""
+def chosen_values(plan: Plan) -> dict[str, Any]:
+    """Returns the values of `train` that `auto` would become, configured ones included."""
     return {
         "precision": plan.precision,
         "layout": plan.budget.layout,

@@ -1,4 +1,4 @@
-"""Shows a plan, and writes plan.json."""
+"""Tables of a plan, and plan.json."""
 
 from __future__ import annotations
 
@@ -16,24 +16,19 @@ from sft.plan.advice import COMPARED, Advice
 from sft.plan.allocator import MIB
 from sft.plan.choose import UTILISATION
 from sft.plan.history import Past
-from sft.plan.plan import Plan, chosen
-from sft.runtime.console import duration, facts, size, write_json
+from sft.plan.plan import Plan, chosen_values
+from sft.runtime.console import duration, facts, size, table, write_json
 
 LAUNCHES = 0.05  # seconds of arithmetic below which a GPU waits for the launches of its kernels
 
 
-# --- what people see ---------------------------------------------------------------------------
-
-
-def table(plan: Plan) -> Table:
-    labels = plan.labels
+def plan_table(plan: Plan) -> Table:
+    """Returns the plan as people read it."""
+    labels, memory, past = plan.labels, plan.memory, plan.past
     cut = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} x {plan.micro_batches}"
-    taken = plan.memory
-    parts = ", ".join(
-        f"{name} {size(part)}" for name, part in taken.breakdown.items() if part >= MIB
-    )
-    reserved = f" ({size(taken.reserved)} reserved)" if plan.context_bytes else ""
-    past = f"; {plan.past.runs} earlier runs took {_span(plan.past)} of it" if plan.past else ""
+    parts = ", ".join(f"{k} {size(part)}" for k, part in memory.breakdown.items() if part >= MIB)
+    reserved = f" ({size(memory.reserved)} reserved)" if plan.context_bytes else ""
+    seen = f"; {past.runs} earlier runs took {_span(past)} of it" if past else ""
     context = f", context {size(plan.context_bytes)} (assumed)" if plan.context_bytes else ""
     rows: list[tuple[str, str | Text]] = [
         (
@@ -43,7 +38,7 @@ def table(plan: Plan) -> Table:
         (
             "tokens",
             f"{plan.tokens_per_epoch:,} per epoch ({plan.supervised_share:.0%} {labels.items}), "
-            f"{plan.tokens:,} in all",
+            f"{plan.tokens:,} in total",
         ),
         ("steps", f"{plan.steps:,} of {plan.global_batch} {labels.examples}"),
         (
@@ -54,18 +49,17 @@ def table(plan: Plan) -> Table:
         ("trained", f"{plan.num_trained:,} of {plan.num_parameters:,} parameters"),
         (
             "memory",
-            f"{size(taken.allocated)}{reserved} of {size(plan.available_bytes)} per process: "
-            f"{parts}{context} ({taken.method}{past})",
+            f"{size(memory.allocated)}{reserved} of {size(plan.available_bytes)} per process: "
+            f"{parts}{context} ({memory.method}{seen})",
         ),
         ("disk", f"{plan.disk}"),
     ]
     if plan.evaluation_bytes:
-        told = f"{size(plan.evaluation_bytes)} for the held-out loss"
-        told += f", {size(plan.generation_bytes)} for {labels.answers}"
-        rows.append(("evaluation", told))
+        loss, answers = size(plan.evaluation_bytes), size(plan.generation_bytes)
+        rows.append(("evaluation", f"{loss} for the held-out loss, {answers} for {labels.answers}"))
     if plan.seconds is not None:
         rows.append(("time", _time(plan)))
-    values = chosen(plan)
+    values = chosen_values(plan)
     rows += [
         ("auto", f"{key}={values[key.removeprefix('train.')]}: {why}")
         for key, why in plan.reasons.items()
@@ -77,7 +71,7 @@ def table(plan: Plan) -> Table:
 def _time(plan: Plan) -> str:
     assert plan.seconds is not None
     if plan.seconds < LAUNCHES * plan.steps * plan.micro_batches:
-        return "that of launching kernels, so small are the micro-batches: tried before step 1"
+        return "that of launching kernels, as the micro-batches are so small; probed before step 1"
     return f"about {duration(plan.seconds)}, if {UTILISATION:.0%} of the GPU's peak is reached"
 
 
@@ -86,63 +80,67 @@ def _span(past: Past) -> str:
 
 
 def memory_table(plan: Plan) -> Table:
-    """What the peak is made of, with a bar for each part."""
-    title = f"Peak memory: {plan.device}"
-    result = Table(title=title, title_justify="left", box=None, show_header=False)
-    result.add_column(no_wrap=True, style="cyan")
-    result.add_column(justify="right", no_wrap=True)
-    result.add_column(no_wrap=True)
-    taken = plan.memory
-    lines = dict(taken.breakdown)
+    """Returns the parts of the peak, with a bar for each."""
+    parts = dict(plan.memory.breakdown)
     if plan.context_bytes:
-        lines["reserved, not allocated"] = taken.reserved - taken.allocated
-        lines["context (assumed)"] = plan.context_bytes
-    in_all = sum(lines.values())
-    for name, part in lines.items():
-        share = part / in_all
-        result.add_row(name, size(part), f"{'█' * round(40 * share)} {share:.0%}")
-    share = in_all / plan.available_bytes
-    told = Text(f"{share:.0%} of {size(plan.available_bytes)}", "red" if share > 1 else "bold")
-    result.add_row("in all", size(in_all), told)
-    return result
+        parts["reserved, not allocated"] = plan.memory.reserved - plan.memory.allocated
+        parts["context (assumed)"] = plan.context_bytes
+    total = sum(parts.values())
+
+    def cell(part: int, note: str, style: str = "") -> Text:
+        return Text(f"{size(part):>9}  {note}", style)
+
+    rows: list[tuple[str, str | Text]] = [
+        (name, cell(part, f"{'█' * round(40 * part / total)} {part / total:.0%}"))
+        for name, part in parts.items()
+    ]
+    share = total / plan.available_bytes
+    note = f"{share:.0%} of {size(plan.available_bytes)}"
+    rows.append(("total", cell(total, note, "red" if share > 1 else "bold")))
+    return facts(f"Peak memory: {plan.device}", rows)
 
 
 def advice_table(found: list[Advice]) -> Table:
-    result = Table(title="What would take less", title_justify="left", box=None)
-    for column in ("change", "saves", "then", "at the price of"):
-        result.add_column(column, justify="right" if column == "saves" else "left", overflow="fold")
-    for each in found:
-        fits = "fits" if each.fits else "does not fit"
-        row = (each.change, size(each.saved_bytes), fits, each.price)
-        result.add_row(*row, style="" if each.fits else "dim")
-    return result
+    """Returns the changes that take less memory; those that do not fit are dim."""
+    rows = [
+        [
+            Text(cell, "" if each.fits else "dim")
+            for cell in (
+                each.change,
+                size(each.saved_bytes),
+                "fits" if each.fits else "does not fit",
+                each.price,
+            )
+        ]
+        for each in found
+    ]
+    return table("What would take less", ("change", "saves", "then", "price"), rows, left=4)
 
 
 def comparison_table(found: list[dict[str, Any]], length: int) -> Table:
-    title = f"Rows of {length:,} tokens, all learnt, that one micro-batch can have (-: none fits)"
-    result = Table(title=title, title_justify="left", box=None)
-    for column in ("tuning", "one row", "one more", *COMPARED):
-        justify: Any = "left" if column == "tuning" else "right"
-        result.add_column(column, justify=justify, no_wrap=True)
+    """Returns how many rows each GPU holds, for each way of tuning."""
+    rows = []
     for each in found:
-        sizes = (size(each[key]) for key in ("reserved_bytes", "per_row_bytes"))
-        cells = (Text(f"{n:,}", "green") if n else Text("-", "red") for n in each["rows"].values())
         mode = each["mode"] + (" + ckpt" if each["gradient_checkpointing"] else "")
-        result.add_row(mode, *sizes, *cells)
+        sizes = (size(each[key]) for key in ("reserved_bytes", "per_row_bytes"))
+        fits = (Text(f"{n:,}", "green") if n else Text("-", "red") for n in each["rows"].values())
+        rows.append([mode, *sizes, *fits])
+    title = f"Rows of {length:,} tokens, all supervised, that one micro-batch holds (-: none fits)"
+    result = table(title, ("tuning", "one row", "one more", *COMPARED), rows)
     result.caption = "ckpt: train.gradient_checkpointing=true"
     return result
 
 
-def report(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
-    """What plan.json holds before the run (docs/RUNS.md)."""
-    taken = plan.memory
+def plan_values(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
+    """Returns the content of plan.json before the run (docs/RUNS.md)."""
+    memory = plan.memory
     return {
         "predicted": {
-            "allocated_bytes": taken.allocated,
-            "reserved_bytes": taken.reserved,
+            "allocated_bytes": memory.allocated,
+            "reserved_bytes": memory.reserved,
             "context_bytes": plan.context_bytes,
-            "breakdown": taken.breakdown,
-            "method": taken.method,
+            "breakdown": memory.breakdown,
+            "method": memory.method,
             "past": plan.past and asdict(plan.past),
             "missing_bytes": plan.missing_bytes,
             "evaluation_bytes": plan.evaluation_bytes,
@@ -151,7 +149,7 @@ def report(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
             "disk_bytes": plan.disk.total,
             "seconds": plan.seconds,
         },
-        "chosen": chosen(plan),
+        "chosen": chosen_values(plan),
         "reasons": {key.removeprefix("train."): why for key, why in plan.reasons.items()},
         "device": {"name": plan.device, "available_bytes": plan.available_bytes},
         "work": {
@@ -171,12 +169,12 @@ def report(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
     }
 
 
-def write(plan: Plan, path: Path, measured: dict[str, Any] | None = None) -> None:
-    """plan.json: the plan, and what was measured once the run is over."""
-    write_json(path, report(plan) | {"measured": measured})
+def write_plan(plan: Plan, path: Path, measured: dict[str, Any] | None = None) -> None:
+    """Writes plan.json: the plan, and the measurements once the run is over."""
+    write_json(path, plan_values(plan) | {"measured": measured})
 
 
-def keep(resolved: RunConfig, planned: Plan, folder: Path) -> None:
-    """config.yaml and plan.json of a run folder."""
-    (folder / "config.yaml").write_text(dump_config(resolved, planned.reasons), "utf-8")
-    write(planned, folder / "plan.json")
+def write_resolved(resolved: RunConfig, plan: Plan, folder: Path) -> None:
+    """Writes config.yaml and plan.json of a run folder."""
+    (folder / "config.yaml").write_text(dump_config(resolved, plan.reasons), "utf-8")
+    write_plan(plan, folder / "plan.json")

@@ -1,4 +1,4 @@
-"""What of a step's memory a rank keeps when processes share the model."""
+"""The part of a step's memory that a rank keeps when processes share the model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 
 from sft.config.schema import RunConfig
 from sft.models.dtypes import DTYPES
-from sft.plan.counts import counts
+from sft.plan.counts import count_parameters
 from sft.tasks.registry import task_of
-
-# --- what memory is taken ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -25,11 +23,10 @@ class Group:
     zero: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's zero_optimization
 
 
-ALONE = Group()
+ONE_PROCESS = Group()
 
-
-# What a file of DeepSpeed's does not say (deepspeed/runtime/zero/config.py, 0.19.8), and what
-# Accelerate makes of "auto" (accelerator.py: _prepare_deepspeed); in elements, of the hidden size.
+# Defaults of DeepSpeed (deepspeed/runtime/zero/config.py, 0.19.8), and the value that Accelerate
+# gives "auto" by the hidden size (accelerator.py: _prepare_deepspeed); both in elements.
 ZERO_SIZES: dict[str, tuple[float, Callable[[int], float]]] = {
     "reduce_bucket_size": (5e8, lambda hidden: hidden**2),
     "stage3_prefetch_bucket_size": (5e7, lambda hidden: 0.9 * hidden**2),
@@ -40,47 +37,39 @@ ZERO_SIZES: dict[str, tuple[float, Callable[[int], float]]] = {
 
 def _zero_size(config: RunConfig, group: Group, key: str) -> int:
     default, automatic = ZERO_SIZES[key]
-    told = group.zero.get(key, default)
-    if told == "auto":
-        told = automatic(task_of(config).info(config).text.hidden_size)
-    return int(told)
+    value = group.zero.get(key, default)
+    if value == "auto":
+        value = automatic(task_of(config).info(config).text.hidden_size)
+    return int(value)
 
 
-def _shared(
-    name: str, parts: dict[str, int], config: RunConfig, precision: str, group: Group
+def parts_on_rank(
+    phase: str, parts: dict[str, int], config: RunConfig, precision: str, group: Group, on_gpu: bool
 ) -> dict[str, int]:
-    """The parts of a phase on one of the processes, those in host memory among them.
+    """Returns the parts of a phase in the memory of one process's device.
 
-    DDP: gradients lie in its buckets; those of all but the last micro-batch are summed beside them.
-
-    ZeRO-1 and 2 (deepspeed/runtime/zero/stage_1_and_2.py, 0.19.8): the rank's share of Adam's state
-    and of a copy of the trained weights. Of earlier micro-batches ZeRO-1 keeps all gradients,
-    ZeRO-2 the share. Buckets are made by the first gradient of a backward pass, whole, however
-    little is trained; when the first is full it is copied, and from then on the share is kept.
-    ZeRO-1 holds the buckets beside the logits, too, where it accumulates. An optimizer on the host
-    has three more shares there, for gradients and weights on their way, and a gradient's room on
-    either side. An upper bound.
+    On a GPU, state that lies in host memory between uses does not count.
     """
+    hosted = _hosted(config, group) if on_gpu else ()
+    shared = _share(phase, parts, config, precision, group)
+    return {label: size for label, size in shared.items() if size and label not in hosted}
+
+
+def _share(
+    phase: str, parts: dict[str, int], config: RunConfig, precision: str, group: Group
+) -> dict[str, int]:
+    """Returns the parts of a phase on one of the processes, those in host memory included."""
     if group.engine == "deepspeed" and group.zero["stage"] == 3:
-        return _gathered_ahead(name, parts, config, group)
+        return _zero3(phase, parts, config, group)
     if group.engine == "deepspeed":
-        return _sliced(name, parts, config, group)
+        return _zero12(phase, parts, config, group)
     if group.world_size == 1:
         return parts
     if group.engine == "fsdp":
-        return _gathered_by_layer(name, parts, config, precision, group)
-    trained = 4 * counts(config).trained
+        return _fsdp2(phase, parts, config, precision, group)
+    # DDP keeps gradients in its buckets; those of earlier micro-batches are summed beside them.
+    trained = 4 * count_parameters(config).trained
     return parts | ({"communication": trained} if group.accumulates else {})
-
-
-def _of_rank(
-    name: str, parts: dict[str, int], config: RunConfig, precision: str, group: Group, on_gpu: bool
-) -> dict[str, int]:
-    """The parts of a phase in the memory of one process's device: for a GPU without what lies in
-    host memory between uses."""
-    hosted = _hosted(config, group) if on_gpu else ()
-    shared = _shared(name, parts, config, precision, group)
-    return {label: size for label, size in shared.items() if size and label not in hosted}
 
 
 def _hosted(config: RunConfig, group: Group) -> tuple[str, ...]:
@@ -93,22 +82,30 @@ def _offloads(group: Group) -> bool:
     return (group.zero.get("offload_optimizer") or {}).get("device") == "cpu"
 
 
-def _sliced(name: str, parts: dict[str, int], config: RunConfig, group: Group) -> dict[str, int]:
-    """ZeRO-1 and 2."""
-    counted, offloads = counts(config), _offloads(group)
+def _zero12(phase: str, parts: dict[str, int], config: RunConfig, group: Group) -> dict[str, int]:
+    """Returns the parts with ZeRO-1 or 2 (deepspeed/runtime/zero/stage_1_and_2.py, 0.19.8).
+
+    A rank has its share of Adam's state and of a copy of the trained weights. Of earlier
+    micro-batches ZeRO-1 keeps all gradients, ZeRO-2 the share. The first gradient of a backward
+    pass allocates the buckets, whole, however little is trained. The first full bucket is copied,
+    and from then on the share is kept. With accumulation ZeRO-1 holds the buckets beside the
+    logits, too. An optimizer on the host has three more shares there, for gradients and weights in
+    transit, and room for one gradient on either side. The result is an upper bound.
+    """
+    counted, offloads = count_parameters(config), _offloads(group)
     trained, largest = 4 * counted.trained, 4 * counted.largest
     share = math.ceil(trained / group.world_size)
     bucket = 4 * _zero_size(config, group, "reduce_bucket_size")
     buckets = bucket * (2 if group.zero.get("overlap_comm") else 1)
-    of_all = group.zero["stage"] == 1
-    kept = (trained if of_all else share) if group.accumulates else 0
+    is_zero1 = group.zero["stage"] == 1
+    kept = (trained if is_zero1 else share) if group.accumulates else 0
     kept, room = (3 * share + largest, largest) if offloads else (kept, 0)
     adam = math.ceil(parts["optimizer"] / group.world_size)
     parts = parts | {"gradients": kept, "optimizer": adam + share, "communication": room}
-    if name.startswith("update"):
+    if phase.startswith("update"):
         return parts | {"gradients": kept + 2 * share if offloads else 2 * share}
-    if not name.startswith("backward"):
-        return parts | ({"communication": buckets} if of_all and group.accumulates else {})
+    if not phase.startswith("backward"):
+        return parts | ({"communication": buckets} if is_zero1 and group.accumulates else {})
     full = min(bucket, trained)
     left = round(parts.get("activations", 0) * (1 - full / trained))
     copied = full if offloads else max(full, share)
@@ -118,23 +115,23 @@ def _sliced(name: str, parts: dict[str, int], config: RunConfig, group: Group) -
 
 
 def _split(parts: dict[str, int], group: Group) -> dict[str, int]:
-    """The rank's share of what FSDP2 and ZeRO-3 split, beside the rest."""
+    """Returns the parts with the rank's share of those that FSDP2 and ZeRO-3 split."""
     split = ("weights", "adapters", "optimizer")
     return parts | {k: math.ceil(parts[k] / group.world_size) for k in split if k in parts}
 
 
-def _gathered_by_layer(
-    name: str, parts: dict[str, int], config: RunConfig, precision: str, group: Group
+def _fsdp2(
+    phase: str, parts: dict[str, int], config: RunConfig, precision: str, group: Group
 ) -> dict[str, int]:
-    """FSDP2 (torch 2.13).
+    """Returns the parts with FSDP2 (torch 2.13).
 
-    Gathered are, from the first layer to the end of the backward pass, what is outside of layers;
-    of the layers the one at work, and the buffer in which the next one arrives, in the backward
-    pass with gloo's copy of it. Gradients of the head stay whole from the loss to the end; those of
-    a layer lie in the buffer from which they are exchanged until the next one's are whole, by when
-    that layer's activations are gone.
+    Weights outside of layers are gathered from the first layer to the end of the backward pass. Of
+    the layers, the one at work is gathered, and the next one arrives in a buffer, of which gloo
+    makes a copy in the backward pass. Gradients of the head stay whole from the loss to the end.
+    Those of a layer lie in an exchange buffer until the next layer's are whole; by then that
+    layer's activations are freed.
     """
-    counted, full = counts(config), task_of(config).info(config).mode == "full"
+    counted, full = count_parameters(config), task_of(config).info(config).mode == "full"
     whole = parts["weights"] + parts.get("adapters", 0)
     outside = counted.outside * (4 if full else DTYPES[precision].itemsize)
     layers = max(1, counted.layers)
@@ -144,47 +141,45 @@ def _gathered_by_layer(
     of_layer = (4 * counted.trained - of_outside) // layers
     share = math.ceil(4 * counted.trained / group.world_size)
     gathered, kept = outside, share if group.accumulates else 0
-    if name.startswith("forward"):
+    if phase.startswith("forward"):
         gathered += 2 * layer
-    elif "embedding" in name:
+    elif "embedding" in phase:
         gathered, kept = gathered + 2 * of_outside, share
-    elif name.startswith("backward"):
+    elif phase.startswith("backward"):
         gathered += of_head + 3 * layer
         gathered, kept = gathered + max(0, of_layer - parts.get("activations", 0) // layers), share
-    elif name.startswith("update"):
+    elif phase.startswith("update"):
         gathered, kept = 0, share
     return _split(parts, group) | {"gradients": kept, "communication": gathered}
 
 
-def _gathered_ahead(
-    name: str, parts: dict[str, int], config: RunConfig, group: Group
-) -> dict[str, int]:
-    """ZeRO-3 (deepspeed/runtime/zero/stage3.py, 0.19.8).
+def _zero3(phase: str, parts: dict[str, int], config: RunConfig, group: Group) -> dict[str, int]:
+    """Returns the parts with ZeRO-3 (deepspeed/runtime/zero/stage3.py, 0.19.8).
 
-    Small parameters stay whole. What is gathered stays, up to `stage3_max_live_parameters`, as long
-    as it is used again within `stage3_max_reuse_distance`; in the forward pass beside the buffer in
-    which it arrives. Gradients go through a bucket that is always there; a full one is copied, by
-    gloo once more. Of its share of trained weights the rank has a copy. An optimizer on the host
-    has the gradients there, too.
+    Small parameters stay whole. Gathered ones stay, up to `stage3_max_live_parameters`, while they
+    are used again within `stage3_max_reuse_distance`; in the forward pass beside the buffer in
+    which they arrive. Gradients go through a permanent bucket; a full one is copied, by gloo once
+    more. The rank has a copy of its share of the trained weights. An optimizer on the host has the
+    gradients there, too.
     """
-    counted = counts(config)
+    counted = count_parameters(config)
     whole = parts["weights"] + parts.get("adapters", 0)
     threshold = _zero_size(config, group, "stage3_param_persistence_threshold")
     small = sum(size for size in counted.sizes if size <= threshold) / counted.parameters
 
-    def of_others(key: str) -> int:
+    def large_part(key: str) -> int:
         return round(whole * min(1 - small, _zero_size(config, group, key) / counted.parameters))
 
     trained, largest = 4 * counted.trained, 4 * counted.largest
     bucket = 4 * _zero_size(config, group, "reduce_bucket_size")
-    at_work = of_others("stage3_max_live_parameters")
-    if name.startswith("forward"):
-        at_work += of_others("stage3_prefetch_bucket_size")
-    elif "embedding" in name:
+    at_work = large_part("stage3_max_live_parameters")
+    if phase.startswith("forward"):
+        at_work += large_part("stage3_prefetch_bucket_size")
+    elif "embedding" in phase:
         at_work = 2 * min(bucket, trained)
-    elif name.startswith("backward"):
+    elif phase.startswith("backward"):
         at_work += largest + (2 * bucket if bucket < trained else 0)
-    elif name.startswith("update"):
+    elif phase.startswith("update"):
         at_work = 2 * largest
     result = _split(parts, group)
     share = math.ceil(trained / group.world_size)

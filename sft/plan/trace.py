@@ -1,12 +1,12 @@
 """Records every allocation of whatever runs under it, and replays the record.
 
-`Recorder` is a dispatch mode: after each operation it looks for storages that it has not met, and a
-weak reference tells when one dies. It sees the same on real tensors and on fake ones
-(`torch._subclasses.FakeTensorMode`), which have shapes and lifetimes but no data; so a step of any
+`Recorder` is a dispatch mode: after each operation it looks for new storages, and a weak reference
+notices when one dies. It sees the same on real tensors and on fake ones
+(`torch._subclasses.FakeTensorMode`), which have shapes and lifetimes but no data. So a step of any
 size can be recorded on a laptop. `peak` replays a record as requested bytes, `reserved` through a
 model of PyTorch's CUDA caching allocator (c10/cuda/CUDACachingAllocator.cpp).
 
-What no dispatch mode can see is missing: the workspace inside a kernel, the CUDA context, NCCL.
+A dispatch mode cannot see the workspace inside a kernel, the CUDA context, or NCCL.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ class Block:
     """One storage."""
 
     num_bytes: int
-    label: str  # what it is for; may be told later than its birth
+    label: str  # what it is for; may be set after its birth
 
 
 @dataclass
 class Trace:
-    """Births (True) and deaths (False) of blocks, in order; what still lives has no death."""
+    """Births (True) and deaths (False) of blocks, in order; a living block has no death."""
 
     events: list[tuple[bool, Block]] = field(default_factory=list)
-    phases: list[tuple[int, str]] = field(default_factory=list)  # from which event on, its name
+    phases: list[tuple[int, str]] = field(default_factory=list)  # first event, name
 
     def peak(self) -> Peak:
-        """The first moment at which the living blocks have the most bytes."""
+        """Returns the first moment at which the living blocks have the most bytes."""
         return max(self.peaks().values(), key=lambda peak: peak.num_bytes)
 
     def peaks(self) -> dict[str, Peak]:
-        """That of each phase; what was born before the first one belongs to it."""
+        """Returns the peak of each phase; blocks born before the first phase belong to it."""
         names = [name for _, name in self.phases] or [""]
         bounds = [0, *(start for start, _ in self.phases[1:]), len(self.events)]
         result: dict[str, Peak] = {}
@@ -66,7 +66,7 @@ class Trace:
         return result
 
     def reserved(self, expandable: bool = True, pages: bool = True) -> int:
-        """Bytes that the caching allocator takes from the GPU for it, at most."""
+        """Returns the bytes that the caching allocator takes from the GPU, at most."""
         allocator = CachingAllocator(expandable, pages)
         chunks: dict[Block, Chunk] = {}
         for born, block in self.events:
@@ -83,27 +83,24 @@ class Peak:
     breakdown: dict[str, int]  # label -> bytes, largest first
 
 
-# --- recording ---------------------------------------------------------------------------------
-
-
 class Recorder(TorchDispatchMode):
-    """Records into `trace` while it is entered; `label` names what is born next."""
+    """Records into `trace` while it is entered; `label` is that of the next blocks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.trace = Trace()
         self.label = "other"
-        self.labels: dict[str, str] = {}  # of what the operations of a namespace make
+        self.namespace_labels: dict[str, str] = {}  # for what a namespace's operations make
         self._known: dict[int, tuple[Block, weakref.ref]] = {}  # address of the storage -> block
 
-    def enter(self, phase: str) -> None:
+    def begin_phase(self, phase: str) -> None:
         self.trace.phases.append((len(self.trace.events), phase))
 
-    def name(self, tensors: Iterable[torch.Tensor | None], label: str) -> None:
-        """Says what these are for, whenever they were born; those not met are born now."""
+    def label_tensors(self, tensors: Iterable[torch.Tensor | None], label: str) -> None:
+        """Labels tensors, whenever they were born; unknown ones are born now."""
         for tensor in tensors:
             if tensor is not None:
-                self._meet(tensor, label).label = label
+                self._block_of(tensor, label).label = label
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is aten.add.Tensor and _is_accumulation(*args):
@@ -111,26 +108,26 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
-                self._meet(tensor, self.labels.get(func.namespace, self.label))
+                self._block_of(tensor, self.namespace_labels.get(func.namespace, self.label))
         return result
 
-    def _meet(self, tensor: torch.Tensor, label: str) -> Block:
+    def _block_of(self, tensor: torch.Tensor, label: str) -> Block:
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address not in self._known:
             block = Block(storage.nbytes(), label)
             self.trace.events.append((True, block))
-            watch = weakref.ref(storage, lambda _: self._forget(address))
-            self._known[address] = block, watch
+            death = weakref.ref(storage, lambda _: self._record_death(address))
+            self._known[address] = block, death
         return self._known[address][0]
 
-    def _forget(self, address: int) -> None:
+    def _record_death(self, address: int) -> None:
         block, _ = self._known.pop(address)
         self.trace.events.append((False, block))
 
 
-class Assume(TorchDispatchMode):
-    """Lets 1 (True) be the value of a fake tensor where a program asks for one."""
+class AssumeOnes(TorchDispatchMode):
+    """Gives 1 (True) as the value of a fake tensor where a program reads one."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -143,11 +140,11 @@ def _one(dtype: torch.dtype) -> bool | int | float:
 
 
 def _is_accumulation(left: Any, right: Any = None, *further: Any) -> bool:
-    """Whether autograd sums two gradients of one tensor and may overwrite the first.
+    """Returns whether autograd sums two gradients of one tensor and may overwrite the first.
 
-    It does so in place where it holds the last reference to the first, but not while a dispatch
-    mode looks on (torch/csrc/autograd/input_buffer.cpp: `can_accumulate_inplace`); without this
-    the observer would change what it observes.
+    It does so in place where it holds the last reference to the first, but not under a dispatch
+    mode (torch/csrc/autograd/input_buffer.cpp: `can_accumulate_inplace`); without this
+    the recorder would change what it records.
     """
     return (
         torch._C._current_graph_task_id() != -1

@@ -185,9 +185,17 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def build_model(
-        cls, config: Any, precision: str, device: torch.device, weights: bool = True
+        cls,
+        config: Any,
+        precision: str,
+        device: torch.device,
+        weights: bool = True,
+        depth: int | None = None,
     ) -> nn.Module:
-        """Returns the model ready to train; without `weights` it is random and reads no file."""
+        """Returns the model ready to train; without `weights` it is random and reads no file.
+
+        `depth`: how many layers it gets, of random weights; None: all.
+        """
 
     @classmethod
     def build(
@@ -197,18 +205,17 @@ class Task(ABC):
         precision: str,
         budget: batches.Budget,
         context: Context,
-        weights: bool = True,
     ) -> Task:
         """Returns the task with its model."""
-        model = cls.build_model(config, precision, context.accelerator.device, weights)
+        model = cls.build_model(config, precision, context.accelerator.device)
         return cls(config, prepared, model, budget, context)
 
     @classmethod
     def skeleton(cls, config: Any, depth: int | None = None) -> nn.Module:
         """Returns the model without storage, adapters included; `depth`: the layers it gets."""
-        assert depth is None
-        with torch.device("meta"):
-            return cls.build_model(config, "fp32", torch.device("meta"), weights=False)
+        meta = torch.device("meta")
+        with meta:
+            return cls.build_model(config, "fp32", meta, weights=False, depth=depth)
 
     @classmethod
     def with_depth(cls, config: Any, depth: int) -> Any:
@@ -384,12 +391,11 @@ class Task(ABC):
     def name_examples(self, ids: list[int]) -> str:
         return "examples " + ", ".join(map(str, ids[:8]))
 
-    def usable_budget(self, precision: str, layout: str) -> batches.Budget:
-        """Returns the planned budget, changed where this model cannot use its layout.
+    def check_layout(self, precision: str, layout: str) -> None:
+        """Changes the layout of the budget where this model cannot use the planned one.
 
         Raises ConfigError if `layout`, the configured one, demands it.
         """
-        return self.budget
 
     def finish(self, model: nn.Module) -> None:
         """Computes what follows from the trained weights. Collective."""

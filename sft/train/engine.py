@@ -22,7 +22,7 @@ from torch import nn
 
 from sft import errors
 from sft.config.schema import Train
-from sft.data.batches import Budget, MicroBatch, cut, global_batch_ids
+from sft.data.batches import MicroBatch, cut, global_batch_ids
 from sft.errors import NonFiniteError, OutOfMemory, Preempted
 from sft.runtime import checkpoint, disk
 from sft.runtime.console import Advance, duration, metrics_line, size
@@ -40,11 +40,10 @@ from sft.train.task import Batch, Trainable
 class Engine:
     """Trains `task` as `train` says and writes to `train.output_dir`."""
 
-    def __init__(self, task: Trainable, train: Train, context: Context, budget: Budget):
+    def __init__(self, task: Trainable, train: Train, context: Context):
         self.task, self.train = task, train
         self.accelerator, self.log, self.guard = context.accelerator, context.log, context.guard
         self.folder = Path(train.output_dir)
-        self.budget = task.budget = budget
         self.step = 0
         self.evaluated = 0  # the last step that was followed by an evaluation
         self.num_skipped = 0  # steps without an update: loss or gradient was not finite
@@ -66,7 +65,15 @@ class Engine:
     def _cuts(self, step: int) -> tuple[list[int], list[list[MicroBatch]]]:
         lengths, world = self.task.lengths, self.accelerator.num_processes
         ids = global_batch_ids(len(lengths), order_seed(self.train), step, self.train.global_batch)
-        return ids, cut(ids, lengths, world, self.budget)
+        return ids, cut(ids, lengths, world, self.task.budget)
+
+    def collate(self, micro_batch: MicroBatch) -> Batch:
+        """Returns the batch of these examples; a dry run overrides this."""
+        return self.task.collate(micro_batch)
+
+    def clip(self) -> float:
+        """Begins the update: clips gradients and returns their norm; a dry run overrides this."""
+        return self.parallel.clip()
 
     def optimizer_step(self) -> dict[str, float]:
         """Makes one update from the global batch of `self.step` and returns what is logged of it.
@@ -84,7 +91,7 @@ class Engine:
         if not math.isfinite(loss):
             self._skip("loss", loss, done.broken)
         else:
-            grad_norm = self._call_once(ids, self.parallel.clip)
+            grad_norm = self._call_once(ids, self.clip)
             if self._is_on_any_rank(not math.isfinite(grad_norm)):
                 self._skip("gradient norm", grad_norm, ids)
             else:
@@ -116,7 +123,7 @@ class Engine:
         ids, micro_batches = self.window(self.step)
         guard, waits = OomGuard(), self.parallel.waits
         self.parallel.begin_step()
-        batches = [guard.call(m, self.task.collate, m) for m in micro_batches]
+        batches = [guard.call(m, self.collate, m) for m in micro_batches]
         count = 0.0 if guard.oom else self._count(batches)
         supervised, *flags = self._sum([count, *self.guard.flags()])
         self.guard.agree(*flags)
@@ -250,7 +257,7 @@ class Engine:
         release_memory()
         lengths = self.task.lengths
         _, cuts = self._cuts(self.step)
-        budget = recovery.smaller_budget(self.budget, cuts, lengths)
+        budget = recovery.smaller_budget(self.task.budget, cuts, lengths)
         if budget is None:
             raise OutOfMemory(
                 f"memory ran out in step {self.step + 1} with one example of "
@@ -258,7 +265,7 @@ class Engine:
                 f"({self.task.name_examples(found.ids)}): {found.reason}; see what would take less "
                 "with `make plan`"
             )
-        self.budget = self.task.budget = budget
+        self.task.budget = budget
         self.log.say(
             f"step {self.step + 1:,}: memory ran out ({found.reason}); it is done again, and "
             f"train.max_tokens is {budget.max_tokens:,} from here on, with the same result"
@@ -280,7 +287,7 @@ class Engine:
         return OutOfMemory(
             f"rank {self.accelerator.process_index}: memory ran out in step {self.step + 1} where "
             f"the step cannot be done again: {reason}. Examples: {self.task.name_examples(ids)}. "
-            f"Lower train.max_tokens (now {self.budget.max_tokens:,}) and resume"
+            f"Lower train.max_tokens (now {self.task.budget.max_tokens:,}) and resume"
         )
 
     def _skip(self, what: str, value: float, ids: list[int]) -> None:

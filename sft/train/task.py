@@ -19,7 +19,7 @@ class Trainable(Protocol):
 
     model: nn.Module
     budget: batches.Budget
-    """How micro-batches are cut; the engine lowers it where memory runs out."""
+    """How micro-batches are cut: the only copy, which the engine lowers where memory runs out."""
     needs_global_batch: bool
     """Whether the loss depends on the whole global batch instead of being a sum over examples."""
 

@@ -10,9 +10,9 @@ from sft.train.engine import Engine
 
 def allocated_bytes(engine: Engine) -> int:
     """What the model and the optimizer hold, and what the CPU allocator gives in a step."""
-    kept = [t for tensors in dry_run.held(engine.task.model).values() for t in tensors]
+    kept = [t for tensors in dry_run.tensors_by_use(engine.task.model).values() for t in tensors]
     for state in engine.optimizer.state.values():
-        kept += dry_run.tensors_of(state)
+        kept += dry_run.tensors_in(state)
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
     return sum(storages.values()) + true_peak(engine.optimizer_step)[0]
 

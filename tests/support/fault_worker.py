@@ -155,11 +155,11 @@ def starved(out: Path, name: str) -> dict[str, Any]:
         built = make(out / where, name)
         losses = steps(built, 1)
         if where in ("later", "backward"):  # several micro-batches a step
-            built.budget = batches.Budget(40, "padded")
+            built.task.budget = batches.Budget(40, "padded")
         tried = starve(built, 1, where)
         result[where] = {
             "losses": losses + steps(built, STEPS - 1),
-            "budgets": [built.budget.max_tokens, built.task.budget.max_tokens],
+            "budget": built.task.budget.max_tokens,
             "tried": tried,
             "difference": float((weights(built) - weights(rich)).abs().max()),
         }

@@ -19,12 +19,12 @@ import torch
 from allocations import true_peak
 
 from sft.plan import dry_run
-from sft.plan.dry_run import uniform
+from sft.plan.dry_run import uniform_window
 from sft.plan.trace import Recorder
 from sft.runtime.processes import start_processes
 from sft.tasks.registry import load_run
 
-WINDOW = uniform(4, 64, 64, micro_batches=2)
+WINDOW = uniform_window(4, 64, 64, micro_batches=2)
 
 
 def paused(wait: Callable[..., Any]) -> Callable[..., Any]:

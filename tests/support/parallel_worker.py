@@ -30,7 +30,7 @@ def make(case: dict[str, Any], folder: Path) -> engine.Engine:
     budget = batches.Budget(case["max_tokens"], "padded")
     context = Context(accelerator)
     task = task_of(config).build(config, prepared, config.train.precision, budget, context)
-    return engine.Engine(task, config.train, context, budget)
+    return engine.Engine(task, config.train, context)
 
 
 def run(case: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def make_engine(
     accelerator = processes.start_processes(settings.train)
     prepared = cache.Prepared(Tokenizer(), stored(rows), stored(held_out), AUDIT)  # type: ignore[arg-type]
     task = task_of(settings)(settings, prepared, built, budget, Context(accelerator, Log(None)))
-    return engine.Engine(task, settings.train, Context(accelerator, Log(None)), budget)
+    return engine.Engine(task, settings.train, Context(accelerator, Log(None)))
 
 
 def reference(model: nn.Module, rows: list[template.Example]) -> tuple[float, list[torch.Tensor]]:

@@ -128,8 +128,14 @@ class Distillation(Task):
 
     @classmethod
     def build_model(
-        cls, config: DistillConfig, precision: str, device: torch.device, weights: bool = True
+        cls,
+        config: DistillConfig,
+        precision: str,
+        device: torch.device,
+        weights: bool = True,
+        depth: int | None = None,
     ) -> nn.Module:
+        assert depth is None  # `TaskInfo.small`: traced whole
         return build(config.distill, config.train.seed, device)
 
     @classmethod

@@ -122,9 +122,14 @@ class FineTune(Task):
 
     @classmethod
     def build_model(
-        cls, config: Config, precision: str, device: torch.device, weights: bool = True
+        cls,
+        config: Config,
+        precision: str,
+        device: torch.device,
+        weights: bool = True,
+        depth: int | None = None,
     ) -> nn.Module:
-        return load.build(config, precision, device, weights, adapt=cls.adapt)
+        return load.build(config, precision, device, weights, depth, adapt=cls.adapt)
 
     @classmethod
     def adapt(cls, base: nn.Module, config: Config) -> nn.Module:
@@ -238,17 +243,17 @@ class FineTune(Task):
     def lengths(self) -> Sequence[int]:
         return self.prepared.train.lengths
 
-    def usable_budget(self, precision: str, layout: str) -> batches.Budget:
+    def check_layout(self, precision: str, layout: str) -> None:
         device = self.accelerator.device
         if self.budget.layout == "padded" or head.documents_are_isolated(
             self.model, precision, device
         ):
-            return self.budget
+            return
         reason = "packed documents of this model would attend to each other"
         if layout == "packed":
             raise ConfigError(f"train.layout: {reason}; use train.layout: padded")
         self.log.say(f"layout: padded, since {reason}")
-        return replace(self.budget, layout="padded")
+        self.budget = replace(self.budget, layout="padded")
 
     def collate(self, ids: list[int]) -> Batch:
         return self._collate(self.prepared.train, ids)

@@ -43,8 +43,8 @@ def heaviest(engine):
     return of
 
 
-def holding(engine, most):
-    """Makes the device hold so many tokens."""
+def limit_device(engine, most):
+    """Makes memory run out beyond so many tokens."""
     real = engine.task.loss
 
     def loss(model, batch):
@@ -58,12 +58,13 @@ def holding(engine, most):
 def test_a_budget_that_the_device_cannot_hold_shrinks(engine):
     weights = [p.clone() for p in engine.task.model.parameters()]
     longest = max(engine.task.lengths)
-    large, more = calibration.fitting(engine, Budget(200, "padded"), heaviest(engine), 1000)
-    assert large.max_tokens == 200
+    more = calibration.fit_budget(engine, heaviest(engine), 1000)
+    assert engine.task.budget == Budget(200, "padded")
     assert not engine.log.lines
-    holding(engine, 70)
-    budget, less = calibration.fitting(engine, Budget(200, "padded", 64), heaviest(engine), 1000)
-    assert budget == Budget(max(50, longest), "padded", 64)
+    limit_device(engine, 70)
+    engine.task.budget = Budget(200, "padded", 64)
+    less = calibration.fit_budget(engine, heaviest(engine), 1000)
+    assert engine.task.budget == Budget(max(50, longest), "padded", 64)
     assert less < more
     assert (
         "a micro-batch of 200 tokens does not fit the memory: train.max_tokens is 100"
@@ -72,28 +73,28 @@ def test_a_budget_that_the_device_cannot_hold_shrinks(engine):
     assert all(p.grad is None for p in engine.task.model.parameters())
     pairs = zip(weights, engine.task.model.parameters(), strict=True)
     assert all(torch.equal(before, after) for before, after in pairs)
-    rows, _ = calibration.fitting(engine, Budget(400, "padded", None, 8), heaviest(engine), 0)
-    assert rows.max_rows < 8
+    engine.task.budget = Budget(400, "padded", None, 8)
+    calibration.fit_budget(engine, heaviest(engine), 0)
+    assert engine.task.budget.max_rows < 8
 
 
-def test_a_device_that_cannot_hold_the_longest_example_is_told(engine):
-    holding(engine, max(engine.task.lengths) - 1)
-    told = r"the longest example \(\d+ tokens\) does not fit .* 2.00 GiB"
-    with pytest.raises(UserError, match=told):
-        calibration.fitting(engine, Budget(200, "padded"), heaviest(engine), 0)
+def test_a_device_that_cannot_hold_the_longest_example_is_an_error(engine):
+    limit_device(engine, max(engine.task.lengths) - 1)
+    message = r"the longest example \(\d+ tokens\) does not fit .* 2.00 GiB"
+    with pytest.raises(UserError, match=message):
+        calibration.fit_budget(engine, heaviest(engine), 0)
 
 
 def test_what_is_measured_is_what_the_step_takes(engine):
-    budget, micro_batches = Budget(200, "padded"), [[0, 1, 2], [3, 4, 5, 6]]
-    _, measured = calibration.fitting(engine, budget, lambda _: micro_batches, 0)
-    engine.window = lambda _: (list(range(7)), micro_batches)
+    micro_batches = [[0, 1, 2], [3, 4, 5, 6]]
+    context = Context(engine.accelerator)
+    engine = dry_run.DryEngine(engine.task, engine.train, context, micro_batches)
+    measured = calibration.fit_budget(engine, lambda _: micro_batches, 0)
     engine.optimizer_step()  # now there is a state of the optimizer
     engine.optimizer.zero_grad()
     state = sum(t.nbytes for s in engine.optimizer.state.values() for t in s.values())
-    assert (
-        calibration.fitting(engine, budget, lambda _: micro_batches, 10**9)[1] == measured + state
-    )
-    real = dry_run.record(engine).peaks()
+    assert calibration.fit_budget(engine, lambda _: micro_batches, 10**9) == measured + state
+    real = dry_run.record_step(engine).peaks()
     passes = max(peak.num_bytes for name, peak in real.items() if name != "update")
     assert measured + state == pytest.approx(passes, rel=0.001)
 
@@ -109,16 +110,16 @@ def test_a_run_whose_device_holds_less_goes_on_with_a_smaller_budget(tmp_path):
     machine = replace(hardware.detect(), devices=gpus.named_gpus("H100-80GB"))
     planned = plan.make_plan(config, FineTune.workload(config, prepared), machine, 1)
     resolved = with_values(config, plan.resolved_values(planned))
-    alone = dry_run.Alone("fp32")
+    alone = dry_run.CpuAccelerator("fp32")
     built = load.build(resolved, "fp32", dry_run.CPU)
     task = FineTune(resolved, prepared, built, planned.budget, Context(alone, tiny.Said()))
-    engine = Engine(task, resolved.train, Context(alone, Log(tmp_path / "run")), planned.budget)
-    report.keep(resolved, planned, engine.log.folder)
-    holding(engine, 900)
-    smaller, measured = calibration.confirm_on(
+    engine = Engine(task, resolved.train, Context(alone, Log(tmp_path / "run")))
+    report.write_resolved(resolved, planned, engine.log.folder)
+    limit_device(engine, 900)
+    smaller, measured = calibration.calibrate(
         engine, planned, resolved, FineTune.workload(config, prepared), machine
     )
-    assert engine.budget == task.budget == smaller.budget
+    assert task.budget == smaller.budget
     assert smaller.budget.max_tokens < 2000 < planned.budget.max_tokens
     assert smaller.micro_batches > planned.micro_batches
     assert smaller.memory.allocated < planned.memory.allocated
@@ -127,24 +128,24 @@ def test_a_run_whose_device_holds_less_goes_on_with_a_smaller_budget(tmp_path):
     assert line["measured_bytes"] == measured["heaviest_micro_batch_bytes"]
     kept = load_config(tmp_path / "run/config.yaml")
     assert kept == with_values(resolved, {"train.max_tokens": smaller.budget.max_tokens})
-    told = json.loads((tmp_path / "run/plan.json").read_text())
-    assert told == json.loads(json.dumps(report.report(smaller))) | {"measured": None}
+    written = json.loads((tmp_path / "run/plan.json").read_text())
+    assert written == json.loads(json.dumps(report.plan_values(smaller))) | {"measured": None}
 
 
 def test_history(tmp_path):
-    assert history.past(tmp_path, "a GPU") is None
+    assert history.read_past(tmp_path, "a GPU") is None
     for measured in (990, 1000, 1040):
-        history.remember(tmp_path, "a GPU", 1000, measured)
-    history.remember(tmp_path, "another", 1000, 5000)
+        history.append(tmp_path, "a GPU", 1000, measured)
+    history.append(tmp_path, "another", 1000, 5000)
     with (tmp_path / history.HISTORY).open("a") as file:
         file.write('broken\n{"device": "a GPU"}\n[]\n{"device": "a GPU", "predicted_bytes": 0, ')
         file.write('"measured_bytes": 1}\n')
-    past = history.past(tmp_path, "a GPU")
+    past = history.read_past(tmp_path, "a GPU")
     assert past.runs == 3
     assert (past.least, past.most) == (pytest.approx(-0.01), pytest.approx(0.04))
     for _ in range(history.KEPT):
-        history.remember(tmp_path, "a GPU", 1000, 1000)
-    assert history.past(tmp_path, "a GPU") == history.Past(history.KEPT, 0, 0)
+        history.append(tmp_path, "a GPU", 1000, 1000)
+    assert history.read_past(tmp_path, "a GPU") == history.Past(history.KEPT, 0, 0)
     (tmp_path / history.HISTORY).write_bytes(b"\xff\xfe")
-    assert history.past(tmp_path, "a GPU") is None
-    history.remember(tmp_path / "missing", "a GPU", 1, 1)
+    assert history.read_past(tmp_path, "a GPU") is None
+    history.append(tmp_path / "missing", "a GPU", 1, 1)
