@@ -38,7 +38,7 @@ from sft.config.load import dump_config, load_config, with_values
 from sft.runtime import checkpoint
 from sft.runtime.console import Advance, bar, make_console
 from sft.verify import laws
-from sft.verify.runs import TRAIN, judged
+from sft.verify.runs import TRAIN, read_outcome
 from sft.verify.small import Small, make_small
 
 ROOT = Path(__file__).parent.parent
@@ -202,19 +202,19 @@ class Chase:
 
     def compare(self, run: Path) -> None:
         for key in ("/loss", laws.EXAMPLES_KEY):
-            if laws.curves(run, key) != laws.curves(self.whole, key):
+            if laws.read_curves(run, key) != laws.read_curves(self.whole, key):
                 self.found.mismatches += 1
                 raise Unsound(f"{run} is kept: its {key} are not those of {self.whole}")
         for name in ("final_checkpoint", f"checkpoint_step_{STEPS - SAVE_STEPS}"):
-            files = [laws.state_files(folder / name) for folder in (run, self.whole)]
+            files = [laws.hash_state_files(folder / name) for folder in (run, self.whole)]
             if files[0] != files[1] or not files[1]:
                 self.found.mismatches += 1
                 raise Unsound(f"{run} is kept: its {name} is not that of {self.whole}")
 
     def _must_have_finished(self, run: Path) -> None:
         log = run.with_suffix(".log").read_text("utf-8", errors="replace")
-        ended = judged(run, log)
-        if not ended.finished:
+        ended = read_outcome(run, log)
+        if not ended.is_finished:
             raise Unsound(f"{run} is kept: it {ended.state}: {ended.reason}")
 
 

@@ -81,16 +81,16 @@ def test_fresh_processes_are_gone_when_they_are_reported(tmp_path):
         "told = ['told by', os.environ.get('RANK', 'alone'), *sys.argv[1:]]\n"
         "os.write(1, (' '.join(told) + '\\n').encode())\n"
     )
-    assert runs.fresh(1, tmp_path, [str(script), "a=b"]) == "told by alone a=b\n"
-    told = runs.fresh(2, tmp_path, [str(script)])
+    assert runs.run_fresh(1, tmp_path, [str(script), "a=b"]) == "told by alone a=b\n"
+    told = runs.run_fresh(2, tmp_path, [str(script)])
     assert {"told by 0", "told by 1"} <= set(told.splitlines()), told
     assert {path.name for path in tmp_path.iterdir()} == {"script.py", "alone", "0", "1"}
 
 
 def test_deviations_are_relative_and_infinite_where_something_is_missing(tmp_path):
-    assert laws.deviation({1: 2.0, 2: 11.0}, {1: 2.0, 2: 10.0}) == pytest.approx(0.1)
-    assert laws.deviation({1: 2.0}, {1: 2.0, 2: 10.0}) == float("inf")
-    assert laws.deviation({}, {}) == float("inf")
+    assert laws.max_deviation({1: 2.0, 2: 11.0}, {1: 2.0, 2: 10.0}) == pytest.approx(0.1)
+    assert laws.max_deviation({1: 2.0}, {1: 2.0, 2: 10.0}) == float("inf")
+    assert laws.max_deviation({}, {}) == float("inf")
     for name, tensors in {
         "one": {"a": torch.ones(4), "b": torch.zeros(2)},
         "near": {"a": torch.ones(4) * 1.5, "b": torch.zeros(2)},
@@ -99,18 +99,18 @@ def test_deviations_are_relative_and_infinite_where_something_is_missing(tmp_pat
     }.items():
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
-    assert laws.weight_deviation(tmp_path / "near", tmp_path / "one") == pytest.approx(0.5)
+    assert laws.max_weight_deviation(tmp_path / "near", tmp_path / "one") == pytest.approx(0.5)
     for name in ("less", "none"):
-        assert laws.weight_deviation(tmp_path / name, tmp_path / "one") == float("inf")
-        assert laws.weight_deviation(tmp_path / name, tmp_path / name) in (0, float("inf"))
-    assert laws.weight_deviation(tmp_path / "none", tmp_path / "none") == float("inf")
+        assert laws.max_weight_deviation(tmp_path / name, tmp_path / "one") == float("inf")
+        assert laws.max_weight_deviation(tmp_path / name, tmp_path / name) in (0, float("inf"))
+    assert laws.max_weight_deviation(tmp_path / "none", tmp_path / "none") == float("inf")
 
 
 def test_every_cut_is_tried_once():
     small = Small(load_config(ROOT / "configs/nano.yaml"), Path(), [9, 5, 4], [])
     files = [Path("configs/deepspeed_z2.json")]
     for world, number in ((1, 4), (2, 7)):
-        found = laws.cuts(small, world, files)
+        found = laws.list_cuts(small, world, files)
         assert len({cut.name for cut in found}) == len(found) == number
         for each in found:  # what it asks for is a configuration
             load_config(ROOT / "configs/nano.yaml", each.settings())
@@ -119,16 +119,16 @@ def test_every_cut_is_tried_once():
 def test_a_broken_row_is_an_error_and_a_refused_one_is_not():
     told = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     titles = ("what", "found")
-    sound = laws.Row(("first",), [("same", True)])
-    refused = laws.Row(("second",), [], "error: it cannot", refused=True)
-    laws._conclude(told, "law", titles, [sound, refused])
+    sound = laws.Verdict(("first",), [("same", True)])
+    refused = laws.Verdict(("second",), [], "error: it cannot", refused=True)
+    laws.print_verdicts(told, "law", titles, [sound, refused])
     assert "error: it cannot" in told.export_text(clear=False)
     for broken in (
-        laws.Row(("third",), [("OTHER", False)]),
-        laws.Row(("third",), [], "it failed"),
+        laws.Verdict(("third",), [("OTHER", False)]),
+        laws.Verdict(("third",), [], "it failed"),
     ):
         with pytest.raises(errors.VerificationError, match="third") as raised:
-            laws._conclude(told, "law", titles, [sound, broken])
+            laws.print_verdicts(told, "law", titles, [sound, broken])
         assert raised.value.exit_code == 1
 
 
@@ -145,7 +145,7 @@ def test_that_varlen_has_no_kernel_in_fp32_is_told(tmp_path, exact):
     overrides = ["model.attn_implementation=varlen", "data.max_rows=64"]
     config = load_config(ROOT / "configs/nano.yaml", overrides)
     told = dict(make_small(config, tmp_path, exact=exact).changes)
-    assert told.get("packed rows", "").startswith("of SDPA with a mask: varlen has no") == exact
+    assert told.get("packed rows", "").startswith("SDPA with a mask: varlen has no") == exact
 
 
 DARKROOM = ["distill.compress=true", "distill.dropout=0.1", "distill.width=48"]
@@ -213,7 +213,7 @@ def broken(tmp_path, monkeypatch):
 def killed(tmp_path_factory) -> tuple[runs.Trials, laws.Kill, runs.Run, runs.Run]:
     """A run that was killed in a save, and the uninterrupted one."""
     made = trials(tmp_path_factory.mktemp("resume"))
-    kill = laws.kills(made.small, 1)[-1]
+    kill = laws.kill_points(made.small, 1)[-1]
     dead = made.run("killed", 1, kill=kill.point)
     assert dead.state == "running"
     return made, kill, dead, made.run("whole", 1)
@@ -225,10 +225,10 @@ def resumed(killed) -> dict[str, bool] | str:
     folder = dead.folder.with_name("resumed")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(dead.folder, folder)
-    return holding(laws.resumed_row(made, kill, folder, 1, 1, whole))
+    return holding(laws.judge_resumed(made, kill, folder, 1, 1, whole))
 
 
-def holding(row: laws.Row) -> dict[str, bool] | str:
+def holding(row: laws.Verdict) -> dict[str, bool] | str:
     assert row.holds == (not row.problem and all(holds for _, holds in row.cells))
     return row.problem or {name: holds for name, (_, holds) in zip(CELLS, row.cells, strict=True)}
 
@@ -287,7 +287,7 @@ def test_a_torn_checkpoint_is_found_out(killed):
     shutil.copytree(dead.folder, torn)
     with (torn / "checkpoint_step_2/optimizer-00001-of-00001.safetensors").open("ab") as file:
         file.write(b"0")
-    row = laws.resumed_row(made, kill, torn, 1, 1, whole)
+    row = laws.judge_resumed(made, kill, torn, 1, 1, whole)
     assert "optimizer-00001-of-00001.safetensors has" in row.problem
     assert not row.holds
 
@@ -295,21 +295,21 @@ def test_a_torn_checkpoint_is_found_out(killed):
 @pytest.mark.slow
 def test_distillation_keeps_both_laws(tmp_path, monkeypatch):
     made = runs.Trials(small_darkroom(tmp_path, monkeypatch), forks)
-    (row,) = laws.resume_rows(made, 1, laws.kills(made.small, 1)[-1:])
+    (row,) = laws.try_resuming(made, 1, laws.kill_points(made.small, 1)[-1:])
     assert holding(row) == dict.fromkeys(CELLS, True)
     cut = laws.Cut(1, "one process", "padded", 1)
     whole = runs.Run(tmp_path / "whole", "finished", "")
-    row = laws.cut_row(cut, made.run("alone", 1, *cut.settings()), whole)
+    row = laws.judge_cut(cut, made.run("alone", 1, *cut.settings()), whole)
     assert row.holds, row
     assert row.cells[1][0] != "0e+00"  # it was cut
 
 
 @pytest.fixture(scope="module")
-def exact(tmp_path_factory) -> tuple[runs.Trials, list[laws.Row], runs.Run]:
+def exact(tmp_path_factory) -> tuple[runs.Trials, list[laws.Verdict], runs.Run]:
     """A run without dropout; and one that two processes resumed, held against it."""
     made = trials(tmp_path_factory.mktemp("exact"), exact=True)
-    kill = replace(laws.kills(made.small, 1)[0], resumed_by=(2,))
-    rows = laws.resume_rows(made, 1, [kill])
+    kill = replace(laws.kill_points(made.small, 1)[0], resumed_by=(2,))
+    rows = laws.try_resuming(made, 1, [kill])
     return made, rows, runs.Run(made.small.folder / "whole", "finished", "")
 
 
@@ -325,7 +325,7 @@ def cut(exact, world: int, layout: str, max_tokens: int) -> dict[str, bool] | st
     made, _, whole = exact
     chosen = laws.Cut(world, "any", layout, max_tokens)
     name = f"cut{len(list(made.small.folder.iterdir()))}"
-    row = laws.cut_row(chosen, made.run(name, world, *chosen.settings()), whole)
+    row = laws.judge_cut(chosen, made.run(name, world, *chosen.settings()), whole)
     return row.problem or dict(zip(CELLS[1:4], (holds for _, holds in row.cells), strict=True))
 
 

@@ -81,7 +81,7 @@ class Planner:
 
     @property
     def available_bytes(self) -> int:
-        """Returns, per process, the smallest GPU's free memory, or an equal share of the RAM."""
+        """Returns the smallest GPU's free memory, or the share of the RAM of one process."""
         if self.machine.devices:
             return min(device.free_bytes or device.total_bytes for device in self.machine.devices)
         return self.machine.ram_available_bytes // self.world_size

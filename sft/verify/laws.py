@@ -1,9 +1,8 @@
-"""Laws 1 and 2 tried on the user's own configuration, with its model made small.
+"""Tries laws 1 and 2 on the user's own configuration, with its model made small.
 
-The runs are whole ones: `scripts/train.py` in fresh processes, under torchrun where there are
-several, judged by what they leave in their folders (docs/RUNS.md) and by nothing else. So every
-engine is tried by the same code, and a fault of any part shows. To kill a run at a chosen point,
-the same script is started with a hook on what the interpreter does to files (`die_at`).
+Whole runs are trained in fresh processes and judged only by the files in their folders
+(docs/RUNS.md). So the same code tries every engine, and a fault of any part shows. To kill a run at
+a chosen point, it is started with a hook on the interpreter's file operations (`die_at`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from safetensors.torch import load_file
 
@@ -30,33 +28,34 @@ from sft.config.load import with_values
 from sft.config.schema import RunConfig
 from sft.errors import VerificationError
 from sft.runtime import checkpoint, hardware
-from sft.runtime.console import bar, facts
+from sft.runtime.console import bar, facts, table
 from sft.tasks.registry import task_of
-from sft.verify.runs import ROOT, Run, Trials, fresh
+from sft.verify.runs import ROOT, Run, Trials, run_fresh
 from sft.verify.small import Small, make_small
 
 LOSS, WEIGHTS = 1e-5, 1e-4  # relative deviation that another cut may cause
-
-
-# --- what a run left ---------------------------------------------------------------------------
-
 EXAMPLES_KEY = "examples_crc32"
 TENSORS = {".safetensors", ".pt", ".bin", ".distcp"}
 
 
-def curves(folder: Path, key: str = "/loss", after: int = 0) -> dict[tuple[int, str], float]:
-    """(step, name) -> value, of all values whose name ends so, later than step `after`."""
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Returns the rows of metrics.jsonl."""
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def read_curves(folder: Path, key: str = "/loss", after: int = 0) -> dict[tuple[int, str], float]:
+    """Returns the values whose name ends with `key`, by step and name, after step `after`."""
     return {
         (row["step"], name): row[name]
-        for row in map(json.loads, lines)
+        for row in read_metrics(folder)
         for name in row
         if name.endswith(key) and row["step"] > after
     }
 
 
-def state_files(folder: Path) -> dict[str, str]:
-    """Files of a checkpoint that hold tensors or the optimizer, and their sha256."""
+def hash_state_files(folder: Path) -> dict[str, str]:
+    """Returns the files of a checkpoint that hold tensors or the optimizer, with their sha256."""
     return {
         str(path.relative_to(folder)): checkpoint.sha256(path)
         for path in sorted(folder.rglob("*"))
@@ -64,25 +63,25 @@ def state_files(folder: Path) -> dict[str, str]:
     }
 
 
-def deviation(found: dict[Any, float], expected: dict[Any, float]) -> float:
-    """The largest relative one; infinite where one of the two has what the other lacks."""
+def max_deviation(found: dict[Any, float], expected: dict[Any, float]) -> float:
+    """Returns the largest relative deviation; infinite if the keys differ or are missing."""
     if found.keys() != expected.keys():
         return math.inf
     pairs = [(found[key], expected[key]) for key in expected]
     return max((abs(a - b) / (abs(b) or 1.0) for a, b in pairs), default=math.inf)
 
 
-def weight_deviation(found: Path, expected: Path) -> float:
-    """The largest relative one of a tensor, in norm, between the models in two folders."""
-    ours, theirs = _tensors(found), _tensors(expected)
+def max_weight_deviation(found: Path, expected: Path) -> float:
+    """Returns the largest relative deviation of a tensor, in norm, between two models."""
+    ours, theirs = _load_tensors(found), _load_tensors(expected)
     if ours.keys() != theirs.keys():
         return math.inf
     pairs = [(ours[name], theirs[name]) for name in theirs]
     return max((float((a - b).norm() / (b.norm() or 1.0)) for a, b in pairs), default=math.inf)
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """By file and name: adapters in folders of their own have the same names."""
+def _load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns tensors by file and name: adapters in several folders have the same names."""
     files = {path.relative_to(folder): load_file(path) for path in folder.rglob("*.safetensors")}
     return {
         f"{place} {name}": value.double()
@@ -92,8 +91,8 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of a verdict: its title, what was found (text, holds), and why a run failed."""
+class Verdict:
+    """A row of the table: its title, the findings (text, holds), and why a run failed."""
 
     title: tuple[str, ...]
     cells: list[tuple[str, bool]]
@@ -105,21 +104,21 @@ class Row:
         return not self.problem and all(holds for _, holds in self.cells)
 
 
-# --- law 2: resumed equals uninterrupted -------------------------------------------------------
+# -- law 2: resumed equals uninterrupted
 
 
 @dataclass(frozen=True)
 class Kill:
-    """Where a run is killed (see `die_at`), the step of the newest checkpoint then, and how many
-    processes go on from there."""
+    """A point where a run is killed and resumed."""
 
-    told: str
-    point: str
-    newest: int
-    resumed_by: tuple[int, ...]
+    title: str
+    point: str  # argument of `die_at`
+    newest: int  # step of the newest checkpoint then
+    resumed_by: tuple[int, ...]  # numbers of processes
 
 
-def kills(small: Small, world: int) -> list[Kill]:
+def kill_points(small: Small, world: int) -> list[Kill]:
+    """Returns points within an epoch, at its end, after it, and in a save."""
     last, same = small.steps_per_epoch, (world,)
     return [
         Kill(f"after step {last - 1}, within an epoch", f"saved:{last - 1}", last - 1, same),
@@ -129,83 +128,76 @@ def kills(small: Small, world: int) -> list[Kill]:
     ]
 
 
-def resume_rows(trials: Trials, world: int, chosen: list[Kill]) -> list[Row]:
-    """Runs of `world` processes, killed and resumed, held against the uninterrupted one."""
-    with ThreadPoolExecutor(_at_once(world)) as pool:
+def try_resuming(trials: Trials, world: int, kills: list[Kill]) -> list[Verdict]:
+    """Kills and resumes runs of `world` processes; compares them with an uninterrupted one."""
+    with ThreadPoolExecutor(_num_parallel(world)) as pool:
         whole = pool.submit(trials.run, "whole", world)
-        groups = [pool.submit(_killed, trials, world, kill, whole) for kill in chosen]
-        return [row for group in groups for row in group.result()]
+        groups = [pool.submit(_kill_and_resume, trials, world, kill, whole) for kill in kills]
+        return [verdict for group in groups for verdict in group.result()]
 
 
-def _killed(trials: Trials, world: int, kill: Kill, whole: Future[Run]) -> list[Row]:
+def _kill_and_resume(trials: Trials, world: int, kill: Kill, whole: Future[Run]) -> list[Verdict]:
     name = kill.point.replace(":", "_")
     killed = trials.run(name, world, kill=kill.point)
     if killed.state != "running":
         problem = f"the run was not killed, it {killed.state}: {killed.reason}"
-        return [Row((kill.told,), [], problem)]
+        return [Verdict((kill.title,), [], problem)]
     folders = {now: killed.folder.with_name(f"{name}_by_{now}") for now in kill.resumed_by}
     for folder in folders.values():
         shutil.copytree(killed.folder, folder)
-    whole_run = _finished(whole.result())
-    return [
-        resumed_row(trials, kill, folder, now, world, whole_run) for now, folder in folders.items()
-    ]
+    run = _require_finished(whole.result())
+    return [judge_resumed(trials, kill, at, now, world, run) for now, at in folders.items()]
 
 
-def resumed_row(
+def judge_resumed(
     trials: Trials, kill: Kill, folder: Path, world: int, killed_world: int, whole: Run
-) -> Row:
+) -> Verdict:
+    """Resumes the killed run in `folder` by `world` processes and judges the result."""
     by = "" if world == killed_world else f"; by {world} process{'es' * (world > 1)}"
-    title = (kill.told + by,)
+    title = (kill.title + by,)
     rejected: list[str] = []
     try:
         newest = checkpoint.find(folder, "auto", rejected.append)
     except errors.CheckpointError as error:
-        return Row(title, [], str(error))
+        return Verdict(title, [], str(error))
     if newest is None or rejected:
-        return Row(title, [], "; ".join(rejected) or "no checkpoint was committed")
+        return Verdict(title, [], "; ".join(rejected) or "no checkpoint was committed")
     exact = world == killed_world
     step = int(newest.name.rsplit("_", 1)[1])
     before = _history(folder, step)
     resumed = trials.run(folder.name, world, "train.resume_from_checkpoint=auto")
-    if not resumed.finished:
-        return Row(title, [], resumed.reason, refused=resumed.state == "refused" and not exact)
-    # Had it started anew, its times would be others.
-    goes_on = step == kill.newest and _history(folder, step) == before
-    return Row(title, [(str(step), goes_on), *_compared(resumed.folder, whole.folder, step, exact)])
+    if not resumed.is_finished:
+        return Verdict(title, [], resumed.reason, refused=resumed.state == "refused" and not exact)
+    # A run that started anew would have logged other times.
+    continues = step == kill.newest and _history(folder, step) == before
+    found = _compare_runs(resumed.folder, whole.folder, step, exact)
+    return Verdict(title, [(str(step), continues), *found])
 
 
-def _history(folder: Path, step: int) -> list[str]:
-    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [line for line in lines if json.loads(line)["step"] <= step]
+def _history(folder: Path, step: int) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(folder) if row["step"] <= step]
 
 
-def _compared(
+def _compare_runs(
     found: Path, whole: Path, step: int = 0, exact: bool = True
 ) -> list[tuple[str, bool]]:
-    """Examples, losses, weights and optimizer of two finished runs, from `step` on."""
-    ours, theirs = (curves(folder, EXAMPLES_KEY, step) for folder in (found, whole))
+    """Compares examples, losses, weights and optimizer of two finished runs after `step`."""
+    ours, theirs = (read_curves(folder, EXAMPLES_KEY, step) for folder in (found, whole))
     cells = [_same(ours == theirs and bool(theirs))]
-    ours, theirs = (curves(folder, "/loss", step) for folder in (found, whole))
+    ours, theirs = (read_curves(folder, "/loss", step) for folder in (found, whole))
     models = [folder / "final_checkpoint" for folder in (found, whole)]
-    if not exact:
-        return [*cells, *_within(ours, theirs, models), ("-", True)]
+    if not exact:  # losses and weights may deviate by rounding
+        losses, weights = max_deviation(ours, theirs), max_weight_deviation(*models)
+        cells += [(f"{losses:.0e}", losses <= LOSS), (f"{weights:.0e}", weights <= WEIGHTS)]
+        return [*cells, ("-", True)]
     num_same = sum(ours.get(key) == value for key, value in theirs.items())
     all_same = ours == theirs and num_same > 0
     cells.append((f"{num_same} of {len(theirs)} same", all_same))
     newest = [checkpoint.newest_first(folder)[0] for folder in (found, whole)]
     for folders in (models, newest):
-        files = [state_files(folder) for folder in folders]
+        files = [hash_state_files(folder) for folder in folders]
         cells.append(_same(files[0] == files[1] and bool(files[1])))
     return cells
-
-
-def _within(
-    found: dict[tuple[int, str], float], expected: dict[tuple[int, str], float], models: list[Path]
-) -> list[tuple[str, bool]]:
-    """Losses and weights, which may deviate by rounding."""
-    of_losses, of_weights = deviation(found, expected), weight_deviation(*models)
-    return [(f"{of_losses:.0e}", of_losses <= LOSS), (f"{of_weights:.0e}", of_weights <= WEIGHTS)]
 
 
 def _same(holds: bool) -> tuple[str, bool]:
@@ -213,31 +205,30 @@ def _same(holds: bool) -> tuple[str, bool]:
 
 
 def verify_resume(config: RunConfig, world: int, console: Console) -> None:
-    """Prints the verdict on law 2. Raises VerificationError where it does not hold."""
+    """Prints the verdicts on law 2; raises VerificationError if it does not hold."""
     others = (world - 1 if world > 2 else 1,) if world > 1 else ()
-    with _folder() as folder:
+    with _scratch_folder() as folder:
         small = make_small(config, folder / "as_configured")
-        introduced = [*small.changes]
-        chosen = kills(small, world)
-        groups = [(small, chosen)]
-        if others:  # the cut is another, so what depends on it must be off
+        changes, kills = [*small.changes], kill_points(small, world)
+        groups = [(small, kills)]
+        if others:  # they cut differently, so randomness that depends on the cut must be off
             exact = make_small(config, folder / "exact", exact=True)
-            if off := [what for what in exact.changes if what not in small.changes]:
-                introduced += [(name, f"{what}, where others resume") for name, what in off]
-                groups.append((exact, [replace(chosen[0], resumed_by=others)]))
+            if off := [change for change in exact.changes if change not in small.changes]:
+                changes += [(name, f"{text}, where others resume") for name, text in off]
+                groups.append((exact, [replace(kills[0], resumed_by=others)]))
             else:
-                chosen[0] = replace(chosen[0], resumed_by=(world, *others))
-        _introduce(console, world, introduced)
-        total = sum(1 + sum(1 + len(kill.resumed_by) for kill in kills) for _, kills in groups)
-        rows = []
+                kills[0] = replace(kills[0], resumed_by=(world, *others))
+        _print_changes(console, world, changes)
+        total = sum(1 + sum(1 + len(kill.resumed_by) for kill in each) for _, each in groups)
+        verdicts = []
         with bar(console, "runs", total) as advance:
             for each, its_kills in groups:
-                rows += resume_rows(Trials(each, fresh, advance), world, its_kills)
+                verdicts += try_resuming(Trials(each, run_fresh, advance), world, its_kills)
         titles = ("killed", "resumed after", "examples", "losses", "weights", "optimizer")
-        _conclude(console, "Resumed equals uninterrupted", titles, rows)
+        print_verdicts(console, "Resumed equals uninterrupted", titles, verdicts)
 
 
-# --- law 1: layout changes speed and memory, never the result ----------------------------------
+# -- law 1: layout changes speed and memory, never the result
 
 
 @dataclass(frozen=True)
@@ -266,81 +257,83 @@ class Cut:
         ]
 
 
-def cuts(small: Small, world: int, deepspeed: list[Path]) -> list[Cut]:
-    """The first is what the others are held against."""
+def list_cuts(small: Small, world: int, deepspeed: list[Path]) -> list[Cut]:
+    """Returns the cuts to try; the first is the reference for the others."""
     alone = "one process"
-    found = [
+    cuts = [
         Cut(1, alone, "padded", small.whole),
         Cut(1, alone, "padded", small.quarter),
         Cut(1, alone, "padded", 1),
     ]
     if task_of(small.config).info(small.config).packs:
-        found.append(Cut(1, alone, "packed", small.quarter))
+        cuts.append(Cut(1, alone, "packed", small.quarter))
     if world > 1:
-        found.append(Cut(world, "DDP", "padded", small.quarter))
-        found.append(Cut(world, "FSDP2", "padded", small.quarter, ("train.engine=fsdp",)))
+        cuts.append(Cut(world, "DDP", "padded", small.quarter))
+        cuts.append(Cut(world, "FSDP2", "padded", small.quarter, ("train.engine=fsdp",)))
     for file in deepspeed if world > 1 else []:
         engine = ("train.engine=deepspeed", f"train.deepspeed_config={file}")
-        found.append(Cut(world, file.stem.replace("_", " "), "padded", small.quarter, engine))
-    return found
+        cuts.append(Cut(world, file.stem.replace("_", " "), "padded", small.quarter, engine))
+    return cuts
 
 
-def invariance_rows(trials: Trials, chosen: list[Cut]) -> list[Row]:
-    """Every cut held against the first."""
+def try_cuts(trials: Trials, cuts: list[Cut]) -> list[Verdict]:
+    """Trains every cut and compares it with the first."""
     runs: dict[Cut, Run] = {}
-    for world in sorted({cut.world for cut in chosen}):
-        mine = [cut for cut in chosen if cut.world == world]
-        with ThreadPoolExecutor(_at_once(world)) as pool:
-            made = pool.map(lambda cut: trials.run(cut.name, cut.world, *cut.settings()), mine)
-            runs |= dict(zip(mine, made, strict=True))
-    first = _finished(runs[chosen[0]])
-    return [cut_row(cut, runs[cut], first) for cut in chosen]
+    for world in sorted({cut.world for cut in cuts}):
+        mine = [cut for cut in cuts if cut.world == world]
+        with ThreadPoolExecutor(_num_parallel(world)) as pool:
+            found = pool.map(lambda cut: trials.run(cut.name, cut.world, *cut.settings()), mine)
+            runs |= dict(zip(mine, found, strict=True))
+    first = _require_finished(runs[cuts[0]])
+    return [judge_cut(cut, runs[cut], first) for cut in cuts]
 
 
-def cut_row(cut: Cut, made: Run, first: Run) -> Row:
-    if not made.finished:
-        return Row(cut.title, [], made.reason, refused=made.state == "refused")
-    return Row(cut.title, _compared(made.folder, first.folder, exact=False)[:-1])
+def judge_cut(cut: Cut, run: Run, first: Run) -> Verdict:
+    """Compares the run of a cut with that of the first."""
+    if not run.is_finished:
+        return Verdict(cut.title, [], run.reason, refused=run.state == "refused")
+    return Verdict(cut.title, _compare_runs(run.folder, first.folder, exact=False)[:-1])
 
 
 def verify_invariance(config: RunConfig, world: int, console: Console) -> None:
-    """Prints the verdict on law 1. Raises VerificationError where it does not hold."""
+    """Prints the verdicts on law 1; raises VerificationError if it does not hold."""
     deepspeed = sorted(ROOT.glob("configs/deepspeed_z*.json"))
-    own = Path(config.train.deepspeed_config or deepspeed[0])
-    deepspeed += [own] * all(own.resolve() != file for file in deepspeed)
+    own = config.train.deepspeed_config
+    if own and all(Path(own).resolve() != file for file in deepspeed):
+        deepspeed.append(Path(own))
     any_engine = {"train.engine": "ddp", "train.deepspeed_config": None}
-    with _folder() as folder:
+    with _scratch_folder() as folder:
         small = make_small(with_values(config, any_engine), folder, exact=True)
-        _introduce(console, world, small.changes)
-        chosen = cuts(small, world, deepspeed)
-        with bar(console, "runs", len(chosen)) as advance:
-            rows = invariance_rows(Trials(small, fresh, advance), chosen)
+        _print_changes(console, world, small.changes)
+        cuts = list_cuts(small, world, deepspeed)
+        with bar(console, "runs", len(cuts)) as advance:
+            verdicts = try_cuts(Trials(small, run_fresh, advance), cuts)
         titles = ("processes", "engine", "layout", "tokens", "examples", "losses", "weights")
-        _conclude(console, "The cut changes nothing", titles, rows)
+        print_verdicts(console, "The cut changes nothing", titles, verdicts)
         console.print(
             "tokens: budget of a micro-batch; losses, weights: the largest relative deviation from "
             f"the first row, at most {LOSS:g} and {WEIGHTS:g}"
         )
 
 
-# --- what both share ---------------------------------------------------------------------------
+# -- both laws
 
 
-def _at_once(world: int) -> int:
-    """Runs side by side: as many as have cores of their own."""
+def _num_parallel(world: int) -> int:
+    """Returns how many runs at once have cores of their own."""
     machine = hardware.detect()
     return 1 if machine.devices else max(1, min(4, machine.cores // world))
 
 
-def _finished(made: Run) -> Run:
-    if not made.finished:
-        raise VerificationError(f"the run to compare with {made.state}: {made.reason}")
-    return made
+def _require_finished(run: Run) -> Run:
+    if not run.is_finished:
+        raise VerificationError(f"the run to compare with {run.state}: {run.reason}")
+    return run
 
 
 @contextmanager
-def _folder() -> Iterator[Path]:
-    """A temporary folder, which stays if a law does not hold."""
+def _scratch_folder() -> Iterator[Path]:
+    """Yields a temporary folder, and keeps it if a law does not hold."""
     folder = Path(tempfile.mkdtemp(prefix="sft-verify-"))
     try:
         yield folder
@@ -352,26 +345,27 @@ def _folder() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _introduce(console: Console, world: int, told: list[tuple[str, str]]) -> None:
+def _print_changes(console: Console, world: int, changes: list[tuple[str, str]]) -> None:
     rest = ("processes", f"{world}; all else as configured")
-    console.print(facts("The configuration, made small", [*told, rest]))
+    console.print(facts("The configuration, made small", [*changes, rest]))
 
 
-def _conclude(console: Console, law: str, titles: tuple[str, ...], rows: list[Row]) -> None:
-    """The table; VerificationError if a row does not hold."""
-    table = Table(title=law, title_justify="left", box=None, pad_edge=False)
-    for title in (*titles, "verdict"):
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        cells = [Text(text, style="" if holds else "bold red") for text, holds in row.cells]
-        blank = [Text("")] * (len(titles) - len(row.title) - len(cells))
-        verdict = Text("holds", "green") if row.holds else Text("BROKEN", "bold red")
-        verdict = Text("refused", "dim") if row.refused else verdict
-        table.add_row(*row.title, *cells, *blank, verdict)
-    console.print(table)
-    for row in rows:
-        if row.problem:
-            console.print(f"{' '.join(row.title)}: {row.problem}")
-    if broken := [" ".join(row.title) for row in rows if not row.holds and not row.refused]:
+def print_verdicts(
+    console: Console, law: str, titles: tuple[str, ...], verdicts: list[Verdict]
+) -> None:
+    """Prints the table; raises VerificationError if a verdict is that the law does not hold."""
+    rows: list[list[str | Text]] = []
+    for each in verdicts:
+        cells = [Text(text, "" if holds else "bold red") for text, holds in each.cells]
+        cells += [Text("")] * (len(titles) - len(each.title) - len(cells))
+        result = Text("holds", "green") if each.holds else Text("BROKEN", "bold red")
+        result = Text("refused", "dim") if each.refused else result
+        rows.append([*each.title, *cells, result])
+    console.print(table(law, (*titles, "verdict"), rows, left=len(titles) + 1))
+    for each in verdicts:
+        if each.problem:
+            console.print(f"{' '.join(each.title)}: {each.problem}")
+    broken = [" ".join(each.title) for each in verdicts if not each.holds and not each.refused]
+    if broken:
         raise VerificationError(f"the law does not hold here: {'; '.join(broken)}")
-    console.print(Text("The law holds.", style="green"))
+    console.print(Text("The law holds.", "green"))

@@ -1,4 +1,4 @@
-"""Whole runs in fresh processes, judged by the files they leave."""
+"""Whole runs in fresh processes, judged by the files in their folders."""
 
 from __future__ import annotations
 
@@ -23,13 +23,11 @@ TRAIN = ROOT / "scripts/train.py"
 PATIENCE = 900  # seconds for one run
 
 
-# --- whole runs --------------------------------------------------------------------------------
-
-# (processes, run folder, program: a script or `-m` and a module, with arguments) -> what it printed
+# (processes, run folder, program: a script or `-m` and a module, with arguments) -> its output
 Launch = Callable[[int, Path, list[str]], str]
 
 
-def fresh(world: int, folder: Path, program: list[str]) -> str:
+def run_fresh(world: int, folder: Path, program: list[str]) -> str:
     """Runs a program in `world` fresh processes; returns what they printed when all have ended."""
     launcher = ["-m", "sft.runtime.launcher", str(folder)] if world > 1 else []
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -52,7 +50,7 @@ class Run:
     reason: str
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         return self.state == "finished"
 
 
@@ -61,11 +59,11 @@ class Trials:
     """Runs of a small configuration, each in a folder of its own."""
 
     small: Small
-    launch: Launch = fresh
-    advance: Advance = lambda *_: None  # is told of every run that has ended
+    launch: Launch = run_fresh
+    advance: Advance = lambda *_: None  # called after every run
 
     def run(self, name: str, world: int, *overrides: str, kill: str | None = None) -> Run:
-        """One run by `world` processes; `kill`: see `die_at`."""
+        """Trains with `world` processes, killed at the point `kill` (`die_at`) if there is one."""
         folder, file = (self.small.folder / f"{name}{suffix}" for suffix in ("", ".yaml"))
         values = {"train.output_dir": str(folder), "train.num_processes": world}
         file.write_text(dump_config(with_values(self.small.config, values)), "utf-8")
@@ -75,11 +73,11 @@ class Trials:
         printed = self.launch(world, folder, command)
         file.with_suffix(".log").write_text(printed, "utf-8")
         self.advance(1, name.replace("_", " "))
-        return judged(folder, printed)
+        return read_outcome(folder, printed)
 
 
-def judged(folder: Path, printed: str) -> Run:
-    """How a run ended. Exit codes are not judged: those of launchers say little."""
+def read_outcome(folder: Path, printed: str) -> Run:
+    """Returns how a run ended, by its status and its output: exit codes of launchers differ."""
     try:
         status = json.loads((folder / "status.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -92,8 +90,10 @@ def judged(folder: Path, printed: str) -> Run:
 
 
 def die_at(point: str) -> None:
-    """SIGKILLs this run, launcher and all ranks, in the save of a step: at `saving:3` when all is
-    written and nothing committed yet, at `saved:3` right after the commit."""
+    """Makes this run, launcher and all ranks, die by SIGKILL in the save of a step.
+
+    `saving:3`: when everything is written and nothing committed; `saved:3`: after the commit.
+    """
     when, step = point.split(":")
     committed, dying = list[str](), list[bool]()
 
