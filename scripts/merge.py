@@ -19,7 +19,7 @@ def main() -> None:
 
     say = make_console().print
     if args.gguf:
-        gguf.converter(args.gguf)
+        gguf.find_converter(args.gguf)
     if args.test:
         folder = args.test
         report = merge.retest(folder, say, args.run, args.base, args.overrides)

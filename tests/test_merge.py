@@ -330,7 +330,7 @@ def test_an_adapter_that_rounding_would_lose_is_told(tmp_path):
 
 def test_the_table_fits_a_terminal(whole, capsys):
     report = json.loads((whole / merge.REPORT).read_text())
-    make_console().print(proof.proof_table(report))
+    proof.show_proof(report, whole, make_console().print)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert all(any(f" {name} " in line for line in lines) for name in report["checks"])
@@ -435,7 +435,7 @@ def test_a_gguf_file_is_made_by_the_converter_of_the_user(whole, tmp_path):
 
 def test_a_converter_that_fails_or_is_not_there_is_told(whole, tmp_path):
     with pytest.raises(errors.MergeError, match=r"git clone .* or set LLAMA_CPP to it"):
-        gguf.converter(tmp_path / "none")
+        gguf.find_converter(tmp_path / "none")
     (tmp_path / gguf.CONVERTER).write_text(STAND_IN.format(fail=True))
     before = set(whole.iterdir())
     with pytest.raises(

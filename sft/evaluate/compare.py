@@ -7,7 +7,6 @@ place in its file; texts are read again when they are shown.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -65,20 +64,17 @@ def compare(a: Path, b: Path, metrics: Sequence[str], labels: Sequence[str] = ()
     """
     a, b = find_predictions(a, "A"), find_predictions(b, "B")
     tally_a, tally_b = Tally(metrics, labels), Tally(metrics, labels)
-    counts = {metric: Counter[str]() for metric in metrics}
     differing = []
     with a.open("rb") as file_a, b.open("rb") as file_b:
         for at_a, at_b in _join(a, b):
             one, other = _read_at(file_a, at_a), _read_at(file_b, at_b)
             scores_a, scores_b = _add(tally_a, one, one, a), _add(tally_b, one, other, b)
-            for metric in metrics:
-                counts[metric][_winner(scores_a[metric], scores_b[metric])] += 1
             if scores_a != scores_b:
                 differing.append(Pair(at_a, at_b, scores_a, scores_b))
-    wins = {metric: Wins(count["a"], count["b"], count["tied"]) for metric, count in counts.items()}
-    num_differing = {metric: count.a + count.b for metric, count in wins.items()}
-    differences = difference(tally_a, tally_b, num_differing)
-    return Comparison(a, b, tally_a.num_examples, differences, wins, differing)
+    num = tally_a.num_examples
+    wins = {metric: _count_wins(differing, metric, num) for metric in metrics}
+    num_differing = {metric: num - count.tied for metric, count in wins.items()}
+    return Comparison(a, b, num, difference(tally_a, tally_b, num_differing), wins, differing)
 
 
 def _add(tally: Tally, example: dict[str, Any], answered: dict[str, Any], file: Path) -> Scores:
@@ -91,8 +87,10 @@ def _add(tally: Tally, example: dict[str, Any], answered: dict[str, Any], file: 
         raise UserError(f"{file}: {error} (row {example['row']})") from None
 
 
-def _winner(a: float, b: float) -> str:
-    return "tied" if a == b else "a" if a > b else "b"
+def _count_wins(differing: list[Pair], metric: str, num_examples: int) -> Wins:
+    a = sum(pair.scores_a[metric] > pair.scores_b[metric] for pair in differing)
+    b = sum(pair.scores_a[metric] < pair.scores_b[metric] for pair in differing)
+    return Wins(a, b, num_examples - a - b)
 
 
 def find_predictions(path: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Converts a merged model with llama.cpp."""
+"""Converts a merged model for llama.cpp."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from pathlib import Path
 from sft.errors import MergeError
 from sft.runtime.checkpoint import STAGING
 
-# --- for llama.cpp -----------------------------------------------------------------------------
-
 CONVERTER = "convert_hf_to_gguf.py"
 OUTTYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 
 
-def converter(llama_cpp: Path) -> Path:
-    """Returns the script of llama.cpp that makes GGUF files. Raises MergeError if it is missing."""
+def find_converter(llama_cpp: Path) -> Path:
+    """Returns llama.cpp's script that makes GGUF files. Raises MergeError if it is missing."""
     path = llama_cpp / CONVERTER
     if not path.is_file():
         raise MergeError(
@@ -29,12 +27,11 @@ def converter(llama_cpp: Path) -> Path:
 
 
 def convert(folder: Path, dtype: str, llama_cpp: Path) -> Path:
-    """Makes a GGUF file in the merged `folder` with llama.cpp, and returns its path. Raises
-    MergeError if that fails."""
+    """Makes a GGUF file in the merged `folder`; returns its path. Raises MergeError on failure."""
     kind = OUTTYPES[dtype]
     final = folder / f"{folder.resolve().name}-{kind}.gguf"
     staged = final.with_suffix(STAGING)
-    command = [sys.executable, str(converter(llama_cpp)), str(folder)]
+    command = [sys.executable, str(find_converter(llama_cpp)), str(folder)]
     command += ["--outfile", str(staged), "--outtype", kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not staged.exists():
@@ -42,7 +39,7 @@ def convert(folder: Path, dtype: str, llama_cpp: Path) -> Path:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise MergeError(
             f"{CONVERTER} of {llama_cpp} ended with {done.returncode} and no GGUF file: "
-            f"{lines[-1] if lines else 'it said nothing'}; the merged model in {folder} is whole"
+            f"{lines[-1] if lines else 'no output'}; the merged model in {folder} is whole"
         )
     staged.replace(final)
     return final

@@ -1,7 +1,5 @@
-"""Merges an adapter into its base, proves the result, and converts it for llama.cpp.
+"""Merges an adapter into its base and proves the result (`proof`).
 
-The proof only reads. It loads the merged folder as a user does and compares it with the adapter on
-its base: every tensor, the tokenizer, template and generation files, and one KL on pinned prompts.
 A merge gets its name when it is proven; else it stays as `<name>.failed`, with the report.
 """
 
@@ -9,11 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import RenderableType
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -28,20 +24,17 @@ from sft.serve import runs
 from sft.serve.proof import (
     CPU,
     DTYPES,
+    Say,
     add_turn_ends,
     dequantise,
     describe_check,
     failing_checks,
-    proof_table,
     prove,
-    require_proven,
+    show_proof,
 )
 from sft.tasks.registry import task_of
 
-# --- the two commands --------------------------------------------------------------------------
-
 REPORT = "merge_report.json"
-Say = Callable[[RenderableType], None]
 
 
 def merge(
@@ -71,8 +64,7 @@ def merge(
         output.rmdir()
     final = failed if failing_checks(report) else output
     staging.rename(final)
-    say(proof_table(report))
-    require_proven(report, final)
+    show_proof(report, final, say)
     return report
 
 
@@ -103,7 +95,7 @@ def retest(
 ) -> dict[str, Any]:
     """Repeats the proof on a merged folder, without changing it; returns the report.
 
-    `run` and `base` are those that its report names, if None. Raises MergeError if the proof fails.
+    `run` and `base`, if None, are those of its report. Raises MergeError if the proof fails.
     """
     stored = _read_report(folder)
     if run is None and "run" not in stored:
@@ -113,8 +105,7 @@ def retest(
     task = task_of(runs.load_run_config(run))
     overrides = [*task.overrides_of(stored), *(overrides or [])]
     report = prove(folder, run, _load_config(run, base, overrides), base)
-    say(proof_table(report))
-    require_proven(report, folder)
+    show_proof(report, folder, say)
     return report
 
 
@@ -147,10 +138,8 @@ def _load_config(run: Path, base: str, overrides: list[str] | None) -> Config:
     return config
 
 
-# --- writing -----------------------------------------------------------------------------------
-
-
 def _write(run: Path, config: Config, base: str, folder: Path, dtype: str) -> None:
+    """Writes the merged model with its tokenizer."""
     adapted, tokenizer = runs.load_tuned(run, config, "fp32", CPU, quantised=False)
     plain: Any = adapted.get_base_model()  # type: ignore[operator]
     _refuse_if_full(folder, plain, tokenizer, dtype)
@@ -175,7 +164,7 @@ def _refuse_if_full(
 
 
 def _copy_dequantised(plain: nn.Module, config: Config) -> None:
-    """Replaces the weights that NF4 stores by what it makes of them."""
+    """Replaces the weights that NF4 quantises by their values after quantisation."""
     quantised = load.load_base(config.model, "qlora", "fp32", CPU)
     for name, layer in quantised.named_modules():
         if hasattr(getattr(layer, "weight", None), "quant_state"):
@@ -185,15 +174,14 @@ def _copy_dequantised(plain: nn.Module, config: Config) -> None:
             target.weight.data.copy_(weight.T if isinstance(target, Conv1D) else weight)
 
 
-# --- the model card ----------------------------------------------------------------------------
-
-
 def _card(report: dict[str, Any], config: Config, run: Path, folder: Path) -> str:
-    """Returns the model card, README.md, without paths of this machine: it may be published."""
+    """Returns the model card, README.md, without paths of this machine, so it can be published."""
     name = config.model.name
     name = Path(name).name if Path(name).is_absolute() else name
     tuning, train = config.tuning, config.train
     part = task_of(config).describe_part(config)
+    audit = run / "audit.json"
+    audited = json.loads(audit.read_text("utf-8")) if audit.exists() else {}
     length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"
     rows = "\n".join(f"| {' | '.join(describe_check(c))} |" for c in report["checks"].values())
     return CARD.format(
@@ -208,18 +196,12 @@ def _card(report: dict[str, Any], config: Config, run: Path, folder: Path) -> st
         f"modules {tuning.target_modules}",
         training=f"{length} of {train.global_batch} examples, "
         f"learning rate {train.learning_rate:g}, seed {train.seed}",
-        data=_data_sha256(run),
+        data=audited.get("data_sha256", "not known"),
         verdict="failed: this is not the model that was trained"
         if failing_checks(report)
         else "passed",
         rows=rows,
     )
-
-
-def _data_sha256(run: Path) -> str:
-    path = run / "audit.json"
-    audited = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return str(audited.get("data_sha256", "not known"))
 
 
 CARD = """---

@@ -1,17 +1,21 @@
-"""Proves that a merged model equals the one that was trained."""
+"""Proves that a merged model equals the one that was trained.
+
+The proof only reads. It loads the merged folder as a user does and compares it with the adapter on
+its base: every tensor, the tokenizer, template and generation files, and one KL on pinned prompts.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
+from rich.console import RenderableType
 from rich.text import Text
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
@@ -23,23 +27,23 @@ from sft.errors import MergeError
 from sft.evaluate import generate, predictions
 from sft.models import dtypes, load
 from sft.runtime import checkpoint
+from sft.runtime.console import table
 from sft.serve import runs
 from sft.tasks.registry import task_of
-
-# --- the proof ---------------------------------------------------------------------------------
 
 DTYPES = {**dtypes.DTYPES, "fp16": torch.float16}
 CPU = torch.device("cpu")
 NUM_PROMPTS = 32  # conversations whose probabilities are compared
-NUM_POSITIONS = 64  # the last ones of each, which are the answer's: a row is a whole vocabulary
+NUM_POSITIONS = 64  # at the end of each, the answer's; a position takes a whole vocabulary
 # Nats per token that rounding to the dtype may cost (docs/LOG.md has what was measured).
 MAX_KL = {"fp32": 1e-8, "fp16": 1e-4, "bf16": 5e-3}
-LOST = 0.1  # of what the adapter changes, at most: half its scale loses 0.25, no adapter 1
-NOTHING = 1e-9  # nats per token; below, an adapter changes nothing that could be lost
+MAX_LOSS = 0.1  # of the adapter's effect; half its scale loses 0.25, no adapter 1
+MIN_EFFECT = 1e-9  # nats per token, below which an adapter has nothing to lose
+Say = Callable[[RenderableType], None]
 
 
 class Check(TypedDict):
-    """One line of the proof. `limit` is the largest number, or the only text, that passes."""
+    """A line of the proof; `limit` is the largest number, or the only text, that passes."""
 
     ok: bool
     what: str
@@ -81,7 +85,7 @@ def prove(folder: Path, run: Path, config: Config, base: str) -> dict[str, Any]:
     checks |= _compare_tensors(reference, config, merged, loading, dtype)
     del reference  # its memory is needed for the merged model in fp32
     kl = _kl(expected, _logits(merged.float(), prompts))
-    limit = min(MAX_KL[dtype], LOST * max(effect, NOTHING))
+    limit = min(MAX_KL[dtype], MAX_LOSS * max(effect, MIN_EFFECT))
     checks["kl"] = _at_most("KL from the adapter model, nats per token", kl, limit)
     return {
         "run": str(run),
@@ -137,14 +141,11 @@ def _compare_tokenizers(folder: Path, config: Config, expected: PreTrainedTokeni
     """Compares the tokenizer in `folder` with the one that the run was trained with."""
     own = {"name": str(folder), "revision": None}
     both = (load.load_tokenizer(config.model.model_copy(update=own)), expected)
+    tokenizers = (audit.tokenizer_sha256(each)[:12] for each in both)
+    templates = (audit.template_sha256(each)[:12] for each in both)
     return {
-        "tokenizer": _equal(
-            "digest of vocabulary and special tokens",
-            *(audit.tokenizer_sha256(each)[:12] for each in both),
-        ),
-        "template": _equal(
-            "digest of the chat template", *(audit.template_sha256(each)[:12] for each in both)
-        ),
+        "tokenizer": _equal("digest of vocabulary and special tokens", *tokenizers),
+        "template": _equal("digest of the chat template", *templates),
     }
 
 
@@ -161,8 +162,8 @@ def _compare_generation(folder: Path, expected: GenerationConfig) -> Check:
 
 
 def add_turn_ends(base: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Returns the base's configuration with the tokens that end a turn. A base that has never seen
-    the template does not name them, and its answers would never end."""
+    """Returns the base's configuration with the tokens that end a turn, which a base that does not
+    know the template lacks: its answers would never end."""
     result = GenerationConfig.from_dict(base.to_dict())
     ends = generate.stop_ids(tokenizer, base)
     result.eos_token_id = ends[0] if len(ends) == 1 else ends
@@ -173,7 +174,7 @@ def add_turn_ends(base: GenerationConfig, tokenizer: PreTrainedTokenizerBase) ->
 def _compare_tensors(
     reference: Any, config: Config, merged: nn.Module, loading: dict[str, Any], dtype: str
 ) -> Checks:
-    """Compares each tensor with what it must be; tied weights are one tensor."""
+    """Compares each tensor with its expected value; tied weights are one tensor."""
     found = dict(merged.named_parameters())
     strange = set(loading["missing_keys"]) | set(loading["unexpected_keys"])
     worst, where = 0.0, ""
@@ -195,8 +196,8 @@ def _compare_tensors(
 def _expected_weights(
     reference: Any, config: Config, merged: nn.Module
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields what each parameter of `merged` must be, in fp32, by the formula of LoRA and not by
-    the library that merged: W + lora_alpha / r * B @ A."""
+    """Yields the expected value of each parameter of `merged`, in fp32, by LoRA's own formula,
+    W + lora_alpha / r * B @ A, and not by the library that merged."""
     scale = config.tuning.lora_alpha / config.tuning.r
     plain, modules = reference.get_base_model(), dict(merged.named_modules())
     for name, parameter in plain.named_parameters():
@@ -225,8 +226,8 @@ def dequantise(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _count_roundings(value: torch.Tensor, expected: torch.Tensor, dtype: str) -> float:
-    """Returns the largest error of an element over what rounding to `dtype` explains: half a unit
-    of its last place, and fp32's own error in the sum that `expected` is."""
+    """Returns the largest error of an element, divided by what rounding explains: half a unit of
+    the last place of `dtype`, and fp32's own error in the sum `expected`."""
     kind = torch.finfo(DTYPES[dtype])
     slack = 16 * torch.finfo(torch.float32).eps * float(expected.abs().max())
     allowed = expected.abs() * (kind.eps / 2) + kind.smallest_normal * kind.eps + slack
@@ -241,7 +242,7 @@ def _logits(loaded: nn.Module, prompts: list[list[int]]) -> list[torch.Tensor]:
 
 
 def _kl(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Returns the KL of `found` from `expected` in nats per token, summed in fp64: in fp32 it would
+    """Returns the KL of `found` from `expected` in nats per token, in fp64, since in fp32 it would
     measure its own rounding."""
     total = 0.0
     for logits in zip(found, expected, strict=True):
@@ -255,7 +256,7 @@ def failing_checks(report: dict[str, Any]) -> list[str]:
 
 
 def describe_check(check: Check) -> tuple[str, str, str]:
-    """Returns what a check of a report compares, what it measured, and what was expected."""
+    """Returns (what is compared, what was measured, what was expected) as text."""
     measured, limit = (
         each if isinstance(each, str) else f"{each:.3g}"
         for each in (check["measured"], check["limit"])
@@ -264,22 +265,19 @@ def describe_check(check: Check) -> tuple[str, str, str]:
     return check["what"], measured, f"{kind} {limit}"
 
 
-def proof_table(report: dict[str, Any]) -> Table:
+def show_proof(report: dict[str, Any], folder: Path, say: Say) -> None:
+    """Prints the checks of a report. Raises MergeError with all that fail, if there are any."""
     title = f"Proof: {report['dtype']}, {report['base']} weights, {report['num_prompts']} prompts"
-    result = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("", "check", "what", "measured", "expected"):
-        result.add_column(column, overflow="fold")
-    for name, check in report["checks"].items():
-        mark = Text("ok", style="green") if check["ok"] else Text("NOT OK", style="bold red")
-        result.add_row(mark, *map(Text, (name, *describe_check(check))))
-    return result
-
-
-def require_proven(report: dict[str, Any], folder: Path) -> None:
-    """Raises MergeError, with every check that fails, if there is one."""
+    marks = {True: Text("ok", style="green"), False: Text("NOT OK", style="bold red")}
+    described = {name: describe_check(check) for name, check in report["checks"].items()}
+    rows = [
+        [marks[report["checks"][name]["ok"]], *map(Text, (name, *texts))]
+        for name, texts in described.items()
+    ]
+    say(table(title, ("", "check", "what", "measured", "expected"), rows, left=5))
     failing = failing_checks(report)
-    described = ((name, *describe_check(report["checks"][name])) for name in failing)
-    lines = [f"\n  {name}: {what}: expected {e}, found {m}" for name, what, m, e in described]
+    problems = ((name, *described[name]) for name in failing)
+    lines = [f"\n  {name}: {what}: expected {e}, found {m}" for name, what, m, e in problems]
     if failing == ["kl"] and report["checks"]["kl"]["limit"] < MAX_KL[report["dtype"]]:
         lines.append(f"\n{report['dtype']} rounds away what the adapter learnt: use DTYPE=fp32")
     if failing:
