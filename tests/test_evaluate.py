@@ -178,7 +178,7 @@ def ask_and_score(nano, folder, number: int, names: list[str]) -> answers.Scores
     return answers.score_file(folder / "predictions.jsonl", names, context.accelerator)
 
 
-def test_memory_does_not_grow_with_the_number_of_examples(nano, tmp_path, monkeypatch):
+def test_no_question_or_answer_stays_in_memory(nano, tmp_path, monkeypatch):
     """A question or an answer of each example, kept anywhere, would be seen."""
     monkeypatch.setattr(answers, "WINDOW", 50)
     answer = generate.Answer([7, 8], "stop")

@@ -491,7 +491,7 @@ def own_memory(pid: int) -> int:
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_rows(material):
+def test_rows_are_not_held_in_memory(material):
     """18,000 rows more; held in memory they would take over 20 MiB."""
     code = (
         "import sys; from sft.data import cache; from sft.config.load import load_config\n"
