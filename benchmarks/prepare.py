@@ -27,7 +27,7 @@ from rich.table import Table
 
 from sft.config.load import load_config
 from sft.data import audit, cache
-from sft.data.examples import Examples, open_folder
+from sft.data.examples import ExampleArrays, Examples
 from sft.runtime.console import make_console
 
 CORES = len(os.sched_getaffinity(0))
@@ -104,7 +104,7 @@ def collated(rows: Path, model: Path) -> float:
     with tempfile.TemporaryDirectory(dir=rows.parent) as work:
         ours(rows, model, Path(work))
         (folder,) = [path for path in Path(work, "cache").iterdir() if path.is_dir()]
-        examples = Examples(open_folder(folder))
+        examples = Examples(ExampleArrays.open(folder))
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model)

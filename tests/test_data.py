@@ -130,7 +130,8 @@ def test_skipped_rows_are_written_down(tmp_path):
     keys = b'{"messages": [{"role": "user", "content": "a", "\\ud83d\\n": 1}]}'
     path = write(tmp_path / "rows.jsonl", GOOD, b"\xff", "{é".encode(), keys)
     _, bad = load_rows(path, on_bad_row="skip")
-    write_rejected(bad, tmp_path / "rejected.jsonl")
+    with (tmp_path / "rejected.jsonl").open("w", encoding="utf-8") as file:
+        write_rejected(bad, file)
     lines = (tmp_path / "rejected.jsonl").read_text("utf-8").splitlines()
     assert [BadRow(**json.loads(line)) for line in lines] == bad
     assert [(row.line, row.excerpt) for row in bad[:2]] == [(2, "\\xff"), (3, "{é")]

@@ -413,7 +413,7 @@ def test_a_killed_worker_is_one_message(material, monkeypatch):
     given = config(*rows(material / "rows.jsonl", *map(str, range(2000))))
     monkeypatch.setattr(data_cache.hardware, "usable_cores", lambda: 2)
     monkeypatch.setattr(data_cache, "_render_rows", lambda *_: os._exit(9))
-    with pytest.raises(DataError, match="was killed, most likely for want of memory"):
+    with pytest.raises(DataError, match="was killed, most likely because memory ran out"):
         data_cache.prepare(given)
 
 

@@ -11,7 +11,6 @@ from conftest import load_rows
 
 from sft.data import duplicates as data_duplicates
 from sft.data import split
-from sft.data.arrays import Files
 from sft.data.duplicates import fingerprint
 from sft.data.files import DIGEST, Row
 
@@ -25,8 +24,8 @@ def duplicates(rows):
 
 def leakage(train, held_out):
     numbers = np.arange(len(train) + len(held_out))
-    told = fingerprint([*train, *held_out])
-    leaked, nearly = data_duplicates.find_leaks(told, numbers[: len(train)], numbers[len(train) :])
+    known = fingerprint([*train, *held_out])
+    leaked, nearly = data_duplicates.find_leaks(known, numbers[: len(train)], numbers[len(train) :])
     return (leaked - len(train)).tolist(), (nearly - len(train)).tolist()
 
 
@@ -91,7 +90,6 @@ def test_what_makes_rows_duplicates():
 @pytest.mark.parametrize("size", [3, 2048])
 def test_near_duplicates_are_found_by_their_real_similarity(monkeypatch, size):
     """Copies with so many words changed: every pair well above the bound is found, none below."""
-    monkeypatch.setattr(data_duplicates.sketch, "__defaults__", (size,))
     monkeypatch.setattr(data_duplicates, "QUERIES_PER_PASS", size)
     draw = random.Random(0)
     rows, expected = [], set()
@@ -147,16 +145,15 @@ def test_real_duplicates(shared):
     assert leakage(train, train[:3] + held_out) == ([0, 1, 2], [])
 
 
-def test_what_is_written_in_parts_tells_the_same(tmp_path):
+def test_fingerprints_that_are_written_in_parts_are_the_same(tmp_path):
     rows = [row_of(" ".join(words_of(n % 7, 20)), f"answer {n % 3}") for n in range(40)]
-    with Files(tmp_path) as files:
-        for start in range(0, 40, 16):
-            data_duplicates.write(files, fingerprint(rows[start : start + 16]))
-    written, told = data_duplicates.open_folder(tmp_path), fingerprint(rows)
+    for start in range(0, 40, 16):
+        fingerprint(rows[start : start + 16]).append_to(tmp_path)
+    written, known = data_duplicates.RowFingerprint.open(tmp_path), fingerprint(rows)
     numbers = np.arange(40)
     parts = numbers[:30], numbers[30:]
     assert [part.tolist() for part in data_duplicates.find_leaks(written, *parts)] == [
-        part.tolist() for part in data_duplicates.find_leaks(told, *parts)
+        part.tolist() for part in data_duplicates.find_leaks(known, *parts)
     ]
     repeated, near = data_duplicates.find_duplicates(written, numbers)
     assert (repeated.tolist(), near.tolist()) == duplicates(rows)
@@ -183,16 +180,16 @@ def decided(num_rows):
 
     digests, prompts = random(num_rows * 4, DIGEST), random(num_rows * 4, DIGEST)
     digests[: num_rows // 4] = digests[num_rows // 4 : num_rows // 4 * 2]
-    told = data_duplicates.RowFingerprint(digests, prompts, sketches(), sketches())
+    known = data_duplicates.RowFingerprint(digests, prompts, sketches(), sketches())
     tracemalloc.start()
-    held = split.split(told.digests, 0.3, 0)
+    held = split.split(known.digests, 0.3, 0)
     assert round(0.3 * num_rows) - 2 < np.count_nonzero(held) <= round(0.3 * num_rows)
     rows, held_out = np.flatnonzero(~held), np.flatnonzero(held)
     entries = np.zeros(len(rows), np.uint16)
     assert len(split.mix(entries, [1.5], 0)) == len(rows) + round(len(rows) / 2)
-    repeated, _ = data_duplicates.find_duplicates(told, rows)
+    repeated, _ = data_duplicates.find_duplicates(known, rows)
     assert len(repeated) > num_rows // 10
-    leaked, _ = data_duplicates.find_leaks(told, rows, held_out)
+    leaked, _ = data_duplicates.find_leaks(known, rows, held_out)
     assert not len(leaked)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft.data.arrays import Files
-from sft.data.examples import Arrays, Batch, Examples, collate, open_folder, pack, write
+from sft.data.examples import Batch, ExampleArrays, Examples, append_array, collate, map_array
 from sft.data.files import Row
 from sft.data.template import IGNORED, Example
 
@@ -35,18 +34,33 @@ def row(number: int) -> Row:
     return Row(messages, tools, f"file {number % 3}", number + 1, group=group)
 
 
-def packed(made: list[Example]) -> Arrays:
-    return pack((number, row(number), example) for number, example in enumerate(made))
+def packed(made: list[Example]) -> ExampleArrays:
+    return ExampleArrays.pack((number, row(number), example) for number, example in enumerate(made))
+
+
+def test_what_is_appended_is_mapped_one_after_the_other(tmp_path):
+    starts = [append_array(tmp_path / "a", np.arange(n, dtype=np.int32)) for n in (3, 0, 2)]
+    assert append_array(tmp_path / "empty", np.zeros(0)) == 0
+    assert starts == [0, 3, 3]
+    array = map_array(tmp_path / "a", np.int32)
+    assert array.tolist() == [0, 1, 2, 0, 1]
+    assert not array.flags.writeable
+    assert map_array(tmp_path / "empty", np.int32).tolist() == []
+
+
+def test_what_is_written_into_a_map_is_in_the_file(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(8))
+    map_array(tmp_path / "a", np.int32, "r+")[1] = 5
+    assert map_array(tmp_path / "a", np.int32).tolist() == [0, 5]
 
 
 @given(st.lists(examples(), min_size=1, max_size=9), st.integers(1, 4))
 def test_what_is_written_in_parts_comes_back(tmp_path_factory, made, size):
     folder = tmp_path_factory.mktemp("store")
-    with Files(folder) as files:
-        for start in range(0, len(made), size):
-            part = [(n, row(n), made[n]) for n in range(start, min(start + size, len(made)))]
-            write(files, pack(part))
-    read = Examples(open_folder(folder))
+    for start in range(0, len(made), size):
+        part = [(n, row(n), made[n]) for n in range(start, min(start + size, len(made)))]
+        ExampleArrays.pack(part).append_to(folder)
+    read = Examples(ExampleArrays.open(folder))
     assert list(read) == made == list(Examples(packed(made)))
     assert list(read.rows()) == [row(number) for number in range(len(made))]
     assert list(read.lengths) == [len(example.ids) for example in made]

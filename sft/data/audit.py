@@ -1,11 +1,10 @@
-"""What is trained is proven before it is trained: every row is looked at, and what is wrong has a
-name, a meaning and a remedy.
+"""Proves what is trained before it is trained: each finding has a name, a meaning and a remedy.
 
-`examine_row` does not trust the renderer. It renders each row again by itself and holds the example
-against it: the same ids, the supervised runs exactly the assistant turns, each with its end, and
-before the last one the very prompt that inference will give. `examine_tokens` does not trust the
-collator: it looks at the tensors of a micro-batch. What only all rows together tell (duplicates,
-leaks, outliers) comes from sft/prepare.py; `report` counts it all.
+`examine_row` does not trust the renderer. It renders each row a second time and compares: the same
+ids, the supervised runs exactly the assistant turns, each with its end, and before the last one the
+very prompt of inference. `examine_tokens` does not trust the collator: it reads the tensors of a
+micro-batch. Findings that depend on all rows (duplicates, leaks, outliers) are marked by
+`data/cache`.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data import rendering, template
 from sft.data.batches import Layout
-from sft.data.examples import Batch, Examples, collate, pack
+from sft.data.examples import Batch, ExampleArrays, Examples, collate
 from sft.data.files import Row
 from sft.data.rendering import Span
 from sft.data.spans import turn_frame
@@ -32,113 +30,93 @@ from sft.data.template import IGNORED, Example, Supervise
 from sft.errors import DataError
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of finding. An error stops the run; a warning is told."""
+class Kind(NamedTuple):
+    """A kind of finding. An error stops the run; a warning is reported."""
 
     severity: Literal["error", "warning"]
     meaning: str
     remedy: str
 
 
-KINDS = {
-    "not_the_template": Kind(
-        "error",
+ERRORS = {
+    "not_the_template": (
         "the ids are not those of the chat template's text",
-        "prepare the data again with this tokenizer and template, through sft/chat.py",
+        "prepare the data again with this tokenizer and template",
     ),
-    "labels_differ": Kind(
-        "error", "a label is another token than the one in its place", "labels are not shifted"
+    "labels_differ": (
+        "a label is another token than the one in its place",
+        "labels are not shifted",
     ),
-    "unsupervised": Kind(
-        "error", "no token can be learnt from", "give it an answer, or remove the row"
-    ),
-    "turns_differ": Kind(
-        "error", "the supervised parts are not the assistant turns", "supervise whole turns"
-    ),
-    "answer_differs": Kind(
-        "error",
+    "unsupervised": ("no token can be learnt from", "give it an answer, or remove the row"),
+    "turns_differ": ("the supervised parts are not the assistant turns", "supervise whole turns"),
+    "answer_differs": (
         "a supervised part is not the answer and its end of turn",
         "correct the chat template or the row",
     ),
-    "no_end_of_turn": Kind(
-        "error",
+    "no_end_of_turn": (
         "a turn does not end in a token at which generation can stop",
         "correct the chat template: a model would not learn to stop",
     ),
-    "repeated_bos": Kind(
-        "error", "begins with two bos tokens", "the template and the tokenizer both write one"
-    ),
-    "too_long": Kind(
-        "error",
+    "repeated_bos": ("begins with two bos tokens", "the template and the tokenizer both write one"),
+    "too_long": (
         "has more tokens than data.max_seq_len or the model's positions",
         "raise data.max_seq_len, or set data.on_long to drop, truncate_left_turns or truncate",
     ),
-    "prompt_mismatch": Kind(
-        "error",
+    "prompt_mismatch": (
         "what stands before the last answer is not the prompt of inference",
         "correct the chat template: add_generation_prompt must write what training has",
     ),
-    "special_in_content": Kind(
-        "error",
+    "special_in_content": (
         "a content holds the text of a special token, which becomes the real token",
         "write it otherwise, or remove the row",
     ),
-    "content_altered": Kind(
-        "error",
+    "content_altered": (
         "the template drops or changes what a message says",
-        "use a role and a form that the template knows",
+        "use a role and a form that the template handles",
     ),
-    "tools_dropped": Kind(
-        "error",
+    "tools_dropped": (
         "the template does not write the row's tools",
-        "use a model whose template knows tools, or remove them from the row",
+        "use a model whose template handles tools, or remove them from the row",
     ),
-    "leaked": Kind(
-        "error", "a held-out row is also a training row", "remove it from one of the two files"
-    ),
-    "boundary_merge": Kind(
-        "warning",
-        "one token holds the end of the prompt and the begin of the answer",
+    "leaked": ("a held-out row is also a training row", "remove it from one of the two files"),
+}
+WARNINGS = {
+    "boundary_merge": (
+        "one token holds the end of the prompt and the beginning of the answer",
         "end the template's header in a special token or a newline",
     ),
-    "no_bos": Kind(
-        "warning",
+    "no_bos": (
         "does not begin with the bos token that this tokenizer gives plain text",
         "write bos_token in the chat template, if the model was trained with it",
     ),
-    "thoughts_dropped": Kind(
-        "warning",
+    "thoughts_dropped": (
         "the template drops the thoughts of a turn, which is therefore not supervised",
         "end the row at that turn if it is to be learnt",
     ),
-    "answer_cut": Kind(
-        "warning", "cut at data.max_seq_len: an answer lost its end", "data.on_long: drop"
+    "answer_cut": ("cut at data.max_seq_len: an answer lost its end", "data.on_long: drop"),
+    "turns_dropped": (
+        "its oldest turns were removed to fit data.max_seq_len",
+        "raise it to keep them",
     ),
-    "turns_dropped": Kind(
-        "warning", "its oldest turns were removed to fit data.max_seq_len", "raise it to keep them"
-    ),
-    "duplicate": Kind(
-        "warning", "says the same as an earlier row", "set data.duplicates: drop, if not meant"
-    ),
-    "near_duplicate": Kind("warning", "says nearly the same as an earlier row", "look at the pair"),
-    "near_leak": Kind(
-        "warning",
+    "duplicate": ("says the same as an earlier row", "set data.duplicates: drop, if not meant"),
+    "near_duplicate": ("says nearly the same as an earlier row", "look at the pair"),
+    "near_leak": (
         "a held-out row is nearly a training row, or has the prompt of one",
         "look at the pair",
     ),
-    "length_outlier": Kind(
-        "warning", "over 8 times as long as 95 % of the rows", "look at it, or lower max_seq_len"
+    "length_outlier": (
+        "over 8 times as long as 95 % of the rows",
+        "look at it, or lower max_seq_len",
     ),
+}
+KINDS = {name: Kind("error", *texts) for name, texts in ERRORS.items()} | {
+    name: Kind("warning", *texts) for name, texts in WARNINGS.items()
 }
 OUTLIER = 8
 BIT = {kind: k for k, kind in enumerate(KINDS)}
 TOGETHER, LARGE = 256, 1 << 20  # examples that are collated at a time; tokens, padding included
 LISTED = 1000  # rows of a finding that audit.json names; all are counted
 CPU = torch.device("cpu")
-
-
-# --- one row -----------------------------------------------------------------------------------
 
 
 def examine(
@@ -148,27 +126,28 @@ def examine(
     max_seq_len: int,
     supervise: Supervise = "all",
 ) -> list[str]:
-    """The kinds of everything wrong with an example, from the row it claims to be."""
+    """Returns the kinds of findings of an example, given the row that it was made of."""
     if len(example.ids) != len(example.labels):
         return ["labels_differ"]
-    alone = Examples(pack([(0, row, example)]))
-    found = int(examine_tokens(tokenizer, alone, max_seq_len)[0])
+    single = Examples(ExampleArrays.pack([(0, row, example)]))
+    found = int(examine_tokens(tokenizer, single, max_seq_len)[0])
     return to_kinds(found | examine_row(tokenizer, row, example, supervise))
 
 
 def to_bits(kinds: Iterable[str]) -> int:
-    """A set of kinds as a number: bit k is the k-th of KINDS."""
+    """Returns a set of kinds as a number: bit k is the k-th of KINDS."""
     return sum(1 << BIT[kind] for kind in set(kinds))
 
 
 def to_kinds(found: int) -> list[str]:
+    """Returns the kinds whose bits are set."""
     return [kind for kind, k in BIT.items() if found >> k & 1]
 
 
 def examine_row(
     tokenizer: PreTrainedTokenizerBase, row: Row, example: Example, supervise: Supervise = "all"
 ) -> int:
-    """What a second, independent rendering of the row says of its example."""
+    """Compares an example with a second rendering of its row, and returns the kinds as bits."""
     if template.is_document(row.messages):
         return to_bits(example.flags)
     return to_bits([*example.flags, *_compare_row(tokenizer, row, example, supervise)])
@@ -177,10 +156,9 @@ def examine_row(
 def examine_tokens(
     tokenizer: PreTrainedTokenizerBase, examples: Examples, max_seq_len: int
 ) -> np.ndarray:
-    """What each example's micro-batch says of it: (examples,) uint32, a bit for each kind.
+    """Compares stored examples with the tensors that a model would get: (examples,) uint32 of bits.
 
-    The examples go through the collator of training, in both layouts, and the tensors that a model
-    would be given are held against what was stored.
+    The examples go through the collator of training, in both layouts.
     """
     found = np.zeros(len(examples), np.uint32)
     for chosen in _collation_groups(examples.lengths):
@@ -190,14 +168,15 @@ def examine_tokens(
         lengths = np.array([len(ids) for ids, _, _ in parts])
         for layout in get_args(Layout):
             batch = collate(examples, chosen, tokenizer.pad_token_id, layout, CPU)
-            mine = found[chosen.start : chosen.stop]
-            _examine_batch(tokenizer, batch, ids, labels, lengths, mine)
+            _examine_batch(
+                tokenizer, batch, ids, labels, lengths, found[chosen.start : chosen.stop]
+            )
     found[np.asarray(examples.lengths) > max_seq_len] |= to_bits(["too_long"])
     return found
 
 
 def _collation_groups(lengths: Sequence[int]) -> Iterator[range]:
-    """Examples that are collated together: neither many nor, padded, large."""
+    """Yields examples to collate together: few, and not large when padded."""
     start, longest = 0, 0
     for at, length in enumerate(lengths):
         longest = max(longest, length)
@@ -216,6 +195,7 @@ def _examine_batch(
     lengths: np.ndarray,
     found: np.ndarray,
 ) -> None:
+    """Adds to `found` (examples,) the findings in one micro-batch, given what was stored."""
     tokens, seen = batch.input_ids.numpy().ravel(), batch.positions.numpy() + 1
     starts = np.cumsum(lengths) - lengths
     places = np.arange(len(ids))
@@ -224,7 +204,7 @@ def _examine_batch(
         places += np.repeat(rows - starts, lengths)
         starts = rows
     supervised = labels != IGNORED
-    is_first = np.zeros(len(ids), bool)  # which no token before it could predict
+    is_first = np.zeros(len(ids), bool)  # no token stands before it that could predict it
     is_first[np.cumsum(lengths) - lengths] = True
     expected = places[supervised & ~is_first]
     wrong = [
@@ -245,6 +225,7 @@ def _examine_batch(
 def _compare_row(
     tokenizer: PreTrainedTokenizerBase, row: Row, example: Example, supervise: Supervise
 ) -> Iterator[str]:
+    """Yields the kinds of differences between an example and its row, rendered again."""
     text = rendering.render_text(tokenizer, row.messages, row.tools)
     yield from _examine_text(tokenizer, row, text)
     ids, offsets = template.tokenise(tokenizer, text)
@@ -272,8 +253,8 @@ def _compare_row(
         c.strip() for c in turn_frame(tokenizer, tokenizer.get_chat_template()).closings
     ]
     merged = "boundary_merge" in example.flags
-    said = (_is_turn(*pair, ends_of_turn, merged) for pair in zip(spans, learnt, strict=False))
-    if not dropped and not all(said):
+    pairs = zip(spans, learnt, strict=False)
+    if not dropped and not all(_is_turn(*pair, ends_of_turn, merged) for pair in pairs):
         yield "answer_differs"
     last_is_learnt = bool(supervised and learnt) and learnt[-1] is row.messages[-1]
     if last_is_learnt and template.prompt_mismatch(tokenizer, row.messages, example, row.tools):
@@ -282,27 +263,30 @@ def _compare_row(
 
 @lru_cache(maxsize=8)
 def _adds_bos(tokenizer: PreTrainedTokenizerBase, size: int) -> bool:
-    """Whether the tokenizer itself begins a text with bos."""
-    del size  # only in the key: a tokenizer that grew is looked at again
+    """Returns whether the tokenizer itself begins a text with bos."""
+    del size  # only in the key of the cache: a tokenizer may grow
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
 
 
 def _is_turn(span: str, turn: dict[str, Any], ends_of_turn: list[str], merged: bool) -> bool:
-    """Whether a supervised text is that turn and nothing else: blanks or thoughts, the content, the
-    calls, the end of turn. `merged`: its first token holds some of the prompt too."""
+    """Returns whether a supervised text is the turn and nothing else.
+
+    A turn is blanks or thoughts, the content, the calls, and the end of turn. `merged`: its first
+    token holds some of the prompt too.
+    """
     content, calls = rendering.split_thinking(turn["content"])[1].strip(), rendering.get_calls(turn)
     before, _, after = span.partition(content) if content else ("", "", span)
     if content not in span:
         return False
     if calls:
         return all(rendering.get_name(call) in after for call in calls)
-    begins = merged or not before.strip() or rendering.THOUGHTS_END.fullmatch(before.lstrip())
-    return bool(begins) and after.strip() in ends_of_turn
+    is_start = merged or not before.strip() or rendering.THOUGHTS_END.fullmatch(before.lstrip())
+    return bool(is_start) and after.strip() in ends_of_turn
 
 
 def supervised_runs(labels: Sequence[int]) -> list[Span]:
-    """The supervised runs, as token indices."""
+    """Returns the supervised runs as (first, stop) token indices."""
     bounds, inside = [], False
     for index, label in enumerate([*labels, IGNORED]):
         if (label != IGNORED) != inside:
@@ -312,7 +296,7 @@ def supervised_runs(labels: Sequence[int]) -> list[Span]:
 
 
 def _examine_text(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> Iterator[str]:
-    """What the rendered text did to the contents and the tools."""
+    """Yields the kinds of what the template did to the contents and the tools."""
     special = _special_pattern(tokenizer, len(tokenizer))
     contents = [message["content"] for message in row.messages]
     if special and any(special.search(content) for content in contents):
@@ -332,27 +316,26 @@ def _examine_text(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> It
 
 @lru_cache(maxsize=8)
 def _special_pattern(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str] | None:
-    """Finds the special tokens, which a content must not hold: typed, they would be real ones."""
+    """Compiles a pattern of the special tokens, whose text in a content would become real ones."""
     written = rendering.special_tokens(tokenizer, size)
     return re.compile("|".join(map(re.escape, written))) if written else None
-
-
-# --- all rows ----------------------------------------------------------------------------------
 
 
 Sample = tuple[Row, Example, list[str]]  # a row, its example, the kinds of its findings
 
 
 def outlier_length(lengths: np.ndarray) -> float:
-    """Tokens above which an example is far longer than nearly all."""
+    """Returns the number of tokens above which an example is far longer than nearly all."""
     return float(OUTLIER * np.quantile(lengths, 0.95))
 
 
 def summarise_part(
     tokenizer: PreTrainedTokenizerBase, examples: Examples, max_seq_len: int
 ) -> dict[str, Any]:
-    """Totals, digests, and under `problems` the rows (`file:line`) of each kind of finding; of a
-    row that is used more than once, once."""
+    """Returns totals, digests, and under `problems` the rows (`file:line`) of each kind of finding.
+
+    A row that is used more than once is counted once.
+    """
     index, order, lengths = examples.arrays.index, examples.order, np.asarray(examples.lengths)
     places = np.sort(np.unique(order, return_index=True)[1])  # where each example stands first
     found, problems = index["findings"][order[places]], {}
@@ -395,37 +378,34 @@ def refuse(audited: dict[str, Any]) -> None:
 
 
 def count_errors(audited: dict[str, Any]) -> int:
-    """Kinds of findings that a run refuses, in both parts."""
+    """Counts the kinds of findings that a run refuses, in both parts."""
     found = [*audited["train"]["problems"].values(), *audited["held_out"]["problems"].values()]
     return sum(problem["severity"] == "error" for problem in found)
 
 
 def summarise(audited: dict[str, Any]) -> str:
-    """One line: what was looked at, in which formats, what was found, and what was left out."""
+    """Returns one line: the number of examples, their formats, the findings, and rows left out."""
     rows = audited["train"]["rows"] + audited["held_out"]["rows"]
     found = [
         f"{kind} {problem['count']:,}"
         for part in ("train", "held_out")
         for kind, problem in audited[part]["problems"].items()
     ]
-    left_out = [f"{audited[what]:,} {what}" for what in ("rejected", "dropped") if audited[what]]
-    told = ", ".join(found + left_out)
-    formats = ", ".join(audited["formats"])
-    return f"{rows:,} examples ({formats}), " + (
-        f"{told} (audit.html)" if told else "nothing found"
-    )
+    found += [f"{audited[what]:,} {what}" for what in ("rejected", "dropped") if audited[what]]
+    findings = f"{', '.join(found)} (audit.html)" if found else "nothing found"
+    return f"{rows:,} examples ({', '.join(audited['formats'])}), {findings}"
 
 
 def pick_samples(examples: Examples, most: int = 20) -> list[Sample]:
-    """Up to three rows of each combination of findings, the gravest first; else the longest few."""
+    """Picks up to three rows of each combination of findings, most severe first, and then the
+    longest three rows without findings."""
     found = examples.arrays.index["findings"][examples.order]
-    gravest = sorted(np.unique(found[found != 0]).tolist(), key=lambda bits: bits & -bits)
-    flagged = [i for bits in gravest for i in np.flatnonzero(found == bits)[:3].tolist()]
+    by_severity = sorted(np.unique(found[found != 0]).tolist(), key=lambda bits: bits & -bits)
+    flagged = [i for bits in by_severity for i in np.flatnonzero(found == bits)[:3].tolist()]
     clean = np.flatnonzero(found == 0)
     longest = np.argsort(-np.asarray(examples.lengths)[clean], kind="stable")[:3]
     chosen = [*flagged, *clean[longest].tolist()][:most]
-    kinds = (to_kinds(int(found[i])) for i in chosen)
-    return [(examples.row(i), examples[i], told) for i, told in zip(chosen, kinds, strict=True)]
+    return [(examples.row(i), examples[i], to_kinds(int(found[i]))) for i in chosen]
 
 
 def _sha256(text: str) -> str:
@@ -433,7 +413,7 @@ def _sha256(text: str) -> str:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of vocabulary, merges, normalisation and special tokens; not of the padding last used."""
+    """Hashes vocabulary, merges, normalisation and special tokens; not the padding last used."""
     backend = tokenizer.backend_tokenizer
     state = backend.to_str().partition('"added_tokens":')[2]
     special = [tokenizer.special_tokens_map, backend.encode_special_tokens]
@@ -441,6 +421,9 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of the chat template, or of all if there are several. Not of the day that some templates
-    write: a run that is resumed after midnight goes on with the rows as they were prepared."""
+    """Hashes the chat template, or all if there are several.
+
+    The day that some templates write does not count, so that a run which is resumed after midnight
+    goes on with the rows as they were prepared.
+    """
     return _sha256(json.dumps(tokenizer.chat_template, sort_keys=True))

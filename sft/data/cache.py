@@ -1,11 +1,11 @@
 """From files to proven examples on disk, before any weight is loaded or process group exists.
 
-What comes out is a function of the files' contents, the tokenizer with its template, the section
-`data` and this code. All of them make the name of a folder in `data.cache_dir`: one process fills
-it, under a lock and as a whole or not at all; every other process and every later run only maps it.
+Examples are a function of the files' contents, the tokenizer with its template, the section `data`
+and this code. All of them make the name of a folder in `data.cache_dir`. One process fills it under
+a lock, as a whole or not at all; every other process and every later run only maps it.
 
-    rows   -> read once, rendered and examined on all cores, appended to a store (sft/store.py)
-    then   -> duplicates, split, mix and leaks are decided on the digests and sketches of all rows
+Rows are read once, rendered and examined on all cores, and appended to a store (`data/examples`).
+Then duplicates, split, mix and leaks are decided from the fingerprints of all rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice
@@ -34,8 +34,6 @@ from transformers import PreTrainedTokenizerBase
 from sft import errors
 from sft.config.schema import Config, Data
 from sft.data import audit_report, duplicates, readers, split, template
-from sft.data import examples as data_examples
-from sft.data.arrays import Files, mapped
 from sft.data.audit import (
     Sample,
     examine_row,
@@ -48,24 +46,40 @@ from sft.data.audit import (
     to_bits,
     tokenizer_sha256,
 )
-from sft.data.examples import Arrays, Examples, open_folder
-from sft.data.files import BadRow, Row, check_column, file_digests, num_rows, read_all, read_options
+from sft.data.examples import (
+    ExampleArrays,
+    Examples,
+    append_array,
+    examples_sha256,
+    map_array,
+    open_findings,
+)
+from sft.data.files import (
+    BadRow,
+    Row,
+    check_column,
+    file_digests,
+    num_rows,
+    read_all,
+    read_options,
+    write_rejected,
+)
 from sft.models import load
 from sft.runtime import checkpoint, children, hardware
 from sft.runtime.console import bar, make_console, write_json
 
-ROWS = "rows"  # a folder of what tells rows apart, removed when that is decided
+ROWS = "rows"  # a folder of the fingerprints of rows, removed when all is decided
 KEPT = 16  # folders in the cache
 CHUNK_ROWS = 256  # rows that a worker takes at a time
-PLACE = np.dtype([("part", "u1"), ("entry", "u2")])  # of a row
+PLACE = np.dtype([("part", "u1"), ("entry", "u2")])  # where a row comes from
 TRAIN, HELD_OUT = 0, 1  # parts
-ORDER = np.dtype([("example", np.int64), ("length", np.int32)])  # of what a part uses: its number
+ORDER = np.dtype([("example", np.int64), ("length", np.int32)])  # the examples of a part
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets", "numpy")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenised data. `audit` is what audit.json holds."""
+    """Tokenised data, with the contents of `audit.json`."""
 
     tokenizer: PreTrainedTokenizerBase
     train: Examples
@@ -76,16 +90,16 @@ class Prepared:
     validation: Examples | None = None  # rows that are kept from training
 
     def samples(self) -> list[Sample]:
-        """The rows of most findings, for people to look at."""
+        """Returns the rows with most findings, for people to look at."""
         return pick_samples(self.train) + pick_samples(self.held_out, 5)
 
 
 def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> Prepared:
-    """Maps the examples of `config`; reads, renders and audits all rows if nobody has yet.
+    """Maps the examples of `config`; reads, renders and audits all rows if no process has yet.
 
     `on_progress` is called at every sign of progress.
-    Raises DataError naming the rows that cannot be trained on, or that the audit refuses, and for
-    a stale or damaged folder in the cache. `data.audit: warn` prepares that anew.
+    Raises DataError for rows that cannot be trained on or that the audit refuses, and for a stale
+    or damaged folder in the cache. `data.audit: warn` prepares such a folder anew.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
     tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))
@@ -112,9 +126,9 @@ def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> P
 
 
 def with_validation(prepared: Prepared, share: float) -> Prepared:
-    """Takes training rows out for validation, evenly spread over them, at least one on both sides.
+    """Moves a share of the training rows, evenly spread and at least one, to `validation`.
 
-    Raises DataError if there are fewer than two.
+    Raises DataError if there are fewer than two rows.
     """
     number = len(prepared.train)
     if number < 2:
@@ -130,7 +144,7 @@ def with_validation(prepared: Prepared, share: float) -> Prepared:
 
 @contextmanager
 def _as_data_error(cache: Path) -> Iterator[None]:
-    """An error of the disk, in one message."""
+    """Turns an error of the disk into one message."""
     try:
         yield
     except OSError as error:
@@ -141,22 +155,22 @@ def _as_data_error(cache: Path) -> Iterator[None]:
 
 
 def _open(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    arrays, audited = open_folder(folder), (folder / "audit.json").read_text("utf-8")
+    arrays, audited = ExampleArrays.open(folder), (folder / "audit.json").read_text("utf-8")
     train, held_out = (_examples(folder, arrays, part) for part in ("train", "held_out"))
-    rejected = mapped(folder / "rejected.jsonl", np.uint8)
+    rejected = map_array(folder / "rejected.jsonl", np.uint8)
     os.utime(folder)
     return Prepared(tokenizer, train, held_out, json.loads(audited), rejected, folder)
 
 
-def _examples(folder: Path, arrays: Arrays, part: str) -> Examples:
-    order = mapped(folder / f"{part}.bin", ORDER)
+def _examples(folder: Path, arrays: ExampleArrays, part: str) -> Examples:
+    order = map_array(folder / f"{part}.bin", ORDER)
     return Examples(arrays, order["example"], order["length"])
 
 
 def _prune(cache: Path) -> None:
-    """Removes what was used longest ago, and what a killed process left half made.
+    """Removes the folders used longest ago, and what a killed process left half made.
 
-    A process that has mapped a folder is not disturbed, one that is about to holds its lock.
+    A process that has mapped a folder is not disturbed; one that is about to holds its lock.
     """
     with suppress(OSError):  # another process may be at the same
         made = [path for path in cache.iterdir() if (path / checkpoint.MANIFEST).exists()]
@@ -167,7 +181,7 @@ def _prune(cache: Path) -> None:
 
 
 def write_audit(prepared: Prepared, folder: Path) -> None:
-    """audit.json, audit.html, and rejected.jsonl where rows were skipped."""
+    """Writes audit.json, audit.html, and rejected.jsonl if rows were skipped."""
     write_json(folder / "audit.json", prepared.audit)
     audit_report.write_html(
         folder / "audit.html", prepared.tokenizer, prepared.audit, prepared.samples()
@@ -178,16 +192,13 @@ def write_audit(prepared: Prepared, folder: Path) -> None:
 
 
 def max_length(config: Config) -> int:
-    """Tokens that an example may have: what is asked for, or the positions that the model has."""
+    """Returns how many tokens an example may have: `data.max_seq_len`, or the model's positions."""
     positions = getattr(load.architecture(config.model), "max_position_embeddings", None)
     return min(config.data.max_seq_len, positions or config.data.max_seq_len)
 
 
-# --- what prepared data are a function of ------------------------------------------------------
-
-
 def cache_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Everything that the examples and their audit depend on, and nothing else."""
+    """Returns everything that the examples and their audit depend on, and nothing else."""
     section = config.data
     source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     is_drawn = section.mix or not section.eval_path
@@ -207,22 +218,20 @@ def cache_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str
 
 
 def cache_key(made_of: dict[str, Any]) -> str:
+    """Returns the name of the folder for these inputs."""
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _find_fault(folder: Path, made_of: dict[str, Any], policy: str) -> str | None:
-    """Why the prepared data in `folder` are not what `made_of` makes, or None."""
-    # Of the processes of a machine the first reads all bytes; what it refuses, none trains on.
-    # Where it would make them anew, all must agree on it.
+    """Returns why the prepared data in `folder` are not what `made_of` makes, or None."""
+    # The first process of a machine reads all bytes; data that it refuses are trained on by none.
+    # With `warn` they are prepared anew, so all processes must agree that they are damaged.
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     if reason := checkpoint.fault(folder, digests=is_first or policy == "warn"):
         return reason
     was = json.loads((folder / "audit.json").read_text("utf-8"))["inputs"]
     changed = [name for name in made_of if was.get(name) != made_of[name]]
     return f"made of another {', '.join(changed)}" if changed else None
-
-
-# --- filling a folder --------------------------------------------------------------------------
 
 
 def _fill(
@@ -232,7 +241,7 @@ def _fill(
     made_of: dict[str, Any],
     on_progress: Callable[[], None],
 ) -> None:
-    if config.evaluation.group:  # told before any row is rendered
+    if config.evaluation.group:  # refused before any row is rendered
         scored = config.data.eval_path or config.data.train_path
         check_column(scored, config.evaluation.group, "evaluation.group")
     staging = folder.with_suffix(checkpoint.STAGING)
@@ -267,39 +276,34 @@ def _write_rows(
     folder: Path,
     on_progress: Callable[[], None],
 ) -> _Counts:
-    """Every row of all files into the store, and what tells rows apart into `folder`/rows."""
-    settings = config.data
-    how = read_options(settings) | {"group": config.evaluation.group}
-    paths = [settings.train_path, *([settings.eval_path] if settings.eval_path else [])]
-    work = partial(
-        _render_rows, tokenizer, max_length(config), settings.supervise, settings.on_long
-    )
+    """Writes the examples of all rows into `folder`, and the rows' fingerprints into `rows`."""
+    data, row_folder = config.data, folder / ROWS
+    options = read_options(data) | {"group": config.evaluation.group}
+    paths = [data.train_path, *([data.eval_path] if data.eval_path else [])]
+    render = partial(_render_rows, tokenizer, max_length(config), data.supervise, data.on_long)
     counts, first = _Counts(), list[BadRow]()
-    (folder / ROWS).mkdir()
+    row_folder.mkdir()
     with (
         (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected,
-        Files(folder) as files,
-        Files(folder / ROWS) as own,
-        bar(make_console(), "prepare", _num_rows(settings, paths)) as advance,
+        bar(make_console(), "prepare", _num_rows(data, paths)) as advance,
     ):
         for part, path in enumerate(paths):
-            most = settings.max_rows if part == TRAIN else None
-            for made in _map_chunks(work, islice(read_all(path, **how), most)):
-                for row in made.refused:
-                    rejected.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
-                counts.rejected += len(made.refused)
-                first += made.refused[: 10 - len(first)]
-                made.places["part"] = part
-                made.arrays.index["row"] += counts.rows
-                counts.rows += len(made.places)
-                counts.dropped += made.num_dropped
-                counts.formats += made.formats
-                data_examples.write(files, made.arrays)
-                own.append("places.bin", made.places)
-                duplicates.write(own, made.told)
-                advance(len(made.places) + len(made.refused))
+            most = data.max_rows if part == TRAIN else None
+            for chunk in _map_chunks(render, islice(read_all(path, **options), most)):
+                write_rejected(chunk.refused, rejected)
+                counts.rejected += len(chunk.refused)
+                first += chunk.refused[: 10 - len(first)]
+                chunk.places["part"] = part
+                chunk.arrays.index["row"] += counts.rows
+                counts.rows += len(chunk.places)
+                counts.dropped += chunk.num_dropped
+                counts.formats += chunk.formats
+                chunk.arrays.append_to(folder)
+                append_array(row_folder / "places.bin", chunk.places)
+                chunk.fingerprint.append_to(row_folder)
+                advance(len(chunk.places) + len(chunk.refused))
                 on_progress()
-    if counts.rejected and (settings.on_bad_row == "error" or not counts.rows):
+    if counts.rejected and (data.on_bad_row == "error" or not counts.rows):
         raise errors.DataError.from_rows(
             first[0].file, [str(row) for row in first], counts.rejected
         )
@@ -307,7 +311,7 @@ def _write_rows(
 
 
 def _num_rows(settings: Data, paths: list[str | list[str]]) -> int | None:
-    """About how many rows will be read; None if that cannot be told."""
+    """Returns about how many rows will be read, or None if that is not known."""
     numbers = [num_rows(path) for path in paths]
     if not all(numbers):
         return None
@@ -318,25 +322,25 @@ def _num_rows(settings: Data, paths: list[str | list[str]]) -> int | None:
 def _decide(
     config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path, counts: _Counts
 ) -> dict[str, Any]:
-    """Which examples are trained on and which are held out (train.bin, held_out.bin), and what only
-    all rows together tell; returns what audit.json holds."""
-    settings, seed = config.data, config.train.seed
-    places = mapped(folder / ROWS / "places.bin", PLACE)
-    told = duplicates.open_folder(folder / ROWS)
-    arrays = data_examples.open_folder(folder)
+    """Chooses the examples to train on and to hold out (`train.bin`, `held_out.bin`), marks the
+    findings that depend on all rows, and returns the contents of `audit.json`."""
+    data, seed = config.data, config.train.seed
+    places = map_array(folder / ROWS / "places.bin", PLACE)
+    known = duplicates.RowFingerprint.open(folder / ROWS)
+    arrays = ExampleArrays.open(folder)
     numbers = np.array(arrays.index["row"])  # of the rows of all examples
     is_kept = np.isin(np.arange(len(places)), numbers)  # not dropped
     train, held_out = (
         np.flatnonzero((places["part"] == part) & is_kept) for part in (TRAIN, HELD_OUT)
     )
-    if settings.duplicates == "drop":
-        train = train[split.is_first(told.digests[train])]
-    if not settings.eval_path and len(train):
-        held = split.split(told.digests[train], settings.eval_fraction, seed)
+    if data.duplicates == "drop":
+        train = train[split.is_first(known.digests[train])]
+    if not data.eval_path and len(train):
+        held = split.split(known.digests[train], data.eval_fraction, seed)
         train, held_out = train[~held], train[held]
     mixed = train
-    if settings.mix:
-        mixed = train[split.mix(places["entry"][train], settings.mix, seed)]
+    if data.mix:
+        mixed = train[split.mix(places["entry"][train], data.mix, seed)]
         train = np.unique(mixed)
     for part, rows in (("train", mixed), ("held_out", held_out)):
         if not len(rows):
@@ -350,51 +354,48 @@ def _decide(
         order["example"], order["length"] = found, arrays.index["length"][found]
         order.tofile(folder / f"{part}.bin")
     parts = {part: _examples(folder, arrays, part) for part in ("train", "held_out")}
-    findings = data_examples.open_findings(folder)
+    findings = open_findings(folder)
 
     def mark(kind: str, rows: np.ndarray) -> None:
         findings[_examples_of(numbers, rows)] |= to_bits([kind])
 
     for examples, rows in zip(parts.values(), (train, held_out), strict=True):
-        repeated, near = duplicates.find_duplicates(told, rows)
+        repeated, near = duplicates.find_duplicates(known, rows)
         mark("duplicate", repeated)
         mark("near_duplicate", near["later"])
         lengths = np.asarray(examples.lengths)
         far = examples.order[lengths > outlier_length(lengths)]
         findings[far] |= to_bits(["length_outlier"])
-    leaked, near_leaked = duplicates.find_leaks(told, train, held_out)
+    leaked, near_leaked = duplicates.find_leaks(known, train, held_out)
     mark("leaked", leaked)
     mark("near_leak", near_leaked)
-    audited: dict[str, Any] = {
-        part: summarise_part(tokenizer, examples, max_length(config))
-        for part, examples in parts.items()
-    }
-    return audited | {
+    limit = max_length(config)
+    return {part: summarise_part(tokenizer, each, limit) for part, each in parts.items()} | {
         "rejected": counts.rejected,
         "dropped": counts.dropped,
         "formats": dict(counts.formats.most_common()),
-        "data_sha256": data_examples.examples_sha256(parts["train"]),
+        "data_sha256": examples_sha256(parts["train"]),
     }
 
 
 def _examples_of(numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Indices of the examples of these rows, in the order of the rows; `numbers` never falls."""
-    begins, ends = np.searchsorted(numbers, rows), np.searchsorted(numbers, rows, "right")
-    sizes = ends - begins
-    first = np.repeat(begins - (np.cumsum(sizes) - sizes), sizes)
+    """Returns the indices of the examples of these rows, in the order of the rows.
+
+    `numbers` (examples,), ascending, is the row of each example.
+    """
+    starts, ends = np.searchsorted(numbers, rows), np.searchsorted(numbers, rows, "right")
+    sizes = ends - starts
+    first = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
     return (first + np.arange(sizes.sum())).astype(np.int64)
-
-
-# --- rendering on all cores --------------------------------------------------------------------
 
 
 @dataclass
 class _Rendered:
-    """What a worker makes of some rows."""
+    """The result of rendering some rows in a worker."""
 
-    arrays: data_examples.Arrays  # of the examples; rows numbered from 0
+    arrays: ExampleArrays  # rows numbered from 0
     places: np.ndarray  # (good rows,) of PLACE
-    told: duplicates.RowFingerprint  # of the good rows
+    fingerprint: duplicates.RowFingerprint  # of the good rows
     formats: Counter[str]  # of the good rows
     refused: list[BadRow]  # by the reader or by the chat template
     num_dropped: int  # by data.on_long
@@ -402,48 +403,46 @@ class _Rendered:
 
 AnyRow = Row | BadRow
 Work = Callable[[Sequence[AnyRow]], _Rendered]
-Waiting = tuple[list[AnyRow], Future[_Rendered]]  # rows, and what a worker makes of them
 
 
 def _map_chunks(work: Work, rows: Iterator[AnyRow]) -> Iterator[_Rendered]:
-    """`work` on all rows, some at a time, in their order; in forked processes where there is enough
-    to do and more than one core to do it. Only a few parts are in memory at a time."""
-    parts = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
-    first = list(islice(parts, 4))
+    """Yields the result of `work` on chunks of all rows, in their order.
+
+    Chunks go to forked processes if there are several and more than one core. Only a few of them
+    are in memory at a time.
+    """
+    chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
+    first = list(islice(chunks, 4))
     workers = hardware.usable_cores()
     if workers < 2 or len(first) < 4:
-        yield from map(work, first)
-        yield from map(work, parts)
+        yield from map(work, chain(first, chunks))
         return
     fork = multiprocessing.get_context("fork")  # the tokenizer is inherited, sending takes seconds
     with ProcessPoolExecutor(workers, fork, _start_worker, (work, os.getpid())) as pool:
-        waiting: deque[Waiting] = deque()
+        waiting: deque[tuple[list[AnyRow], Future[_Rendered]]] = deque()
         try:
-            for part in chain(first, parts):
+            for chunk in chain(first, chunks):
                 if len(waiting) > 2 * workers:
                     yield waiting[0][1].result()
                     waiting.popleft()
-                waiting.append((part, pool.submit(_run_work, part)))
+                waiting.append((chunk, pool.submit(_run_work, chunk)))
             while waiting:
                 yield waiting[0][1].result()
                 waiting.popleft()
         except BrokenProcessPool:
-            raise _killed_worker(
-                [part for part, made in waiting if made.exception()][:workers]
-            ) from None
+            broken = [chunk for chunk, result in waiting if result.exception()][:workers]
+            raise _killed_worker(broken[0][0], broken[-1][-1]) from None
 
 
-def _killed_worker(parts: list[list[AnyRow]]) -> errors.DataError:
-    """Of a worker, when these were worked on."""
-    first, last = parts[0][0], parts[-1][-1]
+def _killed_worker(first: AnyRow, last: AnyRow) -> errors.DataError:
     return errors.DataError(
-        "a process that prepared data was killed, most likely for want of memory, when the rows "
-        f"{first.file}:{first.line} to {last.file}:{last.line} were worked on; free some memory, "
-        "or look there for very long ones"
+        "a process that prepared data was killed, most likely because memory ran out, at the rows "
+        f"{first.file}:{first.line} to {last.file}:{last.line}; free some memory, or look there "
+        "for very long ones"
     )
 
 
-_inherited: list[Work] = []  # of a worker: its work
+_inherited: list[Work] = []  # the work of this process, if it is a worker
 
 
 def _start_worker(work: Work, parent: int) -> None:
@@ -451,8 +450,8 @@ def _start_worker(work: Work, parent: int) -> None:
     _inherited.append(work)
 
 
-def _run_work(part: Sequence[AnyRow]) -> _Rendered:
-    return _inherited[-1](part)
+def _run_work(chunk: Sequence[AnyRow]) -> _Rendered:
+    return _inherited[-1](chunk)
 
 
 def _render_rows(
@@ -478,13 +477,14 @@ def _render_rows(
             refused.append(BadRow(row.file, row.line, str(error), excerpt))
             continue
         num_dropped += not made
-        for shown, example in made:
-            samples.append((len(good), shown, example))
-            found.append(examine_row(tokenizer, shown, example, supervise))
+        for kept, example in made:
+            samples.append((len(good), kept, example))
+            found.append(examine_row(tokenizer, kept, example, supervise))
         good.append(row)
-    arrays = data_examples.pack(samples)
-    seen = examine_tokens(tokenizer, data_examples.Examples(arrays), limit)
-    arrays.index["findings"] = np.array(found, np.uint32) | seen
+    arrays = ExampleArrays.pack(samples)
+    in_batches = examine_tokens(tokenizer, Examples(arrays), limit)
+    arrays.index["findings"] = np.array(found, np.uint32) | in_batches
     places = np.array([(TRAIN, row.entry) for row in good], PLACE)
     formats = Counter(row.format for row in good)
-    return _Rendered(arrays, places, duplicates.fingerprint(good), formats, refused, num_dropped)
+    prints = duplicates.fingerprint(good)
+    return _Rendered(arrays, places, prints, formats, refused, num_dropped)

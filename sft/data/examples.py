@@ -1,22 +1,25 @@
 """Examples as flat arrays: appended to files, mapped from them, laid out as micro-batches.
 
-A store is a folder of raw arrays: `ids.bin`, `labels.bin` and, of examples where they are not all
-1, `weights.bin` of the tokens, one example after the other; `rows.jsonl`, the rows they were made
-of; and `index.bin`, which says where each begins. Readers map the files and hold none in memory.
+A store is a folder of raw arrays. `ids.bin` and `labels.bin` hold one example after the other, and
+`weights.bin` the weights of those whose tokens do not all weigh 1. `rows.jsonl` holds the rows that
+they were made of, and `index.bin` says where each begins. Mapped pages belong to the system, which
+may drop them at any time, so no store is held in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 
-from sft.data.arrays import Files, mapped
 from sft.data.batches import Layout
 from sft.data.files import Row
 from sft.data.template import IGNORED, Example
@@ -26,7 +29,7 @@ INDEX = np.dtype(
         ("row", np.int64),  # number of the row it was made of
         ("start", np.int64),  # of its tokens
         ("length", np.int32),  # tokens
-        ("supervised", np.int32),  # tokens that the loss sees
+        ("supervised", np.int32),  # tokens in the loss
         ("weights", np.int64),  # where its weights start; -1: 1 everywhere
         ("text", np.int64),  # where its row starts in rows.jsonl
         ("text_bytes", np.int64),
@@ -35,80 +38,105 @@ INDEX = np.dtype(
 )
 
 
+def append_array(file: Path, array: np.ndarray) -> int:
+    """Appends an array to a file, and returns at which item of the file it begins."""
+    with file.open("ab") as stream:
+        start = stream.seek(0, os.SEEK_END) // array.itemsize
+        array.tofile(stream)
+    return start
+
+
+def map_array(file: Path, dtype: DTypeLike, mode: Literal["r", "r+"] = "r") -> np.ndarray:
+    """Maps a file as an array (n,), which the system reads on use; `r+`: changes go to the file."""
+    if not file.stat().st_size:
+        return np.zeros(0, dtype)
+    return np.memmap(file, dtype, mode).view(np.ndarray)  # as quick to slice as any array
+
+
 @dataclass(frozen=True)
-class Arrays:
-    """Examples of any number of rows; all of a store, or what one worker made."""
+class ExampleArrays:
+    """Examples of any number of rows: those of a store, or those that one worker made."""
 
     index: np.ndarray  # (examples,) of INDEX
-    ids: np.ndarray  # (tokens,)
-    labels: np.ndarray  # (tokens,)
-    weights: np.ndarray
-    rows: np.ndarray  # JSON lines, as bytes
+    ids: np.ndarray  # (tokens,) int32
+    labels: np.ndarray  # (tokens,) int32
+    weights: np.ndarray  # (tokens of weighted examples,) float64
+    rows: np.ndarray  # (bytes,) uint8: JSON lines
+
+    @classmethod
+    def pack(cls, samples: Iterable[tuple[int, Row, Example]]) -> ExampleArrays:
+        """Makes the arrays of (number of the row, the row, an example of it)."""
+        index: list[tuple[int, ...]] = []
+        ids: list[int] = []
+        labels: list[int] = []
+        weights: list[float] = []
+        text, last, text_start, line = bytearray(), None, 0, b""
+        for number, row, example in samples:
+            if row is not last:  # a document may become many examples
+                last, text_start, line = row, len(text), _to_json(row)
+                text += line
+            weights_start = len(weights) if example.weights else -1
+            size = (len(ids), len(example.ids), example.num_supervised)
+            index.append((number, *size, weights_start, text_start, len(line), 0))
+            ids += example.ids
+            labels += example.labels
+            weights += example.weights or []
+        return cls(
+            np.array(index, INDEX),
+            np.array(ids, np.int32),
+            np.array(labels, np.int32),
+            np.array(weights, np.float64),
+            np.frombuffer(bytes(text), np.uint8),
+        )
+
+    @classmethod
+    def open(cls, folder: Path) -> ExampleArrays:
+        """Maps the store in `folder`."""
+        return cls(
+            map_array(folder / "index.bin", INDEX),
+            map_array(folder / "ids.bin", np.int32),
+            map_array(folder / "labels.bin", np.int32),
+            map_array(folder / "weights.bin", np.float64),
+            map_array(folder / "rows.jsonl", np.uint8),
+        )
+
+    def append_to(self, folder: Path) -> None:
+        """Appends the examples to the store in `folder`."""
+        index = self.index.copy()
+        index["start"] += append_array(folder / "ids.bin", self.ids)
+        append_array(folder / "labels.bin", self.labels)
+        is_weighted = index["weights"] >= 0
+        index["weights"][is_weighted] += append_array(folder / "weights.bin", self.weights)
+        index["text"] += append_array(folder / "rows.jsonl", self.rows)
+        append_array(folder / "index.bin", index)
 
 
-def pack(samples: Iterable[tuple[int, Row, Example]]) -> Arrays:
-    """Arrays of (number of its row, the row, its example)."""
-    index, ids, labels, weights = [], [], [], []  # type: ignore[var-annotated]
-    text, shown, starts, line = bytearray(), None, 0, b""
-    for number, row, example in samples:
-        if row is not shown:  # a document may become many examples
-            shown, starts = row, len(text)
-            told = {"file": row.file, "line": row.line, "messages": row.messages}
-            told |= {"tools": row.tools} if row.tools else {}
-            told |= {} if row.group is None else {"group": row.group}
-            line = (json.dumps(told, ensure_ascii=False) + "\n").encode()
-            text += line
-        where = len(weights) if example.weights else -1
-        size = (len(ids), len(example.ids), example.num_supervised, where, starts, len(line))
-        index.append((number, *size, 0))
-        ids += example.ids
-        labels += example.labels
-        weights += example.weights or []
-    return Arrays(
-        np.array(index, INDEX),
-        np.array(ids, np.int32),
-        np.array(labels, np.int32),
-        np.array(weights, np.float64),
-        np.frombuffer(bytes(text), np.uint8),
-    )
-
-
-def write(files: Files, arrays: Arrays) -> None:
-    """Appends examples to a store."""
-    index = arrays.index.copy()
-    index["start"] += files.append("ids.bin", arrays.ids)
-    files.append("labels.bin", arrays.labels)
-    index["weights"][index["weights"] >= 0] += files.append("weights.bin", arrays.weights)
-    index["text"] += files.append("rows.jsonl", arrays.rows)
-    files.append("index.bin", index)
-
-
-def open_folder(folder: Path) -> Arrays:
-    return Arrays(
-        mapped(folder / "index.bin", INDEX),
-        mapped(folder / "ids.bin", np.int32),
-        mapped(folder / "labels.bin", np.int32),
-        mapped(folder / "weights.bin", np.float64),
-        mapped(folder / "rows.jsonl", np.uint8),
-    )
+def _to_json(row: Row) -> bytes:
+    values = {"file": row.file, "line": row.line, "messages": row.messages}
+    values |= {"tools": row.tools} if row.tools else {}
+    values |= {} if row.group is None else {"group": row.group}
+    return (json.dumps(values, ensure_ascii=False) + "\n").encode()
 
 
 def open_findings(folder: Path) -> np.ndarray:
-    """Those of all examples of a folder; what is added to them is in the file."""
-    return mapped(folder / "index.bin", INDEX, "r+")["findings"]
+    """Maps the findings (examples,) of a store; changes go to the file."""
+    return map_array(folder / "index.bin", INDEX, "r+")["findings"]
 
 
 class Examples(Sequence[Example]):
     """Examples of a store in an order of their own; one may come more than once."""
 
     def __init__(
-        self, arrays: Arrays, order: np.ndarray | None = None, lengths: np.ndarray | None = None
+        self,
+        arrays: ExampleArrays,
+        order: np.ndarray | None = None,
+        lengths: np.ndarray | None = None,
     ):
         self.arrays = arrays
         self.order = np.arange(len(arrays.index)) if order is None else order
         lengths = arrays.index["length"][self.order] if lengths is None else lengths
         self.lengths: Sequence[int] = memoryview(lengths)  # type: ignore[arg-type]  # whose items are quick to get
-        self._last: tuple[int, Row] | None = None  # where the row that was asked for last begins
+        self._last: tuple[int, Row] | None = None  # the row asked for last, and where it starts
         self._starts, self._weights = arrays.index["start"], arrays.index["weights"]
 
     def __len__(self) -> int:
@@ -119,7 +147,7 @@ class Examples(Sequence[Example]):
         return Example(ids.tolist(), labels.tolist(), None if weights is None else weights.tolist())
 
     def tokens(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """(ids, labels, weights or None) of an example."""
+        """Returns (ids, labels, weights or None) of an example, each (tokens,)."""
         entry, length = self.order[index], self.lengths[index]
         start, weights = self._starts[entry], self._weights[entry]
         part = slice(start, start + length)
@@ -127,34 +155,31 @@ class Examples(Sequence[Example]):
         return self.arrays.ids[part], self.arrays.labels[part], own
 
     def select(self, chosen: np.ndarray) -> Examples:
-        """Those of a mask (examples,)."""
+        """Returns the examples that a mask (examples,) chooses."""
         return Examples(self.arrays, self.order[chosen], np.asarray(self.lengths)[chosen])
 
     def row(self, index: int) -> Row:
+        """Returns the row that an example was made of."""
         entry = self.arrays.index[self.order[index]]
         start = int(entry["text"])
         if self._last is None or self._last[0] != start:  # a document has many examples
             line = self.arrays.rows[start : start + int(entry["text_bytes"])].tobytes()
-            told = json.loads(line)
-            place = told["file"], told["line"]
-            row = Row(told["messages"], told.get("tools"), *place, group=told.get("group"))
-            self._last = (start, row)
+            values = json.loads(line)
+            self._last = (start, Row(**{"tools": None} | values))
         return self._last[1]
 
     def rows(self) -> Iterator[Row]:
+        """Yields the row of each example."""
         return (self.row(index) for index in range(len(self)))
 
 
 def examples_sha256(examples: Examples) -> str:
-    """sha256 of all that is trained on: tokens, labels and weights, in their order."""
+    """Returns the sha256 of tokens, labels and weights in their order: of all that is trained."""
     result = hashlib.sha256()
     for i in range(len(examples)):
         for part in examples.tokens(i):
             result.update(b"-" if part is None else part.tobytes())
     return result.hexdigest()
-
-
-# --- micro-batches -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -173,7 +198,8 @@ class Batch:
 def collate(
     examples: Examples, chosen: Sequence[int], pad: int, layout: Layout, device: torch.device
 ) -> Batch:
-    """Padded: rows padded on the right. Packed: one row of documents with restarting position ids.
+    """Lays the examples `chosen` out as rows padded on the right (`padded`), or as one row of
+    documents with restarting position ids (`packed`).
 
     Neither needs an attention mask: causal attention cannot see padding on the right, and
     transformers confines attention to documents by their position ids as long as no mask and no

@@ -1,9 +1,7 @@
-"""Files -> rows, and what can be told of rows before anything renders them.
+"""Files -> rows, and what can be decided about rows before anything renders them.
 
-Every row of every file is accounted for: it becomes a `Row` of messages (`sft/formats.py`) or a
-`BadRow` with its place, the reason and an excerpt; none is dropped unsaid and none is repaired.
-Files are told by their content, then by their name. All but JSON lists are streamed: memory does
-not grow with the number of rows.
+Every row of every file becomes a `Row` of messages (`data/formats`), or a `BadRow` with its place,
+the reason and an excerpt. No row is dropped silently, and none is repaired.
 """
 
 from __future__ import annotations
@@ -11,13 +9,12 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -37,32 +34,33 @@ from sft.data.formats import (
 )
 from sft.data.readers import (
     HUB,
-    RawRow,
-    _choose_reader,
-    _hub_rows,
-    _open,
-    broken_file,
     compression_of,
     data_suffix,
     load_from_hub,
     make_excerpt,
     one_line,
+    read_file,
+    read_hub,
     unreadable,
-    value_or_error,
 )
 from sft.data.split import HELD_OUT
 from sft.errors import DataError, suggest
+from sft.runtime.console import atomic_write
+
+DIGEST = np.dtype("V16")  # of `content_digest`
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
+    """A good row: the messages and tools that the chat template renders, and their place."""
+
     messages: Messages
     tools: Tools | None
     file: str
     line: int  # where the row begins, from 1; index + 1 in a list or a table
-    entry: int = 0  # which entry of a list of paths it came from
+    entry: int = 0  # index of its path in a list of paths
     format: str = ""
-    group: str | None = None  # what it has in the column that scores are told by; None: in none
+    group: str | None = None  # its value in the column `evaluation.group`; None: has none
 
     @property
     def place(self) -> str:
@@ -71,6 +69,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
+    """A row that cannot be trained on, with the reason."""
+
     file: str
     line: int
     reason: str
@@ -81,24 +81,26 @@ class BadRow:
 
 
 class Source(NamedTuple):
+    """A file, or a dataset of the hub, and which of the given paths named it."""
+
     file: str  # or a hub id
     entry: int = 0
     on_hub: bool = False
 
 
-# --- files -------------------------------------------------------------------------------------
-
-
 def sources(path: str | list[str]) -> list[Source]:
-    """The files that a path, or each of a list of paths, means: a file, a folder, a glob, a hub id.
+    """Returns the files that a path, or each of a list, names: a file, a folder, a glob, a hub id.
 
-    Raises DataError for one that means nothing.
+    Raises DataError for a path that names none.
     """
     paths = [path] if isinstance(path, str) else path
     found = [source for entry, text in enumerate(paths) for source in _sources(text, entry)]
     for source in found:
-        if isinstance(value_or_error(source.file.encode), ValueError):
-            raise unreadable(repr(source.file), "a name that is not UTF-8; rename the file")
+        try:
+            source.file.encode()
+        except UnicodeEncodeError:
+            reason = "a name that is not UTF-8; rename the file"
+            raise unreadable(repr(source.file), reason) from None
     return found
 
 
@@ -121,7 +123,7 @@ def _sources(text: str, entry: int) -> list[Source]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The data files of a folder; those of `datasets.save_to_disk` in their own order."""
+    """Returns the data files of a folder; those of `datasets.save_to_disk` in their own order."""
     if (splits := folder / "dataset_dict.json").is_file():
         names = _read_list(splits, "splits")
         if len(names) != 1:
@@ -156,9 +158,6 @@ def _ambiguous(folder: Path, found: Iterable[str]) -> DataError:
     )
 
 
-# --- rows --------------------------------------------------------------------------------------
-
-
 def read(
     source: Source,
     *,
@@ -169,14 +168,14 @@ def read(
     group: str | None = None,
     to_answer: bool = False,
 ) -> Iterator[Row | BadRow]:
-    """Every row of a file in its order, good or bad. Raises DataError if it cannot be read on.
+    """Yields every row of a file in its order, good or bad. Raises DataError if reading fails.
 
-    `group`: the column that scores are told by; what a row has there is kept, as text.
-    `to_answer`: rows are to be answered, so they need no answer (`formats.read_question`).
+    `group`: a column whose value is kept with each row, as text (`evaluation.group`).
+    `to_answer`: rows are prompts to be answered, so they need no answer (`read_question`).
     """
-    empty = True
-    for line, value, shown in _found(source, format):
-        empty = False
+    is_empty = True
+    for line, value, shown in _raw_rows(source, format):
+        is_empty = False
         try:
             if isinstance(value, Exception):
                 raise value
@@ -189,19 +188,23 @@ def read(
         except (ValueError, RecursionError) as error:
             reason = one_line(error_reason(error), 400)
             yield BadRow(source.file, line, reason, make_excerpt(shown))
-    if empty:
+    if is_empty:
         raise DataError(f"{source.file}: expected rows (docs/DATA.md), found none in the file")
 
 
+def _raw_rows(source: Source, format: str) -> Iterator[Any]:
+    return read_hub(source.file) if source.on_hub else read_file(source.file, format)
+
+
 def read_all(path: str | list[str], **options: Any) -> Iterator[Row | BadRow]:
-    """Every row of every file; options as in `read`."""
+    """Yields every row of every file; takes the options of `read`."""
     return (row for source in sources(path) for row in read(source, **options))
 
 
 def read_raw(path: str | list[str]) -> Iterator[tuple[str, Any]]:
-    """(file:line, row as its file has it, or the error in it) of every row of every file."""
+    """Yields (file:line, the row as it stands in its file, or an error) of every row of a path."""
     for source in sources(path):
-        for line, value, _ in _found(source, "auto"):
+        for line, value, _ in _raw_rows(source, "auto"):
             yield f"{source.file}:{line}", value
 
 
@@ -219,13 +222,13 @@ def check_column(path: str | list[str], column: str, key: str) -> None:
 
 
 def missing_column(path: str | list[str], column: str, key: str, known: Iterable[str]) -> DataError:
+    """Returns the error for a column that no row has; `known`: the columns that rows have."""
     shown = path if isinstance(path, str) else ", ".join(path)
     hint = suggest(column, sorted(known))
     return DataError(f"{shown}: no column {column!r}, which {key} names; {hint}")
 
 
 def _value_in(row: Any, column: str) -> Any:
-    """None if the row has nothing there."""
     try:
         return get_column(row, column) if isinstance(row, dict) else None
     except ValueError:
@@ -233,7 +236,7 @@ def _value_in(row: Any, column: str) -> Any:
 
 
 def file_digests(path: str | list[str]) -> list[dict[str, str | int]]:
-    """Name and sha256 (of the hub: fingerprint) of every file: what rows are a function of."""
+    """Returns entry, name and sha256 (of the hub: fingerprint) of every file of a path."""
     found: list[dict[str, str | int]] = []
     for source in sources(path):
         if source.on_hub:
@@ -249,35 +252,52 @@ def file_digests(path: str | list[str]) -> list[dict[str, str | int]]:
 
 
 def read_options(section: Data) -> dict[str, Any]:
-    """What a configuration says of how rows are read, as the options of `read`."""
-    return {
-        "format": section.format,
-        "columns": section.columns,
-        "system": section.system,
-        "system_prompt": section.system_prompt,
-    }
+    """Returns the options of `read` that a configuration sets."""
+    return section.model_dump(include={"format", "columns", "system", "system_prompt"})
+
+
+def content_digest(row: Row) -> bytes:
+    """Hashes messages and tools; where they were read from does not matter."""
+    content = json.dumps(row.messages) + (json.dumps(row.tools) if row.tools else "")
+    return hashlib.sha256(content.encode()).digest()[:16]
+
+
+def num_rows(path: str | list[str]) -> int | None:
+    """Returns about how many rows there are, without reading them, or None if that is not known."""
+    total = 0
+    for source in sources(path):
+        if source.on_hub or compression_of(source.file):
+            return None
+        with Path(source.file).open("rb") as file:
+            head, suffix = file.read(6), data_suffix(Path(source.file))
+            if head.startswith(b"PAR1"):
+                from pyarrow import ArrowException, parquet
+
+                try:
+                    total += parquet.read_metadata(source.file).num_rows
+                except ArrowException:  # its reader will report it
+                    return None
+            elif head.lstrip().startswith(b"{") or suffix in (".csv", ".tsv"):
+                file.seek(0)
+                total += sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))
+            else:
+                return None
+    return total
 
 
 def process(settings: Data, output: Path) -> list[tuple[str, str]]:
-    """Normalised training rows as JSONL, streamed, and rejected ones beside it; what to report.
+    """Writes normalised training rows as JSONL, streamed, and rejected ones into a file beside it.
 
-    Raises DataError with every bad row, unless `on_bad_row` is skip; then `output` is not made.
+    Returns (name, number) pairs to report. Raises DataError with every bad row, unless
+    `data.on_bad_row` is skip, or if no row is left; then `output` is not made.
     """
-    sources(settings.train_path)  # one that is missing is told before anything is made
+    sources(settings.train_path)  # a missing file is reported before anything is made
     output.parent.mkdir(parents=True, exist_ok=True)
-    staged = output.with_name(output.name + ".tmp")
-    try:
-        return _process(settings, output, staged)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def _process(settings: Data, output: Path, staged: Path) -> list[tuple[str, str]]:
     written, seen, repeated = Counter[str](), set[bytes](), 0
     bad: list[BadRow] = []
-    found = read_all(settings.train_path, **read_options(settings))
-    with staged.open("w", encoding="utf-8", newline="\n") as file:
-        for row in islice(found, settings.max_rows):
+    rows = islice(read_all(settings.train_path, **read_options(settings)), settings.max_rows)
+    with atomic_write(output) as file:
+        for row in rows:
             if isinstance(row, BadRow):
                 bad.append(row)
                 continue
@@ -291,76 +311,19 @@ def _process(settings: Data, output: Path, staged: Path) -> list[tuple[str, str]
             shown = {"text": row.messages[0]["content"]} if is_text else {"messages": row.messages}
             shown |= {"tools": row.tools} if row.tools else {}
             file.write(json.dumps(shown, ensure_ascii=False) + "\n")
-    if (bad and settings.on_bad_row == "error") or not written:
-        raise DataError.from_rows(bad[0].file, [str(row) for row in bad])
-    staged.replace(output)
+        if (bad and settings.on_bad_row == "error") or not written:
+            raise DataError.from_rows(bad[0].file, [str(row) for row in bad])
     report = [("rows", f"{written.total():,}")]
     report += [(f"from {name}", f"{count:,}") for name, count in written.most_common()]
     fate = "dropped" if settings.duplicates == "drop" else "kept"
     report += [("duplicates", f"{repeated:,} ({fate})")] if repeated else []
     if bad:
-        rejected = output.with_name("rejected.jsonl")
-        write_rejected(bad, rejected)
+        with atomic_write(rejected := output.with_name("rejected.jsonl")) as file:
+            write_rejected(bad, file)
         report.append(("rejected", f"{len(bad):,}, listed in {rejected}"))
     return report
 
 
-def write_rejected(bad: list[BadRow], path: str | Path) -> None:
-    """One JSON line {file, line, reason, excerpt} for each bad row."""
-    lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in bad]
-    Path(path).write_text("".join(lines), "utf-8")
-
-
-# --- readers, one per kind of file -------------------------------------------------------------
-
-
-def _found(source: Source, format: str) -> Iterator[RawRow]:
-    """Every raw row of a file, by the reader that its content and then its name tell."""
-    if source.on_hub:
-        yield from _hub_rows(source.file)
-        return
-    try:
-        path, read_rows = source.file, _choose_reader(source.file, format)
-        with _open(path) as file:
-            yield from read_rows(path, file)
-    except (EOFError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.strerror:
-            raise unreadable(source.file, error.strerror) from None
-        raise broken_file(source.file, error) from None
-
-
-# --- the set of rows ---------------------------------------------------------------------------
-
-DIGEST = np.dtype("V16")  # what makes a row the same as another
-
-
-def content_digest(row: Row) -> bytes:
-    """Of messages and tools; where they were read from does not matter."""
-    content = json.dumps(row.messages) + (json.dumps(row.tools) if row.tools else "")
-    return hashlib.sha256(content.encode()).digest()[:16]
-
-
-def num_rows(path: str | list[str]) -> int | None:
-    """About how many rows there are, without reading them as rows; None if that cannot be told."""
-    total = 0
-    for source in sources(path):
-        if source.on_hub or compression_of(source.file):
-            return None
-        with Path(source.file).open("rb") as file:
-            head = file.read(6)
-            if head.startswith(b"PAR1"):
-                from pyarrow import ArrowException, parquet
-
-                try:
-                    total += parquet.read_metadata(source.file).num_rows
-                except ArrowException:  # its reader will tell
-                    return None
-            elif head.lstrip().startswith(b"{") or data_suffix(Path(source.file)) in (
-                ".csv",
-                ".tsv",
-            ):
-                file.seek(0)
-                total += sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))
-            else:
-                return None
-    return total
+def write_rejected(bad: list[BadRow], file: IO[str]) -> None:
+    """Writes one JSON line {file, line, reason, excerpt} for each bad row."""
+    file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in bad)

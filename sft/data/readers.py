@@ -1,4 +1,8 @@
-"""Reads rows from files of each format."""
+"""Reads raw rows from each kind of file, and from the hub.
+
+The content of a file decides its kind, then its name. All but JSON lists are streamed: memory does
+not grow with the number of rows.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,7 +21,7 @@ from typing import Any, NamedTuple, cast
 from sft.data.formats import error_reason, parse_json
 from sft.errors import DataError
 
-LONGEST = 64 << 20  # bytes of a line or of a document; what is longer is never held in memory
+LONGEST = 64 << 20  # bytes of a line or of a document; a longer one is never held in memory
 SEPARATOR = b"<|endoftext|>"  # between the documents of a raw text
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -24,20 +29,63 @@ HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<spl
 
 
 class RawRow(NamedTuple):
-    """What a reader finds: a raw row, or the error that reading it raised."""
+    """A row as its file has it, or the error that reading it raised."""
 
     line: int
     value: Any
-    shown: Any  # its bytes, or what stands for them, for the excerpt
+    shown: Any  # its bytes, or a value in place of them, for the excerpt
+
+
+def read_file(path: str, format: str) -> Iterator[RawRow]:
+    """Yields every raw row of a file. Raises DataError for a file that cannot be read to its end.
+
+    With `format` auto a text file that looks like JSON is refused.
+    """
+    try:
+        read_rows = _choose_reader(path, format)
+        with _open(path) as file:
+            yield from read_rows(path, file)
+    except (EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise unreadable(path, error.strerror) from None
+        raise _broken_file(path, error) from None
+
+
+def read_hub(name: str) -> Iterator[RawRow]:
+    """Yields every raw row of a dataset of the hub, `owner/name:config@split`."""
+    for line, row in enumerate(load_from_hub(name), 1):
+        yield RawRow(line, _without_nulls(row), row)
+
+
+def load_from_hub(name: str) -> Any:
+    """Loads a dataset of the hub, `owner/name:config@split` (split: train).
+
+    Raises DataError if the hub gives none of this name.
+    """
+    import datasets
+
+    parts = HUB.fullmatch(name)
+    assert parts
+    try:
+        return datasets.load_dataset(
+            parts["name"], parts["config"], split=parts["split"] or "train"
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise DataError(
+            f"{name}: no such file, and the hub gave no dataset owner/name:config@split of this "
+            f"name: {reason[0]}; correct data.train_path or data.eval_path, or give a local copy"
+        ) from None
 
 
 def data_suffix(path: Path) -> str:
-    """The ending that tells a data file (that of `a.jsonl.gz` is .jsonl), or ""."""
+    """Returns the ending of a data file (that of `a.jsonl.gz` is .jsonl), or ""."""
     name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
 def unreadable(path: str, found: str) -> DataError:
+    """Returns the error for a path that gives no rows, with what was found there."""
     return DataError(
         f"{path}: expected rows ({', '.join(SUFFIXES)}, or these as .gz or .zst), a folder or glob "
         f"of such files, or a hub id, found: {found} (relative paths start at {Path.cwd()}); "
@@ -45,18 +93,19 @@ def unreadable(path: str, found: str) -> DataError:
     )
 
 
-def broken_file(path: str, error: Exception) -> DataError:
+def _broken_file(path: str, error: Exception) -> DataError:
     return DataError(f"{path}: the file is broken: {error}; copy or make it again")
 
 
 def make_excerpt(shown: Any, num: int = 60) -> str:
+    """Returns the first characters of a row, which is bytes or any JSON value."""
     if not isinstance(shown, bytes):
         shown = json.dumps(shown, ensure_ascii=False, default=str).encode("utf-8", "replace")
     return one_line(shown[: 8 * num].decode("utf-8", "backslashreplace").strip(), num)
 
 
 def one_line(text: str, num: int) -> str:
-    """At most `num` characters of it, on one line that any console can show."""
+    """Cuts a text to `num` characters, on one line that any console can show."""
     cut = text[:num] + ("..." if len(text) > num else "")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
@@ -91,25 +140,26 @@ def _choose_reader(path: str, format: str) -> Reader:
 
 
 def compression_of(path: str) -> str | None:
+    """Returns gzip, zstd or None, by the first bytes of a file."""
     with Path(path).open("rb") as file:
         head = file.read(4)
     return next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
 
 
 def _open(path: str) -> io.BufferedReader:
-    """The bytes of a file, decompressed if they are gzip or zstd."""
+    """Opens a file for its bytes, decompressed if they are gzip or zstd."""
     method = compression_of(path)
     if method == "gzip":
         return io.BufferedReader(cast(io.RawIOBase, gzip.open(path)))
     if method == "zstd":
-        import pyarrow  # which, unlike zstandard, tells a file that was cut off
+        import pyarrow  # which, unlike zstandard, notices a file that was cut off
 
         return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
     return Path(path).open("rb")
 
 
 def _lines(file: io.BufferedReader) -> Iterator[tuple[int, bytes, bool]]:
-    """(number, line, is too long) of every line; of one that is too long, only the beginning."""
+    """Yields (number, line, is too long); of a line that is too long only the beginning."""
     number = 0
     while line := file.readline(LONGEST + 1):
         number += 1
@@ -121,8 +171,8 @@ def _lines(file: io.BufferedReader) -> Iterator[tuple[int, bytes, bool]]:
         yield number, line, is_long
 
 
-def value_or_error(parse: Callable[..., Any], *values: Any) -> Any:
-    """What `parse` returns, or the error that tells a bad row."""
+def _value_or_error(parse: Callable[..., Any], *values: Any) -> Any:
+    """Returns the result of `parse`, or the error that makes the row a bad one."""
     try:
         return parse(*values)
     except (ValueError, RecursionError) as error:
@@ -138,17 +188,15 @@ def _json_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
         if is_long:
             yield RawRow(number, _too_long_error("line"), line)
         elif text := line.strip():
-            yield RawRow(number, value_or_error(_parse, text), text)
-
-
-def _parse(text: bytes) -> Any:
-    return parse_json(text.decode())
+            yield RawRow(
+                number, _value_or_error(lambda line: parse_json(line.decode()), text), text
+            )
 
 
 def _list_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
-    """The items of a JSON list, each parsed apart, so that a bad one is told like a bad line is."""
+    """Yields the items of a JSON list, each parsed by itself, so that a bad one is a bad row."""
     content = file.read()
-    decoder = json.JSONDecoder(parse_int=len)  # how large a number may be, the item's parser judges
+    decoder = json.JSONDecoder(parse_int=len)  # the item's parser limits how large it may be
     try:
         text = content.decode("utf-8-sig")
         decoder.decode(text)
@@ -164,15 +212,15 @@ def _list_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
         index, start = index + 1, at
         at = decoder.raw_decode(text, start)[1]
         item = text[start:at]
-        yield RawRow(index, value_or_error(parse_json, item), item[:1000].encode())
+        yield RawRow(index, _value_or_error(parse_json, item), item[:1000].encode())
 
 
 def _csv_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
-    """The records below a header; a record's raw lines are kept until it ends."""
+    """Yields the records below a header; the raw lines of a record are kept until it ends."""
     raw: list[bytes] = []
     last, is_long = 0, False
 
-    def fed() -> Iterator[str]:
+    def decoded_lines() -> Iterator[str]:
         nonlocal last, is_long
         for last, line, cut in _lines(file):  # noqa: B007 (read by the loop below)
             is_long |= cut
@@ -180,7 +228,7 @@ def _csv_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
             yield line.decode("utf-8", "surrogateescape")
 
     def record() -> list[str] | ValueError | None:
-        """The next record; None at the end. What is wrong with it is told when it is whole."""
+        """Returns the next record, the error in it once it has been read whole, or None."""
         nonlocal is_long
         raw.clear()
         is_long = False
@@ -188,14 +236,14 @@ def _csv_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
             cells: list[str] | ValueError | None = next(reader, None)
         except csv.Error as error:
             cells = ValueError(f"broken quoting ({error})")
-        decoded = value_or_error(b"".join(raw).decode)
+        decoded = _value_or_error(b"".join(raw).decode)
         if is_long:
             return _too_long_error("line")
         return decoded if isinstance(decoded, ValueError) else cells
 
     csv.field_size_limit(LONGEST)
     delimiter = "\t" if data_suffix(Path(path)) == ".tsv" else ","
-    reader = csv.reader(fed(), delimiter=delimiter, strict=True)
+    reader = csv.reader(decoded_lines(), delimiter=delimiter, strict=True)
     header = record()
     while header == []:
         header = record()
@@ -205,45 +253,45 @@ def _csv_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
         problem = error_reason(header) if isinstance(header, ValueError) else problem
         raise DataError(f"{path}: expected a header that names each column once, found {problem}")
     while True:
-        begins = last + 1
+        start = last + 1
         cells = record()
         if cells is None:
             return
         if isinstance(cells, ValueError):
-            yield RawRow(begins, cells, b"".join(raw[:10]))
+            yield RawRow(start, cells, b"".join(raw[:10]))
         elif cells and len(cells) != len(header):
             wrong = f"expected {len(header)} cells as in the header, found {len(cells)}"
-            yield RawRow(begins, ValueError(wrong), b"".join(raw[:10]))
+            yield RawRow(start, ValueError(wrong), b"".join(raw[:10]))
         elif cells:
-            yield RawRow(begins, dict(zip(header, cells, strict=True)), b"".join(raw[:10]))
+            yield RawRow(start, dict(zip(header, cells, strict=True)), b"".join(raw[:10]))
 
 
 def _text_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
-    """A document per file, or several between SEPARATORs, without the line ends around them."""
+    """Yields the document of a file, or those between SEPARATORs, without line ends around them."""
     parts: list[bytes] = []
-    begins, size = 1, 0
+    start, size = 1, 0
 
     def document() -> Iterator[RawRow]:
         text = b"".join(parts).strip(b"\r\n")
         if size > LONGEST:
             error = f"{_too_long_error('document')}; put {SEPARATOR.decode()} between documents"
-            yield RawRow(begins, ValueError(error), text)
+            yield RawRow(start, ValueError(error), text)
         elif text.strip():
-            yield RawRow(begins, value_or_error(bytes.decode, text), text)
+            yield RawRow(start, _value_or_error(bytes.decode, text), text)
 
     for number, line, is_long in _lines(file):
         first, *others = line.split(SEPARATOR)
         for part, is_next in [(first, False), *((other, True) for other in others)]:
             if is_next:
                 yield from document()
-                parts, begins, size = [], number, 0
+                parts, start, size = [], number, 0
             size += len(part) + is_long * LONGEST
             if size > LONGEST:
                 parts = [b"".join(parts)[:1000] or part]
             elif part.strip() or parts:
                 parts.append(part)
             else:
-                begins = number + 1
+                start = number + 1
     yield from document()
 
 
@@ -254,11 +302,11 @@ def _parquet_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
         whole = parquet.ParquetFile(_map_table(path, file))
         yield from _table_rows(whole.iter_batches(batch_size=256))
     except ArrowException as error:
-        raise broken_file(path, error) from None
+        raise _broken_file(path, error) from None
 
 
 def _arrow_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
-    """A file that `datasets.save_to_disk` or Arrow itself wrote."""
+    """Yields the rows of a file that `datasets.save_to_disk` or Arrow itself wrote."""
     from pyarrow import ArrowException, ipc
 
     try:
@@ -271,11 +319,11 @@ def _arrow_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
             mapped.seek(0)
             yield from _table_rows(ipc.open_stream(mapped))
     except ArrowException as error:
-        raise broken_file(path, error) from None
+        raise _broken_file(path, error) from None
 
 
 def _map_table(path: str, file: io.BufferedReader) -> Any:
-    """A table's file, which is not read as a stream; one that is compressed is held in memory."""
+    """Maps the file of a table; a compressed one is held in memory."""
     import pyarrow
 
     if compression_of(path):
@@ -289,19 +337,20 @@ def _table_rows(batches: Iterable[Any]) -> Iterator[RawRow]:
         _check_batch(batch)
         for start in range(0, batch.num_rows, 256):
             part = batch.slice(start, 256)
-            rows = value_or_error(part.to_pylist)
+            rows = _value_or_error(part.to_pylist)
             if not isinstance(rows, list):  # one by one if a text in it is not UTF-8
-                rows = [
-                    value_or_error(_row_of_table, part, index) for index in range(part.num_rows)
-                ]
+                single = (part.slice(index, 1) for index in range(part.num_rows))
+                rows = [_value_or_error(lambda row: row.to_pylist()[0], row) for row in single]
             for row in rows:
                 line += 1
                 yield RawRow(line, _without_nulls(row) if isinstance(row, dict) else row, row)
 
 
 def _check_batch(batch: Any) -> None:
-    """Raises ArrowInvalid for offsets that point outside their buffers: reading them would end the
-    process. Text that is not UTF-8 is left to the rows."""
+    """Raises ArrowInvalid for offsets that point outside their buffers; they would end the process.
+
+    Text that is not UTF-8 is left to the rows.
+    """
     try:
         batch.validate(full=True)
     except ValueError as error:
@@ -309,12 +358,8 @@ def _check_batch(batch: Any) -> None:
             raise
 
 
-def _row_of_table(batch: Any, index: int) -> Any:
-    return batch.slice(index, 1).to_pylist()[0]
-
-
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """The row without the nulls in which Arrow pads objects of different keys to one type."""
+    """Removes the nulls with which Arrow pads objects of different keys to one type."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -322,26 +367,3 @@ def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
         return [clean(item) for item in value] if isinstance(value, list) else value
 
     return {key: clean(value) for key, value in row.items()}
-
-
-def _hub_rows(name: str) -> Iterator[RawRow]:
-    for line, row in enumerate(load_from_hub(name), 1):
-        yield RawRow(line, _without_nulls(row), row)
-
-
-def load_from_hub(name: str) -> Any:
-    """A dataset of the hub, `owner/name:config@split` (split: train)."""
-    import datasets
-
-    parts = HUB.fullmatch(name)
-    assert parts
-    try:
-        return datasets.load_dataset(
-            parts["name"], parts["config"], split=parts["split"] or "train"
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        told = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise DataError(
-            f"{name}: no such file, and the hub gave no dataset owner/name:config@split of this "
-            f"name: {told[0]}; correct data.train_path or data.eval_path, or give a local copy"
-        ) from None

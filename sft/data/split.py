@@ -1,4 +1,4 @@
-"""Mixes files and splits rows into training and held-out parts."""
+"""Mixes files, and splits rows into training and held-out parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HELD_OUT = re.compile(r"(?i)(^|[/._-])(test|dev|val|valid|validation|eval)([/._-
 
 
 def first_equal(digests: np.ndarray) -> np.ndarray:
-    """Returns (n,): of each digest the first index that has it."""
+    """Returns (n,): the first index at which each digest stands."""
     _, first, number = np.unique(digests, return_index=True, return_inverse=True)
     return first[number]
 
@@ -25,25 +25,25 @@ def is_first(digests: np.ndarray) -> np.ndarray:
 
 
 def mix(entries: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
-    """Indices of rows of these entries, each as often as its entry's weight says: 2 is twice, 0.5
-    a seeded half of the rows.
+    """Returns indices of rows, each as often as the weight of its entry says.
 
-    Which rows the fraction takes is a function of (seed, entry, index in the entry) alone.
+    `entries` (n,) numbers the path that each row came from. A weight of 2 takes its rows twice, one
+    of 0.5 a half that is a function of (seed, entry, index in the entry) alone.
     """
     result = []
     for entry, weight in enumerate(weights):
         mine = np.flatnonzero(entries == entry)
-        drawn = _draw_order(b"%d:%d:%d" % (seed, entry, n) for n in range(len(mine)))
-        part = np.sort(drawn[: round(weight % 1 * len(mine))])
+        order = _draw_order(b"%d:%d:%d" % (seed, entry, n) for n in range(len(mine)))
+        part = np.sort(order[: round(weight % 1 * len(mine))])
         result += [mine] * int(weight) + [mine[part]]
     return np.concatenate(result)
 
 
 def split(digests: np.ndarray, eval_fraction: float, seed: int) -> np.ndarray:
-    """Which rows (n, bool) are held out: a function of content and seed.
+    """Returns (n,) bool: which rows are held out, as a function of content and seed.
 
     Rows with identical content stay together, so no held-out row was trained on; the held-out part
-    can therefore be somewhat smaller than asked for.
+    can therefore be somewhat smaller than asked for. Raises DataError if no two rows differ.
     """
     held = np.zeros(len(digests), bool)
     if not eval_fraction:
@@ -68,6 +68,6 @@ def split(digests: np.ndarray, eval_fraction: float, seed: int) -> np.ndarray:
 
 
 def _draw_order(texts: Iterable[bytes]) -> np.ndarray:
-    """Indices of the texts in a random order, the same at all times."""
+    """Returns the indices of the texts in a random order that depends on them alone."""
     hashed = (int.from_bytes(hashlib.sha256(text).digest()[:8]) for text in texts)
     return np.argsort(np.fromiter(hashed, np.uint64), kind="stable")

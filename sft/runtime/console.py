@@ -97,13 +97,17 @@ def atomic_write(path: Path, *, sync: bool = False) -> Iterator[IO[str]]:
     """
     is_other = path.is_symlink() or (path.exists() and not path.is_file())
     part = path if is_other else path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        yield file
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    if not is_other:
-        part.replace(path)
+    try:
+        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        if not is_other:
+            part.replace(path)
+    finally:
+        if not is_other:
+            part.unlink(missing_ok=True)  # what an error left
 
 
 def read_json(path: Path) -> dict[str, Any]:

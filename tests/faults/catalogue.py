@@ -409,7 +409,7 @@ RENDERERS = [
     ),
     Fault(
         "not_the_template",
-        "the begin of the prompt truncated without a mark",
+        "the beginning of the prompt truncated without a mark",
         "truncation_side=left",
         renderer(_cut_left),
     ),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from sft.config.load import with_values
 from sft.config.schema import Config
 from sft.data import batches, cache, files, template
-from sft.data.examples import Examples, pack
+from sft.data.examples import ExampleArrays, Examples
 from sft.runtime import processes
 from sft.runtime.context import Context
 from sft.runtime.log import Log
@@ -115,7 +115,7 @@ def adapted(settings: Config, dtype: torch.dtype = torch.float32, base: Any = No
 def stored(examples: list[template.Example]) -> Examples:
     """Examples as training reads them; row i is line i + 1 of a file tiny."""
     rows = (files.Row([], None, "tiny", i + 1) for i in range(len(examples)))
-    return Examples(pack(zip(range(len(examples)), rows, examples, strict=True)))
+    return Examples(ExampleArrays.pack(zip(range(len(examples)), rows, examples, strict=True)))
 
 
 def make_engine(

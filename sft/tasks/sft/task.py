@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from sft.config.schema import Config, Generation
 from sft.data import audit, batches, cache, files, template
 from sft.data.cache import Prepared
-from sft.data.examples import Batch, Examples, collate, pack
+from sft.data.examples import Batch, ExampleArrays, Examples, collate
 from sft.errors import ConfigError, UserError
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
@@ -152,7 +152,7 @@ class FineTune(Task):
     @classmethod
     def blank_data(cls, config: Config, rows: Sequence[Row]) -> Prepared:
         examples = Examples(
-            pack(
+            ExampleArrays.pack(
                 (i, files.Row([], None, "rehearsal", i), _blank_example(*row))
                 for i, row in enumerate(rows)
             )
