@@ -22,7 +22,7 @@ PACKAGES = ("torch", "accelerate", "transformers", "peft", "bitsandbytes", "deep
 def main() -> None:
     hw = hardware.detect("outputs")
     console = Console(highlight=False, width=100)
-    console.print(hardware.table(hw))
+    console.print(hardware.machine_table(hw))
     if not hw.devices:
         console.print(f"\nWhy no GPU: {why_no_gpu()}")
     console.print()

@@ -17,7 +17,7 @@ def main() -> None:
     from sft.serve import chat
     from sft.serve.connector import AccelerateConnector
 
-    if not processes.be_alone():  # of several processes the first one talks
+    if not processes.leave_process_group():  # of several processes the first one talks
         return
     if args.prompt == "":
         raise UserError('PROMPT is empty; ask something, as in PROMPT="set a timer"')

@@ -150,7 +150,7 @@ def keep_backup(target: Path) -> Path | None:
 
 def show_recommended(hw: Hardware) -> None:
     console = Console(highlight=False, width=100)
-    console.print(hardware.table(hw))
+    console.print(hardware.machine_table(hw))
     answers = Table("the wizard asks", "answer for this machine", title="\nRecommended answers")
     answers.title_justify = "left"
     for question, answer in wizard_answers(hw):

@@ -93,7 +93,7 @@ def packages(requirements: Path) -> Finding:
 
 
 def devices(machine: hardware.Hardware) -> Finding:
-    gpus = ", ".join(hardware.describe(device) for device in machine.devices)
+    gpus = ", ".join(hardware.describe_device(device) for device in machine.devices)
     ram = hardware.gib(machine.ram_available_bytes)
     return Finding(True, f"device: {gpus or f'CPU, {machine.cores} cores'}; {ram} of RAM available")
 
@@ -138,8 +138,8 @@ def trial(config: RunConfig) -> Iterator[Finding]:
     The steps are the task's own; the checkpoint is saved, read back and thrown away.
     """
     refuse_if_unwritable(Path(config.train.output_dir))
-    accelerator = processes.start_processes(processes.any_launch(config).train)
-    yield Finding(True, f"Accelerate: {processes.described(accelerator)['devices']}")
+    accelerator = processes.start_processes(processes.drop_launch_demands(config).train)
+    yield Finding(True, f"Accelerate: {processes.describe_world(accelerator)['devices']}")
     place = hardware.nearest_existing(Path(config.train.output_dir))
     with tempfile.TemporaryDirectory(prefix=".check_", dir=place) as folder:
         task, planned = _begin(_few(config, folder), accelerator)
@@ -163,7 +163,7 @@ def trial(config: RunConfig) -> Iterator[Finding]:
 def _few(config: Configured, folder: str) -> Configured:
     """Returns the configuration for two steps of few examples, in one process."""
     few = {"train.output_dir": folder, "train.global_batch": ROWS, "train.max_steps": 2}
-    return task_of(config).trial_config(with_values(processes.any_launch(config), few))
+    return task_of(config).trial_config(with_values(processes.drop_launch_demands(config), few))
 
 
 def _begin(config: RunConfig, accelerator: Accelerator) -> tuple[Task, plan.Plan]:

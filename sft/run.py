@@ -28,9 +28,9 @@ from sft.runtime.disk import refuse_if_full
 from sft.runtime.lock import Lock
 from sft.runtime.log import Log
 from sft.runtime.processes import (
-    any_launch,
     check_launch,
-    described,
+    describe_world,
+    drop_launch_demands,
     end_processes,
     start_processes,
 )
@@ -54,7 +54,9 @@ def train(config: RunConfig) -> None:
         found = _open_folder(config.train, guard) if guard.is_first else None
         prepared = task.prepare(config, guard.tick)  # before a process group that could time out
         accelerator = start_processes(config.train)
-        agreement.agree(accelerator, agreement.facts(config, task.digests(prepared)))
+        agreement.refuse_differences(
+            accelerator, agreement.collect_facts(config, task.digests(prepared))
+        )
         resumed_from = guard.join(accelerator, found)
         with closing(_open_log(config, accelerator)) as log:
             _run(task, config, prepared, Context(accelerator, log, guard), resumed_from)
@@ -85,9 +87,9 @@ def _run(
     if warning := refuse_if_full(planned.disk, config.train):
         log.say(f"warning: {warning}")
     resolved = with_values(config, plan.resolved_values(planned))
-    log.say(report.banner(config, kind.describe(config), planned, described(accelerator)))
+    log.say(report.banner(config, kind.describe(config), planned, describe_world(accelerator)))
     for shown in (
-        hardware.table(machine),
+        hardware.machine_table(machine),
         plan_report.plan_table(planned),
         *kind.preview(prepared),
     ):
@@ -134,7 +136,7 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
 
     `overrides` change its configuration, such as the held-out file or the number of examples.
     """
-    config = any_launch(runs.load_any_run_config(folder, overrides))
+    config = drop_launch_demands(runs.load_any_run_config(folder, overrides))
     task = task_of(config)
     out = folder / "evaluation" / name
     with Guard(out, config.train.stall_timeout) as guard:

@@ -741,7 +741,7 @@ WEIGHTS = "agent1/adapter_model.safetensors"
     ("name", "change", "told"),
     [
         (WEIGHTS, lacking, rf"{WEIGHTS} cannot be loaded: .*No such file"),
-        (WEIGHTS, cut_off, rf"{WEIGHTS} cannot be loaded: it is no sound safetensors file"),
+        (WEIGHTS, cut_off, rf"{WEIGHTS} cannot be loaded: it is no valid safetensors file"),
         (files.META, lacking, rf"{files.META}: expected a crowd's description: No such file"),
         (files.META, cut_off, rf"{files.META} is not what a run writes: JSONDecodeError"),
         (files.META, retold(num_agents=2), f"{files.META} is not what a run writes"),

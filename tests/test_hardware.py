@@ -55,7 +55,7 @@ def test_default_number_of_processes(num_gpus: int, expected: int) -> None:
 @pytest.mark.parametrize("num_gpus", [0, 1, 8])
 def test_the_table_fits_100_columns_and_tells_all(num_gpus: int) -> None:
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(hardware.table(machine(num_gpus)))
+    console.print(hardware.machine_table(machine(num_gpus)))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 100
     assert len(re.findall(r"GPU \d", text)) == num_gpus
@@ -187,7 +187,7 @@ def test_gpus_as_torch_and_nvidia_smi_tell_them(monkeypatch: pytest.MonkeyPatch)
         Device(1, "G", 2 * GIB, None, False, (7, 0)),
     ]
     assert hw.interconnect is None
-    assert "unknown free" in hardware.describe(hw.devices[1])
+    assert "unknown free" in hardware.describe_device(hw.devices[1])
 
 
 def fake_smi(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> None:

@@ -163,12 +163,12 @@ def test_the_ranks_that_differ_from_most_are_named(monkeypatch):
 
     told = [{"data": "a" * 64, "version of torch": "2"} for _ in range(4)]
     monkeypatch.setattr(agreement, "gather_object", lambda _: told)
-    agreement.agree(World(), told[0])
+    agreement.refuse_differences(World(), told[0])
     told[0]["version of torch"] = "1"
     told[2] |= {"data": "b" * 64}
     told[3] |= {"data": "b" * 64}
     with pytest.raises(PeerError) as caught:
-        agreement.agree(World(), told[0])
+        agreement.refuse_differences(World(), told[0])
     assert caught.value.exit_code == 7
     lines = str(caught.value).splitlines()[1:-1]
     assert lines == [
@@ -179,10 +179,10 @@ def test_the_ranks_that_differ_from_most_are_named(monkeypatch):
 
 def test_facts_name_every_key_and_no_value(tmp_path):
     settings = tiny.config(tmp_path, learning_rate=0.7)
-    found = agreement.facts(settings, {"data": "-"})
+    found = agreement.collect_facts(settings, {"data": "-"})
     assert len(found["train.learning_rate"]) == 64
     assert str(tmp_path) not in str(found)
-    other = agreement.facts(tiny.config(tmp_path, learning_rate=0.8), {"data": "-"})
+    other = agreement.collect_facts(tiny.config(tmp_path, learning_rate=0.8), {"data": "-"})
     assert {name for name in found if found[name] != other[name]} == {"train.learning_rate"}
     assert {"data", "version of deepspeed", "code of sft"} < set(found)
 

@@ -16,16 +16,13 @@ from accelerate.utils import gather_object
 from sft.config.schema import RunConfig
 from sft.errors import PeerError
 
-# --- one run, not several ------------------------------------------------------------------------
-
-
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
 
 
-def facts(config: RunConfig, data: Mapping[str, str]) -> dict[str, str]:
-    """What all ranks must have alike, by name. Of configured values the digest: some are secret.
+def collect_facts(config: RunConfig, data: Mapping[str, str]) -> dict[str, str]:
+    """Returns by name what must be equal on all ranks; digests of values, since some are secret.
 
-    `data`: digests of what the task is trained on.
+    `data` has digests of what the task is trained on.
     """
     values = {
         f"{section}.{key}": _digest(json.dumps(value, sort_keys=True))
@@ -52,17 +49,17 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def agree(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
+def refuse_differences(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
     """Raises PeerError, on all ranks, if `facts` are not the same on all. Collective.
 
-    What most ranks have is taken for right, of two ranks what the first one has.
+    The value that most ranks have counts as right; of two ranks, the first one's.
     """
     if accelerator.num_processes == 1:
         return
-    told: list[dict[str, str]] = gather_object([dict(facts)])
+    ranks: list[dict[str, str]] = gather_object([dict(facts)])
     problems = []
-    for name in sorted({name for each in told for name in each}):
-        found = [each.get(name, "absent") for each in told]
+    for name in sorted({name for each in ranks for name in each}):
+        found = [each.get(name, "absent") for each in ranks]
         usual = Counter(found).most_common(1)[0][0]
         for value in dict.fromkeys(value for value in found if value != usual):
             others = [rank for rank, each in enumerate(found) if each == value]

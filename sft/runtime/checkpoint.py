@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it does not exist: stage, checksum, commit by rename, verify, prune.
+"""Writes checkpoints that are whole or do not exist: staged, checksummed, renamed, verified.
 
 Every rank writes into a staging folder; the main process then writes MANIFEST.json (size and sha256
 of every file) as the last file, syncs, and renames the folder to its final name. A folder whose
@@ -31,15 +31,15 @@ from sft.runtime.console import size
 
 
 def tensor_fault(path: Path) -> str | None:
-    """Why the file is not one of tensors, or None; reads its header only."""
+    """Returns why a file is no valid safetensors file, or None; reads its header only."""
     try:
-        with safe_open(path, "pt"):  # which has checked the length of the header
+        with safe_open(path, "pt"):  # it checks the length of the header
             pass
         with path.open("rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
         json.loads(header, object_pairs_hook=_distinct)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        return f"it is no sound safetensors file ({error})"
+        return f"it is no valid safetensors file ({error})"
     return None
 
 
@@ -65,15 +65,15 @@ def commit(
     """Calls `write(staging)` on every rank, then makes the result appear at `final` at once.
 
     Raises CheckpointError on all ranks if any of them failed; earlier checkpoints stay untouched.
-    `need_bytes`: what `write` is expected to take, to be told where the disk is full.
+    `need_bytes` is how much `write` is expected to take; the message of a full disk names it.
     """
     staging = final.with_name(final.name + STAGING)
     main = accelerator.is_main_process
-    errors = gather_object([attempt(_make_anew, staging) if main else None])
+    errors = gather_object([catch_error(_recreate, staging) if main else None])
     if not any(errors):
-        errors = gather_object([attempt(write, staging)])
+        errors = gather_object([catch_error(write, staging)])
     if not any(errors):
-        errors = gather_object([attempt(seal, staging, final) if main else None])
+        errors = gather_object([catch_error(seal, staging, final) if main else None])
     if any(errors):
         reason = next(error for error in errors if error)
         (remedy,) = gather_object([_remedy(reason, staging, need_bytes)] if main else [])
@@ -84,7 +84,7 @@ def commit(
         )
 
 
-# What an error of the system means here; libraries pass on its text, if anything.
+# What an error of the system means here; libraries pass on its text at best.
 REMEDIES = {
     "File too large": "the limit on the size of a file is lower (`ulimit -f`)",
     "Read-only file system": "the file system must be writable",
@@ -94,7 +94,7 @@ REMEDIES = {
 
 
 def _remedy(reason: str, staging: Path, need_bytes: int) -> str:
-    """What is missing: room, a permission; nothing if that is not known."""
+    """Returns what is missing (room, a permission) in parentheses, or '' if it is unknown."""
     for text, remedy in REMEDIES.items():
         if text in reason:
             return f" ({remedy})"
@@ -103,22 +103,22 @@ def _remedy(reason: str, staging: Path, need_bytes: int) -> str:
         have = shutil.disk_usage(staging.parent).free + written
     except OSError:
         return ""
-    told = any(text in reason for text in ("No space left", "quota"))
+    is_full = any(text in reason for text in ("No space left", "quota"))
     if need_bytes > have:
         return f" (need {size(need_bytes)}, have {size(have)})"
-    return f" (need more than {size(written)}, have {size(have)})" if told else ""
+    return f" (need more than {size(written)}, have {size(have)})" if is_full else ""
 
 
-def attempt(action: Callable[..., object], *arguments: Any) -> str | None:
-    """Why `action` failed, or None."""
+def catch_error(action: Callable[..., object], *arguments: Any) -> str | None:
+    """Runs `action`; returns the error it failed with as text, or None."""
     try:
         action(*arguments)
-    except Exception as error:  # noqa: BLE001  # the other ranks must hear of it, whatever it is
+    except Exception as error:  # noqa: BLE001  # the other ranks must know, whatever it is
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def _make_anew(folder: Path) -> None:
+def _recreate(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
@@ -163,11 +163,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- finding -----------------------------------------------------------------------------------
-
-
 def fault(folder: Path, *, digests: bool = True) -> str | None:
-    """Why the checkpoint in `folder` must not be loaded, or None. No `digests`: at a glance."""
+    """Returns why the checkpoint in `folder` must not be loaded, or None.
+
+    Without `digests` it compares sizes only.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         files = manifest["files"]
@@ -198,6 +198,7 @@ def fault(folder: Path, *, digests: bool = True) -> str | None:
 
 
 def newest_first(run: Path) -> list[Path]:
+    """Returns the checkpoint folders of a run, newest first, whether valid or not."""
     folders = [path for path in run.glob("checkpoint_step_*") if NAME.fullmatch(path.name)]
     return sorted(folders, key=_step_of, reverse=True)
 
@@ -207,16 +208,16 @@ def _step_of(folder: Path) -> int:
 
 
 def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
-    """The checkpoint to resume from: `wanted` is a folder, or `auto` for the newest valid one.
+    """Returns the checkpoint to resume from: the folder `wanted`, or with `auto` the newest valid.
 
-    None only if `auto` finds no checkpoint at all. Raises CheckpointError if there are some and
-    none is valid: training never restarts from zero unasked.
+    Returns None only if `auto` finds no checkpoint at all. Raises CheckpointError if there are some
+    and none is valid, so that training never restarts from zero silently.
     """
     candidates = [Path(wanted)]
     if wanted == "auto":
         candidates = newest_first(run)
         if all(fault(folder, digests=False) for folder in candidates):
-            candidates = [*_put_back(run), *candidates]
+            candidates = [*_restore_replaced(run), *candidates]
     rejected = []
     for folder in candidates:
         reason = fault(folder)
@@ -233,8 +234,8 @@ def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
     )
 
 
-def _put_back(run: Path) -> list[Path]:
-    """Whole checkpoints that were to be replaced, or removed, when the run was killed."""
+def _restore_replaced(run: Path) -> list[Path]:
+    """Renames back the valid checkpoints that a killed run was replacing; returns newest first."""
     result = []
     for old in run.glob("checkpoint_step_*.old"):
         folder = old.with_suffix("")
@@ -245,10 +246,10 @@ def _put_back(run: Path) -> list[Path]:
 
 
 def prune(run: Path, keep: int, spared: Sequence[str] = (), step: int | None = None) -> None:
-    """Removes what is older than the newest `keep` whole checkpoints; also what a kill left.
+    """Removes checkpoints older than the newest `keep` whole ones, and what a kill left behind.
 
-    `spared`: names of further ones that stay. `step`: that of the run; what is newer than that was
-    written by one that went on elsewhere, so it neither counts nor goes.
+    Those named in `spared` stay. Checkpoints newer than `step`, the run's own, belong to a run that
+    went on elsewhere: they neither count nor go.
     """
     for leftover in [*run.glob("checkpoint_step_*.old"), *run.glob(f"checkpoint_step_*{STAGING}")]:
         shutil.rmtree(leftover, ignore_errors=True)
@@ -262,17 +263,14 @@ def prune(run: Path, keep: int, spared: Sequence[str] = (), step: int | None = N
         if folder.name in spared:
             continue
         doomed = folder.with_name(folder.name + ".old")
-        folder.rename(doomed)  # so that a half removed one is never taken for a checkpoint
+        folder.rename(doomed)  # a half removed folder must not look like a checkpoint
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-# --- optimizer state ---------------------------------------------------------------------------
-
-
 def save_optimizer(shards: Iterable[OptimizerShard], folder: Path, rank: int, world: int) -> None:
-    """What `rank` has of the optimizer's state, to one safetensors file (none if it has nothing).
+    """Writes this rank's part of the optimizer's state to a safetensors file, if it has any.
 
-    Tensors are named `<key>:<parameter>`; the header has where each starts in the flat parameter.
+    Tensors are named `<key>:<parameter>`; the header says where each starts in the flat parameter.
     """
     tensors: dict[str, torch.Tensor] = {}
     starts: dict[str, int] = {}
@@ -286,14 +284,14 @@ def save_optimizer(shards: Iterable[OptimizerShard], folder: Path, rank: int, wo
 
 
 class OptimizerState:
-    """The files of `save_optimizer`, of however many ranks, as one; closed on leaving."""
+    """A context that reads the files of `save_optimizer` of any number of ranks as one state."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def __enter__(self) -> OptimizerState:
         self.files = ExitStack()
-        # parameter: key: (where it starts, file) of each slice
+        # {parameter: {key: [(start, file) of each slice]}}
         self.found: dict[str, dict[str, list[tuple[int, Any]]]] = {}
         for path in sorted(self.folder.glob("optimizer-*.safetensors")):
             if reason := tensor_fault(path):
@@ -308,16 +306,18 @@ class OptimizerState:
         self.files.close()
 
     def read(self, name: str, start: int, number: int | None) -> dict[str, torch.Tensor]:
-        """State of parameter `name` by key: elements [start, start + number) of the flat tensor;
-        with `number` None all of them, in the shape in which they were saved."""
+        """Returns the state of a parameter by key: elements [start, start + number), flat.
+
+        With `number` None it returns whole tensors, in the shape in which they were saved.
+        """
         if name not in self.found:
             raise CheckpointError(f"{self.folder} has no optimizer state of {name}")
         return {
-            key: self._joined(f"{key}:{name}", parts, start, number)
+            key: self._join(f"{key}:{name}", parts, start, number)
             for key, parts in self.found[name].items()
         }
 
-    def _joined(
+    def _join(
         self, tensor: str, parts: list[tuple[int, Any]], start: int, number: int | None
     ) -> torch.Tensor:
         if len(parts) == 1 and parts[0][0] == 0 and number is None:

@@ -26,7 +26,7 @@ DEEPSPEED_OWNED = {
 
 
 def deepspeed_settings(train: Train) -> dict[str, Any]:
-    """Those of `train.deepspeed_config`. Raises ConfigError for what cannot be used."""
+    """Reads `train.deepspeed_config`. Raises ConfigError for what cannot be used."""
     path = Path(str(train.deepspeed_config))
     try:
         settings = json.loads(path.read_text("utf-8"))
@@ -39,11 +39,9 @@ def deepspeed_settings(train: Train) -> dict[str, Any]:
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage: expected 1, 2 or 3, found {stage}")
-    offloads = {
-        key: told for key, told in settings["zero_optimization"].items() if "offload" in key
-    }
-    tried = {"offload_optimizer"} if stage > 1 else set()
-    if offloads.keys() - tried or any(told.get("device") == "nvme" for told in offloads.values()):
+    offloads = {k: v for k, v in settings["zero_optimization"].items() if "offload" in k}
+    supported = {"offload_optimizer"} if stage > 1 else set()
+    if offloads.keys() - supported or any(v.get("device") == "nvme" for v in offloads.values()):
         raise ConfigError(
             f"{path}: {', '.join(offloads)}: only offload_optimizer to the device cpu is "
             "supported, with stages 2 and 3; use it, or train.engine: fsdp with train.offload: true"
@@ -51,7 +49,7 @@ def deepspeed_settings(train: Train) -> dict[str, Any]:
     return settings
 
 
-def _deepspeed_plugin(train: Train) -> DeepSpeedPlugin:
+def deepspeed_plugin(train: Train) -> DeepSpeedPlugin:
     import deepspeed
 
     settings = deepspeed_settings(train)

@@ -1,4 +1,4 @@
-"""How much a run writes, and whether it fits."""
+"""Estimates how much a run writes, and refuses runs that do not fit on the disk."""
 
 from __future__ import annotations
 
@@ -21,18 +21,15 @@ SMALL_BYTES = 64 * 1024  # headers of tensors, JSON of configuration, optimizer 
 STEP_BYTES = 2000  # of metrics.jsonl, training.log and TensorBoard, per step
 
 
-# --- how much ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Need:
-    """Bytes of disk that a run takes at most."""
+    """The most bytes of disk that a run takes."""
 
-    checkpoint: int  # one of them
-    copies: int  # of it: those that stay, and the one that is being written
-    final: int  # what a user loads in the end
+    checkpoint: int  # bytes of one checkpoint
+    copies: int  # checkpoints at once: those that stay, and the one being written
+    final: int  # bytes of the final checkpoint
     logs: int
-    merged: int = 0  # of `make merge` in bf16, should it be called; not in the total
+    merged: int = 0  # bytes of a merge in bf16 after the run; not in the total
 
     @property
     def total(self) -> int:
@@ -48,7 +45,7 @@ class Need:
 
 
 def checkpoint_bytes(train: Train, num_trained: int, vocabulary: int) -> int:
-    """Trained weights, their optimizer state as the optimizer keeps it, and the tokenizer."""
+    """Returns the size of trained weights, their optimizer state and the tokenizer."""
     state = ADAM_BYTES[train.optimizer]
     return _final_bytes(num_trained, vocabulary) + math.ceil(num_trained * state)
 
@@ -58,24 +55,24 @@ def _final_bytes(num_trained: int, vocabulary: int) -> int:
 
 
 def need(train: Train, num_trained: int, vocabulary: int, steps: int) -> Need:
-    """Of a run of so many steps. Without `save_steps` there may be one checkpoint: a signal's."""
+    """Returns what a run of so many steps needs. Without `save_steps` only a signal saves."""
     saves = 1 + math.ceil(steps / train.save_steps) if train.save_steps else 1
-    staying = min(saves, train.save_total_limit) if train.save_steps else 1
+    kept = min(saves, train.save_total_limit) if train.save_steps else 1
     staging = 1 if saves > 1 or train.save_best else 0
     best = 1 if train.save_best else 0
     return Need(
         checkpoint=checkpoint_bytes(train, num_trained, vocabulary),
-        copies=staying + staging + best,
+        copies=kept + staging + best,
         final=_final_bytes(num_trained, vocabulary),
         logs=steps * STEP_BYTES + 2**20,
     )
 
 
 def refuse_if_full(needed: Need, train: Train) -> str | None:
-    """CheckpointError if the disk of the run folder cannot hold what the run will write; a warning
-    if it can, but not a merged model besides.
+    """Raises CheckpointError if the disk of the run folder cannot hold what the run will write.
 
-    Checkpoints that lie there already count as free: these are the ones that will be replaced.
+    Returns a warning if it can, but has no room for a merged model. Checkpoints that are there
+    already count as free, since they will be replaced.
     """
     folder = Path(train.output_dir)
     have = free_bytes(folder) + sum(map(folder_bytes, newest_first(folder)))
@@ -95,7 +92,7 @@ def refuse_if_full(needed: Need, train: Train) -> str | None:
 
 
 def refuse_if_unwritable(folder: Path, key: str = "train.output_dir") -> None:
-    """CheckpointError if the folder that `key` names, where it is or will be, takes no files."""
+    """Raises CheckpointError if no file can be written where the folder of `key` is or will be."""
     existing = hardware.nearest_existing(folder)
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -108,7 +105,7 @@ def refuse_if_unwritable(folder: Path, key: str = "train.output_dir") -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Where `path` is, or would be."""
+    """Returns the free bytes of the disk where `path` is or will be."""
     return shutil.disk_usage(hardware.nearest_existing(path)).free
 
 

@@ -1,4 +1,4 @@
-"""What this machine is: devices, memory, bf16, interconnect, cores, disk; honest blanks elsewhere.
+"""Detects what this machine has: devices, memory, bf16, interconnect, cores, disk; else unknown.
 
 `detect` looks and changes nothing. Two things are less simple than they seem:
 
@@ -21,17 +21,12 @@ from pathlib import Path
 import psutil
 from rich.table import Table
 
+from sft.runtime.console import facts
+
 GIB = 1024**3
-CPU_PROCESSES = 2  # without a GPU: enough for gloo to be a true world, cheap enough for a laptop
+CPU_PROCESSES = 2  # without a GPU: enough to exchange gradients, cheap enough for a laptop
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
-WORST_TO_BEST = (
-    "SYS",
-    "NODE",
-    "PHB",
-    "PXB",
-    "PIX",
-    "NV",
-)  # nvidia-smi topo -m: what a path crosses
+WORST_TO_BEST = ("SYS", "NODE", "PHB", "PXB", "PIX", "NV")  # of `nvidia-smi topo -m`
 UNKNOWN = "unknown"
 
 
@@ -43,9 +38,9 @@ class Device:
     name: str
     total_bytes: int
     free_bytes: int | None
-    """None when neither nvidia-smi nor CUDA would tell."""
+    """None if neither nvidia-smi nor CUDA says it."""
     bf16: bool
-    """In hardware: emulated bf16 trains slower than fp32."""
+    """True only in hardware: emulated bf16 trains slower than fp32."""
     compute_capability: tuple[int, int] | None
 
 
@@ -55,18 +50,18 @@ class Hardware:
     """Empty on a machine where torch sees no GPU."""
     cpu_name: str
     cores: int
-    """That this process may use: the least of affinity and cgroup quota."""
+    """Cores that this process may use: the least of affinity and cgroup quota."""
     ram_total_bytes: int
     ram_available_bytes: int
     cpu_bf16: bool
     disk_free_bytes: int
-    """Where `path` is, or would be."""
+    """Free space where `path` of `detect` is or will be."""
     interconnect: str | None
-    """The worst link between two of the GPUs; None with fewer than two, or if not known."""
+    """The worst link between two of the GPUs; None if unknown or with fewer than two."""
 
 
 def detect(path: str | Path = ".") -> Hardware:
-    """Looks at this machine; `path` is where output will be written (it need not exist yet)."""
+    """Detects this machine; `path` is where output will be written (it need not exist yet)."""
     devices = _devices()
     limits = cgroup_limits()
     memory = psutil.virtual_memory()
@@ -88,32 +83,29 @@ def detect(path: str | Path = ".") -> Hardware:
 
 
 def default_num_processes(hw: Hardware) -> int:
-    """One process per GPU; without a GPU, two on gloo."""
+    """Returns one process per GPU, or two (on gloo) without a GPU."""
     return len(hw.devices) or CPU_PROCESSES
 
 
-def table(hw: Hardware) -> Table:
-    """What `make gpu-info` prints; fits 100 columns."""
-    result = Table(title="This machine", title_justify="left", show_header=False, box=None)
-    result.add_column(style="cyan", no_wrap=True)
-    result.add_column(overflow="fold")
-    if not hw.devices:
-        result.add_row("GPU", "none that torch can use: training runs on the CPU")
-    for device in hw.devices:
-        result.add_row(f"GPU {device.index}", describe(device))
+def machine_table(hw: Hardware) -> Table:
+    """Returns the table that `make gpu-info` prints."""
+    gpus = [(f"GPU {device.index}", describe_device(device)) for device in hw.devices]
+    rows = gpus or [("GPU", "none that torch can use: training runs on the CPU")]
     if len(hw.devices) > 1:
-        result.add_row("interconnect", hw.interconnect or UNKNOWN)
-    result.add_row("CPU", hw.cpu_name)
-    result.add_row("cores", f"{hw.cores} usable by this process")
-    result.add_row("bf16 on the CPU", "in hardware" if hw.cpu_bf16 else "no")
-    result.add_row("RAM", f"{gib(hw.ram_available_bytes)} available of {gib(hw.ram_total_bytes)}")
-    result.add_row("disk", f"{gib(hw.disk_free_bytes)} free")
-    result.add_row("processes", f"{default_num_processes(hw)} by default")
-    return result
+        rows.append(("interconnect", hw.interconnect or UNKNOWN))
+    rows += [
+        ("CPU", hw.cpu_name),
+        ("cores", f"{hw.cores} usable by this process"),
+        ("bf16 on the CPU", "in hardware" if hw.cpu_bf16 else "no"),
+        ("RAM", f"{gib(hw.ram_available_bytes)} available of {gib(hw.ram_total_bytes)}"),
+        ("disk", f"{gib(hw.disk_free_bytes)} free"),
+        ("processes", f"{default_num_processes(hw)} by default"),
+    ]
+    return facts("This machine", rows)
 
 
-def describe(device: Device) -> str:
-    """'NVIDIA H200, 139.8 GiB (139.2 GiB free), compute capability 9.0, bf16'."""
+def describe_device(device: Device) -> str:
+    """Returns 'NVIDIA H200, 139.8 GiB (139.2 GiB free), compute capability 9.0, bf16'."""
     capability = device.compute_capability
     return ", ".join(
         [
@@ -130,18 +122,15 @@ def gib(num_bytes: int | None) -> str:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The folder that decides which disk `path` will be on."""
+    """Returns the innermost folder of `path` that exists, which decides on its disk."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
     return path
 
 
-# ---- GPUs
-
-
 def nvidia_smi(*arguments: str) -> str | None:
-    """Its output, or None where it is missing, fails or hangs (a wedged driver does that)."""
+    """Returns its output, or None if it is missing, fails or hangs (as with a broken driver)."""
     try:
         done = subprocess.run(
             ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True
@@ -152,7 +141,7 @@ def nvidia_smi(*arguments: str) -> str | None:
 
 
 def nvidia_smi_rows(query: str, *fields: str) -> list[list[str]]:
-    """`nvidia_smi_rows("gpu", "uuid", "memory.free")`: the cells of each GPU; memory in MiB."""
+    """Returns the cells of each GPU, memory in MiB: ("gpu", "uuid", "memory.free")."""
     text = nvidia_smi(f"--query-{query}={','.join(fields)}", "--format=csv,noheader,nounits")
     rows = [[cell.strip() for cell in line.split(",")] for line in (text or "").splitlines()]
     return [row for row in rows if len(row) == len(fields)]
@@ -203,10 +192,10 @@ def _interconnect(num_devices: int) -> str | None:
 
 
 def worst_link(topology: str, num_devices: int) -> str | None:
-    """From `nvidia-smi topo -m`: 'NVLink (NV18)', 'PCIe (PHB)', or None where it cannot be said.
+    """Returns 'NVLink (NV18)' or 'PCIe (PHB)' from `nvidia-smi topo -m`, or None if unknown.
 
-    The matrix lists every GPU of the machine. When torch sees only some of them, and the links
-    differ, it is not known which of the links are ours.
+    The matrix lists every GPU of the machine. If torch sees only some of them and the links differ,
+    it is unknown which links are ours.
     """
     lines = re.sub(r"\x1b\[[0-9;]*m", "", topology).splitlines()  # the header is underlined
     cells = [line.split()[1:] for line in lines if line.strip().startswith("GPU")]
@@ -226,9 +215,6 @@ def _rank(link: str) -> tuple[int, int]:
     return order, int(lanes.group()) if lanes else 0
 
 
-# ---- CPU and memory
-
-
 @dataclass(frozen=True)
 class CgroupLimits:
     cores: float | None = None
@@ -240,10 +226,10 @@ class CgroupLimits:
 def cgroup_limits(
     membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> CgroupLimits:
-    """The tightest limits on the way from our cgroup to the root, version 1 or 2.
+    """Returns the tightest limits on the way from our cgroup to the root, version 1 or 2.
 
-    A limit set on any ancestor binds, and inside a container the path may be the host's and not
-    exist here: every existing folder on the way is read.
+    A limit of any ancestor binds. In a container the path may be the host's and not exist here, so
+    every folder on the way that exists is read.
     """
     cores: list[float] = []
     memory: list[tuple[int, int]] = []  # (limit, used)
@@ -257,7 +243,7 @@ def cgroup_limits(
 
 
 def _cgroup_folders(membership: Path, root: Path) -> list[tuple[set[str], Path]]:
-    """(controllers, folder) of our cgroups and their ancestors; version 2 has the controller ''."""
+    """Returns (controllers, folder) of our cgroups and ancestors; '' controls all in version 2."""
     result = []
     for line in _read(membership).splitlines():
         _, names, path = line.split(":", 2)
@@ -290,7 +276,7 @@ def _memory_limit(folder: Path) -> list[tuple[int, int]]:
 
 
 def usable_cores() -> int:
-    """That this process may use, now."""
+    """Returns how many cores this process may use now."""
     return _cores(cgroup_limits().cores)
 
 
@@ -313,12 +299,12 @@ def _cpu_flags(cpuinfo: str) -> set[str]:
 
 
 def _read(path: Path) -> str:
-    """A file of the kernel, or '' where this kernel does not have it."""
+    """Returns the text of a file of the kernel, or '' if this kernel does not have it."""
     try:
         return path.read_text()
     except OSError:
         return ""
 
 
-if __name__ == "__main__":  # what the Makefile launches unless NUM_PROCESSES is given
+if __name__ == "__main__":  # `world` reads this, unless NUM_PROCESSES is given
     print(default_num_processes(detect()))

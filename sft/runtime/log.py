@@ -1,4 +1,4 @@
-"""Everything a run tells: console, `training.log`, `metrics.jsonl`, TensorBoard, progress bar.
+"""Writes the logs of a run: console, `training.log`, `metrics.jsonl`, TensorBoard, progress bar.
 
 One `log(step, values)` feeds them all. Only the main process has a `Log` that writes; on the others
 every method does nothing, so callers never ask which rank they are.
@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import (
-    Progress,
-)
+from rich.progress import Progress
 
 from sft.errors import redact
 from sft.runtime.console import Advance, bar, make_console
 
 
 def _step_of(line: bytes) -> int:
-    """The step of a line of metrics.jsonl; -1 if the line was torn by a kill or a full disk."""
+    """Returns the step of a line of metrics.jsonl, or -1 if a kill or a full disk cut it short."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else -1
     except (ValueError, TypeError, KeyError):
@@ -34,8 +32,10 @@ def _step_of(line: bytes) -> int:
 
 
 class _Lines(io.TextIOBase):
-    """A file to which whole lines are added, without secrets of the environment. What a full disk
-    does not take is lost, with one warning; what comes when there is room again is written."""
+    """A file that gets whole lines, without secrets of the environment.
+
+    Lines that a full disk does not take are lost, with one warning.
+    """
 
     def __init__(self, path: Path, warn: Callable[[str, Exception], None]):
         super().__init__()
@@ -54,7 +54,7 @@ class _Lines(io.TextIOBase):
             if self._raw.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            self._raw.truncate(end)  # no torn line
+            self._raw.truncate(end)  # removes the part of the line that was written
             self._warn(self._path.name, error)
         return len(text)
 
@@ -64,7 +64,7 @@ class _Lines(io.TextIOBase):
 
 
 class Log:
-    """The files and the console of one run. `folder=None` (another rank): silent."""
+    """The files and the console of one run; silent without a folder, as on other ranks."""
 
     def __init__(self, folder: Path | None, *, tensorboard: bool = False, wandb: Any = None):
         self.folder = folder
@@ -87,13 +87,13 @@ class Log:
                 console.file.flush()
 
     def _warn(self, name: str, error: Exception) -> None:
-        """Once for each file: a log is no reason to stop a run."""
+        """Warns once for each file, since a log is no reason to stop a run."""
         if name not in self._warned:
             self._warned.add(name)
             self.say(f"warning: {name} cannot be written: {error}; the run goes on without it")
 
     def open_metrics(self, step: int) -> None:
-        """Starts (or continues, after `step`) the curves; what a killed run logged later is cut."""
+        """Starts the curves, or continues them after `step` and cuts what was logged later."""
         folder = self.folder
         if not folder:
             return
@@ -106,15 +106,15 @@ class Log:
             kept += len(line)
         os.truncate(path, kept)
         if self._use_tensorboard:
-            self._to_board(lambda: self._open_board(folder / "tensorboard", step))
+            self._try_board(lambda: self._open_board(folder / "tensorboard", step))
 
     def _open_board(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(folder), purge_step=step + 1)
 
-    def _to_board(self, action: Callable[[], None]) -> None:
-        """Its own thread writes, and what that meets is raised here; it cannot be used again."""
+    def _try_board(self, action: Callable[[], None]) -> None:
+        """Uses TensorBoard, whose thread's errors are raised here; gives it up after one."""
         try:
             action()
         except (OSError, RuntimeError) as error:
@@ -122,13 +122,13 @@ class Log:
             self._warn("tensorboard", error)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Scalars of one step, with names as in `train/loss`."""
+        """Logs the scalars of one step, with names as in `train/loss`."""
         if self._metrics:
             finite = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
             self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
             self._metrics.flush()
         if self._board:
-            self._to_board(lambda: self._add_scalars(step, values))
+            self._try_board(lambda: self._add_scalars(step, values))
         if self._wandb:
             self._wandb.log(values, step=step)
 
@@ -139,7 +139,7 @@ class Log:
 
     @contextmanager
     def progress(self, title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
-        """A bar with ETA on a terminal; elsewhere nothing moves and `say` lines tell the story."""
+        """Shows a bar with an ETA on a terminal, and nothing elsewhere."""
         if not self.console or not self.console.is_terminal:
             yield lambda n=1, note="": None
             return
@@ -148,7 +148,7 @@ class Log:
 
     def close(self) -> None:
         if self._board:
-            self._to_board(self._board.close)
+            self._try_board(self._board.close)
         for stream in (self._metrics, self._file and self._file.file):
             if stream:
                 stream.close()
@@ -157,7 +157,7 @@ class Log:
 
 
 class Screen(Log):
-    """The console alone, for work that keeps no log; a line every ten seconds if it is a file."""
+    """A log on the console only, whose progress is a line every ten seconds if that is a file."""
 
     def __init__(self) -> None:
         super().__init__(None)

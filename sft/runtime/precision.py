@@ -11,7 +11,7 @@ from sft.runtime import hardware
 def resolve_precision(
     train: Train, devices: list[hardware.Device] | None = None
 ) -> tuple[str, str]:
-    """(precision, reason) on these GPUs (None: on this process's own)."""
+    """Returns (precision, reason) for these GPUs, or without `devices` for this process's own."""
     if train.precision != "auto":
         return train.precision, "configured"
     on_gpu = torch.cuda.is_available() if devices is None else bool(devices)

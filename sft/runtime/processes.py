@@ -1,8 +1,7 @@
-"""The processes of a run: joining them, and making sure that they are the ones that were asked for.
+"""Joins the processes of a run, and checks that they are the ones that were asked for.
 
-Launchers fail silently: two processes that each believe to be alone, or one where two were asked
-for, train without an error. So the world is compared with what was launched and with what was
-asked.
+Launchers fail silently: two processes without a group, or one where two were asked for, train
+without an error. So the world is compared with what was launched and with what was asked for.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from sft.config.load import with_values
 from sft.config.schema import Configured, Train
 from sft.errors import ConfigError
 from sft.runtime import hardware
-from sft.runtime.deepspeed import _deepspeed_plugin, deepspeed_settings
+from sft.runtime.deepspeed import deepspeed_plugin, deepspeed_settings
 from sft.runtime.precision import resolve_precision
 from sft.runtime.slurm import join_slurm
 
 
-def any_launch(config: Configured) -> Configured:
-    """`config` without its demands on the launch: for using a run's result, not repeating it."""
+def drop_launch_demands(config: Configured) -> Configured:
+    """Returns `config` without demands on the launch, to use a run's result on any processes."""
     free: dict[str, Any] = dict.fromkeys(("train.num_processes", "train.deepspeed_config"))
     free |= {"train.engine": "ddp", "train.offload": False, "train.micro_batch": "auto"}
     free |= {"train.gradient_accumulation_steps": "auto"}
@@ -54,13 +53,13 @@ def start_processes(train: Train) -> Accelerator:
         torch.set_num_threads(max(1, hardware.usable_cores() // local))
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guesses so
-    # Longer than the watch of `guard`, which names who is missing; a collective just aborts.
+    # Longer than the limit of the watchdog, which names the missing rank; this one just aborts.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * train.stall_timeout))
     if train.offload and not on_cpu:
         group.backend = "cuda:nccl,cpu:gloo"  # norms and whole weights of shards on the host
     if train.engine == "deepspeed":
-        plugin = _deepspeed_plugin(train)
-        _be_a_group_of_one()
+        plugin = deepspeed_plugin(train)
+        _form_group_of_one()
         group.backend = "gloo" if on_cpu else group.backend
         accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[group])
         # Under ZeRO-3 transformers would split weights while it reads them, which neither NF4 nor
@@ -78,21 +77,21 @@ def start_processes(train: Train) -> Accelerator:
             ],
         )
     if accelerator.num_processes != world:
-        raise _another_world(world, accelerator.num_processes)
+        raise _wrong_world(world, accelerator.num_processes)
     return accelerator
 
 
-def _be_a_group_of_one() -> None:
-    """A process without a launcher: DeepSpeed wants a group also for one."""
+def _form_group_of_one() -> None:
+    """Sets what a launcher would have set, since DeepSpeed needs a group even for one process."""
     if "RANK" not in os.environ:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        told = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        os.environ.update(told | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def be_alone() -> bool:
-    """Makes the first of several processes one of its own; False on the others, which may go."""
+def leave_process_group() -> bool:
+    """Makes the first of several processes independent; returns False on the others."""
     join_slurm()
     is_first = os.environ.get("RANK", "0") == "0"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -105,10 +104,10 @@ def check_launch(train: Train) -> None:
     join_slurm()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if train.num_processes not in (None, world):
-        raise _another_world(train.num_processes, world)
+        raise _wrong_world(train.num_processes, world)
 
 
-def _another_world(expected: int | None, found: int) -> ConfigError:
+def _wrong_world(expected: int | None, found: int) -> ConfigError:
     return ConfigError(
         f"expected {expected} process(es), found {found}: the launcher did not start one run of "
         f"{expected}. Launch with `make train-distributed NUM_PROCESSES=n`, "
@@ -144,7 +143,7 @@ def _refuse_other_launchers(train: Train, precision: str) -> None:
 
 
 def _refuse_other_deepspeed(train: Train) -> None:
-    """The launch file may name the stage and the file of `train`, and no setting besides."""
+    """Raises ConfigError if the launch file sets more than the stage and the file of `train`."""
     named = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
     free = {"", "mixed_precision", "zero_stage", "deepspeed_config_file"}
     more = [key for key in named if key not in free and not key.startswith("deepspeed_")]
@@ -164,15 +163,15 @@ def _refuse_other_deepspeed(train: Train) -> None:
 
 
 def _forget_launch_file() -> None:
-    """Takes away what an agreed launch file would make Accelerate and transformers do besides."""
+    """Removes variables by which a launch file makes Accelerate and transformers act as well."""
     prefixes = ("FSDP_", "ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_GRADIENT_")
     for name in [name for name in os.environ if name.startswith(prefixes)]:
         del os.environ[name]
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
 
 
-def described(accelerator: Accelerator) -> dict[str, str]:
-    """`devices` of all ranks and how ranks are `spread` over machines, for people. Collective."""
+def describe_world(accelerator: Accelerator) -> dict[str, str]:
+    """Returns the `devices` of all ranks and their `spread` over machines as text. Collective."""
     world, device = accelerator.num_processes, accelerator.device
     cpu = f"CPU with {torch.get_num_threads()} thread(s)"
     own = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
@@ -185,10 +184,9 @@ def described(accelerator: Accelerator) -> dict[str, str]:
 
 
 def end_processes(accelerator: Accelerator) -> None:
-    """Ends a successful run of several ranks: leaves the group and, abruptly, the process.
+    """Ends a successful run of several ranks without the interpreter's own exit.
 
-    gloo can abort in its destructors at interpreter exit, after all work is done and on disk; a
-    rank that has closed its files has nothing left to do there.
+    gloo can abort in its destructors there, after all work is done and on disk.
     """
     if accelerator.num_processes > 1:
         accelerator.wait_for_everyone()

@@ -13,7 +13,7 @@ from sft.errors import Preempted
 from sft.runtime.console import read_json, write_json
 from sft.runtime.world import read_number
 
-ATTEMPT = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # what tells apart two attempts of one job
+ATTEMPT = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # they differ between attempts of a job
 
 
 def join_slurm() -> None:

@@ -424,7 +424,7 @@ class Engine:
         """
         before = self._checksums()
         folder = self.save()
-        reason = checkpoint.attempt(self.read, folder)
+        reason = checkpoint.catch_error(self.read, folder)
         if reason is None and self._checksums() != before:
             reason = "weights that were read back are not those that were saved"
         if any(reasons := gather_object([reason])):

@@ -99,7 +99,7 @@ class Keeper:
             self.seconds = time.perf_counter() - started
             self.saved = step
         main = self.accelerator.is_main_process
-        attempts = [checkpoint.attempt(self._settle, step, best)] if main else []
+        attempts = [checkpoint.catch_error(self._settle, step, best)] if main else []
         (reason,) = gather_object(attempts)
         if reason:
             raise CheckpointError(f"saved {final}, but cannot tidy {self.folder}: {reason}")

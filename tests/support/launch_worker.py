@@ -80,7 +80,7 @@ def world() -> None:
         "world": accelerator.num_processes,
         "model": type(model).__name__,
         "gradient": next(model.parameters()).grad.tolist(),
-        **processes.described(accelerator),
+        **processes.describe_world(accelerator),
     }
     (FOLDER / f"rank{rank}.json").write_text(json.dumps(told))
     processes.end_processes(accelerator)
