@@ -249,7 +249,7 @@ class Passes:
         apart = whole = 0.0
         for name, gradient in found.items():
             for agent, theirs in enumerate(gradient):
-                place = agents.in_peft(name).removesuffix("weight") + f"agent{agent}.weight"
+                place = agents.peft_name(name).removesuffix("weight") + f"agent{agent}.weight"
                 apart += float((own[place] - theirs).double().pow(2).sum())
                 whole += float(theirs.double().pow(2).sum())
         return {

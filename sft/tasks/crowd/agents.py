@@ -1,10 +1,9 @@
 """K LoRA agents on one frozen base, in one batched forward pass.
 
 Every row goes through the base K times, once for each agent, in one batch: row k * B + b is example
-b as agent k sees it. The frozen weights are read (and, in NF4, dequantised) once for K times the
-rows, and the adapters of all agents are one batched low-rank product per layer (`AgentsLinear`).
-`Agents` answers as a transformers model with K * B rows; agents are saved as PEFT folders that load
-alone.
+b for agent k. The frozen weights are read (and, in NF4, dequantised) once for K times the rows. The
+adapters of all agents are one batched low-rank product per layer (`AgentsLinear`). `Agents` behaves
+like a transformers model with K * B rows; each agent is saved as a PEFT folder that loads alone.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from sft.models.export import ADAPTER
 
 
 class AgentsLinear(nn.Module):
-    """A frozen linear layer and the low-rank updates of K agents: rows of agent k get W + s B_k A_k
-    (Hu et al. 2021), with s = lora_alpha / r.
+    """A frozen linear layer with the low-rank updates of K agents.
 
-    With `dropconnect`, training drops single weights of A and B with that probability, anew in each
-    pass (Wan et al. 2013): a mask in the forward pass, so the weights stay and gradients are right.
+    Rows of agent k get W + s B_k A_k (Hu et al. 2021), with s = lora_alpha / r. In training,
+    `dropconnect` is the probability of dropping a weight of A or B (Wan et al. 2013). The mask is
+    drawn anew in each forward pass; the weights stay as they are and their gradients are exact.
     """
 
     def __init__(self, adapted: Any, num_agents: int, dropconnect: float):
@@ -51,7 +50,7 @@ class AgentsLinear(nn.Module):
         self.lora_B = nn.Parameter(zeros)  # (agents, out, r)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (agents * rows, ..., in) -> (agents * rows, ..., out)."""
+        """Maps x (agents * rows, ..., in) to (agents * rows, ..., out)."""
         rows = x.reshape(self.num_agents, -1, x.shape[-1])
         y = self.base_layer(rows)
         a: torch.Tensor = self.lora_A
@@ -62,14 +61,14 @@ class AgentsLinear(nn.Module):
             rows = rows.to(a.dtype)
         low = torch.bmm(self.dropout(rows), a.mT) * self.scale
         if y.dtype == low.dtype == b.dtype:
-            y.baddbmm_(low, b.mT)  # which no backward pass reads; another tensor takes 8 % longer
+            y.baddbmm_(low, b.mT)  # no backward pass reads y; another tensor takes 8 % longer
         else:
             y = y + torch.bmm(low, b.mT).to(y.dtype)
         return y.view(*x.shape[:-1], -1)
 
 
 class Agents(nn.Module):
-    """A base whose adapted layers hold K agents. `adapted`: the base as PEFT has adapted it."""
+    """A base whose adapted layers hold K agents. `adapted`: the base with PEFT's adapters."""
 
     num_agents: int
 
@@ -79,8 +78,8 @@ class Agents(nn.Module):
         self.aggregator = settings.aggregator
         self.concentration = (settings.concentration,) * settings.num_agents  # of the aggregator
         self.peft_config = adapted.peft_config["default"]
-        layers = [(n, m) for n, m in adapted.get_base_model().named_modules() if _is_adapted(m)]
         self.base = adapted.get_base_model()
+        layers = [(n, m) for n, m in self.base.named_modules() if isinstance(m, LoraLayer)]
         for name, layer in layers:
             if not isinstance(layer.base_layer, nn.Linear | Conv1D):
                 raise ConfigError(
@@ -103,22 +102,22 @@ class Agents(nn.Module):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
     ) -> Any:
-        """As the base's with K times the rows: input_ids (B, T) -> logits (K * B, T, V)."""
+        """Runs the base on K times the rows: input_ids (B, T) -> logits (K * B, T, V)."""
         tensors = {"attention_mask": attention_mask, "position_ids": position_ids}
         given = {name: each for name, each in tensors.items() if each is not None}
         options: dict[str, Any] = {
-            name: self._repeated(each) for name, each in given.items() if name in self.known
+            name: self._repeat(each) for name, each in given.items() if name in self.known
         }
         if logits_to_keep and "logits_to_keep" in self.known:
             options["logits_to_keep"] = logits_to_keep
         return self.base(
-            input_ids=self._repeated(input_ids),
+            input_ids=self._repeat(input_ids),
             past_key_values=past_key_values,
             use_cache=use_cache,
             **options,
         )
 
-    def _repeated(self, rows: torch.Tensor) -> torch.Tensor:
+    def _repeat(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.repeat(self.num_agents, *[1] * (rows.dim() - 1))
 
     def get_input_embeddings(self) -> nn.Module:
@@ -132,8 +131,8 @@ class Agents(nn.Module):
 
     # -- folders
 
-    def described(self) -> dict[str, Any]:
-        """What the agents are, for a file beside them."""
+    def describe(self) -> dict[str, Any]:
+        """Returns a description of the agents, for a file beside them."""
         given = self.peft_config
         return {
             "num_agents": self.num_agents,
@@ -148,23 +147,21 @@ class Agents(nn.Module):
     def save_pretrained(
         self, folder: str, state_dict: dict[str, torch.Tensor] | None = None
     ) -> None:
-        """`agent0` ... `agent{K-1}`, each an adapter in PEFT's own format. `state_dict`: whole
-        weights by name, where the module itself has only parts of them."""
-        told = copy.copy(self.peft_config)
-        told.inference_mode = True
-        whole = self.state_dict() if state_dict is None else state_dict
-        adapters = {name: each for name, each in whole.items() if "lora_" in name}
+        """Writes `agent0` ... `agent{K-1}`, each an adapter in PEFT's format.
+
+        `state_dict`: the whole weights by name, if the module holds only parts of them.
+        """
+        peft_config = copy.copy(self.peft_config)
+        peft_config.inference_mode = True
+        weights = self.state_dict() if state_dict is None else state_dict
+        adapters = {name: each for name, each in weights.items() if "lora_" in name}
         for agent in range(self.num_agents):
             place = Path(folder, f"agent{agent}")
-            told.save_pretrained(str(place))
-            own = {in_peft(n): each[agent].cpu().contiguous() for n, each in adapters.items()}
+            peft_config.save_pretrained(str(place))
+            own = {peft_name(n): each[agent].cpu().contiguous() for n, each in adapters.items()}
             save_file(own, str(place / ADAPTER), {"format": "pt"})
 
 
-def _is_adapted(module: nn.Module) -> bool:
-    return isinstance(module, LoraLayer)
-
-
-def in_peft(name: str) -> str:
-    """The name that PEFT gives a weight of an agent in its files."""
+def peft_name(name: str) -> str:
+    """Returns the name of an agent's weight in PEFT's files."""
     return f"base_model.model.{name.removeprefix('base.')}.weight"

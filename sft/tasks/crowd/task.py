@@ -1,19 +1,18 @@
-"""The crowd's task: what SFT does, for K agents at once, and a term that keeps them apart.
+"""Fine-tunes K agents at once, with a term in the loss that keeps them apart.
 
     loss = mean over agents of the cross-entropy per supervised token - lambda_sw * diversity
 
-The diversity is one of the whole global batch, however that is cut (law 1): where it is cut, a
-first pass without gradients surveys the representations of all its examples, from which follow the
-diversity and its gradient in each of them; the passes that train then pull on their own examples
-(as GradCache does for contrastive losses, Gao et al. 2021). What is held out is scored as it is
-served: by the aggregator's mixture of the agents.
+The diversity is that of the whole global batch, however the batch is cut (law 1). If it is cut, a
+first pass without gradients collects the representations of all its examples. They determine the
+diversity and its gradient in each example, and the training passes apply that gradient to their own
+examples, as GradCache does for contrastive losses (Gao et al. 2021). Held-out rows are scored as
+they are served: by the aggregator's mixture of the agents.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,116 +20,28 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from sft.config.load import with_values
-from sft.config.schema import Config, Crowd
+from sft.config.schema import Config
 from sft.data import batches, cache
 from sft.data.cache import Prepared
 from sft.data.examples import Batch, Examples
 from sft.data.template import IGNORED
-from sft.errors import ConfigError, DataError, MergeError
+from sft.errors import ConfigError, DataError
 from sft.evaluate import generate
-from sft.models import export
-from sft.models.head import SupervisedHead
-from sft.models.layers import repeated_layers
-from sft.tasks.base import Finding, Shrunk, Task, TaskInfo
-from sft.tasks.crowd import files
-from sft.tasks.crowd.agents import Agents
+from sft.tasks.base import Finding, Shrunk, TaskInfo
 from sft.tasks.crowd.aggregator import Aggregator, Mixture, aggregator_of, fit, mix
-from sft.tasks.crowd.diversity import directions, disagreement, diversity, normalised
-from sft.tasks.sft.saved import BaseRecord, read_base_record
+from sft.tasks.crowd.diversity import directions, disagreement, diversity
+from sft.tasks.crowd.files import SavedCrowd
+from sft.tasks.crowd.representations import BatchDiversity, RepresentationReader, select_pooled
 from sft.tasks.sft.task import FineTune
 from sft.train.engine import Engine
 
 
-class Reader:
-    """The representations of a batch's examples, of all agents, in the forward pass that is under
-    way: what layer `crowd.layer` gives, or the logits, at supervised positions (those whose next
-    token is supervised): the last of each example, the first, or their mean."""
-
-    def __init__(self, built: Agents, head: SupervisedHead, settings: Crowd):
-        self.head, self.settings = head, settings
-        self.forget()
-        layers = repeated_layers(built)
-        if settings.layer >= len(layers):
-            raise ConfigError(
-                f"crowd.layer: expected one of this model's {len(layers)} layers, 0 to "
-                f"{len(layers) - 1}, or -1, found {settings.layer}"
-            )
-        if settings.representation == "hidden" and settings.layer == -1:
-            # After the hook of `head`, which takes the supervised positions.
-            built.get_output_embeddings().register_forward_pre_hook(self._of_head)
-        elif settings.representation == "hidden":
-            layers[settings.layer].register_forward_hook(self._of_layer)
-
-    def forget(self) -> None:
-        """What is left of a pass that was given up would keep its whole graph."""
-        self.states: torch.Tensor | None = None  # (agents * supervised, d)
-
-    def _of_head(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if self.head.positions is not None:
-            self.states = inputs[0]
-
-    def _of_layer(self, _: nn.Module, __: Any, output: Any) -> None:
-        if self.head.positions is not None:
-            states = output[0] if isinstance(output, tuple) else output
-            self.states = states.flatten(0, 1)[self.head.positions]
-
-    def take(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """logits (agents, supervised, vocabulary) -> points (examples with a supervised token,
-        agents, d), in fp32 or wider."""
-        states = logits if self.settings.representation == "logits" else self.states
-        assert states is not None
-        self.forget()
-        agents = self.settings.num_agents
-        states = states.to(torch.promote_types(states.dtype, torch.float32))
-        states = states.view(agents, -1, states.shape[-1]).movedim(0, 1)  # (supervised, agents, d)
-        counts = [count for count in batch.counts if count]
-        pooled = [_pooled(part, self.settings.pooling) for part in states.split(counts)]
-        points = torch.stack(pooled) if pooled else states[:0]
-        return normalised(points) if self.settings.normalise else points
-
-
-def _pooled(states: torch.Tensor, pooling: str) -> torch.Tensor:
-    """(positions, agents, d) -> (agents, d)."""
-    if pooling == "mean":
-        return states.mean(0)
-    return states[-1 if pooling == "last" else 0]
-
-
-def _needed(batch: Batch, pooling: str) -> Batch:
-    """With only those supervised positions that are pooled: logits of others take long."""
-    if pooling == "mean":
-        return batch
-    ends = [*itertools.accumulate(batch.counts)]  # no tensors: a plan's have no values
-    pairs = [(end, count) for end, count in zip(ends, batch.counts, strict=True) if count]
-    places = [end - (1 if pooling == "last" else count) for end, count in pairs]
-    return replace(
-        batch,
-        positions=batch.positions[places],
-        targets=batch.targets[places],
-        weights=None,
-        counts=[min(count, 1) for count in batch.counts],
-    )
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What is known of the global batch: its diversity, and the gradient in each example."""
-
-    rows: dict[int, int]  # example id -> row of `gradient`
-    diversity: torch.Tensor
-    gradient: torch.Tensor  # (examples, agents, d)
-    supervised: float  # items of the global batch
-
-
-class CrowdTune(FineTune):
+class CrowdTune(SavedCrowd):
     """K LoRA agents on one frozen base."""
 
     modelled = (*FineTune.modelled, "crowd")
-    merge_arguments = " AGENT=0"
-    model: Agents
 
     # -- before there is a model
 
@@ -172,10 +83,6 @@ class CrowdTune(FineTune):
         return with_values(config, {"crowd.layer": depth - 1})  # the last that there is
 
     @classmethod
-    def adapt(cls, base: nn.Module, config: Config) -> nn.Module:
-        return Agents(super().adapt(base, config), config.crowd)
-
-    @classmethod
     def shrink(cls, config: Config, folder: Path, exact: bool) -> Shrunk:
         made = super().shrink(config, folder, exact)
         return replace(made, smooth=made.smooth | {"crowd.dropconnect": 0.0})
@@ -202,8 +109,8 @@ class CrowdTune(FineTune):
         self.settings = self.config.crowd
         self.needs_global_batch = self.settings.lambda_sw > 0 and self.settings.num_agents > 1
         if self.needs_global_batch:
-            self.reader = Reader(self.model, self.head, self.settings)
-        self.summary: Summary | None = None
+            self.reader = RepresentationReader(self.model, self.head, self.settings)
+        self.batch_diversity: BatchDiversity | None = None
         self.seed = self.config.train.seed
 
     # -- training
@@ -221,13 +128,13 @@ class CrowdTune(FineTune):
         }
         if not self.needs_global_batch:
             return loss, extras
-        apart = self._diversity_sum(self.reader.take(logits, batch), batch)
-        return loss - self.settings.lambda_sw * apart, {**extras, "diversity": apart.detach()}
+        spread = self._diversity_sum(self.reader.take(logits, batch), batch)
+        return loss - self.settings.lambda_sw * spread, {**extras, "diversity": spread.detach()}
 
     def _forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Logits (agents, supervised, vocabulary)."""
+        """Returns logits (agents, supervised, vocabulary)."""
         if self.needs_global_batch:
-            self.reader.forget()
+            self.reader.clear()
         size, agents = batch.input_ids.numel(), self.settings.num_agents
         positions = torch.cat([batch.positions + agent * size for agent in range(agents)])
         logits = self.logits(model, batch, positions)
@@ -235,45 +142,44 @@ class CrowdTune(FineTune):
 
     @staticmethod
     def _summed(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """(agents, supervised) -> the sum over tokens, by their weights, of the agents' mean."""
+        """Returns the weighted sum over tokens of the agents' mean: (agents, supervised) -> ()."""
         mean = values.mean(0)
         return mean.sum() if batch.weights is None else mean @ batch.weights.to(mean)
 
     def _diversity_sum(self, points: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """A micro-batch's share of the global batch's diversity times its number of items: what is
-        left of it when the engine has divided the sum of all shares."""
-        found = self.summary
-        if found is None:  # all examples are here
-            onto = directions(self.settings.num_projections, points.shape[-1], self.seed)
-            return self.num_supervised(batch) * diversity(points.movedim(0, 1), onto)
-        rows = [found.rows[i] for i in batch.examples if i in found.rows]
-        pull = (points * found.gradient[rows]).sum()
-        share = found.diversity * (len(rows) / len(found.rows)) if rows else 0.0
-        return found.supervised * (pull - pull.detach() + share)
+        """Returns a micro-batch's share of the diversity times the number of items.
+
+        The engine sums the shares and divides the sum by that number.
+        """
+        if self.batch_diversity is not None:
+            return self.batch_diversity.share(batch.examples, points)
+        # All examples are here.
+        onto = directions(self.settings.num_projections, points.shape[-1], self.seed)
+        return self.num_supervised(batch) * diversity(points.movedim(0, 1), onto)
 
     @torch.no_grad()
     def summarise(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """(examples, agents, d): their representations, 0 for those without a supervised token."""
-        batch = _needed(batch, self.settings.pooling)
+        """Returns representations (examples, agents, d), 0 for examples without a target."""
+        batch = select_pooled(batch, self.settings.pooling)
         points = self.reader.take(self._forward(model, batch), batch)
-        whole = points.new_zeros(len(batch.examples), *points.shape[1:])
-        whole[[i for i, count in enumerate(batch.counts) if count]] = points
-        return whole
+        table = points.new_zeros(len(batch.examples), *points.shape[1:])
+        table[[i for i, count in enumerate(batch.counts) if count]] = points
+        return table
 
     def set_global_batch(
         self, ids: list[int], summaries: torch.Tensor | None, supervised: float
     ) -> None:
-        self.seed, self.summary = torch.initial_seed(), None
+        self.seed, self.batch_diversity = torch.initial_seed(), None
         if summaries is None:
             return
-        seen = [place for place, i in enumerate(ids) if self._is_supervised(i)]
-        points = summaries[seen].requires_grad_()
-        onto = directions(self.settings.num_projections, points.shape[-1], self.seed)
-        with torch.enable_grad():
-            value = diversity(points.movedim(0, 1), onto)
-            (gradient,) = torch.autograd.grad(value, points)
-        rows = {ids[place]: row for row, place in enumerate(seen)}
-        self.summary = Summary(rows, value.detach(), gradient, supervised)
+        kept = [place for place, i in enumerate(ids) if self._is_supervised(i)]
+        self.batch_diversity = BatchDiversity.of_points(
+            [ids[place] for place in kept],
+            summaries[kept],
+            supervised,
+            self.settings.num_projections,
+            self.seed,
+        )
 
     def _is_supervised(self, number: int) -> bool:
         _, labels, _ = self.prepared.train.tokens(number)
@@ -284,8 +190,11 @@ class CrowdTune(FineTune):
     def eval_loss(
         self, model: nn.Module, batch: Batch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Of the mixture, which answers; besides, what an agent alone would lose, and how often two
-        agents would not write the same token."""
+        """Returns the loss of the mixture, which answers.
+
+        Reported besides: the mean loss of single agents, and the share of tokens on which two
+        agents differ.
+        """
         logits = self._forward(model, batch).log_softmax(-1)
         mixed = mix(logits, self.aggregator.expected().to(logits))
         chosen = batch.targets[:, None]
@@ -316,18 +225,20 @@ class CrowdTune(FineTune):
         return f", by {self.settings.num_agents} agents ({self.settings.aggregator})"
 
     def finish(self, model: nn.Module) -> None:
-        """Fits the learned concentration on the rows that were kept from training. Collective."""
+        """Fits the learned concentration on rows that were kept from training. Collective."""
         rows = self.prepared.validation
         if self.settings.aggregator != "learned" or rows is None:
             return
         with self.guard.section("aggregator"):
             self.model.concentration = fit(*self._likelihoods(model, rows))
-        told = ", ".join(f"{each:.3g}" for each in self.model.concentration)
-        self.log.say(f"aggregator: concentration {told}, fitted on {len(rows):,} rows")
+        numbers = ", ".join(f"{each:.3g}" for each in self.model.concentration)
+        self.log.say(f"aggregator: concentration {numbers}, fitted on {len(rows):,} rows")
 
     def _likelihoods(self, model: nn.Module, rows: Examples) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of every target of `rows`: its log likelihood (agents, tokens), and whose it is
-        (tokens,); the same on all ranks."""
+        """Returns each target's log likelihoods (agents, tokens) and its row (tokens,).
+
+        The results are the same on all ranks.
+        """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         mine = batches.cut(range(len(rows)), rows.lengths, world, self.budget)[rank]
         found: list[tuple[int, torch.Tensor]] = []
@@ -346,95 +257,6 @@ class CrowdTune(FineTune):
         every = sorted(gather_object(found), key=lambda pair: pair[0])
         owners = [torch.full((part.shape[1],), i) for i, part in every]
         return torch.cat([part for _, part in every], 1), torch.cat(owners)
-
-    # -- on disk
-
-    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        files.save(self.model, self.prepared.tokenizer, folder, weights, self.config.model)
-
-    def read(self, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-        return files.read_agents(self.model, folder)
-
-    @classmethod
-    def open(cls, run: Path, config: Config, *arguments: Any) -> Task:
-        if config.crowd.agent is not None:  # one agent alone is an adapter like any other
-            return _Agent.open(run, config, *arguments)
-        return super().open(run, config, *arguments)
-
-    @classmethod
-    def load_saved(
-        cls, folder: Path, config: Config, *arguments: Any, **options: Any
-    ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-        if config.crowd.agent is not None:
-            return _Agent.load_saved(folder, config, *arguments, **options)
-        return super().load_saved(folder, config, *arguments, **options)
-
-    @classmethod
-    def take_saved(cls, adapted: Any, folder: Path, config: Config) -> None:
-        files.take_concentration(adapted, folder, config.crowd)
-        export.put_weights(adapted, files.read_agents(adapted, folder))
-
-    @classmethod
-    def is_adapter(cls, folder: Path) -> bool:
-        return (folder / files.META).exists()
-
-    @classmethod
-    def adapter_files(cls, folder: Path) -> list[Path]:
-        own = super().adapter_files
-        return [folder / files.META, *itertools.chain(*map(own, sorted(folder.glob("agent*"))))]
-
-    @classmethod
-    def recorded_base(cls, folder: Path) -> BaseRecord | None:
-        return read_base_record(folder / files.META, "base")
-
-    @classmethod
-    def base_name(cls, folder: Path) -> str:
-        return str(files.read_meta(folder)["base"]["name"])
-
-    @classmethod
-    def with_adapter(cls, base: nn.Module, name: str, folder: Path) -> nn.Module:
-        return files.with_agents(base, folder)
-
-    @classmethod
-    def overrides_of_part(cls, folder: Path) -> list[str] | None:
-        number = folder.name.removeprefix("agent")
-        if not (cls.is_adapter(folder.parent) and number.isdecimal()):
-            return None
-        return [f"crowd.agent={number}"]
-
-    @classmethod
-    def refuse_merge(cls, config: Config, run: Path) -> None:
-        number = config.crowd.num_agents
-        if config.crowd.agent is None:
-            raise MergeError(
-                f"{run}: a mixture of {number} agents is no single model; give one of them, "
-                f"AGENT=0 to {number - 1}"
-            )
-
-    @classmethod
-    def part(cls, config: Config) -> dict[str, Any]:
-        return {"agent": config.crowd.agent}
-
-    @classmethod
-    def overrides_of(cls, record: Mapping[str, Any]) -> list[str]:
-        agent = record.get("agent")
-        return [] if agent is None else [f"crowd.agent={agent}"]
-
-    @classmethod
-    def describe_part(cls, config: Config) -> str:
-        agent = config.crowd.agent
-        return "" if agent is None else f"agent {agent} of {config.crowd.num_agents}, "
-
-
-class _Agent(FineTune):
-    """One agent of a crowd, used alone."""
-
-    @classmethod
-    def load_saved(
-        cls, folder: Path, config: Config, *arguments: Any, **options: Any
-    ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-        place = folder / f"agent{config.crowd.agent}"
-        return super().load_saved(place, config, *arguments, **options)
 
 
 def _with_validation(config: Config, prepared: Prepared) -> Prepared:

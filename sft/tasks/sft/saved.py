@@ -1,28 +1,35 @@
-"""Adapters on disk: whether they belong to a base and to a configuration."""
+"""Fine-tuned models on disk: loads them and refuses adapters of another base or configuration."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from sft.config.schema import Model
+from sft.config.schema import Config, Model
+from sft.data import batches
+from sft.data.cache import Prepared
 from sft.errors import CheckpointError, ExportError, ModelError
+from sft.models import load
 from sft.models.adapters import add_adapters
 from sft.models.digest import weights_sha256
 from sft.models.export import ADAPTER, BASE, adapter_tuning, load_weights
+from sft.tasks.base import Task
 
 ADAPTER_CONFIG = "adapter_config.json"
-# What a LoRA adapter may have that `models.adapters.add_adapters` would compute otherwise.
-BEYOND = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+# Features of LoRA adapters that `models.adapters.add_adapters` does not have.
+UNSUPPORTED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
 
 
 @dataclass(frozen=True)
 class BaseRecord:
-    """What an adapter's folder says about the base that it was trained on."""
+    """The base that an adapter was trained on, as its folder records it."""
 
     path: Path
     name: str
@@ -30,11 +37,11 @@ class BaseRecord:
 
 
 def read_base_record(path: Path, key: str | None = None) -> BaseRecord | None:
-    """Reads a record, which `key` holds in its file, if given; None if there is no file.
+    """Returns the record in a file, or under its `key`; None if there is no file.
 
-    Raises ExportError for a damaged one.
+    Raises ExportError if the file is damaged.
     """
-    if not path.exists():  # not of a run, or of one before this file was written
+    if not path.exists():  # the adapter is not from a run, or the run is an old one
         return None
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -88,11 +95,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         kind, base = found["peft_type"], found["base_model_name_or_path"]
         sound = isinstance(base, str) and isinstance(found["target_modules"], list)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        told = getattr(error, "strerror", None) or repr(error)
+        reason = getattr(error, "strerror", None) or repr(error)
         raise ExportError(
-            f"{folder}: expected a LoRA adapter (adapter_config.json, {ADAPTER}): {told}"
+            f"{folder}: expected a LoRA adapter (adapter_config.json, {ADAPTER}): {reason}"
         ) from None
-    more = [key for key in BEYOND if found.get(key)]
+    more = [key for key in UNSUPPORTED if found.get(key)]
     if kind != "LORA" or not sound or more or found.get("bias", "none") != "none":
         raise ExportError(
             f"{folder}: expected a plain LoRA adapter with target_modules as a list, found "
@@ -101,25 +108,133 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return found
 
 
-def with_adapter(base: nn.Module, name: str, folder: Path) -> nn.Module:
-    """Returns `base`, loaded from `name`, with the plain LoRA adapter in `folder`."""
-    found = read_adapter_config(folder)
-    named = str(found["base_model_name_or_path"])
-    if not (folder / BASE).exists() and Path(named).resolve().name != Path(name).resolve().name:
-        raise ExportError(
-            f"{folder} is an adapter of {named!r}, not of {name!r}; if these are the same "
-            "weights, say so: set base_model_name_or_path in its adapter_config.json"
+class SavedTuning(Task):
+    """The part of fine-tuning that reads finished runs and adapters without a run."""
+
+    @classmethod
+    def adapt(cls, base: nn.Module, config: Config) -> nn.Module:
+        """Returns the frozen `base` with the adapters that are trained."""
+        return add_adapters(base, config.tuning)
+
+    @classmethod
+    def open(
+        cls,
+        run: Path,
+        config: Config,
+        prepared: Prepared,
+        precision: str,
+        budget: batches.Budget,
+        context: Any,
+    ) -> Task:
+        model, _ = cls.load_saved(
+            run / "final_checkpoint", config, precision, context.accelerator.device
         )
-    try:
-        tuning = adapter_tuning(found)
-    except (ValueError, KeyError) as error:
-        raise ExportError(f"{folder / 'adapter_config.json'}: not a LoRA shape: {error}") from None
-    try:
-        adapted = add_adapters(base, tuning)
+        return cls(config, prepared, model, budget, context)
+
+    @classmethod
+    def load_saved(
+        cls,
+        folder: Path,
+        config: Config,
+        precision: str,
+        device: torch.device,
+        *,
+        quantised: bool = True,
+    ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        """Returns the trained model in a checkpoint `folder`, and its tokenizer.
+
+        A QLoRA adapter gets its NF4 base, or with `quantised=False` the original weights. Raises
+        ExportError for another base or adapter.
+        """
+        own = {"name": str(folder), "revision": None, "init": "pretrained"}
+        model_files = config.model.model_copy(update=own)
+        tokenizer = load.load_tokenizer(model_files)
+        mode = config.tuning.mode
+        if mode == "full":
+            return load.load_base(model_files, mode, precision, device).eval(), tokenizer
+        refuse_another_base(config.model, cls.recorded_base(folder))
+        base = load.load_base(config.model, mode if quantised else "lora", precision, device)
+        # Not by adapter_config.json, which can name modules to import.
+        adapted = cls.adapt(base, config)
+        cls.take_saved(adapted, folder, config)
+        return adapted.eval(), tokenizer
+
+    @classmethod
+    def take_saved(cls, adapted: nn.Module, folder: Path, config: Config) -> None:
+        """Loads the adapter in `folder` into the adapted model of `config`."""
+        refuse_another_shape(folder, adapted)
         load_weights(adapted, folder)
-    except (ModelError, CheckpointError) as error:
-        raise ExportError(
-            f"{folder} is not an adapter of this base (it names "
-            f"{found['base_model_name_or_path']}): {error}"
-        ) from None
-    return adapted
+
+    # -- an adapter without its run
+
+    @classmethod
+    def is_adapter(cls, folder: Path) -> bool:
+        """Returns whether `folder` holds adapters that this task trains."""
+        return (folder / ADAPTER_CONFIG).exists()
+
+    @classmethod
+    def adapter_files(cls, folder: Path) -> list[Path]:
+        """Returns the files of an adapter that its answers depend on."""
+        return sorted(folder / name for name in (ADAPTER, ADAPTER_CONFIG))
+
+    @classmethod
+    def recorded_base(cls, folder: Path) -> BaseRecord | None:
+        """Returns the base that an adapter's folder records; None if there is no record."""
+        return read_base_record(folder / BASE)
+
+    @classmethod
+    def base_name(cls, folder: Path) -> str:
+        """Returns the base model that an adapter names."""
+        return str(read_adapter_config(folder)["base_model_name_or_path"])
+
+    @classmethod
+    def with_adapter(cls, base: nn.Module, name: str, folder: Path) -> nn.Module:
+        """Returns `base`, which was loaded from `name`, with the adapter in `folder`.
+
+        Raises ExportError if the adapter belongs to another base. Only numbers are read:
+        adapter_config.json could name modules to import.
+        """
+        found = read_adapter_config(folder)
+        named = str(found["base_model_name_or_path"])
+        if not (folder / BASE).exists() and Path(named).resolve().name != Path(name).resolve().name:
+            raise ExportError(
+                f"{folder} is an adapter of {named!r}, not of {name!r}; if these are the same "
+                "weights, say so: set base_model_name_or_path in its adapter_config.json"
+            )
+        try:
+            tuning = adapter_tuning(found)
+        except (ValueError, KeyError) as error:
+            raise ExportError(f"{folder / ADAPTER_CONFIG}: not a LoRA shape: {error}") from None
+        try:
+            adapted = add_adapters(base, tuning)
+            load_weights(adapted, folder)
+        except (ModelError, CheckpointError) as error:
+            raise ExportError(
+                f"{folder} is not an adapter of this base (it names "
+                f"{found['base_model_name_or_path']}): {error}"
+            ) from None
+        return adapted
+
+    @classmethod
+    def refuse_merge(cls, config: Config, run: Path) -> None:
+        """Raises MergeError if `config` selects more than a single model."""
+
+    @classmethod
+    def part(cls, config: Config) -> dict[str, Any]:
+        """Returns the part of a run's model that `config` selects, for a file beside it."""
+        return {}
+
+    @classmethod
+    def overrides_of(cls, record: Mapping[str, Any]) -> list[str]:
+        """Returns overrides that select a part that `part` has recorded."""
+        return []
+
+    @classmethod
+    def describe_part(cls, config: Config) -> str:
+        """Returns the selected part as text, for a model card."""
+        return ""
+
+    @classmethod
+    def overrides_of_part(cls, folder: Path) -> list[str] | None:
+        """Returns overrides that select the part of a run in `folder`; None if it is no part."""
+        return None

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import RenderableType
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from sft.config.schema import Config, Generation
 from sft.data import audit, batches, cache, files, template
@@ -26,14 +26,15 @@ from sft.errors import ConfigError, UserError
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import Predictions, key_of
-from sft.models import adapters, digest, export, head, load
+from sft.models import digest, export, head, load
 from sft.runtime.console import write_json
-from sft.tasks.base import Alternative, Finding, Results, Row, Shrunk, Task, TaskInfo, Workload
-from sft.tasks.sft import check, report, saved, shrink
+from sft.tasks.base import Alternative, Finding, Results, Row, Shrunk, TaskInfo, Workload
+from sft.tasks.sft import check, report, shrink
+from sft.tasks.sft.saved import SavedTuning
 from sft.train.engine import Engine
 
 
-class FineTune(Task):
+class FineTune(SavedTuning):
     """Supervised fine-tuning of a causal language model: full, LoRA or QLoRA."""
 
     modelled: ClassVar[tuple[str, ...]] = ("model", "tuning")
@@ -130,11 +131,6 @@ class FineTune(Task):
         depth: int | None = None,
     ) -> nn.Module:
         return load.build(config, precision, device, weights, depth, adapt=cls.adapt)
-
-    @classmethod
-    def adapt(cls, base: nn.Module, config: Config) -> nn.Module:
-        """Returns the frozen `base` with the adapters that are trained."""
-        return adapters.add_adapters(base, config.tuning)
 
     @classmethod
     def skeleton(cls, config: Config, depth: int | None = None) -> nn.Module:
@@ -386,112 +382,6 @@ class FineTune(Task):
         self, base: Results | None, tuned: Results
     ) -> tuple[list[tuple[str, str]], dict[str, str]]:
         return report.closing(self.config, base, tuned, self.merge_arguments)
-
-    # -- a finished run
-
-    @classmethod
-    def open(
-        cls,
-        run: Path,
-        config: Config,
-        prepared: Prepared,
-        precision: str,
-        budget: batches.Budget,
-        context: Any,
-    ) -> Task:
-        model, _ = cls.load_saved(
-            run / "final_checkpoint", config, precision, context.accelerator.device
-        )
-        return cls(config, prepared, model, budget, context)
-
-    @classmethod
-    def load_saved(
-        cls,
-        folder: Path,
-        config: Config,
-        precision: str,
-        device: torch.device,
-        *,
-        quantised: bool = True,
-    ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-        """Returns the trained model in a checkpoint `folder`, and its tokenizer.
-
-        It is as it was trained: a QLoRA adapter on its NF4 base. `quantised=False` puts the adapter
-        on the original weights instead. Raises ExportError for another base or adapter.
-        """
-        own = {"name": str(folder), "revision": None, "init": "pretrained"}
-        model_files = config.model.model_copy(update=own)
-        tokenizer = load.load_tokenizer(model_files)
-        mode = config.tuning.mode
-        if mode == "full":
-            return load.load_base(model_files, mode, precision, device).eval(), tokenizer
-        saved.refuse_another_base(config.model, cls.recorded_base(folder))
-        base = load.load_base(config.model, mode if quantised else "lora", precision, device)
-        # By the configuration, as in training: adapter_config.json can name modules to be imported.
-        adapted = cls.adapt(base, config)
-        cls.take_saved(adapted, folder, config)
-        return adapted.eval(), tokenizer
-
-    @classmethod
-    def take_saved(cls, adapted: nn.Module, folder: Path, config: Config) -> None:
-        """Puts what was saved in `folder` into the adapted model of `config`."""
-        saved.refuse_another_shape(folder, adapted)
-        export.load_weights(adapted, folder)
-
-    # -- an adapter without its run
-
-    @classmethod
-    def is_adapter(cls, folder: Path) -> bool:
-        """Whether `folder` holds what this task trains on a frozen base."""
-        return (folder / saved.ADAPTER_CONFIG).exists()
-
-    @classmethod
-    def adapter_files(cls, folder: Path) -> list[Path]:
-        """Returns the files of an adapter that its answers depend on."""
-        return sorted(folder / name for name in (export.ADAPTER, saved.ADAPTER_CONFIG))
-
-    @classmethod
-    def recorded_base(cls, folder: Path) -> saved.BaseRecord | None:
-        """Returns what an adapter's folder says about its base; None if nothing."""
-        return saved.read_base_record(folder / export.BASE)
-
-    @classmethod
-    def base_name(cls, folder: Path) -> str:
-        """Returns the base model that an adapter names."""
-        return str(saved.read_adapter_config(folder)["base_model_name_or_path"])
-
-    @classmethod
-    def with_adapter(cls, base: nn.Module, name: str, folder: Path) -> nn.Module:
-        """Returns `base`, loaded from `name`, with the adapter in `folder`.
-
-        Raises ExportError if it is none of this base. Only numbers are read: adapter_config.json
-        could name modules to be imported.
-        """
-        return saved.with_adapter(base, name, folder)
-
-    @classmethod
-    def refuse_merge(cls, config: Config, run: Path) -> None:
-        """Raises MergeError if `config` does not mean a single model."""
-
-    @classmethod
-    def part(cls, config: Config) -> dict[str, Any]:
-        """Returns which part of a run's model `config` selects, for a file beside it."""
-        return {}
-
-    @classmethod
-    def overrides_of(cls, record: Mapping[str, Any]) -> list[str]:
-        """Returns overrides that select what `part` recorded."""
-        return []
-
-    @classmethod
-    def describe_part(cls, config: Config) -> str:
-        """Returns the same as text, for a model card."""
-        return ""
-
-    @classmethod
-    def overrides_of_part(cls, folder: Path) -> list[str] | None:
-        """Returns overrides that select the part of a run in `folder`; None if it is no part."""
-        return None
 
 
 def _blank_example(length: int, supervised: int) -> template.Example:
