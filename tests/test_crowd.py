@@ -530,7 +530,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
 )
 def test_another_crowd_is_not_resumed(tmp_path, monkeypatch, changes, told):
     real = digest.model_sha256
-    monkeypatch.setattr(digest, "fingerprint", lambda each: _fingerprint(real, each))
+    monkeypatch.setattr(digest, "model_sha256", lambda each: _fingerprint(real, each))
     folder = trained(tmp_path, 1, {}).save()
     other = trained(tmp_path, 0, changes)
     with pytest.raises(errors.AnotherRunError, match=told) as error:

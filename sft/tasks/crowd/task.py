@@ -30,6 +30,7 @@ from sft.data.template import IGNORED
 from sft.errors import ConfigError, DataError
 from sft.evaluate import generate
 from sft.tasks.base import Finding, Shrunk, TaskInfo
+from sft.tasks.crowd.agents import Agents
 from sft.tasks.crowd.aggregator import Aggregator, Mixture, aggregator_of, fit, mix
 from sft.tasks.crowd.diversity import directions, disagreement, diversity
 from sft.tasks.crowd.files import SavedCrowd

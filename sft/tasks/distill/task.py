@@ -29,7 +29,7 @@ from sft.runtime.disk import refuse_if_unwritable
 from sft.tasks.base import Finding, Labels, Results, Row, Shrunk, Task, TaskInfo, Workload
 from sft.tasks.distill import darkroom, histories, report, rollout, shrink
 from sft.tasks.distill.config import EPISODE, Distill, DistillConfig
-from sft.tasks.distill.data import blank_histories, split, windows
+from sft.tasks.distill.data import blank_histories, num_held_out, split, windows
 from sft.tasks.distill.histories import Windows
 from sft.tasks.distill.source import SOURCES, Histories
 from sft.tasks.distill.transformer import (
@@ -37,6 +37,7 @@ from sft.tasks.distill.transformer import (
     GOES_ON,
     NUM_FEATURES,
     Transformer,
+    num_positions,
     window_tokens,
     with_marks,
 )
@@ -241,6 +242,14 @@ class Distillation(Task):
         self.settings = config.distill
         self.train, self.held_out = split(prepared, self.settings)
         self.steps, self.types = _layout(self.settings, self.accelerator.device)
+
+    @cached_property
+    def lengths(self) -> Sequence[int]:
+        return [num_positions(self.settings)] * len(self.train)
+
+    @property
+    def held_out_lengths(self) -> Sequence[int]:
+        return [num_positions(self.settings)] * num_held_out(self.held_out)
 
     def collate(self, ids: Sequence[int]) -> Batch:
         return self._collate(self.train, ids)

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sft.config.schema import Config, Generation
-from sft.data import audit, batches, cache, files, template
+from sft.data import audit, cache, files, template
 from sft.data.cache import Prepared
 from sft.data.examples import Batch, ExampleArrays, Examples, collate
 from sft.errors import ConfigError, UserError
