@@ -1,7 +1,7 @@
 """Prints docs/CONFIG.md, generated from the schemas of all tasks."""
 
-from sft.config.reference import reference
+from sft.config.reference import render_reference
 from sft.tasks.registry import schemas
 
 if __name__ == "__main__":
-    print(reference(schemas().values()), end="")
+    print(render_reference(schemas().values()), end="")

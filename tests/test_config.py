@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from sft import cli
 from sft.config.aliases import ALIASES
 from sft.config.load import dump_config, load_config, parse_generation, with_values
-from sft.config.reference import reference
+from sft.config.reference import render_reference
 from sft.config.rules import RULES, conditions
 from sft.config.schema import NESTED, Config, Section, sections_of
 from sft.errors import ConfigError, UserError
@@ -727,13 +727,13 @@ def test_a_configuration_cannot_be_changed_in_place(minimal):
 
 
 def test_the_reference_is_the_generated_one():
-    assert (ROOT / "docs/CONFIG.md").read_text("utf-8") == reference(schemas().values()), (
+    assert (ROOT / "docs/CONFIG.md").read_text("utf-8") == render_reference(schemas().values()), (
         "run `make docs`"
     )
 
 
 def test_the_reference_has_a_row_with_a_meaning_for_every_key():
-    text = reference(schemas().values()).partition("## Other names")[0]
+    text = render_reference(schemas().values()).partition("## Other names")[0]
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert (
         "| `epochs` | number > 0 | `1` | Passes over the training rows; 0.5 is half a pass. |"

@@ -1,130 +1,116 @@
-"""Writes docs/CONFIG.md from the schema."""
+"""Renders docs/CONFIG.md from the schemas, and names types for messages."""
 
 from __future__ import annotations
 
-import math
 import typing
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from sft.config.aliases import ALIASES, UNSET
 from sft.config.rules import conditions
-from sft.config.schema import NESTED, Generation, RunConfig, Section, sections_of
+from sft.config.schema import NESTED, NO_FP16, RunConfig, Section, sections_of
 
-# --- docs/CONFIG.md ----------------------------------------------------------------------------
+HEAD = """\
+# Configuration keys
 
+Generated from the schemas by `make docs`. A file has the sections below; `include: other.yaml`
+merges it over another file. Overrides, in `ARGS` or on a command line, take precedence over files.
+Unknown keys, wrong types and contradictions stop the run, all in one message.
 
-def type_name(field: Any) -> str:
-    return _annotation_name(field.annotation) + _bounds(field.metadata)
+**Overrides.** `train.learning_rate=1e-4`, `--train.learning_rate 1e-4` and `--learning_rate 1e-4`
+are the same. The last form works where only one section has the key. A flag of a key that is true
+or false may stand alone: `--wandb`.
 
+**Tasks.** A file with `task: distill` at its top configures algorithm distillation
+(docs/research/DISTILL.md). It has the sections `distill` and `train`; other files have all but
+`distill`.
+"""
+OTHER_NAMES = """\
 
-def _bounds(metadata: list[Any]) -> str:
-    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-    parts = [
-        f"{sign} {getattr(item, name)}"
-        for item in metadata
-        for name, sign in signs.items()
-        if getattr(item, name, None) is not None
-    ]
-    return f" {', '.join(parts)}" if parts else ""
+## Other names
 
+Names that Hugging Face's TrainingArguments and example scripts use. They work in a file, in the
+section of the key, and as overrides. A key and its other name with different values stop the run.
+Names that are the same in both are not listed, except those that two sections have.
 
-def _annotation_name(annotation: Any) -> str:
-    arguments = typing.get_args(annotation)
-    if typing.get_origin(annotation) is Annotated:
-        return _annotated_name(arguments)
-    if typing.get_origin(annotation) is Literal:
-        return " or ".join(str(value) for value in arguments)
-    if typing.get_origin(annotation) is dict:
-        return " to ".join(map(_annotation_name, arguments))
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation.__name__.lower()
-    if typing.get_origin(annotation) is list:
-        return f"list of {_annotation_name(arguments[0])}"
-    if arguments:
-        return " or ".join(_annotation_name(argument) for argument in arguments)
-    names = {
-        int: "integer",
-        float: "number",
-        str: "text",
-        bool: "true or false",
-        type(None): "null",
-    }
-    return names[annotation]
+| other name | key | values |
+|---|---|---|
+"""
+NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
-def _annotated_name(arguments: tuple[Any, ...]) -> str:
-    return _annotation_name(arguments[0]) + _bounds(arguments[1].metadata)
-
-
-def reference(schemas: Iterable[type[RunConfig]]) -> str:
+def render_reference(schemas: Iterable[type[RunConfig]]) -> str:
     """Returns docs/CONFIG.md: every key of every task with its type, default and meaning."""
     sections: dict[str, type[Section]] = {}
     for schema in schemas:
         sections |= sections_of(schema)
-    lines = [
-        "# Configuration keys",
-        "",
-        "Generated from the schemas by `make docs`. A file holds these sections;",
-        "`include: other.yaml` lays it over another file, and",
-        "words in `ARGS` or on a command line override both. Unknown keys, wrong types and",
-        "contradictions stop the run, all in one message.",
-        "",
-        "An override is `train.learning_rate=1e-4`, `--train.learning_rate 1e-4` or, where one",
-        "section has the key, `--learning_rate 1e-4`. A flag of a key that is true or false may",
-        "stand alone: `--tensorboard`. The end of this page has other names of keys.",
-        "",
-        "`task: distill` at the top of a file makes it one of algorithm distillation",
-        "(docs/research/DISTILL.md): it has the sections `distill` and `train`,",
-        "others all but `distill`.",
-    ]
-    for name, section in {**sections, **NESTED}.items():
-        lines += ["", f"## `{name}`", ""]
-        if section is Generation:
-            given = f"make infer ARGS={name}.temperature=0.7"
-            lines += [
-                f"Of each of `classify.strategies`, and of `{given}` and `make infer-batch`.",
-                "",
-            ]
-        if section.only_with:
-            lines += [f"Other keys are only read with `{section.only_with}`.", ""]
-        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-        for key, field in section.model_fields.items():
-            default = "**required**" if field.is_required() else f"`{_yaml(field.default)}`"
-            found = [each for each in conditions(section, key) if each != section.only_with]
-            stated = [f"Only with `{condition}`." for condition in found]
-            meaning = " ".join([*str(field.description).split(), *stated])
-            lines.append(f"| `{key}` | {type_name(field)} | {default} | {meaning} |")
-    return "\n".join([*lines, *_alias_lines()]) + "\n"
+    named = {**sections, **NESTED}.items()
+    tables = [_render_section(name, section) for name, section in named]
+    return "".join([HEAD, *tables, OTHER_NAMES, *map(_render_alias, ALIASES)])
 
 
-def _alias_lines() -> list[str]:
-    """Returns the section on other names of keys."""
-    lines = [
-        "",
-        "## Other names",
-        "",
-        "Names that Hugging Face's TrainingArguments and example scripts use for these keys. They",
-        "work in a file (in the key's section) and as flags; other keys of the same meaning have",
-        "the same name. A key and its other name with different values stop the run.",
-        "",
-        "| other name | key | values |",
-        "|---|---|---|",
+def _render_section(name: str, section: type[Section]) -> str:
+    """Returns the heading and table of a section."""
+    about = " ".join((section.__doc__ or "").split())
+    if section.only_with:
+        about += f" Other keys are only read with `{section.only_with}`."
+    lines = ["", f"## `{name}`", "", about, ""]
+    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for key, field in section.model_fields.items():
+        default = "**required**" if field.is_required() else f"`{_yaml(field.default)}`"
+        own = [each for each in conditions(section, key) if each != section.only_with]
+        meaning = " ".join(str(field.description).split())
+        meaning += f" Only with {' and '.join(f'`{each}`' for each in own)}." if own else ""
+        lines.append(f"| `{key}` | {type_name(field)} | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _render_alias(name: str) -> str:
+    """Returns the row of another name."""
+    alias = ALIASES[name]
+    meanings = {UNSET: "changes nothing", NO_FP16.value: "refused"}
+    values = [
+        f"`{_yaml(given)}`: {meanings.get(own, f'`{_yaml(own)}`')}"
+        for given, own in alias.values.items()
     ]
-    for name, alias in ALIASES.items():
-        values = ", ".join(
-            f"`{_yaml(given)}`: {'as if not given' if own is UNSET else f'`{_yaml(own)}`'}"
-            for given, own in alias.values.items()
-        )
-        lines.append(f"| `{name}` | `{alias.key}` | {values or 'the same'} |")
-    return lines
+    return f"| `{name}` | `{alias.key}` | {', '.join(values) or 'the same'} |\n"
+
+
+def type_name(field: Any) -> str:
+    """Returns the type of a field in words, with its bounds."""
+    return _annotation_name(field.annotation) + _bounds(field.metadata)
+
+
+def _bounds(metadata: list[Any]) -> str:
+    """Returns ` > 0, < 1` for the limits of a number; "" without any."""
+    found = ((sign, getattr(item, name, None)) for item in metadata for name, sign in SIGNS.items())
+    parts = [f"{sign} {limit}" for sign, limit in found if limit is not None]
+    return f" {', '.join(parts)}" if parts else ""
+
+
+def _annotation_name(annotation: Any) -> str:
+    """Returns a type in words."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _annotation_name(arguments[0]) + _bounds(arguments[1].metadata)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin is dict:
+        return " to ".join(map(_annotation_name, arguments))
+    if origin is list:
+        return f"list of {_annotation_name(arguments[0])}"
+    if arguments:
+        return " or ".join(map(_annotation_name, arguments))
+    return NAMES.get(annotation) or annotation.__name__.lower()
 
 
 def _yaml(value: Any) -> str:
+    """Returns a value as it is written in a file."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Section):
         return "{}"
     if isinstance(value, float):
-        return f"{value:g}" if not math.isinf(value) else str(value)
+        return f"{value:g}"
     return "null" if value is None else str(value)

@@ -89,18 +89,16 @@ MetricName = Literal[
     "sari",
     "classification",
 ]
-Precision = Annotated[
-    Literal["auto", "fp32", "bf16"],
-    Refused("fp16", "small gradients vanish in fp16 without loss scaling; use bf16 or fp32"),
-]
+NO_FP16 = Refused("fp16", "small gradients vanish in fp16 without loss scaling; use bf16 or fp32")
 
 
 class Model(Section):
+    """The base model."""
+
     name: Text
     """Folder of a model in Hugging Face format, or a hub id."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """`pretrained` loads the weights. `random` builds the architecture of `config.json` with new,
-    seeded weights."""
+    """`random` builds the architecture of `config.json` with new, seeded weights."""
     revision: Text | None = None
     """Branch, tag or commit of a hub id. null: its main branch."""
     trust_remote_code: bool = False
@@ -113,9 +111,10 @@ class Model(Section):
 
 
 class Tuning(Section):
+    """The weights that are trained."""
+
     mode: Literal["lora", "qlora", "full"] = "lora"
-    """`full` trains every weight. `lora` trains adapters on a frozen base. `qlora` does so with the
-    base stored in 4 bits (NF4)."""
+    """`full`: all weights. `lora`: adapters on a frozen base. `qlora`: on a base in 4 bits (NF4)."""
     r: Count = 16
     """Rank of the adapters."""
     lora_alpha: Positive = 32.0
@@ -123,19 +122,18 @@ class Tuning(Section):
     lora_dropout: Fraction = 0.0
     """Probability of dropping an input of an adapter during training."""
     target_modules: Literal["auto"] | list[Text] = "auto"
-    """Names of the modules that get an adapter. `auto`: every linear layer except the vocabulary
-    head."""
+    """Modules that get an adapter. `auto`: every linear layer except the vocabulary head."""
 
 
 class Data(Section):
+    """Rows for training and held-out rows."""
+
     train_path: Text | Texts
     """Training rows: a file, folder, glob or hub id, or a list of them (docs/DATA.md)."""
     mix: list[Positive] | None = None
-    """How many times an epoch contains the rows of each `train_path`: 2 is twice, 0.5 is a seeded
-    half. null: once."""
+    """How often an epoch has the rows of each `train_path`: 2 is twice, 0.5 is a seeded half."""
     eval_path: Text | Texts | None = None
-    """Held-out rows, in the same forms as `train_path`. null: `eval_fraction` of the training
-    rows."""
+    """Held-out rows, given like `train_path`. null: `eval_fraction` of the training rows."""
     eval_fraction: Fraction = 0.05
     """Share of the training rows that is held out if `eval_path` is null."""
     format: Literal[
@@ -150,19 +148,16 @@ class Data(Section):
     ] = "auto"
     """Format of the rows (docs/DATA.md). `auto`: detected from each row's keys."""
     columns: dict[Text, Text] | None = None
-    """Column of the rows that gives each key of a format: `{prompt: query, completion: label}`.
-    null: columns are named like the keys."""
+    """Column that gives each key of a format: `{prompt: query, completion: label}`."""
     system: Literal["keep", "replace", "prepend"] = "keep"
     """The rows' system prompts: `keep` leaves them, `replace` puts `system_prompt` in their place,
     `prepend` puts it before them."""
     system_prompt: Annotated[Text | None, OnlyWith("data.system", ("replace", "prepend"))] = None
-    """System prompt for every row. Rows without a system prompt get it too."""
+    """Text for `system`. Rows without a system prompt get it too."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """`error` stops the run. `skip` leaves bad rows out and lists them in `rejected.jsonl` of the
-    run folder."""
+    """`skip` leaves bad rows out and lists them in `rejected.jsonl` of the run folder."""
     duplicates: Literal["warn", "drop"] = "warn"
-    """Identical training rows: `warn` reports them, `drop` keeps the first. Near-duplicates are
-    only reported."""
+    """`drop` keeps the first of identical training rows. Near-duplicates are only reported."""
     max_rows: Count | None = None
     """Number of training rows to use, from the start of the files. null: all."""
     max_seq_len: Annotated[int, Field(ge=8)] = 2048
@@ -176,16 +171,16 @@ class Data(Section):
     audit: Literal["refuse", "warn"] = "refuse"
     """If the audit finds an error in a row: `refuse` stops the run, `warn` trains anyway."""
     cache_dir: Text = ".cache/data"
-    """Folder of prepared rows, with a subfolder for each content and set of options. It can be
-    deleted."""
+    """Folder of prepared rows, one subfolder per content and options. It can be deleted."""
 
 
 class Train(Section):
+    """The training run: its length, batches, processes, optimizer, checkpoints and logs."""
+
     output_dir: Folder
     """Run folder. The run writes all its files here."""
     seed: Seed = 0
-    """The order of the data, the initial weights and dropout depend only on this seed and on the
-    step."""
+    """The data order, the initial weights and dropout depend only on it and on the step."""
     shuffle: bool = True
     """`true`: a new order in each epoch. `false`: the order of the file, for a curriculum."""
     epochs: Positive = 1.0
@@ -205,19 +200,16 @@ class Train(Section):
     """`padded`: rows of similar length, padded to the longest. `packed`: one row of several
     documents that cannot see each other. `auto`: the plan chooses."""
     engine: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
-    """How processes share the model: `ddp` gives each a copy, `fsdp` shards it (FSDP2), `deepspeed`
-    uses ZeRO."""
+    """What a process holds: a copy (`ddp`), a shard (`fsdp`: FSDP2), a ZeRO part (`deepspeed`)."""
     deepspeed_config: Annotated[Text | None, OnlyWith("train.engine", ("deepspeed",))] = None
     """DeepSpeed JSON file (configs/deepspeed_z2.json is ZeRO-2)."""
     offload: Annotated[bool, OnlyWith("train.engine", ("fsdp",))] = False
     """Keep shards in host memory between uses: less GPU memory, much slower. (DeepSpeed offloads if
     its own file says so.)"""
     num_processes: Count | None = None
-    """Number of processes that the run must have; it refuses to start with another number. The
-    launcher sets it. null: any number."""
-    precision: Precision = "auto"
-    """Precision of the computation. Trained weights stay in fp32. `auto`: bf16 if the GPU supports
-    it, else fp32."""
+    """Processes that the run must have, or it refuses to start. The launcher sets it."""
+    precision: Annotated[Literal["auto", "fp32", "bf16"], NO_FP16] = "auto"
+    """Compute precision; trained weights stay in fp32. `auto`: bf16 if the GPU supports it."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about 25 % slower. `auto`: only if
     memory would be short without it."""
@@ -251,16 +243,13 @@ class Train(Section):
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Number of checkpoints to keep; the oldest are deleted first."""
     stall_timeout: Annotated[float, Field(ge=10, allow_inf_nan=False)] = 1800.0
-    """Seconds that a process may go without progress (a micro-batch or a save) before the run
-    ends."""
+    """Seconds without progress (a micro-batch or a save) in any process that end the run."""
     save_best: Literal["loss", "perplexity", "token_accuracy"] | None = None
     """Held-out metric: the checkpoint with its best value is saved and kept as well. null: none."""
     max_failed_saves: Count = 3
-    """Number of consecutive failed saves that ends the run. After fewer, a warning is logged and
-    training goes on."""
+    """Consecutive failed saves that end the run; after fewer, training goes on."""
     resume_from_checkpoint: Text | None = None
-    """Checkpoint folder to resume from. `auto`: the newest valid checkpoint of the run folder, if
-    there is one. null: train from the start."""
+    """Checkpoint folder, or `auto`: the newest valid one of the run folder, if there is one."""
     log_steps: Count = 10
     """Steps between two lines of the log. Metric files and TensorBoard get every step."""
     tensorboard: bool = True
@@ -271,14 +260,14 @@ class Train(Section):
     """Use only algorithms that give the same bits every time; an operation without one ends the
     run. Slower on GPUs; no change on CPUs."""
     profile_steps: Count | None = None
-    """Number of steps to trace into `<output_dir>/profile.json`, after two steps of warm-up. null:
-    none."""
+    """Steps to trace into `<output_dir>/profile.json`, after two steps of warm-up."""
 
 
 class Evaluation(Section):
+    """Answers to held-out rows before and after training, and their scores."""
+
     num_examples: CountOrZero = 200
-    """Number of held-out rows to answer by generation and to score with `metrics`. 0: only the
-    held-out loss."""
+    """Held-out rows to answer and to score with `metrics`. 0: only the held-out loss."""
     max_new_tokens: Count = 128
     """Maximum length of an answer, in tokens."""
     batch_size: Count = 64
@@ -290,12 +279,12 @@ class Evaluation(Section):
     labels: Annotated[Texts | None, OnlyWith("evaluation.metrics", ("classification",))] = None
     """Possible labels. An answer that is none of them counts as failed."""
     group: Text | None = None
-    """Column of the rows, or a path such as `meta.kind`: scores are also reported for each of its
-    values. null: only for all rows together."""
+    """Column, or a path such as `meta.kind`: scores are also reported for each of its values."""
 
 
 class Generation(Section):
-    """How an answer is generated: by `make infer`, the connector, and each `classify` strategy."""
+    """How answers are generated: by `make infer ARGS="generation.temperature=0.7"`, by `make
+    infer-batch`, by the connector, and by each of `classify.strategies`."""
 
     max_new_tokens: Count = 256
     """Maximum length of an answer, in tokens."""
@@ -323,6 +312,8 @@ class Strategy(Section):
 
 
 class Classify(Section):
+    """Labels for texts by `make classify` (docs/CLASSIFY.md)."""
+
     path: Text | Texts | None = None
     """Rows with a text and its label in two columns: CSV, JSONL or Parquet (docs/CLASSIFY.md)."""
     output_dir: Folder = "outputs/classify"
@@ -342,8 +333,7 @@ class Classify(Section):
     tune: Text | None = None
     """Name of the strategy that `TUNE=1` fine-tunes, and that a fine-tuned model is asked with."""
     split_by: list[Text] = []
-    """Columns of ids. Rows that share an id in one of them stay in the same part, as do rows with
-    equal texts."""
+    """Columns of ids. Rows that share an id, or have equal texts, stay in the same part."""
     test_fraction: Share = 0.2
     """Share of the rows in the test part."""
     validation_fraction: Share = 0.1
@@ -351,38 +341,34 @@ class Classify(Section):
     seed: Seed = 0
     """The split into parts depends only on this seed and on the rows."""
     part: Literal["test", "validation", "all"] = "test"
-    """Part to classify. `validation` serves to choose a strategy. `all` includes the rows that
-    `TUNE=1` trains on."""
+    """Part to classify: `validation` to choose a strategy; `all` includes rows trained on."""
 
 
 DIVERSE = OnlyWith("crowd.lambda_sw", above=0)
 
 
 class Crowd(Section):
+    """Several LoRA agents that learn to differ and answer together (docs/research/CROWD.md)."""
+
     only_with: ClassVar[OnlyWith | None] = OnlyWith("crowd.num_agents", above=0)
     num_agents: CountOrZero = 0
-    """Number of LoRA agents that share the frozen base (docs/research/CROWD.md). 0: one model, no
-    crowd."""
+    """Number of LoRA agents that share the frozen base. 0: one model, no crowd."""
     lambda_sw: NonNegative = 0.01
-    """Weight of the diversity, which is subtracted from the loss so that the agents stay
-    different."""
+    """Weight of the diversity, which is subtracted from the loss to keep the agents apart."""
     num_projections: Annotated[Count, DIVERSE] = 64
-    """Number of random directions that estimate the sliced Wasserstein distance. They are redrawn
-    in each step."""
+    """Random directions that estimate the sliced Wasserstein distance, redrawn in each step."""
     representation: Annotated[Literal["hidden", "logits"], DIVERSE] = "hidden"
     """What is compared between agents: hidden states or logits."""
     layer: Annotated[int, Field(ge=-1), DIVERSE, OnlyWith("crowd.representation", ("hidden",))] = -1
     """Layer of the hidden states, counted from 0. -1: the input of the vocabulary head."""
     pooling: Annotated[Literal["last", "mean", "first"], DIVERSE] = "last"
-    """What represents an example: its `last` supervised position (whose next token is supervised),
-    the `first`, or the `mean` of all."""
+    """What represents an example: its last or first supervised position, or the mean of all."""
     normalise: Annotated[bool, DIVERSE] = True
     """Scale representations to length sqrt(d), so that larger norms do not count as diversity."""
     dropconnect: Fraction = 0.0
     """Probability of dropping a weight of an adapter in a training pass."""
     aggregator: Literal["uniform", "sampled", "learned"] = "uniform"
-    """Dirichlet weights of the agents in an answer: their expectation (`uniform`), a random draw
-    (`sampled`), or fitted to data (`learned`)."""
+    """Dirichlet weights of the agents in an answer: their expectation, a draw, or fitted."""
     concentration: Annotated[Positive, OnlyWith("crowd.aggregator", ("sampled",))] = 1.0
     """Concentration of the symmetric Dirichlet distribution, for each agent."""
     agent: CountOrZero | None = None

@@ -22,6 +22,8 @@ EPISODE = 20  # steps of an episode
 
 
 class Distill(Section):
+    """Source histories of the Darkroom, the model of them, and its evaluation."""
+
     data_dir: Folder = ".cache/darkroom"
     """Folder of the source histories, with a subfolder for each set of settings that make them."""
     source: Literal["ppo", "stable_baselines3"] = "ppo"
@@ -40,8 +42,7 @@ class Distill(Section):
     context: Count = 120
     """Maximum number of transitions that the model sees."""
     search_episodes: Count = 3
-    """Number of first episodes of the histories. A window is made of these until it has found the
-    goal."""
+    """First episodes of the histories. A window uses them until it has found the goal."""
     search_best_of: Count = 32
     """Number of streams that are drawn for each of these episodes; the one that visits most cells
     that are new to the window is taken."""
@@ -56,8 +57,7 @@ class Distill(Section):
     dropout: Fraction = 0.0
     """Probability of dropping an element that a block adds."""
     compress: bool = False
-    """Split the context into two regions of half its length; the model decides when the older one
-    is dropped."""
+    """Two regions of half the context; the model decides when the older one is dropped."""
     type_weight: Annotated[NonNegative, OnlyWith("distill.compress", (True,))] = 0.1
     """Weight of the token-type loss."""
     slide: Annotated[Count | None, OnlyWith("distill.compress", (False,))] = None
