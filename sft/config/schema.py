@@ -114,7 +114,7 @@ class Tuning(Section):
     """The weights that are trained."""
 
     mode: Literal["lora", "qlora", "full"] = "lora"
-    """`full`: all weights. `lora`: adapters on a frozen base. `qlora`: on a base in 4 bits (NF4)."""
+    """`full`: all weights. `lora`: adapters on a frozen base. `qlora`: on a 4-bit base (NF4)."""
     r: Count = 16
     """Rank of the adapters."""
     lora_alpha: Positive = 32.0
