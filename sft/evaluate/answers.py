@@ -180,31 +180,28 @@ def answer_all(
     with context.log.progress("answers", total) as advance:
         rest = iter(questions)
         while window := list(islice(rest, WINDOW)):
-            first = predictions.num_expected
-            keys = [model.key(question, first + i) for i, question in enumerate(window)]
-            missing = [i for i, key in enumerate(keys) if predictions.expect(key)]
+            missing = _find_missing(model, window, predictions)
             advance(len(window) - len(missing))
-            start = [{"index": first + i, "key": key} for i, key in enumerate(keys)]
-            good, bad = [], []
-            for i in missing:
-                prompt = model.render_prompt(window[i])
-                if isinstance(prompt, str):
-                    bad.append(start[i] | window[i].to_record(None) | {"error": prompt})
-                else:
-                    good.append((i, prompt))
+            asked = [(start, each, model.render_prompt(each)) for start, each in missing]
+            good = [(start, each, ids) for start, each, ids in asked if not isinstance(ids, str)]
+            bad = [
+                start | each.to_record(None) | {"error": reason}
+                for start, each, reason in asked
+                if isinstance(reason, str)
+            ]
             if bad and accelerator.is_main_process:
                 predictions.append(bad)
             advance(len(bad))
             for batch, found in model.answer_batches(
-                [prompt for _, prompt in good],
+                [ids for *_, ids in good],
                 accelerator,
-                numbers=[first + i for i, _ in good],
+                numbers=[start["index"] for start, *_ in good],
                 between=start_batch,
             ):
                 busy += time.perf_counter() - started
-                pairs = zip([good[j] for j in batch], found, strict=False)  # none for idle ranks
+                pairs = zip([good[i] for i in batch], found, strict=False)  # none for idle ranks
                 predictions.append(
-                    [start[i] | model.to_record(window[i], prompt, a) for (i, prompt), a in pairs]
+                    [start | model.to_record(each, ids, a) for (start, each, ids), a in pairs]
                 )
                 tokens += sum(len(answer.ids) for answer in found)
                 advance(len(batch) * accelerator.num_processes)
@@ -213,6 +210,19 @@ def answer_all(
     if accelerator.is_main_process:
         predictions.finish()
     accelerator.wait_for_everyone()
+
+
+def _find_missing(
+    model: AnswerModel, window: list[Question], predictions: Predictions | MemoryPredictions
+) -> list[tuple[Record, Question]]:
+    """Returns the questions without a record, each with the index and key of its record."""
+    first = predictions.num_expected
+    keys = [model.key(question, first + i) for i, question in enumerate(window)]
+    return [
+        ({"index": first + i, "key": key}, window[i])
+        for i, key in enumerate(keys)
+        if predictions.expect(key)
+    ]
 
 
 def _warn_of_slow_ranks(seconds: float, tokens: int, context: Context) -> None:
@@ -239,10 +249,7 @@ class Scores:
 
 
 def score_file(
-    path: Path,
-    metrics: Sequence[str],
-    accelerator: Accelerator,
-    labels: Sequence[str] = (),
+    path: Path, metrics: Sequence[str], accelerator: Accelerator, labels: Sequence[str] = ()
 ) -> Scores:
     """Returns the scores of a finished file of predictions, equal on every rank. Collective."""
     tally = scores.Tally(metrics, labels)
@@ -266,10 +273,7 @@ def score_file(
 
 
 def groups_table(
-    title: str,
-    column: str,
-    sizes: Mapping[str, int],
-    cells: Mapping[str, Callable[[str], str]],
+    title: str, column: str, sizes: Mapping[str, int], cells: Mapping[str, Callable[[str], str]]
 ) -> Table:
     """Returns a table with a row for each group: its size, and each column's cell for it."""
     rows: list[list[str | Text]] = [

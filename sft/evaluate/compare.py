@@ -24,6 +24,7 @@ from sft.evaluate.scores import Difference, Tally, difference
 from sft.runtime.console import beginning, facts, table
 
 KEYS = ("row", "prompt", "reference")  # which identify an example
+TYPES: dict[str, Any] = dict.fromkeys(KEYS, str) | {"index": int, "answer": str | None}
 REMEDY = "make evaluate RUN=<folder> writes one into <folder>/evaluation/evaluate"
 Scores = dict[str, float]
 
@@ -160,9 +161,9 @@ def _parse_example(path: Path, number: int, line: bytes) -> dict[str, Any]:
         example = None
     if not isinstance(example, dict):
         found = "no JSON object"
-    elif missing := [key for key in (*KEYS, "index", "answer") if key not in example]:
+    elif missing := [key for key in TYPES if key not in example]:
         found = f"none of {', '.join(missing)} but {', '.join(example) or 'nothing'}"
-    elif wrong := [key for key in example if not _is_valid(key, example[key])]:
+    elif wrong := [key for key in TYPES if not _is_valid(key, example[key])]:
         found = ", ".join(f"{key} {shorten(example[key])}" for key in wrong)
     else:
         return example
@@ -174,11 +175,7 @@ def _parse_example(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _is_valid(key: str, value: Any) -> bool:
-    if key == "index":
-        return isinstance(value, int) and value >= 0
-    return (
-        isinstance(value, str) or key not in (*KEYS, "answer") or (key, value) == ("answer", None)
-    )
+    return isinstance(value, TYPES[key]) and (key != "index" or value >= 0)
 
 
 def _describe_mismatch(

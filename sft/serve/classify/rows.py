@@ -46,11 +46,7 @@ def check_section(config: Config, *, tune: bool = False) -> None:
             "classify.path: required, and not given: the file of texts and labels; "
             "CONFIG=configs/classify_hatecheck.yaml shows a section classify"
         )
-    problems = [
-        *_label_problems(settings),
-        *_strategy_problems(settings),
-        *_other_problems(config),
-    ]
+    problems = [*_label_problems(settings), *_strategy_problems(settings), *_other_problems(config)]
     if tune and settings.tune is None:
         problems.append("classify.tune: TUNE=1 needs the name of a strategy, found none")
     if tune and settings.part == "all":

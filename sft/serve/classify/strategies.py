@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sft.config.schema import Classify, Config
+from sft.errors import UserError
 from sft.evaluate import compare
 from sft.evaluate.answers import Question, groups_table
 from sft.evaluate.metrics import FAILURE
@@ -95,10 +96,7 @@ def classify(config: Config, run: Path | None = None) -> None:
     folder = run / "classify" if run else Path(settings.output_dir)
     names = settings.use or [*settings.strategies]
     names = [settings.tune] if run and settings.tune else names
-    model = {
-        "model_name": str(run or config.model.name),
-        "mixed_precision": config.train.precision,
-    }
+    model = {"model_name": str(run or config.model.name), "mixed_precision": config.train.precision}
     with guarded_model(folder, model, folder) as (connector, _):
         if connector.is_main_process:
             connector.log.say(_describe(settings, model["model_name"], parts, len(chosen)))
@@ -188,17 +186,12 @@ def _groups_table(column: str, found: dict[str, LabelScores]) -> Table:
 def _compare_with_base(settings: Classify, folder: Path, log: Log) -> None:
     """Compares the tuned model with the model before, by the strategy that was tuned."""
     name = str(settings.tune)
-    before = Path(settings.output_dir) / name / "predictions.jsonl"
-    after = folder / name / "predictions.jsonl"
-    if not before.exists() or _read_examples(before) != _read_examples(after):
-        log.say(f"not compared: {before} has not these examples; make classify without RUN first")
+    before, after = Path(settings.output_dir) / name, folder / name
+    try:
+        found = compare.compare(before, after, [METRIC], settings.labels).differences
+    except UserError as error:
+        log.say(f"not compared; make classify without RUN first: {error}")
         return
-    both = (score_labels(file, settings.labels) for file in (before, after))
-    found = compare_paired(*both)
     write_json(folder / name / "comparison.json", {key: vars(each) for key, each in found.items()})
     title = f"{name}: {folder.parent} against the model before"
     log.say(compare.difference_table(title, found, "before", "after"))
-
-
-def _read_examples(path: Path) -> list[tuple[str, str, str]]:
-    return [(each["row"], each["prompt"], each["reference"]) for each in read(path)]
