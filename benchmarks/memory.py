@@ -1,9 +1,9 @@
-"""Predicted memory against the truth: here, on GPUs that others measured, and how fast it is told.
+"""Predicted memory against the truth: here, on GPUs of others, and how long a plan takes.
 
     PYTHONPATH=.:tests:tests/support python benchmarks/memory.py
         [--parts grid published processes distillation]
 
-grid       The rehearsed step against the same recorder on the real step, and against what the CPU
+grid       The dry run against the same recorder on the real step, and against what the CPU
            allocator of the process really gave: architectures x tuning x checkpointing x windows.
 published  Rows that others printed, with their step in place of ours where it differs (see Row).
            Nothing is fitted to them; what they leave open is said in `unknown`.
@@ -56,23 +56,13 @@ from sft.models import adapters as models_adapters
 from sft.models import dtypes
 from sft.plan import choose, dry_run, memory, sharding
 from sft.plan.dry_run import Window, uniform_window
-from sft.runtime.console import make_console
+from sft.runtime.console import make_console, table
 from sft.runtime.deepspeed import deepspeed_settings
 from sft.tasks.distill.transformer import num_positions
 from sft.tasks.registry import load_run
 from sft.tasks.sft.task import FineTune
 
 MIB = 2**20
-
-
-def columned(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    """An empty table, its first columns flush left."""
-    table = Table(title=title, title_justify="left", box=None)
-    for column in left:
-        table.add_column(column)
-    for column in right:
-        table.add_column(column, justify="right")
-    return table
 
 
 # --- here --------------------------------------------------------------------------------------
@@ -95,12 +85,12 @@ WINDOWS = {
 def grid(folder: Path) -> list[dict[str, Any]]:
     found = []
     modes = ("full", "lora", "qlora")
-    for name, mode, checkpointing, (told, window) in product(
+    for name, mode, checkpointing, (size, window) in product(
         ARCHITECTURES, modes, (False, True), WINDOWS.items()
     ):
         train = {"gradient_checkpointing": checkpointing}
         config = configured(folder, ARCHITECTURES[name], mode, **train)
-        row = {"architecture": name, "mode": mode, "checkpointing": checkpointing, "window": told}
+        row = {"architecture": name, "mode": mode, "checkpointing": checkpointing, "window": size}
         found.append(row | against_real(config, window))
     return found
 
@@ -111,7 +101,7 @@ def against_real(config: RunConfig, window: Window) -> dict[str, Any]:
     tracked = dry_run.record_step(real[0]).peak().num_bytes
     true = allocated_bytes(real[1])
     return {
-        "rehearsed_bytes": fake,
+        "dry_run_bytes": fake,
         "tracked_bytes": tracked,
         "allocated_bytes": true,
         "against_tracker": fake / tracked - 1,
@@ -120,17 +110,17 @@ def against_real(config: RunConfig, window: Window) -> dict[str, Any]:
 
 
 def show_grid(found: list[dict[str, Any]]) -> Table:
-    columns = ("architecture", "tuning"), ("combinations", "MiB", "to tracker", "to allocator")
-    table = columned("Rehearsed step against the real one, here", *columns)
+    columns = ("architecture", "tuning", "combinations", "MiB", "to tracker", "to allocator")
+    result = table("The dry run against the real step, here", columns, [], left=2)
     for name, mode in product(ARCHITECTURES, ("full", "lora", "qlora")):
         rows = [r for r in found if (r["architecture"], r["mode"]) == (name, mode)]
-        sizes = [r["rehearsed_bytes"] / MIB for r in rows]
+        sizes = [r["dry_run_bytes"] / MIB for r in rows]
         worst = [
             max((r[k] for r in rows), key=abs) for k in ("against_tracker", "against_allocator")
         ]
         span = f"{min(sizes):,.0f} to {max(sizes):,.0f}"
-        table.add_row(name, mode, str(len(rows)), span, *(f"{each:+.2%}" for each in worst))
-    return table
+        result.add_row(name, mode, str(len(rows)), span, *(f"{each:+.2%}" for each in worst))
+    return result
 
 
 # --- what others measured ----------------------------------------------------------------------
@@ -337,18 +327,18 @@ def against_published(folder: Path) -> list[dict[str, Any]]:
         config = with_values(config, {f"tuning.{key}": each for key, each in row.tuning.items()})
         with their_step(row):
             predicted = memory.predict(config, "bf16", row.window, on_gpu=True, group=row.group)
-            told = predicted.reserved if row.reserved else predicted.allocated
+            num_bytes = predicted.reserved if row.reserved else predicted.allocated
             if row.native:
                 trace = dry_run.trace_step(config, "bf16", row.window, on_gpu=True)
                 libraries = predicted.breakdown.get("libraries", 0)
-                told = trace.reserved(expandable=False) + libraries
+                num_bytes = trace.reserved(expandable=False) + libraries
         found.append(
             {
                 "source": row.source,
                 "what": row.what,
                 "measured_bytes": row.measured_bytes,
-                "predicted_bytes": told,
-                "error": told / row.measured_bytes - 1,
+                "predicted_bytes": num_bytes,
+                "error": num_bytes / row.measured_bytes - 1,
                 "method": predicted.method,
                 "unknown": row.unknown,
             }
@@ -357,15 +347,20 @@ def against_published(folder: Path) -> list[dict[str, Any]]:
 
 
 def show_published(found: list[dict[str, Any]]) -> Table:
-    table = columned(
-        "Against what others measured", ("source", "run"), ("measured", "predicted", "error")
+    result = table(
+        "Against what others measured",
+        ("source", "run", "measured", "predicted", "error"),
+        [],
+        left=2,
     )
     for row in found:
         sizes = (f"{row[key] / 2**30:.1f} GiB" for key in ("measured_bytes", "predicted_bytes"))
-        table.add_row(row["source"], row["what"], *sizes, f"{row['error']:+.1%}")
+        result.add_row(row["source"], row["what"], *sizes, f"{row['error']:+.1%}")
     errors = [abs(row["error"]) for row in found]
-    table.add_row("", "median, worst", "", f"{statistics.median(errors):.1%}", f"{max(errors):.1%}")
-    return table
+    result.add_row(
+        "", "median, worst", "", f"{statistics.median(errors):.1%}", f"{max(errors):.1%}"
+    )
+    return result
 
 
 # --- speed -------------------------------------------------------------------------------------
@@ -393,11 +388,11 @@ def speed(folder: Path) -> list[dict[str, Any]]:
 
 
 def show_speed(found: list[dict[str, Any]]) -> Table:
-    table = columned("make plan", ("model",), ("seconds", "peak RAM up to here"))
+    result = table("make plan", ("model", "seconds", "peak RAM up to here"), [], left=1)
     for row in found:
         ram = f"{row['peak_bytes_so_far'] / 2**30:.2f} GiB"
-        table.add_row(row["what"], f"{row['seconds']:.1f}", ram)
-    return table
+        result.add_row(row["what"], f"{row['seconds']:.1f}", ram)
+    return result
 
 
 # --- several processes -------------------------------------------------------------------------
@@ -407,10 +402,10 @@ BUCKETS = (500_000, 50_000_000)  # elements
 
 def engines(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     def zero(stage: int, bucket: int, **more: Any) -> dict[str, Any]:
-        told = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True, **more}
-        told |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        values = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True, **more}
+        values |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         file = folder / f"zero{stage}_{bucket}{''.join(more)}.json"
-        file.write_text(json.dumps({"zero_optimization": told}))
+        file.write_text(json.dumps({"zero_optimization": values}))
         return {"engine": "deepspeed", "deepspeed_config": str(file)}
 
     yield "DDP", {}
@@ -444,21 +439,24 @@ def one_of_two(config: RunConfig, folder: Path, length: int | None = None) -> di
     if config.train.deepspeed_config:
         zero = deepspeed_settings(config.train)["zero_optimization"]
     group = sharding.Group(2, config.train.engine, accumulates=True, zero=zero)
-    told = memory.predict(config, "fp32", window, on_gpu=False, group=group)
-    predicted = told.allocated - told.breakdown.get("examples", 0)  # the worker has none
+    taken = memory.predict(config, "fp32", window, on_gpu=False, group=group)
+    predicted = taken.allocated - taken.breakdown.get("examples", 0)  # the worker has none
     measured = int(out.read_text())
     error = predicted / measured - 1
     return {"measured_bytes": measured, "predicted_bytes": predicted, "error": error}
 
 
 def show_processes(found: list[dict[str, Any]]) -> Table:
-    table = columned(
-        "One of two processes, here", ("engine", "tuning"), ("measured", "predicted", "error")
+    result = table(
+        "One of two processes, here",
+        ("engine", "tuning", "measured", "predicted", "error"),
+        [],
+        left=2,
     )
     for row in found:
         sizes = (f"{row[key] / MIB:,.0f} MiB" for key in ("measured_bytes", "predicted_bytes"))
-        table.add_row(row["engine"], row["mode"], *sizes, f"{row['error']:+.2%}")
-    return table
+        result.add_row(row["engine"], row["mode"], *sizes, f"{row['error']:+.2%}")
+    return result
 
 
 # --- distillation ------------------------------------------------------------------------------
@@ -476,8 +474,8 @@ def distillation(folder: Path) -> list[dict[str, Any]]:
     for (name, changes), number in product(HISTORIES.items(), (1, 4)):
         changed = with_values(config, changes)
         window = uniform_window(64 // number, num_positions(changed.distill), 120, number)
-        told = {"model": name, "how": f"{number} micro-batch(es)"}
-        found.append(told | against_real(changed, window))
+        values = {"model": name, "how": f"{number} micro-batch(es)"}
+        found.append(values | against_real(changed, window))
     wide = "256 wide, 6 layers"  # so that weights and gradients count for something
     for engine, train in engines(folder):
         values = HISTORIES[wide] | {f"train.{key}": value for key, value in train.items()}
@@ -487,14 +485,14 @@ def distillation(folder: Path) -> list[dict[str, Any]]:
 
 
 def show_distillation(found: list[dict[str, Any]]) -> Table:
-    columns = ("model", "step, or engine of two processes"), ("measured", "predicted", "error")
-    table = columned("Distillation, here", *columns)
+    columns = ("model", "step, or engine of two processes", "measured", "predicted", "error")
+    result = table("Distillation, here", columns, [], left=2)
     for row in found:
         measured = row.get("allocated_bytes") or row["measured_bytes"]
-        predicted = row.get("rehearsed_bytes") or row["predicted_bytes"]
+        predicted = row.get("dry_run_bytes") or row["predicted_bytes"]
         sizes = (f"{each / MIB:,.1f} MiB" for each in (measured, predicted))
-        table.add_row(row["model"], row["how"], *sizes, f"{predicted / measured - 1:+.2%}")
-    return table
+        result.add_row(row["model"], row["how"], *sizes, f"{predicted / measured - 1:+.2%}")
+    return result
 
 
 # --- a GPU of our own ----------------------------------------------------------------------------
@@ -528,7 +526,7 @@ def gpu(folder: Path) -> list[dict[str, Any]]:
         made.optimizer_step()
         torch.cuda.reset_peak_memory_stats()
         made.optimizer_step()
-        told = {"what": f"{name} {mode}{' + ckpt' if checkpointing else ''}, {rows} x {length}"}
+        values = {"what": f"{name} {mode}{' + ckpt' if checkpointing else ''}, {rows} x {length}"}
         measured = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         for kind, true, expected in zip(
             ("allocated", "reserved"),
@@ -536,9 +534,9 @@ def gpu(folder: Path) -> list[dict[str, Any]]:
             (predicted.allocated, predicted.reserved),
             strict=True,
         ):
-            told |= {f"{kind}_bytes": true, f"{kind}_error": expected / true - 1}
-        found.append(told | {"breakdown": predicted.breakdown})
-        print(json.dumps(told), flush=True)  # a time limit may end it before the table
+            values |= {f"{kind}_bytes": true, f"{kind}_error": expected / true - 1}
+        found.append(values | {"breakdown": predicted.breakdown})
+        print(json.dumps(values), flush=True)  # a time limit may end it before the table
         accelerator.free_memory(made.model, made.optimizer)
         del made
     return found
@@ -574,8 +572,8 @@ def budget(folder: Path) -> list[dict[str, Any]]:
         config = configured(folder / f"{name}{mode}{length}", SHAPES[name], mode, **train)
         run = partial(_runs, config, accelerator, length)
         chosen, most = largest(partial(_planned, config, room, length)), largest(run)
-        told = {"what": f"{name} {mode}{' + ckpt' if checkpointing else ''}, rows of {length}"}
-        found.append(told | {"planned_rows": chosen, "most_rows": most, "runs": run(chosen)})
+        values = {"what": f"{name} {mode}{' + ckpt' if checkpointing else ''}, rows of {length}"}
+        found.append(values | {"planned_rows": chosen, "most_rows": most, "runs": run(chosen)})
         print(json.dumps(found[-1]), flush=True)
     return found
 
@@ -603,30 +601,32 @@ def _runs(config: Config, accelerator: Accelerator, length: int, rows: int) -> b
 
 
 def show_budget(found: list[dict[str, Any]]) -> Table:
-    table = columned("The largest micro-batch", ("step",), ("planned", "runs", "share", "fits"))
+    result = table(
+        "The largest micro-batch", ("step", "planned", "runs", "share", "fits"), [], left=1
+    )
     for row in found:
         chosen, true = row["planned_rows"], row["most_rows"]
         share = f"{chosen / true:.0%}" if true else "-"
-        table.add_row(row["what"], str(chosen), str(true), share, str(row["runs"]))
-    return table
+        result.add_row(row["what"], str(chosen), str(true), share, str(row["runs"]))
+    return result
 
 
 def show_gpu(found: list[dict[str, Any]]) -> Table:
-    table = columned(
-        "Real steps on this GPU", ("step",), ("allocated", "error", "reserved", "error")
+    result = table(
+        "Real steps on this GPU", ("step", "allocated", "error", "reserved", "error"), [], left=1
     )
     for row in found:
         cells = [row["what"]]
         for kind in ("allocated", "reserved"):
             size, error = row[f"{kind}_bytes"], row[f"{kind}_error"]
             cells += [f"{size / 2**30:.2f} GiB", f"{error:+.1%}"]
-        table.add_row(*cells)
+        result.add_row(*cells)
     for title, pick in (("median", statistics.median), ("worst", max)):
         cells = [title]
         for kind in ("allocated", "reserved"):
             cells += ["", f"{pick([abs(row[f'{kind}_error']) for row in found]):.1%}"]
-        table.add_row(*cells)
-    return table
+        result.add_row(*cells)
+    return result
 
 
 PARTS = {
@@ -648,13 +648,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/memory.json"))
     args = parser.parse_args()
     quiet_libraries()
-    told = json.loads(args.json.read_text("utf-8")) if args.json.exists() else {}
+    values = json.loads(args.json.read_text("utf-8")) if args.json.exists() else {}
     for part in args.parts:
         run, show = PARTS[part]
         with tempfile.TemporaryDirectory() as folder:
-            told[part] = run(Path(folder))
-        make_console().print(show(told[part]))
-        args.json.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+            values[part] = run(Path(folder))
+        make_console().print(show(values[part]))
+        args.json.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -292,50 +292,54 @@ def planned(asked: DistillConfig, ram_bytes: int = 2**33, world: int = 1) -> pla
     return plan.make_plan(asked, task.Distillation.workload(asked), machine, world)
 
 
-def blank_run(asked: DistillConfig, foretold: plan.Plan) -> engine.Engine:
+def blank_run(asked: DistillConfig, predicted: plan.Plan) -> engine.Engine:
     """The planned run in this process, on histories that take no memory."""
     settings, alone = asked.distill, dry_run.CpuAccelerator("fp32")
     found = task.blank_histories(settings)
     model = task.build(settings, 0, dry_run.CPU)
-    work = task.Distillation(asked, found, model, foretold.budget, Context(alone))
+    work = task.Distillation(asked, found, model, predicted.budget, Context(alone))
     _ = work.train._rewarded, work.train._visited  # which are counted with the histories
     return engine.Engine(work, asked.train, Context(alone, Log(None)))
 
 
-def of_step(foretold: plan.Plan) -> int:
-    """Bytes without those of the histories, which are told as well."""
-    return foretold.memory.allocated - foretold.memory.breakdown["examples"]
+def of_step(predicted: plan.Plan) -> int:
+    """Bytes without those of the histories, which are predicted as well."""
+    return predicted.memory.allocated - predicted.memory.breakdown["examples"]
 
 
 def test_windows_are_counted_before_there_are_histories(tmp_path):
     asked = config(tmp_path, PAIR)
-    foretold, real = planned(asked), make_engine(asked, 10_000, torch.float32).task
+    predicted, real = planned(asked), make_engine(asked, 10_000, torch.float32).task
     goals = 73 / 4  # the histories have four
-    assert foretold.num_examples == goals * len(real.lengths)
-    assert foretold.num_held_out == goals * sum(
+    assert predicted.num_examples == goals * len(real.lengths)
+    assert predicted.num_held_out == goals * sum(
         len(batch.tokens) for batch in real._held_out_batches(lambda _: None)
     )
-    assert foretold.tokens_per_epoch == goals * sum(real.lengths)
-    assert foretold.supervised_share == 40 / 43
-    assert foretold.num_trained == sum(p.numel() for p in made(PAIR).parameters())
+    assert predicted.tokens_per_epoch == goals * sum(real.lengths)
+    assert predicted.supervised_share == 40 / 43
+    assert predicted.num_trained == sum(p.numel() for p in made(PAIR).parameters())
 
 
 def test_micro_batches_are_cut_as_asked(tmp_path):
-    foretold = planned(config(tmp_path, global_batch=64, gradient_accumulation_steps=4))
-    assert (foretold.micro_batch, foretold.micro_batches, foretold.budget.max_rows) == (16, 4, 16)
+    predicted = planned(config(tmp_path, global_batch=64, gradient_accumulation_steps=4))
+    assert (predicted.micro_batch, predicted.micro_batches, predicted.budget.max_rows) == (
+        16,
+        4,
+        16,
+    )
     assert planned(config(tmp_path, global_batch=64, micro_batch=8), world=2).micro_batches == 4
 
 
 @pytest.mark.parametrize("name", PLANNED)
 def test_the_planned_memory_is_what_a_step_allocates(name):
     asked = with_values(DARKROOM, PLANNED[name])
-    foretold = planned(asked)
-    trained = blank_run(asked, foretold)
+    predicted = planned(asked)
+    trained = blank_run(asked, predicted)
     trained.optimizer_step()  # now there is a state of the optimizer
     trained.optimizer.zero_grad()
-    assert foretold.memory.method == "traced"
-    assert foretold.memory.breakdown["examples"] == 73 * 100 * (4 * 260 + 13 + 3 * 81)
-    assert of_step(foretold) == pytest.approx(allocated_bytes(trained), rel=0.005)
+    assert predicted.memory.method == "traced"
+    assert predicted.memory.breakdown["examples"] == 73 * 100 * (4 * 260 + 13 + 3 * 81)
+    assert of_step(predicted) == pytest.approx(allocated_bytes(trained), rel=0.005)
 
 
 def test_what_does_not_fit_is_cut(tmp_path):
@@ -350,10 +354,10 @@ def test_what_does_not_fit_is_cut(tmp_path):
     assert "a smaller train.max_tokens or a smaller distill.context help" in told
     trained, machine = blank_run(asked, tight), hardware.detect()
     work = task.Distillation.workload(asked)
-    foretold, measured = calibration.calibrate(
+    predicted, measured = calibration.calibrate(
         trained, tight, asked, work, replace(machine, devices=[])
     )
-    assert foretold is tight
+    assert predicted is tight
     found = measured["heaviest_micro_batch_bytes"]
     assert of_step(tight) == pytest.approx(found, rel=0.02)
     assert (tmp_path / "memory.jsonl").exists()
@@ -362,7 +366,7 @@ def test_what_does_not_fit_is_cut(tmp_path):
 @pytest.mark.parametrize("settings", [SMALL, SMALL.model_copy(update={"slide": 2}), PAIR])
 def test_trying_the_unseen_goals_takes_what_is_planned(tmp_path, settings):
     settings = settings.model_copy(update={"eval_episodes": 4})
-    foretold = planned(config(tmp_path, settings))
+    predicted = planned(config(tmp_path, settings))
     model, recorder = made(settings), Recorder()
     alone = dry_run.CpuAccelerator("fp32")
     alone.unwrap_model = lambda model: model
@@ -371,10 +375,10 @@ def test_trying_the_unseen_goals_takes_what_is_planned(tmp_path, settings):
     with recorder:
         copy = task.whole_copy(model, settings, alone)
         rollout.play(copy, [(goal, 0) for goal in range(8) for _ in range(16)], 4)
-    held = 12 * foretold.num_trained  # gradients, two moments
-    held += foretold.memory.breakdown["examples"]
+    held = 12 * predicted.num_trained  # gradients, two moments
+    held += predicted.memory.breakdown["examples"]
     true_bytes = held + recorder.trace.peak().num_bytes
-    assert true_bytes < foretold.generation_bytes < 1.5 * true_bytes
+    assert true_bytes < predicted.generation_bytes < 1.5 * true_bytes
 
 
 # --- whole runs ----------------------------------------------------------------------------------

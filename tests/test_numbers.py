@@ -178,9 +178,9 @@ def test_where_memory_runs_out_the_same_global_batch_is_done_in_smaller_pieces(
         assert [v[key] for v in found] == pytest.approx([v[key] for v in expected], rel=1e-5)
     assert torch.allclose(weights(built), weights(rich), atol=1e-6)
     assert built.task.budget.max_tokens < 40
-    told = [line for line in built.log.lines if "memory ran out" in line]
-    assert told
-    assert f"train.max_tokens is {built.task.budget.max_tokens} from here on" in told[-1]
+    logged = [line for line in built.log.lines if "memory ran out" in line]
+    assert logged
+    assert f"train.max_tokens is {built.task.budget.max_tokens} from here on" in logged[-1]
 
 
 def test_at_one_example_the_run_ends_with_its_length_and_row(tmp_path):
@@ -301,12 +301,12 @@ def ranks(request, tmp_path_factory) -> list[dict]:
     if not mounted:
         small.rmdir()  # the worker then leaves that part out
     try:
-        told = launch(2, ROOT / "tests/support/fault_worker.py", str(out), request.param)
+        printed = launch(2, ROOT / "tests/support/fault_worker.py", str(out), request.param)
     finally:
         if mounted:
             subprocess.run(["umount", "--lazy", str(small)], check=True)
     found = [json.loads(path.read_text()) for path in sorted(out.glob("rank*.json"))]
-    assert [result["world"] for result in found] == [2, 2], told
+    assert [result["world"] for result in found] == [2, 2], printed
     return found
 
 

@@ -84,7 +84,7 @@ def real_engine(config: Config, window: Window, precision: str = "fp32", **optio
 
 
 def fake_and_real(config: Config, window: Window, precision: str = "fp32", **options):
-    """(peak of the rehearsed step, of the real one under the same recorder)."""
+    """(peak of the dry run, of the real step under the same recorder)."""
     fake = dry_run.trace_step(config, precision, window).peak()
     return fake, dry_run.record_step(real_engine(config, window, precision, **options)).peak()
 
@@ -92,9 +92,7 @@ def fake_and_real(config: Config, window: Window, precision: str = "fp32", **opt
 # A third of the grid: every architecture in every mode, with and without checkpointing.
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode", "checkpointing", "window"), GRID[::3])
-def test_the_rehearsed_step_takes_what_the_real_one_takes(
-    tmp_path, name, mode, checkpointing, window
-):
+def test_the_dry_run_takes_what_the_real_step_takes(tmp_path, name, mode, checkpointing, window):
     config = configured(tmp_path, ARCHITECTURES[name], mode, gradient_checkpointing=checkpointing)
     fake, real = fake_and_real(config, window)
     assert fake == real
@@ -103,9 +101,7 @@ def test_the_rehearsed_step_takes_what_the_real_one_takes(
 # The whole grid, with larger models: benchmarks/memory.py.
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode", "checkpointing", "window"), GRID[1::5])
-def test_the_rehearsed_step_takes_what_the_process_allocates(
-    tmp_path, name, mode, checkpointing, window
-):
+def test_the_dry_run_takes_what_the_process_allocates(tmp_path, name, mode, checkpointing, window):
     config = configured(tmp_path, ARCHITECTURES[name], mode, gradient_checkpointing=checkpointing)
     fake, real = fake_and_real(config, window)
     assert fake == real
@@ -113,7 +109,7 @@ def test_the_rehearsed_step_takes_what_the_process_allocates(
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
-def test_the_rehearsed_evaluation_takes_what_the_real_one_takes(tmp_path, mode):
+def test_the_dry_evaluation_takes_what_the_real_one_takes(tmp_path, mode):
     config, window = configured(tmp_path, ARCHITECTURES["Qwen2"], mode), uniform_window(4, 32, 20)
     fake = dry_run.trace_step(config, "fp32", window, evaluation=True).peak()
     real = dry_run.record_step(real_engine(config, window), gradients=True, evaluation=True).peak()
@@ -147,7 +143,7 @@ def test_packed_rows_take_a_mask_wherever_varlen_has_no_kernel(tmp_path):
     assert taken("varlen", "fp32") == taken("sdpa", "fp32")
 
 
-def test_flash_attention_of_a_model_without_sdpa_is_rehearsed_as_its_own(tmp_path):
+def test_flash_attention_of_a_model_without_sdpa_is_traced_as_its_own(tmp_path):
     """Which has a mask: an upper bound."""
     config = configured(tmp_path, Gemma2Config(**SIZES, head_dim=16))
     window, taken = uniform_window(3, 40, 9, 2, "packed"), []
@@ -207,7 +203,7 @@ def test_the_breakdown_names_everything(tmp_path):
     }  # fmt: skip
 
 
-def test_a_rehearsal_leaves_nothing_behind(tmp_path, caplog):
+def test_a_dry_run_leaves_nothing_behind(tmp_path, caplog):
     config = configured(tmp_path, ARCHITECTURES["Llama"], "qlora")
     seeded = torch.random.get_rng_state()
     dry_run.trace_step(config, "fp32", BUDGETS[0])

@@ -40,13 +40,13 @@ WIDE = architectures(
 @pytest.mark.parametrize("name", WIDE)
 def test_the_small_model_is_of_the_same_architecture(tmp_path, name):
     config = configured(tmp_path, WIDE[name])
-    built, told = small_model(config, exact=True)
+    built, changes = small_model(config, exact=True)
     assert type(built).__name__.startswith(name)
     text = built.config.get_text_config()
     assert (text.num_hidden_layers, text.hidden_size) == (2, 64)
     assert text.vocab_size == WIDE[name].vocab_size
     assert all(not m.p for m in built.modules() if isinstance(m, torch.nn.Dropout))
-    assert [what for what, _ in told] == ["model", "model"]  # its sizes, and its dropout
+    assert [what for what, _ in changes] == ["model", "model"]  # its sizes, and its dropout
     built.train()  # or attention would not drop anything either
     ids = torch.arange(12)[None]
     assert torch.equal(built(input_ids=ids).logits, built(input_ids=ids).logits)
@@ -78,12 +78,12 @@ def test_fresh_processes_are_gone_when_they_are_reported(tmp_path):
     script.write_text(
         "import os, sys, time\n"
         f"open({str(tmp_path)!r} + '/' + os.environ.get('RANK', 'alone'), 'w')\n"
-        "told = ['told by', os.environ.get('RANK', 'alone'), *sys.argv[1:]]\n"
-        "os.write(1, (' '.join(told) + '\\n').encode())\n"
+        "words = ['printed by', os.environ.get('RANK', 'alone'), *sys.argv[1:]]\n"
+        "os.write(1, (' '.join(words) + '\\n').encode())\n"
     )
-    assert runs.run_fresh(1, tmp_path, [str(script), "a=b"]) == "told by alone a=b\n"
-    told = runs.run_fresh(2, tmp_path, [str(script)])
-    assert {"told by 0", "told by 1"} <= set(told.splitlines()), told
+    assert runs.run_fresh(1, tmp_path, [str(script), "a=b"]) == "printed by alone a=b\n"
+    printed = runs.run_fresh(2, tmp_path, [str(script)])
+    assert {"printed by 0", "printed by 1"} <= set(printed.splitlines()), printed
     assert {path.name for path in tmp_path.iterdir()} == {"script.py", "alone", "0", "1"}
 
 
@@ -117,22 +117,22 @@ def test_every_cut_is_tried_once():
 
 
 def test_a_broken_row_is_an_error_and_a_refused_one_is_not():
-    told = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     titles = ("what", "found")
     sound = laws.Verdict(("first",), [("same", True)])
     refused = laws.Verdict(("second",), [], "error: it cannot", refused=True)
-    laws.print_verdicts(told, "law", titles, [sound, refused])
-    assert "error: it cannot" in told.export_text(clear=False)
+    laws.print_verdicts(console, "law", titles, [sound, refused])
+    assert "error: it cannot" in console.export_text(clear=False)
     for broken in (
         laws.Verdict(("third",), [("OTHER", False)]),
         laws.Verdict(("third",), [], "it failed"),
     ):
         with pytest.raises(errors.VerificationError, match="third") as raised:
-            laws.print_verdicts(told, "law", titles, [sound, broken])
+            laws.print_verdicts(console, "law", titles, [sound, broken])
         assert raised.value.exit_code == 1
 
 
-def test_too_few_rows_are_told(tmp_path):
+def test_too_few_rows_are_an_error(tmp_path):
     rows = (ROOT / "nano/train.jsonl").read_text().splitlines()[:3]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     config = load_config(ROOT / "configs/nano.yaml", [f"data.train_path={tmp_path}/rows.jsonl"])
@@ -141,11 +141,11 @@ def test_too_few_rows_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_that_varlen_has_no_kernel_in_fp32_is_told(tmp_path, exact):
+def test_that_varlen_has_no_kernel_in_fp32_is_a_change(tmp_path, exact):
     overrides = ["model.attn_implementation=varlen", "data.max_rows=64"]
     config = load_config(ROOT / "configs/nano.yaml", overrides)
-    told = dict(make_small(config, tmp_path, exact=exact).changes)
-    assert told.get("packed rows", "").startswith("SDPA with a mask: varlen has no") == exact
+    changes = dict(make_small(config, tmp_path, exact=exact).changes)
+    assert changes.get("packed rows", "").startswith("SDPA with a mask: varlen has no") == exact
 
 
 DARKROOM = ["distill.compress=true", "distill.dropout=0.1", "distill.width=48"]
@@ -168,9 +168,9 @@ def test_distillation_is_made_small(tmp_path, monkeypatch):
     assert small.steps_per_epoch == 3
     assert len(small.lengths) % train.global_batch != 0
     assert small.quarter < 43 * train.global_batch == small.whole
-    told = dict(small.changes)
-    assert told["distill.dropout"] == "0.0 instead of 0.1"
-    assert "2 layers of 32 instead of 4 of 48" in told["model"]
+    changes = dict(small.changes)
+    assert changes["distill.dropout"] == "0.0 instead of 0.1"
+    assert "2 layers of 32 instead of 4 of 48" in changes["model"]
 
 
 # --- whole runs ----------------------------------------------------------------------------------
@@ -375,8 +375,8 @@ def test_runs_killed_at_random_instants_end_as_if_they_had_not_been(tmp_path, mo
     arguments = ["--kills", "3", "--only", "LoRA, DDP x 2"]
     monkeypatch.setattr(sys, "argv", ["chaos.py", *arguments, "--json", str(out)])
     assert chaos.main() == 0
-    told = json.loads(out.read_text())
-    assert told["kills"] == 3
-    assert told["mismatches"] == told["unusable"] == 0
-    assert told["most_steps_lost"] <= told["save_steps"]
-    assert all(each["runs"] >= 1 for each in told["configurations"])
+    results = json.loads(out.read_text())
+    assert results["kills"] == 3
+    assert results["mismatches"] == results["unusable"] == 0
+    assert results["most_steps_lost"] <= results["save_steps"]
+    assert all(each["runs"] >= 1 for each in results["configurations"])

@@ -149,7 +149,7 @@ class FineTune(SavedTuning):
     def blank_data(cls, config: Config, rows: Sequence[Row]) -> Prepared:
         examples = Examples(
             ExampleArrays.pack(
-                (i, files.Row([], None, "rehearsal", i), _blank_example(*row))
+                (i, files.Row([], None, "dry run", i), _blank_example(*row))
                 for i, row in enumerate(rows)
             )
         )
