@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "test_parallel.py",
         "test_verify.py",
         "test_launcher.py",
-        "test_guard.py",
+        "test_watchdog.py",
     )
     items.sort(key=lambda item: long.index(name) if (name := item.path.name) in long else len(long))
 

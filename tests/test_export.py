@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_model import wake
+from test_models import wake
 
 from sft import errors
 from sft.config.load import dump_config, load_config, with_values

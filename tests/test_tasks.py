@@ -21,7 +21,7 @@ STEPS, MIDDLE = 6, 3
 
 def start(verb: str, *arguments: str, runs: Callable[..., Any] = forked.run) -> str:
     """Runs the script of a verb with the toy task in the registry; returns what it prints."""
-    done = runs("tests/toy_worker.py", f"scripts/{verb}.py", *arguments)
+    done = runs("tests/support/toy_worker.py", f"scripts/{verb}.py", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -3,7 +3,8 @@
 Class methods answer before a model exists; an instance has one and is what the engine trains
 (`train.task.Trainable`). Adding a task is a folder with such a class and a line in `registry`.
 
-A minimal task (tests/toy_task.py) defines a schema, a `RunConfig` with a section of its own, and
+A minimal task (tests/support/toy_task.py) defines a schema, a `RunConfig` with a section of its
+own, and
 
     modelled            the sections that say what the model is
     prepare             reads or makes the data

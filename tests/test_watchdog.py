@@ -1,6 +1,6 @@
 """How a run ends: real processes, real signals, ranks that raise, die, stop and loop.
 
-The ranks are forked by guard_worker.py; what is asserted is what they write and their exit codes.
+The ranks are forked by watchdog_worker.py; their files and exit codes are asserted.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ Start = Callable[..., Started]
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Iterator[Start]:
-    """`start(world, moment, fault, rank)` a run in which that happens; see guard_worker.py."""
-    command = [sys.executable, "tests/support/guard_worker.py"]
+    """`start(world, moment, fault, rank)` a run in which that happens; see watchdog_worker.py."""
+    command = [sys.executable, "tests/support/watchdog_worker.py"]
     environment = clean_environment(PYTHONPATH=PATHS, OMP_NUM_THREADS="1")
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, text=True
@@ -375,7 +375,7 @@ def test_sigterm_to_torchrun_and_its_ranks_is_one_request(tmp_path):
     request = {"out": str(tmp_path), "folder": str(tmp_path / "run"), "world": 2, "port": 0}
     request |= {"moment": "step", "fault": "pause", "rank": 1, "times": 2, "limit": BOUNDED}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["tests/support/guard_worker.py", json.dumps(request | {"train": {}, "env": {}})]
+    command += ["tests/support/watchdog_worker.py", json.dumps(request | {"train": {}, "env": {}})]
     environment = clean_environment(PYTHONPATH=PATHS, OMP_NUM_THREADS="1")
     run = Started(tmp_path, tmp_path / "run")
     with subprocess.Popen(

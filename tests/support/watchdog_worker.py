@@ -1,4 +1,4 @@
-"""Forks the ranks of small runs for test_guard.py: imported once, so that a run takes a second.
+"""Forks the ranks of small runs for test_watchdog.py: imported once, so that a run takes a second.
 
 One JSON request a line: {out, world, folder, train, limit, moment, rank, fault, times, env}; for it
 a launcher is forked, which forks the ranks and, unlike torchrun, lets them end by themselves: that
