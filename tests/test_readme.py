@@ -25,7 +25,9 @@ def training(data: str, case: str) -> float:
 
 
 def preparing(rows: int) -> float:
-    seconds = {r["what"]: r["seconds"] for r in result("prepare.json")["results"] if r["rows"] == rows}
+    seconds = {
+        r["what"]: r["seconds"] for r in result("prepare.json")["results"] if r["rows"] == rows
+    }
     return seconds["datasets.map"] / seconds["ours"]
 
 
@@ -36,15 +38,21 @@ RATIOS = {
     ("", "TRL with packing"): lambda: training("documents", "TRL packing"),
     ("training (LoRA, GSM8K)", "TRL `SFTTrainer`"): lambda: training("GSM8K", "TRL default"),
     ("", "TRL with `group_by_length`", 1): lambda: training("GSM8K", "TRL group_by_length"),
-    ("answers, the same", "transformers"): lambda: result("inference.json")["60M"]["against_arrival"],
-    ("answers on two", "one process"): lambda: result("inference.json")["processes"]["two_against_one"],
+    ("answers, the same", "transformers"): lambda: result("inference.json")["60M"][
+        "against_arrival"
+    ],
+    ("answers on two", "one process"): lambda: result("inference.json")["processes"][
+        "two_against_one"
+    ],
     ("preparing 1,000,000", "`datasets.map`"): lambda: preparing(1_000_000),
 }
 
 
 def ratio_rows() -> list[list[str]]:
     table = README[README.index("| what | against | ratio |") :].split("\n\n")[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]
+    ]
 
 
 def test_every_ratio_is_the_measured_one():
