@@ -15,10 +15,10 @@ from sft.config.load import load_config
 from sft.config.schema import Classify
 from sft.errors import ConfigError, DataError
 from sft.evaluate.labels import label_of
-from sft.evaluate.predictions import Predictions, key_of, read
+from sft.evaluate.predictions import Predictions, key_of, read_records
 from sft.serve.classify import rows as classify_rows
 from sft.serve.classify import strategies
-from sft.serve.classify.rows import Example, most_common_label, split_parts
+from sft.serve.classify.rows import LabelledText, most_common_label, split_parts
 
 KNOWN = ["hateful", "non-hateful"]
 
@@ -26,10 +26,10 @@ KNOWN = ["hateful", "non-hateful"]
 # --- parts ---------------------------------------------------------------------------------------
 
 
-def some_examples(seed: int, num: int = 300) -> list[Example]:
+def some_examples(seed: int, num: int = 300) -> list[LabelledText]:
     draw = random.Random(seed)
     return [
-        Example(
+        LabelledText(
             f"text {draw.randrange(num)}",
             draw.choice("aab"),
             "",
@@ -62,7 +62,7 @@ def test_parts_hold_every_row_once_and_what_is_alike_together(seed):
 
 
 def test_parts_have_their_shares_of_every_label():
-    examples = [Example(f"text {i}", "ab"[i % 4 == 0], "", f"f:{i}") for i in range(400)]
+    examples = [LabelledText(f"text {i}", "ab"[i % 4 == 0], "", f"f:{i}") for i in range(400)]
     parts = split_parts(examples, Classify())
     for part, size in (("test", 80), ("validation", 40), ("train", 280)):
         assert len(parts[part]) == size
@@ -71,7 +71,7 @@ def test_parts_have_their_shares_of_every_label():
 
 
 def test_too_few_families_for_three_parts_are_told():
-    one = [Example(f"text {i}", "a", "", f"f:{i}", ("same",)) for i in range(10)]
+    one = [LabelledText(f"text {i}", "a", "", f"f:{i}", ("same",)) for i in range(10)]
     with pytest.raises(DataError, match=r"none for validation: 10 rows are 1 families"):
         split_parts(one, Classify(path="f"))
 
@@ -293,7 +293,7 @@ def test_the_baseline_and_the_tuned_model_are_compared_on_any_number_of_processe
     )
     results = tmp_path / "classify"
     for name in ("plain", "json"):
-        found = [*read(results / name / "predictions.jsonl")]
+        found = [*read_records(results / name / "predictions.jsonl")]
         assert [row["prompt"] for row in found] == [each.text for each in parts["test"]], printed
         told = json.loads((results / name / "metrics.json").read_text())
         assert told["num_examples"] == len(parts["test"])

@@ -19,7 +19,7 @@ from sft.data import cache, template
 from sft.data.files import BadRow, Row
 from sft.errors import UserError
 from sft.evaluate import answers, generate
-from sft.evaluate.predictions import Predictions, key_of, read
+from sft.evaluate.predictions import Predictions, key_of, read_records
 from sft.models import load
 from sft.runtime import processes
 from sft.runtime.context import Context
@@ -53,7 +53,7 @@ def answered(nano, asked, path, settings=SHORT, rows=None, **options):
     model = replace(model, settings=settings, batch_size=rows)
     questions = map(answers.make_question, asked)
     answers.answer_all(model, questions, Predictions(path), context, **options)
-    return list(read(path))
+    return list(read_records(path))
 
 
 def test_every_row_has_its_line_in_order_also_those_that_cannot_be_asked(nano, tmp_path):
@@ -97,7 +97,7 @@ def test_a_stop_between_batches_loses_nothing_that_was_answered(nano, tmp_path):
 
     with pytest.raises(UserError, match="stopped"):
         answered(nano, ROWS * 2, path, rows=2, between=stop_at_the_third)
-    assert len(list(read(path))) == 4
+    assert len(list(read_records(path))) == 4
     calls[:] = [1] * 9  # not again
     found = answered(nano, ROWS * 2, path, rows=2, between=lambda: calls.append(1))
     assert len(calls) == 9 + 2

@@ -10,7 +10,7 @@ import tracemalloc
 
 import pytest
 
-from sft.evaluate.predictions import Predictions, PredictionsError, key_of, read
+from sft.evaluate.predictions import Predictions, PredictionsError, key_of, read_records
 
 
 def record(index: int, key: str, **more) -> dict:
@@ -28,7 +28,7 @@ def announced(path, keys=KEYS):
 
 def test_no_examples_give_an_empty_file(tmp_path):
     Predictions(tmp_path / "predictions.jsonl").finish()
-    assert list(read(tmp_path / "predictions.jsonl")) == []
+    assert list(read_records(tmp_path / "predictions.jsonl")) == []
 
 
 def test_what_is_finished_is_not_asked_again_and_ends_in_order(tmp_path):
@@ -41,8 +41,8 @@ def test_what_is_finished_is_not_asked_again_and_ends_in_order(tmp_path):
     assert todo == [0, 2, 3, 5]
     second.append([record(i, KEYS[i], answer=str(i)) for i in (5, 3, 0, 2)])
     second.finish()
-    assert [each["index"] for each in read(path)] == [0, 1, 2, 3, 4, 5]
-    assert [each["answer"] for each in read(path)][1] == "één\n"
+    assert [each["index"] for each in read_records(path)] == [0, 1, 2, 3, 4, 5]
+    assert [each["answer"] for each in read_records(path)][1] == "één\n"
     assert announced(path)[1] == []
     assert not list(path.parent.glob("*.tmp"))
 
@@ -56,7 +56,7 @@ def test_an_example_that_changed_is_asked_again_and_what_is_gone_is_dropped(tmp_
     assert todo == [2]
     again.append([record(2, changed[2], answer="new")])
     again.finish()
-    assert [each["answer"] for each in read(path)] == ["old", "old", "new", "old"]
+    assert [each["answer"] for each in read_records(path)] == ["old", "old", "new", "old"]
 
 
 def test_a_line_torn_by_a_kill_costs_that_line(tmp_path):
@@ -70,7 +70,7 @@ def test_a_line_torn_by_a_kill_costs_that_line(tmp_path):
         assert todo == [2, 3, 4, 5]
         again.append([record(i, KEYS[i]) for i in todo])
         again.finish()
-        assert [each["index"] for each in read(path)] == [0, 1, 2, 3, 4, 5]
+        assert [each["index"] for each in read_records(path)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_last_line_that_lost_only_its_end_is_kept_whole(tmp_path):
@@ -81,7 +81,7 @@ def test_a_last_line_that_lost_only_its_end_is_kept_whole(tmp_path):
     again, todo = announced(path, KEYS[:2])
     assert todo == []
     again.finish()
-    assert [each["index"] for each in read(path)] == [0, 1]
+    assert [each["index"] for each in read_records(path)] == [0, 1]
 
 
 def test_many_processes_add_whole_lines(tmp_path):
@@ -99,7 +99,9 @@ def test_many_processes_add_whole_lines(tmp_path):
     made, todo = announced(path, keys)
     assert todo == []
     made.finish()
-    assert [len(each["answer"]) for each in read(path)] == [i * 37 % 9000 for i in range(400)]
+    assert [len(each["answer"]) for each in read_records(path)] == [
+        i * 37 % 9000 for i in range(400)
+    ]
 
 
 def test_an_example_takes_less_than_a_hundred_bytes_of_memory(tmp_path):
@@ -122,7 +124,7 @@ def test_an_example_takes_less_than_a_hundred_bytes_of_memory(tmp_path):
 
     peak(50)  # what is made once
     assert peak(4050) - peak(450) < 100 * 3600
-    assert [each["index"] for each in read(tmp_path / "4050.jsonl")] == [*range(4050)]
+    assert [each["index"] for each in read_records(tmp_path / "4050.jsonl")] == [*range(4050)]
 
 
 def test_what_was_appended_survives_a_kill(tmp_path):
@@ -146,7 +148,7 @@ def test_a_file_that_is_not_whole_cannot_be_finished(tmp_path):
     made.append([record(0, KEYS[0])])
     with pytest.raises(PredictionsError, match=r"5 of 6 examples are missing, as number 2: all"):
         made.finish()
-    assert [each["index"] for each in read(path)] == [0]
+    assert [each["index"] for each in read_records(path)] == [0]
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "{}", '{"index": -1, "key": "0"}', '{"index": 0}'])
@@ -154,14 +156,14 @@ def test_a_line_that_is_none_is_named_by_file_and_number(tmp_path, line):
     path = tmp_path / "predictions.jsonl"
     path.write_text(json.dumps(record(0, KEYS[0])) + f"\n{line}\n")
     with pytest.raises(PredictionsError, match=r"predictions\.jsonl:2: expected a JSON object"):
-        list(read(path))
+        list(read_records(path))
     if line in ("[]", "{}"):  # no beginning of a line of ours
         with pytest.raises(PredictionsError, match=r"jsonl:2: expected a line of predictions"):
             announced(path)
     else:
         assert announced(path)[1] == [1, 2, 3, 4, 5]
     with pytest.raises(PredictionsError, match="cannot read"):
-        list(read(tmp_path / "none.jsonl"))
+        list(read_records(tmp_path / "none.jsonl"))
 
 
 def test_secrets_of_the_environment_are_not_written(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ from sft.data.formats import Messages, Tools
 from sft.errors import DataError
 from sft.evaluate import scores
 from sft.evaluate.generate import Answer, Decoder, context_length, eval_mode
-from sft.evaluate.predictions import MemoryPredictions, Predictions, Record, key_of, read
+from sft.evaluate.predictions import MemoryPredictions, Predictions, Record, key_of, read_records
 from sft.runtime.console import duration, table, visible
 from sft.runtime.context import Context
 
@@ -255,7 +255,7 @@ def score_file(
     tally = scores.Tally(metrics, labels)
     total = num_failed = 0
     world, rank = accelerator.num_processes, accelerator.process_index
-    for number, record in enumerate(read(path)):
+    for number, record in enumerate(read_records(path)):
         total += 1
         num_failed += record["answer"] is None
         if "reference" not in record:

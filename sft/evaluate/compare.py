@@ -26,7 +26,7 @@ from sft.runtime.console import beginning, facts, table
 KEYS = ("row", "prompt", "reference")  # which identify an example
 TYPES: dict[str, Any] = dict.fromkeys(KEYS, str) | {"index": int, "answer": str | None}
 REMEDY = "make evaluate RUN=<folder> writes one into <folder>/evaluation/evaluate"
-Scores = dict[str, float]
+ExampleScores = dict[str, float]
 
 
 class Pair(NamedTuple):
@@ -34,8 +34,8 @@ class Pair(NamedTuple):
 
     at_a: int
     at_b: int
-    scores_a: Scores
-    scores_b: Scores
+    scores_a: ExampleScores
+    scores_b: ExampleScores
 
 
 class Wins(NamedTuple):
@@ -78,7 +78,9 @@ def compare(a: Path, b: Path, metrics: Sequence[str], labels: Sequence[str] = ()
     return Comparison(a, b, num, difference(tally_a, tally_b, num_differing), wins, differing)
 
 
-def _add(tally: Tally, example: dict[str, Any], answered: dict[str, Any], file: Path) -> Scores:
+def _add(
+    tally: Tally, example: dict[str, Any], answered: dict[str, Any], file: Path
+) -> ExampleScores:
     """Counts an answer to `example`; returns its scores."""
     try:
         return tally.add(

@@ -147,7 +147,7 @@ class MemoryPredictions:
     def finish(self) -> None: ...
 
 
-def read(path: Path) -> Iterator[Record]:
+def read_records(path: Path) -> Iterator[Record]:
     """Yields the records of a finished file. Raises PredictionsError for a bad line."""
     try:
         with path.open("rb") as file:

@@ -14,7 +14,7 @@ from rich.table import Table
 from sft.data.files import num_rows, read_all, sources
 from sft.errors import Preempted, UserError
 from sft.evaluate import answers
-from sft.evaluate.predictions import read
+from sft.evaluate.predictions import read_records
 from sft.runtime.console import facts, visible
 from sft.runtime.processes import end_processes
 from sft.runtime.watchdog import Guard
@@ -156,7 +156,7 @@ def _summarise(output: Path, num_processes: int) -> Table:
     ended: Counter[str] = Counter()
     prompt_tokens = completion_tokens = 0
     first = ""
-    for record in read(output):
+    for record in read_records(output):
         ended[record["finish_reason"]] += 1
         prompt_tokens += record["prompt_tokens"]
         completion_tokens += record["completion_tokens"]

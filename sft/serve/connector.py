@@ -27,7 +27,7 @@ from sft.data.files import BadRow, Row
 from sft.errors import UserError
 from sft.evaluate import answers, generate
 from sft.evaluate.answers import AnswerModel, Question
-from sft.evaluate.predictions import MemoryPredictions, Predictions, Record, read
+from sft.evaluate.predictions import MemoryPredictions, Predictions, Record, read_records
 from sft.models import export
 from sft.runtime import checkpoint
 from sft.runtime.context import Context
@@ -209,7 +209,7 @@ class AccelerateConnector:
         questions = [_make_question(messages, i) for i, messages in enumerate(conversations)]
         if predictions is not None:
             self.answer(questions, Path(predictions), len(questions), **settings)
-            return [Completion.from_record(record) for record in read(Path(predictions))]
+            return [Completion.from_record(record) for record in read_records(Path(predictions))]
         memory = MemoryPredictions()
         self._answer_all(self._model_with(settings), questions, memory, len(questions))
         found = gather_object(memory.records) if self.num_processes > 1 else memory.records

@@ -24,11 +24,11 @@ from sft.errors import ConfigError, DataError, suggest
 from sft.evaluate.labels import label_of, letters
 from sft.runtime.console import atomic_write
 
-Parts = dict[str, list["Example"]]  # test, validation, train
+Parts = dict[str, list["LabelledText"]]  # test, validation, train
 NAME = re.compile(r"\w[\w.-]*")  # of a strategy, and of the folder with its answers
 
 
-class Example(NamedTuple):
+class LabelledText(NamedTuple):
     """A text with its label."""
 
     text: str
@@ -99,7 +99,7 @@ def _other_problems(config: Config) -> Iterator[str]:
             yield f"data.{key}: make classify writes {path}; remove this key, found {found!r}"
 
 
-def read_examples(settings: Classify) -> list[Example]:
+def read_examples(settings: Classify) -> list[LabelledText]:
     """Returns all rows of `settings.path`, in their order. Raises DataError with every bad one."""
     path, rows, bad = str(settings.path), [], []
     for place, row in read_raw(settings.path or ""):
@@ -117,7 +117,7 @@ def read_examples(settings: Classify) -> list[Example]:
             bad.append(f"{place}: the column {empty!r} is empty")
         group = scalar_text(row.get(settings.group)) if settings.group else ""
         ids = [scalar_text(row.get(column)) for column in settings.split_by]
-        examples.append(Example(text, label, group, place, tuple(filter(None, ids))))
+        examples.append(LabelledText(text, label, group, place, tuple(filter(None, ids))))
     if not {example.label for example in examples} & {*settings.labels}:
         raise DataError(
             f"{path}: no label in it is one of classify.labels: the column {settings.label!r} has "
@@ -150,7 +150,7 @@ def _list_labels(labels: Iterable[str]) -> str:
     return ", ".join(map(repr, found[:10])) + (f" and {len(found) - 10} more" * (len(found) > 10))
 
 
-def split_parts(examples: Sequence[Example], settings: Classify) -> Parts:
+def split_parts(examples: Sequence[LabelledText], settings: Classify) -> Parts:
     """Returns test, validation and training part, each with about its share of every label.
 
     Families (rows that share a text or an id, directly or through others) stay whole. The seed and
@@ -181,7 +181,7 @@ def split_parts(examples: Sequence[Example], settings: Classify) -> Parts:
     return parts
 
 
-def _find_families(examples: Sequence[Example]) -> list[list[Example]]:
+def _find_families(examples: Sequence[LabelledText]) -> list[list[LabelledText]]:
     """Returns groups of rows that texts or ids connect, by union of what they share."""
     parents: dict[tuple[str, str], tuple[str, str]] = {}
 
@@ -201,12 +201,12 @@ def _find_families(examples: Sequence[Example]) -> list[list[Example]]:
     return list(families.values())
 
 
-def _smallest_digest(seed: int, family: list[Example]) -> str:
+def _smallest_digest(seed: int, family: list[LabelledText]) -> str:
     digests = (hashlib.sha256(f"{seed} {example.text}".encode()) for example in family)
     return min(digest.hexdigest() for digest in digests)
 
 
-def most_common_label(examples: Sequence[Example]) -> str:
+def most_common_label(examples: Sequence[LabelledText]) -> str:
     """Returns the most common label; of equally common ones the first by name."""
     count = Counter(example.label for example in examples)
     return max(sorted(count), key=count.__getitem__)

@@ -21,13 +21,13 @@ from sft.errors import UserError
 from sft.evaluate import compare
 from sft.evaluate.answers import Question, groups_table
 from sft.evaluate.metrics import FAILURE
-from sft.evaluate.predictions import read
+from sft.evaluate.predictions import read_records
 from sft.evaluate.scores import Difference, Tally, difference
 from sft.runtime.console import facts, table, visible, write_json
 from sft.runtime.log import Log
 from sft.serve.chat import guarded_model
 from sft.serve.classify import rows
-from sft.serve.classify.rows import Example
+from sft.serve.classify.rows import LabelledText
 
 METRIC = "classification"
 SHOWN = ("accuracy", "macro_f1")
@@ -58,7 +58,7 @@ class LabelScores:
 def score_labels(path: Path, labels: list[str]) -> LabelScores:
     """Returns the scores of a finished file of predictions."""
     tally, right, num_errors = Tally([METRIC], labels), [], 0
-    for record in read(path):
+    for record in read_records(path):
         answer = record["answer"]
         num_errors += answer is None
         scores = tally.add(record["index"], answer, record["reference"], group=record.get("group"))
@@ -69,7 +69,9 @@ def score_labels(path: Path, labels: list[str]) -> LabelScores:
 def score_constant(label: str, path: Path, labels: list[str]) -> LabelScores:
     """Returns the scores of giving one label to every example of a file."""
     tally = Tally([METRIC], labels)
-    right = [tally.add(each["index"], label, each["reference"])[METRIC] for each in read(path)]
+    right = [
+        tally.add(each["index"], label, each["reference"])[METRIC] for each in read_records(path)
+    ]
     return LabelScores(tally, right, 0)
 
 
@@ -116,7 +118,9 @@ def classify(config: Config, run: Path | None = None) -> None:
                 _compare_with_base(settings, folder, connector.log)
 
 
-def _make_questions(settings: Classify, name: str, examples: list[Example]) -> Iterator[Question]:
+def _make_questions(
+    settings: Classify, name: str, examples: list[LabelledText]
+) -> Iterator[Question]:
     strategy = settings.strategies[name]
     for each in examples:
         fields = {"row": each.place, "prompt": each.text, "reference": each.label}

@@ -40,7 +40,7 @@ def tokenizer(config: Config) -> Finding:
 
 def answer(path: Path, by: str) -> Finding:
     """Judges the first answer in the file `path`. `by`: what answered, if not simply the model."""
-    record = next(predictions.read(path), None)
+    record = next(predictions.read_records(path), None)
     if record is None:
         return Finding(True, "generation: no held-out row asks for an answer")
     if "error" in record:

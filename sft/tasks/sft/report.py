@@ -74,7 +74,9 @@ def _side_by_side(folder: Path, num_shown: int) -> Table:
     for column in ("prompt", "base", "fine-tuned"):
         table.add_column(column, overflow="fold", ratio=1)
     paths = (folder / "base.jsonl", folder / "predictions.jsonl")
-    for before, after in islice(zip(*map(predictions.read, paths), strict=False), num_shown):
+    for before, after in islice(
+        zip(*map(predictions.read_records, paths), strict=False), num_shown
+    ):
         right = (after["answer"] or "").strip() == after["reference"].strip()
         table.add_row(
             Text(beginning(after["prompt"])),
@@ -88,7 +90,7 @@ def _answers_table(path: Path, num_shown: int) -> Table:
     table = Table(show_lines=True)
     for column in ("prompt", "answer", "reference"):
         table.add_column(column, overflow="fold", ratio=1)
-    for row in islice(predictions.read(path), num_shown):
+    for row in islice(predictions.read_records(path), num_shown):
         table.add_row(*(Text(_shown(row[key])) for key in ("prompt", "answer", "reference")))
     return table
 
