@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import socket
 import struct
 import subprocess
@@ -25,10 +26,13 @@ from typing import Any
 
 import psutil
 import pytest
+import torch.distributed.run
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, clean_environment, run
 
 from sft.runtime import hardware, world
+from sft.tasks.registry import load_run
 
 CONFIGS = ROOT / "configs" / "accelerate"
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -77,6 +81,35 @@ def test_launcher_files_are_valid(name: str, kind: str) -> None:
 def test_every_launcher_file_is_tested() -> None:
     names = {path.stem for path in CONFIGS.iterdir()}
     assert names == {"ddp", "fsdp2", "deepspeed_z2", "deepspeed_z3"}
+
+
+def launch_commands() -> list[str]:
+    """Returns the commands of the guide and of the launch files that start ranks without make."""
+    texts = [(ROOT / "docs/LAUNCH.md").read_text()]
+    texts += [re.sub(r"^# *", "", path.read_text(), flags=re.M) for path in CONFIGS.iterdir()]
+    joined = "\n".join(texts).replace("\\\n", " ")
+    return [line for line in joined.splitlines() if "scripts/train_distributed.py --config" in line]
+
+
+@pytest.mark.parametrize("command", launch_commands())
+def test_a_command_that_starts_ranks_is_understood_as_written(command: str) -> None:
+    launcher, given = command.split("scripts/train_distributed.py --config")
+    words = [word for word in shlex.split(launcher) if "=" not in word]
+    words.append("scripts/train_distributed.py")
+    if words[0] == "accelerate":
+        parsed = launch_command_parser().parse_args(words[2:])
+        assert parsed.config_file == "my.yaml" or Path(parsed.config_file).is_file()
+        assert parsed.config_file == "my.yaml" or parsed.num_processes == 2
+    elif words[0] == "torchrun":
+        assert torch.distributed.run.parse_args(words[1:]).nproc_per_node == "2"
+    else:
+        assert words[0] == "python"
+    config, *overrides = shlex.split(given)
+    load_run(ROOT / config, overrides)
+
+
+def test_every_launch_file_has_its_command() -> None:
+    assert len(launch_commands()) == 4 + len(list(CONFIGS.iterdir()))
 
 
 WORKER = """
