@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from faults import catalogue
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -252,6 +253,24 @@ def test_a_template_whose_prefixes_are_not_stable():
     example = render(tokenizer, thinking)  # the first turn's thoughts are dropped, so is it
     assert supervised(tokenizer, example) == ["<think>\n\n</think>\n\nGood bye.<|im_end|>"]
     assert example.flags == ("thoughts_dropped",)
+
+
+def test_a_call_whose_thoughts_are_dropped_is_supervised_unless_blocks_mark_the_turns():
+    """docs/DATA.md says so."""
+    call = {**catalogue.CALL, "content": "<think>\nWho?\n</think>"}
+    row = Row([catalogue.ASK, call, catalogue.RESULT, catalogue.BYE], [catalogue.TOOL], "f", 1)
+    marked = catalogue.THINKING.replace(
+        "{{ m.content if", "{% if m.role == 'assistant' %}{% generation %}{{ m.content if"
+    ).replace(
+        "{%- endfor %}<|im_end|>",
+        "{%- endfor %}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}",
+    )
+    for template, flags in ((catalogue.THINKING, ()), (marked, ("thoughts_dropped",))):
+        tokenizer = catalogue.tokenizer(template)
+        example = render(tokenizer, row.messages, row.tools)
+        is_call_learnt = "get_time" in "".join(supervised(tokenizer, example))
+        assert (is_call_learnt, example.flags) == (not flags, flags)
+        assert tuple(audit.examine(tokenizer, row, example, 999)) == flags
 
 
 def test_contents_that_imitate_the_template():

@@ -8,14 +8,15 @@ The cut changes speed and memory only, so it may differ between runs that must g
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 Layout = Literal["padded", "packed"]
+T = TypeVar("T")
 MicroBatch = list[int]  # example ids; empty where a rank has none but must join the collectives
 
 
@@ -25,11 +26,12 @@ class Budget:
 
     max_tokens: int  # padding included; a longer example goes alone
     layout: Layout
-    micro_batch_cost: int | None = None  # tokens that one more takes as long as; None: no matter
-    max_rows: int | None = None  # examples, at most
+    micro_batch_cost: int | None = None  # overhead of one micro-batch, in tokens; None: ignore
+    max_rows: int | None = None  # examples at most
 
 
 def steps_per_epoch(num_examples: int, global_batch: int) -> int:
+    """Returns the optimizer steps of one epoch; the last may have a smaller batch."""
     return math.ceil(num_examples / global_batch)
 
 
@@ -43,7 +45,7 @@ def _epoch_order(num_examples: int, seed: int | None, epoch: int) -> np.ndarray:
 def global_batch_ids(
     num_examples: int, seed: int | None, step: int, global_batch: int
 ) -> list[int]:
-    """Example ids of optimizer step `step` (from 0). The last batch of an epoch may be smaller.
+    """Returns the example ids of optimizer step `step` (from 0).
 
     `seed=None` keeps the order of the data: a curriculum.
     """
@@ -53,7 +55,7 @@ def global_batch_ids(
 
 
 def num_tokens(lengths: Sequence[int], micro_batch: MicroBatch, layout: Layout) -> int:
-    """Positions that the model computes for a micro-batch, padding included."""
+    """Returns the positions that the model computes for a micro-batch, padding included."""
     if not micro_batch:
         return 0
     sizes = [lengths[i] for i in micro_batch]
@@ -65,32 +67,47 @@ def cut(
 ) -> list[list[MicroBatch]]:
     """Cuts a global batch: `result[rank]` is that rank's list of micro-batches.
 
-    Every id appears once; every rank has the same number of micro-batches, and their tokens
-    balance. There are as few as the budget allows; of padded ones more, where that saves more
-    padding than `micro_batch_cost` says they cost. No micro-batch exceeds the budget, except a
-    single example that is longer by itself.
+    Every id appears once, every rank has the same number of micro-batches, and their tokens are
+    balanced. There are as few as the budget allows; of padded ones there are more if that saves
+    more padding than their `micro_batch_cost`. No micro-batch exceeds the budget, except a single
+    example that is longer by itself.
     """
     ordered = sorted(ids, key=lambda i: (-lengths[i], i))
     if budget.layout == "padded":
         return _cut_padded(ordered, lengths, num_ranks, budget)
-    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    rows, most = budget.max_rows, len(ordered)
+    if rows:
+        most = math.ceil(len(ordered) / num_ranks / rows) * rows
+    ranks = _balance(ordered, lengths.__getitem__, num_ranks, most)
+    return _fill_up([_fill(rank, lengths, budget) for rank in ranks])
+
+
+def _balance(
+    items: Sequence[T], size_of: Callable[[T], int], num_ranks: int, most: int
+) -> list[list[T]]:
+    """Gives items to ranks, largest first, each to the lightest that has less than `most`."""
+    ranks: list[list[T]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
-    rows = budget.max_rows or 1
-    most = math.ceil(len(ordered) / num_ranks / rows) * rows if budget.max_rows else len(ordered)
-    for i in ordered:  # longest first, to the lightest rank that has room
-        lightest = min((r for r in range(num_ranks) if len(ranks[r]) < most), key=loads.__getitem__)
-        ranks[lightest].append(i)
-        loads[lightest] += lengths[i]
-    cuts = [_fill(rank, lengths, budget) for rank in ranks]
-    most = max(len(rank) for rank in cuts)
-    return [rank + [[] for _ in range(most - len(rank))] for rank in cuts]
+    for item in sorted(items, key=lambda item: -size_of(item)):
+        rank = min((r for r in range(num_ranks) if len(ranks[r]) < most), key=loads.__getitem__)
+        ranks[rank].append(item)
+        loads[rank] += size_of(item)
+    return ranks
+
+
+def _fill_up(ranks: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
+    """Appends empty micro-batches until every rank has the same number."""
+    most = max(map(len, ranks))
+    return [rank + [[] for _ in range(most - len(rank))] for rank in ranks]
 
 
 def _cut_padded(
     ordered: Sequence[int], lengths: Sequence[int], num_ranks: int, budget: Budget
 ) -> list[list[MicroBatch]]:
-    """Likes together over all ranks: runs of the sorted examples, as few as the budget allows; or,
-    if one more has a cost, what takes the slowest rank the least time."""
+    """Cuts the sorted examples of all ranks into as few runs as the budget allows.
+
+    If a micro-batch has a cost, returns the cut that takes the slowest rank the least time.
+    """
     few = _cut_evenly(ordered, lengths, num_ranks, budget, len(_fill(ordered, lengths, budget)))
     cost = budget.micro_batch_cost
     if cost is None:
@@ -110,7 +127,7 @@ def _cut_evenly(
     budget: Budget,
     num_micro_batches: int,
 ) -> list[list[MicroBatch]]:
-    """Under the smallest budget that needs no more: so padding is little and all are as large."""
+    """Cuts under the smallest budget that needs no more: little padding, and equal sizes."""
     most = math.ceil(num_micro_batches / num_ranks) * num_ranks
     low, high = 1, budget.max_tokens
     while low < high:
@@ -127,21 +144,14 @@ def _cut_evenly(
 def _assign_to_ranks(
     runs: list[MicroBatch], lengths: Sequence[int], num_ranks: int
 ) -> list[list[MicroBatch]]:
-    """Micro-batches to ranks, largest first, to the lightest that has room for one more."""
     most = math.ceil(len(runs) / num_ranks)
-    ranks: list[list[MicroBatch]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    for run in sorted(runs, key=lambda run: -num_tokens(lengths, run, "padded")):
-        rank = min((r for r in range(num_ranks) if len(ranks[r]) < most), key=loads.__getitem__)
-        ranks[rank].append(run)
-        loads[rank] += num_tokens(lengths, run, "padded")
-    return [rank + [[] for _ in range(most - len(rank))] for rank in ranks]
+    return _fill_up(_balance(runs, lambda run: num_tokens(lengths, run, "padded"), num_ranks, most))
 
 
 def _find_cheapest(
     ordered: Sequence[int], lengths: Sequence[int], budget: Budget, cost: int
 ) -> list[MicroBatch]:
-    """Of the fillings under the budget and under ever smaller ones, that of the least cost."""
+    """Fills under the budget and under ever smaller ones, and returns the runs of least cost."""
     runs = best = _fill(ordered, lengths, budget)
     size, least = budget.max_tokens, _total_cost(lengths, best, cost)
     while len(runs) < len(ordered) and size > 1:
@@ -157,15 +167,15 @@ def _total_cost(lengths: Sequence[int], runs: list[MicroBatch], micro_batch_cost
 
 
 def _fill(ids: Sequence[int], lengths: Sequence[int], budget: Budget) -> list[MicroBatch]:
-    """Micro-batches under the budget, from ids sorted by falling length (so that likes meet)."""
+    """Returns micro-batches under the budget, from ids sorted from the longest example on."""
     result: list[MicroBatch] = []
-    room = 0  # tokens that the last micro-batch can still take
+    free = 0  # tokens that the last micro-batch can still take
     for i in ids:
         # Padded rows are as long as the first, which is the longest.
         size = lengths[result[-1][0]] if result and budget.layout == "padded" else lengths[i]
-        if not result or size > room or len(result[-1]) == budget.max_rows:
+        if not result or size > free or len(result[-1]) == budget.max_rows:
             result.append([])
-            size, room = lengths[i], budget.max_tokens
+            size, free = lengths[i], budget.max_tokens
         result[-1].append(i)
-        room -= size
+        free -= size
     return result

@@ -1,8 +1,8 @@
 """One raw row, whatever its format -> the messages and tools that the chat template will render.
 
-A row is never repaired: what would be lost, guessed or not rendered makes it a bad row, told as a
-`ValueError` with the reason. FORMATS lists what is known; a row's keys tell its format. `system`
-and `tools` may stand beside the keys of any chat format; other keys (id, source ...) are let be.
+No row is repaired: what would be lost, guessed or not rendered makes it a bad row, which is a
+`ValueError` with the reason. A row's keys decide its format, one of FORMATS. `system` and `tools`
+may stand beside the keys of any chat format; other keys (id, source ...) are ignored.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 Message = dict[str, Any]  # role, content; maybe tool_calls, tool_call_id, name, weight, reasoning
 Messages = list[Message]
-Tools = list[dict[str, Any]]
+Tools = list[Any]  # objects, each {"type": "function", "function": {"name": ..., ...}}
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_WEIGHT = 1e6  # of a message in the loss
 DEEPEST = 64  # levels of what a tool or a call holds; templates and pickling go no deeper than 300
-TEXT = "text"  # the role of the one pseudo message that raw text becomes
+TEXT = "text"  # role of the only message of raw text, which is no conversation
 # What a message may hold beside role, content and weight; anything else would not be rendered.
 EXTRAS = {
     "system": set[str](),
@@ -40,13 +40,16 @@ SHAREGPT_ROLES = {
 
 
 class Format(NamedTuple):
+    """A format of rows and the function that reads its messages."""
+
     name: str
     keys: tuple[str, ...]  # a row with all of these is recognised
     read: Callable[[dict[str, Any]], Messages]
 
 
 def recognise(row: Any) -> str:
-    """The name of the one format that the row's keys fit."""
+    """Returns the name of the only format that the row's keys fit. Raises ValueError if there are
+    none or several."""
     if isinstance(row, str):
         return "text"
     if not isinstance(row, dict):
@@ -66,7 +69,7 @@ def recognise(row: Any) -> str:
 def normalise(
     row: Any, format: str = "auto", columns: dict[str, str] | None = None
 ) -> tuple[Messages, Tools | None]:
-    """The messages and tools of a row; ValueError with the reason if it is a bad one."""
+    """Returns the messages and tools of a row. Raises ValueError with the reason for a bad row."""
     row = select_columns(row, columns) if columns else row
     known = BY_NAME[recognise(row) if format == "auto" else format]
     if known.name == "text" and isinstance(row, str):
@@ -81,43 +84,52 @@ def normalise(
     messages = known.read(row)
     if known.name == "text":
         return messages, None
-    if row.get("system") not in (None, ""):
-        if messages and messages[0]["role"] == "system":
-            raise ValueError("a system prompt stands both in the row and in its first message")
-        messages = [{"role": "system", "content": _text(row["system"], "system")}, *messages]
+    if messages and messages[0]["role"] == "system" and row.get("system") not in (None, ""):
+        raise ValueError("a system prompt stands both in the row and in its first message")
+    messages = _with_system_of(row, messages)
     _check_turns(messages)
     return messages, _tools(row.get("tools"))
 
 
-ANSWERED_BY = {"output": "instruction", "completion": "prompt", "answer": "question"} | {
-    "assistant": "user"
+def _with_system_of(row: dict[str, Any], messages: Messages) -> Messages:
+    if row.get("system") in (None, ""):
+        return messages
+    return [{"role": "system", "content": _text(row["system"], "system")}, *messages]
+
+
+ANSWERED_BY = {
+    "output": "instruction",
+    "completion": "prompt",
+    "answer": "question",
+    "assistant": "user",
 }
 
 
 def read_question(row: Any) -> tuple[Messages, Tools | None]:
-    """The messages and tools of a row that is asked, not learnt: it may be a text, it needs no
-    answer, and if its last turn is the assistant's that is what a good answer would be."""
+    """Returns the messages and tools of a row that is a prompt to answer, not one to train on.
+
+    It may be a text, and it needs no answer. If its last turn is the assistant's, that is the
+    expected answer. Raises ValueError with the reason for a bad row.
+    """
     if isinstance(row, str) or (isinstance(row, dict) and row.keys() == {"text"}):
         text = row if isinstance(row, str) else row["text"]
         return [{"role": "user", "content": _text(text, "text")}], None
     given = dict(row) if isinstance(row, dict) else row
-    made_up = None
+    placeholder = None
     for answer, ask in ANSWERED_BY.items():
         if isinstance(given, dict) and ask in given and given.get(answer) in (None, ""):
-            made_up = [{"role": "assistant", "content": "-"}]
-            given[answer] = made_up if isinstance(given[ask], list) else "-"
+            placeholder = [{"role": "assistant", "content": "-"}]
+            given[answer] = placeholder if isinstance(given[ask], list) else "-"
     known = BY_NAME[recognise(given)]
     messages = known.read(given)
-    messages = messages[:-1] if made_up else messages
-    if given.get("system") not in (None, ""):
-        messages = [{"role": "system", "content": _text(given["system"], "system")}, *messages]
+    messages = _with_system_of(given, messages[:-1] if placeholder else messages)
     if not any(message["role"] == "user" for message in messages):
         raise ValueError("no user turn, so nothing is asked")
     return messages, _tools(given.get("tools"))
 
 
 def select_columns(row: Any, columns: dict[str, str]) -> dict[str, Any]:
-    """{field: value of its column}, as `get_column` finds it."""
+    """Returns {field: value of its column}. Raises ValueError for a column that is missing."""
     if not isinstance(row, dict):
         raise ValueError(f"data.columns: expected an object, found {type(row).__name__}")
     try:
@@ -127,7 +139,10 @@ def select_columns(row: Any, columns: dict[str, str]) -> dict[str, Any]:
 
 
 def get_column(row: dict[str, Any], column: str) -> Any:
-    """What a row has at a key, or at a path such as `instances.0.input`; ValueError if nothing."""
+    """Returns the value of a row at a key, or at a path such as `instances.0.input`.
+
+    Raises ValueError if there is none.
+    """
     if column in row:
         return row[column]
     value: Any = row
@@ -144,9 +159,9 @@ def get_column(row: dict[str, Any], column: str) -> Any:
 def set_system_prompt(
     messages: Messages, mode: Literal["keep", "replace", "prepend"], text: str | None
 ) -> Messages:
-    """The conversation under the system prompt `text`, in place of its own or before it.
+    """Puts the system prompt `text` in place of the conversation's own, or before it.
 
-    Raw text has no system prompt and stays as it is.
+    Raw text has no system prompt and does not change.
     """
     if mode == "keep" or not text or messages[0]["role"] == TEXT:
         return messages
@@ -156,7 +171,7 @@ def set_system_prompt(
 
 
 def parse_json(text: str) -> Any:
-    """JSON without what Python's reader lets pass: repeated keys, NaN and Infinity."""
+    """Parses JSON more strictly than Python does: without repeated keys, NaN and Infinity."""
     return _DECODER.decode(text)
 
 
@@ -176,16 +191,13 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_co
 
 
 def error_reason(error: ValueError | RecursionError) -> str:
-    """What is wrong with a row, from the error that reading it raised."""
+    """Returns the reason of a bad row, from the error that reading it raised."""
     if isinstance(error, json.JSONDecodeError):
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         return f"not valid JSON ({error.msg}, {line}column {error.colno})"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start})"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-# --- one function per format -------------------------------------------------------------------
 
 
 def _from_messages(row: dict[str, Any]) -> Messages:
@@ -199,16 +211,16 @@ def _from_sharegpt(row: dict[str, Any]) -> Messages:
 
 
 def _from_turn(turn: Any, name: str) -> Any:
-    """A ShareGPT turn as a message; what is none (or has role and content) is judged later."""
+    """Converts a ShareGPT turn to a message. Any other value is returned, to be checked later."""
     if not isinstance(turn, dict) or "from" not in turn:
         return turn
-    speaker = turn["from"]
-    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+    role = turn["from"]
+    if not isinstance(role, str) or role not in SHAREGPT_ROLES:
         known = ", ".join(SHAREGPT_ROLES)
-        raise ValueError(f"{name}: unknown role {speaker!r}, expected one of {known}")
+        raise ValueError(f"{name}: unknown role {role!r}, expected one of {known}")
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    message = {**rest, "role": SHAREGPT_ROLES[speaker]}
-    if speaker != "function_call":
+    message = {**rest, "role": SHAREGPT_ROLES[role]}
+    if role != "function_call":
         return {**message, "content": turn.get("value")}
     calls = _json(turn.get("value"), f"{name}: function_call")
     return {**message, "tool_calls": calls if isinstance(calls, list) else [calls]}
@@ -229,7 +241,7 @@ def _from_alpaca(row: dict[str, Any]) -> Messages:
 
 
 def _from_prompt_completion(row: dict[str, Any]) -> Messages:
-    """Texts, or lists of messages; assistant turns of such a prompt are context, not targets."""
+    """Joins texts, or lists of messages; assistant turns of such a prompt are context."""
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return _pair(prompt, completion, "prompt", "completion")
@@ -264,9 +276,6 @@ FORMATS = (
 BY_NAME = {known.name: known for known in FORMATS}
 
 
-# --- judging -----------------------------------------------------------------------------------
-
-
 def _check_turns(messages: Messages) -> None:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
@@ -286,7 +295,7 @@ def _conversation(messages: Any, name: str) -> Messages:
 
 
 def _message(message: Any, name: str) -> Message:
-    """A message with exactly the keys that can be rendered; null is the same as not given."""
+    """Returns a message with exactly the keys that can be rendered; null is a missing key."""
     if not isinstance(message, dict):
         raise ValueError(f"{name}: expected an object, found {type(message).__name__}")
     given = {key: value for key, value in message.items() if value is not None}
@@ -308,13 +317,13 @@ def _message(message: Any, name: str) -> Message:
             result[key] = _text(given[key], f"{name}: {key}")
     if "weight" in given:
         result["weight"] = _weight(given["weight"], f"{name}: weight")
-    silent = "tool_calls" in result and content in (None, "", [])
-    result["content"] = "" if silent else _text(_join_parts(content, name), f"{name}: content")
+    only_calls = "tool_calls" in result and content in (None, "", [])
+    result["content"] = "" if only_calls else _text(_join_parts(content, name), f"{name}: content")
     return result
 
 
 def _join_parts(content: Any, name: str) -> Any:
-    """The text of typed parts [{"type": "text", "text": ...}]."""
+    """Joins typed parts [{"type": "text", "text": ...}]; any other value is returned."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -332,7 +341,7 @@ def _join_parts(content: Any, name: str) -> Any:
 
 
 def _call(call: Any, name: str) -> dict[str, Any]:
-    """A tool call as templates expect it: wrapped as a function, its arguments an object."""
+    """Returns a tool call as templates expect it: wrapped as a function, arguments an object."""
     given = _object_in(call, name)
     function = _object_in(given["function"], f"{name}: function") if "function" in given else given
     known = {"id", "type", "index", "name", "arguments"}
@@ -351,7 +360,7 @@ def _call(call: Any, name: str) -> dict[str, Any]:
 
 
 def _tools(value: Any) -> Tools | None:
-    """The tools on offer, each wrapped as OpenAI does; None, "" and an empty list mean none."""
+    """Returns the tools, each wrapped as OpenAI does; None, "" and an empty list mean none."""
     tools = _json(value, "tools") if value not in (None, "") else None
     result = []
     for number, tool in enumerate(_list(tools or [], "tools"), 1):
@@ -384,7 +393,7 @@ def _list(value: Any, name: str) -> list[Any]:
 
 
 def _json(value: Any, name: str) -> Any:
-    """What a JSON text holds; anything but text is taken as already read."""
+    """Parses a JSON text; any other value is taken as parsed already."""
     if not isinstance(value, str):
         return value
     try:
@@ -402,7 +411,7 @@ def _weight(value: Any, name: str) -> float:
 
 
 def _check_strings(value: Any, name: str, depth: int = 0) -> None:
-    """Every text inside a JSON value can be tokenised, and it is not nested without end."""
+    """Raises ValueError if a text inside a JSON value cannot be tokenised, or it is too deep."""
     if depth > DEEPEST:
         raise ValueError(f"{name}: nested too deeply (over {DEEPEST} levels)")
     if isinstance(value, str):
@@ -429,7 +438,7 @@ def _check_characters(text: str, name: str) -> None:
 
 
 def scalar_text(value: Any) -> str:
-    """Text of a scalar. A whole number in a column with gaps is a float in Parquet: 7.0 is 7."""
+    """Returns a scalar as text, or "". Parquet makes 7 a float in a column with gaps: 7.0 is 7."""
     if isinstance(value, str):
         return value
     if isinstance(value, float) and value.is_integer():

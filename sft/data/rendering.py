@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 from transformers import PreTrainedTokenizerBase
 
-from sft.data.formats import Messages
+from sft.data.formats import Messages, Tools
 from sft.errors import DataError, UserError
 
-SECONDS = 20  # of CPU time that rendering one conversation may take; usual are 0.001
+SECONDS = 20  # of CPU time that rendering one conversation may take; 0.001 is usual
 BYTES = 2**30  # of memory that rendering a conversation of two words may take
 Span = tuple[int, int]  # characters, end excluded
 
@@ -30,25 +30,25 @@ DEFAULT_TEMPLATE = (
     "{{ (eos_token if message['role'] == 'assistant' else '') + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
-THINKING = re.compile(r"(?s).*</think>\s*")  # templates move and drop it, so it is located apart
+THINKING = re.compile(r"(?s).*</think>\s*")  # templates move and drop it, so it is found separately
 THOUGHTS_END = re.compile(r"(?s)(<think>((?!<think>).)*)?</think>\s*$")
 THOUGHTS = re.compile(r"(?s)\s*(<think>((?!<think>).)*</think>\s*)?")
-Tools = list[Any] | None
 
 
 class TemplateError(UserError):
-    """The chat template is no template, or does not come to an end."""
-
-
-# --- text and tokens ---------------------------------------------------------------------------
+    """An error of the chat template itself: it is none, or does not come to an end."""
 
 
 def render_text(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
-    tools: Tools = None,
+    tools: Tools | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
+    """Renders a conversation, or with `add_generation_prompt` the prompt of inference.
+
+    Raises DataError if the template refuses it, TemplateError if rendering does not end.
+    """
     if not messages:
         raise DataError("the conversation begins with the assistant; give it a user turn first")
     try_template(tokenizer, tokenizer.get_chat_template())
@@ -56,7 +56,7 @@ def render_text(
 
 
 def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, add_prompt: bool
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None, add_prompt: bool
 ) -> str:
     with bounded(tokenizer, messages):
         return str(
@@ -68,11 +68,11 @@ def _apply_template(
 
 @contextmanager
 def bounded(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Iterator[None]:
-    """For whatever a template does in its sandbox: its errors are told as those of the row, and
-    after SECONDS it is ended.
+    """Limits what a template does in its sandbox: its errors become those of the row, and after
+    SECONDS it is ended.
 
     The time is CPU time, so a machine that is busy or asleep does not count. The signal reaches the
-    main thread only, and there not the inside of one long operation (see `try_template`).
+    main thread only, and does not interrupt one long operation (see `try_template`).
     """
 
     def end(*_: object) -> None:
@@ -100,10 +100,11 @@ def bounded(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Iterator[
 
 @lru_cache(maxsize=64)
 def try_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Renders two words in a process of its own first, which the system ends if it takes too much:
-    `9**(9**9)` is one operation, and no signal handler ends it. Raises TemplateError.
+    """Renders two words in a process of its own, which the system ends if it takes too much.
+
+    No signal handler ends `9**(9**9)`, which is one operation. Raises TemplateError.
     """
-    del template  # only in the key: an edited one is tried again
+    del template  # only in the key of the cache: an edited template is tried again
     child = os.fork()
     if not child:
         code = 0
@@ -116,10 +117,10 @@ def try_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
             words = [{"role": role, "content": "a"} for role in ("user", "assistant")]
             _apply_template(tokenizer, words, None, add_prompt=False)
         except DataError:
-            pass  # which rows it does not suit, is told with the rows
+            pass  # the rows that it does not suit are reported later
         except TemplateError:
             code = 1
-        except BaseException:  # noqa: BLE001  # most likely for want of memory
+        except BaseException:  # noqa: BLE001  # most likely it ran out of memory
             code = 2
         finally:
             os._exit(code)
@@ -142,29 +143,31 @@ def _endless_message(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @lru_cache(maxsize=8)
 def added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
-    """id -> text of the added tokens that are not blank (Gemma has added tokens of newlines)."""
-    del size  # only in the key: a tokenizer that grew is looked at again
+    """Returns {id: text} of the added tokens that are not blank, as some of Gemma's are."""
+    del size  # only in the key of the cache: a tokenizer may grow
     return {i: token for token, i in tokenizer.get_added_vocab().items() if token.strip()}
 
 
 @lru_cache(maxsize=8)
 def special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[str, ...]:
-    """Texts of the tokens that are control, not content."""
-    del size  # only in the key: a tokenizer that grew is looked at again
+    """Returns the texts of the tokens that are control, not content."""
+    del size  # only in the key of the cache: a tokenizer may grow
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     return tuple(sorted(filter(str.strip, special | set(tokenizer.all_special_tokens))))
 
 
 def get_calls(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the tool calls of a message."""
     return message.get("tool_calls") or []
 
 
 def get_name(tool: dict[str, Any]) -> str:
-    """The name of a tool or of a call of one; OpenAI's form nests it."""
+    """Returns the name of a tool or of a call of one, which OpenAI's form nests."""
     return str(tool.get("function", tool).get("name", ""))
 
 
 def split_thinking(content: str) -> tuple[str, str]:
+    """Splits a content into its thoughts with their tags, and the rest."""
     match = THINKING.match(content)
     end = match.end() if match else 0
     return content[:end], content[end:]

@@ -1,4 +1,14 @@
-"""Finds the characters of each assistant turn in a rendered conversation."""
+"""Finds the characters of each assistant turn in a rendered conversation.
+
+- A template with `{% generation %}` blocks marks the turns itself.
+- Else the conversation is rendered once more with a sentinel in place of every assistant content
+  and of every called function's name. The text between the sentinels is what the template wrote,
+  and the true rendering must be exactly these pieces with the (possibly trimmed) values between
+  them. No prefix of a conversation is ever assumed to render to a prefix of the text.
+- The closing of a turn is read off a conversation of one turn, which no next header can follow: the
+  text up to and including its first added token (`<|im_end|>`, `</s>`), and further to an eos that
+  directly follows; without an added token all its text. Every turn must close in the same way.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +21,11 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sft.data.formats import Messages
+from sft.data.formats import Messages, Tools
 from sft.data.rendering import (
     THOUGHTS,
     THOUGHTS_END,
     Span,
-    Tools,
     added_tokens,
     bounded,
     get_calls,
@@ -27,13 +36,14 @@ from sft.data.rendering import (
 )
 from sft.errors import DataError
 
-# --- spans -------------------------------------------------------------------------------------
-
 
 def find_marked_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None
 ) -> list[Span | None]:
-    """The `{% generation %}` blocks, without blanks behind the end of turn; verified."""
+    """Returns the `{% generation %}` blocks, without blanks behind the end of turn; verified.
+
+    A span is None if the template drops the thoughts of its turn.
+    """
     names: dict[str, Any] = dict(tokenizer.special_tokens_map)
     with bounded(tokenizer, messages):
         rendered: Any = render_jinja_template(
@@ -69,8 +79,8 @@ def find_marked_spans(
 
 @dataclass(frozen=True, slots=True)
 class _Anchor:
-    """A value that the sentinel stands for: an assistant's content, a called function, or (`turn`
-    0) what follows a call, so that the end of turn is looked for before it."""
+    """A value that a sentinel replaces: an assistant's content, a called function's name, or the
+    content that follows a call (`turn` 0), before which the end of the turn must stand."""
 
     turn: int
     value: str
@@ -78,11 +88,12 @@ class _Anchor:
 
 
 def find_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, text: str
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None, text: str
 ) -> list[Span | None]:
-    """Every assistant turn with its end in `text`, found with sentinels; verified.
+    """Returns the characters of every assistant turn and its end, found with sentinels; verified.
 
-    None: the template drops the thoughts of the turn, so it would be trained unlike it is served.
+    A span is None if the template drops the thoughts of its turn: at inference the model would
+    think first, so the turn would be trained unlike it is served.
     """
     anchors, pieces = _anchors(tokenizer, messages, tools)
     places = _places(text, anchors, pieces)
@@ -107,9 +118,9 @@ def find_spans(
 
 
 def _anchors(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None
 ) -> tuple[list[_Anchor], list[str]]:
-    """What the sentinel stands for, and the texts that the template writes around it (one more)."""
+    """Returns the values that sentinels replace, and the texts around them, which are one more."""
     sentinel = "zq7sentinelk"
     while any(sentinel in str(message) for message in messages):
         sentinel += "k"
@@ -142,7 +153,7 @@ def _anchors(
 
 
 def _places(text: str, anchors: list[_Anchor], pieces: list[str]) -> list[Span]:
-    """Where each value stands in `text`, which must be the pieces with the values between them."""
+    """Returns where each value is in `text`, which must be the pieces with the values between."""
     at = len(pieces[0])
     places = []
     for anchor, before, after in zip(anchors, pieces, pieces[1:], strict=False):
@@ -165,22 +176,29 @@ def _places(text: str, anchors: list[_Anchor], pieces: list[str]) -> list[Span]:
 
 
 def _call_start(
-    tokenizer: PreTrainedTokenizerBase, before: Messages, tools: Tools, text: str, name_at: int
+    tokenizer: PreTrainedTokenizerBase,
+    before: Messages,
+    tools: Tools | None,
+    text: str,
+    name_at: int,
 ) -> int:
-    """Where a turn of calls alone begins: behind its inference prompt, or its header."""
+    """Returns where a turn of only calls begins: behind its inference prompt, or its header."""
     prompt = render_text(tokenizer, before, tools, add_generation_prompt=True)
     if text.startswith(prompt) and len(prompt) <= name_at:
         return len(prompt)
     header = turn_frame(tokenizer, tokenizer.get_chat_template()).header
     at = text.rfind(header, 0, name_at) if header else -1
     if at < 0:
-        raise DataError("cannot tell where the turn of a tool call begins in the chat template")
+        raise DataError("cannot find where the turn of a tool call begins in the chat template")
     return at + len(header)
 
 
 def _closing(tokenizer: PreTrainedTokenizerBase, after: str, number: int, kind: str) -> int:
-    """How many characters of `after` close the turn: behind a content at once, behind a call's name
-    further on, where another special token may close it (Llama 3.1's <|eom_id|>)."""
+    """Returns how many characters of `after` close the turn.
+
+    A closing follows a content directly. Behind the name of a call it stands further on, and may be
+    another special token (`<|eom_id|>` of Llama 3.1).
+    """
     closings = turn_frame(tokenizer, tokenizer.get_chat_template()).closings
     if kind == "content":
         closing = next((closing for closing in closings if after.startswith(closing)), None)
@@ -200,14 +218,16 @@ def _closing(tokenizer: PreTrainedTokenizerBase, after: str, number: int, kind: 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
+    """The text that a template writes around an assistant's content."""
+
     header: str  # what opens an assistant turn
     closings: list[str]  # what may end one, longest first
 
 
 @lru_cache(maxsize=64)
 def turn_frame(tokenizer: PreTrainedTokenizerBase, template: str) -> Frame:
-    """Header and end of a turn, from a conversation of one turn."""
-    del template  # only in the key: an edited one is looked at again
+    """Reads the header and the end of a turn off a conversation of one turn."""
+    del template  # only in the key of the cache: a template may be edited
     sentinel, ask = "zq7sentinelk", {"role": "user", "content": "a"}
     text = render_text(tokenizer, [ask, {"role": "assistant", "content": sentinel}])
     before, _, tail = text.partition(sentinel)
@@ -230,8 +250,8 @@ def turn_frame(tokenizer: PreTrainedTokenizerBase, template: str) -> Frame:
 
 
 def text_behind_prompt(text: str, last: Span | None, prompt: str | None) -> str:
-    """What stands between the inference prompt and the last turn's text, if a model has to write
-    it: blanks, and an empty block of thoughts.
+    """Returns the text between the inference prompt and the last turn, if a model has to write it:
+    blanks, and an empty block of thoughts.
 
     Llama 2: the prompt ends in "[/INST]", the content follows a space, which is a token of its own
     before a digit. Qwen3 writes "<think>\n\n</think>" before an answer without thoughts.
@@ -249,13 +269,13 @@ def _rename_call(call: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _get_thoughts(turn: dict[str, Any]) -> str:
-    """What an assistant turn says it thought, without tags; "" for none."""
+    """Returns the thoughts of an assistant turn without tags, or ""."""
     given = turn.get("reasoning_content") or split_thinking(turn["content"])[0]
     return str(given).strip().removeprefix("<think>").removesuffix("</think>").strip()
 
 
 def _trimmed_forms(content: str) -> tuple[str, ...]:
-    """A content and its trimmed forms, the longest first."""
+    """Returns a content and its trimmed forms, the longest first."""
     one_side = (content.rstrip("\n"), content.rstrip(), content.lstrip("\n"), content.lstrip())
     return (content, *one_side, content.strip("\n"), content.strip())
 

@@ -1,22 +1,14 @@
 """Messages -> (ids, labels) through the tokenizer's own chat template; nothing else renders.
 
-What is supervised is decided on *characters* of the rendered text, then carried to tokens by their
-offsets. Each assistant turn is one span: its content, its tool calls and the end of turn that the
-template writes.
+Supervision is decided on *characters* of the rendered text (`data/spans`), then carried to tokens
+by their offsets. Each assistant turn is one span: its content, its tool calls and the end of turn
+that the template writes.
 
-- A template with `{% generation %}` blocks says itself what the spans are.
-- Else the conversation is rendered once more with a sentinel in place of every assistant content
-  and of every called function's name. What stands between the sentinels is what the template
-  wrote, and the true rendering must be exactly these pieces with the (possibly trimmed) values
-  between them. No prefix of a conversation is ever assumed to render to a prefix of the text.
-- How a turn closes is read off a conversation of one turn, behind which no next header can stand:
-  the text up to and including its first added token (`<|im_end|>`, `</s>`), further to an eos that
-  directly follows; without an added token all its text. Every turn must close in the same way.
-- What the model has to write itself is supervised too: a token that holds both template and content
-  (" Hello" after "[/INST]"), blanks and an empty block of thoughts between the inference prompt and
-  the content. An added token of the header that swallows blanks is not.
+- Whatever the model has to write itself is supervised too: a token that holds both template and
+  content (" Hello" after "[/INST]"), blanks and an empty block of thoughts between the inference
+  prompt and the content. An added token of the header that swallows blanks is not.
 - A turn whose thoughts the template drops, as many do for all turns but the last, is not
-  supervised: at inference the model would think before it.
+  supervised: at inference the model would think before it. A turn that only calls tools is.
 """
 
 from __future__ import annotations
@@ -33,12 +25,11 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from sft.data.files import Row
-from sft.data.formats import Messages
+from sft.data.formats import TEXT, Messages, Tools
 from sft.data.rendering import (
     DEFAULT_TEMPLATE,
     Span,
     TemplateError,
-    Tools,
     added_tokens,
     render_text,
     try_template,
@@ -55,10 +46,10 @@ OnLong = Literal["error", "drop", "truncate_left_turns", "truncate"]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """`labels[i]` is `ids[i]` where supervised, else -100; the loss does the shift.
+    """The tokens of a row: `labels[i]` is `ids[i]` where supervised, else -100; the loss shifts.
 
-    `weights[i]`: what the loss of label i is multiplied with; None: 1 everywhere. `flags`: what was
-    seen while rendering (sft/audit.py tells what each means).
+    `weights[i]` multiplies the loss of label i; None: 1 everywhere. `flags` are findings made while
+    rendering, which are kinds of `data/audit`.
     """
 
     ids: list[int]
@@ -68,14 +59,15 @@ class Example:
 
     @property
     def num_supervised(self) -> int:
-        """Position 0 has no predecessor that could predict it."""
+        """Counts supervised tokens, without the first: no token stands before it to predict it."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Gives it the default template and a pad token where it has none; raises if it has no eos.
+    """Returns the tokenizer, with the default template and a pad token if it had none.
 
     Padding with eos is safe here: labels come from spans, never from comparing ids with the pad id.
+    Raises UserError for a tokenizer without eos, TemplateError for an unusable template.
     """
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer.name_or_path}: expected a tokenizer with a tokenizer.json")
@@ -102,14 +94,14 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
-    tools: Tools = None,
+    tools: Tools | None = None,
     supervise: Supervise = "all",
 ) -> Example:
-    """A conversation with its assistant turns supervised, ends of turn included.
+    """Renders and tokenises a conversation, with its assistant turns and their ends supervised.
 
-    `supervise`: `all` turns, each with its message's `weight` (1 without one); the `last` turn; or
-    `everything`, prompts too. Raises DataError where the template alters, drops or does not close
-    an assistant turn.
+    `supervise`: `all` turns, each with the `weight` of its message (1 without one); the `last`
+    turn; or `everything`, prompts too. Raises DataError if the template alters, drops or does not
+    close an assistant turn.
     """
     if is_document(messages):
         return _render_document(tokenizer, messages[0]["content"])
@@ -159,12 +151,13 @@ def render_row(
     supervise: Supervise = "all",
     on_long: OnLong = "error",
 ) -> list[tuple[Row, Example]]:
-    """The examples of a row: one; of a raw document one per `max_seq_len` tokens; none if dropped.
+    """Returns (row, example) of a row: one; none if it is dropped; of a raw document one for each
+    `max_seq_len` tokens.
 
-    `on_long`, for a row of more than `max_seq_len` tokens: `error` leaves it to the audit, which
-    refuses it; `drop`; `truncate_left_turns` removes the oldest exchanges behind the system turn
-    until it fits, and leaves a last exchange that is too long by itself; `truncate` cuts the end,
-    flagged `answer_cut`, and drops a row of which nothing supervised is left.
+    `on_long` decides about a row of more than `max_seq_len` tokens: `error` returns it, and the
+    audit refuses it; `drop`; `truncate_left_turns` removes the oldest exchanges behind the system
+    turn until it fits, and returns a last exchange that is too long by itself; `truncate` cuts the
+    end, flagged `answer_cut`, and drops a row of which nothing supervised is left.
     """
     example = render(tokenizer, row.messages, row.tools, supervise)
     if len(example.ids) <= max_seq_len:
@@ -193,18 +186,22 @@ def render_row(
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None = None
 ) -> list[int]:
-    """What a model is given at inference to continue `messages`."""
+    """Returns the tokens that a model is given at inference to continue `messages`."""
     return tokenise(tokenizer, render_text(tokenizer, messages, tools, add_generation_prompt=True))[
         0
     ]
 
 
 def prompt_mismatch(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, example: Example, tools: Tools = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    example: Example,
+    tools: Tools | None = None,
 ) -> str | None:
-    """How the inference prompt of the last turn differs from what stands before it in training."""
+    """Returns how the inference prompt of the last turn differs from the tokens before it in
+    training, or None."""
     try:
         prompt = prompt_ids(tokenizer, messages[:-1], tools)
     except DataError as error:
@@ -225,20 +222,20 @@ def prompt_mismatch(
 
 
 def colour_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
-    """The text as a terminal shows it: supervised green, context dim, added tokens magenta."""
-    added, result, done = added_tokens(tokenizer, len(tokenizer)), Text(), 0
+    """Returns the text for a terminal: supervised green, context dim, added tokens magenta."""
+    added, result, start = added_tokens(tokenizer, len(tokenizer)), Text(), 0
     for style, run in groupby(
         zip(example.ids, example.labels, strict=True),
         lambda pair: _style(pair[0] in added, pair[1] != IGNORED),
     ):
-        end = done + len(list(run))
-        result.append(visible(decode_slice(tokenizer, example.ids, done, end)), style)
-        done = end
+        end = start + len(list(run))
+        result.append(visible(decode_slice(tokenizer, example.ids, start, end)), style)
+        start = end
     return result
 
 
 def list_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
-    """Every token behind its id, in the colours of `colour_text`, blanks made visible."""
+    """Returns every token after its id, in the colours of `colour_text`, blanks made visible."""
     added, result = added_tokens(tokenizer, len(tokenizer)), Text()
     for at, (token, label) in enumerate(zip(example.ids, example.labels, strict=True)):
         text = decode_slice(tokenizer, example.ids, at, at + 1)
@@ -254,9 +251,9 @@ def _style(is_added: bool, is_supervised: bool) -> str:
 
 
 def _prompt_text(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None
 ) -> str | None:
-    """The inference prompt of the last turn; None if the template refuses to make one."""
+    """Returns the inference prompt of the last turn, or None if the template refuses it."""
     try:
         return render_text(tokenizer, messages[:-1], tools, add_generation_prompt=True)
     except DataError:
@@ -264,7 +261,7 @@ def _prompt_text(
 
 
 def _render_document(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
-    """A document: all of it is supervised, and an eos ends it."""
+    """Tokenises a document: all of it is supervised, and an eos ends it."""
     ids = tokenizer(text, verbose=False)["input_ids"]
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
@@ -272,8 +269,8 @@ def _render_document(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
 
 
 def is_document(messages: Messages) -> bool:
-    """Raw text for continued pretraining, not a conversation."""
-    return bool(messages[0]["role"] == "text")
+    """Returns whether a row is raw text for continued pretraining, not a conversation."""
+    return bool(messages[0]["role"] == TEXT)
 
 
 def _weight(turn: dict[str, Any], is_last: bool, supervise: Supervise) -> float:
@@ -281,7 +278,8 @@ def _weight(turn: dict[str, Any], is_last: bool, supervise: Supervise) -> float:
 
 
 def _drop_oldest(messages: Messages) -> Iterator[Messages]:
-    """The conversation without its first exchange, its first two, ...; the system turn stays."""
+    """Yields the conversation without its first exchange, its first two, ...; the system turn
+    stays."""
     start = 1 if messages[0]["role"] == "system" else 0
     asked = [n for n, m in enumerate(messages) if m["role"] == "user" and n > start]
     for n in asked:
@@ -289,7 +287,7 @@ def _drop_oldest(messages: Messages) -> Iterator[Messages]:
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
-    """The template has written every special token, bos too: the tokenizer must add none."""
+    """Returns ids and offsets of a rendered text, to which the tokenizer adds no special token."""
     ids, offsets = _encode(tokenizer, len(tokenizer), text)
     return list(ids), list(offsets)
 
@@ -298,15 +296,15 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], 
 def _encode(
     tokenizer: PreTrainedTokenizerBase, size: int, text: str
 ) -> tuple[list[int], list[Span]]:
-    del size  # only in the key: a tokenizer that grew is asked again
+    del size  # only in the key of the cache: a tokenizer may grow
     encoded = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )  # verbose: the length is the audit's to judge
+    )  # verbose: it would warn of a length that the audit checks
     return encoded["input_ids"], encoded["offset_mapping"]
 
 
 def decode_slice(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, end: int) -> str:
-    """Text of ids[start:end] in its place; decoded alone it might lose its leading blank."""
+    """Returns the text of ids[start:end] in its place; by itself it might lose its first blank."""
     before, until = (
         str(tokenizer.decode(ids[:at], clean_up_tokenization_spaces=False)) for at in (start, end)
     )
