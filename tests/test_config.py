@@ -1,4 +1,4 @@
-"""Law 5, a configuration cannot lie: what is read, what is refused, and how both are told."""
+"""Law 5, a configuration cannot lie: what is read, what is refused, and how both are reported."""
 
 from __future__ import annotations
 
@@ -135,9 +135,9 @@ def test_a_key_without_its_section_is_told_where_it_belongs(tmp_path):
 @pytest.mark.parametrize("key", ["train.epochs", "foo.bar", ".0", "train.", "a.b.c"])
 def test_a_dotted_key_in_a_file_is_refused(tmp_path, key):
     file = write(tmp_path / "a.yaml", f"{key}: 3\n{MINIMAL}")
-    (told,) = problems(file)
-    assert told.startswith(f"{key} (a.yaml:1): unknown key; ")
-    assert "did you mean" not in told, "what was written can be no advice"
+    (found,) = problems(file)
+    assert found.startswith(f"{key} (a.yaml:1): unknown key; ")
+    assert "did you mean" not in found, "what was written can be no advice"
 
 
 BROKEN = {  # text of the file -> what its first problem says
@@ -162,8 +162,8 @@ def test_a_file_that_is_no_configuration_is_refused_with_the_reason(tmp_path, te
 
 
 def test_a_missing_file_is_refused_with_the_reason(tmp_path):
-    told = "cannot read the configuration a.yaml: No such file or directory"
-    assert problems(tmp_path / "a.yaml")[0] == told
+    found = "cannot read the configuration a.yaml: No such file or directory"
+    assert problems(tmp_path / "a.yaml")[0] == found
 
 
 @pytest.mark.parametrize(
@@ -189,8 +189,8 @@ def test_an_alias_bomb_is_never_unfolded(tmp_path):
 
 def test_a_tag_makes_no_object(tmp_path):
     tag = f"!!python/object/apply:os.mkdir [{tmp_path / 'made'}]"
-    (told,) = problems(write(tmp_path / "a.yaml", MINIMAL.replace("name: m", f"name: {tag}")))
-    assert told.startswith("model.name (a.yaml:2): expected text, found [")
+    (found,) = problems(write(tmp_path / "a.yaml", MINIMAL.replace("name: m", f"name: {tag}")))
+    assert found.startswith("model.name (a.yaml:2): expected text, found [")
     assert not (tmp_path / "made").exists()
 
 
@@ -221,18 +221,18 @@ def test_a_bad_override_is_refused_with_the_reason(tmp_path, override, problem):
 
 
 def test_a_word_that_is_nearly_one_of_the_known_ones_is_answered_with_it(minimal):
-    (told,) = problems(minimal, "evaluation.metrics=[exact_match, rouge_1]")
-    assert told.endswith("found 'rouge_1'; did you mean rouge_l?")
-    (told,) = problems(minimal, "train.engine=fdsp")
-    assert told == "train.engine (override): expected ddp or fsdp or deepspeed, found 'fdsp'; " + (
+    (found,) = problems(minimal, "evaluation.metrics=[exact_match, rouge_1]")
+    assert found.endswith("found 'rouge_1'; did you mean rouge_l?")
+    (found,) = problems(minimal, "train.engine=fdsp")
+    assert found == "train.engine (override): expected ddp or fsdp or deepspeed, found 'fdsp'; " + (
         "did you mean fsdp?"
     )
 
 
 def test_an_override_that_is_not_yaml_is_refused(minimal):
-    (told,) = problems(minimal, "train.seed=[1")
-    assert told.startswith("override train.seed")
-    assert "not valid YAML" in told
+    (found,) = problems(minimal, "train.seed=[1")
+    assert found.startswith("override train.seed")
+    assert "not valid YAML" in found
 
 
 BREAKS = [  # for each rule, in order: overrides that break it, and one more that repairs it
@@ -407,10 +407,10 @@ def test_a_scalar_is_read_the_same_from_a_file_and_an_override(tmp_path, path, w
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused_at_its_path(minimal, path, written):
-    (told,) = problems(minimal, f"{path}={written}")
-    assert told.startswith(f"{path} (override): expected ")
-    assert ", found " in told
-    assert len(told) < 200
+    (found,) = problems(minimal, f"{path}={written}")
+    assert found.startswith(f"{path} (override): expected ")
+    assert ", found " in found
+    assert len(found) < 200
 
 
 @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ def test_a_run_may_be_in_any_folder_that_can_be_named(minimal, name):
     ["model.name", "model.revision", "data.train_path", "data.system_prompt", "data.cache_dir"],
 )
 def test_a_nul_in_a_text_is_refused(minimal, path):
-    assert any(told.startswith(path) for told in problems(minimal, f'{path}="a\\0b"'))
+    assert any(found.startswith(path) for found in problems(minimal, f'{path}="a\\0b"'))
 
 
 def test_overrides_beat_the_file_and_the_file_beats_what_it_includes(tmp_path):
@@ -498,8 +498,8 @@ def test_a_missing_include_is_refused(tmp_path):
 @pytest.mark.parametrize("include", ["5", "[1]", "", "{b.yaml: 1}", "[[b.yaml]]", '"b\\0.yaml"'])
 def test_an_include_that_names_no_file_is_refused(tmp_path, include):
     file = write(tmp_path / "a.yaml", f"{MINIMAL}include: {include}\n")
-    (told,) = problems(file)
-    assert "include" in told or "cannot read" in told
+    (found,) = problems(file)
+    assert "include" in found or "cannot read" in found
 
 
 TRICKY = "null|~|no|1|010|1e5|a: b|# x|a &b|it's *x|&a|- a|<<|=|[a]|{a|!x|%x|'|\"|12:30|  a |é|😀"
@@ -824,10 +824,10 @@ def test_a_script_tells_a_bad_key_in_one_message_before_torch_is_imported(minima
     done = run(*command, PYTHONPROFILEIMPORTTIME="1")
     lines = done.stderr.splitlines()
     imported = {line.rsplit("|")[-1].strip() for line in lines if line.startswith("import time:")}
-    told = [line for line in lines if not line.startswith("import time:")]
+    found = [line for line in lines if not line.startswith("import time:")]
     assert done.returncode == 2
     assert done.stdout == ""
-    assert told == [
+    assert found == [
         f"error: {minimal}: 1 problem in the configuration",
         "  train.epoch (override): unknown key; did you mean epochs?",
     ]
@@ -848,7 +848,7 @@ class Odd(UserError):
 
 @pytest.mark.usefixtures("own_environment")
 @pytest.mark.parametrize(
-    ("raised", "code", "told"),
+    ("raised", "code", "found"),
     [
         (None, 0, ""),
         (ConfigError("bad key"), 2, "error: bad key\n"),
@@ -856,7 +856,7 @@ class Odd(UserError):
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
-def test_a_script_exits_with_the_code_of_what_ended_it(capsys, monkeypatch, raised, code, told):
+def test_a_script_exits_with_the_code_of_what_ended_it(capsys, monkeypatch, raised, code, found):
     def main() -> None:
         if raised:
             raise raised
@@ -865,7 +865,7 @@ def test_a_script_exits_with_the_code_of_what_ended_it(capsys, monkeypatch, rais
     with pytest.raises(SystemExit) as exited:
         cli.run(main)
     assert exited.value.code == code
-    assert capsys.readouterr().err == told
+    assert capsys.readouterr().err == found
 
 
 @pytest.mark.usefixtures("own_environment")
@@ -877,7 +877,7 @@ def test_the_first_rank_of_a_node_tells_its_error_and_all_exit_with_their_code(
         raise ConfigError("bad key")
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    told = []
+    found = []
     for rank in ("1", "0"):
         (tmp_path / rank).mkdir()
         os.environ |= {"RANK": rank, "WORLD_SIZE": "2"}
@@ -888,8 +888,8 @@ def test_the_first_rank_of_a_node_tells_its_error_and_all_exit_with_their_code(
         with pytest.raises(SystemExit) as exited:
             cli.run(main)
         assert exited.value.code == 2
-        told.append(capsys.readouterr().err)
-    assert told == ["error: rank 1: bad key\n", ""]
+        found.append(capsys.readouterr().err)
+    assert found == ["error: rank 1: bad key\n", ""]
 
 
 @pytest.mark.usefixtures("own_environment")

@@ -51,7 +51,7 @@ def _find_key(flag: str, sections: Sections, problems: list[str]) -> str:
     """Returns the dotted path that a flag names; "" if it names none, which goes to `problems`."""
     name = flag.removeprefix("--").replace("-", "_")
     if re.fullmatch(PATH, name):
-        return name  # whether there is such a key is said of all forms alike
+        return name  # an unknown key is reported when all of them are validated
     if name in ALIASES and (section := ALIASES[name].key.split(".")[0]) in sections:
         return f"{section}.{name}"
     found = [path for path, key in _keys(sections) if key == name]
