@@ -765,13 +765,14 @@ def section_names(tree: ast.AST) -> dict[str, str]:
         if isinstance(node, ast.Assign):
             for target, source in _pairs(node.targets[0], node.value):
                 section = getattr(source, "attr", None)
-                if isinstance(target, ast.Name) and section in SECTIONS:
-                    names[target.id] = section
+                name = getattr(target, "id", None) or getattr(target, "attr", None)
+                if name and section in SECTIONS:
+                    names[name] = section
     return names
 
 
 def keys_read(source: str) -> Iterator[str]:
-    """`section.key` of every attribute that is read from a section; text does not count."""
+    """`section.key` of every attribute that is read from a section, or dumped by name."""
     tree = ast.parse(source)
     names = section_names(tree)
     for node in ast.walk(tree):
@@ -779,6 +780,11 @@ def keys_read(source: str) -> Iterator[str]:
             holder = getattr(node.value, "id", None) or getattr(node.value, "attr", None)
             if holder in names:
                 yield f"{names[holder]}.{node.attr}"
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "model_dump":
+            holder = getattr(node.func.value, "id", None)
+            for given in node.keywords:
+                if given.arg == "include" and holder in names:
+                    yield from (f"{names[holder]}.{key}" for key in ast.literal_eval(given.value))
 
 
 def test_every_key_of_the_schema_is_read_by_the_package():
@@ -798,8 +804,14 @@ def f(settings: Train, other: Engine):
     '''train.seed'''
     part, size = config.evaluation, 3
     print(settings.epochs, part.batch_size, self.train.log_steps, other.layout, "data.max_rows")
+    self.given = self.config.crowd
+    print(self.given.agent)
+def g(rows: Data):
+    return rows.model_dump(include={"columns"})
 """
-    assert set(keys_read(source)) - {"evaluation.evaluation"} == {
+    assert set(keys_read(source)) - {"data.model_dump"} == {
+        "crowd.agent",
+        "data.columns",
         "train.epochs",
         "evaluation.batch_size",
         "train.log_steps",

@@ -398,7 +398,7 @@ class RunConfig(Section):
 
     @property
     def kind(self) -> str:
-        """The name of the task in the registry."""
+        """Returns the name of the task in the registry."""
         return self.task
 
 
@@ -416,7 +416,7 @@ class Config(RunConfig):
 
     @property
     def kind(self) -> str:
-        """The name of the task in the registry: agents make it a crowd."""
+        """Returns the name of the task in the registry: with agents it is a crowd."""
         return "crowd" if self.crowd.num_agents else self.task
 
 
