@@ -33,7 +33,7 @@ from typing import Any
 import forked
 from rich.table import Table
 
-from sft.cli import quiet_libraries
+from sft.cli import prepare_libraries
 from sft.config.load import dump_config, load_config, with_values
 from sft.runtime import checkpoint
 from sft.runtime.console import Advance, bar, make_console
@@ -311,5 +311,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    quiet_libraries()
+    prepare_libraries()
     sys.exit(main())

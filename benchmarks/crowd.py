@@ -37,7 +37,7 @@ from peft import PeftModel
 from rich.table import Table
 from torch import Tensor, nn
 
-from sft.cli import quiet_libraries
+from sft.cli import prepare_libraries
 from sft.config.load import load_config, with_values
 from sft.config.schema import Config, Crowd, Generation
 from sft.data import batches, cache
@@ -556,7 +556,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs/crowd_benchmark")
     args = parser.parse_args()
-    quiet_libraries()
+    prepare_libraries()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     found = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}

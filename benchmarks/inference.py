@@ -33,7 +33,7 @@ from conftest import ROOT, SHARED, clean_environment
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from sft.cli import quiet_libraries
+from sft.cli import prepare_libraries
 from sft.config.schema import Generation, Train
 from sft.evaluate import generate
 from sft.runtime.console import make_console
@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--worker", type=Path)
     args = parser.parse_args()
-    quiet_libraries()
+    prepare_libraries()
     if args.worker:
         process_worker(args.worker)
         os._exit(0)

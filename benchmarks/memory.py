@@ -48,7 +48,7 @@ from torch.utils.checkpoint import (
 )
 from transformers import LlamaConfig, PhiConfig, PretrainedConfig, Qwen2Config
 
-from sft.cli import quiet_libraries
+from sft.cli import prepare_libraries
 from sft.config.load import dump_config, with_values
 from sft.config.schema import Config, RunConfig
 from sft.errors import OutOfMemory
@@ -647,7 +647,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=HERE, choices=PARTS)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/memory.json"))
     args = parser.parse_args()
-    quiet_libraries()
+    prepare_libraries()
     values = json.loads(args.json.read_text("utf-8")) if args.json.exists() else {}
     for part in args.parts:
         run, show = PARTS[part]

@@ -22,7 +22,7 @@ from unittest import mock
 import tiny
 from rich.table import Table
 
-from sft.cli import quiet_libraries
+from sft.cli import prepare_libraries
 from sft.config.load import with_values
 from sft.data import batches
 from sft.models.adapters import add_adapters
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/saves.json"))
     args = parser.parse_args()
-    quiet_libraries()
+    prepare_libraries()
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on a disk, which /tmp may not be
         found = [
             measured(Path(folder, f"{name}_{mode}"), name, mode)

@@ -370,7 +370,7 @@ def main() -> None:
     everywhere = [case for case in CASES if DEVICE == "cuda" or "varlen" not in case]
     parser.add_argument("--cases", nargs="+", choices=CASES, default=everywhere)
     args = parser.parse_args()
-    cli.quiet_libraries()
+    cli.prepare_libraries()
     torch.set_num_threads(1)
     console = make_console()
     shutil.rmtree(args.work, ignore_errors=True)

@@ -1,36 +1,6 @@
-"""Better, worse or not distinguishable: the predictions of two runs on the same examples."""
+"""Runs `sft compare`."""
 
-import argparse
-from pathlib import Path
-
-from sft import cli
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    run = "folder of a run, or its predictions.jsonl"
-    parser.add_argument("--a", type=Path, required=True, help=run)
-    parser.add_argument("--b", type=Path, required=True, help=run)
-    parser.add_argument("--metric", help="'rouge_l,bleu' (default: evaluation.metrics of both)")
-    parser.add_argument("--show", type=int, default=5, help="examples shown side by side")
-    parser.add_argument("--json", type=Path, help="where to write everything")
-    args = parser.parse_args()
-    from sft.evaluate import compare
-    from sft.runtime.console import make_console
-
-    names, labels = compare.agreed_metrics(args.a, args.b)
-    if args.metric:
-        names = args.metric.replace(",", " ").split()
-    found, console = compare.compare(args.a, args.b, names, labels), make_console()
-    title = f"B against A on {found.num_examples:,} examples"
-    console.print(compare.difference_table(title, found.differences, "A", "B"))
-    console.print(compare.wins_table(found))
-    if found.differing and args.show > 0:
-        console.print(compare.examples_table(found, args.show))
-    if args.json:
-        cli.write_json(args.json, compare.comparison_json(found))
-        console.print(f"all of it: {args.json}")
-
+from sft.commands import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    main("compare")

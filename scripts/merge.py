@@ -1,37 +1,6 @@
-"""Merges the adapter of a finished run into its base, and proves the result."""
+"""Runs `sft merge`."""
 
-from pathlib import Path
-
-from sft import cli
-
-
-def main() -> None:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--run", type=Path, help="folder of the run")
-    parser.add_argument("--output", type=Path, help="default: <run>/merged")
-    parser.add_argument("--test", type=Path, metavar="FOLDER", help="only prove, this merged model")
-    parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="bf16")
-    parser.add_argument("--base", choices=["original", "dequantised"], help="weights to merge into")
-    parser.add_argument("--gguf", type=Path, help="folder of llama.cpp: make a GGUF file as well")
-    args = parser.parse_args()
-    from sft.runtime.console import make_console
-    from sft.serve import gguf, merge
-
-    say = make_console().print
-    if args.gguf:
-        gguf.find_converter(args.gguf)
-    if args.test:
-        folder = args.test
-        report = merge.retest(folder, say, args.run, args.base, args.overrides)
-    else:
-        run = args.run or Path("outputs/nano")
-        folder = args.output or run / "merged"
-        base = args.base or "original"
-        report = merge.merge(run, folder, args.dtype, say, base, args.overrides)
-    say(f"merged model, proven to be the one that was trained: {folder}")
-    if args.gguf:
-        say(f"GGUF: {gguf.convert(folder, report['dtype'], args.gguf)}")
-
+from sft.commands import main
 
 if __name__ == "__main__":
-    cli.run(main)
+    main("merge")

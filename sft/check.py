@@ -7,14 +7,14 @@ removed.
 
 from __future__ import annotations
 
-import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 from accelerate import Accelerator
+from packaging.requirements import Requirement
 from rich.table import Table
 from rich.text import Text
 
@@ -34,9 +34,9 @@ from sft.train import engine
 ROWS = 8  # examples of the training step
 
 
-def run(config_file: str, overrides: list[str], requirements: Path) -> bool:
+def run(config_file: str, overrides: list[str]) -> bool:
     """Prints every finding; True if all are ok."""
-    findings = list(_all(config_file, overrides, requirements))
+    findings = list(_all(config_file, overrides))
     table = Table(title=f"Check of {config_file}", title_justify="left", box=None, pad_edge=False)
     for column in ("", "what", "what to do"):
         table.add_column(column, overflow="fold")
@@ -47,9 +47,9 @@ def run(config_file: str, overrides: list[str], requirements: Path) -> bool:
     return all(finding.ok for finding in findings)
 
 
-def _all(config_file: str, overrides: list[str], requirements: Path) -> Iterator[Finding]:
+def _all(config_file: str, overrides: list[str]) -> Iterator[Finding]:
     yield python()
-    yield packages(requirements)
+    yield packages(needed_packages())
     machine = hardware.detect()
     yield devices(machine)
     try:
@@ -76,20 +76,32 @@ def python() -> Finding:
     return Finding(sys.version_info >= (3, 11), f"Python {found}", "" if found else "install 3.11")
 
 
-def packages(requirements: Path) -> Finding:
-    """Installed versions against the pins."""
-    wrong = []
-    pins = re.findall(r"^([\w.-]+)==([\w.]+)", requirements.read_text("utf-8"), re.MULTILINE)
-    for name, pinned in pins:
+def packages(needed: Iterable[str]) -> Finding:
+    """Compares the installed versions with those that are needed."""
+    wrong, number = [], 0
+    for requirement in map(Requirement, needed):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        number += 1
         try:
-            found = metadata.version(name).split("+")[0]
+            found = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             found = "nothing"
-        if found != pinned:
-            wrong.append(f"{name}: expected {pinned}, found {found}")
+        if found == "nothing" or not requirement.specifier.contains(found, prereleases=True):
+            expected = requirement.specifier
+            wrong.append(f"{requirement.name}: expected {expected}, found {found}")
     if wrong:
-        return Finding(False, "; ".join(wrong), f"pip install -r {requirements}, or `make setup`")
-    return Finding(True, f"packages: {len(pins)} as pinned in {requirements.name}")
+        return Finding(False, "; ".join(wrong), "`make setup`, or pip install the versions named")
+    return Finding(True, f"packages: {number} of the versions that are needed")
+
+
+def needed_packages() -> list[str]:
+    """Returns the pins of a checkout, or what the installed package asks for."""
+    pins = Path(__file__).parents[1] / "requirements.txt"
+    if not pins.exists():
+        return metadata.requires("sft") or []
+    lines = (line.partition("#")[0].strip() for line in pins.read_text("utf-8").splitlines())
+    return list(filter(None, lines))
 
 
 def devices(machine: hardware.Hardware) -> Finding:

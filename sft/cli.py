@@ -1,4 +1,4 @@
-"""What every script shares: `--config file a.b=c ...`, and errors told in one message."""
+"""The command line of every verb: its arguments and overrides, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from sft.config.load import load_config, parse_generation
+from sft.config.load import load_config
 from sft.config.schema import Config, RunConfig
 from sft.errors import UserError, redact
 from sft.runtime.children import LAUNCHER, die_with_parent
@@ -25,55 +25,70 @@ from sft.tasks.registry import load_run
 INTERRUPTED = 130  # 128 + SIGINT, what shells report
 
 
+FORMS = "{0}.key=value, --{0}.key value or --key value sets a key (docs/CONFIG.md)"
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser of a script's own options; all other words are `overrides` of a configuration."""
+    """A parser of a verb's own options; all other words are `overrides` of a configuration."""
 
-    def __init__(self, description: str | None):
-        epilog = (
-            "set keys (docs/CONFIG.md) with section.key=value, --section.key value, --key value"
-        )
-        first = (description or "").split("\n")[0]
-        super().__init__(description=first, epilog=epilog, allow_abbrev=False)
+    def __init__(self, program: str, description: str, config: str | None):
+        """With a default `config` the verb has the option --config, and overrides."""
+        super().__init__(program, description=description, allow_abbrev=False)
+        if config is not None:
+            self.add_argument("--config", default=config, help="YAML file (default: %(default)s)")
+            self.add_overrides("section")
 
-    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+    def add_overrides(self, section: str) -> None:
+        """Accepts words that set keys, which are read with the configuration."""
+        self.epilog = FORMS.format(section)
+
+    def parse(self, words: list[str]) -> argparse.Namespace:
         """Returns the options, and the other words in their order as `overrides`."""
-        result, overrides = self.parse_known_args(args)
+        result, overrides = self.parse_known_args(words)
+        if overrides and not self.epilog:
+            self.error(f"unknown arguments: {' '.join(overrides)}")
         result.overrides = overrides
         return result
 
 
-def parser(description: str | None) -> Parser:
-    """Returns a parser with the configuration file and its overrides."""
-    result = Parser(description)
-    result.add_argument("--config", default="configs/nano.yaml", help="YAML file (docs/CONFIG.md)")
-    return result
-
-
 def configuration(args: argparse.Namespace) -> Config:
-    return load_config(args.config, args.overrides)
+    """Returns the configuration of a fine-tuning run. Raises ConfigError with every problem."""
+    return load_config(config_file(args), args.overrides)
 
 
 def run_configuration(args: argparse.Namespace) -> RunConfig:
-    """Of whatever task."""
-    return load_run(args.config, args.overrides)
+    """Returns the configuration of a run of any task. Raises ConfigError with every problem."""
+    return load_run(config_file(args), args.overrides)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Arguments that name a model to be used, and how it answers."""
+def config_file(args: argparse.Namespace) -> str:
+    """Returns --config. Raises UserError for a file of configs/ where only the package is."""
+    file = Path(args.config)
+    if file.parts[:1] == ("configs",) and not Path("configs").is_dir():
+        raise UserError(
+            f"{file} is not here: configs/ comes with a checkout of the project, not with an "
+            "installed package. Give --config FILE, or start in a checkout"
+        )
+    return args.config
+
+
+def add_model(parser: Parser) -> None:
+    """Adds the arguments that name a model to be used, and how it answers."""
     parser.add_argument("--model", default="outputs/nano", help="run, checkpoint, model or hub id")
     parser.add_argument("--adapter", help="folder of a LoRA adapter for the model")
     parser.add_argument("--quantization", choices=["nf4"], help="of the frozen weights")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    parser.add_argument("--batch-size", type=_rows, default="auto", help="prompts at once")
+    parser.add_argument("--batch-size", type=_batch_size, default="auto", help="prompts at once")
     parser.add_argument("--cache-dir", help="where a hub id is downloaded to")
+    parser.add_overrides("generation")
 
 
-def _rows(text: str) -> int | str:
+def _batch_size(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-def model_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_model` was given, as arguments of AccelerateConnector."""
+def connector_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what `add_model` parsed as arguments of AccelerateConnector."""
     return {
         "model_name": args.model,
         "adapter": args.adapter,
@@ -84,24 +99,20 @@ def model_of(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def generation(overrides: list[str]) -> dict[str, Any]:
-    """Returns settings of generation from overrides, validated."""
-    return parse_generation(overrides).model_dump()
-
-
-def write_json(file: Path, report: object) -> None:
-    """What `JSON=file` asks for. Raises UserError where it cannot be written."""
+def write_json(file: Path, values: object) -> None:
+    """Writes the file that `--json` names. Raises UserError if it cannot be written."""
     from sft.runtime import console  # not before a rank has asked to end with its launcher
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        console.write_json(file, report)
+        console.write_json(file, values)
     except OSError as error:
         raise UserError(f"JSON: cannot write {file}: {error.strerror}") from None
 
 
-def quiet_libraries() -> None:
-    """Silences what libraries say that asks nothing of a user; their errors stay."""
+def prepare_libraries() -> None:
+    """Silences messages of libraries that ask nothing of a user (their errors stay), and lets
+    segments of GPU memory grow, which leaves less of it unusable; the plan counts on that."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -109,48 +120,55 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|peft")
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a script's main and exits: a UserError is one message and its exit code."""
+    """Runs `main` and exits with the code it returns; a UserError is one message and its code."""
     parent = os.environ.pop(LAUNCHER, None)
     if "LOCAL_RANK" in os.environ:  # started by a launcher. A shell may go, as with nohup
         die_with_parent(int(parent or os.getppid()))
-    quiet_libraries()
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
-        # Segments that grow leave less of a GPU's memory unusable; the plan counts on it.
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    sys.excepthook = _bug
+    prepare_libraries()
+    sys.excepthook = _report_bug
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
     except UserError as error:
-        _tell(error)
+        _report(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         if _is_first():
             print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # All work is on disk, but gloo can abort in its destructors when the interpreter exits.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
-# --- the first word is the cause's ---------------------------------------------------------------
-# Where several ranks fail, the first one to do so tells why; the errors of the others are the same,
-# or follow from it ("connection closed by peer"). Bugs are written into torchrun's file as well.
+# Where several ranks fail, the first one to do so reports why; the errors of the others are the
+# same, or follow from it ("connection closed by peer"). Bugs go into torchrun's file as well.
 
 
-def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python's hook for what nobody caught: never lost, and told once."""
+def _report_bug(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Prints an error that nobody caught, once; Python's hook."""
     text = redact("".join(traceback.format_exception(kind, error, trace)))
-    told = redact(f"{kind.__name__}: {error}")
+    message = redact(f"{kind.__name__}: {error}")
     if _is_first():
         rank = _rank()
-        print(f"error: {rank}{told}\n" * bool(rank) + text, file=sys.stderr)
-    _record(told, text)
+        print(f"error: {rank}{message}\n" * bool(rank) + text, file=sys.stderr)
+    _record(message, text)
 
 
-def _tell(error: UserError) -> None:
+def _report(error: UserError) -> None:
     if _is_first():
-        told = redact(str(error))  # what a cluster shows on a console, it also keeps
-        print(f"error: {'' if told.startswith('rank ') else _rank()}{told}", file=sys.stderr)
+        message = redact(str(error))  # a cluster keeps what it shows on a console
+        rank = "" if message.startswith("rank ") else _rank()
+        print(f"error: {rank}{message}", file=sys.stderr)
 
 
 def _rank() -> str:
@@ -164,7 +182,7 @@ def _error_file() -> Path | None:
 
 
 def _is_first() -> bool:
-    """Whether no other rank on this machine has told an error in this attempt."""
+    """Returns whether no other rank of this machine has reported an error in this attempt."""
     from sft.runtime import slurm
 
     mark = None
@@ -183,7 +201,7 @@ def _is_first() -> bool:
 
 
 def _record(message: str, text: str) -> None:
-    """As torch.distributed.elastic writes it, without importing torch."""
+    """Writes the error as torch.distributed.elastic does, without importing torch."""
     if file := _error_file():
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         try:

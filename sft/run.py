@@ -44,8 +44,8 @@ from sft.train.profile import memory_bytes
 from sft.train.state import identity, read_state
 
 
-def train(config: RunConfig) -> None:
-    """Runs `config` in this process group."""
+def train(config: RunConfig) -> dict[str, float]:
+    """Runs `config` in this process group, and returns the held-out metrics."""
     check_launch(config.train)
     _check_wandb(config)
     task = task_of(config)
@@ -59,9 +59,11 @@ def train(config: RunConfig) -> None:
         )
         resumed_from = guard.join(accelerator, found)
         with closing(_open_log(config, accelerator)) as log:
-            _run(task, config, prepared, Context(accelerator, log, guard), resumed_from)
+            context = Context(accelerator, log, guard)
+            metrics = _run(task, config, prepared, context, resumed_from)
         accelerator.wait_for_everyone()  # a run has finished when all ranks have
     end_processes(accelerator)
+    return metrics
 
 
 def _run(
@@ -70,7 +72,7 @@ def _run(
     prepared: Any,
     context: Context,
     resumed_from: Path | None,
-) -> None:
+) -> dict[str, float]:
     """Plans, builds, measures the base, trains, measures again and reports."""
     started = time.perf_counter()
     accelerator, log, guard = context.accelerator, context.log, context.guard
@@ -129,9 +131,10 @@ def _run(
             log.say(shown)
         rows, commands = task.closing_rows(base, tuned)
         log.say(report.closing(config, rows, commands, measured))
+    return tuned.metrics
 
 
-def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
+def evaluate_run(folder: Path, name: str, overrides: list[str]) -> dict[str, float]:
     """Evaluates a finished run into `evaluation/<name>/`. Collective.
 
     `overrides` change its configuration, such as the held-out file or the number of examples.
@@ -147,14 +150,16 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> None:
         guard.join(accelerator, None)
         log = Log(out) if accelerator.is_main_process else Log(None)
         with closing(log):
-            _evaluate(task, folder, out, config, prepared, Context(accelerator, log, guard))
+            context = Context(accelerator, log, guard)
+            metrics = _evaluate(task, folder, out, config, prepared, context)
         accelerator.wait_for_everyone()
     end_processes(accelerator)
+    return metrics
 
 
 def _evaluate(
     kind: type[Task], folder: Path, out: Path, config: Any, prepared: Any, context: Context
-) -> None:
+) -> dict[str, float]:
     """Measures the model of the run in `folder` with files in `out`, and reports."""
     machine = hardware.detect(folder)
     workload = kind.workload(config, prepared)
@@ -166,6 +171,7 @@ def _evaluate(
     if context.log.folder:
         for shown in task.report(None, results, out):
             context.log.say(shown)
+    return results.metrics
 
 
 def _open_folder(train: Train, guard: Guard) -> Path | None:

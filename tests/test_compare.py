@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 import tracemalloc
 
 import pytest
-from conftest import ROOT
 from rich.cells import cell_len
 
+from sft import commands
 from sft.errors import UserError
 from sft.evaluate import compare, scores
 
@@ -57,13 +55,11 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
-    """What scripts/compare.py tells for its arguments."""
-    main = runpy.run_path(str(ROOT / "scripts/compare.py"))["main"]
+def script(capsys):
+    """Returns what `sft compare` prints for its arguments."""
 
     def call(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
-        main()
+        commands.run("compare", list(arguments))
         told = capsys.readouterr().out
         assert max(map(cell_len, told.splitlines())) <= 100
         return told

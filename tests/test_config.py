@@ -661,12 +661,14 @@ def test_generation_takes_flags(minimal):
 
 @pytest.mark.usefixtures("own_environment")
 def test_a_parser_leaves_flags_of_keys_where_they_stand():
-    parser = cli.parser("A script.")
+    parser = cli.Parser("sft verb", "A verb.", "configs/nano.yaml")
     parser.add_argument("--seq", type=int)
     line = "--learning_rate 1e-4 --config c.yaml train.epochs=1 --seq 5 --layer -1 --x=y"
-    args = parser.parse_args(shlex.split(line))
+    args = parser.parse(shlex.split(line))
     assert (args.config, args.seq) == ("c.yaml", 5)
     assert " ".join(args.overrides) == "--learning_rate 1e-4 train.epochs=1 --layer -1 --x=y"
+    with pytest.raises(SystemExit):
+        cli.Parser("sft verb", "A verb without a configuration.", None).parse(["--x=y"])
 
 
 # --- writing -----------------------------------------------------------------------------------

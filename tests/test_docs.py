@@ -8,19 +8,23 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+import sft
+from sft.commands import VERBS, run
 from sft.config.load import parse_generation
-from sft.errors import ExitCode
+from sft.errors import ExitCode, UserError
 from sft.tasks.registry import load_run
 
 DOCS = [ROOT / "README.md", ROOT / "nano/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
+ALIASES = {f"train-{kind}-tb" for kind in ("distributed", "fsdp", "deepspeed")}
 VARIABLES = {
     *("CONFIG", "ARGS", "RUN", "NUM_PROCESSES", "ACCELERATE_CONFIG", "AUTO", "DEEPSPEED", "OUTPUT"),
     *("ADAPTER", "SYSTEM", "AGENT"),
@@ -28,7 +32,7 @@ VARIABLES = {
     *("DTYPE", "PROMPT", "PORT", "OUTPUTS", "VENV_TOO", "PYTHON", "INPUT", "ROW", "IDS"),
     *("GPU", "GIB", "MODEL", "TUNING", "SEQ", "UNIFORM", "COMPARE", "JSON", "TUNE"),
     *("A", "B", "METRIC", "SHOW"),
-    *("NUM_MACHINES", "MACHINE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("NUM_MACHINES", "MACHINE_RANK", "MASTER_ADDR", "MASTER_PORT", "TB"),
 }
 
 
@@ -52,7 +56,7 @@ def test_a_command_in_the_docs_is_one_that_exists(document, command):
     words = shlex.split(command.split("#")[0])[1:]
     assignments = [word for word in words if "=" in word]
     for target in set(words) - set(assignments):
-        assert target in TARGETS, document
+        assert target in TARGETS | ALIASES, document
     for assignment in assignments:
         name, value = assignment.split("=", 1)
         assert name in VARIABLES, document
@@ -102,16 +106,61 @@ def test_every_variable_of_the_docs_is_read_by_the_makefile():
     exported = set(re.findall(r"^export ([A-Z_ ]+)$", MAKEFILE, re.MULTILINE)[0].split())
     launch = (ROOT / "sft/runtime/world.py").read_text()
     for name in VARIABLES:
-        read = name in exported and f'"{name}"' in launch
-        assert read or re.search(rf"\$\((or \$\()?{name}\)", MAKEFILE), name
+        is_exported = name in exported and f'"{name}"' in launch
+        form = rf"\$\((or \$\()*{name}\)|\$\(call (option|flag),[a-z-]+,{name}\)"
+        assert is_exported or re.search(form, MAKEFILE), name
+
+
+def listed() -> dict[str, str]:
+    """Returns the targets that `make help` lists, with their lines."""
+    printed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    plain = re.sub(r"\x1b\[\d+m", "", printed.stdout)
+    assert len(plain.splitlines()) < 80
+    assert max(map(len, plain.splitlines())) <= 120
+    return dict(re.findall(r"^  ([a-z-]+) +(\S.*)", plain, re.MULTILINE))
 
 
 def test_help_lists_every_target_once():
-    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    listed = re.findall(r"^  \S*?\x1b\[36m([a-z-]+)", told.stdout, re.MULTILINE)
-    assert sorted(listed) == sorted(TARGETS)
-    plain = re.sub(r"\x1b\[\d+m", "", told.stdout)
-    assert max(map(len, plain.splitlines())) <= 120
+    assert sorted(listed()) == sorted(TARGETS)
+
+
+def test_make_and_the_command_have_the_same_verbs_with_the_same_help():
+    only_here = {"help", "setup", "nano", "test", "test-gpu", "test-fast", "lint", "format"}
+    lines = {name: line.split(" [")[0] for name, line in listed().items()}
+    of_make = {name: lines[name] for name in lines.keys() - only_here - {"docs", "clean"}}
+    assert of_make == {name: verb.help for name, verb in VERBS.items()}
+    recipes = dict(re.findall(r"^([a-z-]+):.*\n\t@(\S+(?: \S+){0,3})", MAKEFILE, re.MULTILINE))
+    for name in VERBS:  # each runs the verb of its own name
+        assert recipes[name].startswith(("$(sft)", "$(run)", "$(BIN)/python -m sft $@")), name
+
+
+def test_the_command_lists_its_verbs_in_both_forms(capsys):
+    assert run("--help", []) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed and verb.help in printed for name, verb in VERBS.items())
+    assert run("--version", []) == 0
+    assert capsys.readouterr().out == f"sft {sft.__version__}\n"
+    with pytest.raises(UserError, match="no verb 'trian'; did you mean train"):
+        run("trian", [])
+    done = subprocess.run(
+        [sys.executable, "-m", "sft", "show-data", "--help"],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, "--row ROW" in done.stdout) == (0, True)
+
+
+def test_a_server_of_curves_is_started_first_where_it_is_asked_for():
+    for kind in ("distributed", "fsdp", "deepspeed"):
+        for words in ([f"train-{kind}", "TB=1"], [f"train-{kind}-tb"]):
+            printed = subprocess.run(
+                ["make", "-n", "-o", ".venv/.installed", *words],
+                cwd=ROOT, capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            verbs = re.findall(r"-m sft (\S+)", printed.stdout)
+            assert verbs == ["tensorboard", f"train-{kind}"]
 
 
 def test_clean_removes_caches_and_outputs_only_when_told(tmp_path):
@@ -147,6 +196,29 @@ def test_the_environment_is_made_once_and_again_when_the_pins_change(tmp_path):
     assert installs()
 
 
+def test_an_environment_without_pip_is_made_again(tmp_path):
+    """Debian's python3 without python3-venv leaves such a one, and says so in a way of its own."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    half = tmp_path / ".venv/bin/python"
+    half.write_text("#!/bin/sh\nexit 1\n")
+    half.chmod(0o755)
+    python = tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ntest "$1" = -c\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", "setup", f"PYTHON={python}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == "-m venv --clear .venv"
+    assert done.returncode == 2
+    assert "sudo apt install python3-venv" in done.stderr
+
+
 def names_of_the_map(block: str) -> Iterator[str]:
     """Yields 'data/cache', 'tasks/sft/task' ... as the map of docs/DESIGN.md lists them."""
     for line in re.sub(r"\n {12}", " ", block).splitlines():
@@ -175,9 +247,16 @@ def test_the_map_of_the_design_names_every_module():
     )
 
 
-def test_every_script_is_a_target():
-    scripts = {path.name for path in (ROOT / "scripts").glob("*.py")}
-    assert scripts == set(re.findall(r"scripts/(\w+\.py)", MAKEFILE))
+def test_every_verb_is_a_script():
+    called = {}
+    for path in (ROOT / "scripts").glob("*.py"):
+        called |= dict.fromkeys(re.findall(r'^    main\("(.+)"\)$', path.read_text(), re.M), path)
+        assert len(path.read_text().splitlines()) < 10, path
+    assert called.keys() == VERBS.keys()
+    others = {
+        verb: path.stem for verb, path in called.items() if path.stem != verb.replace("-", "_")
+    }
+    assert others == {"tensorboard": "tensorboard_server"}  # the name of a package
 
 
 def test_no_path_of_a_machine_is_committed():

@@ -12,7 +12,7 @@ import forked
 import pytest
 from conftest import ROOT
 
-from sft import cli
+from sft.config.load import parse_generation
 from sft.errors import ConfigError, UserError
 from sft.evaluate import generate
 from sft.runtime.log import Log
@@ -82,14 +82,14 @@ def test_what_a_model_says_does_not_steer_the_terminal(connector, monkeypatch):
 
 
 def test_words_of_a_command_line_are_settings():
-    assert cli.generation(["generation.top_k=3", "generation.temperature=0.5"])["top_k"] == 3
+    assert parse_generation(["generation.top_k=3", "generation.temperature=0.5"]).top_k == 3
     for words, told in (
         (["generation.top_p=2"], r"generation\.top_p: expected number > 0, ≤ 1, found 2"),
         (["train.seed=1"], r"train: expected generation\.key=value"),
         (["temperature=1"], "expected section.key=value"),
     ):
         with pytest.raises(ConfigError, match=told):
-            cli.generation(words)
+            parse_generation(words)
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import json
 import os
 import pty
@@ -21,32 +20,21 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import psutil
 import pytest
 import torch.distributed.run
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, clean_environment, run
 
-from sft.runtime import hardware, world
+from sft.commands import setup_accelerate, tensorboard
+from sft.runtime import hardware, worker, world
+from sft.runtime.children import is_dead
 from sft.tasks.registry import load_run
 
 CONFIGS = ROOT / "configs" / "accelerate"
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def script(name: str) -> ModuleType:
-    """A script as a module, for its pure functions."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_no_script_hides_a_package() -> None:
@@ -147,7 +135,7 @@ TWO = {"compute_environment": "LOCAL_MACHINE", "num_processes": 2, "mixed_precis
 @pytest.mark.slow
 def test_setup_catches_a_file_that_starts_one_process_then_mends_it(tmp_path: Path) -> None:
     """In Accelerate's default place, without a terminal."""
-    setup = (sys.executable, "scripts/setup_accelerate.py")
+    setup = (sys.executable, "-m", "sft", "setup-accelerate")
     target = tmp_path / "accelerate" / "default_config.yaml"
     target.parent.mkdir()
     bad = yaml.safe_dump({**TWO, "distributed_type": "MULTI_CPU", "use_cpu": True})
@@ -171,7 +159,7 @@ def test_setup_catches_a_file_that_starts_one_process_then_mends_it(tmp_path: Pa
 
 
 def test_setup_never_loses_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    setup = script("setup_accelerate")
+    setup = setup_accelerate
     hw, target = hardware.detect(), tmp_path / "new" / "file.yaml"
     setup.write_recommended(target, hw)
     first = target.read_text()
@@ -194,10 +182,10 @@ def test_setup_refuses_what_is_no_configuration(tmp_path: Path, text: str) -> No
 
 
 def test_setup_judges_what_the_processes_saw() -> None:
-    setup = script("setup_accelerate")
+    setup = setup_accelerate
 
     def seen(*rows: tuple[int, int, float]) -> list[Any]:
-        return [setup.Result(*row, backend="gloo", device="cpu") for row in rows]
+        return [worker.Result(*row, backend="gloo", device="cpu") for row in rows]
 
     assert setup.judge(seen((0, 2, 3.0), (1, 2, 3.0)), 2) is None
     assert setup.judge(seen((0, 1, 1.0)), 1) is None
@@ -211,7 +199,7 @@ def test_setup_judges_what_the_processes_saw() -> None:
 @pytest.mark.slow
 def test_the_wizard_asks_what_the_table_answers(tmp_path: Path) -> None:
     """Accelerate's own wizard on a terminal, answered from our table: the recommended file."""
-    setup, hw, target = script("setup_accelerate"), hardware.detect(), tmp_path / "wizard.yaml"
+    setup, hw, target = setup_accelerate, hardware.detect(), tmp_path / "wizard.yaml"
     target.write_text("old: 1\n")
     answer_wizard(target, setup.wizard_answers(hw))
     made, wanted = world.read_launch_file(target), setup.recommended(hw)
@@ -225,8 +213,7 @@ KEYS = {"This machine": "0", "No distributed training": "0", "multi-GPU": "4"}  
 
 WIZARD = """
 import sys; from pathlib import Path
-sys.path.insert(0, "scripts")
-import setup_accelerate; setup_accelerate.run_wizard(Path(sys.argv[1]))
+from sft.commands import setup_accelerate; setup_accelerate.run_wizard(Path(sys.argv[1]))
 """
 
 
@@ -268,7 +255,7 @@ def answer_wizard(target: Path, answers: list[tuple[str, str]], seconds: float =
 
 
 @pytest.fixture
-def logdir(tmp_path: Path, run_script: Run) -> Iterator[Path]:
+def logdir(tmp_path: Path) -> Iterator[Path]:
     """A folder with one event file; whatever server was started for it ends with the test."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -276,21 +263,37 @@ def logdir(tmp_path: Path, run_script: Run) -> Iterator[Path]:
         for step in range(3):
             writer.add_scalar("train/loss", 2.0 / (step + 1), step)
     yield tmp_path / "outputs"
-    run_script("tensorboard_server.py", "stop", "--logdir", str(tmp_path / "outputs"))
+    tensorboard.stop(tmp_path / "outputs")
+
+
+FAKE = """
+import time; from pathlib import Path
+Path("started").touch(); time.sleep(600)
+"""
 
 
 @pytest.fixture
-def foreign(logdir: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Somebody else's process whose command line looks like a TensorBoard of this folder."""
-    words = ["tensorboard.main", "--logdir", str(logdir), "--port", "6006"]
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", *words])
-    yield process
-    process.kill()
-    process.wait()
+def fake(logdir: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts a process whose command line is that of a TensorBoard of this folder."""
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard/__init__.py").touch()  # else it would not hide the real one
+    (tmp_path / "tensorboard/main.py").write_text(FAKE)
+    started = []
 
+    def start(**environment: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir)]
+        process = subprocess.Popen(
+            [*command, "--port", "6006"], cwd=tmp_path, env=clean_environment(**environment)
+        )
+        started.append(process)
+        while not (tmp_path / "started").exists():
+            time.sleep(0.02)
+        return process
 
-def state_of(logdir: Path) -> dict[str, Any]:
-    return json.loads((logdir / ".tensorboard.json").read_text())
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def scalars(url: str, run: str, tag: str) -> list[list[float]]:
@@ -307,77 +310,70 @@ def scalars(url: str, run: str, tag: str) -> list[list[float]]:
 
 @pytest.mark.slow
 def test_tensorboard_serves_this_folder_and_stops_alone(
-    logdir: Path, foreign: subprocess.Popen[bytes], run_script: Run
+    logdir: Path, fake: Callable[..., subprocess.Popen[bytes]], run_script: Run
 ) -> None:
-    def call(verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return run_script("tensorboard_server.py", verb, "--logdir", str(logdir), *arguments)
+    foreign = fake()
 
-    started = call("start", "--port", "auto")
+    def call(*arguments: str, folder: Path = logdir) -> subprocess.CompletedProcess[str]:
+        return run_script("tensorboard_server.py", "--logdir", str(folder), *arguments)
+
+    started = call("--port", "auto")
     assert started.returncode == 0, started.stderr
-    state = state_of(logdir)
-    url = f"http://localhost:{state['port']}"
-    assert started.stdout.strip().endswith(url)
-
+    (server,) = tensorboard.servers(logdir)
+    url = started.stdout.split()[-1]
+    port = int(url.rsplit(":")[-1])
     points = scalars(url, "run/tensorboard", "train/loss")
     assert [point[1:] for point in points] == [
         [step, pytest.approx(2 / (step + 1))] for step in range(3)
     ]
 
-    again = call("start")
+    again = call()
     assert "already runs" in again.stdout
     assert url in again.stdout
-    assert state_of(logdir) == state
+    assert list(tensorboard.servers(logdir)) == [server]
 
-    taken = run_script(
-        "tensorboard_server.py", "start", "--logdir", f"{logdir}2", "--port", str(state["port"])
-    )
+    taken = call("--port", str(port), folder=Path(f"{logdir}2"))
     assert taken.returncode == 2
-    assert f"port {state['port']} cannot be used: Address already in use" in taken.stderr
+    assert f"port {port} cannot be used: Address already in use" in taken.stderr
 
-    server = psutil.Process(state["pid"])
     family = [server, *server.children(recursive=True)]
-    assert f"stopped TensorBoard (pid {state['pid']})" in call("stop").stdout
-    assert not any(ours.is_running() and ours.status() != "zombie" for ours in family)
+    assert f"stopped TensorBoard (pid {server.pid})" in call("--stop").stdout
+    assert all(is_dead(process.pid) for process in family)
     assert foreign.poll() is None
-    nothing = call("stop")
+    nothing = call("--stop")
     assert nothing.returncode == 0
     assert "nothing to stop" in nothing.stdout
 
 
-@pytest.mark.parametrize("why", ["another creation time", "another command line"])
-def test_stop_leaves_a_reused_process_id_alone(
-    logdir: Path, foreign: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str], why: str
+def test_stop_leaves_a_server_that_was_started_otherwise(
+    logdir: Path,
+    fake: Callable[..., subprocess.Popen[bytes]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tool = script("tensorboard_server")
-    born = psutil.Process(foreign.pid).create_time()
-    port, born = (6006, born - 60) if why == "another creation time" else (7007, born)
-    tool.write_state(logdir, tool.Server(foreign.pid, port, str(logdir), born))
-    tool.stop(logdir)
-    assert "has ended already: nothing to stop" in capsys.readouterr().out
-    assert foreign.poll() is None
-    assert not (logdir / ".tensorboard.json").exists()
+    for environment in ({}, {tensorboard.MARK: f"{logdir}2"}):
+        foreign = fake(**environment)
+        tensorboard.stop(logdir)
+        assert "nothing to stop" in capsys.readouterr().out
+        assert foreign.poll() is None
 
 
-def test_stop_ends_the_process_that_the_record_means(
-    logdir: Path, foreign: subprocess.Popen[bytes]
+def test_stop_ends_the_server_that_was_started_here(
+    logdir: Path, fake: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
-    """The same record, time and words right: else the test above would pass without any stop."""
-    tool = script("tensorboard_server")
-    born = psutil.Process(foreign.pid).create_time()
-    tool.write_state(logdir, tool.Server(foreign.pid, 6006, str(logdir), born))
+    """The same process with the mark, or the test above would pass without any stop."""
+    own = fake(**{tensorboard.MARK: str(logdir)})
     with pytest.raises(ValueError, match="does not answer"):
-        tool.start(logdir, None)
-    tool.stop(logdir)
-    assert foreign.wait(5) != 0
+        tensorboard.start(logdir, None)
+    tensorboard.stop(logdir)
+    assert own.wait(5) != 0
 
 
-def test_a_port_in_use_is_told_from_a_free_one() -> None:
-    tool = script("tensorboard_server")
+def test_a_port_in_use_differs_from_a_free_one() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(ValueError, match=f"port {port} cannot be used"):
-            tool.claim(port)
-    assert tool.claim(port) == port
+            tensorboard.choose_port(port)
+    assert tensorboard.choose_port(port) == port
 
 
 # ---- reports

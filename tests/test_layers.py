@@ -29,6 +29,9 @@ ORDER = [
     "check",
     "verify",
     "cli",
+    "api",
+    "commands",
+    "__main__",
 ]
 
 

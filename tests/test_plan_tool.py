@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
-import sys
 
 import pytest
 from conftest import ROOT, run
 
+from sft import commands
 from sft.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -80,11 +79,6 @@ def test_this_machine_and_the_default_configuration(tmp_path):
 # --- bad input, in this process ------------------------------------------------------------------
 
 
-def script(monkeypatch, *arguments: str):
-    monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
-    return runpy.run_path(str(ROOT / "scripts/plan.py"))["main"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -109,7 +103,7 @@ def test_bad_input_is_one_sentence(monkeypatch, model, arguments, message):
     alone = any(each.startswith(("--model", "--config")) for each in arguments)
     given = arguments if alone else [*arguments, f"--model={model}"]
     with pytest.raises(UserError, match=message):
-        script(monkeypatch, *given)()
+        commands.run("plan", given)
 
 
 @pytest.mark.parametrize(
@@ -124,14 +118,14 @@ def test_bad_input_is_one_sentence(monkeypatch, model, arguments, message):
 def test_what_distillation_has_none_of_is_refused(monkeypatch, arguments, message):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message):
-        script(monkeypatch, "--config=configs/ad_darkroom.yaml", *arguments)()
+        commands.run("plan", ["--config=configs/ad_darkroom.yaml", *arguments])
 
 
 def test_distillation_on_gpus_that_are_not_here(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
     out = tmp_path / "plan.json"
     given = ["--config=configs/ad_darkroom.yaml", "--gpu=H100-80GB x 2", f"--json={out}"]
-    script(monkeypatch, *given, f"distill.data_dir={tmp_path}/rooms", "train.engine=fsdp")()
+    commands.run("plan", [*given, f"distill.data_dir={tmp_path}/rooms", "train.engine=fsdp"])
     printed = capsys.readouterr().out
     for part in ("346,750 of 120 transitions", "15,360,000 in all", "What would take less"):
         assert part in printed
@@ -144,19 +138,19 @@ def test_distillation_on_gpus_that_are_not_here(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "rooms").exists()  # nothing was collected
 
 
-def test_a_gpu_without_a_known_name(monkeypatch, model, tmp_path, capsys):
+def test_a_gpu_without_a_known_name(model, tmp_path, capsys):
     given = ["--gib=24", "--gpu=mine", "--seq=64", f"--model={model}", f"--json={tmp_path}/a.json"]
-    script(monkeypatch, *given)()
+    commands.run("plan", given)
     assert "mine x 1" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="JSON: cannot write"):
-        script(monkeypatch, *given[:-1], f"--json={tmp_path}/file/a.json")()
+        commands.run("plan", [*given[:-1], f"--json={tmp_path}/file/a.json"])
 
 
-def test_a_model_that_transformers_does_not_know(monkeypatch, tmp_path):
+def test_a_model_that_transformers_does_not_know(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
     with pytest.raises(UserError, match="does not recognize this architecture"):
-        script(monkeypatch, f"--model={tmp_path}")()
+        commands.run("plan", [f"--model={tmp_path}"])
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="expected a folder in Hugging Face format"):
-        script(monkeypatch, f"--model={tmp_path}")()
+        commands.run("plan", [f"--model={tmp_path}"])

@@ -22,6 +22,7 @@ import torch
 from conftest import PATHS, ROOT, clean_environment
 from safetensors.torch import load_file
 
+import sft
 from sft import cli, errors
 from sft.runtime import checkpoint, children, lock, watchdog
 from sft.runtime.lock import Lock
@@ -29,7 +30,7 @@ from sft.runtime.status import Status
 
 pytestmark = pytest.mark.slow
 
-KEYS = {"state", "exit_code", "reason", "rank", "step", "attempt", "checkpoint"}
+KEYS = {"version", "state", "exit_code", "reason", "rank", "step", "attempt", "checkpoint"}
 BOUNDED = 90.0  # seconds; this machine may be busy
 
 
@@ -151,6 +152,7 @@ def test_an_uninterrupted_run_is_finished_with_0(whole):
         assert run.codes() == [0] * world, run.told
         assert set(run.status) == KEYS
         assert run.status | {"step": 6} == {
+            "version": sft.__version__,
             "state": "finished",
             "exit_code": 0,
             "reason": None,
@@ -288,6 +290,7 @@ def test_an_error_of_the_user_ends_with_its_code_and_one_message(start, code):
     assert run.codes() == [code]
     assert run.told == "error: a mistake\n"
     assert run.status == {
+        "version": sft.__version__,
         "state": "failed",
         "exit_code": code,
         "reason": "a mistake",

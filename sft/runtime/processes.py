@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import socket
-import sys
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import gather_object
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -25,6 +25,7 @@ from sft.config.schema import Configured, Train
 from sft.errors import ConfigError
 from sft.runtime import hardware
 from sft.runtime.deepspeed import deepspeed_plugin, deepspeed_settings
+from sft.runtime.extras import require_extra
 from sft.runtime.precision import resolve_precision
 from sft.runtime.slurm import join_slurm
 
@@ -46,7 +47,7 @@ def start_processes(train: Train) -> Accelerator:
     _forget_launch_file()
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(train.deterministic)
     on_cpu = not torch.cuda.is_available()
     if on_cpu and world > 1:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -101,6 +102,8 @@ def leave_process_group() -> bool:
 
 def check_launch(train: Train) -> None:
     """Raises ConfigError if the launcher did not start as many processes as were asked for."""
+    if train.engine == "deepspeed":
+        require_extra("deepspeed", "train.engine: deepspeed", ["deepspeed"])
     join_slurm()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if train.num_processes not in (None, world):
@@ -184,12 +187,10 @@ def describe_world(accelerator: Accelerator) -> dict[str, str]:
 
 
 def end_processes(accelerator: Accelerator) -> None:
-    """Ends a successful run of several ranks without the interpreter's own exit.
-
-    gloo can abort in its destructors there, after all work is done and on disk.
-    """
+    """Leaves the group of a run that ended well, so that this process can begin another run."""
     if accelerator.num_processes > 1:
         accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sft import __version__
 from sft.runtime import checkpoint, slurm
 from sft.runtime.console import read_json, write_json
 
@@ -17,7 +18,7 @@ TRACEBACK = "traceback.txt"
 
 
 class Status:
-    """The file status.json: state, exit code, reason, rank, step, attempt, newest checkpoint."""
+    """The file status.json: how the newest attempt ended, where, and its newest checkpoint."""
 
     NAME = "status.json"
 
@@ -82,6 +83,7 @@ class Status:
         step: int | None = None,
     ) -> None:
         values = {
+            "version": __version__,
             "state": state,
             "exit_code": code,
             "reason": reason,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from sft.config.load import load_any
 from sft.config.schema import Config, RunConfig
+from sft.runtime.extras import require_extra
 
 if TYPE_CHECKING:
     from sft.tasks.base import Task
@@ -18,6 +19,32 @@ TASKS = {  # name -> (schema of its configuration, class)
     "sft": ("sft.config.schema:Config", "sft.tasks.sft.task:FineTune"),
     "crowd": ("sft.config.schema:Config", "sft.tasks.crowd.task:CrowdTune"),
     "distill": ("sft.tasks.distill.config:DistillConfig", "sft.tasks.distill.task:Distillation"),
+}
+
+EXTRAS = {  # of pyproject.toml, each with the name of its task, and what it installs
+    "distill": ("gymnasium", "stable_baselines3", "matplotlib"),
+}
+
+VERBS: dict[
+    str, tuple[Any, ...]
+] = {  # of `sft.commands`, for tasks that have their own: help, module, configuration, preset
+    "train-crowd": (
+        "Train K agents on one frozen base (default: configs/crowd_nano.yaml)",
+        "train_distributed",
+        "configs/crowd_nano.yaml",
+        ("--if-asked",),
+    ),
+    "collect-darkroom": (
+        "Record what PPO does while it learns each goal of the Darkroom; continues where it was "
+        "stopped",
+        "sft.tasks.distill.collect",
+        "configs/ad_darkroom.yaml",
+    ),
+    "train-darkroom": (
+        "Distil an algorithm: collect, train, try the unseen goals (docs/research/DISTILL.md)",
+        "train",
+        "configs/ad_darkroom.yaml",
+    ),
 }
 
 
@@ -37,7 +64,8 @@ def task_of(config: Config) -> type[FineTune]: ...
 @overload
 def task_of(config: RunConfig) -> type[Task]: ...
 def task_of(config: RunConfig) -> type[Task]:
-    """Returns the class of the task that `config` configures."""
+    """Returns the class of the task of `config`. Raises UserError if its packages are missing."""
+    require_extra(config.kind, f"task: {config.kind}", EXTRAS.get(config.kind, ()))
     return _load(TASKS[config.kind][1])
 
 

@@ -1,0 +1,6 @@
+"""Runs `sft collect-darkroom`."""
+
+from sft.commands import main
+
+if __name__ == "__main__":
+    main("collect-darkroom")

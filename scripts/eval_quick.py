@@ -1,0 +1,6 @@
+"""Runs `sft eval-quick`."""
+
+from sft.commands import main
+
+if __name__ == "__main__":
+    main("eval-quick")

@@ -1,0 +1,6 @@
+"""Runs `sft merge-test`."""
+
+from sft.commands import main
+
+if __name__ == "__main__":
+    main("merge-test")

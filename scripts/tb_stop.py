@@ -1,0 +1,6 @@
+"""Runs `sft tb-stop`."""
+
+from sft.commands import main
+
+if __name__ == "__main__":
+    main("tb-stop")

@@ -1,0 +1,6 @@
+"""Runs `sft train-crowd`."""
+
+from sft.commands import main
+
+if __name__ == "__main__":
+    main("train-crowd")

@@ -1,0 +1,6 @@
+"""Runs `sft train-deepspeed`."""
+
+from sft.commands import main
+
+if __name__ == "__main__":
+    main("train-deepspeed")

@@ -1,0 +1,6 @@
+"""Runs `sft verify-invariance`."""
+
+from sft.commands import main
+
+if __name__ == "__main__":
+    main("verify-invariance")

@@ -1,0 +1,6 @@
+"""Runs `sft verify-resume`."""
+
+from sft.commands import main
+
+if __name__ == "__main__":
+    main("verify-resume")

@@ -1,0 +1,23 @@
+"""Collects the histories that distillation learns from; the verb `collect-darkroom`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from sft.errors import ConfigError
+from sft.tasks.distill.config import DistillConfig
+from sft.tasks.registry import load_run, task_of
+
+
+def main(args: Namespace) -> None:
+    """Writes the histories of all goals, on all cores, and prints the mean return by episode."""
+    config = load_run(args.config, args.overrides)
+    if not isinstance(config, DistillConfig):
+        raise ConfigError(f"expected a configuration of task: distill, found task: {config.task}")
+    task_of(config)  # raises UserError if packages are missing
+    from sft.tasks.distill import histories
+
+    folder = histories.collect(config.distill)
+    returns = histories.curve(folder)
+    means = ", ".join(f"{i + 1}: {returns[i]:.2f}" for i in range(0, len(returns), 7))
+    print(f"{folder}\nmean return by episode: {means}, {len(returns)}: {returns[-1]:.2f}")
