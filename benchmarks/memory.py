@@ -40,7 +40,7 @@ from accelerate import Accelerator
 from allocations import allocated_bytes
 from conftest import launch
 from rich.table import Table
-from shapes import architectures, configured
+from shapes import architectures, configured, uniform_window
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -55,7 +55,7 @@ from sft.errors import OutOfMemory
 from sft.models import adapters as models_adapters
 from sft.models import dtypes
 from sft.plan import choose, dry_run, memory, sharding
-from sft.plan.dry_run import Window, uniform_window
+from sft.plan.dry_run import Window
 from sft.runtime.console import make_console, table
 from sft.runtime.deepspeed import deepspeed_settings
 from sft.tasks.distill.transformer import num_positions

@@ -489,7 +489,7 @@ def test_modules_that_are_not_linear_are_refused(tmp_path):
 
 def test_a_plan_of_few_layers_is_that_of_all_wherever_a_crowd_reads(tmp_path):
     deep = shapes.configured(tmp_path, shapes.architectures(num_hidden_layers=7)["Llama"])
-    window = dry_run.uniform_window(3, 40, 20, micro_batches=2)
+    window = shapes.uniform_window(3, 40, 20, micro_batches=2)
     given = with_values(deep, {"crowd.num_agents": 2, "crowd.layer": 5})
     found = memory.predict(given, "fp32", window, on_gpu=False)
     assert found.method == "traced with 2 and 3 of 7 layers"

@@ -10,7 +10,7 @@ import memory_worker
 import pytest
 import shapes
 from conftest import ROOT, launch
-from shapes import architectures, configured
+from shapes import architectures, configured, uniform_window
 from transformers import GPT2Config, LlamaConfig, MambaConfig, Qwen2MoeConfig
 
 from sft.config.load import dump_config, load_config, with_values
@@ -19,7 +19,7 @@ from sft.models import dtypes, load
 from sft.plan import counts as plan_counts
 from sft.plan import dry_run, memory, sharding
 from sft.plan.counts import model_key
-from sft.plan.dry_run import Window, uniform_window
+from sft.plan.dry_run import Window
 
 SIZES = shapes.SIZES | {"num_hidden_layers": 12, "vocab_size": 512}
 DEPTHS = {"Llama": (2, 3, 7), "Qwen2": (2, 3, 7), "Gemma2": (4, 6, 12), "GPT2": (2, 3, 7)}

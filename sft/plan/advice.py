@@ -10,7 +10,7 @@ from sft.config.schema import Config, RunConfig
 from sft.errors import ConfigError
 from sft.plan import gpus, memory
 from sft.plan.choose import Planner
-from sft.plan.dry_run import Window, uniform_window
+from sft.plan.dry_run import Window
 from sft.plan.plan import Plan, planner_of
 from sft.runtime import hardware
 from sft.runtime.hardware import Hardware
@@ -89,10 +89,8 @@ def compare_gpus(config: Config) -> list[dict[str, Any]]:
         for checkpointing in (False, True):
             changes = {"tuning.mode": mode, "train.gradient_checkpointing": checkpointing}
             changed = with_values(config, changes | {"model.init": "pretrained"})
-            one, two = (
-                memory.predict(changed, "bf16", _rows(number, length), on_gpu=True).reserved
-                for number in (1, 2)
-            )
+            windows = (Window((((length, length),) * n,), gradients=True) for n in (1, 2))
+            one, two = (memory.predict(changed, "bf16", w, on_gpu=True).reserved for w in windows)
             rows = {
                 name: max(0, 1 + int((usable_bytes(name) - one) // max(1, two - one)))
                 for name in COMPARED
@@ -100,8 +98,3 @@ def compare_gpus(config: Config) -> list[dict[str, Any]]:
             row = {"mode": mode, "gradient_checkpointing": checkpointing}
             result.append(row | {"reserved_bytes": one, "per_row_bytes": two - one, "rows": rows})
     return result
-
-
-def _rows(number: int, length: int) -> Window:
-    """Returns a micro-batch of so many rows, with gradients from the start."""
-    return replace(uniform_window(number, length, length), gradients=True)

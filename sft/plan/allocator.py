@@ -41,7 +41,6 @@ class CachingAllocator:
         self.expandable = expandable
         self.page = {True: SMALL_SEGMENT, False: LARGE_SEGMENT} if pages else {}
         self.reserved_bytes = 0
-        self.segments: dict[int, int] = {}  # address -> bytes
         self._free: dict[bool, list[tuple[bool, int, int, Chunk]]] = {True: [], False: []}
         self._top = 0  # addresses are given out once
         self._ends: dict[bool, Chunk] = {}  # of the expandable segments
@@ -121,7 +120,6 @@ class CachingAllocator:
             needed = math.ceil(size / HUGE_ROUNDING) * HUGE_ROUNDING
         self.reserved_bytes += needed
         address, self._top = self._top, self._top + needed
-        self.segments[address] = needed
         return Chunk(address, needed, small)
 
     def _expand(self, size: int, small: bool) -> Chunk:
@@ -138,7 +136,6 @@ class CachingAllocator:
         needed = math.ceil((size - end.size) / page) * page
         self.reserved_bytes += needed
         end.size += needed
-        self.segments[small] = self.segments.get(small, 0) + needed
         return end
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from logging import getLogger
 from typing import Any
@@ -57,17 +57,6 @@ class Window:
         """Returns the tokens that the last micro-batch computes, padding included."""
         lengths = [length for length, _ in self.micro_batches[-1]]
         return sum(lengths) if self.layout == "packed" else len(lengths) * max(lengths)
-
-
-def uniform_window(
-    rows: int,
-    length: int,
-    supervised: int,
-    micro_batches: int = 1,
-    layout: batches.Layout = "padded",
-) -> Window:
-    """Returns a window of `micro_batches` with `rows` each, all of one length."""
-    return Window((((length, supervised),) * rows,) * micro_batches, layout)
 
 
 def trace_step(
@@ -276,9 +265,6 @@ class CpuAccelerator:
 
     def reduce(self, tensor: torch.Tensor, _: str) -> torch.Tensor:
         return tensor
-
-    def no_sync(self, _: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 def record_step(engine: DryEngine, *, gradients: bool = False, evaluation: bool = False) -> Trace:

@@ -77,23 +77,37 @@ def predict(
         parts = parts_on_rank("backward", parts, config, precision, group, on_gpu)
         method = f"closed form, since the step could not be traced: {why}"
         return Memory(parts, round(1.05 * sum(parts.values())), method)
-    share = ADAM_BYTES[config.train.optimizer] / ADAM_BYTES["adamw"]
-    info = task_of(config).info(config)
-    added = {"waiting batches": window.waiting * info.waiting_bytes}
-    added |= {"libraries": CUBLAS_BYTES} if on_gpu else {"examples": info.examples_bytes}
-
-    def complete(name: str, parts: dict[str, int]) -> dict[str, int]:
-        more = added | {"optimizer": round(parts["optimizer"] * share)}
-        if on_gpu and name.startswith("backward"):
-            more |= _attention_workspace(config, precision, window)
-        return parts_on_rank(name, parts | more, config, precision, group, on_gpu)
-
-    totals = [complete(name, parts) for name, parts in phases.items()]
+    totals = []
+    for name, parts in phases.items():
+        complete = parts | _untraced(name, parts, config, precision, window, on_gpu)
+        totals.append(parts_on_rank(name, complete, config, precision, group, on_gpu))
     heaviest = max(totals, key=lambda parts: sum(parts.values()))
+    total = sum(heaviest.values())
     traced = max(sum(parts.values()) for parts in phases.values())
-    more = sum(heaviest.values()) - traced
     breakdown = dict(sorted(heaviest.items(), key=lambda item: -item[1]))
-    return Memory(breakdown, reserved + more if on_gpu else sum(breakdown.values()), method)
+    return Memory(breakdown, reserved + total - traced if on_gpu else total, method)
+
+
+def _untraced(
+    phase: str,
+    parts: dict[str, int],
+    config: RunConfig,
+    precision: str,
+    window: Window,
+    on_gpu: bool,
+) -> dict[str, int]:
+    """Returns the parts of a phase that a formula adds or, for the optimizer, replaces."""
+    info = task_of(config).info(config)
+    share = ADAM_BYTES[config.train.optimizer] / ADAM_BYTES["adamw"]
+    more = {
+        "waiting batches": window.waiting * info.waiting_bytes,
+        "optimizer": round(parts["optimizer"] * share),
+    }
+    if not on_gpu:
+        return more | {"examples": info.examples_bytes}
+    attends = phase.startswith("backward")
+    workspace = _attention_workspace(config, precision, window) if attends else {}
+    return more | {"libraries": CUBLAS_BYTES} | workspace
 
 
 Phases = dict[str, dict[str, int]]  # phase -> use -> bytes at its peak

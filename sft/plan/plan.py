@@ -67,25 +67,25 @@ class Plan:
 
 def make_plan(config: RunConfig, workload: Workload, machine: Hardware, world_size: int) -> Plan:
     """Plans the run; raises ConfigError for a global batch that so many processes cannot make."""
-    train = config.train
-    precision, why_precision = resolve_precision(train, machine.devices)
+    precision, why_precision = resolve_precision(config.train, machine.devices)
     layout, why_layout = resolve_layout(config, precision, bool(machine.devices))
-    info = task_of(config).info(config)
     planner = Planner(config, workload, machine, world_size, precision, layout)
     choice, why_checkpointing = planner.choose()
-    counts = count_parameters(config)
+    info, counts = planner.info, count_parameters(config)
     cuts, budget, global_batch = choice.cuts, choice.budget, len(planner.first_ids)
+    hold = f"{budget.max_tokens:,} tokens"
     reasons = {
-        "train.precision": why_precision,
-        "train.layout": why_layout,
-        "train.gradient_checkpointing": why_checkpointing,
-        "train.max_tokens": choice.why,
-        "train.micro_batch": f"what {budget.max_tokens:,} tokens hold",
-        "train.gradient_accumulation_steps": f"{global_batch} {info.labels.examples} in "
-        f"{world_size} process(es) of micro-batches of at most {budget.max_tokens:,} tokens",
+        "precision": why_precision,
+        "layout": why_layout,
+        "gradient_checkpointing": why_checkpointing,
+        "max_tokens": choice.why,
+        "micro_batch": f"what {hold} hold",
+        "gradient_accumulation_steps": f"{global_batch} {info.labels.examples} in {world_size} "
+        f"process(es) of micro-batches of at most {hold}",
     }
+    autos = {key: why for key, why in reasons.items() if getattr(config.train, key) == "auto"}
     evaluation = planner.predict_evaluation(budget)
-    steps = schedule.total_steps(train, len(workload.lengths))
+    steps = schedule.total_steps(config.train, len(workload.lengths))
     per_epoch = sum(workload.lengths)
     tokens = round(per_epoch * steps * global_batch / len(workload.lengths))
     plan = Plan(
@@ -115,7 +115,7 @@ def make_plan(config: RunConfig, workload: Workload, machine: Hardware, world_si
         seconds=planner.seconds(counts, choice.checkpointing, tokens),
         disk=predict_disk(config, len(workload.lengths)),
         labels=info.labels,
-        reasons={k: why for k, why in reasons.items() if getattr(train, k.split(".")[1]) == "auto"},
+        reasons={f"train.{key}": why for key, why in autos.items()},
     )
     return replace(plan, warnings=_warnings(plan))
 

@@ -15,21 +15,20 @@ from sft.config.schema import RunConfig
 from sft.plan.advice import COMPARED, Advice
 from sft.plan.allocator import MIB
 from sft.plan.choose import UTILISATION
-from sft.plan.history import Past
 from sft.plan.plan import Plan, chosen_values
 from sft.runtime.console import duration, facts, size, table, write_json
 
 LAUNCHES = 0.05  # seconds of arithmetic below which a GPU waits for the launches of its kernels
+WORK = (  # values of a plan in the section "work" of plan.json
+    *("num_examples", "num_held_out", "tokens_per_epoch", "supervised_share", "steps", "tokens"),
+    *("global_batch", "world_size", "num_parameters", "num_trained"),
+)
 
 
 def plan_table(plan: Plan) -> Table:
     """Returns the plan as people read it."""
-    labels, memory, past = plan.labels, plan.memory, plan.past
+    labels = plan.labels
     cut = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} x {plan.micro_batches}"
-    parts = ", ".join(f"{k} {size(part)}" for k, part in memory.breakdown.items() if part >= MIB)
-    reserved = f" ({size(memory.reserved)} reserved)" if plan.context_bytes else ""
-    seen = f"; {past.runs} earlier runs took {_span(past)} of it" if past else ""
-    context = f", context {size(plan.context_bytes)} (assumed)" if plan.context_bytes else ""
     rows: list[tuple[str, str | Text]] = [
         (
             labels.examples,
@@ -47,11 +46,7 @@ def plan_table(plan: Plan) -> Table:
             f"{plan.budget.layout}",
         ),
         ("trained", f"{plan.num_trained:,} of {plan.num_parameters:,} parameters"),
-        (
-            "memory",
-            f"{size(memory.allocated)}{reserved} of {size(plan.available_bytes)} per process: "
-            f"{parts}{context} ({memory.method}{seen})",
-        ),
+        ("memory", _memory(plan)),
         ("disk", f"{plan.disk}"),
     ]
     if plan.evaluation_bytes:
@@ -68,15 +63,24 @@ def plan_table(plan: Plan) -> Table:
     return facts("Plan", rows)
 
 
+def _memory(plan: Plan) -> str:
+    memory, past = plan.memory, plan.past
+    parts = ", ".join(f"{k} {size(part)}" for k, part in memory.breakdown.items() if part >= MIB)
+    reserved = f" ({size(memory.reserved)} reserved)" if plan.context_bytes else ""
+    context = f", context {size(plan.context_bytes)} (assumed)" if plan.context_bytes else ""
+    span = f"{100 * (1 + past.least):.1f} to {100 * (1 + past.most):.1f} %" if past else ""
+    seen = f"; {past.runs} earlier runs took {span} of it" if past else ""
+    return (
+        f"{size(memory.allocated)}{reserved} of {size(plan.available_bytes)} per process: "
+        f"{parts}{context} ({memory.method}{seen})"
+    )
+
+
 def _time(plan: Plan) -> str:
     assert plan.seconds is not None
     if plan.seconds < LAUNCHES * plan.steps * plan.micro_batches:
         return "that of launching kernels, as the micro-batches are so small; probed before step 1"
     return f"about {duration(plan.seconds)}, if {UTILISATION:.0%} of the GPU's peak is reached"
-
-
-def _span(past: Past) -> str:
-    return f"{100 * (1 + past.least):.1f} to {100 * (1 + past.most):.1f} %"
 
 
 def memory_table(plan: Plan) -> Table:
@@ -152,18 +156,7 @@ def plan_values(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
         "chosen": chosen_values(plan),
         "reasons": {key.removeprefix("train."): why for key, why in plan.reasons.items()},
         "device": {"name": plan.device, "available_bytes": plan.available_bytes},
-        "work": {
-            "num_examples": plan.num_examples,
-            "num_held_out": plan.num_held_out,
-            "tokens_per_epoch": plan.tokens_per_epoch,
-            "supervised_share": plan.supervised_share,
-            "steps": plan.steps,
-            "tokens": plan.tokens,
-            "global_batch": plan.global_batch,
-            "world_size": plan.world_size,
-            "num_parameters": plan.num_parameters,
-            "num_trained": plan.num_trained,
-        },
+        "work": {key: getattr(plan, key) for key in WORK},
         "advice": [asdict(each) for each in found],
         "warnings": plan.warnings,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,17 +64,9 @@ def make_small(config: RunConfig, folder: Path, *, exact: bool = False) -> Small
         **shrunk.values,
     }
     if exact:
-        exact_values = {"train.precision": "fp32", "train.optimizer": "adamw", **shrunk.smooth}
-        given = config.model_dump()
-        given["train"]["precision"], _ = precision.resolve_precision(config.train)
-        for key, value in exact_values.items():
-            section, name = key.split(".")
-            if (before := given[section][name]) != value:
-                changes.append((key, f"{value} instead of {before}"))
-        values |= exact_values
-        if task.info(config).attention == attention.NAME:
-            reason = f"SDPA with a mask: {attention.NAME} has no kernel in fp32"
-            changes.append(("packed rows", reason))
+        wanted = {"train.precision": "fp32", "train.optimizer": "adamw", **shrunk.smooth}
+        changes += _list_changes(config, wanted)
+        values |= wanted
     config, batch = with_values(config, values), shrunk.batch
     lengths = sorted(task.workload(config).lengths, reverse=True)
     while batch > 1 and batches.steps_per_epoch(len(lengths), batch) < 3:
@@ -91,3 +84,15 @@ def make_small(config: RunConfig, folder: Path, *, exact: bool = False) -> Small
     config = with_values(config, {"train.global_batch": batch, "train.max_steps": steps})
     small = Small(config, folder, lengths, changes)
     return replace(small, config=with_values(config, {"train.max_tokens": small.quarter}))
+
+
+def _list_changes(config: RunConfig, wanted: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields the values that are not as configured, for people."""
+    given = config.model_dump()
+    given["train"]["precision"], _ = precision.resolve_precision(config.train)
+    for key, value in wanted.items():
+        section, name = key.split(".")
+        if (before := given[section][name]) != value:
+            yield key, f"{value} instead of {before}"
+    if task_of(config).info(config).attention == attention.NAME:
+        yield "packed rows", f"SDPA with a mask: {attention.NAME} has no kernel in fp32"

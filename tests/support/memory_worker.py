@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from allocations import true_peak
+from shapes import uniform_window
 
 from sft.plan import dry_run
-from sft.plan.dry_run import uniform_window
 from sft.plan.trace import Recorder
 from sft.runtime.processes import start_processes
 from sft.tasks.registry import load_run

@@ -8,6 +8,8 @@ from typing import Any
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from sft.config.schema import Config
+from sft.data.batches import Layout
+from sft.plan.dry_run import Window
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -50,3 +52,14 @@ def configured(
             "train": {"output_dir": "none", **train},
         }
     )
+
+
+def uniform_window(
+    rows: int,
+    length: int,
+    supervised: int,
+    micro_batches: int = 1,
+    layout: Layout = "padded",
+) -> Window:
+    """Returns a window of `micro_batches` with `rows` each, all of one length."""
+    return Window((((length, supervised),) * rows,) * micro_batches, layout)
