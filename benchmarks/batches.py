@@ -21,12 +21,12 @@ RANKS, EACH, BUDGET = 8, 16, 4096
 
 
 def fixed(ids: list[int]) -> list[list[MicroBatch]]:
-    """16 examples a rank in the order they come."""
+    """Gives 16 examples to each rank, in the order they come."""
     return [[ids[rank * EACH : (rank + 1) * EACH]] for rank in range(RANKS)]
 
 
-def measured(lengths: list[int], layout: batches.Layout | None) -> dict[str, float]:
-    """Over an epoch's full batches: waste of padding, slowest rank over mean (both as shares)."""
+def measure(lengths: list[int], layout: batches.Layout | None) -> dict[str, float]:
+    """Returns the waste of padding, and the slowest rank over the mean, of full batches."""
     real, computed, slowest = 0, 0, []
     for step in range(len(lengths) // (RANKS * EACH)):
         ids = batches.global_batch_ids(len(lengths), 0, step, RANKS * EACH)
@@ -56,7 +56,7 @@ def main() -> None:
         ("ours, padded", "padded"),
         ("random, 16 a rank, padded", None),
     ]
-    results = {name: measured(lengths, layout) for name, layout in cases}
+    results = {name: measure(lengths, layout) for name, layout in cases}
     console = make_console()
     console.print(f"GSM8K, {len(rows):,} rows, {RANKS} ranks x {EACH} examples, {BUDGET} tokens")
     for name, found in results.items():

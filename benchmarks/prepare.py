@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.table import Table
 
 from sft.config.load import load_config
 from sft.data import audit, cache
 from sft.data.examples import ExampleArrays, Examples
-from sft.runtime.console import make_console
+from sft.runtime.console import make_console, table
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -64,8 +63,8 @@ def peer(rows: Path, model: Path, work: Path) -> None:
     loaded.map(tokenise, num_proc=CORES)
 
 
-def measured(name: str, rows: Path, model: Path) -> dict[str, float]:
-    """Seconds, and peaks (GiB) of the largest process: of its own memory, of its resident set."""
+def measure(name: str, rows: Path, model: Path) -> dict[str, float]:
+    """Runs one preparation, and returns its seconds and the peaks (GiB) of its largest process."""
     with tempfile.TemporaryDirectory(dir=rows.parent) as work:
         command = [sys.executable, __file__, "--one", name, str(rows), str(model), work]
         environment = {**os.environ, "PYTHONPATH": ".", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -91,7 +90,7 @@ def tree(pid: int) -> list[int]:
 
 
 def memory(pid: int, field: str) -> int:
-    """KiB of a process's memory."""
+    """Returns a field of a process's memory in KiB."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -99,8 +98,8 @@ def memory(pid: int, field: str) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith(field)), 0)
 
 
-def collated(rows: Path, model: Path) -> float:
-    """Rows per second of the audit of cached tokens, on one core."""
+def measure_audit(rows: Path, model: Path) -> float:
+    """Returns the rows per second of the audit of cached tokens, on one core."""
     with tempfile.TemporaryDirectory(dir=rows.parent) as work:
         ours(rows, model, Path(work))
         (folder,) = [path for path in Path(work, "cache").iterdir() if path.is_dir()]
@@ -126,9 +125,7 @@ def main() -> None:
         return
     gsm8k = (args.shared / "data/instruct/gsm8k_train.jsonl").read_text("utf-8")
     words = sorted({w for line in gsm8k.splitlines() for w in json.loads(line)["question"].split()})
-    results, table = [], Table(box=None, pad_edge=False)
-    for column in ("rows", "what", "seconds", "rows/s", "peak own, GiB", "peak resident, GiB"):
-        table.add_column(column, justify="left" if column == "what" else "right")
+    results, shown = [], []
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
         model.mkdir()
@@ -140,17 +137,18 @@ def main() -> None:
             rows = Path(folder, f"{number}.jsonl")
             write_rows(rows, number, words)
             for name in ("ours", "datasets.map"):
-                result = measured(name, rows, model)
+                result = measure(name, rows, model)
                 results.append({"rows": number, "what": name, **result})
                 seconds, own, resident = result.values()
-                told = (f"{seconds:.1f}", f"{number / seconds:,.0f}", f"{own:.2f}")
-                table.add_row(f"{number:,}", name, *told, f"{resident:.2f}")
-        speed = collated(Path(folder, f"{min(args.rows)}.jsonl"), model)
+                measured = (f"{seconds:.1f}", f"{number / seconds:,.0f}", f"{own:.2f}")
+                shown.append((name, f"{number:,}", *measured, f"{resident:.2f}"))
+        speed = measure_audit(Path(folder, f"{min(args.rows)}.jsonl"), model)
     console = make_console()
-    console.print(table)
+    columns = ("what", "rows", "seconds", "rows/s", "peak own, GiB", "peak resident, GiB")
+    console.print(table("", columns, shown))
     console.print(f"audit of cached tokens through the collator: {speed:,.0f} rows/s on one core")
-    told = {"cores": CORES, "results": results, "audit_rows_per_second_per_core": speed}
-    args.json.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+    values = {"cores": CORES, "results": results, "audit_rows_per_second_per_core": speed}
+    args.json.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Attention that keeps packed documents apart, by PyTorch's own flash kernel for rows of any length
-(`model.attn_implementation: varlen`); for transformers, which has none for it.
+"""Attention that keeps packed documents apart, by PyTorch's flash kernel for rows of any length.
 
-Without it packing needs the package flash-attn, or a mask of tokens x tokens. It has no mask: where
-documents begin is read off their position ids, as transformers does for flash-attn. Whatever the
-kernel cannot take (a CPU, fp32, a cache of keys and values, left padding) goes to SDPA with a mask.
+It is `model.attn_implementation: varlen`, which transformers lacks; without it packing needs the
+package flash-attn, or a mask of tokens x tokens. The kernel needs no mask: documents begin where
+their position ids restart, as in transformers' use of flash-attn. Whatever the kernel cannot take
+(a CPU, fp32, a cache of keys and values, left padding) goes to SDPA with a mask.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ NAME = "varlen"
 
 
 class AttentionError(UserError):
-    """The kernel cannot compute the attention of this architecture."""
+    """An attention of this architecture that the kernel cannot compute."""
 
 
 def register() -> None:
-    """Makes the name known to transformers."""
+    """Registers the kernel with transformers under its name."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, mask)
 
 
 def needs_no_mask(name: str, precision: str, on_gpu: bool) -> bool:
-    """Whether attention of this name keeps packed documents apart without a mask."""
+    """Returns whether attention of this name keeps packed documents apart without a mask."""
     return name == "flash_attention_2" or (name == NAME and on_gpu and precision == "bf16")
 
 
 def mask(*, q_length: int, kv_length: int, dtype: torch.dtype, **given: Any) -> torch.Tensor | None:
-    """None where the kernel is used, which needs none; else that of SDPA."""
-    alone = given["attention_mask"] is None and q_length == kv_length
-    if alone and _kernel_dtype(torch.device(given["device"]), dtype):
+    """Returns None if the kernel is used, which needs no mask, else the mask of SDPA."""
+    is_whole = given["attention_mask"] is None and q_length == kv_length
+    if is_whole and _kernel_dtype(torch.device(given["device"]), dtype):
         return None
     return sdpa_mask(q_length=q_length, kv_length=kv_length, dtype=dtype, **given)
 
@@ -55,17 +55,19 @@ def attend(
     scaling: float | None = None,
     **given: Any,
 ) -> tuple[torch.Tensor, None]:
-    """(rows, time, heads, size). Raises AttentionError for what the kernel has not, and for what
-    SDPA has not either, whichever would compute."""
-    for name, has in {"softcap": "soft caps", "s_aux": "sinks"}.items():
+    """Returns the attended values (rows, time, heads, size).
+
+    Raises AttentionError for dropout in the kernel, and for soft caps and sinks, which both lack.
+    """
+    for name, feature in {"softcap": "soft caps", "s_aux": "sinks"}.items():
         if given.get(name) is not None:
-            raise _cannot(has)
+            raise _lacks(feature)
     dtype = _kernel_dtype(query.device, query.dtype)
     if attention_mask is not None or query.shape[2] != key.shape[2] or dtype is None:
         given |= {"dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
     if dropout:
-        raise _cannot("dropout")
+        raise _lacks("dropout")
     rows, _, time, _ = query.shape
     starts, longest = document_starts(given.get("position_ids"), rows, time, query.device)
     window = given.get("sliding_window")
@@ -86,15 +88,15 @@ def attend(
     return attended.unflatten(0, (rows, time)), None
 
 
-def _cannot(has: str) -> AttentionError:
+def _lacks(feature: str) -> AttentionError:
     return AttentionError(
-        f"model.attn_implementation: {NAME} has no attention with {has}, which this model needs; "
-        "set sdpa, or eager"
+        f"model.attn_implementation: {NAME} has no attention with {feature}, which this model "
+        "needs; set sdpa, or eager"
     )
 
 
 def _kernel_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
-    """In which the kernel would compute; None where there is no kernel."""
+    """Returns the dtype that the kernel would compute in, or None where there is no kernel."""
     if device.type != "cuda":
         return None
     if torch.is_autocast_enabled("cuda"):
@@ -108,14 +110,16 @@ _known = WeakTensorKeyDictionary()  # layers of a pass share their position ids
 def document_starts(
     positions: torch.Tensor | None, rows: int, time: int, device: torch.device
 ) -> tuple[torch.Tensor, int]:
-    """Where documents begin in all rows, one behind the other, with the end of the last (int32),
-    and the tokens of the longest. `positions` (1 or rows, time) restart at 0 in each."""
+    """Returns where documents begin, with the end of the last (documents + 1,), and the longest.
+
+    Rows are taken one after the other. `positions` (1 or rows, time) restart at 0 in each.
+    """
     if positions is None:
         return torch.arange(0, rows * time + 1, time, dtype=torch.int32, device=device), time
     if positions not in _known or _known[positions][0] != rows:
-        begin = positions.expand(rows, time) == 0
-        begin[:, 0] = True
-        first = begin.flatten().nonzero()[:, 0]
+        is_first = positions.expand(rows, time) == 0
+        is_first[:, 0] = True
+        first = is_first.flatten().nonzero()[:, 0]
         starts = torch.cat([first, first.new_tensor([rows * time])])
         _known[positions] = rows, starts.int(), int(starts.diff().max())
     _, starts, longest = _known[positions]

@@ -12,11 +12,11 @@ from transformers.utils import cached_file
 from sft.config.schema import Model
 from sft.models.load import architecture, explain_load_errors
 
-SEEN = 4096  # bytes at both ends of a tensor that the digest of a model sees
+SAMPLE = 4096  # bytes at each end of a tensor that enter a digest
 
 
 def model_sha256(config: Model) -> str:
-    """A digest of the base model, wherever it lies: its config.json and its files of weights."""
+    """Hashes the config.json and the weights of the base model; its place does not matter."""
     digest = hashlib.sha256(architecture(config).to_json_string().encode())
     if config.init == "pretrained":
         for part in _sample_weights(config):
@@ -25,14 +25,16 @@ def model_sha256(config: Model) -> str:
 
 
 def weights_sha256(config: Model) -> str:
-    """A digest of the files of weights alone: `config.json` is read differently by each version of
-    transformers, and an adapter outlives a version."""
+    """Hashes only the weights: each version of transformers reads `config.json` differently, and an
+    adapter outlives a version."""
     return hashlib.sha256(b"".join(_sample_weights(config))).hexdigest()
 
 
 def _sample_weights(config: Model) -> Iterator[bytes]:
-    """Of each file the name, the size, the header (names, dtypes, shapes), and of each tensor the
-    first and the last SEEN bytes: what changes a model changes most of its tensors throughout."""
+    """Yields name, size and header of each file, and SAMPLE bytes at both ends of each tensor.
+
+    That is enough: whatever changes a model changes most of its tensors throughout.
+    """
     with explain_load_errors(config.name):
         found = cached_file(config.name, "config.json", revision=config.revision)
     for path in sorted(Path(str(found)).parent.glob("*.safetensors")):
@@ -42,16 +44,16 @@ def _sample_weights(config: Model) -> Iterator[bytes]:
             header = file.read(length)
             yield f"{path.name} {size}".encode() + header
             for start, end in _tensor_ranges(header):
-                for place in (start, max(start, end - SEEN)):
+                for place in (start, max(start, end - SAMPLE)):
                     file.seek(8 + length + place)
-                    yield file.read(min(SEEN, end - start))
+                    yield file.read(min(SAMPLE, end - start))
 
 
 def _tensor_ranges(header: bytes) -> list[tuple[int, int]]:
-    """Where the tensors of a file lie, by its header; none if that is damaged: its loader tells."""
+    """Returns (start, end) of the tensors of a file; none if its header is damaged."""
     try:
-        told = json.loads(header)
-        places = [each["data_offsets"] for name, each in told.items() if name != "__metadata__"]
+        entries = json.loads(header).items()
+        places = [each["data_offsets"] for name, each in entries if name != "__metadata__"]
         return sorted((int(start), int(end)) for start, end in places)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return []

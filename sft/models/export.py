@@ -1,4 +1,4 @@
-"""Saves what a user loads, and reads it back."""
+"""Saves the model or adapter that a user loads, and reads it back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sft.models.digest import weights_sha256
 from sft.runtime import checkpoint
 
 ADAPTER = "adapter_model.safetensors"
-BASE = "base.json"  # beside an adapter: what it was trained on
+BASE = "base.json"  # beside an adapter: the base that it was trained on
 
 
 def base_record(base: Model) -> dict[str, str]:
@@ -33,10 +33,10 @@ def save(
     weights: dict[str, torch.Tensor] | None = None,
     base: Model | None = None,
 ) -> None:
-    """Adapter or model, and tokenizer, in `folder` (safetensors).
+    """Writes the model, or its adapter, and the tokenizer into `folder` (safetensors).
 
-    `weights`: those to be saved, by name, where the model itself does not have them whole.
-    `base`: what an adapter belongs to; loading it refuses another.
+    `weights`: those to save, by name, if the model itself holds only parts of them.
+    `base`: the base of an adapter; loading the adapter onto another one is refused.
     """
     model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
     tokenizer.save_pretrained(str(folder))
@@ -49,7 +49,7 @@ def save(
 
 
 def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights that `save` wrote for `model`, by their name in it, one at a time.
+    """Yields (name in `model`, weight) of what `save` wrote.
 
     Raises CheckpointError if one that is trained is missing or has another shape.
     """
@@ -76,9 +76,10 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
         raise CheckpointError(f"{folder} does not fit the model: it lacks {min(missing)}")
 
 
-def adapter_tuning(told: dict[str, Any]) -> Tuning:
-    """Of adapters, by what was saved beside them. ValueError or KeyError for what is none."""
-    return Tuning(**{key: told[key] for key in ("r", "lora_alpha", "target_modules")})
+def adapter_tuning(config: dict[str, Any]) -> Tuning:
+    """Returns the shape of adapters from their config file. Raises ValueError or KeyError if it is
+    not one."""
+    return Tuning(**{key: config[key] for key in ("r", "lora_alpha", "target_modules")})
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

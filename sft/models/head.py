@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-# --- what attention and the vocabulary head see ------------------------------------------------
-
 
 class SupervisedHead:
-    """Lets only chosen positions reach the vocabulary head, so other logits are never computed.
+    """A hook that lets only chosen positions reach the vocabulary head: no others get logits.
 
     While `positions` is set, the head's input (batch, time, hidden) becomes (positions, hidden),
     and the model returns logits (positions, vocabulary). Works through DDP and checkpointing, for
@@ -28,10 +26,10 @@ class SupervisedHead:
 
 @torch.no_grad()
 def documents_are_isolated(model: nn.Module, precision: str, device: torch.device) -> bool:
-    """Whether packed documents cannot see each other: alone and packed, the logits are the same.
+    """Returns whether a document gets the same logits by itself and packed behind another.
 
-    transformers tells documents apart by restarting position ids, and silently does not in several
-    cases; so it is tried on the model that will train, with the arguments that training uses, and
+    transformers separates documents by restarting position ids, and silently does not in several
+    cases. So it is tried on the model that will train, with the arguments that training uses, and
     in its precision: another one may have another kernel.
     """
     was_training = model.training
@@ -43,7 +41,7 @@ def documents_are_isolated(model: nn.Module, precision: str, device: torch.devic
     positions = torch.cat([torch.arange(11), torch.arange(7)])[None].to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         packed = model(input_ids=together, position_ids=positions, use_cache=False).logits[0, 11:]
-        alone = model(input_ids=second.to(device), use_cache=False).logits[0]
+        single = model(input_ids=second.to(device), use_cache=False).logits[0]
     model.train(was_training)
     # A leak changes the logits by about their own size; rounding in bf16 by about 1 %.
-    return bool((packed - alone).float().norm() < 0.1 * alone.float().norm())
+    return bool((packed - single).float().norm() < 0.1 * single.float().norm())

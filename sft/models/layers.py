@@ -16,7 +16,7 @@ def embedding_layers(model: nn.Module) -> tuple[nn.Module | None, nn.Module | No
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether a rank holds only parts of the weights (FSDP2, ZeRO-3): forwards are collective."""
+    """Returns whether ranks hold parts of the weights (FSDP2, ZeRO-3): forwards are collective."""
     return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
 
 
@@ -33,6 +33,6 @@ def full_tensor(parameter: Any) -> torch.Tensor:
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a model: the list of modules that holds the most parameters."""
+    """Returns the repeated layers: the list of modules that holds the most parameters."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     return list(max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=()))

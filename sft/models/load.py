@@ -1,4 +1,4 @@
-"""Tokenizer and model from the configuration: full, LoRA or QLoRA (NF4), and every part's dtype.
+"""Loads tokenizer and model as configured: full, LoRA or QLoRA (NF4), with the dtype of each part.
 
 Trained weights are fp32 (their gradients and optimizer state too); compute runs under autocast when
 the precision is bf16; a frozen base is stored in the compute dtype, or in NF4. The policy is
@@ -33,6 +33,7 @@ from sft.runtime import checkpoint
 
 
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer. Raises ModelError if there is none that works."""
     with explain_load_errors(config.name):
         tokenizer = AutoTokenizer.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -42,7 +43,7 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
 
 
 def architecture(config: Model) -> Any:
-    """The transformers configuration (`config.json`) of the model; reads no weights."""
+    """Returns the transformers configuration (`config.json`) of the model; reads no weights."""
     with explain_load_errors(config.name):
         return AutoConfig.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -50,7 +51,7 @@ def architecture(config: Model) -> Any:
 
 
 def keep_layers(architecture: Any, depth: int) -> Any:
-    """A copy of a transformers configuration with its first `depth` layers."""
+    """Returns a copy of a transformers configuration with its first `depth` layers."""
     result = copy.deepcopy(architecture)
     text = result.get_text_config()
     text.num_hidden_layers = depth
@@ -61,14 +62,14 @@ def keep_layers(architecture: Any, depth: int) -> Any:
 
 @contextmanager
 def explain_load_errors(name: str) -> Iterator[None]:
-    """Turns what libraries raise for a missing, foreign or damaged model into one message."""
+    """Turns the errors of libraries for a missing, foreign or damaged model into a ModelError."""
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever a library meets in files that anyone may have written
-        told = " ".join(str(error).split()) or type(error).__name__
-        if "trust_remote_code" in told:
+    except Exception as error:  # files that anyone may have written can raise any error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason:
             raise ModelError(
                 f"model.name: {name!r} brings Python code of its own, which is not run; read it, "
                 "and set model.trust_remote_code: true if you trust it"
@@ -79,12 +80,12 @@ def explain_load_errors(name: str) -> Iterator[None]:
             found = "no such folder here, and the hub did not provide it"
         raise ModelError(
             f"model.name: cannot load {name!r}: expected a folder in Hugging Face format "
-            f"(config.json, *.safetensors, tokenizer) or a hub id; found: {found}. ({told[:300]})"
+            f"(config.json, *.safetensors, tokenizer) or a hub id; found: {found}. ({reason[:300]})"
         ) from error
 
 
 def _check_files(folder: Path) -> None:
-    """Raises ModelError for a weight file that is not what it says, before any is read."""
+    """Raises ModelError for a damaged or unsafe weight file, before any is read."""
     for path in sorted(folder.glob("*.safetensors")):
         if reason := checkpoint.tensor_fault(path):
             raise ModelError(f"model.name: {path} cannot be loaded: {reason}; copy it again")
@@ -107,11 +108,11 @@ def build(
         base, config.tuning
     ),
 ) -> nn.Module:
-    """The model ready to train: frozen, quantised and adapted as `tuning.mode` says.
+    """Returns the model ready to train: frozen, quantised and adapted as `tuning.mode` says.
 
-    Weights are a function of (files, `train.seed`): the same on every process. Without `weights`
-    no file of them is read; they are random, and the model is the same in all else. `depth` sets
-    the number of its layers. `adapt` adds what is trained on a frozen base.
+    Weights are a function of (files, `train.seed`), the same on every process. Without `weights`
+    they are random and no file of them is read; all else is the same. `depth` sets the number of
+    layers. `adapt` adds the trained parts to a frozen base.
     """
     torch.manual_seed(config.train.seed)
     mode = config.tuning.mode
@@ -120,9 +121,8 @@ def build(
         for parameter in base.parameters():
             parameter.requires_grad_(False)
         base = adapt(base, config)
-    base.config.use_cache = (
-        False  # with a cache, transformers ignores the borders of packed documents
-    )
+    # With a cache, transformers ignores the borders of packed documents.
+    base.config.use_cache = False
     if config.train.gradient_checkpointing is True:  # a plan has made `auto` one of the two
         # Non-reentrant: gradients reach adapters although frozen embeddings have none.
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -138,7 +138,10 @@ def load_base(
     weights: bool = True,
     depth: int | None = None,
 ) -> nn.Module:
-    """The base model without adapters. `mode` decides its storage: fp32, compute dtype or NF4."""
+    """Returns the base model without adapters, stored as `mode` says: fp32, compute dtype or NF4.
+
+    Raises ModelError for a model that cannot be loaded, or whose files lack weights.
+    """
     check_attention(config)
     kernel = None if config.attn_implementation == "auto" else config.attn_implementation
     compute = DTYPES[precision]
@@ -169,8 +172,8 @@ def load_base(
             device_map={"": device},
             output_loading_info=True,
         )
-    model, told = loaded
-    if missing := sorted(told["missing_keys"]):  # which transformers makes up, with a warning
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # which transformers makes up, with a warning
         raise ModelError(
             f"model.name: the weight files of {config.name!r} lack {len(missing)} tensors, such as "
             f"{missing[0]}; copy the model again, or set model.init: random for fresh weights"
@@ -181,9 +184,11 @@ def load_base(
 
 
 def check_attention(config: Model) -> None:
-    """Makes `varlen` known where it is asked for. ModelError for an architecture that cannot have
-    it: without flash attention of its own it may need a mask that ours is not given, and what the
-    kernel cannot take goes to SDPA. transformers asks nothing of a name that was added to it."""
+    """Registers `varlen` if it is configured. Raises ModelError for an architecture without it.
+
+    transformers does not check a name that was added to it. An architecture without flash attention
+    may need a mask that ours is not given, and what the kernel cannot take goes to SDPA.
+    """
     if config.attn_implementation != attention.NAME:
         return
     attention.register()

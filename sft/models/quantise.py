@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    BitsAndBytesConfig,
-)
+from transformers import BitsAndBytesConfig
 
 
 def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantisation, as in QLoRA (Dettmers et al. 2023, section 3)."""
+    """Returns settings of NF4 with double quantisation: QLoRA (Dettmers et al. 2023, section 3)."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -22,7 +20,7 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def quantise(model: Any, compute_dtype: torch.dtype) -> None:
-    """What loading with `nf4` makes of a model's layers, for one that was not loaded."""
+    """Quantises the layers of a model that was not loaded, as loading with `nf4` does."""
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -30,16 +28,16 @@ def quantise(model: Any, compute_dtype: torch.dtype) -> None:
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
     weights = dict(model.named_parameters())
-    asked = nf4(compute_dtype)
+    settings = nf4(compute_dtype)
     kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     with unset_fake_temporarily():  # its own class of parameters cannot be fake
-        replace_with_bnb_linear(model, kept, asked)
+        replace_with_bnb_linear(model, kept, settings)
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
             weight = weights[f"{name}.weight"].detach()
             weight = weight if weight.shape[0] == module.out_features else weight.T  # Conv1D
             packed, state = quantize_4bit(
-                weight, compress_statistics=asked.bnb_4bit_use_double_quant, quant_type="nf4"
+                weight, compress_statistics=settings.bnb_4bit_use_double_quant, quant_type="nf4"
             )
             module.weight = nn.Parameter(packed, requires_grad=False)
             vars(module.weight).update(

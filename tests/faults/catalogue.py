@@ -90,7 +90,7 @@ class Fault:
 def renderer(
     change: Callable[[Any, Row, Example], Example], row: Row = ONE
 ) -> Callable[[], list[str]]:
-    """A renderer whose example is changed."""
+    """Renders a row, changes the example, and audits it."""
 
     def find() -> list[str]:
         made = tokenizer()
@@ -101,7 +101,7 @@ def renderer(
 
 
 def template(text: str, row: Row = ONE, bos: str | None = None) -> Callable[[], list[str]]:
-    """Another template, honestly rendered."""
+    """Renders a row with another template, and audits it."""
 
     def find() -> list[str]:
         made = tokenizer(text, bos)
@@ -126,7 +126,7 @@ def prepared(
 
 
 def rows(*given: Row, against: tuple[Row, ...] = (), limit: int = LIMIT) -> Callable[[], list[str]]:
-    """Other rows, honestly prepared; `against`: these are trained on and `given` held out."""
+    """Prepares other rows; `against`: these are trained on and `given` held out."""
 
     def find() -> list[str]:
         with tempfile.TemporaryDirectory() as name:
@@ -134,14 +134,14 @@ def rows(*given: Row, against: tuple[Row, ...] = (), limit: int = LIMIT) -> Call
             tokenizer().save_pretrained(folder / "model")
             shutil.copy(NANO / "config.json", folder / "model")
             parts = (against, given) if against else (given, [OTHER])
-            told = prepared(folder, *parts, limit, audit="warn").audit
-        return [*told["train"]["problems"], *told["held_out"]["problems"]]
+            audited = prepared(folder, *parts, limit, audit="warn").audit
+        return [*audited["train"]["problems"], *audited["held_out"]["problems"]]
 
     return find
 
 
 def cached(change: Callable[[Path, Path], None]) -> Callable[[], list[str]]:
-    """Prepared once, then `change(model, prepared folder)`, then asked for again."""
+    """Prepares rows, calls `change(model, prepared folder)`, and prepares them again."""
 
     def find() -> list[str]:
         with tempfile.TemporaryDirectory() as name:
@@ -158,7 +158,7 @@ def cached(change: Callable[[Path, Path], None]) -> Callable[[], list[str]]:
 
 
 def source(content: bytes, name: str = "rows.jsonl") -> Callable[[], list[str]]:
-    """A file, read."""
+    """Reads a file."""
 
     def find() -> list[str]:
         with tempfile.TemporaryDirectory() as folder:
@@ -189,7 +189,7 @@ def _runs(example: Example) -> list[tuple[int, int]]:
 
 
 def _again(made: Any, text: str, example: Example) -> Example:
-    """Ids of another text, its last tokens supervised as many as before."""
+    """Returns the ids of another text, with as many supervised tokens at its end as before."""
     ids = made(text, add_special_tokens=False).input_ids
     (first, stop), *_ = _runs(example)
     return _supervise(Example(ids, []), (len(ids) - (stop - first) - 1, len(ids) - 1))
@@ -291,7 +291,7 @@ def _joined_with_a_blank(made: Any, row: Row, example: Example) -> Example:
 
 
 def _found_by_its_header(made: Any, row: Row, example: Example) -> Example:
-    """The last turns' header is looked for in the ids, and the user has typed its words."""
+    """Searches the header of the turn in the ids, and finds the words that the user typed."""
     header = made("assistant\n", add_special_tokens=False).input_ids
     ids = example.ids
     at = next(i for i in range(len(ids)) if ids[i : i + len(header)] == header)
@@ -778,7 +778,7 @@ DATA = [
 
 
 def _of_another_template(model: Path, folder: Path) -> None:
-    """What a cache gives that does not look at the template: the old folder for the new key."""
+    """Renames the old folder to the new key, as a cache that ignores the template would."""
     template = model / "chat_template.jinja"
     template.write_text(template.read_text() + "{# edited #}")
     inputs = json.loads((folder / "audit.json").read_text())["inputs"]
@@ -811,7 +811,7 @@ FAULTS = {"renderer": RENDERERS, "template": TEMPLATES, "data": DATA, "cache": C
 
 
 def table() -> str:
-    """docs/FAULTS.md."""
+    """Returns the text of docs/FAULTS.md."""
     count = sum(map(len, FAULTS.values()))
     lines = [
         "# Seeded faults",
