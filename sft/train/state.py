@@ -72,6 +72,6 @@ def read_state(checkpoint_folder: Path, now: dict[str, str]) -> dict[str, Any]:
             + "\n  ".join(f"{key}: was {then.get(key)}, is {now.get(key)}" for key in changed)
             + "\nRestore these, or start anew with another train.output_dir."
         )
-        error.exit_code = 3 if changed == ["data"] else error.exit_code
+        error.exit_code = errors.ExitCode.DATA if changed == ["data"] else error.exit_code
         raise error
     return state

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
 
-from sft.errors import UserError
+from sft.errors import ExitCode, UserError
 from sft.runtime import children, hardware
 from sft.runtime.console import bar, make_console, write_json
 from sft.tasks.distill.config import EPISODE, Distill
@@ -48,7 +48,7 @@ CURVES = "curves.json"
 class HistoryError(UserError):
     """Source histories cannot be made or are not what they should be."""
 
-    exit_code = 3
+    exit_code = ExitCode.DATA
 
 
 # --- collecting ----------------------------------------------------------------------------------
