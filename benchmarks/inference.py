@@ -30,13 +30,12 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import ROOT, SHARED, clean_environment
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from sft.cli import prepare_libraries
 from sft.config.schema import Generation, Train
 from sft.evaluate import generate
-from sft.runtime.console import make_console
+from sft.runtime.console import make_console, table
 from sft.runtime.processes import start_processes
 
 RESULTS = ROOT / "benchmarks/results/inference.json"
@@ -46,7 +45,8 @@ Prompts = list[list[int]]
 
 
 def stories(number: int) -> tuple[Any, Prompts, list[int], int]:
-    """The model, beginnings of real stories (4 to 200 tokens), ids that end a story, new tokens."""
+    """Returns the model, beginnings of real stories (4 to 200 tokens), ids that end a story, and
+    the most new tokens."""
     folder = SHARED / "models/stories260K"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -58,8 +58,8 @@ def stories(number: int) -> tuple[Any, Prompts, list[int], int]:
 
 
 def shape_60m(number: int) -> tuple[Any, Prompts, list[int], int]:
-    """A random Llama of 60M parameters; answers end at some of 32,000 tokens, so by chance at
-    lengths that differ as those of real questions do."""
+    """Returns the same of a random Llama of 60M parameters. Some of 32,000 tokens end an answer, so
+    lengths differ by chance, as those of real questions do."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=512,
@@ -87,7 +87,7 @@ def ours(model: Any, prompts: Prompts, stop: list[int], new: int, rows: int) -> 
 
 
 def theirs(model: Any, prompts: Prompts, stop: list[int], new: int, rows: int) -> list[list[int]]:
-    """transformers' generate, in the order of arrival, padded on the left."""
+    """Returns the answers of transformers, in the order of arrival, padded on the left."""
     found = []
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=new, eos_token_id=stop, pad_token_id=0, use_cache=True
@@ -104,32 +104,32 @@ def theirs(model: Any, prompts: Prompts, stop: list[int], new: int, rows: int) -
     return found
 
 
-def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+def timed_call(call: Callable[[], Any]) -> tuple[float, Any]:
     started = time.perf_counter()
     result = call()
     return time.perf_counter() - started, result
 
 
-def place() -> tuple[torch.device, int]:
-    """The device, and the rows that `auto` takes there."""
+def find_device() -> tuple[torch.device, int]:
+    """Returns the device and its largest batch."""
     device = start_processes(Train(output_dir="-")).device
     return device, generate.ROWS_GPU if device.type == "cuda" else generate.ROWS_CPU
 
 
-def against(
+def compare_ways(
     name: str, made: tuple[Any, Prompts, list[int], int], sample: int, repeats: int
 ) -> dict[str, Any]:
-    """All three ways in turns; medians of the ratios of a turn."""
+    """Times all three ways in turns; returns the medians of each turn's ratios."""
     model, prompts, stop, new = made
-    device, rows = place()
+    device, rows = find_device()
     model.to(device)
     turns, unlike = [], 0
     ours(model, prompts[:4], stop, 8, 4)  # warm
     chosen = list(range(0, len(prompts), max(1, len(prompts) // sample)))[:sample]
     for _ in range(repeats):
-        own, found = seconds(lambda: ours(model, prompts, stop, new, rows))
-        arrival, other = seconds(lambda: theirs(model, prompts, stop, new, rows))
-        single, one = seconds(lambda: theirs(model, [prompts[i] for i in chosen], stop, new, 1))
+        own, found = timed_call(lambda: ours(model, prompts, stop, new, rows))
+        arrival, other = timed_call(lambda: theirs(model, prompts, stop, new, rows))
+        single, one = timed_call(lambda: theirs(model, [prompts[i] for i in chosen], stop, new, 1))
         share = sum(len(found[i]) + 1 for i in chosen) / sum(len(each) + 1 for each in found)
         turns.append({"ours": own, "arrival": arrival, "single": single / share})
         unlike = sum(a != b for a, b in zip(found, other, strict=True))
@@ -153,7 +153,7 @@ def against(
 
 
 def process_worker(folder: Path) -> None:
-    """Run by torchrun: this rank's share, timed between two barriers."""
+    """Times this rank's share between two barriers; run by torchrun."""
     torch.set_num_threads(1)
     accelerator = start_processes(Train(output_dir="-"))
     torch.set_num_threads(1)
@@ -168,12 +168,12 @@ def process_worker(folder: Path) -> None:
         found |= {i: answer.ids for i, answer in zip(batch, answers, strict=True)}
     own = time.perf_counter() - started
     accelerator.wait_for_everyone()
-    told = {"seconds": time.perf_counter() - started, "own": own, "found": found}
+    result = {"seconds": time.perf_counter() - started, "own": own, "found": found}
     rank, world = accelerator.process_index, accelerator.num_processes
-    (folder / f"{world}_{rank}.json").write_text(json.dumps(told))
+    (folder / f"{world}_{rank}.json").write_text(json.dumps(result))
 
 
-def two_processes(repeats: int) -> dict[str, Any]:
+def compare_processes(repeats: int) -> dict[str, Any]:
     turns, unlike = [], 0
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as name:
@@ -184,13 +184,13 @@ def two_processes(repeats: int) -> dict[str, Any]:
                 paths = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/support'}"
                 environment = clean_environment(PYTHONPATH=paths, OMP_NUM_THREADS="1")
                 subprocess.run(command, env=environment, cwd=ROOT, check=False)
-                told = [json.loads(p.read_text()) for p in Path(name).glob(f"{world}_*.json")]
-                assert len(told) == world
-                answers = {k: v for each in told for k, v in each["found"].items()}
-                found[world] = (max(each["seconds"] for each in told), answers, told)
-        (one, alone, _), (two, shared, told) = found[1], found[2]
+                ranks = [json.loads(p.read_text()) for p in Path(name).glob(f"{world}_*.json")]
+                assert len(ranks) == world
+                answers = {k: v for each in ranks for k, v in each["found"].items()}
+                found[world] = (max(each["seconds"] for each in ranks), answers, ranks)
+        (one, alone, _), (two, shared, ranks) = found[1], found[2]
         unlike = sum(alone[i] != shared[i] for i in alone)
-        own = [each["own"] for each in told]
+        own = [each["own"] for each in ranks]
         turns.append({"one": one, "two": two, "ranks": own})
     return {
         "model": "60M",
@@ -200,8 +200,8 @@ def two_processes(repeats: int) -> dict[str, Any]:
     }
 
 
-def in_bf16(_: int) -> list[dict[str, Any]]:
-    """Answers of batches against those of single rows."""
+def count_unlike_in_bf16(_: int) -> list[dict[str, Any]]:
+    """Counts answers of batches that differ from those of single rows, in fp32 and bf16."""
     result = []
     for name, make, number in (("stories260K", stories, 64), ("60M", shape_60m, 24)):
         model, prompts, stop, new = make(number)
@@ -218,10 +218,7 @@ def in_bf16(_: int) -> list[dict[str, Any]]:
 
 
 def show(found: dict[str, Any]) -> None:
-    console = make_console()
-    table = Table(title="Seconds for all answers", title_justify="left", box=None)
-    for column in ("model", "ours", "arrival order", "one at a time", "x", "x", "unlike"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    console, rows = make_console(), []
     for name in ("stories", "60M"):
         if row := found.get(name):
             middle = {
@@ -230,8 +227,9 @@ def show(found: dict[str, Any]) -> None:
             }
             ratios = f"{row['against_arrival']:.2f}", f"{row['against_single']:.1f}"
             times = (f"{middle[key]:.1f}" for key in ("ours", "arrival", "single"))
-            table.add_row(row["model"], *times, *ratios, str(row["unlike_answers"]))
-    console.print(table)
+            rows.append([row["model"], *times, *ratios, str(row["unlike_answers"])])
+    columns = ("model", "ours", "arrival order", "one at a time", "x", "x", "unlike")
+    console.print(table("Seconds for all answers", columns, rows))
     if row := found.get("processes"):
         ratio, unlike = row["two_against_one"], row["unlike_answers"]
         console.print(f"two processes of one thread: {ratio:.2f} times one; {unlike} unlike")
@@ -255,11 +253,11 @@ def main() -> None:
     many = 4 if torch.cuda.is_available() else 1  # as many batches as on a CPU
     for part in args.parts:
         if part == "stories":
-            found[part] = against("stories260K", stories(many * 256), 6, args.repeats)
+            found[part] = compare_ways("stories260K", stories(many * 256), 6, args.repeats)
         elif part == "60M":
-            found[part] = against("60M", shape_60m(many * 128), 4, args.repeats)
+            found[part] = compare_ways("60M", shape_60m(many * 128), 4, args.repeats)
         else:
-            others = {"processes": two_processes, "bf16": in_bf16}
+            others = {"processes": compare_processes, "bf16": count_unlike_in_bf16}
             found[part] = others[part](args.repeats)
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     show(found)

@@ -8,6 +8,11 @@ Intervals are percentiles of `scipy.stats.bootstrap`. BCa would correct them for
 scipy computes it in a time that grows with the square of the number of examples, and it has no
 interval where all examples score the same. Two runs are compared on the same resamples (paired).
 
+A measure has a `size`, how many statistics an example has. Its `measure(answer, reference, prompt)`
+returns an example's score and statistics, and raises UserError for a reference that it cannot use.
+Its `values(rows, counts)` returns values [resamples] by name: `rows` [examples, size] are
+statistics, and `counts` [resamples, examples] says how often each example is in a resample.
+
 More is better for every metric. `bleu` and `chrf` go up to 100, as in sacrebleu, all others to 1.
 An answer of None has failed: it scores 0 and counts.
 """
@@ -23,7 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
-from typing import Any, Literal, NoReturn, Protocol, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
@@ -36,24 +41,6 @@ GRID = 2.0**-30  # of fractional scores: 1e-9, and sums below 2**23 stay exact
 FAILURE = "(none of them)"  # stands for an answer without a label
 Measured = tuple[float, Sequence[float]]  # score of an example by itself, its statistics
 Values = dict[str, np.ndarray]
-
-
-class Measure(Protocol):
-    """A metric, or several that share their statistics."""
-
-    @property
-    def size(self) -> int:
-        """Returns how many statistics an example has."""
-
-    def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
-        """Returns an example's score and statistics. Raises UserError for a reference that this
-        metric cannot use."""
-
-    def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
-        """Returns values [resamples] by name. `rows` [examples, size] are statistics; `counts`
-        [resamples, examples] says how often each example is in a resample."""
-
-
 Verdict = Literal["better", "worse", "not distinguishable"]
 
 
@@ -375,14 +362,10 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 MEANS: dict[str, Callable[[str, str, str], float]] = {
-    "exact_match": exact_match,
-    "normalised_match": normalised_match,
-    "numeric_match": numeric_match,
-    "json_valid": json_valid,
-    "json_fields": json_fields,
-    "rouge_l": rouge_l,
-    "sari": sari_of_prompt,
-}
+    function.__name__: function
+    for function in (exact_match, normalised_match, numeric_match, json_valid, json_fields, rouge_l)
+} | {"sari": sari_of_prompt}
+Measure = Mean | Bleu | Chrf | Classification
 
 
 def make_measure(name: str, labels: Sequence[str]) -> Measure:

@@ -34,7 +34,7 @@ from sft.runtime.context import Context
 from sft.runtime.log import Log, Screen
 from sft.runtime.precision import resolve_precision
 from sft.runtime.processes import start_processes
-from sft.serve.open import Opening, Quantization, open_model
+from sft.serve.runs import Opening, Quantization, open_model
 
 PRECISIONS: dict[str, Any] = {"bf16": "bf16", "no": "fp32", "fp32": "fp32", "auto": "auto"}
 

@@ -1,26 +1,37 @@
-"""Finished runs: their configuration and their trained model."""
+"""Opens a run, a checkpoint or a model for use, and reads the configuration of a finished run."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft.config.load import load_config
-from sft.config.schema import Config, RunConfig
+from sft.config.schema import Config, Model, RunConfig
+from sft.data import audit, template
 from sft.errors import ExportError
+from sft.evaluate import generate
+from sft.evaluate.answers import AnswerModel
+from sft.evaluate.predictions import key_of
+from sft.models import digest, load
 from sft.runtime import checkpoint
-from sft.tasks.registry import load_run, task_of
+from sft.tasks.registry import fine_tuning_tasks, load_run, task_of
+from sft.tasks.sft.saved import refuse_another_base
+from sft.tasks.sft.task import FineTune
+
+Quantization = Literal["nf4"] | None
+# A folder that came from elsewhere must not grant itself the right to run code.
+UNTRUSTED = "model.trust_remote_code=false"
 
 
 def load_run_config(run: Path, overrides: list[str] | None = None) -> Config:
     """Returns the configuration of a finished run of fine-tuning, with overrides."""
     refuse_unfinished(run)
-    # A folder that came from elsewhere must not grant itself the right to run code.
-    untrusting = ["model.trust_remote_code=false", *(overrides or [])]
-    return load_config(run / "config.yaml", untrusting)
+    return load_config(run / "config.yaml", [UNTRUSTED, *(overrides or [])])
 
 
 def load_any_run_config(run: Path, overrides: list[str]) -> RunConfig:
@@ -39,8 +50,7 @@ def refuse_unfinished(run: Path) -> None:
             f"{'a folder without them' if run.is_dir() else 'nothing'}; run `make train` first, "
             "or give RUN=<folder>"
         )
-    if reason := checkpoint.fault(run / "final_checkpoint"):
-        raise ExportError(f"{run / 'final_checkpoint'} cannot be trusted: {reason}")
+    _require_whole(run / "final_checkpoint")
 
 
 def load_tuned(
@@ -59,3 +69,125 @@ def load_tuned(
     """
     folder = weights or run / "final_checkpoint"
     return task_of(config).load_saved(folder, config, precision, device, quantised=quantised)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What to open and how: arguments of AccelerateConnector, and the device to compute on.
+
+    `batch_size`: prompts in a batch; None: see `Decoder`.
+    """
+
+    name: str
+    adapter: str | None
+    quantization: Quantization
+    cache_dir: str | Path | None
+    precision: str
+    device: torch.device
+    batch_size: int | None = None
+
+
+def open_model(asked: Opening) -> AnswerModel:
+    """Returns the named model, ready to answer."""
+    folder = Path(asked.name)
+    if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
+        config, weights = load_run_config(folder), folder / "final_checkpoint"
+    elif (folder / checkpoint.MANIFEST).exists() and (folder.parent / "config.yaml").exists():
+        _require_whole(folder)
+        config, weights = load_config(folder.parent / "config.yaml", [UNTRUSTED]), folder
+    elif part := _part_of_run(folder):
+        config, weights = part, folder.parent
+    elif asked.adapter is None and (task := _task_of_adapter(folder)):
+        if (folder / checkpoint.MANIFEST).exists():  # a checkpoint without its run
+            _require_whole(folder)
+        return open_model(replace(asked, name=task.base_name(folder), adapter=asked.name))
+    else:
+        return _open_base(asked)
+    return _open_run(asked, config, weights)
+
+
+def _part_of_run(folder: Path) -> Config | None:
+    """Returns the configuration that selects `folder`, if it is part of a checkpoint of a run."""
+    run = folder.parents[1] / "config.yaml" if len(folder.parents) > 1 else folder
+    parts = (task.overrides_of_part(folder) for task in fine_tuning_tasks())
+    overrides = next((part for part in parts if part is not None), None)
+    if overrides is None or not run.is_file():
+        return None
+    _require_whole(folder.parent)
+    return load_config(run, [UNTRUSTED, *overrides])
+
+
+def _task_of_adapter(folder: Path) -> type[FineTune] | None:
+    """Returns the task that writes such a folder, which needs a base."""
+    return next((task for task in fine_tuning_tasks() if task.is_adapter(folder)), None)
+
+
+def _open_run(asked: Opening, config: Config, weights: Path) -> AnswerModel:
+    """Returns a run, or one of its checkpoints, as it was trained."""
+    name = asked.name
+    if asked.adapter is not None:
+        raise ExportError(f"{name} is a run with weights of its own; give its base and the adapter")
+    if asked.quantization and config.tuning.mode == "full":
+        raise ExportError(
+            f"{name}: quantization: a run of full fine-tuning is used as it was trained; for NF4 "
+            f"give its model, {weights}"
+        )
+    if asked.quantization:
+        tuning = config.tuning.model_copy(update={"mode": "qlora"})
+        config = config.model_copy(update={"tuning": tuning})
+    task = task_of(config)
+    built, tokenizer = task.load_saved(weights, config, asked.precision, asked.device)
+    own = f"{checkpoint.sha256(weights / checkpoint.MANIFEST)} {task.part(config)}"
+    base = digest.model_sha256(config.model) if config.tuning.mode != "full" else ""
+    return _answer_model(
+        asked, task.as_answer_model(built), tokenizer, base, own, config.tuning.mode
+    )
+
+
+def _require_whole(folder: Path) -> None:
+    """Raises ExportError for a damaged checkpoint."""
+    if reason := checkpoint.fault(folder):
+        raise ExportError(f"{folder} cannot be trusted: {reason}")
+
+
+def _open_base(asked: Opening) -> AnswerModel:
+    """Returns a model by itself, or with an adapter."""
+    name, adapter = asked.name, asked.adapter
+    if asked.cache_dir is not None and not Path(name).exists():
+        name = _download(name, Path(asked.cache_dir))
+    settings = Model(name=name)
+    mode = "qlora" if asked.quantization else "lora"  # storage: NF4, or the compute dtype
+    tokenizer = load.load_tokenizer(settings)
+    base = load.load_base(settings, mode, asked.precision, asked.device)
+    own = ""
+    if adapter is not None:
+        folder = Path(adapter)
+        task = _task_of_adapter(folder) or FineTune  # which says what is missing
+        refuse_another_base(settings, task.recorded_base(folder))
+        base = task.as_answer_model(task.with_adapter(base, name, folder))
+        own = " ".join(checkpoint.sha256(file) for file in task.adapter_files(folder))
+        if (folder / "tokenizer_config.json").exists():
+            tokenizer = load.load_tokenizer(Model(name=adapter))
+    return _answer_model(asked, base.eval(), tokenizer, digest.model_sha256(settings), own, mode)
+
+
+def _answer_model(
+    asked: Opening, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *weights: str
+) -> AnswerModel:
+    """Returns the model; `weights` are digests and names that tell its weights from others."""
+    tokenizer = template.prepare_tokenizer(tokenizer)
+    stop = generate.stop_ids(tokenizer, model.generation_config)
+    rendering = audit.tokenizer_sha256(tokenizer), tokenizer.get_chat_template()
+    identity = key_of((*weights, asked.precision), stop, rendering)
+    return AnswerModel(
+        model, stop, batch_size=asked.batch_size, tokenizer=tokenizer, identity=identity
+    )
+
+
+def _download(name: str, cache_dir: Path) -> str:
+    """Returns the folder that a model of the hub was downloaded to."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    with load.explain_load_errors(name):
+        return str(snapshot_download(name, cache_dir=cache_dir, allow_patterns=wanted))
