@@ -55,7 +55,8 @@ from sft.runtime.processes import start_processes
 from sft.tasks.crowd import agents
 from sft.tasks.crowd.aggregator import Aggregator, Mixture, mix
 from sft.tasks.crowd.diversity import directions, disagreement, diversity
-from sft.tasks.crowd.task import CrowdTune, Reader
+from sft.tasks.crowd.representations import RepresentationReader
+from sft.tasks.crowd.task import CrowdTune
 from sft.tasks.registry import task_of
 from sft.tasks.sft.task import FineTune
 from sft.train.engine import Engine
@@ -182,7 +183,7 @@ class Passes:
         self.optimizer = build_optimizer(config.train, self.model)
         made = (crowd.task.prepared, self.model, crowd.accelerator, Log(None), WHOLE)
         self.task = FineTune(alone, *made)
-        self.reader = Reader(self.model, self.task.head, Crowd(num_agents=1))
+        self.reader = RepresentationReader(self.model, self.task.head, Crowd(num_agents=1))
 
     def _require_all(self) -> None:
         """set_adapter takes it from the others, and a backward pass then leaves them out."""
@@ -448,7 +449,9 @@ def held_out(task: CrowdTune, built: nn.Module) -> tuple[Tensor, Tensor, Tensor]
     """Of `SCORED` rows: log probabilities (agents, tokens, vocabulary), targets (tokens,), and
     representations (agents, rows, d)."""
     rows, found = first(task.prepared.held_out, SCORED), []
-    reader = Reader(task.model, task.head, task.settings)  # an arm without diversity has none
+    reader = RepresentationReader(
+        task.model, task.head, task.settings
+    )  # an arm without diversity has none
     with generate.eval_mode(built):
         budget = batches.Budget(1024, "padded")
         for ids in batches.cut(range(len(rows)), rows.lengths, 1, budget)[0]:

@@ -1,8 +1,7 @@
-"""Preflight: a list of checks, each a `Finding(ok, what, do)`; all run, all are printed.
+"""Preflight: runs all checks and prints a `Finding(ok, what, do)` for each.
 
-A check that raises a UserError is a finding; what depends on it is left out and said so. Nothing is
-kept: the steps happen in this process, on few examples, and their checkpoint in a folder that is
-removed.
+A check that raises a UserError is a finding, too; checks that depend on it are skipped. The
+training steps happen in this process on few examples, and their checkpoint is removed.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from packaging.requirements import Requirement
-from rich.table import Table
 from rich.text import Text
 
 from sft.config.load import with_values
@@ -23,7 +21,7 @@ from sft.config.schema import Configured, RunConfig
 from sft.errors import UserError
 from sft.plan import plan
 from sft.runtime import hardware, processes
-from sft.runtime.console import make_console, size
+from sft.runtime.console import make_console, size, table
 from sft.runtime.context import Context
 from sft.runtime.disk import folder_bytes, free_bytes, refuse_if_full, refuse_if_unwritable
 from sft.runtime.precision import resolve_precision
@@ -35,19 +33,16 @@ ROWS = 8  # examples of the training step
 
 
 def run(config_file: str, overrides: list[str]) -> bool:
-    """Prints every finding; True if all are ok."""
-    findings = list(_all(config_file, overrides))
-    table = Table(title=f"Check of {config_file}", title_justify="left", box=None, pad_edge=False)
-    for column in ("", "what", "what to do"):
-        table.add_column(column, overflow="fold")
-    for finding in findings:
-        mark = Text("ok", style="green") if finding.ok else Text("NOT OK", style="bold red")
-        table.add_row(mark, Text(finding.what), Text(finding.do))
-    make_console().print(table)
+    """Prints every finding; returns whether all are ok."""
+    findings = list(_findings(config_file, overrides))
+    marks = {True: Text("ok", style="green"), False: Text("NOT OK", style="bold red")}
+    rows = [(marks[finding.ok], Text(finding.what), Text(finding.do)) for finding in findings]
+    columns = ("", "what", "what to do")
+    make_console().print(table(f"Check of {config_file}", columns, rows, left=3))
     return all(finding.ok for finding in findings)
 
 
-def _all(config_file: str, overrides: list[str]) -> Iterator[Finding]:
+def _findings(config_file: str, overrides: list[str]) -> Iterator[Finding]:
     yield python()
     yield packages(needed_packages())
     machine = hardware.detect()
@@ -68,7 +63,7 @@ def _all(config_file: str, overrides: list[str]) -> Iterator[Finding]:
         yield disk(config)
         yield from trial(config)
     except UserError as error:
-        yield Finding(False, str(error), "mend this first; later checks that need it are left out")
+        yield Finding(False, str(error), "fix this first; later checks that need it are left out")
 
 
 def python() -> Finding:
@@ -121,7 +116,7 @@ def precision(config: RunConfig, machine: hardware.Hardware) -> Finding:
 
 
 def writable(folder: Path) -> Finding:
-    """Creates and removes a temporary file where the run folder will be."""
+    """Tries to create a file where the run folder will be."""
     try:
         refuse_if_unwritable(folder)
     except UserError as error:
@@ -141,9 +136,6 @@ def disk(config: RunConfig) -> Finding:
     return Finding(True, f"disk: {needed}; {free} free")
 
 
-# --- trying it out -----------------------------------------------------------------------------
-
-
 def trial(config: RunConfig) -> Iterator[Finding]:
     """Tries model, processes, two steps on few examples, a checkpoint and an answer.
 
@@ -154,22 +146,22 @@ def trial(config: RunConfig) -> Iterator[Finding]:
     yield Finding(True, f"Accelerate: {processes.describe_world(accelerator)['devices']}")
     place = hardware.nearest_existing(Path(config.train.output_dir))
     with tempfile.TemporaryDirectory(prefix=".check_", dir=place) as folder:
-        task, planned = _begin(_few(config, folder), accelerator)
-        trained = f"{planned.num_trained:,} of {planned.num_parameters:,} parameters are trained"
+        task, planned = _start(_few(config, folder), accelerator)
+        share = f"{planned.num_trained:,} of {planned.num_parameters:,} parameters are trained"
         described = dict(task.describe(config))
-        yield Finding(True, f"model: {described.get('model', config.task)}, {trained}")
-        made = engine.Engine(task, task.config.train, task.context)
-        values = made.optimizer_step()
+        yield Finding(True, f"model: {described.get('model', config.task)}, {share}")
+        trained = engine.Engine(task, task.config.train, task.context)
+        values = trained.optimizer_step()
         yield Finding(
             True,
             f"one training step: {planned.global_batch} {planned.labels.examples}, "
             f"loss {values['train/loss']:.4f}, gradient norm {values['train/grad_norm']:.4f}",
         )
         if task.saves_small_checkpoints:
-            made.prove_saving()
+            trained.prove_saving()
             taken = size(folder_bytes(Path(folder)))
             yield Finding(True, f"checkpoint: saved, verified and read back, {taken}")
-        yield from task.check_result(made, Path(folder))
+        yield from task.check_result(trained, Path(folder))
 
 
 def _few(config: Configured, folder: str) -> Configured:
@@ -178,7 +170,7 @@ def _few(config: Configured, folder: str) -> Configured:
     return task_of(config).trial_config(with_values(processes.drop_launch_demands(config), few))
 
 
-def _begin(config: RunConfig, accelerator: Accelerator) -> tuple[Task, plan.Plan]:
+def _start(config: RunConfig, accelerator: Accelerator) -> tuple[Task, plan.Plan]:
     """Returns the task, ready for its first step, and its plan."""
     kind = task_of(config)
     prepared = kind.trial_data(config)

@@ -1,4 +1,4 @@
-"""What people see of a run: the tables at its start and its end."""
+"""The tables that open and end a run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def closing(
     rows = [
         *rows,
         ("training", duration(measured["training_seconds"])),
-        ("in all", duration(measured["total_seconds"])),
+        ("total", duration(measured["total_seconds"])),
         ("results", f"{config.train.output_dir}/ (evaluation/metrics.json, final_checkpoint/)"),
     ]
     width = max(map(len, commands), default=0) + 2

@@ -104,7 +104,7 @@ def test_distillation_is_tried_before_it_is_trained(tmp_path, monkeypatch):
     given = "configs/ad_darkroom.yaml", [*sizes, *folders, "train.precision=fp32"]
 
     def checked() -> dict[str, check.Finding]:
-        found = check._all(*given)
+        found = check._findings(*given)
         return {finding.what.split(":")[0]: finding for finding in found}
 
     found = checked()

@@ -303,7 +303,7 @@ def test_only_a_best_that_is_there_and_was_before_is_recalled(tmp_path, told, fo
     built.step = 3
     built.save()
     (tmp_path / "best.json").write_text(told)
-    built.keeper.recall(3)
+    built.keeper.restore_best(3)
     assert (built.keeper.best and built.keeper.best.step) == found
 
 

@@ -357,7 +357,7 @@ class Engine:
         """Trains from the current step to the last, with evaluations and checkpoints."""
         train, log, guard = self.train, self.log, self.guard
         log.open_metrics(self.step)
-        self.keeper.recall(self.step)
+        self.keeper.restore_best(self.step)
         if train.save_steps and self.step == 0:
             with guard.section("save"):
                 self.prove_saving()

@@ -11,7 +11,7 @@ from sft.config.schema import Train
 
 
 def build_optimizer(train: Train, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW of PyTorch or bitsandbytes; weight decay on matrices only."""
+    """Returns AdamW of PyTorch or bitsandbytes; only matrices get weight decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train.weight_decay},

@@ -1,8 +1,7 @@
-"""What a run writes: how much there will be, which checkpoints stay, what a failed save does.
+"""Saves the checkpoints of a run and decides which of them stay.
 
-`Need` is the one formula of disk space, for the plan, `make check` and the refusal at start. The
-`Keeper` of a run saves, keeps the newest `train.save_total_limit` checkpoints and the best one, and
-lets training go on where a save fails: the checkpoints before it are untouched.
+A run keeps the newest `train.save_total_limit` checkpoints and the best one. Training continues
+after a failed save, whose earlier checkpoints are untouched.
 """
 
 from __future__ import annotations
@@ -24,16 +23,13 @@ from sft.runtime.console import write_json
 from sft.runtime.log import Log
 
 BEST = "best.json"
-# Metrics by which a checkpoint can be the best (train.save_best), and whether less is better.
+# Metrics for `train.save_best`, and whether a smaller value is better.
 LESS_IS_BETTER = {"loss": True, "perplexity": True, "token_accuracy": False}
-
-
-# --- which stay --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best evaluated checkpoint: best.json."""
+    """The best evaluated checkpoint, as best.json records it."""
 
     metric: str
     value: float
@@ -43,7 +39,7 @@ class Best:
     def name(self) -> str:
         return f"checkpoint_step_{self.step}"
 
-    def beats(self, other: Best | None) -> bool:
+    def is_better_than(self, other: Best | None) -> bool:
         if math.isnan(self.value):
             return False
         if other is None:
@@ -53,44 +49,44 @@ class Best:
 
 
 class Keeper:
-    """Saves a run's checkpoints, and decides which stay. Its methods are collective."""
+    """Saves a run's checkpoints and decides which of them stay. Its methods are collective."""
 
     def __init__(self, train: Train, accelerator: Accelerator, log: Log, need_bytes: int):
         self.train, self.accelerator, self.log = train, accelerator, log
         self.folder = Path(train.output_dir)
-        self.need_bytes = need_bytes  # of a checkpoint
+        self.need_bytes = need_bytes  # size of a checkpoint
         self.best: Best | None = None
-        self.num_failed = 0  # saves in a row
-        self.seconds = 0.0  # that the last save took
-        self.saved: int | None = None  # the step whose checkpoint is this run's own
+        self.num_failed = 0  # consecutive failed saves
+        self.seconds = 0.0  # duration of the last save
+        self.saved: int | None = None  # the last step of which this run has a checkpoint
 
-    def recall(self, step: int) -> None:
-        """The best checkpoint of the run that is resumed after `step`, if it is still there."""
+    def restore_best(self, step: int) -> None:
+        """Reads the best checkpoint of the run that resumes after `step`, if it still exists."""
         main = self.accelerator.is_main_process
-        (self.best,) = gather_object([self._recalled(step)] if main else [])
+        (self.best,) = gather_object([self._read_best(step)] if main else [])
 
-    def _recalled(self, step: int) -> Best | None:
+    def _read_best(self, step: int) -> Best | None:
         path = self.folder / BEST
         try:
-            told = json.loads(path.read_text("utf-8"))
-            best = Best(str(told["metric"]), float(told["value"]), int(told["step"]))
+            found = json.loads(path.read_text("utf-8"))
+            best = Best(str(found["metric"]), float(found["value"]), int(found["step"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        same = best.metric == self.train.save_best and best.step <= step
-        return best if same and checkpoint.fault(self.folder / best.name) is None else None
+        is_ours = best.metric == self.train.save_best and best.step <= step
+        return best if is_ours and checkpoint.fault(self.folder / best.name) is None else None
 
     def candidate(self, step: int, metrics: dict[str, float]) -> Best | None:
-        """A new best, if these held-out metrics are one."""
+        """Returns a new best checkpoint if these held-out metrics are better, else None."""
         metric = self.train.save_best
         if metric is None:
             return None
         found = Best(metric, metrics[metric], step)
-        return found if found.beats(self.best) else None
+        return found if found.is_better_than(self.best) else None
 
     def save(self, step: int, write: Callable[[Path], None], best: Best | None = None) -> Path:
-        """Commits `checkpoint_step_<n>`, notes a new best one, prunes what is too old.
+        """Commits `checkpoint_step_<n>`, records a new best one and removes old ones.
 
-        CheckpointError on all ranks if that fails anywhere.
+        Raises CheckpointError on all ranks if that fails on any.
         """
         final = self.folder / f"checkpoint_step_{step}"
         if self.saved != step:
@@ -99,17 +95,16 @@ class Keeper:
             self.seconds = time.perf_counter() - started
             self.saved = step
         main = self.accelerator.is_main_process
-        attempts = [checkpoint.catch_error(self._settle, step, best)] if main else []
+        attempts = [checkpoint.catch_error(self._tidy, step, best)] if main else []
         (reason,) = gather_object(attempts)
         if reason:
             raise CheckpointError(f"saved {final}, but cannot tidy {self.folder}: {reason}")
         self.best = best or self.best
         return final
 
-    def _settle(self, step: int, best: Best | None) -> None:
+    def _tidy(self, step: int, best: Best | None) -> None:
         if best:
-            told = asdict(best) | {"checkpoint": best.name}
-            write_json(self.folder / BEST, told, sync=True)
+            write_json(self.folder / BEST, asdict(best) | {"checkpoint": best.name}, sync=True)
         kept = best or self.best
         spared = [kept.name] if kept else []
         checkpoint.prune(self.folder, self.train.save_total_limit, spared, step)
@@ -117,7 +112,7 @@ class Keeper:
     def try_to_save(
         self, step: int, write: Callable[[Path], None], best: Best | None = None
     ) -> None:
-        """Training goes on without this checkpoint; not after `max_failed_saves` in a row."""
+        """Saves a checkpoint; a failure is logged, and raised after `max_failed_saves` in a row."""
         try:
             self.save(step, write, best)
         except CheckpointError as error:

@@ -7,11 +7,9 @@ import math
 from sft.config.schema import Train
 from sft.data import batches
 
-# --- the run -----------------------------------------------------------------------------------
-
 
 def learning_rate(train: Train, step: int, total_steps: int) -> float:
-    """Linear warm-up, then `schedule` down to `min_lr_ratio`: a function of the step (from 0)."""
+    """Returns the rate of a step (from 0): linear warm-up, then `schedule` to `min_lr_ratio`."""
     warmup = math.ceil(train.warmup_ratio * total_steps)
     if step < warmup:
         return train.learning_rate * (step + 1) / warmup
@@ -22,9 +20,11 @@ def learning_rate(train: Train, step: int, total_steps: int) -> float:
 
 
 def order_seed(train: Train) -> int | None:
+    """Returns the seed of the order of examples; None: the order of the file."""
     return train.seed if train.shuffle else None
 
 
 def total_steps(train: Train, num_examples: int) -> int:
+    """Returns the number of optimizer steps of the run."""
     per_epoch = batches.steps_per_epoch(num_examples, train.global_batch)
     return train.max_steps or max(1, math.ceil(train.epochs * per_epoch))

@@ -1,4 +1,4 @@
-"""What the engine needs of a task."""
+"""The protocol of a task that the engine trains."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ class Trainable(Protocol):
         """Tokens of each training example."""
 
     def collate(self, ids: list[int]) -> Batch:
-        """Returns a micro-batch on the device; of no ids, one without supervised items."""
+        """Returns a micro-batch on the device; for no ids, one without supervised items."""
 
     def num_supervised(self, batch: Batch) -> float:
-        """Returns the number of items that the loss is a sum over, or the sum of their weights."""
+        """Returns the number of items that the loss sums over, or the sum of their weights."""
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Returns the *sum* of the loss over the supervised items, and sums to be reported."""
 
     def summarise(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
-        """Returns what `loss` needs of each example, (examples, ...), without gradients."""
+        """Returns the representations (examples, ...) that `loss` compares, without gradients."""
 
     def set_global_batch(
         self, ids: list[int], summaries: torch.Tensor | None, supervised: float
     ) -> None:
-        """Receives the summaries of a global batch, on every rank alike, before its passes.
+        """Receives the summaries of a global batch before its passes, the same on every rank.
 
-        `supervised`: its number of items. `summaries` is None if the batch is not cut, so that
-        `loss` sees all of it.
+        `supervised`: its number of items. `summaries` is None if the batch is not cut, and `loss`
+        gets all of it at once.
         """
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -54,12 +54,12 @@ class Trainable(Protocol):
     def eval_loss(
         self, model: nn.Module, batch: Batch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns what `loss` returns, for held-out data and the model as it will be used."""
+        """Returns the loss of held-out examples, in the form of `loss`, of the model in use."""
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        """Writes what a user loads: model or adapter in its library's format. Main process only.
+        """Writes the model or adapter in the format of its library. Main process only.
 
-        `weights`: the trained weights of the model and its buffers, whole, by name.
+        `weights`: the whole trained weights and buffers of the model by name.
         """
 
     def read(self, folder: Path) -> Iterable[tuple[str, torch.Tensor]]:
@@ -69,7 +69,7 @@ class Trainable(Protocol):
         """
 
     def identity(self) -> dict[str, str]:
-        """Returns what must not change between a checkpoint and the run that resumes it."""
+        """Returns the values that a checkpoint and the run that resumes it must share."""
 
     def name_examples(self, ids: list[int]) -> str:
-        """Returns where these examples come from, for messages."""
+        """Returns the origin of these examples for messages."""

@@ -1,8 +1,8 @@
 """One answer from K agents: the mixture of their next-token distributions.
 
-A mixture is a distribution, so its logarithm stands where a model's logits stand: temperature,
-top-p and top-k then act on the mixture itself. Everything is in log space, in fp32 at least. All
-agents answer in one pass of K x B rows, agent-major: row k * B + b is example b seen by agent k.
+A mixture is a distribution, so its logarithm replaces a model's logits: temperature, top-p and
+top-k act on the mixture itself. Everything is in log space, in fp32 at least. All agents answer in
+one pass of K x B rows, agent-major: row k * B + b is example b for agent k.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from sft.errors import UserError, suggest
 from sft.evaluate.generate import Answer, Decoder, eval_mode
 
 Kind = Literal["uniform", "sampled", "learned"]
-GAP = 1e-6  # nats per token that fitted weights may be below the best ones
-ITERATIONS = 1000  # of EM at most: then they are log(K) / 1000 below at the worst
-DRAWS = 256  # of weights, that stand for their distribution
+GAP = 1e-6  # nats per token by which fitted weights may be below the best ones
+ITERATIONS = 1000  # maximum steps of EM; then weights are at most log(K) / 1000 below the best ones
+DRAWS = 256  # draws of weights that represent their distribution
 TOTALS = 10 ** (np.arange(-8, 17) / 4)  # per agent, 0.01 to 10,000: below, few draws mix agents
 CHUNK = 2**22  # likelihoods of tokens under drawn weights at once: 32 MiB
 
 
 class AggregatorError(UserError):
-    """Agents that cannot be combined as asked."""
+    """An error in how agents are combined."""
 
 
 def mix(log_probs: Tensor, weights: Tensor) -> Tensor:
-    """Log probabilities (K, *, V) -> those of the mixture (*, V); weights (K,), (K, B) or (K, *).
+    """Returns the mixture (*, V) of log probabilities (K, *, V); weights (K,), (K, B) or (K, *).
 
-    fp32, or fp64 if it is given. A weight of 0 leaves an agent out whatever it says, and what all
-    others find impossible (-inf) is so.
+    The result is fp32, or fp64 for fp64 input. A weight of 0 leaves an agent out. A token that all
+    agents with a weight find impossible (-inf) stays impossible.
     """
     log_probs = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
     trailing = (1,) * (log_probs.dim() - weights.dim())
@@ -52,12 +52,12 @@ def mix(log_probs: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Aggregator:
-    """How much each agent counts: weights w ~ Dirichlet(concentration), one number per agent.
+    """The weights of the agents: w ~ Dirichlet(concentration), one number per agent.
 
-    The model: weights are drawn once per answer, and each of its tokens from the mixture that they
-    make. `sampled` does that. `uniform` and `learned` take the expectation of w instead, of equal
-    concentrations and of the given ones: that is the same as to draw w anew at each token, since a
-    token of a mixture with random weights has the distribution of the mixture with expected ones.
+    `sampled` draws w once per answer and each token from the mixture with these weights. `uniform`
+    and `learned` use the expectation of w instead, of equal and of the given concentrations. That
+    equals drawing w anew at each token: a token from a mixture with random weights has the
+    distribution of the mixture with the expected weights.
     """
 
     kind: Kind
@@ -78,15 +78,15 @@ class Aggregator:
             )
 
     def expected(self) -> Tensor:
-        """The expectation of the weights (K,), fp64; of `uniform` 1/K each."""
+        """Returns the expected weights (K,) in fp64; for `uniform` 1/K each."""
         numbers = torch.tensor(self.concentration, dtype=torch.float64)
         numbers = torch.ones_like(numbers) if self.kind == "uniform" else numbers
         return numbers / numbers.sum()
 
-    def drawn(self, prompts: Sequence[list[int]]) -> Tensor:
-        """Weights (K, B), fp64, for the answers to prompts (token ids).
+    def draw_weights(self, prompts: Sequence[list[int]]) -> Tensor:
+        """Returns weights (K, B) in fp64 for the answers to prompts (token ids).
 
-        Those of `sampled` are a function of (seed, ids of the prompt) alone: of no batch, order,
+        For `sampled` they depend only on the seed and the ids of the prompt, not on batch, order,
         padding or number of processes.
         """
         if self.kind != "sampled":
@@ -100,53 +100,55 @@ class Aggregator:
 
 
 def aggregator_of(crowd: Any) -> Aggregator:
-    """The one that a crowd was built, or loaded, with."""
+    """Returns the aggregator that a crowd was built or loaded with."""
     return Aggregator(crowd.aggregator, crowd.concentration)
 
 
 def fit(log_likelihoods: Tensor, answers: Tensor) -> tuple[float, ...]:
-    """The concentration that held-out answers ask for, agents frozen: K numbers.
+    """Returns the concentration (K numbers) that gives held-out answers the highest likelihood.
 
-    `log_likelihoods` (K, T): of each supervised token by each agent. `answers` (T,): whole numbers
-    that say which answer a token belongs to.
+    `log_likelihoods` (K, T): of each supervised token by each agent. `answers` (T,): the number of
+    the answer that each token belongs to.
 
-    First the mean: the weights whose mixture gives all tokens the highest likelihood, by EM
-    (Dempster et al. 1977) from 1/K each. It is concave in the weights and never falls, so it is
-    never below that of `uniform`. Then their total, of `TOTALS` that which gives whole answers the
-    highest likelihood, the expectation over w ~ Dirichlet(total * mean) of the product over the
-    answer's tokens, by the same seeded draws for all: small where each answer has an agent of its
-    own, large where all agents share in each. Of totals that are as good as each other, the one
-    nearest to K (flat). Without tokens: ones. Tokens that no agent can say do not count. fp64,
-    deterministic; memory is a few times the arguments', `CHUNK`, and `DRAWS` numbers an answer.
+    First the mean is fitted: the weights whose mixture gives all tokens the highest likelihood, by
+    EM (Dempster et al. 1977) from 1/K each. The likelihood is concave in the weights and never
+    falls, so it is at least that of `uniform`. Then the total is the one of `TOTALS` that gives
+    whole answers the highest likelihood. That is the expectation over w ~ Dirichlet(total * mean)
+    of the product over an answer's tokens, with the same seeded draws for each total. It is small
+    if each answer has an agent of its own, and large if all agents share in each answer. Among
+    equally good totals the one nearest to K (flat) is taken.
+
+    Without tokens the concentrations are ones. Tokens that no agent can produce do not count.
+    Everything is fp64 and deterministic. Memory is a few times the arguments', `CHUNK`, and `DRAWS`
+    numbers per answer.
     """
-    scaled, which = _said(log_likelihoods, answers)
+    scaled, which = _scaled_likelihoods(log_likelihoods, answers)
     mean = _fit_mean(scaled)
     number = len(mean)
-    values = [_whole(scaled, which, number * each * mean.numpy()) for each in TOTALS]
+    values = [_answer_likelihood(scaled, which, number * each * mean.numpy()) for each in TOTALS]
     enough = max(values) - 1e-9 * (1 + len(scaled))
     best = [each for each, value in zip(TOTALS, values, strict=True) if value >= enough]
     total = number * min(best, key=lambda each: abs(math.log(each)))
     return tuple((total * mean).tolist())
 
 
-def _said(log_likelihoods: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """Likelihoods (T, K) over the largest of each token, and numbers of answers (T,), from 0.
+def _scaled_likelihoods(log_likelihoods: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns likelihoods (T, K) divided by each token's largest, and numbers (T,) of answers.
 
-    So none is lost to underflow that matters; what is divided out is the same for all weights.
+    The division avoids underflow, and its factor is the same for all weights.
     """
     agents = log_likelihoods.detach().cpu().double().T
     largest = agents.max(1).values
-    said = largest > -torch.inf
-    which = torch.unique(answers.detach().cpu()[said], return_inverse=True)[1]
-    return (agents[said] - largest[said, None]).exp(), which
+    is_possible = largest > -torch.inf
+    which = torch.unique(answers.detach().cpu()[is_possible], return_inverse=True)[1]
+    return (agents[is_possible] - largest[is_possible, None]).exp(), which
 
 
 def _fit_mean(scaled: Tensor) -> Tensor:
-    """Weights (K,) of the mixture that is likeliest to have said the tokens (T, K).
+    """Returns the weights (K,) whose mixture gives the tokens (T, K) the highest likelihood.
 
-    With gain_k, the mean over tokens of what agent k says over what the mixture says, the
-    likelihood of any weights is within log(max gain) nats per token (Jensen), and EM multiplies by
-    the gains.
+    gain_k is the mean over tokens of agent k's likelihood over the mixture's. No weights are better
+    than these by more than log(max gain) nats per token (Jensen). EM multiplies by the gains.
     """
     number = scaled.shape[1]
     weights = torch.full((number,), 1 / number, dtype=torch.float64)
@@ -160,8 +162,8 @@ def _fit_mean(scaled: Tensor) -> Tensor:
     return weights / weights.sum()
 
 
-def _whole(scaled: Tensor, which: Tensor, concentration: np.ndarray) -> float:
-    """Log likelihood of all answers, each with weights of its own from this Dirichlet."""
+def _answer_likelihood(scaled: Tensor, which: Tensor, concentration: np.ndarray) -> float:
+    """Returns the log likelihood of all answers, each with its own weights from this Dirichlet."""
     drawn = np.random.default_rng(0).dirichlet(concentration, DRAWS)
     weights = torch.from_numpy(drawn).T  # (K, draws)
     number = int(which.max()) + 1 if len(which) else 0
@@ -180,7 +182,7 @@ def _chunks(tokens: Tensor) -> Iterator[Tensor]:
 
 @dataclass
 class MixtureCache:
-    """What a mixture keeps between tokens, with the method that generation asks a cache for."""
+    """The state of a mixture between tokens, with the method that generation calls on a cache."""
 
     agents: Any  # the base's cache, of K x B rows
     weights: Tensor  # (K, B)
@@ -194,7 +196,7 @@ class MixtureCache:
 
 
 class Mixture(nn.Module):
-    """A crowd and its aggregator, asked as one model: `evaluate.generate` takes it as it is."""
+    """A crowd and its aggregator as one model, which `evaluate.generate` takes like any other."""
 
     def __init__(self, crowd: nn.Module, aggregator: Aggregator):
         super().__init__()
@@ -205,8 +207,8 @@ class Mixture(nn.Module):
                 f"found {number}; take the aggregator that was saved or fitted with this crowd"
             )
         self.crowd, self.aggregator, self.num_agents = crowd, aggregator, number
-        self.rows_per_prompt = number  # which decoding asks for
-        self.training = crowd.training  # which `eval_mode` restores
+        self.rows_per_prompt = number  # read by decoding
+        self.training = crowd.training  # restored by `eval_mode`
 
     @property
     def config(self) -> Any:
@@ -229,10 +231,10 @@ class Mixture(nn.Module):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
     ) -> CausalLMOutputWithPast:
-        """`logits` (B, kept, V) are log probabilities of the mixture; all else as of the crowd.
+        """Returns log probabilities of the mixture as `logits` (B, kept, V).
 
-        Without `past_key_values` the ids that the mask shows are the prompts, for which `sampled`
-        draws its weights; the cache keeps them for the answers.
+        Without `past_key_values` the unmasked ids are the prompts, for which `sampled` draws its
+        weights; the cache keeps the weights for the answers.
         """
         past = past_key_values
         output = self.crowd(
@@ -247,7 +249,9 @@ class Mixture(nn.Module):
         precision = torch.promote_types(logits.dtype, torch.float32)
         log_probs = logits.log_softmax(-1, dtype=precision)  # (K, B, kept, V)
         if past is None:
-            weights = self.aggregator.drawn(_shown(input_ids, attention_mask)).to(log_probs)
+            weights = self.aggregator.draw_weights(_unpadded(input_ids, attention_mask)).to(
+                log_probs
+            )
         else:
             weights = past.weights
         cache = output.past_key_values
@@ -259,34 +263,35 @@ class Mixture(nn.Module):
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """Prompts (B, T), padded on either side -> (B, T + longest answer), padded with the pad id.
+        """Returns prompts with answers (B, T + longest answer), padded with the pad id.
 
-        As `generate` of transformers does, with its defaults and those of `generation_config`:
-        `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `top_k`, `eos_token_id`,
-        `pad_token_id`; the token that ends an answer is part of it. `seed` makes what is drawn
-        a function of itself; else it comes from torch's generator. Raises UserError for other
-        options; of `generation_config` they are not looked at.
+        Prompts (B, T) may be padded on either side. The options are those of `generate` of
+        transformers, with its defaults and those of `generation_config`: `max_new_tokens`,
+        `do_sample`, `temperature`, `top_p`, `top_k`, `eos_token_id`, `pad_token_id`. The token that
+        ends an answer is part of it. Random numbers depend only on `seed`; without one, torch's
+        generator gives a seed. Raises UserError for other options, and ignores them in
+        `generation_config`.
         """
-        settings, stop, pad = _conventions(self.generation_config, options)
-        prompts, heard = _shown(input_ids, attention_mask), list[list[int]]()
+        settings, stop, pad = _generation_settings(self.generation_config, options)
+        prompts, steps = _unpadded(input_ids, attention_mask), list[list[int]]()
         with eval_mode(self):
             found = Decoder(self, stop, settings).decode(
-                prompts, seeds=range(len(prompts)), on_tokens=heard.append
+                prompts, seeds=range(len(prompts)), on_tokens=steps.append
             )
-        answers = _with_ends(found, heard)
+        answers = _add_ends(found, steps)
         width = max(map(len, answers), default=0)
         padded = [answer + [pad] * (width - len(answer)) for answer in answers]
         return torch.cat([input_ids, input_ids.new_tensor(padded).reshape(-1, width)], 1)
 
 
-def _shown(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
-    """The ids of each row that are no padding."""
+def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    """Returns the ids of each row without padding."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rows = zip(input_ids.tolist(), mask.bool().tolist(), strict=True)
     return [[token for token, seen in zip(*row, strict=True) if seen] for row in rows]
 
 
-# What `generate` of transformers takes where neither the call nor the model says anything.
+# The defaults of `generate` of transformers, where neither the call nor the model has a value.
 DEFAULTS: dict[str, Any] = {
     "max_new_tokens": 20,
     "do_sample": False,
@@ -299,15 +304,19 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def _conventions(own: Any, options: dict[str, Any]) -> tuple[Generation, list[int], int]:
-    """(settings, tokens that end an answer, pad id) from options of transformers."""
+def _generation_settings(own: Any, options: dict[str, Any]) -> tuple[Generation, list[int], int]:
+    """Returns (settings, tokens that end an answer, pad id) for options of transformers."""
     for name in options.keys() - DEFAULTS.keys():
         raise AggregatorError(
             f"generate: expected options that a mixture takes, found {name}; "
             f"{suggest(name, list(DEFAULTS))}"
         )
-    said = {name: getattr(own, name, None) for name in DEFAULTS}
-    values = DEFAULTS | {name: value for name, value in said.items() if value is not None} | options
+    configured = {name: getattr(own, name, None) for name in DEFAULTS}
+    values = (
+        DEFAULTS
+        | {name: value for name, value in configured.items() if value is not None}
+        | options
+    )
     settings = {
         "max_new_tokens": values["max_new_tokens"],
         "temperature": (values["temperature"] or 1.0) if values["do_sample"] else 0.0,
@@ -321,13 +330,15 @@ def _conventions(own: Any, options: dict[str, Any]) -> tuple[Generation, list[in
     return make_generation(settings), stop, pad if pad is not None else (*stop, 0)[0]
 
 
-def _with_ends(found: list[Answer], heard: list[list[int]]) -> list[list[int]]:
-    """Answers with the token that ended them, from the tokens of each step: rows that are no longer
-    in a step are those that had ended."""
+def _add_ends(found: list[Answer], steps: list[list[int]]) -> list[list[int]]:
+    """Returns the answers with the token that ended each.
+
+    `steps`: the tokens of each step, in which ended rows are missing.
+    """
     passes = [len(answer.ids) + (answer.finish_reason == "stop") for answer in found]
     answers: list[list[int]] = [[] for _ in found]
     rows = list(range(len(found)))
-    for step, tokens in enumerate(heard):
+    for step, tokens in enumerate(steps):
         if len(tokens) < len(rows):
             rows = [row for row in rows if passes[row] > step]
         for row, token in zip(rows, tokens, strict=True):

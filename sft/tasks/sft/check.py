@@ -1,4 +1,4 @@
-"""What `make check` tries of fine-tuning."""
+"""Checks of fine-tuning for `make check`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sft.evaluate import predictions
 from sft.models.load import load_tokenizer
 from sft.tasks.base import Finding
 
-ROWS = 8  # of the data that a trial reads
-NEW_TOKENS = 16  # of its answer, at most
+ROWS = 8  # rows that a trial reads
+NEW_TOKENS = 16  # maximum length of its answer
 
 
 def few(config: Config) -> Config:
@@ -39,7 +39,7 @@ def tokenizer(config: Config) -> Finding:
 
 
 def answer(path: Path, by: str) -> Finding:
-    """Judges the first answer in the file `path`. `by`: what answered, if not simply the model."""
+    """Judges the first answer in the file `path`. `by`: who answered, if not the plain model."""
     record = next(predictions.read_records(path), None)
     if record is None:
         return Finding(True, "generation: no held-out row asks for an answer")

@@ -1,4 +1,4 @@
-"""What people see of a fine-tuned model: scores, and answers before and after."""
+"""Reports a fine-tuned model: its scores, and its answers before and after training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sft.config.schema import Config
 from sft.evaluate import answers, predictions
-from sft.runtime.console import beginning, write_json
+from sft.runtime.console import beginning, table, write_json
 from sft.tasks.base import Results
 
 
@@ -40,21 +40,18 @@ def of_evaluation(config: Config, tuned: Results, folder: Path) -> Iterator[Rend
 
 
 def _scores_table(title: str, results: dict[str, Any]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("metric")
-    for column in ("value", "95 % interval"):
-        table.add_column(column, justify="right")
+    rows = []
     for name, value in results["metrics"].items():
         low, high = results["intervals"].get(name, (None, None))
         interval = "" if low is None else f"{low:.4g} to {high:.4g}"
-        table.add_row(name.replace("_", " "), f"{value:.4g}", interval)
+        rows.append((name.replace("_", " "), f"{value:.4g}", interval))
     if results["num_failed"]:
-        table.add_row("not answered", f"{results['num_failed']:,}", "")
-    return table
+        rows.append(("not answered", f"{results['num_failed']:,}", ""))
+    return table(title, ("metric", "value", "95 % interval"), rows)
 
 
 def _groups_table(config: Config, results: dict[str, Any]) -> Iterator[Table]:
-    """The scores of each group, but for those of single labels; their intervals are in the file."""
+    """Yields the scores of each group, without those of single labels and without intervals."""
     groups = results.get("groups")
     if not groups:
         return
@@ -70,32 +67,28 @@ def _groups_table(config: Config, results: dict[str, Any]) -> Iterator[Table]:
 
 
 def _side_by_side(folder: Path, num_shown: int) -> Table:
-    table = Table(title="The same prompts, before and after", title_justify="left", show_lines=True)
-    for column in ("prompt", "base", "fine-tuned"):
-        table.add_column(column, overflow="fold", ratio=1)
     paths = (folder / "base.jsonl", folder / "predictions.jsonl")
+    rows = []
     for before, after in islice(
         zip(*map(predictions.read_records, paths), strict=False), num_shown
     ):
-        right = (after["answer"] or "").strip() == after["reference"].strip()
-        table.add_row(
-            Text(beginning(after["prompt"])),
-            Text(_shown(before["answer"])),
-            Text(_shown(after["answer"]), style="green" if right else "red"),
-        )
-    return table
+        is_right = (after["answer"] or "").strip() == after["reference"].strip()
+        answer = Text(_shorten(after["answer"]), style="green" if is_right else "red")
+        rows.append((Text(beginning(after["prompt"])), Text(_shorten(before["answer"])), answer))
+    columns = ("prompt", "base", "fine-tuned")
+    return table("The same prompts, before and after", columns, rows, left=3, lines=True)
 
 
 def _answers_table(path: Path, num_shown: int) -> Table:
-    table = Table(show_lines=True)
-    for column in ("prompt", "answer", "reference"):
-        table.add_column(column, overflow="fold", ratio=1)
-    for row in islice(predictions.read_records(path), num_shown):
-        table.add_row(*(Text(_shown(row[key])) for key in ("prompt", "answer", "reference")))
-    return table
+    columns = ("prompt", "answer", "reference")
+    rows = [
+        [Text(_shorten(row[key])) for key in columns]
+        for row in islice(predictions.read_records(path), num_shown)
+    ]
+    return table("", columns, rows, left=3, lines=True)
 
 
-def _shown(text: str | None) -> str:
+def _shorten(text: str | None) -> str:
     return beginning("(not answered)" if text is None else text)
 
 

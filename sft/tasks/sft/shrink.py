@@ -16,7 +16,7 @@ from sft.models.load import architecture, keep_layers, load_tokenizer
 from sft.tasks.base import Shrunk
 
 LAYERS = 2
-WIDTHS = {  # of the small model, where its configuration names them
+WIDTHS = {  # sizes of the small model, by their names in its configuration
     "hidden_size": 64,
     "intermediate_size": 128,
     "moe_intermediate_size": 64,
@@ -25,13 +25,13 @@ WIDTHS = {  # of the small model, where its configuration names them
     "num_experts": 4,
     "num_local_experts": 4,
 }
-EXAMPLES = 8  # of a global batch, at most
-HELD_OUT = 6  # rows
+EXAMPLES = 8  # maximum size of a global batch
+HELD_OUT = 6  # held-out rows
 
 
 def shrink(config: Config, folder: Path, exact: bool) -> Shrunk:
     """Returns values with a narrow model of random weights and a few rows of the data."""
-    built, told = small_model(config, exact)
+    built, changes = small_model(config, exact)
     place = str(folder / "model")
     built.save_pretrained(place)  # type: ignore[operator]
     load_tokenizer(config.model).save_pretrained(place)
@@ -47,20 +47,22 @@ def shrink(config: Config, folder: Path, exact: bool) -> Shrunk:
         "evaluation.num_examples": min(config.evaluation.num_examples, 2),
         "evaluation.max_new_tokens": min(config.evaluation.max_new_tokens, 8),
     }
-    told.append(("tuning", config.tuning.mode))
+    changes.append(("tuning", config.tuning.mode))
     smooth = {"tuning.lora_dropout": 0.0}
     among = f"the first {rows} of {config.data.train_path}"
-    return Shrunk(values, told, smooth, batch, among)
+    return Shrunk(values, changes, smooth, batch, among)
 
 
 def small_model(config: Config, exact: bool = False) -> tuple[nn.Module, list[tuple[str, str]]]:
-    """A model of the configured architecture with two narrow layers and random weights, and what
-    is to be told about it. `exact`: without dropout."""
+    """Builds a model of the configured architecture with two narrow layers and random weights.
+
+    Returns the model and its differences from the configured one. `exact`: without dropout.
+    """
     whole = architecture(config.model)
     few = keep_layers(whole, min(LAYERS, whole.get_text_config().num_hidden_layers))
-    told = []
+    changes = []
     if exact and (dropped := _without_dropout(few)):
-        told.append(("model", f"no dropout ({', '.join(dropped)})"))
+        changes.append(("model", f"no dropout ({', '.join(dropped)})"))
     problem = ""
     for candidate in (narrow(few), few):  # not every architecture lets its widths be chosen
         torch.manual_seed(config.train.seed)
@@ -73,18 +75,18 @@ def small_model(config: Config, exact: bool = False) -> tuple[nn.Module, list[tu
             )
             with torch.no_grad():
                 built(input_ids=torch.arange(8)[None])
-        except Exception as error:  # noqa: BLE001  # whatever its code raises
+        except Exception as error:  # noqa: BLE001  # its code may raise anything
             problem = f"{type(error).__name__}: {error}"
             continue
         was, now = whole.get_text_config(), candidate.get_text_config()
         sizes = f"{now.num_hidden_layers} layers of {now.hidden_size}"
         sizes += f" instead of {was.num_hidden_layers} of {was.hidden_size}, random weights"
-        return built, [("model", f"{type(built).__name__}: {sizes}"), *told]
+        return built, [("model", f"{type(built).__name__}: {sizes}"), *changes]
     raise VerificationError(f"cannot make a small model of {config.model.name}: {problem}")
 
 
 def narrow(architecture: Any) -> Any:
-    """A copy of a transformers configuration whose layers are narrow."""
+    """Returns a copy of a transformers configuration with narrow layers."""
     result = copy.deepcopy(architecture)
     text = result.get_text_config()
     if text.hidden_size <= WIDTHS["hidden_size"]:
@@ -99,7 +101,7 @@ def narrow(architecture: Any) -> Any:
 
 
 def _without_dropout(architecture: Any) -> list[str]:
-    """Turns every dropout of a configuration off; names of those that were on."""
+    """Turns every dropout of a configuration off and returns the names of those that were on."""
     found = []
     for part in {
         id(each): each for each in (architecture, architecture.get_text_config())
