@@ -41,7 +41,7 @@ def diversity(points: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
 
 
 def disagreement(logits: torch.Tensor) -> torch.Tensor:
-    """Returns the share of pairs of agents whose likeliest tokens differ, (N,) of (agents, N, V)."""
+    """Returns the share of pairs of agents whose likeliest tokens differ: (N,)."""
     tokens = logits.argmax(-1)
     agents = len(tokens)
     if agents < 2:
