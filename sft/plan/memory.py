@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -24,6 +26,7 @@ from sft.plan.counts import ModelKey, config_of_key, count_at_depth, model_key
 from sft.plan.dry_run import Window
 from sft.plan.sharding import ONE_PROCESS, Group, parts_on_rank
 from sft.plan.trace import Trace
+from sft.plan.trace_cache import Result, load_or_trace
 from sft.runtime.disk import ADAM_BYTES
 from sft.tasks.registry import task_of
 
@@ -68,7 +71,8 @@ def predict(
         checkpointing = config.train.gradient_checkpointing
         key = model_key(config, gradient_checkpointing=checkpointing, engine=engine)
         alone = replace(window, waiting=0)
-        phases, reserved, method = _trace(key, precision, alone, on_gpu, evaluation)
+        folder = task_of(config).info(config).cache / "traces"
+        phases, reserved, method = _trace(folder, key, precision, alone, on_gpu, evaluation)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  # whatever a model does that no trace suits
@@ -110,14 +114,21 @@ def _untraced(
     return more | {"libraries": CUBLAS_BYTES} | workspace
 
 
-Phases = dict[str, dict[str, int]]  # phase -> use -> bytes at its peak
-
-
 @lru_cache(maxsize=256)
-def _trace(
+def _trace(folder: Path, key: ModelKey, *step: Any) -> Result:
+    """Returns the traced peaks of a step of the model `key`; `folder` keeps them.
+
+    `step`: its precision, its window, and whether it is on a GPU and an evaluation.
+    """
+    config = config_of_key(key)  # may name a file of sizes: what it holds is an input as well
+    sizes = repr(task_of(config).info(config)), count_at_depth(model_key(config), None)
+    return load_or_trace(folder, (key, sizes, step), lambda: _trace_anew(key, *step))
+
+
+def _trace_anew(
     key: ModelKey, precision: str, window: Window, on_gpu: bool, evaluation: bool
-) -> tuple[Phases, int, str]:
-    """Returns the phases, the reserved bytes, and how they were found."""
+) -> Result:
+    """Traces a step: the whole model, or few of its layers twice, extended to all."""
     config = config_of_key(key)
 
     def trace_at(depth: int | None) -> Trace:

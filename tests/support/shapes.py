@@ -48,7 +48,7 @@ def configured(
         {
             "model": {"name": str(folder)},
             "tuning": {"mode": mode},
-            "data": {"train_path": "none"},
+            "data": {"train_path": "none", "cache_dir": str(folder / "cache")},
             "train": {"output_dir": "none", **train},
         }
     )

@@ -51,7 +51,7 @@ class ToyTask(Task):
         return Workload([1] * rows, np.ones(rows, int), held_out)
 
     @classmethod
-    def build_model(cls, config: ToyConfig, precision: str, device: Any, weights: bool = True):
+    def build_model(cls, config: ToyConfig, precision: str, device: Any, weights=True, depth=None):
         torch.manual_seed(config.train.seed)
         width = config.toy.width
         return nn.Sequential(nn.Linear(FEATURES, width), nn.Tanh(), nn.Linear(width, 1)).to(device)
