@@ -1,4 +1,4 @@
-"""Traces on disk: found again for the same inputs and code, made anew for others or when damaged."""
+"""Traces on disk: found again for equal inputs and code, made anew otherwise or when damaged."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import shapes
+from shapes import uniform_window
 from transformers import LlamaConfig
 
 from sft.config.schema import Config
 from sft.plan import dry_run, memory, trace_cache
-from sft.plan.dry_run import uniform_window
 from sft.plan.trace_cache import load_or_trace
 
 WINDOW = uniform_window(2, 16, 8)
