@@ -127,7 +127,7 @@ def test_distillation_on_gpus_that_are_not_here(monkeypatch, tmp_path, capsys):
     given = ["--config=configs/ad_darkroom.yaml", "--gpu=H100-80GB x 2", f"--json={out}"]
     commands.run("plan", [*given, f"distill.data_dir={tmp_path}/rooms", "train.engine=fsdp"])
     printed = capsys.readouterr().out
-    for part in ("346,750 of 120 transitions", "15,360,000 in all", "What would take less"):
+    for part in ("346,750 of 120 transitions", "15,360,000 in total", "What would take less"):
         assert part in printed
     read = json.loads(out.read_text())
     predicted, chosen = read["predicted"], read["chosen"]
