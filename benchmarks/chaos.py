@@ -124,7 +124,7 @@ class Chase:
 
     def start(self, run: Path) -> Any:
         run.with_suffix(".pids").unlink(missing_ok=True)
-        command = [str(TRAIN), "--config", str(self.path(run))]
+        command = [*TRAIN, "--config", str(self.path(run))]
         return forked.start(self.world, command, run.with_suffix(".log"))
 
     def uninterrupted(self) -> None:

@@ -192,8 +192,8 @@ from sft.train import engine
 
 {fault}
 
-sys.argv[0] = {train!r}
-runpy.run_path(sys.argv[0], run_name="__main__")
+sys.argv[1:1] = ["train"]
+runpy.run_module("sft", run_name="__main__")
 """
 
 
@@ -203,8 +203,8 @@ def broken(tmp_path, monkeypatch):
 
     def put(fault: str) -> None:
         script = tmp_path / "broken.py"
-        script.write_text(BROKEN.format(fault=fault, train=str(runs.TRAIN)))
-        monkeypatch.setattr(runs, "TRAIN", script)
+        script.write_text(BROKEN.format(fault=fault))
+        monkeypatch.setattr(runs, "TRAIN", [str(script)])
 
     return put
 

@@ -30,7 +30,7 @@ from sft.errors import VerificationError
 from sft.runtime import checkpoint, hardware
 from sft.runtime.console import bar, facts, table
 from sft.tasks.registry import task_of
-from sft.verify.runs import ROOT, Run, Trials, run_fresh
+from sft.verify.runs import Run, Trials, run_fresh
 from sft.verify.small import Small, make_small
 
 LOSS, WEIGHTS = 1e-5, 1e-4  # relative deviation that another cut may cause
@@ -297,7 +297,7 @@ def judge_cut(cut: Cut, run: Run, first: Run) -> Verdict:
 
 def verify_invariance(config: RunConfig, world: int, console: Console) -> None:
     """Prints the verdicts on law 1; raises VerificationError if it does not hold."""
-    deepspeed = sorted(ROOT.glob("configs/deepspeed_z*.json"))
+    deepspeed = sorted(Path.cwd().glob("configs/deepspeed_z*.json"))
     own = config.train.deepspeed_config
     if own and all(Path(own).resolve() != file for file in deepspeed):
         deepspeed.append(Path(own))

@@ -18,10 +18,8 @@ from sft.runtime.console import Advance
 from sft.runtime.world import PLAIN
 from sft.verify.small import Small
 
-ROOT = Path(__file__).parents[2]
-TRAIN = ROOT / "scripts/train.py"
+TRAIN = ["-m", "sft", "train"]
 PATIENCE = 900  # seconds for one run
-
 
 # (processes, run folder, program: a script or `-m` and a module, with arguments) -> its output
 Launch = Callable[[int, Path, list[str]], str]
@@ -30,10 +28,9 @@ Launch = Callable[[int, Path, list[str]], str]
 def run_fresh(world: int, folder: Path, program: list[str]) -> str:
     """Runs a program in `world` fresh processes; returns what they printed when all have ended."""
     launcher = ["-m", "sft.runtime.launcher", str(folder)] if world > 1 else []
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"OMP_NUM_THREADS": "1"}  # runs share the cores, and the model is small
-    environment |= os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    environment |= {
+    environment = {
+        "OMP_NUM_THREADS": "1",  # runs share the cores, and the model is small
+        **os.environ,
         "NUM_PROCESSES": str(world),
         "NUM_MACHINES": "1",
         "ACCELERATE_CONFIG": str(PLAIN),
@@ -67,10 +64,8 @@ class Trials:
         folder, file = (self.small.folder / f"{name}{suffix}" for suffix in ("", ".yaml"))
         values = {"train.output_dir": str(folder), "train.num_processes": world}
         file.write_text(dump_config(with_values(self.small.config, values)), "utf-8")
-        command = [str(TRAIN), "--config", str(file), *overrides]
-        if kill:
-            command = ["-m", "sft.verify.runs", kill, *command]
-        printed = self.launch(world, folder, command)
+        program = ["-m", "sft.verify.runs", kill, "train"] if kill else TRAIN
+        printed = self.launch(world, folder, [*program, "--config", str(file), *overrides])
         file.with_suffix(".log").write_text(printed, "utf-8")
         self.advance(1, name.replace("_", " "))
         return read_outcome(folder, printed)
@@ -112,7 +107,6 @@ def die_at(point: str) -> None:
     sys.addaudithook(watch)
 
 
-if __name__ == "__main__":  # a run that is to be killed: die_at's argument, a script, its arguments
-    die_at(sys.argv[1])
-    sys.argv = sys.argv[2:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+if __name__ == "__main__":  # `sft train`, killed at the point in the first argument
+    die_at(sys.argv.pop(1))
+    runpy.run_module("sft", run_name="__main__")
