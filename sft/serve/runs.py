@@ -87,9 +87,9 @@ class Opening:
     batch_size: int | None = None
 
 
-def open_model(asked: Opening) -> AnswerModel:
+def open_model(opening: Opening) -> AnswerModel:
     """Returns the named model, ready to answer."""
-    folder = Path(asked.name)
+    folder = Path(opening.name)
     if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
         config, weights = load_run_config(folder), folder / "final_checkpoint"
     elif (folder / checkpoint.MANIFEST).exists() and (folder.parent / "config.yaml").exists():
@@ -97,13 +97,13 @@ def open_model(asked: Opening) -> AnswerModel:
         config, weights = load_config(folder.parent / "config.yaml", [UNTRUSTED]), folder
     elif part := _part_of_run(folder):
         config, weights = part, folder.parent
-    elif asked.adapter is None and (task := _task_of_adapter(folder)):
+    elif opening.adapter is None and (task := _task_of_adapter(folder)):
         if (folder / checkpoint.MANIFEST).exists():  # a checkpoint without its run
             _require_whole(folder)
-        return open_model(replace(asked, name=task.base_name(folder), adapter=asked.name))
+        return open_model(replace(opening, name=task.base_name(folder), adapter=opening.name))
     else:
-        return _open_base(asked)
-    return _open_run(asked, config, weights)
+        return _open_base(opening)
+    return _open_run(opening, config, weights)
 
 
 def _part_of_run(folder: Path) -> Config | None:
@@ -122,25 +122,25 @@ def _task_of_adapter(folder: Path) -> type[FineTune] | None:
     return next((task for task in fine_tuning_tasks() if task.is_adapter(folder)), None)
 
 
-def _open_run(asked: Opening, config: Config, weights: Path) -> AnswerModel:
+def _open_run(opening: Opening, config: Config, weights: Path) -> AnswerModel:
     """Returns a run, or one of its checkpoints, as it was trained."""
-    name = asked.name
-    if asked.adapter is not None:
+    name = opening.name
+    if opening.adapter is not None:
         raise ExportError(f"{name} is a run with weights of its own; give its base and the adapter")
-    if asked.quantization and config.tuning.mode == "full":
+    if opening.quantization and config.tuning.mode == "full":
         raise ExportError(
             f"{name}: quantization: a run of full fine-tuning is used as it was trained; for NF4 "
             f"give its model, {weights}"
         )
-    if asked.quantization:
+    if opening.quantization:
         tuning = config.tuning.model_copy(update={"mode": "qlora"})
         config = config.model_copy(update={"tuning": tuning})
     task = task_of(config)
-    built, tokenizer = task.load_saved(weights, config, asked.precision, asked.device)
+    built, tokenizer = task.load_saved(weights, config, opening.precision, opening.device)
     own = f"{checkpoint.sha256(weights / checkpoint.MANIFEST)} {task.part(config)}"
     base = digest.model_sha256(config.model) if config.tuning.mode != "full" else ""
     return _answer_model(
-        asked, task.as_answer_model(built), tokenizer, base, own, config.tuning.mode
+        opening, task.as_answer_model(built), tokenizer, base, own, config.tuning.mode
     )
 
 
@@ -150,15 +150,15 @@ def _require_whole(folder: Path) -> None:
         raise ExportError(f"{folder} cannot be trusted: {reason}")
 
 
-def _open_base(asked: Opening) -> AnswerModel:
+def _open_base(opening: Opening) -> AnswerModel:
     """Returns a model by itself, or with an adapter."""
-    name, adapter = asked.name, asked.adapter
-    if asked.cache_dir is not None and not Path(name).exists():
-        name = _download(name, Path(asked.cache_dir))
+    name, adapter = opening.name, opening.adapter
+    if opening.cache_dir is not None and not Path(name).exists():
+        name = _download(name, Path(opening.cache_dir))
     settings = Model(name=name)
-    mode = "qlora" if asked.quantization else "lora"  # storage: NF4, or the compute dtype
+    mode = "qlora" if opening.quantization else "lora"  # storage: NF4, or the compute dtype
     tokenizer = load.load_tokenizer(settings)
-    base = load.load_base(settings, mode, asked.precision, asked.device)
+    base = load.load_base(settings, mode, opening.precision, opening.device)
     own = ""
     if adapter is not None:
         folder = Path(adapter)
@@ -168,19 +168,19 @@ def _open_base(asked: Opening) -> AnswerModel:
         own = " ".join(checkpoint.sha256(file) for file in task.adapter_files(folder))
         if (folder / "tokenizer_config.json").exists():
             tokenizer = load.load_tokenizer(Model(name=adapter))
-    return _answer_model(asked, base.eval(), tokenizer, digest.model_sha256(settings), own, mode)
+    return _answer_model(opening, base.eval(), tokenizer, digest.model_sha256(settings), own, mode)
 
 
 def _answer_model(
-    asked: Opening, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *weights: str
+    opening: Opening, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *weights: str
 ) -> AnswerModel:
     """Returns the model; `weights` are digests and names that tell its weights from others."""
     tokenizer = template.prepare_tokenizer(tokenizer)
     stop = generate.stop_ids(tokenizer, model.generation_config)
     rendering = audit.tokenizer_sha256(tokenizer), tokenizer.get_chat_template()
-    identity = key_of((*weights, asked.precision), stop, rendering)
+    identity = key_of((*weights, opening.precision), stop, rendering)
     return AnswerModel(
-        model, stop, batch_size=asked.batch_size, tokenizer=tokenizer, identity=identity
+        model, stop, batch_size=opening.batch_size, tokenizer=tokenizer, identity=identity
     )
 
 
