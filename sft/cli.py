@@ -18,12 +18,9 @@ from typing import Any, NoReturn
 
 from sft.config.load import load_config
 from sft.config.schema import Config, RunConfig
-from sft.errors import UserError, redact
+from sft.errors import ExitCode, UserError, redact
 from sft.runtime.children import LAUNCHER, die_with_parent
 from sft.tasks.registry import load_run
-
-INTERRUPTED = 130  # 128 + SIGINT, what shells report
-
 
 FORMS = "{0}.key=value, --{0}.key value or --key value sets a key (docs/CONFIG.md)"
 
@@ -139,7 +136,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         if _is_first():
             print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(ExitCode.INTERRUPTED)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # All work is on disk, but gloo can abort in its destructors when the interpreter exits.
         sys.stdout.flush()
