@@ -13,18 +13,17 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.data import rendering, template
 from sft.data.batches import Layout
 from sft.data.examples import Batch, ExampleArrays, Examples, collate
 from sft.data.files import Row
-from sft.data.rendering import Span
+from sft.data.rendering import Span, cached_by_tokenizer
 from sft.data.spans import turn_frame
 from sft.data.template import IGNORED, Example, Supervise
 from sft.errors import DataError
@@ -120,7 +119,7 @@ CPU = torch.device("cpu")
 
 
 def examine(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     row: Row,
     example: Example,
     max_seq_len: int,
@@ -145,7 +144,7 @@ def to_kinds(found: int) -> list[str]:
 
 
 def examine_row(
-    tokenizer: PreTrainedTokenizerBase, row: Row, example: Example, supervise: Supervise = "all"
+    tokenizer: Tokenizer, row: Row, example: Example, supervise: Supervise = "all"
 ) -> int:
     """Compares an example with a second rendering of its row, and returns the kinds as bits."""
     if template.is_document(row.messages):
@@ -153,9 +152,7 @@ def examine_row(
     return to_bits([*example.flags, *_compare_row(tokenizer, row, example, supervise)])
 
 
-def examine_tokens(
-    tokenizer: PreTrainedTokenizerBase, examples: Examples, max_seq_len: int
-) -> np.ndarray:
+def examine_tokens(tokenizer: Tokenizer, examples: Examples, max_seq_len: int) -> np.ndarray:
     """Compares stored examples with the tensors that a model would get: (examples,) uint32 of bits.
 
     The examples go through the collator of training, in both layouts.
@@ -188,7 +185,7 @@ def _collation_groups(lengths: Sequence[int]) -> Iterator[range]:
 
 
 def _examine_batch(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     batch: Batch,
     ids: np.ndarray,
     labels: np.ndarray,
@@ -223,7 +220,7 @@ def _examine_batch(
 
 
 def _compare_row(
-    tokenizer: PreTrainedTokenizerBase, row: Row, example: Example, supervise: Supervise
+    tokenizer: Tokenizer, row: Row, example: Example, supervise: Supervise
 ) -> Iterator[str]:
     """Yields the kinds of differences between an example and its row, rendered again."""
     text = rendering.render_text(tokenizer, row.messages, row.tools)
@@ -233,7 +230,7 @@ def _compare_row(
     if example.ids != (ids[: len(example.ids)] if is_cut else ids):
         yield "not_the_template"
         return
-    if _adds_bos(tokenizer, len(tokenizer)) and ids[0] != tokenizer.bos_token_id:
+    if _adds_bos(tokenizer) and ids[0] != tokenizer.bos_token_id:
         yield "no_bos"
     supervised = supervised_runs(example.labels)
     if supervise == "everything" or is_cut:
@@ -245,13 +242,11 @@ def _compare_row(
     if len(supervised) > len(learnt) or (len(supervised) < len(learnt) and not dropped):
         yield "turns_differ"
         return
-    ends = {*rendering.added_tokens(tokenizer, len(tokenizer)), tokenizer.eos_token_id}
+    ends = {*rendering.added_tokens(tokenizer), tokenizer.eos_token_id}
     if any(example.ids[stop - 1] not in ends for _, stop in supervised):
         yield "no_end_of_turn"
     spans = [text[offsets[first][0] : offsets[stop - 1][1]] for first, stop in supervised]
-    ends_of_turn = [
-        c.strip() for c in turn_frame(tokenizer, tokenizer.get_chat_template()).closings
-    ]
+    ends_of_turn = [c.strip() for c in turn_frame(tokenizer).closings]
     merged = "boundary_merge" in example.flags
     pairs = zip(spans, learnt, strict=False)
     if not dropped and not all(_is_turn(*pair, ends_of_turn, merged) for pair in pairs):
@@ -261,10 +256,9 @@ def _compare_row(
         yield "prompt_mismatch"
 
 
-@lru_cache(maxsize=8)
-def _adds_bos(tokenizer: PreTrainedTokenizerBase, size: int) -> bool:
+@cached_by_tokenizer
+def _adds_bos(tokenizer: Tokenizer) -> bool:
     """Returns whether the tokenizer itself begins a text with bos."""
-    del size  # only in the key of the cache: a tokenizer may grow
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
 
@@ -295,9 +289,9 @@ def supervised_runs(labels: Sequence[int]) -> list[Span]:
     return list(zip(bounds[::2], bounds[1::2], strict=True))
 
 
-def _examine_text(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> Iterator[str]:
+def _examine_text(tokenizer: Tokenizer, row: Row, text: str) -> Iterator[str]:
     """Yields the kinds of what the template did to the contents and the tools."""
-    special = _special_pattern(tokenizer, len(tokenizer))
+    special = _special_pattern(tokenizer)
     contents = [message["content"] for message in row.messages]
     if special and any(special.search(content) for content in contents):
         yield "special_in_content"
@@ -314,10 +308,10 @@ def _examine_text(tokenizer: PreTrainedTokenizerBase, row: Row, text: str) -> It
         yield "tools_dropped"
 
 
-@lru_cache(maxsize=8)
-def _special_pattern(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str] | None:
+@cached_by_tokenizer
+def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """Compiles a pattern of the special tokens, whose text in a content would become real ones."""
-    written = rendering.special_tokens(tokenizer, size)
+    written = rendering.special_tokens(tokenizer)
     return re.compile("|".join(map(re.escape, written))) if written else None
 
 
@@ -329,9 +323,7 @@ def outlier_length(lengths: np.ndarray) -> float:
     return float(OUTLIER * np.quantile(lengths, 0.95))
 
 
-def summarise_part(
-    tokenizer: PreTrainedTokenizerBase, examples: Examples, max_seq_len: int
-) -> dict[str, Any]:
+def summarise_part(tokenizer: Tokenizer, examples: Examples, max_seq_len: int) -> dict[str, Any]:
     """Returns totals, digests, and under `problems` the rows (`file:line`) of each kind of finding.
 
     A row that is used more than once is counted once.
@@ -412,7 +404,7 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     """Hashes vocabulary, merges, normalisation and special tokens; not the padding last used."""
     backend = tokenizer.backend_tokenizer
     state = backend.to_str().partition('"added_tokens":')[2]
@@ -420,7 +412,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     return _sha256(state + json.dumps(special, sort_keys=True))
 
 
-def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+def template_sha256(tokenizer: Tokenizer) -> str:
     """Hashes the chat template, or all if there are several.
 
     The day that some templates write does not count, so that a run which is resumed after midnight

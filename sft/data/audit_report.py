@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.data import rendering, template
 from sft.data.audit import KINDS, Sample
@@ -40,7 +40,7 @@ def findings_table(part: dict[str, Any]) -> Table:
 
 def write_html(
     path: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     audited: dict[str, Any],
     samples: Sequence[Sample],
 ) -> None:
@@ -72,8 +72,8 @@ def _part_as_html(title: str, part: dict[str, Any]) -> Iterator[str]:
     yield "</table>" if part["problems"] else "<tr><td>nothing found</table>"
 
 
-def _tokens_as_html(tokenizer: PreTrainedTokenizerBase, example: Example) -> Iterator[str]:
-    added = rendering.added_tokens(tokenizer, len(tokenizer))
+def _tokens_as_html(tokenizer: Tokenizer, example: Example) -> Iterator[str]:
+    added = rendering.added_tokens(tokenizer)
     pairs, start = zip(example.ids, example.labels, strict=True), 0
     for (is_added, is_supervised), run in groupby(
         pairs, lambda pair: (pair[0] in added, pair[1] != IGNORED)

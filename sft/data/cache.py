@@ -29,23 +29,12 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft import errors
 from sft.config.schema import Config, Data
-from sft.data import audit_report, duplicates, readers, split, template
-from sft.data.audit import (
-    Sample,
-    examine_row,
-    examine_tokens,
-    outlier_length,
-    pick_samples,
-    refuse,
-    summarise_part,
-    template_sha256,
-    to_bits,
-    tokenizer_sha256,
-)
+from sft.data import audit, audit_report, duplicates, files, readers, split, template
+from sft.data.audit import Sample
 from sft.data.examples import (
     ExampleArrays,
     Examples,
@@ -54,16 +43,7 @@ from sft.data.examples import (
     map_array,
     open_findings,
 )
-from sft.data.files import (
-    BadRow,
-    Row,
-    check_column,
-    file_digests,
-    num_rows,
-    read_all,
-    read_options,
-    write_rejected,
-)
+from sft.data.files import BadRow, Row
 from sft.models import load
 from sft.runtime import checkpoint, children, hardware
 from sft.runtime.console import bar, make_console, write_json
@@ -81,7 +61,7 @@ LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets", "num
 class Prepared:
     """Tokenised data, with the contents of `audit.json`."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     train: Examples
     held_out: Examples
     audit: dict[str, Any]
@@ -91,7 +71,7 @@ class Prepared:
 
     def samples(self) -> list[Sample]:
         """Returns the rows with most findings, for people to look at."""
-        return pick_samples(self.train) + pick_samples(self.held_out, 5)
+        return audit.pick_samples(self.train) + audit.pick_samples(self.held_out, 5)
 
 
 def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> Prepared:
@@ -121,7 +101,7 @@ def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> P
             prepared = _open(folder, tokenizer)
     _prune(folder.parent)
     if config.data.audit == "refuse":
-        refuse(prepared.audit)
+        audit.refuse(prepared.audit)
     return prepared
 
 
@@ -154,7 +134,7 @@ def _as_data_error(cache: Path) -> Iterator[None]:
         ) from None
 
 
-def _open(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def _open(folder: Path, tokenizer: Tokenizer) -> Prepared:
     arrays, audited = ExampleArrays.open(folder), (folder / "audit.json").read_text("utf-8")
     train, held_out = (_examples(folder, arrays, part) for part in ("train", "held_out"))
     rejected = map_array(folder / "rejected.jsonl", np.uint8)
@@ -197,20 +177,20 @@ def max_length(config: Config) -> int:
     return min(config.data.max_seq_len, positions or config.data.max_seq_len)
 
 
-def cache_inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def cache_inputs(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns everything that the examples and their audit depend on, and nothing else."""
     section = config.data
     source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     is_drawn = section.mix or not section.eval_path
     return {
-        "train": file_digests(section.train_path),
-        "eval": file_digests(section.eval_path) if section.eval_path else [],
+        "train": files.file_digests(section.train_path),
+        "eval": files.file_digests(section.eval_path) if section.eval_path else [],
         "options": section.model_dump(exclude={"train_path", "eval_path", "audit", "cache_dir"}),
         "max_length": max_length(config),
         "group": config.evaluation.group,
         "seed": config.train.seed if is_drawn else None,
-        "tokenizer": tokenizer_sha256(tokenizer),
-        "template": template_sha256(tokenizer),
+        "tokenizer": audit.tokenizer_sha256(tokenizer),
+        "template": audit.template_sha256(tokenizer),
         "code": hashlib.sha256(source).hexdigest(),
         "format": checkpoint.FORMAT,  # of the folder's manifest
         "libraries": {name: version(name) for name in LIBRARIES},
@@ -236,14 +216,14 @@ def _find_fault(folder: Path, made_of: dict[str, Any], policy: str) -> str | Non
 
 def _fill(
     config: Config,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     folder: Path,
     made_of: dict[str, Any],
     on_progress: Callable[[], None],
 ) -> None:
     if config.evaluation.group:  # refused before any row is rendered
         scored = config.data.eval_path or config.data.train_path
-        check_column(scored, config.evaluation.group, "evaluation.group")
+        files.check_column(scored, config.evaluation.group, "evaluation.group")
     staging = folder.with_suffix(checkpoint.STAGING)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -272,13 +252,13 @@ class _Counts:
 
 def _write_rows(
     config: Config,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     folder: Path,
     on_progress: Callable[[], None],
 ) -> _Counts:
     """Writes the examples of all rows into `folder`, and the rows' fingerprints into `rows`."""
     data, row_folder = config.data, folder / ROWS
-    options = read_options(data) | {"group": config.evaluation.group}
+    options = files.read_options(data) | {"group": config.evaluation.group}
     paths = [data.train_path, *([data.eval_path] if data.eval_path else [])]
     render = partial(_render_rows, tokenizer, max_length(config), data.supervise, data.on_long)
     counts, first = _Counts(), list[BadRow]()
@@ -289,8 +269,8 @@ def _write_rows(
     ):
         for part, path in enumerate(paths):
             most = data.max_rows if part == TRAIN else None
-            for chunk in _map_chunks(render, islice(read_all(path, **options), most)):
-                write_rejected(chunk.refused, rejected)
+            for chunk in _map_chunks(render, islice(files.read_all(path, **options), most)):
+                files.write_rejected(chunk.refused, rejected)
                 counts.rejected += len(chunk.refused)
                 first += chunk.refused[: 10 - len(first)]
                 chunk.places["part"] = part
@@ -312,16 +292,14 @@ def _write_rows(
 
 def _num_rows(settings: Data, paths: list[str | list[str]]) -> int | None:
     """Returns about how many rows will be read, or None if that is not known."""
-    numbers = [num_rows(path) for path in paths]
+    numbers = [files.num_rows(path) for path in paths]
     if not all(numbers):
         return None
     train, *others = [number or 0 for number in numbers]
     return min(train, settings.max_rows or train) + sum(others)
 
 
-def _decide(
-    config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path, counts: _Counts
-) -> dict[str, Any]:
+def _decide(config: Config, tokenizer: Tokenizer, folder: Path, counts: _Counts) -> dict[str, Any]:
     """Chooses the examples to train on and to hold out (`train.bin`, `held_out.bin`), marks the
     findings that depend on all rows, and returns the contents of `audit.json`."""
     data, seed = config.data, config.train.seed
@@ -357,20 +335,20 @@ def _decide(
     findings = open_findings(folder)
 
     def mark(kind: str, rows: np.ndarray) -> None:
-        findings[_examples_of(numbers, rows)] |= to_bits([kind])
+        findings[_examples_of(numbers, rows)] |= audit.to_bits([kind])
 
     for examples, rows in zip(parts.values(), (train, held_out), strict=True):
         repeated, near = duplicates.find_duplicates(known, rows)
         mark("duplicate", repeated)
         mark("near_duplicate", near["later"])
         lengths = np.asarray(examples.lengths)
-        far = examples.order[lengths > outlier_length(lengths)]
-        findings[far] |= to_bits(["length_outlier"])
+        far = examples.order[lengths > audit.outlier_length(lengths)]
+        findings[far] |= audit.to_bits(["length_outlier"])
     leaked, near_leaked = duplicates.find_leaks(known, train, held_out)
     mark("leaked", leaked)
     mark("near_leak", near_leaked)
     limit = max_length(config)
-    return {part: summarise_part(tokenizer, each, limit) for part, each in parts.items()} | {
+    return {part: audit.summarise_part(tokenizer, each, limit) for part, each in parts.items()} | {
         "rejected": counts.rejected,
         "dropped": counts.dropped,
         "formats": dict(counts.formats.most_common()),
@@ -455,7 +433,7 @@ def _run_work(chunk: Sequence[AnyRow]) -> _Rendered:
 
 
 def _render_rows(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     limit: int,
     supervise: template.Supervise,
     on_long: template.OnLong,
@@ -479,10 +457,10 @@ def _render_rows(
         num_dropped += not made
         for kept, example in made:
             samples.append((len(good), kept, example))
-            found.append(examine_row(tokenizer, kept, example, supervise))
+            found.append(audit.examine_row(tokenizer, kept, example, supervise))
         good.append(row)
     arrays = ExampleArrays.pack(samples)
-    in_batches = examine_tokens(tokenizer, Examples(arrays), limit)
+    in_batches = audit.examine_tokens(tokenizer, Examples(arrays), limit)
     arrays.index["findings"] = np.array(found, np.uint32) | in_batches
     places = np.array([(TRAIN, row.entry) for row in good], PLACE)
     formats = Counter(row.format for row in good)

@@ -19,30 +19,8 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 
 from sft.config.schema import Data
-from sft.data.formats import (
-    TEXT,
-    Messages,
-    Tools,
-    error_reason,
-    get_column,
-    normalise,
-    read_question,
-    recognise,
-    scalar_text,
-    select_columns,
-    set_system_prompt,
-)
-from sft.data.readers import (
-    HUB,
-    compression_of,
-    data_suffix,
-    load_from_hub,
-    make_excerpt,
-    one_line,
-    read_file,
-    read_hub,
-    unreadable,
-)
+from sft.data import formats, readers
+from sft.data.formats import TEXT, Messages, Tools
 from sft.data.split import HELD_OUT
 from sft.errors import DataError, suggest
 from sft.runtime.console import atomic_write
@@ -100,7 +78,7 @@ def sources(path: str | list[str]) -> list[Source]:
             source.file.encode()
         except UnicodeEncodeError:
             reason = "a name that is not UTF-8; rename the file"
-            raise unreadable(repr(source.file), reason) from None
+            raise readers.unreadable(repr(source.file), reason) from None
     return found
 
 
@@ -110,16 +88,16 @@ def _sources(text: str, entry: int) -> list[Source]:
         return [Source(str(file), entry) for file in _files_in(path)]
     if path.exists():
         if not path.is_file():  # a pipe, whose rows could be read only once
-            raise unreadable(text, "no regular file")
+            raise readers.unreadable(text, "no regular file")
         return [Source(text, entry)]
     if glob.has_magic(text):
         files = sorted(name for name in glob.glob(text, recursive=True) if Path(name).is_file())
         if not files:
-            raise unreadable(text, "no file that fits the pattern")
+            raise readers.unreadable(text, "no file that fits the pattern")
         return [Source(name, entry) for name in files]
-    if HUB.fullmatch(text) and not data_suffix(path):
+    if readers.HUB.fullmatch(text) and not readers.data_suffix(path):
         return [Source(text, entry, on_hub=True)]
-    raise unreadable(text, "No such file or directory")
+    raise readers.unreadable(text, "No such file or directory")
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -131,11 +109,13 @@ def _files_in(folder: Path) -> list[Path]:
         return _files_in(folder / names[0])
     if (state := folder / "state.json").is_file():
         return [folder / item["filename"] for item in _read_list(state, "_data_files")]
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and data_suffix(file)]
+    files = [
+        file for file in sorted(folder.rglob("*")) if file.is_file() and readers.data_suffix(file)
+    ]
     files = [f for f in files if f.name not in ("dataset_info.json", "dataset_infos.json")]
     if not files:
-        raise unreadable(str(folder), "a folder without a file that ends in one of these")
-    if len(kinds := sorted({data_suffix(file) for file in files})) > 1:
+        raise readers.unreadable(str(folder), "a folder without a file that ends in one of these")
+    if len(kinds := sorted({readers.data_suffix(file) for file in files})) > 1:
         raise _ambiguous(folder, kinds)
     names = [file.relative_to(folder).as_posix() for file in files]
     held_out = [name for name in names if HELD_OUT.search(name)]
@@ -179,21 +159,25 @@ def read(
         try:
             if isinstance(value, Exception):
                 raise value
-            raw = select_columns(value, columns) if columns else value
-            name = "" if to_answer else recognise(raw) if format == "auto" else format
-            messages, tools = read_question(raw) if to_answer else normalise(raw, name)
-            messages = set_system_prompt(messages, system, system_prompt)
-            own = None if group is None else scalar_text(_value_in(value, group))
+            raw = formats.select_columns(value, columns) if columns else value
+            name = "" if to_answer else formats.recognise(raw) if format == "auto" else format
+            messages, tools = (
+                formats.read_question(raw) if to_answer else formats.normalise(raw, name)
+            )
+            messages = formats.set_system_prompt(messages, system, system_prompt)
+            own = None if group is None else formats.scalar_text(_value_in(value, group))
             yield Row(messages, tools, source.file, line, source.entry, name, own)
         except (ValueError, RecursionError) as error:
-            reason = one_line(error_reason(error), 400)
-            yield BadRow(source.file, line, reason, make_excerpt(shown))
+            reason = readers.one_line(formats.error_reason(error), 400)
+            yield BadRow(source.file, line, reason, readers.make_excerpt(shown))
     if is_empty:
         raise DataError(f"{source.file}: expected rows (docs/DATA.md), found none in the file")
 
 
 def _raw_rows(source: Source, format: str) -> Iterator[Any]:
-    return read_hub(source.file) if source.on_hub else read_file(source.file, format)
+    return (
+        readers.read_hub(source.file) if source.on_hub else readers.read_file(source.file, format)
+    )
 
 
 def read_all(path: str | list[str], **options: Any) -> Iterator[Row | BadRow]:
@@ -230,7 +214,7 @@ def missing_column(path: str | list[str], column: str, key: str, known: Iterable
 
 def _value_in(row: Any, column: str) -> Any:
     try:
-        return get_column(row, column) if isinstance(row, dict) else None
+        return formats.get_column(row, column) if isinstance(row, dict) else None
     except ValueError:
         return None
 
@@ -240,13 +224,13 @@ def file_digests(path: str | list[str]) -> list[dict[str, str | int]]:
     found: list[dict[str, str | int]] = []
     for source in sources(path):
         if source.on_hub:
-            digest = str(load_from_hub(source.file)._fingerprint)
+            digest = str(readers.load_from_hub(source.file)._fingerprint)
         else:
             try:
                 with Path(source.file).open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
-                raise unreadable(source.file, error.strerror or str(error)) from None
+                raise readers.unreadable(source.file, error.strerror or str(error)) from None
         found.append({"entry": source.entry, "name": source.file, "digest": digest})
     return found
 
@@ -266,10 +250,10 @@ def num_rows(path: str | list[str]) -> int | None:
     """Returns about how many rows there are, without reading them, or None if that is not known."""
     total = 0
     for source in sources(path):
-        if source.on_hub or compression_of(source.file):
+        if source.on_hub or readers.compression_of(source.file):
             return None
         with Path(source.file).open("rb") as file:
-            head, suffix = file.read(6), data_suffix(Path(source.file))
+            head, suffix = file.read(6), readers.data_suffix(Path(source.file))
             if head.startswith(b"PAR1"):
                 from pyarrow import ArrowException, parquet
 

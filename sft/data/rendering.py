@@ -7,13 +7,13 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.data.formats import Messages, Tools
 from sft.errors import DataError, UserError
@@ -35,12 +35,25 @@ THOUGHTS_END = re.compile(r"(?s)(<think>((?!<think>).)*)?</think>\s*$")
 THOUGHTS = re.compile(r"(?s)\s*(<think>((?!<think>).)*</think>\s*)?")
 
 
+T = TypeVar("T")
+
+
+def cached_by_tokenizer(function: Callable[[Tokenizer], T]) -> Callable[[Tokenizer], T]:
+    """Caches a function of a tokenizer until its vocabulary grows or its template is edited."""
+
+    @lru_cache(maxsize=64)
+    def cached(tokenizer: Tokenizer, size: int, template: str) -> T:
+        return function(tokenizer)
+
+    return lambda tokenizer: cached(tokenizer, len(tokenizer), str(tokenizer.chat_template))
+
+
 class TemplateError(UserError):
     """An error of the chat template itself: it is none, or does not come to an end."""
 
 
 def render_text(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     messages: Messages,
     tools: Tools | None = None,
     add_generation_prompt: bool = False,
@@ -51,12 +64,12 @@ def render_text(
     """
     if not messages:
         raise DataError("the conversation begins with the assistant; give it a user turn first")
-    try_template(tokenizer, tokenizer.get_chat_template())
+    try_template(tokenizer)
     return _apply_template(tokenizer, messages, tools, add_generation_prompt)
 
 
 def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None, add_prompt: bool
+    tokenizer: Tokenizer, messages: Messages, tools: Tools | None, add_prompt: bool
 ) -> str:
     with bounded(tokenizer, messages):
         return str(
@@ -67,7 +80,7 @@ def _apply_template(
 
 
 @contextmanager
-def bounded(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Iterator[None]:
+def bounded(tokenizer: Tokenizer, messages: Messages) -> Iterator[None]:
     """Limits what a template does in its sandbox: its errors become those of the row, and after
     SECONDS it is ended.
 
@@ -98,13 +111,12 @@ def bounded(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Iterator[
             signal.signal(signal.SIGPROF, before)
 
 
-@lru_cache(maxsize=64)
-def try_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+@cached_by_tokenizer
+def try_template(tokenizer: Tokenizer) -> None:
     """Renders two words in a process of its own, which the system ends if it takes too much.
 
     No signal handler ends `9**(9**9)`, which is one operation. Raises TemplateError.
     """
-    del template  # only in the key of the cache: an edited template is tried again
     child = os.fork()
     if not child:
         code = 0
@@ -134,24 +146,22 @@ def try_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         )
 
 
-def _endless_message(tokenizer: PreTrainedTokenizerBase) -> str:
+def _endless_message(tokenizer: Tokenizer) -> str:
     return (
         f"{tokenizer.name_or_path}: the chat template took more than {SECONDS} s for one "
         "conversation, so it was ended; use a template without endless loops"
     )
 
 
-@lru_cache(maxsize=8)
-def added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+@cached_by_tokenizer
+def added_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     """Returns {id: text} of the added tokens that are not blank, as some of Gemma's are."""
-    del size  # only in the key of the cache: a tokenizer may grow
     return {i: token for token, i in tokenizer.get_added_vocab().items() if token.strip()}
 
 
-@lru_cache(maxsize=8)
-def special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[str, ...]:
+@cached_by_tokenizer
+def special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
     """Returns the texts of the tokens that are control, not content."""
-    del size  # only in the key of the cache: a tokenizer may grow
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     return tuple(sorted(filter(str.strip, special | set(tokenizer.all_special_tokens))))
 

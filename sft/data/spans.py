@@ -15,37 +15,26 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sft.data import rendering
 from sft.data.formats import Messages, Tools
-from sft.data.rendering import (
-    THOUGHTS,
-    THOUGHTS_END,
-    Span,
-    added_tokens,
-    bounded,
-    get_calls,
-    get_name,
-    render_text,
-    special_tokens,
-    split_thinking,
-)
+from sft.data.rendering import Span, cached_by_tokenizer
 from sft.errors import DataError
 
 
 def find_marked_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None
+    tokenizer: Tokenizer, messages: Messages, tools: Tools | None
 ) -> list[Span | None]:
     """Returns the `{% generation %}` blocks, without blanks behind the end of turn; verified.
 
     A span is None if the template drops the thoughts of its turn.
     """
     names: dict[str, Any] = dict(tokenizer.special_tokens_map)
-    with bounded(tokenizer, messages):
+    with rendering.bounded(tokenizer, messages):
         rendered: Any = render_jinja_template(
             conversations=[messages],
             tools=tools,
@@ -60,12 +49,15 @@ def find_marked_spans(
             f"the chat template marks {len(blocks)} of {len(turns)} assistant turns for "
             "training; every turn needs one {% generation %} block"
         )
-    added = tuple(added_tokens(tokenizer, len(tokenizer)).values())
+    added = tuple(rendering.added_tokens(tokenizer).values())
     spans: list[Span | None] = []
     for number, ((start, end), turn) in enumerate(zip(blocks, turns, strict=True), 1):
         block = text[start:end].rstrip()
-        _, content = split_thinking(turn["content"])
-        if any(value not in block for value in (content.strip(), *map(get_name, get_calls(turn)))):
+        _, content = rendering.split_thinking(turn["content"])
+        if any(
+            value not in block
+            for value in (content.strip(), *map(rendering.get_name, rendering.get_calls(turn)))
+        ):
             raise _altered_content(number, turn["content"])
         if not block.endswith(added):
             raise DataError(
@@ -88,7 +80,7 @@ class _Anchor:
 
 
 def find_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None, text: str
+    tokenizer: Tokenizer, messages: Messages, tools: Tools | None, text: str
 ) -> list[Span | None]:
     """Returns the characters of every assistant turn and its end, found with sentinels; verified.
 
@@ -105,7 +97,7 @@ def find_spans(
         if anchors[own[0]].kind == "content":
             start = places[own[0]][0]
             thoughts = _get_thoughts(turn)
-            lead = THOUGHTS_END.search(before) if thoughts else None
+            lead = rendering.THOUGHTS_END.search(before) if thoughts else None
             if thoughts and (lead is None or thoughts not in lead[0]):
                 spans.append(None)
                 continue
@@ -118,7 +110,7 @@ def find_spans(
 
 
 def _anchors(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None
+    tokenizer: Tokenizer, messages: Messages, tools: Tools | None
 ) -> tuple[list[_Anchor], list[str]]:
     """Returns the values that sentinels replace, and the texts around them, which are one more."""
     sentinel = "zq7sentinelk"
@@ -129,19 +121,19 @@ def _anchors(
         stand_in = dict(message)
         if message["role"] == "assistant":
             number += 1
-            calls = get_calls(message)
-            thoughts, content = split_thinking(message["content"])
+            calls = rendering.get_calls(message)
+            thoughts, content = rendering.split_thinking(message["content"])
             if content.strip() or not calls:
                 stand_in["content"] = thoughts + sentinel
                 anchors.append(_Anchor(number, content, "content"))
             if calls:
                 stand_in["tool_calls"] = [_rename_call(call, sentinel) for call in calls]
-                anchors += [_Anchor(number, get_name(call), "call") for call in calls]
-        elif before and before["role"] == "assistant" and get_calls(before):
+                anchors += [_Anchor(number, rendering.get_name(call), "call") for call in calls]
+        elif before and before["role"] == "assistant" and rendering.get_calls(before):
             stand_in["content"] = sentinel
             anchors.append(_Anchor(0, message["content"], "bound"))
         stand_ins.append(stand_in)
-    pieces = render_text(tokenizer, stand_ins, tools).split(sentinel)
+    pieces = rendering.render_text(tokenizer, stand_ins, tools).split(sentinel)
     if len(pieces) != len(anchors) + 1:
         has_calls = len(anchors) > number
         raise DataError(
@@ -176,30 +168,30 @@ def _places(text: str, anchors: list[_Anchor], pieces: list[str]) -> list[Span]:
 
 
 def _call_start(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     before: Messages,
     tools: Tools | None,
     text: str,
     name_at: int,
 ) -> int:
     """Returns where a turn of only calls begins: behind its inference prompt, or its header."""
-    prompt = render_text(tokenizer, before, tools, add_generation_prompt=True)
+    prompt = rendering.render_text(tokenizer, before, tools, add_generation_prompt=True)
     if text.startswith(prompt) and len(prompt) <= name_at:
         return len(prompt)
-    header = turn_frame(tokenizer, tokenizer.get_chat_template()).header
+    header = turn_frame(tokenizer).header
     at = text.rfind(header, 0, name_at) if header else -1
     if at < 0:
         raise DataError("cannot find where the turn of a tool call begins in the chat template")
     return at + len(header)
 
 
-def _closing(tokenizer: PreTrainedTokenizerBase, after: str, number: int, kind: str) -> int:
+def _closing(tokenizer: Tokenizer, after: str, number: int, kind: str) -> int:
     """Returns how many characters of `after` close the turn.
 
     A closing follows a content directly. Behind the name of a call it stands further on, and may be
     another special token (`<|eom_id|>` of Llama 3.1).
     """
-    closings = turn_frame(tokenizer, tokenizer.get_chat_template()).closings
+    closings = turn_frame(tokenizer).closings
     if kind == "content":
         closing = next((closing for closing in closings if after.startswith(closing)), None)
         if closing is None:
@@ -208,7 +200,7 @@ def _closing(tokenizer: PreTrainedTokenizerBase, after: str, number: int, kind: 
                 f"{closings[0]!r}; end the row at this turn, or correct the template"
             )
         return len(closing)
-    special = [t for t in special_tokens(tokenizer, len(tokenizer)) if t in after]
+    special = [t for t in rendering.special_tokens(tokenizer) if t in after]
     found = [after.find(c) + len(c) for c in closings if c in after]
     found = found[:1] or [min(after.find(t) + len(t) for t in special)] if special else found[:1]
     if not found:
@@ -224,20 +216,19 @@ class Frame:
     closings: list[str]  # what may end one, longest first
 
 
-@lru_cache(maxsize=64)
-def turn_frame(tokenizer: PreTrainedTokenizerBase, template: str) -> Frame:
+@cached_by_tokenizer
+def turn_frame(tokenizer: Tokenizer) -> Frame:
     """Reads the header and the end of a turn off a conversation of one turn."""
-    del template  # only in the key of the cache: a template may be edited
     sentinel, ask = "zq7sentinelk", {"role": "user", "content": "a"}
-    text = render_text(tokenizer, [ask, {"role": "assistant", "content": sentinel}])
+    text = rendering.render_text(tokenizer, [ask, {"role": "assistant", "content": sentinel}])
     before, _, tail = text.partition(sentinel)
-    opening = before.removeprefix(render_text(tokenizer, [ask]))
+    opening = before.removeprefix(rendering.render_text(tokenizer, [ask]))
     header = (
         opening[: len(opening) - len(lead[0])]
-        if (lead := THOUGHTS_END.search(opening))
+        if (lead := rendering.THOUGHTS_END.search(opening))
         else opening
     )
-    added = added_tokens(tokenizer, len(tokenizer)).values()
+    added = rendering.added_tokens(tokenizer).values()
     ends = [tail.index(token) + len(token) for token in added if token in tail]
     closing = tail[: min(ends)] if ends else tail.rstrip()
     if not closing.strip():
@@ -259,7 +250,7 @@ def text_behind_prompt(text: str, last: Span | None, prompt: str | None) -> str:
     if last is None or prompt is None or not text.startswith(prompt) or last[0] < len(prompt):
         return ""
     between = text[len(prompt) : last[0]]
-    return between if THOUGHTS.fullmatch(between) else ""
+    return between if rendering.THOUGHTS.fullmatch(between) else ""
 
 
 def _rename_call(call: dict[str, Any], name: str) -> dict[str, Any]:
@@ -270,7 +261,7 @@ def _rename_call(call: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _get_thoughts(turn: dict[str, Any]) -> str:
     """Returns the thoughts of an assistant turn without tags, or ""."""
-    given = turn.get("reasoning_content") or split_thinking(turn["content"])[0]
+    given = turn.get("reasoning_content") or rendering.split_thinking(turn["content"])[0]
     return str(given).strip().removeprefix("<think>").removesuffix("</think>").strip()
 
 

@@ -22,7 +22,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.data.files import Row
 from sft.data.formats import TEXT, Messages, Tools
@@ -63,7 +63,7 @@ class Example:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     """Returns the tokenizer, with the default template and a pad token if it had none.
 
     Padding with eos is safe here: labels come from spans, never from comparing ids with the pad id.
@@ -85,14 +85,14 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
             f"{tokenizer.name_or_path}: expected one chat template, or several of which one is "
             "called default; give it a chat_template.jinja"
         )
-    try_template(tokenizer, found)
+    try_template(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     messages: Messages,
     tools: Tools | None = None,
     supervise: Supervise = "all",
@@ -115,7 +115,7 @@ def render(
     # Both never decrease: the tokens of one character's bytes all carry that character's offsets,
     # and where a tokenizer trims blanks off offsets, a token of blanks is empty at its own end.
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-    added = added_tokens(tokenizer, len(tokenizer))
+    added = added_tokens(tokenizer)
     written = text_behind_prompt(text, spans[-1], prompt)
     turns = [m for m in messages if m["role"] == "assistant"]
     weights = [_weight(turn, n == len(turns), supervise) for n, turn in enumerate(turns, 1)]
@@ -144,7 +144,7 @@ def render(
 
 
 def render_row(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     row: Row,
     max_seq_len: int,
     *,
@@ -185,9 +185,7 @@ def render_row(
     return [(row, example)]
 
 
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None = None
-) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, messages: Messages, tools: Tools | None = None) -> list[int]:
     """Returns the tokens that a model is given at inference to continue `messages`."""
     return tokenise(tokenizer, render_text(tokenizer, messages, tools, add_generation_prompt=True))[
         0
@@ -195,7 +193,7 @@ def prompt_ids(
 
 
 def prompt_mismatch(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     messages: Messages,
     example: Example,
     tools: Tools | None = None,
@@ -221,9 +219,9 @@ def prompt_mismatch(
     return f"after {shared!r} the prompt has {served!r}, training has {seen!r} (token {same})"
 
 
-def colour_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
+def colour_text(tokenizer: Tokenizer, example: Example) -> Text:
     """Returns the text for a terminal: supervised green, context dim, added tokens magenta."""
-    added, result, start = added_tokens(tokenizer, len(tokenizer)), Text(), 0
+    added, result, start = added_tokens(tokenizer), Text(), 0
     for style, run in groupby(
         zip(example.ids, example.labels, strict=True),
         lambda pair: _style(pair[0] in added, pair[1] != IGNORED),
@@ -234,9 +232,9 @@ def colour_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
     return result
 
 
-def list_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
+def list_tokens(tokenizer: Tokenizer, example: Example) -> Text:
     """Returns every token after its id, in the colours of `colour_text`, blanks made visible."""
-    added, result = added_tokens(tokenizer, len(tokenizer)), Text()
+    added, result = added_tokens(tokenizer), Text()
     for at, (token, label) in enumerate(zip(example.ids, example.labels, strict=True)):
         text = decode_slice(tokenizer, example.ids, at, at + 1)
         result.append(f"{token}", "dim")
@@ -250,9 +248,7 @@ def _style(is_added: bool, is_supervised: bool) -> str:
     return "green" if is_supervised else "dim"
 
 
-def _prompt_text(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None
-) -> str | None:
+def _prompt_text(tokenizer: Tokenizer, messages: Messages, tools: Tools | None) -> str | None:
     """Returns the inference prompt of the last turn, or None if the template refuses it."""
     try:
         return render_text(tokenizer, messages[:-1], tools, add_generation_prompt=True)
@@ -260,7 +256,7 @@ def _prompt_text(
         return None
 
 
-def _render_document(tokenizer: PreTrainedTokenizerBase, text: str) -> Example:
+def _render_document(tokenizer: Tokenizer, text: str) -> Example:
     """Tokenises a document: all of it is supervised, and an eos ends it."""
     ids = tokenizer(text, verbose=False)["input_ids"]
     if ids[-1:] != [tokenizer.eos_token_id]:
@@ -286,16 +282,14 @@ def _drop_oldest(messages: Messages) -> Iterator[Messages]:
         yield [*messages[:start], *messages[n:]]
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
+def tokenise(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
     """Returns ids and offsets of a rendered text, to which the tokenizer adds no special token."""
     ids, offsets = _encode(tokenizer, len(tokenizer), text)
     return list(ids), list(offsets)
 
 
 @lru_cache(maxsize=2)  # the audit asks for the same text again
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, size: int, text: str
-) -> tuple[list[int], list[Span]]:
+def _encode(tokenizer: Tokenizer, size: int, text: str) -> tuple[list[int], list[Span]]:
     del size  # only in the key of the cache: a tokenizer may grow
     encoded = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -303,7 +297,7 @@ def _encode(
     return encoded["input_ids"], encoded["offset_mapping"]
 
 
-def decode_slice(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, end: int) -> str:
+def decode_slice(tokenizer: Tokenizer, ids: list[int], start: int, end: int) -> str:
     """Returns the text of ids[start:end] in its place; by itself it might lose its first blank."""
     before, until = (
         str(tokenizer.decode(ids[:at], clean_up_tokenization_spaces=False)) for at in (start, end)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.config.schema import Model, Tuning
 from sft.errors import CheckpointError
@@ -28,7 +28,7 @@ def base_record(base: Model) -> dict[str, str]:
 
 def save(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     folder: Path,
     weights: dict[str, torch.Tensor] | None = None,
     base: Model | None = None,

@@ -20,8 +20,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedTokenizerBase,
 )
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.config.schema import Config, Model
 from sft.errors import ModelError, UserError
@@ -32,7 +32,7 @@ from sft.models.quantise import keep_nf4_trainable, nf4, quantise
 from sft.runtime import checkpoint
 
 
-def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: Model) -> Tokenizer:
     """Loads the tokenizer. Raises ModelError if there is none that works."""
     with explain_load_errors(config.name):
         tokenizer = AutoTokenizer.from_pretrained(
