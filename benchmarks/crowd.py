@@ -50,7 +50,6 @@ from sft.plan.choose import SATURATING_TOKENS
 from sft.runtime import hardware
 from sft.runtime.console import make_console, write_json
 from sft.runtime.context import Context
-from sft.runtime.log import Log
 from sft.runtime.processes import start_processes
 from sft.tasks.crowd import agents
 from sft.tasks.crowd.aggregator import Aggregator, Mixture, mix
@@ -76,10 +75,9 @@ def configuration(work: Path, *overrides: str) -> Config:
 
 
 def engine_of(config: Config, prepared: Prepared, budget: batches.Budget) -> Engine:
-    accelerator = start_processes(config.train)
-    built = load.build(config, "fp32", accelerator.device)
-    task = task_of(config)(config, prepared, built, budget, Context(accelerator, Log(None)))
-    return Engine(task, config.train, Context(accelerator, Log(None)))
+    context = Context(start_processes(config.train))
+    task = task_of(config).build(config, prepared, "fp32", budget, context)
+    return Engine(task, config.train, context)
 
 
 def first(examples: Examples, number: int) -> Examples:
@@ -181,8 +179,8 @@ class Passes:
         self.weights = [p for name, p in self.model.named_parameters() if "lora_" in name]
         self._require_all()
         self.optimizer = build_optimizer(config.train, self.model)
-        made = (crowd.task.prepared, self.model, crowd.accelerator, Log(None), WHOLE)
-        self.task = FineTune(alone, *made)
+        context = Context(crowd.accelerator)
+        self.task = FineTune(alone, crowd.task.prepared, self.model, WHOLE, context)
         self.reader = RepresentationReader(self.model, self.task.head, Crowd(num_agents=1))
 
     def _require_all(self) -> None:
@@ -289,7 +287,7 @@ def generation(work: Path) -> dict[str, Any]:
     """Cumulative seconds after so many tokens, of one answer of `LENGTHS[-1]` to each prompt."""
     config = configuration(work, "crowd.aggregator=uniform")
     prepared = cache.prepare(config)
-    built = load.build(config, "fp32", torch.device("cpu"))
+    built = CrowdTune.build_model(config, "fp32", torch.device("cpu"))
     torch.manual_seed(0)
     for name, weight in built.named_parameters():
         if "lora_B" in name:  # agents that differ: it is 0 at first

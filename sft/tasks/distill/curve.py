@@ -1,4 +1,4 @@
-"""Returns by episode, drawn."""
+"""Draws returns by episode."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 
 
 def draw(path: Path, curves: Mapping[str, Sequence[float]], levels: Mapping[str, float]) -> None:
-    """`curves`: returns of episodes from the first on, by what they are of; `levels`: dotted
-    lines. PNG."""
+    """Writes a PNG. `curves`: returns from the first episode on; `levels`: dotted lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -25,17 +25,17 @@ NUM_UNSEEN = 8
 
 
 def cell_of(row: Any, column: Any) -> Any:
-    """Of one or of an array."""
+    """Returns the cell of a place, or the cells of arrays of places."""
     return row * SIZE + column
 
 
 def place_of(cell: Any) -> tuple[Any, Any]:
-    """(row, column), likewise."""
+    """Returns (row, column) of a cell, or of an array of cells."""
     return divmod(cell, SIZE)
 
 
 def _neighbours() -> list[list[int]]:
-    """(cells, actions): where each move ends."""
+    """Returns (cells, actions): the cell in which each move ends."""
 
     def clipped(x: int) -> int:
         return min(max(x, 0), SIZE - 1)
@@ -48,20 +48,20 @@ NEXT = torch.tensor(_neighbours())
 
 
 def goals(split_seed: int) -> tuple[list[int], list[int]]:
-    """(those that are trained on, those that are unseen), in the published order for seed 0."""
+    """Returns (training goals, unseen goals), in the published order for seed 0."""
     cells = list(range(NUM_CELLS))
     random.Random(split_seed).shuffle(cells)
     return cells[:-NUM_UNSEEN], cells[-NUM_UNSEEN:]
 
 
 def best_return(goal: int) -> int:
-    """Of an episode: the goal is reached on the shortest way, and never left."""
+    """Returns the highest return of an episode: the shortest way to the goal, then staying."""
     (row, column), (r, c) = place_of(goal), place_of(START)
     return min(EPISODE, EPISODE + 1 - abs(row - r) - abs(column - c))
 
 
 def random_return(goal: int) -> float:
-    """Expected of an episode in which all actions are equally likely."""
+    """Returns the expected return of an episode in which all actions are equally likely."""
     at = np.zeros(NUM_CELLS)
     at[START] = 1.0
     total = 0.0
@@ -73,7 +73,7 @@ def random_return(goal: int) -> float:
 
 
 class Rooms:
-    """As many rooms as there are goals, stepped together. All tensors are (rooms,)."""
+    """A room for each goal, all stepped together. All tensors are (rooms,)."""
 
     def __init__(self, goals: Sequence[int] | torch.Tensor, device: torch.device | None = None):
         self.goals = torch.as_tensor(goals, device=device)
@@ -81,14 +81,16 @@ class Rooms:
         self.reset()
 
     def reset(self) -> torch.Tensor:
-        """Cells in which the next episode begins."""
+        """Begins an episode and returns the cells in which it begins."""
         self.cells = torch.full_like(self.goals, START)
         self.num_steps = 0
         return self.cells
 
     def step(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """(cells, rewards, whether the episode is over): the true last cells, not those of a
-        reset."""
+        """Returns (cells, rewards, whether the episode is over).
+
+        The cells are the true last ones, not those of a reset.
+        """
         assert self.num_steps < EPISODE, "the episode is over: reset"
         self.num_steps += 1
         self.cells = self.next[self.cells, actions]
@@ -96,8 +98,11 @@ class Rooms:
 
 
 class Darkroom(gymnasium.Env[np.ndarray, np.int64]):
-    """One room, as Gymnasium has it. The horizon is the task's own end: `terminated`, not
-    `truncated`, so nobody looks for value behind it."""
+    """One room for Gymnasium.
+
+    The horizon is the task's own end, so an episode is `terminated`, not `truncated`: no value is
+    estimated after it.
+    """
 
     def __init__(self, goal: tuple[int, int]):
         self.observation_space = gymnasium.spaces.Box(0, SIZE - 1, (2,), np.int64)
@@ -108,11 +113,11 @@ class Darkroom(gymnasium.Env[np.ndarray, np.int64]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
-        return self._observed(self.rooms.reset()), {}
+        return self._observation(self.rooms.reset()), {}
 
     def step(self, action: np.int64 | int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         cells, rewards, over = self.rooms.step(torch.tensor([int(action)]))
-        return self._observed(cells), float(rewards), over, False, {}
+        return self._observation(cells), float(rewards), over, False, {}
 
-    def _observed(self, cells: torch.Tensor) -> np.ndarray:
+    def _observation(self, cells: torch.Tensor) -> np.ndarray:
         return np.array(place_of(int(cells)))

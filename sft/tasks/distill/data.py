@@ -1,4 +1,4 @@
-"""Windows of histories: which are trained on, which are held out, and how many there are."""
+"""The training windows of histories, the held-out ones, and their numbers."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from sft.tasks.distill.transformer import num_positions
 
 
 def split(found: Histories, settings: Distill) -> tuple[Windows, Windows]:
-    """Windows that are trained on, and those of the streams that are held out."""
+    """Returns the training windows, and those of the held-out streams."""
     first = settings.num_streams - settings.held_out_streams
     train, held_out = (0, first), (first, settings.num_streams)
     return Windows(found, settings, *train), Windows(found, settings, *held_out)
 
 
 def num_held_out(windows: Windows) -> int:
-    """Of them that the held-out loss is of."""
+    """Returns the number of `windows` that the held-out loss is measured on."""
     return windows.num_goals * (windows.last - windows.first)
 
 
 def blank_histories(settings: Distill) -> Histories:
-    """Of noughts that share one place in memory: for what depends on their number alone."""
+    """Returns histories of zeros, which share one place in memory, where only sizes matter."""
     number = len(darkroom.goals(settings.split_seed)[0])
     shape = (number, settings.num_streams, settings.num_steps)
     return Histories(*[torch.zeros(1, 1, 1, dtype=torch.uint8).expand(shape)] * 4)

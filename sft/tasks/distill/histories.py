@@ -1,16 +1,16 @@
 """Source histories in files, and the windows of them that are trained on.
 
-A Parquet file for each goal (docs/research/DISTILL.md has the columns), in a folder whose name says
-what made it; what is there is not made again, so a collection that was killed goes on. Goals are
-learnt in groups that do not depend on the number of cores, so neither do the histories.
+Each goal has a Parquet file (docs/research/DISTILL.md has the columns) in a folder that is named by
+the settings. Existing files are kept, so a collection that was killed continues. Goals are learnt
+in groups that do not depend on the number of cores, so the histories do not depend on it either.
 
-A window has episodes of one goal in the order of its source's learning, each from any of its
-streams: one policy acts in all of them. It stays with the first episodes of the histories for as
-long as it has found nothing, or shorter, and then jumps to later ones, so that the model acts on
-its first reward at once. In between the source heads for a goal that a single stream has not found
-yet: other streams have told it, and nobody tells the model. Of the first episodes, in which the
-source walks at random, those are taken that go where the window has not been: so the model learns
-to search. Which episodes, is a function of the window's number.
+A window has episodes of one goal in the order of its source's learning. Each comes from any stream,
+since one policy acts in all of them. A window begins with first episodes of the histories, in which
+the source walks at random. Among several, the one that visits most new cells is taken, so the model
+learns to search. Once an episode finds the goal, or earlier, the window jumps to late episodes, so
+the model learns to act on its first reward at once. Episodes between them are left out: there the
+source heads for a goal that only other streams have found, which the model cannot know. The choice
+of episodes is a function of the window's number.
 """
 
 from __future__ import annotations
@@ -40,22 +40,19 @@ from sft.tasks.distill.curve import draw
 from sft.tasks.distill.darkroom import SIZE, best_return, cell_of, goals, place_of, random_return
 from sft.tasks.distill.source import SOURCES, Histories
 
-GROUPS = 4  # of goals, each learnt by one process; fewer and larger ones take less time in all
+GROUPS = 4  # groups of goals, one process each; fewer and larger groups take less total time
 COLUMNS = ("stream", "step", "row", "column", "action", "reward", "next_row", "next_column", "done")
 CURVES = "curves.json"
 
 
 class HistoryError(UserError):
-    """Source histories cannot be made or are not what they should be."""
+    """An error in making or reading source histories."""
 
     exit_code = ExitCode.DATA
 
 
-# --- collecting ----------------------------------------------------------------------------------
-
-
 def folder_of(settings: Distill) -> Path:
-    """Named by all that its files are a function of."""
+    """Returns the folder of histories, named by all settings that determine its files."""
     number, seed = f"{settings.num_streams}x{settings.num_steps}", settings.source_seed
     name = f"{settings.source}_{number}_split{settings.split_seed}_seed{seed}"
     return Path(settings.data_dir, name)
@@ -66,7 +63,7 @@ def path_of(folder: Path, goal: int) -> Path:
 
 
 def jobs(settings: Distill) -> list[tuple[int, list[int]]]:
-    """(seed, goals) of what one process learns at once: all of a group, or a single goal."""
+    """Returns (seed, goals) for each job of one process: a group of goals, or a single one."""
     trained, _ = goals(settings.split_seed)
     number = GROUPS if settings.source == "ppo" else len(trained)
     seeds = np.random.SeedSequence(settings.source_seed).generate_state(number)
@@ -74,13 +71,15 @@ def jobs(settings: Distill) -> list[tuple[int, list[int]]]:
 
 
 def collect(settings: Distill, moved: Callable[[], None] = lambda: None) -> Path:
-    """Folder with the histories of all goals that are trained on; makes those that are missing, on
-    all cores. `moved` is called at every sign of progress."""
+    """Returns the folder with the histories of all training goals; collects missing ones.
+
+    It uses all cores and calls `moved` at every sign of progress.
+    """
     folder = folder_of(settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
-            for left in folder.glob(".*"):  # of a kill
+            for left in folder.glob(".*"):  # partial files of a killed collection
                 left.unlink()
             if left_to_do := missing(settings):
                 _collect(settings, folder, left_to_do, moved)
@@ -93,7 +92,7 @@ def collect(settings: Distill, moved: Callable[[], None] = lambda: None) -> Path
 
 
 def missing(settings: Distill) -> list[tuple[int, list[int]]]:
-    """The jobs that are not done."""
+    """Returns the jobs whose files are missing."""
     folder = folder_of(settings)
     return [job for job in jobs(settings) if not all(path_of(folder, g).exists() for g in job[1])]
 
@@ -117,7 +116,7 @@ def _collect(
 def _learn_all(
     settings: Distill, folder: Path, missing: list[tuple[int, list[int]]]
 ) -> Iterator[list[int]]:
-    """Goals as their histories are there, on all cores."""
+    """Learns on all cores and yields goals when their histories are written."""
     workers = min(len(missing), hardware.usable_cores())
     if workers < 2:
         for seed, learnt in missing:
@@ -133,7 +132,7 @@ def _learn_all(
                 yield waiting[done]
         except BrokenProcessPool:
             raise HistoryError(
-                "a process that collected histories was killed, most likely for want of memory; "
+                "a process that collected histories was killed, most likely out of memory; "
                 "run again: what is finished is kept"
             ) from None
 
@@ -155,7 +154,7 @@ def _learn(settings: Distill, folder: Path, seed: int, learnt: list[int]) -> Non
 
 
 def _table(own: Histories) -> pa.Table:
-    """One goal's histories, (streams, steps), a row for each step."""
+    """Returns one goal's histories (streams, steps) with a row for each step."""
     streams, steps = own.cells.shape
     at = np.arange(steps)
     before, after = (place_of(each.numpy()) for each in (own.cells, own.next_cells))
@@ -172,7 +171,7 @@ def _table(own: Histories) -> pa.Table:
 
 
 def _write_curves(settings: Distill, folder: Path) -> None:
-    """Mean return of each episode by goal, and their mean drawn."""
+    """Writes the mean return of each episode by goal, and draws their mean."""
     learnt, _ = goals(settings.split_seed)
     means = load(settings).returns().mean(1)
     named = {"{},{}".format(*place_of(goal)): means[i].tolist() for i, goal in enumerate(learnt)}
@@ -184,15 +183,12 @@ def _write_curves(settings: Distill, folder: Path) -> None:
     draw((folder / CURVES).with_suffix(".png"), {settings.source: curve(folder)}, levels)
 
 
-# --- reading -------------------------------------------------------------------------------------
-
-
 def load(settings: Distill) -> Histories:
-    """Those of all goals that are trained on, in the order of the split."""
+    """Returns the histories of all training goals, in the order of the split."""
     folder = folder_of(settings)
     shape = (settings.num_streams, settings.num_steps)
     parts = [_read(path_of(folder, goal), shape) for goal in goals(settings.split_seed)[0]]
-    return Histories.joined(parts)
+    return Histories.concatenate(parts)
 
 
 def _read(path: Path, shape: tuple[int, int]) -> Histories:
@@ -209,12 +205,9 @@ def _read(path: Path, shape: tuple[int, int]) -> Histories:
         ) from None
 
 
-# --- windows -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Windows:
-    """Windows of the streams [first, last) of all goals, by number; as many as episodes."""
+    """Numbered windows of the streams [first, last) of all goals, as many as episodes."""
 
     histories: Histories
     settings: Distill
@@ -230,29 +223,29 @@ class Windows:
 
     @property
     def num_episodes(self) -> int:
-        """Of a history."""
+        """The number of episodes of a history."""
         return self.settings.num_steps // EPISODE
 
     @cached_property
     def _episodes(self) -> tuple[torch.Tensor, ...]:
-        """(goals, streams, episodes, 20) each."""
+        """The tensors of the histories, (goals, streams, episodes, 20) each."""
         return tuple(each.unflatten(-1, (-1, EPISODE)) for each in self.histories.tensors())
 
     @cached_property
     def _rewarded(self) -> np.ndarray:
-        """(goals, own streams, episodes): whether the goal was found."""
+        """Whether the goal was found: (goals, own streams, episodes)."""
         return (self.histories.returns()[:, self.first : self.last] > 0).numpy()
 
     @cached_property
     def _visited(self) -> np.ndarray:
-        """(goals, own streams, first episodes, cells): whether an episode went there."""
+        """Whether an episode visited a cell: (goals, own streams, first episodes, cells)."""
         searching = self.settings.search_episodes
         reached = self._episodes[3][:, self.first : self.last, :searching].long()
         visited = torch.zeros(*reached.shape[:-1], SIZE * SIZE, dtype=torch.bool)
         return visited.scatter_(-1, reached, True).numpy()
 
     def choice(self, number: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """(goal, streams, episodes) of a window."""
+        """Returns (goal, streams, episodes) of a window."""
         random = np.random.default_rng([self.settings.source_seed, number])
         goal, size = number % self.num_goals, self.settings.context // EPISODE
         streams = random.integers(self.first, self.last, size)
@@ -264,8 +257,10 @@ class Windows:
         return goal, streams, np.concatenate([early[: len(found)], np.sort(later)])
 
     def _search(self, random: np.random.Generator, goal: int, episodes: np.ndarray) -> list[int]:
-        """Streams of these episodes, up to the first that finds the goal; each is, of some that are
-        drawn, the one that visits most cells that those before it have not."""
+        """Returns streams for these episodes, up to the first that finds the goal.
+
+        Each is the one, among some that are drawn, that visits most cells not visited before.
+        """
         streams: list[int] = []
         seen = np.zeros(SIZE * SIZE, dtype=bool)
         for episode in episodes:
@@ -279,7 +274,7 @@ class Windows:
         return streams
 
     def gather(self, numbers: Sequence[int]) -> Histories:
-        """(windows, context) of cells, actions, rewards and next cells."""
+        """Returns the histories (windows, context) of these windows."""
         chosen = [self.choice(number) for number in numbers]
         goal = torch.tensor([goal for goal, _, _ in chosen], dtype=torch.long)[:, None]
         size = self.settings.context // EPISODE
@@ -291,14 +286,14 @@ class Windows:
 
 
 def num_bytes(settings: Distill) -> int:
-    """Of all histories, and of what windows are chosen by: what was rewarded, where it went."""
+    """Returns the bytes of all histories, and of the rewards and visits that select windows."""
     number = len(goals(settings.split_seed)[0]) * settings.num_streams
     known = settings.num_steps // EPISODE + settings.search_episodes * SIZE * SIZE
     return number * (4 * settings.num_steps + known)
 
 
 def digest(histories: Histories) -> str:
-    """Of all that is trained on."""
+    """Returns a digest of the histories."""
     sha = hashlib.sha256()
     for each in histories.tensors():
         sha.update(each.numpy().tobytes())
@@ -306,6 +301,6 @@ def digest(histories: Histories) -> str:
 
 
 def curve(folder: Path) -> list[float]:
-    """Mean return over goals of each episode of the sources."""
+    """Returns the mean return over goals of each episode of the sources."""
     found = json.loads((folder / CURVES).read_text("utf-8"))
     return np.mean(list(found.values()), 0).tolist()

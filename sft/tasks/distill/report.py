@@ -1,4 +1,4 @@
-"""What people see of distillation: returns in context, and the curve."""
+"""Reports returns in context, and their curve."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from rich.console import RenderableType
 from rich.table import Table
 
-from sft.runtime.console import write_json
+from sft.runtime.console import table, write_json
 from sft.tasks.distill import darkroom, histories
 from sft.tasks.distill.config import DistillConfig
 from sft.tasks.distill.curve import draw
 
-LAST = 50  # episodes at the end that measure what was learnt in context
+LAST = 50  # final episodes, whose return measures what was learnt in context
 CURVE = "in_context_return.png"
 
 
 @dataclass(frozen=True)
 class Tried:
-    """What the unseen goals brought, the same on every rank."""
+    """The results on unseen goals, the same on every rank."""
 
     goals: list[int]
     returns: torch.Tensor  # (goals, seeds, episodes)
@@ -32,7 +32,7 @@ class Tried:
 
 
 def results(tried: Tried) -> dict[str, Any]:
-    """In-context returns: of the last episodes, of the first, of all; per goal and seed."""
+    """Returns the returns in context of the last, the first and all episodes, by goal and seed."""
     number = tried.returns.shape[2]
     few = min(LAST, number)
     parts = {
@@ -44,7 +44,7 @@ def results(tried: Tried) -> dict[str, Any]:
 
 
 def _summary(tried: Tried, means: torch.Tensor) -> dict[str, Any]:
-    """means: (goals, seeds)."""
+    """Summarises means (goals, seeds)."""
     return {
         "mean": float(means.mean()),
         "per_goal": dict(zip(map(_named, tried.goals), means.mean(1).tolist(), strict=True)),
@@ -75,7 +75,7 @@ def show(
         yield f"regions that the model has ended: {_regions(tried)}"
     lines = {"random": float(np.mean([*floors.values()])), "best": float(np.mean([*tops.values()]))}
     curves = {"in context, unseen goals": curve}
-    if (source := histories.folder_of(config.distill)).exists():  # else of a run from elsewhere
+    if (source := histories.folder_of(config.distill)).exists():  # else the run is from elsewhere
         curves["source, its own goals"] = histories.curve(source)
     draw(out / CURVE, curves, lines)
     yield f"curve: {out / CURVE}"
@@ -83,19 +83,19 @@ def show(
 
 def _regions(tried: Tried) -> dict[str, float]:
     steps = np.array(tried.regions)
-    told = {"ended": len(steps), "forced": tried.num_forced}
-    return told | ({"mean_steps": float(steps.mean())} if len(steps) else {})
+    counts = {"ended": len(steps), "forced": tried.num_forced}
+    return counts | ({"mean_steps": float(steps.mean())} if len(steps) else {})
 
 
 def _table(returns: dict[str, Any], floors: dict[str, float], tops: dict[str, int]) -> Table:
-    title = "Return in context on goals that were never seen"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("goal", "random", *(name.replace("_", " ") for name in returns), "best"):
-        table.add_column(column, justify="right")
-    for goal, floor in floors.items():
-        found = (f"{each['per_goal'][goal]:.2f}" for each in returns.values())
-        table.add_row(goal, f"{floor:.2f}", *found, f"{tops[goal]:.2f}")
-    means = (f"{each['mean']:.2f}" for each in returns.values())
-    lowest, top = np.mean([*floors.values()]), np.mean([*tops.values()])
-    table.add_row("mean", f"{lowest:.2f}", *means, f"{top:.2f}")
-    return table
+    def row(name: str, floor: float, values: list[float], top: float) -> list[str]:
+        return [name, *(f"{value:.2f}" for value in (floor, *values, top))]
+
+    rows = [
+        row(goal, floor, [each["per_goal"][goal] for each in returns.values()], tops[goal])
+        for goal, floor in floors.items()
+    ]
+    lowest, top = float(np.mean([*floors.values()])), float(np.mean([*tops.values()]))
+    rows.append(row("mean", lowest, [each["mean"] for each in returns.values()], top))
+    columns = ("goal", "random", *(name.replace("_", " ") for name in returns), "best")
+    return table("Return in context on goals that were never seen", columns, rows, left=0)

@@ -1,11 +1,11 @@
-"""A model that learns in context: rooms are played, its weights stay, its history grows.
+"""Plays rooms with a model that learns in context: its weights stay, its history grows.
 
-All rows (a goal and a seed each) are played together with a cache of keys and values. Where the
-context is full, the oldest episodes go and what stays is encoded again, so that what the model sees
-is always a window as in training, and the cache gives what encoding that window anew would give.
-With `compress` it is the model that says when the older of two regions goes.
+All rows (a goal and a seed each) are played together with a cache of keys and values. If the
+context is full, the oldest episodes are dropped and the rest is encoded again. So the model always
+sees a window as in training, and the cache equals a new encoding of that window. With `compress`
+the model decides when the older of two regions is dropped.
 
-What is drawn for a row is a function of its goal and seed, on any number of processes.
+The random numbers of a row depend only on its goal and seed, for any number of processes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from sft.tasks.distill.transformer import (
     NUM_FEATURES,
     Cache,
     Transformer,
-    alone,
     features,
     mark,
     num_positions,
+    without_past,
 )
 
 Row = tuple[int, int]  # goal, seed
@@ -36,7 +36,7 @@ Row = tuple[int, int]  # goal, seed
 
 @dataclass
 class Context:
-    """What each row has seen: tokens, those that count, and their keys and values."""
+    """The history of each row: its tokens, their number, and their keys and values."""
 
     model: Transformer
     tokens: torch.Tensor  # (rows, positions, features)
@@ -51,23 +51,23 @@ class Context:
         return self.cache.lengths
 
     def add(self, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One more token (rows, features) for each row; what the model says behind it."""
+        """Adds a token (rows, features) to each row and returns the model's outputs for it."""
         rows, at = torch.arange(len(token), device=token.device), self.lengths
         self.tokens[rows, at] = token
         if not self.cached:
-            return self._anew(at)
+            return self._encode_all(at)
         actions, types = self.model(token[:, None], self.cache)
         return actions[:, 0], None if types is None else types[:, 0]
 
-    def _anew(self, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same from all tokens, without the cache."""
+    def _encode_all(self, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the outputs for the last token by encoding all tokens, without the cache."""
         actions, types = self.model(self.tokens[:, : int(at.max()) + 1])
         rows = torch.arange(len(at), device=at.device)
         self.cache.lengths = at + 1
         return actions[rows, at], None if types is None else types[rows, at]
 
     def replace(self, tokens: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Forgets all, and sees the first `lengths` of `tokens` (rows, tokens, features)."""
+        """Replaces the history by the first `lengths` of `tokens` (rows, tokens, features)."""
         self.tokens[:, : tokens.shape[1]] = tokens
         self.cache.lengths = torch.zeros_like(lengths)
         if self.cached and tokens.shape[1]:
@@ -76,14 +76,17 @@ class Context:
 
 
 def dropped(settings: Distill) -> int:
-    """Steps of the oldest episodes, which go when the context is full."""
+    """Returns the number of oldest steps that are dropped when the context is full."""
     return EPISODE * (settings.slide or max(1, settings.context // EPISODE // 2))
 
 
 def bytes_per_row(settings: Distill) -> int:
-    """What a row takes beside the weights: what is drawn for it, its cache, its tokens, and where
-    what stays is encoded again, copies of those and one block: the stream twice, what attention
-    found, its norm, the inner layer twice."""
+    """Returns the bytes of a row beside the weights.
+
+    They hold its random numbers, cache and tokens. While its history is encoded again, there are
+    also a copy of the tokens and one block: the stream twice, the result of attention, its norm,
+    and the inner layer twice.
+    """
     width, positions = settings.width, num_positions(settings)
     stay = positions if settings.compress else positions - dropped(settings)
     held = positions * (2 * width * settings.num_layers + NUM_FEATURES)
@@ -96,9 +99,9 @@ class Played:
     returns: torch.Tensor
     """(rows, episodes)"""
     regions: list[int]
-    """Steps of each region that the model has ended itself (`compress`), of all rows."""
+    """Steps of each region that the model has ended itself (`compress`), over all rows."""
     num_forced: int
-    """Regions that were full and which the model had not ended."""
+    """The number of regions that were full before the model ended them."""
 
 
 @torch.no_grad()
@@ -110,8 +113,10 @@ def play(
     cached: bool = True,
     between: Callable[[], None] = lambda: None,
 ) -> Played:
-    """Plays each row's goal for so many episodes from an empty history. `between` is called after
-    each episode. Not `cached`: the whole window is encoded for every step."""
+    """Plays each row's goal for so many episodes from an empty history.
+
+    `between` is called after each episode. Not `cached`: every step encodes the whole window.
+    """
     settings = model.settings
     device = next(model.parameters()).device
     drawn = _uniform(rows, num_episodes * EPISODE).to(device)
@@ -125,7 +130,7 @@ def play(
         now, total = rooms.reset(), torch.zeros(len(rows), device=device)
         memory.begin_episode()
         for step in range(EPISODE):
-            token = alone(empty[:, 0]) if before is None else features(now, before)
+            token = without_past(empty[:, 0]) if before is None else features(now, before)
             actions, types = context.add(token)
             action = _draw(actions, drawn[:, episode * EPISODE + step])
             cell, (now, reward, _) = now, rooms.step(action)
@@ -138,7 +143,7 @@ def play(
 
 
 def _uniform(rows: Sequence[Row], number: int) -> torch.Tensor:
-    """(rows, number) of random numbers from 0 to 1, each row its own."""
+    """Returns (rows, number) random numbers from 0 to 1, a function of each row."""
     drawn = []
     for goal, seed in rows:
         generator = torch.Generator().manual_seed(seed * 100 + goal)
@@ -147,13 +152,13 @@ def _uniform(rows: Sequence[Row], number: int) -> torch.Tensor:
 
 
 def _draw(logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """Actions (rows,) from the softmax of `logits`, by numbers from 0 to 1."""
+    """Returns actions (rows,) from the softmax of `logits`; `drawn`: numbers from 0 to 1."""
     upto = logits.float().softmax(-1).cumsum(-1)
     return (upto < drawn[:, None] * upto[:, -1:]).sum(-1)
 
 
 class _Sliding:
-    """The newest episodes; the oldest go when the context is full."""
+    """A context of the newest episodes; the oldest are dropped when it is full."""
 
     def __init__(self, context: Context, settings: Distill):
         self.context, self.most, self.dropped = context, settings.context, dropped(settings)
@@ -164,14 +169,14 @@ class _Sliding:
         if int(context.lengths[0]) == self.most:  # as all rows are
             kept = context.tokens[:, self.dropped : self.most].clone()
             if kept.shape[1]:
-                kept[:, 0] = alone(kept[:, 0])
+                kept[:, 0] = without_past(kept[:, 0])
             context.replace(kept, context.lengths - self.dropped)
 
     def after_step(self, types: torch.Tensor | None) -> None: ...
 
 
 class _Regions:
-    """Two regions at most; the older one goes when the model ends the newer one."""
+    """A context of up to two regions; the older is dropped when the model ends the newer."""
 
     def __init__(self, context: Context):
         self.context = context
@@ -185,18 +190,18 @@ class _Regions:
     def after_step(self, types: torch.Tensor | None) -> None:
         assert types is not None
         steps = self.context.lengths - self.starts - 1
-        said, full = types.argmax(-1) == ENDS, steps >= self.size
-        ends = said | full
+        chosen, full = types.argmax(-1) == ENDS, steps >= self.size
+        ends = chosen | full
         if not ends.any():
             return
-        self.regions += steps[said].tolist()
-        self.num_forced += int((full & ~said).sum())
+        self.regions += steps[chosen].tolist()
+        self.num_forced += int((full & ~chosen).sum())
         lengths = self.context.lengths.clone()
         tokens = self.context.tokens.clone()
         for row in ends.nonzero()[:, 0].tolist():
             start, end = int(self.starts[row]), int(lengths[row])
             kept = self.context.tokens[row, start:end].clone()
-            kept[1] = alone(kept[1])
+            kept[1] = without_past(kept[1])
             marks = [mark(kind, kept[:1]) for kind in (END, BEGIN)]
             whole = torch.cat([kept, *marks])
             tokens[row, : len(whole)] = whole

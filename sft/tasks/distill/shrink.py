@@ -41,7 +41,7 @@ def shrink(config: DistillConfig, folder: Path, exact: bool) -> Shrunk:
     settings = given.model_copy(update=sizes)
     histories.collect(settings)
     lengths = [*windows(settings).lengths]
-    told = [
+    changes = [
         (
             "model",
             f"{settings.num_layers} layers of {settings.width} instead of {given.num_layers} of "
@@ -53,4 +53,4 @@ def shrink(config: DistillConfig, folder: Path, exact: bool) -> Shrunk:
     batch = 2 * len(lengths) // 5  # two whole ones and half of one
     # The bias of keys has no gradient but rounding, of which AdamW would make updates.
     smooth = {"distill.dropout": 0.0, "train.adam_epsilon": max(1e-6, config.train.adam_epsilon)}
-    return Shrunk(values, told, smooth, batch, "windows")
+    return Shrunk(values, changes, smooth, batch, "windows")

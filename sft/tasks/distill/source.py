@@ -1,9 +1,8 @@
-"""Source algorithms: what learns each goal from nothing, and is recorded while it does.
+"""Source algorithms, which learn each goal from nothing and record their steps.
 
-Both are the PPO of Stable-Baselines3 with the published settings. `ppo` has the networks of many
-goals in stacked matrices and trains them together: the same updates, at a tenth of the time.
-`stable_baselines` is the library itself, one goal after the other, and what the former is held
-against.
+Both are the PPO of Stable-Baselines3 with the published settings. `ppo` stacks the networks of many
+goals in matrices and trains them together: the same updates in a tenth of the time.
+`stable_baselines` is the library itself, one goal after the other; tests compare `ppo` with it.
 
 One policy acts in all streams of a goal, and is updated after every episode.
 """
@@ -29,30 +28,32 @@ HIDDEN, ADAM_EPSILON = 64, 1e-5
 
 @dataclass(frozen=True)
 class Histories:
-    """What sources did: (goals, streams, steps), whole episodes one after the other."""
+    """The steps of sources, (goals, streams, steps): whole episodes one after the other."""
 
     cells: torch.Tensor
     actions: torch.Tensor
     rewards: torch.Tensor
     next_cells: torch.Tensor
-    """Where each step ended, the last one of an episode included."""
+    """The cell in which each step ended, the last one of an episode included."""
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.cells, self.actions, self.rewards, self.next_cells
 
     def returns(self) -> torch.Tensor:
-        """(goals, streams, episodes)."""
+        """Returns the returns (goals, streams, episodes)."""
         return self.rewards.float().unflatten(-1, (-1, EPISODE)).sum(-1)
 
     @staticmethod
-    def joined(parts: Sequence[Histories]) -> Histories:
-        """Of the goals of all parts."""
+    def concatenate(parts: Sequence[Histories]) -> Histories:
+        """Returns the histories of the goals of all parts."""
         return Histories(*map(torch.cat, zip(*(part.tensors() for part in parts), strict=True)))
 
 
 class _Networks:
-    """Policies and values of Stable-Baselines3's MlpPolicy, of all goals: two hidden layers of
-    tanh each. Stacked first by kind, then by goal, so that each kind is one slice."""
+    """The policies and values of all goals, each like Stable-Baselines3's MlpPolicy.
+
+    They have two hidden layers with tanh and are stacked by kind, then by goal.
+    """
 
     def __init__(self, num_goals: int, generator: torch.Generator):
         def matrices(number: int, inputs: int, outputs: int, gain: float) -> torch.Tensor:
@@ -76,7 +77,7 @@ class _Networks:
         self.optimizer = torch.optim.Adam(self.parameters, RATE, eps=ADAM_EPSILON, fused=True)
 
     def __call__(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """places: (goals, batch, 2). Returns (log probabilities of actions, values)."""
+        """Returns (log probabilities of actions, values) for places (goals, batch, 2)."""
         w, b = self.weights, self.biases
         x = places.repeat(2, 1, 1)
         for layer in (0, 1):
@@ -86,7 +87,7 @@ class _Networks:
         return logits.log_softmax(-1), values.squeeze(-1)
 
     def update(self, loss: torch.Tensor) -> None:
-        """A step of Adam; the gradient of each goal is clipped by itself."""
+        """Makes a step of Adam; the gradient of each goal is clipped separately."""
         self.optimizer.zero_grad()
         loss.backward()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -99,8 +100,10 @@ class _Networks:
 
 
 def ppo(goals: Sequence[int], num_streams: int, num_steps: int, seed: int) -> Histories:
-    """Histories of all `goals`, trained side by side; a function of the arguments, on one thread
-    of one machine."""
+    """Returns the histories of all `goals`, which are trained side by side.
+
+    They are a function of the arguments, on one thread of one machine.
+    """
     generator = torch.Generator().manual_seed(seed)
     networks = _Networks(len(goals), generator)
     rooms = Rooms(torch.tensor(goals)[:, None].expand(-1, num_streams).contiguous())
@@ -121,8 +124,10 @@ PLACES = torch.tensor([place_of(cell) for cell in range(NUM_CELLS)], dtype=torch
 def _play(
     networks: _Networks, rooms: Rooms, generator: torch.Generator
 ) -> tuple[Histories, torch.Tensor, torch.Tensor]:
-    """(an episode in all streams, log probabilities of its actions, values), (goals, streams,
-    20)."""
+    """Plays an episode in all streams: (its steps, log probabilities of actions, values).
+
+    All tensors are (goals, streams, 20).
+    """
     cells, steps = rooms.reset(), []
     for _ in range(EPISODE):
         logs, values = networks(PLACES[cells])
@@ -137,9 +142,9 @@ def _play(
 
 
 def _advantages(rewards: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Generalised advantage estimation along the last dimension, which is one episode."""
+    """Returns generalised advantages along the last dimension, which is one episode."""
     result, later = torch.empty_like(values), torch.zeros_like(values[..., 0])
-    after = later  # nothing has value behind the end
+    after = later  # nothing has value after the end
     for step in reversed(range(EPISODE)):
         error = rewards[..., step] + GAMMA * after - values[..., step]
         later = error + GAMMA * LAMBDA * later
@@ -155,7 +160,7 @@ def _learn(
     returns: torch.Tensor,
     generator: torch.Generator,
 ) -> None:
-    """The epochs of one update; each goal has an order of its own."""
+    """Runs the epochs of one update; each goal has its own order."""
     flat = [each.flatten(1) for each in (episode.actions, before, advantages, returns)]
     places = PLACES[episode.cells.flatten(1)]
     for _ in range(EPOCHS):
@@ -180,9 +185,9 @@ def _learn(
 def stable_baselines(
     goals: Sequence[int], num_streams: int, num_steps: int, seed: int
 ) -> Histories:
-    """The same from Stable-Baselines3's own PPO, one goal after the other."""
+    """Returns histories of Stable-Baselines3's own PPO, one goal after the other."""
     parts = [_stable_baselines(goal, num_streams, num_steps, seed) for goal in goals]
-    return Histories.joined(parts)
+    return Histories.concatenate(parts)
 
 
 def _stable_baselines(goal: int, num_streams: int, num_steps: int, seed: int) -> Histories:
@@ -205,7 +210,7 @@ def _stable_baselines(goal: int, num_streams: int, num_steps: int, seed: int) ->
 
 
 def _recorded_rooms(goal: int, num_streams: int) -> Any:
-    """Rooms as Stable-Baselines3 steps them; every step is kept in `steps`."""
+    """Returns rooms that Stable-Baselines3 can step; they record every step in `steps`."""
     import numpy as np
     from gymnasium import spaces
     from stable_baselines3.common.vec_env import VecEnv
@@ -228,12 +233,12 @@ def _recorded_rooms(goal: int, num_streams: int) -> Any:
             cells, rewards, over = self.rooms.step(self.actions)
             self.steps.append((before, self.actions, rewards, cells))
             seen = PLACES[cells].numpy()
-            told: list[dict[str, Any]] = [{} for _ in range(num_streams)]
-            if over:  # the library wants the next episode's first observation, and the last beside
-                told = [{"terminal_observation": each} for each in seen]
+            infos: list[dict[str, Any]] = [{} for _ in range(num_streams)]
+            if over:  # the library wants the next episode's first observation, and the last one
+                infos = [{"terminal_observation": each} for each in seen]
                 seen = self.reset()
             # A copy: the library may add to the rewards that it is given.
-            return seen, rewards.float().numpy(), np.full(num_streams, over), told
+            return seen, rewards.float().numpy(), np.full(num_streams, over), infos
 
         def close(self) -> None: ...
 

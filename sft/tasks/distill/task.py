@@ -47,7 +47,7 @@ SETTINGS = "distill.json"
 
 
 def identity(settings: Distill, digest: str) -> dict[str, str]:
-    """Returns what makes a checkpoint one of this run. `digest`: of the histories."""
+    """Returns the values that a checkpoint and its run share. `digest`: that of the histories."""
     played = {name for name in Distill.model_fields if name.startswith("eval_")} | {"data_dir"}
     return {"distill": settings.model_dump_json(exclude=played), "data": digest}
 
@@ -148,7 +148,7 @@ class Distillation(Task):
     def answering_bytes(
         cls, config: DistillConfig, precision: str, prompts: Sequence[int], world_size: int
     ) -> int:
-        """Returns what a copy of the model in fp32 takes with the rows that a rank plays."""
+        """Returns the bytes of an fp32 copy of the model and of the rows that a rank plays."""
         settings = config.distill
         _, unseen = darkroom.goals(settings.split_seed)
         rows = math.ceil(len(unseen) * settings.eval_seeds / world_size)
@@ -180,14 +180,14 @@ class Distillation(Task):
 
     @classmethod
     def check_data(cls, config: DistillConfig) -> Iterator[Finding]:
-        """Says whether histories are there, or else how long it takes to collect them."""
+        """Yields whether histories exist, or else how long it takes to collect them."""
         settings = config.distill
         folder = histories.folder_of(settings)
         missing = histories.missing(settings)
-        told = f"{settings.num_streams} streams x {settings.num_steps} steps"
+        each = f"{settings.num_streams} streams x {settings.num_steps} steps"
         if not missing:
             number = len(histories.load(settings).cells)
-            yield Finding(True, f"histories: {number} goals x {told} in {folder}")
+            yield Finding(True, f"histories: {number} goals x {each} in {folder}")
             return
         refuse_if_unwritable(folder, "distill.data_dir")
         threads = torch.get_num_threads()
@@ -201,7 +201,7 @@ class Distillation(Task):
         number = sum(len(learnt) for _, learnt in missing)
         yield Finding(
             True,
-            f"histories: {number} goals x {told} are collected into {folder} first, which takes "
+            f"histories: {number} goals x {each} are collected into {folder} first, which takes "
             f"about {duration(rounds * seconds)} (probed)",
         )
 
@@ -265,7 +265,7 @@ class Distillation(Task):
         return Batch(tokens, window.actions.long())
 
     def num_supervised(self, batch: Batch) -> float:
-        """Steps: each has an action."""
+        """Returns the number of steps, each of which has an action."""
         return batch.num_steps
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -280,7 +280,7 @@ class Distillation(Task):
         return loss + self.settings.type_weight * type_loss, sums
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Loss on held-out histories, and the return in context on the unseen goals."""
+        """Returns the loss on held-out histories and the return in context on unseen goals."""
         found = super().evaluate(model)
         number = self.settings.eval_quick
         with self.guard.section("evaluation"):
@@ -313,7 +313,7 @@ class Distillation(Task):
         return Results(held_out, (held_out, self._try_all(model)))
 
     def measure_saved(self, model: nn.Module, folder: Path, state: str) -> Results:
-        """Plays the unseen goals only: the held-out histories need not be here any more."""
+        """Plays only the unseen goals: the held-out histories may be gone."""
         return Results({}, ({}, self._try_all(model)))
 
     def _try_all(self, model: nn.Module) -> report.Tried:
@@ -363,7 +363,7 @@ class Distillation(Task):
 
 
 def _layout(settings: Distill, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(positions of the steps in a window, the token type behind each)."""
+    """Returns the positions of the steps in a window and the token type after each."""
     half = settings.context // 2
     steps = torch.arange(settings.context, device=device)
     types = torch.full_like(steps, GOES_ON)
@@ -376,7 +376,7 @@ def _layout(settings: Distill, device: torch.device) -> tuple[torch.Tensor, torc
 def _cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(summed loss, number of right ones)."""
+    """Returns (summed loss, number of right predictions)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
     targets = targets.flatten()
     right = (logits.detach().argmax(-1) == targets).sum()
@@ -390,10 +390,10 @@ def try_unseen(
     num_episodes: int,
     between: Callable[[], None],
 ) -> report.Tried:
-    """Every unseen goal with every seed, shared out over all processes. Collective.
+    """Plays every unseen goal with every seed, divided among all processes. Collective.
 
-    Each rank plays on a copy of its own, whatever the engine has made of the weights: nothing is
-    exchanged before the end. `between` is called after each episode.
+    Each rank plays on its own whole copy of the model, so nothing is exchanged before the end.
+    `between` is called after each episode.
     """
     copy = whole_copy(model, settings, accelerator)
     _, unseen = darkroom.goals(settings.split_seed)
@@ -401,16 +401,16 @@ def try_unseen(
     mine = rows[accelerator.process_index :: accelerator.num_processes]
     played = rollout.play(copy, mine, num_episodes, between=between) if mine else None
     returns = torch.zeros(len(unseen), settings.eval_seeds, num_episodes)
-    told = [each for each in gather_object([(mine, played)]) if each[1]]
-    for theirs, found in told:
+    gathered = [each for each in gather_object([(mine, played)]) if each[1]]
+    for theirs, found in gathered:
         for (goal, seed), own in zip(theirs, found.returns, strict=True):
             returns[unseen.index(goal), seed] = own
-    regions = [steps for _, found in told for steps in found.regions]
-    return report.Tried(unseen, returns, regions, sum(found.num_forced for _, found in told))
+    regions = [steps for _, found in gathered for steps in found.regions]
+    return report.Tried(unseen, returns, regions, sum(found.num_forced for _, found in gathered))
 
 
 def whole_copy(model: nn.Module, settings: Distill, accelerator: Accelerator) -> Transformer:
-    """The model by itself, in fp32 and for use, with the weights as they are now. Collective."""
+    """Returns an fp32 copy of the model for use, with its present weights. Collective."""
     plain = accelerator.unwrap_model(model)
     with torch.random.fork_rng(devices=[]):
         copy = Transformer(settings).to(accelerator.device)
@@ -420,10 +420,10 @@ def whole_copy(model: nn.Module, settings: Distill, accelerator: Accelerator) ->
 
 
 def load(folder: Path, device: torch.device) -> Transformer:
-    """The model that `save` wrote."""
+    """Returns the model that `save` wrote."""
     saved = json.loads((folder / SETTINGS).read_text("utf-8"))
     known = {key: value for key, value in saved.items() if key in Distill.model_fields}
-    settings = Distill.model_validate(known)  # how another version drew its windows is no matter
+    settings = Distill.model_validate(known)  # other keys say how windows were drawn
     model = build(settings, 0, device)
     export.load_weights(model, folder)
     return model.eval()

@@ -1,13 +1,13 @@
-"""The model: a causal transformer over transitions, which predicts the next action at each of them.
+"""A causal transformer over transitions, which predicts the next action at each of them.
 
-A token has the transition before it (cell, action, reward, next cell) and the cell that it asks an
-action for: the published transition token and query token in one. So a single causal pass over a
-window predicts the action behind every number of transitions, from none to all but the last of the
-context: it is trained to begin with an empty history. Cells are coordinates, not names, so that a
-goal which was never seen lies between some that were.
+A token holds the transition before it (cell, action, reward, next cell) and the cell whose action
+is asked: the published transition token and query token in one. So a single causal pass over a
+window predicts the action after any number of transitions, from none to all but the last one, and
+the model learns to begin with an empty history. Cells are coordinates, not names, so an unseen goal
+lies between seen ones.
 
 With `compress` two more tokens mark where a region of the history begins and ends, and a second
-head says behind each step whether the region ends there.
+head predicts after each step whether the region ends there.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from sft.tasks.distill.config import Distill
 from sft.tasks.distill.darkroom import MOVES, NUM_CELLS, SIZE, place_of
 from sft.tasks.distill.source import Histories
 
-# What a token is made of, in this order: cell, action, reward and next cell of the transition;
-# whether there is none; the present cell; whether it marks a region's begin, or its end.
+# The features of a token, in this order: cell, action, reward and next cell of the transition;
+# whether there is none; the present cell; whether it marks the start of a region, or its end.
 PARTS = {"before": 2, "action": len(MOVES), "reward": 1, "after": 2, "none": 1, "now": 2}
 MARKS = {"begin": 1, "end": 1}
 NUM_FEATURES = sum(PARTS.values()) + sum(MARKS.values())
@@ -37,7 +37,7 @@ COORDINATES = (torch.tensor([place_of(cell) for cell in range(NUM_CELLS)]) - (SI
 
 
 def features(now: torch.Tensor, before: Histories) -> torch.Tensor:
-    """Tokens (..., NUM_FEATURES) of steps in cells `now`, each behind the transition `before`."""
+    """Returns tokens (..., NUM_FEATURES) of steps in cells `now` after transitions `before`."""
     place = COORDINATES.to(now.device)
     action = F.one_hot(before.actions.long(), len(MOVES))
     reward = before.rewards[..., None]
@@ -47,8 +47,8 @@ def features(now: torch.Tensor, before: Histories) -> torch.Tensor:
     return torch.cat(cells, -1)
 
 
-def alone(tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens of steps as they are when the history begins there: without a transition before."""
+def without_past(tokens: torch.Tensor) -> torch.Tensor:
+    """Returns the tokens of steps at which the history begins: no transition is before them."""
     result = tokens.clone()
     result[..., :NUM_BEFORE] = 0.0
     result[..., NONE] = 1.0
@@ -56,32 +56,33 @@ def alone(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def mark(kind: int, like: torch.Tensor) -> torch.Tensor:
-    """A token that is the mark `kind` (BEGIN or END) for each of `like`, (..., NUM_FEATURES)."""
+    """Returns a token of the mark `kind` (BEGIN or END) for each of `like` (..., NUM_FEATURES)."""
     result = torch.zeros_like(like)
     result[..., kind] = 1.0
     return result
 
 
 def window_tokens(window: Histories) -> torch.Tensor:
-    """(windows, steps, NUM_FEATURES) of histories (windows, steps) that begin at an episode."""
+    """Returns tokens (windows, steps, NUM_FEATURES) of histories that begin at an episode."""
     before = Histories(*(each.roll(1, -1) for each in window.tensors()))
     tokens = features(window.cells, before)
-    return torch.cat([alone(tokens[:, :1]), tokens[:, 1:]], 1)
+    return torch.cat([without_past(tokens[:, :1]), tokens[:, 1:]], 1)
 
 
 def with_marks(tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens of two regions, each half of `tokens`: begin, steps, end, begin, steps."""
+    """Returns tokens of two regions, each half of `tokens`: begin, steps, end, begin, steps."""
     first, second = tokens.chunk(2, 1)
     begin, end = (mark(kind, tokens[:, :1]) for kind in (BEGIN, END))
     return torch.cat([begin, first, end, begin, second], 1)
 
 
 def num_positions(settings: Distill) -> int:
+    """Returns the maximum number of tokens in a window."""
     return settings.context + 3 * settings.compress
 
 
 class Cache:
-    """Keys and values of tokens that were seen: (rows, positions, heads, size) for each block."""
+    """Keys and values of earlier tokens: (rows, positions, heads, size) for each block."""
 
     def __init__(self, model: Transformer, rows: int, device: torch.device):
         settings = model.settings
@@ -105,7 +106,7 @@ class Attention(nn.Module):
         positions: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """x: (rows, tokens, width). `kept`: of a Cache, to which these are added."""
+        """Attends in x (rows, tokens, width) and adds its keys and values to those of `kept`."""
         query, key, value = self.into(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         if kept is not None:
             rows = torch.arange(len(x), device=x.device)[:, None]
@@ -156,16 +157,16 @@ class Transformer(nn.Module):
         self._initialise()
 
     def get_input_embeddings(self) -> nn.Module:
-        """As models of transformers call it: what tokens enter by."""
+        """Returns the layer that embeds tokens; the name is that of transformers."""
         return self.embedding
 
     def get_output_embeddings(self) -> nn.Module:
-        """The first of the heads."""
+        """Returns the head of actions."""
         return self.action
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Each block adds little at first, and no action is preferred."""
+        """Makes each block add little at first, and all actions equally likely."""
         nn.init.normal_(self.positions, std=0.02)
         residual = 1 / math.sqrt(2 * len(self.blocks))
         for name, parameter in self.blocks.named_parameters():
@@ -178,8 +179,10 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: torch.Tensor, cache: Cache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """tokens: (rows, tokens, NUM_FEATURES). With a cache they come behind those that each row
-        has in it, and are added to it. Returns logits of (actions, token types)."""
+        """Returns logits of (actions, token types) for tokens (rows, tokens, NUM_FEATURES).
+
+        With a cache the tokens follow those of each row in it, and are added to it.
+        """
         number = tokens.shape[1]
         positions = torch.arange(number, device=tokens.device)[None]
         mask = None
@@ -196,8 +199,10 @@ class Transformer(nn.Module):
 
 
 def _mask(positions: torch.Tensor) -> torch.Tensor | None:
-    """(rows, 1, tokens, keys): who sees whom, each its own past; None if all see all there is, or
-    the causal order is that of an empty cache."""
+    """Returns (rows, 1, tokens, keys): the keys that each token attends to.
+
+    None if every token attends to all keys, or if the order is causal from an empty cache.
+    """
     same = bool((positions == positions[:1]).all())
     if same and (positions.shape[1] == 1 or int(positions[0, 0]) == 0):
         return None
