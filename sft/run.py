@@ -54,10 +54,9 @@ def train(config: RunConfig) -> dict[str, float]:
         found = _open_folder(config.train, guard) if guard.is_first else None
         prepared = task.prepare(config, guard.tick)  # before a process group that could time out
         accelerator = start_processes(config.train)
-        agreement.refuse_differences(
-            accelerator, agreement.collect_facts(config, task.digests(prepared))
-        )
         resumed_from = guard.join(accelerator, found)
+        facts = agreement.collect_facts(config, task.digests(prepared))
+        agreement.refuse_differences(accelerator, facts)
         with closing(_open_log(config, accelerator)) as log:
             context = Context(accelerator, log, guard)
             metrics = _run(task, config, prepared, context, resumed_from)

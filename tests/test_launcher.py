@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from conftest import ROOT, clean_environment
@@ -316,7 +317,7 @@ def test_make_ends_with_the_code_of_the_run(tmp_path):
     ) as process:
         for line in process.stdout or []:
             if line.startswith("step     1/"):
-                (pid,) = children(process.pid, "scripts/train_distributed.py")
+                (pid,) = launchers(process.pid)
                 os.kill(pid, signal.SIGTERM)
                 break
         told = process.communicate(timeout=180)[1]
@@ -326,11 +327,11 @@ def test_make_ends_with_the_code_of_the_run(tmp_path):
     assert len(list((tmp_path / "run").glob("checkpoint_step_*"))) == 2  # that of step 0, and one
 
 
-def children(pid: int, name: str) -> list[int]:
-    import psutil
-
+def launchers(pid: int) -> list[int]:
+    """Returns the descendants that train on several processes and are no rank themselves."""
     found = psutil.Process(pid).children(recursive=True)
-    return [each.pid for each in found if name in each.cmdline()]
+    training = [each for each in found if "train-distributed" in each.cmdline()]
+    return [each.pid for each in training if "LOCAL_RANK" not in each.environ()]
 
 
 # --- several machines ----------------------------------------------------------------------------
