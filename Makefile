@@ -155,7 +155,7 @@ test-gpu: $(READY) ## Run the tests that need a GPU, which the others hide
 	@SFT_TEST_GPU=1 $(BIN)/python -m pytest tests/test_gpu.py
 
 test-fast: $(READY) ## Run the tests that start no whole runs (under 90 s)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder -m "not slow"
 
 lint: $(READY) ## Run ruff check, ruff format and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
