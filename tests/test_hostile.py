@@ -694,7 +694,7 @@ def test_a_template_that_fills_the_memory(bomb):
 
 def test_a_template_without_end_in_workers(tmp_path, folder, monkeypatch):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\n".join(answered(n) for n in range(4 * cache.AT_ONCE)))
+    path.write_bytes(b"\n".join(answered(n) for n in range(4 * cache.CHUNK_ROWS)))
     template = folder / "chat_template.jinja"
     bomb = "{% if messages[0].content == 'say 700' %}" + LOOPS + "{% endif %}"
     template.write_text(bomb + template.read_text())
