@@ -13,7 +13,7 @@ PACKAGES = ("torch", "accelerate", "transformers", "peft", "bitsandbytes", "deep
 
 
 def main(args: Namespace) -> None:
-    """Prints two tables."""
+    """Prints a table of the machine and a table of versions."""
     import torch
 
     from sft.runtime import hardware
@@ -36,7 +36,7 @@ def main(args: Namespace) -> None:
 
 
 def why_no_gpu() -> str:
-    """Returns the reason, as far as it can be seen from here."""
+    """Returns the most likely reason why torch sees no GPU."""
     import torch
 
     from sft.runtime import hardware
@@ -56,7 +56,7 @@ def why_no_gpu() -> str:
 
 
 def _installed(name: str) -> str:
-    """Returns the version; from metadata, as importing some takes seconds or needs a GPU."""
+    """Returns a package's version from its metadata: an import may take seconds or need a GPU."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -43,10 +43,10 @@ NULL = "tag:yaml.org,2002:null"
 def load_config(file: str | Path | None, overrides: list[str] | None = None) -> Config:
     """Reads `file` with its `include:`s (None: no file), applies overrides and validates.
 
-    Overrides are words such as `train.epochs=1`, `--train.epochs=1`, or `--epochs` and `1`. Raises
-    ConfigError with every problem found, and for another task than fine-tuning.
+    Overrides are arguments such as `train.epochs=1`, `--train.epochs=1`, or `--epochs` and then
+    `1`. Raises ConfigError with every problem found, or if the task is not fine-tuning.
     """
-    others = "; `make plan`, `check`, `train`, `evaluate` and `verify-*` know the other tasks"
+    others = "; `make plan`, `check`, `train`, `evaluate` and `verify-*` accept the other tasks"
     config = load_any(file, overrides, {Config.task: Config}, others)
     assert isinstance(config, Config)
     return config
@@ -60,7 +60,8 @@ def load_any(
 ) -> RunConfig:
     """Reads a configuration of any task; `schemas` has the schema for each value of the key `task`.
 
-    Raises ConfigError with every problem found; `remedy` ends the message for another task.
+    Raises ConfigError with every problem found; `remedy` is the end of the message about a
+    task that is not in `schemas`.
     """
     reader = Reader()
     tree = {} if file is None else reader.read_file(Path(file))
@@ -82,7 +83,7 @@ def load_any(
 
 
 def classified_rows(output_dir: str) -> dict[str, str]:
-    """Returns the files in which `make classify` writes the rows to train on, by key of `data`."""
+    """Returns, by key of `data`, the files into which `make classify` writes the training rows."""
     return {
         "train_path": f"{output_dir}/train.jsonl",
         "eval_path": f"{output_dir}/validation.jsonl",
@@ -90,7 +91,7 @@ def classified_rows(output_dir: str) -> dict[str, str]:
 
 
 def _train_on_classified(tree: dict) -> None:
-    """Sets the rows to train on to those that `make classify` writes, unless they are given."""
+    """Sets the paths in `data` to the files that `make classify` writes, unless they are given."""
     classify = tree.get("classify")
     if isinstance(classify, dict) and classify.get("path") is not None:
         folder = classify.get("output_dir", Classify().output_dir)
@@ -158,7 +159,7 @@ def _validate(
     origins: Origins | None = None,
     known: Collection[str] = (),
 ) -> tuple[RunConfig | None, list[str]]:
-    """Returns the configuration, None if it is not valid, and its problems.
+    """Returns (the configuration or, if it is not valid, None; its problems).
 
     `known`: the names of the sections of all tasks.
     """
@@ -179,14 +180,14 @@ def _validate(
         if redact(str(value)) != str(value):
             problems[path] = (
                 f"holds the secret {redact(str(value))}, which would be written into the run "
-                "folder; libraries read it from the environment"
+                "folder; set it in the environment, where libraries look for it"
             )
     lines = [f"{path}{_where(path, origins or {})}: {text}" for path, text in problems.items()]
     return None if problems else config, lines
 
 
 def _add_defaults(tree: Any, schema: type[RunConfig]) -> dict[str, dict[str, Any]]:
-    """Returns the values that rules can judge although the tree is not valid as a whole."""
+    """Returns the given values and the defaults, so that rules can judge an invalid tree, too."""
     result = {}
     for name, section in sections_of(schema).items():
         given = tree.get(name, {}) if isinstance(tree, dict) else {}
@@ -197,7 +198,7 @@ def _add_defaults(tree: Any, schema: type[RunConfig]) -> dict[str, dict[str, Any
 
 
 def _where(path: str, origins: Origins) -> str:
-    """Returns where a key was written, in brackets; "" if it was not."""
+    """Returns the place where a key was written, in brackets; "" if it was not written."""
     return f" ({origins[path]})" if path in origins else ""
 
 
@@ -206,7 +207,7 @@ def _locate(
 ) -> tuple[str, type[Section] | None, str]:
     """Returns (dotted path, section, key) of an error of pydantic.
 
-    What pydantic appends to a key (the member of a union, the place in a list) is cut off.
+    Whatever pydantic appends to a key (the member of a union, the index in a list) is dropped.
     """
     parts = [*map(str, location)]
     section, at = {**sections_of(schema), **NESTED}.get(parts[0]), 1
@@ -223,7 +224,7 @@ def _explain(item: Any, schema: type[RunConfig], known: Collection[str] = ()) ->
     fields = section.model_fields if section else {}
     kind, found = item["type"], item["input"]
     if kind == "extra_forbidden":
-        word = key or str(item["loc"][0])  # which may contain a dot
+        word = key or str(item["loc"][0])  # may contain a dot
         return path, f"unknown key; {_hint(word, list(fields), schema, known)}"
     if kind == "missing":
         about = f": {fields[key].description}" if key else ""
@@ -244,10 +245,10 @@ def _explain(item: Any, schema: type[RunConfig], known: Collection[str] = ()) ->
 
 
 def _hint(word: str, keys: list[str], schema: type[RunConfig], known: Collection[str]) -> str:
-    """Returns what may have been meant by an unknown key of a section, or section (no `keys`)."""
+    """Returns a hint on an unknown key of a section with `keys`, or on an unknown section."""
     sections = sections_of(schema)
     if "." in word:
-        return "in a file, write the section and below it the key"
+        return "in a file, write the section, and the key below it"
     if not keys and word in known:
         return f"task: {schema.task} has no such section"
     elsewhere = [f"{name}.{word}" for name, model in sections.items() if word in model.model_fields]

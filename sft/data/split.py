@@ -14,21 +14,21 @@ HELD_OUT = re.compile(r"(?i)(^|[/._-])(test|dev|val|valid|validation|eval)([/._-
 
 
 def first_equal(digests: np.ndarray) -> np.ndarray:
-    """Returns (n,): the first index at which each digest stands."""
+    """Returns (n,): for each digest, the index of the first one that is equal."""
     _, first, number = np.unique(digests, return_index=True, return_inverse=True)
     return first[number]
 
 
 def is_first(digests: np.ndarray) -> np.ndarray:
-    """Returns (n,) bool: whether a digest stands here for the first time."""
+    """Returns (n,) bool: whether no earlier digest is equal."""
     return first_equal(digests) == np.arange(len(digests))
 
 
 def mix(entries: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
     """Returns indices of rows, each as often as the weight of its entry says.
 
-    `entries` (n,) numbers the path that each row came from. A weight of 2 takes its rows twice, one
-    of 0.5 a half that is a function of (seed, entry, index in the entry) alone.
+    `entries` (n,) has the number of the path that each row came from. A weight of 2 takes its rows
+    twice. A weight of 0.5 takes half of them, chosen by (seed, entry, index in the entry) alone.
     """
     result = []
     for entry, weight in enumerate(weights):
@@ -42,15 +42,15 @@ def mix(entries: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
 def split(digests: np.ndarray, eval_fraction: float, seed: int) -> np.ndarray:
     """Returns (n,) bool: which rows are held out, as a function of content and seed.
 
-    Rows with identical content stay together, so no held-out row was trained on; the held-out part
-    can therefore be somewhat smaller than asked for. Raises DataError if no two rows differ.
+    Rows with identical content stay together, so that no held-out row is trained on. The held-out
+    part can therefore be smaller than requested. Raises DataError if no two rows differ.
     """
     held = np.zeros(len(digests), bool)
     if not eval_fraction:
         return held
     group = first_equal(digests)
     sizes = np.bincount(group)
-    first = np.flatnonzero(sizes)  # of each content
+    first = np.flatnonzero(sizes)  # row of each content
     if len(first) < 2:
         raise DataError(
             f"holding out data.eval_fraction={eval_fraction:g} needs two different rows, found "

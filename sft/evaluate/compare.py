@@ -1,4 +1,4 @@
-"""Compares two runs on the same examples: better, worse or not distinguishable, and where.
+"""Compares two runs on the same examples: better, worse or not distinguishable, and on which.
 
 The files of predictions are joined by (row, prompt, reference). Memory holds only each example's
 place in its file; texts are read again when they are shown.
@@ -23,14 +23,14 @@ from sft.evaluate.metrics import Verdict
 from sft.evaluate.scores import Difference, Tally, difference
 from sft.runtime.console import beginning, facts, table
 
-KEYS = ("row", "prompt", "reference")  # which identify an example
+KEYS = ("row", "prompt", "reference")  # they identify an example
 TYPES: dict[str, Any] = dict.fromkeys(KEYS, str) | {"index": int, "answer": str | None}
 REMEDY = "make evaluate RUN=<folder> writes one into <folder>/evaluation/evaluate"
 ExampleScores = dict[str, float]
 
 
 class Pair(NamedTuple):
-    """An example of both runs: the bytes where its lines begin, and its scores by metric."""
+    """An example in both runs: the byte where its line begins, and its scores by metric."""
 
     at_a: int
     at_b: int
@@ -39,7 +39,7 @@ class Pair(NamedTuple):
 
 
 class Wins(NamedTuple):
-    """How many examples each run scores more on."""
+    """The number of examples on which each run scores higher."""
 
     a: int
     b: int
@@ -53,7 +53,7 @@ class Comparison:
     a: Path
     b: Path
     num_examples: int
-    differences: dict[str, Difference]  # by value; `classification` has several
+    differences: dict[str, Difference]  # by name; `classification` has several
     wins: dict[str, Wins]  # by metric
     differing: list[Pair]
 
@@ -61,7 +61,7 @@ class Comparison:
 def compare(a: Path, b: Path, metrics: Sequence[str], labels: Sequence[str] = ()) -> Comparison:
     """Returns how `b` compares with `a`, each the folder of a run or a file of predictions.
 
-    Raises UserError unless both have the same examples, each once, in today's format.
+    Raises UserError unless both have the same examples, each once, in the current format.
     """
     a, b = find_predictions(a, "A"), find_predictions(b, "B")
     tally_a, tally_b = Tally(metrics, labels), Tally(metrics, labels)
@@ -81,7 +81,7 @@ def compare(a: Path, b: Path, metrics: Sequence[str], labels: Sequence[str] = ()
 def _add(
     tally: Tally, example: dict[str, Any], answered: dict[str, Any], file: Path
 ) -> ExampleScores:
-    """Counts an answer to `example`; returns its scores."""
+    """Adds an answer to `example` to a tally, and returns its scores."""
     try:
         return tally.add(
             example["index"], answered["answer"], example["reference"], example["prompt"]
@@ -97,9 +97,9 @@ def _count_wins(differing: list[Pair], metric: str, num_examples: int) -> Wins:
 
 
 def find_predictions(path: Path, name: str) -> Path:
-    """Returns the file of a run, or of a folder that holds one, or `path` itself if it is a file.
+    """Returns the predictions of a run or of a folder in its evaluation/, or `path`, if a file.
 
-    Raises UserError if there is none; `name` is the variable that names it.
+    Raises UserError if there is none. `name` is the option that gave `path`: A or B.
     """
     found = [path / "predictions.jsonl", path / "evaluation" / "predictions.jsonl", path]
     file = next((each for each in found if each.is_file()), None)
@@ -112,8 +112,10 @@ def find_predictions(path: Path, name: str) -> Path:
 
 
 def agreed_metrics(a: Path, b: Path) -> tuple[list[str], list[str]]:
-    """Returns (metrics, labels) of both runs' configurations where they agree; else exact_match and
-    no labels."""
+    """Returns the (metrics, labels) on which both runs' configurations agree.
+
+    If they do not agree, these are exact_match and no labels.
+    """
     metrics_a, labels_a = _read_metrics(find_predictions(a, "A"))
     metrics_b, labels_b = _read_metrics(find_predictions(b, "B"))
     metrics = metrics_a if metrics_a == metrics_b else ["exact_match"]
@@ -121,7 +123,7 @@ def agreed_metrics(a: Path, b: Path) -> tuple[list[str], list[str]]:
 
 
 def _read_metrics(file: Path) -> tuple[list[str], list[str]]:
-    """Returns (metrics, labels) of the configuration near a file of predictions."""
+    """Returns (metrics, labels) of the run's configuration, at most two folders above `file`."""
     near = (folder / "config.yaml" for folder in list(file.resolve().parents)[:3])
     config = next((each for each in near if each.is_file()), None)
     evaluation = load_config(config).evaluation if config else Evaluation()
@@ -129,7 +131,7 @@ def _read_metrics(file: Path) -> tuple[list[str], list[str]]:
 
 
 def _join(a: Path, b: Path) -> Iterator[tuple[int, int]]:
-    """Yields (place in A, place in B) of every example, in the order of A."""
+    """Yields (byte in A, byte in B) where each example's line begins, in the order of A."""
     places_a, places_b = _index(a), _index(b)
     if places_a.keys() != places_b.keys() or not places_a:
         raise UserError(_describe_mismatch(a, places_a, b, places_b))
@@ -156,7 +158,7 @@ def _index(path: Path) -> dict[bytes, int]:
 
 
 def _parse_example(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """Returns the example of a line. Raises UserError for anything else."""
+    """Returns the example of a line. Raises UserError if the line is not one."""
     try:
         example = json.loads(line)
     except (ValueError, RecursionError):
@@ -183,7 +185,7 @@ def _is_valid(key: str, value: Any) -> bool:
 def _describe_mismatch(
     a: Path, places_a: dict[bytes, int], b: Path, places_b: dict[bytes, int]
 ) -> str:
-    """Returns a message about what only one of the two files has, with an example each."""
+    """Returns a message that counts the examples only one file has, and names one per file."""
     lines = [
         f"expected the same examples (row, prompt, reference) in both, found "
         f"{len(places_a.keys() & places_b.keys()):,} in common"
@@ -236,7 +238,7 @@ def colour_verdict(verdict: Verdict) -> Text:
 
 
 def wins_table(found: Comparison) -> Table:
-    """Returns a table of the files and of how many examples each scores more on."""
+    """Returns a table of the files, and of the number of examples on which each scores higher."""
     rows: list[tuple[str, str | Text]] = [("A", str(found.a)), ("B", str(found.b))]
     rows += [
         (metric, f"A scores more on {wins.a:,} examples, B on {wins.b:,}, alike on {wins.tied:,}")

@@ -1,11 +1,10 @@
-"""Prompts of token ids -> answers: length-sorted batches, a cache of keys and values, finished rows
-are dropped.
+"""Writes answers to prompts of token ids, in length-sorted batches, with a key-value cache.
 
-An answer is a function of (model, prompt, settings, its own number). What else is in the batch, its
-order and padding and the number of processes change the speed, not the answer, up to rounding: sums
-of another shape round differently, so of two tokens that are equally likely to six digits either
-may win. Rows are padded on the left. A finished row leaves the batch and the cache, so the longest
-answer does not delay all others.
+An answer is a function of (model, prompt, settings, its own number). The other rows of the batch,
+their order, the padding and the number of processes change only the speed. Rounding is the one
+exception: sums of another shape round differently. So if two tokens are equally likely to six
+digits, either may win. Rows are padded on the left. A finished row is dropped from the batch and
+the cache, so the longest answer does not delay all others.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class GenerationError(UserError):
 
 
 class Answer(NamedTuple):
-    """Token ids without the one that ended the answer; `finish_reason`: `stop` or `length`."""
+    """An answer's token ids, without the one that ended it; `finish_reason`: `stop` or `length`."""
 
     ids: list[int]
     finish_reason: str
@@ -70,16 +69,17 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, config: Any = None) -> list[int
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Returns the most tokens of prompt and answer together; None if the model sets no limit."""
+    """Returns the maximum length of prompt and answer together; None if the model has no limit."""
     text = model.config.get_text_config()  # type: ignore[union-attr, operator]
     return getattr(text, "max_position_embeddings", None)
 
 
 def bytes_per_row(architecture: Any, precision: str, prompt: int, answer: int) -> int:
-    """Returns the bytes that one answer takes beside the weights; lengths are in tokens.
+    """Returns the bytes that one answer takes in addition to the weights; lengths are in tokens.
 
-    A formula: the larger of the prompt's keys and values with one layer's activations, and all keys
-    and values with one layer's twice, since a cache that grows is copied.
+    The formula is the larger of two amounts. While the prompt is read: its keys and values, plus
+    one layer's activations. At the end: all keys and values, plus those of one layer again, because
+    a growing cache is copied layer by layer.
     """
     text = architecture.get_text_config()
     heads, layers = getattr(text, "num_attention_heads", None) or 1, text.num_hidden_layers
@@ -94,8 +94,8 @@ def bytes_per_row(architecture: Any, precision: str, prompt: int, answer: int) -
 def cut_batches(lengths: Sequence[int], num_ranks: int, rows: int) -> list[list[list[int]]]:
     """Returns length-sorted batches of at most `rows` prompts for each rank.
 
-    All ranks get equally many batches, if need be empty ones, and about as many tokens. A length is
-    that of a prompt with the longest answer.
+    All ranks get the same number of batches (some may be empty) and about the same number of
+    tokens. A length counts a prompt and the longest answer it may get.
     """
     longest = max(lengths, default=1)
     budget = batches.Budget(rows * longest, "padded", max_rows=rows)
@@ -104,11 +104,10 @@ def cut_batches(lengths: Sequence[int], num_ranks: int, rows: int) -> list[list[
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model with all that its answers need: what ends and shapes them, and how many are written
-    at once.
+    """A model with all that it needs to write answers.
 
     `stop` holds the tokens that end an answer. `batch_size`: prompts in a batch; None: as many as
-    memory holds and speed gains from.
+    memory holds, up to the number beyond which larger batches are no faster.
     """
 
     model: nn.Module
@@ -125,8 +124,9 @@ class Decoder:
     ) -> Iterator[tuple[list[int], list[Answer]]]:
         """Yields this rank's share in batches: (positions in `prompts`, answers). Collective.
 
-        `numbers` seed what is drawn for each prompt; None: its position. `between` is called before
-        each batch. Ranks that hold only parts of the weights (FSDP2, ZeRO-3) must take all batches.
+        `numbers` has a seed for each prompt's random draws; None: its position. `between` is called
+        before each batch. Ranks that hold only parts of the weights (FSDP2, ZeRO-3) must go through
+        all batches.
         """
         together = is_split(self.model) and accelerator.num_processes > 1
 
@@ -151,8 +151,8 @@ class Decoder:
                     yield batch, _halve_until_it_fits(batch, decode)
 
     def max_batch_size(self, prompts: Sequence[list[int]], accelerator: Accelerator) -> int:
-        """Returns how many prompts a batch has: what half of the free memory holds on each rank,
-        and no more than speed gains from. Collective."""
+        """Returns how many prompts a batch has: as many as half of the free memory holds on every
+        rank, at most ROWS_CPU or ROWS_GPU. Collective."""
         if self.batch_size:
             return self.batch_size
         parameter = next(self.model.parameters())
@@ -181,9 +181,9 @@ class Decoder:
     ) -> list[Answer]:
         """Returns the answers to prompts, as one batch of a model in eval mode.
 
-        `on_tokens` receives each step's tokens, one per row. `any_writes`, collective, receives
-        whether this rank writes and returns whether any does; until none does, this rank joins
-        their forward passes.
+        `on_tokens` receives each step's tokens, one per row. `any_writes` (collective) receives
+        whether this rank still writes, and returns whether any rank does. While any rank does, this
+        rank takes part in its forward passes.
         """
         device = next(self.model.parameters()).device
         context = context_length(self.model) or 2**62
@@ -224,7 +224,7 @@ class Decoder:
 def _halve_until_it_fits(
     batch: list[int], decode: Callable[[list[int]], list[Answer]]
 ) -> list[Answer]:
-    """Returns the answers of a batch; if memory runs out, those of its halves."""
+    """Returns the answers of a batch; if memory runs out, answers one half after the other."""
     try:
         return decode(batch)
     except Exception as error:
@@ -256,7 +256,7 @@ class _Forward:
         if "past_key_values" not in self.known:
             raise GenerationError(
                 f"{type(plain).__name__} keeps no keys and values (past_key_values) between "
-                "tokens, which answers are written with; ask it with its own `generate`"
+                "tokens, which writing answers needs; use the model's own `generate`"
             )
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -278,7 +278,7 @@ class _Forward:
         return output.logits[:, -1].float()
 
     def keep_rows(self, rows: torch.Tensor) -> None:
-        self.cache.reorder_cache(rows)  # type: ignore[attr-defined]  # every kind of layer has it
+        self.cache.reorder_cache(rows)  # type: ignore[attr-defined]  # every kind of cache has it
 
     def join_others(self) -> None:
         """Takes part in a pass of ranks that still write."""
@@ -292,9 +292,10 @@ def choose(
     """Returns the next token of each row, [rows], from logits or log probabilities
     [rows, vocabulary].
 
-    It is the most likely one. With a temperature it is drawn among the `top_k` most likely ones and
-    the fewest that have `top_p` (Holtzman et al. 2020), by inverting their distribution function at
-    `drawn`, uniform numbers [rows] in [0, 1).
+    At temperature 0 it is the most likely one. Otherwise it is drawn from the tokens that are among
+    the `top_k` most likely ones and among the fewest whose probabilities reach `top_p` (Holtzman et
+    al. 2020). The draw inverts their distribution function at `drawn`, uniform numbers [rows] in
+    [0, 1).
     """
     if settings.temperature == 0:
         return logits.argmax(-1)
@@ -307,12 +308,12 @@ def choose(
         likely[:, settings.top_k :] = 0
     reached = likely.cumsum(-1)
     chosen = (reached <= drawn.to(reached)[:, None] * reached[:, -1:]).sum(-1, keepdim=True)
-    last = (likely > 0).sum(-1, keepdim=True) - 1  # rounding may point past it
+    last = (likely > 0).sum(-1, keepdim=True) - 1  # rounding may give a later index
     return tokens.gather(-1, torch.minimum(chosen, last))[:, 0]
 
 
 class _Draws:
-    """Uniform numbers, one stream per prompt, which depends on (settings.seed, its number)."""
+    """Uniform random numbers: one stream per prompt, a function of (settings.seed, its seed)."""
 
     def __init__(self, settings: Generation, seeds: Sequence[int]):
         self.streams = None

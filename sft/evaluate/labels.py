@@ -13,12 +13,13 @@ from sft.data.formats import scalar_text
 
 
 def label_of(answer: str | None, labels: Sequence[str]) -> str | None:
-    """Returns the label that an answer gives; None, a failure, if it gives none, or more than one.
+    """Returns the label that an answer gives; None (a failure) if it gives no label, or several.
 
-    An answer that is a label gives it. Else JSON in it decides: `{"label": ...}` must be a label.
-    Else labels are found as whole words, the longest first, in any case and whatever joins the
-    words ("non hateful" is `non-hateful`). A negated label is a failure, since its meaning is open.
-    A "not", "never" and the like negates all that follows in its sentence.
+    An answer may be the label itself. Otherwise JSON in it decides: the value of "label" must be a
+    label. Otherwise labels are searched as whole words, the longest first. Upper and lower case do
+    not matter, nor what joins the words ("non hateful" is `non-hateful`). A negated label is a
+    failure, since its meaning is unclear. Words such as "not" and "never" negate everything that
+    follows in their sentence.
     """
     text = (answer or "").strip()
     if text in labels:
@@ -40,8 +41,8 @@ def label_of(answer: str | None, labels: Sequence[str]) -> str | None:
     return given.pop() if len(given) == 1 else None
 
 
-LABEL = "\0"  # in place of a label, which may have a "not" in itself
-SENTENCE = re.compile(r"[.!?][\"'\u2019\u201d)\]*_]*\s|\n\s*\n")  # its end, but not that of "e.g.,"
+LABEL = "\0"  # stands for a label, which may itself contain a "not"
+SENTENCE = re.compile(r"[.!?][\"'\u2019\u201d)\]*_]*\s|\n\s*\n")  # the end of one; not "e.g.,"
 NEGATION = re.compile(r"\b(?:not|cannot|never|neither|nor)\b|n['\u2019]t\b")
 NONE = re.compile(rf"\b(?:no|non|nothing|without)\s+(?:\w+\s+)?{LABEL}")  # "no really hateful"
 
@@ -65,10 +66,10 @@ def letters(text: str) -> str:
 
 @cache
 def _spellings(labels: tuple[str, ...]) -> tuple[dict[str, str], re.Pattern[str]]:
-    """Returns labels by their letters, unless two share them, and a pattern that finds labels."""
+    """Returns (labels by their letters, unless two share them; a pattern that finds labels)."""
     shared = Counter(map(letters, labels))
     by_letters = {letters(label): label for label in labels if shared[letters(label)] == 1}
-    by_letters.pop("", None)  # of a label of marks only, as "+"
+    by_letters.pop("", None)  # a label without letters, such as "+"
     longest = sorted(filter(letters, labels), key=lambda label: len(letters(label)), reverse=True)
     forms = [r"[\s_-]*".join(WORD.findall(label.casefold())) for label in longest] or ["(?!)"]
     found = rf"(?<!\w)(?<!\w-)(?<!\d\.)({'|'.join(forms)})(?!-?\w|\.\d)"
@@ -76,7 +77,7 @@ def _spellings(labels: tuple[str, ...]) -> tuple[dict[str, str], re.Pattern[str]
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """Yields the JSON objects in a text, up to a broken one."""
+    """Yields the JSON objects in a text, up to the first broken one."""
     decoder, at = json.JSONDecoder(), text.find("{")
     while at >= 0:
         try:

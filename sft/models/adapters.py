@@ -11,7 +11,7 @@ from sft.errors import ModelError
 
 
 def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
-    """Returns `base` with a LoRA adapter, as PEFT makes it, in fp32."""
+    """Returns `base` with a LoRA adapter of PEFT, in fp32."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = "all-linear" if tuning.target_modules == "auto" else list(tuning.target_modules)

@@ -1,9 +1,9 @@
-"""Attention that keeps packed documents apart, by PyTorch's flash kernel for rows of any length.
+"""Keeps packed documents apart in attention, with PyTorch's flash kernel for rows of any length.
 
-It is `model.attn_implementation: varlen`, which transformers lacks; without it packing needs the
+This is `model.attn_implementation: varlen`, which transformers lacks. Without it, packing needs the
 package flash-attn, or a mask of tokens x tokens. The kernel needs no mask: documents begin where
-their position ids restart, as in transformers' use of flash-attn. Whatever the kernel cannot take
-(a CPU, fp32, a cache of keys and values, left padding) goes to SDPA with a mask.
+their position ids restart, as in transformers' use of flash-attn. What the kernel does not support
+(a CPU, fp32, a cache of keys and values, left padding) is computed by SDPA with a mask.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME = "varlen"
 
 
 class AttentionError(UserError):
-    """An attention of this architecture that the kernel cannot compute."""
+    """The architecture has a form of attention that the kernel cannot compute."""
 
 
 def register() -> None:
@@ -57,7 +57,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Returns the attended values (rows, time, heads, size).
 
-    Raises AttentionError for dropout in the kernel, and for soft caps and sinks, which both lack.
+    Raises AttentionError for dropout in the kernel, and for soft caps and sinks, which neither the
+    kernel nor SDPA has.
     """
     for name, feature in {"softcap": "soft caps", "s_aux": "sinks"}.items():
         if given.get(name) is not None:
@@ -104,15 +105,15 @@ def _kernel_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | Non
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
-_known = WeakTensorKeyDictionary()  # layers of a pass share their position ids
+_known = WeakTensorKeyDictionary()  # all layers of a pass have the same position ids
 
 
 def document_starts(
     positions: torch.Tensor | None, rows: int, time: int, device: torch.device
 ) -> tuple[torch.Tensor, int]:
-    """Returns where documents begin, with the end of the last (documents + 1,), and the longest.
+    """Returns the bounds of documents (documents + 1,) and the length of the longest one.
 
-    Rows are taken one after the other. `positions` (1 or rows, time) restart at 0 in each.
+    Rows are joined one after the other. `positions` (1 or rows, time) restart in each document.
     """
     if positions is None:
         return torch.arange(0, rows * time + 1, time, dtype=torch.int32, device=device), time

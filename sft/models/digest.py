@@ -16,7 +16,7 @@ SAMPLE = 4096  # bytes at each end of a tensor that enter a digest
 
 
 def model_sha256(config: Model) -> str:
-    """Hashes the config.json and the weights of the base model; its place does not matter."""
+    """Hashes the base model's config.json and weights, but not where it is stored."""
     digest = hashlib.sha256(architecture(config).to_json_string().encode())
     if config.init == "pretrained":
         for part in _sample_weights(config):
@@ -25,15 +25,15 @@ def model_sha256(config: Model) -> str:
 
 
 def weights_sha256(config: Model) -> str:
-    """Hashes only the weights: each version of transformers reads `config.json` differently, and an
-    adapter outlives a version."""
+    """Hashes only the weights. `config.json` is left out, because versions of transformers read it
+    differently and an adapter outlives a version."""
     return hashlib.sha256(b"".join(_sample_weights(config))).hexdigest()
 
 
 def _sample_weights(config: Model) -> Iterator[bytes]:
     """Yields name, size and header of each file, and SAMPLE bytes at both ends of each tensor.
 
-    That is enough: whatever changes a model changes most of its tensors throughout.
+    This is enough, because training changes values everywhere in most tensors.
     """
     with explain_load_errors(config.name):
         found = cached_file(config.name, "config.json", revision=config.revision)

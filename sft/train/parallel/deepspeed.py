@@ -24,16 +24,16 @@ from sft.train.parallel.ddp import (
 
 
 class Zero(Replicated):
-    """The model as ZeRO trains it: all stages split the optimizer's state, 3 also the weights."""
+    """A model trained by ZeRO: all stages split the optimizer's state, stage 3 also the weights."""
 
     def _wrap(self, train: Train) -> None:
-        # Not DeepSpeed's own autocast, which rounds gradients and gathered weights to bf16.
+        # DeepSpeed's own autocast is not used: it rounds gradients and gathered weights to bf16.
         autocast(self.module, self.accelerator.device.type, train)
         own = build_optimizer(train, self.module)
         self.engine: Any
         self.engine, self.optimizer = self.accelerator.prepare(self.module, own)
         self.model, self.zero = self.engine, self.engine.optimizer
-        self.loss_scale = float(self.accelerator.num_processes)  # DeepSpeed averages
+        self.loss_scale = float(self.accelerator.num_processes)  # DeepSpeed averages over processes
         self.is_split = self.engine.zero_optimization_stage() == 3
         self.waits = "forward" if self.is_split else "backward"
 
@@ -49,7 +49,7 @@ class Zero(Replicated):
     def clip(self) -> float:
         """Returns the norm of the whole gradient; DeepSpeed clips in its own step."""
         norms = self.zero._get_norm_groups() if self.is_split else [self.zero.scaled_global_norm()]
-        if any(float(norm) < 0 for norm in norms):  # DeepSpeed's mark of one that is not finite
+        if any(float(norm) < 0 for norm in norms):  # DeepSpeed returns -1 if not finite
             return math.inf
         return math.hypot(*map(float, norms))
 
@@ -57,11 +57,11 @@ class Zero(Replicated):
         self.engine.step()
 
     def zero_grad(self) -> None:
-        """Forgets gradients, those included that only DeepSpeed's own step would clear."""
+        """Clears all gradients, including those that only DeepSpeed's own step clears."""
         self.zero.zero_grad()
         for kept in ("averaged_gradients", "all_grad_tensors"):
             getattr(self.zero, kept, {}).clear()
-        if not self.is_split:  # else zero_grad does it
+        if not self.is_split:  # in stage 3, zero_grad resets it
             self.zero.micro_step_id = -1
 
     # -- state
@@ -80,12 +80,12 @@ class Zero(Replicated):
 
     def set_weight(self, name: str, value: torch.Tensor) -> None:
         parameter: Any = self.trained[name]
-        if parameter.shape == value.shape:  # else it is split, and empty here
+        if parameter.shape == value.shape:  # otherwise it is split, and empty here
             parameter.data.copy_(value)
         for shard, weight in self._shards(name, parameter):
             part = value.flatten()[shard.start : shard.start + weight.numel()]
             weight.copy_(part)
-            if self.is_split:  # stage 3 gathers from a copy of the weights that it updates
+            if self.is_split:  # stage 3 gathers from ds_tensor, a copy of the fp32 weights
                 parameter.ds_tensor.data[: len(part)].copy_(part)
 
     def optimizer_shards(self) -> Iterator[OptimizerShard]:
@@ -117,7 +117,7 @@ class Zero(Replicated):
 
     @property
     def _partitions(self) -> list[torch.Tensor]:
-        """This rank's trained weights in fp32, a flat tensor for each group of parameters."""
+        """Returns this rank's trained weights in fp32, one flat tensor per group of parameters."""
         name = (
             "fp32_partitioned_groups_flat" if self.is_split else "single_partition_of_fp32_groups"
         )
