@@ -6,6 +6,7 @@ without an error. So the world is compared with what was launched and with what 
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import socket
@@ -54,6 +55,9 @@ def start_processes(train: Train) -> Accelerator:
         torch.set_num_threads(max(1, hardware.usable_cores() // local))
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guesses so
+    # Accelerate keeps the state of an earlier run or connector in this process, of other settings.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     # Longer than the limit of the watchdog, which names the missing rank; this one just aborts.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * train.stall_timeout))
     if train.offload and not on_cpu:
@@ -187,10 +191,15 @@ def describe_world(accelerator: Accelerator) -> dict[str, str]:
 
 
 def end_processes(accelerator: Accelerator) -> None:
-    """Leaves the group of a run that ended well, so that this process can begin another run."""
-    if accelerator.num_processes > 1:
-        accelerator.wait_for_everyone()
+    """Waits for all ranks of a run that ended well. Their group serves the next run here.
+
+    A second group would find the addresses of the first one in the launcher's store, and hang.
+    """
+    accelerator.wait_for_everyone()
+    atexit.register(leave_group)
+
+
+def leave_group() -> None:
+    """Leaves the process group, before the interpreter's own exit."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
