@@ -55,6 +55,7 @@ def limit_device(engine, most):
     engine.task.loss = loss
 
 
+@pytest.mark.slow
 def test_a_budget_that_the_device_cannot_hold_shrinks(engine):
     weights = [p.clone() for p in engine.task.model.parameters()]
     longest = max(engine.task.lengths)
@@ -78,6 +79,7 @@ def test_a_budget_that_the_device_cannot_hold_shrinks(engine):
     assert engine.task.budget.max_rows < 8
 
 
+@pytest.mark.slow
 def test_a_device_that_cannot_hold_the_longest_example_is_an_error(engine):
     limit_device(engine, max(engine.task.lengths) - 1)
     message = r"the longest example \(\d+ tokens\) does not fit .* 2.00 GiB"

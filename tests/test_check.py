@@ -81,6 +81,7 @@ def test_emulated_bf16_is_a_finding():
     assert check.precision(config, machine).ok == machine.cpu_bf16 or machine.devices
 
 
+@pytest.mark.slow
 def test_a_crowd_is_tried_out_before_it_is_trained(tmp_path):
     run = f"train.output_dir={tmp_path / 'run'}"
     config = load_config(ROOT / "configs/crowd_nano.yaml", [run, "train.precision=fp32"])
@@ -95,6 +96,7 @@ def test_a_crowd_is_tried_out_before_it_is_trained(tmp_path):
     assert not list(tmp_path.glob(".check_*"))
 
 
+@pytest.mark.slow
 def test_distillation_is_tried_before_it_is_trained(tmp_path, monkeypatch):
     """With its histories, and without: then on blank ones, and nothing is collected."""
     monkeypatch.setattr(hardware, "usable_cores", lambda: 1)
@@ -139,6 +141,7 @@ def test_one_agent_alone_is_not_trained(tmp_path):
         list(check.trial(config))
 
 
+@pytest.mark.slow
 def test_text_that_asks_nothing_is_tried_without_an_answer(tmp_path):
     text = ROOT / "nano/README.md"
     for name in ("train.txt", "held_out.txt"):

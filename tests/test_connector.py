@@ -203,6 +203,7 @@ def test_results_of_another_number_are_refused(alone):
         made.gather_results(["a"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_program_in_the_docs_runs(tmp_path, world):
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/INFER.md").read_text(), re.DOTALL)

@@ -487,6 +487,7 @@ def test_modules_that_are_not_linear_are_refused(tmp_path):
         tiny.adapted(given)
 
 
+@pytest.mark.slow
 def test_a_plan_of_few_layers_is_that_of_all_wherever_a_crowd_reads(tmp_path):
     deep = shapes.configured(tmp_path, shapes.architectures(num_hidden_layers=7)["Llama"])
     window = shapes.uniform_window(3, 40, 20, micro_batches=2)
@@ -668,6 +669,7 @@ def said(built: Any) -> torch.Tensor:
     return built(input_ids=IDS, use_cache=False).logits
 
 
+@pytest.mark.slow
 def test_each_agent_of_a_run_loads_alone(run):
     crowd = said(loaded(run)).view(3, *IDS.shape, -1)
     for agent in range(3):
@@ -680,6 +682,7 @@ def test_each_agent_of_a_run_loads_alone(run):
     assert (crowd[0] - crowd[1]).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_the_folder_tells_what_the_crowd_is(run):
     told = json.loads((run / "final_checkpoint" / files.META).read_text())
     concentration = told.pop("concentration")
@@ -702,6 +705,7 @@ def test_the_folder_tells_what_the_crowd_is(run):
     assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt", ".pth")]
 
 
+@pytest.mark.slow
 def test_rows_kept_for_the_aggregator_are_in_no_other_part(run):
     prepared = CrowdTune.prepare(runs.load_run_config(run))
     parts = [prepared.train, prepared.held_out, prepared.validation]
@@ -714,6 +718,7 @@ def test_rows_kept_for_the_aggregator_are_in_no_other_part(run):
     assert len(everything.train) == len(prepared.train) + 2
 
 
+@pytest.mark.slow
 def test_of_a_crowd_of_one_row_none_can_be_kept(run):
     with pytest.raises(UserError, match="learned: expected at least 2 training rows"):
         CrowdTune.prepare(runs.load_run_config(run, ["data.max_rows=2", "data.eval_fraction=0.5"]))
@@ -737,6 +742,7 @@ def retold(**changes: Any) -> Any:
 WEIGHTS = "agent1/adapter_model.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change", "told"),
     [
@@ -765,6 +771,7 @@ def test_a_folder_that_is_not_that_of_the_crowd_is_refused(run, moved, name, cha
         loaded(run, weights=moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "told"),
     [
@@ -779,6 +786,7 @@ def test_a_configuration_that_is_not_that_of_the_crowd_is_refused(run, override,
         loaded(run, override)
 
 
+@pytest.mark.slow
 def test_what_was_not_fitted_is_not_served_as_learned(run, moved):
     retold(aggregator="uniform", concentration=[1.0, 1.0, 1.0])(moved / files.META)
     with pytest.raises(errors.ExportError, match="expected uniform, as it was trained, found lear"):
@@ -787,11 +795,13 @@ def test_what_was_not_fitted_is_not_served_as_learned(run, moved):
     assert aggregator.aggregator_of(drawn) == aggregator.Aggregator("sampled", (2.0, 2.0, 2.0))
 
 
+@pytest.mark.slow
 def test_an_agent_without_weight_is_part_of_a_sound_folder(run, moved):
     retold(concentration=[1.5, 0.0, 3.0])(moved / files.META)
     assert loaded(run, weights=moved).concentration == (1.5, 0.0, 3.0)
 
 
+@pytest.mark.slow
 def test_one_agent_is_evaluated_and_merged_alone(run, tmp_path):
     found = {}
     for agent in (None, 0, 1, 2):
@@ -835,6 +845,7 @@ def answers(made: AccelerateConnector) -> list[str | None]:
     return [each.choices[0].message.content for each in found]
 
 
+@pytest.mark.slow
 def test_a_crowd_answers_as_its_mixture_with_its_run_and_without(run, moved, tmp_path):
     made = connector(run)
     mixture, tokenizer = made.load_model_once().model, made.load_model_once().tokenizer

@@ -101,6 +101,7 @@ def test_our_ppo_learns_what_that_of_stable_baselines_learns(monkeypatch):
         assert (own - value).abs().max() < 0.01 * moved
 
 
+@pytest.mark.slow
 def test_the_return_of_a_source_rises(monkeypatch):
     monkeypatch.setattr(source, "EPOCHS", 8)
     found = source.ppo([cell_of(4, 5), cell_of(3, 3)], 50, 160, seed=0)

@@ -471,6 +471,7 @@ def slurm(tmp_path) -> Slurm:
     return Slurm(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_preempted_job_is_requeued_once_as_long_as_it_gets_on(slurm):
     code, told, requeues = slurm.preempted(step=3)
     assert (code, requeues) == (75, 1), told

@@ -73,6 +73,7 @@ def forks(world: int, _folder: Path, program: list[str]) -> str:
     return forked.launch(world, program)
 
 
+@pytest.mark.slow
 def test_fresh_processes_are_gone_when_they_are_reported(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -157,6 +158,7 @@ def small_darkroom(folder: Path, monkeypatch) -> Small:
     return make_small(config, folder, exact=True)
 
 
+@pytest.mark.slow
 def test_distillation_is_made_small(tmp_path, monkeypatch):
     small = small_darkroom(tmp_path, monkeypatch)
     train, distill = small.config.train, small.config.distill
