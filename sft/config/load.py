@@ -83,7 +83,7 @@ def load_any(
 
 
 def classified_rows(output_dir: str) -> dict[str, str]:
-    """Returns, by key of `data`, the files into which `make classify` writes the training rows."""
+    """Returns the files into which `make classify` writes the training rows, by key of `data`."""
     return {
         "train_path": f"{output_dir}/train.jsonl",
         "eval_path": f"{output_dir}/validation.jsonl",

@@ -13,17 +13,18 @@ from sft.config.schema import NESTED, NO_FP16, RunConfig, Section, sections_of
 HEAD = """\
 # Configuration keys
 
-Generated from the schemas by `make docs`. A file has the sections below; `include: other.yaml`
-merges it over another file. Overrides, in `ARGS` or on a command line, take precedence over files.
+Generated from the schemas by `make docs`. A file has the sections below; With
+`include: other.yaml`, a file takes precedence over the file that it includes. Overrides, in `ARGS`
+or on a command line, take precedence over both.
 Unknown keys, wrong types and contradictions stop the run, all in one message.
 
 **Overrides.** `train.learning_rate=1e-4`, `--train.learning_rate 1e-4` and `--learning_rate 1e-4`
-are the same. The last form works where only one section has the key. A flag of a key that is true
-or false may stand alone: `--wandb`.
+are the same. The last form works if only one section has the key. A key that is true or false may
+be given as a flag without a value, which means true: `--wandb`.
 
 **Tasks.** A file with `task: distill` at its top configures algorithm distillation
-(docs/research/DISTILL.md). It has the sections `distill` and `train`; other files have all but
-`distill`.
+(docs/research/DISTILL.md). It has the sections `distill` and `train`; all other files have all
+sections except `distill`.
 """
 OTHER_NAMES = """\
 
@@ -31,7 +32,7 @@ OTHER_NAMES = """\
 
 Names that Hugging Face's TrainingArguments and example scripts use. They work in a file, in the
 section of the key, and as overrides. A key and its other name with different values stop the run.
-Names that are the same in both are not listed, except those that two sections have.
+Names that are equal in both are not listed, unless two sections here have such a key.
 
 | other name | key | values |
 |---|---|---|

@@ -131,7 +131,8 @@ class Data(Section):
     train_path: Text | Texts
     """Training rows: a file, folder, glob or hub id, or a list of them (docs/DATA.md)."""
     mix: list[Positive] | None = None
-    """How often an epoch has the rows of each `train_path`: 2 is twice, 0.5 is a seeded half."""
+    """How often an epoch contains the rows of each `train_path`. 2: twice. 0.5: half of them, drawn
+    with `train.seed`. null: once."""
     eval_path: Text | Texts | None = None
     """Held-out rows, given like `train_path`. null: `eval_fraction` of the training rows."""
     eval_fraction: Fraction = 0.05
@@ -171,7 +172,7 @@ class Data(Section):
     audit: Literal["refuse", "warn"] = "refuse"
     """If the audit finds an error in a row: `refuse` stops the run, `warn` trains anyway."""
     cache_dir: Text = ".cache/data"
-    """Folder of prepared rows, one subfolder per content and options. It can be deleted."""
+    """Folder of prepared rows, with one subfolder per set of inputs. It can be deleted."""
 
 
 class Train(Section):
@@ -243,11 +244,11 @@ class Train(Section):
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Number of checkpoints to keep; the oldest are deleted first."""
     stall_timeout: Annotated[float, Field(ge=10, allow_inf_nan=False)] = 1800.0
-    """Seconds without progress (a micro-batch or a save) in any process that end the run."""
+    """Seconds without progress (a micro-batch or a save) on all processes before the run fails."""
     save_best: Literal["loss", "perplexity", "token_accuracy"] | None = None
     """Held-out metric: the checkpoint with its best value is saved and kept as well. null: none."""
     max_failed_saves: Count = 3
-    """Consecutive failed saves that end the run; after fewer, training goes on."""
+    """The run fails after this number of failed saves in a row; before that, training continues."""
     resume_from_checkpoint: Text | None = None
     """Checkpoint folder, or `auto`: the newest valid one of the run folder, if there is one."""
     log_steps: Count = 10
@@ -374,7 +375,7 @@ class Crowd(Section):
     agent: CountOrZero | None = None
     """Number, from 0, of the only agent that evaluate and merge use. null: all agents."""
     fit_fraction: Annotated[Share, OnlyWith("crowd.aggregator", ("learned",))] = 0.05
-    """Share of the training rows on which `learned` weights are fitted; they are not trained on."""
+    """Share of the training rows that fit the `learned` weights. Agents do not train on them."""
 
 
 @dataclass(frozen=True)

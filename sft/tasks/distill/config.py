@@ -22,7 +22,7 @@ EPISODE = 20  # steps of an episode
 
 
 class Distill(Section):
-    """Source histories of the Darkroom, the model of them, and its evaluation."""
+    """Source histories of the Darkroom, the model that learns from them, and its evaluation."""
 
     data_dir: Folder = ".cache/darkroom"
     """Folder of the source histories, with a subfolder for each set of settings that make them."""
@@ -38,16 +38,16 @@ class Distill(Section):
     num_steps: Count = 1000
     """Steps per history; an episode has 20."""
     held_out_streams: Count = 5
-    """Number of streams, the last ones, whose histories are held out for the loss."""
+    """The histories of this number of streams, the last ones, are held out for the loss."""
     context: Count = 120
     """Maximum number of transitions that the model sees."""
     search_episodes: Count = 3
     """First episodes of the histories. A window uses them until it has found the goal."""
     search_best_of: Count = 32
-    """Number of streams that are drawn for each of these episodes; the one that visits most cells
-    that are new to the window is taken."""
+    """Number of streams drawn for each of these episodes. The window takes the stream that visits
+    the most cells which are new to the window."""
     jump_to: Count = 12
-    """Episode of the histories, counted from 0, from which the rest of a window is taken."""
+    """The rest of a window is taken from this episode on (counted from 0)."""
     width: Count = 64
     """Size of the model's embeddings."""
     num_layers: Count = 4
@@ -57,7 +57,7 @@ class Distill(Section):
     dropout: Fraction = 0.0
     """Probability of dropping an element that a block adds."""
     compress: bool = False
-    """Two regions of half the context; the model decides when the older one is dropped."""
+    """Splits the context into two regions. The model decides when the older one is dropped."""
     type_weight: Annotated[NonNegative, OnlyWith("distill.compress", (True,))] = 0.1
     """Weight of the token-type loss."""
     slide: Annotated[Count | None, OnlyWith("distill.compress", (False,))] = None
@@ -67,7 +67,7 @@ class Distill(Section):
     eval_seeds: Count = 16
     """Attempts at each unseen goal, each with its own random numbers."""
     eval_quick: Count = 50
-    """Episodes per attempt in the evaluations every `train.eval_steps`."""
+    """Episodes per attempt in the evaluations during training (`train.eval_steps`)."""
 
 
 RULES = (
