@@ -37,7 +37,7 @@ class ConfigError(UserError):
 
 
 class AnotherRunError(ConfigError):
-    """A checkpoint belongs to another run than the one that would resume from it."""
+    """The checkpoint belongs to another run than the one that resumes from it."""
 
 
 class ModelError(UserError):
@@ -65,7 +65,7 @@ class DataError(UserError):
 
     @classmethod
     def from_rows(cls, path: str, problems: list[str], total: int | None = None) -> DataError:
-        """Makes one error of all (`total`) bad rows; lists ten of them (`file:line: reason`)."""
+        """Makes one error for all (`total`) bad rows; lists the first ten (`file:line: reason`)."""
         total = total or len(problems)
         more = [f"... and {total - 10} more"] if total > 10 else []
         listed = "\n  ".join(problems[:10] + more)
@@ -115,7 +115,7 @@ SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY(_ID)?)$")  # HF_
 def redact(text: str) -> str:
     """Replaces the value of each secret variable of the environment by its name, `<HF_TOKEN>`.
 
-    All text that goes to a file or a console passes through it, since clusters keep both.
+    All text for files and the console passes through it, because clusters keep both.
     """
     for name, value in os.environ.items():
         if SECRET.search(name) and len(value) >= 8:
@@ -124,7 +124,7 @@ def redact(text: str) -> str:
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
-    """Returns the end of a message: the nearest of the known words, or all of them."""
+    """Returns the end of a message: the most similar known word, or else all known words."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 

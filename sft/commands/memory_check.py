@@ -1,7 +1,7 @@
-"""Prints where memory and disk have gone, and to which of *your* processes.
+"""Prints how much memory and disk is used, and by which of *your* processes and runs.
 
-Processes of other users are left out (their memory shows in "used"): nothing can be done about them
-here. In a container nvidia-smi may list process ids of the host, which are left out as well.
+Processes of other users are not listed, because you cannot end them; their memory counts in "used".
+In a container nvidia-smi may list process ids of the host, which are not listed either.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import psutil
 from sft import cli
 
 TOP = 5  # the largest processes and folders
-SMALL_BYTES = 50 * 1024**2  # not worth a line
+SMALL_BYTES = 50 * 1024**2  # smaller uses are not listed
 Use = tuple[int, str]  # bytes, by what
 
 
@@ -39,14 +39,14 @@ def main(args: Namespace) -> None:
     rows.append(_row("RAM", machine.ram_total_bytes, machine.ram_available_bytes, _in_ram()))
     disk = shutil.disk_usage(hardware.nearest_existing(args.outputs))
     rows.append(_row("disk", disk.total, disk.free, _on_disk(args.outputs)))
-    columns = ("", "total", "used", "free", "held by (the largest that are yours)")
+    columns = ("", "total", "used", "free", "used by (your largest)")
     shown = table("", columns, rows)
     shown.columns[-1].justify = "left"
     make_console().print(shown)
 
 
 def _row(name: str, total: int, free: int | None, uses: Iterable[Use]) -> tuple[str, ...]:
-    """Returns a row whose "used" is all that is not free, so that the three numbers add up."""
+    """Returns a row of the table. "used" is total - free, so that the three numbers add up."""
     from sft.runtime.hardware import gib
 
     used = None if free is None else total - free
@@ -58,12 +58,12 @@ def _row(name: str, total: int, free: int | None, uses: Iterable[Use]) -> tuple[
 def _in_ram() -> Iterator[Use]:
     for process in psutil.process_iter():
         if process.pid != os.getpid() and (who := _described(process)):
-            with suppress(psutil.Error):  # it ended meanwhile
+            with suppress(psutil.Error):  # the process may have ended
                 yield process.memory_info().rss, who
 
 
 def _on_gpus() -> dict[int, list[Use]]:
-    """Returns who uses the memory of each device, by torch's index."""
+    """Returns the processes that use the memory of each GPU, by torch's index of the GPU."""
     import torch
 
     from sft.runtime.hardware import nvidia_smi_rows

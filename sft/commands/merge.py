@@ -20,9 +20,9 @@ def add_arguments(parser: cli.Parser) -> None:
 
 
 def main(args: Namespace) -> None:
-    """Merges, or with `--test` only repeats the proof; then makes a GGUF file where asked to."""
+    """Makes the merge (with `--test`: only its proof), and the GGUF file if requested."""
     if args.verb == "merge-test" and args.test is None:
-        raise UserError("MERGED: required: MERGED=folder (of the command `sft`: --test FOLDER)")
+        raise UserError("MERGED: required: MERGED=folder (with the command `sft`: --test FOLDER)")
     from sft.runtime.console import make_console
     from sft.serve import gguf, merge
 

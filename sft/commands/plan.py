@@ -1,4 +1,4 @@
-"""Predicts what a run takes, on this machine or on another, before a weight is loaded."""
+"""Predicts a run's memory, time and disk, on this machine or another, without loading weights."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: cli.Parser) -> None:
-    parser.add_argument("--gpu", help="plan for these instead of this machine: 'H100-80GB x 8'")
+    parser.add_argument("--gpu", help="plan for these GPUs, not this machine: 'H100-80GB x 8'")
     parser.add_argument("--gib", type=float, help="memory of each GPU, if it has no known name")
     parser.add_argument("--model", help="without a configuration: config.json, folder or hub id")
     parser.add_argument("--tuning", choices=("full", "lora", "qlora"), help="with --model (lora)")
     parser.add_argument("--seq", type=int, help="tokens of each row, with --model (2048)")
     parser.add_argument("--uniform", action="store_true", help="all rows of max_seq_len; no data")
-    parser.add_argument("--compare", action="store_true", help="all ways of tuning on several GPUs")
+    parser.add_argument("--compare", action="store_true", help="full, LoRA, QLoRA on several GPUs")
     parser.add_argument("--json", type=Path, default=Path("outputs/plan.json"), help="all numbers")
 
 
 def main(args: Namespace) -> None:
-    """Prints the plan and writes its numbers."""
+    """Prints the plan and writes its numbers into a JSON file."""
     config = _configuration(args)
     from sft.plan import advice, plan, report
     from sft.runtime.console import make_console
@@ -87,7 +87,7 @@ def _target(args: Namespace, config: RunConfig) -> tuple[Hardware, int]:
     if args.gpu is None and args.gib is None:
         return machine, config.train.num_processes or max(1, len(machine.devices))
     if args.compare:
-        raise ConfigError("COMPARE has GPUs of its own; leave out GPU and GIB")
+        raise ConfigError("COMPARE has GPUs of its own, a fixed list; leave out GPU and GIB")
     try:
         devices = gpus.named_gpus(args.gpu or "GPU", args.gib)
     except ValueError as error:

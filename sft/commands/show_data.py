@@ -14,7 +14,7 @@ def add_arguments(parser: cli.Parser) -> None:
 
 
 def main(args: Namespace) -> None:
-    """Prints the examples of all rows that `--row` names."""
+    """Prints the examples of every row that `--row` selects."""
     config = cli.configuration(args)
     from sft.data import audit, cache, files, template
     from sft.models import load

@@ -8,8 +8,8 @@ from sft import cli
 
 
 def main(args: Namespace) -> None:
-    """Trains, and writes the run folder."""
+    """Trains the model, and writes the run folder."""
     config = cli.run_configuration(args)
-    from sft import run  # after the configuration: an error in it is reported at once
+    from sft import run  # imported last: an error in the configuration is reported at once
 
     run.train(config)

@@ -1,11 +1,11 @@
-"""From files to proven examples on disk, before any weight is loaded or process group exists.
+"""Turns files into verified examples on disk, before any weights or process group exist.
 
 Examples are a function of the files' contents, the tokenizer with its template, the section `data`
-and this code. All of them make the name of a folder in `data.cache_dir`. One process fills it under
-a lock, as a whole or not at all; every other process and every later run only maps it.
+and this code. A hash of all these names a folder in `data.cache_dir`. One process fills it under
+a lock, completely or not at all. All other processes and later runs only map its files.
 
 Rows are read once, rendered and examined on all cores, and appended to a store (`data/examples`).
-Then duplicates, split, mix and leaks are decided from the fingerprints of all rows.
+Then the fingerprints of all rows decide duplicates, split, mix and leaks.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from sft.models import load
 from sft.runtime import checkpoint, children, hardware
 from sft.runtime.console import bar, make_console, write_json
 
-ROWS = "rows"  # a folder of the fingerprints of rows, removed when all is decided
+ROWS = "rows"  # folder of the rows' fingerprints, removed at the end
 KEPT = 16  # folders in the cache
 CHUNK_ROWS = 256  # rows that a worker takes at a time
-PLACE = np.dtype([("part", "u1"), ("entry", "u2")])  # where a row comes from
+PLACE = np.dtype([("part", "u1"), ("entry", "u2")])  # the path that gave a row
 TRAIN, HELD_OUT = 0, 1  # parts
-ORDER = np.dtype([("example", np.int64), ("length", np.int32)])  # the examples of a part
+ORDER = np.dtype([("example", np.int64), ("length", np.int32)])  # an example of a part
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets", "numpy")
 
 
@@ -66,22 +66,22 @@ class Prepared:
     held_out: Examples
     audit: dict[str, Any]
     rejected: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))  # JSON lines
-    folder: Path | None = None  # in the cache
+    folder: Path | None = None  # folder in the cache
     validation: Examples | None = None  # rows that are kept from training
 
     def samples(self) -> list[Sample]:
-        """Returns the rows with most findings, for people to look at."""
+        """Returns the rows with the most findings, to be shown to people."""
         return audit.pick_samples(self.train) + audit.pick_samples(self.held_out, 5)
 
 
 def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> Prepared:
-    """Maps the examples of `config`; reads, renders and audits all rows if no process has yet.
+    """Maps the examples of `config`. If they are not in the cache, prepares them from the rows.
 
-    `on_progress` is called at every sign of progress.
-    Raises DataError for rows that cannot be trained on or that the audit refuses, and for a stale
-    or damaged folder in the cache. `data.audit: warn` prepares such a folder anew.
+    `on_progress` is called whenever there is progress. Raises DataError for rows that cannot be
+    trained on or that the audit refuses, and for a stale or damaged folder in the cache. With
+    `data.audit: warn` such a folder is prepared again.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are already parallel
     tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))
     made_of = cache_inputs(config, tokenizer)
     folder = Path(config.data.cache_dir, cache_key(made_of))
@@ -92,7 +92,7 @@ def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> P
             if fault and config.data.audit == "refuse":
                 raise errors.DataError(
                     f"the prepared data in {folder} are stale or damaged: {fault}; remove the "
-                    "folder, or let `make audit` prepare them anew"
+                    "folder, or run `make audit` to prepare them again"
                 )
             if fault:
                 make_console().print(f"prepared data were stale or damaged ({fault}): made anew")
@@ -124,7 +124,7 @@ def with_validation(prepared: Prepared, share: float) -> Prepared:
 
 @contextmanager
 def _as_data_error(cache: Path) -> Iterator[None]:
-    """Turns an error of the disk into one message."""
+    """Turns an error of the disk into a DataError with one message."""
     try:
         yield
     except OSError as error:
@@ -148,11 +148,12 @@ def _examples(folder: Path, arrays: ExampleArrays, part: str) -> Examples:
 
 
 def _prune(cache: Path) -> None:
-    """Removes the folders used longest ago, and what a killed process left half made.
+    """Removes the least recently used folders, and unfinished ones of killed processes.
 
-    A process that has mapped a folder is not disturbed; one that is about to holds its lock.
+    A process that has already mapped a folder can still read it. One that is about to map it holds
+    its lock.
     """
-    with suppress(OSError):  # another process may be at the same
+    with suppress(OSError):  # another process may be removing the same folders
         made = [path for path in cache.iterdir() if (path / checkpoint.MANIFEST).exists()]
         old = sorted(made, key=lambda path: -path.stat().st_mtime)[KEPT:]
         for folder in [*old, *cache.glob(f"*{checkpoint.STAGING}")]:
@@ -172,7 +173,7 @@ def write_audit(prepared: Prepared, folder: Path) -> None:
 
 
 def max_length(config: Config) -> int:
-    """Returns how many tokens an example may have: `data.max_seq_len`, or the model's positions."""
+    """Returns the maximum length of an example: `data.max_seq_len`, or the positions if fewer."""
     positions = getattr(load.architecture(config.model), "max_position_embeddings", None)
     return min(config.data.max_seq_len, positions or config.data.max_seq_len)
 
@@ -204,8 +205,8 @@ def cache_key(made_of: dict[str, Any]) -> str:
 
 def _find_fault(folder: Path, made_of: dict[str, Any], policy: str) -> str | None:
     """Returns why the prepared data in `folder` are not what `made_of` makes, or None."""
-    # The first process of a machine reads all bytes; data that it refuses are trained on by none.
-    # With `warn` they are prepared anew, so all processes must agree that they are damaged.
+    # Only the first process of a machine reads all bytes. If it refuses them, no process trains.
+    # With `warn` the data are prepared again, so all processes must agree that they are damaged.
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     if reason := checkpoint.fault(folder, digests=is_first or policy == "warn"):
         return reason
@@ -244,8 +245,8 @@ def _fill(
 
 @dataclass
 class _Counts:
-    rows: int = 0  # good ones, dropped ones too
-    dropped: int = 0  # by data.on_long
+    rows: int = 0  # good rows, including dropped ones
+    dropped: int = 0  # rows, by data.on_long
     rejected: int = 0
     formats: Counter[str] = field(default_factory=Counter)
 
@@ -291,7 +292,7 @@ def _write_rows(
 
 
 def _num_rows(settings: Data, paths: list[str | list[str]]) -> int | None:
-    """Returns about how many rows will be read, or None if that is not known."""
+    """Returns the approximate number of rows to read, or None if it is not known."""
     numbers = [files.num_rows(path) for path in paths]
     if not all(numbers):
         return None
@@ -300,14 +301,16 @@ def _num_rows(settings: Data, paths: list[str | list[str]]) -> int | None:
 
 
 def _decide(config: Config, tokenizer: Tokenizer, folder: Path, counts: _Counts) -> dict[str, Any]:
-    """Chooses the examples to train on and to hold out (`train.bin`, `held_out.bin`), marks the
-    findings that depend on all rows, and returns the contents of `audit.json`."""
+    """Chooses the examples to train on (`train.bin`) and to hold out (`held_out.bin`).
+
+    Marks the findings that depend on all rows, and returns the contents of `audit.json`.
+    """
     data, seed = config.data, config.train.seed
     places = map_array(folder / ROWS / "places.bin", PLACE)
     known = duplicates.RowFingerprint.open(folder / ROWS)
     arrays = ExampleArrays.open(folder)
-    numbers = np.array(arrays.index["row"])  # of the rows of all examples
-    is_kept = np.isin(np.arange(len(places)), numbers)  # not dropped
+    numbers = np.array(arrays.index["row"])  # the row of each example
+    is_kept = np.isin(np.arange(len(places)), numbers)  # False: dropped
     train, held_out = (
         np.flatnonzero((places["part"] == part) & is_kept) for part in (TRAIN, HELD_OUT)
     )
@@ -375,8 +378,8 @@ class _Rendered:
     places: np.ndarray  # (good rows,) of PLACE
     fingerprint: duplicates.RowFingerprint  # of the good rows
     formats: Counter[str]  # of the good rows
-    refused: list[BadRow]  # by the reader or by the chat template
-    num_dropped: int  # by data.on_long
+    refused: list[BadRow]  # refused by the reader or by the chat template
+    num_dropped: int  # rows dropped by data.on_long
 
 
 AnyRow = Row | BadRow
@@ -395,7 +398,7 @@ def _map_chunks(work: Work, rows: Iterator[AnyRow]) -> Iterator[_Rendered]:
     if workers < 2 or len(first) < 4:
         yield from map(work, chain(first, chunks))
         return
-    fork = multiprocessing.get_context("fork")  # the tokenizer is inherited, sending takes seconds
+    fork = multiprocessing.get_context("fork")  # inherits the tokenizer; sending it takes seconds
     with ProcessPoolExecutor(workers, fork, _start_worker, (work, os.getpid())) as pool:
         waiting: deque[tuple[list[AnyRow], Future[_Rendered]]] = deque()
         try:

@@ -1,20 +1,20 @@
 """Scores of answers by name, with 95 % intervals by bootstrap over the examples.
 
-Each example gives a few numbers, its statistics, and a metric is a function of their sums over all
-examples. Statistics are whole numbers or multiples of `GRID`, whose sums in float64 are exact in
-any order (up to eight million examples). So any cut over processes gives the same bits.
+Each example gives a few numbers, its statistics. A metric is a function of their sums over all
+examples. Statistics are whole numbers or multiples of `GRID`. Their sums in float64 are exact in
+any order (up to eight million examples), so any cut over processes gives the same bits.
 
-Intervals are percentiles of `scipy.stats.bootstrap`. BCa would correct them for bias and skew, but
-scipy computes it in a time that grows with the square of the number of examples, and it has no
-interval where all examples score the same. Two runs are compared on the same resamples (paired).
+Intervals are percentiles of `scipy.stats.bootstrap`. Its method BCa would correct bias and skew,
+but takes a time that grows with the square of the number of examples, and gives no interval if all
+examples score the same. Two runs are compared on the same resamples (paired).
 
-A measure has a `size`, how many statistics an example has. Its `measure(answer, reference, prompt)`
+A measure has a `size`, the number of statistics per example. `measure(answer, reference, prompt)`
 returns an example's score and statistics, and raises UserError for a reference that it cannot use.
-Its `values(rows, counts)` returns values [resamples] by name: `rows` [examples, size] are
+`values(rows, counts)` returns values [resamples] by name: `rows` [examples, size] are
 statistics, and `counts` [resamples, examples] says how often each example is in a resample.
 
-More is better for every metric. `bleu` and `chrf` go up to 100, as in sacrebleu, all others to 1.
-An answer of None has failed: it scores 0 and counts.
+A higher score is better for every metric. `bleu` and `chrf` go up to 100, as in sacrebleu, all
+others to 1. The answer None means a failure: it scores 0 and is counted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sft.errors import UserError, shorten, suggest
 from sft.evaluate.labels import label_of
 
 NAMES: tuple[str, ...] = get_args(MetricName)
-GRID = 2.0**-30  # of fractional scores: 1e-9, and sums below 2**23 stay exact
+GRID = 2.0**-30  # step of fractional scores: 1e-9; sums below 2**23 stay exact
 FAILURE = "(none of them)"  # stands for an answer without a label
 Measured = tuple[float, Sequence[float]]  # score of an example by itself, its statistics
 Values = dict[str, np.ndarray]
@@ -46,7 +46,7 @@ Verdict = Literal["better", "worse", "not distinguishable"]
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of `score(answer, reference, prompt)`, 0 to 1."""
+    """The mean over examples of `score(answer, reference, prompt)`, 0 to 1."""
 
     name: str
     score: Callable[[str, str, str], float]
@@ -69,7 +69,7 @@ def exact_match(answer: str, reference: str, *_: str) -> float:
 def normalised_match(answer: str, reference: str, *_: str) -> float:
     """Returns 1 if both are equal without case, punctuation, articles and white space, as in SQuAD.
 
-    Unlike there, an answer of nothing but these keeps them: "A" is not "The", "?" not "!".
+    Unlike in SQuAD, texts that consist of these only keep them: "A" is not "The", "?" is not "!".
     """
     return float(_normalise(answer) == _normalise(reference))
 
@@ -93,7 +93,7 @@ NUMBER = re.compile(
 
 
 def numeric_match(answer: str, reference: str, *_: str) -> float:
-    """Returns 1 if the number after the last `####`, else the last number, is the reference's.
+    """Returns 1 if both have the same number: the first after the last `####`, or else the last.
 
     As in GSM8K, commas, a dollar or percent sign and trailing zeros do not matter.
     """
@@ -114,7 +114,7 @@ def _number(text: str) -> Decimal | None:
 
 
 def json_valid(answer: str, *_: str) -> float:
-    """Returns 1 if the whole answer is JSON (RFC 8259): no fence around it, no NaN."""
+    """Returns 1 if the whole answer is JSON (RFC 8259), without a code fence or NaN."""
     try:
         _parse_json(answer)
     except ValueError:
@@ -123,9 +123,9 @@ def json_valid(answer: str, *_: str) -> float:
 
 
 def json_fields(answer: str, reference: str, *_: str) -> float:
-    """Returns the share of all leaves that are equal in answer and reference; 0 if it is no JSON.
+    """Returns the share of leaves that are equal in both; 0 if the answer is not JSON.
 
-    A leaf is a path (keys, places in lists) to a scalar, an empty list or an empty object. So a
+    A leaf is a path (keys, indices of lists) to a scalar, an empty list or an empty object. So a
     missing, a wrong and an additional leaf cost the same.
     """
     try:
@@ -141,7 +141,7 @@ def json_fields(answer: str, reference: str, *_: str) -> float:
 
 
 def _parse_json(text: str) -> Any:
-    """Returns the value. Raises ValueError for no JSON, or one too deep for Python."""
+    """Returns the value. Raises ValueError if it is not JSON, or nested too deeply for Python."""
     try:
         return json.loads(text, parse_constant=_refuse)
     except RecursionError:
@@ -178,7 +178,7 @@ def _is_equal(a: Any, b: Any) -> bool:
 def rouge_l(answer: str, reference: str, *_: str) -> float:
     """Returns the F1 of the longest common subsequence of words (rouge-score, no stemmer).
 
-    Words are of a-z and 0-9 only; other scripts score 0.
+    Only a-z and 0-9 are read, so texts in other scripts score 0.
     """
     return _rouge().score(reference, answer)["rougeL"].fmeasure
 
@@ -216,8 +216,11 @@ def _ngrams(text: str, n: int) -> Counter[tuple[str, ...]]:
 def _sari_of(
     source: Counter, answer: Counter, references: Counter, num_references: int
 ) -> tuple[float, float, float]:
-    """Returns (keep, delete, add) for n-grams of one length. `references` counts those of all
-    references together, so the counts of source and answer are multiplied by their number."""
+    """Returns (keep, delete, add) for n-grams of one length.
+
+    `references` counts the n-grams of all references together. So the counts of source and answer
+    are multiplied by the number of references.
+    """
     source = Counter({gram: count * num_references for gram, count in source.items()})
     answer = Counter({gram: count * num_references for gram, count in answer.items()})
     kept, to_keep = source & answer, source & references
@@ -232,7 +235,7 @@ def _sari_of(
 
 
 def _mean_share(part: Counter, whole: Counter) -> float:
-    """Returns the mean share, over the n-grams of `whole`, that `part` has of each."""
+    """Returns count in `part` / count in `whole`, averaged over the n-grams of `whole`."""
     return sum(count / whole[gram] for gram, count in part.items()) / max(1, len(whole))
 
 
@@ -299,7 +302,7 @@ class Classification:
     """Scores from the confusion counts [label of the reference, label of the answer or FAILURE].
 
     `label_of` reads both. An answer without a label is a failure and counts as wrong; a reference
-    must have one. An example's score is 1 or 0, its statistic the number of its cell.
+    must have one. An example's score is 1 or 0. Its statistic is the index of its cell.
     """
 
     size = 1
@@ -347,7 +350,7 @@ class Classification:
         return cells.reshape(num, num + 1)
 
     def confusion(self, rows: np.ndarray) -> dict[str, dict[str, int]]:
-        """Returns numbers of examples by label of the reference, then label of the answer."""
+        """Returns the number of examples by the reference's label, then by the answer's label."""
         columns = [*self.labels, FAILURE]
         table = self._table(rows, np.ones(len(rows))).astype(int).tolist()
         return {
@@ -357,7 +360,7 @@ class Classification:
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Returns part / whole; 0 where `whole` is."""
+    """Returns part / whole; 0 where `whole` is 0."""
     return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 

@@ -1,4 +1,4 @@
-"""The repeated layers of a model, and parameters that a rank holds only in part."""
+"""Finds the repeated layers of a model, and gathers parameters that are split over ranks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import nn
 
 
 def embedding_layers(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """Returns the layers at the input and at the output, None where a model has none."""
+    """Returns the input and the output embedding; None for one that the model lacks."""
     methods = (getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output"))
     first, last = (method() if method else None for method in methods)
     return first, last
 
 
 def is_split(model: nn.Module) -> bool:
-    """Returns whether ranks hold parts of the weights (FSDP2, ZeRO-3): forwards are collective."""
+    """Returns whether ranks hold parts of the weights (FSDP2, ZeRO-3); a forward is collective."""
     return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def full_tensor(parameter: Any) -> torch.Tensor:
-    """Returns the whole of a parameter that ranks may hold in parts. Collective if they do."""
+    """Returns the whole parameter. Collective if the parameter is split over ranks."""
     if hasattr(parameter, "full_tensor"):
         return parameter.detach().full_tensor()
     if not hasattr(parameter, "ds_id"):

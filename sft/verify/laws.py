@@ -1,8 +1,8 @@
-"""Tries laws 1 and 2 on the user's own configuration, with its model made small.
+"""Tests laws 1 and 2 on the user's own configuration, with a small version of its model.
 
 Whole runs are trained in fresh processes and judged only by the files in their folders
-(docs/RUNS.md). So the same code tries every engine, and a fault of any part shows. To kill a run at
-a chosen point, it is started with a hook on the interpreter's file operations (`die_at`).
+(docs/RUNS.md). So the same code tests every engine, and detects a fault in any part. A run that is
+to be killed at a chosen point is started with a hook on its file operations (`die_at`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sft.tasks.registry import task_of
 from sft.verify.runs import Run, Trials, run_fresh
 from sft.verify.small import Small, make_small
 
-LOSS, WEIGHTS = 1e-5, 1e-4  # relative deviation that another cut may cause
+LOSS, WEIGHTS = 1e-5, 1e-4  # allowed relative deviation between cuts
 EXAMPLES_KEY = "examples_crc32"
 TENSORS = {".safetensors", ".pt", ".bin", ".distcp"}
 
@@ -45,7 +45,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_curves(folder: Path, key: str = "/loss", after: int = 0) -> dict[tuple[int, str], float]:
-    """Returns the values whose name ends with `key`, by step and name, after step `after`."""
+    """Returns the values whose name ends with `key`, for steps after `after`, by step and name."""
     return {
         (row["step"], name): row[name]
         for row in read_metrics(folder)
@@ -64,7 +64,7 @@ def hash_state_files(folder: Path) -> dict[str, str]:
 
 
 def max_deviation(found: dict[Any, float], expected: dict[Any, float]) -> float:
-    """Returns the largest relative deviation; infinite if the keys differ or are missing."""
+    """Returns the largest relative deviation; infinite if the keys differ or there are none."""
     if found.keys() != expected.keys():
         return math.inf
     pairs = [(found[key], expected[key]) for key in expected]
@@ -72,7 +72,7 @@ def max_deviation(found: dict[Any, float], expected: dict[Any, float]) -> float:
 
 
 def max_weight_deviation(found: Path, expected: Path) -> float:
-    """Returns the largest relative deviation of a tensor, in norm, between two models."""
+    """Returns the largest relative deviation, in norm, of any tensor between two models."""
     ours, theirs = _load_tensors(found), _load_tensors(expected)
     if ours.keys() != theirs.keys():
         return math.inf
@@ -81,7 +81,7 @@ def max_weight_deviation(found: Path, expected: Path) -> float:
 
 
 def _load_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Returns tensors by file and name: adapters in several folders have the same names."""
+    """Returns tensors by file and name, since adapters in several folders have equal names."""
     files = {path.relative_to(folder): load_file(path) for path in folder.rglob("*.safetensors")}
     return {
         f"{place} {name}": value.double()
@@ -92,7 +92,7 @@ def _load_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A row of the table: its title, the findings (text, holds), and why a run failed."""
+    """A row of the table: its title, its cells (text, whether it holds), and why a run failed."""
 
     title: tuple[str, ...]
     cells: list[tuple[str, bool]]
@@ -113,12 +113,12 @@ class Kill:
 
     title: str
     point: str  # argument of `die_at`
-    newest: int  # step of the newest checkpoint then
-    resumed_by: tuple[int, ...]  # numbers of processes
+    newest: int  # step of the newest checkpoint at that point
+    resumed_by: tuple[int, ...]  # the number of processes of each resume
 
 
 def kill_points(small: Small, world: int) -> list[Kill]:
-    """Returns points within an epoch, at its end, after it, and in a save."""
+    """Returns four points: within an epoch, at its end, after it, and during a save."""
     last, same = small.steps_per_epoch, (world,)
     return [
         Kill(f"after step {last - 1}, within an epoch", f"saved:{last - 1}", last - 1, same),
@@ -129,7 +129,7 @@ def kill_points(small: Small, world: int) -> list[Kill]:
 
 
 def try_resuming(trials: Trials, world: int, kills: list[Kill]) -> list[Verdict]:
-    """Kills and resumes runs of `world` processes; compares them with an uninterrupted one."""
+    """Kills and resumes runs of `world` processes, and compares them with an uninterrupted run."""
     with ThreadPoolExecutor(_num_parallel(world)) as pool:
         whole = pool.submit(trials.run, "whole", world)
         groups = [pool.submit(_kill_and_resume, trials, world, kill, whole) for kill in kills]
@@ -152,7 +152,7 @@ def _kill_and_resume(trials: Trials, world: int, kill: Kill, whole: Future[Run])
 def judge_resumed(
     trials: Trials, kill: Kill, folder: Path, world: int, killed_world: int, whole: Run
 ) -> Verdict:
-    """Resumes the killed run in `folder` by `world` processes and judges the result."""
+    """Resumes the killed run in `folder` with `world` processes, and judges the result."""
     by = "" if world == killed_world else f"; by {world} process{'es' * (world > 1)}"
     title = (kill.title + by,)
     rejected: list[str] = []
@@ -168,7 +168,7 @@ def judge_resumed(
     resumed = trials.run(folder.name, world, "train.resume_from_checkpoint=auto")
     if not resumed.is_finished:
         return Verdict(title, [], resumed.reason, refused=resumed.state == "refused" and not exact)
-    # A run that started anew would have logged other times.
+    # A run that started from the beginning would have logged other times.
     continues = step == kill.newest and _history(folder, step) == before
     found = _compare_runs(resumed.folder, whole.folder, step, exact)
     return Verdict(title, [(str(step), continues), *found])
@@ -211,10 +211,10 @@ def verify_resume(config: RunConfig, world: int, console: Console) -> None:
         small = make_small(config, folder / "as_configured")
         changes, kills = [*small.changes], kill_points(small, world)
         groups = [(small, kills)]
-        if others:  # they cut differently, so randomness that depends on the cut must be off
+        if others:  # another cut, so randomness that depends on the cut must be off
             exact = make_small(config, folder / "exact", exact=True)
             if off := [change for change in exact.changes if change not in small.changes]:
-                changes += [(name, f"{text}, where others resume") for name, text in off]
+                changes += [(name, f"{text}, for other numbers of processes") for name, text in off]
                 groups.append((exact, [replace(kills[0], resumed_by=others)]))
             else:
                 kills[0] = replace(kills[0], resumed_by=(world, *others))
@@ -289,7 +289,7 @@ def try_cuts(trials: Trials, cuts: list[Cut]) -> list[Verdict]:
 
 
 def judge_cut(cut: Cut, run: Run, first: Run) -> Verdict:
-    """Compares the run of a cut with that of the first."""
+    """Compares the run of a cut with the run of the first cut."""
     if not run.is_finished:
         return Verdict(cut.title, [], run.reason, refused=run.state == "refused")
     return Verdict(cut.title, _compare_runs(run.folder, first.folder, exact=False)[:-1])
@@ -312,7 +312,7 @@ def verify_invariance(config: RunConfig, world: int, console: Console) -> None:
         print_verdicts(console, "The cut changes nothing", titles, verdicts)
         console.print(
             "tokens: budget of a micro-batch; losses, weights: the largest relative deviation from "
-            f"the first row, at most {LOSS:g} and {WEIGHTS:g}"
+            f"the first row; allowed are {LOSS:g} and {WEIGHTS:g}"
         )
 
 
@@ -320,14 +320,14 @@ def verify_invariance(config: RunConfig, world: int, console: Console) -> None:
 
 
 def _num_parallel(world: int) -> int:
-    """Returns how many runs at once have cores of their own."""
+    """Returns how many runs can be tried at once: on CPUs each has its own cores, at most 4."""
     machine = hardware.detect()
     return 1 if machine.devices else max(1, min(4, machine.cores // world))
 
 
 def _require_finished(run: Run) -> Run:
     if not run.is_finished:
-        raise VerificationError(f"the run to compare with {run.state}: {run.reason}")
+        raise VerificationError(f"the run to compare the others with {run.state}: {run.reason}")
     return run
 
 
@@ -346,14 +346,14 @@ def _scratch_folder() -> Iterator[Path]:
 
 
 def _print_changes(console: Console, world: int, changes: list[tuple[str, str]]) -> None:
-    rest = ("processes", f"{world}; all else as configured")
+    rest = ("processes", f"{world}; everything else as configured")
     console.print(facts("The configuration, made small", [*changes, rest]))
 
 
 def print_verdicts(
     console: Console, law: str, titles: tuple[str, ...], verdicts: list[Verdict]
 ) -> None:
-    """Prints the table; raises VerificationError if a verdict is that the law does not hold."""
+    """Prints the table; raises VerificationError if the law does not hold in one of its rows."""
     rows: list[list[str | Text]] = []
     for each in verdicts:
         cells = [Text(text, "" if holds else "bold red") for text, holds in each.cells]
