@@ -26,21 +26,21 @@ FORMS = "{0}.key=value, --{0}.key value or --key value sets a key (docs/CONFIG.m
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of a verb's own options; all other words are `overrides` of a configuration."""
+    """Parses a verb's own options; all other arguments are `overrides` of a configuration."""
 
     def __init__(self, program: str, description: str, config: str | None):
-        """With a default `config` the verb has the option --config, and overrides."""
+        """Adds the option --config, and overrides, if there is a default `config`."""
         super().__init__(program, description=description, allow_abbrev=False)
         if config is not None:
             self.add_argument("--config", default=config, help="YAML file (default: %(default)s)")
             self.add_overrides("section")
 
     def add_overrides(self, section: str) -> None:
-        """Accepts words that set keys, which are read with the configuration."""
+        """Accepts arguments that set keys of `section`; the configuration reads them."""
         self.epilog = FORMS.format(section)
 
     def parse(self, words: list[str]) -> argparse.Namespace:
-        """Returns the options, and the other words in their order as `overrides`."""
+        """Returns the options. The other arguments become `overrides`, in their order."""
         result, overrides = self.parse_known_args(words)
         if overrides and not self.epilog:
             self.error(f"unknown arguments: {' '.join(overrides)}")
@@ -59,7 +59,7 @@ def run_configuration(args: argparse.Namespace) -> RunConfig:
 
 
 def config_file(args: argparse.Namespace) -> str:
-    """Returns --config. Raises UserError for a file of configs/ where only the package is."""
+    """Returns --config. Raises UserError if it is in configs/ and there is no such folder here."""
     file = Path(args.config)
     if file.parts[:1] == ("configs",) and not Path("configs").is_dir():
         raise UserError(
@@ -70,7 +70,7 @@ def config_file(args: argparse.Namespace) -> str:
 
 
 def add_model(parser: Parser) -> None:
-    """Adds the arguments that name a model to be used, and how it answers."""
+    """Adds the arguments that name a model and set how it answers."""
     parser.add_argument("--model", default="outputs/nano", help="run, checkpoint, model or hub id")
     parser.add_argument("--adapter", help="folder of a LoRA adapter for the model")
     parser.add_argument("--quantization", choices=["nf4"], help="of the frozen weights")
@@ -98,7 +98,7 @@ def connector_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def write_json(file: Path, values: object) -> None:
     """Writes the file that `--json` names. Raises UserError if it cannot be written."""
-    from sft.runtime import console  # not before a rank has asked to end with its launcher
+    from sft.runtime import console  # not before `run` has called die_with_parent
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +108,10 @@ def write_json(file: Path, values: object) -> None:
 
 
 def prepare_libraries() -> None:
-    """Silences messages of libraries that ask nothing of a user (their errors stay), and lets
-    segments of GPU memory grow, which leaves less of it unusable; the plan counts on that."""
+    """Silences messages of libraries that a user need not act on; their errors stay.
+
+    Also lets segments of GPU memory expand, which wastes less memory. The plan assumes this.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -122,9 +124,9 @@ def prepare_libraries() -> None:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Runs `main` and exits with the code it returns; a UserError is one message and its code."""
+    """Runs `main` and exits with its code. A UserError is reported in one message."""
     parent = os.environ.pop(LAUNCHER, None)
-    if "LOCAL_RANK" in os.environ:  # started by a launcher. A shell may go, as with nohup
+    if "LOCAL_RANK" in os.environ:  # started by a launcher; a shell may end, as with nohup
         die_with_parent(int(parent or os.getppid()))
     prepare_libraries()
     sys.excepthook = _report_bug
@@ -148,14 +150,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-# Where several ranks fail, the first one to do so reports why; the errors of the others are the
-# same, or follow from it ("connection closed by peer"). Bugs go into torchrun's file as well.
+# If several ranks fail, the first one reports the reason. The errors of the others are the same, or
+# follow from it ("connection closed by peer"). Bugs are written into torchrun's file as well.
 
 
 def _report_bug(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Prints an error that nobody caught, once; Python's hook."""
+    """Prints an uncaught error once, as Python's `excepthook`."""
     text = redact("".join(traceback.format_exception(kind, error, trace)))
     message = redact(f"{kind.__name__}: {error}")
     if _is_first():
@@ -166,7 +168,7 @@ def _report_bug(
 
 def _report(error: UserError) -> None:
     if _is_first():
-        message = redact(str(error))  # a cluster keeps what it shows on a console
+        message = redact(str(error))  # clusters keep the output of a console
         rank = "" if message.startswith("rank ") else _rank()
         print(f"error: {rank}{message}", file=sys.stderr)
 
@@ -186,7 +188,7 @@ def _is_first() -> bool:
     from sft.runtime import slurm
 
     mark = None
-    if file := _error_file():  # of torchrun: attempt/local_rank/error.json
+    if file := _error_file():  # torchrun's: attempt/local_rank/error.json
         mark = file.parent.parent / "reported"
     elif step := slurm.step_id():
         mark = Path(tempfile.gettempdir()) / f"sft_reported_{step}"
@@ -195,7 +197,7 @@ def _is_first() -> bool:
             mark.touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # better twice than never
+    except OSError:  # reporting twice is better than never
         return True
     return True
 

@@ -1,6 +1,6 @@
 """One training run, of any task, from configuration to results.
 
-It owns the run folder (docs/RUNS.md). However the run ends, `watchdog` writes it to `status.json`.
+It owns the run folder (docs/RUNS.md). However the run ends, `watchdog` records it in `status.json`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def train(config: RunConfig) -> dict[str, float]:
     task.refuse_untrainable(config)
     with Guard(Path(config.train.output_dir), config.train.stall_timeout) as guard:
         found = _open_folder(config.train, guard) if guard.is_first else None
-        prepared = task.prepare(config, guard.tick)  # before a process group that could time out
+        prepared = task.prepare(config, guard.tick)  # a process group could time out
         accelerator = start_processes(config.train)
         resumed_from = guard.join(accelerator, found)
         facts = agreement.collect_facts(config, task.digests(prepared))
@@ -72,7 +72,7 @@ def _run(
     context: Context,
     resumed_from: Path | None,
 ) -> dict[str, float]:
-    """Plans, builds, measures the base, trains, measures again and reports."""
+    """Makes the plan and the model, measures the base, trains, measures again and reports."""
     started = time.perf_counter()
     accelerator, log, guard = context.accelerator, context.log, context.guard
     folder = Path(config.train.output_dir)
@@ -80,7 +80,7 @@ def _run(
         read_state(resumed_from, identity(config.train, kind.identity_of(config, prepared)))
     kind.refuse_unusable(config, prepared)
     machine = hardware.detect(folder)
-    # The plan counts the data that are in memory already.
+    # The plan includes the data, which are in memory already: their bytes count as available.
     resident = accelerator.num_processes * kind.resident_bytes(prepared)
     machine = replace(machine, ram_available_bytes=machine.ram_available_bytes + resident)
     workload = kind.workload(config, prepared)
@@ -159,7 +159,7 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> dict[str, flo
 def _evaluate(
     kind: type[Task], folder: Path, out: Path, config: Any, prepared: Any, context: Context
 ) -> dict[str, float]:
-    """Measures the model of the run in `folder` with files in `out`, and reports."""
+    """Measures the model of the run in `folder`, writes files into `out`, and reports."""
     machine = hardware.detect(folder)
     workload = kind.workload(config, prepared)
     planned = calibration.make_common_plan(config, workload, machine, context.accelerator)
@@ -174,14 +174,14 @@ def _evaluate(
 
 
 def _open_folder(train: Train, guard: Guard) -> Path | None:
-    """The checkpoint to resume from. A fresh run moves an earlier one in its folder aside."""
+    """Returns the checkpoint to resume from. A new run renames the folder of an earlier run."""
     folder, resume = Path(train.output_dir), train.resume_from_checkpoint
     try:
         found = checkpoint.find(folder, resume, print) if resume else None
     except UserError:
         guard.begin()  # the attempt that failed
         raise
-    own = {Status.NAME, Lock.NAME, RANKS, TRACEBACK}  # all that a run leaves which never began
+    own = {Status.NAME, Lock.NAME, RANKS, TRACEBACK}  # the only files of a run that did not begin
     earlier = guard.status.read().get("state")
     holds_run = earlier and any(path.name not in own for path in folder.iterdir())
     is_own = found and found.parent.resolve() == folder.resolve()

@@ -1,4 +1,4 @@
-"""Asks a model for the labels of texts; `--tune` fine-tunes it on them, and compares the two."""
+"""Asks a model for the labels of texts; `--tune` also fine-tunes it, and compares both models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_arguments(parser: cli.Parser) -> None:
 
 
 def main(args: Namespace) -> int:
-    """Classifies; with `--tune` also trains and classifies with the result."""
+    """Runs `strategies.classify`; with `--tune`, also trains and classifies with the result."""
     args.overrides += [f"model.name={args.model}"] if args.model else []
     config = cli.configuration(args)
     from sft.runtime import launcher
@@ -30,14 +30,14 @@ def main(args: Namespace) -> int:
     if launcher.has_ranks_to_start():
         rows.split_parts(
             rows.read_examples(config.classify), config.classify
-        )  # errors in it are reported once
+        )  # errors in the rows are reported once
         return _launch(config, args)
     if args.tune and "WORLD_SIZE" in os.environ:
         raise UserError("TUNE=1 starts its processes itself: give NUM_PROCESSES, no launcher")
     if args.tune and config.train.engine != "ddp":
         raise UserError(
             f"TUNE=1 with train.engine={config.train.engine}: expected NUM_PROCESSES=2 or more, "
-            "since a process that has answered cannot become one of that engine; or set ddp"
+            "since this process cannot use that engine after it has classified; or set ddp"
         )
     from sft.serve.classify import strategies
 
@@ -51,7 +51,7 @@ def main(args: Namespace) -> int:
 
 
 def _launch(config: Config, args: Namespace) -> int:
-    """Runs each part as a launch of its own; returns the exit code of the first that fails."""
+    """Launches each part separately. Returns the exit code of the first part that fails, or 0."""
     from sft.runtime import launcher
 
     words = ["--config", args.config, *args.overrides]

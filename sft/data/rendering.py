@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from sft.data.formats import Messages, Tools
 from sft.errors import DataError, UserError
 
-SECONDS = 20  # of CPU time that rendering one conversation may take; 0.001 is usual
-BYTES = 2**30  # of memory that rendering a conversation of two words may take
+SECONDS = 20  # CPU time that rendering a conversation may take; usual: 0.001
+BYTES = 2**30  # memory that rendering two words may take
 Span = tuple[int, int]  # characters, end excluded
 
-# For tokenizers without a template: plain words, which any vocabulary can write. The newline behind
+# For tokenizers without a template: plain words, which any vocabulary can write. The newline after
 # a header belongs to the prompt, so that the prompt's tokens do not depend on the answer.
 DEFAULT_TEMPLATE = (
     "{{ bos_token if bos_token else '' }}{% for message in messages %}"
@@ -30,7 +30,7 @@ DEFAULT_TEMPLATE = (
     "{{ (eos_token if message['role'] == 'assistant' else '') + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
-THINKING = re.compile(r"(?s).*</think>\s*")  # templates move and drop it, so it is found separately
+THINKING = re.compile(r"(?s).*</think>\s*")  # templates move or drop it, so it is found apart
 THOUGHTS_END = re.compile(r"(?s)(<think>((?!<think>).)*)?</think>\s*$")
 THOUGHTS = re.compile(r"(?s)\s*(<think>((?!<think>).)*</think>\s*)?")
 
@@ -49,7 +49,7 @@ def cached_by_tokenizer(function: Callable[[Tokenizer], T]) -> Callable[[Tokeniz
 
 
 class TemplateError(UserError):
-    """An error of the chat template itself: it is none, or does not come to an end."""
+    """An error of the chat template itself: it is not a template, or rendering does not end."""
 
 
 def render_text(
@@ -81,11 +81,10 @@ def _apply_template(
 
 @contextmanager
 def bounded(tokenizer: Tokenizer, messages: Messages) -> Iterator[None]:
-    """Limits what a template does in its sandbox: its errors become those of the row, and after
-    SECONDS it is ended.
+    """Turns errors of a template into errors of the row, and ends a template after SECONDS.
 
-    The time is CPU time, so a machine that is busy or asleep does not count. The signal reaches the
-    main thread only, and does not interrupt one long operation (see `try_template`).
+    SECONDS is CPU time, so a busy or sleeping machine does not matter. The signal reaches only the
+    main thread, and does not interrupt a single long operation (see `try_template`).
     """
 
     def end(*_: object) -> None:
@@ -113,9 +112,10 @@ def bounded(tokenizer: Tokenizer, messages: Messages) -> Iterator[None]:
 
 @cached_by_tokenizer
 def try_template(tokenizer: Tokenizer) -> None:
-    """Renders two words in a process of its own, which the system ends if it takes too much.
+    """Renders two words in a child process with limits of time and memory.
 
-    No signal handler ends `9**(9**9)`, which is one operation. Raises TemplateError.
+    A signal handler cannot end `9**(9**9)`, which is one operation, but the system can end the
+    process. Raises TemplateError.
     """
     child = os.fork()
     if not child:
@@ -124,12 +124,12 @@ def try_template(tokenizer: Tokenizer) -> None:
             limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: SECONDS + 1}
             limits[resource.RLIMIT_AS] = psutil.Process().memory_info().vms + BYTES
             for limit, most in limits.items():
-                with suppress(ValueError, OSError):  # a smaller one holds already
+                with suppress(ValueError, OSError):  # a smaller limit is set already
                     resource.setrlimit(limit, (most, most))
             words = [{"role": role, "content": "a"} for role in ("user", "assistant")]
             _apply_template(tokenizer, words, None, add_prompt=False)
         except DataError:
-            pass  # the rows that it does not suit are reported later
+            pass  # rows that the template refuses are reported later
         except TemplateError:
             code = 1
         except BaseException:  # noqa: BLE001  # most likely it ran out of memory
@@ -155,13 +155,13 @@ def _endless_message(tokenizer: Tokenizer) -> str:
 
 @cached_by_tokenizer
 def added_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """Returns {id: text} of the added tokens that are not blank, as some of Gemma's are."""
+    """Returns {id: text} of the added tokens, without blank ones (Gemma has some)."""
     return {i: token for token, i in tokenizer.get_added_vocab().items() if token.strip()}
 
 
 @cached_by_tokenizer
 def special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Returns the texts of the tokens that are control, not content."""
+    """Returns the texts of the special tokens, which control the model and are not content."""
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     return tuple(sorted(filter(str.strip, special | set(tokenizer.all_special_tokens))))
 
@@ -172,7 +172,7 @@ def get_calls(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def get_name(tool: dict[str, Any]) -> str:
-    """Returns the name of a tool or of a call of one, which OpenAI's form nests."""
+    """Returns the name of a tool or of a call, also from OpenAI's nested form."""
     return str(tool.get("function", tool).get("name", ""))
 
 

@@ -29,7 +29,7 @@ UNTRUSTED = "model.trust_remote_code=false"
 
 
 def load_run_config(run: Path, overrides: list[str] | None = None) -> Config:
-    """Returns the configuration of a finished run of fine-tuning, with overrides."""
+    """Returns the configuration of a finished fine-tuning run, with overrides."""
     refuse_unfinished(run)
     return load_config(run / "config.yaml", [UNTRUSTED, *(overrides or [])])
 
@@ -43,7 +43,7 @@ def load_any_run_config(run: Path, overrides: list[str]) -> RunConfig:
 
 
 def refuse_unfinished(run: Path) -> None:
-    """Raises ExportError if `run` is not the undamaged folder of a finished run."""
+    """Raises ExportError if `run` is not a finished run, or if it is damaged."""
     if not (run / "config.yaml").exists() or not (run / "final_checkpoint").exists():
         raise ExportError(
             f"{run}: expected a finished run (config.yaml and final_checkpoint/), found "
@@ -118,7 +118,7 @@ def _part_of_run(folder: Path) -> Config | None:
 
 
 def _task_of_adapter(folder: Path) -> type[FineTune] | None:
-    """Returns the task that writes such a folder, which needs a base."""
+    """Returns the task whose adapters look like `folder`; None if there is none."""
     return next((task for task in fine_tuning_tasks() if task.is_adapter(folder)), None)
 
 
@@ -151,7 +151,7 @@ def _require_whole(folder: Path) -> None:
 
 
 def _open_base(opening: Opening) -> AnswerModel:
-    """Returns a model by itself, or with an adapter."""
+    """Returns a base model, with an adapter if `opening` names one."""
     name, adapter = opening.name, opening.adapter
     if opening.cache_dir is not None and not Path(name).exists():
         name = _download(name, Path(opening.cache_dir))
@@ -162,7 +162,7 @@ def _open_base(opening: Opening) -> AnswerModel:
     own = ""
     if adapter is not None:
         folder = Path(adapter)
-        task = _task_of_adapter(folder) or FineTune  # which says what is missing
+        task = _task_of_adapter(folder) or FineTune  # reports what is missing
         refuse_another_base(settings, task.recorded_base(folder))
         base = task.as_answer_model(task.with_adapter(base, name, folder))
         own = " ".join(checkpoint.sha256(file) for file in task.adapter_files(folder))
@@ -174,7 +174,7 @@ def _open_base(opening: Opening) -> AnswerModel:
 def _answer_model(
     opening: Opening, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *weights: str
 ) -> AnswerModel:
-    """Returns the model; `weights` are digests and names that tell its weights from others."""
+    """Returns the model; `weights` are digests and names that identify its weights."""
     tokenizer = template.prepare_tokenizer(tokenizer)
     stop = generate.stop_ids(tokenizer, model.generation_config)
     rendering = audit.tokenizer_sha256(tokenizer), tokenizer.get_chat_template()
@@ -185,7 +185,7 @@ def _answer_model(
 
 
 def _download(name: str, cache_dir: Path) -> str:
-    """Returns the folder that a model of the hub was downloaded to."""
+    """Downloads a model of the hub, and returns its folder."""
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]

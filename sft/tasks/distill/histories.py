@@ -4,13 +4,13 @@ Each goal has a Parquet file (docs/research/DISTILL.md has the columns) in a fol
 the settings. Existing files are kept, so a collection that was killed continues. Goals are learnt
 in groups that do not depend on the number of cores, so the histories do not depend on it either.
 
-A window has episodes of one goal in the order of its source's learning. Each comes from any stream,
-since one policy acts in all of them. A window begins with first episodes of the histories, in which
-the source walks at random. Among several, the one that visits most new cells is taken, so the model
-learns to search. Once an episode finds the goal, or earlier, the window jumps to late episodes, so
-the model learns to act on its first reward at once. Episodes between them are left out: there the
-source heads for a goal that only other streams have found, which the model cannot know. The choice
-of episodes is a function of the window's number.
+A window has episodes of one goal, in the order in which the source learnt. Each comes from any
+stream, because one policy acts in every stream. A window begins with some of the first episodes, in
+which the source walks at random. For each, several streams are drawn, and the window takes the one
+that visits most new cells. So the model learns to search. When an episode has found the goal, or
+earlier, the window jumps to late episodes. So the model learns to use its first reward at once. The
+episodes between are left out: there the source moves to a goal that only other streams have found,
+which the model cannot know. The choice of episodes is a function of the window's number.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def jobs(settings: Distill) -> list[tuple[int, list[int]]]:
 def collect(settings: Distill, moved: Callable[[], None] = lambda: None) -> Path:
     """Returns the folder with the histories of all training goals; collects missing ones.
 
-    It uses all cores and calls `moved` at every sign of progress.
+    It uses all cores, and calls `moved` whenever there is progress.
     """
     folder = folder_of(settings)
     try:
@@ -123,7 +123,7 @@ def _learn_all(
             _learn(settings, folder, seed, learnt)
             yield learnt
         return
-    spawn = multiprocessing.get_context("spawn")  # forked, the threads of torch may hang
+    spawn = multiprocessing.get_context("spawn")  # after a fork, torch's threads may hang
     with ProcessPoolExecutor(workers, spawn, _start_worker, (os.getpid(),)) as pool:
         waiting = {pool.submit(_learn, settings, folder, *job): job[1] for job in missing}
         try:
@@ -133,13 +133,13 @@ def _learn_all(
         except BrokenProcessPool:
             raise HistoryError(
                 "a process that collected histories was killed, most likely out of memory; "
-                "run again: what is finished is kept"
+                "run the command again: finished goals are kept"
             ) from None
 
 
 def _start_worker(parent: int) -> None:
     children.prepare_worker(parent)
-    torch.set_num_threads(1)  # the cores have a process each
+    torch.set_num_threads(1)  # each core has a process
 
 
 def _learn(settings: Distill, folder: Path, seed: int, learnt: list[int]) -> None:
@@ -201,13 +201,13 @@ def _read(path: Path, shape: tuple[int, int]) -> Histories:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise HistoryError(
             f"{path}: expected the history of {shape[0]} streams and {shape[1]} steps: {error}; "
-            "remove the file, and `make collect-darkroom` makes it anew"
+            "remove the file, and `make collect-darkroom` makes it again"
         ) from None
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Numbered windows of the streams [first, last) of all goals, as many as episodes."""
+    """Numbered windows of the streams [first, last) of all goals: as many as their episodes."""
 
     histories: Histories
     settings: Distill
@@ -223,22 +223,22 @@ class Windows:
 
     @property
     def num_episodes(self) -> int:
-        """The number of episodes of a history."""
+        """Returns the number of episodes of a history."""
         return self.settings.num_steps // EPISODE
 
     @cached_property
     def _episodes(self) -> tuple[torch.Tensor, ...]:
-        """The tensors of the histories, (goals, streams, episodes, 20) each."""
+        """Returns the tensors of the histories, (goals, streams, episodes, 20) each."""
         return tuple(each.unflatten(-1, (-1, EPISODE)) for each in self.histories.tensors())
 
     @cached_property
     def _rewarded(self) -> np.ndarray:
-        """Whether the goal was found: (goals, own streams, episodes)."""
+        """Returns whether the goal was found, (goals, own streams, episodes)."""
         return (self.histories.returns()[:, self.first : self.last] > 0).numpy()
 
     @cached_property
     def _visited(self) -> np.ndarray:
-        """Whether an episode visited a cell: (goals, own streams, first episodes, cells)."""
+        """Returns whether an episode visits a cell, (goals, own streams, first episodes, cells)."""
         searching = self.settings.search_episodes
         reached = self._episodes[3][:, self.first : self.last, :searching].long()
         visited = torch.zeros(*reached.shape[:-1], SIZE * SIZE, dtype=torch.bool)
@@ -249,7 +249,7 @@ class Windows:
         random = np.random.default_rng([self.settings.source_seed, number])
         goal, size = number % self.num_goals, self.settings.context // EPISODE
         streams = random.integers(self.first, self.last, size)
-        stays = random.integers(2 * size)  # half of the windows to their end, if nothing is found
+        stays = random.integers(2 * size)  # half of the windows do not jump until the goal is found
         early = np.sort(random.integers(self.settings.search_episodes, size=size))[:stays]
         found = self._search(random, goal, early)
         streams[: len(found)] = found
@@ -259,7 +259,7 @@ class Windows:
     def _search(self, random: np.random.Generator, goal: int, episodes: np.ndarray) -> list[int]:
         """Returns streams for these episodes, up to the first that finds the goal.
 
-        Each is the one, among some that are drawn, that visits most cells not visited before.
+        For each episode some streams are drawn; the one that visits most new cells is taken.
         """
         streams: list[int] = []
         seen = np.zeros(SIZE * SIZE, dtype=bool)

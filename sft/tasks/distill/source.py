@@ -1,10 +1,10 @@
-"""Source algorithms, which learn each goal from nothing and record their steps.
+"""Runs source algorithms, which learn each goal from the beginning and record their steps.
 
 Both are the PPO of Stable-Baselines3 with the published settings. `ppo` stacks the networks of many
 goals in matrices and trains them together: the same updates in a tenth of the time.
 `stable_baselines` is the library itself, one goal after the other; tests compare `ppo` with it.
 
-One policy acts in all streams of a goal, and is updated after every episode.
+One policy acts in every stream of a goal, and is updated after every episode.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from sft.tasks.distill.config import EPISODE
 from sft.tasks.distill.darkroom import MOVES, NUM_CELLS, SIZE, Rooms, place_of
 
-# As published; the rest is what Stable-Baselines3 has for defaults.
+# The published settings; the others are Stable-Baselines3's defaults.
 BATCH, EPOCHS, RATE = 50, 20, 3e-4
 GAMMA, LAMBDA, CLIP, VALUE_WEIGHT, MAX_NORM = 0.99, 0.95, 0.2, 0.5, 0.5
 HIDDEN, ADAM_EPSILON = 64, 1e-5
@@ -34,7 +34,7 @@ class Histories:
     actions: torch.Tensor
     rewards: torch.Tensor
     next_cells: torch.Tensor
-    """The cell in which each step ended, the last one of an episode included."""
+    """The cell in which each step ended, including the last step of an episode."""
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.cells, self.actions, self.rewards, self.next_cells
@@ -102,7 +102,7 @@ class _Networks:
 def ppo(goals: Sequence[int], num_streams: int, num_steps: int, seed: int) -> Histories:
     """Returns the histories of all `goals`, which are trained side by side.
 
-    They are a function of the arguments, on one thread of one machine.
+    On one thread of one machine they depend only on the arguments.
     """
     generator = torch.Generator().manual_seed(seed)
     networks = _Networks(len(goals), generator)
@@ -124,7 +124,7 @@ PLACES = torch.tensor([place_of(cell) for cell in range(NUM_CELLS)], dtype=torch
 def _play(
     networks: _Networks, rooms: Rooms, generator: torch.Generator
 ) -> tuple[Histories, torch.Tensor, torch.Tensor]:
-    """Plays an episode in all streams: (its steps, log probabilities of actions, values).
+    """Plays one episode in every stream: (its steps, log probabilities of actions, values).
 
     All tensors are (goals, streams, 20).
     """
@@ -144,7 +144,7 @@ def _play(
 def _advantages(rewards: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Returns generalised advantages along the last dimension, which is one episode."""
     result, later = torch.empty_like(values), torch.zeros_like(values[..., 0])
-    after = later  # nothing has value after the end
+    after = later  # the value after the last step is 0
     for step in reversed(range(EPISODE)):
         error = rewards[..., step] + GAMMA * after - values[..., step]
         later = error + GAMMA * LAMBDA * later
@@ -234,7 +234,7 @@ def _recorded_rooms(goal: int, num_streams: int) -> Any:
             self.steps.append((before, self.actions, rewards, cells))
             seen = PLACES[cells].numpy()
             infos: list[dict[str, Any]] = [{} for _ in range(num_streams)]
-            if over:  # the library wants the next episode's first observation, and the last one
+            if over:  # the library expects the next episode's first observation, and the last one
                 infos = [{"terminal_observation": each} for each in seen]
                 seen = self.reset()
             # A copy: the library may add to the rewards that it is given.

@@ -82,7 +82,7 @@ class FineTune(SavedTuning):
         for number, row in enumerate(islice(asked, settings.num_examples)):
             reference = answers.make_question(row, prepared.tokenizer).fields["reference"]
             try:
-                tally.add(number, None, reference)  # as if its answer had failed
+                tally.add(number, None, reference)  # as a failed answer
             except UserError as error:
                 raise UserError(f"{row.place}: {error}") from None
 
@@ -266,7 +266,7 @@ class FineTune(SavedTuning):
         return collate(examples, ids, pad, self.budget.layout, self.accelerator.device)
 
     def num_supervised(self, batch: Batch) -> float:
-        """Tokens, or the sum of their weights."""
+        """Returns the number of supervised tokens, or the sum of their weights."""
         return batch.targets.numel() if batch.weights is None else float(batch.weights.sum())
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -280,7 +280,7 @@ class FineTune(SavedTuning):
         return losses @ weights, {"token_accuracy": correct.to(losses) @ weights}
 
     def logits(self, model: nn.Module, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
-        """(positions, vocabulary), in fp32 or wider; `positions` as in `SupervisedHead`."""
+        """Returns logits (positions, vocabulary) in fp32 or wider; see `SupervisedHead`."""
         self.head.positions = positions
         try:
             logits = model(
@@ -296,18 +296,18 @@ class FineTune(SavedTuning):
 
     @classmethod
     def as_answer_model(cls, model: nn.Module) -> nn.Module:
-        """Returns what answers with the trained `model`."""
+        """Returns the model that writes answers with the trained `model`."""
         return model
 
     @property
     def answered_by(self) -> str:
-        """Says what answers, where that is not simply the model."""
+        """Returns what answers, if it is not simply the model, else an empty text."""
         return ""
 
     def answers(self, model: nn.Module, path: Path, state: str) -> Scores:
-        """The first `evaluation.num_examples` held-out prompts, answered into `path` and scored.
+        """Answers the first `evaluation.num_examples` held-out prompts into `path`; scores them.
 
-        `state`: what of the model changes: its weights, the precision.
+        `state` names what changes in the model: its weights, and the precision.
         """
         settings, tokenizer = self.config.evaluation, self.prepared.tokenizer
         asked = (r for r in self.prepared.held_out.rows() if not template.is_document(r.messages))
@@ -344,7 +344,7 @@ class FineTune(SavedTuning):
     # -- results
 
     def measure_base(self, engine: Engine, precision: str, resumed: bool) -> Results:
-        """Returns results of the base; a resumed run that asks the same has them on disk."""
+        """Returns the base's results. A resumed run reads them, if its settings are equal."""
         path = engine.folder / "evaluation" / "base.json"
         asked = self.config.evaluation.model_dump(exclude={"num_shown", "batch_size"})
         if resumed and path.exists() and path.with_suffix(".jsonl").exists():
@@ -376,7 +376,7 @@ class FineTune(SavedTuning):
             return report.of_evaluation(self.config, tuned, folder)
         return report.of_run(self.config, base, tuned, folder)
 
-    merge_arguments = ""  # what `make merge` needs beside the run
+    merge_arguments = ""  # what `make merge` needs in addition to the run
 
     def closing_rows(
         self, base: Results | None, tuned: Results

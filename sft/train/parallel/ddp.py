@@ -1,6 +1,6 @@
-"""A whole copy of the model on every rank (one process, or DDP), and the interface of all engines.
+"""Trains a whole copy of the model on every rank (one process or DDP). Base of the other engines.
 
-FSDP2 and DeepSpeed are subclasses. With each of them the gradient is the sum over ranks and the
+FSDP2 and DeepSpeed are subclasses. With each engine the gradient is the sum over ranks, and the
 norm is that of the whole gradient. The state of the optimizer is saved as slices of flat
 parameters, so a checkpoint loads on another number of processes and on another engine.
 """
@@ -31,7 +31,7 @@ ReadState = Callable[[str, int, int | None], Tensors]
 
 
 class Replicated:
-    """The model as one process or DDP trains it."""
+    """A model trained by one process, or by DDP."""
 
     waits: Waits
     """The passes in which ranks wait for each other, or which cannot be repeated."""
@@ -78,9 +78,9 @@ class Replicated:
     def prepare_backward(self, last: bool) -> None:
         """Makes the backward pass that follows exchange gradients if it is the step's `last`.
 
-        DDP would decide that in the forward pass, and an attempt that is abandoned after its
-        forward pass would exchange gradients in some later one. So forward passes run in
-        `no_sync`, and DDP is prepared here, where all ranks are sure to go on.
+        DDP itself decides this in the forward pass. If a step is abandoned after a forward pass,
+        a later backward pass would then exchange gradients by mistake. So forward passes run in
+        `no_sync`, and DDP is prepared here, when all ranks are sure to go on.
         """
         if last and isinstance(self.model, DistributedDataParallel):
             self.model.reducer.prepare_for_backward([])
@@ -89,9 +89,9 @@ class Replicated:
         loss.backward()
 
     def clip(self) -> float:
-        """Scales the whole gradient down to `train.max_grad_norm` and returns its norm before."""
+        """Scales the whole gradient down to `train.max_grad_norm`. Returns its norm before that."""
         for parameter in self.trained.values():
-            if parameter.grad is None:  # no example reached it; where ranks reduce, it is 0, too
+            if parameter.grad is None:  # no example used it; DDP also gives 0
                 parameter.grad = torch.zeros_like(parameter)
         norm: Any = nn.utils.clip_grad_norm_(list(self.trained.values()), self.max_grad_norm)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -116,7 +116,7 @@ class Replicated:
         return found
 
     def _full_tensor(self, parameter: Any) -> torch.Tensor | None:
-        """Returns a whole parameter; None where only the main process needs it."""
+        """Returns the whole parameter; may be None on all but the main process."""
         return parameter.detach()
 
     def local_weights(self) -> Iterator[torch.Tensor]:
@@ -129,13 +129,13 @@ class Replicated:
 
     @property
     def num_updates(self) -> int:
-        """The number of updates that the optimizer has made."""
+        """Returns the number of updates that the optimizer has made."""
         states = self._base_optimizer.state.values()
         return max((int(values["step"]) for values in states), default=0)
 
     @property
     def _base_optimizer(self) -> Any:
-        """The optimizer without the wrapper that holds it."""
+        """Returns the optimizer without its wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def optimizer_shards(self) -> Iterator[OptimizerShard]:
@@ -190,7 +190,7 @@ def state_tensors(state: dict[str, Any]) -> Tensors:
 
 
 def zero_moments(like: torch.Tensor, num_updates: int) -> dict[str, torch.Tensor]:
-    """Returns AdamW's state of a tensor after so many updates, its moments not yet filled."""
+    """Returns AdamW's state of a tensor after `num_updates` updates, with moments of 0."""
     moments = {key: torch.zeros_like(like) for key in ("exp_avg", "exp_avg_sq")}
     return {"step": torch.tensor(float(num_updates), device=like.device), **moments}
 
@@ -207,7 +207,7 @@ def fill_shards(shards: Iterator[OptimizerShard], read: ReadState) -> None:
 def autocast(model: nn.Module, device: str, train: Train) -> None:
     """Makes `model` compute in the run's precision and return fp32, like Accelerate's `prepare`.
 
-    Autocast caches no weights: it would keep a copy of each layer that was gathered.
+    Autocast's cache of weights is off: it would keep a copy of each gathered layer.
     """
     if resolve_precision(train)[0] == "bf16":
         cast = torch.autocast(device, torch.bfloat16, cache_enabled=False)
