@@ -252,7 +252,7 @@ def write(path: Path, seed: int, found: list[dict[str, Any]]) -> None:
     was = json.loads(path.read_text("utf-8"))["configurations"] if path.exists() else []
     entries = {each["configuration"]: each for each in [*was, *found]}
     rows = [entries[name] for name in CONFIGURATIONS if name in entries]
-    told = {
+    reported = {
         "seed": seed,
         "steps": STEPS,
         "save_steps": SAVE_STEPS,
@@ -262,7 +262,7 @@ def write(path: Path, seed: int, found: list[dict[str, Any]]) -> None:
         "most_steps_lost": max(each["steps_lost"] for each in rows),
         "configurations": rows,
     }
-    path.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+    path.write_text(json.dumps(reported, indent=1) + "\n", "utf-8")
 
 
 def main() -> int:

@@ -81,8 +81,8 @@ def measured(folder: Path, name: str, mode: str) -> dict[str, Any]:
             part.stop()
         saves.append(spent | {"all": time.perf_counter() - started})
     medians = {key: statistics.median(save[key] for save in saves[1:]) for key in saves[0]}
-    told = {"model": name, "mode": mode, "checkpoint_bytes": disk.folder_bytes(saved)}
-    return told | {"step_seconds": statistics.median(steps[1:]), "save_seconds": medians}
+    reported = {"model": name, "mode": mode, "checkpoint_bytes": disk.folder_bytes(saved)}
+    return reported | {"step_seconds": statistics.median(steps[1:]), "save_seconds": medians}
 
 
 def show(found: list[dict[str, Any]]) -> Table:

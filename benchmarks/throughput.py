@@ -19,7 +19,7 @@ the overhead, whose parts are timed on the host, is left out.
 
 Time is that of all steps (of ours with its curves written, of TRL its train_runtime), without
 start-up, loading and tokenisation; both have run a backward pass before. Speeds are medians. The
-loss on 96 held-out rows is computed for all by one function here, without padding; told are mean
+loss on 96 held-out rows is computed for all by one function here, without padding. Reported: mean
 and deviation over the seeds. `overhead` is the share of our step time that is not forward, backward
 or optimizer, measured in this process.
 """
@@ -234,8 +234,8 @@ def run_peer(
     }
     path = work / "job.json"
     path.write_text(json.dumps(job), "utf-8")
-    told = _command([args.peer, "benchmarks/trl_worker.py", path])
-    return {**json.loads(told.splitlines()[-1]), "adapter": job["adapter"]}
+    reported = _command([args.peer, "benchmarks/trl_worker.py", path])
+    return {**json.loads(reported.splitlines()[-1]), "adapter": job["adapter"]}
 
 
 def _command(command: list[Any]) -> str:
@@ -387,8 +387,8 @@ def main() -> None:
         run["held_out_loss"] = held_out_loss(args.work, run.pop("adapter"), held_out[name])
         run["tokens_per_second"] = run["tokens"] / run["seconds"]
         runs.append({"data": name, "case": case, "seed": seed, **run})
-        told = f"{run['tokens_per_second']:,.0f} tokens/s in {run['steps']} steps"
-        console.print(f"{name}, {case}, seed {seed}: {told}")
+        reported = f"{run['tokens_per_second']:,.0f} tokens/s in {run['steps']} steps"
+        console.print(f"{name}, {case}, seed {seed}: {reported}")
     for name in args.data:  # the same tokens for all (packed rows have fewer beginnings)
         rest = [run for run in runs if run["data"] == name and run["case"] != "TRL packing"]
         assert len({(run["tokens"], run["supervised"]) for run in rest}) == 1, rest

@@ -264,7 +264,7 @@ def test_fitted_weights_are_never_below_even_ones_nor_any_others(seed):
     assert reached >= max(likelihood(heard, other) for other in others) - slack
 
 
-def test_the_total_tells_whether_answers_have_an_agent_each():
+def test_the_total_reports_whether_answers_have_an_agent_each():
     number, random = 3, np.random.default_rng(1)
     alone = np.eye(number)[random.integers(number, size=120)]
     even = np.full((120, number), 1 / number)
@@ -548,7 +548,7 @@ def test_the_calibration_error_is_that_of_bins_written_out(calibration_error):
     assert calibration_error(confidence, correct) == pytest.approx(gaps / 7)
 
 
-def test_the_calibration_error_tells_honest_from_boastful(calibration_error):
+def test_the_calibration_error_reports_honest_from_boastful(calibration_error):
     random = torch.Generator().manual_seed(0)
     confidence = torch.rand(500, generator=random)
     correct = torch.rand(500, generator=random) < confidence

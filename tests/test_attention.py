@@ -88,14 +88,14 @@ def build(architecture, name):
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """It is there, and tells of how many tokens it was asked each time."""
+    """It is there, and reports of how many tokens it was asked each time."""
     calls = []
 
-    def told(query, *given, **options):
+    def reported(query, *given, **options):
         calls.append(len(query))
         return by_definition(query, *given, **options)
 
-    monkeypatch.setattr(attention, "varlen_attn", told)
+    monkeypatch.setattr(attention, "varlen_attn", reported)
     monkeypatch.setattr(attention, "_kernel_dtype", lambda _, dtype: dtype)
     return calls
 
@@ -176,8 +176,8 @@ def test_generation_and_a_device_without_the_kernel_go_to_sdpa():
     plain, built = (build(SHAPES["llama"], name) for name in ("sdpa", "varlen"))
     ids = torch.tensor([[0, 0, 5, 6, 7], [3, 4, 5, 6, 7]])
     given = {"attention_mask": (ids > 0).long(), "max_new_tokens": 6, "do_sample": False}
-    told = [model.generate(ids, pad_token_id=0, **given).tolist() for model in (plain, built)]
-    assert told[0] == told[1]
+    reported = [model.generate(ids, pad_token_id=0, **given).tolist() for model in (plain, built)]
+    assert reported[0] == reported[1]
     positions = torch.tensor([[0, 1, 2, 0, 1]])
     packed = built(input_ids=ids[1:], position_ids=positions, use_cache=False).logits[0, 3:]
     assert torch.allclose(packed, plain(input_ids=ids[1:, 3:]).logits[0], atol=1e-5)
@@ -208,8 +208,10 @@ def test_what_neither_the_kernel_nor_sdpa_has_is_refused(there, request):
         request.getfixturevalue("kernel")
     ids = torch.arange(2, 9)[None]
     for architecture, what in ((FOREIGN[4], "soft caps"), (FOREIGN[3], "sinks")):
-        told = f"attn_implementation: varlen has no attention with {what}, which this model needs"
-        with pytest.raises(attention.AttentionError, match=told):
+        reported = (
+            f"attn_implementation: varlen has no attention with {what}, which this model needs"
+        )
+        with pytest.raises(attention.AttentionError, match=reported):
             build(architecture, "varlen")(input_ids=ids, use_cache=False)
 
 
@@ -219,10 +221,10 @@ def test_an_architecture_that_cannot_have_it_is_refused_before_its_weights_are_r
 ):
     architecture.save_pretrained(tmp_path)  # and no weights
     asked = Model(name=str(tmp_path), attn_implementation="varlen")
-    told = (
+    reported = (
         f"model.attn_implementation: varlen expects .*, found {architecture.model_type}; set auto"
     )
-    with pytest.raises(errors.ModelError, match=told):
+    with pytest.raises(errors.ModelError, match=reported):
         load.load_base(asked, "full", "fp32", CPU)
 
 

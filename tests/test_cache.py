@@ -111,12 +111,12 @@ def test_long_rows_are_counted(tmp_path, policy):
     assert len(prepared.train) + len(prepared.held_out) == (4 if policy == "drop" else 5)
 
 
-def test_duplicates_are_told_or_dropped(tmp_path):
+def test_duplicates_are_reported_or_dropped(tmp_path):
     path = tmp_path / "rows.jsonl"
     given = rows(path, "one", "two", "three", "four")
     path.write_text(path.read_text() * 2)
-    told = prepare(config(*given)).audit["train"]["problems"]["duplicate"]
-    assert told["severity"] == "warning"
+    reported = prepare(config(*given)).audit["train"]["problems"]["duplicate"]
+    assert reported["severity"] == "warning"
     dropped = prepare(config(*given, "data.duplicates=drop"))
     assert len(dropped.train) + len(dropped.held_out) == 4
 
@@ -129,7 +129,7 @@ def test_a_file_of_bad_rows_only_is_refused_in_any_case(tmp_path):
         prepare(config(*given, "data.on_bad_row=skip"))
 
 
-def test_bad_rows_of_reader_and_template_are_told_in_their_order(tmp_path):
+def test_bad_rows_of_reader_and_template_are_reported_in_their_order(tmp_path):
     path = tmp_path / "rows.jsonl"
     given = rows(path, *map(str, range(5)))
     lines = path.read_text().splitlines()
@@ -140,9 +140,9 @@ def test_bad_rows_of_reader_and_template_are_told_in_their_order(tmp_path):
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(DataError) as raised:
         prepare(config(*given))
-    told = str(raised.value)
-    assert "2 bad rows" in told
-    assert told.index("rows.jsonl:2:") < told.index("rows.jsonl:4:")
+    reported = str(raised.value)
+    assert "2 bad rows" in reported
+    assert reported.index("rows.jsonl:2:") < reported.index("rows.jsonl:4:")
 
 
 def test_a_broken_table_is_one_message(tmp_path):
@@ -178,7 +178,7 @@ def test_what_is_trained_on_has_a_digest_of_its_tokens(tmp_path):
     assert len(digests) == 2
 
 
-def test_rows_that_are_not_used_are_not_told_of(tmp_path):
+def test_rows_that_are_not_used_are_not_reported_of(tmp_path):
     """Dropped rows take no part in the split, rows that the mix does not draw do not leak."""
     given = rows(tmp_path / "rows.jsonl", "one", "two", *["three " * 40] * 3)
     limits = ["data.max_seq_len=40", "data.on_long=drop", "data.eval_fraction=0.5"]
@@ -378,7 +378,7 @@ def test_the_day_that_a_template_writes_is_that_of_preparing(material, monkeypat
     assert list(anew.train) != list(first.train)  # the clock was really another
 
 
-def test_a_file_that_changes_while_it_is_read_is_told(material, monkeypatch):
+def test_a_file_that_changes_while_it_is_read_is_reported(material, monkeypatch):
     given = config(*rows(material / "rows.jsonl", "one", "two", "three", "four"))
     write_rows = data_cache._write_rows
 
@@ -421,7 +421,7 @@ def test_every_rank_prepares_anew_what_one_does(material, monkeypatch):
     given = config(*rows(material / "rows.jsonl", "one", "two", "three", "four"), "data.audit=warn")
     first = data_cache.prepare(given)
     ids = (first.folder / "ids.bin").read_bytes()
-    (first.folder / "ids.bin").unlink()  # of unchanged size: only its digest tells
+    (first.folder / "ids.bin").unlink()  # of unchanged size: only its digest reports
     (first.folder / "ids.bin").write_bytes(ids[:-1] + bytes([ids[-1] ^ 1]))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert list(data_cache.prepare(given).train) == list(first.train)
@@ -475,9 +475,9 @@ def test_of_processes_that_ask_at_once_one_prepares(material):
         subprocess.Popen(command, env=clean_environment(), stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    told = [process.communicate(timeout=120)[0].split() for process in started]
-    assert sorted(calls for calls, _, _ in told) == ["0", "0", "1"]
-    assert len({tuple(rest) for _, *rest in told}) == 1
+    reported = [process.communicate(timeout=120)[0].split() for process in started]
+    assert sorted(calls for calls, _, _ in reported) == ["0", "0", "1"]
+    assert len({tuple(rest) for _, *rest in reported}) == 1
 
 
 def own_memory(pid: int) -> int:
@@ -568,12 +568,12 @@ def test_the_longest_real_row_gets_what_the_policy_says(shared, tmp_path, policy
         f"data.on_long={policy}",
     )
     prepared = data_cache.prepare(given)
-    told, long = prepared.audit["train"], {"too_long": 1, "length_outlier": 1}
+    reported, long = prepared.audit["train"], {"too_long": 1, "length_outlier": 1}
     is_kept = policy in ("error", "truncate_left_turns")  # its last exchange is as long by itself
-    assert {kind: told["problems"].get(kind, {"count": 0})["count"] for kind in long} == (
+    assert {kind: reported["problems"].get(kind, {"count": 0})["count"] for kind in long} == (
         long if is_kept else dict.fromkeys(long, 0)
     )
-    assert told["longest"] == (11_561 if is_kept else 1910)
+    assert reported["longest"] == (11_561 if is_kept else 1910)
     assert prepared.audit["dropped"] == (not is_kept)
 
 

@@ -87,8 +87,8 @@ def test_a_crowd_is_tried_out_before_it_is_trained(tmp_path):
     config = load_config(ROOT / "configs/crowd_nano.yaml", [run, "train.precision=fp32"])
     found = list(check.trial(config))
     assert all(finding.ok for finding in found), found
-    told = [finding.what.split(":")[0] for finding in found]
-    assert told == [
+    reported = [finding.what.split(":")[0] for finding in found]
+    assert reported == [
         *("Accelerate", "model", "one training step"),
         *("checkpoint", "diversity", "aggregated generation"),
     ]

@@ -180,7 +180,7 @@ def test_a_failing_rename_leaves_the_replaced_checkpoint_in_place(run, accelerat
     assert tree(run) == before
 
 
-def test_a_folder_that_cannot_be_made_is_told_as_a_checkpoint_error(tmp_path, accelerator):
+def test_a_folder_that_cannot_be_made_is_reported_as_a_checkpoint_error(tmp_path, accelerator):
     (tmp_path / "run").write_text("a file where the run folder should be")
     with pytest.raises(CheckpointError, match="checkpoint_step_1"):
         commit(tmp_path / "run/checkpoint_step_1", content(1), accelerator)
@@ -291,9 +291,9 @@ commit(run / "checkpoint_step_3", write, accelerator)
 def test_a_writer_that_fails_on_one_rank_fails_the_commit_on_all(tmp_path):
     script, run = tmp_path / "worker.py", tmp_path / "run"
     script.write_text(WORKER)
-    told = launch(2, script, str(run))
+    reported = launch(2, script, str(run))
     results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("result*.json"))]
-    assert [result["world"] for result in results] == [2, 2], told
+    assert [result["world"] for result in results] == [2, 2], reported
     for result in results:
         assert "No space left on device" in result["error"]
     assert names(run) == {"checkpoint_step_1", "checkpoint_step_3"}
@@ -425,15 +425,15 @@ def test_a_damaged_one_is_passed_over_with_a_warning_that_says_why(run):
     (run / "checkpoint_step_100/trainer.json").write_text("")
     warnings: list[str] = []
     assert find(run, "auto", warnings.append) == run / "checkpoint_step_20"
-    (told,) = warnings
-    assert "checkpoint_step_100: trainer.json has 0 bytes, expected 13" in told
+    (reported,) = warnings
+    assert "checkpoint_step_100: trainer.json has 0 bytes, expected 13" in reported
 
 
 def test_where_all_are_damaged_the_run_stops_and_never_starts_from_zero(run):
     for folder in newest_first(run):
         (folder / "trainer.json").unlink()
     with pytest.raises(CheckpointError, match="no valid checkpoint to resume from") as caught:
-        find(run, "auto", lambda told: None)
+        find(run, "auto", lambda reported: None)
     assert caught.value.exit_code == 4
     for step in (3, 20, 100):
         assert f"checkpoint_step_{step}: trainer.json is missing" in str(caught.value)
@@ -450,7 +450,7 @@ def test_a_folder_that_is_asked_for_is_taken_or_refused_never_replaced_by_anothe
     for damaged in (wanted, run / "missing"):
         (wanted / "trainer.json").unlink(missing_ok=True)
         with pytest.raises(CheckpointError, match=damaged.name):
-            find(run, str(damaged), lambda told: None)
+            find(run, str(damaged), lambda reported: None)
 
 
 @pytest.mark.parametrize(
@@ -488,4 +488,4 @@ def test_pruning_counts_no_damaged_one_so_a_sound_one_always_stays(run):
     (run / "checkpoint_step_100/trainer.json").unlink()
     cut_to(run / "checkpoint_step_20/model.safetensors", 10)
     prune(run, 1)
-    assert step_of(find(run, "auto", lambda told: None)) == 3
+    assert step_of(find(run, "auto", lambda reported: None)) == 3

@@ -70,7 +70,7 @@ def test_parts_have_their_shares_of_every_label():
     assert most_common_label(parts["train"]) == "a"
 
 
-def test_too_few_families_for_three_parts_are_told():
+def test_too_few_families_for_three_parts_are_reported():
     one = [LabelledText(f"text {i}", "a", "", f"f:{i}", ("same",)) for i in range(10)]
     with pytest.raises(DataError, match=r"none for validation: 10 rows are 1 families"):
         split_parts(one, Classify(path="f"))
@@ -184,7 +184,7 @@ classify:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "reported"),
     [
         ("classify.tune=jsn", "classify.tune: no strategy 'jsn'; did you mean json?"),
         ("classify.use=[plain, x]", "classify.use: no strategy 'x'; known: plain, json"),
@@ -208,16 +208,16 @@ classify:
         ("model.revision=main", "model.revision: make classify loads a model by its name alone"),
     ],
 )
-def test_a_section_that_cannot_work_is_told_before_data_are_read(tmp_path, override, told):
+def test_a_section_that_cannot_work_is_reported_before_data_are_read(tmp_path, override, reported):
     file = write(tmp_path)
     (tmp_path / "rows.jsonl").unlink()
     classify_rows.check_section(load_config(file), tune=True)
     with pytest.raises(ConfigError) as error:
         classify_rows.check_section(load_config(file, [override]))
-    assert told in str(error.value)
+    assert reported in str(error.value)
 
 
-def test_a_file_without_the_section_is_told(tmp_path):
+def test_a_file_without_the_section_is_reported(tmp_path):
     with pytest.raises(
         ConfigError, match=r"classify\.path: required, and not given: the file of t"
     ):
@@ -228,7 +228,7 @@ ROW = {"said": "tea", "kind": "good", "about": "x"}
 
 
 @pytest.mark.parametrize(
-    ("rows", "override", "told"),
+    ("rows", "override", "reported"),
     [
         (
             [ROW],
@@ -257,11 +257,11 @@ ROW = {"said": "tea", "kind": "good", "about": "x"}
         ([ROW], "classify.path=nowhere.csv", "nowhere.csv: expected rows"),
     ],
 )
-def test_rows_that_cannot_be_used_are_told_with_their_place(tmp_path, rows, override, told):
+def test_rows_that_cannot_be_used_are_reported_with_their_place(tmp_path, rows, override, reported):
     file = write(tmp_path, rows)
     with pytest.raises(DataError) as error:
         classify_rows.read_examples(load_config(file, [override] if override else []).classify)
-    assert told in str(error.value)
+    assert reported in str(error.value)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
@@ -295,10 +295,10 @@ def test_the_baseline_and_the_tuned_model_are_compared_on_any_number_of_processe
     for name in ("plain", "json"):
         found = [*read_records(results / name / "predictions.jsonl")]
         assert [row["prompt"] for row in found] == [each.text for each in parts["test"]], printed
-        told = json.loads((results / name / "metrics.json").read_text())
-        assert told["num_examples"] == len(parts["test"])
-        assert told["majority"]["metrics"]["accuracy"] == sum(
-            each.label == told["majority"]["label"] for each in parts["test"]
+        reported = json.loads((results / name / "metrics.json").read_text())
+        assert reported["num_examples"] == len(parts["test"])
+        assert reported["majority"]["metrics"]["accuracy"] == sum(
+            each.label == reported["majority"]["label"] for each in parts["test"]
         ) / len(parts["test"])
     for part, name in (("train", "train.jsonl"), ("validation", "validation.jsonl")):
         turns = [json.loads(line)["messages"] for line in (results / name).open()]
@@ -325,6 +325,6 @@ def test_the_baseline_and_the_tuned_model_are_compared_on_any_number_of_processe
     pair = tmp_path / "pair"
     printed = forked.launch(2, ["scripts/train.py", *two[1:3], f"train.output_dir={pair}"])
     assert json.loads((pair / "status.json").read_text())["state"] == "finished", printed
-    told = forked.launch(1, [*two[:3], "--run", f"{tmp_path}/tuned"])
-    assert (tuned / "predictions.jsonl").read_bytes() == before, told
-    assert "answers:" not in told
+    reported = forked.launch(1, [*two[:3], "--run", f"{tmp_path}/tuned"])
+    assert (tuned / "predictions.jsonl").read_bytes() == before, reported
+    assert "answers:" not in reported

@@ -60,9 +60,9 @@ def script(capsys):
 
     def call(*arguments: str) -> str:
         commands.run("compare", list(arguments))
-        told = capsys.readouterr().out
-        assert max(map(cell_len, told.splitlines())) <= 100
-        return told
+        reported = capsys.readouterr().out
+        assert max(map(cell_len, reported.splitlines())) <= 100
+        return reported
 
     return call
 
@@ -76,7 +76,7 @@ def refused(a, b, names=("exact_match",)) -> str:
 # --- what is found -------------------------------------------------------------------------------
 
 
-def test_a_run_that_answers_more_is_better_and_the_examples_tell_where(run):
+def test_a_run_that_answers_more_is_better_and_the_examples_report_where(run):
     a = run("one", right(*[0] * 20, *[1] * 30))
     b = run("two", right(*[1] * 45, *[0] * 5)[::-1])  # in another order
     found = compare.compare(a, b, ["exact_match"])
@@ -112,20 +112,22 @@ def test_five_answers_that_improve_are_not_enough(run):
     assert row.verdict == "not distinguishable"
 
 
-def test_what_is_told_fits_the_width_and_obeys_no_answer(run, script, tmp_path):
+def test_what_is_reported_fits_the_width_and_obeys_no_answer(run, script, tmp_path):
     odd = [line(0, "\x1b[31m red [bold]\u202e", "r" * 500), line(1, None, error="too long")]
     a = run("a" * 120, odd + right(*[0] * 30)[2:])
     b = run("two", [line(0, "r" * 500, "r" * 500), line(1, "5"), *right(*[1] * 30)[2:]])
-    told = script("--a", str(a), "--b", str(b), "--metric", "exact_match, rouge_l", "--show", "2")
-    assert "B against A on 30 examples" in told
-    assert "better" in told
-    assert "\\x1b[31m red [bold]" in told.replace("\n", "")
-    assert "\x1b" not in told.replace("\\x1b", "")
-    assert "\u202e" not in told
-    assert "failed: too long" in told
-    assert "A scores more on 0 examples, B on 30, alike on 0" in told
-    assert "question 1" in told
-    assert "question 2" not in told
+    reported = script(
+        "--a", str(a), "--b", str(b), "--metric", "exact_match, rouge_l", "--show", "2"
+    )
+    assert "B against A on 30 examples" in reported
+    assert "better" in reported
+    assert "\\x1b[31m red [bold]" in reported.replace("\n", "")
+    assert "\x1b" not in reported.replace("\\x1b", "")
+    assert "\u202e" not in reported
+    assert "failed: too long" in reported
+    assert "A scores more on 0 examples, B on 30, alike on 0" in reported
+    assert "question 1" in reported
+    assert "question 2" not in reported
     assert "side" not in script("--a", str(a), "--b", str(b), "--show", "0")
 
 
@@ -166,9 +168,9 @@ def test_runs_are_compared_by_what_both_are_configured_to_score(run, of_a, of_b,
 def test_labels_of_the_configurations_serve_a_metric_that_is_asked_for(run, script):
     a = run("one", right(*[0] * 10, *[1] * 10), LABELS)
     b = run("two", right(*[1] * 20), LABELS)
-    told = script("--a", str(a), "--b", str(b), "--metric", "classification")
-    assert "accuracy" in told
-    assert "f1/5" in told
+    reported = script("--a", str(a), "--b", str(b), "--metric", "classification")
+    assert "accuracy" in reported
+    assert "f1/5" in reported
 
 
 def test_a_metric_that_does_not_exist_or_fit_is_refused(run, script):
@@ -178,8 +180,8 @@ def test_a_metric_that_does_not_exist_or_fit_is_refused(run, script):
     with pytest.raises(UserError, match=r"classification needs evaluation\.labels"):
         script("--a", str(a), "--b", str(b), "--metric", "classification")
     c, d = run("three", [line(0, "5", "five")]), run("four", [line(0, "5", "five")])
-    told = refused(c, d, ["numeric_match"])
-    assert "needs a number in the reference, found 'five' (row rows.jsonl:1)" in told
+    reported = refused(c, d, ["numeric_match"])
+    assert "needs a number in the reference, found 'five' (row rows.jsonl:1)" in reported
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -197,7 +199,7 @@ def test_other_examples_are_refused_with_counts_and_one_of_each(run):
 
 
 @pytest.mark.parametrize(
-    ("bad", "told"),
+    ("bad", "reported"),
     [
         ('{"index": 1, "row"', "predictions.jsonl:2: .* found no JSON object"),
         ("[1]", "found no JSON object"),
@@ -210,11 +212,11 @@ def test_other_examples_are_refused_with_counts_and_one_of_each(run):
         (json.dumps(line(0, "7")), "2: row rows.jsonl:1 is there twice"),
     ],
 )  # fmt: skip
-def test_a_line_that_is_no_prediction_is_refused_where_it_stands(run, bad, told):
+def test_a_line_that_is_no_prediction_is_refused_where_it_stands(run, bad, reported):
     a, b = run("one", right(1, 1)), run("two", right(1))
     with (b / "evaluation/predictions.jsonl").open("a") as file:
         file.write(bad)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reported):
         compare.compare(a, b, ["exact_match"])
 
 

@@ -127,7 +127,7 @@ evaluation: 5
     assert sorted(found) == sorted(expected)
 
 
-def test_a_key_without_its_section_is_told_where_it_belongs(tmp_path):
+def test_a_key_without_its_section_is_reported_where_it_belongs(tmp_path):
     file = write(tmp_path / "a.yaml", f"epochs: 3\n{MINIMAL}")
     assert problems(file) == ["epochs (a.yaml:1): unknown key; did you mean train.epochs?"]
 
@@ -838,7 +838,7 @@ def test_the_loader_imports_no_heavy_library():
 # --- scripts -----------------------------------------------------------------------------------
 
 
-def test_a_script_tells_a_bad_key_in_one_message_before_torch_is_imported(minimal):
+def test_a_script_reports_a_bad_key_in_one_message_before_torch_is_imported(minimal):
     command = [sys.executable, "scripts/train.py", "--config", str(minimal), "train.epoch=1"]
     done = run(*command, PYTHONPROFILEIMPORTTIME="1")
     lines = done.stderr.splitlines()
@@ -889,7 +889,7 @@ def test_a_script_exits_with_the_code_of_what_ended_it(capsys, monkeypatch, rais
 
 @pytest.mark.usefixtures("own_environment")
 @pytest.mark.parametrize("under", ["torchrun", "srun"])
-def test_the_first_rank_of_a_node_tells_its_error_and_all_exit_with_their_code(
+def test_the_first_rank_of_a_node_reports_its_error_and_all_exit_with_their_code(
     capsys, monkeypatch, tmp_path, under
 ):
     def main() -> None:

@@ -54,10 +54,10 @@ def test_answers_are_in_order_and_one_at_a_time_they_are_the_same(alone, fresh):
 
 
 def test_what_cannot_be_answered_says_why_in_its_place(alone):
-    told = [answer["error"] for answer in alone[1]["answers"] if answer["error"]]
-    assert "content is empty" in told[0]
-    assert "expected a list" in told[1]
-    assert "the model takes" in told[2]
+    reported = [answer["error"] for answer in alone[1]["answers"] if answer["error"]]
+    assert "content is empty" in reported[0]
+    assert "expected a list" in reported[1]
+    assert "the model takes" in reported[2]
     failed = alone[1]["answers"][3]["choices"][0]
     assert (failed["message"]["content"], failed["finish_reason"]) == (None, "error")
 
@@ -90,11 +90,11 @@ def test_a_later_call_asks_only_what_is_new(fresh, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_three_processes_give_what_one_gives(alone, tmp_path):
-    told = launch(3, "tests/support/connector_worker.py", str(tmp_path), timeout=300)
+    reported = launch(3, "tests/support/connector_worker.py", str(tmp_path), timeout=300)
     ranks = [json.loads((tmp_path / f"rank_{i}.json").read_text()) for i in range(3)]
     expected = json.loads(json.dumps(alone[1]))
     for rank in ranks:
-        assert rank["world"] == 3, told
+        assert rank["world"] == 3, reported
         for name in ("answers", "drawn", "few", "none", "kept", "items", "empty"):
             assert rank[name] == expected[name], name
         assert rank["trained"] == pytest.approx(expected["trained"], rel=1e-5)
@@ -175,15 +175,15 @@ def test_an_adapter_that_is_none_or_of_another_base_is_refused(adapter, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reported"),
     [
         ({"batch_size": 0}, "batch_size: expected 'auto' or a number above 0, found 0"),
         ({"mixed_precision": "fp16"}, "mixed_precision: expected 'bf16' or 'no'"),
         ({"quantization": "int8"}, "quantization: expected None or 'nf4', found 'int8'"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options, told):
-    with pytest.raises(UserError, match=told):
+def test_options_that_cannot_be_are_refused(options, reported):
+    with pytest.raises(UserError, match=reported):
         worker.connector(**options)
 
 
@@ -191,9 +191,9 @@ def test_settings_of_generation_are_checked_before_a_model_is_loaded():
     made = worker.connector()
     with pytest.raises(ConfigError) as caught:
         made.complete_batch([], max_new_token=5, temperature=-1.0)
-    told = str(caught.value)
-    assert "generation.max_new_token: unknown key; did you mean max_new_tokens?" in told
-    assert "generation.temperature: expected number ≥ 0, found -1.0" in told
+    reported = str(caught.value)
+    assert "generation.max_new_token: unknown key; did you mean max_new_tokens?" in reported
+    assert "generation.temperature: expected number ≥ 0, found -1.0" in reported
 
 
 def test_results_of_another_number_are_refused(alone):

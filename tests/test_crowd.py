@@ -311,7 +311,7 @@ def test_alone_and_without_points_there_is_no_distance():
 
 
 def step(folder: Path, rows: list[template.Example], budget: batches.Budget, **crowd: Any):
-    """(the engine behind the gradients of one step of all rows, what it told)"""
+    """(the engine behind the gradients of one step of all rows, what it reported)"""
     given = tiny.crowd_config(folder, train={"global_batch": len(rows)}, **crowd)
     made = tiny.make_engine(exact(given), rows, rows, given, budget)
     return made, made.optimizer_step()
@@ -516,7 +516,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "reported"),
     [
         ({"crowd.num_agents": 2}, r"crowd\.num_agents: was 3, is 2"),
         ({"crowd.lambda_sw": 0.1}, r"crowd\.lambda_sw: was 0\.7, is 0\.1"),
@@ -529,12 +529,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
         ),
     ],
 )
-def test_another_crowd_is_not_resumed(tmp_path, monkeypatch, changes, told):
+def test_another_crowd_is_not_resumed(tmp_path, monkeypatch, changes, reported):
     real = digest.model_sha256
     monkeypatch.setattr(digest, "model_sha256", lambda each: _fingerprint(real, each))
     folder = trained(tmp_path, 1, {}).save()
     other = trained(tmp_path, 0, changes)
-    with pytest.raises(errors.AnotherRunError, match=told) as error:
+    with pytest.raises(errors.AnotherRunError, match=reported) as error:
         other.resume(folder)
     assert "belongs to another run" in str(error.value)
 
@@ -683,11 +683,11 @@ def test_each_agent_of_a_run_loads_alone(run):
 
 
 @pytest.mark.slow
-def test_the_folder_tells_what_the_crowd_is(run):
-    told = json.loads((run / "final_checkpoint" / files.META).read_text())
-    concentration = told.pop("concentration")
+def test_the_folder_reports_what_the_crowd_is(run):
+    reported = json.loads((run / "final_checkpoint" / files.META).read_text())
+    concentration = reported.pop("concentration")
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    assert told == {
+    assert reported == {
         "num_agents": 3,
         "r": 4,
         "lora_alpha": 16.0,
@@ -732,7 +732,7 @@ def cut_off(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
-def retold(**changes: Any) -> Any:
+def rewritten(**changes: Any) -> Any:
     def change(path: Path) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -744,36 +744,36 @@ WEIGHTS = "agent1/adapter_model.safetensors"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "change", "told"),
+    ("name", "change", "reported"),
     [
         (WEIGHTS, lacking, rf"{WEIGHTS} cannot be loaded: .*No such file"),
         (WEIGHTS, cut_off, rf"{WEIGHTS} cannot be loaded: it is no valid safetensors file"),
         (files.META, lacking, rf"{files.META}: expected a crowd's description: No such file"),
         (files.META, cut_off, rf"{files.META} is not what a run writes: JSONDecodeError"),
-        (files.META, retold(num_agents=2), f"{files.META} is not what a run writes"),
-        (files.META, retold(concentration=[1, -1, 1]), f"{files.META} is not what a run writes"),
+        (files.META, rewritten(num_agents=2), f"{files.META} is not what a run writes"),
+        (files.META, rewritten(concentration=[1, -1, 1]), f"{files.META} is not what a run writes"),
         (
             files.META,
-            retold(num_agents=2, concentration=[1, 1]),
+            rewritten(num_agents=2, concentration=[1, 1]),
             r"holds another crowd:\n  num_agents: saved with 2, found 3",
         ),
-        (files.META, retold(r=8), r"holds another crowd:\n  r: saved with 8, found 4"),
+        (files.META, rewritten(r=8), r"holds another crowd:\n  r: saved with 8, found 4"),
         (
             files.META,
-            retold(base={"name": "x", "weights_sha256": "0"}),
+            rewritten(base={"name": "x", "weights_sha256": "0"}),
             "belongs to 'x': expected",
         ),
     ],
 )
-def test_a_folder_that_is_not_that_of_the_crowd_is_refused(run, moved, name, change, told):
+def test_a_folder_that_is_not_that_of_the_crowd_is_refused(run, moved, name, change, reported):
     change(moved / name)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reported):
         loaded(run, weights=moved)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "reported"),
     [
         ("crowd.num_agents=2", "num_agents: saved with 3, found 2"),
         ("tuning.r=8", "r: saved with 4, found 8"),
@@ -781,14 +781,14 @@ def test_a_folder_that_is_not_that_of_the_crowd_is_refused(run, moved, name, cha
         ("tuning.target_modules=[q_proj]", r"target_modules: saved with \['down_proj', "),
     ],
 )
-def test_a_configuration_that_is_not_that_of_the_crowd_is_refused(run, override, told):
-    with pytest.raises(UserError, match=told):
+def test_a_configuration_that_is_not_that_of_the_crowd_is_refused(run, override, reported):
+    with pytest.raises(UserError, match=reported):
         loaded(run, override)
 
 
 @pytest.mark.slow
 def test_what_was_not_fitted_is_not_served_as_learned(run, moved):
-    retold(aggregator="uniform", concentration=[1.0, 1.0, 1.0])(moved / files.META)
+    rewritten(aggregator="uniform", concentration=[1.0, 1.0, 1.0])(moved / files.META)
     with pytest.raises(errors.ExportError, match="expected uniform, as it was trained, found lear"):
         loaded(run, weights=moved)
     drawn = loaded(run, "crowd.aggregator=sampled", "crowd.concentration=2", weights=moved)
@@ -797,7 +797,7 @@ def test_what_was_not_fitted_is_not_served_as_learned(run, moved):
 
 @pytest.mark.slow
 def test_an_agent_without_weight_is_part_of_a_sound_folder(run, moved):
-    retold(concentration=[1.5, 0.0, 3.0])(moved / files.META)
+    rewritten(concentration=[1.5, 0.0, 3.0])(moved / files.META)
     assert loaded(run, weights=moved).concentration == (1.5, 0.0, 3.0)
 
 
@@ -807,8 +807,8 @@ def test_one_agent_is_evaluated_and_merged_alone(run, tmp_path):
     for agent in (None, 0, 1, 2):
         chosen = [] if agent is None else [f"crowd.agent={agent}"]
         sft_run.evaluate_run(run, f"of-{agent}", [*chosen, "evaluation.num_examples=0"])
-        told = json.loads((run / f"evaluation/of-{agent}/metrics.json").read_text())
-        found[agent] = told["metrics"]
+        reported = json.loads((run / f"evaluation/of-{agent}/metrics.json").read_text())
+        found[agent] = reported["metrics"]
     trained = json.loads((run / "evaluation/metrics.json").read_text())["tuned"]
     assert found[None]["loss"] == pytest.approx(trained["loss"], rel=1e-5)
     own = [found[agent]["loss"] for agent in range(3)]
@@ -881,7 +881,7 @@ def test_a_moved_crowd_is_refused_where_it_is_damaged_or_the_base_is_another(mov
     with pytest.raises(errors.ExportError, match="belongs to 'nano/model': expected its weights"):
         connector(other, adapter=moved).load_model_once()
     identities = [connector(moved).load_model_once().identity]
-    retold(concentration=[1.0, 1.0, 5.0])(moved / files.META)
+    rewritten(concentration=[1.0, 1.0, 5.0])(moved / files.META)
     with pytest.raises(errors.ExportError, match=f"cannot be trusted: {files.META} has"):
         connector(moved).load_model_once()
     (moved / "MANIFEST.json").unlink()

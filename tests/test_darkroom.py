@@ -185,7 +185,7 @@ SEARCHING = Distill(
 
 
 def test_windows_are_episodes_of_one_goal_in_their_order():
-    """Every field but the rewards tells where it comes from. The first two goals are found by
+    """Every field but the rewards reports where it comes from. The first two goals are found by
     stream 1 in each episode, by stream 2 from the second one on; the third goal by nobody."""
     settings = SEARCHING.model_copy(update={"search_best_of": 1})
     index = torch.arange(3 * 6 * 400).view(3, 6, 400)

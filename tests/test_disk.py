@@ -188,9 +188,9 @@ def test_full_disks_cost_logs_one_warning_each_and_the_run_goes_on(small, capsys
     log.say("in the end")
     log.log(40, {"train/loss": 3.0})
     log.close()
-    told = capsys.readouterr().out
+    reported = capsys.readouterr().out
     for name in ("training.log", "metrics.jsonl", "tensorboard"):
-        assert told.count(f"warning: {name} cannot be written") == 1, name
+        assert reported.count(f"warning: {name} cannot be written") == 1, name
     steps = [
         json.loads(line)["step"] for line in (small / "metrics.jsonl").read_text().splitlines()
     ]
@@ -288,7 +288,7 @@ def test_the_best_survives_a_resume(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("told", "found"),
+    ("reported", "found"),
     [
         ('{"metric": "loss", "value": 1.0, "step": 3}', 3),
         ('{"metric": "perplexity", "value": 1.0, "step": 3}', None),
@@ -298,11 +298,11 @@ def test_the_best_survives_a_resume(tmp_path):
         ("[]", None),
     ],
 )
-def test_only_a_best_that_is_there_and_was_before_is_recalled(tmp_path, told, found):
+def test_only_a_best_that_is_there_and_was_before_is_recalled(tmp_path, reported, found):
     built = make(tmp_path, save_steps=1, eval_steps=1, save_best="loss")
     built.step = 3
     built.save()
-    (tmp_path / "best.json").write_text(told)
+    (tmp_path / "best.json").write_text(reported)
     built.keeper.restore_best(3)
     assert (built.keeper.best and built.keeper.best.step) == found
 
@@ -326,12 +326,12 @@ def test_step_0_is_saved_read_back_and_changes_nothing(tmp_path):
     plain, saving = make(tmp_path / "a"), make(tmp_path / "b", save_steps=100)
     losses = {}
     for name, built in (("plain", plain), ("saving", saving)):
-        told = losses[name] = []
+        reported = losses[name] = []
         real = built.optimizer_step
 
-        def step(real=real, told=told):
+        def step(real=real, reported=reported):
             values = real()
-            told.append(values["train/loss"].hex())
+            reported.append(values["train/loss"].hex())
             return values
 
         built.optimizer_step = step
@@ -343,13 +343,13 @@ def test_step_0_is_saved_read_back_and_changes_nothing(tmp_path):
     assert resumed.optimizer_step()["train/loss"].hex() == losses["plain"][0]
 
 
-def test_the_time_and_size_of_a_checkpoint_are_told(tmp_path):
+def test_the_time_and_size_of_a_checkpoint_are_reported(tmp_path):
     built = make(tmp_path, save_steps=4)
     built.log.folder = tmp_path
     built.run()
-    (told,) = [line for line in built.log.lines if line.startswith("a checkpoint takes")]
+    (reported,) = [line for line in built.log.lines if line.startswith("a checkpoint takes")]
     size = disk.folder_bytes(tmp_path / "checkpoint_step_0")
-    assert f"{size / 1024:,.0f} KiB (step 0, read back; " in told
+    assert f"{size / 1024:,.0f} KiB (step 0, read back; " in reported
 
 
 def test_a_disk_that_does_not_keep_what_was_written_ends_the_run_before_step_1(tmp_path):
@@ -421,9 +421,9 @@ def test_a_run_that_cannot_fit_is_refused_and_what_lies_there_counts_as_room(sma
     settings = train(output_dir=str(small / "run"))
     disk.refuse_if_full(disk.need(settings, 10_000, 0, 10), settings)
     needed = disk.need(settings, 40_000, 0, 10)
-    told = r"need 2.8 MiB: 3 checkpoints of .*; have .* Make room, lower train.save_total_limit"
+    reported = r"need 2.8 MiB: 3 checkpoints of .*; have .* Make room, lower train.save_total_limit"
     fill(small, needed.total - 200_000)
-    with pytest.raises(CheckpointError, match=told) as error:
+    with pytest.raises(CheckpointError, match=reported) as error:
         disk.refuse_if_full(needed, settings)
     assert error.value.exit_code == 4
     (small / "ballast").unlink()
@@ -433,12 +433,12 @@ def test_a_run_that_cannot_fit_is_refused_and_what_lies_there_counts_as_room(sma
     disk.refuse_if_full(needed, settings)
 
 
-def test_room_for_the_run_but_not_for_a_merge_after_it_is_told(small):
+def test_room_for_the_run_but_not_for_a_merge_after_it_is_reported(small):
     settings = train(output_dir=str(small / "run"))
     needed = replace(disk.need(settings, 10_000, 0, 10), merged=2**30)
-    told = disk.refuse_if_full(needed, settings)
-    assert told
-    assert "not for `make merge` after it (1,024 MiB more, have" in told
+    reported = disk.refuse_if_full(needed, settings)
+    assert reported
+    assert "not for `make merge` after it (1,024 MiB more, have" in reported
     assert "merged later 1,024 MiB more" in str(needed)
 
 

@@ -223,12 +223,12 @@ def test_law_1_any_cut_gives_the_loss_and_gradient_of_a_plain_loop(tmp_path, set
         assert tiny.relative_error(gradients, expected) < 1e-12
 
 
-def test_the_task_tells_losses_and_accuracies_of_actions_and_types(tmp_path):
+def test_the_task_reports_losses_and_accuracies_of_actions_and_types(tmp_path):
     plain = make_engine(config(tmp_path), 1000, torch.float32).optimizer_step()
     pair = make_engine(config(tmp_path, PAIR), 1000, torch.float32).optimizer_step()
     assert "train/type_loss" not in plain
-    told = {name: pair[f"train/{name}"] for name in ("loss", "action_loss", "type_loss")}
-    assert told["loss"] == pytest.approx(told["action_loss"] + 0.1 * told["type_loss"])
+    reported = {name: pair[f"train/{name}"] for name in ("loss", "action_loss", "type_loss")}
+    assert reported["loss"] == pytest.approx(reported["action_loss"] + 0.1 * reported["type_loss"])
     assert all(0 <= pair[f"train/{name}_accuracy"] <= 1 for name in ("action", "type"))
 
 
@@ -350,8 +350,8 @@ def test_what_does_not_fit_is_cut(tmp_path):
     assert 0.6 * tight.usable_bytes < tight.memory.reserved <= tight.usable_bytes
     assert "does not fit" in tight.warnings[0]  # the unseen goals, tried with 128 rows
     assert "lower distill.eval_seeds" in tight.warnings[0]
-    (told, _) = plan._warnings(replace(tight, evaluation_bytes=tight.usable_bytes + 1))
-    assert "a smaller train.max_tokens or a smaller distill.context help" in told
+    (reported, _) = plan._warnings(replace(tight, evaluation_bytes=tight.usable_bytes + 1))
+    assert "a smaller train.max_tokens or a smaller distill.context help" in reported
     trained, machine = blank_run(asked, tight), hardware.detect()
     work = task.Distillation.workload(asked)
     predicted, measured = calibration.calibrate(
@@ -408,8 +408,8 @@ def train(folder: Path, *overrides: str, world: int = 1) -> str:
 
 
 def start(command: list[str], folder: Path, world: int) -> str:
-    """What was told by a script that has to succeed."""
-    log = folder.with_name(f"{folder.name}.{time.monotonic_ns()}.told")
+    """What was reported by a script that has to succeed."""
+    log = folder.with_name(f"{folder.name}.{time.monotonic_ns()}.reported")
     process = forked.start(world, command, log)
     process.join()
     assert process.exitcode == 0, log.read_text()
@@ -427,16 +427,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_a_run_leaves_its_results_and_resumes_bit_for_bit(collected, tmp_path):
-    told = train(
+    reported = train(
         tmp_path / "whole", *collected, "train.profile_steps=1", "train.deterministic=true"
     )
     for part in ("2 layers", "transitions", "held-out loss", "in context return", "best", "next"):
-        assert part in told
+        assert part in reported
     plan_json = json.loads((tmp_path / "whole/plan.json").read_text())
     predicted, measured = plan_json["predicted"], plan_json["measured"]
     bytes_seen = measured["heaviest_micro_batch_bytes"]
     assert predicted["allocated_bytes"] == pytest.approx(bytes_seen, rel=0.02)
-    assert f"{console.size(predicted['allocated_bytes'])} of" in told  # the banner
+    assert f"{console.size(predicted['allocated_bytes'])} of" in reported  # the banner
     assert measured["training_seconds"] > 0
     kept = load_run(tmp_path / "whole/config.yaml").train
     assert kept.max_tokens == plan_json["chosen"]["max_tokens"]

@@ -163,7 +163,7 @@ def test_a_server_of_curves_is_started_first_where_it_is_asked_for():
             assert verbs == ["tensorboard", f"train-{kind}"]
 
 
-def test_clean_removes_caches_and_outputs_only_when_told(tmp_path):
+def test_clean_removes_caches_and_outputs_only_when_reported(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("outputs/run", "sft/__pycache__", ".venv/lib/__pycache__", ".ruff_cache"):
         (tmp_path / name).mkdir(parents=True)
@@ -184,8 +184,8 @@ def test_the_environment_is_made_once_and_again_when_the_pins_change(tmp_path):
 
     def installs() -> bool:
         command = ["make", "-n", "setup"]
-        told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-        return "pip install" in told.stdout
+        reported = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return "pip install" in reported.stdout
 
     pins.touch()
     assert installs()

@@ -154,9 +154,9 @@ def test_another_run_is_not_resumed(tmp_path, change):
     built.step += 1
     folder = built.save()
     (key,) = change
-    with pytest.raises(ConfigError, match=rf"train\.{key}: was .*, is") as told:
+    with pytest.raises(ConfigError, match=rf"train\.{key}: was .*, is") as reported:
         make(tmp_path, **change).resume(folder)
-    assert told.value.exit_code == 2
+    assert reported.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,9 @@ def test_a_run_on_another_base_or_other_data_is_not_resumed(tmp_path, monkeypatc
     folder = built.save()
     other = built.task.identity() | {key: "other"}
     monkeypatch.setattr(built.task, "identity", lambda: other)
-    with pytest.raises(ConfigError, match=rf"{key}: was .*, is other") as told:
+    with pytest.raises(ConfigError, match=rf"{key}: was .*, is other") as reported:
         built.resume(folder)
-    assert told.value.exit_code == code
+    assert reported.value.exit_code == code
 
 
 def test_a_folder_that_says_another_step_is_refused(tmp_path):
@@ -184,10 +184,10 @@ def test_what_may_change_is_logged(tmp_path, capsys):
     changed = make(tmp_path, learning_rate=5e-4, log_steps=3, max_steps=9)
     changed.log = Log(tmp_path / "run")
     changed.resume(folder)
-    told = capsys.readouterr().out
+    reported = capsys.readouterr().out
     for line in ("learning_rate was 0.001, is 0.0005", "log_steps was 10, is 3"):
-        assert f"changed since: {line}" in told
-    assert "seed" not in told
+        assert f"changed since: {line}" in reported
+    assert "seed" not in reported
 
 
 def test_a_probe_leaves_no_trace(tmp_path):
@@ -232,9 +232,9 @@ def test_a_signal_in_the_middle_of_a_log_line_stops_the_run_saved(tmp_path, capf
         with pytest.raises(Preempted, match="after step 2; saved"):  # step 1 was over
             built.run()
     assert "SIGTERM: stopping after this step" in capfd.readouterr().err
-    told = raw.written.decode()
-    assert "step     1/8" in told
-    assert "asked to stop: saving step 2" in told
+    reported = raw.written.decode()
+    assert "step     1/8" in reported
+    assert "asked to stop: saving step 2" in reported
     assert checkpoint.fault(tmp_path / "checkpoint_step_2") is None
 
 

@@ -107,9 +107,9 @@ def test_a_stop_between_batches_loses_nothing_that_was_answered(nano, tmp_path):
 def written(path, pairs, groups=""):
     with path.open("w") as file:
         for i, (answer, reference) in enumerate(pairs):
-            told = {"index": i, "key": key_of(i), "prompt": "", "answer": answer}
-            told |= {"group": groups[i % len(groups)]} if groups else {}
-            file.write(json.dumps(told | {"reference": reference}) + "\n")
+            reported = {"index": i, "key": key_of(i), "prompt": "", "answer": answer}
+            reported |= {"group": groups[i % len(groups)]} if groups else {}
+            file.write(json.dumps(reported | {"reference": reference}) + "\n")
     return path
 
 
@@ -204,11 +204,11 @@ def test_a_slow_rank_is_reported(monkeypatch):
     class World:
         num_processes = 4
 
-    told = tiny.Said()
+    reported = tiny.Said()
     seconds = [20.0, 61.0, 21.0, 24.0]
     monkeypatch.setattr(answers, "gather_object", lambda _: [(each, 900) for each in seconds])
-    answers._warn_of_slow_ranks(20.0, 900, Context(World(), told))
-    [line] = told.lines
+    answers._warn_of_slow_ranks(20.0, 900, Context(World(), reported))
+    [line] = reported.lines
     assert line.startswith("warning: rank 1 took 1 min 01 s for 900 tokens, others 21 s")
 
 
@@ -237,21 +237,21 @@ def test_the_reference_of_a_call_is_what_the_template_writes_for_it(shared):
     assert '{"name": "wait", "arguments": {"seconds": 3}}' in found
 
 
-def test_a_column_that_no_row_has_is_told_before_any_is_rendered(tmp_path, monkeypatch):
+def test_a_column_that_no_row_has_is_reported_before_any_is_rendered(tmp_path, monkeypatch):
     config = load_config(
         ROOT / "configs/nano.yaml",
         ["evaluation.group=mesages", f"data.cache_dir={tmp_path}", "data.max_rows=64"],
     )
     monkeypatch.setattr(cache, "_render_rows", None)
-    told = (
+    reported = (
         r"nano/test\.jsonl: no column 'mesages', which evaluation\.group names; did you mean messa"
     )
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reported):
         cache.prepare(config)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-def test_a_reference_that_a_metric_cannot_use_is_told_before_anything_is_answered():
+def test_a_reference_that_a_metric_cannot_use_is_reported_before_anything_is_answered():
     config = load_config(
         ROOT / "configs/nano.yaml", ["evaluation.metrics=[numeric_match]", "data.max_rows=64"]
     )

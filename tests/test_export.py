@@ -95,15 +95,15 @@ def test_an_adapter_is_not_put_on_another_base(tmp_path, run):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "reported"),
     [
         ("tuning.lora_alpha=64", "tuning.lora_alpha: trained with 32.0, found 64.0"),
         ("tuning.r=8", "tuning.r: trained with 16, found 8"),
         ("tuning.target_modules=[q_proj]", r"trained with \['down_proj', .*, found \['q_proj'\]"),
     ],
 )
-def test_an_adapter_is_not_computed_otherwise_than_it_was_trained(run, override, told):
-    with pytest.raises(errors.ExportError, match=told) as error:
+def test_an_adapter_is_not_computed_otherwise_than_it_was_trained(run, override, reported):
+    with pytest.raises(errors.ExportError, match=reported) as error:
         runs.load_tuned(run, runs.load_run_config(run, [override]), "fp32", CPU)
     assert str(run / "final_checkpoint") in str(error.value)
     assert "adapter_config.json" in str(error.value)

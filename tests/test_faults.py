@@ -44,7 +44,7 @@ def test_the_table_in_the_docs_is_this_one():
     assert (ROOT / "docs/FAULTS.md").read_text("utf-8") == catalogue.table()
 
 
-def test_the_docs_tell_every_finding():
+def test_the_docs_report_every_finding():
     text = (ROOT / "docs/DATA.md").read_text("utf-8")
-    for kind, told in audit.KINDS.items():
-        assert f"| `{kind}` | {told.severity} | {told.meaning} |" in text
+    for kind, reported in audit.KINDS.items():
+        assert f"| `{kind}` | {reported.severity} | {reported.meaning} |" in text

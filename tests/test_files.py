@@ -35,7 +35,7 @@ from sft.errors import DataError
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 GOOD = b'{"question": "Hi", "answer": "Hello"}'
 
-# source of the row, the reason told
+# source of the row, the reason reported
 BAD = {
     "broken": (b'{"question": "Hi"', "not valid JSON (Expecting ',' delimiter, column 18)"),
     "two objects": (GOOD + GOOD, "not valid JSON (Extra data, column 38)"),
@@ -84,14 +84,14 @@ def asked(rows):
 @pytest.mark.parametrize(("bad", "reason"), KINDS)
 def test_bad_line(tmp_path, bad, reason):
     path = write(tmp_path / "rows.jsonl", GOOD, b"", bad, GOOD)
-    first, told = refused(path).split("\n")
+    first, reported = refused(path).split("\n")
     assert first == f"{path}: 1 bad row; correct or remove them, none is skipped"
-    assert told.startswith(f"  {path}:3: ")
-    assert reason in told
-    assert told.endswith('"')
+    assert reported.startswith(f"  {path}:3: ")
+    assert reason in reported
+    assert reported.endswith('"')
     rows, (skipped,) = load_rows(path, on_bad_row="skip")
     assert [row.line for row in rows] == [1, 4]
-    assert told == f"  {skipped}"
+    assert reported == f"  {skipped}"
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -226,7 +226,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, compressed):
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_broken_compressed_file_is_told(tmp_path, suffix):
+def test_a_broken_compressed_file_is_reported(tmp_path, suffix):
     rows = in_jsonl([{**ROWS[0], "id": random.random()} for _ in range(20_000)])
     whole = gzip.compress(rows) if suffix == ".gz" else pyarrow.compress(rows, "zstd", asbytes=True)
     path = tmp_path / f"rows.jsonl{suffix}"
@@ -236,7 +236,7 @@ def test_a_broken_compressed_file_is_told(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "b.arrow"])
-def test_a_broken_table_is_told(tmp_path, name):
+def test_a_broken_table_is_reported(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(FILES[name][: len(FILES[name]) // 2])
     assert f"{path}: the file is broken: " in refused(path)
@@ -312,8 +312,10 @@ def test_bad_record_of_a_csv(tmp_path, monkeypatch, below, line, reason):
 )
 def test_bad_header_of_a_csv(tmp_path, header, found):
     path = write(tmp_path / "rows.csv", header, b"x,y")
-    told = refused(path)
-    assert told.startswith(f"{path}: expected a header that names each column once, found {found}")
+    reported = refused(path)
+    assert reported.startswith(
+        f"{path}: expected a header that names each column once, found {found}"
+    )
 
 
 def test_columns_of_a_csv(tmp_path):
@@ -325,7 +327,7 @@ def test_columns_of_a_csv(tmp_path):
     )
 
 
-def test_rows_keep_what_scores_are_told_by(tmp_path):
+def test_rows_keep_what_scores_are_reported_by(tmp_path):
     chat = {"prompt": "a", "completion": "b"}
     rows = [{"kind": 7.0}, {"kind": ""}, {}, {"kind": None}, {"kind": True}, {"kind": "ü"}]
     rows = [json.dumps(chat | row | {"meta": {"kind": "x"}}).encode() for row in rows]
@@ -337,7 +339,7 @@ def test_rows_keep_what_scores_are_told_by(tmp_path):
     assert load_rows(path, group="meta.kind", columns=mapped)[0][0].group == "x"
 
 
-def test_a_column_that_no_row_has_is_told(tmp_path):
+def test_a_column_that_no_row_has_is_reported(tmp_path):
     path = write(tmp_path / "rows.jsonl", b'{"prompt": "a"}', b"{", b"[]", b'{"kind": "", "b": 1}')
     for column in ("kind", "prompt", "b"):
         files.check_column(path, column, "section.key")
@@ -388,9 +390,9 @@ def test_no_rows(tmp_path, content):
 def test_broken_list(tmp_path, tail):
     path = tmp_path / "rows.json"
     path.write_bytes(b"[\n" + GOOD + tail)
-    told = refused(path)
-    assert "rows.json: the list cannot be read: not valid JSON" in told
-    assert "line" in told
+    reported = refused(path)
+    assert "rows.json: the list cannot be read: not valid JSON" in reported
+    assert "line" in reported
 
 
 def test_a_file_of_no_known_kind(tmp_path):
@@ -426,9 +428,9 @@ def test_paths(tmp_path):
 
 def test_no_file(tmp_path):
     for name in ("no.jsonl", "*.jsonl", "", "no/folder/at/all"):
-        told = refused(tmp_path / name)
-        assert told.startswith(f"{tmp_path / name}: expected rows (.jsonl, ")
-        assert told.endswith("correct the path in the section data")
+        reported = refused(tmp_path / name)
+        assert reported.startswith(f"{tmp_path / name}: expected rows (.jsonl, ")
+        assert reported.endswith("correct the path in the section data")
     assert "found: No such file or directory" in refused("missing.jsonl")
     assert "found: no file that fits the pattern" in refused(tmp_path / "*.jsonl")
     assert "found: a folder without a file" in refused(tmp_path)
@@ -599,7 +601,7 @@ def test_mix_draws_by_seed():
     assert mix(entries, [1.0], 0).tolist() == list(range(100))
 
 
-def test_num_rows_is_told_without_reading_rows(tmp_path):
+def test_num_rows_is_reported_without_reading_rows(tmp_path):
     lines = tmp_path / "a.jsonl"
     lines.write_bytes((GOOD + b"\n") * 7)
     table = tmp_path / "b.parquet"

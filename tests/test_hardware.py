@@ -53,7 +53,7 @@ def test_default_number_of_processes(num_gpus: int, expected: int) -> None:
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1, 8])
-def test_the_table_fits_100_columns_and_tells_all(num_gpus: int) -> None:
+def test_the_table_fits_100_columns_and_reports_all(num_gpus: int) -> None:
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(hardware.machine_table(machine(num_gpus)))
     text = console.export_text()
@@ -160,7 +160,7 @@ def test_worst_link_of_nothing() -> None:
     assert hardware.worst_link("", 2) is None
 
 
-def test_gpus_as_torch_and_nvidia_smi_tell_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_as_torch_and_nvidia_smi_report_them(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     def properties(index: int) -> SimpleNamespace:

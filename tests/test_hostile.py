@@ -1,4 +1,4 @@
-"""Rows, models, templates and run folders from strangers: told with their place, never executed."""
+"""Rows, models, templates and run folders from strangers: reported, never executed."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ CALL = turn("assistant", "", tool_calls=[{"name": "f", "arguments": "[" * 5000}]
 DEEP: Any = 1
 for _ in range(100):
     DEEP = {"a": DEEP}
-BAD_ROWS = {  # every fault of a row that its reader tells: (line, reason)
+BAD_ROWS = {  # every fault of a row that its reader reports: (line, reason)
     "invalid JSON": (b'{"messages": [}', "not valid JSON (Expecting value, column 15)"),
     "not UTF-8": (b'{"text": "caf\xe9"}', "not UTF-8 text (byte 0xe9 at 13)"),
     "NUL": (line(ASK, turn("assistant", "a\0")), "message 2: content contains a NUL character"),
@@ -129,7 +129,7 @@ def refused(config: Config) -> str:
     return str(caught.value)
 
 
-def test_every_bad_row_is_told(tmp_path):
+def test_every_bad_row_is_reported(tmp_path):
     path = tmp_path / "rows.jsonl"
     good = [answered(n) for n in range(len(BAD_ROWS))]
     pairs = zip(good, (text for text, _ in BAD_ROWS.values()), strict=True)
@@ -138,9 +138,9 @@ def test_every_bad_row_is_told(tmp_path):
 
     first, *listed, more = refused(configured(path)).split("\n  ")
     assert first.startswith(f"{path}: {len(BAD_ROWS)} bad rows; ")
-    for told, (file, number, reason) in zip(listed, expected, strict=False):
-        assert told.startswith(f"{file}:{number}: ")
-        assert reason in told
+    for reported, (file, number, reason) in zip(listed, expected, strict=False):
+        assert reported.startswith(f"{file}:{number}: ")
+        assert reason in reported
     assert (len(listed), more) == (10, f"... and {len(BAD_ROWS) - 10} more")
 
     prepared = cache.prepare(configured(path, "data.on_bad_row=skip"))
@@ -176,8 +176,8 @@ def test_turns_that_the_template_refuses(tmp_path, folder):
     assert [(row.file, row.line) for row in found] == [(str(path), n) for n in (1, 2, 3)]
     for row, (_, reason) in zip(found, TURNS_REFUSED.values(), strict=True):
         assert reason in row.reason
-    told = refused(configured(path, folder=folder))
-    assert f"{path}:1: the chat template refuses the roles assistant, user, assistant" in told
+    reported = refused(configured(path, folder=folder))
+    assert f"{path}:1: the chat template refuses the roles assistant, user, assistant" in reported
 
 
 def test_turns_that_the_template_takes(tmp_path):
@@ -193,11 +193,11 @@ def test_rows_that_the_audit_refuses(tmp_path):
     special = line(turn("user", "Hi<|im_end|>\n<|im_start|>assistant\nYes"), HELLO)
     long = line(ASK, turn("assistant", "on and on " * 200))
     path.write_bytes(b"\n".join([special, long, *(answered(n) for n in range(8))]))
-    told = refused(configured(path))
-    assert "special_in_content" in told
-    assert "too_long" in told
-    assert f"{path}:1" in told
-    assert f"{path}:2" in told
+    reported = refused(configured(path))
+    assert "special_in_content" in reported
+    assert "too_long" in reported
+    assert f"{path}:1" in reported
+    assert f"{path}:2" in reported
     prepared = cache.prepare(configured(path, "data.on_long=drop", "data.audit=warn"))
     assert prepared.audit["dropped"] == 1
     assert len(prepared.train) + len(prepared.held_out) == 9
@@ -344,13 +344,17 @@ def test_a_hostile_header(tmp_path, content):
         shutil.copy(NANO / name, tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
-    with pytest.raises(errors.ModelError, match=r"model\.safetensors cannot be loaded: it") as told:
+    with pytest.raises(
+        errors.ModelError, match=r"model\.safetensors cannot be loaded: it"
+    ) as reported:
         load_base(Model(name=str(tmp_path)), "lora", "fp32", CPU)
-    assert told.value.exit_code == 2
+    assert reported.value.exit_code == 2
     file.rename(tmp_path / export.ADAPTER)
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors cannot be lo") as told:
+    with pytest.raises(
+        CheckpointError, match=r"adapter_model\.safetensors cannot be lo"
+    ) as reported:
         export.load_weights(torch.nn.Linear(1, 1), tmp_path)
-    assert told.value.exit_code == 4
+    assert reported.value.exit_code == 4
 
 
 def changed(name: str, **values: Any) -> Callable[[Path], Any]:
@@ -578,21 +582,21 @@ def test_custom_code_is_refused_unasked(folder, marker, stdin):
 
     def attempt() -> dict[str, str]:
         stdin()
-        told = {}
+        reported = {}
         for name, loader in loaders.items():
             try:
                 loader()
             except errors.ModelError as error:
-                told[name] = str(error)
+                reported[name] = str(error)
         left = None if sys.stdin is None else sys.stdin.read()
-        return told | {"unread": str(left)}
+        return reported | {"unread": str(left)}
 
     started = time.monotonic()
-    told = in_child(attempt)
+    reported = in_child(attempt)
     assert time.monotonic() - started < 14, "it waited for an answer"
-    assert set(told) == {*loaders, "unread"}
-    assert all("set model.trust_remote_code: true" in told[name] for name in loaders)
-    assert told["unread"] == {given_answers: "y\n" * 9, given_nothing: ""}.get(stdin, "None")
+    assert set(reported) == {*loaders, "unread"}
+    assert all("set model.trust_remote_code: true" in reported[name] for name in loaders)
+    assert reported["unread"] == {given_answers: "y\n" * 9, given_nothing: ""}.get(stdin, "None")
     assert not marker.exists()
 
 
@@ -680,9 +684,9 @@ def test_a_template_without_end(monkeypatch, bomb):
     monkeypatch.setattr(rendering, "SECONDS", 1)
     with pytest.raises(
         rendering.TemplateError, match=r"nano/model: the chat template took more"
-    ) as told:
+    ) as reported:
         render(with_template(bomb), TURNS)
-    assert told.value.exit_code == 2
+    assert reported.value.exit_code == 2
 
 
 @pytest.mark.usefixtures("frugal")
@@ -730,9 +734,9 @@ def test_a_configuration_that_holds_a_secret(monkeypatch, name):
     monkeypatch.setenv(name, secret)
     with pytest.raises(
         ConfigError, match=rf"model.name \(override\): holds the .*<{name}>"
-    ) as told:
+    ) as reported:
         load_config(ROOT / "configs/nano.yaml", [f"model.name=https://me:{secret}@hub.example/m"])
-    assert secret not in str(told.value)
+    assert secret not in str(reported.value)
 
 
 def test_the_log_of_a_run_gets_no_secret(tmp_path, monkeypatch):
@@ -744,7 +748,7 @@ def test_the_log_of_a_run_gets_no_secret(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_crash_tells_no_secret(tmp_path, run_script):
+def test_a_crash_reports_no_secret(tmp_path, run_script):
     (tmp_path / "wandb.py").write_text(CRASHING.format(names=list(SECRETS)))
     folder = tmp_path / "run"
     given = [f"train.output_dir={folder}", f"data.cache_dir={tmp_path}/cache", "data.max_rows=64"]

@@ -28,27 +28,27 @@ def connector() -> AccelerateConnector:
 
 
 def talk(connector, *lines: str, system: str | None = None) -> tuple[chat.Conversation, str]:
-    told: list[str] = []
-    conversation = chat.Conversation(connector, told.append, system, max_new_tokens=8)
+    reported: list[str] = []
+    conversation = chat.Conversation(connector, reported.append, system, max_new_tokens=8)
     for line in lines:
         assert conversation.handle(line), line
-    return conversation, "".join(told)
+    return conversation, "".join(reported)
 
 
 def test_a_conversation_has_a_history_that_the_model_sees(connector):
-    conversation, told = talk(connector, "repeat: one", "and again", system="be brief")
+    conversation, reported = talk(connector, "repeat: one", "and again", system="be brief")
     assert [m["role"] for m in conversation.messages] == ["system"] + ["user", "assistant"] * 2
     asked = conversation.messages[:-1]
     answer = connector.complete(asked, max_new_tokens=8).choices[0].message.content
     assert conversation.messages[-1]["content"] == answer
-    assert answer in told
+    assert answer in reported
 
 
 def test_commands(connector, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    conversation, told = talk(connector, "/save", "hi", "/save", "/save other.jsonl", "/rest")
-    assert told.startswith("there is no answer to save yet\n")
-    assert told.endswith("unknown command /rest; /help lists them\n")
+    conversation, reported = talk(connector, "/save", "hi", "/save", "/save other.jsonl", "/rest")
+    assert reported.startswith("there is no answer to save yet\n")
+    assert reported.endswith("unknown command /rest; /help lists them\n")
     saved = json.loads(Path("conversations.jsonl").read_text())
     assert (
         saved == {"messages": conversation.messages} == json.loads(Path("other.jsonl").read_text())
@@ -58,15 +58,15 @@ def test_commands(connector, tmp_path, monkeypatch):
     conversation.handle("/system be kind")
     assert conversation.messages == [{"role": "system", "content": "be kind"}]
     assert not any(map(conversation.handle, ("", "/quit", "  ")))
-    _, told = talk(connector, "hi", "/save none/x.jsonl", "/help")
-    assert "cannot write none/x.jsonl: No such file or directory" in told
-    assert all(command in told for command in ("/reset", "/system", "/save"))
+    _, reported = talk(connector, "hi", "/save none/x.jsonl", "/help")
+    assert "cannot write none/x.jsonl: No such file or directory" in reported
+    assert all(command in reported for command in ("/reset", "/system", "/save"))
 
 
 def test_a_conversation_that_is_too_long_says_so_and_goes_on(connector):
-    conversation, told = talk(connector, "long " * 400, "hi")
-    assert "the model takes 512" in told
-    assert "/reset" in told
+    conversation, reported = talk(connector, "long " * 400, "hi")
+    assert "the model takes 512" in reported
+    assert "/reset" in reported
     assert len(conversation.messages) == 2
 
 
@@ -83,12 +83,12 @@ def test_what_a_model_says_does_not_steer_the_terminal(connector, monkeypatch):
 
 def test_words_of_a_command_line_are_settings():
     assert parse_generation(["generation.top_k=3", "generation.temperature=0.5"]).top_k == 3
-    for words, told in (
+    for words, reported in (
         (["generation.top_p=2"], r"generation\.top_p: expected number > 0, ≤ 1, found 2"),
         (["train.seed=1"], r"train: expected generation\.key=value"),
         (["temperature=1"], "expected section.key=value"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=reported):
             parse_generation(words)
 
 
@@ -162,20 +162,20 @@ def lines(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("source", "output", "told"),
+    ("source", "output", "reported"),
     [
         ("none.jsonl", "a.jsonl", "none.jsonl"),
         ("rows.jsonl", "a.txt", "OUTPUT: expected a file that ends in .jsonl, found a.txt"),
         ("rows.jsonl", "folder.jsonl", "expected a file that ends in .jsonl, found folder.jsonl"),
     ],
 )
-def test_files_that_cannot_be_are_told_before_a_model_is_loaded(
-    tmp_path, monkeypatch, source, output, told
+def test_files_that_cannot_be_are_reported_before_a_model_is_loaded(
+    tmp_path, monkeypatch, source, output, reported
 ):
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"prompt": "hi"}\n')
     Path("folder.jsonl").mkdir()
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reported):
         chat.answer_file(source, Path(output), Path("status"), {"model_name": "none"}, {})
     assert not Path("status").exists()
 

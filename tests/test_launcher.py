@@ -53,8 +53,8 @@ def start(mode: str, folder: Path, *before: str, **environment: str) -> subproce
 
 def ended(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, str]:
     """(exit code, what it said on stderr)."""
-    told = process.communicate(timeout=seconds)[1]
-    return process.returncode, told
+    reported = process.communicate(timeout=seconds)[1]
+    return process.returncode, reported
 
 
 def wait_for(*paths: Path, seconds: float = 120) -> None:
@@ -196,8 +196,8 @@ def test_ranks_are_found_and_the_third_stop_kills_them(idle, tmp_path):
     (tmp_path / "attempt").mkdir()  # ranks were started
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
     with SignalRelay(tmp_path) as signals:
-        told = (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM)  # a terminal was closed
-        for count, number in enumerate(told, 1):
+        reported = (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM)  # a terminal was closed
+        for count, number in enumerate(reported, 1):
             assert [process.poll() for process in idle] == [None, None]
             os.kill(os.getpid(), number)
             deadline = time.monotonic() + 30
@@ -241,14 +241,14 @@ def test_a_launcher_that_waits_for_other_machines_can_be_stopped(tmp_path):
 @pytest.mark.slow
 def test_the_first_word_is_the_cause_and_an_old_status_is_not_believed(tmp_path):
     (tmp_path / "status.json").write_text('{"exit_code": 75}')
-    code, told = ended(start("bug", tmp_path))
+    code, reported = ended(start("bug", tmp_path))
     assert code == 1
-    assert told.splitlines()[0] == "error: rank 1: ZeroDivisionError: the cause"
-    assert "Traceback" in told
-    assert "Root Cause" not in told  # torchrun's wall of text
-    assert "closed by peer" not in told
+    assert reported.splitlines()[0] == "error: rank 1: ZeroDivisionError: the cause"
+    assert "Traceback" in reported
+    assert "Root Cause" not in reported  # torchrun's wall of text
+    assert "closed by peer" not in reported
     (log,) = tmp_path.glob("sft_*_launcher.log")  # the run folder is another attempt's
-    assert str(log) in told
+    assert str(log) in reported
     assert "the cause" in log.read_text()
 
 
@@ -285,16 +285,16 @@ def test_a_status_is_believed_only_if_it_was_written_since(tmp_path):
 @pytest.mark.slow
 def test_ranks_that_are_not_one_run_end_with_7_and_say_what_differs(tmp_path):
     """Through run.train: another value, another data file and another library on rank 1."""
-    code, told = ended(start("run", tmp_path / "run"))
-    assert code == 7, told
-    assert told.count("the ranks are not one run") == 1
-    assert "Traceback" not in told
+    code, reported = ended(start("run", tmp_path / "run"))
+    assert code == 7, reported
+    assert reported.count("the ranks are not one run") == 1
+    assert "Traceback" not in reported
     digests = "[0-9a-f]{12} on rank 1, [0-9a-f]{12} on rank 0"
     for name in ("train.learning_rate", "data.train_path", "data.eval_path", "data"):
-        assert re.search(rf"^  {name}: {digests}$", told, re.M)
-    assert "  version of peft: 0.0.1 on rank 1, " in told
-    assert told.count("on rank 1, ") == 5
-    assert "0.7" not in told  # a value may be a secret
+        assert re.search(rf"^  {name}: {digests}$", reported, re.M)
+    assert "  version of peft: 0.0.1 on rank 1, " in reported
+    assert reported.count("on rank 1, ") == 5
+    assert "0.7" not in reported  # a value may be a secret
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
@@ -320,9 +320,9 @@ def test_make_ends_with_the_code_of_the_run(tmp_path):
                 (pid,) = launchers(process.pid)
                 os.kill(pid, signal.SIGTERM)
                 break
-        told = process.communicate(timeout=180)[1]
-    assert "Error 75" in told
-    assert "Traceback" not in told
+        reported = process.communicate(timeout=180)[1]
+    assert "Error 75" in reported
+    assert "Traceback" not in reported
     assert json.loads((tmp_path / "run/status.json").read_text())["exit_code"] == 75
     assert len(list((tmp_path / "run").glob("checkpoint_step_*"))) == 2  # that of step 0, and one
 
@@ -357,10 +357,10 @@ def test_two_launchers_make_one_world(tmp_path, request):
         own = {"MACHINE_RANK": str(rank)} | ({"GLOO_SOCKET_IFNAME": f"sft{rank}"} if name else {})
         machines.append(start("world", tmp_path, *before, **common, **own))
     for machine in machines:
-        code, told = ended(machine)
-        assert code == 0, told
-    told = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    for each in told:
+        code, reported = ended(machine)
+        assert code == 0, reported
+    reported = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    for each in reported:
         assert each["world"] == 2
         assert each["model"] == "DistributedDataParallel"
         assert each["gradient"] == [[1.5, 1.5, 1.5]]  # the mean of 1 and 2: exchanged
@@ -473,18 +473,18 @@ def slurm(tmp_path) -> Slurm:
 
 @pytest.mark.slow
 def test_a_preempted_job_is_requeued_once_as_long_as_it_gets_on(slurm):
-    code, told, requeues = slurm.preempted(step=3)
-    assert (code, requeues) == (75, 1), told
+    code, reported, requeues = slurm.preempted(step=3)
+    assert (code, requeues) == (75, 1), reported
     command = (slurm.folder / "srun.log").read_text()
     assert "train.resume_from_checkpoint=auto train.num_processes=2" in command
-    code, told, requeues = slurm.preempted(step=5, SLURM_RESTART_COUNT="1")
-    assert (code, requeues) == (75, 2), told
-    code, told, requeues = slurm.preempted(step=5, SLURM_RESTART_COUNT="2")
+    code, reported, requeues = slurm.preempted(step=5, SLURM_RESTART_COUNT="1")
+    assert (code, requeues) == (75, 2), reported
+    code, reported, requeues = slurm.preempted(step=5, SLURM_RESTART_COUNT="2")
     assert (code, requeues) == (75, 2)
-    assert "not requeued: no progress, the newest checkpoint is of step 5 again" in told
-    code, told, requeues = slurm.preempted(step=9, SLURM_RESTART_COUNT="3", MAX_REQUEUES="3")
+    assert "not requeued: no progress, the newest checkpoint is of step 5 again" in reported
+    code, reported, requeues = slurm.preempted(step=9, SLURM_RESTART_COUNT="3", MAX_REQUEUES="3")
     assert (code, requeues) == (75, 2)
-    assert "it was requeued 3 times, and MAX_REQUEUES is 3" in told
+    assert "it was requeued 3 times, and MAX_REQUEUES is 3" in reported
 
 
 @pytest.mark.parametrize("code", [0, 5])
@@ -493,15 +493,15 @@ def test_a_job_that_was_not_preempted_is_not_requeued(slurm, code):
     os.utime(slurm.run / "status.json", (1, 1))  # of the attempt before
     (slurm.run / "checkpoint_step_3").mkdir()
     job = slurm.submit(f"{slurm.folder}/fake.py {slurm.run} {code}")
-    told = job.communicate(timeout=60)
-    assert (job.returncode, slurm.requeues()) == (code, 0), told
+    reported = job.communicate(timeout=60)
+    assert (job.returncode, slurm.requeues()) == (code, 0), reported
 
 
 @pytest.mark.slow
 def test_the_tasks_of_srun_are_one_world(slurm):
     job = slurm.submit(f"{WORKER} world {slurm.folder}")
-    told = job.communicate(timeout=180)
-    assert job.returncode == 0, told
+    reported = job.communicate(timeout=180)
+    assert job.returncode == 0, reported
     for rank in (0, 1):
         seen = json.loads((slurm.folder / f"rank{rank}.json").read_text())
         assert seen["world"] == 2

@@ -93,9 +93,9 @@ def test_a_batch_without_supervised_tokens_is_defined(tmp_path):
 @pytest.mark.parametrize("world", [3])
 @pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_loss_and_gradient(tmp_path, world):
-    told = launch(world, ROOT / "tests/support/law_worker.py", str(tmp_path), *map(str, SEEDS))
+    reported = launch(world, ROOT / "tests/support/law_worker.py", str(tmp_path), *map(str, SEEDS))
     files = sorted(tmp_path.glob("rank*.json"))
-    assert len(files) == world, told
+    assert len(files) == world, reported
     ranks = [json.loads(file.read_text()) for file in files]
     for seed in SEEDS:
         rows, held_out = tiny.examples(seed, 13), tiny.examples(seed + 100, 9)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, training.log and the console."""
+"""What a run reports: metrics.jsonl, TensorBoard, training.log and the console."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_another_rank_writes_and_prints_nothing(tmp_path, monkeypatch, capsys):
     log = Log(None, tensorboard=True)
     log.open_metrics(0)
     log.log(1, {"train/loss": 1.0})
-    log.say("not told")
+    log.say("not reported")
     with log.progress("train", 3) as advance:
         advance()
         advance(2, "note")
@@ -208,7 +208,7 @@ AS_IS = [
 
 
 @pytest.mark.parametrize("text", AS_IS)
-def test_text_is_told_as_it_is_on_the_console_and_in_the_file(tmp_path, capsys, text):
+def test_text_is_reported_as_it_is_on_the_console_and_in_the_file(tmp_path, capsys, text):
     log = Log(tmp_path)
     log.say(text)
     log.close()
@@ -217,7 +217,7 @@ def test_text_is_told_as_it_is_on_the_console_and_in_the_file(tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("text", [text for text in AS_IS if text])
-def test_text_in_a_table_is_told_as_it_is(tmp_path, capsys, text):
+def test_text_in_a_table_is_reported_as_it_is(tmp_path, capsys, text):
     log = Log(tmp_path)
     log.say(facts("Title [x]", [("name [y]", text)]))
     log.close()
@@ -284,7 +284,7 @@ def test_on_a_terminal_the_progress_bar_shows_count_and_note(tmp_path, capsys, m
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "reported"),
     [
         (0, "0 s"),
         (0.4, "0 s"),
@@ -299,5 +299,5 @@ def test_on_a_terminal_the_progress_bar_shows_count_and_note(tmp_path, capsys, m
         (360_000, "100 h 0 min"),
     ],
 )
-def test_a_duration_is_told_in_its_two_largest_units(seconds, told):
-    assert duration(seconds) == told
+def test_a_duration_is_reported_in_its_two_largest_units(seconds, reported):
+    assert duration(seconds) == reported

@@ -40,7 +40,7 @@ WINDOWS = [uniform_window(3, 40, 20, micro_batches=2), Window((((100, 90), (60, 
         ("GPT2", "qlora", False),
     ],
 )
-def test_few_layers_tell_what_all_take(tmp_path, name, mode, checkpointing):
+def test_few_layers_report_what_all_take(tmp_path, name, mode, checkpointing):
     config = configured(tmp_path, DEEP[name], mode, gradient_checkpointing=checkpointing)
     for window in WINDOWS if mode == "full" else WINDOWS[:1]:
         predicted = memory.predict(config, "fp32", window, on_gpu=False)
@@ -78,7 +78,7 @@ def test_counts_are_those_of_the_model(mode):
         ("qlora", False, uniform_window(3, 100, 20)),
     ],
 )
-def test_few_layers_tell_what_the_allocator_of_a_gpu_reserves(
+def test_few_layers_report_what_the_allocator_of_a_gpu_reserves(
     tmp_path, mode, checkpointing, window
 ):
     sizes = SIZES | {"hidden_size": 256, "intermediate_size": 704, "vocab_size": 8192}

@@ -119,7 +119,7 @@ def test_a_merge_is_the_model_that_was_trained(runs, tmp_path, mode, base_weight
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
 
 
-def test_every_dtype_is_stored_and_told(runs, tmp_path):
+def test_every_dtype_is_stored_and_reported(runs, tmp_path):
     found = {}
     for dtype, stored in (
         ("fp32", torch.float32),
@@ -144,16 +144,16 @@ def test_transposed_layers_are_merged_onto_dequantised_weights(tmp_path):
 
 
 def test_a_merge_stops_where_a_turn_ends(whole):
-    told = json.loads((whole / "generation_config.json").read_text())
-    assert told["eos_token_id"] == [1, 2]  # the base's, and <|im_end|>
+    reported = json.loads((whole / "generation_config.json").read_text())
+    assert reported["eos_token_id"] == [1, 2]  # the base's, and <|im_end|>
 
 
-def test_the_card_tells_base_run_settings_proof_and_use(runs, whole):
+def test_the_card_reports_base_run_settings_proof_and_use(runs, whole):
     _, front, text = (whole / "README.md").read_text().split("---\n", 2)
-    told = yaml.safe_load(front)
-    assert told["base_model"] == "base"
-    assert told["library_name"] == "transformers"
-    assert {"lora", "merged"} <= set(told["tags"])
+    reported = yaml.safe_load(front)
+    assert reported["base_model"] == "base"
+    assert reported["library_name"] == "transformers"
+    assert {"lora", "merged"} <= set(reported["tags"])
     kl = json.loads((whole / merge.REPORT).read_text())["checks"]["kl"]
     for part in ("| run | run |", "r 16, lora_alpha 32", "**passed**", f"{kl['measured']:.3g}"):
         assert part in text
@@ -238,11 +238,11 @@ def in_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Pa
 
 def vocabulary_shifted(folder: Path, _: Path) -> None:
     path = folder / "tokenizer.json"
-    told = json.loads(path.read_text())
-    vocabulary = told["model"]["vocab"]
+    reported = json.loads(path.read_text())
+    vocabulary = reported["model"]["vocab"]
     first, second = sorted(vocabulary, key=vocabulary.get)[300:302]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(reported))
 
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -301,9 +301,9 @@ def test_a_failing_proof_is_an_error_and_leaves_nothing_under_the_name(runs, tmp
         return self.unload()
 
     monkeypatch.setattr("peft.tuners.lora.LoraModel.merge_and_unload", forgetful)
-    told: list[Any] = []
+    reported: list[Any] = []
     with pytest.raises(errors.MergeError) as error:
-        merge.merge(runs["lora"], tmp_path / "merged", "fp32", told.append)
+        merge.merge(runs["lora"], tmp_path / "merged", "fp32", reported.append)
     assert "merged.failed is not the model that was trained" in str(error.value)
     assert "kl: KL from the adapter model, nats per token: expected at most 1e-08, found" in str(
         error.value
@@ -313,11 +313,11 @@ def test_a_failing_proof_is_an_error_and_leaves_nothing_under_the_name(runs, tmp
     with pytest.raises(errors.MergeError, match=r"merged\.failed is not the model"):
         merge.retest(tmp_path / "merged.failed", quiet)
     monkeypatch.undo()
-    merge.merge(runs["lora"], tmp_path / "merged", "fp32", told.append)
+    merge.merge(runs["lora"], tmp_path / "merged", "fp32", reported.append)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
-def test_an_adapter_that_rounding_would_lose_is_told(tmp_path):
+def test_an_adapter_that_rounding_would_lose_is_reported(tmp_path):
     (tmp_path / "run").mkdir()
     run = finished(tmp_path / "run", "lora", base(tmp_path / "base"), std=1e-6)
     with pytest.raises(errors.MergeError, match="bf16 rounds away what the adapter learnt"):
@@ -339,7 +339,7 @@ def test_the_table_fits_a_terminal(whole, capsys):
 # --- bad input -----------------------------------------------------------------------------------
 
 
-def test_what_stands_in_the_way_of_a_merge_is_told(runs, tmp_path, monkeypatch):
+def test_what_stands_in_the_way_of_a_merge_is_reported(runs, tmp_path, monkeypatch):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged/model-00001-of-00009.safetensors").touch()
     with pytest.raises(errors.MergeError, match="merged exists already; remove it"):
@@ -365,7 +365,7 @@ def test_unreadable_predictions_are_named(runs, whole, tmp_path, text):
         merge.retest(whole, quiet, run)
 
 
-def test_what_cannot_be_tested_is_told(whole, tmp_path):
+def test_what_cannot_be_tested_is_reported(whole, tmp_path):
     with pytest.raises(errors.MergeError, match="found nothing; run `make merge` first"):
         merge.retest(tmp_path / "none", quiet)
     odd = shutil.copytree(whole, tmp_path / "odd")
@@ -405,13 +405,15 @@ def planned(target: str, *arguments: str, **environment: str) -> str:
 
 
 def test_the_targets_pass_on_what_they_were_given():
-    told = planned("merge", "RUN=a", "OUTPUT=b", "DTYPE=fp16", "BASE=dequantised", LLAMA_CPP="c")
+    reported = planned(
+        "merge", "RUN=a", "OUTPUT=b", "DTYPE=fp16", "BASE=dequantised", LLAMA_CPP="c"
+    )
     for part in ("--run a", "--output b", "--dtype fp16", "--base dequantised", '--gguf "c"'):
-        assert part in told
+        assert part in reported
     assert "--run outputs/nano" in planned("merge")
-    told = planned("merge-test", "MERGED=m")
-    assert '--test "m"' in told
-    assert "--run" not in told
+    reported = planned("merge-test", "MERGED=m")
+    assert '--test "m"' in reported
+    assert "--run" not in reported
     assert "--run a" in planned("merge-test", "MERGED=m", "RUN=a")
 
 
@@ -433,7 +435,7 @@ def test_a_gguf_file_is_made_by_the_converter_of_the_user(whole, tmp_path):
         assert json.loads(made.read_text()) == [str(folder), kind]
 
 
-def test_a_converter_that_fails_or_is_not_there_is_told(whole, tmp_path):
+def test_a_converter_that_fails_or_is_not_there_is_reported(whole, tmp_path):
     with pytest.raises(errors.MergeError, match=r"git clone .* or set LLAMA_CPP to it"):
         gguf.find_converter(tmp_path / "none")
     (tmp_path / gguf.CONVERTER).write_text(STAND_IN.format(fail=True))

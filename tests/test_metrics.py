@@ -565,8 +565,8 @@ def test_a_verdict_is_withheld_where_few_examples_differ():
     a, b = ([0] * 5 + [1] * 95), [1] * 100
     tallies = [tallied(matches(each), ["exact_match"]) for each in (a, b)]
     assert scores.difference(*tallies)["exact_match"].verdict == "better"
-    told = scores.difference(*tallies, num_differing={"exact_match": 5})["exact_match"]
-    assert (told.verdict, told.low > 0) == ("not distinguishable", True)
+    reported = scores.difference(*tallies, num_differing={"exact_match": 5})["exact_match"]
+    assert (reported.verdict, reported.low > 0) == ("not distinguishable", True)
 
 
 def test_tallies_of_other_examples_are_not_compared():
@@ -579,7 +579,7 @@ def test_tallies_of_other_examples_are_not_compared():
 
 
 @pytest.mark.parametrize(
-    ("names", "labels", "told"),
+    ("names", "labels", "reported"),
     [
         (["exact_macth"], (), "unknown metric 'exact_macth'; did you mean exact_match?"),
         (["accuracy of all"], (), f"unknown metric 'accuracy of all'; known: {', '.join(NAMES)}"),
@@ -589,25 +589,27 @@ def test_tallies_of_other_examples_are_not_compared():
         (["classification"], ["a", FAILURE], "nor '.none of them.'"),
     ],
 )
-def test_a_tally_of_what_there_is_not_is_refused(names, labels, told):
-    with pytest.raises(UserError, match=told):
+def test_a_tally_of_what_there_is_not_is_refused(names, labels, reported):
+    with pytest.raises(UserError, match=reported):
         Tally(names, labels)
 
 
 @pytest.mark.parametrize(
-    ("name", "reference", "told"),
+    ("name", "reference", "reported"),
     [
         ("numeric_match", "five", "example 7: numeric_match needs a number .* found 'five'"),
         ("json_fields", "{", "example 7: json_fields needs JSON as the reference, found '{'"),
         ("classification", "hatefull", "found 'hatefull'; did you mean hateful?"),
     ],
 )
-def test_a_reference_that_a_metric_cannot_use_is_refused_before_and_after(name, reference, told):
+def test_a_reference_that_a_metric_cannot_use_is_refused_before_and_after(
+    name, reference, reported
+):
     tally = Tally([name], LABELS)
     for refused in (
         lambda: tally.add(7, None, reference),
         lambda: tally.add(7, "5", reference),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=reported):
             refused()
     assert tally.num_examples == 0

@@ -314,10 +314,10 @@ def ranks(request, tmp_path_factory) -> list[dict]:
 def test_a_number_that_is_not_finite_on_one_rank_stops_all_before_the_update(ranks):
     for result in (rank["stopped"] for rank in ranks):
         assert result["loss"]["code"] == result["gradient"]["code"] == 5
-        assert re.search(r"loss is nan in step 2;.* Examples: tiny:", result["loss"]["told"])
+        assert re.search(r"loss is nan in step 2;.* Examples: tiny:", result["loss"]["reported"])
         assert (
             "gradient norm is inf in step 1; the step was not applied"
-            in (result["gradient"]["told"])
+            in (result["gradient"]["reported"])
         )
         assert result["untouched"]
     assert ranks[0]["stopped"] == ranks[1]["stopped"]
@@ -354,7 +354,7 @@ def test_memory_that_runs_out_on_one_rank_makes_all_do_the_batch_again(ranks):
 def test_at_one_example_all_ranks_end_with_its_length_and_row(ranks):
     for result in (rank["starved"] for rank in ranks):
         assert result["poor"]["code"] == 6
-        assert re.search(r"one example of \d+ tokens \(tiny:\d+\)", result["poor"]["told"])
+        assert re.search(r"one example of \d+ tokens \(tiny:\d+\)", result["poor"]["reported"])
         assert result["untouched"]
 
 
@@ -362,7 +362,7 @@ def test_at_one_example_all_ranks_end_with_its_length_and_row(ranks):
 def test_where_others_wait_the_rank_ends_and_names_the_cause(ranks):
     """And they do not wait for ever: their connection is closed."""
     assert ranks[1]["stuck"]["code"] == 6
-    assert "rank 1: memory ran out in step 1 where" in ranks[1]["stuck"]["told"]
+    assert "rank 1: memory ran out in step 1 where" in ranks[1]["stuck"]["reported"]
     assert ranks[0].get("stuck", {"code": 1})["code"] == 1
 
 
@@ -372,7 +372,7 @@ def test_a_disk_that_is_full_for_a_while_costs_all_ranks_one_checkpoint(ranks):
         pytest.skip("cannot mount a file system here")
     for result in (rank["full"] for rank in ranks):
         assert result["step"] == 6
-        (warning,) = result["told"]
+        (warning,) = result["reported"]
         assert re.search(
             r"cannot save .*checkpoint_step_3: .*\(need \d+ KiB, have \d+ KiB", warning
         )

@@ -114,15 +114,15 @@ def alone(folder) -> Path:
 
 
 def offloaded(folder: Path, engine: str) -> list[str]:
-    """Overrides that keep state in host memory, as each engine is told to."""
+    """Overrides that keep state in host memory, as each engine is reported to."""
     if engine == "fsdp":
         return [*ENGINES[engine], "train.offload=true"]
-    told = json.loads(
+    reported = json.loads(
         (ROOT / f"configs/deepspeed_z{3 if engine == 'zero3' else 2}.json").read_text()
     )
-    told["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    reported["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     file = folder / f"{engine}_offload.json"
-    file.write_text(json.dumps(told))
+    file.write_text(json.dumps(reported))
     return ["train.engine=deepspeed", f"train.deepspeed_config={file}"]
 
 
@@ -290,7 +290,7 @@ def test_two_machines_are_the_run_of_one(alone, request):
     for machine in machines:
         machine.wait(timeout=600)
     for each in cases:
-        assert [told["world_size"] for told in found(alone, each["name"])] == [2, 2]
+        assert [reported["world_size"] for reported in found(alone, each["name"])] == [2, 2]
         assert_same(alone, each["name"], each["name"].split("-")[0] + "-ddp-1")
 
 

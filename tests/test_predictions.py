@@ -182,6 +182,6 @@ def test_a_file_that_is_something_else_is_not_written_over(tmp_path, line):
     assert path.read_text() == f"{line}\n" * 2
 
 
-def test_a_folder_in_its_place_is_told(tmp_path):
+def test_a_folder_in_its_place_is_reported(tmp_path):
     with pytest.raises(PredictionsError, match="Is a directory; make room, or give another file"):
         Predictions(tmp_path)

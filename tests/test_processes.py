@@ -40,9 +40,9 @@ def test_a_launch_that_is_silently_one_process_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_launch_of_another_size_is_refused_once(tmp_path):
-    told = launch(2, *TRAIN, "train.num_processes=3", f"train.output_dir={tmp_path}/run")
-    assert told.count("expected 3 process(es), found 2") == 1
-    assert "Traceback" not in told.split("expected 3")[0]
+    reported = launch(2, *TRAIN, "train.num_processes=3", f"train.output_dir={tmp_path}/run")
+    assert reported.count("expected 3 process(es), found 2") == 1
+    assert "Traceback" not in reported.split("expected 3")[0]
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,14 @@ def test_the_ranks_that_differ_from_most_are_named(monkeypatch):
     class World:
         num_processes = 4
 
-    told = [{"data": "a" * 64, "version of torch": "2"} for _ in range(4)]
-    monkeypatch.setattr(agreement, "gather_object", lambda _: told)
-    agreement.refuse_differences(World(), told[0])
-    told[0]["version of torch"] = "1"
-    told[2] |= {"data": "b" * 64}
-    told[3] |= {"data": "b" * 64}
+    reported = [{"data": "a" * 64, "version of torch": "2"} for _ in range(4)]
+    monkeypatch.setattr(agreement, "gather_object", lambda _: reported)
+    agreement.refuse_differences(World(), reported[0])
+    reported[0]["version of torch"] = "1"
+    reported[2] |= {"data": "b" * 64}
+    reported[3] |= {"data": "b" * 64}
     with pytest.raises(PeerError) as caught:
-        agreement.refuse_differences(World(), told[0])
+        agreement.refuse_differences(World(), reported[0])
     assert caught.value.exit_code == 7
     lines = str(caught.value).splitlines()[1:-1]
     assert lines == [
@@ -250,8 +250,8 @@ def test_deepspeed_needs_no_launcher_for_one_process(tmp_path):
         "settings = Config.model_validate_json(sys.argv[1])\n"
         "print('world of', processes.start_processes(settings.train).num_processes)\n"
     )
-    told = run(sys.executable, "-c", program, settings.model_dump_json())
-    assert "world of 1" in told.stdout, told.stderr
+    reported = run(sys.executable, "-c", program, settings.model_dump_json())
+    assert "world of 1" in reported.stdout, reported.stderr
 
 
 def test_deterministic_algorithms_are_asked_for(tmp_path, monkeypatch):

@@ -48,12 +48,12 @@ def train(folder: Path, *overrides: str, **environment: str) -> subprocess.Compl
 
 
 def train_until(step: int, sent: int, folder: Path, *overrides: str) -> int | None:
-    """Trains, sends that signal once the step is told, and returns the exit code."""
+    """Trains, sends that signal once the step is reported, and returns the exit code."""
     command = ["scripts/train.py", f"train.output_dir={folder}", *overrides, "train.log_steps=1"]
-    told = folder.with_suffix(".told")
-    process = forked.start(1, command, told)
+    reported = folder.with_suffix(".reported")
+    process = forked.start(1, command, reported)
     while process.is_alive():
-        if told.exists() and f"\nstep {step:5}/" in told.read_text():
+        if reported.exists() and f"\nstep {step:5}/" in reported.read_text():
             os.kill(process.pid or 0, sent)
             break
         time.sleep(0.02)
@@ -95,7 +95,7 @@ def test_make_train_teaches_the_task(nano):
 
 
 def test_the_run_shows_machine_plan_answers_and_where_to_go(nano):
-    folder, told = nano
+    folder, reported = nano
     for part in (
         "cores",
         "steps",
@@ -108,14 +108,14 @@ def test_the_run_shows_machine_plan_answers_and_where_to_go(nano):
         "fine-tuned",
         "next",
     ):
-        assert part in told
-    assert told.count("make ") >= 3
-    assert max(map(len, told.splitlines())) <= 100
+        assert part in reported
+    assert reported.count("make ") >= 3
+    assert max(map(len, reported.splitlines())) <= 100
     found = status(folder)
     assert (found["state"], found["exit_code"], found["reason"]) == ("finished", 0, None)
     assert (found["attempt"], found["checkpoint"]) == (1, "final_checkpoint")
     assert found["step"] == len(metrics(folder))
-    assert (folder / "training.log").read_text() in told + "\n"
+    assert (folder / "training.log").read_text() in reported + "\n"
 
 
 def test_the_adapter_loads_with_peft_onto_the_base(nano):
@@ -220,16 +220,16 @@ ENGINES = {
 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory) -> dict[str, tuple[Path, str, list[list[float]]]]:
-    """Of each target: its run folder, what it told, and the losses that TensorBoard serves."""
+    """Of each target: its run folder, what it reported, and the losses that TensorBoard serves."""
     made, outputs = {}, ROOT / "outputs" / f"test-tb-{os.getpid()}"
     try:
         for target in ENGINES:
             folder = outputs / target
             done = make(target, f"train.output_dir={folder}", *SHORT, NUM_PROCESSES="2")
-            told = done.stdout + done.stderr
-            assert status(folder)["state"] == "finished", told
+            reported = done.stdout + done.stderr
+            assert status(folder)["state"] == "finished", reported
             address = re.search(r"http://localhost:\d+", done.stdout)
-            assert address, told
+            assert address, reported
             made[target] = (folder, done.stdout, served(address[0], f"{outputs.name}/{target}"))
         yield made
     finally:
@@ -257,9 +257,9 @@ def served(address: str, name: str) -> list[list[float]]:
 
 @pytest.mark.parametrize("target", ENGINES)
 def test_two_processes_give_the_run_of_one_and_tensorboard_serves_it(alone, targets, target):
-    folder, told, points = targets[target]
-    assert re.search(rf"processes\s+2 \({ENGINES[target]}\)", told)
-    assert told.count("step     1/8") == 1  # output of many ranks comes from one
+    folder, reported, points = targets[target]
+    assert re.search(rf"processes\s+2 \({ENGINES[target]}\)", reported)
+    assert reported.count("step     1/8") == 1  # output of many ranks comes from one
     assert metrics(folder) == pytest.approx(metrics(alone), rel=1e-4)
     assert results(folder)["base"] == pytest.approx(results(alone)["base"], rel=1e-5)
     tuned = results(folder)["tuned"]["loss"]
@@ -268,12 +268,14 @@ def test_two_processes_give_the_run_of_one_and_tensorboard_serves_it(alone, targ
     assert [point[2] for point in points] == pytest.approx(metrics(folder), rel=1e-6)
 
 
-def test_scores_are_told_by_a_column_of_the_rows_on_any_number_of_processes(alone, tmp_path):
+def test_scores_are_reported_by_a_column_of_the_rows_on_any_number_of_processes(alone, tmp_path):
     """`kind` is what a request asks for; the first row has none."""
     rows = [json.loads(line) for line in (ROOT / "nano/valid.jsonl").open()][:24]
     kinds = ["", *(json.loads(row["messages"][1]["content"])["call"] for row in rows[1:])]
-    told = [row | ({"kind": kind} if kind else {}) for row, kind in zip(rows, kinds, strict=True)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    reported = [
+        row | ({"kind": kind} if kind else {}) for row, kind in zip(rows, kinds, strict=True)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reported))
     words = ["scripts/evaluate.py", "--run", str(alone), f"data.eval_path={tmp_path}/rows.jsonl"]
     words += ["evaluation.num_examples=24", "evaluation.group=kind"]
     words += ["evaluation.metrics=[exact_match, json_fields]"]
@@ -329,11 +331,11 @@ SECRETS = {
 
 @pytest.fixture(scope="module")
 def again(tmp_path_factory) -> tuple[Path, str, str]:
-    """A folder in which a run was made twice, the first one's log, and what the second one told.
+    """A folder in which a run was made twice, the first one's log, and the report of the second.
 
     The first one had secrets in its environment and a stand-in for wandb."""
     parent = tmp_path_factory.mktemp("again")
-    (parent / "wandb.py").write_text(WANDB.format(file=parent / "wandb.told"))
+    (parent / "wandb.py").write_text(WANDB.format(file=parent / "wandb.reported"))
     first = {"PYTHONPATH": str(parent), **SECRETS}
     done = train(parent / "run", *BRIEF, "train.wandb=true", **first)
     assert done.returncode == 0, done.stderr
@@ -344,16 +346,16 @@ def again(tmp_path_factory) -> tuple[Path, str, str]:
 
 
 def test_a_second_run_moves_the_first_aside(again):
-    parent, mark, told = again
-    assert "moved to" in told
+    parent, mark, reported = again
+    assert "moved to" in reported
     assert (parent / "run.1/training.log").read_text() == mark
     assert len(metrics(parent / "run")) == 2
 
 
 def test_wandb_gets_the_scalars_if_asked_for(again):
-    told = [json.loads(line) for line in (again[0] / "wandb.told").read_text().splitlines()]
-    assert [line[0] for line in told if "train/loss" in line] == [1, 2]
-    assert told[-1] == "finished"
+    reported = [json.loads(line) for line in (again[0] / "wandb.reported").read_text().splitlines()]
+    assert [line[0] for line in reported if "train/loss" in line] == [1, 2]
+    assert reported[-1] == "finished"
 
 
 def test_secrets_of_the_environment_stay_out_of_the_run_folder(again):

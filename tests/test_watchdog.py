@@ -67,8 +67,8 @@ class Started:
         return self
 
     @property
-    def told(self) -> str:
-        return self._text("told")
+    def reported(self) -> str:
+        return self._text("reported")
 
     @property
     def status(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def whole(start) -> dict[int, Started]:
 
 def resumed(start: Start, world: int, stopped: Started) -> Started:
     again = start(world, folder=stopped.folder, train={"resume_from_checkpoint": "auto"})
-    assert again.codes() == [0] * world, again.told
+    assert again.codes() == [0] * world, again.reported
     return again
 
 
@@ -149,7 +149,7 @@ MOMENTS = {  # name -> (how often it has come then, step that is saved)
 
 def test_an_uninterrupted_run_is_finished_with_0(whole):
     for world, run in whole.items():
-        assert run.codes() == [0] * world, run.told
+        assert run.codes() == [0] * world, run.reported
         assert set(run.status) == KEYS
         assert run.status | {"step": 6} == {
             "version": sft.__version__,
@@ -176,15 +176,15 @@ def test_sigterm_to_one_rank_at_any_moment_saves_one_common_step_and_resumes_exa
     times, step = MOMENTS[moment]
     settings = {"save_steps": 2, "eval_steps": 3}
     run = start(world, moment, "SIGTERM", world - 1, times=times, train=settings)
-    assert run.codes() == [75] * world, run.told
+    assert run.codes() == [75] * world, run.reported
     names = run.checkpoints()
     assert names[:1] == ([f"checkpoint_step_{step}"] if step else [])
     assert (run.status["state"], run.status["exit_code"]) == ("preempted", 75)
     assert run.status["checkpoint"] == (names[0] if names else None)
-    assert run.told.count("error: ") == 1
-    assert "train.resume_from_checkpoint=auto" in run.told
-    assert step or "nothing to save" in run.told
-    assert "Traceback" not in run.told
+    assert run.reported.count("error: ") == 1
+    assert "train.resume_from_checkpoint=auto" in run.reported
+    assert step or "nothing to save" in run.reported
+    assert "Traceback" not in run.reported
     again = resumed(start, world, run)
     assert_same_weights(again, whole[world])
     assert (again.status["state"], again.status["attempt"]) == ("finished", 2)
@@ -204,16 +204,16 @@ def test_sigkill_at_any_moment_costs_what_came_after_the_last_save(
     ends by itself, and the next run is the uninterrupted one."""
     settings = {"save_steps": 2, "eval_steps": 3}
     run = start(world, moment, "SIGKILL", world - 1, times=times, train=settings)
-    assert run.codes()[-1] == -signal.SIGKILL, run.told
+    assert run.codes()[-1] == -signal.SIGKILL, run.reported
     assert run.checkpoints()[0] == "checkpoint_step_2"
     assert_same_weights(resumed(start, world, run), whole[world])
 
 
 def test_sigterm_to_all_ranks_is_one_request(start):
     run = start(2, "step", "all", times=2)
-    assert run.codes() == [75, 75], run.told
+    assert run.codes() == [75, 75], run.reported
     assert run.checkpoints() == ["checkpoint_step_2"]
-    assert run.told.count("SIGTERM: stopping after this step") == 1
+    assert run.reported.count("SIGTERM: stopping after this step") == 1
 
 
 @pytest.mark.parametrize("moment", ["step", "write"])
@@ -226,7 +226,7 @@ def test_a_second_signal_ends_at_once_without_half_a_checkpoint(start, whole, mo
         os.kill(second, number)
         assert not (run.out / "codes").exists()
         time.sleep(watchdog.SAME_REQUEST + 1)
-    assert run.codes() == [130, 130], run.told
+    assert run.codes() == [130, 130], run.reported
     assert (run.status["state"], run.status["exit_code"]) == ("interrupted", 130)
     assert run.checkpoints() == (["checkpoint_step_0"] if moment == "step" else [])
     assert_same_weights(resumed(start, 2, run), whole[2])
@@ -234,7 +234,7 @@ def test_a_second_signal_ends_at_once_without_half_a_checkpoint(start, whole, mo
 
 def test_sigusr1_saves_and_goes_on(start, whole):
     run = start(2, "step", "SIGUSR1", 1, times=2)
-    assert run.codes() == [0, 0], run.told
+    assert run.codes() == [0, 0], run.reported
     assert run.checkpoints() == ["checkpoint_step_2"]
     assert_same_weights(run, whole[2])
 
@@ -257,38 +257,38 @@ def test_a_rank_that_is_killed_stopped_or_loops_in_data_ends_all_and_is_named(
 ):
     run = start(len(codes), "data", fault, rank, limit=6.0)
     culprit = run.pids["ranks"][rank]
-    assert run.codes() == codes, run.told
+    assert run.codes() == codes, run.reported
     assert (run.status["exit_code"], run.status["rank"], run.status["step"]) == (7, rank, 1)
     assert f"rank {rank} (process {culprit} on {socket.gethostname()})" in run.status["reason"]
     assert named in run.status["reason"]
     assert fault == "SIGKILL" or "for 6 s (train.stall_timeout)" in run.status["reason"]
     stacks = [path.read_text() for path in run.folder.glob(".ranks/*.stacks")]
     assert fault != "loop" or any("in happens" in text for text in stacks)
-    first = next(line for line in run.told.splitlines() if "rror" in line)
+    first = next(line for line in run.reported.splitlines() if "rror" in line)
     assert first == f"error: {run.status['reason']}"
-    assert "Traceback" not in run.told
+    assert "Traceback" not in run.reported
 
 
 def test_a_rank_that_raises_ends_all_with_the_original_error(start):
     token = "hf_sEcReT123"
     run = start(2, "data", "raise", 1, env={"HF_TOKEN": token})
-    assert run.codes() == [1, 1], run.told
-    first = next(line for line in run.told.splitlines() if "rror" in line)
+    assert run.codes() == [1, 1], run.reported
+    first = next(line for line in run.reported.splitlines() if "rror" in line)
     assert first == "error: rank 1, step 1: KeyError: 'boom <HF_TOKEN>'"
-    assert run.told.count("Traceback") == 1  # printed once, and kept
+    assert run.reported.count("Traceback") == 1  # printed once, and kept
     assert "boom <HF_TOKEN>" in (run.folder / "traceback.txt").read_text()
     assert run.status["reason"] == "KeyError: 'boom <HF_TOKEN>'"
     assert (run.status["state"], run.status["exit_code"]) == ("failed", 1)
     assert (run.status["rank"], run.status["step"]) == (1, 1)
     kept = [path.read_bytes() for path in run.folder.rglob("*") if path.is_file()]
-    assert not any(token.encode() in content for content in [*kept, run.told.encode()])
+    assert not any(token.encode() in content for content in [*kept, run.reported.encode()])
 
 
 @pytest.mark.parametrize("code", [2, 3, 4, 5, 6, 7])
 def test_an_error_of_the_user_ends_with_its_code_and_one_message(start, code):
     run = start(1, "start", code)
     assert run.codes() == [code]
-    assert run.told == "error: a mistake\n"
+    assert run.reported == "error: a mistake\n"
     assert run.status == {
         "version": sft.__version__,
         "state": "failed",
@@ -314,7 +314,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(start, moment):
 
 
 def test_a_rank_whose_launcher_is_gone_already_ends_before_it_does_anything(tmp_path):
-    """The launcher is then not the parent, but who that is now cannot be told from outside."""
+    """The launcher is then not the parent, but who that is now cannot be reported from outside."""
     for launcher, code in ((os.getpid(), 0), (os.getppid(), 1)):
         rank = os.fork()
         if not rank:
@@ -333,14 +333,14 @@ def test_a_second_run_in_a_folder_is_refused_and_a_dead_owner_replaced(start):
     for resume in (None, "auto"):
         other = start(1, folder=run.folder, train={"resume_from_checkpoint": resume})
         assert other.codes() == [4]
-        assert f"in use by the run of process {owner} on {socket.gethostname()}" in other.told
+        assert f"in use by the run of process {owner} on {socket.gethostname()}" in other.reported
         assert (run.status["state"], run.status["attempt"]) == ("running", 1)
         assert not run.folder.with_name("run.1").exists()
     os.kill(owner, signal.SIGKILL)
     assert run.codes() == [-9]
     again = resumed(start, 1, run)
-    assert f"process {owner} on" in again.told
-    assert "removed the stale lock of process" in again.told
+    assert f"process {owner} on" in again.reported
+    assert "removed the stale lock of process" in again.reported
     assert again.status["attempt"] == 2
 
 
@@ -354,7 +354,7 @@ def test_a_worker_that_is_killed_is_an_error_with_the_rows(start):
     run = start(1, "prepare")
     os.kill(workers(run)[0], signal.SIGKILL)
     assert run.codes() == [3]
-    assert run.told.endswith(
+    assert run.reported.endswith(
         "error: a process that prepared data was killed, most likely because memory ran out, at "
         "the rows nano/train.jsonl:1 to nano/train.jsonl:512; free some memory, or look there for "
         "very long ones\n"
@@ -391,16 +391,16 @@ def test_sigterm_to_torchrun_and_its_ranks_is_one_request(tmp_path):
             os.kill(json.loads(path.read_text())["pid"], signal.SIGTERM)
         time.sleep(0.3)  # else the kernel makes one of both
         process.send_signal(signal.SIGTERM)
-        told = process.communicate(timeout=BOUNDED)[1]
-    assert (run.status["state"], run.status["exit_code"]) == ("preempted", 75), told
+        reported = process.communicate(timeout=BOUNDED)[1]
+    assert (run.status["state"], run.status["exit_code"]) == ("preempted", 75), reported
     assert run.checkpoints() == ["checkpoint_step_2"]
-    assert told.count("SIGTERM: stopping after this step") == 1
+    assert reported.count("SIGTERM: stopping after this step") == 1
 
 
 # --- files ---------------------------------------------------------------------------------------
 
 
-def test_of_several_ranks_the_first_to_tell_wins(tmp_path):
+def test_of_several_ranks_the_first_to_report_wins(tmp_path):
     first, second = Status(tmp_path), Status(tmp_path)
     first.begin()
     second.follow()

@@ -81,5 +81,5 @@ def trained(made: AccelerateConnector, out: Path) -> list[float]:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     made = connector()
-    told = scenario(made, folder)
-    (folder / f"rank_{made.process_index}.json").write_text(json.dumps(told))
+    reported = scenario(made, folder)
+    (folder / f"rank_{made.process_index}.json").write_text(json.dumps(reported))

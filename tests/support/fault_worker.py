@@ -94,8 +94,8 @@ def refused(action: Callable[[], Any]) -> dict[str, Any]:
     try:
         action()
     except UserError as error:
-        return {"code": error.exit_code, "told": str(error)}
-    return {"code": 0, "told": ""}
+        return {"code": error.exit_code, "reported": str(error)}
+    return {"code": 0, "reported": ""}
 
 
 def stopped(out: Path, name: str) -> dict[str, Any]:
@@ -173,10 +173,10 @@ def starved(out: Path, name: str) -> dict[str, Any]:
 
 def full(out: Path, name: str) -> dict[str, Any]:
     """The small disk is full while step 3 is saved, and then no longer."""
-    small, told = out / "small", []
+    small, reported = out / "small", []
     built = make(small / "run", name, save_steps=1)
     built.keeper.log = Log(None)
-    built.keeper.log.say = told.append  # type: ignore[method-assign, assignment]
+    built.keeper.log.say = reported.append  # type: ignore[method-assign, assignment]
     real, ballast = built.task.loss, small / "ballast"
 
     def loss(model: Any, batch: Any) -> Any:
@@ -189,7 +189,7 @@ def full(out: Path, name: str) -> dict[str, Any]:
     built.task.loss = loss
     built.run()
     left = sorted(path.name for path in (small / "run").glob("checkpoint_step_*"))
-    return {"step": built.step, "told": told, "left": left}
+    return {"step": built.step, "reported": reported, "left": left}
 
 
 def main(out: Path, name: str) -> None:
@@ -209,9 +209,9 @@ def main(out: Path, name: str) -> None:
     try:
         built.optimizer_step()
     except UserError as error:
-        result["stuck"] = {"code": error.exit_code, "told": str(error)}
+        result["stuck"] = {"code": error.exit_code, "reported": str(error)}
     except RuntimeError as error:  # of the connection to the rank that ended
-        result["stuck"] = {"code": 1, "told": str(error)}
+        result["stuck"] = {"code": 1, "reported": str(error)}
     path.write_text(json.dumps(result), "utf-8")
     os._exit(result["stuck"]["code"])
 

@@ -58,8 +58,8 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         process = server().Process(target=_main, args=(1, command, *streams, environment))
         process.start()
         process.join()
-        told = [Path(path).read_text("utf-8") for path in streams]
-    return subprocess.CompletedProcess(command, process.exitcode or 0, *told)
+        reported = [Path(path).read_text("utf-8") for path in streams]
+    return subprocess.CompletedProcess(command, process.exitcode or 0, *reported)
 
 
 def launch(world: int, command: list[str]) -> str:

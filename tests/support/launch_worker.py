@@ -44,7 +44,7 @@ def signals() -> None:
 def bug() -> None:
     if RANK == 1:
         raise ZeroDivisionError("the cause")
-    time.sleep(1)  # the other has told its error, and ends
+    time.sleep(1)  # the other has reported its error, and ends
     raise ConnectionError("connection closed by peer")
 
 
@@ -76,13 +76,13 @@ def world() -> None:
     torch.manual_seed(0)
     model = accelerator.prepare(torch.nn.Linear(3, 1, bias=False))
     model(torch.full((1, 3), rank + 1.0, device=accelerator.device)).sum().backward()
-    told = {
+    reported = {
         "world": accelerator.num_processes,
         "model": type(model).__name__,
         "gradient": next(model.parameters()).grad.tolist(),
         **processes.describe_world(accelerator),
     }
-    (FOLDER / f"rank{rank}.json").write_text(json.dumps(told))
+    (FOLDER / f"rank{rank}.json").write_text(json.dumps(reported))
     processes.end_processes(accelerator)
 
 

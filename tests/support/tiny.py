@@ -25,7 +25,7 @@ VOCAB = 61
 
 
 class Said(Log):
-    """Keeps what it is told, for tests to read."""
+    """Keeps what it is reported, for tests to read."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -160,27 +160,31 @@ def crowd_reference(
     """Loss and gradients of a crowd from the definitions: one example at a time, all logits, one
     direction and one pair of agents at a time. `seed`: of the directions."""
     crowd.zero_grad()
-    told = settings.crowd
+    reported = settings.crowd
     total, entropy, clouds = 0.0, torch.zeros((), dtype=torch.float64), []
     for row in rows:
-        ids = torch.tensor([row.ids] * told.num_agents)
+        ids = torch.tensor([row.ids] * reported.num_agents)
         output = crowd.base(input_ids=ids, output_hidden_states=True)
         places = [t for t, label in enumerate(row.labels[1:]) if label != template.IGNORED]
         for t in places:
             weight = row.weights[t + 1] if row.weights else 1.0
             total += weight
             likely = output.logits[:, t].double().log_softmax(-1)[:, row.labels[t + 1]]
-            entropy = entropy - weight * likely.sum() / told.num_agents
+            entropy = entropy - weight * likely.sum() / reported.num_agents
         if places:
-            hidden = output.hidden_states[told.layer if told.layer == -1 else told.layer + 1]
-            states = (output.logits if told.representation == "logits" else hidden)[:, places]
+            hidden = output.hidden_states[
+                reported.layer if reported.layer == -1 else reported.layer + 1
+            ]
+            states = (output.logits if reported.representation == "logits" else hidden)[:, places]
             pooled = {"last": states[:, -1], "first": states[:, 0], "mean": states.mean(1)}
-            point = pooled[told.pooling].double()
+            point = pooled[reported.pooling].double()
             length = point.shape[-1] ** 0.5
-            clouds.append(length * F.normalize(point, dim=-1) if told.normalise else point)
+            clouds.append(length * F.normalize(point, dim=-1) if reported.normalise else point)
     loss = entropy / (total or 1.0)
-    if clouds and told.num_agents > 1:
-        loss = loss - told.lambda_sw * _apart(torch.stack(clouds, 1), told.num_projections, seed)
+    if clouds and reported.num_agents > 1:
+        loss = loss - reported.lambda_sw * _apart(
+            torch.stack(clouds, 1), reported.num_projections, seed
+        )
     loss.backward()
     gradients = [p.grad.clone() for p in crowd.parameters() if p.requires_grad]
     crowd.zero_grad()

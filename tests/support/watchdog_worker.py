@@ -3,7 +3,7 @@
 One JSON request a line: {out, world, folder, train, limit, moment, rank, fault, times, env}; for it
 a launcher is forked, which forks the ranks and, unlike torchrun, lets them end by themselves: that
 they do is what the tests are about. At `moment` the fault happens in `rank`. In `out` appear pids,
-`codes` (exit codes), `told` (stdout and stderr), `moment` (the fault has happened) and
+`codes` (exit codes), `reported` (stdout and stderr), `moment` (the fault has happened) and
 weights.safetensors (the run has finished).
 """
 
@@ -165,9 +165,9 @@ def start_rank(rank: int, request: Request) -> None:
 
 def start_launcher(request: Request) -> None:
     out = Path(request["out"])
-    told = os.open(out / "told", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(told, 1)
-    os.dup2(told, 2)
+    reported = os.open(out / "reported", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(reported, 1)
+    os.dup2(reported, 2)
     pids = []
     gate, opened = os.pipe()
     for rank in range(request["world"]):

@@ -25,7 +25,7 @@ BANNED = {
     r"buried": "a zombie",
     r"(the )?begin of": "the beginning of",
     r"for good": "permanently",
-    r"in all": "total",
+    r"in all(?! \w)": "total",
     r"likes together": "sorted by length",
     r"lets? \w+ be": "keep",
     r"without a word": "unexpectedly",
