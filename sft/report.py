@@ -1,4 +1,4 @@
-"""The tables that open and end a run."""
+"""Makes the tables at the beginning and at the end of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sft.runtime.precision import resolve_precision
 def banner(
     config: RunConfig, described: list[tuple[str, str]], planned: Plan, world: dict[str, str]
 ) -> Table:
-    """Returns the table that opens a run. `described`: the rows of its task."""
+    """Returns the table at the beginning of a run. `described`: the rows of its task."""
     train, size = config.train, planned.world_size
     engine = train.engine if size > 1 or train.engine != "ddp" else "one process"
     settings = f" with {train.deepspeed_config}" if train.deepspeed_config else ""
@@ -38,7 +38,7 @@ def closing(
     commands: dict[str, str],
     measured: dict[str, Any],
 ) -> Table:
-    """Returns the table that ends a run. `rows`, `commands`: those of its task."""
+    """Returns the table at the end of a run. `rows`, `commands`: those of its task."""
     rows = [
         *rows,
         ("training", duration(measured["training_seconds"])),

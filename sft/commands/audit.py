@@ -10,7 +10,7 @@ from sft.config.load import with_values
 
 
 def main(args: Namespace) -> int:
-    """Prints what was found and writes it to outputs/audits."""
+    """Prints the findings, and writes them into outputs/audits."""
     config = cli.configuration(args)
     from sft.data import audit, audit_report, cache
     from sft.runtime.console import facts, make_console
@@ -36,5 +36,5 @@ def main(args: Namespace) -> int:
     folder = Path("outputs/audits", Path(config.train.output_dir).name)
     folder.mkdir(parents=True, exist_ok=True)
     cache.write_audit(prepared, folder)
-    console.print(f"{folder}/audit.html shows the rows with most findings in colour")
+    console.print(f"{folder}/audit.html shows the rows with the most findings in colour")
     return 3 if audit.count_errors(prepared.audit) else 0

@@ -1,4 +1,4 @@
-"""Changes that take less memory, and a comparison of GPUs."""
+"""Finds changes that save memory, and compares GPUs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sft.tasks.sft.task import FineTune
 class Advice:
     """A change of the configuration, and its effect on the planned step."""
 
-    change: str  # as overrides
+    change: str  # in the form of overrides
     price: str
     reserved_bytes: int
     saved_bytes: int
@@ -31,7 +31,7 @@ class Advice:
 
 
 def advise(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan) -> list[Advice]:
-    """Returns changes that take less memory with the same micro-batch, cheapest first."""
+    """Returns changes that save memory with the same micro-batch, cheapest first."""
     planned = {"train.gradient_checkpointing": plan.gradient_checkpointing}
     config = with_values(config, planned)
     planner = planner_of(config, workload, machine, plan)
@@ -61,7 +61,7 @@ def advise(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan)
 
 
 def _shorten(window: Window, most: int | None) -> Window:
-    """Returns the window with examples of at most so many tokens."""
+    """Returns the window with examples of at most `most` tokens; None: no limit."""
     if most is None:
         return window
     shorter = tuple(

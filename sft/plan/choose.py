@@ -24,15 +24,15 @@ from sft.tasks.base import TaskInfo, Workload
 from sft.tasks.registry import task_of
 from sft.train import schedule
 
-# Share of the memory that stays free: for other programs on a CPU, for fragmentation on a GPU.
+# Share of the memory that is left free: for other programs on a CPU, for fragmentation on a GPU.
 MARGIN = {"cpu": 0.15, "cuda": 0.06}
 SATURATING_TOKENS = {"cpu": 2048, "cuda": 16384}  # a larger micro-batch is no faster
-SATURATING_SMALL = {"cpu": 8192, "cuda": 65536}  # likewise, of a model whose tokens take little
+SATURATING_SMALL = {"cpu": 8192, "cuda": 65536}  # the same for a small model
 # Overhead of one micro-batch, in tokens. Measured on 2 cores (docs/LOG.md); on a GPU not measured,
 # so there the fewest micro-batches are taken.
 MICRO_BATCH_COST = {"cpu": 64, "cuda": None}
 UTILISATION = 0.35  # of a GPU's peak that training reaches; an assumption
-SCANNED = 20_000  # examples among which the heaviest micro-batch is looked for
+SCANNED = 20_000  # the heaviest micro-batch is searched in so many examples
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class _Choice:
     tokens: int  # of the heaviest micro-batch of the run
     memory: Memory
     fits: bool
-    why: str  # it is this budget
+    why: str  # the reason for this budget
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Planner:
         return batches.global_batch_ids(len(self.workload.lengths), order, step, train.global_batch)
 
     def choose(self) -> tuple[_Choice, str]:
-        """Returns the choice, and why activations are checkpointed or not."""
+        """Returns the choice, and the reason why activations are checkpointed or not."""
         asked = self.config.train.gradient_checkpointing
         if asked != "auto":
             return self._choose_largest(asked), "configured"
@@ -156,7 +156,7 @@ class Planner:
 
     @property
     def saturating(self) -> int:
-        """Returns the tokens of the data beyond which a micro-batch is no faster."""
+        """Returns the number of tokens beyond which a larger micro-batch is no faster."""
         tokens = SATURATING_SMALL if self.info.small else SATURATING_TOKENS
         return tokens[self.kind] // self.info.copies
 
@@ -173,7 +173,7 @@ class Planner:
         return _Choice(checkpointing, budget, cuts, window.tokens, memory, fits, why)
 
     def predict(self, window: Window, config: RunConfig, micro_batches: int) -> Memory:
-        """Returns the memory of a step with so many micro-batches on each process."""
+        """Returns the memory of a step with `micro_batches` micro-batches on each process."""
         on_gpu, group = self.kind == "cuda", self._group(micro_batches > 1)
         window = replace(window, waiting=(micro_batches - 1) * window.tokens)
         return predict(config, self.precision, window, on_gpu=on_gpu, group=group)
@@ -186,17 +186,17 @@ class Planner:
         return sharding.Group(self.world_size, train.engine, accumulates, zero)
 
     def heaviest_window(self, budget: batches.Budget, checkpointing: bool) -> Window:
-        """Returns the heaviest micro-batch; among several, it has gradients from the start."""
+        """Returns the heaviest micro-batch, with gradients from the start if a step has several."""
         chosen, accumulates = self.heaviest_micro_batch(budget, checkpointing)
         return Window((self.workload.rows(chosen),), budget.layout, accumulates)
 
     def heaviest_micro_batch(
         self, budget: batches.Budget, checkpointing: bool
     ) -> tuple[batches.MicroBatch, bool]:
-        """Returns the micro-batch of the run that takes the most memory, and whether gradients of
-        others exist beside it: of earlier micro-batches, or in DDP's buckets.
+        """Returns the micro-batch of the run that takes the most memory, and whether gradients exist
+        before it: of earlier micro-batches, or in DDP's buckets.
 
-        A long run is searched in its first SCANNED examples and in micro-batches of the longest.
+        Of a long run, only the first SCANNED examples and micro-batches of the longest are tried.
         """
         if budget not in self._candidates:
             self._candidates[budget] = self._heavy_micro_batches(budget)
@@ -247,7 +247,7 @@ class Planner:
         return predict(config, self.precision, window, on_gpu=on_gpu, evaluation=True, group=group)
 
     def answering_bytes(self, evaluation: Memory) -> int:
-        """Returns the bytes while held-out prompts are answered; 0 if none are."""
+        """Returns the peak bytes while held-out prompts are answered; 0 if there are none."""
         work = self.workload.held_out
         if work is None:
             return 0
@@ -259,7 +259,7 @@ class Planner:
         return kept + taken if taken else 0
 
     def seconds(self, counts: Counts, checkpointing: bool, tokens: int) -> float | None:
-        """Returns the time of so many tokens: weights x tokens at an assumed share of the peak."""
+        """Returns the time of `tokens`: weights x tokens at an assumed share of the GPU's peak."""
         gpu = gpus.find_gpu(self.machine.devices[0].name) if self.machine.devices else None
         if gpu is None or self.precision != "bf16" or self.info.small:
             return None
@@ -275,7 +275,7 @@ class Planner:
 
 
 def configured_rows(train: Train, world_size: int) -> int | None:
-    """Returns the examples of a micro-batch, if configured; raises ConfigError if impossible."""
+    """Returns the configured examples of a micro-batch; raises ConfigError if impossible."""
     rows, steps = train.micro_batch, train.gradient_accumulation_steps
     if steps == "auto":
         return None if rows == "auto" else rows

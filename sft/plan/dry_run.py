@@ -1,10 +1,10 @@
-"""A dry run of one optimizer step, which shows its memory before a weight is loaded.
+"""Runs one optimizer step without data, to find its memory before any weights are loaded.
 
-The step is the run's own: the task's model and loss and `Engine.optimizer_step` run as they are,
-on fake tensors, which have shapes but no data, under a recorder of allocations.
+The step is the run's own: the task's model and loss and `Engine.optimizer_step` run unchanged, on
+fake tensors, which have shapes but no data. A recorder notes the allocations.
 
-It happens on the CPU, whatever the run's device. For a GPU, operations keep what they would keep
-there, as far as they know (docs/PLAN.md).
+The dry run is on the CPU, whatever the run's device. To predict a GPU, operations are patched to
+keep what they would keep there, as far as possible (docs/PLAN.md).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Window:
 
     micro_batches: tuple[tuple[Row, ...], ...]
     layout: batches.Layout = "padded"
-    gradients: bool = False  # exist from the start: of earlier micro-batches, in DDP's buckets
+    gradients: bool = False  # exist from the start, from earlier micro-batches or in DDP's buckets
     waiting: int = 0  # tokens of collated micro-batches that wait; `memory` adds their bytes
 
     @property
@@ -70,7 +70,7 @@ def trace_step(
 ) -> Trace:
     """Returns the allocations of a step after the first, weights and optimizer state included.
 
-    `depth`: layers, instead of all that the model has. `on_gpu`: as they would be on a GPU.
+    `depth`: the number of layers; None: all. `on_gpu`: the allocations as they would be on a GPU.
     `evaluation`: those of a held-out loss after such a step, while its gradients still exist.
     """
     task = task_of(config)
@@ -88,7 +88,7 @@ def trace_step(
 
 @contextmanager
 def _set_attributes(owner: Any, **values: Any) -> Iterator[None]:
-    """Sets attributes of a library that has no option for what a dry run needs; restores them."""
+    """Sets attributes of a library that has no option for them, and restores them afterwards."""
     before = {name: getattr(owner, name) for name in values}
     try:
         for name, value in values.items():
@@ -101,7 +101,7 @@ def _set_attributes(owner: Any, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def _fake(mode: str, masked: bool) -> Iterator[None]:
-    """Makes every tensor inside fake, and lets nothing outside keep one.
+    """Makes every tensor inside fake, and prevents that anything outside keeps one.
 
     `masked`: whether transformers makes a mask, as it does for packed documents. It decides by the
     values of a tensor, which a fake one lacks.
@@ -112,11 +112,11 @@ def _fake(mode: str, masked: bool) -> Iterator[None]:
         if mode == "qlora":
             from bitsandbytes import functional
 
-            enter(_set_attributes(functional, name2qmap={}))  # tables that it keeps for all models
+            enter(_set_attributes(functional, name2qmap={}))  # tables kept for all models
         enter(_set_attributes(masking_utils, is_tracing=lambda *_: masked))
         enter(_set_attributes(nn.Module, _apply=_convert))
-        enter(warnings.catch_warnings(action="ignore"))  # the real build gives them, too
-        # Of a failure torch logs the trace; the plan falls back on a closed form and says why.
+        enter(warnings.catch_warnings(action="ignore"))  # the real build gives the same warnings
+        # If tracing fails, torch would log it; the plan uses a closed form and gives the reason.
         enter(_set_attributes(getLogger("torch._subclasses.fake_tensor"), disabled=True))
         enter(FakeTensorMode(allow_non_fake_inputs=True))
         enter(AssumeOnes())
@@ -124,7 +124,7 @@ def _fake(mode: str, masked: bool) -> Iterator[None]:
 
 
 def _convert(module: nn.Module, function: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
-    """Replaces `nn.Module._apply`, which swaps parameters in place; fake ones refuse that."""
+    """Replaces `nn.Module._apply`, which swaps parameters in place; fake ones do not allow it."""
     for child in module.children() if recurse else ():
         _convert(child, function)
     for name, parameter in module._parameters.items():
@@ -145,12 +145,12 @@ def _like_a_gpu(text: Any, precision: str) -> Iterator[None]:
     def dropout(
         x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
-        """Keeps a mask of booleans; on a CPU it is one of numbers."""
+        """Keeps a mask of booleans, as on a GPU; on a CPU the mask has numbers."""
         del inplace
         return torch.native_dropout(x, p, training)[0]
 
     def attention(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
-        """Keeps no mask of dropout: kernels make it again; on a CPU it would be quadratic."""
+        """Keeps no mask of dropout: a GPU's kernels make it again. On a CPU it is quadratic."""
         return attend(*tensors, **options | {"dropout_p": 0.0})
 
     def layer_norm(*arguments: Any) -> torch.Tensor:
@@ -174,10 +174,10 @@ def _like_a_gpu(text: Any, precision: str) -> Iterator[None]:
 
 
 class DryEngine(Engine):
-    """An engine whose every step is the same window, with a recorder of what it allocates."""
+    """An engine that computes the same window in every step, and records the allocations."""
 
     recorder: Recorder | None = None
-    gradients = False  # whether there are some before the first pass of a step
+    gradients = False  # whether gradients exist before the first pass of a step
 
     def __init__(
         self, task: Trainable, train: Train, context: Context, micro_batches: list[MicroBatch]
@@ -196,7 +196,7 @@ class DryEngine(Engine):
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
             self.recorder.label_tensors((p.grad for p in trained), "gradients")
-        with _disable_current_modes():  # arrays of numpy are made real
+        with _disable_current_modes():  # numpy arrays become real tensors
             batch = super().collate(micro_batch)
             if fake := getattr(trained[0], "fake_mode", None):
                 real = {k: t for k, t in vars(batch).items() if isinstance(t, torch.Tensor)}
@@ -219,10 +219,10 @@ def make_engine(
     depth: int | None = None,
     accelerator: Any = None,
 ) -> DryEngine:
-    """Returns an engine whose every step is `window`.
+    """Returns an engine that computes `window` in every step.
 
     It runs on the device of `accelerator`, in its processes. With None it is one process on the
-    CPU, past its first step, in which the optimizer makes its state.
+    CPU, after the first step, in which the optimizer makes its state.
     """
     rows = [row for micro_batch in window.micro_batches for row in micro_batch]
     config = with_values(config, {"train.global_batch": len(rows)})
@@ -245,8 +245,10 @@ def make_engine(
 
 
 class CpuAccelerator:
-    """Replaces an Accelerator for one process on the CPU: a process has only one Accelerator, and
-    that of the run may be on a GPU."""
+    """Replaces an Accelerator for one process on the CPU.
+
+    A process has only one Accelerator, and that of the run may be on a GPU.
+    """
 
     device, num_processes, process_index, is_main_process = CPU, 1, 0, True
     distributed_type = DistributedType.NO
@@ -270,8 +272,8 @@ class CpuAccelerator:
 def record_step(engine: DryEngine, *, gradients: bool = False, evaluation: bool = False) -> Trace:
     """Returns the allocations of the engine's next step, labelled by use and cut into phases.
 
-    `evaluation`: those of a held-out loss of its first micro-batch instead. `gradients`: as if
-    there were some from the start.
+    `evaluation`: those of the held-out loss of its first micro-batch instead. `gradients`: whether
+    gradients exist from the start.
     """
     recorder, model = Recorder(), engine.task.model
     engine.recorder, engine.gradients = recorder, gradients
@@ -294,7 +296,7 @@ def record_step(engine: DryEngine, *, gradients: bool = False, evaluation: bool 
 
 
 def tensors_by_use(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """Returns all tensors that a model keeps, by what they are for."""
+    """Returns all tensors that a model keeps, by their use."""
     result: dict[str, list[torch.Tensor]] = {
         "weights": list(model.buffers()),
         "adapters": [],

@@ -1,9 +1,9 @@
 """Predicts the memory of an optimizer step before weights are loaded.
 
 The run's own step is traced on fake tensors (`dry_run`). Layers repeat, so a deep model is traced
-with few of them, phase by phase, and the phases are extended to its depth. Workspaces of a GPU's
-libraries, which no trace sees, are added by formula. A model that cannot be traced gets a closed
-form, good to a factor of two. `Memory.method` names the one that was used.
+with only a few layers, and each phase is extended to the whole depth. Workspaces of a GPU's
+libraries, which no trace sees, are added by formula. For a model that cannot be traced, a closed
+form is used, which is right within a factor of two. `Memory.method` names the method.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ NF4_BYTES = 0.516  # per weight: 4 bits and the double-quantised scale of each b
 # Closed form: activations of a layer, bytes per token and hidden unit. Traces of Llama and Qwen2
 # shapes gave 94 to 126 in fp32 and 61 to 77 in bf16 (autocast); of GPT-2, twice that.
 ACTIVATION_BYTES = {"fp32": 110, "bf16": 70}
-CONTEXT_BYTES = 600 * MIB  # of CUDA and its kernels in a process; an assumption, cards differ
-CUBLAS_BYTES = 2 * 32 * MIB  # workspaces of forward and backward threads; of Hopper, others less
+CONTEXT_BYTES = 600 * MIB  # CUDA and its kernels in a process; an assumption: GPUs differ
+CUBLAS_BYTES = 2 * 32 * MIB  # of forward and backward threads on Hopper; other GPUs need less
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Memory:
     """Bytes of one process at the peak of a step."""
 
     breakdown: dict[str, int]  # by use, largest first
-    reserved: int  # taken by the caching allocator of a GPU for them; on a CPU the same
+    reserved: int  # taken for them by a GPU's caching allocator; on a CPU the same bytes
     method: str  # how it was predicted
 
     @property
@@ -65,7 +65,7 @@ def predict(
     Uses the closed form if the step cannot be traced.
     """
     try:
-        # With PyTorch's optimizer: those of bitsandbytes have no shape rules.
+        # PyTorch's optimizer is traced, because those of bitsandbytes have no shape rules.
         casts = group.engine == "deepspeed" or (group.engine == "fsdp" and group.world_size > 1)
         engine = "fsdp" if casts else "ddp"  # what autocast keeps depends on it
         checkpointing = config.train.gradient_checkpointing
@@ -75,7 +75,7 @@ def predict(
         phases, reserved, method = _trace(folder, key, precision, alone, on_gpu, evaluation)
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001  # whatever a model does that no trace suits
+    except Exception as error:  # noqa: BLE001  # a model may fail in any way
         why = str(error).strip().split("\n")[0] or type(error).__name__
         parts = _closed_form(config, precision, window, evaluation)
         parts = parts_on_rank("backward", parts, config, precision, group, on_gpu)
@@ -120,7 +120,7 @@ def _trace(folder: Path, key: ModelKey, *step: Any) -> Result:
 
     `step`: its precision, its window, and whether it is on a GPU and an evaluation.
     """
-    config = config_of_key(key)  # may name a file of sizes: what it holds is an input as well
+    config = config_of_key(key)  # may name a file of sizes; its content is an input, too
     sizes = repr(task_of(config).info(config)), count_at_depth(model_key(config), None)
     return load_or_trace(folder, (key, sizes, step), lambda: _trace_anew(key, *step))
 
@@ -128,7 +128,7 @@ def _trace(folder: Path, key: ModelKey, *step: Any) -> Result:
 def _trace_anew(
     key: ModelKey, precision: str, window: Window, on_gpu: bool, evaluation: bool
 ) -> Result:
-    """Traces a step: the whole model, or few of its layers twice, extended to all."""
+    """Traces a step of the whole model, or two steps with few layers, extended to all layers."""
     config = config_of_key(key)
 
     def trace_at(depth: int | None) -> Trace:
@@ -157,16 +157,16 @@ def _trace_anew(
         for name, peak in second.items()
     }
     reserved = max(sum(parts.values()) for parts in phases.values())
-    if on_gpu:  # extended without pages, by which the allocator rounds; then one of each pool
+    if on_gpu:  # extended without the allocator's rounding to pages; then one page per pool
         sizes = extend(small.reserved(pages=False), large.reserved(pages=False))
         reserved = max(reserved, sizes) + SMALL_SEGMENT + LARGE_SEGMENT
     return phases, reserved, f"traced with {few} and {more} of {whole} layers"
 
 
 def _depths(key: ModelKey) -> tuple[int, int, int] | None:
-    """Returns few layers, more, and all: depths between which every layer adds the same.
+    """Returns three depths (few, more, all), between which every layer adds the same memory.
 
-    None where layers do not repeat, or are too few for a shorter trace to be quicker.
+    None if layers do not repeat, or if there are so few that shorter traces save no time.
     """
     config = config_of_key(key)
     info = task_of(config).info(config)
@@ -177,7 +177,7 @@ def _depths(key: ModelKey) -> tuple[int, int, int] | None:
     )
     few = 2 * period + whole % period
     more = few + period
-    if info.small or few + more >= whole or info.deepest_layer >= whole:  # which the task refuses
+    if info.small or few + more >= whole or info.deepest_layer >= whole:  # the task refuses that
         return None
     key = model_key(config)
     numbers = [count_at_depth(key, depth).parameters for depth in (few, more, whole)]
@@ -188,7 +188,7 @@ def _depths(key: ModelKey) -> tuple[int, int, int] | None:
 def _attention_workspace(config: RunConfig, precision: str, window: Window) -> dict[str, int]:
     """Returns the bytes of flash attention in a backward pass, which no trace sees.
 
-    They are the gradient of the queries in fp32 and two numbers a head and token; with grouped
+    They are the gradient of the queries in fp32, and two numbers per head and token. With grouped
     queries also gradients of keys and values for every head (PyTorch, flash_api.cpp: mha_bwd).
     """
     info = task_of(config).info(config)

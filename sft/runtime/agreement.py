@@ -20,9 +20,9 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "dee
 
 
 def collect_facts(config: RunConfig, data: Mapping[str, str]) -> dict[str, str]:
-    """Returns by name what must be equal on all ranks; digests of values, since some are secret.
+    """Returns the facts that must be equal on all ranks; of secret values only digests.
 
-    `data` has digests of what the task is trained on.
+    `data` has digests of the task's training data.
     """
     values = {
         f"{section}.{key}": _digest(json.dumps(value, sort_keys=True))
@@ -52,7 +52,7 @@ def _version(name: str) -> str:
 def refuse_differences(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
     """Raises PeerError, on all ranks, if `facts` are not the same on all. Collective.
 
-    The value that most ranks have counts as right; of two ranks, the first one's.
+    The value that most ranks have counts as right; with two ranks, that of the first.
     """
     if accelerator.num_processes == 1:
         return

@@ -1,4 +1,4 @@
-"""Starts and ends other processes, and says whether one is alive."""
+"""Starts and ends other processes, and finds out whether a process is alive."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ LAUNCHER = "SFT_LAUNCHER"  # the variable in which the launcher gives the ranks 
 
 
 def die_with_parent(parent: int) -> None:
-    """Makes the kernel kill this process when `parent`, which started it, ends in whatever way."""
+    """Makes the kernel kill this process when `parent`, which started it, ends for any reason."""
     if sys.platform != "linux":
         return
     set_death_signal = 1  # PR_SET_PDEATHSIG
     ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the kernel was asked
+    if os.getppid() != parent:  # the parent ended before this call
         os._exit(1)
 
 
 def prepare_worker(parent: int) -> None:
-    """Makes a forked worker die with its parent, and leave signals to it."""
-    signal.set_wakeup_fd(-1)  # that pipe is the parent's
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    """Makes a forked worker die with its parent, which alone handles signals."""
+    signal.set_wakeup_fd(-1)  # the pipe belongs to the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the pool ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool ends its workers with SIGTERM
     die_with_parent(parent)
 
 
 def machine_id() -> str:
-    """Returns a text that is equal for processes that see each other's process ids."""
+    """Returns a text that is equal for processes which see the same process ids."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -46,7 +46,7 @@ def machine_id() -> str:
 
 
 def is_dead(pid: int) -> bool:
-    """Returns whether that process of this machine has exited or is a zombie."""
+    """Returns whether process `pid` of this machine has exited or is a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -57,7 +57,7 @@ def is_dead(pid: int) -> bool:
 
 
 def process_state(pid: int) -> str:
-    """Returns the kernel's letter (R running, T stopped, Z zombie), or '' if unknown."""
+    """Returns the kernel's letter of a process (R running, T stopped, Z zombie); '' if unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
     except OSError:
@@ -65,7 +65,7 @@ def process_state(pid: int) -> str:
 
 
 def kill_tree(pid: int) -> None:
-    """Kills a process and all its descendants; this process, if it is one of them, last."""
+    """Kills a process and all its descendants. If this process is one of them, it is the last."""
     with suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         family = [root, *root.children(recursive=True)]
@@ -75,7 +75,7 @@ def kill_tree(pid: int) -> None:
 
 
 def run_captured(command: Sequence[str], seconds: float, environment: Mapping[str, str]) -> str:
-    """Returns what a command and its descendants printed; kills them all after so many seconds.
+    """Returns what a command and its descendants print; kills them all after `seconds`.
 
     It waits until the last process that may still print has ended.
     """

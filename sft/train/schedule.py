@@ -1,4 +1,4 @@
-"""Learning rate and order: functions of the configuration and the step."""
+"""Computes the learning rate and the order of examples from the configuration and the step."""
 
 from __future__ import annotations
 
