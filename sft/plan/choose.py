@@ -193,8 +193,8 @@ class Planner:
     def heaviest_micro_batch(
         self, budget: batches.Budget, checkpointing: bool
     ) -> tuple[batches.MicroBatch, bool]:
-        """Returns the micro-batch of the run that takes the most memory, and whether gradients exist
-        before it: of earlier micro-batches, or in DDP's buckets.
+        """Returns the run's micro-batch that takes the most memory, and whether gradients exist
+        before it, from earlier micro-batches or in DDP's buckets.
 
         Of a long run, only the first SCANNED examples and micro-batches of the longest are tried.
         """
