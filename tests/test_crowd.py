@@ -435,7 +435,7 @@ def test_where_memory_runs_out_the_same_batch_is_done_in_smaller_pieces(
 
     monkeypatch.setattr(starved.task, place, fail)
     found = starved.optimizer_step()
-    assert starved.budget.max_tokens <= 30
+    assert starved.task.budget.max_tokens <= 30
     for key in ("train/loss", "train/diversity"):
         assert found[key] == pytest.approx(expected[key], rel=1e-10)
 
@@ -473,7 +473,7 @@ def copied(made: engine.Engine) -> engine.Engine:
     """A fresh one of the same settings and rows."""
     prepared, given = made.task.prepared, made.task.config
     rows = [prepared.train[i] for i in range(len(prepared.train))]
-    return tiny.make_engine(exact(given), rows, rows, given, made.budget)
+    return tiny.make_engine(exact(given), rows, rows, given, made.task.budget)
 
 
 def test_a_layer_that_the_model_lacks_is_refused(tmp_path):
@@ -873,6 +873,7 @@ def test_a_crowd_answers_as_its_mixture_with_its_run_and_without(run, moved, tmp
         made.save_model(mixture, tmp_path / "saved")
 
 
+@pytest.mark.slow
 def test_a_moved_crowd_is_refused_where_it_is_damaged_or_the_base_is_another(moved, tmp_path):
     other = shutil.copytree(ROOT / "nano/model", tmp_path / "other")
     content = bytearray((other / "model.safetensors").read_bytes())

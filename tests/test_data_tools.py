@@ -16,6 +16,7 @@ def write(path: Path, rows: list, *lines: str) -> str:
     return f"data.train_path={path}"
 
 
+@pytest.mark.slow
 def test_process_normalises_any_format_into_one_file(tmp_path, run_script):
     (tmp_path / "raw").mkdir()
     mixed = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]

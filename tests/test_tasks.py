@@ -16,6 +16,8 @@ import toy_task
 from conftest import ROOT
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 STEPS, MIDDLE = 6, 3
 
 
@@ -67,7 +69,7 @@ def test_it_is_planned_and_checked_before_it_runs(tmp_path):
     plan = start("plan", *config, "--json", str(tmp_path / "plan.json"))
     assert "64 to train on, 16 held out" in plan
     assert "49 of 49 parameters" in plan
-    assert "(traced)" in plan
+    assert "(traced" in plan  # what earlier runs took may follow
     checked = start("check", *config)
     assert "NOT OK" not in checked
     assert "checkpoint: saved, verified and read back" in checked
