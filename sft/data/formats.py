@@ -1,8 +1,8 @@
-"""One raw row, whatever its format -> the messages and tools that the chat template will render.
+"""Turns a raw row of any format into the messages and tools that the chat template renders.
 
-No row is repaired: what would be lost, guessed or not rendered makes it a bad row, which is a
+No row is repaired. If something would be lost, guessed or not rendered, the row is bad: that is a
 `ValueError` with the reason. A row's keys decide its format, one of FORMATS. `system` and `tools`
-may stand beside the keys of any chat format; other keys (id, source ...) are ignored.
+may be further keys of any chat format; other keys (id, source ...) are ignored.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Messages = list[Message]
 Tools = list[Any]  # objects, each {"type": "function", "function": {"name": ..., ...}}
 
 ROLES = ("system", "user", "assistant", "tool")
-MAX_WEIGHT = 1e6  # of a message in the loss
-DEEPEST = 64  # levels of what a tool or a call holds; templates and pickling go no deeper than 300
-TEXT = "text"  # role of the only message of raw text, which is no conversation
-# What a message may hold beside role, content and weight; anything else would not be rendered.
+MAX_WEIGHT = 1e6  # of a message's weight in the loss
+DEEPEST = 64  # levels in a tool or a call; templates and pickling handle at most 300
+TEXT = "text"  # role of the only message of raw text, which is not a conversation
+# Keys that a message may have besides role, content and weight; no others would be rendered.
 EXTRAS = {
     "system": set[str](),
     "user": set[str](),
@@ -43,7 +43,7 @@ class Format(NamedTuple):
     """A format of rows and the function that reads its messages."""
 
     name: str
-    keys: tuple[str, ...]  # a row with all of these is recognised
+    keys: tuple[str, ...]  # a row with all of these keys has the format
     read: Callable[[dict[str, Any]], Messages]
 
 
@@ -69,7 +69,7 @@ def recognise(row: Any) -> str:
 def normalise(
     row: Any, format: str = "auto", columns: dict[str, str] | None = None
 ) -> tuple[Messages, Tools | None]:
-    """Returns the messages and tools of a row. Raises ValueError with the reason for a bad row."""
+    """Returns the messages and tools of a row. Raises ValueError with the reason if it is bad."""
     row = select_columns(row, columns) if columns else row
     known = BY_NAME[recognise(row) if format == "auto" else format]
     if known.name == "text" and isinstance(row, str):
@@ -106,7 +106,7 @@ ANSWERED_BY = {
 
 
 def read_question(row: Any) -> tuple[Messages, Tools | None]:
-    """Returns the messages and tools of a row that is a prompt to answer, not one to train on.
+    """Returns the messages and tools of a row that is to be answered, not trained on.
 
     It may be a text, and it needs no answer. If its last turn is the assistant's, that is the
     expected answer. Raises ValueError with the reason for a bad row.
@@ -241,7 +241,7 @@ def _from_alpaca(row: dict[str, Any]) -> Messages:
 
 
 def _from_prompt_completion(row: dict[str, Any]) -> Messages:
-    """Joins texts, or lists of messages; assistant turns of such a prompt are context."""
+    """Joins two texts, or two lists of messages. Assistant turns in a prompt are context."""
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return _pair(prompt, completion, "prompt", "completion")
@@ -295,7 +295,7 @@ def _conversation(messages: Any, name: str) -> Messages:
 
 
 def _message(message: Any, name: str) -> Message:
-    """Returns a message with exactly the keys that can be rendered; null is a missing key."""
+    """Returns a message with only the keys that can be rendered; null is a missing key."""
     if not isinstance(message, dict):
         raise ValueError(f"{name}: expected an object, found {type(message).__name__}")
     given = {key: value for key, value in message.items() if value is not None}
@@ -341,7 +341,7 @@ def _join_parts(content: Any, name: str) -> Any:
 
 
 def _call(call: Any, name: str) -> dict[str, Any]:
-    """Returns a tool call as templates expect it: wrapped as a function, arguments an object."""
+    """Returns a tool call in the form of templates: a function with an object as arguments."""
     given = _object_in(call, name)
     function = _object_in(given["function"], f"{name}: function") if "function" in given else given
     known = {"id", "type", "index", "name", "arguments"}
@@ -393,7 +393,7 @@ def _list(value: Any, name: str) -> list[Any]:
 
 
 def _json(value: Any, name: str) -> Any:
-    """Parses a JSON text; any other value is taken as parsed already."""
+    """Parses a JSON text; any other value is returned, because it is already parsed."""
     if not isinstance(value, str):
         return value
     try:
@@ -411,7 +411,7 @@ def _weight(value: Any, name: str) -> float:
 
 
 def _check_strings(value: Any, name: str, depth: int = 0) -> None:
-    """Raises ValueError if a text inside a JSON value cannot be tokenised, or it is too deep."""
+    """Raises ValueError if a text in a JSON value cannot be tokenised, or if it is too deep."""
     if depth > DEEPEST:
         raise ValueError(f"{name}: nested too deeply (over {DEEPEST} levels)")
     if isinstance(value, str):
@@ -438,7 +438,7 @@ def _check_characters(text: str, name: str) -> None:
 
 
 def scalar_text(value: Any) -> str:
-    """Returns a scalar as text, or "". Parquet makes 7 a float in a column with gaps: 7.0 is 7."""
+    """Returns a scalar as text, or "". 7.0 gives "7": Parquet makes integers with gaps floats."""
     if isinstance(value, str):
         return value
     if isinstance(value, float) and value.is_integer():

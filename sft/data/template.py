@@ -1,14 +1,15 @@
-"""Messages -> (ids, labels) through the tokenizer's own chat template; nothing else renders.
+"""Turns messages into (ids, labels) with the tokenizer's own chat template, and no other renderer.
 
-Supervision is decided on *characters* of the rendered text (`data/spans`), then carried to tokens
-by their offsets. Each assistant turn is one span: its content, its tool calls and the end of turn
-that the template writes.
+Supervision is decided on *characters* of the rendered text (`data/spans`). The offsets of tokens
+then give their labels. Each assistant turn is one span: its content, its tool calls and the end of
+turn that the template writes.
 
-- Whatever the model has to write itself is supervised too: a token that holds both template and
-  content (" Hello" after "[/INST]"), blanks and an empty block of thoughts between the inference
-  prompt and the content. An added token of the header that swallows blanks is not.
-- A turn whose thoughts the template drops, as many do for all turns but the last, is not
-  supervised: at inference the model would think before it. A turn that only calls tools is.
+- All that the model has to write itself is supervised, too: a token with both template and content
+  (" Hello" after "[/INST]"), and blanks and an empty block of thoughts between the inference prompt
+  and the content. An added token of the header that includes blanks is not supervised.
+- Many templates drop the thoughts of all turns but the last. A turn that lost its thoughts is not
+  supervised, because at inference the model would think first. A turn that only calls tools is
+  supervised.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ OnLong = Literal["error", "drop", "truncate_left_turns", "truncate"]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """The tokens of a row: `labels[i]` is `ids[i]` where supervised, else -100; the loss shifts.
+    """The tokens of a row. `labels[i]` is `ids[i]` if supervised, else -100; the loss shifts them.
 
-    `weights[i]` multiplies the loss of label i; None: 1 everywhere. `flags` are findings made while
-    rendering, which are kinds of `data/audit`.
+    `weights[i]` multiplies the loss of label i; None: 1 everywhere. `flags` are findings of the
+    rendering, each a kind of `data/audit`.
     """
 
     ids: list[int]
@@ -59,7 +60,7 @@ class Example:
 
     @property
     def num_supervised(self) -> int:
-        """Counts supervised tokens, without the first: no token stands before it to predict it."""
+        """Counts supervised tokens, without the first of the row, which no token can predict."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
@@ -151,13 +152,13 @@ def render_row(
     supervise: Supervise = "all",
     on_long: OnLong = "error",
 ) -> list[tuple[Row, Example]]:
-    """Returns (row, example) of a row: one; none if it is dropped; of a raw document one for each
-    `max_seq_len` tokens.
+    """Returns (row, example) of a row: usually one, none if the row is dropped.
 
-    `on_long` decides about a row of more than `max_seq_len` tokens: `error` returns it, and the
-    audit refuses it; `drop`; `truncate_left_turns` removes the oldest exchanges behind the system
-    turn until it fits, and returns a last exchange that is too long by itself; `truncate` cuts the
-    end, flagged `answer_cut`, and drops a row of which nothing supervised is left.
+    A raw document gives one for each `max_seq_len` tokens. `on_long` decides about a longer row.
+    `error` returns it, and the audit refuses it. `drop` drops it. `truncate_left_turns` removes the
+    oldest exchanges after the system turn until it fits; a last exchange that is too long by itself
+    is returned. `truncate` cuts the end and flags the row `answer_cut`; it drops the row if nothing
+    supervised is left.
     """
     example = render(tokenizer, row.messages, row.tools, supervise)
     if len(example.ids) <= max_seq_len:
@@ -233,7 +234,7 @@ def colour_text(tokenizer: Tokenizer, example: Example) -> Text:
 
 
 def list_tokens(tokenizer: Tokenizer, example: Example) -> Text:
-    """Returns every token after its id, in the colours of `colour_text`, blanks made visible."""
+    """Returns every token with its id, in the colours of `colour_text`, with visible blanks."""
     added, result = added_tokens(tokenizer), Text()
     for at, (token, label) in enumerate(zip(example.ids, example.labels, strict=True)):
         text = decode_slice(tokenizer, example.ids, at, at + 1)
@@ -257,7 +258,7 @@ def _prompt_text(tokenizer: Tokenizer, messages: Messages, tools: Tools | None) 
 
 
 def _render_document(tokenizer: Tokenizer, text: str) -> Example:
-    """Tokenises a document: all of it is supervised, and an eos ends it."""
+    """Tokenises a document and adds an eos; all tokens are supervised."""
     ids = tokenizer(text, verbose=False)["input_ids"]
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
@@ -274,8 +275,10 @@ def _weight(turn: dict[str, Any], is_last: bool, supervise: Supervise) -> float:
 
 
 def _drop_oldest(messages: Messages) -> Iterator[Messages]:
-    """Yields the conversation without its first exchange, its first two, ...; the system turn
-    stays."""
+    """Yields the conversation without its first exchange, without its first two, and so on.
+
+    The system turn stays.
+    """
     start = 1 if messages[0]["role"] == "system" else 0
     asked = [n for n, m in enumerate(messages) if m["role"] == "user" and n > start]
     for n in asked:
@@ -283,22 +286,22 @@ def _drop_oldest(messages: Messages) -> Iterator[Messages]:
 
 
 def tokenise(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
-    """Returns ids and offsets of a rendered text, to which the tokenizer adds no special token."""
+    """Returns ids and offsets of a rendered text, without adding special tokens."""
     ids, offsets = _encode(tokenizer, len(tokenizer), text)
     return list(ids), list(offsets)
 
 
 @lru_cache(maxsize=2)  # the audit asks for the same text again
 def _encode(tokenizer: Tokenizer, size: int, text: str) -> tuple[list[int], list[Span]]:
-    del size  # only in the key of the cache: a tokenizer may grow
+    del size  # only a key of the cache, since a tokenizer may grow
     encoded = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )  # verbose: it would warn of a length that the audit checks
+    )  # verbose would warn about the length, which the audit checks
     return encoded["input_ids"], encoded["offset_mapping"]
 
 
 def decode_slice(tokenizer: Tokenizer, ids: list[int], start: int, end: int) -> str:
-    """Returns the text of ids[start:end] in its place; by itself it might lose its first blank."""
+    """Returns the text of ids[start:end] in context; alone, it might lose its first blank."""
     before, until = (
         str(tokenizer.decode(ids[:at], clean_up_tokenization_spaces=False)) for at in (start, end)
     )

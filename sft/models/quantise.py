@@ -20,7 +20,7 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def quantise(model: Any, compute_dtype: torch.dtype) -> None:
-    """Quantises the layers of a model that was not loaded, as loading with `nf4` does."""
+    """Quantises the layers of a model that was not loaded, as loading with `nf4` would."""
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -30,7 +30,7 @@ def quantise(model: Any, compute_dtype: torch.dtype) -> None:
     weights = dict(model.named_parameters())
     settings = nf4(compute_dtype)
     kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    with unset_fake_temporarily():  # its own class of parameters cannot be fake
+    with unset_fake_temporarily():  # bitsandbytes' class of parameters cannot be fake
         replace_with_bnb_linear(model, kept, settings)
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
@@ -45,7 +45,7 @@ def quantise(model: Any, compute_dtype: torch.dtype) -> None:
             )
             if module.bias is not None:
                 module.bias = nn.Parameter(weights[f"{name}.bias"].detach(), requires_grad=False)
-    model.is_loaded_in_4bit = True  # PEFT asks
+    model.is_loaded_in_4bit = True  # PEFT reads it
     keep_nf4_trainable(model)
 
 

@@ -17,11 +17,11 @@ class Counts:
 
     parameters: int
     trained: int
-    multiplied: int  # all but embeddings: each multiplies a token once
-    largest: int  # the trained tensor with the most parameters
+    multiplied: int  # parameters without embeddings: each multiplies every token once
+    largest: int  # parameters of the largest trained tensor
     layers: int  # repeated ones, which FSDP2 gathers one at a time
-    outside: int  # parameters of no layer
-    sizes: tuple[int, ...]  # of each parameter
+    outside: int  # parameters that belong to no layer
+    sizes: tuple[int, ...]  # number of elements of each parameter
 
 
 def count_parameters(config: RunConfig) -> Counts:
@@ -30,7 +30,7 @@ def count_parameters(config: RunConfig) -> Counts:
 
 @lru_cache(maxsize=64)
 def count_at_depth(key: ModelKey, depth: int | None) -> Counts:
-    """Counts the model with so many layers; None: with all."""
+    """Counts the model with `depth` layers; None: with all layers."""
     config = config_of_key(key)
     built = task_of(config).skeleton(config, depth)
     first, last = (getattr(layer, "weight", None) for layer in embedding_layers(built))

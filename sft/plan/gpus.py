@@ -1,4 +1,4 @@
-"""GPUs known by name, to plan for them elsewhere."""
+"""Lists GPUs by name, so that a run can be planned on a machine without them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sft.runtime.hardware import GIB, Device
 @dataclass(frozen=True)
 class Gpu:
     gib: float
-    """Total memory as torch reports it; the makers' numbers are larger."""
+    """Total memory as torch reports it; the numbers in data sheets are larger."""
     teraflops: float
-    """Dense peak in bf16 (without it: fp16), from the maker's data sheet."""
+    """Peak without sparsity in bf16 (or fp16, if the GPU has no bf16), from the data sheet."""
     bf16: bool = True
 
 
@@ -39,7 +39,7 @@ GPUS = {
 
 
 def named_gpus(text: str, gib: float | None = None) -> list[Device]:
-    """Returns the devices that `NAME` or `NAME x n` names; `gib`: the memory of each.
+    """Returns the devices that `NAME` or `NAME x n` describes; `gib`: the memory of each.
 
     Raises ValueError for a name that is not in the table, unless `gib` is given.
     """
@@ -60,7 +60,7 @@ def named_gpus(text: str, gib: float | None = None) -> list[Device]:
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """Returns the GPU with a name as people or drivers write it, if there is just one."""
+    """Returns the GPU that `name`, as people or drivers write it, fits; None unless just one."""
 
     def plain(text: str) -> str:
         return re.sub(

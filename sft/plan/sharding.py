@@ -1,4 +1,4 @@
-"""The part of a step's memory that a rank keeps when processes share the model."""
+"""Computes a rank's part of a step's memory when processes share the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Group:
 
     world_size: int = 1
     engine: str = "ddp"
-    accumulates: bool = False  # several micro-batches on each
+    accumulates: bool = False  # several micro-batches per step on each process
     zero: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's zero_optimization
 
 
@@ -48,7 +48,7 @@ def parts_on_rank(
 ) -> dict[str, int]:
     """Returns the parts of a phase in the memory of one process's device.
 
-    On a GPU, state that lies in host memory between uses does not count.
+    On a GPU, state that is kept in host memory between uses does not count.
     """
     hosted = _hosted(config, group) if on_gpu else ()
     shared = _share(phase, parts, config, precision, group)
@@ -58,7 +58,7 @@ def parts_on_rank(
 def _share(
     phase: str, parts: dict[str, int], config: RunConfig, precision: str, group: Group
 ) -> dict[str, int]:
-    """Returns the parts of a phase on one of the processes, those in host memory included."""
+    """Returns the parts of a phase on one process, including those in host memory."""
     if group.engine == "deepspeed" and group.zero["stage"] == 3:
         return _zero3(phase, parts, config, group)
     if group.engine == "deepspeed":
@@ -67,7 +67,7 @@ def _share(
         return parts
     if group.engine == "fsdp":
         return _fsdp2(phase, parts, config, precision, group)
-    # DDP keeps gradients in its buckets; those of earlier micro-batches are summed beside them.
+    # DDP keeps gradients in its buckets; the sum over earlier micro-batches is kept separately.
     trained = 4 * count_parameters(config).trained
     return parts | ({"communication": trained} if group.accumulates else {})
 
@@ -85,12 +85,13 @@ def _offloads(group: Group) -> bool:
 def _zero12(phase: str, parts: dict[str, int], config: RunConfig, group: Group) -> dict[str, int]:
     """Returns the parts with ZeRO-1 or 2 (deepspeed/runtime/zero/stage_1_and_2.py, 0.19.8).
 
-    A rank has its share of Adam's state and of a copy of the trained weights. Of earlier
-    micro-batches ZeRO-1 keeps all gradients, ZeRO-2 the share. The first gradient of a backward
-    pass allocates the buckets, whole, however little is trained. The first full bucket is copied,
-    and from then on the share is kept. With accumulation ZeRO-1 holds the buckets beside the
-    logits, too. An optimizer on the host has three more shares there, for gradients and weights in
-    transit, and room for one gradient on either side. The result is an upper bound.
+    A rank has its share of Adam's state and of a copy of the trained weights. From earlier
+    micro-batches ZeRO-1 keeps all gradients, and ZeRO-2 keeps the share. The first gradient of a
+    backward pass allocates the buckets in full size, even if little is trained. The first full
+    bucket is copied, and from then on the share is kept. With accumulation, ZeRO-1 has the buckets
+    and the logits at the same time. An optimizer on the host has three more shares there, for
+    gradients and weights in transit, and space for one gradient on host and device. The result is
+    an upper bound.
     """
     counted, offloads = count_parameters(config), _offloads(group)
     trained, largest = 4 * counted.trained, 4 * counted.largest
@@ -115,7 +116,7 @@ def _zero12(phase: str, parts: dict[str, int], config: RunConfig, group: Group) 
 
 
 def _split(parts: dict[str, int], group: Group) -> dict[str, int]:
-    """Returns the parts with the rank's share of those that FSDP2 and ZeRO-3 split."""
+    """Returns the parts, reduced to the rank's share if FSDP2 and ZeRO-3 split them."""
     split = ("weights", "adapters", "optimizer")
     return parts | {k: math.ceil(parts[k] / group.world_size) for k in split if k in parts}
 
@@ -125,11 +126,11 @@ def _fsdp2(
 ) -> dict[str, int]:
     """Returns the parts with FSDP2 (torch 2.13).
 
-    Weights outside of layers are gathered from the first layer to the end of the backward pass. Of
-    the layers, the one at work is gathered, and the next one arrives in a buffer, of which gloo
-    makes a copy in the backward pass. Gradients of the head stay whole from the loss to the end.
-    Those of a layer lie in an exchange buffer until the next layer's are whole; by then that
-    layer's activations are freed.
+    Weights outside of layers stay gathered from the first layer to the end of the backward pass.
+    The layer that computes is gathered, and the next layer arrives in a buffer. In the backward
+    pass gloo makes a copy of this buffer. Gradients of the head stay whole from the loss to the
+    end. Gradients of a layer stay in an exchange buffer until the next layer's are whole; by then
+    the activations of that layer are freed.
     """
     counted, full = count_parameters(config), task_of(config).info(config).mode == "full"
     whole = parts["weights"] + parts.get("adapters", 0)
@@ -156,11 +157,11 @@ def _fsdp2(
 def _zero3(phase: str, parts: dict[str, int], config: RunConfig, group: Group) -> dict[str, int]:
     """Returns the parts with ZeRO-3 (deepspeed/runtime/zero/stage3.py, 0.19.8).
 
-    Small parameters stay whole. Gathered ones stay, up to `stage3_max_live_parameters`, while they
-    are used again within `stage3_max_reuse_distance`; in the forward pass beside the buffer in
-    which they arrive. Gradients go through a permanent bucket; a full one is copied, by gloo once
-    more. The rank has a copy of its share of the trained weights. An optimizer on the host has the
-    gradients there, too.
+    Small parameters stay whole. Gathered parameters stay, up to `stage3_max_live_parameters`, if
+    they are used again within `stage3_max_reuse_distance`. In the forward pass the buffer in which
+    they arrive exists as well. Gradients go through a permanent bucket. A full bucket is copied,
+    and gloo copies it once more. The rank has a copy of its share of the trained weights. If the
+    optimizer is on the host, so are the gradients.
     """
     counted = count_parameters(config)
     whole = parts["weights"] + parts.get("adapters", 0)

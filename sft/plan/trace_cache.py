@@ -1,4 +1,4 @@
-"""Results of traced steps, kept on disk: a trace takes seconds, and most plans repeat one."""
+"""Keeps results of traced steps on disk: a trace takes seconds, and most plans repeat one."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def load_or_trace(folder: Path, inputs: tuple[object, ...], trace: Callable[[], Result]) -> Result:
-    """Returns the result of `trace`, from `folder` if this code made it of these inputs before.
+    """Returns the result of `trace`; from `folder` if this code traced these inputs before.
 
-    Traces anew in place of a damaged file. Makes no folders above `folder`: where they are missing
-    or cannot be written, nothing is kept.
+    If a file is damaged, traces again and replaces it. Makes no folders above `folder`: if they are
+    missing or cannot be written, nothing is kept.
     """
     name = hashlib.sha256(repr((code_sha256(PACKAGE), inputs)).encode()).hexdigest()[:24]
     file = folder / f"{name}.json"

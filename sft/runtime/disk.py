@@ -23,10 +23,10 @@ STEP_BYTES = 2000  # of metrics.jsonl, training.log and TensorBoard, per step
 
 @dataclass(frozen=True)
 class Need:
-    """The most bytes of disk that a run takes."""
+    """The maximum bytes of disk that a run needs."""
 
     checkpoint: int  # bytes of one checkpoint
-    copies: int  # checkpoints at once: those that stay, and the one being written
+    copies: int  # checkpoints at the same time: those that are kept, and the one being written
     final: int  # bytes of the final checkpoint
     logs: int
     merged: int = 0  # bytes of a merge in bf16 after the run; not in the total
@@ -55,7 +55,7 @@ def _final_bytes(num_trained: int, vocabulary: int) -> int:
 
 
 def need(train: Train, num_trained: int, vocabulary: int, steps: int) -> Need:
-    """Returns what a run of so many steps needs. Without `save_steps` only a signal saves."""
+    """Returns what a run of `steps` steps needs. Without `save_steps`, only a signal saves."""
     saves = 1 + math.ceil(steps / train.save_steps) if train.save_steps else 1
     kept = min(saves, train.save_total_limit) if train.save_steps else 1
     staging = 1 if saves > 1 or train.save_best else 0
@@ -71,8 +71,8 @@ def need(train: Train, num_trained: int, vocabulary: int, steps: int) -> Need:
 def refuse_if_full(needed: Need, train: Train) -> str | None:
     """Raises CheckpointError if the disk of the run folder cannot hold what the run will write.
 
-    Returns a warning if it can, but has no room for a merged model. Checkpoints that are there
-    already count as free, since they will be replaced.
+    Returns a warning if only a merged model would not fit. Existing checkpoints count as free
+    space, since they will be replaced.
     """
     folder = Path(train.output_dir)
     have = free_bytes(folder) + sum(map(folder_bytes, newest_first(folder)))
@@ -92,7 +92,7 @@ def refuse_if_full(needed: Need, train: Train) -> str | None:
 
 
 def refuse_if_unwritable(folder: Path, key: str = "train.output_dir") -> None:
-    """Raises CheckpointError if no file can be written where the folder of `key` is or will be."""
+    """Raises CheckpointError if no file can be written into `folder`, the value of `key`."""
     existing = hardware.nearest_existing(folder)
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -105,7 +105,7 @@ def refuse_if_unwritable(folder: Path, key: str = "train.output_dir") -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Returns the free bytes of the disk where `path` is or will be."""
+    """Returns the free bytes of the disk of `path`, which need not exist yet."""
     return shutil.disk_usage(hardware.nearest_existing(path)).free
 
 

@@ -1,4 +1,4 @@
-"""The memory of a step, and a trace of where its time goes (`train.profile_steps`)."""
+"""Measures the memory of a step, and traces its time (`train.profile_steps`)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sft.config.schema import Train
 from sft.runtime.log import Log
 
 TRACE = "profile.json"  # for chrome://tracing or ui.perfetto.dev
-WARM_UP = 2  # steps: the first ones allocate
+WARM_UP = 2  # steps before the trace: the first ones allocate
 
 
 @contextmanager
 def profiled(train: Train, log: Log) -> Iterator[Callable[[], None]]:
     """Yields a function to call after each step; the main process then writes a trace.
 
-    A run of fewer steps than `train.profile_steps` leaves a trace of all of them.
+    If the run has fewer steps than `train.profile_steps`, the trace has all of them.
     """
     number = train.profile_steps
     if number is None or log.folder is None:

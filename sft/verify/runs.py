@@ -1,4 +1,4 @@
-"""Whole runs in fresh processes, judged by the files in their folders."""
+"""Trains whole runs in fresh processes, and reads the results from their folders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Launch = Callable[[int, Path, list[str]], str]
 
 
 def run_fresh(world: int, folder: Path, program: list[str]) -> str:
-    """Runs a program in `world` fresh processes; returns what they printed when all have ended."""
+    """Runs a program in `world` fresh processes, and returns their output when all have ended."""
     launcher = ["-m", "sft.runtime.launcher", str(folder)] if world > 1 else []
     environment = {
         "OMP_NUM_THREADS": "1",  # runs share the cores, and the model is small
@@ -53,14 +53,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Trials:
-    """Runs of a small configuration, each in a folder of its own."""
+    """Runs of a small configuration, each in its own folder."""
 
     small: Small
     launch: Launch = run_fresh
     advance: Advance = lambda *_: None  # called after every run
 
     def run(self, name: str, world: int, *overrides: str, kill: str | None = None) -> Run:
-        """Trains with `world` processes, killed at the point `kill` (`die_at`) if there is one."""
+        """Trains with `world` processes; kills them at the point `kill` (`die_at`), if given."""
         folder, file = (self.small.folder / f"{name}{suffix}" for suffix in ("", ".yaml"))
         values = {"train.output_dir": str(folder), "train.num_processes": world}
         file.write_text(dump_config(with_values(self.small.config, values)), "utf-8")
@@ -72,7 +72,7 @@ class Trials:
 
 
 def read_outcome(folder: Path, printed: str) -> Run:
-    """Returns how a run ended, by its status and its output: exit codes of launchers differ."""
+    """Returns how a run ended, from its status and output, since launchers' exit codes differ."""
     try:
         status = json.loads((folder / "status.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -85,9 +85,9 @@ def read_outcome(folder: Path, printed: str) -> Run:
 
 
 def die_at(point: str) -> None:
-    """Makes this run, launcher and all ranks, die by SIGKILL in the save of a step.
+    """Kills this run, its launcher and all ranks, by SIGKILL while a step is saved.
 
-    `saving:3`: when everything is written and nothing committed; `saved:3`: after the commit.
+    `saving:3`: when everything of step 3 is written but not committed; `saved:3`: after the commit.
     """
     when, step = point.split(":")
     committed, dying = list[str](), list[bool]()
