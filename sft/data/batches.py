@@ -1,7 +1,7 @@
-"""Which examples form a global batch, and how it is cut into micro-batches.
+"""Chooses the examples of a global batch, and cuts it into micro-batches.
 
 Pure functions of (lengths, seed, step, number of ranks, token budget): no loader, no state. An
-epoch is a permutation of the example ids drawn from (seed, epoch); step s takes the next N of it.
+epoch is a permutation of the example ids drawn from (seed, epoch); each step takes its next N ids.
 The cut changes speed and memory only, so it may differ between runs that must give the same result.
 """
 
@@ -17,17 +17,17 @@ import numpy as np
 
 Layout = Literal["padded", "packed"]
 T = TypeVar("T")
-MicroBatch = list[int]  # example ids; empty where a rank has none but must join the collectives
+MicroBatch = list[int]  # example ids; empty if a rank only has to join the collectives
 
 
 @dataclass(frozen=True)
 class Budget:
     """What one micro-batch may hold, and how it is laid out: speed and memory, never the result."""
 
-    max_tokens: int  # padding included; a longer example goes alone
+    max_tokens: int  # including padding; a longer example gets its own micro-batch
     layout: Layout
     micro_batch_cost: int | None = None  # overhead of one micro-batch, in tokens; None: ignore
-    max_rows: int | None = None  # examples at most
+    max_rows: int | None = None  # maximum number of examples
 
 
 def steps_per_epoch(num_examples: int, global_batch: int) -> int:
@@ -68,9 +68,9 @@ def cut(
     """Cuts a global batch: `result[rank]` is that rank's list of micro-batches.
 
     Every id appears once, every rank has the same number of micro-batches, and their tokens are
-    balanced. There are as few as the budget allows; of padded ones there are more if that saves
-    more padding than their `micro_batch_cost`. No micro-batch exceeds the budget, except a single
-    example that is longer by itself.
+    balanced. There are as few as the budget allows. If they are padded, there are more if this
+    saves more padding than their `micro_batch_cost`. No micro-batch exceeds the budget, except one
+    that is a single longer example.
     """
     ordered = sorted(ids, key=lambda i: (-lengths[i], i))
     if budget.layout == "padded":
@@ -85,7 +85,7 @@ def cut(
 def _balance(
     items: Sequence[T], size_of: Callable[[T], int], num_ranks: int, most: int
 ) -> list[list[T]]:
-    """Gives items to ranks, largest first, each to the lightest that has less than `most`."""
+    """Gives each item, largest first, to the rank with the least load and fewer than `most`."""
     ranks: list[list[T]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
     for item in sorted(items, key=lambda item: -size_of(item)):
@@ -106,7 +106,7 @@ def _cut_padded(
 ) -> list[list[MicroBatch]]:
     """Cuts the sorted examples of all ranks into as few runs as the budget allows.
 
-    If a micro-batch has a cost, returns the cut that takes the slowest rank the least time.
+    If a micro-batch has a cost, returns the cut with the least time on the slowest rank.
     """
     few = _cut_evenly(ordered, lengths, num_ranks, budget, len(_fill(ordered, lengths, budget)))
     cost = budget.micro_batch_cost
@@ -127,7 +127,7 @@ def _cut_evenly(
     budget: Budget,
     num_micro_batches: int,
 ) -> list[list[MicroBatch]]:
-    """Cuts under the smallest budget that needs no more: little padding, and equal sizes."""
+    """Cuts with the smallest budget that needs no more micro-batches: less padding, equal sizes."""
     most = math.ceil(num_micro_batches / num_ranks) * num_ranks
     low, high = 1, budget.max_tokens
     while low < high:
@@ -151,7 +151,7 @@ def _assign_to_ranks(
 def _find_cheapest(
     ordered: Sequence[int], lengths: Sequence[int], budget: Budget, cost: int
 ) -> list[MicroBatch]:
-    """Fills under the budget and under ever smaller ones, and returns the runs of least cost."""
+    """Tries the budget and smaller and smaller ones, and returns the runs with the least cost."""
     runs = best = _fill(ordered, lengths, budget)
     size, least = budget.max_tokens, _total_cost(lengths, best, cost)
     while len(runs) < len(ordered) and size > 1:

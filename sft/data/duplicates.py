@@ -1,8 +1,8 @@
-"""Finds rows that say the same, or nearly the same, as others: duplicates, and leaks.
+"""Finds rows with the same or nearly the same text as others: duplicates, and leaks.
 
 Identical rows have one digest. Others are compared by their shingles, which are runs of words:
-MinHash proposes pairs (Broder 1997), and the shingles decide. What is compared of a row is its
-fingerprint, made where the row is read and kept in files, which are mapped.
+MinHash proposes pairs (Broder 1997), and the shingles decide. Each row is compared by its
+fingerprint, which is made when the row is read, and kept in mapped files.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ SIMILAR = 0.8  # Jaccard similarity of two sets of shingles from which rows are 
 SHINGLE = 5  # words
 BANDS, DEPTH = 25, 5  # of MinHash: a pair at 0.8 is missed with probability 5e-5
 QUERIES_PER_PASS = 1 << 18  # rows whose pairs are in memory at a time
-BUCKET = 10  # texts that a key proposes: bounds the time on rows made from few templates
+BUCKET = 10  # maximum texts per key: limits the time for rows from few templates
 HALF, LOW = np.uint64(32), np.uint64(0xFFFFFFFF)  # of a key or row, and a row, in one number
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
 
-# A row, a later (or queried) row like it, and their similarity.
+# A row, a later (or queried) row that is similar, and their similarity.
 NEAR = np.dtype([("earlier", np.int64), ("later", np.int64), ("similarity", np.float64)])
 
 
@@ -69,7 +69,7 @@ class Sketches:
 
 @dataclass(frozen=True)
 class RowFingerprint:
-    """What distinguishes n rows from each other; the arrays may be mapped files."""
+    """The data by which n rows are compared; the arrays may be mapped files."""
 
     digests: np.ndarray  # (n,) of DIGEST: messages and tools
     prompts: np.ndarray  # (n,) of DIGEST: messages before the last answer; zeros if there are none
@@ -133,7 +133,7 @@ def sketch(texts: Sequence[str]) -> Sketches:
     ends, hashes = [], []
     for text in texts:
         found = WORD.findall(text.lower())
-        # A text of fewer words is one shingle, filled up; one without words is like no other.
+        # A text of fewer words is one padded shingle; one without words is similar to none.
         words += [_hash_of_word(word) for word in found] + [0] * max(0, SHINGLE - len(found))
         ends.append(len(words))
         hashes.append(_hash(" ".join(found)) if found else 0)
@@ -143,7 +143,7 @@ def sketch(texts: Sequence[str]) -> Sketches:
         rolled = rolled * factors[0, 0] + array[offset : len(rolled) + offset]
     rolled ^= rolled >> np.uint64(31)
     starts, stops = np.array([0, *ends[:-1]]), np.array(ends) - SHINGLE + 1
-    # Minima from each start to each stop; every second one spans the border of two texts.
+    # Minima from each start to each stop; every second one is between two texts, and unused.
     edges = np.stack([starts, stops], 1).ravel()[:-1]
     keys = np.zeros((len(ends), BANDS), np.uint64)
     for number, (factor, shift) in enumerate(factors):
@@ -173,7 +173,7 @@ def find_duplicates(known: RowFingerprint, rows: np.ndarray) -> tuple[np.ndarray
 def find_leaks(
     known: RowFingerprint, train: np.ndarray, held_out: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the held-out rows that stand in `train`: those identical to one of its rows, and
+    """Returns the held-out rows that are also in `train`: those equal to one of its rows, and
     those that are nearly one, or have the prompt of one."""
     leaked, prompted = (
         np.isin(digests[held_out], digests[train]) for digests in (known.digests, known.prompts)
@@ -188,13 +188,13 @@ def find_leaks(
 def find_near(
     sketches: Sketches, rows: np.ndarray, queries: np.ndarray | None = None
 ) -> np.ndarray:
-    """Returns (n,) of NEAR: each of `queries` that is like one of `rows`, with the most similar.
+    """Returns (n,) of NEAR: the most similar of `rows` for each of `queries` that has one.
 
-    Without `queries`, the rows are compared among each other: each with the earlier ones.
+    Without `queries`, each of the rows is compared with the earlier ones.
     """
     texts = sketches.texts
     known, asked = (r[texts[r] != 0] for r in (rows, rows if queries is None else queries))
-    known = known[is_first(texts[known])]  # of the same words, the first proposes
+    known = known[is_first(texts[known])]  # of equal texts, only the first is used
     parts = (asked[at : at + QUERIES_PER_PASS] for at in range(0, len(asked), QUERIES_PER_PASS))
     pairs = (_pairs(sketches.keys, known, part, earlier_only=queries is None) for part in parts)
     return np.fromiter((found for each in pairs for found in _most_similar(sketches, each)), NEAR)
@@ -231,8 +231,8 @@ def _propose(known: np.ndarray, asked: np.ndarray, *, earlier_only: bool) -> Ite
 
 
 def _most_similar(sketches: Sketches, pairs: np.ndarray) -> Iterator[tuple[int, int, float]]:
-    """Yields NEAR of each asked row that is like a known one, with the most similar of them."""
-    shingle_set = lru_cache(maxsize=128)(sketches.shingle_set)  # of a long text it is large
+    """Yields NEAR for each asked row that is similar to a known one, with the most similar."""
+    shingle_set = lru_cache(maxsize=128)(sketches.shingle_set)  # the set of a long text is large
     for later, group in groupby(pairs.data, lambda pair: pair >> 32):
         mine, others = shingle_set(later), (pair & 0xFFFFFFFF for pair in group)
         similarity, earlier = max((_jaccard(mine, shingle_set(n)), -n) for n in others)

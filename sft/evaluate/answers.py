@@ -1,9 +1,9 @@
-"""Held-out loss and scored answers, over all processes, every example once.
+"""Computes the held-out loss and scores answers, over all processes, each example once.
 
 The loss is the training loss: a sum over supervised tokens divided by their number, so it does not
-depend on how the examples are cut (law 1). Answers go to a file of `predictions` as they come and
-are scored from there, each process its share. So memory holds a few numbers per example and no
-text, and a run that was killed does not repeat what it has answered.
+depend on how the examples are cut (law 1). Answers are written to a file of `predictions`
+as they come. The scores are computed from this file, each process its share. So memory holds only a
+few numbers per example, and a run that was killed does not answer an example again.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def held_out_loss(
 class Question:
     """Messages that a model answers, with the fields that its record starts with.
 
-    `error` says why it cannot be asked.
+    `error` is the reason if they cannot be answered.
     """
 
     messages: Messages
@@ -96,7 +96,7 @@ def make_question(row: Row | BadRow, tokenizer: PreTrainedTokenizerBase | None =
     """Returns the question of a row: a last turn of the assistant is the reference, all before it
     is asked.
 
-    With a tokenizer, the reference of a tool call is what its template writes for that.
+    With a tokenizer, the reference of a tool call is the text that its template writes.
     """
     if isinstance(row, BadRow):
         fields = {"row": f"{row.file}:{row.line}", "prompt": row.excerpt}
@@ -119,7 +119,7 @@ def make_question(row: Row | BadRow, tokenizer: PreTrainedTokenizerBase | None =
 class AnswerModel(Decoder):
     """A model that answers questions.
 
-    `identity` names all that its answers depend on, beside the question and the settings.
+    `identity` names everything that its answers depend on, except the question and the settings.
     """
 
     tokenizer: PreTrainedTokenizerBase = field(kw_only=True)
@@ -147,8 +147,10 @@ class AnswerModel(Decoder):
         return question.to_record(text, answer.finish_reason, len(prompt), len(answer.ids))
 
     def key(self, question: Question, number: int) -> str:
-        """Returns a digest of all that a record depends on. The example's number is part of it only
-        where tokens are drawn."""
+        """Returns a digest of everything that a record depends on.
+
+        The example's number is part of it only if tokens are drawn.
+        """
         drawn = number if self.settings.temperature else None
         asked = (question.messages, question.tools, question.fields, question.error)
         return key_of(self.identity, self.settings.model_dump(), drawn, asked)
@@ -169,7 +171,7 @@ def answer_all(
     `between` is called before each batch. `total` is the number of questions, if known.
     """
     accelerator = context.accelerator
-    accelerator.wait_for_everyone()  # all have read the file before anyone adds to it
+    accelerator.wait_for_everyone()  # all ranks read the file before any adds to it
     busy, tokens, started = 0.0, 0, time.perf_counter()
 
     def start_batch() -> None:
@@ -241,7 +243,7 @@ def _warn_of_slow_ranks(seconds: float, tokens: int, context: Context) -> None:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of answers. `tally` counts those that have a reference."""
+    """Scores of answers. `tally` counts the answers that have a reference."""
 
     tally: scores.Tally
     num_examples: int

@@ -1,4 +1,4 @@
-"""Writes checkpoints that are whole or do not exist: staged, checksummed, renamed, verified.
+"""Writes checkpoints that are complete or do not exist: staged, checksummed, renamed, verified.
 
 Every rank writes into a staging folder; the main process then writes MANIFEST.json (size and sha256
 of every file) as the last file, syncs, and renames the folder to its final name. A folder whose
@@ -31,7 +31,7 @@ from sft.runtime.console import size
 
 
 def tensor_fault(path: Path) -> str | None:
-    """Returns why a file is no valid safetensors file, or None; reads its header only."""
+    """Returns why a file is not a valid safetensors file, or None. It reads only the header."""
     try:
         with safe_open(path, "pt"):  # it checks the length of the header
             pass
@@ -51,7 +51,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 MANIFEST = "MANIFEST.json"
-FORMAT = 1  # of the folder; raised when what is in it is read differently
+FORMAT = 1  # of the folder; increased if a new version reads it differently
 STAGING = ".staging"
 NAME = re.compile(r"checkpoint_step_(\d+)")
 
@@ -84,7 +84,7 @@ def commit(
         )
 
 
-# What an error of the system means here; libraries pass on its text at best.
+# The meaning of system errors; libraries keep only their text, if anything.
 REMEDIES = {
     "File too large": "the limit on the size of a file is lower (`ulimit -f`)",
     "Read-only file system": "the file system must be writable",
@@ -94,7 +94,7 @@ REMEDIES = {
 
 
 def _remedy(reason: str, staging: Path, need_bytes: int) -> str:
-    """Returns what is missing (room, a permission) in parentheses, or '' if it is unknown."""
+    """Returns what is missing (disk space, a permission) in parentheses, or '' if it is unknown."""
     for text, remedy in REMEDIES.items():
         if text in reason:
             return f" ({remedy})"
@@ -113,7 +113,7 @@ def catch_error(action: Callable[..., object], *arguments: Any) -> str | None:
     """Runs `action`; returns the error it failed with as text, or None."""
     try:
         action(*arguments)
-    except Exception as error:  # noqa: BLE001  # the other ranks must know, whatever it is
+    except Exception as error:  # noqa: BLE001  # the other ranks must receive any error
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -235,7 +235,7 @@ def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
 
 
 def _restore_replaced(run: Path) -> list[Path]:
-    """Renames back the valid checkpoints that a killed run was replacing; returns newest first."""
+    """Renames back valid checkpoints that a killed run was replacing. Returns them newest first."""
     result = []
     for old in run.glob("checkpoint_step_*.old"):
         folder = old.with_suffix("")
@@ -246,10 +246,10 @@ def _restore_replaced(run: Path) -> list[Path]:
 
 
 def prune(run: Path, keep: int, spared: Sequence[str] = (), step: int | None = None) -> None:
-    """Removes checkpoints older than the newest `keep` whole ones, and what a kill left behind.
+    """Removes checkpoints older than the newest `keep` valid ones, and remains of killed saves.
 
-    Those named in `spared` stay. Checkpoints newer than `step`, the run's own, belong to a run that
-    went on elsewhere: they neither count nor go.
+    Those in `spared` stay. Checkpoints newer than the run's own `step` belong to another run: they
+    are not counted and not removed.
     """
     for leftover in [*run.glob("checkpoint_step_*.old"), *run.glob(f"checkpoint_step_*{STAGING}")]:
         shutil.rmtree(leftover, ignore_errors=True)
@@ -284,7 +284,7 @@ def save_optimizer(shards: Iterable[OptimizerShard], folder: Path, rank: int, wo
 
 
 class OptimizerState:
-    """A context that reads the files of `save_optimizer` of any number of ranks as one state."""
+    """A context that reads the files which `save_optimizer` wrote on all ranks as one state."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from accelerate.commands.config.config_args import ClusterConfig
 
 PLAIN = Path(__file__).with_name("launch.yaml")
-LAUNCHES = ("MULTI_GPU", "FSDP", "DEEPSPEED")  # the others start one process, whatever they say
-PORT = 29500  # on which machines meet, unless MASTER_PORT says otherwise
+LAUNCHES = ("MULTI_GPU", "FSDP", "DEEPSPEED")  # all others start one process
+PORT = 29500  # at which machines connect, unless MASTER_PORT is set
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that this machine starts, and the machines that share the run."""
+    """The number of processes that this machine starts, and the machines of the run."""
 
     per_machine: int
     machines: int = 1
     rank: int = 0
     """The number of this machine, from 0."""
     address: str | None = None
-    """The address at which the machines meet; None on one machine."""
+    """The address of the first machine; None if there is only one."""
     port: int = PORT
 
     @property
@@ -40,7 +40,7 @@ class World:
 
 
 def launch_file(train: Train) -> Path:
-    """Returns ACCELERATE_CONFIG; else, for DDP, the file of `make setup-accelerate`; else ours."""
+    """Returns ACCELERATE_CONFIG; for DDP, the file of `make setup-accelerate`; else our own."""
     if named := os.environ.get("ACCELERATE_CONFIG"):
         return Path(named)
     if train.engine == "ddp":
@@ -108,7 +108,7 @@ def read_number(name: str, default: int | None, least: int) -> Any:
 
 
 def _per_machine(train: Train, machines: int) -> int:
-    if train.num_processes is None:  # counted by another process: CUDA would stay open in this one
+    if train.num_processes is None:  # another process counts the GPUs: here, CUDA would stay open
         command = [sys.executable, "-m", "sft.runtime.hardware"]
         root = Path(__file__).parents[2]
         counted = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)

@@ -1,7 +1,7 @@
-"""A task: one class that prepares its data, builds its model, trains, checks and reports.
+"""Defines a task: one class that prepares its data, builds its model, trains and reports.
 
 Class methods answer before a model exists; an instance has one and is what the engine trains
-(`train.task.Trainable`). Adding a task is a folder with such a class and a line in `registry`.
+(`train.task.Trainable`). To add a task, add a folder with such a class, and a line in `registry`.
 
 A minimal task (tests/support/toy_task.py) defines a schema, a `RunConfig` with a section of its
 own, and
@@ -16,7 +16,7 @@ own, and
     loss                that sum, and further sums to report
 
 With these it trains on any number of processes, resumes, evaluates and plans. All other methods
-have defaults, and a task overrides those that say too little for it.
+have defaults, and a task overrides those that do not suit it.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ class Labels:
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What memory and time depend on, beside `train`."""
+    """The values on which memory and time depend, besides `train`."""
 
     text: Any  # sizes of the model, named as in configurations of transformers
     cache: Path  # folder for files that outlive a run
     mode: str = "full"  # as in `tuning.mode`
     copies: int = 1  # how often each token goes through the model
     deepest_layer: int = -1  # the last layer that the loss reads; -1: the last of all
-    needs_global_batch: bool = False  # one more pass (train.task.Trainable)
+    needs_global_batch: bool = False  # needs one more pass (train.task.Trainable)
     packs: bool = True  # whether several examples can share a row
     attention: str = "auto"  # as in `model.attn_implementation`
     vocabulary: int = 0  # entries of the tokenizer that is saved
-    small: bool = False  # tracing few layers or gradient checkpointing would gain nothing
+    small: bool = False  # tracing few layers, or gradient checkpointing, has no benefit
     examples_bytes: int = 0  # bytes of all training examples, if each process keeps them in RAM
     waiting_bytes: int = 0  # bytes of one token in a micro-batch that is collated and waits
     labels: Labels = Labels()
@@ -117,9 +117,9 @@ class Shrunk:
 
     values: dict[str, Any]  # for its sections, by dotted path
     changes: list[tuple[str, str]]  # shown to people: name, difference from the configuration
-    smooth: dict[str, Any]  # values that make another cut draw the same random numbers
+    smooth: dict[str, Any]  # values with which every cut draws the same random numbers
     batch: int  # maximum examples of a global batch
-    among: str  # where the examples were searched
+    among: str  # the rows among which the examples were chosen
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def prepare(cls, config: Any, tick: Callable[[], None] = lambda: None) -> Any:
-        """Returns the data, before there is a process group; calls `tick` at signs of progress."""
+        """Returns the data, before a process group exists; calls `tick` when there is progress."""
 
     @classmethod
     def prepare_evaluation(cls, config: Any, tick: Callable[[], None] = lambda: None) -> Any:
@@ -162,7 +162,7 @@ class Task(ABC):
 
     @classmethod
     def identity_of(cls, config: Any, prepared: Any) -> dict[str, str]:
-        """Returns what makes a checkpoint one of this run, known before a weight is loaded."""
+        """Returns the values that a checkpoint of this run has; known before weights are loaded."""
         own = {name: getattr(config, name).model_dump_json() for name in cls.modelled}
         return own | cls.digests(prepared)
 
@@ -172,7 +172,7 @@ class Task(ABC):
 
     @classmethod
     def info(cls, config: Any) -> TaskInfo:
-        """Returns what memory and time depend on. By default the model is small."""
+        """Returns the values on which memory and time depend. By default the model is small."""
         shapes = [p.shape for p in cls.skeleton(config).parameters() if p.ndim > 1]
         widest = max((max(shape) for shape in shapes), default=1)
         sizes = {"hidden_size": widest, "num_hidden_layers": len(shapes), "vocab_size": 1}
@@ -220,14 +220,14 @@ class Task(ABC):
 
     @classmethod
     def with_depth(cls, config: Any, depth: int) -> Any:
-        """Returns a configuration that fits a model of so many layers."""
+        """Returns a configuration for a model with `depth` layers."""
         return config
 
     @classmethod
     def blank_data(cls, config: Any, rows: Sequence[Row]) -> Any:
         """Returns data with examples of these sizes for a dry run, which ignores their content.
 
-        The default are the prepared data: it fits tasks whose examples are of one size.
+        By default it returns the prepared data. This suits tasks whose examples have one size.
         """
         with _disable_current_modes():  # a dry run makes tensors without values
             return cls.prepare(config)
@@ -236,7 +236,7 @@ class Task(ABC):
     def answering_bytes(
         cls, config: Any, precision: str, prompts: Sequence[int], world_size: int
     ) -> int:
-        """Returns the bytes that one process needs on top while the result is tried.
+        """Returns the additional bytes that one process needs to answer prompts or try goals.
 
         `prompts`: tokens of each held-out prompt.
         """
@@ -256,7 +256,7 @@ class Task(ABC):
 
     @classmethod
     def describe(cls, config: Any) -> list[tuple[str, str]]:
-        """Returns rows for the table that opens a run: model and data."""
+        """Returns rows for the table at the beginning of a run: model and data."""
         return [("task", config.task)]
 
     @classmethod
@@ -283,7 +283,7 @@ class Task(ABC):
 
     @classmethod
     def trial_data(cls, config: Any) -> Any:
-        """Returns the data of such a trial."""
+        """Returns the data of the trial that `trial_config` describes."""
         return cls.prepare(config)
 
     def check_result(self, engine: Engine, folder: Path) -> Iterator[Finding]:
@@ -295,7 +295,7 @@ class Task(ABC):
 
     @classmethod
     def shrink(cls, config: Any, folder: Path, exact: bool) -> Shrunk:
-        """Returns how the task becomes small enough for many whole runs.
+        """Returns a version of the task that is small enough for many whole runs.
 
         `exact`: no randomness, so that runs with different cuts can be compared.
         """
@@ -393,13 +393,13 @@ class Task(ABC):
         return "examples " + ", ".join(map(str, ids[:8]))
 
     def check_layout(self, precision: str, layout: str) -> None:
-        """Changes the layout of the budget where this model cannot use the planned one.
+        """Changes the layout of the budget if this model cannot use the planned one.
 
         Raises ConfigError if `layout`, the configured one, demands it.
         """
 
     def finish(self, model: nn.Module) -> None:
-        """Computes what follows from the trained weights. Collective."""
+        """Computes values from the trained weights after the last step. Collective."""
 
     # -- results
 

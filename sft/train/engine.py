@@ -1,4 +1,4 @@
-"""The training loop. A task brings a model, examples and a loss; the engine owns everything else.
+"""Trains. A task brings a model, examples and a loss; the engine decides everything else.
 
 Law 1: loss and gradient are the sum over the supervised items of the global batch divided by their
 number, for every cut over processes and micro-batches. Law 2: the only state is the global step;
@@ -76,7 +76,7 @@ class Engine:
         return self.parallel.clip()
 
     def optimizer_step(self) -> dict[str, float]:
-        """Makes one update from the global batch of `self.step` and returns what is logged of it.
+        """Makes one update from the global batch of `self.step`, and returns the values to log.
 
         Raises NonFiniteError before the update, or skips it. If memory runs out, the same global
         batch is repeated in smaller micro-batches; `recovery` says in which passes.
@@ -108,7 +108,7 @@ class Engine:
             "train/learning_rate": rate,
             "train/tokens": tokens,
             "train/supervised_tokens": done.supervised,
-            "data/examples_crc32": zlib.crc32(repr(ids).encode()),  # which ones, in which order
+            "data/examples_crc32": zlib.crc32(repr(ids).encode()),  # which examples, in which order
             "speed/tokens_per_second": tokens / seconds,
             "speed/step_seconds": seconds,
             "memory/gib": memory_bytes() / 2**30,
@@ -318,7 +318,7 @@ class Engine:
 
         It is local to each rank and changes no gradient, random state or weight.
         """
-        zero = self.train.engine == "deepspeed"  # its backward keeps a state of its own
+        zero = self.train.engine == "deepspeed"  # its backward pass has its own state
         batches = [self.task.collate(micro_batch) for micro_batch in micro_batches]
         if self.task.needs_global_batch:
             self.task.set_global_batch([], None, 0.0)
@@ -379,7 +379,7 @@ class Engine:
                 guard.stop_if_agreed()
 
     def _follow_up(self, *, save: bool) -> None:
-        """Evaluates and saves a checkpoint after a step, where that is due."""
+        """Evaluates and saves a checkpoint after a step, if they are due."""
         best = None
         due = self._is_due(self.train.eval_steps) and self.evaluated != self.step
         if due and not self.guard.stopping:
@@ -419,8 +419,8 @@ class Engine:
     def prove_saving(self) -> None:
         """Saves a checkpoint and reads it back as a resume would.
 
-        Raises CheckpointError before the first step if a full disk, a missing permission or the
-        file system keeps any trained weight from coming back bit for bit.
+        Raises CheckpointError before the first step if the trained weights cannot be written, for
+        example on a full disk, or if any bit differs when they are read back.
         """
         before = self._checksums()
         folder = self.save()

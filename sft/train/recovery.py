@@ -1,7 +1,7 @@
 """Recovery from an out-of-memory error within a step.
 
-All ranks must react alike. Before each pass in which ranks wait for each other they therefore agree
-on whether any of them ran out of memory. `Waits` says which passes those are:
+All ranks must react in the same way. So before each pass in which ranks wait for each other, they
+agree on whether any of them ran out of memory. `Waits` says which passes these are:
 
     never          one process: every pass can be repeated
     last backward  DDP: gradients are exchanged only in the last backward pass of a step; every pass
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Oom:
-    """An out-of-memory error and the examples it happened with."""
+    """An out-of-memory error, and the examples that were processed."""
 
     reason: str  # the first line of the allocator's message
     ids: list[int]
@@ -42,7 +42,7 @@ class AccumulatedStep:
     """A global batch after its backward passes and before the update."""
 
     ids: list[int]
-    supervised: float  # items, over all ranks
+    supervised: float  # number of items over all ranks
     totals: dict[str, float]  # sums over them: the loss, and what the task reports
     broken: list[int]  # ids of micro-batches whose loss is not finite
 

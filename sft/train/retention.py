@@ -1,7 +1,7 @@
-"""Saves the checkpoints of a run and decides which of them stay.
+"""Saves the checkpoints of a run, and decides which of them to keep.
 
 A run keeps the newest `train.save_total_limit` checkpoints and the best one. Training continues
-after a failed save, whose earlier checkpoints are untouched.
+after a failed save, and earlier checkpoints stay as they are.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Keeper:
         self.saved: int | None = None  # the last step of which this run has a checkpoint
 
     def restore_best(self, step: int) -> None:
-        """Reads the best checkpoint of the run that resumes after `step`, if it still exists."""
+        """Reads which checkpoint was the best one up to `step`, if it still exists."""
         main = self.accelerator.is_main_process
         (self.best,) = gather_object([self._read_best(step)] if main else [])
 

@@ -14,7 +14,7 @@ from sft.runtime import checkpoint
 
 
 def identity(train: Train, of_task: dict[str, str]) -> dict[str, str]:
-    """Returns what must be the same in a run and one that resumes it."""
+    """Returns the values that a run and the run that resumes it must share."""
     return {
         "train.seed": str(train.seed),
         "train.shuffle": str(train.shuffle),
@@ -36,7 +36,7 @@ def write_state(folder: Path, counts: dict[str, int], train: Train, now: dict[st
 
 
 def changed_settings(state: dict[str, Any], train: Train, world_size: int) -> Iterator[str]:
-    """Yields what a resumed run has set otherwise than the run that wrote `state`."""
+    """Yields the settings of a resumed run that differ from the run that wrote `state`."""
     now = train.model_dump() | {"processes": world_size}
     then = state["settings"] | {"processes": state["world_size"]}
     for key in now:
