@@ -149,13 +149,13 @@ nano: $(READY) ## Remake the embedded base model and its task from nothing (abou
 	@$(BIN)/python -m nano.make_nano --weights outputs/nano_base/final_checkpoint
 
 test: $(READY) ## Run all tests (about 15 minutes)
-	@$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(READY) ## Run the tests that need a GPU, which the others hide
 	@SFT_TEST_GPU=1 $(BIN)/python -m pytest tests/test_gpu.py
 
 test-fast: $(READY) ## Run the tests that start no whole runs (under 90 s)
-	@$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder -m "not slow"
+	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: $(READY) ## Run ruff check, ruff format and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

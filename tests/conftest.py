@@ -6,8 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby, islice
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +30,9 @@ SHARED = Path(os.environ.get("SFT_SHARED", ROOT.parent / "shared"))
 LONG = ("test_run.py", "test_parallel.py", "test_verify.py", "test_launcher.py", "test_watchdog.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts long files first, and says which tests stay together on a worker.
-
-    Slow tests of a file stay together if they share a fixture of the module, quick ones always.
-    """
+    """Puts long files first, so that no worker is left with one in the end."""
     items.sort(key=lambda item: LONG.index(name) if (name := item.path.name) in LONG else len(LONG))
-    for path, of_file in groupby(items, key=lambda item: item.path):
-        tests = list(of_file)
-        together = join_sets(map(shared_fixtures, tests))
-        for item in tests:
-            shared = shared_fixtures(item)
-            names = next((each for each in together if each & shared), {"quick"})
-            if shared or item.get_closest_marker("slow") is None:
-                item.add_marker(pytest.mark.xdist_group(f"{path.stem}.{min(names)}"))
-
-
-def shared_fixtures(item: pytest.Item) -> set[str]:
-    """Returns the fixtures of the item that are made once in a module."""
-    fixtures = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
-    return {name for name, found in fixtures.items() if found[-1].scope == "module"}
-
-
-def join_sets(sets: Iterable[set[str]]) -> list[set[str]]:
-    """Joins the sets that have a member in common, directly or by others."""
-    joined: list[set[str]] = []
-    for new in filter(None, sets):
-        common = [each for each in joined if each & new]
-        joined = [each for each in joined if each not in common] + [new.union(*common)]
-    return joined
 
 
 @pytest.fixture(scope="session")
