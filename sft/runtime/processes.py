@@ -39,8 +39,12 @@ def drop_launch_demands(config: Configured) -> Configured:
     return with_values(config, free)
 
 
-def start_processes(train: Train) -> Accelerator:
-    """Joins the process group. Raises ConfigError if it is not the one that was asked for."""
+def start_processes(train: Train, *, shared: bool = False) -> Accelerator:
+    """Joins the process group. Raises ConfigError if it is not the one that was asked for.
+
+    `shared`: other connectors in this process stay in use, so their settings must be the same;
+    Accelerate raises ValueError for others.
+    """
     check_launch(train)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     precision, _ = resolve_precision(train)
@@ -55,9 +59,8 @@ def start_processes(train: Train) -> Accelerator:
         torch.set_num_threads(max(1, hardware.usable_cores() // local))
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guesses so
-    # Accelerate keeps the state of an earlier run or connector in this process, of other settings.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    if not shared:
+        _reset_accelerate()
     # Longer than the limit of the watchdog, which names the missing rank; this one just aborts.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * train.stall_timeout))
     if train.offload and not on_cpu:
@@ -196,7 +199,14 @@ def end_processes(accelerator: Accelerator) -> None:
     A second group would find the addresses of the first one in the launcher's store, and hang.
     """
     accelerator.wait_for_everyone()
+    _reset_accelerate()
     atexit.register(leave_group)
+
+
+def _reset_accelerate() -> None:
+    """Clears the settings that Accelerate keeps for a whole process, of an earlier run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def leave_group() -> None:

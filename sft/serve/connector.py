@@ -125,7 +125,7 @@ class AccelerateConnector:
         train = Train(output_dir="outputs/connector", precision=PRECISIONS[mixed_precision])
         self.precision, _ = resolve_precision(train)
         try:
-            self.accelerator: Accelerator = start_processes(train)
+            self.accelerator: Accelerator = start_processes(train, shared=True)
         except ValueError as error:
             if isinstance(error, UserError) or "AcceleratorState" not in str(error):
                 raise
