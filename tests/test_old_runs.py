@@ -1,4 +1,4 @@
-"""Runs of version 0.1.0, before the present layout, are evaluated, asked, merged and compared."""
+"""Runs from before version 0.1.0 are evaluated, asked, merged and compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import forked
 import pytest
 from conftest import ROOT
 
-RUNS = ROOT / "tests/fixtures/runs_of_0.1.0"
+RUNS = ROOT / "tests/fixtures/runs_before_0.1.0"
 FP32 = ("--precision", "fp32")
 pytestmark = pytest.mark.slow
 
