@@ -65,9 +65,9 @@ def test_every_ratio_is_the_measured_one():
 
 
 def test_what_make_train_prints_is_from_a_real_run():
-    block = re.findall(r"```\n(.*?)```", README, re.DOTALL)[0]
+    block = next(code for code in README.split("```")[1::2] if code.startswith("\n"))
     printed = (RESULTS / "nano/make_train.txt").read_text("utf-8")
-    lines = [line.rstrip() for line in block.splitlines()]
+    lines = [line.rstrip() for line in block.strip().splitlines()]
     assert 5 <= len(lines) <= 8
     assert [line for line in lines if line not in {p.rstrip() for p in printed.splitlines()}] == []
 
