@@ -464,9 +464,9 @@ def test_of_processes_that_ask_at_once_one_prepares(material):
     given = rows(material / "rows.jsonl", *(f"answer {n}" for n in range(3000)))
     code = (
         "import sys; from sft.data import cache; from sft.config.load import load_config\n"
-        "fill, calls = prepare._fill, []\n"
-        "prepare._fill = lambda *a: (calls.append(1), fill(*a))\n"
-        "made = prepare.prepare(load_config(sys.argv[1], sys.argv[2:]))\n"
+        "fill, calls = cache._fill, []\n"
+        "cache._fill = lambda *a: (calls.append(1), fill(*a))\n"
+        "made = cache.prepare(load_config(sys.argv[1], sys.argv[2:]))\n"
         "print(len(calls), len(made.train), sum(made.train.lengths))\n"
     )
     overrides = [f"model.name={ROOT}/nano/model", *given, f"data.cache_dir={material}/cache"]
@@ -495,7 +495,7 @@ def test_rows_are_not_held_in_memory(material):
     """18,000 rows more; held in memory they would take over 20 MiB."""
     code = (
         "import sys; from sft.data import cache; from sft.config.load import load_config\n"
-        "prepare.prepare(load_config(sys.argv[1], sys.argv[2:]))\n"
+        "cache.prepare(load_config(sys.argv[1], sys.argv[2:]))\n"
     )
     peaks = []
     for number in (4_000, 22_000):

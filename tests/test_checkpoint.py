@@ -262,7 +262,8 @@ WORKER = """
 import json, sys
 from pathlib import Path
 from accelerate import Accelerator
-from sft.checkpoint import CheckpointError, commit
+from sft.errors import CheckpointError
+from sft.runtime.checkpoint import commit
 
 accelerator = Accelerator(cpu=True)
 run, rank = Path(sys.argv[1]), accelerator.process_index
