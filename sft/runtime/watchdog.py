@@ -172,6 +172,7 @@ class Guard:
         self._interrupts = False
         self.accelerator = accelerator
         of_first, self.status.attempt = shared
+        self._beat()  # the others must know a rank that dies right now
         return of_first
 
     def __exit__(
