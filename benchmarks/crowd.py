@@ -49,8 +49,7 @@ from sft.models import load
 from sft.plan.choose import SATURATING_TOKENS
 from sft.runtime import hardware
 from sft.runtime.console import make_console, write_json
-from sft.runtime.context import Context
-from sft.runtime.processes import start_processes
+from sft.runtime.processes import Context, start_processes
 from sft.tasks.crowd import agents
 from sft.tasks.crowd.aggregator import Aggregator, Mixture, mix
 from sft.tasks.crowd.diversity import directions, disagreement, diversity

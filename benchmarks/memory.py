@@ -57,7 +57,7 @@ from sft.models import dtypes
 from sft.plan import choose, dry_run, memory, sharding
 from sft.plan.dry_run import Window
 from sft.runtime.console import make_console, table
-from sft.runtime.deepspeed import deepspeed_settings
+from sft.runtime.processes import deepspeed_settings
 from sft.tasks.distill.transformer import num_positions
 from sft.tasks.registry import load_run
 from sft.tasks.sft.task import FineTune

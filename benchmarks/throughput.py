@@ -56,9 +56,8 @@ from sft.models import load
 from sft.plan import plan
 from sft.runtime import hardware
 from sft.runtime.console import make_console
-from sft.runtime.context import Context
 from sft.runtime.log import Log
-from sft.runtime.processes import start_processes
+from sft.runtime.processes import Context, start_processes
 from sft.tasks.sft.task import FineTune
 from sft.train.engine import Engine
 

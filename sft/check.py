@@ -22,9 +22,9 @@ from sft.errors import UserError
 from sft.plan import plan
 from sft.runtime import hardware, processes
 from sft.runtime.console import make_console, size, table
-from sft.runtime.context import Context
 from sft.runtime.disk import folder_bytes, free_bytes, refuse_if_full, refuse_if_unwritable
-from sft.runtime.precision import resolve_precision
+from sft.runtime.hardware import resolve_precision
+from sft.runtime.processes import Context
 from sft.tasks.base import Finding, Task
 from sft.tasks.registry import load_run, task_of
 from sft.train import engine

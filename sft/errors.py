@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -133,3 +134,11 @@ def shorten(value: Any) -> str:
     """Returns at most 60 characters of a value's representation, for a message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def require_extra(extra: str, setting: str, modules: Iterable[str]) -> None:
+    """Raises UserError if a module that `setting` needs is missing; `extra` installs it."""
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise UserError(
+            f'{setting} needs {", ".join(missing)}, not installed: pip install "sft[{extra}]"'
+        )

@@ -9,7 +9,7 @@ from rich.table import Table
 from sft.config.schema import RunConfig
 from sft.plan.plan import Plan
 from sft.runtime.console import duration, facts
-from sft.runtime.precision import resolve_precision
+from sft.runtime.hardware import resolve_precision
 
 
 def banner(

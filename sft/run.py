@@ -22,19 +22,18 @@ from sft.models.dtypes import dtype_table
 from sft.plan import calibration, plan
 from sft.plan import report as plan_report
 from sft.runtime import agreement, checkpoint, hardware
+from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
 from sft.runtime.console import metrics_line
-from sft.runtime.context import Context
 from sft.runtime.disk import refuse_if_full
-from sft.runtime.lock import Lock
 from sft.runtime.log import Log
 from sft.runtime.processes import (
+    Context,
     check_launch,
     describe_world,
     drop_launch_demands,
     end_processes,
     start_processes,
 )
-from sft.runtime.status import RANKS, TRACEBACK, Status
 from sft.runtime.watchdog import Guard
 from sft.serve import runs
 from sft.tasks.base import Task

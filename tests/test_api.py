@@ -56,7 +56,7 @@ def test_overrides_are_words_or_a_mapping():
 
 
 def test_a_missing_package_is_one_message_that_names_the_extra(monkeypatch):
-    monkeypatch.setattr("sft.runtime.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("sft.errors.find_spec", lambda name: None)
     with pytest.raises(
         UserError, match=r'deepspeed needs deepspeed.*pip install "sft\[deepspeed\]"'
     ):

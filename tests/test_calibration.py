@@ -17,8 +17,8 @@ from sft.errors import UserError
 from sft.models import load
 from sft.plan import calibration, dry_run, gpus, history, plan, report
 from sft.runtime import hardware
-from sft.runtime.context import Context
 from sft.runtime.log import Log
+from sft.runtime.processes import Context
 from sft.tasks.sft.task import FineTune
 from sft.train.engine import Engine
 

@@ -21,7 +21,8 @@ from sft.config.schema import Config
 from sft.data import batches
 from sft.errors import CheckpointError
 from sft.plan import plan
-from sft.runtime import checkpoint, disk, lock
+from sft.runtime import checkpoint, disk
+from sft.runtime.attempt import Lock
 from sft.runtime.log import Log
 
 BUDGET = batches.Budget(60, "padded")
@@ -170,7 +171,7 @@ def test_a_run_folder_that_takes_no_files_is_refused_at_start(tmp_path):
         with pytest.raises(CheckpointError, match=r"cannot write to .*: Read-only") as error:
             disk.refuse_if_unwritable(folder / "new/run")
         with pytest.raises(CheckpointError, match=r"cannot write to .*: Read-only"):
-            lock.Lock(folder / "new/run")
+            Lock(folder / "new/run")
     assert error.value.exit_code == 4
 
 

@@ -21,8 +21,8 @@ from sft.errors import ConfigError
 from sft.plan import calibration, dry_run, plan
 from sft.plan.trace import Recorder
 from sft.runtime import console, hardware, processes
-from sft.runtime.context import Context
 from sft.runtime.log import Log
+from sft.runtime.processes import Context
 from sft.tasks.distill import darkroom, histories, report, rollout, task, transformer
 from sft.tasks.distill.config import Distill, DistillConfig
 from sft.tasks.distill.rollout import play

@@ -22,7 +22,7 @@ from sft.evaluate import answers, generate
 from sft.evaluate.predictions import Predictions, key_of, read_records
 from sft.models import load
 from sft.runtime import processes
-from sft.runtime.context import Context
+from sft.runtime.processes import Context
 from sft.tasks.sft.task import FineTune
 
 SHORT = Generation(max_new_tokens=8)

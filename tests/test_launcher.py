@@ -21,7 +21,8 @@ from conftest import ROOT, clean_environment
 from sft.config.schema import Train
 from sft.errors import ConfigError
 from sft.runtime import launcher
-from sft.runtime.signals import SignalRelay, has_handler, rank_pids
+from sft.runtime.launcher import SignalRelay, has_handler, rank_pids
+from sft.runtime.slurm import modified_at, written_code
 from sft.runtime.world import PLAIN, PORT, World, launch_file, read_launch_file, world_of
 
 WORKER = ROOT / "tests/support/launch_worker.py"
@@ -274,12 +275,13 @@ def test_the_code_is_what_the_run_wrote_else_what_its_ranks_say(written, failure
 def test_a_status_is_believed_only_if_it_was_written_since(tmp_path):
     path = tmp_path / "status.json"
     path.write_text('{"exit_code": 75}')
-    status = launcher._Status(tmp_path)
-    assert (status.is_ours(), status.exit_code()) == (False, None)
+    before = modified_at(path)
+    assert written_code(path, before) is None
     path.write_text('{"exit_code": null, "state": "running"}')
-    assert (status.is_ours(), status.exit_code()) == (True, None)
+    assert written_code(path, before) is None
     path.write_text('{"exit_code": 5}')
-    assert status.exit_code() == 5
+    assert written_code(path, before) == 5
+    assert modified_at(tmp_path / "missing") < 0
 
 
 @pytest.mark.slow

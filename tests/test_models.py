@@ -31,8 +31,8 @@ from sft.models.digest import weights_sha256
 from sft.models.head import documents_are_isolated
 from sft.plan.dry_run import CpuAccelerator
 from sft.runtime import hardware
-from sft.runtime.context import Context
 from sft.runtime.log import Log
+from sft.runtime.processes import Context
 from sft.tasks.sft.task import FineTune
 
 CPU = torch.device("cpu")

@@ -22,8 +22,8 @@ from sft.models import dtypes, load
 from sft.plan import advice, choose, dry_run, gpus, memory, plan, report
 from sft.plan.trace import Recorder
 from sft.runtime import disk, hardware
-from sft.runtime.context import Context
 from sft.runtime.log import Log
+from sft.runtime.processes import Context
 from sft.tasks.base import Workload
 from sft.tasks.registry import task_of
 from sft.tasks.sft.task import FineTune

@@ -14,8 +14,8 @@ from conftest import ROOT, launch, run
 
 from sft.data import batches
 from sft.errors import ConfigError, PeerError
-from sft.runtime import agreement, deepspeed, processes, slurm
-from sft.runtime.precision import resolve_precision
+from sft.runtime import agreement, processes, slurm
+from sft.runtime.hardware import resolve_precision
 
 TRAIN = ["scripts/train.py", "--config", "configs/nano.yaml"]
 
@@ -237,7 +237,7 @@ def test_a_deepspeed_file_that_cannot_work_is_refused(tmp_path, content, message
 def test_the_deepspeed_files_of_the_repository_are_what_they_say(tmp_path, stage):
     file = str(ROOT / f"configs/deepspeed_z{stage}.json")
     settings = tiny.config(tmp_path, engine="deepspeed", deepspeed_config=file).train
-    assert deepspeed.deepspeed_settings(settings)["zero_optimization"]["stage"] == stage
+    assert processes.deepspeed_settings(settings)["zero_optimization"]["stage"] == stage
 
 
 @pytest.mark.slow

@@ -24,9 +24,8 @@ from safetensors.torch import load_file
 
 import sft
 from sft import cli, errors
-from sft.runtime import checkpoint, children, lock, watchdog
-from sft.runtime.lock import Lock
-from sft.runtime.status import Status
+from sft.runtime import attempt, checkpoint, children, watchdog
+from sft.runtime.attempt import Lock, Status
 
 pytestmark = pytest.mark.slow
 
@@ -423,7 +422,7 @@ def test_a_status_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(_: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(lock.os, "fsync", full)
+    monkeypatch.setattr(attempt.os, "fsync", full)
     assert status.end("failed", 1, "x" * 10_000, rank=0, step=1)
     assert (tmp_path / "status.json").read_text() == before
 
@@ -432,11 +431,11 @@ def test_a_file_system_without_locks_is_judged_by_what_the_owner_wrote(tmp_path,
     def unsupported(*_: Any) -> None:
         raise OSError(95, "not supported")
 
-    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    monkeypatch.setattr(attempt.fcntl, "flock", unsupported)
     owner = Lock(tmp_path)
     with pytest.raises(errors.LockedError, match=f"process {os.getpid()} .*not supported"):
         Lock(tmp_path)
-    monkeypatch.setattr(lock, "is_dead", lambda _: True)
+    monkeypatch.setattr(attempt, "is_dead", lambda _: True)
     Lock(tmp_path).release()
     assert not (tmp_path / ".lock").exists()
     owner.release()

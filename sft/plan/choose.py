@@ -18,7 +18,7 @@ from sft.plan import gpus, sharding
 from sft.plan.counts import Counts
 from sft.plan.dry_run import Window
 from sft.plan.memory import ACTIVATION_BYTES, CONTEXT_BYTES, Memory, predict
-from sft.runtime import deepspeed
+from sft.runtime import processes
 from sft.runtime.hardware import Hardware
 from sft.tasks.base import TaskInfo, Workload
 from sft.tasks.registry import task_of
@@ -182,7 +182,7 @@ class Planner:
         train = self.config.train
         zero = {}
         if train.engine == "deepspeed":
-            zero = deepspeed.deepspeed_settings(train)["zero_optimization"]
+            zero = processes.deepspeed_settings(train)["zero_optimization"]
         return sharding.Group(self.world_size, train.engine, accumulates, zero)
 
     def heaviest_window(self, budget: batches.Budget, checkpointing: bool) -> Window:

@@ -34,7 +34,7 @@ from sft.models import dtypes
 from sft.models.attention import needs_no_mask
 from sft.models.layers import embedding_layers
 from sft.plan.trace import AssumeOnes, Recorder, Trace
-from sft.runtime.context import Context
+from sft.runtime.processes import Context
 from sft.tasks.base import Row
 from sft.tasks.registry import task_of
 from sft.train.engine import Engine

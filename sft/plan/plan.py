@@ -19,8 +19,7 @@ from sft.plan.history import Past, read_past
 from sft.plan.memory import Memory
 from sft.runtime.console import size
 from sft.runtime.disk import TOKENIZER_BYTES, Need, need
-from sft.runtime.hardware import Hardware
-from sft.runtime.precision import resolve_precision
+from sft.runtime.hardware import Hardware, resolve_precision
 from sft.tasks.base import Labels, Workload
 from sft.tasks.registry import task_of
 from sft.train import schedule

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 from rich.table import Table
 
+from sft.config.schema import Train
 from sft.runtime.console import facts
 
 GIB = 1024**3
@@ -85,6 +86,21 @@ def detect(path: str | Path = ".") -> Hardware:
 def default_num_processes(hw: Hardware) -> int:
     """Returns one process per GPU, or two (on gloo) without a GPU."""
     return len(hw.devices) or CPU_PROCESSES
+
+
+def resolve_precision(train: Train, devices: list[Device] | None = None) -> tuple[str, str]:
+    """Returns (precision, reason) for these GPUs, or without `devices` for this process's own."""
+    import torch
+
+    if train.precision != "auto":
+        return train.precision, "configured"
+    on_gpu = torch.cuda.is_available() if devices is None else bool(devices)
+    if not on_gpu:
+        return "fp32", "no GPU; fp32 is exact and on CPUs seldom slower"
+    own = devices is None and torch.cuda.is_bf16_supported(including_emulation=False)
+    if own or (devices and all(device.bf16 for device in devices)):
+        return "bf16", "the GPU computes in bf16"
+    return "fp32", "the GPU has no bf16"
 
 
 def machine_table(hw: Hardware) -> Table:

@@ -17,19 +17,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from sft.config.schema import Train
 from sft.errors import PeerError
 from sft.runtime import children
-from sft.runtime.console import read_json
-from sft.runtime.signals import SignalRelay
-from sft.runtime.slurm import join_slurm
+from sft.runtime.slurm import join_slurm, modified_at, written_code
 from sft.runtime.world import (
     World,
     launch_file,
@@ -78,8 +82,9 @@ def launch(train: Train, program: Sequence[str], *, trains: bool = False) -> int
     file = read_launch_file(path)
     refuse_hidden_failures(path, file)
     world = world_of(train, file)
-    folder, status = Path(train.output_dir), _Status(Path(train.output_dir))
-    report = _Report()
+    folder, report = Path(train.output_dir), _Report()
+    status = folder / "status.json"
+    before = modified_at(status)
     with (
         tempfile.TemporaryDirectory(prefix="sft_launch_") as logs,
         SignalRelay(Path(logs)) as relay,
@@ -88,11 +93,10 @@ def launch(train: Train, program: Sequence[str], *, trains: bool = False) -> int
         command = [*_options(path, world, logs), *program]
         command += [f"train.num_processes={world.num_processes}"] if trains else []
         failures = _run(world, command, report)
-    code = _outcome(status.exit_code(), failures, relay.stops)
     if _needs_report(failures, relay.stops):
         own = Path(tempfile.gettempdir()) / f"sft_{os.getpid()}_{LOG}"
-        report.save(folder / LOG if status.is_ours() else own)
-    return code
+        report.save(folder / LOG if modified_at(status) > before else own)
+    return _outcome(written_code(status, before), failures, relay.stops)
 
 
 def _options(path: Path, world: World, logs: str) -> list[str]:
@@ -156,26 +160,85 @@ def _needs_report(failures: dict[int, int], stops: list[int]) -> bool:
     return killed or code == 1
 
 
-class _Status:
-    """The run's status.json, trusted only if it was written after this object was made."""
+class SignalRelay:
+    """A context in which this process forwards signals, once to each rank.
 
-    def __init__(self, folder: Path):
-        self.path = folder / "status.json"
-        self.before = self._stamp()
+    Ranks are in sessions of their own, so signals of a terminal do not reach them. The first
+    SIGTERM, SIGINT or SIGHUP asks them to save and stop, the second to stop at once, the third
+    kills them. SIGUSR1 (save and go on) is sent only to ranks that handle it, since others would
+    die. A thread forwards: while torch waits for other machines, the main thread runs no handlers.
+    """
 
-    def _stamp(self) -> tuple[int, int] | None:
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_mtime_ns
+    def __init__(self, scratch: Path):
+        self.scratch = scratch  # empty until torchrun starts ranks
+        self.stops: list[int] = []
+        self._handlers: dict[int, Any] = {}
 
-    def is_ours(self) -> bool:
-        return self._stamp() not in (None, self.before)
+    def __enter__(self) -> SignalRelay:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        signal.set_wakeup_fd(self._write)  # gets the number of every signal, whatever is running
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                self._handlers[number] = signal.signal(number, lambda *_: None)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        return self
 
-    def exit_code(self) -> int | None:
-        """Returns what this attempt has written; None while it runs or if it wrote nothing."""
-        return read_json(self.path).get("exit_code") if self.is_ours() else None
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self._write)
+        self._thread.join()
+        os.close(self._read)
+
+    def _listen(self) -> None:
+        while numbers := os.read(self._read, 1):
+            if numbers[0] == signal.SIGUSR1:
+                self._save()
+            elif numbers[0] in self._handlers:
+                self._stop(numbers[0])
+
+    def _stop(self, number: int) -> None:
+        sent = signal.SIGTERM if number == signal.SIGHUP else number
+        self.stops.append(sent)
+        if not any(self.scratch.iterdir()):
+            self.scratch.rmdir()
+            os._exit(128 + sent)
+        _send(rank_pids(), sent if len(self.stops) < 3 else signal.SIGKILL)
+
+    def _save(self) -> None:
+        training = [pid for pid in rank_pids() if has_handler(pid, signal.SIGUSR1)]
+        _send(training, signal.SIGUSR1)
+        if not training:
+            print("SIGUSR1: no rank is training, there is nothing to save", file=sys.stderr)
+
+
+def rank_pids() -> list[int]:
+    """Returns the process ids of the ranks that this process has started."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if "LOCAL_RANK" in child.environ():
+                found.append(child.pid)
+    return found
+
+
+def has_handler(pid: int, number: int) -> bool:
+    """Returns whether a process handles that signal; True where the kernel does not show it."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return not Path("/proc/self/status").exists()
+    mask = re.search(r"^SigCgt:\s*([0-9a-f]+)$", text, re.M)
+    return bool(mask and int(mask.group(1), 16) >> (number - 1) & 1)
+
+
+def _send(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):  # it ended meanwhile
+            os.kill(pid, number)
 
 
 class _Report(logging.Handler):

@@ -58,12 +58,10 @@ def tasks_per_node(text: str) -> list[int]:
 def requeue(train: Train, code: int, since: int) -> int:
     """Requeues this job if its run was preempted and progresses; returns the run's exit code.
 
-    `code` is srun's exit code. `since` is when srun was started, in seconds: an older status.json
-    belongs to an earlier attempt.
+    `code` is srun's exit code. `since` is when srun was started, in seconds.
     """
     folder = Path(train.output_dir)
-    status = folder / "status.json"
-    written = read_json(status).get("exit_code") if _modified(status) >= since else None
+    written = written_code(folder / "status.json", since)
     if written is not None and not (written == 0 and code in range(1, 128)):
         code = written
     if code != Preempted.exit_code:
@@ -94,8 +92,14 @@ def newest_step(folder: Path) -> int:
     return max((int(name.group(1)) for name in names if name), default=0)
 
 
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return -1.0
+def written_code(status: Path, before: float) -> int | None:
+    """Returns the run's exit code in status.json; None if the file is no newer than `before`.
+
+    An older file belongs to an earlier attempt. While a run goes on, its file has no exit code.
+    """
+    return read_json(status).get("exit_code") if modified_at(status) > before else None
+
+
+def modified_at(path: Path) -> float:
+    """Returns when a file was last written, in seconds, or -1 if there is none."""
+    return path.stat().st_mtime if path.exists() else -1.0

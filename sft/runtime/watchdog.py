@@ -33,10 +33,9 @@ from accelerate.utils import broadcast_object_list
 from sft import errors
 from sft.errors import PeerError, Preempted, UserError, redact
 from sft.runtime import oom
+from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
 from sft.runtime.children import is_dead, machine_id, process_state
 from sft.runtime.console import read_json, write_json
-from sft.runtime.lock import Lock
-from sft.runtime.status import RANKS, TRACEBACK, Status
 
 TICK = 0.2  # seconds between two looks at signals
 BEAT = 1.0  # seconds between two heartbeats

@@ -30,10 +30,9 @@ from sft.evaluate.answers import AnswerModel, Question
 from sft.evaluate.predictions import MemoryPredictions, Predictions, Record, read_records
 from sft.models import export
 from sft.runtime import checkpoint
-from sft.runtime.context import Context
+from sft.runtime.hardware import resolve_precision
 from sft.runtime.log import Log, Screen
-from sft.runtime.precision import resolve_precision
-from sft.runtime.processes import start_processes
+from sft.runtime.processes import Context, start_processes
 from sft.serve.runs import Opening, Quantization, open_model
 
 PRECISIONS: dict[str, Any] = {"bf16": "bf16", "no": "fp32", "fp32": "fp32", "auto": "auto"}

@@ -41,7 +41,7 @@ from sft.errors import VerificationError
 from sft.evaluate import answers
 from sft.models.export import load_weights, read_weights
 from sft.runtime.console import Advance, metrics_line, write_json
-from sft.runtime.context import Context
+from sft.runtime.processes import Context
 from sft.train.engine import Engine
 from sft.train.task import Batch
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from sft.config.load import load_any
 from sft.config.schema import Config, RunConfig
-from sft.runtime.extras import require_extra
+from sft.errors import require_extra
 
 if TYPE_CHECKING:
     from sft.tasks.base import Task

@@ -26,8 +26,8 @@ from sft.data.batches import MicroBatch, cut, global_batch_ids
 from sft.errors import NonFiniteError, OutOfMemory, Preempted
 from sft.runtime import checkpoint, disk
 from sft.runtime.console import Advance, duration, metrics_line, size
-from sft.runtime.context import Context
 from sft.runtime.oom import oom_message, release_memory
+from sft.runtime.processes import Context
 from sft.train import recovery, retention
 from sft.train.parallel import share_model
 from sft.train.profile import memory_bytes, profiled

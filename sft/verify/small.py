@@ -13,7 +13,7 @@ from sft.config.schema import RunConfig
 from sft.data import batches
 from sft.errors import VerificationError
 from sft.models import attention
-from sft.runtime import hardware, precision
+from sft.runtime import hardware
 from sft.tasks.registry import task_of
 
 
@@ -89,7 +89,7 @@ def make_small(config: RunConfig, folder: Path, *, exact: bool = False) -> Small
 def _list_changes(config: RunConfig, wanted: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the values that are not as configured, for people."""
     given = config.model_dump()
-    given["train"]["precision"], _ = precision.resolve_precision(config.train)
+    given["train"]["precision"], _ = hardware.resolve_precision(config.train)
     for key, value in wanted.items():
         section, name = key.split(".")
         if (before := given[section][name]) != value:

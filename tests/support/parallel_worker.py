@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from sft.config.load import load_config
 from sft.data import batches, cache
 from sft.runtime import checkpoint, processes
-from sft.runtime.context import Context
+from sft.runtime.processes import Context
 from sft.tasks.registry import task_of
 from sft.train import engine
 

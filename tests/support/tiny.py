@@ -16,8 +16,8 @@ from sft.config.schema import Config
 from sft.data import batches, cache, files, template
 from sft.data.examples import ExampleArrays, Examples
 from sft.runtime import processes
-from sft.runtime.context import Context
 from sft.runtime.log import Log
+from sft.runtime.processes import Context
 from sft.tasks.registry import task_of
 from sft.train import engine
 

@@ -24,8 +24,8 @@ from sft.data import batches
 from sft.models import export, layers
 from sft.runtime import hardware
 from sft.runtime.console import duration
-from sft.runtime.context import Context
 from sft.runtime.disk import refuse_if_unwritable
+from sft.runtime.processes import Context
 from sft.tasks.base import Finding, Labels, Results, Row, Shrunk, Task, TaskInfo, Workload
 from sft.tasks.distill import darkroom, histories, report, rollout, shrink
 from sft.tasks.distill.config import EPISODE, Distill, DistillConfig

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sft.config.schema import Train
 from sft.errors import ConfigError
 from sft.runtime.checkpoint import OptimizerShard, Tensors
-from sft.runtime.precision import resolve_precision
+from sft.runtime.hardware import resolve_precision
 from sft.train.optimizer import build_optimizer
 from sft.train.recovery import Waits
 
