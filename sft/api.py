@@ -67,13 +67,13 @@ def plan(
     from sft.plan import advice, report
     from sft.plan.plan import make_plan
 
-    machine, world_size = target(loaded, gpu, gib)
+    machine, world_size = planned_machine(loaded, gpu, gib)
     workload = task_of(loaded).workload(loaded)
     made = make_plan(loaded, workload, machine, world_size)
     return report.plan_values(made, advice.advise(loaded, workload, machine, made))
 
 
-def target(config: RunConfig, gpu: str | None, gib: float | None) -> tuple[Hardware, int]:
+def planned_machine(config: RunConfig, gpu: str | None, gib: float | None) -> tuple[Hardware, int]:
     """Returns the machine to plan for and how many processes it runs."""
     from sft.plan import gpus
     from sft.runtime import hardware

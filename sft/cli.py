@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from sft.config.load import load_config
 from sft.config.schema import Config, RunConfig
@@ -67,33 +67,6 @@ def config_file(args: argparse.Namespace) -> str:
             "installed package. Give --config FILE, or start in a checkout"
         )
     return args.config
-
-
-def add_model(parser: Parser) -> None:
-    """Adds the arguments that name a model and set how it answers."""
-    parser.add_argument("--model", default="outputs/nano", help="run, checkpoint, model or hub id")
-    parser.add_argument("--adapter", help="folder of a LoRA adapter for the model")
-    parser.add_argument("--quantization", choices=["nf4"], help="of the frozen weights")
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    parser.add_argument("--batch-size", type=_batch_size, default="auto", help="prompts at once")
-    parser.add_argument("--cache-dir", help="where a hub id is downloaded to")
-    parser.add_overrides("generation")
-
-
-def _batch_size(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
-
-
-def connector_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns what `add_model` parsed as arguments of AccelerateConnector."""
-    return {
-        "model_name": args.model,
-        "adapter": args.adapter,
-        "quantization": args.quantization,
-        "mixed_precision": args.precision,
-        "batch_size": args.batch_size,
-        "cache_dir": args.cache_dir,
-    }
 
 
 def write_json(file: Path, values: object) -> None:

@@ -1,6 +1,7 @@
 """The verbs of the command line, in one table: `sft VERB`, `python -m sft VERB`, `make VERB`.
 
-The module of a verb has `main(args)`, and `add_arguments(parser)` if it has options of its own.
+A verb is a function of a module in this package. The options of the function `f` are added by
+`f_options`, if there is such a function.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from sft.tasks.registry import VERBS as VERBS_OF_TASKS
 
 
 class Verb(NamedTuple):
-    """One line of the help, and the module that does the work."""
+    """A verb: the group and line of its help, and the function that does the work."""
 
     group: str
     help: str
-    module: str  # in this package, or with its full name
+    function: str  # module.function, in this package or with the full name of the module
     config: str | None = None  # default of --config, where the verb has this option
     preset: tuple[str, ...] = ()  # arguments that come before those of the user
 
@@ -32,93 +33,93 @@ TEST = ("--name=test", "evaluation.num_examples=1000000000")
 
 VERBS = {
     "setup-accelerate": Verb(
-        "Start", "Write Accelerate's launch file and prove it", "setup_accelerate"
+        "Start", "Write Accelerate's launch file and prove it", "setup_accelerate.setup_accelerate"
     ),
-    "gpu-info": Verb("Look", "Show devices, memory, bf16 and versions", "gpu_info"),
+    "gpu-info": Verb("Look", "Show devices, memory, bf16 and versions", "machine.gpu_info"),
     "memory-check": Verb(
-        "Look", "Show how much memory and disk is used, and by what", "memory_check"
+        "Look", "Show how much memory and disk is used, and by what", "machine.memory_check"
     ),
-    "plan": Verb("Look", "Predict memory, time and disk of a run", "plan", NANO),
+    "plan": Verb("Look", "Predict memory, time and disk of a run", "preflight.plan", NANO),
     "check": Verb(
         "Look",
         "Try everything that CONFIG needs, one training step included; nothing is written",
-        "check",
+        "preflight.check",
         NANO,
     ),
     "verify-resume": Verb(
         "Look",
         "Prove law 2 on CONFIG with a small model: killed and resumed, bit for bit",
-        "verify",
+        "preflight.verify",
         NANO,
         ("--law=resume",),
     ),
     "verify-invariance": Verb(
         "Look",
         "Prove law 1 on CONFIG: micro-batches, layouts, processes, engines",
-        "verify",
+        "preflight.verify",
         NANO,
         ("--law=invariance",),
     ),
     "process": Verb(
-        "Data", "Write raw files as normalised chat JSONL, with a report", "process", NANO
+        "Data", "Write raw files as normalised chat JSONL, with a report", "data.process", NANO
     ),
     "audit": Verb(
         "Data",
         "Examine every row of CONFIG as training sees it: table, audit.json, audit.html",
-        "audit",
+        "data.audit",
         NANO,
     ),
-    "show-data": Verb("Data", "Show one row's tokens in colour", "show_data", NANO),
-    "train": Verb("Train", "Fine-tune CONFIG in one process", "train", NANO),
+    "show-data": Verb("Data", "Show one row's tokens in colour", "data.show_data", NANO),
+    "train": Verb("Train", "Fine-tune CONFIG in one process", "train.train", NANO),
     "train-distributed": Verb(
         "Train",
         "Fine-tune on every GPU (two CPU processes without one), DDP",
-        "train_distributed",
+        "train.train_distributed",
         NANO,
     ),
     "train-fsdp": Verb(
         "Train",
         "Fine-tune with weights, gradients and optimizer sharded, FSDP2",
-        "train_distributed",
+        "train.train_distributed",
         NANO,
         FSDP,
     ),
     "train-deepspeed": Verb(
-        "Train", "Fine-tune with DeepSpeed ZeRO-2", "train_distributed", NANO, ZERO2
+        "Train", "Fine-tune with DeepSpeed ZeRO-2", "train.train_distributed", NANO, ZERO2
     ),
     **{name: Verb("Train", *values) for name, values in VERBS_OF_TASKS.items()},
     "tensorboard": Verb(
-        "Train", "Start TensorBoard on outputs/ and print its address", "tensorboard"
+        "Train", "Start TensorBoard on outputs/ and print its address", "tensorboard.tensorboard"
     ),
     "tb-stop": Verb(
         "Train",
         "Stop the TensorBoard that was started here, and no other",
-        "tensorboard",
+        "tensorboard.tensorboard",
         preset=("--stop",),
     ),
-    "evaluate": Verb("Use", "Measure held-out loss and score the answers of a run", "evaluate"),
+    "evaluate": Verb("Use", "Measure held-out loss and score the answers of a run", "use.evaluate"),
     "eval-quick": Verb(
-        "Use", "Measure held-out loss and score the first 32 answers", "evaluate", preset=QUICK
+        "Use", "Measure held-out loss and score the first 32 answers", "use.evaluate", preset=QUICK
     ),
     "eval-test": Verb(
         "Use",
         "Measure held-out loss and score all answers, or those to another file",
-        "evaluate",
+        "use.evaluate",
         preset=TEST,
     ),
     "compare": Verb(
-        "Use", "Say whether B is better or worse than A, or not distinguishable", "compare"
+        "Use", "Say whether B is better or worse than A, or not distinguishable", "use.compare"
     ),
     "classify": Verb(
         "Use",
         "Ask MODEL or RUN for labels and score them; TUNE=1 also fine-tunes and compares",
-        "classify",
+        "use.classify",
         "configs/classify_hatecheck.yaml",
     ),
-    "infer": Verb("Use", "Talk to a run or a model", "infer"),
-    "infer-batch": Verb("Use", "Answer every row of INPUT into OUTPUT (JSONL)", "infer_batch"),
-    "merge": Verb("Use", "Merge RUN into its base, and prove it", "merge"),
-    "merge-test": Verb("Use", "Prove a merged folder again", "merge"),
+    "infer": Verb("Use", "Talk to a run or a model", "use.infer"),
+    "infer-batch": Verb("Use", "Answer every row of INPUT into OUTPUT (JSONL)", "use.infer_batch"),
+    "merge": Verb("Use", "Merge RUN into its base, and prove it", "use.merge"),
+    "merge-test": Verb("Use", "Prove a merged folder again", "use.merge"),
 }
 
 
@@ -138,14 +139,14 @@ def run(verb: str, words: list[str]) -> int | None:
     if verb not in VERBS:
         raise UserError(f"sft has no verb {verb!r}; {suggest(verb, list(VERBS))}")
     entry = VERBS[verb]
-    name = entry.module if "." in entry.module else f"{__name__}.{entry.module}"
-    module: Any = import_module(name)
+    place, _, function = entry.function.rpartition(".")
+    module: Any = import_module(place if "." in place else f"{__name__}.{place}")
     parser = cli.Parser(f"sft {verb}", entry.help, entry.config)
-    if hasattr(module, "add_arguments"):
-        module.add_arguments(parser)
+    if add_options := getattr(module, f"{function}_options", None):
+        add_options(parser)
     args = parser.parse([*entry.preset, *words])
     args.verb = verb
-    return module.main(args)
+    return getattr(module, function)(args)
 
 
 def overview() -> str:

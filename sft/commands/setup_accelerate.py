@@ -1,14 +1,15 @@
 """Writes Accelerate's launch file and proves that it starts as many processes as it says.
 
 On a terminal Accelerate's own wizard asks; the answers that fit this machine are shown first.
-Without one, or with `--auto`, the recommended file is written. Then the file is tried: it launches
-`sft.runtime.worker`, each rank adds its number to a sum over all, and the results that the ranks
-wrote are judged. Exit codes are not: a gloo run can abort after its work. Nor is the file's text:
-one that says MULTI_CPU and 2 starts one process, without a message.
+Without a terminal, or with `--auto`, the recommended file is written. Then the file is tried: it
+launches `sft.runtime.worker`, each rank adds its number to a sum over all, and writes what it saw.
+The proof uses only these results. Exit codes can mislead, since a gloo run can abort after its
+work; so can the file's text, since MULTI_CPU with two processes starts one, without a message.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,15 +38,13 @@ WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAST
 WORLD_PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PMI_", "OMPI_COMM_", "MV2_COMM_")
 
 
-def add_arguments(parser: cli.Parser) -> None:
+def setup_accelerate_options(parser: cli.Parser) -> None:
     parser.add_argument("--config-file", type=Path, help="default: where Accelerate looks for it")
-    parser.add_argument(
-        "--auto", action="store_true", help="write the recommended file, do not ask"
-    )
+    parser.add_argument("--auto", action="store_true", help="write the recommended file unasked")
     parser.add_argument("--verify-only", action="store_true", help="try an existing file")
 
 
-def main(args: Namespace) -> None:
+def setup_accelerate(args: Namespace) -> None:
     """Writes the file and tries it. Raises UserError if it does not start what it says."""
     from accelerate.commands.config.config_args import default_yaml_config_file
 
@@ -63,8 +64,11 @@ def main(args: Namespace) -> None:
 
 
 def recommended(machine: Hardware) -> ClusterConfig:
-    """Returns a file for one process per GPU, or for two on CPUs; more than one need torchrun,
-    which MULTI_GPU selects. The training configuration owns the precision."""
+    """Returns a launch file for one process per GPU, or for two on CPUs.
+
+    MULTI_GPU selects torchrun, which several processes need. The training configuration, not this
+    file, decides about the precision.
+    """
     from accelerate.commands.config.config_args import ClusterConfig
 
     from sft.runtime.hardware import default_num_processes
@@ -83,42 +87,38 @@ def recommended(machine: Hardware) -> ClusterConfig:
 
 
 def write_recommended(target: Path, machine: Hardware) -> None:
-    """Writes the recommended file; a copy of an existing one is kept beside it."""
-    _make_folder(target)
-    staged = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    """Writes the recommended file; a copy of a different one is kept beside it."""
     config = recommended(machine)
-    (config.to_json_file if target.suffix == ".json" else config.to_yaml_file)(str(staged))
-    if target.exists() and target.read_bytes() == staged.read_bytes():
-        staged.unlink()
-        print(f"{target} already is the recommended file for {_described(machine)}")
-        return
-    _keep_copy(target)
-    staged.replace(target)
-    print(f"wrote {target} for {_described(machine)}")
+    with _keep_copy(target) as copy:
+        (config.to_json_file if target.suffix == ".json" else config.to_yaml_file)(str(target))
+    gpus, cpus = f"{len(machine.devices)} GPU(s)", f"{config.num_processes} processes on the CPU"
+    is_same = copy is not None and not copy.exists()
+    done = f"{target} already is the recommended file" if is_same else f"wrote {target}"
+    print(f"{done} for {gpus if machine.devices else cpus}")
 
 
-def _described(machine: Hardware) -> str:
-    if machine.devices:
-        return f"{len(machine.devices)} GPU(s)"
-    return f"{recommended(machine).num_processes} processes on the CPU"
+@contextmanager
+def _keep_copy(target: Path) -> Iterator[Path | None]:
+    """Yields a copy of `target`, or None if there is no such file; makes its folder.
 
-
-def _make_folder(target: Path) -> None:
+    The copy has the first free name of `.bak`, `.bak1`, ... It is removed if `target` is the same
+    at the end.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder of {target}: {error.strerror}") from error
-
-
-def _keep_copy(target: Path) -> Path | None:
-    """Copies an existing file to the first free name of `.bak`, `.bak1`, ..., and says so."""
     if not target.exists():
-        return None
-    names = (f"{target.name}.bak{number or ''}" for number in range(1_000_000))
+        yield None
+        return
+    names = (f"{target.name}.bak{number or ''}" for number in itertools.count())
     copy = next(path for path in map(target.with_name, names) if not path.exists())
     shutil.copy2(target, copy)
-    print(f"{target} exists: kept as {copy.name} beside it")
-    return copy
+    yield copy
+    if target.exists() and target.read_bytes() == copy.read_bytes():
+        copy.unlink()
+    else:
+        print(f"{target} existed: kept as {copy.name} beside it")
 
 
 def show_recommended(machine: Hardware) -> None:
@@ -140,39 +140,34 @@ def show_recommended(machine: Hardware) -> None:
 def wizard_answers(machine: Hardware) -> list[tuple[str, str]]:
     """Returns question and answer, in the order of accelerate/commands/config/cluster.py, 1.15."""
     number = recommended(machine).num_processes
-    several = number > 1
-    kind = "multi-GPU" if several else "No distributed training"
-    first = [
-        ("In which compute environment are you running?", "This machine"),
-        ("Which type of machine are you using?", kind),
-    ]
-    if several:
-        first += [
+    kind, engines = "No distributed training", ["DeepSpeed"]
+    first = [("Do you want to run your training on CPU only?", "no")]
+    count = []
+    if number > 1:
+        kind, engines = "multi-GPU", ["DeepSpeed", "FullyShardedDataParallel", "Megatron-LM"]
+        first = [
             ("How many different machines will you use?", "1"),
             ("Should distributed operations be checked while running for errors?", "no"),
         ]
-    else:
-        first += [("Do you want to run your training on CPU only?", "no")]
-    engines = ["DeepSpeed", "FullyShardedDataParallel", "Megatron-LM"] if several else ["DeepSpeed"]
+        count = [("How many GPU(s) should be used?", str(number))]
     return [
+        ("In which compute environment are you running?", "This machine"),
+        ("Which type of machine are you using?", kind),
         *first,
         ("Do you wish to optimize your script with torch dynamo?", "no"),
         *((f"Do you want to use {engine}?", "no") for engine in engines),
-        *([("How many GPU(s) should be used?", str(number))] if several else []),
+        *count,
         ("What GPU(s) (by id) should be used?", "all"),
         ("Would you like to enable numa efficiency?", "no"),
-        ("Do you wish to use mixed precision?", "no (the training configuration owns it)"),
+        ("Do you wish to use mixed precision?", "no (the training configuration decides)"),
     ]
 
 
 def run_wizard(target: Path) -> None:
     """Runs `accelerate config`. Raises UserError if it wrote nothing."""
-    _make_folder(target)
-    copy = _keep_copy(target)
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "config"]
-    status = subprocess.run([*command, "--config_file", str(target)], check=False).returncode
-    if copy and target.read_bytes() == copy.read_bytes():
-        copy.unlink()
+    with _keep_copy(target):
+        status = subprocess.run([*command, "--config_file", str(target)], check=False).returncode
     if status != 0 or not target.exists():
         raise UserError(
             f"the wizard ended (exit code {status}) without writing {target}. "
@@ -193,7 +188,7 @@ def verify(target: Path, machine: Hardware) -> None:
         lines = [] if _is_single(results) else output.strip().splitlines()[-TAIL_LINES:]
         raise UserError(
             f"{target} does not start what it says.\n"
-            f"  expected: {expected} process(es) that form one world, sum {_triangle(expected)}\n"
+            f"  expected: {expected} process(es) that form one world, sum {_sum_to(expected)}\n"
             f"  found:    {problem}\n"
             f"  do:       {_advice(config, results, expected, machine)}"
             + "".join(f"\n  | {line}" for line in lines)
@@ -224,13 +219,13 @@ def _launch(target: Path, config: ClusterConfig, expected: int) -> tuple[list[Re
         return [Result(**json.loads(path.read_text())) for path in Path(folder).iterdir()], output
 
 
-def _triangle(count: int) -> int:
-    """Returns 1 + 2 + ... + count, which is what the ranks' sum must be."""
-    return count * (count + 1) // 2
+def _sum_to(count: int) -> int:
+    """Returns 1 + 2 + ... + count: each rank adds its number + 1."""
+    return sum(range(count + 1))
 
 
 def judge(results: list[Result], expected: int) -> str | None:
-    """Returns what is wrong, or None."""
+    """Returns what is wrong with the results of `expected` processes, or None."""
     worlds = sorted({result.world for result in results})
     if len(results) != expected:
         return f"{len(results)} process(es) did the work, in worlds of {worlds or 'none'}"
@@ -240,11 +235,11 @@ def judge(results: list[Result], expected: int) -> str | None:
     if ranks != list(range(expected)):
         return f"ranks {ranks}"
     sums = sorted({result.sum for result in results})
-    return None if sums == [_triangle(expected)] else f"sums {sums}"
+    return None if sums == [_sum_to(expected)] else f"sums {sums}"
 
 
 def _is_single(results: list[Result]) -> bool:
-    """Returns whether one process in a world of its own did its work: too few, none failed."""
+    """Returns whether one process did its work, alone in its world."""
     return [result.world for result in results] == [1]
 
 

@@ -35,7 +35,7 @@ MARK = "SFT_TENSORBOARD"  # holds the folder
 LOG_NAME = ".tensorboard.log"
 
 
-def add_arguments(parser: cli.Parser) -> None:
+def tensorboard_options(parser: cli.Parser) -> None:
     parser.add_argument("--logdir", type=Path, default=Path("outputs"), help="the folder of runs")
     parser.add_argument("--stop", action="store_true", help="stop the server of that folder")
     parser.add_argument(
@@ -43,7 +43,7 @@ def add_arguments(parser: cli.Parser) -> None:
     )
 
 
-def main(args: argparse.Namespace) -> None:
+def tensorboard(args: argparse.Namespace) -> None:
     """Starts or stops the server of a folder."""
     folder = args.logdir.resolve()
     if args.stop:

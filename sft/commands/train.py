@@ -1,15 +1,41 @@
-"""Fine-tunes the model of a configuration, in this process or as a rank of any launcher."""
+"""Verbs that fine-tune the model of a configuration and write its run folder."""
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 
 from sft import cli
 
 
-def main(args: Namespace) -> None:
-    """Trains the model, and writes the run folder."""
+def train(args: Namespace) -> None:
+    """Trains in this process, or as a rank of any launcher."""
     config = cli.run_configuration(args)
     from sft import run  # imported last: an error in the configuration is reported at once
 
     run.train(config)
+
+
+def train_distributed_options(parser: cli.Parser) -> None:
+    parser.add_argument("--if-asked", action="store_true", help="only if NUM_PROCESSES is set")
+    parser.add_argument("--requeue-after", type=int, metavar="CODE", help="of srun, in a SLURM job")
+    parser.add_argument("--since", type=int, default=0, help="when srun started, seconds")
+
+
+def train_distributed(args: Namespace) -> int | None:
+    """Trains on several processes, of this machine or of several, and returns the exit code.
+
+    It starts the ranks; run by `accelerate launch`, `torchrun` or `srun`, it is one of them.
+    """
+    config = cli.run_configuration(args)
+    from sft.runtime import launcher, slurm
+
+    if args.requeue_after is not None:
+        return slurm.requeue(config.train, args.requeue_after, args.since)
+    if launcher.has_ranks_to_start() or not (args.if_asked or launcher.is_rank()):
+        program = [*launcher.this_program(), *sys.argv[1:]]
+        return launcher.launch(config.train, program, trains=True)
+    from sft import run
+
+    run.train(config)
+    return None

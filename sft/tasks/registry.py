@@ -27,22 +27,22 @@ EXTRAS = {  # of pyproject.toml, each with the name of its task, and what it ins
 
 VERBS: dict[
     str, tuple[Any, ...]
-] = {  # of `sft.commands`, for tasks that have their own: help, module, configuration, preset
+] = {  # of `sft.commands`, for tasks that have their own: help, function, configuration, preset
     "train-crowd": (
         "Train K agents on one frozen base (default: configs/crowd_nano.yaml)",
-        "train_distributed",
+        "train.train_distributed",
         "configs/crowd_nano.yaml",
         ("--if-asked",),
     ),
     "collect-darkroom": (
         "Record what PPO does while it learns each goal of the Darkroom; continues where it was "
         "stopped",
-        "sft.tasks.distill.collect",
+        "sft.tasks.distill.collect.main",
         "configs/ad_darkroom.yaml",
     ),
     "train-darkroom": (
         "Distil an algorithm: collect, train, try the unseen goals (docs/research/DISTILL.md)",
-        "train",
+        "train.train",
         "configs/ad_darkroom.yaml",
     ),
 }

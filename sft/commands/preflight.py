@@ -1,22 +1,17 @@
-"""Predicts a run's memory, time and disk, on this machine or another, without loading weights."""
+"""Verbs before a run: `plan` predicts it, `check` tries it, `verify-*` prove a law on it."""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sft import cli
+from sft import api, cli
 from sft.config.load import load_config
 from sft.config.schema import Config, RunConfig
 from sft.errors import ConfigError
 
-if TYPE_CHECKING:
-    from sft.runtime.hardware import Hardware
 
-
-def add_arguments(parser: cli.Parser) -> None:
+def plan_options(parser: cli.Parser) -> None:
     parser.add_argument("--gpu", help="plan for these GPUs, not this machine: 'H100-80GB x 8'")
     parser.add_argument("--gib", type=float, help="memory of each GPU, if it has no known name")
     parser.add_argument("--model", help="without a configuration: config.json, folder or hub id")
@@ -27,20 +22,20 @@ def add_arguments(parser: cli.Parser) -> None:
     parser.add_argument("--json", type=Path, default=Path("outputs/plan.json"), help="all numbers")
 
 
-def main(args: Namespace) -> None:
-    """Prints the plan and writes its numbers into a JSON file."""
+def plan(args: Namespace) -> None:
+    """Prints the plan of a run, for which no weights are loaded, and writes its numbers as JSON."""
     config = _configuration(args)
     from sft.plan import advice, plan, report
     from sft.runtime.console import make_console
     from sft.tasks.registry import task_of
 
-    machine, world_size = _target(args, config)
     console = make_console()
     numbers: object
     if args.compare and isinstance(config, Config):
         numbers = found = advice.compare_gpus(config)
         console.print(report.comparison_table(found, config.data.max_seq_len))
     else:
+        machine, world_size = api.planned_machine(config, args.gpu, args.gib)
         if isinstance(config, Config) and (args.uniform or args.model is not None):
             workload = task_of(config).uniform_workload(config)
         else:
@@ -59,6 +54,8 @@ def _configuration(args: Namespace) -> RunConfig:
     """Returns the configuration of the file, or the defaults for `--model` alone."""
     from sft.tasks.registry import task_of
 
+    if args.compare and not (args.gpu is None and args.gib is None):
+        raise ConfigError("COMPARE has GPUs of its own, a fixed list; leave out GPU and GIB")
     if args.model is None:
         if args.tuning or args.seq:
             instead = 'in a configuration set ARGS="tuning.mode=... data.max_seq_len=..."'
@@ -78,18 +75,31 @@ def _configuration(args: Namespace) -> RunConfig:
     return load_config(None, [*given, "train.output_dir=none", *args.overrides])
 
 
-def _target(args: Namespace, config: RunConfig) -> tuple[Hardware, int]:
-    """Returns the machine to plan for and how many processes it runs."""
-    from sft.plan import gpus
-    from sft.runtime import hardware
+def check(args: Namespace) -> int:
+    """Tries everything that a configuration needs. Returns 2 if something is not ok."""
+    from sft import check
 
-    machine = hardware.detect()
-    if args.gpu is None and args.gib is None:
-        return machine, config.train.num_processes or max(1, len(machine.devices))
-    if args.compare:
-        raise ConfigError("COMPARE has GPUs of its own, a fixed list; leave out GPU and GIB")
-    try:
-        devices = gpus.named_gpus(args.gpu or "GPU", args.gib)
-    except ValueError as error:
-        raise ConfigError(f"GPU: {error}") from None
-    return replace(machine, devices=devices), len(devices)
+    return 0 if check.run(cli.config_file(args), args.overrides) else 2
+
+
+def verify_options(parser: cli.Parser) -> None:
+    parser.add_argument("--law", choices=("resume", "invariance"), required=True)
+    parser.add_argument("--num-processes", type=int, help="default: as configured, or by devices")
+
+
+def verify(args: Namespace) -> None:
+    """Proves a law on a configuration whose model is made small, and prints a table.
+
+    Raises VerificationError if the law does not hold.
+    """
+    config = cli.run_configuration(args)
+    from sft.runtime import hardware
+    from sft.runtime.console import make_console
+    from sft.verify import laws
+
+    if args.law == "resume":
+        world = args.num_processes or config.train.num_processes or 1
+        laws.verify_resume(config, world, make_console())
+    else:
+        world = args.num_processes or hardware.default_num_processes(hardware.detect())
+        laws.verify_invariance(config, world, make_console())

@@ -1,0 +1,240 @@
+"""Verbs for a model or a finished run: evaluate, compare, classify, infer, infer-batch, merge."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from sft import cli
+from sft.config.load import parse_generation
+from sft.config.schema import Config, Train
+from sft.errors import UserError
+
+
+def evaluate_options(parser: cli.Parser) -> None:
+    parser.add_argument("--run", type=Path, default=Path("outputs/nano"), help="folder of the run")
+    parser.add_argument("--name", default="evaluate", help="results go to <run>/evaluation/<name>")
+    parser.add_overrides("section")
+
+
+def evaluate(args: Namespace) -> int | None:
+    """Writes held-out loss and scores into the run folder, prints them; returns the exit code."""
+    from sft.runtime import launcher
+
+    if launcher.has_ranks_to_start():
+        return launcher.launch_self(args.run / "evaluation" / args.name)
+    from sft import run
+
+    run.evaluate_run(args.run, args.name, args.overrides)
+    return None
+
+
+def compare_options(parser: cli.Parser) -> None:
+    run = "folder of a run, or its predictions.jsonl"
+    parser.add_argument("--a", type=Path, required=True, help=run)
+    parser.add_argument("--b", type=Path, required=True, help=run)
+    parser.add_argument("--metric", help="'rouge_l,bleu' (default: evaluation.metrics of both)")
+    parser.add_argument("--show", type=int, default=5, help="examples shown side by side")
+    parser.add_argument("--json", type=Path, help="where to write everything")
+
+
+def compare(args: Namespace) -> None:
+    """Prints the differences of two runs, and examples that score differently."""
+    from sft.evaluate import compare
+    from sft.runtime.console import make_console
+
+    names, labels = compare.agreed_metrics(args.a, args.b)
+    if args.metric:
+        names = args.metric.replace(",", " ").split()
+    found, console = compare.compare(args.a, args.b, names, labels), make_console()
+    title = f"B against A on {found.num_examples:,} examples"
+    console.print(compare.difference_table(title, found.differences, "A", "B"))
+    console.print(compare.wins_table(found))
+    if found.differing and args.show > 0:
+        console.print(compare.examples_table(found, args.show))
+    if args.json:
+        cli.write_json(args.json, compare.comparison_json(found))
+        console.print(f"all of it: {args.json}")
+
+
+def classify_options(parser: cli.Parser) -> None:
+    parser.add_argument("--model", help="in place of model.name")
+    parser.add_argument("--run", type=Path, help="a tuned model: the folder of its run")
+    parser.add_argument("--tune", action="store_true", help="fine-tune, classify again, compare")
+
+
+def classify(args: Namespace) -> int:
+    """Asks a model for labels; with `--tune`, also trains it and classifies with the result."""
+    args.overrides += [f"model.name={args.model}"] if args.model else []
+    config = cli.configuration(args)
+    from sft.runtime import launcher
+    from sft.serve.classify import rows
+
+    rows.check_section(config, tune=args.tune)
+    if args.tune and args.run:
+        raise UserError("RUN is a tuned model: give TUNE=1, or RUN, not both")
+    if launcher.has_ranks_to_start():
+        examples = rows.read_examples(config.classify)
+        rows.split_parts(examples, config.classify)  # errors in the rows are reported once
+        return _launch_classify(config, args)
+    if args.tune and "WORLD_SIZE" in os.environ:
+        raise UserError("TUNE=1 starts its processes itself: give NUM_PROCESSES, no launcher")
+    if args.tune and config.train.engine != "ddp":
+        raise UserError(
+            f"TUNE=1 with train.engine={config.train.engine}: expected NUM_PROCESSES=2 or more, "
+            "since this process cannot use that engine after it has classified; or set ddp"
+        )
+    from sft.serve.classify import strategies
+
+    strategies.classify(config, args.run)
+    if args.tune:
+        from sft import run
+
+        run.train(config)
+        strategies.classify(config, Path(config.train.output_dir))
+    return 0
+
+
+def _launch_classify(config: Config, args: Namespace) -> int:
+    """Launches each part separately. Returns the exit code of the first part that fails, or 0."""
+    from sft.runtime import launcher
+
+    words = ["--config", args.config, *args.overrides]
+
+    def launch_for(run: Path | None) -> int:
+        folder = run / "classify" if run else Path(config.classify.output_dir)
+        program = ["-m", "sft", args.verb, *words, *(["--run", str(run)] if run else [])]
+        return launcher.launch(Train(output_dir=str(folder)), program)
+
+    code = launch_for(args.run)
+    if args.tune:
+        trains = ["-m", "sft", "train", *words]
+        code = code or launcher.launch(config.train, trains, trains=True)
+        code = code or launch_for(Path(config.train.output_dir))
+    return code
+
+
+def _add_model_options(parser: cli.Parser) -> None:
+    """Adds the options that name a model and set how it answers."""
+    parser.add_argument("--model", default="outputs/nano", help="run, checkpoint, model or hub id")
+    parser.add_argument("--adapter", help="folder of a LoRA adapter for the model")
+    parser.add_argument("--quantization", choices=["nf4"], help="of the frozen weights")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
+    parser.add_argument("--batch-size", type=_batch_size, default="auto", help="prompts at once")
+    parser.add_argument("--cache-dir", help="where a hub id is downloaded to")
+    parser.add_overrides("generation")
+
+
+def _batch_size(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _connector_arguments(args: Namespace) -> dict[str, Any]:
+    """Returns the options of `_add_model_options` as arguments of AccelerateConnector."""
+    same = ("adapter", "quantization", "batch_size", "cache_dir")
+    named = {"model_name": args.model, "mixed_precision": args.precision}
+    return named | {name: getattr(args, name) for name in same}
+
+
+def infer_options(parser: cli.Parser) -> None:
+    _add_model_options(parser)
+    parser.add_argument("--prompt", help="answer this and stop")
+    parser.add_argument("--system", help="system prompt")
+
+
+def infer(args: Namespace) -> None:
+    """Answers `--prompt`, or whatever is typed until an empty line."""
+    settings = parse_generation(args.overrides).model_dump()
+    from sft.runtime import processes
+    from sft.serve import chat
+    from sft.serve.connector import AccelerateConnector
+
+    if not processes.leave_process_group():  # of several processes the first one talks
+        return
+    if args.prompt == "":
+        raise UserError('PROMPT is empty; ask something, as in PROMPT="set a timer"')
+    connector = AccelerateConnector(**_connector_arguments(args))
+    connector.load_model_once()
+    conversation = chat.Conversation(connector, _write, args.system, **settings)
+    if args.prompt is not None:
+        conversation.ask(args.prompt)
+        return
+    print(f"{connector.model_name}: say something; /help lists commands, an empty line ends")
+    while conversation.handle(_read()):
+        pass
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _read() -> str:
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
+
+
+def infer_batch_options(parser: cli.Parser) -> None:
+    _add_model_options(parser)
+    parser.add_argument("--input", required=True, help="file, folder, glob or hub id of prompts")
+    parser.add_argument("--output", required=True, type=Path, help="JSONL file to be written")
+
+
+def infer_batch(args: Namespace) -> int:
+    """Writes the answers to `--output`; continues what an earlier attempt began."""
+    settings = parse_generation(args.overrides).model_dump()
+    for name, value in (("INPUT", args.input), ("OUTPUT", args.output.name)):
+        if not value:
+            raise UserError(f"{name}: required: INPUT=rows.jsonl OUTPUT=answers.jsonl")
+    folder = args.output.with_name(f"{args.output.name}.run")  # its status, while it runs
+    from sft.runtime import launcher
+
+    code = 0
+    if launcher.has_ranks_to_start():
+        code = launcher.launch_self(folder)
+    else:
+        from sft.serve import chat
+
+        chat.answer_file(args.input, args.output, folder, _connector_arguments(args), settings)
+    if code == 0 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        shutil.rmtree(folder, ignore_errors=True)
+    return code
+
+
+def merge_options(parser: cli.Parser) -> None:
+    parser.add_argument("--run", type=Path, help="folder of the run")
+    parser.add_argument("--output", type=Path, help="default: <run>/merged")
+    parser.add_argument("--test", type=Path, metavar="FOLDER", help="only prove this merged model")
+    parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="bf16")
+    parser.add_argument("--base", choices=["original", "dequantised"], help="weights to merge into")
+    parser.add_argument("--gguf", type=Path, help="folder of llama.cpp: make a GGUF file as well")
+    parser.add_overrides("section")
+
+
+def merge(args: Namespace) -> None:
+    """Makes the merge (with `--test`: only its proof), and the GGUF file if requested."""
+    if args.verb == "merge-test" and args.test is None:
+        raise UserError("MERGED: required: MERGED=folder (with the command `sft`: --test FOLDER)")
+    from sft.runtime.console import make_console
+    from sft.serve import gguf, merge
+
+    say = make_console().print
+    if args.gguf:
+        gguf.find_converter(args.gguf)
+    if args.test:
+        folder = args.test
+        report = merge.retest(folder, say, args.run, args.base, args.overrides)
+    else:
+        run = args.run or Path("outputs/nano")
+        folder = args.output or run / "merged"
+        base = args.base or "original"
+        report = merge.merge(run, folder, args.dtype, say, base, args.overrides)
+    say(f"merged model, proven to be the one that was trained: {folder}")
+    if args.gguf:
+        say(f"GGUF: {gguf.convert(folder, report['dtype'], args.gguf)}")
