@@ -52,8 +52,7 @@ from sft.cli import prepare_libraries
 from sft.config.load import dump_config, with_values
 from sft.config.schema import Config, RunConfig
 from sft.errors import OutOfMemory
-from sft.models import adapters as models_adapters
-from sft.models import dtypes
+from sft.models import dtypes, load
 from sft.plan import choose, dry_run, memory, sharding
 from sft.plan.dry_run import Window
 from sft.runtime.console import make_console, table
@@ -290,7 +289,7 @@ def selective(function: Any, *arguments: Any, **options: Any) -> Any:
 @contextmanager
 def their_step(row: Row) -> Iterator[None]:
     """Where their step differs from ours."""
-    prepare, add_adapters = dry_run.CpuAccelerator.prepare, models_adapters.add_adapters
+    prepare, add_adapters = dry_run.CpuAccelerator.prepare, load.add_adapters
 
     def plain(_: Any, built: Any, optimizer: Any) -> tuple[Any, Any]:
         return built, optimizer
@@ -311,7 +310,7 @@ def their_step(row: Row) -> Iterator[None]:
 
     with (
         mock.patch.object(dry_run.CpuAccelerator, "prepare", prepare if row.autocast else plain),
-        mock.patch.object(models_adapters, "add_adapters", added),
+        mock.patch.object(load, "add_adapters", added),
         mock.patch.object(dtypes, "check_dtypes"),
         mock.patch.object(FineTune, "loss", loss) if row.own_loss else nullcontext(),
         mock.patch(CHECKPOINT, selective) if row.selective else nullcontext(),

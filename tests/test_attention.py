@@ -25,7 +25,7 @@ from transformers import (
 from sft import errors
 from sft.config.schema import Crowd, Generation, Model, Tuning
 from sft.evaluate import generate
-from sft.models import adapters, attention, head, load
+from sft.models import attention, load
 from sft.tasks.crowd.agents import Agents
 
 SMALL = {
@@ -136,7 +136,7 @@ def test_adapters_of_packed_rows_have_the_gradients_that_they_have_with_sdpa(
 
     def gradients(name):
         base = build(SHAPES["llama"], name).requires_grad_(False)
-        built = adapters.add_adapters(base, Tuning(mode="lora", r=4))
+        built = load.add_adapters(base, Tuning(mode="lora", r=4))
         if num_agents:
             built = Agents(built, Crowd(num_agents=num_agents))
         for key, parameter in built.named_parameters():
@@ -249,8 +249,8 @@ def test_isolation_is_proven_with_the_kernel_of_the_precision(kernel, monkeypatc
 
     monkeypatch.setattr(attention, "_kernel_dtype", of_autocast)
     leaking, sound = (build(each, "varlen") for each in (PersimmonConfig(**SMALL), SHAPES["llama"]))
-    assert head.documents_are_isolated(leaking, "fp32", CPU)
+    assert attention.documents_are_isolated(leaking, "fp32", CPU)
     assert not kernel
-    assert not head.documents_are_isolated(leaking, "bf16", CPU)
-    assert head.documents_are_isolated(sound, "bf16", CPU)
+    assert not attention.documents_are_isolated(leaking, "bf16", CPU)
+    assert attention.documents_are_isolated(sound, "bf16", CPU)
     assert kernel

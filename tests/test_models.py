@@ -25,10 +25,9 @@ from sft import errors
 from sft.config.schema import Config, Model, Tuning
 from sft.data import batches
 from sft.errors import ConfigError
-from sft.models import adapters, dtypes, load
-from sft.models import head as models_head
-from sft.models.digest import weights_sha256
-from sft.models.head import documents_are_isolated
+from sft.models import attention, dtypes, layers, load
+from sft.models.attention import documents_are_isolated
+from sft.models.load import weights_sha256
 from sft.plan.dry_run import CpuAccelerator
 from sft.runtime import hardware
 from sft.runtime.log import Log
@@ -100,7 +99,7 @@ EXPECTED_TARGETS = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_auto_targets_are_all_linear_layers_but_the_head(name):
-    adapted = adapters.add_adapters(small(name), Tuning(r=4))
+    adapted = load.add_adapters(small(name), Tuning(r=4))
     found = {
         n.split(".lora_A")[0].rsplit(".", 1)[-1]
         for n, _ in adapted.named_parameters()
@@ -114,7 +113,7 @@ def test_auto_targets_are_all_linear_layers_but_the_head(name):
 
 def test_targets_that_match_nothing_are_refused_with_the_names_that_exist():
     with pytest.raises(errors.ModelError, match=r"c_attn.*down_proj, gate_proj"):
-        adapters.add_adapters(small("llama"), Tuning(target_modules=["c_attn"]))
+        load.add_adapters(small("llama"), Tuning(target_modules=["c_attn"]))
 
 
 @pytest.mark.parametrize("mode", ["lora", "qlora", "full"])
@@ -253,7 +252,7 @@ def test_a_packed_layout_that_leaks_falls_back_or_is_refused(monkeypatch, tmp_pa
     made = FineTune(None, None, small("llama"), packed, context)
     made.check_layout("fp32", "auto")
     assert made.budget is packed
-    monkeypatch.setattr(models_head, "documents_are_isolated", lambda *_: False)
+    monkeypatch.setattr(attention, "documents_are_isolated", lambda *_: False)
     made.check_layout("fp32", "auto")
     assert made.budget == batches.Budget(100, "padded")
     assert "layout: padded, since packed documents" in (tmp_path / "training.log").read_text()
@@ -264,7 +263,7 @@ def test_a_packed_layout_that_leaks_falls_back_or_is_refused(monkeypatch, tmp_pa
 
 def test_only_chosen_positions_reach_the_head():
     built = small("llama")
-    head = models_head.SupervisedHead(built)
+    head = layers.SupervisedHead(built)
     ids = torch.stack([torch.arange(2, 12), torch.arange(12, 22)])
     everything = built(input_ids=ids).logits.flatten(0, 1)
     head.positions = torch.tensor([3, 0, 17])

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.config.schema import Model, Tuning
 from sft.errors import CheckpointError
-from sft.models.digest import weights_sha256
+from sft.models.load import weights_sha256
 from sft.runtime import checkpoint
 
 ADAPTER = "adapter_model.safetensors"

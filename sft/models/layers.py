@@ -1,4 +1,4 @@
-"""Finds the repeated layers of a model, and gathers parameters that are split over ranks."""
+"""Finds layers of a model, gathers parameters that are split over ranks, and hooks the head."""
 
 from __future__ import annotations
 
@@ -36,3 +36,21 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     """Returns the repeated layers: the list of modules that holds the most parameters."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     return list(max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=()))
+
+
+class SupervisedHead:
+    """A hook that lets only chosen positions reach the vocabulary head: no others get logits.
+
+    While `positions` is set, the head's input (batch, time, hidden) becomes (positions, hidden),
+    and the model returns logits (positions, vocabulary). Works through DDP and checkpointing, for
+    every architecture with a separate head, because it is a hook on that head.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.positions: torch.Tensor | None = None  # flat indices into batch * time
+        model.get_output_embeddings().register_forward_pre_hook(self._select)  # type: ignore[operator]
+
+    def _select(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
+        if self.positions is None:
+            return None
+        return (inputs[0].flatten(0, 1)[self.positions],)

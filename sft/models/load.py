@@ -8,6 +8,7 @@ checked after the build, so a silent fp16 or a trainable base cannot happen.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,20 +17,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import cached_file
 
-from sft.config.schema import Config, Model
+from sft.config.schema import Config, Model, Tuning
 from sft.errors import ModelError, UserError
 from sft.models import attention
-from sft.models.adapters import add_adapters
 from sft.models.dtypes import DTYPES, check_dtypes
-from sft.models.quantise import keep_nf4_trainable, nf4, quantise
 from sft.runtime import checkpoint
+
+SAMPLE = 4096  # bytes at each end of a tensor that enter a digest
 
 
 def load_tokenizer(config: Model) -> Tokenizer:
@@ -104,15 +102,13 @@ def build(
     device: torch.device,
     weights: bool = True,
     depth: int | None = None,
-    adapt: Callable[[nn.Module, Config], nn.Module] = lambda base, config: add_adapters(
-        base, config.tuning
-    ),
+    adapt: Callable[[nn.Module, Config], nn.Module] | None = None,
 ) -> nn.Module:
     """Returns the model ready to train: frozen, quantised and adapted as `tuning.mode` says.
 
     Weights are a function of (files, `train.seed`), the same on every process. Without `weights`
     they are random and no file of them is read; all else is the same. `depth` sets the number of
-    layers. `adapt` adds the trained parts to a frozen base.
+    layers. `adapt` adds the trained parts to a frozen base; by default, LoRA adapters.
     """
     torch.manual_seed(config.train.seed)
     mode = config.tuning.mode
@@ -120,7 +116,7 @@ def build(
     if mode != "full":
         for parameter in base.parameters():
             parameter.requires_grad_(False)
-        base = adapt(base, config)
+        base = adapt(base, config) if adapt else add_adapters(base, config.tuning)
     # With a cache, transformers ignores the borders of packed documents.
     base.config.use_cache = False
     if config.train.gradient_checkpointing is True:  # a plan has made `auto` one of the two
@@ -166,7 +162,6 @@ def load_base(
             trust_remote_code=config.trust_remote_code,
             dtype=storage,
             attn_implementation=kernel,
-            low_cpu_mem_usage=True,
             use_safetensors=True,
             quantization_config=nf4(compute) if mode == "qlora" else None,
             device_map={"": device},
@@ -208,3 +203,130 @@ def check_attention(config: Model) -> None:
             f"model.attn_implementation: {attention.NAME} expects an architecture that has flash "
             f"attention and SDPA in transformers, found {arch.model_type}; set auto"
         )
+
+
+def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
+    """Returns `base` with a LoRA adapter of PEFT, in fp32."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    targets = "all-linear" if tuning.target_modules == "auto" else list(tuning.target_modules)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=tuning.r,
+        lora_alpha=tuning.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
+        lora_dropout=tuning.lora_dropout,
+        target_modules=targets,
+    )
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if _is_linear(m)})
+        raise ModelError(
+            f"tuning.target_modules: {targets} names no layer of this model; "
+            f"its linear layers are: {', '.join(linear)}"
+        ) from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Returns settings of NF4 with double quantisation: QLoRA (Dettmers et al. 2023, section 3)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def quantise(model: Any, compute_dtype: torch.dtype) -> None:
+    """Quantises the layers of a model that was not loaded, as loading with `nf4` would."""
+    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    weights = dict(model.named_parameters())
+    settings = nf4(compute_dtype)
+    kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    with unset_fake_temporarily():  # bitsandbytes' class of parameters cannot be fake
+        replace_with_bnb_linear(model, kept, settings)
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            weight = weights[f"{name}.weight"].detach()
+            weight = weight if weight.shape[0] == module.out_features else weight.T  # Conv1D
+            packed, state = quantize_4bit(
+                weight, compress_statistics=settings.bnb_4bit_use_double_quant, quant_type="nf4"
+            )
+            module.weight = nn.Parameter(packed, requires_grad=False)
+            vars(module.weight).update(
+                quant_state=state, quant_type="nf4", compress_statistics=True, bnb_quantized=True
+            )
+            if module.bias is not None:
+                module.bias = nn.Parameter(weights[f"{name}.bias"].detach(), requires_grad=False)
+    model.is_loaded_in_4bit = True  # PEFT reads it
+    keep_nf4_trainable(model)
+
+
+def keep_nf4_trainable(model: nn.Module) -> None:
+    """Stops bitsandbytes from repacking NF4 weights for inference on CPUs with AVX512-BF16.
+
+    The first forward in eval mode without gradients would repack every weight in place, and the
+    backward passes that follow would read them in the old layout: wrong gradients, no error.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def model_sha256(config: Model) -> str:
+    """Hashes the base model's config.json and weights, but not where it is stored."""
+    digest = hashlib.sha256(architecture(config).to_json_string().encode())
+    if config.init == "pretrained":
+        for part in _sample_weights(config):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def weights_sha256(config: Model) -> str:
+    """Hashes only the weights. `config.json` is left out, because versions of transformers read it
+    differently and an adapter outlives a version."""
+    return hashlib.sha256(b"".join(_sample_weights(config))).hexdigest()
+
+
+def _sample_weights(config: Model) -> Iterator[bytes]:
+    """Yields name, size and header of each file, and SAMPLE bytes at both ends of each tensor.
+
+    This is enough, because training changes values everywhere in most tensors.
+    """
+    with explain_load_errors(config.name):
+        found = cached_file(config.name, "config.json", revision=config.revision)
+    for path in sorted(Path(str(found)).parent.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = min(size, int.from_bytes(file.read(8), "little"))
+            header = file.read(length)
+            yield f"{path.name} {size}".encode() + header
+            for start, end in _tensor_ranges(header):
+                for place in (start, max(start, end - SAMPLE)):
+                    file.seek(8 + length + place)
+                    yield file.read(min(SAMPLE, end - start))
+
+
+def _tensor_ranges(header: bytes) -> list[tuple[int, int]]:
+    """Returns (start, end) of the tensors of a file; none if its header is damaged."""
+    try:
+        entries = json.loads(header).items()
+        places = [each["data_offsets"] for name, each in entries if name != "__metadata__"]
+        return sorted((int(start), int(end)) for start, end in places)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return []

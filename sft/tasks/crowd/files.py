@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.config.schema import Config, Crowd, Model
 from sft.errors import CheckpointError, ExportError, MergeError, ModelError
-from sft.models.adapters import add_adapters
 from sft.models.export import ADAPTER, BASE, adapter_tuning, base_record, put_weights
+from sft.models.load import add_adapters
 from sft.runtime import checkpoint
 from sft.tasks.base import Task
 from sft.tasks.crowd.agents import Agents, peft_name

@@ -13,8 +13,7 @@ from torch import nn
 from sft.config.schema import Crowd
 from sft.data.examples import Batch
 from sft.errors import ConfigError
-from sft.models.head import SupervisedHead
-from sft.models.layers import repeated_layers
+from sft.models.layers import SupervisedHead, repeated_layers
 from sft.tasks.crowd.agents import Agents
 from sft.tasks.crowd.diversity import directions, diversity, normalised
 

@@ -17,13 +17,12 @@ from sft.data import batches
 from sft.data.cache import Prepared
 from sft.errors import CheckpointError, ExportError, ModelError
 from sft.models import load
-from sft.models.adapters import add_adapters
-from sft.models.digest import weights_sha256
 from sft.models.export import ADAPTER, BASE, adapter_tuning, load_weights
+from sft.models.load import add_adapters, weights_sha256
 from sft.tasks.base import Task
 
 ADAPTER_CONFIG = "adapter_config.json"
-# Features of LoRA adapters that `models.adapters.add_adapters` does not have.
+# Features of LoRA adapters that `models.load.add_adapters` does not have.
 UNSUPPORTED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
 
 

@@ -26,7 +26,7 @@ from sft.errors import ConfigError, UserError
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import Predictions, key_of
-from sft.models import digest, export, head, load
+from sft.models import attention, export, layers, load
 from sft.runtime.console import write_json
 from sft.tasks.base import Alternative, Finding, Results, Row, Shrunk, TaskInfo, Workload
 from sft.tasks.sft import check, report, shrink
@@ -68,7 +68,7 @@ class FineTune(SavedTuning):
     @classmethod
     def identity_of(cls, config: Config, prepared: Prepared) -> dict[str, str]:
         return {
-            "model": digest.model_sha256(config.model),
+            "model": load.model_sha256(config.model),
             "tuning": config.tuning.model_dump_json(),
             **cls.digests(prepared),
         }
@@ -233,7 +233,7 @@ class FineTune(SavedTuning):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.head = head.SupervisedHead(self.model)
+        self.head = layers.SupervisedHead(self.model)
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -241,7 +241,7 @@ class FineTune(SavedTuning):
 
     def check_layout(self, precision: str, layout: str) -> None:
         device = self.accelerator.device
-        if self.budget.layout == "padded" or head.documents_are_isolated(
+        if self.budget.layout == "padded" or attention.documents_are_isolated(
             self.model, precision, device
         ):
             return
