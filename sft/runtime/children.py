@@ -47,20 +47,21 @@ def machine_id() -> str:
 
 def is_dead(pid: int) -> bool:
     """Returns whether process `pid` of this machine has exited or is a zombie."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return process_state(pid) in ("Z", "X")
+    return process_state(pid) in (psutil.STATUS_DEAD, psutil.STATUS_ZOMBIE)
+
+
+def is_stopped(pid: int) -> bool:
+    """Returns whether process `pid` of this machine waits for SIGCONT or for a debugger."""
+    return process_state(pid) in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 
 def process_state(pid: int) -> str:
-    """Returns the kernel's letter of a process (R running, T stopped, Z zombie); '' if unknown."""
+    """Returns psutil's name of the state of a process, or '' if it is another user's secret."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
-    except OSError:
+        return psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
+        return psutil.STATUS_DEAD
+    except psutil.AccessDenied:
         return ""
 
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 WIDTH = 100  # columns that every table fits
-LINE_EVERY = 10  # seconds, where there is no bar
+LINE_EVERY = 10  # seconds between lines of progress, where there is no bar
 Advance = Callable[..., None]  # advance(n=1, note="")
 
 
@@ -43,12 +43,12 @@ def make_console(file: Any = None) -> Console:
 
 
 def visible(text: str) -> str:
-    """Returns text without the control characters that a terminal would obey."""
+    """Returns text with the control characters that a terminal would obey written as escapes."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", lambda m: repr(m[0])[1:-1], text)
 
 
 def beginning(text: str, most: int = 300) -> str:
-    """Returns at most so many characters of a text, made visible."""
+    """Returns the first `most` characters of a text, made `visible`."""
     return visible(text if len(text) <= most else text[: most - 1] + "…")
 
 
@@ -127,13 +127,10 @@ def write_json(path: Path, values: Any, *, sync: bool = False) -> None:
 
 def duration(seconds: float) -> str:
     """Returns '41 s', '3 min 05 s' or '2 h 10 min'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return (
-        f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-    )
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def size(num_bytes: float) -> str:
@@ -151,11 +148,10 @@ def size(num_bytes: float) -> str:
 def bar(console: Console, title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
     """Shows a bar with an ETA on a terminal, elsewhere a line every ten seconds.
 
-    `total` is None where it is unknown.
+    `total` is None if it is unknown.
     """
     if not console.is_terminal:
-        with _lines(console, title, total, done) as advance:
-            yield advance
+        yield _print_lines(console, title, total, done)
         return
     columns = (
         TextColumn("[cyan]{task.description}"),
@@ -171,8 +167,7 @@ def bar(console: Console, title: str, total: int | None, done: int = 0) -> Itera
         yield lambda n=1, note="": shown.update(task, advance=n, note=note)
 
 
-@contextmanager
-def _lines(console: Console, title: str, total: int | None, done: int) -> Iterator[Advance]:
+def _print_lines(console: Console, title: str, total: int | None, done: int) -> Advance:
     started = printed_at = time.monotonic()
     first = done
 
@@ -188,4 +183,4 @@ def _lines(console: Console, title: str, total: int | None, done: int) -> Iterat
         of = f" of {total:,}" if total else ""
         console.print(f"{title}: {done:,}{of}{eta}  {note}".rstrip())
 
-    yield advance
+    return advance

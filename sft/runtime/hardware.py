@@ -1,11 +1,9 @@
-"""Detects what this machine has: devices, memory, bf16, interconnect, cores, disk; else unknown.
-
-`detect` looks and changes nothing. Two things are less simple than they seem:
+"""Detects what this machine has: devices, memory, bf16, interconnect, cores, disk.
 
 - Cores and memory are what *this process* may use: CPU affinity and cgroup limits (containers,
   SLURM) count, not what the mainboard has.
-- Free GPU memory comes from nvidia-smi. Asking CUDA would open a context (about 0.5 GiB) on every
-  GPU from every rank; that is only the fallback.
+- Free GPU memory comes from nvidia-smi. CUDA is asked only if that fails, since every rank would
+  open a context (about 0.5 GiB) on every GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +38,9 @@ class Device:
     name: str
     total_bytes: int
     free_bytes: int | None
-    """None if neither nvidia-smi nor CUDA says it."""
+    """None if neither nvidia-smi nor CUDA reports it."""
     bf16: bool
-    """True only in hardware: emulated bf16 trains slower than fp32."""
+    """Whether the hardware has bf16; emulated bf16 trains slower than fp32."""
     compute_capability: tuple[int, int] | None
 
 
@@ -51,7 +50,7 @@ class Hardware:
     """Empty on a machine where torch sees no GPU."""
     cpu_name: str
     cores: int
-    """Cores that this process may use: the least of affinity and cgroup quota."""
+    """Cores that this process may use (`usable_cores`)."""
     ram_total_bytes: int
     ram_available_bytes: int
     cpu_bf16: bool
@@ -74,12 +73,12 @@ def detect(path: str | Path = ".") -> Hardware:
     return Hardware(
         devices=devices,
         cpu_name=_cpu_name(cpuinfo),
-        cores=_cores(limits.cores),
+        cores=usable_cores(),
         ram_total_bytes=total,
         ram_available_bytes=available,
         cpu_bf16=bool(BF16_FLAGS & _cpu_flags(cpuinfo)),
         disk_free_bytes=shutil.disk_usage(nearest_existing(Path(path))).free,
-        interconnect=_interconnect(len(devices)),
+        interconnect=_interconnect(devices),
     )
 
 
@@ -104,7 +103,7 @@ def resolve_precision(train: Train, devices: list[Device] | None = None) -> tupl
 
 
 def machine_table(hw: Hardware) -> Table:
-    """Returns the table that `make gpu-info` prints."""
+    """Returns the table "This machine"."""
     gpus = [(f"GPU {device.index}", describe_device(device)) for device in hw.devices]
     rows = gpus or [("GPU", "none that torch can use: training runs on the CPU")]
     if len(hw.devices) > 1:
@@ -123,13 +122,10 @@ def machine_table(hw: Hardware) -> Table:
 def describe_device(device: Device) -> str:
     """Returns 'NVIDIA H200, 139.8 GiB (139.2 GiB free), compute capability 9.0, bf16'."""
     capability = device.compute_capability
-    return ", ".join(
-        [
-            device.name,
-            f"{gib(device.total_bytes)} ({gib(device.free_bytes)} free)",
-            f"compute capability {'.'.join(map(str, capability)) if capability else UNKNOWN}",
-            "bf16" if device.bf16 else "no bf16",
-        ]
+    shown = ".".join(map(str, capability)) if capability else UNKNOWN
+    return (
+        f"{device.name}, {gib(device.total_bytes)} ({gib(device.free_bytes)} free), "
+        f"compute capability {shown}, {'bf16' if device.bf16 else 'no bf16'}"
     )
 
 
@@ -138,15 +134,13 @@ def gib(num_bytes: int | None) -> str:
 
 
 def nearest_existing(path: Path) -> Path:
-    """Returns the innermost folder of `path` that exists, which decides on its disk."""
+    """Returns `path`, or the nearest of its parents that exists."""
     path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def nvidia_smi(*arguments: str) -> str | None:
-    """Returns its output, or None if it is missing, fails or hangs (as with a broken driver)."""
+    """Returns its output; None if it is missing, fails or hangs (a broken driver)."""
     try:
         done = subprocess.run(
             ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True
@@ -157,7 +151,10 @@ def nvidia_smi(*arguments: str) -> str | None:
 
 
 def nvidia_smi_rows(query: str, *fields: str) -> list[list[str]]:
-    """Returns the cells of each GPU, memory in MiB: ("gpu", "uuid", "memory.free")."""
+    """Returns a row of cells for each GPU or process, as text; memory is in MiB.
+
+    `query` and `fields` are those of nvidia-smi, such as "gpu" and "uuid", "memory.free".
+    """
     text = nvidia_smi(f"--query-{query}={','.join(fields)}", "--format=csv,noheader,nounits")
     rows = [[cell.strip() for cell in line.split(",")] for line in (text or "").splitlines()]
     return [row for row in rows if len(row) == len(fields)]
@@ -173,62 +170,52 @@ def _devices() -> list[Device]:
         for uuid, mib in nvidia_smi_rows("gpu", "uuid", "memory.free")
         if mib.isdigit()
     }
-    return [_device(index, free) for index in range(torch.cuda.device_count())]
-
-
-def _device(index: int, free_by_uuid: dict[str, int]) -> Device:
-    import torch
-
-    properties = torch.cuda.get_device_properties(index)
     amd = torch.version.hip is not None  # its major.minor is a gfx number, not a compute capability
-    free = free_by_uuid.get(str(getattr(properties, "uuid", "")))
-    return Device(
-        index=index,
-        name=properties.name,
-        total_bytes=properties.total_memory,
-        free_bytes=_free_by_cuda(index) if free is None else free,
-        bf16=amd or properties.major >= 8,
-        compute_capability=None if amd else (properties.major, properties.minor),
-    )
+    result = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free_bytes = free.get(str(getattr(properties, "uuid", "")))
+        if free_bytes is None:
+            with suppress(RuntimeError):  # a GPU in exclusive mode that another process holds
+                free_bytes = torch.cuda.mem_get_info(index)[0]
+        device = Device(
+            index=index,
+            name=properties.name,
+            total_bytes=properties.total_memory,
+            free_bytes=free_bytes,
+            bf16=amd or properties.major >= 8,
+            compute_capability=None if amd else (properties.major, properties.minor),
+        )
+        result.append(device)
+    return result
 
 
-def _free_by_cuda(index: int) -> int | None:
-    import torch
-
-    try:
-        return torch.cuda.mem_get_info(index)[0]
-    except RuntimeError:  # a GPU in exclusive mode that another process holds
-        return None
-
-
-def _interconnect(num_devices: int) -> str | None:
-    if num_devices < 2:
-        return None
-    return worst_link(nvidia_smi("topo", "-m") or "", num_devices)
+def _interconnect(devices: list[Device]) -> str | None:
+    return worst_link(nvidia_smi("topo", "-m") or "", len(devices)) if len(devices) > 1 else None
 
 
 def worst_link(topology: str, num_devices: int) -> str | None:
     """Returns 'NVLink (NV18)' or 'PCIe (PHB)' from `nvidia-smi topo -m`, or None if unknown.
 
-    The matrix lists every GPU of the machine. If torch sees only some of them and the links differ,
-    it is unknown which links are ours.
+    The matrix lists every GPU of the machine. If torch sees only `num_devices` of them and links
+    differ, it is unknown which links are used.
     """
     lines = re.sub(r"\x1b\[[0-9;]*m", "", topology).splitlines()  # the header is underlined
     cells = [line.split()[1:] for line in lines if line.strip().startswith("GPU")]
     rows = [row for row in cells if "X" in row]  # the header, which starts with GPU0 too, has none
     links = {link for row in rows for link in row[: len(rows)] if link != "X"}
-    known = all(_rank(link)[0] >= 0 for link in links)
+    known = all(_quality(link)[0] >= 0 for link in links)
     if not links or not known or (len(rows) != num_devices and len(links) > 1):
         return None
-    worst = min(links, key=_rank)
+    worst = min(links, key=_quality)
     return f"NVLink ({worst})" if worst.startswith("NV") else f"PCIe ({worst})"
 
 
-def _rank(link: str) -> tuple[int, int]:
+def _quality(link: str) -> tuple[int, int]:
     """Orders links from worst to best; more lanes of NVLink are better. Unknown: -1."""
-    kind, lanes = re.sub(r"\d+$", "", link), re.search(r"\d+$", link)
+    kind = link.rstrip("0123456789")
     order = WORST_TO_BEST.index(kind) if kind in WORST_TO_BEST else -1
-    return order, int(lanes.group()) if lanes else 0
+    return order, int(link.removeprefix(kind) or 0)
 
 
 @dataclass(frozen=True)
@@ -242,10 +229,9 @@ class CgroupLimits:
 def cgroup_limits(
     membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> CgroupLimits:
-    """Returns the tightest limits on the way from our cgroup to the root, version 1 or 2.
+    """Returns the tightest limits of our cgroup and its ancestors (version 1 or 2): all of them bind.
 
-    A limit of any ancestor binds. In a container the path may be the host's and not exist here, so
-    every folder on the way that exists is read.
+    In a container the path may be the host's, so folders that do not exist are skipped.
     """
     cores: list[float] = []
     memory: list[tuple[int, int]] = []  # (limit, used)
@@ -284,24 +270,17 @@ def _memory_limit(folder: Path) -> list[tuple[int, int]]:
         limit = _read(folder / limit_name).strip()
         if limit.isdigit():
             used = int(_read(folder / used_name).strip() or 0)
-            cache = re.search(
-                r"^(?:total_)?inactive_file (\d+)", _read(folder / "memory.stat"), re.M
-            )
-            return [(int(limit), max(0, used - (int(cache.group(1)) if cache else 0)))]
+            statistics = _read(folder / "memory.stat")
+            cache = re.search(r"^(?:total_)?inactive_file (\d+)", statistics, re.M)
+            return [(int(limit), max(0, used - int(cache[1] if cache else 0)))]
     return []
 
 
 def usable_cores() -> int:
-    """Returns how many cores this process may use now."""
-    return _cores(cgroup_limits().cores)
-
-
-def _cores(quota: float | None) -> int:
-    try:
-        allowed = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS has no affinity
-        allowed = os.cpu_count() or 1
-    return max(1, min(allowed, int(quota) if quota is not None else allowed))
+    """Returns how many cores this process may use: the least of affinity and cgroup quota."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # macOS has none
+    allowed = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, min(allowed, int(cgroup_limits().cores or allowed)))
 
 
 def _cpu_name(cpuinfo: str) -> str:
@@ -322,5 +301,5 @@ def _read(path: Path) -> str:
         return ""
 
 
-if __name__ == "__main__":  # `world` reads this, unless NUM_PROCESSES is given
+if __name__ == "__main__":  # `world` runs this to count GPUs
     print(default_num_processes(detect()))

@@ -1,7 +1,7 @@
 """Writes the logs of a run: console, `training.log`, `metrics.jsonl`, TensorBoard, progress bar.
 
-One `log(step, values)` feeds them all. Only the main process has a `Log` that writes; on the others
-every method does nothing, so callers never ask which rank they are.
+Only the main process has a `Log` that writes. On the others every method does nothing, so callers
+never ask which rank they are.
 """
 
 from __future__ import annotations
@@ -32,24 +32,17 @@ def _step_of(line: bytes) -> int:
 
 
 class _Lines(io.TextIOBase):
-    """A file that gets whole lines, without secrets of the environment.
-
-    Lines that a full disk does not take are lost, with one warning.
-    """
+    """A file that gets only whole lines, without secrets. A line that does not fit on the disk is
+    dropped, with a warning."""
 
     def __init__(self, path: Path, warn: Callable[[str, Exception], None]):
         super().__init__()
         self._path, self._warn = path, warn
         self._raw = path.open("ab", buffering=0)
 
-    def writable(self) -> bool:
-        return True
-
     def write(self, text: str) -> int:
-        data, end = (
-            redact(text).encode("utf-8", "backslashreplace"),
-            os.fstat(self._raw.fileno()).st_size,
-        )
+        data = redact(text).encode("utf-8", "backslashreplace")
+        end = os.fstat(self._raw.fileno()).st_size
         try:
             if self._raw.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -64,7 +57,9 @@ class _Lines(io.TextIOBase):
 
 
 class Log:
-    """The files and the console of one run; silent without a folder, as on other ranks."""
+    """The log files and the console of one run; without a folder, as on other ranks, silent."""
+
+    has_lines = False  # whether progress is printed as lines where there is no terminal
 
     def __init__(self, folder: Path | None, *, tensorboard: bool = False, wandb: Any = None):
         self.folder = folder
@@ -87,36 +82,35 @@ class Log:
                 console.file.flush()
 
     def _warn(self, name: str, error: Exception) -> None:
-        """Warns once for each file, since a log is no reason to stop a run."""
+        """Warns once for each file: a log that cannot be written is no reason to stop a run."""
         if name not in self._warned:
             self._warned.add(name)
             self.say(f"warning: {name} cannot be written: {error}; the run goes on without it")
 
     def open_metrics(self, step: int) -> None:
-        """Starts the curves, or continues them after `step` and cuts what was logged later."""
+        """Starts metrics.jsonl and TensorBoard, or drops what they have after `step`."""
         folder = self.folder
         if not folder:
             return
         path = folder / "metrics.jsonl"
         self._metrics = _Lines(path, self._warn)
-        kept = 0  # bytes; cutting needs no room on the disk, and a kill cannot cost the history
+        kept = 0  # bytes; truncating needs no disk space, and a kill cannot destroy the history
         for line in path.read_bytes().splitlines(True) if step else []:
             if not 0 <= _step_of(line) <= step:
                 break
             kept += len(line)
         os.truncate(path, kept)
         if self._use_tensorboard:
-            self._try_board(lambda: self._open_board(folder / "tensorboard", step))
+            from torch.utils.tensorboard import SummaryWriter
 
-    def _open_board(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+            with self._board_errors():
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-        self._board = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def _try_board(self, action: Callable[[], None]) -> None:
-        """Uses TensorBoard, whose thread's errors are raised here; gives it up after one."""
+    @contextmanager
+    def _board_errors(self) -> Iterator[None]:
+        """Gives TensorBoard up after an error of its own or of its thread."""
         try:
-            action()
+            yield
         except (OSError, RuntimeError) as error:
             self._board = None
             self._warn("tensorboard", error)
@@ -128,27 +122,26 @@ class Log:
             self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
             self._metrics.flush()
         if self._board:
-            self._try_board(lambda: self._add_scalars(step, values))
+            with self._board_errors():
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
+                self._board.flush()
         if self._wandb:
             self._wandb.log(values, step=step)
 
-    def _add_scalars(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
-
     @contextmanager
     def progress(self, title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
-        """Shows a bar with an ETA on a terminal, and nothing elsewhere."""
-        if not self.console or not self.console.is_terminal:
+        """Shows a bar with an ETA on a terminal; elsewhere nothing, or lines if it `has_lines`."""
+        if self.console and (self.console.is_terminal or self.has_lines):
+            with bar(self.console, title, total, done) as advance:
+                yield advance
+        else:
             yield lambda n=1, note="": None
-            return
-        with bar(self.console, title, total, done) as advance:
-            yield advance
 
     def close(self) -> None:
         if self._board:
-            self._try_board(self._board.close)
+            with self._board_errors():
+                self._board.close()
         for stream in (self._metrics, self._file and self._file.file):
             if stream:
                 stream.close()
@@ -157,14 +150,10 @@ class Log:
 
 
 class Screen(Log):
-    """A log on the console only, whose progress is a line every ten seconds if that is a file."""
+    """A log that only prints; its progress is a line every ten seconds if there is no terminal."""
+
+    has_lines = True
 
     def __init__(self) -> None:
         super().__init__(None)
         self.console = make_console()
-
-    @contextmanager
-    def progress(self, title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
-        assert self.console
-        with bar(self.console, title, total, done) as advance:
-            yield advance

@@ -34,7 +34,7 @@ from sft import errors
 from sft.errors import PeerError, Preempted, UserError, redact
 from sft.runtime import oom
 from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
-from sft.runtime.children import is_dead, machine_id, process_state
+from sft.runtime.children import is_dead, is_stopped, machine_id
 from sft.runtime.console import read_json, write_json
 
 TICK = 0.2  # seconds between two looks at signals
@@ -88,7 +88,7 @@ class PeerState:
     def is_gone(self, now: float) -> bool:
         """Returns whether it is stopped or dead; on another machine, whether it is silent."""
         if self.last.machine == machine_id():
-            return process_state(self.last.pid) in ("T", "t") or is_dead(self.last.pid)
+            return is_stopped(self.last.pid) or is_dead(self.last.pid)
         return now - self.beat_at > SILENT
 
 
@@ -485,7 +485,7 @@ def _kill_stuck(pid: int) -> None:
     """Kills a process that cannot end itself: it is stopped, or its watch never gets to run."""
     deadline = time.monotonic() + 2 * GRACE
     while not is_dead(pid):
-        if process_state(pid) in ("T", "t") or time.monotonic() > deadline:
+        if is_stopped(pid) or time.monotonic() > deadline:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
             return
