@@ -229,7 +229,7 @@ class CgroupLimits:
 def cgroup_limits(
     membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> CgroupLimits:
-    """Returns the tightest limits of our cgroup and its ancestors (version 1 or 2): all of them bind.
+    """Returns the tightest limits of our cgroup (version 1 or 2) and its ancestors: all bind.
 
     In a container the path may be the host's, so folders that do not exist are skipped.
     """
