@@ -55,7 +55,7 @@ def train(config: RunConfig) -> dict[str, float]:
         accelerator = start_processes(config.train)
         resumed_from = guard.join(accelerator, found)
         facts = agreement.collect_facts(config, task.digests(prepared))
-        agreement.refuse_differences(accelerator, facts)
+        agreement.refuse_differences(facts)
         with closing(_open_log(config, accelerator)) as log:
             context = Context(accelerator, log, guard)
             metrics = _run(task, config, prepared, context, resumed_from)

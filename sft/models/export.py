@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.config.schema import Model, Tuning
 from sft.errors import CheckpointError
 from sft.models.load import weights_sha256
-from sft.runtime import checkpoint
+from sft.runtime.checkpoint import open_tensors
 
 ADAPTER = "adapter_model.safetensors"
 BASE = "base.json"  # beside an adapter: the base that it was trained on
@@ -59,9 +58,7 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
     if (folder / ADAPTER).exists():  # PEFT leaves the adapter's name out
         names = {name.replace(".default", ""): name for name in known if "lora_" in name}
     for path in sorted(folder.glob("*model*.safetensors")):
-        if reason := checkpoint.tensor_fault(path):
-            raise CheckpointError(f"{path} cannot be loaded: {reason}")
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             for saved in names.keys() & set(file.keys()):
                 name, value = names[saved], file.get_tensor(saved)
                 shape = getattr(known[name], "ds_shape", known[name].shape)  # ZeRO-3's are split

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from sft.config.schema import RunConfig
@@ -20,12 +19,12 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "dee
 
 
 def collect_facts(config: RunConfig, data: Mapping[str, str]) -> dict[str, str]:
-    """Returns the facts that must be equal on all ranks; of secret values only digests.
+    """Returns what must be equal on all ranks, by name. `data` has digests of the training data.
 
-    `data` has digests of the task's training data.
+    Values of the configuration may be secret, so only their digests are in the result.
     """
     values = {
-        f"{section}.{key}": _digest(json.dumps(value, sort_keys=True))
+        f"{section}.{key}": sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
         for section, keys in config.model_dump(mode="json").items()
         for key, value in keys.items()
     }
@@ -34,12 +33,8 @@ def collect_facts(config: RunConfig, data: Mapping[str, str]) -> dict[str, str]:
         **values,
         **data,
         **{f"version of {name}": _version(name) for name in LIBRARIES},
-        "code of sft": hashlib.sha256(b"".join(code)).hexdigest(),
+        "code of sft": sha256(b"".join(code)).hexdigest(),
     }
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _version(name: str) -> str:
@@ -49,13 +44,11 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def refuse_differences(accelerator: Accelerator, facts: Mapping[str, str]) -> None:
+def refuse_differences(facts: Mapping[str, str]) -> None:
     """Raises PeerError, on all ranks, if `facts` are not the same on all. Collective.
 
     The value that most ranks have counts as right; with two ranks, that of the first.
     """
-    if accelerator.num_processes == 1:
-        return
     ranks: list[dict[str, str]] = gather_object([dict(facts)])
     problems = []
     for name in sorted({name for each in ranks for name in each}):

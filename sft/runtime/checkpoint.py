@@ -29,43 +29,19 @@ from safetensors.torch import save_file
 from sft.errors import CheckpointError
 from sft.runtime.console import size
 
-
-def tensor_fault(path: Path) -> str | None:
-    """Returns why a file is not a valid safetensors file, or None. It reads only the header."""
-    try:
-        with safe_open(path, "pt"):  # it checks the length of the header
-            pass
-        with path.open("rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-        json.loads(header, object_pairs_hook=_distinct)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        return f"it is no valid safetensors file ({error})"
-    return None
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is given twice")
-    return found
-
-
 MANIFEST = "MANIFEST.json"
-FORMAT = 1  # of the folder; increased if a new version reads it differently
+FORMAT = 1  # of a checkpoint; a version that reads it differently increases it
 STAGING = ".staging"
 NAME = re.compile(r"checkpoint_step_(\d+)")
 
 
 def commit(
-    final: Path,
-    write: Callable[[Path], None],
-    accelerator: Accelerator,
-    need_bytes: int = 0,
+    final: Path, write: Callable[[Path], None], accelerator: Accelerator, need_bytes: int = 0
 ) -> None:
     """Calls `write(staging)` on every rank, then makes the result appear at `final` at once.
 
     Raises CheckpointError on all ranks if any of them failed; earlier checkpoints stay untouched.
-    `need_bytes` is how much `write` is expected to take; the message of a full disk names it.
+    `need_bytes` is the expected size; the message for a full disk names it.
     """
     staging = final.with_name(final.name + STAGING)
     main = accelerator.is_main_process
@@ -84,7 +60,7 @@ def commit(
         )
 
 
-# The meaning of system errors; libraries keep only their text, if anything.
+# What to do about a system error, by its text: libraries pass on the text, but no error number.
 REMEDIES = {
     "File too large": "the limit on the size of a file is lower (`ulimit -f`)",
     "Read-only file system": "the file system must be writable",
@@ -94,7 +70,7 @@ REMEDIES = {
 
 
 def _remedy(reason: str, staging: Path, need_bytes: int) -> str:
-    """Returns what is missing (disk space, a permission) in parentheses, or '' if it is unknown."""
+    """Returns what to change, or how much space is missing, in parentheses; '' if it is unknown."""
     for text, remedy in REMEDIES.items():
         if text in reason:
             return f" ({remedy})"
@@ -113,7 +89,7 @@ def catch_error(action: Callable[..., object], *arguments: Any) -> str | None:
     """Runs `action`; returns the error it failed with as text, or None."""
     try:
         action(*arguments)
-    except Exception as error:  # noqa: BLE001  # the other ranks must receive any error
+    except Exception as error:  # noqa: BLE001  # the other ranks must learn of any error
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -124,7 +100,7 @@ def _recreate(folder: Path) -> None:
 
 
 def seal(staging: Path, final: Path) -> None:
-    """Writes the manifest of `staging`, and makes the folder appear at `final` at once."""
+    """Writes the manifest of `staging`, and renames the folder to `final`, replacing one there."""
     written = sorted(staging.rglob("*"))
     files = [path for path in written if path.is_file()]
     manifest = {
@@ -185,10 +161,8 @@ def fault(folder: Path, *, digests: bool = True) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
             if digests and sha256(path) != expected["sha256"]:
                 return f"{name} is damaged: its sha256 is not the one in {MANIFEST}"
-        added = {str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")} - set(
-            files
-        )
-        if added:
+        tensors = {str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")}
+        if added := tensors - files.keys():
             return f"{min(added)} is not in {MANIFEST}"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
@@ -208,7 +182,7 @@ def _step_of(folder: Path) -> int:
 
 
 def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
-    """Returns the checkpoint to resume from: the folder `wanted`, or with `auto` the newest valid.
+    """Returns the checkpoint to resume from: `wanted`, or the newest valid one if that is `auto`.
 
     Returns None only if `auto` finds no checkpoint at all. Raises CheckpointError if there are some
     and none is valid, so that training never restarts from zero silently.
@@ -235,36 +209,76 @@ def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
 
 
 def _restore_replaced(run: Path) -> list[Path]:
-    """Renames back valid checkpoints that a killed run was replacing. Returns them newest first."""
+    """Restores valid checkpoints that a killed run was replacing. Returns them newest first."""
     result = []
     for old in run.glob("checkpoint_step_*.old"):
         folder = old.with_suffix("")
         if NAME.fullmatch(folder.name) and not folder.exists() and fault(old) is None:
-            old.rename(folder)
-            result.append(folder)
+            result.append(old.rename(folder))
     return sorted(result, key=_step_of, reverse=True)
 
 
 def prune(run: Path, keep: int, spared: Sequence[str] = (), step: int | None = None) -> None:
-    """Removes checkpoints older than the newest `keep` valid ones, and remains of killed saves.
+    """Removes checkpoints older than the newest `keep` valid ones, and what killed saves left.
 
-    Those in `spared` stay. Checkpoints newer than the run's own `step` belong to another run: they
-    are not counted and not removed.
+    The names in `spared` stay. Checkpoints newer than the run's own `step` belong to another run:
+    they are not counted and not removed.
     """
     for leftover in [*run.glob("checkpoint_step_*.old"), *run.glob(f"checkpoint_step_*{STAGING}")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    num_whole = 0
+    num_valid = 0
     for folder in newest_first(run):
         if step is not None and _step_of(folder) > step:
             continue
-        if num_whole < keep:
-            num_whole += fault(folder, digests=False) is None
+        if num_valid < keep:
+            num_valid += fault(folder, digests=False) is None
             continue
         if folder.name in spared:
             continue
         doomed = folder.with_name(folder.name + ".old")
         folder.rename(doomed)  # a half removed folder must not look like a checkpoint
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def tensor_fault(path: Path) -> str | None:
+    """Returns why a file is not a valid safetensors file, or None. It reads only the header."""
+    try:
+        with safe_open(path, "pt"):  # it checks the length of the header
+            pass
+        with path.open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        json.loads(header, object_pairs_hook=_refuse_repeated)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        return f"it is no valid safetensors file ({error})"
+    return None
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name is given twice")
+    return dict(pairs)
+
+
+def open_tensors(path: Path) -> safe_open:
+    """Opens a safetensors file. Raises CheckpointError if it is not valid."""
+    if reason := tensor_fault(path):
+        raise CheckpointError(f"{path} cannot be loaded: {reason}")
+    return safe_open(path, "pt")
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class OptimizerShard:
+    """This rank's part of the optimizer's state of one parameter."""
+
+    name: str
+    """The name of the parameter."""
+    start: int
+    """The first element of the flat parameter that the part covers."""
+    state: Tensors
+    """The live tensor for each key of the optimizer, flat if it is a slice."""
 
 
 def save_optimizer(shards: Iterable[OptimizerShard], folder: Path, rank: int, world: int) -> None:
@@ -284,19 +298,17 @@ def save_optimizer(shards: Iterable[OptimizerShard], folder: Path, rank: int, wo
 
 
 class OptimizerState:
-    """A context that reads the files which `save_optimizer` wrote on all ranks as one state."""
+    """A context that reads, as one state, what `save_optimizer` wrote on all ranks."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def __enter__(self) -> OptimizerState:
         self.files = ExitStack()
-        # {parameter: {key: [(start, file) of each slice]}}
+        # {parameter: {key: [(where a slice starts, its file)]}}
         self.found: dict[str, dict[str, list[tuple[int, Any]]]] = {}
         for path in sorted(self.folder.glob("optimizer-*.safetensors")):
-            if reason := tensor_fault(path):
-                raise CheckpointError(f"{path} cannot be loaded: {reason}")
-            file = self.files.enter_context(safe_open(path, "pt"))
+            file = self.files.enter_context(open_tensors(path))
             for tensor, start in json.loads(file.metadata()["starts"]).items():
                 key, name = tensor.split(":", 1)
                 self.found.setdefault(name, {}).setdefault(key, []).append((start, file))
@@ -335,18 +347,3 @@ class OptimizerState:
         if at < end:
             raise CheckpointError(f"{self.folder}: {tensor} lacks elements from {at} on")
         return torch.cat(found)
-
-
-Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class OptimizerShard:
-    """This rank's part of the optimizer's state of one parameter."""
-
-    name: str
-    """The name of the parameter."""
-    start: int
-    """The first element of the flat parameter that the part covers."""
-    state: Tensors
-    """The live tensor for each key of the optimizer, flat if it is a slice."""

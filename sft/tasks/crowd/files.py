@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +18,7 @@ from sft.config.schema import Config, Crowd, Model
 from sft.errors import CheckpointError, ExportError, MergeError, ModelError
 from sft.models.export import ADAPTER, BASE, adapter_tuning, base_record, put_weights
 from sft.models.load import add_adapters
-from sft.runtime import checkpoint
+from sft.runtime.checkpoint import open_tensors
 from sft.tasks.base import Task
 from sft.tasks.crowd.agents import Agents, peft_name
 from sft.tasks.sft.saved import BaseRecord, read_base_record
@@ -50,11 +49,8 @@ def read_agents(crowd: Agents, folder: Path) -> Iterator[tuple[str, torch.Tensor
     """Yields the weights of all agents in `folder`, stacked, by their name in `crowd`."""
     _refuse_another_crowd(crowd, folder)
     paths = [folder / f"agent{agent}" / ADAPTER for agent in range(crowd.num_agents)]
-    for path in paths:
-        if reason := checkpoint.tensor_fault(path):
-            raise CheckpointError(f"{path} cannot be loaded: {reason}")
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
+        files = [stack.enter_context(open_tensors(path)) for path in paths]
         for name, parameter in crowd.named_parameters():
             if not parameter.requires_grad:
                 continue
