@@ -133,7 +133,7 @@ def test_the_most_common_label_is_compared_on_the_same_examples(tmp_path):
         }
         predictions.append([record | {"answer": record["reference"]}])
     scored = strategies.score_labels(predictions.path, KNOWN)
-    constant = strategies.score_constant("hateful", predictions.path, KNOWN)
+    constant = strategies.score_labels(predictions.path, KNOWN, "hateful")
     found = strategies.compare_paired(constant, scored)["accuracy"]
     assert (found.value_a, found.value_b, found.verdict) == (0.75, 1.0, "better")
     same = strategies.compare_paired(constant, constant)["accuracy"]

@@ -96,10 +96,10 @@ def test_a_stop_between_batches_loses_nothing_that_was_answered(nano, tmp_path):
             raise UserError("stopped")
 
     with pytest.raises(UserError, match="stopped"):
-        answered(nano, ROWS * 2, path, rows=2, between=stop_at_the_third)
+        answered(nano, ROWS * 2, path, rows=2, before_batch=stop_at_the_third)
     assert len(list(read_records(path))) == 4
     calls[:] = [1] * 9  # not again
-    found = answered(nano, ROWS * 2, path, rows=2, between=lambda: calls.append(1))
+    found = answered(nano, ROWS * 2, path, rows=2, before_batch=lambda: calls.append(1))
     assert len(calls) == 9 + 2
     assert found == answered(nano, ROWS * 2, tmp_path / "whole.jsonl")
 
@@ -216,7 +216,7 @@ def test_waiting_for_others_is_not_counted_as_work(nano, tmp_path, monkeypatch):
     seconds: list[float] = []
     monkeypatch.setattr(answers, "_warn_of_slow_ranks", lambda busy, *_: seconds.append(busy))
     waited = 0.5 * 4
-    answered(nano, ROWS, tmp_path / "a.jsonl", rows=1, between=lambda: time.sleep(0.5))
+    answered(nano, ROWS, tmp_path / "a.jsonl", rows=1, before_batch=lambda: time.sleep(0.5))
     started = time.perf_counter()
     answered(nano, ROWS, tmp_path / "b.jsonl", rows=1)
     whole = time.perf_counter() - started

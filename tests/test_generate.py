@@ -21,6 +21,7 @@ from transformers import (
 
 from sft.config.schema import Generation, Model, Train
 from sft.data import template
+from sft.errors import ModelError
 from sft.evaluate import generate
 from sft.models import load
 from sft.runtime import processes
@@ -193,7 +194,7 @@ def test_a_model_with_a_recurrent_state_is_answered_too(accelerator):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 4}
     built = AutoModelForCausalLM.from_config(MambaConfig(**sizes)).eval()
-    with pytest.raises(generate.GenerationError, match="MambaForCausalLM"):
+    with pytest.raises(ModelError, match="MambaForCausalLM"):
         all_answers(built, prompts(2), GREEDY, accelerator, 1)
 
 

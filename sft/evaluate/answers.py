@@ -1,9 +1,9 @@
 """Computes the held-out loss and scores answers, over all processes, each example once.
 
 The loss is the training loss: a sum over supervised tokens divided by their number, so it does not
-depend on how the examples are cut (law 1). Answers are written to a file of `predictions`
-as they come. The scores are computed from this file, each process its share. So memory holds only a
-few numbers per example, and a run that was killed does not answer an example again.
+depend on how the examples are cut (law 1). Answers go to a file of `predictions` at once, and each
+process computes its share of the scores from this file. So memory holds only a few numbers per
+example, and a run that was killed does not answer an example again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def held_out_loss(
 
 @dataclass(frozen=True)
 class Question:
-    """Messages that a model answers, with the fields that its record starts with.
+    """Messages for a model to answer, and the first fields of the answer's record.
 
     `error` is the reason if they cannot be answered.
     """
@@ -82,7 +83,7 @@ class Question:
         prompt_tokens: int = 0,
         completion_tokens: int = 0,
     ) -> Record:
-        """Returns the record of an answer; None: of a failure."""
+        """Returns the record of an answer, or of a failure, if it is None."""
         return {
             **self.fields,
             "answer": answer,
@@ -93,8 +94,7 @@ class Question:
 
 
 def make_question(row: Row | BadRow, tokenizer: PreTrainedTokenizerBase | None = None) -> Question:
-    """Returns the question of a row: a last turn of the assistant is the reference, all before it
-    is asked.
+    """Returns the question of a row. If the last turn is the assistant's, it is the reference.
 
     With a tokenizer, the reference of a tool call is the text that its template writes.
     """
@@ -162,52 +162,52 @@ def answer_all(
     predictions: Predictions | MemoryPredictions,
     context: Context,
     *,
-    between: Callable[[], None] = lambda: None,
+    before_batch: Callable[[], None] = lambda: None,
     total: int | None = None,
 ) -> None:
-    """Adds the answers that `predictions` lacks, so that it has one record per question, in their
-    order. Collective.
+    """Adds the answers that `predictions` lacks: one record per question, in their order.
 
-    `between` is called before each batch. `total` is the number of questions, if known.
+    `before_batch` is called before each batch. `total` is the number of questions, if known.
+    Collective.
     """
     accelerator = context.accelerator
     accelerator.wait_for_everyone()  # all ranks read the file before any adds to it
-    busy, tokens, started = 0.0, 0, time.perf_counter()
+    seconds, tokens, started = 0.0, 0, time.perf_counter()
 
     def start_batch() -> None:
         nonlocal started
-        between()
+        before_batch()
         started = time.perf_counter()  # waiting for others is not this rank's work
 
     with context.log.progress("answers", total) as advance:
-        rest = iter(questions)
-        while window := list(islice(rest, WINDOW)):
+        remaining = iter(questions)
+        while window := list(islice(remaining, WINDOW)):
             missing = _find_missing(model, window, predictions)
             advance(len(window) - len(missing))
-            asked = [(start, each, model.render_prompt(each)) for start, each in missing]
-            good = [(start, each, ids) for start, each, ids in asked if not isinstance(ids, str)]
-            bad = [
-                start | each.to_record(None) | {"error": reason}
-                for start, each, reason in asked
-                if isinstance(reason, str)
-            ]
-            if bad and accelerator.is_main_process:
-                predictions.append(bad)
-            advance(len(bad))
+            good, failed = [], []
+            for head, question in missing:
+                prompt = model.render_prompt(question)
+                if isinstance(prompt, str):
+                    failed.append(head | question.to_record(None) | {"error": prompt})
+                else:
+                    good.append((head, question, prompt))
+            if failed and accelerator.is_main_process:
+                predictions.append(failed)
+            advance(len(failed))
             for batch, found in model.answer_batches(
-                [ids for *_, ids in good],
+                [prompt for *_, prompt in good],
                 accelerator,
-                numbers=[start["index"] for start, *_ in good],
-                between=start_batch,
+                numbers=[head["index"] for head, *_ in good],
+                before_batch=start_batch,
             ):
-                busy += time.perf_counter() - started
+                seconds += time.perf_counter() - started
                 pairs = zip([good[i] for i in batch], found, strict=False)  # none for idle ranks
                 predictions.append(
-                    [start | model.to_record(each, ids, a) for (start, each, ids), a in pairs]
+                    [head | model.to_record(asked, ids, a) for (head, asked, ids), a in pairs]
                 )
                 tokens += sum(len(answer.ids) for answer in found)
                 advance(len(batch) * accelerator.num_processes)
-    _warn_of_slow_ranks(busy, tokens, context)
+    _warn_of_slow_ranks(seconds, tokens, context)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         predictions.finish()
@@ -217,14 +217,13 @@ def answer_all(
 def _find_missing(
     model: AnswerModel, window: list[Question], predictions: Predictions | MemoryPredictions
 ) -> list[tuple[Record, Question]]:
-    """Returns the questions without a record, each with the index and key of its record."""
-    first = predictions.num_expected
-    keys = [model.key(question, first + i) for i, question in enumerate(window)]
-    return [
-        ({"index": first + i, "key": key}, window[i])
-        for i, key in enumerate(keys)
-        if predictions.expect(key)
-    ]
+    """Returns the questions without a record, each with the head of it: its index and key."""
+    missing = []
+    for index, question in enumerate(window, predictions.num_expected):
+        key = model.key(question, index)
+        if predictions.expect(key):
+            missing.append(({"index": index, "key": key}, question))
+    return missing
 
 
 def _warn_of_slow_ranks(seconds: float, tokens: int, context: Context) -> None:
@@ -232,18 +231,18 @@ def _warn_of_slow_ranks(seconds: float, tokens: int, context: Context) -> None:
     if context.accelerator.num_processes == 1:
         return
     found = gather_object([(seconds, tokens)])
-    median = sorted(own for own, _ in found)[(len(found) - 1) // 2]
-    for rank, (own, written) in enumerate(found):
-        if own > 1.5 * median and own > median + 5:
+    typical = median_low(taken for taken, _ in found)
+    for rank, (taken, written) in enumerate(found):
+        if taken > 1.5 * typical and taken > typical + 5:
             context.log.say(
-                f"warning: rank {rank} took {duration(own)} for {written:,} tokens, others "
-                f"{duration(median)}: is its device shared, or slower?"
+                f"warning: rank {rank} took {duration(taken)} for {written:,} tokens, others "
+                f"{duration(typical)}: is its device shared, or slower?"
             )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of answers. `tally` counts the answers that have a reference."""
+    """Scores of all answers in a file. `tally` has those with a reference."""
 
     tally: scores.Tally
     num_examples: int
@@ -277,7 +276,7 @@ def score_file(
 def groups_table(
     title: str, column: str, sizes: Mapping[str, int], cells: Mapping[str, Callable[[str], str]]
 ) -> Table:
-    """Returns a table with a row for each group: its size, and each column's cell for it."""
+    """Returns a table with a row for each group: its size, and what `cells` gives by column."""
     rows: list[list[str | Text]] = [
         [Text(visible(group) or "(none)"), f"{size:,}", *(cell(group) for cell in cells.values())]
         for group, size in sizes.items()

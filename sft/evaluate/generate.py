@@ -2,9 +2,9 @@
 
 An answer is a function of (model, prompt, settings, its own number). The other rows of the batch,
 their order, the padding and the number of processes change only the speed. Rounding is the one
-exception: sums of another shape round differently. So if two tokens are equally likely to six
-digits, either may win. Rows are padded on the left. A finished row is dropped from the batch and
-the cache, so the longest answer does not delay all others.
+exception: if two tokens are equally likely to six digits, either may win. Rows are padded on the
+left. Finished rows are dropped from the batch and the cache, so the longest answer does not delay
+the others.
 """
 
 from __future__ import annotations
@@ -26,17 +26,13 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.config.schema import Generation
 from sft.data import batches, template
-from sft.errors import UserError
+from sft.errors import ModelError
 from sft.models.dtypes import DTYPES
 from sft.models.layers import is_split
 from sft.runtime import oom
 
 ROWS_CPU, ROWS_GPU = 64, 256  # the largest batch; a CPU is no faster with more (docs/LOG.md)
 DROP_SHARE = 1 / 8  # share of a batch that must have finished before its rows are dropped
-
-
-class GenerationError(UserError):
-    """A model that cannot write answers."""
 
 
 class Answer(NamedTuple):
@@ -59,8 +55,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, config: Any = None) -> list[int]:
-    """Returns the tokens that end an answer: eos, the chat template's end of a turn, and those of
-    the model's own generation config."""
+    """Returns the tokens that end an answer: eos, the chat template's end of a turn, and the ends
+    in the model's own generation config."""
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     supervised = [i for i in template.render(tokenizer, turns).labels if i != template.IGNORED]
     own = getattr(config, "eos_token_id", None)
@@ -77,9 +73,9 @@ def context_length(model: nn.Module) -> int | None:
 def bytes_per_row(architecture: Any, precision: str, prompt: int, answer: int) -> int:
     """Returns the bytes that one answer takes in addition to the weights; lengths are in tokens.
 
-    The formula is the larger of two amounts. While the prompt is read: its keys and values, plus
-    one layer's activations. At the end: all keys and values, plus those of one layer again, because
-    a growing cache is copied layer by layer.
+    It is the larger of two amounts. While the prompt is read: its keys and values, and one layer's
+    activations. At the end: all keys and values, and those of one layer again, because a growing
+    cache is copied layer by layer.
     """
     text = architecture.get_text_config()
     heads, layers = getattr(text, "num_attention_heads", None) or 1, text.num_hidden_layers
@@ -106,8 +102,8 @@ def cut_batches(lengths: Sequence[int], num_ranks: int, rows: int) -> list[list[
 class Decoder:
     """A model with all that it needs to write answers.
 
-    `stop` holds the tokens that end an answer. `batch_size`: prompts in a batch; None: as many as
-    memory holds, up to the number beyond which larger batches are no faster.
+    `stop`: the tokens that end an answer. `batch_size`: prompts in a batch; None: see
+    `max_batch_size`.
     """
 
     model: nn.Module
@@ -120,39 +116,39 @@ class Decoder:
         prompts: Sequence[list[int]],
         accelerator: Accelerator,
         numbers: Sequence[int] | None = None,
-        between: Callable[[], None] = lambda: None,
+        before_batch: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[list[int], list[Answer]]]:
         """Yields this rank's share in batches: (positions in `prompts`, answers). Collective.
 
-        `numbers` has a seed for each prompt's random draws; None: its position. `between` is called
-        before each batch. Ranks that hold only parts of the weights (FSDP2, ZeRO-3) must go through
-        all batches.
+        `numbers` has a seed for each prompt's random draws; None: its position. `before_batch` is
+        called before each batch. Ranks that hold only parts of the weights (FSDP2, ZeRO-3) must go
+        through all batches.
         """
-        together = is_split(self.model) and accelerator.num_processes > 1
+        needs_all_ranks = is_split(self.model) and accelerator.num_processes > 1
 
-        def any_writes(writing: bool) -> bool:
-            flag = torch.tensor(float(writing), device=accelerator.device)
+        def any_rank_writes(writes: bool) -> bool:
+            flag = torch.tensor(float(writes), device=accelerator.device)
             return bool(accelerator.reduce(flag, "sum"))
 
         def decode(batch: list[int]) -> list[Answer]:
             seeds = batch if numbers is None else [numbers[i] for i in batch]
-            asked, others = [prompts[i] for i in batch], any_writes if together else None
-            return self.decode(asked, seeds=seeds, any_writes=others)
+            goes_on = any_rank_writes if needs_all_ranks else bool
+            return self.decode([prompts[i] for i in batch], seeds=seeds, goes_on=goes_on)
 
         rows = self.max_batch_size(prompts, accelerator)
         lengths = [len(prompt) + self.settings.max_new_tokens for prompt in prompts]
         own = cut_batches(lengths, accelerator.num_processes, rows)[accelerator.process_index]
         with eval_mode(self.model):
             for batch in own:
-                between()
-                if together:
+                before_batch()
+                if needs_all_ranks:
                     yield batch, decode(batch)
                 elif batch:
                     yield batch, _halve_until_it_fits(batch, decode)
 
     def max_batch_size(self, prompts: Sequence[list[int]], accelerator: Accelerator) -> int:
-        """Returns how many prompts a batch has: as many as half of the free memory holds on every
-        rank, at most ROWS_CPU or ROWS_GPU. Collective."""
+        """Returns `batch_size`, or how many prompts half of the free memory holds on every rank, at
+        most ROWS_CPU or ROWS_GPU, since larger batches are no faster. Collective."""
         if self.batch_size:
             return self.batch_size
         parameter = next(self.model.parameters())
@@ -177,13 +173,13 @@ class Decoder:
         *,
         seeds: Sequence[int] = (0,),
         on_tokens: Callable[[list[int]], None] | None = None,
-        any_writes: Callable[[bool], bool] | None = None,
+        goes_on: Callable[[bool], bool] = bool,
     ) -> list[Answer]:
         """Returns the answers to prompts, as one batch of a model in eval mode.
 
-        `on_tokens` receives each step's tokens, one per row. `any_writes` (collective) receives
-        whether this rank still writes, and returns whether any rank does. While any rank does, this
-        rank takes part in its forward passes.
+        `on_tokens` receives each step's tokens, one per row. `goes_on` receives whether this batch
+        has unfinished answers, and returns whether this rank has to run another forward pass: with
+        split weights as long as any rank has unfinished answers.
         """
         device = next(self.model.parameters()).device
         context = context_length(self.model) or 2**62
@@ -192,13 +188,18 @@ class Decoder:
         reasons = ["length"] * len(prompts)
         writing = [i for i in range(len(prompts)) if limits[i] > 0]
         rows = list(range(len(prompts)))  # the prompt of each row in the batch
-        draw, forward = _Draws(self.settings, seeds), _Forward(self.model, device)
+        # One stream of random numbers per prompt, a function of (settings.seed, its own seed).
+        draws = [np.random.default_rng([self.settings.seed, seed]) for seed in seeds]
+        forward = _Forward(self.model, device)
         ids, mask = _pad(prompts, device)
-        while writing if any_writes is None else any_writes(bool(writing)):
+        while goes_on(bool(writing)):
             if not writing:
                 forward.join_others()
                 continue
-            tokens = choose(forward(ids, mask), self.settings, draw(rows))
+            drawn = None
+            if self.settings.temperature:
+                drawn = torch.tensor([draws[row].random() for row in rows], dtype=torch.float64)
+            tokens = choose(forward(ids, mask), self.settings, drawn)
             if on_tokens:
                 on_tokens(tokens.tolist())
             still = []
@@ -252,9 +253,9 @@ class _Forward:
     def __init__(self, model: nn.Module, device: torch.device):
         self.model, self.device, self.cache = model, device, None
         plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        self.known = inspect.signature(plain.forward).parameters
-        if "past_key_values" not in self.known:
-            raise GenerationError(
+        self.accepted = inspect.signature(plain.forward).parameters
+        if "past_key_values" not in self.accepted:
+            raise ModelError(
                 f"{type(plain).__name__} keeps no keys and values (past_key_values) between "
                 "tokens, which writing answers needs; use the model's own `generate`"
             )
@@ -262,10 +263,10 @@ class _Forward:
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Returns fp32 logits [rows, vocabulary] for ids [rows, new] and mask [rows, so far]."""
         options: dict[str, Any] = {}
-        if "position_ids" in self.known:
+        if "position_ids" in self.accepted:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             options["position_ids"] = positions[:, -ids.shape[1] :]
-        if "logits_to_keep" in self.known:
+        if "logits_to_keep" in self.accepted:
             options["logits_to_keep"] = 1
         output = self.model(
             input_ids=ids,
@@ -310,17 +311,3 @@ def choose(
     chosen = (reached <= drawn.to(reached)[:, None] * reached[:, -1:]).sum(-1, keepdim=True)
     last = (likely > 0).sum(-1, keepdim=True) - 1  # rounding may give a later index
     return tokens.gather(-1, torch.minimum(chosen, last))[:, 0]
-
-
-class _Draws:
-    """Uniform random numbers: one stream per prompt, a function of (settings.seed, its seed)."""
-
-    def __init__(self, settings: Generation, seeds: Sequence[int]):
-        self.streams = None
-        if settings.temperature:
-            self.streams = [np.random.default_rng([settings.seed, seed]) for seed in seeds]
-
-    def __call__(self, rows: list[int]) -> torch.Tensor | None:
-        if self.streams is None:
-            return None
-        return torch.tensor([self.streams[row].random() for row in rows], dtype=torch.float64)

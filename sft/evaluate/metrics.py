@@ -1,12 +1,8 @@
-"""Scores of answers by name, with 95 % intervals by bootstrap over the examples.
+"""Scores of answers by name; a score of all examples is a function of sums over them.
 
-Each example gives a few numbers, its statistics. A metric is a function of their sums over all
-examples. Statistics are whole numbers or multiples of `GRID`. Their sums in float64 are exact in
-any order (up to eight million examples), so any cut over processes gives the same bits.
-
-Intervals are percentiles of `scipy.stats.bootstrap`. Its method BCa would correct bias and skew,
-but takes a time that grows with the square of the number of examples, and gives no interval if all
-examples score the same. Two runs are compared on the same resamples (paired).
+Each example gives a few numbers, its statistics. They are whole numbers or multiples of `GRID`, so
+their sums in float64 are exact in any order (up to eight million examples), and any cut over
+processes gives the same bits.
 
 A measure has a `size`, the number of statistics per example. `measure(answer, reference, prompt)`
 returns an example's score and statistics, and raises UserError for a reference that it cannot use.
@@ -62,21 +58,20 @@ class Mean:
 
 
 def exact_match(answer: str, reference: str, *_: str) -> float:
-    """Returns 1 if both are equal without surrounding white space."""
+    """Returns 1 if both are equal except for white space around them."""
     return float(answer.strip() == reference.strip())
 
 
 def normalised_match(answer: str, reference: str, *_: str) -> float:
-    """Returns 1 if both are equal without case, punctuation, articles and white space, as in SQuAD.
+    """Returns 1 if both are equal except for case, punctuation, articles and white space (SQuAD).
 
-    Unlike in SQuAD, texts that consist of these only keep them: "A" is not "The", "?" is not "!".
+    Unlike in SQuAD, a text of nothing but these keeps them: "A" is not "The", "?" is not "!".
     """
     return float(_normalise(answer) == _normalise(reference))
 
 
 def _normalise(text: str) -> str:
-    plain = "".join(c for c in text.lower() if not _is_punctuation(c))
-    words = plain.split()
+    words = "".join(c for c in text.lower() if not _is_punctuation(c)).split()
     kept = [word for word in words if word not in ("a", "an", "the")]
     return " ".join(kept or words) or text.strip()
 
@@ -136,8 +131,8 @@ def json_fields(answer: str, reference: str, *_: str) -> float:
         found = _leaves(_parse_json(answer))
     except ValueError:
         return 0.0
-    right = [_is_equal(leaf, found[path]) for path, leaf in expected.items() if path in found]
-    return sum(right) / len(expected.keys() | found.keys())
+    equal = [_is_equal(leaf, found[path]) for path, leaf in expected.items() if path in found]
+    return sum(equal) / len(expected.keys() | found.keys())
 
 
 def _parse_json(text: str) -> Any:
@@ -158,17 +153,12 @@ def _leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
     waiting: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
     while waiting:
         path, value = waiting.pop()
-        inner = [((*path, key), child) for key, child in _items(value)]
-        waiting += inner
-        if not inner:
+        if value and isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [((*path, key), child) for key, child in items]
+        else:
             leaves[path] = value
     return leaves
-
-
-def _items(value: Any) -> list[tuple[str | int, Any]]:
-    if isinstance(value, list):
-        return list(enumerate(value))
-    return list(value.items()) if isinstance(value, dict) else []
 
 
 def _is_equal(a: Any, b: Any) -> bool:
@@ -188,10 +178,6 @@ def _rouge() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=False)
-
-
-def sari_of_prompt(answer: str, reference: str, prompt: str) -> float:
-    return sari(prompt, answer, [reference])
 
 
 def sari(source: str, answer: str, references: Sequence[str]) -> float:
@@ -243,59 +229,39 @@ def _f1(precision: float, recall: float) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-class Bleu:
-    """Corpus BLEU of sacrebleu with its defaults (13a tokens, exponential smoothing), 0 to 100.
+class Sacrebleu:
+    """Corpus BLEU or chrF of sacrebleu with its defaults, 0 to 100.
 
-    A single example is scored with the effective order, as sacrebleu advises.
+    For BLEU these are 13a tokens and exponential smoothing; chrF is chrF2, up to 6 characters.
+    sacrebleu does not publish an example's statistics; its own corpus scores and significance tests
+    use these two private methods.
     """
 
-    size = 10  # lengths of answer and reference; matches and n-grams, n = 1 to 4
-
-    def __init__(self) -> None:
-        from sacrebleu.metrics import BLEU
+    def __init__(self, name: str) -> None:
+        from sacrebleu.metrics import BLEU, CHRF
         from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a, TokenizerRegexp
 
-        self._bleu = BLEU(effective_order=True)
+        self.name = name
+        self._corpus: Any
+        self._single: Any
         self._caches = [Tokenizer13a.__call__, TokenizerRegexp.__call__]
+        # A single example is scored with BLEU's effective order, as sacrebleu advises.
+        self._corpus, self._single = BLEU(), BLEU(effective_order=True)
+        self.size = 10  # lengths of answer and reference; matches and n-grams, n = 1 to 4
+        if name == "chrf":
+            self._corpus = self._single = CHRF()
+            self.size = 18  # n-grams of answer, of reference, matches; n = 1 to 6
 
     def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
         for each in self._caches:  # sacrebleu keeps the last 65,536 texts
             each.cache_clear()
-        found = self._bleu.sentence_score(answer or "", [reference])
-        return found.score, [found.sys_len, found.ref_len, *found.counts, *found.totals]
+        (row,) = self._single._extract_corpus_statistics([answer or ""], [[reference]])
+        return self._single._compute_score_from_stats(row).score, row
 
     def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
         sums = (counts @ rows).astype(int).tolist()
-        return {"bleu": np.array([self._corpus(each) for each in sums])}
-
-    def _corpus(self, row: list[int]) -> float:
-        length, reference_length, counts, totals = row[0], row[1], row[2:6], row[6:]
-        return self._bleu.compute_bleu(
-            counts, totals, length, reference_length, smooth_method="exp"
-        ).score
-
-
-class Chrf:
-    """Corpus chrF of sacrebleu with its defaults (chrF2, up to 6 characters), 0 to 100.
-
-    sacrebleu does not publish chrF's statistics; its own corpus score and significance tests use
-    these two private methods.
-    """
-
-    size = 18  # n-grams of answer, of reference, matches; n = 1 to 6
-
-    def __init__(self) -> None:
-        from sacrebleu.metrics import CHRF
-
-        self._chrf = CHRF()
-
-    def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
-        (row,) = self._chrf._extract_corpus_statistics([answer or ""], [[reference]])
-        return self._chrf._compute_f_score(row), row
-
-    def values(self, rows: np.ndarray, counts: np.ndarray) -> Values:
-        sums = (counts @ rows).astype(int).tolist()
-        return {"chrf": np.array([self._chrf._compute_f_score(each) for each in sums])}
+        scores = [self._corpus._compute_score_from_stats(each).score for each in sums]
+        return {self.name: np.array(scores)}
 
 
 class Classification:
@@ -319,10 +285,9 @@ class Classification:
     def measure(self, answer: str | None, reference: str, prompt: str) -> Measured:
         truth, given = label_of(reference, self.labels), label_of(answer, self.labels)
         if truth is None:
-            hint = suggest(reference.strip(), self.labels)
             raise UserError(
                 f"needs one of evaluation.labels as the reference, found {shorten(reference)}; "
-                f"{hint}"
+                f"{suggest(reference.strip(), self.labels)}"
             )
         num = len(self.labels)
         column = num if given is None else self.labels.index(given)
@@ -365,20 +330,23 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 MEANS: dict[str, Callable[[str, str, str], float]] = {
-    function.__name__: function
-    for function in (exact_match, normalised_match, numeric_match, json_valid, json_fields, rouge_l)
-} | {"sari": sari_of_prompt}
-Measure = Mean | Bleu | Chrf | Classification
+    "exact_match": exact_match,
+    "normalised_match": normalised_match,
+    "numeric_match": numeric_match,
+    "json_valid": json_valid,
+    "json_fields": json_fields,
+    "rouge_l": rouge_l,
+    "sari": lambda answer, reference, prompt: sari(prompt, answer, [reference]),
+}
+Measure = Mean | Sacrebleu | Classification
 
 
 def make_measure(name: str, labels: Sequence[str]) -> Measure:
     """Returns the measure of that name. Raises UserError for an unknown one."""
     if name in MEANS:
         return Mean(name, MEANS[name])
+    if name in ("bleu", "chrf"):
+        return Sacrebleu(name)
     if name == "classification":
         return Classification(labels)
-    if name == "bleu":
-        return Bleu()
-    if name == "chrf":
-        return Chrf()
     raise UserError(f"unknown metric {name!r}; {suggest(name, NAMES)}")

@@ -1,4 +1,9 @@
-"""Scores of all answers together, with their intervals, and differences of two such scores."""
+"""Scores of all answers together, with 95 % intervals, and differences of two such scores.
+
+Intervals are percentiles of `scipy.stats.bootstrap` over the examples. Its method BCa would correct
+bias and skew, but takes a time that grows with the square of the number of examples, and gives no
+interval if all examples score the same. Two runs are compared on the same resamples (paired).
+"""
 
 from __future__ import annotations
 

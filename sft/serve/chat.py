@@ -14,13 +14,13 @@ from rich.table import Table
 from sft.data.files import num_rows, read_all, sources
 from sft.errors import Preempted, UserError
 from sft.evaluate import answers
-from sft.evaluate.predictions import read_records
+from sft.evaluate.predictions import Predictions, read_records
 from sft.runtime.console import facts, visible
 from sft.runtime.processes import end_processes
 from sft.runtime.watchdog import Guard
 from sft.serve.connector import AccelerateConnector
 
-STALL_TIMEOUT = 1800.0  # seconds without a batch answered on any process that end the run
+STALL_TIMEOUT = 1800.0  # seconds; the run ends if no process has answered a batch for so long
 
 HELP = """\
 /reset          forget the conversation
@@ -103,10 +103,10 @@ class Conversation:
 def answer_file(
     source: str, output: Path, folder: Path, model: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    """Writes the answer to every row of `source` (as data.train_path) into the JSONL file `output`.
+    """Writes the answer to every row of `source` into the JSONL file `output`. Collective.
 
-    A bad row gets a line with the reason. `folder` holds status, lock and heartbeats while it runs.
-    `model`: arguments of AccelerateConnector. Collective.
+    `source` is given as data.train_path is. A bad row gets a line with the reason. `folder` holds
+    status, lock and heartbeats while it runs. `model`: arguments of AccelerateConnector.
     """
     if output.is_dir() or output.suffix not in (".jsonl", ".ndjson"):
         raise UserError(f"OUTPUT: expected a file that ends in .jsonl, found {output}")
@@ -117,7 +117,7 @@ def answer_file(
         raise UserError(f"OUTPUT: {output} lies in the folder INPUT, which is read whole; move it")
     with guarded_model(folder, model, output) as (connector, guard):
         total = num_rows(source)
-        connector.answer(_questions(source, guard), output, total, **settings)
+        connector.answer(_questions(source, guard), Predictions(output), total, **settings)
         if connector.is_main_process:
             connector.log.say(_summarise(output, connector.num_processes))
 
@@ -137,7 +137,7 @@ def guarded_model(
             if guard.flags()[0]:
                 raise Preempted(f"stopped; {output} has what is answered: run again to go on")
 
-        connector = AccelerateConnector(**model, between=stop_if_asked)
+        connector = AccelerateConnector(**model, before_batch=stop_if_asked)
         guard.join(connector.accelerator, None)
         connector.load_model_once()
         yield connector, guard
@@ -152,21 +152,21 @@ def _questions(source: str, guard: Guard) -> Iterator[answers.Question]:
 
 
 def _summarise(output: Path, num_processes: int) -> Table:
-    """Returns what a finished file of predictions has, in numbers."""
-    ended: Counter[str] = Counter()
-    prompt_tokens = completion_tokens = 0
-    first = ""
+    """Returns a table of the numbers of a finished file of predictions."""
+    count: Counter[str] = Counter()
+    first_error = ""
     for record in read_records(output):
-        ended[record["finish_reason"]] += 1
-        prompt_tokens += record["prompt_tokens"]
-        completion_tokens += record["completion_tokens"]
-        if "error" in record and not first:
-            first = f"{record['row']}: {record['error']}"
+        count[record["finish_reason"]] += 1
+        count["prompt_tokens"] += record["prompt_tokens"]
+        count["completion_tokens"] += record["completion_tokens"]
+        if "error" in record and not first_error:
+            first_error = f", such as {visible(record['row'])}: {visible(record['error'])}"
+    answered, asked = count["stop"] + count["length"], count["prompt_tokens"]
     rows = [
-        ("answered", f"{ended['stop'] + ended['length']:,} of {ended.total():,} rows"),
-        ("cut off", f"{ended['length']:,} at generation.max_new_tokens or the model's context"),
-        ("failed", f"{ended['error']:,}" + (f", such as {visible(first)}" if first else "")),
-        ("tokens", f"{prompt_tokens:,} of prompts, {completion_tokens:,} of answers"),
+        ("answered", f"{answered:,} of {answered + count['error']:,} rows"),
+        ("cut off", f"{count['length']:,} at generation.max_new_tokens or the model's context"),
+        ("failed", f"{count['error']:,}{first_error}"),
+        ("tokens", f"{asked:,} of prompts, {count['completion_tokens']:,} of answers"),
         ("processes", str(num_processes)),
         ("results", str(output)),
     ]

@@ -10,7 +10,7 @@ of the data, every example once. Prompts are rendered as in training (law 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -80,6 +80,12 @@ class Completion:
         return Completion((choice,), usage, record.get("error"))
 
 
+def _refuse_unknown(name: str, value: object, known: Collection[object]) -> None:
+    if value not in known:
+        expected = " or ".join(map(repr, known))
+        raise UserError(f"{name}: expected {expected}, found {value!r}")
+
+
 class DatasetPart(list):
     """This process's part of a dataset, with its items' `indices` there."""
 
@@ -89,12 +95,12 @@ class DatasetPart(list):
 
 
 class AccelerateConnector:
-    """A model and the processes that share its work. Raises UserError for arguments that cannot be.
+    """A model and the processes that share its work. Raises UserError for invalid arguments.
 
     `model_name`: folder of a run, of one of its checkpoints, of a model or adapter, or a hub id.
     `adapter`: folder of a LoRA adapter for it. `quantization`: `nf4`; None: as it was trained.
     `mixed_precision`: `bf16`, `no` (fp32), or `auto`, as in training. `batch_size`: prompts in a
-    batch on each process. `cache_dir`: the folder for downloads of a hub id. `between` is called
+    batch on each process. `cache_dir`: folder for downloads of a hub id. `before_batch`: called
     before each batch.
     """
 
@@ -108,18 +114,13 @@ class AccelerateConnector:
         quantization: Quantization = None,
         *,
         log: Log | None = None,
-        between: Callable[[], None] = lambda: None,
+        before_batch: Callable[[], None] = lambda: None,
     ):
-        for name, value, known in (
-            ("batch_size", batch_size, ("auto",)),
-            ("mixed_precision", mixed_precision, tuple(PRECISIONS)),
-            ("quantization", quantization, (None, "nf4")),
-        ):
-            is_size = name == "batch_size" and type(value) is int and value > 0
-            if value not in known and not is_size:
-                more = " or a number above 0" if name == "batch_size" else ""
-                expected = " or ".join(map(repr, known))
-                raise UserError(f"{name}: expected {expected}{more}, found {value!r}")
+        if batch_size != "auto" and not (type(batch_size) is int and batch_size > 0):
+            found = f"found {batch_size!r}"
+            raise UserError(f"batch_size: expected 'auto' or a number above 0, {found}")
+        _refuse_unknown("mixed_precision", mixed_precision, PRECISIONS)
+        _refuse_unknown("quantization", quantization, (None, "nf4"))
         self.model_name = str(model_name)
         train = Train(output_dir="outputs/connector", precision=PRECISIONS[mixed_precision])
         self.precision, _ = resolve_precision(train)
@@ -142,7 +143,7 @@ class AccelerateConnector:
             None if batch_size == "auto" else batch_size,
         )
         self.log = log or (Screen() if self.is_main_process else Log(None))
-        self.between = between
+        self.before_batch = before_batch
         self._model: AnswerModel | None = None
         self._part: DatasetPart | None = None
 
@@ -207,39 +208,37 @@ class AccelerateConnector:
         """
         questions = [_make_question(messages, i) for i, messages in enumerate(conversations)]
         if predictions is not None:
-            self.answer(questions, Path(predictions), len(questions), **settings)
-            return [Completion.from_record(record) for record in read_records(Path(predictions))]
+            path = Path(predictions)
+            self.answer(questions, Predictions(path), len(questions), **settings)
+            return [Completion.from_record(record) for record in read_records(path)]
         memory = MemoryPredictions()
-        self._answer_all(self._model_with(settings), questions, memory, len(questions))
+        self.answer(questions, memory, len(questions), **settings)
         found = gather_object(memory.records) if self.num_processes > 1 else memory.records
         by_index = {record["index"]: record for record in found}
         return [Completion.from_record(by_index[i]) for i in range(len(questions))]
 
     def answer(
-        self, questions: Iterable[Question], path: Path, total: int | None = None, **settings: Any
-    ) -> None:
-        """Writes the answers to a stream of questions into a file of predictions. Collective."""
-        self._answer_all(self._model_with(settings), questions, Predictions(path), total)
-
-    def _answer_all(
         self,
-        model: AnswerModel,
         questions: Iterable[Question],
         predictions: Predictions | MemoryPredictions,
-        total: int | None,
+        total: int | None = None,
+        **settings: Any,
     ) -> None:
+        """Adds the answers to a stream of questions that `predictions` lacks. Collective."""
         answers.answer_all(
-            model,
+            self._model_with(settings),
             questions,
             predictions,
             Context(self.accelerator, self.log),
-            between=self.between,
+            before_batch=self.before_batch,
             total=total,
         )
 
     def split_dataset(self, dataset: Sequence[Any]) -> DatasetPart:
-        """Returns this process's part, balanced by the length of the items (as text). Each item is
-        in the part of one process; with fewer items than processes some parts are empty."""
+        """Returns this process's part; the parts are balanced by the length of the items as text.
+
+        Each item is in one part. With fewer items than processes some parts are empty.
+        """
         lengths = [len(item if isinstance(item, str) else str(item)) + 1 for item in dataset]
         budget = batches.Budget(1, "packed", max_rows=None)
         parts = batches.cut(range(len(lengths)), lengths, self.num_processes, budget)
@@ -250,8 +249,8 @@ class AccelerateConnector:
     def gather_results(self, results: Sequence[Any], part: DatasetPart | None = None) -> list[Any]:
         """Returns the results of all processes on every process, in the order of the dataset.
 
-        `results` has one for each item of this process's part; None: of the last one split.
-        Collective.
+        `results` has one for each item of `part`, this process's part; None: the last part that
+        `split_dataset` returned. Collective.
         """
         part = self._part if part is None else part
         if part is None or len(results) != len(part):
@@ -271,10 +270,10 @@ class AccelerateConnector:
     def save_model(self, model: nn.Module, output_dir: str | Path) -> None:
         """Saves model or adapter as safetensors, with the tokenizer, whole or not at all.
 
-        Replaces what it saved there before, and nothing else. Collective.
+        It replaces only what it saved there before. Collective.
         """
         folder = Path(output_dir)
-        if folder.exists() and not (folder.is_dir() and _is_own(folder)):
+        if folder.exists() and not (folder.is_dir() and _is_replaceable(folder)):
             raise UserError(f"{folder} holds something else; give an output_dir that is new")
         weights = self.accelerator.get_state_dict(model)
         tokenizer = self.load_model_once().tokenizer
@@ -289,13 +288,13 @@ class AccelerateConnector:
         checkpoint.commit(folder, write, self.accelerator)
 
 
-def _is_own(folder: Path) -> bool:
-    """Returns whether a folder is empty, or all in it was saved together."""
+def _is_replaceable(folder: Path) -> bool:
+    """Returns whether a folder is empty, or holds what `save_model` saved and nothing else."""
     return not any(folder.iterdir()) or checkpoint.fault(folder, digests=False) is None
 
 
 def _make_question(messages: Any, number: int) -> Question:
-    """Returns a conversation as a question, with an error if it is none."""
+    """Returns a conversation as a question, with the reason if it cannot be asked."""
     try:
         turns, tools = formats.read_question({"messages": messages})
     except (ValueError, RecursionError) as error:
@@ -305,12 +304,12 @@ def _make_question(messages: Any, number: int) -> Question:
 
 
 class _TextStream:
-    """Passes on the text of tokens as they come, as far as later tokens cannot change it."""
+    """Passes on the text of tokens as they come, once later tokens cannot change it."""
 
     def __init__(self, model: AnswerModel, on_text: Callable[[str], None]):
         self.model, self.on_text = model, on_text
         self.ids: list[int] = []
-        self.done = 0
+        self.num_passed_on = 0
 
     def add(self, tokens: list[int]) -> None:
         """Receives the next token of the only row."""
@@ -322,5 +321,5 @@ class _TextStream:
         """Passes on the new text; a character without its last bytes waits for them."""
         text = str(self.model.tokenizer.decode(self.ids, skip_special_tokens=True))
         if is_last or not text.endswith("\ufffd"):
-            self.on_text(text[self.done :])
-            self.done = max(self.done, len(text))
+            self.on_text(text[self.num_passed_on :])
+            self.num_passed_on = max(self.num_passed_on, len(text))

@@ -127,7 +127,9 @@ def results(built: engine.Engine) -> None:
     guard, short = built.guard, Generation(max_new_tokens=4)
     with guard.section("generation"):
         decoder = generate.Decoder(built.task.model, [1], short, 2)
-        for _ in decoder.answer_batches(PROMPTS, built.accelerator, between=guard.stop_if_asked):
+        for _ in decoder.answer_batches(
+            PROMPTS, built.accelerator, before_batch=guard.stop_if_asked
+        ):
             pass
 
 

@@ -21,7 +21,7 @@ from sft.errors import UserError
 from sft.evaluate import compare
 from sft.evaluate.answers import Question, groups_table
 from sft.evaluate.metrics import FAILURE
-from sft.evaluate.predictions import read_records
+from sft.evaluate.predictions import Predictions, read_records
 from sft.evaluate.scores import Difference, Tally, difference
 from sft.runtime.console import facts, table, visible, write_json
 from sft.runtime.log import Log
@@ -35,11 +35,11 @@ SHOWN = ("accuracy", "macro_f1")
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Scores of answers that were read as labels. `right` has 1 or 0 for each example, in order."""
+    """Scores of answers as labels. `right` has, for each example in order, 1 if it is right."""
 
     tally: Tally
     right: list[float]
-    num_errors: int  # examples that could not be asked; failures, too
+    num_errors: int  # examples that could not be asked; they count as failures, too
 
     def report(self) -> dict[str, Any]:
         """Returns what metrics.json says of a strategy."""
@@ -55,24 +55,15 @@ class LabelScores:
         }
 
 
-def score_labels(path: Path, labels: list[str]) -> LabelScores:
-    """Returns the scores of a finished file of predictions."""
+def score_labels(path: Path, labels: list[str], constant: str | None = None) -> LabelScores:
+    """Returns the scores of a finished file of predictions, or of `constant` as every answer."""
     tally, right, num_errors = Tally([METRIC], labels), [], 0
     for record in read_records(path):
-        answer = record["answer"]
+        answer, group = constant or record["answer"], None if constant else record.get("group")
         num_errors += answer is None
-        scores = tally.add(record["index"], answer, record["reference"], group=record.get("group"))
+        scores = tally.add(record["index"], answer, record["reference"], group=group)
         right.append(scores[METRIC])
     return LabelScores(tally, right, num_errors)
-
-
-def score_constant(label: str, path: Path, labels: list[str]) -> LabelScores:
-    """Returns the scores of giving one label to every example of a file."""
-    tally = Tally([METRIC], labels)
-    right = [
-        tally.add(each["index"], label, each["reference"])[METRIC] for each in read_records(path)
-    ]
-    return LabelScores(tally, right, 0)
 
 
 def compare_paired(a: LabelScores, b: LabelScores) -> dict[str, Difference]:
@@ -107,7 +98,7 @@ def classify(config: Config, run: Path | None = None) -> None:
         for name in names:
             connector.answer(
                 _make_questions(settings, name, chosen),
-                folder / name / "predictions.jsonl",
+                Predictions(folder / name / "predictions.jsonl"),
                 len(chosen),
                 **settings.strategies[name].generation.model_dump(),
             )
@@ -147,7 +138,7 @@ def _report_scores(
     """Writes metrics.json of each strategy, and logs their scores."""
     files = {name: folder / name / "predictions.jsonl" for name in names}
     found = {name: score_labels(file, settings.labels) for name, file in files.items()}
-    constant = score_constant(usual, files[names[0]], settings.labels)
+    constant = score_labels(files[names[0]], settings.labels, usual)
     majority = {"label": usual, **constant.tally.report()}
     first: list[str | Text] = [f"always {visible(usual)}", *_show_scores(majority), "", ""]
     shown = [first]

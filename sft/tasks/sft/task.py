@@ -328,7 +328,7 @@ class FineTune(SavedTuning):
                 (answers.make_question(r, tokenizer) for r in islice(asked, settings.num_examples)),
                 predictions,
                 self.context,
-                between=self.guard.stop_if_asked,
+                before_batch=self.guard.stop_if_asked,
                 total=min(settings.num_examples, len(self.prepared.held_out)),
             )
         return answers.score_file(path, settings.metrics, self.accelerator, settings.labels or ())
