@@ -44,6 +44,7 @@ from sft.data.examples import (
     open_findings,
 )
 from sft.data.files import BadRow, Row
+from sft.data.formats import content_text
 from sft.models import load
 from sft.runtime import checkpoint, children, hardware
 from sft.runtime.console import bar, make_console, write_json
@@ -454,7 +455,7 @@ def _render_rows(
         try:
             made = template.render_row(tokenizer, row, limit, supervise=supervise, on_long=on_long)
         except errors.DataError as error:
-            excerpt = readers.make_excerpt(row.messages[-1]["content"].encode())
+            excerpt = readers.make_excerpt(content_text(row.messages[-1]).encode())
             refused.append(BadRow(row.file, row.line, str(error), excerpt))
             continue
         num_dropped += not made

@@ -20,7 +20,7 @@ import numpy as np
 
 from sft.data.examples import append_array, map_array
 from sft.data.files import DIGEST, Row, content_digest
-from sft.data.formats import Messages
+from sft.data.formats import Messages, content_text
 from sft.data.split import is_first
 
 SIMILAR = 0.8  # Jaccard similarity of two sets of shingles from which rows are near-duplicates
@@ -105,13 +105,14 @@ def compared_text(messages: Messages) -> str:
     """Joins all but system prompts, which whole data sets share."""
     compared = [m for m in messages if m["role"] != "system"]
     return " ".join(
-        m["content"] + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "") for m in compared
+        content_text(m) + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "")
+        for m in compared
     )
 
 
 def prompt_digest(row: Row) -> bytes:
     """Hashes the messages before the last answer, without system prompts; zeros if none is left."""
-    messages = [[m["role"], m["content"]] for m in row.messages[:-1] if m["role"] != "system"]
+    messages = [[m["role"], content_text(m)] for m in row.messages[:-1] if m["role"] != "system"]
     return hashlib.sha256(json.dumps(messages).encode()).digest()[:16] if messages else bytes(16)
 
 

@@ -115,6 +115,7 @@ def _to_json(row: Row) -> bytes:
     values = {"file": row.file, "line": row.line, "messages": row.messages}
     values |= {"tools": row.tools} if row.tools else {}
     values |= {} if row.group is None else {"group": row.group}
+    values |= {"template_kwargs": row.template_kwargs} if row.template_kwargs else {}
     return (json.dumps(values, ensure_ascii=False) + "\n").encode()
 
 

@@ -39,6 +39,7 @@ class Row:
     entry: int = 0  # index of its path in a list of paths
     format: str = ""
     group: str | None = None  # its value in the column `evaluation.group`; None: has none
+    template_kwargs: dict[str, Any] | None = None  # its variables for the chat template
 
     @property
     def place(self) -> str:
@@ -241,8 +242,13 @@ def read_options(section: Data) -> dict[str, Any]:
 
 
 def content_digest(row: Row) -> bytes:
-    """Hashes messages and tools; where they were read from does not matter."""
-    content = json.dumps(row.messages) + (json.dumps(row.tools) if row.tools else "")
+    """Hashes what a row says: messages, tools and variables of the template, but not its place.
+
+    A content given as parts is the same as their text.
+    """
+    messages = [{**m, "content": formats.content_text(m)} for m in row.messages]
+    content = json.dumps(messages) + (json.dumps(row.tools) if row.tools else "")
+    content += json.dumps(row.template_kwargs, sort_keys=True) if row.template_kwargs else ""
     return hashlib.sha256(content.encode()).digest()[:16]
 
 
@@ -294,6 +300,7 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
             is_text = row.messages[0]["role"] == TEXT
             shown = {"text": row.messages[0]["content"]} if is_text else {"messages": row.messages}
             shown |= {"tools": row.tools} if row.tools else {}
+            shown |= {"chat_template_kwargs": row.template_kwargs} if row.template_kwargs else {}
             file.write(json.dumps(shown, ensure_ascii=False) + "\n")
         if (bad and settings.on_bad_row == "error") or not written:
             raise DataError.from_rows(bad[0].file, [str(row) for row in bad])

@@ -444,3 +444,9 @@ def scalar_text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return json.dumps(value) if isinstance(value, int | float) else ""
+
+
+def content_text(message: dict[str, Any]) -> str:
+    """Returns the content of a message as text, with its parts joined."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)

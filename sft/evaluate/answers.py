@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.data import template
 from sft.data.files import BadRow, Row
-from sft.data.formats import Messages, Tools
+from sft.data.formats import Messages, Tools, content_text
 from sft.errors import DataError
 from sft.evaluate import scores
 from sft.evaluate.generate import Answer, Decoder, context_length, eval_mode
@@ -104,10 +104,10 @@ def make_question(row: Row | BadRow, tokenizer: PreTrainedTokenizerBase | None =
     *before, last = row.messages
     has_reference = last["role"] == "assistant"
     asked = before if has_reference else row.messages
-    fields = {"row": row.place, "prompt": asked[-1]["content"] if asked else ""}
+    fields = {"row": row.place, "prompt": content_text(asked[-1]) if asked else ""}
     fields |= {} if row.group is None else {"group": row.group}
     if has_reference:
-        fields["reference"] = last["content"]
+        fields["reference"] = content_text(last)
         if "tool_calls" in last and tokenizer is not None:
             whole = template.render(tokenizer, row.messages, row.tools, "last")
             ids = [i for i, label in zip(whole.ids, whole.labels, strict=True) if label >= 0]
