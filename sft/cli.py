@@ -114,9 +114,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(ExitCode.INTERRUPTED)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # All work is on disk, but gloo can abort in its destructors when the interpreter exits.
-        from sft.runtime.processes import leave_group
+        from sft.runtime.processes import leave_process_group
 
-        leave_group()
+        leave_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

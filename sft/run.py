@@ -142,7 +142,7 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> dict[str, flo
     out = folder / "evaluation" / name
     with Guard(out, config.train.stall_timeout) as guard:
         if guard.is_first:
-            guard.begin()
+            guard.status.begin()
         prepared = task.prepare_evaluation(config, guard.tick)
         accelerator = start_processes(config.train)
         guard.join(accelerator, None)
@@ -178,7 +178,7 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
     try:
         found = checkpoint.find(folder, resume, print) if resume else None
     except UserError:
-        guard.begin()  # the attempt that failed
+        guard.status.begin()  # the attempt that failed
         raise
     own = {Status.NAME, Lock.NAME, RANKS, TRACEBACK}  # the only files of a run that did not begin
     earlier = guard.status.read().get("state")
@@ -188,9 +188,10 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
         number = 1
         while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1
-        guard.move_folder(aside)
+        assert guard.lock
+        guard.lock.move_folder(aside)
         print(f"{folder} holds an earlier run: moved to {aside}")
-    guard.begin()
+    guard.status.begin()
     return found
 
 

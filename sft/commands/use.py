@@ -153,7 +153,7 @@ def infer(args: Namespace) -> None:
     from sft.serve import chat
     from sft.serve.connector import AccelerateConnector
 
-    if not processes.leave_process_group():  # of several processes the first one talks
+    if not processes.act_alone():  # of several processes the first one talks
         return
     if args.prompt == "":
         raise UserError('PROMPT is empty; ask something, as in PROMPT="set a timer"')

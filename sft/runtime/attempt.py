@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sft import __version__, errors
-from sft.errors import LockedError
+from sft import __version__
+from sft.errors import CheckpointError, LockedError
 from sft.runtime import checkpoint, slurm
 from sft.runtime.children import is_dead, machine_id
 from sft.runtime.console import read_json, write_json
@@ -24,9 +24,9 @@ TRACEBACK = "traceback.txt"
 
 
 class Lock:
-    """The right to write into a run folder, which the kernel frees when its owner dies.
+    """The right to write into a run folder; the kernel releases it when its owner dies.
 
-    Raises LockedError, which names the owner, if another run has it.
+    Making one raises LockedError, which names the owner, if another run has it.
     """
 
     NAME = ".lock"
@@ -36,7 +36,7 @@ class Lock:
         try:
             self._acquire()
         except OSError as error:
-            raise errors.CheckpointError(
+            raise CheckpointError(
                 f"cannot write to {folder}: {error.strerror}; set train.output_dir to a folder "
                 "that is writable"
             ) from None
@@ -50,11 +50,11 @@ class Lock:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise self._held_by(owner) from None
+                raise self._in_use(owner) from None
             except OSError as error:  # a file system without locks: trust what the file says
                 if owner and not (owner.get("machine") == machine_id() and is_dead(owner["pid"])):
-                    raise self._held_by(owner, f" (no locks here: {error.strerror})") from None
-            with suppress(FileNotFoundError):  # moved aside, or released, in between
+                    raise self._in_use(owner, f" (no locks here: {error.strerror})") from None
+            with suppress(FileNotFoundError):  # moved aside or released since it was opened
                 if os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
                     break
             self._file.close()
@@ -66,7 +66,7 @@ class Lock:
         self._file.write(json.dumps(own) + "\n")
         self._file.flush()
 
-    def _held_by(self, owner: dict[str, Any], why: str = "") -> LockedError:
+    def _in_use(self, owner: dict[str, Any], why: str = "") -> LockedError:
         return LockedError(
             f"{self.folder} is in use by the run of {_describe(owner)}{why}: wait for it or stop "
             "it, or give this run another train.output_dir. (If it is surely gone, remove "
@@ -92,7 +92,7 @@ def _describe(owner: dict[str, Any]) -> str:
 
 
 class Status:
-    """The file status.json: how the newest attempt ended, where, and its newest checkpoint."""
+    """The file status.json: how the newest attempt ended, at which step, and its checkpoint."""
 
     NAME = "status.json"
 
@@ -101,7 +101,7 @@ class Status:
         self.attempt: int | None = None  # of the run in the folder; None before it has begun
 
     def begin(self) -> None:
-        """Begins the next attempt in this folder. For the first rank only."""
+        """Begins the next attempt in this folder. Only the first rank calls it."""
         shutil.rmtree(self.folder / RANKS, ignore_errors=True)
         (self.folder / RANKS).mkdir(parents=True)
         self.attempt = 1 + (self.read().get("attempt") or 0)
@@ -112,12 +112,12 @@ class Status:
     def follow(self) -> None:
         """Adopts the attempt that the first rank of the same launch has begun, if it has."""
         announced = read_json(self.folder / RANKS / "attempt.json")
-        is_ours = announced.get("launch") == launch_id() and announced["attempt"] != self.attempt
-        if is_ours and not self._mark(announced["attempt"]).exists():
-            self.attempt = announced["attempt"]
+        number = announced.get("attempt")
+        if announced.get("launch") == launch_id() and not self._mark(number).exists():
+            self.attempt = number
 
     def end(self, state: str, code: int, reason: str | None, rank: int, step: int | None) -> bool:
-        """Writes how the attempt ended; returns False if another rank has, or a later one began."""
+        """Writes how the attempt ended; returns False if a rank has, or a later attempt began."""
         if self.attempt is None or self.read().get("attempt", self.attempt) != self.attempt:
             return False
         try:
@@ -130,15 +130,15 @@ class Status:
             print(f"cannot write {self.folder / self.NAME}: {error}", file=sys.stderr)
         return True
 
-    def _mark(self, attempt: int) -> Path:
-        """Returns the file that only the first rank to report the end of an attempt can create."""
+    def _mark(self, attempt: int | None) -> Path:
+        """Returns a file that one rank alone can create: the first to report the attempt's end."""
         return self.folder / RANKS / f"ended_{attempt}"
 
     def has_ended(self) -> bool:
         return self.attempt is not None and self._mark(self.attempt).exists()
 
     def verdict(self) -> dict[str, Any]:
-        """Returns the end that the first rank has written, after waiting a moment for it."""
+        """Returns the status when a rank has written the end; waits at most two seconds for it."""
         for _ in range(20):
             if self.read().get("state") != "running":
                 break
@@ -156,6 +156,10 @@ class Status:
         rank: int | None = None,
         step: int | None = None,
     ) -> None:
+        found = checkpoint.newest_first(self.folder)
+        if state == "finished":
+            found.insert(0, self.folder / "final_checkpoint")
+        valid = (path.name for path in found if checkpoint.fault(path, digests=False) is None)
         values = {
             "version": __version__,
             "state": state,
@@ -164,20 +168,13 @@ class Status:
             "rank": rank,
             "step": step,
             "attempt": self.attempt,
-            "checkpoint": self._newest(state),
+            "checkpoint": next(valid, None),
         }
         write_json(self.folder / self.NAME, values, sync=True)
 
-    def _newest(self, state: str) -> str | None:
-        found = checkpoint.newest_first(self.folder)
-        if state == "finished":
-            found.insert(0, self.folder / "final_checkpoint")
-        whole = (path.name for path in found if checkpoint.fault(path, digests=False) is None)
-        return next(whole, None)
-
 
 def launch_id() -> str:
-    """Returns a text that is equal on all ranks of one launch, and differs between launches."""
+    """Returns a text that is equal on all ranks of a launch, and different in every launch."""
     names = ["MASTER_ADDR", "MASTER_PORT", *slurm.ATTEMPT]
     names += ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"]
     return " ".join(os.environ.get(name, "-") for name in names)

@@ -1,11 +1,11 @@
 """Starts the ranks of a run on this machine, and ends with the exit code of the run.
 
-`accelerate launch` starts them with torchrun's agent, here inside this very process, so that the
-ranks are its children. Three things are done here that torchrun does otherwise:
+`accelerate launch` and torchrun's agent run inside this process, so the ranks are its children.
+Three things differ from torchrun:
 
-- Signals. torchrun turns SIGTERM and SIGINT into a kill after 30 s, and SIGUSR1 kills it. Here each
-  reaches every rank once, and the ranks take the time that a save takes.
-- Exit codes. torchrun turns all of them into 1. The run's own code is in `status.json`.
+- Signals. torchrun kills ranks 30 s after SIGTERM or SIGINT, and SIGUSR1 kills torchrun. Here each
+  signal reaches every rank once, and a rank may take as long as it needs to save.
+- Exit codes. torchrun always ends with 1. Here the code is that of the run, from `status.json`.
 - Messages. The rank that fails first prints its error (`cli`); torchrun's report goes to
   `launcher.log`.
 
@@ -47,9 +47,9 @@ LOG = "launcher.log"
 
 
 def is_rank() -> bool:
-    """Returns whether a launcher has started this process: torchrun, srun or `accelerate launch`.
+    """Returns whether torchrun, srun or `accelerate launch` has started this process.
 
-    The last sets no WORLD_SIZE where it starts one process only.
+    `accelerate launch` sets no WORLD_SIZE if it starts a single process.
     """
     join_slurm()
     return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
@@ -68,15 +68,15 @@ def this_program() -> list[str]:
 
 
 def launch_self(folder: Path) -> int:
-    """Runs this very command on all ranks; `folder` has the status.json of what they do."""
+    """Runs this very command on all ranks; they write their status.json into `folder`."""
     return launch(Train(output_dir=str(folder)), [*this_program(), *sys.argv[1:]])
 
 
 def launch(train: Train, program: Sequence[str], *, trains: bool = False) -> int:
     """Runs `program` (a script or `-m` and a module, with arguments) on all ranks of this machine.
 
-    If it `trains`, an override states how many ranks there must be. Returns the exit code of the
-    run in `train.output_dir`.
+    If it `trains`, it gets an override with the number of ranks, to check it. Returns the exit code
+    of the run in `train.output_dir`.
     """
     path = launch_file(train)
     file = read_launch_file(path)
@@ -111,13 +111,13 @@ def _options(path: Path, world: World, logs: str) -> list[str]:
 
 
 def _run(world: World, command: list[str], report: _Report) -> dict[int, int]:
-    """Runs the ranks to their end; returns {rank: exit code} of those that failed, first first."""
+    """Runs the ranks to their end; returns {rank: exit code} of the failed, earliest first."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks on CPUs decide for themselves
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's; the others are ours
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks on CPUs choose their own number later
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the only one left to torchrun
     os.environ[children.LAUNCHER] = str(os.getpid())
     try:
         launch_command(launch_command_parser().parse_args(command))
@@ -135,7 +135,7 @@ def _run(world: World, command: list[str], report: _Report) -> dict[int, int]:
 
 
 def _outcome(written: int | None, failures: dict[int, int], stops: list[int]) -> int:
-    """Returns the exit code of the run: what it wrote, or else what its ranks ended with."""
+    """Returns the exit code of the run: the one it has `written`, or else one of its ranks'."""
     if not failures:
         return 0
     own = [code for code in failures.values() if code > 0]
@@ -147,10 +147,8 @@ def _outcome(written: int | None, failures: dict[int, int], stops: list[int]) ->
 
 
 def _needs_report(failures: dict[int, int], stops: list[int]) -> bool:
-    """Returns whether a rank met a bug or was killed, which its own messages do not explain.
-
-    A rank that was killed could print nothing, so this does.
-    """
+    """Returns whether the first rank to fail was killed or met a bug. Reports a kill, which the
+    rank itself could not."""
     rank, code = next(iter(failures.items()), (0, 0))
     killed = code < 0 and not stops
     if killed:
@@ -165,19 +163,19 @@ class SignalRelay:
 
     Ranks are in sessions of their own, so signals of a terminal do not reach them. The first
     SIGTERM, SIGINT or SIGHUP asks them to save and stop, the second to stop at once, the third
-    kills them. SIGUSR1 (save and go on) is sent only to ranks that handle it, since others would
-    die. A thread forwards: while torch waits for other machines, the main thread runs no handlers.
+    kills them. SIGUSR1 (save and go on) is sent only to ranks that handle it; it would kill others.
+    A thread forwards, since the main one runs no handlers while torch waits for other machines.
     """
 
     def __init__(self, scratch: Path):
-        self.scratch = scratch  # empty until torchrun starts ranks
+        self.scratch = scratch  # torchrun's folder, empty until it starts ranks
         self.stops: list[int] = []
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> SignalRelay:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        signal.set_wakeup_fd(self._write)  # gets the number of every signal, whatever is running
+        signal.set_wakeup_fd(self._write)  # the number of every signal is written there at once
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
                 self._handlers[number] = signal.signal(number, lambda *_: None)
@@ -226,7 +224,7 @@ def rank_pids() -> list[int]:
 
 
 def has_handler(pid: int, number: int) -> bool:
-    """Returns whether a process handles that signal; True where the kernel does not show it."""
+    """Returns whether a process handles signal `number`; True if the system cannot say so."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:

@@ -109,8 +109,8 @@ def _form_group_of_one() -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def leave_process_group() -> bool:
-    """Makes the first of several processes independent; returns False on the others."""
+def act_alone() -> bool:
+    """Makes the first of several processes work as the only one; returns False on the others."""
     join_slurm()
     is_first = os.environ.get("RANK", "0") == "0"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -211,7 +211,7 @@ def end_processes(accelerator: Accelerator) -> None:
     """
     accelerator.wait_for_everyone()
     _reset_accelerate()
-    atexit.register(leave_group)
+    atexit.register(leave_process_group)
 
 
 def _reset_accelerate() -> None:
@@ -220,7 +220,7 @@ def _reset_accelerate() -> None:
     GradientState._reset_state()
 
 
-def leave_group() -> None:
+def leave_process_group() -> None:
     """Leaves the process group, before the interpreter's own exit."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,9 +1,9 @@
 """Ends a run in a known way: on signals, when ranks stall or die, and with a status.json.
 
-Signals set flags; `Engine` and `Task` carry them to all ranks, so that a run stops at one common
-step. A thread in each rank writes a heartbeat into the run folder, where peers find it even when
-the rank is stopped or dead. The same thread ends the process when nothing makes progress any more.
-Heartbeats are files, since the store of the process group may live in the process that is stopped.
+Signals set flags; the engine shares them with all ranks, so that a run stops at one common step.
+A thread in each rank, the watch, writes a heartbeat into the run folder. It ends the process when
+nothing makes progress any more. Heartbeats are files, because a peer can read them when the rank is
+stopped or dead; the store of the process group may be part of that very rank.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
 from sft.runtime.children import is_dead, is_stopped, machine_id
 from sft.runtime.console import read_json, write_json
 
-TICK = 0.2  # seconds between two looks at signals
+TICK = 0.2  # seconds between two checks for signals and progress
 BEAT = 1.0  # seconds between two heartbeats
-GRACE = 5.0  # seconds that a rank has to end by itself, and that others wait for its reason
-SAME_REQUEST = 2.0  # seconds within which a repeated signal counts once: launchers forward it too
-SILENT = 5.0  # seconds after which a rank on another machine counts as gone
+GRACE = 5.0  # seconds in which a rank should end by itself, and report why
+SAME_REQUEST = 2.0  # seconds in which a repeated signal counts once: launchers forward it as well
+SILENT = 5.0  # seconds without a heartbeat after which a rank on another machine counts as gone
 PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -56,7 +56,7 @@ class Heartbeat:
     attempt: int | None
     beat: int  # number of this heartbeat
     ticks: int  # number of signs of progress so far
-    arrived: int  # number of points passed that all ranks pass; a lower number means behind
+    arrived: int  # number of common points (`mark`) passed; the rank with the least is behind
     section: str
     step: int
     waits: bool  # for other processes
@@ -72,7 +72,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class PeerState:
-    """A peer's last heartbeat, and when, by the clock of this process, it came and progressed."""
+    """A peer's last heartbeat, and the times (of this process) of its last beat and progress."""
 
     last: Heartbeat
     beat_at: float
@@ -116,12 +116,13 @@ PEER_GONE = re.compile(
 class Guard:
     """A context around a whole run, in every rank, that handles signals, stalls and the end.
 
-    Without `folder` it does nothing. All ranks end after `stall_timeout` seconds in which none of
-    them made progress (`tick`, `mark`).
+    All ranks end after `stall_timeout` seconds in which none of them made progress (`tick`,
+    `mark`). Without `folder` it does nothing.
     """
 
     def __init__(self, folder: Path | None = None, stall_timeout: float = math.inf):
         self.rank = int(os.environ.get("RANK", "0"))
+        self.is_first = self.rank == 0
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.folder, self.stall_timeout = folder, stall_timeout
         self.status = Status(folder or Path())
@@ -131,7 +132,7 @@ class Guard:
         self._stop: signal.Signals | None = None  # the stop signal that this rank received first
         self._stop_at = 0.0  # when the watch received it
         self._saves = self._saves_agreed = 0  # requests to save: received, and passed to `agree`
-        self._interrupts = False  # a first signal raises at once: no rank waits for this one yet
+        self._interrupts = False  # a stop signal raises at once, as no rank waits for this one yet
         self._section, self._step = "start", 0
         self._beats = self._ticks = self._arrived = 0
         self._progress_at = self._peers_alive_at = time.monotonic()
@@ -140,10 +141,6 @@ class Guard:
         self._ending = threading.Lock()  # the main thread or the watch ends the run, not both
 
     # -- the run
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
 
     def __enter__(self) -> Guard:
         assert self.folder
@@ -155,24 +152,16 @@ class Guard:
         self._watch.start()
         return self
 
-    def move_folder(self, aside: Path) -> None:
-        assert self.lock
-        self.lock.move_folder(aside)
-
-    def begin(self) -> None:
-        """Begins an attempt: the status now describes this run. For the first rank only."""
-        self.status.begin()
-
-    def join(self, accelerator: Accelerator, of_first: Any) -> Any:
-        """Makes this rank act with the others; returns the first rank's `of_first` on all."""
-        shared = [of_first, self.status.attempt]
+    def join(self, accelerator: Accelerator, value: Any) -> Any:
+        """Makes this rank act with the others from now on; returns the first rank's `value`."""
+        shared = [value, self.status.attempt]
         if accelerator.num_processes > 1:
             broadcast_object_list(shared)
         self._interrupts = False
         self.accelerator = accelerator
-        of_first, self.status.attempt = shared
-        self._beat()  # the others must know a rank that dies right now
-        return of_first
+        value, self.status.attempt = shared
+        self._beat()  # so that a rank that dies right now is known to the others
+        return value
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
@@ -180,12 +169,16 @@ class Guard:
         self._interrupts = False
         if not self._ending.acquire(blocking=False):
             time.sleep(2 * GRACE)  # the watch is ending this process
-        code = self._end(error)
+        code = self._report_end(error)
         self._left.set()
         self._watch.join()
-        self._release_signals()
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._former_fd)
+        os.close(self._pipe)
+        os.close(self._pipe_end)
         with suppress(OSError):
-            self._file_of(self.rank).unlink()  # peers see that it left, not that it died
+            self._file_of(self.rank).unlink()  # peers see that this rank left, not that it died
         if self.lock:
             self.lock.release()
         if error is None:
@@ -197,7 +190,7 @@ class Guard:
         if not isinstance(error, UserError):  # which `cli.run` reports
             raise SystemExit(code) from None
 
-    def _end(self, error: BaseException | None) -> int:
+    def _report_end(self, error: BaseException | None) -> int:
         """Reports how the run ended here, if no other rank has; returns the exit code."""
         if error is None:
             if self.is_first:
@@ -210,7 +203,7 @@ class Guard:
             state = "preempted" if isinstance(error, Preempted) else state
         elif isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else code
-        elif message := oom.oom_message(error):  # outside of a step, which handles its own
+        elif message := oom.oom_message(error):  # not in a step: the engine handles those
             code = errors.OutOfMemory.exit_code
             reason = f"memory ran out: {message}. Lower train.max_tokens or evaluation.batch_size"
         code, is_ours = self._write_end(state, code, reason, culprit)
@@ -228,7 +221,7 @@ class Guard:
     def _write_end(
         self, state: str, code: int, reason: str, culprit: Heartbeat | None = None
     ) -> tuple[int, bool]:
-        """Writes the status unless a rank has; returns the run's exit code and if it is ours."""
+        """Writes the status if no rank has; returns the run's exit code, and whether it is ours."""
         rank = culprit.rank if culprit else self.rank
         if self.status.end(state, code, redact(reason), rank, self._step):
             return code, True
@@ -242,7 +235,7 @@ class Guard:
         print(f"error: {place}{redact(reason)}", file=sys.stderr, flush=True)
 
     def _cause_of(self, error: BaseException) -> tuple[BaseException, Heartbeat | None]:
-        """Returns `error`, or the failure of another rank that caused it, with that rank."""
+        """Returns `error`, or if another rank's failure caused it, that failure and that rank."""
         by_peers = isinstance(error, RuntimeError) and PEER_GONE.search(str(error))
         by_launcher = isinstance(error, Preempted) and not self.accelerator
         if self.world == 1 or not (by_peers or by_launcher):
@@ -263,7 +256,7 @@ class Guard:
     # -- progress
 
     def tick(self) -> None:
-        """Records progress of this rank alone."""
+        """Records that this rank made progress."""
         self._ticks += 1
         self._progress_at = time.monotonic()
 
@@ -275,7 +268,7 @@ class Guard:
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Names what the run is doing, for messages; each section has the whole time limit."""
+        """Names what the run is doing, for messages; its start and end count as progress."""
         former, self._section = self._section, name
         self.mark()
         try:
@@ -287,7 +280,7 @@ class Guard:
     # -- signals
 
     def flags(self) -> tuple[bool, bool]:
-        """Returns (stop, save) as signalled to this rank; `agree` takes their sums over ranks."""
+        """Returns the requests (stop, save) to this rank; `agree` takes their sums over ranks."""
         saves = self._saves
         save, self._saves_agreed = saves > self._saves_agreed, saves
         return self._stop is not None, save
@@ -296,8 +289,8 @@ class Guard:
         self.stopping |= stop > 0
         self._saving |= save > 0
 
-    def take_saving(self) -> bool:
-        """Returns whether all ranks have agreed to save, and forgets the request."""
+    def take_save_request(self) -> bool:
+        """Returns whether all ranks have agreed to save, and clears the request."""
         saving, self._saving = self._saving, False
         return saving
 
@@ -324,8 +317,8 @@ class Guard:
         )
 
     def _catch_signals(self) -> None:
-        """Turns signals into flags. A pipe passes them to the watch as well, since handlers do not
-        run while the main thread waits in a collective."""
+        """Turns signals into flags. A pipe passes them to the watch as well: no handler runs while
+        the main thread waits in a collective."""
 
         def stop(number: int, _: Any) -> None:
             is_first, self._stop = self._stop is None, self._stop or signal.Signals(number)
@@ -339,13 +332,6 @@ class Guard:
         self._former_fd = signal.set_wakeup_fd(self._pipe_end, warn_on_full_buffer=False)
         handlers = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGUSR1: save}
         self._former = {number: signal.signal(number, new) for number, new in handlers.items()}
-
-    def _release_signals(self) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._former_fd)
-        os.close(self._pipe)
-        os.close(self._pipe_end)
 
     # -- the watch: a thread
 
@@ -373,7 +359,7 @@ class Guard:
                         f"{name}: stopping after this step; again to stop at once", file=sys.stderr
                     )
             elif now - self._stop_at > SAME_REQUEST:
-                self._leave("interrupted", 128 + number, f"a second signal, {name}", patience=0)
+                self._exit_now("interrupted", 128 + number, f"a second signal, {name}", patience=0)
 
     def _beat(self) -> None:
         if not (self.is_first or self.accelerator):
@@ -420,7 +406,7 @@ class Guard:
         return next((peer.last for peer in self._peers.values() if peer.is_dead()), None)
 
     def _watch_peers(self) -> None:
-        """Ends this rank some time after another has ended or died, if it does not do so itself."""
+        """Ends this rank if another has ended or died and this one does not end by itself."""
         if self.world == 1:
             return
         if len(self._peers) < self.world - 1 or self._dead_peer():
@@ -430,23 +416,23 @@ class Guard:
             self._peers_alive_at = now
         elif now - self._peers_alive_at > GRACE:
             reason = _describe_death(dead) if dead else "another rank has ended the run"
-            self._leave("failed", PeerError.exit_code, reason, *([dead] if dead else []))
+            self._exit_now("failed", PeerError.exit_code, reason, *([dead] if dead else []))
 
     def _watch_progress(self) -> None:
-        """Ends this rank when neither it nor any other has made progress for too long."""
+        """Ends this rank if no rank has made progress for `stall_timeout`."""
         now = time.monotonic()
         if self._interrupts and self._stop and now - self._stop_at > GRACE:
             error = self.preemption()
-            self._leave("preempted", error.exit_code, str(error))
+            self._exit_now("preempted", error.exit_code, str(error))
         idle, limit = now - self._progress_at, self.stall_timeout
         if idle > limit / 2:
             self._read_peers()
         if idle > limit and all(now - p.progress_at > limit / 2 for p in self._peers.values()):
             culprits, reason = self._find_stalled()
-            self._leave("failed", PeerError.exit_code, reason, *culprits)
+            self._exit_now("failed", PeerError.exit_code, reason, *culprits)
 
     def _find_stalled(self) -> tuple[list[Heartbeat], str]:
-        """Returns the ranks for which all others wait, if some are behind, and the message."""
+        """Returns the ranks for which all others wait (none if no rank is behind), and why."""
         now, own = time.monotonic(), self._heartbeat()
         ranks = [((True, own.arrived, own.waits), own)]
         for peer in self._peers.values():
@@ -460,10 +446,10 @@ class Guard:
         reason = f"{named} {places}, for {self.stall_timeout:g} s (train.stall_timeout)"
         return behind if is_clear else [], reason
 
-    def _leave(
+    def _exit_now(
         self, state: str, code: int, reason: str, *culprits: Heartbeat, patience: float = GRACE
     ) -> None:
-        """Ends this process, whatever its main thread does, unless that is ending it already."""
+        """Ends this process at once, or waits if the main thread is ending it already."""
         if not self._ending.acquire(timeout=patience):
             if not self._left.is_set():
                 os._exit(code)
@@ -482,7 +468,7 @@ class Guard:
 
 
 def _kill_stuck(pid: int) -> None:
-    """Kills a process that cannot end itself: it is stopped, or its watch never gets to run."""
+    """Kills a process that does not end itself: it is stopped, or its watch cannot run."""
     deadline = time.monotonic() + 2 * GRACE
     while not is_dead(pid):
         if is_stopped(pid) or time.monotonic() > deadline:

@@ -129,7 +129,7 @@ def guarded_model(
     """Yields a loaded model and its guard in `folder`, for answers into `output`. Collective."""
     with Guard(folder, STALL_TIMEOUT) as guard:
         if guard.is_first:
-            guard.begin()
+            guard.status.begin()
 
         def stop_if_asked() -> None:
             """Raises Preempted between two batches, when all answers are on disk."""

@@ -384,7 +384,7 @@ class Engine:
         due = self._is_due(self.train.eval_steps) and self.evaluated != self.step
         if due and not self.guard.stopping:
             best = self.keeper.candidate(self.step, self.evaluate())
-        if self.guard.take_saving() or best or save:
+        if self.guard.take_save_request() or best or save:
             with self.guard.section("save"):
                 self.keeper.try_to_save(self.step, self._write, best)
 

@@ -144,7 +144,7 @@ def prepare_data(request: Request) -> None:
     cache._render_rows = part
     config = load_config("configs/nano.yaml", [f"data.cache_dir={request['out']}/cache"])
     with Guard(Path(request["folder"]), request["limit"]) as guard:
-        guard.begin()
+        guard.status.begin()
         cache.prepare(config, guard.tick)
 
 
