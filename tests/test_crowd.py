@@ -661,7 +661,8 @@ def moved(run, tmp_path) -> Path:
 
 def loaded(run: Path, *overrides: str, weights: Path | None = None) -> Any:
     config = runs.load_run_config(run, list(overrides))
-    return runs.load_tuned(run, config, "fp32", CPU, weights=weights)[0]
+    folder = weights or run / "final_checkpoint"
+    return task_of(config).load_saved(folder, config, "fp32", CPU)[0]
 
 
 @torch.no_grad()

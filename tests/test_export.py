@@ -86,12 +86,12 @@ def test_an_adapter_is_not_put_on_another_base(tmp_path, run):
     config = runs.load_run_config(run)
     copy = shutil.copytree(config.model.name, tmp_path / "copy")
     moved = runs.load_run_config(run, [f"model.name={copy}"])
-    runs.load_tuned(run, moved, "fp32", CPU)  # the same weights in another place
+    runs.load_trained(run, moved)  # the same weights in another place
     content = bytearray((copy / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (copy / "model.safetensors").write_bytes(content)
     with pytest.raises(errors.ExportError, match="expected its weights, of digest"):
-        runs.load_tuned(run, moved, "fp32", CPU)
+        runs.load_trained(run, moved)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_an_adapter_is_not_put_on_another_base(tmp_path, run):
 )
 def test_an_adapter_is_not_computed_otherwise_than_it_was_trained(run, override, reported):
     with pytest.raises(errors.ExportError, match=reported) as error:
-        runs.load_tuned(run, runs.load_run_config(run, [override]), "fp32", CPU)
+        runs.load_trained(run, runs.load_run_config(run, [override]))
     assert str(run / "final_checkpoint") in str(error.value)
     assert "adapter_config.json" in str(error.value)
 
@@ -112,4 +112,4 @@ def test_an_adapter_is_not_computed_otherwise_than_it_was_trained(run, override,
 def test_the_modules_of_an_adapter_may_be_written_out(run):
     modules = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
     config = runs.load_run_config(run, [f"tuning.target_modules={modules}"])
-    runs.load_tuned(run, config, "fp32", CPU)
+    runs.load_trained(run, config)

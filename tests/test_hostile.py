@@ -512,11 +512,11 @@ def test_no_pickle_of_a_run_is_executed(tmp_path, marker):
     poison(final, marker)
     sealed_again(final)
     config = runs.load_run_config(made)
-    runs.load_tuned(made, config, "fp32", CPU)
+    runs.load_trained(made, config)
     (final / export.ADAPTER).unlink()
     sealed_again(final)
     with pytest.raises(UserError, match="does not fit the model: it lacks"):
-        runs.load_tuned(made, runs.load_run_config(made), "fp32", CPU)
+        runs.load_trained(made, runs.load_run_config(made))
     assert not marker.exists()
 
 
@@ -621,7 +621,7 @@ def test_an_adapter_cannot_name_modules_to_import(tmp_path, marker, monkeypatch)
     megatron = {"hidden_size": 192, "tensor_model_parallel_size": 1}
     changed("adapter_config.json", megatron_core="evil", megatron_config=megatron)(final)
     sealed_again(final)
-    runs.load_tuned(made, runs.load_run_config(made), "fp32", CPU)
+    runs.load_trained(made, runs.load_run_config(made))
     assert not marker.exists()
 
 

@@ -17,15 +17,15 @@ import yaml
 from conftest import ROOT
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_export import CPU, commit, finished
+from test_export import commit, finished
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from sft import errors
 from sft.config.load import dump_config, load_config, with_values
 from sft.errors import UserError
 from sft.runtime.console import make_console
-from sft.serve import gguf, merge, proof
-from sft.serve.runs import load_run_config, load_tuned
+from sft.serve import merge, proof
+from sft.serve.runs import load_run_config, load_trained
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 1024}
 SHAPES = {
@@ -101,7 +101,7 @@ def test_a_merge_is_the_model_that_was_trained(runs, tmp_path, mode, base_weight
     run, folder = runs[mode], tmp_path / "merged"
     report = merge.merge(run, folder, "fp32", quiet, base_weights)
     nf4 = base_weights == "dequantised"
-    adapted, _ = load_tuned(run, load_run_config(run), "fp32", CPU, quantised=nf4)
+    adapted, _ = load_trained(run, load_run_config(run), quantised=nf4)
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(run.parent / "base", dtype=torch.float32)
@@ -426,20 +426,20 @@ pathlib.Path(out).write_text(json.dumps([folder, kind]))
 
 def test_a_gguf_file_is_made_by_the_converter_of_the_user(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "merged")
-    (tmp_path / gguf.CONVERTER).write_text(STAND_IN.format(fail=False))
+    (tmp_path / merge.CONVERTER).write_text(STAND_IN.format(fail=False))
     for dtype, kind in (("bf16", "bf16"), ("fp16", "f16"), ("fp32", "f32")):
-        made = gguf.convert(folder, dtype, tmp_path)
+        made = merge.convert_to_gguf(folder, dtype, tmp_path)
         assert made == folder / f"merged-{kind}.gguf"
         assert json.loads(made.read_text()) == [str(folder), kind]
 
 
 def test_a_converter_that_fails_or_is_not_there_is_reported(whole, tmp_path):
     with pytest.raises(errors.MergeError, match=r"git clone .* or set LLAMA_CPP to it"):
-        gguf.find_converter(tmp_path / "none")
-    (tmp_path / gguf.CONVERTER).write_text(STAND_IN.format(fail=True))
+        merge.find_converter(tmp_path / "none")
+    (tmp_path / merge.CONVERTER).write_text(STAND_IN.format(fail=True))
     before = set(whole.iterdir())
     with pytest.raises(
         errors.MergeError, match="ended with 1 and no GGUF file: Model architecture"
     ):
-        gguf.convert(whole, "bf16", tmp_path)
+        merge.convert_to_gguf(whole, "bf16", tmp_path)
     assert set(whole.iterdir()) == before

@@ -222,11 +222,11 @@ def merge(args: Namespace) -> None:
     if args.verb == "merge-test" and args.test is None:
         raise UserError("MERGED: required: MERGED=folder (with the command `sft`: --test FOLDER)")
     from sft.runtime.console import make_console
-    from sft.serve import gguf, merge
+    from sft.serve import merge
 
     say = make_console().print
     if args.gguf:
-        gguf.find_converter(args.gguf)
+        merge.find_converter(args.gguf)
     if args.test:
         folder = args.test
         report = merge.retest(folder, say, args.run, args.base, args.overrides)
@@ -237,4 +237,4 @@ def merge(args: Namespace) -> None:
         report = merge.merge(run, folder, args.dtype, say, base, args.overrides)
     say(f"merged model, proven to be the one that was trained: {folder}")
     if args.gguf:
-        say(f"GGUF: {gguf.convert(folder, report['dtype'], args.gguf)}")
+        say(f"GGUF: {merge.convert_to_gguf(folder, report['dtype'], args.gguf)}")

@@ -1,4 +1,4 @@
-"""Merges an adapter into its base and proves the result (`proof`).
+"""Merges an adapter into its base, proves the result (`proof`), and makes GGUF files of it.
 
 A merge gets its name when it is proven; else it stays as `<name>.failed`, with the report.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,7 @@ from sft.models import export, load
 from sft.runtime import disk
 from sft.runtime.checkpoint import STAGING
 from sft.runtime.console import size, write_json
-from sft.serve import runs
 from sft.serve.proof import (
-    CPU,
     DTYPES,
     Say,
     add_turn_ends,
@@ -32,9 +32,12 @@ from sft.serve.proof import (
     prove,
     show_proof,
 )
+from sft.serve.runs import CPU, load_run_config, load_trained
 from sft.tasks.registry import task_of
 
 REPORT = "merge_report.json"
+CONVERTER = "convert_hf_to_gguf.py"
+OUTTYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}  # the converter's names of dtypes
 
 
 def merge(
@@ -69,8 +72,11 @@ def merge(
 
 
 def _make_room(output: Path) -> tuple[Path, Path]:
-    """Returns an empty folder to write to, and the name of a merge that fails. Removes what earlier
-    merges left there. Raises MergeError if `output` exists or cannot be made."""
+    """Makes an empty folder to write to; returns it, and the folder of a merge that fails.
+
+    Removes what earlier merges left in both. Raises MergeError if `output` exists or cannot be
+    made.
+    """
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise MergeError(f"{output} exists already; remove it, or give another OUTPUT")
@@ -102,7 +108,7 @@ def retest(
         raise MergeError(f"{folder} has no {REPORT} that names its run; give RUN=<folder>")
     run = run or Path(stored["run"])
     base = base or stored.get("base", "original")
-    task = task_of(runs.load_run_config(run))
+    task = task_of(load_run_config(run))
     overrides = [*task.overrides_of(stored), *(overrides or [])]
     report = prove(folder, run, _load_config(run, base, overrides), base)
     show_proof(report, folder, say)
@@ -126,9 +132,8 @@ def _read_report(folder: Path) -> dict[str, Any]:
 
 
 def _load_config(run: Path, base: str, overrides: list[str] | None) -> Config:
-    """Returns the configuration of `run`. Raises MergeError if it has no single adapter, or no such
-    base."""
-    config = runs.load_run_config(run, overrides)
+    """Returns the configuration of `run`. Raises MergeError if it cannot be merged so."""
+    config = load_run_config(run, overrides)
     mode = config.tuning.mode
     if mode == "full":
         raise MergeError(f"{run}: full fine-tuning has no adapter; final_checkpoint/ is the model")
@@ -140,9 +145,9 @@ def _load_config(run: Path, base: str, overrides: list[str] | None) -> Config:
 
 def _write(run: Path, config: Config, base: str, folder: Path, dtype: str) -> None:
     """Writes the merged model with its tokenizer."""
-    adapted, tokenizer = runs.load_tuned(run, config, "fp32", CPU, quantised=False)
+    adapted, tokenizer = load_trained(run, config, quantised=False)
     plain: Any = adapted.get_base_model()  # type: ignore[operator]
-    _refuse_if_full(folder, plain, tokenizer, dtype)
+    _refuse_full_disk(folder, plain, tokenizer, dtype)
     if base == "dequantised":
         _copy_dequantised(plain, config)
     merged = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
@@ -150,7 +155,7 @@ def _write(run: Path, config: Config, base: str, folder: Path, dtype: str) -> No
     export.save(merged.to(DTYPES[dtype]), tokenizer, folder)
 
 
-def _refuse_if_full(
+def _refuse_full_disk(
     folder: Path, plain: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: str
 ) -> None:
     weights = sum(p.numel() for name, p in plain.named_parameters() if "lora_" not in name)
@@ -164,7 +169,7 @@ def _refuse_if_full(
 
 
 def _copy_dequantised(plain: nn.Module, config: Config) -> None:
-    """Replaces the weights that NF4 quantises by their values after quantisation."""
+    """Replaces the weights that NF4 quantises by their quantised values."""
     quantised = load.load_base(config.model, "qlora", "fp32", CPU)
     for name, layer in quantised.named_modules():
         if hasattr(getattr(layer, "weight", None), "quant_state"):
@@ -172,6 +177,38 @@ def _copy_dequantised(plain: nn.Module, config: Config) -> None:
             target = getattr(target, "base_layer", target)
             weight = dequantise(layer.weight)
             target.weight.data.copy_(weight.T if isinstance(target, Conv1D) else weight)
+
+
+def find_converter(llama_cpp: Path) -> Path:
+    """Returns llama.cpp's script that makes GGUF files. Raises MergeError if it is missing."""
+    path = llama_cpp / CONVERTER
+    if not path.is_file():
+        raise MergeError(
+            f"GGUF: expected llama.cpp's {CONVERTER} in {llama_cpp}, found "
+            f"{'a folder without it' if llama_cpp.is_dir() else 'no such folder'}; `git clone "
+            "https://github.com/ggml-org/llama.cpp`, and give GGUF=path/to/llama.cpp, or set "
+            "LLAMA_CPP to it"
+        )
+    return path
+
+
+def convert_to_gguf(folder: Path, dtype: str, llama_cpp: Path) -> Path:
+    """Makes a GGUF file in the merged `folder`; returns its path. Raises MergeError on failure."""
+    kind = OUTTYPES[dtype]
+    final = folder / f"{folder.resolve().name}-{kind}.gguf"
+    staged = final.with_suffix(STAGING)
+    command = [sys.executable, str(find_converter(llama_cpp)), str(folder)]
+    command += ["--outfile", str(staged), "--outtype", kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not staged.exists():
+        staged.unlink(missing_ok=True)
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise MergeError(
+            f"{CONVERTER} of {llama_cpp} ended with {done.returncode} and no GGUF file: "
+            f"{lines[-1] if lines else 'no output'}; the merged model in {folder} is whole"
+        )
+    staged.replace(final)
+    return final
 
 
 def _card(report: dict[str, Any], config: Config, run: Path, folder: Path) -> str:

@@ -1,7 +1,7 @@
-"""Proves that a merged model equals the one that was trained.
+"""Proves that a merged model equals the one that was trained; reads files, writes none.
 
-The proof only reads. It loads the merged folder as a user does and compares it with the adapter on
-its base: every tensor, the tokenizer, template and generation files, and one KL on pinned prompts.
+The proof loads the merged folder as a user does and compares it with the adapter on its base: every
+tensor, the tokenizer, template and generation files, and the KL divergence on fixed prompts.
 """
 
 from __future__ import annotations
@@ -28,22 +28,21 @@ from sft.evaluate import generate, predictions
 from sft.models import dtypes, load
 from sft.runtime import checkpoint
 from sft.runtime.console import table
-from sft.serve import runs
+from sft.serve.runs import load_trained
 from sft.tasks.registry import task_of
 
 DTYPES = {**dtypes.DTYPES, "fp16": torch.float16}
-CPU = torch.device("cpu")
 NUM_PROMPTS = 32  # conversations whose probabilities are compared
-NUM_POSITIONS = 64  # at the end of each, the answer's; a position takes a whole vocabulary
+NUM_POSITIONS = 64  # compared at the end of each, where the answer is
 # Nats per token that rounding to the dtype may cost (docs/LOG.md has what was measured).
 MAX_KL = {"fp32": 1e-8, "fp16": 1e-4, "bf16": 5e-3}
-MAX_LOSS = 0.1  # of the adapter's effect; half its scale loses 0.25, no adapter 1
-MIN_EFFECT = 1e-9  # nats per token, below which an adapter has nothing to lose
+MAX_LOSS = 0.1  # KL as a share of the adapter's own effect; half its scale loses 0.25, no adapter 1
+MIN_EFFECT = 1e-9  # nats per token; a smaller effect counts as this one
 Say = Callable[[RenderableType], None]
 
 
 class Check(TypedDict):
-    """A line of the proof; `limit` is the largest number, or the only text, that passes."""
+    """A line of the proof. `limit`: the largest number that passes, or the only text."""
 
     ok: bool
     what: str
@@ -55,9 +54,8 @@ Checks = dict[str, Check]
 
 
 def _at_most(what: str, measured: float, limit: float) -> Check:
-    shown = measured if math.isfinite(measured) else str(measured)  # JSON has no other numbers
-    ok = measured <= limit  # NaN is not
-    return Check(ok=ok, what=what, measured=shown, limit=limit)
+    shown = measured if math.isfinite(measured) else str(measured)  # JSON has no NaN
+    return Check(ok=measured <= limit, what=what, measured=shown, limit=limit)
 
 
 def _equal(what: str, found: Any, expected: Any) -> Check:
@@ -67,14 +65,11 @@ def _equal(what: str, found: Any, expected: Any) -> Check:
 def prove(folder: Path, run: Path, config: Config, base: str) -> dict[str, Any]:
     """Compares the merged model in `folder` with the adapter of `run` on the weights of `base`.
 
-    Both compute in fp32, so only the stored weights differ. Returns the report: `checks`, each with
-    ok, what, measured and limit; `run`, `dtype`, `base`, `agent`, `num_prompts`.
+    Both compute in fp32, so only the stored weights differ. Returns the report.
     """
     merged, dtype, loading = _load_merged(folder, config)
     reference: Any
-    reference, tokenizer = runs.load_tuned(
-        run, config, "fp32", CPU, quantised=base == "dequantised"
-    )
+    reference, tokenizer = load_trained(run, config, quantised=base == "dequantised")
     generation = add_turn_ends(reference.get_base_model().generation_config, tokenizer)
     prompts = _load_prompts(run, tokenizer)
     expected = _logits(reference, prompts)
@@ -98,8 +93,10 @@ def prove(folder: Path, run: Path, config: Config, base: str) -> dict[str, Any]:
 
 
 def _load_merged(folder: Path, config: Config) -> tuple[Any, str, dict[str, Any]]:
-    """Returns the merged model as transformers loads it, its dtype, and which tensors were missing
-    or unknown. Raises MergeError if it cannot be loaded."""
+    """Returns (merged model, its dtype, what transformers says about its tensors).
+
+    Raises MergeError if it cannot be loaded.
+    """
     for path in sorted(folder.glob("*.safetensors")):
         if reason := checkpoint.tensor_fault(path):
             raise MergeError(f"{path} cannot be loaded: {reason}; merge again")
@@ -124,7 +121,7 @@ def _load_merged(folder: Path, config: Config) -> tuple[Any, str, dict[str, Any]
 
 
 def _load_prompts(run: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Returns the ids of held-out conversations that the run's evaluation stored; else of two."""
+    """Returns the ids of conversations that the run's evaluation stored, or else of two others."""
     path = run / "evaluation" / "predictions.jsonl"
     stored = islice(predictions.read_records(path), NUM_PROMPTS) if path.exists() else ()
     texts = [(each["prompt"], each["reference"]) for each in stored if "reference" in each]
@@ -162,8 +159,10 @@ def _compare_generation(folder: Path, expected: GenerationConfig) -> Check:
 
 
 def add_turn_ends(base: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Returns the base's configuration with the tokens that end a turn, which a base that does not
-    know the template lacks: its answers would never end."""
+    """Returns the base's configuration with the tokens that end a turn of the template.
+
+    A base that does not know the template lacks them; its answers would never end.
+    """
     result = GenerationConfig.from_dict(base.to_dict())
     ends = generate.stop_ids(tokenizer, base)
     result.eos_token_id = ends[0] if len(ends) == 1 else ends
@@ -196,8 +195,10 @@ def _compare_tensors(
 def _expected_weights(
     reference: Any, config: Config, merged: nn.Module
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the expected value of each parameter of `merged`, in fp32, by LoRA's own formula,
-    W + lora_alpha / r * B @ A, and not by the library that merged."""
+    """Yields the name and expected value, in fp32, of each parameter of `merged`.
+
+    It uses LoRA's own formula, W + lora_alpha / r * B @ A, and not the library that merged.
+    """
     scale = config.tuning.lora_alpha / config.tuning.r
     plain, modules = reference.get_base_model(), dict(merged.named_modules())
     for name, parameter in plain.named_parameters():
@@ -205,14 +206,14 @@ def _expected_weights(
             continue
         owner, _, kind = name.rpartition(".")
         adapted = owner.removesuffix(".base_layer")
-        is_turned = isinstance(modules.get(adapted), Conv1D)  # GPT-2's, (in, out)
+        is_transposed = isinstance(modules.get(adapted), Conv1D)  # GPT-2's, (in, out)
         value = dequantise(parameter)
-        if is_turned and hasattr(parameter, "quant_state"):
+        if is_transposed and hasattr(parameter, "quant_state"):
             value = value.T
         if owner != adapted and kind == "weight":
             layer = plain.get_submodule(adapted)
             a, b = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
-            value = value + scale * ((b @ a).T if is_turned else b @ a)
+            value = value + scale * ((b @ a).T if is_transposed else b @ a)
         yield f"{adapted}.{kind}", value
 
 
@@ -226,8 +227,10 @@ def dequantise(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _count_roundings(value: torch.Tensor, expected: torch.Tensor, dtype: str) -> float:
-    """Returns the largest error of an element, divided by what rounding explains: half a unit of
-    the last place of `dtype`, and fp32's own error in the sum `expected`."""
+    """Returns the largest error of an element, divided by the error that rounding explains.
+
+    That is half a unit in the last place of `dtype`, and fp32's own error in the sum `expected`.
+    """
     kind = torch.finfo(DTYPES[dtype])
     slack = 16 * torch.finfo(torch.float32).eps * float(expected.abs().max())
     allowed = expected.abs() * (kind.eps / 2) + kind.smallest_normal * kind.eps + slack
@@ -242,8 +245,10 @@ def _logits(loaded: nn.Module, prompts: list[list[int]]) -> list[torch.Tensor]:
 
 
 def _kl(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Returns the KL of `found` from `expected` in nats per token, in fp64, since in fp32 it would
-    measure its own rounding."""
+    """Returns the KL divergence of `found` from `expected` in nats per token.
+
+    It is computed in fp64, since in fp32 it would measure its own rounding.
+    """
     total = 0.0
     for logits in zip(found, expected, strict=True):
         new, old = (each.double().log_softmax(-1) for each in logits)

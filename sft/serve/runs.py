@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft.config.load import load_config
-from sft.config.schema import Config, Model, RunConfig
+from sft.config.schema import Config, Model, RunConfig, sections_of
 from sft.data import audit, template
 from sft.errors import ExportError
 from sft.evaluate import generate
@@ -23,6 +23,7 @@ from sft.tasks.registry import fine_tuning_tasks, load_run, task_of
 from sft.tasks.sft.saved import refuse_another_base
 from sft.tasks.sft.task import FineTune
 
+CPU = torch.device("cpu")
 Quantization = Literal["nf4"] | None
 # A folder that came from elsewhere must not grant itself the right to run code.
 UNTRUSTED = "model.trust_remote_code=false"
@@ -30,19 +31,19 @@ UNTRUSTED = "model.trust_remote_code=false"
 
 def load_run_config(run: Path, overrides: list[str] | None = None) -> Config:
     """Returns the configuration of a finished fine-tuning run, with overrides."""
-    refuse_unfinished(run)
+    _refuse_unfinished(run)
     return load_config(run / "config.yaml", [UNTRUSTED, *(overrides or [])])
 
 
 def load_any_run_config(run: Path, overrides: list[str]) -> RunConfig:
     """Returns the configuration of a finished run of any task, with overrides."""
-    refuse_unfinished(run)
-    if isinstance(load_run(run / "config.yaml"), Config):
-        return load_run_config(run, overrides)
-    return load_run(run / "config.yaml", overrides)
+    _refuse_unfinished(run)
+    file = run / "config.yaml"
+    has_model = "model" in sections_of(type(load_run(file)))
+    return load_run(file, [*([UNTRUSTED] if has_model else []), *overrides])
 
 
-def refuse_unfinished(run: Path) -> None:
+def _refuse_unfinished(run: Path) -> None:
     """Raises ExportError if `run` is not a finished run, or if it is damaged."""
     if not (run / "config.yaml").exists() or not (run / "final_checkpoint").exists():
         raise ExportError(
@@ -50,33 +51,24 @@ def refuse_unfinished(run: Path) -> None:
             f"{'a folder without them' if run.is_dir() else 'nothing'}; run `make train` first, "
             "or give RUN=<folder>"
         )
-    _require_whole(run / "final_checkpoint")
+    _refuse_damaged(run / "final_checkpoint")
 
 
-def load_tuned(
-    run: Path,
-    config: Config,
-    precision: str,
-    device: torch.device,
-    *,
-    quantised: bool = True,
-    weights: Path | None = None,
+def load_trained(
+    run: Path, config: Config, *, quantised: bool = True
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Returns the trained model of a run, as it was trained, and its tokenizer.
+    """Returns the final model of a run, in fp32 on the CPU, and its tokenizer.
 
     `config` is what `load_run_config(run)` returned. `quantised=False` puts a QLoRA adapter on the
-    original weights instead of NF4. `weights` names another checkpoint than the final one.
+    original weights instead of NF4.
     """
-    folder = weights or run / "final_checkpoint"
-    return task_of(config).load_saved(folder, config, precision, device, quantised=quantised)
+    folder = run / "final_checkpoint"
+    return task_of(config).load_saved(folder, config, "fp32", CPU, quantised=quantised)
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What to open and how: arguments of AccelerateConnector, and the device to compute on.
-
-    `batch_size`: prompts in a batch; None: see `Decoder`.
-    """
+    """What to open and how: arguments of AccelerateConnector, and the device to compute on."""
 
     name: str
     adapter: str | None
@@ -84,22 +76,22 @@ class Opening:
     cache_dir: str | Path | None
     precision: str
     device: torch.device
-    batch_size: int | None = None
+    batch_size: int | None = None  # see `Decoder`
 
 
 def open_model(opening: Opening) -> AnswerModel:
-    """Returns the named model, ready to answer."""
+    """Returns the run, checkpoint, adapter or base model that is named, ready to answer."""
     folder = Path(opening.name)
     if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
         config, weights = load_run_config(folder), folder / "final_checkpoint"
     elif (folder / checkpoint.MANIFEST).exists() and (folder.parent / "config.yaml").exists():
-        _require_whole(folder)
+        _refuse_damaged(folder)
         config, weights = load_config(folder.parent / "config.yaml", [UNTRUSTED]), folder
     elif part := _part_of_run(folder):
         config, weights = part, folder.parent
     elif opening.adapter is None and (task := _task_of_adapter(folder)):
         if (folder / checkpoint.MANIFEST).exists():  # a checkpoint without its run
-            _require_whole(folder)
+            _refuse_damaged(folder)
         return open_model(replace(opening, name=task.base_name(folder), adapter=opening.name))
     else:
         return _open_base(opening)
@@ -107,13 +99,13 @@ def open_model(opening: Opening) -> AnswerModel:
 
 
 def _part_of_run(folder: Path) -> Config | None:
-    """Returns the configuration that selects `folder`, if it is part of a checkpoint of a run."""
+    """Returns the configuration for `folder`, a part of a checkpoint of a run; None for others."""
     run = folder.parents[1] / "config.yaml" if len(folder.parents) > 1 else folder
     parts = (task.overrides_of_part(folder) for task in fine_tuning_tasks())
     overrides = next((part for part in parts if part is not None), None)
     if overrides is None or not run.is_file():
         return None
-    _require_whole(folder.parent)
+    _refuse_damaged(folder.parent)
     return load_config(run, [UNTRUSTED, *overrides])
 
 
@@ -144,7 +136,7 @@ def _open_run(opening: Opening, config: Config, weights: Path) -> AnswerModel:
     )
 
 
-def _require_whole(folder: Path) -> None:
+def _refuse_damaged(folder: Path) -> None:
     """Raises ExportError for a damaged checkpoint."""
     if reason := checkpoint.fault(folder):
         raise ExportError(f"{folder} cannot be trusted: {reason}")
@@ -174,7 +166,7 @@ def _open_base(opening: Opening) -> AnswerModel:
 def _answer_model(
     opening: Opening, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *weights: str
 ) -> AnswerModel:
-    """Returns the model; `weights` are digests and names that identify its weights."""
+    """Returns the model. `weights` are digests and names that together identify its weights."""
     tokenizer = template.prepare_tokenizer(tokenizer)
     stop = generate.stop_ids(tokenizer, model.generation_config)
     rendering = audit.tokenizer_sha256(tokenizer), tokenizer.get_chat_template()
