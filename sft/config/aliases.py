@@ -1,8 +1,8 @@
-"""Other names of keys: those that Hugging Face's TrainingArguments and example scripts use."""
+"""Other names of keys: those of Hugging Face's TrainingArguments and example scripts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 from sft.config.schema import Origins
@@ -10,11 +10,11 @@ from sft.errors import shorten
 
 
 class Alias(NamedTuple):
-    """The key that another name stands for, and what the other name's values are there."""
+    """The key that another name stands for, and how values are translated."""
 
     key: str
     values: Mapping[Any, Any] = {}
-    """Value under the other name -> value of the key (UNSET: none). Others stay as they are."""
+    """Value of the other name -> value of the key (UNSET: not set). Other values stay the same."""
 
     @property
     def is_switch(self) -> bool:
@@ -61,7 +61,7 @@ ALIASES = {
 
 
 def replace_aliases(tree: dict[str, Any], origins: Origins, problems: list[str]) -> None:
-    """Renames each alias in `tree` to its key; adds to `problems` those that contradict the key."""
+    """Renames each alias in `tree` to its key; adds contradictions with the key to `problems`."""
     for name, alias in ALIASES.items():
         section, key = alias.key.split(".")
         keys = tree.get(section)
@@ -72,10 +72,7 @@ def replace_aliases(tree: dict[str, Any], origins: Origins, problems: list[str])
             wrong = f"expected true or false, found {shorten(found)}"
             problems.append(f"{section}.{name} ({place}): {wrong}")
             continue
-        same = (
-            own for each, own in alias.values.items() if type(each) is type(found) and each == found
-        )
-        value = next(same, found)
+        value = alias.values.get(found, found) if isinstance(found, Hashable) else found
         if value is UNSET:
             continue
         if key in keys and keys[key] != value:

@@ -1,8 +1,7 @@
 """Loads and validates configurations: a file with its includes, then overrides. Imports no torch.
 
-Loading collects *all* problems (YAML syntax, unknown keys, wrong types, missing keys,
-contradictions) and raises them as one `ConfigError`, each with its dotted path and the place where
-it was written.
+Loading raises *all* problems (YAML syntax, unknown keys, wrong types, missing keys, contradictions)
+as one `ConfigError`, each with its dotted path and the place where it was written.
 """
 
 from __future__ import annotations
@@ -41,10 +40,9 @@ NULL = "tag:yaml.org,2002:null"
 
 
 def load_config(file: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """Reads `file` with its `include:`s (None: no file), applies overrides and validates.
+    """Reads the configuration of a fine-tuning run; see `load_any`. None: no file, only overrides.
 
-    Overrides are arguments such as `train.epochs=1`, `--train.epochs=1`, or `--epochs` and then
-    `1`. Raises ConfigError with every problem found, or if the task is not fine-tuning.
+    Overrides are arguments such as `train.epochs=1`, `--train.epochs=1`, or `--epochs` and `1`.
     """
     others = "; `make plan`, `check`, `train`, `evaluate` and `verify-*` accept the other tasks"
     config = load_any(file, overrides, {Config.task: Config}, others)
@@ -58,10 +56,10 @@ def load_any(
     schemas: Mapping[str, type[RunConfig]],
     remedy: str = "",
 ) -> RunConfig:
-    """Reads a configuration of any task; `schemas` has the schema for each value of the key `task`.
+    """Reads `file` with its `include:`s, applies overrides and validates.
 
-    Raises ConfigError with every problem found; `remedy` is the end of the message about a
-    task that is not in `schemas`.
+    `schemas` has the schema for each accepted value of the key `task`; `remedy` ends the message
+    about any other value. Raises ConfigError with every problem found.
     """
     reader = Reader()
     tree = {} if file is None else reader.read_file(Path(file))
@@ -159,10 +157,7 @@ def _validate(
     origins: Origins | None = None,
     known: Collection[str] = (),
 ) -> tuple[RunConfig | None, list[str]]:
-    """Returns (the configuration or, if it is not valid, None; its problems).
-
-    `known`: the names of the sections of all tasks.
-    """
+    """Returns (configuration or None, problems). `known`: names of the sections of all tasks."""
     problems: dict[str, str] = {}
     config: RunConfig | None = None
     try:
@@ -198,7 +193,7 @@ def _add_defaults(tree: Any, schema: type[RunConfig]) -> dict[str, dict[str, Any
 
 
 def _where(path: str, origins: Origins) -> str:
-    """Returns the place where a key was written, in brackets; "" if it was not written."""
+    """Returns the place where a key was written, in brackets; "" if it was not."""
     return f" ({origins[path]})" if path in origins else ""
 
 

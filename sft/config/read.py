@@ -1,10 +1,15 @@
-"""Reads YAML files with their includes, and overrides, into trees of plain values."""
+"""Reads YAML files with their includes, and overrides, into trees of plain values.
+
+Overrides have the forms that people type: `a.b=value`, `--a.b value`, `--b value`, `--b=value`.
+"""
 
 from __future__ import annotations
 
+import difflib
 import io
 import re
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +17,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from sft.config.aliases import replace_aliases
-from sft.config.flags import Sections, parse_overrides
-from sft.config.schema import Origins
+from sft.config.aliases import ALIASES, replace_aliases
+from sft.config.schema import Origins, Section
 from sft.errors import ConfigError
+
+PATH = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+"
+OVERRIDE = re.compile(f"({PATH})=(.*)", re.DOTALL)
+Sections = Mapping[str, type[Section]]
 
 
 class Reader:
@@ -28,11 +36,11 @@ class Reader:
     def read_file(self, file: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
         """Returns the mapping in `file`, merged over the files that it includes.
 
-        Paths of included files are relative to `file`; `including` are the files on the way to it.
+        Paths of included files are relative to `file`. `including`: the files that led to it.
         """
         if file.resolve() in including:
-            way = " -> ".join(path.name for path in including)
-            self.problems.append(f"{file}: includes itself ({way})")
+            chain = " -> ".join(path.name for path in including)
+            self.problems.append(f"{file}: includes itself ({chain})")
             return {}
         try:
             node = _parse(file.read_text("utf-8"), str(file))
@@ -44,24 +52,23 @@ class Reader:
             self.problems.append(str(error))
             return {}
         if not isinstance(node, MappingNode):
-            self.problems.append(
-                f"{file}: expected sections (model:, data:, train: ...), found none"
-            )
+            expected = "expected sections (model:, data:, train: ...)"
+            self.problems.append(f"{file}: {expected}, found none")
             return {}
-        tree, lines = _construct(node), self._read_lines(node, file)
+        tree, lines = _construct(node), self._number_lines(node, file)
         replace_aliases(tree, lines, self.problems)
-        base: dict[str, Any] = {}
-        for name in self._read_includes(tree, lines):
-            merge(base, self.read_file(file.parent / name, (*including, file.resolve())))
+        result: dict[str, Any] = {}
+        for name in self._take_includes(tree, lines):
+            merge(result, self.read_file(file.parent / name, (*including, file.resolve())))
         self.origins.update(lines)
-        merge(base, tree)
-        return base
+        merge(result, tree)
+        return result
 
     def read_overrides(self, words: list[str], sections: Sections) -> dict[str, Any]:
         """Returns the tree of the overrides."""
         result: dict[str, Any] = {}
         origins: Origins = {}
-        for path, text in parse_overrides(words, sections, self.problems):
+        for path, text in _parse_overrides(words, sections, self.problems):
             try:
                 node = _parse(text, f"override {path}")
             except ConfigError as error:
@@ -78,8 +85,8 @@ class Reader:
         self.origins.update(origins)
         return result
 
-    def _read_lines(self, node: Node, file: Path) -> Origins:
-        """Returns file:line of every key; reports keys that are given twice."""
+    def _number_lines(self, node: Node, file: Path) -> Origins:
+        """Returns file:line of every key by its dotted path; reports keys that are given twice."""
         lines: Origins = {}
         for path, number in _number_keys(node):
             if path in lines:
@@ -87,8 +94,8 @@ class Reader:
             lines[path] = f"{file}:{number}"
         return lines
 
-    def _read_includes(self, tree: dict[str, Any], lines: Origins) -> list[str]:
-        """Takes the names of included files out of the tree."""
+    def _take_includes(self, tree: dict[str, Any], lines: Origins) -> list[str]:
+        """Removes the names of included files from the tree, and returns them."""
         names = tree.pop("include", [])
         names = names if isinstance(names, list) else [names]
         if all(isinstance(name, str) and name.isprintable() for name in names):
@@ -107,9 +114,9 @@ def merge(base: dict, over: dict) -> None:
 
 
 def _parse(text: str, name: str) -> Node | None:
-    """Returns nodes of YAML 1.2, where `3e-5` is a number and `no` a text; refuses anchors.
+    """Returns nodes of YAML 1.2, where `3e-5` is a number and `no` a text.
 
-    Raises ConfigError, which `name` begins, if the text is not valid.
+    Raises ConfigError, whose message begins with `name`, if the text is not valid or has anchors.
     """
     try:
         for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
@@ -143,7 +150,7 @@ def _key(node: Node) -> str:
 
 
 def _construct_scalar(node: ScalarNode) -> Any:
-    """Returns the value of a scalar; what is no valid number stays text, which is refused later."""
+    """Returns the value of a scalar; an invalid number stays text, which is refused later."""
     kind, text = str(node.tag).rsplit(":", 1)[-1], node.value
     try:
         if kind == "int":
@@ -166,3 +173,67 @@ def _number_keys(node: Node, prefix: str = "") -> Iterator[tuple[str, int]]:
             path = f"{prefix}{_key(key)}"
             yield path, key.start_mark.line + 1
             yield from _number_keys(value, f"{path}.")
+
+
+def _parse_overrides(
+    words: Iterable[str], sections: Sections, problems: list[str]
+) -> Iterator[tuple[str, str]]:
+    """Yields (dotted path, value as YAML) of each override; adds other words to `problems`."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            if match := OVERRIDE.fullmatch(word):
+                yield match[1], match[2]
+            else:
+                expected = "expected section.key=value, as in train.epochs=1"
+                problems.append(f"override {word!r}: {expected}")
+            continue
+        flag, has_value, value = word.partition("=")
+        path = _find_key(flag, sections, problems)
+        if not has_value:
+            is_last = not rest or rest[0].startswith("--")
+            if (is_last or OVERRIDE.fullmatch(rest[0])) and (
+                not path or _is_switch(path, sections)
+            ):
+                value = "true"
+            elif is_last:
+                problems.append(f"{flag}: expected a value, as in {flag}=1")
+                continue
+            else:
+                value = rest.pop(0)
+        if path:
+            yield path, value
+
+
+def _find_key(flag: str, sections: Sections, problems: list[str]) -> str:
+    """Returns the dotted path that a flag names; "" if it names none, with a line in `problems`."""
+    name = flag.removeprefix("--").replace("-", "_")
+    if re.fullmatch(PATH, name):
+        return name  # an unknown key is reported when all of them are validated
+    if name in ALIASES and (section := ALIASES[name].key.split(".")[0]) in sections:
+        return f"{section}.{name}"
+    found = [section for section, schema in sections.items() if name in schema.model_fields]
+    if len(found) == 1:
+        return f"{found[0]}.{name}"
+    if found:
+        meant = " or ".join(f"--{section}.{name}" for section in found)
+        problems.append(f"{flag}: several sections have this key: expected {meant}")
+    else:
+        keys = (key for schema in sections.values() for key in schema.model_fields)
+        known = ["config", *ALIASES, *keys]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean --{near[0]}?" if near else "docs/CONFIG.md lists the keys"
+        problems.append(f"{flag}: unknown flag; {hint}")
+    return ""
+
+
+def _is_switch(path: str, sections: Sections) -> bool:
+    """Returns whether the key may be true or false, so that its flag needs no value."""
+    section, key = path.split(".")[:2]
+    if key in ALIASES and ALIASES[key].key.startswith(f"{section}."):
+        if ALIASES[key].is_switch:
+            return True
+        key = ALIASES[key].key.split(".")[1]
+    field = sections[section].model_fields.get(key) if section in sections else None
+    return field is not None and bool in (field.annotation, *typing.get_args(field.annotation))

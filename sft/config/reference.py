@@ -13,7 +13,7 @@ from sft.config.schema import NESTED, NO_FP16, RunConfig, Section, sections_of
 HEAD = """\
 # Configuration keys
 
-Generated from the schemas by `make docs`. A file has the sections below; With
+Generated from the schemas by `make docs`. A file has the sections below. With
 `include: other.yaml`, a file takes precedence over the file that it includes. Overrides, in `ARGS`
 or on a command line, take precedence over both.
 Unknown keys, wrong types and contradictions stop the run, all in one message.
@@ -60,21 +60,18 @@ def _render_section(name: str, section: type[Section]) -> str:
     lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, field in section.model_fields.items():
         default = "**required**" if field.is_required() else f"`{_yaml(field.default)}`"
-        own = [each for each in conditions(section, key) if each != section.only_with]
+        own = [f"`{each}`" for each in conditions(section, key) if each != section.only_with]
         meaning = " ".join(str(field.description).split())
-        meaning += f" Only with {' and '.join(f'`{each}`' for each in own)}." if own else ""
+        meaning += f" Only with {' and '.join(own)}." if own else ""
         lines.append(f"| `{key}` | {type_name(field)} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
 def _render_alias(name: str) -> str:
-    """Returns the row of another name."""
-    alias = ALIASES[name]
-    meanings = {UNSET: "changes nothing", NO_FP16.value: "refused"}
-    values = [
-        f"`{_yaml(given)}`: {meanings.get(own, f'`{_yaml(own)}`')}"
-        for given, own in alias.values.items()
-    ]
+    """Returns the table row of an alias."""
+    alias, meanings = ALIASES[name], {UNSET: "changes nothing", NO_FP16.value: "refused"}
+    pairs = [(_yaml(given), own) for given, own in alias.values.items()]
+    values = [f"`{given}`: {meanings.get(own, f'`{_yaml(own)}`')}" for given, own in pairs]
     return f"| `{name}` | `{alias.key}` | {', '.join(values) or 'the same'} |\n"
 
 

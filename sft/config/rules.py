@@ -63,19 +63,19 @@ RULES = [
 
 
 def rules_of(schema: type[RunConfig]) -> list[Rule]:
-    """Returns all rules of a schema: for all tasks, of its task, and those that its keys state."""
+    """Returns the rules of a schema: those of all tasks, of its own task, and of its keys."""
     return [*RULES, *schema.rules, *_rules_of_keys(schema)]
 
 
 def conditions(section: type[Section], key: str) -> list[OnlyWith]:
-    """Returns under which conditions a key of a section is read."""
+    """Returns the conditions under which a key of a section is read."""
     stated = [item for item in section.model_fields[key].metadata if isinstance(item, OnlyWith)]
     whole = section.only_with
     return [*([whole] if whole and not whole.path.endswith(f".{key}") else []), *stated]
 
 
 def _rules_of_keys(schema: type[RunConfig]) -> Iterator[Rule]:
-    """Yields a rule for each condition of a key: it must hold, or the key keep its default."""
+    """Yields a rule for each condition of a key: it holds, or the key has its default."""
     for name, section in sections_of(schema).items():
         for key, field in section.model_fields.items():
             for condition in conditions(section, key):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Origins = dict[str, str]
-"""Dotted path of a key -> where it was written, for messages."""
+"""Dotted path of a key -> the place where it was written, for messages."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Section(BaseModel):
 
 
 def _refuse_unsafe(path: str) -> str:
-    """Raises ValueError for a path that names no folder; absolute ones may name a scratch disk."""
+    """Returns the path of a folder. Raises ValueError if it is unsafe; it may be absolute."""
     is_name = path.isprintable() and len(path) <= 200 and Path(path).name.strip()
     if not is_name or ".." in Path(path).parts or path.startswith("~"):
         raise ValueError(
