@@ -16,12 +16,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from sft.config.load import make_generation
-from sft.config.schema import Generation
 from sft.errors import UserError, suggest
-from sft.evaluate.generate import Answer, Decoder, eval_mode
 
 Kind = Literal["uniform", "sampled", "learned"]
 GAP = 1e-6  # nats per token by which fitted weights may be below the best ones
@@ -195,8 +193,10 @@ class MixtureCache:
         self.weights = self.weights[:, rows]
 
 
-class Mixture(nn.Module):
-    """A crowd and its aggregator as one model, which `evaluate.generate` takes like any other."""
+class Mixture(nn.Module, GenerationMixin):
+    """A crowd and its aggregator as one model: for `Decoder`, and with transformers' `generate`."""
+
+    main_input_name, _is_stateful = "input_ids", False
 
     def __init__(self, crowd: nn.Module, aggregator: Aggregator):
         super().__init__()
@@ -206,17 +206,19 @@ class Mixture(nn.Module):
                 f"aggregator: expected a concentration for each of {crowd.num_agents} agents, "
                 f"found {number}; take the aggregator that was saved or fitted with this crowd"
             )
-        self.crowd, self.aggregator, self.num_agents = crowd, aggregator, number
-        self.rows_per_prompt = number  # read by decoding
+        self.crowd, self.aggregator = crowd, aggregator
+        self.config, self.generation_config = crowd.config, crowd.generation_config
+        self.rows_per_prompt = number  # read by `Decoder`
         self.training = crowd.training  # restored by `eval_mode`
 
-    @property
-    def config(self) -> Any:
-        return self.crowd.config
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # then `generate` begins without a cache, and takes the `MixtureCache`
 
-    @property
-    def generation_config(self) -> Any:
-        return self.crowd.generation_config
+    def is_remote_code(self) -> bool:
+        return False
+
+    def get_experts_implementation(self) -> None: ...
 
     @property
     def device(self) -> torch.device:
@@ -230,6 +232,7 @@ class Mixture(nn.Module):
         past_key_values: MixtureCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        **_: Any,
     ) -> CausalLMOutputWithPast:
         """Returns log probabilities of the mixture as `logits` (B, kept, V).
 
@@ -245,13 +248,12 @@ class Mixture(nn.Module):
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
         )
-        logits = output.logits.unflatten(0, (self.crowd.num_agents, len(input_ids)))
+        logits = output.logits.unflatten(0, (self.rows_per_prompt, len(input_ids)))
         precision = torch.promote_types(logits.dtype, torch.float32)
         log_probs = logits.log_softmax(-1, dtype=precision)  # (K, B, kept, V)
         if past is None:
-            weights = self.aggregator.draw_weights(_unpadded(input_ids, attention_mask)).to(
-                log_probs
-            )
+            prompts = _unpadded(input_ids, attention_mask)
+            weights = self.aggregator.draw_weights(prompts).to(log_probs)
         else:
             weights = past.weights
         cache = output.past_key_values
@@ -260,88 +262,9 @@ class Mixture(nn.Module):
             past_key_values=None if cache is None else MixtureCache(cache, weights),  # type: ignore[arg-type]
         )
 
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
-    ) -> Tensor:
-        """Returns prompts with answers (B, T + longest answer), padded with the pad id.
-
-        Prompts (B, T) may be padded on either side. The options are those of `generate` of
-        transformers, with its defaults and those of `generation_config`: `max_new_tokens`,
-        `do_sample`, `temperature`, `top_p`, `top_k`, `eos_token_id`, `pad_token_id`. The token that
-        ends an answer is part of it. Random numbers depend only on `seed`; without one, torch's
-        generator gives a seed. Raises UserError for other options, and ignores them in
-        `generation_config`.
-        """
-        settings, stop, pad = _generation_settings(self.generation_config, options)
-        prompts, steps = _unpadded(input_ids, attention_mask), list[list[int]]()
-        with eval_mode(self):
-            found = Decoder(self, stop, settings).decode(
-                prompts, seeds=range(len(prompts)), on_tokens=steps.append
-            )
-        answers = _add_ends(found, steps)
-        width = max(map(len, answers), default=0)
-        padded = [answer + [pad] * (width - len(answer)) for answer in answers]
-        return torch.cat([input_ids, input_ids.new_tensor(padded).reshape(-1, width)], 1)
-
 
 def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
     """Returns the ids of each row without padding."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rows = zip(input_ids.tolist(), mask.bool().tolist(), strict=True)
     return [[token for token, seen in zip(*row, strict=True) if seen] for row in rows]
-
-
-# The defaults of `generate` of transformers, where neither the call nor the model has a value.
-DEFAULTS: dict[str, Any] = {
-    "max_new_tokens": 20,
-    "do_sample": False,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 50,
-    "eos_token_id": None,
-    "pad_token_id": None,
-    "seed": None,
-}
-
-
-def _generation_settings(own: Any, options: dict[str, Any]) -> tuple[Generation, list[int], int]:
-    """Returns (settings, tokens that end an answer, pad id) for options of transformers."""
-    for name in options.keys() - DEFAULTS.keys():
-        raise AggregatorError(
-            f"generate: expected options that a mixture takes, found {name}; "
-            f"{suggest(name, list(DEFAULTS))}"
-        )
-    configured = {name: getattr(own, name, None) for name in DEFAULTS}
-    values = (
-        DEFAULTS
-        | {name: value for name, value in configured.items() if value is not None}
-        | options
-    )
-    settings = {
-        "max_new_tokens": values["max_new_tokens"],
-        "temperature": (values["temperature"] or 1.0) if values["do_sample"] else 0.0,
-        "top_p": values["top_p"] or 1.0,
-        "top_k": values["top_k"] or 0,
-        "seed": values["seed"] if values["seed"] is not None else int(torch.randint(2**32, ())),
-    }
-    ends = values["eos_token_id"]
-    stop = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    pad = values["pad_token_id"]
-    return make_generation(settings), stop, pad if pad is not None else (*stop, 0)[0]
-
-
-def _add_ends(found: list[Answer], steps: list[list[int]]) -> list[list[int]]:
-    """Returns the answers with the token that ended each.
-
-    `steps`: the tokens of each step, in which ended rows are missing.
-    """
-    passes = [len(answer.ids) + (answer.finish_reason == "stop") for answer in found]
-    answers: list[list[int]] = [[] for _ in found]
-    rows = list(range(len(found)))
-    for step, tokens in enumerate(steps):
-        if len(tokens) < len(rows):
-            rows = [row for row in rows if passes[row] > step]
-        for row, token in zip(rows, tokens, strict=True):
-            if passes[row] > step:
-                answers[row].append(token)
-    return answers
