@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -64,13 +66,10 @@ def test_many_rooms_are_each_one_room():
 def test_our_ppo_learns_what_that_of_stable_baselines_learns(monkeypatch):
     """From the same weights and the same episode: four epochs of one batch each, which no order of
     the examples can change."""
-    stable_baselines3 = pytest.importorskip("stable_baselines3")
+    pytest.importorskip("stable_baselines3")
     monkeypatch.setattr(source, "EPOCHS", 4)
     monkeypatch.setattr(source, "BATCH", 2000)
-    rooms = source._recorded_rooms(cell_of(4, 5), 100)
-    learner = stable_baselines3.PPO(
-        "MlpPolicy", rooms, n_steps=20, batch_size=2000, n_epochs=4, seed=1, device="cpu"
-    )
+    learner = source.make_learner(cell_of(4, 5), 100, seed=1)
     networks = source._Networks(1, torch.Generator())
 
     def theirs() -> list[torch.Tensor]:
@@ -85,8 +84,9 @@ def test_our_ppo_learns_what_that_of_stable_baselines_learns(monkeypatch):
     for own, value in zip(networks.parameters, theirs(), strict=True):
         own.data.copy_(value)
     start = [own.detach().clone() for own in networks.parameters]
-    learner.learn(2000)
-    columns = zip(*rooms.steps[:20], strict=True)
+    steps: list[source.Step] = []
+    learner.learn(2000, callback=partial(source.record, steps))
+    columns = zip(*steps, strict=True)
     episode = source.Histories(*(torch.stack(column, -1)[None] for column in columns))
     with torch.no_grad():
         logs, values = networks(source.PLACES[episode.cells.flatten(1)])

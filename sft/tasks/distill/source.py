@@ -12,18 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from sft.tasks.distill.config import EPISODE
-from sft.tasks.distill.darkroom import MOVES, NUM_CELLS, SIZE, Rooms, place_of
+from sft.tasks.distill.darkroom import MOVES, NEXT, NUM_CELLS, Darkroom, Rooms, cell_of, place_of
 
 # The published settings; the others are Stable-Baselines3's defaults.
 BATCH, EPOCHS, RATE = 50, 20, 3e-4
 GAMMA, LAMBDA, CLIP, VALUE_WEIGHT, MAX_NORM = 0.99, 0.95, 0.2, 0.5, 0.5
 HIDDEN, ADAM_EPSILON = 64, 1e-5
+Step = tuple[torch.Tensor, ...]  # cells, actions, rewards and next cells of all streams
 
 
 @dataclass(frozen=True)
@@ -186,17 +188,25 @@ def stable_baselines(
     goals: Sequence[int], num_streams: int, num_steps: int, seed: int
 ) -> Histories:
     """Returns histories of Stable-Baselines3's own PPO, one goal after the other."""
-    parts = [_stable_baselines(goal, num_streams, num_steps, seed) for goal in goals]
+    parts = []
+    for goal in goals:
+        steps: list[Step] = []
+        learner = make_learner(goal, num_streams, seed)
+        learner.learn(num_streams * num_steps, callback=partial(record, steps))
+        columns = zip(*steps, strict=True)
+        stacked = (torch.stack(column, -1)[None].to(torch.uint8) for column in columns)
+        parts.append(Histories(*stacked))
     return Histories.concatenate(parts)
 
 
-def _stable_baselines(goal: int, num_streams: int, num_steps: int, seed: int) -> Histories:
-    import stable_baselines3
+def make_learner(goal: int, num_streams: int, seed: int) -> Any:
+    """Returns a PPO of Stable-Baselines3 that has not learnt yet."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.vec_env import DummyVecEnv
 
-    rooms = _recorded_rooms(goal, num_streams)
-    learner = stable_baselines3.PPO(
+    return PPO(
         "MlpPolicy",
-        rooms,
+        DummyVecEnv([partial(Darkroom, place_of(goal))] * num_streams),
         n_steps=EPISODE,
         batch_size=BATCH,
         n_epochs=EPOCHS,
@@ -204,57 +214,14 @@ def _stable_baselines(goal: int, num_streams: int, num_steps: int, seed: int) ->
         seed=seed,
         device="cpu",
     )
-    learner.learn(num_streams * num_steps)
-    columns = zip(*rooms.steps[:num_steps], strict=True)
-    return Histories(*(torch.stack(column, -1)[None].to(torch.uint8) for column in columns))
 
 
-def _recorded_rooms(goal: int, num_streams: int) -> Any:
-    """Returns rooms that Stable-Baselines3 can step; they record every step in `steps`."""
-    import numpy as np
-    from gymnasium import spaces
-    from stable_baselines3.common.vec_env import VecEnv
-
-    class Recorded(VecEnv):
-        def __init__(self) -> None:
-            box = spaces.Box(0, SIZE - 1, (2,), np.float32)
-            super().__init__(num_streams, box, spaces.Discrete(len(MOVES)))
-            self.rooms = Rooms([goal] * num_streams)
-            self.steps: list[tuple[torch.Tensor, ...]] = []
-
-        def reset(self) -> np.ndarray:
-            return PLACES[self.rooms.reset()].numpy()
-
-        def step_async(self, actions: np.ndarray) -> None:
-            self.actions = torch.from_numpy(actions)
-
-        def step_wait(self) -> Any:
-            before = self.rooms.cells
-            cells, rewards, over = self.rooms.step(self.actions)
-            self.steps.append((before, self.actions, rewards, cells))
-            seen = PLACES[cells].numpy()
-            infos: list[dict[str, Any]] = [{} for _ in range(num_streams)]
-            if over:  # the library expects the next episode's first observation, and the last one
-                infos = [{"terminal_observation": each} for each in seen]
-                seen = self.reset()
-            # A copy: the library may add to the rewards that it is given.
-            return seen, rewards.float().numpy(), np.full(num_streams, over), infos
-
-        def close(self) -> None: ...
-
-        def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-            return [getattr(self, attr_name, None)] * num_streams
-
-        def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-            raise NotImplementedError
-
-        def env_method(self, method_name: str, *args: Any, **kwargs: Any) -> list[Any]:
-            raise NotImplementedError
-
-        def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-            return [False] * num_streams
-
-    return Recorded()
+def record(steps: list[Step], values: dict[str, Any], _: Any) -> bool:
+    """Appends the last step of all streams; the callback of Stable-Baselines3, with its local
+    values. Returns whether to go on."""
+    cells, actions = cell_of(*values["obs_tensor"].T), torch.from_numpy(values["actions"])
+    steps.append((cells, actions, torch.from_numpy(values["rewards"]), NEXT[cells, actions]))
+    return True
 
 
 SOURCES = {"ppo": ppo, "stable_baselines3": stable_baselines}
