@@ -14,7 +14,8 @@ from sft.runtime import hardware
 from sft.tasks.distill import darkroom, histories, source
 from sft.tasks.distill.config import Distill
 from sft.tasks.distill.darkroom import MOVES, START, Darkroom, Rooms, cell_of, place_of
-from sft.tasks.distill.histories import HistoryError, Windows
+from sft.tasks.distill.histories import HistoryError
+from sft.tasks.distill.windows import Windows
 
 # Published: unseen goals for seed 0, their best return, and what random actions got.
 UNSEEN = [(4, 2), (5, 6), (6, 8), (7, 2), (3, 6), (0, 5), (5, 8), (5, 4)]
@@ -118,7 +119,7 @@ def test_histories_are_whole_episodes_of_the_room(name):
     goals = [cell_of(5, 5), cell_of(0, 0)]
     found = source.SOURCES[name](goals, 3, 60, 7)
     again = source.SOURCES[name](goals, 3, 60, 7)
-    for own, other in zip(found.tensors(), again.tensors(), strict=True):
+    for own, other in zip(found, again, strict=True):
         assert own.shape == (2, 3, 60)
         assert torch.equal(own, other)
     cells, actions, after = (x.long() for x in (found.cells, found.actions, found.next_cells))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from sft.config.load import load_config, with_values
 from sft.data import batches
 from sft.errors import ConfigError
+from sft.models import export
 from sft.plan import calibration, dry_run, plan
 from sft.plan.trace import Recorder
 from sft.runtime import console, hardware, processes
@@ -28,6 +29,7 @@ from sft.tasks.distill.config import Distill, DistillConfig
 from sft.tasks.distill.rollout import play
 from sft.tasks.distill.source import Histories
 from sft.tasks.distill.transformer import Transformer, window_tokens, with_marks
+from sft.tasks.distill.windows import Windows, blank_histories
 from sft.tasks.registry import load_run
 from sft.train import engine
 
@@ -80,7 +82,7 @@ def test_a_token_has_the_transition_before_it_and_the_present_cell():
         row, column = divmod(int(window.cells[0, step]), 9)
         before = [0.0] * 10 + [1.0]
         if step:
-            cell, action, reward, after = (int(x[0, step - 1]) for x in window.tensors())
+            cell, action, reward, after = (int(x[0, step - 1]) for x in window)
             chosen = [float(i == action) for i in range(5)]
             places = [[(x - 4) / 4 for x in divmod(c, 9)] for c in (cell, after)]
             before = [*places[0], *chosen, float(reward), *places[1], 0.0]
@@ -235,7 +237,8 @@ def test_the_task_reports_losses_and_accuracies_of_actions_and_types(tmp_path):
 def test_a_model_is_loaded_as_it_was_saved(tmp_path):
     made_engine = make_engine(config(tmp_path, PAIR), 1000, torch.float32)
     made_engine.task.save(tmp_path, made_engine.parallel.gather_weights())
-    loaded = task.load(tmp_path, torch.device("cpu"))
+    loaded = Transformer(PAIR).eval()
+    export.load_weights(loaded, tmp_path)
     tokens = with_marks(window_tokens(random_histories(2, 40)))
     for own, other in zip(loaded(tokens), made_engine.task.model(tokens), strict=True):
         assert torch.equal(own, other)
@@ -249,7 +252,7 @@ def test_it_learns_to_go_on_in_context(tmp_path):
     actions = torch.arange(5)[:, None, None].expand(5, 5, 120)
     model = Transformer(settings)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    windows = histories.Windows(replace(found, actions=actions), settings, 0, 5)
+    windows = Windows(found._replace(actions=actions), settings, 0, 5)
     window = windows.gather(range(20))
     for _ in range(40):
         loss = F.cross_entropy(
@@ -295,7 +298,7 @@ def planned(asked: DistillConfig, ram_bytes: int = 2**33, world: int = 1) -> pla
 def blank_run(asked: DistillConfig, predicted: plan.Plan) -> engine.Engine:
     """The planned run in this process, on histories that take no memory."""
     settings, alone = asked.distill, dry_run.CpuAccelerator("fp32")
-    found = task.blank_histories(settings)
+    found = blank_histories(settings)
     model = task.build(settings, 0, dry_run.CPU)
     work = task.Distillation(asked, found, model, predicted.budget, Context(alone))
     _ = work.train._rewarded, work.train._visited  # which are counted with the histories

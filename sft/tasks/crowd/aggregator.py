@@ -198,7 +198,7 @@ class Mixture(nn.Module, GenerationMixin):
 
     main_input_name, _is_stateful = "input_ids", False
 
-    def __init__(self, crowd: nn.Module, aggregator: Aggregator):
+    def __init__(self, crowd: Any, aggregator: Aggregator):
         super().__init__()
         number = len(aggregator.concentration)
         if number != crowd.num_agents:

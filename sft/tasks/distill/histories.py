@@ -1,16 +1,8 @@
-"""Source histories in files, and the windows of them that are trained on.
+"""Source histories: collected by all cores, kept in files, and drawn as curves.
 
 Each goal has a Parquet file (docs/research/DISTILL.md has the columns) in a folder that is named by
 the settings. Existing files are kept, so a collection that was killed continues. Goals are learnt
 in groups that do not depend on the number of cores, so the histories do not depend on it either.
-
-A window has episodes of one goal, in the order in which the source learnt. Each comes from any
-stream, because one policy acts in every stream. A window begins with some of the first episodes, in
-which the source walks at random. For each, several streams are drawn, and the window takes the one
-that visits most new cells. So the model learns to search. When an episode has found the goal, or
-earlier, the window jumps to late episodes. So the model learns to use its first reward at once. The
-episodes between are left out: there the source moves to a goal that only other streams have found,
-which the model cannot know. The choice of episodes is a function of the window's number.
 """
 
 from __future__ import annotations
@@ -19,11 +11,9 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +26,7 @@ from sft.errors import ExitCode, UserError
 from sft.runtime import children, hardware
 from sft.runtime.console import bar, make_console, write_json
 from sft.tasks.distill.config import EPISODE, Distill
-from sft.tasks.distill.curve import draw
-from sft.tasks.distill.darkroom import SIZE, best_return, cell_of, goals, place_of, random_return
+from sft.tasks.distill.darkroom import best_return, cell_of, goals, place_of, random_return
 from sft.tasks.distill.source import SOURCES, Histories
 
 GROUPS = 4  # groups of goals, one process each; fewer and larger groups take less total time
@@ -146,7 +135,7 @@ def _learn(settings: Distill, folder: Path, seed: int, learnt: list[int]) -> Non
     source = SOURCES[settings.source]
     found = source(learnt, settings.num_streams, settings.num_steps, seed)
     for i, goal in enumerate(learnt):
-        own = Histories(*(each[i] for each in found.tensors()))
+        own = Histories(*(each[i] for each in found))
         path = path_of(folder, goal)
         part = path.with_name(f".{path.name}")
         pq.write_table(_table(own), part, compression="zstd")
@@ -205,97 +194,10 @@ def _read(path: Path, shape: tuple[int, int]) -> Histories:
         ) from None
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Numbered windows of the streams [first, last) of all goals: as many as their episodes."""
-
-    histories: Histories
-    settings: Distill
-    first: int
-    last: int
-
-    def __len__(self) -> int:
-        return self.num_goals * (self.last - self.first) * self.num_episodes
-
-    @property
-    def num_goals(self) -> int:
-        return len(self.histories.cells)
-
-    @property
-    def num_episodes(self) -> int:
-        """Returns the number of episodes of a history."""
-        return self.settings.num_steps // EPISODE
-
-    @cached_property
-    def _episodes(self) -> tuple[torch.Tensor, ...]:
-        """Returns the tensors of the histories, (goals, streams, episodes, 20) each."""
-        return tuple(each.unflatten(-1, (-1, EPISODE)) for each in self.histories.tensors())
-
-    @cached_property
-    def _rewarded(self) -> np.ndarray:
-        """Returns whether the goal was found, (goals, own streams, episodes)."""
-        return (self.histories.returns()[:, self.first : self.last] > 0).numpy()
-
-    @cached_property
-    def _visited(self) -> np.ndarray:
-        """Returns whether an episode visits a cell, (goals, own streams, first episodes, cells)."""
-        searching = self.settings.search_episodes
-        reached = self._episodes[3][:, self.first : self.last, :searching].long()
-        visited = torch.zeros(*reached.shape[:-1], SIZE * SIZE, dtype=torch.bool)
-        return visited.scatter_(-1, reached, True).numpy()
-
-    def choice(self, number: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """Returns (goal, streams, episodes) of a window."""
-        random = np.random.default_rng([self.settings.source_seed, number])
-        goal, size = number % self.num_goals, self.settings.context // EPISODE
-        streams = random.integers(self.first, self.last, size)
-        stays = random.integers(2 * size)  # half of the windows do not jump until the goal is found
-        early = np.sort(random.integers(self.settings.search_episodes, size=size))[:stays]
-        found = self._search(random, goal, early)
-        streams[: len(found)] = found
-        later = random.integers(self.settings.jump_to, self.num_episodes, size - len(found))
-        return goal, streams, np.concatenate([early[: len(found)], np.sort(later)])
-
-    def _search(self, random: np.random.Generator, goal: int, episodes: np.ndarray) -> list[int]:
-        """Returns streams for these episodes, up to the first that finds the goal.
-
-        For each episode some streams are drawn; the one that visits most new cells is taken.
-        """
-        streams: list[int] = []
-        seen = np.zeros(SIZE * SIZE, dtype=bool)
-        for episode in episodes:
-            drawn = random.integers(self.last - self.first, size=self.settings.search_best_of)
-            visited = self._visited[goal, drawn, episode]
-            best = int((visited & ~seen).sum(-1).argmax())
-            seen |= visited[best]
-            streams.append(self.first + int(drawn[best]))
-            if self._rewarded[goal, drawn[best], episode]:
-                break
-        return streams
-
-    def gather(self, numbers: Sequence[int]) -> Histories:
-        """Returns the histories (windows, context) of these windows."""
-        chosen = [self.choice(number) for number in numbers]
-        goal = torch.tensor([goal for goal, _, _ in chosen], dtype=torch.long)[:, None]
-        size = self.settings.context // EPISODE
-        stream, episode = (
-            torch.from_numpy(np.array([c[i] for c in chosen]).reshape(-1, size)).long()
-            for i in (1, 2)
-        )
-        return Histories(*(each[goal, stream, episode].flatten(1) for each in self._episodes))
-
-
-def num_bytes(settings: Distill) -> int:
-    """Returns the bytes of all histories, and of the rewards and visits that select windows."""
-    number = len(goals(settings.split_seed)[0]) * settings.num_streams
-    known = settings.num_steps // EPISODE + settings.search_episodes * SIZE * SIZE
-    return number * (4 * settings.num_steps + known)
-
-
 def digest(histories: Histories) -> str:
     """Returns a digest of the histories."""
     sha = hashlib.sha256()
-    for each in histories.tensors():
+    for each in histories:
         sha.update(each.numpy().tobytes())
     return sha.hexdigest()
 
@@ -304,3 +206,20 @@ def curve(folder: Path) -> list[float]:
     """Returns the mean return over goals of each episode of the sources."""
     found = json.loads((folder / CURVES).read_text("utf-8"))
     return np.mean(list(found.values()), 0).tolist()
+
+
+def draw(path: Path, curves: Mapping[str, Sequence[float]], levels: Mapping[str, float]) -> None:
+    """Writes a PNG. `curves`: returns from the first episode on; `levels`: dotted lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    longest = max(map(len, curves.values()))
+    for label, values in curves.items():
+        axes.plot(range(1, len(values) + 1), values, label=label)
+    for label, value in levels.items():
+        axes.axhline(value, linestyle=":", color="grey")
+        axes.text(longest, value, label, ha="right", va="bottom", color="grey")
+    axes.set(xlabel="episode", ylabel="return", xlim=(1, longest))
+    axes.legend(loc="center right")
+    figure.savefig(path, dpi=120)

@@ -15,7 +15,6 @@ from rich.table import Table
 from sft.runtime.console import table, write_json
 from sft.tasks.distill import darkroom, histories
 from sft.tasks.distill.config import DistillConfig
-from sft.tasks.distill.curve import draw
 
 LAST = 50  # final episodes, whose return measures what was learnt in context
 CURVE = "in_context_return.png"
@@ -77,7 +76,7 @@ def show(
     curves = {"in context, unseen goals": curve}
     if (source := histories.folder_of(config.distill)).exists():  # else the run is from elsewhere
         curves["source, its own goals"] = histories.curve(source)
-    draw(out / CURVE, curves, lines)
+    histories.draw(out / CURVE, curves, lines)
     yield f"curve: {out / CURVE}"
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,8 +27,7 @@ HIDDEN, ADAM_EPSILON = 64, 1e-5
 Step = tuple[torch.Tensor, ...]  # cells, actions, rewards and next cells of all streams
 
 
-@dataclass(frozen=True)
-class Histories:
+class Histories(NamedTuple):
     """The steps of sources, (goals, streams, steps): whole episodes one after the other."""
 
     cells: torch.Tensor
@@ -38,9 +36,6 @@ class Histories:
     next_cells: torch.Tensor
     """The cell in which each step ended, including the last step of an episode."""
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.cells, self.actions, self.rewards, self.next_cells
-
     def returns(self) -> torch.Tensor:
         """Returns the returns (goals, streams, episodes)."""
         return self.rewards.float().unflatten(-1, (-1, EPISODE)).sum(-1)
@@ -48,7 +43,7 @@ class Histories:
     @staticmethod
     def concatenate(parts: Sequence[Histories]) -> Histories:
         """Returns the histories of the goals of all parts."""
-        return Histories(*map(torch.cat, zip(*(part.tensors() for part in parts), strict=True)))
+        return Histories(*map(torch.cat, zip(*parts, strict=True)))
 
 
 class _Networks:
@@ -115,7 +110,7 @@ def ppo(goals: Sequence[int], num_streams: int, num_steps: int, seed: int) -> Hi
         episodes.append(episode)
         advantages = _advantages(episode.rewards.float(), values)
         _learn(networks, episode, probabilities, advantages, advantages + values, generator)
-    columns = zip(*(episode.tensors() for episode in episodes), strict=True)
+    columns = zip(*episodes, strict=True)
     return Histories(*(torch.cat(column, -1).to(torch.uint8) for column in columns))
 
 

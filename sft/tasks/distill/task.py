@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,36 +19,28 @@ from rich.console import RenderableType
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sft.data import batches
-from sft.models import export, layers
+from sft.models import layers
 from sft.runtime import hardware
 from sft.runtime.console import duration
 from sft.runtime.disk import refuse_if_unwritable
 from sft.runtime.processes import Context
 from sft.tasks.base import Finding, Labels, Results, Row, Shrunk, Task, TaskInfo, Workload
-from sft.tasks.distill import darkroom, histories, report, rollout, shrink
+from sft.tasks.distill import darkroom, histories, report, rollout
 from sft.tasks.distill.config import EPISODE, Distill, DistillConfig
-from sft.tasks.distill.data import blank_histories, num_held_out, split, windows
-from sft.tasks.distill.histories import Windows
 from sft.tasks.distill.source import SOURCES, Histories
 from sft.tasks.distill.transformer import (
     ENDS,
     GOES_ON,
     NUM_FEATURES,
     Transformer,
-    num_positions,
     window_tokens,
     with_marks,
 )
+from sft.tasks.distill.windows import Windows, blank_histories, num_bytes, split, workload
 from sft.train.engine import Engine
 
-SETTINGS = "distill.json"
-
-
-def identity(settings: Distill, digest: str) -> dict[str, str]:
-    """Returns the values that a checkpoint and its run share. `digest`: that of the histories."""
-    played = {name for name in Distill.model_fields if name.startswith("eval_")} | {"data_dir"}
-    return {"distill": settings.model_dump_json(exclude=played), "data": digest}
+SETTINGS = "distill.json"  # beside a saved model
+SMALL_LAYERS, SMALL_WIDTH = 2, 32  # at most, in `make verify-*`
 
 
 def build(settings: Distill, seed: int, device: torch.device) -> Transformer:
@@ -61,10 +52,6 @@ def build(settings: Distill, seed: int, device: torch.device) -> Transformer:
 class Batch:
     tokens: torch.Tensor  # (windows, tokens, features)
     actions: torch.Tensor  # (windows, steps)
-
-    @property
-    def num_steps(self) -> int:
-        return self.actions.numel()
 
 
 class Distillation(Task):
@@ -95,7 +82,9 @@ class Distillation(Task):
 
     @classmethod
     def identity_of(cls, config: DistillConfig, prepared: Histories) -> dict[str, str]:
-        return identity(config.distill, histories.digest(prepared))
+        played = {name for name in Distill.model_fields if name.startswith("eval_")}
+        settings = config.distill.model_dump_json(exclude=played | {"data_dir"})
+        return {"distill": settings, **cls.digests(prepared)}
 
     @classmethod
     def info(cls, config: DistillConfig) -> TaskInfo:
@@ -111,7 +100,7 @@ class Distillation(Task):
             Path(settings.data_dir),
             small=True,
             packs=False,
-            examples_bytes=histories.num_bytes(settings),
+            examples_bytes=num_bytes(settings),
             waiting_bytes=4 * NUM_FEATURES + 8,  # and its action
             labels=Labels(
                 "windows",
@@ -125,7 +114,8 @@ class Distillation(Task):
 
     @classmethod
     def workload(cls, config: DistillConfig, prepared: Histories | None = None) -> Workload:
-        return windows(config.distill)
+        settings = config.distill
+        return workload(blank_histories(settings) if prepared is None else prepared, settings)
 
     @classmethod
     def build_model(
@@ -157,7 +147,7 @@ class Distillation(Task):
 
     @classmethod
     def resident_bytes(cls, prepared: Histories) -> int:
-        return sum(each.nbytes for each in prepared.tensors())
+        return sum(each.nbytes for each in prepared)
 
     # -- what people see before training
 
@@ -226,30 +216,53 @@ class Distillation(Task):
 
     @classmethod
     def shrink(cls, config: DistillConfig, folder: Path, exact: bool) -> Shrunk:
-        return shrink.shrink(config, folder, exact)
+        """Returns values with a narrow model and short histories of PPO, which it collects.
+
+        Each goal has a window in two parts.
+        """
+        given = config.distill
+        context = min(given.context, 2 * EPISODE)
+        wide = given.width > SMALL_WIDTH
+        sizes = {
+            "num_layers": min(given.num_layers, SMALL_LAYERS),
+            "width": SMALL_WIDTH if wide else given.width,
+            "num_heads": 4 if wide else given.num_heads,
+            "context": context,
+            "search_episodes": 1,
+            "jump_to": 1,
+            "slide": None,
+            "source": "ppo",
+            "num_streams": 2,
+            "num_steps": 2 * context,
+            "held_out_streams": 1,
+            "data_dir": str(folder / "histories"),
+            "eval_episodes": 1,
+            "eval_seeds": 1,
+            "eval_quick": 1,
+        }
+        settings = given.model_copy(update=sizes)
+        histories.collect(settings)
+        number = len(workload(blank_histories(settings), settings).lengths)
+        model = f"{settings.num_layers} layers of {settings.width} instead of {given.num_layers} "
+        model += f"of {given.width}, context of {context} instead of {given.context} transitions"
+        collected = f"2 streams of {2 * context} steps of each goal, collected for this"
+        changes = [("model", model), ("histories", collected)]
+        values = {f"distill.{key}": value for key, value in sizes.items()}
+        batch = 2 * number // 5  # two whole ones and half of one
+        # The bias of keys has no gradient but rounding, of which AdamW would make updates.
+        smooth = {
+            "distill.dropout": 0.0,
+            "train.adam_epsilon": max(1e-6, config.train.adam_epsilon),
+        }
+        return Shrunk(values, changes, smooth, batch, "windows")
 
     # -- with a model
 
-    def __init__(
-        self,
-        config: DistillConfig,
-        prepared: Histories,
-        model: Transformer,
-        budget: batches.Budget,
-        context: Context,
-    ):
-        super().__init__(config, prepared, model, budget, context)
-        self.settings = config.distill
-        self.train, self.held_out = split(prepared, self.settings)
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.settings = self.config.distill
+        self.train, self.held_out = split(self.prepared, self.settings)
         self.steps, self.types = _layout(self.settings, self.accelerator.device)
-
-    @cached_property
-    def lengths(self) -> Sequence[int]:
-        return [num_positions(self.settings)] * len(self.train)
-
-    @property
-    def held_out_lengths(self) -> Sequence[int]:
-        return [num_positions(self.settings)] * num_held_out(self.held_out)
 
     def collate(self, ids: Sequence[int]) -> Batch:
         return self._collate(self.train, ids)
@@ -259,14 +272,14 @@ class Distillation(Task):
 
     def _collate(self, windows: Windows, ids: Sequence[int]) -> Batch:
         device = self.accelerator.device
-        window = Histories(*(each.to(device) for each in windows.gather(ids).tensors()))
+        window = Histories(*(each.to(device) for each in windows.gather(ids)))
         tokens = window_tokens(window)
         tokens = with_marks(tokens) if self.settings.compress else tokens
         return Batch(tokens, window.actions.long())
 
     def num_supervised(self, batch: Batch) -> float:
         """Returns the number of steps, each of which has an action."""
-        return batch.num_steps
+        return batch.actions.numel()
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         actions, types = model(batch.tokens)
@@ -290,13 +303,6 @@ class Distillation(Task):
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         super().save(folder, weights)
         (folder / SETTINGS).write_text(self.settings.model_dump_json(indent=2) + "\n", "utf-8")
-
-    def identity(self) -> dict[str, str]:
-        return identity(self.settings, self._digest)
-
-    @cached_property
-    def _digest(self) -> str:
-        return histories.digest(self.prepared)
 
     def name_examples(self, ids: list[int]) -> str:
         named = []
@@ -345,21 +351,14 @@ class Distillation(Task):
     # -- a finished run
 
     @classmethod
-    def open(
-        cls,
-        run: Path,
-        config: DistillConfig,
-        prepared: Any,
-        precision: str,
-        budget: batches.Budget,
-        context: Context,
-    ) -> Task:
-        model = load(run / "final_checkpoint", context.accelerator.device)
-        trained = model.settings.model_dump()
+    def open(cls, run: Path, config: DistillConfig, prepared: Any, *arguments: Any) -> Task:
+        """Returns the task with the settings that the model was trained with."""
+        saved = json.loads((run / "final_checkpoint" / SETTINGS).read_text("utf-8"))
+        trained = {key: saved[key] for key in Distill.model_fields.keys() & saved.keys()}
         played = {k: v for k, v in config.distill.model_dump().items() if k.startswith("eval_")}
-        settings = config.distill.model_copy(update=trained | played)
+        settings = Distill.model_validate(trained | played)
         config = config.model_copy(update={"distill": settings})
-        return cls(config, blank_histories(settings), model, budget, context)
+        return super().open(run, config, blank_histories(settings), *arguments)
 
 
 def _layout(settings: Distill, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -417,13 +416,3 @@ def whole_copy(model: nn.Module, settings: Distill, accelerator: Accelerator) ->
     weights = {name: layers.full_tensor(p) for name, p in plain.named_parameters()}
     copy.load_state_dict(weights)
     return copy.eval()
-
-
-def load(folder: Path, device: torch.device) -> Transformer:
-    """Returns the model that `save` wrote."""
-    saved = json.loads((folder / SETTINGS).read_text("utf-8"))
-    known = {key: value for key, value in saved.items() if key in Distill.model_fields}
-    settings = Distill.model_validate(known)  # other keys say how windows were drawn
-    model = build(settings, 0, device)
-    export.load_weights(model, folder)
-    return model.eval()

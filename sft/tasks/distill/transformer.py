@@ -64,7 +64,7 @@ def mark(kind: int, like: torch.Tensor) -> torch.Tensor:
 
 def window_tokens(window: Histories) -> torch.Tensor:
     """Returns tokens (windows, steps, NUM_FEATURES) of histories that begin at an episode."""
-    before = Histories(*(each.roll(1, -1) for each in window.tensors()))
+    before = Histories(*(each.roll(1, -1) for each in window))
     tokens = features(window.cells, before)
     return torch.cat([without_past(tokens[:, :1]), tokens[:, 1:]], 1)
 
