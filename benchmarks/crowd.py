@@ -52,8 +52,7 @@ from sft.runtime.console import make_console, write_json
 from sft.runtime.processes import Context, start_processes
 from sft.tasks.crowd import agents
 from sft.tasks.crowd.aggregator import Aggregator, Mixture, mix
-from sft.tasks.crowd.diversity import directions, disagreement, diversity
-from sft.tasks.crowd.representations import RepresentationReader
+from sft.tasks.crowd.diversity import RepresentationReader, directions, disagreement, diversity
 from sft.tasks.crowd.task import CrowdTune
 from sft.tasks.registry import task_of
 from sft.tasks.sft.task import FineTune

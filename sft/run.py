@@ -144,6 +144,7 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> dict[str, flo
         if guard.is_first:
             guard.status.begin()
         prepared = task.prepare_evaluation(config, guard.tick)
+        task.refuse_unusable(config, prepared)
         accelerator = start_processes(config.train)
         guard.join(accelerator, None)
         log = Log(out) if accelerator.is_main_process else Log(None)

@@ -390,7 +390,12 @@ class Task(ABC):
         return read_weights(self.model, folder)
 
     def name_examples(self, ids: list[int]) -> str:
-        return "examples " + ", ".join(map(str, ids[:8]))
+        named = ", ".join(map(self.name_example, ids[:8]))
+        return named + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+
+    def name_example(self, number: int) -> str:
+        """Returns the origin of a training example."""
+        return f"example {number}"
 
     def check_layout(self, precision: str, layout: str) -> None:
         """Changes the layout of the budget if this model cannot use the planned one.
@@ -444,7 +449,15 @@ class Task(ABC):
         context: Context,
     ) -> Task:
         """Returns the task with the model of the finished run in the folder `run`."""
-        task = cls.build(config, prepared, precision, budget, context)
-        load_weights(task.model, run / "final_checkpoint")
-        task.model.eval()
-        return task
+        folder, device = run / "final_checkpoint", context.accelerator.device
+        model = cls.load_model(folder, config, precision, device)
+        return cls(config, prepared, model, budget, context)
+
+    @classmethod
+    def load_model(
+        cls, folder: Path, config: Any, precision: str, device: torch.device
+    ) -> nn.Module:
+        """Returns the model that `save` wrote into `folder`, for use."""
+        model = cls.build_model(config, precision, device)
+        load_weights(model, folder)
+        return model.eval()

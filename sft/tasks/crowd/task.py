@@ -31,10 +31,16 @@ from sft.errors import ConfigError, DataError
 from sft.evaluate import generate
 from sft.tasks.base import Finding, Shrunk, TaskInfo
 from sft.tasks.crowd.agents import Agents
-from sft.tasks.crowd.aggregator import Aggregator, Mixture, aggregator_of, fit, mix
-from sft.tasks.crowd.diversity import directions, disagreement, diversity
+from sft.tasks.crowd.aggregator import Mixture, aggregator_of, fit, mix
+from sft.tasks.crowd.diversity import (
+    BatchDiversity,
+    RepresentationReader,
+    directions,
+    disagreement,
+    diversity,
+    select_pooled,
+)
 from sft.tasks.crowd.files import SavedCrowd
-from sft.tasks.crowd.representations import BatchDiversity, RepresentationReader, select_pooled
 from sft.tasks.sft.task import FineTune
 from sft.train.engine import Engine
 
@@ -53,13 +59,14 @@ class CrowdTune(SavedCrowd):
 
     @classmethod
     def prepare(cls, config: Config, tick: Callable[[], None] = lambda: None) -> Prepared:
-        return _with_validation(config, super().prepare(config, tick))
-
-    @classmethod
-    def prepare_evaluation(
-        cls, config: Config, tick: Callable[[], None] = lambda: None
-    ) -> Prepared:
-        return _with_validation(config, super().prepare_evaluation(config, tick))
+        """Returns the data; for the learned aggregator some rows are kept from training."""
+        prepared = super().prepare(config, tick)
+        if config.crowd.aggregator != "learned":
+            return prepared
+        try:
+            return cache.with_validation(prepared, config.crowd.fit_fraction)
+        except DataError as error:
+            raise DataError(f"crowd.aggregator: learned: {error}") from None
 
     @classmethod
     def identity_of(cls, config: Config, prepared: Prepared) -> dict[str, str]:
@@ -90,18 +97,12 @@ class CrowdTune(SavedCrowd):
 
     def check_result(self, engine: Engine, folder: Path) -> Iterator[Finding]:
         if self.needs_global_batch:
-            yield self._check_diversity(engine)
+            engine.step += 1  # before the first step, all agents are one function
+            found = engine.optimizer_step()["train/diversity"]
+            engine.step -= 1
+            remedy = "" if found > 0 else "agents do not diverge: raise train.learning_rate"
+            yield Finding(found > 0, f"diversity: {found:.3g} after one step", remedy)
         yield from super().check_result(engine, folder)
-
-    @staticmethod
-    def _check_diversity(engine: Engine) -> Finding:
-        """Measures the diversity in the second step: before the first, agents are one function."""
-        engine.step += 1
-        found = engine.optimizer_step()["train/diversity"]
-        engine.step -= 1
-        what = f"diversity: {found:.3g} after one step"
-        remedy = "agents do not diverge: raise train.learning_rate"
-        return Finding(found > 0, what, "" if found > 0 else remedy)
 
     # -- with a model
 
@@ -197,7 +198,7 @@ class CrowdTune(SavedCrowd):
         agents differ.
         """
         logits = self._forward(model, batch).log_softmax(-1)
-        mixed = mix(logits, self.aggregator.expected().to(logits))
+        mixed = mix(logits, aggregator_of(self.model).expected().to(logits))
         chosen = batch.targets[:, None]
         losses = -mixed.gather(-1, chosen)[:, 0]
         own = -logits.gather(-1, chosen.expand(len(logits), -1, 1))[..., 0]
@@ -208,18 +209,11 @@ class CrowdTune(SavedCrowd):
             "disagreement": self._summed(disagreement(logits)[None], batch),
         }
 
-    @property
-    def aggregator(self) -> Aggregator:
-        return aggregator_of(self.model)
-
     @classmethod
     def as_answer_model(cls, model: nn.Module) -> nn.Module:
         if not isinstance(model, Agents):  # one agent alone
             return model
-        return Mixture(model, aggregator_of(model)).eval()
-
-    def answer_model(self, model: nn.Module) -> nn.Module:
-        return Mixture(self.accelerator.unwrap_model(model), self.aggregator)
+        return Mixture(model, aggregator_of(model))
 
     @property
     def answered_by(self) -> str:
@@ -258,13 +252,3 @@ class CrowdTune(SavedCrowd):
         every = sorted(gather_object(found), key=lambda pair: pair[0])
         owners = [torch.full((part.shape[1],), i) for i, part in every]
         return torch.cat([part for _, part in every], 1), torch.cat(owners)
-
-
-def _with_validation(config: Config, prepared: Prepared) -> Prepared:
-    """Keeps rows from training for the learned aggregator."""
-    if config.crowd.aggregator != "learned":
-        return prepared
-    try:
-        return cache.with_validation(prepared, config.crowd.fit_fraction)
-    except DataError as error:
-        raise DataError(f"crowd.aggregator: learned: {error}") from None

@@ -304,13 +304,10 @@ class Distillation(Task):
         super().save(folder, weights)
         (folder / SETTINGS).write_text(self.settings.model_dump_json(indent=2) + "\n", "utf-8")
 
-    def name_examples(self, ids: list[int]) -> str:
-        named = []
-        for number in ids[:8]:
-            goal, _, episodes = self.train.choice(number)
-            place = darkroom.place_of(darkroom.goals(self.settings.split_seed)[0][goal])
-            named.append(f"goal {place}, episodes {episodes[0]} to {episodes[-1]}")
-        return "; ".join(named) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+    def name_example(self, number: int) -> str:
+        goal, _, episodes = self.train.choice(number)
+        place = darkroom.place_of(darkroom.goals(self.settings.split_seed)[0][goal])
+        return f"goal {place} in episodes {episodes[0]} to {episodes[-1]}"
 
     # -- results
 

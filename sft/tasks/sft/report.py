@@ -18,25 +18,29 @@ from sft.runtime.console import beginning, table, write_json
 from sft.tasks.base import Results
 
 
-def of_run(config: Config, base: Results, tuned: Results, folder: Path) -> Iterator[RenderableType]:
-    """Writes the metrics of base and tuned model, and yields the answers of both side by side."""
+def show(
+    config: Config, base: Results | None, tuned: Results, folder: Path
+) -> Iterator[RenderableType]:
+    """Writes the metrics and yields scores and answers.
+
+    After training those of the base stand beside them; a finished run is evaluated without.
+    """
+    shown = config.evaluation.num_shown
+    if base is None:
+        write_json(folder / "metrics.json", tuned.details)
+        title = f"{folder.parents[1]}: {tuned.details['num_examples']:,} examples"
+        yield _scores_table(title, tuned.details)
+        yield from _groups_table(config, tuned.details)
+        yield _answers_table(folder / "predictions.jsonl", shown)
+        return
     both = {"base": base.details, "tuned": tuned.details}
     written = {name: results["metrics"] for name, results in both.items()}
     for key in ("intervals", *(["groups"] if config.evaluation.group else [])):
         written[key] = {name: results.get(key, {}) for name, results in both.items()}
     number = tuned.details["num_examples"]
     write_json(folder / "metrics.json", written | {"num_examples": number})
-    yield _side_by_side(folder, config.evaluation.num_shown)
+    yield _side_by_side(folder, shown)
     yield from _groups_table(config, tuned.details)
-
-
-def of_evaluation(config: Config, tuned: Results, folder: Path) -> Iterator[RenderableType]:
-    """Writes the metrics of a finished run, and yields its scores and answers."""
-    write_json(folder / "metrics.json", tuned.details)
-    title = f"{folder.parents[1]}: {tuned.details['num_examples']:,} examples"
-    yield _scores_table(title, tuned.details)
-    yield from _groups_table(config, tuned.details)
-    yield _answers_table(folder / "predictions.jsonl", config.evaluation.num_shown)
 
 
 def _scores_table(title: str, results: dict[str, Any]) -> Table:

@@ -13,8 +13,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft.config.schema import Config, Model
-from sft.data import batches
-from sft.data.cache import Prepared
 from sft.errors import CheckpointError, ExportError, ModelError
 from sft.models import load
 from sft.models.export import ADAPTER, BASE, adapter_tuning, load_weights
@@ -116,19 +114,10 @@ class SavedTuning(Task):
         return add_adapters(base, config.tuning)
 
     @classmethod
-    def open(
-        cls,
-        run: Path,
-        config: Config,
-        prepared: Prepared,
-        precision: str,
-        budget: batches.Budget,
-        context: Any,
-    ) -> Task:
-        model, _ = cls.load_saved(
-            run / "final_checkpoint", config, precision, context.accelerator.device
-        )
-        return cls(config, prepared, model, budget, context)
+    def load_model(
+        cls, folder: Path, config: Config, precision: str, device: torch.device
+    ) -> nn.Module:
+        return cls.load_saved(folder, config, precision, device)[0]
 
     @classmethod
     def load_saved(

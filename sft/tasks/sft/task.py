@@ -18,6 +18,7 @@ from rich.console import RenderableType
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from sft.config.load import with_values
 from sft.config.schema import Config, Generation
 from sft.data import audit, cache, files, template
 from sft.data.cache import Prepared
@@ -25,13 +26,15 @@ from sft.data.examples import Batch, ExampleArrays, Examples, collate
 from sft.errors import ConfigError, UserError
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
-from sft.evaluate.predictions import Predictions, key_of
+from sft.evaluate.predictions import Predictions, key_of, read_records
 from sft.models import attention, export, layers, load
 from sft.runtime.console import write_json
 from sft.tasks.base import Alternative, Finding, Results, Row, Shrunk, TaskInfo, Workload
-from sft.tasks.sft import check, report, shrink
+from sft.tasks.sft import report, shrink
 from sft.tasks.sft.saved import SavedTuning
 from sft.train.engine import Engine
+
+TRIAL_ROWS, TRIAL_TOKENS = 8, 16  # rows of a trial, and tokens of its answer, at most
 
 
 class FineTune(SavedTuning):
@@ -45,16 +48,7 @@ class FineTune(SavedTuning):
 
     @classmethod
     def prepare(cls, config: Config, tick: Callable[[], None] = lambda: None) -> Prepared:
-        cls.refuse_untrainable(config)
         return cache.prepare(config, tick)
-
-    @classmethod
-    def prepare_evaluation(
-        cls, config: Config, tick: Callable[[], None] = lambda: None
-    ) -> Prepared:
-        prepared = cache.prepare(config, tick)
-        cls.refuse_unusable(config, prepared)
-        return prepared
 
     @classmethod
     def digests(cls, prepared: Prepared) -> dict[str, str]:
@@ -99,7 +93,9 @@ class FineTune(SavedTuning):
 
     @classmethod
     def workload(cls, config: Config, prepared: Prepared | None = None) -> Workload:
-        prepared = prepared or cls.prepare(config)
+        if prepared is None:
+            cls.refuse_untrainable(config)
+            prepared = cls.prepare(config)
         train, held_out = (
             (part.lengths, part.arrays.index["supervised"][part.order])
             for part in (prepared.train, prepared.held_out)
@@ -203,7 +199,7 @@ class FineTune(SavedTuning):
 
     @classmethod
     def check_data(cls, config: Config) -> Iterator[Finding]:
-        yield check.tokenizer(config)
+        yield _check_template(config)
         prepared = cls.prepare(config)
         yield Finding(
             True,
@@ -213,17 +209,33 @@ class FineTune(SavedTuning):
 
     @classmethod
     def trial_config(cls, config: Config) -> Config:
-        return check.few(config)
+        few = {
+            "data.max_rows": min(TRIAL_ROWS, config.data.max_rows or TRIAL_ROWS),
+            "evaluation.num_examples": min(1, config.evaluation.num_examples),
+            "evaluation.max_new_tokens": min(TRIAL_TOKENS, config.evaluation.max_new_tokens),
+        }
+        return with_values(config, few)
 
     @property
     def saves_small_checkpoints(self) -> bool:  # type: ignore[override]
         return self.config.tuning.mode != "full"  # whole weights can be large
 
     def check_result(self, engine: Engine, folder: Path) -> Iterator[Finding]:
-        if self.config.evaluation.num_examples:
-            path = folder / "predictions.jsonl"
-            self.answers(engine.model, path, "check")
-            yield check.answer(path, self.answered_by)
+        if not self.config.evaluation.num_examples:
+            return
+        path, by = folder / "predictions.jsonl", self.answered_by
+        self.answers(engine.model, path, "check")
+        record = next(read_records(path), None)
+        if record is None:
+            yield Finding(True, "generation: no held-out row asks for an answer")
+        elif "error" in record:
+            problem = f"generation: {record['row']}: {record['error']}"
+            yield Finding(False, problem, "correct the row")
+        else:
+            counts = (
+                f"{record['prompt_tokens']} tokens asked, {record['completion_tokens']} answered"
+            )
+            yield Finding(True, f"{'aggregated ' * bool(by)}generation: {counts}{by}")
 
     @classmethod
     def shrink(cls, config: Config, folder: Path, exact: bool) -> Shrunk:
@@ -234,10 +246,6 @@ class FineTune(SavedTuning):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self.head = layers.SupervisedHead(self.model)
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        return self.prepared.train.lengths
 
     def check_layout(self, precision: str, layout: str) -> None:
         device = self.accelerator.device
@@ -256,10 +264,6 @@ class FineTune(SavedTuning):
 
     def collate_held_out(self, ids: list[int]) -> Batch:
         return self._collate(self.prepared.held_out, ids)
-
-    @property
-    def held_out_lengths(self) -> Sequence[int]:
-        return self.prepared.held_out.lengths
 
     def _collate(self, examples: Examples, ids: list[int]) -> Batch:
         pad = self.prepared.tokenizer.pad_token_id
@@ -290,10 +294,6 @@ class FineTune(SavedTuning):
             self.head.positions = None
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def answer_model(self, model: nn.Module) -> nn.Module:
-        """Returns the model that writes answers."""
-        return self.as_answer_model(self.accelerator.unwrap_model(model))
-
     @classmethod
     def as_answer_model(cls, model: nn.Module) -> nn.Module:
         """Returns the model that writes answers with the trained `model`."""
@@ -314,7 +314,7 @@ class FineTune(SavedTuning):
         identity = key_of(self.identity(), self.config.train.seed, state)
         stop = generate.stop_ids(tokenizer, self.model.generation_config)
         answer_model = answers.AnswerModel(
-            self.answer_model(model),
+            self.as_answer_model(self.accelerator.unwrap_model(model)),
             stop,
             Generation(max_new_tokens=settings.max_new_tokens),
             settings.batch_size,
@@ -337,9 +337,8 @@ class FineTune(SavedTuning):
         base = None if self.config.tuning.mode == "full" else self.config.model
         export.save(self.model, self.prepared.tokenizer, folder, weights, base)
 
-    def name_examples(self, ids: list[int]) -> str:
-        named = ", ".join(self.prepared.train.row(i).place for i in ids[:8])
-        return named + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+    def name_example(self, number: int) -> str:
+        return self.prepared.train.row(number).place
 
     # -- results
 
@@ -372,9 +371,7 @@ class FineTune(SavedTuning):
     def report(
         self, base: Results | None, tuned: Results, folder: Path
     ) -> Iterator[RenderableType]:
-        if base is None:
-            return report.of_evaluation(self.config, tuned, folder)
-        return report.of_run(self.config, base, tuned, folder)
+        return report.show(self.config, base, tuned, folder)
 
     merge_arguments = ""  # what `make merge` needs in addition to the run
 
@@ -382,6 +379,18 @@ class FineTune(SavedTuning):
         self, base: Results | None, tuned: Results
     ) -> tuple[list[tuple[str, str]], dict[str, str]]:
         return report.closing(self.config, base, tuned, self.merge_arguments)
+
+
+def _check_template(config: Config) -> Finding:
+    """Renders a conversation and compares its beginning with the prompt that inference renders."""
+    tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
+    example = template.render(tokenizer, turns)
+    if mismatch := template.prompt_mismatch(tokenizer, turns, example):
+        return Finding(False, f"chat template: {mismatch}", "training and serving would differ")
+    return Finding(
+        True, f"tokenizer and template: {len(tokenizer):,} tokens, prompts as when served"
+    )
 
 
 def _blank_example(length: int, supervised: int) -> template.Example:
