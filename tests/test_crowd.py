@@ -37,8 +37,8 @@ from sft.plan import dry_run, memory
 from sft.runtime.log import Log
 from sft.serve import merge, runs
 from sft.serve.connector import AccelerateConnector
-from sft.tasks.crowd import aggregator, diversity, files
-from sft.tasks.crowd.agents import Agents, AgentsLinear
+from sft.tasks.crowd import aggregator, diversity
+from sft.tasks.crowd.agents import META, Agents, AgentsLinear
 from sft.tasks.crowd.task import CrowdTune
 from sft.tasks.registry import task_of
 from sft.train import engine
@@ -685,7 +685,7 @@ def test_each_agent_of_a_run_loads_alone(run):
 
 @pytest.mark.slow
 def test_the_folder_reports_what_the_crowd_is(run):
-    reported = json.loads((run / "final_checkpoint" / files.META).read_text())
+    reported = json.loads((run / "final_checkpoint" / META).read_text())
     concentration = reported.pop("concentration")
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert reported == {
@@ -702,7 +702,7 @@ def test_the_folder_reports_what_the_crowd_is(run):
     }
     assert loaded(run).concentration == tuple(concentration) != (1.0, 1.0, 1.0)
     names = {path.name for path in (run / "final_checkpoint").iterdir()}
-    assert {"agent0", "agent1", "agent2", files.META} <= names
+    assert {"agent0", "agent1", "agent2", META} <= names
     assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt", ".pth")]
 
 
@@ -749,18 +749,18 @@ WEIGHTS = "agent1/adapter_model.safetensors"
     [
         (WEIGHTS, lacking, rf"{WEIGHTS} cannot be loaded: .*No such file"),
         (WEIGHTS, cut_off, rf"{WEIGHTS} cannot be loaded: it is no valid safetensors file"),
-        (files.META, lacking, rf"{files.META}: expected a crowd's description: No such file"),
-        (files.META, cut_off, rf"{files.META} is not what a run writes: JSONDecodeError"),
-        (files.META, rewritten(num_agents=2), f"{files.META} is not what a run writes"),
-        (files.META, rewritten(concentration=[1, -1, 1]), f"{files.META} is not what a run writes"),
+        (META, lacking, rf"{META}: expected a crowd's description: No such file"),
+        (META, cut_off, rf"{META} is not what a run writes: JSONDecodeError"),
+        (META, rewritten(num_agents=2), f"{META} is not what a run writes"),
+        (META, rewritten(concentration=[1, -1, 1]), f"{META} is not what a run writes"),
         (
-            files.META,
+            META,
             rewritten(num_agents=2, concentration=[1, 1]),
             r"holds another crowd:\n  num_agents: saved with 2, found 3",
         ),
-        (files.META, rewritten(r=8), r"holds another crowd:\n  r: saved with 8, found 4"),
+        (META, rewritten(r=8), r"holds another crowd:\n  r: saved with 8, found 4"),
         (
-            files.META,
+            META,
             rewritten(base={"name": "x", "weights_sha256": "0"}),
             "belongs to 'x': expected",
         ),
@@ -789,7 +789,7 @@ def test_a_configuration_that_is_not_that_of_the_crowd_is_refused(run, override,
 
 @pytest.mark.slow
 def test_what_was_not_fitted_is_not_served_as_learned(run, moved):
-    rewritten(aggregator="uniform", concentration=[1.0, 1.0, 1.0])(moved / files.META)
+    rewritten(aggregator="uniform", concentration=[1.0, 1.0, 1.0])(moved / META)
     with pytest.raises(errors.ExportError, match="expected uniform, as it was trained, found lear"):
         loaded(run, weights=moved)
     drawn = loaded(run, "crowd.aggregator=sampled", "crowd.concentration=2", weights=moved)
@@ -798,7 +798,7 @@ def test_what_was_not_fitted_is_not_served_as_learned(run, moved):
 
 @pytest.mark.slow
 def test_an_agent_without_weight_is_part_of_a_sound_folder(run, moved):
-    rewritten(concentration=[1.5, 0.0, 3.0])(moved / files.META)
+    rewritten(concentration=[1.5, 0.0, 3.0])(moved / META)
     assert loaded(run, weights=moved).concentration == (1.5, 0.0, 3.0)
 
 
@@ -883,8 +883,8 @@ def test_a_moved_crowd_is_refused_where_it_is_damaged_or_the_base_is_another(mov
     with pytest.raises(errors.ExportError, match="belongs to 'nano/model': expected its weights"):
         connector(other, adapter=moved).load_model_once()
     identities = [connector(moved).load_model_once().identity]
-    rewritten(concentration=[1.0, 1.0, 5.0])(moved / files.META)
-    with pytest.raises(errors.ExportError, match=f"cannot be trusted: {files.META} has"):
+    rewritten(concentration=[1.0, 1.0, 5.0])(moved / META)
+    with pytest.raises(errors.ExportError, match=f"cannot be trusted: {META} has"):
         connector(moved).load_model_once()
     (moved / "MANIFEST.json").unlink()
     identities.append(connector(moved).load_model_once().identity)

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sft.config.schema import Crowd
-from sft.errors import ConfigError
-from sft.models.export import ADAPTER
+from sft.errors import CheckpointError, ConfigError
+from sft.models.export import ADAPTER, adapter_tuning
+from sft.runtime.checkpoint import open_tensors
+
+META = "ci_llm_meta_config.json"  # describes the agents, in the folder that holds theirs
 
 
 class AgentsLinear(nn.Module):
@@ -165,3 +171,57 @@ class Agents(nn.Module):
 def peft_name(name: str) -> str:
     """Returns the name of an agent's weight in PEFT's files."""
     return f"base_model.model.{name.removeprefix('base.')}.weight"
+
+
+def read_agents(crowd: Agents, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the weights of all agents in `folder`, stacked, by their name in `crowd`."""
+    _refuse_another_crowd(crowd, folder)
+    paths = [folder / f"agent{agent}" / ADAPTER for agent in range(crowd.num_agents)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(open_tensors(path)) for path in paths]
+        for name, parameter in crowd.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            saved = peft_name(name)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3's are split
+            for path, file in zip(paths, files, strict=True):
+                if saved not in file.keys():  # noqa: SIM118  # not a mapping
+                    raise CheckpointError(f"{path} does not fit the model: it lacks {saved}")
+                found = file.get_slice(saved).get_shape()
+                if found != list(shape[1:]):
+                    raise CheckpointError(
+                        f"{path} does not fit the model: {saved} is {found}, expected "
+                        f"{list(shape[1:])}"
+                    )
+            yield name, torch.stack([file.get_tensor(saved) for file in files])
+
+
+def _refuse_another_crowd(crowd: Agents, folder: Path) -> None:
+    """Raises CheckpointError if `folder` holds no crowd, or one of other agents."""
+    saved = read_meta(folder)
+    given = crowd.describe()
+    other = [
+        f"{key}: saved with {saved[key]}, found {given[key]}"
+        for key in ("num_agents", "r", "lora_alpha", "target_modules")
+        if saved[key] != given[key]
+    ]
+    if other:
+        raise CheckpointError(f"{folder} holds another crowd:\n  " + "\n  ".join(other))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Returns the description of the crowd in `folder`. Raises CheckpointError if it holds none."""
+    path = folder / META
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        adapter_tuning(found)
+        settings = Crowd(num_agents=found["num_agents"], aggregator=found["aggregator"])
+        numbers = list(map(float, found["concentration"]))
+        is_sound = len(numbers) == settings.num_agents and 0 < sum(numbers) < math.inf
+        is_sound = is_sound and min(numbers) >= 0 and isinstance(found["base"]["name"], str)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(repr(error).split())
+        raise CheckpointError(f"{path}: expected a crowd's description: {reason}") from None
+    if not is_sound:
+        raise CheckpointError(f"{path} is not what a run writes")
+    return found

@@ -11,7 +11,8 @@ they are served: by the aggregator's mixture of the agents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,21 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from sft.config.load import with_values
-from sft.config.schema import Config
+from sft.config.schema import Config, Crowd
 from sft.data import batches, cache
 from sft.data.cache import Prepared
 from sft.data.examples import Batch, Examples
 from sft.data.template import IGNORED
-from sft.errors import ConfigError, DataError
+from sft.errors import ConfigError, DataError, ExportError, MergeError, ModelError
 from sft.evaluate import generate
-from sft.tasks.base import Finding, Shrunk, TaskInfo
-from sft.tasks.crowd.agents import Agents
+from sft.models.export import BASE, adapter_tuning, base_record, put_weights
+from sft.models.load import add_adapters
+from sft.runtime.console import write_json
+from sft.tasks.base import Finding, Shrunk, Task, TaskInfo
+from sft.tasks.crowd.agents import META, Agents, read_agents, read_meta
 from sft.tasks.crowd.aggregator import Mixture, aggregator_of, fit, mix
 from sft.tasks.crowd.diversity import (
     BatchDiversity,
@@ -40,15 +45,17 @@ from sft.tasks.crowd.diversity import (
     diversity,
     select_pooled,
 )
-from sft.tasks.crowd.files import SavedCrowd
+from sft.tasks.sft.saved import BaseRecord, read_base_record
 from sft.tasks.sft.task import FineTune
 from sft.train.engine import Engine
 
 
-class CrowdTune(SavedCrowd):
+class CrowdTune(FineTune):
     """K LoRA agents on one frozen base."""
 
     modelled = (*FineTune.modelled, "crowd")
+    merge_arguments = " AGENT=0"
+    model: Agents
 
     # -- before there is a model
 
@@ -83,6 +90,10 @@ class CrowdTune(SavedCrowd):
             deepest_layer=crowd.layer,
             needs_global_batch=crowd.num_agents > 1 and crowd.lambda_sw > 0,
         )
+
+    @classmethod
+    def adapt(cls, base: nn.Module, config: Config) -> nn.Module:
+        return Agents(super().adapt(base, config), config.crowd)
 
     @classmethod
     def with_depth(cls, config: Config, depth: int) -> Config:
@@ -252,3 +263,116 @@ class CrowdTune(SavedCrowd):
         every = sorted(gather_object(found), key=lambda pair: pair[0])
         owners = [torch.full((part.shape[1],), i) for i, part in every]
         return torch.cat([part for _, part in every], 1), torch.cat(owners)
+
+    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Writes each agent as an adapter that loads alone, and a description of all of them."""
+        crowd, tokenizer = self.model, self.prepared.tokenizer
+        crowd.save_pretrained(str(folder), state_dict=weights)
+        record = base_record(self.config.model)
+        for agent in sorted(folder.glob("agent*")):
+            tokenizer.save_pretrained(str(agent))
+            write_json(agent / BASE, record)
+        tokenizer.save_pretrained(str(folder))
+        write_json(folder / META, {**crowd.describe(), "base": record})
+
+    def read(self, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        return read_agents(self.model, folder)
+
+    # -- a finished run, or its agents without it
+
+    @classmethod
+    def open(cls, run: Path, config: Config, *arguments: Any) -> Task:
+        if config.crowd.agent is not None:  # one agent alone is an adapter like any other
+            return _Agent.open(run, config, *arguments)
+        return super().open(run, config, *arguments)
+
+    @classmethod
+    def load_saved(
+        cls, folder: Path, config: Config, *arguments: Any, **options: Any
+    ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        if config.crowd.agent is not None:
+            return _Agent.load_saved(folder, config, *arguments, **options)
+        return super().load_saved(folder, config, *arguments, **options)
+
+    @classmethod
+    def take_saved(cls, adapted: Any, folder: Path, config: Config) -> None:
+        """Loads all agents, and the fitted concentration unless the configuration has its own."""
+        saved, settings = read_meta(folder), config.crowd
+        if saved["aggregator"] == "learned" and settings.concentration == Crowd().concentration:
+            adapted.concentration = tuple(map(float, saved["concentration"]))
+        elif settings.aggregator == "learned":
+            raise ExportError(
+                f"{folder}: crowd.aggregator: expected {saved['aggregator']}, as it was trained, "
+                "found learned, for which nothing was fitted; remove the override, or train with it"
+            )
+        put_weights(adapted, read_agents(adapted, folder))
+
+    @classmethod
+    def is_adapter(cls, folder: Path) -> bool:
+        return (folder / META).exists()
+
+    @classmethod
+    def adapter_files(cls, folder: Path) -> list[Path]:
+        own = super().adapter_files
+        return [folder / META, *itertools.chain(*map(own, sorted(folder.glob("agent*"))))]
+
+    @classmethod
+    def recorded_base(cls, folder: Path) -> BaseRecord | None:
+        return read_base_record(folder / META, "base")
+
+    @classmethod
+    def base_name(cls, folder: Path) -> str:
+        return str(read_meta(folder)["base"]["name"])
+
+    @classmethod
+    def with_adapter(cls, base: nn.Module, name: str, folder: Path) -> nn.Module:
+        saved = read_meta(folder)
+        settings = Crowd(num_agents=saved["num_agents"], aggregator=saved["aggregator"])
+        try:
+            crowd: Any = Agents(add_adapters(base, adapter_tuning(saved)), settings)
+            put_weights(crowd, read_agents(crowd, folder))
+        except ModelError as error:
+            raise ExportError(f"{folder} is no crowd of this base: {error}") from None
+        crowd.concentration = tuple(map(float, saved["concentration"]))
+        return crowd
+
+    @classmethod
+    def overrides_of_part(cls, folder: Path) -> list[str] | None:
+        number = folder.name.removeprefix("agent")
+        if not (cls.is_adapter(folder.parent) and number.isdecimal()):
+            return None
+        return [f"crowd.agent={number}"]
+
+    @classmethod
+    def refuse_merge(cls, config: Config, run: Path) -> None:
+        number = config.crowd.num_agents
+        if config.crowd.agent is None:
+            raise MergeError(
+                f"{run}: a mixture of {number} agents is no single model; give one of them, "
+                f"AGENT=0 to {number - 1}"
+            )
+
+    @classmethod
+    def part(cls, config: Config) -> dict[str, Any]:
+        return {"agent": config.crowd.agent}
+
+    @classmethod
+    def overrides_of(cls, record: Mapping[str, Any]) -> list[str]:
+        agent = record.get("agent")
+        return [] if agent is None else [f"crowd.agent={agent}"]
+
+    @classmethod
+    def describe_part(cls, config: Config) -> str:
+        agent = config.crowd.agent
+        return "" if agent is None else f"agent {agent} of {config.crowd.num_agents}, "
+
+
+class _Agent(FineTune):
+    """One agent of a crowd, used alone."""
+
+    @classmethod
+    def load_saved(
+        cls, folder: Path, config: Config, *arguments: Any, **options: Any
+    ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        place = folder / f"agent{config.crowd.agent}"
+        return super().load_saved(place, config, *arguments, **options)
