@@ -23,7 +23,6 @@ from sft.models import layers
 from sft.runtime import hardware
 from sft.runtime.console import duration
 from sft.runtime.disk import refuse_if_unwritable
-from sft.runtime.processes import Context
 from sft.tasks.base import Finding, Labels, Results, Row, Shrunk, Task, TaskInfo, Workload
 from sft.tasks.distill import darkroom, histories, report, rollout
 from sft.tasks.distill.config import EPISODE, Distill, DistillConfig
