@@ -110,6 +110,14 @@ class Preempted(UserError):
     exit_code = ExitCode.PREEMPTED
 
 
+def oom_message(error: BaseException) -> str | None:
+    """Returns the message of an allocator (host, torch or GPU), or None for any other error."""
+    message = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
+    phrases = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    is_torch = isinstance(error, RuntimeError) and any(phrase in message for phrase in phrases)
+    return message if is_torch or isinstance(error, MemoryError) else None
+
+
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY(_ID)?)$")  # HF_TOKEN, AWS_* ...
 
 

@@ -20,16 +20,15 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, release_memory
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft.config.schema import Generation
 from sft.data import batches, template
-from sft.errors import ModelError
+from sft.errors import ModelError, oom_message
 from sft.models.dtypes import DTYPES
 from sft.models.layers import is_split
-from sft.runtime import oom
 
 ROWS_CPU, ROWS_GPU = 64, 256  # the largest batch; a CPU is no faster with more (docs/LOG.md)
 DROP_SHARE = 1 / 8  # share of a batch that must have finished before its rows are dropped
@@ -229,9 +228,9 @@ def _halve_until_it_fits(
     try:
         return decode(batch)
     except Exception as error:
-        if len(batch) == 1 or oom.oom_message(error) is None:
+        if len(batch) == 1 or oom_message(error) is None:
             raise
-    oom.release_memory()
+    release_memory()
     half = len(batch) // 2
     return [
         *_halve_until_it_fits(batch[:half], decode),

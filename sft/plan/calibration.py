@@ -11,18 +11,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, release_memory
 
 from sft.config.load import with_values
 from sft.config.schema import RunConfig
 from sft.data.batches import Budget, MicroBatch
-from sft.errors import OutOfMemory
+from sft.errors import OutOfMemory, oom_message
 from sft.plan import dry_run, history
 from sft.plan.choose import budget_values
 from sft.plan.plan import Plan, make_plan, planner_of, replan
 from sft.plan.report import write_resolved
 from sft.plan.trace import Recorder
-from sft.runtime import oom
 from sft.runtime.console import size
 from sft.runtime.hardware import Hardware
 from sft.tasks.base import Workload
@@ -119,9 +118,9 @@ def _try(
     try:
         return (_peak_on_gpu if on_gpu else _peak_on_cpu)(engine, micro_batches, state_bytes), None
     except Exception as error:
-        if (reason := oom.oom_message(error)) is None:
+        if (reason := oom_message(error)) is None:
             raise
-    oom.release_memory()
+    release_memory()
     return 0, reason
 
 

@@ -31,8 +31,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from sft import errors
-from sft.errors import PeerError, Preempted, UserError, redact
-from sft.runtime import oom
+from sft.errors import PeerError, Preempted, UserError, oom_message, redact
 from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
 from sft.runtime.children import is_dead, is_stopped, machine_id
 from sft.runtime.console import read_json, write_json
@@ -203,7 +202,7 @@ class Guard:
             state = "preempted" if isinstance(error, Preempted) else state
         elif isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else code
-        elif message := oom.oom_message(error):  # not in a step: the engine handles those
+        elif message := oom_message(error):  # not in a step: the engine handles those
             code = errors.OutOfMemory.exit_code
             reason = f"memory ran out: {message}. Lower train.max_tokens or evaluation.batch_size"
         code, is_ours = self._write_end(state, code, reason, culprit)

@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, release_memory
 from torch import nn
 
 from sft import errors
 from sft.config.schema import Train
 from sft.data.batches import MicroBatch, cut, global_batch_ids
-from sft.errors import NonFiniteError, OutOfMemory, Preempted
+from sft.errors import NonFiniteError, OutOfMemory, Preempted, oom_message
 from sft.runtime import checkpoint, disk
 from sft.runtime.console import Advance, duration, metrics_line, size
-from sft.runtime.oom import oom_message, release_memory
 from sft.runtime.processes import Context
 from sft.train import recovery, retention
 from sft.train.parallel import share_model

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from sft.data import batches
 from sft.data.batches import Budget, MicroBatch
-from sft.runtime.oom import oom_message
+from sft.errors import oom_message
 
 Waits = Literal["never", "last backward", "backward", "forward"]
 Result = TypeVar("Result")
