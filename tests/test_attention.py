@@ -198,7 +198,7 @@ def test_borders():
 def test_what_the_kernel_has_not_is_refused(kernel):
     ids = torch.arange(2, 9)[None]
     dropping = build(LlamaConfig(**SMALL, attention_dropout=0.1), "varlen").train()
-    with pytest.raises(attention.AttentionError, match="dropout"):
+    with pytest.raises(errors.ModelError, match="dropout"):
         dropping(input_ids=ids, use_cache=False)
 
 
@@ -211,7 +211,7 @@ def test_what_neither_the_kernel_nor_sdpa_has_is_refused(there, request):
         reported = (
             f"attn_implementation: varlen has no attention with {what}, which this model needs"
         )
-        with pytest.raises(attention.AttentionError, match=reported):
+        with pytest.raises(errors.ModelError, match=reported):
             build(architecture, "varlen")(input_ids=ids, use_cache=False)
 
 

@@ -1,9 +1,9 @@
 """Keeps packed documents apart in attention, with PyTorch's flash kernel for rows of any length.
 
 This is `model.attn_implementation: varlen`, which transformers lacks. Without it, packing needs the
-package flash-attn, or a mask of tokens x tokens. The kernel needs no mask: documents begin where
-their position ids restart, as in transformers' use of flash-attn. What the kernel does not support
-(a CPU, fp32, a cache of keys and values, left padding) is computed by SDPA with a mask.
+package flash-attn or a mask of tokens x tokens. The kernel needs no mask: a document begins where
+position ids restart, as in transformers' use of flash-attn. What the kernel does not support (a
+CPU, fp32, a cache of keys and values, left padding) is computed by SDPA with a mask.
 """
 
 from __future__ import annotations
@@ -17,13 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sft.errors import UserError
+from sft.errors import ModelError
 
 NAME = "varlen"
-
-
-class AttentionError(UserError):
-    """The architecture has a form of attention that the kernel cannot compute."""
 
 
 def register() -> None:
@@ -38,7 +34,7 @@ def needs_no_mask(name: str, precision: str, on_gpu: bool) -> bool:
 
 
 def mask(*, q_length: int, kv_length: int, dtype: torch.dtype, **given: Any) -> torch.Tensor | None:
-    """Returns None if the kernel is used, which needs no mask, else the mask of SDPA."""
+    """Returns the mask of SDPA, or None if the kernel will be used."""
     is_whole = given["attention_mask"] is None and q_length == kv_length
     if is_whole and _kernel_dtype(torch.device(given["device"]), dtype):
         return None
@@ -57,7 +53,7 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Returns the attended values (rows, time, heads, size).
 
-    Raises AttentionError for dropout in the kernel, and for soft caps and sinks, which neither the
+    Raises ModelError for dropout in the kernel, and for soft caps and sinks, which neither the
     kernel nor SDPA has.
     """
     for name, feature in {"softcap": "soft caps", "s_aux": "sinks"}.items():
@@ -89,15 +85,15 @@ def attend(
     return attended.unflatten(0, (rows, time)), None
 
 
-def _lacks(feature: str) -> AttentionError:
-    return AttentionError(
+def _lacks(feature: str) -> ModelError:
+    return ModelError(
         f"model.attn_implementation: {NAME} has no attention with {feature}, which this model "
         "needs; set sdpa, or eager"
     )
 
 
 def _kernel_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
-    """Returns the dtype that the kernel would compute in, or None where there is no kernel."""
+    """Returns the dtype that the kernel would compute in, or None if it cannot be used."""
     if device.type != "cuda":
         return None
     if torch.is_autocast_enabled("cuda"):
@@ -105,25 +101,26 @@ def _kernel_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | Non
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
-_known = WeakTensorKeyDictionary()  # all layers of a pass have the same position ids
+_starts = WeakTensorKeyDictionary()  # of position ids, which all layers of a pass share
 
 
 def document_starts(
     positions: torch.Tensor | None, rows: int, time: int, device: torch.device
 ) -> tuple[torch.Tensor, int]:
-    """Returns the bounds of documents (documents + 1,) and the length of the longest one.
+    """Returns where documents start (documents + 1,), and the length of the longest one.
 
-    Rows are joined one after the other. `positions` (1 or rows, time) restart in each document.
+    The rows count as joined; the last entry is their end. `positions` (1 or rows, time) restart in
+    each document.
     """
     if positions is None:
         return torch.arange(0, rows * time + 1, time, dtype=torch.int32, device=device), time
-    if positions not in _known or _known[positions][0] != rows:
+    if positions not in _starts or _starts[positions][0] != rows:
         is_first = positions.expand(rows, time) == 0
         is_first[:, 0] = True
         first = is_first.flatten().nonzero()[:, 0]
         starts = torch.cat([first, first.new_tensor([rows * time])])
-        _known[positions] = rows, starts.int(), int(starts.diff().max())
-    _, starts, longest = _known[positions]
+        _starts[positions] = rows, starts.int(), int(starts.diff().max())
+    _, starts, longest = _starts[positions]
     return starts, longest
 
 
@@ -131,9 +128,8 @@ def document_starts(
 def documents_are_isolated(model: torch.nn.Module, precision: str, device: torch.device) -> bool:
     """Returns whether a document gets the same logits by itself and packed behind another.
 
-    transformers separates documents by restarting position ids, and silently does not in several
-    cases. So it is tried on the model that will train, with the arguments that training uses, and
-    in its precision: another one may have another kernel.
+    transformers separates documents where position ids restart, but in several cases silently does
+    not. So this tries the model that will train, with the arguments and the precision of training.
     """
     was_training = model.training
     model.eval()

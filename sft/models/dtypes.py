@@ -1,4 +1,4 @@
-"""Which data types a model's parameters have."""
+"""Checks and counts the data types of a model's parameters."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ParameterGroup:
 
 
 def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
-    """Counts parameters by part, dtype and whether they are trained; NF4 has two in a byte."""
+    """Counts parameters by part, dtype and whether they are trained; NF4 packs two into a byte."""
     counts: dict[tuple[str, str, bool], list[int]] = defaultdict(lambda: [0, 0])
     for name, parameter in model.named_parameters():
         quantised = parameter.dtype == torch.uint8

@@ -34,23 +34,23 @@ def save(
 ) -> None:
     """Writes the model, or its adapter, and the tokenizer into `folder` (safetensors).
 
-    `weights`: those to save, by name, if the model itself holds only parts of them.
-    `base`: the base of an adapter; loading the adapter onto another one is refused.
+    `weights`: those to save, by name, if the model holds only parts of them (FSDP2, ZeRO-3).
+    `base`: the base of an adapter; it is recorded, and another base is refused at loading.
     """
     model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
     tokenizer.save_pretrained(str(folder))
     if base is not None:
         (folder / BASE).write_text(json.dumps(base_record(base), indent=2) + "\n", "utf-8")
     config = folder / "config.json"
-    if config.exists():  # training turns the cache off; whoever loads the model wants it
+    if config.exists():  # training turns the cache off; inference needs it
         values = json.loads(config.read_text("utf-8"))
         config.write_text(json.dumps(values | {"use_cache": True}, indent=2) + "\n", "utf-8")
 
 
 def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name in `model`, weight) of what `save` wrote.
+    """Yields (name in `model`, weight) for the weights that `save` wrote.
 
-    Raises CheckpointError if one that is trained is missing or has another shape.
+    Raises CheckpointError if a trained one is missing or any has another shape.
     """
     known = dict(model.named_parameters())
     missing = {name for name, p in known.items() if p.requires_grad}
@@ -74,8 +74,8 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
 
 
 def adapter_tuning(config: dict[str, Any]) -> Tuning:
-    """Returns the shape of adapters from their config file. Raises ValueError or KeyError if it is
-    not one."""
+    """Returns the shape of adapters that their config describes. Raises ValueError or KeyError if
+    it describes none."""
     return Tuning(**{key: config[key] for key in ("r", "lora_alpha", "target_modules")})
 
 

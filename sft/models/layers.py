@@ -33,7 +33,7 @@ def full_tensor(parameter: Any) -> torch.Tensor:
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """Returns the repeated layers: the list of modules that holds the most parameters."""
+    """Returns the model's layers: the list of modules that holds the most parameters."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     return list(max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=()))
 
@@ -42,8 +42,8 @@ class SupervisedHead:
     """A hook that lets only chosen positions reach the vocabulary head: no others get logits.
 
     While `positions` is set, the head's input (batch, time, hidden) becomes (positions, hidden),
-    and the model returns logits (positions, vocabulary). Works through DDP and checkpointing, for
-    every architecture with a separate head, because it is a hook on that head.
+    and the model returns logits (positions, vocabulary). As a hook on the head it works for every
+    architecture that has one, and through DDP and checkpointing.
     """
 
     def __init__(self, model: nn.Module):

@@ -1,8 +1,7 @@
 """Loads tokenizer and model as configured: full, LoRA or QLoRA (NF4), with the dtype of each part.
 
-Trained weights are fp32 (their gradients and optimizer state too); compute runs under autocast when
-the precision is bf16; a frozen base is stored in the compute dtype, or in NF4. The policy is
-checked after the build, so a silent fp16 or a trainable base cannot happen.
+Trained weights, their gradients and their optimizer state are fp32. A frozen base is stored in the
+compute dtype or in NF4. In bf16, compute runs under autocast. All this is checked after the build.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from sft.config.schema import Config, Model, Tuning
@@ -36,7 +36,7 @@ def load_tokenizer(config: Model) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-        tokenizer("a")  # some of what a tokenizer's files get wrong shows only in use
+        tokenizer("a")  # some errors in a tokenizer's files show only in use
         return tokenizer
 
 
@@ -60,12 +60,12 @@ def keep_layers(architecture: Any, depth: int) -> Any:
 
 @contextmanager
 def explain_load_errors(name: str) -> Iterator[None]:
-    """Turns the errors of libraries for a missing, foreign or damaged model into a ModelError."""
+    """Turns what libraries raise for a missing, foreign or damaged model into a ModelError."""
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # files that anyone may have written can raise any error
+    except Exception as error:  # any error may follow from files that anyone may have written
         reason = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in reason:
             raise ModelError(
@@ -83,13 +83,13 @@ def explain_load_errors(name: str) -> Iterator[None]:
 
 
 def _check_files(folder: Path) -> None:
-    """Raises ModelError for a damaged or unsafe weight file, before any is read."""
+    """Raises ModelError for a weight file that is damaged or unsafe. Reads only headers."""
     for path in sorted(folder.glob("*.safetensors")):
         if reason := checkpoint.tensor_fault(path):
             raise ModelError(f"model.name: {path} cannot be loaded: {reason}; copy it again")
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        # transformers would follow it to any file, and unpickle one that is not safetensors.
+        # transformers would read any file that it names, and unpickle one that is not safetensors.
         names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
@@ -107,19 +107,18 @@ def build(
     """Returns the model ready to train: frozen, quantised and adapted as `tuning.mode` says.
 
     Weights are a function of (files, `train.seed`), the same on every process. Without `weights`
-    they are random and no file of them is read; all else is the same. `depth` sets the number of
-    layers. `adapt` adds the trained parts to a frozen base; by default, LoRA adapters.
+    they are random, and no weight file is read. `depth` sets the number of layers. `adapt` adds the
+    trained parts to a frozen base; by default, LoRA adapters.
     """
     torch.manual_seed(config.train.seed)
     mode = config.tuning.mode
     base: Any = load_base(config.model, mode, precision, device, weights, depth)
     if mode != "full":
-        for parameter in base.parameters():
-            parameter.requires_grad_(False)
+        base.requires_grad_(False)
         base = adapt(base, config) if adapt else add_adapters(base, config.tuning)
     # With a cache, transformers ignores the borders of packed documents.
     base.config.use_cache = False
-    if config.train.gradient_checkpointing is True:  # a plan has made `auto` one of the two
+    if config.train.gradient_checkpointing is True:  # the plan has decided about `auto`
         # Non-reentrant: gradients reach adapters although frozen embeddings have none.
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     check_dtypes(base, mode, precision)
@@ -139,36 +138,32 @@ def load_base(
     Raises ModelError for a model that cannot be loaded, or whose files lack weights.
     """
     check_attention(config)
-    kernel = None if config.attn_implementation == "auto" else config.attn_implementation
-    compute = DTYPES[precision]
-    storage = torch.float32 if mode == "full" else compute
+    compute, kernel = DTYPES[precision], config.attn_implementation
+    options = {
+        "dtype": torch.float32 if mode == "full" else compute,
+        "attn_implementation": None if kernel == "auto" else kernel,
+        "trust_remote_code": config.trust_remote_code,
+    }
     with explain_load_errors(config.name):
         if config.init == "random" or not weights:
             arch = architecture(config)
-            model = AutoModelForCausalLM.from_config(
-                arch if depth is None else keep_layers(arch, depth),
-                dtype=storage,
-                attn_implementation=kernel,
-                trust_remote_code=config.trust_remote_code,
-            )
-            model.to(device)
+            arch = arch if depth is None else keep_layers(arch, depth)
+            model = AutoModelForCausalLM.from_config(arch, **options).to(device)
             if mode == "qlora":
                 quantise(model, compute)
             return model
         _check_files(Path(config.name))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.name,
+            **options,
             revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=storage,
-            attn_implementation=kernel,
             use_safetensors=True,
             quantization_config=nf4(compute) if mode == "qlora" else None,
             device_map={"": device},
             output_loading_info=True,
         )
     model, info = loaded
-    if missing := sorted(info["missing_keys"]):  # which transformers makes up, with a warning
+    if missing := sorted(info["missing_keys"]):  # transformers only warns and makes them up
         raise ModelError(
             f"model.name: the weight files of {config.name!r} lack {len(missing)} tensors, such as "
             f"{missing[0]}; copy the model again, or set model.init: random for fresh weights"
@@ -181,8 +176,8 @@ def load_base(
 def check_attention(config: Model) -> None:
     """Registers `varlen` if it is configured. Raises ModelError for an architecture without it.
 
-    transformers does not check a name that was added to it. An architecture without flash attention
-    may need a mask that ours is not given, and what the kernel cannot take goes to SDPA.
+    transformers does not check a registered name. `varlen` needs an architecture that works without
+    a mask, as flash attention does, and SDPA for what its kernel does not support.
     """
     if config.attn_implementation != attention.NAME:
         return
@@ -195,7 +190,7 @@ def check_attention(config: Model) -> None:
                 attn_implementation=attention.NAME,
                 trust_remote_code=config.trust_remote_code,
             )
-        except KeyError as error:  # an older model has a table of its own
+        except KeyError as error:  # older models look names up in a table of their own
             if error.args != (attention.NAME,):
                 raise
     if not (model and model._supports_flash_attn and model._supports_sdpa):
@@ -206,7 +201,7 @@ def check_attention(config: Model) -> None:
 
 
 def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
-    """Returns `base` with a LoRA adapter of PEFT, in fp32."""
+    """Returns `base` with a LoRA adapter (PEFT) in fp32. Raises ModelError if no layer matches."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = "all-linear" if tuning.target_modules == "auto" else list(tuning.target_modules)
@@ -220,10 +215,14 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
     try:
         model = get_peft_model(base, config)
     except ValueError as error:
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if _is_linear(m)})
+        linear = {
+            name.rpartition(".")[2]
+            for name, module in base.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        }
         raise ModelError(
             f"tuning.target_modules: {targets} names no layer of this model; "
-            f"its linear layers are: {', '.join(linear)}"
+            f"its linear layers are: {', '.join(sorted(linear))}"
         ) from error
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -231,12 +230,8 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
     return model
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Returns settings of NF4 with double quantisation: QLoRA (Dettmers et al. 2023, section 3)."""
+    """Returns the settings of QLoRA (Dettmers et al. 2023, section 3): NF4, quantised twice."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -246,7 +241,7 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def quantise(model: Any, compute_dtype: torch.dtype) -> None:
-    """Quantises the layers of a model that was not loaded, as loading with `nf4` would."""
+    """Quantises a model that was made without files, as loading with `nf4` quantises."""
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -256,7 +251,7 @@ def quantise(model: Any, compute_dtype: torch.dtype) -> None:
     weights = dict(model.named_parameters())
     settings = nf4(compute_dtype)
     kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    with unset_fake_temporarily():  # bitsandbytes' class of parameters cannot be fake
+    with unset_fake_temporarily():  # parameters of bitsandbytes' own class cannot be fake
         replace_with_bnb_linear(model, kept, settings)
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
@@ -278,8 +273,8 @@ def quantise(model: Any, compute_dtype: torch.dtype) -> None:
 def keep_nf4_trainable(model: nn.Module) -> None:
     """Stops bitsandbytes from repacking NF4 weights for inference on CPUs with AVX512-BF16.
 
-    The first forward in eval mode without gradients would repack every weight in place, and the
-    backward passes that follow would read them in the old layout: wrong gradients, no error.
+    It would repack every weight in place in the first forward pass of eval mode. Later backward
+    passes would read the old layout: wrong gradients, no error.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -298,15 +293,15 @@ def model_sha256(config: Model) -> str:
 
 
 def weights_sha256(config: Model) -> str:
-    """Hashes only the weights. `config.json` is left out, because versions of transformers read it
-    differently and an adapter outlives a version."""
+    """Hashes only the weights: an adapter outlives a version of transformers, and versions read
+    config.json differently."""
     return hashlib.sha256(b"".join(_sample_weights(config))).hexdigest()
 
 
 def _sample_weights(config: Model) -> Iterator[bytes]:
     """Yields name, size and header of each file, and SAMPLE bytes at both ends of each tensor.
 
-    This is enough, because training changes values everywhere in most tensors.
+    Samples are enough, since training changes most tensors everywhere.
     """
     with explain_load_errors(config.name):
         found = cached_file(config.name, "config.json", revision=config.revision)
