@@ -18,7 +18,7 @@ from sft.plan.counts import count_parameters
 from sft.plan.history import Past, read_past
 from sft.plan.memory import Memory
 from sft.runtime.console import size
-from sft.runtime.disk import TOKENIZER_BYTES, Need, need
+from sft.runtime.disk import TOKENIZER_BYTES, Need, estimate_need
 from sft.runtime.hardware import Hardware, resolve_precision
 from sft.tasks.base import Labels, Workload
 from sft.tasks.registry import task_of
@@ -124,7 +124,7 @@ def predict_disk(config: RunConfig, num_examples: int) -> Need:
     info = task_of(config).info(config)
     steps = schedule.total_steps(config.train, num_examples)
     counts = count_parameters(config)
-    written = need(config.train, counts.trained, info.vocabulary, steps)
+    written = estimate_need(config.train, counts.trained, info.vocabulary, steps)
     if info.mode == "full":
         return written
     base = counts.parameters - counts.trained

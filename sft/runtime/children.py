@@ -28,7 +28,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def prepare_worker(parent: int) -> None:
-    """Makes a forked worker die with its parent, which alone handles signals."""
+    """Makes a worker process die with its parent, which alone handles signals."""
     signal.set_wakeup_fd(-1)  # the pipe belongs to the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -66,7 +66,7 @@ def process_state(pid: int) -> str:
 
 
 def kill_tree(pid: int) -> None:
-    """Kills a process and all its descendants. If this process is one of them, it is the last."""
+    """Kills a process and its descendants; this process, if it is one of them, as the last."""
     with suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         family = [root, *root.children(recursive=True)]
@@ -76,9 +76,9 @@ def kill_tree(pid: int) -> None:
 
 
 def run_captured(command: Sequence[str], seconds: float, environment: Mapping[str, str]) -> str:
-    """Returns what a command and its descendants print; kills them all after `seconds`.
+    """Returns what a command and its descendants print, when the last of them has ended.
 
-    It waits until the last process that may still print has ended.
+    Kills them all after `seconds`.
     """
     with subprocess.Popen(
         command,

@@ -14,6 +14,7 @@ from sft.runtime import hardware
 from sft.runtime.checkpoint import newest_first
 from sft.runtime.console import size
 
+# Of the optimizer's state, per trained parameter.
 ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.05, "paged_adamw_8bit": 2.05}
 WEIGHT_BYTES = 4  # trained weights are kept in fp32
 TOKENIZER_BYTES = 130  # per token of the vocabulary; files of Llama-3, Qwen2 and Gemma have 70-130
@@ -26,7 +27,7 @@ class Need:
     """The maximum bytes of disk that a run needs."""
 
     checkpoint: int  # bytes of one checkpoint
-    copies: int  # checkpoints at the same time: those that are kept, and the one being written
+    copies: int  # checkpoints at the same time: those that are kept and the one being written
     final: int  # bytes of the final checkpoint
     logs: int
     merged: int = 0  # bytes of a merge in bf16 after the run; not in the total
@@ -46,23 +47,23 @@ class Need:
 
 def checkpoint_bytes(train: Train, num_trained: int, vocabulary: int) -> int:
     """Returns the size of trained weights, their optimizer state and the tokenizer."""
-    state = ADAM_BYTES[train.optimizer]
-    return _final_bytes(num_trained, vocabulary) + math.ceil(num_trained * state)
+    state = math.ceil(num_trained * ADAM_BYTES[train.optimizer])
+    return _final_bytes(num_trained, vocabulary) + state
 
 
 def _final_bytes(num_trained: int, vocabulary: int) -> int:
     return num_trained * WEIGHT_BYTES + vocabulary * TOKENIZER_BYTES + SMALL_BYTES
 
 
-def need(train: Train, num_trained: int, vocabulary: int, steps: int) -> Need:
+def estimate_need(train: Train, num_trained: int, vocabulary: int, steps: int) -> Need:
     """Returns what a run of `steps` steps needs. Without `save_steps`, only a signal saves."""
     saves = 1 + math.ceil(steps / train.save_steps) if train.save_steps else 1
-    kept = min(saves, train.save_total_limit) if train.save_steps else 1
-    staging = 1 if saves > 1 or train.save_best else 0
-    best = 1 if train.save_best else 0
+    best = bool(train.save_best)
+    kept = min(saves, train.save_total_limit) + best
+    staging = saves > 1 or best
     return Need(
         checkpoint=checkpoint_bytes(train, num_trained, vocabulary),
-        copies=kept + staging + best,
+        copies=kept + staging,
         final=_final_bytes(num_trained, vocabulary),
         logs=steps * STEP_BYTES + 2**20,
     )

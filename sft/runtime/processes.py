@@ -43,7 +43,7 @@ class Context:
 
 
 def drop_launch_demands(config: Configured) -> Configured:
-    """Returns `config` without demands on the launch, to use a run's result on any processes."""
+    """Returns `config` without what it demands of a launch, to use the run on any processes."""
     free: dict[str, Any] = dict.fromkeys(("train.num_processes", "train.deepspeed_config"))
     free |= {"train.engine": "ddp", "train.offload": False, "train.micro_batch": "auto"}
     free |= {"train.gradient_accumulation_steps": "auto"}
@@ -53,8 +53,8 @@ def drop_launch_demands(config: Configured) -> Configured:
 def start_processes(train: Train, *, shared: bool = False) -> Accelerator:
     """Joins the process group. Raises ConfigError if it is not the one that was asked for.
 
-    `shared`: other connectors in this process stay in use, so their settings must be the same;
-    Accelerate raises ValueError for others.
+    `shared`: other connectors of this process stay in use; Accelerate raises ValueError if their
+    settings are not the same.
     """
     check_launch(train)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -69,32 +69,25 @@ def start_processes(train: Train, *, shared: bool = False) -> Accelerator:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         torch.set_num_threads(max(1, hardware.usable_cores() // local))
     if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guesses so
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
     if not shared:
         _reset_accelerate()
-    # Longer than the limit of the watchdog, which names the missing rank; this one just aborts.
+    # Longer than the limit of the watchdog, which reports the missing rank; this one only aborts.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * train.stall_timeout))
     if train.offload and not on_cpu:
-        group.backend = "cuda:nccl,cpu:gloo"  # norms and whole weights of shards on the host
+        group.backend = "cuda:nccl,cpu:gloo"  # gloo for norms and gathered weights
     if train.engine == "deepspeed":
         plugin = deepspeed_plugin(train)
         _form_group_of_one()
         group.backend = "gloo" if on_cpu else group.backend
         accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[group])
-        # Under ZeRO-3 transformers would split weights while it reads them, which neither NF4 nor
-        # the plan's models on fake tensors can have: one way to build a model, split afterwards.
+        # Else transformers would split the weights for ZeRO-3 while it reads them, which fails with
+        # NF4 and with the plan's fake tensors. Here every model is built whole and split later.
         unset_hf_deepspeed_config()
     else:
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision="bf16" if precision == "bf16" else "no",
-            kwargs_handlers=[
-                group,
-                DistributedDataParallelKwargs(
-                    broadcast_buffers=False, gradient_as_bucket_view=True
-                ),
-            ],
-        )
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        mixed = "bf16" if precision == "bf16" else "no"
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[group, ddp])
     if accelerator.num_processes != world:
         raise _wrong_world(world, accelerator.num_processes)
     return accelerator
@@ -138,7 +131,7 @@ def _wrong_world(expected: int | None, found: int) -> ConfigError:
 
 
 def _refuse_other_launchers(train: Train, precision: str) -> None:
-    """Raises ConfigError if the launch file, known by what it exports, contradicts `train`."""
+    """Raises ConfigError if the variables that a launch file has set contradict `train`."""
     flags = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp"}
     for variable, engine in flags.items():
         if os.environ.get(variable) == "true" and train.engine != engine:
@@ -164,7 +157,7 @@ def _refuse_other_launchers(train: Train, precision: str) -> None:
 
 
 def _refuse_other_deepspeed(train: Train) -> None:
-    """Raises ConfigError if the launch file sets more than the stage and the file of `train`."""
+    """Raises ConfigError if the launch file sets anything but `train`'s own stage and file."""
     named = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
     free = {"", "mixed_precision", "zero_stage", "deepspeed_config_file"}
     more = [key for key in named if key not in free and not key.startswith("deepspeed_")]
@@ -184,7 +177,7 @@ def _refuse_other_deepspeed(train: Train) -> None:
 
 
 def _forget_launch_file() -> None:
-    """Removes variables by which a launch file makes Accelerate and transformers act as well."""
+    """Removes the variables of a launch file, which Accelerate and transformers would act on."""
     prefixes = ("FSDP_", "ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_GRADIENT_")
     for name in [name for name in os.environ if name.startswith(prefixes)]:
         del os.environ[name]
@@ -205,7 +198,7 @@ def describe_world(accelerator: Accelerator) -> dict[str, str]:
 
 
 def end_processes(accelerator: Accelerator) -> None:
-    """Waits for all ranks of a run that ended well. Their group serves the next run here.
+    """Waits for all ranks of a run that ended well. Their process group is kept for a next run.
 
     A second group would find the addresses of the first one in the launcher's store, and hang.
     """
@@ -215,18 +208,18 @@ def end_processes(accelerator: Accelerator) -> None:
 
 
 def _reset_accelerate() -> None:
-    """Clears the settings that Accelerate keeps for a whole process, of an earlier run."""
+    """Clears the settings of an earlier run, which Accelerate keeps as long as the process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 def leave_process_group() -> None:
-    """Leaves the process group, before the interpreter's own exit."""
+    """Leaves the process group; after the run, but before the interpreter exits."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-# Keys of a DeepSpeed file that train.* owns; two places for one value would let one of them lie.
+# Keys that a DeepSpeed file may not have, because `train` sets their values.
 DEEPSPEED_OWNED = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.max_tokens",
@@ -240,7 +233,7 @@ DEEPSPEED_OWNED = {
 
 
 def deepspeed_settings(train: Train) -> dict[str, Any]:
-    """Reads `train.deepspeed_config`. Raises ConfigError for what cannot be used."""
+    """Reads `train.deepspeed_config`. Raises ConfigError for keys that cannot be used."""
     path = Path(str(train.deepspeed_config))
     try:
         settings = json.loads(path.read_text("utf-8"))
@@ -268,12 +261,12 @@ def deepspeed_plugin(train: Train) -> DeepSpeedPlugin:
 
     settings = deepspeed_settings(train)
     if not torch.cuda.is_available():
-        # Otherwise compiled at first use, for a minute, where gloo serves as well.
+        # It would be compiled at its first use, for a minute, and gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     settings |= {
-        "zero_force_ds_cpu_optimizer": False,  # its own Adam would be compiled at first use
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's Adam would be compiled at first use
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,  # accumulation is ours: boundaries are set by hand
+        "gradient_accumulation_steps": 1,  # the engine accumulates and sets the boundaries
         "gradient_clipping": train.max_grad_norm,
     }
     return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)

@@ -38,7 +38,7 @@ def _has_several_tasks() -> bool:
 
 
 def step_id() -> str | None:
-    """Returns a name that the tasks of one srun share, or None outside of several tasks."""
+    """Returns a name that the tasks of one srun share, or None if there are not several tasks."""
     if not _has_several_tasks() or "SLURM_STEP_ID" not in os.environ:
         return None
     return "_".join(os.environ.get(name, "0") for name in (*ATTEMPT, "SLURM_STEP_ID"))
@@ -87,7 +87,7 @@ def _refuse(reason: str) -> int:
 
 
 def newest_step(folder: Path) -> int:
-    """Returns the step of the newest checkpoint, or 0; its name appears only when it is whole."""
+    """Returns the step of the newest checkpoint, or 0. A folder with its name is always whole."""
     names = (re.fullmatch(r"checkpoint_step_(\d+)", path.name) for path in folder.glob("*"))
     return max((int(name.group(1)) for name in names if name), default=0)
 

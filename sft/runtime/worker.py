@@ -22,7 +22,7 @@ class Result:
 
 
 def main(folder: Path) -> None:
-    """Writes the result; in a file per process id, as independent copies all claim rank 0."""
+    """Writes the result into a file per process id, since independent copies all claim rank 0."""
     import torch
     from accelerate import Accelerator
 

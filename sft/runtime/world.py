@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from accelerate.commands.config.config_args import ClusterConfig
 
 PLAIN = Path(__file__).with_name("launch.yaml")
-LAUNCHES = ("MULTI_GPU", "FSDP", "DEEPSPEED")  # all others start one process
+LAUNCHES = ("MULTI_GPU", "FSDP", "DEEPSPEED")  # every other distributed_type starts one process
 PORT = 29500  # at which machines connect, unless MASTER_PORT is set
 
 
@@ -40,7 +40,7 @@ class World:
 
 
 def launch_file(train: Train) -> Path:
-    """Returns ACCELERATE_CONFIG; for DDP, the file of `make setup-accelerate`; else our own."""
+    """Returns ACCELERATE_CONFIG; else, for DDP, the file of `make setup-accelerate`; else ours."""
     if named := os.environ.get("ACCELERATE_CONFIG"):
         return Path(named)
     if train.engine == "ddp":
@@ -73,27 +73,27 @@ def world_of(train: Train, file: ClusterConfig) -> World:
     """Returns the world of a launch. Raises ConfigError if its values do not fit together.
 
     It reads NUM_PROCESSES (on each machine), NUM_MACHINES, MACHINE_RANK, MASTER_ADDR and
-    MASTER_PORT. Where these are not set, it takes the machines of the launch file, if that is for
-    several, and train.num_processes, or one process per GPU (two without a GPU).
+    MASTER_PORT. What these do not set is taken from the launch file, if that is for several
+    machines, and from train.num_processes; by default, one process per GPU (two without a GPU).
     """
-    own: dict[str, Any] = vars(file) if (file.num_machines or 1) > 1 else {}
-    machines = read_number("NUM_MACHINES", own.get("num_machines", 1), least=1)
+    given: dict[str, Any] = vars(file) if (file.num_machines or 1) > 1 else {}
+    machines = read_number("NUM_MACHINES", given.get("num_machines", 1), least=1)
     per_machine = read_number("NUM_PROCESSES", None, least=1) or _per_machine(train, machines)
     if machines == 1:
         return World(per_machine)
-    rank = read_number("MACHINE_RANK", own.get("machine_rank"), least=0)
+    rank = read_number("MACHINE_RANK", given.get("machine_rank"), least=0)
     if rank is None or rank >= machines:
         raise ConfigError(
             f"NUM_MACHINES={machines}: expected a MACHINE_RANK of 0 to {machines - 1}, another on "
             f"each machine, found {rank}"
         )
-    address = os.environ.get("MASTER_ADDR") or own.get("main_process_ip")
+    address = os.environ.get("MASTER_ADDR") or given.get("main_process_ip")
     if not address:
         raise ConfigError(
             f"NUM_MACHINES={machines}: expected MASTER_ADDR, the address of the machine of "
             f"MACHINE_RANK=0, the same on each machine (and a free MASTER_PORT there: {PORT})"
         )
-    port = read_number("MASTER_PORT", own.get("main_process_port") or PORT, least=1)
+    port = read_number("MASTER_PORT", given.get("main_process_port") or PORT, least=1)
     return World(per_machine, machines, rank, address, port)
 
 
@@ -108,7 +108,7 @@ def read_number(name: str, default: int | None, least: int) -> Any:
 
 
 def _per_machine(train: Train, machines: int) -> int:
-    if train.num_processes is None:  # another process counts the GPUs: here, CUDA would stay open
+    if train.num_processes is None:  # in another process: CUDA would stay open in this one
         command = [sys.executable, "-m", "sft.runtime.hardware"]
         root = Path(__file__).parents[2]
         counted = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
@@ -122,7 +122,7 @@ def _per_machine(train: Train, machines: int) -> int:
 
 
 def refuse_hidden_failures(path: Path, file: ClusterConfig) -> None:
-    """Raises ConfigError for a launch file that starts one process, or hides failures."""
+    """Raises ConfigError for a launch file that starts only one process, or hides failures."""
     if _kind(file) not in LAUNCHES:
         raise ConfigError(
             f"{path}: expected distributed_type {', '.join(LAUNCHES[:-1])} or {LAUNCHES[-1]} (for "
