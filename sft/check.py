@@ -157,7 +157,7 @@ def trial(config: RunConfig) -> Iterator[Finding]:
             f"one training step: {planned.global_batch} {planned.labels.examples}, "
             f"loss {values['train/loss']:.4f}, gradient norm {values['train/grad_norm']:.4f}",
         )
-        if task.saves_small_checkpoints:
+        if task.trial_saves:
             trained.prove_saving()
             taken = size(folder_bytes(Path(folder)))
             yield Finding(True, f"checkpoint: saved, verified and read back, {taken}")

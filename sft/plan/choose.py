@@ -188,7 +188,7 @@ class Planner:
     def heaviest_window(self, budget: batches.Budget, checkpointing: bool) -> Window:
         """Returns the heaviest micro-batch, with gradients from the start if a step has several."""
         chosen, accumulates = self.heaviest_micro_batch(budget, checkpointing)
-        return Window((self.workload.rows(chosen),), budget.layout, accumulates)
+        return Window((self.workload.sizes(chosen),), budget.layout, accumulates)
 
     def heaviest_micro_batch(
         self, budget: batches.Budget, checkpointing: bool
@@ -241,7 +241,7 @@ class Planner:
             return None
         ranks = batches.cut(range(len(work.lengths)), work.lengths, self.world_size, budget)
         chosen = self._heaviest(work, [m for rank in ranks for m in rank if m], False)
-        window = Window((work.rows(chosen),), budget.layout, gradients=True)
+        window = Window((work.sizes(chosen),), budget.layout, gradients=True)
         config = with_values(self.config, {"train.gradient_checkpointing": False})
         on_gpu, group = self.kind == "cuda", self._group(False)
         return predict(config, self.precision, window, on_gpu=on_gpu, evaluation=True, group=group)

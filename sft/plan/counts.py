@@ -50,7 +50,7 @@ ModelKey = tuple[type[RunConfig], str]  # a schema, and a configuration of it in
 def model_key(config: RunConfig, **train: Any) -> ModelKey:
     """Returns the sections that define the model, and these keys of `train`, as a cache key."""
     task = task_of(config)
-    values: dict[str, Any] = {name: getattr(config, name) for name in task.modelled}
+    values: dict[str, Any] = {name: getattr(config, name) for name in task.model_sections}
     values |= {"train": {"output_dir": "none", **train}, **task.placeholders}
     return type(config), type(config).model_validate(values).model_dump_json()
 

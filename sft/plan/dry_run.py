@@ -35,7 +35,7 @@ from sft.models.attention import needs_no_mask
 from sft.models.layers import embedding_layers
 from sft.plan.trace import AssumeOnes, Recorder, Trace
 from sft.runtime.processes import Context
-from sft.tasks.base import Row
+from sft.tasks.base import ExampleSize
 from sft.tasks.registry import task_of
 from sft.train.engine import Engine
 from sft.train.task import Batch, Trainable
@@ -47,7 +47,7 @@ CPU = torch.device("cpu")
 class Window:
     """What one process computes in an optimizer step."""
 
-    micro_batches: tuple[tuple[Row, ...], ...]
+    micro_batches: tuple[tuple[ExampleSize, ...], ...]
     layout: batches.Layout = "padded"
     gradients: bool = False  # exist from the start, from earlier micro-batches or in DDP's buckets
     waiting: int = 0  # tokens of collated micro-batches that wait; `memory` adds their bytes

@@ -6,7 +6,7 @@ Class methods answer before a model exists; an instance has one and is what the 
 A minimal task (tests/support/toy_task.py) defines a schema, a `RunConfig` with a section of its
 own, and
 
-    modelled            the sections that say what the model is
+    model_sections            the sections that say what the model is
     prepare             reads or makes the data
     workload            the sizes of the training examples and of the held-out ones
     build_model         the model, random or from files
@@ -45,7 +45,7 @@ from sft.runtime.processes import Context
 from sft.train.engine import Engine
 from sft.train.task import Batch
 
-Row = tuple[int, int]  # tokens of an example, and how many of them the loss is a sum over
+ExampleSize = tuple[int, int]  # tokens of an example, and how many of them the loss is a sum over
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Workload:
     supervised: np.ndarray  # (examples,) the number of items that the loss is a sum over
     held_out: Workload | None = None
 
-    def rows(self, chosen: Sequence[int]) -> tuple[Row, ...]:
+    def sizes(self, chosen: Sequence[int]) -> tuple[ExampleSize, ...]:
         """Returns the sizes of the `chosen` examples."""
         lengths, supervised = self.lengths, self.supervised
         return tuple((lengths[i], min(int(supervised[i]), lengths[i])) for i in chosen)
@@ -117,9 +117,9 @@ class Shrunk:
 
     values: dict[str, Any]  # for its sections, by dotted path
     changes: list[tuple[str, str]]  # shown to people: name, difference from the configuration
-    smooth: dict[str, Any]  # values with which every cut draws the same random numbers
+    exact: dict[str, Any]  # further values, if runs with different cuts are compared
     batch: int  # maximum examples of a global batch
-    among: str  # the rows among which the examples were chosen
+    chosen_from: str  # names the data that the examples come from
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Results:
 class Task(ABC):
     """One kind of training; see the module's docstring. `Any` is the task's own configuration."""
 
-    modelled: ClassVar[tuple[str, ...]]
+    model_sections: ClassVar[tuple[str, ...]]
     """Sections of the configuration that say what the model is."""
     placeholders: ClassVar[Mapping[str, Any]] = {}
     """Values for other sections that have required keys, where only the model matters."""
@@ -163,7 +163,7 @@ class Task(ABC):
     @classmethod
     def identity_of(cls, config: Any, prepared: Any) -> dict[str, str]:
         """Returns the values that a checkpoint of this run has; known before weights are loaded."""
-        own = {name: getattr(config, name).model_dump_json() for name in cls.modelled}
+        own = {name: getattr(config, name).model_dump_json() for name in cls.model_sections}
         return own | cls.digests(prepared)
 
     @classmethod
@@ -224,7 +224,7 @@ class Task(ABC):
         return config
 
     @classmethod
-    def blank_data(cls, config: Any, rows: Sequence[Row]) -> Any:
+    def blank_data(cls, config: Any, rows: Sequence[ExampleSize]) -> Any:
         """Returns data with examples of these sizes for a dry run, which ignores their content.
 
         By default it returns the prepared data. This suits tasks whose examples have one size.
@@ -290,7 +290,7 @@ class Task(ABC):
         """Yields findings about the model after its first step, whose run folder is `folder`."""
         yield from ()
 
-    saves_small_checkpoints = True
+    trial_saves = True
     """Whether a trial saves a checkpoint; a run tries it at its start anyway."""
 
     @classmethod

@@ -64,7 +64,7 @@ def make_small(config: RunConfig, folder: Path, *, exact: bool = False) -> Small
         **shrunk.values,
     }
     if exact:
-        wanted = {"train.precision": "fp32", "train.optimizer": "adamw", **shrunk.smooth}
+        wanted = {"train.precision": "fp32", "train.optimizer": "adamw", **shrunk.exact}
         changes += _list_changes(config, wanted)
         values |= wanted
     config, batch = with_values(config, values), shrunk.batch
@@ -75,7 +75,7 @@ def make_small(config: RunConfig, folder: Path, *, exact: bool = False) -> Small
     if per_epoch < 3:
         raise VerificationError(
             "expected at least 3 usable training rows, to interrupt an epoch in its middle and at "
-            f"its end; found {len(lengths)} among {shrunk.among}"
+            f"its end; found {len(lengths)} among {shrunk.chosen_from}"
         )
     steps = per_epoch + 3
     number = f"{len(lengths)} {task.info(config).labels.examples} to train on"

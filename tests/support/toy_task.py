@@ -36,7 +36,7 @@ class Rows:
 
 
 class ToyTask(Task):
-    modelled = ("toy",)
+    model_sections = ("toy",)
 
     @classmethod
     def prepare(cls, config: ToyConfig, tick: Callable[[], None] = lambda: None) -> Rows:

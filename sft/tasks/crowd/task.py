@@ -53,7 +53,7 @@ from sft.train.engine import Engine
 class CrowdTune(FineTune):
     """K LoRA agents on one frozen base."""
 
-    modelled = (*FineTune.modelled, "crowd")
+    model_sections = (*FineTune.model_sections, "crowd")
     merge_arguments = " AGENT=0"
     model: Agents
 
@@ -104,7 +104,7 @@ class CrowdTune(FineTune):
     @classmethod
     def shrink(cls, config: Config, folder: Path, exact: bool) -> Shrunk:
         made = super().shrink(config, folder, exact)
-        return replace(made, smooth=made.smooth | {"crowd.dropconnect": 0.0})
+        return replace(made, exact=made.exact | {"crowd.dropconnect": 0.0})
 
     def check_result(self, engine: Engine, folder: Path) -> Iterator[Finding]:
         if self.needs_global_batch:
@@ -295,7 +295,7 @@ class CrowdTune(FineTune):
         return super().load_saved(folder, config, *arguments, **options)
 
     @classmethod
-    def take_saved(cls, adapted: Any, folder: Path, config: Config) -> None:
+    def load_adapter(cls, adapted: Any, folder: Path, config: Config) -> None:
         """Loads all agents, and the fitted concentration unless the configuration has its own."""
         saved, settings = read_meta(folder), config.crowd
         if saved["aggregator"] == "learned" and settings.concentration == Crowd().concentration:

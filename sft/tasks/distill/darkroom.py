@@ -34,6 +34,11 @@ def place_of(cell: Any) -> tuple[Any, Any]:
     return divmod(cell, SIZE)
 
 
+def name_of(cell: int) -> str:
+    """Returns 'row,column', the name of a goal in files and tables."""
+    return "{},{}".format(*place_of(cell))
+
+
 def _neighbours() -> list[list[int]]:
     """Returns (cells, actions): the cell in which each move ends."""
 

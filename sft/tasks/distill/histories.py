@@ -26,7 +26,7 @@ from sft.errors import ExitCode, UserError
 from sft.runtime import children, hardware
 from sft.runtime.console import bar, make_console, write_json
 from sft.tasks.distill.config import EPISODE, Distill
-from sft.tasks.distill.darkroom import best_return, cell_of, goals, place_of, random_return
+from sft.tasks.distill.darkroom import best_return, cell_of, goals, name_of, place_of, random_return
 from sft.tasks.distill.source import SOURCES, Histories
 
 GROUPS = 4  # groups of goals, one process each; fewer and larger groups take less total time
@@ -163,7 +163,7 @@ def _write_curves(settings: Distill, folder: Path) -> None:
     """Writes the mean return of each episode by goal, and draws their mean."""
     learnt, _ = goals(settings.split_seed)
     means = load(settings).returns().mean(1)
-    named = {"{},{}".format(*place_of(goal)): means[i].tolist() for i, goal in enumerate(learnt)}
+    named = {name_of(goal): means[i].tolist() for i, goal in enumerate(learnt)}
     write_json(folder / CURVES, named)
     levels = {
         "random": float(np.mean([random_return(goal) for goal in learnt])),

@@ -13,88 +13,86 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from sft.runtime.console import table, write_json
-from sft.tasks.distill import darkroom, histories
+from sft.tasks.distill import histories
 from sft.tasks.distill.config import DistillConfig
+from sft.tasks.distill.darkroom import best_return, name_of, random_return
 
 LAST = 50  # final episodes, whose return measures what was learnt in context
 CURVE = "in_context_return.png"
+Levels = dict[str, dict[str, float]]  # "random" and "best": returns by goal
 
 
 @dataclass(frozen=True)
-class Tried:
+class UnseenResults:
     """The results on unseen goals, the same on every rank."""
 
     goals: list[int]
     returns: torch.Tensor  # (goals, seeds, episodes)
-    regions: list[int]  # steps of each region that the model ended
-    num_forced: int
+    regions: list[int]  # steps of each region that the model ended itself
+    num_forced: int  # regions that were full before the model ended them
 
 
-def results(tried: Tried) -> dict[str, Any]:
-    """Returns the returns in context of the last, the first and all episodes, by goal and seed."""
-    number = tried.returns.shape[2]
+def summarise_returns(found: UnseenResults) -> dict[str, Any]:
+    """Returns means over the last, the first and all episodes, by goal and seed."""
+    number = found.returns.shape[2]
     few = min(LAST, number)
     parts = {
-        f"last_{few}": tried.returns[..., -few:],
-        f"first_{few}": tried.returns[..., :few],
-        f"all_{number}": tried.returns,
+        f"last_{few}": found.returns[..., -few:],
+        f"first_{few}": found.returns[..., :few],
+        f"all_{number}": found.returns,
     }
-    return {name: _summary(tried, part.mean(-1)) for name, part in parts.items()}
-
-
-def _summary(tried: Tried, means: torch.Tensor) -> dict[str, Any]:
-    """Summarises means (goals, seeds)."""
-    return {
-        "mean": float(means.mean()),
-        "per_goal": dict(zip(map(_named, tried.goals), means.mean(1).tolist(), strict=True)),
-        "per_seed": means.mean(0).tolist(),
-        "per_goal_and_seed": dict(zip(map(_named, tried.goals), means.tolist(), strict=True)),
-    }
-
-
-def _named(goal: int) -> str:
-    return "{},{}".format(*darkroom.place_of(goal))
+    names = [name_of(goal) for goal in found.goals]
+    summaries = {}
+    for name, part in parts.items():
+        means = part.mean(-1)  # (goals, seeds)
+        summaries[name] = {
+            "mean": float(means.mean()),
+            "per_goal": dict(zip(names, means.mean(1).tolist(), strict=True)),
+            "per_seed": means.mean(0).tolist(),
+            "per_goal_and_seed": dict(zip(names, means.tolist(), strict=True)),
+        }
+    return summaries
 
 
 def show(
-    config: DistillConfig, tried: Tried, held_out: dict[str, float], out: Path
+    config: DistillConfig, found: UnseenResults, held_out: dict[str, float], folder: Path
 ) -> Iterator[RenderableType]:
     """Writes metrics.json and the curve, and yields the table and where the curve is."""
-    out.mkdir(parents=True, exist_ok=True)
-    returns = results(tried)
-    floors = {_named(goal): darkroom.random_return(goal) for goal in tried.goals}
-    tops = {_named(goal): darkroom.best_return(goal) for goal in tried.goals}
-    curve = tried.returns.mean((0, 1)).tolist()
-    written: dict[str, Any] = {"in_context_return": returns, "random": floors, "best": tops}
+    folder.mkdir(parents=True, exist_ok=True)
+    returns = summarise_returns(found)
+    levels: Levels = {
+        "random": {name_of(goal): random_return(goal) for goal in found.goals},
+        "best": {name_of(goal): best_return(goal) for goal in found.goals},
+    }
+    means = {name: float(np.mean([*each.values()])) for name, each in levels.items()}
+    curve = found.returns.mean((0, 1)).tolist()
+    written: dict[str, Any] = {"in_context_return": returns, **levels}
     if config.distill.compress:
-        written["regions"] = _regions(tried)
-    write_json(out / "metrics.json", {**written, "held_out": held_out, "curve": curve})
-    yield _table(returns, floors, tops)
+        counts = {"ended": len(found.regions), "forced": found.num_forced}
+        steps = {"mean_steps": float(np.mean(found.regions))} if found.regions else {}
+        written["regions"] = counts | steps
+    write_json(folder / "metrics.json", {**written, "held_out": held_out, "curve": curve})
+    yield _table(returns, levels, means)
     if config.distill.compress:
-        yield f"regions that the model has ended: {_regions(tried)}"
-    lines = {"random": float(np.mean([*floors.values()])), "best": float(np.mean([*tops.values()]))}
+        yield f"regions that the model has ended: {written['regions']}"
     curves = {"in context, unseen goals": curve}
     if (source := histories.folder_of(config.distill)).exists():  # else the run is from elsewhere
         curves["source, its own goals"] = histories.curve(source)
-    histories.draw(out / CURVE, curves, lines)
-    yield f"curve: {out / CURVE}"
+    histories.draw(folder / CURVE, curves, means)
+    yield f"curve: {folder / CURVE}"
 
 
-def _regions(tried: Tried) -> dict[str, float]:
-    steps = np.array(tried.regions)
-    counts = {"ended": len(steps), "forced": tried.num_forced}
-    return counts | ({"mean_steps": float(steps.mean())} if len(steps) else {})
-
-
-def _table(returns: dict[str, Any], floors: dict[str, float], tops: dict[str, int]) -> Table:
-    def row(name: str, floor: float, values: list[float], top: float) -> list[str]:
-        return [name, *(f"{value:.2f}" for value in (floor, *values, top))]
+def _table(returns: dict[str, Any], levels: Levels, means: dict[str, float]) -> Table:
+    def row(name: str, random: float, values: list[float], best: float) -> list[str]:
+        return [name, *(f"{value:.2f}" for value in (random, *values, best))]
 
     rows = [
-        row(goal, floor, [each["per_goal"][goal] for each in returns.values()], tops[goal])
-        for goal, floor in floors.items()
+        row(goal, random, [each["per_goal"][goal] for each in returns.values()], best)
+        for (goal, random), best in zip(
+            levels["random"].items(), levels["best"].values(), strict=True
+        )
     ]
-    lowest, top = float(np.mean([*floors.values()])), float(np.mean([*tops.values()]))
-    rows.append(row("mean", lowest, [each["mean"] for each in returns.values()], top))
+    own = [each["mean"] for each in returns.values()]
+    rows.append(row("mean", means["random"], own, means["best"]))
     columns = ("goal", "random", *(name.replace("_", " ") for name in returns), "best")
     return table("Return in context on goals that were never seen", columns, rows, left=0)

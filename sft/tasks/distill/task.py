@@ -23,7 +23,7 @@ from sft.models import layers
 from sft.runtime import hardware
 from sft.runtime.console import duration
 from sft.runtime.disk import refuse_if_unwritable
-from sft.tasks.base import Finding, Labels, Results, Row, Shrunk, Task, TaskInfo, Workload
+from sft.tasks.base import ExampleSize, Finding, Labels, Results, Shrunk, Task, TaskInfo, Workload
 from sft.tasks.distill import darkroom, histories, report, rollout
 from sft.tasks.distill.config import EPISODE, Distill, DistillConfig
 from sft.tasks.distill.source import SOURCES, Histories
@@ -39,7 +39,7 @@ from sft.tasks.distill.windows import Windows, blank_histories, num_bytes, split
 from sft.train.engine import Engine
 
 SETTINGS = "distill.json"  # beside a saved model
-SMALL_LAYERS, SMALL_WIDTH = 2, 32  # at most, in `make verify-*`
+SMALL_LAYERS, SMALL_WIDTH = 2, 32  # the largest model of `make verify-*`
 
 
 def build(settings: Distill, seed: int, device: torch.device) -> Transformer:
@@ -56,7 +56,7 @@ class Batch:
 class Distillation(Task):
     """Algorithm distillation (docs/research/DISTILL.md)."""
 
-    modelled = ("distill",)
+    model_sections = ("distill",)
     config: DistillConfig
     prepared: Histories
 
@@ -81,8 +81,8 @@ class Distillation(Task):
 
     @classmethod
     def identity_of(cls, config: DistillConfig, prepared: Histories) -> dict[str, str]:
-        played = {name for name in Distill.model_fields if name.startswith("eval_")}
-        settings = config.distill.model_dump_json(exclude=played | {"data_dir"})
+        evaluation = {name for name in Distill.model_fields if name.startswith("eval_")}
+        settings = config.distill.model_dump_json(exclude=evaluation | {"data_dir"})
         return {"distill": settings, **cls.digests(prepared)}
 
     @classmethod
@@ -129,20 +129,20 @@ class Distillation(Task):
         return build(config.distill, config.train.seed, device)
 
     @classmethod
-    def blank_data(cls, config: DistillConfig, rows: Sequence[Row]) -> Histories:
-        with _disable_current_modes():  # a step gathers its windows outside of the dry run
+    def blank_data(cls, config: DistillConfig, rows: Sequence[ExampleSize]) -> Histories:
+        with _disable_current_modes():  # tensors with values, from which windows are gathered
             return blank_histories(config.distill)
 
     @classmethod
     def answering_bytes(
         cls, config: DistillConfig, precision: str, prompts: Sequence[int], world_size: int
     ) -> int:
-        """Returns the bytes of an fp32 copy of the model and of the rows that a rank plays."""
+        """Returns the bytes of an fp32 copy of the model and of the attempts that a rank plays."""
         settings = config.distill
         _, unseen = darkroom.goals(settings.split_seed)
-        rows = math.ceil(len(unseen) * settings.eval_seeds / world_size)
+        attempts = math.ceil(len(unseen) * settings.eval_seeds / world_size)
         copy = 4 * sum(p.numel() for p in cls.skeleton(config).parameters())
-        return copy + rows * rollout.bytes_per_row(settings)
+        return copy + attempts * rollout.bytes_per_attempt(settings)
 
     @classmethod
     def resident_bytes(cls, prepared: Histories) -> int:
@@ -173,15 +173,15 @@ class Distillation(Task):
         settings = config.distill
         folder = histories.folder_of(settings)
         missing = histories.missing(settings)
-        each = f"{settings.num_streams} streams x {settings.num_steps} steps"
+        size = f"{settings.num_streams} streams x {settings.num_steps} steps"
         if not missing:
             number = len(histories.load(settings).cells)
-            yield Finding(True, f"histories: {number} goals x {each} in {folder}")
+            yield Finding(True, f"histories: {number} goals x {size} in {folder}")
             return
         refuse_if_unwritable(folder, "distill.data_dir")
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as those that collect
-        started = time.process_time()  # others may use this core as well
+        torch.set_num_threads(1)  # as in the processes that collect
+        started = time.process_time()  # not by the clock: other programs may use this core
         seed, learnt = missing[0]
         SOURCES[settings.source](learnt, settings.num_streams, EPISODE, seed)
         seconds = (time.process_time() - started) * settings.num_steps / EPISODE
@@ -190,7 +190,7 @@ class Distillation(Task):
         number = sum(len(learnt) for _, learnt in missing)
         yield Finding(
             True,
-            f"histories: {number} goals x {each} are collected into {folder} first, which takes "
+            f"histories: {number} goals x {size} are collected into {folder} first, which takes "
             f"about {duration(rounds * seconds)} (probed)",
         )
 
@@ -208,19 +208,16 @@ class Distillation(Task):
 
     def check_result(self, engine: Engine, folder: Path) -> Iterator[Finding]:
         settings = self.config.distill
-        tried = try_unseen(engine.model, settings, self.accelerator, 1, lambda: None)
-        on = ", on blank histories" if histories.missing(settings) else ""
-        episodes = f"{len(tried.goals)} unseen goals, an episode each{on}"
+        tried = self._try_unseen(engine.model, 1, lambda: None)
+        data = ", on blank histories" if histories.missing(settings) else ""
+        episodes = f"{len(tried.goals)} unseen goals, an episode each{data}"
         yield Finding(True, f"in context: {episodes}, return {float(tried.returns.mean()):.2f}")
 
     @classmethod
     def shrink(cls, config: DistillConfig, folder: Path, exact: bool) -> Shrunk:
-        """Returns values with a narrow model and short histories of PPO, which it collects.
-
-        Each goal has a window in two parts.
-        """
+        """Returns values with a narrow model and short histories of PPO, which it collects."""
         given = config.distill
-        context = min(given.context, 2 * EPISODE)
+        context = min(given.context, 2 * EPISODE)  # one episode for each region of `compress`
         wide = given.width > SMALL_WIDTH
         sizes = {
             "num_layers": min(given.num_layers, SMALL_LAYERS),
@@ -247,13 +244,11 @@ class Distillation(Task):
         collected = f"2 streams of {2 * context} steps of each goal, collected for this"
         changes = [("model", model), ("histories", collected)]
         values = {f"distill.{key}": value for key, value in sizes.items()}
-        batch = 2 * number // 5  # two whole ones and half of one
-        # The bias of keys has no gradient but rounding, of which AdamW would make updates.
-        smooth = {
-            "distill.dropout": 0.0,
-            "train.adam_epsilon": max(1e-6, config.train.adam_epsilon),
-        }
-        return Shrunk(values, changes, smooth, batch, "windows")
+        batch = 2 * number // 5  # an epoch has two whole batches and a partial one
+        # The biases of keys get gradients from rounding alone, which AdamW would scale up.
+        epsilon = max(1e-6, config.train.adam_epsilon)
+        exactly = {"distill.dropout": 0.0, "train.adam_epsilon": epsilon}
+        return Shrunk(values, changes, exactly, batch, "windows")
 
     # -- with a model
 
@@ -294,9 +289,8 @@ class Distillation(Task):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Returns the loss on held-out histories and the return in context on unseen goals."""
         found = super().evaluate(model)
-        number = self.settings.eval_quick
         with self.guard.section("evaluation"):
-            quick = try_unseen(model, self.settings, self.accelerator, number, self.guard.mark)
+            quick = self._try_unseen(model, self.settings.eval_quick, self.guard.mark)
         return {**found, "in_context_return": float(quick.returns.mean())}
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -318,16 +312,39 @@ class Distillation(Task):
         """Plays only the unseen goals: the held-out histories may be gone."""
         return Results({}, ({}, self._try_all(model)))
 
-    def _try_all(self, model: nn.Module) -> report.Tried:
+    def _try_all(self, model: nn.Module) -> report.UnseenResults:
         """Plays the unseen goals for all episodes."""
         number = self.settings.eval_episodes
         with self.guard.section("evaluation"), self.log.progress("episodes", number) as advance:
 
-            def between() -> None:
+            def after_episode() -> None:
                 self.guard.mark()
                 advance()
 
-            return try_unseen(model, self.settings, self.accelerator, number, between)
+            return self._try_unseen(model, number, after_episode)
+
+    def _try_unseen(
+        self, model: nn.Module, num_episodes: int, after_episode: Callable[[], None]
+    ) -> report.UnseenResults:
+        """Plays every unseen goal with every seed, divided among all processes. Collective.
+
+        Each rank plays on its own whole copy of the model, so nothing is exchanged before the end.
+        `after_episode` is called when all attempts of this rank have played one.
+        """
+        settings, accelerator = self.settings, self.accelerator
+        copy = whole_copy(model, settings, accelerator)
+        _, unseen = darkroom.goals(settings.split_seed)
+        attempts = [(goal, seed) for goal in unseen for seed in range(settings.eval_seeds)]
+        own = attempts[accelerator.process_index :: accelerator.num_processes]
+        played = rollout.play(copy, own, num_episodes, after_episode=after_episode) if own else None
+        gathered = [(tried, each) for tried, each in gather_object([(own, played)]) if each]
+        returns = torch.zeros(len(unseen), settings.eval_seeds, num_episodes)
+        for tried, each in gathered:
+            for (goal, seed), values in zip(tried, each.returns, strict=True):
+                returns[unseen.index(goal), seed] = values
+        regions = [steps for _, each in gathered for steps in each.regions]
+        num_forced = sum(each.num_forced for _, each in gathered)
+        return report.UnseenResults(unseen, returns, regions, num_forced)
 
     def report(
         self, base: Results | None, tuned: Results, folder: Path
@@ -339,7 +356,7 @@ class Distillation(Task):
         self, base: Results | None, tuned: Results
     ) -> tuple[list[tuple[str, str]], dict[str, str]]:
         _, tried = tuned.details
-        found = report.results(tried).items()
+        found = report.summarise_returns(tried).items()
         rows = [(name.replace("_", " "), f"{each['mean']:.2f}") for name, each in found]
         command = f"make evaluate RUN={self.config.train.output_dir}"
         return rows, {command: "the same, with other seeds or more episodes"}
@@ -351,8 +368,9 @@ class Distillation(Task):
         """Returns the task with the settings that the model was trained with."""
         saved = json.loads((run / "final_checkpoint" / SETTINGS).read_text("utf-8"))
         trained = {key: saved[key] for key in Distill.model_fields.keys() & saved.keys()}
-        played = {k: v for k, v in config.distill.model_dump().items() if k.startswith("eval_")}
-        settings = Distill.model_validate(trained | played)
+        given = config.distill.model_dump()
+        evaluation = {key: value for key, value in given.items() if key.startswith("eval_")}
+        settings = Distill.model_validate(trained | evaluation)
         config = config.model_copy(update={"distill": settings})
         return super().open(run, config, blank_histories(settings), *arguments)
 
@@ -378,34 +396,8 @@ def _cross_entropy(
     return F.cross_entropy(logits, targets, reduction="sum"), right
 
 
-def try_unseen(
-    model: nn.Module,
-    settings: Distill,
-    accelerator: Accelerator,
-    num_episodes: int,
-    between: Callable[[], None],
-) -> report.Tried:
-    """Plays every unseen goal with every seed, divided among all processes. Collective.
-
-    Each rank plays on its own whole copy of the model, so nothing is exchanged before the end.
-    `between` is called after each episode.
-    """
-    copy = whole_copy(model, settings, accelerator)
-    _, unseen = darkroom.goals(settings.split_seed)
-    rows = [(goal, seed) for goal in unseen for seed in range(settings.eval_seeds)]
-    mine = rows[accelerator.process_index :: accelerator.num_processes]
-    played = rollout.play(copy, mine, num_episodes, between=between) if mine else None
-    returns = torch.zeros(len(unseen), settings.eval_seeds, num_episodes)
-    gathered = [each for each in gather_object([(mine, played)]) if each[1]]
-    for theirs, found in gathered:
-        for (goal, seed), own in zip(theirs, found.returns, strict=True):
-            returns[unseen.index(goal), seed] = own
-    regions = [steps for _, found in gathered for steps in found.regions]
-    return report.Tried(unseen, returns, regions, sum(found.num_forced for _, found in gathered))
-
-
 def whole_copy(model: nn.Module, settings: Distill, accelerator: Accelerator) -> Transformer:
-    """Returns an fp32 copy of the model for use, with its present weights. Collective."""
+    """Returns an fp32 copy of the model for use, with its current weights. Collective."""
     plain = accelerator.unwrap_model(model)
     with torch.random.fork_rng(devices=[]):
         copy = Transformer(settings).to(accelerator.device)

@@ -144,11 +144,11 @@ class SavedTuning(Task):
         base = load.load_base(config.model, mode if quantised else "lora", precision, device)
         # Not by adapter_config.json, which can name modules to import.
         adapted = cls.adapt(base, config)
-        cls.take_saved(adapted, folder, config)
+        cls.load_adapter(adapted, folder, config)
         return adapted.eval(), tokenizer
 
     @classmethod
-    def take_saved(cls, adapted: nn.Module, folder: Path, config: Config) -> None:
+    def load_adapter(cls, adapted: nn.Module, folder: Path, config: Config) -> None:
         """Loads the adapter in `folder` into the adapted model of `config`."""
         refuse_another_shape(folder, adapted)
         load_weights(adapted, folder)

@@ -29,7 +29,7 @@ from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import Predictions, key_of, read_records
 from sft.models import attention, export, layers, load
 from sft.runtime.console import write_json
-from sft.tasks.base import Alternative, Finding, Results, Row, Shrunk, TaskInfo, Workload
+from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
 from sft.tasks.sft import report, shrink
 from sft.tasks.sft.saved import SavedTuning
 from sft.train.engine import Engine
@@ -40,7 +40,7 @@ TRIAL_ROWS, TRIAL_TOKENS = 8, 16  # rows of a trial, and tokens of its answer, a
 class FineTune(SavedTuning):
     """Supervised fine-tuning of a causal language model: full, LoRA or QLoRA."""
 
-    modelled: ClassVar[tuple[str, ...]] = ("model", "tuning")
+    model_sections: ClassVar[tuple[str, ...]] = ("model", "tuning")
     placeholders: ClassVar[Mapping[str, Any]] = {"data": {"train_path": "none"}}
     prepared: Prepared
 
@@ -142,7 +142,7 @@ class FineTune(SavedTuning):
             return cls.adapt(base.requires_grad_(False), config)
 
     @classmethod
-    def blank_data(cls, config: Config, rows: Sequence[Row]) -> Prepared:
+    def blank_data(cls, config: Config, rows: Sequence[ExampleSize]) -> Prepared:
         examples = Examples(
             ExampleArrays.pack(
                 (i, files.Row([], None, "dry run", i), _blank_example(*row))
@@ -217,7 +217,7 @@ class FineTune(SavedTuning):
         return with_values(config, few)
 
     @property
-    def saves_small_checkpoints(self) -> bool:  # type: ignore[override]
+    def trial_saves(self) -> bool:  # type: ignore[override]
         return self.config.tuning.mode != "full"  # whole weights can be large
 
     def check_result(self, engine: Engine, folder: Path) -> Iterator[Finding]:
