@@ -21,7 +21,7 @@ from sft.errors import UserError
 from sft.models.dtypes import dtype_table
 from sft.plan import calibration, plan
 from sft.plan import report as plan_report
-from sft.runtime import agreement, checkpoint, hardware
+from sft.runtime import checkpoint, hardware
 from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
 from sft.runtime.console import metrics_line
 from sft.runtime.disk import refuse_if_full
@@ -29,9 +29,11 @@ from sft.runtime.log import Log
 from sft.runtime.processes import (
     Context,
     check_launch,
+    collect_facts,
     describe_world,
     drop_launch_demands,
     end_processes,
+    refuse_differences,
     start_processes,
 )
 from sft.runtime.watchdog import Guard
@@ -54,8 +56,7 @@ def train(config: RunConfig) -> dict[str, float]:
         prepared = task.prepare(config, guard.tick)  # a process group could time out
         accelerator = start_processes(config.train)
         resumed_from = guard.join(accelerator, found)
-        facts = agreement.collect_facts(config, task.digests(prepared))
-        agreement.refuse_differences(facts)
+        refuse_differences(collect_facts(config, task.digests(prepared)))
         with closing(_open_log(config, accelerator)) as log:
             context = Context(accelerator, log, guard)
             metrics = _run(task, config, prepared, context, resumed_from)

@@ -14,7 +14,7 @@ from conftest import ROOT, launch, run
 
 from sft.data import batches
 from sft.errors import ConfigError, PeerError
-from sft.runtime import agreement, processes, slurm
+from sft.runtime import processes, slurm
 from sft.runtime.hardware import resolve_precision
 
 TRAIN = ["scripts/train.py", "--config", "configs/nano.yaml"]
@@ -159,13 +159,13 @@ def test_the_first_host_of_a_list(nodes, first):
 
 def test_the_ranks_that_differ_from_most_are_named(monkeypatch):
     reported = [{"data": "a" * 64, "version of torch": "2"} for _ in range(4)]
-    monkeypatch.setattr(agreement, "gather_object", lambda _: reported)
-    agreement.refuse_differences(reported[0])
+    monkeypatch.setattr(processes, "gather_object", lambda _: reported)
+    processes.refuse_differences(reported[0])
     reported[0]["version of torch"] = "1"
     reported[2] |= {"data": "b" * 64}
     reported[3] |= {"data": "b" * 64}
     with pytest.raises(PeerError) as caught:
-        agreement.refuse_differences(reported[0])
+        processes.refuse_differences(reported[0])
     assert caught.value.exit_code == 7
     lines = str(caught.value).splitlines()[1:-1]
     assert lines == [
@@ -176,10 +176,10 @@ def test_the_ranks_that_differ_from_most_are_named(monkeypatch):
 
 def test_facts_name_every_key_and_no_value(tmp_path):
     settings = tiny.config(tmp_path, learning_rate=0.7)
-    found = agreement.collect_facts(settings, {"data": "-"})
+    found = processes.collect_facts(settings, {"data": "-"})
     assert len(found["train.learning_rate"]) == 64
     assert str(tmp_path) not in str(found)
-    other = agreement.collect_facts(tiny.config(tmp_path, learning_rate=0.8), {"data": "-"})
+    other = processes.collect_facts(tiny.config(tmp_path, learning_rate=0.8), {"data": "-"})
     assert {name for name in found if found[name] != other[name]} == {"train.learning_rate"}
     assert {"data", "version of deepspeed", "code of sft"} < set(found)
 

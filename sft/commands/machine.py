@@ -8,7 +8,6 @@ import shutil
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -16,7 +15,6 @@ import psutil
 import sft
 from sft import cli
 
-PACKAGES = ("torch", "accelerate", "transformers", "peft", "bitsandbytes", "deepspeed")
 NUM_USES = 5  # the largest processes and folders are listed
 SMALL_BYTES = 50 * 1024**2  # smaller uses are not listed
 Use = tuple[int, str]  # bytes, by what
@@ -39,7 +37,7 @@ def gpu_info(args: Namespace) -> None:
         ("CUDA of torch", torch.version.cuda or "none: a CPU build"),
         ("Python", platform.python_version()),
         ("sft", sft.__version__),
-        *((name, _installed(name)) for name in PACKAGES),
+        *hardware.library_versions().items(),
     ]
     console.print()
     console.print(facts("Versions", rows))
@@ -61,14 +59,6 @@ def _why_no_gpu() -> str:
     if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return f"{found}, but CUDA_VISIBLE_DEVICES={hidden!r} hides them: unset it."
     return f"{found}, but torch cannot use them: is the driver too old for CUDA {cuda}?"
-
-
-def _installed(name: str) -> str:
-    """Returns a package's version from its metadata: an import may take seconds or need a GPU."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def memory_check_options(parser: cli.Parser) -> None:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -28,6 +29,7 @@ CPU_PROCESSES = 2  # without a GPU: enough to exchange gradients, cheap enough f
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
 WORST_TO_BEST = ("SYS", "NODE", "PHB", "PXB", "PIX", "NV")  # of `nvidia-smi topo -m`
 UNKNOWN = "unknown"
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,15 @@ def nearest_existing(path: Path) -> Path:
     """Returns `path`, or the nearest of its parents that exists."""
     path = path.absolute()
     return next(each for each in (path, *path.parents) if each.exists())
+
+
+def library_versions() -> dict[str, str]:
+    """Returns versions from the packages' metadata: an import may take seconds or need a GPU."""
+    found = dict.fromkeys(LIBRARIES, "not installed")
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def nvidia_smi(*arguments: str) -> str | None:

@@ -14,7 +14,7 @@ Three things differ from torchrun:
 
 from __future__ import annotations
 
-import contextlib
+import io
 import logging
 import os
 import re
@@ -22,9 +22,8 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ from sft.runtime.world import (
 )
 
 LOG = "launcher.log"
+TORCHRUN = [f"torch.distributed.{name}" for name in ("elastic", "run", "launcher")]  # loggers
 
 
 def is_rank() -> bool:
@@ -82,20 +82,20 @@ def launch(train: Train, program: Sequence[str], *, trains: bool = False) -> int
     file = read_launch_file(path)
     refuse_hidden_failures(path, file)
     world = world_of(train, file)
-    folder, report = Path(train.output_dir), _Report()
+    folder = Path(train.output_dir)
     status = folder / "status.json"
     before = modified_at(status)
     with (
         tempfile.TemporaryDirectory(prefix="sft_launch_") as logs,
         SignalRelay(Path(logs)) as relay,
-        report.capture(),
+        _captured_messages() as report,
     ):
         command = [*_options(path, world, logs), *program]
         command += [f"train.num_processes={world.num_processes}"] if trains else []
-        failures = _run(world, command, report)
+        failures = _run(world, command)
     if _needs_report(failures, relay.stops):
         own = Path(tempfile.gettempdir()) / f"sft_{os.getpid()}_{LOG}"
-        report.save(folder / LOG if modified_at(status) > before else own)
+        _save(report.getvalue(), folder / LOG if modified_at(status) > before else own)
     return _outcome(written_code(status, before), failures, relay.stops)
 
 
@@ -110,7 +110,7 @@ def _options(path: Path, world: World, logs: str) -> list[str]:
     return options
 
 
-def _run(world: World, command: list[str], report: _Report) -> dict[int, int]:
+def _run(world: World, command: list[str]) -> dict[int, int]:
     """Runs the ranks to their end; returns {rank: exit code} of the failed, earliest first."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed import DistError
@@ -122,7 +122,7 @@ def _run(world: World, command: list[str], report: _Report) -> dict[int, int]:
     try:
         launch_command(launch_command_parser().parse_args(command))
     except ChildFailedError as error:
-        report.add(str(error))
+        logging.getLogger(TORCHRUN[0]).error(str(error))
         return {rank: failure.exitcode for rank, failure in error.failures.items()}
     except (ConnectionError, DistError) as error:
         meeting = f"{world.address}:{world.port}" if world.address else "a port of this machine"
@@ -239,43 +239,32 @@ def _send(pids: list[int], number: int) -> None:
             os.kill(pid, number)
 
 
-class _Report(logging.Handler):
-    """A log handler that collects torchrun's messages for a file instead of the console."""
-
-    NAMES = ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.add(self.format(record))
-
-    def add(self, text: str) -> None:
-        self.lines.append(f"{time.strftime('%F %T')} {text}\n")
-
-    @contextlib.contextmanager
-    def capture(self) -> Iterator[None]:
-        loggers = [logging.getLogger(name) for name in self.NAMES]
+@contextmanager
+def _captured_messages() -> Iterator[io.StringIO]:
+    """Collects torchrun's messages for a file instead of the console."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%F %T"))
+    loggers = [logging.getLogger(name) for name in TORCHRUN]
+    for each in loggers:
+        each.addHandler(handler)
+        each.propagate = False
+    try:
+        yield text
+    finally:
         for each in loggers:
-            each.addHandler(self)
-            each.propagate = False
-        try:
-            yield
-        finally:
-            for each in loggers:
-                each.removeHandler(self)
-                each.propagate = True
+            each.removeHandler(handler)
+            each.propagate = True
 
-    def save(self, path: Path) -> None:
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(self.lines)
-        except OSError as error:
-            print(f"cannot write {path}: {error.strerror}", file=sys.stderr)
-            sys.stderr.writelines(self.lines)
-        else:
-            print(f"what every rank ended with: {path}", file=sys.stderr)
+
+def _save(text: str, path: Path) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        print(f"cannot write {path}: {error.strerror}\n{text}", file=sys.stderr, end="")
+    else:
+        print(f"what every rank ended with: {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Joins the processes of a run, and checks that they are the ones that were asked for.
 
 Launchers fail silently: two processes without a group, or one where two were asked for, train
-without an error. So the world is compared with what was launched and with what was asked for.
+without an error. So the world is compared with what was launched and with what was asked for, and
+the ranks compare their code, configuration and data.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import atexit
 import json
 import math
 import os
+import re
 import socket
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +28,8 @@ from accelerate.utils import DeepSpeedPlugin, gather_object
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sft.config.load import with_values
-from sft.config.schema import Configured, Train
-from sft.errors import ConfigError, require_extra
+from sft.config.schema import Configured, RunConfig, Train
+from sft.errors import ConfigError, PeerError, require_extra
 from sft.runtime import hardware
 from sft.runtime.hardware import resolve_precision
 from sft.runtime.log import Log
@@ -189,12 +193,59 @@ def describe_world(accelerator: Accelerator) -> dict[str, str]:
     world, device = accelerator.num_processes, accelerator.device
     cpu = f"CPU with {torch.get_num_threads()} thread(s)"
     own = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    names = Counter(gather_object([own]) if world > 1 else [own])
+    names = Counter(gather_object([own]))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     backend = f", {torch.distributed.get_backend()}" if world > 1 else ""
     machines = f" on {math.ceil(world / local)} machines, {local} on each" if local < world else ""
     devices = ", ".join(f"{number} x {name}" for name, number in names.items())
     return {"devices": devices, "spread": f"{machines}{backend}"}
+
+
+def collect_facts(config: RunConfig, data: Mapping[str, str]) -> dict[str, str]:
+    """Returns what must be equal on all ranks, by name. `data` has digests of the training data.
+
+    Values of the configuration may be secret, so only their digests are in the result.
+    """
+    values = {
+        f"{section}.{key}": sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        for section, keys in config.model_dump(mode="json").items()
+        for key, value in keys.items()
+    }
+    code = [path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
+    return {
+        **values,
+        **data,
+        **{f"version of {name}": found for name, found in hardware.library_versions().items()},
+        "code of sft": sha256(b"".join(code)).hexdigest(),
+    }
+
+
+def refuse_differences(facts: Mapping[str, str]) -> None:
+    """Raises PeerError, on all ranks, if `facts` are not the same on all. Collective.
+
+    The value that most ranks have counts as right; with two ranks, that of the first.
+    """
+    ranks: list[dict[str, str]] = gather_object([dict(facts)])
+    problems = []
+    for name in sorted({name for each in ranks for name in each}):
+        found = [each.get(name, "absent") for each in ranks]
+        usual = Counter(found).most_common(1)[0][0]
+        for value in dict.fromkeys(value for value in found if value != usual):
+            others = [rank for rank, each in enumerate(found) if each == value]
+            problems.append(
+                f"{name}: {_short(value)} on rank {', '.join(map(str, others))}, "
+                f"{_short(usual)} on rank {found.index(usual)}"
+            )
+    if problems:
+        raise PeerError(
+            "the ranks are not one run; these differ (values of the configuration by their "
+            "digest):\n  " + "\n  ".join(problems) + "\nStart all of them with the same "
+            "configuration, data, environment and code."
+        )
+
+
+def _short(value: str) -> str:
+    return value[:12] if re.fullmatch(r"[0-9a-f]{64}", value) else value
 
 
 def end_processes(accelerator: Accelerator) -> None:

@@ -57,11 +57,11 @@ def run() -> None:
     rate = ["train.learning_rate=0.7"] if RANK else []
     config = load_config("configs/nano.yaml", [*settings, *rate])
     from sft import run
-    from sft.runtime import agreement
+    from sft.runtime import hardware
 
-    found = agreement._version
+    found = hardware.library_versions()
     if RANK == 1:
-        agreement._version = lambda name: "0.0.1" if name == "peft" else found(name)
+        hardware.library_versions = lambda: found | {"peft": "0.0.1"}
     run.train(config)
 
 
