@@ -475,7 +475,7 @@ def scored(
     }
     if task.config.evaluation.num_examples:
         with tempfile.TemporaryDirectory(dir=work) as folder:
-            found = task.answers(built, Path(folder, "answers.jsonl"), kind)
+            found = task.answer_held_out(built, Path(folder, "answers.jsonl"), kind)
         result["exact_match"] = found.tally.values()["exact_match"]
     return result
 

@@ -151,7 +151,7 @@ def test_the_planned_answers_take_what_real_ones_take(config, prepared, mode, tm
     alone.unwrap_model, alone.wait_for_everyone = lambda model: model, lambda: None
     task = FineTune(given, prepared, built, made.budget, Context(alone, Log(None)))
     with recorder:
-        task.answers(built, tmp_path / "answers.jsonl", "base")
+        task.answer_held_out(built, tmp_path / "answers.jsonl", "base")
     trained = 4 * made.num_trained
     true_bytes = recorder.trace.peak().num_bytes + 3 * trained  # gradients, and two moments
     assert true_bytes < made.generation_bytes < 1.5 * true_bytes

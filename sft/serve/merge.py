@@ -109,7 +109,7 @@ def retest(
     run = run or Path(stored["run"])
     base = base or stored.get("base", "original")
     task = task_of(load_run_config(run))
-    overrides = [*task.overrides_of(stored), *(overrides or [])]
+    overrides = [*task.recorded_overrides(stored), *(overrides or [])]
     report = prove(folder, run, _load_config(run, base, overrides), base)
     show_proof(report, folder, say)
     return report
@@ -216,7 +216,7 @@ def _card(report: dict[str, Any], config: Config, run: Path, folder: Path) -> st
     name = config.model.name
     name = Path(name).name if Path(name).is_absolute() else name
     tuning, train = config.tuning, config.train
-    part = task_of(config).describe_part(config)
+    part = task_of(config).describe_selection(config)
     audit = run / "audit.json"
     audited = json.loads(audit.read_text("utf-8")) if audit.exists() else {}
     length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"

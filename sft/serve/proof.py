@@ -86,7 +86,7 @@ def prove(folder: Path, run: Path, config: Config, base: str) -> dict[str, Any]:
         "run": str(run),
         "dtype": dtype,
         "base": base,
-        **task_of(config).part(config),
+        **task_of(config).selection(config),
         "num_prompts": len(prompts),
         "checks": checks,
     }

@@ -101,7 +101,7 @@ def open_model(opening: Opening) -> AnswerModel:
 def _part_of_run(folder: Path) -> Config | None:
     """Returns the configuration for `folder`, a part of a checkpoint of a run; None for others."""
     run = folder.parents[1] / "config.yaml" if len(folder.parents) > 1 else folder
-    parts = (task.overrides_of_part(folder) for task in fine_tuning_tasks())
+    parts = (task.overrides_for(folder) for task in fine_tuning_tasks())
     overrides = next((part for part in parts if part is not None), None)
     if overrides is None or not run.is_file():
         return None
@@ -129,7 +129,7 @@ def _open_run(opening: Opening, config: Config, weights: Path) -> AnswerModel:
         config = config.model_copy(update={"tuning": tuning})
     task = task_of(config)
     built, tokenizer = task.load_saved(weights, config, opening.precision, opening.device)
-    own = f"{checkpoint.sha256(weights / checkpoint.MANIFEST)} {task.part(config)}"
+    own = f"{checkpoint.sha256(weights / checkpoint.MANIFEST)} {task.selection(config)}"
     base = load.model_sha256(config.model) if config.tuning.mode != "full" else ""
     return _answer_model(
         opening, task.as_answer_model(built), tokenizer, base, own, config.tuning.mode

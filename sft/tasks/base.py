@@ -6,7 +6,7 @@ Class methods answer before a model exists; an instance has one and is what the 
 A minimal task (tests/support/toy_task.py) defines a schema, a `RunConfig` with a section of its
 own, and
 
-    model_sections            the sections that say what the model is
+    model_sections      the sections that say what the model is
     prepare             reads or makes the data
     workload            the sizes of the training examples and of the held-out ones
     build_model         the model, random or from files
@@ -53,7 +53,7 @@ class Labels:
     """The words that a plan of the task uses."""
 
     examples: str = "examples"
-    each: str = ""  # describes one example
+    each: str = ""  # follows `examples`, such as " of 120 transitions"
     items: str = "supervised"  # the tokens that the loss is a sum over
     answers: str = "answering held-out prompts"
     answers_key: str = "evaluation.batch_size"  # the key that lowers the memory of answers
@@ -64,8 +64,8 @@ class Labels:
 class TaskInfo:
     """The values on which memory and time depend, besides `train`."""
 
-    text: Any  # sizes of the model, named as in configurations of transformers
-    cache: Path  # folder for files that outlive a run
+    text: Any  # sizes of the model, named as in transformers' configurations of text models
+    cache: Path  # a folder that outlives a run
     mode: str = "full"  # as in `tuning.mode`
     copies: int = 1  # how often each token goes through the model
     deepest_layer: int = -1  # the last layer that the loss reads; -1: the last of all
@@ -73,9 +73,9 @@ class TaskInfo:
     packs: bool = True  # whether several examples can share a row
     attention: str = "auto"  # as in `model.attn_implementation`
     vocabulary: int = 0  # entries of the tokenizer that is saved
-    small: bool = False  # tracing few layers, or gradient checkpointing, has no benefit
+    small: bool = False  # traced whole, and without gradient checkpointing
     examples_bytes: int = 0  # bytes of all training examples, if each process keeps them in RAM
-    waiting_bytes: int = 0  # bytes of one token in a micro-batch that is collated and waits
+    waiting_bytes: int = 0  # bytes of a token in a collated micro-batch that waits for its turn
     labels: Labels = Labels()
 
 
@@ -99,12 +99,12 @@ class Alternative:
 
     values: dict[str, Any]  # by dotted path
     price: str
-    max_length: int | None = None  # tokens that examples are shortened to
+    max_length: int | None = None  # tokens to which longer examples are cut
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check of `make check`."""
+    """The result of one check of `make check`. `do`: how the user corrects it."""
 
     ok: bool
     what: str
@@ -118,7 +118,7 @@ class Shrunk:
     values: dict[str, Any]  # for its sections, by dotted path
     changes: list[tuple[str, str]]  # shown to people: name, difference from the configuration
     exact: dict[str, Any]  # further values, if runs with different cuts are compared
-    batch: int  # maximum examples of a global batch
+    batch: int  # examples of a global batch, at most
     chosen_from: str  # names the data that the examples come from
 
 
@@ -136,7 +136,7 @@ class Task(ABC):
     model_sections: ClassVar[tuple[str, ...]]
     """Sections of the configuration that say what the model is."""
     placeholders: ClassVar[Mapping[str, Any]] = {}
-    """Values for other sections that have required keys, where only the model matters."""
+    """Values for required keys of other sections, where only the model matters."""
     needs_global_batch = False
 
     # -- before there is a model
@@ -172,7 +172,7 @@ class Task(ABC):
 
     @classmethod
     def info(cls, config: Any) -> TaskInfo:
-        """Returns the values on which memory and time depend. By default the model is small."""
+        """Returns what memory and time depend on. By default the model counts as small."""
         shapes = [p.shape for p in cls.skeleton(config).parameters() if p.ndim > 1]
         widest = max((max(shape) for shape in shapes), default=1)
         sizes = {"hidden_size": widest, "num_hidden_layers": len(shapes), "vocab_size": 1}
@@ -224,10 +224,10 @@ class Task(ABC):
         return config
 
     @classmethod
-    def blank_data(cls, config: Any, rows: Sequence[ExampleSize]) -> Any:
+    def blank_data(cls, config: Any, sizes: Sequence[ExampleSize]) -> Any:
         """Returns data with examples of these sizes for a dry run, which ignores their content.
 
-        By default it returns the prepared data. This suits tasks whose examples have one size.
+        The default, the prepared data, suits tasks whose examples all have one size.
         """
         with _disable_current_modes():  # a dry run makes tensors without values
             return cls.prepare(config)
@@ -236,7 +236,7 @@ class Task(ABC):
     def answering_bytes(
         cls, config: Any, precision: str, prompts: Sequence[int], world_size: int
     ) -> int:
-        """Returns the additional bytes that one process needs to answer prompts or try goals.
+        """Returns the bytes that an evaluation adds to those of the model, in one process.
 
         `prompts`: tokens of each held-out prompt.
         """
@@ -291,13 +291,13 @@ class Task(ABC):
         yield from ()
 
     trial_saves = True
-    """Whether a trial saves a checkpoint; a run tries it at its start anyway."""
+    """Whether the trial of `make check` saves a checkpoint; a run tries that at its start."""
 
     @classmethod
     def shrink(cls, config: Any, folder: Path, exact: bool) -> Shrunk:
         """Returns a version of the task that is small enough for many whole runs.
 
-        `exact`: no randomness, so that runs with different cuts can be compared.
+        `exact`: without randomness, so that runs with different cuts can be compared.
         """
         raise VerificationError(f"task: {config.task} cannot be made small, so it cannot be tried")
 
@@ -365,7 +365,7 @@ class Task(ABC):
     def _held_out_batches(self, advance: Advance) -> Iterator[Batch]:
         """Yields this rank's micro-batches, as many as on every other rank.
 
-        They are cut from some examples at a time: cutting all would need memory for each of them.
+        It cuts `WINDOW` examples at a time: a cut of all would take memory for each of them.
         """
         lengths, world = self.held_out_lengths, self.accelerator.num_processes
         everything = range(len(lengths))
@@ -400,7 +400,7 @@ class Task(ABC):
     def check_layout(self, precision: str, layout: str) -> None:
         """Changes the layout of the budget if this model cannot use the planned one.
 
-        Raises ConfigError if `layout`, the configured one, demands it.
+        Raises ConfigError if the configured `layout` demands that one.
         """
 
     def finish(self, model: nn.Module) -> None:
@@ -415,7 +415,7 @@ class Task(ABC):
     def measure(self, model: nn.Module, folder: Path, state: str) -> Results:
         """Returns the results that the run reports; files go to `folder`. Collective.
 
-        `state`: what changes the results beside the configuration: weights and precision.
+        `state` names the model's weights and precision, on which the results depend.
         """
         return Results(self.evaluate(model))
 

@@ -21,13 +21,12 @@ TASKS = {  # name -> (schema of its configuration, class)
     "distill": ("sft.tasks.distill.config:DistillConfig", "sft.tasks.distill.task:Distillation"),
 }
 
-EXTRAS = {  # of pyproject.toml, each with the name of its task, and what it installs
+EXTRAS = {  # task -> packages of the extra in pyproject.toml that has the task's name
     "distill": ("gymnasium", "stable_baselines3", "matplotlib"),
 }
 
-VERBS: dict[
-    str, tuple[Any, ...]
-] = {  # of `sft.commands`, for tasks that have their own: help, function, configuration, preset
+# The verbs of single tasks, for `sft.commands`: help, function, configuration, preset arguments.
+VERBS: dict[str, tuple[Any, ...]] = {
     "train-crowd": (
         "Train K agents on one frozen base (default: configs/crowd_nano.yaml)",
         "train.train_distributed",

@@ -337,7 +337,7 @@ class CrowdTune(FineTune):
         return crowd
 
     @classmethod
-    def overrides_of_part(cls, folder: Path) -> list[str] | None:
+    def overrides_for(cls, folder: Path) -> list[str] | None:
         number = folder.name.removeprefix("agent")
         if not (cls.is_adapter(folder.parent) and number.isdecimal()):
             return None
@@ -353,16 +353,16 @@ class CrowdTune(FineTune):
             )
 
     @classmethod
-    def part(cls, config: Config) -> dict[str, Any]:
+    def selection(cls, config: Config) -> dict[str, Any]:
         return {"agent": config.crowd.agent}
 
     @classmethod
-    def overrides_of(cls, record: Mapping[str, Any]) -> list[str]:
+    def recorded_overrides(cls, record: Mapping[str, Any]) -> list[str]:
         agent = record.get("agent")
         return [] if agent is None else [f"crowd.agent={agent}"]
 
     @classmethod
-    def describe_part(cls, config: Config) -> str:
+    def describe_selection(cls, config: Config) -> str:
         agent = config.crowd.agent
         return "" if agent is None else f"agent {agent} of {config.crowd.num_agents}, "
 

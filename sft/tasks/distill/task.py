@@ -129,7 +129,7 @@ class Distillation(Task):
         return build(config.distill, config.train.seed, device)
 
     @classmethod
-    def blank_data(cls, config: DistillConfig, rows: Sequence[ExampleSize]) -> Histories:
+    def blank_data(cls, config: DistillConfig, sizes: Sequence[ExampleSize]) -> Histories:
         with _disable_current_modes():  # tensors with values, from which windows are gathered
             return blank_histories(config.distill)
 

@@ -96,17 +96,17 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ExportError(
             f"{folder}: expected a LoRA adapter (adapter_config.json, {ADAPTER}): {reason}"
         ) from None
-    more = [key for key in UNSUPPORTED if found.get(key)]
-    if kind != "LORA" or not sound or more or found.get("bias", "none") != "none":
+    unsupported = [key for key in UNSUPPORTED if found.get(key)]
+    if kind != "LORA" or not sound or unsupported or found.get("bias", "none") != "none":
         raise ExportError(
             f"{folder}: expected a plain LoRA adapter with target_modules as a list, found "
-            f"{kind} with {', '.join(more) or found.get('bias')}; merge it with PEFT first"
+            f"{kind} with {', '.join(unsupported) or found.get('bias')}; merge it with PEFT first"
         )
     return found
 
 
 class SavedTuning(Task):
-    """The part of fine-tuning that reads finished runs and adapters without a run."""
+    """The part of fine-tuning that reads finished runs, and adapters that have no run."""
 
     @classmethod
     def adapt(cls, base: nn.Module, config: Config) -> nn.Module:
@@ -142,7 +142,7 @@ class SavedTuning(Task):
             return load.load_base(model_files, mode, precision, device).eval(), tokenizer
         refuse_another_base(config.model, cls.recorded_base(folder))
         base = load.load_base(config.model, mode if quantised else "lora", precision, device)
-        # Not by adapter_config.json, which can name modules to import.
+        # PEFT would follow adapter_config.json, which can name modules to import.
         adapted = cls.adapt(base, config)
         cls.load_adapter(adapted, folder, config)
         return adapted.eval(), tokenizer
@@ -208,21 +208,21 @@ class SavedTuning(Task):
         """Raises MergeError if `config` selects more than a single model."""
 
     @classmethod
-    def part(cls, config: Config) -> dict[str, Any]:
-        """Returns the part of a run's model that `config` selects, for a file beside it."""
+    def selection(cls, config: Config) -> dict[str, Any]:
+        """Returns what `config` selects of a run's model, to be recorded."""
         return {}
 
     @classmethod
-    def overrides_of(cls, record: Mapping[str, Any]) -> list[str]:
-        """Returns overrides that select a part that `part` has recorded."""
+    def recorded_overrides(cls, record: Mapping[str, Any]) -> list[str]:
+        """Returns the overrides that repeat a `selection` that was recorded."""
         return []
 
     @classmethod
-    def describe_part(cls, config: Config) -> str:
-        """Returns the selected part as text, for a model card."""
+    def describe_selection(cls, config: Config) -> str:
+        """Returns the `selection` as text, for a model card."""
         return ""
 
     @classmethod
-    def overrides_of_part(cls, folder: Path) -> list[str] | None:
-        """Returns overrides that select the part of a run in `folder`; None if it is no part."""
+    def overrides_for(cls, folder: Path) -> list[str] | None:
+        """Returns overrides that select what is in `folder`; None if that is no part of a model."""
         return None

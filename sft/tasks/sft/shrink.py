@@ -32,13 +32,13 @@ HELD_OUT = 6  # held-out rows
 def shrink(config: Config, folder: Path, exact: bool) -> Shrunk:
     """Returns values with a narrow model of random weights and a few rows of the data."""
     built, changes = small_model(config, exact)
-    place = str(folder / "model")
-    built.save_pretrained(place)  # type: ignore[operator]
-    load_tokenizer(config.model).save_pretrained(place)
+    name = str(folder / "model")
+    built.save_pretrained(name)  # type: ignore[operator]
+    load_tokenizer(config.model).save_pretrained(name)
     batch = min(config.train.global_batch, EXAMPLES)
     rows = 2 * batch + max(1, batch // 2) + HELD_OUT
     values = {
-        "model.name": place,
+        "model.name": name,
         "model.revision": None,
         "data.max_rows": rows,
         "data.eval_path": None,
@@ -48,9 +48,8 @@ def shrink(config: Config, folder: Path, exact: bool) -> Shrunk:
         "evaluation.max_new_tokens": min(config.evaluation.max_new_tokens, 8),
     }
     changes.append(("tuning", config.tuning.mode))
-    smooth = {"tuning.lora_dropout": 0.0}
-    among = f"the first {rows} of {config.data.train_path}"
-    return Shrunk(values, changes, smooth, batch, among)
+    chosen_from = f"the first {rows} of {config.data.train_path}"
+    return Shrunk(values, changes, {"tuning.lora_dropout": 0.0}, batch, chosen_from)
 
 
 def small_model(config: Config, exact: bool = False) -> tuple[nn.Module, list[tuple[str, str]]]:
@@ -75,7 +74,7 @@ def small_model(config: Config, exact: bool = False) -> tuple[nn.Module, list[tu
             )
             with torch.no_grad():
                 built(input_ids=torch.arange(8)[None])
-        except Exception as error:  # noqa: BLE001  # its code may raise anything
+        except Exception as error:  # noqa: BLE001  # code of the model may raise anything
             problem = f"{type(error).__name__}: {error}"
             continue
         was, now = whole.get_text_config(), candidate.get_text_config()
@@ -95,7 +94,7 @@ def narrow(architecture: Any) -> Any:
     for name, size in WIDTHS.items():
         if getattr(text, name, None) is not None:
             setattr(text, name, size)
-    if groups is not None:  # as many as heads, fewer, or one
+    if groups is not None:  # still as many as heads, fewer, or one
         text.num_key_value_heads = 4 if groups == heads else min(groups, 2)
     return result
 
@@ -103,17 +102,10 @@ def narrow(architecture: Any) -> Any:
 def _without_dropout(architecture: Any) -> list[str]:
     """Turns every dropout of a configuration off and returns the names of those that were on."""
     found = []
-    for part in {
-        id(each): each for each in (architecture, architecture.get_text_config())
-    }.values():
-        for name, value in vars(part).items():
-            if (
-                ("dropout" in name or name.endswith("_pdrop"))
-                and isinstance(value, float)
-                and value
-            ):
-                found.append(name)
-        for name in found:
-            if hasattr(part, name):
+    for part in (architecture, architecture.get_text_config()):
+        for name, value in [*vars(part).items()]:
+            is_dropout = "dropout" in name or name.endswith("_pdrop")
+            if is_dropout and isinstance(value, float) and value:
                 setattr(part, name, 0.0)
+                found.append(name)
     return found

@@ -70,15 +70,12 @@ class FineTune(SavedTuning):
     @classmethod
     def refuse_unusable(cls, config: Config, prepared: Prepared) -> None:
         """Raises UserError if a metric cannot use the reference of a row that it will score."""
-        settings = config.evaluation
-        tally = scores.Tally(settings.metrics, settings.labels or ())
-        asked = (r for r in prepared.held_out.rows() if not template.is_document(r.messages))
-        for number, row in enumerate(islice(asked, settings.num_examples)):
-            reference = answers.make_question(row, prepared.tokenizer).fields["reference"]
+        tally = scores.Tally(config.evaluation.metrics, config.evaluation.labels or ())
+        for number, question in enumerate(_questions(config, prepared)):
             try:
-                tally.add(number, None, reference)  # as a failed answer
+                tally.add(number, None, question.fields["reference"])  # as a failed answer
             except UserError as error:
-                raise UserError(f"{row.place}: {error}") from None
+                raise UserError(f"{question.fields['row']}: {error}") from None
 
     @classmethod
     def info(cls, config: Config) -> TaskInfo:
@@ -130,7 +127,7 @@ class FineTune(SavedTuning):
 
     @classmethod
     def skeleton(cls, config: Config, depth: int | None = None) -> nn.Module:
-        load.check_attention(config.model)  # a plan for a GPU loads nothing with it
+        load.check_attention(config.model)  # as `load_base` does, which a plan may not call
         arch = load.architecture(config.model)
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(
@@ -142,11 +139,11 @@ class FineTune(SavedTuning):
             return cls.adapt(base.requires_grad_(False), config)
 
     @classmethod
-    def blank_data(cls, config: Config, rows: Sequence[ExampleSize]) -> Prepared:
+    def blank_data(cls, config: Config, sizes: Sequence[ExampleSize]) -> Prepared:
         examples = Examples(
             ExampleArrays.pack(
-                (i, files.Row([], None, "dry run", i), _blank_example(*row))
-                for i, row in enumerate(rows)
+                (i, files.Row([], None, "dry run", i), _blank_example(*size))
+                for i, size in enumerate(sizes)
             )
         )
         tokenizer: Any = SimpleNamespace(pad_token_id=0)
@@ -224,7 +221,7 @@ class FineTune(SavedTuning):
         if not self.config.evaluation.num_examples:
             return
         path, by = folder / "predictions.jsonl", self.answered_by
-        self.answers(engine.model, path, "check")
+        self.answer_held_out(engine.model, path, "check")
         record = next(read_records(path), None)
         if record is None:
             yield Finding(True, "generation: no held-out row asks for an answer")
@@ -301,17 +298,15 @@ class FineTune(SavedTuning):
 
     @property
     def answered_by(self) -> str:
-        """Returns what answers, if it is not simply the model, else an empty text."""
+        """Returns what answers, to be added to a message; an empty text for a single model."""
         return ""
 
-    def answers(self, model: nn.Module, path: Path, state: str) -> Scores:
+    def answer_held_out(self, model: nn.Module, path: Path, state: str) -> Scores:
         """Answers the first `evaluation.num_examples` held-out prompts into `path`; scores them.
 
-        `state` names what changes in the model: its weights, and the precision.
+        `state` names the model's weights and precision, on which the answers depend.
         """
         settings, tokenizer = self.config.evaluation, self.prepared.tokenizer
-        asked = (r for r in self.prepared.held_out.rows() if not template.is_document(r.messages))
-        identity = key_of(self.identity(), self.config.train.seed, state)
         stop = generate.stop_ids(tokenizer, self.model.generation_config)
         answer_model = answers.AnswerModel(
             self.as_answer_model(self.accelerator.unwrap_model(model)),
@@ -319,14 +314,13 @@ class FineTune(SavedTuning):
             Generation(max_new_tokens=settings.max_new_tokens),
             settings.batch_size,
             tokenizer=tokenizer,
-            identity=identity,
+            identity=key_of(self.identity(), self.config.train.seed, state),
         )
-        predictions = Predictions(path)
         with self.guard.section("generation"):
             answers.answer_all(
                 answer_model,
-                (answers.make_question(r, tokenizer) for r in islice(asked, settings.num_examples)),
-                predictions,
+                _questions(self.config, self.prepared),
+                Predictions(path),
                 self.context,
                 before_batch=self.guard.stop_if_asked,
                 total=min(settings.num_examples, len(self.prepared.held_out)),
@@ -343,17 +337,17 @@ class FineTune(SavedTuning):
     # -- results
 
     def measure_base(self, engine: Engine, precision: str, resumed: bool) -> Results:
-        """Returns the base's results. A resumed run reads them, if its settings are equal."""
+        """Returns the base's results; a resumed run reads them if `evaluation` is the same."""
         path = engine.folder / "evaluation" / "base.json"
-        asked = self.config.evaluation.model_dump(exclude={"num_shown", "batch_size"})
+        settings = self.config.evaluation.model_dump(exclude={"num_shown", "batch_size"})
         if resumed and path.exists() and path.with_suffix(".jsonl").exists():
             found = json.loads(path.read_text("utf-8"))
-            if found.get("settings") == asked:
+            if found.get("settings") == settings:
                 return Results(found["metrics"], found)
         state = f"{engine.digest()} {precision}"
         results = self._measure(engine.model, path.with_suffix(".jsonl"), state)
         if self.log.folder:
-            write_json(path, results.details | {"settings": asked})
+            write_json(path, results.details | {"settings": settings})
         return results
 
     def measure(self, model: nn.Module, folder: Path, state: str) -> Results:
@@ -362,7 +356,7 @@ class FineTune(SavedTuning):
     def _measure(self, model: nn.Module, path: Path, state: str) -> Results:
         """Returns held-out metrics with the scores of the answers, which go to `path`."""
         held_out = self.evaluate(model)
-        found = self.answers(model, path, state)
+        found = self.answer_held_out(model, path, state)
         results = found.tally.report()
         results["metrics"] = held_out | results["metrics"]
         results |= {"num_examples": found.num_examples, "num_failed": found.num_failed}
@@ -379,6 +373,13 @@ class FineTune(SavedTuning):
         self, base: Results | None, tuned: Results
     ) -> tuple[list[tuple[str, str]], dict[str, str]]:
         return report.closing(self.config, base, tuned, self.merge_arguments)
+
+
+def _questions(config: Config, prepared: Prepared) -> Iterator[answers.Question]:
+    """Yields the first `evaluation.num_examples` held-out prompts; documents ask nothing."""
+    rows = (row for row in prepared.held_out.rows() if not template.is_document(row.messages))
+    for row in islice(rows, config.evaluation.num_examples):
+        yield answers.make_question(row, prepared.tokenizer)
 
 
 def _check_template(config: Config) -> Finding:
