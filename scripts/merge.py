@@ -1,5 +1,3 @@
-"""Runs `sft merge`."""
-
 from sft.commands import main
 
 if __name__ == "__main__":

@@ -1,5 +1,3 @@
-"""Runs `sft train`."""
-
 from sft.commands import main
 
 if __name__ == "__main__":

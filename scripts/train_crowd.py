@@ -1,5 +1,3 @@
-"""Runs `sft train-crowd`."""
-
 from sft.commands import main
 
 if __name__ == "__main__":

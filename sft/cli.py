@@ -59,7 +59,7 @@ def run_configuration(args: argparse.Namespace) -> RunConfig:
 
 
 def config_file(args: argparse.Namespace) -> str:
-    """Returns --config. Raises UserError if it is in configs/ and there is no such folder here."""
+    """Returns --config. Raises UserError if it is in configs/ but no such folder is here."""
     file = Path(args.config)
     if file.parts[:1] == ("configs",) and not Path("configs").is_dir():
         raise UserError(
@@ -136,7 +136,12 @@ def _report_bug(
     if _is_first():
         rank = _rank()
         print(f"error: {rank}{message}\n" * bool(rank) + text, file=sys.stderr)
-    _record(message, text)
+    if file := _error_file():  # written as torch.distributed.elastic does, without importing torch
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        try:
+            file.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        except OSError:
+            sys.stderr.write(text)
 
 
 def _report(error: UserError) -> None:
@@ -160,26 +165,16 @@ def _is_first() -> bool:
     """Returns whether no other rank of this machine has reported an error in this attempt."""
     from sft.runtime import slurm
 
-    mark = None
     if file := _error_file():  # torchrun's: attempt/local_rank/error.json
         mark = file.parent.parent / "reported"
     elif step := slurm.step_id():
         mark = Path(tempfile.gettempdir()) / f"sft_reported_{step}"
+    else:
+        return True
     try:
-        if mark:
-            mark.touch(exist_ok=False)
+        mark.touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # reporting twice is better than never
-        return True
+    except OSError:
+        pass  # reporting twice is better than never
     return True
-
-
-def _record(message: str, text: str) -> None:
-    """Writes the error as torch.distributed.elastic does, without importing torch."""
-    if file := _error_file():
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        try:
-            file.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
-        except OSError:
-            sys.stderr.write(text)

@@ -20,10 +20,11 @@ from sft.config.load import load_config
 from sft.config.schema import Evaluation
 from sft.errors import UserError, shorten
 from sft.evaluate.metrics import Verdict
+from sft.evaluate.predictions import Record
 from sft.evaluate.scores import Difference, Tally, difference
 from sft.runtime.console import beginning, facts, table
 
-KEYS = ("row", "prompt", "reference")  # they identify an example
+KEYS = ("row", "prompt", "reference")  # identify an example
 TYPES: dict[str, Any] = dict.fromkeys(KEYS, str) | {"index": int, "answer": str | None}
 REMEDY = "make evaluate RUN=<folder> writes one into <folder>/evaluation/evaluate"
 ExampleScores = dict[str, float]
@@ -64,10 +65,14 @@ def compare(a: Path, b: Path, metrics: Sequence[str], labels: Sequence[str] = ()
     Raises UserError unless both have the same examples, each once, in the current format.
     """
     a, b = find_predictions(a, "A"), find_predictions(b, "B")
+    places_a, places_b = _index(a), _index(b)
+    if places_a.keys() != places_b.keys() or not places_a:
+        raise UserError(_describe_mismatch(a, places_a, b, places_b))
     tally_a, tally_b = Tally(metrics, labels), Tally(metrics, labels)
     differing = []
     with a.open("rb") as file_a, b.open("rb") as file_b:
-        for at_a, at_b in _join(a, b):
+        for digest, at_a in places_a.items():
+            at_b = places_b[digest]
             one, other = _read_at(file_a, at_a), _read_at(file_b, at_b)
             scores_a, scores_b = _add(tally_a, one, one, a), _add(tally_b, one, other, b)
             if scores_a != scores_b:
@@ -78,14 +83,11 @@ def compare(a: Path, b: Path, metrics: Sequence[str], labels: Sequence[str] = ()
     return Comparison(a, b, num, difference(tally_a, tally_b, num_differing), wins, differing)
 
 
-def _add(
-    tally: Tally, example: dict[str, Any], answered: dict[str, Any], file: Path
-) -> ExampleScores:
-    """Adds an answer to `example` to a tally, and returns its scores."""
+def _add(tally: Tally, example: Record, answered: Record, file: Path) -> ExampleScores:
+    """Adds the answer of `answered` to the tally, and returns its scores."""
+    index, reference, prompt = (example[key] for key in ("index", "reference", "prompt"))
     try:
-        return tally.add(
-            example["index"], answered["answer"], example["reference"], example["prompt"]
-        )
+        return tally.add(index, answered["answer"], reference, prompt)
     except UserError as error:
         raise UserError(f"{file}: {error} (row {example['row']})") from None
 
@@ -101,20 +103,19 @@ def find_predictions(path: Path, name: str) -> Path:
 
     Raises UserError if there is none. `name` is the option that gave `path`: A or B.
     """
-    found = [path / "predictions.jsonl", path / "evaluation" / "predictions.jsonl", path]
-    file = next((each for each in found if each.is_file()), None)
-    if file is None:
-        raise UserError(
-            f"{name}={path}: expected a run, a folder of its evaluation/ or a predictions.jsonl; "
-            f"found none; {REMEDY}"
-        )
-    return file
+    for file in (path / "predictions.jsonl", path / "evaluation" / "predictions.jsonl", path):
+        if file.is_file():
+            return file
+    raise UserError(
+        f"{name}={path}: expected a run, a folder of its evaluation/ or a predictions.jsonl; "
+        f"found none; {REMEDY}"
+    )
 
 
 def agreed_metrics(a: Path, b: Path) -> tuple[list[str], list[str]]:
-    """Returns the (metrics, labels) on which both runs' configurations agree.
+    """Returns (metrics, labels) of the configurations of both runs.
 
-    If they do not agree, these are exact_match and no labels.
+    If their metrics differ, it is exact_match; if their labels differ, there are none.
     """
     metrics_a, labels_a = _read_metrics(find_predictions(a, "A"))
     metrics_b, labels_b = _read_metrics(find_predictions(b, "B"))
@@ -128,14 +129,6 @@ def _read_metrics(file: Path) -> tuple[list[str], list[str]]:
     config = next((each for each in near if each.is_file()), None)
     evaluation = load_config(config).evaluation if config else Evaluation()
     return [*evaluation.metrics], [*(evaluation.labels or [])]
-
-
-def _join(a: Path, b: Path) -> Iterator[tuple[int, int]]:
-    """Yields (byte in A, byte in B) where each example's line begins, in the order of A."""
-    places_a, places_b = _index(a), _index(b)
-    if places_a.keys() != places_b.keys() or not places_a:
-        raise UserError(_describe_mismatch(a, places_a, b, places_b))
-    return ((at, places_b[key]) for key, at in places_a.items())
 
 
 def _index(path: Path) -> dict[bytes, int]:
@@ -157,7 +150,7 @@ def _index(path: Path) -> dict[bytes, int]:
     return places
 
 
-def _parse_example(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def _parse_example(path: Path, number: int, line: bytes) -> Record:
     """Returns the example of a line. Raises UserError if the line is not one."""
     try:
         example = json.loads(line)
@@ -173,8 +166,7 @@ def _parse_example(path: Path, number: int, line: bytes) -> dict[str, Any]:
         return example
     raise UserError(
         f"{path}:{number}: expected an object with the texts row, prompt and reference, the number "
-        f"index, and answer (a text, or null where it failed); found {found}; "
-        f"{REMEDY}"
+        f"index, and answer (a text, or null where it failed); found {found}; {REMEDY}"
     )
 
 
@@ -186,10 +178,8 @@ def _describe_mismatch(
     a: Path, places_a: dict[bytes, int], b: Path, places_b: dict[bytes, int]
 ) -> str:
     """Returns a message that counts the examples only one file has, and names one per file."""
-    lines = [
-        f"expected the same examples (row, prompt, reference) in both, found "
-        f"{len(places_a.keys() & places_b.keys()):,} in common"
-    ]
+    expected = "expected the same examples (row, prompt, reference) in both"
+    lines = [f"{expected}, found {len(places_a.keys() & places_b.keys()):,} in common"]
     for path, own, other in ((a, places_a, places_b), (b, places_b, places_a)):
         only = [at for key, at in own.items() if key not in other]
         lines.append(f"{path}: {len(own):,} examples, {len(only):,} only there")
@@ -200,7 +190,7 @@ def _describe_mismatch(
     return "\n  ".join([*lines, f"evaluate both on the same data: {REMEDY}"])
 
 
-def _read_at(file: Any, place: int) -> dict[str, Any]:
+def _read_at(file: Any, place: int) -> Record:
     file.seek(place)
     return json.loads(file.readline())
 
@@ -238,7 +228,7 @@ def colour_verdict(verdict: Verdict) -> Text:
 
 
 def wins_table(found: Comparison) -> Table:
-    """Returns a table of the files, and of the number of examples on which each scores higher."""
+    """Returns a table of both files, and of how often each scores higher."""
     rows: list[tuple[str, str | Text]] = [("A", str(found.a)), ("B", str(found.b))]
     rows += [
         (metric, f"A scores more on {wins.a:,} examples, B on {wins.b:,}, alike on {wins.tied:,}")

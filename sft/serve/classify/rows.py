@@ -1,8 +1,8 @@
-"""Reads texts and their labels, cuts them into parts, and makes conversations of them.
+"""Reads texts and their labels, splits them into parts, and makes conversations of them.
 
 All errors are reported before a model is loaded: a wrong column, a label that is not listed, an
-unknown strategy. The parts depend on the rows and a seed, not on the rows' order. Similar rows stay
-in one part, since a test text that repeats a training text but for one word would measure memory.
+unknown strategy. The parts depend on the rows and a seed, not on the rows' order. Rows that share
+an id stay in one part: a test text that almost repeats a training text would measure memory.
 """
 
 from __future__ import annotations
@@ -153,26 +153,26 @@ def _list_labels(labels: Iterable[str]) -> str:
 def split_parts(examples: Sequence[LabelledText], settings: Classify) -> Parts:
     """Returns test, validation and training part, each with about its share of every label.
 
-    Families (rows that share a text or an id, directly or through others) stay whole. The seed and
-    their texts give their order. Raises DataError if there are too few.
+    Families (rows that share a text or an id, directly or through others) stay whole; their order
+    depends on the seed and their texts only. Raises DataError if there are too few.
     """
-    kinds = defaultdict(list)  # by the most common label of a family
+    by_label = defaultdict(list)  # families, by their most common label
     for family in sorted(_find_families(examples), key=partial(_smallest_digest, settings.seed)):
-        kinds[most_common_label(family)].append(family)
+        by_label[most_common_label(family)].append(family)
     shares = {"test": settings.test_fraction, "validation": settings.validation_fraction}
     part_of: dict[str, str] = {}
-    for families in kinds.values():
-        total, num = sum(map(len, families)), Counter[str]()
+    for families in by_label.values():
+        total, sizes = sum(map(len, families)), Counter[str]()
         for family in families:
-            unfilled = (part for part, share in shares.items() if num[part] < share * total)
+            unfilled = (part for part, share in shares.items() if sizes[part] < share * total)
             part = next(unfilled, "train")
-            num[part] += len(family)
+            sizes[part] += len(family)
             part_of |= {example.text: part for example in family}
     parts: Parts = {"test": [], "validation": [], "train": []}
     for example in examples:
         parts[part_of[example.text]].append(example)
     if empty := [part for part, own in parts.items() if not own]:
-        num_families = sum(map(len, kinds.values()))
+        num_families = sum(map(len, by_label.values()))
         raise DataError(
             f"{settings.path}: expected rows for three parts, found none for {empty[0]}: "
             f"{len(examples):,} rows are {num_families:,} families that stay together "
@@ -182,22 +182,20 @@ def split_parts(examples: Sequence[LabelledText], settings: Classify) -> Parts:
 
 
 def _find_families(examples: Sequence[LabelledText]) -> list[list[LabelledText]]:
-    """Returns groups of rows that texts or ids connect, by union of what they share."""
-    parents: dict[tuple[str, str], tuple[str, str]] = {}
+    """Returns groups of rows that are connected by equal texts or ids."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def root(key: tuple[str, str]) -> tuple[str, str]:
-        parents.setdefault(key, key)
-        while parents[key] != key:
-            parents[key] = parents[parents[key]]
-            key = parents[key]
-        return key
-
-    for example in examples:
-        for name in example.ids:
-            parents[root(("id", name))] = root(("text", example.text))
+    first: dict[tuple[str, str], int] = {}  # the first row with a text or an id
+    rows, same = [], []  # a row, and the first row with its text or one of its ids
+    for number, example in enumerate(examples):
+        for key in [("text", example.text), *(("id", name) for name in example.ids)]:
+            rows.append(number)
+            same.append(first.setdefault(key, number))
+    graph = coo_array(([True] * len(rows), (rows, same)), shape=(len(examples),) * 2)
     families = defaultdict(list)
-    for example in examples:
-        families[root(("text", example.text))].append(example)
+    for example, family in zip(examples, connected_components(graph, False)[1], strict=True):
+        families[family].append(example)
     return list(families.values())
 
 
