@@ -6,16 +6,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from sft import cli
 from sft.config.load import with_values
 from sft.config.schema import RunConfig
 from sft.errors import ConfigError
+from sft.plan import gpus
+from sft.runtime import hardware
 from sft.tasks.registry import load_run, task_of
-
-if TYPE_CHECKING:
-    from sft.runtime.hardware import Hardware
 
 Overrides = Mapping[str, Any] | Sequence[str]
 Result = TypeVar("Result")
@@ -23,7 +22,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its folder (docs/RUNS.md), held-out metrics, and the model to load."""
+    """A finished run: its folder (docs/RUNS.md), held-out metrics, and the trained model."""
 
     folder: Path
     metrics: dict[str, float]
@@ -73,11 +72,10 @@ def plan(
     return report.plan_values(made, advice.advise(loaded, workload, machine, made))
 
 
-def planned_machine(config: RunConfig, gpu: str | None, gib: float | None) -> tuple[Hardware, int]:
+def planned_machine(
+    config: RunConfig, gpu: str | None, gib: float | None
+) -> tuple[hardware.Hardware, int]:
     """Returns the machine to plan for and how many processes it runs."""
-    from sft.plan import gpus
-    from sft.runtime import hardware
-
     machine = hardware.detect()
     if gpu is None and gib is None:
         return machine, config.train.num_processes or max(1, len(machine.devices))
@@ -107,7 +105,7 @@ def _words(overrides: Overrides) -> list[str]:
 
 
 def _call(function: Callable[[], Result]) -> Result:
-    """Calls what ends a process after a bug; raises the bug itself, as a caller expects."""
+    """Returns the result of a function; if it ends the process after a bug, raises the bug."""
     try:
         return function()
     except SystemExit as ended:

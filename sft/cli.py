@@ -81,9 +81,9 @@ def write_json(file: Path, values: object) -> None:
 
 
 def prepare_libraries() -> None:
-    """Silences messages of libraries that a user need not act on; their errors stay.
+    """Silences messages of libraries that need no action of the user; their errors stay.
 
-    Also lets segments of GPU memory expand, which wastes less memory. The plan assumes this.
+    It also lets segments of GPU memory expand, as the plan assumes: that wastes less memory.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():

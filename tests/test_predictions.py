@@ -155,10 +155,10 @@ def test_a_file_that_is_not_whole_cannot_be_finished(tmp_path):
 def test_a_line_that_is_none_is_named_by_file_and_number(tmp_path, line):
     path = tmp_path / "predictions.jsonl"
     path.write_text(json.dumps(record(0, KEYS[0])) + f"\n{line}\n")
-    with pytest.raises(PredictionsError, match=r"predictions\.jsonl:2: expected a JSON object"):
+    with pytest.raises(PredictionsError, match=r"predictions\.jsonl:2: expected predictions"):
         list(read_records(path))
     if line in ("[]", "{}"):  # no beginning of a line of ours
-        with pytest.raises(PredictionsError, match=r"jsonl:2: expected a line of predictions"):
+        with pytest.raises(PredictionsError, match=r"jsonl:2: expected predictions"):
             announced(path)
     else:
         assert announced(path)[1] == [1, 2, 3, 4, 5]
@@ -177,7 +177,7 @@ def test_secrets_of_the_environment_are_not_written(tmp_path, monkeypatch):
 def test_a_file_that_is_something_else_is_not_written_over(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{line}\n" * 2)
-    with pytest.raises(PredictionsError, match=r"rows\.jsonl:1: expected a line of predictions"):
+    with pytest.raises(PredictionsError, match=r"rows\.jsonl:1: expected predictions"):
         Predictions(path)
     assert path.read_text() == f"{line}\n" * 2
 

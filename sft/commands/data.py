@@ -7,7 +7,9 @@ from pathlib import Path
 
 from sft import cli
 from sft.config.load import with_values
+from sft.data import files
 from sft.errors import UserError
+from sft.runtime.console import facts, make_console
 
 
 def process_options(parser: cli.Parser) -> None:
@@ -17,9 +19,6 @@ def process_options(parser: cli.Parser) -> None:
 def process(args: Namespace) -> None:
     """Writes the rows of any known format into `--output`, which must not exist yet."""
     config = cli.configuration(args)
-    from sft.data import files
-    from sft.runtime.console import facts, make_console
-
     if args.output.exists():
         raise UserError(f"{args.output} exists already; remove it, or give another OUTPUT")
     report = files.process(config.data, args.output)
@@ -30,7 +29,6 @@ def audit(args: Namespace) -> int:
     """Prints the findings, and writes them into outputs/audits. Returns 3 if one is an error."""
     config = cli.configuration(args)
     from sft.data import audit, audit_report, cache
-    from sft.runtime.console import facts, make_console
 
     console = make_console()
     prepared = cache.prepare(with_values(config, {"data.audit": "warn"}))
@@ -65,9 +63,8 @@ def show_data_options(parser: cli.Parser) -> None:
 def show_data(args: Namespace) -> None:
     """Prints the examples of every row that `--row` selects, as training sees them."""
     config = cli.configuration(args)
-    from sft.data import audit, cache, files, template
+    from sft.data import audit, cache, template
     from sft.models import load
-    from sft.runtime.console import make_console
 
     settings, console, num_shown = config.data, make_console(), 0
     tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))

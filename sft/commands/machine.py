@@ -14,6 +14,9 @@ import psutil
 
 import sft
 from sft import cli
+from sft.runtime import hardware
+from sft.runtime.console import facts, make_console, table
+from sft.runtime.hardware import gib, nvidia_smi_rows
 
 NUM_USES = 5  # the largest processes and folders are listed
 SMALL_BYTES = 50 * 1024**2  # smaller uses are not listed
@@ -24,14 +27,11 @@ def gpu_info(args: Namespace) -> None:
     """Prints a table of the machine, why torch sees no GPU, if so, and a table of versions."""
     import torch
 
-    from sft.runtime import hardware
-    from sft.runtime.console import facts, make_console
-
     console, machine = make_console(), hardware.detect("outputs")
     console.print(hardware.machine_table(machine))
     if not machine.devices:
         console.print(f"\nWhy no GPU: {_why_no_gpu()}")
-    drivers = {driver for (driver,) in hardware.nvidia_smi_rows("gpu", "driver_version")}
+    drivers = {driver for (driver,) in nvidia_smi_rows("gpu", "driver_version")}
     rows = [
         ("NVIDIA driver", ", ".join(sorted(drivers)) or "none found"),
         ("CUDA of torch", torch.version.cuda or "none: a CPU build"),
@@ -46,8 +46,6 @@ def gpu_info(args: Namespace) -> None:
 def _why_no_gpu() -> str:
     """Returns the most likely reason why torch sees no GPU."""
     import torch
-
-    from sft.runtime.hardware import nvidia_smi_rows
 
     present = [name for (name,) in nvidia_smi_rows("gpu", "name")]
     if not present:
@@ -71,9 +69,6 @@ def memory_check(args: Namespace) -> None:
     Processes of other users are not listed, because you cannot end them; their memory counts as
     used. In a container nvidia-smi may list process ids of the host, which are not listed either.
     """
-    from sft.runtime import hardware
-    from sft.runtime.console import make_console, table
-
     machine, on_gpus = hardware.detect(args.outputs), _uses_of_gpus()
     rows = [
         _row(f"GPU {gpu.index}", gpu.total_bytes, gpu.free_bytes, on_gpus.get(gpu.index, []))
@@ -90,8 +85,6 @@ def memory_check(args: Namespace) -> None:
 
 def _row(name: str, total: int, free: int | None, uses: Iterable[Use]) -> tuple[str, ...]:
     """Returns a row of the table. "used" is total - free, so that the three numbers add up."""
-    from sft.runtime.hardware import gib
-
     used = None if free is None else total - free
     largest = sorted((use for use in uses if use[0] >= SMALL_BYTES), reverse=True)[:NUM_USES]
     lines = "\n".join(f"{gib(size)}  {what}" for size, what in largest)
@@ -108,8 +101,6 @@ def _uses_of_ram() -> Iterator[Use]:
 def _uses_of_gpus() -> dict[int, list[Use]]:
     """Returns the processes that use the memory of each GPU, by torch's index of the GPU."""
     import torch
-
-    from sft.runtime.hardware import nvidia_smi_rows
 
     index_of = {
         f"GPU-{torch.cuda.get_device_properties(index).uuid}": index

@@ -9,6 +9,9 @@ from sft import api, cli
 from sft.config.load import load_config
 from sft.config.schema import Config, RunConfig
 from sft.errors import ConfigError
+from sft.runtime import hardware
+from sft.runtime.console import make_console
+from sft.tasks.registry import task_of
 
 
 def plan_options(parser: cli.Parser) -> None:
@@ -26,8 +29,6 @@ def plan(args: Namespace) -> None:
     """Prints the plan of a run, for which no weights are loaded, and writes its numbers as JSON."""
     config = _configuration(args)
     from sft.plan import advice, plan, report
-    from sft.runtime.console import make_console
-    from sft.tasks.registry import task_of
 
     console = make_console()
     numbers: object
@@ -52,8 +53,6 @@ def plan(args: Namespace) -> None:
 
 def _configuration(args: Namespace) -> RunConfig:
     """Returns the configuration of the file, or the defaults for `--model` alone."""
-    from sft.tasks.registry import task_of
-
     if args.compare and not (args.gpu is None and args.gib is None):
         raise ConfigError("COMPARE has GPUs of its own, a fixed list; leave out GPU and GIB")
     if args.model is None:
@@ -93,8 +92,6 @@ def verify(args: Namespace) -> None:
     Raises VerificationError if the law does not hold.
     """
     config = cli.run_configuration(args)
-    from sft.runtime import hardware
-    from sft.runtime.console import make_console
     from sft.verify import laws
 
     if args.law == "resume":

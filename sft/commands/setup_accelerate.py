@@ -24,12 +24,15 @@ from typing import TYPE_CHECKING
 
 from sft import cli
 from sft.errors import UserError
+from sft.runtime import hardware
+from sft.runtime.children import run_captured
+from sft.runtime.console import make_console, table
+from sft.runtime.hardware import Hardware
+from sft.runtime.worker import Result
+from sft.runtime.world import read_launch_file
 
 if TYPE_CHECKING:
     from accelerate.commands.config.config_args import ClusterConfig
-
-    from sft.runtime.hardware import Hardware
-    from sft.runtime.worker import Result
 
 VERIFY_SECONDS = 180  # a cold file system can take a minute to import torch
 TAIL_LINES = 15
@@ -47,8 +50,6 @@ def setup_accelerate_options(parser: cli.Parser) -> None:
 def setup_accelerate(args: Namespace) -> None:
     """Writes the file and tries it. Raises UserError if it does not start what it says."""
     from accelerate.commands.config.config_args import default_yaml_config_file
-
-    from sft.runtime import hardware
 
     target = args.config_file or Path(default_yaml_config_file)  # follows HF_HOME
     machine = hardware.detect(target)
@@ -71,9 +72,7 @@ def recommended(machine: Hardware) -> ClusterConfig:
     """
     from accelerate.commands.config.config_args import ClusterConfig
 
-    from sft.runtime.hardware import default_num_processes
-
-    number = default_num_processes(machine)
+    number = hardware.default_num_processes(machine)
     return ClusterConfig(
         compute_environment="LOCAL_MACHINE",
         distributed_type="MULTI_GPU" if number > 1 else "NO",
@@ -123,9 +122,6 @@ def _keep_copy(target: Path) -> Iterator[Path | None]:
 
 def show_recommended(machine: Hardware) -> None:
     """Prints what was detected, and what to answer."""
-    from sft.runtime import hardware
-    from sft.runtime.console import make_console, table
-
     console = make_console()
     console.print(hardware.machine_table(machine))
     columns = ("the wizard asks", "answer for this machine")
@@ -177,8 +173,6 @@ def run_wizard(target: Path) -> None:
 
 def verify(target: Path, machine: Hardware) -> None:
     """Launches with the file. Raises UserError if the processes are not one world of its size."""
-    from sft.runtime.world import read_launch_file
-
     config = read_launch_file(target)
     left_open = config.num_processes < 1  # -1: left to --num_processes
     expected = recommended(machine).num_processes if left_open else config.num_processes
@@ -200,9 +194,6 @@ def verify(target: Path, machine: Hardware) -> None:
 
 def _launch(target: Path, config: ClusterConfig, expected: int) -> tuple[list[Result], str]:
     """Runs the workers; returns their results and what was printed."""
-    from sft.runtime.children import run_captured
-    from sft.runtime.worker import Result
-
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(target)]
     if config.num_processes < 1 or config.num_machines > 1:
         command += ["--num_processes", str(expected)]

@@ -1,7 +1,7 @@
 """Starts and stops TensorBoard: one server for each folder of runs, only on this machine.
 
-A server is found by the variable of the environment that it was started with, so that no other
-process is ever stopped, whatever its command line says.
+A server is recognised by an environment variable that it was started with, so that no other process
+is ever stopped, whatever its command line says.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from sft.errors import UserError
 from sft.runtime.children import is_dead
 
 HOST = "127.0.0.1"
+PROGRAM = (sys.executable, "-m", "tensorboard.main")
 FIRST_PORT = 6006  # TensorBoard's own; `auto` takes it or the next free one
 NUM_PORTS = 100
 START_SECONDS = 60  # a cold start on a network file system is slow
 STOP_SECONDS = 10
-MARK = "SFT_TENSORBOARD"  # holds the folder
+MARK = "SFT_TENSORBOARD"  # the variable of a server; its value is the folder
 LOG_NAME = ".tensorboard.log"
 
 
@@ -84,17 +85,14 @@ def start(folder: Path, port: int | None) -> None:
 
 def choose_port(port: int | None) -> int:
     """Returns `port`, or the first free one for None. Raises UserError if it cannot be used."""
-    if port is not None:
-        if reason := _why_taken(port):
-            raise UserError(
-                f"port {port} cannot be used: {reason}. Give another, or no --port for a free one."
-            )
-        return port
-    last = FIRST_PORT + NUM_PORTS
-    for free in range(FIRST_PORT, last):
-        if not _why_taken(free):
-            return free
-    raise UserError(f"no free port between {FIRST_PORT} and {last - 1}: give one with --port")
+    end = FIRST_PORT + NUM_PORTS
+    for each in range(FIRST_PORT, end) if port is None else (port,):
+        if not (reason := _why_taken(each)):
+            return each
+    if port is None:
+        raise UserError(f"no free port between {FIRST_PORT} and {end - 1}: give one with --port")
+    advice = "Give another, or no --port for a free one."
+    raise UserError(f"port {port} cannot be used: {reason}. {advice}")
 
 
 def _why_taken(port: int) -> str | None:
@@ -114,14 +112,11 @@ def _why_taken(port: int) -> str | None:
 
 
 def _launch(folder: Path, port: int) -> None:
-    """Returns once the server answers. Raises UserError with the end of its log if it does not."""
+    """Starts a server and waits until it answers. Raises UserError with its log if it does not."""
     log = folder / LOG_NAME
     with log.open("w") as sink:
         process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "tensorboard.main"),
-                *("--logdir", str(folder), "--host", HOST, "--port", str(port)),
-            ],
+            [*PROGRAM, "--logdir", str(folder), "--host", HOST, "--port", str(port)],
             env=os.environ | {MARK: str(folder)},
             stdin=subprocess.DEVNULL,
             stdout=sink,
@@ -154,8 +149,8 @@ def servers(folder: Path) -> Iterator[psutil.Process]:
     """Yields the server that was started for `folder`, if it still runs."""
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):  # it ended, or belongs to another user
-            words = process.environ().get(MARK) == str(folder) and process.cmdline()
-            if words and words[1:3] == ["-m", "tensorboard.main"]:
+            is_ours = process.environ().get(MARK) == str(folder)
+            if is_ours and process.cmdline()[1:3] == [*PROGRAM[1:]]:
                 yield process
 
 

@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 
 from sft import cli
+from sft.runtime import launcher, slurm
 
 
 def train(args: Namespace) -> None:
@@ -28,8 +29,6 @@ def train_distributed(args: Namespace) -> int | None:
     It starts the ranks; run by `accelerate launch`, `torchrun` or `srun`, it is one of them.
     """
     config = cli.run_configuration(args)
-    from sft.runtime import launcher, slurm
-
     if args.requeue_after is not None:
         return slurm.requeue(config.train, args.requeue_after, args.since)
     if launcher.has_ranks_to_start() or not (args.if_asked or launcher.is_rank()):

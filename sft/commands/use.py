@@ -13,6 +13,9 @@ from sft import cli
 from sft.config.load import parse_generation
 from sft.config.schema import Config, Train
 from sft.errors import UserError
+from sft.runtime import launcher
+from sft.runtime.console import make_console
+from sft.serve.classify import rows
 
 
 def evaluate_options(parser: cli.Parser) -> None:
@@ -23,8 +26,6 @@ def evaluate_options(parser: cli.Parser) -> None:
 
 def evaluate(args: Namespace) -> int | None:
     """Writes held-out loss and scores into the run folder, prints them; returns the exit code."""
-    from sft.runtime import launcher
-
     if launcher.has_ranks_to_start():
         return launcher.launch_self(args.run / "evaluation" / args.name)
     from sft import run
@@ -45,7 +46,6 @@ def compare_options(parser: cli.Parser) -> None:
 def compare(args: Namespace) -> None:
     """Prints the differences of two runs, and examples that score differently."""
     from sft.evaluate import compare
-    from sft.runtime.console import make_console
 
     names, labels = compare.agreed_metrics(args.a, args.b)
     if args.metric:
@@ -71,9 +71,6 @@ def classify(args: Namespace) -> int:
     """Asks a model for labels; with `--tune`, also trains it and classifies with the result."""
     args.overrides += [f"model.name={args.model}"] if args.model else []
     config = cli.configuration(args)
-    from sft.runtime import launcher
-    from sft.serve.classify import rows
-
     rows.check_section(config, tune=args.tune)
     if args.tune and args.run:
         raise UserError("RUN is a tuned model: give TUNE=1, or RUN, not both")
@@ -101,8 +98,6 @@ def classify(args: Namespace) -> int:
 
 def _launch_classify(config: Config, args: Namespace) -> int:
     """Launches each part separately. Returns the exit code of the first part that fails, or 0."""
-    from sft.runtime import launcher
-
     words = ["--config", args.config, *args.overrides]
 
     def launch_for(run: Path | None) -> int:
@@ -193,8 +188,6 @@ def infer_batch(args: Namespace) -> int:
         if not value:
             raise UserError(f"{name}: required: INPUT=rows.jsonl OUTPUT=answers.jsonl")
     folder = args.output.with_name(f"{args.output.name}.run")  # its status, while it runs
-    from sft.runtime import launcher
-
     code = 0
     if launcher.has_ranks_to_start():
         code = launcher.launch_self(folder)
@@ -221,7 +214,6 @@ def merge(args: Namespace) -> None:
     """Makes the merge (with `--test`: only its proof), and the GGUF file if requested."""
     if args.verb == "merge-test" and args.test is None:
         raise UserError("MERGED: required: MERGED=folder (with the command `sft`: --test FOLDER)")
-    from sft.runtime.console import make_console
     from sft.serve import merge
 
     say = make_console().print

@@ -54,8 +54,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, config: Any = None) -> list[int]:
-    """Returns the tokens that end an answer: eos, the chat template's end of a turn, and the ends
-    in the model's own generation config."""
+    """Returns the tokens that end an answer: those of tokenizer, chat template and model."""
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     supervised = [i for i in template.render(tokenizer, turns).labels if i != template.IGNORED]
     own = getattr(config, "eos_token_id", None)
@@ -90,7 +89,7 @@ def cut_batches(lengths: Sequence[int], num_ranks: int, rows: int) -> list[list[
     """Returns length-sorted batches of at most `rows` prompts for each rank.
 
     All ranks get the same number of batches (some may be empty) and about the same number of
-    tokens. A length counts a prompt and the longest answer it may get.
+    tokens. A length is that of a prompt with its longest answer.
     """
     longest = max(lengths, default=1)
     budget = batches.Budget(rows * longest, "padded", max_rows=rows)
@@ -289,13 +288,12 @@ class _Forward:
 def choose(
     logits: torch.Tensor, settings: Generation, drawn: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Returns the next token of each row, [rows], from logits or log probabilities
-    [rows, vocabulary].
+    """Returns each row's next token from its logits or log probabilities [rows, vocabulary].
 
-    At temperature 0 it is the most likely one. Otherwise it is drawn from the tokens that are among
-    the `top_k` most likely ones and among the fewest whose probabilities reach `top_p` (Holtzman et
-    al. 2020). The draw inverts their distribution function at `drawn`, uniform numbers [rows] in
-    [0, 1).
+    At temperature 0 it is the most likely token. Otherwise it is drawn from the tokens that are
+    among the `top_k` most likely ones and among the fewest whose probabilities reach `top_p`
+    (Holtzman et al. 2020), by inverting their distribution function at `drawn`: a uniform number in
+    [0, 1) for each row.
     """
     if settings.temperature == 0:
         return logits.argmax(-1)

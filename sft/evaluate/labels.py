@@ -15,11 +15,10 @@ from sft.data.formats import scalar_text
 def label_of(answer: str | None, labels: Sequence[str]) -> str | None:
     """Returns the label that an answer gives; None (a failure) if it gives no label, or several.
 
-    An answer may be the label itself. Otherwise JSON in it decides: the value of "label" must be a
-    label. Otherwise labels are searched as whole words, the longest first. Upper and lower case do
-    not matter, nor what joins the words ("non hateful" is `non-hateful`). A negated label is a
-    failure, since its meaning is unclear. Words such as "not" and "never" negate everything that
-    follows in their sentence.
+    An answer may be the label itself. If not, but it has JSON, the value of "label" must be one. If
+    it has none, labels are searched as whole words, the longest first. Upper and lower case do not
+    matter, nor what joins the words ("non hateful" is `non-hateful`). A negated label is a failure,
+    since its meaning is unclear: "not" and "never" negate the rest of their sentence.
     """
     text = (answer or "").strip()
     if text in labels:
@@ -42,7 +41,7 @@ def label_of(answer: str | None, labels: Sequence[str]) -> str | None:
 
 
 LABEL = "\0"  # stands for a label, which may itself contain a "not"
-SENTENCE = re.compile(r"[.!?][\"'\u2019\u201d)\]*_]*\s|\n\s*\n")  # the end of one; not "e.g.,"
+SENTENCE = re.compile(r"[.!?][\"'\u2019\u201d)\]*_]*\s|\n\s*\n")  # its end; not "e.g.,"
 NEGATION = re.compile(r"\b(?:not|cannot|never|neither|nor)\b|n['\u2019]t\b")
 NONE = re.compile(rf"\b(?:no|non|nothing|without)\s+(?:\w+\s+)?{LABEL}")  # "no really hateful"
 
@@ -60,13 +59,13 @@ WORD = re.compile(r"[^\W_]+")
 
 
 def letters(text: str) -> str:
-    """Returns the letters and digits of a label, which all its spellings share."""
+    """Returns a label's letters and digits, which are the same in all its spellings."""
     return "".join(WORD.findall(text.casefold()))
 
 
 @cache
 def _spellings(labels: tuple[str, ...]) -> tuple[dict[str, str], re.Pattern[str]]:
-    """Returns (labels by their letters, unless two share them; a pattern that finds labels)."""
+    """Returns (labels by their letters, if these are unique; a pattern that finds labels)."""
     shared = Counter(map(letters, labels))
     by_letters = {letters(label): label for label in labels if shared[letters(label)] == 1}
     by_letters.pop("", None)  # a label without letters, such as "+"

@@ -1,8 +1,8 @@
-"""Scores of answers by name; a score of all examples is a function of sums over them.
+"""Scores of answers by name. A score of all examples is a function of sums over them.
 
-Each example gives a few numbers, its statistics. They are whole numbers or multiples of `GRID`, so
-their sums in float64 are exact in any order (up to eight million examples), and any cut over
-processes gives the same bits.
+The numbers that an example adds to these sums are its statistics. They are whole numbers or
+multiples of `GRID`, so that sums in float64 are exact in any order (up to eight million examples),
+and any cut over processes gives the same bits.
 
 A measure has a `size`, the number of statistics per example. `measure(answer, reference, prompt)`
 returns an example's score and statistics, and raises UserError for a reference that it cannot use.
@@ -181,8 +181,7 @@ def _rouge() -> Any:
 
 
 def sari(source: str, answer: str, references: Sequence[str]) -> float:
-    """Returns the SARI of a simplification, 0 to 1 (Xu et al. 2016, "Optimizing Statistical Machine
-    Translation for Text Simplification").
+    """Returns the SARI of a simplification, 0 to 1 (Xu et al. 2016, TACL 4:401).
 
     It is the mean, over n-grams of 1 to 4 words, of what was rightly kept (F1), deleted (precision)
     and added (F1). As in its authors' SARI.py, words are lower-cased and cut at white space only.
@@ -204,8 +203,8 @@ def _sari_of(
 ) -> tuple[float, float, float]:
     """Returns (keep, delete, add) for n-grams of one length.
 
-    `references` counts the n-grams of all references together. So the counts of source and answer
-    are multiplied by the number of references.
+    `references` counts the n-grams of all references together, so the counts of source and answer
+    are multiplied by their number.
     """
     source = Counter({gram: count * num_references for gram, count in source.items()})
     answer = Counter({gram: count * num_references for gram, count in answer.items()})
@@ -267,8 +266,8 @@ class Sacrebleu:
 class Classification:
     """Scores from the confusion counts [label of the reference, label of the answer or FAILURE].
 
-    `label_of` reads both. An answer without a label is a failure and counts as wrong; a reference
-    must have one. An example's score is 1 or 0. Its statistic is the index of its cell.
+    `label_of` finds both labels. An answer without one counts as wrong; a reference must have one.
+    An example's score is 1 or 0; its statistic is the index of its cell.
     """
 
     size = 1

@@ -1,9 +1,9 @@
-"""Finished examples in one JSONL file, from any number of processes, kept when a run is killed.
+"""Keeps finished examples in one JSONL file, from any number of processes, through any kill.
 
 Every process appends whole lines under a lock and syncs them. A line has the `index` of its example
-and a `key`, a digest of all that the answer depends on. A run that continues reads all lines first
-and asks again only for what is missing or has another key. At the end one process rewrites the
-lines in the order of the examples. Memory holds each example's key and the place of its line.
+and a `key`, a digest of all that the answer depends on. A run that continues asks again only for
+examples that have no line, or one with another key. At the end one process rewrites the lines in
+the order of the examples. Memory holds each example's key and the place of its line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sft.errors import UserError, redact
 from sft.runtime.console import atomic_write
 
 Record = dict[str, Any]
-LINE = np.dtype([("index", np.int64), ("key", np.uint64), ("begins", np.int64)])
+LINE = np.dtype([("index", np.int64), ("key", np.uint64), ("begin", np.int64)])
 
 
 class PredictionsError(UserError):
@@ -33,13 +33,13 @@ class PredictionsError(UserError):
 
 
 def key_of(*parts: Any) -> str:
-    """Returns 16 hexadecimal digits of a digest of these values, as JSON."""
+    """Returns a digest of these values: 16 hexadecimal digits."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 class Predictions:
-    """The file at `path`. `expect` announces the examples in their order, each by its key."""
+    """The file at `path`. Callers announce all examples in their order, by `expect`."""
 
     def __init__(self, path: Path):
         self.path, self._expected = path, array("Q")  # keys
@@ -64,12 +64,12 @@ class Predictions:
             ) from None
 
     def _read(self) -> np.ndarray:
-        """Returns the newest line of each example, of LINE, ascending by its index."""
+        """Returns the newest line of each example, sorted by index: an array of LINE."""
         lines = np.fromiter(self._lines(), LINE)[::-1]
         return lines[np.unique(lines["index"], return_index=True)[1]]
 
     def _lines(self) -> Iterator[tuple[int, int, int]]:
-        """Yields all lines of the file, in their order, as LINE."""
+        """Yields the fields of LINE for all lines of the file, in their order."""
         if not self.path.exists():
             return
         offset = 0
@@ -78,10 +78,7 @@ class Predictions:
                 if record := _parse(line):
                     yield record["index"], int(record["key"], 16), offset
                 elif not _is_torn(line):
-                    raise PredictionsError(
-                        f"{self.path}:{number}: expected a line of predictions, found "
-                        f"{line[:60]!r}; this file is something else: give another one"
-                    )
+                    raise _not_a_record(self.path, number, line)
                 offset += len(line)
 
     def expect(self, key: str) -> bool:
@@ -92,7 +89,7 @@ class Predictions:
         return bool(at == len(self._index) or self._index[at] != index or self._keys[at] != number)
 
     def append(self, records: list[Record]) -> None:
-        """Writes lines that no later kill loses."""
+        """Writes lines; once it returns, no kill loses them."""
         lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records)
         data = redact(lines).encode("utf-8", "backslashreplace")
         with self._reporting(), self.path.open("ab+", buffering=0) as file:
@@ -100,37 +97,36 @@ class Predictions:
                 fcntl.flock(file, fcntl.LOCK_EX)
             end = file.seek(0, os.SEEK_END)
             if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
-                data = b"\n" + data  # after a line that a kill has torn
+                data = b"\n" + data  # a kill has cut off the line before
             if file.write(data) != len(data):
                 os.ftruncate(file.fileno(), end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Rewrites the lines in the order of the examples, without others. For one process."""
+        """Rewrites the file: the expected examples, in their order. One process calls it."""
         with self._reporting():
-            self.path.touch()  # without examples nobody has made it
+            self.path.touch()  # without examples there is no file yet
             lines, expected = self._read(), np.array(self._expected, np.uint64)
             lines = lines[lines["index"] < len(expected)]
-            is_made = np.zeros(len(expected), bool)
-            is_made[lines["index"]] = lines["key"] == expected[lines["index"]]
-            if len(wrong := np.flatnonzero(~is_made)):
+            is_there = np.zeros(len(expected), bool)
+            is_there[lines["index"]] = lines["key"] == expected[lines["index"]]
+            if len(missing := np.flatnonzero(~is_there)):
                 raise PredictionsError(
-                    f"{self.path}: {len(wrong):,} of {len(expected):,} examples are missing, as "
-                    f"number {wrong[0] + 1}: all processes must write to one file system; run again"
+                    f"{self.path}: {len(missing):,} of {len(expected):,} examples are missing, as "
+                    f"number {missing[0] + 1}: all processes must write to one file system; run "
+                    "again"
                 )
             path = self.path.resolve()  # a link is kept; its file is replaced
             with path.open("rb") as old, atomic_write(path, sync=True) as new:
-                for begins in lines["begins"]:
-                    old.seek(begins)
-                    line = (
-                        old.readline().decode("utf-8", "surrogatepass").rstrip("\n")
-                    )  # the last may lack its end
-                    new.write(line + "\n")
+                for begin in lines["begin"]:
+                    old.seek(begin)
+                    line = old.readline().decode("utf-8", "surrogatepass")
+                    new.write(line.rstrip("\n") + "\n")  # the last line may lack its end
 
 
 class MemoryPredictions:
-    """Records in memory, in place of a file, for results that the caller keeps anyway."""
+    """Records in memory, with the methods of `Predictions`, for callers that want no file."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
@@ -152,15 +148,16 @@ def read_records(path: Path) -> Iterator[Record]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                record = _parse(line)
-                if record is None:
-                    raise PredictionsError(
-                        f"{path}:{number}: expected a JSON object with index and key, found "
-                        f"{line[:60]!r}; make the file again"
-                    )
+                if (record := _parse(line)) is None:
+                    raise _not_a_record(path, number, line)
                 yield record
     except OSError as error:
         raise PredictionsError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _not_a_record(path: Path, number: int, line: bytes) -> PredictionsError:
+    expected = "expected predictions, JSON objects with index and key"
+    return PredictionsError(f"{path}:{number}: {expected}, found {line[:60]!r}; give another file")
 
 
 def _is_torn(line: bytes) -> bool:

@@ -20,8 +20,8 @@ from sft.evaluate.metrics import Classification, Measure, Verdict, make_measure
 
 RESAMPLES = 1000
 AT_ONCE = 2**20  # examples in the resamples that are drawn together: about 40 MB
-FEWEST = 6  # examples that must differ: five improve together by chance in 6 % (sign test)
-REPORTED = ("num_examples", "metrics", "intervals")  # also where they are empty
+FEWEST = 6  # examples that must differ: five all change for the better or worse by chance in 6 %
+REPORTED = ("num_examples", "metrics", "intervals")  # even if they are empty
 
 
 class Tally:
@@ -73,8 +73,10 @@ class Tally:
 
     @property
     def rows(self) -> np.ndarray:
-        """Returns float64 [examples, 1 + statistics], sorted by the first column, the examples'
-        numbers. Ranks concatenate theirs and set the result."""
+        """Returns float64 [examples, 1 + statistics], sorted by the first column, the number.
+
+        Ranks concatenate theirs and set the result.
+        """
         rows = np.asarray(self._rows).reshape(-1, self._width)
         ordered = rows[np.argsort(rows[:, 0], kind="stable")]
         return np.asfortranarray(ordered)  # sums of columns take half the time
@@ -89,30 +91,32 @@ class Tally:
         return len(self._rows) // self._width
 
     def values(self) -> dict[str, float]:
-        """Returns values by name; of `classification`: accuracy, macro_precision, macro_recall,
-        macro_f1 and for each label precision/<label>, recall/<label> and f1/<label>. The result is
-        empty without examples."""
+        """Returns values by name; nothing without examples.
+
+        `classification` has several: accuracy, macro_precision, macro_recall, macro_f1, and for
+        each label precision/<label>, recall/<label> and f1/<label>.
+        """
         found = self._values(self.rows, np.ones((1, self.num_examples)))
         return {name: float(values[0]) for _, name, values in found}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Returns 95 % intervals by name. An interval has no width where all examples score the
-        same, as a single one does."""
+        """Returns 95 % intervals by name; without width if all examples score the same."""
         rows = self.rows
         found = _intervals(lambda counts: self._stacked(rows, counts), len(rows)).tolist()
         return {name: (low, high) for name, (low, high) in zip(self.values(), found, strict=True)}
 
     def confusion(self) -> dict[str, dict[str, int]]:
-        """Returns the number of examples by label of the reference and label of the answer or
-        FAILURE; empty without `classification`."""
+        """Returns numbers of examples: {label of the reference: {label of the answer: number}}.
+
+        It is empty without `classification`.
+        """
         for _, measure, part in self._parts(self.rows):
             if isinstance(measure, Classification):
                 return measure.confusion(part)
         return {}
 
     def report(self) -> dict[str, Any]:
-        """Returns what JSON can hold: num_examples, metrics, intervals, confusion if there is one,
-        and the same for each of the groups, by name."""
+        """Returns num_examples, metrics, intervals, and confusion and groups, if there are any."""
         found = {
             "num_examples": self.num_examples,
             "metrics": self.values(),
@@ -146,8 +150,8 @@ class Tally:
 def _intervals(values: Callable[[np.ndarray], np.ndarray], num_examples: int) -> np.ndarray:
     """Returns 95 % intervals [names, 2].
 
-    `values` maps counts [resamples, examples], how often a resample has each example, to values
-    [names, resamples].
+    `values` returns values [names, resamples] for counts [resamples, examples], which say how often
+    each resample has each example.
     """
     if num_examples < 2:  # every resample is the sample
         return values(np.ones((1, num_examples))).repeat(2, axis=1)
@@ -172,7 +176,7 @@ def _intervals(values: Callable[[np.ndarray], np.ndarray], num_examples: int) ->
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of `b` from `a` in one metric; `b` is better if the interval is above 0."""
+    """The difference of `b` from `a` in one metric; `verdict` is about `b`."""
 
     value_a: float
     value_b: float
@@ -187,8 +191,8 @@ def difference(
 ) -> dict[str, Difference]:
     """Returns the differences of two tallies of the same examples by name, by paired bootstrap.
 
-    `num_differing` says by metric how many examples score differently; None: all. Fewer than FEWEST
-    get no verdict, since resampling is too sure of them.
+    `num_differing` says by metric how many examples score differently; None: all. If fewer than
+    FEWEST do, the verdict is "not distinguishable", since the bootstrap would be too sure.
     """
     rows_a, rows_b, num = a.rows, b.rows, a.num_examples
     assert np.array_equal(rows_a[:, 0], rows_b[:, 0]), "not the same examples"
@@ -197,9 +201,8 @@ def difference(
     for (metric, name, of_a), (_, _, of_b), (low, high) in zip(
         a._values(rows_a, once), b._values(rows_b, once), bounds.tolist(), strict=True
     ):
-        differing = num if num_differing is None else num_differing[metric]
         verdict: Verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
-        if differing < FEWEST:
+        if (num if num_differing is None else num_differing[metric]) < FEWEST:
             verdict = "not distinguishable"
         value_a, value_b = float(of_a[0]), float(of_b[0])
         found[name] = Difference(value_a, value_b, value_b - value_a, low, high, verdict)

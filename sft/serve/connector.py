@@ -40,7 +40,7 @@ PRECISIONS: dict[str, Any] = {"bf16": "bf16", "no": "fp32", "fp32": "fp32", "aut
 
 @dataclass(frozen=True)
 class Message:
-    """An answer. It and the next three classes have the shape of chat clients' responses."""
+    """An answer. This class and the next three have the shape of chat clients' responses."""
 
     content: str | None
     role: str = "assistant"
@@ -87,7 +87,7 @@ def _refuse_unknown(name: str, value: object, known: Collection[object]) -> None
 
 
 class DatasetPart(list):
-    """This process's part of a dataset, with its items' `indices` there."""
+    """This process's part of a dataset; `indices` are its items' places in the dataset."""
 
     def __init__(self, items: Iterable[Any], indices: list[int]):
         super().__init__(items)
@@ -181,8 +181,7 @@ class AccelerateConnector:
     ) -> Completion:
         """Returns the answer to a conversation; `on_text` receives its text as it is written.
 
-        `settings`: see config.Generation. Raises UserError for a conversation that cannot be
-        answered.
+        `settings` are those of `Generation`. Raises UserError if it cannot be answered.
         """
         model, question = self._model_with(settings), _make_question(messages, 0)
         prompt = model.render_prompt(question)
@@ -203,8 +202,8 @@ class AccelerateConnector:
     ) -> list[Completion]:
         """Returns the answers to all, in their order, on every process. Collective.
 
-        One that cannot be answered gets `error` and the finish_reason `error`. `predictions` names
-        a JSONL file for the answers; a later call does not ask again for what it has.
+        If one cannot be answered, its `finish_reason` is "error", and `error` has the reason.
+        `predictions` names a JSONL file for the answers; a later call reuses those in it.
         """
         questions = [_make_question(messages, i) for i, messages in enumerate(conversations)]
         if predictions is not None:

@@ -50,8 +50,8 @@ def merge(
 ) -> dict[str, Any]:
     """Merges the adapter of `run` into `output`; returns the report of the proof.
 
-    `base` names the weights to merge into: `original`, or `dequantised`, on which a QLoRA run was
-    trained. Raises MergeError if the proof fails; `output` then does not exist.
+    `base` names the weights to merge into: `original`, or `dequantised`, those on which a QLoRA run
+    was trained. Raises MergeError if the proof fails; `output` then does not exist.
     """
     config = _load_config(run, base, overrides)
     staging, failed = _make_room(output)

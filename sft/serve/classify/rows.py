@@ -88,8 +88,7 @@ def _strategy_problems(settings: Classify) -> Iterator[str]:
 
 
 def _other_problems(config: Config) -> Iterator[str]:
-    """Yields keys that would be ignored: a model is loaded by its name, as `make infer` does, and
-    rows to train on are written where `config.data` reads them."""
+    """Yields a problem for each key that would be ignored."""
     for key, value in config.model.model_dump().items():
         if key != "name" and value != Model.model_fields[key].default:
             yield f"model.{key}: make classify loads a model by its name alone; remove this key"

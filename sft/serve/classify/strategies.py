@@ -1,8 +1,8 @@
 """Asks a model for labels, strategy by strategy, and scores what it answers.
 
-An answer without a label is a failure: it counts as wrong everywhere, and is counted by itself.
-Each accuracy is compared with that of always giving the most common label, and a tuned model with
-the same strategy before: both are paired comparisons on the same examples.
+An answer without a label is a failure: it counts as wrong, and failures are also counted. Each
+accuracy is compared with that of always giving the most common label, and a tuned model with the
+model before, by the same strategy. Both comparisons are paired, on the same examples.
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ def _count_failures(tally: Tally) -> int:
 def classify(config: Config, run: Path | None = None) -> None:
     """Asks for the labels of one part with every strategy, and scores them. Collective.
 
-    `run` is a tuned model, asked with `classify.tune` and compared with the model before. Results
-    go to its folder, else to `classify.output_dir`: <strategy>/predictions.jsonl and metrics.json.
+    `run`: the folder of a tuned model, which is asked with `classify.tune` and compared with the
+    model before. Results go to <run>/classify or else to `classify.output_dir`, in a folder for
+    each strategy: predictions.jsonl and metrics.json.
     """
     settings = config.classify
     examples = rows.read_examples(settings)
