@@ -179,10 +179,11 @@ def verify(target: Path, machine: Hardware) -> None:
     expected = max(1, expected // max(1, config.num_machines))  # only this machine's share
     results, output = _launch(target, config, expected)
     if problem := judge(results, expected):
+        total = sum(range(expected + 1))
         lines = [] if _is_single(results) else output.strip().splitlines()[-TAIL_LINES:]
         raise UserError(
             f"{target} does not start what it says.\n"
-            f"  expected: {expected} process(es) that form one world, sum {_sum_to(expected)}\n"
+            f"  expected: {expected} process(es) that form one world, sum {total}\n"
             f"  found:    {problem}\n"
             f"  do:       {_advice(config, results, expected, machine)}"
             + "".join(f"\n  | {line}" for line in lines)
@@ -210,11 +211,6 @@ def _launch(target: Path, config: ClusterConfig, expected: int) -> tuple[list[Re
         return [Result(**json.loads(path.read_text())) for path in Path(folder).iterdir()], output
 
 
-def _sum_to(count: int) -> int:
-    """Returns 1 + 2 + ... + count: each rank adds its number + 1."""
-    return sum(range(count + 1))
-
-
 def judge(results: list[Result], expected: int) -> str | None:
     """Returns what is wrong with the results of `expected` processes, or None."""
     worlds = sorted({result.world for result in results})
@@ -226,7 +222,7 @@ def judge(results: list[Result], expected: int) -> str | None:
     if ranks != list(range(expected)):
         return f"ranks {ranks}"
     sums = sorted({result.sum for result in results})
-    return None if sums == [_sum_to(expected)] else f"sums {sums}"
+    return None if sums == [sum(range(expected + 1))] else f"sums {sums}"
 
 
 def _is_single(results: list[Result]) -> bool:

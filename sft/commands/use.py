@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,20 +119,22 @@ def _add_model_options(parser: cli.Parser) -> None:
     parser.add_argument("--adapter", help="folder of a LoRA adapter for the model")
     parser.add_argument("--quantization", choices=["nf4"], help="of the frozen weights")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    parser.add_argument("--batch-size", type=_batch_size, default="auto", help="prompts at once")
+    parser.add_argument("--batch-size", default="auto", help="prompts at once")
     parser.add_argument("--cache-dir", help="where a hub id is downloaded to")
     parser.add_overrides("generation")
 
 
-def _batch_size(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
-
-
 def _connector_arguments(args: Namespace) -> dict[str, Any]:
     """Returns the options of `_add_model_options` as arguments of AccelerateConnector."""
-    same = ("adapter", "quantization", "batch_size", "cache_dir")
-    named = {"model_name": args.model, "mixed_precision": args.precision}
-    return named | {name: getattr(args, name) for name in same}
+    size = args.batch_size
+    return {
+        "model_name": args.model,
+        "adapter": args.adapter,
+        "quantization": args.quantization,
+        "mixed_precision": args.precision,
+        "batch_size": int(size) if size.isdecimal() else size,
+        "cache_dir": args.cache_dir,
+    }
 
 
 def infer_options(parser: cli.Parser) -> None:
@@ -154,18 +156,14 @@ def infer(args: Namespace) -> None:
         raise UserError('PROMPT is empty; ask something, as in PROMPT="set a timer"')
     connector = AccelerateConnector(**_connector_arguments(args))
     connector.load_model_once()
-    conversation = chat.Conversation(connector, _write, args.system, **settings)
+    write = partial(print, end="", flush=True)
+    conversation = chat.Conversation(connector, write, args.system, **settings)
     if args.prompt is not None:
         conversation.ask(args.prompt)
         return
     print(f"{connector.model_name}: say something; /help lists commands, an empty line ends")
     while conversation.handle(_read()):
         pass
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _read() -> str:

@@ -160,7 +160,11 @@ def _parse_example(path: Path, number: int, line: bytes) -> Record:
         found = "no JSON object"
     elif missing := [key for key in TYPES if key not in example]:
         found = f"none of {', '.join(missing)} but {', '.join(example) or 'nothing'}"
-    elif wrong := [key for key in TYPES if not _is_valid(key, example[key])]:
+    elif wrong := [
+        key
+        for key, kind in TYPES.items()
+        if not isinstance(example[key], kind) or (key == "index" and example[key] < 0)
+    ]:
         found = ", ".join(f"{key} {shorten(example[key])}" for key in wrong)
     else:
         return example
@@ -168,10 +172,6 @@ def _parse_example(path: Path, number: int, line: bytes) -> Record:
         f"{path}:{number}: expected an object with the texts row, prompt and reference, the number "
         f"index, and answer (a text, or null where it failed); found {found}; {REMEDY}"
     )
-
-
-def _is_valid(key: str, value: Any) -> bool:
-    return isinstance(value, TYPES[key]) and (key != "index" or value >= 0)
 
 
 def _describe_mismatch(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from sft.config.schema import Config
@@ -144,20 +143,9 @@ def _load_config(run: Path, base: str, overrides: list[str] | None) -> Config:
 
 
 def _write(run: Path, config: Config, base: str, folder: Path, dtype: str) -> None:
-    """Writes the merged model with its tokenizer."""
+    """Writes the merged model with its tokenizer. Raises MergeError if the disk is too full."""
     adapted, tokenizer = load_trained(run, config, quantised=False)
     plain: Any = adapted.get_base_model()  # type: ignore[operator]
-    _refuse_full_disk(folder, plain, tokenizer, dtype)
-    if base == "dequantised":
-        _copy_dequantised(plain, config)
-    merged = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
-    merged.generation_config = add_turn_ends(merged.generation_config, tokenizer)
-    export.save(merged.to(DTYPES[dtype]), tokenizer, folder)
-
-
-def _refuse_full_disk(
-    folder: Path, plain: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: str
-) -> None:
     weights = sum(p.numel() for name, p in plain.named_parameters() if "lora_" not in name)
     need = weights * DTYPES[dtype].itemsize + len(tokenizer) * disk.TOKENIZER_BYTES
     have = disk.free_bytes(folder)
@@ -166,6 +154,11 @@ def _refuse_full_disk(
             f"{folder.parent}: need {size(need)} for {weights:,} weights in {dtype}, have "
             f"{size(have)}; make room, or give OUTPUT on another disk"
         )
+    if base == "dequantised":
+        _copy_dequantised(plain, config)
+    merged = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    merged.generation_config = add_turn_ends(merged.generation_config, tokenizer)
+    export.save(merged.to(DTYPES[dtype]), tokenizer, folder)
 
 
 def _copy_dequantised(plain: nn.Module, config: Config) -> None:

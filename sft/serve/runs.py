@@ -143,10 +143,14 @@ def _refuse_damaged(folder: Path) -> None:
 
 
 def _open_base(opening: Opening) -> AnswerModel:
-    """Returns a base model, with an adapter if `opening` names one."""
+    """Returns a base model, with an adapter if `opening` names one; downloads a hub id."""
     name, adapter = opening.name, opening.adapter
     if opening.cache_dir is not None and not Path(name).exists():
-        name = _download(name, Path(opening.cache_dir))
+        from huggingface_hub import snapshot_download
+
+        wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        with load.explain_load_errors(name):
+            name = snapshot_download(name, cache_dir=opening.cache_dir, allow_patterns=wanted)
     settings = Model(name=name)
     mode = "qlora" if opening.quantization else "lora"  # storage: NF4, or the compute dtype
     tokenizer = load.load_tokenizer(settings)
@@ -174,12 +178,3 @@ def _answer_model(
     return AnswerModel(
         model, stop, batch_size=opening.batch_size, tokenizer=tokenizer, identity=identity
     )
-
-
-def _download(name: str, cache_dir: Path) -> str:
-    """Downloads a model of the hub, and returns its folder."""
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-    with load.explain_load_errors(name):
-        return str(snapshot_download(name, cache_dir=cache_dir, allow_patterns=wanted))

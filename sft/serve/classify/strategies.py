@@ -93,7 +93,15 @@ def classify(config: Config, run: Path | None = None) -> None:
     model = {"model_name": str(run or config.model.name), "mixed_precision": config.train.precision}
     with guarded_model(folder, model, folder) as (connector, _):
         if connector.is_main_process:
-            connector.log.say(_describe(settings, model["model_name"], parts, len(chosen)))
+            sizes = ", ".join(f"{len(own):,} {part}" for part, own in parts.items())
+            kept = f", kept together by {', '.join(settings.split_by)}" if settings.split_by else ""
+            lines = [
+                ("model", model["model_name"]),
+                ("data", f"{settings.path}"),
+                ("parts", f"{sizes} (seed {settings.seed}{kept})"),
+                ("classified", f"{len(chosen):,} examples: {settings.part} (classify.part)"),
+            ]
+            connector.log.say(facts("Classify", lines))
             if settings.tune and not run:
                 rows.write_conversations(parts, config)
         for name in names:
@@ -118,19 +126,6 @@ def _make_questions(
         fields = {"row": each.place, "prompt": each.text, "reference": each.label}
         fields |= {"group": each.group} if settings.group else {}
         yield Question(rows.make_messages(strategy, each.text), None, fields)
-
-
-def _describe(settings: Classify, model: str, parts: rows.Parts, num: int) -> Table:
-    """Returns what is classified, by which model."""
-    sizes = ", ".join(f"{len(own):,} {part}" for part, own in parts.items())
-    kept = f", kept together by {', '.join(settings.split_by)}" if settings.split_by else ""
-    lines: list[tuple[str, str | Text]] = [
-        ("model", model),
-        ("data", f"{settings.path}"),
-        ("parts", f"{sizes} (seed {settings.seed}{kept})"),
-        ("classified", f"{num:,} examples: {settings.part} (classify.part)"),
-    ]
-    return facts("Classify", lines)
 
 
 def _report_scores(
