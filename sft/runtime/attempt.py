@@ -113,7 +113,7 @@ class Status:
         """Adopts the attempt that the first rank of the same launch has begun, if it has."""
         announced = read_json(self.folder / RANKS / "attempt.json")
         number = announced.get("attempt")
-        if announced.get("launch") == launch_id() and not self._mark(number).exists():
+        if announced.get("launch") == launch_id() and not self._end_mark(number).exists():
             self.attempt = number
 
     def end(self, state: str, code: int, reason: str | None, rank: int, step: int | None) -> bool:
@@ -121,8 +121,8 @@ class Status:
         if self.attempt is None or self.read().get("attempt", self.attempt) != self.attempt:
             return False
         try:
-            self._mark(self.attempt).parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(self._mark(self.attempt), os.O_CREAT | os.O_EXCL))
+            self._end_mark(self.attempt).parent.mkdir(parents=True, exist_ok=True)
+            self._end_mark(self.attempt).touch(exist_ok=False)
             self._write(state, code, reason, rank, step)
         except FileExistsError:
             return False
@@ -130,12 +130,12 @@ class Status:
             print(f"cannot write {self.folder / self.NAME}: {error}", file=sys.stderr)
         return True
 
-    def _mark(self, attempt: int | None) -> Path:
+    def _end_mark(self, attempt: int | None) -> Path:
         """Returns a file that one rank alone can create: the first to report the attempt's end."""
         return self.folder / RANKS / f"ended_{attempt}"
 
     def has_ended(self) -> bool:
-        return self.attempt is not None and self._mark(self.attempt).exists()
+        return self.attempt is not None and self._end_mark(self.attempt).exists()
 
     def verdict(self) -> dict[str, Any]:
         """Returns the status when a rank has written the end; waits at most two seconds for it."""

@@ -297,25 +297,19 @@ def save_optimizer(shards: Iterable[OptimizerShard], folder: Path, rank: int, wo
         save_file(tensors, folder / name, metadata={"starts": json.dumps(starts)})
 
 
-class OptimizerState:
-    """A context that reads, as one state, what `save_optimizer` wrote on all ranks."""
+class OptimizerState(ExitStack):
+    """A context that reads, as one state, the files that `save_optimizer` wrote on all ranks."""
 
     def __init__(self, folder: Path):
+        super().__init__()
         self.folder = folder
-
-    def __enter__(self) -> OptimizerState:
-        self.files = ExitStack()
         # {parameter: {key: [(where a slice starts, its file)]}}
         self.found: dict[str, dict[str, list[tuple[int, Any]]]] = {}
-        for path in sorted(self.folder.glob("optimizer-*.safetensors")):
-            file = self.files.enter_context(open_tensors(path))
+        for path in sorted(folder.glob("optimizer-*.safetensors")):
+            file = self.enter_context(open_tensors(path))
             for tensor, start in json.loads(file.metadata()["starts"]).items():
                 key, name = tensor.split(":", 1)
                 self.found.setdefault(name, {}).setdefault(key, []).append((start, file))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.files.close()
 
     def read(self, name: str, start: int, number: int | None) -> dict[str, torch.Tensor]:
         """Returns the state of a parameter by key: elements [start, start + number), flat.

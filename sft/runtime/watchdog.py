@@ -224,7 +224,9 @@ class Guard:
         rank = culprit.rank if culprit else self.rank
         if self.status.end(state, code, redact(reason), rank, self._step):
             return code, True
-        if self.status.attempt is None:  # before it has begun, all but the first end quietly
+        if (
+            self.status.attempt is None
+        ):  # an attempt that has not begun: only the first rank reports a stop
             return code, self.is_first or state != "preempted"
         return self.status.verdict().get("exit_code") or code, False
 
@@ -448,7 +450,7 @@ class Guard:
     def _exit_now(
         self, state: str, code: int, reason: str, *culprits: Heartbeat, patience: float = GRACE
     ) -> None:
-        """Ends this process at once, or waits if the main thread is ending it already."""
+        """Ends this process; if the main thread is ending it already, after `patience` seconds."""
         if not self._ending.acquire(timeout=patience):
             if not self._left.is_set():
                 os._exit(code)
