@@ -7,8 +7,10 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import random
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -18,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from sft.config.schema import Data
 from sft.data import files, readers
 from sft.data.files import (
     DIGEST,
@@ -396,8 +399,8 @@ def test_broken_list(tmp_path, tail):
 
 
 def test_a_file_of_no_known_kind(tmp_path):
-    path = write(tmp_path / "rows.xlsx", b"PK\3\4")
-    assert r"found: a file that begins with 'PK\\x03\\x04'" in refused(path)
+    path = write(tmp_path / "rows.mat", b"MATLAB\3\4")
+    assert r"found: a file that begins with 'MATLAB\\x03\\x04'" in refused(path)
 
 
 # --- paths -------------------------------------------------------------------------------------
@@ -424,6 +427,68 @@ def test_paths(tmp_path):
     assert files_of(bracketed) == [bracketed]
     rows, _ = load_rows([b, f"{tmp_path}/[ab].jsonl"])
     assert [(row.place, row.entry) for row in rows] == [(f"{b}:1", 0), (f"{a}:1", 1), (f"{b}:1", 1)]
+
+
+def hidden_of(path):
+    return [str(name) for name in files.list_files(str(path)).hidden]
+
+
+def test_hidden_files_are_not_read_and_are_counted(tmp_path):
+    names = ("a.jsonl", "b/c.jsonl", "b/_part.jsonl")
+    hidden = (".a.jsonl", "._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", ".git/x/y.csv")
+    hidden += ("b/.c/d.parquet", "__MACOSX/b/c.jsonl", "__MACOSX/._a.jsonl", ".c.jsonl.xz")
+    for name in (*names, *hidden, ".git/HEAD", "__MACOSX/readme"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, GOOD)
+    for path in (tmp_path, f"{tmp_path}/**/*"):
+        found = [file for file in files_of(str(path)) if readers.data_suffix(Path(file))]
+        assert found == sorted(f"{tmp_path}/{name}" for name in names)
+        expected = {f"{tmp_path}/{name}" for name in hidden}
+        assert {name for name in hidden_of(path) if name in expected} == expected
+    assert hidden_of(tmp_path) == sorted(expected)
+    assert hidden_of(f"{tmp_path}/*.jsonl") == [f"{tmp_path}/._a.jsonl", f"{tmp_path}/.a.jsonl"]
+    described = files.describe_hidden(hidden_of(tmp_path))
+    assert described == f"8 hidden files, such as {tmp_path}/{sorted(hidden)[0]}"
+    for named in (".git/x", ".a.jsonl", "__MACOSX/b/*.jsonl", ".ipynb_checkpoints/*"):
+        assert len(load_rows(str(tmp_path / named), on_bad_row="skip")[0]) < 2, named
+        assert hidden_of(tmp_path / named) == []  # whoever names them wants them
+
+
+def test_a_folder_of_hidden_files_alone(tmp_path):
+    write(tmp_path / "._a.jsonl", GOOD)
+    assert "found: a folder without a file" in refused(tmp_path)
+    assert "found: no file that fits the pattern" in refused(f"{tmp_path}/*")
+
+
+def test_a_file_of_a_folder_that_cannot_be_read_is_not_overlooked(tmp_path):
+    write(tmp_path / "a.jsonl", GOOD)
+    (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress(GOOD))
+    assert f"{tmp_path}/b.jsonl.xz: expected rows (docs/DATA.md), found an xz" in refused(tmp_path)
+
+
+def shown_rows(path, place):
+    section = Data(train_path=path)
+    return [(row.line, type(row)) for row in files.select_rows(section, place)]
+
+
+def test_the_row_at_a_line(tmp_path):
+    table = write(
+        tmp_path / "a.csv", b"question,answer", b"", b'"a', b'b",c', b"d,e", b'f,"g', b'"'
+    )
+    assert shown_rows(table, None) == [(3, Row)]
+    found = {line: shown_rows(table, str(line)) for line in range(1, 9)}
+    assert found == {1: [(3, Row)], 2: [(3, Row)], 3: [(3, Row)], 4: [(3, Row)], 5: [(5, Row)]} | {
+        6: [(6, Row)],
+        7: [(6, Row)],
+        8: [],
+    }
+    lines = write(tmp_path / "a.jsonl", GOOD, b"", b"broken", GOOD)
+    assert shown_rows(lines, None) == shown_rows(lines, "1") == [(1, Row)]
+    assert shown_rows(lines, "2") == []
+    assert shown_rows(lines, f"{lines}:3") == [(3, BadRow)]
+    assert shown_rows(lines, "b.jsonl:3") == shown_rows(lines, "x") == shown_rows(lines, "5") == []
+    both = [row.file for row in files.select_rows(Data(train_path=table, eval_path=lines), "4")]
+    assert both == [table, lines]
 
 
 def test_no_file(tmp_path):

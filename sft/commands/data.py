@@ -48,6 +48,8 @@ def audit(args: Namespace) -> int:
     for what, why in (("rejected", "on_bad_row"), ("dropped", "on_long")):
         if count := prepared.audit[what]:
             console.print(f"{count:,} rows {what} (data.{why}: {getattr(config.data, why)})")
+    if hidden := prepared.audit["hidden_files"]:
+        console.print(f"not read: {files.describe_hidden(hidden)}")
     folder = Path("outputs/audits", Path(config.train.output_dir).name)
     folder.mkdir(parents=True, exist_ok=True)
     cache.write_audit(prepared, folder)
@@ -56,7 +58,9 @@ def audit(args: Namespace) -> int:
 
 
 def show_data_options(parser: cli.Parser) -> None:
-    parser.add_argument("--row", default="1", help="line of a file, or file:line as in an audit")
+    parser.add_argument(
+        "--row", help="line of a file, or file:line as in an audit; the first row without it"
+    )
     parser.add_argument("--ids", action="store_true", help="every token with its id")
 
 
@@ -70,25 +74,22 @@ def show_data(args: Namespace) -> None:
     tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))
     limit = cache.max_length(config)
     view = template.list_tokens if args.ids else template.colour_text
-    for path in (settings.train_path, settings.eval_path or []):
-        for row in files.read_all(path, **files.read_options(settings)):
-            if not f":{row.file}:{row.line}".endswith(f":{args.row}"):
-                continue
-            num_shown += 1
-            if isinstance(row, files.BadRow):
-                console.print(f"bad row {row}")
-                continue
-            made = template.render_row(
-                tokenizer, row, limit, supervise=settings.supervise, on_long=settings.on_long
+    for row in files.select_rows(settings, args.row):
+        num_shown += 1
+        if isinstance(row, files.BadRow):
+            console.print(f"bad row {row}")
+            continue
+        made = template.render_row(
+            tokenizer, row, limit, supervise=settings.supervise, on_long=settings.on_long
+        )
+        for kept, example in made:
+            kinds = audit.examine(tokenizer, kept, example, limit, settings.supervise)
+            console.print(
+                f"{row.place}: {len(example.ids)} tokens, {example.num_supervised} supervised; "
+                f"findings: {', '.join(kinds) or 'none'}"
             )
-            for kept, example in made:
-                kinds = audit.examine(tokenizer, kept, example, limit, settings.supervise)
-                console.print(
-                    f"{row.place}: {len(example.ids)} tokens, {example.num_supervised} supervised; "
-                    f"findings: {', '.join(kinds) or 'none'}"
-                )
-                console.print(view(tokenizer, example))
-            if not made:
-                console.print(f"{row.place}: dropped (data.on_long: {settings.on_long})")
+            console.print(view(tokenizer, example))
+        if not made:
+            console.print(f"{row.place}: dropped (data.on_long: {settings.on_long})")
     if not num_shown:
         raise UserError(f"no row {args.row!r}: expected a line number, or file:line")

@@ -75,6 +75,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+Char = Annotated[str, Field(min_length=1, max_length=1, pattern=r"^[^\x00\r\n\"]$")]
 Texts = Annotated[list[Text], Field(min_length=1)]
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_refuse_unsafe)]
 MetricName = Literal[
@@ -148,6 +149,9 @@ class Data(Section):
         "text",
     ] = "auto"
     """Format of the rows (docs/DATA.md). `auto`: detected from each row's keys."""
+    csv_delimiter: Literal["auto"] | Char = "auto"
+    """Character between the cells of a CSV. `auto`: comma, semicolon, tab or bar, whichever fits
+    the first records; a file that several fit is refused."""
     columns: dict[Text, Text] | None = None
     """Column that gives each key of a format: `{prompt: query, completion: label}`."""
     system: Literal["keep", "replace", "prepend"] = "keep"

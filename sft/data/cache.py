@@ -101,6 +101,7 @@ def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> P
                 _fill(config, tokenizer, folder, made_of, on_progress)
             prepared = _open(folder, tokenizer)
     _prune(folder.parent)
+    prepared.audit["hidden_files"] = files.hidden_files(config.data)
     if config.data.audit == "refuse":
         audit.refuse(prepared.audit)
     return prepared
@@ -185,8 +186,8 @@ def cache_inputs(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     is_drawn = section.mix or not section.eval_path
     return {
-        "train": files.file_digests(section.train_path),
-        "eval": files.file_digests(section.eval_path) if section.eval_path else [],
+        "train": files.file_digests(section.train_path, section.cache_dir),
+        "eval": files.file_digests(section.eval_path or [], section.cache_dir),
         "options": section.model_dump(exclude={"train_path", "eval_path", "audit", "cache_dir"}),
         "max_length": max_length(config),
         "group": config.evaluation.group,
@@ -225,7 +226,10 @@ def _fill(
 ) -> None:
     if config.evaluation.group:  # refused before any row is rendered
         scored = config.data.eval_path or config.data.train_path
-        files.check_column(scored, config.evaluation.group, "evaluation.group")
+        options = {"cache_dir": config.data.cache_dir, "csv_delimiter": config.data.csv_delimiter}
+        files.check_column(scored, config.evaluation.group, "evaluation.group", **options)
+    if hidden := files.hidden_files(config.data):
+        make_console().print(f"not read: {files.describe_hidden(hidden)}")
     staging = folder.with_suffix(checkpoint.STAGING)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -294,7 +298,7 @@ def _write_rows(
 
 def _num_rows(settings: Data, paths: list[str | list[str]]) -> int | None:
     """Returns the approximate number of rows to read, or None if it is not known."""
-    numbers = [files.num_rows(path) for path in paths]
+    numbers = [files.num_rows(path, settings.cache_dir) for path in paths]
     if not all(numbers):
         return None
     train, *others = [number or 0 for number in numbers]

@@ -26,6 +26,8 @@ from sft.errors import DataError, suggest
 from sft.runtime.console import atomic_write
 
 DIGEST = np.dtype("V16")  # of `content_digest`
+CACHE_DIR: str = Data.model_fields["cache_dir"].default
+MAC = "__MACOSX"  # folder of an archive that macOS made, with a `._name` for each file
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +64,42 @@ class BadRow:
 class Source(NamedTuple):
     """A file, or a dataset of the hub, and which of the given paths named it."""
 
-    file: str  # or a hub id
+    file: str  # its path, hub id or address without credentials, for messages
     entry: int = 0
     on_hub: bool = False
+    copy: str = ""  # local copy of a remote file
+    digest: str = ""  # sha256 of the copy
+
+    @property
+    def path(self) -> str:
+        """Returns where its bytes are on this machine."""
+        return self.copy or self.file
 
 
-def sources(path: str | list[str]) -> list[Source]:
-    """Returns the files that a path, or each of a list, names: a file, a folder, a glob, a hub id.
+class Listing(NamedTuple):
+    """What a path, or a list of paths, names."""
+
+    sources: list[Source]
+    hidden: list[str]  # data files that are not read, because they or their folder are hidden
+
+
+def sources(path: str | list[str], cache_dir: str = CACHE_DIR) -> list[Source]:
+    """Returns the files that a path, or each of a list, names: a file, a folder, a glob, a hub id,
+    or an address, whose files are fetched into `cache_dir` first.
 
     Raises DataError for a path that names none.
     """
-    paths = [path] if isinstance(path, str) else path
-    found = [source for entry, text in enumerate(paths) for source in _sources(text, entry)]
-    for source in found:
+    return list_files(path, cache_dir).sources
+
+
+def list_files(path: str | list[str], cache_dir: str = CACHE_DIR) -> Listing:
+    """Returns the files that `sources` returns, and the hidden ones that are not read."""
+    found = Listing([], [])
+    for entry, text in enumerate([path] if isinstance(path, str) else path):
+        listed = _list(text, entry, cache_dir)
+        found.sources.extend(listed.sources)
+        found.hidden.extend(listed.hidden)
+    for source in found.sources:
         try:
             source.file.encode()
         except UnicodeEncodeError:
@@ -83,46 +108,75 @@ def sources(path: str | list[str]) -> list[Source]:
     return found
 
 
-def _sources(text: str, entry: int) -> list[Source]:
+def _list(text: str, entry: int, cache_dir: str) -> Listing:
     path = Path(text)
     if path.is_dir():
-        return [Source(str(file), entry) for file in _files_in(path)]
+        files, hidden = _files_in(path)
+        return Listing([Source(str(file), entry) for file in files], hidden)
     if path.exists():
         if not path.is_file():  # a pipe, whose rows could be read only once
             raise readers.unreadable(text, "no regular file")
-        return [Source(text, entry)]
+        return Listing([Source(text, entry)], [])
     if glob.has_magic(text):
-        files = sorted(name for name in glob.glob(text, recursive=True) if Path(name).is_file())
-        if not files:
+        names, hidden = _files_of_glob(text)
+        if not names:
             raise readers.unreadable(text, "no file that fits the pattern")
-        return [Source(name, entry) for name in files]
+        return Listing([Source(name, entry) for name in names], hidden)
     if readers.HUB.fullmatch(text) and not readers.data_suffix(path):
-        return [Source(text, entry, on_hub=True)]
+        return Listing([Source(text, entry, on_hub=True)], [])
     raise readers.unreadable(text, "No such file or directory")
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """Returns the data files of a folder; those of `datasets.save_to_disk` in their own order."""
+def is_hidden(name: str) -> bool:
+    """Returns whether a relative path is hidden: it or a folder in it begins with a dot, or it is
+    what macOS adds to an archive. No program shows such a file, so none trains on it."""
+    return any((p.startswith(".") and p not in (".", "..")) or p == MAC for p in name.split("/"))
+
+
+def _files_of_glob(text: str) -> tuple[list[str], list[str]]:
+    """Returns the files that fit a pattern, and the hidden ones, which must be named by it."""
+    fitting = set(glob.glob(text, recursive=True))
+    if MAC not in text.split("/"):
+        fitting = {name for name in fitting if MAC not in name.split("/")}
+    with_hidden = set(glob.glob(text, recursive=True, include_hidden=True)) - fitting
+    names = sorted(name for name in fitting if Path(name).is_file())
+    return names, sorted(name for name in with_hidden if Path(name).is_file())
+
+
+def _files_in(folder: Path) -> tuple[list[Path], list[str]]:
+    """Returns the data files of a folder, and its hidden ones, which are not read.
+
+    The files of `datasets.save_to_disk` come in their own order.
+    """
     if (splits := folder / "dataset_dict.json").is_file():
         names = _read_list(splits, "splits")
         if len(names) != 1:
-            raise _ambiguous(folder, names)
+            raise _ambiguous(str(folder), names)
         return _files_in(folder / names[0])
     if (state := folder / "state.json").is_file():
-        return [folder / item["filename"] for item in _read_list(state, "_data_files")]
-    files = [
-        file for file in sorted(folder.rglob("*")) if file.is_file() and readers.data_suffix(file)
-    ]
-    files = [f for f in files if f.name not in ("dataset_info.json", "dataset_infos.json")]
-    if not files:
-        raise readers.unreadable(str(folder), "a folder without a file that ends in one of these")
-    if len(kinds := sorted({readers.data_suffix(file) for file in files})) > 1:
-        raise _ambiguous(folder, kinds)
-    names = [file.relative_to(folder).as_posix() for file in files]
-    held_out = [name for name in names if HELD_OUT.search(name)]
-    if 0 < len(held_out) < len(names):
-        raise _ambiguous(folder, [next(n for n in names if n not in held_out), held_out[0]])
-    return files
+        return [folder / item["filename"] for item in _read_list(state, "_data_files")], []
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    chosen, hidden = choose_files(str(folder), names)
+    return [folder / name for name in chosen], [str(folder / name) for name in hidden]
+
+
+def choose_files(folder: str, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Returns the data files among the names of the files in a folder, and the hidden ones.
+
+    Raises DataError if there are none, or those of several kinds or splits.
+    """
+    data = [name for name in sorted(names) if readers.data_suffix(Path(name), any_packing=True)]
+    hidden = [name for name in data if is_hidden(name)]
+    about = ("dataset_info.json", "dataset_infos.json")
+    shown = [name for name in data if not is_hidden(name) and Path(name).name not in about]
+    if not shown:
+        raise readers.unreadable(folder, "a folder without a file that ends in one of these")
+    if len(found := sorted({readers.data_suffix(Path(n), any_packing=True) for n in shown})) > 1:
+        raise _ambiguous(folder, found)
+    held_out = [name for name in shown if HELD_OUT.search(name)]
+    if 0 < len(held_out) < len(shown):
+        raise _ambiguous(folder, [next(n for n in shown if n not in held_out), held_out[0]])
+    return shown, hidden
 
 
 def _read_list(file: Path, key: str) -> list[Any]:
@@ -132,7 +186,7 @@ def _read_list(file: Path, key: str) -> list[Any]:
         raise DataError(f"{file}: expected {key} of a saved dataset; save it again") from None
 
 
-def _ambiguous(folder: Path, found: Iterable[str]) -> DataError:
+def _ambiguous(folder: str, found: Iterable[str]) -> DataError:
     return DataError(
         f"{folder}: expected files of one kind and one split, found {', '.join(found)}; give the "
         "one to use as a folder or a glob, such as folder/train*.parquet"
@@ -146,6 +200,7 @@ def read(
     columns: dict[str, str] | None = None,
     system: Literal["keep", "replace", "prepend"] = "keep",
     system_prompt: str | None = None,
+    csv_delimiter: str = "auto",
     group: str | None = None,
     to_answer: bool = False,
 ) -> Iterator[Row | BadRow]:
@@ -155,7 +210,8 @@ def read(
     `to_answer`: rows are prompts to be answered, so they need no answer (`read_question`).
     """
     is_empty = True
-    for line, value, shown in _raw_rows(source, format):
+    raw_rows = _raw_rows(source, format, is_mapped=bool(columns), delimiter=csv_delimiter)
+    for line, value, shown in raw_rows:
         is_empty = False
         try:
             if isinstance(value, Exception):
@@ -175,31 +231,77 @@ def read(
         raise DataError(f"{source.file}: expected rows (docs/DATA.md), found none in the file")
 
 
-def _raw_rows(source: Source, format: str) -> Iterator[Any]:
-    return (
-        readers.read_hub(source.file) if source.on_hub else readers.read_file(source.file, format)
-    )
+def _raw_rows(source: Source, format: str, **options: Any) -> Iterator[readers.RawRow]:
+    if source.on_hub:
+        yield from readers.read_hub(source.file)
+        return
+    try:
+        yield from readers.read_file(source.path, format, **options)
+    except DataError as error:  # a message about a copy names what it is a copy of
+        raise DataError(str(error).replace(source.path, source.file)) from None
 
 
-def read_all(path: str | list[str], **options: Any) -> Iterator[Row | BadRow]:
+def read_all(
+    path: str | list[str], cache_dir: str = CACHE_DIR, **options: Any
+) -> Iterator[Row | BadRow]:
     """Yields every row of every file; takes the options of `read`."""
-    return (row for source in sources(path) for row in read(source, **options))
+    return (row for source in sources(path, cache_dir) for row in read(source, **options))
 
 
-def read_raw(path: str | list[str]) -> Iterator[tuple[str, Any]]:
+def read_raw(
+    path: str | list[str], cache_dir: str = CACHE_DIR, csv_delimiter: str = "auto"
+) -> Iterator[tuple[str, Any]]:
     """Yields (file:line, the row as it stands in its file, or an error) of every row of a path."""
-    for source in sources(path):
-        for line, value, _ in _raw_rows(source, "auto"):
+    for source in sources(path, cache_dir):
+        for line, value, _ in _raw_rows(source, "auto", is_mapped=True, delimiter=csv_delimiter):
             yield f"{source.file}:{line}", value
 
 
-def check_column(path: str | list[str], column: str, key: str) -> None:
+def select_rows(section: Data, place: str | None) -> Iterator[Row | BadRow]:
+    """Yields the rows of a configuration at `place`: a line of any file, or file:line.
+
+    A row of several lines is found by each of them, and the first row also by the lines before it,
+    such as the header of a CSV. Without a place, yields the first training row.
+    """
+    options = read_options(section)
+    cache_dir = options.pop("cache_dir")
+    if place is None:
+        yield from islice(read_all(section.train_path, cache_dir, **options), 1)
+        return
+    name, _, digits = f":{place}".rpartition(":")
+    if not digits.isdecimal():
+        return
+    for source in sources(section.train_path, cache_dir) + sources(
+        section.eval_path or [], cache_dir
+    ):
+        if f":{source.file}".endswith(name):
+            yield from _rows_at(source, int(digits), options)
+
+
+def _rows_at(source: Source, line: int, options: dict[str, Any]) -> Iterator[Row | BadRow]:
+    """Yields the row of a file to which a line belongs, if there is one."""
+    before: Row | BadRow | None = None
+    is_long = not source.on_hub and readers.has_long_rows(source.path)
+    for row in read(source, **options):
+        if row.line > line:
+            if before is None or is_long:
+                yield before or row
+            return
+        if row.line == line:
+            yield row
+            return
+        before = row
+    if before and is_long and line <= readers.num_lines(source.path):
+        yield before
+
+
+def check_column(path: str | list[str], column: str, key: str, **options: str) -> None:
     """Raises DataError if no row of the files has the column, which `key` of a configuration names.
 
-    The first row that has it ends the search.
+    The first row that has it ends the search. Takes the options of `read_raw`.
     """
     known = set[str]()
-    for _, row in read_raw(path):
+    for _, row in read_raw(path, **options):
         if _value_in(row, column) is not None:
             return
         known |= row.keys() if isinstance(row, dict) else set()
@@ -220,15 +322,15 @@ def _value_in(row: Any, column: str) -> Any:
         return None
 
 
-def file_digests(path: str | list[str]) -> list[dict[str, str | int]]:
+def file_digests(path: str | list[str], cache_dir: str = CACHE_DIR) -> list[dict[str, str | int]]:
     """Returns entry, name and sha256 (of the hub: fingerprint) of every file of a path."""
     found: list[dict[str, str | int]] = []
-    for source in sources(path):
+    for source in sources(path, cache_dir):
         if source.on_hub:
             digest = str(readers.load_from_hub(source.file)._fingerprint)
         else:
             try:
-                with Path(source.file).open("rb") as file:
+                with Path(source.path).open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise readers.unreadable(source.file, error.strerror or str(error)) from None
@@ -237,8 +339,10 @@ def file_digests(path: str | list[str]) -> list[dict[str, str | int]]:
 
 
 def read_options(section: Data) -> dict[str, Any]:
-    """Returns the options of `read` that a configuration sets."""
-    return section.model_dump(include={"format", "columns", "system", "system_prompt"})
+    """Returns the options of `read_all` that a configuration sets."""
+    return section.model_dump(
+        include={"format", "columns", "system", "system_prompt", "csv_delimiter", "cache_dir"}
+    )
 
 
 def content_digest(row: Row) -> bytes:
@@ -252,19 +356,19 @@ def content_digest(row: Row) -> bytes:
     return hashlib.sha256(content.encode()).digest()[:16]
 
 
-def num_rows(path: str | list[str]) -> int | None:
+def num_rows(path: str | list[str], cache_dir: str = CACHE_DIR) -> int | None:
     """Returns about how many rows there are, without reading them, or None if that is not known."""
     total = 0
-    for source in sources(path):
-        if source.on_hub or readers.compression_of(source.file):
+    for source in sources(path, cache_dir):
+        if source.on_hub or readers.compression_of(source.path):
             return None
-        with Path(source.file).open("rb") as file:
-            head, suffix = file.read(6), readers.data_suffix(Path(source.file))
+        with Path(source.path).open("rb") as file:
+            head, suffix = file.read(6), readers.data_suffix(Path(source.path))
             if head.startswith(b"PAR1"):
                 from pyarrow import ArrowException, parquet
 
                 try:
-                    total += parquet.read_metadata(source.file).num_rows
+                    total += parquet.read_metadata(source.path).num_rows
                 except ArrowException:  # its reader will report it
                     return None
             elif head.lstrip().startswith(b"{") or suffix in (".csv", ".tsv"):
@@ -281,7 +385,9 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
     Returns (name, number) pairs to report. Raises DataError with every bad row, unless
     `data.on_bad_row` is skip, or if no row is left; then `output` is not made.
     """
-    sources(settings.train_path)  # a missing file is reported before anything is made
+    hidden = list_files(
+        settings.train_path, settings.cache_dir
+    ).hidden  # a missing file is reported
     output.parent.mkdir(parents=True, exist_ok=True)
     written, seen, repeated = Counter[str](), set[bytes](), 0
     bad: list[BadRow] = []
@@ -308,11 +414,24 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
     report += [(f"from {name}", f"{count:,}") for name, count in written.most_common()]
     fate = "dropped" if settings.duplicates == "drop" else "kept"
     report += [("duplicates", f"{repeated:,} ({fate})")] if repeated else []
+    report += [("not read", describe_hidden(hidden))] if hidden else []
     if bad:
         with atomic_write(rejected := output.with_name("rejected.jsonl")) as file:
             write_rejected(bad, file)
         report.append(("rejected", f"{len(bad):,}, listed in {rejected}"))
     return report
+
+
+def hidden_files(section: Data) -> list[str]:
+    """Returns the hidden data files in the folders and globs of a configuration; none is read."""
+    paths = (section.train_path, section.eval_path or [])
+    return [name for path in paths for name in list_files(path, section.cache_dir).hidden]
+
+
+def describe_hidden(hidden: list[str]) -> str:
+    """Returns '2 hidden files, such as rows/.ipynb_checkpoints/a.jsonl'."""
+    files = f"{len(hidden):,} hidden file{'s' * (len(hidden) > 1)}"
+    return f"{files}, {'such as ' * (len(hidden) > 1)}{hidden[0]}"
 
 
 def write_rejected(bad: list[BadRow], file: IO[str]) -> None:

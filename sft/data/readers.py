@@ -15,15 +15,19 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from sft.data import delimiters, kinds
 from sft.data.formats import error_reason, parse_json
 from sft.errors import DataError
 
 LONGEST = 64 << 20  # bytes of a line or of a document; a longer one is never held in memory
 SEPARATOR = b"<|endoftext|>"  # between the documents of a raw text
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+PACKED = (".gz", ".zst")
+UNREADABLE_PACKED = (".xz", ".bz2", ".zip", ".7z", ".lz4", ".br", ".lzma", ".z")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
 
@@ -36,13 +40,17 @@ class RawRow(NamedTuple):
     shown: Any  # its bytes, or a value in place of them, for the excerpt
 
 
-def read_file(path: str, format: str) -> Iterator[RawRow]:
+def read_file(
+    path: str, format: str, *, is_mapped: bool = False, delimiter: str = "auto"
+) -> Iterator[RawRow]:
     """Yields every raw row of a file. Raises DataError for a file that cannot be read to its end.
 
-    With `format` auto a text file that looks like JSON is refused.
+    With `format` auto a text file that looks like JSON is refused, and so is a file of one object
+    that holds the rows, unless `is_mapped`: columns of its rows are named. `delimiter` separates
+    the cells of a CSV; `auto`: found by its first records.
     """
     try:
-        read_rows = _choose_reader(path, format)
+        read_rows = _choose_reader(path, format, is_mapped or format != "auto", delimiter)
         with _open(path) as file:
             yield from read_rows(path, file)
     except (EOFError, zlib.error, OSError) as error:
@@ -78,9 +86,14 @@ def load_from_hub(name: str) -> Any:
         ) from None
 
 
-def data_suffix(path: Path) -> str:
-    """Returns the ending of a data file (that of `a.jsonl.gz` is .jsonl), or ""."""
-    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+def data_suffix(path: Path, *, any_packing: bool = False) -> str:
+    """Returns the ending of a data file (that of `a.jsonl.gz` is .jsonl), or "".
+
+    `any_packing`: also of `a.jsonl.xz` and others that cannot be read and must not be overlooked.
+    """
+    name = path.name.lower()
+    for packing in (*PACKED, *(UNREADABLE_PACKED if any_packing else ())):
+        name = name.removesuffix(packing)
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
@@ -113,16 +126,16 @@ def one_line(text: str, num: int) -> str:
 Reader = Callable[[str, io.BufferedReader], Iterator[RawRow]]
 
 
-def _choose_reader(path: str, format: str) -> Reader:
+def _choose_reader(path: str, format: str, is_mapped: bool, delimiter: str) -> Reader:
     with _open(path) as file:
         head = file.read(4096)
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise unreadable(path, "UTF-16 text; save it as UTF-8")
     start, suffix = head.removeprefix(codecs.BOM_UTF8).lstrip(), data_suffix(Path(path))
     if head.startswith(b"PAR1"):
         return _parquet_rows
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return _arrow_rows
+    if refusal := kinds.refused_kind(path, head, suffix):
+        raise _not_rows(path, refusal)
     if suffix == ".txt":
         if format == "auto" and re.match(rb'\{\s*"|\[\s*[{"]', start):
             raise DataError(
@@ -133,10 +146,28 @@ def _choose_reader(path: str, format: str) -> Reader:
     if start.startswith(b"["):
         return _list_rows
     if suffix in (".csv", ".tsv") and not start.startswith(b"{"):
-        return _csv_rows
+        return partial(_csv_rows, delimiter=delimiter)
     if suffix in (".jsonl", ".ndjson", ".json") or start.startswith(b"{"):
-        return _json_rows
+        return partial(_json_rows, is_mapped=is_mapped)
     raise unreadable(path, f"a file that begins with {make_excerpt(head, 20)!r}")
+
+
+def _not_rows(path: str, found: str) -> DataError:
+    return DataError(f"{path}: expected rows (docs/DATA.md), found {found}")
+
+
+def has_long_rows(path: str) -> bool:
+    """Returns whether a row of the file may take several lines: a record of a CSV, a document."""
+    with _open(path) as file:
+        start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    is_table = data_suffix(Path(path)) in (".csv", ".tsv")
+    return data_suffix(Path(path)) == ".txt" or (is_table and not start.startswith((b"{", b"[")))
+
+
+def num_lines(path: str) -> int:
+    """Returns the number of lines of a file, also of a last one without an end."""
+    with _open(path) as file:
+        return sum(1 for _ in _lines(file))
 
 
 def compression_of(path: str) -> str | None:
@@ -183,14 +214,39 @@ def _too_long_error(kind: str) -> ValueError:
     return ValueError(f"the {kind} is longer than {LONGEST / 2**20:g} MiB")
 
 
-def _json_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
+def _json_rows(path: str, file: io.BufferedReader, is_mapped: bool) -> Iterator[RawRow]:
+    """Yields a row for each line. Refuses a file whose objects take several lines, or that is one
+    object around the rows."""
+    first: RawRow | None = None  # kept until it is known whether it is the only one
+    is_single = True
     for number, line, is_long in _lines(file):
         if is_long:
-            yield RawRow(number, _too_long_error("line"), line)
+            row = RawRow(number, _too_long_error("line"), line)
         elif text := line.strip():
-            yield RawRow(
+            row = RawRow(
                 number, _value_or_error(lambda line: parse_json(line.decode()), text), text
             )
+        else:
+            continue
+        if first:
+            yield from (first, row) if is_single else (row,)
+            is_single = False
+            continue
+        first = row
+        if isinstance(row.value, json.JSONDecodeError):
+            _refuse_spread_objects(path)
+    if first and is_single:
+        refusal = None if is_mapped else kinds.refused_object(path, first.value)
+        if refusal:
+            raise _not_rows(path, refusal)
+        yield first
+
+
+def _refuse_spread_objects(path: str) -> None:
+    with _open(path) as file:
+        start = file.read(LONGEST + 1)
+    if refusal := kinds.spread_object(path, start[:LONGEST], len(start) <= LONGEST):
+        raise _not_rows(path, refusal)
 
 
 def _list_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
@@ -215,8 +271,32 @@ def _list_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
         yield RawRow(index, _value_or_error(parse_json, item), item[:1000].encode())
 
 
-def _csv_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
+def _find_delimiter(path: str) -> tuple[str, bool]:
+    """Returns the delimiter of a CSV, and whether its first line is Excel's name of it."""
+    lines: list[str] = []
+    size, is_whole = 0, True
+    csv.field_size_limit(LONGEST)
+    with _open(path) as file:
+        for _, line, _ in _lines(file):
+            if size > delimiters.SAMPLE_BYTES or len(lines) == delimiters.SAMPLE_LINES:
+                is_whole = False
+                break
+            lines.append(line.decode("utf-8", "surrogateescape"))
+            size += len(line)
+    if lines and (named := delimiters.EXCEL.fullmatch(lines[0])):
+        return named[1], True
+    if len(lines) == 1 and "\r" in lines[0].rstrip("\r\n"):
+        raise _not_rows(path, "lines that end in a carriage return alone; end them in \\n")
+    usual = "\t" if data_suffix(Path(path)) == ".tsv" else ","
+    try:
+        return delimiters.find_delimiter(lines, is_whole, usual), False
+    except ValueError as error:
+        raise _not_rows(path, str(error)) from None
+
+
+def _csv_rows(path: str, file: io.BufferedReader, delimiter: str) -> Iterator[RawRow]:
     """Yields the records below a header; the raw lines of a record are kept until it ends."""
+    delimiter, is_named = (delimiter, False) if delimiter != "auto" else _find_delimiter(path)
     raw: list[bytes] = []
     last, is_long = 0, False
 
@@ -242,8 +322,10 @@ def _csv_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
         return decoded if isinstance(decoded, ValueError) else cells
 
     csv.field_size_limit(LONGEST)
-    delimiter = "\t" if data_suffix(Path(path)) == ".tsv" else ","
-    reader = csv.reader(decoded_lines(), delimiter=delimiter, strict=True)
+    numbered = decoded_lines()
+    if is_named:
+        next(numbered)
+    reader = csv.reader(numbered, delimiter=delimiter, strict=True)
     header = record()
     while header == []:
         header = record()
