@@ -195,7 +195,7 @@ class Passes:
             self.model.set_adapter(f"agent{agent}")
             loss, logits = self._plain(batch) if plain else self._supervised(batch)
             if self.strength:
-                points.append(self.reader.take(logits, batch)[:, 0])
+                points.append(self.reader.read_points(logits, batch)[:, 0])
                 total = total + loss / AGENTS
             else:
                 (loss / AGENTS).backward()
@@ -453,7 +453,7 @@ def held_out(task: CrowdTune, built: nn.Module) -> tuple[Tensor, Tensor, Tensor]
         for ids in batches.cut(range(len(rows)), rows.lengths, 1, budget)[0]:
             batch = task._collate(rows, ids)
             logits = task._forward(built, batch)
-            points = reader.take(logits, batch).movedim(0, 1)
+            points = reader.read_points(logits, batch).movedim(0, 1)
             found.append((logits.log_softmax(-1), batch.targets, points))
     log_probs, targets, points = zip(*found, strict=True)
     return torch.cat(log_probs, 1), torch.cat(targets), torch.cat(points, 1)

@@ -26,7 +26,7 @@ from sft.tasks.crowd import diversity
 from sft.tasks.crowd.aggregator import (
     GAP,
     ITERATIONS,
-    TOTALS,
+    CONCENTRATIONS,
     Aggregator,
     AggregatorError,
     Mixture,
@@ -161,27 +161,27 @@ def test_a_mixture_of_hardly_possible_tokens_does_not_underflow():
 def test_expected_weights_are_those_of_the_dirichlet_and_even_if_uniform():
     assert AGGREGATORS["learned"].expected().tolist() == pytest.approx([0.05, 0.75, 0.2])
     assert Aggregator("uniform", (9.0, 1.0)).expected().tolist() == [0.5, 0.5]
-    drawn = AGGREGATORS["learned"].draw_weights(prompts(4))
+    drawn = AGGREGATORS["learned"].weights_for(prompts(4))
     assert drawn.shape == (3, 4)
     torch.testing.assert_close(drawn.T, AGGREGATORS["learned"].expected().expand(4, -1))
 
 
 def test_drawn_weights_depend_on_the_prompt_and_the_seed_alone():
     sampled, asked = AGGREGATORS["sampled"], prompts()
-    drawn = sampled.draw_weights(asked)
+    drawn = sampled.weights_for(asked)
     assert drawn.shape == (3, 11)
     assert len(set(drawn[0].tolist())) == 11
-    assert torch.equal(sampled.draw_weights(asked[::-1]), drawn.flip(1))
-    assert torch.equal(sampled.draw_weights([asked[7]])[:, 0], drawn[:, 7])
-    assert sampled.draw_weights([]).shape == (3, 0)
-    other = Aggregator("sampled", sampled.concentration, 6).draw_weights(asked)
+    assert torch.equal(sampled.weights_for(asked[::-1]), drawn.flip(1))
+    assert torch.equal(sampled.weights_for([asked[7]])[:, 0], drawn[:, 7])
+    assert sampled.weights_for([]).shape == (3, 0)
+    other = Aggregator("sampled", sampled.concentration, 6).weights_for(asked)
     assert (other != drawn).all()
 
 
 def test_drawn_weights_have_the_moments_of_the_dirichlet():
     sampled = Aggregator("sampled", (0.5, 1.5, 0.0, 2.0), 0)
     number = 4000
-    drawn = sampled.draw_weights([[i, 7] for i in range(number)])
+    drawn = sampled.weights_for([[i, 7] for i in range(number)])
     torch.testing.assert_close(drawn.sum(0), torch.ones(number, dtype=torch.float64))
     mean = sampled.expected()
     variance = mean * (1 - mean) / (4.0 + 1)
@@ -288,7 +288,7 @@ def test_the_total_is_that_of_the_exact_likelihood(true):
         whole = each.reshape(40, 12, -1).sum(1)
         return float(np.logaddexp.reduce(whole, 1).sum() - 40 * math.log(1000))
 
-    best = max(exact(2 * each) for each in TOTALS)
+    best = max(exact(2 * each) for each in CONCENTRATIONS)
     assert exact(sum(found)) > best - 0.5
 
 
@@ -309,7 +309,7 @@ def test_agents_that_exclude_each_other_are_a_dirichlet_multinomial(true):
         rising = (gammaln(prior + counts) - gammaln(prior)).sum(1)
         return float((rising + gammaln(total) - gammaln(total + 10)).sum())
 
-    best = max(exact(3 * each) for each in TOTALS)
+    best = max(exact(3 * each) for each in CONCENTRATIONS)
     assert exact(sum(found)) > best - 2
 
 
@@ -339,7 +339,7 @@ def test_an_agent_that_finds_answers_impossible_gets_no_weight():
     heard = torch.tensor([[-1.0, -2.0, -1.0], [-torch.inf] * 3])
     found = crowd_aggregator.fit(heard, torch.tensor([0, 0, 1]))
     assert found[1] == 0
-    assert Aggregator("sampled", found).draw_weights([[1, 2]]).tolist() == [[1.0], [0.0]]
+    assert Aggregator("sampled", found).weights_for([[1, 2]]).tolist() == [[1.0], [0.0]]
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -400,7 +400,7 @@ DRAWN = Generation(max_new_tokens=16, temperature=0.8, top_p=0.9, seed=3)
 @pytest.mark.parametrize("kind", AGGREGATORS)
 def test_an_answer_is_that_of_the_plainest_loop_in_any_batch(crowd, accelerator, kind, settings):
     mixture, asked = Mixture(crowd, AGGREGATORS[kind]), prompts()
-    weights = AGGREGATORS[kind].draw_weights(asked)
+    weights = AGGREGATORS[kind].weights_for(asked)
     expected = [
         plainly(crowd, weights[:, i], prompt, settings, i) for i, prompt in enumerate(asked)
     ]

@@ -273,9 +273,9 @@ def test_what_a_distance_is(seed, agents, number, d, scale):
     equal = torch.stack([points[0], points[0][random.permutation(number)]])
     assert float(diversity.diversity(equal, onto)) == pytest.approx(0, abs=1e-12)
     torch.testing.assert_close(diversity.diversity(scale * points, onto), scale**2 * found)
-    bounded = diversity.diversity(diversity.normalised(points), onto)
+    bounded = diversity.diversity(diversity.normalise(points), onto)
     torch.testing.assert_close(
-        diversity.diversity(diversity.normalised(scale * points), onto),
+        diversity.diversity(diversity.normalise(scale * points), onto),
         bounded,
         rtol=1e-6,
         atol=1e-9,
@@ -285,7 +285,7 @@ def test_what_a_distance_is(seed, agents, number, d, scale):
 
 def test_opposite_points_are_as_far_apart_as_can_be():
     point = torch.randn(1, 1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    points = diversity.normalised(torch.cat([point, -point]))
+    points = diversity.normalise(torch.cat([point, -point]))
     basis = torch.eye(6, dtype=torch.float64)
     assert float(diversity.diversity(points, basis)) == pytest.approx(4)
 
@@ -294,7 +294,7 @@ def test_the_gradient_of_the_diversity_is_that_of_finite_differences():
     random = torch.Generator().manual_seed(0)
     points = torch.randn(3, 5, 4, generator=random, dtype=torch.float64, requires_grad=True)
     onto = diversity.directions(7, 4, seed=1)
-    for shaped in (lambda each: each, diversity.normalised):
+    for shaped in (lambda each: each, diversity.normalise):
         assert torch.autograd.gradcheck(lambda x, f=shaped: diversity.diversity(f(x), onto), points)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -25,7 +25,9 @@ Kind = Literal["uniform", "sampled", "learned"]
 GAP = 1e-6  # nats per token by which fitted weights may be below the best ones
 ITERATIONS = 1000  # maximum steps of EM; then weights are at most log(K) / 1000 below the best ones
 DRAWS = 256  # draws of weights that represent their distribution
-TOTALS = 10 ** (np.arange(-8, 17) / 4)  # per agent, 0.01 to 10,000: below, few draws mix agents
+# Candidates for the mean of the K concentrations, 0.01 to 10,000: with smaller ones hardly any draw
+# would mix agents.
+CONCENTRATIONS = 10 ** (np.arange(-8, 17) / 4)
 CHUNK = 2**22  # likelihoods of tokens under drawn weights at once: 32 MiB
 
 
@@ -81,7 +83,7 @@ class Aggregator:
         numbers = torch.ones_like(numbers) if self.kind == "uniform" else numbers
         return numbers / numbers.sum()
 
-    def draw_weights(self, prompts: Sequence[list[int]]) -> Tensor:
+    def weights_for(self, prompts: Sequence[list[int]]) -> Tensor:
         """Returns weights (K, B) in fp64 for the answers to prompts (token ids).
 
         For `sampled` they depend only on the seed and the ids of the prompt, not on batch, order,
@@ -108,26 +110,22 @@ def fit(log_likelihoods: Tensor, answers: Tensor) -> tuple[float, ...]:
     `log_likelihoods` (K, T): of each supervised token by each agent. `answers` (T,): the number of
     the answer that each token belongs to.
 
-    First the mean is fitted: the weights whose mixture gives all tokens the highest likelihood, by
-    EM (Dempster et al. 1977) from 1/K each. The likelihood is concave in the weights and never
-    falls, so it is at least that of `uniform`. Then the total is the one of `TOTALS` that gives
-    whole answers the highest likelihood. That is the expectation over w ~ Dirichlet(total * mean)
-    of the product over an answer's tokens, with the same seeded draws for each total. It is small
-    if each answer has an agent of its own, and large if all agents share in each answer. Among
-    equally good totals the one nearest to K (flat) is taken.
+    First the expected weights are fitted to the tokens (`_fit_mean`). Then their concentration is
+    fitted to whole answers: the one of `CONCENTRATIONS` that gives them the highest likelihood, as an
+    expectation over drawn weights. It is small if each answer has an agent of its own, and large if
+    all agents share in each answer. Among equally good ones the one nearest to 1 is taken.
 
     Without tokens the concentrations are ones. Tokens that no agent can produce do not count.
-    Everything is fp64 and deterministic. Memory is a few times the arguments', `CHUNK`, and `DRAWS`
-    numbers per answer.
+    Everything is fp64 and deterministic. Memory is a few times that of the arguments, plus `CHUNK`
+    numbers, plus `DRAWS` numbers per answer.
     """
-    scaled, which = _scaled_likelihoods(log_likelihoods, answers)
+    scaled, numbers = _scaled_likelihoods(log_likelihoods, answers)
     mean = _fit_mean(scaled)
-    number = len(mean)
-    values = [_answer_likelihood(scaled, which, number * each * mean.numpy()) for each in TOTALS]
+    scales = len(mean) * CONCENTRATIONS
+    values = [_answer_likelihood(scaled, numbers, scale * mean.numpy()) for scale in scales]
     enough = max(values) - 1e-9 * (1 + len(scaled))
-    best = [each for each, value in zip(TOTALS, values, strict=True) if value >= enough]
-    total = number * min(best, key=lambda each: abs(math.log(each)))
-    return tuple((total * mean).tolist())
+    best = [scale for scale, value in zip(scales, values, strict=True) if value >= enough]
+    return tuple((min(best, key=lambda scale: abs(math.log(scale / len(mean)))) * mean).tolist())
 
 
 def _scaled_likelihoods(log_likelihoods: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,15 +136,16 @@ def _scaled_likelihoods(log_likelihoods: Tensor, answers: Tensor) -> tuple[Tenso
     agents = log_likelihoods.detach().cpu().double().T
     largest = agents.max(1).values
     is_possible = largest > -torch.inf
-    which = torch.unique(answers.detach().cpu()[is_possible], return_inverse=True)[1]
-    return (agents[is_possible] - largest[is_possible, None]).exp(), which
+    numbers = torch.unique(answers.detach().cpu()[is_possible], return_inverse=True)[1]
+    return (agents[is_possible] - largest[is_possible, None]).exp(), numbers
 
 
 def _fit_mean(scaled: Tensor) -> Tensor:
     """Returns the weights (K,) whose mixture gives the tokens (T, K) the highest likelihood.
 
-    gain_k is the mean over tokens of agent k's likelihood over the mixture's. No weights are better
-    than these by more than log(max gain) nats per token (Jensen). EM multiplies by the gains.
+    EM (Dempster et al. 1977) begins with 1 / K and multiplies by gains: the mean over tokens of an
+    agent's likelihood over the mixture's. The likelihood never falls, so it is at least that of
+    `uniform`. No weights are better by more than log(max gain) nats per token (Jensen).
     """
     number = scaled.shape[1]
     weights = torch.full((number,), 1 / number, dtype=torch.float64)
@@ -160,19 +159,16 @@ def _fit_mean(scaled: Tensor) -> Tensor:
     return weights / weights.sum()
 
 
-def _answer_likelihood(scaled: Tensor, which: Tensor, concentration: np.ndarray) -> float:
+def _answer_likelihood(scaled: Tensor, numbers: Tensor, concentration: np.ndarray) -> float:
     """Returns the log likelihood of all answers, each with its own weights from this Dirichlet."""
     drawn = np.random.default_rng(0).dirichlet(concentration, DRAWS)
     weights = torch.from_numpy(drawn).T  # (K, draws)
-    number = int(which.max()) + 1 if len(which) else 0
-    sums = torch.zeros(number, DRAWS, dtype=torch.float64)
-    for some, theirs in zip(_chunks(scaled), _chunks(which), strict=True):
-        sums.index_add_(0, theirs, (some @ weights).log())
+    num_answers = int(numbers.max()) + 1 if len(numbers) else 0
+    sums = torch.zeros(num_answers, DRAWS, dtype=torch.float64)
+    size = CHUNK // DRAWS
+    for tokens, owners in zip(scaled.split(size), numbers.split(size), strict=True):
+        sums.index_add_(0, owners, (tokens @ weights).log())
     return float((sums.logsumexp(1) - math.log(DRAWS)).sum())
-
-
-def _chunks(tokens: Tensor) -> Iterator[Tensor]:
-    return iter(tokens.split(CHUNK // DRAWS))
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -180,16 +176,16 @@ def _chunks(tokens: Tensor) -> Iterator[Tensor]:
 
 @dataclass
 class MixtureCache:
-    """The state of a mixture between tokens, with the method that generation calls on a cache."""
+    """What a mixture keeps between tokens; generation calls `reorder_cache`."""
 
     agents: Any  # the base's cache, of K x B rows
     weights: Tensor  # (K, B)
 
     def reorder_cache(self, rows: Tensor) -> None:
         """Keeps these examples (n,), in this order, for every agent."""
-        number, batch = self.weights.shape
-        agents = torch.arange(number, device=rows.device) * batch
-        self.agents.reorder_cache((agents[:, None] + rows).flatten())
+        num_agents, batch = self.weights.shape
+        first = torch.arange(num_agents, device=rows.device)[:, None] * batch  # rows of example 0
+        self.agents.reorder_cache((first + rows).flatten())
         self.weights = self.weights[:, rows]
 
 
@@ -253,7 +249,7 @@ class Mixture(nn.Module, GenerationMixin):
         log_probs = logits.log_softmax(-1, dtype=precision)  # (K, B, kept, V)
         if past is None:
             prompts = _unpadded(input_ids, attention_mask)
-            weights = self.aggregator.draw_weights(prompts).to(log_probs)
+            weights = self.aggregator.weights_for(prompts).to(log_probs)
         else:
             weights = past.weights
         cache = output.past_key_values

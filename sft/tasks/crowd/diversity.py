@@ -34,7 +34,7 @@ def directions(num_projections: int, dimension: int, seed: int) -> torch.Tensor:
     return drawn / drawn.norm(dim=-1, keepdim=True)
 
 
-def normalised(points: torch.Tensor) -> torch.Tensor:
+def normalise(points: torch.Tensor) -> torch.Tensor:
     """Returns points (..., d) scaled to length sqrt(d); points of length 0 stay."""
     return points * torch.rsqrt(points.pow(2).mean(-1, keepdim=True) + 1e-12)
 
@@ -62,7 +62,7 @@ def disagreement(logits: torch.Tensor) -> torch.Tensor:
     return differ.to(logits) / (agents * (agents - 1))
 
 
-# --- over a batch --------------------------------------------------------------------------------
+# --- representations in a batch ------------------------------------------------------------------
 
 
 class RepresentationReader:
@@ -82,13 +82,13 @@ class RepresentationReader:
                 f"{len(layers) - 1}, or -1, found {settings.layer}"
             )
         if settings.representation == "hidden" and settings.layer == -1:
-            # After the hook of `head`, which selects the supervised positions.
+            # It runs after the hook of `head`, which selects the supervised positions.
             built.get_output_embeddings().register_forward_pre_hook(self._read_head)
         elif settings.representation == "hidden":
             layers[settings.layer].register_forward_hook(self._read_layer)
 
     def clear(self) -> None:
-        """Drops the states of a pass that was abandoned, which would keep its whole graph."""
+        """Drops the states of an abandoned pass: they would keep its whole graph in memory."""
         self.states: torch.Tensor | None = None  # (agents * supervised, d)
 
     def _read_head(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -100,7 +100,7 @@ class RepresentationReader:
             states = output[0] if isinstance(output, tuple) else output
             self.states = states.flatten(0, 1)[self.head.positions]
 
-    def take(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def read_points(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Returns points (examples with a supervised token, agents, d), in fp32 or wider.
 
         `logits`: (agents, supervised, vocabulary), of the pass whose states were read.
@@ -114,7 +114,7 @@ class RepresentationReader:
         counts = [count for count in batch.counts if count]
         pooled = [_pool(part, self.settings.pooling) for part in states.split(counts)]
         points = torch.stack(pooled) if pooled else states[:0]
-        return normalised(points) if self.settings.normalise else points
+        return normalise(points) if self.settings.normalise else points
 
 
 def _pool(states: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -125,10 +125,10 @@ def _pool(states: torch.Tensor, pooling: str) -> torch.Tensor:
 
 
 def select_pooled(batch: Batch, pooling: str) -> Batch:
-    """Keeps only the supervised positions that are pooled: logits of others take long."""
+    """Returns the batch with only the supervised positions that are pooled, to save time."""
     if pooling == "mean":
         return batch
-    ends = [*itertools.accumulate(batch.counts)]  # no tensors: a plan's have no values
+    ends = [*itertools.accumulate(batch.counts)]  # in a dry run, tensors have no values
     pairs = [(end, count) for end, count in zip(ends, batch.counts, strict=True) if count]
     places = [end - (1 if pooling == "last" else count) for end, count in pairs]
     return replace(
@@ -151,11 +151,10 @@ class BatchDiversity:
 
     @classmethod
     def of_points(
-        cls, ids: Sequence[int], points: torch.Tensor, supervised: float, num: int, seed: int
+        cls, ids: Sequence[int], points: torch.Tensor, supervised: float, onto: torch.Tensor
     ) -> BatchDiversity:
-        """Measures `points` (examples, agents, d) of the examples `ids` in `num` directions."""
+        """Measures points (examples, agents, d) of the examples `ids` in the directions `onto`."""
         points = points.requires_grad_()
-        onto = directions(num, points.shape[-1], seed)
         with torch.enable_grad():
             value = diversity(points.movedim(0, 1), onto)
             (gradient,) = torch.autograd.grad(value, points)
@@ -165,8 +164,8 @@ class BatchDiversity:
     def share(self, ids: Sequence[int], points: torch.Tensor) -> torch.Tensor:
         """Returns a micro-batch's share of the diversity, times the items of the global batch.
 
-        `points` are those of the micro-batch's examples with a supervised token, among `ids`. The
-        shares of all micro-batches add up to the value, their gradients to its gradient.
+        `points` are those of the examples `ids` that have a supervised token. The shares of all
+        micro-batches add up to the value, and their gradients to its gradient.
         """
         rows = [self.rows[i] for i in ids if i in self.rows]
         pull = (points * self.gradient[rows]).sum()

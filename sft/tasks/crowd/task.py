@@ -134,14 +134,14 @@ class CrowdTune(FineTune):
         targets = batch.targets.repeat(agents)
         losses = F.cross_entropy(logits.view(-1, vocabulary), targets, reduction="none")
         correct = logits.detach().argmax(-1) == batch.targets
-        loss = self._summed(losses.view(agents, -1), batch)
+        loss = self._weighted_sum(losses.view(agents, -1), batch)
         extras = {
             "cross_entropy": loss.detach(),
-            "token_accuracy": self._summed(correct.to(losses), batch),
+            "token_accuracy": self._weighted_sum(correct.to(losses), batch),
         }
         if not self.needs_global_batch:
             return loss, extras
-        spread = self._diversity_sum(self.reader.take(logits, batch), batch)
+        spread = self._diversity_sum(self.reader.read_points(logits, batch), batch)
         return loss - self.settings.lambda_sw * spread, {**extras, "diversity": spread.detach()}
 
     def _forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -154,7 +154,7 @@ class CrowdTune(FineTune):
         return logits.view(agents, -1, logits.shape[-1])
 
     @staticmethod
-    def _summed(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _weighted_sum(values: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Returns the weighted sum over tokens of the agents' mean: (agents, supervised) -> ()."""
         mean = values.mean(0)
         return mean.sum() if batch.weights is None else mean @ batch.weights.to(mean)
@@ -166,15 +166,17 @@ class CrowdTune(FineTune):
         """
         if self.batch_diversity is not None:
             return self.batch_diversity.share(batch.examples, points)
-        # All examples are here.
-        onto = directions(self.settings.num_projections, points.shape[-1], self.seed)
-        return self.num_supervised(batch) * diversity(points.movedim(0, 1), onto)
+        whole = diversity(points.movedim(0, 1), self._directions(points))  # all examples are here
+        return self.num_supervised(batch) * whole
+
+    def _directions(self, points: torch.Tensor) -> torch.Tensor:
+        return directions(self.settings.num_projections, points.shape[-1], self.seed)
 
     @torch.no_grad()
     def summarise(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Returns representations (examples, agents, d), 0 for examples without a target."""
         batch = select_pooled(batch, self.settings.pooling)
-        points = self.reader.take(self._forward(model, batch), batch)
+        points = self.reader.read_points(self._forward(model, batch), batch)
         table = points.new_zeros(len(batch.examples), *points.shape[1:])
         table[[i for i, count in enumerate(batch.counts) if count]] = points
         return table
@@ -190,8 +192,7 @@ class CrowdTune(FineTune):
             [ids[place] for place in kept],
             summaries[kept],
             supervised,
-            self.settings.num_projections,
-            self.seed,
+            self._directions(summaries),
         )
 
     def _is_supervised(self, number: int) -> bool:
@@ -214,10 +215,10 @@ class CrowdTune(FineTune):
         losses = -mixed.gather(-1, chosen)[:, 0]
         own = -logits.gather(-1, chosen.expand(len(logits), -1, 1))[..., 0]
         correct = (mixed.argmax(-1) == batch.targets).to(own)
-        return self._summed(losses[None], batch), {
-            "token_accuracy": self._summed(correct[None], batch),
-            "agent_loss": self._summed(own, batch),
-            "disagreement": self._summed(disagreement(logits)[None], batch),
+        return self._weighted_sum(losses[None], batch), {
+            "token_accuracy": self._weighted_sum(correct[None], batch),
+            "agent_loss": self._weighted_sum(own, batch),
+            "disagreement": self._weighted_sum(disagreement(logits)[None], batch),
         }
 
     @classmethod
