@@ -24,9 +24,9 @@ from sft.runtime import processes
 from sft.tasks.crowd import aggregator as crowd_aggregator
 from sft.tasks.crowd import diversity
 from sft.tasks.crowd.aggregator import (
+    CONCENTRATIONS,
     GAP,
     ITERATIONS,
-    CONCENTRATIONS,
     Aggregator,
     AggregatorError,
     Mixture,

@@ -111,7 +111,7 @@ def fit(log_likelihoods: Tensor, answers: Tensor) -> tuple[float, ...]:
     the answer that each token belongs to.
 
     First the expected weights are fitted to the tokens (`_fit_mean`). Then their concentration is
-    fitted to whole answers: the one of `CONCENTRATIONS` that gives them the highest likelihood, as an
+    fitted to whole answers: the one of `CONCENTRATIONS` with the highest likelihood, which is an
     expectation over drawn weights. It is small if each answer has an agent of its own, and large if
     all agents share in each answer. Among equally good ones the one nearest to 1 is taken.
 

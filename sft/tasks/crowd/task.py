@@ -108,7 +108,7 @@ class CrowdTune(FineTune):
 
     def check_result(self, engine: Engine, folder: Path) -> Iterator[Finding]:
         if self.needs_global_batch:
-            engine.step += 1  # before the first step, all agents are one function
+            engine.step += 1  # in the first step, all agents are still one function
             found = engine.optimizer_step()["train/diversity"]
             engine.step -= 1
             remedy = "" if found > 0 else "agents do not diverge: raise train.learning_rate"
