@@ -72,7 +72,7 @@ def test_an_fsdp2_launch_file_is_agreed_with_and_not_acted_on(tmp_path, monkeypa
             processes.start_processes(settings)
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    processes._refuse_other_launchers(settings, "fp32")
+    processes._refuse_other_launch_file(settings, "fp32")
     processes._forget_launch_file()
     assert not [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_USE"))]
 
@@ -101,7 +101,7 @@ def test_a_deepspeed_launch_file_names_no_settings_of_its_own(
     for name, value in variables.items():
         monkeypatch.setenv(names.get(name, f"ACCELERATE_DEEPSPEED_{name}"), value)
     with pytest.raises(ConfigError, match=message) if message else nullcontext():
-        processes._refuse_other_launchers(settings, "fp32")
+        processes._refuse_other_launch_file(settings, "fp32")
     processes._forget_launch_file()
     assert not [name for name in os.environ if name.startswith("ACCELERATE_DEEPSPEED")]
 

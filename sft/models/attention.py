@@ -109,8 +109,8 @@ def document_starts(
 ) -> tuple[torch.Tensor, int]:
     """Returns where documents start (documents + 1,), and the length of the longest one.
 
-    The rows count as joined; the last entry is their end. `positions` (1 or rows, time) restart in
-    each document.
+    Rows follow one another, and the last entry is their end. `positions` (1 or rows, time) restart
+    in each document.
     """
     if positions is None:
         return torch.arange(0, rows * time + 1, time, dtype=torch.int32, device=device), time

@@ -74,8 +74,8 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
 
 
 def adapter_tuning(config: dict[str, Any]) -> Tuning:
-    """Returns the shape of adapters that their config describes. Raises ValueError or KeyError if
-    it describes none."""
+    """Returns the LoRA settings of an adapter's config. Raises ValueError or KeyError if it has
+    none."""
     return Tuning(**{key: config[key] for key in ("r", "lora_alpha", "target_modules")})
 
 

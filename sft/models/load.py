@@ -1,4 +1,4 @@
-"""Loads tokenizer and model as configured: full, LoRA or QLoRA (NF4), with the dtype of each part.
+"""Loads tokenizer and model as configured (full, LoRA or QLoRA), and makes digests of models.
 
 Trained weights, their gradients and their optimizer state are fp32. A frozen base is stored in the
 compute dtype or in NF4. In bf16, compute runs under autocast. All this is checked after the build.
@@ -65,7 +65,7 @@ def explain_load_errors(name: str) -> Iterator[None]:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # any error may follow from files that anyone may have written
+    except Exception as error:  # files from anywhere can cause any error
         reason = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in reason:
             raise ModelError(
@@ -231,7 +231,7 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
 
 
 def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Returns the settings of QLoRA (Dettmers et al. 2023, section 3): NF4, quantised twice."""
+    """Returns the settings of QLoRA (Dettmers et al. 2023, section 3): NF4, double quantisation."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -284,7 +284,7 @@ def keep_nf4_trainable(model: nn.Module) -> None:
 
 
 def model_sha256(config: Model) -> str:
-    """Hashes the base model's config.json and weights, but not where it is stored."""
+    """Hashes the base model's config.json and weights; where they are stored does not matter."""
     digest = hashlib.sha256(architecture(config).to_json_string().encode())
     if config.init == "pretrained":
         for part in _sample_weights(config):

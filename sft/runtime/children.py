@@ -56,7 +56,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def process_state(pid: int) -> str:
-    """Returns psutil's name of the state of a process, or '' if it is another user's secret."""
+    """Returns psutil's name of the state of a process, or '' if the system hides it."""
     try:
         return psutil.Process(pid).status()
     except psutil.NoSuchProcess:
@@ -66,7 +66,7 @@ def process_state(pid: int) -> str:
 
 
 def kill_tree(pid: int) -> None:
-    """Kills a process and its descendants; this process, if it is one of them, as the last."""
+    """Kills a process and its descendants. If this process is one of them, it is killed last."""
     with suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         family = [root, *root.children(recursive=True)]

@@ -43,7 +43,7 @@ def make_console(file: Any = None) -> Console:
 
 
 def visible(text: str) -> str:
-    """Returns text with the control characters that a terminal would obey written as escapes."""
+    """Returns text with its control characters escaped, which a terminal would obey."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", lambda m: repr(m[0])[1:-1], text)
 
 

@@ -90,7 +90,7 @@ def default_num_processes(hw: Hardware) -> int:
 
 
 def resolve_precision(train: Train, devices: list[Device] | None = None) -> tuple[str, str]:
-    """Returns (precision, reason) for these GPUs, or without `devices` for this process's own."""
+    """Returns (precision, reason) for `devices`; by default, for the GPU of this process."""
     import torch
 
     if train.precision != "auto":
@@ -151,7 +151,7 @@ def library_versions() -> dict[str, str]:
 
 
 def nvidia_smi(*arguments: str) -> str | None:
-    """Returns its output; None if it is missing, fails or hangs (a broken driver)."""
+    """Returns what nvidia-smi prints; None if it is missing, fails or hangs (a broken driver)."""
     try:
         done = subprocess.run(
             ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True
@@ -256,7 +256,7 @@ def cgroup_limits(
 
 
 def _cgroup_folders(membership: Path, root: Path) -> list[tuple[set[str], Path]]:
-    """Returns (controllers, folder) of our cgroups and ancestors; '' controls all in version 2."""
+    """Returns (controllers, folder) of our cgroup and its ancestors; {''} in version 2."""
     result = []
     for line in _read(membership).splitlines():
         _, names, path = line.split(":", 2)

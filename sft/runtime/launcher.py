@@ -75,8 +75,8 @@ def launch_self(folder: Path) -> int:
 def launch(train: Train, program: Sequence[str], *, trains: bool = False) -> int:
     """Runs `program` (a script or `-m` and a module, with arguments) on all ranks of this machine.
 
-    If it `trains`, it gets an override with the number of ranks, to check it. Returns the exit code
-    of the run in `train.output_dir`.
+    A program that `trains` gets an override with the number of ranks, which it then checks. Returns
+    the exit code of the run in `train.output_dir`.
     """
     path = launch_file(train)
     file = read_launch_file(path)
@@ -93,7 +93,7 @@ def launch(train: Train, program: Sequence[str], *, trains: bool = False) -> int
         command = [*_options(path, world, logs), *program]
         command += [f"train.num_processes={world.num_processes}"] if trains else []
         failures = _run(world, command)
-    if _needs_report(failures, relay.stops):
+    if _report_kill(failures, relay.stops):
         own = Path(tempfile.gettempdir()) / f"sft_{os.getpid()}_{LOG}"
         _save(report.getvalue(), folder / LOG if modified_at(status) > before else own)
     return _outcome(written_code(status, before), failures, relay.stops)
@@ -146,9 +146,9 @@ def _outcome(written: int | None, failures: dict[int, int], stops: list[int]) ->
     return 128 + stops[-1] if stops else PeerError.exit_code
 
 
-def _needs_report(failures: dict[int, int], stops: list[int]) -> bool:
-    """Returns whether the first rank to fail was killed or met a bug. Reports a kill, which the
-    rank itself could not."""
+def _report_kill(failures: dict[int, int], stops: list[int]) -> bool:
+    """Reports that the first rank to fail was killed, if it was. Returns whether torchrun's report
+    is of use: after a kill or a bug."""
     rank, code = next(iter(failures.items()), (0, 0))
     killed = code < 0 and not stops
     if killed:

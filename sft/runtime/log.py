@@ -57,7 +57,7 @@ class _Lines(io.TextIOBase):
 
 
 class Log:
-    """The log files and the console of one run; without a folder, as on other ranks, silent."""
+    """The log files and the console of a run. Without a folder, as on other ranks, it is silent."""
 
     has_lines = False  # whether progress is printed as lines where there is no terminal
 
@@ -88,7 +88,7 @@ class Log:
             self.say(f"warning: {name} cannot be written: {error}; the run goes on without it")
 
     def open_metrics(self, step: int) -> None:
-        """Starts metrics.jsonl and TensorBoard, or drops what they have after `step`."""
+        """Opens metrics.jsonl and TensorBoard, and drops what they have of steps after `step`."""
         folder = self.folder
         if not folder:
             return
@@ -108,7 +108,7 @@ class Log:
 
     @contextmanager
     def _board_errors(self) -> Iterator[None]:
-        """Gives TensorBoard up after an error of its own or of its thread."""
+        """Stops using TensorBoard after an error of its thread, which is raised in this context."""
         try:
             yield
         except (OSError, RuntimeError) as error:

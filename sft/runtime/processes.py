@@ -63,7 +63,7 @@ def start_processes(train: Train, *, shared: bool = False) -> Accelerator:
     check_launch(train)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     precision, _ = resolve_precision(train)
-    _refuse_other_launchers(train, precision)
+    _refuse_other_launch_file(train, precision)
     _forget_launch_file()
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
@@ -134,7 +134,7 @@ def _wrong_world(expected: int | None, found: int) -> ConfigError:
     )
 
 
-def _refuse_other_launchers(train: Train, precision: str) -> None:
+def _refuse_other_launch_file(train: Train, precision: str) -> None:
     """Raises ConfigError if the variables that a launch file has set contradict `train`."""
     flags = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp"}
     for variable, engine in flags.items():
@@ -161,7 +161,7 @@ def _refuse_other_launchers(train: Train, precision: str) -> None:
 
 
 def _refuse_other_deepspeed(train: Train) -> None:
-    """Raises ConfigError if the launch file sets anything but `train`'s own stage and file."""
+    """Raises ConfigError if the launch file configures DeepSpeed otherwise than `train` does."""
     named = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
     free = {"", "mixed_precision", "zero_stage", "deepspeed_config_file"}
     more = [key for key in named if key not in free and not key.startswith("deepspeed_")]
@@ -189,7 +189,7 @@ def _forget_launch_file() -> None:
 
 
 def describe_world(accelerator: Accelerator) -> dict[str, str]:
-    """Returns the `devices` of all ranks and their `spread` over machines as text. Collective."""
+    """Returns texts: the `devices` of all ranks, and their `spread` over machines. Collective."""
     world, device = accelerator.num_processes, accelerator.device
     cpu = f"CPU with {torch.get_num_threads()} thread(s)"
     own = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
@@ -223,7 +223,7 @@ def collect_facts(config: RunConfig, data: Mapping[str, str]) -> dict[str, str]:
 def refuse_differences(facts: Mapping[str, str]) -> None:
     """Raises PeerError, on all ranks, if `facts` are not the same on all. Collective.
 
-    The value that most ranks have counts as right; with two ranks, that of the first.
+    The most frequent value counts as right; with two ranks, that of the first.
     """
     ranks: list[dict[str, str]] = gather_object([dict(facts)])
     problems = []
@@ -259,13 +259,13 @@ def end_processes(accelerator: Accelerator) -> None:
 
 
 def _reset_accelerate() -> None:
-    """Clears the settings of an earlier run, which Accelerate keeps as long as the process."""
+    """Clears what Accelerate keeps of an earlier run in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 def leave_process_group() -> None:
-    """Leaves the process group; after the run, but before the interpreter exits."""
+    """Leaves the process group, which is safe only before the interpreter exits."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -220,13 +220,12 @@ class Guard:
     def _write_end(
         self, state: str, code: int, reason: str, culprit: Heartbeat | None = None
     ) -> tuple[int, bool]:
-        """Writes the status if no rank has; returns the run's exit code, and whether it is ours."""
+        """Writes the status if no rank has. Returns the run's exit code, and if this rank was first."""
         rank = culprit.rank if culprit else self.rank
         if self.status.end(state, code, redact(reason), rank, self._step):
             return code, True
-        if (
-            self.status.attempt is None
-        ):  # an attempt that has not begun: only the first rank reports a stop
+        if self.status.attempt is None:
+            # No attempt has begun: only the first rank reports a stop.
             return code, self.is_first or state != "preempted"
         return self.status.verdict().get("exit_code") or code, False
 

@@ -40,7 +40,7 @@ class World:
 
 
 def launch_file(train: Train) -> Path:
-    """Returns ACCELERATE_CONFIG; else, for DDP, the file of `make setup-accelerate`; else ours."""
+    """Returns ACCELERATE_CONFIG; for DDP, the file of `make setup-accelerate`; or `PLAIN`."""
     if named := os.environ.get("ACCELERATE_CONFIG"):
         return Path(named)
     if train.engine == "ddp":
