@@ -220,7 +220,7 @@ class Guard:
     def _write_end(
         self, state: str, code: int, reason: str, culprit: Heartbeat | None = None
     ) -> tuple[int, bool]:
-        """Writes the status if no rank has. Returns the run's exit code, and if this rank was first."""
+        """Writes the status if no rank has. Returns the exit code, and if this rank was first."""
         rank = culprit.rank if culprit else self.rank
         if self.status.end(state, code, redact(reason), rank, self._step):
             return code, True
