@@ -72,6 +72,59 @@ def test_the_embedded_task_has_no_error(nano):
     assert kinds <= {"near_duplicate"}  # requests made from phrasings are alike
 
 
+@pytest.mark.parametrize(("lines", "fraction"), [(400, 0.05), (400, 0.4), (3, 0.05), (1, 0.5)])
+def test_a_single_document_is_cut_before_the_split(tmp_path, lines, fraction):
+    text = "\n".join(f"line {n} of a story that goes on" for n in range(lines))
+    (tmp_path / "story.txt").write_text(text)
+    given = [f"data.train_path={tmp_path}/story.txt", "data.eval_path=null"]
+    given += [f"data.eval_fraction={fraction}", "data.max_seq_len=64"]
+    prepared = prepare(config(*given))
+    parts = [prepared.train, prepared.held_out]
+    train, held_out = ([i for example in part for i in example.ids] for part in parts)
+    whole = prepared.tokenizer(text)["input_ids"] + [prepared.tokenizer.eos_token_id]
+    assert train + held_out == whole  # one block, and no token on both sides
+    assert len(held_out) == max(2, round(fraction * len(whole)))
+    assert all(len(example.ids) == 64 for example in list(prepared.train)[:-1])
+    assert all(example.labels == example.ids for part in parts for example in part)
+    assert prepared.audit["held_out"]["problems"] == {}
+    assert list(prepare(config(*given)).train) == list(prepared.train)
+
+
+def test_documents_are_not_cut_where_there_are_two(tmp_path):
+    (tmp_path / "a.txt").write_text("a long story <|endoftext|> another one")
+    given = [f"data.train_path={tmp_path}/a.txt", "data.eval_path=null"]
+    prepared = prepare(config(*given))
+    assert [len(part) for part in (prepared.train, prepared.held_out)] == [1, 1]
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match="found none in the file"):
+        prepare(config(*given))
+
+
+def test_a_document_too_short_to_be_cut(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    given = [f"data.train_path={tmp_path}/a.txt", "data.eval_path=null"]
+    with pytest.raises(DataError, match=r"a.txt:1: nothing can be held out from the only document"):
+        prepare(config(*given))
+    eval_path = f"data.eval_path={tmp_path}/a.txt"
+    with pytest.raises(DataError, match="leaked"):  # given as it is, it is not cut
+        prepare(config(given[0], eval_path))
+
+
+def test_hidden_files_are_in_the_audit(tmp_path, capsys):
+    rows(tmp_path / "rows.jsonl", "one", "two", "three", "four")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    hidden = tmp_path / ".ipynb_checkpoints/rows-checkpoint.jsonl"
+    hidden.write_text("{")
+    given = [f"data.train_path={tmp_path}/*", "data.eval_path=null", "data.eval_fraction=0.3"]
+    prepared = prepare(config(*given))
+    assert (len(prepared.train), prepared.audit["hidden_files"]) == (3, [])
+    given[0] = f"data.train_path={tmp_path}"
+    for _ in range(2):  # the cache lies in the folder, and is not counted
+        prepared = prepare(config(*given))
+        assert (len(prepared.train), prepared.audit["hidden_files"]) == (3, [str(hidden)])
+    assert f"not read: 1 hidden file, {hidden}" in "".join(capsys.readouterr().out.split("\n"))
+
+
 def test_an_error_of_the_audit_stops_the_run_and_warn_lets_it_pass(tmp_path):
     given = rows(tmp_path / "rows.jsonl", "one", "two <|im_end|>", "three", "four")
     with pytest.raises(

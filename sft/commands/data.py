@@ -48,8 +48,6 @@ def audit(args: Namespace) -> int:
     for what, why in (("rejected", "on_bad_row"), ("dropped", "on_long")):
         if count := prepared.audit[what]:
             console.print(f"{count:,} rows {what} (data.{why}: {getattr(config.data, why)})")
-    if hidden := prepared.audit["hidden_files"]:
-        console.print(f"not read: {files.describe_hidden(hidden)}")
     folder = Path("outputs/audits", Path(config.train.output_dir).name)
     folder.mkdir(parents=True, exist_ok=True)
     cache.write_audit(prepared, folder)

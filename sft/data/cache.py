@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -101,7 +102,9 @@ def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> P
                 _fill(config, tokenizer, folder, made_of, on_progress)
             prepared = _open(folder, tokenizer)
     _prune(folder.parent)
-    prepared.audit["hidden_files"] = files.hidden_files(config.data)
+    prepared.audit["hidden_files"] = hidden = files.hidden_files(config.data)
+    if hidden and os.environ.get("RANK", "0") == "0":
+        make_console().print(f"not read: {files.describe_hidden(hidden)}")
     if config.data.audit == "refuse":
         audit.refuse(prepared.audit)
     return prepared
@@ -228,8 +231,6 @@ def _fill(
         scored = config.data.eval_path or config.data.train_path
         options = {"cache_dir": config.data.cache_dir, "csv_delimiter": config.data.csv_delimiter}
         files.check_column(scored, config.evaluation.group, "evaluation.group", **options)
-    if hidden := files.hidden_files(config.data):
-        make_console().print(f"not read: {files.describe_hidden(hidden)}")
     staging = folder.with_suffix(checkpoint.STAGING)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -275,11 +276,20 @@ def _write_rows(
     ):
         for part, path in enumerate(paths):
             most = data.max_rows if part == TRAIN else None
-            for chunk in _map_chunks(render, islice(files.read_all(path, **options), most)):
+            rows: Iterator[AnyRow] = islice(files.read_all(path, **options), most)
+            share = data.eval_fraction if len(paths) == 1 else 0
+            document, rows = _only_document(rows) if share else (None, rows)
+            chunks = (
+                [_render_halves(tokenizer, document, max_length(config), share)]
+                if document
+                else _map_chunks(render, rows)
+            )
+            for chunk in chunks:
                 files.write_rejected(chunk.refused, rejected)
                 counts.rejected += len(chunk.refused)
                 first += chunk.refused[: 10 - len(first)]
-                chunk.places["part"] = part
+                if not document:
+                    chunk.places["part"] = part
                 chunk.arrays.index["row"] += counts.rows
                 counts.rows += len(chunk.places)
                 counts.dropped += chunk.num_dropped
@@ -294,6 +304,45 @@ def _write_rows(
             first[0].file, [str(row) for row in first], counts.rejected
         )
     return counts
+
+
+def _only_document(rows: Iterator[AnyRow]) -> tuple[Row | None, Iterator[AnyRow]]:
+    """Returns the only row if it is raw text, and all rows."""
+    first = list(islice(rows, 2))
+    row = first[0] if len(first) == 1 else None
+    is_document = isinstance(row, Row) and template.is_document(row.messages)
+    return (row if is_document else None), chain(first, rows)  # type: ignore[return-value]
+
+
+def _render_halves(tokenizer: Tokenizer, row: Row, limit: int, share: float) -> _Rendered:
+    """Renders a document of which the last `share` of the tokens is held out.
+
+    There are no other rows to hold out. The two parts have no token in common, and count as two
+    rows for duplicates and leaks.
+    """
+    ((_, whole),) = template.render_row(tokenizer, row, sys.maxsize)
+    ids = whole.ids
+    if len(ids) < 4:
+        raise errors.DataError(
+            f"{row.place}: nothing can be held out from the only document, which has {len(ids)} "
+            "tokens; give data.eval_path, or more text"
+        )
+    cut = min(max(2, len(ids) - round(share * len(ids))), len(ids) - 2)
+    samples: list[tuple[int, Row, template.Example]] = []
+    parts: list[Row] = []
+    for number, part in enumerate((ids[:cut], ids[cut:])):
+        pieces = [part[at : at + limit] for at in range(0, len(part) - 1, limit)]
+        samples += [(number, row, template.Example(piece, list(piece))) for piece in pieces]
+        content = tokenizer.decode(part, skip_special_tokens=True)
+        parts.append(replace(row, messages=[{**row.messages[0], "content": content}]))
+    arrays = ExampleArrays.pack(samples)
+    arrays.index["findings"] = audit.examine_tokens(tokenizer, Examples(arrays), limit)
+    places = np.array([(TRAIN, row.entry), (HELD_OUT, row.entry)], PLACE)
+    make_console().print(
+        f"{row.file}: the only document; its last {len(ids) - cut:,} of {len(ids):,} tokens are "
+        "held out"
+    )
+    return _Rendered(arrays, places, duplicates.fingerprint(parts), Counter({row.format: 1}), [], 0)
 
 
 def _num_rows(settings: Data, paths: list[str | list[str]]) -> int | None:
@@ -321,7 +370,7 @@ def _decide(config: Config, tokenizer: Tokenizer, folder: Path, counts: _Counts)
     )
     if data.duplicates == "drop":
         train = train[split.is_first(known.digests[train])]
-    if not data.eval_path and len(train):
+    if not data.eval_path and len(train) and not len(held_out):
         held = split.split(known.digests[train], data.eval_fraction, seed)
         train, held_out = train[~held], train[held]
     mixed = train

@@ -424,8 +424,9 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
 
 def hidden_files(section: Data) -> list[str]:
     """Returns the hidden data files in the folders and globs of a configuration; none is read."""
-    paths = (section.train_path, section.eval_path or [])
-    return [name for path in paths for name in list_files(path, section.cache_dir).hidden]
+    paths, cache = (section.train_path, section.eval_path or []), Path(section.cache_dir).resolve()
+    hidden = (name for path in paths for name in list_files(path, section.cache_dir).hidden)
+    return [name for name in hidden if not Path(name).resolve().is_relative_to(cache)]
 
 
 def describe_hidden(hidden: list[str]) -> str:
