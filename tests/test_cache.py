@@ -149,6 +149,59 @@ def test_bad_rows_stop_the_run_or_are_skipped_and_listed(tmp_path):
     assert (rejected["line"], rejected["excerpt"]) == (5, '{"prompt": "p"}')
 
 
+def test_columns_that_are_not_used_are_counted(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    given = rows(path, "one", "two", "three", "four")
+    first, *others = map(json.loads, path.read_text().splitlines())
+    lines = [first | {"id": 1, "label": 0}, *(row | {"id": n} for n, row in enumerate(others))]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the column 'label' rates the answer"):
+        prepare(config(*given))
+    prepared = prepare(config(*given, "data.ignore_columns=[label]"))
+    assert prepared.audit["ignored_columns"] == {"id": 1.0, "label": 0.25}
+
+
+def test_an_optional_column_that_no_row_has_is_an_error(tmp_path):
+    given = rows(tmp_path / "rows.jsonl", "one", "two", "three", "four")
+    columns = "data.columns={prompt: prompt, completion: completion, system: sistem}"
+    with pytest.raises(DataError, match=r"no column 'sistem', which data.columns.system names"):
+        prepare(config(*given, columns))
+
+
+def test_rows_of_tokens_become_examples_as_they_are(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    made = [{"input_ids": [5, n, 7], "labels": [-100, n, 7]} for n in range(8, 16)]
+    path.write_text("\n".join(map(json.dumps, made)))
+    given = f"data.train_path={path}", "data.eval_path=null", "data.eval_fraction=0.3"
+    prepared = prepare(config(*given))
+    found = [*prepared.train, *prepared.held_out]
+    assert sorted(e.ids for e in found) == [row["input_ids"] for row in made]
+    assert sorted(e.labels for e in found) == [row["labels"] for row in made]
+    assert prepared.audit["formats"] == {"tokenised": 8}
+    assert not prepared.audit["train"]["problems"]
+    assert all("near" not in kind for kind in prepared.audit["held_out"]["problems"])
+    write_audit(prepared, tmp_path)
+    assert (tmp_path / "audit.html").exists()
+    path.write_text(path.read_text() + '\n{"input_ids": [5, 99999999], "labels": [5, 99999999]}')
+    with pytest.raises(DataError, match=r"rows.jsonl:9: input_ids: 99999999 \(token 1\) is no id"):
+        prepare(config(*given))
+
+
+def test_variables_of_the_template_are_stored_with_the_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    given = rows(path, "one", "two", "three", "four")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1]["chat_template_kwargs"] = {"enable_thinking": False}
+    path.write_text("\n".join(map(json.dumps, lines)))
+    prepared = prepare(config(*given))
+    found = {
+        row.line: row.template_kwargs
+        for part in (prepared.train, prepared.held_out)
+        for row in part.rows()
+    }
+    assert found == {1: None, 2: {"enable_thinking": False}, 3: None, 4: None}
+
+
 @pytest.mark.parametrize("policy", ["error", "drop", "truncate"])
 def test_long_rows_are_counted(tmp_path, policy):
     given = rows(tmp_path / "rows.jsonl", "one", "two", "three " * 40, "four", "five")
@@ -323,6 +376,7 @@ CHANGES = {  # of everything that examples and audit depend on: an override, or 
     "the code": other_code,
     "a library": other_libraries,
     "format": lambda *_: ["data.format=prompt_completion"],
+    "ignore_columns": lambda *_: ["data.ignore_columns=[id]"],
     "columns": lambda *_: ["data.columns={prompt: completion, completion: prompt}"],
     "system": lambda *_: ["data.system=replace", "data.system_prompt=Be brief."],
     "on_bad_row": lambda *_: ["data.on_bad_row=skip"],

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from sft.config.schema import Data
+from sft.data import files
+
 GOOD = [{"prompt": f"say {n}", "completion": f"it is {n}"} for n in range(30)]
 
 
@@ -33,6 +36,25 @@ def test_process_normalises_any_format_into_one_file(tmp_path, run_script):
     again = run_script("process.py", "--output", str(output), f"data.train_path={tmp_path}/raw")
     assert again.returncode == 2
     assert "exists already" in again.stderr
+
+
+def test_what_is_processed_reads_back_as_the_same_rows(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": 7.5}]
+    call = {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}, "thinking": "b"}
+    rows = [
+        {"messages": [turns[0], call], "functions": [{"name": "f"}], "id": 1},
+        {"messages": turns, "chat_template_kwargs": {"enable_thinking": False}},
+        {"input_ids": [1, 2, 0], "labels": [-100, 2, -100], "attention_mask": [1, 1, 0]},
+        {"text": "a\nb"},
+    ]
+    write(tmp_path / "rows.jsonl", rows)
+    files.process(Data(train_path=str(tmp_path / "rows.jsonl")), tmp_path / "clean.jsonl")
+    made = [
+        [(row.messages, row.tools, row.template_kwargs) for row in files.read_all(str(path))]
+        for path in (tmp_path / "rows.jsonl", tmp_path / "clean.jsonl")
+    ]
+    assert made[0] == made[1]
+    assert len(made[0]) == 4
 
 
 def test_process_leaves_nothing_behind_where_rows_are_bad(tmp_path, run_script):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 
 import pytest
@@ -10,7 +11,23 @@ from conftest import load_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft.data.formats import BY_NAME, FORMATS, normalise, recognise, set_system_prompt
+from sft.data import messages
+from sft.data.formats import (
+    BY_NAME,
+    FORMATS,
+    NormalRow,
+    is_conversation,
+    normalise,
+    read_question,
+    recognise,
+    set_system_prompt,
+)
+from sft.data.messages import THOUGHTS, parse_json
+
+
+@pytest.fixture(autouse=True)
+def parts_stay(monkeypatch):
+    monkeypatch.setattr(messages, "PARTS_STAY", True)
 
 
 def turn(role, content, **more):
@@ -29,6 +46,16 @@ RESULT = turn("tool", "2")
 def called(**more):
     return {"messages": [ASK, {"role": "assistant", **more}, RESULT, HELLO]}
 
+
+def lf(kind, value):
+    return {"type": kind, "value": value}
+
+
+def made_call(arguments):
+    return {"type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+SPOKEN = "\n\nHuman: Hi\n\nAssistant: Hello"
 
 # row, its format, the messages, the tools
 GOOD = {
@@ -54,7 +81,187 @@ GOOD = {
     "parts": (
         {"messages": [turn("user", [{"type": "text", "text": t} for t in ("H", "i")]), HELLO]},
         "messages",
+        [turn("user", [{"type": "text", "text": t} for t in ("H", "i")]), HELLO],
+        None,
+    ),
+    "parts of a response": (
+        {
+            "messages": [
+                turn("user", [{"type": "input_text", "text": "Hi"}]),
+                turn("assistant", [{"type": "output_text", "text": "Hello", "annotations": []}]),
+            ]
+        },
+        "messages",
+        [
+            turn("user", [{"type": "text", "text": "Hi"}]),
+            turn("assistant", [{"type": "text", "text": "Hello"}]),
+        ],
+        None,
+    ),
+    "LLaMA-Factory v1": (
+        {
+            "messages": [
+                turn("user", [lf("text", "H"), lf("text", "i")], loss_weight=0.0),
+                turn(
+                    "assistant",
+                    [
+                        lf("reasoning", "To add."),
+                        lf("tool_call", json.dumps({"name": "add", "arguments": {"a": 1}})),
+                    ],
+                    loss_weight=0.0,
+                ),
+                turn("tool", [lf("text", "2")], loss_weight=0.0),
+                turn("assistant", [lf("text", "Hello")], loss_weight=1.0),
+            ],
+            "tools": json.dumps([FUNCTION]),
+        },
+        "messages",
+        [
+            ASK,
+            turn("assistant", "", tool_calls=[CALL], reasoning_content="To add.", weight=0),
+            RESULT,
+            HELLO,
+        ],
+        [TOOL],
+    ),
+    "an export of OpenAI": (
+        {
+            "messages": [
+                turn("user", "Hi", name="ann"),
+                turn(
+                    "assistant",
+                    None,
+                    function_call={"name": "add", "arguments": '{"a": 1}'},
+                    refusal=None,
+                    annotations=[],
+                    audio=None,
+                    tool_calls=None,
+                ),
+                turn("function", "2", name="add"),
+                turn("assistant", "Hello", refusal=None, annotations=[], weight=1),
+            ],
+            "functions": [FUNCTION],
+            "parallel_tool_calls": False,
+        },
+        "messages",
+        [
+            turn("user", "Hi", name="ann"),
+            CALLS,
+            turn("tool", "2", name="add"),
+            turn("assistant", "Hello", weight=1),
+        ],
+        [TOOL],
+    ),
+    "thoughts": (
+        {
+            "messages": [
+                ASK,
+                *(turn("assistant", "Hello", **{key: "Polite."}) for key in THOUGHTS),
+                turn("assistant", "Hello", reasoning="Polite.", reasoning_content="Polite."),
+                turn("assistant", "<think>a</think>Hello"),
+            ]
+        },
+        "messages",
+        [
+            ASK,
+            *[turn("assistant", "Hello", reasoning_content="Polite.")] * (len(THOUGHTS) + 1),
+            turn("assistant", "<think>a</think>Hello"),
+        ],
+        None,
+    ),
+    "an empty result": (
+        {"messages": [ASK, CALLS, turn("tool", ""), turn("tool", []), turn("tool", " "), HELLO]},
+        "messages",
+        [ASK, CALLS, turn("tool", ""), turn("tool", ""), turn("tool", " "), HELLO],
+        None,
+    ),
+    "numbers of an answer and a result": (
+        {"messages": [ASK, CALLS, turn("tool", 2), turn("assistant", 2.5)]},
+        "messages",
+        [ASK, CALLS, RESULT, turn("assistant", "2.5")],
+        None,
+    ),
+    "messages as text": (
+        {"messages": json.dumps([ASK, HELLO]), "tools": json.dumps([TOOL])},
+        "messages",
         [ASK, HELLO],
+        [TOOL],
+    ),
+    "calls and schemas as text": (
+        called(tool_calls=json.dumps([CALL]))
+        | {"tools": [json.dumps(FUNCTION | {"parameters": '{"type": "object"}'})]},
+        "messages",
+        [ASK, CALLS, RESULT, HELLO],
+        [TOOL],
+    ),
+    "no arguments": (
+        called(tool_calls=[{"name": "add", "arguments": ""}]),
+        "messages",
+        [
+            ASK,
+            turn("assistant", "", tool_calls=[made_call({})]),
+            RESULT,
+            HELLO,
+        ],
+        None,
+    ),
+    "conversations as text": (
+        {"conversations": json.dumps([SAYS_HI, SAYS_HELLO])},
+        "sharegpt",
+        [ASK, HELLO],
+        None,
+    ),
+    "pairs": (
+        {
+            "conversations": [
+                {"assistant": "Hello", "human": "Hi"},
+                {"user": "Hi", "gpt": "Hello", "system": None},
+            ]
+        },
+        "sharegpt",
+        [ASK, HELLO, ASK, HELLO],
+        None,
+    ),
+    "one turn each": (
+        {"conversations": [{"system": "Be calm."}, {"human": "Hi"}, {"assistant": "Hello"}]},
+        "sharegpt",
+        [CALM, ASK, HELLO],
+        None,
+    ),
+    "alpaca without an instruction": (
+        {"instruction": "", "input": "Hi", "output": "Hello"},
+        "alpaca",
+        [ASK, HELLO],
+        None,
+    ),
+    "alpaca with its rendered text": (
+        {"instruction": "Hi", "input": "", "output": "Hello", "text": "### Hi\n### Hello"},
+        "alpaca",
+        [ASK, HELLO],
+        None,
+    ),
+    "messages with their rendered text": (
+        {"messages": [ASK, HELLO], "text": "<|user|>Hi<|assistant|>Hello</s>"},
+        "messages",
+        [ASK, HELLO],
+        None,
+    ),
+    "null is no key": (
+        {"messages": None, "text": None, "prompt": "Hi", "completion": "Hello"},
+        "prompt_completion",
+        [ASK, HELLO],
+        None,
+    ),
+    "numbers": (
+        {"question": 1, "answer": -2},
+        "question_answer",
+        [turn("user", "1"), turn("assistant", "-2")],
+        None,
+    ),
+    "thoughts beside an answer": (
+        {"question": "Hi", "answer": "Hello", "reasoning_content": "Polite."},
+        "question_answer",
+        [ASK, turn("assistant", "Hello", reasoning_content="Polite.")],
         None,
     ),
     "weight and reasoning": (
@@ -203,8 +410,89 @@ BAD = {
     "role is a list": (chat((["user"], "a")), "message 1: unknown role ['user']"),
     "raw text among turns": (chat(("text", "a"), HELLO), "message 1: unknown role 'text'"),
     "more keys": (
-        chat(turn("user", "a", name="b"), HELLO),
-        "message 1: would not be rendered: nam",
+        chat(turn("user", "a", mood="b"), HELLO),
+        "message 1: would not be rendered: mood; remove or convert it, or name it in data.ignore_",
+    ),
+    "thoughts of a user": (chat(turn("user", "a", reasoning="b"), HELLO), "rendered: reasoning"),
+    "trained or not": (
+        chat(ASK, turn("assistant", "a", train=True)),
+        "would not be rendered: train; use a weight of 0 or 1",
+    ),
+    "refusal": (
+        chat(ASK, turn("assistant", None, refusal="No.")),
+        "would not be rendered: refusal; if the answer is to refuse, put this text in content",
+    ),
+    "annotations": (
+        chat(ASK, turn("assistant", "a", annotations=[{"type": "url_citation"}])),
+        "would not be rendered: annotations",
+    ),
+    "thoughts twice": (
+        chat(ASK, turn("assistant", "a", reasoning="b", thinking="c")),
+        "message 2: expected its thoughts once, found several that differ",
+    ),
+    "thoughts are a switch": (
+        chat(ASK, turn("assistant", "a", thinking=True)),
+        "message 2: thinking: expected text, found bool",
+    ),
+    "two weights": (
+        chat(ASK, turn("assistant", "a", weight=1, loss_weight=0.5)),
+        "message 2: expected one weight, found weight and loss_weight",
+    ),
+    "calls twice": (
+        called(tool_calls=[CALL], function_call=CALL["function"]),
+        "message 2: expected tool_calls or function_call, found both",
+    ),
+    "thoughts behind the answer": (
+        chat(ASK, turn("assistant", [lf("text", "a"), lf("reasoning", "b")])),
+        "content part 2: expected thoughts, then text, then calls, found reasoning last",
+    ),
+    "a call in a question": (
+        chat(turn("user", [lf("tool_call", "{}")]), HELLO),
+        "content part 1: expected {",
+    ),
+    "thoughts alone": (
+        chat(ASK, turn("assistant", [lf("reasoning", "b")])),
+        "message 2: content is empty",
+    ),
+    "tools and functions": (
+        chat(ASK, HELLO, tools=[TOOL], functions=[FUNCTION]),
+        "expected tools or functions, found both",
+    ),
+    "Python's text": (
+        {"messages": "[{'role': 'user'}]"},
+        "messages: not valid JSON (Expecting property name enclosed in double quotes, column 3); "
+        "it is written as Python prints it: write it with json.dumps",
+    ),
+    "true as an answer": ({"question": "a", "answer": True}, "answer: expected text, found bool"),
+    "infinity as an answer": (
+        {"question": "a", "answer": float("inf")},
+        "answer: expected text, found float",
+    ),
+    "nothing asked": ({"instruction": "", "input": "", "output": "b"}, "instruction is empty"),
+    "two texts": (
+        {"prompt": "a", "completion": "b", "text": "c"},
+        "set data.format: prompt_completion or text",
+    ),
+    "a dialogue": (
+        {"text": SPOKEN},
+        "the row fits several formats; set data.format: text or human_assistant",
+    ),
+    "the prompt of a dialogue": (
+        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "completion": " Hello"},
+        "set data.format: prompt_completion or human_assistant",
+    ),
+    "variables are text": (chat(ASK, HELLO, chat_template_kwargs="a"), "kwargs: not valid JSON"),
+    "variables of no template": (
+        chat(ASK, HELLO, chat_template_kwargs={"tokenize": False}),
+        "chat_template_kwargs: 'tokenize' is not a variable of a template",
+    ),
+    "variables of lists": (
+        chat(ASK, HELLO, chat_template_kwargs={"a": [1]}),
+        "chat_template_kwargs: a: expected text, a number, true or false, found list",
+    ),
+    "turns with other keys": (
+        {"conversations": [{"human": "Hi", "mood": "b"}]},
+        "message 1: unknown role None",
     ),
     "calls of a user": (
         chat(turn("user", "a", tool_calls=[CALL])),
@@ -307,7 +595,9 @@ BAD = {
 def test_a_good_row(row, name, messages, tools):
     before = json.dumps(row)
     assert recognise(row) == name
-    assert normalise(row) == normalise(row, name) == (messages, tools)
+    found = normalise(row)
+    assert found == normalise(row, name)
+    assert (found.messages, found.tools, found.format) == (messages, tools, name)
     assert json.dumps(row) == before  # the row itself is let be
 
 
@@ -319,13 +609,15 @@ def test_a_bad_row(row, reason):
 
 
 def test_every_format_has_a_good_row():
-    assert {name for _, name, *_ in GOOD.values()} == set(BY_NAME)
-    assert len({known.keys for known in FORMATS}) == len(FORMATS)
+    detected = {known.name for known in FORMATS if known.is_detected}
+    assert {name for _, name, *_ in GOOD.values()} | {"tokenised"} == detected
+    detected = [keys for known in FORMATS if known.is_detected for keys in known.keys]
+    assert len({*detected}) == len(detected)
 
 
 def test_a_given_format_wins_and_needs_its_keys():
     row = {"prompt": "a", "completion": "b", "question": "Hi", "answer": "Hello"}
-    assert normalise(row, "question_answer")[0] == [ASK, HELLO]
+    assert normalise(row, "question_answer").messages == [ASK, HELLO]
     with pytest.raises(ValueError, match=r"keys user/assistant \(data.format: seed\), found \["):
         normalise(row, "seed")
     with pytest.raises(ValueError, match="expected an object, found str"):
@@ -335,12 +627,72 @@ def test_a_given_format_wins_and_needs_its_keys():
 def test_columns():
     row = {"id": 3, "a.b": "Hi", "cases": [{"out": "Hello"}], "messages": "no", "prompt": "no"}
     columns = {"prompt": "a.b", "completion": "cases.0.out"}
-    assert normalise(row, columns=columns)[0] == [ASK, HELLO]
+    assert normalise(row, columns=columns).messages == [ASK, HELLO]
     for path in ("cases.1.out", "cases.0.in", "cases.out", "id.x", "nothing", "cases.-1"):
         with pytest.raises(ValueError, match=r"no column .*, the row has .*'a.b', 'cases', 'id'"):
             normalise(row, columns={"prompt": "a.b", "completion": path})
     with pytest.raises(ValueError, match=r"data.columns: expected an object, found str"):
         normalise("Hi", columns=columns)
+
+
+def test_optional_columns_may_be_missing():
+    columns = {"instruction": "q", "input": "more.text", "output": "a", "system": "s"}
+    row = {"q": "Hi", "a": "Hello"}
+    assert normalise(row, columns=columns).messages == [ASK, HELLO]
+    asked = turn("user", "Hi\n\nnow")
+    full = row | {"more": {"text": "now"}, "s": "Be calm."}
+    assert normalise(full, columns=columns).messages == [CALM, asked, HELLO]
+    with pytest.raises(ValueError, match="no column 'a', the row has"):
+        normalise({"q": "Hi"}, columns=columns)
+
+
+def test_numbers_are_written_as_their_file_writes_them():
+    for number in ("7.50", "1e5", "-0.0", "12345678901234567890.125", "3"):
+        row = parse_json(f'{{"question": "Hi", "answer": {number}}}')
+        assert normalise(row).messages == [ASK, turn("assistant", number)]
+    value = parse_json("[7.50]")[0]
+    assert (pickle.loads(pickle.dumps(value)).text, json.dumps(value), f"{value}") == (
+        "7.50",
+        "7.5",
+        "7.5",
+    )
+
+
+def test_variables_of_the_template():
+    given = {"enable_thinking": False, "reasoning_effort": "low", "budget": 3}
+    for value in (given, json.dumps(given), given | {"none": None}):
+        found = normalise({"messages": [ASK, HELLO], "chat_template_kwargs": value})
+        assert (found.template_kwargs, found.ignored) == (given, ())
+        assert read_question({"messages": [ASK], "chat_template_kwargs": value}) == (
+            NormalRow([ASK], None, given)
+        )
+    assert normalise(chat(ASK, HELLO, chat_template_kwargs={})).template_kwargs is None
+
+
+def test_dialogues_of_human_and_assistant():
+    more = "\n\nHuman: I\nsay: Human: hi\n\nand\n\nAssistant:Bye "
+    turns = [ASK, HELLO, turn("user", "I\nsay: Human: hi\n\nand"), turn("assistant", "Bye ")]
+    assert normalise({"text": SPOKEN + more}, "human_assistant").messages == turns
+    assert normalise({"text": SPOKEN[2:]}, "human_assistant").messages == [ASK, HELLO]
+    chosen = {"chosen": SPOKEN, "rejected": SPOKEN + "!"}
+    found = normalise(chosen, "human_assistant", {"text": "chosen"}, ["rejected"])
+    assert (found.messages, found.ignored) == ([ASK, HELLO], ("rejected",))
+    prompt = {"prompt": SPOKEN + "\n\nHuman: Hi\n\nAssistant:", "completion": " Hello"}
+    context = turn("assistant", "Hello", weight=0)
+    assert normalise(prompt, "human_assistant").messages == [ASK, context, ASK, HELLO]
+    assert normalise({"text": SPOKEN}, "text").messages == [turn("text", SPOKEN)]
+    assert normalise({"text": "Human: Hi\n\nAssistant: Hello"}).format == "text"
+    assert normalise({"text": "A play.\n\nHuman: Hi\n\nAssistant: Hello"}).format == "text"
+    for text, reason in {
+        "Hello": 'text: expected "\\\\n\\\\nHuman: ...',
+        "A play." + SPOKEN: "found 'A play.",
+        SPOKEN + "\n\nHuman: Hi": "the last turn is the user's",
+        SPOKEN + "\n\nAssistant:": "message 3 is empty",
+    }.items():
+        with pytest.raises(ValueError, match=reason):
+            normalise({"text": text}, "human_assistant")
+    with pytest.raises(ValueError, match=r"prompt: expected .* at its end"):
+        normalise({"prompt": SPOKEN, "completion": "a"}, "human_assistant")
 
 
 def test_system_prompts():
@@ -389,11 +741,11 @@ rows = st.one_of(
 @given(rows, st.sampled_from(["auto", *BY_NAME]))
 def test_any_row_is_good_or_bad_and_a_good_one_is_normal_already(row, format):
     try:
-        messages, tools = normalise(row, format)
+        messages, tools, *_ = normalise(row, format)
     except ValueError:
         return
-    if format in ("auto", "messages") and messages[0]["role"] != "text":
-        assert normalise({"messages": messages, "tools": tools}) == (messages, tools)
+    if format in ("auto", "messages") and is_conversation(messages):
+        assert normalise({"messages": messages, "tools": tools})[:2] == (messages, tools)
 
 
 # --- real files --------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ BAD_ROWS = {  # every fault of a row that its reader reports: (line, reason)
     "all tokens masked": (line(ASK, turn("assistant", "a", weight=0)), "has weight 0, so nothing"),
     "unknown role": (line(ASK, turn("bot", "a")), "message 2: unknown role 'bot'"),
     "null": (line(ASK, turn("assistant", None)), "content: expected text, found NoneType"),
-    "integer": (line(ASK, turn("assistant", 4)), "message 2: content: expected text, found int"),
+    "integer": (line(turn("user", 4), HELLO), "message 1: content: expected text, found int"),
     "list": (line(ASK, turn("assistant", ["a"])), "message 2: content part 1: expected {"),
     "last line truncated": (answered(9)[:-20], "not valid JSON (Unterminated string"),
 }

@@ -9,7 +9,7 @@ from sft import cli
 from sft.config.load import with_values
 from sft.data import files
 from sft.errors import UserError
-from sft.runtime.console import facts, make_console
+from sft.runtime.console import facts, make_console, visible
 
 
 def process_options(parser: cli.Parser) -> None:
@@ -45,6 +45,9 @@ def audit(args: Namespace) -> int:
             console.print(audit_report.findings_table(found))
     formats = (f"{count:,} {name}" for name, count in prepared.audit["formats"].items())
     console.print(f"formats of the rows: {', '.join(formats)}")
+    if ignored := prepared.audit["ignored_columns"]:
+        shares = (f"{visible(name)} ({share:.0%} of the rows)" for name, share in ignored.items())
+        console.print(f"columns that are not used: {', '.join(shares)}", markup=False)
     for what, why in (("rejected", "on_bad_row"), ("dropped", "on_long")):
         if count := prepared.audit[what]:
             console.print(f"{count:,} rows {what} (data.{why}: {getattr(config.data, why)})")
@@ -66,6 +69,7 @@ def show_data(args: Namespace) -> None:
     """Prints the examples of every row that `--row` selects, as training sees them."""
     config = cli.configuration(args)
     from sft.data import audit, cache, template
+    from sft.data.tokenised import is_tokenised
     from sft.models import load
 
     settings, console, num_shown = config.data, make_console(), 0
@@ -77,11 +81,13 @@ def show_data(args: Namespace) -> None:
         if isinstance(row, files.BadRow):
             console.print(f"bad row {row}")
             continue
-        made = template.render_row(
-            tokenizer, row, limit, supervise=settings.supervise, on_long=settings.on_long
-        )
+        made = cache.make_examples(tokenizer, row, limit, settings.supervise, settings.on_long)
         for kept, example in made:
-            kinds = audit.examine(tokenizer, kept, example, limit, settings.supervise)
+            kinds = (
+                list(example.flags)
+                if is_tokenised(kept.messages)
+                else audit.examine(tokenizer, kept, example, limit, settings.supervise)
+            )
             console.print(
                 f"{row.place}: {len(example.ids)} tokens, {example.num_supervised} supervised; "
                 f"findings: {', '.join(kinds) or 'none'}"

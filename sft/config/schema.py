@@ -146,6 +146,8 @@ class Data(Section):
         "prompt_completion",
         "question_answer",
         "seed",
+        "human_assistant",
+        "tokenised",
         "text",
     ] = "auto"
     """Format of the rows (docs/DATA.md). `auto`: detected from each row's keys."""
@@ -154,6 +156,9 @@ class Data(Section):
     the first records; a file that several fit is refused."""
     columns: dict[Text, Text] | None = None
     """Column that gives each key of a format: `{prompt: query, completion: label}`."""
+    ignore_columns: Texts | None = None
+    """Columns to leave out, and keys of messages, even if they change what a row means: `[label]`.
+    Others of no use are listed by the audit."""
     system: Literal["keep", "replace", "prepend"] = "keep"
     """The rows' system prompts: `keep` leaves them, `replace` puts `system_prompt` in their place,
     `prepend` puts it before them."""

@@ -46,12 +46,14 @@ from sft.data.examples import (
 )
 from sft.data.files import BadRow, Row
 from sft.data.formats import content_text
+from sft.data.tokenised import is_tokenised, make_tokens
 from sft.models import load
 from sft.runtime import checkpoint, children, hardware
 from sft.runtime.console import bar, make_console, write_json
 
 ROWS = "rows"  # folder of the rows' fingerprints, removed at the end
 KEPT = 16  # folders in the cache
+MOST_COLUMNS = 1000  # that are counted, if the rows have that many
 CHUNK_ROWS = 256  # rows that a worker takes at a time
 PLACE = np.dtype([("part", "u1"), ("entry", "u2")])  # the path that gave a row
 TRAIN, HELD_OUT = 0, 1  # parts
@@ -231,6 +233,7 @@ def _fill(
         scored = config.data.eval_path or config.data.train_path
         options = {"cache_dir": config.data.cache_dir, "csv_delimiter": config.data.csv_delimiter}
         files.check_column(scored, config.evaluation.group, "evaluation.group", **options)
+    files.check_columns(config.data)
     staging = folder.with_suffix(checkpoint.STAGING)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -255,6 +258,7 @@ class _Counts:
     dropped: int = 0  # rows, by data.on_long
     rejected: int = 0
     formats: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)  # columns that are not used
 
 
 def _write_rows(
@@ -294,6 +298,8 @@ def _write_rows(
                 counts.rows += len(chunk.places)
                 counts.dropped += chunk.num_dropped
                 counts.formats += chunk.formats
+                counts.ignored += chunk.ignored
+                counts.ignored = Counter(dict(counts.ignored.most_common(MOST_COLUMNS)))
                 chunk.arrays.append_to(folder)
                 append_array(row_folder / "places.bin", chunk.places)
                 chunk.fingerprint.append_to(row_folder)
@@ -342,7 +348,8 @@ def _render_halves(tokenizer: Tokenizer, row: Row, limit: int, share: float) -> 
         f"{row.file}: the only document; its last {len(ids) - cut:,} of {len(ids):,} tokens are "
         "held out"
     )
-    return _Rendered(arrays, places, duplicates.fingerprint(parts), Counter({row.format: 1}), [], 0)
+    prints, ignored = duplicates.fingerprint(parts), Counter(row.ignored)
+    return _Rendered(arrays, places, prints, Counter({row.format: 1}), ignored, [], 0)
 
 
 def _num_rows(settings: Data, paths: list[str | list[str]]) -> int | None:
@@ -409,6 +416,7 @@ def _decide(config: Config, tokenizer: Tokenizer, folder: Path, counts: _Counts)
         "rejected": counts.rejected,
         "dropped": counts.dropped,
         "formats": dict(counts.formats.most_common()),
+        "ignored_columns": {n: c / counts.rows for n, c in counts.ignored.most_common()},
         "data_sha256": examples_sha256(parts["train"]),
     }
 
@@ -432,6 +440,7 @@ class _Rendered:
     places: np.ndarray  # (good rows,) of PLACE
     fingerprint: duplicates.RowFingerprint  # of the good rows
     formats: Counter[str]  # of the good rows
+    ignored: Counter[str]  # columns of the good rows that are not used
     refused: list[BadRow]  # refused by the reader or by the chat template
     num_dropped: int  # rows dropped by data.on_long
 
@@ -489,6 +498,23 @@ def _run_work(chunk: Sequence[AnyRow]) -> _Rendered:
     return _inherited[-1](chunk)
 
 
+def make_examples(
+    tokenizer: Tokenizer,
+    row: Row,
+    limit: int,
+    supervise: template.Supervise,
+    on_long: template.OnLong,
+) -> list[tuple[Row, template.Example]]:
+    """Returns (row, example) of a row, which is rendered unless it is tokens already.
+
+    Raises DataError with the reason if it cannot be trained on.
+    """
+    if is_tokenised(row.messages):
+        made = make_tokens(tokenizer, row.messages[0], limit, on_long)
+        return [(row, template.Example(ids, labels, None, flags)) for ids, labels, flags in made]
+    return template.render_row(tokenizer, row, limit, supervise=supervise, on_long=on_long)
+
+
 def _render_rows(
     tokenizer: Tokenizer,
     limit: int,
@@ -506,20 +532,27 @@ def _render_rows(
             refused.append(row)
             continue
         try:
-            made = template.render_row(tokenizer, row, limit, supervise=supervise, on_long=on_long)
+            made = make_examples(tokenizer, row, limit, supervise, on_long)
         except errors.DataError as error:
-            excerpt = readers.make_excerpt(content_text(row.messages[-1]).encode())
+            last = row.messages[-1]
+            shown = last["input_ids"] if "input_ids" in last else content_text(last).encode()
+            excerpt = readers.make_excerpt(shown)
             refused.append(BadRow(row.file, row.line, str(error), excerpt))
             continue
         num_dropped += not made
         for kept, example in made:
             samples.append((len(good), kept, example))
-            found.append(audit.examine_row(tokenizer, kept, example, supervise))
+            found.append(
+                audit.to_bits(example.flags)
+                if is_tokenised(kept.messages)
+                else audit.examine_row(tokenizer, kept, example, supervise)
+            )
         good.append(row)
     arrays = ExampleArrays.pack(samples)
     in_batches = audit.examine_tokens(tokenizer, Examples(arrays), limit)
     arrays.index["findings"] = np.array(found, np.uint32) | in_batches
     places = np.array([(TRAIN, row.entry) for row in good], PLACE)
     formats = Counter(row.format for row in good)
+    ignored = Counter(name for row in good for name in row.ignored)
     prints = duplicates.fingerprint(good)
-    return _Rendered(arrays, places, prints, formats, refused, num_dropped)
+    return _Rendered(arrays, places, prints, formats, ignored, refused, num_dropped)

@@ -20,7 +20,7 @@ import numpy as np
 
 from sft.data.examples import append_array, map_array
 from sft.data.files import DIGEST, Row, content_digest
-from sft.data.formats import Messages, content_text
+from sft.data.formats import Message, Messages, content_text
 from sft.data.split import is_first
 
 SIMILAR = 0.8  # Jaccard similarity of two sets of shingles from which rows are near-duplicates
@@ -102,12 +102,16 @@ def fingerprint(rows: Sequence[Row]) -> RowFingerprint:
 
 
 def compared_text(messages: Messages) -> str:
-    """Joins all but system prompts, which whole data sets share."""
+    """Joins all but system prompts, which whole data sets share; the ids of a row of tokens."""
     compared = [m for m in messages if m["role"] != "system"]
-    return " ".join(
-        content_text(m) + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "")
-        for m in compared
-    )
+    return " ".join(_text_of(message) for message in compared)
+
+
+def _text_of(message: Message) -> str:
+    if "input_ids" in message:
+        return " ".join(map(str, message["input_ids"]))
+    calls = json.dumps(message["tool_calls"]) if "tool_calls" in message else ""
+    return content_text(message) + calls
 
 
 def prompt_digest(row: Row) -> bytes:

@@ -21,7 +21,9 @@ import numpy as np
 from sft.config.schema import Data
 from sft.data import formats, readers
 from sft.data.formats import TEXT, Messages, Tools
+from sft.data.messages import error_reason, scalar_text
 from sft.data.split import HELD_OUT
+from sft.data.tokenised import is_tokenised
 from sft.errors import DataError, suggest
 from sft.runtime.console import atomic_write
 
@@ -42,6 +44,7 @@ class Row:
     format: str = ""
     group: str | None = None  # its value in the column `evaluation.group`; None: has none
     template_kwargs: dict[str, Any] | None = None  # its variables for the chat template
+    ignored: tuple[str, ...] = ()  # its columns that are not used; not stored
 
     @property
     def place(self) -> str:
@@ -202,6 +205,7 @@ def read(
     system_prompt: str | None = None,
     csv_delimiter: str = "auto",
     group: str | None = None,
+    ignore_columns: list[str] | None = None,
     to_answer: bool = False,
 ) -> Iterator[Row | BadRow]:
     """Yields every row of a file in its order, good or bad. Raises DataError if reading fails.
@@ -209,23 +213,34 @@ def read(
     `group`: a column whose value is kept with each row, as text (`evaluation.group`).
     `to_answer`: rows are prompts to be answered, so they need no answer (`read_question`).
     """
-    is_empty = True
+    is_empty, ignore = True, ignore_columns or ()
+    used = () if group is None else (group.partition(".")[0], group)
     raw_rows = _raw_rows(source, format, is_mapped=bool(columns), delimiter=csv_delimiter)
     for line, value, shown in raw_rows:
         is_empty = False
         try:
             if isinstance(value, Exception):
                 raise value
-            raw = formats.select_columns(value, columns) if columns else value
-            name = "" if to_answer else formats.recognise(raw) if format == "auto" else format
-            messages, tools = (
-                formats.read_question(raw) if to_answer else formats.normalise(raw, name)
+            found = (
+                formats.read_question(value)
+                if to_answer
+                else formats.normalise(value, format, columns, ignore, used)
             )
-            messages = formats.set_system_prompt(messages, system, system_prompt)
-            own = None if group is None else formats.scalar_text(_value_in(value, group))
-            yield Row(messages, tools, source.file, line, source.entry, name, own)
+            messages = formats.set_system_prompt(found.messages, system, system_prompt)
+            own = None if group is None else scalar_text(_value_in(value, group))
+            yield Row(
+                messages,
+                found.tools,
+                source.file,
+                line,
+                source.entry,
+                found.format,
+                own,
+                found.template_kwargs,
+                found.ignored,
+            )
         except (ValueError, RecursionError) as error:
-            reason = readers.one_line(formats.error_reason(error), 400)
+            reason = readers.one_line(error_reason(error), 400)
             yield BadRow(source.file, line, reason, readers.make_excerpt(shown))
     if is_empty:
         raise DataError(f"{source.file}: expected rows (docs/DATA.md), found none in the file")
@@ -308,6 +323,14 @@ def check_column(path: str | list[str], column: str, key: str, **options: str) -
     raise missing_column(path, column, key, known)
 
 
+def check_columns(settings: Data) -> None:
+    """Raises DataError for a column that data.columns names for an optional key, and no row has."""
+    options = {"cache_dir": settings.cache_dir, "csv_delimiter": settings.csv_delimiter}
+    for field, column in (settings.columns or {}).items():
+        if field in formats.OPTIONAL:
+            check_column(settings.train_path, column, f"data.columns.{field}", **options)
+
+
 def missing_column(path: str | list[str], column: str, key: str, known: Iterable[str]) -> DataError:
     """Returns the error for a column that no row has; `known`: the columns that rows have."""
     shown = path if isinstance(path, str) else ", ".join(path)
@@ -341,7 +364,15 @@ def file_digests(path: str | list[str], cache_dir: str = CACHE_DIR) -> list[dict
 def read_options(section: Data) -> dict[str, Any]:
     """Returns the options of `read_all` that a configuration sets."""
     return section.model_dump(
-        include={"format", "columns", "system", "system_prompt", "csv_delimiter", "cache_dir"}
+        include={
+            "format",
+            "columns",
+            "ignore_columns",
+            "system",
+            "system_prompt",
+            "csv_delimiter",
+            "cache_dir",
+        }
     )
 
 
@@ -388,6 +419,7 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
     hidden = list_files(
         settings.train_path, settings.cache_dir
     ).hidden  # a missing file is reported
+    check_columns(settings)
     output.parent.mkdir(parents=True, exist_ok=True)
     written, seen, repeated = Counter[str](), set[bytes](), 0
     bad: list[BadRow] = []
@@ -403,11 +435,7 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
                 continue
             seen.add(key)
             written[row.format] += 1
-            is_text = row.messages[0]["role"] == TEXT
-            shown = {"text": row.messages[0]["content"]} if is_text else {"messages": row.messages}
-            shown |= {"tools": row.tools} if row.tools else {}
-            shown |= {"chat_template_kwargs": row.template_kwargs} if row.template_kwargs else {}
-            file.write(json.dumps(shown, ensure_ascii=False) + "\n")
+            file.write(json.dumps(_as_raw(row), ensure_ascii=False) + "\n")
         if (bad and settings.on_bad_row == "error") or not written:
             raise DataError.from_rows(bad[0].file, [str(row) for row in bad])
     report = [("rows", f"{written.total():,}")]
@@ -433,6 +461,18 @@ def describe_hidden(hidden: list[str]) -> str:
     """Returns '2 hidden files, such as rows/.ipynb_checkpoints/a.jsonl'."""
     files = f"{len(hidden):,} hidden file{'s' * (len(hidden) > 1)}"
     return f"{files}, {'such as ' * (len(hidden) > 1)}{hidden[0]}"
+
+
+def _as_raw(row: Row) -> dict[str, Any]:
+    """Returns a row in the format that reads back as the same row."""
+    first = row.messages[0]
+    if first["role"] == TEXT:
+        return {"text": first["content"]}
+    if is_tokenised(row.messages):
+        return {"input_ids": first["input_ids"], "labels": first["labels"]}
+    shown: dict[str, Any] = {"messages": row.messages}
+    shown |= {"tools": row.tools} if row.tools else {}
+    return shown | ({"chat_template_kwargs": row.template_kwargs} if row.template_kwargs else {})
 
 
 def write_rejected(bad: list[BadRow], file: IO[str]) -> None:

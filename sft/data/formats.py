@@ -1,50 +1,95 @@
 """Turns a raw row of any format into the messages and tools that the chat template renders.
 
 No row is repaired. If something would be lost, guessed or not rendered, the row is bad: that is a
-`ValueError` with the reason. A row's keys decide its format, one of FORMATS. `system` and `tools`
-may be further keys of any chat format; other keys (id, source ...) are ignored.
+`ValueError` with the reason. A row's keys decide its format, one of FORMATS. `system`, `tools` and
+`chat_template_kwargs` may be further keys of any chat format. Other columns are ignored and named,
+unless they change what the row means (`data/columns`).
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, NamedTuple
 
-Message = dict[str, Any]  # role, content; maybe tool_calls, tool_call_id, name, weight, reasoning
-Messages = list[Message]
-Tools = list[Any]  # objects, each {"type": "function", "function": {"name": ..., ...}}
+from sft.data.columns import explain_unknown, find_ignored
+from sft.data.messages import (
+    Message,
+    Messages,
+    Tools,
+    answer_text,
+    as_list,
+    content_text,
+    conversation,
+    json_value,
+    template_kwargs_of,
+    text,
+    tools_of,
+)
+from sft.data.tokenised import TOKENS, read_tokens
 
-ROLES = ("system", "user", "assistant", "tool")
-MAX_WEIGHT = 1e6  # of a message's weight in the loss
-DEEPEST = 64  # levels in a tool or a call; templates and pickling handle at most 300
 TEXT = "text"  # role of the only message of raw text, which is not a conversation
-# Keys that a message may have besides role, content and weight; no others would be rendered.
-EXTRAS = {
-    "system": set[str](),
-    "user": set[str](),
-    "assistant": {"tool_calls", "reasoning_content"},
-    "tool": {"tool_call_id", "name"},
+# Keys that a row may lack, whatever its format.
+OPTIONAL = {
+    "system",
+    "tools",
+    "functions",
+    "input",
+    "history",
+    "reasoning_content",
+    "chat_template_kwargs",
 }
 SHAREGPT_ROLES = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "observation": "tool",
-    **{role: role for role in ROLES},
+    "function_response": "tool",
+    "tool_response": "tool",
+    **{role: role for role in ("system", "user", "assistant", "tool")},
 }
+CALLS = ("function_call", "tool_call")  # roles whose value is a call, or a list of calls
+# Keys of turns such as {"human": "Hi", "assistant": "Hello"}, in the order in which they are said.
+TURNS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+}
+SPOKEN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+DIALOGUE = re.compile(r"(?s)\n\nHuman:.*\n\nAssistant:")  # how a text of that format begins
 
 
 class Format(NamedTuple):
     """A format of rows and the function that reads its messages."""
 
     name: str
-    keys: tuple[str, ...]  # a row with all of these keys has the format
+    keys: tuple[tuple[str, ...], ...]  # a row with all keys of one of these has the format
     read: Callable[[dict[str, Any]], Messages]
+    more: frozenset[str] = frozenset()  # further keys, besides those of every format
+    is_detected: bool = True  # False: only if data.format names it
+
+    def fits(self, keys: Collection[str]) -> bool:
+        """Returns whether a row with these keys may have the format."""
+        return any(all(key in keys for key in each) for each in self.keys)
+
+
+class NormalRow(NamedTuple):
+    """A row as the chat template takes it."""
+
+    messages: Messages
+    tools: Tools | None = None
+    template_kwargs: dict[str, Any] | None = None  # variables of the template
+    format: str = ""
+    ignored: tuple[str, ...] = ()  # its columns that are not used
 
 
 def recognise(row: Any) -> str:
@@ -54,47 +99,110 @@ def recognise(row: Any) -> str:
         return "text"
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {type(row).__name__}")
-    found = [known.name for known in FORMATS if row.keys() >= set(known.keys)]
+    given = {key for key, value in row.items() if value is not None}
+    detected = [known for known in FORMATS if known.is_detected]
+    found = [known.name for known in detected if known.fits(given)]
+    found = found or [known.name for known in detected if known.fits(row)]
+    if len(found) == 2 and "text" in found and _is_copy(row, *found):
+        found.remove("text")
+    if len(found) == 1 and _is_dialogue(row, *found):
+        found.append("human_assistant")
     if len(found) > 1:
         raise ValueError(f"the row fits several formats; set data.format: {' or '.join(found)}")
     if not found:
-        known = ", ".join("/".join(known.keys) for known in FORMATS)
+        known = ", ".join("/".join(known.keys[0]) for known in detected)
         raise ValueError(
             f"expected the keys of one format ({known}), found {sorted(row)}; "
-            "name the columns to use in data.columns"
+            f"name the columns to use in data.columns{explain_unknown(row)}"
         )
     return found[0]
 
 
+def _is_copy(row: dict[str, Any], *formats: str) -> bool:
+    """Returns whether the text of a row is its conversation, rendered: it has the last answer."""
+    (name,) = {*formats} - {"text"}
+    try:
+        messages = BY_NAME[name].read(row)
+    except ValueError:
+        return True  # the row is bad, and reading it again gives the reason
+    answer = content_text(messages[-1]).strip() if messages else ""
+    return bool(answer) and isinstance(row["text"], str) and answer in row["text"]
+
+
+def _is_dialogue(row: dict[str, Any], format: str) -> bool:
+    """Returns whether texts of a row are a dialogue of "Human:" and "Assistant:"."""
+    field = {"text": "text", "prompt_completion": "prompt"}.get(format, "")
+    given = row.get(field)
+    return isinstance(given, str) and DIALOGUE.match(given) is not None
+
+
 def normalise(
-    row: Any, format: str = "auto", columns: dict[str, str] | None = None
-) -> tuple[Messages, Tools | None]:
-    """Returns the messages and tools of a row. Raises ValueError with the reason if it is bad."""
-    row = select_columns(row, columns) if columns else row
+    row: Any,
+    format: str = "auto",
+    columns: dict[str, str] | None = None,
+    ignore: Collection[str] = (),
+    used: Collection[str] = (),
+) -> NormalRow:
+    """Returns a row as the chat template takes it. Raises ValueError with the reason if it is bad.
+
+    `columns` names the column of each key. `ignore`: columns, and keys of messages, that are left
+    out even if they change what the row means. `used`: columns that something else reads.
+    """
+    whole, given = row, _without(row, ignore) if ignore else row
+    row = select_columns(given, columns) if columns else given
     known = BY_NAME[recognise(row) if format == "auto" else format]
     if known.name == "text" and isinstance(row, str):
         row = {"text": row}
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {type(row).__name__}")
-    if not row.keys() >= set(known.keys):
-        keys = "/".join(known.keys)
+    if not known.fits(row):
+        keys = " or ".join("/".join(keys) for keys in known.keys)
         raise ValueError(
             f"expected the keys {keys} (data.format: {known.name}), found {sorted(row)}"
         )
     messages = known.read(row)
-    if known.name == "text":
-        return messages, None
+    ignored: tuple[str, ...] = ()
+    if isinstance(whole, dict):
+        columns_used = _columns_of(given, columns) if columns else KNOWN_KEYS[known.name]
+        ignored = find_ignored(given, known.name, messages, {*columns_used, *used})
+        ignored += tuple(name for name in whole if name in ignore)
+    if known.name in UNRENDERED:
+        return NormalRow(messages, format=known.name, ignored=ignored)
     if messages and messages[0]["role"] == "system" and row.get("system") not in (None, ""):
         raise ValueError("a system prompt stands both in the row and in its first message")
     messages = _with_system_of(row, messages)
     _check_turns(messages)
-    return messages, _tools(row.get("tools"))
+    return NormalRow(messages, tools_of(row), template_kwargs_of(row), known.name, ignored)
+
+
+def _without(row: Any, ignore: Collection[str]) -> Any:
+    """Returns the row without these keys, in its messages too."""
+    if not isinstance(row, dict):
+        return row
+    kept = {key: value for key, value in row.items() if key not in ignore}
+    for name in {"messages", "conversations", "prompt", "completion"} & kept.keys():
+        value = kept[name]
+        if name in ("messages", "conversations"):
+            value = as_list(value, name)
+        if isinstance(value, list):
+            kept[name] = [
+                {k: v for k, v in each.items() if k not in ignore}
+                if isinstance(each, dict)
+                else each
+                for each in value
+            ]
+    return kept
+
+
+def _columns_of(row: dict[str, Any], columns: dict[str, str]) -> set[str]:
+    """Returns the columns that data.columns names, those of a path by its first part."""
+    return {name if name in row else name.partition(".")[0] for name in columns.values()}
 
 
 def _with_system_of(row: dict[str, Any], messages: Messages) -> Messages:
     if row.get("system") in (None, ""):
         return messages
-    return [{"role": "system", "content": _text(row["system"], "system")}, *messages]
+    return [{"role": "system", "content": text(row["system"], "system")}, *messages]
 
 
 ANSWERED_BY = {
@@ -105,37 +213,48 @@ ANSWERED_BY = {
 }
 
 
-def read_question(row: Any) -> tuple[Messages, Tools | None]:
-    """Returns the messages and tools of a row that is to be answered, not trained on.
+def read_question(row: Any) -> NormalRow:
+    """Returns a row that is to be answered, not trained on.
 
     It may be a text, and it needs no answer. If its last turn is the assistant's, that is the
     expected answer. Raises ValueError with the reason for a bad row.
     """
     if isinstance(row, str) or (isinstance(row, dict) and row.keys() == {"text"}):
-        text = row if isinstance(row, str) else row["text"]
-        return [{"role": "user", "content": _text(text, "text")}], None
+        asked = row if isinstance(row, str) else row["text"]
+        return NormalRow([{"role": "user", "content": text(asked, "text")}])
     given = dict(row) if isinstance(row, dict) else row
     placeholder = None
     for answer, ask in ANSWERED_BY.items():
         if isinstance(given, dict) and ask in given and given.get(answer) in (None, ""):
             placeholder = [{"role": "assistant", "content": "-"}]
             given[answer] = placeholder if isinstance(given[ask], list) else "-"
+            given.pop("text", None)  # which may be the conversation, rendered without its answer
     known = BY_NAME[recognise(given)]
+    if known.name == "tokenised":
+        raise ValueError("expected a conversation to answer, found tokens (input_ids)")
     messages = known.read(given)
     messages = _with_system_of(given, messages[:-1] if placeholder else messages)
     if not any(message["role"] == "user" for message in messages):
         raise ValueError("no user turn, so nothing is asked")
-    return messages, _tools(given.get("tools"))
+    ignored = find_ignored(given, known.name, messages, KNOWN_KEYS[known.name], to_answer=True)
+    return NormalRow(messages, tools_of(given), template_kwargs_of(given), ignored=ignored)
 
 
 def select_columns(row: Any, columns: dict[str, str]) -> dict[str, Any]:
-    """Returns {field: value of its column}. Raises ValueError for a column that is missing."""
+    """Returns {field: value of its column}, without OPTIONAL fields whose column is missing.
+
+    Raises ValueError for another column that is missing.
+    """
     if not isinstance(row, dict):
         raise ValueError(f"data.columns: expected an object, found {type(row).__name__}")
-    try:
-        return {field: get_column(row, column) for field, column in columns.items()}
-    except ValueError as error:
-        raise ValueError(f"data.columns: {error}") from None
+    found = {}
+    for field, column in columns.items():
+        try:
+            found[field] = get_column(row, column)
+        except ValueError as error:
+            if field not in OPTIONAL:
+                raise ValueError(f"data.columns: {error}") from None
+    return found
 
 
 def get_column(row: dict[str, Any], column: str) -> Any:
@@ -156,124 +275,157 @@ def get_column(row: dict[str, Any], column: str) -> Any:
     return value
 
 
+def is_conversation(messages: Messages) -> bool:
+    """Returns whether the messages are turns, not raw text or tokens."""
+    return messages[0]["role"] not in (TEXT, TOKENS)
+
+
 def set_system_prompt(
     messages: Messages, mode: Literal["keep", "replace", "prepend"], text: str | None
 ) -> Messages:
     """Puts the system prompt `text` in place of the conversation's own, or before it.
 
-    Raw text has no system prompt and does not change.
+    Raw text and tokens have no system prompt and do not change.
     """
-    if mode == "keep" or not text or messages[0]["role"] == TEXT:
+    if mode == "keep" or not text or not is_conversation(messages):
         return messages
-    own = [m["content"] for m in messages if m["role"] == "system"] if mode == "prepend" else []
+    own = [content_text(m) for m in messages if m["role"] == "system"] if mode == "prepend" else []
     others = [message for message in messages if message["role"] != "system"]
     return [{"role": "system", "content": "\n\n".join([text, *own])}, *others]
 
 
-def parse_json(text: str) -> Any:
-    """Parses JSON more strictly than Python does: without repeated keys, NaN and Infinity."""
-    return _DECODER.decode(text)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        (repeated, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {repeated!r} is given twice")
-    return result
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
-
-
-def error_reason(error: ValueError | RecursionError) -> str:
-    """Returns the reason of a bad row, from the error that reading it raised."""
-    if isinstance(error, json.JSONDecodeError):
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        return f"not valid JSON ({error.msg}, {line}column {error.colno})"
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start})"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
 def _from_messages(row: dict[str, Any]) -> Messages:
-    return _conversation(row["messages"], "messages")
+    return conversation(row["messages"], "messages")
 
 
 def _from_sharegpt(row: dict[str, Any]) -> Messages:
-    turns = _list(row["conversations"], "conversations")
-    named = [_from_turn(turn, f"message {n}") for n, turn in enumerate(turns, 1)]
-    return _conversation(named, "conversations")
+    turns = as_list(row["conversations"], "conversations")
+    named = [each for n, turn in enumerate(turns, 1) for each in _from_turn(turn, f"message {n}")]
+    return conversation(named, "conversations")
 
 
-def _from_turn(turn: Any, name: str) -> Any:
-    """Converts a ShareGPT turn to a message. Any other value is returned, to be checked later."""
-    if not isinstance(turn, dict) or "from" not in turn:
-        return turn
+def _from_turn(turn: Any, name: str) -> list[Any]:
+    """Converts a ShareGPT turn to messages. Any other value is returned, to be checked later."""
+    if not isinstance(turn, dict) or "role" in turn:
+        return [turn]
+    if "from" not in turn:
+        given = {key: value for key, value in turn.items() if value is not None}
+        is_spoken = given and given.keys() <= TURNS.keys()
+        said = [{"role": TURNS[key], "content": given[key]} for key in TURNS if key in given]
+        return said if is_spoken else [turn]
     role = turn["from"]
     if not isinstance(role, str) or role not in SHAREGPT_ROLES:
         known = ", ".join(SHAREGPT_ROLES)
         raise ValueError(f"{name}: unknown role {role!r}, expected one of {known}")
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
     message = {**rest, "role": SHAREGPT_ROLES[role]}
-    if role != "function_call":
-        return {**message, "content": turn.get("value")}
-    calls = _json(turn.get("value"), f"{name}: function_call")
-    return {**message, "tool_calls": calls if isinstance(calls, list) else [calls]}
+    if role not in CALLS:
+        return [{**message, "content": turn.get("value")}]
+    calls = json_value(turn.get("value"), f"{name}: {role}")
+    return [{**message, "tool_calls": calls if isinstance(calls, list) else [calls]}]
 
 
 def _from_alpaca(row: dict[str, Any]) -> Messages:
     messages = []
-    for number, pair in enumerate(_list(row.get("history") or [], "history"), 1):
+    for number, pair in enumerate(as_list(row.get("history") or [], "history"), 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError(
                 f"history {number}: expected a pair (question, answer), found {pair!r}"
             )
         messages += _pair(pair[0], pair[1], f"history {number}", f"history {number}")
-    question = _text(row["instruction"], "instruction")
-    if row.get("input") not in (None, ""):
-        question += "\n\n" + _text(row["input"], "input")
-    return [*messages, *_pair(question, row["output"], "instruction", "output")]
+    parts = [(row[key], key) for key in ("instruction", "input") if row.get(key) not in (None, "")]
+    parts = parts or [(row["instruction"], "instruction")]
+    question = "\n\n".join(text(value, name) for value, name in parts)
+    return [*messages, *_pair(question, row["output"], "instruction", "output", row)]
 
 
 def _from_prompt_completion(row: dict[str, Any]) -> Messages:
     """Joins two texts, or two lists of messages. Assistant turns in a prompt are context."""
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        return _pair(prompt, completion, "prompt", "completion")
-    context = _conversation(prompt, "prompt")
-    for message in context:
+        return _pair(prompt, completion, "prompt", "completion", row)
+    context = conversation(as_list(prompt, "prompt"), "prompt")
+    answers = conversation(as_list(completion, "completion"), "completion")
+    return _as_context(context) + answers
+
+
+def _as_context(messages: list[Message]) -> Messages:
+    """Gives the assistant's turns the weight 0, unless they have a weight."""
+    for message in messages:
         if message["role"] == "assistant":
             message.setdefault("weight", 0)
-    return context + _conversation(completion, "completion")
+    return messages
 
 
 def _from_question_answer(row: dict[str, Any]) -> Messages:
-    return _pair(row["question"], row["answer"], "question", "answer")
+    return _pair(row["question"], row["answer"], "question", "answer", row)
 
 
 def _from_seed(row: dict[str, Any]) -> Messages:
-    return _pair(row["user"], row["assistant"], "user", "assistant")
+    return _pair(row["user"], row["assistant"], "user", "assistant", row)
 
 
 def _from_text(row: dict[str, Any]) -> Messages:
-    return [{"role": TEXT, "content": _text(row["text"], "text")}]
+    return [{"role": TEXT, "content": text(row["text"], "text")}]
 
 
+def _from_human_assistant(row: dict[str, Any]) -> Messages:
+    """Cuts a dialogue at "Human:" and "Assistant:" behind an empty line.
+
+    The turns of a `prompt` are context; it ends in "Assistant:".
+    """
+    if row.get("text") is not None:
+        return _spoken_turns(text(row["text"], "text"), "text")
+    prompt = text(row["prompt"], "prompt")
+    pieces = SPOKEN.split(prompt)
+    if pieces[-2:-1] != ["Assistant"] or pieces[-1].strip():
+        raise ValueError('prompt: expected "\\n\\nAssistant:" at its end')
+    turns = _spoken_turns(prompt + answer_text(row["completion"], "completion"), "prompt")
+    num_asked = len(pieces) // 2 - 1
+    return _as_context(turns[:num_asked]) + turns[num_asked:]
+
+
+def _spoken_turns(dialogue: str, name: str) -> Messages:
+    before, *pieces = SPOKEN.split(dialogue)
+    if before.strip() or not pieces:
+        raise ValueError(
+            f'{name}: expected "\\n\\nHuman: ...\\n\\nAssistant: ...", found {dialogue[:20]!r}'
+        )
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[who], "content": text(said.removeprefix(" "), f"message {number}")}
+        for number, (who, said) in enumerate(zip(pieces[::2], pieces[1::2], strict=True), 1)
+    ]
+
+
+UNRENDERED = ("text", "tokenised")  # formats that no chat template renders
+THOUGHTFUL = frozenset({"reasoning_content"})
 FORMATS = (
-    Format("messages", ("messages",), _from_messages),
-    Format("sharegpt", ("conversations",), _from_sharegpt),
-    Format("alpaca", ("instruction", "output"), _from_alpaca),
-    Format("prompt_completion", ("prompt", "completion"), _from_prompt_completion),
-    Format("question_answer", ("question", "answer"), _from_question_answer),
-    Format("seed", ("user", "assistant"), _from_seed),
-    Format("text", ("text",), _from_text),
+    Format("messages", (("messages",),), _from_messages),
+    Format("sharegpt", (("conversations",),), _from_sharegpt),
+    Format("alpaca", (("instruction", "output"),), _from_alpaca, THOUGHTFUL | {"input", "history"}),
+    Format("prompt_completion", (("prompt", "completion"),), _from_prompt_completion, THOUGHTFUL),
+    Format("question_answer", (("question", "answer"),), _from_question_answer, THOUGHTFUL),
+    Format("seed", (("user", "assistant"),), _from_seed, THOUGHTFUL),
+    Format(
+        "tokenised",
+        (("input_ids", "labels"), ("input_ids", "attention_mask")),
+        read_tokens,
+    ),
+    Format(
+        "human_assistant",
+        (("text",), ("prompt", "completion")),
+        _from_human_assistant,
+        is_detected=False,
+    ),
+    Format("text", (("text",),), _from_text),
 )
 BY_NAME = {known.name: known for known in FORMATS}
+SHARED = frozenset({"system", "tools", "functions", "chat_template_kwargs"})
+KNOWN_KEYS = {
+    known.name: known.more.union(*known.keys, () if known.name in UNRENDERED else SHARED)
+    for known in FORMATS
+}
 
 
 def _check_turns(messages: Messages) -> None:
@@ -289,164 +441,13 @@ def _check_turns(messages: Messages) -> None:
             raise ValueError(f"message {number}: a tool's result needs an assistant turn before it")
 
 
-def _conversation(messages: Any, name: str) -> Messages:
-    found = _list(messages, name)
-    return [_message(message, f"message {n}") for n, message in enumerate(found, 1)]
-
-
-def _message(message: Any, name: str) -> Message:
-    """Returns a message with only the keys that can be rendered; null is a missing key."""
-    if not isinstance(message, dict):
-        raise ValueError(f"{name}: expected an object, found {type(message).__name__}")
-    given = {key: value for key, value in message.items() if value is not None}
-    role = given.pop("role", None)
-    role = "system" if role == "developer" else role
-    if role not in ROLES:
-        raise ValueError(f"{name}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
-    content = given.pop("content", None)
-    if ignored := sorted(given.keys() - EXTRAS[role] - {"weight"}):
-        raise ValueError(f"{name}: would not be rendered: {', '.join(ignored)}")
-    result: Message = {"role": role, "content": content}
-    if calls := given.pop("tool_calls", None):
-        listed = _list(calls, f"{name}: tool_calls")
-        result["tool_calls"] = [
-            _call(call, f"{name}: call {n}") for n, call in enumerate(listed, 1)
-        ]
-    for key in ("tool_call_id", "name", "reasoning_content"):
-        if given.get(key, "") != "":
-            result[key] = _text(given[key], f"{name}: {key}")
-    if "weight" in given:
-        result["weight"] = _weight(given["weight"], f"{name}: weight")
-    only_calls = "tool_calls" in result and content in (None, "", [])
-    result["content"] = "" if only_calls else _text(_join_parts(content, name), f"{name}: content")
-    return result
-
-
-def _join_parts(content: Any, name: str) -> Any:
-    """Joins typed parts [{"type": "text", "text": ...}]; any other value is returned."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for number, part in enumerate(content, 1):
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(
-                f'{name}: content part {number}: expected {{"type": "text", "text": "..."}}, '
-                f"found {kind!r}; only text can be trained on"
-            )
-        if ignored := sorted({k for k, v in part.items() if v is not None} - {"type", "text"}):
-            raise ValueError(f"{name}: content part {number}: not rendered: {', '.join(ignored)}")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _call(call: Any, name: str) -> dict[str, Any]:
-    """Returns a tool call in the form of templates: a function with an object as arguments."""
-    given = _object_in(call, name)
-    function = _object_in(given["function"], f"{name}: function") if "function" in given else given
-    known = {"id", "type", "index", "name", "arguments"}
-    ignored = given.keys() - known - {"function"} | function.keys() - known
-    if ignored:
-        raise ValueError(f"{name}: would not be rendered: {', '.join(sorted(ignored))}")
-    if given.get("type", "function") != "function":
-        raise ValueError(f"{name}: expected the type 'function', found {given['type']!r}")
-    arguments = _json(function.get("arguments", {}), f"{name}: arguments")
-    if not isinstance(arguments, dict):
-        raise ValueError(f"{name}: arguments: expected an object, found {type(arguments).__name__}")
-    _check_strings(arguments, f"{name}: arguments")
-    number = {"id": _text(given["id"], f"{name}: id")} if "id" in given else {}
-    called = _text(function.get("name"), f"{name}: name")
-    return {**number, "type": "function", "function": {"name": called, "arguments": arguments}}
-
-
-def _tools(value: Any) -> Tools | None:
-    """Returns the tools, each wrapped as OpenAI does; None, "" and an empty list mean none."""
-    tools = _json(value, "tools") if value not in (None, "") else None
-    result = []
-    for number, tool in enumerate(_list(tools or [], "tools"), 1):
-        given = _object_in(tool, f"tool {number}")
-        wrapped = given if "function" in given else {"type": "function", "function": given}
-        function = _object_in(wrapped["function"], f"tool {number}: function")
-        _text(function.get("name"), f"tool {number}: name")
-        _check_strings(wrapped, f"tool {number}")
-        result.append(wrapped)
-    return result or None
-
-
-def _pair(ask: Any, answer: Any, ask_name: str, answer_name: str) -> Messages:
+def _pair(
+    ask: Any, answer: Any, ask_name: str, answer_name: str, row: dict[str, Any] | None = None
+) -> Messages:
+    """Returns a question and its answer, with the `reasoning_content` of `row` if it has some."""
+    thoughts = (row or {}).get("reasoning_content")
+    thinks = {"reasoning_content": text(thoughts, "reasoning_content")} if thoughts else {}
     return [
-        {"role": "user", "content": _text(ask, ask_name)},
-        {"role": "assistant", "content": _text(answer, answer_name)},
+        {"role": "user", "content": answer_text(ask, ask_name)},
+        {"role": "assistant", "content": answer_text(answer, answer_name), **thinks},
     ]
-
-
-def _object_in(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name}: expected an object, found {type(value).__name__}")
-    return {key: item for key, item in value.items() if item is not None}
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{name}: expected a list, found {type(value).__name__}")
-    return value
-
-
-def _json(value: Any, name: str) -> Any:
-    """Parses a JSON text; any other value is returned, because it is already parsed."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_json(value)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: {error_reason(error)}") from None
-
-
-def _weight(value: Any, name: str) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= MAX_WEIGHT:
-        found = f"{value!r:.40}"
-        raise ValueError(f"{name}: expected a number from 0 to {MAX_WEIGHT:g}, found {found}")
-    return value
-
-
-def _check_strings(value: Any, name: str, depth: int = 0) -> None:
-    """Raises ValueError if a text in a JSON value cannot be tokenised, or if it is too deep."""
-    if depth > DEEPEST:
-        raise ValueError(f"{name}: nested too deeply (over {DEEPEST} levels)")
-    if isinstance(value, str):
-        _check_characters(value, name)
-    elif isinstance(value, dict | list):
-        for item in [*value, *value.values()] if isinstance(value, dict) else value:
-            _check_strings(item, name, depth + 1)
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name}: expected text, found {type(value).__name__}")
-    if not value.strip():
-        raise ValueError(f"{name} is {'blank' if value else 'empty'}")
-    _check_characters(value, name)
-    return value
-
-
-def _check_characters(text: str, name: str) -> None:
-    if "\0" in text:
-        raise ValueError(f"{name} contains a NUL character")
-    if not text.isascii() and (lone := re.search(r"[\ud800-\udfff]", text)):
-        raise ValueError(f"{name} contains a lone surrogate (U+{ord(lone[0]):X})")
-
-
-def scalar_text(value: Any) -> str:
-    """Returns a scalar as text, or "". 7.0 gives "7": Parquet makes integers with gaps floats."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return json.dumps(value) if isinstance(value, int | float) else ""
-
-
-def content_text(message: dict[str, Any]) -> str:
-    """Returns the content of a message as text, with its parts joined."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)

@@ -188,7 +188,7 @@ def spread_object(path: str, start: bytes, is_whole: bool) -> str | None:
 
 
 def _is_row(value: dict[str, Any]) -> bool:
-    return any(value.keys() >= set(known.keys) for known in FORMATS)
+    return any(known.fits(value) for known in FORMATS)
 
 
 def _holds_rows(value: Any) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from sft.data import delimiters, kinds
-from sft.data.formats import error_reason, parse_json
+from sft.data.messages import error_reason, parse_json
 from sft.errors import DataError
 
 LONGEST = 64 << 20  # bytes of a line or of a document; a longer one is never held in memory

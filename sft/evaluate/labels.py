@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from sft.data.formats import scalar_text
+from sft.data.messages import scalar_text
 
 
 def label_of(answer: str | None, labels: Sequence[str]) -> str | None:

@@ -24,6 +24,7 @@ from sft.config.load import make_generation
 from sft.config.schema import Train
 from sft.data import batches, formats, rendering
 from sft.data.files import BadRow, Row
+from sft.data.messages import error_reason
 from sft.errors import UserError
 from sft.evaluate import answers, generate
 from sft.evaluate.answers import AnswerModel, Question
@@ -295,11 +296,11 @@ def _is_replaceable(folder: Path) -> bool:
 def _make_question(messages: Any, number: int) -> Question:
     """Returns a conversation as a question, with the reason if it cannot be asked."""
     try:
-        turns, tools = formats.read_question({"messages": messages})
+        found = formats.read_question({"messages": messages})
     except (ValueError, RecursionError) as error:
-        bad = BadRow("", number, formats.error_reason(error), str(messages)[:60])
+        bad = BadRow("", number, error_reason(error), str(messages)[:60])
         return answers.make_question(bad)
-    return answers.make_question(Row(turns, tools, "", number))
+    return answers.make_question(Row(found.messages, found.tools, "", number))
 
 
 class _TextStream:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from sft.config.load import classified_rows
 from sft.config.schema import Classify, Config, Model, Strategy
 from sft.data.files import missing_column, read_raw
-from sft.data.formats import Messages, error_reason, scalar_text
+from sft.data.messages import Messages, error_reason, scalar_text
 from sft.errors import ConfigError, DataError, suggest
 from sft.evaluate.labels import label_of, letters
 from sft.runtime.console import atomic_write

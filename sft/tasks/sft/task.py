@@ -23,6 +23,7 @@ from sft.config.schema import Config, Generation
 from sft.data import audit, cache, files, template
 from sft.data.cache import Prepared
 from sft.data.examples import Batch, ExampleArrays, Examples, collate
+from sft.data.formats import is_conversation
 from sft.errors import ConfigError, UserError
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
@@ -377,7 +378,7 @@ class FineTune(SavedTuning):
 
 def _questions(config: Config, prepared: Prepared) -> Iterator[answers.Question]:
     """Yields the first `evaluation.num_examples` held-out prompts; documents ask nothing."""
-    rows = (row for row in prepared.held_out.rows() if not template.is_document(row.messages))
+    rows = (row for row in prepared.held_out.rows() if is_conversation(row.messages))
     for row in islice(rows, config.evaluation.num_examples):
         yield answers.make_question(row, prepared.tokenizer)
 
