@@ -1,7 +1,7 @@
 """Proves what is trained before it is trained: each finding has a name, a meaning and a remedy.
 
 `examine_row` does not trust the renderer. It renders each row a second time and compares: the same
-ids, the supervised runs exactly the assistant turns, each with its end, and before the last one the
+ids, the supervised runs exactly the assistant turns, each with its end, and before each of them the
 very prompt of inference. `examine_tokens` does not trust the collator: it reads the tensors of a
 micro-batch. Findings that depend on all rows (duplicates, leaks, outliers) are marked by
 `data/cache`.
@@ -23,9 +23,10 @@ from sft.data import rendering, template
 from sft.data.batches import Layout
 from sft.data.examples import Batch, ExampleArrays, Examples, collate
 from sft.data.files import Row
+from sft.data.formats import Message, Messages
 from sft.data.rendering import Span, cached_by_tokenizer
-from sft.data.spans import turn_frame
 from sft.data.template import IGNORED, Example, Supervise
+from sft.data.turns import Renderings, end_tokens, stop_tokens
 from sft.errors import DataError
 
 
@@ -65,10 +66,6 @@ ERRORS = {
         "what stands before the last answer is not the prompt of inference",
         "correct the chat template: add_generation_prompt must write what training has",
     ),
-    "special_in_content": (
-        "a content holds the text of a special token, which becomes the real token",
-        "write it otherwise, or remove the row",
-    ),
     "content_altered": (
         "the template drops or changes what a message says",
         "use a role and a form that the template handles",
@@ -80,17 +77,37 @@ ERRORS = {
     "leaked": ("a held-out row is also a training row", "remove it from one of the two files"),
 }
 WARNINGS = {
-    "boundary_merge": (
-        "one token holds the end of the prompt and the beginning of the answer",
-        "end the template's header in a special token or a newline",
-    ),
     "no_bos": (
         "does not begin with the bos token that this tokenizer gives plain text",
         "write bos_token in the chat template, if the model was trained with it",
     ),
+    "special_in_content": (
+        "holds the text of a special token, which is trained and served as plain text here",
+        "remove it, if the model will be served where it becomes the real token",
+    ),
     "thoughts_dropped": (
-        "the template drops the thoughts of a turn, which is therefore not supervised",
-        "end the row at that turn if it is to be learnt",
+        "the template does not write the thoughts of a turn, which is therefore not supervised",
+        "use a template that reads reasoning_content (data.chat_template), or remove the thoughts",
+    ),
+    "not_as_served": (
+        "a turn is served otherwise than the one text of the row has it, so it is not supervised",
+        "data.turns: auto",
+    ),
+    "no_prompt": (
+        "begins with the assistant: no prompt comes before this turn, so it is not supervised",
+        "begin the row with a user turn",
+    ),
+    "end_of_turn_added": (
+        "the template writes no token at which generation stops, so one is added",
+        "see data.chat_template and model.stop_tokens, if the model ends its turns otherwise",
+    ),
+    "thoughts_closed": (
+        "the prompt opens a block of thoughts that the template does not write; it is closed",
+        "see data.template_kwargs and data.chat_template, if that is not wanted",
+    ),
+    "other_variables": (
+        "fits the prompt only with another value of a template variable, which the row keeps",
+        "set data.template_kwargs, if the model is to be served like this by default",
     ),
     "answer_cut": ("cut at data.max_seq_len: an answer lost its end", "data.on_long: drop"),
     "turns_dropped": (
@@ -223,37 +240,85 @@ def _compare_row(
     tokenizer: Tokenizer, row: Row, example: Example, supervise: Supervise
 ) -> Iterator[str]:
     """Yields the kinds of differences between an example and its row, rendered again."""
-    text = rendering.render_text(tokenizer, row.messages, row.tools)
-    yield from _examine_text(tokenizer, row, text)
-    ids, offsets = template.tokenise(tokenizer, text)
-    is_cut = "answer_cut" in example.flags
-    if example.ids != (ids[: len(example.ids)] if is_cut else ids):
+    given = Renderings(tokenizer, row.messages, row.tools, row.template_kwargs)
+    yield from _examine_text(tokenizer, row, given.text)
+    ids, _ = template.tokenise(tokenizer, given.text)
+    if "answer_cut" in example.flags:
+        if example.ids != ids[: len(example.ids)]:
+            yield "not_the_template"
+        return
+    runs = supervised_runs(example.labels)
+    is_whole = example.ids == ids
+    if not is_whole and (
+        supervise == "everything" or not _is_prompt_and_answer(given, example, runs)
+    ):
         yield "not_the_template"
         return
-    if _adds_bos(tokenizer) and ids[0] != tokenizer.bos_token_id:
+    if _adds_bos(tokenizer) and example.ids[0] != tokenizer.bos_token_id:
         yield "no_bos"
-    supervised = supervised_runs(example.labels)
-    if supervise == "everything" or is_cut:
-        return
-    turns = [m for m in row.messages if m["role"] == "assistant"]
-    learnt = [turn for turn in turns if turn.get("weight", 1)]
-    learnt = learnt[-1:] if supervise == "last" else learnt
-    dropped = "thoughts_dropped" in example.flags
-    if len(supervised) > len(learnt) or (len(supervised) < len(learnt) and not dropped):
+    if supervise != "everything":
+        yield from _compare_turns(given, row.messages, example, runs, supervise)
+
+
+def _is_prompt_and_answer(given: Renderings, example: Example, runs: list[Span]) -> bool:
+    """Returns whether an example that is not the tokens of the whole conversation is those of the
+    last turn's prompt, and behind them nothing but what is supervised."""
+    if not runs or runs[-1][1] != len(example.ids) or len(given.messages) < 2:
+        return False
+    prompt, _ = template.tokenise(given.tokenizer, given.prompt(len(given.messages) - 1))
+    return runs[-1][0] >= len(prompt) and example.ids[: len(prompt)] == prompt
+
+
+def _compare_turns(
+    given: Renderings, messages: Messages, example: Example, runs: list[Span], supervise: Supervise
+) -> Iterator[str]:
+    """Yields the kinds of differences between the supervised runs and the turns to learn."""
+    tokenizer = given.tokenizer
+    turns = [n for n, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
+    turns = turns[-1:] if supervise == "last" else turns
+    left_out = {"thoughts_dropped", "no_prompt", "not_as_served"} & set(example.flags)
+    if len(runs) > len(turns) or (len(runs) < len(turns) and not left_out):
         yield "turns_differ"
         return
-    ends = {*rendering.added_tokens(tokenizer), tokenizer.eos_token_id}
-    if any(example.ids[stop - 1] not in ends for _, stop in supervised):
-        yield "no_end_of_turn"
-    spans = [text[offsets[first][0] : offsets[stop - 1][1]] for first, stop in supervised]
-    ends_of_turn = [c.strip() for c in turn_frame(tokenizer).closings]
-    merged = "boundary_merge" in example.flags
-    pairs = zip(spans, learnt, strict=False)
-    if not dropped and not all(_is_turn(*pair, ends_of_turn, merged) for pair in pairs):
-        yield "answer_differs"
-    last_is_learnt = bool(supervised and learnt) and learnt[-1] is row.messages[-1]
-    if last_is_learnt and template.prompt_mismatch(tokenizer, row.messages, example, row.tools):
-        yield "prompt_mismatch"
+    ends = stop_ids(tokenizer)
+    for first, stop in runs:
+        if example.ids[stop - 1] not in ends:
+            yield "no_end_of_turn"
+        text = template.decode_slice(tokenizer, example.ids, first, stop)
+        own = [n for n in turns if n and _says(text, messages[n])]
+        if not own or not ends.isdisjoint(example.ids[first : stop - 1]):
+            yield "answer_differs"
+            continue
+        prompts = [template.tokenise(tokenizer, given.prompt(n))[0] for n in own]
+        if not any(_starts_turn(tokenizer, example.ids, first, prompt) for prompt in prompts):
+            same = any(len(prompt) == first for prompt in prompts)
+            yield "prompt_mismatch" if same else "answer_differs"
+
+
+def _starts_turn(tokenizer: Tokenizer, ids: list[int], first: int, prompt: list[int]) -> bool:
+    """Returns whether a run begins where the prompt ends. An empty block of thoughts that is not
+    learnt may stand between (`data.empty_thoughts`)."""
+    if ids[: len(prompt)] != prompt or first < len(prompt):
+        return False
+    between = (
+        template.decode_slice(tokenizer, ids, len(prompt), first) if first > len(prompt) else ""
+    )
+    return not re.sub(r"</?\w+>", "", between).strip()
+
+
+def _says(text: str, turn: Message) -> bool:
+    """Returns whether a supervised text has what a turn says: its thoughts, content and calls."""
+    thoughts, content = rendering.split_thoughts(turn)
+    parts = [p["text"] for p in turn["content"]] if isinstance(turn["content"], list) else [content]
+    calls = [rendering.get_name(call) for call in rendering.get_calls(turn)]
+    return all(value.strip() in text for value in [thoughts, *parts, *calls])
+
+
+@cached_by_tokenizer
+def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Returns the tokens at which generation stops: eos, the model's, and the template's ends."""
+    texts = [*stop_tokens(tokenizer), *end_tokens(tokenizer)]
+    return frozenset(map(tokenizer.get_vocab().__getitem__, texts))
 
 
 @cached_by_tokenizer
@@ -261,22 +326,6 @@ def _adds_bos(tokenizer: Tokenizer) -> bool:
     """Returns whether the tokenizer itself begins a text with bos."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
-
-
-def _is_turn(span: str, turn: dict[str, Any], ends_of_turn: list[str], merged: bool) -> bool:
-    """Returns whether a supervised text is the turn and nothing else.
-
-    A turn is blanks or thoughts, the content, the calls, and the end of turn. `merged`: its first
-    token holds some of the prompt too.
-    """
-    content, calls = rendering.split_thinking(turn["content"])[1].strip(), rendering.get_calls(turn)
-    before, _, after = span.partition(content) if content else ("", "", span)
-    if content not in span:
-        return False
-    if calls:
-        return all(rendering.get_name(call) in after for call in calls)
-    is_start = merged or not before.strip() or rendering.THOUGHTS_END.fullmatch(before.lstrip())
-    return bool(is_start) and after.strip() in ends_of_turn
 
 
 def supervised_runs(labels: Sequence[int]) -> list[Span]:
@@ -290,29 +339,26 @@ def supervised_runs(labels: Sequence[int]) -> list[Span]:
 
 
 def _examine_text(tokenizer: Tokenizer, row: Row, text: str) -> Iterator[str]:
-    """Yields the kinds of what the template did to the contents and the tools."""
-    special = _special_pattern(tokenizer)
-    contents = [message["content"] for message in row.messages]
-    if special and any(special.search(content) for content in contents):
+    """Yields the kinds of what the template did to the prompts and the tools."""
+    special = rendering.special_pattern(tokenizer)
+    if special and rendering.has_text(special, [row.messages, row.tools]):
         yield "special_in_content"
+        text = re.sub(f"[{''.join(rendering.MARKS)}]", "", text)
     at = 0
     for message in row.messages:
-        content = rendering.split_thinking(message["content"])[1].strip()
-        quoted = json.dumps(content, ensure_ascii=False)[1:-1]  # some templates write JSON
-        places = [place for form in (content, quoted) if (place := text.find(form, at)) >= 0]
-        if not places:
-            yield "content_altered"
-            break
-        at = min(places) + (len(content) if message["role"] == "assistant" else 0)
+        if message["role"] == "assistant":  # supervised ones are compared by themselves
+            continue
+        content = message["content"]
+        for value in [p["text"] for p in content] if isinstance(content, list) else [content]:
+            said = value.strip()
+            quoted = json.dumps(said, ensure_ascii=False)[1:-1]  # some templates write JSON
+            places = [place for form in (said, quoted) if (place := text.find(form, at)) >= 0]
+            if not places:
+                yield "content_altered"
+                return
+            at = min(places)
     if any(rendering.get_name(tool) not in text for tool in row.tools or []):
         yield "tools_dropped"
-
-
-@cached_by_tokenizer
-def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Compiles a pattern of the special tokens, whose text in a content would become real ones."""
-    written = rendering.special_tokens(tokenizer)
-    return re.compile("|".join(map(re.escape, written))) if written else None
 
 
 Sample = tuple[Row, Example, list[str]]  # a row, its example, the kinds of its findings

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import jinja2.meta
 import psutil
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END, _CONTROL_TOKEN_START
+from transformers.utils.chat_template_utils import _compile_jinja_template as compile_template
 
-from sft.data.formats import Messages, Tools
+from sft.data.formats import Message, Messages, Tools, content_text
 from sft.errors import DataError, UserError
 
 SECONDS = 20  # CPU time that rendering a conversation may take; usual: 0.001
@@ -30,9 +35,11 @@ DEFAULT_TEMPLATE = (
     "{{ (eos_token if message['role'] == 'assistant' else '') + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
-THINKING = re.compile(r"(?s).*</think>\s*")  # templates move or drop it, so it is found apart
-THOUGHTS_END = re.compile(r"(?s)(<think>((?!<think>).)*)?</think>\s*$")
-THOUGHTS = re.compile(r"(?s)\s*(<think>((?!<think>).)*</think>\s*)?")
+# A block of thoughts at the start of a content. Tags further on are text of the answer.
+THOUGHTS = re.compile(r"(?s)(\s*<think>)(.*?)(</think>\s*)")
+# Characters of Unicode's private use, which transformers puts around control tokens in user input.
+MARKS = (_CONTROL_TOKEN_START, _CONTROL_TOKEN_END)
+OPEN_TAG = re.compile(r"<(\w+)>\s*$")  # a prompt that ends in it lets the model think
 
 
 T = TypeVar("T")
@@ -52,31 +59,177 @@ class TemplateError(UserError):
     """An error of the chat template itself: it is not a template, or rendering does not end."""
 
 
+Variables = dict[str, Any]  # of a template, such as {"enable_thinking": False}
+
+
 def render_text(
     tokenizer: Tokenizer,
     messages: Messages,
     tools: Tools | None = None,
     add_generation_prompt: bool = False,
+    variables: Variables | None = None,
 ) -> str:
     """Renders a conversation, or with `add_generation_prompt` the prompt of inference.
 
+    Messages take the form that the template reads (`Form`). The text of a special token that
+    someone typed stands between MARKS, so that `template.tokenise` makes plain text of it.
     Raises DataError if the template refuses it, TemplateError if rendering does not end.
     """
     if not messages:
         raise DataError("the conversation begins with the assistant; give it a user turn first")
     try_template(tokenizer)
-    return _apply_template(tokenizer, messages, tools, add_generation_prompt)
+    messages, tools = mark_typed(tokenizer, messages, tools)
+    messages = read_form(tokenizer).apply(messages)
+    return _apply_template(tokenizer, messages, tools, add_generation_prompt, variables)
 
 
 def _apply_template(
-    tokenizer: Tokenizer, messages: Messages, tools: Tools | None, add_prompt: bool
+    tokenizer: Tokenizer,
+    messages: Messages,
+    tools: Tools | None,
+    add_prompt: bool = False,
+    variables: Variables | None = None,
 ) -> str:
     with bounded(tokenizer, messages):
         return str(
             tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=add_prompt
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_prompt,
+                **(variables or {}),
             )
         )
+
+
+def mark_typed(
+    tokenizer: Tokenizer, messages: Messages, tools: Tools | None
+) -> tuple[Messages, Tools | None]:
+    """Puts MARKS around the texts of special tokens that someone typed."""
+    typed = special_pattern(tokenizer)
+    if typed and has_text(typed, [messages, tools]):
+        return _mark(typed, messages), _mark(typed, tools)
+    return messages, tools
+
+
+def has_text(pattern: re.Pattern[str], value: Any) -> bool:
+    """Returns whether a text in a JSON value, a key included, has a match of the pattern."""
+    if isinstance(value, str):
+        return pattern.search(value) is not None
+    if isinstance(value, Mapping):
+        return any(has_text(pattern, item) for item in [*value, *value.values()])
+    return isinstance(value, list) and any(has_text(pattern, item) for item in value)
+
+
+def _mark(pattern: re.Pattern[str], value: Any) -> Any:
+    """Puts MARKS around every match in the texts of a JSON value. The texts lose other marks."""
+    if isinstance(value, str):
+        for mark in MARKS:
+            value = value.replace(mark, "")
+        return pattern.sub(lambda match: match[0].join(MARKS), value)
+    if isinstance(value, Mapping):
+        return {_mark(pattern, key): _mark(pattern, item) for key, item in value.items()}
+    return [_mark(pattern, item) for item in value] if isinstance(value, list) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The form in which a template reads what has several forms in use."""
+
+    content: Literal["text", "parts", "either"]  # of a content that is given as parts, or as text
+    arguments: Literal["object", "text"]  # of a call
+    thoughts: Literal["key", "content", "none"]  # where it reads `reasoning_content`
+
+    def apply(self, messages: Messages) -> Messages:
+        """Returns the messages in this form."""
+        return [self._apply(message) for message in messages]
+
+    def _apply(self, message: dict[str, Any]) -> dict[str, Any]:
+        changes: dict[str, Any] = {}
+        content, thoughts = message["content"], message.get("reasoning_content")
+        if isinstance(content, list) and self.content == "text":
+            changes["content"] = content_text(message)
+        elif isinstance(content, str) and self.content == "parts":
+            changes["content"] = [{"type": "text", "text": content}] if content else []
+        if thoughts and self.thoughts == "content" and isinstance(content, str):
+            changes["content"] = f"<think>\n{thoughts.strip()}\n</think>\n\n{content}"
+        if self.arguments == "text" and get_calls(message):
+            changes["tool_calls"] = [_with_text_arguments(call) for call in get_calls(message)]
+        return {**message, **changes} if changes else message
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    changed = {**function, "arguments": text}
+    return {**call, "function": changed} if "function" in call else changed
+
+
+@cached_by_tokenizer
+def read_form(tokenizer: Tokenizer) -> Form:
+    """Finds the form that the template reads, by rendering small conversations in each of them.
+
+    A form is read if the text appears as it was given, without quotes of Python around it.
+    """
+    word = "zq7form"
+    ask: Message = {"role": "user", "content": "a"}
+
+    def shows(turn: dict[str, Any], text: str, before: dict[str, Any] = ask) -> bool:
+        try:
+            rendered = _apply_template(tokenizer, [before, turn], None)
+        except DataError:
+            return False
+        return text in rendered and f"'{text}" not in rendered
+
+    answer: Message = {"role": "assistant", "content": word}
+    parts = [{"type": "text", "text": word}]
+    ask_parts: Message = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+    reads_parts = shows({**answer, "content": parts}, word, ask_parts)
+    reads_text = shows(answer, word)
+    content: Any = "either" if reads_parts and reads_text else "parts" if reads_parts else "text"
+    call: Message = {"role": "assistant", "content": ""}
+    called = {"name": "b", "arguments": {word: "c"}}
+    as_object = {"id": "call00001", "type": "function", "function": called}
+    objects = shows({**call, "tool_calls": [as_object]}, word)
+    texts = shows({**call, "tool_calls": [_with_text_arguments(as_object)]}, word)
+    if content == "parts":
+        answer = {**answer, "content": [{"type": "text", "text": "d"}]}
+    thoughts: Any = "none"
+    if shows({**answer, "reasoning_content": word * 2}, word * 2):
+        thoughts = "key"
+    elif _opens_thoughts(tokenizer, ask) and shows(
+        {**answer, "content": f"<think>\n{word * 2}\n</think>\n\nd"}, word * 2
+    ):
+        thoughts = "content"
+    return Form(content, "text" if texts and not objects else "object", thoughts)
+
+
+def _opens_thoughts(tokenizer: Tokenizer, ask: dict[str, Any]) -> bool:
+    """Returns whether the prompt of inference ends in an open block of thoughts."""
+    try:
+        return OPEN_TAG.search(_apply_template(tokenizer, [ask], None, add_prompt=True)) is not None
+    except DataError:
+        return False
+
+
+@cached_by_tokenizer
+def special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Compiles a pattern of the special tokens, the longest first; None if there are none."""
+    longest_first = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+@cached_by_tokenizer
+def template_variables(tokenizer: Tokenizer) -> list[str]:
+    """Returns the variables that a user may set for the chat template, such as `enable_thinking`:
+    those that it reads and that `apply_chat_template` does not set."""
+    source = tokenizer.get_chat_template()
+    found = jinja2.meta.find_undeclared_variables(
+        compile_template(source).environment.parse(source)
+    )
+    given = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
+    given |= {"raise_exception", *tokenizer.special_tokens_map}
+    return sorted(name for name in found - given if not name.endswith("_token"))
 
 
 @contextmanager
@@ -127,7 +280,7 @@ def try_template(tokenizer: Tokenizer) -> None:
                 with suppress(ValueError, OSError):  # a smaller limit is set already
                     resource.setrlimit(limit, (most, most))
             words = [{"role": role, "content": "a"} for role in ("user", "assistant")]
-            _apply_template(tokenizer, words, None, add_prompt=False)
+            _apply_template(tokenizer, words, None)
         except DataError:
             pass  # rows that the template refuses are reported later
         except TemplateError:
@@ -176,8 +329,13 @@ def get_name(tool: dict[str, Any]) -> str:
     return str(tool.get("function", tool).get("name", ""))
 
 
-def split_thinking(content: str) -> tuple[str, str]:
-    """Splits a content into its thoughts with their tags, and the rest."""
-    match = THINKING.match(content)
-    end = match.end() if match else 0
-    return content[:end], content[end:]
+def split_thoughts(message: dict[str, Any]) -> tuple[str, str]:
+    """Returns the thoughts of a turn, without tags, and its content without them.
+
+    Thoughts are the `reasoning_content`, or else a `<think>` block at the start of the content.
+    """
+    content = content_text(message)
+    if given := message.get("reasoning_content"):
+        return str(given).strip(), content
+    match = THOUGHTS.match(content)
+    return (match[2].strip(), content[match.end() :]) if match else ("", content)

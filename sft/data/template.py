@@ -1,26 +1,23 @@
 """Turns messages into (ids, labels) with the tokenizer's own chat template, and no other renderer.
 
-Supervision is decided on *characters* of the rendered text (`data/spans`). The offsets of tokens
-then give their labels. Each assistant turn is one span: its content, its tool calls and the end of
-turn that the template writes.
+**Definition.** For every supervised span, what is supervised is exactly what the model has to write
+at serving after the prompt that serving renders, and nothing that serving puts into the prompt.
 
-- All that the model has to write itself is supervised, too: a token with both template and content
-  (" Hello" after "[/INST]"), and blanks and an empty block of thoughts between the inference prompt
-  and the content. An added token of the header that includes blanks is not supervised.
-- Many templates drop the thoughts of all turns but the last. A turn that lost its thoughts is not
-  supervised, because at inference the model would think first. A turn that only calls tools is
-  supervised.
+`data/turns` finds prompt and answer of every assistant turn. A conversation whose text holds all
+of them is one example. Where the template rewrites earlier turns (drops their thoughts, moves an
+empty block of thoughts), no single text can be what serving saw at each turn. Then each turn is an
+example of its own: the tokens of its prompt, and behind them the tokens of its answer.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -29,20 +26,23 @@ from sft.data.files import Row
 from sft.data.formats import TEXT, Messages, Tools
 from sft.data.rendering import (
     DEFAULT_TEMPLATE,
+    MARKS,
     Span,
     TemplateError,
+    Variables,
     added_tokens,
     render_text,
     try_template,
 )
-from sft.data.spans import find_marked_spans, find_spans, text_behind_prompt
+from sft.data.turns import Renderings, Turn, find_turn, marked_spans
 from sft.errors import DataError, UserError
 from sft.runtime.console import visible
 
 IGNORED = -100
-GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
+MARKED = re.compile(f"[{''.join(MARKS)}]")
 Supervise = Literal["all", "last", "everything"]
 OnLong = Literal["error", "drop", "truncate_left_turns", "truncate"]
+Split = Literal["auto", "together", "split"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,56 +92,32 @@ def prepare_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """What is learnt of a conversation, with the names of the keys in the section `data`."""
+
+    supervise: Supervise = "all"
+    turns: Split = "auto"
+    empty_thoughts: bool = True
+
+
 def render(
     tokenizer: Tokenizer,
     messages: Messages,
     tools: Tools | None = None,
     supervise: Supervise = "all",
+    variables: Variables | None = None,
 ) -> Example:
-    """Renders and tokenises a conversation, with its assistant turns and their ends supervised.
+    """Renders and tokenises a conversation as one example, with its assistant turns supervised.
 
     `supervise`: `all` turns, each with the `weight` of its message (1 without one); the `last`
-    turn; or `everything`, prompts too. Raises DataError if the template alters, drops or does not
-    close an assistant turn.
+    turn; or `everything`, prompts too. A turn that is served otherwise than the one text has it is
+    not supervised, and flagged. Raises DataError if the template does not decide what the model
+    writes in a turn.
     """
-    if is_document(messages):
-        return _render_document(tokenizer, messages[0]["content"])
-    text = render_text(tokenizer, messages, tools)
-    prompt = _prompt_text(tokenizer, messages, tools)
-    if GENERATION_BLOCK.search(tokenizer.get_chat_template()):
-        spans = find_marked_spans(tokenizer, messages, tools)
-    else:
-        spans = find_spans(tokenizer, messages, tools, text)
-    ids, offsets = tokenise(tokenizer, text)
-    # Both never decrease: the tokens of one character's bytes all carry that character's offsets,
-    # and where a tokenizer trims blanks off offsets, a token of blanks is empty at its own end.
-    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-    added = added_tokens(tokenizer)
-    written = text_behind_prompt(text, spans[-1], prompt)
-    turns = [m for m in messages if m["role"] == "assistant"]
-    weights = [_weight(turn, n == len(turns), supervise) for n, turn in enumerate(turns, 1)]
-    flags: list[str] = []
-    labels, factors = [IGNORED] * len(ids), [0.0] * len(ids)
-    for span, weight in zip(spans, weights, strict=True):
-        if span is None:
-            flags.append("thoughts_dropped")
-            continue
-        start, end = span
-        start -= len(written) * text.endswith(written, 0, start)
-        first, stop = bisect_right(ends, start), bisect_left(starts, end)
-        while first < stop and starts[first] < start and ids[first] in added:
-            first += 1
-        if first == stop:
-            raise DataError(f"the tokenizer has no token for {text[start:end]!r}")
-        if starts[first] < start and text[starts[first] : start].strip():
-            flags.append("boundary_merge")
-        if weight:
-            labels[first:stop] = ids[first:stop]
-            factors[first:stop] = [weight] * (stop - first)
-    if supervise == "everything":
-        labels, factors = list(ids), [1.0] * len(ids)
-    uneven = set(factors) - {0.0, 1.0}
-    return Example(ids, labels, factors if uneven else None, tuple(dict.fromkeys(flags)))
+    row = Row(messages, tools, "", 1, template_kwargs=variables and dict(variables))
+    ((_, example),) = _examples(tokenizer, row, Learning(supervise, "together"))
+    return example
 
 
 def render_row(
@@ -151,22 +127,46 @@ def render_row(
     *,
     supervise: Supervise = "all",
     on_long: OnLong = "error",
+    turns: Split = "auto",
+    empty_thoughts: bool = True,
 ) -> list[tuple[Row, Example]]:
     """Returns (row, example) of a row: usually one, none if the row is dropped.
 
-    A raw document gives one for each `max_seq_len` tokens. `on_long` decides about a longer row.
-    `error` returns it, and the audit refuses it. `drop` drops it. `truncate_left_turns` removes the
-    oldest exchanges after the system turn until it fits; a last exchange that is too long by itself
-    is returned. `truncate` cuts the end and flags the row `answer_cut`; it drops the row if nothing
-    supervised is left.
+    A raw document gives one for each `max_seq_len` tokens. A conversation gives one for each
+    supervised turn if it is split: `turns: split`, or `auto` and no single text is what serving saw
+    at each turn. The row of such an example ends with its turn, and earlier turns have weight 0.
+
+    `on_long` decides about an example that is too long. `error` returns it, and the audit refuses
+    it. `drop` drops it. `truncate_left_turns` removes the oldest exchanges after the system turn
+    until it fits; a last exchange that is too long by itself is returned. `truncate` cuts the end
+    and flags the row `answer_cut`; it drops the row if nothing supervised is left.
     """
-    example = render(tokenizer, row.messages, row.tools, supervise)
-    if len(example.ids) <= max_seq_len:
-        return [(row, example)]
+    learning = Learning(supervise, turns, empty_thoughts)
     if is_document(row.messages):
+        example = _render_document(tokenizer, row.messages[0]["content"])
+        if len(example.ids) <= max_seq_len:
+            return [(row, example)]
         starts = range(0, len(example.ids) - 1, max_seq_len)
         parts = [example.ids[at : at + max_seq_len] for at in starts]
         return [(row, Example(part, list(part))) for part in parts]
+    return [
+        fitting
+        for kept, example in _examples(tokenizer, row, learning)
+        for fitting in _fit(tokenizer, kept, example, max_seq_len, on_long, learning)
+    ]
+
+
+def _fit(
+    tokenizer: Tokenizer,
+    row: Row,
+    example: Example,
+    max_seq_len: int,
+    on_long: OnLong,
+    learning: Learning,
+) -> list[tuple[Row, Example]]:
+    """Returns an example that is short enough, or what `on_long` makes of it."""
+    if len(example.ids) <= max_seq_len:
+        return [(row, example)]
     if on_long == "drop":
         return []
     if on_long == "truncate":
@@ -179,45 +179,175 @@ def render_row(
         return [(row, cut)] if cut.num_supervised else []
     if on_long == "truncate_left_turns":
         for messages in _drop_oldest(row.messages):
-            shorter = render(tokenizer, messages, row.tools, supervise)
-            if len(shorter.ids) <= max_seq_len:
-                shorter = replace(shorter, flags=(*shorter.flags, "turns_dropped"))
-                return [(replace(row, messages=messages), shorter)]
+            kept = replace(row, messages=messages)
+            made = _examples(tokenizer, kept, replace(learning, turns="together"))
+            if made and len(made[0][1].ids) <= max_seq_len:
+                ((_, shorter),) = made
+                return [(kept, replace(shorter, flags=(*shorter.flags, "turns_dropped")))]
     return [(row, example)]
 
 
-def prompt_ids(tokenizer: Tokenizer, messages: Messages, tools: Tools | None = None) -> list[int]:
-    """Returns the tokens that a model is given at inference to continue `messages`."""
-    return tokenise(tokenizer, render_text(tokenizer, messages, tools, add_generation_prompt=True))[
-        0
-    ]
+def _examples(tokenizer: Tokenizer, row: Row, learning: Learning) -> list[tuple[Row, Example]]:
+    """Returns the examples of a conversation, of any length."""
+    messages = row.messages
+    given = Renderings(tokenizer, messages, row.tools, row.template_kwargs)
+    if learning.supervise == "everything":
+        ids, _ = tokenise(tokenizer, given.text)
+        return [(row, Example(ids, list(ids)))]
+    weights = _weights(messages, learning.supervise)
+    found, flags = _find_turns(given, weights)
+    if not found:
+        ids, _ = tokenise(tokenizer, given.text)
+        return [(row, Example(ids, [IGNORED] * len(ids), None, tuple(flags)))]
+    together = _join(given, found, weights, learning)
+    is_whole = together is not None and "not_as_served" not in together.flags
+    wanted = learning.turns == "together" or (learning.turns == "auto" and is_whole)
+    if together is not None and wanted:
+        return [(row, replace(together, flags=(*flags, *together.flags)))]
+    if learning.turns == "together":
+        raise DataError(
+            "no turn is served as the whole conversation is rendered; set data.turns: auto"
+        )
+    made = []
+    for index, turn in found.items():
+        earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:index]]
+        kept = replace(
+            row,
+            messages=[*earlier, messages[index]],
+            template_kwargs=turn.variables and dict(turn.variables),
+        )
+        example = _of_turn(given, turn, weights[index], learning)
+        made.append((kept, replace(example, flags=(*flags, *example.flags))))
+    return made
 
 
-def prompt_mismatch(
+def _weights(messages: Messages, supervise: Supervise) -> dict[int, float]:
+    """Returns {index of an assistant turn that is learnt: its weight in the loss}."""
+    turns = [index for index, m in enumerate(messages) if m["role"] == "assistant"]
+    chosen = turns[-1:] if supervise == "last" else turns
+    weights = {index: float(messages[index].get("weight", 1)) for index in chosen}
+    return {index: weight for index, weight in weights.items() if weight}
+
+
+def _find_turns(
+    given: Renderings, weights: Mapping[int, float]
+) -> tuple[dict[int, Turn], list[str]]:
+    """Returns the turns to learn that a model can be brought to write, and the others' flags."""
+    found, flags = dict[int, Turn](), list[str]()
+    for index in weights:
+        if not index:
+            flags.append("no_prompt")
+        elif turn := find_turn(given, index):
+            found[index] = turn
+        else:
+            flags.append("thoughts_dropped")
+    return found, list(dict.fromkeys(flags))
+
+
+def _join(
+    given: Renderings, found: Mapping[int, Turn], weights: Mapping[int, float], learning: Learning
+) -> Example | None:
+    """Returns the example of the whole conversation, with those turns supervised that are served
+    as it has them; None if there is none."""
+    text, last = given.text, found.get(len(given.messages) - 1)
+    if last and not text.startswith(last.prompt + last.answer) and _is_same(given, last):
+        text = last.prompt + last.answer
+    ids, offsets = tokenise(given.tokenizer, text)
+    blocks = marked_spans(given)
+    labels, factors, flags = [IGNORED] * len(ids), [0.0] * len(ids), list[str]()
+    for index, turn in found.items():
+        span = None
+        if _is_same(given, turn) and text.startswith(turn.prompt + turn.answer):
+            span = _token_span(given.tokenizer, text, ids, offsets, turn)
+        if span is None:
+            flags.append("not_as_served")
+            continue
+        learnt = list(range(*span))
+        at = len(turn.prompt)
+        if turn.empty_thoughts and not learning.empty_thoughts:
+            learnt = [n for n in learnt if offsets[n][0] - at >= turn.empty_thoughts[1]]
+        if blocks is not None:
+            learnt = _within(blocks, learnt, offsets, (at, at + len(turn.answer)))
+        for n in learnt:
+            labels[n], factors[n] = ids[n], weights[index]
+        flags += turn.flags
+    if "not_as_served" in flags and all(label == IGNORED for label in labels):
+        return None
+    return Example(ids, labels, _uneven(factors), tuple(dict.fromkeys(flags)))
+
+
+def _is_same(given: Renderings, turn: Turn) -> bool:
+    return turn.variables == given.variables
+
+
+def _uneven(factors: Sequence[float]) -> list[float] | None:
+    return list(factors) if set(factors) - {0.0, 1.0} else None
+
+
+def _within(
+    blocks: Sequence[Span], learnt: list[int], offsets: Sequence[Span], answer: Span
+) -> list[int]:
+    """Returns the tokens of an answer that `{% generation %}` blocks mark.
+
+    Raises DataError if no block marks anything of the answer.
+    """
+    own = [(a, b) for a, b in blocks if a < answer[1] and b > answer[0]]
+    if not own:
+        raise DataError(
+            "the chat template has {% generation %} blocks, but none in an assistant turn that is "
+            "to be learnt; put one around what the assistant writes, or remove all"
+        )
+    return [n for n in learnt if any(offsets[n][0] < b and offsets[n][1] > a for a, b in own)]
+
+
+def _of_turn(given: Renderings, turn: Turn, weight: float, learning: Learning) -> Example:
+    """Returns an example of one turn: the tokens of its prompt, then those of its answer."""
+    text = turn.prompt + turn.answer
+    ids, offsets = tokenise(given.tokenizer, text)
+    span = _token_span(given.tokenizer, text, ids, offsets, turn)
+    if span is None:  # a token would hold the end of the prompt and the start of the answer
+        before, _ = tokenise(given.tokenizer, turn.prompt)
+        behind, places = tokenise_behind(given.tokenizer, turn.answer)
+        ids, span = [*before, *behind], (len(before), len(before) + len(behind))
+        offsets = [(0, 0)] * len(before) + [
+            (a + len(turn.prompt), b + len(turn.prompt)) for a, b in places
+        ]
+    first, stop = span
+    if turn.empty_thoughts and not learning.empty_thoughts:
+        end = len(turn.prompt) + turn.empty_thoughts[1]
+        first = next((n for n in range(first, stop) if offsets[n][0] >= end), stop)
+    labels = [IGNORED] * first + ids[first:stop] + [IGNORED] * (len(ids) - stop)
+    factors = [0.0] * first + [weight] * (stop - first) + [0.0] * (len(ids) - stop)
+    return Example(ids, labels, _uneven(factors), turn.flags)
+
+
+def _token_span(
+    tokenizer: Tokenizer, text: str, ids: list[int], offsets: list[Span], turn: Turn
+) -> Span | None:
+    """Returns the tokens of a turn's answer in `text`, which begins with its prompt and answer.
+
+    None if the tokens before them are not those of the prompt alone.
+    """
+    start, end = len(turn.prompt), len(turn.prompt) + len(turn.answer)
+    starts, ends = [a for a, _ in offsets], [b for _, b in offsets]
+    # Both never decrease: the tokens of one character's bytes all carry that character's offsets.
+    first, stop = bisect_left(starts, start), bisect_left(starts, end)
+    if (first and ends[first - 1] > start) or (stop and ends[stop - 1] > end):
+        return None  # a token stands on both sides
+    added = added_tokens(tokenizer)
+    at = next((n for n in range(first - 1, -1, -1) if ids[n] in added), 0)
+    alone, _ = _encode(tokenizer, len(tokenizer), text[starts[at] if first else 0 : start])
+    return (first, stop) if alone == ids[at:first] else None
+
+
+def prompt_ids(
     tokenizer: Tokenizer,
     messages: Messages,
-    example: Example,
     tools: Tools | None = None,
-) -> str | None:
-    """Returns how the inference prompt of the last turn differs from the tokens before it in
-    training, or None."""
-    try:
-        prompt = prompt_ids(tokenizer, messages[:-1], tools)
-    except DataError as error:
-        return f"no prompt can be made for the last turn: {error}"
-    first = len(example.ids)
-    while first and example.labels[first - 1] == IGNORED:
-        first -= 1
-    while first and example.labels[first - 1] != IGNORED:
-        first -= 1
-    trained = example.ids[:first]
-    if prompt == trained:
-        return None
-    pairs = enumerate(zip(prompt, trained, strict=False))
-    same = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(trained)))
-    shared = decode_slice(tokenizer, prompt, max(0, same - 8), same)
-    served, seen = (decode_slice(tokenizer, ids, same, same + 8) for ids in (prompt, trained))
-    return f"after {shared!r} the prompt has {served!r}, training has {seen!r} (token {same})"
+    variables: Variables | None = None,
+) -> list[int]:
+    """Returns the tokens that a model is given at inference to continue `messages`."""
+    return tokenise(tokenizer, render_text(tokenizer, messages, tools, True, variables))[0]
 
 
 def colour_text(tokenizer: Tokenizer, example: Example) -> Text:
@@ -249,14 +379,6 @@ def _style(is_added: bool, is_supervised: bool) -> str:
     return "green" if is_supervised else "dim"
 
 
-def _prompt_text(tokenizer: Tokenizer, messages: Messages, tools: Tools | None) -> str | None:
-    """Returns the inference prompt of the last turn, or None if the template refuses it."""
-    try:
-        return render_text(tokenizer, messages[:-1], tools, add_generation_prompt=True)
-    except DataError:
-        return None
-
-
 def _render_document(tokenizer: Tokenizer, text: str) -> Example:
     """Tokenises a document and adds an eos; all tokens are supervised."""
     ids = tokenizer(text, verbose=False)["input_ids"]
@@ -268,10 +390,6 @@ def _render_document(tokenizer: Tokenizer, text: str) -> Example:
 def is_document(messages: Messages) -> bool:
     """Returns whether a row is raw text for continued pretraining, not a conversation."""
     return bool(messages[0]["role"] == TEXT)
-
-
-def _weight(turn: dict[str, Any], is_last: bool, supervise: Supervise) -> float:
-    return 0.0 if supervise == "last" and not is_last else float(turn.get("weight", 1))
 
 
 def _drop_oldest(messages: Messages) -> Iterator[Messages]:
@@ -286,18 +404,77 @@ def _drop_oldest(messages: Messages) -> Iterator[Messages]:
 
 
 def tokenise(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
-    """Returns ids and offsets of a rendered text, without adding special tokens."""
-    ids, offsets = _encode(tokenizer, len(tokenizer), text)
-    return list(ids), list(offsets)
+    """Returns ids and offsets of a rendered text, without adding special tokens.
+
+    The text of a special token between MARKS, which a user typed, becomes tokens of plain text.
+    """
+    if not MARKED.search(text):
+        return _encode(tokenizer, len(tokenizer), text)
+    ids, offsets, at = list[int](), list[Span](), 0
+    for piece in re.split(f"({MARKS[0]}[^{MARKS[1]}]*{MARKS[1]}|[{''.join(MARKS)}])", text):
+        if not MARKED.match(piece):
+            found, places = (
+                tokenise_behind(tokenizer, piece)
+                if at
+                else (_encode(tokenizer, len(tokenizer), piece))
+            )
+        else:
+            found, places = _encode_typed(tokenizer, piece.strip("".join(MARKS)))
+            places = [(a + 1, b + 1) for a, b in places]
+        ids += found
+        offsets += [(at + a, at + b) for a, b in places]
+        at += len(piece)
+    return ids, offsets
 
 
-@lru_cache(maxsize=2)  # the audit asks for the same text again
-def _encode(tokenizer: Tokenizer, size: int, text: str) -> tuple[list[int], list[Span]]:
+def tokenise_behind(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
+    """Tokenises a text that stands behind another: no blank is put before its first word."""
+    if not text:
+        return [], []
+    eos = tokenizer.eos_token
+    first, _ = _encode(tokenizer, len(tokenizer), eos + "\n")
+    ids, offsets = _encode(tokenizer, len(tokenizer), eos + "\n" + text)
+    if ids[: len(first)] == first:
+        cut = len(eos) + 1
+        return ids[len(first) :], [(a - cut, b - cut) for a, b in offsets[len(first) :]]
+    return _encode(tokenizer, len(tokenizer), text)
+
+
+def _encode_typed(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
+    """Tokenises the text of a special token as plain text."""
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    try:
+        encoded = backend.encode("\n" + text, add_special_tokens=False)
+        first = backend.encode("\n", add_special_tokens=False).ids
+    finally:
+        backend.encode_special_tokens = False
+    if encoded.ids[: len(first)] == first:
+        places = [(max(0, a - 1), b - 1) for a, b in encoded.offsets[len(first) :]]
+        return encoded.ids[len(first) :], places
+    raise DataError(f"the tokenizer cannot write {text!r} as plain text; remove it from the row")
+
+
+@lru_cache(maxsize=4096)  # headers of turns are asked for again and again
+def _encode_short(
+    tokenizer: Tokenizer, size: int, text: str
+) -> tuple[tuple[int, ...], tuple[Span, ...]]:
     del size  # only a key of the cache, since a tokenizer may grow
-    encoded = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )  # verbose would warn about the length, which the audit checks
-    return encoded["input_ids"], encoded["offset_mapping"]
+    # verbose would warn about the length, which the audit checks
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return tuple(encoded["input_ids"]), tuple(encoded["offset_mapping"])
+
+
+@lru_cache(maxsize=4)  # the audit asks for the same text again
+def _encode_long(
+    tokenizer: Tokenizer, size: int, text: str
+) -> tuple[tuple[int, ...], tuple[Span, ...]]:
+    return _encode_short.__wrapped__(tokenizer, size, text)
+
+
+def _encode(tokenizer: Tokenizer, size: int, text: str) -> tuple[list[int], list[Span]]:
+    ids, offsets = (_encode_short if len(text) < 200 else _encode_long)(tokenizer, size, text)
+    return list(ids), list(offsets)
 
 
 def decode_slice(tokenizer: Tokenizer, ids: list[int], start: int, end: int) -> str:
