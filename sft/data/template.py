@@ -307,7 +307,7 @@ def _of_turn(given: Renderings, turn: Turn, weight: float, learning: Learning) -
     span = _token_span(given.tokenizer, text, ids, offsets, turn)
     if span is None:  # a token would hold the end of the prompt and the start of the answer
         before, _ = tokenise(given.tokenizer, turn.prompt)
-        behind, places = tokenise_behind(given.tokenizer, turn.answer)
+        behind, places = tokenise(given.tokenizer, turn.answer, behind=True)
         ids, span = [*before, *behind], (len(before), len(before) + len(behind))
         offsets = [(0, 0)] * len(before) + [
             (a + len(turn.prompt), b + len(turn.prompt)) for a, b in places
@@ -336,7 +336,7 @@ def _token_span(
         return None  # a token stands on both sides
     added = added_tokens(tokenizer)
     at = next((n for n in range(first - 1, -1, -1) if ids[n] in added), 0)
-    alone, _ = _encode(tokenizer, len(tokenizer), text[starts[at] if first else 0 : start])
+    alone, _ = tokenise(tokenizer, text[starts[at] if first else 0 : start])
     return (first, stop) if alone == ids[at:first] else None
 
 
@@ -403,21 +403,18 @@ def _drop_oldest(messages: Messages) -> Iterator[Messages]:
         yield [*messages[:start], *messages[n:]]
 
 
-def tokenise(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
+def tokenise(tokenizer: Tokenizer, text: str, behind: bool = False) -> tuple[list[int], list[Span]]:
     """Returns ids and offsets of a rendered text, without adding special tokens.
 
     The text of a special token between MARKS, which a user typed, becomes tokens of plain text.
+    `behind`: the text stands behind another, so no blank is put before its first word.
     """
     if not MARKED.search(text):
-        return _encode(tokenizer, len(tokenizer), text)
+        return (_encode_behind if behind else _encode)(tokenizer, text)
     ids, offsets, at = list[int](), list[Span](), 0
     for piece in re.split(f"({MARKS[0]}[^{MARKS[1]}]*{MARKS[1]}|[{''.join(MARKS)}])", text):
         if not MARKED.match(piece):
-            found, places = (
-                tokenise_behind(tokenizer, piece)
-                if at
-                else (_encode(tokenizer, len(tokenizer), piece))
-            )
+            found, places = (_encode_behind if at or behind else _encode)(tokenizer, piece)
         else:
             found, places = _encode_typed(tokenizer, piece.strip("".join(MARKS)))
             places = [(a + 1, b + 1) for a, b in places]
@@ -427,17 +424,16 @@ def tokenise(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
     return ids, offsets
 
 
-def tokenise_behind(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
-    """Tokenises a text that stands behind another: no blank is put before its first word."""
+def _encode_behind(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
     if not text:
         return [], []
     eos = tokenizer.eos_token
-    first, _ = _encode(tokenizer, len(tokenizer), eos + "\n")
-    ids, offsets = _encode(tokenizer, len(tokenizer), eos + "\n" + text)
+    first, _ = _encode(tokenizer, eos + "\n")
+    ids, offsets = _encode(tokenizer, eos + "\n" + text)
     if ids[: len(first)] == first:
         cut = len(eos) + 1
         return ids[len(first) :], [(a - cut, b - cut) for a, b in offsets[len(first) :]]
-    return _encode(tokenizer, len(tokenizer), text)
+    return _encode(tokenizer, text)
 
 
 def _encode_typed(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
@@ -455,26 +451,21 @@ def _encode_typed(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span
     raise DataError(f"the tokenizer cannot write {text!r} as plain text; remove it from the row")
 
 
+def _encode(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
+    cached = _encode_short if len(text) < 200 else _encode_long
+    ids, offsets = cached(tokenizer, len(tokenizer), text)
+    return list(ids), list(offsets)
+
+
 @lru_cache(maxsize=4096)  # headers of turns are asked for again and again
-def _encode_short(
-    tokenizer: Tokenizer, size: int, text: str
-) -> tuple[tuple[int, ...], tuple[Span, ...]]:
+def _encode_short(tokenizer: Tokenizer, size: int, text: str) -> tuple[list[int], list[Span]]:
     del size  # only a key of the cache, since a tokenizer may grow
     # verbose would warn about the length, which the audit checks
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return tuple(encoded["input_ids"]), tuple(encoded["offset_mapping"])
+    return encoded["input_ids"], encoded["offset_mapping"]
 
 
-@lru_cache(maxsize=4)  # the audit asks for the same text again
-def _encode_long(
-    tokenizer: Tokenizer, size: int, text: str
-) -> tuple[tuple[int, ...], tuple[Span, ...]]:
-    return _encode_short.__wrapped__(tokenizer, size, text)
-
-
-def _encode(tokenizer: Tokenizer, size: int, text: str) -> tuple[list[int], list[Span]]:
-    ids, offsets = (_encode_short if len(text) < 200 else _encode_long)(tokenizer, size, text)
-    return list(ids), list(offsets)
+_encode_long = lru_cache(maxsize=4)(_encode_short.__wrapped__)  # the audit asks for it again
 
 
 def decode_slice(tokenizer: Tokenizer, ids: list[int], start: int, end: int) -> str:

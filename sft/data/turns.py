@@ -412,26 +412,22 @@ def _end(given: Renderings, index: int, message: Message, body: str, tail: str) 
 
     `tail` is what the template wrote behind the last value, so it holds no text of a user. In it,
     the turn ends with the first token at which serving stops (`stop_tokens`); else with the token
-    that ends an answer; else with the last added token, which is what a call ends in. If there is
-    none, the header of the next message ends the turn where serving stops at it (GLM), or else the
-    eos token is added.
+    that ends an answer without calls; else with the last added token, in which a call ends. Where
+    the template ends answers with no token, the header of the next message ends the turn if serving
+    stops at it (GLM); or else the eos token is added.
     """
     tokenizer = given.tokenizer
-    if (length := _closing(tail, stop_tokens(tokenizer), _answer_end(tokenizer), tokenizer)) >= 0:
-        return body[: len(body) - len(tail) + length], False
+    stops, answer_end = stop_tokens(tokenizer), _answer_end(tokenizer)
+    found = [(at + len(token), token) for at, token in _added_tokens_in(tokenizer, tail)]
+    ends = [end for end, token in found if token in stops]
+    ends = ends or [end for end, token in found if token == answer_end]
+    ends = ends or [end for end, _ in found[-1:] if answer_end]
+    if ends:
+        return body[: len(body) - len(tail) + ends[0]], False
     following = _next_header(given, index, message)
-    stops = stop_tokens(tokenizer)
     if following and (following in stops or _next_header_of_user(tokenizer) in stops):
         return body.rstrip() + following, True
     return body.rstrip() + tokenizer.eos_token, True
-
-
-def _closing(tail: str, stops: frozenset[str], answer_end: str | None, tokenizer: Tokenizer) -> int:
-    """Returns how many characters of `tail` belong to the turn, or -1 if nothing there ends it."""
-    found = sorted((at + len(token), token) for at, token in _added_tokens_in(tokenizer, tail))
-    ends = [end for end, token in found if token in stops]
-    ends = ends or [end for end, token in found if token == answer_end]
-    return ends[0] if ends else found[-1][0] if found else -1
 
 
 def _added_tokens_in(tokenizer: Tokenizer, text: str) -> Iterator[tuple[int, str]]:
