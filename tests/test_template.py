@@ -20,7 +20,6 @@ from sft.data.template import (
     colour_text,
     prepare_tokenizer,
     prompt_ids,
-    prompt_mismatch,
     render,
     render_row,
 )
@@ -83,6 +82,12 @@ def supervised(tokenizer, example):
             inside = not inside
     texts = [tokenizer.decode(example.ids[:at], clean_up_tokenization_spaces=False) for at in runs]
     return [b[len(a) :] for a, b in zip(texts[::2], texts[1::2], strict=True)]
+
+
+def begins_as_served(tokenizer, messages, example):
+    """Whether the tokens before the last supervised run are those of the inference prompt."""
+    *_, (first, _) = audit.supervised_runs(example.labels)
+    return example.ids[:first] == prompt_ids(tokenizer, messages[:-1])
 
 
 # --- families ----------------------------------------------------------------------------------
@@ -187,9 +192,7 @@ def test_families(family):
     assert supervised(tokenizer, example) == expected
     assert all(label in (i, IGNORED) for i, label in zip(example.ids, example.labels, strict=True))
     assert tokenizer.decode(example.ids) == tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
-    mismatch = prompt_mismatch(tokenizer, TWO_TURNS, example)
-    served_otherwise = family == "more behind"
-    assert (mismatch is not None) == served_otherwise, mismatch
+    assert begins_as_served(tokenizer, TWO_TURNS, example)
     if family != "gemma":
         with_system = render(tokenizer, [SYSTEM, *TWO_TURNS])
         assert supervised(tokenizer, with_system) == expected
@@ -248,7 +251,7 @@ def test_a_template_whose_prefixes_are_not_stable():
     thought = "<think>\nA greeting.\n</think>\n\nHello."
     example = render(tokenizer, [ASK, {**HELLO, "content": thought}])
     assert supervised(tokenizer, example) == [thought + "<|im_end|>"]
-    assert prompt_mismatch(tokenizer, [ASK, HELLO], example) is None
+    assert begins_as_served(tokenizer, [ASK, HELLO], example)
     thinking = [ASK, {**HELLO, "content": thought}, AND, BYE]
     example = render(tokenizer, thinking)  # the first turn's thoughts are dropped, so is it
     assert supervised(tokenizer, example) == ["<think>\n\n</think>\n\nGood bye.<|im_end|>"]
@@ -388,7 +391,7 @@ def test_real_tokenizers(name):
     example = render(tokenizer, TWO_TURNS)
     assert tokenizer.decode(example.ids).startswith(start)
     assert supervised(tokenizer, example) == expected
-    assert prompt_mismatch(tokenizer, TWO_TURNS, example) is None
+    assert begins_as_served(tokenizer, TWO_TURNS, example)
     assert colour_text(tokenizer, example).plain == tokenizer.decode(example.ids)
 
 
@@ -400,7 +403,7 @@ def test_sentencepiece_vocabulary(family):
     tokenizer.chat_template = template
     example = render(prepare_tokenizer(tokenizer), TWO_TURNS)
     assert [t.strip() for t in supervised(tokenizer, example)] == [t.strip() for t in expected]
-    assert prompt_mismatch(tokenizer, TWO_TURNS, example) is None
+    assert begins_as_served(tokenizer, TWO_TURNS, example)
 
 
 def test_a_blank_that_the_model_has_to_write():
@@ -410,7 +413,7 @@ def test_a_blank_that_the_model_has_to_write():
         turns = [ASK, {**HELLO, "content": "7"}, AND, {**BYE, "content": "8"}]
         example = render(tokenizer, turns)
         assert supervised(tokenizer, example) == [blank + "7 </s>", blank + "8 </s>"]
-        assert prompt_mismatch(tokenizer, turns, example) is None
+        assert begins_as_served(tokenizer, turns, example)
 
 
 def test_one_bos():

@@ -69,11 +69,9 @@ def show_data(args: Namespace) -> None:
     """Prints the examples of every row that `--row` selects, as training sees them."""
     config = cli.configuration(args)
     from sft.data import audit, cache, template
-    from sft.data.tokenised import is_tokenised
-    from sft.models import load
 
     settings, console, num_shown = config.data, make_console(), 0
-    tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))
+    tokenizer = cache.load_tokenizer(config)
     limit = cache.max_length(config)
     view = template.list_tokens if args.ids else template.colour_text
     for row in files.select_rows(settings, args.row):
@@ -81,13 +79,9 @@ def show_data(args: Namespace) -> None:
         if isinstance(row, files.BadRow):
             console.print(f"bad row {row}")
             continue
-        made = cache.make_examples(tokenizer, row, limit, settings.supervise, settings.on_long)
+        made = template.render_row(tokenizer, row, limit, **cache.render_options(settings))
         for kept, example in made:
-            kinds = (
-                list(example.flags)
-                if is_tokenised(kept.messages)
-                else audit.examine(tokenizer, kept, example, limit, settings.supervise)
-            )
+            kinds = audit.examine(tokenizer, kept, example, limit, settings.supervise)
             console.print(
                 f"{row.place}: {len(example.ids)} tokens, {example.num_supervised} supervised; "
                 f"findings: {', '.join(kinds) or 'none'}"

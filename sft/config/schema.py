@@ -109,6 +109,9 @@ class Model(Section):
     it is supported). `varlen`: PyTorch's flash kernel for packed documents on a GPU in bf16, SDPA
     elsewhere. `flash_attention_2`: the kernel of the package flash-attn. With a flash kernel,
     `train.layout: auto` packs."""
+    stop_tokens: list[Text] | None = None
+    """Further tokens at which generation stops, by their text: `["<|im_end|>"]`. null: the eos
+    token, those of the model's generation_config.json, and what ends a turn in the template."""
 
 
 class Tuning(Section):
@@ -175,6 +178,18 @@ class Data(Section):
     on_long: Literal["error", "drop", "truncate_left_turns", "truncate"] = "error"
     """What happens to a longer row: `error` stops the run, `drop` leaves the row out,
     `truncate_left_turns` removes its oldest turns, `truncate` cuts its end. The run counts them."""
+    chat_template: Text | None = None
+    """Chat template in place of the tokenizer's own: a file, or its text. It is saved with the
+    model."""
+    template_kwargs: dict[Text, Any] | None = None
+    """Variables of the chat template: `{enable_thinking: false}`. They become its defaults, and are
+    saved with the model. A row may have its own `chat_template_kwargs`."""
+    turns: Literal["auto", "together", "split"] = "auto"
+    """`together`: a row is one example. `split`: one example per assistant turn, after the prompt
+    that serving renders. `auto`: splits a row whose template rewrites earlier turns."""
+    empty_thoughts: bool = True
+    """Learn the empty block of thoughts that a template writes before an answer without thoughts.
+    `false`: it is context, as if the prompt had it."""
     supervise: Literal["all", "last", "everything"] = "all"
     """Tokens to learn: those of `all` assistant turns (scaled by each turn's `weight`), of the
     `last` one, or of `everything`, prompts included."""

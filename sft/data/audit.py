@@ -23,7 +23,7 @@ from sft.data import rendering, template
 from sft.data.batches import Layout
 from sft.data.examples import Batch, ExampleArrays, Examples, collate
 from sft.data.files import Row
-from sft.data.formats import Message, Messages
+from sft.data.formats import Message, Messages, is_conversation
 from sft.data.rendering import Span, cached_by_tokenizer
 from sft.data.template import IGNORED, Example, Supervise
 from sft.data.turns import Renderings, end_tokens, stop_tokens
@@ -164,7 +164,7 @@ def examine_row(
     tokenizer: Tokenizer, row: Row, example: Example, supervise: Supervise = "all"
 ) -> int:
     """Compares an example with a second rendering of its row, and returns the kinds as bits."""
-    if template.is_document(row.messages):
+    if not is_conversation(row.messages):
         return to_bits(example.flags)
     return to_bits([*example.flags, *_compare_row(tokenizer, row, example, supervise)])
 
@@ -455,6 +455,7 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     backend = tokenizer.backend_tokenizer
     state = backend.to_str().partition('"added_tokens":')[2]
     special = [tokenizer.special_tokens_map, backend.encode_special_tokens]
+    special += [sorted(tokenizer.init_kwargs.get("stop_tokens", []))]
     return _sha256(state + json.dumps(special, sort_keys=True))
 
 

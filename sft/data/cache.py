@@ -46,7 +46,6 @@ from sft.data.examples import (
 )
 from sft.data.files import BadRow, Row
 from sft.data.formats import content_text
-from sft.data.tokenised import is_tokenised, make_tokens
 from sft.models import load
 from sft.runtime import checkpoint, children, hardware
 from sft.runtime.console import bar, make_console, write_json
@@ -86,7 +85,7 @@ def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> P
     `data.audit: warn` such a folder is prepared again.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are already parallel
-    tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))
+    tokenizer = load_tokenizer(config)
     made_of = cache_inputs(config, tokenizer)
     folder = Path(config.data.cache_dir, cache_key(made_of))
     with _as_data_error(folder.parent):
@@ -127,6 +126,14 @@ def with_validation(prepared: Prepared, share: float) -> Prepared:
     chosen[np.linspace(0, number - 1, count).astype(int)] = True
     train, validation = (prepared.train.select(part) for part in (~chosen, chosen))
     return replace(prepared, train=train, validation=validation)
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+    """Loads the tokenizer with the chat template that `config` gives it."""
+    data = config.data
+    return template.prepare_tokenizer(
+        load.load_tokenizer(config.model), data.chat_template, data.template_kwargs
+    )
 
 
 @contextmanager
@@ -271,7 +278,7 @@ def _write_rows(
     data, row_folder = config.data, folder / ROWS
     options = files.read_options(data) | {"group": config.evaluation.group}
     paths = [data.train_path, *([data.eval_path] if data.eval_path else [])]
-    render = partial(_render_rows, tokenizer, max_length(config), data.supervise, data.on_long)
+    render = partial(_render_rows, tokenizer, max_length(config), render_options(data))
     counts, first = _Counts(), list[BadRow]()
     row_folder.mkdir()
     with (
@@ -350,6 +357,12 @@ def _render_halves(tokenizer: Tokenizer, row: Row, limit: int, share: float) -> 
     )
     prints, ignored = duplicates.fingerprint(parts), Counter(row.ignored)
     return _Rendered(arrays, places, prints, Counter({row.format: 1}), ignored, [], 0)
+
+
+def render_options(data: Data) -> dict[str, Any]:
+    """Returns the options of `template.render_row` that the section `data` gives."""
+    names = ("supervise", "on_long", "turns", "empty_thoughts")
+    return {name: getattr(data, name) for name in names}
 
 
 def _num_rows(settings: Data, paths: list[str | list[str]]) -> int | None:
@@ -498,28 +511,10 @@ def _run_work(chunk: Sequence[AnyRow]) -> _Rendered:
     return _inherited[-1](chunk)
 
 
-def make_examples(
-    tokenizer: Tokenizer,
-    row: Row,
-    limit: int,
-    supervise: template.Supervise,
-    on_long: template.OnLong,
-) -> list[tuple[Row, template.Example]]:
-    """Returns (row, example) of a row, which is rendered unless it is tokens already.
-
-    Raises DataError with the reason if it cannot be trained on.
-    """
-    if is_tokenised(row.messages):
-        made = make_tokens(tokenizer, row.messages[0], limit, on_long)
-        return [(row, template.Example(ids, labels, None, flags)) for ids, labels, flags in made]
-    return template.render_row(tokenizer, row, limit, supervise=supervise, on_long=on_long)
-
-
 def _render_rows(
     tokenizer: Tokenizer,
     limit: int,
-    supervise: template.Supervise,
-    on_long: template.OnLong,
+    options: dict[str, Any],
     rows: Sequence[AnyRow],
 ) -> _Rendered:
     refused: list[BadRow] = []
@@ -532,7 +527,7 @@ def _render_rows(
             refused.append(row)
             continue
         try:
-            made = make_examples(tokenizer, row, limit, supervise, on_long)
+            made = template.render_row(tokenizer, row, limit, **options)
         except errors.DataError as error:
             last = row.messages[-1]
             shown = last["input_ids"] if "input_ids" in last else content_text(last).encode()
@@ -542,11 +537,7 @@ def _render_rows(
         num_dropped += not made
         for kept, example in made:
             samples.append((len(good), kept, example))
-            found.append(
-                audit.to_bits(example.flags)
-                if is_tokenised(kept.messages)
-                else audit.examine_row(tokenizer, kept, example, supervise)
-            )
+            found.append(audit.examine_row(tokenizer, kept, example, options["supervise"]))
         good.append(row)
     arrays = ExampleArrays.pack(samples)
     in_batches = audit.examine_tokens(tokenizer, Examples(arrays), limit)

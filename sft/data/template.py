@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
+from pathlib import Path
 from typing import Literal
 
 from rich.text import Text
@@ -32,8 +33,10 @@ from sft.data.rendering import (
     Variables,
     added_tokens,
     render_text,
+    template_variables,
     try_template,
 )
+from sft.data.tokenised import is_tokenised, make_tokens
 from sft.data.turns import Renderings, Turn, find_turn, marked_spans
 from sft.errors import DataError, UserError
 from sft.runtime.console import visible
@@ -64,9 +67,15 @@ class Example:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
-def prepare_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+def prepare_tokenizer(
+    tokenizer: Tokenizer,
+    chat_template: str | None = None,
+    template_kwargs: Variables | None = None,
+) -> Tokenizer:
     """Returns the tokenizer, with the default template and a pad token if it had none.
 
+    `chat_template` (a file, or text) takes the place of its own. `template_kwargs` become defaults
+    that are written into the template itself, so that they are saved, hashed and served with it.
     Padding with eos is safe here: labels come from spans, never from comparing ids with the pad id.
     Raises UserError for a tokenizer without eos, TemplateError for an unusable template.
     """
@@ -77,6 +86,8 @@ def prepare_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
             f"{tokenizer.name_or_path}: the tokenizer has no eos token, so a model could not learn "
             "to stop; name one as eos_token in its tokenizer_config.json"
         )
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = DEFAULT_TEMPLATE
     found = tokenizer.chat_template
@@ -86,10 +97,43 @@ def prepare_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
             f"{tokenizer.name_or_path}: expected one chat template, or several of which one is "
             "called default; give it a chat_template.jinja"
         )
+    if template_kwargs:
+        tokenizer.chat_template = _with_defaults(tokenizer, found, template_kwargs)
     try_template(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _read_template(given: str) -> str:
+    """Returns the template that `data.chat_template` names or is."""
+    if "{" in given:
+        return given
+    path = Path(given)
+    if not path.is_file():
+        raise TemplateError(
+            f"data.chat_template: expected a file, or the text of a template, found {given!r}"
+        )
+    return path.read_text("utf-8")
+
+
+def _with_defaults(tokenizer: Tokenizer, source: str, variables: Variables) -> str:
+    """Returns a template that begins by giving its variables these values, unless they are given.
+
+    Raises TemplateError for a variable that the template does not read.
+    """
+    tokenizer.chat_template = source
+    known = template_variables(tokenizer)
+    if unknown := sorted(variables.keys() - set(known)):
+        raise TemplateError(
+            f"data.template_kwargs: the chat template reads no variable {', '.join(unknown)}; it "
+            f"reads {', '.join(known) or 'none'}"
+        )
+    lines = (
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
+        for name, value in sorted(variables.items())
+    )
+    return "".join(lines) + source
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +176,10 @@ def render_row(
 ) -> list[tuple[Row, Example]]:
     """Returns (row, example) of a row: usually one, none if the row is dropped.
 
-    A raw document gives one for each `max_seq_len` tokens. A conversation gives one for each
-    supervised turn if it is split: `turns: split`, or `auto` and no single text is what serving saw
-    at each turn. The row of such an example ends with its turn, and earlier turns have weight 0.
+    A row of tokens is not rendered. A raw document gives one for each `max_seq_len` tokens. A
+    conversation gives one for each supervised turn if it is split: `turns: split`, or `auto` and no
+    single text is what serving saw at each turn. The row of such an example ends with its turn, and
+    earlier turns have weight 0.
 
     `on_long` decides about an example that is too long. `error` returns it, and the audit refuses
     it. `drop` drops it. `truncate_left_turns` removes the oldest exchanges after the system turn
@@ -142,6 +187,9 @@ def render_row(
     and flags the row `answer_cut`; it drops the row if nothing supervised is left.
     """
     learning = Learning(supervise, turns, empty_thoughts)
+    if is_tokenised(row.messages):
+        made = make_tokens(tokenizer, row.messages[0], max_seq_len, on_long)
+        return [(row, Example(ids, labels, None, flags)) for ids, labels, flags in made]
     if is_document(row.messages):
         example = _render_document(tokenizer, row.messages[0]["content"])
         if len(example.ids) <= max_seq_len:

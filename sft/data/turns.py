@@ -115,6 +115,13 @@ def find_turn(given: Renderings, index: int) -> Turn | None:
     number = sum(m["role"] == "assistant" for m in given.messages[: index + 1])
     thoughts, _ = rendering.split_thoughts(message)
     prompt = given.prompt(index)
+    header = _unprompted_header(given.tokenizer)
+    if header and prompt == given.until(index - 1):
+        raise DataError(
+            "the chat template ignores add_generation_prompt, so a model that is served would have "
+            f"to write the header {header!r} itself; write it in the template where "
+            "add_generation_prompt is set (data.chat_template)"
+        )
     body = _continue(given, index, prompt, message)
     if body is None and (other := _other_variables(given, index)):
         variables, (prompt, body) = other
@@ -137,6 +144,19 @@ def find_turn(given: Renderings, index: int) -> Turn | None:
     if not thoughts and (match := re.match(r"\s*(<(\w+)>)?\s*</(\w+)>\s*", closes + answer)):
         empty = match.span() if match[2] in (None, match[3]) else None
     return Turn(prompt, closes + answer, tuple(flags), empty, given.variables)
+
+
+@cached_by_tokenizer
+def _unprompted_header(tokenizer: Tokenizer) -> str | None:
+    """Returns the header of an assistant turn if `add_generation_prompt` does not write it."""
+    given = Renderings(tokenizer, [ASK, {"role": "assistant", "content": "zq7s0e"}])
+    try:
+        prompt, whole = given.prompt(1), given.text
+        changes_nothing = prompt == given.until(0)
+    except DataError:
+        return None
+    header = whole.removeprefix(prompt).partition("zq7s0e")[0]
+    return header if changes_nothing and header.strip() else None
 
 
 # --- What follows the prompt -------------------------------------------------------------------
@@ -512,6 +532,28 @@ def marked_spans(given: Renderings) -> list[Span] | None:
     tokenizer = given.tokenizer
     if not GENERATION_BLOCK.search(tokenizer.get_chat_template()):
         return None
+    text, blocks = _render_blocks(given)
+    if any("zq7s0e" in marked for marked in _marked_of_users(tokenizer)):
+        raise DataError(
+            "the chat template marks the user's turns for training ({% generation %}); mark what "
+            "the assistant writes, or remove the blocks"
+        )
+    return blocks if text == given.text else None
+
+
+@cached_by_tokenizer
+def _marked_of_users(tokenizer: Tokenizer) -> list[str]:
+    """Returns what the template marks of a conversation whose user says "zq7s0e"."""
+    ask: Message = {"role": "user", "content": "zq7s0e"}
+    text, blocks = _render_blocks(
+        Renderings(tokenizer, [ask, {"role": "assistant", "content": "a"}])
+    )
+    return [text[start:end] for start, end in blocks]
+
+
+def _render_blocks(given: Renderings) -> tuple[str, list[Span]]:
+    """Returns the text of a conversation and its `{% generation %}` blocks."""
+    tokenizer = given.tokenizer
     names: dict[str, Any] = {**tokenizer.special_tokens_map, **(given.variables or {})}
     messages = rendering.read_form(tokenizer).apply(given.messages)
     with rendering.bounded(tokenizer, messages):
@@ -523,4 +565,4 @@ def marked_spans(given: Renderings) -> list[Span] | None:
             **names,
         )
     (text,), (blocks,) = rendered
-    return [(start, end) for start, end in blocks] if text == given.text else None
+    return text, [(start, end) for start, end in blocks]

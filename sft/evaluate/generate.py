@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft.config.schema import Generation
-from sft.data import batches, template
+from sft.data import audit, batches
 from sft.errors import ModelError, oom_message
 from sft.models.dtypes import DTYPES
 from sft.models.layers import is_split
@@ -55,11 +55,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, config: Any = None) -> list[int]:
     """Returns the tokens that end an answer: those of tokenizer, chat template and model."""
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    supervised = [i for i in template.render(tokenizer, turns).labels if i != template.IGNORED]
     own = getattr(config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
-    return sorted({tokenizer.eos_token_id, supervised[-1], *own} - {None})
+    return sorted({*audit.stop_ids(tokenizer), *own} - {None})
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -10,13 +10,19 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
@@ -37,7 +43,24 @@ def load_tokenizer(config: Model) -> Tokenizer:
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
         tokenizer("a")  # some errors in a tokenizer's files show only in use
+        tokenizer.init_kwargs["stop_tokens"] = _stop_tokens(tokenizer, config)
         return tokenizer
+
+
+def _stop_tokens(tokenizer: Tokenizer, config: Model) -> list[str]:
+    """Returns the texts of the tokens at which generation stops, eos apart: those that were saved
+    with the tokenizer, those of generation_config.json, and `model.stop_tokens`."""
+    vocabulary = tokenizer.get_vocab()
+    if unknown := [token for token in config.stop_tokens or [] if token not in vocabulary]:
+        raise ModelError(f"model.stop_tokens: the tokenizer has no token {', '.join(unknown)}")
+    saved = tokenizer.init_kwargs.get("stop_tokens", [])
+    with suppress(OSError):  # there is none
+        options: Any = {"revision": config.revision} if config.revision else {}
+        ends = GenerationConfig.from_pretrained(config.name, **options).eos_token_id
+        ids = ends if isinstance(ends, list) else [ends]
+        saved = [*saved, *(token for token, i in vocabulary.items() if i in ids)]
+    own = {*(set(saved) & vocabulary.keys()), *(config.stop_tokens or [])}
+    return sorted(own - {tokenizer.eos_token})
 
 
 def architecture(config: Model) -> Any:

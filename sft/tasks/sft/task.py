@@ -24,7 +24,7 @@ from sft.data import audit, cache, files, template
 from sft.data.cache import Prepared
 from sft.data.examples import Batch, ExampleArrays, Examples, collate
 from sft.data.formats import is_conversation
-from sft.errors import ConfigError, UserError
+from sft.errors import ConfigError, DataError, UserError
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import Predictions, key_of, read_records
@@ -384,12 +384,13 @@ def _questions(config: Config, prepared: Prepared) -> Iterator[answers.Question]
 
 
 def _check_template(config: Config) -> Finding:
-    """Renders a conversation and compares its beginning with the prompt that inference renders."""
-    tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))
+    """Renders a conversation and finds in it what a model writes after the prompt of serving."""
+    tokenizer = cache.load_tokenizer(config)
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
-    example = template.render(tokenizer, turns)
-    if mismatch := template.prompt_mismatch(tokenizer, turns, example):
-        return Finding(False, f"chat template: {mismatch}", "training and serving would differ")
+    try:
+        template.render(tokenizer, turns)
+    except DataError as error:
+        return Finding(False, f"chat template: {error}", "training and serving would differ")
     return Finding(
         True, f"tokenizer and template: {len(tokenizer):,} tokens, prompts as when served"
     )
