@@ -429,7 +429,7 @@ def test_thinking_in_a_real_template():
     turns = [ASK, {**HELLO, "content": thought}]
     ((kept, example),) = render_row(real("minimind"), Row(turns, None, "f", 1), 512)
     assert supervised(real("minimind"), example) == [thought + "<|im_end|>"]
-    # The prompt of inference closes the thoughts at once, unless it is asked to let the model think.
+    # The prompt closes the thoughts at once, unless it is asked to let the model think.
     assert example.flags == ("other_variables",)
     assert kept.template_kwargs
 
