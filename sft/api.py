@@ -93,7 +93,7 @@ def configuration(config: str | Path | RunConfig | None, overrides: Overrides) -
     if not overrides:
         return config
     if not isinstance(overrides, Mapping):
-        raise ConfigError("overrides: expected a mapping with a configuration that is loaded")
+        raise ConfigError("overrides: expected a mapping, since the configuration is loaded")
     return with_values(config, dict(overrides))
 
 

@@ -361,7 +361,7 @@ def test_what_stands_in_the_way_of_a_merge_is_reported(runs, tmp_path, monkeypat
 def test_unreadable_predictions_are_named(runs, whole, tmp_path, text):
     run = shutil.copytree(runs["lora"], tmp_path / "run")
     (run / "evaluation/predictions.jsonl").write_text(text)
-    with pytest.raises(UserError, match=r"predictions\.jsonl:1: expected a JSON object"):
+    with pytest.raises(UserError, match=r"predictions\.jsonl:1: expected predictions"):
         merge.retest(whole, quiet, run)
 
 

@@ -10,7 +10,8 @@ import tracemalloc
 
 import pytest
 
-from sft.evaluate.predictions import Predictions, PredictionsError, key_of, read_records
+from sft.errors import UserError
+from sft.evaluate.predictions import Predictions, key_of, read_records
 
 
 def record(index: int, key: str, **more) -> dict:
@@ -146,7 +147,7 @@ def test_a_file_that_is_not_whole_cannot_be_finished(tmp_path):
     path = tmp_path / "predictions.jsonl"
     made, _ = announced(path)
     made.append([record(0, KEYS[0])])
-    with pytest.raises(PredictionsError, match=r"5 of 6 examples are missing, as number 2: all"):
+    with pytest.raises(UserError, match=r"5 of 6 examples are missing, as number 2: all"):
         made.finish()
     assert [each["index"] for each in read_records(path)] == [0]
 
@@ -155,14 +156,14 @@ def test_a_file_that_is_not_whole_cannot_be_finished(tmp_path):
 def test_a_line_that_is_none_is_named_by_file_and_number(tmp_path, line):
     path = tmp_path / "predictions.jsonl"
     path.write_text(json.dumps(record(0, KEYS[0])) + f"\n{line}\n")
-    with pytest.raises(PredictionsError, match=r"predictions\.jsonl:2: expected predictions"):
+    with pytest.raises(UserError, match=r"predictions\.jsonl:2: expected predictions"):
         list(read_records(path))
     if line in ("[]", "{}"):  # no beginning of a line of ours
-        with pytest.raises(PredictionsError, match=r"jsonl:2: expected predictions"):
+        with pytest.raises(UserError, match=r"jsonl:2: expected predictions"):
             announced(path)
     else:
         assert announced(path)[1] == [1, 2, 3, 4, 5]
-    with pytest.raises(PredictionsError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot read"):
         list(read_records(tmp_path / "none.jsonl"))
 
 
@@ -177,11 +178,11 @@ def test_secrets_of_the_environment_are_not_written(tmp_path, monkeypatch):
 def test_a_file_that_is_something_else_is_not_written_over(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{line}\n" * 2)
-    with pytest.raises(PredictionsError, match=r"rows\.jsonl:1: expected predictions"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: expected predictions"):
         Predictions(path)
     assert path.read_text() == f"{line}\n" * 2
 
 
 def test_a_folder_in_its_place_is_reported(tmp_path):
-    with pytest.raises(PredictionsError, match="Is a directory; make room, or give another file"):
+    with pytest.raises(UserError, match="Is a directory; make room, or give another file"):
         Predictions(tmp_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from itertools import groupby
 from typing import Any, NamedTuple, NoReturn
 
 from sft import __version__, cli
@@ -152,10 +153,6 @@ def run(verb: str, words: list[str]) -> int | None:
 def overview() -> str:
     """Returns the help: every verb with its line, by group."""
     lines = ["usage: sft VERB [options] [section.key=value ...]     sft VERB --help"]
-    group = ""
-    for name, verb in VERBS.items():
-        if verb.group != group:
-            group = verb.group
-            lines += ["", group]
-        lines.append(f"  {name:<21} {verb.help}")
+    for group, verbs in groupby(VERBS.items(), lambda item: item[1].group):
+        lines += ["", group, *(f"  {name:<21} {verb.help}" for name, verb in verbs)]
     return "\n".join(lines)

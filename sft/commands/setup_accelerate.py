@@ -1,10 +1,10 @@
 """Writes Accelerate's launch file and proves that it starts as many processes as it says.
 
 On a terminal Accelerate's own wizard asks; the answers that fit this machine are shown first.
-Without a terminal, or with `--auto`, the recommended file is written. Then the file is tried: it
-launches `sft.runtime.worker`, each rank adds its number to a sum over all, and writes what it saw.
-The proof uses only these results. Exit codes can mislead, since a gloo run can abort after its
-work; so can the file's text, since MULTI_CPU with two processes starts one, without a message.
+Without a terminal, or with `--auto`, the recommended file is written. The file is then tried: it
+launches `sft.runtime.worker`, whose ranks sum their numbers and write what they saw. Only these
+results count. A gloo run can end with an error after its work, and a file that says MULTI_CPU and
+two processes starts one, without a message.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 VERIFY_SECONDS = 180  # a cold file system can take a minute to import torch
 TAIL_LINES = 15
-# Left over from another launcher, these would give the workers another world than the file does.
+# If another launcher has set these, the workers would form another world than the file says.
 WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 WORLD_PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PMI_", "OMPI_COMM_", "MV2_COMM_")
 
@@ -180,12 +180,13 @@ def verify(target: Path, machine: Hardware) -> None:
     results, output = _launch(target, config, expected)
     if problem := judge(results, expected):
         total = sum(range(expected + 1))
-        lines = [] if _is_single(results) else output.strip().splitlines()[-TAIL_LINES:]
+        is_single = [result.world for result in results] == [1]  # alone in its world
+        lines = [] if is_single else output.strip().splitlines()[-TAIL_LINES:]
         raise UserError(
             f"{target} does not start what it says.\n"
             f"  expected: {expected} process(es) that form one world, sum {total}\n"
             f"  found:    {problem}\n"
-            f"  do:       {_advice(config, results, expected, machine)}"
+            f"  do:       {_advice(config, is_single, expected, machine)}"
             + "".join(f"\n  | {line}" for line in lines)
         )
     part = f" (this machine's share of {config.num_machines})" if config.num_machines > 1 else ""
@@ -225,18 +226,13 @@ def judge(results: list[Result], expected: int) -> str | None:
     return None if sums == [sum(range(expected + 1))] else f"sums {sums}"
 
 
-def _is_single(results: list[Result]) -> bool:
-    """Returns whether one process did its work, alone in its world."""
-    return [result.world for result in results] == [1]
-
-
-def _advice(config: ClusterConfig, results: list[Result], expected: int, machine: Hardware) -> str:
+def _advice(config: ClusterConfig, is_single: bool, expected: int, machine: Hardware) -> str:
     kind = str(getattr(config.distributed_type, "value", config.distributed_type))
     change = "set `distributed_type: MULTI_GPU` (on the CPU too: it only selects the launcher)"
     auto = "or let `make setup-accelerate AUTO=1` write the recommended file."
-    if _is_single(results) and kind == "MULTI_CPU":
+    if is_single and kind == "MULTI_CPU":
         return f"MULTI_CPU starts one process unless mpirun is set up; {change}, {auto}"
-    if _is_single(results) and kind in ("NO", "False"):  # an unquoted NO is False in YAML 1.1
+    if is_single and kind in ("NO", "False"):  # an unquoted NO is False in YAML 1.1
         return f"NO starts one process, whatever num_processes says; {change}, {auto}"
     if machine.devices and expected > len(machine.devices):
         return f"this machine has {len(machine.devices)} GPU(s); set num_processes to it, {auto}"

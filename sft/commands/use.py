@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from argparse import Namespace
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,15 +163,9 @@ def infer(args: Namespace) -> None:
         conversation.ask(args.prompt)
         return
     print(f"{connector.model_name}: say something; /help lists commands, an empty line ends")
-    while conversation.handle(_read()):
-        pass
-
-
-def _read() -> str:
-    try:
-        return input("> ")
-    except EOFError:
-        return ""
+    with suppress(EOFError):  # Ctrl-D
+        while conversation.handle(input("> ")):
+            pass
 
 
 def infer_batch_options(parser: cli.Parser) -> None:

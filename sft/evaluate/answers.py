@@ -76,22 +76,6 @@ class Question:
     fields: Record
     error: str | None = None
 
-    def to_record(
-        self,
-        answer: str | None,
-        finish_reason: str = "error",
-        prompt_tokens: int = 0,
-        completion_tokens: int = 0,
-    ) -> Record:
-        """Returns the record of an answer, or of a failure, if it is None."""
-        return {
-            **self.fields,
-            "answer": answer,
-            "finish_reason": finish_reason,
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-        }
-
 
 def make_question(row: Row | BadRow, tokenizer: PreTrainedTokenizerBase | None = None) -> Question:
     """Returns the question of a row. If the last turn is the assistant's, it is the reference.
@@ -141,10 +125,20 @@ class AnswerModel(Decoder):
             )
         return ids or "the prompt is empty"
 
-    def to_record(self, question: Question, prompt: list[int], answer: Answer) -> Record:
-        """Returns the record of an answer, with its text."""
-        text = str(self.tokenizer.decode(answer.ids, skip_special_tokens=True))
-        return question.to_record(text, answer.finish_reason, len(prompt), len(answer.ids))
+    def to_record(
+        self, question: Question, prompt: list[int] | str, answer: Answer | None = None
+    ) -> Record:
+        """Returns the record of an answer; without one, of the failure that `prompt` describes."""
+        record = question.fields | {"answer": None, "finish_reason": "error"}
+        record |= {"prompt_tokens": 0, "completion_tokens": 0}
+        if answer is None:
+            return record | {"error": prompt}
+        return record | {
+            "answer": str(self.tokenizer.decode(answer.ids, skip_special_tokens=True)),
+            "finish_reason": answer.finish_reason,
+            "prompt_tokens": len(prompt),
+            "completion_tokens": len(answer.ids),
+        }
 
     def key(self, question: Question, number: int) -> str:
         """Returns a digest of everything that a record depends on.
@@ -188,7 +182,7 @@ def answer_all(
             for head, question in missing:
                 prompt = model.render_prompt(question)
                 if isinstance(prompt, str):
-                    failed.append(head | question.to_record(None) | {"error": prompt})
+                    failed.append(head | model.to_record(question, prompt))
                 else:
                     good.append((head, question, prompt))
             if failed and accelerator.is_main_process:
@@ -228,8 +222,6 @@ def _find_missing(
 
 def _warn_of_slow_ranks(seconds: float, tokens: int, context: Context) -> None:
     """Logs which ranks were much slower than the median one. Collective."""
-    if context.accelerator.num_processes == 1:
-        return
     found = gather_object([(seconds, tokens)])
     typical = median_low(taken for taken, _ in found)
     for rank, (taken, written) in enumerate(found):

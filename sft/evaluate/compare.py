@@ -73,8 +73,8 @@ def compare(a: Path, b: Path, metrics: Sequence[str], labels: Sequence[str] = ()
     with a.open("rb") as file_a, b.open("rb") as file_b:
         for digest, at_a in places_a.items():
             at_b = places_b[digest]
-            one, other = _read_at(file_a, at_a), _read_at(file_b, at_b)
-            scores_a, scores_b = _add(tally_a, one, one, a), _add(tally_b, one, other, b)
+            in_a, in_b = _read_at(file_a, at_a), _read_at(file_b, at_b)
+            scores_a, scores_b = _add(tally_a, in_a, in_a, a), _add(tally_b, in_a, in_b, b)
             if scores_a != scores_b:
                 differing.append(Pair(at_a, at_b, scores_a, scores_b))
     num = tally_a.num_examples
@@ -83,11 +83,11 @@ def compare(a: Path, b: Path, metrics: Sequence[str], labels: Sequence[str] = ()
     return Comparison(a, b, num, difference(tally_a, tally_b, num_differing), wins, differing)
 
 
-def _add(tally: Tally, example: Record, answered: Record, file: Path) -> ExampleScores:
-    """Adds the answer of `answered` to the tally, and returns its scores."""
+def _add(tally: Tally, example: Record, record: Record, file: Path) -> ExampleScores:
+    """Adds the answer in `record`, which is in `file`, to the tally, and returns its scores."""
     index, reference, prompt = (example[key] for key in ("index", "reference", "prompt"))
     try:
-        return tally.add(index, answered["answer"], reference, prompt)
+        return tally.add(index, record["answer"], reference, prompt)
     except UserError as error:
         raise UserError(f"{file}: {error} (row {example['row']})") from None
 
@@ -134,7 +134,7 @@ def _read_metrics(file: Path) -> tuple[list[str], list[str]]:
 def _index(path: Path) -> dict[bytes, int]:
     """Returns the byte where each example's line begins, by the example's digest."""
     places: dict[bytes, int] = {}
-    at = 0
+    begin = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             example = _parse_example(path, number, line)
@@ -145,8 +145,8 @@ def _index(path: Path) -> dict[bytes, int]:
                     f"{path}:{number}: row {example['row']} is there twice, with the same prompt "
                     "and reference; expected each example once"
                 )
-            places[digest] = at
-            at += len(line)
+            places[digest] = begin
+            begin += len(line)
     return places
 
 
@@ -199,11 +199,11 @@ def differing_examples(found: Comparison, num: int | None = None) -> Iterator[di
     """Yields the first `num` examples (None: all) that score differently, with both answers."""
     with found.a.open("rb") as file_a, found.b.open("rb") as file_b:
         for pair in found.differing[:num]:
-            one, other = _read_at(file_a, pair.at_a), _read_at(file_b, pair.at_b)
+            in_a, in_b = _read_at(file_a, pair.at_a), _read_at(file_b, pair.at_b)
             yield {
-                **{key: one[key] for key in KEYS},
-                "a": {"answer": one["answer"], "error": one.get("error"), **pair.scores_a},
-                "b": {"answer": other["answer"], "error": other.get("error"), **pair.scores_b},
+                **{key: in_a[key] for key in KEYS},
+                "a": {"answer": in_a["answer"], "error": in_a.get("error"), **pair.scores_a},
+                "b": {"answer": in_b["answer"], "error": in_b.get("error"), **pair.scores_b},
             }
 
 

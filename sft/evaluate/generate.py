@@ -122,13 +122,13 @@ class Decoder:
         """
         needs_all_ranks = is_split(self.model) and accelerator.num_processes > 1
 
-        def any_rank_writes(writes: bool) -> bool:
-            flag = torch.tensor(float(writes), device=accelerator.device)
+        def any_rank_goes_on(has_unfinished: bool) -> bool:
+            flag = torch.tensor(float(has_unfinished), device=accelerator.device)
             return bool(accelerator.reduce(flag, "sum"))
 
         def decode(batch: list[int]) -> list[Answer]:
             seeds = batch if numbers is None else [numbers[i] for i in batch]
-            goes_on = any_rank_writes if needs_all_ranks else bool
+            goes_on = any_rank_goes_on if needs_all_ranks else bool
             return self.decode([prompts[i] for i in batch], seeds=seeds, goes_on=goes_on)
 
         rows = self.max_batch_size(prompts, accelerator)
@@ -182,14 +182,14 @@ class Decoder:
         limits = [min(self.settings.max_new_tokens, context - len(prompt)) for prompt in prompts]
         written: list[list[int]] = [[] for _ in prompts]
         reasons = ["length"] * len(prompts)
-        writing = [i for i in range(len(prompts)) if limits[i] > 0]
+        unfinished = [i for i in range(len(prompts)) if limits[i] > 0]
         rows = list(range(len(prompts)))  # the prompt of each row in the batch
         # One stream of random numbers per prompt, a function of (settings.seed, its own seed).
         draws = [np.random.default_rng([self.settings.seed, seed]) for seed in seeds]
         forward = _Forward(self.model, device)
         ids, mask = _pad(prompts, device)
-        while goes_on(bool(writing)):
-            if not writing:
+        while goes_on(bool(unfinished)):
+            if not unfinished:
                 forward.join_others()
                 continue
             drawn = None
@@ -198,21 +198,19 @@ class Decoder:
             tokens = choose(forward(ids, mask), self.settings, drawn)
             if on_tokens:
                 on_tokens(tokens.tolist())
-            still = []
             for row, token in zip(rows, tokens.tolist(), strict=True):
-                if row not in writing:
+                if row not in unfinished:
                     continue
-                if token in self.stop:
+                if is_end := token in self.stop:
                     reasons[row] = "stop"
-                    continue
-                written[row].append(token)
-                if len(written[row]) < limits[row]:
-                    still.append(row)
-            writing = still
+                else:
+                    written[row].append(token)
+                if is_end or len(written[row]) == limits[row]:
+                    unfinished.remove(row)
             ids = tokens[:, None]
-            if writing and len(writing) <= (1 - DROP_SHARE) * len(rows):
-                kept = torch.tensor([rows.index(row) for row in writing], device=device)
-                ids, mask, rows = ids[kept], mask[kept], list(writing)
+            if unfinished and len(unfinished) <= (1 - DROP_SHARE) * len(rows):
+                kept = torch.tensor([rows.index(row) for row in unfinished], device=device)
+                ids, mask, rows = ids[kept], mask[kept], list(unfinished)
                 forward.keep_rows(kept)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         return [Answer(*each) for each in zip(written, reasons, strict=True)]

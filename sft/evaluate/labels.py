@@ -15,8 +15,8 @@ from sft.data.messages import scalar_text
 def label_of(answer: str | None, labels: Sequence[str]) -> str | None:
     """Returns the label that an answer gives; None (a failure) if it gives no label, or several.
 
-    An answer may be the label itself. If not, but it has JSON, the value of "label" must be one. If
-    it has none, labels are searched as whole words, the longest first. Upper and lower case do not
+    An answer may be the label itself. Otherwise, if it contains JSON, the value of "label" counts.
+    Otherwise labels are searched as whole words, the longest first. Upper and lower case do not
     matter, nor what joins the words ("non hateful" is `non-hateful`). A negated label is a failure,
     since its meaning is unclear: "not" and "never" negate the rest of their sentence.
     """
@@ -41,18 +41,16 @@ def label_of(answer: str | None, labels: Sequence[str]) -> str | None:
 
 
 LABEL = "\0"  # stands for a label, which may itself contain a "not"
-SENTENCE = re.compile(r"[.!?][\"'\u2019\u201d)\]*_]*\s|\n\s*\n")  # its end; not "e.g.,"
+SENTENCE = re.compile(r"[.!?][\"'\u2019\u201d)\]*_]*\s|\n\s*\n")  # where one ends
 NEGATION = re.compile(r"\b(?:not|cannot|never|neither|nor)\b|n['\u2019]t\b")
 NONE = re.compile(rf"\b(?:no|non|nothing|without)\s+(?:\w+\s+)?{LABEL}")  # "no really hateful"
 
 
 def _is_negated(text: str) -> bool:
     """Returns whether a sentence of a casefolded text negates a `LABEL`."""
-    for sentence in SENTENCE.split(text):
-        before, label, _ = sentence.rpartition(LABEL)
-        if label and NEGATION.search(before):
-            return True
-    return NONE.search(text) is not None
+    parts = (sentence.rpartition(LABEL) for sentence in SENTENCE.split(text))
+    found = (NEGATION.search(before) for before, label, _ in parts if label)
+    return any(found) or NONE.search(text) is not None
 
 
 WORD = re.compile(r"[^\W_]+")

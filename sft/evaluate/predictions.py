@@ -28,10 +28,6 @@ Record = dict[str, Any]
 LINE = np.dtype([("index", np.int64), ("key", np.uint64), ("begin", np.int64)])
 
 
-class PredictionsError(UserError):
-    """A file of predictions that cannot be read or written."""
-
-
 def key_of(*parts: Any) -> str:
     """Returns a digest of these values: 16 hexadecimal digits."""
     text = json.dumps(parts, sort_keys=True, default=str)
@@ -54,14 +50,12 @@ class Predictions:
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
-        """Raises PredictionsError where the file system fails."""
+        """Raises UserError where the file system fails."""
         try:
             yield
         except OSError as error:
             reason = error.strerror or error
-            raise PredictionsError(
-                f"{self.path}: {reason}; make room, or give another file"
-            ) from None
+            raise UserError(f"{self.path}: {reason}; make room, or give another file") from None
 
     def _read(self) -> np.ndarray:
         """Returns the newest line of each example, sorted by index: an array of LINE."""
@@ -112,7 +106,7 @@ class Predictions:
             is_there = np.zeros(len(expected), bool)
             is_there[lines["index"]] = lines["key"] == expected[lines["index"]]
             if len(missing := np.flatnonzero(~is_there)):
-                raise PredictionsError(
+                raise UserError(
                     f"{self.path}: {len(missing):,} of {len(expected):,} examples are missing, as "
                     f"number {missing[0] + 1}: all processes must write to one file system; run "
                     "again"
@@ -144,7 +138,7 @@ class MemoryPredictions:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Yields the records of a finished file. Raises PredictionsError for a bad line."""
+    """Yields the records of a finished file. Raises UserError for a bad line."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -152,12 +146,14 @@ def read_records(path: Path) -> Iterator[Record]:
                     raise _not_a_record(path, number, line)
                 yield record
     except OSError as error:
-        raise PredictionsError(f"cannot read {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _not_a_record(path: Path, number: int, line: bytes) -> PredictionsError:
-    expected = "expected predictions, JSON objects with index and key"
-    return PredictionsError(f"{path}:{number}: {expected}, found {line[:60]!r}; give another file")
+def _not_a_record(path: Path, number: int, line: bytes) -> UserError:
+    return UserError(
+        f"{path}:{number}: expected predictions, JSON objects with index and key, found "
+        f"{line[:60]!r}; make the file again, or give another one"
+    )
 
 
 def _is_torn(line: bytes) -> bool:

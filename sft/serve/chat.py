@@ -45,9 +45,7 @@ class Conversation:
     def restart(self, system: str | None) -> None:
         """Forgets all messages; `system` is the new system prompt."""
         self.system = system
-        self.messages: list[dict[str, str]] = (
-            [{"role": "system", "content": system}] if system else []
-        )
+        self.messages = [{"role": "system", "content": system}] if system else []
 
     def handle(self, line: str) -> bool:
         """Answers a line or does what it commands; returns whether the conversation goes on."""

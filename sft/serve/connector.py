@@ -10,7 +10,7 @@ of the data, every example once. Prompts are rendered as in training (law 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -81,12 +81,6 @@ class Completion:
         return Completion((choice,), usage, record.get("error"))
 
 
-def _refuse_unknown(name: str, value: object, known: Collection[object]) -> None:
-    if value not in known:
-        expected = " or ".join(map(repr, known))
-        raise UserError(f"{name}: expected {expected}, found {value!r}")
-
-
 class DatasetPart(list):
     """This process's part of a dataset; `indices` are its items' places in the dataset."""
 
@@ -118,10 +112,15 @@ class AccelerateConnector:
         before_batch: Callable[[], None] = lambda: None,
     ):
         if batch_size != "auto" and not (type(batch_size) is int and batch_size > 0):
-            found = f"found {batch_size!r}"
-            raise UserError(f"batch_size: expected 'auto' or a number above 0, {found}")
-        _refuse_unknown("mixed_precision", mixed_precision, PRECISIONS)
-        _refuse_unknown("quantization", quantization, (None, "nf4"))
+            expected = "expected 'auto' or a number above 0"
+            raise UserError(f"batch_size: {expected}, found {batch_size!r}")
+        for name, value, known in (
+            ("mixed_precision", mixed_precision, PRECISIONS),
+            ("quantization", quantization, (None, "nf4")),
+        ):
+            if value not in known:
+                expected = " or ".join(map(repr, known))
+                raise UserError(f"{name}: expected {expected}, found {value!r}")
         self.model_name = str(model_name)
         train = Train(output_dir="outputs/connector", precision=PRECISIONS[mixed_precision])
         self.precision, _ = resolve_precision(train)
@@ -131,8 +130,8 @@ class AccelerateConnector:
             if isinstance(error, UserError) or "AcceleratorState" not in str(error):
                 raise
             raise UserError(
-                f"mixed_precision: {mixed_precision} is not what this process computes in since "
-                "its first connector; give both the same"
+                f"mixed_precision: found {mixed_precision}, but this process already computes in "
+                "that of its first connector; give both the same"
             ) from None
         self._opening = Opening(
             self.model_name,
@@ -146,7 +145,7 @@ class AccelerateConnector:
         self.log = log or (Screen() if self.is_main_process else Log(None))
         self.before_batch = before_batch
         self._model: AnswerModel | None = None
-        self._part: DatasetPart | None = None
+        self._last_part: DatasetPart | None = None
 
     @property
     def is_main_process(self) -> bool:
@@ -213,7 +212,7 @@ class AccelerateConnector:
             return [Completion.from_record(record) for record in read_records(path)]
         memory = MemoryPredictions()
         self.answer(questions, memory, len(questions), **settings)
-        found = gather_object(memory.records) if self.num_processes > 1 else memory.records
+        found = gather_object(memory.records)
         by_index = {record["index"]: record for record in found}
         return [Completion.from_record(by_index[i]) for i in range(len(questions))]
 
@@ -243,8 +242,8 @@ class AccelerateConnector:
         budget = batches.Budget(1, "packed", max_rows=None)
         parts = batches.cut(range(len(lengths)), lengths, self.num_processes, budget)
         mine = sorted(i for micro_batch in parts[self.process_index] for i in micro_batch)
-        self._part = DatasetPart([dataset[i] for i in mine], mine)
-        return self._part
+        self._last_part = DatasetPart([dataset[i] for i in mine], mine)
+        return self._last_part
 
     def gather_results(self, results: Sequence[Any], part: DatasetPart | None = None) -> list[Any]:
         """Returns the results of all processes on every process, in the order of the dataset.
@@ -252,13 +251,12 @@ class AccelerateConnector:
         `results` has one for each item of `part`, this process's part; None: the last part that
         `split_dataset` returned. Collective.
         """
-        part = self._part if part is None else part
+        part = self._last_part if part is None else part
         if part is None or len(results) != len(part):
             expected = "a part of split_dataset" if part is None else f"{len(part)} results"
             raise UserError(f"gather_results: expected {expected}, found {len(results)} results")
-        pairs = list(zip(part.indices, results, strict=True))
-        found = gather_object(pairs) if self.num_processes > 1 else pairs
-        return [result for _, result in sorted(found, key=lambda pair: pair[0])]
+        pairs = gather_object(list(zip(part.indices, results, strict=True)))
+        return [result for _, result in sorted(pairs, key=lambda pair: pair[0])]
 
     def prepare_for_training(self, model: nn.Module, optimizer: Any, *dataloaders: Any) -> Any:
         """Returns (model, optimizer, *dataloaders) for this process group."""

@@ -110,7 +110,7 @@ def _part_of_run(folder: Path) -> Config | None:
 
 
 def _task_of_adapter(folder: Path) -> type[FineTune] | None:
-    """Returns the task whose adapters look like `folder`; None if there is none."""
+    """Returns the task whose adapters look like those in `folder`; None if there is none."""
     return next((task for task in fine_tuning_tasks() if task.is_adapter(folder)), None)
 
 

@@ -107,7 +107,12 @@ def read_examples(settings: Classify) -> list[LabelledText]:
         else:
             is_error = isinstance(row, ValueError | RecursionError)
             bad.append(f"{place}: {error_reason(row) if is_error else 'expected columns'}")
-    _check_columns(path, settings, {column for _, row in rows for column in row})
+    known = {column for _, row in rows for column in row}
+    columns = [(key, getattr(settings, key)) for key in ("text", "label", "group")]
+    columns += [("split_by", column) for column in settings.split_by]
+    for key, column in columns:
+        if column is not None and column not in known:
+            raise missing_column(path, column, f"classify.{key}", known)
     examples = []
     for place, row in rows:
         text, label = scalar_text(row.get(settings.text)), scalar_text(row.get(settings.label))
@@ -132,15 +137,6 @@ def read_examples(settings: Classify) -> list[LabelledText]:
     if bad:
         raise DataError.from_rows(path, bad)
     return examples
-
-
-def _check_columns(path: str, settings: Classify, known: set[str]) -> None:
-    wanted = [("text", settings.text), ("label", settings.label)]
-    wanted += [("group", settings.group)] if settings.group else []
-    wanted += [("split_by", column) for column in settings.split_by]
-    for key, column in wanted:
-        if column not in known:
-            raise missing_column(path, column, f"classify.{key}", known)
 
 
 def _list_labels(labels: Iterable[str]) -> str:

@@ -112,8 +112,8 @@ def classify(config: Config, run: Path | None = None) -> None:
                 **settings.strategies[name].generation.model_dump(),
             )
         if connector.is_main_process:
-            usual = rows.most_common_label(parts["train"])
-            _report_scores(settings, folder, names, usual, connector.log)
+            common = rows.most_common_label(parts["train"])
+            _report_scores(settings, folder, names, common, connector.log)
             if run and settings.tune:
                 _compare_with_base(settings, folder, connector.log)
 
@@ -129,14 +129,14 @@ def _make_questions(
 
 
 def _report_scores(
-    settings: Classify, folder: Path, names: list[str], usual: str, log: Log
+    settings: Classify, folder: Path, names: list[str], common: str, log: Log
 ) -> None:
     """Writes metrics.json of each strategy, and logs their scores."""
     files = {name: folder / name / "predictions.jsonl" for name in names}
     found = {name: score_labels(file, settings.labels) for name, file in files.items()}
-    constant = score_labels(files[names[0]], settings.labels, usual)
-    majority = {"label": usual, **constant.tally.report()}
-    first: list[str | Text] = [f"always {visible(usual)}", *_show_scores(majority), "", ""]
+    constant = score_labels(files[names[0]], settings.labels, common)
+    majority = {"label": common, **constant.tally.report()}
+    first: list[str | Text] = [f"always {visible(common)}", *_show_scores(majority), "", ""]
     shown = [first]
     for name, own in found.items():
         against, report = compare_paired(constant, own), own.report()
