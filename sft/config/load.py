@@ -28,7 +28,6 @@ from sft.config.schema import (
     Configured,
     Generation,
     Origins,
-    Refused,
     RunConfig,
     Section,
     Strategy,
@@ -152,7 +151,7 @@ def with_values(config: Configured, values: dict[str, Any]) -> Configured:
 
 
 def _validate(
-    tree: Any,
+    tree: dict[str, Any],
     schema: type[RunConfig],
     origins: Origins | None = None,
     known: Collection[str] = (),
@@ -181,14 +180,13 @@ def _validate(
     return None if problems else config, lines
 
 
-def _add_defaults(tree: Any, schema: type[RunConfig]) -> dict[str, dict[str, Any]]:
+def _add_defaults(tree: dict[str, Any], schema: type[RunConfig]) -> dict[str, dict[str, Any]]:
     """Returns the given values and the defaults, so that rules can judge an invalid tree, too."""
     result = {}
     for name, section in sections_of(schema).items():
-        given = tree.get(name, {}) if isinstance(tree, dict) else {}
-        fields = section.model_fields.items()
+        given, fields = tree.get(name), section.model_fields.items()
         defaults = {key: field.default for key, field in fields if not field.is_required()}
-        result[name] = {**defaults, **(given if isinstance(given, dict) else {})}
+        result[name] = defaults | (given if isinstance(given, dict) else {})
     return result
 
 
@@ -229,9 +227,6 @@ def _explain(item: Any, schema: type[RunConfig], known: Collection[str] = ()) ->
     if not key:
         return path, f"expected a section with keys, found {found!r}"
     text = f"expected {type_name(fields[key])}, found {shorten(found)}"
-    for refused in fields[key].metadata:
-        if isinstance(refused, Refused) and refused.value == found:
-            return path, f"{text}; {refused.reason}"
     if kind == "literal_error" and isinstance(found, str):
         words = re.findall(r"'([^']+)'", item["ctx"]["expected"])
         if near := difflib.get_close_matches(found, words, n=1, cutoff=0.5):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from sft.config.aliases import ALIASES, UNSET
 from sft.config.rules import conditions
-from sft.config.schema import NESTED, NO_FP16, RunConfig, Section, sections_of
+from sft.config.schema import NESTED, RunConfig, Section, sections_of
 
 HEAD = """\
 # Configuration keys
@@ -69,7 +69,7 @@ def _render_section(name: str, section: type[Section]) -> str:
 
 def _render_alias(name: str) -> str:
     """Returns the table row of an alias."""
-    alias, meanings = ALIASES[name], {UNSET: "changes nothing", NO_FP16.value: "refused"}
+    alias, meanings = ALIASES[name], {UNSET: "changes nothing", "fp16": "refused"}
     pairs = [(_yaml(given), own) for given, own in alias.values.items()]
     values = [f"`{given}`: {meanings.get(own, f'`{_yaml(own)}`')}" for given, own in pairs]
     return f"| `{name}` | `{alias.key}` | {', '.join(values) or 'the same'} |\n"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Origins = dict[str, str]
 """Dotted path of a key -> the place where it was written, for messages."""
@@ -28,23 +28,14 @@ class OnlyWith:
 
     def holds(self, value: Any) -> bool:
         """Returns whether the key is read if the other one has this value."""
-        given = value if isinstance(value, list) else [value]
-        return any(each in self.values for each in given) or (
-            not self.values and value > self.above
-        )
+        if not self.values:
+            return value > self.above
+        return any(each in self.values for each in (value if isinstance(value, list) else [value]))
 
     def __str__(self) -> str:
         if not self.values:
             return f"{self.path} > {self.above:g}"
         return f"{self.path}: {' or '.join(str(value).lower() for value in self.values)}"
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A value that users may expect to work, and why it does not."""
-
-    value: str
-    reason: str
 
 
 class Section(BaseModel):
@@ -61,10 +52,19 @@ def _refuse_unsafe(path: str) -> str:
     """Returns the path of a folder. Raises ValueError if it is unsafe; it may be absolute."""
     is_name = path.isprintable() and len(path) <= 200 and Path(path).name.strip()
     if not is_name or ".." in Path(path).parts or path.startswith("~"):
-        raise ValueError(
-            "must name a folder: printable characters, at most 200, without '..' and '~'"
-        )
+        expected = "printable characters, at most 200, without '..' and '~'"
+        raise ValueError(f"must name a folder: {expected}")
     return path
+
+
+def _refuse_fp16(precision: Any) -> Any:
+    """Returns the precision. Raises ValueError for fp16, which users may expect to work."""
+    if precision == "fp16":
+        raise ValueError(
+            "expected auto or fp32 or bf16, found 'fp16'; small gradients vanish in fp16 without "
+            "loss scaling; use bf16 or fp32"
+        )
+    return precision
 
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -90,7 +90,6 @@ MetricName = Literal[
     "sari",
     "classification",
 ]
-NO_FP16 = Refused("fp16", "small gradients vanish in fp16 without loss scaling; use bf16 or fp32")
 
 
 class Model(Section):
@@ -233,7 +232,7 @@ class Train(Section):
     its own file says so.)"""
     num_processes: Count | None = None
     """Processes that the run must have, or it refuses to start. The launcher sets it."""
-    precision: Annotated[Literal["auto", "fp32", "bf16"], NO_FP16] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_refuse_fp16)] = "auto"
     """Compute precision; trained weights stay in fp32. `auto`: bf16 if the GPU supports it."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about 25 % slower. `auto`: only if

@@ -258,7 +258,7 @@ def score_file(
             answer, reference = record["answer"], record["reference"]
             tally.add(record["index"], answer, reference, record["prompt"], group)
         elif group is not None:
-            tally.of_group(group)  # all ranks have the same groups in the same order
+            tally.groups[group]  # all ranks have the same groups in the same order
     if world > 1:
         for each in (tally, *tally.groups.values()):
             each.rows = np.concatenate(gather_object([each.rows]))

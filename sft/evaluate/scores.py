@@ -8,6 +8,7 @@ interval if all examples score the same. Two runs are compared on the same resam
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,8 +35,7 @@ class Tally:
     """
 
     def __init__(self, names: Sequence[str], labels: Sequence[str] = ()) -> None:
-        self.groups: dict[str, Tally] = {}
-        self._another = partial(Tally, names, labels)
+        self.groups: defaultdict[str, Tally] = defaultdict(partial(Tally, names, labels))
         self._measures = {name: make_measure(name, labels) for name in names}
         self._width = 1 + sum(measure.size for measure in self._measures.values())
         self._rows = array("d")
@@ -62,14 +62,8 @@ class Tally:
             row.extend(statistics)
         self._rows += row
         if group is not None:
-            self.of_group(group)._rows += row
+            self.groups[group]._rows += row
         return scores
-
-    def of_group(self, name: str) -> Tally:
-        """Returns the tally of this group, empty if it is new."""
-        if name not in self.groups:
-            self.groups[name] = self._another()
-        return self.groups[name]
 
     @property
     def rows(self) -> np.ndarray:

@@ -71,7 +71,9 @@ class Conversation:
         """Writes the answer to a line, or why there is none."""
         asked = [*self.messages, {"role": "user", "content": line}]
         try:
-            found = self.connector.complete(asked, on_text=self._show, **self.settings)
+            found = self.connector.complete(
+                asked, lambda text: self.write(visible(text)), **self.settings
+            )
         except UserError as error:
             self.write(f"{error} (/reset forgets the conversation)\n")
             return
@@ -79,9 +81,6 @@ class Conversation:
         self.write(f"{cut}\n")
         answer = found.choices[0].message.content or ""
         self.messages = [*asked, {"role": "assistant", "content": answer}]
-
-    def _show(self, text: str) -> None:
-        self.write(visible(text))
 
     def save(self, name: str) -> None:
         """Adds the conversation to the JSONL file of that name."""
