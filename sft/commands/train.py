@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 
 from sft import cli
@@ -32,8 +31,7 @@ def train_distributed(args: Namespace) -> int | None:
     if args.requeue_after is not None:
         return slurm.requeue(config.train, args.requeue_after, args.since)
     if launcher.has_ranks_to_start() or not (args.if_asked or launcher.is_rank()):
-        program = [*launcher.this_program(), *sys.argv[1:]]
-        return launcher.launch(config.train, program, trains=True)
+        return launcher.launch(config.train, launcher.this_command(), trains=True)
     from sft import run
 
     run.train(config)

@@ -61,15 +61,16 @@ def has_ranks_to_start() -> bool:
     return any(several) and not is_rank()
 
 
-def this_program() -> list[str]:
-    """Returns the running program without its arguments: a script, or `-m` and a module."""
+def this_command() -> list[str]:
+    """Returns the running program (a script, or `-m` and a module) and its arguments."""
     spec = sys.modules["__main__"].__spec__
-    return ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
+    return [*program, *sys.argv[1:]]
 
 
 def launch_self(folder: Path) -> int:
     """Runs this very command on all ranks; they write their status.json into `folder`."""
-    return launch(Train(output_dir=str(folder)), [*this_program(), *sys.argv[1:]])
+    return launch(Train(output_dir=str(folder)), this_command())
 
 
 def launch(train: Train, program: Sequence[str], *, trains: bool = False) -> int:
