@@ -46,7 +46,7 @@ def settings() -> DistillConfig:
 
 
 def rooms() -> dict[str, Any]:
-    goals, _ = darkroom.goals(0)
+    goals, _ = darkroom.split_goals(0)
     many = darkroom.Rooms([goals[i % len(goals)] for i in range(8192)])
     single = darkroom.Darkroom(darkroom.place_of(goals[0]))
 
@@ -75,7 +75,7 @@ def play() -> dict[str, Any]:
     model = task.build(settings().distill, 0, torch.device("cpu")).eval()
     for parameter in model.parameters():  # actions that depend on what was seen
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    _, unseen = darkroom.goals(0)
+    _, unseen = darkroom.split_goals(0)
     rows = [(goal, seed) for goal in unseen for seed in range(4)]
     seconds, returns = {}, {}
     for name, cached in {"cache": True, "window": False}.items():
@@ -109,7 +109,7 @@ def transitions_per_second(world: int) -> float:
 
 
 def sources() -> dict[str, Any]:
-    goals, _ = darkroom.goals(0)
+    goals, _ = darkroom.split_goals(0)
     found = {}
     for name, number in {"ppo": 19, "stable_baselines3": 1}.items():
         started = time.process_time()
@@ -120,7 +120,7 @@ def sources() -> dict[str, Any]:
 
 def unseen() -> dict[str, Any]:
     asked = settings().distill
-    _, goals = darkroom.goals(asked.split_seed)
+    _, goals = darkroom.split_goals(asked.split_seed)
     found = source.ppo(goals, asked.num_streams, asked.num_steps, asked.source_seed).returns()
     return {"mean": float(found.mean()), "curve": found.mean((0, 1)).tolist()}
 

@@ -24,14 +24,14 @@ RANDOM = [0.45, 0.37, 0.10, 0.14, 0.35, 0.12, 0.12, 0.97]
 
 
 def test_the_split_and_the_returns_are_the_published_ones():
-    trained, unseen = darkroom.goals(0)
+    trained, unseen = darkroom.split_goals(0)
     assert [place_of(goal) for goal in unseen] == UNSEEN
     assert sorted(trained + unseen) == list(range(81))
     assert [darkroom.best_return(goal) for goal in unseen] == BEST
     floors = [darkroom.random_return(goal) for goal in unseen]
     assert floors == pytest.approx(RANDOM, abs=0.025)  # those were estimated by playing
     assert np.mean(floors) == pytest.approx(0.33, abs=0.01)
-    assert darkroom.goals(1)[1] != unseen
+    assert darkroom.split_goals(1)[1] != unseen
 
 
 def test_a_room_is_a_sound_environment_of_gymnasium():
@@ -95,7 +95,7 @@ def test_our_ppo_learns_what_that_of_stable_baselines_learns(monkeypatch):
     values = values.view(1, 100, 20)
     advantages = source._advantages(episode.rewards.float(), values)
     generator = torch.Generator().manual_seed(0)
-    source._learn(networks, episode, taken, advantages, advantages + values, generator)
+    source._update(networks, episode, taken, advantages, advantages + values, generator)
     for own, before, value in zip(networks.parameters, start, theirs(), strict=True):
         moved = (value - before).abs().max()
         assert moved > 5e-4
@@ -148,7 +148,7 @@ def test_a_collection_that_was_stopped_goes_on(few):
     folder = histories.collect(few)
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert len(list(folder.glob("goal_*.parquet"))) == 73
-    _, group = histories.jobs(few)[2]
+    _, group = histories.jobs_of(few)[2]
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
     histories.path_of(folder, group[3]).unlink()
     (folder / ".goal_0_0.parquet").write_text("half")
@@ -160,7 +160,7 @@ def test_a_collection_that_was_stopped_goes_on(few):
 
 def test_a_file_has_the_documented_columns(few):
     folder = histories.collect(few)
-    goal = darkroom.goals(0)[0][5]
+    goal = darkroom.split_goals(0)[0][5]
     table = pq.read_table(histories.path_of(folder, goal)).to_pydict()
     assert list(table) == list(histories.COLUMNS)
     assert table["stream"] == [stream for stream in range(4) for _ in range(120)]
@@ -174,7 +174,7 @@ def test_a_file_has_the_documented_columns(few):
 
 
 def test_a_damaged_file_is_refused_by_name(few):
-    path = histories.path_of(histories.collect(few), darkroom.goals(0)[0][9])
+    path = histories.path_of(histories.collect(few), darkroom.split_goals(0)[0][9])
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(HistoryError, match=rf"{path.name}: expected the history of 4 streams"):
         histories.load(few)

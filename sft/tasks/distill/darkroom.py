@@ -34,11 +34,6 @@ def place_of(cell: Any) -> tuple[Any, Any]:
     return divmod(cell, SIZE)
 
 
-def name_of(cell: int) -> str:
-    """Returns 'row,column', the name of a goal in files and tables."""
-    return "{},{}".format(*place_of(cell))
-
-
 def _neighbours() -> list[list[int]]:
     """Returns (cells, actions): the cell in which each move ends."""
 
@@ -52,7 +47,7 @@ def _neighbours() -> list[list[int]]:
 NEXT = torch.tensor(_neighbours())
 
 
-def goals(split_seed: int) -> tuple[list[int], list[int]]:
+def split_goals(split_seed: int) -> tuple[list[int], list[int]]:
     """Returns (training goals, unseen goals), in the published order for seed 0."""
     cells = list(range(NUM_CELLS))
     random.Random(split_seed).shuffle(cells)
@@ -77,6 +72,19 @@ def random_return(goal: int) -> float:
     return float(total)
 
 
+def name_of(goal: int) -> str:
+    """Returns 'row,column', the name of a goal in files and tables."""
+    return "{},{}".format(*place_of(goal))
+
+
+def reference_returns(goals: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Returns what random actions and the best ones get for each goal."""
+    return {
+        "random": {name_of(goal): random_return(goal) for goal in goals},
+        "best": {name_of(goal): best_return(goal) for goal in goals},
+    }
+
+
 class Rooms:
     """A room for each goal, all stepped together. All tensors are (rooms,)."""
 
@@ -94,7 +102,7 @@ class Rooms:
     def step(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Returns (cells, rewards, whether the episode is over).
 
-        The cells are the true last ones, not those of a reset.
+        After the last step the cells are those that were reached, not those of a reset.
         """
         assert self.num_steps < EPISODE, "the episode is over: reset"
         self.num_steps += 1
@@ -105,7 +113,7 @@ class Rooms:
 class Darkroom(gymnasium.Env[np.ndarray, np.int64]):
     """One room for Gymnasium.
 
-    The horizon is the task's own end, so an episode is `terminated`, not `truncated`: no value is
+    Its last step is part of the task, so an episode is `terminated`, not `truncated`: no value is
     estimated after it.
     """
 

@@ -26,12 +26,13 @@ from sft.errors import ExitCode, UserError
 from sft.runtime import children, hardware
 from sft.runtime.console import bar, make_console, write_json
 from sft.tasks.distill.config import EPISODE, Distill
-from sft.tasks.distill.darkroom import best_return, cell_of, goals, name_of, place_of, random_return
+from sft.tasks.distill.darkroom import cell_of, name_of, place_of, reference_returns, split_goals
 from sft.tasks.distill.source import SOURCES, Histories
 
-GROUPS = 4  # groups of goals, one process each; fewer and larger groups take less total time
+GROUPS = 4  # of goals, each learnt by one process; fewer and larger ones take less total time
 COLUMNS = ("stream", "step", "row", "column", "action", "reward", "next_row", "next_column", "done")
 CURVES = "curves.json"
+Job = tuple[int, list[int]]  # seed, and the goals that one process learns
 
 
 class HistoryError(UserError):
@@ -51,27 +52,27 @@ def path_of(folder: Path, goal: int) -> Path:
     return folder / "goal_{}_{}.parquet".format(*place_of(goal))
 
 
-def jobs(settings: Distill) -> list[tuple[int, list[int]]]:
-    """Returns (seed, goals) for each job of one process: a group of goals, or a single one."""
-    trained, _ = goals(settings.split_seed)
+def jobs_of(settings: Distill) -> list[Job]:
+    """Returns a job for each group of goals; `stable_baselines3` learns single ones."""
+    trained, _ = split_goals(settings.split_seed)
     number = GROUPS if settings.source == "ppo" else len(trained)
     seeds = np.random.SeedSequence(settings.source_seed).generate_state(number)
     return [(int(seed), trained[i::number]) for i, seed in enumerate(seeds)]
 
 
-def collect(settings: Distill, moved: Callable[[], None] = lambda: None) -> Path:
+def collect(settings: Distill, tick: Callable[[], None] = lambda: None) -> Path:
     """Returns the folder with the histories of all training goals; collects missing ones.
 
-    It uses all cores, and calls `moved` whenever there is progress.
+    It uses all cores, and calls `tick` when there is progress.
     """
     folder = folder_of(settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
-            for left in folder.glob(".*"):  # partial files of a killed collection
-                left.unlink()
-            if left_to_do := missing(settings):
-                _collect(settings, folder, left_to_do, moved)
+            for partial in folder.glob(".*"):  # files of a killed collection
+                partial.unlink()
+            if jobs := missing_jobs(settings):
+                _collect(settings, folder, jobs, tick)
     except OSError as error:
         raise HistoryError(
             f"cannot keep histories in {folder}: {error.strerror or error}; make room, or set "
@@ -80,45 +81,37 @@ def collect(settings: Distill, moved: Callable[[], None] = lambda: None) -> Path
     return folder
 
 
-def missing(settings: Distill) -> list[tuple[int, list[int]]]:
+def missing_jobs(settings: Distill) -> list[Job]:
     """Returns the jobs whose files are missing."""
     folder = folder_of(settings)
-    return [job for job in jobs(settings) if not all(path_of(folder, g).exists() for g in job[1])]
+    return [
+        job for job in jobs_of(settings) if not all(path_of(folder, g).exists() for g in job[1])
+    ]
 
 
-def _collect(
-    settings: Distill,
-    folder: Path,
-    missing: list[tuple[int, list[int]]],
-    moved: Callable[[], None],
-) -> None:
+def _collect(settings: Distill, folder: Path, jobs: list[Job], tick: Callable[[], None]) -> None:
     console = make_console()
-    number = sum(len(learnt) for _, learnt in missing)
+    number = sum(len(job_goals) for _, job_goals in jobs)
     console.print(f"source histories ({settings.source}) of {number} goals go to {folder}")
     with bar(console, "goals", number) as advance:
-        for learnt in _learn_all(settings, folder, missing):
-            advance(len(learnt))
-            moved()
+        for num_done in _run_jobs(settings, folder, jobs):
+            advance(num_done)
+            tick()
     _write_curves(settings, folder)
 
 
-def _learn_all(
-    settings: Distill, folder: Path, missing: list[tuple[int, list[int]]]
-) -> Iterator[list[int]]:
-    """Learns on all cores and yields goals when their histories are written."""
-    workers = min(len(missing), hardware.usable_cores())
+def _run_jobs(settings: Distill, folder: Path, jobs: list[Job]) -> Iterator[int]:
+    """Runs the jobs on all cores and yields the number of goals of each that is done."""
+    workers = min(len(jobs), hardware.usable_cores())
     if workers < 2:
-        for seed, learnt in missing:
-            _learn(settings, folder, seed, learnt)
-            yield learnt
+        yield from (_run_job(settings, folder, *job) for job in jobs)
         return
     spawn = multiprocessing.get_context("spawn")  # after a fork, torch's threads may hang
     with ProcessPoolExecutor(workers, spawn, _start_worker, (os.getpid(),)) as pool:
-        waiting = {pool.submit(_learn, settings, folder, *job): job[1] for job in missing}
+        futures = [pool.submit(_run_job, settings, folder, *job) for job in jobs]
         try:
-            for done in as_completed(waiting):
-                done.result()
-                yield waiting[done]
+            for done in as_completed(futures):
+                yield done.result()
         except BrokenProcessPool:
             raise HistoryError(
                 "a process that collected histories was killed, most likely out of memory; "
@@ -131,52 +124,49 @@ def _start_worker(parent: int) -> None:
     torch.set_num_threads(1)  # each core has a process
 
 
-def _learn(settings: Distill, folder: Path, seed: int, learnt: list[int]) -> None:
+def _run_job(settings: Distill, folder: Path, seed: int, job_goals: list[int]) -> int:
+    """Learns the goals, writes their histories and returns their number."""
     source = SOURCES[settings.source]
-    found = source(learnt, settings.num_streams, settings.num_steps, seed)
-    for i, goal in enumerate(learnt):
+    found = source(job_goals, settings.num_streams, settings.num_steps, seed)
+    for i, goal in enumerate(job_goals):
         own = Histories(*(each[i] for each in found))
         path = path_of(folder, goal)
-        part = path.with_name(f".{path.name}")
-        pq.write_table(_table(own), part, compression="zstd")
-        part.replace(path)
+        partial = path.with_name(f".{path.name}")
+        pq.write_table(_table(own), partial, compression="zstd")
+        partial.replace(path)
+    return len(job_goals)
 
 
 def _table(own: Histories) -> pa.Table:
     """Returns one goal's histories (streams, steps) with a row for each step."""
-    streams, steps = own.cells.shape
-    at = np.arange(steps)
-    before, after = (place_of(each.numpy()) for each in (own.cells, own.next_cells))
+    stream, step = np.indices(own.cells.shape)
     columns: tuple[np.ndarray, ...] = (
-        np.repeat(np.arange(streams, dtype=np.uint16), steps).reshape(streams, steps),
-        np.broadcast_to(at.astype(np.uint32), (streams, steps)),
-        *before,
+        stream.astype(np.uint16),
+        step.astype(np.uint32),
+        *place_of(own.cells.numpy()),
         own.actions.numpy(),
         own.rewards.numpy(),
-        *after,
-        np.broadcast_to(at % EPISODE == EPISODE - 1, (streams, steps)),
+        *place_of(own.next_cells.numpy()),
+        step % EPISODE == EPISODE - 1,
     )
     return pa.table({name: c.ravel() for name, c in zip(COLUMNS, columns, strict=True)})
 
 
 def _write_curves(settings: Distill, folder: Path) -> None:
     """Writes the mean return of each episode by goal, and draws their mean."""
-    learnt, _ = goals(settings.split_seed)
+    learnt, _ = split_goals(settings.split_seed)
     means = load(settings).returns().mean(1)
     named = {name_of(goal): means[i].tolist() for i, goal in enumerate(learnt)}
     write_json(folder / CURVES, named)
-    levels = {
-        "random": float(np.mean([random_return(goal) for goal in learnt])),
-        "best": float(np.mean([best_return(goal) for goal in learnt])),
-    }
-    draw((folder / CURVES).with_suffix(".png"), {settings.source: curve(folder)}, levels)
+    curves: dict[str, list[float]] = {settings.source: curve(folder)}
+    draw((folder / CURVES).with_suffix(".png"), curves, reference_returns(learnt))
 
 
 def load(settings: Distill) -> Histories:
     """Returns the histories of all training goals, in the order of the split."""
     folder = folder_of(settings)
     shape = (settings.num_streams, settings.num_steps)
-    parts = [_read(path_of(folder, goal), shape) for goal in goals(settings.split_seed)[0]]
+    parts = [_read(path_of(folder, goal), shape) for goal in split_goals(settings.split_seed)[0]]
     return Histories.concatenate(parts)
 
 
@@ -208,8 +198,12 @@ def curve(folder: Path) -> list[float]:
     return np.mean(list(found.values()), 0).tolist()
 
 
-def draw(path: Path, curves: Mapping[str, Sequence[float]], levels: Mapping[str, float]) -> None:
-    """Writes a PNG. `curves`: returns from the first episode on; `levels`: dotted lines."""
+def draw(
+    path: Path,
+    curves: Mapping[str, Sequence[float]],
+    references: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Writes a PNG of returns by episode, with the means of `references` as dotted lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -217,9 +211,10 @@ def draw(path: Path, curves: Mapping[str, Sequence[float]], levels: Mapping[str,
     longest = max(map(len, curves.values()))
     for label, values in curves.items():
         axes.plot(range(1, len(values) + 1), values, label=label)
-    for label, value in levels.items():
-        axes.axhline(value, linestyle=":", color="grey")
-        axes.text(longest, value, label, ha="right", va="bottom", color="grey")
+    for label, by_goal in references.items():
+        mean = float(np.mean([*by_goal.values()]))
+        axes.axhline(mean, linestyle=":", color="grey")
+        axes.text(longest, mean, label, ha="right", va="bottom", color="grey")
     axes.set(xlabel="episode", ylabel="return", xlim=(1, longest))
     axes.legend(loc="center right")
     figure.savefig(path, dpi=120)

@@ -15,11 +15,10 @@ from rich.table import Table
 from sft.runtime.console import table, write_json
 from sft.tasks.distill import histories
 from sft.tasks.distill.config import DistillConfig
-from sft.tasks.distill.darkroom import best_return, name_of, random_return
+from sft.tasks.distill.darkroom import name_of, reference_returns
 
 LAST = 50  # final episodes, whose return measures what was learnt in context
 CURVE = "in_context_return.png"
-Levels = dict[str, dict[str, float]]  # "random" and "best": returns by goal
 
 
 @dataclass(frozen=True)
@@ -60,39 +59,30 @@ def show(
     """Writes metrics.json and the curve, and yields the table and where the curve is."""
     folder.mkdir(parents=True, exist_ok=True)
     returns = summarise_returns(found)
-    levels: Levels = {
-        "random": {name_of(goal): random_return(goal) for goal in found.goals},
-        "best": {name_of(goal): best_return(goal) for goal in found.goals},
-    }
-    means = {name: float(np.mean([*each.values()])) for name, each in levels.items()}
+    references = reference_returns(found.goals)
     curve = found.returns.mean((0, 1)).tolist()
-    written: dict[str, Any] = {"in_context_return": returns, **levels}
+    written: dict[str, Any] = {"in_context_return": returns, **references}
     if config.distill.compress:
         counts = {"ended": len(found.regions), "forced": found.num_forced}
         steps = {"mean_steps": float(np.mean(found.regions))} if found.regions else {}
         written["regions"] = counts | steps
     write_json(folder / "metrics.json", {**written, "held_out": held_out, "curve": curve})
-    yield _table(returns, levels, means)
+    yield _table(returns, references)
     if config.distill.compress:
         yield f"regions that the model has ended: {written['regions']}"
     curves = {"in context, unseen goals": curve}
     if (source := histories.folder_of(config.distill)).exists():  # else the run is from elsewhere
         curves["source, its own goals"] = histories.curve(source)
-    histories.draw(folder / CURVE, curves, means)
+    histories.draw(folder / CURVE, curves, references)
     yield f"curve: {folder / CURVE}"
 
 
-def _table(returns: dict[str, Any], levels: Levels, means: dict[str, float]) -> Table:
-    def row(name: str, random: float, values: list[float], best: float) -> list[str]:
-        return [name, *(f"{value:.2f}" for value in (random, *values, best))]
-
+def _table(returns: dict[str, Any], references: dict[str, dict[str, float]]) -> Table:
+    columns = {name.replace("_", " "): each["per_goal"] for name, each in returns.items()}
+    columns = {"random": references["random"], **columns, "best": references["best"]}
     rows = [
-        row(goal, random, [each["per_goal"][goal] for each in returns.values()], best)
-        for (goal, random), best in zip(
-            levels["random"].items(), levels["best"].values(), strict=True
-        )
+        [goal, *(f"{each[goal]:.2f}" for each in columns.values())] for goal in references["best"]
     ]
-    own = [each["mean"] for each in returns.values()]
-    rows.append(row("mean", means["random"], own, means["best"]))
-    columns = ("goal", "random", *(name.replace("_", " ") for name in returns), "best")
-    return table("Return in context on goals that were never seen", columns, rows, left=0)
+    rows.append(["mean", *(f"{np.mean([*each.values()]):.2f}" for each in columns.values())])
+    title = "Return in context on goals that were never seen"
+    return table(title, ("goal", *columns), rows, left=0)

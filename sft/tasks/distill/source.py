@@ -109,7 +109,7 @@ def ppo(goals: Sequence[int], num_streams: int, num_steps: int, seed: int) -> Hi
         episode, probabilities, values = _play(networks, rooms, generator)
         episodes.append(episode)
         advantages = _advantages(episode.rewards.float(), values)
-        _learn(networks, episode, probabilities, advantages, advantages + values, generator)
+        _update(networks, episode, probabilities, advantages, advantages + values, generator)
     columns = zip(*episodes, strict=True)
     return Histories(*(torch.cat(column, -1).to(torch.uint8) for column in columns))
 
@@ -149,7 +149,7 @@ def _advantages(rewards: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _learn(
+def _update(
     networks: _Networks,
     episode: Histories,
     before: torch.Tensor,

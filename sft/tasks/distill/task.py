@@ -139,7 +139,7 @@ class Distillation(Task):
     ) -> int:
         """Returns the bytes of an fp32 copy of the model and of the attempts that a rank plays."""
         settings = config.distill
-        _, unseen = darkroom.goals(settings.split_seed)
+        _, unseen = darkroom.split_goals(settings.split_seed)
         attempts = math.ceil(len(unseen) * settings.eval_seeds / world_size)
         copy = 4 * sum(p.numel() for p in cls.skeleton(config).parameters())
         return copy + attempts * rollout.bytes_per_attempt(settings)
@@ -153,7 +153,7 @@ class Distillation(Task):
     @classmethod
     def describe(cls, config: DistillConfig) -> list[tuple[str, str]]:
         settings = config.distill
-        num_goals = len(darkroom.goals(settings.split_seed)[0])
+        num_goals = len(darkroom.split_goals(settings.split_seed)[0])
         kind = "compressed context" if settings.compress else "plain context"
         heads = f"{settings.num_layers} layers, {settings.num_heads} heads, width {settings.width}"
         return [
@@ -172,7 +172,7 @@ class Distillation(Task):
         """Yields whether histories exist, or else how long it takes to collect them."""
         settings = config.distill
         folder = histories.folder_of(settings)
-        missing = histories.missing(settings)
+        missing = histories.missing_jobs(settings)
         size = f"{settings.num_streams} streams x {settings.num_steps} steps"
         if not missing:
             number = len(histories.load(settings).cells)
@@ -202,14 +202,14 @@ class Distillation(Task):
     @classmethod
     def trial_data(cls, config: DistillConfig) -> Histories:
         """Returns the histories, or blank ones where they are not collected yet."""
-        if histories.missing(config.distill):
+        if histories.missing_jobs(config.distill):
             return blank_histories(config.distill)
         return histories.load(config.distill)
 
     def check_result(self, engine: Engine, folder: Path) -> Iterator[Finding]:
         settings = self.config.distill
         tried = self._try_unseen(engine.model, 1, lambda: None)
-        data = ", on blank histories" if histories.missing(settings) else ""
+        data = ", on blank histories" if histories.missing_jobs(settings) else ""
         episodes = f"{len(tried.goals)} unseen goals, an episode each{data}"
         yield Finding(True, f"in context: {episodes}, return {float(tried.returns.mean()):.2f}")
 
@@ -299,7 +299,7 @@ class Distillation(Task):
 
     def name_example(self, number: int) -> str:
         goal, _, episodes = self.train.choice(number)
-        place = darkroom.place_of(darkroom.goals(self.settings.split_seed)[0][goal])
+        place = darkroom.place_of(darkroom.split_goals(self.settings.split_seed)[0][goal])
         return f"goal {place} in episodes {episodes[0]} to {episodes[-1]}"
 
     # -- results
@@ -333,7 +333,7 @@ class Distillation(Task):
         """
         settings, accelerator = self.settings, self.accelerator
         copy = whole_copy(model, settings, accelerator)
-        _, unseen = darkroom.goals(settings.split_seed)
+        _, unseen = darkroom.split_goals(settings.split_seed)
         attempts = [(goal, seed) for goal in unseen for seed in range(settings.eval_seeds)]
         own = attempts[accelerator.process_index :: accelerator.num_processes]
         played = rollout.play(copy, own, num_episodes, after_episode=after_episode) if own else None

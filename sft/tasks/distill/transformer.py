@@ -23,14 +23,12 @@ from sft.tasks.distill.darkroom import MOVES, NUM_CELLS, SIZE, place_of
 from sft.tasks.distill.source import Histories
 
 # The features of a token, in this order: cell, action, reward and next cell of the transition;
-# whether there is none; the present cell; whether it marks the start of a region, or its end.
-PARTS = {"before": 2, "action": len(MOVES), "reward": 1, "after": 2, "none": 1, "now": 2}
-MARKS = {"begin": 1, "end": 1}
-NUM_FEATURES = sum(PARTS.values()) + sum(MARKS.values())
+# whether there is none; the present cell; whether it marks the beginning of a region, or its end.
 NUM_BEFORE = 2 + len(MOVES) + 1 + 2  # features of the transition
-NONE = NUM_BEFORE  # place of that feature
-BEGIN, END = NUM_FEATURES - 2, NUM_FEATURES - 1
-GOES_ON, ENDS = 0, 1  # token types: what comes next in the region
+NONE = NUM_BEFORE  # place of the feature
+BEGIN, END = NUM_BEFORE + 3, NUM_BEFORE + 4  # places of these features
+NUM_FEATURES = NUM_BEFORE + 5
+GOES_ON, ENDS = 0, 1  # token types: whether the region ends after a step
 COORDINATES = (torch.tensor([place_of(cell) for cell in range(NUM_CELLS)]) - (SIZE - 1) / 2) / (
     (SIZE - 1) / 2
 )  # (cells, 2), from -1 to 1
@@ -41,14 +39,14 @@ def features(now: torch.Tensor, before: Histories) -> torch.Tensor:
     place = COORDINATES.to(now.device)
     action = F.one_hot(before.actions.long(), len(MOVES))
     reward = before.rewards[..., None]
-    marks = torch.zeros(*now.shape, 1 + 2 + 2, device=now.device)
-    marks[..., 1:3] = place[now.long()]
-    cells = (place[before.cells.long()], action, reward, place[before.next_cells.long()], marks)
-    return torch.cat(cells, -1)
+    rest = torch.zeros(*now.shape, NUM_FEATURES - NUM_BEFORE, device=now.device)
+    rest[..., 1:3] = place[now.long()]
+    parts = (place[before.cells.long()], action, reward, place[before.next_cells.long()], rest)
+    return torch.cat(parts, -1)
 
 
 def without_past(tokens: torch.Tensor) -> torch.Tensor:
-    """Returns the tokens of steps at which the history begins: no transition is before them."""
+    """Returns the tokens without the transition before them, as at the beginning of a history."""
     result = tokens.clone()
     result[..., :NUM_BEFORE] = 0.0
     result[..., NONE] = 1.0
@@ -63,7 +61,7 @@ def mark(kind: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def window_tokens(window: Histories) -> torch.Tensor:
-    """Returns tokens (windows, steps, NUM_FEATURES) of histories that begin at an episode."""
+    """Returns tokens (windows, steps, NUM_FEATURES) of windows that begin with an episode."""
     before = Histories(*(each.roll(1, -1) for each in window))
     tokens = features(window.cells, before)
     return torch.cat([without_past(tokens[:, :1]), tokens[:, 1:]], 1)

@@ -20,7 +20,7 @@ import torch
 
 from sft.tasks.base import Workload
 from sft.tasks.distill.config import EPISODE, Distill
-from sft.tasks.distill.darkroom import NUM_CELLS, goals
+from sft.tasks.distill.darkroom import NUM_CELLS, split_goals
 from sft.tasks.distill.source import Histories
 from sft.tasks.distill.transformer import num_positions
 
@@ -114,14 +114,14 @@ def split(found: Histories, settings: Distill) -> tuple[Windows, Windows]:
 
 def blank_histories(settings: Distill) -> Histories:
     """Returns histories of zeros, which share one place in memory, where only sizes matter."""
-    number = len(goals(settings.split_seed)[0])
+    number = len(split_goals(settings.split_seed)[0])
     shape = (number, settings.num_streams, settings.num_steps)
     return Histories(*[torch.zeros(1, 1, 1, dtype=torch.uint8).expand(shape)] * 4)
 
 
 def num_bytes(settings: Distill) -> int:
     """Returns the bytes of all histories, and of the rewards and visits that select windows."""
-    number = len(goals(settings.split_seed)[0]) * settings.num_streams
+    number = len(split_goals(settings.split_seed)[0]) * settings.num_streams
     known = settings.num_steps // EPISODE + settings.search_episodes * NUM_CELLS
     return number * (4 * settings.num_steps + known)
 
