@@ -213,12 +213,12 @@ def test_in_the_update_memory_ends_the_run(tmp_path, monkeypatch):
 def test_where_weights_are_gathered_only_what_is_behind_the_forward_pass_is_done_again(tmp_path):
     """FSDP2 and ZeRO-3: in a forward pass other ranks wait for this one."""
     built = make(tmp_path)
-    built.parallel.waits = "forward"
+    built.parallel.waits_in = "forward"
     starve(built, 40)
     with pytest.raises(errors.OutOfMemory, match=r"rank 0: .* cannot be done again"):
         steps(built, 4)
     built = make(tmp_path)
-    built.parallel.waits = "forward"
+    built.parallel.waits_in = "forward"
     real = built.task.loss
 
     def loss(model, batch):

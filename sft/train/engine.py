@@ -120,7 +120,7 @@ class Engine:
         a supervised item loss and gradient are 0, never 0 / 0.
         """
         ids, micro_batches = self.window(self.step)
-        guard, waits = OomGuard(), self.parallel.waits
+        guard, waits = OomGuard(), self.parallel.waits_in
         self.parallel.begin_step()
         batches = [guard.call(m, self.collate, m) for m in micro_batches]
         count = 0.0 if guard.oom else self._count(batches)
@@ -195,7 +195,7 @@ class Engine:
                 self.guard.mark()
                 forward = (self._forward, micro_batch, batch, ids, self.task.summarise)
                 found = guard.call(micro_batch, *forward)
-                if self.parallel.waits == "forward" and (oom := self._oom_on_any_rank(guard)):
+                if self.parallel.waits_in == "forward" and (oom := self._oom_on_any_rank(guard)):
                     return oom
                 if found is not None:
                     if table is None:
@@ -224,7 +224,7 @@ class Engine:
         Raises OutOfMemory if memory runs out while other ranks wait in the same pass.
         """
         self._seed(micro_batch, ids)
-        if self.parallel.waits != "forward":
+        if self.parallel.waits_in != "forward":
             with self.parallel.no_sync():
                 return action(self.model, batch)
         passed: list[bool] = []  # not empty once the pass in which others wait is over

@@ -1,14 +1,14 @@
 """Trains a whole copy of the model on every rank (one process or DDP). Base of the other engines.
 
-FSDP2 and DeepSpeed are subclasses. With each engine the gradient is the sum over ranks, and the
-norm is that of the whole gradient. The state of the optimizer is saved as slices of flat
-parameters, so a checkpoint loads on another number of processes and on another engine.
+With each engine the gradient is the sum over ranks, and the norm is that of the whole gradient.
+The optimizer's state is saved as slices of flat parameters, so a checkpoint loads on another
+number of processes and on another engine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sft.config.schema import Train
 from sft.errors import ConfigError
+from sft.models.layers import full_tensor
 from sft.runtime.checkpoint import OptimizerShard, Tensors
 from sft.runtime.hardware import resolve_precision
 from sft.train.optimizer import build_optimizer
@@ -33,8 +34,10 @@ ReadState = Callable[[str, int, int | None], Tensors]
 class Replicated:
     """A model trained by one process, or by DDP."""
 
-    waits: Waits
+    waits_in: Waits
     """The passes in which ranks wait for each other, or which cannot be repeated."""
+    is_split = False
+    """Whether each rank keeps only a part of the weights."""
     loss_scale = 1.0
     """The factor that losses are multiplied by, so that gradients are sums over ranks."""
 
@@ -48,7 +51,7 @@ class Replicated:
 
     def _wrap(self, train: Train) -> None:
         """Sets `model` and `optimizer`."""
-        self.waits = "last backward" if self.accelerator.num_processes > 1 else "never"
+        self.waits_in = "last backward" if self.accelerator.num_processes > 1 else "never"
         self.model, self.optimizer = self.accelerator.prepare(
             self.module, build_optimizer(train, self.module)
         )
@@ -71,9 +74,9 @@ class Replicated:
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Returns a context in which passes exchange no gradients."""
-        if self.accelerator.num_processes == 1:
-            return nullcontext()
-        return self.accelerator.no_sync(self.model)
+        if isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return nullcontext()
 
     def prepare_backward(self, last: bool) -> None:
         """Makes the backward pass that follows exchange gradients if it is the step's `last`.
@@ -111,13 +114,10 @@ class Replicated:
         """
         found = dict(_saved_buffers(self.module))
         for name, parameter in self.trained.items():
-            if (tensor := self._full_tensor(parameter)) is not None:
-                found[name] = tensor
+            whole = full_tensor(parameter)
+            if self.accelerator.is_main_process:
+                found[name] = whole.cpu() if self.is_split else whole
         return found
-
-    def _full_tensor(self, parameter: Any) -> torch.Tensor | None:
-        """Returns the whole parameter; may be None on all but the main process."""
-        return parameter.detach()
 
     def local_weights(self) -> Iterator[torch.Tensor]:
         """Yields this rank's part of the trained weights."""
@@ -165,6 +165,45 @@ class Replicated:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+class Split(Replicated):
+    """Base of the engines whose ranks keep parts of weights or of the optimizer's state."""
+
+    def _shards(self, name: str) -> Iterator[tuple[OptimizerShard, torch.Tensor]]:
+        """Yields this rank's shard of a parameter, if it has one, and its weights, flat."""
+        raise NotImplementedError
+
+    def _optimized(self) -> Iterable[torch.Tensor]:
+        """Returns the tensors that this rank's optimizer updates."""
+        return self.trained.values()
+
+    def local_weights(self) -> Iterator[torch.Tensor]:
+        for name in self.trained:
+            yield from (weight for _, weight in self._shards(name))
+
+    def set_weight(self, name: str, value: torch.Tensor) -> None:
+        for shard, weight in self._shards(name):
+            weight.copy_(value.flatten()[shard.start : shard.start + weight.numel()])
+
+    def optimizer_shards(self) -> Iterator[OptimizerShard]:
+        for name in self.trained:
+            yield from (shard for shard, _ in self._shards(name))
+
+    def load_optimizer(self, num_updates: int, read: ReadState) -> None:
+        states = self._base_optimizer.state
+        states.clear()
+        if not num_updates:
+            return
+        for tensor in self._optimized():
+            step = torch.tensor(float(num_updates), device=tensor.device)
+            moments = {key: torch.zeros_like(tensor) for key in ("exp_avg", "exp_avg_sq")}
+            states[tensor] = {"step": step, **moments}
+        for shard in self.optimizer_shards():
+            if number := max((tensor.numel() for tensor in shard.state.values()), default=0):
+                found = read(shard.name, shard.start, number)
+                for key, tensor in shard.state.items():
+                    tensor.copy_(found[key])
+
+
 def _sum_gradients(_, bucket):
     """Sums gradients over ranks; DDP's own mean would round 1 / world to fp32."""
     work = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
@@ -187,21 +226,6 @@ def state_tensors(state: dict[str, Any]) -> Tensors:
     for key, value in state.items():
         found |= state_tensors(value) if isinstance(value, dict) else {key: value}
     return {key: value for key, value in found.items() if key != "step"}
-
-
-def zero_moments(like: torch.Tensor, num_updates: int) -> dict[str, torch.Tensor]:
-    """Returns AdamW's state of a tensor after `num_updates` updates, with moments of 0."""
-    moments = {key: torch.zeros_like(like) for key in ("exp_avg", "exp_avg_sq")}
-    return {"step": torch.tensor(float(num_updates), device=like.device), **moments}
-
-
-def fill_shards(shards: Iterator[OptimizerShard], read: ReadState) -> None:
-    """Copies the saved state into the live tensors of `shards`."""
-    for shard in shards:
-        if number := max((tensor.numel() for tensor in shard.state.values()), default=0):
-            found = read(shard.name, shard.start, number)
-            for key, tensor in shard.state.items():
-                tensor.copy_(found[key])
 
 
 def autocast(model: nn.Module, device: str, train: Train) -> None:

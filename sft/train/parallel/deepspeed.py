@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from sft.config.schema import Train
-from sft.models.layers import full_tensor
 from sft.runtime.checkpoint import OptimizerShard
 from sft.train.optimizer import build_optimizer
-from sft.train.parallel.ddp import (
-    ReadState,
-    Replicated,
-    autocast,
-    fill_shards,
-    state_tensors,
-    zero_moments,
-)
+from sft.train.parallel.ddp import Split, autocast, state_tensors
 
 
-class Zero(Replicated):
+class Zero(Split):
     """A model trained by ZeRO: all stages split the optimizer's state, stage 3 also the weights."""
 
     def _wrap(self, train: Train) -> None:
@@ -35,10 +26,7 @@ class Zero(Replicated):
         self.model, self.zero = self.engine, self.engine.optimizer
         self.loss_scale = float(self.accelerator.num_processes)  # DeepSpeed averages over processes
         self.is_split = self.engine.zero_optimization_stage() == 3
-        self.waits = "forward" if self.is_split else "backward"
-
-    def no_sync(self) -> AbstractContextManager[Any]:
-        return nullcontext()
+        self.waits_in = "forward" if self.is_split else "backward"
 
     def prepare_backward(self, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -66,35 +54,22 @@ class Zero(Replicated):
 
     # -- state
 
-    def _full_tensor(self, parameter: Any) -> torch.Tensor | None:
-        if not self.is_split:
-            return parameter.detach()
-        found = full_tensor(parameter)
-        return found.cpu() if self.accelerator.is_main_process else None
-
     def local_weights(self) -> Iterator[torch.Tensor]:
         if not self.is_split:
             yield from self.trained.values()
-        for name, parameter in self.trained.items():
-            yield from (weight for _, weight in self._shards(name, parameter))
+        yield from super().local_weights()
 
     def set_weight(self, name: str, value: torch.Tensor) -> None:
+        super().set_weight(name, value)
         parameter: Any = self.trained[name]
         if parameter.shape == value.shape:  # otherwise it is split, and empty here
             parameter.data.copy_(value)
-        for shard, weight in self._shards(name, parameter):
-            part = value.flatten()[shard.start : shard.start + weight.numel()]
-            weight.copy_(part)
-            if self.is_split:  # stage 3 gathers from ds_tensor, a copy of the fp32 weights
-                parameter.ds_tensor.data[: len(part)].copy_(part)
+        if self.is_split:  # stage 3 gathers from ds_tensor, a copy of the fp32 weights
+            for _, weight in self._shards(name):
+                parameter.ds_tensor.data[: len(weight)].copy_(weight)
 
-    def optimizer_shards(self) -> Iterator[OptimizerShard]:
-        for name, parameter in self.trained.items():
-            for shard, _ in self._shards(name, parameter):
-                yield shard
-
-    def _shards(self, name: str, parameter: Any) -> Iterator[tuple[OptimizerShard, torch.Tensor]]:
-        """Yields this rank's shard of a parameter, if it has one, and its fp32 weights."""
+    def _shards(self, name: str) -> Iterator[tuple[OptimizerShard, torch.Tensor]]:
+        parameter: Any = self.trained[name]
         if self.is_split:
             group, first, number = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = self.accelerator.process_index * number
@@ -106,7 +81,7 @@ class Zero(Replicated):
         else:
             number = 0
         if number > 0:
-            flat = self._partitions[group]
+            flat = self._optimized()[group]
             state = state_tensors(self._base_optimizer.state.get(flat, {}))
             parts = {key: value.narrow(0, first, number) for key, value in state.items()}
             yield OptimizerShard(name, start, parts), flat.data.narrow(0, first, number)
@@ -115,17 +90,8 @@ class Zero(Replicated):
     def _base_optimizer(self) -> Any:
         return self.zero.optimizer
 
-    @property
-    def _partitions(self) -> list[torch.Tensor]:
+    def _optimized(self) -> list[torch.Tensor]:
         """Returns this rank's trained weights in fp32, one flat tensor per group of parameters."""
-        name = (
-            "fp32_partitioned_groups_flat" if self.is_split else "single_partition_of_fp32_groups"
-        )
-        return getattr(self.zero, name)
-
-    def load_optimizer(self, num_updates: int, read: ReadState) -> None:
-        self._base_optimizer.state.clear()
-        if num_updates:
-            for partition in self._partitions:
-                self._base_optimizer.state[partition] = zero_moments(partition, num_updates)
-            fill_shards(self.optimizer_shards(), read)
+        if self.is_split:
+            return self.zero.fp32_partitioned_groups_flat
+        return self.zero.single_partition_of_fp32_groups

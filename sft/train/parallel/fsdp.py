@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from sft.config.schema import Train
-from sft.models.layers import full_tensor, repeated_layers
+from sft.models.layers import repeated_layers
 from sft.runtime.checkpoint import OptimizerShard
 from sft.train.optimizer import build_optimizer
-from sft.train.parallel.ddp import (
-    ReadState,
-    Replicated,
-    autocast,
-    fill_shards,
-    state_tensors,
-    zero_moments,
-)
+from sft.train.parallel.ddp import Split, autocast, state_tensors
 
 
-class Sharded(Replicated):
-    """The model as FSDP2 trains it: a rank keeps a slice of each parameter and gathers layers.
+class Sharded(Split):
+    """A model trained by FSDP2: a rank keeps a slice of each parameter and gathers layers.
 
     Gradients are exchanged after each micro-batch: to keep them whole would take the memory that
     sharding saves.
     """
 
-    waits = "forward"
+    waits_in = "forward"
+    is_split = True
 
     def _wrap(self, train: Train) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -57,33 +50,12 @@ class Sharded(Replicated):
         autocast(self.module, device, train)
         self.model, self.optimizer = self.module, build_optimizer(train, self.module)
 
-    def no_sync(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def _full_tensor(self, parameter: Any) -> torch.Tensor | None:
-        found = full_tensor(parameter)
-        return found.cpu() if self.accelerator.is_main_process else None
-
-    def local_weights(self) -> Iterator[torch.Tensor]:
-        yield from (_local_slice(parameter)[0] for parameter in self.trained.values())
-
-    def set_weight(self, name: str, value: torch.Tensor) -> None:
-        local, start = _local_slice(self.trained[name])
-        local.copy_(value.flatten()[start : start + local.numel()])
-
-    def optimizer_shards(self) -> Iterator[OptimizerShard]:
-        for name, parameter in self.trained.items():
-            _, start = _local_slice(parameter)
-            state = state_tensors(self.optimizer.state.get(parameter, {}))
-            tensors = {key: _local_slice(value)[0] for key, value in state.items()}
-            yield OptimizerShard(name, start, tensors)
-
-    def load_optimizer(self, num_updates: int, read: ReadState) -> None:
-        self.optimizer.state.clear()
-        if num_updates:
-            for parameter in self.trained.values():
-                self.optimizer.state[parameter] = zero_moments(parameter, num_updates)
-            fill_shards(self.optimizer_shards(), read)
+    def _shards(self, name: str) -> Iterator[tuple[OptimizerShard, torch.Tensor]]:
+        parameter = self.trained[name]
+        weight, start = _local_slice(parameter)
+        state = state_tensors(self.optimizer.state.get(parameter, {}))
+        tensors = {key: _local_slice(value)[0] for key, value in state.items()}
+        yield OptimizerShard(name, start, tensors), weight
 
 
 def _local_slice(value: Any) -> tuple[torch.Tensor, int]:
