@@ -40,9 +40,9 @@ from sft.runtime.watchdog import Guard
 from sft.serve import runs
 from sft.tasks.base import Task
 from sft.tasks.registry import task_of
+from sft.train.checkpoints import identity, read_state
 from sft.train.engine import Engine
 from sft.train.profile import memory_bytes
-from sft.train.state import identity, read_state
 
 
 def train(config: RunConfig) -> dict[str, float]:

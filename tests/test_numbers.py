@@ -199,14 +199,14 @@ def test_at_one_example_the_run_ends_with_its_length_and_row(tmp_path):
 
 
 def test_in_the_update_memory_ends_the_run(tmp_path, monkeypatch):
-    """Some weights may be new by then, so the step cannot be done again."""
+    """Some weights may be new by then, so the step cannot be repeated."""
     built = make(tmp_path)
 
     def fail():
         raise GPU_FULL
 
     monkeypatch.setattr(built.parallel, "update", fail)
-    with pytest.raises(errors.OutOfMemory, match="in step 1 where the step cannot be done again"):
+    with pytest.raises(errors.OutOfMemory, match="in a part of step 1 that cannot be repeated"):
         built.optimizer_step()
 
 
@@ -215,7 +215,7 @@ def test_where_weights_are_gathered_only_what_is_behind_the_forward_pass_is_done
     built = make(tmp_path)
     built.parallel.waits_in = "forward"
     starve(built, 40)
-    with pytest.raises(errors.OutOfMemory, match=r"rank 0: .* cannot be done again"):
+    with pytest.raises(errors.OutOfMemory, match=r"rank 0: .* cannot be repeated"):
         steps(built, 4)
     built = make(tmp_path)
     built.parallel.waits_in = "forward"

@@ -20,19 +20,17 @@ import torch
 from accelerate.utils import gather_object, release_memory
 from torch import nn
 
-from sft import errors
 from sft.config.schema import Train
 from sft.data.batches import MicroBatch, cut, global_batch_ids
-from sft.errors import NonFiniteError, OutOfMemory, Preempted, oom_message
+from sft.errors import CheckpointError, NonFiniteError, OutOfMemory, Preempted, oom_message
 from sft.runtime import checkpoint, disk
 from sft.runtime.console import Advance, duration, metrics_line, size
 from sft.runtime.processes import Context
-from sft.train import recovery, retention
+from sft.train.checkpoints import Keeper, changed_settings, identity, read_state, write_state
 from sft.train.parallel import share_model
 from sft.train.profile import memory_bytes, profiled
-from sft.train.recovery import AccumulatedStep, Oom, OomGuard
+from sft.train.recovery import AccumulatedStep, Oom, OomGuard, smaller_budget
 from sft.train.schedule import learning_rate, order_seed, total_steps
-from sft.train.state import changed_settings, identity, read_state, write_state
 from sft.train.task import Batch, Trainable
 
 
@@ -44,12 +42,12 @@ class Engine:
         self.accelerator, self.log, self.guard = context.accelerator, context.log, context.guard
         self.folder = Path(train.output_dir)
         self.step = 0
-        self.evaluated = 0  # the last step that was followed by an evaluation
+        self.last_evaluated = 0  # the last step that was followed by an evaluation
         self.num_skipped = 0  # steps without an update: loss or gradient was not finite
         self.total_steps = total_steps(train, len(task.lengths))
         trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
         need = disk.checkpoint_bytes(train, trained, 0)
-        self.keeper = retention.Keeper(train, context.accelerator, context.log, need)
+        self.keeper = Keeper(train, context.accelerator, context.log, need)
         task.model.train()
         self.parallel = share_model(task.model, train, context.accelerator)
         self.model, self.optimizer = self.parallel.model, self.parallel.optimizer
@@ -67,18 +65,18 @@ class Engine:
         return ids, cut(ids, lengths, world, self.task.budget)
 
     def collate(self, micro_batch: MicroBatch) -> Batch:
-        """Returns the batch of these examples; a dry run overrides this."""
+        """Returns the batch of these examples. A dry run overrides this method."""
         return self.task.collate(micro_batch)
 
     def clip(self) -> float:
-        """Begins the update: clips gradients and returns their norm; a dry run overrides this."""
+        """Clips gradients and returns their norm. A dry run overrides this method."""
         return self.parallel.clip()
 
     def optimizer_step(self) -> dict[str, float]:
         """Makes one update from the global batch of `self.step`, and returns the values to log.
 
-        Raises NonFiniteError before the update, or skips it. If memory runs out, the same global
-        batch is repeated in smaller micro-batches; `recovery` says in which passes.
+        If loss or gradient is not finite, skips the update or raises NonFiniteError. If memory runs
+        out, repeats the global batch in smaller micro-batches, as far as `recovery` allows it.
         """
         started = time.perf_counter()
         rate = learning_rate(self.train, self.step, self.total_steps)
@@ -88,10 +86,10 @@ class Engine:
             self._shrink_budget(done)
         ids, loss, grad_norm = done.ids, done.totals["loss"], math.nan
         if not math.isfinite(loss):
-            self._skip("loss", loss, done.broken)
+            self._skip("loss", loss, done.not_finite)
         else:
             grad_norm = self._call_once(ids, self.clip)
-            if self._is_on_any_rank(not math.isfinite(grad_norm)):
+            if self._is_true_on_any_rank(not math.isfinite(grad_norm)):
                 self._skip("gradient norm", grad_norm, ids)
             else:
                 self._call_once(ids, self.parallel.update)
@@ -114,19 +112,19 @@ class Engine:
         }
 
     def _accumulate(self) -> AccumulatedStep | Oom:
-        """Runs forward and backward of the step's global batch.
+        """Runs the forward and backward passes of the step's global batch.
 
-        Returns the out-of-memory error of any rank, the same on all ranks, if there is one. Without
-        a supervised item loss and gradient are 0, never 0 / 0.
+        If memory runs out on a rank, returns that error on all ranks. If no item is supervised,
+        loss and gradient are 0, not 0 / 0.
         """
         ids, micro_batches = self.window(self.step)
-        guard, waits = OomGuard(), self.parallel.waits_in
+        guard, waits_in = OomGuard(), self.parallel.waits_in
         self.parallel.begin_step()
         batches = [guard.call(m, self.collate, m) for m in micro_batches]
         count = 0.0 if guard.oom else self._count(batches)
         supervised, *flags = self._sum([count, *self.guard.flags()])
         self.guard.agree(*flags)
-        if waits == "forward" and (oom := self._oom_on_any_rank(guard)):
+        if waits_in == "forward" and (oom := self._oom_on_any_rank(guard)):
             return oom
         if self.task.needs_global_batch and (
             oom := self._summarise(ids, micro_batches, batches, supervised, guard)
@@ -138,29 +136,29 @@ class Engine:
             self.guard.mark()
             last = i == len(micro_batches) - 1
             forward = (self._forward, micro_batch, batches[i], ids, self.task.loss)
-            found = guard.call(micro_batch, *forward)
-            is_collective = waits in ("backward", "forward") or (last and waits != "never")
+            result = guard.call(micro_batch, *forward)
+            is_collective = waits_in in ("backward", "forward") or (last and waits_in != "never")
             if is_collective and (oom := self._oom_on_any_rank(guard)):
                 return oom
-            if found is None:
+            if result is None:  # memory has run out
                 continue
-            loss, extras = found
+            loss, extras = result
             self.parallel.prepare_backward(last)
-            share = loss * (self.parallel.loss_scale / (supervised or 1.0))
+            scaled = loss * (self.parallel.loss_scale / (supervised or 1.0))
             call = self._call_once if is_collective else guard.call
-            call(micro_batch, self.parallel.backward, share)
+            call(micro_batch, self.parallel.backward, scaled)
             losses.append(loss.detach())
             for name, value in {"loss": loss, **extras}.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()
         if guard.oom:
             return guard.oom
         totals = dict(zip(sums, self._sum(list(sums.values())), strict=True))
-        broken: list[int] = []
+        not_finite: list[int] = []
         if not math.isfinite(totals["loss"]):
             pairs = zip(micro_batches, losses, strict=True)
             mine = [i for micro_batch, loss in pairs if not loss.isfinite() for i in micro_batch]
-            broken = gather_object(mine)
-        return AccumulatedStep(ids, supervised, totals, broken)
+            not_finite = gather_object(mine)
+        return AccumulatedStep(ids, supervised, totals, not_finite)
 
     def _count(self, batches: list[Batch]) -> float:
         return float(sum(self.task.num_supervised(batch) for batch in batches))
@@ -186,21 +184,21 @@ class Engine:
     ) -> Oom | None:
         """Gives the task the summaries of the whole global batch, if the batch is cut.
 
-        Returns an out-of-memory error as `_accumulate` does.
+        If memory runs out on a rank, returns that error on all ranks.
         """
         table = None
         if self._is_cut(micro_batches):
-            places = {number: place for place, number in enumerate(ids)}
+            places = {i: place for place, i in enumerate(ids)}
             for micro_batch, batch in zip(micro_batches, batches, strict=True):
                 self.guard.mark()
                 forward = (self._forward, micro_batch, batch, ids, self.task.summarise)
-                found = guard.call(micro_batch, *forward)
+                summary = guard.call(micro_batch, *forward)
                 if self.parallel.waits_in == "forward" and (oom := self._oom_on_any_rank(guard)):
                     return oom
-                if found is not None:
+                if summary is not None:
                     if table is None:
-                        table = found.new_zeros(len(ids), *found.shape[1:])
-                    table[[places[number] for number in micro_batch]] = found
+                        table = summary.new_zeros(len(ids), *summary.shape[1:])
+                    table[[places[i] for i in micro_batch]] = summary
             if oom := self._oom_on_any_rank(guard):
                 return oom
             # Each row comes from one rank.
@@ -219,15 +217,15 @@ class Engine:
         ids: list[int],
         action: Callable[[nn.Module, Batch], Any],
     ) -> Any:
-        """Returns the result of `action`, the task's loss or summary, for a micro-batch.
+        """Returns the result of `action`, the task's `loss` or `summarise`, for a micro-batch.
 
-        Raises OutOfMemory if memory runs out while other ranks wait in the same pass.
+        Raises OutOfMemory if memory runs out in a pass in which other ranks wait.
         """
         self._seed(micro_batch, ids)
         if self.parallel.waits_in != "forward":
             with self.parallel.no_sync():
                 return action(self.model, batch)
-        passed: list[bool] = []  # not empty once the pass in which others wait is over
+        passed: list[bool] = []  # not empty once the pass in which other ranks wait is over
         handle = self.model.register_forward_hook(lambda *_: passed.append(True))
         try:
             return action(self.model, batch)
@@ -240,38 +238,40 @@ class Engine:
 
     # -- what goes wrong in a step
 
-    def _is_on_any_rank(self, flag: bool) -> bool:
-        """Returns whether `flag` is set on any rank. Collective."""
+    def _is_true_on_any_rank(self, flag: bool) -> bool:
+        """Returns whether `flag` is true on any rank. Collective."""
         return flag if self.accelerator.num_processes == 1 else self._sum([flag])[0] > 0
 
     def _oom_on_any_rank(self, guard: OomGuard) -> Oom | None:
         """Returns the first out-of-memory error of any rank, the same on all. Collective."""
-        if self.accelerator.num_processes == 1 or not self._is_on_any_rank(guard.oom is not None):
+        if self.accelerator.num_processes == 1 or not self._is_true_on_any_rank(
+            guard.oom is not None
+        ):
             return guard.oom
         return next(found for found in gather_object([guard.oom]) if found)
 
-    def _shrink_budget(self, found: Oom) -> None:
+    def _shrink_budget(self, oom: Oom) -> None:
         """Halves the token budget; raises OutOfMemory if each micro-batch is one example."""
         self.parallel.zero_grad()
         release_memory()
         lengths = self.task.lengths
         _, cuts = self._cuts(self.step)
-        budget = recovery.smaller_budget(self.task.budget, cuts, lengths)
+        budget = smaller_budget(self.task.budget, cuts, lengths)
         if budget is None:
             raise OutOfMemory(
                 f"memory ran out in step {self.step + 1} with one example of "
-                f"{max(lengths[i] for i in found.ids):,} tokens "
-                f"({self.task.name_examples(found.ids)}): {found.reason}; see what would take less "
-                "with `make plan`"
+                f"{max(lengths[i] for i in oom.ids):,} tokens "
+                f"({self.task.name_examples(oom.ids)}): {oom.reason}; `make plan` shows what would "
+                "take less"
             )
         self.task.budget = budget
         self.log.say(
-            f"step {self.step + 1:,}: memory ran out ({found.reason}); it is done again, and "
-            f"train.max_tokens is {budget.max_tokens:,} from here on, with the same result"
+            f"step {self.step + 1:,}: memory ran out ({oom.reason}); the step is repeated, and "
+            f"train.max_tokens is {budget.max_tokens:,} from here on; the result stays the same"
         )
 
     def _call_once(self, ids: list[int], action: Callable[..., Any], *arguments: Any) -> Any:
-        """Returns the result of an `action` that cannot be repeated.
+        """Returns the result of an action that cannot be repeated.
 
         Raises OutOfMemory, which ends the run, if memory runs out.
         """
@@ -284,25 +284,26 @@ class Engine:
 
     def _out_of_memory(self, reason: str, ids: list[int]) -> OutOfMemory:
         return OutOfMemory(
-            f"rank {self.accelerator.process_index}: memory ran out in step {self.step + 1} where "
-            f"the step cannot be done again: {reason}. Examples: {self.task.name_examples(ids)}. "
+            f"rank {self.accelerator.process_index}: memory ran out in a part of step "
+            f"{self.step + 1} that cannot be repeated: {reason}. "
+            f"Examples: {self.task.name_examples(ids)}. "
             f"Lower train.max_tokens (now {self.task.budget.max_tokens:,}) and resume"
         )
 
     def _skip(self, what: str, value: float, ids: list[int]) -> None:
         """Skips the update; raises NonFiniteError after `train.skip_nonfinite` skipped ones."""
         self.parallel.zero_grad()
-        most, reason = self.train.skip_nonfinite, f"{what} is {value} in step {self.step + 1}"
+        allowed, reason = self.train.skip_nonfinite, f"{what} is {value} in step {self.step + 1}"
         named = self.task.name_examples(ids)
-        if self.num_skipped >= most:
-            before = f" Skipped before it: {most} (train.skip_nonfinite)." if most else ""
+        if self.num_skipped >= allowed:
+            before = f" Skipped before it: {allowed} (train.skip_nonfinite)." if allowed else ""
             raise NonFiniteError(
                 f"{reason}; the step was not applied and no checkpoint of it exists.{before} "
                 f"Examples: {named}. Look at these rows; if they are sound, a lower "
                 "train.learning_rate or train.precision=fp32 helps."
             )
         self.num_skipped += 1
-        self.log.say(f"{reason}: skipped ({self.num_skipped} of {most}). Examples: {named}")
+        self.log.say(f"{reason}: skipped ({self.num_skipped} of {allowed}). Examples: {named}")
 
     # -- trials
 
@@ -313,35 +314,36 @@ class Engine:
         return self.try_out(window)
 
     def try_out(self, micro_batches: list[MicroBatch]) -> float:
-        """Returns the seconds that forward and backward of `micro_batches` take.
+        """Returns the seconds that forward and backward of `micro_batches` take on this rank.
 
-        It is local to each rank and changes no gradient, random state or weight.
+        Changes no gradient, random state or weight. With ZeRO, whose backward pass keeps state,
+        runs forward only, and counts a backward pass as two forward passes.
         """
-        zero = self.train.engine == "deepspeed"  # its backward pass has its own state
+        is_zero = self.train.engine == "deepspeed"
         batches = [self.task.collate(micro_batch) for micro_batch in micro_batches]
         if self.task.needs_global_batch:
             self.task.set_global_batch([], None, 0.0)
         started = time.perf_counter()
         try:
-            with nullcontext() if zero else self.parallel.no_sync():
+            with nullcontext() if is_zero else self.parallel.no_sync():
                 if self.task.needs_global_batch and self._is_cut(micro_batches):
                     for batch in batches:
                         self.task.summarise(self.model, batch)
                 for batch in batches:
                     loss = self.task.loss(self.model, batch)[0]
-                    if not zero:
+                    if not is_zero:
                         loss.backward()
                     loss.item()  # waits for the device
         finally:
             self.parallel.zero_grad()
-        return (time.perf_counter() - started) * (3 if zero else 1)
+        return (time.perf_counter() - started) * (3 if is_zero else 1)
 
     # -- the loop
 
     def train_to_end(self, resumed_from: Path | None) -> dict[str, float]:
         """Trains to the last step, from a checkpoint if there is one. Collective.
 
-        Returns the seconds that it took, and the seconds that a probe predicted.
+        Returns the seconds that this took, and the seconds that a probe predicted.
         """
         if resumed_from:
             self.resume(resumed_from)
@@ -354,10 +356,10 @@ class Engine:
 
     def run(self) -> None:
         """Trains from the current step to the last, with evaluations and checkpoints."""
-        train, log, guard = self.train, self.log, self.guard
+        log, guard = self.log, self.guard
         log.open_metrics(self.step)
         self.keeper.restore_best(self.step)
-        if train.save_steps and self.step == 0:
+        if self.train.save_steps and self.step == 0:
             with guard.section("save"):
                 self.prove_saving()
         started, first = time.perf_counter(), self.step
@@ -365,24 +367,24 @@ class Engine:
             self.preemptible(),
             guard.section("step"),
             log.progress("train", self.total_steps, self.step) as advance,
-            profiled(train, log) as trace_step,
+            profiled(self.train, log) as trace_step,
         ):
-            self._follow_up(save=False)  # an evaluation that a signal interrupted
+            self._follow_up(save=False)  # repeats an evaluation that a signal interrupted
             while self.step < self.total_steps:
                 guard.mark(self.step + 1)
                 values = self.optimizer_step()
                 trace_step()
                 self.step += 1
                 self._report(values, advance, (time.perf_counter() - started) / (self.step - first))
-                self._follow_up(save=self._is_due(train.save_steps))
+                self._follow_up(save=self._is_due(self.train.save_steps))
                 guard.stop_if_agreed()
 
     def _follow_up(self, *, save: bool) -> None:
         """Evaluates and saves a checkpoint after a step, if they are due."""
         best = None
-        due = self._is_due(self.train.eval_steps) and self.evaluated != self.step
+        due = self._is_due(self.train.eval_steps) and self.last_evaluated != self.step
         if due and not self.guard.stopping:
-            best = self.keeper.candidate(self.step, self.evaluate())
+            best = self.keeper.find_better(self.step, self.evaluate())
         if self.guard.take_save_request() or best or save:
             with self.guard.section("save"):
                 self.keeper.try_to_save(self.step, self._write, best)
@@ -392,7 +394,7 @@ class Engine:
 
     def evaluate(self) -> dict[str, float]:
         metrics = self.task.evaluate(self.model)
-        self.evaluated = self.step
+        self.last_evaluated = self.step
         self.log.log(self.step, {f"eval/{name}": value for name, value in metrics.items()})
         self.log.say(f"step {self.step:,}: held-out {metrics_line(metrics)}")
         return metrics
@@ -418,17 +420,16 @@ class Engine:
     def prove_saving(self) -> None:
         """Saves a checkpoint and reads it back as a resume would.
 
-        Raises CheckpointError before the first step if the trained weights cannot be written, for
-        example on a full disk, or if any bit differs when they are read back.
+        Raises CheckpointError if the trained weights cannot be written, for example on a full disk,
+        or if any bit differs when they are read back.
         """
-        before = self._checksums()
+        before = self.parallel.checksums()
         folder = self.save()
         reason = checkpoint.catch_error(self.read, folder)
-        if reason is None and self._checksums() != before:
-            reason = "weights that were read back are not those that were saved"
-        if any(reasons := gather_object([reason])):
-            reason = next(each for each in reasons if each)
-            raise errors.CheckpointError(f"{folder} was saved, but cannot be used: {reason}")
+        if reason is None and self.parallel.checksums() != before:
+            reason = "the weights that were read back differ from those that were saved"
+        if reason := next(filter(None, gather_object([reason])), None):
+            raise CheckpointError(f"{folder} was saved, but cannot be used: {reason}")
         if self.log.folder:
             taken = size(disk.folder_bytes(folder))
             self.log.say(
@@ -438,26 +439,21 @@ class Engine:
 
     def digest(self) -> str:
         """Returns a digest of the trained weights of all ranks, the same on each. Collective."""
-        return " ".join(map(str, gather_object(self._checksums())))
-
-    def _checksums(self) -> list[int]:
-        """Returns a checksum of each of this rank's trained weights."""
-        flat = (tensor.detach().cpu().flatten() for tensor in self.parallel.local_weights())
-        return [zlib.crc32(each.view(torch.uint8).numpy().data) for each in flat]
+        return " ".join(map(str, gather_object(self.parallel.checksums())))
 
     def _write(self, staging: Path) -> None:
         self.write_final(staging)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         checkpoint.save_optimizer(self.parallel.optimizer_shards(), staging, rank, world)
         if self.accelerator.is_main_process:
-            counts = {
+            counts = {  # the keys are those of `checkpoints.COUNTS`
                 "step": self.step,
-                "evaluated": self.evaluated,
+                "evaluated": self.last_evaluated,
                 "num_skipped": self.num_skipped,
                 "optimizer_updates": self.parallel.num_updates,
                 "world_size": world,
             }
-            write_state(staging, counts, self.train, self._identity())
+            write_state(staging, counts, self.train, identity(self.train, self.task.identity()))
 
     def write_final(self, staging: Path) -> None:
         """Writes what a user loads, without the state that only training needs."""
@@ -466,7 +462,7 @@ class Engine:
             self.task.save(staging, weights)
 
     def resume(self, folder: Path) -> None:
-        """Continues from a verified checkpoint folder, of any engine and number of processes."""
+        """Continues from a verified checkpoint, written by any engine and number of processes."""
         state = self.read(folder)
         if folder.parent.resolve() == self.folder.resolve():
             self.keeper.saved = self.step
@@ -474,25 +470,22 @@ class Engine:
         for change in changed_settings(state, self.train, self.accelerator.num_processes):
             self.log.say(f"changed since: {change}")
 
-    def _identity(self) -> dict[str, str]:
-        return identity(self.train, self.task.identity())
-
     def read(self, folder: Path) -> dict[str, Any]:
         """Loads step, weights and optimizer state from a verified checkpoint folder."""
-        state = read_state(folder, self._identity())
+        state = read_state(folder, identity(self.train, self.task.identity()))
         for name, value in self.task.read(folder):
             self.parallel.set_weight(name, value)
         with checkpoint.OptimizerState(folder) as saved:
             self.parallel.load_optimizer(state["optimizer_updates"], saved.read)
         self.step, self.num_skipped = state["step"], state["num_skipped"]
-        self.evaluated = state["evaluated"]
+        self.last_evaluated = state["evaluated"]
         return state
 
     # -- stopping
 
     @contextmanager
     def preemptible(self) -> Iterator[None]:
-        """Saves the last step if a signal stops the run within this context."""
+        """Saves a checkpoint if a signal stops the run within this context."""
         try:
             yield
         except Preempted as error:

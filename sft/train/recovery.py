@@ -4,15 +4,15 @@ All ranks must react in the same way. So before each pass in which ranks wait fo
 agree on whether any of them ran out of memory. `Waits` says which passes these are:
 
     never          one process: every pass can be repeated
-    last backward  DDP: gradients are exchanged only in the last backward pass of a step; every pass
+    last backward  DDP exchanges gradients only in the last backward pass of a step: every pass
                    before it can be repeated
-    backward       ZeRO-1 and 2: every backward pass reduces gradients and cannot be repeated; the
-                   forward passes between them can
-    forward        FSDP2 and ZeRO-3: forward passes gather weights, too. Only what follows a forward
-                   pass (the loss) can be repeated
+    backward       ZeRO-1 and 2 reduce gradients in every backward pass: only the forward passes
+                   between them can be repeated
+    forward        FSDP2 and ZeRO-3 also gather weights in forward passes: only the loss after a
+                   forward pass can be repeated
 
-A rank that runs out of memory in a pass in which others wait for it, or in the update, raises
-OutOfMemory at once. So no half-exchanged gradient is used, and no rank waits for an ended one.
+If memory runs out in a pass in which other ranks wait, or in the update, the rank raises
+OutOfMemory at once. So no half-exchanged gradient is used, and no rank waits for one that ended.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Oom:
-    """An out-of-memory error, and the examples that were processed."""
+    """An out-of-memory error, and the examples that were being processed."""
 
     reason: str  # the first line of the allocator's message
     ids: list[int]
@@ -43,30 +43,30 @@ class AccumulatedStep:
 
     ids: list[int]
     supervised: float  # number of items over all ranks
-    totals: dict[str, float]  # sums over them: the loss, and what the task reports
-    broken: list[int]  # ids of micro-batches whose loss is not finite
+    totals: dict[str, float]  # sums over these items: the loss, and what the task reports
+    not_finite: list[int]  # examples of micro-batches whose loss is not finite
 
 
 class OomGuard:
-    """Runs the passes of one attempt at a step; after an out-of-memory error it runs no more."""
+    """Runs the passes of a step, and none after an out-of-memory error."""
 
     def __init__(self) -> None:
         self.oom: Oom | None = None
 
     def call(self, ids: list[int], action: Callable[..., Result], *args: Any) -> Result | None:
-        """Returns the result of `action`; None once memory has run out."""
+        """Returns the result of `action`, or None if memory runs out in it or did before."""
         if self.oom is None:
             try:
                 return action(*args)
             except Exception as error:
                 if (reason := oom_message(error)) is None:
                     raise
-                self.oom = Oom(reason, ids)  # not the error: its frames hold the tensors
+                self.oom = Oom(reason, ids)  # without the error, whose frames hold tensors
         return None
 
 
 def halve_budget(budget: Budget, least: int) -> Budget:
-    """Returns half the budget in tokens, but at least `least`, and in rows."""
+    """Returns the budget with half the tokens, but at least `least`, and half the rows."""
     rows = budget.max_rows and max(1, budget.max_rows // 2)
     return replace(budget, max_tokens=max(least, budget.max_tokens // 2), max_rows=rows)
 

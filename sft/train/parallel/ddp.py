@@ -8,6 +8,7 @@ number of processes and on another engine.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -119,7 +120,12 @@ class Replicated:
                 found[name] = whole.cpu() if self.is_split else whole
         return found
 
-    def local_weights(self) -> Iterator[torch.Tensor]:
+    def checksums(self) -> list[int]:
+        """Returns a checksum of this rank's part of each trained weight."""
+        flat = (weight.detach().cpu().flatten() for weight in self._local_weights())
+        return [zlib.crc32(each.view(torch.uint8).numpy().data) for each in flat]
+
+    def _local_weights(self) -> Iterator[torch.Tensor]:
         """Yields this rank's part of the trained weights."""
         yield from self.trained.values()
 
@@ -176,7 +182,7 @@ class Split(Replicated):
         """Returns the tensors that this rank's optimizer updates."""
         return self.trained.values()
 
-    def local_weights(self) -> Iterator[torch.Tensor]:
+    def _local_weights(self) -> Iterator[torch.Tensor]:
         for name in self.trained:
             yield from (weight for _, weight in self._shards(name))
 

@@ -54,10 +54,10 @@ class Zero(Split):
 
     # -- state
 
-    def local_weights(self) -> Iterator[torch.Tensor]:
+    def _local_weights(self) -> Iterator[torch.Tensor]:
         if not self.is_split:
             yield from self.trained.values()
-        yield from super().local_weights()
+        yield from super()._local_weights()
 
     def set_weight(self, name: str, value: torch.Tensor) -> None:
         super().set_weight(name, value)

@@ -1,0 +1,191 @@
+"""The checkpoints of a run: the state that they hold, when they are saved and which are kept.
+
+A run keeps the newest `train.save_total_limit` checkpoints and the best one. Training continues
+after a failed save, and earlier checkpoints stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from sft.config.schema import Train
+from sft.errors import AnotherRunError, CheckpointError, ExitCode
+from sft.runtime import checkpoint
+from sft.runtime.console import write_json
+from sft.runtime.log import Log
+
+BEST = "best.json"
+# Metrics for `train.save_best`, and whether a smaller value is better.
+LESS_IS_BETTER = {"loss": True, "perplexity": True, "token_accuracy": False}
+STATE = "trainer.json"
+COUNTS = ("step", "evaluated", "num_skipped", "optimizer_updates", "world_size")
+
+
+def identity(train: Train, of_task: dict[str, str]) -> dict[str, str]:
+    """Returns the values that a run and the run that resumes it must share."""
+    return {
+        "train.seed": str(train.seed),
+        "train.shuffle": str(train.shuffle),
+        "train.global_batch": str(train.global_batch),
+        "train.optimizer": train.optimizer,
+        **of_task,
+    }
+
+
+def write_state(folder: Path, counts: dict[str, int], train: Train, own: dict[str, str]) -> None:
+    """Writes trainer.json. `counts`: a number for each of `COUNTS`; `own`: the run's identity."""
+    assert counts.keys() == set(COUNTS)
+    state = {**counts, "identity": own, "settings": train.model_dump()}
+    (folder / STATE).write_text(json.dumps(state, indent=1), "utf-8")
+
+
+def changed_settings(state: dict[str, Any], train: Train, world_size: int) -> Iterator[str]:
+    """Yields the settings of a resumed run that differ from the run that wrote `state`."""
+    now = train.model_dump() | {"processes": world_size}
+    then = state["settings"] | {"processes": state["world_size"]}
+    for key in now:
+        if then.get(key) != now[key]:
+            yield f"{key} was {then.get(key)}, is {now[key]}"
+
+
+def read_state(folder: Path, own: dict[str, str]) -> dict[str, Any]:
+    """Returns trainer.json of a checkpoint folder.
+
+    Raises AnotherRunError if the run that wrote it has another identity than `own`; its exit code
+    is 3 if only the data differ.
+    """
+    path = folder / STATE
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder} holds a model, not the state of a run: expected trainer.json; "
+            "resume from a checkpoint_step_<n> folder"
+        )
+    state = json.loads(path.read_text("utf-8"))
+    try:
+        is_valid = all(type(state[key]) is int and state[key] >= 0 for key in COUNTS)
+        then = dict(state["identity"])
+        dict(state["settings"])
+    except (KeyError, TypeError, ValueError):
+        is_valid = False
+    named = checkpoint.NAME.fullmatch(folder.name)
+    if not is_valid or (named and int(named[1]) != state["step"]):
+        raise CheckpointError(f"{path} is not what a run writes into such a folder")
+    if changed := [key for key in own | then if then.get(key) != own.get(key)]:
+        error = AnotherRunError(
+            f"{folder} belongs to another run; resuming would not continue it:\n  "
+            + "\n  ".join(f"{key}: was {then.get(key)}, is {own.get(key)}" for key in changed)
+            + "\nRestore these, or start anew with another train.output_dir."
+        )
+        error.exit_code = ExitCode.DATA if changed == ["data"] else error.exit_code
+        raise error
+    return state
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluated checkpoint, as best.json records it."""
+
+    metric: str
+    value: float
+    step: int
+
+    @property
+    def name(self) -> str:
+        return f"checkpoint_step_{self.step}"
+
+    def is_better_than(self, other: Best | None) -> bool:
+        if other is None or math.isnan(self.value):
+            return not math.isnan(self.value)
+        is_less = self.value < other.value
+        return is_less if LESS_IS_BETTER[self.metric] else self.value > other.value
+
+
+class Keeper:
+    """Saves a run's checkpoints and removes old ones. Its public methods are collective."""
+
+    def __init__(self, train: Train, accelerator: Accelerator, log: Log, need_bytes: int):
+        self.train, self.accelerator, self.log = train, accelerator, log
+        self.folder = Path(train.output_dir)
+        self.need_bytes = need_bytes  # size of a checkpoint
+        self.best: Best | None = None
+        self.num_failed = 0  # consecutive failed saves
+        self.seconds = 0.0  # duration of the last save
+        self.saved: int | None = None  # the last step of which this run has a checkpoint
+
+    def restore_best(self, step: int) -> None:
+        """Reads which checkpoint was the best one up to `step`, if it still exists."""
+        main = self.accelerator.is_main_process
+        (self.best,) = gather_object([self._read_best(step)] if main else [])
+
+    def _read_best(self, step: int) -> Best | None:
+        try:
+            found = json.loads((self.folder / BEST).read_text("utf-8"))
+            best = Best(str(found["metric"]), float(found["value"]), int(found["step"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        is_ours = best.metric == self.train.save_best and best.step <= step
+        return best if is_ours and checkpoint.fault(self.folder / best.name) is None else None
+
+    def find_better(self, step: int, metrics: dict[str, float]) -> Best | None:
+        """Returns the record of a new best checkpoint if these held-out metrics are better."""
+        metric = self.train.save_best
+        if metric is None:
+            return None
+        found = Best(metric, metrics[metric], step)
+        return found if found.is_better_than(self.best) else None
+
+    def save(self, step: int, write: Callable[[Path], None], best: Best | None = None) -> Path:
+        """Commits `checkpoint_step_<n>`, records a new best one and removes old ones.
+
+        Raises CheckpointError on all ranks if that fails on any.
+        """
+        final = self.folder / f"checkpoint_step_{step}"
+        if self.saved != step:
+            started = time.perf_counter()
+            checkpoint.commit(final, write, self.accelerator, self.need_bytes)
+            self.seconds = time.perf_counter() - started
+            self.saved = step
+        main = self.accelerator.is_main_process
+        attempts = [checkpoint.catch_error(self._tidy, step, best)] if main else []
+        (reason,) = gather_object(attempts)
+        if reason:
+            raise CheckpointError(f"saved {final}, but cannot tidy {self.folder}: {reason}")
+        self.best = best or self.best
+        return final
+
+    def _tidy(self, step: int, best: Best | None) -> None:
+        if best:
+            write_json(self.folder / BEST, asdict(best) | {"checkpoint": best.name}, sync=True)
+        kept = best or self.best
+        checkpoint.prune(
+            self.folder, self.train.save_total_limit, [kept.name] if kept else [], step
+        )
+
+    def try_to_save(
+        self, step: int, write: Callable[[Path], None], best: Best | None = None
+    ) -> None:
+        """Saves a checkpoint; logs a failure, and raises it after `max_failed_saves` in a row."""
+        try:
+            self.save(step, write, best)
+            self.num_failed = 0
+        except CheckpointError as error:
+            self.num_failed += 1
+            allowed = self.train.max_failed_saves
+            if self.num_failed >= allowed:
+                raise CheckpointError(
+                    f"{error}. That was failed save {self.num_failed} in a row "
+                    "(train.max_failed_saves)"
+                ) from None
+            self.log.say(
+                f"warning: {error}. Training goes on; this is failed save {self.num_failed} in a "
+                f"row, and with number {allowed} the run ends"
+            )
