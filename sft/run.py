@@ -1,4 +1,4 @@
-"""One training run, of any task, from configuration to results.
+"""Runs one training of any task, from configuration to results, or an evaluation of its result.
 
 It owns the run folder (docs/RUNS.md). However the run ends, `watchdog` records it in `status.json`.
 """
@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from rich.table import Table
 
-from sft import report
 from sft.config.load import with_values
 from sft.config.schema import RunConfig, Train
 from sft.errors import UserError
 from sft.models.dtypes import dtype_table
-from sft.plan import calibration, plan
-from sft.plan import report as plan_report
+from sft.plan import calibration, plan, report
 from sft.runtime import checkpoint, hardware
 from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
-from sft.runtime.console import metrics_line
+from sft.runtime.console import duration, facts, metrics_line
 from sft.runtime.disk import refuse_if_full
+from sft.runtime.hardware import resolve_precision
 from sft.runtime.log import Log
 from sft.runtime.processes import (
     Context,
@@ -48,14 +48,15 @@ from sft.train.profile import memory_bytes
 def train(config: RunConfig) -> dict[str, float]:
     """Runs `config` in this process group, and returns the held-out metrics."""
     check_launch(config.train)
-    _check_wandb(config)
+    if config.train.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("train.wandb: wandb is not installed; pip install wandb, or set it false")
     task = task_of(config)
     task.refuse_untrainable(config)
     with Guard(Path(config.train.output_dir), config.train.stall_timeout) as guard:
-        found = _open_folder(config.train, guard) if guard.is_first else None
-        prepared = task.prepare(config, guard.tick)  # a process group could time out
+        to_resume = _open_folder(config.train, guard) if guard.is_first else None
+        prepared = task.prepare(config, guard.tick)  # first: a process group could time out
         accelerator = start_processes(config.train)
-        resumed_from = guard.join(accelerator, found)
+        resumed_from = guard.join(accelerator, to_resume)
         refuse_differences(collect_facts(config, task.digests(prepared)))
         with closing(_open_log(config, accelerator)) as log:
             context = Context(accelerator, log, guard)
@@ -72,7 +73,7 @@ def _run(
     context: Context,
     resumed_from: Path | None,
 ) -> dict[str, float]:
-    """Makes the plan and the model, measures the base, trains, measures again and reports."""
+    """Plans, builds the model, measures it, trains it, measures it again and reports."""
     started = time.perf_counter()
     accelerator, log, guard = context.accelerator, context.log, context.guard
     folder = Path(config.train.output_dir)
@@ -80,7 +81,7 @@ def _run(
         read_state(resumed_from, identity(config.train, kind.identity_of(config, prepared)))
     kind.refuse_unusable(config, prepared)
     machine = hardware.detect(folder)
-    # The plan includes the data, which are in memory already: their bytes count as available.
+    # The plan counts the data, which are in memory already: so their bytes count as available.
     resident = accelerator.num_processes * kind.resident_bytes(prepared)
     machine = replace(machine, ram_available_bytes=machine.ram_available_bytes + resident)
     workload = kind.workload(config, prepared)
@@ -88,16 +89,16 @@ def _run(
     if warning := refuse_if_full(planned.disk, config.train):
         log.say(f"warning: {warning}")
     resolved = with_values(config, plan.resolved_values(planned))
-    log.say(report.banner(config, kind.describe(config), planned, describe_world(accelerator)))
+    log.say(_banner(config, kind.describe(config), planned, describe_world(accelerator)))
     for shown in (
         hardware.machine_table(machine),
-        plan_report.plan_table(planned),
+        report.plan_table(planned),
         *kind.preview(prepared),
     ):
         log.say(shown)
     if log.folder:
         kind.write_data_report(prepared, folder)
-        plan_report.write_resolved(resolved, planned, folder)
+        report.write_resolved(resolved, planned, folder)
 
     guard.stop_if_asked()
     task = kind.build(resolved, prepared, planned.precision, planned.budget, context)
@@ -119,17 +120,14 @@ def _run(
         folder / "final_checkpoint", engine.write_final, accelerator, planned.disk.final
     )
 
-    measured |= {
-        "total_seconds": time.perf_counter() - started,
-        "memory_bytes": memory_bytes(),
-    }
+    measured |= {"total_seconds": time.perf_counter() - started, "memory_bytes": memory_bytes()}
     if log.folder:
         (folder / "evaluation").mkdir(exist_ok=True)
-        plan_report.write_plan(planned, folder / "plan.json", measured)
+        report.write_plan(planned, folder / "plan.json", measured)
         for shown in task.report(base, tuned, folder / "evaluation"):
             log.say(shown)
         rows, commands = task.closing_rows(base, tuned)
-        log.say(report.closing(config, rows, commands, measured))
+        log.say(_closing(config, rows, commands, measured))
     return tuned.metrics
 
 
@@ -148,41 +146,32 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> dict[str, flo
         task.refuse_unusable(config, prepared)
         accelerator = start_processes(config.train)
         guard.join(accelerator, None)
-        log = Log(out) if accelerator.is_main_process else Log(None)
-        with closing(log):
+        with closing(Log(out if accelerator.is_main_process else None)) as log:
             context = Context(accelerator, log, guard)
-            metrics = _evaluate(task, folder, out, config, prepared, context)
+            machine, workload = hardware.detect(folder), task.workload(config, prepared)
+            planned = calibration.make_common_plan(config, workload, machine, accelerator)
+            precision = planned.precision
+            opened = task.open(folder, config, prepared, precision, planned.budget, context)
+            opened.check_layout(precision, "auto")
+            manifest = checkpoint.sha256(folder / "final_checkpoint" / checkpoint.MANIFEST)
+            results = opened.measure_saved(opened.model, out, f"{manifest} {precision}")
+            if log.folder:
+                for shown in opened.report(None, results, out):
+                    log.say(shown)
         accelerator.wait_for_everyone()
     end_processes(accelerator)
-    return metrics
-
-
-def _evaluate(
-    kind: type[Task], folder: Path, out: Path, config: Any, prepared: Any, context: Context
-) -> dict[str, float]:
-    """Measures the model of the run in `folder`, writes files into `out`, and reports."""
-    machine = hardware.detect(folder)
-    workload = kind.workload(config, prepared)
-    planned = calibration.make_common_plan(config, workload, machine, context.accelerator)
-    task = kind.open(folder, config, prepared, planned.precision, planned.budget, context)
-    task.check_layout(planned.precision, "auto")
-    manifest = checkpoint.sha256(folder / "final_checkpoint" / checkpoint.MANIFEST)
-    results = task.measure_saved(task.model, out, f"{manifest} {planned.precision}")
-    if context.log.folder:
-        for shown in task.report(None, results, out):
-            context.log.say(shown)
     return results.metrics
 
 
 def _open_folder(train: Train, guard: Guard) -> Path | None:
-    """Returns the checkpoint to resume from. A new run renames the folder of an earlier run."""
+    """Returns the checkpoint to resume from. A new run moves the folder of an earlier run."""
     folder, resume = Path(train.output_dir), train.resume_from_checkpoint
     try:
         found = checkpoint.find(folder, resume, print) if resume else None
     except UserError:
-        guard.status.begin()  # the attempt that failed
+        guard.status.begin()  # so that the failure is recorded
         raise
-    own = {Status.NAME, Lock.NAME, RANKS, TRACEBACK}  # the only files of a run that did not begin
+    own = {Status.NAME, Lock.NAME, RANKS, TRACEBACK}  # all that a run writes before it begins
     earlier = guard.status.read().get("state")
     holds_run = earlier and any(path.name not in own for path in folder.iterdir())
     is_own = found and found.parent.resolve() == folder.resolve()
@@ -200,19 +189,46 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
 def _open_log(config: RunConfig, accelerator: Accelerator) -> Log:
     if not accelerator.is_main_process:
         return Log(None)
-    train = config.train
-    return Log(Path(train.output_dir), tensorboard=train.tensorboard, wandb=_wandb(config))
+    folder, wandb = Path(config.train.output_dir), None
+    if config.train.wandb:
+        values = {"project": "sft", "name": folder.name, "config": config.model_dump()}
+        wandb = importlib.import_module("wandb").init(**values)
+    return Log(folder, tensorboard=config.train.tensorboard, wandb=wandb)
 
 
-def _wandb(config: RunConfig) -> Any:
-    if not config.train.wandb:
-        return None
-    wandb = importlib.import_module("wandb")
-    return wandb.init(
-        project="sft", name=Path(config.train.output_dir).name, config=config.model_dump()
-    )
+def _banner(
+    config: RunConfig, described: list[tuple[str, str]], planned: plan.Plan, world: dict[str, str]
+) -> Table:
+    """Returns the table at the beginning of a run. `described`: the rows of its task."""
+    train, size = config.train, planned.world_size
+    engine = train.engine if size > 1 or train.engine != "ddp" else "one process"
+    settings = f" with {train.deepspeed_config}" if train.deepspeed_config else ""
+    micro_batches = f"{planned.micro_batches} micro-batch(es)"
+    examples = planned.labels.examples
+    rows = [
+        *described,
+        ("processes", f"{size} ({engine}){settings}{world['spread']}"),
+        ("devices", world["devices"]),
+        ("precision", f"{planned.precision}: {resolve_precision(train)[1]}"),
+        ("batch", f"{train.global_batch} {examples} in {size} process(es) x {micro_batches}"),
+        ("results", train.output_dir),
+    ]
+    return facts("Run", rows)
 
 
-def _check_wandb(config: RunConfig) -> None:
-    if config.train.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError("train.wandb: wandb is not installed; pip install wandb, or set it false")
+def _closing(
+    config: RunConfig,
+    rows: list[tuple[str, str]],
+    commands: dict[str, str],
+    measured: dict[str, Any],
+) -> Table:
+    """Returns the table at the end of a run. `rows`, `commands`: those of its task."""
+    rows = [
+        *rows,
+        ("training", duration(measured["training_seconds"])),
+        ("total", duration(measured["total_seconds"])),
+        ("results", f"{config.train.output_dir}/ (evaluation/metrics.json, final_checkpoint/)"),
+    ]
+    width = max(map(len, commands), default=0) + 2
+    rows += [("next", f"{command:<{width}}{why}") for command, why in commands.items()]
+    return facts("Done", rows)

@@ -24,7 +24,6 @@ ORDER = [
     "tasks",
     "plan",
     "serve",
-    "report",
     "run",
     "check",
     "verify",
