@@ -73,7 +73,7 @@ def _run(
     context: Context,
     resumed_from: Path | None,
 ) -> dict[str, float]:
-    """Plans, builds the model, measures it, trains it, measures it again and reports."""
+    """Plans the run, builds the model, measures it before and after training, and reports."""
     started = time.perf_counter()
     accelerator, log, guard = context.accelerator, context.log, context.guard
     folder = Path(config.train.output_dir)

@@ -15,7 +15,7 @@ from sft.data import batches, cache
 from sft.data.batches import Budget
 from sft.errors import UserError
 from sft.models import load
-from sft.plan import calibration, dry_run, gpus, history, plan, report
+from sft.plan import calibration, dry_run, gpus, plan, records, report
 from sft.runtime import hardware
 from sft.runtime.log import Log
 from sft.runtime.processes import Context
@@ -125,7 +125,7 @@ def test_a_run_whose_device_holds_less_goes_on_with_a_smaller_budget(tmp_path):
     assert smaller.budget.max_tokens < 2000 < planned.budget.max_tokens
     assert smaller.micro_batches > planned.micro_batches
     assert smaller.memory.allocated < planned.memory.allocated
-    (line,) = map(json.loads, (tmp_path / history.HISTORY).read_text().splitlines())
+    (line,) = map(json.loads, (tmp_path / records.HISTORY).read_text().splitlines())
     assert line["predicted_bytes"] == smaller.memory.allocated
     assert line["measured_bytes"] == measured["heaviest_micro_batch_bytes"]
     kept = load_config(tmp_path / "run/config.yaml")
@@ -135,19 +135,19 @@ def test_a_run_whose_device_holds_less_goes_on_with_a_smaller_budget(tmp_path):
 
 
 def test_history(tmp_path):
-    assert history.read_past(tmp_path, "a GPU") is None
+    assert records.read_past_runs(tmp_path, "a GPU") is None
     for measured in (990, 1000, 1040):
-        history.append(tmp_path, "a GPU", 1000, measured)
-    history.append(tmp_path, "another", 1000, 5000)
-    with (tmp_path / history.HISTORY).open("a") as file:
+        records.append_run(tmp_path, "a GPU", 1000, measured)
+    records.append_run(tmp_path, "another", 1000, 5000)
+    with (tmp_path / records.HISTORY).open("a") as file:
         file.write('broken\n{"device": "a GPU"}\n[]\n{"device": "a GPU", "predicted_bytes": 0, ')
         file.write('"measured_bytes": 1}\n')
-    past = history.read_past(tmp_path, "a GPU")
+    past = records.read_past_runs(tmp_path, "a GPU")
     assert past.runs == 3
     assert (past.least, past.most) == (pytest.approx(-0.01), pytest.approx(0.04))
-    for _ in range(history.KEPT):
-        history.append(tmp_path, "a GPU", 1000, 1000)
-    assert history.read_past(tmp_path, "a GPU") == history.Past(history.KEPT, 0, 0)
-    (tmp_path / history.HISTORY).write_bytes(b"\xff\xfe")
-    assert history.read_past(tmp_path, "a GPU") is None
-    history.append(tmp_path / "missing", "a GPU", 1, 1)
+    for _ in range(records.KEPT_RUNS):
+        records.append_run(tmp_path, "a GPU", 1000, 1000)
+    assert records.read_past_runs(tmp_path, "a GPU") == records.PastRuns(records.KEPT_RUNS, 0, 0)
+    (tmp_path / records.HISTORY).write_bytes(b"\xff\xfe")
+    assert records.read_past_runs(tmp_path, "a GPU") is None
+    records.append_run(tmp_path / "missing", "a GPU", 1, 1)

@@ -11,8 +11,8 @@ from shapes import uniform_window
 from transformers import LlamaConfig
 
 from sft.config.schema import Config
-from sft.plan import dry_run, memory, trace_cache
-from sft.plan.trace_cache import load_or_trace
+from sft.plan import dry_run, memory, records
+from sft.plan.records import load_or_trace
 
 WINDOW = uniform_window(2, 16, 8)
 INPUTS = ("a model", "fp32", WINDOW)
@@ -48,15 +48,15 @@ def test_changed_code_is_traced_anew(tmp_path, tracer, monkeypatch, change):
     package = tmp_path / "package"
     (package / "plan").mkdir(parents=True)
     (package / "plan/step.py").write_text("a = 1\n")
-    monkeypatch.setattr(trace_cache, "PACKAGE", package)
+    monkeypatch.setattr(records, "PACKAGE", package)
     load_or_trace(tmp_path / "traces", INPUTS, tracer)
     if change == "code":
         (package / "plan/step.py").write_text("a = 2\n")
     else:
-        monkeypatch.setattr(trace_cache, "version", lambda name: f"1.0 of {name}")
-    trace_cache.code_sha256.cache_clear()  # as a new process
+        monkeypatch.setattr(records, "version", lambda name: f"1.0 of {name}")
+    records.code_sha256.cache_clear()  # as a new process
     load_or_trace(tmp_path / "traces", INPUTS, tracer)
-    trace_cache.code_sha256.cache_clear()
+    records.code_sha256.cache_clear()
     assert tracer.calls == 2
 
 
@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_made_costs_nothing_but_time(tmp_path, tracer, a
 
 
 def test_files_used_longest_ago_go(tmp_path, tracer, monkeypatch):
-    monkeypatch.setattr(trace_cache, "KEPT", 2)
+    monkeypatch.setattr(records, "KEPT_TRACES", 2)
     names: list[Path] = []
     for i in range(3):
         load_or_trace(tmp_path, (i,), tracer)

@@ -24,9 +24,9 @@ from sft.plan import dry_run
 from sft.plan.allocator import LARGE_SEGMENT, MIB, SMALL_SEGMENT
 from sft.plan.counts import ModelKey, config_of_key, count_at_depth, model_key
 from sft.plan.dry_run import Window
+from sft.plan.records import Result, load_or_trace
 from sft.plan.sharding import ONE_PROCESS, Group, parts_on_rank
 from sft.plan.trace import Trace
-from sft.plan.trace_cache import Result, load_or_trace
 from sft.runtime.disk import ADAM_BYTES
 from sft.tasks.registry import task_of
 

@@ -15,8 +15,8 @@ from sft.config.schema import RunConfig
 from sft.data import batches
 from sft.plan.choose import Planner, budget_values, resolve_layout
 from sft.plan.counts import count_parameters
-from sft.plan.history import Past, read_past
 from sft.plan.memory import Memory
+from sft.plan.records import PastRuns, read_past_runs
 from sft.runtime.console import size
 from sft.runtime.disk import TOKENIZER_BYTES, Need, estimate_need
 from sft.runtime.hardware import Hardware, resolve_precision
@@ -51,7 +51,7 @@ class Plan:
     available_bytes: int
     usable_bytes: int  # available to a step: without the context and a margin
     device: str
-    past: Past | None  # of earlier runs on the device
+    past: PastRuns | None  # of earlier runs on the device
     seconds: float | None  # of all steps, where the device's speed is known
     disk: Need
     labels: Labels
@@ -110,7 +110,7 @@ def make_plan(config: RunConfig, workload: Workload, machine: Hardware, world_si
         available_bytes=planner.available_bytes,
         usable_bytes=int(planner.usable_bytes),
         device=planner.name,
-        past=read_past(info.cache, planner.name),
+        past=read_past_runs(info.cache, planner.name),
         seconds=planner.seconds(counts, choice.checkpointing, tokens),
         disk=predict_disk(config, len(workload.lengths)),
         labels=info.labels,
