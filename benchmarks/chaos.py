@@ -38,8 +38,7 @@ from sft.config.load import dump_config, load_config, with_values
 from sft.runtime import checkpoint
 from sft.runtime.console import Advance, bar, make_console
 from sft.verify import laws
-from sft.verify.runs import TRAIN, read_outcome
-from sft.verify.small import Small, make_small
+from sft.verify.runs import TRAIN, Small, make_small, read_outcome
 
 ROOT = Path(__file__).parent.parent
 SAVE_STEPS = 3

@@ -24,7 +24,7 @@ from sft.runtime import hardware
 from sft.tasks.registry import load_run
 from sft.tasks.sft.shrink import small_model
 from sft.verify import laws, runs
-from sft.verify.small import Small, make_small
+from sft.verify.runs import Small, make_small
 
 # --- parts ---------------------------------------------------------------------------------------
 
@@ -100,11 +100,12 @@ def test_deviations_are_relative_and_infinite_where_something_is_missing(tmp_pat
     }.items():
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
-    assert laws.max_weight_deviation(tmp_path / "near", tmp_path / "one") == pytest.approx(0.5)
+    loaded = {path.name: laws.load_weights(path) for path in tmp_path.iterdir()}
+    assert laws.max_deviation(loaded["near"], loaded["one"]) == pytest.approx(0.5)
     for name in ("less", "none"):
-        assert laws.max_weight_deviation(tmp_path / name, tmp_path / "one") == float("inf")
-        assert laws.max_weight_deviation(tmp_path / name, tmp_path / name) in (0, float("inf"))
-    assert laws.max_weight_deviation(tmp_path / "none", tmp_path / "none") == float("inf")
+        assert laws.max_deviation(loaded[name], loaded["one"]) == float("inf")
+        assert laws.max_deviation(loaded[name], loaded[name]) in (0, float("inf"))
+    assert laws.max_deviation(loaded["none"], loaded["none"]) == float("inf")
 
 
 def test_every_cut_is_tried_once():
@@ -169,7 +170,7 @@ def test_distillation_is_made_small(tmp_path, monkeypatch):
     assert small.lengths == [43] * (73 * 4)  # a stream of four episodes for each goal
     assert small.steps_per_epoch == 3
     assert len(small.lengths) % train.global_batch != 0
-    assert small.quarter < 43 * train.global_batch == small.whole
+    assert small.quarter_batch_tokens < 43 * train.global_batch == small.whole_batch_tokens
     changes = dict(small.changes)
     assert changes["distill.dropout"] == "0.0 instead of 0.1"
     assert "2 layers of 32 instead of 4 of 48" in changes["model"]
@@ -333,7 +334,9 @@ def cut(exact, world: int, layout: str, max_tokens: int) -> dict[str, bool] | st
 
 @pytest.mark.slow
 def test_another_cut_gives_the_same_run(exact):
-    assert cut(exact, 1, "packed", exact[0].small.whole) == dict.fromkeys(CELLS[1:4], True)
+    assert cut(exact, 1, "packed", exact[0].small.whole_batch_tokens) == dict.fromkeys(
+        CELLS[1:4], True
+    )
 
 
 CUT_FAULTS = {  # processes, the fault, and what must be seen to differ
@@ -364,7 +367,7 @@ engine.Engine._count = lambda self, batches: len(batches) * sound(self, batches[
 def test_a_run_that_depends_on_its_cut_is_found_out(exact, broken, name):
     world, fault, differs = CUT_FAULTS[name]
     broken(fault)
-    found = cut(exact, world, "padded", exact[0].small.quarter)
+    found = cut(exact, world, "padded", exact[0].small.quarter_batch_tokens)
     assert found == {cell: cell not in differs for cell in CELLS[1:4]}
 
 

@@ -1,8 +1,8 @@
 """Tests laws 1 and 2 on the user's own configuration, with a small version of its model.
 
 Whole runs are trained in fresh processes and judged only by the files in their folders
-(docs/RUNS.md). So the same code tests every engine, and detects a fault in any part. A run that is
-to be killed at a chosen point is started with a hook on its file operations (`die_at`).
+(docs/RUNS.md). So the same code tests every engine, and detects a fault in any part. A run that
+must die at a chosen point watches its own file operations (`die_at`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from sft.errors import VerificationError
 from sft.runtime import checkpoint, hardware
 from sft.runtime.console import bar, facts, table
 from sft.tasks.registry import task_of
-from sft.verify.runs import Run, Trials, run_fresh
-from sft.verify.small import Small, make_small
+from sft.verify.runs import Run, Small, Trials, make_small, run_fresh
 
 LOSS, WEIGHTS = 1e-5, 1e-4  # allowed relative deviation between cuts
 EXAMPLES_KEY = "examples_crc32"
@@ -63,41 +62,37 @@ def hash_state_files(folder: Path) -> dict[str, str]:
     }
 
 
-def max_deviation(found: dict[Any, float], expected: dict[Any, float]) -> float:
-    """Returns the largest relative deviation; infinite if the keys differ or there are none."""
+def max_deviation(found: dict[Any, Any], expected: dict[Any, Any]) -> float:
+    """Returns the largest relative deviation of any number, or of any tensor in norm.
+
+    It is infinite if the keys differ or there are none.
+    """
     if found.keys() != expected.keys():
         return math.inf
-    pairs = [(found[key], expected[key]) for key in expected]
-    return max((abs(a - b) / (abs(b) or 1.0) for a, b in pairs), default=math.inf)
-
-
-def max_weight_deviation(found: Path, expected: Path) -> float:
-    """Returns the largest relative deviation, in norm, of any tensor between two models."""
-    ours, theirs = _load_tensors(found), _load_tensors(expected)
-    if ours.keys() != theirs.keys():
-        return math.inf
-    pairs = [(ours[name], theirs[name]) for name in theirs]
+    pairs = [
+        [torch.as_tensor(each[key], dtype=torch.float64) for each in (found, expected)]
+        for key in expected
+    ]
     return max((float((a - b).norm() / (b.norm() or 1.0)) for a, b in pairs), default=math.inf)
 
 
-def _load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def load_weights(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
     """Returns tensors by file and name, since adapters in several folders have equal names."""
-    files = {path.relative_to(folder): load_file(path) for path in folder.rglob("*.safetensors")}
     return {
-        f"{place} {name}": value.double()
-        for place, tensors in files.items()
-        for name, value in tensors.items()
+        (str(path.relative_to(folder)), name): tensor
+        for path in folder.rglob("*.safetensors")
+        for name, tensor in load_file(path).items()
     }
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A row of the table: its title, its cells (text, whether it holds), and why a run failed."""
+    """The judgement of a run, as a row of the table."""
 
     title: tuple[str, ...]
-    cells: list[tuple[str, bool]]
-    problem: str = ""
-    refused: bool = False
+    cells: list[tuple[str, bool]]  # each a text, and whether the law holds in it
+    problem: str = ""  # why the run failed or cannot be judged
+    refused: bool = False  # whether the run refused its configuration
 
     @property
     def holds(self) -> bool:
@@ -113,8 +108,8 @@ class Kill:
 
     title: str
     point: str  # argument of `die_at`
-    newest: int  # step of the newest checkpoint at that point
-    resumed_by: tuple[int, ...]  # the number of processes of each resume
+    newest_step: int  # that of the newest checkpoint at that point
+    resumed_by: tuple[int, ...]  # the number of processes of each run that resumes it
 
 
 def kill_points(small: Small, world: int) -> list[Kill]:
@@ -142,17 +137,23 @@ def _kill_and_resume(trials: Trials, world: int, kill: Kill, whole: Future[Run])
     if killed.state != "running":
         problem = f"the run was not killed, it {killed.state}: {killed.reason}"
         return [Verdict((kill.title,), [], problem)]
-    folders = {now: killed.folder.with_name(f"{name}_by_{now}") for now in kill.resumed_by}
+    folders = {other: killed.folder.with_name(f"{name}_by_{other}") for other in kill.resumed_by}
     for folder in folders.values():
         shutil.copytree(killed.folder, folder)
-    run = _require_finished(whole.result())
-    return [judge_resumed(trials, kill, at, now, world, run) for now, at in folders.items()]
+    uninterrupted = _require_finished(whole.result())
+    return [
+        judge_resumed(trials, kill, folder, other, world, uninterrupted)
+        for other, folder in folders.items()
+    ]
 
 
 def judge_resumed(
     trials: Trials, kill: Kill, folder: Path, world: int, killed_world: int, whole: Run
 ) -> Verdict:
-    """Resumes the killed run in `folder` with `world` processes, and judges the result."""
+    """Resumes the killed run in `folder` with `world` processes, and judges the result.
+
+    `killed_world`: the processes of the killed run. `whole`: the uninterrupted run.
+    """
     by = "" if world == killed_world else f"; by {world} process{'es' * (world > 1)}"
     title = (kill.title + by,)
     rejected: list[str] = []
@@ -169,7 +170,7 @@ def judge_resumed(
     if not resumed.is_finished:
         return Verdict(title, [], resumed.reason, refused=resumed.state == "refused" and not exact)
     # A run that started from the beginning would have logged other times.
-    continues = step == kill.newest and _history(folder, step) == before
+    continues = step == kill.newest_step and _history(folder, step) == before
     found = _compare_runs(resumed.folder, whole.folder, step, exact)
     return Verdict(title, [(str(step), continues), *found])
 
@@ -187,7 +188,7 @@ def _compare_runs(
     ours, theirs = (read_curves(folder, "/loss", step) for folder in (found, whole))
     models = [folder / "final_checkpoint" for folder in (found, whole)]
     if not exact:  # losses and weights may deviate by rounding
-        losses, weights = max_deviation(ours, theirs), max_weight_deviation(*models)
+        losses, weights = max_deviation(ours, theirs), max_deviation(*map(load_weights, models))
         cells += [(f"{losses:.0e}", losses <= LOSS), (f"{weights:.0e}", weights <= WEIGHTS)]
         return [*cells, ("-", True)]
     num_same = sum(ours.get(key) == value for key, value in theirs.items())
@@ -211,7 +212,7 @@ def verify_resume(config: RunConfig, world: int, console: Console) -> None:
         small = make_small(config, folder / "as_configured")
         changes, kills = [*small.changes], kill_points(small, world)
         groups = [(small, kills)]
-        if others:  # another cut, so randomness that depends on the cut must be off
+        if others:  # they cut differently, so randomness that depends on the cut must be off
             exact = make_small(config, folder / "exact", exact=True)
             if off := [change for change in exact.changes if change not in small.changes]:
                 changes += [(name, f"{text}, for other numbers of processes") for name, text in off]
@@ -259,20 +260,17 @@ class Cut:
 
 def list_cuts(small: Small, world: int, deepspeed: list[Path]) -> list[Cut]:
     """Returns the cuts to try; the first is the reference for the others."""
-    alone = "one process"
-    cuts = [
-        Cut(1, alone, "padded", small.whole),
-        Cut(1, alone, "padded", small.quarter),
-        Cut(1, alone, "padded", 1),
-    ]
+    alone, quarter = "one process", small.quarter_batch_tokens
+    budgets = (small.whole_batch_tokens, quarter, 1)
+    cuts = [Cut(1, alone, "padded", max_tokens) for max_tokens in budgets]
     if task_of(small.config).info(small.config).packs:
-        cuts.append(Cut(1, alone, "packed", small.quarter))
+        cuts.append(Cut(1, alone, "packed", quarter))
     if world > 1:
-        cuts.append(Cut(world, "DDP", "padded", small.quarter))
-        cuts.append(Cut(world, "FSDP2", "padded", small.quarter, ("train.engine=fsdp",)))
-    for file in deepspeed if world > 1 else []:
-        engine = ("train.engine=deepspeed", f"train.deepspeed_config={file}")
-        cuts.append(Cut(world, file.stem.replace("_", " "), "padded", small.quarter, engine))
+        cuts.append(Cut(world, "DDP", "padded", quarter))
+        cuts.append(Cut(world, "FSDP2", "padded", quarter, ("train.engine=fsdp",)))
+        for file in deepspeed:
+            engine = ("train.engine=deepspeed", f"train.deepspeed_config={file}")
+            cuts.append(Cut(world, file.stem.replace("_", " "), "padded", quarter, engine))
     return cuts
 
 
@@ -320,7 +318,7 @@ def verify_invariance(config: RunConfig, world: int, console: Console) -> None:
 
 
 def _num_parallel(world: int) -> int:
-    """Returns how many runs can be tried at once: on CPUs each has its own cores, at most 4."""
+    """Returns how many runs train at the same time: one on GPUs, on CPUs as many as have cores."""
     machine = hardware.detect()
     return 1 if machine.devices else max(1, min(4, machine.cores // world))
 
@@ -333,7 +331,7 @@ def _require_finished(run: Run) -> Run:
 
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
-    """Yields a temporary folder, and keeps it if a law does not hold."""
+    """Yields a temporary folder. Keeps it if a law does not hold."""
     folder = Path(tempfile.mkdtemp(prefix="sft-verify-"))
     try:
         yield folder

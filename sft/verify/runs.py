@@ -1,32 +1,120 @@
-"""Trains whole runs in fresh processes, and reads the results from their folders."""
+"""Makes a configuration small, and trains whole runs of it in fresh processes."""
 
 from __future__ import annotations
 
-import json
 import os
 import runpy
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sft.config.load import dump_config, with_values
-from sft.errors import ConfigError
-from sft.runtime import children
-from sft.runtime.console import Advance
+from sft.config.schema import RunConfig
+from sft.data import batches
+from sft.errors import ConfigError, VerificationError
+from sft.models import attention
+from sft.runtime import children, hardware
+from sft.runtime.console import Advance, read_json
 from sft.runtime.world import PLAIN
-from sft.verify.small import Small
+from sft.tasks.registry import task_of
 
 TRAIN = ["-m", "sft", "train"]
 PATIENCE = 900  # seconds for one run
 
-# (processes, run folder, program: a script or `-m` and a module, with arguments) -> its output
+
+@dataclass(frozen=True)
+class Small:
+    """A configuration that trains in seconds and writes into `folder` only."""
+
+    config: RunConfig
+    folder: Path
+    lengths: list[int]  # tokens of the examples, longest first
+    changes: list[tuple[str, str]]  # (name, difference) from the user's configuration
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return batches.steps_per_epoch(len(self.lengths), self.config.train.global_batch)
+
+    @property
+    def whole_batch_tokens(self) -> int:
+        """Returns a token budget that holds any global batch in one micro-batch."""
+        return self.lengths[0] * self.config.train.global_batch
+
+    @property
+    def quarter_batch_tokens(self) -> int:
+        """Returns a token budget under which two processes have several micro-batches each."""
+        return max(self.lengths[0], sum(self.lengths[: self.config.train.global_batch]) // 4)
+
+
+def make_small(config: RunConfig, folder: Path, *, exact: bool = False) -> Small:
+    """Returns `config` with a small model of random weights and few examples.
+
+    An epoch has at least three steps; three steps of the next epoch follow. `exact`: without
+    dropout and in fp32, so that runs with different cuts can be compared.
+    """
+    if not hardware.detect().devices:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it guesses
+    task = task_of(config)
+    shrunk = task.shrink(config, folder, exact)
+    changes = [*shrunk.changes]
+    values: dict[str, Any] = {
+        "train.output_dir": str(folder / "run"),
+        "train.micro_batch": "auto",
+        "train.gradient_accumulation_steps": "auto",
+        "train.eval_steps": 2,
+        "train.save_steps": 1,
+        "train.resume_from_checkpoint": None,
+        "train.tensorboard": False,
+        "train.wandb": False,
+        **shrunk.values,
+    }
+    if exact:
+        wanted = {"train.precision": "fp32", "train.optimizer": "adamw", **shrunk.exact}
+        changes += _list_changes(config, wanted)
+        values |= wanted
+    config, batch = with_values(config, values), shrunk.batch
+    lengths = sorted(task.workload(config).lengths, reverse=True)
+    while batch > 1 and batches.steps_per_epoch(len(lengths), batch) < 3:
+        batch -= 1
+    per_epoch = batches.steps_per_epoch(len(lengths), batch)
+    if per_epoch < 3:
+        raise VerificationError(
+            "expected at least 3 usable training rows, to interrupt an epoch in its middle and at "
+            f"its end; found {len(lengths)} among {shrunk.chosen_from}"
+        )
+    steps = per_epoch + 3
+    number = f"{len(lengths)} {task.info(config).labels.examples} to train on"
+    changes.append(("data", f"{number}, {batch} a step, {per_epoch} an epoch"))
+    changes.append(("steps", f"{steps}, each of them saved, every second evaluated"))
+    config = with_values(config, {"train.global_batch": batch, "train.max_steps": steps})
+    small = Small(config, folder, lengths, changes)
+    return replace(
+        small, config=with_values(config, {"train.max_tokens": small.quarter_batch_tokens})
+    )
+
+
+def _list_changes(config: RunConfig, wanted: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields the values that differ from the configured ones, as people read them."""
+    given = config.model_dump()
+    given["train"]["precision"], _ = hardware.resolve_precision(config.train)
+    for key, value in wanted.items():
+        section, name = key.split(".")
+        if (before := given[section][name]) != value:
+            yield key, f"{value} instead of {before}"
+    if task_of(config).info(config).attention == attention.NAME:
+        yield "packed rows", f"SDPA with a mask: {attention.NAME} has no kernel in fp32"
+
+
+# -- runs in fresh processes
+
+# (processes, run folder, arguments of Python that start the program) -> the program's output
 Launch = Callable[[int, Path, list[str]], str]
 
 
 def run_fresh(world: int, folder: Path, program: list[str]) -> str:
-    """Runs a program in `world` fresh processes, and returns their output when all have ended."""
+    """Runs a program in `world` fresh processes; returns their output when all have ended."""
     launcher = ["-m", "sft.runtime.launcher", str(folder)] if world > 1 else []
     environment = {
         "OMP_NUM_THREADS": "1",  # runs share the cores, and the model is small
@@ -53,14 +141,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Trials:
-    """Runs of a small configuration, each in its own folder."""
+    """Trains a small configuration, each time in another folder."""
 
     small: Small
     launch: Launch = run_fresh
     advance: Advance = lambda *_: None  # called after every run
 
     def run(self, name: str, world: int, *overrides: str, kill: str | None = None) -> Run:
-        """Trains with `world` processes; kills them at the point `kill` (`die_at`), if given."""
+        """Trains with `world` processes, and kills them at the point `kill` of `die_at`."""
         folder, file = (self.small.folder / f"{name}{suffix}" for suffix in ("", ".yaml"))
         values = {"train.output_dir": str(folder), "train.num_processes": world}
         file.write_text(dump_config(with_values(self.small.config, values)), "utf-8")
@@ -72,11 +160,8 @@ class Trials:
 
 
 def read_outcome(folder: Path, printed: str) -> Run:
-    """Returns how a run ended, from its status and output, since launchers' exit codes differ."""
-    try:
-        status = json.loads((folder / "status.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        status = {}
+    """Returns how a run ended, by its status and output: exit codes of launchers differ."""
+    status = read_json(folder / "status.json")
     lines = [line for line in printed.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     reason = status.get("reason") or (errors or lines[-1:] or ["it printed nothing"])[0]
@@ -85,9 +170,9 @@ def read_outcome(folder: Path, printed: str) -> Run:
 
 
 def die_at(point: str) -> None:
-    """Kills this run, its launcher and all ranks, by SIGKILL while a step is saved.
+    """Makes this run kill itself, its launcher and all ranks by SIGKILL when it saves a step.
 
-    `saving:3`: when everything of step 3 is written but not committed; `saved:3`: after the commit.
+    `saving:3`: when all files of step 3 are written, before the commit; `saved:3`: after it.
     """
     when, step = point.split(":")
     committed, dying = list[str](), list[bool]()
