@@ -1,9 +1,9 @@
 """Predicts the memory of an optimizer step before weights are loaded.
 
 The run's own step is traced on fake tensors (`dry_run`). Layers repeat, so a deep model is traced
-with only a few layers, and each phase is extended to the whole depth. Workspaces of a GPU's
-libraries, which no trace sees, are added by formula. For a model that cannot be traced, a closed
-form is used, which is right within a factor of two. `Memory.method` names the method.
+with only a few layers, and each phase is extended to the whole depth. A formula adds workspaces of
+a GPU's libraries, which no trace sees. A closed form, right within a factor of two, is used for a
+model that cannot be traced. `Memory.method` names the method.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from sft.plan.records import Result, load_or_trace
 from sft.plan.sharding import ONE_PROCESS, Group, parts_on_rank
 from sft.plan.trace import Trace
 from sft.runtime.disk import ADAM_BYTES
+from sft.tasks.base import TaskInfo
 from sft.tasks.registry import task_of
 
 NF4_BYTES = 0.516  # per weight: 4 bits and the double-quantised scale of each block of 64
@@ -35,15 +36,15 @@ NF4_BYTES = 0.516  # per weight: 4 bits and the double-quantised scale of each b
 # shapes gave 94 to 126 in fp32 and 61 to 77 in bf16 (autocast); of GPT-2, twice that.
 ACTIVATION_BYTES = {"fp32": 110, "bf16": 70}
 CONTEXT_BYTES = 600 * MIB  # CUDA and its kernels in a process; an assumption: GPUs differ
-CUBLAS_BYTES = 2 * 32 * MIB  # of forward and backward threads on Hopper; other GPUs need less
+CUBLAS_BYTES = 2 * 32 * MIB  # of two threads (forward, backward) on Hopper; less on other GPUs
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process at the peak of a step."""
+    """The bytes of one process at the peak of a step."""
 
     breakdown: dict[str, int]  # by use, largest first
-    reserved: int  # taken for them by a GPU's caching allocator; on a CPU the same bytes
+    reserved: int  # what a GPU's caching allocator takes for them; on a CPU their sum
     method: str  # how it was predicted
 
     @property
@@ -60,19 +61,16 @@ def predict(
     evaluation: bool = False,
     group: Group = ONE_PROCESS,
 ) -> Memory:
-    """Returns the peak of one process in a step, or in the held-out loss (`evaluation`).
-
-    Uses the closed form if the step cannot be traced.
-    """
+    """Returns the peak of one process in a step, or in the held-out loss (`evaluation`)."""
     try:
-        # PyTorch's optimizer is traced, because those of bitsandbytes have no shape rules.
+        # The key has PyTorch's optimizer, because those of bitsandbytes have no shape rules, and
+        # one of the two kinds of engine, which differ in what autocast keeps.
         casts = group.engine == "deepspeed" or (group.engine == "fsdp" and group.world_size > 1)
-        engine = "fsdp" if casts else "ddp"  # what autocast keeps depends on it
-        checkpointing = config.train.gradient_checkpointing
+        engine, checkpointing = "fsdp" if casts else "ddp", config.train.gradient_checkpointing
         key = model_key(config, gradient_checkpointing=checkpointing, engine=engine)
-        alone = replace(window, waiting=0)
+        without = replace(window, waiting=0)
         folder = task_of(config).info(config).cache / "traces"
-        phases, reserved, method = _trace(folder, key, precision, alone, on_gpu, evaluation)
+        phases, reserved, method = _trace(folder, key, precision, without, on_gpu, evaluation)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  # a model may fail in any way
@@ -103,15 +101,15 @@ def _untraced(
     """Returns the parts of a phase that a formula adds or, for the optimizer, replaces."""
     info = task_of(config).info(config)
     share = ADAM_BYTES[config.train.optimizer] / ADAM_BYTES["adamw"]
-    more = {
+    result = {
         "waiting batches": window.waiting * info.waiting_bytes,
         "optimizer": round(parts["optimizer"] * share),
     }
     if not on_gpu:
-        return more | {"examples": info.examples_bytes}
-    attends = phase.startswith("backward")
-    workspace = _attention_workspace(config, precision, window) if attends else {}
-    return more | {"libraries": CUBLAS_BYTES} | workspace
+        return result | {"examples": info.examples_bytes}
+    if phase.startswith("backward"):
+        result["attention workspace"] = _attention_workspace(info, precision, window)
+    return result | {"libraries": CUBLAS_BYTES}
 
 
 @lru_cache(maxsize=256)
@@ -120,7 +118,7 @@ def _trace(folder: Path, key: ModelKey, *step: Any) -> Result:
 
     `step`: its precision, its window, and whether it is on a GPU and an evaluation.
     """
-    config = config_of_key(key)  # may name a file of sizes; its content is an input, too
+    config = config_of_key(key)  # it may name a file of sizes, whose content is an input, too
     sizes = repr(task_of(config).info(config)), count_at_depth(model_key(config), None)
     return load_or_trace(folder, (key, sizes, step), lambda: _trace_anew(key, *step))
 
@@ -128,7 +126,7 @@ def _trace(folder: Path, key: ModelKey, *step: Any) -> Result:
 def _trace_anew(
     key: ModelKey, precision: str, window: Window, on_gpu: bool, evaluation: bool
 ) -> Result:
-    """Traces a step of the whole model, or two steps with few layers, extended to all layers."""
+    """Traces a step of the whole model, or extends two steps with few layers to all layers."""
     config = config_of_key(key)
 
     def trace_at(depth: int | None) -> Trace:
@@ -142,24 +140,24 @@ def _trace_anew(
         phases = {name: peak.breakdown for name, peak in trace.peaks().items()}
         return phases, trace.reserved() if on_gpu else trace.peak().num_bytes, "traced"
     few, more, whole = depths
-    small, large = trace_at(few), trace_at(more)
+    first, second = trace_at(few), trace_at(more)
     times = (whole - few) // (more - few)
 
     def extend(with_few: int, with_more: int) -> int:
         return max(0, with_few + times * (with_more - with_few))
 
-    first, second = small.peaks(), large.peaks()
+    parts = {name: peak.breakdown for name, peak in first.peaks().items()}
     phases = {
         name: {
-            label: extend(first[name].breakdown.get(label, 0), peak.breakdown.get(label, 0))
-            for label in first[name].breakdown | peak.breakdown
+            label: extend(parts[name].get(label, 0), peak.breakdown.get(label, 0))
+            for label in parts[name] | peak.breakdown
         }
-        for name, peak in second.items()
+        for name, peak in second.peaks().items()
     }
     reserved = max(sum(parts.values()) for parts in phases.values())
-    if on_gpu:  # extended without the allocator's rounding to pages; then one page per pool
-        sizes = extend(small.reserved(pages=False), large.reserved(pages=False))
-        reserved = max(reserved, sizes) + SMALL_SEGMENT + LARGE_SEGMENT
+    if on_gpu:  # the allocator rounds to pages, at most one per pool: this must not be extended
+        unrounded = extend(first.reserved(pages=False), second.reserved(pages=False))
+        reserved = max(reserved, unrounded) + SMALL_SEGMENT + LARGE_SEGMENT
     return phases, reserved, f"traced with {few} and {more} of {whole} layers"
 
 
@@ -177,7 +175,7 @@ def _depths(key: ModelKey) -> tuple[int, int, int] | None:
     )
     few = 2 * period + whole % period
     more = few + period
-    if info.small or few + more >= whole or info.deepest_layer >= whole:  # the task refuses that
+    if info.small or few + more >= whole or info.deepest_layer >= whole:  # the task refuses it
         return None
     key = model_key(config)
     numbers = [count_at_depth(key, depth).parameters for depth in (few, more, whole)]
@@ -185,23 +183,19 @@ def _depths(key: ModelKey) -> tuple[int, int, int] | None:
     return (few, more, whole) if repeats else None
 
 
-def _attention_workspace(config: RunConfig, precision: str, window: Window) -> dict[str, int]:
+def _attention_workspace(info: TaskInfo, precision: str, window: Window) -> int:
     """Returns the bytes of flash attention in a backward pass, which no trace sees.
 
     They are the gradient of the queries in fp32, and two numbers per head and token. With grouped
     queries also gradients of keys and values for every head (PyTorch, flash_api.cpp: mha_bwd).
     """
-    info = task_of(config).info(config)
-    if precision != "bf16" or info.attention == "eager":
-        return {}
-    text = info.text
-    heads = getattr(text, "num_attention_heads", None)
-    if not heads:  # a model without attention
-        return {}
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    grouped = getattr(text, "num_key_value_heads", heads) != heads
+    heads = getattr(info.text, "num_attention_heads", None)  # a model may have no attention
+    if precision != "bf16" or info.attention == "eager" or not heads:
+        return 0
+    size = getattr(info.text, "head_dim", None) or info.text.hidden_size // heads
+    grouped = getattr(info.text, "num_key_value_heads", heads) != heads
     each = 4 * (math.ceil(size / 32) * 32 + 2) + (4 * size if grouped else 0)
-    return {"attention workspace": window.tokens * heads * each * info.copies}
+    return window.tokens * heads * each * info.copies
 
 
 def _closed_form(

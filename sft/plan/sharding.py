@@ -22,6 +22,11 @@ class Group:
     accumulates: bool = False  # several micro-batches per step on each process
     zero: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's zero_optimization
 
+    @property
+    def offloads(self) -> bool:
+        """Returns whether DeepSpeed keeps the optimizer in host memory."""
+        return (self.zero.get("offload_optimizer") or {}).get("device") == "cpu"
+
 
 ONE_PROCESS = Group()
 
@@ -50,59 +55,42 @@ def parts_on_rank(
 
     On a GPU, state that is kept in host memory between uses does not count.
     """
-    hosted = _hosted(config, group) if on_gpu else ()
-    shared = _share(phase, parts, config, precision, group)
-    return {label: size for label, size in shared.items() if size and label not in hosted}
-
-
-def _share(
-    phase: str, parts: dict[str, int], config: RunConfig, precision: str, group: Group
-) -> dict[str, int]:
-    """Returns the parts of a phase on one process, including those in host memory."""
-    if group.engine == "deepspeed" and group.zero["stage"] == 3:
-        return _zero3(phase, parts, config, group)
     if group.engine == "deepspeed":
-        return _zero12(phase, parts, config, group)
-    if group.world_size == 1:
-        return parts
-    if group.engine == "fsdp":
-        return _fsdp2(phase, parts, config, precision, group)
-    # DDP keeps gradients in its buckets; the sum over earlier micro-batches is kept separately.
-    trained = 4 * count_parameters(config).trained
-    return parts | ({"communication": trained} if group.accumulates else {})
-
-
-def _hosted(config: RunConfig, group: Group) -> tuple[str, ...]:
-    if config.train.offload:
-        return ("weights", "adapters", "gradients", "optimizer")
-    return ("gradients", "optimizer") if _offloads(group) else ()
-
-
-def _offloads(group: Group) -> bool:
-    return (group.zero.get("offload_optimizer") or {}).get("device") == "cpu"
+        share = _zero3 if group.zero["stage"] == 3 else _zero12
+        parts = share(phase, parts, config, group)
+    elif group.engine == "fsdp" and group.world_size > 1:
+        parts = _fsdp2(phase, parts, config, precision, group)
+    elif group.world_size > 1 and group.accumulates:
+        # DDP keeps gradients in its buckets, and separately their sum over earlier micro-batches.
+        parts = parts | {"communication": 4 * count_parameters(config).trained}
+    hosted: tuple[str, ...] = ()
+    if on_gpu and config.train.offload:
+        hosted = ("weights", "adapters", "gradients", "optimizer")
+    elif on_gpu and group.offloads:
+        hosted = ("gradients", "optimizer")
+    return {label: size for label, size in parts.items() if size and label not in hosted}
 
 
 def _zero12(phase: str, parts: dict[str, int], config: RunConfig, group: Group) -> dict[str, int]:
     """Returns the parts with ZeRO-1 or 2 (deepspeed/runtime/zero/stage_1_and_2.py, 0.19.8).
 
-    A rank has its share of Adam's state and of a copy of the trained weights. From earlier
-    micro-batches ZeRO-1 keeps all gradients, and ZeRO-2 keeps the share. The first gradient of a
-    backward pass allocates the buckets in full size, even if little is trained. The first full
-    bucket is copied, and from then on the share is kept. With accumulation, ZeRO-1 has the buckets
-    and the logits at the same time. An optimizer on the host has three more shares there, for
-    gradients and weights in transit, and space for one gradient on host and device. The result is
-    an upper bound.
+    The result is an upper bound. A rank has its share of Adam's state and of a copy of the trained
+    weights. From earlier micro-batches ZeRO-1 keeps all gradients, and ZeRO-2 its share of them.
+    The first gradient of a backward pass allocates the buckets in full size, even if little is
+    trained. The first full bucket is copied, and from then on the share is kept. With accumulation,
+    ZeRO-1 has buckets and logits at the same time. An optimizer on the host has three more shares
+    there, for gradients and weights in transit, and space for one gradient on host and device.
     """
-    counted, offloads = count_parameters(config), _offloads(group)
+    counted, offloads = count_parameters(config), group.offloads
     trained, largest = 4 * counted.trained, 4 * counted.largest
     share = math.ceil(trained / group.world_size)
     bucket = 4 * _zero_size(config, group, "reduce_bucket_size")
     buckets = bucket * (2 if group.zero.get("overlap_comm") else 1)
     is_zero1 = group.zero["stage"] == 1
     kept = (trained if is_zero1 else share) if group.accumulates else 0
-    kept, room = (3 * share + largest, largest) if offloads else (kept, 0)
+    kept, transit = (3 * share + largest, largest) if offloads else (kept, 0)
     adam = math.ceil(parts["optimizer"] / group.world_size)
-    parts = parts | {"gradients": kept, "optimizer": adam + share, "communication": room}
+    parts = parts | {"gradients": kept, "optimizer": adam + share, "communication": transit}
     if phase.startswith("update"):
         return parts | {"gradients": kept + 2 * share if offloads else 2 * share}
     if not phase.startswith("backward"):
@@ -110,13 +98,13 @@ def _zero12(phase: str, parts: dict[str, int], config: RunConfig, group: Group) 
     full = min(bucket, trained)
     left = round(parts.get("activations", 0) * (1 - full / trained))
     copied = full if offloads else max(full, share)
-    first = parts | {"communication": room + buckets + largest}
-    flushed = parts | {"activations": left, "communication": room + buckets + copied}
+    first = parts | {"communication": transit + buckets + largest}
+    flushed = parts | {"activations": left, "communication": transit + buckets + copied}
     return max(first, flushed, key=lambda each: sum(each.values()))
 
 
 def _split(parts: dict[str, int], group: Group) -> dict[str, int]:
-    """Returns the parts, reduced to the rank's share if FSDP2 and ZeRO-3 split them."""
+    """Returns the parts; of those that FSDP2 and ZeRO-3 split, the rank's share."""
     split = ("weights", "adapters", "optimizer")
     return parts | {k: math.ceil(parts[k] / group.world_size) for k in split if k in parts}
 
@@ -127,10 +115,10 @@ def _fsdp2(
     """Returns the parts with FSDP2 (torch 2.13).
 
     Weights outside of layers stay gathered from the first layer to the end of the backward pass.
-    The layer that computes is gathered, and the next layer arrives in a buffer. In the backward
-    pass gloo makes a copy of this buffer. Gradients of the head stay whole from the loss to the
-    end. Gradients of a layer stay in an exchange buffer until the next layer's are whole; by then
-    the activations of that layer are freed.
+    The layer that computes is gathered, and the next layer arrives in a buffer, which gloo copies
+    in the backward pass. Gradients of the head stay whole from the loss to the end. Gradients of a
+    layer stay in an exchange buffer until those of the next layer are whole; by then the
+    activations of that layer are freed.
     """
     counted, full = count_parameters(config), task_of(config).info(config).mode == "full"
     whole = parts["weights"] + parts.get("adapters", 0)
@@ -158,34 +146,35 @@ def _zero3(phase: str, parts: dict[str, int], config: RunConfig, group: Group) -
     """Returns the parts with ZeRO-3 (deepspeed/runtime/zero/stage3.py, 0.19.8).
 
     Small parameters stay whole. Gathered parameters stay, up to `stage3_max_live_parameters`, if
-    they are used again within `stage3_max_reuse_distance`. In the forward pass the buffer in which
-    they arrive exists as well. Gradients go through a permanent bucket. A full bucket is copied,
-    and gloo copies it once more. The rank has a copy of its share of the trained weights. If the
-    optimizer is on the host, so are the gradients.
+    they are used again within `stage3_max_reuse_distance`. In the forward pass they arrive in
+    another buffer. Gradients go through a permanent bucket. A full bucket is copied, and gloo
+    copies it once more. The rank has a copy of its share of the trained weights. If the optimizer
+    is on the host, so are the gradients.
     """
     counted = count_parameters(config)
     whole = parts["weights"] + parts.get("adapters", 0)
     threshold = _zero_size(config, group, "stage3_param_persistence_threshold")
     small = sum(size for size in counted.sizes if size <= threshold) / counted.parameters
 
-    def large_part(key: str) -> int:
+    def large_bytes(key: str) -> int:
+        """Returns the bytes of so many elements of parameters that are not small."""
         return round(whole * min(1 - small, _zero_size(config, group, key) / counted.parameters))
 
     trained, largest = 4 * counted.trained, 4 * counted.largest
     bucket = 4 * _zero_size(config, group, "reduce_bucket_size")
-    at_work = large_part("stage3_max_live_parameters")
+    gathered = large_bytes("stage3_max_live_parameters")
     if phase.startswith("forward"):
-        at_work += large_part("stage3_prefetch_bucket_size")
+        gathered += large_bytes("stage3_prefetch_bucket_size")
     elif "embedding" in phase:
-        at_work = 2 * min(bucket, trained)
+        gathered = 2 * min(bucket, trained)
     elif phase.startswith("backward"):
-        at_work += largest + (2 * bucket if bucket < trained else 0)
+        gathered += largest + (2 * bucket if bucket < trained else 0)
     elif phase.startswith("update"):
-        at_work = 2 * largest
+        gathered = 2 * largest
     result = _split(parts, group)
     share = math.ceil(trained / group.world_size)
     return result | {
         "optimizer": result["optimizer"] + share,
-        "gradients": share * (2 if _offloads(group) else 1),
-        "communication": round(whole * small) + bucket + at_work,
+        "gradients": share * (2 if group.offloads else 1),
+        "communication": round(whole * small) + bucket + gathered,
     }
