@@ -1,7 +1,8 @@
-"""Finds changes that save memory, and compares GPUs."""
+"""Finds changes of the configuration that save memory, and compares GPUs."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ class Advice:
     """A change of the configuration, and its effect on the planned step."""
 
     change: str  # in the form of overrides
-    price: str
+    price: str  # its disadvantage, in words
     reserved_bytes: int
     saved_bytes: int
     fits: bool
@@ -41,7 +42,7 @@ def advise(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan)
     def consider(price: str, changes: dict[str, Any], window: Window = window) -> None:
         try:
             changed = with_values(config, changes)
-        except ConfigError:  # such as random weights with adapters
+        except ConfigError:  # for example for adapters on random weights
             return
         reserved = planner.predict(window, changed, plan.micro_batches).reserved
         saved = plan.memory.reserved - reserved
@@ -51,19 +52,17 @@ def advise(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan)
             result.append(Advice(change, price, reserved, saved, fits))
 
     if not plan.gradient_checkpointing:
-        price = "about 25 % slower, the same result"
-        consider(price, {"train.gradient_checkpointing": True})
+        changes = {"train.gradient_checkpointing": True}
+        consider("about 25 % slower, the same result", changes)
     if config.train.optimizer == "adamw":
         consider("moments in 8 bits", {"train.optimizer": "adamw_8bit"})
     for each in task_of(config).alternatives(config, workload):
-        consider(each.price, each.values, _shorten(window, each.max_length))
+        consider(each.price, each.values, _shorten(window, each.max_length or sys.maxsize))
     return result
 
 
-def _shorten(window: Window, most: int | None) -> Window:
-    """Returns the window with examples of at most `most` tokens; None: no limit."""
-    if most is None:
-        return window
+def _shorten(window: Window, most: int) -> Window:
+    """Returns the window with examples of at most `most` tokens."""
     shorter = tuple(
         tuple((min(n, most), min(s, most)) for n, s in rows) for rows in window.micro_batches
     )
@@ -74,7 +73,7 @@ COMPARED = ("4090", "L40S", "A100-40GB", "A100-80GB", "H100-80GB", "H200")
 
 
 def compare_gpus(config: Config) -> list[dict[str, Any]]:
-    """Compares ways of tuning, with and without checkpointing, on the GPUs of COMPARED.
+    """Compares ways of tuning, with and without gradient checkpointing, on the GPUs of COMPARED.
 
     Returns the bytes of one row of `data.max_seq_len` tokens, and how many rows each GPU holds.
     """

@@ -7,13 +7,11 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 MIB = 2**20
-
-
-ROUNDING = 512  # bytes: the smallest block, and what every size is rounded up to
-SMALL = MIB  # requests up to it are cut from small segments, others from large ones
+ROUNDING = 512  # bytes: the smallest chunk; sizes are rounded up to multiples of it
+SMALL = MIB  # requests of at most this size are cut from small segments, others from large ones
 SMALL_SEGMENT = 2 * MIB
-LARGE_SEGMENT = 20 * MIB  # for requests below half of it; larger ones get a segment of their own
-HUGE_ROUNDING = 2 * MIB  # of such a segment
+LARGE_SEGMENT = 20 * MIB  # for requests below half of it; larger ones get a segment of their own,
+HUGE_ROUNDING = 2 * MIB  # whose size is rounded up to multiples of this
 
 
 @dataclass(eq=False)
@@ -22,19 +20,19 @@ class Chunk:
 
     address: int
     size: int
-    small: bool
+    small: bool  # which pool it belongs to
     free: bool = False
     previous: Chunk | None = None
     next: Chunk | None = None
-    grows: bool = False  # the last of an expandable segment
+    grows: bool = False  # whether it is the last of an expandable segment
 
 
 class CachingAllocator:
-    """A model of PyTorch's allocator, for one stream and with its defaults: best fit, splitting and
-    merging. It returns no memory to the device.
+    """A model of the allocator with its defaults, for one stream: best fit, splitting, merging.
 
-    `expandable`: as with PYTORCH_ALLOC_CONF=expandable_segments:True, where each pool is one
-    segment that grows at its end; by whole pages, unless `pages` is false.
+    It returns no memory to the device. `expandable`: as with
+    PYTORCH_ALLOC_CONF=expandable_segments:True, each pool is one segment that grows at its end.
+    It grows by whole pages, unless `pages` is false.
     """
 
     def __init__(self, expandable: bool = True, pages: bool = True):
@@ -42,29 +40,29 @@ class CachingAllocator:
         self.page = {True: SMALL_SEGMENT, False: LARGE_SEGMENT} if pages else {}
         self.reserved_bytes = 0
         self._free: dict[bool, list[tuple[bool, int, int, Chunk]]] = {True: [], False: []}
-        self._top = 0  # addresses are given out once
-        self._ends: dict[bool, Chunk] = {}  # of the expandable segments
+        self._top = 0  # the next address of a new segment
+        self._ends: dict[bool, Chunk] = {}  # the chunk at the end of each expandable segment
 
     def malloc(self, num_bytes: int) -> Chunk:
         size = max(1, math.ceil(num_bytes / ROUNDING)) * ROUNDING
         small = size <= SMALL
-        chunk = self._best_fit(size, small) or self._more(size, small)
+        chunk = self._best_fit(size, small) or self._grow(size, small)
         return self._split(chunk, size)
 
     def free(self, chunk: Chunk) -> None:
         for other in (chunk.previous, chunk.next):
             if other is not None and other.free:
-                self._take(other)
+                self._remove(other)
                 self._merge(chunk, other)
-        self._give(chunk)
+        self._add(chunk)
 
     # -- the free chunks of each pool
 
-    def _give(self, chunk: Chunk) -> None:
+    def _add(self, chunk: Chunk) -> None:
         chunk.free = True
         insort(self._free[chunk.small], _order(chunk))
 
-    def _take(self, chunk: Chunk) -> Chunk:
+    def _remove(self, chunk: Chunk) -> Chunk:
         chunk.free = False
         pool = self._free[chunk.small]
         del pool[bisect_left(pool, _order(chunk))]
@@ -75,7 +73,7 @@ class CachingAllocator:
         place = bisect_left(pool, (False, size, -1))
         if place == len(pool) or pool[place][3].size < size:
             return None
-        return self._take(pool[place][3])
+        return self._remove(pool[place][3])
 
     # -- neighbours
 
@@ -89,7 +87,7 @@ class CachingAllocator:
         if rest.grows:
             self._ends[rest.small] = rest
         chunk.size, chunk.next, chunk.grows = size, rest, False
-        self._give(rest)
+        self._add(rest)
         return chunk
 
     def _merge(self, chunk: Chunk, other: Chunk) -> None:
@@ -108,8 +106,8 @@ class CachingAllocator:
 
     # -- segments
 
-    def _more(self, size: int, small: bool) -> Chunk:
-        """Returns a new chunk of at least `size` bytes from the device; it is not in the pool."""
+    def _grow(self, size: int, small: bool) -> Chunk:
+        """Returns a new chunk of at least `size` bytes from the device."""
         if self.expandable:
             return self._expand(size, small)
         if small:
@@ -125,8 +123,8 @@ class CachingAllocator:
     def _expand(self, size: int, small: bool) -> Chunk:
         end = self._ends.get(small)
         if end is not None and end.free:
-            self._take(end)
-        else:  # an empty chunk behind the last
+            self._remove(end)
+        else:  # adds an empty chunk
             address = end.address + end.size if end else 0
             new = Chunk(address, 0, small, False, end, None, True)
             if end is not None:

@@ -7,6 +7,7 @@ recorded beside the predicted one. It shows later plans how far off such predict
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from sft.data.batches import Budget, MicroBatch
 from sft.errors import OutOfMemory
 from sft.plan import dry_run, records
 from sft.plan.choose import budget_values
-from sft.plan.plan import Plan, make_plan, planner_of, replan
+from sft.plan.plan import Plan, make_plan, planner_of
 from sft.plan.report import write_resolved
 from sft.plan.trace import Recorder
 from sft.runtime.console import size
@@ -73,9 +74,10 @@ def _adopt_budget(
     """Returns plan and configuration with the task's budget; writes them if they changed."""
     budget = engine.task.budget
     if budget != plan.budget:
-        plan = replan(plan, resolved, workload, machine, budget)
         resolved = with_values(resolved, budget_values(budget))
         engine.train = resolved.train
+        changed = make_plan(resolved, workload, machine, plan.world_size)
+        plan = replace(changed, budget=budget, reasons=plan.reasons)
         if engine.log.folder:
             write_resolved(resolved, plan, engine.log.folder)
     return plan, resolved

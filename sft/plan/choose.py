@@ -24,15 +24,15 @@ from sft.tasks.base import TaskInfo, Workload
 from sft.tasks.registry import task_of
 from sft.train import schedule
 
-# Share of the memory that is left free: for other programs on a CPU, for fragmentation on a GPU.
+# Share of the memory that stays free: for other programs on a CPU, for fragmentation on a GPU.
 MARGIN = {"cpu": 0.15, "cuda": 0.06}
 SATURATING_TOKENS = {"cpu": 2048, "cuda": 16384}  # a larger micro-batch is no faster
 SATURATING_SMALL = {"cpu": 8192, "cuda": 65536}  # the same for a small model
-# Overhead of one micro-batch, in tokens. Measured on 2 cores (docs/LOG.md); on a GPU not measured,
-# so there the fewest micro-batches are taken.
+# Overhead of one micro-batch, in tokens: measured on 2 cores (docs/LOG.md), but not on a GPU, where
+# the fewest micro-batches are taken.
 MICRO_BATCH_COST = {"cpu": 64, "cuda": None}
-UTILISATION = 0.35  # of a GPU's peak that training reaches; an assumption
-SCANNED = 20_000  # the heaviest micro-batch is searched in so many examples
+UTILISATION = 0.35  # share of a GPU's peak that training reaches; an assumption
+SCANNED = 20_000  # examples among which the heaviest micro-batch is searched
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Choice:
 
 @dataclass(frozen=True)
 class Planner:
-    """A configuration on its data and devices."""
+    """Predicts a run from its configuration, data and devices, and chooses its `auto` values."""
 
     config: RunConfig
     workload: Workload
@@ -67,11 +67,11 @@ class Planner:
         return task_of(self.config).info(self.config)
 
     @property
-    def kind(self) -> str:
+    def device_type(self) -> str:
         return "cuda" if self.machine.devices else "cpu"
 
     @property
-    def name(self) -> str:
+    def device_name(self) -> str:
         devices = self.machine.devices
         return f"{devices[0].name} x {self.world_size}" if devices else self.machine.cpu_name
 
@@ -86,26 +86,22 @@ class Planner:
             return min(device.free_bytes or device.total_bytes for device in self.machine.devices)
         return self.machine.ram_available_bytes // self.world_size
 
-    @property
-    def first_ids(self) -> list[int]:
-        """Returns the ids of the first step's global batch."""
-        return self._ids(0)
-
-    def _ids(self, step: int) -> list[int]:
+    def ids_of_step(self, step: int) -> list[int]:
+        """Returns the ids of the step's global batch."""
         train = self.config.train
         order = schedule.order_seed(train)
         return batches.global_batch_ids(len(self.workload.lengths), order, step, train.global_batch)
 
     def choose(self) -> tuple[_Choice, str]:
-        """Returns the choice, and the reason why activations are checkpointed or not."""
+        """Returns the choice, and why activations are checkpointed or not."""
         asked = self.config.train.gradient_checkpointing
         if asked != "auto":
             return self._choose_largest(asked), "configured"
         if self.info.small:
             return self._choose_largest(False), "the model is too small for it"
-        kept = self._choose_largest(False)
-        batch = sum(self.workload.lengths[i] for i in self.first_ids) // self.world_size
-        if kept.fits and kept.budget.max_tokens >= min(self.saturating // 4, batch):
+        kept = self._choose_largest(False)  # all activations
+        batch = sum(self.workload.lengths[i] for i in self.ids_of_step(0)) // self.world_size
+        if kept.fits and kept.budget.max_tokens >= min(self.saturating_tokens // 4, batch):
             return kept, "not needed, and it would cost about a quarter of the speed"
         recomputed = self._choose_largest(True)
         if kept.fits and recomputed.budget.max_tokens <= kept.budget.max_tokens:
@@ -131,15 +127,15 @@ class Planner:
             return choice
         if train.max_tokens != "auto":
             return self._try(checkpointing, self._budget(train.max_tokens), "configured")
-        saturates = max(longest, self.saturating)
-        why = "the longest example" if longest == saturates else "more is no faster on this device"
-        high = self._try(checkpointing, self._budget(saturates), why)
-        if high.fits or longest == saturates:
+        most = max(longest, self.saturating_tokens)
+        why = "the longest example" if longest == most else "more is no faster on this device"
+        high = self._try(checkpointing, self._budget(most), why)
+        if high.fits or longest == most:
             return high
         low = self._try(checkpointing, self._budget(longest), "the longest example")
         if not low.fits:
             return low
-        for _ in range(4):  # memory is convex in tokens, so interpolation never predicts too little
+        for _ in range(4):  # memory is convex in tokens, so interpolated values are never too low
             less, more = low.memory.reserved, high.memory.reserved
             share = min(0.98, (self.usable_bytes - less) / (more - less))
             tokens = int(low.tokens + share * (high.tokens - low.tokens))
@@ -150,23 +146,24 @@ class Planner:
         return low
 
     def _budget(self, max_tokens: int) -> batches.Budget:
-        cost = MICRO_BATCH_COST[self.kind]
+        cost = MICRO_BATCH_COST[self.device_type]
         cost = cost and max(1, cost // self.info.copies)
         return batches.Budget(max_tokens, self.layout, cost)
 
     @property
-    def saturating(self) -> int:
+    def saturating_tokens(self) -> int:
         """Returns the number of tokens beyond which a larger micro-batch is no faster."""
-        tokens = SATURATING_SMALL if self.info.small else SATURATING_TOKENS
-        return tokens[self.kind] // self.info.copies
+        most = SATURATING_SMALL if self.info.small else SATURATING_TOKENS
+        return most[self.device_type] // self.info.copies
 
     @property
     def usable_bytes(self) -> float:
-        return self.available_bytes * (1 - MARGIN[self.kind]) - self.context_bytes
+        """Returns the available bytes without the context and a margin."""
+        return self.available_bytes * (1 - MARGIN[self.device_type]) - self.context_bytes
 
     def _try(self, checkpointing: bool, budget: batches.Budget, why: str) -> _Choice:
         config = with_values(self.config, {"train.gradient_checkpointing": checkpointing})
-        cuts = batches.cut(self.first_ids, self.workload.lengths, self.world_size, budget)
+        cuts = batches.cut(self.ids_of_step(0), self.workload.lengths, self.world_size, budget)
         window = self.heaviest_window(budget, checkpointing)
         memory = self.predict(window, config, len(cuts[0]))
         fits = memory.reserved <= self.usable_bytes
@@ -174,16 +171,23 @@ class Planner:
 
     def predict(self, window: Window, config: RunConfig, micro_batches: int) -> Memory:
         """Returns the memory of a step with `micro_batches` micro-batches on each process."""
-        on_gpu, group = self.kind == "cuda", self._group(micro_batches > 1)
         window = replace(window, waiting=(micro_batches - 1) * window.tokens)
-        return predict(config, self.precision, window, on_gpu=on_gpu, group=group)
+        return self._predict(window, config, micro_batches > 1)
 
-    def _group(self, accumulates: bool) -> sharding.Group:
-        train = self.config.train
-        zero = {}
+    def _predict(
+        self, window: Window, config: RunConfig, accumulates: bool, evaluation: bool = False
+    ) -> Memory:
+        train, zero = self.config.train, {}
         if train.engine == "deepspeed":
             zero = processes.deepspeed_settings(train)["zero_optimization"]
-        return sharding.Group(self.world_size, train.engine, accumulates, zero)
+        return predict(
+            config,
+            self.precision,
+            window,
+            on_gpu=self.device_type == "cuda",
+            evaluation=evaluation,
+            group=sharding.Group(self.world_size, train.engine, accumulates, zero),
+        )
 
     def heaviest_window(self, budget: batches.Budget, checkpointing: bool) -> Window:
         """Returns the heaviest micro-batch, with gradients from the start if a step has several."""
@@ -196,7 +200,7 @@ class Planner:
         """Returns the run's micro-batch that takes the most memory, and whether gradients exist
         before it, from earlier micro-batches or in DDP's buckets.
 
-        Of a long run, only the first SCANNED examples and micro-batches of the longest are tried.
+        Considers only the first SCANNED examples of a long run, and its longest ones.
         """
         if budget not in self._candidates:
             self._candidates[budget] = self._heavy_micro_batches(budget)
@@ -211,11 +215,11 @@ class Planner:
         scanned = min(steps, max(1, SCANNED // self.config.train.global_batch))
         several, result = False, list[batches.MicroBatch]()
         for step in range(scanned):
-            cuts = batches.cut(self._ids(step), lengths, world, budget)
+            cuts = batches.cut(self.ids_of_step(step), lengths, world, budget)
             several |= len(cuts[0]) > 1
             result += [m for rank in cuts for m in rank if m]
         if steps > scanned:
-            share = min(math.ceil(len(self.first_ids) / world), len(lengths))
+            share = min(math.ceil(len(self.ids_of_step(0)) / world), len(lengths))
             order = np.argpartition(-np.asarray(lengths), share - 1)[:share]
             result += batches.cut(order.tolist(), lengths, 1, budget)[0]
         return result, several
@@ -243,8 +247,7 @@ class Planner:
         chosen = self._heaviest(work, [m for rank in ranks for m in rank if m], False)
         window = Window((work.sizes(chosen),), budget.layout, gradients=True)
         config = with_values(self.config, {"train.gradient_checkpointing": False})
-        on_gpu, group = self.kind == "cuda", self._group(False)
-        return predict(config, self.precision, window, on_gpu=on_gpu, evaluation=True, group=group)
+        return self._predict(window, config, False, evaluation=True)
 
     def answering_bytes(self, evaluation: Memory) -> int:
         """Returns the peak bytes while held-out prompts are answered; 0 if there are none."""
@@ -259,16 +262,17 @@ class Planner:
         return kept + taken if taken else 0
 
     def seconds(self, counts: Counts, checkpointing: bool, tokens: int) -> float | None:
-        """Returns the time of `tokens`: weights x tokens at an assumed share of the GPU's peak."""
+        """Returns the time of a run of `tokens`, at an assumed share of the GPU's peak.
+
+        None if the speed of the device is unknown.
+        """
         gpu = gpus.find_gpu(self.machine.devices[0].name) if self.machine.devices else None
         if gpu is None or self.precision != "bf16" or self.info.small:
             return None
-        copies = self.info.copies
-        passes = (
-            (3 if self.info.mode == "full" else 2) + checkpointing + self.info.needs_global_batch
-        )
+        passes = 3 if self.info.mode == "full" else 2
+        passes += checkpointing + self.info.needs_global_batch
         speed = gpu.teraflops * 1e12 * UTILISATION * self.world_size
-        multiplied = counts.multiplied
+        multiplied, copies = counts.multiplied, self.info.copies
         if copies > 1:  # each copy has an adapter, which sees its own rows
             multiplied = copies * (multiplied - counts.trained) + counts.trained
         return 2 * passes * multiplied * tokens / speed
@@ -279,12 +283,12 @@ def configured_rows(train: Train, world_size: int) -> int | None:
     rows, steps = train.micro_batch, train.gradient_accumulation_steps
     if steps == "auto":
         return None if rows == "auto" else rows
-    batch, makes = train.global_batch, world_size * steps
-    expected = max(1, batch // makes) if rows == "auto" else rows
-    if expected * makes != batch:
+    batch, number = train.global_batch, world_size * steps
+    expected = max(1, batch // number) if rows == "auto" else rows
+    if expected * number != batch:
         raise ConfigError(
             f"train.global_batch: {world_size} process(es) with {steps} micro-batches of "
-            f"{expected} make {expected * makes} examples, not {batch}: change one of "
+            f"{expected} make {expected * number} examples, not {batch}: change one of "
             "train.global_batch, train.micro_batch, train.gradient_accumulation_steps, or "
             "leave the last two at auto"
         )
@@ -293,13 +297,10 @@ def configured_rows(train: Train, world_size: int) -> int | None:
 
 def budget_values(budget: batches.Budget) -> dict[str, Any]:
     """Returns the configuration of a budget, by dotted key."""
-    values: dict[str, Any] = {
-        "train.max_tokens": budget.max_tokens,
-        "train.layout": budget.layout,
-    }
+    values = {"train.max_tokens": budget.max_tokens, "train.layout": budget.layout}
     if budget.max_rows:
-        values |= {"train.micro_batch": budget.max_rows}
-        values |= {"train.gradient_accumulation_steps": "auto"}
+        rows = {"train.micro_batch": budget.max_rows, "train.gradient_accumulation_steps": "auto"}
+        return values | rows
     return values
 
 
@@ -307,10 +308,10 @@ def resolve_layout(config: RunConfig, precision: str, on_gpu: bool) -> tuple[bat
     """Returns the layout of micro-batches, and the reason."""
     if config.train.layout != "auto":
         return config.train.layout, "configured"
-    asked = task_of(config).info(config).attention
-    if attention.needs_no_mask(asked, precision, on_gpu):
+    kernel = task_of(config).info(config).attention
+    if attention.needs_no_mask(kernel, precision, on_gpu):
         return "packed", "flash attention reads document borders without a mask"
     why = "rows sorted by length; packing would need a dense mask here"
-    if asked == attention.NAME:
-        why += f", where {asked} has no kernel: it has one on a GPU, in bf16"
+    if kernel == attention.NAME:
+        why += f", since {kernel} has a kernel only on a GPU, in bf16"
     return "padded", why

@@ -16,12 +16,12 @@ class Counts:
     """The sizes of a model."""
 
     parameters: int
-    trained: int
+    trained: int  # trained parameters
     multiplied: int  # parameters without embeddings: each multiplies every token once
-    largest: int  # parameters of the largest trained tensor
-    layers: int  # repeated ones, which FSDP2 gathers one at a time
+    largest: int  # elements of the largest trained tensor
+    layers: int  # repeated layers, which FSDP2 gathers one at a time
     outside: int  # parameters that belong to no layer
-    sizes: tuple[int, ...]  # number of elements of each parameter
+    sizes: tuple[int, ...]  # elements of each tensor
 
 
 def count_parameters(config: RunConfig) -> Counts:
@@ -34,21 +34,27 @@ def count_at_depth(key: ModelKey, depth: int | None) -> Counts:
     config = config_of_key(key)
     built = task_of(config).skeleton(config, depth)
     first, last = (getattr(layer, "weight", None) for layer in embedding_layers(built))
-    parameters = list(built.parameters())
-    total = sum(p.numel() for p in parameters)
+    sizes = tuple(p.numel() for p in built.parameters())
+    trained = [p.numel() for p in built.parameters() if p.requires_grad]
     looked_up = 0 if first is None or first is last else first.numel()
-    trained = [p.numel() for p in parameters if p.requires_grad]
     layers = repeated_layers(built)
-    outside = total - sum(p.numel() for layer in layers for p in layer.parameters())
-    sizes = tuple(p.numel() for p in parameters)
-    return Counts(total, sum(trained), total - looked_up, max(trained), len(layers), outside, sizes)
+    in_layers = sum(p.numel() for layer in layers for p in layer.parameters())
+    return Counts(
+        parameters=sum(sizes),
+        trained=sum(trained),
+        multiplied=sum(sizes) - looked_up,
+        largest=max(trained),
+        layers=len(layers),
+        outside=sum(sizes) - in_layers,
+        sizes=sizes,
+    )
 
 
 ModelKey = tuple[type[RunConfig], str]  # a schema, and a configuration of it in JSON
 
 
 def model_key(config: RunConfig, **train: Any) -> ModelKey:
-    """Returns the sections that define the model, and these keys of `train`, as a cache key."""
+    """Returns a cache key: the sections that define the model, and these keys of `train`."""
     task = task_of(config)
     values: dict[str, Any] = {name: getattr(config, name) for name in task.model_sections}
     values |= {"train": {"output_dir": "none", **train}, **task.placeholders}

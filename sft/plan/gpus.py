@@ -39,7 +39,7 @@ GPUS = {
 
 
 def named_gpus(text: str, gib: float | None = None) -> list[Device]:
-    """Returns the devices that `NAME` or `NAME x n` describes; `gib`: the memory of each.
+    """Returns the devices that "NAME" or "NAME x n" describes; `gib`: the memory of each.
 
     Raises ValueError for a name that is not in the table, unless `gib` is given.
     """
@@ -60,7 +60,7 @@ def named_gpus(text: str, gib: float | None = None) -> list[Device]:
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """Returns the GPU that `name`, as people or drivers write it, fits; None unless just one."""
+    """Returns the GPU that people or drivers call `name`; None unless exactly one fits."""
 
     def plain(text: str) -> str:
         return re.sub(

@@ -1,8 +1,8 @@
 """Predicts memory, time and disk of a run before weights are loaded, and resolves `auto` values.
 
-The order of the examples is known, so the heaviest window of the whole run is, too; `memory`
-predicts what it takes. The token budget is the largest that fits with a margin, and no larger than
-one that saturates the device. Activations are checkpointed only where nothing else makes room.
+The order of the examples is known, and so is the heaviest window of the whole run, whose memory is
+predicted. The token budget is the largest that fits with a margin, but no larger than one that
+saturates the device. Activations are checkpointed only if the step does not fit otherwise.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sft.config.load import with_values
 from sft.config.schema import RunConfig
 from sft.data import batches
-from sft.plan.choose import Planner, budget_values, resolve_layout
+from sft.plan.choose import Planner, resolve_layout
 from sft.plan.counts import count_parameters
 from sft.plan.memory import Memory
 from sft.plan.records import PastRuns, read_past_runs
@@ -71,7 +70,7 @@ def make_plan(config: RunConfig, workload: Workload, machine: Hardware, world_si
     planner = Planner(config, workload, machine, world_size, precision, layout)
     choice, why_checkpointing = planner.choose()
     info, counts = planner.info, count_parameters(config)
-    cuts, budget, global_batch = choice.cuts, choice.budget, len(planner.first_ids)
+    cuts, budget, global_batch = choice.cuts, choice.budget, len(planner.ids_of_step(0))
     hold = f"{budget.max_tokens:,} tokens"
     reasons = {
         "precision": why_precision,
@@ -109,8 +108,8 @@ def make_plan(config: RunConfig, workload: Workload, machine: Hardware, world_si
         context_bytes=planner.context_bytes,
         available_bytes=planner.available_bytes,
         usable_bytes=int(planner.usable_bytes),
-        device=planner.name,
-        past=read_past_runs(info.cache, planner.name),
+        device=planner.device_name,
+        past=read_past_runs(info.cache, planner.device_name),
         seconds=planner.seconds(counts, choice.checkpointing, tokens),
         disk=predict_disk(config, len(workload.lengths)),
         labels=info.labels,
@@ -120,7 +119,7 @@ def make_plan(config: RunConfig, workload: Workload, machine: Hardware, world_si
 
 
 def predict_disk(config: RunConfig, num_examples: int) -> Need:
-    """Returns the bytes that a run on so many examples writes."""
+    """Returns the bytes that a run on `num_examples` examples writes."""
     info = task_of(config).info(config)
     steps = schedule.total_steps(config.train, num_examples)
     counts = count_parameters(config)
@@ -155,20 +154,11 @@ def _warnings(plan: Plan) -> list[str]:
 def resolved_values(plan: Plan) -> dict[str, Any]:
     """Returns the values that `auto` became, by dotted key.
 
-    Keys of the cut stay `auto`, since they follow from `max_tokens`.
+    `micro_batch` and `gradient_accumulation_steps` stay `auto`: they follow from `max_tokens`.
     """
     cut = ("micro_batch", "gradient_accumulation_steps")
     values = {f"train.{key}": value for key, value in chosen_values(plan).items() if key not in cut}
     return {key: value for key, value in values.items() if key in plan.reasons}
-
-
-def replan(
-    plan: Plan, config: RunConfig, workload: Workload, machine: Hardware, budget: batches.Budget
-) -> Plan:
-    """Returns the plan with another budget."""
-    changes = {"train.gradient_checkpointing": plan.gradient_checkpointing, **budget_values(budget)}
-    changed = make_plan(with_values(config, changes), workload, machine, plan.world_size)
-    return replace(changed, budget=budget, reasons=plan.reasons)
 
 
 def planner_of(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan) -> Planner:

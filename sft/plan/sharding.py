@@ -162,19 +162,19 @@ def _zero3(phase: str, parts: dict[str, int], config: RunConfig, group: Group) -
 
     trained, largest = 4 * counted.trained, 4 * counted.largest
     bucket = 4 * _zero_size(config, group, "reduce_bucket_size")
-    gathered = large_bytes("stage3_max_live_parameters")
+    transient = large_bytes("stage3_max_live_parameters")
     if phase.startswith("forward"):
-        gathered += large_bytes("stage3_prefetch_bucket_size")
+        transient += large_bytes("stage3_prefetch_bucket_size")
     elif "embedding" in phase:
-        gathered = 2 * min(bucket, trained)
+        transient = 2 * min(bucket, trained)
     elif phase.startswith("backward"):
-        gathered += largest + (2 * bucket if bucket < trained else 0)
+        transient += largest + (2 * bucket if bucket < trained else 0)
     elif phase.startswith("update"):
-        gathered = 2 * largest
+        transient = 2 * largest
     result = _split(parts, group)
     share = math.ceil(trained / group.world_size)
     return result | {
         "optimizer": result["optimizer"] + share,
         "gradients": share * (2 if group.offloads else 1),
-        "communication": round(whole * small) + bucket + gathered,
+        "communication": round(whole * small) + bucket + transient,
     }

@@ -33,12 +33,12 @@ class Block:
     """One storage."""
 
     num_bytes: int
-    label: str  # what it is for; may be set after its birth
+    label: str  # its use; may be set after its birth
 
 
 @dataclass
 class Trace:
-    """Births (True) and deaths (False) of blocks, in order; a living block has no death."""
+    """Births (True) and deaths (False) of blocks, in order; a block may outlive the trace."""
 
     events: list[tuple[bool, Block]] = field(default_factory=list)
     phases: list[tuple[int, str]] = field(default_factory=list)  # first event, name
@@ -66,7 +66,7 @@ class Trace:
         return result
 
     def reserved(self, expandable: bool = True, pages: bool = True) -> int:
-        """Returns the bytes that the caching allocator takes from the GPU, at most."""
+        """Returns the most bytes that the caching allocator takes from the GPU."""
         allocator = CachingAllocator(expandable, pages)
         chunks: dict[Block, Chunk] = {}
         for born, block in self.events:
@@ -84,20 +84,20 @@ class Peak:
 
 
 class Recorder(TorchDispatchMode):
-    """Records into `trace` while it is entered; `label` is that of the next blocks."""
+    """Records into `trace` while it is entered, and labels new blocks with `label`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.trace = Trace()
         self.label = "other"
-        self.namespace_labels: dict[str, str] = {}  # for what a namespace's operations make
+        self.namespace_labels: dict[str, str] = {}  # labels of blocks by operations of a namespace
         self._known: dict[int, tuple[Block, weakref.ref]] = {}  # address of the storage -> block
 
     def begin_phase(self, phase: str) -> None:
         self.trace.phases.append((len(self.trace.events), phase))
 
     def label_tensors(self, tensors: Iterable[torch.Tensor | None], label: str) -> None:
-        """Labels tensors, whenever they were born; unknown ones are born now."""
+        """Labels tensors, whenever they were born; an unknown tensor counts as born now."""
         for tensor in tensors:
             if tensor is not None:
                 self._block_of(tensor, label).label = label
@@ -127,24 +127,21 @@ class Recorder(TorchDispatchMode):
 
 
 class AssumeOnes(TorchDispatchMode):
-    """Gives 1 (True) as the value of a fake tensor where a program reads one."""
+    """Gives 1 (or True) where a program reads the value of a fake tensor."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return _one(args[0].dtype)
+            dtype = args[0].dtype
+            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         return func(*args, **(kwargs or {}))
-
-
-def _one(dtype: torch.dtype) -> bool | int | float:
-    return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
 def _is_accumulation(left: Any, right: Any = None, *further: Any) -> bool:
     """Returns whether autograd sums two gradients of one tensor and may overwrite the first.
 
-    It does so in place where it holds the last reference to the first, but not under a dispatch
-    mode (torch/csrc/autograd/input_buffer.cpp: `can_accumulate_inplace`); without this
-    the recorder would change what it records.
+    It does so in place if it holds the last reference to the first, but not under a dispatch mode
+    (torch/csrc/autograd/input_buffer.cpp: `can_accumulate_inplace`). So without this function the
+    recorder would change what it records.
     """
     return (
         torch._C._current_graph_task_id() != -1
@@ -152,6 +149,6 @@ def _is_accumulation(left: Any, right: Any = None, *further: Any) -> bool:
         and not further
         and isinstance(right, torch.Tensor)
         and (left.shape, left.dtype) == (right.shape, right.dtype)
-        # The gradient itself, and the object that asks; a view or a saved tensor would be a third.
+        # One use by the gradient, and one by this call; a view or a saved tensor would be a third.
         and torch._C._storage_Use_Count(left.untyped_storage()._cdata) == 2
     )
