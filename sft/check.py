@@ -1,7 +1,7 @@
-"""Preflight: runs all checks and prints a `Finding(ok, what, do)` for each.
+"""Runs all checks before a training, and prints a `Finding` for each.
 
-A check that raises a UserError is a finding, too; checks that depend on it are skipped. The
-training steps happen in this process on few examples, and their checkpoint is removed.
+A check that raises a UserError is a finding, too; checks that depend on it are skipped. A trial
+step runs in this process on few examples, and its checkpoint is removed.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from platform import python_version
 
 from accelerate import Accelerator
 from packaging.requirements import Requirement
 from rich.text import Text
 
 from sft.config.load import with_values
-from sft.config.schema import Configured, RunConfig
+from sft.config.schema import RunConfig
 from sft.errors import UserError
 from sft.plan import plan
 from sft.runtime import hardware, processes
@@ -50,9 +52,7 @@ def _findings(config_file: str, overrides: list[str]) -> Iterator[Finding]:
     try:
         config = load_run(config_file, overrides)
     except UserError as error:
-        yield Finding(
-            False, str(error), "correct the configuration; the checks that need it are left out"
-        )
+        yield Finding(False, str(error), "correct it; checks of the configuration are left out")
         return
     yield Finding(True, f"configuration: {config_file}, every key known and of the right type")
     yield precision(config, machine)
@@ -67,8 +67,8 @@ def _findings(config_file: str, overrides: list[str]) -> Iterator[Finding]:
 
 
 def python() -> Finding:
-    found = ".".join(map(str, sys.version_info[:3]))
-    return Finding(sys.version_info >= (3, 11), f"Python {found}", "" if found else "install 3.11")
+    is_new = sys.version_info >= (3, 11)
+    return Finding(is_new, f"Python {python_version()}", "" if is_new else "install 3.11 or later")
 
 
 def packages(needed: Iterable[str]) -> Finding:
@@ -77,13 +77,10 @@ def packages(needed: Iterable[str]) -> Finding:
     for requirement in map(Requirement, needed):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        number += 1
-        try:
+        number, expected, found = number + 1, requirement.specifier, "nothing"
+        with suppress(metadata.PackageNotFoundError):
             found = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            found = "nothing"
-        if found == "nothing" or not requirement.specifier.contains(found, prereleases=True):
-            expected = requirement.specifier
+        if found == "nothing" or not expected.contains(found, prereleases=True):
             wrong.append(f"{requirement.name}: expected {expected}, found {found}")
     if wrong:
         return Finding(False, "; ".join(wrong), "`make setup`, or pip install the versions named")
@@ -110,9 +107,8 @@ def precision(config: RunConfig, machine: hardware.Hardware) -> Finding:
     capable = all(d.bf16 for d in machine.devices) if machine.devices else machine.cpu_bf16
     what = f"precision: {wanted} ({reason}); bf16 {'in hardware' if capable else 'not in hardware'}"
     slow = wanted == "bf16" and not capable
-    return Finding(
-        not slow, what, "set train.precision: fp32, emulated bf16 is slower" if slow else ""
-    )
+    remedy = "set train.precision: fp32, which is faster than emulated bf16"
+    return Finding(not slow, what, remedy if slow else "")
 
 
 def writable(folder: Path) -> Finding:
@@ -125,9 +121,7 @@ def writable(folder: Path) -> Finding:
 
 
 def disk(config: RunConfig) -> Finding:
-    kind = task_of(config)
-    number = len(kind.workload(config).lengths)
-    needed = plan.predict_disk(config, number)
+    needed = plan.predict_disk(config, len(task_of(config).workload(config).lengths))
     try:
         refuse_if_full(needed, config.train)
     except UserError as error:
@@ -137,16 +131,18 @@ def disk(config: RunConfig) -> Finding:
 
 
 def trial(config: RunConfig) -> Iterator[Finding]:
-    """Tries model, processes, two steps on few examples, a checkpoint and an answer.
+    """Tries the model, the processes, a training step on few examples, a checkpoint and an answer.
 
-    The steps are the task's own; the checkpoint is saved, read back and thrown away.
+    The step is the task's own; the checkpoint is saved, read back and removed.
     """
     refuse_if_unwritable(Path(config.train.output_dir))
-    accelerator = processes.start_processes(processes.drop_launch_demands(config).train)
+    own_process = processes.drop_launch_demands(config)
+    accelerator = processes.start_processes(own_process.train)
     yield Finding(True, f"Accelerate: {processes.describe_world(accelerator)['devices']}")
     place = hardware.nearest_existing(Path(config.train.output_dir))
     with tempfile.TemporaryDirectory(prefix=".check_", dir=place) as folder:
-        task, planned = _start(_few(config, folder), accelerator)
+        few = {"train.output_dir": folder, "train.global_batch": ROWS, "train.max_steps": 2}
+        task, planned = _start(with_values(own_process, few), accelerator)
         share = f"{planned.num_trained:,} of {planned.num_parameters:,} parameters are trained"
         described = dict(task.describe(config))
         yield Finding(True, f"model: {described.get('model', config.task)}, {share}")
@@ -164,15 +160,10 @@ def trial(config: RunConfig) -> Iterator[Finding]:
         yield from task.check_result(trained, Path(folder))
 
 
-def _few(config: Configured, folder: str) -> Configured:
-    """Returns the configuration for two steps of few examples, in one process."""
-    few = {"train.output_dir": folder, "train.global_batch": ROWS, "train.max_steps": 2}
-    return task_of(config).trial_config(with_values(processes.drop_launch_demands(config), few))
-
-
 def _start(config: RunConfig, accelerator: Accelerator) -> tuple[Task, plan.Plan]:
-    """Returns the task, ready for its first step, and its plan."""
+    """Returns the task of a trial, ready for its first step, and its plan."""
     kind = task_of(config)
+    config = kind.trial_config(config)
     prepared = kind.trial_data(config)
     planned = plan.make_plan(config, kind.workload(config, prepared), hardware.detect(), 1)
     resolved = with_values(config, plan.resolved_values(planned))

@@ -4,7 +4,7 @@ The step is the run's own: the task's model and loss and `Engine.optimizer_step`
 fake tensors, which have shapes but no data. A recorder notes the allocations.
 
 The dry run is on the CPU, whatever the run's device. To predict a GPU, operations are patched to
-keep what they would keep there, as far as possible (docs/PLAN.md).
+keep the tensors that they would keep there, as far as possible (docs/PLAN.md).
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Window:
 
     micro_batches: tuple[tuple[ExampleSize, ...], ...]
     layout: batches.Layout = "padded"
-    gradients: bool = False  # exist from the start, from earlier micro-batches or in DDP's buckets
+    gradients: bool = False  # whether they exist before: from earlier passes or in DDP's buckets
     waiting: int = 0  # tokens of collated micro-batches that wait; `memory` adds their bytes
 
     @property
     def tokens(self) -> int:
         """Returns the tokens that the last micro-batch computes, padding included."""
         lengths = [length for length, _ in self.micro_batches[-1]]
-        return sum(lengths) if self.layout == "packed" else len(lengths) * max(lengths)
+        return batches.num_tokens(lengths, [*range(len(lengths))], self.layout)
 
 
 def trace_step(
@@ -70,17 +70,17 @@ def trace_step(
 ) -> Trace:
     """Returns the allocations of a step after the first, weights and optimizer state included.
 
-    `depth`: the number of layers; None: all. `on_gpu`: the allocations as they would be on a GPU.
-    `evaluation`: those of a held-out loss after such a step, while its gradients still exist.
+    `depth`: the number of layers; None: all. `on_gpu`: as they would be on a GPU. `evaluation`: of
+    a held-out loss instead, after such a step, while its gradients still exist.
     """
     task = task_of(config)
     info = task.info(config)
-    isolates = needs_no_mask(info.attention, precision, on_gpu)
-    if isolates:  # its kernels need a GPU; what they keep is what SDPA keeps, where a model has it
+    needs_mask = not needs_no_mask(info.attention, precision, on_gpu)
+    if not needs_mask:  # such kernels need a GPU; SDPA, if a model has it, keeps the same tensors
         config = with_values(config, {"model.attn_implementation": "auto"})
     if depth is not None:
         config = task.with_depth(config, depth)
-    masked = window.layout == "packed" and max(map(len, window.micro_batches)) > 1 and not isolates
+    masked = needs_mask and window.layout == "packed" and max(map(len, window.micro_batches)) > 1
     with _fake(info.mode, masked), _like_a_gpu(info.text, precision) if on_gpu else nullcontext():
         engine = make_engine(config, precision, window, weights=False, depth=depth)
         return record_step(engine, gradients=window.gradients or evaluation, evaluation=evaluation)
@@ -101,10 +101,10 @@ def _set_attributes(owner: Any, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def _fake(mode: str, masked: bool) -> Iterator[None]:
-    """Makes every tensor inside fake, and prevents that anything outside keeps one.
+    """Makes every tensor fake within this context, and prevents that libraries keep one.
 
-    `masked`: whether transformers makes a mask, as it does for packed documents. It decides by the
-    values of a tensor, which a fake one lacks.
+    `masked`: whether transformers makes a mask, as it does for packed documents. It would look at
+    the values of a tensor, which a fake one lacks.
     """
     with ExitStack() as stack:
         enter = stack.enter_context
@@ -112,11 +112,11 @@ def _fake(mode: str, masked: bool) -> Iterator[None]:
         if mode == "qlora":
             from bitsandbytes import functional
 
-            enter(_set_attributes(functional, name2qmap={}))  # tables kept for all models
+            enter(_set_attributes(functional, name2qmap={}))  # its cache of tables
         enter(_set_attributes(masking_utils, is_tracing=lambda *_: masked))
         enter(_set_attributes(nn.Module, _apply=_convert))
         enter(warnings.catch_warnings(action="ignore"))  # the real build gives the same warnings
-        # If tracing fails, torch would log it; the plan uses a closed form and gives the reason.
+        # torch would log a failure; the plan gives it as the reason for using a closed form.
         enter(_set_attributes(getLogger("torch._subclasses.fake_tensor"), disabled=True))
         enter(FakeTensorMode(allow_non_fake_inputs=True))
         enter(AssumeOnes())
@@ -124,7 +124,7 @@ def _fake(mode: str, masked: bool) -> Iterator[None]:
 
 
 def _convert(module: nn.Module, function: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
-    """Replaces `nn.Module._apply`, which swaps parameters in place; fake ones do not allow it."""
+    """Replaces `nn.Module._apply`, which changes parameters in place; fake ones forbid it."""
     for child in module.children() if recurse else ():
         _convert(child, function)
     for name, parameter in module._parameters.items():
@@ -138,23 +138,23 @@ def _convert(module: nn.Module, function: Callable[[Any], Any], recurse: bool = 
 
 @contextmanager
 def _like_a_gpu(text: Any, precision: str) -> Iterator[None]:
-    """Lets operations keep what they would keep on a GPU; `text`: the sizes of the model."""
+    """Lets operations keep the tensors that they keep on a GPU; `text`: sizes of the model."""
     attend: Any = F.scaled_dot_product_attention
     normalise: Any = F.layer_norm
 
     def dropout(
         x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
-        """Keeps a mask of booleans, as on a GPU; on a CPU the mask has numbers."""
+        """Keeps a boolean mask, as on a GPU; on a CPU the mask has the dtype of `x`."""
         del inplace
         return torch.native_dropout(x, p, training)[0]
 
     def attention(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
-        """Keeps no mask of dropout: a GPU's kernels make it again. On a CPU it is quadratic."""
+        """Keeps no dropout mask: kernels of a GPU make it again. On a CPU it is quadratic."""
         return attend(*tensors, **options | {"dropout_p": 0.0})
 
     def layer_norm(*arguments: Any) -> torch.Tensor:
-        """Computes in fp32 under autocast."""
+        """Computes in fp32 under autocast, as on a GPU."""
         if not torch.is_autocast_enabled("cpu"):
             return normalise(*arguments)
         tensors = (a.float() if isinstance(a, torch.Tensor) else a for a in arguments)
@@ -164,12 +164,8 @@ def _like_a_gpu(text: Any, precision: str) -> Iterator[None]:
     grouped = getattr(text, "num_key_value_heads", heads) != heads
     # No flash or memory-efficient kernel takes grouped queries in fp32.
     kernels = sdpa_kernel(SDPBackend.MATH) if precision == "fp32" and grouped else nullcontext()
-    operations = {
-        "dropout": dropout,
-        "scaled_dot_product_attention": attention,
-        "layer_norm": layer_norm,
-    }
-    with _set_attributes(F, **operations), kernels:
+    operations = {"dropout": dropout, "scaled_dot_product_attention": attention}
+    with _set_attributes(F, **operations, layer_norm=layer_norm), kernels:
         yield
 
 
@@ -221,8 +217,8 @@ def make_engine(
 ) -> DryEngine:
     """Returns an engine that computes `window` in every step.
 
-    It runs on the device of `accelerator`, in its processes. With None it is one process on the
-    CPU, after the first step, in which the optimizer makes its state.
+    It runs on the device and in the processes of `accelerator`. Without one, it is one process on
+    the CPU, and the optimizer has a state, as after the first step.
     """
     rows = [row for micro_batch in window.micro_batches for row in micro_batch]
     config = with_values(config, {"train.global_batch": len(rows)})
@@ -247,7 +243,7 @@ def make_engine(
 class CpuAccelerator:
     """Replaces an Accelerator for one process on the CPU.
 
-    A process has only one Accelerator, and that of the run may be on a GPU.
+    A process can have only one Accelerator, and that of the run may be on a GPU.
     """
 
     device, num_processes, process_index, is_main_process = CPU, 1, 0, True
@@ -255,10 +251,10 @@ class CpuAccelerator:
 
     def __init__(self, precision: str, engine: str = "ddp"):
         self.precision = precision
-        self.caches = engine == "ddp"  # bf16 copies of weights live through a forward pass
+        self.caches = engine == "ddp"  # whether bf16 copies of weights live until a pass ends
 
     def prepare(self, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
-        """Computes in the precision and gives results in fp32, as Accelerator.prepare_model."""
+        """Computes in the precision and returns fp32, as Accelerator.prepare_model does."""
         if self.precision != "fp32":
             dtype = dtypes.DTYPES[self.precision]
             autocast = torch.autocast("cpu", dtype, cache_enabled=self.caches)
@@ -272,8 +268,8 @@ class CpuAccelerator:
 def record_step(engine: DryEngine, *, gradients: bool = False, evaluation: bool = False) -> Trace:
     """Returns the allocations of the engine's next step, labelled by use and cut into phases.
 
-    `evaluation`: those of the held-out loss of its first micro-batch instead. `gradients`: whether
-    gradients exist from the start.
+    `gradients`: whether gradients exist before. `evaluation`: of the held-out loss of the first
+    micro-batch instead.
     """
     recorder, model = Recorder(), engine.task.model
     engine.recorder, engine.gradients = recorder, gradients
@@ -318,8 +314,7 @@ def tensors_in(values: Mapping[str, Any]) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def _label_passes(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Begins a phase for the forward pass, the loss (from the vocabulary head on) and the backward
-    pass of each micro-batch."""
+    """Begins a phase with each forward pass, each loss (from the head on) and backward pass."""
     count = 0
 
     def before_model(*_: object) -> None:

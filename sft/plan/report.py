@@ -1,4 +1,4 @@
-"""Tables of a plan, and plan.json."""
+"""Makes the tables of a plan, and writes plan.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sft.plan.choose import UTILISATION
 from sft.plan.plan import Plan, chosen_values
 from sft.runtime.console import duration, facts, size, table, write_json
 
-LAUNCHES = 0.05  # seconds of arithmetic below which a GPU waits for the launches of its kernels
+LAUNCH_SECONDS = 0.05  # if a micro-batch takes less, a GPU mostly waits for launches of kernels
 WORK = (  # values of a plan in the section "work" of plan.json
     *("num_examples", "num_held_out", "tokens_per_epoch", "supervised_share", "steps", "tokens"),
     *("global_batch", "world_size", "num_parameters", "num_trained"),
@@ -29,25 +29,20 @@ def plan_table(plan: Plan) -> Table:
     """Returns the plan as people read it."""
     labels = plan.labels
     cut = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} x {plan.micro_batches}"
+    examples = f"{plan.num_examples:,}{labels.each} to train on, {plan.num_held_out:,} held out"
+    supervised = f"{plan.supervised_share:.0%} {labels.items}"
+    most = f"at most {plan.budget.max_tokens:,} tokens, {plan.budget.layout}"
     rows: list[tuple[str, str | Text]] = [
-        (
-            labels.examples,
-            f"{plan.num_examples:,}{labels.each} to train on, {plan.num_held_out:,} held out",
-        ),
+        (labels.examples, examples),
         (
             "tokens",
-            f"{plan.tokens_per_epoch:,} per epoch ({plan.supervised_share:.0%} {labels.items}), "
-            f"{plan.tokens:,} in total",
+            f"{plan.tokens_per_epoch:,} per epoch ({supervised}), {plan.tokens:,} in total",
         ),
         ("steps", f"{plan.steps:,} of {plan.global_batch} {labels.examples}"),
-        (
-            "batch",
-            f"{cut} micro-batch(es) of at most {plan.budget.max_tokens:,} tokens, "
-            f"{plan.budget.layout}",
-        ),
+        ("batch", f"{cut} micro-batch(es) of {most}"),
         ("trained", f"{plan.num_trained:,} of {plan.num_parameters:,} parameters"),
         ("memory", _memory(plan)),
-        ("disk", f"{plan.disk}"),
+        ("disk", str(plan.disk)),
     ]
     if plan.evaluation_bytes:
         loss, answers = size(plan.evaluation_bytes), size(plan.generation_bytes)
@@ -78,13 +73,13 @@ def _memory(plan: Plan) -> str:
 
 def _time(plan: Plan) -> str:
     assert plan.seconds is not None
-    if plan.seconds < LAUNCHES * plan.steps * plan.micro_batches:
+    if plan.seconds < LAUNCH_SECONDS * plan.steps * plan.micro_batches:
         return "that of launching kernels, as the micro-batches are so small; probed before step 1"
     return f"about {duration(plan.seconds)}, if {UTILISATION:.0%} of the GPU's peak is reached"
 
 
 def memory_table(plan: Plan) -> Table:
-    """Returns the parts of the peak, with a bar for each."""
+    """Returns the parts of the peak, each with a bar."""
     parts = dict(plan.memory.breakdown)
     if plan.context_bytes:
         parts["reserved, not allocated"] = plan.memory.reserved - plan.memory.allocated
@@ -106,18 +101,11 @@ def memory_table(plan: Plan) -> Table:
 
 def advice_table(found: list[Advice]) -> Table:
     """Returns the changes that take less memory; those that do not fit are dim."""
-    rows = [
-        [
-            Text(cell, "" if each.fits else "dim")
-            for cell in (
-                each.change,
-                size(each.saved_bytes),
-                "fits" if each.fits else "does not fit",
-                each.price,
-            )
-        ]
-        for each in found
-    ]
+    rows = []
+    for each in found:
+        result = "fits" if each.fits else "does not fit"
+        cells = (each.change, size(each.saved_bytes), result, each.price)
+        rows.append([Text(cell, "" if each.fits else "dim") for cell in cells])
     return table("What would take less", ("change", "saves", "then", "price"), rows, left=4)
 
 

@@ -18,7 +18,7 @@ WARM_UP = 2  # steps before the trace: the first ones allocate
 
 @contextmanager
 def profiled(train: Train, log: Log) -> Iterator[Callable[[], None]]:
-    """Yields a function to call after each step; the main process then writes a trace.
+    """Yields a function to call after each step; the main process writes a trace.
 
     If the run has fewer steps than `train.profile_steps`, the trace has all of them.
     """

@@ -9,7 +9,10 @@ from sft.data import batches
 
 
 def learning_rate(train: Train, step: int, total_steps: int) -> float:
-    """Returns the rate of a step (from 0): linear warm-up, then `schedule` to `min_lr_ratio`."""
+    """Returns the rate of a step, counted from 0.
+
+    It rises linearly during the warm-up, and then follows `schedule` down to `min_lr_ratio`.
+    """
     warmup = math.ceil(train.warmup_ratio * total_steps)
     if step < warmup:
         return train.learning_rate * (step + 1) / warmup
@@ -20,7 +23,7 @@ def learning_rate(train: Train, step: int, total_steps: int) -> float:
 
 
 def order_seed(train: Train) -> int | None:
-    """Returns the seed of the order of examples; None: the order of the file."""
+    """Returns the seed of the order of examples, or None for the order of the file."""
     return train.seed if train.shuffle else None
 
 

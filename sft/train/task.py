@@ -19,7 +19,7 @@ class Trainable(Protocol):
 
     model: nn.Module
     budget: batches.Budget
-    """How micro-batches are cut. This is the only copy; the engine lowers it if memory runs out."""
+    """How micro-batches are cut. The engine lowers it if memory runs out; nobody else keeps it."""
     needs_global_batch: bool
     """Whether the loss depends on the whole global batch instead of being a sum over examples."""
 
@@ -28,13 +28,13 @@ class Trainable(Protocol):
         """Returns the number of tokens of each training example."""
 
     def collate(self, ids: list[int]) -> Batch:
-        """Returns a micro-batch on the device; without ids, one that has no supervised items."""
+        """Returns a micro-batch on the device; without ids, one without supervised items."""
 
     def num_supervised(self, batch: Batch) -> float:
         """Returns the number of items that the loss sums over, or the sum of their weights."""
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns the *sum* of the loss over the supervised items, and sums to be reported."""
+        """Returns the *sum* of the loss over the supervised items, and further sums to report."""
 
     def summarise(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
         """Returns the representations (examples, ...) that `loss` compares, without gradients."""
@@ -44,8 +44,8 @@ class Trainable(Protocol):
     ) -> None:
         """Receives the summaries of a global batch before its passes, the same on every rank.
 
-        `supervised`: number of its supervised items. `summaries` is None if the batch is not cut:
-        then `loss` gets the whole batch at once.
+        `supervised`: the number of its supervised items. `summaries` is None if the batch is not
+        cut: then `loss` gets the whole batch at once.
         """
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -54,7 +54,7 @@ class Trainable(Protocol):
     def eval_loss(
         self, model: nn.Module, batch: Batch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns the held-out loss of the model as it is used, in the form of `loss`."""
+        """Returns the same values as `loss`, for the model as it is used and held-out examples."""
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """Writes the model or adapter in the format of its library. Main process only.
