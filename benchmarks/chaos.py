@@ -38,7 +38,7 @@ from sft.config.load import dump_config, load_config, with_values
 from sft.runtime import checkpoint
 from sft.runtime.console import Advance, bar, make_console
 from sft.verify import laws
-from sft.verify.runs import TRAIN, Small, make_small, read_outcome
+from sft.verify.runs import TRAIN, SmallConfig, make_small, read_outcome
 
 ROOT = Path(__file__).parent.parent
 SAVE_STEPS = 3
@@ -93,7 +93,7 @@ class Found:
 class Chase:
     """One configuration, run and killed over and over."""
 
-    def __init__(self, name: str, small: Small, seed: int):
+    def __init__(self, name: str, small: SmallConfig, seed: int):
         self.world, values = CONFIGURATIONS[name]
         self.found = Found(name, self.world)
         self.random = random.Random(f"{seed} {name}")

@@ -90,7 +90,8 @@ def test_a_device_that_cannot_hold_the_longest_example_is_an_error(engine):
 def test_what_is_measured_is_what_the_step_takes(engine):
     micro_batches = [[0, 1, 2], [3, 4, 5, 6]]
     context = Context(engine.accelerator)
-    engine = dry_run.DryEngine(engine.task, engine.train, context, micro_batches)
+    engine = dry_run.DryEngine(engine.task, engine.train, context)
+    engine.micro_batches = micro_batches
     measured = calibration.fit_budget(engine, lambda _: micro_batches, 0)
     engine.optimizer_step()  # now there is a state of the optimizer
     engine.optimizer.zero_grad()

@@ -24,7 +24,7 @@ from sft.runtime import hardware
 from sft.tasks.registry import load_run
 from sft.tasks.sft.shrink import small_model
 from sft.verify import laws, runs
-from sft.verify.runs import Small, make_small
+from sft.verify.runs import SmallConfig, make_small
 
 # --- parts ---------------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ def test_deviations_are_relative_and_infinite_where_something_is_missing(tmp_pat
 
 
 def test_every_cut_is_tried_once():
-    small = Small(load_config(ROOT / "configs/nano.yaml"), Path(), [9, 5, 4], [])
+    small = SmallConfig(load_config(ROOT / "configs/nano.yaml"), Path(), [9, 5, 4], [])
     files = [Path("configs/deepspeed_z2.json")]
     for world, number in ((1, 4), (2, 7)):
         found = laws.list_cuts(small, world, files)
@@ -153,7 +153,7 @@ def test_that_varlen_has_no_kernel_in_fp32_is_a_change(tmp_path, exact):
 DARKROOM = ["distill.compress=true", "distill.dropout=0.1", "distill.width=48"]
 
 
-def small_darkroom(folder: Path, monkeypatch) -> Small:
+def small_darkroom(folder: Path, monkeypatch) -> SmallConfig:
     monkeypatch.setattr(hardware, "usable_cores", lambda: 1)  # a pool takes longer to start
     config = load_run(ROOT / "configs/ad_darkroom.yaml", DARKROOM)
     return make_small(config, folder, exact=True)

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import masking_utils
 
 from sft.config.load import with_values
-from sft.config.schema import RunConfig, Train
+from sft.config.schema import RunConfig
 from sft.data import batches
 from sft.data.batches import MicroBatch
 from sft.evaluate import generate
@@ -38,7 +38,7 @@ from sft.runtime.processes import Context
 from sft.tasks.base import ExampleSize
 from sft.tasks.registry import task_of
 from sft.train.engine import Engine
-from sft.train.task import Batch, Trainable
+from sft.train.task import Batch
 
 CPU = torch.device("cpu")
 
@@ -172,14 +172,9 @@ def _like_a_gpu(text: Any, precision: str) -> Iterator[None]:
 class DryEngine(Engine):
     """An engine that computes the same window in every step, and records the allocations."""
 
+    micro_batches: list[MicroBatch]
     recorder: Recorder | None = None
     gradients = False  # whether gradients exist before the first pass of a step
-
-    def __init__(
-        self, task: Trainable, train: Train, context: Context, micro_batches: list[MicroBatch]
-    ):
-        super().__init__(task, train, context)
-        self.micro_batches = micro_batches
 
     def window(self, step: int) -> tuple[list[int], list[MicroBatch]]:
         return [i for micro_batch in self.micro_batches for i in micro_batch], self.micro_batches
@@ -229,8 +224,8 @@ def make_engine(
     model = kind.build_model(config, precision, context.accelerator.device, weights, depth)
     task = kind(config, examples, model, budget, context)
     numbers = iter(range(len(rows)))
-    micro_batches = [[next(numbers) for _ in each] for each in window.micro_batches]
-    engine = DryEngine(task, config.train, context, micro_batches)
+    engine = DryEngine(task, config.train, context)
+    engine.micro_batches = [[next(numbers) for _ in each] for each in window.micro_batches]
     if accelerator is None:
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -43,9 +43,7 @@ def named_gpus(text: str, gib: float | None = None) -> list[Device]:
 
     Raises ValueError for a name that is not in the table, unless `gib` is given.
     """
-    name, _, number = (
-        part.strip() for part in re.sub(r"\s+[xX*]\s*(?=\d+$)", "|", text.strip()).partition("|")
-    )
+    ((name, number),) = re.findall(r"^(.*?)(?:\s+[xX*]\s*(\d+))?$", text.strip())
     gpu = find_gpu(name)
     if gpu is None and gib is None:
         raise ValueError(

@@ -89,7 +89,7 @@ class Engine:
             self._skip("loss", loss, done.not_finite)
         else:
             grad_norm = self._call_once(ids, self.clip)
-            if self._is_true_on_any_rank(not math.isfinite(grad_norm)):
+            if self._on_any_rank(not math.isfinite(grad_norm)):
                 self._skip("gradient norm", grad_norm, ids)
             else:
                 self._call_once(ids, self.parallel.update)
@@ -122,8 +122,8 @@ class Engine:
         self.parallel.begin_step()
         batches = [guard.call(m, self.collate, m) for m in micro_batches]
         count = 0.0 if guard.oom else self._count(batches)
-        supervised, *flags = self._sum([count, *self.guard.flags()])
-        self.guard.agree(*flags)
+        supervised, *signals = self._sum([count, *self.guard.flags()])
+        self.guard.agree(*signals)
         if waits_in == "forward" and (oom := self._oom_on_any_rank(guard)):
             return oom
         if self.task.needs_global_batch and (
@@ -201,9 +201,9 @@ class Engine:
                     table[[places[i] for i in micro_batch]] = summary
             if oom := self._oom_on_any_rank(guard):
                 return oom
-            # Each row comes from one rank.
+            # Each row is filled on one rank, and 0 on the others.
             table = self._call_once(ids, self.accelerator.reduce, table, "sum")
-        self._seed([], ids)  # the same on all
+        self._seed([], ids)  # the same on all ranks
         self._call_once(ids, self.task.set_global_batch, ids, table, supervised)
         return None
 
@@ -238,15 +238,13 @@ class Engine:
 
     # -- what goes wrong in a step
 
-    def _is_true_on_any_rank(self, flag: bool) -> bool:
+    def _on_any_rank(self, flag: bool) -> bool:
         """Returns whether `flag` is true on any rank. Collective."""
         return flag if self.accelerator.num_processes == 1 else self._sum([flag])[0] > 0
 
     def _oom_on_any_rank(self, guard: OomGuard) -> Oom | None:
         """Returns the first out-of-memory error of any rank, the same on all. Collective."""
-        if self.accelerator.num_processes == 1 or not self._is_true_on_any_rank(
-            guard.oom is not None
-        ):
+        if self.accelerator.num_processes == 1 or not self._on_any_rank(guard.oom is not None):
             return guard.oom
         return next(found for found in gather_object([guard.oom]) if found)
 

@@ -30,7 +30,7 @@ from sft.errors import VerificationError
 from sft.runtime import checkpoint, hardware
 from sft.runtime.console import bar, facts, table
 from sft.tasks.registry import task_of
-from sft.verify.runs import Run, Small, Trials, make_small, run_fresh
+from sft.verify.runs import Run, SmallConfig, Trials, make_small, run_fresh
 
 LOSS, WEIGHTS = 1e-5, 1e-4  # allowed relative deviation between cuts
 EXAMPLES_KEY = "examples_crc32"
@@ -112,7 +112,7 @@ class Kill:
     resumed_by: tuple[int, ...]  # the number of processes of each run that resumes it
 
 
-def kill_points(small: Small, world: int) -> list[Kill]:
+def kill_points(small: SmallConfig, world: int) -> list[Kill]:
     """Returns four points: within an epoch, at its end, after it, and during a save."""
     last, same = small.steps_per_epoch, (world,)
     return [
@@ -165,17 +165,17 @@ def judge_resumed(
         return Verdict(title, [], "; ".join(rejected) or "no checkpoint was committed")
     exact = world == killed_world
     step = int(newest.name.rsplit("_", 1)[1])
-    before = _history(folder, step)
+    before = _rows_until(folder, step)
     resumed = trials.run(folder.name, world, "train.resume_from_checkpoint=auto")
     if not resumed.is_finished:
         return Verdict(title, [], resumed.reason, refused=resumed.state == "refused" and not exact)
     # A run that started from the beginning would have logged other times.
-    continues = step == kill.newest_step and _history(folder, step) == before
+    continues = step == kill.newest_step and _rows_until(folder, step) == before
     found = _compare_runs(resumed.folder, whole.folder, step, exact)
     return Verdict(title, [(str(step), continues), *found])
 
 
-def _history(folder: Path, step: int) -> list[dict[str, Any]]:
+def _rows_until(folder: Path, step: int) -> list[dict[str, Any]]:
     return [row for row in read_metrics(folder) if row["step"] <= step]
 
 
@@ -258,13 +258,13 @@ class Cut:
         ]
 
 
-def list_cuts(small: Small, world: int, deepspeed: list[Path]) -> list[Cut]:
+def list_cuts(small: SmallConfig, world: int, deepspeed: list[Path]) -> list[Cut]:
     """Returns the cuts to try; the first is the reference for the others."""
-    alone, quarter = "one process", small.quarter_batch_tokens
+    single, quarter = "one process", small.quarter_batch_tokens
     budgets = (small.whole_batch_tokens, quarter, 1)
-    cuts = [Cut(1, alone, "padded", max_tokens) for max_tokens in budgets]
+    cuts = [Cut(1, single, "padded", max_tokens) for max_tokens in budgets]
     if task_of(small.config).info(small.config).packs:
-        cuts.append(Cut(1, alone, "packed", quarter))
+        cuts.append(Cut(1, single, "packed", quarter))
     if world > 1:
         cuts.append(Cut(world, "DDP", "padded", quarter))
         cuts.append(Cut(world, "FSDP2", "padded", quarter, ("train.engine=fsdp",)))

@@ -25,7 +25,7 @@ PATIENCE = 900  # seconds for one run
 
 
 @dataclass(frozen=True)
-class Small:
+class SmallConfig:
     """A configuration that trains in seconds and writes into `folder` only."""
 
     config: RunConfig
@@ -48,7 +48,7 @@ class Small:
         return max(self.lengths[0], sum(self.lengths[: self.config.train.global_batch]) // 4)
 
 
-def make_small(config: RunConfig, folder: Path, *, exact: bool = False) -> Small:
+def make_small(config: RunConfig, folder: Path, *, exact: bool = False) -> SmallConfig:
     """Returns `config` with a small model of random weights and few examples.
 
     An epoch has at least three steps; three steps of the next epoch follow. `exact`: without
@@ -89,7 +89,7 @@ def make_small(config: RunConfig, folder: Path, *, exact: bool = False) -> Small
     changes.append(("data", f"{number}, {batch} a step, {per_epoch} an epoch"))
     changes.append(("steps", f"{steps}, each of them saved, every second evaluated"))
     config = with_values(config, {"train.global_batch": batch, "train.max_steps": steps})
-    small = Small(config, folder, lengths, changes)
+    small = SmallConfig(config, folder, lengths, changes)
     return replace(
         small, config=with_values(config, {"train.max_tokens": small.quarter_batch_tokens})
     )
@@ -143,7 +143,7 @@ class Run:
 class Trials:
     """Trains a small configuration, each time in another folder."""
 
-    small: Small
+    small: SmallConfig
     launch: Launch = run_fresh
     advance: Advance = lambda *_: None  # called after every run
 
