@@ -190,7 +190,7 @@ def test_at_one_example_the_run_ends_with_its_length_and_row(tmp_path):
     with pytest.raises(errors.OutOfMemory, match=r"one example of (\d+) tokens \(tiny:") as error:
         built.optimizer_step()
     assert error.value.exit_code == 6
-    assert str(error.value).endswith("; see what would take less with `make plan`")
+    assert str(error.value).endswith("; `make plan` shows what would take less")
     assert "data." not in str(error.value)  # the engine does not know whose keys there are
     length, row = map(int, re.search(r"of (\d+) tokens \(tiny:(\d+)\)", str(error.value)).groups())
     assert built.task.lengths[row - 1] == length > 20
@@ -362,7 +362,7 @@ def test_at_one_example_all_ranks_end_with_its_length_and_row(ranks):
 def test_where_others_wait_the_rank_ends_and_names_the_cause(ranks):
     """And they do not wait for ever: their connection is closed."""
     assert ranks[1]["stuck"]["code"] == 6
-    assert "rank 1: memory ran out in step 1 where" in ranks[1]["stuck"]["reported"]
+    assert "rank 1: memory ran out in a part of step 1 that" in ranks[1]["stuck"]["reported"]
     assert ranks[0].get("stuck", {"code": 1})["code"] == 1
 
 
