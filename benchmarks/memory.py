@@ -37,7 +37,7 @@ from unittest import mock
 import memory_worker
 import torch
 from accelerate import Accelerator
-from allocations import allocated_bytes
+from allocations import FixedSegments, allocated_bytes
 from conftest import launch
 from rich.table import Table
 from shapes import architectures, configured, uniform_window
@@ -330,7 +330,7 @@ def against_published(folder: Path) -> list[dict[str, Any]]:
             if row.native:
                 trace = dry_run.trace_step(config, "bf16", row.window, on_gpu=True)
                 libraries = predicted.breakdown.get("libraries", 0)
-                num_bytes = trace.reserved(expandable=False) + libraries
+                num_bytes = trace.reserved(FixedSegments()) + libraries
         found.append(
             {
                 "source": row.source,

@@ -362,7 +362,9 @@ def test_a_disk_that_does_not_keep_what_was_written_ends_the_run_before_step_1(t
             yield name, value + 1e-3
 
     built.task.read = read
-    with pytest.raises(CheckpointError, match="read back differ from those that were saved") as error:
+    with pytest.raises(
+        CheckpointError, match="read back differ from those that were saved"
+    ) as error:
         built.run()
     assert error.value.exit_code == 4
     assert built.step == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from allocations import allocated_bytes, true_peak
+from allocations import FixedSegments, allocated_bytes, true_peak
 from conftest import ROOT
 from shapes import SIZES, architectures, configured, uniform_window
 from transformers import Gemma2Config, MixtralConfig
@@ -223,9 +223,9 @@ def test_a_dry_run_leaves_nothing_behind(tmp_path, caplog):
 # --- the caching allocator ---------------------------------------------------------------------
 
 
-def replay(*moves: float, **options) -> CachingAllocator:
+def replay(allocator: CachingAllocator, *moves: float) -> CachingAllocator:
     """Positive: allocates so many MiB; negative: frees the -nth allocation (from 1)."""
-    allocator, chunks = CachingAllocator(**options), []
+    chunks = []
     for move in moves:
         if move > 0:
             chunks.append(allocator.malloc(int(move * MIB)))
@@ -256,8 +256,8 @@ SEQUENCES = [
 
 @pytest.mark.parametrize(("moves", "plain", "expandable"), SEQUENCES)
 def test_reserved_bytes_of_written_out_sequences(moves, plain, expandable):
-    for expected, option in ((plain, False), (expandable, True)):
-        allocator = replay(*moves, expandable=option)
+    for expected, kind in ((plain, FixedSegments), (expandable, CachingAllocator)):
+        allocator = replay(kind(), *moves)
         assert allocator.reserved_bytes == expected * MIB
 
 
@@ -268,9 +268,9 @@ def test_sizes_are_rounded_to_512_bytes():
 
 def test_everything_freed_leaves_whole_segments():
     moves = (0.3, 0.9, 1.5, 6, 6, 15, 0.7, 3, 30)
-    for option in (False, True):
+    for kind in (FixedSegments, CachingAllocator):
         order = (-4, -1, -9, -3, -7, -2, -8, -6, -5)
-        allocator = replay(*moves, *order, expandable=option)
+        allocator = replay(kind(), *moves, *order)
         free = [entry[3] for pool in allocator._free.values() for entry in pool]
         assert sum(c.size for c in free) == allocator.reserved_bytes
         assert all(c.previous is None and c.next is None for c in free)
@@ -279,6 +279,6 @@ def test_everything_freed_leaves_whole_segments():
 def test_a_trace_is_replayed_through_the_allocator():
     big, small = Block(12 * MIB, "a"), Block(1000, "b")
     record = Trace([(True, big), (True, small), (True, Block(0, "c")), (False, big), (True, big)])
-    assert record.reserved(expandable=False) == 14 * MIB
+    assert record.reserved(FixedSegments()) == 14 * MIB
     assert record.reserved() == 22 * MIB
-    assert record.reserved(pages=False) == 12 * MIB + 1024
+    assert record.reserved(CachingAllocator(pages=False)) == 12 * MIB + 1024

@@ -33,8 +33,7 @@ class Advice:
 
 def advise(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan) -> list[Advice]:
     """Returns changes that save memory with the same micro-batch, cheapest first."""
-    planned = {"train.gradient_checkpointing": plan.gradient_checkpointing}
-    config = with_values(config, planned)
+    config = with_values(config, {"train.gradient_checkpointing": plan.gradient_checkpointing})
     planner = planner_of(config, workload, machine, plan)
     window = planner.heaviest_window(plan.budget, plan.gradient_checkpointing)
     result = []
@@ -52,8 +51,7 @@ def advise(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan)
             result.append(Advice(change, price, reserved, saved, fits))
 
     if not plan.gradient_checkpointing:
-        changes = {"train.gradient_checkpointing": True}
-        consider("about 25 % slower, the same result", changes)
+        consider("about 25 % slower, the same result", {"train.gradient_checkpointing": True})
     if config.train.optimizer == "adamw":
         consider("moments in 8 bits", {"train.optimizer": "adamw_8bit"})
     for each in task_of(config).alternatives(config, workload):

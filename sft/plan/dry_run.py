@@ -101,7 +101,7 @@ def _set_attributes(owner: Any, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def _fake(mode: str, masked: bool) -> Iterator[None]:
-    """Makes every tensor fake within this context, and prevents that libraries keep one.
+    """Makes every tensor fake within this context, and prevents libraries from keeping one.
 
     `masked`: whether transformers makes a mask, as it does for packed documents. It would look at
     the values of a tensor, which a fake one lacks.
@@ -182,18 +182,25 @@ class DryEngine(Engine):
     def collate(self, micro_batch: MicroBatch) -> Batch:
         if self.recorder is None:
             return super().collate(micro_batch)
-        trained = [p for p in self.task.model.parameters() if p.requires_grad]
-        if self.gradients and trained[0].grad is None:
-            for parameter in trained:
-                parameter.grad = torch.zeros_like(parameter)
-            self.recorder.label_tensors((p.grad for p in trained), "gradients")
+        first = next(iter(self.parallel.trained.values()))
+        if self.gradients and first.grad is None:
+            self.fill_gradients()
+            self.label_gradients(self.recorder)
         with _disable_current_modes():  # numpy arrays become real tensors
             batch = super().collate(micro_batch)
-            if fake := getattr(trained[0], "fake_mode", None):
+            if fake := getattr(first, "fake_mode", None):
                 real = {k: t for k, t in vars(batch).items() if isinstance(t, torch.Tensor)}
                 batch = replace(batch, **{k: fake.from_tensor(t) for k, t in real.items()})
         self.recorder.label_tensors(tensors_in(vars(batch)), "activations")
         return batch
+
+    def fill_gradients(self) -> None:
+        """Gives every trained weight a gradient of 0."""
+        for parameter in self.parallel.trained.values():
+            parameter.grad = torch.zeros_like(parameter)
+
+    def label_gradients(self, recorder: Recorder) -> None:
+        recorder.label_tensors((p.grad for p in self.parallel.trained.values()), "gradients")
 
     def clip(self) -> float:
         if self.recorder is not None:
@@ -227,9 +234,7 @@ def make_engine(
     engine = DryEngine(task, config.train, context)
     engine.micro_batches = [[next(numbers) for _ in each] for each in window.micro_batches]
     if accelerator is None:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
+        engine.fill_gradients()
         engine.optimizer.step()
         engine.optimizer.zero_grad()
     return engine
@@ -280,26 +285,21 @@ def record_step(engine: DryEngine, *, gradients: bool = False, evaluation: bool 
                 engine.task.eval_loss(engine.model, engine.collate(engine.micro_batches[0]))
         else:
             engine.optimizer_step()
-            trained = (p.grad for p in model.parameters() if p.requires_grad)
-            recorder.label_tensors(trained, "gradients")
+            engine.label_gradients(recorder)
     engine.recorder = None
     return recorder.trace
 
 
 def tensors_by_use(model: nn.Module) -> dict[str, list[torch.Tensor]]:
     """Returns all tensors that a model keeps, by their use."""
-    result: dict[str, list[torch.Tensor]] = {
-        "weights": list(model.buffers()),
-        "adapters": [],
-        "quantisation state": [],
-    }
+    weights, adapters, states = list(model.buffers()), list[torch.Tensor](), list[torch.Tensor]()
     for name, parameter in model.named_parameters():
-        result["adapters" if "lora_" in name else "weights"].append(parameter)
+        (adapters if "lora_" in name else weights).append(parameter)
         state = getattr(parameter, "quant_state", None)
         while state is not None:
-            result["quantisation state"] += tensors_in(vars(state))
+            states += tensors_in(vars(state))
             state = state.state2
-    return result
+    return {"weights": weights, "adapters": adapters, "quantisation state": states}
 
 
 def tensors_in(values: Mapping[str, Any]) -> Iterator[torch.Tensor]:

@@ -21,7 +21,7 @@ from sft.errors import UserError
 from sft.models.dtypes import DTYPES
 from sft.models.layers import embedding_layers
 from sft.plan import dry_run
-from sft.plan.allocator import LARGE_SEGMENT, MIB, SMALL_SEGMENT
+from sft.plan.allocator import LARGE_PAGE, MIB, SMALL_PAGE, CachingAllocator
 from sft.plan.counts import ModelKey, config_of_key, count_at_depth, model_key
 from sft.plan.dry_run import Window
 from sft.plan.records import Result, load_or_trace
@@ -156,8 +156,8 @@ def _trace_anew(
     }
     reserved = max(sum(parts.values()) for parts in phases.values())
     if on_gpu:  # the allocator rounds to pages, at most one per pool: this must not be extended
-        unrounded = extend(first.reserved(pages=False), second.reserved(pages=False))
-        reserved = max(reserved, unrounded) + SMALL_SEGMENT + LARGE_SEGMENT
+        unrounded = [each.reserved(CachingAllocator(pages=False)) for each in (first, second)]
+        reserved = max(reserved, extend(*unrounded)) + SMALL_PAGE + LARGE_PAGE
     return phases, reserved, f"traced with {few} and {more} of {whole} layers"
 
 

@@ -3,8 +3,8 @@
 `Recorder` is a dispatch mode: after each operation it looks for new storages, and a weak reference
 notices when one dies. It sees the same on real tensors and on fake ones
 (`torch._subclasses.FakeTensorMode`), which have shapes and lifetimes but no data. So a step of any
-size can be recorded on a laptop. `peak` replays a record as requested bytes, `reserved` through a
-model of PyTorch's CUDA caching allocator (c10/cuda/CUDACachingAllocator.cpp).
+size can be recorded on a laptop. `peak` replays a record as requested bytes, and `reserved` through
+a model of PyTorch's caching allocator.
 
 A dispatch mode cannot see the workspace inside a kernel, the CUDA context, or NCCL.
 """
@@ -65,9 +65,9 @@ class Trace:
                 result[name] = Peak(most, sizes)
         return result
 
-    def reserved(self, expandable: bool = True, pages: bool = True) -> int:
+    def reserved(self, allocator: CachingAllocator | None = None) -> int:
         """Returns the most bytes that the caching allocator takes from the GPU."""
-        allocator = CachingAllocator(expandable, pages)
+        allocator = allocator or CachingAllocator()
         chunks: dict[Block, Chunk] = {}
         for born, block in self.events:
             if born and block.num_bytes:

@@ -318,7 +318,7 @@ def verify_invariance(config: RunConfig, world: int, console: Console) -> None:
 
 
 def _num_parallel(world: int) -> int:
-    """Returns how many runs train at the same time: one on GPUs, on CPUs as many as have cores."""
+    """Returns how many runs to train at the same time: one on GPUs, up to four on CPUs."""
     machine = hardware.detect()
     return 1 if machine.devices else max(1, min(4, machine.cores // world))
 
@@ -332,15 +332,15 @@ def _require_finished(run: Run) -> Run:
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
     """Yields a temporary folder. Keeps it if a law does not hold."""
-    folder = Path(tempfile.mkdtemp(prefix="sft-verify-"))
+    folder, keep = Path(tempfile.mkdtemp(prefix="sft-verify-")), False
     try:
         yield folder
     except VerificationError as error:
+        keep = True
         raise VerificationError(f"{error}\nThe runs are kept in {folder}.") from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _print_changes(console: Console, world: int, changes: list[tuple[str, str]]) -> None:

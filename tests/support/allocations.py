@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sft.plan import dry_run
+from sft.plan.allocator import LARGE_PAGE, MIB, SMALL, SMALL_PAGE, CachingAllocator, Chunk
 from sft.train.engine import Engine
 
 
@@ -32,3 +33,24 @@ def true_peak(work, *arguments) -> tuple[int, object]:
         now += event.extra_fields.alloc_size
         most = max(most, now)
     return most, result
+
+
+class FixedSegments(CachingAllocator):
+    """The allocator without expandable segments, as published numbers were measured with it."""
+
+    min_rest = SMALL + 1
+
+    def __init__(self):
+        super().__init__()
+        self.top = 0  # the next address of a new segment
+
+    def _grow(self, size: int, small: bool) -> Chunk:
+        if small:
+            needed = SMALL_PAGE
+        elif size < LARGE_PAGE // 2:
+            needed = LARGE_PAGE
+        else:  # a segment of its own
+            needed = -(-size // (2 * MIB)) * 2 * MIB
+        self.reserved_bytes += needed
+        address, self.top = self.top, self.top + needed
+        return Chunk(address, needed, small)
