@@ -93,7 +93,7 @@ class Replicated:
         loss.backward()
 
     def clip(self) -> float:
-        """Scales the whole gradient down to `train.max_grad_norm`. Returns its norm before that."""
+        """Scales the gradient down to `train.max_grad_norm`, and returns its norm before that."""
         for parameter in self.trained.values():
             if parameter.grad is None:  # no example used it; DDP also gives 0
                 parameter.grad = torch.zeros_like(parameter)
@@ -109,10 +109,7 @@ class Replicated:
     # -- state
 
     def gather_weights(self) -> Tensors:
-        """Returns whole trained parameters and saved buffers by name, on the main process.
-
-        Collective.
-        """
+        """Returns trained parameters, whole, and saved buffers, on the main process. Collective."""
         found = dict(_saved_buffers(self.module))
         for name, parameter in self.trained.items():
             whole = full_tensor(parameter)
