@@ -784,9 +784,10 @@ def keys_read(source: str) -> Iterator[str]:
     names = section_names(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            holder = getattr(node.value, "id", None) or getattr(node.value, "attr", None)
-            if holder in names:
-                yield f"{names[holder]}.{node.attr}"
+            held = getattr(node.value, "attr", None)  # config.train.key, whatever `train` is here
+            holder = getattr(node.value, "id", None) or held
+            if held in SECTIONS or holder in names:
+                yield f"{held if held in SECTIONS else names[holder]}.{node.attr}"
         if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "model_dump":
             holder = getattr(node.func.value, "id", None)
             for given in node.keywords:

@@ -109,8 +109,8 @@ class Model(Section):
     elsewhere. `flash_attention_2`: the kernel of the package flash-attn. With a flash kernel,
     `train.layout: auto` packs."""
     stop_tokens: list[Text] | None = None
-    """Further tokens at which generation stops, by their text: `["<|im_end|>"]`. null: the eos
-    token, those of the model's generation_config.json, and what ends a turn in the template."""
+    """Further tokens at which generation stops, by their text: `["<end_of_turn>"]`. The others are
+    the eos token, those of the model's generation_config.json, and the template's end of a turn."""
 
 
 class Tuning(Section):
