@@ -221,6 +221,6 @@ def test_a_search_goes_on_where_it_has_not_been():
     history = source.Histories(after, after, torch.zeros(1, 4, 400), after)
     settings = SEARCHING.model_copy(update={"search_best_of": 64})
     windows = Windows(history, settings, 0, 4)
-    long = [streams for _, streams, episodes in map(windows.choice, range(99)) if episodes[1] < 3]
+    long = [streams for _, streams, episodes in map(windows.choose, range(99)) if episodes[1] < 3]
     assert len(long) > 20
     assert {tuple(streams[:2]) for streams in long} == {(0, 2)}

@@ -29,7 +29,7 @@ from sft.errors import CheckpointError, ConfigError
 from sft.models.export import ADAPTER, adapter_tuning
 from sft.runtime.checkpoint import open_tensors
 
-META = "ci_llm_meta_config.json"  # describes the agents, in the folder that holds theirs
+META = "ci_llm_meta_config.json"  # describes the agents whose folders are beside it
 
 
 class AgentsLinear(nn.Module):
@@ -46,13 +46,13 @@ class AgentsLinear(nn.Module):
         self.num_agents, self.dropconnect = num_agents, dropconnect
         self.scale = adapted.scaling["default"]
         self.dropout = adapted.lora_dropout["default"]
-        first, out = (getattr(adapted, name)["default"].weight for name in ("lora_A", "lora_B"))
-        agents = torch.empty(num_agents, *first.shape, device=first.device)
-        agents[0] = first.detach()  # alone, agent 0 is the adapter that PEFT would have made
-        for each in agents[1:]:
-            nn.init.kaiming_uniform_(each, a=math.sqrt(5))
-        self.lora_A = nn.Parameter(agents)  # (agents, r, in)
-        zeros = torch.zeros(num_agents, *out.shape, device=out.device)
+        down, up = (getattr(adapted, name)["default"].weight for name in ("lora_A", "lora_B"))
+        stacked = torch.empty(num_agents, *down.shape, device=down.device)
+        stacked[0] = down.detach()  # so a crowd of one agent begins as PEFT's adapter
+        for agent in stacked[1:]:
+            nn.init.kaiming_uniform_(agent, a=math.sqrt(5))
+        self.lora_A = nn.Parameter(stacked)  # (agents, r, in)
+        zeros = torch.zeros(num_agents, *up.shape, device=up.device)
         self.lora_B = nn.Parameter(zeros)  # (agents, out, r)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ class AgentsLinear(nn.Module):
             rows = rows.to(a.dtype)
         low = torch.bmm(self.dropout(rows), a.mT) * self.scale
         if y.dtype == low.dtype == b.dtype:
-            y.baddbmm_(low, b.mT)  # no backward pass reads y; another tensor takes 8 % longer
+            y.baddbmm_(low, b.mT)  # in place: no backward pass reads y, and a copy takes 8 % longer
         else:
             y = y + torch.bmm(low, b.mT).to(y.dtype)
         return y.view(*x.shape[:-1], -1)
@@ -82,11 +82,12 @@ class Agents(nn.Module):
         super().__init__()
         self.num_agents = settings.num_agents
         self.aggregator = settings.aggregator
-        self.concentration = (settings.concentration,) * settings.num_agents  # of the aggregator
+        self.concentration = (settings.concentration,) * settings.num_agents  # for the aggregator
         self.peft_config = adapted.peft_config["default"]
         self.base = adapted.get_base_model()
-        layers = [(n, m) for n, m in self.base.named_modules() if isinstance(m, LoraLayer)]
-        for name, layer in layers:
+        for name, layer in [*self.base.named_modules()]:
+            if not isinstance(layer, LoraLayer):
+                continue
             if not isinstance(layer.base_layer, nn.Linear | Conv1D):
                 raise ConfigError(
                     f"tuning.target_modules: agents adapt linear layers, found {name}, a "
@@ -95,7 +96,7 @@ class Agents(nn.Module):
             parent, _, last = name.rpartition(".")
             agents = AgentsLinear(layer, self.num_agents, settings.dropconnect)
             setattr(self.base.get_submodule(parent), last, agents)
-        self.known = inspect.signature(self.base.forward).parameters
+        self.accepted = inspect.signature(self.base.forward).parameters
         self.config = self.base.config
         self.generation_config = getattr(self.base, "generation_config", None)
 
@@ -109,12 +110,11 @@ class Agents(nn.Module):
         logits_to_keep: int = 0,
     ) -> Any:
         """Runs the base on K times the rows: input_ids (B, T) -> logits (K * B, T, V)."""
-        tensors = {"attention_mask": attention_mask, "position_ids": position_ids}
-        given = {name: each for name, each in tensors.items() if each is not None}
-        options: dict[str, Any] = {
-            name: self._repeat(each) for name, each in given.items() if name in self.known
-        }
-        if logits_to_keep and "logits_to_keep" in self.known:
+        options: dict[str, Any] = {}
+        for name, each in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if each is not None and name in self.accepted:
+                options[name] = self._repeat(each)
+        if logits_to_keep and "logits_to_keep" in self.accepted:
             options["logits_to_keep"] = logits_to_keep
         return self.base(
             input_ids=self._repeat(input_ids),
@@ -162,10 +162,10 @@ class Agents(nn.Module):
         weights = self.state_dict() if state_dict is None else state_dict
         adapters = {name: each for name, each in weights.items() if "lora_" in name}
         for agent in range(self.num_agents):
-            place = Path(folder, f"agent{agent}")
-            peft_config.save_pretrained(str(place))
+            agent_folder = Path(folder, f"agent{agent}")
+            peft_config.save_pretrained(str(agent_folder))
             own = {peft_name(n): each[agent].cpu().contiguous() for n, each in adapters.items()}
-            save_file(own, str(place / ADAPTER), {"format": "pt"})
+            save_file(own, str(agent_folder / ADAPTER), {"format": "pt"})
 
 
 def peft_name(name: str) -> str:
@@ -200,13 +200,13 @@ def _refuse_another_crowd(crowd: Agents, folder: Path) -> None:
     """Raises CheckpointError if `folder` holds no crowd, or one of other agents."""
     saved = read_meta(folder)
     given = crowd.describe()
-    other = [
+    differences = [
         f"{key}: saved with {saved[key]}, found {given[key]}"
         for key in ("num_agents", "r", "lora_alpha", "target_modules")
         if saved[key] != given[key]
     ]
-    if other:
-        raise CheckpointError(f"{folder} holds another crowd:\n  " + "\n  ".join(other))
+    if differences:
+        raise CheckpointError(f"{folder} holds another crowd:\n  " + "\n  ".join(differences))
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

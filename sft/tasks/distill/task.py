@@ -298,7 +298,7 @@ class Distillation(Task):
         (folder / SETTINGS).write_text(self.settings.model_dump_json(indent=2) + "\n", "utf-8")
 
     def name_example(self, number: int) -> str:
-        goal, _, episodes = self.train.choice(number)
+        goal, _, episodes = self.train.choose(number)
         place = darkroom.place_of(darkroom.split_goals(self.settings.split_seed)[0][goal])
         return f"goal {place} in episodes {episodes[0]} to {episodes[-1]}"
 

@@ -47,9 +47,9 @@ class Windows:
         return self.settings.num_steps // EPISODE
 
     @cached_property
-    def _episodes(self) -> tuple[torch.Tensor, ...]:
-        """Returns the tensors of the histories, (goals, streams, episodes, 20) each."""
-        return tuple(each.unflatten(-1, (-1, EPISODE)) for each in self.histories)
+    def _episodes(self) -> Histories:
+        """Returns the histories as (goals, streams, episodes, 20)."""
+        return Histories(*(each.unflatten(-1, (-1, EPISODE)) for each in self.histories))
 
     @cached_property
     def _rewarded(self) -> np.ndarray:
@@ -60,11 +60,11 @@ class Windows:
     def _visited(self) -> np.ndarray:
         """Returns whether an episode visits a cell, (goals, own streams, first episodes, cells)."""
         searching = self.settings.search_episodes
-        reached = self._episodes[3][:, self.first : self.last, :searching].long()
+        reached = self._episodes.next_cells[:, self.first : self.last, :searching].long()
         visited = torch.zeros(*reached.shape[:-1], NUM_CELLS, dtype=torch.bool)
         return visited.scatter_(-1, reached, True).numpy()
 
-    def choice(self, number: int) -> tuple[int, np.ndarray, np.ndarray]:
+    def choose(self, number: int) -> tuple[int, np.ndarray, np.ndarray]:
         """Returns (goal, streams, episodes) of a window."""
         random = np.random.default_rng([self.settings.source_seed, number])
         goal, size = number % self.num_goals, self.settings.context // EPISODE
@@ -95,7 +95,7 @@ class Windows:
 
     def gather(self, numbers: Sequence[int]) -> Histories:
         """Returns the histories (windows, context) of these windows."""
-        chosen = [self.choice(number) for number in numbers]
+        chosen = [self.choose(number) for number in numbers]
         goal = torch.tensor([goal for goal, _, _ in chosen], dtype=torch.long)[:, None]
         size = self.settings.context // EPISODE
         stream, episode = (
@@ -113,7 +113,7 @@ def split(found: Histories, settings: Distill) -> tuple[Windows, Windows]:
 
 
 def blank_histories(settings: Distill) -> Histories:
-    """Returns histories of zeros, which share one place in memory, where only sizes matter."""
+    """Returns zeros for uses in which only sizes matter; all share one place in memory."""
     number = len(split_goals(settings.split_seed)[0])
     shape = (number, settings.num_streams, settings.num_steps)
     return Histories(*[torch.zeros(1, 1, 1, dtype=torch.uint8).expand(shape)] * 4)
@@ -122,8 +122,8 @@ def blank_histories(settings: Distill) -> Histories:
 def num_bytes(settings: Distill) -> int:
     """Returns the bytes of all histories, and of the rewards and visits that select windows."""
     number = len(split_goals(settings.split_seed)[0]) * settings.num_streams
-    known = settings.num_steps // EPISODE + settings.search_episodes * NUM_CELLS
-    return number * (4 * settings.num_steps + known)
+    rewarded, visited = settings.num_steps // EPISODE, settings.search_episodes * NUM_CELLS
+    return number * (4 * settings.num_steps + rewarded + visited)
 
 
 def workload(found: Histories, settings: Distill) -> Workload:

@@ -21,10 +21,7 @@ from sft.tasks.base import Results
 def show(
     config: Config, base: Results | None, tuned: Results, folder: Path
 ) -> Iterator[RenderableType]:
-    """Writes the metrics and yields scores and answers.
-
-    After training those of the base stand beside them; a finished run is evaluated without.
-    """
+    """Writes the metrics, and yields scores and answers; `base`: those to compare with."""
     shown = config.evaluation.num_shown
     if base is None:
         write_json(folder / "metrics.json", tuned.details)

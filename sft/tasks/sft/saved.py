@@ -72,15 +72,15 @@ def refuse_another_shape(folder: Path, adapted: Any) -> None:
         "lora_alpha": (saved.get("lora_alpha"), given.lora_alpha),
         "target_modules": (sorted(saved["target_modules"]), sorted(given.target_modules)),
     }
-    other = [
+    differences = [
         f"tuning.{key}: trained with {trained}, found {found}"
         for key, (trained, found) in shapes.items()
         if trained != found
     ]
-    if other:
+    if differences:
         raise ExportError(
             f"{folder}: the configuration is not that of its adapter_config.json; remove the "
-            "override, or what was changed in config.yaml\n  " + "\n  ".join(other)
+            "override, or what was changed in config.yaml\n  " + "\n  ".join(differences)
         )
 
 
@@ -90,14 +90,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
         kind, base = found["peft_type"], found["base_model_name_or_path"]
-        sound = isinstance(base, str) and isinstance(found["target_modules"], list)
+        is_sound = isinstance(base, str) and isinstance(found["target_modules"], list)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or repr(error)
         raise ExportError(
             f"{folder}: expected a LoRA adapter (adapter_config.json, {ADAPTER}): {reason}"
         ) from None
     unsupported = [key for key in UNSUPPORTED if found.get(key)]
-    if kind != "LORA" or not sound or unsupported or found.get("bias", "none") != "none":
+    if kind != "LORA" or not is_sound or unsupported or found.get("bias", "none") != "none":
         raise ExportError(
             f"{folder}: expected a plain LoRA adapter with target_modules as a list, found "
             f"{kind} with {', '.join(unsupported) or found.get('bias')}; merge it with PEFT first"
