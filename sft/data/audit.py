@@ -23,10 +23,10 @@ from sft.data import rendering, template
 from sft.data.batches import Layout
 from sft.data.examples import Batch, ExampleArrays, Examples, collate
 from sft.data.files import Row
-from sft.data.formats import Message, Messages, is_conversation
+from sft.data.formats import Message, is_conversation
 from sft.data.rendering import Span, cached_by_tokenizer
-from sft.data.template import IGNORED, Example, Supervise
-from sft.data.turns import Renderings, end_tokens, stop_tokens
+from sft.data.template import IGNORED, MARKED, Example, Supervise
+from sft.data.turns import Renderings, end_tokens, renderings_of, stop_tokens
 from sft.errors import DataError
 
 
@@ -240,9 +240,9 @@ def _compare_row(
     tokenizer: Tokenizer, row: Row, example: Example, supervise: Supervise
 ) -> Iterator[str]:
     """Yields the kinds of differences between an example and its row, rendered again."""
-    given = Renderings(tokenizer, row.messages, row.tools, row.template_kwargs)
-    yield from _examine_text(tokenizer, row, given.text)
-    ids, _ = template.tokenise(tokenizer, given.text)
+    given = renderings_of(tokenizer, row.messages, row.tools, row.template_kwargs)
+    yield from _examine_text(given, row)
+    ids, offsets = template.tokenise(tokenizer, given.text)
     if "answer_cut" in example.flags:
         if example.ids != ids[: len(example.ids)]:
             yield "not_the_template"
@@ -257,7 +257,7 @@ def _compare_row(
     if _adds_bos(tokenizer) and example.ids[0] != tokenizer.bos_token_id:
         yield "no_bos"
     if supervise != "everything":
-        yield from _compare_turns(given, row.messages, example, runs, supervise)
+        yield from _compare_turns(given, example, runs, supervise, offsets if is_whole else None)
 
 
 def _is_prompt_and_answer(given: Renderings, example: Example, runs: list[Span]) -> bool:
@@ -270,10 +270,17 @@ def _is_prompt_and_answer(given: Renderings, example: Example, runs: list[Span])
 
 
 def _compare_turns(
-    given: Renderings, messages: Messages, example: Example, runs: list[Span], supervise: Supervise
+    given: Renderings,
+    example: Example,
+    runs: list[Span],
+    supervise: Supervise,
+    offsets: list[Span] | None,
 ) -> Iterator[str]:
-    """Yields the kinds of differences between the supervised runs and the turns to learn."""
-    tokenizer = given.tokenizer
+    """Yields the kinds of differences between the supervised runs and the turns to learn.
+
+    `offsets` are those of the whole conversation's text, if the example is its tokens.
+    """
+    tokenizer, (messages, _) = given.tokenizer, given.given
     turns = [n for n, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
     turns = turns[-1:] if supervise == "last" else turns
     left_out = {"thoughts_dropped", "no_prompt", "not_as_served"} & set(example.flags)
@@ -284,25 +291,42 @@ def _compare_turns(
     for first, stop in runs:
         if example.ids[stop - 1] not in ends:
             yield "no_end_of_turn"
-        text = template.decode_slice(tokenizer, example.ids, first, stop)
+        text = (
+            given.text[offsets[first][0] : offsets[stop - 1][1]]
+            if offsets and not MARKED.search(given.text)
+            else template.decode_slice(tokenizer, example.ids, first, stop)
+        )
         own = [n for n in turns if n and _says(text, messages[n])]
         if not own or not ends.isdisjoint(example.ids[first : stop - 1]):
             yield "answer_differs"
             continue
-        prompts = [template.tokenise(tokenizer, given.prompt(n))[0] for n in own]
-        if not any(_starts_turn(tokenizer, example.ids, first, prompt) for prompt in prompts):
-            same = any(len(prompt) == first for prompt in prompts)
-            yield "prompt_mismatch" if same else "answer_differs"
+        numbers = [_count_prompt(given, example, n, offsets) for n in own]
+        if not any(_starts_turn(tokenizer, example.ids, first, number) for number in numbers):
+            yield "answer_differs" if any(numbers) else "prompt_mismatch"
 
 
-def _starts_turn(tokenizer: Tokenizer, ids: list[int], first: int, prompt: list[int]) -> bool:
-    """Returns whether a run begins where the prompt ends. An empty block of thoughts that is not
-    learnt may stand between (`data.empty_thoughts`)."""
-    if ids[: len(prompt)] != prompt or first < len(prompt):
+def _count_prompt(
+    given: Renderings, example: Example, turn: int, offsets: list[Span] | None
+) -> int | None:
+    """Returns how many tokens of the example are those of the turn's prompt, or None if its first
+    tokens are others."""
+    prompt = given.prompt(turn)
+    if offsets and given.text.startswith(prompt):
+        return template.count_prompt_tokens(
+            given.tokenizer, given.text, example.ids, offsets, len(prompt)
+        )
+    ids, _ = template.tokenise(given.tokenizer, prompt)
+    return len(ids) if example.ids[: len(ids)] == ids else None
+
+
+def _starts_turn(tokenizer: Tokenizer, ids: list[int], first: int, number: int | None) -> bool:
+    """Returns whether a run begins behind the `number` tokens of its prompt. An empty block of
+    thoughts that is not learnt may stand between (`data.empty_thoughts`)."""
+    if number is None or first < number:
         return False
-    between = (
-        template.decode_slice(tokenizer, ids, len(prompt), first) if first > len(prompt) else ""
-    )
+    if first == number:
+        return True
+    between = template.decode_slice(tokenizer, ids, number, first)
     return not re.sub(r"</?\w+>", "", between).strip()
 
 
@@ -338,12 +362,12 @@ def supervised_runs(labels: Sequence[int]) -> list[Span]:
     return list(zip(bounds[::2], bounds[1::2], strict=True))
 
 
-def _examine_text(tokenizer: Tokenizer, row: Row, text: str) -> Iterator[str]:
+def _examine_text(given: Renderings, row: Row) -> Iterator[str]:
     """Yields the kinds of what the template did to the prompts and the tools."""
-    special = rendering.special_pattern(tokenizer)
-    if special and rendering.has_text(special, [row.messages, row.tools]):
+    text = given.text
+    if given.messages is not row.messages:  # they hold the text of a special token
         yield "special_in_content"
-        text = re.sub(f"[{''.join(rendering.MARKS)}]", "", text)
+        text = MARKED.sub("", text)
     at = 0
     for message in row.messages:
         if message["role"] == "assistant":  # supervised ones are compared by themselves

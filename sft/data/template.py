@@ -37,7 +37,7 @@ from sft.data.rendering import (
     try_template,
 )
 from sft.data.tokenised import is_tokenised, make_tokens
-from sft.data.turns import Renderings, Turn, find_turn, marked_spans
+from sft.data.turns import Renderings, Turn, find_turn, marked_spans, renderings_of
 from sft.errors import DataError, UserError
 from sft.runtime.console import visible
 
@@ -238,7 +238,7 @@ def _fit(
 def _examples(tokenizer: Tokenizer, row: Row, learning: Learning) -> list[tuple[Row, Example]]:
     """Returns the examples of a conversation, of any length."""
     messages = row.messages
-    given = Renderings(tokenizer, messages, row.tools, row.template_kwargs)
+    given = renderings_of(tokenizer, messages, row.tools, row.template_kwargs)
     if learning.supervise == "everything":
         ids, _ = tokenise(tokenizer, given.text)
         return [(row, Example(ids, list(ids)))]
@@ -282,6 +282,7 @@ def _find_turns(
 ) -> tuple[dict[int, Turn], list[str]]:
     """Returns the turns to learn that a model can be brought to write, and the others' flags."""
     found, flags = dict[int, Turn](), list[str]()
+    given.prefetch(filter(None, weights))
     for index in weights:
         if not index:
             flags.append("no_prompt")
@@ -377,15 +378,29 @@ def _token_span(
     None if the tokens before them are not those of the prompt alone.
     """
     start, end = len(turn.prompt), len(turn.prompt) + len(turn.answer)
-    starts, ends = [a for a, _ in offsets], [b for _, b in offsets]
-    # Both never decrease: the tokens of one character's bytes all carry that character's offsets.
-    first, stop = bisect_left(starts, start), bisect_left(starts, end)
-    if (first and ends[first - 1] > start) or (stop and ends[stop - 1] > end):
+    first = count_prompt_tokens(tokenizer, text, ids, offsets, start)
+    stop = bisect_left(offsets, (end, 0))
+    if first is None or (stop and offsets[stop - 1][1] > end):
         return None  # a token stands on both sides
+    return first, stop
+
+
+def count_prompt_tokens(
+    tokenizer: Tokenizer, text: str, ids: list[int], offsets: list[Span], length: int
+) -> int | None:
+    """Returns how many of the tokens of `text` are those of its first `length` characters alone.
+
+    None if the two differ. An added token parts a text before all else, so only what stands behind
+    the last one is tokenised again.
+    """
+    # Offsets never decrease: the tokens of one character's bytes all carry that character's.
+    first = bisect_left(offsets, (length, 0))
+    if first and offsets[first - 1][1] > length:
+        return None
     added = added_tokens(tokenizer)
     at = next((n for n in range(first - 1, -1, -1) if ids[n] in added), 0)
-    alone, _ = tokenise(tokenizer, text[starts[at] if first else 0 : start])
-    return (first, stop) if alone == ids[at:first] else None
+    alone, _ = tokenise(tokenizer, text[offsets[at][0] if first and at else 0 : length])
+    return first if alone == ids[at:first] else None
 
 
 def prompt_ids(
@@ -508,9 +523,12 @@ def _encode(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
 @lru_cache(maxsize=4096)  # headers of turns are asked for again and again
 def _encode_short(tokenizer: Tokenizer, size: int, text: str) -> tuple[list[int], list[Span]]:
     del size  # only a key of the cache, since a tokenizer may grow
-    # verbose would warn about the length, which the audit checks
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return encoded["input_ids"], encoded["offset_mapping"]
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation or backend.padding:  # of the last call of the tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+    encoded = backend.encode(text, add_special_tokens=False)
+    return encoded.ids, encoded.offsets
 
 
 _encode_long = lru_cache(maxsize=4)(_encode_short.__wrapped__)  # the audit asks for it again

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -57,9 +57,11 @@ class Renderings:
     messages: Messages
     tools: Tools | None = None
     variables: Variables | None = None
+    given: tuple[Messages, Tools | None] = field(init=False)  # without marks
     _texts: dict[tuple[int, bool], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.given = self.messages, self.tools
         self.messages, self.tools = rendering.mark_typed(self.tokenizer, self.messages, self.tools)
 
     @cached_property
@@ -94,14 +96,39 @@ class Renderings:
 
     def render(self, messages: Messages) -> str:
         """Returns other messages, rendered with the same tools and variables."""
-        return rendering.render_text(self.tokenizer, messages, self.tools, variables=self.variables)
+        messages, tools = rendering.mark_typed(self.tokenizer, messages, self.tools)
+        return rendering.render_marked(self.tokenizer, messages, tools, variables=self.variables)
 
     def _render(self, stop: int, prompt: bool) -> str:
         if (stop, prompt) not in self._texts:
-            self._texts[stop, prompt] = rendering.render_text(
+            self._texts[stop, prompt] = rendering.render_marked(
                 self.tokenizer, self.messages[:stop], self.tools, prompt, self.variables
             )
         return self._texts[stop, prompt]
+
+    def prefetch(self, turns: Iterable[int]) -> None:
+        """Renders what `find_turn` asks about these turns, under one limit of time."""
+        with suppress(DataError), rendering.bounded(self.tokenizer, self.messages):
+            for turn in turns:
+                self.until(turn)
+                self.prompt(turn)
+
+
+_latest: list[Renderings] = []
+
+
+def renderings_of(
+    tokenizer: Tokenizer, messages: Messages, tools: Tools | None, variables: Variables | None
+) -> Renderings:
+    """Returns the renderings of a conversation. The same ones if it is asked for twice in a row, as
+    the audit does, so that each text is rendered once."""
+    if _latest:
+        (last,) = _latest
+        same = last.given[0] is messages and last.given[1] is tools
+        if same and last.tokenizer is tokenizer and last.variables == variables:
+            return last
+    _latest[:] = [Renderings(tokenizer, messages, tools, variables)]
+    return _latest[0]
 
 
 def find_turn(given: Renderings, index: int) -> Turn | None:
