@@ -93,6 +93,15 @@ def test_preference_data_of_no_format_says_so():
     assert "'chosen' says which answer people preferred" in str(caught.value)
 
 
+def test_all_columns_that_stop_are_named_at_once():
+    row = {"messages": [ASK, HELLO], "id": 1, "chosen": "a", "rejected": "b", "score_chosen": 1}
+    with pytest.raises(ValueError, match="the column 'chosen' says") as caught:
+        normalise(row)
+    assert "ignore_columns: [chosen, rejected, score_chosen] trains without them" in str(
+        caught.value
+    )
+
+
 def test_columns_that_are_mapped_are_used():
     row = {"text": "Buy!", "label": "spam", "id": 1, "more": {"label": 0}}
     columns = {"prompt": "text", "completion": "label"}

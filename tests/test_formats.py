@@ -222,6 +222,23 @@ GOOD = {
         [ASK, HELLO, ASK, HELLO],
         None,
     ),
+    "pairs of input and output": (
+        {"conversations": [{"input": "Hi", "output": "Hello"}]},
+        "sharegpt",
+        [ASK, HELLO],
+        None,
+    ),
+    "a text for messages": (
+        {"prompt": [ASK, HELLO, ASK], "completion": "Hello", "reasoning_content": "Polite."},
+        "prompt_completion",
+        [
+            ASK,
+            turn("assistant", "Hello", weight=0),
+            ASK,
+            turn("assistant", "Hello", reasoning_content="Polite."),
+        ],
+        None,
+    ),
     "one turn each": (
         {"conversations": [{"system": "Be calm."}, {"human": "Hi"}, {"assistant": "Hello"}]},
         "sharegpt",
@@ -489,6 +506,10 @@ BAD = {
     "variables of lists": (
         chat(ASK, HELLO, chat_template_kwargs={"a": [1]}),
         "chat_template_kwargs: a: expected text, a number, true or false, found list",
+    ),
+    "two questions in a turn": (
+        {"conversations": [{"human": "Hi", "input": "a", "output": "b"}]},
+        "message 1: unknown role None",
     ),
     "turns with other keys": (
         {"conversations": [{"human": "Hi", "mood": "b"}]},

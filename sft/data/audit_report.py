@@ -48,6 +48,9 @@ def write_html(
     lines = [HEAD]
     for name in ("train", "held_out"):
         lines += _part_as_html(name.replace("_", " "), audited[name])
+    if ignored := audited.get("ignored_columns"):
+        shares = (f"{escape(name)} ({share:.0%})" for name, share in ignored.items())
+        lines.append(f"<p>Columns that are not used: {', '.join(shares)}</p>")
     lines.append("<h2>Samples</h2>")
     for row, example, kinds in samples:
         lines.append(

@@ -166,11 +166,15 @@ def find_ignored(
     is a question, for which an answer's ratings do not matter.
     """
     ignored = [name for name, value in row.items() if name not in used and not is_empty(value)]
-    for name in ignored:
-        if (meaning := _meaning_of(name, format)) and not (
-            meaning.is_harmless(row[name], messages) or (to_answer and meaning.side == "answer")
-        ):
-            raise ValueError(_explain(name, meaning))
+    stopping = {
+        name: meaning
+        for name in ignored
+        if (meaning := _meaning_of(name, format))
+        and not meaning.is_harmless(row[name], messages)
+        and not (to_answer and meaning.side == "answer")
+    }
+    if stopping:
+        raise ValueError(_explain(stopping))
     return _same(tuple(ignored))
 
 
@@ -186,12 +190,13 @@ def explain_unknown(row: dict[str, Any]) -> str:
     return f"; the column {name!r} {PREFERENCE.holds}; {PREFERENCE.remedy}" if name else ""
 
 
-def _explain(name: str, meaning: Meaning) -> str:
-    """Returns the reason of a bad row, with what to do."""
+def _explain(found: dict[str, Meaning]) -> str:
+    """Returns the reason of a bad row: the first column, what to do, and how to ignore them all."""
+    name, meaning = next(iter(found.items()))
     remedy = meaning.remedy.replace("COLUMN", name)
     return (
-        f"the column {name!r} {meaning.holds}; {remedy}; data.ignore_columns: [{name}] trains "
-        "without it"
+        f"the column {name!r} {meaning.holds}; {remedy}; data.ignore_columns: "
+        f"[{', '.join(found)}] trains without {'them' if len(found) > 1 else 'it'}"
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from sft.data.columns import explain_unknown, find_ignored
@@ -57,12 +58,9 @@ SHAREGPT_ROLES = {
 CALLS = ("function_call", "tool_call")  # roles whose value is a call, or a list of calls
 # Keys of turns such as {"human": "Hi", "assistant": "Hello"}, in the order in which they are said.
 TURNS = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
+    "system": ("system",),
+    "user": ("human", "user", "input", "prompt", "question"),
+    "assistant": ("assistant", "gpt", "bot", "output", "response", "completion", "answer"),
 }
 SPOKEN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 DIALOGUE = re.compile(r"(?s)\n\nHuman:.*\n\nAssistant:")  # how a text of that format begins
@@ -99,10 +97,8 @@ def recognise(row: Any) -> str:
         return "text"
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {type(row).__name__}")
-    given = {key for key, value in row.items() if value is not None}
-    detected = [known for known in FORMATS if known.is_detected]
-    found = [known.name for known in detected if known.fits(given)]
-    found = found or [known.name for known in detected if known.fits(row)]
+    given = frozenset(key for key, value in row.items() if value is not None)
+    found = list(_detect(given) or _detect(frozenset(row)))
     if len(found) == 2 and "text" in found and _is_copy(row, *found):
         found.remove("text")
     if len(found) == 1 and _is_dialogue(row, *found):
@@ -110,12 +106,18 @@ def recognise(row: Any) -> str:
     if len(found) > 1:
         raise ValueError(f"the row fits several formats; set data.format: {' or '.join(found)}")
     if not found:
-        known = ", ".join("/".join(known.keys[0]) for known in detected)
+        known = ", ".join("/".join(known.keys[0]) for known in FORMATS if known.is_detected)
         raise ValueError(
             f"expected the keys of one format ({known}), found {sorted(row)}; "
             f"name the columns to use in data.columns{explain_unknown(row)}"
         )
     return found[0]
+
+
+@lru_cache(maxsize=1024)
+def _detect(keys: frozenset[str]) -> tuple[str, ...]:
+    """Returns the names of the formats that a row with these keys may have."""
+    return tuple(known.name for known in FORMATS if known.is_detected and known.fits(keys))
 
 
 def _is_copy(row: dict[str, Any], *formats: str) -> bool:
@@ -155,7 +157,7 @@ def normalise(
         row = {"text": row}
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {type(row).__name__}")
-    if not known.fits(row):
+    if format != "auto" and not known.fits(row):
         keys = " or ".join("/".join(keys) for keys in known.keys)
         raise ValueError(
             f"expected the keys {keys} (data.format: {known.name}), found {sorted(row)}"
@@ -310,8 +312,13 @@ def _from_turn(turn: Any, name: str) -> list[Any]:
         return [turn]
     if "from" not in turn:
         given = {key: value for key, value in turn.items() if value is not None}
-        is_spoken = given and given.keys() <= TURNS.keys()
-        said = [{"role": TURNS[key], "content": given[key]} for key in TURNS if key in given]
+        said = [
+            {"role": role, "content": given[key]}
+            for role, keys in TURNS.items()
+            for key in keys
+            if key in given
+        ]
+        is_spoken = len(said) == len(given) == len({message["role"] for message in said})
         return said if is_spoken else [turn]
     role = turn["from"]
     if not isinstance(role, str) or role not in SHAREGPT_ROLES:
@@ -340,13 +347,18 @@ def _from_alpaca(row: dict[str, Any]) -> Messages:
 
 
 def _from_prompt_completion(row: dict[str, Any]) -> Messages:
-    """Joins two texts, or two lists of messages. Assistant turns in a prompt are context."""
+    """Joins two texts, or messages and what they are answered with, as messages or as a text.
+
+    Assistant turns in a prompt are context.
+    """
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return _pair(prompt, completion, "prompt", "completion", row)
     context = conversation(as_list(prompt, "prompt"), "prompt")
-    answers = conversation(as_list(completion, "completion"), "completion")
-    return _as_context(context) + answers
+    if isinstance(completion, list):
+        return _as_context(context) + conversation(completion, "completion")
+    answer = {"role": "assistant", "content": answer_text(completion, "completion")}
+    return [*_as_context(context), answer | _thoughts_of(row)]
 
 
 def _as_context(messages: list[Message]) -> Messages:
@@ -445,9 +457,10 @@ def _pair(
     ask: Any, answer: Any, ask_name: str, answer_name: str, row: dict[str, Any] | None = None
 ) -> Messages:
     """Returns a question and its answer, with the `reasoning_content` of `row` if it has some."""
-    thoughts = (row or {}).get("reasoning_content")
-    thinks = {"reasoning_content": text(thoughts, "reasoning_content")} if thoughts else {}
-    return [
-        {"role": "user", "content": answer_text(ask, ask_name)},
-        {"role": "assistant", "content": answer_text(answer, answer_name), **thinks},
-    ]
+    said = {"role": "assistant", "content": answer_text(answer, answer_name)}
+    return [{"role": "user", "content": answer_text(ask, ask_name)}, said | _thoughts_of(row or {})]
+
+
+def _thoughts_of(row: dict[str, Any]) -> Message:
+    thoughts = row.get("reasoning_content")
+    return {"reasoning_content": text(thoughts, "reasoning_content")} if thoughts else {}

@@ -78,20 +78,25 @@ def _message(message: Any, name: str) -> Message:
     """Returns a message with only the keys that can be rendered."""
     if not isinstance(message, dict):
         raise ValueError(f"{name}: expected an object, found {type(message).__name__}")
-    given = {key: value for key, value in message.items() if not is_empty(value)}
-    role = given.pop("role", None)
+    role, content = message.get("role"), message.get("content")
+    given = {
+        key: value
+        for key, value in message.items()
+        if key not in ("role", "content") and not is_empty(value)
+    }
     role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise ValueError(f"{name}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
+    if not given and isinstance(content, str) and role != "tool":  # nearly every message
+        return {"role": role, "content": text(content, f"{name}: content")}
     weight = _weight_of(given, role, name)
-    given.pop("content", None)
     if ignored := sorted(given.keys() - EXTRAS[role]):
         advice = {REMEDIES.get(key, "remove or convert it") for key in ignored}
         raise ValueError(
             f"{name}: would not be rendered: {', '.join(ignored)}; {', or '.join(sorted(advice))}, "
             "or name it in data.ignore_columns"
         )
-    content, thoughts, parts_of_calls = _content(message.get("content"), role, name)
+    content, thoughts, parts_of_calls = _content(content, role, name)
     thoughts += [text(given[key], f"{name}: {key}") for key in THOUGHTS if key in given]
     calls = [*_calls(given, name), *parts_of_calls]
     result: Message = {"role": role, "content": ""}
@@ -210,6 +215,8 @@ def tools_of(row: dict[str, Any]) -> Tools | None:
 
     They are a list, or JSON text of one, under `tools` or OpenAI's earlier `functions`.
     """
+    if row.get("tools") is None and row.get("functions") is None:
+        return None
     given = {key: row[key] for key in ("tools", "functions") if row.get(key) not in (None, "", [])}
     if len(given) > 1:
         raise ValueError("expected tools or functions, found both")
