@@ -187,6 +187,30 @@ def test_rows_of_tokens_become_examples_as_they_are(tmp_path):
         prepare(config(*given))
 
 
+def test_a_content_of_parts_is_the_same_row_where_the_template_reads_text(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    turns = [[("user", f"say {n}"), ("assistant", f"it is {n}")] for n in range(4)]
+    made = []
+    for parts in (False, True):
+        lines = [
+            {"messages": [turn(role, text, parts) for role, text in spoken]} for spoken in turns
+        ]
+        path.write_text("\n".join(map(json.dumps, lines)))
+        made.append(
+            prepare(
+                config(f"data.train_path={path}", "data.eval_path=null", "data.eval_fraction=0.3")
+            )
+        )
+    assert list(made[0].train) == list(made[1].train)
+    assert list(made[0].held_out) == list(made[1].held_out)
+    assert made[1].train.row(0).messages[0]["content"][1] == {"type": "text", "text": "ay "}
+
+
+def turn(role: str, text: str, as_parts: bool):
+    parts = [{"type": "text", "text": each} for each in (text[:1], text[1:4], text[4:])]
+    return {"role": role, "content": parts if as_parts else text}
+
+
 def test_variables_of_the_template_are_stored_with_the_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     given = rows(path, "one", "two", "three", "four")

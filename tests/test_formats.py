@@ -11,7 +11,6 @@ from conftest import load_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft.data import messages
 from sft.data.formats import (
     BY_NAME,
     FORMATS,
@@ -23,11 +22,6 @@ from sft.data.formats import (
     set_system_prompt,
 )
 from sft.data.messages import THOUGHTS, parse_json
-
-
-@pytest.fixture(autouse=True)
-def parts_stay(monkeypatch):
-    monkeypatch.setattr(messages, "PARTS_STAY", True)
 
 
 def turn(role, content, **more):

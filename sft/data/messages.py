@@ -34,7 +34,6 @@ REMEDIES = {  # for keys that would not be rendered
     **dict.fromkeys(("train", "loss", "masked"), "use a weight of 0 or 1"),
     "refusal": "if the answer is to refuse, put this text in content",
 }
-PARTS_STAY = False  # True once what renders messages takes content as parts
 # Kinds of content parts -> (their order in a turn, the keys that their value may have).
 PARTS = {
     "reasoning": (0, ("value", "reasoning", "text")),
@@ -173,7 +172,6 @@ def _content(content: Any, role: str, name: str) -> tuple[Any, list[str], list[d
         else:
             (texts if order else thoughts).append(part[key])
             are_parts |= order == 1 and key == "text"
-    are_parts &= PARTS_STAY
     found: Any = [{"type": "text", "text": each} for each in texts] if are_parts else "".join(texts)
     thought = "".join(thoughts)
     return found, [text(thought, f"{name}: thoughts")] if thought else [], calls
