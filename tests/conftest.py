@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -67,17 +66,6 @@ def run(*command: str, timeout: int = 900, **environment: str) -> subprocess.Com
         timeout=timeout,
         check=False,
     )
-
-
-def launch(num_processes: int, script: Path | str, *arguments: str, timeout: int = 300) -> str:
-    """Runs `script` on so many real processes (torchrun) and returns what they printed.
-
-    The exit code is not judged: gloo may abort after all work is done. Tests read the ranks' files.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={num_processes}", str(script), *arguments]
-    done = run(*command, timeout=timeout)
-    return done.stdout + done.stderr
 
 
 def clean_environment(**extra: str) -> dict[str, str]:

@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
-from conftest import ROOT, clean_environment, launch, run
+from conftest import ROOT, clean_environment, run
 from packaging.requirements import Requirement
 
 import sft
@@ -98,6 +99,9 @@ def test_the_example_of_the_docs_runs_in_an_interactive_process(tmp_path):
     """As in a notebook: one process, statement by statement, and one more training in it."""
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/API.md").read_text(), re.DOTALL)
     example = example.replace("outputs/api", f"{tmp_path}/run")
+    given = '"train.max_steps": 20,'
+    assert given in example
+    example = example.replace(given, '"train.max_steps": 4, "data.max_rows": 256,')
     done = subprocess.run(
         [sys.executable, "-i", "-q"],
         input=example + AGAIN,
@@ -126,6 +130,7 @@ import sft
 
 folder = sys.argv[1]
 values = {"train.max_steps": 2, "train.output_dir": f"{folder}/run", "evaluation.num_examples": 2}
+values |= {"data.max_rows": 64, "data.eval_path": "nano/valid.jsonl"}
 run = sft.train("configs/nano.yaml", values)
 again = sft.evaluate(run.folder, ["evaluation.num_examples=2"])
 second = sft.train("configs/nano.yaml", values | {"train.output_dir": f"{folder}/second"})
@@ -139,7 +144,7 @@ with open(f"{folder}/{os.environ['RANK']}.json", "w") as file:
 def test_two_processes_get_the_same_results(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    printed = launch(2, program, str(tmp_path))
+    printed = forked.launch(2, [str(program), str(tmp_path)])
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1], printed
     assert ranks[0]["loss"] == ranks[0]["again"] == ranks[0]["second"]

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import launch
 from safetensors.torch import load_file, save_file
 
 from sft.errors import CheckpointError
@@ -292,7 +292,7 @@ commit(run / "checkpoint_step_3", write, accelerator)
 def test_a_writer_that_fails_on_one_rank_fails_the_commit_on_all(tmp_path):
     script, run = tmp_path / "worker.py", tmp_path / "run"
     script.write_text(WORKER)
-    reported = launch(2, script, str(run))
+    reported = forked.launch(2, [str(script), str(run)])
     results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("result*.json"))]
     assert [result["world"] for result in results] == [2, 2], reported
     for result in results:

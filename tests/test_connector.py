@@ -11,7 +11,7 @@ import connector_worker as worker
 import forked
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -90,7 +90,7 @@ def test_a_later_call_asks_only_what_is_new(fresh, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_three_processes_give_what_one_gives(alone, tmp_path):
-    reported = launch(3, "tests/support/connector_worker.py", str(tmp_path), timeout=300)
+    reported = forked.launch(3, ["tests/support/connector_worker.py", str(tmp_path)])
     ranks = [json.loads((tmp_path / f"rank_{i}.json").read_text()) for i in range(3)]
     expected = json.loads(json.dumps(alone[1]))
     for rank in ranks:

@@ -11,17 +11,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import law_worker
 import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import ROOT, launch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sft.data import batches, template
 
+WORKER = "tests/support/law_worker.py"
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 SEEDS = [1, 2]
 
@@ -93,7 +94,7 @@ def test_a_batch_without_supervised_tokens_is_defined(tmp_path):
 @pytest.mark.parametrize("world", [3])
 @pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_loss_and_gradient(tmp_path, world):
-    reported = launch(world, ROOT / "tests/support/law_worker.py", str(tmp_path), *map(str, SEEDS))
+    reported = forked.launch(world, [WORKER, str(tmp_path), *map(str, SEEDS)])
     files = sorted(tmp_path.glob("rank*.json"))
     assert len(files) == world, reported
     ranks = [json.loads(file.read_text()) for file in files]

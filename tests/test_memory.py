@@ -6,10 +6,11 @@ import json
 from dataclasses import replace
 from itertools import product
 
+import forked
 import memory_worker
 import pytest
 import shapes
-from conftest import ROOT, launch
+from conftest import ROOT
 from shapes import architectures, configured, uniform_window
 from transformers import GPT2Config, LlamaConfig, MambaConfig, Qwen2MoeConfig
 
@@ -157,7 +158,7 @@ def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, engine, st
     config = configured(tmp_path, LlamaConfig(**sizes), mode, **train)
     (tmp_path / "run.yaml").write_text(dump_config(config))
     files = [str(tmp_path / name) for name in ("run.yaml", "peak")]
-    launch(2, ROOT / "tests/support/memory_worker.py", *files)
+    forked.launch(2, ["tests/support/memory_worker.py", *files])
     (rows, _) = memory_worker.WINDOW.micro_batches
     group = sharding.Group(2, config.train.engine, accumulates=True, zero=zero or {})
     window = Window((rows,), gradients=True)

@@ -10,10 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 import torch
-from conftest import PATHS, ROOT, launch, run
+from conftest import PATHS, run
 
 from sft import errors
 from sft.data import batches, template
@@ -301,7 +302,7 @@ def ranks(request, tmp_path_factory) -> list[dict]:
     if not mounted:
         small.rmdir()  # the worker then leaves that part out
     try:
-        printed = launch(2, ROOT / "tests/support/fault_worker.py", str(out), request.param)
+        printed = forked.launch(2, ["tests/support/fault_worker.py", str(out), request.param])
     finally:
         if mounted:
             subprocess.run(["umount", "--lazy", str(small)], check=True)

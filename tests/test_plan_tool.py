@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 
+import forked
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT
 
 from sft import commands
 from sft.errors import UserError
@@ -33,7 +34,7 @@ def model(tmp_path):
 
 
 def plan(*assignments: str):
-    done = run("make", "plan", *assignments)
+    done = forked.make("plan", *assignments)
     assert "Traceback" not in done.stderr
     assert max(map(len, done.stdout.splitlines()), default=0) <= 100
     return done

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from contextlib import nullcontext
 
+import forked
 import pytest
 import tiny
 import torch
-from conftest import ROOT, launch, run
+from conftest import ROOT, run
 
 from sft.data import batches
 from sft.errors import ConfigError, PeerError
@@ -40,7 +41,10 @@ def test_a_launch_that_is_silently_one_process_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_launch_of_another_size_is_refused_once(tmp_path):
-    reported = launch(2, *TRAIN, "train.num_processes=3", f"train.output_dir={tmp_path}/run")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    given = ["train.num_processes=3", f"train.output_dir={tmp_path}/run"]
+    done = run(sys.executable, *torchrun, *TRAIN, *given)
+    reported = done.stdout + done.stderr
     assert reported.count("expected 3 process(es), found 2") == 1
     assert "Traceback" not in reported.split("expected 3")[0]
 
@@ -247,7 +251,8 @@ def test_deepspeed_needs_no_launcher_for_one_process(tmp_path):
         "settings = Config.model_validate_json(sys.argv[1])\n"
         "print('world of', processes.start_processes(settings.train).num_processes)\n"
     )
-    reported = run(sys.executable, "-c", program, settings.model_dump_json())
+    (tmp_path / "program.py").write_text(program)
+    reported = forked.run(str(tmp_path / "program.py"), settings.model_dump_json())
     assert "world of 1" in reported.stdout, reported.stderr
 
 
@@ -296,7 +301,7 @@ end_processes(accelerator)
 def test_ranks_with_unlike_memory_make_one_plan(tmp_path):
     script = tmp_path / "plan.py"
     script.write_text(PLAN)
-    launch(2, script, str(tmp_path))
+    forked.launch(2, [str(script), str(tmp_path)])
     first, second = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
     assert first == second
     assert first.startswith("60 ")  # half of what the second one has

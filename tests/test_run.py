@@ -1,7 +1,7 @@
 """Whole runs, as a user starts them: real processes, real files, the embedded model, real data.
 
-Targets of make start everything anew; other runs are forked (forked.py), but for the one that is
-resumed: two interpreters have unlike seeds of hash(), and the same weights nonetheless.
+Targets of make that train start everything anew; other runs are forked (forked.py), but for the one
+that is resumed: two interpreters have unlike seeds of hash(), and the same weights nonetheless.
 """
 
 from __future__ import annotations
@@ -142,17 +142,17 @@ def test_the_adapter_loads_with_peft_onto_the_base(nano):
 def test_evaluate_infer_and_merge_use_the_run(nano, tmp_path):
     folder = nano[0]
     tuned = results(folder)["tuned"]
-    done = make("evaluate", "evaluation.num_examples=200", RUN=str(folder))
+    done = forked.make("evaluate", "ARGS=evaluation.num_examples=200", f"RUN={folder}")
     assert done.returncode == 0, done.stderr
     again = json.loads((folder / "evaluation/evaluate/metrics.json").read_text())["metrics"]
     assert again["exact_match"] == tuned["exact_match"]
     assert again["loss"] == pytest.approx(tuned["loss"], rel=1e-5)
 
     row = json.loads((folder / "evaluation/predictions.jsonl").read_text().splitlines()[0])
-    done = make("infer", RUN=str(folder), PROMPT=row["prompt"])
+    done = forked.make("infer", f"RUN={folder}", f"PROMPT={row['prompt']}")
     assert done.stdout.strip() == row["answer"], done.stderr
 
-    done = make("merge", RUN=str(folder), OUTPUT=str(tmp_path / "merged"), DTYPE="fp32")
+    done = forked.make("merge", f"RUN={folder}", f"OUTPUT={tmp_path / 'merged'}", "DTYPE=fp32")
     assert done.returncode == 0, done.stderr
     checks = json.loads((tmp_path / "merged/merge_report.json").read_text())["checks"]
     assert checks["kl"]["measured"] < 1e-9

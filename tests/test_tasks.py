@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import conftest
 import forked
 import pytest
 import toy_task
-from conftest import ROOT
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -21,15 +15,11 @@ pytestmark = pytest.mark.slow
 STEPS, MIDDLE = 6, 3
 
 
-def start(verb: str, *arguments: str, runs: Callable[..., Any] = forked.run) -> str:
+def start(verb: str, *arguments: str) -> str:
     """Runs the script of a verb with the toy task in the registry; returns what it prints."""
-    done = runs("tests/support/toy_worker.py", f"scripts/{verb}.py", *arguments)
+    done = forked.run("tests/support/toy_worker.py", f"scripts/{verb}.py", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def new_python(*command: str) -> subprocess.CompletedProcess[str]:
-    return conftest.run(sys.executable, *command, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
 
 
 def configured(folder: Path) -> list[str]:
@@ -99,7 +89,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(run, tmp_path):
 
 
 def test_a_finished_run_is_evaluated_in_another_process(run):
-    said = start("evaluate", "--run", str(run), "--name", "again", runs=new_python)
+    said = start("evaluate", "--run", str(run), "--name", "again")
     found = json.loads((run / "evaluation/again/metrics.json").read_text())["metrics"]
     assert found == json.loads((run / "evaluation/metrics.json").read_text())["metrics"]
     assert f"loss {found['loss']:.4g}" in said

@@ -1,4 +1,4 @@
-"""What a program does with AccelerateConnector; under torchrun each rank writes what it got.
+"""What a program does with AccelerateConnector; each of several ranks writes what it got.
 
 connector_worker.py OUT
 """

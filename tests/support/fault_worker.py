@@ -1,4 +1,4 @@
-"""Run by torchrun: faults of single ranks in the middle of steps; every rank writes what it saw.
+"""Faults of single ranks in the middle of steps; every rank writes what it saw.
 
 fault_worker.py OUT ENGINE; ENGINE is ddp or deepspeed, and OUT/small, if it is there, a small disk
 """

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import conftest
 import numpy as np
 from conftest import PATHS, ROOT, clean_environment
 
@@ -62,16 +64,26 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, process.exitcode or 0, *reported)
 
 
+def make(target: str, *assignments: str) -> subprocess.CompletedProcess[str]:
+    """`make TARGET`: the command is what make says it would run (`make -n`)."""
+    printed = conftest.run("make", "-n", target, *assignments).stdout
+    python, *command = shlex.split(printed.replace("\\\n", ""))
+    assert python.endswith("/bin/python"), printed
+    return run(*command)
+
+
 def launch(world: int, command: list[str]) -> str:
-    """As `sft.verify.fresh`, which waits for all and returns what they printed."""
-    folder = Path(command[command.index("--config") + 1])
-    log = folder.with_suffix(f".{time.monotonic_ns()}.printed")
-    process = start(world, command, log)
-    process.join()
-    for pid in ranks(log):
-        while alive(pid):
-            time.sleep(0.01)
-    return log.read_text("utf-8", errors="replace")
+    """Runs a script on so many ranks and returns what they printed, as `sft.verify.fresh`.
+
+    The exit code is not judged: gloo may abort after all work is done. Tests read the ranks' files.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "printed")
+        start(world, command, log).join()
+        for pid in ranks(log):
+            while alive(pid):
+                time.sleep(0.01)
+        return log.read_text("utf-8", errors="replace")
 
 
 def ranks(log: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""Run by torchrun: one step and one evaluation for many cuts; every rank writes what it saw.
+"""Run by several ranks: one step and one evaluation for many cuts; every rank writes what it saw.
 
 law_worker.py OUT SEED...
 """

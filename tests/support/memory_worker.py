@@ -1,4 +1,4 @@
-"""Run by torchrun: real steps of a configuration on real processes; writes what rank 0 allocates.
+"""Real steps of a configuration on several ranks; writes what rank 0 allocates.
 
 memory_worker.py CONFIG OUT: files of a configuration, and for the bytes at the peak.
 
