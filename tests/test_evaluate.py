@@ -71,6 +71,30 @@ def test_every_row_has_its_line_in_order_also_those_that_cannot_be_asked(nano, t
     assert found[0]["completion_tokens"] > 0
 
 
+def test_a_row_is_asked_with_its_variables_and_as_its_parts_say(nano):
+    model, _ = nano
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "nano/model")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+        "{{ '(think)' if enable_thinking is not false and add_generation_prompt }}"
+    )
+    model = replace(model, tokenizer=tokenizer)
+    variables = {"enable_thinking": False}
+    plain, quiet = (
+        answers.make_question(replace(ROWS[0], template_kwargs=given))
+        for given in (None, variables)
+    )
+    prompts = [str(tokenizer.decode(model.render_prompt(each))) for each in (plain, quiet)]
+    assert prompts[0] == prompts[1] + "(think)"
+    assert model.key(plain, 0) != model.key(quiet, 0)
+    parts = [{"type": "text", "text": text} for text in ("repeat", ": one")]
+    asked = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]
+    question = answers.make_question(Row(asked, None, "file", 1))
+    assert question.fields == {"row": "file:1", "prompt": "repeat: one", "reference": ": one"}
+    assert model.render_prompt(question) == model.render_prompt(plain)
+
+
 def test_windows_and_batches_change_nothing(nano, tmp_path, monkeypatch):
     rows = ROWS * 3
     once = answered(nano, rows, tmp_path / "once.jsonl", rows=100)

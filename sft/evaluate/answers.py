@@ -68,13 +68,15 @@ def held_out_loss(
 class Question:
     """Messages for a model to answer, and the first fields of the answer's record.
 
-    `error` is the reason if they cannot be answered.
+    `error` is the reason if they cannot be answered. `template_kwargs`: variables that the row sets
+    for its chat template.
     """
 
     messages: Messages
     tools: Tools | None
     fields: Record
     error: str | None = None
+    template_kwargs: dict[str, Any] | None = None
 
 
 def make_question(row: Row | BadRow, tokenizer: PreTrainedTokenizerBase | None = None) -> Question:
@@ -93,10 +95,10 @@ def make_question(row: Row | BadRow, tokenizer: PreTrainedTokenizerBase | None =
     if has_reference:
         fields["reference"] = content_text(last)
         if "tool_calls" in last and tokenizer is not None:
-            whole = template.render(tokenizer, row.messages, row.tools, "last")
+            whole = template.render(tokenizer, row.messages, row.tools, "last", row.template_kwargs)
             ids = [i for i, label in zip(whole.ids, whole.labels, strict=True) if label >= 0]
             fields["reference"] = str(tokenizer.decode(ids, skip_special_tokens=True))
-    return Question(asked, row.tools, fields)
+    return Question(asked, row.tools, fields, template_kwargs=row.template_kwargs)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,9 @@ class AnswerModel(Decoder):
         if question.error is not None:
             return question.error
         try:
-            ids = template.prompt_ids(self.tokenizer, question.messages, question.tools)
+            ids = template.prompt_ids(
+                self.tokenizer, question.messages, question.tools, question.template_kwargs
+            )
         except DataError as error:
             return str(error)
         context = context_length(self.model)
@@ -146,7 +150,8 @@ class AnswerModel(Decoder):
         The example's number is part of it only if tokens are drawn.
         """
         drawn = number if self.settings.temperature else None
-        asked = (question.messages, question.tools, question.fields, question.error)
+        asked = [question.messages, question.tools, question.fields, question.error]
+        asked += [question.template_kwargs] if question.template_kwargs else []
         return key_of(self.identity, self.settings.model_dump(), drawn, asked)
 
 
