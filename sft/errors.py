@@ -121,15 +121,58 @@ def oom_message(error: BaseException) -> str | None:
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY(_ID)?)$")  # HF_TOKEN, AWS_* ...
 
 
+HIDDEN = "<hidden>"
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'`|]*[^\s\"'`|.,:;)\]]")
+FROM_ENVIRONMENT = re.compile(r"\$\{(\w+)\}")  # a part of an address that the environment gives
+SHOWN = re.compile(  # what a query may say in the open: which representation, and never who asks
+    r"(?i)(download|raw|dl|format|version|revision|ref|split|config|subset|limit|offset|page|alt"
+    r"|export|gid|inline)=([\w.-]{0,40}|%20)*"
+)
+
+
 def redact(text: str) -> str:
-    """Replaces the value of each secret variable of the environment by its name, `<HF_TOKEN>`.
+    """Hides the secrets of the environment, and the credentials in addresses.
 
     All text for files and the console passes through it, because clusters keep both.
     """
+    return URL.sub(lambda match: hide_credentials(match[0]), redact_environment(text))
+
+
+def redact_environment(text: str) -> str:
+    """Replaces the value of each secret variable of the environment by its name, `<HF_TOKEN>`."""
     for name, value in os.environ.items():
         if SECRET.search(name) and len(value) >= 8:
             text = text.replace(value, f"<{name}>")
     return text
+
+
+def hide_credentials(address: str) -> str:
+    """Returns an address without its user and password, and without the values of its query, of
+    which only harmless ones stay (`?download=true`). `${NAME}` stays, since it names a variable."""
+    scheme, mark, rest = address.partition("://")
+    host = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if "@" not in host and re.search(r"^[^\[].*:(?!\d*$)|^:", host) and "@" in rest:
+        host = rest  # a password that is not quoted as it should be
+    user = host[: host.rfind("@") + 1]
+    place, fragment_mark, fragment = rest[len(user) :].partition("#")
+    place, query_mark, query = place.partition("?")
+    parts = [part if SHOWN.fullmatch(part) else _hide_value(part) for part in query.split("&")]
+    shown_user = user if not user or _NAMED_USER.fullmatch(user) else f"{HIDDEN}@"
+    shown_query = "&".join(parts) if query else ""
+    shown_fragment = HIDDEN if "=" in fragment else fragment
+    return (
+        f"{scheme}{mark}{shown_user}{place}{query_mark}{shown_query}{fragment_mark}{shown_fragment}"
+    )
+
+
+_NAMED = r"(\$\{\w+\}|<hidden>)"  # says nothing
+_NAMED_USER = re.compile(rf"{_NAMED}(:{_NAMED}?)?@")
+
+
+def _hide_value(part: str) -> str:
+    """Hides `value` in `name=value`, or all of a text without a name."""
+    name, mark, value = part.partition("=") if "=" in part.rstrip("=") else ("", "", part)
+    return name + mark + (value if not value or re.fullmatch(_NAMED, value) else HIDDEN)
 
 
 def suggest(word: str, known: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from accelerate import Accelerator
 from rich.table import Table
 
-from sft.config.load import with_values
+from sft.config.load import public_values, with_values
 from sft.config.schema import RunConfig, Train
 from sft.errors import UserError
 from sft.models.dtypes import dtype_table
@@ -191,7 +191,7 @@ def _open_log(config: RunConfig, accelerator: Accelerator) -> Log:
         return Log(None)
     folder, wandb = Path(config.train.output_dir), None
     if config.train.wandb:
-        values = {"project": "sft", "name": folder.name, "config": config.model_dump()}
+        values = {"project": "sft", "name": folder.name, "config": public_values(config)}
         wandb = importlib.import_module("wandb").init(**values)
     return Log(folder, tensorboard=config.train.tensorboard, wandb=wandb)
 

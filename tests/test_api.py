@@ -74,6 +74,7 @@ def test_pins_are_versions_that_the_package_takes():
     for name, modules in {**EXTRAS, "deepspeed": ("deepspeed",)}.items():
         packages = {Requirement(each).name for each in extras[name]}
         assert packages == {module.replace("_", "-") for module in modules}
+    extras.pop("remote")  # for data in object stores; `make` does not install its 40 packages
     wanted = [*project["dependencies"], *itertools.chain(*extras.values())]
     accepted = {each.name: each.specifier for each in map(Requirement, wanted)}
     lines = (ROOT / "requirements.txt").read_text().splitlines()

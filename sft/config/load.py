@@ -33,7 +33,14 @@ from sft.config.schema import (
     Strategy,
     sections_of,
 )
-from sft.errors import ConfigError, redact, shorten, suggest
+from sft.errors import (
+    URL,
+    ConfigError,
+    hide_credentials,
+    redact_environment,
+    shorten,
+    suggest,
+)
 
 NULL = "tag:yaml.org,2002:null"
 
@@ -120,14 +127,17 @@ def parse_generation(overrides: list[str]) -> Generation:
 
 
 def dump_config(config: RunConfig, reasons: dict[str, str] | None = None) -> str:
-    """Returns YAML with every value; `reasons` (dotted path -> why) become comments."""
+    """Returns YAML with every value; `reasons` (dotted path -> why) become comments.
+
+    Credentials in addresses are hidden.
+    """
     stream = io.StringIO()
     yaml = YAML()
     yaml.width = 10_000
     tree = yaml.map()
     if config.task != Config.task:
         tree["task"] = config.task
-    for section, values in config.model_dump().items():
+    for section, values in public_values(config).items():
         tree[section] = yaml.map()
         for key, value in values.items():
             tree[section][key] = value
@@ -136,6 +146,23 @@ def dump_config(config: RunConfig, reasons: dict[str, str] | None = None) -> str
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar(NULL, "null"))
     yaml.dump(tree, stream)
     return stream.getvalue()
+
+
+def public_values(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Returns all values by section and key, without the credentials of addresses."""
+    sections = config.model_dump().items()
+    return {
+        name: {key: _hide_credentials(value) for key, value in values.items()}
+        for name, values in sections
+    }
+
+
+def _hide_credentials(value: Any) -> Any:
+    """Returns a value without the credentials of the addresses that it is or lists."""
+    if isinstance(value, list):
+        return [_hide_credentials(item) for item in value]
+    is_address = isinstance(value, str) and URL.fullmatch(value)
+    return hide_credentials(value) if is_address else value
 
 
 def with_values(config: Configured, values: dict[str, Any]) -> Configured:
@@ -171,10 +198,10 @@ def _validate(
         if can_judge and rule.broken(*(values[path] for path in rule.paths)):
             problems[rule.paths[0]] = rule.message
     for path, value in values.items():
-        if redact(str(value)) != str(value):
+        if (shown := redact_environment(str(value))) != str(value):
             problems[path] = (
-                f"holds the secret {redact(str(value))}, which would be written into the run "
-                "folder; set it in the environment, where libraries look for it"
+                f"holds the secret {shown}, which would be written into the run folder; set "
+                "it in the environment, where libraries look for it"
             )
     lines = [f"{path}{_where(path, origins or {})}: {text}" for path, text in problems.items()]
     return None if problems else config, lines

@@ -132,7 +132,8 @@ class Data(Section):
     """Rows for training and held-out rows."""
 
     train_path: Text | Texts
-    """Training rows: a file, folder, glob or hub id, or a list of them (docs/DATA.md)."""
+    """Training rows: a file, folder, glob, hub id or address (s3://, https:// ...), or a list of
+    them (docs/DATA.md)."""
     mix: list[Positive] | None = None
     """How often an epoch contains the rows of each `train_path`. 2: twice. 0.5: half of them, drawn
     with `train.seed`. null: once."""
@@ -195,7 +196,8 @@ class Data(Section):
     audit: Literal["refuse", "warn"] = "refuse"
     """If the audit finds an error in a row: `refuse` stops the run, `warn` trains anyway."""
     cache_dir: Text = ".cache/data"
-    """Folder of prepared rows, with one subfolder per set of inputs. It can be deleted."""
+    """Folder of prepared rows, with one subfolder per set of inputs, and of copies of remote files.
+    It can be deleted."""
 
 
 class Train(Section):

@@ -86,6 +86,8 @@ def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> P
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are already parallel
     tokenizer = load_tokenizer(config)
+    for path in (config.data.train_path, config.data.eval_path or []):
+        files.list_files(path, config.data.cache_dir, on_progress)  # fetches remote ones
     made_of = cache_inputs(config, tokenizer)
     folder = Path(config.data.cache_dir, cache_key(made_of))
     with _as_data_error(folder.parent):

@@ -10,7 +10,7 @@ import glob
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,12 +19,12 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 
 from sft.config.schema import Data
-from sft.data import formats, readers
+from sft.data import formats, readers, remote
 from sft.data.formats import TEXT, Messages, Tools
 from sft.data.messages import error_reason, scalar_text
 from sft.data.split import HELD_OUT
 from sft.data.tokenised import is_tokenised
-from sft.errors import DataError, suggest
+from sft.errors import DataError, redact, suggest
 from sft.runtime.console import atomic_write
 
 DIGEST = np.dtype("V16")  # of `content_digest`
@@ -95,11 +95,19 @@ def sources(path: str | list[str], cache_dir: str = CACHE_DIR) -> list[Source]:
     return list_files(path, cache_dir).sources
 
 
-def list_files(path: str | list[str], cache_dir: str = CACHE_DIR) -> Listing:
-    """Returns the files that `sources` returns, and the hidden ones that are not read."""
+def list_files(
+    path: str | list[str], cache_dir: str = CACHE_DIR, tick: Callable[[], None] = lambda: None
+) -> Listing:
+    """Returns the files that `sources` returns, and the hidden ones that are not read.
+
+    `tick` is called whenever a fetched file makes progress.
+    """
     found = Listing([], [])
     for entry, text in enumerate([path] if isinstance(path, str) else path):
-        listed = _list(text, entry, cache_dir)
+        if remote.is_remote(text):
+            listed = _list_remote(text, entry, cache_dir, tick)
+        else:
+            listed = _list(text.removeprefix("file://"), entry)
         found.sources.extend(listed.sources)
         found.hidden.extend(listed.hidden)
     for source in found.sources:
@@ -111,7 +119,28 @@ def list_files(path: str | list[str], cache_dir: str = CACHE_DIR) -> Listing:
     return found
 
 
-def _list(text: str, entry: int, cache_dir: str) -> Listing:
+_fetched: dict[tuple[str, str], Listing] = {}  # by address and cache: a process asks once
+
+
+def _list_remote(text: str, entry: int, cache_dir: str, tick: Callable[[], None]) -> Listing:
+    """Returns the copies of the files that an address gives, fetched if need be."""
+    key = (text, str(Path(cache_dir).resolve()))
+    known = _fetched.get(key)
+    if known is None or not all(Path(source.copy).exists() for source in known.sources):
+        shown, found, is_folder = remote.find(text)
+        names, hidden = list(found), [name for name in found if is_hidden(name)]
+        if is_folder:
+            inner = {name.removeprefix(f"{shown.rstrip('/')}/"): name for name in found}
+            names, hidden = ([inner[n] for n in part] for part in choose_files(shown, inner))
+        elif not is_hidden(shown):  # a pattern names hidden files by their dot alone
+            names = [name for name in names if name not in hidden]
+        copies = [remote.fetch(found[name], name, cache_dir, tick) for name in names]
+        listed = [Source(copy.name, 0, False, copy.path, copy.sha256) for copy in copies]
+        known = _fetched[key] = Listing(listed, hidden if len(found) > 1 else [])
+    return Listing([source._replace(entry=entry) for source in known.sources], known.hidden)
+
+
+def _list(text: str, entry: int) -> Listing:
     path = Path(text)
     if path.is_dir():
         files, hidden = _files_in(path)
@@ -333,7 +362,7 @@ def check_columns(settings: Data) -> None:
 
 def missing_column(path: str | list[str], column: str, key: str, known: Iterable[str]) -> DataError:
     """Returns the error for a column that no row has; `known`: the columns that rows have."""
-    shown = path if isinstance(path, str) else ", ".join(path)
+    shown = redact(path if isinstance(path, str) else ", ".join(path))
     hint = suggest(column, sorted(known))
     return DataError(f"{shown}: no column {column!r}, which {key} names; {hint}")
 
@@ -351,6 +380,8 @@ def file_digests(path: str | list[str], cache_dir: str = CACHE_DIR) -> list[dict
     for source in sources(path, cache_dir):
         if source.on_hub:
             digest = str(readers.load_from_hub(source.file)._fingerprint)
+        elif source.digest:  # a copy that was verified when it was fetched or found
+            digest = source.digest
         else:
             try:
                 with Path(source.path).open("rb") as file:
@@ -448,6 +479,20 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
             write_rejected(bad, file)
         report.append(("rejected", f"{len(bad):,}, listed in {rejected}"))
     return report
+
+
+def local_paths(section: Data) -> str | list[str]:
+    """Returns `train_path` with a copy in place of each address of a single file.
+
+    A run of verify has a cache of its own, and does not fetch them again.
+    """
+    given = section.train_path
+
+    def local(text: str) -> str:
+        found = sources(text, section.cache_dir) if remote.is_remote(text) else []
+        return found[0].path if len(found) == 1 else text
+
+    return local(given) if isinstance(given, str) else [local(text) for text in given]
 
 
 def hidden_files(section: Data) -> list[str]:

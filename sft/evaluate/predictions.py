@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from sft.errors import UserError, redact
+from sft.errors import UserError, redact_environment
 from sft.runtime.console import atomic_write
 
 Record = dict[str, Any]
@@ -85,7 +85,7 @@ class Predictions:
     def append(self, records: list[Record]) -> None:
         """Writes lines; once it returns, no kill loses them."""
         lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records)
-        data = redact(lines).encode("utf-8", "backslashreplace")
+        data = redact_environment(lines).encode("utf-8", "backslashreplace")
         with self._reporting(), self.path.open("ab+", buffering=0) as file:
             with suppress(OSError):  # a file system without locks: single appends stay whole
                 fcntl.flock(file, fcntl.LOCK_EX)

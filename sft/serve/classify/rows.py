@@ -20,7 +20,7 @@ from sft.config.load import classified_rows
 from sft.config.schema import Classify, Config, Model, Strategy
 from sft.data.files import missing_column, read_raw
 from sft.data.messages import Messages, error_reason, scalar_text
-from sft.errors import ConfigError, DataError, suggest
+from sft.errors import ConfigError, DataError, redact, suggest
 from sft.evaluate.labels import label_of, letters
 from sft.runtime.console import atomic_write
 
@@ -100,7 +100,7 @@ def _other_problems(config: Config) -> Iterator[str]:
 
 def read_examples(settings: Classify) -> list[LabelledText]:
     """Returns all rows of `settings.path`, in their order. Raises DataError with every bad one."""
-    path, rows, bad = str(settings.path), [], []
+    path, rows, bad = redact(str(settings.path)), [], []
     for place, row in read_raw(settings.path or ""):
         if isinstance(row, dict):
             rows.append((place, row))
@@ -169,8 +169,8 @@ def split_parts(examples: Sequence[LabelledText], settings: Classify) -> Parts:
     if empty := [part for part, own in parts.items() if not own]:
         num_families = sum(map(len, by_label.values()))
         raise DataError(
-            f"{settings.path}: expected rows for three parts, found none for {empty[0]}: "
-            f"{len(examples):,} rows are {num_families:,} families that stay together "
+            f"{redact(str(settings.path))}: expected rows for three parts, found none for "
+            f"{empty[0]}: {len(examples):,} rows are {num_families:,} families that stay together "
             "(classify.split_by); give more rows, or other fractions"
         )
     return parts

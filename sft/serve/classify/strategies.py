@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sft.config.schema import Classify, Config
-from sft.errors import UserError
+from sft.errors import UserError, redact
 from sft.evaluate import compare
 from sft.evaluate.answers import Question, groups_table
 from sft.evaluate.metrics import FAILURE
@@ -97,7 +97,7 @@ def classify(config: Config, run: Path | None = None) -> None:
             kept = f", kept together by {', '.join(settings.split_by)}" if settings.split_by else ""
             lines = [
                 ("model", model["model_name"]),
-                ("data", f"{settings.path}"),
+                ("data", redact(str(settings.path))),
                 ("parts", f"{sizes} (seed {settings.seed}{kept})"),
                 ("classified", f"{len(chosen):,} examples: {settings.part} (classify.part)"),
             ]

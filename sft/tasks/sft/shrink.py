@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sft.config.schema import Config
-from sft.errors import VerificationError
+from sft.data import files
+from sft.errors import VerificationError, redact
 from sft.models.load import architecture, keep_layers, load_tokenizer
 from sft.tasks.base import Shrunk
 
@@ -40,6 +41,7 @@ def shrink(config: Config, folder: Path, exact: bool) -> Shrunk:
     values = {
         "model.name": name,
         "model.revision": None,
+        "data.train_path": files.local_paths(config.data),
         "data.max_rows": rows,
         "data.eval_path": None,
         "data.eval_fraction": HELD_OUT / rows,
@@ -48,7 +50,7 @@ def shrink(config: Config, folder: Path, exact: bool) -> Shrunk:
         "evaluation.max_new_tokens": min(config.evaluation.max_new_tokens, 8),
     }
     changes.append(("tuning", config.tuning.mode))
-    chosen_from = f"the first {rows} of {config.data.train_path}"
+    chosen_from = f"the first {rows} of {redact(str(config.data.train_path))}"
     return Shrunk(values, changes, {"tuning.lora_dropout": 0.0}, batch, chosen_from)
 
 

@@ -24,7 +24,7 @@ from sft.data import audit, cache, files, template
 from sft.data.cache import Prepared
 from sft.data.examples import Batch, ExampleArrays, Examples, collate
 from sft.data.formats import is_conversation
-from sft.errors import ConfigError, DataError, UserError
+from sft.errors import ConfigError, DataError, UserError, redact
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import Predictions, key_of, read_records
@@ -180,7 +180,7 @@ class FineTune(SavedTuning):
         paths = config.data.train_path
         return [
             ("model", f"{config.model.name}, {config.tuning.mode}"),
-            ("data", paths if isinstance(paths, str) else ", ".join(paths)),
+            ("data", redact(paths if isinstance(paths, str) else ", ".join(paths))),
         ]
 
     @classmethod
