@@ -406,6 +406,19 @@ BAD = {
     "list": ([ASK, HELLO], "expected an object, found list"),
     "no format": ({"q": "a"}, "expected the keys of one format (messages, conversations, instr"),
     "half a format": ({"prompt": "a"}, "found ['prompt']; name the columns to use in data.columns"),
+    "many columns": (
+        dict.fromkeys("abcdefghijklmno"),
+        "found ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h', 'i', 'j'] and 5 more; name the columns",
+    ),
+    "usual names": (
+        {"instruction": "a", "context": "b", "Response": "c", "category": "d"},
+        "data.columns, such as {instruction: instruction, input: context, output: Response}",
+    ),
+    "dialogues that people compared": (
+        {"chosen": SPOKEN, "rejected": SPOKEN},
+        "found ['chosen', 'rejected']; set data.format: human_assistant, data.columns: "
+        "{text: chosen}, data.ignore_columns: [rejected]",
+    ),
     "two formats": (
         {"prompt": "a", "completion": "b", "messages": [ASK, HELLO]},
         "the row fits several formats; set data.format: messages or prompt_completion",
@@ -497,9 +510,13 @@ BAD = {
         chat(ASK, HELLO, chat_template_kwargs={"tokenize": False}),
         "chat_template_kwargs: 'tokenize' is not a variable of a template",
     ),
-    "variables of lists": (
-        chat(ASK, HELLO, chat_template_kwargs={"a": [1]}),
-        "chat_template_kwargs: a: expected text, a number, true or false, found list",
+    "variables in a list": (
+        chat(ASK, HELLO, chat_template_kwargs=[1]),
+        "chat_template_kwargs: expected an object, found list",
+    ),
+    "variables with NUL": (
+        chat(ASK, HELLO, chat_template_kwargs={"a": ["\0"]}),
+        "chat_template_kwargs contains a NUL character",
     ),
     "two questions in a turn": (
         {"conversations": [{"human": "Hi", "input": "a", "output": "b"}]},
@@ -674,7 +691,7 @@ def test_numbers_are_written_as_their_file_writes_them():
 
 
 def test_variables_of_the_template():
-    given = {"enable_thinking": False, "reasoning_effort": "low", "budget": 3}
+    given = {"enable_thinking": False, "reasoning_effort": "low", "budget": 3, "xml_tools": ["a"]}
     for value in (given, json.dumps(given), given | {"none": None}):
         found = normalise({"messages": [ASK, HELLO], "chat_template_kwargs": value})
         assert (found.template_kwargs, found.ignored) == (given, ())

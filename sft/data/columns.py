@@ -149,6 +149,13 @@ MEANINGS = (
         _is_one_document,
     ),
 )
+# The usual names of a question and its answer in public data sets, for the message to users.
+USUAL = {
+    "instruction": ("instruction", "question", "query", "prompt", "problem", "input", "dialogue"),
+    "input": ("context", "passage"),
+    "output": ("output", "response", "answer", "completion", "target", "solution", "summary"),
+    "system": ("system", "system_prompt"),
+}
 PATTERNS = [(meaning, re.compile(meaning.pattern)) for meaning in MEANINGS]
 
 
@@ -184,10 +191,20 @@ def _same(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def explain_unknown(row: dict[str, Any]) -> str:
-    """Returns why a row of no known format may be preference data, as a clause; "" if it is not."""
-    name = next((name for name in row if _meaning_of(name, "text") is PREFERENCE), None)
-    return f"; the column {name!r} {PREFERENCE.holds}; {PREFERENCE.remedy}" if name else ""
+def suggest_columns(row: dict[str, Any]) -> str:
+    """Returns what to do with a row of no known format, as far as its columns' names say it."""
+    by_name = {name.lower(): name for name in row}
+    columns = {
+        key: by_name[next(name for name in names if name in by_name)]
+        for key, names in USUAL.items()
+        if not by_name.keys().isdisjoint(names)
+    }
+    shown = ", ".join(f"{key}: {name}" for key, name in columns.items())
+    advice = "name the columns to use in data.columns"
+    if {"instruction", "output"} <= columns.keys():
+        advice += f", such as {{{shown}}}"
+    preference = next((name for name in row if _meaning_of(name, "text") is PREFERENCE), None)
+    return advice + (f"; the column {preference!r} {PREFERENCE.holds}" if preference else "")
 
 
 def _explain(found: dict[str, Meaning]) -> str:

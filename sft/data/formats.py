@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from sft.data.columns import explain_unknown, find_ignored
+from sft.data.columns import find_ignored, suggest_columns
 from sft.data.messages import (
     Message,
     Messages,
@@ -107,11 +107,21 @@ def recognise(row: Any) -> str:
         raise ValueError(f"the row fits several formats; set data.format: {' or '.join(found)}")
     if not found:
         known = ", ".join("/".join(known.keys[0]) for known in FORMATS if known.is_detected)
+        more = f" and {len(row) - 10} more" * (len(row) > 10)
         raise ValueError(
-            f"expected the keys of one format ({known}), found {sorted(row)}; "
-            f"name the columns to use in data.columns{explain_unknown(row)}"
+            f"expected the keys of one format ({known}), found {sorted(row)[:10]}"
+            f"{more}; {_suggest(row)}"
         )
     return found[0]
+
+
+def _suggest(row: dict[str, Any]) -> str:
+    """Returns what to do with a row of no known format."""
+    spoken = [key for key, value in row.items() if isinstance(value, str) and DIALOGUE.match(value)]
+    if not spoken:
+        return suggest_columns(row)
+    others = f", data.ignore_columns: [{', '.join(spoken[1:])}]" if spoken[1:] else ""
+    return f"set data.format: human_assistant, data.columns: {{text: {spoken[0]}}}{others}"
 
 
 @lru_cache(maxsize=1024)

@@ -242,14 +242,8 @@ def template_kwargs_of(row: dict[str, Any]) -> dict[str, Any] | None:
     if is_empty(value):
         return None
     given = object_in(json_value(value, name), name)
-    for key, item in given.items():
-        if NO_VARIABLES.fullmatch(key):
-            raise ValueError(f"{name}: {key!r} is not a variable of a template")
-        if not isinstance(item, str | int | float):
-            found = type(item).__name__
-            raise ValueError(
-                f"{name}: {key}: expected text, a number, true or false, found {found}"
-            )
+    if reserved := [key for key in given if NO_VARIABLES.fullmatch(key)]:
+        raise ValueError(f"{name}: {reserved[0]!r} is not a variable of a template")
     check_strings(given, name)
     return given or None
 
