@@ -23,7 +23,7 @@ from sft.config.load import load_config
 from sft.data import audit
 from sft.data.cache import Prepared, cache_key, prepare
 from sft.data.files import Row
-from sft.data.template import IGNORED, Example, prepare_tokenizer, render
+from sft.data.template import IGNORED, Example, prepare_tokenizer, render, render_row
 
 NANO = Path(__file__).parents[2] / "nano/model"
 LIMIT = 256  # tokens
@@ -47,6 +47,7 @@ ONE, TWO = Row([ASK, HELLO], None, "f", 1), Row([SYSTEM, ASK, HELLO, AND, BYE], 
 DATE = {"type": "function", "function": {"name": "get_date", "parameters": {"type": "object"}}}
 TOOLS = Row([ASK, CALL, RESULT, BYE], [TOOL, DATE], "f", 3)
 CLEAN = [ONE, TWO, TOOLS]
+THOUGHTFUL = turn("assistant", "Hello, it is me.", reasoning_content="Who asks?")
 OTHER = Row([turn("user", "Which way is north?"), turn("assistant", "That way.")], None, "f", 4)
 
 # ChatML with tools, and of the blocks that the mutations below cut or change.
@@ -69,13 +70,88 @@ OUTSIDE = CHATML.replace(
     "{% else %}{{ m.content }}{% endif %}",
 )
 
+# As Qwen3: thoughts of turns before the last question are dropped, and the prompt may close them.
+THINKS = """\
+{%- if tools %}<|im_start|>system
+Tools: {{ tools | tojson }}<|im_end|>
+{% endif %}
+{%- set last = namespace(ask=0) %}
+{%- for m in messages %}{% if m.role == "user" %}{% set last.ask = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{% if m.reasoning_content and loop.index0 > last.ask %}<think>
+{{ m.reasoning_content }}
+</think>
+
+{% endif %}{{ m.content }}
+{%- for call in m.tool_calls or [] %}<tool>{{ call.function | tojson }}</tool>{% endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if not enable_thinking | default(true) %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+CLOSES = THINKS.replace("default(true)", "default(false)")
+# As DeepSeek-R1-like models: the prompt opens the thoughts.
+OPENS = THINKS.replace(
+    "{% if not enable_thinking | default(true) %}<think>\n\n</think>\n\n", "<think>\n{% if false %}"
+)
+# As gpt-oss: special tokens stand between the parts of a call.
+CHANNELS = """\
+{%- if tools %}<|start|>developer<|message|>{{ tools | tojson }}<|end|>{% endif %}
+{%- for m in messages %}
+{%- if m.role != "assistant" %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>
+{%- elif not m.tool_calls %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|return|>
+{%- else %}<|start|>assistant
+{%- for call in m.tool_calls %} to={{ call.function.name }}<|channel|>commentary<|message|>
+{{- call.function.arguments | tojson }}<|call|>{% endfor %}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|start|>assistant{% endif %}"""
+# As GLM-4: a turn ends where the next role begins.
+HEADERS = """\
+{%- if tools %}<|system|>{{ tools | tojson }}{% endif %}
+{%- for m in messages %}{{ "<|observation|>" if m.role == "tool" else "<|" + m.role + "|>" }}
+{{ m.content }}{% for call in m.tool_calls or [] %}<tool>{{ call.function | tojson }}</tool>
+{%- endfor %}{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+# As Gemma 4: results stand inside the assistant's turn, and no header behind them.
+INSIDE = """\
+{%- if tools %}<|turn>system
+{{ tools | tojson }}<turn|>
+{% endif %}
+{%- for m in messages %}
+{%- if m.role == "tool" %}<|result>{{ m.content }}<result|>
+{%- else %}
+{%- if not loop.first and messages[loop.index0 - 1].role == "tool" %}{% else %}<|turn>{{ m.role }}
+{% endif %}{{ m.content }}
+{%- for call in m.tool_calls or [] %}<|call>{{ call.function | tojson }}<call|>{% endfor %}
+{%- if not m.tool_calls %}<turn|>
+{% endif %}{% endif %}{% endfor %}
+{%- if add_generation_prompt and messages[-1].role != "tool" %}<|turn>assistant
+{% endif %}"""
+QUOTES = CHATML.replace("m.role }}\n{{ m.content }}", 'm.role }} "{{ m.content }}').replace(
+    ">assistant\n{% endif %}", '>assistant "{% endif %}'
+)
+TOKENS = {
+    CHANNELS: ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"),
+    HEADERS: ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    INSIDE: ("<|turn>", "<turn|>", "<|call>", "<call|>", "<|result>", "<result|>"),
+}
+ANSWERS_END = {"<|return|>", "<|call|>", "<|user|>", "<|observation|>", "<turn|>", "<call|>"}
+
 
 @cache
-def tokenizer(template: str = CHATML, bos: str | None = None, **added: Any) -> Any:
+def tokenizer(template: str = CHATML, bos: str | None = None, special: tuple[str, ...] = ()) -> Any:
+    """Returns the tokenizer of nano with a template and further special tokens. Serving stops at
+    those that ANSWERS_END names, besides eos."""
     made = AutoTokenizer.from_pretrained(NANO)
     made.chat_template = template
     if bos:
         made.add_special_tokens({"bos_token": bos})
+    if special:
+        made.add_special_tokens({"additional_special_tokens": list(special)})
+        made.init_kwargs["stop_tokens"] = [token for token in special if token in ANSWERS_END]
     return prepare_tokenizer(made)
 
 
@@ -281,7 +357,10 @@ def _other_row(made: Any, row: Row, example: Example) -> Example:
 
 
 def _other_template(made: Any, row: Row, example: Example) -> Example:
-    return render(tokenizer(CHATML.replace("{{ m.role }}", "{{ m.role }}:")), row.messages)
+    edited = CHATML.replace("{{ m.role }}", "{{ m.role }}:").replace(
+        ">assistant\n", ">assistant:\n"
+    )
+    return render(tokenizer(edited), row.messages)
 
 
 def _joined_with_a_blank(made: Any, row: Row, example: Example) -> Example:
@@ -334,7 +413,7 @@ RENDERERS = [
         renderer(_without_specials),
     ),
     Fault(
-        "not_the_template",
+        "no_end_of_turn",
         "no end-of-turn token at the end",
         "early Alpaca trainers",
         renderer(_no_end),
@@ -405,7 +484,7 @@ RENDERERS = [
         renderer(_tools_lost, TOOLS),
     ),
     Fault(
-        "not_the_template", "an answer truncated without a mark", "max_length", renderer(_cut_right)
+        "no_end_of_turn", "an answer truncated without a mark", "max_length", renderer(_cut_right)
     ),
     Fault(
         "not_the_template",
@@ -426,7 +505,7 @@ RENDERERS = [
         renderer(_padded),
     ),
     Fault(
-        "not_the_template",
+        "turns_differ",
         "padding supervised",
         "labels = input_ids.copy()",
         renderer(_pads_supervised),
@@ -501,7 +580,6 @@ def _no_bos() -> list[str]:
     return audit.examine(made, ONE, example, LIMIT)
 
 
-MERGING = Row([ASK, turn("assistant", ': "Hello"')], None, "f", 1)
 THINKING = CHATML.replace(
     "{{ m.content }}",
     "{{ m.content if loop.last else m.content.split('</think>')[-1].lstrip('\\n') }}",
@@ -509,13 +587,13 @@ THINKING = CHATML.replace(
 THOUGHT = Row([ASK, turn("assistant", "<think>\nWho?\n</think>\n\nHello."), AND, BYE], None, "f", 1)
 TEMPLATES = [
     Fault(
-        "the chat template writes no end of turn",
+        "end_of_turn_added",
         "no end of turn in the template",
         "base-model templates",
         template(CHATML.replace("<|im_end|>", "")),
     ),
     Fault(
-        "the chat template does not close assistant turn 1",
+        "not_as_served",
         "an end only behind the last turn",
         "concatenating templates",
         template(
@@ -526,7 +604,7 @@ TEMPLATES = [
         ),
     ),
     Fault(
-        "prompt_mismatch",
+        "the chat template ignores add_generation_prompt",
         "add_generation_prompt ignored",
         "Llama 2 style edits",
         template(
@@ -534,19 +612,25 @@ TEMPLATES = [
         ),
     ),
     Fault(
-        "prompt_mismatch",
+        "the prompt that serving renders before assistant turn 1 is not how",
         "a blank behind the generation prompt",
         "hand-written prompts",
         template(CHATML.replace("assistant\n{% endif %}", "assistant\n{{ ' ' }}{% endif %}")),
     ),
     Fault(
-        "prompt_mismatch",
+        "thoughts_closed",
         "the generation prompt opens thoughts that training has not",
         "reasoning models",
         template(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")),
     ),
     Fault(
-        "prompt_mismatch",
+        "other_variables",
+        "the generation prompt closes the thoughts that training has",
+        "reasoning models",
+        lambda: mask(lambda made, row, example: example, CLOSES, ONE_THOUGHT)(),
+    ),
+    Fault(
+        "the prompt that serving renders before assistant turn 1 is not how",
         "a default system prompt in training only",
         "template defaults",
         template(
@@ -576,7 +660,7 @@ TEMPLATES = [
         ),
     ),
     Fault(
-        "the chat template writes",
+        "content_altered",
         "a tool's result dropped by the template",
         "templates without tools",
         template(
@@ -593,37 +677,37 @@ TEMPLATES = [
         template(CHATML.replace("{{ tools | tojson }}", ""), TOOLS),
     ),
     Fault(
-        "the chat template writes",
+        "does not write the name of a call ('get_time') of assistant turn 1",
         "tool calls not written by the template",
         "templates without tools",
         template(CHATML.replace("m.tool_calls or []", "[]"), TOOLS),
     ),
     Fault(
-        "the chat template alters or drops the content",
+        "does not write an argument ('X') of assistant turn 1",
+        "the arguments of calls not written by the template",
+        "templates without tools",
+        template(CHATML.replace("call.function |", "call.function.name |"), TOOLS),
+    ),
+    Fault(
+        "alters or drops what assistant turn 1 says",
         "long contents cut by the template",
         "prompt limits",
         template(CHATML.replace("{{ m.content }}", "{{ m.content[:12] }}")),
     ),
     Fault(
-        "the chat template writes",
+        "the prompt that serving renders before assistant turn 1 is not how",
         "the last turn dropped by the template",
         "inference templates",
         template(CHATML.replace("{%- for m in messages %}", "{%- for m in messages[:-1] %}")),
     ),
     Fault(
-        "the {% generation %} block",
+        "no_end_of_turn",
         "the end of turn outside the generation block",
         "template patches",
         template(OUTSIDE),
     ),
     Fault(
-        "boundary_merge",
-        "one token over the border of prompt and answer",
-        "headers that end in punctuation",
-        template(CHATML.replace("m.role }}\n{{ m.content", 'm.role }} "{{ m.content'), MERGING),
-    ),
-    Fault(
-        "the chat template marks 4 of 2 assistant turns",
+        "the chat template marks the user's turns for training",
         "generation blocks around every role",
         "template patches",
         template(MARKED, Row([ASK, HELLO, AND, BYE], None, "f", 1)),
@@ -641,16 +725,28 @@ TEMPLATES = [
         _no_bos,
     ),
     Fault(
-        "no_end_of_turn",
+        "end_of_turn_added",
         "an end of turn that is no token of its own",
         "'###' as a stop string",
         template(CHATML.replace("<|im_end|>", "###")),
     ),
     Fault(
-        "thoughts_dropped",
+        "not_as_served",
         "thoughts of an earlier turn dropped by the template",
         "Qwen3, DeepSeek-R1",
         template(THINKING, THOUGHT),
+    ),
+    Fault(
+        "no_prompt",
+        "a conversation that begins with the assistant",
+        "role play sets",
+        template(CHATML, Row([HELLO, AND, BYE], None, "f", 1)),
+    ),
+    Fault(
+        "thoughts_dropped",
+        "thoughts of every turn dropped by the template",
+        "templates without thoughts",
+        template(CHATML, Row([ASK, THOUGHTFUL, AND, BYE], None, "f", 1)),
     ),
     Fault(
         "the chat template refuses the roles",
@@ -660,6 +756,382 @@ TEMPLATES = [
             "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML,
             TWO,
         ),
+    ),
+]
+
+# --- masks -------------------------------------------------------------------------------------
+
+
+def calls(*given: tuple[str, Any], content: str = "", **more: Any) -> dict[str, Any]:
+    """Returns a turn of the assistant with calls, given their names and arguments."""
+    made = [{"type": "function", "function": {"name": n, "arguments": a}} for n, a in given]
+    return turn("assistant", content, tool_calls=made, **more)
+
+
+def conversation(*messages: dict[str, Any], tools: Sequence[Any] = (TOOL, DATE)) -> Row:
+    return Row(list(messages), list(tools), "f", 1)
+
+
+END = "<|im_end|>"
+TIMES = calls(("get_time", {"zone": "X"}), ("get_date", {"zone": "Y"}))
+TWO_CALLS = conversation(
+    ASK, CALL, RESULT, calls(("get_date", {"zone": "Z"})), turn("tool", "May 5"), BYE
+)
+PARALLEL = conversation(ASK, TIMES, RESULT, turn("tool", "May 5"), BYE)
+CALL_LAST = conversation(ASK, CALL)
+CALL_THOUGHTS = conversation(ASK, {**CALL, "reasoning_content": "A tool knows."}, RESULT, BYE)
+THOUGHTS = Row([ASK, THOUGHTFUL, AND, {**BYE, "reasoning_content": "They leave."}], None, "f", 1)
+ONE_THOUGHT = Row([ASK, THOUGHTFUL], None, "f", 1)
+BEHIND_THOUGHTS = conversation(ASK, THOUGHTFUL, AND, TIMES)
+TYPED_IN = {
+    "the arguments of a call": conversation(
+        ASK, calls(("get_time", {"zone": f"X{END} is an end"})), RESULT, BYE
+    ),
+    "a key of the arguments": conversation(ASK, calls(("get_time", {END: "X"})), RESULT, BYE),
+    "the name of a call": conversation(ASK, calls((f"get{END}", {"zone": "X"})), RESULT, BYE),
+    "the description of a tool": conversation(
+        ASK,
+        CALL,
+        RESULT,
+        BYE,
+        tools=[{"type": "function", "function": {**TOOL["function"], "description": END}}],
+    ),
+    "the schema of a tool": conversation(
+        ASK,
+        CALL,
+        RESULT,
+        BYE,
+        tools=[
+            {
+                "type": "function",
+                "function": {"name": "get_time", "parameters": {"properties": {END: {}}}},
+            }
+        ],
+    ),
+    "the thoughts of a turn": Row(
+        [ASK, {**HELLO, "reasoning_content": f"Is {END} an end?"}], None, "f", 1
+    ),
+    "the result of a tool": conversation(ASK, CALL, turn("tool", f"10:20{END}"), BYE),
+}
+Change = Callable[[Any, Row, Example], Example]
+
+
+def mask(change: Change, text: str, row: Row, which: int | None = 0) -> Callable[[], list[str]]:
+    """Renders a row as it is trained, changes one of its examples, and audits that.
+
+    None: the example is made as if the row were not split.
+    """
+
+    def find() -> list[str]:
+        made = tokenizer(text, None, TOKENS.get(text, ()))
+        kept, example = render_row(made, row, 2 * LIMIT)[which or 0]
+        kept = row if which is None else kept
+        return audit.examine(made, kept, change(made, kept, example), 2 * LIMIT)
+
+    return find
+
+
+def _find(made: Any, ids: list[int], text: str, start: int = 0) -> tuple[int, int]:
+    """Returns where the tokens of a text stand, at or behind `start`."""
+    for first in range(start, len(ids)):
+        for stop in range(first + 1, min(first + 40, len(ids)) + 1):
+            if text in made.decode(ids[first:stop]):
+                while text in made.decode(ids[first + 1 : stop]):
+                    first += 1
+                return first, stop
+    raise LookupError(text)
+
+
+def _becomes_special(made: Any, row: Row, example: Example) -> Example:
+    """Tokenises the whole text at once, so that what someone typed becomes the special token."""
+    ids = made(made.decode(example.ids), add_special_tokens=False).input_ids
+    assert ids != example.ids
+    ends = [n for n, i in enumerate(ids) if i == made.eos_token_id]
+    (first, _), *_ = _runs(example)
+    first = min(first, ends[-1] - 1)
+    return _supervise(Example(ids, []), (first, next(n for n in ends if n >= first) + 1))
+
+
+def _run_until(text: str, run: int = 0) -> Change:
+    """Ends the supervision of a turn behind a text."""
+
+    def change(made: Any, row: Row, example: Example) -> Example:
+        runs = _runs(example)
+        _, stop = _find(made, example.ids, text, runs[run][0])
+        runs[run] = (runs[run][0], stop)
+        return _supervise(example, *runs)
+
+    return change
+
+
+def _run_behind(text: str, run: int = 0) -> Change:
+    """Begins the supervision of a turn behind a text."""
+
+    def change(made: Any, row: Row, example: Example) -> Example:
+        runs = _runs(example)
+        _, first = _find(made, example.ids, text, runs[run][0])
+        runs[run] = (first, runs[run][1])
+        return _supervise(example, *runs)
+
+    return change
+
+
+def _run_from(text: str, run: int = 0) -> Change:
+    """Begins the supervision of a turn at the last place of a text before it."""
+
+    def change(made: Any, row: Row, example: Example) -> Example:
+        runs = _runs(example)
+        starts = [n for n in range(runs[run][0]) if made.decode(example.ids[n:]).startswith(text)]
+        runs[run] = (starts[-1], runs[run][1])
+        return _supervise(example, *runs)
+
+    return change
+
+
+def _whole_text(made: Any, row: Row, example: Example) -> Example:
+    """Renders the whole conversation, and supervises what its turns have in it, as found."""
+    text = made.apply_chat_template(row.messages, tools=row.tools, tokenize=False)
+    ids = made(text, add_special_tokens=False).input_ids
+    runs: list[tuple[int, int]] = []
+    for message in row.messages:
+        if message["role"] == "assistant":
+            said = message["content"] or "<tool>"
+            first, _ = _find(made, ids, said, runs[-1][1] if runs else 0)
+            runs.append((first, ids.index(made.eos_token_id, first) + 1))
+    return _supervise(Example(ids, []), *runs)
+
+
+def _answer_of(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Change:
+    """Puts the answer of a changed last turn behind the prompt of the row."""
+
+    def alter(made: Any, row: Row, example: Example) -> Example:
+        messages = [*row.messages[:-1], change(row.messages[-1])]
+        _, other = render_row(made, replace(row, messages=messages), 2 * LIMIT)[-1]
+        assert other.ids != example.ids
+        stop = _runs(other)[-1][1]
+        return Example(other.ids[:stop], other.labels[:stop])
+
+    return alter
+
+
+def _behind(prompt: Callable[[Any, Row], list[int]]) -> Change:
+    """Puts the answer behind another prompt."""
+
+    def change(made: Any, row: Row, example: Example) -> Example:
+        ids, ((first, stop), *_) = prompt(made, row), _runs(example)[::-1]
+        assert ids != example.ids[:first]
+        end = len(ids) + stop - first
+        return _supervise(Example([*ids, *example.ids[first:stop]], []), (len(ids), end))
+
+    return change
+
+
+def _served(made: Any, messages: Sequence[Any], **variables: Any) -> list[int]:
+    ids: list[int] = made.apply_chat_template(
+        list(messages), add_generation_prompt=True, return_dict=False, **variables
+    )
+    return ids
+
+
+def _thoughts_kept(made: Any, row: Row) -> list[int]:
+    """Returns the prompt behind the history as it was written, with thoughts that serving drops."""
+    history = [
+        {**m, "content": f"<think>\n{m['reasoning_content']}\n</think>\n\n{m['content']}"}
+        if m.get("reasoning_content")
+        else m
+        for m in row.messages[:-1]
+    ]
+    return _served(made, history)
+
+
+def _tokenised_together(made: Any, row: Row, example: Example) -> Example:
+    """Tokenises prompt and answer as one text: a token stands over their border."""
+    ids = made(made.decode(example.ids), add_special_tokens=False).input_ids
+    assert ids != example.ids
+    first, stop = _runs(example)[-1]
+    return _supervise(Example(ids, []), (len(ids) - stop + first, len(ids)))
+
+
+def _first_run(by: int) -> Change:
+    """Ends the supervision of the first turn later, or earlier."""
+
+    def change(made: Any, row: Row, example: Example) -> Example:
+        (first, stop), *others = _runs(example)
+        return _supervise(example, (first, stop + by), *others)
+
+    return change
+
+
+def _ended_twice(made: Any, row: Row, example: Example) -> Example:
+    ids = [*example.ids, made.eos_token_id]
+    return Example(ids, [*example.labels, made.eos_token_id])
+
+
+def _joined(made: Any, row: Row, example: Example) -> Example:
+    """Supervises all from the first of two turns to the end of the second."""
+    runs = _runs(example)
+    return _supervise(example, (runs[0][0], runs[1][1]), *runs[2:])
+
+
+def _results_too(made: Any, row: Row, example: Example) -> Example:
+    """Supervises a turn from the end of the turn before it, since no header is in between."""
+    runs = _runs(example)
+    return _supervise(example, runs[0], (runs[0][1], runs[1][1]), *runs[2:])
+
+
+def _other_arguments(turn: dict[str, Any]) -> dict[str, Any]:
+    return calls(("get_time", {"zone": "another"}), ("get_date", {"zone": "Y"}))
+
+
+def _swapped(turn: dict[str, Any]) -> dict[str, Any]:
+    return {**turn, "tool_calls": turn["tool_calls"][::-1]}
+
+
+MASKS = [
+    *(
+        Fault(
+            "not_the_template",
+            f"an end of turn that stands as text in {where} becomes the real token",
+            "injected roles",
+            mask(_becomes_special, THINKS, row),
+        )
+        for where, row in TYPED_IN.items()
+    ),
+    Fault(
+        "no_end_of_turn",
+        "supervision ends at the end of turn that stands as text in the arguments",
+        "search for the nearest special token",
+        mask(_run_until(END), THINKS, TYPED_IN["the arguments of a call"]),
+    ),
+    Fault(
+        "no_end_of_turn",
+        "supervision ends at the end of turn that stands as text in the thoughts",
+        "search for the nearest special token",
+        mask(_run_until(END), THINKS, TYPED_IN["the thoughts of a turn"]),
+    ),
+    Fault(
+        "no_end_of_turn",
+        "the arguments of a call, between special tokens, not supervised",
+        "search for the nearest special token",
+        mask(_run_until("<|channel|>"), CHANNELS, CALL_LAST),
+    ),
+    Fault(
+        "answer_differs",
+        "only the arguments of a call supervised, and not who is called",
+        "mask by the last special token",
+        mask(_run_behind("<|message|>"), CHANNELS, CALL_LAST),
+    ),
+    Fault(
+        "answer_differs",
+        "the second of two calls in a turn not supervised",
+        "mask by the first end",
+        mask(_run_until("<call|>"), INSIDE, PARALLEL),
+    ),
+    Fault(
+        "answer_differs",
+        "a call supervised although its thoughts are dropped",
+        "agent trainers",
+        mask(_whole_text, THINKING, CALL_THOUGHTS, None),
+    ),
+    Fault(
+        "turns_differ",
+        "a tool's result between two calls supervised, where no header stands",
+        "search for the last header",
+        mask(_joined, INSIDE, TWO_CALLS),
+    ),
+    Fault(
+        "turns_differ",
+        "a tool's result supervised with the call that follows it, where no header stands",
+        "search for the last header",
+        mask(_results_too, INSIDE, TWO_CALLS),
+    ),
+    Fault(
+        "answer_differs",
+        "a tool's result supervised with the answer behind it, where no header stands",
+        "search for the last header",
+        mask(_run_from("<|result>"), INSIDE, conversation(ASK, {**CALL, "weight": 0}, RESULT, BYE)),
+    ),
+    Fault(
+        "answer_differs",
+        "an earlier turn supervised without its thoughts, as the whole text has it",
+        "one text for all turns",
+        mask(_whole_text, THINKS, THOUGHTS, None),
+    ),
+    Fault(
+        "not_the_template",
+        "a turn behind a history whose thoughts serving drops",
+        "concatenated turns",
+        mask(_behind(_thoughts_kept), THINKS, THOUGHTS, 1),
+    ),
+    Fault(
+        "not_the_template",
+        "a turn behind the prompt of another turn",
+        "prompt/response trainers",
+        mask(_behind(lambda made, row: _served(made, row.messages[:1])), THINKS, THOUGHTS, 1),
+    ),
+    Fault(
+        "answer_differs",
+        "the header of a turn supervised",
+        "mask by role",
+        mask(_run_from("<|im_start|>assistant"), THINKS, ONE_THOUGHT),
+    ),
+    Fault(
+        "answer_differs",
+        "the opening tag of thoughts supervised, which the prompt holds",
+        "reasoning models",
+        mask(_run_from("<think>"), OPENS, ONE_THOUGHT),
+    ),
+    Fault(
+        "answer_differs",
+        "the thoughts of a turn not supervised",
+        "mask by content",
+        mask(_run_behind("</think>"), THINKS, ONE_THOUGHT),
+    ),
+    Fault(
+        "no_end_of_turn",
+        "the next header, which ends a turn, not supervised",
+        "GLM-4 trainers",
+        mask(_first_run(-1), HEADERS, TWO),
+    ),
+    Fault(
+        "no_end_of_turn",
+        "what follows the next header, which ends a turn, supervised",
+        "GLM-4 trainers",
+        mask(_first_run(1), HEADERS, TWO),
+    ),
+    Fault(
+        "answer_differs",
+        "an eos supervised behind the token that ends the turn",
+        "appended eos",
+        mask(_ended_twice, HEADERS, ONE),
+    ),
+    Fault(
+        "not_the_template",
+        "a turn rendered with another value of a template variable",
+        "enable_thinking",
+        mask(
+            _behind(lambda made, row: _served(made, row.messages[:1], enable_thinking=False)),
+            THINKS,
+            ONE_THOUGHT,
+        ),
+    ),
+    Fault(
+        "not_the_template",
+        "prompt and answer tokenised together, so that one token is over their border",
+        "headers that end in punctuation",
+        mask(_tokenised_together, QUOTES, Row([ASK, turn("assistant", ': "Hello"')], None, "f", 1)),
+    ),
+    Fault(
+        "answer_differs",
+        "a call supervised with the arguments of another row",
+        "caches of split rows",
+        mask(_answer_of(_other_arguments), THINKS, BEHIND_THOUGHTS, -1),
+    ),
+    Fault(
+        "answer_differs",
+        "two calls of a turn supervised in another order",
+        "unordered calls",
+        mask(_answer_of(_swapped), THINKS, BEHIND_THOUGHTS, -1),
     ),
 ]
 
@@ -807,7 +1279,13 @@ CACHES = [
     Fault("ids.bin is damaged", "a flipped bit", "disks", cached(_with_a_flipped_bit)),
     Fault("labels.bin has 100 bytes", "a file cut off", "full disks", cached(_cut_off)),
 ]
-FAULTS = {"renderer": RENDERERS, "template": TEMPLATES, "data": DATA, "cache": CACHES}
+FAULTS = {
+    "renderer": RENDERERS,
+    "template": TEMPLATES,
+    "mask": MASKS,
+    "data": DATA,
+    "cache": CACHES,
+}
 
 
 def table() -> str:
