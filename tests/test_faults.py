@@ -25,7 +25,8 @@ def test_a_fault_is_found(where, fault):
 
 
 def test_there_are_many_faults():
-    assert len(FAULTS) >= 40
+    assert len(FAULTS) >= 100
+    assert len(catalogue.FAULTS["mask"]) >= 15
     assert len({fault.what for _, fault in FAULTS}) == len(FAULTS)
 
 
@@ -38,6 +39,16 @@ def test_nothing_is_found_on_what_they_mutate(row):
     made = catalogue.tokenizer()
     example = template.render(made, row.messages, row.tools)
     assert audit.examine(made, row, example, catalogue.LIMIT) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "row"), catalogue.UNMASKED, ids=[f"mask {n}" for n in range(len(catalogue.UNMASKED))]
+)
+def test_nothing_is_found_on_what_the_masks_mutate(text, row):
+    made = catalogue.tokenizer(text, None, catalogue.TOKENS.get(text, ()))
+    reported = {"special_in_content", "end_of_turn_added", "thoughts_dropped", "other_variables"}
+    for kept, example in template.render_row(made, row, catalogue.LIMIT * 2):
+        assert set(audit.examine(made, kept, example, catalogue.LIMIT * 2)) <= reported
 
 
 def test_the_table_in_the_docs_is_this_one():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -26,7 +27,7 @@ from sft.data.files import Row
 from sft.data.formats import Message, is_conversation
 from sft.data.rendering import Span, cached_by_tokenizer
 from sft.data.template import IGNORED, MARKED, Example, Supervise
-from sft.data.turns import Renderings, end_tokens, renderings_of, stop_tokens
+from sft.data.turns import Renderings, end_tokens, forms, renderings_of, stop_tokens
 from sft.errors import DataError
 
 
@@ -63,7 +64,7 @@ ERRORS = {
         "raise data.max_seq_len, or set data.on_long to drop, truncate_left_turns or truncate",
     ),
     "prompt_mismatch": (
-        "what stands before the last answer is not the prompt of inference",
+        "what stands before a supervised turn is not the prompt of inference",
         "correct the chat template: add_generation_prompt must write what training has",
     ),
     "content_altered": (
@@ -250,7 +251,7 @@ def _compare_row(
     runs = supervised_runs(example.labels)
     is_whole = example.ids == ids
     if not is_whole and (
-        supervise == "everything" or not _is_prompt_and_answer(given, example, runs)
+        supervise == "everything" or not _is_prompt_and_answer(given, example, ids, runs)
     ):
         yield "not_the_template"
         return
@@ -260,13 +261,24 @@ def _compare_row(
         yield from _compare_turns(given, example, runs, supervise, offsets if is_whole else None)
 
 
-def _is_prompt_and_answer(given: Renderings, example: Example, runs: list[Span]) -> bool:
-    """Returns whether an example that is not the tokens of the whole conversation is those of the
-    last turn's prompt, and behind them nothing but what is supervised."""
-    if not runs or runs[-1][1] != len(example.ids) or len(given.messages) < 2:
+def _is_prompt_and_answer(
+    given: Renderings, example: Example, ids: list[int], runs: list[Span]
+) -> bool:
+    """Returns whether an example that is not `ids`, the tokens of the whole conversation, is those
+    of the last turn's prompt, and behind them what the template writes of that turn and its end."""
+    last = len(given.messages) - 1
+    if not runs or runs[-1][1] != len(example.ids) or not last:
         return False
-    prompt, _ = template.tokenise(given.tokenizer, given.prompt(len(given.messages) - 1))
-    return runs[-1][0] >= len(prompt) and example.ids[: len(prompt)] == prompt
+    prompt, _ = template.tokenise(given.tokenizer, given.prompt(last))
+    if runs[-1][0] < len(prompt) or example.ids[: len(prompt)] != prompt:
+        return False
+    end = len(example.ids) - 1
+    answer = _normalise(template.decode_slice(given.tokenizer, example.ids, len(prompt), end))
+    if "thoughts_closed" in example.flags:
+        thoughts, _ = rendering.split_thoughts(given.given[0][last])
+        answer = answer.removeprefix(_normalise(thoughts)).partition(">\n\n")[2]
+    whole = str(given.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    return answer in _normalise(whole)
 
 
 def _compare_turns(
@@ -332,10 +344,27 @@ def _starts_turn(tokenizer: Tokenizer, ids: list[int], first: int, number: int |
 
 def _says(text: str, turn: Message) -> bool:
     """Returns whether a supervised text has what a turn says: its thoughts, content and calls."""
+    text = _normalise(text)
     thoughts, content = rendering.split_thoughts(turn)
     parts = [p["text"] for p in turn["content"]] if isinstance(turn["content"], list) else [content]
-    calls = [rendering.get_name(call) for call in rendering.get_calls(turn)]
-    return all(value.strip() in text for value in [thoughts, *parts, *calls])
+    values = [thoughts, *parts]
+    for call in rendering.get_calls(turn):
+        values += [rendering.get_name(call), *_texts_in(call["function"].get("arguments"))]
+    return all(any(_normalise(form) in text for form in forms(value)) for value in values)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Yields the texts in a JSON value, without keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(item)
+
+
+def _normalise(text: str) -> str:
+    """Returns a text in one of the forms that Unicode has for it; some tokenizers change it."""
+    return text if text.isascii() else unicodedata.normalize("NFKC", text)
 
 
 @cached_by_tokenizer

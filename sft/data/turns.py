@@ -58,10 +58,11 @@ class Renderings:
     tools: Tools | None = None
     variables: Variables | None = None
     given: tuple[Messages, Tools | None] = field(init=False)  # without marks
+    template: Any = field(init=False)
     _texts: dict[tuple[int, bool], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.given = self.messages, self.tools
+        self.given, self.template = (self.messages, self.tools), self.tokenizer.chat_template
         self.messages, self.tools = rendering.mark_typed(self.tokenizer, self.messages, self.tools)
 
     @cached_property
@@ -125,7 +126,8 @@ def renderings_of(
     if _latest:
         (last,) = _latest
         same = last.given[0] is messages and last.given[1] is tools
-        if same and last.tokenizer is tokenizer and last.variables == variables:
+        same = same and last.tokenizer is tokenizer and last.template is tokenizer.chat_template
+        if same and last.variables == variables:
             return last
     _latest[:] = [Renderings(tokenizer, messages, tools, variables)]
     return _latest[0]
@@ -418,7 +420,7 @@ def _fits(text: str, at: int, pieces: list[str], slots: list[_Slot]) -> bool:
             return at == len(text)
         after = pieces[k + 2]
         found = next(
-            (f for f in _forms(slots[int(pieces[k + 1])].value) if text.startswith(f + after, at)),
+            (f for f in forms(slots[int(pieces[k + 1])].value) if text.startswith(f + after, at)),
             None,
         )
         if found is None:
@@ -433,7 +435,7 @@ def _trimmed(value: str) -> tuple[str, ...]:
     return (value, *one_side, value.strip("\n"), value.strip())
 
 
-def _forms(value: str) -> Iterator[str]:
+def forms(value: str) -> Iterator[str]:
     """Yields the forms in which templates write a text: as it is, trimmed, as JSON, as JSON in
     JSON, as Python."""
     yield from _trimmed(value)
@@ -459,20 +461,23 @@ def _end(given: Renderings, index: int, message: Message, body: str, tail: str) 
 
     `tail` is what the template wrote behind the last value, so it holds no text of a user. In it,
     the turn ends with the first token at which serving stops (`stop_tokens`); else with the token
-    that ends an answer without calls; else with the last added token, in which a call ends. Where
-    the template ends answers with no token, the header of the next message ends the turn if serving
-    stops at it (GLM); or else the eos token is added.
+    that ends an answer without calls; else with the header of the next message, if serving stops at
+    it (GLM; Gemma 4 behind a call); else with the last added token, in which a call ends. Where the
+    template ends answers with no token, the eos token is added.
     """
     tokenizer = given.tokenizer
     stops, answer_end = stop_tokens(tokenizer), _answer_end(tokenizer)
     found = [(at + len(token), token) for at, token in _added_tokens_in(tokenizer, tail)]
     ends = [end for end, token in found if token in stops]
     ends = ends or [end for end, token in found if token == answer_end]
-    ends = ends or [end for end, _ in found[-1:] if answer_end]
+    if not ends:
+        following = _next_header(given, index, message)
+        if following in stops:
+            return body.rstrip() + str(following), True
+        ends = [end for end, _ in found[-1:] if answer_end]
     if ends:
         return body[: len(body) - len(tail) + ends[0]], False
-    following = _next_header(given, index, message)
-    if following and (following in stops or _next_header_of_user(tokenizer) in stops):
+    if following and _next_header_of_user(tokenizer) in stops:
         return body.rstrip() + following, True
     return body.rstrip() + tokenizer.eos_token, True
 

@@ -48,6 +48,7 @@ DATE = {"type": "function", "function": {"name": "get_date", "parameters": {"typ
 TOOLS = Row([ASK, CALL, RESULT, BYE], [TOOL, DATE], "f", 3)
 CLEAN = [ONE, TWO, TOOLS]
 THOUGHTFUL = turn("assistant", "Hello, it is me.", reasoning_content="Who asks?")
+ONE_THOUGHT = Row([ASK, THOUGHTFUL], None, "f", 1)
 OTHER = Row([turn("user", "Which way is north?"), turn("assistant", "That way.")], None, "f", 4)
 
 # ChatML with tools, and of the blocks that the mutations below cut or change.
@@ -138,7 +139,7 @@ TOKENS = {
     HEADERS: ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
     INSIDE: ("<|turn>", "<turn|>", "<|call>", "<call|>", "<|result>", "<result|>"),
 }
-ANSWERS_END = {"<|return|>", "<|call|>", "<|user|>", "<|observation|>", "<turn|>", "<call|>"}
+ANSWERS_END = {"<|return|>", "<|call|>", "<|user|>", "<|observation|>", "<turn|>", "<|result>"}
 
 
 @cache
@@ -183,6 +184,29 @@ def template(text: str, row: Row = ONE, bos: str | None = None) -> Callable[[], 
         made = tokenizer(text, bos)
         example = render(made, row.messages, row.tools)
         return audit.examine(made, row, example, LIMIT)
+
+    return find
+
+
+Change = Callable[[Any, Row, Example], Example]
+UNMASKED: list[tuple[str, Row]] = []  # the templates and rows that masks are mutations of
+
+
+def mask(
+    change: Change | None, text: str, row: Row, which: int | None = 0
+) -> Callable[[], list[str]]:
+    """Renders a row as it is trained, changes one of its examples, and audits that.
+
+    None: the example is made as if the row were not split.
+    """
+    UNMASKED.append((text, row))
+
+    def find() -> list[str]:
+        made = tokenizer(text, None, TOKENS.get(text, ()))
+        kept, example = render_row(made, row, 2 * LIMIT)[which or 0]
+        kept = row if which is None else kept
+        example = change(made, kept, example) if change else example
+        return audit.examine(made, kept, example, 2 * LIMIT)
 
     return find
 
@@ -505,7 +529,7 @@ RENDERERS = [
         renderer(_padded),
     ),
     Fault(
-        "turns_differ",
+        "not_the_template",
         "padding supervised",
         "labels = input_ids.copy()",
         renderer(_pads_supervised),
@@ -627,7 +651,7 @@ TEMPLATES = [
         "other_variables",
         "the generation prompt closes the thoughts that training has",
         "reasoning models",
-        lambda: mask(lambda made, row, example: example, CLOSES, ONE_THOUGHT)(),
+        mask(None, CLOSES, ONE_THOUGHT),
     ),
     Fault(
         "the prompt that serving renders before assistant turn 1 is not how",
@@ -781,7 +805,7 @@ PARALLEL = conversation(ASK, TIMES, RESULT, turn("tool", "May 5"), BYE)
 CALL_LAST = conversation(ASK, CALL)
 CALL_THOUGHTS = conversation(ASK, {**CALL, "reasoning_content": "A tool knows."}, RESULT, BYE)
 THOUGHTS = Row([ASK, THOUGHTFUL, AND, {**BYE, "reasoning_content": "They leave."}], None, "f", 1)
-ONE_THOUGHT = Row([ASK, THOUGHTFUL], None, "f", 1)
+UNLEARNT = {**CALL, "reasoning_content": "A tool knows.", "weight": 0}
 BEHIND_THOUGHTS = conversation(ASK, THOUGHTFUL, AND, TIMES)
 TYPED_IN = {
     "the arguments of a call": conversation(
@@ -813,22 +837,6 @@ TYPED_IN = {
     ),
     "the result of a tool": conversation(ASK, CALL, turn("tool", f"10:20{END}"), BYE),
 }
-Change = Callable[[Any, Row, Example], Example]
-
-
-def mask(change: Change, text: str, row: Row, which: int | None = 0) -> Callable[[], list[str]]:
-    """Renders a row as it is trained, changes one of its examples, and audits that.
-
-    None: the example is made as if the row were not split.
-    """
-
-    def find() -> list[str]:
-        made = tokenizer(text, None, TOKENS.get(text, ()))
-        kept, example = render_row(made, row, 2 * LIMIT)[which or 0]
-        kept = row if which is None else kept
-        return audit.examine(made, kept, change(made, kept, example), 2 * LIMIT)
-
-    return find
 
 
 def _find(made: Any, ids: list[int], text: str, start: int = 0) -> tuple[int, int]:
@@ -836,9 +844,8 @@ def _find(made: Any, ids: list[int], text: str, start: int = 0) -> tuple[int, in
     for first in range(start, len(ids)):
         for stop in range(first + 1, min(first + 40, len(ids)) + 1):
             if text in made.decode(ids[first:stop]):
-                while text in made.decode(ids[first + 1 : stop]):
-                    first += 1
-                return first, stop
+                inside = [n for n in range(first, stop) if text in made.decode(ids[n:stop])]
+                return inside[-1], stop
     raise LookupError(text)
 
 
@@ -894,7 +901,7 @@ def _whole_text(made: Any, row: Row, example: Example) -> Example:
     ids = made(text, add_special_tokens=False).input_ids
     runs: list[tuple[int, int]] = []
     for message in row.messages:
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and message.get("weight", 1):
             said = message["content"] or "<tool>"
             first, _ = _find(made, ids, said, runs[-1][1] if runs else 0)
             runs.append((first, ids.index(made.eos_token_id, first) + 1))
@@ -1022,7 +1029,7 @@ MASKS = [
         mask(_run_behind("<|message|>"), CHANNELS, CALL_LAST),
     ),
     Fault(
-        "answer_differs",
+        "no_end_of_turn",
         "the second of two calls in a turn not supervised",
         "mask by the first end",
         mask(_run_until("<call|>"), INSIDE, PARALLEL),
@@ -1056,6 +1063,17 @@ MASKS = [
         "an earlier turn supervised without its thoughts, as the whole text has it",
         "one text for all turns",
         mask(_whole_text, THINKS, THOUGHTS, None),
+    ),
+    Fault(
+        "prompt_mismatch",
+        "a turn supervised behind a history without the thoughts that serving has",
+        "one text for all turns",
+        mask(
+            _whole_text,
+            THINKS,
+            conversation(ASK, UNLEARNT, RESULT, BYE, AND, {**HELLO, "weight": 0}),
+            None,
+        ),
     ),
     Fault(
         "not_the_template",
@@ -1100,7 +1118,7 @@ MASKS = [
         mask(_first_run(1), HEADERS, TWO),
     ),
     Fault(
-        "answer_differs",
+        "not_the_template",
         "an eos supervised behind the token that ends the turn",
         "appended eos",
         mask(_ended_twice, HEADERS, ONE),
@@ -1122,13 +1140,13 @@ MASKS = [
         mask(_tokenised_together, QUOTES, Row([ASK, turn("assistant", ': "Hello"')], None, "f", 1)),
     ),
     Fault(
-        "answer_differs",
+        "not_the_template",
         "a call supervised with the arguments of another row",
         "caches of split rows",
         mask(_answer_of(_other_arguments), THINKS, BEHIND_THOUGHTS, -1),
     ),
     Fault(
-        "answer_differs",
+        "not_the_template",
         "two calls of a turn supervised in another order",
         "unordered calls",
         mask(_answer_of(_swapped), THINKS, BEHIND_THOUGHTS, -1),
