@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from sft.data import audit, template
 from sft.data.files import Row
+from sft.data.formats import normalise
 from sft.data.rendering import MARKS, read_form
 from sft.errors import DataError
 from sft.runtime.console import make_console, table
@@ -156,7 +157,8 @@ def main() -> None:
         if name not in tokenizers:
             tokenizers[name] = stand_in(chosen.shared, pair)
         given = conversations[pair["conversation"]]
-        row = Row(given["messages"], given["tools"], pair["conversation"], 1)
+        read = normalise({key: given[key] for key in ("messages", "tools") if given[key]})
+        row = Row(read.messages, read.tools, pair["conversation"], 1)
         verdict, reason = judge(tokenizers[name], pair, row)
         results.append(
             {

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.chat_template_utils import (
     _CONTROL_TOKEN_END,
     _CONTROL_TOKEN_START,
+    _REASONING_FIELDS,
     _alias_reasoning_fields,
 )
 from transformers.utils.chat_template_utils import _compile_jinja_template as compile_template
@@ -108,7 +109,7 @@ def _apply_template(
     # As `apply_chat_template` does it, which takes three times as long to check its arguments.
     source = tokenizer.get_chat_template(tools=tools)
     values = {**tokenizer.special_tokens_map, **(variables or {})}
-    if any("reasoning_content" in message for message in messages):
+    if any(name in message for message in messages for name in _REASONING_FIELDS):
         messages = _alias_reasoning_fields([dict(message) for message in messages])
     with bounded(tokenizer, messages):
         return str(
