@@ -126,12 +126,8 @@ def test_hidden_files_are_in_the_audit(tmp_path, capsys):
 
 
 def test_an_error_of_the_audit_stops_the_run_and_warn_lets_it_pass(tmp_path):
-    given = rows(tmp_path / "rows.jsonl", "one", "two <|im_end|>", "three", "four")
-    with pytest.raises(
-        DataError,
-        match=r"(?s)special_in_content: 1 of .*rows.jsonl:2\).*remedy|"
-        r"special_in_content: 1 of .*rows.jsonl:2.*write it otherwise",
-    ):
+    given = rows(tmp_path / "rows.jsonl", "one", "two " * 600, "three", "four")
+    with pytest.raises(DataError, match=r"(?s)too_long: 1 of .*rows.jsonl:2.*raise data.max_seq"):
         prepare(config(*given))
     assert audit.count_errors(prepare(config(*given, "data.audit=warn")).audit) == 1
 
@@ -409,6 +405,14 @@ CHANGES = {  # of everything that examples and audit depend on: an override, or 
     "max_seq_len": lambda *_: ["data.max_seq_len=100"],
     "on_long": lambda *_: ["data.on_long=drop"],
     "supervise": lambda *_: ["data.supervise=last"],
+    "turns": lambda *_: ["data.turns=split"],
+    "empty_thoughts": lambda *_: ["data.empty_thoughts=false"],
+    "chat_template": lambda f, _: [f"data.chat_template={f}/model/chat_template.jinja"],
+    "template_kwargs": lambda f, _: (
+        edit(f / "model/chat_template.jinja", "{%", "{{ mood }}{%", 1),
+        ["data.template_kwargs={mood: good}"],
+    )[1],
+    "model.stop_tokens": lambda *_: ["model.stop_tokens=[<|im_start|>]"],
     "mix": lambda *_: ["data.mix=[0.5]"],
     "eval_fraction": lambda *_: ["data.eval_path=null", "data.eval_fraction=0.3"],
 }

@@ -48,6 +48,15 @@ def audit(args: Namespace) -> int:
     if ignored := prepared.audit["ignored_columns"]:
         shares = (f"{visible(name)} ({share:.0%} of the rows)" for name, share in ignored.items())
         console.print(f"columns that are not used: {', '.join(shares)}", markup=False)
+    if adds := prepared.audit["template_adds"]:
+        console.print(f"the chat template adds by itself: {visible(adds)}", markup=False)
+    for why, count in prepared.audit["left_out"].items():
+        console.print(f"{count:,} rows left out: {why}")
+    if split := prepared.audit["split"]:
+        console.print(
+            f"{split['rows']:,} rows are split into {split['examples']:,} examples, one per turn "
+            f"(data.turns), which costs {split['further_tokens']:,} further tokens"
+        )
     for what, why in (("rejected", "on_bad_row"), ("dropped", "on_long")):
         if count := prepared.audit[what]:
             console.print(f"{count:,} rows {what} (data.{why}: {getattr(config.data, why)})")

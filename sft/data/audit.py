@@ -483,6 +483,14 @@ def summarise(audited: dict[str, Any]) -> str:
         for kind, problem in audited[part]["problems"].items()
     ]
     found += [f"{audited[what]:,} {what}" for what in ("rejected", "dropped") if audited[what]]
+    found += [
+        f"{count:,} left out ({why.split(':')[0]})" for why, count in audited["left_out"].items()
+    ]
+    if split := audited["split"]:
+        found.append(
+            f"{split['rows']:,} rows split into {split['examples']:,} examples (one per turn, "
+            f"{split['further_tokens']:,} further tokens)"
+        )
     findings = f"{', '.join(found)} (audit.html)" if found else "nothing found"
     return f"{rows:,} examples ({', '.join(audited['formats'])}), {findings}"
 

@@ -45,7 +45,7 @@ from sft.data.examples import (
     open_findings,
 )
 from sft.data.files import BadRow, Row
-from sft.data.formats import content_text
+from sft.data.formats import content_text, is_conversation
 from sft.models import load
 from sft.runtime import checkpoint, children, hardware
 from sft.runtime.console import bar, make_console, write_json
@@ -265,6 +265,8 @@ def _fill(
 class _Counts:
     rows: int = 0  # good rows, including dropped ones
     dropped: int = 0  # rows, by data.on_long
+    left_out: Counter[str] = field(default_factory=Counter)  # rows without a turn to learn, by why
+    split: Counter[str] = field(default_factory=Counter)  # rows, examples and further tokens
     rejected: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)  # columns that are not used
@@ -306,6 +308,8 @@ def _write_rows(
                 chunk.arrays.index["row"] += counts.rows
                 counts.rows += len(chunk.places)
                 counts.dropped += chunk.num_dropped
+                counts.left_out += chunk.left_out
+                counts.split += chunk.split
                 counts.formats += chunk.formats
                 counts.ignored += chunk.ignored
                 counts.ignored = Counter(dict(counts.ignored.most_common(MOST_COLUMNS)))
@@ -363,8 +367,12 @@ def _render_halves(tokenizer: Tokenizer, row: Row, limit: int, share: float) -> 
 
 def render_options(data: Data) -> dict[str, Any]:
     """Returns the options of `template.render_row` that the section `data` gives."""
-    names = ("supervise", "on_long", "turns", "empty_thoughts")
-    return {name: getattr(data, name) for name in names}
+    return {
+        "supervise": data.supervise,
+        "on_long": data.on_long,
+        "turns": data.turns,
+        "empty_thoughts": data.empty_thoughts,
+    }
 
 
 def _num_rows(settings: Data, paths: list[str | list[str]]) -> int | None:
@@ -405,6 +413,7 @@ def _decide(config: Config, tokenizer: Tokenizer, folder: Path, counts: _Counts)
                 f"nothing is left to {'train on' if part == 'train' else 'hold out'}: "
                 f"{counts.rejected} rows rejected (data.on_bad_row), "
                 f"{counts.dropped} dropped (data.on_long)"
+                + "".join(f", {count} left out ({why})" for why, count in counts.left_out.items())
             )
         found = _examples_of(numbers, rows)
         order = np.empty(len(found), ORDER)
@@ -430,6 +439,9 @@ def _decide(config: Config, tokenizer: Tokenizer, folder: Path, counts: _Counts)
     return {part: audit.summarise_part(tokenizer, each, limit) for part, each in parts.items()} | {
         "rejected": counts.rejected,
         "dropped": counts.dropped,
+        "left_out": dict(counts.left_out),
+        "split": dict(counts.split),
+        "template_adds": template.added_by_template(tokenizer),
         "formats": dict(counts.formats.most_common()),
         "ignored_columns": {n: c / counts.rows for n, c in counts.ignored.most_common()},
         "data_sha256": examples_sha256(parts["train"]),
@@ -458,6 +470,8 @@ class _Rendered:
     ignored: Counter[str]  # columns of the good rows that are not used
     refused: list[BadRow]  # refused by the reader or by the chat template
     num_dropped: int  # rows dropped by data.on_long
+    left_out: Counter[str] = field(default_factory=Counter)  # rows without a turn to learn, by why
+    split: Counter[str] = field(default_factory=Counter)  # rows, examples and further tokens
 
 
 AnyRow = Row | BadRow
@@ -524,12 +538,17 @@ def _render_rows(
     samples: list[tuple[int, Row, template.Example]] = []
     found: list[int] = []
     num_dropped = 0
+    left_out, split_rows = Counter[str](), Counter[str]()
     for row in rows:
         if isinstance(row, BadRow):
             refused.append(row)
             continue
         try:
             made = template.render_row(tokenizer, row, limit, **options)
+        except template.NothingToLearn as error:
+            left_out[str(error)] += 1
+            good.append(row)
+            continue
         except errors.DataError as error:
             last = row.messages[-1]
             shown = last["input_ids"] if "input_ids" in last else content_text(last).encode()
@@ -537,6 +556,10 @@ def _render_rows(
             refused.append(BadRow(row.file, row.line, str(error), excerpt))
             continue
         num_dropped += not made
+        if len(made) > 1 and is_conversation(row.messages):
+            lengths = [len(example.ids) for _, example in made]
+            further = sum(lengths) - max(lengths)  # the longest holds nearly all of the row
+            split_rows.update(rows=1, examples=len(made), further_tokens=further)
         for kept, example in made:
             samples.append((len(good), kept, example))
             found.append(audit.examine_row(tokenizer, kept, example, options["supervise"]))
@@ -548,4 +571,6 @@ def _render_rows(
     formats = Counter(row.format for row in good)
     ignored = Counter(name for row in good for name in row.ignored)
     prints = duplicates.fingerprint(good)
-    return _Rendered(arrays, places, prints, formats, ignored, refused, num_dropped)
+    return _Rendered(
+        arrays, places, prints, formats, ignored, refused, num_dropped, left_out, split_rows
+    )

@@ -136,6 +136,10 @@ def _with_defaults(tokenizer: Tokenizer, source: str, variables: Variables) -> s
     return "".join(lines) + source
 
 
+class NothingToLearn(DataError):
+    """The reason why no turn of a row can be learnt: it is left out, and counted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Learning:
     """What is learnt of a conversation, with the names of the keys in the section `data`."""
@@ -179,7 +183,8 @@ def render_row(
     A row of tokens is not rendered. A raw document gives one for each `max_seq_len` tokens. A
     conversation gives one for each supervised turn if it is split: `turns: split`, or `auto` and no
     single text is what serving saw at each turn. The row of such an example ends with its turn, and
-    earlier turns have weight 0.
+    earlier turns have weight 0. Raises DataError with the reason if the row cannot be trained on as
+    it is, NothingToLearn if the template leaves nothing of it to learn.
 
     `on_long` decides about an example that is too long. `error` returns it, and the audit refuses
     it. `drop` drops it. `truncate_left_turns` removes the oldest exchanges after the system turn
@@ -188,8 +193,8 @@ def render_row(
     """
     learning = Learning(supervise, turns, empty_thoughts)
     if is_tokenised(row.messages):
-        made = make_tokens(tokenizer, row.messages[0], max_seq_len, on_long)
-        return [(row, Example(ids, labels, None, flags)) for ids, labels, flags in made]
+        tokens = make_tokens(tokenizer, row.messages[0], max_seq_len, on_long)
+        return [(row, Example(ids, labels, None, flags)) for ids, labels, flags in tokens]
     if is_document(row.messages):
         example = _render_document(tokenizer, row.messages[0]["content"])
         if len(example.ids) <= max_seq_len:
@@ -197,11 +202,25 @@ def render_row(
         starts = range(0, len(example.ids) - 1, max_seq_len)
         parts = [example.ids[at : at + max_seq_len] for at in starts]
         return [(row, Example(part, list(part))) for part in parts]
+    made = _examples(tokenizer, row, learning)
+    if not any(example.num_supervised for _, example in made):
+        raise _nothing_to_learn(made)
     return [
         fitting
-        for kept, example in _examples(tokenizer, row, learning)
+        for kept, example in made
         for fitting in _fit(tokenizer, kept, example, max_seq_len, on_long, learning)
     ]
+
+
+def _nothing_to_learn(made: list[tuple[Row, Example]]) -> NothingToLearn:
+    flags = {flag for _, example in made for flag in example.flags}
+    if "thoughts_dropped" in flags:
+        return NothingToLearn(
+            "thoughts_dropped: the chat template writes the thoughts of no turn, so no serving "
+            "could bring a model to write them; use a template that reads reasoning_content "
+            "(data.chat_template), put the thoughts into the content, or remove them"
+        )
+    return NothingToLearn("no_prompt: no prompt stands before the only assistant turn")
 
 
 def _fit(
@@ -401,6 +420,24 @@ def count_prompt_tokens(
     at = next((n for n in range(first - 1, -1, -1) if ids[n] in added), 0)
     alone, _ = tokenise(tokenizer, text[offsets[at][0] if first and at else 0 : length])
     return first if alone == ids[at:first] else None
+
+
+def added_by_template(tokenizer: Tokenizer) -> str | None:
+    """Returns the text that the template adds to a conversation by itself, such as a default system
+    prompt or a date, or None. What stands before each user turn is not counted."""
+    word, other = "zq7a", "zq7b"
+    asks = [{"role": "user", "content": word}, {"role": "user", "content": other}]
+    answer = {"role": "assistant", "content": "zq7c"}
+    try:
+        text = render_text(tokenizer, [asks[0], answer, asks[1], answer])
+    except DataError:
+        return None
+    before, between = text.partition(word)[0], text.rpartition(other)[0].rpartition("zq7c")[2]
+    for token in added_tokens(tokenizer).values():
+        before, between = before.replace(token, "\0"), between.replace(token, "\0")
+    while before and between and before[-1] == between[-1]:  # the header of a user turn
+        before, between = before[:-1], between[:-1]
+    return " ".join(before.replace("\0", " ").split()) or None
 
 
 def prompt_ids(
