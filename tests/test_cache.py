@@ -397,6 +397,7 @@ CHANGES = {  # of everything that examples and audit depend on: an override, or 
     "a library": other_libraries,
     "format": lambda *_: ["data.format=prompt_completion"],
     "ignore_columns": lambda *_: ["data.ignore_columns=[id]"],
+    "csv_delimiter": lambda *_: ["data.csv_delimiter=;"],
     "columns": lambda *_: ["data.columns={prompt: completion, completion: prompt}"],
     "system": lambda *_: ["data.system=replace", "data.system_prompt=Be brief."],
     "on_bad_row": lambda *_: ["data.on_bad_row=skip"],
@@ -409,7 +410,7 @@ CHANGES = {  # of everything that examples and audit depend on: an override, or 
     "empty_thoughts": lambda *_: ["data.empty_thoughts=false"],
     "chat_template": lambda f, _: [f"data.chat_template={f}/model/chat_template.jinja"],
     "template_kwargs": lambda f, _: (
-        edit(f / "model/chat_template.jinja", "{%", "{{ mood }}{%", 1),
+        edit(f / "model/chat_template.jinja", "{% for", "{{ mood }}{% for"),
         ["data.template_kwargs={mood: good}"],
     )[1],
     "model.stop_tokens": lambda *_: ["model.stop_tokens=[<|im_start|>]"],
@@ -425,7 +426,7 @@ def key_of(folder: Path, *overrides: str) -> str:
         f"data.eval_path={folder}/held_out.jsonl",
         *overrides,
     )
-    tokenizer = prepare_tokenizer(load_tokenizer(given.model))
+    tokenizer = data_cache.load_tokenizer(given)
     return data_cache.cache_key(data_cache.cache_inputs(given, tokenizer))
 
 
