@@ -462,6 +462,10 @@ BAD = {
         chat(ASK, turn("assistant", "a", weight=1, loss_weight=0.5)),
         "message 2: expected one weight, found weight and loss_weight",
     ),
+    "a question with a weight": (
+        chat(turn("user", "a", loss_weight=1.0), HELLO),
+        "message 1: loss_weight: expected 0, since only turns of the assistant are learnt",
+    ),
     "calls twice": (
         called(tool_calls=[CALL], function_call=CALL["function"]),
         "message 2: expected tool_calls or function_call, found both",

@@ -70,7 +70,7 @@ def is_empty(value: Any) -> bool:
     """Returns whether a value says nothing: null, "", [], {}, or a list of such."""
     if isinstance(value, list):
         return all(map(is_empty, value))
-    return value is None or value in ("", {})
+    return value is None or (isinstance(value, str | dict) and not value)
 
 
 def _message(message: Any, name: str) -> Message:
@@ -124,6 +124,11 @@ def _weight_of(given: dict[str, Any], role: str, name: str) -> float | None:
     if len(set(found.values())) > 1:
         raise ValueError(f"{name}: expected one weight, found weight and loss_weight")
     weight = next(iter(found.values()), None)
+    if role != "assistant" and found.get("loss_weight"):
+        raise ValueError(
+            f"{name}: loss_weight: expected 0, since only turns of the assistant are learnt; "
+            "data.supervise: everything learns the others, too"
+        )
     usual = "weight" not in found and (role != "assistant" or weight == 1)
     return None if usual else weight
 
