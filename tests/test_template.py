@@ -84,6 +84,17 @@ def supervised(tokenizer, example):
     return [b[len(a) :] for a, b in zip(texts[::2], texts[1::2], strict=True)]
 
 
+def rendered(tokenizer, messages, tools=None, **options):
+    """Returns the examples of a row."""
+    return [e for _, e in render_row(tokenizer, Row(messages, tools, "f", 1), 9999, **options)]
+
+
+def learnt(tokenizer, messages, tools=None, **options):
+    """Returns the texts that are supervised in a row's examples."""
+    made = rendered(tokenizer, messages, tools, **options)
+    return [text for example in made for text in supervised(tokenizer, example)]
+
+
 def begins_as_served(tokenizer, messages, example):
     """Whether the tokens before the last supervised run are those of the inference prompt."""
     *_, (first, _) = audit.supervised_runs(example.labels)
@@ -164,11 +175,11 @@ FAMILIES = {  # template, bos, eos, supervised text of the two turns
         REASONING,
         None,
         "<|im_end|>",
-        ["Hello.<|im_end|>", "<think>\n\n</think>\n\nGood bye.<|im_end|>"],
+        [f"<think>\n\n</think>\n\n{text}<|im_end|>" for text in ("Hello.", "Good bye.")],
     ),
-    "plain end": (PLAIN, None, "</s>", ["Hello.\n### end", "Good bye.\n### end"]),
+    "plain end": (PLAIN, None, "</s>", ["Hello.\n### end</s>", "Good bye.\n### end</s>"]),
     "more behind": (
-        CHATML + "{{ '<|begin|>' }}",
+        CHATML + "{{ '<|begin|>' if not add_generation_prompt }}",
         None,
         "<|im_end|>",
         ["Hello.<|im_end|>", "Good bye.<|im_end|>"],
@@ -184,18 +195,25 @@ FAMILIES = {  # template, bos, eos, supervised text of the two turns
 }
 
 
+SPLIT = {"reasoning", "plain end"}  # one text cannot be what serving sees at both turns
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family):
     template, bos, eos, expected = FAMILIES[family]
     tokenizer = small(template, bos, eos)
-    example = render(tokenizer, TWO_TURNS)
-    assert supervised(tokenizer, example) == expected
-    assert all(label in (i, IGNORED) for i, label in zip(example.ids, example.labels, strict=True))
-    assert tokenizer.decode(example.ids) == tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
-    assert begins_as_served(tokenizer, TWO_TURNS, example)
+    made = rendered(tokenizer, TWO_TURNS)
+    assert [text for example in made for text in supervised(tokenizer, example)] == expected
+    assert (len(made) == 2) == (family in SPLIT)
+    for turns, example in zip((TWO_TURNS[:2], TWO_TURNS)[-len(made) :], made, strict=True):
+        pairs = zip(example.ids, example.labels, strict=True)
+        assert all(label in (i, IGNORED) for i, label in pairs)
+        assert begins_as_served(tokenizer, turns, example)
+    if family not in SPLIT:
+        whole = tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
+        assert tokenizer.decode(made[0].ids) == whole
     if family != "gemma":
-        with_system = render(tokenizer, [SYSTEM, *TWO_TURNS])
-        assert supervised(tokenizer, with_system) == expected
+        assert learnt(tokenizer, [SYSTEM, *TWO_TURNS]) == expected
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama3", "gemma"])
@@ -238,8 +256,7 @@ def test_a_blank_added_token_ends_no_turn():
     """Gemma has added tokens of newlines."""
     tokenizer = small(PLAIN)
     tokenizer.add_tokens(["\n", "\n\n"])
-    texts = supervised(tokenizer, render(tokenizer, TWO_TURNS))
-    assert texts == ["Hello.\n### end", "Good bye.\n### end"]
+    assert learnt(tokenizer, TWO_TURNS) == ["Hello.\n### end</s>", "Good bye.\n### end</s>"]
 
 
 def test_a_template_whose_prefixes_are_not_stable():
@@ -253,12 +270,14 @@ def test_a_template_whose_prefixes_are_not_stable():
     assert supervised(tokenizer, example) == [thought + "<|im_end|>"]
     assert begins_as_served(tokenizer, [ASK, HELLO], example)
     thinking = [ASK, {**HELLO, "content": thought}, AND, BYE]
-    example = render(tokenizer, thinking)  # the first turn's thoughts are dropped, so is it
-    assert supervised(tokenizer, example) == ["<think>\n\n</think>\n\nGood bye.<|im_end|>"]
-    assert example.flags == ("thoughts_dropped",)
+    answer = "<think>\n\n</think>\n\nGood bye.<|im_end|>"
+    example = render(tokenizer, thinking)  # the one text has not the thoughts of the first turn
+    assert supervised(tokenizer, example) == [answer]
+    assert example.flags == ("not_as_served",)
+    assert learnt(tokenizer, thinking) == [thought + "<|im_end|>", answer]
 
 
-def test_a_call_whose_thoughts_are_dropped_is_supervised_unless_blocks_mark_the_turns():
+def test_a_call_whose_thoughts_are_dropped_is_learnt_where_they_are_written_or_not_at_all():
     """docs/DATA.md says so."""
     call = {**catalogue.CALL, "content": "<think>\nWho?\n</think>"}
     row = Row([catalogue.ASK, call, catalogue.RESULT, catalogue.BYE], [catalogue.TOOL], "f", 1)
@@ -268,12 +287,20 @@ def test_a_call_whose_thoughts_are_dropped_is_supervised_unless_blocks_mark_the_
         "{%- endfor %}<|im_end|>",
         "{%- endfor %}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}",
     )
-    for template, flags in ((catalogue.THINKING, ()), (marked, ("thoughts_dropped",))):
+    for template in (catalogue.THINKING, marked):
         tokenizer = catalogue.tokenizer(template)
-        example = render(tokenizer, row.messages, row.tools)
-        is_call_learnt = "get_time" in "".join(supervised(tokenizer, example))
-        assert (is_call_learnt, example.flags) == (not flags, flags)
-        assert tuple(audit.examine(tokenizer, row, example, 999)) == flags
+        first, last = render_row(tokenizer, row, 999)
+        assert supervised(tokenizer, first[1]) == [
+            '<think>\nWho?\n</think><tool>{"name": "get_time", "arguments": {"zone": "X"}}</tool>'
+            "<|im_end|>"
+        ]
+        assert supervised(tokenizer, last[1]) == ["Good bye.<|im_end|>"]
+        for kept, example in (first, last):
+            assert audit.examine(tokenizer, kept, example, 999) == []
+    never = catalogue.tokenizer(catalogue.CHATML)
+    given = Row([catalogue.ASK, {**catalogue.CALL, "reasoning_content": "Who?"}], row.tools, "f", 1)
+    ((_, example),) = render_row(never, given, 999)
+    assert (example.num_supervised, example.flags) == (0, ("thoughts_dropped",))
 
 
 def test_contents_that_imitate_the_template():
@@ -292,24 +319,29 @@ def test_assistant_turns_in_a_row_and_first():
     tokenizer = small(CHATML, eos="<|im_end|>")
     turns = [HELLO, HELLO, ASK, BYE]
     texts = supervised(tokenizer, render(tokenizer, turns))
-    assert texts == ["Hello.<|im_end|>", "Hello.<|im_end|>", "Good bye.<|im_end|>"]
+    assert texts == ["Hello.<|im_end|>", "Good bye.<|im_end|>"]  # the first has no prompt
     alone = render(tokenizer, [HELLO])
     assert (alone.num_supervised, alone.flags) == (0, ("no_prompt",))
 
 
 def test_header_token_that_swallows_blanks_is_not_supervised():
-    """As Phi-3: the header's token takes the newlines behind it, also those of the content."""
+    """As Phi-3: the header's token takes the newlines behind it."""
     template = (
         LOOP + "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     )
     tokenizer = small(template)
     tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True)], special_tokens=True)
     turns = [ASK, {"role": "assistant", "content": "\n\nHello."}]
-    example = render(tokenizer, turns)
+    (example,) = rendered(tokenizer, turns)
     header = tokenizer.convert_tokens_to_ids("<|assistant|>")
     assert header in example.ids
     assert header not in example.labels
-    assert supervised(tokenizer, example) == ["Hello.</s>"]
+    # In one text the token would swallow the newlines that the model has to write.
+    assert supervised(tokenizer, example) == ["\n\nHello.</s>"]
+    assert begins_as_served(tokenizer, turns, example)
+    with pytest.raises(DataError, match="no turn is served as the whole .* data.turns: auto"):
+        render(tokenizer, turns)
 
 
 # --- what cannot be trained on -----------------------------------------------------------------
@@ -323,33 +355,71 @@ LAST_ONLY = CHATML.replace("'<|im_end|>\n'", "('<|im_end|>' if loop.last else ''
 OUTSIDE = GENERATION.replace("'<|im_end|>\n' }}{% endg", "'' }}{% endg")
 HALF = GENERATION.replace("{% if m['role'] == 'assistant' %}", "{% if loop.last %}")
 LONG = [ASK, {**HELLO, "content": "Hello. " * 20}]
+NOT_THE_PROMPT = "is not how the chat template begins that turn"
 IMPOSSIBLE = {
-    "last turn dropped": (WITHOUT_LAST, TWO_TURNS, "writes 1 of 2 assistant turns"),
-    "later turns dropped": (FIRST_ONLY, TWO_TURNS, "writes 1 of 2 assistant turns"),
-    "altered": (UPPER, TWO_TURNS, r"writes 0 of 2|alters or drops the content of .* turn 1"),
-    "cut": (CUT, LONG, "alters or drops the content of assistant turn 1"),
+    "last turn dropped": (WITHOUT_LAST, TWO_TURNS, f"before assistant turn 1 {NOT_THE_PROMPT}"),
+    "later turns dropped": (FIRST_ONLY, TWO_TURNS, f"before assistant turn 2 {NOT_THE_PROMPT}"),
+    "altered": (UPPER, TWO_TURNS, r"does not write content \('Hello\.'\) of assistant turn 1"),
+    "cut": (CUT, LONG, "alters or drops what assistant turn 1 says"),
     "header after content": (
-        "{{ 'A' if 'Hello.' in messages[1]['content'] else 'B' }}" + CHATML,
+        "{{ 'A' if 'Hello.' in messages[-1]['content'] else 'B' }}" + CHATML,
         TWO_TURNS,
-        "alters or drops the content of assistant turn 1",
+        "the prompt has 'B.*, the conversation 'A",
     ),
     "footer after content": (
-        CHATML + "{{ 'A' if 'bye.' in messages[3]['content'] }}",
+        CHATML + "{{ 'A' if 'bye.' in messages[-1]['content'] }}",
         TWO_TURNS,
-        "alters or drops the content of assistant turn 2",
+        "alters or drops what assistant turn 2 says",
     ),
-    "no end of turn": (NO_END, TWO_TURNS, "writes no end of turn .*use a template that writes one"),
-    "end of the last only": (LAST_ONLY, TWO_TURNS, "not close assistant turn 1 like the last one"),
-    "end outside the block": (OUTSIDE, TWO_TURNS, r"turn 1 ends in 'Hello\.'.* move that token"),
-    "block in one turn": (HALF, TWO_TURNS, "marks 1 of 2 assistant turns"),
+    "prompt ignored": (
+        CHATML.partition("{% if add")[0],
+        TWO_TURNS,
+        "ignores add_generation_prompt, .* the header '<|im_start|>assistant",
+    ),
+    "prompt ends in a blank": (
+        CHATML.replace("assistant\n' }}", "assistant\n ' }}"),
+        TWO_TURNS,
+        "after .*the prompt has ' ', the conversation 'Hello.*correct the template",
+    ),
+    "variable": (
+        CHATML.replace("assistant\n' }}", "assistant\n' + (style or '~') }}"),
+        TWO_TURNS,
+        r"set data.template_kwargs \(it reads style\), or correct the template",
+    ),
+    "block in one turn": (HALF, TWO_TURNS, "none in an assistant turn that is to be learnt"),
+    "blocks of users": (
+        GENERATION.replace(
+            "{% else %}{{ m['content']", "{% else %}{% generation %}{{ m['content']"
+        ).replace("{% endif %}{% endfor %}", "{% endgeneration %}{% endif %}{% endfor %}"),
+        TWO_TURNS,
+        "marks the user's turns for training",
+    ),
     "altered in the block": (
         GENERATION.replace("{{ m['content']", "{{ m['content'][1:]"),
         TWO_TURNS,
-        "alters or drops the content of assistant turn 1",
+        r"does not write content \('Hello\.'\) of assistant turn 1",
     ),
     "no system role": (GEMMA, [SYSTEM, *TWO_TURNS], "refuses the roles system, .* not supported"),
-    "roles": (GEMMA, [ASK, AND, BYE], "refuses the roles user, user, assistant: roles must"),
+    "roles": (GEMMA, [ASK, AND, BYE], "refuses the roles user, user: roles must"),
 }
+ENDED = {  # what ends a turn where the template does not, or not in each turn
+    "no end of turn": (NO_END, "</s>", ("end_of_turn_added",)),
+    "end of the last only": (LAST_ONLY, "<|im_end|>", ()),
+    "no end in the block": (OUTSIDE, "</s>", ("end_of_turn_added",)),
+}
+
+
+@pytest.mark.parametrize("kind", ENDED)
+def test_a_turn_that_the_template_does_not_end_is_ended(kind):
+    template, end, flags = ENDED[kind]
+    tokenizer = small(template, bos="<bos>", eos="</s>")
+    row = Row(TWO_TURNS, None, "f", 1)
+    made = render_row(tokenizer, row, 512)
+    texts = [supervised(tokenizer, example) for _, example in made]
+    assert texts == [[f"Hello.{end}"], [f"Good bye.{end}"]]
+    for kept, example in made:
+        assert example.flags == flags
+        assert tuple(audit.examine(tokenizer, kept, example, 512)) == flags
 
 
 @pytest.mark.parametrize("kind", IMPOSSIBLE)
@@ -428,10 +498,12 @@ def test_thinking_in_a_real_template():
     thought = "<think>\nA greeting.\n</think>\n\nHello."
     turns = [ASK, {**HELLO, "content": thought}]
     ((kept, example),) = render_row(real("minimind"), Row(turns, None, "f", 1), 512)
-    assert supervised(real("minimind"), example) == [thought + "<|im_end|>"]
+    assert supervised(real("minimind"), example) == [
+        thought.removeprefix("<think>\n") + "<|im_end|>"
+    ]
     # The prompt closes the thoughts at once, unless it is asked to let the model think.
     assert example.flags == ("other_variables",)
-    assert kept.template_kwargs
+    assert kept.template_kwargs == {"open_thinking": True}
 
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0<|"), max_size=30)
@@ -451,8 +523,8 @@ def test_supervised_text_is_content_and_end_of_turn(name, ask, answers):
         for answer in answers
         for role, content in (("user", ask), ("assistant", answer))
     ]
-    example = render(tokenizer, turns)
-    texts = supervised(tokenizer, example)
+    made = rendered(tokenizer, turns)
+    texts = [text for example in made for text in supervised(tokenizer, example)]
     assert len(texts) == len(answers)
     for text, answer in zip(texts, answers, strict=True):
         content = answer.lstrip("\n") if name == "minimind" else answer
@@ -460,7 +532,7 @@ def test_supervised_text_is_content_and_end_of_turn(name, ask, answers):
         assert text.endswith(content + tokenizer.eos_token)
         # a token can hold the header's newline too, never more of it
         assert set(text.removesuffix(content + tokenizer.eos_token)) <= {"\n"}
-    assert example.num_supervised > len(answers)
+    assert sum(example.num_supervised for example in made) > len(answers)
 
 
 # --- view -------------------------------------------------------------------------------------
@@ -591,7 +663,7 @@ def test_several_calls_in_one_turn():
 
 
 def test_a_template_that_knows_no_tools_refuses_calls():
-    with pytest.raises(DataError, match="of 3 assistant turns and tool calls"):
+    with pytest.raises(DataError, match=r"does not write the name of a call \('add'\)"):
         render(small(CHATML, eos="<|im_end|>"), AGENT, TOOLS)
 
 

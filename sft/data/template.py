@@ -283,7 +283,8 @@ def _examples(tokenizer: Tokenizer, row: Row, learning: Learning) -> list[tuple[
             messages=[*earlier, messages[index]],
             template_kwargs=turn.variables and dict(turn.variables),
         )
-        example = _of_turn(given, turn, weights[index], learning)
+        blocks = _blocks_of(given, index, turn)
+        example = _of_turn(given, turn, weights[index], learning, blocks)
         made.append((kept, replace(example, flags=(*flags, *example.flags))))
     return made
 
@@ -335,7 +336,7 @@ def _join(
         if turn.empty_thoughts and not learning.empty_thoughts:
             learnt = [n for n in learnt if offsets[n][0] - at >= turn.empty_thoughts[1]]
         if blocks is not None:
-            learnt = _within(blocks, learnt, offsets, (at, at + len(turn.answer)))
+            learnt = _within(blocks, learnt, offsets, turn)
         for n in learnt:
             labels[n], factors[n] = ids[n], weights[index]
         flags += turn.flags
@@ -353,22 +354,37 @@ def _uneven(factors: Sequence[float]) -> list[float] | None:
 
 
 def _within(
-    blocks: Sequence[Span], learnt: list[int], offsets: Sequence[Span], answer: Span
+    blocks: Sequence[Span], learnt: list[int], offsets: Sequence[Span], turn: Turn
 ) -> list[int]:
-    """Returns the tokens of an answer that `{% generation %}` blocks mark.
+    """Returns the tokens of an answer that `{% generation %}` blocks mark, and the end that was
+    added to it.
 
     Raises DataError if no block marks anything of the answer.
     """
-    own = [(a, b) for a, b in blocks if a < answer[1] and b > answer[0]]
+    start, end = len(turn.prompt), len(turn.prompt) + len(turn.answer)
+    own = [(a, b) for a, b in blocks if a < end and b > start]
     if not own:
         raise DataError(
             "the chat template has {% generation %} blocks, but none in an assistant turn that is "
             "to be learnt; put one around what the assistant writes, or remove all"
         )
-    return [n for n in learnt if any(offsets[n][0] < b and offsets[n][1] > a for a, b in own)]
+    added = learnt[-1:] if "end_of_turn_added" in turn.flags else []
+    marked = [n for n in learnt if any(offsets[n][0] < b and offsets[n][1] > a for a, b in own)]
+    return sorted({*marked, *added})
 
 
-def _of_turn(given: Renderings, turn: Turn, weight: float, learning: Learning) -> Example:
+def _blocks_of(given: Renderings, index: int, turn: Turn) -> list[Span] | None:
+    """Returns the `{% generation %}` blocks of the conversation up to a turn, None if the template
+    has none or rewrites the prompt then."""
+    messages, tools = given.given
+    own = Renderings(given.tokenizer, messages[: index + 1], tools, turn.variables)
+    blocks = marked_spans(own)
+    return blocks if blocks is not None and own.text.startswith(turn.prompt) else None
+
+
+def _of_turn(
+    given: Renderings, turn: Turn, weight: float, learning: Learning, blocks: list[Span] | None
+) -> Example:
     """Returns an example of one turn: the tokens of its prompt, then those of its answer."""
     text = turn.prompt + turn.answer
     ids, offsets = tokenise(given.tokenizer, text)
@@ -384,8 +400,11 @@ def _of_turn(given: Renderings, turn: Turn, weight: float, learning: Learning) -
     if turn.empty_thoughts and not learning.empty_thoughts:
         end = len(turn.prompt) + turn.empty_thoughts[1]
         first = next((n for n in range(first, stop) if offsets[n][0] >= end), stop)
-    labels = [IGNORED] * first + ids[first:stop] + [IGNORED] * (len(ids) - stop)
-    factors = [0.0] * first + [weight] * (stop - first) + [0.0] * (len(ids) - stop)
+    learnt = set(range(first, stop))
+    if blocks is not None:
+        learnt = set(_within(blocks, sorted(learnt), offsets, turn))
+    labels = [token if n in learnt else IGNORED for n, token in enumerate(ids)]
+    factors = [weight if n in learnt else 0.0 for n in range(len(ids))]
     return Example(ids, labels, _uneven(factors), turn.flags)
 
 
