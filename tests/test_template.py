@@ -340,7 +340,7 @@ def test_header_token_that_swallows_blanks_is_not_supervised():
     # In one text the token would swallow the newlines that the model has to write.
     assert supervised(tokenizer, example) == ["\n\nHello.</s>"]
     assert begins_as_served(tokenizer, turns, example)
-    with pytest.raises(DataError, match="no turn is served as the whole .* data.turns: auto"):
+    with pytest.raises(DataError, match=r"no turn is served as the whole .* data.turns: auto"):
         render(tokenizer, turns)
 
 
