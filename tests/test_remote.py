@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -511,23 +512,22 @@ def test_an_object_is_resumed(bucket, monkeypatch):
     monkeypatch.setattr(stores, "PART", 50_000)
     bucket.put_object(Key="rows.jsonl", Body=LINES)
     asked = []
-    ask = stores.FileSystem._ask
+    read = stores.FileSystem._read
 
-    def dying(self, question, *args, **options):
-        if question == "cat_file":
-            asked.append(options["start"])
-            if len(asked) in (3, 5, 6, 7, 8):
-                raise stores.FetchError("transient", "died")
-        return ask(self, question, *args, **options)
+    def dying(self, file, start, size):
+        asked.append(start)
+        if len(asked) in (3, 5, 6, 7, 8):
+            raise stores.FetchError("transient", "died")
+        return read(self, file, start, size)
 
-    monkeypatch.setattr(stores.FileSystem, "_ask", dying)
+    monkeypatch.setattr(stores.FileSystem, "_read", dying)
     assert "died; 146 KiB of 275 KiB are kept: run again to resume" in refused(
         "s3://rows/rows.jsonl"
     )
     assert len(fetched("s3://rows/rows.jsonl")) == len(ROWS)
     assert asked[:3] == [0, 50_000, 100_000]
     assert asked[3:8] == [100_000, *[150_000] * 4]
-    assert asked[8:] == [150_000, 200_000, 250_000]
+    assert asked[8:] == [150_000, 200_000, 250_000, len(LINES)]
     assert copies()[0].read_bytes() == LINES
 
 
@@ -535,14 +535,14 @@ def test_an_object_that_changes_while_it_is_fetched(bucket, monkeypatch):
     monkeypatch.setattr(stores, "PART", 100_000)
     bucket.put_object(Key="rows.jsonl", Body=LINES)
     other = LINES.replace(b"x", b"y")
-    ask = stores.FileSystem._ask
+    read = stores.FileSystem._read
 
-    def changing(self, question, *args, **options):
-        if question == "cat_file" and options["start"] == 100_000:
+    def changing(self, file, start, size):
+        if start == 100_000:
             bucket.put_object(Key="rows.jsonl", Body=other)
-        return ask(self, question, *args, **options)
+        return read(self, file, start, size)
 
-    monkeypatch.setattr(stores.FileSystem, "_ask", changing)
+    monkeypatch.setattr(stores.FileSystem, "_read", changing)
     fetched("s3://rows/rows.jsonl")
     assert [path.read_bytes() == other for path in copies()] == [True]
 
@@ -588,6 +588,69 @@ def test_the_package_of_a_protocol_is_missing(monkeypatch):
     message = refused("s3://rows/rows.jsonl")
     assert "s3:// needs a package: " in message
     assert message.endswith('pip install "sft[remote]"')
+
+
+HUB = """
+import sys
+from sft.data import files, stores
+from sft.errors import DataError
+
+stores.PART = 100_000
+for address in sys.argv[1:]:
+    try:
+        sources = files.sources(address, "cache")
+        print(*[source.file for source in sources], sources[0].digest)
+    except DataError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_files_of_the_hub(tmp_path):
+    """In a process of its own, since the library reads HF_ENDPOINT when it is imported."""
+    with web.serve_hub({"owner/name": {"rows.jsonl": LINES, ".gitattributes": b"a"}}) as hub:
+        base = "hf://datasets/owner"
+        addresses = [f"{base}/name/rows.jsonl", f"{base}/name", f"{base}/name@main/*.jsonl"]
+        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": f"hf_{SECRET}", "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", HUB, *addresses, f"{base}/gated/x", f"{base}/none/x"],
+            env=clean_environment(PYTHONPATH=str(ROOT), HF_HOME=str(tmp_path), **environment),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("fetched ")]
+    digest = hashlib.sha256(LINES).hexdigest()
+    assert lines[:3] == [
+        f"{base}/name/rows.jsonl {digest}",
+        f"{base}/name/rows.jsonl {digest}",
+        f"{base}/name@main/rows.jsonl {digest}",
+    ], done.stderr
+    assert "x: cannot be fetched: the repository is gated; ask for access" in lines[3]
+    assert "x: cannot be fetched: no such repository, or a private one" in lines[4]
+    assert SECRET not in done.stdout + done.stderr
+    assert hub.sent == 2 * len(LINES)  # each byte once for each of the two versions' addresses
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_leaves_what_it_fetched(site, tmp_path):
+    site.delay = 0.05
+    site.files["/rows.jsonl"] = LINES * 40
+    command = [sys.executable, "-c", PROGRAM, f"{site.url}/rows.jsonl"]
+    environment = clean_environment(PYTHONPATH=str(ROOT))
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (parts() and parts()[0].stat().st_size > 2**20):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    arrived = parts()[0].stat().st_size
+    assert 2**20 < arrived < len(LINES) * 40
+    site.delay = 0
+    assert len(fetched(f"{site.url}/rows.jsonl")) == 40 * len(ROWS)
+    assert site.asked[-1][1] == f"bytes={arrived}-"
 
 
 def test_the_hub_is_offline(monkeypatch):

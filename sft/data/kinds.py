@@ -35,7 +35,7 @@ MAGIC: dict[bytes, tuple[str, str]] = {
     b"\x89HDF\r\n\x1a\n": ("an HDF5 file", f"{TO_LINES} or Parquet"),
     b"FEA1": ("a Feather file of version 1", "save it as Parquet"),
     b"Obj\x01": ("an Avro file", "save it as Parquet"),
-    b"GGUF": ("a GGUF model", "give files of rows"),
+    b"GGUF\3\0\0\0": ("a GGUF model", "give files of rows"),
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": (
         "an old Microsoft Office document",
         "save the sheet as CSV in UTF-8",
@@ -76,7 +76,7 @@ def _binary_kind(path: str, head: bytes) -> tuple[str, str] | None:
         return _zip_kind(path)
     if re.match(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", head):
         return "bzip2 data", "decompress it (bzip2 -dk PATH), or use gzip or zstd"
-    if head[257:262] == b"ustar":
+    if head[256:262] == b"\0ustar":
         return "a tar archive", f"{UNPACK} (tar -xf PATH)"
     if re.match(rb"\x80[\x02-\x05][\x95}\]c(K\x8c\x8a]", head):
         return PICKLE

@@ -149,11 +149,15 @@ def _copy_of_name(folder: Path, name: str) -> Copy:
 
 
 def _is_of_this_launch(checked: float) -> bool:
-    """Returns whether a sibling has asked the server, so that all ranks of a machine agree."""
+    """Returns whether a sibling has asked the server, so that all ranks of a machine agree.
+
+    Siblings have one parent, and start within two minutes of each other.
+    """
     if "LOCAL_RANK" not in os.environ:
         return False
     with suppress(psutil.Error):
-        return checked >= psutil.Process(os.getppid()).create_time()
+        launched = psutil.Process(os.getppid()).create_time()
+        return checked >= max(launched, psutil.Process().create_time() - 120)
     return False
 
 

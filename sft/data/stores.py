@@ -394,30 +394,41 @@ class FileSystem:
         )
 
     def _chunks(self, start: int, size: int | None, version: str) -> Iterator[bytes]:
-        while size is None or start < size:
-            end = start + PART if size is None else min(size, start + PART)
-            chunk = self._ask("cat_file", self.path, start=start, end=end)
-            if not chunk:
-                break
-            start += len(chunk)
-            yield chunk
+        with self._ask("open", self.path, "rb", block_size=PART, cache_type="none") as file:
+            while chunk := self._read(file, start, size):
+                start += len(chunk)
+                yield chunk
         if _version(self._ask("info", self.path)) != version:
             raise FetchError("transient", "the file changed on the server")
 
+    def _read(self, file: Any, start: int, size: int | None) -> bytes:
+        """Returns the next bytes of a file, with a request of its own where there is no stream."""
+        most = PART if size is None else min(PART, size - start)
+        try:
+            file.seek(start)
+            return bytes(file.read(most)) if most > 0 else b""
+        except Exception as error:  # noqa: BLE001  # each library has errors of its own
+            raise self._error(error) from None
+
     def _error(self, error: Exception) -> FetchError:
         """Returns what an error of a library means."""
-        names = {kind.__name__ for kind in type(error).__mro__}
+        causes = [error, *([error.__cause__] if error.__cause__ else [])]
+        names = {kind.__name__ for each in causes for kind in type(each).__mro__}
         response = getattr(error, "response", None)
         code = getattr(response, "status_code", None) or getattr(error, "code", None)
         text = f"{type(error).__name__}: {_of(error)}"
         sources = CREDENTIALS.get(self.scheme, "the credentials of this protocol")
         if names & {"NoCredentialsError", "DefaultCredentialsError", "PartialCredentialsError"}:
             return FetchError("denied", "no credentials were found", f"set {sources}")
-        if names & {"GatedRepoError", "PermissionError"} or code in (401, 403):
-            found = " without credentials, since none were found" if self._anonymous else ""
-            return FetchError("denied", f"access is denied{found} ({text})", f"check {sources}")
+        if "GatedRepoError" in names:
+            return FetchError(
+                "denied", "the repository is gated", f"ask for access, and set {sources}"
+            )
         if "RepositoryNotFoundError" in names:
             return FetchError("missing", "no such repository, or a private one", f"check {sources}")
+        if isinstance(error, PermissionError) or code in (401, 403):
+            found = " without credentials, since none were found" if self._anonymous else ""
+            return FetchError("denied", f"access is denied{found} ({text})", f"check {sources}")
         if isinstance(error, FileNotFoundError) or code == 404:
             return FetchError("missing", "no such file", "correct the address")
         if names & UNREACHABLE or isinstance(error, socket.gaierror | ConnectionRefusedError):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +28,7 @@ class Site:
     password: str = ""
     redirects: dict[str, str] = field(default_factory=dict)
     asked: list[tuple[str, str, str]] = field(default_factory=list)  # path, Range, Authorization
+    delay: float = 0  # seconds between the parts of an answer
     sent: int = 0  # bytes of contents
     url: str = ""
 
@@ -70,8 +74,14 @@ def _handler(site: Site) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             rest = content[start:]
             rest = rest[: site.dies_after.pop(0)] if site.dies_after else rest
-            site.sent += len(rest)
-            self.wfile.write(rest)
+            for at in range(0, len(rest), 2**18):
+                part = rest[at : at + 2**18]
+                try:
+                    self.wfile.write(part)
+                except OSError:
+                    break  # nobody listens any more
+                site.sent += len(part)
+                time.sleep(site.delay)
             self.close_connection = True
             return None
 
@@ -81,16 +91,73 @@ def _handler(site: Site) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+def _hub_handler(site: Site, repositories: dict[str, dict[str, bytes]]) -> type:
+    """What huggingface_hub asks of the hub for datasets; `gated` is one that it refuses."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
+            self.send_response(status)
+            headers = {"Content-Length": str(len(body))} | headers
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            path = urlsplit(self.path).path
+            name = "/".join(path.removeprefix("/api").split("/")[2:4])
+            if name not in repositories:
+                is_gated = name.endswith("/gated")
+                code = "GatedRepo" if is_gated else "RepoNotFound"
+                return self.answer(b"{}", 403 if is_gated else 404, X_Error_Code=code)
+            files = repositories[name]
+            if path.startswith("/datasets/"):
+                content = files[path.rpartition("/")[2]]
+                first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+                body = content[first : last + 1]
+                site.sent += len(body)
+                place = f"bytes {first}-{last}/{len(content)}"
+                return self.answer(body, 206, Content_Range=place)
+            listed = [
+                {"type": "file", "path": name, "size": len(content), "oid": _git_sha1(content)}
+                for name, content in files.items()
+            ]
+            found = listed if "/tree/" in path else {"id": name, "sha": "a" * 40}
+            return self.answer(json.dumps(found).encode(), Content_Type="application/json")
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    return Handler
+
+
+def _git_sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@contextmanager
+def serve_hub(repositories: dict[str, dict[str, bytes]]) -> Iterator[Site]:
+    """Runs a stand-in for the hub with these datasets."""
+    site = Site()
+    with _running(site, _hub_handler(site, repositories)):
+        yield site
+
+
 @contextmanager
 def serve(**options: object) -> Iterator[Site]:
     """Runs a server, whose site may be changed while it runs."""
     site = Site(**options)  # type: ignore[arg-type]
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(site))
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
+    with _running(site, _handler(site)):
+        yield site
+
+
+@contextmanager
+def _running(site: Site, handler: type) -> Iterator[None]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     site.url = f"http://127.0.0.1:{server.server_port}"
     try:
-        yield site
+        yield
     finally:
         server.shutdown()
         server.server_close()
