@@ -26,7 +26,18 @@ PATHS = os.pathsep.join(str(ROOT / part) for part in (".", "tests", "tests/suppo
 SHARED = Path(os.environ.get("SFT_SHARED", ROOT.parent / "shared"))
 
 
-LONG = ("test_run.py", "test_parallel.py", "test_verify.py", "test_launcher.py", "test_watchdog.py")
+LONG = (  # by seconds of processor time and of waiting
+    *("test_run.py", "test_parallel.py", "test_plan.py", "test_memory.py", "test_watchdog.py"),
+    *("test_old_runs.py", "test_launcher.py", "test_verify.py", "test_cache.py", "test_crowd.py"),
+    *("test_plan_tool.py", "test_launch_tools.py", "test_processes.py", "test_distill.py"),
+    *("test_numbers.py", "test_config.py", "test_merge.py", "test_api.py", "test_laws.py"),
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than there are cores: tests often wait for signals and other processes."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,7 +23,7 @@ from sft import errors
 from sft.runtime import checkpoint
 from sft.runtime.checkpoint import OptimizerShard
 
-STEPS, MIDDLE = 11, 9
+STEPS, MIDDLE = 7, 5
 MODES = ("lora", "qlora", "full")
 ENGINES = {  # as a user would ask for them
     "ddp": [],
@@ -35,11 +35,11 @@ ENGINES = {  # as a user would ask for them
 
 
 def case(mode: str, engine: str, world: int, resume: str = "", **given: Any) -> dict[str, Any]:
-    """A run of 11 steps; the first epoch ends after 8, the checkpoint is one of the second. Eight
+    """A run of 7 steps; the first epoch ends after 4, the checkpoint is one of the second. Eight
     rows are held out."""
     name = f"{mode}-{engine}-{world}" + ("-resumed" if resume else "")
-    overrides = [f"tuning.mode={mode}", "data.max_rows=40", "train.global_batch=4"]
-    overrides += ["data.eval_path=null", "data.eval_fraction=0.2"]
+    overrides = [f"tuning.mode={mode}", "data.max_rows=24", "train.global_batch=4"]
+    overrides += ["data.eval_path=null", "data.eval_fraction=0.334"]
     overrides += [f"train.max_steps={STEPS}", "train.learning_rate=1e-3", *ENGINES[engine]]
     tokens = 128 if mode == "lora" else 200  # one or two examples in a micro-batch
     overrides += ["train.precision=fp32"]
