@@ -110,6 +110,10 @@ WARNINGS = {
         "fits the prompt only with another value of a template variable, which the row keeps",
         "set data.template_kwargs, if the model is to be served like this by default",
     ),
+    "unread_variables": (
+        "sets a variable in chat_template_kwargs that the template does not read",
+        "correct its name, or remove it",
+    ),
     "answer_cut": ("cut at data.max_seq_len: an answer lost its end", "data.on_long: drop"),
     "turns_dropped": (
         "its oldest turns were removed to fit data.max_seq_len",

@@ -177,8 +177,10 @@ class Form:
             changes["content"] = content_text(message)
         elif isinstance(content, str) and self.content == "parts":
             changes["content"] = [{"type": "text", "text": content}] if content else []
-        if thoughts and self.thoughts == "content" and isinstance(content, str):
-            changes["content"] = f"<think>\n{thoughts.strip()}\n</think>\n\n{content}"
+        if thoughts and self.thoughts == "content":
+            said = f"<think>\n{thoughts.strip()}\n</think>\n\n{content_text(message)}"
+            as_parts = self.content == "parts"
+            changes["content"] = [{"type": "text", "text": said}] if as_parts else said
         if self.arguments == "text" and get_calls(message):
             changes["tool_calls"] = [_with_text_arguments(call) for call in get_calls(message)]
         return {**message, **changes} if changes else message
@@ -200,17 +202,17 @@ def read_form(tokenizer: Tokenizer) -> Form:
     word = "zq7form"
     ask: Message = {"role": "user", "content": "a"}
 
-    def shows(turn: dict[str, Any], text: str, before: dict[str, Any] = ask) -> bool:
+    def shows(turn: Message, text: str, before: Message = ask, quotes: str = "'") -> bool:
         try:
             rendered = _apply_template(tokenizer, [before, turn], None)
         except DataError:
             return False
-        return text in rendered and f"'{text}" not in rendered
+        return text in rendered and not any(quote + text in rendered for quote in quotes)
 
     answer: Message = {"role": "assistant", "content": word}
     parts = [{"type": "text", "text": word}]
     ask_parts: Message = {"role": "user", "content": [{"type": "text", "text": "a"}]}
-    reads_parts = shows({**answer, "content": parts}, word, ask_parts)
+    reads_parts = shows({**answer, "content": parts}, word, ask_parts, quotes="'\"")
     reads_text = shows(answer, word)
     content: Any = "either" if reads_parts and reads_text else "parts" if reads_parts else "text"
     call: Message = {"role": "assistant", "content": ""}

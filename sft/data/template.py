@@ -263,6 +263,8 @@ def _examples(tokenizer: Tokenizer, row: Row, learning: Learning) -> list[tuple[
         return [(row, Example(ids, list(ids)))]
     weights = _weights(messages, learning.supervise)
     found, flags = _find_turns(given, weights)
+    if set(row.template_kwargs or ()) - set(template_variables(tokenizer)):
+        flags.append("unread_variables")
     if not found:
         ids, _ = tokenise(tokenizer, given.text)
         return [(row, Example(ids, [IGNORED] * len(ids), None, tuple(flags)))]

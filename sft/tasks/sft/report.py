@@ -28,7 +28,8 @@ def show(
         title = f"{folder.parents[1]}: {tuned.details['num_examples']:,} examples"
         yield _scores_table(title, tuned.details)
         yield from _groups_table(config, tuned.details)
-        yield _answers_table(folder / "predictions.jsonl", shown)
+        if shown and tuned.details["num_examples"]:
+            yield _answers_table(folder / "predictions.jsonl", shown)
         return
     both = {"base": base.details, "tuned": tuned.details}
     written = {name: results["metrics"] for name, results in both.items()}
@@ -36,7 +37,8 @@ def show(
         written[key] = {name: results.get(key, {}) for name, results in both.items()}
     number = tuned.details["num_examples"]
     write_json(folder / "metrics.json", written | {"num_examples": number})
-    yield _side_by_side(folder, shown)
+    if shown and number:
+        yield _side_by_side(folder, shown)
     yield from _groups_table(config, tuned.details)
 
 
