@@ -155,6 +155,18 @@ def examine(
     return to_kinds(found | examine_row(tokenizer, row, example, supervise))
 
 
+def nothing_to_learn(examples: Sequence[Example]) -> str | None:
+    """Returns the finding of a row that the chat template leaves nothing to learn, with what to do.
+
+    None if something can be learnt, or if the examples are at fault.
+    """
+    flags = {flag for example in examples for flag in example.flags}
+    why = next((kind for kind in ("thoughts_dropped", "no_prompt") if kind in flags), None)
+    if why is None or any(example.num_supervised for example in examples):
+        return None
+    return f"{why}: {KINDS[why].meaning}; {KINDS[why].remedy}"
+
+
 def to_bits(kinds: Iterable[str]) -> int:
     """Returns a set of kinds as a number: bit k is the k-th of KINDS."""
     return sum(1 << BIT[kind] for kind in set(kinds))

@@ -545,15 +545,15 @@ def _render_rows(
             continue
         try:
             made = template.render_row(tokenizer, row, limit, **options)
-        except template.NothingToLearn as error:
-            left_out[str(error)] += 1
-            good.append(row)
-            continue
         except errors.DataError as error:
             last = row.messages[-1]
             shown = last["input_ids"] if "input_ids" in last else content_text(last).encode()
             excerpt = readers.make_excerpt(shown)
             refused.append(BadRow(row.file, row.line, str(error), excerpt))
+            continue
+        if made and (why := audit.nothing_to_learn([example for _, example in made])):
+            left_out[why] += 1
+            good.append(row)
             continue
         num_dropped += not made
         if len(made) > 1 and is_conversation(row.messages):

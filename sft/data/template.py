@@ -136,10 +136,6 @@ def _with_defaults(tokenizer: Tokenizer, source: str, variables: Variables) -> s
     return "".join(lines) + source
 
 
-class NothingToLearn(DataError):
-    """The reason why no turn of a row can be learnt: it is left out, and counted."""
-
-
 @dataclass(frozen=True, slots=True)
 class Learning:
     """What is learnt of a conversation, with the names of the keys in the section `data`."""
@@ -184,7 +180,7 @@ def render_row(
     conversation gives one for each supervised turn if it is split: `turns: split`, or `auto` and no
     single text is what serving saw at each turn. The row of such an example ends with its turn, and
     earlier turns have weight 0. Raises DataError with the reason if the row cannot be trained on as
-    it is, NothingToLearn if the template leaves nothing of it to learn.
+    it is. Where the template leaves nothing of it to learn, its example has no label, and flags.
 
     `on_long` decides about an example that is too long. `error` returns it, and the audit refuses
     it. `drop` drops it. `truncate_left_turns` removes the oldest exchanges after the system turn
@@ -202,25 +198,11 @@ def render_row(
         starts = range(0, len(example.ids) - 1, max_seq_len)
         parts = [example.ids[at : at + max_seq_len] for at in starts]
         return [(row, Example(part, list(part))) for part in parts]
-    made = _examples(tokenizer, row, learning)
-    if not any(example.num_supervised for _, example in made):
-        raise _nothing_to_learn(made)
     return [
         fitting
-        for kept, example in made
+        for kept, example in _examples(tokenizer, row, learning)
         for fitting in _fit(tokenizer, kept, example, max_seq_len, on_long, learning)
     ]
-
-
-def _nothing_to_learn(made: list[tuple[Row, Example]]) -> NothingToLearn:
-    flags = {flag for _, example in made for flag in example.flags}
-    if "thoughts_dropped" in flags:
-        return NothingToLearn(
-            "thoughts_dropped: the chat template writes the thoughts of no turn, so no serving "
-            "could bring a model to write them; use a template that reads reasoning_content "
-            "(data.chat_template), put the thoughts into the content, or remove them"
-        )
-    return NothingToLearn("no_prompt: no prompt stands before the only assistant turn")
 
 
 def _fit(
