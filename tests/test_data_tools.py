@@ -119,3 +119,15 @@ def test_show_data_shows_the_row_that_is_asked_for(tmp_path, run_script):
     missing = run_script("show_data.py", "--row", "99", *given)
     assert missing.returncode == 2
     assert "no row '99'" in missing.stderr
+
+
+@pytest.mark.slow
+def test_show_data_shows_the_first_row_of_a_table(tmp_path, run_script):
+    (tmp_path / "rows.csv").write_text('question;answer\n"say\none";it is 1\nsay two;it is 2\n')
+    given = [f"data.train_path={tmp_path}/rows.csv", "data.eval_path=null"]
+    for words in ([], ["--row", "1"], ["--row", "3"]):
+        done = run_script("show_data.py", *words, *given)
+        assert done.returncode == 0, done.stderr
+        assert "rows.csv:2: " in "".join(done.stdout.split("\n"))
+        assert "it is 1" in done.stdout
+        assert "it is 2" not in done.stdout

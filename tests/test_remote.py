@@ -250,6 +250,8 @@ def test_a_copy_is_used_while_the_server_cannot_be_reached(monkeypatch, capsys):
         )
     assert len(fetched(address)) == len(ROWS)
     assert "; using the copy of 2" in " ".join(capsys.readouterr().out.split())
+    copies()[0].write_bytes(LINES.replace(b"x", b"y"))
+    assert "is damaged; fetch it again" in refused(address)
 
 
 def test_a_web_page_in_place_of_a_file(site):
@@ -326,6 +328,15 @@ def test_one_process_of_a_machine_fetches(site, tmp_path):
     assert printed == [hashlib.sha256(LINES).hexdigest()] * 3
     assert len(site.asked) == 1
     assert site.sent == len(LINES)
+
+
+def test_ranks_do_not_take_one_address_for_another(site, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    site.files["/rows.jsonl"] = LINES
+    fetched(f"{site.url}/rows.jsonl?token=one")
+    site.files["/rows.jsonl"] = LINES[: LINES.index(b"\n") + 1]
+    assert len(fetched(f"{site.url}/rows.jsonl?token=one")) == len(ROWS)  # what a sibling fetched
+    assert len(fetched(f"{site.url}/rows.jsonl?token=two")) == 1
 
 
 # --- credentials ---------------------------------------------------------------------------------
@@ -578,8 +589,8 @@ def test_what_a_bucket_refuses(bucket, monkeypatch):
     bucket.put_object(Key="rows.jsonl", Body=LINES, ACL="public-read")
     assert len(fetched("s3://rows/rows.jsonl")) == len(ROWS)  # a public one needs none
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    message = refused("s3://rows/other.jsonl")
-    assert "the server cannot be reached" in message
+    assert "the server cannot be reached" in refused("s3://rows/other.jsonl")
+    assert len(fetched("s3://rows/rows.jsonl")) == len(ROWS)  # its copy
 
 
 def test_the_package_of_a_protocol_is_missing(monkeypatch):

@@ -26,7 +26,7 @@ from urllib.parse import unquote, urlsplit
 import psutil
 from filelock import FileLock, Timeout
 
-from sft.data.stores import Answer, FetchError, Store, open_store
+from sft.data.stores import Answer, FetchError, open_store
 from sft.errors import HIDDEN, DataError, hide_credentials
 from sft.runtime.console import bar, duration, make_console, read_json, size, write_json
 
@@ -34,8 +34,8 @@ ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 PAUSES = (1, 2, 4, 8, 16)  # seconds before each new attempt without progress
 MIB = 1 << 20
 SIGNATURES = re.compile(  # parts of a query that change while the file is the same
-    r"(?i)(x-(amz|goog)-[\w-]+|sig|signature|s[eptvrk]|sk\w+|expires|policy|key-pair-id|\w*token"
-    r"|auth\w*|awsaccesskeyid|googleaccessid)(=|$)"
+    r"(?i)(x-(amz|goog)-[\w-]+|sig|signature|s[eptvrk]|sk\w+|expires|policy|key-pair-id|token"
+    r"|access_token|auth|awsaccesskeyid|googleaccessid)(=|$)"
 )
 Tick = Callable[[], None]
 
@@ -83,17 +83,22 @@ def fetch(address: str, name: str, cache_dir: str, tick: Tick = lambda: None) ->
     record = addresses / f"{_identity(address)}.json"
     with _lock(record.with_suffix(".lock"), name, tick):
         known = _read_record(folder, record)
-        if known and _is_of_this_launch(float(known["checked"])):
+        if (
+            known
+            and known["asked"] == _digest(_without_user(address))
+            and _is_of_this_launch(known["checked"])
+        ):
             return _copy(folder, known)
         with _errors_of(name, address, _hint(folder, known)):
             try:
-                found = _Transfer(open_store(address), name, folder, record, known, tick).run()
+                transfer = _Transfer(address, name, folder, record, known, tick)
+                found = transfer.run()
             except FetchError as error:
                 if known is None or error.kind != "unreachable":
                     raise
-                made = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(known["fetched"])))
+                made = time.strftime("%Y-%m-%d %H:%M", time.localtime(known["fetched"]))
                 print_note(f"warning: {name}: {error.reason}; using the copy of {made}")
-                return _copy(folder, known)
+                return _verified_copy(folder, known)
     return _copy(folder, found)
 
 
@@ -108,22 +113,32 @@ def print_note(text: str) -> None:
 
 def _identity(address: str) -> str:
     """Returns the key of an address: the same whoever asks, and with any signature."""
-    place, mark, query = address.partition("#")[0].partition("?")
-    scheme, _, rest = place.partition("://")
-    host, slash, path = rest.partition("/")
+    place, mark, query = _without_user(address).partition("?")
     kept = [part for part in query.split("&") if not SIGNATURES.match(part)]
-    plain = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}{mark}{'&'.join(kept)}"
-    return hashlib.sha256(plain.encode()).hexdigest()[:32]
+    return _digest(f"{place}{mark}{'&'.join(kept)}")[:32]
+
+
+def _without_user(address: str) -> str:
+    scheme, mark, rest = address.partition("#")[0].partition("://")
+    host = re.split(r"[/?]", rest, maxsplit=1)[0]
+    return scheme + mark + rest[host.rfind("@") + 1 :]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_record(folder: Path, record: Path) -> dict[str, Any] | None:
     """Returns what an address gave last, if its copy is whole."""
     known = read_json(record)
     try:
-        path = Path(_copy(folder, known).path)
-        is_whole = path.stat().st_size == known["size"] and float(known["checked"]) >= 0
-        return known if is_whole else None
-    except (OSError, KeyError, TypeError, ValueError):
+        is_whole = Path(_copy(folder, known).path).stat().st_size == known["size"]
+        times = [known["fetched"], known["checked"]]
+        is_known = all(isinstance(each, float) for each in times) and isinstance(
+            known["asked"], str
+        )
+        return known if is_whole and is_known else None
+    except (OSError, KeyError, ValueError):
         return None
 
 
@@ -134,13 +149,27 @@ def _copy(folder: Path, known: dict[str, Any]) -> Copy:
     return Copy(str(known["name"]), str(folder / digest / file), digest)
 
 
+def _verified_copy(folder: Path, known: dict[str, Any]) -> Copy:
+    """Returns a copy that the server cannot replace, if its bytes are still those that arrived."""
+    copy = _copy(folder, known)
+    if not _is_sound(copy):
+        raise DataError(f"{copy.name}: its copy in {copy.path} is damaged; fetch it again")
+    return copy
+
+
+def _is_sound(copy: Copy) -> bool:
+    with Path(copy.path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == copy.sha256
+
+
 def _copy_of_name(folder: Path, name: str) -> Copy:
     """Returns the copy of an address whose credentials were left out, as in a run folder."""
     records = (_read_record(folder, path) for path in sorted(folder.glob("addresses/*.json")))
-    found = [_copy(folder, known) for known in records if known and known["name"] == name]
-    if len({copy.sha256 for copy in found}) == 1:
-        print_note(f"{name}: no credentials are stored; using the copy in {found[0].path}")
-        return found[0]
+    found = [known for known in records if known and known["name"] == name]
+    if len({known["sha256"] for known in found}) == 1:
+        copy = _verified_copy(folder, found[0])
+        print_note(f"{name}: no credentials are stored; using the copy in {copy.path}")
+        return copy
     why = "has several copies" if found else "has no copy in the cache"
     raise DataError(
         f"{name}: its credentials are not stored, and it {why}; give the address again, as "
@@ -222,14 +251,15 @@ class _Transfer:
 
     def __init__(
         self,
-        store: Store,
+        address: str,
         name: str,
         folder: Path,
         record: Path,
         known: dict[str, Any] | None,
         tick: Tick,
     ):
-        self.store, self.name, self.folder, self.tick = store, name, folder, tick
+        self.store, self.asked = open_store(address), _digest(_without_user(address))
+        self.name, self.folder, self.tick = name, folder, tick
         self.record, self.known = record, known
         self.part = record.with_suffix(".part")
         self.about = record.with_suffix(".part.json")
@@ -299,13 +329,12 @@ class _Transfer:
         )
 
     def _keep(self, known: dict[str, Any]) -> dict[str, Any]:
-        path = Path(_copy(self.folder, known).path)
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != known["sha256"]:
-                self.known = None
-                path.unlink()
-                raise FetchError("transient", "the copy in the cache was damaged")
-        known = known | {"checked": time.time()}
+        copy = _copy(self.folder, known)
+        if not _is_sound(copy):
+            self.known = None
+            Path(copy.path).unlink()
+            raise FetchError("transient", "the copy in the cache was damaged")
+        known = known | {"checked": time.time(), "asked": self.asked}
         self._write(self.record, known)
         return known
 
@@ -392,6 +421,7 @@ class _Transfer:
             "version": answer.version,
             "fetched": now,
             "checked": now,
+            "asked": self.asked,
         }
         try:
             with self.part.open("rb") as part:

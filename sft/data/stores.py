@@ -358,11 +358,17 @@ class FileSystem:
             if not names:
                 raise FetchError("missing", "no file fits the pattern", "correct it")
             return {self._public(name): self._full(name) for name in names}, False
-        about = self._ask("info", self.path)
+        itself = {hide_credentials(self.address): self.address}
+        try:
+            about = self._ask("info", self.path)
+        except FetchError as error:
+            if error.kind == "unreachable":  # there may be a copy of it
+                return itself, False
+            raise
         if about["type"] == "directory":
             names = sorted(self._ask("find", self.path))
             return {self._public(name): self._full(name) for name in names}, True
-        return {hide_credentials(self.address): self.address}, False
+        return itself, False
 
     def _full(self, name: str) -> str:
         """Returns the address of a file of the same file system."""
