@@ -169,5 +169,5 @@ def _start(config: RunConfig, accelerator: Accelerator) -> tuple[Task, plan.Plan
     resolved = with_values(config, plan.resolved_values(planned))
     context = Context(accelerator)
     task = kind.build(resolved, prepared, planned.precision, planned.budget, context)
-    task.check_layout(planned.precision, config.train.layout)
+    task.check_model(planned.precision, config.train.layout)
     return task, planned

@@ -103,7 +103,7 @@ def _run(
     guard.stop_if_asked()
     task = kind.build(resolved, prepared, planned.precision, planned.budget, context)
     log.say(dtype_table(task.model))
-    task.check_layout(planned.precision, config.train.layout)
+    task.check_model(planned.precision, config.train.layout)
     engine = Engine(task, resolved.train, context)
     planned, measured = calibration.calibrate(engine, planned, resolved, workload, machine)
     base = task.measure_base(engine, planned.precision, resumed_from is not None)
@@ -152,7 +152,7 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> dict[str, flo
             planned = calibration.make_common_plan(config, workload, machine, accelerator)
             precision = planned.precision
             opened = task.open(folder, config, prepared, precision, planned.budget, context)
-            opened.check_layout(precision, "auto")
+            opened.check_model(precision, "auto")
             manifest = checkpoint.sha256(folder / "final_checkpoint" / checkpoint.MANIFEST)
             results = opened.measure_saved(opened.model, out, f"{manifest} {precision}")
             if log.folder:

@@ -149,6 +149,15 @@ def test_random_weights_are_a_function_of_the_seed(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_tokens_that_a_base_model_never_saw():
+    """Llama 3's base: the embeddings of its reserved tokens are near zero."""
+    model = tiny.llama()
+    assert layers.untrained_rows(model, [1, 5, 9]) == []
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] *= 1e-4
+    assert layers.untrained_rows(model, [1, 5, 9, 10**6]) == [5]
+
+
 def test_a_missing_model_is_one_sentence(tmp_path):
     with pytest.raises(errors.ModelError, match=r"expected a folder.*no such folder here"):
         load.load_tokenizer(configured(str(tmp_path / "nothing")).model)
@@ -250,15 +259,15 @@ def test_a_packed_layout_that_leaks_falls_back_or_is_refused(monkeypatch, tmp_pa
     packed = batches.Budget(100, "packed")
     context = Context(CpuAccelerator("fp32"), Log(tmp_path))
     made = FineTune(None, None, small("llama"), packed, context)
-    made.check_layout("fp32", "auto")
+    made.check_model("fp32", "auto")
     assert made.budget is packed
     monkeypatch.setattr(attention, "documents_are_isolated", lambda *_: False)
-    made.check_layout("fp32", "auto")
+    made.check_model("fp32", "auto")
     assert made.budget == batches.Budget(100, "padded")
     assert "layout: padded, since packed documents" in (tmp_path / "training.log").read_text()
     made.budget = packed
     with pytest.raises(ConfigError, match=r"train.layout: packed documents .* padded"):
-        made.check_layout("fp32", "packed")
+        made.check_model("fp32", "packed")
 
 
 def test_only_chosen_positions_reach_the_head():

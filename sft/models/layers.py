@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,20 @@ def embedding_layers(model: nn.Module) -> tuple[nn.Module | None, nn.Module | No
     methods = (getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output"))
     first, last = (method() if method else None for method in methods)
     return first, last
+
+
+def untrained_rows(model: nn.Module, ids: Sequence[int], share: float = 0.01) -> list[int]:
+    """Returns those of the tokens `ids` whose output embedding was never trained.
+
+    Its norm is below `share` of the median of all tokens: a token that no training text had is
+    near zero in many base models (Llama 3).
+    """
+    output = embedding_layers(model)[1]
+    weight: Any = getattr(output, "weight", None)
+    if weight is None or weight.ndim != 2:
+        return []
+    norms = full_tensor(weight).float().norm(dim=1)
+    return [i for i in ids if i < len(norms) and norms[i] < share * norms.median()]
 
 
 def is_split(model: nn.Module) -> bool:

@@ -397,8 +397,10 @@ class Task(ABC):
         """Returns the origin of a training example."""
         return f"example {number}"
 
-    def check_layout(self, precision: str, layout: str) -> None:
-        """Changes the layout of the budget if this model cannot use the planned one.
+    def check_model(self, precision: str, layout: str) -> None:
+        """Checks the model that was built, and says what its user should know.
+
+        Changes the layout of the budget if this model cannot use the planned one.
 
         Raises ConfigError if the configured `layout` demands that one.
         """

@@ -245,7 +245,17 @@ class FineTune(SavedTuning):
         super().__init__(*arguments)
         self.head = layers.SupervisedHead(self.model)
 
-    def check_layout(self, precision: str, layout: str) -> None:
+    def check_model(self, precision: str, layout: str) -> None:
+        ends = sorted(audit.stop_ids(self.prepared.tokenizer))
+        if self.config.tuning.mode != "full" and (
+            untrained := layers.untrained_rows(self.model, ends)
+        ):
+            names = ", ".join(self.prepared.tokenizer.convert_ids_to_tokens(untrained))
+            self.log.say(
+                f"warning: the embedding of {names} was never trained in this base model, so "
+                "adapters may not learn to end a turn; use tuning.mode: full, or the template of a "
+                "token that the base knows (data.chat_template)"
+            )
         device = self.accelerator.device
         if self.budget.layout == "padded" or attention.documents_are_isolated(
             self.model, precision, device
