@@ -399,12 +399,11 @@ def _adds_bos(tokenizer: Tokenizer) -> bool:
 
 def supervised_runs(labels: Sequence[int]) -> list[Span]:
     """Returns the supervised runs as (first, stop) token indices."""
-    bounds, inside = [], False
-    for index, label in enumerate([*labels, IGNORED]):
-        if (label != IGNORED) != inside:
-            bounds.append(index)
-            inside = not inside
-    return list(zip(bounds[::2], bounds[1::2], strict=True))
+    learnt, runs, stop = bytes(label != IGNORED for label in labels), list[Span](), 0
+    while (first := learnt.find(1, stop)) >= 0:
+        stop = learnt.find(0, first) if 0 in learnt[first:] else len(learnt)
+        runs.append((first, stop))
+    return runs
 
 
 def _examine_text(given: Renderings, row: Row) -> Iterator[str]:

@@ -254,7 +254,8 @@ def _examples(tokenizer: Tokenizer, row: Row, learning: Learning) -> list[tuple[
     is_whole = together is not None and "not_as_served" not in together.flags
     wanted = learning.turns == "together" or (learning.turns == "auto" and is_whole)
     if together is not None and wanted:
-        return [(row, replace(together, flags=(*flags, *together.flags)))]
+        together = replace(together, flags=(*flags, *together.flags)) if flags else together
+        return [(row, together)]
     if learning.turns == "together":
         raise DataError(
             "no turn is served as the whole conversation is rendered; set data.turns: auto"
@@ -556,8 +557,7 @@ def _encode_typed(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span
 
 def _encode(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
     cached = _encode_short if len(text) < 200 else _encode_long
-    ids, offsets = cached(tokenizer, len(tokenizer), text)
-    return list(ids), list(offsets)
+    return cached(tokenizer, len(tokenizer), text)
 
 
 @lru_cache(maxsize=4096)  # headers of turns are asked for again and again
