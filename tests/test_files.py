@@ -455,8 +455,14 @@ def test_hidden_files_are_not_read_and_are_counted(tmp_path):
 
 
 def test_a_folder_of_hidden_files_alone(tmp_path):
-    write(tmp_path / "._a.jsonl", GOOD)
-    assert "found: a folder without a file" in refused(tmp_path)
+    assert "a file that ends in one of these, nothing (relative" in refused(tmp_path)
+    hidden = write(tmp_path / "._a.jsonl", GOOD)
+    assert f"a file that ends in one of these, only 1 hidden file, {hidden[-9:]}" in refused(
+        tmp_path
+    )
+    write(tmp_path / "rows.xlsx", b"PK")
+    assert "a file that ends in one of these, only rows.xlsx (relative" in refused(tmp_path)
+    (tmp_path / "rows.xlsx").unlink()
     assert "found: no file that fits the pattern" in refused(f"{tmp_path}/*")
 
 

@@ -197,12 +197,17 @@ def choose_files(folder: str, names: Iterable[str]) -> tuple[list[str], list[str
 
     Raises DataError if there are none, or those of several kinds or splits.
     """
-    data = [name for name in sorted(names) if readers.data_suffix(Path(name), any_packing=True)]
+    names = sorted(names)
+    data = [name for name in names if readers.data_suffix(Path(name), any_packing=True)]
     hidden = [name for name in data if is_hidden(name)]
     about = ("dataset_info.json", "dataset_infos.json")
     shown = [name for name in data if not is_hidden(name) and Path(name).name not in about]
     if not shown:
-        raise readers.unreadable(folder, "a folder without a file that ends in one of these")
+        others = [name for name in names if not is_hidden(name)]
+        has = f"only {', '.join(others[:3])}{' ...' * (len(others) > 3)}" if others else "nothing"
+        has = f"only {describe_hidden(hidden)}" if hidden and not others else has
+        reason = f"a folder without a file that ends in one of these, {readers.one_line(has, 200)}"
+        raise readers.unreadable(folder, reason)
     if len(found := sorted({readers.data_suffix(Path(n), any_packing=True) for n in shown})) > 1:
         raise _ambiguous(folder, found)
     held_out = [name for name in shown if HELD_OUT.search(name)]
