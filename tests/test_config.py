@@ -527,7 +527,7 @@ def outcome(file: Path, *words: str) -> Any:
         return re.sub(r" as \w+\)", ")", str(error))
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=150)
 @given(
     key=st.sampled_from(PATHS),
     written=st.sampled_from(WRITTEN)
@@ -697,7 +697,7 @@ VALUES = {
 }
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(
     values=st.fixed_dictionaries(VALUES),
     reasons=st.dictionaries(st.sampled_from(list(VALUES)), printable),

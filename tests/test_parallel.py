@@ -136,6 +136,7 @@ def crowd(mode: str, engine: str, world: int) -> dict[str, Any]:
     """Three steps of two agents, of which the diversity is one of the whole batch."""
     short = case(mode, engine, world, steps=3, save_at=[], prove=True)
     own = ["crowd.num_agents=2", "crowd.lambda_sw=0.5", "tuning.r=4", "train.learning_rate=3e-3"]
+    own += ["data.max_rows=40", "data.eval_fraction=0.2"]
     return short | {"name": f"crowd-{short['name']}", "overrides": short["overrides"] + own}
 
 

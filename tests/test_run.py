@@ -33,6 +33,7 @@ pytestmark = pytest.mark.slow
 
 ROWS = ["data.max_rows=600", "data.eval_path=nano/valid.jsonl"]
 SHORT = [*ROWS, "train.max_steps=8", "evaluation.num_examples=8", "train.learning_rate=1e-3"]
+SHORT += ["train.global_batch=16"]
 BRIEF = [*ROWS, "train.max_steps=2", "evaluation.num_examples=0"]
 
 
