@@ -479,8 +479,6 @@ def test_a_redirect_leads_to_the_web_alone(site, target):
 
 @pytest.fixture(scope="module")
 def s3_server():
-    for name in ("s3fs", "moto", "flask", "boto3"):
-        pytest.importorskip(name, reason='needs pip install "sft[remote]" "moto[s3,server]"')
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
