@@ -26,7 +26,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft.data import rendering
 from sft.data.formats import Message, Messages, Tools, content_text
-from sft.data.rendering import Span, Variables, cached_by_tokenizer
+from sft.data.rendering import MARKS, Span, Variables, cached_by_tokenizer
 from sft.errors import DataError
 
 ASK: Message = {"role": "user", "content": "a"}
@@ -169,6 +169,12 @@ def find_turn(given: Renderings, index: int) -> Turn | None:
         return None
     answer, added = _end(given, index, message, body, frame.tail)
     flags += ["end_of_turn_added"] * added
+    if not _is_plain(message) and (token := _early_stop(given.tokenizer, answer)):
+        raise DataError(
+            f"generation stops at {token!r}, which the chat template writes inside assistant turn "
+            f"{number}, so a model that is served could not write the turn to its end; give each "
+            "call a turn of its own, or correct the template (data.chat_template)"
+        )
     empty = None
     if not thoughts and (match := re.match(r"\s*(<(\w+)>)?\s*</(\w+)>\s*", closes + answer)):
         empty = match.span() if match[2] in (None, match[3]) else None
@@ -480,6 +486,15 @@ def _end(given: Renderings, index: int, message: Message, body: str, tail: str) 
     if following and _next_header_of_user(tokenizer) in stops:
         return body.rstrip() + following, True
     return body.rstrip() + tokenizer.eos_token, True
+
+
+def _early_stop(tokenizer: Tokenizer, answer: str) -> str | None:
+    """Returns a token that ends the answer, or at which serving stops, and that stands in it before
+    its end; None if there is none. What someone typed is not a token."""
+    written = re.sub(f"{MARKS[0]}[^{MARKS[1]}]*{MARKS[1]}", "", answer)
+    *inside, last = [*_added_tokens_in(tokenizer, written)] or [(0, "")]
+    stops = stop_tokens(tokenizer) | {last[1]}
+    return next((token for _, token in inside if token in stops), None)
 
 
 def _added_tokens_in(tokenizer: Tokenizer, text: str) -> Iterator[tuple[int, str]]:
