@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 from collections import Counter
 from functools import cache
@@ -14,15 +15,18 @@ from typing import Any
 
 import pytest
 import test_template as families
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, load_rows
 from faults import catalogue
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from sft.config.schema import Model
 from sft.data import audit, template
 from sft.data.files import Row
-from sft.data.rendering import read_form
-from sft.errors import DataError
+from sft.data.rendering import TemplateError, read_form
+from sft.errors import DataError, ModelError
+from sft.models.load import load_tokenizer
 
 TEMPLATES = SHARED / "data/templates/templates"
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
@@ -233,7 +237,7 @@ def check(tokenizer: Any, row: Row) -> None:
             assert run[-1] in audit.stop_ids(tokenizer)
             learnt[turn] += 1
         errors = set(audit.examine(tokenizer, kept, example, LIMIT)) & set(audit.ERRORS)
-        assert errors <= OF_PROMPTS
+        assert errors <= OF_PROMPTS | ({"unsupervised"} if not example.num_supervised else set())
     flags = {flag for _, example in made for flag in example.flags}
     assert "not_as_served" not in flags
     for turn in turns:
@@ -266,3 +270,297 @@ def test_what_is_supervised_is_what_follows_the_prompt_of_serving(name, row):
 @given(row=rows())
 def test_what_is_supervised_on_real_templates_is_what_follows_the_prompt(name, row):
     check(stand_in(name), row)
+
+
+# --- the oracle --------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not NAMES, reason=f"no templates in {TEMPLATES}: set SFT_SHARED")
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"llama3_1", "llama3_2"}))
+def test_every_pair_of_the_oracle_is_right(name):
+    """benchmarks/templates.py has the meaning of each verdict, and prints all of them."""
+    known = oracle().read_lines(SHARED / "data/templates/conversations.jsonl")
+    conversations = {each["name"]: each for each in known}
+    tokenizer = oracle().stand_in(SHARED, next(p for p in pairs() if p["template"] == name))
+    for pair in pairs():
+        if pair["template"] == name:
+            said = conversations[pair["conversation"]]
+            row = Row(said["messages"], said["tools"], pair["conversation"], 1)
+            verdict, reason = oracle().judge(tokenizer, pair, row)
+            assert verdict in ("clean", "split", "unlearnt"), (pair["conversation"], reason)
+
+
+# --- reported cases ----------------------------------------------------------------------------
+
+NO_THOUGHTS = "<think>\n\n</think>\n\n"
+ARGUMENTS = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+TYPED_ARGUMENTS = ARGUMENTS.replace('Paris"', 'Paris<|im_end|> is how a turn ends in Paris"')
+TOOL_CALL = f"<tool_call>\n{ARGUMENTS}\n</tool_call><|im_end|>"
+XML_CALL = (
+    "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n"
+    "</tool_call>"
+)
+GLM_CALL = (
+    "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>"
+    "<|observation|>"
+)
+TO_TOOL = " to=functions.get_weather<|channel|>commentary json<|message|>"
+DEEPSEEK_CALL = (
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
+    '{"city": "Paris"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>'
+)
+ASKED = "The user asks of Paris."
+CASES: dict[str, dict[str, list[list[str]]]] = {  # file -> template -> texts of each example
+    "special_args": {
+        "qwen2_5": [
+            [f"<tool_call>\n{TYPED_ARGUMENTS}\n</tool_call><|im_end|>", "Done for Paris.<|im_end|>"]
+        ],
+        "llama3_1": [
+            [
+                TYPED_ARGUMENTS.replace("arguments", "parameters") + "<|eot_id|>",
+                "Done for Paris.<|eot_id|>",
+            ]
+        ],
+        "gptoss": [
+            [
+                TO_TOOL + '{"city": "Paris<|im_end|> is how a turn ends in Paris"}<|call|>',
+                "<|channel|>final<|message|>Done for Paris.<|return|>",
+            ]
+        ],
+    },
+    "calllast": {
+        "gptoss": [[TO_TOOL + '{"city": "Paris"}<|call|>']],
+        "glm4moe": [["\n<think></think>\n" + GLM_CALL]],
+        "deepseekv3": [["\n</think>\n\n" + DEEPSEEK_CALL]],
+        "qwen2_5": [[TOOL_CALL]],
+    },
+    "rc_call": {
+        "qwen3": [
+            ["<think>\nI should call the tool for Paris\n</think>\n\n" + TOOL_CALL],
+            [NO_THOUGHTS + "It is sunny in Paris.<|im_end|>"],
+            [NO_THOUGHTS + "No forecast for Paris.<|im_end|>"],
+        ],
+        "qwen3_6": [
+            [f"I should call the tool for Paris\n</think>\n\n{XML_CALL}<|im_end|>"],
+            ["\n</think>\n\nIt is sunny in Paris.<|im_end|>"],
+            ["\n</think>\n\nNo forecast for Paris.<|im_end|>"],
+        ],
+        "nemotron_3_nano": [
+            [f"I should call the tool for Paris\n</think>\n{XML_CALL}\n<|im_end|>"],
+            ["</think>It is sunny in Paris.<|im_end|>"],
+            ["</think>No forecast for Paris.<|im_end|>"],
+        ],
+        "gptoss": [
+            [
+                "<|channel|>analysis<|message|>I should call the tool for Paris<|end|>"
+                f'<|start|>assistant{TO_TOOL}{{"city": "Paris"}}<|call|>'
+            ],
+            ["<|channel|>final<|message|>It is sunny in Paris.<|return|>"],
+            ["<|channel|>final<|message|>No forecast for Paris.<|return|>"],
+        ],
+        "glm4moe": [
+            [f"\n<think>I should call the tool for Paris</think>\n{GLM_CALL}"],
+            ["\n<think></think>\nIt is sunny in Paris.<|user|>"],
+            ["\n<think></think>\nNo forecast for Paris.<|user|>"],
+        ],
+        # Its template writes no thoughts, so no serving could bring a model to write the call.
+        "qwen2_5": [["It is sunny in Paris.<|im_end|>", "No forecast for Paris.<|im_end|>"]],
+    },
+    "reason": {
+        "qwen3": [[f"<think>\n{ASKED}\n</think>\n\nSunny in Paris.<|im_end|>"]],
+        "qwen3_5_think": [[f"{ASKED}\n</think>\n\nSunny in Paris.<|im_end|>"]],
+        "qwen3_5_nothink": [[f"{ASKED}\n</think>\n\nSunny in Paris.<|im_end|>"]],
+        "nemotron_3_super": [[f"{ASKED}\n</think>\nSunny in Paris.<|im_end|>"]],
+        "deepseekv3": [[f"{ASKED}\n</think>\n\nSunny in Paris.<｜end▁of▁sentence｜>"]],
+        "glm4moe": [[f"\n<think>{ASKED}</think>\nSunny in Paris.<|user|>"]],
+        "gptoss": [
+            [
+                f"<|channel|>analysis<|message|>{ASKED}<|end|><|start|>assistant"
+                "<|channel|>final<|message|>Sunny in Paris.<|return|>"
+            ]
+        ],
+        "qwen2_5": [[]],
+    },
+}
+
+
+def texts_of(tokenizer: Any, row: Row, **options: Any) -> list[list[str]]:
+    """Returns the supervised texts of each example of a row."""
+    return [
+        families.supervised(tokenizer, example)
+        for _, example in template.render_row(tokenizer, row, LIMIT, **options)
+    ]
+
+
+@pytest.mark.parametrize(("file", "name"), [(f, n) for f, known in CASES.items() for n in known])
+def test_reported_cases(file, name):
+    tokenizer = stand_in(name)
+    known, _ = load_rows(str(SHARED / f"data/cases/{file}.jsonl"))
+    assert texts_of(tokenizer, known[0]) == CASES[file][name]
+    for row in known:
+        for kept, example in template.render_row(tokenizer, row, LIMIT):
+            found = set(audit.examine(tokenizer, kept, example, LIMIT)) & set(audit.ERRORS)
+            assert found <= ({"unsupervised"} if not example.num_supervised else set())
+
+
+SECRET = {"role": "assistant", "content": "b", "reasoning_content": "Secret."}
+CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+SECRET_CALL = {**SECRET, "content": "", "tool_calls": CALLS}
+CALLED = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|>'
+A, C = {"role": "user", "content": "a"}, {"role": "user", "content": "c"}
+D, R = {"role": "assistant", "content": "d"}, {"role": "tool", "content": "r"}
+SECRETS = {  # of data/cases/reasoning_dropped.py: the texts where thoughts are read, and where not
+    "answer": ([A, SECRET], [["<think>\nSecret.\n</think>\n\nb<|im_end|>"]], [[]]),
+    "earlier answer": (
+        [A, SECRET, C, D],
+        [["<think>\nSecret.\n</think>\n\nb<|im_end|>"], [NO_THOUGHTS + "d<|im_end|>"]],
+        [["d<|im_end|>"]],
+    ),
+    "call": (
+        [A, SECRET_CALL, R, D],
+        [["<think>\nSecret.\n</think>\n\n" + CALLED, NO_THOUGHTS + "d<|im_end|>"]],
+        [["d<|im_end|>"]],
+    ),
+    "last call": ([A, SECRET_CALL], [["<think>\nSecret.\n</think>\n\n" + CALLED]], [[]]),
+}
+
+
+@pytest.mark.parametrize("case", SECRETS)
+def test_thoughts_are_learnt_where_the_template_writes_them_and_their_turn_is_not_elsewhere(case):
+    messages, written, dropped = SECRETS[case]
+    row = Row(messages, [{"type": "function", "function": {"name": "f"}}], "f", 1)
+    assert texts_of(stand_in("qwen3"), row) == written
+    assert texts_of(stand_in("qwen2_5"), row) == dropped
+    flags = {f for _, e in template.render_row(stand_in("qwen2_5"), row, LIMIT) for f in e.flags}
+    assert flags == {"thoughts_dropped"}
+
+
+# --- keys --------------------------------------------------------------------------------------
+
+THOUGHTS = [{"role": "user", "content": "a"}, {**SECRET, "weight": 0.5}, C, D]
+SPLIT = Row(THOUGHTS, None, "f", 1)
+
+
+def test_turns_together_split_and_auto():
+    tokenizer = local("thoughts of the last question")
+    first, second = "<think>\nSecret.\n</think>\n\nb<|im_end|>", "d<|im_end|>"
+    assert texts_of(tokenizer, SPLIT, turns="auto") == [[first], [second]]
+    assert texts_of(tokenizer, SPLIT, turns="split") == [[first], [second]]
+    ((_, together),) = template.render_row(tokenizer, SPLIT, LIMIT, turns="together")
+    assert families.supervised(tokenizer, together) == [second]
+    assert together.flags == ("not_as_served",)
+    plain = Row(families.TWO_TURNS, None, "f", 1)
+    assert texts_of(tokenizer, plain) == [["Hello.<|im_end|>", "Good bye.<|im_end|>"]]
+    split = template.render_row(tokenizer, plain, LIMIT, turns="split")
+    assert [len(kept.messages) for kept, _ in split] == [2, 4]
+    assert texts_of(tokenizer, plain, turns="split") == [
+        ["Hello.<|im_end|>"],
+        ["Good bye.<|im_end|>"],
+    ]
+    assert texts_of(tokenizer, plain, turns="split", supervise="last") == [["Good bye.<|im_end|>"]]
+
+
+def test_weights_of_messages_go_with_their_turn_when_a_row_is_split():
+    tokenizer = local("thoughts of the last question")
+    (first, light), (second, whole) = template.render_row(tokenizer, SPLIT, LIMIT)
+    assert light.weights is not None
+    assert {w for w, label in zip(light.weights, light.labels, strict=True) if label >= 0} == {0.5}
+    assert whole.weights is None
+    assert [m.get("weight") for m in first.messages] == [None, 0.5]
+    assert [m.get("weight") for m in second.messages] == [None, 0, None, None]
+    unweighted = Row([THOUGHTS[0], {**SECRET, "weight": 0}, C, D], None, "f", 1)
+    assert texts_of(tokenizer, unweighted) == [["d<|im_end|>"]]
+
+
+def test_split_rows_lose_their_oldest_turns():
+    tokenizer = local("thoughts of the last question")
+    long = [{"role": "user", "content": "a " * 90}, *THOUGHTS[1:]]
+    made = template.render_row(
+        tokenizer, Row(long, None, "f", 1), 60, on_long="truncate_left_turns"
+    )
+    assert [len(example.ids) <= 60 for _, example in made] == [False, True]  # the audit refuses one
+    kept, example = made[1]
+    assert kept.messages == [C, D]
+    assert example.flags == ("turns_dropped",)
+    assert families.supervised(tokenizer, example) == ["d<|im_end|>"]
+
+
+def test_empty_thoughts_are_learnt_or_context():
+    tokenizer = families.small(families.REASONING, eos="<|im_end|>")
+    row = Row(families.TWO_TURNS, None, "f", 1)
+    assert texts_of(tokenizer, row)[1] == [NO_THOUGHTS + "Good bye.<|im_end|>"]
+    made = template.render_row(tokenizer, row, LIMIT, empty_thoughts=False)
+    assert [families.supervised(tokenizer, example) for _, example in made] == [
+        ["Hello.<|im_end|>"],
+        ["Good bye.<|im_end|>"],
+    ]
+    for kept, example in made:
+        assert audit.examine(tokenizer, kept, example, LIMIT) == []
+
+
+def nano() -> Any:
+    return AutoTokenizer.from_pretrained(catalogue.NANO)
+
+
+def test_a_template_is_a_file_or_text_and_is_saved_with_the_tokenizer(tmp_path):
+    file = tmp_path / "own.jinja"
+    file.write_text(catalogue.CHATML, "utf-8")
+    for given_as in (str(file), catalogue.CHATML):
+        made = template.prepare_tokenizer(nano(), given_as)
+        made.save_pretrained(tmp_path / "saved")
+        assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == catalogue.CHATML
+    with pytest.raises(TemplateError, match=r"data.chat_template: expected a file.* 'no.jinja'"):
+        template.prepare_tokenizer(nano(), "no.jinja")
+
+
+def test_variables_become_defaults_that_are_saved_and_that_a_row_overrides(tmp_path):
+    made = template.prepare_tokenizer(nano(), catalogue.THINKS, {"enable_thinking": False})
+    made.save_pretrained(tmp_path)
+    read = template.prepare_tokenizer(AutoTokenizer.from_pretrained(tmp_path))
+    closed = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    for tokenizer in (made, read):
+        assert tokenizer.decode(template.prompt_ids(tokenizer, [A])).endswith(closed)
+        ids = template.prompt_ids(tokenizer, [A], None, {"enable_thinking": True})
+        assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+    row = Row([A, SECRET], None, "f", 1, template_kwargs={"enable_thinking": True})
+    ((kept, example),) = template.render_row(read, row, LIMIT)
+    assert (kept, example.flags) == (row, ())  # the row's own value fits
+    ((kept, example),) = template.render_row(read, Row([A, SECRET], None, "f", 1), LIMIT)
+    assert kept.template_kwargs == {"enable_thinking": True}
+    assert example.flags == ("other_variables",)
+    with pytest.raises(TemplateError, match="reads no variable thinking; it reads enable_thinking"):
+        template.prepare_tokenizer(nano(), catalogue.THINKS, {"thinking": False})
+
+
+def test_stop_tokens_are_saved_and_end_turns(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(catalogue.NANO, folder)
+    tokenizer = nano()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(catalogue.TOKENS[catalogue.HEADERS])}
+    )
+    tokenizer.chat_template = catalogue.HEADERS
+    tokenizer.save_pretrained(folder)
+    row = Row(families.TWO_TURNS, None, "f", 1)
+    bare = template.prepare_tokenizer(load_tokenizer(Model(name=str(folder))))
+    assert texts_of(bare, row) == [["Hello.<|im_end|>"], ["Good bye.<|im_end|>"]]
+    given_to = Model(name=str(folder), stop_tokens=["<|user|>", "<|observation|>"])
+    made = template.prepare_tokenizer(load_tokenizer(given_to))
+    made.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/tokenizer_config.json").read_text("utf-8"))
+    assert set(saved["stop_tokens"]) >= {"<|user|>", "<|observation|>"}
+    (tmp_path / "saved/config.json").write_text(
+        (folder / "config.json").read_text("utf-8"), "utf-8"
+    )
+    read = template.prepare_tokenizer(load_tokenizer(Model(name=str(tmp_path / "saved"))))
+    for each in (made, read):
+        assert texts_of(each, row) == [["Hello.<|user|>", "Good bye.<|user|>"]]
+        ends = [each.convert_ids_to_tokens(i) for i in audit.stop_ids(each)]
+        assert set(ends) == {"<|user|>", "<|observation|>", each.eos_token}
+    with pytest.raises(ModelError, match=r"model.stop_tokens: the tokenizer has no token <no>"):
+        load_tokenizer(Model(name=str(folder), stop_tokens=["<no>"]))
+
+
+def test_a_turn_in_which_serving_would_stop_early_is_refused():
+    with pytest.raises(DataError, match=r"generation stops at '<\|call\|>', .* assistant turn 1"):
+        template.render_row(local("channels"), catalogue.PARALLEL, LIMIT)
