@@ -761,6 +761,12 @@ TEMPLATES = [
         template(THINKING, THOUGHT),
     ),
     Fault(
+        "unread_variables",
+        "a variable of a row that the template does not read",
+        "enable_thinking",
+        mask(None, CHATML, replace(ONE, template_kwargs={"enable_thinking": False})),
+    ),
+    Fault(
         "no_prompt",
         "a conversation that begins with the assistant",
         "role play sets",
