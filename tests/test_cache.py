@@ -24,12 +24,13 @@ from transformers.utils import chat_template_utils
 
 from sft.config.load import load_config, with_values
 from sft.config.schema import Config, Data
-from sft.data import audit, audit_report
+from sft.data import audit, audit_report, workers
 from sft.data import cache as data_cache
-from sft.data.cache import Prepared, hardware, prepare, write_audit
+from sft.data.cache import Prepared, prepare, write_audit
 from sft.data.template import prepare_tokenizer
 from sft.errors import DataError
 from sft.models.load import load_tokenizer
+from sft.runtime import hardware
 
 
 @pytest.fixture(autouse=True)
@@ -547,8 +548,8 @@ def test_a_dataset_of_the_hub_is_keyed_by_its_content(material, monkeypatch):
 
 def test_a_killed_worker_is_one_message(material, monkeypatch):
     given = config(*rows(material / "rows.jsonl", *map(str, range(2000))))
-    monkeypatch.setattr(data_cache.hardware, "usable_cores", lambda: 2)
-    monkeypatch.setattr(data_cache, "_render_rows", lambda *_: os._exit(9))
+    monkeypatch.setattr(hardware, "usable_cores", lambda: 2)
+    monkeypatch.setattr(workers, "render_rows", lambda *_: os._exit(9))
     with pytest.raises(DataError, match="was killed, most likely because memory ran out"):
         data_cache.prepare(given)
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from sft.config.load import load_config
 from sft.config.schema import Generation
-from sft.data import cache, template
+from sft.data import cache, template, workers
 from sft.data.files import BadRow, Row
 from sft.errors import UserError
 from sft.evaluate import answers, generate
@@ -266,7 +266,7 @@ def test_a_column_that_no_row_has_is_reported_before_any_is_rendered(tmp_path, m
         ROOT / "configs/nano.yaml",
         ["evaluation.group=mesages", f"data.cache_dir={tmp_path}", "data.max_rows=64"],
     )
-    monkeypatch.setattr(cache, "_render_rows", None)
+    monkeypatch.setattr(workers, "render_rows", None)
     reported = (
         r"nano/test\.jsonl: no column 'mesages', which evaluation\.group names; did you mean messa"
     )

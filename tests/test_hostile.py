@@ -27,7 +27,7 @@ from test_export import finished
 from sft import errors
 from sft.config.load import load_config
 from sft.config.schema import Config, Model
-from sft.data import batches, cache, rendering
+from sft.data import batches, cache, rendering, workers
 from sft.data.files import BadRow, Row, read_all, sources
 from sft.data.template import colour_text, prepare_tokenizer, render
 from sft.errors import CheckpointError, ConfigError, DataError, UserError
@@ -700,7 +700,7 @@ def test_a_template_that_fills_the_memory(bomb):
 
 def test_a_template_without_end_in_workers(tmp_path, folder, monkeypatch):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\n".join(answered(n) for n in range(4 * cache.CHUNK_ROWS)))
+    path.write_bytes(b"\n".join(answered(n) for n in range(4 * workers.CHUNK_ROWS)))
     template = folder / "chat_template.jinja"
     bomb = "{% if messages[0].content == 'say 700' %}" + LOOPS + "{% endif %}"
     template.write_text(bomb + template.read_text())

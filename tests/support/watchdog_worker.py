@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from sft import cli, run
 from sft.config.load import load_config
 from sft.config.schema import Generation
-from sft.data import batches, cache
+from sft.data import batches, cache, workers
 from sft.errors import UserError
 from sft.evaluate import generate
 from sft.runtime import checkpoint, children, processes
@@ -140,8 +140,8 @@ def prepare_data(request: Request) -> None:
         Path(request["out"], f"worker_{os.getpid()}").touch()
         time.sleep(600)
 
-    cache.hardware.usable_cores = lambda: 2
-    cache._render_rows = part
+    workers.hardware.usable_cores = lambda: 2
+    workers.render_rows = part
     config = load_config("configs/nano.yaml", [f"data.cache_dir={request['out']}/cache"])
     with Guard(Path(request["folder"]), request["limit"]) as guard:
         guard.status.begin()

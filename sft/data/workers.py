@@ -1,0 +1,186 @@
+"""Renders and examines rows on all cores: chunks of rows -> examples with their findings."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from sft import errors
+from sft.data import audit, duplicates, readers, template
+from sft.data.examples import ExampleArrays, Examples
+from sft.data.files import BadRow, Row
+from sft.data.formats import content_text, is_conversation
+from sft.runtime import children, hardware
+from sft.runtime.console import make_console
+
+CHUNK_ROWS = 256  # rows that a worker takes at a time
+PLACE = np.dtype([("part", "u1"), ("entry", "u2")])  # the path that gave a row
+TRAIN, HELD_OUT = 0, 1  # parts
+
+
+@dataclass
+class Rendered:
+    """The result of rendering some rows in a worker."""
+
+    arrays: ExampleArrays  # rows numbered from 0
+    places: np.ndarray  # (good rows,) of PLACE
+    fingerprint: duplicates.RowFingerprint  # of the good rows
+    formats: Counter[str]  # of the good rows
+    ignored: Counter[str]  # columns of the good rows that are not used
+    refused: list[BadRow]  # refused by the reader or by the chat template
+    num_dropped: int  # rows dropped by data.on_long
+    left_out: Counter[str] = field(default_factory=Counter)  # rows without a turn to learn, by why
+    split: Counter[str] = field(default_factory=Counter)  # rows, examples and further tokens
+
+
+AnyRow = Row | BadRow
+Work = Callable[[Sequence[AnyRow]], Rendered]
+
+
+def map_chunks(work: Work, rows: Iterator[AnyRow]) -> Iterator[Rendered]:
+    """Yields the result of `work` on chunks of all rows, in their order.
+
+    Chunks go to forked processes if there are several and more than one core. Only a few of them
+    are in memory at a time.
+    """
+    chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
+    first = list(islice(chunks, 4))
+    workers = hardware.usable_cores()
+    if workers < 2 or len(first) < 4:
+        yield from map(work, chain(first, chunks))
+        return
+    fork = multiprocessing.get_context("fork")  # inherits the tokenizer; sending it takes seconds
+    with ProcessPoolExecutor(workers, fork, _start_worker, (work, os.getpid())) as pool:
+        waiting: deque[tuple[list[AnyRow], Future[Rendered]]] = deque()
+        try:
+            for chunk in chain(first, chunks):
+                if len(waiting) > 2 * workers:
+                    yield waiting[0][1].result()
+                    waiting.popleft()
+                waiting.append((chunk, pool.submit(_run_work, chunk)))
+            while waiting:
+                yield waiting[0][1].result()
+                waiting.popleft()
+        except BrokenProcessPool:
+            broken = [chunk for chunk, result in waiting if result.exception()][:workers]
+            raise _killed_worker(broken[0][0], broken[-1][-1]) from None
+
+
+def _killed_worker(first: AnyRow, last: AnyRow) -> errors.DataError:
+    return errors.DataError(
+        "a process that prepared data was killed, most likely because memory ran out, at the rows "
+        f"{first.file}:{first.line} to {last.file}:{last.line}; free some memory, or look there "
+        "for very long ones"
+    )
+
+
+_inherited: list[Work] = []  # the work of this process, if it is a worker
+
+
+def _start_worker(work: Work, parent: int) -> None:
+    children.prepare_worker(parent)
+    _inherited.append(work)
+
+
+def _run_work(chunk: Sequence[AnyRow]) -> Rendered:
+    return _inherited[-1](chunk)
+
+
+def render_rows(
+    tokenizer: Tokenizer,
+    limit: int,
+    options: dict[str, Any],
+    rows: Sequence[AnyRow],
+) -> Rendered:
+    refused: list[BadRow] = []
+    good: list[Row] = []
+    samples: list[tuple[int, Row, template.Example]] = []
+    found: list[int] = []
+    num_dropped = 0
+    left_out, split_rows = Counter[str](), Counter[str]()
+    for row in rows:
+        if isinstance(row, BadRow):
+            refused.append(row)
+            continue
+        try:
+            made = template.render_row(tokenizer, row, limit, **options)
+        except errors.DataError as error:
+            last = row.messages[-1]
+            shown = last["input_ids"] if "input_ids" in last else content_text(last).encode()
+            excerpt = readers.make_excerpt(shown)
+            refused.append(BadRow(row.file, row.line, str(error), excerpt))
+            continue
+        if made and (why := audit.nothing_to_learn([example for _, example in made])):
+            left_out[why] += 1
+            good.append(row)
+            continue
+        num_dropped += not made
+        if len(made) > 1 and is_conversation(row.messages):
+            lengths = [len(example.ids) for _, example in made]
+            further = sum(lengths) - max(lengths)  # the longest holds nearly all of the row
+            split_rows.update(rows=1, examples=len(made), further_tokens=further)
+        for kept, example in made:
+            samples.append((len(good), kept, example))
+            found.append(audit.examine_row(tokenizer, kept, example, options["supervise"]))
+        good.append(row)
+    arrays = ExampleArrays.pack(samples)
+    in_batches = audit.examine_tokens(tokenizer, Examples(arrays), limit)
+    arrays.index["findings"] = np.array(found, np.uint32) | in_batches
+    places = np.array([(TRAIN, row.entry) for row in good], PLACE)
+    formats = Counter(row.format for row in good)
+    ignored = Counter(name for row in good for name in row.ignored)
+    prints = duplicates.fingerprint(good)
+    return Rendered(
+        arrays, places, prints, formats, ignored, refused, num_dropped, left_out, split_rows
+    )
+
+
+def only_document(rows: Iterator[AnyRow]) -> tuple[Row | None, Iterator[AnyRow]]:
+    """Returns the only row if it is raw text, and all rows."""
+    first = list(islice(rows, 2))
+    row = first[0] if len(first) == 1 else None
+    is_document = isinstance(row, Row) and template.is_document(row.messages)
+    return (row if is_document else None), chain(first, rows)  # type: ignore[return-value]
+
+
+def render_halves(tokenizer: Tokenizer, row: Row, limit: int, share: float) -> Rendered:
+    """Renders a document of which the last `share` of the tokens is held out.
+
+    There are no other rows to hold out. The two parts have no token in common, and count as two
+    rows for duplicates and leaks.
+    """
+    ((_, whole),) = template.render_row(tokenizer, row, sys.maxsize)
+    ids = whole.ids
+    if len(ids) < 4:
+        raise errors.DataError(
+            f"{row.place}: nothing can be held out from the only document, which has {len(ids)} "
+            "tokens; give data.eval_path, or more text"
+        )
+    cut = min(max(2, len(ids) - round(share * len(ids))), len(ids) - 2)
+    samples: list[tuple[int, Row, template.Example]] = []
+    parts: list[Row] = []
+    for number, part in enumerate((ids[:cut], ids[cut:])):
+        pieces = [part[at : at + limit] for at in range(0, len(part) - 1, limit)]
+        samples += [(number, row, template.Example(piece, list(piece))) for piece in pieces]
+        content = tokenizer.decode(part, skip_special_tokens=True)
+        parts.append(replace(row, messages=[{**row.messages[0], "content": content}]))
+    arrays = ExampleArrays.pack(samples)
+    arrays.index["findings"] = audit.examine_tokens(tokenizer, Examples(arrays), limit)
+    places = np.array([(TRAIN, row.entry), (HELD_OUT, row.entry)], PLACE)
+    make_console().print(
+        f"{row.file}: the only document; its last {len(ids) - cut:,} of {len(ids):,} tokens are "
+        "held out"
+    )
+    prints, ignored = duplicates.fingerprint(parts), Counter(row.ignored)
+    return Rendered(arrays, places, prints, Counter({row.format: 1}), ignored, [], 0)
