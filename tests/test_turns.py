@@ -201,7 +201,8 @@ def rows(draw: Any) -> Row:
         }
         for name in dict.fromkeys(called)
     ]
-    return Row(messages, tools or None, "f", 1)
+    variables = draw(st.sampled_from([None, None, {"enable_thinking": False}]))
+    return Row(messages, tools or None, "f", 1, template_kwargs=variables)
 
 
 # --- the property ------------------------------------------------------------------------------
@@ -210,10 +211,11 @@ def rows(draw: Any) -> Row:
 OF_PROMPTS = {"content_altered", "tools_dropped", "repeated_bos"}
 
 
-def check(tokenizer: Any, row: Row) -> None:
+def check(tokenizer: Any, row: Row, split: str, supervise: str) -> None:
     """Asserts the definition of docs/DATA.md for every example of a row."""
+    options: Any = {"turns": split, "supervise": supervise}
     try:
-        made = template.render_row(tokenizer, row, LIMIT)
+        made = template.render_row(tokenizer, row, LIMIT, **options)
     except DataError:  # with a reason
         return
     learnt = Counter[int]()
@@ -236,19 +238,22 @@ def check(tokenizer: Any, row: Row) -> None:
             assert generate(tokenizer, prompt, example.ids) == run
             assert run[-1] in audit.stop_ids(tokenizer)
             learnt[turn] += 1
-        errors = set(audit.examine(tokenizer, kept, example, LIMIT)) & set(audit.ERRORS)
+        errors = set(audit.examine(tokenizer, kept, example, LIMIT, supervise)) & set(audit.ERRORS)
         assert errors <= OF_PROMPTS | ({"unsupervised"} if not example.num_supervised else set())
     flags = {flag for _, example in made for flag in example.flags}
-    assert "not_as_served" not in flags
+    assert split == "together" or "not_as_served" not in flags
     for turn in turns:
-        if not row.messages[turn].get("weight", 1):
+        is_chosen = supervise == "all" or turn == len(row.messages) - 1
+        if not is_chosen or not row.messages[turn].get("weight", 1):
             assert not learnt[turn]
         elif not learnt[turn]:
-            assert "thoughts_dropped" in flags if turn else "no_prompt" in flags
+            assert {"thoughts_dropped", "not_as_served"} & flags if turn else "no_prompt" in flags
         else:
             assert learnt[turn] == 1
 
 
+SPLITS = st.sampled_from(["auto", "auto", "auto", "split", "together"])
+SUPERVISE = st.sampled_from(["all", "all", "last"])
 PROPERTY = settings(
     max_examples=int(os.environ.get("SFT_EXAMPLES", "6")),
     deadline=None,
@@ -259,17 +264,19 @@ PROPERTY = settings(
 
 @pytest.mark.parametrize("name", LOCAL)
 @PROPERTY
-@given(row=rows())
-def test_what_is_supervised_is_what_follows_the_prompt_of_serving(name, row):
-    check(local(name), row)
+@given(row=rows(), split=SPLITS, supervise=SUPERVISE)
+def test_what_is_supervised_is_what_follows_the_prompt_of_serving(name, row, split, supervise):
+    check(local(name), row, split, supervise)
 
 
 @pytest.mark.skipif(not NAMES, reason=f"no templates in {TEMPLATES}: set SFT_SHARED")
 @pytest.mark.parametrize("name", NAMES)
 @PROPERTY
-@given(row=rows())
-def test_what_is_supervised_on_real_templates_is_what_follows_the_prompt(name, row):
-    check(stand_in(name), row)
+@given(row=rows(), split=SPLITS, supervise=SUPERVISE)
+def test_what_is_supervised_on_real_templates_is_what_follows_the_prompt(
+    name, row, split, supervise
+):
+    check(stand_in(name), row, split, supervise)
 
 
 # --- the oracle --------------------------------------------------------------------------------
