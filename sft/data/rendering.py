@@ -44,6 +44,14 @@ DEFAULT_TEMPLATE = (
 THOUGHTS = re.compile(r"(?s)(\s*<think>)(.*?)(</think>\s*)")
 # Characters of Unicode's private use, which transformers puts around control tokens in user input.
 MARKS = (_CONTROL_TOKEN_START, _CONTROL_TOKEN_END)
+
+
+def _escapes(mark: str) -> tuple[str, str]:
+    """Returns a mark as Python's repr and JSON of ASCII write it; templates use both on values."""
+    return repr(mark)[1:-1], json.dumps(mark)[1:-1]
+
+
+ESCAPED = re.compile("|".join(re.escape(form) for mark in MARKS for form in _escapes(mark)))
 OPEN_TAG = re.compile(r"<(\w+)>\s*$")  # a prompt that ends in it lets the model think
 
 
@@ -96,7 +104,10 @@ def render_marked(
         raise DataError("the conversation begins with the assistant; give it a user turn first")
     try_template(tokenizer)
     messages = read_form(tokenizer).apply(messages)
-    return _apply_template(tokenizer, messages, tools, add_generation_prompt, variables)
+    text = _apply_template(tokenizer, messages, tools, add_generation_prompt, variables)
+    if ESCAPED.search(text) and has_text(re.compile("|".join(MARKS)), [messages, tools]):
+        text = ESCAPED.sub(lambda found: MARKS[found[0] in _escapes(MARKS[1])], text)
+    return text
 
 
 def _apply_template(
