@@ -87,7 +87,8 @@ def clean_environment(**extra: str) -> dict[str, str]:
         if not key.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "MAKE"))
     }
     own = {"PYTHONPATH": PATHS, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    own["OMP_NUM_THREADS"] = "1"  # tests run beside each other; threads that spin would not
+    # Tests run beside each other: no second thread, and where a run asks for one, none that spins.
+    own |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return kept | own | extra
 
 
