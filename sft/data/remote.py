@@ -18,15 +18,16 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from typing import IO, Any, NamedTuple
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import psutil
 from filelock import FileLock, Timeout
 
-from sft.data.stores import Answer, FetchError, open_store
+from sft.data.stores import Answer, FetchError, Store, open_store
 from sft.errors import HIDDEN, DataError, hide_credentials
 from sft.runtime.console import bar, duration, make_console, read_json, size, write_json
 
@@ -37,6 +38,11 @@ SIGNATURES = re.compile(  # parts of a query that change while the file is the s
     r"(?i)(x-(amz|goog)-[\w-]+|sig|signature|s[eptvrk]|sk\w+|expires|policy|key-pair-id|token"
     r"|access_token|auth|awsaccesskeyid|googleaccessid)(=|$)"
 )
+RECORD = {  # keys of a record, and the types of their values
+    **dict.fromkeys(("name", "file", "sha256", "version", "asked"), str),
+    "size": int,
+    **dict.fromkeys(("fetched", "checked"), float),
+}
 Tick = Callable[[], None]
 
 
@@ -62,7 +68,7 @@ def find(address: str) -> tuple[str, dict[str, str], bool]:
     name = hide_credentials(address)
     if HIDDEN in address:
         return name, {name: address}, False
-    with _errors_of(name, address):
+    with _reported(name, address):
         store = open_store(address)
         return name, *store.find()
 
@@ -73,33 +79,13 @@ def fetch(address: str, name: str, cache_dir: str, tick: Tick = lambda: None) ->
     `tick` is called whenever there is progress.
     """
     folder = Path(cache_dir, "remote")
-    addresses = folder / "addresses"
-    try:
-        addresses.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _disk_error(folder, error) from None
-    if HIDDEN in address:
-        return _copy_of_name(folder, name)
-    record = addresses / f"{_identity(address)}.json"
-    with _lock(record.with_suffix(".lock"), name, tick):
-        known = _read_record(folder, record)
-        if (
-            known
-            and known["asked"] == _digest(_without_user(address))
-            and _is_of_this_launch(known["checked"])
-        ):
-            return _copy(folder, known)
-        with _errors_of(name, address, _hint(folder, known)):
-            try:
-                transfer = _Transfer(address, name, folder, record, known, tick)
-                found = transfer.run()
-            except FetchError as error:
-                if known is None or error.kind != "unreachable":
-                    raise
-                made = time.strftime("%Y-%m-%d %H:%M", time.localtime(known["fetched"]))
-                print_note(f"warning: {name}: {error.reason}; using the copy of {made}")
-                return _verified_copy(folder, known)
-    return _copy(folder, found)
+    with _reported(name, address, folder):
+        (folder / "addresses").mkdir(parents=True, exist_ok=True)
+        if HIDDEN in address:
+            return _copy_of_name(folder, name)
+        record = folder / "addresses" / f"{_identity(address)}.json"
+        with _lock(record.with_suffix(".lock"), name, tick):
+            return _Transfer(address, name, folder, record, tick).run()
 
 
 def print_note(text: str) -> None:
@@ -119,9 +105,8 @@ def _identity(address: str) -> str:
 
 
 def _without_user(address: str) -> str:
-    scheme, mark, rest = address.partition("#")[0].partition("://")
-    host = re.split(r"[/?]", rest, maxsplit=1)[0]
-    return scheme + mark + rest[host.rfind("@") + 1 :]
+    parts = urlsplit(address)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment=""))
 
 
 def _digest(text: str) -> str:
@@ -131,30 +116,18 @@ def _digest(text: str) -> str:
 def _read_record(folder: Path, record: Path) -> dict[str, Any] | None:
     """Returns what an address gave last, if its copy is whole."""
     known = read_json(record)
-    try:
-        is_whole = Path(_copy(folder, known).path).stat().st_size == known["size"]
-        times = [known["fetched"], known["checked"]]
-        is_known = all(isinstance(each, float) for each in times) and isinstance(
-            known["asked"], str
-        )
-        return known if is_whole and is_known else None
-    except (OSError, KeyError, ValueError):
+    is_complete = known.keys() == RECORD.keys() and all(
+        isinstance(known[key], kind) for key, kind in RECORD.items()
+    )
+    if not is_complete or not re.fullmatch(r"[0-9a-f]{64}", known["sha256"]):
         return None
+    file = Path(_copy(folder, known).path)
+    is_whole = file.is_file() and file.stat().st_size == known["size"]
+    return known if is_whole and known["file"] == file_name(known["file"]) else None
 
 
 def _copy(folder: Path, known: dict[str, Any]) -> Copy:
-    digest, file = str(known["sha256"]), str(known["file"])
-    if not re.fullmatch(r"[0-9a-f]{64}", digest) or "/" in file or file.startswith("."):
-        raise ValueError("not a record of this module")
-    return Copy(str(known["name"]), str(folder / digest / file), digest)
-
-
-def _verified_copy(folder: Path, known: dict[str, Any]) -> Copy:
-    """Returns a copy that the server cannot replace, if its bytes are still those that arrived."""
-    copy = _copy(folder, known)
-    if not _is_sound(copy):
-        raise DataError(f"{copy.name}: its copy in {copy.path} is damaged; fetch it again")
-    return copy
+    return Copy(known["name"], str(folder / known["sha256"] / known["file"]), known["sha256"])
 
 
 def _is_sound(copy: Copy) -> bool:
@@ -162,12 +135,19 @@ def _is_sound(copy: Copy) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == copy.sha256
 
 
+def _verified(copy: Copy) -> Copy:
+    """Returns a copy that the server cannot replace, if its bytes are still those that arrived."""
+    if not _is_sound(copy):
+        raise DataError(f"{copy.name}: its copy in {copy.path} is damaged; fetch it again")
+    return copy
+
+
 def _copy_of_name(folder: Path, name: str) -> Copy:
     """Returns the copy of an address whose credentials were left out, as in a run folder."""
     records = (_read_record(folder, path) for path in sorted(folder.glob("addresses/*.json")))
-    found = [known for known in records if known and known["name"] == name]
-    if len({known["sha256"] for known in found}) == 1:
-        copy = _verified_copy(folder, found[0])
+    found = {_copy(folder, known) for known in records if known and known["name"] == name}
+    if len({copy.sha256 for copy in found}) == 1:
+        copy = _verified(min(found))
         print_note(f"{name}: no credentials are stored; using the copy in {copy.path}")
         return copy
     why = "has several copies" if found else "has no copy in the cache"
@@ -190,24 +170,17 @@ def _is_of_this_launch(checked: float) -> bool:
     return False
 
 
-def _hint(folder: Path, known: dict[str, Any] | None) -> str:
-    return f"; an earlier copy is {_copy(folder, known).path}" if known else ""
-
-
 @contextmanager
 def _lock(file: Path, name: str, tick: Tick) -> Iterator[None]:
     lock, is_noted = FileLock(file), False
-    while True:
+    while not lock.is_locked:
         try:
             lock.acquire(timeout=1)
-            break
         except Timeout:
             tick()
             if not is_noted:
                 print_note(f"another process is fetching {name}; waiting for it")
             is_noted = True
-        except OSError as error:
-            raise _disk_error(file.parent, error) from None
     try:
         yield
     finally:
@@ -215,13 +188,17 @@ def _lock(file: Path, name: str, tick: Tick) -> Iterator[None]:
 
 
 @contextmanager
-def _errors_of(name: str, address: str, hint: str = "") -> Iterator[None]:
-    """Turns FetchError into a DataError without credentials."""
+def _reported(name: str, address: str, folder: Path | None = None) -> Iterator[None]:
+    """Turns the errors of a server, and of `folder`, into a DataError without credentials."""
     try:
         yield
     except FetchError as error:
-        text = f"{error.reason}; {error.remedy}{hint}" if error.remedy else f"{error.reason}{hint}"
-        raise DataError(f"{name}: cannot be fetched: {_clean(text, address)}") from None
+        raise DataError(f"{name}: cannot be fetched: {_clean(str(error), address)}") from None
+    except OSError as error:
+        raise DataError(
+            f"cannot keep remote data in {folder}: {error.strerror or error}; make room, or set "
+            "data.cache_dir to another folder"
+        ) from None
 
 
 def _clean(text: str, address: str) -> str:
@@ -236,211 +213,172 @@ def _clean(text: str, address: str) -> str:
     return text
 
 
-def _disk_error(folder: Path, error: OSError) -> DataError:
-    return DataError(
-        f"cannot keep remote data in {folder}: {error.strerror or error}; make room, or set "
-        "data.cache_dir to another folder"
-    )
-
-
 # --- transfer ------------------------------------------------------------------------------------
 
 
 class _Transfer:
     """Fetches one file into its `.part`, over as many attempts as it takes, and makes it a copy."""
 
-    def __init__(
-        self,
-        address: str,
-        name: str,
-        folder: Path,
-        record: Path,
-        known: dict[str, Any] | None,
-        tick: Tick,
-    ):
-        self.store, self.asked = open_store(address), _digest(_without_user(address))
-        self.name, self.folder, self.tick = name, folder, tick
-        self.record, self.known = record, known
+    def __init__(self, address: str, name: str, folder: Path, record: Path, tick: Tick):
+        self.address, self.name, self.folder, self.tick = address, name, folder, tick
+        self.record, self.known = record, _read_record(folder, record)
         self.part = record.with_suffix(".part")
-        self.about = record.with_suffix(".part.json")
+        self.about = record.with_suffix(".part.json")  # {version, size} of the file
+        self.asked = _digest(_without_user(address))
         self.started = time.time()
-        self.has_begun = False  # some bytes have arrived in this process
 
-    def run(self) -> dict[str, Any]:
-        """Returns the record of the copy."""
-        failures, best = 0, 0
+    def run(self) -> Copy:
+        """Returns the copy, or an earlier one if the server cannot be reached."""
+        if (
+            (known := self.known)
+            and known["asked"] == self.asked
+            and _is_of_this_launch(known["checked"])
+        ):
+            return _copy(self.folder, known)
+        try:
+            return self._fetch()
+        except FetchError as error:
+            if not (known := self.known):
+                raise
+            copy = _copy(self.folder, known)
+            if error.kind != "unreachable":
+                raise FetchError(
+                    error.kind, str(error), f"an earlier copy is {copy.path}"
+                ) from None
+            made = time.strftime("%Y-%m-%d %H:%M", time.localtime(known["fetched"]))
+            print_note(f"warning: {self.name}: {error.reason}; using the copy of {made}")
+            return _verified(copy)
+
+    def _fetch(self) -> Copy:
+        """Tries until the copy is whole, or several attempts in a row have brought nothing."""
+        store, failures = open_store(self.address), 0
+        first = most = self._num_arrived()
         while True:
             try:
-                return self._attempt()
+                return self._attempt(store)
             except FetchError as error:
-                arrived = self._arrived()
-                failures = 0 if arrived > best else failures + 1
-                best = max(best, arrived)
-                may_retry = error.kind == "transient" or (
-                    error.kind == "unreachable" and self.has_begun
-                )
-                if not may_retry or failures > len(PAUSES):
+                arrived = self._num_arrived()
+                failures = 0 if arrived > most else failures + 1
+                most = max(most, arrived)
+                was_reached = error.kind == "transient" or most > first
+                if error.kind not in ("transient", "unreachable") or not was_reached:
+                    raise
+                if failures > len(PAUSES):
                     raise self._with_progress(error, arrived) from None
                 print_note(f"{self.name}: {error.reason}; trying again")
                 self.tick()
                 time.sleep(PAUSES[max(0, failures - 1)])
 
     def _with_progress(self, error: FetchError, arrived: int) -> FetchError:
-        if not arrived or error.kind not in ("transient", "unreachable"):
-            return error
         total = read_json(self.about).get("size")
-        of = f" of {size(total)}" if isinstance(total, int) else ""
-        remedy = f"{size(arrived)}{of} are kept: run again to resume"
+        of = f" of {size(total)}" if total else ""
+        remedy = f"{size(arrived)}{of} are kept: run again to resume" if arrived else ""
         return FetchError(error.kind, error.reason, remedy)
 
-    def _arrived(self) -> int:
+    def _num_arrived(self) -> int:
         return self.part.stat().st_size if self.part.exists() else 0
 
-    def _attempt(self) -> dict[str, Any]:
-        about = read_json(self.about)
-        version = about.get("version") if isinstance(about.get("version"), str) else ""
-        start = self._arrived() if version else 0
-        answer = self.store.open(start, str(version or ""))
-        try:
+    def _attempt(self, store: Store) -> Copy:
+        version = read_json(self.about).get("version")
+        start = self._num_arrived() if version else 0
+        answer = store.open(start, version or "")
+        with closing(answer):
             if self._is_known(answer):
-                return self._keep(self.known or {})
-            if answer.start != start or (start and answer.version != version):
-                if answer.start:  # the rest of another version
-                    self._drop_part()
-                    raise FetchError("transient", "the file changed on the server")
-                start = 0
-            if not start:
+                return self._keep()
+            if answer.start and (answer.start != start or answer.version != version):
                 self._drop_part()
-            self._check_room(answer, start)
-            self._write(self.about, {"version": answer.resumable, "size": answer.size})
-            digests = self._receive(answer, start)
-        finally:
-            answer.close()
-        self._verify(answer, digests)
-        return self._publish(answer, digests["sha256"])
+                raise FetchError("transient", "the file changed on the server")
+            if not answer.start:
+                self._drop_part()
+            self._check_room(answer)
+            # The rest of a weak version (W/) may be that of other bytes.
+            resumable = "" if answer.version.startswith("W/") else answer.version
+            write_json(self.about, {"version": resumable, "size": answer.size})
+            digests = self._receive(answer)
+        return self._publish(answer, digests)
 
     def _is_known(self, answer: Answer) -> bool:
         known = self.known
-        return bool(
-            known
-            and answer.version
-            and known.get("version") == answer.version
-            and known["size"] == (answer.size if answer.size is not None else known["size"])
-        )
+        is_same = known and answer.version and known["version"] == answer.version
+        return bool(known and is_same and answer.size in (None, known["size"]))
 
-    def _keep(self, known: dict[str, Any]) -> dict[str, Any]:
-        copy = _copy(self.folder, known)
+    def _keep(self) -> Copy:
+        """Returns the copy of which the server still has the version."""
+        assert self.known
+        copy = _copy(self.folder, self.known)
         if not _is_sound(copy):
             self.known = None
             Path(copy.path).unlink()
             raise FetchError("transient", "the copy in the cache was damaged")
-        known = known | {"checked": time.time(), "asked": self.asked}
-        self._write(self.record, known)
-        return known
+        write_json(self.record, self.known | {"checked": time.time(), "asked": self.asked})
+        return copy
 
-    def _check_room(self, answer: Answer, start: int) -> None:
+    def _check_room(self, answer: Answer) -> None:
         free = shutil.disk_usage(self.folder).free
-        if answer.size is not None and answer.size - start > free:
+        if (answer.size or 0) - answer.start > free:
             raise DataError(
-                f"{self.name} has {size(answer.size)}, and {self.folder} has room for {size(free)};"
-                " make room, or set data.cache_dir to another folder"
+                f"{self.name} has {size(answer.size or 0)}, and {self.folder} has room for "
+                f"{size(free)}; make room, or set data.cache_dir to another folder"
             )
 
-    def _receive(self, answer: Answer, start: int) -> dict[str, str]:
+    def _receive(self, answer: Answer) -> dict[str, str]:
         """Appends what arrives to the part, and returns the digests of the whole."""
-        hashes = {"sha256": hashlib.sha256()}
-        for kind in answer.digests:
-            hashes[kind] = hashlib.new("sha1" if kind == "git" else kind)
-        if "git" in hashes:
-            hashes["git"].update(b"blob %d\0" % (answer.size or 0))
+        hashes = {kind: hashlib.new(kind) for kind in ("sha256", *answer.digests)}
         total = None if answer.size is None else -(-answer.size // MIB)
+        arrived = 0
         with (
             bar(make_console(), f"fetch {self.name} (MiB)", total) as advance,
-            self._open_part() as file,
+            self.part.open("a+b") as file,
         ):
-            arrived = shown = 0
-            for chunk in self._chunks(file, start, answer):
+            file.seek(0)
+            for chunk in chain(iter(lambda: file.read(MIB), b""), self._write(file, answer)):
                 for each in hashes.values():
                     each.update(chunk)
                 arrived += len(chunk)
-                if arrived // MIB > shown:
-                    advance(arrived // MIB - shown)
-                    shown = arrived // MIB
+                advance(arrived // MIB - (arrived - len(chunk)) // MIB)
                 self.tick()
-        if answer.size is not None and arrived < answer.size:
-            raise FetchError("transient", f"the connection ended at {arrived:,} bytes")
+        return {kind: each.hexdigest() for kind, each in hashes.items()}
+
+    @staticmethod
+    def _write(file: IO[bytes], answer: Answer) -> Iterator[bytes]:
+        for chunk in answer.chunks:
+            file.write(chunk)
+            file.flush()  # kept if this process is killed
+            yield chunk
+
+    def _publish(self, answer: Answer, digests: dict[str, str]) -> Copy:
+        """Makes the part a copy, if its size and digests are those that the server gave."""
+        arrived, file = self._num_arrived(), file_name(answer.name)
+        wrong = [f"its {kind} digest" for kind, d in answer.digests.items() if digests[kind] != d]
+        wrong += ["its size"] * (answer.size not in (None, arrived))
+        if wrong:
+            self._drop_part()
+            reason = f"the file arrived damaged: {wrong[0]} is not the one that the server gives"
+            raise FetchError("transient", reason)
         if answer.size is None:
             print_note(
                 f"warning: {self.name}: the server gave no size, so a file that was cut off would "
                 "not be noticed"
             )
-        return {kind: each.hexdigest() for kind, each in hashes.items()}
-
-    def _chunks(self, file: Any, start: int, answer: Answer) -> Iterator[bytes]:
-        """Yields what had arrived before, and then what arrives, once it is written."""
-        for at in range(0, start, MIB):
-            yield file.read(min(MIB, start - at))
-        for chunk in answer.chunks:
-            self.has_begun = True
-            try:
-                file.write(chunk)
-                file.flush()
-            except OSError as error:
-                file.truncate(start)
-                raise _disk_error(self.folder, error) from None
-            yield chunk
-
-    def _open_part(self) -> Any:
-        try:
-            self.part.touch()
-            return self.part.open("r+b")
-        except OSError as error:
-            raise _disk_error(self.folder, error) from None
-
-    def _verify(self, answer: Answer, digests: dict[str, str]) -> None:
-        arrived = self._arrived()
-        wrong = answer.size is not None and arrived != answer.size
-        reason = f"expected {answer.size} bytes, found {arrived}" if wrong else ""
-        for kind, expected in answer.digests.items():
-            if digests[kind] != expected:
-                reason = f"its {kind} digest is not the one that the server gives"
-        if reason:
-            self._drop_part()
-            raise FetchError("transient", f"the file arrived damaged: {reason}")
-
-    def _publish(self, answer: Answer, digest: str) -> dict[str, Any]:
-        now = time.time()
-        file = file_name(answer.name)
-        place = self.folder / digest
-        arrived = self._arrived()
-        values = {
+        now, sha256 = time.time(), digests["sha256"]
+        known = {
             "name": self.name,
             "file": file,
-            "sha256": digest,
+            "sha256": sha256,
             "size": arrived,
             "version": answer.version,
             "fetched": now,
             "checked": now,
             "asked": self.asked,
         }
-        try:
-            with self.part.open("rb") as part:
-                os.fsync(part.fileno())
-            place.mkdir(exist_ok=True)
-            self.part.replace(place / file)
-        except OSError as error:
-            raise _disk_error(self.folder, error) from None
-        self._write(self.record, values)
-        self.about.unlink(missing_ok=True)
-        took = duration(now - self.started)
-        print_note(f"fetched {self.name}: {size(arrived)} in {took}")
-        return values
-
-    def _write(self, file: Path, values: dict[str, Any]) -> None:
-        try:
-            write_json(file, values)
-        except OSError as error:
-            raise _disk_error(self.folder, error) from None
+        with self.part.open("rb") as part:
+            os.fsync(part.fileno())
+        (self.folder / sha256).mkdir(exist_ok=True)
+        self.part.replace(self.folder / sha256 / file)
+        write_json(self.record, known)
+        self._drop_part()
+        print_note(f"fetched {self.name}: {size(arrived)} in {duration(now - self.started)}")
+        return _copy(self.folder, known)
 
     def _drop_part(self) -> None:
         self.part.unlink(missing_ok=True)

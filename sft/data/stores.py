@@ -1,55 +1,51 @@
-"""Reads remote files: the web by its own protocol, all other addresses through fsspec.
+"""Reads remote files: the web with httpx2, all other addresses with fsspec.
 
 A store finds the files of an address, and opens one of them at any place. The version of a file is
-whatever the server says of it (etag, generation, time and size); "" if nothing would show a change.
+what the server says of it (etag, generation, time); "" if nothing would show a change.
 """
 
 from __future__ import annotations
 
 import base64
-import http.client
 import json
+import logging
 import os
 import re
-import socket
-import ssl
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from pathlib import PurePosixPath
-from typing import Any, Literal, Protocol
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from typing import Any, Literal, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+import httpx2
 
 from sft.errors import FROM_ENVIRONMENT, hide_credentials
 
-CHUNK = 1 << 20  # bytes read from a connection at a time
 PART = 16 << 20  # bytes asked for at a time, where each needs a request of its own
 SECONDS = 60  # without a byte, after which a connection counts as lost
 Kind = Literal["missing", "denied", "unreachable", "transient", "unusable"]
-PACKAGES = {  # what fsspec needs, and what installs it
-    "s3": 'pip install "sft[remote]"',
-    "s3a": 'pip install "sft[remote]"',
-    "gs": 'pip install "sft[remote]"',
-    "gcs": 'pip install "sft[remote]"',
-}
+EXTRA = 'pip install "sft[remote]"'
+PACKAGES = {"s3": EXTRA, "s3a": EXTRA, "gs": EXTRA, "gcs": EXTRA}
+AWS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+GOOGLE = "GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`"
+WEB = "the credentials, https://${USER}:${PASSWORD}@host/file, or if a signed address has expired"
 CREDENTIALS = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`",
+    **{"s3": AWS, "s3a": AWS, "gs": GOOGLE, "gcs": GOOGLE, "http": WEB, "https": WEB},
     "hf": "HF_TOKEN, or `hf auth login`",
 }
-CREDENTIALS |= {"s3a": CREDENTIALS["s3"], "gcs": CREDENTIALS["gs"]}
+for name in ("httpx2", "httpcore2"):  # which log addresses with their signatures
+    logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class FetchError(Exception):
     """A file cannot be fetched, with the reason and what to do."""
 
     def __init__(self, kind: Kind, reason: str, remedy: str = ""):
-        super().__init__(reason)
-        self.kind, self.reason, self.remedy = kind, reason, remedy
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        self.kind, self.reason = kind, reason
 
 
 @dataclass
@@ -59,16 +55,10 @@ class Answer:
     start: int
     size: int | None  # of the whole file
     version: str
-    resumable: str  # the version, if the rest of this very version can be asked for; else ""
     name: str
     chunks: Iterator[bytes]
-    digests: dict[str, str] = field(default_factory=dict)  # md5, sha256, git: hexadecimal
-    connection: Any = None
-
-    def close(self) -> None:
-        """Ends the connection, if there is one."""
-        if self.connection:
-            self.connection.close()
+    digests: dict[str, str]  # md5, sha256: hexadecimal
+    close: Callable[[], None] = field(default=lambda: None)
 
 
 class Store(Protocol):
@@ -83,12 +73,13 @@ class Store(Protocol):
 
 def open_store(address: str) -> Store:
     """Returns the store of an address. Raises FetchError if there is none for its protocol."""
-    full = FROM_ENVIRONMENT.sub(_from_environment, address)
-    scheme = address.partition("://")[0].lower()
     if "::" in address:
         raise FetchError("unusable", "a chain of protocols (::)", "give the address of a file")
-    is_web = scheme in ("http", "https")
-    return Web(address, full) if is_web else FileSystem(address, full, scheme)
+    full = FROM_ENVIRONMENT.sub(_from_environment, address)
+    scheme = address.partition("://")[0].lower()
+    if scheme in ("http", "https"):
+        return Web(address, full)
+    return FileSystem(address, full, scheme)
 
 
 def _from_environment(match: re.Match[str]) -> str:
@@ -98,35 +89,114 @@ def _from_environment(match: re.Match[str]) -> str:
     return value
 
 
+# --- errors --------------------------------------------------------------------------------------
+
+
+class Cause(NamedTuple):
+    """What an error means if it, or one that caused it, is of a class or has a status of HTTP."""
+
+    kind: Kind
+    classes: set[str]  # names, since each library has errors of its own
+    reason: str  # {text} is that of the error, {sources} where credentials come from
+    remedy: str = ""
+    statuses: tuple[int, ...] = ()
+
+
+NETWORK = "check the address and the network"
+CAUSES = (  # the first that fits
+    Cause("unusable", {"ImportError"}, "{scheme}:// needs a package: {text}", "{package}"),
+    Cause(
+        "denied",
+        {"NoCredentialsError", "DefaultCredentialsError", "PartialCredentialsError"},
+        "no credentials were found",
+        "set {sources}",
+    ),
+    Cause(
+        "denied", {"GatedRepoError"}, "the repository is gated", "ask for access, and set {sources}"
+    ),
+    Cause(
+        "missing",
+        {"RepositoryNotFoundError"},
+        "no such repository, or a private one",
+        "check {sources}",
+    ),
+    Cause(
+        "denied",
+        {"PermissionError"},
+        "access is denied{anyone} ({text})",
+        "check {sources}",
+        (401, 403, 407),
+    ),
+    Cause(
+        "missing", {"FileNotFoundError"}, "no such file ({text})", "correct the address", (404, 410)
+    ),
+    Cause(
+        "unusable",
+        {"SSLCertVerificationError"},
+        "the certificate of the server is not valid ({text})",
+        "correct the address, or set SSL_CERT_FILE",
+    ),
+    Cause("unreachable", {"gaierror"}, "the host is unknown", NETWORK),
+    Cause(
+        "unreachable",
+        {
+            *("ConnectError", "ConnectTimeout", "ConnectionRefusedError", "ClientConnectorError"),
+            *("EndpointConnectionError", "ConnectTimeoutError", "OfflineModeIsEnabled"),
+            *("ProxyError", "ProxyConnectionError"),
+        },
+        "the server cannot be reached ({text})",
+        NETWORK,
+    ),
+    Cause("unusable", {"UnsupportedProtocol"}, "{text}", "correct the address"),
+    Cause(
+        "transient",
+        {"OSError", "TransportError"},
+        "the connection failed ({text})",
+        statuses=(408, 425, 429, *range(500, 600)),
+    ),
+    Cause("unusable", {"BaseException"}, "{text}", "correct the address"),
+)
+
+
+def explain(error: BaseException, scheme: str, *, is_anonymous: bool = False) -> FetchError:
+    """Returns what an error of a library means, and what to do.
+
+    `is_anonymous`: the server was asked without credentials, because there are none.
+    """
+    if isinstance(error, FetchError):
+        return error
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None) or getattr(error, "code", None)
+    text = str(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+    text = f"{type(error).__name__}: {text.splitlines()[0][:200]}"
+    if isinstance(response, httpx2.Response):  # whose error has the address in its text
+        text = f"the server answered {status} {response.reason_phrase}".strip()
+    words = {
+        "text": text,
+        "scheme": scheme,
+        "anyone": " without credentials, since none were found" if is_anonymous else "",
+        "package": PACKAGES.get(scheme, "install what it needs"),
+        "sources": CREDENTIALS.get(scheme, "the credentials of this protocol"),
+    }
+    classes = set[str]()
+    cause: BaseException | None = error
+    while cause:
+        classes |= {kind.__name__ for kind in type(cause).__mro__}
+        cause = cause.__cause__ or cause.__context__
+    found = next(each for each in CAUSES if each.classes & classes or status in each.statuses)
+    return FetchError(found.kind, found.reason.format(**words), found.remedy.format(**words))
+
+
+@contextmanager
+def _explained(scheme: str) -> Iterator[None]:
+    """Turns every error of a library into a FetchError."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # each library has errors of its own
+        raise explain(error, scheme) from None
+
+
 # --- the web -------------------------------------------------------------------------------------
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects; credentials go to the host that they were given for, and to no other."""
-
-    def redirect_request(self, req: Any, *args: Any) -> Any:
-        new = super().redirect_request(req, *args)
-        if new and urlsplit(new.full_url)[:2] == urlsplit(req.full_url)[:2]:
-            for name, value in req.unredirected_hdrs.items():
-                if name.lower() == "authorization":
-                    new.add_unredirected_header(name, value)
-        return new
-
-
-def _make_opener() -> urllib.request.OpenerDirector:
-    """Returns an opener that knows http and https alone, so that no redirect leads to a file."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.UnknownHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(context=ssl.create_default_context()),
-        urllib.request.HTTPDefaultErrorHandler(),
-        _Redirects(),
-        urllib.request.HTTPErrorProcessor(),
-    ):
-        opener.add_handler(handler)
-    return opener
 
 
 class Web:
@@ -134,170 +204,79 @@ class Web:
 
     def __init__(self, address: str, full: str):
         """Takes an address as it was given, and with the values of the environment in it."""
-        parts = urlsplit(full)
-        user, _, host = parts.netloc.rpartition("@")
-        self.credentials = unquote(user)
-        self.path = parts.path
-        path = quote(parts.path, safe="/%:@!$&'()*+,;=~")
-        self.url = urlunsplit(
-            (parts.scheme, host, path or "/", quote(parts.query, safe="%&=/:+,;@!$'()*?~"), "")
-        )
-        self.address = address
+        self.address, self.full = address, full
+        self.path = PurePosixPath(urlsplit(full).path)
 
     def find(self) -> tuple[dict[str, str], bool]:
-        if "*" in self.path:
+        if "*" in str(self.path):
             raise FetchError(
                 "unusable", "a pattern, and the web lists no files", "give a list of addresses"
             )
         return {hide_credentials(self.address): self.address}, False
 
     def open(self, start: int, version: str) -> Answer:
-        request = urllib.request.Request(self.url, headers={"Accept-Encoding": "identity"})
-        request.add_header("User-Agent", "sft")
-        if self.credentials:
-            encoded = base64.b64encode(self.credentials.encode()).decode()
-            request.add_unredirected_header("Authorization", f"Basic {encoded}")
+        headers = {"Accept-Encoding": "identity", "User-Agent": "sft"}
         if start:
-            request.add_header("Range", f"bytes={start}-")
-            request.add_header("If-Range", version.partition(" size ")[0])
-        try:
-            response = _make_opener().open(request, timeout=SECONDS)
-        except urllib.error.HTTPError as error:
-            with error:
-                if error.code == 416 and start:  # the file is now shorter
-                    return self.open(0, "")
-                raise _web_error(error.code, error.reason, bool(self.credentials)) from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise _connection_error(error) from None
-        return self._answer(response)
+            headers |= {"Range": f"bytes={start}-", "If-Range": version}
+        with ExitStack() as stack, _explained("https"):
+            # Credentials in the address go to its host. A redirect to another host drops them.
+            client = stack.enter_context(httpx2.Client(follow_redirects=True, timeout=SECONDS))
+            response = stack.enter_context(client.stream("GET", self.full, headers=headers))
+            if response.status_code != 416 or not start:
+                response.raise_for_status()
+                answer = self._answer(response)
+                answer.close = stack.pop_all().close
+                return answer
+        return self.open(0, "")  # the file is shorter than `start`
 
-    def _answer(self, response: Any) -> Answer:
-        headers = response.headers
-        start, size = 0, _number(headers.get("Content-Length"))
-        if response.status == 206:
+    def _answer(self, response: httpx2.Response) -> Answer:
+        headers = Message()  # which can read their parameters
+        for key, value in response.headers.multi_items():
+            headers[key] = value
+        kind, length = headers.get_content_type(), headers.get("Content-Length", "")
+        start, size = 0, int(length) if length.isdecimal() else None
+        if response.status_code == 206:
             found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
             if not found:
-                response.close()
                 raise FetchError("unusable", "the server answered with an unknown range")
             start, size = int(found[1]), int(found[2])
-        kind = headers.get_content_type()
-        name = headers.get_filename() or PurePosixPath(urlsplit(self.url).path).name
-        name = name or PurePosixPath(urlsplit(response.url).path).name
-        endings = {"text/csv": ".csv", "text/tab-separated-values": ".tsv"}
-        if "." not in name and kind in endings:
-            name += endings[kind]
-        if kind == "text/html" and not re.search(r"(?i)\.html?$", name):
-            response.close()
+        name = headers.get_filename() or self.path.name or PurePosixPath(response.url.path).name
+        if "." not in name:
+            name += {"text/csv": ".csv", "text/tab-separated-values": ".tsv"}.get(kind, "")
+        if kind == "text/html" and not name.lower().endswith((".html", ".htm")):
             raise FetchError(
                 "unusable",
                 "the server answered with a web page (HTML)",
                 "give the address of the file itself, its raw link",
             )
-        version, is_exact = _web_version(headers)
-        whole = f"{version} size {size}" if version else ""
-        return Answer(
-            start,
-            size,
-            whole,
-            whole if is_exact else "",
-            name,
-            _web_chunks(response),
-            _web_digests(headers, response.status),
-            response,
-        )
+        digests = _web_digests(headers) if response.status_code == 200 else {}
+        return Answer(start, size, _web_version(headers), name, _web_chunks(response), digests)
 
 
-def _web_version(headers: Message) -> tuple[str, bool]:
-    """Returns the etag or the time of a file, and whether it stands for the very bytes."""
-    if etag := headers.get("ETag"):
-        return etag, not etag.startswith("W/")
-    if not (changed := headers.get("Last-Modified")):
-        return "", False
+def _web_version(headers: Message) -> str:
+    """Returns the etag of a file, or the time of its last change."""
+    if etag := headers["ETag"]:
+        return str(etag)
     with suppress(TypeError, ValueError):
-        now = parsedate_to_datetime(headers.get("Date", ""))
-        age = (now - parsedate_to_datetime(changed)).total_seconds()
-        if age >= 2:  # else it may change again within the second that the time counts
-            return changed, True
-    return "", False
+        changed, now = (parsedate_to_datetime(headers[key]) for key in ("Last-Modified", "Date"))
+        if (now - changed).total_seconds() >= 2:  # else it may change again within this second
+            return str(headers["Last-Modified"])
+    return ""
 
 
-def _web_digests(headers: Message, status: int) -> dict[str, str]:
-    """Returns the digests of the whole file that the server gives, in hexadecimal."""
-    found: dict[str, str] = {}
-    texts = {
-        "sha256": [
-            r"sha-256=:?([\w+/=]+?):?(?:,|$)",
-            headers.get("Repr-Digest") or headers.get("Digest") or "",
-        ],
-        "md5": [r"md5=([\w+/=]+)", ",".join(headers.get_all("x-goog-hash") or [])],
-    }
-    for kind, (pattern, text) in texts.items():
-        if match := re.search(pattern, text, re.IGNORECASE):
-            found[kind] = match[1]
-    if checksum := headers.get("x-amz-checksum-sha256"):
-        found["sha256"] = checksum
-    if status == 200 and (md5 := headers.get("Content-MD5")):
-        found["md5"] = md5
-    sizes = {"sha256": 32, "md5": 16}
-    result = {}
-    for kind, text in found.items():
-        with suppress(ValueError):
-            if len(raw := base64.b64decode(text, validate=True)) == sizes[kind]:
-                result[kind] = raw.hex()
-    return result
+def _web_digests(headers: Message) -> dict[str, str]:
+    """Returns the md5 of a file, in hexadecimal, if the server gives it: Azure's, or Google's."""
+    google = re.search(r"md5=([\w+/=]+)", ",".join(headers.get_all("x-goog-hash", [])))
+    with suppress(ValueError):
+        given = google[1] if google else headers.get("Content-MD5", "")
+        if len(md5 := base64.b64decode(given, validate=True)) == 16:
+            return {"md5": md5.hex()}
+    return {}
 
 
-def _web_chunks(response: Any) -> Iterator[bytes]:
-    try:
-        while chunk := response.read(CHUNK):
-            yield chunk
-    except http.client.IncompleteRead as error:
-        if error.partial:
-            yield error.partial
-        raise FetchError("transient", "the connection ended early") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise FetchError("transient", f"the connection failed ({_of(error)})") from None
-
-
-def _web_error(code: int, reason: str, is_signed: bool) -> FetchError:
-    text = f"the server answered {code} {reason}".strip()
-    if code in (401, 403, 407):
-        remedy = "give credentials, as https://${USER}:${PASSWORD}@host/file, or a signed address"
-        if is_signed or code == 403:
-            remedy = "check the credentials, or the time until which a signed address is valid"
-        return FetchError("denied", text, remedy)
-    if code in (404, 410):
-        return FetchError("missing", text, "correct the address")
-    if code in (408, 425, 429) or code >= 500:
-        return FetchError("transient", text)
-    return FetchError("unusable", text, "correct the address")
-
-
-def _connection_error(error: Exception) -> FetchError:
-    cause = getattr(error, "reason", error)
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return FetchError(
-            "unusable",
-            f"the certificate of the server is not valid ({cause.verify_message})",
-            "correct the address, or set SSL_CERT_FILE",
-        )
-    if isinstance(cause, socket.gaierror):
-        return FetchError("unreachable", "the host is unknown", "check the address and the network")
-    if isinstance(error, http.client.HTTPException | ConnectionResetError | ConnectionAbortedError):
-        return FetchError("transient", f"the connection failed ({_of(error)})")
-    if isinstance(error, ValueError) and not isinstance(error, OSError):
-        return FetchError("unusable", f"not a valid address ({type(error).__name__})", "correct it")
-    reason = f"the server cannot be reached ({_of(cause)})"
-    return FetchError("unreachable", reason, "check the address and the network")
-
-
-def _of(error: object) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).splitlines()[0][:200]
-
-
-def _number(text: str | None) -> int | None:
-    return int(text) if text and text.isdecimal() else None
+def _web_chunks(response: httpx2.Response) -> Iterator[bytes]:
+    with _explained("https"):
+        yield from response.iter_raw()
 
 
 # --- fsspec --------------------------------------------------------------------------------------
@@ -309,34 +288,21 @@ class FileSystem:
     def __init__(self, address: str, full: str, scheme: str):
         """Takes an address as it was given, and with the values of the environment in it."""
         self.address, self.full, self.scheme = address, full, scheme
-        self._anonymous = False
-        self.path = ""
-        self.files = self._open_system()
+        self.is_anonymous = False
+        self._connect()
 
-    def _open_system(self) -> Any:
+    def _connect(self, **options: bool) -> None:
         import fsspec
 
-        options: dict[str, Any] = {"use_listings_cache": False}
-        if self._anonymous:
-            options["anon"] = True
-        try:
-            files, self.path = fsspec.core.url_to_fs(self.full, **options)
-        except ImportError as error:
-            remedy = PACKAGES.get(self.scheme, "install what it needs")
-            raise FetchError(
-                "unusable", f"{self.scheme}:// needs a package: {error}", remedy
-            ) from None
-        except ValueError as error:
-            if "Protocol not known" not in str(error):
-                raise self._error(error) from None
+        if self.scheme not in fsspec.available_protocols():
             raise FetchError(
                 "unusable",
                 f"the protocol {self.scheme}:// is unknown",
                 "use https://, s3://, gs://, hf:// or another of fsspec",
-            ) from None
-        except Exception as error:  # noqa: BLE001  # each library has errors of its own
-            raise self._error(error) from None
-        return files
+            )
+        with _explained(self.scheme):
+            found = fsspec.core.url_to_fs(self.full, use_listings_cache=False, **options)
+            self.files, self.path = found
 
     def _ask(self, question: str, *args: Any, **options: Any) -> Any:
         """Calls a method of the file system; without credentials, asks again as anyone."""
@@ -344,60 +310,44 @@ class FileSystem:
             self.files.invalidate_cache()
             return getattr(self.files, question)(*args, **options)
         except Exception as error:  # noqa: BLE001  # each library has errors of its own
-            is_s3 = self.scheme in ("s3", "s3a")
-            if not is_s3 or self._anonymous or type(error).__name__ != "NoCredentialsError":
-                raise self._error(error) from None
-        self._anonymous = True
-        self.files = self._open_system()
+            if type(error).__name__ != "NoCredentialsError" or self.is_anonymous:
+                raise explain(error, self.scheme, is_anonymous=self.is_anonymous) from None
+        self._connect(anon=True)
+        self.is_anonymous = True
         return self._ask(question, *args, **options)
 
     def find(self) -> tuple[dict[str, str], bool]:
-        if re.search(r"[*?\[]", self.path):
-            found = self._ask("glob", self.path, detail=True)
-            names = sorted(name for name, about in found.items() if about["type"] != "directory")
-            if not names:
-                raise FetchError("missing", "no file fits the pattern", "correct it")
-            return {self._public(name): self._full(name) for name in names}, False
         itself = {hide_credentials(self.address): self.address}
+        is_pattern = re.search(r"[*?\[]", self.path) is not None
         try:
-            about = self._ask("info", self.path)
+            is_folder = not is_pattern and self._ask("info", self.path)["type"] == "directory"
         except FetchError as error:
             if error.kind == "unreachable":  # there may be a copy of it
                 return itself, False
             raise
-        if about["type"] == "directory":
-            names = sorted(self._ask("find", self.path))
-            return {self._public(name): self._full(name) for name in names}, True
-        return itself, False
+        if not is_pattern and not is_folder:
+            return itself, False
+        found = self._ask("find" if is_folder else "glob", self.path, detail=True)
+        names = sorted(name for name, about in found.items() if about["type"] != "directory")
+        if not names and is_pattern:
+            raise FetchError("missing", "no file fits the pattern", "correct it")
+        addresses = [self._address_of(name) for name in names]
+        return {hide_credentials(each): each for each in addresses}, is_folder
 
-    def _full(self, name: str) -> str:
+    def _address_of(self, name: str) -> str:
         """Returns the address of a file of the same file system."""
         host = urlsplit(self.address).netloc
         is_in_path = not name.startswith("/") or name.startswith(f"/{host}/")  # as a bucket is
-        return (
-            f"{self.scheme}://{name.lstrip('/')}" if is_in_path else f"{self.scheme}://{host}{name}"
-        )
-
-    def _public(self, name: str) -> str:
-        return hide_credentials(self._full(name))
+        return f"{self.scheme}://{name.lstrip('/') if is_in_path else host + name}"
 
     def open(self, start: int, version: str) -> Answer:
         about = self._ask("info", self.path)
         if about["type"] == "directory":
             raise FetchError("missing", "a folder, where a file was expected", "correct the path")
-        size = about.get("size")
-        found = _version(about)
-        if version != found:
-            start = 0
-        return Answer(
-            start,
-            size,
-            found,
-            found,
-            PurePosixPath(self.path).name,
-            self._chunks(start, size, found),
-            _digests(about),
-        )
+        size, found = about.get("size"), _version(about)
+        start = start if version == found else 0
+        chunks = self._chunks(start, size, found)
+        return Answer(start, size, found, PurePosixPath(self.path).name, chunks, _digests(about))
 
     def _chunks(self, start: int, size: int | None, version: str) -> Iterator[bytes]:
         with self._ask("open", self.path, "rb", block_size=PART, cache_type="none") as file:
@@ -410,53 +360,9 @@ class FileSystem:
     def _read(self, file: Any, start: int, size: int | None) -> bytes:
         """Returns the next bytes of a file, with a request of its own where there is no stream."""
         most = PART if size is None else min(PART, size - start)
-        try:
+        with _explained(self.scheme):
             file.seek(start)
             return bytes(file.read(most)) if most > 0 else b""
-        except Exception as error:  # noqa: BLE001  # each library has errors of its own
-            raise self._error(error) from None
-
-    def _error(self, error: Exception) -> FetchError:
-        """Returns what an error of a library means."""
-        causes = [error, *([error.__cause__] if error.__cause__ else [])]
-        names = {kind.__name__ for each in causes for kind in type(each).__mro__}
-        response = getattr(error, "response", None)
-        code = getattr(response, "status_code", None) or getattr(error, "code", None)
-        text = f"{type(error).__name__}: {_of(error)}"
-        sources = CREDENTIALS.get(self.scheme, "the credentials of this protocol")
-        if names & {"NoCredentialsError", "DefaultCredentialsError", "PartialCredentialsError"}:
-            return FetchError("denied", "no credentials were found", f"set {sources}")
-        if "GatedRepoError" in names:
-            return FetchError(
-                "denied", "the repository is gated", f"ask for access, and set {sources}"
-            )
-        if "RepositoryNotFoundError" in names:
-            return FetchError("missing", "no such repository, or a private one", f"check {sources}")
-        if isinstance(error, PermissionError) or code in (401, 403):
-            found = " without credentials, since none were found" if self._anonymous else ""
-            return FetchError("denied", f"access is denied{found} ({text})", f"check {sources}")
-        if isinstance(error, FileNotFoundError) or code == 404:
-            return FetchError("missing", "no such file", "correct the address")
-        if names & UNREACHABLE or isinstance(error, socket.gaierror | ConnectionRefusedError):
-            reason = f"the server cannot be reached ({text})"
-            return FetchError("unreachable", reason, "check the address and the network")
-        if isinstance(error, ConnectionError | TimeoutError) or code in (429, 500, 502, 503, 504):
-            return FetchError("transient", text)
-        if isinstance(error, OSError):
-            return FetchError("transient", text)
-        return FetchError("unusable", text, "correct the address")
-
-
-UNREACHABLE = {
-    "EndpointConnectionError",
-    "ConnectTimeoutError",
-    "ClientConnectorError",
-    "ConnectError",
-    "ConnectTimeout",
-    "OfflineModeIsEnabled",
-    "ProxyError",
-    "ProxyConnectionError",
-}
 
 
 CHANGING = (
@@ -472,14 +378,9 @@ def _version(about: dict[str, Any]) -> str:
 
 
 def _digests(about: dict[str, Any]) -> dict[str, str]:
-    """Returns the digests of the file that a file system gives, in hexadecimal."""
-    found = {}
+    """Returns the digests of the file that a file system gives, in hexadecimal: the hub's sha256 of
+    large files, Google's md5."""
     lfs = about.get("lfs")
     sha256 = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
-    if isinstance(sha256, str):
-        found["sha256"] = sha256
-    elif isinstance(blob := about.get("blob_id"), str) and re.fullmatch("[0-9a-f]{40}", blob):
-        found["git"] = blob
-    with suppress(ValueError, TypeError):
-        found["md5"] = base64.b64decode(about["md5Hash"]).hex() if "md5Hash" in about else ""
-    return {kind: digest for kind, digest in found.items() if digest}
+    md5 = base64.b64decode(about.get("md5Hash", "")).hex()
+    return {kind: digest for kind, digest in (("sha256", sha256), ("md5", md5)) if digest}
