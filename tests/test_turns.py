@@ -189,7 +189,7 @@ def rows(draw: Any) -> Row:
                 }
                 for each in calls
             ]
-        messages.append(answer())
+        messages += [answer() for _ in range(draw(st.sampled_from([1, 1, 1, 1, 2])))]
     if draw(st.integers(0, 4)) == 4:
         messages[-1] = answer(content="", tool_calls=[call(0)])
     messages[-1].pop("weight", None)

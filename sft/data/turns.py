@@ -548,11 +548,11 @@ def end_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 def _next_header(given: Renderings, index: int, message: Message) -> str | None:
     """Returns the added token that the template writes first behind the turn: before the next
-    message, or before the message that would come, a tool's result or the user's."""
+    message if it is not the assistant's, else before a tool's result or the user's message."""
     following: Message = {"role": "user", "content": "zq7s0e"}
     if rendering.get_calls(message):
         following = {"role": "tool", "content": "zq7s0e"}
-    if index + 1 < len(given.messages):
+    if index + 1 < len(given.messages) and given.messages[index + 1]["role"] != "assistant":
         following = {**given.messages[index + 1], "content": "zq7s0e"}
     try:
         longer = given.render([*given.messages[: index + 1], following])
