@@ -156,13 +156,18 @@ def sketch(texts: Sequence[str]) -> Sketches:
         lowest = np.minimum.reduceat(mixed ^ (mixed >> np.uint64(32)), edges)[::2]
         band = number // DEPTH
         keys[:, band] = keys[:, band] * factors[1, 0] + lowest + np.uint64(band)
-    shingles = rolled.astype(np.uint32)
-    sets = [np.unique(shingles[a:b]) for a, b in zip(starts, stops, strict=True)]
+    # The set of shingles of each text: one sort of (text, shingle), without repeated ones.
+    sizes = stops - starts
+    owners = np.repeat(np.arange(len(ends), dtype=np.uint64), sizes)
+    inside = np.arange(len(owners)) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
+    pairs = np.sort(owners << np.uint64(32) | (rolled[inside] & np.uint64(0xFFFFFFFF)))
+    pairs = pairs[np.concatenate(([True], pairs[1:] != pairs[:-1]))]
+    counts = np.bincount((pairs >> np.uint64(32)).astype(np.int64), minlength=len(ends))
     return Sketches(
         np.array(hashes, np.uint64),
         (keys >> np.uint64(32)).astype(np.uint32),
-        np.cumsum([len(each) for each in sets]),
-        np.concatenate(sets),
+        np.cumsum(counts),
+        pairs.astype(np.uint32),
     )
 
 
