@@ -116,7 +116,7 @@ def test_html_may_be_a_text_to_learn(tmp_path):
 @given(st.text(st.characters(exclude_characters="\0", codec="utf-8")))
 def test_no_text_is_taken_for_a_binary_file(text):
     found = kinds.refused_kind("a.txt", text.encode(), ".txt")
-    assert found is None or text.startswith(("%PDF-", "FEA1", "Obj\1", kinds.POINTER.decode()))
+    assert found is None or text.startswith(("%PDF-", kinds.POINTER.decode()))
 
 
 CODECS = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")

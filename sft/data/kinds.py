@@ -17,6 +17,7 @@ from typing import Any
 from sft.data.formats import FORMATS
 
 UNPACK = "unpack it and give the files in it"
+SAVE_SHEET = "save the sheet as CSV in UTF-8"
 TO_LINES = "write its rows as JSON lines"
 
 # First bytes of binary files -> (what the file is, what to do). PATH stands for its path.
@@ -29,31 +30,21 @@ MAGIC: dict[bytes, tuple[str, str]] = {
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", UNPACK),
     b"Rar!\x1a\x07": ("a RAR archive", UNPACK),
     b"\x04\x22\x4d\x18": ("lz4 data", "decompress it (lz4 -d PATH), or use gzip or zstd"),
-    b"\xff\x06\0\0sNaPpY": ("snappy data", "decompress it, or use gzip or zstd"),
-    b"\x1f\x9d": ("compress (.Z) data", "decompress it (uncompress PATH), or use gzip or zstd"),
     b"\x93NUMPY": ("a NumPy array", TO_LINES),
     b"\x89HDF\r\n\x1a\n": ("an HDF5 file", f"{TO_LINES} or Parquet"),
-    b"FEA1": ("a Feather file of version 1", "save it as Parquet"),
-    b"Obj\x01": ("an Avro file", "save it as Parquet"),
-    b"GGUF\3\0\0\0": ("a GGUF model", "give files of rows"),
-    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": (
-        "an old Microsoft Office document",
-        "save the sheet as CSV in UTF-8",
-    ),
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an old Microsoft Office document", SAVE_SHEET),
     b"%PDF-": ("a PDF document", "extract its text into .txt"),
-    b"\x89PNG\r\n\x1a\n": ("an image", "give files of rows"),
-    b"\xff\xd8\xff": ("an image", "give files of rows"),
 }
 PICKLE = (
     "a pickle, which is never loaded, because loading runs whatever program it holds",
     "write its rows as JSON lines with the program that made it",
 )
 INSIDE_ZIP = {  # a name in a zip file -> what the file is
-    r"xl/": ("an Excel workbook", "save the sheet as CSV in UTF-8"),
+    r"xl/": ("an Excel workbook", SAVE_SHEET),
     r"word/": ("a Word document", "save it as text in UTF-8"),
     r".*\.pkl$": (PICKLE[0].replace("a pickle", "a PyTorch file (a pickle)"), PICKLE[1]),
     r".*\.npy$": ("NumPy arrays", TO_LINES),
-    r"content\.xml$": ("an OpenDocument file", "save the sheet as CSV in UTF-8"),
+    r"content\.xml$": ("an OpenDocument file", SAVE_SHEET),
 }
 PAGE = re.compile(rb"(?i)\s*<(!doctype html|html|head|body)\b")
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -100,28 +91,16 @@ def _zip_kind(path: str) -> tuple[str, str]:
 
 def _wide_encoding(head: bytes) -> str:
     """Returns 'UTF-16LE text without a byte order mark' and the like, or ""."""
-    for mark, name in (
-        (codecs.BOM_UTF32_LE, "UTF-32"),
-        (codecs.BOM_UTF32_BE, "UTF-32"),
-        (codecs.BOM_UTF16_LE, "UTF-16"),
-        (codecs.BOM_UTF16_BE, "UTF-16"),
-    ):
-        if head.startswith(mark):
-            return f"{name} text"
-    for name, width in (("UTF-32LE", 4), ("UTF-32BE", 4), ("UTF-16LE", 2), ("UTF-16BE", 2)):
-        part = head[: len(head) // width * width]
-        low = 0 if name.endswith("LE") else width - 1  # the byte that ASCII fills
-        zeros = [part[at::width].count(0) for at in range(width)]
-        num_filled = sum(zeros[at] for at in range(width) if at != low)
-        # Text in UTF-8 may hold a few NULs; ASCII in UTF-16 has one in every pair.
-        if len(part) >= 2 * width and not zeros[low] and num_filled >= 0.15 * len(part):
-            try:
-                part.decode(name)
-            except UnicodeDecodeError as error:
-                if width == 4 or error.start < len(part) - 2:  # else the head cuts a pair
-                    continue
-            return f"{name} text without a byte order mark"
-    return ""
+    name = json.detect_encoding(head)  # by the mark, or by the NULs of its first character
+    if name.startswith("utf-8"):
+        return ""
+    try:
+        codecs.getincrementaldecoder(name)().decode(head)
+    except UnicodeDecodeError:
+        return ""
+    family, *order = re.findall(r"utf-\d+|[bl]e", name)
+    unmarked = " without a byte order mark" if order else ""
+    return f"{family.upper()}{''.join(order).upper()} text{unmarked}"
 
 
 def _text_kind(head: bytes, suffix: str) -> tuple[str, str] | None:
