@@ -113,9 +113,8 @@ class ExampleArrays:
 
 def _to_json(row: Row) -> bytes:
     values = {"file": row.file, "line": row.line, "messages": row.messages}
-    values |= {"tools": row.tools} if row.tools else {}
-    values |= {} if row.group is None else {"group": row.group}
-    values |= {"template_kwargs": row.template_kwargs} if row.template_kwargs else {}
+    optional = {"tools": row.tools, "group": row.group, "template_kwargs": row.template_kwargs}
+    values |= {key: value for key, value in optional.items() if value is not None}
     return (json.dumps(values, ensure_ascii=False) + "\n").encode()
 
 

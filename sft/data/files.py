@@ -29,6 +29,10 @@ from sft.runtime.console import atomic_write
 
 DIGEST = np.dtype("V16")  # of `content_digest`
 CACHE_DIR: str = Data.model_fields["cache_dir"].default
+READ_OPTIONS = {  # keys of the section `data` that `read_all` takes
+    *("format", "columns", "ignore_columns", "csv_delimiter"),
+    *("system", "system_prompt", "cache_dir"),
+}
 MAC = "__MACOSX"  # folder of an archive that macOS made, with a `._name` for each file
 
 
@@ -87,20 +91,18 @@ class Listing(NamedTuple):
 
 
 def sources(path: str | list[str], cache_dir: str = CACHE_DIR) -> list[Source]:
-    """Returns the files that a path, or each of a list, names: a file, a folder, a glob, a hub id,
-    or an address, whose files are fetched into `cache_dir` first.
-
-    Raises DataError for a path that names none.
-    """
+    """Returns the files that a path, or each of a list, names (`list_files`)."""
     return list_files(path, cache_dir).sources
 
 
 def list_files(
     path: str | list[str], cache_dir: str = CACHE_DIR, tick: Callable[[], None] = lambda: None
 ) -> Listing:
-    """Returns the files that `sources` returns, and the hidden ones that are not read.
+    """Returns the files that a path, or each of a list, names, and hidden ones that are not read.
 
-    `tick` is called whenever a fetched file makes progress.
+    A path is a file, a folder, a glob, a hub id, or an address, whose files are fetched into
+    `cache_dir` first; `tick` is called whenever they make progress. Raises DataError for a path
+    that names no file.
     """
     found = Listing([], [])
     for entry, text in enumerate([path] if isinstance(path, str) else path):
@@ -197,18 +199,18 @@ def choose_files(folder: str, names: Iterable[str]) -> tuple[list[str], list[str
 
     Raises DataError if there are none, or those of several kinds or splits.
     """
-    names = sorted(names)
-    data = [name for name in names if readers.data_suffix(Path(name), any_packing=True)]
+    suffixes = {name: readers.data_suffix(Path(name), any_packing=True) for name in sorted(names)}
+    data = [name for name, suffix in suffixes.items() if suffix]
     hidden = [name for name in data if is_hidden(name)]
     about = ("dataset_info.json", "dataset_infos.json")
     shown = [name for name in data if not is_hidden(name) and Path(name).name not in about]
     if not shown:
-        others = [name for name in names if not is_hidden(name)]
+        others = [name for name in suffixes if not is_hidden(name)]
         has = f"only {', '.join(others[:3])}{' ...' * (len(others) > 3)}" if others else "nothing"
         has = f"only {describe_hidden(hidden)}" if hidden and not others else has
         reason = f"a folder without a file that ends in one of these, {readers.one_line(has, 200)}"
         raise readers.unreadable(folder, reason)
-    if len(found := sorted({readers.data_suffix(Path(n), any_packing=True) for n in shown})) > 1:
+    if len(found := sorted({suffixes[name] for name in shown})) > 1:
         raise _ambiguous(folder, found)
     held_out = [name for name in shown if HELD_OUT.search(name)]
     if 0 < len(held_out) < len(shown):
@@ -263,15 +265,11 @@ def read(
             messages = formats.set_system_prompt(found.messages, system, system_prompt)
             own = None if group is None else scalar_text(_value_in(value, group))
             yield Row(
-                messages,
-                found.tools,
-                source.file,
-                line,
-                source.entry,
-                found.format,
-                own,
-                found.template_kwargs,
-                found.ignored,
+                **found._asdict() | {"messages": messages},
+                file=source.file,
+                line=line,
+                entry=source.entry,
+                group=own,
             )
         except (ValueError, RecursionError) as error:
             reason = readers.one_line(error_reason(error), 400)
@@ -399,17 +397,7 @@ def file_digests(path: str | list[str], cache_dir: str = CACHE_DIR) -> list[dict
 
 def read_options(section: Data) -> dict[str, Any]:
     """Returns the options of `read_all` that a configuration sets."""
-    return section.model_dump(
-        include={
-            "format",
-            "columns",
-            "ignore_columns",
-            "system",
-            "system_prompt",
-            "csv_delimiter",
-            "cache_dir",
-        }
-    )
+    return section.model_dump(include=READ_OPTIONS)
 
 
 def content_digest(row: Row) -> bytes:
@@ -424,26 +412,25 @@ def content_digest(row: Row) -> bytes:
 
 
 def num_rows(path: str | list[str], cache_dir: str = CACHE_DIR) -> int | None:
-    """Returns about how many rows there are, without reading them, or None if that is not known."""
-    total = 0
-    for source in sources(path, cache_dir):
-        if source.on_hub or readers.compression_of(source.path):
-            return None
-        with Path(source.path).open("rb") as file:
-            head, suffix = file.read(6), readers.data_suffix(Path(source.path))
-            if head.startswith(b"PAR1"):
-                from pyarrow import ArrowException, parquet
+    """Returns about how many rows there are, by their lines, or None if that is not known."""
+    numbers = [_num_rows_of(source) for source in sources(path, cache_dir)]
+    return None if None in numbers else sum(number or 0 for number in numbers)
 
-                try:
-                    total += parquet.read_metadata(source.path).num_rows
-                except ArrowException:  # its reader will report it
-                    return None
-            elif head.lstrip().startswith(b"{") or suffix in (".csv", ".tsv"):
-                file.seek(0)
-                total += sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))
-            else:
-                return None
-    return total
+
+def _num_rows_of(source: Source) -> int | None:
+    if source.on_hub or readers.compression_of(source.path):
+        return None
+    with Path(source.path).open("rb") as file:
+        head = file.read(6)
+    if head.startswith(b"PAR1"):
+        from pyarrow import ArrowException, parquet
+
+        try:
+            return int(parquet.read_metadata(source.path).num_rows)
+        except ArrowException:  # its reader will report it
+            return None
+    is_table = readers.data_suffix(Path(source.path)) in (".csv", ".tsv")
+    return readers.num_lines(source.path) if is_table or head.lstrip().startswith(b"{") else None
 
 
 def process(settings: Data, output: Path) -> list[tuple[str, str]]:
@@ -452,9 +439,8 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
     Returns (name, number) pairs to report. Raises DataError with every bad row, unless
     `data.on_bad_row` is skip, or if no row is left; then `output` is not made.
     """
-    hidden = list_files(
-        settings.train_path, settings.cache_dir
-    ).hidden  # a missing file is reported
+    # Reports a missing file before anything is written.
+    hidden = list_files(settings.train_path, settings.cache_dir).hidden
     check_columns(settings)
     output.parent.mkdir(parents=True, exist_ok=True)
     written, seen, repeated = Counter[str](), set[bytes](), 0
@@ -476,9 +462,11 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
             raise DataError.from_rows(bad[0].file, [str(row) for row in bad])
     report = [("rows", f"{written.total():,}")]
     report += [(f"from {name}", f"{count:,}") for name, count in written.most_common()]
-    fate = "dropped" if settings.duplicates == "drop" else "kept"
-    report += [("duplicates", f"{repeated:,} ({fate})")] if repeated else []
-    report += [("not read", describe_hidden(hidden))] if hidden else []
+    if repeated:
+        fate = "dropped" if settings.duplicates == "drop" else "kept"
+        report.append(("duplicates", f"{repeated:,} ({fate})"))
+    if hidden:
+        report.append(("not read", describe_hidden(hidden)))
     if bad:
         with atomic_write(rejected := output.with_name("rejected.jsonl")) as file:
             write_rejected(bad, file)
@@ -520,9 +508,8 @@ def _as_raw(row: Row) -> dict[str, Any]:
         return {"text": first["content"]}
     if is_tokenised(row.messages):
         return {"input_ids": first["input_ids"], "labels": first["labels"]}
-    shown: dict[str, Any] = {"messages": row.messages}
-    shown |= {"tools": row.tools} if row.tools else {}
-    return shown | ({"chat_template_kwargs": row.template_kwargs} if row.template_kwargs else {})
+    keys = {"tools": row.tools, "chat_template_kwargs": row.template_kwargs}
+    return {"messages": row.messages} | {key: value for key, value in keys.items() if value}
 
 
 def write_rejected(bad: list[BadRow], file: IO[str]) -> None:

@@ -297,55 +297,50 @@ def _find_delimiter(path: str) -> tuple[str, bool]:
 def _csv_rows(path: str, file: io.BufferedReader, delimiter: str) -> Iterator[RawRow]:
     """Yields the records below a header; the raw lines of a record are kept until it ends."""
     delimiter, is_named = (delimiter, False) if delimiter != "auto" else _find_delimiter(path)
-    raw: list[bytes] = []
-    last, is_long = 0, False
+    csv.field_size_limit(LONGEST)
+    raw: list[tuple[int, bytes, bool]] = []  # of the record that is being read
 
     def decoded_lines() -> Iterator[str]:
-        nonlocal last, is_long
-        for last, line, cut in _lines(file):  # noqa: B007 (read by the loop below)
-            is_long |= cut
-            raw.append(line)
-            yield line.decode("utf-8", "surrogateescape")
+        for numbered in _lines(file):
+            raw.append(numbered)
+            yield numbered[1].decode("utf-8", "surrogateescape")
 
-    def record() -> list[str] | ValueError | None:
+    lines = decoded_lines()
+    if is_named:
+        next(lines)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+
+    def read_record() -> list[str] | ValueError | None:
         """Returns the next record, the error in it once it has been read whole, or None."""
-        nonlocal is_long
         raw.clear()
-        is_long = False
         try:
             cells: list[str] | ValueError | None = next(reader, None)
         except csv.Error as error:
             cells = ValueError(f"broken quoting ({error})")
-        decoded = _value_or_error(b"".join(raw).decode)
-        if is_long:
+        if any(is_long for *_, is_long in raw):
             return _too_long_error("line")
+        decoded = _value_or_error(b"".join(line for _, line, _ in raw).decode)
         return decoded if isinstance(decoded, ValueError) else cells
 
-    csv.field_size_limit(LONGEST)
-    numbered = decoded_lines()
-    if is_named:
-        next(numbered)
-    reader = csv.reader(numbered, delimiter=delimiter, strict=True)
-    header = record()
+    header = read_record()
     while header == []:
-        header = record()
-    if not isinstance(header, list) or len(set(header)) < len(header):
-        repeated = isinstance(header, list) and Counter(header).most_common(1)[0][0]
-        problem = f"the column {repeated!r} twice" if header else "an empty file"
-        problem = error_reason(header) if isinstance(header, ValueError) else problem
+        header = read_record()
+    if isinstance(header, list):
+        name, times = Counter(header).most_common(1)[0]
+        problem = f"the column {name!r} twice" if times > 1 else ""
+    else:
+        problem = error_reason(header) if header else "an empty file"
+    if problem or not isinstance(header, list):
         raise DataError(f"{path}: expected a header that names each column once, found {problem}")
-    while True:
-        start = last + 1
-        cells = record()
-        if cells is None:
-            return
-        if isinstance(cells, ValueError):
-            yield RawRow(start, cells, b"".join(raw[:10]))
-        elif cells and len(cells) != len(header):
+    while (cells := read_record()) is not None:
+        value: Any = cells
+        if isinstance(cells, list) and len(cells) == len(header):
+            value = dict(zip(header, cells, strict=True))
+        elif isinstance(cells, list):
             wrong = f"expected {len(header)} cells as in the header, found {len(cells)}"
-            yield RawRow(start, ValueError(wrong), b"".join(raw[:10]))
-        elif cells:
-            yield RawRow(start, dict(zip(header, cells, strict=True)), b"".join(raw[:10]))
+            value = ValueError(wrong)
+        if cells != []:  # a blank line
+            yield RawRow(raw[0][0], value, b"".join(line for _, line, _ in raw[:10]))
 
 
 def _text_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
