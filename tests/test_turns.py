@@ -215,9 +215,9 @@ def rows(draw: Any) -> Row:
 OF_PROMPTS = {"content_altered", "tools_dropped", "repeated_bos"}
 
 
-def check(tokenizer: Any, row: Row, split: str, supervise: str) -> None:
+def check(tokenizer: Any, row: Row, split: str, supervise: str, empty_thoughts: bool) -> None:
     """Asserts the definition of docs/DATA.md for every example of a row."""
-    options: Any = {"turns": split, "supervise": supervise}
+    options: Any = {"turns": split, "supervise": supervise, "empty_thoughts": empty_thoughts}
     try:
         made = template.render_row(tokenizer, row, LIMIT, **options)
     except DataError:  # with a reason
@@ -238,8 +238,10 @@ def check(tokenizer: Any, row: Row, split: str, supervise: str) -> None:
                 Row(row.messages, row.tools, "f", 1, template_kwargs=kept.template_kwargs),
                 turn,
             )
-            assert example.ids[:first] == prompt
-            assert generate(tokenizer, prompt, example.ids) == run
+            assert example.ids[: len(prompt)] == prompt
+            assert generate(tokenizer, prompt, example.ids) == example.ids[len(prompt) : stop]
+            empty = template.decode_slice(tokenizer, example.ids, len(prompt), first)
+            assert EMPTY_THOUGHTS.fullmatch(empty) if not empty_thoughts else first == len(prompt)
             assert run[-1] in audit.stop_ids(tokenizer)
             learnt[turn] += 1
         errors = set(audit.examine(tokenizer, kept, example, LIMIT, supervise)) & set(audit.ERRORS)
@@ -257,6 +259,8 @@ def check(tokenizer: Any, row: Row, split: str, supervise: str) -> None:
 
 
 SPLITS = st.sampled_from(["auto", "auto", "auto", "split", "together"])
+EMPTY = st.sampled_from([True, True, False])
+EMPTY_THOUGHTS = re.compile(r"(\s*<(\w+)>)?\s*</\w+>\s*|")
 SUPERVISE = st.sampled_from(["all", "all", "last"])
 PROPERTY = settings(
     max_examples=int(os.environ.get("SFT_EXAMPLES", "4")),
@@ -268,19 +272,21 @@ PROPERTY = settings(
 
 @pytest.mark.parametrize("name", LOCAL)
 @PROPERTY
-@given(row=rows(), split=SPLITS, supervise=SUPERVISE)
-def test_what_is_supervised_is_what_follows_the_prompt_of_serving(name, row, split, supervise):
-    check(local(name), row, split, supervise)
+@given(row=rows(), split=SPLITS, supervise=SUPERVISE, empty_thoughts=EMPTY)
+def test_what_is_supervised_is_what_follows_the_prompt_of_serving(
+    name, row, split, supervise, empty_thoughts
+):
+    check(local(name), row, split, supervise, empty_thoughts)
 
 
 @pytest.mark.skipif(not NAMES, reason=f"no templates in {TEMPLATES}: set SFT_SHARED")
 @pytest.mark.parametrize("name", NAMES)
 @PROPERTY
-@given(row=rows(), split=SPLITS, supervise=SUPERVISE)
+@given(row=rows(), split=SPLITS, supervise=SUPERVISE, empty_thoughts=EMPTY)
 def test_what_is_supervised_on_real_templates_is_what_follows_the_prompt(
-    name, row, split, supervise
+    name, row, split, supervise, empty_thoughts
 ):
-    check(stand_in(name), row, split, supervise)
+    check(stand_in(name), row, split, supervise, empty_thoughts)
 
 
 # --- the oracle --------------------------------------------------------------------------------
