@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
-from sft.data.columns import find_ignored, suggest_columns
+from sft.data.columns import PAIRS, find_ignored, suggest_columns
 from sft.data.messages import (
     Message,
     Messages,
@@ -40,22 +40,13 @@ OPTIONAL = {
     "reasoning_content",
     "chat_template_kwargs",
 }
-SHAREGPT_ROLES = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    **{role: role for role in ("system", "user", "assistant", "tool")},
-}
 CALLS = ("function_call", "tool_call")  # roles whose value is a call, or a list of calls
+SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "prompter", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bot", "model", "assistant", *CALLS), "assistant"),
+    **dict.fromkeys(("observation", "function_response", "tool_response", "tool"), "tool"),
+    "system": "system",
+}
 # Keys of turns such as {"human": "Hi", "assistant": "Hello"}, in the order in which they are said.
 TURNS = {
     "system": ("system",),
@@ -217,14 +208,6 @@ def _with_system_of(row: dict[str, Any], messages: Messages) -> Messages:
     return [{"role": "system", "content": text(row["system"], "system")}, *messages]
 
 
-ANSWERED_BY = {
-    "output": "instruction",
-    "completion": "prompt",
-    "answer": "question",
-    "assistant": "user",
-}
-
-
 def read_question(row: Any) -> NormalRow:
     """Returns a row that is to be answered, not trained on.
 
@@ -236,7 +219,7 @@ def read_question(row: Any) -> NormalRow:
         return NormalRow([{"role": "user", "content": text(asked, "text")}])
     given = dict(row) if isinstance(row, dict) else row
     placeholder = None
-    for answer, ask in ANSWERED_BY.items():
+    for ask, answer in (known.keys[0] for known in FORMATS if known.name in PAIRS):
         if isinstance(given, dict) and ask in given and given.get(answer) in (None, ""):
             placeholder = [{"role": "assistant", "content": "-"}]
             given[answer] = placeholder if isinstance(given[ask], list) else "-"
@@ -342,18 +325,30 @@ def _from_turn(turn: Any, name: str) -> list[Any]:
     return [{**message, "tool_calls": calls if isinstance(calls, list) else [calls]}]
 
 
+def _pair(row: dict[str, Any], ask: str, answer: str) -> Messages:
+    """Returns the question and the answer under these keys, with the row's thoughts."""
+    said = {"role": "assistant", "content": answer_text(row[answer], answer)}
+    return [{"role": "user", "content": answer_text(row[ask], ask)}, said | _thoughts_of(row)]
+
+
+def _thoughts_of(row: dict[str, Any]) -> Message:
+    thoughts = row.get("reasoning_content")
+    return {"reasoning_content": text(thoughts, "reasoning_content")} if thoughts else {}
+
+
 def _from_alpaca(row: dict[str, Any]) -> Messages:
-    messages = []
+    messages: Messages = []
     for number, pair in enumerate(as_list(row.get("history") or [], "history"), 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ValueError(
                 f"history {number}: expected a pair (question, answer), found {pair!r}"
             )
-        messages += _pair(pair[0], pair[1], f"history {number}", f"history {number}")
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            messages.append({"role": role, "content": answer_text(said, f"history {number}")})
     parts = [(row[key], key) for key in ("instruction", "input") if row.get(key) not in (None, "")]
     parts = parts or [(row["instruction"], "instruction")]
     question = "\n\n".join(text(value, name) for value, name in parts)
-    return [*messages, *_pair(question, row["output"], "instruction", "output", row)]
+    return [*messages, *_pair(row | {"instruction": question}, "instruction", "output")]
 
 
 def _from_prompt_completion(row: dict[str, Any]) -> Messages:
@@ -363,7 +358,7 @@ def _from_prompt_completion(row: dict[str, Any]) -> Messages:
     """
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        return _pair(prompt, completion, "prompt", "completion", row)
+        return _pair(row, "prompt", "completion")
     context = conversation(as_list(prompt, "prompt"), "prompt")
     if isinstance(completion, list):
         return _as_context(context) + conversation(completion, "completion")
@@ -377,14 +372,6 @@ def _as_context(messages: list[Message]) -> Messages:
         if message["role"] == "assistant":
             message.setdefault("weight", 0)
     return messages
-
-
-def _from_question_answer(row: dict[str, Any]) -> Messages:
-    return _pair(row["question"], row["answer"], "question", "answer", row)
-
-
-def _from_seed(row: dict[str, Any]) -> Messages:
-    return _pair(row["user"], row["assistant"], "user", "assistant", row)
 
 
 def _from_text(row: dict[str, Any]) -> Messages:
@@ -427,8 +414,15 @@ FORMATS = (
     Format("sharegpt", (("conversations",),), _from_sharegpt),
     Format("alpaca", (("instruction", "output"),), _from_alpaca, THOUGHTFUL | {"input", "history"}),
     Format("prompt_completion", (("prompt", "completion"),), _from_prompt_completion, THOUGHTFUL),
-    Format("question_answer", (("question", "answer"),), _from_question_answer, THOUGHTFUL),
-    Format("seed", (("user", "assistant"),), _from_seed, THOUGHTFUL),
+    Format(
+        "question_answer",
+        (("question", "answer"),),
+        partial(_pair, ask="question", answer="answer"),
+        THOUGHTFUL,
+    ),
+    Format(
+        "seed", (("user", "assistant"),), partial(_pair, ask="user", answer="assistant"), THOUGHTFUL
+    ),
     Format(
         "tokenised",
         (("input_ids", "labels"), ("input_ids", "attention_mask")),
@@ -461,16 +455,3 @@ def _check_turns(messages: Messages) -> None:
     for number, (before, role) in enumerate(zip(["", *roles], roles, strict=False), 1):
         if role == "tool" and before not in ("assistant", "tool"):
             raise ValueError(f"message {number}: a tool's result needs an assistant turn before it")
-
-
-def _pair(
-    ask: Any, answer: Any, ask_name: str, answer_name: str, row: dict[str, Any] | None = None
-) -> Messages:
-    """Returns a question and its answer, with the `reasoning_content` of `row` if it has some."""
-    said = {"role": "assistant", "content": answer_text(answer, answer_name)}
-    return [{"role": "user", "content": answer_text(ask, ask_name)}, said | _thoughts_of(row or {})]
-
-
-def _thoughts_of(row: dict[str, Any]) -> Message:
-    thoughts = row.get("reasoning_content")
-    return {"reasoning_content": text(thoughts, "reasoning_content")} if thoughts else {}
