@@ -413,24 +413,9 @@ def content_digest(row: Row) -> bytes:
 
 def num_rows(path: str | list[str], cache_dir: str = CACHE_DIR) -> int | None:
     """Returns about how many rows there are, by their lines, or None if that is not known."""
-    numbers = [_num_rows_of(source) for source in sources(path, cache_dir)]
+    found = sources(path, cache_dir)
+    numbers = [None if each.on_hub else readers.estimate_rows(each.path) for each in found]
     return None if None in numbers else sum(number or 0 for number in numbers)
-
-
-def _num_rows_of(source: Source) -> int | None:
-    if source.on_hub or readers.compression_of(source.path):
-        return None
-    with Path(source.path).open("rb") as file:
-        head = file.read(6)
-    if head.startswith(b"PAR1"):
-        from pyarrow import ArrowException, parquet
-
-        try:
-            return int(parquet.read_metadata(source.path).num_rows)
-        except ArrowException:  # its reader will report it
-            return None
-    is_table = readers.data_suffix(Path(source.path)) in (".csv", ".tsv")
-    return readers.num_lines(source.path) if is_table or head.lstrip().startswith(b"{") else None
 
 
 def process(settings: Data, output: Path) -> list[tuple[str, str]]:

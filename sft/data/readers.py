@@ -170,6 +170,23 @@ def num_lines(path: str) -> int:
         return sum(1 for _ in _lines(file))
 
 
+def estimate_rows(path: str) -> int | None:
+    """Returns about how many rows a file has, by its lines, or None if they do not say it."""
+    if compression_of(path):
+        return None
+    with Path(path).open("rb") as file:
+        head = file.read(6)
+    if head.startswith(b"PAR1"):
+        from pyarrow import ArrowException, parquet
+
+        try:
+            return int(parquet.read_metadata(path).num_rows)
+        except ArrowException:  # its reader will report it
+            return None
+    is_table = data_suffix(Path(path)) in (".csv", ".tsv")
+    return num_lines(path) if is_table or head.lstrip().startswith(b"{") else None
+
+
 def compression_of(path: str) -> str | None:
     """Returns gzip, zstd or None, by the first bytes of a file."""
     with Path(path).open("rb") as file:
