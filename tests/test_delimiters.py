@@ -38,6 +38,12 @@ def test_each_delimiter_is_found(tmp_path, delimiter, name, ending):
     assert [row.line for row in rows] == [2, 3]
 
 
+@pytest.mark.parametrize("name", ["{", "["])
+def test_a_header_that_begins_with_a_bracket_is_no_json(tmp_path, name):
+    (tmp_path / "a.csv").write_text(f"{name},answer\na,b\n")
+    assert raw_rows(tmp_path / "a.csv") == [{name: "a", "answer": "b"}]
+
+
 def test_excel_names_the_delimiter(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfsep=^\r\nquestion^answer\r\na^b\r\n")
     (row,), _ = load_rows(str(tmp_path / "a.csv"))

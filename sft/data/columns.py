@@ -19,11 +19,11 @@ CONVERSATIONS = (*PAIRS, "messages", "sharegpt", "human_assistant")
 ALL = (*CONVERSATIONS, "text", "tokenised")
 
 
-def _is_said(value: Any, messages: Messages) -> bool:
+def _is_in_messages(value: Any, messages: Messages) -> bool:
     """Returns whether all texts in a value are already part of what the messages say."""
     if isinstance(value, dict | list):
         items = value.values() if isinstance(value, dict) else value
-        return all(_is_said(item, messages) for item in items)
+        return all(_is_in_messages(item, messages) for item in items)
     said = [content_text(m) + "\0" + m.get("reasoning_content", "") for m in messages]
     return value is None or any(str(value).strip() in each for each in said)
 
@@ -106,7 +106,7 @@ MEANINGS = (
         "holds a part of the question, which would be asked without it",
         "use data.columns: {instruction: ..., input: COLUMN, output: ...}, or write it into the "
         "question",
-        _is_said,
+        _is_in_messages,
     ),
     Meaning(
         ("messages", "sharegpt"),
@@ -114,7 +114,7 @@ MEANINGS = (
         "question",
         "holds documents that the answer draws on, and no template would see them",
         "write them into a message",
-        _is_said,
+        _is_in_messages,
     ),
     Meaning(
         (*PAIRS, "human_assistant"),
@@ -122,7 +122,7 @@ MEANINGS = (
         "answer",
         "holds the thoughts before the answer, which would be learnt without them",
         "use data.columns: {..., reasoning_content: COLUMN}",
-        _is_said,
+        _is_in_messages,
     ),
     Meaning(
         CONVERSATIONS,
@@ -130,7 +130,7 @@ MEANINGS = (
         "question",
         "holds a system prompt, and the row would be trained without it",
         "use data.columns: {..., system: COLUMN}",
-        _is_said,
+        _is_in_messages,
     ),
     Meaning(
         ("tokenised",),
@@ -167,7 +167,7 @@ def find_ignored(
     *,
     to_answer: bool = False,
 ) -> tuple[str, ...]:
-    """Returns the columns with a value that are not `used`, as far as a row means the same without.
+    """Returns the columns of a row that have a value and are not `used`.
 
     Raises ValueError with the remedy for one that changes the row's meaning. `to_answer`: the row
     is a question, for which an answer's ratings do not matter.
@@ -182,17 +182,17 @@ def find_ignored(
     }
     if stopping:
         raise ValueError(_explain(stopping))
-    return _same(tuple(ignored))
+    return _intern(tuple(ignored))
 
 
 @lru_cache(maxsize=256)
-def _same(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the first tuple that equals `names`: rows that share one are quick to send."""
+def _intern(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the first tuple that equals `names`; workers send a shared one quickly."""
     return names
 
 
 def suggest_columns(row: dict[str, Any]) -> str:
-    """Returns what to do with a row of no known format, as far as its columns' names say it."""
+    """Returns what to do with a row of no known format, by the names of its columns."""
     by_name = {name.lower(): name for name in row}
     columns = {
         key: by_name[next(name for name in names if name in by_name)]

@@ -1,8 +1,8 @@
 """Finds rows with the same or nearly the same text as others: duplicates, and leaks.
 
-Identical rows have one digest. Others are compared by their shingles, which are runs of words:
-MinHash proposes pairs (Broder 1997), and the shingles decide. Each row is compared by its
-fingerprint, which is made when the row is read, and kept in mapped files.
+Identical rows have the same digest. Others are compared by their shingles, which are runs of words:
+MinHash proposes pairs (Broder 1997), and the shingles decide. The fingerprint of a row holds both.
+It is made when the row is read, and kept in mapped files.
 """
 
 from __future__ import annotations

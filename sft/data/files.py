@@ -1,4 +1,4 @@
-"""Files -> rows, and what can be decided about rows before anything renders them.
+"""Finds files, reads their rows, and normalises them.
 
 Every row of every file becomes a `Row` of messages (`data/formats`), or a `BadRow` with its place,
 the reason and an excerpt. No row is dropped silently, and none is repaired.
@@ -162,13 +162,12 @@ def _list(text: str, entry: int) -> Listing:
 
 
 def is_hidden(name: str) -> bool:
-    """Returns whether a relative path is hidden: it or a folder in it begins with a dot, or it is
-    what macOS adds to an archive. No program shows such a file, so none trains on it."""
+    """Returns whether a part of a relative path begins with a dot, or is what macOS adds."""
     return any((p.startswith(".") and p not in (".", "..")) or p == MAC for p in name.split("/"))
 
 
 def _files_of_glob(text: str) -> tuple[list[str], list[str]]:
-    """Returns the files that fit a pattern, and the hidden ones, which must be named by it."""
+    """Returns the files that a pattern matches, and the hidden ones that it leaves out."""
     fitting = set(glob.glob(text, recursive=True))
     if MAC not in text.split("/"):
         fitting = {name for name in fitting if MAC not in name.split("/")}
@@ -330,12 +329,12 @@ def _rows_at(source: Source, line: int, options: dict[str, Any]) -> Iterator[Row
     before: Row | BadRow | None = None
     is_long = not source.on_hub and readers.has_long_rows(source.path)
     for row in read(source, **options):
-        if row.line > line:
-            if before is None or is_long:
-                yield before or row
-            return
-        if row.line == line:
+        if row.line == line or (row.line > line and before is None):
             yield row
+            return
+        if row.line > line:
+            if is_long and before:
+                yield before
             return
         before = row
     if before and is_long and line <= readers.num_lines(source.path):

@@ -18,13 +18,13 @@ from sft.data.messages import (
     Message,
     Messages,
     Tools,
-    answer_text,
+    as_answer,
     as_list,
+    as_text,
     content_text,
-    conversation,
     json_value,
+    read_messages,
     template_kwargs_of,
-    text,
     tools_of,
 )
 from sft.data.tokenised import TOKENS, read_tokens
@@ -205,7 +205,7 @@ def _columns_of(row: dict[str, Any], columns: dict[str, str]) -> set[str]:
 def _with_system_of(row: dict[str, Any], messages: Messages) -> Messages:
     if row.get("system") in (None, ""):
         return messages
-    return [{"role": "system", "content": text(row["system"], "system")}, *messages]
+    return [{"role": "system", "content": as_text(row["system"], "system")}, *messages]
 
 
 def read_question(row: Any) -> NormalRow:
@@ -216,7 +216,7 @@ def read_question(row: Any) -> NormalRow:
     """
     if isinstance(row, str) or (isinstance(row, dict) and row.keys() == {"text"}):
         asked = row if isinstance(row, str) else row["text"]
-        return NormalRow([{"role": "user", "content": text(asked, "text")}])
+        return NormalRow([{"role": "user", "content": as_text(asked, "text")}])
     given = dict(row) if isinstance(row, dict) else row
     placeholder = None
     for ask, answer in (known.keys[0] for known in FORMATS if known.name in PAIRS):
@@ -290,13 +290,13 @@ def set_system_prompt(
 
 
 def _from_messages(row: dict[str, Any]) -> Messages:
-    return conversation(row["messages"], "messages")
+    return read_messages(row["messages"], "messages")
 
 
 def _from_sharegpt(row: dict[str, Any]) -> Messages:
     turns = as_list(row["conversations"], "conversations")
     named = [each for n, turn in enumerate(turns, 1) for each in _from_turn(turn, f"message {n}")]
-    return conversation(named, "conversations")
+    return read_messages(named, "conversations")
 
 
 def _from_turn(turn: Any, name: str) -> list[Any]:
@@ -327,13 +327,13 @@ def _from_turn(turn: Any, name: str) -> list[Any]:
 
 def _pair(row: dict[str, Any], ask: str, answer: str) -> Messages:
     """Returns the question and the answer under these keys, with the row's thoughts."""
-    said = {"role": "assistant", "content": answer_text(row[answer], answer)}
-    return [{"role": "user", "content": answer_text(row[ask], ask)}, said | _thoughts_of(row)]
+    said = {"role": "assistant", "content": as_answer(row[answer], answer)}
+    return [{"role": "user", "content": as_answer(row[ask], ask)}, said | _thoughts_of(row)]
 
 
 def _thoughts_of(row: dict[str, Any]) -> Message:
     thoughts = row.get("reasoning_content")
-    return {"reasoning_content": text(thoughts, "reasoning_content")} if thoughts else {}
+    return {"reasoning_content": as_text(thoughts, "reasoning_content")} if thoughts else {}
 
 
 def _from_alpaca(row: dict[str, Any]) -> Messages:
@@ -344,10 +344,10 @@ def _from_alpaca(row: dict[str, Any]) -> Messages:
                 f"history {number}: expected a pair (question, answer), found {pair!r}"
             )
         for role, said in zip(("user", "assistant"), pair, strict=True):
-            messages.append({"role": role, "content": answer_text(said, f"history {number}")})
+            messages.append({"role": role, "content": as_answer(said, f"history {number}")})
     parts = [(row[key], key) for key in ("instruction", "input") if row.get(key) not in (None, "")]
     parts = parts or [(row["instruction"], "instruction")]
-    question = "\n\n".join(text(value, name) for value, name in parts)
+    question = "\n\n".join(as_text(value, name) for value, name in parts)
     return [*messages, *_pair(row | {"instruction": question}, "instruction", "output")]
 
 
@@ -359,10 +359,10 @@ def _from_prompt_completion(row: dict[str, Any]) -> Messages:
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return _pair(row, "prompt", "completion")
-    context = conversation(as_list(prompt, "prompt"), "prompt")
+    context = read_messages(as_list(prompt, "prompt"), "prompt")
     if isinstance(completion, list):
-        return _as_context(context) + conversation(completion, "completion")
-    answer = {"role": "assistant", "content": answer_text(completion, "completion")}
+        return _as_context(context) + read_messages(completion, "completion")
+    answer = {"role": "assistant", "content": as_answer(completion, "completion")}
     return [*_as_context(context), answer | _thoughts_of(row)]
 
 
@@ -375,7 +375,7 @@ def _as_context(messages: list[Message]) -> Messages:
 
 
 def _from_text(row: dict[str, Any]) -> Messages:
-    return [{"role": TEXT, "content": text(row["text"], "text")}]
+    return [{"role": TEXT, "content": as_text(row["text"], "text")}]
 
 
 def _from_human_assistant(row: dict[str, Any]) -> Messages:
@@ -384,12 +384,12 @@ def _from_human_assistant(row: dict[str, Any]) -> Messages:
     The turns of a `prompt` are context; it ends in "Assistant:".
     """
     if row.get("text") is not None:
-        return _spoken_turns(text(row["text"], "text"), "text")
-    prompt = text(row["prompt"], "prompt")
+        return _spoken_turns(as_text(row["text"], "text"), "text")
+    prompt = as_text(row["prompt"], "prompt")
     pieces = SPOKEN.split(prompt)
     if pieces[-2:-1] != ["Assistant"] or pieces[-1].strip():
         raise ValueError('prompt: expected "\\n\\nAssistant:" at its end')
-    turns = _spoken_turns(prompt + answer_text(row["completion"], "completion"), "prompt")
+    turns = _spoken_turns(prompt + as_answer(row["completion"], "completion"), "prompt")
     num_asked = len(pieces) // 2 - 1
     return _as_context(turns[:num_asked]) + turns[num_asked:]
 
@@ -402,26 +402,33 @@ def _spoken_turns(dialogue: str, name: str) -> Messages:
         )
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
-        {"role": roles[who], "content": text(said.removeprefix(" "), f"message {number}")}
+        {"role": roles[who], "content": as_text(said.removeprefix(" "), f"message {number}")}
         for number, (who, said) in enumerate(zip(pieces[::2], pieces[1::2], strict=True), 1)
     ]
 
 
 UNRENDERED = ("text", "tokenised")  # formats that no chat template renders
-THOUGHTFUL = frozenset({"reasoning_content"})
+WITH_THOUGHTS = frozenset({"reasoning_content"})
 FORMATS = (
     Format("messages", (("messages",),), _from_messages),
     Format("sharegpt", (("conversations",),), _from_sharegpt),
-    Format("alpaca", (("instruction", "output"),), _from_alpaca, THOUGHTFUL | {"input", "history"}),
-    Format("prompt_completion", (("prompt", "completion"),), _from_prompt_completion, THOUGHTFUL),
+    Format(
+        "alpaca", (("instruction", "output"),), _from_alpaca, WITH_THOUGHTS | {"input", "history"}
+    ),
+    Format(
+        "prompt_completion", (("prompt", "completion"),), _from_prompt_completion, WITH_THOUGHTS
+    ),
     Format(
         "question_answer",
         (("question", "answer"),),
         partial(_pair, ask="question", answer="answer"),
-        THOUGHTFUL,
+        WITH_THOUGHTS,
     ),
     Format(
-        "seed", (("user", "assistant"),), partial(_pair, ask="user", answer="assistant"), THOUGHTFUL
+        "seed",
+        (("user", "assistant"),),
+        partial(_pair, ask="user", answer="assistant"),
+        WITH_THOUGHTS,
     ),
     Format(
         "tokenised",

@@ -140,7 +140,7 @@ def refused_object(path: str, value: Any) -> str | None:
     return None
 
 
-def spread_object(path: str, start: bytes, is_whole: bool) -> str | None:
+def multiline_object(path: str, start: bytes, is_whole: bool) -> str | None:
     """Returns what a file is whose JSON objects take several lines each, and what to do, or None.
 
     `start`: its content, or with `is_whole` False the beginning of it. Its first line is not valid

@@ -60,7 +60,7 @@ def _joined(parts: list[dict[str, Any]]) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def conversation(messages: Any, name: str) -> Messages:
+def read_messages(messages: Any, name: str) -> Messages:
     """Returns the messages of a list, or of a list as JSON text."""
     listed = as_list(messages, name)
     return [_message(message, f"message {n}") for n, message in enumerate(listed, 1)]
@@ -87,7 +87,7 @@ def _message(message: Any, name: str) -> Message:
     if role not in ROLES:
         raise ValueError(f"{name}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
     if not given and isinstance(content, str) and role != "tool":  # nearly every message
-        return {"role": role, "content": text(content, f"{name}: content")}
+        return {"role": role, "content": as_text(content, f"{name}: content")}
     weight = _weight_of(given, role, name)
     if ignored := sorted(given.keys() - EXTRAS[role]):
         advice = {REMEDIES.get(key, "remove or convert it") for key in ignored}
@@ -96,14 +96,14 @@ def _message(message: Any, name: str) -> Message:
             "or name it in data.ignore_columns"
         )
     content, thoughts, parts_of_calls = _content(content, role, name)
-    thoughts += [text(given[key], f"{name}: {key}") for key in THOUGHTS if key in given]
+    thoughts += [as_text(given[key], f"{name}: {key}") for key in THOUGHTS if key in given]
     calls = [*_calls(given, name), *parts_of_calls]
     result: Message = {"role": role, "content": ""}
     if calls:
         result["tool_calls"] = calls
     for key in ("tool_call_id", "name"):
         if key in given:
-            result[key] = text(given[key], f"{name}: {key}")
+            result[key] = as_text(given[key], f"{name}: {key}")
     if len(set(thoughts)) > 1:
         raise ValueError(f"{name}: expected its thoughts once, found several that differ")
     if thoughts:
@@ -138,10 +138,12 @@ def _calls(given: dict[str, Any], name: str) -> list[dict[str, Any]]:
     if "function_call" in given and "tool_calls" in given:
         raise ValueError(f"{name}: expected tool_calls or function_call, found both")
     if "function_call" in given:
-        return [call(json_value(given["function_call"], f"{name}: function_call"), f"{name}: call")]
+        return [
+            read_call(json_value(given["function_call"], f"{name}: function_call"), f"{name}: call")
+        ]
     at = f"{name}: tool_calls"
     listed = as_list(given.get("tool_calls", []), at)
-    return [call(each, f"{name}: call {n}") for n, each in enumerate(listed, 1)]
+    return [read_call(each, f"{name}: call {n}") for n, each in enumerate(listed, 1)]
 
 
 def _content(content: Any, role: str, name: str) -> tuple[Any, list[str], list[dict[str, Any]]]:
@@ -171,7 +173,7 @@ def _content(content: Any, role: str, name: str) -> tuple[Any, list[str], list[d
             raise ValueError(f"{at}: expected thoughts, then text, then calls, found {kind} last")
         last = order
         if kind == "tool_call":
-            calls.append(call(json_value(part[key], at), at))
+            calls.append(read_call(json_value(part[key], at), at))
         elif not isinstance(part[key], str):
             raise ValueError(f"{at}: expected text, found {type(part[key]).__name__}")
         else:
@@ -179,24 +181,24 @@ def _content(content: Any, role: str, name: str) -> tuple[Any, list[str], list[d
             are_parts |= order == 1 and key == "text"
     found: Any = [{"type": "text", "text": each} for each in texts] if are_parts else "".join(texts)
     thought = "".join(thoughts)
-    return found, [text(thought, f"{name}: thoughts")] if thought else [], calls
+    return found, [as_text(thought, f"{name}: thoughts")] if thought else [], calls
 
 
 def _checked_content(content: Any, role: str, name: str) -> Any:
     """Returns a content that says something; a number of an answer or a result as its text."""
     if isinstance(content, list):
-        text(_joined(content), f"{name}: content")
+        as_text(_joined(content), f"{name}: content")
         return content
     if role == "tool" and isinstance(content, str):  # blanks are what the tool returned
         check_characters(content, f"{name}: content")
         return content
-    return (answer_text if role in ("assistant", "tool") else text)(content, f"{name}: content")
+    return (as_answer if role in ("assistant", "tool") else as_text)(content, f"{name}: content")
 
 
-def call(value: Any, name: str) -> dict[str, Any]:
+def read_call(value: Any, name: str) -> dict[str, Any]:
     """Returns a tool call in the form of templates: a function with an object as arguments."""
-    given = object_in(value, name)
-    function = object_in(given["function"], f"{name}: function") if "function" in given else given
+    given = as_object(value, name)
+    function = as_object(given["function"], f"{name}: function") if "function" in given else given
     known = {"id", "type", "index", "name", "arguments"}
     ignored = given.keys() - known - {"function"} | function.keys() - known
     if ignored:
@@ -208,8 +210,8 @@ def call(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise ValueError(f"{name}: arguments: expected an object, found {type(arguments).__name__}")
     check_strings(arguments, f"{name}: arguments")
-    number = {"id": text(given["id"], f"{name}: id")} if "id" in given else {}
-    called = text(function.get("name"), f"{name}: name")
+    number = {"id": as_text(given["id"], f"{name}: id")} if "id" in given else {}
+    called = as_text(function.get("name"), f"{name}: name")
     return {**number, "type": "function", "function": {"name": called, "arguments": arguments}}
 
 
@@ -227,13 +229,13 @@ def tools_of(row: dict[str, Any]) -> Tools | None:
     result = []
     for number, tool in enumerate(as_list(json_value(value, name) or [], name), 1):
         at = f"tool {number}"
-        wrapped = object_in(json_value(tool, at), at)
+        wrapped = as_object(json_value(tool, at), at)
         if "function" not in wrapped:
             wrapped = {"type": "function", "function": wrapped}
-        function = object_in(json_value(wrapped["function"], at), f"{at}: function")
+        function = as_object(json_value(wrapped["function"], at), f"{at}: function")
         if isinstance(function.get("parameters"), str):
             function["parameters"] = json_value(function["parameters"], f"{at}: parameters")
-        text(function.get("name"), f"{at}: name")
+        as_text(function.get("name"), f"{at}: name")
         wrapped = {**wrapped, "function": function}
         check_strings(wrapped, at)
         result.append(wrapped)
@@ -246,14 +248,14 @@ def template_kwargs_of(row: dict[str, Any]) -> dict[str, Any] | None:
     value = row.get(name)
     if is_empty(value):
         return None
-    given = object_in(json_value(value, name), name)
+    given = as_object(json_value(value, name), name)
     if reserved := [key for key in given if NO_VARIABLES.fullmatch(key)]:
         raise ValueError(f"{name}: {reserved[0]!r} is not a variable of a template")
     check_strings(given, name)
     return given or None
 
 
-def object_in(value: Any, name: str) -> dict[str, Any]:
+def as_object(value: Any, name: str) -> dict[str, Any]:
     """Returns the keys of an object that are not null."""
     if not isinstance(value, dict):
         raise ValueError(f"{name}: expected an object, found {type(value).__name__}")
@@ -300,7 +302,7 @@ def check_strings(value: Any, name: str, depth: int = 0) -> None:
             check_strings(item, name, depth + 1)
 
 
-def text(value: Any, name: str) -> str:
+def as_text(value: Any, name: str) -> str:
     """Returns a text that says something and can be tokenised."""
     if not isinstance(value, str):
         raise ValueError(f"{name}: expected text, found {type(value).__name__}")
@@ -310,12 +312,12 @@ def text(value: Any, name: str) -> str:
     return value
 
 
-def answer_text(value: Any, name: str) -> str:
+def as_answer(value: Any, name: str) -> str:
     """Returns a text, or a number as its file writes it."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and math.isfinite(value):
         return value.text if isinstance(value, JsonFloat) else json.dumps(value)
-    return text(value, name)
+    return as_text(value, name)
 
 
 def check_characters(text: str, name: str) -> None:

@@ -26,6 +26,8 @@ from sft.errors import DataError
 LONGEST = 64 << 20  # bytes of a line or of a document; a longer one is never held in memory
 SEPARATOR = b"<|endoftext|>"  # between the documents of a raw text
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+TABLES = (".csv", ".tsv")
+JSON = re.compile(rb'\{\s*"|\[\s*[{"]')  # how rows of JSON begin
 PACKED = (".gz", ".zst")
 UNREADABLE_PACKED = (".xz", ".bz2", ".zip", ".7z", ".lz4", ".br", ".lzma", ".z")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -37,7 +39,7 @@ class RawRow(NamedTuple):
 
     line: int
     value: Any
-    shown: Any  # its bytes, or a value in place of them, for the excerpt
+    shown: Any  # for the excerpt: its bytes, or its value
 
 
 def read_file(
@@ -89,7 +91,7 @@ def load_from_hub(name: str) -> Any:
 def data_suffix(path: Path, *, any_packing: bool = False) -> str:
     """Returns the ending of a data file (that of `a.jsonl.gz` is .jsonl), or "".
 
-    `any_packing`: also of `a.jsonl.xz` and others that cannot be read and must not be overlooked.
+    `any_packing`: also behind the endings of compressions that are refused (`a.jsonl.xz`).
     """
     name = path.name.lower()
     for packing in (*PACKED, *(UNREADABLE_PACKED if any_packing else ())):
@@ -137,16 +139,16 @@ def _choose_reader(path: str, format: str, is_mapped: bool, delimiter: str) -> R
     if refusal := kinds.refused_kind(path, head, suffix):
         raise _not_rows(path, refusal)
     if suffix == ".txt":
-        if format == "auto" and re.match(rb'\{\s*"|\[\s*[{"]', start):
+        if format == "auto" and JSON.match(start):
             raise DataError(
                 f"{path}: expected raw text, found what looks like JSON; name the file .jsonl or "
                 ".json if it holds rows, or set data.format: text"
             )
         return _text_rows
+    if suffix in TABLES and not JSON.match(start):
+        return partial(_csv_rows, delimiter=delimiter)
     if start.startswith(b"["):
         return _list_rows
-    if suffix in (".csv", ".tsv") and not start.startswith(b"{"):
-        return partial(_csv_rows, delimiter=delimiter)
     if suffix in (".jsonl", ".ndjson", ".json") or start.startswith(b"{"):
         return partial(_json_rows, is_mapped=is_mapped)
     raise unreadable(path, f"a file that begins with {make_excerpt(head, 20)!r}")
@@ -160,12 +162,12 @@ def has_long_rows(path: str) -> bool:
     """Returns whether a row of the file may take several lines: a record of a CSV, a document."""
     with _open(path) as file:
         start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-    is_table = data_suffix(Path(path)) in (".csv", ".tsv")
-    return data_suffix(Path(path)) == ".txt" or (is_table and not start.startswith((b"{", b"[")))
+    suffix = data_suffix(Path(path))
+    return suffix == ".txt" or (suffix in TABLES and not JSON.match(start))
 
 
 def num_lines(path: str) -> int:
-    """Returns the number of lines of a file, also of a last one without an end."""
+    """Counts the lines of a file; the last one need not have a line end."""
     with _open(path) as file:
         return sum(1 for _ in _lines(file))
 
@@ -183,7 +185,7 @@ def estimate_rows(path: str) -> int | None:
             return int(parquet.read_metadata(path).num_rows)
         except ArrowException:  # its reader will report it
             return None
-    is_table = data_suffix(Path(path)) in (".csv", ".tsv")
+    is_table = data_suffix(Path(path)) in TABLES
     return num_lines(path) if is_table or head.lstrip().startswith(b"{") else None
 
 
@@ -251,7 +253,7 @@ def _json_rows(path: str, file: io.BufferedReader, is_mapped: bool) -> Iterator[
             continue
         first = row
         if isinstance(row.value, json.JSONDecodeError):
-            _refuse_spread_objects(path)
+            _refuse_multiline_objects(path)
     if first and is_single:
         refusal = None if is_mapped else kinds.refused_object(path, first.value)
         if refusal:
@@ -259,10 +261,10 @@ def _json_rows(path: str, file: io.BufferedReader, is_mapped: bool) -> Iterator[
         yield first
 
 
-def _refuse_spread_objects(path: str) -> None:
+def _refuse_multiline_objects(path: str) -> None:
     with _open(path) as file:
         start = file.read(LONGEST + 1)
-    if refusal := kinds.spread_object(path, start[:LONGEST], len(start) <= LONGEST):
+    if refusal := kinds.multiline_object(path, start[:LONGEST], len(start) <= LONGEST):
         raise _not_rows(path, refusal)
 
 

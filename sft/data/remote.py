@@ -1,12 +1,12 @@
 """Fetches the files of addresses (s3://, gs://, hf://, https:// ...) into the cache.
 
     <cache_dir>/remote/<sha256>/<name>         the bytes of a file, under their digest
-    <cache_dir>/remote/addresses/<key>.json    what an address gave last
-    <cache_dir>/remote/addresses/<key>.part    what has arrived of a file, and its version (.json)
+    <cache_dir>/remote/addresses/<key>.json    the record of an address: its last copy
+    <cache_dir>/remote/addresses/<key>.part    the bytes fetched so far, and their version (.json)
 
-Each process asks the server once whether a copy is still what it has. One process of a machine
-fetches, and the others wait for its lock. What was interrupted is resumed if the server still has
-the same version. A file becomes a copy only if its size, and every digest that the server gave, are
+Each process asks the server once whether the copy is current. One process of a machine fetches,
+and the others wait for its lock. An interrupted fetch is resumed if the server still has the same
+version. A file becomes a copy only if its size, and every digest that the server gave, are
 right. Credentials stay in memory: names, messages and files have addresses without them.
 """
 
@@ -74,7 +74,7 @@ def find(address: str) -> tuple[str, dict[str, str], bool]:
 
 
 def fetch(address: str, name: str, cache_dir: str, tick: Tick = lambda: None) -> Copy:
-    """Returns the copy of a file, fetched if the server has another one. Raises DataError.
+    """Returns the copy of a file, fetched unless it is current. Raises DataError.
 
     `tick` is called whenever there is progress.
     """
@@ -98,7 +98,7 @@ def print_note(text: str) -> None:
 
 
 def _identity(address: str) -> str:
-    """Returns the key of an address: the same whoever asks, and with any signature."""
+    """Returns the key of an address, which does not depend on its user and signature."""
     place, mark, query = _without_user(address).partition("?")
     kept = [part for part in query.split("&") if not SIGNATURES.match(part)]
     return _digest(f"{place}{mark}{'&'.join(kept)}")[:32]
@@ -114,7 +114,7 @@ def _digest(text: str) -> str:
 
 
 def _read_record(folder: Path, record: Path) -> dict[str, Any] | None:
-    """Returns what an address gave last, if its copy is whole."""
+    """Returns the record of an address, or None if it or its copy is incomplete."""
     known = read_json(record)
     is_complete = known.keys() == RECORD.keys() and all(
         isinstance(known[key], kind) for key, kind in RECORD.items()
@@ -136,7 +136,7 @@ def _is_sound(copy: Copy) -> bool:
 
 
 def _verified(copy: Copy) -> Copy:
-    """Returns a copy that the server cannot replace, if its bytes are still those that arrived."""
+    """Returns the copy. Raises DataError if its bytes are not those that were fetched."""
     if not _is_sound(copy):
         raise DataError(f"{copy.name}: its copy in {copy.path} is damaged; fetch it again")
     return copy
@@ -158,9 +158,9 @@ def _copy_of_name(folder: Path, name: str) -> Copy:
 
 
 def _is_of_this_launch(checked: float) -> bool:
-    """Returns whether a sibling has asked the server, so that all ranks of a machine agree.
+    """Returns whether another rank of this launch has asked the server; all ranks then agree.
 
-    Siblings have one parent, and start within two minutes of each other.
+    Ranks of a machine have one parent, and start within two minutes of each other.
     """
     if "LOCAL_RANK" not in os.environ:
         return False
@@ -250,7 +250,7 @@ class _Transfer:
             return _verified(copy)
 
     def _fetch(self) -> Copy:
-        """Tries until the copy is whole, or several attempts in a row have brought nothing."""
+        """Tries again until the copy is whole, or several attempts in a row brought no new byte."""
         store, failures = open_store(self.address), 0
         first = most = self._num_arrived()
         while True:
@@ -283,7 +283,7 @@ class _Transfer:
         start = self._num_arrived() if version else 0
         answer = store.open(start, version or "")
         with closing(answer):
-            if self._is_known(answer):
+            if self._is_unchanged(answer):
                 return self._keep()
             if answer.start and (answer.start != start or answer.version != version):
                 self._drop_part()
@@ -297,13 +297,13 @@ class _Transfer:
             digests = self._receive(answer)
         return self._publish(answer, digests)
 
-    def _is_known(self, answer: Answer) -> bool:
+    def _is_unchanged(self, answer: Answer) -> bool:
         known = self.known
         is_same = known and answer.version and known["version"] == answer.version
         return bool(known and is_same and answer.size in (None, known["size"]))
 
     def _keep(self) -> Copy:
-        """Returns the copy of which the server still has the version."""
+        """Returns the earlier copy, which is current, and notes that the server was asked."""
         assert self.known
         copy = _copy(self.folder, self.known)
         if not _is_sound(copy):

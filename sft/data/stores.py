@@ -24,8 +24,8 @@ import httpx2
 
 from sft.errors import FROM_ENVIRONMENT, hide_credentials
 
-PART = 16 << 20  # bytes asked for at a time, where each needs a request of its own
-SECONDS = 60  # without a byte, after which a connection counts as lost
+PART = 16 << 20  # bytes of a request, where a file system has no stream
+TIMEOUT = 60  # seconds without a byte, after which a connection is lost
 Kind = Literal["missing", "denied", "unreachable", "transient", "unusable"]
 EXTRA = 'pip install "sft[remote]"'
 PACKAGES = {"s3": EXTRA, "s3a": EXTRA, "gs": EXTRA, "gcs": EXTRA}
@@ -92,8 +92,8 @@ def _from_environment(match: re.Match[str]) -> str:
 # --- errors --------------------------------------------------------------------------------------
 
 
-class Cause(NamedTuple):
-    """What an error means if it, or one that caused it, is of a class or has a status of HTTP."""
+class Explanation(NamedTuple):
+    """What an error means that has, or whose cause has, one of these classes or HTTP statuses."""
 
     kind: Kind
     classes: set[str]  # names, since each library has errors of its own
@@ -103,41 +103,41 @@ class Cause(NamedTuple):
 
 
 NETWORK = "check the address and the network"
-CAUSES = (  # the first that fits
-    Cause("unusable", {"ImportError"}, "{scheme}:// needs a package: {text}", "{package}"),
-    Cause(
+EXPLANATIONS = (  # the first that fits is used
+    Explanation("unusable", {"ImportError"}, "{scheme}:// needs a package: {text}", "{package}"),
+    Explanation(
         "denied",
         {"NoCredentialsError", "DefaultCredentialsError", "PartialCredentialsError"},
         "no credentials were found",
         "set {sources}",
     ),
-    Cause(
+    Explanation(
         "denied", {"GatedRepoError"}, "the repository is gated", "ask for access, and set {sources}"
     ),
-    Cause(
+    Explanation(
         "missing",
         {"RepositoryNotFoundError"},
         "no such repository, or a private one",
         "check {sources}",
     ),
-    Cause(
+    Explanation(
         "denied",
         {"PermissionError"},
-        "access is denied{anyone} ({text})",
+        "access is denied{how} ({text})",
         "check {sources}",
         (401, 403, 407),
     ),
-    Cause(
+    Explanation(
         "missing", {"FileNotFoundError"}, "no such file ({text})", "correct the address", (404, 410)
     ),
-    Cause(
+    Explanation(
         "unusable",
         {"SSLCertVerificationError"},
         "the certificate of the server is not valid ({text})",
         "correct the address, or set SSL_CERT_FILE",
     ),
-    Cause("unreachable", {"gaierror"}, "the host is unknown", NETWORK),
-    Cause(
+    Explanation("unreachable", {"gaierror"}, "the host is unknown", NETWORK),
+    Explanation(
         "unreachable",
         {
             *("ConnectError", "ConnectTimeout", "ConnectionRefusedError", "ClientConnectorError"),
@@ -147,14 +147,14 @@ CAUSES = (  # the first that fits
         "the server cannot be reached ({text})",
         NETWORK,
     ),
-    Cause("unusable", {"UnsupportedProtocol"}, "{text}", "correct the address"),
-    Cause(
+    Explanation("unusable", {"UnsupportedProtocol"}, "{text}", "correct the address"),
+    Explanation(
         "transient",
         {"OSError", "TransportError"},
         "the connection failed ({text})",
         statuses=(408, 425, 429, *range(500, 600)),
     ),
-    Cause("unusable", {"BaseException"}, "{text}", "correct the address"),
+    Explanation("unusable", {"BaseException"}, "{text}", "correct the address"),
 )
 
 
@@ -174,7 +174,7 @@ def explain(error: BaseException, scheme: str, *, is_anonymous: bool = False) ->
     words = {
         "text": text,
         "scheme": scheme,
-        "anyone": " without credentials, since none were found" if is_anonymous else "",
+        "how": " without credentials, since none were found" if is_anonymous else "",
         "package": PACKAGES.get(scheme, "install what it needs"),
         "sources": CREDENTIALS.get(scheme, "the credentials of this protocol"),
     }
@@ -183,7 +183,7 @@ def explain(error: BaseException, scheme: str, *, is_anonymous: bool = False) ->
     while cause:
         classes |= {kind.__name__ for kind in type(cause).__mro__}
         cause = cause.__cause__ or cause.__context__
-    found = next(each for each in CAUSES if each.classes & classes or status in each.statuses)
+    found = next(each for each in EXPLANATIONS if each.classes & classes or status in each.statuses)
     return FetchError(found.kind, found.reason.format(**words), found.remedy.format(**words))
 
 
@@ -203,7 +203,7 @@ class Web:
     """A file behind http or https."""
 
     def __init__(self, address: str, full: str):
-        """Takes an address as it was given, and with the values of the environment in it."""
+        """Takes an address; in `full`, values replace the variables of the environment."""
         self.address, self.full = address, full
         self.path = PurePosixPath(urlsplit(full).path)
 
@@ -220,7 +220,7 @@ class Web:
             headers |= {"Range": f"bytes={start}-", "If-Range": version}
         with ExitStack() as stack, _explained("https"):
             # Credentials in the address go to its host. A redirect to another host drops them.
-            client = stack.enter_context(httpx2.Client(follow_redirects=True, timeout=SECONDS))
+            client = stack.enter_context(httpx2.Client(follow_redirects=True, timeout=TIMEOUT))
             response = stack.enter_context(client.stream("GET", self.full, headers=headers))
             if response.status_code != 416 or not start:
                 response.raise_for_status()
@@ -286,7 +286,7 @@ class FileSystem:
     """Files behind any other protocol that fsspec knows."""
 
     def __init__(self, address: str, full: str, scheme: str):
-        """Takes an address as it was given, and with the values of the environment in it."""
+        """Takes an address; in `full`, values replace the variables of the environment."""
         self.address, self.full, self.scheme = address, full, scheme
         self.is_anonymous = False
         self._connect()
@@ -305,7 +305,7 @@ class FileSystem:
             self.files, self.path = found
 
     def _ask(self, question: str, *args: Any, **options: Any) -> Any:
-        """Calls a method of the file system; without credentials, asks again as anyone."""
+        """Calls a method of the file system. If there are no credentials, asks again without."""
         try:
             self.files.invalidate_cache()
             return getattr(self.files, question)(*args, **options)
@@ -317,16 +317,16 @@ class FileSystem:
         return self._ask(question, *args, **options)
 
     def find(self) -> tuple[dict[str, str], bool]:
-        itself = {hide_credentials(self.address): self.address}
+        as_given = {hide_credentials(self.address): self.address}
         is_pattern = re.search(r"[*?\[]", self.path) is not None
         try:
             is_folder = not is_pattern and self._ask("info", self.path)["type"] == "directory"
         except FetchError as error:
             if error.kind == "unreachable":  # there may be a copy of it
-                return itself, False
+                return as_given, False
             raise
         if not is_pattern and not is_folder:
-            return itself, False
+            return as_given, False
         found = self._ask("find" if is_folder else "glob", self.path, detail=True)
         names = sorted(name for name, about in found.items() if about["type"] != "directory")
         if not names and is_pattern:
@@ -358,22 +358,22 @@ class FileSystem:
             raise FetchError("transient", "the file changed on the server")
 
     def _read(self, file: Any, start: int, size: int | None) -> bytes:
-        """Returns the next bytes of a file, with a request of its own where there is no stream."""
+        """Returns the next bytes of a file, at most PART of them."""
         most = PART if size is None else min(PART, size - start)
         with _explained(self.scheme):
             file.seek(start)
             return bytes(file.read(most)) if most > 0 else b""
 
 
-CHANGING = (
+VERSION_KEYS = (
     *("ETag", "etag", "md5Hash", "generation", "VersionId", "blob_id"),
     *("LastModified", "last_modified", "mtime", "modify", "created"),
 )
 
 
 def _version(about: dict[str, Any]) -> str:
-    """Returns what a file system says that changes with a file."""
-    known = {key: str(about[key]) for key in CHANGING if about.get(key)}
+    """Returns the values of a file system that change when the file does."""
+    known = {key: str(about[key]) for key in VERSION_KEYS if about.get(key)}
     return json.dumps(known | {"size": about.get("size")}, sort_keys=True) if known else ""
 
 
