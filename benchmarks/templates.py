@@ -88,7 +88,7 @@ def judge(tokenizer: Any, pair: dict[str, Any], row: Row) -> tuple[str, str]:
         return "wrong", "a turn is supervised twice"
     missing = set(pair["turns"]) - set(found)
     flags = {flag for _, example in made for flag in example.flags}
-    if missing and not flags & {"thoughts_dropped"}:
+    if missing and not flags & {"thoughts_dropped", "no_prompt"}:
         return "wrong", f"turns {sorted(missing)} are not supervised"
     if not found:
         return "unlearnt", ", ".join(sorted(flags))

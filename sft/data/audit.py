@@ -95,8 +95,9 @@ WARNINGS = {
         "data.turns: auto",
     ),
     "no_prompt": (
-        "begins with the assistant: no prompt comes before this turn, so it is not supervised",
-        "begin the row with a user turn",
+        "the template writes no prompt before an assistant turn (the first message, or one behind "
+        "another answer), so it is not supervised",
+        "begin the row with a user turn, or join answers that follow each other",
     ),
     "end_of_turn_added": (
         "the template writes no token at which generation stops, so one is added",

@@ -291,10 +291,10 @@ def _find_turns(
     for index in weights:
         if not index:
             flags.append("no_prompt")
-        elif turn := find_turn(given, index):
+        elif isinstance(turn := find_turn(given, index), Turn):
             found[index] = turn
         else:
-            flags.append("thoughts_dropped")
+            flags.append(turn)
     return found, list(dict.fromkeys(flags))
 
 

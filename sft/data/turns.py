@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -133,9 +133,12 @@ def renderings_of(
     return _latest[0]
 
 
-def find_turn(given: Renderings, index: int) -> Turn | None:
-    """Returns message `index`, an assistant turn, as it is served. None: the template drops its
-    thoughts, so no serving could bring a model to write it.
+Unlearnt = Literal["thoughts_dropped", "no_prompt"]  # kinds of `data/audit`
+
+
+def find_turn(given: Renderings, index: int) -> Turn | Unlearnt:
+    """Returns message `index`, an assistant turn, as it is served, or why no serving could bring a
+    model to write it: the template drops its thoughts, or writes no prompt behind another answer.
 
     Raises DataError with the reason if the template does not decide what the model has to write, or
     changes what the turn says.
@@ -151,22 +154,33 @@ def find_turn(given: Renderings, index: int) -> Turn | None:
             f"to write the header {header!r} itself; write it in the template where "
             "add_generation_prompt is set (data.chat_template)"
         )
-    body = _continue(given, index, prompt, message)
+    if _lacks_header(given, index, prompt):
+        return "no_prompt"
+    body, at = _continue(given, index, prompt, message), len(prompt)
+    if body is None and not thoughts:
+        at = _closed_block(given, index, prompt)
+        body = given.until(index)[at:] if at else None
     if body is None and (other := _other_variables(given, index)):
-        variables, (prompt, body) = other
-        given = replace(given, variables=variables, _texts={})
+        given, prompt = other
+        body, at = _continue(given, index, prompt, message), len(prompt)
         flags.append("other_variables")
     closes = ""
     if body is None and (tag := _unwritten_tag(given, index, prompt)):
         # The model writes its thoughts and the end of the block, then what the template has.
         closes = (thoughts + "\n" if thoughts else "\n") + f"</{tag}>\n\n"
-        body = given.until(index)[len(prompt[: tag_start(prompt)]) :]
-        flags.append("thoughts_closed")
+        at = tag_start(prompt)
+    elif body is None:
+        at, closes = _behind_difference(given, index, prompt, bool(thoughts))
+    if body is None and at:
+        body = given.until(index)[at:]
+        flags += ["thoughts_closed"] * bool(closes)
     if body is None:
         raise DataError(_mismatch(given, index, prompt, number))
-    frame = _confirm(given, index, message, body, closes, number)
-    if thoughts and not closes and not frame.has_thoughts:
-        return None
+    frame = _confirm(given, index, message, body, at if at != len(prompt) else None, number)
+    if closes:
+        frame = frame._replace(has_thoughts=True)
+    if thoughts and not frame.has_thoughts:
+        return "thoughts_dropped"
     answer, added = _end(given, index, message, body, frame.tail)
     flags += ["end_of_turn_added"] * added
     if not _is_plain(message) and (token := _early_stop(given.tokenizer, answer)):
@@ -190,8 +204,34 @@ def _unprompted_header(tokenizer: Tokenizer) -> str | None:
         changes_nothing = prompt == given.until(0)
     except DataError:
         return None
-    header = whole.removeprefix(prompt).partition("zq7s0e")[0]
-    return header if changes_nothing and header.strip() else None
+    if not changes_nothing or not whole.startswith(prompt):  # or the header is always written
+        return None
+    header = whole[len(prompt) :].partition("zq7s0e")[0]
+    return header if header.strip() else None
+
+
+@cached_by_tokenizer
+def _header(tokenizer: Tokenizer) -> str:
+    """Returns what `add_generation_prompt` writes behind a user's turn."""
+    given = Renderings(tokenizer, [ASK, {"role": "assistant", "content": "b"}])
+    try:
+        return given.prompt(1).removeprefix(given.until(0))
+    except DataError:
+        return ""
+
+
+def _lacks_header(given: Renderings, index: int, prompt: str) -> bool:
+    """Returns whether the turn follows another assistant turn, and the template writes its header
+    in the text but not in the prompt, as it does behind a user's turn."""
+    if given.messages[index - 1]["role"] != "assistant" or not _header(given.tokenizer).strip():
+        return False
+    if prompt != given.until(index - 1):
+        return False
+    stand_in, _ = _stand_in(given.messages[index], given.sentinel)
+    traced = given.with_turn(index, stand_in)
+    before = traced.partition(given.sentinel)[0][_difference(prompt, traced, given.tokenizer) :]
+    tokens = [token for _, token in _added_tokens_in(given.tokenizer, _header(given.tokenizer))]
+    return any(said in before for said in (*tokens, _header(given.tokenizer).strip()))
 
 
 # --- What follows the prompt -------------------------------------------------------------------
@@ -237,9 +277,9 @@ def _continue(given: Renderings, index: int, prompt: str, message: Message) -> s
     return whole[at + len(header) :] if same else None
 
 
-def _other_variables(given: Renderings, index: int) -> tuple[Variables, tuple[str, str]] | None:
-    """Returns a variable of the template, true or false, with which the prompt fits the turn, and
-    the prompt and the body then.
+def _other_variables(given: Renderings, index: int) -> tuple[Renderings, str] | None:
+    """Returns the renderings with a variable of the template, true or false, with which the prompt
+    fits the turn, and that prompt.
 
     A template whose prompt closes the thoughts by default lets the model think with another value.
     """
@@ -251,10 +291,11 @@ def _other_variables(given: Renderings, index: int) -> tuple[Variables, tuple[st
             other = replace(given, variables=variables, _texts={})
             try:
                 prompt, whole = other.prompt(index), other.until(index)
+                opens = prompt != given.prompt(index) and _unwritten_tag(other, index, prompt)
             except DataError:
                 continue
-            if whole.startswith(prompt):
-                return variables, (prompt, whole[len(prompt) :])
+            if whole.startswith(prompt) or opens:
+                return other, prompt
     return None
 
 
@@ -264,6 +305,67 @@ def _unwritten_tag(given: Renderings, index: int, prompt: str) -> str | None:
     match = rendering.OPEN_TAG.search(prompt)
     is_dropped = match and given.until(index).startswith(prompt[: match.start()])
     return match[1] if match and is_dropped else None
+
+
+def _difference(prompt: str, text: str, tokenizer: Tokenizer) -> int:
+    """Returns where a text ceases to be the prompt, at the start of a token or of a tag."""
+    pairs = enumerate(zip(prompt, text, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(text)))
+    for said in (prompt, text):
+        starts = (
+            start
+            for start, token in _added_tokens_in(tokenizer, said)
+            if start < at < start + len(token)
+        )
+        at = next(starts, at)
+    tag = re.search(r"<[/|]?\w*$", prompt[:at])
+    return tag.start() if tag else at
+
+
+def _closed_block(given: Renderings, index: int, prompt: str) -> int:
+    """Returns where the prompt closes a block of thoughts that the text of the turn does not have,
+    and what the model writes begins in the text. 0: the two differ otherwise."""
+    whole = given.until(index)
+    at = _difference(prompt, whole, given.tokenizer)
+    block = re.fullmatch(r"\s*<([^<>\s]+)>\s*<([^<>\s]+)>\s*", prompt[at:])
+    names = (
+        [re.sub(r"(?i)^[/|]*((start|begin|end)_?)?|[|]*$", "", n) for n in block.groups()]
+        if (block)
+        else []
+    )
+    return at if block and block[1] != block[2] and names[0] == names[1] else 0
+
+
+def _behind_difference(
+    given: Renderings, index: int, prompt: str, has_thoughts: bool
+) -> tuple[int, str]:
+    """Returns where the model's part of a turn begins in a text that does not have what the prompt
+    ends in, and what the model has to write before it to close its thoughts. (0, ""): the
+    template does not say.
+
+    1. The prompt opens the thoughts, and the turn has none: what the template writes behind the
+       thoughts of the same turn closes them (Cohere2MoE: "<|START_THINKING|>").
+    2. The first value of the turn stands where the text and the prompt part: a header that the text
+       does not have a second time (Apertus behind a tool's result), or words that open the thoughts
+       (Apriel: "Here are my reasoning steps:").
+    """
+    message = given.messages[index]
+    stand_in, slots = _stand_in(message, given.sentinel)
+    traced = given.with_turn(index, stand_in)
+    at = _difference(prompt, traced, given.tokenizer)
+    if not has_thoughts:
+        thought = f"{given.sentinel}{len(slots)}e"
+        with suppress(DataError):
+            thinking = given.with_turn(index, {**stand_in, "reasoning_content": thought})
+            before, found, after = thinking.partition(thought)
+            rest = traced[at:]
+            starts = before.rstrip() in (prompt.rstrip(), prompt[:at].rstrip())
+            if found and starts and rest and after.endswith(rest) and after != rest:
+                return at, after.removesuffix(rest)
+    opened = rendering.OPEN_TAG.search(prompt[at:]) and not has_thoughts
+    if traced[at:].lstrip().startswith(given.sentinel) and not opened:
+        return at, ""
+    return 0, ""
 
 
 def _mismatch(given: Renderings, index: int, prompt: str, number: int) -> str:
@@ -346,10 +448,13 @@ def _stand_in(message: Message, word: str) -> tuple[Message, list[_Slot]]:
 
 
 def _confirm(
-    given: Renderings, index: int, message: Message, body: str, closes: str, number: int
+    given: Renderings, index: int, message: Message, body: str, at: int | None, number: int
 ) -> _Frame:
-    """Compares a turn with one of sentinels. Raises DataError if a value is changed or missing."""
-    is_plain = _is_plain(message) and not closes
+    """Compares a turn with one of sentinels. Raises DataError if a value is changed or missing.
+
+    `at`: where the body begins in the text, if that is not where the prompt ends.
+    """
+    is_plain = _is_plain(message) and at is None
     frames = _frames(given.tokenizer)
     for before, after in frames if is_plain else ():
         held = body[len(before) : len(body) - len(after)]
@@ -357,10 +462,8 @@ def _confirm(
         if is_frame and held in _trimmed(message["content"]):
             return _Frame(after, False)
     stand_in, slots = _stand_in(message, given.sentinel)
-    if closes:  # the template drops its thoughts, which `closes` has
-        whole, prompt = given.with_turn(index, stand_in), given.prompt(index)
-        traced: str | None = whole[tag_start(prompt) :]
-        slots = [slot if slot.kind != "thoughts" else _Slot("", "") for slot in slots]
+    if at is not None:
+        traced: str | None = given.with_turn(index, stand_in)[at:]
     else:
         traced = _continue(given, index, given.prompt(index), stand_in)
     if traced is None:
@@ -477,14 +580,14 @@ def _end(given: Renderings, index: int, message: Message, body: str, tail: str) 
     ends = [end for end, token in found if token in stops]
     ends = ends or [end for end, token in found if token == answer_end]
     if not ends:
-        following = _next_header(given, index, message)
+        blank, following = _next_header(given, index, message)
         if following in stops:
-            return body.rstrip() + str(following), True
+            return body + blank + str(following), True
         ends = [end for end, _ in found[-1:] if answer_end]
     if ends:
         return body[: len(body) - len(tail) + ends[0]], False
-    if following and _next_header_of_user(tokenizer) in stops:
-        return body.rstrip() + following, True
+    if following and _next_header_of_user(tokenizer)[1] in stops:
+        return body + blank + following, True
     return body.rstrip() + tokenizer.eos_token, True
 
 
@@ -518,7 +621,7 @@ def _answer_end(tokenizer: Tokenizer) -> str | None:
     except DataError:
         return None
     tail = text.rpartition("zq7s0e")[2]
-    return next((token for _, token in _added_tokens_in(tokenizer, tail)), None)
+    return next((token for _, token in reversed([*_added_tokens_in(tokenizer, tail)])), None)
 
 
 @cached_by_tokenizer
@@ -540,33 +643,41 @@ def end_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
     found = set()
     for turn in turns:
         with suppress(DataError):
-            if made := find_turn(Renderings(tokenizer, [ASK, turn]), 1):
+            made = find_turn(Renderings(tokenizer, [ASK, turn]), 1)
+            if isinstance(made, Turn):
                 ends = _added_tokens_in(tokenizer, made.answer)
                 found |= {t for at, t in ends if at + len(t) == len(made.answer)}
     return tuple(sorted(found))
 
 
-def _next_header(given: Renderings, index: int, message: Message) -> str | None:
-    """Returns the added token that the template writes first behind the turn: before the next
-    message if it is not the assistant's, else before a tool's result or the user's message."""
+def _next_header(given: Renderings, index: int, message: Message) -> tuple[str, str | None]:
+    """Returns the added token that the template writes first behind the turn, and the blanks before
+    it: before the next message if it is not the assistant's, else before a tool's result or the
+    user's message."""
     following: Message = {"role": "user", "content": "zq7s0e"}
     if rendering.get_calls(message):
         following = {"role": "tool", "content": "zq7s0e"}
-    if index + 1 < len(given.messages) and given.messages[index + 1]["role"] != "assistant":
+    if [m["role"] for m in given.messages[index + 1 : index + 2]] not in ([], ["assistant"]):
         following = {**given.messages[index + 1], "content": "zq7s0e"}
-    try:
-        longer = given.render([*given.messages[: index + 1], following])
-    except DataError:
-        return None
-    whole = given.until(index)
-    if not longer.startswith(whole):
-        return None
-    more = _added_tokens_in(given.tokenizer, longer[len(whole) :].lstrip())
-    return next((token for at, token in more if at == 0), None)
+    without = {**message, "reasoning_content": "", "content": rendering.split_thoughts(message)[1]}
+    for turn in (message, without):  # some templates drop the thoughts of earlier turns
+        try:
+            whole = given.with_turn(index, turn)
+            longer = given.render([*given.messages[:index], turn, following])
+        except DataError:
+            continue
+        if longer.startswith(whole):
+            break
+    else:
+        return "", None
+    more = longer[len(whole) :]
+    blank = more[: len(more) - len(more.lstrip())]
+    added = _added_tokens_in(given.tokenizer, more.lstrip())
+    return blank, next((token for at, token in added if at == 0), None)
 
 
 @cached_by_tokenizer
-def _next_header_of_user(tokenizer: Tokenizer) -> str | None:
+def _next_header_of_user(tokenizer: Tokenizer) -> tuple[str, str | None]:
     answer = {"role": "assistant", "content": "b"}
     return _next_header(Renderings(tokenizer, [ASK, answer]), 1, answer)
 
