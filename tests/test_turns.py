@@ -596,3 +596,66 @@ def test_a_typed_special_token_in_a_value_that_a_template_writes_as_python_stays
 def test_a_turn_in_which_serving_would_stop_early_is_refused():
     with pytest.raises(DataError, match=r"generation stops at '<\|call\|>', .* assistant turn 1"):
         template.render_row(local("channels"), catalogue.PARALLEL, LIMIT)
+
+
+HEADED = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+OPENED_BY_A_TOKEN = (
+    HEADED + "{% if m.reasoning_content %}<|think|>{{ m.reasoning_content }}<|/think|>{% endif %}"
+    "<|text|>{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<|think|>{% endif %}"
+)
+OPENED_BY_WORDS = (
+    HEADED + "{% if m.reasoning_content %}{{ m.reasoning_content }}\n[FINAL]\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\nI think:\n{% endif %}"
+)
+ALWAYS_PROMPTS = (
+    HEADED + "<|text|>{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n<|think|><|/think|>"
+)
+ENDS_BEFORE_THE_NEXT = (
+    HEADED + "{{ m.content }}{% if not loop.last %}{{ '\n<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n<|im_end|>\n<|im_start|>assistant\n' }}{% endif %}"
+)
+PROMPTS_BEHIND_USERS = (
+    HEADED + "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt and messages[-1].role != 'assistant' %}"
+    "<|im_start|>assistant\n{% endif %}"
+)
+MARKED_THOUGHTS = ("<|think|>", "<|/think|>", "<|text|>")
+
+
+@pytest.mark.parametrize(
+    ("source", "thoughts", "expected"),
+    [
+        (OPENED_BY_A_TOKEN, None, "<|/think|><|text|>Hello.<|im_end|>"),
+        (OPENED_BY_A_TOKEN, "so", "so<|/think|><|text|>Hello.<|im_end|>"),
+        (OPENED_BY_WORDS, None, "\n[FINAL]\nHello.<|im_end|>"),
+        (OPENED_BY_WORDS, "so", "so\n[FINAL]\nHello.<|im_end|>"),
+        (ALWAYS_PROMPTS, None, "<|text|>Hello.<|im_end|>"),
+    ],
+)
+def test_a_prompt_that_says_more_than_the_text_is_continued(source, thoughts, expected):
+    tokenizer = catalogue.tokenizer(source, None, MARKED_THOUGHTS)
+    turn = {"role": "assistant", "content": "Hello."}
+    row = Row([A, {**turn, "reasoning_content": thoughts} if thoughts else turn], None, "f", 1)
+    assert texts_of(tokenizer, row) == [[expected]]
+    ((kept, example),) = template.render_row(tokenizer, row, LIMIT)
+    ((first, _),) = audit.supervised_runs(example.labels)
+    assert example.ids[:first] == serve(tokenizer, row, 1)
+    assert not set(audit.examine(tokenizer, kept, example, LIMIT)) & set(audit.ERRORS)
+
+
+def test_the_blanks_before_an_end_that_only_the_next_message_writes_are_learnt():
+    tokenizer = catalogue.tokenizer(ENDS_BEFORE_THE_NEXT, None, ())
+    row = Row(families.TWO_TURNS, None, "f", 1)
+    assert texts_of(tokenizer, row) == [["Hello.\n<|im_end|>", "Good bye.\n<|im_end|>"]]
+
+
+def test_a_header_that_no_prompt_has_behind_an_answer_is_not_learnt():
+    tokenizer = catalogue.tokenizer(PROMPTS_BEHIND_USERS, None, ())
+    answers = [{"role": "assistant", "content": text} for text in ("One.", "Two.")]
+    row = Row([A, *answers], None, "f", 1)
+    assert texts_of(tokenizer, row) == [["One.<|im_end|>"]]
+    ((kept, example),) = template.render_row(tokenizer, row, LIMIT)
+    assert audit.examine(tokenizer, kept, example, LIMIT) == ["no_prompt"]
