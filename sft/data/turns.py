@@ -362,10 +362,15 @@ def _behind_difference(
             starts = before.rstrip() in (prompt.rstrip(), prompt[:at].rstrip())
             if found and starts and rest and after.endswith(rest) and after != rest:
                 return at, after.removesuffix(rest)
-    opened = rendering.OPEN_TAG.search(prompt[at:]) and not has_thoughts
-    if traced[at:].lstrip().startswith(given.sentinel) and not opened:
-        return at, ""
-    return 0, ""
+    begins = traced[at:].lstrip().startswith(given.sentinel) and prompt[at:].strip()
+    is_header = (
+        not rendering.OPEN_TAG.search(prompt[at:])
+        and not re.sub(
+            added.pattern if (added := added_pattern(given.tokenizer)) else "$^", "", prompt[at:]
+        ).strip()
+    )
+    is_thought = has_thoughts and bool(slots) and slots[0].kind == "thoughts"
+    return (at, "") if begins and (is_thought or is_header) else (0, "")
 
 
 def _mismatch(given: Renderings, index: int, prompt: str, number: int) -> str:
