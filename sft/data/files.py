@@ -71,7 +71,7 @@ class BadRow:
 class Source(NamedTuple):
     """A file, or a dataset of the hub, and which of the given paths named it."""
 
-    file: str  # its path, hub id or address without credentials, for messages
+    file: str  # for messages: its path, hub id, or address without credentials
     entry: int = 0
     on_hub: bool = False
     copy: str = ""  # local copy of a remote file
@@ -121,11 +121,13 @@ def list_files(
     return found
 
 
-_fetched: dict[tuple[str, str], Listing] = {}  # by address and cache: a process asks once
+_fetched: dict[
+    tuple[str, str], Listing
+] = {}  # by address and cache, so that a process asks the server once
 
 
 def _list_remote(text: str, entry: int, cache_dir: str, tick: Callable[[], None]) -> Listing:
-    """Returns the copies of the files that an address gives, fetched if need be."""
+    """Returns the files of an address as local copies, fetched unless they are current."""
     key = (text, str(Path(cache_dir).resolve()))
     known = _fetched.get(key)
     if known is None or not all(Path(source.copy).exists() for source in known.sources):

@@ -118,7 +118,7 @@ def _message(message: Any, name: str) -> Message:
 
 
 def _weight_of(given: dict[str, Any], role: str, name: str) -> float | None:
-    """Takes the weight out of a message's keys. A `loss_weight` that changes nothing is dropped."""
+    """Removes the weight from a message's keys and returns it; None if it is the usual one."""
     names = [key for key in ("weight", "loss_weight") if key in given]
     found = {key: _weight(given.pop(key), f"{name}: {key}") for key in names}
     if len(set(found.values())) > 1:
@@ -138,19 +138,18 @@ def _calls(given: dict[str, Any], name: str) -> list[dict[str, Any]]:
     if "function_call" in given and "tool_calls" in given:
         raise ValueError(f"{name}: expected tool_calls or function_call, found both")
     if "function_call" in given:
-        return [
-            read_call(json_value(given["function_call"], f"{name}: function_call"), f"{name}: call")
-        ]
+        value = json_value(given["function_call"], f"{name}: function_call")
+        return [read_call(value, f"{name}: call")]
     at = f"{name}: tool_calls"
     listed = as_list(given.get("tool_calls", []), at)
     return [read_call(each, f"{name}: call {n}") for n, each in enumerate(listed, 1)]
 
 
 def _content(content: Any, role: str, name: str) -> tuple[Any, list[str], list[dict[str, Any]]]:
-    """Returns (content, thoughts, calls) of a content, which may be a list of typed parts.
+    """Splits a list of typed parts into (content, thoughts, calls).
 
     Parts of text stay parts, since templates may render each by itself. Texts under the key
-    `value` are joined, as LLaMA-Factory does. All else is returned, to be checked later.
+    `value` are joined, as LLaMA-Factory does. Another content is returned as it is, unchecked.
     """
     if not isinstance(content, list):
         return content, [], []
@@ -185,7 +184,7 @@ def _content(content: Any, role: str, name: str) -> tuple[Any, list[str], list[d
 
 
 def _checked_content(content: Any, role: str, name: str) -> Any:
-    """Returns a content that says something; a number of an answer or a result as its text."""
+    """Checks a content that is not empty. A number in an answer or a result becomes its text."""
     if isinstance(content, list):
         as_text(_joined(content), f"{name}: content")
         return content
@@ -284,11 +283,15 @@ def json_value(value: Any, name: str) -> Any:
 
 
 def _weight(value: Any, name: str) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= MAX_WEIGHT:
+    if not is_number(value) or not 0 <= value <= MAX_WEIGHT:
         found = f"{value!r:.40}"
         raise ValueError(f"{name}: expected a number from 0 to {MAX_WEIGHT:g}, found {found}")
     return float(value) if isinstance(value, JsonFloat) else value
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a JSON value is a number, which true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_strings(value: Any, name: str, depth: int = 0) -> None:
@@ -314,8 +317,7 @@ def as_text(value: Any, name: str) -> str:
 
 def as_answer(value: Any, name: str) -> str:
     """Returns a text, or a number as its file writes it."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and math.isfinite(value):
+    if is_number(value) and math.isfinite(value):
         return value.text if isinstance(value, JsonFloat) else json.dumps(value)
     return as_text(value, name)
 

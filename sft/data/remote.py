@@ -60,10 +60,9 @@ def is_remote(text: str) -> bool:
 
 
 def find(address: str) -> tuple[str, dict[str, str], bool]:
-    """Returns the name of an address, {name: address} of the files that it gives, and whether it is
-    a folder, from which the caller chooses.
+    """Returns the name of an address, {name: address} of its files, and whether it is a folder.
 
-    Raises DataError if it gives none.
+    Raises DataError if it has no file.
     """
     name = hide_credentials(address)
     if HIDDEN in address:
@@ -257,22 +256,24 @@ class _Transfer:
             try:
                 return self._attempt(store)
             except FetchError as error:
+                if error.kind not in ("transient", "unreachable"):
+                    raise
                 arrived = self._num_arrived()
                 failures = 0 if arrived > most else failures + 1
                 most = max(most, arrived)
                 was_reached = error.kind == "transient" or most > first
-                if error.kind not in ("transient", "unreachable") or not was_reached:
-                    raise
-                if failures > len(PAUSES):
+                if failures > len(PAUSES) or not was_reached:
                     raise self._with_progress(error, arrived) from None
                 print_note(f"{self.name}: {error.reason}; trying again")
                 self.tick()
                 time.sleep(PAUSES[max(0, failures - 1)])
 
     def _with_progress(self, error: FetchError, arrived: int) -> FetchError:
+        if not arrived:
+            return error
         total = read_json(self.about).get("size")
         of = f" of {size(total)}" if total else ""
-        remedy = f"{size(arrived)}{of} are kept: run again to resume" if arrived else ""
+        remedy = f"{size(arrived)}{of} are kept: run again to resume"
         return FetchError(error.kind, error.reason, remedy)
 
     def _num_arrived(self) -> int:
