@@ -31,7 +31,7 @@ from sft.tasks.base import Finding, Task
 from sft.tasks.registry import load_run, task_of
 from sft.train import engine
 
-ROWS = 8  # examples of the training step
+TRIAL_EXAMPLES = 8  # global batch of the trial step
 
 
 def run(config_file: str, overrides: list[str]) -> bool:
@@ -83,12 +83,12 @@ def packages(needed: Iterable[str]) -> Finding:
         if found == "nothing" or not expected.contains(found, prereleases=True):
             wrong.append(f"{requirement.name}: expected {expected}, found {found}")
     if wrong:
-        return Finding(False, "; ".join(wrong), "`make setup`, or pip install the versions named")
-    return Finding(True, f"packages: {number} of the versions that are needed")
+        return Finding(False, "; ".join(wrong), "run `make setup`, or pip install these versions")
+    return Finding(True, f"packages: all {number} have the versions that are needed")
 
 
 def needed_packages() -> list[str]:
-    """Returns the pins of a checkout, or what the installed package asks for."""
+    """Returns the pins of a checkout's requirements.txt, else those of the installed package."""
     pins = Path(__file__).parents[1] / "requirements.txt"
     if not pins.exists():
         return metadata.requires("sft") or []
@@ -136,28 +136,32 @@ def trial(config: RunConfig) -> Iterator[Finding]:
     The step is the task's own; the checkpoint is saved, read back and removed.
     """
     refuse_if_unwritable(Path(config.train.output_dir))
-    own_process = processes.drop_launch_demands(config)
-    accelerator = processes.start_processes(own_process.train)
+    one_process = processes.drop_launch_demands(config)
+    accelerator = processes.start_processes(one_process.train)
     yield Finding(True, f"Accelerate: {processes.describe_world(accelerator)['devices']}")
     place = hardware.nearest_existing(Path(config.train.output_dir))
     with tempfile.TemporaryDirectory(prefix=".check_", dir=place) as folder:
-        few = {"train.output_dir": folder, "train.global_batch": ROWS, "train.max_steps": 2}
-        task, planned = _start(with_values(own_process, few), accelerator)
+        few = {
+            "train.output_dir": folder,
+            "train.global_batch": TRIAL_EXAMPLES,
+            "train.max_steps": 2,
+        }
+        task, planned = _start(with_values(one_process, few), accelerator)
         share = f"{planned.num_trained:,} of {planned.num_parameters:,} parameters are trained"
         described = dict(task.describe(config))
         yield Finding(True, f"model: {described.get('model', config.task)}, {share}")
-        trained = engine.Engine(task, task.config.train, task.context)
-        values = trained.optimizer_step()
+        trainer = engine.Engine(task, task.config.train, task.context)
+        values = trainer.optimizer_step()
         yield Finding(
             True,
             f"one training step: {planned.global_batch} {planned.labels.examples}, "
             f"loss {values['train/loss']:.4f}, gradient norm {values['train/grad_norm']:.4f}",
         )
         if task.trial_saves:
-            trained.prove_saving()
+            trainer.prove_saving()
             taken = size(folder_bytes(Path(folder)))
             yield Finding(True, f"checkpoint: saved, verified and read back, {taken}")
-        yield from task.check_result(trained, Path(folder))
+        yield from task.check_result(trainer, Path(folder))
 
 
 def _start(config: RunConfig, accelerator: Accelerator) -> tuple[Task, plan.Plan]:

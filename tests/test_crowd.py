@@ -756,9 +756,9 @@ WEIGHTS = "agent1/adapter_model.safetensors"
         (
             META,
             rewritten(num_agents=2, concentration=[1, 1]),
-            r"holds another crowd:\n  num_agents: saved with 2, found 3",
+            r"holds another crowd:\n  num_agents: saved with 2, configured as 3",
         ),
-        (META, rewritten(r=8), r"holds another crowd:\n  r: saved with 8, found 4"),
+        (META, rewritten(r=8), r"holds another crowd:\n  r: saved with 8, configured as 4"),
         (
             META,
             rewritten(base={"name": "x", "weights_sha256": "0"}),
@@ -776,9 +776,9 @@ def test_a_folder_that_is_not_that_of_the_crowd_is_refused(run, moved, name, cha
 @pytest.mark.parametrize(
     ("override", "reported"),
     [
-        ("crowd.num_agents=2", "num_agents: saved with 3, found 2"),
-        ("tuning.r=8", "r: saved with 4, found 8"),
-        ("tuning.lora_alpha=4", r"lora_alpha: saved with 16\.0, found 4\.0"),
+        ("crowd.num_agents=2", "num_agents: saved with 3, configured as 2"),
+        ("tuning.r=8", "r: saved with 4, configured as 8"),
+        ("tuning.lora_alpha=4", r"lora_alpha: saved with 16\.0, configured as 4\.0"),
         ("tuning.target_modules=[q_proj]", r"target_modules: saved with \['down_proj', "),
     ],
 )

@@ -219,7 +219,7 @@ def test_a_resample_scores_as_the_corpus_in_which_examples_stand_so_often():
     pairs, names = corpus(), ("bleu", "chrf", "rouge_l")
     tally = tallied(pairs, names)
     counts = np.random.default_rng(0).multinomial(len(pairs), [1 / len(pairs)] * len(pairs), 5)
-    found = tally._stacked(tally.rows, counts.astype(float))
+    found = tally._stack_values(tally.rows, counts.astype(float))
     assert found.shape == (3, 5)
     for times, values in zip(counts, found.T, strict=True):
         whole = [pair for pair, n in zip(pairs, times, strict=True) for _ in range(n)]
@@ -388,7 +388,7 @@ def test_a_failed_answer_is_not_an_empty_one():
 def test_no_examples_have_no_values():
     tally = Tally(NAMES, LABELS)
     assert (tally.num_examples, tally.values(), tally.intervals()) == (0, {}, {})
-    assert scores.difference(tally, Tally(NAMES, LABELS)) == {}
+    assert scores.compare_tallies(tally, Tally(NAMES, LABELS)) == {}
 
 
 # --- examples of all ranks ------------------------------------------------------------------------
@@ -505,7 +505,7 @@ def test_an_interval_of_equal_examples_has_no_width(name, num):
         tally = tallied([(answer, "5")] * num, [name], labels=["5", "6"])
         for key, interval in tally.intervals().items():
             assert interval == pytest.approx((tally.values()[key],) * 2, rel=1e-12)
-        for row in scores.difference(tally, tally).values():
+        for row in scores.compare_tallies(tally, tally).values():
             assert (row.low, row.high, row.verdict) == (0, 0, "not distinguishable")
 
 
@@ -529,7 +529,7 @@ def test_a_difference_is_that_of_the_paired_bootstrap_of_scipy():
     a = drawn.random(400) < 0.5
     b = np.where(drawn.random(400) < 0.8, a, drawn.random(400) < 0.6)
     tallies = [tallied(matches(each), ["exact_match"]) for each in (a, b)]
-    found = scores.difference(*tallies)["exact_match"]
+    found = scores.compare_tallies(*tallies)["exact_match"]
     expected = bootstrap(
         (a.astype(float), b.astype(float)),
         lambda a, b, axis: np.mean(b, axis) - np.mean(a, axis),
@@ -558,21 +558,21 @@ def test_a_difference_is_that_of_the_paired_bootstrap_of_scipy():
 )
 def test_a_verdict_is_given_where_the_whole_interval_is_on_one_side(a, b, verdict):
     tallies = [tallied(matches(each), ["exact_match"]) for each in (a, b)]
-    assert scores.difference(*tallies)["exact_match"].verdict == verdict
+    assert scores.compare_tallies(*tallies)["exact_match"].verdict == verdict
 
 
 def test_a_verdict_is_withheld_where_few_examples_differ():
     a, b = ([0] * 5 + [1] * 95), [1] * 100
     tallies = [tallied(matches(each), ["exact_match"]) for each in (a, b)]
-    assert scores.difference(*tallies)["exact_match"].verdict == "better"
-    reported = scores.difference(*tallies, num_differing={"exact_match": 5})["exact_match"]
+    assert scores.compare_tallies(*tallies)["exact_match"].verdict == "better"
+    reported = scores.compare_tallies(*tallies, num_differing={"exact_match": 5})["exact_match"]
     assert (reported.verdict, reported.low > 0) == ("not distinguishable", True)
 
 
 def test_tallies_of_other_examples_are_not_compared():
     a = tallied(matches([1, 0, 1]), ["exact_match"])
     with pytest.raises(AssertionError, match="not the same examples"):
-        scores.difference(a, tallied(matches([1, 0, 1]), ["exact_match"], start=1))
+        scores.compare_tallies(a, tallied(matches([1, 0, 1]), ["exact_match"], start=1))
 
 
 # --- what is refused -----------------------------------------------------------------------------

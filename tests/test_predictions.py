@@ -147,7 +147,7 @@ def test_a_file_that_is_not_whole_cannot_be_finished(tmp_path):
     path = tmp_path / "predictions.jsonl"
     made, _ = announced(path)
     made.append([record(0, KEYS[0])])
-    with pytest.raises(UserError, match=r"5 of 6 examples are missing, as number 2: all"):
+    with pytest.raises(UserError, match=r"5 of 6 examples are missing, the first is number 2: all"):
         made.finish()
     assert [each["index"] for each in read_records(path)] == [0]
 

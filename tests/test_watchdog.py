@@ -355,8 +355,8 @@ def test_a_worker_that_is_killed_is_an_error_with_the_rows(start):
     assert run.codes() == [3]
     assert run.reported.endswith(
         "error: a process that prepared data was killed, most likely because memory ran out, at "
-        "the rows nano/train.jsonl:1 to nano/train.jsonl:512; free some memory, or look there for "
-        "very long ones\n"
+        "the rows nano/train.jsonl:1 to nano/train.jsonl:512; free some memory, or look for "
+        "very long rows there\n"
     )
     assert run.status["exit_code"] == 3
 

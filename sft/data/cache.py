@@ -288,7 +288,7 @@ def _write_rows(
             share = data.eval_fraction if len(paths) == 1 else 0
             document, rows = workers.only_document(rows) if share else (None, rows)
             chunks = (
-                [workers.render_halves(tokenizer, document, max_length(config), share)]
+                [workers.render_split_document(tokenizer, document, max_length(config), share)]
                 if document
                 else workers.map_chunks(render, rows)
             )

@@ -25,8 +25,8 @@ from sft.runtime import children, hardware
 from sft.runtime.console import make_console
 
 CHUNK_ROWS = 256  # rows that a worker takes at a time
-PLACE = np.dtype([("part", "u1"), ("entry", "u2")])  # the path that gave a row
-TRAIN, HELD_OUT = 0, 1  # parts
+PLACE = np.dtype([("part", "u1"), ("entry", "u2")])  # which path a row came from
+TRAIN, HELD_OUT = 0, 1  # values of `part`
 
 
 @dataclass
@@ -34,14 +34,16 @@ class Rendered:
     """The result of rendering some rows in a worker."""
 
     arrays: ExampleArrays  # rows numbered from 0
-    places: np.ndarray  # (good rows,) of PLACE
+    places: np.ndarray  # of dtype PLACE, one per good row
     fingerprint: duplicates.RowFingerprint  # of the good rows
     formats: Counter[str]  # of the good rows
     ignored: Counter[str]  # columns of the good rows that are not used
     refused: list[BadRow]  # refused by the reader or by the chat template
     num_dropped: int  # rows dropped by data.on_long
-    left_out: Counter[str] = field(default_factory=Counter)  # rows without a turn to learn, by why
-    split: Counter[str] = field(default_factory=Counter)  # rows, examples and further tokens
+    # Rows that have nothing to learn, by reason.
+    left_out: Counter[str] = field(default_factory=Counter)
+    # Conversations cut into several examples: rows, examples and further_tokens.
+    split: Counter[str] = field(default_factory=Counter)
 
 
 AnyRow = Row | BadRow
@@ -51,8 +53,8 @@ Work = Callable[[Sequence[AnyRow]], Rendered]
 def map_chunks(work: Work, rows: Iterator[AnyRow]) -> Iterator[Rendered]:
     """Yields the result of `work` on chunks of all rows, in their order.
 
-    Chunks go to forked processes if there are several and more than one core. Only a few of them
-    are in memory at a time.
+    Forked processes do the work if there is more than one core and more than a few chunks. Only a
+    few chunks are in memory at a time.
     """
     chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
     first = list(islice(chunks, 4))
@@ -60,7 +62,8 @@ def map_chunks(work: Work, rows: Iterator[AnyRow]) -> Iterator[Rendered]:
     if workers < 2 or len(first) < 4:
         yield from map(work, chain(first, chunks))
         return
-    fork = multiprocessing.get_context("fork")  # inherits the tokenizer; sending it takes seconds
+    # Forked workers inherit the tokenizer; sending it to them would take seconds.
+    fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, fork, _start_worker, (work, os.getpid())) as pool:
         waiting: deque[tuple[list[AnyRow], Future[Rendered]]] = deque()
         try:
@@ -80,8 +83,8 @@ def map_chunks(work: Work, rows: Iterator[AnyRow]) -> Iterator[Rendered]:
 def _killed_worker(first: AnyRow, last: AnyRow) -> errors.DataError:
     return errors.DataError(
         "a process that prepared data was killed, most likely because memory ran out, at the rows "
-        f"{first.file}:{first.line} to {last.file}:{last.line}; free some memory, or look there "
-        "for very long ones"
+        f"{first.file}:{first.line} to {last.file}:{last.line}; free some memory, or look for "
+        "very long rows there"
     )
 
 
@@ -103,10 +106,14 @@ def render_rows(
     options: dict[str, Any],
     rows: Sequence[AnyRow],
 ) -> Rendered:
+    """Renders and examines rows, in this process.
+
+    `limit`: tokens that an example may have. `options`: those of `template.render_row`.
+    """
     refused: list[BadRow] = []
     good: list[Row] = []
     samples: list[tuple[int, Row, template.Example]] = []
-    found: list[int] = []
+    row_findings: list[int] = []
     num_dropped = 0
     left_out, split_rows = Counter[str](), Counter[str]()
     for row in rows:
@@ -128,15 +135,16 @@ def render_rows(
         num_dropped += not made
         if len(made) > 1 and is_conversation(row.messages):
             lengths = [len(example.ids) for _, example in made]
-            further = sum(lengths) - max(lengths)  # the longest holds nearly all of the row
+            # The longest example holds nearly all of the row. The others repeat parts of it.
+            further = sum(lengths) - max(lengths)
             split_rows.update(rows=1, examples=len(made), further_tokens=further)
         for kept, example in made:
             samples.append((len(good), kept, example))
-            found.append(audit.examine_row(tokenizer, kept, example, options["supervise"]))
+            row_findings.append(audit.examine_row(tokenizer, kept, example, options["supervise"]))
         good.append(row)
     arrays = ExampleArrays.pack(samples)
-    in_batches = audit.examine_tokens(tokenizer, Examples(arrays), limit)
-    arrays.index["findings"] = np.array(found, np.uint32) | in_batches
+    token_findings = audit.examine_tokens(tokenizer, Examples(arrays), limit)
+    arrays.index["findings"] = np.array(row_findings, np.uint32) | token_findings
     places = np.array([(TRAIN, row.entry) for row in good], PLACE)
     formats = Counter(row.format for row in good)
     ignored = Counter(name for row in good for name in row.ignored)
@@ -147,18 +155,18 @@ def render_rows(
 
 
 def only_document(rows: Iterator[AnyRow]) -> tuple[Row | None, Iterator[AnyRow]]:
-    """Returns the only row if it is raw text, and all rows."""
+    """Returns the row if it is the only one and raw text, else None; and all rows."""
     first = list(islice(rows, 2))
     row = first[0] if len(first) == 1 else None
     is_document = isinstance(row, Row) and template.is_document(row.messages)
     return (row if is_document else None), chain(first, rows)  # type: ignore[return-value]
 
 
-def render_halves(tokenizer: Tokenizer, row: Row, limit: int, share: float) -> Rendered:
-    """Renders a document of which the last `share` of the tokens is held out.
+def render_split_document(tokenizer: Tokenizer, row: Row, limit: int, share: float) -> Rendered:
+    """Renders the only document in two parts: one to train on, and a held-out one.
 
-    There are no other rows to hold out. The two parts have no token in common, and count as two
-    rows for duplicates and leaks.
+    The held-out part is the last `share` of the tokens. The parts do not overlap. They count as two
+    rows in the search for duplicates and leaks.
     """
     ((_, whole),) = template.render_row(tokenizer, row, sys.maxsize)
     ids = whole.ids
@@ -171,6 +179,7 @@ def render_halves(tokenizer: Tokenizer, row: Row, limit: int, share: float) -> R
     samples: list[tuple[int, Row, template.Example]] = []
     parts: list[Row] = []
     for number, part in enumerate((ids[:cut], ids[cut:])):
+        # The bound is one less: a last piece of one token would have nothing to predict.
         pieces = [part[at : at + limit] for at in range(0, len(part) - 1, limit)]
         samples += [(number, row, template.Example(piece, list(piece))) for piece in pieces]
         content = tokenizer.decode(part, skip_special_tokens=True)

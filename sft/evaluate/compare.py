@@ -21,7 +21,7 @@ from sft.config.schema import Evaluation
 from sft.errors import UserError, shorten
 from sft.evaluate.metrics import Verdict
 from sft.evaluate.predictions import Record
-from sft.evaluate.scores import Difference, Tally, difference
+from sft.evaluate.scores import Difference, Tally, compare_tallies
 from sft.runtime.console import beginning, facts, table
 
 KEYS = ("row", "prompt", "reference")  # identify an example
@@ -80,7 +80,7 @@ def compare(a: Path, b: Path, metrics: Sequence[str], labels: Sequence[str] = ()
     num = tally_a.num_examples
     wins = {metric: _count_wins(differing, metric, num) for metric in metrics}
     num_differing = {metric: num - count.tied for metric, count in wins.items()}
-    return Comparison(a, b, num, difference(tally_a, tally_b, num_differing), wins, differing)
+    return Comparison(a, b, num, compare_tallies(tally_a, tally_b, num_differing), wins, differing)
 
 
 def _add(tally: Tally, example: Record, record: Record, file: Path) -> ExampleScores:

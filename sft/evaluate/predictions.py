@@ -1,9 +1,9 @@
 """Keeps finished examples in one JSONL file, from any number of processes, through any kill.
 
 Every process appends whole lines under a lock and syncs them. A line has the `index` of its example
-and a `key`, a digest of all that the answer depends on. A run that continues asks again only for
-examples that have no line, or one with another key. At the end one process rewrites the lines in
-the order of the examples. Memory holds each example's key and the place of its line.
+and a `key`, a digest of all that the answer depends on. A resumed run asks the model again only
+for examples that have no line, or one with another key. At the end one process rewrites the lines
+in the order of the examples. Memory holds each example's key and the place of its line.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Predictions:
 
     def __init__(self, path: Path):
         self.path, self._expected = path, array("Q")  # keys
-        with self._reporting():
+        with self._report_os_errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = self._read()
         self._index, self._keys = np.array(lines["index"]), np.array(lines["key"])
@@ -49,8 +49,8 @@ class Predictions:
         return len(self._expected)
 
     @contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """Raises UserError where the file system fails."""
+    def _report_os_errors(self) -> Iterator[None]:
+        """Raises UserError in place of an OSError of the body."""
         try:
             yield
         except OSError as error:
@@ -86,7 +86,7 @@ class Predictions:
         """Writes lines; once it returns, no kill loses them."""
         lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records)
         data = redact_environment(lines).encode("utf-8", "backslashreplace")
-        with self._reporting(), self.path.open("ab+", buffering=0) as file:
+        with self._report_os_errors(), self.path.open("ab+", buffering=0) as file:
             with suppress(OSError):  # a file system without locks: single appends stay whole
                 fcntl.flock(file, fcntl.LOCK_EX)
             end = file.seek(0, os.SEEK_END)
@@ -99,7 +99,7 @@ class Predictions:
 
     def finish(self) -> None:
         """Rewrites the file: the expected examples, in their order. One process calls it."""
-        with self._reporting():
+        with self._report_os_errors():
             self.path.touch()  # without examples there is no file yet
             lines, expected = self._read(), np.array(self._expected, np.uint64)
             lines = lines[lines["index"] < len(expected)]
@@ -107,9 +107,9 @@ class Predictions:
             is_there[lines["index"]] = lines["key"] == expected[lines["index"]]
             if len(missing := np.flatnonzero(~is_there)):
                 raise UserError(
-                    f"{self.path}: {len(missing):,} of {len(expected):,} examples are missing, as "
-                    f"number {missing[0] + 1}: all processes must write to one file system; run "
-                    "again"
+                    f"{self.path}: {len(missing):,} of {len(expected):,} examples are missing, the "
+                    f"first is number {missing[0] + 1}: all processes must write to one file "
+                    "system; run again"
                 )
             path = self.path.resolve()  # a link is kept; its file is replaced
             with path.open("rb") as old, atomic_write(path, sync=True) as new:

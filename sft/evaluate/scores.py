@@ -1,7 +1,7 @@
-"""Scores of all answers together, with 95 % intervals, and differences of two such scores.
+"""Scores all answers together, with 95 % intervals, and compares the scores of two runs.
 
-Intervals are percentiles of `scipy.stats.bootstrap` over the examples. Its method BCa would correct
-bias and skew, but takes a time that grows with the square of the number of examples, and gives no
+Intervals are percentiles of `scipy.stats.bootstrap` over the examples. SciPy's BCa method would
+correct bias and skew. But its time grows with the square of the number of examples, and it gives no
 interval if all examples score the same. Two runs are compared on the same resamples (paired).
 """
 
@@ -20,18 +20,20 @@ from sft.errors import UserError
 from sft.evaluate.metrics import Classification, Measure, Verdict, make_measure
 
 RESAMPLES = 1000
-AT_ONCE = 2**20  # examples in the resamples that are drawn together: about 40 MB
-FEWEST = 6  # examples that must differ: five all change for the better or worse by chance in 6 %
-REPORTED = ("num_examples", "metrics", "intervals")  # even if they are empty
+AT_ONCE = 2**20  # examples that are drawn at once, over several resamples: about 40 MB
+# Examples that must score differently for a verdict. If two runs are equally good and only five
+# examples differ, all five favour the same run with a probability of 6 %.
+FEWEST_DIFFERING = 6
+ALWAYS_REPORTED = ("num_examples", "metrics", "intervals")  # even if they are empty
 
 
 class Tally:
-    """The statistics of examples, from which all examples are scored together.
+    """Statistics of each example, from which the scores of all examples together are computed.
 
     An example takes 8 bytes for its number and 8 for each statistic (`chrf` has 18, `bleu` 10, any
     other metric 1), and as much again if it has a group. Scoring takes up to three copies of that.
-    `groups` has a tally for each group. `labels` are those of `classification`. Raises UserError
-    for an unknown name.
+    `names` are those of metrics, `labels` those of the metric `classification`. `groups` has a
+    tally for each group. Raises UserError for an unknown metric.
     """
 
     def __init__(self, names: Sequence[str], labels: Sequence[str] = ()) -> None:
@@ -69,7 +71,7 @@ class Tally:
     def rows(self) -> np.ndarray:
         """Returns float64 [examples, 1 + statistics], sorted by the first column, the number.
 
-        Ranks concatenate theirs and set the result.
+        To merge the tallies of all ranks, concatenate their rows and set the result.
         """
         rows = np.asarray(self._rows).reshape(-1, self._width)
         ordered = rows[np.argsort(rows[:, 0], kind="stable")]
@@ -85,7 +87,7 @@ class Tally:
         return len(self._rows) // self._width
 
     def values(self) -> dict[str, float]:
-        """Returns values by name; nothing without examples.
+        """Returns metric values by name; {} if there are no examples.
 
         `classification` has several: accuracy, macro_precision, macro_recall, macro_f1, and for
         each label precision/<label>, recall/<label> and f1/<label>.
@@ -94,9 +96,9 @@ class Tally:
         return {name: float(values[0]) for _, name, values in found}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Returns 95 % intervals by name; without width if all examples score the same."""
+        """Returns 95 % intervals by name; of zero width if all examples score the same."""
         rows = self.rows
-        found = _intervals(lambda counts: self._stacked(rows, counts), len(rows)).tolist()
+        found = _intervals(lambda counts: self._stack_values(rows, counts), len(rows)).tolist()
         return {name: (low, high) for name, (low, high) in zip(self.values(), found, strict=True)}
 
     def confusion(self) -> dict[str, dict[str, int]]:
@@ -118,10 +120,10 @@ class Tally:
             "confusion": self.confusion(),
             "groups": {name: own.report() for name, own in sorted(self.groups.items())},
         }
-        return {name: value for name, value in found.items() if value or name in REPORTED}
+        return {name: value for name, value in found.items() if value or name in ALWAYS_REPORTED}
 
     def _parts(self, rows: np.ndarray) -> Iterator[tuple[str, Measure, np.ndarray]]:
-        """Yields (metric, measure, its columns)."""
+        """Yields (metric, measure, the measure's columns of `rows`)."""
         start = 1
         for metric, measure in self._measures.items():
             yield metric, measure, rows[:, start : start + measure.size]
@@ -130,31 +132,32 @@ class Tally:
     def _values(
         self, rows: np.ndarray, counts: np.ndarray
     ) -> Iterator[tuple[str, str, np.ndarray]]:
-        """Yields (metric, name, values [resamples]); nothing without examples."""
+        """Yields (metric, name, values [resamples]); nothing if there are no examples."""
         for metric, measure, part in self._parts(rows) if len(rows) else ():
             for name, values in measure.values(part, counts).items():
                 yield metric, name, values
 
-    def _stacked(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def _stack_values(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Returns values [names, resamples]."""
         found = [values for *_, values in self._values(rows, counts)]
         return np.array(found).reshape(-1, len(counts))
 
 
-def _intervals(values: Callable[[np.ndarray], np.ndarray], num_examples: int) -> np.ndarray:
+def _intervals(evaluate: Callable[[np.ndarray], np.ndarray], num_examples: int) -> np.ndarray:
     """Returns 95 % intervals [names, 2].
 
-    `values` returns values [names, resamples] for counts [resamples, examples], which say how often
-    each resample has each example.
+    `evaluate` maps counts [resamples, examples] to values [names, resamples]. A count says how
+    often a resample has an example.
     """
     if num_examples < 2:  # every resample is the sample
-        return values(np.ones((1, num_examples))).repeat(2, axis=1)
+        return evaluate(np.ones((1, num_examples))).repeat(2, axis=1)
     from scipy.stats import bootstrap
 
     def statistic(places: np.ndarray, axis: int) -> np.ndarray:
-        own = places + np.arange(len(places))[:, None] * num_examples  # counted in one call
-        counts = np.bincount(own.ravel(), minlength=own.size).reshape(own.shape)
-        return values(counts.astype(float))
+        # Each resample gets bins of its own, so one call counts all of them.
+        bins = places + np.arange(len(places))[:, None] * num_examples
+        counts = np.bincount(bins.ravel(), minlength=bins.size).reshape(bins.shape)
+        return evaluate(counts.astype(float))
 
     low, high = bootstrap(
         (np.arange(num_examples),),
@@ -180,23 +183,26 @@ class Difference:
     verdict: Verdict
 
 
-def difference(
+def compare_tallies(
     a: Tally, b: Tally, num_differing: Mapping[str, int] | None = None
 ) -> dict[str, Difference]:
-    """Returns the differences of two tallies of the same examples by name, by paired bootstrap.
+    """Compares two tallies of the same examples by paired bootstrap; returns differences by name.
 
     `num_differing` says by metric how many examples score differently; None: all. If fewer than
-    FEWEST do, the verdict is "not distinguishable", since the bootstrap would be too sure.
+    FEWEST_DIFFERING do, the verdict is "not distinguishable", since the bootstrap's interval would
+    be too narrow.
     """
     rows_a, rows_b, num = a.rows, b.rows, a.num_examples
     assert np.array_equal(rows_a[:, 0], rows_b[:, 0]), "not the same examples"
-    bounds = _intervals(lambda counts: b._stacked(rows_b, counts) - a._stacked(rows_a, counts), num)
+    bounds = _intervals(
+        lambda counts: b._stack_values(rows_b, counts) - a._stack_values(rows_a, counts), num
+    )
     once, found = np.ones((1, num)), {}
     for (metric, name, of_a), (_, _, of_b), (low, high) in zip(
         a._values(rows_a, once), b._values(rows_b, once), bounds.tolist(), strict=True
     ):
         verdict: Verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
-        if (num if num_differing is None else num_differing[metric]) < FEWEST:
+        if (num if num_differing is None else num_differing[metric]) < FEWEST_DIFFERING:
             verdict = "not distinguishable"
         value_a, value_b = float(of_a[0]), float(of_b[0])
         found[name] = Difference(value_a, value_b, value_b - value_a, low, high, verdict)

@@ -19,8 +19,8 @@ def embedding_layers(model: nn.Module) -> tuple[nn.Module | None, nn.Module | No
 def untrained_rows(model: nn.Module, ids: Sequence[int], share: float = 0.01) -> list[int]:
     """Returns those of the tokens `ids` whose output embedding was never trained.
 
-    Its norm is below `share` of the median of all tokens: a token that no training text had is
-    near zero in many base models (Llama 3).
+    In many base models (Llama 3) a token that no training text contained has an embedding near
+    zero. It counts as untrained if its norm is below `share` of the median norm of all tokens.
     """
     output = embedding_layers(model)[1]
     weight: Any = getattr(output, "weight", None)
@@ -31,7 +31,7 @@ def untrained_rows(model: nn.Module, ids: Sequence[int], share: float = 0.01) ->
 
 
 def is_split(model: nn.Module) -> bool:
-    """Returns whether ranks hold parts of the weights (FSDP2, ZeRO-3); a forward is collective."""
+    """Returns whether ranks hold parts of the weights (FSDP2, ZeRO-3) and forward is collective."""
     return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 MIB = 2**20
 ROUNDING = 512  # bytes: the smallest chunk; sizes are rounded up to multiples of it
 SMALL = MIB  # requests of at most this size belong to the small pool, others to the large one
-SMALL_PAGE = 2 * MIB  # by which the segment of the small pool grows
-LARGE_PAGE = 20 * MIB
+SMALL_PAGE = 2 * MIB  # the segment of the small pool grows by multiples of this
+LARGE_PAGE = 20 * MIB  # that of the large pool
 
 
 @dataclass(eq=False)
@@ -29,14 +29,17 @@ class CachingAllocator:
     """A model of the allocator for one stream: best fit, splitting and merging.
 
     It returns no memory to the device. As with PYTORCH_ALLOC_CONF=expandable_segments:True, each
-    pool is one segment that grows at its end: by whole pages, unless `pages` is false.
+    pool is one segment that grows at its end. It grows by whole pages or, if `pages` is false, by
+    only as many bytes as are needed.
     """
 
-    min_rest = ROUNDING  # a large chunk is split if at least so many bytes are left
+    min_rest = ROUNDING  # a large chunk is split if at least this many bytes are left over
 
     def __init__(self, pages: bool = True):
-        self.page = {True: SMALL_PAGE, False: LARGE_PAGE} if pages else {}
+        # The dictionaries have the key True for the small pool and False for the large one.
+        self._page_bytes = {True: SMALL_PAGE, False: LARGE_PAGE} if pages else {}
         self.reserved_bytes = 0
+        # Free chunks are sorted by `_order`.
         self._free: dict[bool, list[tuple[bool, int, int, Chunk]]] = {True: [], False: []}
         self._ends: dict[bool, Chunk] = {}  # the chunk at the end of each segment
 
@@ -68,6 +71,7 @@ class CachingAllocator:
     def _best_fit(self, size: int, small: bool) -> Chunk | None:
         pool = self._free[small]
         place = bisect_left(pool, (False, size, -1))
+        # The chunk at the end of the segment is the last of the pool, whatever its size.
         if place == len(pool) or pool[place][3].size < size:
             return None
         return self._remove(pool[place][3])
@@ -102,17 +106,17 @@ class CachingAllocator:
             chunk.previous.next = chunk
 
     def _grow(self, size: int, small: bool) -> Chunk:
-        """Returns a new chunk of at least `size` bytes from the device."""
+        """Extends the segment, and returns a chunk of at least `size` bytes at its end."""
         end = self._ends.get(small)
         if end is not None and end.free:
             self._remove(end)
-        else:  # adds an empty chunk
+        else:  # the last chunk is in use: add an empty one, which grows
             address = end.address + end.size if end else 0
             new = Chunk(address, 0, small, False, end)
             if end is not None:
                 end.next = new
             end = self._ends[small] = new
-        page = self.page.get(small, ROUNDING)
+        page = self._page_bytes.get(small, ROUNDING)
         needed = math.ceil((size - end.size) / page) * page
         self.reserved_bytes += needed
         end.size += needed

@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-WIDTH = 100  # columns that every table fits
+WIDTH = 100  # no table is wider, in columns
 LINE_EVERY = 10  # seconds between lines of progress, where there is no bar
 Advance = Callable[..., None]  # advance(n=1, note="")
 
@@ -43,7 +43,7 @@ def make_console(file: Any = None) -> Console:
 
 
 def visible(text: str) -> str:
-    """Returns text with its control characters escaped, which a terminal would obey."""
+    """Escapes the control characters of a text, so that a terminal does not obey them."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", lambda m: repr(m[0])[1:-1], text)
 
 
@@ -93,20 +93,21 @@ def metrics_line(metrics: dict[str, float]) -> str:
 def atomic_write(path: Path, *, sync: bool = False) -> Iterator[IO[str]]:
     """Opens a text file that appears whole or not at all.
 
-    A link or `/dev/stdout` is written directly. `sync` waits until the disk has the file.
+    A link or a special file such as `/dev/stdout` is written directly. `sync` waits until the disk
+    has the file.
     """
-    is_other = path.is_symlink() or (path.exists() and not path.is_file())
-    part = path if is_other else path.with_name(f".{path.name}.{os.getpid()}")
+    is_special = path.is_symlink() or (path.exists() and not path.is_file())
+    part = path if is_special else path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
-        if not is_other:
+        if not is_special:
             part.replace(path)
     finally:
-        if not is_other:
+        if not is_special:
             part.unlink(missing_ok=True)  # what an error left
 
 

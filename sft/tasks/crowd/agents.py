@@ -29,7 +29,7 @@ from sft.errors import CheckpointError, ConfigError
 from sft.models.export import ADAPTER, adapter_tuning
 from sft.runtime.checkpoint import open_tensors
 
-META = "ci_llm_meta_config.json"  # describes the agents whose folders are beside it
+META = "ci_llm_meta_config.json"  # the description of the agents, beside their folders
 
 
 class AgentsLinear(nn.Module):
@@ -48,7 +48,7 @@ class AgentsLinear(nn.Module):
         self.dropout = adapted.lora_dropout["default"]
         down, up = (getattr(adapted, name)["default"].weight for name in ("lora_A", "lora_B"))
         stacked = torch.empty(num_agents, *down.shape, device=down.device)
-        stacked[0] = down.detach()  # so a crowd of one agent begins as PEFT's adapter
+        stacked[0] = down.detach()  # a crowd of one agent starts like PEFT's adapter
         for agent in stacked[1:]:
             nn.init.kaiming_uniform_(agent, a=math.sqrt(5))
         self.lora_A = nn.Parameter(stacked)  # (agents, r, in)
@@ -96,7 +96,7 @@ class Agents(nn.Module):
             parent, _, last = name.rpartition(".")
             agents = AgentsLinear(layer, self.num_agents, settings.dropconnect)
             setattr(self.base.get_submodule(parent), last, agents)
-        self.accepted = inspect.signature(self.base.forward).parameters
+        self.base_arguments = inspect.signature(self.base.forward).parameters
         self.config = self.base.config
         self.generation_config = getattr(self.base, "generation_config", None)
 
@@ -112,9 +112,9 @@ class Agents(nn.Module):
         """Runs the base on K times the rows: input_ids (B, T) -> logits (K * B, T, V)."""
         options: dict[str, Any] = {}
         for name, each in (("attention_mask", attention_mask), ("position_ids", position_ids)):
-            if each is not None and name in self.accepted:
+            if each is not None and name in self.base_arguments:
                 options[name] = self._repeat(each)
-        if logits_to_keep and "logits_to_keep" in self.accepted:
+        if logits_to_keep and "logits_to_keep" in self.base_arguments:
             options["logits_to_keep"] = logits_to_keep
         return self.base(
             input_ids=self._repeat(input_ids),
@@ -138,14 +138,14 @@ class Agents(nn.Module):
     # -- folders
 
     def describe(self) -> dict[str, Any]:
-        """Returns a description of the agents, for a file beside them."""
-        given = self.peft_config
+        """Returns the description of the agents that is written to `META`."""
+        lora = self.peft_config
         return {
             "num_agents": self.num_agents,
-            "r": given.r,
-            "lora_alpha": given.lora_alpha,
-            "lora_dropout": given.lora_dropout,
-            "target_modules": sorted(given.target_modules),
+            "r": lora.r,
+            "lora_alpha": lora.lora_alpha,
+            "lora_dropout": lora.lora_dropout,
+            "target_modules": sorted(lora.target_modules),
             "aggregator": self.aggregator,
             "concentration": list(self.concentration),
         }
@@ -155,7 +155,7 @@ class Agents(nn.Module):
     ) -> None:
         """Writes `agent0` ... `agent{K-1}`, each an adapter in PEFT's format.
 
-        `state_dict`: the whole weights by name, if the module holds only parts of them.
+        `state_dict`: the full weights by name, if this rank's module holds only parts of them.
         """
         peft_config = copy.copy(self.peft_config)
         peft_config.inference_mode = True
@@ -183,7 +183,7 @@ def read_agents(crowd: Agents, folder: Path) -> Iterator[tuple[str, torch.Tensor
             if not parameter.requires_grad:
                 continue
             saved = peft_name(name)
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3's are split
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3, the full shape
             for path, file in zip(paths, files, strict=True):
                 if saved not in file.keys():  # noqa: SIM118  # not a mapping
                     raise CheckpointError(f"{path} does not fit the model: it lacks {saved}")
@@ -197,13 +197,13 @@ def read_agents(crowd: Agents, folder: Path) -> Iterator[tuple[str, torch.Tensor
 
 
 def _refuse_another_crowd(crowd: Agents, folder: Path) -> None:
-    """Raises CheckpointError if `folder` holds no crowd, or one of other agents."""
+    """Raises CheckpointError if `folder` holds no crowd, or not the crowd that is configured."""
     saved = read_meta(folder)
-    given = crowd.describe()
+    configured = crowd.describe()
     differences = [
-        f"{key}: saved with {saved[key]}, found {given[key]}"
+        f"{key}: saved with {saved[key]}, configured as {configured[key]}"
         for key in ("num_agents", "r", "lora_alpha", "target_modules")
-        if saved[key] != given[key]
+        if saved[key] != configured[key]
     ]
     if differences:
         raise CheckpointError(f"{folder} holds another crowd:\n  " + "\n  ".join(differences))

@@ -38,14 +38,15 @@ class Distill(Section):
     num_steps: Count = 1000
     """Steps per history; an episode has 20."""
     held_out_streams: Count = 5
-    """The histories of this number of streams, the last ones, are held out for the loss."""
+    """Number of streams whose histories are held out for the evaluation loss: the last ones."""
     context: Count = 120
     """Maximum number of transitions that the model sees."""
     search_episodes: Count = 3
-    """First episodes of the histories. A window uses them until it has found the goal."""
+    """Number of episodes at the start of a history that are for search. A window takes episodes
+    from these until one has found the goal."""
     search_best_of: Count = 32
-    """Number of streams drawn for each of these episodes. The window takes the stream that visits
-    the most cells which are new to the window."""
+    """Number of streams drawn for each of these episodes. The window takes the episode from the
+    stream that visits the most new cells."""
     jump_to: Count = 12
     """The rest of a window is taken from this episode on (counted from 0)."""
     width: Count = 64
@@ -55,7 +56,7 @@ class Distill(Section):
     num_heads: Count = 4
     """Attention heads per block."""
     dropout: Fraction = 0.0
-    """Probability of dropping an element that a block adds."""
+    """Probability of zeroing an element of what a layer adds to its input."""
     compress: bool = False
     """Splits the context into two regions. The model decides when the older one is dropped."""
     type_weight: Annotated[NonNegative, OnlyWith("distill.compress", (True,))] = 0.1
@@ -74,12 +75,13 @@ RULES = (
     Rule(
         ("distill.context", "distill.compress"),
         lambda context, compress: context % (EPISODE * (1 + compress)) != 0,
-        f"must be whole episodes of {EPISODE} steps, as must half of it with distill.compress",
+        f"must be a multiple of {EPISODE}, the steps of an episode; with distill.compress, of "
+        f"{2 * EPISODE}",
     ),
     Rule(
         ("distill.num_steps", "distill.context"),
         lambda steps, context: steps % EPISODE != 0 or steps < context,
-        f"must be whole episodes of {EPISODE} steps, and at least distill.context",
+        f"must be a multiple of {EPISODE}, the steps of an episode, and at least distill.context",
     ),
     Rule(
         ("distill.jump_to", "distill.search_episodes", "distill.num_steps"),
@@ -99,12 +101,12 @@ RULES = (
     Rule(
         ("distill.slide", "distill.context"),
         lambda slide, context: slide is not None and slide * EPISODE > context,
-        "there are not so many episodes in distill.context",
+        "is more than the number of episodes in distill.context",
     ),
     Rule(
         ("train.layout",),
         lambda layout: layout == "packed",
-        "windows of histories are of one length, none is packed: leave it at auto",
+        "windows of histories all have the same length, so none is packed: leave it at auto",
     ),
     Rule(
         ("train.gradient_checkpointing",),

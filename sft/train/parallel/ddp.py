@@ -27,8 +27,9 @@ from sft.runtime.hardware import resolve_precision
 from sft.train.optimizer import build_optimizer
 from sft.train.recovery import Waits
 
-# read(parameter, start, number) -> its saved tensors by key: elements of the flat tensor from
-# `start` on, or the tensors as they were saved if `number` is None.
+# read(parameter, start, number) -> the parameter's saved state, tensors by key. Of each flattened
+# tensor it returns `number` elements from `start` on. If `number` is None, it returns the tensors
+# as they were saved.
 ReadState = Callable[[str, int, int | None], Tensors]
 
 
@@ -71,7 +72,8 @@ class Replicated:
         """Clears what an earlier step left. Collective."""
         self.zero_grad()
         if isinstance(self.model, DistributedDataParallel):
-            self.model.reducer._rebuild_buckets()  # not in a pass that may be abandoned
+            # It is collective. In a pass, ranks would wait for one that has abandoned the pass.
+            self.model.reducer._rebuild_buckets()
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Returns a context in which passes exchange no gradients."""
@@ -95,7 +97,7 @@ class Replicated:
     def clip(self) -> float:
         """Scales the gradient down to `train.max_grad_norm`, and returns its norm before that."""
         for parameter in self.trained.values():
-            if parameter.grad is None:  # no example used it; DDP also gives 0
+            if parameter.grad is None:  # no example used it; DDP sets 0, too
                 parameter.grad = torch.zeros_like(parameter)
         norm: Any = nn.utils.clip_grad_norm_(list(self.trained.values()), self.max_grad_norm)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -109,8 +111,11 @@ class Replicated:
     # -- state
 
     def gather_weights(self) -> Tensors:
-        """Returns trained parameters, whole, and saved buffers, on the main process. Collective."""
-        found = dict(_saved_buffers(self.module))
+        """Returns the full trained parameters and the persistent buffers. Collective.
+
+        Other processes than the main one get only the buffers.
+        """
+        found = dict(_persistent_buffers(self.module))
         for name, parameter in self.trained.items():
             whole = full_tensor(parameter)
             if self.accelerator.is_main_process:
@@ -172,7 +177,7 @@ class Split(Replicated):
     """Base of the engines whose ranks keep parts of weights or of the optimizer's state."""
 
     def _shards(self, name: str) -> Iterator[tuple[OptimizerShard, torch.Tensor]]:
-        """Yields this rank's shard of a parameter, if it has one, and its weights, flat."""
+        """Yields this rank's shard of a parameter, if it has one, with the shard's flat weights."""
         raise NotImplementedError
 
     def _optimized(self) -> Iterable[torch.Tensor]:
@@ -213,7 +218,7 @@ def _sum_gradients(_, bucket):
     return work.get_future().then(lambda future: future.value()[0])
 
 
-def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
