@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-WIDTH = 100  # no table is wider, in columns
+WIDTH = 100  # columns of a terminal; no table is wider
 LINE_EVERY = 10  # seconds between lines of progress, where there is no bar
 Advance = Callable[..., None]  # advance(n=1, note="")
 

@@ -22,7 +22,7 @@ from sft.evaluate import compare
 from sft.evaluate.answers import Question, groups_table
 from sft.evaluate.metrics import FAILURE
 from sft.evaluate.predictions import Predictions, read_records
-from sft.evaluate.scores import Difference, Tally, difference
+from sft.evaluate.scores import Difference, Tally, compare_tallies
 from sft.runtime.console import facts, table, visible, write_json
 from sft.runtime.log import Log
 from sft.serve.chat import guarded_model
@@ -69,7 +69,7 @@ def score_labels(path: Path, labels: list[str], constant: str | None = None) -> 
 def compare_paired(a: LabelScores, b: LabelScores) -> dict[str, Difference]:
     """Returns the differences of `b` from `a` on the same examples."""
     num_differing = sum(x != y for x, y in zip(a.right, b.right, strict=True))
-    return difference(a.tally, b.tally, {METRIC: num_differing})
+    return compare_tallies(a.tally, b.tally, {METRIC: num_differing})
 
 
 def _count_failures(tally: Tally) -> int:
