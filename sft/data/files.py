@@ -113,11 +113,8 @@ def list_files(
         found.sources.extend(listed.sources)
         found.hidden.extend(listed.hidden)
     for source in found.sources:
-        try:
-            source.file.encode()
-        except UnicodeEncodeError:
-            reason = "a name that is not UTF-8; rename the file"
-            raise readers.unreadable(repr(source.file), reason) from None
+        if source.file.encode(errors="replace").decode() != source.file:
+            raise readers.unreadable(repr(source.file), "a name that is not UTF-8; rename the file")
     return found
 
 

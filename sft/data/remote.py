@@ -228,16 +228,14 @@ class _Transfer:
 
     def run(self) -> Copy:
         """Returns the copy, or an earlier one if the server cannot be reached."""
-        if (
-            (known := self.known)
-            and known["asked"] == self.asked
-            and _is_of_this_launch(known["checked"])
-        ):
+        known = self.known
+        if known and known["asked"] == self.asked and _is_of_this_launch(known["checked"]):
             return _copy(self.folder, known)
         try:
             return self._fetch()
         except FetchError as error:
-            if not (known := self.known):
+            known = self.known  # None if its copy was found damaged
+            if not known:
                 raise
             copy = _copy(self.folder, known)
             if error.kind != "unreachable":
