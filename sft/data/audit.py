@@ -295,7 +295,7 @@ def _is_prompt_and_answer(
         thoughts, _ = rendering.split_thoughts(given.given[0][last])
         answer = answer.removeprefix(_normalise(thoughts)).partition(">\n\n")[2]
     whole = str(given.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-    return answer in _normalise(whole)
+    return answer.rstrip() in _normalise(whole)  # blanks may stand before an end that is added
 
 
 def _compare_turns(

@@ -313,7 +313,7 @@ def _join(
         span = None
         if _is_same(given, turn) and text.startswith(turn.prompt + turn.answer):
             span = _token_span(given.tokenizer, text, ids, offsets, turn)
-        if span is None:
+        if span is None or (span[0] and labels[span[0] - 1] != IGNORED):  # no header parts answers
             flags.append("not_as_served")
             continue
         learnt = list(range(*span))
