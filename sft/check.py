@@ -136,7 +136,7 @@ def trial(config: RunConfig) -> Iterator[Finding]:
     The step is the task's own; the checkpoint is saved, read back and removed.
     """
     refuse_if_unwritable(Path(config.train.output_dir))
-    one_process = processes.drop_launch_demands(config)
+    one_process = processes.drop_launch_requirements(config)
     accelerator = processes.start_processes(one_process.train)
     yield Finding(True, f"Accelerate: {processes.describe_world(accelerator)['devices']}")
     place = hardware.nearest_existing(Path(config.train.output_dir))

@@ -31,7 +31,7 @@ from sft.runtime.processes import (
     check_launch,
     collect_facts,
     describe_world,
-    drop_launch_demands,
+    drop_launch_requirements,
     end_processes,
     refuse_differences,
     start_processes,
@@ -136,7 +136,7 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> dict[str, flo
 
     `overrides` change its configuration, such as the held-out file or the number of examples.
     """
-    config = drop_launch_demands(runs.load_any_run_config(folder, overrides))
+    config = drop_launch_requirements(runs.load_any_run_config(folder, overrides))
     task = task_of(config)
     out = folder / "evaluation" / name
     with Guard(out, config.train.stall_timeout) as guard:

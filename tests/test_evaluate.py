@@ -62,7 +62,9 @@ def test_every_row_has_its_line_in_order_also_those_that_cannot_be_asked(nano, t
     found = answered(nano, rows, tmp_path / "predictions.jsonl", rows=2)
     assert [line["index"] for line in found] == [0, 1, 2, 3, 4]
     assert [line["finish_reason"] == "error" for line in found] == [0, 1, 1, 0, 0]
-    assert found[1]["error"].endswith("the model takes 512 with the answer: shorten it")
+    assert found[1]["error"].endswith(
+        "the model takes 512 including the answer: shorten the prompt"
+    )
     assert (found[2]["row"], found[2]["error"]) == ("file:3", "not valid JSON")
     assert found[0]["row"] == "file:1"
     assert found[0]["reference"] == "one"

@@ -191,7 +191,7 @@ def test_at_one_example_the_run_ends_with_its_length_and_row(tmp_path):
     with pytest.raises(errors.OutOfMemory, match=r"one example of (\d+) tokens \(tiny:") as error:
         built.optimizer_step()
     assert error.value.exit_code == 6
-    assert str(error.value).endswith("; `make plan` shows what would take less")
+    assert str(error.value).endswith("; `make plan` shows changes that save memory")
     assert "data." not in str(error.value)  # the engine does not know whose keys there are
     length, row = map(int, re.search(r"of (\d+) tokens \(tiny:(\d+)\)", str(error.value)).groups())
     assert built.task.lengths[row - 1] == length > 20

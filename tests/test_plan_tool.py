@@ -44,7 +44,7 @@ def test_a_model_without_a_configuration_on_a_gpu_that_is_not_here(model, tmp_pa
     out = tmp_path / "out" / "plan.json"
     done = plan(f"MODEL={model}", "TUNING=qlora", "SEQ=1024", "GPU=H100-80GB x 8", f"JSON={out}")
     assert done.returncode == 0, done.stderr
-    for part in ("Plan", "Peak memory: H100-80GB x 8", "activations", "What would take less"):
+    for part in ("Plan", "Peak memory: H100-80GB x 8", "activations", "Changes that save memory"):
         assert part in done.stdout
     read = json.loads(out.read_text())
     predicted = read["predicted"]
@@ -128,7 +128,7 @@ def test_distillation_on_gpus_that_are_not_here(monkeypatch, tmp_path, capsys):
     given = ["--config=configs/ad_darkroom.yaml", "--gpu=H100-80GB x 2", f"--json={out}"]
     commands.run("plan", [*given, f"distill.data_dir={tmp_path}/rooms", "train.engine=fsdp"])
     printed = capsys.readouterr().out
-    for part in ("346,750 of 120 transitions", "15,360,000 in total", "What would take less"):
+    for part in ("346,750 of 120 transitions", "15,360,000 in total", "Changes that save memory"):
         assert part in printed
     read = json.loads(out.read_text())
     predicted, chosen = read["predicted"], read["chosen"]

@@ -72,11 +72,11 @@ def test_an_fsdp2_launch_file_is_agreed_with_and_not_acted_on(tmp_path, monkeypa
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     for version in ("1", None):
         monkeypatch.setenv("FSDP_VERSION", version or "")
-        with pytest.raises(ConfigError, match="only 2 is here"):
+        with pytest.raises(ConfigError, match="only 2 is supported"):
             processes.start_processes(settings)
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    processes._refuse_other_launch_file(settings, "fp32")
+    processes._refuse_conflicting_launch_file(settings, "fp32")
     processes._forget_launch_file()
     assert not [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_USE"))]
 
@@ -85,7 +85,7 @@ def test_an_fsdp2_launch_file_is_agreed_with_and_not_acted_on(tmp_path, monkeypa
     ("variables", "message"),
     [
         ({"ZERO_STAGE": "2"}, None),
-        ({"ZERO_STAGE": "3"}, r"zero_stage 3 \(there it is 2\).*deepspeed_z2.yaml"),
+        ({"ZERO_STAGE": "3"}, r"zero_stage 3 \(expected 2\).*deepspeed_z2.yaml"),
         ({"CONFIG_FILE": "configs/deepspeed_z2.json"}, None),
         ({"CONFIG_FILE": "other.json"}, "deepspeed_config_file other.json"),
         ({"FIELDS": "zero_stage,deepspeed_multinode_launcher,mixed_precision"}, None),
@@ -105,7 +105,7 @@ def test_a_deepspeed_launch_file_names_no_settings_of_its_own(
     for name, value in variables.items():
         monkeypatch.setenv(names.get(name, f"ACCELERATE_DEEPSPEED_{name}"), value)
     with pytest.raises(ConfigError, match=message) if message else nullcontext():
-        processes._refuse_other_launch_file(settings, "fp32")
+        processes._refuse_conflicting_launch_file(settings, "fp32")
     processes._forget_launch_file()
     assert not [name for name in os.environ if name.startswith("ACCELERATE_DEEPSPEED")]
 

@@ -26,7 +26,7 @@ def evaluate_options(parser: cli.Parser) -> None:
 
 
 def evaluate(args: Namespace) -> int | None:
-    """Writes held-out loss and scores into the run folder, prints them; returns the exit code."""
+    """Prints held-out loss and scores, and saves them in the run folder; returns the exit code."""
     if launcher.has_ranks_to_start():
         return launcher.launch_self(args.run / "evaluation" / args.name)
     from sft import run
@@ -36,10 +36,10 @@ def evaluate(args: Namespace) -> int | None:
 
 
 def compare_options(parser: cli.Parser) -> None:
-    run = "folder of a run, or its predictions.jsonl"
-    parser.add_argument("--a", type=Path, required=True, help=run)
-    parser.add_argument("--b", type=Path, required=True, help=run)
-    parser.add_argument("--metric", help="'rouge_l,bleu' (default: evaluation.metrics of both)")
+    description = "folder of a run, or its predictions.jsonl"
+    parser.add_argument("--a", type=Path, required=True, help=description)
+    parser.add_argument("--b", type=Path, required=True, help=description)
+    parser.add_argument("--metric", help="'rouge_l,bleu' (default: evaluation.metrics of the runs)")
     parser.add_argument("--show", type=int, default=5, help="examples shown side by side")
     parser.add_argument("--json", type=Path, help="where to write everything")
 
@@ -48,10 +48,10 @@ def compare(args: Namespace) -> None:
     """Prints the differences of two runs, and examples that score differently."""
     from sft.evaluate import compare
 
-    names, labels = compare.agreed_metrics(args.a, args.b)
+    metrics, labels = compare.agreed_metrics(args.a, args.b)
     if args.metric:
-        names = args.metric.replace(",", " ").split()
-    found, console = compare.compare(args.a, args.b, names, labels), make_console()
+        metrics = args.metric.replace(",", " ").split()
+    found, console = compare.compare(args.a, args.b, metrics, labels), make_console()
     title = f"B against A on {found.num_examples:,} examples"
     console.print(compare.difference_table(title, found.differences, "A", "B"))
     console.print(compare.wins_table(found))
@@ -59,12 +59,12 @@ def compare(args: Namespace) -> None:
         console.print(compare.examples_table(found, args.show))
     if args.json:
         cli.write_json(args.json, compare.comparison_json(found))
-        console.print(f"all of it: {args.json}")
+        console.print(f"the whole comparison: {args.json}")
 
 
 def classify_options(parser: cli.Parser) -> None:
     parser.add_argument("--model", help="in place of model.name")
-    parser.add_argument("--run", type=Path, help="a tuned model: the folder of its run")
+    parser.add_argument("--run", type=Path, help="folder of the run that tuned the model")
     parser.add_argument("--tune", action="store_true", help="fine-tune, classify again, compare")
 
 
@@ -74,17 +74,17 @@ def classify(args: Namespace) -> int:
     config = cli.configuration(args)
     rows.check_section(config, tune=args.tune)
     if args.tune and args.run:
-        raise UserError("RUN is a tuned model: give TUNE=1, or RUN, not both")
+        raise UserError("give TUNE=1 or RUN, not both: the model of RUN is already tuned")
     if launcher.has_ranks_to_start():
-        examples = rows.read_examples(config.classify)
-        rows.split_parts(examples, config.classify)  # errors in the rows are reported once
+        # Reads the rows before the ranks do, so that an error in them is reported once.
+        rows.split_parts(rows.read_examples(config.classify), config.classify)
         return _launch_classify(config, args)
     if args.tune and "WORLD_SIZE" in os.environ:
         raise UserError("TUNE=1 starts its processes itself: give NUM_PROCESSES, no launcher")
     if args.tune and config.train.engine != "ddp":
         raise UserError(
-            f"TUNE=1 with train.engine={config.train.engine}: expected NUM_PROCESSES=2 or more, "
-            "since this process cannot use that engine after it has classified; or set ddp"
+            f"TUNE=1 with train.engine={config.train.engine}: expected NUM_PROCESSES=2 or more, or "
+            "train.engine=ddp, the only engine that a process can use after it has classified"
         )
     from sft.serve.classify import strategies
 
@@ -98,18 +98,21 @@ def classify(args: Namespace) -> int:
 
 
 def _launch_classify(config: Config, args: Namespace) -> int:
-    """Launches each part separately. Returns the exit code of the first part that fails, or 0."""
-    words = ["--config", args.config, *args.overrides]
+    """Launches classification and, with `--tune`, training and a second classification.
+
+    Returns the exit code of the first of them that fails, or 0.
+    """
+    options = ["--config", args.config, *args.overrides]
 
     def launch_for(run: Path | None) -> int:
         folder = run / "classify" if run else Path(config.classify.output_dir)
-        program = ["-m", "sft", args.verb, *words, *(["--run", str(run)] if run else [])]
+        program = ["-m", "sft", args.verb, *options, *(["--run", str(run)] if run else [])]
         return launcher.launch(Train(output_dir=str(folder)), program)
 
     code = launch_for(args.run)
     if args.tune:
-        trains = ["-m", "sft", "train", *words]
-        code = code or launcher.launch(config.train, trains, trains=True)
+        training = ["-m", "sft", "train", *options]
+        code = code or launcher.launch(config.train, training, trains=True)
         code = code or launch_for(Path(config.train.output_dir))
     return code
 
@@ -151,7 +154,7 @@ def infer(args: Namespace) -> None:
     from sft.serve import chat
     from sft.serve.connector import AccelerateConnector
 
-    if not processes.act_alone():  # of several processes the first one talks
+    if not processes.keep_first_process():  # only one process can read what is typed
         return
     if args.prompt == "":
         raise UserError('PROMPT is empty; ask something, as in PROMPT="set a timer"')
@@ -180,7 +183,7 @@ def infer_batch(args: Namespace) -> int:
     for name, value in (("INPUT", args.input), ("OUTPUT", args.output.name)):
         if not value:
             raise UserError(f"{name}: required: INPUT=rows.jsonl OUTPUT=answers.jsonl")
-    folder = args.output.with_name(f"{args.output.name}.run")  # its status, while it runs
+    folder = args.output.with_name(f"{args.output.name}.run")  # has the status while this runs
     code = 0
     if launcher.has_ranks_to_start():
         code = launcher.launch_self(folder)
@@ -204,7 +207,7 @@ def merge_options(parser: cli.Parser) -> None:
 
 
 def merge(args: Namespace) -> None:
-    """Makes the merge (with `--test`: only its proof), and the GGUF file if requested."""
+    """Merges a run, or with `--test` only proves a merged model; with `--gguf` converts it too."""
     if args.verb == "merge-test" and args.test is None:
         raise UserError("MERGED: required: MERGED=folder (with the command `sft`: --test FOLDER)")
     from sft.serve import merge

@@ -20,7 +20,7 @@ RULES = [
     Rule(
         ("train.engine", "train.optimizer"),
         lambda engine, optimizer: engine != "ddp" and optimizer != "adamw",
-        "fsdp and deepspeed keep slices of AdamW's state, which bitsandbytes packs: use adamw",
+        "fsdp and deepspeed cannot split the packed state of a bitsandbytes optimizer: use adamw",
     ),
     Rule(
         ("model.init", "tuning.mode"),
@@ -69,13 +69,15 @@ def rules_of(schema: type[RunConfig]) -> list[Rule]:
 
 def conditions(section: type[Section], key: str) -> list[OnlyWith]:
     """Returns the conditions under which a key of a section is read."""
-    stated = [item for item in section.model_fields[key].metadata if isinstance(item, OnlyWith)]
-    whole = section.only_with
-    return [*([whole] if whole and not whole.path.endswith(f".{key}") else []), *stated]
+    of_key = [item for item in section.model_fields[key].metadata if isinstance(item, OnlyWith)]
+    of_section = section.only_with
+    if of_section is None or of_section.path.endswith(f".{key}"):  # a key cannot depend on itself
+        return of_key
+    return [of_section, *of_key]
 
 
 def _rules_of_keys(schema: type[RunConfig]) -> Iterator[Rule]:
-    """Yields a rule for each condition of a key: it holds, or the key has its default."""
+    """Yields a rule for each condition of a key: if it does not hold, the key keeps its default."""
     for name, section in sections_of(schema).items():
         for key, field in section.model_fields.items():
             for condition in conditions(section, key):

@@ -29,7 +29,7 @@ td,th{text-align:left;padding:.2rem .8rem;vertical-align:top}
 
 
 def findings_table(part: dict[str, Any]) -> Table:
-    """Returns the findings of one part (train or held out), errors first."""
+    """Returns a table of the findings in one part (train or held out), errors first."""
     rows = []
     for kind, found in sorted(part["problems"].items(), key=lambda item: [*KINDS].index(item[0])):
         style = "red" if found["severity"] == "error" else "yellow"
@@ -78,11 +78,11 @@ def _part_as_html(title: str, part: dict[str, Any]) -> Iterator[str]:
 def _tokens_as_html(tokenizer: Tokenizer, example: Example) -> Iterator[str]:
     added = rendering.added_tokens(tokenizer)
     pairs, start = zip(example.ids, example.labels, strict=True), 0
-    for (is_added, is_supervised), run in groupby(
+    for (is_added, is_supervised), group in groupby(
         pairs, lambda pair: (pair[0] in added, pair[1] != IGNORED)
     ):
-        end = start + len(list(run))
-        names = "special " * is_added + ("supervised" if is_supervised else "context")
+        end = start + len(list(group))
+        classes = "special " * is_added + ("supervised" if is_supervised else "context")
         text = escape(template.decode_slice(tokenizer, example.ids, start, end))
-        yield f"<span class='{names}'>{text}</span>"
+        yield f"<span class='{classes}'>{text}</span>"
         start = end

@@ -1,9 +1,9 @@
 """Computes the held-out loss and scores answers, over all processes, each example once.
 
 The loss is the training loss: a sum over supervised tokens divided by their number, so it does not
-depend on how the examples are cut (law 1). Answers go to a file of `predictions` at once, and each
-process computes its share of the scores from this file. So memory holds only a few numbers per
-example, and a run that was killed does not answer an example again.
+depend on how the examples are cut (law 1). Each answer is written to a file of predictions as
+soon as it exists, and each process computes its share of the scores from this file. So memory holds
+only a few numbers per example, and a run that was killed does not answer an example again.
 """
 
 from __future__ import annotations
@@ -124,15 +124,15 @@ class AnswerModel(Decoder):
         context = context_length(self.model)
         if context is not None and len(ids) >= context:
             return (
-                f"the prompt has {len(ids):,} tokens, the model takes {context:,} with the answer: "
-                "shorten it"
+                f"the prompt has {len(ids):,} tokens, the model takes {context:,} including "
+                "the answer: shorten the prompt"
             )
         return ids or "the prompt is empty"
 
     def to_record(
         self, question: Question, prompt: list[int] | str, answer: Answer | None = None
     ) -> Record:
-        """Returns the record of an answer; without one, of the failure that `prompt` describes."""
+        """Returns the record of an answer; without `answer`, that of the error which `prompt` is."""
         record = question.fields | {"answer": None, "finish_reason": "error"}
         record |= {"prompt_tokens": 0, "completion_tokens": 0}
         if answer is None:
@@ -147,12 +147,12 @@ class AnswerModel(Decoder):
     def key(self, question: Question, number: int) -> str:
         """Returns a digest of everything that a record depends on.
 
-        The example's number is part of it only if tokens are drawn.
+        The example's number is part of it only if tokens are sampled.
         """
-        drawn = number if self.settings.temperature else None
+        sampled_number = number if self.settings.temperature else None
         asked = [question.messages, question.tools, question.fields, question.error]
         asked += [question.template_kwargs] if question.template_kwargs else []
-        return key_of(self.identity, self.settings.model_dump(), drawn, asked)
+        return key_of(self.identity, self.settings.model_dump(), sampled_number, asked)
 
 
 def answer_all(
@@ -216,7 +216,7 @@ def answer_all(
 def _find_missing(
     model: AnswerModel, window: list[Question], predictions: Predictions | MemoryPredictions
 ) -> list[tuple[Record, Question]]:
-    """Returns the questions without a record, each with the head of it: its index and key."""
+    """Returns the questions without a record, each with the index and key of its record."""
     missing = []
     for index, question in enumerate(window, predictions.num_expected):
         key = model.key(question, index)
@@ -263,7 +263,7 @@ def score_file(
             answer, reference = record["answer"], record["reference"]
             tally.add(record["index"], answer, reference, record["prompt"], group)
         elif group is not None:
-            tally.groups[group]  # all ranks have the same groups in the same order
+            tally.groups[group]  # adds it, so that all ranks have the same groups in one order
     if world > 1:
         for each in (tally, *tally.groups.values()):
             each.rows = np.concatenate(gather_object([each.rows]))

@@ -35,8 +35,8 @@ def needs_no_mask(name: str, precision: str, on_gpu: bool) -> bool:
 
 def mask(*, q_length: int, kv_length: int, dtype: torch.dtype, **given: Any) -> torch.Tensor | None:
     """Returns the mask of SDPA, or None if the kernel will be used."""
-    is_whole = given["attention_mask"] is None and q_length == kv_length
-    if is_whole and _kernel_dtype(torch.device(given["device"]), dtype):
+    has_padding_or_cache = given["attention_mask"] is not None or q_length != kv_length
+    if not has_padding_or_cache and _kernel_dtype(torch.device(given["device"]), dtype):
         return None
     return sdpa_mask(q_length=q_length, kv_length=kv_length, dtype=dtype, **given)
 
@@ -101,16 +101,17 @@ def _kernel_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | Non
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
-_starts = WeakTensorKeyDictionary()  # of position ids, which all layers of a pass share
+# (rows, starts, longest) by the tensor of position ids, which all layers of a pass share.
+_starts = WeakTensorKeyDictionary()
 
 
 def document_starts(
     positions: torch.Tensor | None, rows: int, time: int, device: torch.device
 ) -> tuple[torch.Tensor, int]:
-    """Returns where documents start (documents + 1,), and the length of the longest one.
+    """Returns the index of each document's first token, and the length of the longest document.
 
-    Rows follow one another, and the last entry is their end. `positions` (1 or rows, time) restart
-    in each document.
+    Indices count through all rows, and the end of the last row is one more entry. `positions`, of
+    shape (1 or rows, time), restart in each document.
     """
     if positions is None:
         return torch.arange(0, rows * time + 1, time, dtype=torch.int32, device=device), time
@@ -126,10 +127,10 @@ def document_starts(
 
 @torch.no_grad()
 def documents_are_isolated(model: torch.nn.Module, precision: str, device: torch.device) -> bool:
-    """Returns whether a document gets the same logits by itself and packed behind another.
+    """Returns whether a document packed behind another has the logits that it has by itself.
 
-    transformers separates documents where position ids restart, but in several cases silently does
-    not. So this tries the model that will train, with the arguments and the precision of training.
+    transformers separates documents where position ids restart, but in several cases it silently
+    does not. So this tries the model that will train, with the arguments and precision of training.
     """
     was_training = model.training
     model.eval()

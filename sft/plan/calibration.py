@@ -105,7 +105,7 @@ def fit_budget(
         if tokens <= longest:
             raise OutOfMemory(
                 f"the longest example ({longest:,} tokens) does not fit the memory: {oom.reason}; "
-                "`make plan` shows what would take less"
+                "`make plan` shows changes that save memory"
             )
         task.budget = halve_budget(task.budget, longest)
         engine.log.say(

@@ -227,7 +227,7 @@ class Planner:
     def _heaviest(
         self, work: Workload, micro_batches: list[batches.MicroBatch], keeps_layers: bool
     ) -> batches.MicroBatch:
-        arch = self.info.text
+        arch = self.info.sizes
         per_token = arch.hidden_size * ACTIVATION_BYTES[self.precision]
         per_token *= arch.num_hidden_layers if keeps_layers else 1
 

@@ -49,7 +49,7 @@ class Window:
 
     micro_batches: tuple[tuple[ExampleSize, ...], ...]
     layout: batches.Layout = "padded"
-    gradients: bool = False  # whether they exist before: from earlier passes or in DDP's buckets
+    gradients: bool = False  # exist at its start: of earlier micro-batches, or in DDP's buckets
     waiting: int = 0  # tokens of collated micro-batches that wait; `memory` adds their bytes
 
     @property
@@ -68,20 +68,20 @@ def trace_step(
     on_gpu: bool = False,
     evaluation: bool = False,
 ) -> Trace:
-    """Returns the allocations of a step after the first, weights and optimizer state included.
+    """Returns the allocations of the second step, weights and optimizer state included.
 
-    `depth`: the number of layers; None: all. `on_gpu`: as they would be on a GPU. `evaluation`: of
-    a held-out loss instead, after such a step, while its gradients still exist.
+    `depth`: the number of layers; None: all. `on_gpu`: predicts the allocations on a GPU.
+    `evaluation`: records a held-out loss in place of the step, while the gradients still exist.
     """
-    task = task_of(config)
-    info = task.info(config)
+    task_class = task_of(config)
+    info = task_class.info(config)
     needs_mask = not needs_no_mask(info.attention, precision, on_gpu)
     if not needs_mask:  # such kernels need a GPU; SDPA, if a model has it, keeps the same tensors
         config = with_values(config, {"model.attn_implementation": "auto"})
     if depth is not None:
-        config = task.with_depth(config, depth)
+        config = task_class.with_depth(config, depth)
     masked = needs_mask and window.layout == "packed" and max(map(len, window.micro_batches)) > 1
-    with _fake(info.mode, masked), _like_a_gpu(info.text, precision) if on_gpu else nullcontext():
+    with _fake(info.mode, masked), _imitate_gpu(info.sizes, precision) if on_gpu else nullcontext():
         engine = make_engine(config, precision, window, weights=False, depth=depth)
         return record_step(engine, gradients=window.gradients or evaluation, evaluation=evaluation)
 
@@ -101,10 +101,10 @@ def _set_attributes(owner: Any, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def _fake(mode: str, masked: bool) -> Iterator[None]:
-    """Makes every tensor fake within this context, and prevents libraries from keeping one.
+    """Makes every tensor fake within this context, and lets no library cache a fake one.
 
-    `masked`: whether transformers makes a mask, as it does for packed documents. It would look at
-    the values of a tensor, which a fake one lacks.
+    `masked`: whether transformers makes a mask, as it does for packed documents. To decide
+    it, transformers would read the values of a tensor, which a fake one lacks.
     """
     with ExitStack() as stack:
         enter = stack.enter_context
@@ -137,8 +137,8 @@ def _convert(module: nn.Module, function: Callable[[Any], Any], recurse: bool = 
 
 
 @contextmanager
-def _like_a_gpu(text: Any, precision: str) -> Iterator[None]:
-    """Lets operations keep the tensors that they keep on a GPU; `text`: sizes of the model."""
+def _imitate_gpu(sizes: Any, precision: str) -> Iterator[None]:
+    """Makes operations keep the tensors that they keep on a GPU. `sizes`: as in TaskInfo."""
     attend: Any = F.scaled_dot_product_attention
     normalise: Any = F.layer_norm
 
@@ -150,7 +150,7 @@ def _like_a_gpu(text: Any, precision: str) -> Iterator[None]:
         return torch.native_dropout(x, p, training)[0]
 
     def attention(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
-        """Keeps no dropout mask: kernels of a GPU make it again. On a CPU it is quadratic."""
+        """Keeps no dropout mask: on a CPU it would be quadratic, and GPU kernels make it again."""
         return attend(*tensors, **options | {"dropout_p": 0.0})
 
     def layer_norm(*arguments: Any) -> torch.Tensor:
@@ -160,8 +160,8 @@ def _like_a_gpu(text: Any, precision: str) -> Iterator[None]:
         tensors = (a.float() if isinstance(a, torch.Tensor) else a for a in arguments)
         return normalise(*tensors)
 
-    heads = getattr(text, "num_attention_heads", None)
-    grouped = getattr(text, "num_key_value_heads", heads) != heads
+    heads = getattr(sizes, "num_attention_heads", None)
+    grouped = getattr(sizes, "num_key_value_heads", heads) != heads
     # No flash or memory-efficient kernel takes grouped queries in fp32.
     kernels = sdpa_kernel(SDPBackend.MATH) if precision == "fp32" and grouped else nullcontext()
     operations = {"dropout": dropout, "scaled_dot_product_attention": attention}
@@ -174,7 +174,7 @@ class DryEngine(Engine):
 
     micro_batches: list[MicroBatch]
     recorder: Recorder | None = None
-    gradients = False  # whether gradients exist before the first pass of a step
+    gradients = False  # as in Window
 
     def window(self, step: int) -> tuple[list[int], list[MicroBatch]]:
         return [i for micro_batch in self.micro_batches for i in micro_batch], self.micro_batches
@@ -219,17 +219,18 @@ def make_engine(
 ) -> DryEngine:
     """Returns an engine that computes `window` in every step.
 
-    It runs on the device and in the processes of `accelerator`. Without one, it is one process on
-    the CPU, and the optimizer has a state, as after the first step.
+    `weights`: reads the model's weights; without them they are random. The engine uses the device
+    and the processes of `accelerator`. Without one, it uses one process on the CPU, and the
+    optimizer already has the state of a first step.
     """
     rows = [row for micro_batch in window.micro_batches for row in micro_batch]
     config = with_values(config, {"train.global_batch": len(rows)})
     budget = batches.Budget(sum(length for length, _ in rows), window.layout)
     context = Context(accelerator or CpuAccelerator(precision, config.train.engine))
-    kind = task_of(config)
-    examples = kind.blank_data(config, rows)
-    model = kind.build_model(config, precision, context.accelerator.device, weights, depth)
-    task = kind(config, examples, model, budget, context)
+    task_class = task_of(config)
+    examples = task_class.blank_data(config, rows)
+    model = task_class.build_model(config, precision, context.accelerator.device, weights, depth)
+    task = task_class(config, examples, model, budget, context)
     numbers = iter(range(len(rows)))
     engine = DryEngine(task, config.train, context)
     engine.micro_batches = [[next(numbers) for _ in each] for each in window.micro_batches]
@@ -254,7 +255,7 @@ class CpuAccelerator:
         self.caches = engine == "ddp"  # whether bf16 copies of weights live until a pass ends
 
     def prepare(self, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
-        """Computes in the precision and returns fp32, as Accelerator.prepare_model does."""
+        """Makes the model compute in the precision and return fp32, as Accelerator does."""
         if self.precision != "fp32":
             dtype = dtypes.DTYPES[self.precision]
             autocast = torch.autocast("cpu", dtype, cache_enabled=self.caches)
@@ -268,8 +269,8 @@ class CpuAccelerator:
 def record_step(engine: DryEngine, *, gradients: bool = False, evaluation: bool = False) -> Trace:
     """Returns the allocations of the engine's next step, labelled by use and cut into phases.
 
-    `gradients`: whether gradients exist before. `evaluation`: of the held-out loss of the first
-    micro-batch instead.
+    `gradients`: whether gradients exist before the step. `evaluation`: records the held-out loss of
+    the first micro-batch in place of the step.
     """
     recorder, model = Recorder(), engine.task.model
     engine.recorder, engine.gradients = recorder, gradients

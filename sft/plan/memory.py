@@ -168,7 +168,7 @@ def _depths(key: ModelKey) -> tuple[int, int, int] | None:
     """
     config = config_of_key(key)
     info = task_of(config).info(config)
-    text = info.text
+    text = info.sizes
     whole, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or ["same"]
     period = next(
         n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds))
@@ -189,11 +189,11 @@ def _attention_workspace(info: TaskInfo, precision: str, window: Window) -> int:
     They are the gradient of the queries in fp32, and two numbers per head and token. With grouped
     queries also gradients of keys and values for every head (PyTorch, flash_api.cpp: mha_bwd).
     """
-    heads = getattr(info.text, "num_attention_heads", None)  # a model may have no attention
+    heads = getattr(info.sizes, "num_attention_heads", None)  # a model may have no attention
     if precision != "bf16" or info.attention == "eager" or not heads:
         return 0
-    size = getattr(info.text, "head_dim", None) or info.text.hidden_size // heads
-    grouped = getattr(info.text, "num_key_value_heads", heads) != heads
+    size = getattr(info.sizes, "head_dim", None) or info.sizes.hidden_size // heads
+    grouped = getattr(info.sizes, "num_key_value_heads", heads) != heads
     each = 4 * (math.ceil(size / 32) * 32 + 2) + (4 * size if grouped else 0)
     return window.tokens * heads * each * info.copies
 
@@ -204,7 +204,7 @@ def _closed_form(
     """Returns the bytes of a model that cannot be traced, within about a factor of two."""
     task = task_of(config)
     model, info = task.skeleton(config), task.info(config)
-    mode, arch, copies = info.mode, info.text, info.copies  # each row goes through every copy
+    mode, arch, copies = info.mode, info.sizes, info.copies  # each row goes through every copy
     width = DTYPES[precision].itemsize
     weights = 0.0
     _, head = embedding_layers(model)

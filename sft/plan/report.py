@@ -18,7 +18,7 @@ from sft.plan.choose import UTILISATION
 from sft.plan.plan import Plan, chosen_values
 from sft.runtime.console import duration, facts, size, table, write_json
 
-LAUNCH_SECONDS = 0.05  # if a micro-batch takes less, a GPU mostly waits for launches of kernels
+LAUNCH_SECONDS = 0.05  # if a micro-batch takes less, a GPU mostly waits for kernel launches
 WORK = (  # values of a plan in the section "work" of plan.json
     *("num_examples", "num_held_out", "tokens_per_epoch", "supervised_share", "steps", "tokens"),
     *("global_batch", "world_size", "num_parameters", "num_trained"),
@@ -26,7 +26,7 @@ WORK = (  # values of a plan in the section "work" of plan.json
 
 
 def plan_table(plan: Plan) -> Table:
-    """Returns the plan as people read it."""
+    """Returns the plan as a table for the terminal."""
     labels = plan.labels
     cut = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} x {plan.micro_batches}"
     examples = f"{plan.num_examples:,}{labels.each} to train on, {plan.num_held_out:,} held out"
@@ -64,7 +64,7 @@ def _memory(plan: Plan) -> str:
     reserved = f" ({size(memory.reserved)} reserved)" if plan.context_bytes else ""
     context = f", context {size(plan.context_bytes)} (assumed)" if plan.context_bytes else ""
     span = f"{100 * (1 + past.least):.1f} to {100 * (1 + past.most):.1f} %" if past else ""
-    seen = f"; {past.runs} earlier runs took {span} of it" if past else ""
+    seen = f"; {past.runs} earlier runs took {span} of their prediction" if past else ""
     return (
         f"{size(memory.allocated)}{reserved} of {size(plan.available_bytes)} per process: "
         f"{parts}{context} ({memory.method}{seen})"
@@ -74,12 +74,12 @@ def _memory(plan: Plan) -> str:
 def _time(plan: Plan) -> str:
     assert plan.seconds is not None
     if plan.seconds < LAUNCH_SECONDS * plan.steps * plan.micro_batches:
-        return "that of launching kernels, as the micro-batches are so small; probed before step 1"
+        return "mostly kernel launches, as the micro-batches are so small; measured before step 1"
     return f"about {duration(plan.seconds)}, if {UTILISATION:.0%} of the GPU's peak is reached"
 
 
 def memory_table(plan: Plan) -> Table:
-    """Returns the parts of the peak, each with a bar."""
+    """Returns a table of the parts of the peak, each with a bar."""
     parts = dict(plan.memory.breakdown)
     if plan.context_bytes:
         parts["reserved, not allocated"] = plan.memory.reserved - plan.memory.allocated
@@ -100,17 +100,17 @@ def memory_table(plan: Plan) -> Table:
 
 
 def advice_table(found: list[Advice]) -> Table:
-    """Returns the changes that take less memory; those that do not fit are dim."""
+    """Returns a table of changes that save memory; those that still do not fit are dim."""
     rows = []
     for each in found:
         result = "fits" if each.fits else "does not fit"
         cells = (each.change, size(each.saved_bytes), result, each.price)
         rows.append([Text(cell, "" if each.fits else "dim") for cell in cells])
-    return table("What would take less", ("change", "saves", "then", "price"), rows, left=4)
+    return table("Changes that save memory", ("change", "saves", "result", "price"), rows, left=4)
 
 
 def comparison_table(found: list[dict[str, Any]], length: int) -> Table:
-    """Returns how many rows each GPU holds, for each way of tuning."""
+    """Returns a table of how many rows each GPU holds, for each way of tuning."""
     rows = []
     for each in found:
         mode = each["mode"] + (" + ckpt" if each["gradient_checkpointing"] else "")
@@ -156,6 +156,6 @@ def write_plan(plan: Plan, path: Path, measured: dict[str, Any] | None = None) -
 
 
 def write_resolved(resolved: RunConfig, plan: Plan, folder: Path) -> None:
-    """Writes config.yaml and plan.json of a run folder."""
+    """Writes config.yaml and plan.json into a run folder."""
     (folder / "config.yaml").write_text(dump_config(resolved, plan.reasons), "utf-8")
     write_plan(plan, folder / "plan.json")

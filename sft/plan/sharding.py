@@ -30,8 +30,8 @@ class Group:
 
 ONE_PROCESS = Group()
 
-# Defaults of DeepSpeed (deepspeed/runtime/zero/config.py, 0.19.8), and the value that Accelerate
-# gives "auto" by the hidden size (accelerator.py: _prepare_deepspeed); both in elements.
+# Defaults of DeepSpeed (deepspeed/runtime/zero/config.py, 0.19.8), and what Accelerate
+# computes for "auto" from the hidden size (accelerator.py: _prepare_deepspeed); both in elements.
 ZERO_SIZES: dict[str, tuple[float, Callable[[int], float]]] = {
     "reduce_bucket_size": (5e8, lambda hidden: hidden**2),
     "stage3_prefetch_bucket_size": (5e7, lambda hidden: 0.9 * hidden**2),
@@ -44,20 +44,21 @@ def _zero_size(config: RunConfig, group: Group, key: str) -> int:
     default, automatic = ZERO_SIZES[key]
     value = group.zero.get(key, default)
     if value == "auto":
-        value = automatic(task_of(config).info(config).text.hidden_size)
+        value = automatic(task_of(config).info(config).sizes.hidden_size)
     return int(value)
 
 
 def parts_on_rank(
     phase: str, parts: dict[str, int], config: RunConfig, precision: str, group: Group, on_gpu: bool
 ) -> dict[str, int]:
-    """Returns the parts of a phase in the memory of one process's device.
+    """Returns the bytes that each part of a phase takes on the device of one process.
 
-    On a GPU, state that is kept in host memory between uses does not count.
+    `parts` has the bytes that they take if one process does all the work. On a GPU, state that is
+    kept in host memory between uses does not count.
     """
     if group.engine == "deepspeed":
-        share = _zero3 if group.zero["stage"] == 3 else _zero12
-        parts = share(phase, parts, config, group)
+        apply_zero = _zero3 if group.zero["stage"] == 3 else _zero12
+        parts = apply_zero(phase, parts, config, group)
     elif group.engine == "fsdp" and group.world_size > 1:
         parts = _fsdp2(phase, parts, config, precision, group)
     elif group.world_size > 1 and group.accumulates:
@@ -77,9 +78,10 @@ def _zero12(phase: str, parts: dict[str, int], config: RunConfig, group: Group) 
     The result is an upper bound. A rank has its share of Adam's state and of a copy of the trained
     weights. From earlier micro-batches ZeRO-1 keeps all gradients, and ZeRO-2 its share of them.
     The first gradient of a backward pass allocates the buckets in full size, even if little is
-    trained. The first full bucket is copied, and from then on the share is kept. With accumulation,
-    ZeRO-1 has buckets and logits at the same time. An optimizer on the host has three more shares
-    there, for gradients and weights in transit, and space for one gradient on host and device.
+    trained. When the first bucket is full it is copied, and from then on the rank keeps its share
+    of the gradients. With accumulation, ZeRO-1 has buckets and logits at the same time. If the
+    optimizer is on the host, three more shares are there, for gradients and weights in transit.
+    One gradient then has space on both host and device.
     """
     counted, offloads = count_parameters(config), group.offloads
     trained, largest = 4 * counted.trained, 4 * counted.largest
@@ -95,16 +97,16 @@ def _zero12(phase: str, parts: dict[str, int], config: RunConfig, group: Group) 
         return parts | {"gradients": kept + 2 * share if offloads else 2 * share}
     if not phase.startswith("backward"):
         return parts | ({"communication": buckets} if is_zero1 and group.accumulates else {})
-    full = min(bucket, trained)
-    left = round(parts.get("activations", 0) * (1 - full / trained))
-    copied = full if offloads else max(full, share)
+    filled = min(bucket, trained)
+    activations = round(parts.get("activations", 0) * (1 - filled / trained))
+    copied = filled if offloads else max(filled, share)
     first = parts | {"communication": transit + buckets + largest}
-    flushed = parts | {"activations": left, "communication": transit + buckets + copied}
+    flushed = parts | {"activations": activations, "communication": transit + buckets + copied}
     return max(first, flushed, key=lambda each: sum(each.values()))
 
 
 def _split(parts: dict[str, int], group: Group) -> dict[str, int]:
-    """Returns the parts; of those that FSDP2 and ZeRO-3 split, the rank's share."""
+    """Returns the parts, with the rank's share of those that FSDP2 and ZeRO-3 split."""
     split = ("weights", "adapters", "optimizer")
     return parts | {k: math.ceil(parts[k] / group.world_size) for k in split if k in parts}
 
@@ -117,26 +119,29 @@ def _fsdp2(
     Weights outside of layers stay gathered from the first layer to the end of the backward pass.
     The layer that computes is gathered, and the next layer arrives in a buffer, which gloo copies
     in the backward pass. Gradients of the head stay whole from the loss to the end. Gradients of a
-    layer stay in an exchange buffer until those of the next layer are whole; by then the
-    activations of that layer are freed.
+    layer stay in an exchange buffer until the backward pass has those of the layer below. By then
+    the activations of the layer below are freed.
     """
-    counted, full = count_parameters(config), task_of(config).info(config).mode == "full"
+    counted, trains_all = count_parameters(config), task_of(config).info(config).mode == "full"
     whole = parts["weights"] + parts.get("adapters", 0)
-    outside = counted.outside * (4 if full else DTYPES[precision].itemsize)
+    outside = counted.outside * (4 if trains_all else DTYPES[precision].itemsize)
     layers = max(1, counted.layers)
     layer = (whole - outside) // layers
-    of_outside = 4 * counted.outside if full else 0
-    of_head = max(0, of_outside - 4 * (counted.parameters - counted.multiplied))
-    of_layer = (4 * counted.trained - of_outside) // layers
+    outside_grads = 4 * counted.outside if trains_all else 0
+    head_grads = max(0, outside_grads - 4 * (counted.parameters - counted.multiplied))
+    layer_grads = (4 * counted.trained - outside_grads) // layers
     share = math.ceil(4 * counted.trained / group.world_size)
-    gathered, kept = outside, share if group.accumulates else 0
+    gathered = outside
+    kept = share if group.accumulates else 0
     if phase.startswith("forward"):
         gathered += 2 * layer
     elif "embedding" in phase:
-        gathered, kept = gathered + 2 * of_outside, share
+        gathered += 2 * outside_grads
+        kept = share
     elif phase.startswith("backward"):
-        gathered += of_head + 3 * layer
-        gathered, kept = gathered + max(0, of_layer - parts.get("activations", 0) // layers), share
+        freed = parts.get("activations", 0) // layers
+        gathered += head_grads + 3 * layer + max(0, layer_grads - freed)
+        kept = share
     elif phase.startswith("update"):
         gathered, kept = 0, share
     return _split(parts, group) | {"gradients": kept, "communication": gathered}
@@ -146,7 +151,7 @@ def _zero3(phase: str, parts: dict[str, int], config: RunConfig, group: Group) -
     """Returns the parts with ZeRO-3 (deepspeed/runtime/zero/stage3.py, 0.19.8).
 
     Small parameters stay whole. Gathered parameters stay, up to `stage3_max_live_parameters`, if
-    they are used again within `stage3_max_reuse_distance`. In the forward pass they arrive in
+    they are used again within `stage3_max_reuse_distance`. In the forward pass parameters arrive in
     another buffer. Gradients go through a permanent bucket. A full bucket is copied, and gloo
     copies it once more. The rank has a copy of its share of the trained weights. If the optimizer
     is on the host, so are the gradients.
@@ -154,11 +159,13 @@ def _zero3(phase: str, parts: dict[str, int], config: RunConfig, group: Group) -
     counted = count_parameters(config)
     whole = parts["weights"] + parts.get("adapters", 0)
     threshold = _zero_size(config, group, "stage3_param_persistence_threshold")
-    small = sum(size for size in counted.sizes if size <= threshold) / counted.parameters
+    small_fraction = sum(size for size in counted.sizes if size <= threshold) / counted.parameters
 
     def large_bytes(key: str) -> int:
-        """Returns the bytes of so many elements of parameters that are not small."""
-        return round(whole * min(1 - small, _zero_size(config, group, key) / counted.parameters))
+        """Returns the bytes of as many elements as `key` says, at most all that are not small."""
+        return round(
+            whole * min(1 - small_fraction, _zero_size(config, group, key) / counted.parameters)
+        )
 
     trained, largest = 4 * counted.trained, 4 * counted.largest
     bucket = 4 * _zero_size(config, group, "reduce_bucket_size")
@@ -176,5 +183,5 @@ def _zero3(phase: str, parts: dict[str, int], config: RunConfig, group: Group) -
     return result | {
         "optimizer": result["optimizer"] + share,
         "gradients": share * (2 if group.offloads else 1),
-        "communication": round(whole * small) + bucket + transient,
+        "communication": round(whole * small_fraction) + bucket + transient,
     }

@@ -1,8 +1,8 @@
 """Joins the processes of a run, and checks that they are the ones that were asked for.
 
-Launchers fail silently: two processes without a group, or one where two were asked for, train
-without an error. So the world is compared with what was launched and with what was asked for, and
-the ranks compare their code, configuration and data.
+Launchers fail silently. They may start one process in place of two, or two that do not know of
+each other, and either trains without an error. So the number of processes is compared with what
+was launched and with what was asked for, and the ranks compare their code, configuration and data.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ class Context:
     guard: Guard = field(default_factory=Guard)
 
 
-def drop_launch_demands(config: Configured) -> Configured:
-    """Returns `config` without what it demands of a launch, to use the run on any processes."""
-    free: dict[str, Any] = dict.fromkeys(("train.num_processes", "train.deepspeed_config"))
-    free |= {"train.engine": "ddp", "train.offload": False, "train.micro_batch": "auto"}
-    free |= {"train.gradient_accumulation_steps": "auto"}
-    return with_values(config, free)
+def drop_launch_requirements(config: Configured) -> Configured:
+    """Returns `config` without its requirements on the launch, for use with any processes."""
+    values: dict[str, Any] = dict.fromkeys(("train.num_processes", "train.deepspeed_config"))
+    values |= {"train.engine": "ddp", "train.offload": False, "train.micro_batch": "auto"}
+    values |= {"train.gradient_accumulation_steps": "auto"}
+    return with_values(config, values)
 
 
 def start_processes(train: Train, *, shared: bool = False) -> Accelerator:
     """Joins the process group. Raises ConfigError if it is not the one that was asked for.
 
-    `shared`: other connectors of this process stay in use; Accelerate raises ValueError if their
-    settings are not the same.
+    `shared`: leaves other connectors of this process usable; Accelerate raises ValueError if their
+    settings differ from these.
     """
     check_launch(train)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     precision, _ = resolve_precision(train)
-    _refuse_other_launch_file(train, precision)
+    _refuse_conflicting_launch_file(train, precision)
     _forget_launch_file()
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
@@ -76,7 +76,7 @@ def start_processes(train: Train, *, shared: bool = False) -> Accelerator:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
     if not shared:
         _reset_accelerate()
-    # Longer than the limit of the watchdog, which reports the missing rank; this one only aborts.
+    # Twice the watchdog's limit: the watchdog reports the missing rank, this timeout only aborts.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * train.stall_timeout))
     if train.offload and not on_cpu:
         group.backend = "cuda:nccl,cpu:gloo"  # gloo for norms and gathered weights
@@ -106,8 +106,8 @@ def _form_group_of_one() -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def act_alone() -> bool:
-    """Makes the first of several processes work as the only one; returns False on the others."""
+def keep_first_process() -> bool:
+    """Lets the first of several processes go on by itself; returns False on those that must end."""
     join_slurm()
     is_first = os.environ.get("RANK", "0") == "0"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -127,14 +127,14 @@ def check_launch(train: Train) -> None:
 
 def _wrong_world(expected: int | None, found: int) -> ConfigError:
     return ConfigError(
-        f"expected {expected} process(es), found {found}: the launcher did not start one run of "
-        f"{expected}. Launch with `make train-distributed NUM_PROCESSES=n`, "
+        f"expected {expected} process(es), found {found}: the launcher did not start {expected} "
+        "of one run. Launch with `make train-distributed NUM_PROCESSES=n`, "
         "`torchrun --nproc-per-node n`, or with an Accelerate file of distributed_type MULTI_GPU "
         "(also for CPU processes)."
     )
 
 
-def _refuse_other_launch_file(train: Train, precision: str) -> None:
+def _refuse_conflicting_launch_file(train: Train, precision: str) -> None:
     """Raises ConfigError if the variables that a launch file has set contradict `train`."""
     flags = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp"}
     for variable, engine in flags.items():
@@ -147,11 +147,12 @@ def _refuse_other_launch_file(train: Train, precision: str) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") != "2":
         raise ConfigError(
             "the Accelerate launch file asks for FSDP version "
-            f"{os.environ.get('FSDP_VERSION', '1')}; only 2 is here: set fsdp_config.fsdp_version: "
-            "2 in the file, or launch with ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml"
+            f"{os.environ.get('FSDP_VERSION', '1')}; only 2 is supported: "
+            "set fsdp_config.fsdp_version: 2 in the file, or launch with "
+            "ACCELERATE_CONFIG=configs/accelerate/fsdp2.yaml"
         )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        _refuse_other_deepspeed(train)
+        _refuse_conflicting_deepspeed(train)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision):
         raise ConfigError(
@@ -160,21 +161,21 @@ def _refuse_other_launch_file(train: Train, precision: str) -> None:
         )
 
 
-def _refuse_other_deepspeed(train: Train) -> None:
-    """Raises ConfigError if the launch file configures DeepSpeed otherwise than `train` does."""
+def _refuse_conflicting_deepspeed(train: Train) -> None:
+    """Raises ConfigError if the launch file and `train` configure DeepSpeed differently."""
     named = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
-    free = {"", "mixed_precision", "zero_stage", "deepspeed_config_file"}
-    more = [key for key in named if key not in free and not key.startswith("deepspeed_")]
+    allowed = {"", "mixed_precision", "zero_stage", "deepspeed_config_file"}
+    refused = [key for key in named if key not in allowed and not key.startswith("deepspeed_")]
     stage = deepspeed_settings(train)["zero_optimization"]["stage"]
     found = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(train.deepspeed_config))
     if found != str(stage):
-        more.append(f"zero_stage {found} (there it is {stage})")
+        refused.append(f"zero_stage {found} (expected {stage})")
     if Path(file).resolve() != Path(str(train.deepspeed_config)).resolve():
-        more.append(f"deepspeed_config_file {file}")
-    if more:
+        refused.append(f"deepspeed_config_file {file}")
+    if refused:
         raise ConfigError(
-            f"the Accelerate launch file sets {', '.join(more)}; DeepSpeed's settings are in "
+            f"the Accelerate launch file sets {', '.join(refused)}; DeepSpeed's settings belong in "
             f"train.deepspeed_config ({train.deepspeed_config}): remove them from the launch file, "
             f"or launch with ACCELERATE_CONFIG=configs/accelerate/deepspeed_z{stage}.yaml"
         )
@@ -238,8 +239,8 @@ def refuse_differences(facts: Mapping[str, str]) -> None:
             )
     if problems:
         raise PeerError(
-            "the ranks are not one run; these differ (values of the configuration by their "
-            "digest):\n  " + "\n  ".join(problems) + "\nStart all of them with the same "
+            "the ranks are not one run; these differ (values of the configuration are shown as "
+            "digests):\n  " + "\n  ".join(problems) + "\nStart all of them with the same "
             "configuration, data, environment and code."
         )
 
@@ -249,7 +250,7 @@ def _short(value: str) -> str:
 
 
 def end_processes(accelerator: Accelerator) -> None:
-    """Waits for all ranks of a run that ended well. Their process group is kept for a next run.
+    """Waits for all ranks of a run that ended well. Keeps their process group for the next run.
 
     A second group would find the addresses of the first one in the launcher's store, and hang.
     """
@@ -271,7 +272,7 @@ def leave_process_group() -> None:
 
 
 # Keys that a DeepSpeed file may not have, because `train` sets their values.
-DEEPSPEED_OWNED = {
+REFUSED_DEEPSPEED_KEYS = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.max_tokens",
     "gradient_accumulation_steps": "train.max_tokens",
@@ -290,10 +291,12 @@ def deepspeed_settings(train: Train) -> dict[str, Any]:
         settings = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"train.deepspeed_config: cannot read {path}: {error}") from error
-    if owned := [
-        f"{key} (use {DEEPSPEED_OWNED[key]})" for key in settings if key in DEEPSPEED_OWNED
+    if refused := [
+        f"{key} (use {option})" for key in settings if (option := REFUSED_DEEPSPEED_KEYS.get(key))
     ]:
-        raise ConfigError(f"{path}: remove {', '.join(owned)}: the training configuration sets it")
+        raise ConfigError(
+            f"{path}: remove {', '.join(refused)}: the training configuration sets it"
+        )
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage: expected 1, 2 or 3, found {stage}")
@@ -312,7 +315,7 @@ def deepspeed_plugin(train: Train) -> DeepSpeedPlugin:
 
     settings = deepspeed_settings(train)
     if not torch.cuda.is_available():
-        # It would be compiled at its first use, for a minute, and gloo does the same.
+        # Compiling this backend takes a minute at its first use, and gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     settings |= {
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's Adam would be compiled at first use

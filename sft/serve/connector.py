@@ -130,8 +130,8 @@ class AccelerateConnector:
             if isinstance(error, UserError) or "AcceleratorState" not in str(error):
                 raise
             raise UserError(
-                f"mixed_precision: found {mixed_precision}, but this process already computes in "
-                "that of its first connector; give both the same"
+                f"mixed_precision: found {mixed_precision}, but the first connector of this "
+                "process uses another one; give both the same"
             ) from None
         self._opening = Opening(
             self.model_name,
@@ -165,11 +165,13 @@ class AccelerateConnector:
             with self.accelerator.local_main_process_first():  # one download for this machine
                 self._model = open_model(self._opening)
             if self._model.tokenizer.chat_template == rendering.DEFAULT_TEMPLATE:
-                self.log.say(f"{self.model_name} has no chat template: asked as User: / Assistant:")
+                self.log.say(
+                    f"{self.model_name} has no chat template: prompts have User: / Assistant:"
+                )
         return self._model
 
     def _model_with(self, settings: dict[str, Any]) -> AnswerModel:
-        """Returns the model with these settings. Raises ConfigError before it loads one."""
+        """Returns the model with these settings. Checks them before it loads the model."""
         checked = make_generation(settings)
         return replace(self.load_model_once(), settings=checked)
 
@@ -179,9 +181,9 @@ class AccelerateConnector:
         on_text: Callable[[str], None] | None = None,
         **settings: Any,
     ) -> Completion:
-        """Returns the answer to a conversation; `on_text` receives its text as it is written.
+        """Returns the answer to a conversation. `on_text` receives the text while it is written.
 
-        `settings` are those of `Generation`. Raises UserError if it cannot be answered.
+        `settings` are those of `Generation`. Raises UserError if it cannot answer.
         """
         model, question = self._model_with(settings), _make_question(messages, 0)
         prompt = model.render_prompt(question)
@@ -200,7 +202,7 @@ class AccelerateConnector:
         predictions: str | Path | None = None,
         **settings: Any,
     ) -> list[Completion]:
-        """Returns the answers to all, in their order, on every process. Collective.
+        """Returns the answers to all conversations, in their order, on every process. Collective.
 
         If one cannot be answered, its `finish_reason` is "error", and `error` has the reason.
         `predictions` names a JSONL file for the answers; a later call reuses those in it.
@@ -223,7 +225,7 @@ class AccelerateConnector:
         total: int | None = None,
         **settings: Any,
     ) -> None:
-        """Adds the answers to a stream of questions that `predictions` lacks. Collective."""
+        """Adds an answer for each question that has none in `predictions` yet. Collective."""
         answers.answer_all(
             self._model_with(settings),
             questions,
@@ -259,7 +261,7 @@ class AccelerateConnector:
         return [result for _, result in sorted(pairs, key=lambda pair: pair[0])]
 
     def prepare_for_training(self, model: nn.Module, optimizer: Any, *dataloaders: Any) -> Any:
-        """Returns (model, optimizer, *dataloaders) for this process group."""
+        """Returns (model, optimizer, *dataloaders), prepared for this process group."""
         return self.accelerator.prepare(model, optimizer, *dataloaders)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -272,7 +274,9 @@ class AccelerateConnector:
         """
         folder = Path(output_dir)
         if folder.exists() and not (folder.is_dir() and _is_replaceable(folder)):
-            raise UserError(f"{folder} holds something else; give an output_dir that is new")
+            raise UserError(
+                f"{folder} holds something else than a saved model; give a new output_dir"
+            )
         weights = self.accelerator.get_state_dict(model)
         tokenizer = self.load_model_once().tokenizer
         plain = self.accelerator.unwrap_model(model)

@@ -64,7 +64,7 @@ class Labels:
 class TaskInfo:
     """The values on which memory and time depend, besides `train`."""
 
-    text: Any  # sizes of the model, named as in transformers' configurations of text models
+    sizes: Any  # of the model, named as in transformers' configurations of text models
     cache: Path  # a folder that outlives a run
     mode: str = "full"  # as in `tuning.mode`
     copies: int = 1  # how often each token goes through the model

@@ -107,7 +107,7 @@ class FineTune(SavedTuning):
         Raises ConfigError if the model has no positions for them.
         """
         length, number = config.data.max_seq_len, config.train.global_batch
-        positions = getattr(cls.info(config).text, "max_position_embeddings", None)
+        positions = getattr(cls.info(config).sizes, "max_position_embeddings", None)
         if positions and length > positions:
             raise ConfigError(
                 f"{config.model.name} has positions for {positions:,} tokens, found {length:,}: "
