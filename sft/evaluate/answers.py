@@ -132,7 +132,7 @@ class AnswerModel(Decoder):
     def to_record(
         self, question: Question, prompt: list[int] | str, answer: Answer | None = None
     ) -> Record:
-        """Returns the record of an answer; without `answer`, that of the error which `prompt` is."""
+        """Returns the record of an answer; without one, `prompt` is the error that is recorded."""
         record = question.fields | {"answer": None, "finish_reason": "error"}
         record |= {"prompt_tokens": 0, "completion_tokens": 0}
         if answer is None:
@@ -200,7 +200,7 @@ def answer_all(
                 before_batch=start_batch,
             ):
                 seconds += time.perf_counter() - started
-                pairs = zip([good[i] for i in batch], found, strict=False)  # none for idle ranks
+                pairs = zip([good[i] for i in batch], found, strict=False)  # an idle rank has none
                 predictions.append(
                     [head | model.to_record(asked, ids, a) for (head, asked, ids), a in pairs]
                 )

@@ -168,8 +168,8 @@ def _depths(key: ModelKey) -> tuple[int, int, int] | None:
     """
     config = config_of_key(key)
     info = task_of(config).info(config)
-    text = info.sizes
-    whole, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or ["same"]
+    sizes = info.sizes
+    whole, kinds = sizes.num_hidden_layers, getattr(sizes, "layer_types", None) or ["same"]
     period = next(
         n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds))
     )

@@ -127,8 +127,8 @@ def check_launch(train: Train) -> None:
 
 def _wrong_world(expected: int | None, found: int) -> ConfigError:
     return ConfigError(
-        f"expected {expected} process(es), found {found}: the launcher did not start {expected} "
-        "of one run. Launch with `make train-distributed NUM_PROCESSES=n`, "
+        f"expected {expected} process(es), found {found}: the launcher did not start one run of "
+        f"{expected} process(es). Launch with `make train-distributed NUM_PROCESSES=n`, "
         "`torchrun --nproc-per-node n`, or with an Accelerate file of distributed_type MULTI_GPU "
         "(also for CPU processes)."
     )

@@ -165,9 +165,7 @@ class AccelerateConnector:
             with self.accelerator.local_main_process_first():  # one download for this machine
                 self._model = open_model(self._opening)
             if self._model.tokenizer.chat_template == rendering.DEFAULT_TEMPLATE:
-                self.log.say(
-                    f"{self.model_name} has no chat template: prompts have User: / Assistant:"
-                )
+                self.log.say(f"{self.model_name} has no chat template: uses User: / Assistant:")
         return self._model
 
     def _model_with(self, settings: dict[str, Any]) -> AnswerModel:
@@ -250,8 +248,8 @@ class AccelerateConnector:
     def gather_results(self, results: Sequence[Any], part: DatasetPart | None = None) -> list[Any]:
         """Returns the results of all processes on every process, in the order of the dataset.
 
-        `results` has one for each item of `part`, this process's part; None: the last part that
-        `split_dataset` returned. Collective.
+        `results` has one result for each item of `part`, this process's part. If `part` is None, it
+        is the last part that `split_dataset` returned. Collective.
         """
         part = self._last_part if part is None else part
         if part is None or len(results) != len(part):
@@ -306,7 +304,7 @@ def _make_question(messages: Any, number: int) -> Question:
 
 
 class _TextStream:
-    """Passes on the text of tokens as they come, once later tokens cannot change it."""
+    """Passes on the text of tokens as soon as later tokens cannot change it."""
 
     def __init__(self, model: AnswerModel, on_text: Callable[[str], None]):
         self.model, self.on_text = model, on_text
