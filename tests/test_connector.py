@@ -231,7 +231,7 @@ def test_a_folder_with_something_else_is_not_saved_over(alone, tmp_path):
 
 
 def test_a_second_precision_in_one_program_is_refused(alone):
-    with pytest.raises(UserError, match="mixed_precision: found bf16, but this process already"):
+    with pytest.raises(UserError, match="mixed_precision: found bf16, but the first connector"):
         AccelerateConnector(ROOT / "nano/model", mixed_precision="bf16", log=Log(None))
 
 

@@ -259,8 +259,8 @@ class Engine:
             raise OutOfMemory(
                 f"memory ran out in step {self.step + 1} with one example of "
                 f"{max(lengths[i] for i in oom.ids):,} tokens "
-                f"({self.task.name_examples(oom.ids)}): {oom.reason}; `make plan` shows what would "
-                "take less"
+                f"({self.task.name_examples(oom.ids)}): {oom.reason}; `make plan` shows changes "
+                "that save memory"
             )
         self.task.budget = budget
         self.log.say(
