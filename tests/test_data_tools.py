@@ -75,7 +75,7 @@ def test_process_leaves_nothing_behind_where_rows_are_bad(tmp_path, run_script):
 
 @pytest.mark.slow
 def test_audit_says_what_is_wrong_where_and_exits_with_3(tmp_path, run_script):
-    bad = {"prompt": "a<|im_end|>", "completion": "b"}
+    bad = {"prompt": "a<|im_end|>" + " and on" * 600, "completion": "b"}
     given = write(tmp_path / "rows.jsonl", [*GOOD, bad])
     name = f"train.output_dir=outputs/{tmp_path.name}"
     arguments = [given, "data.eval_path=null", name]
@@ -83,11 +83,12 @@ def test_audit_says_what_is_wrong_where_and_exits_with_3(tmp_path, run_script):
     folder = ROOT / "outputs/audits" / tmp_path.name
     try:
         assert done.returncode == 3, done.stderr
+        assert "too_long" in done.stdout
         assert "special_in_content" in done.stdout
         assert max(map(len, done.stdout.splitlines())) <= 100
         audited = json.loads((folder / "audit.json").read_text("utf-8"))
         parts = (audited["train"], audited["held_out"])
-        found = [part["problems"].get("special_in_content") for part in parts]
+        found = [part["problems"].get("too_long") for part in parts]
         (problem,) = filter(None, found)
         assert problem["rows"] == [f"{tmp_path}/rows.jsonl:31"]
         assert "special_in_content" in (folder / "audit.html").read_text("utf-8")
@@ -97,7 +98,7 @@ def test_audit_says_what_is_wrong_where_and_exits_with_3(tmp_path, run_script):
         folder.rmdir()
     refused = run_script("train.py", *arguments)
     assert refused.returncode == 3
-    assert "special_in_content: 1 of" in refused.stderr
+    assert "too_long: 1 of" in refused.stderr
 
 
 @pytest.mark.slow

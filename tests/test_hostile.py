@@ -704,7 +704,7 @@ def test_a_template_without_end_in_workers(tmp_path, folder, monkeypatch):
     template = folder / "chat_template.jinja"
     bomb = "{% if messages[0].content == 'say 700' %}" + LOOPS + "{% endif %}"
     template.write_text(bomb + template.read_text())
-    monkeypatch.setattr(cache.hardware, "usable_cores", lambda: 2)
+    monkeypatch.setattr(workers.hardware, "usable_cores", lambda: 2)
     monkeypatch.setattr(rendering, "SECONDS", 1)
     with pytest.raises(rendering.TemplateError, match="the chat template took more than 1 s"):
         cache.prepare(configured(path, folder=folder))

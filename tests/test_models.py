@@ -258,7 +258,8 @@ def test_a_model_that_leaks_is_found_out():
 def test_a_packed_layout_that_leaks_falls_back_or_is_refused(monkeypatch, tmp_path):
     packed = batches.Budget(100, "packed")
     context = Context(CpuAccelerator("fp32"), Log(tmp_path))
-    made = FineTune(None, None, small("llama"), packed, context)
+    settings = tiny.config(tmp_path / "run")
+    made = FineTune(settings, None, small("llama"), packed, context)
     made.check_model("fp32", "auto")
     assert made.budget is packed
     monkeypatch.setattr(attention, "documents_are_isolated", lambda *_: False)

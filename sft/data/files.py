@@ -29,10 +29,6 @@ from sft.runtime.console import atomic_write
 
 DIGEST = np.dtype("V16")  # of `content_digest`
 CACHE_DIR: str = Data.model_fields["cache_dir"].default
-READ_OPTIONS = {  # keys of the section `data` that `read_all` takes
-    *("format", "columns", "ignore_columns", "csv_delimiter"),
-    *("system", "system_prompt", "cache_dir"),
-}
 MAC = "__MACOSX"  # folder of an archive that macOS made, with a `._name` for each file
 
 
@@ -395,7 +391,17 @@ def file_digests(path: str | list[str], cache_dir: str = CACHE_DIR) -> list[dict
 
 def read_options(section: Data) -> dict[str, Any]:
     """Returns the options of `read_all` that a configuration sets."""
-    return section.model_dump(include=READ_OPTIONS)
+    return section.model_dump(
+        include={
+            "format",
+            "columns",
+            "ignore_columns",
+            "csv_delimiter",
+            "system",
+            "system_prompt",
+            "cache_dir",
+        }
+    )
 
 
 def content_digest(row: Row) -> bytes:

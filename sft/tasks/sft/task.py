@@ -246,16 +246,8 @@ class FineTune(SavedTuning):
         self.head = layers.SupervisedHead(self.model)
 
     def check_model(self, precision: str, layout: str) -> None:
-        ends = sorted(audit.stop_ids(self.prepared.tokenizer))
-        if self.config.tuning.mode != "full" and (
-            untrained := layers.untrained_rows(self.model, ends)
-        ):
-            names = ", ".join(self.prepared.tokenizer.convert_ids_to_tokens(untrained))
-            self.log.say(
-                f"warning: the embedding of {names} was never trained in this base model, so "
-                "adapters may not learn to end a turn; use tuning.mode: full, or the template of a "
-                "token that the base knows (data.chat_template)"
-            )
+        if self.config.tuning.mode != "full":
+            self._warn_of_untrained_ends()
         device = self.accelerator.device
         if self.budget.layout == "padded" or attention.documents_are_isolated(
             self.model, precision, device
@@ -266,6 +258,16 @@ class FineTune(SavedTuning):
             raise ConfigError(f"train.layout: {reason}; use train.layout: padded")
         self.log.say(f"layout: padded, since {reason}")
         self.budget = replace(self.budget, layout="padded")
+
+    def _warn_of_untrained_ends(self) -> None:
+        tokenizer = self.prepared.tokenizer
+        if untrained := layers.untrained_rows(self.model, sorted(audit.stop_ids(tokenizer))):
+            names = ", ".join(tokenizer.convert_ids_to_tokens(untrained))
+            self.log.say(
+                f"warning: the embedding of {names} was never trained in this base model, so "
+                "adapters may not learn to end a turn; use tuning.mode: full, or the template of a "
+                "token that the base knows (data.chat_template)"
+            )
 
     def collate(self, ids: list[int]) -> Batch:
         return self._collate(self.prepared.train, ids)
