@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from sft.data import audit, template
+from sft.data import audit, template, tokens
 from sft.data.files import Row
 from sft.data.formats import normalise
 from sft.data.rendering import MARKS, read_form
@@ -96,7 +96,7 @@ def judge(tokenizer: Any, pair: dict[str, Any], row: Row) -> tuple[str, str]:
 
 
 def _text(tokenizer: Any, ids: list[int], first: int, stop: int) -> str:
-    return template.decode_slice(tokenizer, ids, first, stop)
+    return tokens.decode_slice(tokenizer, ids, first, stop)
 
 
 def _is_turn(pair: dict[str, Any], turn: int, text: str) -> bool:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from sft.config.schema import Model
-from sft.data import audit, template
+from sft.data import audit, template, tokens
 from sft.data.files import Row
 from sft.data.rendering import ESCAPED, TemplateError, read_form
 from sft.errors import DataError, ModelError
@@ -229,7 +229,7 @@ def check(tokenizer: Any, row: Row, split: str, supervise: str, empty_thoughts: 
         for first, stop in audit.supervised_runs(example.labels):
             run = example.ids[first:stop]
             assert example.labels[first:stop] == run
-            text = template.decode_slice(tokenizer, example.ids, first, stop)
+            text = tokens.decode_slice(tokenizer, example.ids, first, stop)
             (turn,) = (n for n, marks in turns.items() if marks == MARK.findall(text))
             weight = row.messages[turn].get("weight", 1)
             assert set((example.weights or [1] * stop)[first:stop]) == {weight}
@@ -240,7 +240,7 @@ def check(tokenizer: Any, row: Row, split: str, supervise: str, empty_thoughts: 
             )
             assert example.ids[: len(prompt)] == prompt
             assert generate(tokenizer, prompt, example.ids) == example.ids[len(prompt) : stop]
-            empty = template.decode_slice(tokenizer, example.ids, len(prompt), first)
+            empty = tokens.decode_slice(tokenizer, example.ids, len(prompt), first)
             assert EMPTY_THOUGHTS.fullmatch(empty) if not empty_thoughts else first == len(prompt)
             assert run[-1] in audit.stop_ids(tokenizer)
             learnt[turn] += 1

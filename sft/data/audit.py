@@ -20,14 +20,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sft.data import rendering, template
+from sft.data import rendering, tokens
 from sft.data.batches import Layout
+from sft.data.ends import stop_tokens
 from sft.data.examples import Batch, ExampleArrays, Examples, collate
 from sft.data.files import Row
 from sft.data.formats import Message, is_conversation
-from sft.data.rendering import Span, cached_by_tokenizer
-from sft.data.template import IGNORED, MARKED, Example, Supervise
-from sft.data.turns import Renderings, end_tokens, forms, renderings_of, stop_tokens
+from sft.data.rendering import Renderings, Span, cached_by_tokenizer, renderings_of
+from sft.data.sentinels import forms
+from sft.data.template import IGNORED, Example, Supervise
+from sft.data.tokens import MARKED
+from sft.data.turns import end_tokens
 from sft.errors import DataError
 
 
@@ -260,7 +263,7 @@ def _compare_row(
     """Yields the kinds of differences between an example and its row, rendered again."""
     given = renderings_of(tokenizer, row.messages, row.tools, row.template_kwargs)
     yield from _examine_text(given, row)
-    ids, offsets = template.tokenise(tokenizer, given.text)
+    ids, offsets = tokens.tokenise(tokenizer, given.text)
     if "answer_cut" in example.flags:
         if example.ids != ids[: len(example.ids)]:
             yield "not_the_template"
@@ -286,11 +289,11 @@ def _is_prompt_and_answer(
     last = len(given.messages) - 1
     if not runs or runs[-1][1] != len(example.ids) or not last:
         return False
-    prompt, _ = template.tokenise(given.tokenizer, given.prompt(last))
+    prompt, _ = tokens.tokenise(given.tokenizer, given.prompt(last))
     if runs[-1][0] < len(prompt) or example.ids[: len(prompt)] != prompt:
         return False
     end = len(example.ids) - 1
-    answer = _normalise(template.decode_slice(given.tokenizer, example.ids, len(prompt), end))
+    answer = _normalise(tokens.decode_slice(given.tokenizer, example.ids, len(prompt), end))
     if "thoughts_closed" in example.flags:
         thoughts, _ = rendering.split_thoughts(given.given[0][last])
         answer = answer.removeprefix(_normalise(thoughts)).partition(">\n\n")[2]
@@ -323,7 +326,7 @@ def _compare_turns(
         text = (
             given.text[offsets[first][0] : offsets[stop - 1][1]]
             if offsets and not MARKED.search(given.text)
-            else template.decode_slice(tokenizer, example.ids, first, stop)
+            else tokens.decode_slice(tokenizer, example.ids, first, stop)
         )
         own = [n for n in turns if n and _says(text, messages[n])]
         if not own or not ends.isdisjoint(example.ids[first : stop - 1]):
@@ -341,10 +344,10 @@ def _count_prompt(
     tokens are others."""
     prompt = given.prompt(turn)
     if offsets and given.text.startswith(prompt):
-        return template.count_prompt_tokens(
+        return tokens.count_prompt_tokens(
             given.tokenizer, given.text, example.ids, offsets, len(prompt)
         )
-    ids, _ = template.tokenise(given.tokenizer, prompt)
+    ids, _ = tokens.tokenise(given.tokenizer, prompt)
     return len(ids) if example.ids[: len(ids)] == ids else None
 
 
@@ -355,7 +358,7 @@ def _starts_turn(tokenizer: Tokenizer, ids: list[int], first: int, number: int |
         return False
     if first == number:
         return True
-    between = template.decode_slice(tokenizer, ids, number, first)
+    between = tokens.decode_slice(tokenizer, ids, number, first)
     return not re.sub(r"</?\w+>", "", between).strip()
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sft.data import rendering, template
+from sft.data import rendering, tokens
 from sft.data.audit import KINDS, Sample
 from sft.data.template import IGNORED, Example
 from sft.runtime.console import table
@@ -83,6 +83,6 @@ def _tokens_as_html(tokenizer: Tokenizer, example: Example) -> Iterator[str]:
     ):
         end = start + len(list(group))
         classes = "special " * is_added + ("supervised" if is_supervised else "context")
-        text = escape(template.decode_slice(tokenizer, example.ids, start, end))
+        text = escape(tokens.decode_slice(tokenizer, example.ids, start, end))
         yield f"<span class='{classes}'>{text}</span>"
         start = end

@@ -8,13 +8,14 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, Literal, TypeVar
 
 import jinja2.meta
+import jinja2.nodes
 import psutil
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.chat_template_utils import (
@@ -85,7 +86,7 @@ def render_text(
     """Renders a conversation, or with `add_generation_prompt` the prompt of inference.
 
     Messages take the form that the template reads (`Form`). The text of a special token that
-    someone typed stands between MARKS, so that `template.tokenise` makes plain text of it.
+    someone typed stands between MARKS, so that `tokens.tokenise` makes plain text of it.
     Raises DataError if the template refuses it, TemplateError if rendering does not end.
     """
     messages, tools = mark_typed(tokenizer, messages, tools)
@@ -261,14 +262,18 @@ def special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
 @cached_by_tokenizer
 def template_variables(tokenizer: Tokenizer) -> list[str]:
     """Returns the variables that a user may set for the chat template, such as `enable_thinking`:
-    those that it reads and that `apply_chat_template` does not set."""
+    those that it reads and that `apply_chat_template` does not set. A name that the template sets
+    counts only if it asks whether the name is defined."""
     source = tokenizer.get_chat_template()
-    found = jinja2.meta.find_undeclared_variables(
-        compile_template(source).environment.parse(source)
-    )
+    parsed = compile_template(source).environment.parse(source)
+    names = [(node.name, node.ctx) for node in parsed.find_all(jinja2.nodes.Name)]
+    tests = [node for node in parsed.find_all(jinja2.nodes.Test) if node.name == "defined"]
+    asked = {node.node.name for node in tests if isinstance(node.node, jinja2.nodes.Name)}
+    own = {name for name, kind in names if kind != "load"} - asked
     given = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
     given |= {"raise_exception", *tokenizer.special_tokens_map}
-    return sorted(name for name in found - given if not name.endswith("_token"))
+    found = jinja2.meta.find_undeclared_variables(parsed) - own - given
+    return sorted(name for name in found if not name.endswith("_token"))
 
 
 _bound: list[Tokenizer] = []  # whose template is rendered under a limit of time now
@@ -384,3 +389,87 @@ def split_thoughts(message: dict[str, Any]) -> tuple[str, str]:
         return str(given).strip(), content
     match = THOUGHTS.match(content)
     return (match[2].strip(), content[match.end() :]) if match else ("", content)
+
+
+@dataclass
+class Renderings:
+    """The renderings of one conversation, each made once."""
+
+    tokenizer: Tokenizer
+    messages: Messages
+    tools: Tools | None = None
+    variables: Variables | None = None
+    given: tuple[Messages, Tools | None] = field(init=False)  # without marks
+    template: Any = field(init=False)
+    _texts: dict[tuple[int, bool], str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.given, self.template = (self.messages, self.tools), self.tokenizer.chat_template
+        self.messages, self.tools = mark_typed(self.tokenizer, self.messages, self.tools)
+
+    @cached_property
+    def sentinel(self) -> str:
+        """Returns a word that stands nowhere in the conversation; a number and "e" follow it."""
+        word, said = "zq7s", str(self.messages)
+        while word in said:
+            word += "q"
+        return word
+
+    def split_at_sentinels(self, text: str) -> list[str]:
+        """Returns the texts between sentinels, with the number of a sentinel after each but the
+        last."""
+        return re.split(rf"{self.sentinel}(\d+)e", text)
+
+    def prompt(self, turn: int) -> str:
+        """Returns what serving renders before message `turn`."""
+        return self._render(turn, True)
+
+    def until(self, turn: int) -> str:
+        """Returns the conversation up to and including message `turn`."""
+        return self._render(turn + 1, False)
+
+    @property
+    def text(self) -> str:
+        """Returns the whole conversation."""
+        return self._render(len(self.messages), False)
+
+    def with_turn(self, turn: int, message: Message) -> str:
+        """Returns the conversation up to message `turn`, with `message` in its place."""
+        return self.render([*self.messages[:turn], message])
+
+    def render(self, messages: Messages) -> str:
+        """Returns other messages, rendered with the same tools and variables."""
+        messages, tools = mark_typed(self.tokenizer, messages, self.tools)
+        return render_marked(self.tokenizer, messages, tools, variables=self.variables)
+
+    def _render(self, stop: int, prompt: bool) -> str:
+        if (stop, prompt) not in self._texts:
+            self._texts[stop, prompt] = render_marked(
+                self.tokenizer, self.messages[:stop], self.tools, prompt, self.variables
+            )
+        return self._texts[stop, prompt]
+
+    def prefetch(self, turns: Iterable[int]) -> None:
+        """Renders what `find_turn` asks about these turns, under one limit of time."""
+        with suppress(DataError), bounded(self.tokenizer, self.messages):
+            for turn in turns:
+                self.until(turn)
+                self.prompt(turn)
+
+
+_latest: list[Renderings] = []
+
+
+def renderings_of(
+    tokenizer: Tokenizer, messages: Messages, tools: Tools | None, variables: Variables | None
+) -> Renderings:
+    """Returns the renderings of a conversation. The same ones if it is asked for twice in a row, as
+    the audit does, so that each text is rendered once."""
+    if _latest:
+        (last,) = _latest
+        same = last.given[0] is messages and last.given[1] is tools
+        same = same and last.tokenizer is tokenizer and last.template is tokenizer.chat_template
+        if same and last.variables == variables:
+            return last
+    _latest[:] = [Renderings(tokenizer, messages, tools, variables)]
+    return _latest[0]

@@ -13,23 +13,20 @@ is ever searched for a token or a header.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sft.data import rendering
-from sft.data.formats import Message, Messages, Tools, content_text
-from sft.data.rendering import MARKS, Span, Variables, cached_by_tokenizer
+from sft.data import ends, rendering, sentinels
+from sft.data.ends import ASK
+from sft.data.formats import Message
+from sft.data.rendering import Renderings, Span, Variables, cached_by_tokenizer
 from sft.errors import DataError
 
-ASK: Message = {"role": "user", "content": "a"}
 GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
@@ -47,90 +44,6 @@ class Turn:
     flags: tuple[str, ...] = ()
     empty_thoughts: Span | None = None
     variables: Variables | None = None
-
-
-@dataclass
-class Renderings:
-    """The renderings of one conversation, each made once."""
-
-    tokenizer: Tokenizer
-    messages: Messages
-    tools: Tools | None = None
-    variables: Variables | None = None
-    given: tuple[Messages, Tools | None] = field(init=False)  # without marks
-    template: Any = field(init=False)
-    _texts: dict[tuple[int, bool], str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.given, self.template = (self.messages, self.tools), self.tokenizer.chat_template
-        self.messages, self.tools = rendering.mark_typed(self.tokenizer, self.messages, self.tools)
-
-    @cached_property
-    def sentinel(self) -> str:
-        """Returns a word that stands nowhere in the conversation; a number and "e" follow it."""
-        word, said = "zq7s", str(self.messages)
-        while word in said:
-            word += "q"
-        return word
-
-    def split_at_sentinels(self, text: str) -> list[str]:
-        """Returns the texts between sentinels, with the number of a sentinel after each but the
-        last."""
-        return re.split(rf"{self.sentinel}(\d+)e", text)
-
-    def prompt(self, turn: int) -> str:
-        """Returns what serving renders before message `turn`."""
-        return self._render(turn, True)
-
-    def until(self, turn: int) -> str:
-        """Returns the conversation up to and including message `turn`."""
-        return self._render(turn + 1, False)
-
-    @property
-    def text(self) -> str:
-        """Returns the whole conversation."""
-        return self._render(len(self.messages), False)
-
-    def with_turn(self, turn: int, message: Message) -> str:
-        """Returns the conversation up to message `turn`, with `message` in its place."""
-        return self.render([*self.messages[:turn], message])
-
-    def render(self, messages: Messages) -> str:
-        """Returns other messages, rendered with the same tools and variables."""
-        messages, tools = rendering.mark_typed(self.tokenizer, messages, self.tools)
-        return rendering.render_marked(self.tokenizer, messages, tools, variables=self.variables)
-
-    def _render(self, stop: int, prompt: bool) -> str:
-        if (stop, prompt) not in self._texts:
-            self._texts[stop, prompt] = rendering.render_marked(
-                self.tokenizer, self.messages[:stop], self.tools, prompt, self.variables
-            )
-        return self._texts[stop, prompt]
-
-    def prefetch(self, turns: Iterable[int]) -> None:
-        """Renders what `find_turn` asks about these turns, under one limit of time."""
-        with suppress(DataError), rendering.bounded(self.tokenizer, self.messages):
-            for turn in turns:
-                self.until(turn)
-                self.prompt(turn)
-
-
-_latest: list[Renderings] = []
-
-
-def renderings_of(
-    tokenizer: Tokenizer, messages: Messages, tools: Tools | None, variables: Variables | None
-) -> Renderings:
-    """Returns the renderings of a conversation. The same ones if it is asked for twice in a row, as
-    the audit does, so that each text is rendered once."""
-    if _latest:
-        (last,) = _latest
-        same = last.given[0] is messages and last.given[1] is tools
-        same = same and last.tokenizer is tokenizer and last.template is tokenizer.chat_template
-        if same and last.variables == variables:
-            return last
-    _latest[:] = [Renderings(tokenizer, messages, tools, variables)]
-    return _latest[0]
 
 
 Unlearnt = Literal["thoughts_dropped", "no_prompt"]  # kinds of `data/audit`
@@ -176,14 +89,21 @@ def find_turn(given: Renderings, index: int) -> Turn | Unlearnt:
         flags += ["thoughts_closed"] * bool(closes)
     if body is None:
         raise DataError(_mismatch(given, index, prompt, number))
-    frame = _confirm(given, index, message, body, at if at != len(prompt) else None, number)
+    is_usual = at == len(prompt)
+
+    def trace(other: Message) -> str | None:
+        if is_usual:
+            return _continue(given, index, given.prompt(index), other)
+        return given.with_turn(index, other)[at:]
+
+    frame = sentinels.confirm(given, message, body, number, trace, is_usual)
     if closes:
         frame = frame._replace(has_thoughts=True)
     if thoughts and not frame.has_thoughts:
         return "thoughts_dropped"
-    answer, added = _end(given, index, message, body, frame.tail)
+    answer, added = ends.find_end(given, index, message, body, frame.tail)
     flags += ["end_of_turn_added"] * added
-    if not _is_plain(message) and (token := _early_stop(given.tokenizer, answer)):
+    if not sentinels.is_plain(message) and (token := ends.early_stop(given.tokenizer, answer)):
         raise DataError(
             f"generation stops at {token!r}, which the chat template writes inside assistant turn "
             f"{number}, so a model that is served could not write the turn to its end; give each "
@@ -227,10 +147,10 @@ def _lacks_header(given: Renderings, index: int, prompt: str) -> bool:
         return False
     if prompt != given.until(index - 1):
         return False
-    stand_in, _ = _stand_in(given.messages[index], given.sentinel)
+    stand_in, _ = sentinels.stand_in(given.messages[index], given.sentinel)
     traced = given.with_turn(index, stand_in)
     before = traced.partition(given.sentinel)[0][_difference(prompt, traced, given.tokenizer) :]
-    tokens = [token for _, token in _added_tokens_in(given.tokenizer, _header(given.tokenizer))]
+    tokens = [token for _, token in ends.added_tokens_in(given.tokenizer, _header(given.tokenizer))]
     return any(said in before for said in (*tokens, _header(given.tokenizer).strip()))
 
 
@@ -270,7 +190,7 @@ def _continue(given: Renderings, index: int, prompt: str, message: Message) -> s
     header = prompt.removeprefix(history)
     if whole.startswith(history) or not header.strip() or not prompt.startswith(history):
         return None
-    stand_in, _ = _stand_in(message, given.sentinel)
+    stand_in, _ = sentinels.stand_in(message, given.sentinel)
     traced = given.with_turn(index, stand_in)
     at = traced.rfind(header, 0, traced.find(given.sentinel))
     same = at >= 0 and whole.startswith(traced[: at + len(header)])
@@ -314,7 +234,7 @@ def _difference(prompt: str, text: str, tokenizer: Tokenizer) -> int:
     for said in (prompt, text):
         starts = (
             start
-            for start, token in _added_tokens_in(tokenizer, said)
+            for start, token in ends.added_tokens_in(tokenizer, said)
             if start < at < start + len(token)
         )
         at = next(starts, at)
@@ -350,7 +270,7 @@ def _behind_difference(
        (Apriel: "Here are my reasoning steps:").
     """
     message = given.messages[index]
-    stand_in, slots = _stand_in(message, given.sentinel)
+    stand_in, slots = sentinels.stand_in(message, given.sentinel)
     traced = given.with_turn(index, stand_in)
     at = _difference(prompt, traced, given.tokenizer)
     if not has_thoughts:
@@ -366,7 +286,9 @@ def _behind_difference(
     is_header = (
         not rendering.OPEN_TAG.search(prompt[at:])
         and not re.sub(
-            added.pattern if (added := added_pattern(given.tokenizer)) else "$^", "", prompt[at:]
+            added.pattern if (added := ends.added_pattern(given.tokenizer)) else "$^",
+            "",
+            prompt[at:],
         ).strip()
     )
     is_thought = has_thoughts and bool(slots) and slots[0].kind == "thoughts"
@@ -390,250 +312,7 @@ def _mismatch(given: Renderings, index: int, prompt: str, number: int) -> str:
 # --- Confirming the values ---------------------------------------------------------------------
 
 
-class _Slot(NamedTuple):
-    """A value of a turn, in whose place a sentinel stands."""
-
-    kind: str
-    value: str
-
-
-class _Frame(NamedTuple):
-    """What the template wrote around the values of a turn."""
-
-    tail: str  # behind the last value
-    has_thoughts: bool
-
-
-def _stand_in(message: Message, word: str) -> tuple[Message, list[_Slot]]:
-    """Returns the turn with a sentinel in place of every text that its author wrote."""
-    slots: list[_Slot] = []
-
-    def sentinel(kind: str, value: str) -> str:
-        if not value.strip():
-            return value
-        slots.append(_Slot(kind, value))
-        return f"{word}{len(slots) - 1}e"
-
-    def leaves(value: Any) -> Any:
-        if isinstance(value, str):
-            return sentinel("an argument", value)
-        if isinstance(value, dict):
-            return {key: leaves(item) for key, item in value.items()}
-        return [leaves(item) for item in value] if isinstance(value, list) else value
-
-    made = dict(message)
-    if message.get("reasoning_content"):
-        made["reasoning_content"] = sentinel("thoughts", message["reasoning_content"])
-    content = message["content"]
-    if isinstance(content, list):
-        made["content"] = [{**p, "text": sentinel("content", p["text"])} for p in content]
-    elif not made.get("reasoning_content") and (block := rendering.THOUGHTS.match(content)):
-        opened, thoughts, closed = block.groups()
-        blanks = re.fullmatch(r"(?s)(\s*)(.*?)(\s*)", thoughts)
-        inner = blanks.groups() if blanks else ("", thoughts, "")
-        made["content"] = (
-            f"{opened}{inner[0]}{sentinel('thoughts', inner[1])}{inner[2]}{closed}"
-            f"{sentinel('content', content[block.end() :])}"
-        )
-    else:
-        made["content"] = sentinel("content", content)
-    if calls := rendering.get_calls(message):
-        made["tool_calls"] = [
-            {
-                **call,
-                "function": {
-                    **call["function"],
-                    "name": sentinel("the name of a call", call["function"]["name"]),
-                    "arguments": leaves(call["function"].get("arguments", {})),
-                },
-            }
-            for call in calls
-        ]
-    return made, slots
-
-
-def _confirm(
-    given: Renderings, index: int, message: Message, body: str, at: int | None, number: int
-) -> _Frame:
-    """Compares a turn with one of sentinels. Raises DataError if a value is changed or missing.
-
-    `at`: where the body begins in the text, if that is not where the prompt ends.
-    """
-    is_plain = _is_plain(message) and at is None
-    frames = _frames(given.tokenizer)
-    for before, after in frames if is_plain else ():
-        held = body[len(before) : len(body) - len(after)]
-        is_frame = body.startswith(before) and body.endswith(after)
-        if is_frame and held in _trimmed(message["content"]):
-            return _Frame(after, False)
-    stand_in, slots = _stand_in(message, given.sentinel)
-    if at is not None:
-        traced: str | None = given.with_turn(index, stand_in)[at:]
-    else:
-        traced = _continue(given, index, given.prompt(index), stand_in)
-    if traced is None:
-        raise _altered(number, message)
-    pieces = given.split_at_sentinels(traced)
-    written = {int(n) for n in pieces[1::2]}
-    missing = [
-        f"{slot.kind} ({slot.value[:40]!r})"
-        for n, slot in enumerate(slots)
-        if n not in written and slot.kind not in ("", "thoughts")
-    ]
-    for call in rendering.get_calls(message):
-        literals = _literals(call["function"].get("arguments", {}))
-        missing += [f"an argument ({leaf})" for leaf in literals if leaf not in body]
-    if missing:
-        raise DataError(
-            f"the chat template does not write {missing[0]} of assistant turn {number}; use a "
-            "model whose template writes it, or remove it from the row"
-        )
-    if not _fits(body, 0, pieces, slots):
-        raise _altered(number, message)
-    if is_plain and len(pieces) == 3 and len(frames) < 8:
-        frames.append((pieces[0], pieces[2]))
-    has_thoughts = any(slots[n].kind == "thoughts" for n in written)
-    return _Frame(pieces[-1], has_thoughts)
-
-
-def _is_plain(message: Message) -> bool:
-    """Returns whether a turn is nothing but one text."""
-    content = message["content"]
-    is_text = isinstance(content, str) and content.strip() and "<think>" not in content
-    return bool(is_text) and not (message.get("reasoning_content") or rendering.get_calls(message))
-
-
-@cached_by_tokenizer
-def _frames(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Returns the texts that stood around plain contents so far; later ones are compared first."""
-    return []
-
-
-def _literals(value: Any) -> Iterator[str]:
-    """Yields the keys and numbers of an argument, as JSON writes them, without quotes."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if key.isascii() and key.isprintable() and not {'"', "\\"} & set(key):
-                yield key
-            yield from _literals(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _literals(item)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        yield str(value)
-
-
-def _fits(text: str, at: int, pieces: list[str], slots: list[_Slot]) -> bool:
-    """Returns whether `text` from `at` is the pieces with a form of each value between them."""
-    for k in range(0, len(pieces), 2):
-        piece = pieces[k]
-        if not text.startswith(piece, at):
-            return False
-        at += len(piece)
-        if k + 1 == len(pieces):
-            return at == len(text)
-        after = pieces[k + 2]
-        found = next(
-            (f for f in forms(slots[int(pieces[k + 1])].value) if text.startswith(f + after, at)),
-            None,
-        )
-        if found is None:
-            return False
-        at += len(found)
-    return False
-
-
-def _trimmed(value: str) -> tuple[str, ...]:
-    """Returns a text and its trimmed forms, the longest first."""
-    one_side = (value.rstrip("\n"), value.rstrip(), value.lstrip("\n"), value.lstrip())
-    return (value, *one_side, value.strip("\n"), value.strip())
-
-
-def forms(value: str) -> Iterator[str]:
-    """Yields the forms in which templates write a text: as it is, trimmed, as JSON, as JSON in
-    JSON, as Python."""
-    yield from _trimmed(value)
-    for ascii_only in (False, True):
-        quoted = json.dumps(value, ensure_ascii=ascii_only)[1:-1]
-        yield from (quoted, json.dumps(quoted, ensure_ascii=ascii_only)[1:-1])
-    yield repr(value)[1:-1]
-
-
-def _altered(number: int, message: Message) -> DataError:
-    return DataError(
-        f"the chat template alters or drops what assistant turn {number} says "
-        f"({content_text(message)[:40]!r}), so it cannot be trained on as written; end the row "
-        "before this turn, or correct the template or the row"
-    )
-
-
 # --- The end of a turn -------------------------------------------------------------------------
-
-
-def _end(given: Renderings, index: int, message: Message, body: str, tail: str) -> tuple[str, bool]:
-    """Returns the body up to the token at which generation stops, and whether it had to be added.
-
-    `tail` is what the template wrote behind the last value, so it holds no text of a user. In it,
-    the turn ends with the first token at which serving stops (`stop_tokens`); else with the token
-    that ends an answer without calls; else with the header of the next message, if serving stops at
-    it (GLM; Gemma 4 behind a call); else with the last added token, in which a call ends. Where the
-    template ends answers with no token, the eos token is added.
-    """
-    tokenizer = given.tokenizer
-    stops, answer_end = stop_tokens(tokenizer), _answer_end(tokenizer)
-    found = [(at + len(token), token) for at, token in _added_tokens_in(tokenizer, tail)]
-    ends = [end for end, token in found if token in stops]
-    ends = ends or [end for end, token in found if token == answer_end]
-    if not ends:
-        blank, following = _next_header(given, index, message)
-        if following in stops:
-            return body + blank + str(following), True
-        ends = [end for end, _ in found[-1:] if answer_end]
-    if ends:
-        return body[: len(body) - len(tail) + ends[0]], False
-    if following and _next_header_of_user(tokenizer)[1] in stops:
-        return body + blank + following, True
-    return body.rstrip() + tokenizer.eos_token, True
-
-
-def _early_stop(tokenizer: Tokenizer, answer: str) -> str | None:
-    """Returns a token that ends the answer, or at which serving stops, and that stands in it before
-    its end; None if there is none. What someone typed is not a token."""
-    written = re.sub(f"{MARKS[0]}[^{MARKS[1]}]*{MARKS[1]}", "", answer)
-    *inside, last = [*_added_tokens_in(tokenizer, written)] or [(0, "")]
-    stops = stop_tokens(tokenizer) | {last[1]}
-    return next((token for _, token in inside if token in stops), None)
-
-
-def _added_tokens_in(tokenizer: Tokenizer, text: str) -> Iterator[tuple[int, str]]:
-    pattern = added_pattern(tokenizer)
-    if pattern:
-        yield from ((match.start(), match[0]) for match in pattern.finditer(text))
-
-
-@cached_by_tokenizer
-def added_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Compiles a pattern of the added tokens, the longest first; None if there are none."""
-    tokens = sorted(rendering.added_tokens(tokenizer).values(), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
-
-
-@cached_by_tokenizer
-def _answer_end(tokenizer: Tokenizer) -> str | None:
-    """Returns the added token that ends an answer of one turn, or None."""
-    try:
-        text = rendering.render_text(tokenizer, [ASK, {"role": "assistant", "content": "zq7s0e"}])
-    except DataError:
-        return None
-    tail = text.rpartition("zq7s0e")[2]
-    return next((token for _, token in reversed([*_added_tokens_in(tokenizer, tail)])), None)
-
-
-@cached_by_tokenizer
-def stop_tokens(tokenizer: Tokenizer) -> frozenset[str]:
-    """Returns the texts of the tokens at which serving stops: eos, and what `prepare_tokenizer` was
-    given (the model's generation config, `model.stop_tokens`)."""
-    return frozenset({tokenizer.eos_token, *tokenizer.init_kwargs.get("stop_tokens", ())})
 
 
 @cached_by_tokenizer
@@ -650,41 +329,9 @@ def end_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
         with suppress(DataError):
             made = find_turn(Renderings(tokenizer, [ASK, turn]), 1)
             if isinstance(made, Turn):
-                ends = _added_tokens_in(tokenizer, made.answer)
-                found |= {t for at, t in ends if at + len(t) == len(made.answer)}
+                added = ends.added_tokens_in(tokenizer, made.answer)
+                found |= {t for at, t in added if at + len(t) == len(made.answer)}
     return tuple(sorted(found))
-
-
-def _next_header(given: Renderings, index: int, message: Message) -> tuple[str, str | None]:
-    """Returns the added token that the template writes first behind the turn, and the blanks before
-    it: before the next message if it is not the assistant's, else before a tool's result or the
-    user's message."""
-    following: Message = {"role": "user", "content": "zq7s0e"}
-    if rendering.get_calls(message):
-        following = {"role": "tool", "content": "zq7s0e"}
-    if [m["role"] for m in given.messages[index + 1 : index + 2]] not in ([], ["assistant"]):
-        following = {**given.messages[index + 1], "content": "zq7s0e"}
-    without = {**message, "reasoning_content": "", "content": rendering.split_thoughts(message)[1]}
-    for turn in (message, without):  # some templates drop the thoughts of earlier turns
-        try:
-            whole = given.with_turn(index, turn)
-            longer = given.render([*given.messages[:index], turn, following])
-        except DataError:
-            continue
-        if longer.startswith(whole):
-            break
-    else:
-        return "", None
-    more = longer[len(whole) :]
-    blank = more[: len(more) - len(more.lstrip())]
-    added = _added_tokens_in(given.tokenizer, more.lstrip())
-    return blank, next((token for at, token in added if at == 0), None)
-
-
-@cached_by_tokenizer
-def _next_header_of_user(tokenizer: Tokenizer) -> tuple[str, str | None]:
-    answer = {"role": "assistant", "content": "b"}
-    return _next_header(Renderings(tokenizer, [ASK, answer]), 1, answer)
 
 
 # --- Marks of the template ---------------------------------------------------------------------

@@ -1,0 +1,200 @@
+"""Confirms that a template writes what an assistant turn says, and finds what stands behind it.
+
+A sentinel replaces each value of the turn: its thoughts, its content, names and arguments of calls.
+The template must write the same text around the sentinels as around the values.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from sft.data import rendering
+from sft.data.formats import Message, content_text
+from sft.data.rendering import Renderings, cached_by_tokenizer
+from sft.errors import DataError
+
+
+class Slot(NamedTuple):
+    """A value of a turn, in whose place a sentinel stands."""
+
+    kind: str
+    value: str
+
+
+class Frame(NamedTuple):
+    """What the template wrote around the values of a turn."""
+
+    tail: str  # behind the last value
+    has_thoughts: bool
+
+
+def stand_in(message: Message, word: str) -> tuple[Message, list[Slot]]:
+    """Returns the turn with a sentinel in place of every text that its author wrote."""
+    slots: list[Slot] = []
+
+    def sentinel(kind: str, value: str) -> str:
+        if not value.strip():
+            return value
+        slots.append(Slot(kind, value))
+        return f"{word}{len(slots) - 1}e"
+
+    def leaves(value: Any) -> Any:
+        if isinstance(value, str):
+            return sentinel("an argument", value)
+        if isinstance(value, dict):
+            return {key: leaves(item) for key, item in value.items()}
+        return [leaves(item) for item in value] if isinstance(value, list) else value
+
+    made = dict(message)
+    if message.get("reasoning_content"):
+        made["reasoning_content"] = sentinel("thoughts", message["reasoning_content"])
+    content = message["content"]
+    if isinstance(content, list):
+        made["content"] = [{**p, "text": sentinel("content", p["text"])} for p in content]
+    elif not made.get("reasoning_content") and (block := rendering.THOUGHTS.match(content)):
+        opened, thoughts, closed = block.groups()
+        blanks = re.fullmatch(r"(?s)(\s*)(.*?)(\s*)", thoughts)
+        inner = blanks.groups() if blanks else ("", thoughts, "")
+        made["content"] = (
+            f"{opened}{inner[0]}{sentinel('thoughts', inner[1])}{inner[2]}{closed}"
+            f"{sentinel('content', content[block.end() :])}"
+        )
+    else:
+        made["content"] = sentinel("content", content)
+    if calls := rendering.get_calls(message):
+        made["tool_calls"] = [
+            {
+                **call,
+                "function": {
+                    **call["function"],
+                    "name": sentinel("the name of a call", call["function"]["name"]),
+                    "arguments": leaves(call["function"].get("arguments", {})),
+                },
+            }
+            for call in calls
+        ]
+    return made, slots
+
+
+def confirm(
+    given: Renderings,
+    message: Message,
+    body: str,
+    number: int,
+    trace: Callable[[Message], str | None],
+    is_usual: bool,
+) -> Frame:
+    """Compares a turn, the `number`-th of the assistant, with one of sentinels.
+
+    `trace` returns what the template writes of another message in its place, or None. `is_usual`:
+    the body follows the prompt, so that the text around it may be that of earlier turns. Raises
+    DataError if a value is changed or missing.
+    """
+    may_be_known = is_plain(message) and is_usual
+    frames = _frames(given.tokenizer)
+    for before, after in frames if may_be_known else ():
+        held = body[len(before) : len(body) - len(after)]
+        is_frame = body.startswith(before) and body.endswith(after)
+        if is_frame and held in _trimmed(message["content"]):
+            return Frame(after, False)
+    replaced, slots = stand_in(message, given.sentinel)
+    traced = trace(replaced)
+    if traced is None:
+        raise _altered(number, message)
+    pieces = given.split_at_sentinels(traced)
+    written = {int(n) for n in pieces[1::2]}
+    missing = [
+        f"{slot.kind} ({slot.value[:40]!r})"
+        for n, slot in enumerate(slots)
+        if n not in written and slot.kind not in ("", "thoughts")
+    ]
+    for call in rendering.get_calls(message):
+        literals = _literals(call["function"].get("arguments", {}))
+        missing += [f"an argument ({leaf})" for leaf in literals if leaf not in body]
+    if missing:
+        raise DataError(
+            f"the chat template does not write {missing[0]} of assistant turn {number}; use a "
+            "model whose template writes it, or remove it from the row"
+        )
+    if not _fits(body, 0, pieces, slots):
+        raise _altered(number, message)
+    if may_be_known and len(pieces) == 3 and len(frames) < 8:
+        frames.append((pieces[0], pieces[2]))
+    has_thoughts = any(slots[n].kind == "thoughts" for n in written)
+    return Frame(pieces[-1], has_thoughts)
+
+
+def is_plain(message: Message) -> bool:
+    """Returns whether a turn is nothing but one text."""
+    content = message["content"]
+    is_text = isinstance(content, str) and content.strip() and "<think>" not in content
+    return bool(is_text) and not (message.get("reasoning_content") or rendering.get_calls(message))
+
+
+@cached_by_tokenizer
+def _frames(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Returns the texts that stood around plain contents so far; later ones are compared first."""
+    return []
+
+
+def _literals(value: Any) -> Iterator[str]:
+    """Yields the keys and numbers of an argument, as JSON writes them, without quotes."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key.isascii() and key.isprintable() and not {'"', "\\"} & set(key):
+                yield key
+            yield from _literals(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _literals(item)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield str(value)
+
+
+def _fits(text: str, at: int, pieces: list[str], slots: list[Slot]) -> bool:
+    """Returns whether `text` from `at` is the pieces with a form of each value between them."""
+    for k in range(0, len(pieces), 2):
+        piece = pieces[k]
+        if not text.startswith(piece, at):
+            return False
+        at += len(piece)
+        if k + 1 == len(pieces):
+            return at == len(text)
+        after = pieces[k + 2]
+        found = next(
+            (f for f in forms(slots[int(pieces[k + 1])].value) if text.startswith(f + after, at)),
+            None,
+        )
+        if found is None:
+            return False
+        at += len(found)
+    return False
+
+
+def _trimmed(value: str) -> tuple[str, ...]:
+    """Returns a text and its trimmed forms, the longest first."""
+    one_side = (value.rstrip("\n"), value.rstrip(), value.lstrip("\n"), value.lstrip())
+    return (value, *one_side, value.strip("\n"), value.strip())
+
+
+def forms(value: str) -> Iterator[str]:
+    """Yields the forms in which templates write a text: as it is, trimmed, as JSON, as JSON in
+    JSON, as Python."""
+    yield from _trimmed(value)
+    for ascii_only in (False, True):
+        quoted = json.dumps(value, ensure_ascii=ascii_only)[1:-1]
+        yield from (quoted, json.dumps(quoted, ensure_ascii=ascii_only)[1:-1])
+    yield repr(value)[1:-1]
+
+
+def _altered(number: int, message: Message) -> DataError:
+    return DataError(
+        f"the chat template alters or drops what assistant turn {number} says "
+        f"({content_text(message)[:40]!r}), so it cannot be trained on as written; end the row "
+        "before this turn, or correct the template or the row"
+    )
