@@ -264,6 +264,7 @@ EMPTY_THOUGHTS = re.compile(r"(\s*<(\w+)>)?\s*</\w+>\s*|")
 SUPERVISE = st.sampled_from(["all", "all", "last"])
 PROPERTY = settings(
     max_examples=int(os.environ.get("SFT_EXAMPLES", "4")),
+    derandomize="SFT_EXAMPLES" not in os.environ,  # a search is asked for by its size
     deadline=None,
     suppress_health_check=list(HealthCheck),
     database=None,
@@ -500,6 +501,16 @@ def test_split_rows_lose_their_oldest_turns():
     assert kept.messages == [C, D]
     assert example.flags == ("turns_dropped",)
     assert families.supervised(tokenizer, example) == ["d<|im_end|>"]
+
+
+def test_a_tag_at_the_start_of_an_answer_is_the_answers():
+    """A property found it: the closing tag was taken for an empty block of thoughts."""
+    answer = {"role": "assistant", "content": "</tool_call> is a tag."}
+    row = Row([{"role": "user", "content": "a"}, answer], None, "f", 1)
+    ((_, example),) = template.render_row(local("tools"), row, LIMIT, empty_thoughts=False)
+    ((first, stop),) = audit.supervised_runs(example.labels)
+    said = tokens.decode_slice(local("tools"), example.ids, first, stop)
+    assert said == "</tool_call> is a tag.<|im_end|>"
 
 
 def test_empty_thoughts_are_learnt_or_context():

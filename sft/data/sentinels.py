@@ -29,6 +29,7 @@ class Slot(NamedTuple):
 class Frame(NamedTuple):
     """What the template wrote around the values of a turn."""
 
+    head: str  # before the first value
     tail: str  # behind the last value
     has_thoughts: bool
 
@@ -101,7 +102,7 @@ def confirm(
         held = body[len(before) : len(body) - len(after)]
         is_frame = body.startswith(before) and body.endswith(after)
         if is_frame and held in _trimmed(message["content"]):
-            return Frame(after, False)
+            return Frame(before, after, False)
     replaced, slots = stand_in(message, given.sentinel)
     traced = trace(replaced)
     if traced is None:
@@ -126,7 +127,7 @@ def confirm(
     if may_be_known and len(pieces) == 3 and len(frames) < 8:
         frames.append((pieces[0], pieces[2]))
     has_thoughts = any(slots[n].kind == "thoughts" for n in written)
-    return Frame(pieces[-1], has_thoughts)
+    return Frame(pieces[0], pieces[-1], has_thoughts)
 
 
 def is_plain(message: Message) -> bool:

@@ -110,7 +110,8 @@ def find_turn(given: Renderings, index: int) -> Turn | Unlearnt:
             "call a turn of its own, or correct the template (data.chat_template)"
         )
     empty = None
-    if not thoughts and (match := re.match(r"\s*(<(\w+)>)?\s*</(\w+)>\s*", closes + answer)):
+    head = closes + frame.head  # so that no tag of the content is taken for the template's
+    if not thoughts and (match := re.match(r"\s*(<(\w+)>)?\s*</(\w+)>\s*", head)):
         empty = match.span() if match[2] in (None, match[3]) else None
     return Turn(prompt, closes + answer, tuple(flags), empty, given.variables)
 
