@@ -77,7 +77,7 @@ def conditions(section: type[Section], key: str) -> list[OnlyWith]:
 
 
 def _rules_of_keys(schema: type[RunConfig]) -> Iterator[Rule]:
-    """Yields a rule for each condition of a key: if it does not hold, the key keeps its default."""
+    """Yields a rule for each condition of a key: unless it holds, the key must have its default."""
     for name, section in sections_of(schema).items():
         for key, field in section.model_fields.items():
             for condition in conditions(section, key):

@@ -273,7 +273,7 @@ def score_file(
 def groups_table(
     title: str, column: str, sizes: Mapping[str, int], cells: Mapping[str, Callable[[str], str]]
 ) -> Table:
-    """Returns a table with a row for each group: its size, and what `cells` gives by column."""
+    """Returns a table with a row for each group: its size, and a column for each of `cells`."""
     rows: list[list[str | Text]] = [
         [Text(visible(group) or "(none)"), f"{size:,}", *(cell(group) for cell in cells.values())]
         for group, size in sizes.items()

@@ -49,7 +49,7 @@ class Window:
 
     micro_batches: tuple[tuple[ExampleSize, ...], ...]
     layout: batches.Layout = "padded"
-    gradients: bool = False  # exist when the step begins: of earlier batches, or DDP's buckets
+    gradients: bool = False  # exist before the step, from earlier micro-batches or in DDP's buckets
     waiting: int = 0  # tokens of collated micro-batches that wait; `memory` adds their bytes
 
     @property

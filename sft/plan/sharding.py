@@ -81,7 +81,7 @@ def _zero12(phase: str, parts: dict[str, int], config: RunConfig, group: Group) 
     trained. When the first bucket is full it is copied, and from then on the rank keeps its share
     of the gradients. With accumulation, ZeRO-1 has buckets and logits at the same time. If the
     optimizer is on the host, three more shares are there, for gradients and weights in transit.
-    One gradient then has space on both host and device.
+    The largest gradient then has space on the host and on the device.
     """
     counted, offloads = count_parameters(config), group.offloads
     trained, largest = 4 * counted.trained, 4 * counted.largest
