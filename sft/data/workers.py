@@ -155,7 +155,7 @@ def render_rows(
 
 
 def only_document(rows: Iterator[AnyRow]) -> tuple[Row | None, Iterator[AnyRow]]:
-    """Returns the row if it is the only one and raw text, else None; and all rows."""
+    """Returns (the only row if it is raw text, else None; an iterator over all rows)."""
     first = list(islice(rows, 2))
     row = first[0] if len(first) == 1 else None
     is_document = isinstance(row, Row) and template.is_document(row.messages)

@@ -72,7 +72,8 @@ class Replicated:
         """Clears what an earlier step left. Collective."""
         self.zero_grad()
         if isinstance(self.model, DistributedDataParallel):
-            # It is collective. In a pass, ranks would wait for one that has abandoned the pass.
+            # Rebuilding is collective. If a pass did it, ranks would wait for one that has
+            # abandoned the pass.
             self.model.reducer._rebuild_buckets()
 
     def no_sync(self) -> AbstractContextManager[Any]:
