@@ -15,11 +15,15 @@ if "SFT_TEST_GPU" not in os.environ:  # `make test-gpu`; all else is the same on
 
 import pytest
 import torch
+from hypothesis import settings
 
 from sft import errors
 from sft.data import files
 
 torch.set_num_threads(1)  # models here are too small to gain from more
+
+settings.register_profile("sft", deadline=None)  # no test asserts a time
+settings.load_profile("sft")
 
 ROOT = Path(__file__).parent.parent
 PATHS = os.pathsep.join(str(ROOT / part) for part in (".", "tests", "tests/support"))

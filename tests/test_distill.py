@@ -33,6 +33,8 @@ from sft.tasks.distill.windows import Windows, blank_histories
 from sft.tasks.registry import load_run
 from sft.train import engine
 
+pytestmark = pytest.mark.slow
+
 SMALL = Distill(
     context=40,
     width=16,

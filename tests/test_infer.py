@@ -191,6 +191,7 @@ def test_answers_never_take_the_place_of_what_is_asked(tmp_path):
     assert source.read_text() == '{"prompt": "hi"}\n'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given", [{"INPUT": "", "OUTPUT": "a.jsonl"}, {"INPUT": "a", "OUTPUT": ""}]
 )

@@ -379,6 +379,7 @@ def test_a_port_in_use_differs_from_a_free_one() -> None:
 # ---- reports
 
 
+@pytest.mark.slow
 def test_gpu_info_is_honest_without_a_gpu(run_script: Run) -> None:
     done = run_script("gpu_info.py", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr

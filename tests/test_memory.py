@@ -22,6 +22,8 @@ from sft.plan import dry_run, memory, sharding
 from sft.plan.counts import model_key
 from sft.plan.dry_run import Window
 
+pytestmark = pytest.mark.slow
+
 SIZES = shapes.SIZES | {"num_hidden_layers": 12, "vocab_size": 512}
 DEPTHS = {"Llama": (2, 3, 7), "Qwen2": (2, 3, 7), "Gemma2": (4, 6, 12), "GPT2": (2, 3, 7)}
 DEEP = {

@@ -28,6 +28,8 @@ from sft.config.load import dump_config, load_config
 from sft.data import cache, files, remote, stores
 from sft.errors import DataError, hide_credentials, redact
 
+pytestmark = pytest.mark.slow
+
 ROWS = [{"question": f"q{n}", "answer": f"a{n} " + "x" * 100} for n in range(2000)]
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
 SECRET = "s3cr3t-Pa55"

@@ -22,6 +22,8 @@ from sft.plan.dry_run import Window
 from sft.plan.trace import Block, Recorder, Trace
 from sft.train.engine import Engine
 
+pytestmark = pytest.mark.slow
+
 # --- recording ---------------------------------------------------------------------------------
 
 

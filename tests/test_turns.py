@@ -280,6 +280,7 @@ def test_what_is_supervised_is_what_follows_the_prompt_of_serving(
     check(local(name), row, split, supervise, empty_thoughts)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not NAMES, reason=f"no templates in {TEMPLATES}: set SFT_SHARED")
 @pytest.mark.parametrize("name", NAMES)
 @PROPERTY
@@ -293,6 +294,7 @@ def test_what_is_supervised_on_real_templates_is_what_follows_the_prompt(
 # --- the oracle --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not NAMES, reason=f"no templates in {TEMPLATES}: set SFT_SHARED")
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"llama3_1", "llama3_2"}))
 def test_every_pair_of_the_oracle_is_right(name):
