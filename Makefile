@@ -148,7 +148,7 @@ nano: $(READY) ## Remake the embedded base model and its task from nothing (abou
 	@$(BIN)/python -m sft train --config configs/nano_base.yaml
 	@$(BIN)/python -m nano.make_nano --weights outputs/nano_base/final_checkpoint
 
-test: $(READY) ## Run all tests (about 15 minutes)
+test: $(READY) ## Run all tests (about 12 minutes on two cores)
 	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(READY) ## Run the tests that need a GPU, which the others hide

@@ -34,6 +34,8 @@ from sft.tasks.crowd.aggregator import (
     mix,
 )
 
+pytestmark = pytest.mark.slow
+
 STOP = [2, 3, 4, 5, 6]  # so that answers end at different times
 GREEDY = Generation(max_new_tokens=16)
 

@@ -43,6 +43,8 @@ from sft.tasks.crowd.task import CrowdTune
 from sft.tasks.registry import task_of
 from sft.train import engine
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[5, 9, 30, 2, 17, 44], [7, 7, 8, 60, 3, 1]])
 
 

@@ -17,6 +17,8 @@ from sft.tasks.distill.darkroom import MOVES, START, Darkroom, Rooms, cell_of, p
 from sft.tasks.distill.histories import HistoryError
 from sft.tasks.distill.windows import Windows
 
+pytestmark = pytest.mark.slow
+
 # Published: unseen goals for seed 0, their best return, and what random actions got.
 UNSEEN = [(4, 2), (5, 6), (6, 8), (7, 2), (3, 6), (0, 5), (5, 8), (5, 4)]
 BEST = [19, 18, 15, 16, 18, 16, 16, 20]

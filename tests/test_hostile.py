@@ -681,6 +681,7 @@ def test_a_template_cannot_leave_its_sandbox(marker, escape):
     assert all(leak not in text for leak in ("<class", "root:", "object at"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", ENDLESS.values(), ids=ENDLESS)
 def test_a_template_without_end(monkeypatch, bomb):
     monkeypatch.setattr(rendering, "SECONDS", 1)

@@ -27,6 +27,8 @@ from sft.runtime.console import make_console
 from sft.serve import merge, proof
 from sft.serve.runs import load_run_config, load_trained
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 1024}
 SHAPES = {
     "llama": lambda: tiny.llama(**SIZES, tie_word_embeddings=True),

@@ -20,6 +20,8 @@ from sft import errors
 from sft.data import batches, template
 from sft.train import recovery
 
+pytestmark = pytest.mark.slow
+
 BUDGET = batches.Budget(60, "padded")
 GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
