@@ -19,6 +19,7 @@ from typing import NoReturn
 from sft.config.load import load_config
 from sft.config.schema import Config, RunConfig
 from sft.errors import ExitCode, UserError, redact
+from sft.runtime import output
 from sft.runtime.children import LAUNCHER, die_with_parent
 from sft.tasks.registry import load_run
 
@@ -83,8 +84,10 @@ def write_json(file: Path, values: object) -> None:
 def prepare_libraries() -> None:
     """Silences messages of libraries that need no action of the user; their errors stay.
 
-    It also lets segments of GPU memory expand, as the plan assumes: that wastes less memory.
+    It also lets segments of GPU memory expand, as the plan assumes: that wastes less memory. From
+    now on, output that cannot be written is lost without an error.
     """
+    output.protect()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -112,12 +115,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if _is_first():
             print("interrupted", file=sys.stderr)
         sys.exit(ExitCode.INTERRUPTED)
+    sys.stdout.flush()
+    code = code or int(output.is_lost())
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # All work is on disk, but gloo can abort in its destructors when the interpreter exits.
         from sft.runtime.processes import leave_process_group
 
         leave_process_group()
-        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -122,10 +122,12 @@ def _run(
 
     measured |= {"total_seconds": time.perf_counter() - started, "memory_bytes": memory_bytes()}
     if log.folder:
-        (folder / "evaluation").mkdir(exist_ok=True)
-        report.write_plan(planned, folder / "plan.json", measured)
-        for shown in task.report(base, tuned, folder / "evaluation"):
-            log.say(shown)
+        with log.optional("plan.json"):
+            report.write_plan(planned, folder / "plan.json", measured)
+        with log.optional("evaluation"):
+            (folder / "evaluation").mkdir(exist_ok=True)
+            for shown in task.report(base, tuned, folder / "evaluation"):
+                log.say(shown)
         rows, commands = task.closing_rows(base, tuned)
         log.say(_closing(config, rows, commands, measured))
     return tuned.metrics

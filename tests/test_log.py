@@ -195,6 +195,41 @@ def test_wandb_gets_the_same_values_and_is_finished(tmp_path):
     assert recorder.calls == [(3, {"train/loss": 0.5}), ("finish",)]
 
 
+class Failing(Recorder):
+    def log(self, values, step):
+        raise ConnectionError("the service is away")
+
+    def finish(self):
+        raise SystemError("nor can it be ended")
+
+
+def test_errors_of_wandb_cost_one_warning(tmp_path, capsys):
+    log = Log(tmp_path, wandb=Failing())
+    log.open_metrics(0)
+    for step in range(3):
+        log.log(step, {"train/loss": 0.5})
+    log.close()
+    assert capsys.readouterr().out.count("warning: wandb cannot be written: the service is") == 1
+    assert len(metrics(tmp_path)) == 3
+
+
+def test_a_folder_in_the_place_of_a_log_file_costs_one_warning(tmp_path, capsys):
+    for name in ("training.log", "metrics.jsonl"):
+        (tmp_path / name).mkdir()
+    log = Log(tmp_path)
+    log.open_metrics(3)
+    for step in range(4, 7):
+        log.say("text")
+        log.log(step, {"train/loss": 0.5})
+    with log.optional("report"):
+        (tmp_path / "no/folder").write_text("")
+    log.close()
+    reported = capsys.readouterr().out
+    for name in ("training.log", "metrics.jsonl", "report"):
+        assert reported.count(f"warning: {name} cannot be written") == 1
+    assert reported.count("text\n") == 3
+
+
 # --- text --------------------------------------------------------------------------------------
 
 AS_IS = [

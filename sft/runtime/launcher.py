@@ -31,7 +31,7 @@ import psutil
 
 from sft.config.schema import Train
 from sft.errors import PeerError
-from sft.runtime import children
+from sft.runtime import children, output
 from sft.runtime.slurm import join_slurm, modified_at, written_code
 from sft.runtime.world import (
     World,
@@ -79,6 +79,7 @@ def launch(train: Train, program: Sequence[str], *, trains: bool = False) -> int
     A program that `trains` gets an override with the number of ranks, which it then checks. Returns
     the exit code of the run in `train.output_dir`.
     """
+    output.begin_run()
     path = launch_file(train)
     file = read_launch_file(path)
     refuse_hidden_failures(path, file)

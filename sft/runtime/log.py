@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rich.console import Console, RenderableType
 from rich.progress import Progress
 
 from sft.errors import redact
+from sft.runtime import output
 from sft.runtime.console import Advance, bar, make_console
 
 
@@ -32,27 +33,34 @@ def _step_of(line: bytes) -> int:
 
 
 class _Lines(io.TextIOBase):
-    """A file that gets only whole lines, without secrets. A line that does not fit on the disk is
-    dropped, with a warning."""
+    """A file that gets only whole lines, without secrets. A line that cannot be written is dropped,
+    with a warning."""
 
     def __init__(self, path: Path, warn: Callable[[str, Exception], None]):
         super().__init__()
         self._path, self._warn = path, warn
-        self._raw = path.open("ab", buffering=0)
+        self._raw: io.FileIO | None = None
+        self.write("")
 
     def write(self, text: str) -> int:
         data = redact(text).encode("utf-8", "backslashreplace")
-        end = os.fstat(self._raw.fileno()).st_size
         try:
-            if self._raw.write(data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raw = self._raw = self._raw or self._path.open("ab", buffering=0)
+            end = os.fstat(raw.fileno()).st_size
+            try:
+                if raw.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                raw.truncate(end)  # removes the part of the line that was written
+                raise
         except OSError as error:
-            self._raw.truncate(end)  # removes the part of the line that was written
             self._warn(self._path.name, error)
         return len(text)
 
     def close(self) -> None:
-        self._raw.close()
+        with suppress(OSError):
+            if self._raw:
+                self._raw.close()
         super().close()
 
 
@@ -80,12 +88,22 @@ class Log:
             if console:
                 console.print(what)
                 console.file.flush()
+        for warning in output.take_warnings() if self._file else ():
+            self._file.print(warning)
 
     def _warn(self, name: str, error: Exception) -> None:
         """Warns once for each file: a log that cannot be written is no reason to stop a run."""
         if name not in self._warned:
             self._warned.add(name)
             self.say(f"warning: {name} cannot be written: {error}; the run goes on without it")
+
+    @contextmanager
+    def optional(self, name: str) -> Iterator[None]:
+        """Goes on with a warning if what the body writes, `name`, cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            self._warn(name, error)
 
     def open_metrics(self, step: int) -> None:
         """Opens metrics.jsonl and TensorBoard, and drops what they have of steps after `step`."""
@@ -95,11 +113,12 @@ class Log:
         path = folder / "metrics.jsonl"
         self._metrics = _Lines(path, self._warn)
         kept = 0  # bytes; truncating needs no disk space, and a kill cannot destroy the history
-        for line in path.read_bytes().splitlines(True) if step else []:
-            if not 0 <= _step_of(line) <= step:
-                break
-            kept += len(line)
-        os.truncate(path, kept)
+        with self.optional(path.name):
+            for line in path.read_bytes().splitlines(True) if step else []:
+                if not 0 <= _step_of(line) <= step:
+                    break
+                kept += len(line)
+            os.truncate(path, kept)
         if self._use_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -127,7 +146,7 @@ class Log:
                     self._board.add_scalar(name, value, step)
                 self._board.flush()
         if self._wandb:
-            self._wandb.log(values, step=step)
+            self._try_wandb(lambda: self._wandb.log(values, step=step))
 
     @contextmanager
     def progress(self, title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
@@ -146,7 +165,15 @@ class Log:
             if stream:
                 stream.close()
         if self._wandb:
-            self._wandb.finish()
+            self._try_wandb(self._wandb.finish)
+
+    def _try_wandb(self, action: Callable[[], object]) -> None:
+        """Stops using W&B after an error of any kind: its service and its disk are not the run's."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001
+            self._wandb = None
+            self._warn("wandb", error)
 
 
 class Screen(Log):

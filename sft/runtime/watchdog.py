@@ -32,6 +32,7 @@ from accelerate.utils import broadcast_object_list
 
 from sft import errors
 from sft.errors import PeerError, Preempted, UserError, oom_message, redact
+from sft.runtime import output
 from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
 from sft.runtime.children import is_dead, is_stopped, machine_id
 from sft.runtime.console import read_json, write_json
@@ -143,6 +144,7 @@ class Guard:
 
     def __enter__(self) -> Guard:
         assert self.folder
+        output.begin_run()
         self.lock = Lock(self.folder) if self.is_first else None
         self._interrupts = True
         self._catch_signals()

@@ -30,7 +30,8 @@ def profiled(train: Train, log: Log) -> Iterator[Callable[[], None]]:
     once = torch.profiler.schedule(wait=0, warmup=WARM_UP, active=number, repeat=1)
 
     def write(profiler: torch.profiler.profile) -> None:
-        profiler.export_chrome_trace(str(path))
+        with log.optional(TRACE):
+            profiler.export_chrome_trace(str(path))
         log.say(f"trace of {number} step(s): {path} (ui.perfetto.dev shows it)")
 
     with torch.profiler.profile(schedule=once, on_trace_ready=write) as profiler:

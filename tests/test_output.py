@@ -1,0 +1,193 @@
+"""A console that takes no text: streams that lose it, and whole trainings that go on."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+
+import forked
+import pytest
+from console_worker import CASES, dead_reader
+from conftest import ROOT, run
+
+from sft.runtime import output
+
+
+@pytest.fixture
+def protected(monkeypatch):
+    """Returns a function that protects a stream of this descriptor, as standard output."""
+    for name, value in (("_outputs", []), ("_warnings", []), ("_runs", [])):
+        monkeypatch.setattr(output, name, value)
+
+    def protect(fd: int, *, encoding: str = "utf-8") -> io.TextIOWrapper:
+        stream = open(fd, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+        return output._protected(stream, fd, "stdout")
+
+    return protect
+
+
+def test_what_cannot_be_written_is_lost_and_reported_once_on_the_other_stream(protected):
+    read, write = os.pipe()
+    full, other = protected(os.open("/dev/full", os.O_WRONLY)), protected(write)
+    for _ in range(3):
+        print("text", file=full)
+    print("here", file=other)
+    reported = os.read(read, 1000).decode()
+    assert reported == (
+        "warning: standard output cannot be written: No space left on device; its lines are lost\n"
+        "here\n"
+    )
+    assert output.take_warnings() == [reported.split("\n")[0]]
+    assert output.take_warnings() == []
+
+
+def test_lines_that_are_missing_are_marked_when_there_is_room_again(protected, monkeypatch):
+    read, write = os.pipe()
+    stream, real = protected(write), os.write
+    print("one", file=stream)
+    monkeypatch.setattr(os, "write", fail)
+    print("two", file=stream)
+    monkeypatch.setattr(os, "write", real)
+    print("three", file=stream)
+    print("four", file=stream)
+    assert os.read(read, 1000).decode() == (
+        "one\n\n[lines are missing here: No space left on device]\nthree\nfour\n"
+    )
+
+
+def fail(*_):
+    raise OSError(28, os.strerror(28))
+
+
+def test_a_run_does_not_wait_for_a_reader_that_has_stopped_reading(protected, monkeypatch):
+    monkeypatch.setattr(output, "PATIENCE", 0.05)
+    read, write = os.pipe()
+    stream = protected(write)
+    output.begin_run()
+    for number in range(40):
+        print(f"{number} " + "x" * 4000, file=stream)  # a pipe takes 64 KiB
+    assert os.read(read, 1 << 20).decode().startswith("0 xx")
+    print("again", file=stream)
+    assert os.read(read, 1 << 20).decode() == (
+        "\n[lines are missing here: its reader has stopped reading]\nagain\n"
+    )
+
+
+def test_a_table_that_is_read_slowly_is_waited_for(protected):
+    """A pager such as `less` reads when its user scrolls."""
+    read, write = os.pipe()
+    stream, text = protected(write), "y" * 300_000
+    reader = os.fork()
+    if reader == 0:
+        os.close(write)
+        number = 0
+        while piece := os.read(read, 1000):
+            number += len(piece)
+        os._exit(int(number != len(text) + 1))
+    print(text, file=stream)
+    os.close(write)
+    os.close(read)
+    assert os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1]) == 0
+
+
+def test_a_stream_that_another_process_made_non_blocking_takes_all(protected):
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    stream = protected(write)
+    reader = os.fork()
+    if reader == 0:
+        os.close(write)
+        number = 0
+        while piece := os.read(read, 10_000):
+            number += len(piece)
+        os._exit(int(number != 200_001))
+    print("z" * 200_000, file=stream)
+    os.close(write)
+    os.close(read)
+    assert os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_text_that_the_encoding_lacks_is_written_as_escapes(protected, encoding):
+    read, write = os.pipe()
+    print("漢 \udc80", file=protected(write, encoding=encoding))
+    shown = os.read(read, 100).decode()
+    assert shown == ("漢 \\udc80\n" if encoding == "utf-8" else "\\u6f22 \\udc80\n")
+
+
+# --- commands whose result is what they print ----------------------------------------------------
+
+
+def shell(line: str) -> tuple[int, str]:
+    done = run("bash", "-c", f'sft() {{ {sys.executable} -m sft "$@"; }}; {line}')
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_command_whose_result_is_lost_ends_with_1():
+    code, reported = shell("sft --help >/dev/full")
+    assert (code, reported.count("warning: standard output cannot be written")) == (1, 1)
+    assert "Traceback" not in reported
+
+
+def test_a_command_whose_reader_has_seen_enough_ends_with_0_and_says_nothing():
+    assert shell("set -o pipefail; sft --help | true") == (0, "")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "0<&- 1>&- 2>&-"])
+def test_a_closed_stream_is_no_error_and_no_other_file_gets_its_number(closed, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\nfrom sft import cli\n"
+        f"def main():\n    file = open({str(tmp_path / 'file')!r}, 'w')\n"
+        "    os.write(1, b'out'); os.write(2, b'err')\n    file.write(str(file.fileno() > 2))\n"
+        "    print('text'); print('text', file=sys.stderr)\n"
+        "cli.run(main)\n"
+    )
+    done = run("bash", "-c", f"{sys.executable} {script} {closed}")
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_text() == "True"
+
+
+# --- trainings -----------------------------------------------------------------------------------
+
+BRIEF = ["data.max_rows=60", "data.eval_path=nano/valid.jsonl", "evaluation.num_examples=2"]
+BRIEF += ["evaluation.max_new_tokens=4", "train.max_steps=4", "train.global_batch=4"]
+BRIEF += ["train.save_steps=2", "train.log_steps=1", "tuning.mode=lora"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "case"),
+    [*((1, case) for case in CASES), *((2, case) for case in CASES if "both" in case)]
+    + [(2, "a reader that goes"), (2, "all closed")],
+)
+def test_a_training_goes_on_without_its_console(tmp_path, world, case):
+    command = [str(ROOT / "tests/support/console_worker.py"), case, *BRIEF]
+    process = forked.start(world, [*command, f"train.output_dir={tmp_path}/run"], tmp_path / "log")
+    process.join()
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("finished", 0)
+    assert world > 1 or process.exitcode == 0
+    assert (tmp_path / "run/final_checkpoint/MANIFEST.json").exists()
+    log = (tmp_path / "run/training.log").read_text()
+    assert "step     4/4" in log
+    warned = [line for line in log.splitlines() if "cannot be written" in line]
+    assert len(warned) == len(set(warned))
+    expected = {"both on a full disk": 2, "a reader that is gone": 2, "a reader that goes": 2}
+    assert len(warned) == expected.get(case, int("closed" not in case))
+
+
+@pytest.mark.slow
+def test_a_launched_training_goes_on_when_its_reader_goes(tmp_path):
+    words = " ".join([*BRIEF, f"train.output_dir={tmp_path}/run"])
+    line = f"set -o pipefail; export NUM_PROCESSES=2; sft train-distributed {words} 2>&1 | head -1"
+    code, _ = shell(line)
+    assert code == 0
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
+
+
+def test_dead_reader_is_one():
+    with pytest.raises(BrokenPipeError):
+        os.write(dead_reader(), b"x")
