@@ -285,6 +285,7 @@ PARAGRAPHS = [
         "Exit codes",
         "Exact resume",
         "Checkpoint atomicity",
+        "Console and logs",
         "Corruption",
         "Preemption",
         "Processes",

@@ -9,8 +9,8 @@ import sys
 
 import forked
 import pytest
-from console_worker import CASES, dead_reader
 from conftest import ROOT, run
+from console_worker import CASES, dead_reader
 
 from sft.runtime import output
 
@@ -160,8 +160,10 @@ BRIEF += ["train.save_steps=2", "train.log_steps=1", "tuning.mode=lora"]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "case"),
-    [*((1, case) for case in CASES), *((2, case) for case in CASES if "both" in case)]
-    + [(2, "a reader that goes"), (2, "all closed")],
+    [
+        *((1, case) for case in CASES),
+        *((2, case) for case in ("both on a full disk", "a reader that goes", "all closed")),
+    ],
 )
 def test_a_training_goes_on_without_its_console(tmp_path, world, case):
     command = [str(ROOT / "tests/support/console_worker.py"), case, *BRIEF]

@@ -88,8 +88,9 @@ class Log:
             if console:
                 console.print(what)
                 console.file.flush()
-        for warning in output.take_warnings() if self._file else ():
-            self._file.print(warning)
+        if self._file:
+            for warning in output.take_warnings():
+                self._file.print(warning)
 
     def _warn(self, name: str, error: Exception) -> None:
         """Warns once for each file: a log that cannot be written is no reason to stop a run."""
@@ -168,7 +169,7 @@ class Log:
             self._try_wandb(self._wandb.finish)
 
     def _try_wandb(self, action: Callable[[], object]) -> None:
-        """Stops using W&B after an error of any kind: its service and its disk are not the run's."""
+        """Stops using W&B after any error: neither its service nor its disk may end a run."""
         try:
             action()
         except Exception as error:  # noqa: BLE001

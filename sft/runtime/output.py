@@ -124,7 +124,7 @@ def _protected(stream: io.TextIOWrapper, fd: int, name: str) -> io.TextIOWrapper
     raw = Output(fd, "standard output" if name == "stdout" else "standard error")
     _outputs.append(raw)
     return io.TextIOWrapper(
-        raw,  # type: ignore[arg-type]  # as Python's own streams with -u; it takes all it is given
+        raw,  # as Python's own streams with -u; it takes all it is given
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=True,
