@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft.data import files
-from sft.data.formats import normalise, read_question
+from sft.data.formats import BY_NAME, normalise, read_question
 from sft.data.messages import THOUGHTS
 
 ASK, HELLO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -26,9 +26,10 @@ ROWS = {
 }
 CHAT = {*ROWS} - {"text", "tokenised"}
 PAIRS = CHAT - {"messages", "sharegpt"}
+KEYS = {name: BY_NAME[name].more.union(*BY_NAME[name].keys) for name in ROWS}
 # column, its value, the formats of rows whose meaning it changes, and a part of the reason
 KNOWN = {
-    "label": (False, {*ROWS} - {"tokenised"}, ""),
+    "label": (False, {*ROWS}, ""),
     "kto_tag": (True, {*ROWS}, "says which answer people preferred"),
     "chosen": ("a", {*ROWS}, "says which answer people preferred"),
     "rejected": ("a", {*ROWS}, "keep the answers to learn, and remove the others"),
@@ -39,14 +40,33 @@ KNOWN = {
     "audio": ({"path": "a.wav"}, {*ROWS}, "only text"),
     "video_path": ("a.mp4", {*ROWS}, "only text"),
     "replies": ([{"text": "a"}], {*ROWS}, "holds other answers"),
-    "sentiment": ("good", {"text"}, "`make classify`, or data.columns: {prompt: text, completion"),
+    "sentiment": ("good", {"text", "tokenised"}, "`make classify`"),
+    "emotion": (
+        "joy",
+        {"text"},
+        "`make classify`, or data.columns: {prompt: text, completion: emo",
+    ),
     "summary": ("Short.", {"text"}, "data.columns: {prompt: text, completion: summary}"),
-    "context": ("It rains.", PAIRS, "input: context"),
-    "choices": (["yes", "no"], PAIRS, "holds a part of the question"),
-    "history": ([["a", "b"]], PAIRS - {"alpaca"}, "holds a part of the question"),
+    "context": ("It rains.", CHAT, "holds a part of the "),
+    "paragraph": ("It rains.", PAIRS, "input: paragraph"),
+    "choices": (["yes", "no"], CHAT, "holds a part of the "),
+    "option_b": ("no", PAIRS, "holds a part of the question"),
+    "C": ("no", PAIRS, "holds a part of the question"),
+    "query": ("Why?", {"text", "messages", "sharegpt"}, ""),
+    "is_correct": (False, CHAT, "rates the answer"),
+    "desirable": (False, CHAT, "rates the answer"),
+    "thumbs_up": (0, CHAT, "rates the answer"),
+    "sample_weight": (0.5, CHAT | {"text"}, "every row would weigh the same"),
+    "enable_thinking": (False, CHAT, "write it into chat_template_kwargs of the row"),
+    "tools_json": ('[{"name": "f"}]', CHAT, "data.columns: {..., tools: tools_json}"),
+    "tool_calls": ([{"name": "f"}], CHAT, "holds calls of the answer"),
+    "prompt_length": (1, set(), ""),
+    "history": ([["a", "b"]], CHAT - {"alpaca"}, "holds a part of the "),
     "documents": ([{"text": "It rains."}], CHAT, ""),
-    "thinking": ("So ...", PAIRS, "reasoning_content: thinking"),
-    "system_prompt": ("Be calm.", CHAT, "system: system_prompt"),
+    "thinking": ("So ...", CHAT, "reasoning_content"),
+    "deepseek_reasoning": ("So ...", CHAT, "reasoning_content"),
+    "system_prompt": ("Be calm.", CHAT | {"text"}, ""),
+    "developer": ("Be calm.", CHAT, "system: developer"),
     "completion_mask": ([0, 1], {"tokenised"}, "write labels, with -100"),
     "position_ids": ([0, 0], set(), ""),
     "token_type_ids": ([0, 1], set(), ""),
@@ -66,7 +86,7 @@ def test_a_column_that_changes_the_meaning_stops(format, column):
         assert f"the column {column!r} " in str(caught.value)
         assert f"data.ignore_columns: [{column}] trains without it" in str(caught.value)
         assert reason in str(caught.value)
-    elif column != "history" and format != "alpaca":
+    elif column not in KEYS[format]:
         assert normalise(row, format) == plain._replace(ignored=("id", column))
     ignoring = normalise(row, format, ignore=[column])
     assert ignoring == plain._replace(ignored=("id", column))
@@ -85,6 +105,52 @@ def test_what_the_messages_say_already_is_not_lost():
         normalise(row | {"choices": ["yes", "no"]})
     said = {"messages": [{"role": "system", "content": "Be calm."}, ASK, HELLO]}
     assert normalise(said | {"system_prompt": "Be calm."}).ignored == ("system_prompt",)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    {
+        "correct": [True],
+        "weight": [1, 1.0],
+        "thinking": [True, "on", "Hello"],
+        "role": ["writer"],
+        "prompt": ["It rains."],
+    }.items(),
+)
+def test_a_value_that_changes_nothing(column, values):
+    row = {"text": "It rains. Hello"} if column in ("role", "prompt") else ROWS["messages"]
+    for value in values:
+        assert normalise(row | {column: value}).ignored == (column,)
+
+
+def test_shared_keys_are_not_lost_beside_mapped_columns():
+    row = {"query": "Hi", "response": "Hello"}
+    columns = {"instruction": "query", "output": "response"}
+    for key, value in {
+        "tools": [{"name": "f"}],
+        "functions": [{"name": "f"}],
+        "system": "Be calm.",
+        "history": [["a", "b"]],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }.items():
+        with pytest.raises(ValueError, match=f"the column '{key}' "):
+            normalise(row | {key: value}, columns=columns)
+        normalise(
+            row | {key: value},
+            columns=columns | {"tools" if value == [{"name": "f"}] else key: key},
+        )
+
+
+def test_where_tokens_are_learnt_is_not_lost():
+    row = {"input_ids": [1, 2], "attention_mask": [1, 1]}
+    for more in ({"prompt_length": 1}, {"weights": [0, 1]}, {"source_len": 1}):
+        with pytest.raises(ValueError, match="only labels are read for that"):
+            normalise(row | more)
+    assert normalise(row | {"weights": [1, 1], "seq_lengths": [2]}).ignored == (
+        "weights",
+        "seq_lengths",
+    )
+    assert normalise(ROWS["tokenised"] | {"prompt_length": 1}).ignored == ("prompt_length",)
 
 
 def test_preference_data_of_no_format_says_so():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
+from decimal import Decimal
 
 import pytest
 from conftest import load_rows
@@ -384,6 +385,41 @@ GOOD = {
         None,
     ),
     "question": ({"question": "Hi", "answer": "Hello"}, "question_answer", [ASK, HELLO], None),
+    "decimals": (
+        {"question": Decimal("1.50"), "answer": Decimal("1E+3")},
+        "question_answer",
+        [turn("user", "1.50"), turn("assistant", "1000")],
+        None,
+    ),
+    "a number as an instruction": (
+        {"instruction": 12, "input": 1.5, "output": "Hello"},
+        "alpaca",
+        [turn("user", "12\n\n1.5"), HELLO],
+        None,
+    ),
+    "turns in columns, as Arrow has some": (
+        {"conversations": {"from": ["human", "gpt"], "value": ["Hi", "Hello"]}},
+        "sharegpt",
+        [ASK, HELLO],
+        None,
+    ),
+    "names of both formats": (
+        {
+            "conversations": [
+                {"role": "user", "value": "Hi"},
+                {"from": "assistant", "content": "Hello"},
+            ]
+        },
+        "sharegpt",
+        [ASK, HELLO],
+        None,
+    ),
+    "a result of a function": (
+        {"conversations": [SAYS_HI, SAYS_HELLO, {"from": "function", "value": "2"}, SAYS_HELLO]},
+        "sharegpt",
+        [ASK, HELLO, RESULT, HELLO],
+        None,
+    ),
     "seed": ({"user": "Hi", "assistant": "Hello"}, "seed", [ASK, HELLO], None),
     "seed with system": (
         {"system": "Be calm.", "user": "Hi", "assistant": "Hello"},
@@ -430,7 +466,10 @@ BAD = {
     "last is tool": (chat(ASK, CALLS, RESULT), "the last turn is the tool's"),
     "nested too far": ({"messages": [[ASK, HELLO]]}, "message 1: expected an object, found list"),
     "role": (chat(ASK, ("bot", "b")), "message 2: unknown role 'bot', expected one of system, "),
-    "no role": ({"messages": [{"content": "a"}]}, "message 1: unknown role None"),
+    "no role": (
+        {"messages": [{"content": "a"}]},
+        "message 1: expected the keys 'role' and 'content', found ",
+    ),
     "role is a list": (chat((["user"], "a")), "message 1: unknown role ['user']"),
     "raw text among turns": (chat(("text", "a"), HELLO), "message 1: unknown role 'text'"),
     "more keys": (
@@ -524,11 +563,11 @@ BAD = {
     ),
     "two questions in a turn": (
         {"conversations": [{"human": "Hi", "input": "a", "output": "b"}]},
-        "message 1: unknown role None",
+        "message 1: expected the keys 'role' and 'content', found ",
     ),
     "turns with other keys": (
         {"conversations": [{"human": "Hi", "mood": "b"}]},
-        "message 1: unknown role None",
+        "message 1: expected the keys 'role' and 'content', found ",
     ),
     "calls of a user": (
         chat(turn("user", "a", tool_calls=[CALL])),
@@ -596,7 +635,22 @@ BAD = {
         chat(CALM, ASK, HELLO, system="a"),
         "a system prompt stands both in the",
     ),
-    "system is a list": (chat(ASK, HELLO, system=["a"]), "system: expected text, found list"),
+    "system is a list": (
+        chat(ASK, HELLO, system=["a"]),
+        "system: expected text, found list; data.columns can name a part of it: system.0",
+    ),
+    "answers in an object": (
+        {"question": "a", "answer": {"value": ["b"]}},
+        "answer: expected text, found dict; data.columns can name a part of it: answer.value.0",
+    ),
+    "one turn": (
+        {"role": "user", "content": "a"},
+        'it is one turn of a conversation: write {"messages": [all its turns]} on one line',
+    ),
+    "other keys of turns": (
+        {"messages": [{"type": "human", "data": {}}]},
+        "message 1: expected the keys 'role' and 'content', found 'type', 'data'",
+    ),
     "sharegpt role": (
         {"conversations": [{"from": "me", "value": "a"}]},
         "unknown role 'me', expec",
@@ -616,7 +670,7 @@ BAD = {
     "blank input": ({"instruction": "a", "input": " ", "output": "b"}, "input is blank"),
     "list as completion": (
         {"prompt": "a", "completion": [HELLO]},
-        "prompt: expected a list, found s",
+        "expected a prompt of messages beside a completion of messages, found text",
     ),
     "completion is the user's": ({"prompt": [ASK], "completion": [ASK]}, "no assistant turn"),
     "null": ({"question": None, "answer": "b"}, "question: expected text, found NoneType"),
@@ -629,12 +683,12 @@ BAD = {
 
 @pytest.mark.parametrize(("row", "name", "messages", "tools"), GOOD.values(), ids=GOOD)
 def test_a_good_row(row, name, messages, tools):
-    before = json.dumps(row)
+    before = repr(row)
     assert recognise(row) == name
     found = normalise(row)
     assert found == normalise(row, name)
     assert (found.messages, found.tools, found.format) == (messages, tools, name)
-    assert json.dumps(row) == before  # the row itself is let be
+    assert repr(row) == before  # the row itself is let be
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD.values(), ids=BAD)
@@ -669,6 +723,12 @@ def test_columns():
             normalise(row, columns={"prompt": "a.b", "completion": path})
     with pytest.raises(ValueError, match=r"data.columns: expected an object, found str"):
         normalise("Hi", columns=columns)
+
+
+def test_a_column_that_the_format_does_not_read_is_refused():
+    for key in ("input", "reasoning_content", "question"):
+        with pytest.raises(ValueError, match=f"the format messages has no key '{key}', expected"):
+            normalise({"a": [ASK, HELLO], "b": "c"}, columns={"messages": "a", key: "b"})
 
 
 def test_optional_columns_may_be_missing():

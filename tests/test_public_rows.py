@@ -53,6 +53,18 @@ TAKEN = {
         {"id": "1", "conversations": SAID, "tools": '[{"name": "f"}]', "task": "a"},
         ("sharegpt", "id", "task"),
     ),
+    "ToolBench": (
+        {"conversations": [*SAID, {"from": "function", "value": "2"}, SAID[1]], "id": "x"},
+        ("sharegpt", "id"),
+    ),
+    "Magpie-Pro": (
+        {"conversations": SAID, "knowledge": "It needs b.", "intent": "c", "input_quality": "good"},
+        ("sharegpt", "knowledge", "intent", "input_quality"),
+    ),
+    "Nemotron-Post-Training": (
+        {"messages": TURNS, "reasoning": "on", "category": "chat"},
+        ("messages", "reasoning", "category"),
+    ),
     "gsm8k": ({"question": "a", "answer": "b"}, ("question_answer",)),
     "fineweb-edu": ({"text": "a", "id": "b", "score": 3.1}, ("text", "id", "score")),
     "guanaco": ({"text": "### Human: Hi### Assistant: Hello"}, ("text",)),
@@ -82,10 +94,64 @@ REFUSED = {
         "such as {instruction: question, output: response, system: system_prompt}",
     ),
     "MetaMathQA": ({"query": "a", "response": "b"}, "{instruction: query, output: response}"),
+    "squad": (
+        {
+            "id": "1",
+            "context": "a",
+            "question": "b",
+            "answers": {"text": ["c"], "answer_start": [0]},
+        },
+        "such as {instruction: question, input: context, output: answers.text.0}",
+    ),
+    "flan": ({"inputs": "a", "targets": "b"}, "such as {instruction: inputs, output: targets}"),
+    "opus-100": (
+        {"translation": {"de": "a", "en": "b"}},
+        "such as {prompt: translation.de, completion: translation.en}",
+    ),
+    "xlam": (
+        {"query": "a", "answers": '[{"name": "f"}]', "tools": '[{"name": "f"}]'},
+        "such as {instruction: query, output: answers, tools: tools}",
+    ),
+    "orpo-dpo-mix": (
+        {"prompt": "Hi", "chosen": TURNS, "rejected": TURNS},
+        "such as {messages: chosen}, with data.ignore_columns: [rejected]",
+    ),
+    "ms-swift": (
+        {"query": "a", "response": "b", "history": [["c", "d"]]},
+        "such as {instruction: query, output: response, history: history}",
+    ),
+    "Capybara": (
+        {"conversation": [{"input": "a", "output": "b"}]},
+        "such as {conversations: conversation}",
+    ),
+    "a batch of OpenAI": (
+        {"custom_id": "1", "body": {"messages": TURNS}},
+        "such as {messages: body.messages}",
+    ),
+    "oasst1": (
+        {"message_id": "1", "parent_id": "2", "text": "a", "role": "prompter"},
+        "'role' says that the text is one turn of a conversation",
+    ),
+    "kto of labels": (
+        {"prompt": TURNS[:1], "completion": TURNS[1:], "desirable": False},
+        "'desirable' rates the answer",
+    ),
+    "commonsense_qa, flat": (
+        {"question": "a", "A": "b", "B": "c", "answer": "A"},
+        "data.ignore_columns: [A, B] trains without them",
+    ),
+    "s1K": (
+        {"question": "a", "answer": "b", "deepseek_thinking_trajectory": "So it is b."},
+        "data.columns: {..., reasoning_content: deepseek_thinking_trajectory}",
+    ),
+    "cosmopedia": ({"prompt": "Write b.", "text": "a"}, "{prompt: prompt, completion: text}"),
     "imdb": ({"text": "a", "label": 0}, "data.columns: {prompt: text, completion: label}"),
     "trec": ({"text": "a", "coarse_label": 1, "fine_label": 2}, "[coarse_label, fine_label]"),
     "billsum": ({"text": "a", "summary": "b"}, "{prompt: text, completion: summary}"),
-    "mmlu": ({"question": "a", "choices": ["b", "c"], "answer": 1}, "'choices' holds a part of"),
+    "mmlu": (
+        {"question": "a", "choices": ["b", "c"], "answer": 1},
+        "'choices' holds a part of the question, which would be asked without it; write it as text",
+    ),
     "hotpot_qa": ({"question": "a", "answer": "b", "context": {"c": ["d"]}}, "'context' holds a"),
     "boolq": ({"question": "a", "answer": True}, "answer: expected text, found bool"),
     "WildChat": (

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
-from sft.data.columns import PAIRS, find_ignored, suggest_columns
+from sft.data.columns import PAIRS, PREFERENCE, Lost, find_ignored, guess_columns, is_preference
 from sft.data.messages import (
     Message,
     Messages,
@@ -23,6 +23,7 @@ from sft.data.messages import (
     as_text,
     content_text,
     json_value,
+    list_turns,
     read_messages,
     template_kwargs_of,
     tools_of,
@@ -45,6 +46,7 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "prompter", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bot", "model", "assistant", *CALLS), "assistant"),
     **dict.fromkeys(("observation", "function_response", "tool_response", "tool"), "tool"),
+    "function": "tool",
     "system": "system",
 }
 # Keys of turns such as {"human": "Hi", "assistant": "Hello"}, in the order in which they are said.
@@ -109,10 +111,39 @@ def recognise(row: Any) -> str:
 def _suggest(row: dict[str, Any]) -> str:
     """Returns what to do with a row of no known format."""
     spoken = [key for key, value in row.items() if isinstance(value, str) and DIALOGUE.match(value)]
-    if not spoken:
-        return suggest_columns(row)
-    others = f", data.ignore_columns: [{', '.join(spoken[1:])}]" if spoken[1:] else ""
-    return f"set data.format: human_assistant, data.columns: {{text: {spoken[0]}}}{others}"
+    if spoken:
+        others = f", data.ignore_columns: [{', '.join(spoken[1:])}]" if spoken[1:] else ""
+        return f"set data.format: human_assistant, data.columns: {{text: {spoken[0]}}}{others}"
+    if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
+        return 'it is one turn of a conversation: write {"messages": [all its turns]} on one line'
+    advice = "name the columns to use in data.columns"
+    for columns in guess_columns(row):
+        if (ignored := _try_columns(row, columns)) is not None:
+            shown = ", ".join(
+                f"{key}: {name if name == name.strip() else repr(name)}"
+                for key, name in columns.items()
+            )
+            advice += f", such as {{{shown}}}"
+            advice += f", with data.ignore_columns: [{', '.join(ignored)}]" * bool(ignored)
+            break
+    preference = next(filter(is_preference, row), None)
+    return advice + (
+        f"; the column {preference!r} {PREFERENCE.holds}" if preference is not None else ""
+    )
+
+
+def _try_columns(row: dict[str, Any], columns: dict[str, str]) -> list[str] | None:
+    """Returns the columns that a row must ignore to be good with these `columns`, or None."""
+    ignored: list[str] = []
+    while True:
+        try:
+            normalise(row, "auto", columns, ignored)
+        except Lost as lost:
+            ignored += lost.columns
+        except ValueError:
+            return None
+        else:
+            return ignored
 
 
 @lru_cache(maxsize=1024)
@@ -162,6 +193,11 @@ def normalise(
         keys = " or ".join("/".join(keys) for keys in known.keys)
         raise ValueError(
             f"expected the keys {keys} (data.format: {known.name}), found {sorted(row)}"
+        )
+    if columns and (unread := [key for key in row if key not in KNOWN_KEYS[known.name]]):
+        raise ValueError(
+            f"data.columns: the format {known.name} has no key {unread[0]!r}, expected one of "
+            f"{', '.join(sorted(KNOWN_KEYS[known.name]))}"
         )
     messages = known.read(row)
     ignored: tuple[str, ...] = ()
@@ -294,7 +330,7 @@ def _from_messages(row: dict[str, Any]) -> Messages:
 
 
 def _from_sharegpt(row: dict[str, Any]) -> Messages:
-    turns = as_list(row["conversations"], "conversations")
+    turns = list_turns(row["conversations"], "conversations")
     named = [each for n, turn in enumerate(turns, 1) for each in _from_turn(turn, f"message {n}")]
     return read_messages(named, "conversations")
 
@@ -317,11 +353,11 @@ def _from_turn(turn: Any, name: str) -> list[Any]:
     if not isinstance(role, str) or role not in SHAREGPT_ROLES:
         known = ", ".join(SHAREGPT_ROLES)
         raise ValueError(f"{name}: unknown role {role!r}, expected one of {known}")
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    message = {**rest, "role": SHAREGPT_ROLES[role]}
+    message = {key: value for key, value in turn.items() if key != "from"}
+    message["role"] = SHAREGPT_ROLES[role]
     if role not in CALLS:
-        return [{**message, "content": turn.get("value")}]
-    calls = json_value(turn.get("value"), f"{name}: {role}")
+        return [message]
+    calls = json_value(message.pop("value", None), f"{name}: {role}")
     return [{**message, "tool_calls": calls if isinstance(calls, list) else [calls]}]
 
 
@@ -347,7 +383,7 @@ def _from_alpaca(row: dict[str, Any]) -> Messages:
             messages.append({"role": role, "content": as_answer(said, f"history {number}")})
     parts = [(row[key], key) for key in ("instruction", "input") if row.get(key) not in (None, "")]
     parts = parts or [(row["instruction"], "instruction")]
-    question = "\n\n".join(as_text(value, name) for value, name in parts)
+    question = "\n\n".join(as_answer(value, name) for value, name in parts)
     return [*messages, *_pair(row | {"instruction": question}, "instruction", "output")]
 
 
@@ -359,7 +395,11 @@ def _from_prompt_completion(row: dict[str, Any]) -> Messages:
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return _pair(row, "prompt", "completion")
-    context = read_messages(as_list(prompt, "prompt"), "prompt")
+    if not isinstance(prompt, list):
+        raise ValueError(
+            "expected a prompt of messages beside a completion of messages, found text"
+        )
+    context = read_messages(prompt, "prompt")
     if isinstance(completion, list):
         return _as_context(context) + read_messages(completion, "completion")
     answer = {"role": "assistant", "content": as_answer(completion, "completion")}

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections import Counter
+from decimal import Decimal
 from typing import Any
 
 Message = dict[str, Any]  # role, content; maybe tool_calls, tool_call_id, name, weight, reasoning
@@ -62,8 +63,17 @@ def _joined(parts: list[dict[str, Any]]) -> str:
 
 def read_messages(messages: Any, name: str) -> Messages:
     """Returns the messages of a list, or of a list as JSON text."""
-    listed = as_list(messages, name)
+    listed = list_turns(messages, name)
     return [_message(message, f"message {n}") for n, message in enumerate(listed, 1)]
+
+
+def list_turns(value: Any, name: str) -> list[Any]:
+    """Returns the turns of a list, of JSON text, or of an object of columns, as Arrow has some."""
+    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+        value = [
+            dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)
+        ]
+    return as_list(value, name)
 
 
 def is_empty(value: Any) -> bool:
@@ -75,17 +85,7 @@ def is_empty(value: Any) -> bool:
 
 def _message(message: Any, name: str) -> Message:
     """Returns a message with only the keys that can be rendered."""
-    if not isinstance(message, dict):
-        raise ValueError(f"{name}: expected an object, found {type(message).__name__}")
-    role, content = message.get("role"), message.get("content")
-    given = {
-        key: value
-        for key, value in message.items()
-        if key not in ("role", "content") and not is_empty(value)
-    }
-    role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
-        raise ValueError(f"{name}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
+    role, content, given = _open_message(message, name)
     if not given and isinstance(content, str) and role != "tool":  # nearly every message
         return {"role": role, "content": as_text(content, f"{name}: content")}
     weight = _weight_of(given, role, name)
@@ -115,6 +115,24 @@ def _message(message: Any, name: str) -> Message:
     if not (is_blank and may_be_blank):
         result["content"] = _checked_content(content, role, name)
     return result
+
+
+def _open_message(message: Any, name: str) -> tuple[str, Any, dict[str, Any]]:
+    """Returns role, content and the other keys that have a value; ShareGPT's `value` is content."""
+    if not isinstance(message, dict):
+        raise ValueError(f"{name}: expected an object, found {type(message).__name__}")
+    if "role" not in message:
+        keys = ", ".join(repr(key) for key in [*message][:8]) or "none"
+        raise ValueError(f"{name}: expected the keys 'role' and 'content', found {keys}")
+    given = {key: value for key, value in message.items() if not is_empty(value)}
+    role, content = given.pop("role", None), message.get("content")
+    given.pop("content", None)
+    if content is None and "value" in message:
+        content, _ = message["value"], given.pop("value", None)
+    role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        raise ValueError(f"{name}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
+    return role, content, given
 
 
 def _weight_of(given: dict[str, Any], role: str, name: str) -> float | None:
@@ -277,9 +295,7 @@ def json_value(value: Any, name: str) -> Any:
     try:
         return parse_json(value)
     except (ValueError, RecursionError) as error:
-        is_python = re.match(r"\s*\[?\s*\{\s*'", value)
-        advice = "; it is written as Python prints it: write it with json.dumps" * bool(is_python)
-        raise ValueError(f"{name}: {error_reason(error)}{advice}") from None
+        raise ValueError(f"{name}: {error_reason(error)}") from None
 
 
 def _weight(value: Any, name: str) -> float:
@@ -308,15 +324,32 @@ def check_strings(value: Any, name: str, depth: int = 0) -> None:
 def as_text(value: Any, name: str) -> str:
     """Returns a text that says something and can be tokenised."""
     if not isinstance(value, str):
-        raise ValueError(f"{name}: expected text, found {type(value).__name__}")
+        path = "" if ":" in name else text_path(value, name)  # which a column has, and no message
+        advice = f"; data.columns can name a part of it: {path}" * (path not in ("", name))
+        advice = advice or "; write it as text" * isinstance(value, bool | dict | list)
+        raise ValueError(f"{name}: expected text, found {type(value).__name__}{advice}")
     if not value.strip():
         raise ValueError(f"{name} is {'blank' if value else 'empty'}")
     check_characters(value, name)
     return value
 
 
+def text_path(value: Any, name: str) -> str:
+    """Returns the path of the first text in a value, such as `answers.text.0`; `name` if it is
+    one."""
+    if not isinstance(value, dict | list):
+        return name
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        path = text_path(item, f"{name}.{key}")
+        if isinstance(item, str) or path != f"{name}.{key}":
+            return path
+    return name
+
+
 def as_answer(value: Any, name: str) -> str:
     """Returns a text, or a number as its file writes it."""
+    if isinstance(value, Decimal):
+        return format(value, "f")
     if is_number(value) and math.isfinite(value):
         return value.text if isinstance(value, JsonFloat) else json.dumps(value)
     return as_text(value, name)
@@ -381,7 +414,9 @@ def error_reason(error: ValueError | RecursionError) -> str:
     """Returns the reason of a bad row, from the error that reading it raised."""
     if isinstance(error, json.JSONDecodeError):
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        return f"not valid JSON ({error.msg}, {line}column {error.colno})"
+        is_python = re.match(r"\s*\[?\s*\{\s*'", error.doc)
+        advice = "; it is written as Python prints it: write it with json.dumps" * bool(is_python)
+        return f"not valid JSON ({error.msg}, {line}column {error.colno}){advice}"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start})"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)

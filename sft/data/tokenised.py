@@ -42,6 +42,8 @@ def read_tokens(row: dict[str, Any]) -> Messages:
     if row.get("labels") is not None and {*labels[:first], *labels[stop:]} - {IGNORED}:
         raise ValueError(f"labels: expected {IGNORED} for padding")
     ids, labels = ids[first:stop], labels[first:stop]
+    if len(ids) == 1:
+        raise ValueError("a single token, so nothing to learn")
     _check_labels(ids, labels)
     return [{"role": TOKENS, "content": "", "input_ids": ids, "labels": labels}]
 
