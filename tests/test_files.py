@@ -400,7 +400,10 @@ def test_broken_list(tmp_path, tail):
 
 def test_a_file_of_no_known_kind(tmp_path):
     path = write(tmp_path / "rows.mat", b"MATLAB\3\4")
-    assert r"found: a file that begins with 'MATLAB\\x03\\x04'" in refused(path)
+    assert (
+        r"found: a file that begins with 'MATLAB\x03\x04' and whose name says no kind"
+        in refused(path)
+    )
 
 
 # --- paths -------------------------------------------------------------------------------------
@@ -427,6 +430,41 @@ def test_paths(tmp_path):
     assert files_of(bracketed) == [bracketed]
     rows, _ = load_rows([b, f"{tmp_path}/[ab].jsonl"])
     assert [(row.place, row.entry) for row in rows] == [(f"{b}:1", 0), (f"{a}:1", 1), (f"{b}:1", 1)]
+
+
+def test_further_endings_and_paths(tmp_path, monkeypatch):
+    for name in ("a.jsonlines", "a.ldjson", "a.jl", "a.csv", "a.tab", "a.text"):
+        path = write(tmp_path / name, GOOD)
+        assert len(load_rows(path, format="text" if name == "a.text" else "auto")[0]) == 1
+        (tmp_path / name).unlink()
+    path = write(tmp_path / "a b.jsonl", GOOD)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files_of("~/a b.jsonl") == files_of(f"file://{path}") == [path]
+    assert files_of(f"file://localhost{path}") == [path]
+    with pytest.raises(DataError, match="found: no path"):
+        files_of("")
+
+
+def test_a_number_of_32_bits_keeps_its_text(tmp_path):
+    table = pyarrow.table({"question": ["a", "b"], "answer": pyarrow.array([3.8, None], "float32")})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (row,), (bad,) = load_rows(str(tmp_path / "a.parquet"), on_bad_row="skip")
+    assert row.messages[1]["content"] == "3.8"
+    assert "answer: expected text, found NoneType" in bad.reason
+
+
+def test_unfinished_files_and_other_kinds_of_a_folder(tmp_path):
+    path = write(tmp_path / "a.jsonl", GOOD)
+    unfinished = [
+        write(tmp_path / f"a.jsonl{ending}", GOOD)
+        for ending in (".bak", ".crdownload", ".part", ".tmp", "~")
+    ]
+    assert files_of(str(tmp_path)) == [path]
+    assert hidden_of(tmp_path) == unfinished
+    for name in ("b.zip", "b.xlsx", "b.tar.gz", "b.sqlite", "b.feather"):
+        other = Path(write(tmp_path / name, b""))
+        assert "expected files of one kind and one split, found ." in refused(tmp_path)
+        other.unlink()
 
 
 def hidden_of(path):

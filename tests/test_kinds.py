@@ -9,9 +9,12 @@ import io
 import json
 import lzma
 import pickle
+import shlex
 import sqlite3
+import subprocess
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -76,6 +79,15 @@ BINARY = {
     "page.jsonl": (b"\n<!DOCTYPE html><html>", "a web page (HTML); download the file itself"),
     "page.csv": (b"<html lang=en>\n<body>", "a web page (HTML); download the file itself"),
     "rows.xml": (b"<?xml version='1.0'?>", "an XML file; write its rows as JSON lines"),
+    "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES)), "data that gzip compressed twice; de"),
+    "none.zip": (zipped(), "an empty zip archive; give the files themselves"),
+    "rows.lzma": (lzma.compress(LINES, lzma.FORMAT_ALONE), "LZMA data; decompress it (xz -dk --f"),
+    "lost.jsonl": (b"\0" * 5000, "NUL bytes alone, so its content was never written; copy or make"),
+    "rows.rtf": (b"{\\rtf1\\ansi Once}", "a document (RTF); save it as text in UTF-8"),
+    "page.txt": (b"\x89PNG\r\n\x1a\n", "an image; only text can be trained on"),
+    "rows.orc": (b"ORC\n", "an ORC table; write its rows as JSON lines or Parquet"),
+    "rows.avro": (b"Obj\1\4", "an Avro file; write its rows as JSON lines or Parquet"),
+    "rows.feather": (b"FEA1\0\0", "a table of Feather's first version; write its rows as JSON"),
     "rows.pdf": (b"%PDF-1.7\n", "a PDF document; extract its text"),
     **{
         f"rows{protocol}.jsonl": (pickle.dumps(ROWS, protocol), "a pickle, which is never loaded")
@@ -135,7 +147,9 @@ def test_text_in_a_wide_encoding_is_named(tmp_path, codec, name, mark):
     )
     message = refused(path)
     assert f"found {name}" in message
-    assert "save it as UTF-8: iconv -f " in message
+    command = shlex.split(message.split("save it as UTF-8: ")[1].removesuffix(" > rows"))
+    made = subprocess.run(command, capture_output=True, check=True).stdout.decode("utf-8-sig")
+    assert made == text.get(path.name, LINES.decode())
     assert ("without a byte order mark" in message) == (not mark)
 
 
@@ -143,6 +157,21 @@ def test_text_in_a_wide_encoding_is_named(tmp_path, codec, name, mark):
 def test_text_in_utf8_is_never_taken_for_another_encoding(text, start):
     data = (start + text.replace("\0", "")).encode()
     assert kinds._wide_encoding(data) == ""
+
+
+def test_words_without_a_mark_are_recognised_in_any_script():
+    for text in ("質問,答え\nあ,い\n", "Вопрос\nОтвет\n", "질문\n답 하나\n"):
+        for codec in CODECS:
+            assert kinds._wide_encoding(text.encode(codec)) == codec.upper().replace(
+                "-LE", "LE"
+            ).replace("-BE", "BE")
+    for other in (
+        b"abc\0def",
+        zlib.compress(LINES),
+        b"\0\1\0\0Standard Jet DB\0",
+        b"a" * 99 + b"\0",
+    ):
+        assert kinds._wide_encoding(other) == ""
 
 
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=4))
@@ -160,6 +189,19 @@ AROUND = {
     "with a version": ({"version": 1, "data": ROWS}, "one object with 3 rows in its key 'data'"),
     "splits": ({"train": ROWS, "test": ROWS}, "one object with rows in several keys ('train', 't"),
     "by id": ({"a": ROWS[0], "b": ROWS[1]}, "one object with a row in each of its 2 keys; write"),
+    "deep": ({"a": {"rows": ROWS}}, "one object with 3 rows in its key 'a.rows'; write each row"),
+    "one by id": (
+        {"a": ROWS[0]},
+        "one object with a row in each of its 1 keys; write each row on a",
+    ),
+    "other columns": (
+        {"prompts": [1, 2], "answers": [3, 4]},
+        "one object of columns ('prompts', 'an",
+    ),
+    "columns of pandas": (
+        {"question": {"0": "a", "1": "b"}, "answer": {"0": "c", "1": "d"}},
+        "one object of columns ('question', 'answer'); write one row on a line, in pandas: ",
+    ),
     "columns": (
         {"question": ["a", "b"], "answer": ["c", "d"]},
         "one object of columns ('question', 'answer'); write one row on a line, in pandas: ",
@@ -172,9 +214,6 @@ AROUND = {
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows"])
 def test_an_object_around_the_rows(tmp_path, kind, indent, name):
     value, found = AROUND[kind]
-    if kind == "columns":
-        value = {"prompts": ["a", "b"], "answers": ["c", "d"]}
-        found = found.replace("'question', 'answer'", "'prompts', 'answers'")
     path = tmp_path / name
     path.write_text(json.dumps(value, indent=indent))
     assert f", found {found}" in refused(path, on_bad_row="skip")
@@ -184,8 +223,6 @@ def test_what_is_proposed_for_an_object_is_a_command_that_works(tmp_path):
     path = tmp_path / "it's.json"
     path.write_text(json.dumps({"my 'data'": ROWS}))
     command = refused(path).split("own: ")[1].removesuffix(" > rows.jsonl")
-    import shlex
-
     assert shlex.split(command) == ["jq", "-c", ".[\"my 'data'\"][]", str(path)]
 
 
@@ -197,6 +234,30 @@ def test_a_row_over_several_lines(tmp_path):
     )
     path.write_text("\n".join(json.dumps(row, indent=2) for row in ROWS))
     assert "found JSON objects over several lines each; write each row on a" in refused(path)
+
+
+JOINED = {
+    "\r": "several JSON objects on a line; write each row on a line of its own: jq -c . ",
+    "": "several JSON objects on a line; write each row on a line of its own: jq -c . ",
+    ", ": "commas between the rows; remove them: sed ",
+    ",\n": "commas between the rows; remove them: sed ",
+}
+
+
+@pytest.mark.parametrize("between", JOINED)
+def test_rows_that_line_ends_do_not_part(tmp_path, between):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(between.join(map(json.dumps, ROWS)).encode())
+    assert f", found {JOINED[between]}" in refused(path, on_bad_row="skip")
+
+
+def test_a_list_on_each_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path.write_text(f"{json.dumps(talk)}\n{json.dumps(talk)}\n")
+    assert "found a list on each line; if each is a conversation, write each row on a l" in refused(
+        path
+    )
 
 
 def test_rows_over_several_lines_in_a_file_too_large_to_hold(tmp_path, monkeypatch):

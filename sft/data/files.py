@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,6 +30,12 @@ from sft.runtime.console import atomic_write
 
 DIGEST = np.dtype("V16")  # of `content_digest`
 CACHE_DIR: str = Data.model_fields["cache_dir"].default
+# Endings of files that may hold rows and are not read, so that a folder of them is ambiguous.
+OTHER_KINDS = (
+    *(".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar", ".xls", ".xlsx", ".ods"),
+    *(".npy", ".npz", ".h5", ".hdf5", ".db", ".sqlite", ".sqlite3", ".orc", ".avro", ".tfrecord"),
+)
+UNFINISHED = re.compile(r"(?i)(~|\.(tmp|temp|bak|orig|part|partial|crdownload|download))$")
 MAC = "__MACOSX"  # folder of an archive that macOS made, with a `._name` for each file
 
 
@@ -83,7 +90,7 @@ class Listing(NamedTuple):
     """What a path, or a list of paths, names."""
 
     sources: list[Source]
-    hidden: list[str]  # data files that are not read, because they or their folder are hidden
+    hidden: list[str]  # data files that are not read: hidden ones, unfinished ones, backups
 
 
 def sources(path: str | list[str], cache_dir: str = CACHE_DIR) -> list[Source]:
@@ -105,7 +112,7 @@ def list_files(
         if remote.is_remote(text):
             listed = _list_remote(text, entry, cache_dir, tick)
         else:
-            listed = _list(text.removeprefix("file://"), entry)
+            listed = _list(re.sub(r"^file://(localhost(?=/))?", "", text), entry)
         found.sources.extend(listed.sources)
         found.hidden.extend(listed.hidden)
     for source in found.sources:
@@ -138,7 +145,10 @@ def _list_remote(text: str, entry: int, cache_dir: str, tick: Callable[[], None]
 
 
 def _list(text: str, entry: int) -> Listing:
-    path = Path(text)
+    path = Path(text).expanduser()
+    text = str(path) if text.startswith("~") else text
+    if not text:
+        raise readers.unreadable("''", "no path")
     if path.is_dir():
         files, hidden = _files_in(path)
         return Listing([Source(str(file), entry) for file in files], hidden)
@@ -193,18 +203,24 @@ def choose_files(folder: str, names: Iterable[str]) -> tuple[list[str], list[str
 
     Raises DataError if there are none, or those of several kinds or splits.
     """
-    suffixes = {name: readers.data_suffix(Path(name), any_packing=True) for name in sorted(names)}
+    suffixes = {
+        name: readers.data_suffix(Path(UNFINISHED.sub("", name)), any_packing=True)
+        for name in sorted(names)
+    }
     data = [name for name, suffix in suffixes.items() if suffix]
-    hidden = [name for name in data if is_hidden(name)]
+    hidden = [name for name in data if is_hidden(name) or UNFINISHED.search(name)]
     about = ("dataset_info.json", "dataset_infos.json")
-    shown = [name for name in data if not is_hidden(name) and Path(name).name not in about]
+    shown = [name for name in data if name not in hidden and Path(name).name not in about]
     if not shown:
         others = [name for name in suffixes if not is_hidden(name)]
         has = f"only {', '.join(others[:3])}{' ...' * (len(others) > 3)}" if others else "nothing"
         has = f"only {describe_hidden(hidden)}" if hidden and not others else has
         reason = f"a folder without a file that ends in one of these, {readers.one_line(has, 200)}"
         raise readers.unreadable(folder, reason)
-    if len(found := sorted({suffixes[name] for name in shown})) > 1:
+    others = [name.lower() for name in suffixes if not is_hidden(name)]
+    kinds = {suffixes[name] for name in shown}
+    kinds |= {kind for kind in OTHER_KINDS if any(name.endswith(kind) for name in others)}
+    if len(found := sorted(kinds)) > 1:
         raise _ambiguous(folder, found)
     held_out = [name for name in shown if HELD_OUT.search(name)]
     if 0 < len(held_out) < len(shown):

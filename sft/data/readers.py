@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
+
 from sft.data import delimiters, kinds
 from sft.data.messages import error_reason, parse_json
 from sft.errors import DataError
@@ -26,6 +28,8 @@ from sft.errors import DataError
 LONGEST = 64 << 20  # bytes of a line or of a document; a longer one is never held in memory
 SEPARATOR = b"<|endoftext|>"  # between the documents of a raw text
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+ALIASES = {".jsonlines": ".jsonl", ".jl": ".jsonl", ".ldjson": ".jsonl", ".tab": ".tsv"}
+ALIASES |= {".pq": ".parquet", ".feather": ".arrow", ".text": ".txt"}
 TABLES = (".csv", ".tsv")
 JSON = re.compile(rb'\{\s*"|\[\s*[{"]')  # how rows of JSON begin
 PACKED = (".gz", ".zst")
@@ -63,8 +67,8 @@ def read_file(
 
 def read_hub(name: str) -> Iterator[RawRow]:
     """Yields every raw row of a dataset of the hub, `owner/name:config@split`."""
-    for line, row in enumerate(load_from_hub(name), 1):
-        yield RawRow(line, _without_nulls(row), row)
+    tables = load_from_hub(name).with_format("arrow").iter(256)
+    yield from _table_rows(batch for table in tables for batch in table.to_batches())
 
 
 def load_from_hub(name: str) -> Any:
@@ -96,7 +100,8 @@ def data_suffix(path: Path, *, any_packing: bool = False) -> str:
     name = path.name.lower()
     for packing in (*PACKED, *(UNREADABLE_PACKED if any_packing else ())):
         name = name.removesuffix(packing)
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+    found = next((suffix for suffix in (*SUFFIXES, *ALIASES) if name.endswith(suffix)), "")
+    return ALIASES.get(found, found)
 
 
 def unreadable(path: str, found: str) -> DataError:
@@ -151,7 +156,8 @@ def _choose_reader(path: str, format: str, is_mapped: bool, delimiter: str) -> R
         return _list_rows
     if suffix in (".jsonl", ".ndjson", ".json") or start.startswith(b"{"):
         return partial(_json_rows, is_mapped=is_mapped)
-    raise unreadable(path, f"a file that begins with {make_excerpt(head, 20)!r}")
+    begins = f"a file that begins with '{make_excerpt(head, 20)}' and whose name says no kind"
+    raise unreadable(path, begins if head else "an empty file")
 
 
 def _not_rows(path: str, found: str) -> DataError:
@@ -276,6 +282,9 @@ def _list_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
         text = content.decode("utf-8-sig")
         decoder.decode(text)
     except (ValueError, RecursionError) as error:
+        more = isinstance(error, json.JSONDecodeError) and error.doc[error.pos :]
+        if more and (refusal := kinds.lists_on_lines(path, more)):
+            raise _not_rows(path, refusal) from None
         where = path
         if isinstance(error, UnicodeDecodeError):
             number = content.count(b"\n", 0, error.start) + 1
@@ -428,9 +437,12 @@ def _map_table(path: str, file: io.BufferedReader) -> Any:
 
 
 def _table_rows(batches: Iterable[Any]) -> Iterator[RawRow]:
+    import pyarrow
+
     line = 0
     for batch in batches:
         _check_batch(batch)
+        narrow = [f.name for f in batch.schema if f.type in (pyarrow.float16(), pyarrow.float32())]
         for start in range(0, batch.num_rows, 256):
             part = batch.slice(start, 256)
             rows = _value_or_error(part.to_pylist)
@@ -439,6 +451,9 @@ def _table_rows(batches: Iterable[Any]) -> Iterator[RawRow]:
                 rows = [_value_or_error(lambda row: row.to_pylist()[0], row) for row in single]
             for row in rows:
                 line += 1
+                for name in narrow if isinstance(row, dict) else ():
+                    if row[name] is not None:  # 3.8, which is 3.799999952316284 in 64 bits
+                        row[name] = float(str(np.float32(row[name])))
                 yield RawRow(line, _without_nulls(row) if isinstance(row, dict) else row, row)
 
 
