@@ -39,6 +39,11 @@ LOCAL = {
     "headers end turns": catalogue.HEADERS,
     "results inside the turn": catalogue.INSIDE,
     "header ends in a quote": catalogue.QUOTES,
+    "answers joined": catalogue.JOINS,
+    "system prompt in the last question": catalogue.IN_THE_LAST,
+    "a header behind every text": catalogue.ALWAYS_HEADED,
+    "a default of its own": catalogue.DEFAULTED,
+    "blocks in a text that is rewritten": catalogue.REWRITES,
     "blocks": families.GENERATION,
     "no end": families.NO_END,
     "an end of the last": families.LAST_ONLY,
@@ -672,3 +677,61 @@ def test_a_header_that_no_prompt_has_behind_an_answer_is_not_learnt():
     assert texts_of(tokenizer, row) == [["One.<|im_end|>"]]
     ((kept, example),) = template.render_row(tokenizer, row, LIMIT)
     assert audit.examine(tokenizer, kept, example, LIMIT) == ["no_prompt"]
+
+
+# --- traits of public templates -----------------------------------------------------------------
+
+B = {"role": "assistant", "content": "b"}
+CALL_F = {**B, "content": "", "tool_calls": CALLS}
+BE_KIND = {"role": "system", "content": "Be kind."}
+RESULT_F = {**R, "name": "f", "content": "It rains in Northport."}
+STRAY = {"role": "tool", "content": "It is a quarter past nine."}
+KEPT = "<|think|>Secret.<|im_start|>assistant<|text|>b<|im_end|>"
+OF_F = '<call>{"name": "f", "arguments": {"x": 1}}</call><|im_end|>'
+TRAITS: dict[str, tuple[str, list[dict[str, Any]], list[list[str]]]] = {
+    "answers joined": (catalogue.JOINS, [A, B, D], [["b<|im_end|>", "d<|im_end|>"]]),
+    "results dropped": (
+        catalogue.JOINS,
+        [A, CALL_F, RESULT_F, B, STRAY, D],
+        [[OF_F], ["b<|im_end|>"], ["d<|im_end|>"]],
+    ),
+    "system prompt in the last question": (
+        catalogue.IN_THE_LAST,
+        [BE_KIND, A, B, C, D],
+        [["b<|im_end|>"], ["d<|im_end|>"]],
+    ),
+    "a header behind every text": (
+        catalogue.ALWAYS_HEADED,
+        [A, B, C, D],
+        [["<|text|>b<|im_end|>", "<|text|>d<|im_end|>"]],
+    ),
+    "a default of its own": (
+        catalogue.DEFAULTED,
+        [A, SECRET, C, D],
+        [["Secret.</think>b<|im_end|>"], ["d<|im_end|>"]],
+    ),
+    "blocks in a text that is rewritten": (
+        catalogue.REWRITES,
+        [A, SECRET, C, SECRET],
+        [[KEPT, KEPT]],
+    ),
+    "a system prompt behind an answer": (
+        catalogue.HEADERS,
+        [A, B, BE_KIND, C, D],
+        [["b<|user|>"], ["d<|user|>"]],
+    ),
+}
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+def test_traits_of_public_templates(trait):
+    source, messages, expected = TRAITS[trait]
+    tokenizer = catalogue.tokenizer(source, None, catalogue.TOKENS.get(source, ()))
+    row = Row(messages, None, "f", 1)
+    assert texts_of(tokenizer, row) == expected
+    for kept, example in template.render_row(tokenizer, row, LIMIT):
+        first, _ = audit.supervised_runs(example.labels)[-1]
+        turn = max(n for n, m in enumerate(kept.messages) if m["role"] == "assistant")
+        assert example.ids[:first] == serve(tokenizer, kept, turn)
+        found = set(audit.examine(tokenizer, kept, example, LIMIT)) & set(audit.ERRORS)
+        assert found == ({"content_altered"} if STRAY in kept.messages else set())

@@ -25,7 +25,7 @@ from sft.data.batches import Layout
 from sft.data.ends import stop_tokens
 from sft.data.examples import Batch, ExampleArrays, Examples, collate
 from sft.data.files import Row
-from sft.data.formats import Message, is_conversation
+from sft.data.formats import Message, Messages, content_text, is_conversation
 from sft.data.rendering import Renderings, Span, cached_by_tokenizer, renderings_of
 from sft.data.sentinels import forms
 from sft.data.template import IGNORED, Example, Supervise
@@ -262,14 +262,16 @@ def _compare_row(
 ) -> Iterator[str]:
     """Yields the kinds of differences between an example and its row, rendered again."""
     given = renderings_of(tokenizer, row.messages, row.tools, row.template_kwargs)
-    yield from _examine_text(given, row)
     ids, offsets = tokens.tokenise(tokenizer, given.text)
+    is_whole = example.ids == ids or "answer_cut" in example.flags
+    yield from _examine_text(
+        given, row, given.text if is_whole else given.prompt(len(row.messages) - 1)
+    )
     if "answer_cut" in example.flags:
         if example.ids != ids[: len(example.ids)]:
             yield "not_the_template"
         return
     runs = supervised_runs(example.labels)
-    is_whole = example.ids == ids
     if not is_whole and (
         supervise == "everything" or not _is_prompt_and_answer(given, example, ids, runs)
     ):
@@ -297,8 +299,19 @@ def _is_prompt_and_answer(
     if "thoughts_closed" in example.flags:
         thoughts, _ = rendering.split_thoughts(given.given[0][last])
         answer = answer.removeprefix(_normalise(thoughts)).partition(">\n\n")[2]
+    if _says_more(answer, given.given[0]):
+        return False
     whole = str(given.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
     return answer.rstrip() in _normalise(whole)  # blanks may stand before an end that is added
+
+
+def _says_more(answer: str, messages: Messages) -> bool:
+    """Returns whether the answer of the last message has the content of another one, which must be
+    long enough not to stand there by chance."""
+    *others, own = messages
+    own_text = _normalise("\n".join(_texts_in(own)))
+    said = (_normalise(content_text(other)).strip() for other in others)
+    return any(len(text) > 15 and text in answer and text not in own_text for text in said)
 
 
 def _compare_turns(
@@ -410,9 +423,9 @@ def supervised_runs(labels: Sequence[int]) -> list[Span]:
     return runs
 
 
-def _examine_text(given: Renderings, row: Row) -> Iterator[str]:
-    """Yields the kinds of what the template did to the prompts and the tools."""
-    text = given.text
+def _examine_text(given: Renderings, row: Row, text: str) -> Iterator[str]:
+    """Yields the kinds of what the template did to the prompts and the tools in `text`. The system
+    prompt may stand anywhere: Mistral's templates write it into the last message of the user."""
     if given.messages is not row.messages:  # they hold the text of a special token
         yield "special_in_content"
         text = MARKED.sub("", text)
@@ -424,12 +437,13 @@ def _examine_text(given: Renderings, row: Row) -> Iterator[str]:
         for value in [p["text"] for p in content] if isinstance(content, list) else [content]:
             said = value.strip()
             quoted = json.dumps(said, ensure_ascii=False)[1:-1]  # some templates write JSON
-            places = [place for form in (said, quoted) if (place := text.find(form, at)) >= 0]
+            start = 0 if message["role"] == "system" else at
+            places = [place for form in (said, quoted) if (place := text.find(form, start)) >= 0]
             if not places:
                 yield "content_altered"
                 return
-            at = min(places)
-    if any(rendering.get_name(tool) not in text for tool in row.tools or []):
+            at = at if message["role"] == "system" else min(places)
+    if any(rendering.get_name(tool) not in given.text for tool in row.tools or []):
         yield "tools_dropped"
 
 

@@ -85,12 +85,11 @@ def stop_tokens(tokenizer: Tokenizer) -> frozenset[str]:
 
 def _next_header(given: Renderings, index: int, message: Message) -> tuple[str, str | None]:
     """Returns the added token that the template writes first behind the turn, and the blanks before
-    it: before the next message if it is not the assistant's, else before a tool's result or the
-    user's message."""
+    it: before the next message if it is the user's or a tool's result, else before such a one."""
     following: Message = {"role": "user", "content": "zq7s0e"}
     if rendering.get_calls(message):
         following = {"role": "tool", "content": "zq7s0e"}
-    if [m["role"] for m in given.messages[index + 1 : index + 2]] not in ([], ["assistant"]):
+    if [m["role"] for m in given.messages[index + 1 : index + 2]] in (["user"], ["tool"]):
         following = {**given.messages[index + 1], "content": "zq7s0e"}
     without = {**message, "reasoning_content": "", "content": rendering.split_thoughts(message)[1]}
     for turn in (message, without):  # some templates drop the thoughts of earlier turns

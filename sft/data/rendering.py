@@ -53,6 +53,7 @@ def _escapes(mark: str) -> tuple[str, str]:
 
 
 ESCAPED = re.compile("|".join(re.escape(form) for mark in MARKS for form in _escapes(mark)))
+DEFAULTS = ("default", "d")  # Jinja's two names of one filter
 OPEN_TAG = re.compile(r"<(\w+)>\s*$")  # a prompt that ends in it lets the model think
 
 
@@ -263,11 +264,12 @@ def special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
 def template_variables(tokenizer: Tokenizer) -> list[str]:
     """Returns the variables that a user may set for the chat template, such as `enable_thinking`:
     those that it reads and that `apply_chat_template` does not set. A name that the template sets
-    counts only if it asks whether the name is defined."""
+    counts only if it asks whether the name is defined, or gives it a default."""
     source = tokenizer.get_chat_template()
     parsed = compile_template(source).environment.parse(source)
     names = [(node.name, node.ctx) for node in parsed.find_all(jinja2.nodes.Name)]
     tests = [node for node in parsed.find_all(jinja2.nodes.Test) if node.name == "defined"]
+    tests += [node for node in parsed.find_all(jinja2.nodes.Filter) if node.name in DEFAULTS]
     asked = {node.node.name for node in tests if isinstance(node.node, jinja2.nodes.Name)}
     own = {name for name, kind in names if kind != "load"} - asked
     given = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}

@@ -259,7 +259,7 @@ def _examples(tokenizer: Tokenizer, row: Row, learning: Learning) -> list[tuple[
         raise DataError(
             "no turn is served as the whole conversation is rendered; set data.turns: auto"
         )
-    made = []
+    made, has_blocks = [], marked_spans(given) is not None
     for index, turn in found.items():
         earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:index]]
         kept = replace(
@@ -267,7 +267,7 @@ def _examples(tokenizer: Tokenizer, row: Row, learning: Learning) -> list[tuple[
             messages=[*earlier, messages[index]],
             template_kwargs=turn.variables and dict(turn.variables),
         )
-        blocks = _blocks_of(given, index, turn)
+        blocks = _blocks_of(given, index, turn) if has_blocks else None
         example = _of_turn(given, turn, weights[index], learning, blocks)
         made.append((kept, replace(example, flags=(*flags, *example.flags))))
     return made
@@ -303,7 +303,8 @@ def _join(
     """Returns the example of the whole conversation, with those turns supervised that are served
     as it has them; None if there is none."""
     text, last = given.text, found.get(len(given.messages) - 1)
-    if last and not text.startswith(last.prompt + last.answer) and _is_same(given, last):
+    is_given = not last or text.startswith(last.prompt + last.answer) or not _is_same(given, last)
+    if last and not is_given:
         text = last.prompt + last.answer
     ids, offsets = tokenise(given.tokenizer, text)
     blocks = marked_spans(given)
@@ -320,7 +321,8 @@ def _join(
         if turn.empty_thoughts and not learning.empty_thoughts:
             learnt = [n for n in learnt if offsets[n][0] - at >= turn.empty_thoughts[1]]
         if blocks is not None:
-            learnt = _within(blocks, learnt, offsets, turn)
+            own = blocks if is_given else _blocks_of(given, index, turn)
+            learnt = _within(own, learnt, offsets, turn)
         for n in learnt:
             labels[n], factors[n] = ids[n], weights[index]
         flags += turn.flags
@@ -357,13 +359,12 @@ def _within(
     return sorted({*marked, *added})
 
 
-def _blocks_of(given: Renderings, index: int, turn: Turn) -> list[Span] | None:
-    """Returns the `{% generation %}` blocks of the conversation up to a turn, None if the template
-    has none or rewrites the prompt then."""
+def _blocks_of(given: Renderings, index: int, turn: Turn) -> list[Span]:
+    """Returns the `{% generation %}` blocks of the conversation up to a turn, where they stand when
+    the turn stands behind its prompt."""
     messages, tools = given.given
     own = Renderings(given.tokenizer, messages[: index + 1], tools, turn.variables)
-    blocks = marked_spans(own)
-    return blocks if blocks is not None and own.text.startswith(turn.prompt) else None
+    return [(a + turn.moved, b + turn.moved) for a, b in marked_spans(own) or []]
 
 
 def _of_turn(

@@ -37,6 +37,8 @@ class Turn:
     `flags` are kinds of `data/audit`. `empty_thoughts` are the characters of the answer that are a
     block of thoughts without a thought. `variables` are those of the template with which the turn
     is served; they differ from the row's if only others let the template write its thoughts.
+    `moved` is how many characters further on the answer stands behind its prompt than in the
+    template's own text of the conversation.
     """
 
     prompt: str
@@ -44,6 +46,7 @@ class Turn:
     flags: tuple[str, ...] = ()
     empty_thoughts: Span | None = None
     variables: Variables | None = None
+    moved: int = 0
 
 
 Unlearnt = Literal["thoughts_dropped", "no_prompt"]  # kinds of `data/audit`
@@ -113,7 +116,8 @@ def find_turn(given: Renderings, index: int) -> Turn | Unlearnt:
     head = closes + frame.head  # so that no tag of the content is taken for the template's
     if not thoughts and (match := re.match(r"\s*(<(\w+)>)?\s*</(\w+)>\s*", head)):
         empty = match.span() if match[2] in (None, match[3]) else None
-    return Turn(prompt, closes + answer, tuple(flags), empty, given.variables)
+    moved = len(prompt + closes) - (len(given.until(index)) - len(body))
+    return Turn(prompt, closes + answer, tuple(flags), empty, given.variables, moved)
 
 
 @cached_by_tokenizer
@@ -125,10 +129,19 @@ def _unprompted_header(tokenizer: Tokenizer) -> str | None:
         changes_nothing = prompt == given.until(0)
     except DataError:
         return None
-    if not changes_nothing or not whole.startswith(prompt):  # or the header is always written
+    if not changes_nothing or not whole.startswith(prompt) or _always_writes_header(tokenizer):
         return None
     header = whole[len(prompt) :].partition("zq7s0e")[0]
     return header if header.strip() else None
+
+
+def _always_writes_header(tokenizer: Tokenizer) -> bool:
+    """Returns whether a conversation always ends in the header of a turn, as in Command A's
+    templates: what follows a user's turn then depends on whether there is another message."""
+    given = Renderings(tokenizer, [ASK, ASK])
+    with suppress(DataError):
+        return not given.until(1).startswith(given.until(0))
+    return False
 
 
 @cached_by_tokenizer
@@ -171,31 +184,46 @@ def _continue(given: Renderings, index: int, prompt: str, message: Message) -> s
     2. They differ in blanks behind an opening tag that both write (Nemotron: the prompt ends in
        "<think>\\n", the text has "<think></think>"): what follows the tag.
     3. The template rewrites earlier messages once this turn stands behind them (gpt-oss drops the
-       analysis before a final answer): what follows, in the turn, the header that the prompt ends
-       in.
+       analysis before a final answer; Mistral's the system prompt): what follows, behind the
+       message before, the text that follows it in the prompt.
     """
-    whole = (
-        given.with_turn(index, message)
-        if message is not given.messages[index]
-        else (given.until(index))
-    )
+    is_own = message is given.messages[index]
+    whole = given.until(index) if is_own else given.with_turn(index, message)
     if whole.startswith(prompt):
         return whole[len(prompt) :]
     opened = prompt.rstrip()
     if rendering.OPEN_TAG.search(opened) and whole.startswith(opened):
         return whole[len(opened) :]
+    return _behind_rewritten(given, index, prompt, message)
+
+
+def _behind_rewritten(given: Renderings, index: int, prompt: str, message: Message) -> str | None:
+    """Returns rule 3 of `_continue`. A word takes the place of what the message before says.
+    Between it and the first value of the turn, the text must have the header in which the prompt
+    ends, or, without a header, what the prompt has behind the word."""
+    word = f"{given.sentinel}p"
+    said = [{"type": "text", "text": word}]
+    last = given.messages[index - 1]
+    last = {**last, "content": said if isinstance(last["content"], list) else word}
+    earlier = [*given.messages[: index - 1], last]
+    stand_in, _ = sentinels.stand_in(message, given.sentinel)
     try:
         history = given.until(index - 1)
+        texts = [given.render([*earlier, *more]) for more in ([], [message], [stand_in])]
     except DataError:
         return None
-    header = prompt.removeprefix(history)
-    if whole.startswith(history) or not header.strip() or not prompt.startswith(history):
+    whole = given.with_turn(index, message)
+    if whole.startswith(history) or not prompt.startswith(history):
         return None
-    stand_in, _ = sentinels.stand_in(message, given.sentinel)
-    traced = given.with_turn(index, stand_in)
-    at = traced.rfind(header, 0, traced.find(given.sentinel))
-    same = at >= 0 and whole.startswith(traced[: at + len(header)])
-    return whole[at + len(header) :] if same else None
+    if any(text.count(word) != 1 for text in texts):
+        return None
+    (_, tail), (start, rest), (same, traced) = (text.split(word) for text in texts)
+    between, header = traced.partition(given.sentinel)[0], prompt.removeprefix(history)
+    known = between.partition(header)[0] + header if header.strip() else tail
+    if start != same or not between.startswith(known) or not rest.startswith(known):
+        return None
+    body = rest.removeprefix(known)
+    return body if whole.endswith(body) else None
 
 
 def _other_variables(given: Renderings, index: int) -> tuple[Renderings, str] | None:
@@ -269,6 +297,9 @@ def _behind_difference(
     2. The first value of the turn stands where the text and the prompt part: a header that the text
        does not have a second time (Apertus behind a tool's result), or words that open the thoughts
        (Apriel: "Here are my reasoning steps:").
+    3. The prompt ends in the header of a turn behind the user's. What the text then has before the
+       first value is the same as behind the user, and all before that is in the prompt (Gemma 4
+       joins an answer and the one before it).
     """
     message = given.messages[index]
     stand_in, slots = sentinels.stand_in(message, given.sentinel)
@@ -293,7 +324,20 @@ def _behind_difference(
         ).strip()
     )
     is_thought = has_thoughts and bool(slots) and slots[0].kind == "thoughts"
-    return (at, "") if begins and (is_thought or is_header) else (0, "")
+    if begins and (is_thought or is_header):
+        return at, ""
+    fresh = Renderings(given.tokenizer, [ASK, stand_in], given.tools, given.variables)
+    with suppress(DataError):
+        header, whole = fresh.prompt(1).removeprefix(fresh.until(0)), fresh.until(1)
+        before, found, _ = traced.partition(given.sentinel)
+        head = whole.removeprefix(fresh.prompt(1)).partition(given.sentinel)[0]
+        is_fresh = found and header.strip() and whole.startswith(fresh.prompt(1))
+        if is_fresh and prompt.endswith(header) and before.endswith(head):
+            at = len(before) - len(head)
+            is_same = given.until(index).startswith(before[:at])  # whatever the turn says
+            if is_same and prompt.startswith(before[:at].removesuffix(header)):
+                return at, ""
+    return 0, ""
 
 
 def _mismatch(given: Renderings, index: int, prompt: str, number: int) -> str:
@@ -308,9 +352,6 @@ def _mismatch(given: Renderings, index: int, prompt: str, number: int) -> str:
         f"{prompt[at : at + 24]!r}, the conversation {whole[at : at + 24]!r}; {remedy}correct the "
         "template (data.chat_template): add_generation_prompt must write how a turn begins"
     )
-
-
-# --- Confirming the values ---------------------------------------------------------------------
 
 
 # --- The end of a turn -------------------------------------------------------------------------

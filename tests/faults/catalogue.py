@@ -134,9 +134,51 @@ INSIDE = """\
 QUOTES = CHATML.replace("m.role }}\n{{ m.content }}", 'm.role }} "{{ m.content }}').replace(
     ">assistant\n{% endif %}", '>assistant "{% endif %}'
 )
+# An answer is joined to the one before it; results that no call asked for are dropped (Gemma 4).
+JOINS = """\
+{%- set turns = messages | rejectattr("role", "equalto", "tool") | list %}
+{%- for m in turns %}
+{%- if m.role == "user" or turns[loop.index0 - 1].role == "user" %}<|im_start|>{{ m.role }}
+{% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>
+{%- for r in messages if r.role == "tool" and r.name == c.function.name %}<r>{{ r.content }}</r>
+{%- endfor %}{% endfor %}
+{%- if not m.tool_calls and (m.role == "user" or loop.nextitem is not defined
+    or loop.nextitem.role == "user") %}<|im_end|>
+{% endif %}{% endfor %}
+{%- if add_generation_prompt and not turns[-1].tool_calls %}<|im_start|>assistant
+{% endif %}"""
+# The system prompt is written into the last message of the user (Mistral).
+IN_THE_LAST = """\
+{%- if messages[0].role == "system" %}{% set system = messages[0].content %}
+{%- set messages = messages[1:] %}{% endif %}
+{%- for m in messages %}{% if m.role == "user" %}[INST]
+{%- if loop.last and system is defined %}{{ system }}|{% endif %}{{ m.content }}[/INST]
+{%- else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"""
+ALWAYS_HEADED = (  # as Command A: add_generation_prompt is not read, the header always stands there
+    "{% for m in messages %}<|im_start|>{{ m.role }}<|text|>{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant"
+)
+DEFAULTED = "{%- set thinks = thinks | default(false) %}" + CHATML.replace(
+    "assistant\n{% endif %}", "assistant\n{{ '<think>' if thinks else '</think>' }}{% endif %}"
+).replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' %}{{ '<think>' ~ m.reasoning_content if m.reasoning_content }}"
+    "</think>{% endif %}{{ m.content }}",
+)
+# Blocks in a text that is rewritten once the answer stands behind it (gpt-oss).
+REWRITES = """\
+{%- for m in messages %}{% if m.role != "assistant" %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{%- else %}{% generation %}
+{%- if m.reasoning_content and loop.revindex < 3 %}<|im_start|>assistant<|think|>
+{{- m.reasoning_content }}{% endif %}<|im_start|>assistant<|text|>{{ m.content }}<|im_end|>
+{%- endgeneration %}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant{% endif %}"""
 TOKENS = {
     CHANNELS: ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"),
     HEADERS: ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    ALWAYS_HEADED: ("<|text|>",),
+    REWRITES: ("<|text|>", "<|think|>"),
     INSIDE: ("<|turn>", "<turn|>", "<|call>", "<call|>", "<|result>", "<result|>"),
 }
 ANSWERS_END = {"<|return|>", "<|call|>", "<|user|>", "<|observation|>", "<turn|>", "<|result>"}
@@ -811,6 +853,12 @@ PARALLEL = conversation(ASK, TIMES, RESULT, turn("tool", "May 5"), BYE)
 CALL_LAST = conversation(ASK, CALL)
 CALL_THOUGHTS = conversation(ASK, {**CALL, "reasoning_content": "A tool knows."}, RESULT, BYE)
 THOUGHTS = Row([ASK, THOUGHTFUL, AND, {**BYE, "reasoning_content": "They leave."}], None, "f", 1)
+TWO_ANSWERS = Row(
+    [ASK, turn("assistant", "It is late in the day."), turn("assistant", "So we end it.")],
+    None,
+    "f",
+    1,
+)
 UNLEARNT = {**CALL, "reasoning_content": "A tool knows.", "weight": 0}
 BEHIND_THOUGHTS = conversation(ASK, THOUGHTFUL, AND, TIMES)
 TYPED_IN = {
@@ -986,6 +1034,14 @@ def _joined(made: Any, row: Row, example: Example) -> Example:
     return _supervise(example, (runs[0][0], runs[1][1]), *runs[2:])
 
 
+def _with_the_answer_before(made: Any, row: Row, example: Example) -> Example:
+    """Begins an answer with the one before it, as the whole text has them without a header."""
+    first, stop = _runs(example)[-1]
+    said = made(row.messages[-2]["content"], add_special_tokens=False).input_ids
+    ids = [*example.ids[:first], *said, *example.ids[first:stop]]
+    return _supervise(Example(ids, []), (first, len(ids)))
+
+
 def _results_too(made: Any, row: Row, example: Example) -> Example:
     """Supervises a turn from the end of the turn before it, since no header is in between."""
     runs = _runs(example)
@@ -1144,6 +1200,12 @@ MASKS = [
         "prompt and answer tokenised together, so that one token is over their border",
         "headers that end in punctuation",
         mask(_tokenised_together, QUOTES, Row([ASK, turn("assistant", ': "Hello"')], None, "f", 1)),
+    ),
+    Fault(
+        "not_the_template",
+        "an answer that begins with the answer before it",
+        "templates that join answers",
+        mask(_with_the_answer_before, JOINS, TWO_ANSWERS, -1),
     ),
     Fault(
         "not_the_template",
