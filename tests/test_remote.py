@@ -238,6 +238,7 @@ def test_a_server_that_cannot_be_reached(site):
     assert "the server cannot be reached (ConnectError: [Errno 111] Connection refused)" in refused(
         address
     )
+    assert "cannot be reached (ConnectError" in refused("http://[::1]:9/rows.jsonl")
     assert "the host is unknown" in refused("https://no-such-host.invalid/rows.jsonl")
 
 
@@ -300,6 +301,26 @@ def test_a_pattern_needs_a_server_that_lists(site):
     assert "the protocol nope:// is unknown" in refused("nope://a/b.jsonl")
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://[::1/rows.jsonl",
+        "https://[zz]/rows.jsonl",
+        "s3://[bucket/rows.jsonl",
+        "gs://[::1/x*.jsonl",
+        "ftp://[1:2/x",
+        "https://host:abc/rows.jsonl",
+        "https://host:99999/rows.jsonl",
+        f"https://me:{SECRET}[@host/rows.jsonl",
+    ],
+)
+def test_an_address_that_is_none(address):
+    message = refused(address)
+    assert ": cannot be fetched: its host or port is not valid; correct it" in message
+    assert SECRET not in message
+    assert files._fetched == {}
+
+
 def test_an_address_of_a_local_file(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(LINES)
     assert len(fetched(f"file://{tmp_path}/rows.jsonl")) == len(ROWS)
@@ -312,6 +333,38 @@ def test_a_server_whose_certificate_is_not_valid():
         "the certificate of the server is not valid (SSLCertVerificationError: self-signed "
         "certificate); correct the address, or set SSL_CERT_FILE",
     )
+
+
+# --- how long copies stay ------------------------------------------------------------------------
+
+
+def test_copies_that_nobody_uses_are_removed(site, monkeypatch):
+    monkeypatch.setattr(remote, "PAUSES", (0,))
+    site.files |= {f"/{name}.jsonl": LINES.replace(b"x", name.encode()) for name in "abc"}
+    digests = {name: hashlib.sha256(site.files[f"/{name}.jsonl"]).hexdigest() for name in "abc"}
+    for name in "abc":
+        files.sources(f"{site.url}/{name}.jsonl", "cache")
+    site.dies_after = [90_000, 0, 0, 0]
+    refused(f"{site.url}/rows.jsonl")
+    site.dies_after = []
+    Path("cache/prepared").mkdir()
+    used = {"train": [{"digest": digests["a"]}], "eval": []}
+    Path("cache/prepared/audit.json").write_text(json.dumps({"inputs": used}))
+    Path("cache/prepared/MANIFEST.json").write_text("{}")
+
+    def left():
+        return {path.parent.name for path in copies()}
+
+    cache._prune(Path("cache"))
+    assert (left(), len(parts())) == ({*digests.values()}, 1)
+    long_ago = time.time() - (remote.KEPT_DAYS + 1) * 86_400
+    for path in Path("cache/remote").glob("**/*"):
+        os.utime(path, (long_ago, long_ago))
+    fetched(f"{site.url}/b.jsonl")  # used again, and not fetched
+    cache._prune(Path("cache"))
+    assert (left(), len(parts())) == ({digests["a"], digests["b"]}, 0)
+    assert len(list(Path("cache/remote/addresses").glob("*.json"))) == 2
+    assert len(fetched(f"{site.url}/c.jsonl")) == len(ROWS)
 
 
 # --- several processes ---------------------------------------------------------------------------
@@ -469,6 +522,14 @@ def test_the_environment_gives_credentials(site, monkeypatch):
     assert f"train_path: {address}" in dump_config(config(address))
 
 
+@pytest.mark.parametrize("password", ["p@ss/w[rd", "a:b?c#d", "%41 +", "ü"])
+def test_a_password_from_the_environment_may_have_any_character(site, monkeypatch, password):
+    site.password = f"me:{password}"
+    monkeypatch.setenv("SFT_PASS", password.replace("%", "%25"))
+    address = f"{site.url.replace('http://', 'http://me:${SFT_PASS}@')}/rows.jsonl"
+    assert len(fetched(address)) == len(ROWS)
+
+
 def test_credentials_do_not_follow_a_redirect_to_another_host(site):
     site.password = f"me:{SECRET}"
     with web.serve(files={"/rows.jsonl": LINES}) as other:
@@ -603,12 +664,82 @@ def test_what_a_bucket_refuses(bucket, monkeypatch):
     assert len(fetched("s3://rows/rows.jsonl")) == len(ROWS)  # its copy
 
 
-def test_the_package_of_a_protocol_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
-    message = refused("s3://rows/rows.jsonl")
-    assert "s3:// needs a package: " in message
+@pytest.mark.parametrize(("scheme", "module"), [("s3", "s3fs"), ("gs", "gcsfs"), ("gcs", "gcsfs")])
+def test_the_package_of_a_protocol_is_missing(monkeypatch, scheme, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
+    message = refused(f"{scheme}://rows/rows.jsonl")
+    assert f"{scheme}:// needs a package: " in message
     assert message.endswith('pip install "sft[remote]"')
+
+
+@pytest.fixture
+def google(monkeypatch, tmp_path):
+    pytest.importorskip("gcsfs")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # it has no such machine's credentials
+    with web.serve_gcs(files={"rows/data/a.jsonl": LINES}) as served:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", served.url)
+        yield served
+
+
+def test_an_object_of_google_is_fetched_once_and_verified(google, monkeypatch):
+    monkeypatch.setattr(stores, "PART", 100_000)
+    address = "gs://rows/data/a.jsonl"
+    rows = fetched(address)
+    assert (len(rows), rows[0].place) == (len(ROWS), f"{address}:1")
+    assert google.sent == len(LINES)
+    assert fetched(address) == rows
+    assert google.sent == len(LINES)
+    google.files["rows/data/a.jsonl"] = LINES[: LINES.index(b"\n") + 1]
+    assert len(fetched(address)) == 1
+    google.files["rows/data/.b.jsonl"] = google.files["rows/data/c.jsonl"] = LINES
+    for folder in (
+        "gs://rows/data/*.jsonl",
+        "gs://rows/data/",
+        "gs://rows/data",
+        "gcs://rows/data",
+    ):
+        new_process()
+        listed = files.list_files(folder, "cache")
+        scheme = folder.partition(":")[0]
+        names = [f"{scheme}://rows/data/{name}.jsonl" for name in "ac"]
+        assert [source.file for source in listed.sources] == names
+        assert listed.hidden == [f"{scheme}://rows/data/.b.jsonl"]
+    monkeypatch.setattr(stores, "_digests", lambda _: {"md5": "0" * 32})
+    google.files["rows/data/d.jsonl"] = LINES
+    assert "its md5 digest is not the one that the server gives" in refused(
+        "gs://rows/data/d.jsonl"
+    )
+
+
+def test_what_google_refuses(google, capfd):
+    assert "gs://rows/x.jsonl: cannot be fetched: no such file" in refused("gs://rows/x.jsonl")
+    assert "cannot be fetched: no such file" in refused("gs://no-such-bucket/a.jsonl")
+    for status in (401, 403):
+        google.statuses = [status] * 9
+        assert "access is denied (" in refused("gs://rows/data/a.jsonl")
+        google.statuses = []
+    assert capfd.readouterr().err == ""  # no log of the library
+
+
+def test_an_object_of_google_is_resumed(google, monkeypatch):
+    monkeypatch.setattr(stores, "PART", 50_000)
+    asked, read = [], stores.FileSystem._read
+
+    def dying(self, file, start, size):
+        asked.append(start)
+        if len(asked) in (3, 4, 5, 6):
+            raise stores.FetchError("transient", "died")
+        return read(self, file, start, size)
+
+    monkeypatch.setattr(stores.FileSystem, "_read", dying)
+    assert "died; 98 KiB of 275 KiB are kept: run again to resume" in refused(
+        "gs://rows/data/a.jsonl"
+    )
+    assert len(fetched("gs://rows/data/a.jsonl")) == len(ROWS)
+    assert google.sent == len(LINES)
 
 
 HUB = """

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft import errors
 from sft.config.schema import Config, Data
-from sft.data import audit, audit_report, duplicates, files, split, template, workers
+from sft.data import audit, audit_report, duplicates, files, remote, split, template, workers
 from sft.data.audit import Sample
 from sft.data.examples import (
     ExampleArrays,
@@ -44,7 +44,7 @@ from sft.data.files import BadRow
 from sft.data.workers import HELD_OUT, PLACE, TRAIN, AnyRow
 from sft.models import load
 from sft.runtime import checkpoint
-from sft.runtime.console import bar, make_console, write_json
+from sft.runtime.console import bar, make_console, read_json, write_json
 
 ROWS = "rows"  # folder of the rows' fingerprints, removed at the end
 KEPT = 16  # folders in the cache
@@ -157,7 +157,8 @@ def _examples(folder: Path, arrays: ExampleArrays, part: str) -> Examples:
 
 
 def _prune(cache: Path) -> None:
-    """Removes the least recently used folders, and unfinished ones of killed processes.
+    """Removes the least recently used folders, unfinished ones of killed processes, and copies of
+    remote files that no folder was made of.
 
     A process that has already mapped a folder can still read it. One that is about to map it holds
     its lock.
@@ -168,6 +169,14 @@ def _prune(cache: Path) -> None:
         for folder in [*old, *cache.glob(f"*{checkpoint.STAGING}")]:
             with suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
+        remote.prune(cache, lambda: _digests_used(cache))
+
+
+def _digests_used(cache: Path) -> set[str]:
+    """Returns the digests of the files that the prepared data in a cache were made of."""
+    inputs = [read_json(path).get("inputs", {}) for path in cache.glob("*/audit.json")]
+    made_of = [file for each in inputs for part in ("train", "eval") for file in each.get(part, [])]
+    return {str(file.get("digest")) for file in made_of}
 
 
 def write_audit(prepared: Prepared, folder: Path) -> None:

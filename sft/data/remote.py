@@ -32,6 +32,7 @@ from sft.errors import HIDDEN, DataError, hide_credentials
 from sft.runtime.console import bar, duration, make_console, read_json, size, write_json
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+KEPT_DAYS = 7  # without use, after which a copy is removed
 PAUSES = (1, 2, 4, 8, 16)  # seconds before each new attempt without progress
 MIB = 1 << 20
 SIGNATURES = re.compile(  # parts of a query that change while the file is the same
@@ -84,7 +85,31 @@ def fetch(address: str, name: str, cache_dir: str, tick: Tick = lambda: None) ->
             return _copy_of_name(folder, name)
         record = folder / "addresses" / f"{_identity(address)}.json"
         with _lock(record.with_suffix(".lock"), name, tick):
-            return _Transfer(address, name, folder, record, tick).run()
+            copy = _Transfer(address, name, folder, record, tick).run()
+        os.utime(Path(copy.path).parent)  # used now
+        return copy
+
+
+def prune(cache: Path, find_used: Callable[[], set[str]]) -> None:
+    """Removes copies and parts that were not used for KEPT_DAYS days.
+
+    Copies whose digest `find_used` returns stay: prepared data were made of them.
+    """
+    oldest, addresses = time.time() - KEPT_DAYS * 86_400, cache / "remote" / "addresses"
+    folders = [path for path in cache.glob("remote/*") if path != addresses]
+    old = [path for path in folders if path.stat().st_mtime < oldest]
+    used = find_used() if old else set()
+    for folder in old:
+        if folder.name not in used:
+            shutil.rmtree(folder, ignore_errors=True)
+    for file in addresses.glob("*"):
+        is_part = file.stem.endswith(".part") or file.suffix == ".part"
+        sha256 = "" if is_part else read_json(file).get("sha256", "")
+        is_lost = (
+            not is_part and file.suffix == ".json" and not (cache / "remote" / sha256).is_dir()
+        )
+        if is_lost or (is_part and file.stat().st_mtime < oldest):
+            file.unlink(missing_ok=True)
 
 
 def print_note(text: str) -> None:
@@ -202,7 +227,10 @@ def _reported(name: str, address: str, folder: Path | None = None) -> Iterator[N
 
 def _clean(text: str, address: str) -> str:
     """Removes the credentials of an address from a text of a library."""
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # it is no address, so no library was asked
+        return text
     user, _, password = parts.netloc.rpartition("@")[0].partition(":")
     values = [part.partition("=")[2] or part for part in parts.query.split("&")]
     for secret in (password, user if not password else "", *values):

@@ -18,7 +18,7 @@ from email.message import Message
 from email.utils import parsedate_to_datetime
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx2
 
@@ -27,6 +27,7 @@ from sft.errors import FROM_ENVIRONMENT, hide_credentials
 PART = 16 << 20  # bytes of a request, where a file system has no stream
 TIMEOUT = 60  # seconds without a byte, after which a connection is lost
 Kind = Literal["missing", "denied", "unreachable", "transient", "unusable"]
+USER = re.compile(r"https?://[^/?#]*@")  # whose variables may have any character
 EXTRA = 'pip install "sft[remote]"'
 PACKAGES = {"s3": EXTRA, "s3a": EXTRA, "gs": EXTRA, "gcs": EXTRA}
 AWS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -38,6 +39,7 @@ CREDENTIALS = {
 }
 for name in ("httpx2", "httpcore2"):  # which log addresses with their signatures
     logging.getLogger(name).setLevel(logging.WARNING)
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # which logs what it raises
 
 
 class FetchError(Exception):
@@ -73,13 +75,23 @@ class Store(Protocol):
 
 def open_store(address: str) -> Store:
     """Returns the store of an address. Raises FetchError if there is none for its protocol."""
-    if "::" in address:
+    if re.search(r"::[A-Za-z][\w+.-]*://", address):
         raise FetchError("unusable", "a chain of protocols (::)", "give the address of a file")
-    full = FROM_ENVIRONMENT.sub(_from_environment, address)
+    try:
+        _ = urlsplit(address).port
+    except ValueError:  # whose text may have a password
+        raise FetchError(
+            "unusable",
+            "its host or port is not valid",
+            "correct it (in a user or a password, write [ and ] as %5B and %5D)",
+        ) from None
     scheme = address.partition("://")[0].lower()
-    if scheme in ("http", "https"):
-        return Web(address, full)
-    return FileSystem(address, full, scheme)
+    if scheme not in ("http", "https"):
+        return FileSystem(address, FROM_ENVIRONMENT.sub(_from_environment, address), scheme)
+    user = USER.match(address)
+    at = user.end() if user else 0
+    quoted = FROM_ENVIRONMENT.sub(lambda m: quote(_from_environment(m), safe="%"), address[:at])
+    return Web(address, quoted + FROM_ENVIRONMENT.sub(_from_environment, address[at:]))
 
 
 def _from_environment(match: re.Match[str]) -> str:
@@ -168,6 +180,7 @@ def explain(error: BaseException, scheme: str, *, is_anonymous: bool = False) ->
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None) or getattr(error, "code", None)
     text = str(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+    status = 403 if text.startswith("Forbidden: ") else status  # as gcsfs says it
     text = f"{type(error).__name__}: {text.splitlines()[0][:200]}"
     if isinstance(response, httpx2.Response):  # whose error has the address in its text
         text = f"the server answered {status} {response.reason_phrase}".strip()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 
 @dataclass
@@ -91,18 +92,31 @@ def _handler(site: Site) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+class _Answering(BaseHTTPRequestHandler):
+    def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        headers = {"Content-Length": str(len(body))} | headers
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def answer_range(self, content: bytes, site: Site) -> None:
+        """Sends the part that the request asks for."""
+        asked = self.headers.get("Range", f"bytes=0-{len(content) - 1}")
+        first, last = map(int, asked.removeprefix("bytes=").split("-"))
+        body = content[first : last + 1]
+        site.sent += len(body)
+        self.answer(body, 206, Content_Range=f"bytes {first}-{last}/{len(content)}")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
 def _hub_handler(site: Site, repositories: dict[str, dict[str, bytes]]) -> type:
     """What huggingface_hub asks of the hub for datasets; `gated` is one that it refuses."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
-            self.send_response(status)
-            headers = {"Content-Length": str(len(body))} | headers
-            for name, value in headers.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            self.wfile.write(body)
-
+    class Handler(_Answering):
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
             name = "/".join(path.removeprefix("/api").split("/")[2:4])
@@ -112,12 +126,7 @@ def _hub_handler(site: Site, repositories: dict[str, dict[str, bytes]]) -> type:
                 return self.answer(b"{}", 403 if is_gated else 404, X_Error_Code=code)
             files = repositories[name]
             if path.startswith("/datasets/"):
-                content = files[path.rpartition("/")[2]]
-                first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-                body = content[first : last + 1]
-                site.sent += len(body)
-                place = f"bytes {first}-{last}/{len(content)}"
-                return self.answer(body, 206, Content_Range=place)
+                return self.answer_range(files[path.rpartition("/")[2]], site)
             listed = [
                 {"type": "file", "path": name, "size": len(content), "oid": _git_sha1(content)}
                 for name, content in files.items()
@@ -125,10 +134,77 @@ def _hub_handler(site: Site, repositories: dict[str, dict[str, bytes]]) -> type:
             found = listed if "/tree/" in path else {"id": name, "sha": "a" * 40}
             return self.answer(json.dumps(found).encode(), Content_Type="application/json")
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
+    return Handler
+
+
+def _gcs_handler(site: Site) -> type:
+    """What gcsfs asks of Google Cloud Storage (its JSON API): `site.files` has bucket/name."""
+
+    class Handler(_Answering):
+        def do_GET(self) -> None:
+            site.asked.append((self.path, self.headers.get("Range", ""), ""))
+            parts = urlsplit(self.path)
+            found = re.fullmatch(r"(/download)?/storage/v1/b/([^/]+)(/o)?(?:/(.+))?", parts.path)
+            assert found, self.path
+            bucket, name = found[2], unquote(found[4] or "")
+            content = site.files.get(f"{bucket}/{name}")
+            if site.statuses:
+                return self.refuse(site.statuses.pop(0))
+            if found[1] and content is not None:
+                return self.answer_range(content, site)
+            if name:
+                return (
+                    self.tell(_gcs_object(bucket, name, content)) if content else self.refuse(404)
+                )
+            if bucket not in {file.partition("/")[0] for file in site.files}:
+                return self.refuse(404)
+            if not found[3]:
+                return self.tell({"kind": "storage#bucket", "name": bucket})
+            return self.tell(self.listed(bucket, dict(parse_qsl(parts.query))))
+
+        def listed(self, bucket: str, asked: dict[str, str]) -> dict[str, object]:
+            prefix, mark = asked.get("prefix", ""), asked.get("delimiter")
+            names = [file.partition("/")[2] for file in sorted(site.files)]
+            names = [name for name in names if name.startswith(prefix)]
+            inner = [name for name in names if not mark or mark not in name[len(prefix) :]]
+            folders = {
+                prefix + n[len(prefix) :].partition("/")[0] + "/" for n in {*names} - {*inner}
+            }
+            items = [_gcs_object(bucket, name, site.files[f"{bucket}/{name}"]) for name in inner]
+            return {"kind": "storage#objects", "items": items, "prefixes": sorted(folders)}
+
+        def tell(self, value: dict[str, object]) -> None:
+            self.answer(json.dumps(value).encode(), Content_Type="application/json")
+
+        def refuse(self, status: int) -> None:
+            error = {"error": {"code": status, "message": f"refused with {status}"}}
+            self.answer(json.dumps(error).encode(), status, Content_Type="application/json")
 
     return Handler
+
+
+def _gcs_object(bucket: str, name: str, content: bytes) -> dict[str, object]:
+    digest = hashlib.md5(content).digest()
+    return {
+        "kind": "storage#object",
+        "bucket": bucket,
+        "name": name,
+        "size": str(len(content)),
+        "md5Hash": base64.b64encode(digest).decode(),
+        "generation": str(int.from_bytes(digest[:6])),
+        "etag": digest.hex(),
+        "updated": "2026-01-01T00:00:00.000Z",
+        "timeCreated": "2026-01-01T00:00:00.000Z",
+        "storageClass": "STANDARD",
+    }
+
+
+@contextmanager
+def serve_gcs(**options: object) -> Iterator[Site]:
+    """Runs a stand-in for Google Cloud Storage."""
+    site = Site(**options)  # type: ignore[arg-type]
+    with _running(site, _gcs_handler(site)):
+        yield site
 
 
 def _git_sha1(content: bytes) -> str:
