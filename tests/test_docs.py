@@ -290,7 +290,8 @@ PARAGRAPHS = [
         "Preemption",
         "Processes",
     ),
-    *("Numbers", "Rows", "Configuration", "Security", "Not reproduced here, and why"),
+    *("Numbers", "Rows", "Configuration", "Security", "Environment"),
+    "Not reproduced here, and why",
 ]
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import forked
 import pytest
-from conftest import ROOT
+from conftest import ROOT, clean_environment
 
 from sft.config.load import parse_generation
 from sft.errors import ConfigError, UserError
@@ -57,7 +62,9 @@ def test_commands(connector, tmp_path, monkeypatch):
     assert conversation.messages == []
     conversation.handle("/system be kind")
     assert conversation.messages == [{"role": "system", "content": "be kind"}]
-    assert not any(map(conversation.handle, ("", "/quit", "  ")))
+    assert not any(map(conversation.handle, ("/quit", "/exit ")))
+    assert all(map(conversation.handle, ("", "  ", "\n")))  # an empty line is no end
+    assert conversation.messages == [{"role": "system", "content": "be kind"}]
     _, reported = talk(connector, "hi", "/save none/x.jsonl", "/help")
     assert "cannot write none/x.jsonl: No such file or directory" in reported
     assert all(command in reported for command in ("/reset", "/system", "/save"))
@@ -79,6 +86,127 @@ def test_what_a_model_says_does_not_steer_the_terminal(connector, monkeypatch):
 
     monkeypatch.setattr(generate.Decoder, "decode", escaping)
     assert "\x1b" not in talk(connector, "hi")[1]
+
+
+# --- at a terminal -------------------------------------------------------------------------------
+
+
+PROMPT = "\x1b[?2004h"  # with which the program asks for marks around what is pasted
+
+
+class Terminal:
+    """The other end of a terminal: what its user types and sees."""
+
+    def __init__(self) -> None:
+        self.end, self._inner = pty.openpty()
+        self.name = os.ttyname(self._inner)
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.end, text.encode())
+
+    def paste(self, text: str) -> None:
+        """Pastes as terminals do where the program has asked for it (bracketed paste)."""
+        self.type(f"\x1b[200~{text}\x1b[201~")
+
+    def see(self, text: str, seconds: float = 60) -> None:
+        """Returns when `text` appears after all that was seen before."""
+        deadline = time.monotonic() + seconds
+        while text not in self.shown:
+            assert time.monotonic() < deadline, (text, self.shown)
+            if select.select([self.end], [], [], 0.1)[0]:
+                self.shown += os.read(self.end, 4096).decode(errors="replace")
+        self.shown = self.shown.partition(text)[2]
+
+
+@pytest.fixture
+def terminal(tmp_path) -> Iterator[Terminal]:
+    made = Terminal()
+    worker = str(ROOT / "tests/support/chat_worker.py")
+    process = forked.start(1, [worker, made.name], tmp_path / "log")
+    try:
+        made.see("begin")
+        made.see(PROMPT)
+        yield made
+        process.join(30)
+    finally:
+        process.kill()
+    assert process.exitcode == 0, (tmp_path / "log").read_text() + made.shown
+
+
+def test_a_pasted_text_is_one_message_whatever_lines_it_has(terminal):
+    terminal.paste("one\n\n/quit\nrm -rf x\n")
+    terminal.type("\r")
+    terminal.see(json.dumps(["one\n\n/quit\nrm -rf x"]))
+    terminal.type("\r\r")
+    terminal.type("two\r")
+    terminal.see('"two"]')
+    terminal.type("/quit\r")
+    terminal.see("end")
+
+
+def test_ctrl_c_stops_the_answer_and_the_history_survives(terminal):
+    terminal.type("one\r")
+    terminal.see('["one"]')
+    terminal.type("slow\r")
+    terminal.see("...")
+    terminal.type("\x03")
+    terminal.see("[stopped]")
+    terminal.see("Ctrl-C again ends")
+    terminal.see(PROMPT)
+    terminal.type("three\r")
+    terminal.see('"[\\"one\\"]", "slow", ')  # what the model sees of the conversation so far
+    terminal.see('"three"]')
+    terminal.type("\x1b[A\r")  # the arrow up: the line before
+    terminal.see('"three"]')
+    terminal.see(PROMPT)
+    terminal.type("\x03")
+    terminal.see("Ctrl-C again ends")
+    terminal.see(PROMPT)
+    terminal.type("\x03")
+    terminal.see("end\r\n")
+
+
+def test_the_end_of_the_input_ends(terminal):
+    terminal.type("\x04")
+    terminal.see("end")
+
+
+@pytest.mark.slow
+def test_the_rest_of_a_paste_is_not_run_by_the_shell(tmp_path):
+    """With the real program, in a real shell, at a terminal that does not mark what is pasted."""
+    made = Terminal()
+    prompt = {"PS1": "$" + " ", "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    shell = subprocess.Popen(
+        ["setsid", "--ctty", "bash", "--norc", "--noediting", "-i"],
+        env=clean_environment(**prompt),
+        cwd=ROOT,
+        stdin=made._inner,
+        stdout=made._inner,
+        stderr=made._inner,
+    )
+    model = f"{sys.executable} -m sft infer --model nano/model generation.max_new_tokens=2"
+    made.type(f"{model}\n")
+    made.see("/quit or Ctrl-D ends")
+    made.see(PROMPT)
+    made.type(f"one\n\ntwo\n/quit\ntouch {tmp_path}/executed\n\ntouch {tmp_path}/executed\n")
+    made.see("$ ")
+    made.type("echo $((6 * 7))\n")
+    made.see("42")
+    shell.kill()
+    shell.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_of_a_pipe_are_answered_until_its_end(connector, monkeypatch, capsys):
+    read, write = os.pipe()
+    os.write(write, b"hi\n\n\nagain \xff\n")
+    os.close(write)
+    monkeypatch.setattr(sys, "stdin", open(read, errors="replace"))  # noqa: SIM115
+    conversation = chat.Conversation(connector, lambda _: None, max_new_tokens=2)
+    chat.converse(conversation)
+    asked = [each["content"] for each in conversation.messages if each["role"] == "user"]
+    assert asked == ["hi", "again \ufffd"]
 
 
 def test_words_of_a_command_line_are_settings():

@@ -21,6 +21,7 @@ from conftest import ROOT, clean_environment
 from sft.config.schema import Train
 from sft.errors import ConfigError
 from sft.runtime import launcher
+from sft.runtime.console import write_json
 from sft.runtime.launcher import SignalRelay, has_handler, rank_pids
 from sft.runtime.slurm import modified_at, written_code
 from sft.runtime.world import PLAIN, PORT, World, launch_file, read_launch_file, world_of
@@ -282,6 +283,17 @@ def test_a_status_is_believed_only_if_it_was_written_since(tmp_path):
     path.write_text('{"exit_code": 5}')
     assert written_code(path, before) == 5
     assert modified_at(tmp_path / "missing") < 0
+
+
+def test_a_status_that_is_written_after_the_clock_has_jumped_back_is_new(tmp_path):
+    path = tmp_path / "status.json"
+    assert launcher._stamp(path) is None
+    write_json(path, {})
+    before = launcher._stamp(path)
+    assert launcher._stamp(path) == before
+    write_json(path, {})
+    os.utime(path, (0, 0))  # the clock was three days ahead
+    assert launcher._stamp(path) != before
 
 
 @pytest.mark.slow

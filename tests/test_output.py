@@ -150,6 +150,8 @@ def test_a_closed_stream_is_no_error_and_no_other_file_gets_its_number(closed, t
     assert (tmp_path / "file").read_text() == "True"
 
 
+ROWS = ROOT / "nano/train.jsonl"
+
 # --- trainings -----------------------------------------------------------------------------------
 
 BRIEF = ["data.max_rows=60", "data.eval_path=nano/valid.jsonl", "evaluation.num_examples=2"]
@@ -188,6 +190,28 @@ def test_a_launched_training_goes_on_when_its_reader_goes(tmp_path):
     code, _ = shell(line)
     assert code == 0
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
+
+
+POOR = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+
+
+@pytest.mark.slow
+def test_a_training_in_a_poor_environment(tmp_path):
+    """Two processes with 64 open files, no home, an ASCII console, and names of all characters."""
+    folder = tmp_path / "a b\nü漢$(id);'\"x"
+    folder.mkdir()
+    rows = folder / "ro ws\nü.jsonl"
+    rows.write_text("".join(ROWS.read_text().splitlines(True)[:60]))
+    words = [f"data.train_path={rows}", f"data.cache_dir={folder}/cache", *BRIEF[1:]]
+    command = [sys.executable, "-m", "sft", "train-distributed", *words]
+    shell = ["bash", "-c", 'ulimit -n 64; unset HOME; exec "$@"', "-"]
+    done = run(*shell, *command, f"train.output_dir={folder}/run", NUM_PROCESSES="2", **POOR)
+    assert done.returncode == 0, done.stdout + done.stderr
+    status = json.loads((folder / "run/status.json").read_text("utf-8"))
+    assert (status["state"], status["exit_code"]) == ("finished", 0)
+    assert done.stdout.isascii()
+    assert "\\u6f22" in done.stdout
+    assert "漢" in (folder / "run/training.log").read_text("utf-8")
 
 
 def test_dead_reader_is_one():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from argparse import Namespace
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,7 +147,7 @@ def infer_options(parser: cli.Parser) -> None:
 
 
 def infer(args: Namespace) -> None:
-    """Answers `--prompt`, or whatever is typed until an empty line."""
+    """Answers `--prompt`, or whatever is typed until /quit or Ctrl-D."""
     settings = parse_generation(args.overrides).model_dump()
     from sft.runtime import processes
     from sft.serve import chat
@@ -165,10 +164,8 @@ def infer(args: Namespace) -> None:
     if args.prompt is not None:
         conversation.ask(args.prompt)
         return
-    print(f"{connector.model_name}: say something; /help lists commands, an empty line ends")
-    with suppress(EOFError):  # Ctrl-D
-        while conversation.handle(input("> ")):
-            pass
+    print(f"{connector.model_name}: say something; /help lists commands, /quit or Ctrl-D ends")
+    chat.converse(conversation)
 
 
 def infer_batch_options(parser: cli.Parser) -> None:

@@ -32,7 +32,8 @@ import psutil
 from sft.config.schema import Train
 from sft.errors import PeerError
 from sft.runtime import children, output
-from sft.runtime.slurm import join_slurm, modified_at, written_code
+from sft.runtime.console import read_json
+from sft.runtime.slurm import join_slurm
 from sft.runtime.world import (
     World,
     launch_file,
@@ -86,7 +87,7 @@ def launch(train: Train, program: Sequence[str], *, trains: bool = False) -> int
     world = world_of(train, file)
     folder = Path(train.output_dir)
     status = folder / "status.json"
-    before = modified_at(status)
+    before = _stamp(status)
     with (
         tempfile.TemporaryDirectory(prefix="sft_launch_") as logs,
         SignalRelay(Path(logs)) as relay,
@@ -97,8 +98,18 @@ def launch(train: Train, program: Sequence[str], *, trains: bool = False) -> int
         failures = _run(world, command)
     if _report_kill(failures, relay.stops):
         own = Path(tempfile.gettempdir()) / f"sft_{os.getpid()}_{LOG}"
-        _save(report.getvalue(), folder / LOG if modified_at(status) > before else own)
-    return _outcome(written_code(status, before), failures, relay.stops)
+        _save(report.getvalue(), folder / LOG if _stamp(status) != before else own)
+    written = read_json(status).get("exit_code") if _stamp(status) != before else None
+    return _outcome(written, failures, relay.stops)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Returns what changes whenever a file is replaced, also if the clock has jumped back."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _options(path: Path, world: World, logs: str) -> list[str]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import select
+import sys
+import termios
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,9 @@ HELP = """\
 /reset          forget the conversation
 /system TEXT    start again with this system prompt; /system alone: without one
 /save [FILE]    add the conversation to a JSONL file that training can read (conversations.jsonl)
-/help           this list; an empty line, /quit or Ctrl-D ends"""
+/help           this list
+Ctrl-C stops an answer; Ctrl-C twice, /quit or Ctrl-D ends. A pasted text is one message, with all
+its lines."""
 
 
 class Conversation:
@@ -48,9 +53,14 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def handle(self, line: str) -> bool:
-        """Answers a line or does what it commands; returns whether the conversation goes on."""
+        """Answers a line or does what it commands; returns whether the conversation goes on.
+
+        Raises KeyboardInterrupt if Ctrl-C stopped the answer, which is kept as far as it came.
+        """
         line = line.strip()
-        if line in ("", "/quit", "/exit"):
+        if not line:
+            return True
+        if line in ("/quit", "/exit"):
             return False
         command, _, rest = line.partition(" ")
         commands: dict[str, Callable[[str], object]] = {
@@ -70,13 +80,22 @@ class Conversation:
     def ask(self, line: str) -> None:
         """Writes the answer to a line, or why there is none."""
         asked = [*self.messages, {"role": "user", "content": line}]
+        parts: list[str] = []
+
+        def show(text: str) -> None:
+            parts.append(text)
+            self.write(visible(text))
+
         try:
-            found = self.connector.complete(
-                asked, lambda text: self.write(visible(text)), **self.settings
-            )
+            found = self.connector.complete(asked, show, **self.settings)
         except UserError as error:
-            self.write(f"{error} (/reset forgets the conversation)\n")
+            self.write(f"{visible(str(error))} (/reset forgets the conversation)\n")
             return
+        except KeyboardInterrupt:
+            self.write(" [stopped]\n")
+            if answer := "".join(parts):
+                self.messages = [*asked, {"role": "assistant", "content": answer}]
+            raise
         cut = " [max_new_tokens reached]" if found.finish_reason == "length" else ""
         self.write(f"{cut}\n")
         answer = found.choices[0].message.content or ""
@@ -95,6 +114,55 @@ class Conversation:
             self.write(f"cannot write {path}: {error.strerror}\n")
             return
         self.write(f"added to {path}\n")
+
+
+def converse(conversation: Conversation) -> None:
+    """Handles what is typed, pasted or piped, until /quit, the end of the input or Ctrl-C twice.
+
+    On a terminal a pasted text is one message, whatever lines it has, and nothing that is left of
+    the input reaches the shell.
+    """
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            if not conversation.handle(line):
+                return
+        return
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.output import create_output
+
+    # The prompt is for the terminal, also where the answers go into a file.
+    session: PromptSession[str] = PromptSession(output=create_output(always_prefer_tty=True))
+    try:
+        with suppress(EOFError, KeyboardInterrupt):
+            _handle_typed(conversation, session.prompt)
+    finally:
+        _discard_typed()
+
+
+def _handle_typed(conversation: Conversation, read: Callable[[str], str]) -> None:
+    """Handles lines until /quit; raises EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C twice."""
+    is_interrupted = False
+    while True:
+        try:
+            if is_interrupted:
+                conversation.write("Ctrl-C again ends\n")
+            line = read("> ")
+            is_interrupted = False
+            if not conversation.handle(line):
+                return
+        except KeyboardInterrupt:
+            if is_interrupted:
+                raise
+            is_interrupted = True
+
+
+def _discard_typed() -> None:
+    """Drops what the terminal has sent and nobody has read, and what follows within 0.1 s."""
+    with suppress(termios.error):  # the terminal is gone
+        for _ in range(100):
+            termios.tcflush(sys.stdin, termios.TCIFLUSH)
+            if not select.select([sys.stdin], [], [], 0.1)[0]:
+                return
 
 
 def answer_file(
