@@ -380,6 +380,15 @@ SCALARS = [  # path, as written in YAML, value
 ]
 
 
+def test_a_newline_in_an_override_stays_in_a_path_and_is_refused_in_a_run_name():
+    assert (
+        load_config(ROOT / "configs/nano.yaml", ["data.train_path=a\n b.jsonl"]).data.train_path
+        == "a\n b.jsonl"
+    )
+    with pytest.raises(ConfigError, match=r"train.output_dir \(override\): must name a folder"):
+        load_config(ROOT / "configs/nano.yaml", ["train.output_dir=outputs/a\nb"])
+
+
 @pytest.mark.parametrize(("path", "written", "expected"), SCALARS)
 def test_a_scalar_is_read_the_same_from_a_file_and_an_override(tmp_path, path, written, expected):
     section, key = path.split(".")

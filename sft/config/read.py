@@ -75,6 +75,8 @@ class Reader:
                 self.problems.append(str(error))
                 continue
             tree: Any = _construct(node) if node is not None else None
+            if isinstance(tree, str) and "\n" in text and getattr(node, "style", "") is None:
+                tree = text  # without quotes YAML would turn the newlines of a name into blanks
             for key in reversed(path.split(".")):
                 tree = {key: tree}
             section, key, *_ = path.split(".")
