@@ -553,6 +553,10 @@ BAD = {
         chat(ASK, HELLO, chat_template_kwargs={"tokenize": False}),
         "chat_template_kwargs: 'tokenize' is not a variable of a template",
     ),
+    "the tokens of a template": (
+        chat(ASK, HELLO, chat_template_kwargs={"bos_token": "a"}),
+        "chat_template_kwargs: 'bos_token' is not a variable of a template",
+    ),
     "variables in a list": (
         chat(ASK, HELLO, chat_template_kwargs=[1]),
         "chat_template_kwargs: expected an object, found list",

@@ -28,8 +28,9 @@ from sft import errors
 from sft.config.load import load_config
 from sft.config.schema import Config, Model
 from sft.data import batches, cache, rendering, workers
+from sft.data.audit_report import colour_text
 from sft.data.files import BadRow, Row, read_all, sources
-from sft.data.template import colour_text, prepare_tokenizer, render
+from sft.data.template import prepare_tokenizer, render
 from sft.errors import CheckpointError, ConfigError, DataError, UserError
 from sft.models import export
 from sft.models.load import architecture, load_base, load_tokenizer
@@ -419,7 +420,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "expected one chat template",
     ),
     "template binary": (written("chat_template.jinja", b"\xff\xfe"), "utf-8"),
-    "template broken": (written("chat_template.jinja", "{% for"), "the chat template refuses"),
+    "template broken": (written("chat_template.jinja", "{% for"), "template cannot be read"),
     "template divides": (written("chat_template.jinja", "{{ 1 / 0 }}"), "division by zero"),
     "a tensor missing": (without_a_tensor, "lack 1 tensors, such as model.layers.2.mlp.up_proj"),
     "an index outside": (index("../../etc/passwd"), "names '../../etc/passwd', expected *.safet"),

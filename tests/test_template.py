@@ -13,11 +13,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sft.data import audit, rendering
+from sft.data.audit_report import colour_text
 from sft.data.files import Row
 from sft.data.template import (
     IGNORED,
     Example,
-    colour_text,
     prepare_tokenizer,
     prompt_ids,
     render,

@@ -548,6 +548,48 @@ def test_a_template_is_a_file_or_text_and_is_saved_with_the_tokenizer(tmp_path):
         template.prepare_tokenizer(nano(), "no.jinja")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + catalogue.CHATML.encode(),
+        json.dumps({"chat_template": catalogue.CHATML, "eos_token": "</s>"}).encode(),
+    ],
+    ids=["with a mark", "a tokenizer_config.json"],
+)
+def test_a_file_of_a_template(tmp_path, content):
+    (tmp_path / "own").write_bytes(content)
+    made = template.prepare_tokenizer(nano(), str(tmp_path / "own"))
+    assert made.chat_template == catalogue.CHATML
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    {
+        "other text": (b"\xe9", r"found '.*own' \(not UTF-8 text\)"),
+        "nothing": (b" \n", "expected one template, found none in "),
+        "another object": (b'{"name": "a"}', "expected one template, found none in "),
+        "several": (b'{"chat_template": [{"name": "default"}]}', "expected one template"),
+        "broken": (
+            b"a\n{% for m in messages %}",
+            r"data.chat_template: the chat template cannot be",
+        ),
+    }.values(),
+)
+def test_a_file_of_no_template(tmp_path, content, reason):
+    (tmp_path / "own").write_bytes(content)
+    for variables in (None, {"enable_thinking": False}):
+        with pytest.raises(TemplateError, match=reason):
+            template.prepare_tokenizer(nano(), str(tmp_path / "own"), variables)
+    with pytest.raises(TemplateError, match="Is a directory"):
+        template.prepare_tokenizer(nano(), str(tmp_path))
+
+
+def test_variables_are_values_of_json():
+    for value in (float("nan"), float("inf"), [float("nan")]):
+        with pytest.raises(TemplateError, match=r"data.template_kwargs: expected values of JSON"):
+            template.prepare_tokenizer(nano(), catalogue.THINKS, {"enable_thinking": value})
+
+
 def test_variables_become_defaults_that_are_saved_and_that_a_row_overrides(tmp_path):
     made = template.prepare_tokenizer(nano(), catalogue.THINKS, {"enable_thinking": False})
     made.save_pretrained(tmp_path)

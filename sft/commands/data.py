@@ -77,12 +77,12 @@ def show_data_options(parser: cli.Parser) -> None:
 def show_data(args: Namespace) -> None:
     """Prints the examples of every row that `--row` selects, as training sees them."""
     config = cli.configuration(args)
-    from sft.data import audit, cache, template
+    from sft.data import audit, audit_report, cache, template
 
     settings, console, num_shown = config.data, make_console(), 0
     tokenizer = cache.load_tokenizer(config)
     limit = cache.max_length(config)
-    view = template.list_tokens if args.ids else template.colour_text
+    view = audit_report.list_tokens if args.ids else audit_report.colour_text
     for row in files.select_rows(settings, args.row):
         num_shown += 1
         if isinstance(row, files.BadRow):

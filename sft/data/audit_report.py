@@ -1,4 +1,4 @@
-"""Shows an audit as a table and as HTML."""
+"""Shows an audit as a table and as HTML, and the tokens of an example in colour."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from sft.data import rendering, tokens
 from sft.data.audit import KINDS, Sample
 from sft.data.template import IGNORED, Example
-from sft.runtime.console import table
+from sft.runtime.console import table, visible
 
+STYLES = {  # by (is added, is supervised)
+    (True, True): "bold magenta underline",
+    (True, False): "bold magenta",
+    (False, True): "green",
+    (False, False): "dim",
+}
 HEAD = """\
 <!doctype html><html lang='en'><meta charset='utf-8'><title>audit</title><style>
 body{font:15px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}
@@ -76,13 +82,34 @@ def _part_as_html(title: str, part: dict[str, Any]) -> Iterator[str]:
 
 
 def _tokens_as_html(tokenizer: Tokenizer, example: Example) -> Iterator[str]:
-    added = rendering.added_tokens(tokenizer)
-    pairs, start = zip(example.ids, example.labels, strict=True), 0
-    for (is_added, is_supervised), group in groupby(
-        pairs, lambda pair: (pair[0] in added, pair[1] != IGNORED)
-    ):
-        end = start + len(list(group))
+    for text, is_added, is_supervised in _runs(tokenizer, example):
         classes = "special " * is_added + ("supervised" if is_supervised else "context")
-        text = escape(tokens.decode_slice(tokenizer, example.ids, start, end))
-        yield f"<span class='{classes}'>{text}</span>"
+        yield f"<span class='{classes}'>{escape(text)}</span>"
+
+
+def colour_text(tokenizer: Tokenizer, example: Example) -> Text:
+    """Returns the text for a terminal: supervised green, context dim, added tokens magenta."""
+    result = Text()
+    for text, is_added, is_supervised in _runs(tokenizer, example):
+        result.append(visible(text), STYLES[is_added, is_supervised])
+    return result
+
+
+def list_tokens(tokenizer: Tokenizer, example: Example) -> Text:
+    """Returns every token with its id, in the colours of `colour_text`, with visible blanks."""
+    added, result = rendering.added_tokens(tokenizer), Text()
+    for at, (token, label) in enumerate(zip(example.ids, example.labels, strict=True)):
+        text = tokens.decode_slice(tokenizer, example.ids, at, at + 1)
+        result.append(f"{token}", "dim")
+        result.append(f"{text!r} ", STYLES[token in added, label != IGNORED])
+    return result
+
+
+def _runs(tokenizer: Tokenizer, example: Example) -> Iterator[tuple[str, bool, bool]]:
+    """Yields (text, are its tokens added ones, are they supervised) of each run of tokens."""
+    added, start = rendering.added_tokens(tokenizer), 0
+    pairs = zip(example.ids, example.labels, strict=True)
+    for kind, run in groupby(pairs, lambda pair: (pair[0] in added, pair[1] != IGNORED)):
+        end = start + len(list(run))
+        yield tokens.decode_slice(tokenizer, example.ids, start, end), *kind
         start = end

@@ -47,7 +47,7 @@ PARTS = {
 # Arguments of `apply_chat_template` that are not a template's own variables.
 NO_VARIABLES = re.compile(
     r"messages|conversation|tools|documents|chat_template|add_generation_prompt|tokenizer?\w*|"
-    r"continue_final_message|padding|truncation|max_length|return_\w+"
+    r"continue_final_message|padding|truncation|max_length|return_\w+|\w+_token|raise_exception"
 )
 
 

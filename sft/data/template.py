@@ -11,14 +11,15 @@ example of its own: the tokens of its prompt, and behind them the tokens of its 
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from rich.text import Text
+import jinja2
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.data.files import Row
@@ -30,16 +31,16 @@ from sft.data.rendering import (
     TemplateError,
     Variables,
     added_tokens,
+    compile_template,
     render_text,
     renderings_of,
     template_variables,
     try_template,
 )
 from sft.data.tokenised import is_tokenised, make_tokens
-from sft.data.tokens import count_prompt_tokens, decode_slice, tokenise
+from sft.data.tokens import count_prompt_tokens, tokenise
 from sft.data.turns import Turn, find_turn, marked_spans
 from sft.errors import DataError, UserError
-from sft.runtime.console import visible
 
 IGNORED = -100
 Supervise = Literal["all", "last", "everything"]
@@ -96,6 +97,13 @@ def prepare_tokenizer(
             f"{tokenizer.name_or_path}: expected one chat template, or several of which one is "
             "called default; give it a chat_template.jinja"
         )
+    try:
+        compile_template(found)
+    except jinja2.TemplateSyntaxError as error:
+        name = tokenizer.name_or_path if chat_template is None else "data.chat_template"
+        raise TemplateError(
+            f"{name}: the chat template cannot be read: {error.message} (line {error.lineno})"
+        ) from None
     if template_kwargs:
         tokenizer.chat_template = _with_defaults(tokenizer, found, template_kwargs)
     try_template(tokenizer)
@@ -105,15 +113,26 @@ def prepare_tokenizer(
 
 
 def _read_template(given: str) -> str:
-    """Returns the template that `data.chat_template` names or is."""
-    if "{" in given:
-        return given
-    path = Path(given)
-    if not path.is_file():
+    """Returns the template that `data.chat_template` names or is, also that of a
+    tokenizer_config.json. Raises TemplateError."""
+    text = given
+    if "{" not in given:
+        try:
+            text = Path(given).expanduser().read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
+            reason = "not UTF-8 text" if isinstance(error, ValueError) else error.strerror
+            raise TemplateError(
+                "data.chat_template: expected a file, or the text of a template, found "
+                f"{given!r} ({reason})"
+            ) from None
+    with suppress(ValueError):
+        if isinstance(found := json.loads(text), dict):
+            text = found.get("chat_template", "")
+    if not isinstance(text, str) or not text.strip():
         raise TemplateError(
-            f"data.chat_template: expected a file, or the text of a template, found {given!r}"
+            f"data.chat_template: expected one template, found none in {given!r:.80}"
         )
-    return path.read_text("utf-8")
+    return text
 
 
 def _with_defaults(tokenizer: Tokenizer, source: str, variables: Variables) -> str:
@@ -128,6 +147,10 @@ def _with_defaults(tokenizer: Tokenizer, source: str, variables: Variables) -> s
             f"data.template_kwargs: the chat template reads no variable {', '.join(unknown)}; it "
             f"reads {', '.join(known) or 'none'}"
         )
+    try:
+        json.dumps(variables, allow_nan=False)
+    except (ValueError, TypeError) as error:
+        raise TemplateError(f"data.template_kwargs: expected values of JSON: {error}") from None
     lines = (
         f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
         for name, value in sorted(variables.items())
@@ -434,35 +457,6 @@ def prompt_ids(
 ) -> list[int]:
     """Returns the tokens that a model is given at inference to continue `messages`."""
     return tokenise(tokenizer, render_text(tokenizer, messages, tools, True, variables))[0]
-
-
-def colour_text(tokenizer: Tokenizer, example: Example) -> Text:
-    """Returns the text for a terminal: supervised green, context dim, added tokens magenta."""
-    added, result, start = added_tokens(tokenizer), Text(), 0
-    for style, run in groupby(
-        zip(example.ids, example.labels, strict=True),
-        lambda pair: _style(pair[0] in added, pair[1] != IGNORED),
-    ):
-        end = start + len(list(run))
-        result.append(visible(decode_slice(tokenizer, example.ids, start, end)), style)
-        start = end
-    return result
-
-
-def list_tokens(tokenizer: Tokenizer, example: Example) -> Text:
-    """Returns every token with its id, in the colours of `colour_text`, with visible blanks."""
-    added, result = added_tokens(tokenizer), Text()
-    for at, (token, label) in enumerate(zip(example.ids, example.labels, strict=True)):
-        text = decode_slice(tokenizer, example.ids, at, at + 1)
-        result.append(f"{token}", "dim")
-        result.append(f"{text!r} ", _style(token in added, label != IGNORED))
-    return result
-
-
-def _style(is_added: bool, is_supervised: bool) -> str:
-    if is_added:
-        return "bold magenta underline" if is_supervised else "bold magenta"
-    return "green" if is_supervised else "dim"
 
 
 def _render_document(tokenizer: Tokenizer, text: str) -> Example:

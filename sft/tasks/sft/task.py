@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from sft.config.load import with_values
 from sft.config.schema import Config, Generation
-from sft.data import audit, cache, files, template
+from sft.data import audit, audit_report, cache, files, template
 from sft.data.cache import Prepared
 from sft.data.examples import Batch, ExampleArrays, Examples, collate
 from sft.data.formats import is_conversation
@@ -186,7 +186,7 @@ class FineTune(SavedTuning):
     @classmethod
     def preview(cls, prepared: Prepared) -> Iterator[RenderableType]:
         yield "First row, as the model sees it (supervised: green; special: magenta; context: dim)"
-        yield template.colour_text(prepared.tokenizer, prepared.train[0])
+        yield audit_report.colour_text(prepared.tokenizer, prepared.train[0])
         yield f"audit: {audit.summarise(prepared.audit)}"
 
     @classmethod
