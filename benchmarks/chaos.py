@@ -35,7 +35,7 @@ from rich.table import Table
 
 from sft.cli import prepare_libraries
 from sft.config.load import dump_config, load_config, with_values
-from sft.runtime import checkpoint
+from sft.runtime import checkpoint, run_folder
 from sft.runtime.console import Advance, bar, make_console
 from sft.verify import laws
 from sft.verify.runs import TRAIN, SmallConfig, make_small, read_outcome
@@ -190,12 +190,12 @@ class Chase:
 
     def inspect(self, run: Path, newest_before: int) -> int:
         """The step of the newest usable checkpoint, after a kill."""
-        folders = checkpoint.newest_first(run)
+        folders = run_folder.newest_first(run)
         sound = [folder for folder in folders if checkpoint.fault(folder) is None]
         self.found.torn += len(folders) - len(sound)
         newest = int(sound[0].name.rsplit("_", 1)[1]) if sound else 0
         self.found.unusable += newest < newest_before or (bool(folders) and not sound)
-        self.found.in_a_save += any(run.glob(f"*{checkpoint.STAGING}"))
+        self.found.in_a_save += (run / checkpoint.SCRATCH).exists()
         self.found.steps_lost = max(self.found.steps_lost, _last_step(run) - newest)
         return newest
 

@@ -6,6 +6,7 @@ It owns the run folder (docs/RUNS.md). However the run ends, `watchdog` records 
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -17,10 +18,10 @@ from rich.table import Table
 
 from sft.config.load import public_values, with_values
 from sft.config.schema import RunConfig, Train
-from sft.errors import UserError
+from sft.errors import CheckpointError, UserError
 from sft.models.dtypes import dtype_table
 from sft.plan import calibration, plan, report
-from sft.runtime import checkpoint, hardware
+from sft.runtime import checkpoint, hardware, run_folder
 from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
 from sft.runtime.console import duration, facts, metrics_line
 from sft.runtime.disk import refuse_if_full
@@ -77,8 +78,10 @@ def _run(
     started = time.perf_counter()
     accelerator, log, guard = context.accelerator, context.log, context.guard
     folder = Path(config.train.output_dir)
+    step = math.inf
     if resumed_from:
-        read_state(resumed_from, identity(config.train, kind.identity_of(config, prepared)))
+        own = identity(config.train, kind.identity_of(config, prepared))
+        step = read_state(resumed_from, own)["step"]
     kind.refuse_unusable(config, prepared)
     machine = hardware.detect(folder)
     # The plan counts the data, which are in memory already: so their bytes count as available.
@@ -86,7 +89,7 @@ def _run(
     machine = replace(machine, ram_available_bytes=machine.ram_available_bytes + resident)
     workload = kind.workload(config, prepared)
     planned = calibration.make_common_plan(config, workload, machine, accelerator)
-    if warning := refuse_if_full(planned.disk, config.train):
+    if warning := refuse_if_full(planned.disk, config.train, step):
         log.say(f"warning: {warning}")
     resolved = with_values(config, plan.resolved_values(planned))
     log.say(_banner(config, kind.describe(config), planned, describe_world(accelerator)))
@@ -116,9 +119,7 @@ def _run(
         tuned = task.measure(engine.model, folder / "evaluation", state)
     log.log(engine.step, {f"eval/{name}": value for name, value in tuned.metrics.items()})
     log.say(f"after: {metrics_line(tuned.metrics)}")
-    checkpoint.commit(
-        folder / "final_checkpoint", engine.write_final, accelerator, planned.disk.final
-    )
+    engine.save_final(planned.disk.final)
 
     measured |= {"total_seconds": time.perf_counter() - started, "memory_bytes": memory_bytes()}
     if log.folder:
@@ -169,14 +170,23 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
     """Returns the checkpoint to resume from. A new run moves the folder of an earlier run."""
     folder, resume = Path(train.output_dir), train.resume_from_checkpoint
     try:
-        found = checkpoint.find(folder, resume, print) if resume else None
+        for moved in run_folder.complete_moves(folder):
+            print(moved)
+        found = run_folder.find(folder, resume, print) if resume else None
     except UserError:
         guard.status.begin()  # so that the failure is recorded
         raise
     own = {Status.NAME, Lock.NAME, RANKS, TRACEBACK}  # all that a run writes before it begins
     earlier = guard.status.read().get("state")
-    holds_run = earlier and any(path.name not in own for path in folder.iterdir())
+    holds_run = run_folder.newest_first(folder) or (
+        earlier and any(path.name not in own for path in folder.iterdir())
+    )
     is_own = found and found.parent.resolve() == folder.resolve()
+    if found and not is_own and found.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(
+            f"{found} is not in the lineage of the run in {folder}; to continue from it, give this "
+            "run another train.output_dir"
+        )
     if holds_run and not is_own and (resume != "auto" or earlier == "finished"):
         number = 1
         while (aside := folder.with_name(f"{folder.name}.{number}")).exists():

@@ -30,7 +30,7 @@ from sft.data.cache import Prepared, prepare, write_audit
 from sft.data.template import prepare_tokenizer
 from sft.errors import DataError
 from sft.models.load import load_tokenizer
-from sft.runtime import hardware
+from sft.runtime import checkpoint, hardware
 
 
 @pytest.fixture(autouse=True)
@@ -494,8 +494,8 @@ def test_what_fails_half_way_leaves_nothing_that_looks_prepared(material, monkey
     cache = Path(".cache/data")
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
     made_of = data_cache.cache_inputs(given, prepare_tokenizer(load_tokenizer(given.model)))
-    killed = cache / (data_cache.cache_key(made_of) + ".staging")
-    killed.mkdir()
+    killed = cache / checkpoint.SCRATCH / data_cache.cache_key(made_of)
+    killed.mkdir(parents=True)
     (killed / "ids.bin").write_bytes(b"half")
     assert len(data_cache.prepare(given).train) == 3
     assert not killed.exists()
@@ -567,9 +567,7 @@ def test_every_rank_prepares_anew_what_one_does(material, monkeypatch):
 def test_what_another_process_holds_is_not_pruned(material, monkeypatch):
     monkeypatch.setattr(data_cache, "KEPT", 0)
     given = rows(material / "rows.jsonl", "one", "two", "three", "four")
-    folder = Path(".cache/data/held")
-    folder.mkdir(parents=True)
-    (folder / "MANIFEST.json").touch()
+    folder = data_cache.prepare(config(*given, "data.max_seq_len=100")).folder
     with FileLock(folder.with_suffix(".lock")):
         data_cache.prepare(config(*given))
         assert folder.exists()

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from sft.errors import CheckpointError
 from sft.runtime import checkpoint
-from sft.runtime.checkpoint import MANIFEST, commit, fault, find, newest_first, prune
+from sft.runtime.checkpoint import MANIFEST, SCRATCH, commit, fault
+from sft.runtime.run_folder import find, newest_first, prune, reference
 
 FILES = ["trainer.json", "model.safetensors", "deep/er/x.json"]
 
@@ -133,7 +134,7 @@ def test_every_file_and_folder_is_synced_before_the_rename(tmp_path, accelerator
 
     monkeypatch.setattr(os, "fsync", fsync)
     commit(final, content(7), accelerator)
-    before = {path.replace(checkpoint.STAGING, "") for path, renamed in synced if not renamed}
+    before = {path.removeprefix(f"{SCRATCH}/") for path, renamed in synced if not renamed}
     files = {f"{final.name}/{name}" for name in [*FILES, MANIFEST]}
     folders = {final.name, f"{final.name}/deep", f"{final.name}/deep/er"}
     assert before >= files
@@ -170,7 +171,7 @@ def test_a_failing_rename_leaves_the_replaced_checkpoint_in_place(run, accelerat
     real = Path.rename
 
     def rename(path: Path, target: Path) -> Path:
-        if path.name.endswith(checkpoint.STAGING):
+        if path.parent.name == SCRATCH and path.suffix != checkpoint.REPLACED:
             raise OSError(5, "Input/output error")
         return real(path, target)
 
@@ -188,11 +189,9 @@ def test_a_folder_that_cannot_be_made_is_reported_as_a_checkpoint_error(tmp_path
 
 def test_a_commit_replaces_a_checkpoint_of_the_same_name_as_a_whole(run, accelerator):
     final = run / "checkpoint_step_20"
-    (final / "stale.json").write_text("{}")
-    (run / f"{final.name}{checkpoint.STAGING}").mkdir()
-    (run / f"{final.name}{checkpoint.STAGING}" / "left.json").write_text("{}")
-    (run / f"{final.name}.old").mkdir()
-    (run / f"{final.name}.old" / "left.json").write_text("{}")
+    for left in (final.name, f"{final.name}{checkpoint.REPLACED}"):
+        (run / SCRATCH / left).mkdir(parents=True)
+        (run / SCRATCH / left / "left.json").write_text("{}")
     commit(final, content(21), accelerator)
     assert step_of(final) == 21
     assert set(tree(final)) == {*FILES, MANIFEST}
@@ -214,7 +213,7 @@ def sleep_while_sealing(reached: Any) -> Callable[[Path], None]:
             reached.set()
             time.sleep(60)
 
-    checkpoint._sync = sync  # type: ignore[assignment]  # of the child process only
+    checkpoint.sync = sync  # type: ignore[assignment]  # of the child process only
     return content(200)
 
 
@@ -222,7 +221,7 @@ def sleep_between_the_renames(reached: Any) -> Callable[[Path], None]:
     real = Path.rename
 
     def rename(path: Path, target: Path) -> Path:
-        if path.name.endswith(checkpoint.STAGING):
+        if path.parent.name == SCRATCH:
             reached.set()
             time.sleep(60)
         return real(path, target)
@@ -455,7 +454,8 @@ def test_a_folder_that_is_asked_for_is_taken_or_refused_never_replaced_by_anothe
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoint_step_900.staging", "checkpoint_step_900.old", "checkpoint_step_", "x"]
+    "name",
+    ["checkpoint_step_900.staging", f"{SCRATCH}/checkpoint_step_900", "checkpoint_step_", "x"],
 )
 def test_only_committed_checkpoints_are_found_and_pruned(run, name):
     shutil.copytree(run / "checkpoint_step_3", run / name)  # sound, but not committed
@@ -479,8 +479,8 @@ def test_pruning_keeps_the_newest_by_number(run, keep, kept):
 
 
 def test_pruning_removes_what_a_killed_pruning_left(run):
-    shutil.copytree(run / "checkpoint_step_3", run / "checkpoint_step_3.old")
-    shutil.copytree(run / "checkpoint_step_3", run / "checkpoint_step_1.old")
+    for name in ("checkpoint_step_3.removed", f"checkpoint_step_1{checkpoint.REPLACED}", "x"):
+        shutil.copytree(run / "checkpoint_step_3", run / SCRATCH / name)
     prune(run, 2)
     assert names(run) == {"checkpoint_step_20", "checkpoint_step_100"}
 
@@ -490,3 +490,98 @@ def test_pruning_counts_no_damaged_one_so_a_sound_one_always_stays(run):
     cut_to(run / "checkpoint_step_20/model.safetensors", 10)
     prune(run, 1)
     assert step_of(find(run, "auto", lambda reported: None)) == 3
+
+
+# --- one lineage, and only what is ours ----------------------------------------------------------
+
+
+def save(
+    run: Path, step: int, parent: Path | None, accelerator: Accelerator, mark: int = 0
+) -> Path:
+    """A checkpoint that continues `parent`; `mark` makes it another one of the same step."""
+
+    def write(folder: Path) -> None:
+        content(step)(folder)
+        (folder / "mark.json").write_text(str(mark))
+
+    lineage = {"attempt": 1, "parent": reference(parent, run) if parent else None}
+    commit(run / f"checkpoint_step_{step}", write, accelerator, 0, lineage)
+    return run / f"checkpoint_step_{step}"
+
+
+def test_a_manifest_names_parent_and_attempt(tmp_path, accelerator):
+    first = save(tmp_path, 2, None, accelerator)
+    second = save(tmp_path, 4, first, accelerator)
+    manifest = json.loads((second / MANIFEST).read_text())
+    assert manifest["attempt"] == 1
+    assert manifest["parent"] == {
+        "folder": "checkpoint_step_2",
+        "manifest_sha256": checkpoint.manifest_sha256(first),
+    }
+    elsewhere = reference(first, tmp_path / "other")["folder"]
+    assert elsewhere == "../checkpoint_step_2"
+
+
+def test_a_checkpoint_of_another_branch_is_passed_over(tmp_path, accelerator):
+    first = save(tmp_path, 2, None, accelerator)
+    second = save(tmp_path, 4, first, accelerator)
+    save(tmp_path, 6, second, accelerator)
+    save(tmp_path, 4, first, accelerator, mark=1)  # of another branch, in the place of the parent
+    warnings: list[str] = []
+    assert find(tmp_path, "auto", warnings.append) == second
+    assert "checkpoint_step_6: it continues another checkpoint_step_4" in warnings[0]
+
+
+def test_a_damaged_parent_is_no_other_parent(tmp_path, accelerator):
+    first = save(tmp_path, 2, None, accelerator)
+    second = save(tmp_path, 4, first, accelerator)
+    for damage in (lambda path: flip(path, 200), lambda path: cut_to(path, 50)):
+        damage(first / MANIFEST)
+        assert find(tmp_path, "auto", pytest.fail) == second
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(run):
+    shutil.copytree(run / "checkpoint_step_20", run / "checkpoint_step_101")
+    warnings: list[str] = []
+    assert find(run, "auto", warnings.append) == run / "checkpoint_step_100"
+    assert "checkpoint_step_101: it is the checkpoint of step 20" in warnings[0]
+
+
+def test_what_a_user_added_or_copied_is_never_removed(run, accelerator):
+    copies = ["checkpoint_step_3.old", "checkpoint_step_3_good.old", "checkpoint_step_3.staging"]
+    copies += ["checkpoint_step_3.removed", "checkpoint_step_3 (copy)", "my.replaced"]
+    for name in copies:
+        shutil.copytree(run / "checkpoint_step_3", run / name)
+    (run / "checkpoint_step_2").mkdir()  # without a manifest: made by hand
+    (run / "checkpoint_step_2/mine.txt").write_text("mine")
+    (run / "checkpoint_step_3/notes.txt").write_text("the best one")
+    (run / "checkpoint_step_1").symlink_to(run / "checkpoint_step_3.old")
+    before = tree(run)
+    for step in (200, 300):
+        commit(run / f"checkpoint_step_{step}", content(step), accelerator)
+        prune(run, 1)
+    kept = {name: data for name, data in before.items() if "step_20/" not in name}
+    kept = {name: data for name, data in kept.items() if "step_100/" not in name}
+    assert kept.items() <= tree(run).items()
+    assert (run / "checkpoint_step_1").is_symlink()
+    assert not (run / "checkpoint_step_200").exists()
+
+
+def test_what_a_user_made_in_the_place_of_a_checkpoint_gets_another_name(run, accelerator):
+    for name in ("checkpoint_step_20", "checkpoint_step_20.1"):
+        (run / name).mkdir(exist_ok=True)
+        (run / name / "mine.txt").write_text("mine")
+    commit(run / "checkpoint_step_20", content(20), accelerator)
+    assert step_of(run / "checkpoint_step_20") == 20
+    for number in (1, 2):
+        assert (run / f"checkpoint_step_20.{number}/mine.txt").read_text() == "mine"
+
+
+def test_a_link_in_the_place_of_the_scratch_folder_is_refused(run, tmp_path, accelerator):
+    outside = tmp_path / "outside"
+    (outside / "checkpoint_step_200").mkdir(parents=True)
+    (outside / "checkpoint_step_200/mine.txt").write_text("mine")
+    (run / SCRATCH).symlink_to(outside)
+    with pytest.raises(CheckpointError, match="is a link"):
+        commit(run / "checkpoint_step_200", content(200), accelerator)
+    assert (outside / "checkpoint_step_200/mine.txt").read_text() == "mine"

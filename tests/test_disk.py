@@ -7,7 +7,7 @@ import math
 import resource
 import shutil
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from sft.config.schema import Config
 from sft.data import batches
 from sft.errors import CheckpointError
 from sft.plan import plan
-from sft.runtime import checkpoint, disk
+from sft.runtime import checkpoint, disk, run_folder
 from sft.runtime.attempt import Lock
 from sft.runtime.log import Log
 
@@ -41,7 +41,7 @@ def names(folder):
 
 
 def steps_of(folder):
-    return {int(path.name.split("_")[-1]) for path in checkpoint.newest_first(folder)}
+    return {int(path.name.split("_")[-1]) for path in run_folder.newest_first(folder)}
 
 
 def at_step(built, actions):
@@ -90,7 +90,7 @@ def test_a_disk_that_fills_up_during_a_save_costs_that_checkpoint_only(small):
     seen = []
 
     def look():
-        seen.append((names(folder), checkpoint.find(folder, "auto", pytest.fail).name))
+        seen.append((names(folder), run_folder.find(folder, "auto", pytest.fail).name))
         (small / "ballast").unlink()
 
     at_step(built, {2: lambda: fill(small, 100_000), 3: look, 4: lambda: None})
@@ -125,7 +125,7 @@ def test_after_so_many_failed_saves_in_a_row_the_run_ends(small):
     assert error.value.exit_code == 4
     assert built.step == 6
     assert steps_of(folder) == {3, 4}
-    assert all(checkpoint.fault(path) is None for path in checkpoint.newest_first(folder))
+    assert all(checkpoint.fault(path) is None for path in run_folder.newest_first(folder))
     assert names(folder) == {"checkpoint_step_3", "checkpoint_step_4"}
 
 
@@ -219,7 +219,7 @@ def test_there_is_a_valid_checkpoint_at_any_instant(tmp_path, monkeypatch, again
         copy = tmp_path / "copy"  # finding may put one back
         shutil.rmtree_real(copy, ignore_errors=True)
         shutil.copytree(folder, copy)
-        found = checkpoint.find(copy, "auto", lambda _: None)
+        found = run_folder.find(copy, "auto", lambda _: None)
         looks.append(found is not None and checkpoint.fault(found) is None)
 
     checkpoint.commit(folder / "checkpoint_step_1", write, accelerator)
@@ -240,7 +240,7 @@ def test_there_is_a_valid_checkpoint_at_any_instant(tmp_path, monkeypatch, again
     monkeypatch.setattr(Path, "rename", watched(Path.rename))
     for step in (1,) if again else (2, 3, 4):
         checkpoint.commit(folder / f"checkpoint_step_{step}", write, accelerator)
-        checkpoint.prune(folder, 1)
+        run_folder.prune(folder, 1)
     assert len(looks) >= 6
     assert all(looks)
 
@@ -300,24 +300,32 @@ def test_the_best_survives_a_resume(tmp_path):
     ],
 )
 def test_only_a_best_that_is_there_and_was_before_is_recalled(tmp_path, reported, found):
+    """From best.json for checkpoints of earlier versions, else from the checkpoint itself."""
     built = make(tmp_path, save_steps=1, eval_steps=1, save_best="loss")
     built.step = 3
-    built.save()
+    folder = built.save()
+    state = built.read(folder)
+    del state["best"]
     (tmp_path / "best.json").write_text(reported)
-    built.keeper.restore_best(3)
+    built.keeper.continue_from(folder, state, False)
     assert (built.keeper.best and built.keeper.best.step) == found
+    with suppress(ValueError):
+        state["best"] = json.loads(reported)
+        (tmp_path / "best.json").unlink()
+        built.keeper.continue_from(folder, state, False)
+        assert (built.keeper.best and built.keeper.best.step) == found
+        assert (tmp_path / "best.json").exists() == bool(found)
 
 
-def test_what_a_later_run_left_neither_counts_nor_goes(tmp_path):
-    """Resumed from an older checkpoint, the newest are not this run's."""
-    for step in (2, 5, 6):
-        built = make(tmp_path, save_total_limit=9)
-        built.step = step
-        built.save()
-    resumed = make(tmp_path, save_steps=1, max_steps=5)
-    resumed.resume(tmp_path / "checkpoint_step_2")
-    resumed.run()
-    assert steps_of(tmp_path) == {3, 4, 5, 6}
+def test_a_best_that_was_committed_but_not_recorded_is_not_lost(tmp_path, monkeypatch):
+    settings = {"save_steps": 1, "eval_steps": 1, "save_best": "loss"}
+    built = make(tmp_path, max_steps=4, **settings)
+    evaluated(built, [5, 3, 4])
+    monkeypatch.setattr(built.keeper, "_record", lambda best: None)  # as if killed before each
+    built.run()
+    resumed = make(tmp_path, max_steps=4, **settings)
+    resumed.resume(tmp_path / "checkpoint_step_3")
+    assert best_of(tmp_path)["step"] == resumed.keeper.best.step == 2
 
 
 # --- before the first step -----------------------------------------------------------------------

@@ -34,7 +34,7 @@ from sft.data.template import prepare_tokenizer, render
 from sft.errors import CheckpointError, ConfigError, DataError, UserError
 from sft.models import export
 from sft.models.load import architecture, load_base, load_tokenizer
-from sft.runtime import checkpoint
+from sft.runtime import checkpoint, run_folder
 from sft.runtime.log import Log
 from sft.serve import runs
 
@@ -538,7 +538,7 @@ def test_no_pickle_of_a_checkpoint_is_executed(tmp_path, marker):
     poison(saved, marker)
     sealed_again(saved)
     second = engine()
-    second.resume(checkpoint.find(tmp_path / "run", "auto", pytest.fail))
+    second.resume(run_folder.find(tmp_path / "run", "auto", pytest.fail))
     assert second.step == 1
     assert not marker.exists()
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import sft
 from sft import cli, errors
-from sft.runtime import attempt, checkpoint, children, watchdog
+from sft.runtime import attempt, checkpoint, children, run_folder, watchdog
 from sft.runtime.attempt import Lock, Status
 
 pytestmark = pytest.mark.slow
@@ -79,7 +79,7 @@ class Started:
 
     def checkpoints(self) -> list[str]:
         """Whole ones; that there are no others is asserted."""
-        found = checkpoint.newest_first(self.folder)
+        found = run_folder.newest_first(self.folder)
         assert all(checkpoint.fault(path) is None for path in found)
         return [path.name for path in found]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ from sft.runtime.console import bar, make_console, read_json, write_json
 
 ROWS = "rows"  # folder of the rows' fingerprints, removed at the end
 KEPT = 16  # folders in the cache
+KEY = re.compile("[0-9a-f]{24}")  # their names
 MOST_COLUMNS = 1000  # that are counted, if the rows have that many
 ORDER = np.dtype([("example", np.int64), ("length", np.int32)])  # an example of a part
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets", "numpy")
@@ -160,15 +162,18 @@ def _prune(cache: Path) -> None:
     """Removes the least recently used folders, unfinished ones of killed processes, and copies of
     remote files that no folder was made of.
 
-    A process that has already mapped a folder can still read it. One that is about to map it holds
-    its lock.
+    Removes only folders that are named by `cache_key` and hold what a manifest names. A process
+    that has already mapped a folder can still read it. One that is about to map it holds its lock.
     """
     with suppress(OSError):  # another process may be removing the same folders
-        made = [path for path in cache.iterdir() if (path / checkpoint.MANIFEST).exists()]
+        made = [path for path in cache.iterdir() if KEY.fullmatch(path.name)]
         old = sorted(made, key=lambda path: -path.stat().st_mtime)[KEPT:]
-        for folder in [*old, *cache.glob(f"*{checkpoint.STAGING}")]:
-            with suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
-                shutil.rmtree(folder, ignore_errors=True)
+        for folder in [*old, *checkpoint.scratch_folder(cache).glob("*")]:
+            with suppress(Timeout), FileLock(cache / f"{folder.name[:24]}.lock", timeout=0):
+                if folder.parent != cache:
+                    checkpoint.clear_scratch(cache, folder.name)
+                elif checkpoint.is_ours(folder):
+                    checkpoint.remove(folder)
         remote.prune(cache, lambda: _digests_used(cache))
 
 
@@ -245,9 +250,7 @@ def _fill(
         options = {"cache_dir": config.data.cache_dir, "csv_delimiter": config.data.csv_delimiter}
         files.check_column(scored, config.evaluation.group, "evaluation.group", **options)
     files.check_columns(config.data)
-    staging = folder.with_suffix(checkpoint.STAGING)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    staging = checkpoint.make_staging(folder)
     try:
         counts = _write_rows(config, tokenizer, staging, on_progress)
         again = cache_inputs(config, tokenizer)
@@ -260,7 +263,7 @@ def _fill(
         shutil.rmtree(staging / ROWS)
         checkpoint.seal(staging, folder)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        checkpoint.clear_scratch(folder.parent, staging.name)
 
 
 @dataclass

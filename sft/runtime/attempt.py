@@ -15,7 +15,7 @@ from typing import Any
 
 from sft import __version__
 from sft.errors import CheckpointError, LockedError
-from sft.runtime import checkpoint, slurm
+from sft.runtime import checkpoint, run_folder, slurm
 from sft.runtime.children import is_dead, machine_id
 from sft.runtime.console import read_json, write_json
 
@@ -109,6 +109,11 @@ class Status:
         write_json(self.folder / RANKS / "attempt.json", announced)
         self._write("running")
 
+    def update(self) -> None:
+        """Writes which checkpoint is the newest now, while the run goes on."""
+        if self.attempt is not None:
+            self._write("running")
+
     def follow(self) -> None:
         """Adopts the attempt that the first rank of the same launch has begun, if it has."""
         announced = read_json(self.folder / RANKS / "attempt.json")
@@ -156,10 +161,9 @@ class Status:
         rank: int | None = None,
         step: int | None = None,
     ) -> None:
-        found = checkpoint.newest_first(self.folder)
-        if state == "finished":
-            found.insert(0, self.folder / "final_checkpoint")
-        valid = (path.name for path in found if checkpoint.fault(path, digests=False) is None)
+        final, found = self.folder / run_folder.FINAL, run_folder.newest_valid(self.folder)
+        if state == "finished" and checkpoint.fault(final, digests=False) is None:
+            found = final
         values = {
             "version": __version__,
             "state": state,
@@ -168,7 +172,7 @@ class Status:
             "rank": rank,
             "step": step,
             "attempt": self.attempt,
-            "checkpoint": next(valid, None),
+            "checkpoint": found.name if found else None,
         }
         write_json(self.folder / self.NAME, values, sync=True)
 

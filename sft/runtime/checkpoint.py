@@ -4,18 +4,21 @@ Every rank writes into a staging folder; the main process then writes MANIFEST.j
 of every file) as the last file, syncs, and renames the folder to its final name. A folder whose
 manifest does not verify is never loaded. Tensors are safetensors and the rest JSON: nothing is
 unpickled.
+
+Folders are written in `.sft` beside their final place, and moved there before they are removed. So
+nothing outside of a folder `.sft` is ever removed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,33 +34,74 @@ from sft.runtime.console import size
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1  # of a checkpoint; a version that reads it differently increases it
-STAGING = ".staging"
-NAME = re.compile(r"checkpoint_step_(\d+)")
+SCRATCH = ".sft"  # the name of a folder of which everything may be removed
+REPLACED = ".replaced"  # ends the name of a folder in it that a newer one replaces
 
 
 def commit(
-    final: Path, write: Callable[[Path], None], accelerator: Accelerator, need_bytes: int = 0
+    final: Path,
+    write: Callable[[Path], None],
+    accelerator: Accelerator,
+    need_bytes: int = 0,
+    lineage: dict[str, Any] | None = None,
 ) -> None:
     """Calls `write(staging)` on every rank, then makes the result appear at `final` at once.
 
     Raises CheckpointError on all ranks if any of them failed; earlier checkpoints stay untouched.
-    `need_bytes` is the expected size; the message for a full disk names it.
+    `need_bytes` is the expected size; the message for a full disk names it. `lineage` is written
+    into the manifest.
     """
-    staging = final.with_name(final.name + STAGING)
-    main = accelerator.is_main_process
-    errors = gather_object([catch_error(_recreate, staging) if main else None])
+    staging, main = scratch_folder(final.parent) / final.name, accelerator.is_main_process
+    errors = gather_object([catch_error(make_staging, final) if main else None])
     if not any(errors):
         errors = gather_object([catch_error(write, staging)])
     if not any(errors):
-        errors = gather_object([catch_error(seal, staging, final) if main else None])
+        errors = gather_object([catch_error(seal, staging, final, lineage) if main else None])
     if any(errors):
         reason = next(error for error in errors if error)
         (remedy,) = gather_object([_remedy(reason, staging, need_bytes)] if main else [])
         if main:
-            shutil.rmtree(staging, ignore_errors=True)
+            clear_scratch(final.parent, staging.name)
         raise CheckpointError(
             f"cannot save {final}: {reason}{remedy}; earlier checkpoints are untouched"
         )
+
+
+def scratch_folder(beside: Path) -> Path:
+    """Returns the folder in which this program writes, and removes, what is in `beside`.
+
+    Raises CheckpointError if a link is in its place: what it points to is not ours.
+    """
+    folder = beside / SCRATCH
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a link; remove it")
+    return folder
+
+
+def make_staging(final: Path) -> Path:
+    """Makes an empty folder to write what will be `final`; removes one that a kill left."""
+    staging = scratch_folder(final.parent) / final.name
+    clear_scratch(final.parent, staging.name)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def clear_scratch(beside: Path, name: str | None = None) -> None:
+    """Removes the folder of this name, or all, from the scratch folder; then that one if empty."""
+    scratch = scratch_folder(beside)
+    for leftover in [scratch / name] if name else scratch.glob("*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with suppress(OSError):
+        scratch.rmdir()
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder; a kill leaves no part of it in its place."""
+    doomed = scratch_folder(folder.parent) / f"{folder.name}.removed"
+    doomed.parent.mkdir(exist_ok=True)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    clear_scratch(folder.parent, doomed.name)
 
 
 # What to do about a system error, by its text: libraries pass on the text, but no error number.
@@ -94,13 +138,11 @@ def catch_error(action: Callable[..., object], *arguments: Any) -> str | None:
     return None
 
 
-def _recreate(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def seal(staging: Path, final: Path, lineage: dict[str, Any] | None = None) -> None:
+    """Writes the manifest of `staging`, and renames the folder to `final`, replacing one there.
 
-
-def seal(staging: Path, final: Path) -> None:
-    """Writes the manifest of `staging`, and renames the folder to `final`, replacing one there."""
+    A folder there that holds anything that its manifest does not name is kept under another name.
+    """
     written = sorted(staging.rglob("*"))
     files = [path for path in written if path.is_file()]
     manifest = {
@@ -108,13 +150,14 @@ def seal(staging: Path, final: Path) -> None:
         for path in files
     }
     (staging / MANIFEST).write_text(
-        json.dumps({"format": FORMAT, "files": manifest}, indent=1), "utf-8"
+        json.dumps({"format": FORMAT, **(lineage or {}), "files": manifest}, indent=1), "utf-8"
     )
     for path in [*written, staging / MANIFEST, staging]:
-        _sync(path)
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
+        sync(path)
+    old = staging.with_name(final.name + REPLACED)
+    if final.exists() or final.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+        old = old if is_ours(final) else unused_name(final)
         final.rename(old)
     try:
         staging.rename(final)
@@ -122,11 +165,29 @@ def seal(staging: Path, final: Path) -> None:
         if old.exists():
             old.rename(final)
         raise
-    _sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    sync(final.parent)
+    clear_scratch(final.parent, final.name + REPLACED)
 
 
-def _sync(path: Path) -> None:
+def unused_name(path: Path) -> Path:
+    """Returns the first of `<path>.1`, `<path>.2` ... that does not exist."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists() and not name.is_symlink())
+
+
+def is_ours(folder: Path) -> bool:
+    """Returns whether a folder has a manifest and no file that it does not name."""
+    try:
+        named = {MANIFEST, *read_manifest(folder)["files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return not folder.is_symlink() and all(
+        not path.is_symlink() and str(path.relative_to(folder)) in named for path in found
+    )
+
+
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -139,13 +200,27 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns the manifest of a folder. Raises OSError, ValueError or RecursionError."""
+    found = json.loads((folder / MANIFEST).read_text("utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("it holds no object")
+    return found
+
+
+def manifest_sha256(folder: Path) -> str:
+    """Returns the digest of the values in a manifest, and so of everything in the folder."""
+    values = json.dumps(read_manifest(folder), sort_keys=True)
+    return hashlib.sha256(values.encode()).hexdigest()
+
+
 def fault(folder: Path, *, digests: bool = True) -> str | None:
     """Returns why the checkpoint in `folder` must not be loaded, or None.
 
     Without `digests` it compares sizes only.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        manifest = read_manifest(folder)
         files = manifest["files"]
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} is of format {manifest['format']}, this version reads {FORMAT}"
@@ -166,78 +241,9 @@ def fault(folder: Path, *, digests: bool = True) -> str | None:
             return f"{min(added)} is not in {MANIFEST}"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read: {error}"
     return None
-
-
-def newest_first(run: Path) -> list[Path]:
-    """Returns the checkpoint folders of a run, newest first, whether valid or not."""
-    folders = [path for path in run.glob("checkpoint_step_*") if NAME.fullmatch(path.name)]
-    return sorted(folders, key=_step_of, reverse=True)
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.rsplit("_", 1)[1])
-
-
-def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
-    """Returns the checkpoint to resume from: `wanted`, or the newest valid one if that is `auto`.
-
-    Returns None only if `auto` finds no checkpoint at all. Raises CheckpointError if there are some
-    and none is valid, so that training never restarts from zero silently.
-    """
-    candidates = [Path(wanted)]
-    if wanted == "auto":
-        candidates = newest_first(run)
-        if all(fault(folder, digests=False) for folder in candidates):
-            candidates = [*_restore_replaced(run), *candidates]
-    rejected = []
-    for folder in candidates:
-        reason = fault(folder)
-        if reason is None:
-            return folder
-        rejected.append(f"{folder}: {reason}")
-        warn(f"checkpoint rejected: {rejected[-1]}")
-    if not rejected:
-        return None
-    raise CheckpointError(
-        "no valid checkpoint to resume from:\n  "
-        + "\n  ".join(rejected)
-        + "\nGive train.resume_from_checkpoint=<a good folder>, or remove these to start anew."
-    )
-
-
-def _restore_replaced(run: Path) -> list[Path]:
-    """Restores valid checkpoints that a killed run was replacing. Returns them newest first."""
-    result = []
-    for old in run.glob("checkpoint_step_*.old"):
-        folder = old.with_suffix("")
-        if NAME.fullmatch(folder.name) and not folder.exists() and fault(old) is None:
-            result.append(old.rename(folder))
-    return sorted(result, key=_step_of, reverse=True)
-
-
-def prune(run: Path, keep: int, spared: Sequence[str] = (), step: int | None = None) -> None:
-    """Removes checkpoints older than the newest `keep` valid ones, and what killed saves left.
-
-    The names in `spared` stay. Checkpoints newer than the run's own `step` belong to another run:
-    they are not counted and not removed.
-    """
-    for leftover in [*run.glob("checkpoint_step_*.old"), *run.glob(f"checkpoint_step_*{STAGING}")]:
-        shutil.rmtree(leftover, ignore_errors=True)
-    num_valid = 0
-    for folder in newest_first(run):
-        if step is not None and _step_of(folder) > step:
-            continue
-        if num_valid < keep:
-            num_valid += fault(folder, digests=False) is None
-            continue
-        if folder.name in spared:
-            continue
-        doomed = folder.with_name(folder.name + ".old")
-        folder.rename(doomed)  # a half removed folder must not look like a checkpoint
-        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def tensor_fault(path: Path) -> str | None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from sft.config.schema import Train
 from sft.errors import CheckpointError
 from sft.runtime import hardware
-from sft.runtime.checkpoint import newest_first
 from sft.runtime.console import size
+from sft.runtime.run_folder import newest_first, step_of
 
 # Of the optimizer's state, per trained parameter.
 ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.05, "paged_adamw_8bit": 2.05}
@@ -69,14 +69,15 @@ def estimate_need(train: Train, num_trained: int, vocabulary: int, steps: int) -
     )
 
 
-def refuse_if_full(needed: Need, train: Train) -> str | None:
+def refuse_if_full(needed: Need, train: Train, step: float = math.inf) -> str | None:
     """Raises CheckpointError if the disk of the run folder cannot hold what the run will write.
 
-    Returns a warning if only a merged model would not fit. Existing checkpoints count as free
-    space, since they will be replaced.
+    Returns a warning if only a merged model would not fit. Checkpoints up to `step`, from which the
+    run continues, count as free space, since they will be replaced; later ones are set aside.
     """
     folder = Path(train.output_dir)
-    have = free_bytes(folder) + sum(map(folder_bytes, newest_first(folder)))
+    replaced = [path for path in newest_first(folder) if step_of(path) <= step]
+    have = free_bytes(folder) + sum(map(folder_bytes, replaced))
     if needed.total > have:
         raise CheckpointError(
             f"{folder}: need {needed}; have {size(have)}. Make room, lower "

@@ -22,14 +22,7 @@ from rich.progress import Progress
 from sft.errors import redact
 from sft.runtime import output
 from sft.runtime.console import Advance, bar, make_console
-
-
-def _step_of(line: bytes) -> int:
-    """Returns the step of a line of metrics.jsonl, or -1 if a kill or a full disk cut it short."""
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else -1
-    except (ValueError, TypeError, KeyError):
-        return -1
+from sft.runtime.run_folder import METRICS, metrics_end
 
 
 class _Lines(io.TextIOBase):
@@ -111,15 +104,10 @@ class Log:
         folder = self.folder
         if not folder:
             return
-        path = folder / "metrics.jsonl"
+        path = folder / METRICS
         self._metrics = _Lines(path, self._warn)
-        kept = 0  # bytes; truncating needs no disk space, and a kill cannot destroy the history
-        with self.optional(path.name):
-            for line in path.read_bytes().splitlines(True) if step else []:
-                if not 0 <= _step_of(line) <= step:
-                    break
-                kept += len(line)
-            os.truncate(path, kept)
+        with self.optional(path.name):  # truncating needs no disk space
+            os.truncate(path, metrics_end(path, step) if step else 0)
         if self._use_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -1,12 +1,12 @@
 """Merges an adapter into its base, proves the result (`proof`), and makes GGUF files of it.
 
-A merge gets its name when it is proven; else it stays as `<name>.failed`, with the report.
+A merge gets its name when it is proven; else it stays as `<name>.failed` (or `.failed.1` ...), with
+the report.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from sft.config.schema import Config
 from sft.errors import MergeError
 from sft.models import export, load
-from sft.runtime import disk
-from sft.runtime.checkpoint import STAGING
+from sft.runtime import checkpoint, disk
 from sft.runtime.console import size, write_json
 from sft.serve.proof import (
     DTYPES,
@@ -53,42 +52,41 @@ def merge(
     was trained. Raises MergeError if the proof fails; `output` then does not exist.
     """
     config = _load_config(run, base, overrides)
-    staging, failed = _make_room(output)
+    staging = _make_room(output)
     try:
         _write(run, config, base, staging, dtype)
         report = prove(staging, run, config, base)
         write_json(staging / REPORT, report)
         (staging / "README.md").write_text(_card(report, config, run, output), "utf-8")
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        checkpoint.clear_scratch(output.parent, output.name)
         raise
-    if output.exists():
+    final = output
+    if failing_checks(report):
+        failed = output.with_name(f"{output.name}.failed")
+        final = checkpoint.unused_name(failed) if failed.exists() else failed
+    elif output.exists():
         output.rmdir()
-    final = failed if failing_checks(report) else output
     staging.rename(final)
+    checkpoint.clear_scratch(output.parent, output.name)
     show_proof(report, final, say)
     return report
 
 
-def _make_room(output: Path) -> tuple[Path, Path]:
-    """Makes an empty folder to write to; returns it, and the folder of a merge that fails.
+def _make_room(output: Path) -> Path:
+    """Makes an empty folder to write to, and returns it.
 
-    Removes what earlier merges left in both. Raises MergeError if `output` exists or cannot be
-    made.
+    Raises MergeError if `output` exists or cannot be made.
     """
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise MergeError(f"{output} exists already; remove it, or give another OUTPUT")
-        staging, failed = (output.with_name(output.name + end) for end in (STAGING, ".failed"))
-        for leftover in (staging, failed):
-            shutil.rmtree(leftover, ignore_errors=True)
-        staging.mkdir(parents=True)
+        return checkpoint.make_staging(output)
     except OSError as error:
         raise MergeError(
             f"{output}: expected a place for a folder, cannot make it: {error.strerror}; give "
             "another OUTPUT"
         ) from None
-    return staging, failed
 
 
 def retest(
@@ -189,18 +187,19 @@ def convert_to_gguf(folder: Path, dtype: str, llama_cpp: Path) -> Path:
     """Makes a GGUF file in the merged `folder`; returns its path. Raises MergeError on failure."""
     kind = OUTTYPES[dtype]
     final = folder / f"{folder.resolve().name}-{kind}.gguf"
-    staged = final.with_suffix(STAGING)
+    staged = checkpoint.make_staging(final) / final.name
     command = [sys.executable, str(find_converter(llama_cpp)), str(folder)]
     command += ["--outfile", str(staged), "--outtype", kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not staged.exists():
-        staged.unlink(missing_ok=True)
+        checkpoint.clear_scratch(folder, final.name)
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise MergeError(
             f"{CONVERTER} of {llama_cpp} ended with {done.returncode} and no GGUF file: "
             f"{lines[-1] if lines else 'no output'}; the merged model in {folder} is whole"
         )
     staged.replace(final)
+    checkpoint.clear_scratch(folder, final.name)
     return final
 
 

@@ -1,7 +1,8 @@
 """The checkpoints of a run: the state that they hold, when they are saved and which are kept.
 
 A run keeps the newest `train.save_total_limit` checkpoints and the best one. Training continues
-after a failed save, and earlier checkpoints stay as they are.
+after a failed save, and earlier checkpoints stay as they are. A checkpoint names the one that it
+continues (`runtime/run_folder`) and the best one so far; best.json repeats the latter for people.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from accelerate.utils import gather_object
 
 from sft.config.schema import Train
 from sft.errors import AnotherRunError, CheckpointError, ExitCode
-from sft.runtime import checkpoint
-from sft.runtime.console import write_json
+from sft.runtime import checkpoint, run_folder
+from sft.runtime.attempt import Status
+from sft.runtime.console import read_json, write_json
 from sft.runtime.log import Log
 
-BEST = "best.json"
 # Metrics for `train.save_best`, and whether a smaller value is better.
 LESS_IS_BETTER = {"loss": True, "perplexity": True, "token_accuracy": False}
 STATE = "trainer.json"
 COUNTS = ("step", "evaluated", "num_skipped", "optimizer_updates", "world_size")
+NO_CHANGE = ("output_dir", "resume_from_checkpoint")  # may differ in the same run
 
 
 def identity(train: Train, of_task: dict[str, str]) -> dict[str, str]:
@@ -41,10 +43,13 @@ def identity(train: Train, of_task: dict[str, str]) -> dict[str, str]:
     }
 
 
-def write_state(folder: Path, counts: dict[str, int], train: Train, own: dict[str, str]) -> None:
+def write_state(
+    folder: Path, counts: dict[str, int], train: Train, own: dict[str, str], best: Best | None
+) -> None:
     """Writes trainer.json. `counts`: a number for each of `COUNTS`; `own`: the run's identity."""
     assert counts.keys() == set(COUNTS)
     state = {**counts, "identity": own, "settings": train.model_dump()}
+    state["best"] = asdict(best) if best else None
     (folder / STATE).write_text(json.dumps(state, indent=1), "utf-8")
 
 
@@ -53,7 +58,7 @@ def changed_settings(state: dict[str, Any], train: Train, world_size: int) -> It
     now = train.model_dump() | {"processes": world_size}
     then = state["settings"] | {"processes": state["world_size"]}
     for key in now:
-        if then.get(key) != now[key]:
+        if then.get(key) != now[key] and key not in NO_CHANGE:
             yield f"{key} was {then.get(key)}, is {now[key]}"
 
 
@@ -76,7 +81,7 @@ def read_state(folder: Path, own: dict[str, str]) -> dict[str, Any]:
         dict(state["settings"])
     except (KeyError, TypeError, ValueError):
         is_valid = False
-    named = checkpoint.NAME.fullmatch(folder.name)
+    named = run_folder.NAME.fullmatch(folder.name)
     if not is_valid or (named and int(named[1]) != state["step"]):
         raise CheckpointError(f"{path} is not what a run writes into such a folder")
     if changed := [key for key in own | then if then.get(key) != own.get(key)]:
@@ -112,28 +117,70 @@ class Best:
 class Keeper:
     """Saves a run's checkpoints and removes old ones. Its public methods are collective."""
 
-    def __init__(self, train: Train, accelerator: Accelerator, log: Log, need_bytes: int):
-        self.train, self.accelerator, self.log = train, accelerator, log
+    def __init__(
+        self, train: Train, accelerator: Accelerator, log: Log, status: Status, need_bytes: int
+    ):
+        self.train, self.accelerator, self.log, self.status = train, accelerator, log, status
         self.folder = Path(train.output_dir)
         self.need_bytes = need_bytes  # size of a checkpoint
         self.best: Best | None = None
         self.num_failed = 0  # consecutive failed saves
         self.seconds = 0.0  # duration of the last save
         self.saved: int | None = None  # the last step of which this run has a checkpoint
+        self.parent: dict[str, str] | None = None  # the checkpoint that the next one continues
 
-    def restore_best(self, step: int) -> None:
-        """Reads which checkpoint was the best one up to `step`, if it still exists."""
-        main = self.accelerator.is_main_process
-        (self.best,) = gather_object([self._read_best(step)] if main else [])
+    def continue_from(self, folder: Path, state: dict[str, Any], is_changed: bool) -> None:
+        """Makes `folder`, whose trainer.json is `state`, the newest checkpoint of the lineage.
 
-    def _read_best(self, step: int) -> Best | None:
+        Later checkpoints in the run folder are set aside, with what else followed from them.
+        """
+        result: list[Any] = []
+        if self.accelerator.is_main_process:
+            reason = checkpoint.catch_error(
+                lambda: result.append(self._set_aside(folder, state, is_changed))
+            )
+            result = [(reason, *(result or [(None, None, None)])[0])]
+        ((reason, moved, self.parent, self.best),) = gather_object(result)
+        if reason:
+            raise CheckpointError(f"{self.folder}: cannot continue from {folder.name}: {reason}")
+        if folder.parent.resolve() == self.folder.resolve():
+            self.saved = state["step"]
+        if moved:
+            self.log.say(moved)
+
+    def _set_aside(
+        self, folder: Path, state: dict[str, Any], is_changed: bool
+    ) -> tuple[str | None, dict[str, str], Best | None]:
+        """Returns a sentence about what was set aside, the parent, and the best checkpoint."""
+        step, moved = state["step"], None
+        best = self._read_best(state["best"] if "best" in state else self._recorded_best(), step)
+        if folder.parent.resolve() == self.folder.resolve():
+            moved = run_folder.set_aside(self.folder, step, self.status.attempt, is_changed)
+            self.status.update()
+        if best:
+            self._record(best)
+        return moved, run_folder.reference(folder, self.folder), best
+
+    def _recorded_best(self) -> dict[str, Any]:
+        return read_json(self.folder / run_folder.BEST)
+
+    def _read_best(self, found: Any, step: int) -> Best | None:
+        """Returns the best checkpoint up to `step` from its record, if it still exists."""
         try:
-            found = json.loads((self.folder / BEST).read_text("utf-8"))
             best = Best(str(found["metric"]), float(found["value"]), int(found["step"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return None
         is_ours = best.metric == self.train.save_best and best.step <= step
-        return best if is_ours and checkpoint.fault(self.folder / best.name) is None else None
+        return best if is_ours and run_folder.find_fault(self.folder / best.name) is None else None
+
+    def _record(self, best: Best) -> None:
+        values = asdict(best) | {"checkpoint": best.name}
+        if self._recorded_best() != values:
+            write_json(self.folder / run_folder.BEST, values, sync=True)
+
+    def lineage(self) -> dict[str, Any]:
+        """Returns what the manifest of a checkpoint says about its history."""
+        return {"attempt": self.status.attempt, "parent": self.parent}
 
     def find_better(self, step: int, metrics: dict[str, float]) -> Best | None:
         """Returns the record of a new best checkpoint if these held-out metrics are better."""
@@ -143,35 +190,46 @@ class Keeper:
         found = Best(metric, metrics[metric], step)
         return found if found.is_better_than(self.best) else None
 
-    def save(self, step: int, write: Callable[[Path], None], best: Best | None = None) -> Path:
+    def save(
+        self, step: int, write: Callable[[Path, Best | None], None], best: Best | None = None
+    ) -> Path:
         """Commits `checkpoint_step_<n>`, records a new best one and removes old ones.
 
-        Raises CheckpointError on all ranks if that fails on any.
+        Calls `write` with the folder and the best checkpoint so far. Raises CheckpointError on all
+        ranks if that fails on any.
         """
-        final = self.folder / f"checkpoint_step_{step}"
+        final, known = self.folder / f"checkpoint_step_{step}", best or self.best
         if self.saved != step:
             started = time.perf_counter()
-            checkpoint.commit(final, write, self.accelerator, self.need_bytes)
+            checkpoint.commit(
+                final,
+                lambda staging: write(staging, known),
+                self.accelerator,
+                self.need_bytes,
+                self.lineage(),
+            )
             self.seconds = time.perf_counter() - started
             self.saved = step
-        main = self.accelerator.is_main_process
-        attempts = [checkpoint.catch_error(self._tidy, step, best)] if main else []
-        (reason,) = gather_object(attempts)
+        tidied: list[Any] = []
+        if self.accelerator.is_main_process:
+            tidied = [checkpoint.catch_error(self._tidy, step, best, known)]
+        (reason,) = gather_object(tidied)
         if reason:
             raise CheckpointError(f"saved {final}, but cannot tidy {self.folder}: {reason}")
-        self.best = best or self.best
+        self.best = known
         return final
 
-    def _tidy(self, step: int, best: Best | None) -> None:
+    def _tidy(self, step: int, best: Best | None, known: Best | None) -> None:
+        self.parent = run_folder.reference(
+            self.folder / f"checkpoint_step_{step}", self.folder
+        )  # only the main process writes it
         if best:
-            write_json(self.folder / BEST, asdict(best) | {"checkpoint": best.name}, sync=True)
-        kept = best or self.best
-        checkpoint.prune(
-            self.folder, self.train.save_total_limit, [kept.name] if kept else [], step
-        )
+            self._record(best)
+        spared = [known.name] if known else []
+        run_folder.prune(self.folder, self.train.save_total_limit, spared, step)
 
     def try_to_save(
-        self, step: int, write: Callable[[Path], None], best: Best | None = None
+        self, step: int, write: Callable[[Path, Best | None], None], best: Best | None = None
     ) -> None:
         """Saves a checkpoint; logs a failure, and raises it after `max_failed_saves` in a row."""
         try:

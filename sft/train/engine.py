@@ -23,10 +23,17 @@ from torch import nn
 from sft.config.schema import Train
 from sft.data.batches import MicroBatch, cut, global_batch_ids
 from sft.errors import CheckpointError, NonFiniteError, OutOfMemory, Preempted, oom_message
-from sft.runtime import checkpoint, disk
+from sft.runtime import checkpoint, disk, run_folder
 from sft.runtime.console import Advance, duration, metrics_line, size
 from sft.runtime.processes import Context
-from sft.train.checkpoints import Keeper, changed_settings, identity, read_state, write_state
+from sft.train.checkpoints import (
+    Best,
+    Keeper,
+    changed_settings,
+    identity,
+    read_state,
+    write_state,
+)
 from sft.train.parallel import share_model
 from sft.train.profile import memory_bytes, profiled
 from sft.train.recovery import AccumulatedStep, Oom, OomGuard, smaller_budget
@@ -47,7 +54,7 @@ class Engine:
         self.total_steps = total_steps(train, len(task.lengths))
         trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
         need = disk.checkpoint_bytes(train, trained, 0)
-        self.keeper = Keeper(train, context.accelerator, context.log, need)
+        self.keeper = Keeper(train, context.accelerator, context.log, context.guard.status, need)
         task.model.train()
         self.parallel = share_model(task.model, train, context.accelerator)
         self.model, self.optimizer = self.parallel.model, self.parallel.optimizer
@@ -356,7 +363,6 @@ class Engine:
         """Trains from the current step to the last, with evaluations and checkpoints."""
         log, guard = self.log, self.guard
         log.open_metrics(self.step)
-        self.keeper.restore_best(self.step)
         if self.train.save_steps and self.step == 0:
             with guard.section("save"):
                 self.prove_saving()
@@ -439,7 +445,7 @@ class Engine:
         """Returns a digest of the trained weights of all ranks, the same on each. Collective."""
         return " ".join(map(str, gather_object(self.parallel.checksums())))
 
-    def _write(self, staging: Path) -> None:
+    def _write(self, staging: Path, best: Best | None) -> None:
         self.write_final(staging)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         checkpoint.save_optimizer(self.parallel.optimizer_shards(), staging, rank, world)
@@ -451,10 +457,20 @@ class Engine:
                 "optimizer_updates": self.parallel.num_updates,
                 "world_size": world,
             }
-            write_state(staging, counts, self.train, identity(self.train, self.task.identity()))
+            own = identity(self.train, self.task.identity())
+            write_state(staging, counts, self.train, own, best)
+
+    def save_final(self, need_bytes: int) -> None:
+        """Commits what a user loads, without the state that only training needs."""
+        checkpoint.commit(
+            self.folder / run_folder.FINAL,
+            self.write_final,
+            self.accelerator,
+            need_bytes,
+            self.keeper.lineage(),
+        )
 
     def write_final(self, staging: Path) -> None:
-        """Writes what a user loads, without the state that only training needs."""
         weights = self.parallel.gather_weights()
         if self.accelerator.is_main_process:
             self.task.save(staging, weights)
@@ -462,10 +478,10 @@ class Engine:
     def resume(self, folder: Path) -> None:
         """Continues from a verified checkpoint, written by any engine and number of processes."""
         state = self.read(folder)
-        if folder.parent.resolve() == self.folder.resolve():
-            self.keeper.saved = self.step
+        changes = [*changed_settings(state, self.train, self.accelerator.num_processes)]
+        self.keeper.continue_from(folder, state, bool(changes))
         self.log.say(f"resumed from {folder} after step {self.step:,}")
-        for change in changed_settings(state, self.train, self.accelerator.num_processes):
+        for change in changes:
             self.log.say(f"changed since: {change}")
 
     def read(self, folder: Path) -> dict[str, Any]:

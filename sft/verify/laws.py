@@ -27,7 +27,7 @@ from sft import errors
 from sft.config.load import with_values
 from sft.config.schema import RunConfig
 from sft.errors import VerificationError
-from sft.runtime import checkpoint, hardware
+from sft.runtime import checkpoint, hardware, run_folder
 from sft.runtime.console import bar, facts, table
 from sft.tasks.registry import task_of
 from sft.verify.runs import Run, SmallConfig, Trials, make_small, run_fresh
@@ -158,7 +158,7 @@ def judge_resumed(
     title = (kill.title + by,)
     rejected: list[str] = []
     try:
-        newest = checkpoint.find(folder, "auto", rejected.append)
+        newest = run_folder.find(folder, "auto", rejected.append)
     except errors.CheckpointError as error:
         return Verdict(title, [], str(error))
     if newest is None or rejected:
@@ -194,7 +194,7 @@ def _compare_runs(
     num_same = sum(ours.get(key) == value for key, value in theirs.items())
     all_same = ours == theirs and num_same > 0
     cells.append((f"{num_same} of {len(theirs)} same", all_same))
-    newest = [checkpoint.newest_first(folder)[0] for folder in (found, whole)]
+    newest = [run_folder.newest_first(folder)[0] for folder in (found, whole)]
     for folders in (models, newest):
         files = [hash_state_files(folder) for folder in folders]
         cells.append(_same(files[0] == files[1] and bool(files[1])))

@@ -87,6 +87,7 @@ def train(request: Request) -> None:
         built = tiny.make_engine(model, ROWS, ROWS, settings, batches.Budget(30, "padded"))
         task = built.task
         built.guard = task.guard = guard
+        built.keeper.status = guard.status
         found = guard.join(built.accelerator, found)
         loss = task.loss
 

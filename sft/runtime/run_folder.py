@@ -1,0 +1,241 @@
+"""Knows what a run writes into its folder, and what of it may be moved or removed.
+
+The checkpoints in a run folder are one lineage: each continues the one before. The manifest of a
+checkpoint names its parent with a digest, and the attempt that wrote it. Before a run continues
+from a checkpoint otherwise than it did, `set_aside` moves what came after that checkpoint to
+`abandoned/attempt_<n>/`. The move is recorded before it begins, so a run that was killed meanwhile
+completes it when it starts again. Nothing is removed from `abandoned/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from sft.errors import CheckpointError
+from sft.runtime import checkpoint
+from sft.runtime.checkpoint import fault
+from sft.runtime.console import read_json, write_json
+
+NAME = re.compile(r"checkpoint_step_(\d+)")
+FINAL = "final_checkpoint"
+METRICS = "metrics.jsonl"
+BEST = "best.json"
+RESULTS = (FINAL, "evaluation", "merged")  # what only a run that has finished writes
+BASE_RESULTS = ("base.json", "base.jsonl")  # in evaluation/: those of the model before training
+ABANDONED = "abandoned"
+MOVING = ".moving"  # ends the name of a folder into which checkpoints are being moved
+BRANCH = "branch.json"  # in such a folder: what is moved, and why
+
+
+# -- checkpoints
+
+
+def newest_first(run: Path) -> list[Path]:
+    """Returns the checkpoint folders of a run, newest first, whether valid or not."""
+    folders = [path for path in run.glob("checkpoint_step_*") if NAME.fullmatch(path.name)]
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.rsplit("_", 1)[1])
+
+
+def reference(folder: Path, run: Path) -> dict[str, str]:
+    """Returns what the manifest of a checkpoint in `run` says about its parent `folder`."""
+    sha256 = checkpoint.manifest_sha256(folder)
+    return {"folder": os.path.relpath(folder.resolve(), run.resolve()), "manifest_sha256": sha256}
+
+
+def find_fault(folder: Path, *, digests: bool = True) -> str | None:
+    """Returns why a run must not continue from a checkpoint in its folder, or None.
+
+    It is damaged, is that of another step, or continues another parent than the one beside it.
+    """
+    if reason := fault(folder, digests=digests):
+        return reason
+    state = read_json(folder / "trainer.json")
+    if NAME.fullmatch(folder.name) and state.get("step", step_of(folder)) != step_of(folder):
+        return f"it is the checkpoint of step {state['step']}"
+    parent = checkpoint.read_manifest(folder).get("parent") or {}
+    name = str(parent.get("folder"))
+    if NAME.fullmatch(name) and fault(folder.with_name(name), digests=False) is None:
+        sha256 = checkpoint.manifest_sha256(folder.with_name(name))
+        # A manifest with a damaged digest is no other parent.
+        if sha256 != parent.get("manifest_sha256") and fault(folder.with_name(name)) is None:
+            return f"it continues another {name} than the one beside it"
+    return None
+
+
+def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
+    """Returns the checkpoint to resume from: `wanted`, or the newest valid one if that is `auto`.
+
+    Returns None only if `auto` finds no checkpoint at all. Raises CheckpointError if there are some
+    and none is valid, so that training never restarts from zero silently.
+    """
+    candidates = [Path(wanted)]
+    if wanted == "auto":
+        candidates = newest_first(run)
+        if all(find_fault(folder, digests=False) for folder in candidates):
+            candidates = [*_restore_replaced(run), *candidates]
+    rejected = []
+    for folder in candidates:
+        reason = find_fault(folder) if wanted == "auto" else fault(folder)
+        if reason is None:
+            return folder
+        rejected.append(f"{folder}: {reason}")
+        warn(f"checkpoint rejected: {rejected[-1]}")
+    if not rejected:
+        return None
+    raise CheckpointError(
+        "no valid checkpoint to resume from:\n  "
+        + "\n  ".join(rejected)
+        + "\nGive train.resume_from_checkpoint=<a good folder>, or remove these to start anew."
+    )
+
+
+def newest_valid(run: Path) -> Path | None:
+    """Returns the checkpoint that `auto` would take; compares sizes only, not digests."""
+    found = newest_first(run)
+    return next((path for path in found if find_fault(path, digests=False) is None), None)
+
+
+def _restore_replaced(run: Path) -> list[Path]:
+    """Restores valid checkpoints that a killed run was replacing. Returns them newest first."""
+    result = []
+    for old in checkpoint.scratch_folder(run).glob(f"checkpoint_step_*{checkpoint.REPLACED}"):
+        folder = run / old.name.removesuffix(checkpoint.REPLACED)
+        if NAME.fullmatch(folder.name) and not folder.exists() and fault(old) is None:
+            result.append(old.rename(folder))
+    return sorted(result, key=step_of, reverse=True)
+
+
+def prune(run: Path, keep: int, spared: Sequence[str] = (), step: int | None = None) -> None:
+    """Removes checkpoints older than the newest `keep` valid ones, and what killed saves left.
+
+    The names in `spared` stay, and so do folders that hold anything that no run wrote. Checkpoints
+    newer than the run's own `step` are not counted and not removed.
+    """
+    num_valid = 0
+    for folder in newest_first(run):
+        if step is not None and step_of(folder) > step:
+            continue
+        if num_valid < keep:
+            num_valid += find_fault(folder, digests=False) is None
+        elif folder.name not in spared and checkpoint.is_ours(folder):
+            checkpoint.remove(folder)
+    checkpoint.clear_scratch(run)
+
+
+# -- branches
+
+
+def set_aside(run: Path, step: int, attempt: int | None, is_changed: bool) -> str | None:
+    """Moves what the run has after `step` out of its lineage; returns a sentence about it, or None.
+
+    That is its later checkpoints, the metrics of later steps and a later best checkpoint. If there
+    are any, or the run `is_changed`, it is also what the finished run wrote.
+    """
+    later = [folder for folder in newest_first(run) if step_of(folder) > step]
+    if not later and not (is_changed and (run / FINAL).exists()):
+        return None
+    moving = _unused_name(run / ABANDONED, f"attempt_{attempt or 1}")
+    moving.mkdir(parents=True)
+    record = {"after_step": step, "attempt": attempt, "since": time.strftime("%F %T")}
+    write_json(moving / BRANCH, record, sync=True)
+    return _complete_move(run, moving, step)
+
+
+def complete_moves(run: Path) -> list[str]:
+    """Completes the moves that a killed run has begun; returns a sentence about each."""
+    done = []
+    for moving in sorted((run / ABANDONED).glob(f"*{MOVING}")):
+        step = read_json(moving / BRANCH).get("after_step")
+        if isinstance(step, int):
+            done.append(_complete_move(run, moving, step))
+        elif not any(moving.iterdir()):
+            moving.rmdir()
+    return done
+
+
+def _unused_name(folder: Path, name: str) -> Path:
+    """Returns the path to move to; its name without MOVING is that of the result."""
+    names = [name, *(f"{name}.{number}" for number in range(1, 10_000))]
+    taken = {path.name.removesuffix(MOVING) for path in folder.glob("*")}
+    return folder / f"{next(each for each in names if each not in taken)}{MOVING}"
+
+
+def _complete_move(run: Path, moving: Path, step: int) -> str:
+    """Each part is moved by one rename, and parts that have been moved are not there any more.
+
+    The newest checkpoint goes first, so at any instant the others are one lineage.
+    """
+    _move_metrics(run / METRICS, moving / METRICS, step)
+    for source in _results_after(run, step):
+        target = moving / source.relative_to(run)
+        target.parent.mkdir(exist_ok=True)
+        source.rename(target)
+    for folder in newest_first(run):
+        if step_of(folder) > step:
+            folder.rename(moving / folder.name)
+    target = moving.with_name(moving.name.removesuffix(MOVING))
+    moving.rename(target)
+    for changed in (target, target.parent, run):
+        checkpoint.sync(changed)
+    moved = sorted(path.name for path in target.iterdir() if path.name != BRANCH)
+    return (
+        f"the run continues after step {step:,}: what came later was moved to {target} "
+        f"({', '.join(moved)})"
+    )
+
+
+def _results_after(run: Path, step: int) -> Iterator[Path]:
+    best = read_json(run / BEST).get("step")
+    if not isinstance(best, int) or best > step:
+        yield from filter(Path.exists, [run / BEST])
+    for path in (run / name for name in RESULTS):
+        if path.name == "evaluation" and path.is_dir():
+            yield from [each for each in path.iterdir() if each.name not in BASE_RESULTS]
+        elif path.exists():
+            yield path
+
+
+# -- metrics
+
+
+def metrics_end(path: Path, step: int) -> int:
+    """Returns the length in bytes of the lines of metrics.jsonl up to `step`."""
+    kept = 0
+    for line in path.read_bytes().splitlines(True) if path.exists() else []:
+        if not 0 <= _step_of_line(line) <= step:
+            break
+        kept += len(line)
+    return kept
+
+
+def _step_of_line(line: bytes) -> int:
+    """Returns the step of a line of metrics.jsonl, or -1 if a kill or a full disk cut it short."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else -1
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
+def _move_metrics(path: Path, target: Path, step: int) -> None:
+    """Moves the lines after `step` to `target`, which appears whole before the lines go."""
+    end = metrics_end(path, step)
+    if path.exists() and path.stat().st_size > end:
+        if not target.exists():
+            write_bytes(target, path.read_bytes()[end:])
+        os.truncate(path, end)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}")
+    part.write_bytes(data)
+    checkpoint.sync(part)
+    part.rename(path)

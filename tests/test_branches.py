@@ -1,0 +1,351 @@
+"""A run folder holds one lineage, whatever it is told and wherever it is killed.
+
+A state machine starts, kills, resumes and changes a run. Each attempt is a forked process; it dies
+as by SIGKILL, before the n-th change that it makes to a file. A checkpoint of these runs knows the
+learning rate of every step that led to it, so it is known which steps belong together.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import tiny
+from accelerate import Accelerator
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from sft.data import batches
+from sft.errors import Preempted
+from sft.run import _open_folder
+from sft.runtime import checkpoint, run_folder
+from sft.runtime.attempt import Lock, Status
+from sft.runtime.checkpoint import fault
+from sft.runtime.log import Log
+from sft.runtime.run_folder import ABANDONED, newest_first, step_of
+from sft.train.checkpoints import Best, Keeper, changed_settings, read_state, write_state
+
+STEPS = 9
+SAVE_STEPS, EVAL_STEPS = 2, 3
+KILLED = 9
+CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "open"}
+History = list[float]  # the learning rate of each step
+
+
+def value_of(history: History) -> float:
+    """Returns the loss after these steps."""
+    return int(sha256(repr(history).encode()).hexdigest()[:8], 16) / 2**32
+
+
+def die_before(folder: Path, changes: int) -> None:
+    """Ends this process, as SIGKILL would, before its n-th change in `folder`."""
+    left = [changes]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in CHANGES or not str(arguments[0]).startswith(str(folder)):
+            return
+        if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            return
+        left[0] -= 1
+        if not left[0]:
+            os._exit(KILLED)
+
+    sys.addaudithook(watch)
+
+
+def attempt(folder: Path, resume: str | None, rate: float, until: int) -> None:
+    """Trains to step `until`: a loop like that of the engine, without a model."""
+    train = tiny.config(
+        folder,
+        learning_rate=rate,
+        resume_from_checkpoint=resume,
+        save_steps=SAVE_STEPS,
+        eval_steps=EVAL_STEPS,
+        save_best="loss",
+        save_total_limit=3,
+    ).train
+    status = Status(folder)
+    guard: Any = SimpleNamespace(status=status, lock=Lock(folder))
+    found = _open_folder(train, guard)
+    log, history = Log(folder), History()
+    keeper = Keeper(train, Accelerator(cpu=True), log, status, 0)
+    if found:
+        state = read_state(found, {})
+        history = json.loads((found / "history.json").read_text())
+        keeper.continue_from(found, state, any(changed_settings(state, train, 1)))
+    log.open_metrics(len(history))
+
+    def write(staging: Path, best: Best | None = None) -> None:
+        (staging / "history.json").write_text(json.dumps(history))
+        counts = {"step": len(history), "evaluated": 0, "num_skipped": 0, "optimizer_updates": 0}
+        write_state(staging, counts | {"world_size": 1}, train, {}, best)
+
+    while len(history) < until:
+        history.append(rate)
+        step, best = len(history), None
+        log.log(step, {"train/loss": value_of(history)})
+        if step % EVAL_STEPS == 0:
+            best = keeper.find_better(step, {"loss": value_of(history)})
+        if best or step % SAVE_STEPS == 0:
+            keeper.save(step, write, best)
+    if until == STEPS:
+        final = folder / run_folder.FINAL
+        checkpoint.commit(final, write, keeper.accelerator, 0, keeper.lineage())
+        status.end("finished", 0, None, 0, until)
+    else:
+        keeper.save(until, write)
+        status.end("preempted", 75, None, 0, until)
+
+
+def attempt_of_engine(folder: Path, resume: str | None, rate: float, until: int) -> None:
+    """The same with the engine and a tiny model with dropout."""
+    changed = {"learning_rate": rate, "resume_from_checkpoint": resume, "save_total_limit": 3}
+    changed |= {"save_steps": SAVE_STEPS, "eval_steps": EVAL_STEPS, "save_best": "loss"}
+    rows = tiny.examples(0, 11)
+    given = tiny.config(folder, global_batch=4, max_steps=STEPS, schedule="constant", **changed)
+    status = Status(folder)
+    guard: Any = SimpleNamespace(status=status, lock=Lock(folder))
+    found = _open_folder(given.train, guard)
+    built = tiny.make_engine(
+        tiny.llama(attention_dropout=0.3), rows, rows, given, batches.Budget(60, "padded")
+    )
+    built.keeper.status, history = status, History()
+    built.log = built.keeper.log = Log(folder)
+    if found:
+        built.resume(found)
+        history = json.loads((found / "history.json").read_text())
+    real_log, real_step, real_save = built.log.log, built.optimizer_step, built.task.save
+
+    def step() -> dict[str, float]:
+        history.append(rate)
+        if len(history) == until < STEPS:
+            built.guard.agree(stop=1, save=0)
+        return real_step()
+
+    def save(staging: Path, weights: Any) -> None:
+        (staging / "history.json").write_text(json.dumps(history))
+        real_save(staging, weights)
+
+    def log(step: int, values: dict[str, float]) -> None:
+        if "train/loss" in values:  # the real one is known to be exact if the weights are
+            real_log(step, {"train/loss": value_of(history)})
+
+    built.log.log, built.optimizer_step, built.task.save = log, step, save  # type: ignore[method-assign]
+    if built.step == until:
+        built.log.open_metrics(until)
+        built.save()
+    else:
+        with suppress(Preempted):
+            built.run()
+    if until == STEPS:
+        built.save_final(0)
+        status.end("finished", 0, None, 0, until)
+    else:
+        status.end("preempted", 75, None, 0, until)
+
+
+def run_attempt(
+    folder: Path,
+    resume: str | None,
+    rate: float,
+    until: int,
+    changes: int,
+    attempt: Callable[..., None] = attempt,
+) -> None:
+    def target() -> None:
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        if changes:
+            die_before(folder, changes)
+        attempt(folder, resume, rate, until)
+
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    process.join()
+    assert process.exitcode in ((0, KILLED) if changes else (0,))
+
+
+def history_of(folder: Path) -> History:
+    return json.loads((folder / "history.json").read_text())
+
+
+def metrics_of(path: Path) -> dict[int, float]:
+    lines = path.read_bytes().splitlines(True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return {row["step"]: row["train/loss"] for row in rows}
+
+
+def lineage(folder: Path) -> History:
+    """Returns the steps that `auto` would continue, and asserts that nothing else is there."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Path(shutil.copytree(folder, Path(scratch, "run")))
+        run_folder.complete_moves(run)
+        found = run_folder.find(run, "auto", lambda _: None)
+        tip = history_of(found) if found else []
+        for each in newest_first(run):
+            assert history_of(each) == tip[: step_of(each)], f"{each.name} is of another branch"
+        logged = metrics_of(run / run_folder.METRICS)
+        for step in range(1, len(tip) + 1):
+            assert logged[step] == value_of(tip[:step]), f"step {step} is that of another branch"
+        final = run / run_folder.FINAL
+        if final.exists():
+            assert history_of(final)[: len(tip)] == tip
+        if (best := run_folder.read_json(run / run_folder.BEST)) and found:
+            assert (run / best["checkpoint"]).exists() or best["step"] > len(tip)
+    return tip
+
+
+def all_histories(folder: Path) -> set[str]:
+    return {path.read_text() for path in folder.rglob("*/history.json")}
+
+
+class Branches(RuleBasedStateMachine):
+    """Starts, kills, resumes and changes one run; `expected` is the lineage that auto follows."""
+
+    attempt = staticmethod(attempt)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scratch = Path(tempfile.mkdtemp(prefix="branches"))
+        self.folder = self.scratch / "run"
+        self.expected: History = []
+        self.rate = 1.0
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.scratch)
+
+    def start(self, resume: str | None, base: History, ahead: int, changes: int) -> None:
+        """Runs an attempt from `base`, and judges what it left."""
+        until = min(STEPS, len(base) + ahead)
+        before = all_histories(self.folder)
+        later = {h for h in before if len(json.loads(h)) > len(base)}
+        run_attempt(self.folder, resume, self.rate, until, changes, self.attempt)
+        tip = lineage(self.folder)
+        new = [*base, *[self.rate] * (until - len(base))]
+        if not changes:
+            assert tip == new if until < STEPS else tip == new[: len(tip)]
+            assert metrics_of(self.folder / run_folder.METRICS) == {
+                step: value_of(new[:step]) for step in range(1, until + 1)
+            }
+            status = Status(self.folder).read()
+            newest = "final_checkpoint" if until == STEPS else f"checkpoint_step_{until}"
+            assert status["checkpoint"] == newest
+        else:
+            is_new = tip == new[: len(tip)] and len(tip) >= len(base)
+            assert is_new or tip == self.expected, "neither the old branch nor the new one"
+        if base != self.expected:
+            assert later <= all_histories(self.folder), "a branch was left, and is lost"
+        self.expected = tip
+
+    @initialize(ahead=st.integers(1, STEPS))
+    def begin(self, ahead: int) -> None:
+        self.start(None, [], ahead, 0)
+
+    @rule(ahead=st.integers(0, 6))
+    def resume(self, ahead: int) -> None:
+        self.start("auto", self.expected, ahead, 0)
+
+    @rule(ahead=st.integers(1, 6), changes=st.integers(1, 80))
+    def resume_and_kill(self, ahead: int, changes: int) -> None:
+        self.start("auto", self.expected, ahead, changes)
+
+    @rule(pick=st.integers(0, 9), ahead=st.integers(0, 6), changes=st.sampled_from([0, *range(80)]))
+    def resume_from(self, pick: int, ahead: int, changes: int) -> None:
+        if found := newest_first(self.folder):
+            wanted = found[pick % len(found)]
+            if fault(wanted) is None:
+                self.start(str(wanted), history_of(wanted), ahead, changes)
+
+    @rule(rate=st.sampled_from([1.0, 2.0, 3.0]))
+    def change_a_key(self, rate: float) -> None:
+        self.rate = rate
+
+    @invariant()
+    def nothing_is_left_behind(self) -> None:
+        assert not list(self.folder.glob("*.staging*")) + list(self.folder.glob("*.old"))
+
+
+def test_killed_before_each_change_a_branch_is_the_old_lineage_or_the_new_one(tmp_path):
+    """Each kill is followed by an `auto` that is not killed."""
+    original = tmp_path / "original"
+    run_attempt(original, None, 1.0, STEPS, 0)
+    old, seen = lineage(original), set()
+    assert len(old) == STEPS
+    for changes in range(1, 200):
+        folder = Path(shutil.copytree(original, tmp_path / "run"))
+        resumed = str(folder / "checkpoint_step_6")
+        run_attempt(folder, resumed, 2.0, 7, changes)
+        is_done = Status(folder).read()["state"] == "preempted"
+        tip = lineage(folder)
+        assert tip in (old, old[:6], [*old[:6], 2.0])
+        seen.add(len(tip))
+        run_attempt(folder, "auto", 2.0, len(tip), 0)
+        assert lineage(folder) == tip
+        if tip != old:
+            (moved,) = (folder / ABANDONED).iterdir()
+            assert metrics_of(moved / run_folder.METRICS) == {
+                step: value_of([1.0] * step) for step in range(7, STEPS + 1)
+            }
+            assert history_of(moved / "checkpoint_step_8") == [1.0] * 8
+            assert history_of(moved / run_folder.FINAL) == [1.0] * STEPS
+        shutil.rmtree(folder)
+        if is_done:
+            break
+    assert is_done
+    assert seen == {6, 7, STEPS}
+
+
+def run_machine(machine: type[RuleBasedStateMachine], examples: int, steps: int) -> None:
+    chosen = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],  # shrinking takes minutes of processes
+    )
+    run_state_machine_as_test(machine, settings=chosen)
+
+
+def test_any_sequence_of_starts_kills_and_branches_leaves_one_lineage():
+    run_machine(Branches, 8, 6)
+
+
+@pytest.mark.slow
+def test_the_same_for_longer():
+    run_machine(Branches, 100, 10)
+
+
+class EngineBranches(Branches):
+    """With real weights, which are a function of the history (law 2)."""
+
+    attempt = staticmethod(attempt_of_engine)
+    weights: ClassVar[dict[str, str]] = {}
+
+    @invariant()
+    def weights_follow_from_the_history(self) -> None:
+        for folder in newest_first(self.folder):
+            digest = checkpoint.sha256(folder / "model.safetensors")
+            history = (folder / "history.json").read_text()
+            assert self.weights.setdefault(history, digest) == digest
+
+
+@pytest.mark.slow
+def test_the_same_with_the_engine_and_a_model():
+    run_machine(EngineBranches, 8, 6)
