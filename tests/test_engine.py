@@ -261,6 +261,31 @@ def test_an_evaluation_that_a_signal_abandoned_is_made_up_for(tmp_path):
     assert again.keeper.best.step in seen
 
 
+def test_an_evaluation_is_not_repeated_by_a_resume(tmp_path):
+    settings = {"eval_steps": 2, "save_steps": 2}
+    make(tmp_path, **settings).run()
+    again, seen = make(tmp_path, **settings), []
+    again.task.evaluate = lambda _: seen.append(again.step) or {"loss": 1.0}
+    again.resume(tmp_path / "checkpoint_step_4")
+    assert again.last_evaluated == 4
+    again.run()
+    assert seen == [6]
+
+
+def test_dropout_draws_another_mask_in_every_step(tmp_path):
+    """The same examples with the same weights: only the mask can make the loss differ."""
+    rows = tiny.examples(0, 4)
+    built = make(tmp_path, rows, shuffle=False)
+    built.parallel.update = lambda: None
+    losses = {}
+    for step in (0, 1, 2, 1, 0):
+        built.step = step
+        loss = built.optimizer_step()["train/loss"]
+        built.parallel.zero_grad()
+        assert losses.setdefault(step, loss) == loss
+    assert len(set(losses.values())) == 3
+
+
 def test_the_digest_of_the_weights_changes_with_a_step(tmp_path):
     made = make(tmp_path)
     before = made.digest()

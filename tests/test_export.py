@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from test_models import wake
 
 from sft import errors
@@ -63,6 +64,22 @@ def test_weights_of_another_shape_are_refused(run):
     config = with_values(runs.load_run_config(run), {"tuning.r": 3})
     with pytest.raises(errors.CheckpointError, match="does not fit the model"):
         export.load_weights(load.build(config, "fp32", CPU), run / "final_checkpoint")
+
+
+@pytest.mark.parametrize("lost", ["one tensor", "all tensors", "the file"])
+def test_missing_adapter_weights_are_refused(run, tmp_path, lost):
+    folder = Path(shutil.copytree(run / "final_checkpoint", tmp_path / "final"))
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    if lost == "the file":
+        path.unlink()
+    else:
+        removed = sorted(tensors)[:1] if lost == "one tensor" else list(tensors)
+        kept = {name: value for name, value in tensors.items() if name not in removed}
+        save_file(kept, path, {"format": "pt"})
+    built = load.build(runs.load_run_config(run), "fp32", CPU)
+    with pytest.raises(errors.CheckpointError, match="does not fit the model: it lacks"):
+        export.load_weights(built, folder)
 
 
 def test_an_unfinished_run_is_one_message(tmp_path):
