@@ -170,7 +170,7 @@ def _unused_name(folder: Path, name: str) -> Path:
 
 
 def _complete_move(run: Path, moving: Path, step: int) -> str:
-    """Each part is moved by one rename, and parts that have been moved are not there any more.
+    """Moves each part by one rename; parts that a killed run has moved are not there any more.
 
     The newest checkpoint goes first, so at any instant the others are one lineage.
     """
