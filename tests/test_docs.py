@@ -284,6 +284,7 @@ PARAGRAPHS = [
     *(
         "Exit codes",
         "Exact resume",
+        "Branches",
         "Checkpoint atomicity",
         "Console and logs",
         "Corruption",

@@ -314,9 +314,12 @@ def test_a_failing_proof_is_an_error_and_leaves_nothing_under_the_name(runs, tmp
     assert "**failed" in (tmp_path / "merged.failed/README.md").read_text()
     with pytest.raises(errors.MergeError, match=r"merged\.failed is not the model"):
         merge.retest(tmp_path / "merged.failed", quiet)
+    with pytest.raises(errors.MergeError, match=r"merged\.failed\.1 is not the model"):
+        merge.merge(runs["lora"], tmp_path / "merged", "fp32", reported.append)
     monkeypatch.undo()
     merge.merge(runs["lora"], tmp_path / "merged", "fp32", reported.append)
-    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["merged", "merged.failed", "merged.failed.1"], "nothing is removed"
 
 
 def test_an_adapter_that_rounding_would_lose_is_reported(tmp_path):
