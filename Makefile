@@ -7,6 +7,14 @@
 #   GIB=48                 memory of a GPU without a known name   LLAMA_CPP=path where llama.cpp is (merge: docs/MERGE.md)
 
 PYTHON ?= python3
+.DEFAULT_GOAL := help
+
+# `make -f path/Makefile VERB` works in that folder, as `make -C path VERB` does; paths are relative to it.
+ifneq ($(findstring /,$(MAKEFILE_LIST)),)
+.PHONY: $(or $(MAKECMDGOALS),help)
+$(or $(MAKECMDGOALS),help):
+	@$(MAKE) --directory "$(patsubst %/Makefile,%,$(strip $(MAKEFILE_LIST)))" $@
+else
 
 SHELL := /bin/bash
 VENV := .venv
@@ -28,14 +36,13 @@ model = --model "$(or $(MODEL),$(or $(RUN),outputs/nano)$(if $(AGENT),/final_che
 merged = $(or $(OUTPUT),$(if $(AGENT),$(or $(RUN),outputs/nano)/merged_agent$(AGENT)))
 gguf = $(if $(or $(GGUF),$(LLAMA_CPP)),--gguf "$(or $(GGUF),$(LLAMA_CPP))")
 
-.DEFAULT_GOAL := help
 .PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
 	train train-crowd train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
 	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare classify infer infer-batch merge merge-test nano test test-gpu test-fast lint format docs clean
 
 ##@ Start
 help: ## This list
-	@awk -f scripts/help.awk $(MAKEFILE_LIST)
+	@if [ -t 1 ] && [ -z "$$NO_COLOR" ]; then colour=1; fi; awk -v "colour=$$colour" -f scripts/help.awk $(MAKEFILE_LIST)
 
 setup: $(READY) ## Make .venv with the pinned requirements and this package (every target does it when needed)
 
@@ -107,11 +114,11 @@ collect-darkroom: $(READY) ## Record what PPO does while it learns each goal of 
 train-darkroom: $(READY) ## Distil an algorithm: collect, train, try the unseen goals (docs/research/DISTILL.md)
 	@$(sft) $(ARGS)
 
-tensorboard: $(READY) ## Start TensorBoard on outputs/ and print its address [PORT=6006]
-	@$(BIN)/python -m sft $@ $(call option,port,PORT)
+tensorboard: $(READY) ## Start TensorBoard on outputs/ and print its address [PORT=6006] [LOGDIR=folder]
+	@$(BIN)/python -m sft $@ $(call option,port,PORT) $(call option,logdir,LOGDIR)
 
-tb-stop: $(READY) ## Stop the TensorBoard that was started here, and no other
-	@$(BIN)/python -m sft $@
+tb-stop: $(READY) ## Stop the TensorBoard that was started here, and no other [LOGDIR=folder]
+	@$(BIN)/python -m sft $@ $(call option,logdir,LOGDIR)
 
 ##@ Use
 evaluate: $(READY) ## Measure held-out loss and score the answers of a run [RUN=folder] [AGENT=0] [NUM_PROCESSES=2]
@@ -172,3 +179,5 @@ clean: ## Remove caches; OUTPUTS=1 also removes outputs/, VENV_TOO=1 the environ
 	@rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@$(if $(OUTPUTS),rm -rf outputs,echo "kept: outputs/ (OUTPUTS=1 removes it)")
 	@$(if $(VENV_TOO),rm -rf $(VENV),echo "kept: $(VENV)/ (VENV_TOO=1 removes it)")
+
+endif

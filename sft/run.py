@@ -119,7 +119,7 @@ def _run(
         tuned = task.measure(engine.model, folder / "evaluation", state)
     log.log(engine.step, {f"eval/{name}": value for name, value in tuned.metrics.items()})
     log.say(f"after: {metrics_line(tuned.metrics)}")
-    engine.save_final(planned.disk.final)
+    engine.save_final(planned.disk.final, task.model_card(base, tuned))
 
     measured |= {"total_seconds": time.perf_counter() - started, "memory_bytes": memory_bytes()}
     if log.folder:

@@ -698,7 +698,7 @@ def test_the_folder_reports_what_the_crowd_is(run):
         "target_modules": sorted(linear),
         "aggregator": "learned",
         "base": {
-            "name": "nano/model",
+            "name": str(ROOT / "nano/model"),
             "weights_sha256": load.weights_sha256(runs.load_run_config(run).model),
         },
     }

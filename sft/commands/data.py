@@ -19,6 +19,8 @@ def process_options(parser: cli.Parser) -> None:
 def process(args: Namespace) -> None:
     """Writes the rows of any known format into `--output`, which must not exist yet."""
     config = cli.configuration(args)
+    if not args.output.name:
+        raise UserError("OUTPUT: required: OUTPUT=rows.jsonl")
     if args.output.exists():
         raise UserError(f"{args.output} exists already; remove it, or give another OUTPUT")
     report = files.process(config.data, args.output)

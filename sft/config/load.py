@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
+from sft.config import foreign
 from sft.config.aliases import ALIASES
 from sft.config.read import Reader, merge
 from sft.config.reference import type_name
@@ -69,11 +70,16 @@ def load_any(
     """
     reader = Reader()
     tree = {} if file is None else reader.read_file(Path(file))
+    if not tree and reader.problems:  # what it should have is missing for this reason
+        raise ConfigError("\n  ".join(reader.problems))
     task = tree.pop("task", Config.task)
     if task not in schemas:
         hint = remedy or f"; {suggest(str(task), list(schemas))}"
         place = f"task{_where('task', reader.origins)}"
         raise ConfigError(f"{place}: expected {' or '.join(schemas)}, found {shorten(task)}{hint}")
+    keys = {name: section.model_fields for name, section in sections_of(schemas[task]).items()}
+    if lines := foreign.explain(tree, keys):
+        raise ConfigError("\n  ".join([f"{file}: {lines[0]}", *lines[1:]]))
     merge(tree, reader.read_overrides(overrides or [], sections_of(schemas[task])))
     _train_on_classified(tree)
     known = {name for schema in schemas.values() for name in sections_of(schema)}

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.config.schema import Model, Tuning
 from sft.errors import CheckpointError
-from sft.models.load import weights_sha256
+from sft.models.load import absolute_name, weights_sha256
 from sft.runtime.checkpoint import open_tensors
 
 ADAPTER = "adapter_model.safetensors"
@@ -21,8 +21,8 @@ BASE = "base.json"  # beside an adapter: the base that it was trained on
 
 
 def base_record(base: Model) -> dict[str, str]:
-    """Returns what identifies the base of an adapter."""
-    return {"name": base.name, "weights_sha256": weights_sha256(base)}
+    """Returns what identifies the base of an adapter: hub id or absolute folder, and weights."""
+    return {"name": absolute_name(base.name), "weights_sha256": weights_sha256(base)}
 
 
 def save(
@@ -38,6 +38,7 @@ def save(
     `base`: the base of an adapter; it is recorded, and another base is refused at loading.
     """
     model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's, a form that nobody has filled in
     tokenizer.save_pretrained(str(folder))
     if base is not None:
         (folder / BASE).write_text(json.dumps(base_record(base), indent=2) + "\n", "utf-8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,38 @@ from sft.models.dtypes import DTYPES, check_dtypes
 from sft.runtime import checkpoint
 
 SAMPLE = 4096  # bytes at each end of a tensor that enter a digest
+
+
+def absolute_name(name: str) -> str:
+    """Returns the name of a model as it is valid in any folder: a hub id or an absolute path."""
+    return os.path.abspath(name) if Path(name).exists() else name
+
+
+def looks_local(name: str) -> bool:
+    """Returns whether a name is a path, and not the hub's `owner/model`.
+
+    A folder that holds runs, such as `outputs`, is no owner.
+    """
+    owner, *rest = Path(name).parts or [""]
+    is_path = name.startswith(("/", ".", "~")) or name.endswith("/") or len(rest) > 1
+    holds_runs = owner == "outputs" or any(Path(owner).glob("*/config.yaml"))
+    return is_path or bool(rest and holds_runs)
+
+
+def _refuse_missing_folder(name: str) -> None:
+    """Raises ModelError for a path at which there is nothing, without asking the hub for it."""
+    if not looks_local(name) or Path(name).exists():
+        return
+    folder = Path(name).parent
+    near: list[str] = []
+    with suppress(OSError):
+        near = sorted(path.name for path in folder.iterdir() if path.is_dir())[:12]
+    found = f"{folder} has {', '.join(near)}" if near else f"{folder} has no folders"
+    raise ModelError(
+        f"model.name: cannot load {name!r}: expected a folder with a run or a model, or a hub id "
+        f"(owner/model); found: no such folder here ({found}). Train first (`make train`), or give "
+        "another name"
+    )
 
 
 def load_tokenizer(config: Model) -> Tokenizer:
@@ -84,6 +117,7 @@ def keep_layers(architecture: Any, depth: int) -> Any:
 @contextmanager
 def explain_load_errors(name: str) -> Iterator[None]:
     """Turns what libraries raise for a missing, foreign or damaged model into a ModelError."""
+    _refuse_missing_folder(name)
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
@@ -193,6 +227,7 @@ def load_base(
         )
     if mode == "qlora":
         keep_nf4_trainable(model)
+    model.name_or_path = absolute_name(config.name)  # PEFT writes it into an adapter's config
     return model
 
 

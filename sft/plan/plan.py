@@ -7,6 +7,7 @@ saturates the device. Activations are checkpointed only if the step does not fit
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,8 @@ from sft.runtime.hardware import Hardware, resolve_precision
 from sft.tasks.base import Labels, Workload
 from sft.tasks.registry import task_of
 from sft.train import schedule
+
+FEW_STEPS = 50  # with fewer updates, hardly anything is learnt at usual learning rates
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def make_plan(config: RunConfig, workload: Workload, machine: Hardware, world_si
         labels=info.labels,
         reasons={f"train.{key}": why for key, why in autos.items()},
     )
-    return replace(plan, warnings=_warnings(plan))
+    return replace(plan, warnings=_warnings(plan, config.train.max_steps))
 
 
 def predict_disk(config: RunConfig, num_examples: int) -> Need:
@@ -130,7 +133,7 @@ def predict_disk(config: RunConfig, num_examples: int) -> Need:
     return replace(written, merged=2 * base + info.vocabulary * TOKENIZER_BYTES)
 
 
-def _warnings(plan: Plan) -> list[str]:
+def _warnings(plan: Plan, max_steps: int | None) -> list[str]:
     result = []
     if plan.missing_bytes:
         result.append(
@@ -148,7 +151,24 @@ def _warnings(plan: Plan) -> list[str]:
             f"{plan.labels.answers} takes {size(plan.generation_bytes)}, which does not fit: "
             f"lower {plan.labels.answers_key}"
         )
+    if plan.steps < FEW_STEPS:
+        result.append(_few_steps(plan, max_steps))
     return result
+
+
+def _few_steps(plan: Plan, max_steps: int | None) -> str:
+    """Returns the warning about a run that makes few updates, with the remedy."""
+    steps, batch, examples = plan.steps, plan.global_batch, plan.labels.examples
+    if steps == max_steps:
+        remedy = "raise train.max_steps"
+    else:
+        epochs = math.ceil(FEW_STEPS * batch / plan.num_examples)
+        smaller = max(1, batch * steps // FEW_STEPS)
+        remedy = f"give more rows, train.epochs={epochs}, or train.global_batch={smaller}"
+    return (
+        f"{steps} step{'s' if steps > 1 else ''} of {batch} {examples}: a model hardly learns in "
+        f"fewer than about {FEW_STEPS}; {remedy}"
+    )
 
 
 def resolved_values(plan: Plan) -> dict[str, Any]:

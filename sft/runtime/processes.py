@@ -199,6 +199,8 @@ def describe_world(accelerator: Accelerator) -> dict[str, str]:
     backend = f", {torch.distributed.get_backend()}" if world > 1 else ""
     machines = f" on {math.ceil(world / local)} machines, {local} on each" if local < world else ""
     devices = ", ".join(f"{number} x {name}" for name, number in names.items())
+    if "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        machines = "; `accelerate launch` starts one without a GPU, whatever --num_processes says"
     return {"devices": devices, "spread": f"{machines}{backend}"}
 
 

@@ -432,6 +432,10 @@ class Task(ABC):
         write_json(folder / "metrics.json", {"metrics": tuned.metrics})
         yield f"results: {metrics_line(tuned.metrics)}"
 
+    def model_card(self, base: Results | None, tuned: Results) -> str | None:
+        """Returns README.md of the final checkpoint; None for a model that has no card."""
+        return None
+
     def closing_rows(
         self, base: Results | None, tuned: Results
     ) -> tuple[list[tuple[str, str]], dict[str, str]]:

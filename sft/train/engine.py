@@ -460,11 +460,20 @@ class Engine:
             own = identity(self.train, self.task.identity())
             write_state(staging, counts, self.train, own, best)
 
-    def save_final(self, need_bytes: int) -> None:
-        """Commits what a user loads, without the state that only training needs."""
+    def save_final(self, need_bytes: int, card: str | None = None) -> None:
+        """Commits what a user loads, without the state that only training needs.
+
+        `card`: the text of its README.md.
+        """
+
+        def write(staging: Path) -> None:
+            self.write_final(staging)
+            if card is not None and self.accelerator.is_main_process:
+                (staging / "README.md").write_text(card, "utf-8")
+
         checkpoint.commit(
             self.folder / run_folder.FINAL,
-            self.write_final,
+            write,
             self.accelerator,
             need_bytes,
             self.keeper.lineage(),

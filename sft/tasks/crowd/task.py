@@ -269,12 +269,20 @@ class CrowdTune(FineTune):
         """Writes each agent as an adapter that loads alone, and a description of all of them."""
         crowd, tokenizer = self.model, self.prepared.tokenizer
         crowd.save_pretrained(str(folder), state_dict=weights)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form
         record = base_record(self.config.model)
         for agent in sorted(folder.glob("agent*")):
             tokenizer.save_pretrained(str(agent))
             write_json(agent / BASE, record)
         tokenizer.save_pretrained(str(folder))
         write_json(folder / META, {**crowd.describe(), "base": record})
+
+    def loading(self) -> str:
+        run = self.config.train.output_dir
+        return (
+            f"`make infer RUN={run}` asks all agents; `AGENT=0` one of them. Each folder "
+            f"`agent<n>` is an adapter that loads alone:\n\n{super().loading()}"
+        ).replace("path/to/this/folder", "path/to/this/folder/agent0")
 
     def read(self, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         return read_agents(self.model, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -99,7 +100,7 @@ def closing(
     config: Config, base: Results | None, tuned: Results, merge_arguments: str
 ) -> tuple[list[tuple[str, str]], dict[str, str]]:
     """Returns rows with what improved, and the commands to try next."""
-    folder = config.train.output_dir
+    folder = shlex.quote(config.train.output_dir)
     before = base.metrics if base else {}
     rows = [
         (name.replace("_", " "), f"{before[name]:.4g} -> {value:.4g}")
@@ -109,7 +110,11 @@ def closing(
     commands = {f"make infer RUN={folder}": "talk to it"}
     if config.tuning.mode != "full":
         commands[f"make merge RUN={folder}{merge_arguments}"] = "one model without adapters"
-    commands["make tensorboard"] = "look at the curves"
+    runs = Path(config.train.output_dir).parent
+    place = (
+        "" if runs.absolute() == Path("outputs").absolute() else f" LOGDIR={shlex.quote(str(runs))}"
+    )
+    commands[f"make tensorboard{place}"] = "look at the curves"
     if config.tuning.mode == "full":
         commands['make train ARGS="tuning.mode=qlora"'] = "the same with frozen 4-bit weights"
     return rows, commands

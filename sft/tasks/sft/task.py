@@ -31,7 +31,7 @@ from sft.evaluate.predictions import Predictions, key_of, read_records
 from sft.models import attention, export, layers, load
 from sft.runtime.console import write_json
 from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
-from sft.tasks.sft import report, shrink
+from sft.tasks.sft import card, report, shrink
 from sft.tasks.sft.saved import SavedTuning
 from sft.train.engine import Engine
 
@@ -381,6 +381,14 @@ class FineTune(SavedTuning):
         return report.show(self.config, base, tuned, folder)
 
     merge_arguments = ""  # what `make merge` needs in addition to the run
+
+    def model_card(self, base: Results | None, tuned: Results) -> str:
+        digests = self.digests(self.prepared)
+        return card.model_card(self.config, digests, base, tuned, self.loading())
+
+    def loading(self) -> str:
+        """Returns Markdown on how the final checkpoint is loaded."""
+        return card.WHOLE if self.config.tuning.mode == "full" else card.WITH_ADAPTER
 
     def closing_rows(
         self, base: Results | None, tuned: Results

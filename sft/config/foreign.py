@@ -1,0 +1,118 @@
+"""Recognises the configurations of other programs, and lists the keys that stand for theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from sft.config.aliases import ALIASES
+from sft.errors import shorten
+
+# Keys that a program has and the others seldom have -> what to write here; "": nothing is needed.
+PROGRAMS = {
+    "Axolotl": {
+        "base_model": "model.name",
+        "base_model_config": "model.name",
+        "datasets": "data.train_path (and data.format, which is detected)",
+        "test_datasets": "data.eval_path",
+        "val_set_size": "data.eval_fraction",
+        "dataset_prepared_path": "data.cache_dir",
+        "sequence_len": "data.max_seq_len",
+        "sample_packing": "train.layout: packed",
+        "eval_sample_packing": "train.layout: packed",
+        "pad_to_sequence_len": "",
+        "adapter": "tuning.mode",
+        "load_in_8bit": "tuning.mode: qlora (4 bits)",
+        "load_in_4bit": "tuning.mode: qlora",
+        "lora_target_linear": "tuning.target_modules: auto",
+        "lora_target_modules": "tuning.target_modules",
+        "micro_batch_size": "train.micro_batch",
+        "num_epochs": "train.epochs",
+        "lr_scheduler": "train.schedule",
+        "optimizer": "train.optimizer",
+        "train_on_inputs": "data.supervise: everything",
+        "flash_attention": "model.attn_implementation: flash_attention_2",
+        "saves_per_epoch": "train.save_steps",
+        "evals_per_epoch": "train.eval_steps",
+        "wandb_project": "train.wandb: true",
+        "special_tokens": "model.stop_tokens",
+    },
+    "LLaMA-Factory": {
+        "stage": "(only sft)",
+        "do_train": "",
+        "finetuning_type": "tuning.mode",
+        "lora_rank": "tuning.r",
+        "lora_target": "tuning.target_modules",
+        "quantization_bit": "tuning.mode: qlora",
+        "dataset": "data.train_path",
+        "dataset_dir": "data.train_path",
+        "eval_dataset": "data.eval_path",
+        "val_size": "data.eval_fraction",
+        "template": "data.chat_template (the tokenizer's own is the default)",
+        "cutoff_len": "data.max_seq_len",
+        "max_samples": "data.max_rows",
+        "train_on_prompt": "data.supervise: everything",
+        "mask_history": "data.supervise: last",
+        "flash_attn": "model.attn_implementation",
+        "overwrite_cache": "",
+        "overwrite_output_dir": "",
+        "preprocessing_num_workers": "",
+        "plot_loss": "train.tensorboard: true",
+        "report_to": "train.wandb: true",
+    },
+    "TRL": {
+        "dataset_name": "data.train_path",
+        "dataset_train_split": "data.train_path",
+        "dataset_test_split": "data.eval_path",
+        "dataset_text_field": "data.columns",
+        "use_peft": "tuning.mode: lora",
+        "lora_r": "tuning.r",
+        "lora_target_modules": "tuning.target_modules",
+        "load_in_4bit": "tuning.mode: qlora",
+        "max_length": "data.max_seq_len",
+        "max_seq_length": "data.max_seq_len",
+        "packing": "train.layout: packed",
+        "padding_free": "train.layout: packed",
+        "assistant_only_loss": "data.supervise: all",
+        "completion_only_loss": "data.supervise: all",
+        "chat_template_path": "data.chat_template",
+        "report_to": "train.wandb: true",
+    },
+}
+
+
+def explain(tree: Mapping[str, Any], sections: Mapping[str, Collection[str]]) -> list[str]:
+    """Returns lines about the program whose configuration `tree` looks like; [] if none.
+
+    `sections`: the keys of each section of this project.
+    """
+    if any(isinstance(tree.get(name), dict) for name in sections):
+        return []
+    own = {name: sum(key in keys for key in tree) for name, keys in PROGRAMS.items()}
+    program = max(own, key=lambda name: own[name])
+    if own[program] < 3:
+        return []
+    found = {key: _equivalent(key, program, sections) for key in tree}
+    width = max((len(key) for key, target in found.items() if target), default=0)
+    lines = [
+        f"this looks like a configuration of {program}; write its values under these keys, which "
+        "docs/CONFIG.md explains:"
+    ]
+    lines += [
+        f"{key:<{width}} -> {target:<26} (now {shorten(tree[key])})"
+        for key, target in found.items()
+        if target
+    ]
+    lines.append("train.global_batch is micro-batch x accumulation x processes: examples per step")
+    if others := [key for key, target in found.items() if target is None]:
+        lines.append(f"without an equivalent: {', '.join(others)}")
+    return lines
+
+
+def _equivalent(key: str, program: str, sections: Mapping[str, Collection[str]]) -> str | None:
+    """Returns what to write in place of `key`; None if there is nothing like it."""
+    if key in PROGRAMS[program]:
+        return PROGRAMS[program][key]
+    if key in ALIASES:
+        return ALIASES[key].key
+    return next((f"{name}.{key}" for name, keys in sections.items() if key in keys), None)

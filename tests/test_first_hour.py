@@ -1,0 +1,308 @@
+"""The first hour of a new user: what is missing, mistaken or too little is said, with a remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import forked
+import pytest
+import yaml
+from conftest import ROOT, clean_environment, run
+from rich.table import Table
+
+from sft.config import foreign
+from sft.config.load import load_config, with_values
+from sft.config.schema import Config, sections_of
+from sft.errors import ConfigError, ModelError
+from sft.models import load
+from sft.runtime.log import Log
+from sft.tasks.base import Results
+from sft.tasks.sft import card, report
+
+NANO = ROOT / "configs/nano.yaml"
+
+# --- names of models -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "is_local"),
+    [
+        ("outputs/nosuch", True),
+        ("./x", True),
+        ("../x/y", True),
+        ("/x", True),
+        ("~/x/y", True),
+        ("a/b/c", True),
+        ("owner/model/", True),
+        ("owner/model", False),
+        ("gpt2", False),
+        ("", False),
+        ("runs/mine", True),
+        ("models/mine", False),
+    ],
+)
+def test_a_name_that_looks_like_a_folder_is_one(name, is_local, tmp_path, monkeypatch):
+    (tmp_path / "runs/other").mkdir(parents=True)
+    (tmp_path / "runs/other/config.yaml").touch()
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load.looks_local(name) == is_local
+
+
+def test_a_run_that_does_not_exist_is_not_looked_for_at_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "outputs/first").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", lambda *_, **__: 1 / 0)
+    config = with_values(load_config(NANO), {"model.name": "outputs/nosuch"})
+    with pytest.raises(
+        ModelError, match=r"no such folder here \(outputs has first\)\. Train first"
+    ):
+        load.load_tokenizer(config.model)
+
+
+# --- configurations ------------------------------------------------------------------------------
+
+
+def test_a_missing_configuration_is_one_problem():
+    with pytest.raises(ConfigError) as found:
+        load_config("nosuch.yaml")
+    reported = str(found.value)
+    assert reported == "cannot read the configuration nosuch.yaml: No such file or directory"
+
+
+AXOLOTL = """
+base_model: NousResearch/Llama-3.2-1B
+datasets:
+  - path: teknium/GPT4-LLM-Cleaned
+    type: alpaca
+val_set_size: 0.1
+adapter: lora
+lora_r: 16
+lora_alpha: 32
+sequence_len: 2048
+sample_packing: true
+micro_batch_size: 2
+gradient_accumulation_steps: 2
+num_epochs: 1
+optimizer: adamw_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+bf16: auto
+warmup_ratio: 0.1
+weight_decay: 0.0
+flux_capacitor: 1
+"""
+FACTORY = """
+model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset: identity,alpaca_en_demo
+template: llama3
+cutoff_len: 2048
+max_samples: 1000
+output_dir: saves/llama3-8b/lora/sft
+logging_steps: 10
+per_device_train_batch_size: 1
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+bf16: true
+"""
+TRL = """
+model_name_or_path: Qwen/Qwen2-0.5B
+dataset_name: trl-lib/Capybara
+learning_rate: 2.0e-4
+num_train_epochs: 1
+packing: true
+per_device_train_batch_size: 2
+gradient_checkpointing: true
+use_peft: true
+lora_r: 32
+lora_alpha: 16
+output_dir: Qwen2-0.5B-SFT
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "program", "lines"),
+    [
+        (AXOLOTL, "Axolotl", ["base_model model.name", "sequence_len data.max_seq_len"]),
+        (FACTORY, "LLaMA-Factory", ["lora_rank tuning.r", "num_train_epochs train.epochs"]),
+        (TRL, "TRL", ["dataset_name data.train_path", "lora_alpha tuning.lora_alpha"]),
+    ],
+)
+def test_a_configuration_of_another_program_is_recognised(tmp_path, text, program, lines):
+    path = tmp_path / "other.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as found:
+        load_config(path)
+    reported = str(found.value)
+    assert f"{path}: this looks like a configuration of {program}" in reported
+    for line in lines:
+        assert line in re.sub(r" +-> +", " ", reported)
+    assert "unknown key" not in reported
+    assert ("without an equivalent: flux_capacitor" in reported) == ("flux" in text)
+
+
+def test_every_equivalent_is_a_key_of_the_schema():
+    keys = {
+        f"{name}.{key}" for name, each in sections_of(Config).items() for key in each.model_fields
+    }
+    named = [text for each in foreign.PROGRAMS.values() for text in each.values() if "." in text]
+    assert {re.match(r"[\w.]+", text)[0] for text in named} <= keys
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_own_configurations_are_not_taken_for_others(path):
+    keys = {name: each.model_fields for name, each in sections_of(Config).items()}
+    assert foreign.explain(yaml.safe_load(path.read_text()), keys) == []
+    assert foreign.explain({"model_name_or_path": "x", "learning_rate": 1}, keys) == []
+
+
+# --- make ----------------------------------------------------------------------------------------
+
+
+def make_at_terminal(*words: str, **environment: str) -> str:
+    end, inner = pty.openpty()
+    done = subprocess.run(
+        ["make", *words], cwd=ROOT, env=clean_environment(**environment), stdout=inner, check=True
+    )
+    assert done.returncode == 0
+    return os.read(end, 100_000).decode()
+
+
+def test_the_list_of_targets_has_colours_only_where_they_are_wanted():
+    assert "\x1b[36m" in make_at_terminal("help")
+    assert "\x1b" not in make_at_terminal("help", NO_COLOR="1")
+    assert "\x1b" not in run("make", "help").stdout
+
+
+def test_the_makefile_works_from_another_folder(tmp_path):
+    for words in (["help"], []):
+        command = f"cd {tmp_path} && make -f {ROOT}/Makefile {' '.join(words)}"
+        done = run("bash", "-c", command)
+        assert done.returncode == 0, done.stderr
+        assert "Fine-tune CONFIG in one process" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_process_without_an_output_asks_for_one():
+    done = run(sys.executable, "-m", "sft", "process", "--output", "")
+    assert (done.returncode, done.stderr) == (2, "error: OUTPUT: required: OUTPUT=rows.jsonl\n")
+
+
+# --- what a run says and leaves ------------------------------------------------------------------
+
+
+def test_a_checksum_is_no_curve_of_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = Log(tmp_path, tensorboard=True)
+    log.open_metrics(0)
+    log.log(1, {"train/loss": 1.0, "data/examples_crc32": 7})
+    log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert board.Tags()["scalars"] == ["train/loss"]
+    assert "examples_crc32" in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("folder", "command"),
+    [
+        ("outputs/mine", "make tensorboard"),
+        (f"{os.getcwd()}/outputs/mine", "make tensorboard"),
+        ("/scratch/mine", "make tensorboard LOGDIR=/scratch"),
+        ("/my disk/mine", "make tensorboard LOGDIR='/my disk'"),
+    ],
+)
+def test_the_command_for_the_curves_names_their_folder(folder, command):
+    config = with_values(load_config(NANO), {"train.output_dir": folder})
+    _, commands = report.closing(config, None, Results({}), "")
+    assert command in commands
+    assert any(f"make infer RUN={folder}" == each.replace("'", "") for each in commands)
+
+
+def test_a_card_has_no_marks_of_names(monkeypatch):
+    config = load_config(NANO, ["train.output_dir='out|<b>'"])
+    text = card.model_card(config, {}, None, Results({"loss": 1.0}), "")
+    assert "# out\\|&lt;b>" in text
+
+
+BRIEF = ["data.max_rows=60", "data.eval_path=nano/valid.jsonl", "evaluation.max_new_tokens=4"]
+BRIEF += ["train.global_batch=16", "tuning.mode=lora", "train.epochs=2"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    done = forked.run(
+        *("scripts/train.py", f"train.output_dir={folder}", "evaluation.num_examples=2", *BRIEF),
+        ACCELERATE_MIXED_PRECISION="no",  # as `accelerate launch --num_processes 2` sets it
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, re.sub(r"\s+", " ", done.stdout)
+
+
+@pytest.mark.slow
+def test_few_steps_are_warned_of_with_the_remedy(trained):
+    expected = (
+        "8 steps of 16 examples: a model hardly learns in fewer than about 50; give more rows,"
+    )
+    assert f"{expected} train.epochs=14, or train.global_batch=2" in trained[1]
+
+
+@pytest.mark.slow
+def test_one_process_of_accelerate_says_why_it_is_one(trained):
+    assert "`accelerate launch` starts one without a GPU, whatever --num_proc" in trained[1]
+
+
+@pytest.mark.slow
+def test_the_final_checkpoint_has_a_card_and_loads_from_any_folder(trained, tmp_path):
+    folder = trained[0] / "final_checkpoint"
+    _, front, text = (folder / "README.md").read_text().split("---\n", 2)
+    base = str(ROOT / "nano/model")
+    assert yaml.safe_load(front)["base_model"] == base
+    assert (
+        json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+    )
+    record = json.loads((folder / "base.json").read_text())
+    assert record["name"] == base
+    audit = json.loads((trained[0] / "audit.json").read_text())
+    for digest in (record["weights_sha256"], audit["data_sha256"]):
+        assert digest in text
+    assert "2 epochs of 16 examples" in text
+    assert re.search(r"^\| exact match \| \S+ \[\S+, \S+\] \| \S+ \[\S+, \S+\] \|$", text, re.M)
+    assert "More Information Needed" not in text
+    code = text.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(folder))
+    done = run(
+        sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r})\n{code}\nmodel.config"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_without_questions_no_table_of_answers_is_shown(tmp_path):
+    words = [f"train.output_dir={tmp_path}/run", "evaluation.num_examples=0", *BRIEF]
+    done = forked.run("scripts/train.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert "same prompts" not in done.stdout
+
+
+def test_a_table_of_no_answers_is_not_shown(tmp_path):
+    config = load_config(NANO)
+    details = {"num_examples": 0, "metrics": {}, "intervals": {}}
+    for name in ("base.jsonl", "predictions.jsonl"):
+        (tmp_path / name).touch()
+    results = Results({}, details)
+    shown = report.show(config, results, results, tmp_path)
+    assert not any(isinstance(each, Table) for each in shown)
