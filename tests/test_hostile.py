@@ -700,6 +700,35 @@ def test_a_template_that_fills_the_memory(bomb):
         rendering.render_text(with_template(bomb), TURNS)
 
 
+EXPLODING = {
+    "one long text": "{{ 'a' * 2000000 }}",
+    "a loop": "{% for i in range(2000) %}{% for j in range(1000) %}a{% endfor %}{% endfor %}",
+    "a loop of the row": "{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}",
+    "in the prompt only": "{% if add_generation_prompt %}{{ 'a' * 2000000 }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("bomb", EXPLODING.values(), ids=EXPLODING)
+def test_a_template_that_explodes_for_one_row_names_it(tmp_path, folder, bomb):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(answered(n) for n in range(8)))
+    template = folder / "chat_template.jinja"
+    condition = "{% if messages[0].content == 'say 5' %}" + bomb + "{% endif %}"
+    template.write_text(condition + template.read_text())
+    with pytest.raises(DataError, match="the chat template writes more than") as reported:
+        cache.prepare(configured(path, folder=folder))
+    assert f"{path}:6: " in str(reported.value)
+    assert "1 bad row" in str(reported.value)
+
+
+def test_a_long_row_is_no_explosion():
+    turns = [{"role": "user", "content": "é" * 300_000}, {"role": "assistant", "content": "ok"}]
+    written = "{% for m in messages %}{{ m.content | tojson }}{% endfor %}"
+    tokenizer = load_tokenizer(Model(name=str(NANO)))
+    tokenizer.chat_template = written
+    assert len(rendering.render_text(tokenizer, turns)) > 300_000
+
+
 def test_a_template_without_end_in_workers(tmp_path, folder, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(answered(n) for n in range(4 * workers.CHUNK_ROWS)))

@@ -31,6 +31,8 @@ from sft.errors import DataError, UserError
 
 SECONDS = 20  # CPU time that rendering a conversation may take; usual: 0.001
 BYTES = 2**30  # memory that rendering two words may take
+FREE = 2**16  # characters that a template may write whatever the row has: instructions, a date
+GROWTH = 16  # and how many for each one of the row and the template; JSON of ASCII takes 12
 Span = tuple[int, int]  # characters, end excluded
 
 # For tokenizers without a template: plain words, which any vocabulary can write. The newline after
@@ -125,15 +127,34 @@ def _apply_template(
     if any(name in message for message in messages for name in _REASONING_FIELDS):
         messages = _alias_reasoning_fields([dict(message) for message in messages])
     with bounded(tokenizer, messages):
-        return str(
-            compile_template(source).render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_prompt,
-                **values,
-            )
+        pieces = compile_template(source).generate(
+            messages=messages,
+            tools=tools,
+            documents=None,
+            add_generation_prompt=add_prompt,
+            **values,
         )
+        return _join(pieces, [messages, tools, source])
+
+
+def _join(pieces: Iterable[str], given: Any) -> str:
+    """Returns what a template writes. Raises DataError once that is far more than was `given`.
+
+    Tokenising takes hundreds of bytes for each character, so this is found before it.
+    """
+    joined, size, most = [], 0, FREE
+    for piece in pieces:
+        joined.append(piece)
+        size += len(piece)
+        if size > most:
+            num_given = len(json.dumps(given, ensure_ascii=False, default=str))
+            most = FREE + GROWTH * num_given
+            if size > most:
+                raise DataError(
+                    f"the chat template writes more than {most:,} characters for {num_given:,} of "
+                    "the row and the template itself; use a template that does not repeat so much"
+                )
+    return "".join(joined)
 
 
 def mark_typed(
