@@ -24,7 +24,7 @@ from transformers.utils import chat_template_utils
 
 from sft.config.load import load_config, with_values
 from sft.config.schema import Config, Data
-from sft.data import audit, audit_report, workers
+from sft.data import audit_report, workers
 from sft.data import cache as data_cache
 from sft.data.cache import Prepared, prepare, write_audit
 from sft.data.template import prepare_tokenizer
@@ -68,7 +68,7 @@ def test_one_core_and_all_cores_give_the_same(nano, monkeypatch):
 
 
 def test_the_embedded_task_has_no_error(nano):
-    assert audit.count_errors(nano.audit) == 0
+    assert audit_report.count_errors(nano.audit) == 0
     kinds = {*nano.audit["train"]["problems"], *nano.audit["held_out"]["problems"]}
     assert kinds <= {"near_duplicate"}  # requests made from phrasings are alike
 
@@ -130,7 +130,7 @@ def test_an_error_of_the_audit_stops_the_run_and_warn_lets_it_pass(tmp_path):
     given = rows(tmp_path / "rows.jsonl", "one", "two " * 600, "three", "four")
     with pytest.raises(DataError, match=r"(?s)too_long: 1 of .*rows.jsonl:2.*raise data.max_seq"):
         prepare(config(*given))
-    assert audit.count_errors(prepare(config(*given, "data.audit=warn")).audit) == 1
+    assert audit_report.count_errors(prepare(config(*given, "data.audit=warn")).audit) == 1
 
 
 def test_bad_rows_stop_the_run_or_are_skipped_and_listed(tmp_path):

@@ -30,7 +30,7 @@ def process(args: Namespace) -> None:
 def audit(args: Namespace) -> int:
     """Prints the findings, and writes them into outputs/audits. Returns 3 if one is an error."""
     config = cli.configuration(args)
-    from sft.data import audit, audit_report, cache
+    from sft.data import audit_report, cache
 
     console = make_console()
     prepared = cache.prepare(with_values(config, {"data.audit": "warn"}))
@@ -66,7 +66,7 @@ def audit(args: Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     cache.write_audit(prepared, folder)
     console.print(f"{folder}/audit.html shows the rows with the most findings in colour")
-    return 3 if audit.count_errors(prepared.audit) else 0
+    return 3 if audit_report.count_errors(prepared.audit) else 0
 
 
 def show_data_options(parser: cli.Parser) -> None:

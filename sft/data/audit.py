@@ -31,7 +31,6 @@ from sft.data.sentinels import forms
 from sft.data.template import IGNORED, Example, Supervise
 from sft.data.tokens import MARKED
 from sft.data.turns import end_tokens
-from sft.errors import DataError
 
 
 class Kind(NamedTuple):
@@ -42,105 +41,77 @@ class Kind(NamedTuple):
     remedy: str
 
 
-ERRORS = {
-    "not_the_template": (
-        "the ids are not those of the chat template's text",
-        "prepare the data again with this tokenizer and template",
-    ),
-    "labels_differ": (
-        "a label is another token than the one in its place",
-        "labels are not shifted",
-    ),
-    "unsupervised": ("no token can be learnt from", "give it an answer, or remove the row"),
-    "turns_differ": ("the supervised parts are not the assistant turns", "supervise whole turns"),
-    "answer_differs": (
-        "a supervised part is not the answer and its end of turn",
-        "correct the chat template or the row",
-    ),
-    "no_end_of_turn": (
-        "a turn does not end in a token at which generation can stop",
-        "correct the chat template: a model would not learn to stop",
-    ),
-    "repeated_bos": ("begins with two bos tokens", "the template and the tokenizer both write one"),
-    "too_long": (
-        "has more tokens than data.max_seq_len or the model's positions",
-        "raise data.max_seq_len, or set data.on_long to drop, truncate_left_turns or truncate",
-    ),
-    "prompt_mismatch": (
-        "what stands before a supervised turn is not the prompt of inference",
-        "correct the chat template: add_generation_prompt must write what training has",
-    ),
-    "content_altered": (
-        "the template drops or changes what a message says",
-        "use a role and a form that the template handles",
-    ),
-    "tools_dropped": (
-        "the template does not write the row's tools",
-        "use a model whose template handles tools, or remove them from the row",
-    ),
-    "leaked": ("a held-out row is also a training row", "remove it from one of the two files"),
+# Errors and warnings: a name, what it means, and below it what to do.
+FINDINGS = """\
+error not_the_template: the ids are not those of the chat template's text
+  prepare the data again with this tokenizer and template
+error labels_differ: a label is another token than the one in its place
+  labels are not shifted
+error unsupervised: no token can be learnt from
+  give it an answer, or remove the row
+error turns_differ: the supervised parts are not the assistant turns
+  supervise whole turns
+error answer_differs: a supervised part is not the answer and its end of turn
+  correct the chat template or the row
+error no_end_of_turn: a turn does not end in a token at which generation can stop
+  correct the chat template: a model would not learn to stop
+error repeated_bos: begins with two bos tokens
+  the template and the tokenizer both write one
+error too_long: has more tokens than data.max_seq_len or the model's positions
+  raise data.max_seq_len, or set data.on_long to drop, truncate_left_turns or truncate
+error prompt_mismatch: what stands before a supervised turn is not the prompt of inference
+  correct the chat template: add_generation_prompt must write what training has
+error content_altered: the template drops or changes what a message says
+  use a role and a form that the template handles
+error tools_dropped: the template does not write the row's tools
+  use a model whose template handles tools, or remove them from the row
+error leaked: a held-out row is also a training row
+  remove it from one of the two files
+warning no_bos: does not begin with the bos token that this tokenizer gives plain text
+  write bos_token in the chat template, if the model was trained with it
+warning special_in_content: holds the text of a special token, which is trained and served as \
+plain text here
+  remove it, if the model will be served where it becomes the real token
+warning thoughts_dropped: the template does not write the thoughts of a turn, which is therefore \
+not supervised
+  use a template that reads reasoning_content (data.chat_template), or remove the thoughts
+warning not_as_served: a turn is served otherwise than the one text of the row has it, so it is \
+not supervised
+  data.turns: auto
+warning no_prompt: the template writes no prompt before an assistant turn (the first message, or \
+one behind another answer), so it is not supervised
+  begin the row with a user turn, or join answers that follow each other
+warning end_of_turn_added: the template writes no token at which generation stops, so one is added
+  see data.chat_template and model.stop_tokens, if the model ends its turns otherwise
+warning thoughts_closed: the prompt opens a block of thoughts that the template does not write; \
+it is closed
+  see data.template_kwargs and data.chat_template, if that is not wanted
+warning other_variables: fits the prompt only with another value of a template variable, which \
+the row keeps
+  set data.template_kwargs, if the model is to be served like this by default
+warning unread_variables: sets a variable in chat_template_kwargs that the template does not read
+  correct its name, or remove it
+warning answer_cut: cut at data.max_seq_len: an answer lost its end
+  data.on_long: drop
+warning turns_dropped: its oldest turns were removed to fit data.max_seq_len
+  raise it to keep them
+warning duplicate: says the same as an earlier row
+  set data.duplicates: drop, if not meant
+warning near_duplicate: says nearly the same as an earlier row
+  look at the pair
+warning near_leak: a held-out row is nearly a training row, or has the prompt of one
+  look at the pair
+warning length_outlier: over 8 times as long as 95 % of the rows
+  look at it, or lower max_seq_len
+"""
+KINDS = {
+    name: Kind(severity, meaning, remedy)
+    for severity, name, meaning, remedy in re.findall(r"(\w+) (\w+): (.+)\n  (.+)", FINDINGS)
 }
-WARNINGS = {
-    "no_bos": (
-        "does not begin with the bos token that this tokenizer gives plain text",
-        "write bos_token in the chat template, if the model was trained with it",
-    ),
-    "special_in_content": (
-        "holds the text of a special token, which is trained and served as plain text here",
-        "remove it, if the model will be served where it becomes the real token",
-    ),
-    "thoughts_dropped": (
-        "the template does not write the thoughts of a turn, which is therefore not supervised",
-        "use a template that reads reasoning_content (data.chat_template), or remove the thoughts",
-    ),
-    "not_as_served": (
-        "a turn is served otherwise than the one text of the row has it, so it is not supervised",
-        "data.turns: auto",
-    ),
-    "no_prompt": (
-        "the template writes no prompt before an assistant turn (the first message, or one behind "
-        "another answer), so it is not supervised",
-        "begin the row with a user turn, or join answers that follow each other",
-    ),
-    "end_of_turn_added": (
-        "the template writes no token at which generation stops, so one is added",
-        "see data.chat_template and model.stop_tokens, if the model ends its turns otherwise",
-    ),
-    "thoughts_closed": (
-        "the prompt opens a block of thoughts that the template does not write; it is closed",
-        "see data.template_kwargs and data.chat_template, if that is not wanted",
-    ),
-    "other_variables": (
-        "fits the prompt only with another value of a template variable, which the row keeps",
-        "set data.template_kwargs, if the model is to be served like this by default",
-    ),
-    "unread_variables": (
-        "sets a variable in chat_template_kwargs that the template does not read",
-        "correct its name, or remove it",
-    ),
-    "answer_cut": ("cut at data.max_seq_len: an answer lost its end", "data.on_long: drop"),
-    "turns_dropped": (
-        "its oldest turns were removed to fit data.max_seq_len",
-        "raise it to keep them",
-    ),
-    "duplicate": ("says the same as an earlier row", "set data.duplicates: drop, if not meant"),
-    "near_duplicate": ("says nearly the same as an earlier row", "look at the pair"),
-    "near_leak": (
-        "a held-out row is nearly a training row, or has the prompt of one",
-        "look at the pair",
-    ),
-    "length_outlier": (
-        "over 8 times as long as 95 % of the rows",
-        "look at it, or lower max_seq_len",
-    ),
-}
-KINDS = {name: Kind("error", *texts) for name, texts in ERRORS.items()} | {
-    name: Kind("warning", *texts) for name, texts in WARNINGS.items()
-}
+ERRORS = {name for name, kind in KINDS.items() if kind.severity == "error"}
 OUTLIER = 8
 BIT = {kind: k for k, kind in enumerate(KINDS)}
 TOGETHER, LARGE = 256, 1 << 20  # examples that are collated at a time; tokens, padding included
-LISTED = 1000  # rows of a finding that audit.json names; all are counted
 CPU = torch.device("cpu")
 
 
@@ -447,97 +418,9 @@ def _examine_text(given: Renderings, row: Row, text: str) -> Iterator[str]:
         yield "tools_dropped"
 
 
-Sample = tuple[Row, Example, list[str]]  # a row, its example, the kinds of its findings
-
-
 def outlier_length(lengths: np.ndarray) -> float:
     """Returns the number of tokens above which an example is far longer than nearly all."""
     return float(OUTLIER * np.quantile(lengths, 0.95))
-
-
-def summarise_part(tokenizer: Tokenizer, examples: Examples, max_seq_len: int) -> dict[str, Any]:
-    """Returns totals, digests, and under `problems` the rows (`file:line`) of each kind of finding.
-
-    A row that is used more than once is counted once.
-    """
-    index, order, lengths = examples.arrays.index, examples.order, np.asarray(examples.lengths)
-    places = np.sort(np.unique(order, return_index=True)[1])  # where each example stands first
-    found, problems = index["findings"][order[places]], {}
-    for kind, k in BIT.items():
-        mine = places[(found >> np.uint32(k) & 1).astype(bool)]
-        if len(mine):
-            rows = [examples.row(i).place for i in mine[:LISTED].tolist()]
-            severity = KINDS[kind].severity
-            problems[kind] = {"severity": severity, "count": len(mine), "rows": rows}
-    return {
-        "rows": len(examples),
-        "tokens": int(lengths.sum()),
-        "supervised_tokens": int(index["supervised"][order].sum()),
-        "longest": int(lengths.max(initial=0)),
-        "max_seq_len": max_seq_len,
-        "problems": problems,
-        "template_sha256": template_sha256(tokenizer),
-        "tokenizer_sha256": tokenizer_sha256(tokenizer),
-    }
-
-
-def refuse(audited: dict[str, Any]) -> None:
-    """Raises DataError with every finding of both parts that is an error."""
-    problems = []
-    for part in ("train", "held_out"):
-        for kind, found in audited[part]["problems"].items():
-            if found["severity"] == "error":
-                first = ", ".join(found["rows"][:5]) + (", ..." if found["count"] > 5 else "")
-                problems.append(
-                    f"{kind}: {found['count']} of {audited[part]['rows']} {part} rows ({first}): "
-                    f"{KINDS[kind].meaning}; {KINDS[kind].remedy}"
-                )
-    if problems:
-        limit, longest = audited["train"]["max_seq_len"], audited["train"]["longest"]
-        raise DataError(
-            f"the data cannot be trained on as it is (limit {limit} tokens, longest row {longest})"
-            ":\n  " + "\n  ".join(problems) + "\nlook at them with `make audit` and `make "
-            "show-data`; data.audit: warn trains nevertheless"
-        )
-
-
-def count_errors(audited: dict[str, Any]) -> int:
-    """Counts the kinds of findings that a run refuses, in both parts."""
-    found = [*audited["train"]["problems"].values(), *audited["held_out"]["problems"].values()]
-    return sum(problem["severity"] == "error" for problem in found)
-
-
-def summarise(audited: dict[str, Any]) -> str:
-    """Returns one line: the number of examples, their formats, the findings, and rows left out."""
-    rows = audited["train"]["rows"] + audited["held_out"]["rows"]
-    found = [
-        f"{kind} {problem['count']:,}"
-        for part in ("train", "held_out")
-        for kind, problem in audited[part]["problems"].items()
-    ]
-    found += [f"{audited[what]:,} {what}" for what in ("rejected", "dropped") if audited[what]]
-    found += [
-        f"{count:,} left out ({why.split(':')[0]})" for why, count in audited["left_out"].items()
-    ]
-    if split := audited["split"]:
-        found.append(
-            f"{split['rows']:,} rows split into {split['examples']:,} examples (one per turn, "
-            f"{split['further_tokens']:,} further tokens)"
-        )
-    findings = f"{', '.join(found)} (audit.html)" if found else "nothing found"
-    return f"{rows:,} examples ({', '.join(audited['formats'])}), {findings}"
-
-
-def pick_samples(examples: Examples, most: int = 20) -> list[Sample]:
-    """Picks up to three rows of each combination of findings, most severe first, and then the
-    longest three rows without findings."""
-    found = examples.arrays.index["findings"][examples.order]
-    by_severity = sorted(np.unique(found[found != 0]).tolist(), key=lambda bits: bits & -bits)
-    flagged = [i for bits in by_severity for i in np.flatnonzero(found == bits)[:3].tolist()]
-    clean = np.flatnonzero(found == 0)
-    longest = np.argsort(-np.asarray(examples.lengths)[clean], kind="stable")[:3]
-    chosen = [*flagged, *clean[longest].tolist()][:most]
-    return [(examples.row(i), examples[i], to_kinds(int(found[i]))) for i in chosen]
 
 
 def _sha256(text: str) -> str:

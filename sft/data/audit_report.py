@@ -1,4 +1,4 @@
-"""Shows an audit as a table and as HTML, and the tokens of an example in colour."""
+"""Sums up an audit, shows it as a table and as HTML, and the tokens of an example in colour."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.data import rendering, tokens
-from sft.data.audit import KINDS, Sample
+from sft.data.audit import BIT, KINDS, template_sha256, to_kinds, tokenizer_sha256
+from sft.data.examples import Examples
+from sft.data.files import Row
 from sft.data.template import IGNORED, Example
+from sft.errors import DataError
 from sft.runtime.console import table, visible
 
+Sample = tuple[Row, Example, list[str]]  # a row, its example, the kinds of its findings
+LISTED = 1000  # rows of a finding that audit.json names; all are counted
 STYLES = {  # by (is added, is supervised)
     (True, True): "bold magenta underline",
     (True, False): "bold magenta",
@@ -34,13 +40,101 @@ td,th{text-align:left;padding:.2rem .8rem;vertical-align:top}
 <b class='special'>purple</b>, context <span class='context'>grey</span>.</p>"""
 
 
+def summarise_part(tokenizer: Tokenizer, examples: Examples, max_seq_len: int) -> dict[str, Any]:
+    """Returns totals, digests, and under `problems` the rows (`file:line`) of each kind of finding.
+
+    A row that is used more than once is counted once.
+    """
+    index, order, lengths = examples.arrays.index, examples.order, np.asarray(examples.lengths)
+    places = np.sort(np.unique(order, return_index=True)[1])  # where each example stands first
+    found, problems = index["findings"][order[places]], {}
+    for kind, k in BIT.items():
+        mine = places[(found >> np.uint32(k) & 1).astype(bool)]
+        if len(mine):
+            rows = [examples.row(i).place for i in mine[:LISTED].tolist()]
+            severity = KINDS[kind].severity
+            problems[kind] = {"severity": severity, "count": len(mine), "rows": rows}
+    return {
+        "rows": len(examples),
+        "tokens": int(lengths.sum()),
+        "supervised_tokens": int(index["supervised"][order].sum()),
+        "longest": int(lengths.max(initial=0)),
+        "max_seq_len": max_seq_len,
+        "problems": problems,
+        "template_sha256": template_sha256(tokenizer),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+    }
+
+
+def _problems(audited: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yields (part, kind, what was found) of each kind of finding in both parts."""
+    for part in ("train", "held_out"):
+        yield from ((part, kind, found) for kind, found in audited[part]["problems"].items())
+
+
+def refuse(audited: dict[str, Any]) -> None:
+    """Raises DataError with every finding of both parts that is an error."""
+    problems = [
+        f"{kind}: {found['count']} of {audited[part]['rows']} {part} rows ({_first(found, 5)}): "
+        f"{KINDS[kind].meaning}; {KINDS[kind].remedy}"
+        for part, kind, found in _problems(audited)
+        if found["severity"] == "error"
+    ]
+    if problems:
+        limit, longest = audited["train"]["max_seq_len"], audited["train"]["longest"]
+        raise DataError(
+            f"the data cannot be trained on as it is (limit {limit} tokens, longest row {longest})"
+            ":\n  " + "\n  ".join(problems) + "\nlook at them with `make audit` and `make "
+            "show-data`; data.audit: warn trains nevertheless"
+        )
+
+
+def _first(found: dict[str, Any], num: int) -> str:
+    """Returns the first rows of a finding."""
+    return ", ".join(found["rows"][:num]) + (", ..." if found["count"] > num else "")
+
+
+def count_errors(audited: dict[str, Any]) -> int:
+    """Counts the kinds of findings that a run refuses, in both parts."""
+    return sum(found["severity"] == "error" for _, _, found in _problems(audited))
+
+
+def summarise(audited: dict[str, Any]) -> str:
+    """Returns one line: the number of examples, their formats, the findings, and rows left out."""
+    rows = audited["train"]["rows"] + audited["held_out"]["rows"]
+    found = [f"{kind} {problem['count']:,}" for _, kind, problem in _problems(audited)]
+    found += [f"{audited[what]:,} {what}" for what in ("rejected", "dropped") if audited[what]]
+    found += [
+        f"{count:,} left out ({why.split(':')[0]})" for why, count in audited["left_out"].items()
+    ]
+    if split := audited["split"]:
+        found.append(
+            f"{split['rows']:,} rows split into {split['examples']:,} examples (one per turn, "
+            f"{split['further_tokens']:,} further tokens)"
+        )
+    findings = f"{', '.join(found)} (audit.html)" if found else "nothing found"
+    return f"{rows:,} examples ({', '.join(audited['formats'])}), {findings}"
+
+
+def pick_samples(examples: Examples, most: int = 20) -> list[Sample]:
+    """Picks up to three rows of each combination of findings, most severe first, and then the
+    longest three rows without findings."""
+    found = examples.arrays.index["findings"][examples.order]
+    by_severity = sorted(np.unique(found[found != 0]).tolist(), key=lambda bits: bits & -bits)
+    flagged = [i for bits in by_severity for i in np.flatnonzero(found == bits)[:3].tolist()]
+    clean = np.flatnonzero(found == 0)
+    longest = np.argsort(-np.asarray(examples.lengths)[clean], kind="stable")[:3]
+    chosen = [*flagged, *clean[longest].tolist()][:most]
+    return [(examples.row(i), examples[i], to_kinds(int(found[i]))) for i in chosen]
+
+
 def findings_table(part: dict[str, Any]) -> Table:
     """Returns a table of the findings in one part (train or held out), errors first."""
     rows = []
     for kind, found in sorted(part["problems"].items(), key=lambda item: [*KINDS].index(item[0])):
         style = "red" if found["severity"] == "error" else "yellow"
-        first = ", ".join(found["rows"][:3]) + (", ..." if found["count"] > 3 else "")
-        rows.append((Text(kind, style), KINDS[kind].meaning, first, f"{found['count']:,}"))
+        meaning, first = KINDS[kind].meaning, _first(found, 3)
+        rows.append((Text(kind, style), meaning, first, f"{found['count']:,}"))
     return table("", ("finding", "meaning", "first rows", "rows"), rows, left=3)
 
 

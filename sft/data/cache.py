@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from sft import errors
 from sft.config.schema import Config, Data
 from sft.data import audit, audit_report, duplicates, files, remote, split, template, workers
-from sft.data.audit import Sample
+from sft.data.audit_report import Sample
 from sft.data.examples import (
     ExampleArrays,
     Examples,
@@ -69,7 +69,7 @@ class Prepared:
 
     def samples(self) -> list[Sample]:
         """Returns the rows with the most findings, to be shown to people."""
-        return audit.pick_samples(self.train) + audit.pick_samples(self.held_out, 5)
+        return audit_report.pick_samples(self.train) + audit_report.pick_samples(self.held_out, 5)
 
 
 def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> Prepared:
@@ -104,7 +104,7 @@ def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> P
     if hidden and os.environ.get("RANK", "0") == "0":
         make_console().print(f"not read: {files.describe_hidden(hidden)}")
     if config.data.audit == "refuse":
-        audit.refuse(prepared.audit)
+        audit_report.refuse(prepared.audit)
     return prepared
 
 
@@ -401,7 +401,9 @@ def _decide(config: Config, tokenizer: Tokenizer, folder: Path, counts: _Counts)
     mark("leaked", leaked)
     mark("near_leak", near_leaked)
     limit = max_length(config)
-    return {part: audit.summarise_part(tokenizer, each, limit) for part, each in parts.items()} | {
+    return {
+        part: audit_report.summarise_part(tokenizer, each, limit) for part, each in parts.items()
+    } | {
         "rejected": counts.rejected,
         "dropped": counts.dropped,
         "left_out": dict(counts.left_out),

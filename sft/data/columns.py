@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from sft.data.messages import ROLES, Messages, content_text, is_empty, text_path
 
@@ -47,195 +47,153 @@ class Meaning(NamedTuple):
     `is_harmless` decides from the value and the row's messages that nothing is lost without it.
     """
 
-    formats: tuple[str, ...]
-    side: Literal["question", "answer"]
-    pattern: str
+    formats: frozenset[str]
+    side: str  # question or answer: what changes without them
+    is_harmless: Callable[[Any, Messages], bool]
     holds: str
     remedy: str  # COLUMN: its name, for a value that is text
-    is_harmless: Callable[[Any, Messages], bool] = lambda *_: False
+    pattern: re.Pattern[str]
 
 
-PREFERENCE = Meaning(
-    ALL,
-    "answer",
-    r"(chosen|rejected|(non_|dis)?preferred)(_\w+)?|\w+_(chosen|rejected)|kto_tag|preferences?|"
-    r"winner(_\w+)?|is_(chosen|preferred|rejected)|(better|safer)_\w*id",
-    "says which answer people preferred, and every answer would be learnt",
-    "keep the answers to learn, and remove the others",
+GROUPS = {
+    "any": ALL,
+    "chat": CONVERSATIONS,
+    "pair": PAIRS,
+    "dialogue": ("human_assistant",),
+    "turns": TURNS,
+    "text": ("text",),
+    "tokens": ("tokenised",),
+}
+HARMLESS: dict[str, Callable[[Any, Messages], bool]] = {
+    "": lambda *_: False,
+    "said": _is_in_messages,
+    "a word, or said": lambda value, m: " " not in str(value).strip() or _is_in_messages(value, m),
+    "true": lambda value, _: value is True,
+    "ones": _is_all_ones,
+    "no role": lambda value, _: value not in (*ROLES, "prompter", "human", "gpt", "bot"),
+    "in labels": lambda _, messages: -100 in messages[0]["labels"],
+    "one document": _is_one_document,
+}
+# In each entry: formats (of GROUPS), the side, when it is HARMLESS; what it holds; what to do; and
+# patterns of the names. The first entry that fits is used.
+TABLE = r"""
+- any answer
+says which answer people preferred, and every answer would be learnt
+keep the answers to learn, and remove the others
+(chosen|rejected|(non_|dis)?preferred)(_\w+)? \w+_(chosen|rejected) kto_tag preferences?
+winner(_\w+)? is_(chosen|preferred|rejected) (better|safer)_\w*id
+- any question
+holds images, sound or video, and only text can be trained on
+remove the row
+(image|img|picture|photo|audio|sound|video)s?(_(path|url|file|bytes|id)s?)? pixel_values
+- any answer
+holds other answers
+convert the row to messages
+replies candidates
+- chat answer
+rates the answer, and every answer would be learnt
+keep the rows whose answers are to be learnt
+labels? scores? ratings? rank rewards?
+- chat answer true
+rates the answer, and every answer would be learnt
+keep the rows whose answers are to be learnt
+(is_)?(correct|desirable|good|accepted|helpful|valid|safe) correctness helpfulness quality
+((up|down)?vote|thumb)s?(_\w+)? (user_)?feedback
+- chat+text answer ones
+weighs the row in the loss, and every row would weigh the same
+write the row as messages whose answer has this weight, or see data.mix
+((loss|sample|example|row)_)?weights?
+- text answer
+holds the class of the text, and the text alone would be learnt
+use `make classify`, or data.columns: {prompt: text, completion: COLUMN}
+labels?(_\w+)? \w+_label class(es)? target sentiment emotions? intents? stance polarity stars
+is_(spam|toxic|hate\w*) entities ner_tags
+- text answer
+holds an answer to the text, and the text alone would be learnt
+use data.columns: {prompt: text, completion: COLUMN}
+responses? repl(y|ies) outputs? completions? answers? summary highlights translation targets
+target_text
+- text question said
+holds a question that the text may answer, and the text alone would be learnt
+use data.columns: {prompt: COLUMN, completion: text}
+prompts? questions? quer(y|ies) instructions?
+- text question said
+holds a part of a conversation, and the text alone would be learnt
+write it into the text, or convert the row to messages
+system(_\w+)? tools functions
+- text answer no role
+says that the text is one turn of a conversation, and it would be learnt by itself
+join the turns of each conversation to a row of messages
+role
+- tokens answer
+holds the class of the text, and the text alone would be learnt
+use `make classify` with the text
+label label_\w+ \w+_label class target sentiment
+- pair+dialogue question said
+holds a part of the question, which would be asked without it
+use data.columns: {instruction: ..., input: COLUMN, output: ...}, or write it into the question
+contexts? passages? documents? articles? paragraphs? story evidence facts? background knowledge
+support(ing_\w+)? tables? schema hints? abstract premise search_results choices options endings
+(choice|option|opt?|answer|ending|distractor)_?[a-h1-8] [A-E] inputs? instructions? history
+- turns question said
+holds a part of the conversation, and no template would see it
+write it into a message
+contexts? passages? documents? search_results choices options instructions? history prompt
+question query
+- chat question
+sets a variable of the chat template, which would not see it
+write it into chat_template_kwargs of the row
+(chat_)?template_(kwargs|args|variables) enable_thinking thinking_mode reasoning_effort
+- pair answer a word, or said
+holds the thoughts before the answer, which would be learnt without them
+use data.columns: {..., reasoning_content: COLUMN}
+THOUGHTS
+- turns+dialogue answer a word, or said
+holds the thoughts before the answer, which would be learnt without them
+write them into the message as reasoning_content
+THOUGHTS
+- chat answer said
+holds calls of the answer, which would be learnt without them
+convert the row to messages
+(tool|function)_calls?
+- chat question said
+holds tools, and the row would be trained without them
+use data.columns: {..., tools: COLUMN}
+(available_)?(tools|functions) apis
+(tools?|functions?|apis?)_(list|schemas?|definitions?|specs?|json|descriptions?)
+- chat question said
+holds a system prompt, and the row would be trained without it
+use data.columns: {..., system: COLUMN}
+system(_?(prompt|message|instructions?))? sys_prompt developer(_(prompt|message))?
+- tokens answer ones
+says which tokens are learnt, and only labels are read for that
+write labels, with -100 for tokens that are not learnt
+(completion|assistants?|loss|label|train|target)_(masks?|weights?) weights? advantages
+- tokens answer in labels
+says where the answer begins, and only labels are read for that
+write labels, with -100 for the tokens of the prompt
+(prompt|source|context)_(len|length)s?
+- tokens answer one document
+says how the tokens are used, and a row is read as one document
+write one document a row
+position_ids token_type_ids segment_ids (seq|sequence)_lengths? cu_seqlens\w*
+"""
+THOUGHTS = (
+    r"(\w+_)?(reasoning|thinking|thoughts?)(_(content|traces?|steps|process|trajectory))?|"
+    r"cot|chain_of_thought|rationale|scratchpad"
 )
-RATING = "rates the answer, and every answer would be learnt"
-KEEP = "keep the rows whose answers are to be learnt"
-MEANINGS = (
-    PREFERENCE,
-    Meaning(
-        ALL,
-        "question",
-        r"(image|img|picture|photo|audio|sound|video)s?(_(path|url|file|bytes|id)s?)?|pixel_values",
-        "holds images, sound or video, and only text can be trained on",
-        "remove the row",
-    ),
-    Meaning(ALL, "answer", r"replies|candidates", "holds other answers", "convert it to messages"),
-    Meaning(CONVERSATIONS, "answer", r"labels?|scores?|ratings?|rank|rewards?", RATING, KEEP),
-    Meaning(
-        CONVERSATIONS,
-        "answer",
-        r"(is_)?(correct|desirable|good|accepted|helpful|valid|safe)|correctness|helpfulness|"
-        r"((up|down)?vote|thumb)s?(_\w+)?|(user_)?feedback|quality",
-        RATING,
-        KEEP,
-        lambda value, _: value is True,
-    ),
-    Meaning(
-        (*CONVERSATIONS, "text"),
-        "answer",
-        r"((loss|sample|example|row)_)?weights?",
-        "weighs the row in the loss, and every row would weigh the same",
-        "write the row as messages whose answer has this weight, or see data.mix",
-        _is_all_ones,
-    ),
-    Meaning(
-        ("text",),
-        "answer",
-        r"labels?(_\w+)?|\w+_label|class(es)?|target|sentiment|emotions?|intents?|stance|polarity|"
-        r"stars|is_(spam|toxic|hate\w*)|entities|ner_tags",
-        "holds the class of the text, and the text alone would be learnt",
-        "use `make classify`, or data.columns: {prompt: text, completion: COLUMN}",
-    ),
-    Meaning(
-        ("text",),
-        "answer",
-        r"responses?|repl(y|ies)|outputs?|completions?|answers?|summary|highlights|translation|"
-        r"targets|target_text",
-        "holds an answer to the text, and the text alone would be learnt",
-        "use data.columns: {prompt: text, completion: COLUMN}",
-    ),
-    Meaning(
-        ("text",),
-        "question",
-        r"prompts?|questions?|quer(y|ies)|instructions?",
-        "holds a question that the text may answer, and the text alone would be learnt",
-        "use data.columns: {prompt: COLUMN, completion: text}",
-        _is_in_messages,
-    ),
-    Meaning(
-        ("text",),
-        "question",
-        r"system(_\w+)?|tools|functions",
-        "holds a part of a conversation, and the text alone would be learnt",
-        "write it into the text, or convert the row to messages",
-        _is_in_messages,
-    ),
-    Meaning(
-        ("text",),
-        "answer",
-        r"role",
-        "says that the text is one turn of a conversation, and it would be learnt by itself",
-        "join the turns of each conversation to a row of messages",
-        lambda value, _: value not in (*ROLES, "prompter", "human", "gpt", "bot"),
-    ),
-    Meaning(
-        ("tokenised",),
-        "answer",
-        r"label|label_\w+|\w+_label|class|target|sentiment",
-        "holds the class of the text, and the text alone would be learnt",
-        "use `make classify` with the text",
-    ),
-    Meaning(
-        (*PAIRS, "human_assistant"),
-        "question",
-        r"contexts?|passages?|documents?|articles?|paragraphs?|story|evidence|facts?|background|"
-        r"support(ing_\w+)?|knowledge|tables?|schema|hints?|abstract|premise|search_results|"
-        r"choices|options|endings|(choice|option|opt?|answer|ending|distractor)_?[a-h1-8]|[A-E]|"
-        r"inputs?|instructions?|history",
-        "holds a part of the question, which would be asked without it",
-        "use data.columns: {instruction: ..., input: COLUMN, output: ...}, or write it into the "
-        "question",
-        _is_in_messages,
-    ),
-    Meaning(
-        TURNS,
-        "question",
-        r"contexts?|passages?|documents?|search_results|choices|options|instructions?|history|"
-        r"prompt|question|query",
-        "holds a part of the conversation, and no template would see it",
-        "write it into a message",
-        _is_in_messages,
-    ),
-    Meaning(
-        CONVERSATIONS,
-        "question",
-        r"(chat_)?template_(kwargs|args|variables)|enable_thinking|thinking_mode|reasoning_effort",
-        "sets a variable of the chat template, which would not see it",
-        "write it into chat_template_kwargs of the row",
-    ),
-    *(
-        Meaning(
-            formats,
-            "answer",
-            r"(\w+_)?(reasoning|thinking|thoughts?)(_(content|traces?|steps|process|trajectory))?"
-            r"|cot|chain_of_thought|rationale|scratchpad",
-            "holds the thoughts before the answer, which would be learnt without them",
-            remedy,
-            lambda value, messages: (
-                " " not in str(value).strip() or _is_in_messages(value, messages)
-            ),
-        )
-        for formats, remedy in (
-            (PAIRS, "use data.columns: {..., reasoning_content: COLUMN}"),
-            ((*TURNS, "human_assistant"), "write them into the message as reasoning_content"),
-        )
-    ),
-    Meaning(
-        CONVERSATIONS,
-        "answer",
-        r"(tool|function)_calls?",
-        "holds calls of the answer, which would be learnt without them",
-        "convert the row to messages",
-        _is_in_messages,
-    ),
-    Meaning(
-        CONVERSATIONS,
-        "question",
-        r"(available_)?(tools|functions)|(tools?|functions?|apis?)_(list|schemas?|definitions?|specs?|"
-        r"json|descriptions?)|apis",
-        "holds tools, and the row would be trained without them",
-        "use data.columns: {..., tools: COLUMN}",
-        _is_in_messages,
-    ),
-    Meaning(
-        CONVERSATIONS,
-        "question",
-        r"system(_?(prompt|message|instructions?))?|sys_prompt|developer(_(prompt|message))?",
-        "holds a system prompt, and the row would be trained without it",
-        "use data.columns: {..., system: COLUMN}",
-        _is_in_messages,
-    ),
-    Meaning(
-        ("tokenised",),
-        "answer",
-        r"(completion|assistants?|loss|label|train|target)_(masks?|weights?)|weights?|advantages",
-        "says which tokens are learnt, and only labels are read for that",
-        "write labels, with -100 for tokens that are not learnt",
-        _is_all_ones,
-    ),
-    Meaning(
-        ("tokenised",),
-        "answer",
-        r"(prompt|source|context)_(len|length)s?",
-        "says where the answer begins, and only labels are read for that",
-        "write labels, with -100 for the tokens of the prompt",
-        lambda _, messages: -100 in messages[0]["labels"],
-    ),
-    Meaning(
-        ("tokenised",),
-        "answer",
-        r"position_ids|token_type_ids|segment_ids|(seq|sequence)_lengths?|cu_seqlens\w*",
-        "says how the tokens are used, and a row is read as one document",
-        "write one document a row",
-        _is_one_document,
-    ),
-)
-PATTERNS = [(meaning, re.compile(meaning.pattern)) for meaning in MEANINGS]
+
+
+def _read_entry(entry: str) -> Meaning:
+    about, holds, remedy, *patterns = entry.splitlines()
+    groups, side, *harmless = about.split()
+    formats = frozenset(format for name in groups.split("+") for format in GROUPS[name])
+    pattern = "|".join(" ".join(patterns).split()).replace("THOUGHTS", THOUGHTS)
+    return Meaning(formats, side, HARMLESS[" ".join(harmless)], holds, remedy, re.compile(pattern))
+
+
+MEANINGS = [_read_entry(entry) for entry in TABLE.split("\n- ")[1:]]
+PREFERENCE = MEANINGS[0]
 # The usual names of a question and its answer in public data sets, for the message to users.
 USUAL = {
     "instruction": "instruction question query prompt problem input inputs dialogue document "
@@ -345,12 +303,6 @@ def is_preference(name: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _meaning_of(name: str, format: str) -> Meaning | None:
-    return next(
-        (
-            meaning
-            for meaning, pattern in PATTERNS
-            if format in meaning.formats
-            and (pattern.fullmatch(name.lower()) or pattern.fullmatch(name))
-        ),
-        None,
-    )
+    names = (name.lower(), name)
+    mine = (meaning for meaning in MEANINGS if format in meaning.formats)
+    return next((each for each in mine if any(map(each.pattern.fullmatch, names))), None)

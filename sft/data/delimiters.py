@@ -10,26 +10,12 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
 
 CANDIDATES = (",", ";", "\t", "|")
 SAMPLE_BYTES, SAMPLE_LINES = 1 << 20, 1000
 EXCEL = re.compile(r'"?sep=(.)"?\r?\n?')  # a first line with which Excel names the character
 NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars (|)"}
 ASK = "set data.csv_delimiter to the right one"
-
-
-class _Trial(NamedTuple):
-    """The first records of a CSV as one delimiter separates them."""
-
-    delimiter: str
-    columns: int  # of the header
-    fitting: int  # records with as many cells as the header
-    records: int
-
-    @property
-    def fits(self) -> bool:
-        return self.columns > 1 and self.fitting == self.records
 
 
 def find_delimiter(lines: list[str], is_whole: bool, usual: str) -> str:
@@ -39,21 +25,16 @@ def find_delimiter(lines: list[str], is_whole: bool, usual: str) -> str:
     to expect by the name of the file; it is used where no candidate separates the header. Raises
     ValueError if several fit, or if another character seems to separate the cells.
     """
-    if usual == "\t":  # what .tsv says
-        trial = _try(lines, is_whole, usual)
-        if trial.columns > 1:
-            return usual
-    trials = [_try(lines, is_whole, each) for each in CANDIDATES]
-    fitting = [trial for trial in trials if trial.fits]
+    trials = {each: _try(lines, is_whole, each) for each in CANDIDATES}
+    splitting = {each: share for each, (columns, share) in trials.items() if columns > 1}
+    if usual == "\t" in splitting:  # what .tsv says
+        return usual
+    fitting = [each for each, share in splitting.items() if share == 1]
     if len(fitting) > 1:
-        names = " and ".join(repr(trial.delimiter) for trial in fitting)
+        names = " and ".join(map(repr, fitting))
         raise ValueError(f"cells that {names} could separate equally well; {ASK}")
-    if fitting:
-        return fitting[0].delimiter
-    splitting = [trial for trial in trials if trial.columns > 1]
-    if splitting:  # some records are bad, and will be reported
-        best = max(splitting, key=lambda t: (t.fitting / t.records, t.delimiter == usual))
-        return best.delimiter
+    if splitting:  # where none fits, some records are bad, and will be reported
+        return max(splitting, key=lambda each: (splitting[each], each == usual))
     if other := _other_delimiter(lines):
         raise ValueError(
             f"cells that {other!r} seems to separate; save it with commas, semicolons, tabs or "
@@ -62,21 +43,21 @@ def find_delimiter(lines: list[str], is_whole: bool, usual: str) -> str:
     return usual
 
 
-def _try(lines: Iterable[str], is_whole: bool, delimiter: str) -> _Trial:
+def _try(lines: Iterable[str], is_whole: bool, delimiter: str) -> tuple[int, float]:
+    """Returns the columns of the header, 0 if two have one name, and the share of records that have
+    as many cells."""
     records: list[list[str]] = []
     is_broken = False
     try:
-        for record in csv.reader(lines, delimiter=delimiter, strict=True):
-            if record:
-                records.append(record)
+        records += filter(None, csv.reader(lines, delimiter=delimiter, strict=True))
     except csv.Error:
         is_broken = True
     if not is_whole and len(records) > 1 and not is_broken:
         records.pop()  # the sample may have cut it
     header = records[0] if records else []
-    columns = len(header) if len(set(header)) == len(header) else 0
     fitting = sum(len(record) == len(header) for record in records)
-    return _Trial(delimiter, columns, fitting, len(records) + (is_broken and is_whole))
+    columns = len(header) if len(set(header)) == len(header) else 0
+    return columns, fitting / (len(records) + (is_broken and is_whole) or 1)
 
 
 def _other_delimiter(lines: list[str]) -> str:

@@ -272,15 +272,10 @@ def read(
                 if to_answer
                 else formats.normalise(value, format, columns, ignore, used)
             )
-            messages = formats.set_system_prompt(found.messages, system, system_prompt)
+            made = found._asdict()
+            made["messages"] = formats.set_system_prompt(found.messages, system, system_prompt)
             own = None if group is None else scalar_text(_value_in(value, group))
-            yield Row(
-                **found._asdict() | {"messages": messages},
-                file=source.file,
-                line=line,
-                entry=source.entry,
-                group=own,
-            )
+            yield Row(**made, file=source.file, line=line, entry=source.entry, group=own)
         except (ValueError, RecursionError) as error:
             reason = readers.one_line(error_reason(error), 400)
             yield BadRow(source.file, line, reason, readers.make_excerpt(shown))
@@ -407,17 +402,8 @@ def file_digests(path: str | list[str], cache_dir: str = CACHE_DIR) -> list[dict
 
 def read_options(section: Data) -> dict[str, Any]:
     """Returns the options of `read_all` that a configuration sets."""
-    return section.model_dump(
-        include={
-            "format",
-            "columns",
-            "ignore_columns",
-            "csv_delimiter",
-            "system",
-            "system_prompt",
-            "cache_dir",
-        }
-    )
+    names = "format columns ignore_columns csv_delimiter system system_prompt cache_dir"
+    return section.model_dump(include={*names.split()})
 
 
 def content_digest(row: Row) -> bytes:

@@ -32,15 +32,8 @@ from sft.data.tokenised import TOKENS, read_tokens
 
 TEXT = "text"  # role of the only message of raw text, which is not a conversation
 # Keys that a row may lack, whatever its format.
-OPTIONAL = {
-    "system",
-    "tools",
-    "functions",
-    "input",
-    "history",
-    "reasoning_content",
-    "chat_template_kwargs",
-}
+SHARED = frozenset({"system", "tools", "functions", "chat_template_kwargs"})
+OPTIONAL = SHARED | {"input", "history", "reasoning_content"}
 CALLS = ("function_call", "tool_call")  # roles whose value is a call, or a list of calls
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "prompter", "user"), "user"),
@@ -187,18 +180,7 @@ def normalise(
     known = BY_NAME[recognise(row) if format == "auto" else format]
     if known.name == "text" and isinstance(row, str):
         row = {"text": row}
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, found {type(row).__name__}")
-    if format != "auto" and not known.fits(row):
-        keys = " or ".join("/".join(keys) for keys in known.keys)
-        raise ValueError(
-            f"expected the keys {keys} (data.format: {known.name}), found {sorted(row)}"
-        )
-    if columns and (unread := [key for key in row if key not in KNOWN_KEYS[known.name]]):
-        raise ValueError(
-            f"data.columns: the format {known.name} has no key {unread[0]!r}, expected one of "
-            f"{', '.join(sorted(KNOWN_KEYS[known.name]))}"
-        )
+    _check_keys(row, known, is_mapped=bool(columns))
     messages = known.read(row)
     ignored: tuple[str, ...] = ()
     if isinstance(whole, dict):
@@ -207,11 +189,26 @@ def normalise(
         ignored += tuple(name for name in whole if name in ignore)
     if known.name in UNRENDERED:
         return NormalRow(messages, format=known.name, ignored=ignored)
-    if messages and messages[0]["role"] == "system" and row.get("system") not in (None, ""):
-        raise ValueError("a system prompt stands both in the row and in its first message")
     messages = _with_system_of(row, messages)
     _check_turns(messages)
     return NormalRow(messages, tools_of(row), template_kwargs_of(row), known.name, ignored)
+
+
+def _check_keys(row: Any, known: Format, is_mapped: bool) -> None:
+    """Raises ValueError if a row lacks the format's keys, or data.columns names one it has not."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found {type(row).__name__}")
+    if not known.fits(row):
+        keys = " or ".join("/".join(keys) for keys in known.keys)
+        raise ValueError(
+            f"expected the keys {keys} (data.format: {known.name}), found {sorted(row)}"
+        )
+    names = KNOWN_KEYS[known.name]
+    if is_mapped and (unread := row.keys() - names):
+        raise ValueError(
+            f"data.columns: the format {known.name} has no key {min(unread)!r}, expected one of "
+            f"{', '.join(sorted(names))}"
+        )
 
 
 def _without(row: Any, ignore: Collection[str]) -> Any:
@@ -241,6 +238,8 @@ def _columns_of(row: dict[str, Any], columns: dict[str, str]) -> set[str]:
 def _with_system_of(row: dict[str, Any], messages: Messages) -> Messages:
     if row.get("system") in (None, ""):
         return messages
+    if messages and messages[0]["role"] == "system":
+        raise ValueError("a system prompt stands both in the row and in its first message")
     return [{"role": "system", "content": as_text(row["system"], "system")}, *messages]
 
 
@@ -447,44 +446,30 @@ def _spoken_turns(dialogue: str, name: str) -> Messages:
     ]
 
 
+def _format(
+    name: str, keys: str, read: Callable[[dict[str, Any]], Messages] | None = None, more: str = ""
+) -> Format:
+    """Makes a Format; without `read`, that of a question and its answer under two keys."""
+    each = tuple(tuple(part.split()) for part in keys.split("|"))
+    if read is None:
+        read = partial(_pair, ask=each[0][0], answer=each[0][1])
+        more += " reasoning_content"
+    return Format(name, each, read, frozenset(more.split()), name != "human_assistant")
+
+
 UNRENDERED = ("text", "tokenised")  # formats that no chat template renders
-WITH_THOUGHTS = frozenset({"reasoning_content"})
 FORMATS = (
-    Format("messages", (("messages",),), _from_messages),
-    Format("sharegpt", (("conversations",),), _from_sharegpt),
-    Format(
-        "alpaca", (("instruction", "output"),), _from_alpaca, WITH_THOUGHTS | {"input", "history"}
-    ),
-    Format(
-        "prompt_completion", (("prompt", "completion"),), _from_prompt_completion, WITH_THOUGHTS
-    ),
-    Format(
-        "question_answer",
-        (("question", "answer"),),
-        partial(_pair, ask="question", answer="answer"),
-        WITH_THOUGHTS,
-    ),
-    Format(
-        "seed",
-        (("user", "assistant"),),
-        partial(_pair, ask="user", answer="assistant"),
-        WITH_THOUGHTS,
-    ),
-    Format(
-        "tokenised",
-        (("input_ids", "labels"), ("input_ids", "attention_mask")),
-        read_tokens,
-    ),
-    Format(
-        "human_assistant",
-        (("text",), ("prompt", "completion")),
-        _from_human_assistant,
-        is_detected=False,
-    ),
-    Format("text", (("text",),), _from_text),
+    _format("messages", "messages", _from_messages),
+    _format("sharegpt", "conversations", _from_sharegpt),
+    _format("alpaca", "instruction output", _from_alpaca, "input history reasoning_content"),
+    _format("prompt_completion", "prompt completion", _from_prompt_completion, "reasoning_content"),
+    _format("question_answer", "question answer"),
+    _format("seed", "user assistant"),
+    _format("tokenised", "input_ids labels | input_ids attention_mask", read_tokens),
+    _format("human_assistant", "text | prompt completion", _from_human_assistant),
+    _format("text", "text", _from_text),
 )
 BY_NAME = {known.name: known for known in FORMATS}
-SHARED = frozenset({"system", "tools", "functions", "chat_template_kwargs"})
 KNOWN_KEYS = {
     known.name: known.more.union(*known.keys, () if known.name in UNRENDERED else SHARED)
     for known in FORMATS

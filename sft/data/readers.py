@@ -353,22 +353,26 @@ def _csv_rows(path: str, file: io.BufferedReader, delimiter: str) -> Iterator[Ra
     header = read_record()
     while header == []:
         header = read_record()
-    if isinstance(header, list):
-        name, times = Counter(header).most_common(1)[0]
-        problem = f"the column {name!r} twice" if times > 1 else ""
-    else:
-        problem = error_reason(header) if header else "an empty file"
-    if problem or not isinstance(header, list):
-        raise DataError(f"{path}: expected a header that names each column once, found {problem}")
+    header = _checked_header(path, header)
     while (cells := read_record()) is not None:
         value: Any = cells
         if isinstance(cells, list) and len(cells) == len(header):
             value = dict(zip(header, cells, strict=True))
         elif isinstance(cells, list):
-            wrong = f"expected {len(header)} cells as in the header, found {len(cells)}"
-            value = ValueError(wrong)
+            value = ValueError(f"expected {len(header)} cells as in the header, found {len(cells)}")
         if cells != []:  # a blank line
             yield RawRow(raw[0][0], value, b"".join(line for _, line, _ in raw[:10]))
+
+
+def _checked_header(path: str, header: list[str] | ValueError | None) -> list[str]:
+    if isinstance(header, list):
+        name, times = Counter(header).most_common(1)[0]
+        if times == 1:
+            return header
+        problem = f"the column {name!r} twice"
+    else:
+        problem = error_reason(header) if header else "an empty file"
+    raise DataError(f"{path}: expected a header that names each column once, found {problem}")
 
 
 def _text_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:

@@ -27,7 +27,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import psutil
 from filelock import FileLock, Timeout
 
-from sft.data.stores import Answer, FetchError, Store, open_store
+from sft.data.stores import Answer, FetchError, FileSystem, Web, open_store
 from sft.errors import HIDDEN, DataError, hide_credentials
 from sft.runtime.console import bar, duration, make_console, read_json, size, write_json
 
@@ -305,7 +305,7 @@ class _Transfer:
     def _num_arrived(self) -> int:
         return self.part.stat().st_size if self.part.exists() else 0
 
-    def _attempt(self, store: Store) -> Copy:
+    def _attempt(self, store: Web | FileSystem) -> Copy:
         version = read_json(self.about).get("version")
         start = self._num_arrived() if version else 0
         answer = store.open(start, version or "")

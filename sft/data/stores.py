@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote, urlsplit
 
 import httpx2
@@ -63,17 +63,7 @@ class Answer:
     close: Callable[[], None] = field(default=lambda: None)
 
 
-class Store(Protocol):
-    """The server of an address."""
-
-    def find(self) -> tuple[dict[str, str], bool]:
-        """Returns {name: address} of the files that the address gives, and if it is a folder."""
-
-    def open(self, start: int, version: str) -> Answer:
-        """Opens the file at `start`, or from 0 if `version` is not what the server has."""
-
-
-def open_store(address: str) -> Store:
+def open_store(address: str) -> Web | FileSystem:
     """Returns the store of an address. Raises FetchError if there is none for its protocol."""
     if re.search(r"::[A-Za-z][\w+.-]*://", address):
         raise FetchError("unusable", "a chain of protocols (::)", "give the address of a file")
@@ -108,66 +98,45 @@ class Explanation(NamedTuple):
     """What an error means that has, or whose cause has, one of these classes or HTTP statuses."""
 
     kind: Kind
-    classes: set[str]  # names, since each library has errors of its own
+    causes: set[str]  # names of classes, since each library has errors of its own; statuses
     reason: str  # {text} is that of the error, {sources} where credentials come from
-    remedy: str = ""
-    statuses: tuple[int, ...] = ()
+    remedy: str
 
 
-NETWORK = "check the address and the network"
-EXPLANATIONS = (  # the first that fits is used
-    Explanation("unusable", {"ImportError"}, "{scheme}:// needs a package: {text}", "{package}"),
-    Explanation(
-        "denied",
-        {"NoCredentialsError", "DefaultCredentialsError", "PartialCredentialsError"},
-        "no credentials were found",
-        "set {sources}",
-    ),
-    Explanation(
-        "denied", {"GatedRepoError"}, "the repository is gated", "ask for access, and set {sources}"
-    ),
-    Explanation(
-        "missing",
-        {"RepositoryNotFoundError"},
-        "no such repository, or a private one",
-        "check {sources}",
-    ),
-    Explanation(
-        "denied",
-        {"PermissionError"},
-        "access is denied{how} ({text})",
-        "check {sources}",
-        (401, 403, 407),
-    ),
-    Explanation(
-        "missing", {"FileNotFoundError"}, "no such file ({text})", "correct the address", (404, 410)
-    ),
-    Explanation(
-        "unusable",
-        {"SSLCertVerificationError"},
-        "the certificate of the server is not valid ({text})",
-        "correct the address, or set SSL_CERT_FILE",
-    ),
-    Explanation("unreachable", {"gaierror"}, "the host is unknown", NETWORK),
-    Explanation(
-        "unreachable",
-        {
-            *("ConnectError", "ConnectTimeout", "ConnectionRefusedError", "ClientConnectorError"),
-            *("EndpointConnectionError", "ConnectTimeoutError", "OfflineModeIsEnabled"),
-            *("ProxyError", "ProxyConnectionError"),
-        },
-        "the server cannot be reached ({text})",
-        NETWORK,
-    ),
-    Explanation("unusable", {"UnsupportedProtocol"}, "{text}", "correct the address"),
-    Explanation(
-        "transient",
-        {"OSError", "TransportError"},
-        "the connection failed ({text})",
-        statuses=(408, 425, 429, *range(500, 600)),
-    ),
-    Explanation("unusable", {"BaseException"}, "{text}", "correct the address"),
-)
+# In each entry: the kind, its causes, the reason and what to do. The first that fits is used.
+EXPLANATIONS = [
+    Explanation(first.split()[0], {*first.split()[1:]}, *second.partition("; ")[::2])
+    for first, second in re.findall(
+        r"(.+)\n(.+)\n",
+        """\
+unusable ImportError
+{scheme}:// needs a package: {text}; {package}
+denied NoCredentialsError DefaultCredentialsError PartialCredentialsError
+no credentials were found; set {sources}
+denied GatedRepoError
+the repository is gated; ask for access, and set {sources}
+missing RepositoryNotFoundError
+no such repository, or a private one; check {sources}
+denied PermissionError 401 403 407
+access is denied{how} ({text}); check {sources}
+missing FileNotFoundError 404 410
+no such file ({text}); correct the address
+unusable SSLCertVerificationError
+the certificate of the server is not valid ({text}); correct the address, or set SSL_CERT_FILE
+unreachable gaierror
+the host is unknown; check the address and the network
+unreachable ConnectError ConnectTimeout ConnectionRefusedError ClientConnectorError ProxyError \
+EndpointConnectionError ConnectTimeoutError OfflineModeIsEnabled ProxyConnectionError
+the server cannot be reached ({text}); check the address and the network
+unusable UnsupportedProtocol
+{text}; correct the address
+transient OSError TransportError 408 425 429 5xx
+the connection failed ({text})
+unusable BaseException
+{text}; correct the address
+""",
+    )
+]
 
 
 def explain(error: BaseException, scheme: str, *, is_anonymous: bool = False) -> FetchError:
@@ -191,12 +160,12 @@ def explain(error: BaseException, scheme: str, *, is_anonymous: bool = False) ->
         "package": PACKAGES.get(scheme, "install what it needs"),
         "sources": CREDENTIALS.get(scheme, "the credentials of this protocol"),
     }
-    classes = set[str]()
+    found_in = {str(status), f"{status}"[:1] + "xx"}
     cause: BaseException | None = error
     while cause:
-        classes |= {kind.__name__ for kind in type(cause).__mro__}
+        found_in |= {kind.__name__ for kind in type(cause).__mro__}
         cause = cause.__cause__ or cause.__context__
-    found = next(each for each in EXPLANATIONS if each.classes & classes or status in each.statuses)
+    found = next(each for each in EXPLANATIONS if each.causes & found_in)
     return FetchError(found.kind, found.reason.format(**words), found.remedy.format(**words))
 
 
@@ -221,6 +190,7 @@ class Web:
         self.path = PurePosixPath(urlsplit(full).path)
 
     def find(self) -> tuple[dict[str, str], bool]:
+        """Returns {name: address} of the files that the address gives, and if it is a folder."""
         if "*" in str(self.path):
             raise FetchError(
                 "unusable", "a pattern, and the web lists no files", "give a list of addresses"
@@ -228,6 +198,7 @@ class Web:
         return {hide_credentials(self.address): self.address}, False
 
     def open(self, start: int, version: str) -> Answer:
+        """Opens the file at `start`, or from 0 if `version` is not what the server has."""
         headers = {"Accept-Encoding": "identity", "User-Agent": "sft"}
         if start:
             headers |= {"Range": f"bytes={start}-", "If-Range": version}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -81,12 +81,7 @@ def is_tokenised(messages: Messages) -> bool:
     return bool(messages[0]["role"] == TOKENS)
 
 
-class Tokens(NamedTuple):
-    """The tokens of an example, with the findings of cutting it."""
-
-    ids: list[int]
-    labels: list[int]
-    flags: tuple[str, ...] = ()
+Tokens = tuple[list[int], list[int], tuple[str, ...]]  # ids, labels, flags of cutting them
 
 
 def make_tokens(
@@ -100,9 +95,9 @@ def make_tokens(
     _check_vocabulary(tokenizer, message)
     ids, labels = message["input_ids"], message["labels"]
     if len(ids) <= max_seq_len or on_long not in ("drop", "truncate"):
-        return [Tokens(ids, labels)]
-    cut = Tokens(ids[:max_seq_len], labels[:max_seq_len], ("answer_cut",))
-    is_learnt = any(label != IGNORED for label in cut.labels[1:])
+        return [(ids, labels, ())]
+    is_learnt = any(label != IGNORED for label in labels[1:max_seq_len])
+    cut = (ids[:max_seq_len], labels[:max_seq_len], ("answer_cut",))
     return [cut] if on_long == "truncate" and is_learnt else []
 
 

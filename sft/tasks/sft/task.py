@@ -187,7 +187,7 @@ class FineTune(SavedTuning):
     def preview(cls, prepared: Prepared) -> Iterator[RenderableType]:
         yield "First row, as the model sees it (supervised: green; special: magenta; context: dim)"
         yield audit_report.colour_text(prepared.tokenizer, prepared.train[0])
-        yield f"audit: {audit.summarise(prepared.audit)}"
+        yield f"audit: {audit_report.summarise(prepared.audit)}"
 
     @classmethod
     def write_data_report(cls, prepared: Prepared, folder: Path) -> None:
