@@ -178,7 +178,7 @@ def test_turns_that_the_template_refuses(tmp_path, folder):
     for row, (_, reason) in zip(found, TURNS_REFUSED.values(), strict=True):
         assert reason in row.reason
     reported = refused(configured(path, folder=folder))
-    assert f"{path}:1: the chat template refuses the roles assistant, user: " in reported
+    assert f"{path}:1: the chat template refuses the roles assistant, user at its line " in reported
 
 
 def test_turns_that_the_template_takes(tmp_path):

@@ -400,7 +400,11 @@ IMPOSSIBLE = {
         r"does not write content \('Hello\.'\) of assistant turn 1",
     ),
     "no system role": (GEMMA, [SYSTEM, *TWO_TURNS], "refuses the roles system, .* not supported"),
-    "roles": (GEMMA, [ASK, AND, BYE], "refuses the roles user, user: roles must"),
+    "roles": (
+        GEMMA,
+        [ASK, AND, BYE],
+        r"refuses the roles user, user at its line \d+ \(`.*`\): roles must",
+    ),
 }
 ENDED = {  # what ends a turn where the template does not, or not in each turn
     "no end of turn": (NO_END, "</s>", ("end_of_turn_added",)),

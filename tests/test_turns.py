@@ -777,3 +777,78 @@ def test_traits_of_public_templates(trait):
         assert example.ids[:first] == serve(tokenizer, kept, turn)
         found = set(audit.examine(tokenizer, kept, example, LIMIT)) & set(audit.ERRORS)
         assert found == ({"content_altered"} if STRAY in kept.messages else set())
+
+
+CHATML = catalogue.CHATML
+IN_A_LOOP = "{% for call in m.tool_calls or [] %}"
+REASONS = {  # what a template does -> the template, what the refusal says
+    "raises": (
+        "{% if tools %}\n{{ raise_exception('no tools') }}{% endif %}" + CHATML,
+        r"refuses the roles user at its line 2 \(`{{ raise_exception\('no tools'\) .*\): no tools;",
+    ),
+    "needs a sandbox": (
+        CHATML.replace(IN_A_LOOP, "{% set seen = [] %}\n" + IN_A_LOOP + "{{ seen.append(1) }}"),
+        r"does at its line \d+ \(`.*seen.append\(1\).*`\) what the sandbox of transformers forbids",
+    ),
+    "needs a variable": (
+        "{{ style + 'x' }}" + CHATML,
+        r"at its line 1 \(`{{ style .*give the template its variable style \(data.template_kw",
+    ),
+    "needs a key": (
+        CHATML.replace(
+            IN_A_LOOP, IN_A_LOOP + "{% for k in call.no %}{% endfor %}{{ call.no + 1 }}"
+        ),
+        r"fails on the roles user, assistant at its line \d+ \(`.*call.no",
+    ),
+    "is one line": (
+        "{% if false %}{% endif %}" * 9 + "{% if tools %}{{ raise_exception('no') }}{% endif %}",
+        r"at its line 1 \(`\.\.\. .*raise_exception\('no'\)",
+    ),
+    "does not read calls": (
+        CHATML.replace("m.tool_calls or []", "[]"),
+        r"name of a call \('f'\) of assistant turn 1 \(it never reads `tool_calls`\)",
+    ),
+    "leaves calls out": (
+        CHATML.replace("m.tool_calls or []", "(m.tool_calls or [])[1:]"),
+        r"name of a call \('f'\) of assistant turn 1 \(its line \d+ \(`.*`\) writes the turn\)",
+    ),
+    "alters arguments": (
+        CHATML.replace(
+            "call.function |",
+            "{'name': call.function.name, 'x': 1, 'y': "
+            "call.function.arguments.y | replace('is', 'was')} |",
+        ),
+        r"alters or drops what assistant turn 1 says \('It is long'\) at its line 5",
+    ),
+    "begins otherwise": (
+        CHATML.replace("assistant\n{% endif %}", "assistant\n~{% endif %}"),
+        r"the conversation .*; the template writes them at its line 8 \(`.*`\) and its line 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_a_refusal_names_the_line_or_the_key(kind):
+    source, reason = REASONS[kind]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": "It is long"}}}
+    row = Row([A, {**CALL_F, "tool_calls": [call]}], CALLS, "f", 1)
+    with pytest.raises(DataError, match=reason):
+        template.render_row(catalogue.tokenizer(source, None, ()), row, LIMIT)
+
+
+def test_a_row_with_tools_takes_the_template_for_tools():
+    plain = CHATML.replace("m.tool_calls or []", "[]").replace("{{ tools | tojson }}", "")
+    tokenizer = nano()
+    tokenizer.chat_template = {
+        "default": "{{ place }}" + plain,
+        "tool_use": "{{ tone }}" + CHATML.replace("<|im_end|>", "<|end|>"),
+    }
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    made = template.prepare_tokenizer(tokenizer, None, {"place": "P", "tone": "T"})
+    tools = Row([A, CALL_F], CALLS, "f", 1)
+    assert texts_of(made, Row([A, B], None, "f", 1)) == [["b<|im_end|>"]]
+    assert texts_of(made, tools) == [['<tool>{"name": "f", "arguments": {"x": 1}}</tool><|end|>']]
+    for row in (tools, Row([A, B], None, "f", 1)):
+        ((kept, example),) = template.render_row(made, row, LIMIT)
+        assert not set(audit.examine(made, kept, example, LIMIT)) & set(audit.ERRORS)
+        assert made.decode(example.ids).startswith("T" if row is tools else "P")

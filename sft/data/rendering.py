@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from transformers.utils.chat_template_utils import (
 from transformers.utils.chat_template_utils import _compile_jinja_template as compile_template
 
 from sft.data.formats import Message, Messages, Tools, content_text
+from sft.data.lines import failure
 from sft.errors import DataError, UserError
 
 SECONDS = 20  # CPU time that rendering a conversation may take; usual: 0.001
@@ -72,6 +74,26 @@ def cached_by_tokenizer(function: Callable[[Tokenizer], T]) -> Callable[[Tokeniz
     return lambda tokenizer: cached(tokenizer, len(tokenizer), str(tokenizer.chat_template))
 
 
+@cached_by_tokenizer
+def variants(tokenizer: Tokenizer) -> dict[str, Tokenizer]:
+    """Returns a tokenizer for each of its chat templates, by name; most have one only."""
+    templates = tokenizer.chat_template
+    if not isinstance(templates, dict):
+        return {"default": tokenizer}
+    made = {name: copy.copy(tokenizer) for name in templates}
+    for name, variant in made.items():
+        variant.chat_template = templates[name]
+    return made
+
+
+def variant_for(tokenizer: Tokenizer, tools: Tools | None) -> Tokenizer:
+    """Returns the tokenizer with the one template that serving takes for these tools."""
+    if not isinstance(tokenizer.chat_template, dict):
+        return tokenizer
+    known = variants(tokenizer)
+    return known["tool_use" if tools is not None and "tool_use" in known else "default"]
+
+
 class TemplateError(UserError):
     """An error of the chat template itself: it is not a template, or rendering does not end."""
 
@@ -92,6 +114,7 @@ def render_text(
     someone typed stands between MARKS, so that `tokens.tokenise` makes plain text of it.
     Raises DataError if the template refuses it, TemplateError if rendering does not end.
     """
+    tokenizer = variant_for(tokenizer, tools)
     messages, tools = mark_typed(tokenizer, messages, tools)
     return render_marked(tokenizer, messages, tools, add_generation_prompt, variables)
 
@@ -324,11 +347,7 @@ def bounded(tokenizer: Tokenizer, messages: Messages) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001  # a template may divide by zero, recurse ...
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(
-            f"the chat template refuses the roles {roles}: {error}; change the row to what the "
-            "model's template expects"
-        ) from None
+        raise DataError(failure(tokenizer.get_chat_template(), messages, error)) from None
     finally:
         if is_main:
             _bound.clear()
@@ -488,6 +507,7 @@ def renderings_of(
 ) -> Renderings:
     """Returns the renderings of a conversation. The same ones if it is asked for twice in a row, as
     the audit does, so that each text is rendered once."""
+    tokenizer = variant_for(tokenizer, tools)
     if _latest:
         (last,) = _latest
         same = last.given[0] is messages and last.given[1] is tools

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sft.data import rendering
-from sft.data.formats import Message, content_text
+from sft.data import reasons, rendering
+from sft.data.formats import Message
+from sft.data.lines import never_reads
 from sft.data.rendering import Renderings, cached_by_tokenizer
 from sft.errors import DataError
 
@@ -84,18 +85,19 @@ def stand_in(message: Message, word: str) -> tuple[Message, list[Slot]]:
 
 def confirm(
     given: Renderings,
-    message: Message,
+    index: int,
     body: str,
     number: int,
     trace: Callable[[Message], str | None],
     is_usual: bool,
 ) -> Frame:
-    """Compares a turn, the `number`-th of the assistant, with one of sentinels.
+    """Compares message `index`, the `number`-th turn of the assistant, with one of sentinels.
 
     `trace` returns what the template writes of another message in its place, or None. `is_usual`:
     the body follows the prompt, so that the text around it may be that of earlier turns. Raises
     DataError if a value is changed or missing.
     """
+    message = given.messages[index]
     may_be_known = is_plain(message) and is_usual
     frames = _frames(given.tokenizer)
     for before, after in frames if may_be_known else ():
@@ -106,7 +108,7 @@ def confirm(
     replaced, slots = stand_in(message, given.sentinel)
     traced = trace(replaced)
     if traced is None:
-        raise _altered(number, message)
+        raise _altered(given, index, number, 0)
     pieces = given.split_at_sentinels(traced)
     written = {int(n) for n in pieces[1::2]}
     missing = [
@@ -118,12 +120,9 @@ def confirm(
         literals = _literals(call["function"].get("arguments", {}))
         missing += [f"an argument ({leaf})" for leaf in literals if leaf not in body]
     if missing:
-        raise DataError(
-            f"the chat template does not write {missing[0]} of assistant turn {number}; use a "
-            "model whose template writes it, or remove it from the row"
-        )
-    if not _fits(body, 0, pieces, slots):
-        raise _altered(number, message)
+        raise _missing(given, index, number, missing[0])
+    if (slot := _misfit(body, pieces, slots)) is not None:
+        raise _altered(given, index, number, slot)
     if may_be_known and len(pieces) == 3 and len(frames) < 8:
         frames.append((pieces[0], pieces[2]))
     has_thoughts = any(slots[n].kind == "thoughts" for n in written)
@@ -157,24 +156,23 @@ def _literals(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def _fits(text: str, at: int, pieces: list[str], slots: list[Slot]) -> bool:
-    """Returns whether `text` from `at` is the pieces with a form of each value between them."""
-    for k in range(0, len(pieces), 2):
-        piece = pieces[k]
+def _misfit(text: str, pieces: list[str], slots: list[Slot]) -> int | None:
+    """Returns None if a text is the pieces with a form of each value between them, else the number
+    of the value at which it is not."""
+    at = number = 0
+    for k, piece in enumerate(pieces[::2]):
         if not text.startswith(piece, at):
-            return False
+            return number
         at += len(piece)
-        if k + 1 == len(pieces):
-            return at == len(text)
-        after = pieces[k + 2]
-        found = next(
-            (f for f in forms(slots[int(pieces[k + 1])].value) if text.startswith(f + after, at)),
-            None,
-        )
+        if 2 * k + 1 == len(pieces):
+            return None if at == len(text) else number
+        number, after = int(pieces[2 * k + 1]), pieces[2 * k + 2]
+        possible = forms(slots[number].value)
+        found = next((f for f in possible if text.startswith(f + after, at)), None)
         if found is None:
-            return False
+            return number
         at += len(found)
-    return False
+    return number
 
 
 def _trimmed(value: str) -> tuple[str, ...]:
@@ -193,9 +191,29 @@ def forms(value: str) -> Iterator[str]:
     yield repr(value)[1:-1]
 
 
-def _altered(number: int, message: Message) -> DataError:
+def _missing(given: Renderings, index: int, number: int, value: str) -> DataError:
+    source = given.tokenizer.get_chat_template(tools=given.tools)
+    if rendering.get_calls(given.messages[index]) and never_reads(source, "tool_calls"):
+        why = "it never reads `tool_calls`"
+    else:
+        line = reasons.line_of_turn(given, index, given.messages[index])
+        why = f"{line or 'no line'} writes the turn"
     return DataError(
-        f"the chat template alters or drops what assistant turn {number} says "
-        f"({content_text(message)[:40]!r}), so it cannot be trained on as written; end the row "
+        f"the chat template does not write {value} of assistant turn {number} ({why}); use a "
+        "model whose template writes it, or remove it from the row"
+    )
+
+
+def _altered(given: Renderings, index: int, number: int, slot: int) -> DataError:
+    message = given.messages[index]
+    replaced, _ = stand_in(message, given.sentinel)
+    _, slots = stand_in(given.given[0][index], given.sentinel)
+    said = slots[slot].value if slots else ""
+    messages = [*given.messages[:index], replaced]
+    line = reasons.line_that_writes(given, messages, f"{given.sentinel}{slot}e")
+    line = line or reasons.line_of_turn(given, index, message)
+    return DataError(
+        f"the chat template alters or drops what assistant turn {number} says ({said[:40]!r}) at "
+        f"{line or 'no line of its own'}, so it cannot be trained on as written; end the row "
         "before this turn, or correct the template or the row"
     )

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jinja2
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -36,6 +36,7 @@ from sft.data.rendering import (
     renderings_of,
     template_variables,
     try_template,
+    variants,
 )
 from sft.data.tokenised import is_tokenised, make_tokens
 from sft.data.tokens import count_prompt_tokens, tokenise
@@ -91,21 +92,21 @@ def prepare_tokenizer(
     if tokenizer.chat_template is None:
         tokenizer.chat_template = DEFAULT_TEMPLATE
     found = tokenizer.chat_template
-    found = found.get("default") if isinstance(found, dict) else found
-    if not isinstance(found, str):
+    if not isinstance(found.get("default") if isinstance(found, dict) else found, str):
         raise TemplateError(
             f"{tokenizer.name_or_path}: expected one chat template, or several of which one is "
             "called default; give it a chat_template.jinja"
         )
     try:
-        compile_template(found)
+        for source in found.values() if isinstance(found, dict) else [found]:
+            compile_template(source)
     except jinja2.TemplateSyntaxError as error:
         name = tokenizer.name_or_path if chat_template is None else "data.chat_template"
         raise TemplateError(
             f"{name}: the chat template cannot be read: {error.message} (line {error.lineno})"
         ) from None
     if template_kwargs:
-        tokenizer.chat_template = _with_defaults(tokenizer, found, template_kwargs)
+        tokenizer.chat_template = _with_defaults(tokenizer, template_kwargs)
     try_template(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -135,27 +136,35 @@ def _read_template(given: str) -> str:
     return text
 
 
-def _with_defaults(tokenizer: Tokenizer, source: str, variables: Variables) -> str:
-    """Returns a template that begins by giving its variables these values, unless they are given.
+def _with_defaults(tokenizer: Tokenizer, variables: Variables) -> Any:
+    """Returns the template, or each of several, so that it begins by giving its variables these
+    values, unless they are given.
 
-    Raises TemplateError for a variable that the template does not read.
+    Raises TemplateError for a variable that no template reads.
     """
-    tokenizer.chat_template = source
-    known = template_variables(tokenizer)
-    if unknown := sorted(variables.keys() - set(known)):
+    read = {name: set(template_variables(v)) for name, v in variants(tokenizer).items()}
+    known = set().union(*read.values())
+    if unknown := sorted(variables.keys() - known):
         raise TemplateError(
             f"data.template_kwargs: the chat template reads no variable {', '.join(unknown)}; it "
-            f"reads {', '.join(known) or 'none'}"
+            f"reads {', '.join(sorted(known)) or 'none'}"
         )
     try:
         json.dumps(variables, allow_nan=False)
     except (ValueError, TypeError) as error:
         raise TemplateError(f"data.template_kwargs: expected values of JSON: {error}") from None
-    lines = (
-        f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
-        for name, value in sorted(variables.items())
-    )
-    return "".join(lines) + source
+
+    def give(name: str, source: str) -> str:
+        lines = (
+            f"{{%- if {key} is not defined %}}{{%- set {key} = {value!r} %}}{{%- endif %}}"
+            for key, value in sorted(variables.items())
+            if key in read[name]
+        )
+        return "".join(lines) + source
+
+    if not isinstance(tokenizer.chat_template, dict):
+        return give("default", tokenizer.chat_template)
+    return {name: give(name, source) for name, source in tokenizer.chat_template.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +276,7 @@ def _examples(tokenizer: Tokenizer, row: Row, learning: Learning) -> list[tuple[
         return [(row, Example(ids, list(ids)))]
     weights = _weights(messages, learning.supervise)
     found, flags = _find_turns(given, weights)
-    if set(row.template_kwargs or ()) - set(template_variables(tokenizer)):
+    if set(row.template_kwargs or ()) - set(template_variables(given.tokenizer)):
         flags.append("unread_variables")
     if not found:
         ids, _ = tokenise(tokenizer, given.text)

@@ -16,12 +16,13 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sft.data import ends, rendering, sentinels
+from sft.data import ends, reasons, rendering, sentinels
 from sft.data.ends import ASK
 from sft.data.formats import Message
 from sft.data.rendering import Renderings, Span, Variables, cached_by_tokenizer
@@ -99,7 +100,7 @@ def find_turn(given: Renderings, index: int) -> Turn | Unlearnt:
             return _continue(given, index, given.prompt(index), other)
         return given.with_turn(index, other)[at:]
 
-    frame = sentinels.confirm(given, message, body, number, trace, is_usual)
+    frame = sentinels.confirm(given, index, body, number, trace, is_usual)
     if closes:
         frame = frame._replace(has_thoughts=True)
     if thoughts and not frame.has_thoughts:
@@ -107,10 +108,13 @@ def find_turn(given: Renderings, index: int) -> Turn | Unlearnt:
     answer, added = ends.find_end(given, index, message, body, frame.tail)
     flags += ["end_of_turn_added"] * added
     if not sentinels.is_plain(message) and (token := ends.early_stop(given.tokenizer, answer)):
+        place = (len(prompt) + answer.find(token)) if is_usual else token
+        line = reasons.line_that_writes(given, given.messages[: index + 1], place)
         raise DataError(
             f"generation stops at {token!r}, which the chat template writes inside assistant turn "
-            f"{number}, so a model that is served could not write the turn to its end; give each "
-            "call a turn of its own, or correct the template (data.chat_template)"
+            f"{number} ({line}), so a model that is served could not write the turn to its end; "
+            "give each call, and text beside it, a turn of its own, or correct the template "
+            "(data.chat_template)"
         )
     empty = None
     head = closes + frame.head  # so that no tag of the content is taken for the template's
@@ -346,10 +350,16 @@ def _mismatch(given: Renderings, index: int, prompt: str, number: int) -> str:
     at = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
     names = rendering.template_variables(given.tokenizer)
     remedy = f"set data.template_kwargs (it reads {', '.join(names)}), or " if names else ""
+    lines = (
+        reasons.line_that_writes(given, given.messages[:index], at, add_prompt=True),
+        reasons.line_that_writes(given, given.messages[: index + 1], at),
+    )
+    written = " and ".join(dict.fromkeys(filter(None, lines)))
     return (
         f"the prompt that serving renders before assistant turn {number} is not how the chat "
         f"template begins that turn: after {prompt[max(0, at - 12) : at]!r} the prompt has "
-        f"{prompt[at : at + 24]!r}, the conversation {whole[at : at + 24]!r}; {remedy}correct the "
+        f"{prompt[at : at + 24]!r}, the conversation {whole[at : at + 24]!r}; the template writes "
+        f"them at {written or 'no line'}; {remedy}correct the "
         "template (data.chat_template): add_generation_prompt must write how a turn begins"
     )
 
@@ -366,10 +376,10 @@ def end_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
         {"role": "assistant", "content": "e"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
     ]
-    found = set()
-    for turn in turns:
+    found, variants = set(), rendering.variants(tokenizer).values()
+    for variant, turn in product(variants, turns):
         with suppress(DataError):
-            made = find_turn(Renderings(tokenizer, [ASK, turn]), 1)
+            made = find_turn(Renderings(variant, [ASK, turn]), 1)
             if isinstance(made, Turn):
                 added = ends.added_tokens_in(tokenizer, made.answer)
                 found |= {t for at, t in added if at + len(t) == len(made.answer)}
