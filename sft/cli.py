@@ -113,7 +113,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         if _is_first():
-            print("interrupted", file=sys.stderr)
+            output.show("interrupted", error=True)
         sys.exit(ExitCode.INTERRUPTED)
     sys.stdout.flush()
     code = code or int(output.is_lost())
@@ -139,20 +139,20 @@ def _report_bug(
     message = redact(f"{kind.__name__}: {error}")
     if _is_first():
         rank = _rank()
-        print(f"error: {rank}{message}\n" * bool(rank) + text, file=sys.stderr)
+        output.show(f"error: {rank}{message}\n" * bool(rank) + text, error=True)
     if file := _error_file():  # written as torch.distributed.elastic does, without importing torch
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         try:
             file.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
         except OSError:
-            sys.stderr.write(text)
+            output.show(text, error=True, end="")
 
 
 def _report(error: UserError) -> None:
     if _is_first():
         message = redact(str(error))  # clusters keep the output of a console
         rank = "" if message.startswith("rank ") else _rank()
-        print(f"error: {rank}{message}", file=sys.stderr)
+        output.show(f"error: {rank}{message}", error=True)
 
 
 def _rank() -> str:

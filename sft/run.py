@@ -27,6 +27,7 @@ from sft.runtime.console import duration, facts, metrics_line
 from sft.runtime.disk import refuse_if_full
 from sft.runtime.hardware import resolve_precision
 from sft.runtime.log import Log
+from sft.runtime.output import show
 from sft.runtime.processes import (
     Context,
     check_launch,
@@ -171,8 +172,8 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
     folder, resume = Path(train.output_dir), train.resume_from_checkpoint
     try:
         for moved in run_folder.complete_moves(folder):
-            print(moved)
-        found = run_folder.find(folder, resume, print) if resume else None
+            show(moved)
+        found = run_folder.find(folder, resume, show) if resume else None
     except UserError:
         guard.status.begin()  # so that the failure is recorded
         raise
@@ -193,7 +194,7 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
             number += 1
         assert guard.lock
         guard.lock.move_folder(aside)
-        print(f"{folder} holds an earlier run: moved to {aside}")
+        show(f"{folder} holds an earlier run: moved to {aside}")
     guard.status.begin()
     return found
 

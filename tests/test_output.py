@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
+import re
 import sys
 
 import forked
 import pytest
 from conftest import ROOT, run
 from console_worker import CASES, dead_reader
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.text import Text
 
-from sft.runtime import output
+from sft.runtime import console, output
 
 
 @pytest.fixture
@@ -115,6 +120,54 @@ def test_a_text_that_the_encoding_lacks_is_written_as_escapes(protected, encodin
     print("漢 \udc80", file=protected(write, encoding=encoding))
     shown = os.read(read, 100).decode()
     assert shown == ("漢 \\udc80\n" if encoding == "utf-8" else "\\u6f22 \\udc80\n")
+
+
+# --- control characters --------------------------------------------------------------------------
+
+HOSTILE = "a\x1b[2J\x1b]0;title\x07\r\x08b\x9bc\u202ed\u2066[/x][bold]\x7f"
+
+
+@given(st.text(st.characters(codec="utf-8") | st.sampled_from(HOSTILE), max_size=30))
+def test_no_text_steers_the_terminal(text):
+    shown = io.StringIO()
+    printer = console.make_console(shown)
+    printer.print(text)
+    printer.print(Text(text), Text.assemble((text, "red")))
+    printer.print(console.facts(text, [(text, text), (text, Text(text))]))
+    printer.print(console.table(text, (text, text), [(text, Text(text))], lines=True))
+    assert not output.CONTROL.search(shown.getvalue())
+
+
+def test_a_terminal_gets_only_the_programs_own_codes(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    shown = io.StringIO()
+    printer = console._Console(file=shown, force_terminal=True, markup=False, width=100)
+    printer.print(HOSTILE, Text(HOSTILE, "red"), console.facts(HOSTILE, [(HOSTILE, HOSTILE)]))
+    with console.bar(printer, f"fetch {HOSTILE}", 3) as advance:
+        advance(1, f"loss {HOSTILE}")
+    own = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", shown.getvalue())
+    assert not output.CONTROL.search(own)
+    assert "\x1b[2J" not in shown.getvalue()
+    assert "\x1b[31m" in shown.getvalue()
+    assert "[/x][bold]" in own
+
+
+def test_what_is_shown_is_visible(capsys):
+    output.show(HOSTILE)
+    output.show(HOSTILE, error=True, end="")
+    for text in capsys.readouterr():
+        assert text.startswith("a\\x1b[2J\\x1b]0;title\\x07\\r\\x08b\\x9bc\\u202ed\\u2066[/x]")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "sft").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_only_one_function_prints(path):
+    """Everything else goes through it, or through a console that shows control characters."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    printing = {"print", "input", "sys.stdout.write", "sys.stderr.write", "Console"}
+    found = [ast.unparse(call.func) for call in calls if ast.unparse(call.func) in printing]
+    assert found == (["print"] if path.name == "output.py" else [])
 
 
 # --- commands whose result is what they print ----------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from sft import __version__, cli
 from sft.errors import UserError, suggest
+from sft.runtime.output import show
 from sft.tasks.registry import VERBS as VERBS_OF_TASKS
 
 
@@ -135,7 +136,7 @@ def main(verb: str | None = None) -> NoReturn:
 def run(verb: str, words: list[str]) -> int | None:
     """Runs a verb with the words of its command line, and returns its exit code."""
     if verb in ("--help", "-h", "help", "--version"):
-        print(f"sft {__version__}" if verb == "--version" else overview())
+        show(f"sft {__version__}" if verb == "--version" else overview())
         return 0
     if verb not in VERBS:
         raise UserError(f"sft has no verb {verb!r}; {suggest(verb, list(VERBS))}")

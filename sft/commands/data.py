@@ -9,7 +9,8 @@ from sft import cli
 from sft.config.load import with_values
 from sft.data import files
 from sft.errors import UserError
-from sft.runtime.console import facts, make_console, visible
+from sft.runtime.console import facts, make_console
+from sft.runtime.output import visible
 
 
 def process_options(parser: cli.Parser) -> None:

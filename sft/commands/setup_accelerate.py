@@ -28,6 +28,7 @@ from sft.runtime import hardware
 from sft.runtime.children import run_captured
 from sft.runtime.console import make_console, table
 from sft.runtime.hardware import Hardware
+from sft.runtime.output import show
 from sft.runtime.worker import Result
 from sft.runtime.world import read_launch_file
 
@@ -93,7 +94,7 @@ def write_recommended(target: Path, machine: Hardware) -> None:
     gpus, cpus = f"{len(machine.devices)} GPU(s)", f"{config.num_processes} processes on the CPU"
     is_same = copy is not None and not copy.exists()
     done = f"{target} already is the recommended file" if is_same else f"wrote {target}"
-    print(f"{done} for {gpus if machine.devices else cpus}")
+    show(f"{done} for {gpus if machine.devices else cpus}")
 
 
 @contextmanager
@@ -117,7 +118,7 @@ def _keep_copy(target: Path) -> Iterator[Path | None]:
     if target.exists() and target.read_bytes() == copy.read_bytes():
         copy.unlink()
     else:
-        print(f"{target} existed: kept as {copy.name} beside it")
+        show(f"{target} existed: kept as {copy.name} beside it")
 
 
 def show_recommended(machine: Hardware) -> None:
@@ -191,7 +192,7 @@ def verify(target: Path, machine: Hardware) -> None:
         )
     part = f" (this machine's share of {config.num_machines})" if config.num_machines > 1 else ""
     where = sorted({name for result in results for name in (result.device, result.backend) if name})
-    print(f"ok: {target} starts {expected} process(es){part} in one world ({', '.join(where)})")
+    show(f"ok: {target} starts {expected} process(es){part} in one world ({', '.join(where)})")
 
 
 def _launch(target: Path, config: ClusterConfig, expected: int) -> tuple[list[Result], str]:

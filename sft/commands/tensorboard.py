@@ -25,6 +25,7 @@ import psutil
 from sft import cli
 from sft.errors import UserError
 from sft.runtime.children import is_dead
+from sft.runtime.output import show
 
 HOST = "127.0.0.1"
 PROGRAM = (sys.executable, "-m", "tensorboard.main")
@@ -72,7 +73,7 @@ def start(folder: Path, port: int | None) -> None:
             )
         moved = port not in (None, running)
         note = f" (not on {port}: stop it first to move it)" if moved else ""
-        print(f"TensorBoard already runs for {folder}{note}: http://localhost:{running}")
+        show(f"TensorBoard already runs for {folder}{note}: http://localhost:{running}")
         return
     port = choose_port(port)
     try:
@@ -80,7 +81,7 @@ def start(folder: Path, port: int | None) -> None:
         _launch(folder, port)
     except OSError as error:
         raise UserError(f"TensorBoard needs to write in {folder}: {error.strerror}") from error
-    print(f"TensorBoard for {folder}: http://localhost:{port}")
+    show(f"TensorBoard for {folder}: http://localhost:{port}")
 
 
 def choose_port(port: int | None) -> int:
@@ -158,10 +159,10 @@ def stop(folder: Path) -> None:
     """Ends the server of `folder` and its children, and prints which."""
     running = list(servers(folder))
     if not running:
-        print(f"no TensorBoard runs for {folder}: nothing to stop")
+        show(f"no TensorBoard runs for {folder}: nothing to stop")
     _end(running)
     for process in running:
-        print(f"stopped TensorBoard (pid {process.pid}) of {folder}")
+        show(f"stopped TensorBoard (pid {process.pid}) of {folder}")
 
 
 def _end(processes: list[psutil.Process]) -> None:

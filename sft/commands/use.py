@@ -15,6 +15,7 @@ from sft.config.schema import Config, Train
 from sft.errors import UserError
 from sft.runtime import launcher
 from sft.runtime.console import make_console
+from sft.runtime.output import show
 from sft.serve.classify import rows
 
 
@@ -159,12 +160,12 @@ def infer(args: Namespace) -> None:
         raise UserError('PROMPT is empty; ask something, as in PROMPT="set a timer"')
     connector = AccelerateConnector(**_connector_arguments(args))
     connector.load_model_once()
-    write = partial(print, end="", flush=True)
+    write = partial(show, end="")
     conversation = chat.Conversation(connector, write, args.system, **settings)
     if args.prompt is not None:
         conversation.ask(args.prompt)
         return
-    print(f"{connector.model_name}: say something; /help lists commands, /quit or Ctrl-D ends")
+    show(f"{connector.model_name}: say something; /help lists commands, /quit or Ctrl-D ends")
     chat.converse(conversation)
 
 

@@ -19,7 +19,8 @@ from sft.data.examples import Examples
 from sft.data.files import Row
 from sft.data.template import IGNORED, Example
 from sft.errors import DataError
-from sft.runtime.console import table, visible
+from sft.runtime.console import table
+from sft.runtime.output import visible
 
 Sample = tuple[Row, Example, list[str]]  # a row, its example, the kinds of its findings
 LISTED = 1000  # rows of a finding that audit.json names; all are counted

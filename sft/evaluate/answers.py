@@ -33,7 +33,8 @@ from sft.errors import DataError
 from sft.evaluate import scores
 from sft.evaluate.generate import Answer, Decoder, context_length, eval_mode
 from sft.evaluate.predictions import MemoryPredictions, Predictions, Record, key_of, read_records
-from sft.runtime.console import duration, table, visible
+from sft.runtime.console import duration, table
+from sft.runtime.output import visible
 from sft.runtime.processes import Context
 
 WINDOW = 4096  # examples that are sorted by length and shared out together

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from sft.errors import CheckpointError, LockedError
 from sft.runtime import checkpoint, run_folder, slurm
 from sft.runtime.children import is_dead, machine_id
 from sft.runtime.console import read_json, write_json
+from sft.runtime.output import show
 
 RANKS = ".ranks"  # in the run folder: heartbeats, and which rank reported the end first
 TRACEBACK = "traceback.txt"
@@ -59,7 +59,7 @@ class Lock:
                     break
             self._file.close()
         if owner:
-            print(f"removed the stale lock of {_describe(owner)} ({self.folder})")
+            show(f"removed the stale lock of {_describe(owner)} ({self.folder})")
         own = {"pid": os.getpid(), "host": socket.gethostname(), "machine": machine_id()}
         own["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
         self._file.truncate(0)
@@ -132,7 +132,7 @@ class Status:
         except FileExistsError:
             return False
         except OSError as error:
-            print(f"cannot write {self.folder / self.NAME}: {error}", file=sys.stderr)
+            show(f"cannot write {self.folder / self.NAME}: {error}", error=True)
         return True
 
     def _end_mark(self, attempt: int | None) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,17 +19,31 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from sft.runtime.output import visible
 
 WIDTH = 100  # columns of a terminal; no table is wider
 LINE_EVERY = 10  # seconds between lines of progress, where there is no bar
 Advance = Callable[..., None]  # advance(n=1, note="")
 
 
+class _Console(Console):
+    """A console that shows control characters in any text, and obeys only its own."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+    def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:
+        for each in super().render(*arguments, **options):
+            yield each if each.control else Segment(visible(each.text), each.style)
+
+
 def make_console(file: Any = None) -> Console:
     """Returns a console of at most `WIDTH` columns that prints text as it is, never as markup."""
-    console = Console(
+    console = _Console(
         file=file,
         highlight=False,
         markup=False,
@@ -40,11 +53,6 @@ def make_console(file: Any = None) -> Console:
     if not console.is_terminal or console.width > WIDTH:
         console.width = WIDTH
     return console
-
-
-def visible(text: str) -> str:
-    """Escapes the control characters of a text, so that a terminal does not obey them."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", lambda m: repr(m[0])[1:-1], text)
 
 
 def beginning(text: str, most: int = 300) -> str:
@@ -155,10 +163,10 @@ def bar(console: Console, title: str, total: int | None, done: int = 0) -> Itera
         yield _print_lines(console, title, total, done)
         return
     columns = (
-        TextColumn("[cyan]{task.description}"),
+        TextColumn("{task.description}", style="cyan", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from sft.config.schema import Train
 from sft.runtime.console import facts
+from sft.runtime.output import show
 
 GIB = 1024**3
 CPU_PROCESSES = 2  # without a GPU: enough to exchange gradients, cheap enough for a laptop
@@ -313,4 +314,4 @@ def _read(path: Path) -> str:
 
 
 if __name__ == "__main__":  # `world` runs this to count GPUs
-    print(default_num_processes(detect()))
+    show(str(default_num_processes(detect())))

@@ -33,6 +33,7 @@ from sft.config.schema import Train
 from sft.errors import PeerError
 from sft.runtime import children, output
 from sft.runtime.console import read_json
+from sft.runtime.output import show
 from sft.runtime.slurm import join_slurm
 from sft.runtime.world import (
     World,
@@ -167,7 +168,7 @@ def _report_kill(failures: dict[int, int], stops: list[int]) -> bool:
     if killed:
         hint = " (out of memory?)" if -code == signal.SIGKILL else ""
         name = signal.Signals(-code).name
-        print(f"error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
+        show(f"error: rank {rank} was killed by {name}{hint}", error=True)
     return killed or code == 1
 
 
@@ -223,7 +224,7 @@ class SignalRelay:
         training = [pid for pid in rank_pids() if has_handler(pid, signal.SIGUSR1)]
         _send(training, signal.SIGUSR1)
         if not training:
-            print("SIGUSR1: no rank is training, there is nothing to save", file=sys.stderr)
+            show("SIGUSR1: no rank is training, there is nothing to save", error=True)
 
 
 def rank_pids() -> list[int]:
@@ -275,9 +276,9 @@ def _save(text: str, path: Path) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        print(f"cannot write {path}: {error.strerror}\n{text}", file=sys.stderr, end="")
+        show(f"cannot write {path}: {error.strerror}\n{text}", error=True, end="")
     else:
-        print(f"what every rank ended with: {path}", file=sys.stderr)
+        show(f"what every rank ended with: {path}", error=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import select
 import sys
 from contextlib import suppress
@@ -17,6 +18,24 @@ from typing import TextIO
 
 PIECE = 4096  # bytes; a pipe that `poll` calls writable takes as many at once
 PATIENCE = 10.0  # seconds that a run waits for a reader that has stopped reading
+
+# What a terminal obeys instead of showing it: C0 and C1 but tab and newline, and marks that reorder
+# text. A terminal that gets them from the name of a file can be made to write or run something.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Escapes the control characters of a text, so that a terminal does not obey them."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def show(text: str, *, error: bool = False, end: str = "\n") -> None:
+    """Prints a text, made `visible`, on standard output or error.
+
+    All that this package prints goes through here or `console.make_console`, since any part of it,
+    such as the name of a file or host, may come from a stranger.
+    """
+    print(visible(text), end=end, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 class Output(io.RawIOBase):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 from sft.config.schema import Train
 from sft.errors import Preempted
 from sft.runtime.console import read_json, write_json
+from sft.runtime.output import show
 from sft.runtime.world import read_number
 
 ATTEMPT = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # they differ between attempts of a job
@@ -77,12 +77,12 @@ def requeue(train: Train, code: int, since: int) -> int:
     done = subprocess.run(["scontrol", "requeue", job], check=False)
     if done.returncode:
         return _refuse(f"`scontrol requeue {job}` failed with exit code {done.returncode}")
-    print(f"preempted after step {step}: requeued job {job} ({times + 1} of at most {most})")
+    show(f"preempted after step {step}: requeued job {job} ({times + 1} of at most {most})")
     return code
 
 
 def _refuse(reason: str) -> int:
-    print(f"preempted and saved, but not requeued: {reason}", file=sys.stderr)
+    show(f"preempted and saved, but not requeued: {reason}", error=True)
     return Preempted.exit_code
 
 

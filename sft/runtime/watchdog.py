@@ -36,6 +36,7 @@ from sft.runtime import output
 from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
 from sft.runtime.children import is_dead, is_stopped, machine_id
 from sft.runtime.console import read_json, write_json
+from sft.runtime.output import show
 
 TICK = 0.2  # seconds between two checks for signals and progress
 BEAT = 1.0  # seconds between two heartbeats
@@ -214,7 +215,7 @@ class Guard:
         self._print_error(reason, self._heartbeat() if is_own else None)
         if not isinstance(error, UserError | SystemExit):
             text = redact("".join(traceback.format_exception(error)))
-            print(text, file=sys.stderr, end="", flush=True)
+            show(text, error=True, end="")
             with suppress(OSError):
                 (self.status.folder / TRACEBACK).write_text(text, "utf-8")
         return code
@@ -234,7 +235,7 @@ class Guard:
     def _print_error(self, reason: str, at: Heartbeat | None = None) -> None:
         place = f"rank {at.rank}, " if at and self.world > 1 else ""
         place += f"step {at.step}: " if at else ""
-        print(f"error: {place}{redact(reason)}", file=sys.stderr, flush=True)
+        show(f"error: {place}{redact(reason)}", error=True)
 
     def _cause_of(self, error: BaseException) -> tuple[BaseException, Heartbeat | None]:
         """Returns `error`, or if another rank's failure caused it, that failure and that rank."""
@@ -357,9 +358,7 @@ class Guard:
             if not self._stop_at:
                 self._stop_at = now
                 if self.is_first:
-                    print(
-                        f"{name}: stopping after this step; again to stop at once", file=sys.stderr
-                    )
+                    show(f"{name}: stopping after this step; again to stop at once", error=True)
             elif now - self._stop_at > SAME_REQUEST:
                 self._exit_now("interrupted", 128 + number, f"a second signal, {name}", patience=0)
 

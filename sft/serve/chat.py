@@ -18,7 +18,8 @@ from sft.data.files import num_rows, read_all, sources
 from sft.errors import Preempted, UserError
 from sft.evaluate import answers
 from sft.evaluate.predictions import Predictions, read_records
-from sft.runtime.console import facts, visible
+from sft.runtime.console import facts
+from sft.runtime.output import visible
 from sft.runtime.processes import end_processes
 from sft.runtime.watchdog import Guard
 from sft.serve.connector import AccelerateConnector

@@ -23,8 +23,9 @@ from sft.evaluate.answers import Question, groups_table
 from sft.evaluate.metrics import FAILURE
 from sft.evaluate.predictions import Predictions, read_records
 from sft.evaluate.scores import Difference, Tally, compare_tallies
-from sft.runtime.console import facts, table, visible, write_json
+from sft.runtime.console import facts, table, write_json
 from sft.runtime.log import Log
+from sft.runtime.output import visible
 from sft.serve.chat import guarded_model
 from sft.serve.classify import rows
 from sft.serve.classify.rows import LabelledText

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from sft.errors import ConfigError
+from sft.runtime.output import show
 from sft.tasks.distill.config import DistillConfig
 from sft.tasks.registry import load_run, task_of
 
@@ -20,4 +21,4 @@ def main(args: Namespace) -> None:
     folder = histories.collect(config.distill)
     returns = histories.curve(folder)
     means = ", ".join(f"{i + 1}: {returns[i]:.2f}" for i in range(0, len(returns), 7))
-    print(f"{folder}\nmean return by episode: {means}, {len(returns)}: {returns[-1]:.2f}")
+    show(f"{folder}\nmean return by episode: {means}, {len(returns)}: {returns[-1]:.2f}")

@@ -9,7 +9,7 @@ from typing import Any
 from sft import __version__
 from sft.config.schema import Config
 from sft.models.export import base_record
-from sft.runtime.console import visible
+from sft.runtime.output import visible
 from sft.tasks.base import Results
 
 WITH_ADAPTER = """\
