@@ -95,7 +95,7 @@ def kernel(monkeypatch):
         calls.append(len(query))
         return by_definition(query, *given, **options)
 
-    monkeypatch.setattr(attention, "varlen_attn", reported)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", reported)
     monkeypatch.setattr(attention, "_kernel_dtype", lambda _, dtype: dtype)
     return calls
 

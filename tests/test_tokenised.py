@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft.data.duplicates import compared_text
+from sft.data.duplicates import compared_words
 from sft.data.formats import normalise, read_question
 from sft.data.tokenised import make_tokens
 from sft.errors import DataError
@@ -92,7 +92,7 @@ def test_tokens_cannot_be_asked():
 
 
 def test_rows_are_compared_by_their_ids():
-    assert compared_text(tokens([5, 6], [5, 6])) == "5 6"
+    assert compared_words(tokens([5, 6], [5, 6])) == ["5", "6"]
 
 
 class Vocabulary:

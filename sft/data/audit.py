@@ -29,7 +29,7 @@ from sft.data.formats import Message, Messages, content_text, is_conversation
 from sft.data.rendering import Renderings, Span, cached_by_tokenizer, renderings_of
 from sft.data.sentinels import forms
 from sft.data.template import IGNORED, Example, Supervise
-from sft.data.tokens import MARKED
+from sft.data.tokens import MARKED, Tokens
 from sft.data.turns import end_tokens
 
 
@@ -233,7 +233,8 @@ def _compare_row(
 ) -> Iterator[str]:
     """Yields the kinds of differences between an example and its row, rendered again."""
     given = renderings_of(tokenizer, row.messages, row.tools, row.template_kwargs)
-    ids, offsets = tokens.tokenise(tokenizer, given.text)
+    whole = tokens.tokenise(tokenizer, given.text)
+    ids = whole.ids
     is_whole = example.ids == ids or "answer_cut" in example.flags
     yield from _examine_text(
         given, row, given.text if is_whole else given.prompt(len(row.messages) - 1)
@@ -251,7 +252,7 @@ def _compare_row(
     if _adds_bos(tokenizer) and example.ids[0] != tokenizer.bos_token_id:
         yield "no_bos"
     if supervise != "everything":
-        yield from _compare_turns(given, example, runs, supervise, offsets if is_whole else None)
+        yield from _compare_turns(given, example, runs, supervise, whole if is_whole else None)
 
 
 def _is_prompt_and_answer(
@@ -262,7 +263,7 @@ def _is_prompt_and_answer(
     last = len(given.messages) - 1
     if not runs or runs[-1][1] != len(example.ids) or not last:
         return False
-    prompt, _ = tokens.tokenise(given.tokenizer, given.prompt(last))
+    prompt = tokens.tokenise(given.tokenizer, given.prompt(last)).ids
     if runs[-1][0] < len(prompt) or example.ids[: len(prompt)] != prompt:
         return False
     end = len(example.ids) - 1
@@ -290,13 +291,14 @@ def _compare_turns(
     example: Example,
     runs: list[Span],
     supervise: Supervise,
-    offsets: list[Span] | None,
+    whole: Tokens | None,
 ) -> Iterator[str]:
     """Yields the kinds of differences between the supervised runs and the turns to learn.
 
-    `offsets` are those of the whole conversation's text, if the example is its tokens.
+    `whole` are the tokens of the whole conversation's text, if they are the example's.
     """
     tokenizer, (messages, _) = given.tokenizer, given.given
+    backend = tokenizer.backend_tokenizer
     turns = [n for n, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
     turns = turns[-1:] if supervise == "last" else turns
     left_out = {"thoughts_dropped", "no_prompt", "not_as_served"} & set(example.flags)
@@ -307,31 +309,28 @@ def _compare_turns(
     for first, stop in runs:
         if example.ids[stop - 1] not in ends:
             yield "no_end_of_turn"
-        text = (
-            given.text[offsets[first][0] : offsets[stop - 1][1]]
-            if offsets and not MARKED.search(given.text)
-            else tokens.decode_slice(tokenizer, example.ids, first, stop)
-        )
+        text = backend.decode(example.ids[first:stop], skip_special_tokens=False)
         own = [n for n in turns if n and _says(text, messages[n])]
+        if not own and whole and not MARKED.search(given.text):  # decoding may change a text
+            text = given.text[whole.offsets[first][0] : whole.offsets[stop - 1][1]]
+            own = [n for n in turns if n and _says(text, messages[n])]
         if not own or not ends.isdisjoint(example.ids[first : stop - 1]):
             yield "answer_differs"
             continue
-        numbers = [_count_prompt(given, example, n, offsets) for n in own]
+        numbers = [_count_prompt(given, example, n, whole) for n in own]
         if not any(_starts_turn(tokenizer, example.ids, first, number) for number in numbers):
             yield "answer_differs" if any(numbers) else "prompt_mismatch"
 
 
 def _count_prompt(
-    given: Renderings, example: Example, turn: int, offsets: list[Span] | None
+    given: Renderings, example: Example, turn: int, whole: Tokens | None
 ) -> int | None:
     """Returns how many tokens of the example are those of the turn's prompt, or None if its first
     tokens are others."""
     prompt = given.prompt(turn)
-    if offsets and given.text.startswith(prompt):
-        return tokens.count_prompt_tokens(
-            given.tokenizer, given.text, example.ids, offsets, len(prompt)
-        )
-    ids, _ = tokens.tokenise(given.tokenizer, prompt)
+    if whole and given.text.startswith(prompt):
+        return whole.count(len(prompt))
+    ids = tokens.tokenise(given.tokenizer, prompt).ids
     return len(ids) if example.ids[: len(ids)] == ids else None
 
 
@@ -354,7 +353,9 @@ def _says(text: str, turn: Message) -> bool:
     values = [thoughts, *parts]
     for call in rendering.get_calls(turn):
         values += [rendering.get_name(call), *_texts_in(call["function"].get("arguments"))]
-    return all(any(_normalise(form) in text for form in forms(value)) for value in values)
+    return all(
+        value in text or any(_normalise(form) in text for form in forms(value)) for value in values
+    )
 
 
 def _texts_in(value: Any) -> Iterator[str]:
@@ -387,7 +388,7 @@ def _adds_bos(tokenizer: Tokenizer) -> bool:
 
 def supervised_runs(labels: Sequence[int]) -> list[Span]:
     """Returns the supervised runs as (first, stop) token indices."""
-    learnt, runs, stop = bytes(label != IGNORED for label in labels), list[Span](), 0
+    learnt, runs, stop = bytes(map(IGNORED.__ne__, labels)), list[Span](), 0
     while (first := learnt.find(1, stop)) >= 0:
         stop = learnt.find(0, first) if 0 in learnt[first:] else len(learnt)
         runs.append((first, stop))

@@ -26,6 +26,7 @@ from sft.data.split import is_first
 SIMILAR = 0.8  # Jaccard similarity of two sets of shingles from which rows are near-duplicates
 SHINGLE = 5  # words
 BANDS, DEPTH = 25, 5  # of MinHash: a pair at 0.8 is missed with probability 5e-5
+MOST_WORDS = 1 << 17  # whose hashes are kept
 QUERIES_PER_PASS = 1 << 18  # rows whose pairs are in memory at a time
 BUCKET = 10  # maximum texts per key: limits the time for rows from few templates
 HALF, LOW = np.uint64(32), np.uint64(0xFFFFFFFF)  # of a key or row, and a row, in one number
@@ -93,18 +94,21 @@ class RowFingerprint:
 
 def fingerprint(rows: Sequence[Row]) -> RowFingerprint:
     """Makes the fingerprints of rows."""
+    contexts = [[*map(_hashes.__getitem__, compared_words(row.messages[:-1]))] for row in rows]
+    last = [[*map(_hashes.__getitem__, compared_words(row.messages[-1:]))] for row in rows]
     return RowFingerprint(
         np.array([content_digest(row) for row in rows], DIGEST),
         np.array([prompt_digest(row) for row in rows], DIGEST),
-        sketch([compared_text(row.messages) for row in rows]),
-        sketch([compared_text(row.messages[:-1]) for row in rows]),
+        sketch([before + answer for before, answer in zip(contexts, last, strict=True)]),
+        sketch(contexts),
     )
 
 
-def compared_text(messages: Messages) -> str:
-    """Joins all but system prompts, which whole data sets share; the ids of a row of tokens."""
+def compared_words(messages: Messages) -> list[str]:
+    """Returns the words of all but system prompts, which whole data sets share; the ids of a row of
+    tokens."""
     compared = [m for m in messages if m["role"] != "system"]
-    return " ".join(_text_of(message) for message in compared)
+    return WORD.findall(" ".join(map(_text_of, compared)).lower())
 
 
 def _text_of(message: Message) -> str:
@@ -120,40 +124,55 @@ def prompt_digest(row: Row) -> bytes:
     return hashlib.sha256(json.dumps(messages).encode()).digest()[:16] if messages else bytes(16)
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+class _Hashes(dict[str, int]):
+    """{word: its hash}, of the words that were seen."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= MOST_WORDS:
+            self.clear()
+        self[word] = value = _hash(word.encode())
+        return value
 
 
-_hash_of_word = lru_cache(maxsize=1 << 17)(_hash)
+_hashes = _Hashes()
 
 
-def sketch(texts: Sequence[str]) -> Sketches:
-    """Makes the sketches of texts, each a function of the text alone."""
+def _hash(text: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(text).digest()[:8])
+
+
+def sketch(texts: Sequence[list[int]]) -> Sketches:
+    """Makes the sketches of texts, each a function of the hashes of its words alone."""
     if not texts:
         keys = np.zeros((0, BANDS), np.uint32)
         return Sketches(np.zeros(0, np.uint64), keys, np.zeros(0, np.int64), keys.ravel())
     factors = np.random.default_rng(0).integers(1, 2**63, (BANDS * DEPTH, 2), np.uint64)
     factors[:, 0] |= 1  # odd: a permutation of the 64-bit numbers
     words: list[int] = []
-    ends, hashes = [], []
-    for text in texts:
-        found = WORD.findall(text.lower())
+    for found in texts:
         # A text of fewer words is one padded shingle; one without words is similar to none.
-        words += [_hash_of_word(word) for word in found] + [0] * max(0, SHINGLE - len(found))
-        ends.append(len(words))
-        hashes.append(_hash(" ".join(found)) if found else 0)
+        words += found
+        words += [0] * (SHINGLE - len(found))
     array = np.array(words, np.uint64)
+    ends = np.cumsum([max(SHINGLE, len(found)) for found in texts])
+    parts = np.split(array, ends[:-1])
+    hashes = [
+        _hash(part.tobytes()) if found else 0 for part, found in zip(parts, texts, strict=True)
+    ]
     rolled = np.zeros(len(array) - SHINGLE + 1, np.uint64)
     for offset in range(SHINGLE):
         rolled = rolled * factors[0, 0] + array[offset : len(rolled) + offset]
     rolled ^= rolled >> np.uint64(31)
-    starts, stops = np.array([0, *ends[:-1]]), np.array(ends) - SHINGLE + 1
+    starts, stops = np.concatenate(([0], ends[:-1])), ends - SHINGLE + 1
     # Minima from each start to each stop; every second one is between two texts, and unused.
     edges = np.stack([starts, stops], 1).ravel()[:-1]
     keys = np.zeros((len(ends), BANDS), np.uint64)
+    mixed, high = np.empty_like(rolled), np.empty_like(rolled)
     for number, (factor, shift) in enumerate(factors):
-        mixed = rolled * factor + shift
-        lowest = np.minimum.reduceat(mixed ^ (mixed >> np.uint64(32)), edges)[::2]
+        np.multiply(rolled, factor, out=mixed)
+        mixed += shift
+        mixed ^= np.right_shift(mixed, np.uint64(32), out=high)
+        lowest = np.minimum.reduceat(mixed, edges)[::2]
         band = number // DEPTH
         keys[:, band] = keys[:, band] * factors[1, 0] + lowest + np.uint64(band)
     # The set of shingles of each text: one sort of (text, shingle), without repeated ones.

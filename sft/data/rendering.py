@@ -58,6 +58,7 @@ def _escapes(mark: str) -> tuple[str, str]:
 
 ESCAPED = re.compile("|".join(re.escape(form) for mark in MARKS for form in _escapes(mark)))
 DEFAULTS = ("default", "d")  # Jinja's two names of one filter
+REASONING = frozenset(_REASONING_FIELDS)  # the keys that some data sets have for thoughts
 OPEN_TAG = re.compile(r"<(\w+)>\s*$")  # a prompt that ends in it lets the model think
 
 
@@ -71,7 +72,11 @@ def cached_by_tokenizer(function: Callable[[Tokenizer], T]) -> Callable[[Tokeniz
     def cached(tokenizer: Tokenizer, size: int, template: str) -> T:
         return function(tokenizer)
 
-    return lambda tokenizer: cached(tokenizer, len(tokenizer), str(tokenizer.chat_template))
+    def look_up(tokenizer: Tokenizer) -> T:
+        size = tokenizer.backend_tokenizer.get_vocab_size()  # as len(), which takes longer
+        return cached(tokenizer, size, str(tokenizer.chat_template))
+
+    return look_up
 
 
 @cached_by_tokenizer
@@ -116,22 +121,24 @@ def render_text(
     """
     tokenizer = variant_for(tokenizer, tools)
     messages, tools = mark_typed(tokenizer, messages, tools)
-    return render_marked(tokenizer, messages, tools, add_generation_prompt, variables)
+    values = all_variables(tokenizer, variables)
+    return render_marked(tokenizer, messages, tools, add_generation_prompt, values)
 
 
 def render_marked(
     tokenizer: Tokenizer,
     messages: Messages,
     tools: Tools | None,
-    add_generation_prompt: bool = False,
-    variables: Variables | None = None,
+    add_generation_prompt: bool,
+    values: Variables,
 ) -> str:
-    """Does what `render_text` does, of messages and tools that `mark_typed` returned."""
+    """Does what `render_text` does, of messages and tools that `mark_typed` returned, and with the
+    values of special tokens too (`all_variables`)."""
     if not messages:
         raise DataError("the conversation begins with the assistant; give it a user turn first")
     try_template(tokenizer)
     messages = read_form(tokenizer).apply(messages)
-    text = _apply_template(tokenizer, messages, tools, add_generation_prompt, variables)
+    text = _apply_template(tokenizer, messages, tools, add_generation_prompt, values)
     if ESCAPED.search(text) and has_text(re.compile("|".join(MARKS)), [messages, tools]):
         text = ESCAPED.sub(lambda found: MARKS[found[0] in _escapes(MARKS[1])], text)
     return text
@@ -141,13 +148,12 @@ def _apply_template(
     tokenizer: Tokenizer,
     messages: Messages,
     tools: Tools | None,
-    add_prompt: bool = False,
-    variables: Variables | None = None,
+    add_prompt: bool,
+    values: Variables,
 ) -> str:
     # As `apply_chat_template` does it, which takes three times as long to check its arguments.
     source = tokenizer.get_chat_template(tools=tools)
-    values = {**tokenizer.special_tokens_map, **(variables or {})}
-    if any(name in message for message in messages for name in _REASONING_FIELDS):
+    if not all(map(REASONING.isdisjoint, messages)):
         messages = _alias_reasoning_fields([dict(message) for message in messages])
     with bounded(tokenizer, messages):
         pieces = compile_template(source).generate(
@@ -178,6 +184,11 @@ def _join(pieces: Iterable[str], given: Any) -> str:
                     "the row and the template itself; use a template that does not repeat so much"
                 )
     return "".join(joined)
+
+
+def all_variables(tokenizer: Tokenizer, variables: Variables | None) -> Variables:
+    """Returns the variables that a template gets besides the messages and tools."""
+    return {**tokenizer.special_tokens_map, **(variables or {})}
 
 
 def mark_typed(
@@ -258,10 +269,11 @@ def read_form(tokenizer: Tokenizer) -> Form:
     """
     word = "zq7form"
     ask: Message = {"role": "user", "content": "a"}
+    values = all_variables(tokenizer, None)
 
     def shows(turn: Message, text: str, before: Message = ask, quotes: str = "'") -> bool:
         try:
-            rendered = _apply_template(tokenizer, [before, turn], None)
+            rendered = _apply_template(tokenizer, [before, turn], None, False, values)
         except DataError:
             return False
         return text in rendered and not any(quote + text in rendered for quote in quotes)
@@ -292,7 +304,12 @@ def read_form(tokenizer: Tokenizer) -> Form:
 def _opens_thoughts(tokenizer: Tokenizer, ask: dict[str, Any]) -> bool:
     """Returns whether the prompt of inference ends in an open block of thoughts."""
     try:
-        return OPEN_TAG.search(_apply_template(tokenizer, [ask], None, add_prompt=True)) is not None
+        return (
+            OPEN_TAG.search(
+                _apply_template(tokenizer, [ask], None, True, all_variables(tokenizer, None))
+            )
+            is not None
+        )
     except DataError:
         return False
 
@@ -334,13 +351,10 @@ def bounded(tokenizer: Tokenizer, messages: Messages) -> Iterator[None]:
     `bounded` the limit of the outer one holds.
     """
 
-    def end(*_: object) -> None:
-        raise TemplateError(_endless_message(tokenizer))
-
     is_main = not _bound and threading.current_thread() is threading.main_thread()
     if is_main:
         _bound.append(tokenizer)
-        before = signal.signal(signal.SIGPROF, end)
+        _catch_signal(os.getpid())
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
@@ -350,9 +364,18 @@ def bounded(tokenizer: Tokenizer, messages: Messages) -> Iterator[None]:
         raise DataError(failure(tokenizer.get_chat_template(), messages, error)) from None
     finally:
         if is_main:
-            _bound.clear()
             signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.signal(signal.SIGPROF, before)
+            _bound.clear()
+
+
+@lru_cache(maxsize=1)  # once in every process
+def _catch_signal(pid: int) -> None:
+    signal.signal(signal.SIGPROF, _end)
+
+
+def _end(*_: object) -> None:
+    if _bound:
+        raise TemplateError(_endless_message(_bound[0]))
 
 
 @cached_by_tokenizer
@@ -372,7 +395,7 @@ def try_template(tokenizer: Tokenizer) -> None:
                 with suppress(ValueError, OSError):  # a smaller limit is set already
                     resource.setrlimit(limit, (most, most))
             words = [{"role": role, "content": "a"} for role in ("user", "assistant")]
-            _apply_template(tokenizer, words, None)
+            _apply_template(tokenizer, words, None, False, all_variables(tokenizer, None))
         except DataError:
             pass  # rows that the template refuses are reported later
         except TemplateError:
@@ -450,6 +473,11 @@ class Renderings:
         self.messages, self.tools = mark_typed(self.tokenizer, self.messages, self.tools)
 
     @cached_property
+    def values(self) -> Variables:
+        """Returns all variables of the template besides the messages and tools."""
+        return all_variables(self.tokenizer, self.variables)
+
+    @cached_property
     def sentinel(self) -> str:
         """Returns a word that stands nowhere in the conversation; a number and "e" follow it."""
         word, said = "zq7s", str(self.messages)
@@ -482,12 +510,12 @@ class Renderings:
     def render(self, messages: Messages) -> str:
         """Returns other messages, rendered with the same tools and variables."""
         messages, tools = mark_typed(self.tokenizer, messages, self.tools)
-        return render_marked(self.tokenizer, messages, tools, variables=self.variables)
+        return render_marked(self.tokenizer, messages, tools, False, self.values)
 
     def _render(self, stop: int, prompt: bool) -> str:
         if (stop, prompt) not in self._texts:
             self._texts[stop, prompt] = render_marked(
-                self.tokenizer, self.messages[:stop], self.tools, prompt, self.variables
+                self.tokenizer, self.messages[:stop], self.tools, prompt, self.values
             )
         return self._texts[stop, prompt]
 

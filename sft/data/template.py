@@ -12,7 +12,6 @@ example of its own: the tokens of its prompt, and behind them the tokens of its 
 from __future__ import annotations
 
 import json
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ from sft.data.rendering import (
     variants,
 )
 from sft.data.tokenised import is_tokenised, make_tokens
-from sft.data.tokens import count_prompt_tokens, tokenise
+from sft.data.tokens import Tokens, tokenise, tokenise_behind
 from sft.data.turns import Turn, find_turn, marked_spans
 from sft.errors import DataError, UserError
 
@@ -65,7 +64,8 @@ class Example:
     @property
     def num_supervised(self) -> int:
         """Counts supervised tokens, without the first of the row, which no token can predict."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        predicted = self.labels[1:]
+        return len(predicted) - predicted.count(IGNORED)
 
 
 def prepare_tokenizer(
@@ -272,14 +272,14 @@ def _examples(tokenizer: Tokenizer, row: Row, learning: Learning) -> list[tuple[
     messages = row.messages
     given = renderings_of(tokenizer, messages, row.tools, row.template_kwargs)
     if learning.supervise == "everything":
-        ids, _ = tokenise(tokenizer, given.text)
+        ids = tokenise(tokenizer, given.text).ids
         return [(row, Example(ids, list(ids)))]
     weights = _weights(messages, learning.supervise)
     found, flags = _find_turns(given, weights)
     if set(row.template_kwargs or ()) - set(template_variables(given.tokenizer)):
         flags.append("unread_variables")
     if not found:
-        ids, _ = tokenise(tokenizer, given.text)
+        ids = tokenise(tokenizer, given.text).ids
         return [(row, Example(ids, [IGNORED] * len(ids), None, tuple(flags)))]
     together = _join(given, found, weights, learning)
     is_whole = together is not None and "not_as_served" not in together.flags
@@ -338,24 +338,18 @@ def _join(
     is_given = not last or text.startswith(last.prompt + last.answer) or not _is_same(given, last)
     if last and not is_given:
         text = last.prompt + last.answer
-    ids, offsets = tokenise(given.tokenizer, text)
-    blocks = marked_spans(given)
-    labels, factors, flags = [IGNORED] * len(ids), [0.0] * len(ids), list[str]()
+    tokens, blocks = tokenise(given.tokenizer, text), marked_spans(given)
+    ids, flags = tokens.ids, list[str]()
+    labels, factors = [IGNORED] * len(ids), [0.0] * len(ids)
     for index, turn in found.items():
         span = None
         if _is_same(given, turn) and text.startswith(turn.prompt + turn.answer):
-            span = _token_span(given.tokenizer, text, ids, offsets, turn)
+            span = _token_span(tokens, turn)
         if span is None or (span[0] and labels[span[0] - 1] != IGNORED):  # no header parts answers
             flags.append("not_as_served")
             continue
-        learnt = list(range(*span))
-        at = len(turn.prompt)
-        if turn.empty_thoughts and not learning.empty_thoughts:
-            learnt = [n for n in learnt if offsets[n][0] - at >= turn.empty_thoughts[1]]
-        if blocks is not None:
-            own = blocks if is_given else _blocks_of(given, index, turn)
-            learnt = _within(own, learnt, offsets, turn)
-        for n in learnt:
+        own = blocks if blocks is None or is_given else _blocks_of(given, index, turn)
+        for n in _learnt(tokens, span, turn, learning, own):
             labels[n], factors[n] = ids[n], weights[index]
         flags += turn.flags
     if "not_as_served" in flags and all(label == IGNORED for label in labels):
@@ -372,7 +366,7 @@ def _uneven(factors: Sequence[float]) -> list[float] | None:
 
 
 def _within(
-    blocks: Sequence[Span], learnt: list[int], offsets: Sequence[Span], turn: Turn
+    blocks: Sequence[Span], learnt: Sequence[int], offsets: Sequence[Span], turn: Turn
 ) -> list[int]:
     """Returns the tokens of an answer that `{% generation %}` blocks mark, and the end that was
     added to it.
@@ -386,7 +380,7 @@ def _within(
             "the chat template has {% generation %} blocks, but none in an assistant turn that is "
             "to be learnt; put one around what the assistant writes, or remove all"
         )
-    added = learnt[-1:] if "end_of_turn_added" in turn.flags else []
+    added = learnt[-1:] if "end_of_turn_added" in turn.flags else ()
     marked = [n for n in learnt if any(offsets[n][0] < b and offsets[n][1] > a for a, b in own)]
     return sorted({*marked, *added})
 
@@ -403,41 +397,37 @@ def _of_turn(
     given: Renderings, turn: Turn, weight: float, learning: Learning, blocks: list[Span] | None
 ) -> Example:
     """Returns an example of one turn: the tokens of its prompt, then those of its answer."""
-    text = turn.prompt + turn.answer
-    ids, offsets = tokenise(given.tokenizer, text)
-    span = _token_span(given.tokenizer, text, ids, offsets, turn)
+    tokens = tokenise(given.tokenizer, turn.prompt + turn.answer)
+    span = _token_span(tokens, turn)
     if span is None:  # a token would hold the end of the prompt and the start of the answer
-        before, _ = tokenise(given.tokenizer, turn.prompt)
-        behind, places = tokenise(given.tokenizer, turn.answer, behind=True)
-        ids, span = [*before, *behind], (len(before), len(before) + len(behind))
-        offsets = [(0, 0)] * len(before) + [
-            (a + len(turn.prompt), b + len(turn.prompt)) for a, b in places
-        ]
-    first, stop = span
+        before, at = tokenise(given.tokenizer, turn.prompt).ids, len(turn.prompt)
+        behind, places = tokenise_behind(given.tokenizer, turn.answer)
+        tokens = Tokens(given.tokenizer, tokens.text, [*before, *behind])
+        tokens.offsets = [(0, 0)] * len(before) + [(a + at, b + at) for a, b in places]
+        span = (len(before), len(tokens.ids))
+    learnt = set(_learnt(tokens, span, turn, learning, blocks))
+    labels = [token if n in learnt else IGNORED for n, token in enumerate(tokens.ids)]
+    factors = [weight if n in learnt else 0.0 for n in range(len(tokens.ids))]
+    return Example(tokens.ids, labels, _uneven(factors), turn.flags)
+
+
+def _token_span(tokens: Tokens, turn: Turn) -> Span | None:
+    """Returns the tokens of a turn's answer, in those of a text that begins with its prompt and
+    answer. None if the tokens before them are not those of the prompt alone."""
+    start = len(turn.prompt)
+    first, stop = tokens.count(start), tokens.stop(start + len(turn.answer))
+    return None if first is None or stop is None else (first, stop)
+
+
+def _learnt(
+    tokens: Tokens, span: Span, turn: Turn, learning: Learning, blocks: list[Span] | None
+) -> Sequence[int]:
+    """Returns those of an answer's tokens that are learnt."""
+    learnt: Sequence[int] = range(*span)
     if turn.empty_thoughts and not learning.empty_thoughts:
         end = len(turn.prompt) + turn.empty_thoughts[1]
-        first = next((n for n in range(first, stop) if offsets[n][0] >= end), stop)
-    learnt = set(range(first, stop))
-    if blocks is not None:
-        learnt = set(_within(blocks, sorted(learnt), offsets, turn))
-    labels = [token if n in learnt else IGNORED for n, token in enumerate(ids)]
-    factors = [weight if n in learnt else 0.0 for n in range(len(ids))]
-    return Example(ids, labels, _uneven(factors), turn.flags)
-
-
-def _token_span(
-    tokenizer: Tokenizer, text: str, ids: list[int], offsets: list[Span], turn: Turn
-) -> Span | None:
-    """Returns the tokens of a turn's answer in `text`, which begins with its prompt and answer.
-
-    None if the tokens before them are not those of the prompt alone.
-    """
-    start, end = len(turn.prompt), len(turn.prompt) + len(turn.answer)
-    first = count_prompt_tokens(tokenizer, text, ids, offsets, start)
-    stop = bisect_left(offsets, (end, 0))
-    if first is None or (stop and offsets[stop - 1][1] > end):
-        return None  # a token stands on both sides
-    return first, stop
+        learnt = [n for n in learnt if tokens.offsets[n][0] >= end]
+    return learnt if blocks is None else _within(blocks, learnt, tokens.offsets, turn)
 
 
 def added_by_template(tokenizer: Tokenizer) -> str | None:
@@ -465,7 +455,7 @@ def prompt_ids(
     variables: Variables | None = None,
 ) -> list[int]:
     """Returns the tokens that a model is given at inference to continue `messages`."""
-    return tokenise(tokenizer, render_text(tokenizer, messages, tools, True, variables))[0]
+    return tokenise(tokenizer, render_text(tokenizer, messages, tools, True, variables)).ids
 
 
 def _render_document(tokenizer: Tokenizer, text: str) -> Example:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -69,7 +68,10 @@ def attend(
     starts, longest = document_starts(given.get("position_ids"), rows, time, query.device)
     window = given.get("sliding_window")
     q, k, v = (each.to(dtype).transpose(1, 2).flatten(0, 1) for each in (query, key, value))
-    attended = varlen_attn(
+    # Its import loads the compiler, which takes longer than all of `sft` does.
+    from torch.nn.attention import varlen
+
+    attended = varlen.varlen_attn(
         q,
         k,
         v,

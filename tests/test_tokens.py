@@ -1,0 +1,99 @@
+"""Tokens and places in a text: with the cache of parts the same as of the whole."""
+
+import functools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import pre_tokenizers as splits
+from transformers import PreTrainedTokenizerFast
+
+from sft.data.tokens import Tokens, tokenise
+
+TEXT = "user assistant system Hello a b c the quick brown fox 1 2 3 \n\n e é ▁ ### "
+KINDS = {
+    "byte-level": splits.ByteLevel(add_prefix_space=False),
+    "byte-level with a first blank": splits.ByteLevel(add_prefix_space=True),
+    "digits": splits.Sequence([splits.Digits(), splits.ByteLevel(add_prefix_space=False)]),
+    "metaspace": splits.Metaspace(prepend_scheme="first"),
+    "metaspace, always": splits.Metaspace(prepend_scheme="always"),
+    "words": splits.BertPreTokenizer(),
+}
+TOKENS = {
+    "plain": [],
+    "takes blanks": [AddedToken("<|end|>", rstrip=True)],
+    "blank": [AddedToken("\n\n", normalized=False)],
+    "in normalised text": [AddedToken("<think>", normalized=True)],
+    "overlapping": [AddedToken("<|im_start|>user", normalized=False)],
+}
+
+
+@functools.cache
+def make(kind: str, added: str, normalizer: str) -> PreTrainedTokenizerFast:
+    is_bytes = "byte" in kind or kind == "digits"
+    backend = Tokenizer(models.BPE(unk_token=None if is_bytes else "<unk>", fuse_unk=True))
+    backend.pre_tokenizer = KINDS[kind]
+    if normalizer:
+        backend.normalizer = getattr(normalizers, normalizer)()
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "</s>"],
+        initial_alphabet=splits.ByteLevel.alphabet() if is_bytes else [],
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT] * 3, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    special = [AddedToken(text, normalized=False) for text in ("<|im_start|>", "<|im_end|>")]
+    made.add_tokens([*special, *TOKENS[added]], special_tokens=True)
+    return made
+
+
+PIECES = ["<|im_start|>", "<|im_end|>", "<|end|>", "<think>", "</s>", "user", "assistant"]
+PIECES += [" ", "\n", "\n\n", "Hello", "a", "1", "é", "e\u0301", "\u0301", "▁", "ж", "###", "<|"]
+EVERY = [(kind, added) for kind in KINDS for added in TOKENS]
+
+
+@pytest.mark.parametrize("normalizer", ["", "NFC", "Lowercase", "Strip"])
+@settings(max_examples=60)
+@given(st.sampled_from(EVERY), st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_parts_give_the_tokens_of_the_whole(normalizer, chosen, text):
+    tokenizer = make(*chosen, normalizer)
+    encoded = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    made = tokenise(tokenizer, text)
+    assert made.ids == encoded.ids
+    assert made.offsets == encoded.offsets
+    by_offsets = Tokens(tokenizer, text, encoded.ids)
+    for length in range(len(text) + 1):
+        assert made.count(length) == by_offsets.count(length)
+        assert made.stop(length) == by_offsets.stop(length)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), st.integers(0, 40))
+def test_counted_tokens_are_those_of_the_prefix_alone(text, length):
+    tokenizer, length = make("byte-level", "plain", ""), min(length, len(text))
+    alone = tokenise(tokenizer, text[:length]).ids
+    is_prefix = tokenise(tokenizer, text).ids[: len(alone)] == alone
+    assert tokenise(tokenizer, text).count(length) == (len(alone) if is_prefix else None)
+
+
+def test_texts_between_added_tokens_are_tokenised_once(monkeypatch):
+    tokenizer, asked = make("byte-level", "plain", "NFC"), []
+    encode = Tokenizer.encode_batch_fast
+
+    class Counted:
+        def __getattr__(self, name):
+            return getattr(tokenizer.backend_tokenizer, name)
+
+        def encode_batch_fast(self, texts, **options):
+            asked.extend(texts)
+            return encode(tokenizer.backend_tokenizer, texts, **options)
+
+    monkeypatch.setattr("sft.data.tokens._backend", lambda _: Counted())
+    system = "<|im_start|>system zq7\nfox" + 200 * " brown" + "<|im_end|>"
+    for word in ("one", "two"):
+        tokenise(tokenizer, f"{system}<|im_start|>user zq7\n{word}<|im_end|>")
+    assert sum("brown" in text for text in asked) == 1
+    assert asked[-1] == "user zq7\ntwo"
