@@ -441,8 +441,9 @@ def test_further_endings_and_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert files_of("~/a b.jsonl") == files_of(f"file://{path}") == [path]
     assert files_of(f"file://localhost{path}") == [path]
-    with pytest.raises(DataError, match="found: no path"):
-        files_of("")
+    for bad, found in {"": "No such file", "x" * 5000: "File name too long"}.items():
+        with pytest.raises(DataError, match=f"found: {found}"):
+            files_of(bad)
 
 
 def test_a_number_of_32_bits_keeps_its_text(tmp_path):
@@ -566,8 +567,13 @@ def test_a_dataset_folder(tmp_path):
     datasets.DatasetDict(train=saved, test=saved).save_to_disk(tmp_path / "both")
     assert "found train, test; give the one to use" in refused(tmp_path / "both")
     assert asked(load_rows(str(tmp_path / "both/test"))[0]) == asked(rows)
-    (tmp_path / "one/state.json").write_text("{}")
-    assert "expected _data_files of a saved dataset; save it again" in refused(tmp_path / "one")
+    for broken in ("{}", '{"_data_files": [1]}', '{"_data_files": [{"name": "a"}]}', "[]", "{"):
+        (tmp_path / "one/state.json").write_text(broken)
+        assert "expected _data_files of a saved dataset; save it again" in refused(tmp_path / "one")
+    write(tmp_path / "secret.arrow", b"")
+    outside = {"_data_files": [{"filename": "../secret.arrow"}]}
+    (tmp_path / "one/state.json").write_text(json.dumps(outside))
+    assert files_of(str(tmp_path / "one")) == [f"{tmp_path}/one/secret.arrow"]
 
 
 def test_a_dataset_of_the_hub(monkeypatch):

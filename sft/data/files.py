@@ -29,11 +29,11 @@ from sft.errors import DataError, redact, suggest
 from sft.runtime.console import atomic_write
 
 DIGEST = np.dtype("V16")  # of `content_digest`
+Paths = str | list[str]  # what data.train_path is
 CACHE_DIR: str = Data.model_fields["cache_dir"].default
 # Endings of files that may hold rows and are not read, so that a folder of them is ambiguous.
-OTHER_KINDS = (
-    *(".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar", ".xls", ".xlsx", ".ods"),
-    *(".npy", ".npz", ".h5", ".hdf5", ".db", ".sqlite", ".sqlite3", ".orc", ".avro", ".tfrecord"),
+OTHER_KINDS = re.compile(
+    r"(?i)\.(zip|tar|tgz|tar\.gz|7z|rar|xlsx?|ods|np[yz]|h5|hdf5|db|sqlite3?|orc|avro|tfrecord)$"
 )
 UNFINISHED = re.compile(r"(?i)(~|\.(tmp|temp|bak|orig|part|partial|crdownload|download))$")
 MAC = "__MACOSX"  # folder of an archive that macOS made, with a `._name` for each file
@@ -93,13 +93,13 @@ class Listing(NamedTuple):
     hidden: list[str]  # data files that are not read: hidden ones, unfinished ones, backups
 
 
-def sources(path: str | list[str], cache_dir: str = CACHE_DIR) -> list[Source]:
+def sources(path: Paths, cache_dir: str = CACHE_DIR) -> list[Source]:
     """Returns the files that a path, or each of a list, names (`list_files`)."""
     return list_files(path, cache_dir).sources
 
 
 def list_files(
-    path: str | list[str], cache_dir: str = CACHE_DIR, tick: Callable[[], None] = lambda: None
+    path: Paths, cache_dir: str = CACHE_DIR, tick: Callable[[], None] = lambda: None
 ) -> Listing:
     """Returns the files that a path, or each of a list, names, and hidden ones that are not read.
 
@@ -112,7 +112,11 @@ def list_files(
         if remote.is_remote(text):
             listed = _list_remote(text, entry, cache_dir, tick)
         else:
-            listed = _list(re.sub(r"^file://(localhost(?=/))?", "", text), entry)
+            try:
+                listed = _list(re.sub(r"^file://(localhost(?=/))?", "", text), entry)
+            except (OSError, RuntimeError) as error:  # too long a name, no home ...
+                reason = getattr(error, "strerror", None) or str(error)
+                raise readers.unreadable(readers.one_line(text, 80), reason) from None
         found.sources.extend(listed.sources)
         found.hidden.extend(listed.hidden)
     for source in found.sources:
@@ -121,9 +125,8 @@ def list_files(
     return found
 
 
-_fetched: dict[
-    tuple[str, str], Listing
-] = {}  # by address and cache, so that a process asks the server once
+# By address and cache, so that a process asks the server once.
+_fetched: dict[tuple[str, str], Listing] = {}
 
 
 def _list_remote(text: str, entry: int, cache_dir: str, tick: Callable[[], None]) -> Listing:
@@ -147,12 +150,10 @@ def _list_remote(text: str, entry: int, cache_dir: str, tick: Callable[[], None]
 def _list(text: str, entry: int) -> Listing:
     path = Path(text).expanduser()
     text = str(path) if text.startswith("~") else text
-    if not text:
-        raise readers.unreadable("''", "no path")
-    if path.is_dir():
+    if path.is_dir() and text:
         files, hidden = _files_in(path)
         return Listing([Source(str(file), entry) for file in files], hidden)
-    if path.exists():
+    if path.exists() and text:
         if not path.is_file():  # a pipe, whose rows could be read only once
             raise readers.unreadable(text, "no regular file")
         return Listing([Source(text, entry)], [])
@@ -192,7 +193,7 @@ def _files_in(folder: Path) -> tuple[list[Path], list[str]]:
             raise _ambiguous(str(folder), names)
         return _files_in(folder / names[0])
     if (state := folder / "state.json").is_file():
-        return [folder / item["filename"] for item in _read_list(state, "_data_files")], []
+        return [folder / name for name in _read_list(state, "_data_files")], []
     names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     chosen, hidden = choose_files(str(folder), names)
     return [folder / name for name in chosen], [str(folder / name) for name in hidden]
@@ -217,9 +218,8 @@ def choose_files(folder: str, names: Iterable[str]) -> tuple[list[str], list[str
         has = f"only {describe_hidden(hidden)}" if hidden and not others else has
         reason = f"a folder without a file that ends in one of these, {readers.one_line(has, 200)}"
         raise readers.unreadable(folder, reason)
-    others = [name.lower() for name in suffixes if not is_hidden(name)]
     kinds = {suffixes[name] for name in shown}
-    kinds |= {kind for kind in OTHER_KINDS if any(name.endswith(kind) for name in others)}
+    kinds |= {m[0] for n in suffixes if (m := OTHER_KINDS.search(n)) and not is_hidden(n)}
     if len(found := sorted(kinds)) > 1:
         raise _ambiguous(folder, found)
     held_out = [name for name in shown if HELD_OUT.search(name)]
@@ -228,9 +228,11 @@ def choose_files(folder: str, names: Iterable[str]) -> tuple[list[str], list[str
     return shown, hidden
 
 
-def _read_list(file: Path, key: str) -> list[Any]:
+def _read_list(file: Path, key: str) -> list[str]:
+    """Returns the names of files or folders beside `file` that it lists."""
     try:
-        return list(json.loads(file.read_text("utf-8"))[key])
+        items = json.loads(file.read_text("utf-8"))[key]
+        return [Path(item["filename"] if isinstance(item, dict) else item).name for item in items]
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{file}: expected {key} of a saved dataset; save it again") from None
 
@@ -293,15 +295,13 @@ def _raw_rows(source: Source, format: str, **options: Any) -> Iterator[readers.R
         raise DataError(str(error).replace(source.path, source.file)) from None
 
 
-def read_all(
-    path: str | list[str], cache_dir: str = CACHE_DIR, **options: Any
-) -> Iterator[Row | BadRow]:
+def read_all(path: Paths, cache_dir: str = CACHE_DIR, **options: Any) -> Iterator[Row | BadRow]:
     """Yields every row of every file; takes the options of `read`."""
     return (row for source in sources(path, cache_dir) for row in read(source, **options))
 
 
 def read_raw(
-    path: str | list[str], cache_dir: str = CACHE_DIR, csv_delimiter: str = "auto"
+    path: Paths, cache_dir: str = CACHE_DIR, csv_delimiter: str = "auto"
 ) -> Iterator[tuple[str, Any]]:
     """Yields (file:line, the row as it stands in its file, or an error) of every row of a path."""
     for source in sources(path, cache_dir):
@@ -323,11 +323,10 @@ def select_rows(section: Data, place: str | None) -> Iterator[Row | BadRow]:
     name, _, digits = f":{place}".rpartition(":")
     if not digits.isdecimal():
         return
-    for source in sources(section.train_path, cache_dir) + sources(
-        section.eval_path or [], cache_dir
-    ):
-        if f":{source.file}".endswith(name):
-            yield from _rows_at(source, int(digits), options)
+    for path in (section.train_path, section.eval_path or []):
+        for source in sources(path, cache_dir):
+            if f":{source.file}".endswith(name):
+                yield from _rows_at(source, int(digits), options)
 
 
 def _rows_at(source: Source, line: int, options: dict[str, Any]) -> Iterator[Row | BadRow]:
@@ -336,18 +335,17 @@ def _rows_at(source: Source, line: int, options: dict[str, Any]) -> Iterator[Row
     is_long = not source.on_hub and readers.has_long_rows(source.path)
     for row in read(source, **options):
         if row.line == line or (row.line > line and before is None):
-            yield row
-            return
-        if row.line > line:
-            if is_long and before:
-                yield before
-            return
+            before = row
+        if row.line >= line:
+            break
         before = row
-    if before and is_long and line <= readers.num_lines(source.path):
+    else:
+        is_long = is_long and line <= readers.num_lines(source.path)
+    if before and (is_long or before.line >= line):
         yield before
 
 
-def check_column(path: str | list[str], column: str, key: str, **options: str) -> None:
+def check_column(path: Paths, column: str, key: str, **options: str) -> None:
     """Raises DataError if no row of the files has the column, which `key` of a configuration names.
 
     The first row that has it ends the search. Takes the options of `read_raw`.
@@ -368,7 +366,7 @@ def check_columns(settings: Data) -> None:
             check_column(settings.train_path, column, f"data.columns.{field}", **options)
 
 
-def missing_column(path: str | list[str], column: str, key: str, known: Iterable[str]) -> DataError:
+def missing_column(path: Paths, column: str, key: str, known: Iterable[str]) -> DataError:
     """Returns the error for a column that no row has; `known`: the columns that rows have."""
     shown = redact(path if isinstance(path, str) else ", ".join(path))
     hint = suggest(column, sorted(known))
@@ -382,15 +380,14 @@ def _value_in(row: Any, column: str) -> Any:
         return None
 
 
-def file_digests(path: str | list[str], cache_dir: str = CACHE_DIR) -> list[dict[str, str | int]]:
+def file_digests(path: Paths, cache_dir: str = CACHE_DIR) -> list[dict[str, str | int]]:
     """Returns entry, name and sha256 (of the hub: fingerprint) of every file of a path."""
     found: list[dict[str, str | int]] = []
     for source in sources(path, cache_dir):
+        digest = source.digest  # of a copy that was verified when it was fetched or found
         if source.on_hub:
             digest = str(readers.load_from_hub(source.file)._fingerprint)
-        elif source.digest:  # a copy that was verified when it was fetched or found
-            digest = source.digest
-        else:
+        elif not digest:
             try:
                 with Path(source.path).open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -417,11 +414,11 @@ def content_digest(row: Row) -> bytes:
     return hashlib.sha256(content.encode()).digest()[:16]
 
 
-def num_rows(path: str | list[str], cache_dir: str = CACHE_DIR) -> int | None:
+def num_rows(path: Paths, cache_dir: str = CACHE_DIR) -> int | None:
     """Returns about how many rows there are, by their lines, or None if that is not known."""
     found = sources(path, cache_dir)
     numbers = [None if each.on_hub else readers.estimate_rows(each.path) for each in found]
-    return None if None in numbers else sum(number or 0 for number in numbers)
+    return None if None in numbers else sum(filter(None, numbers))
 
 
 def process(settings: Data, output: Path) -> list[tuple[str, str]]:
@@ -430,8 +427,7 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
     Returns (name, number) pairs to report. Raises DataError with every bad row, unless
     `data.on_bad_row` is skip, or if no row is left; then `output` is not made.
     """
-    # Reports a missing file before anything is written.
-    hidden = list_files(settings.train_path, settings.cache_dir).hidden
+    hidden = list_files(settings.train_path, settings.cache_dir).hidden  # or reports no file
     check_columns(settings)
     output.parent.mkdir(parents=True, exist_ok=True)
     written, seen, repeated = Counter[str](), set[bytes](), 0
@@ -453,11 +449,9 @@ def process(settings: Data, output: Path) -> list[tuple[str, str]]:
             raise DataError.from_rows(bad[0].file, [str(row) for row in bad])
     report = [("rows", f"{written.total():,}")]
     report += [(f"from {name}", f"{count:,}") for name, count in written.most_common()]
-    if repeated:
-        fate = "dropped" if settings.duplicates == "drop" else "kept"
-        report.append(("duplicates", f"{repeated:,} ({fate})"))
-    if hidden:
-        report.append(("not read", describe_hidden(hidden)))
+    fate = "dropped" if settings.duplicates == "drop" else "kept"
+    report += [("duplicates", f"{repeated:,} ({fate})")] if repeated else []
+    report += [("not read", describe_hidden(hidden))] if hidden else []
     if bad:
         with atomic_write(rejected := output.with_name("rejected.jsonl")) as file:
             write_rejected(bad, file)
@@ -470,13 +464,11 @@ def local_paths(section: Data) -> str | list[str]:
 
     A run of verify has a cache of its own, and does not fetch them again.
     """
-    given = section.train_path
-
-    def local(text: str) -> str:
+    given, paths = section.train_path, list[str]()
+    for text in [given] if isinstance(given, str) else given:
         found = sources(text, section.cache_dir) if remote.is_remote(text) else []
-        return found[0].path if len(found) == 1 else text
-
-    return local(given) if isinstance(given, str) else [local(text) for text in given]
+        paths.append(found[0].path if len(found) == 1 else text)
+    return paths[0] if isinstance(given, str) else paths
 
 
 def hidden_files(section: Data) -> list[str]:
