@@ -184,6 +184,17 @@ def test_keys_of_messages_can_be_ignored():
     for row in ({"messages": [turn, HELLO]}, {"messages": json.dumps([turn, HELLO])}):
         found = normalise(row, ignore=["timestamp", "country"])
         assert (found.messages, found.ignored) == ([ASK, HELLO], ())
+    columns = {"messages": "said.turns"}
+    mapped = normalise(
+        {"said": {"turns": [turn, HELLO]}}, columns=columns, ignore=["timestamp", "country"]
+    )
+    assert mapped.messages == [ASK, HELLO]
+    in_columns = {
+        "role": ["user", "assistant"],
+        "content": ["Hi", "Hello"],
+        "country": ["NZ", "NZ"],
+    }
+    assert normalise({"messages": in_columns}, ignore=["country"]).messages == [ASK, HELLO]
     with pytest.raises(ValueError, match=r"country; remove or convert it, or name it in data\.ign"):
         normalise({"messages": [turn, HELLO]}, ignore=["timestamp"])
 

@@ -384,6 +384,12 @@ GOOD = {
         [ASK, turn("assistant", "Hello", weight=0), ASK, HELLO],
         None,
     ),
+    "prompt of messages as text": (
+        {"prompt": json.dumps([ASK]), "completion": json.dumps([HELLO])},
+        "prompt_completion",
+        [ASK, HELLO],
+        None,
+    ),
     "question": ({"question": "Hi", "answer": "Hello"}, "question_answer", [ASK, HELLO], None),
     "decimals": (
         {"question": Decimal("1.50"), "answer": Decimal("1E+3")},
@@ -530,6 +536,10 @@ BAD = {
         "messages: not valid JSON (Expecting property name enclosed in double quotes, column 3); "
         "it is written as Python prints it: write it with json.dumps",
     ),
+    "Python's text of a prompt": (
+        {"prompt": str([ASK]), "completion": str([HELLO])},
+        "column 3); it is written as Python prints it: write it with json.dumps",
+    ),
     "true as an answer": ({"question": "a", "answer": True}, "answer: expected text, found bool"),
     "infinity as an answer": (
         {"question": "a", "answer": float("inf")},
@@ -674,7 +684,7 @@ BAD = {
     "blank input": ({"instruction": "a", "input": " ", "output": "b"}, "input is blank"),
     "list as completion": (
         {"prompt": "a", "completion": [HELLO]},
-        "expected a prompt of messages beside a completion of messages, found text",
+        "expected a prompt of messages beside such a completion, found text",
     ),
     "completion is the user's": ({"prompt": [ASK], "completion": [ASK]}, "no assistant turn"),
     "null": ({"question": None, "answer": "b"}, "question: expected text, found NoneType"),

@@ -39,8 +39,7 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "prompter", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bot", "model", "assistant", *CALLS), "assistant"),
     **dict.fromkeys(("observation", "function_response", "tool_response", "tool"), "tool"),
-    "function": "tool",
-    "system": "system",
+    **{"function": "tool", "system": "system"},
 }
 # Keys of turns such as {"human": "Hi", "assistant": "Hello"}, in the order in which they are said.
 TURNS = {
@@ -48,6 +47,7 @@ TURNS = {
     "user": ("human", "user", "input", "prompt", "question"),
     "assistant": ("assistant", "gpt", "bot", "output", "response", "completion", "answer"),
 }
+LISTED = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]""")  # how a list of messages begins
 SPOKEN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 DIALOGUE = re.compile(r"(?s)\n\nHuman:.*\n\nAssistant:")  # how a text of that format begins
 
@@ -119,10 +119,9 @@ def _suggest(row: dict[str, Any]) -> str:
             advice += f", such as {{{shown}}}"
             advice += f", with data.ignore_columns: [{', '.join(ignored)}]" * bool(ignored)
             break
-    preference = next(filter(is_preference, row), None)
-    return advice + (
-        f"; the column {preference!r} {PREFERENCE.holds}" if preference is not None else ""
-    )
+    for preference in [*filter(is_preference, row)][:1]:
+        advice += f"; the column {preference!r} {PREFERENCE.holds}"
+    return advice
 
 
 def _try_columns(row: dict[str, Any], columns: dict[str, str]) -> list[str] | None:
@@ -158,8 +157,7 @@ def _is_copy(row: dict[str, Any], *formats: str) -> bool:
 
 def _is_dialogue(row: dict[str, Any], format: str) -> bool:
     """Returns whether texts of a row are a dialogue of "Human:" and "Assistant:"."""
-    field = {"text": "text", "prompt_completion": "prompt"}.get(format, "")
-    given = row.get(field)
+    given = row.get({"text": "text", "prompt_completion": "prompt"}.get(format, ""))
     return isinstance(given, str) and DIALOGUE.match(given) is not None
 
 
@@ -175,8 +173,11 @@ def normalise(
     `columns` names the column of each key. `ignore`: columns, and keys of messages, that are left
     out even if they change what the row means. `used`: columns that something else reads.
     """
-    whole, given = row, _without(row, ignore) if ignore else row
+    whole, given = row, row
+    if ignore and isinstance(row, dict):
+        given = {key: value for key, value in row.items() if key not in ignore}
     row = select_columns(given, columns) if columns else given
+    row = _without_keys(row, ignore) if ignore else row
     known = BY_NAME[recognise(row) if format == "auto" else format]
     if known.name == "text" and isinstance(row, str):
         row = {"text": row}
@@ -211,23 +212,20 @@ def _check_keys(row: Any, known: Format, is_mapped: bool) -> None:
         )
 
 
-def _without(row: Any, ignore: Collection[str]) -> Any:
-    """Returns the row without these keys, in its messages too."""
+def _without_keys(row: Any, ignore: Collection[str]) -> Any:
+    """Returns the row without these keys in its messages."""
     if not isinstance(row, dict):
         return row
-    kept = {key: value for key, value in row.items() if key not in ignore}
-    for name in {"messages", "conversations", "prompt", "completion"} & kept.keys():
-        value = kept[name]
-        if name in ("messages", "conversations"):
-            value = as_list(value, name)
-        if isinstance(value, list):
-            kept[name] = [
-                {k: v for k, v in each.items() if k not in ignore}
-                if isinstance(each, dict)
-                else each
-                for each in value
-            ]
-    return kept
+    lists = {
+        name: list_turns(row[name], name) for name in {"messages", "conversations"} & row.keys()
+    }
+    lists |= {n: row[n] for n in ("prompt", "completion") if isinstance(row.get(n), list)}
+    for name, turns in lists.items():
+        lists[name] = [
+            {k: v for k, v in turn.items() if k not in ignore} if isinstance(turn, dict) else turn
+            for turn in turns
+        ]
+    return row | lists
 
 
 def _columns_of(row: dict[str, Any], columns: dict[str, str]) -> set[str]:
@@ -391,13 +389,14 @@ def _from_prompt_completion(row: dict[str, Any]) -> Messages:
 
     Assistant turns in a prompt are context.
     """
-    prompt, completion = row["prompt"], row["completion"]
+    prompt, completion = (
+        as_list(given, key) if isinstance(given, str) and LISTED.match(given) else given
+        for key, given in ((key, row[key]) for key in ("prompt", "completion"))
+    )
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return _pair(row, "prompt", "completion")
     if not isinstance(prompt, list):
-        raise ValueError(
-            "expected a prompt of messages beside a completion of messages, found text"
-        )
+        raise ValueError("expected a prompt of messages beside such a completion, found text")
     context = read_messages(prompt, "prompt")
     if isinstance(completion, list):
         return _as_context(context) + read_messages(completion, "completion")
