@@ -23,6 +23,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from sft.errors import redact, redact_environment
 from sft.runtime.output import visible
 
 WIDTH = 100  # columns of a terminal; no table is wider
@@ -31,10 +32,10 @@ Advance = Callable[..., None]  # advance(n=1, note="")
 
 
 class _Console(Console):
-    """A console that shows control characters in any text, and obeys only its own."""
+    """A console that shows no secret, and shows control characters in any text but its own."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(visible(text), **options)
+        return super().render_str(visible(redact(text)), **options)
 
     def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:
         for each in super().render(*arguments, **options):
@@ -129,9 +130,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Any, *, sync: bool = False) -> None:
-    """Writes JSON that appears whole or not at all (`atomic_write`)."""
+    """Writes JSON, without secrets, that appears whole or not at all (`atomic_write`)."""
     with atomic_write(path, sync=sync) as file:
-        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(values, indent=2, ensure_ascii=False)
+        file.write(redact_environment(text) + "\n")
 
 
 def duration(seconds: float) -> str:

@@ -149,14 +149,14 @@ class Log:
             yield lambda n=1, note="": None
 
     def close(self) -> None:
+        if self._wandb:
+            self._try_wandb(self._wandb.finish)
         if self._board:
             with self._board_errors():
                 self._board.close()
         for stream in (self._metrics, self._file and self._file.file):
             if stream:
                 stream.close()
-        if self._wandb:
-            self._try_wandb(self._wandb.finish)
 
     def _try_wandb(self, action: Callable[[], object]) -> None:
         """Stops using W&B after any error: neither its service nor its disk may end a run."""

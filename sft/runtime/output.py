@@ -16,6 +16,8 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
+from sft.errors import redact
+
 PIECE = 4096  # bytes; a pipe that `poll` calls writable takes as many at once
 PATIENCE = 10.0  # seconds that a run waits for a reader that has stopped reading
 
@@ -30,12 +32,12 @@ def visible(text: str) -> str:
 
 
 def show(text: str, *, error: bool = False, end: str = "\n") -> None:
-    """Prints a text, made `visible`, on standard output or error.
+    """Prints a text, made `visible` and without secrets, on standard output or error.
 
     All that this package prints goes through here or `console.make_console`, since any part of it,
     such as the name of a file or host, may come from a stranger.
     """
-    print(visible(text), end=end, file=sys.stderr if error else sys.stdout, flush=True)
+    print(visible(redact(text)), end=end, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 class Output(io.RawIOBase):
