@@ -119,6 +119,8 @@ def _suggest(row: dict[str, Any]) -> str:
             advice += f", such as {{{shown}}}"
             advice += f", with data.ignore_columns: [{', '.join(ignored)}]" * bool(ignored)
             break
+    else:
+        advice += ", or write the row as messages (docs/DATA.md)"
     for preference in [*filter(is_preference, row)][:1]:
         advice += f"; the column {preference!r} {PREFERENCE.holds}"
     return advice

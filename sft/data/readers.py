@@ -68,7 +68,7 @@ def read_file(
 def read_hub(name: str) -> Iterator[RawRow]:
     """Yields every raw row of a dataset of the hub, `owner/name:config@split`."""
     tables = load_from_hub(name).with_format("arrow").iter(256)
-    yield from _table_rows(batch for table in tables for batch in table.to_batches())
+    yield from _rows_of_batches(batch for table in tables for batch in table.to_batches())
 
 
 def load_from_hub(name: str) -> Any:
@@ -137,10 +137,8 @@ def _choose_reader(path: str, format: str, is_mapped: bool, delimiter: str) -> R
     with _open(path) as file:
         head = file.read(4096)
     start, suffix = head.removeprefix(codecs.BOM_UTF8).lstrip(), data_suffix(Path(path))
-    if head.startswith(b"PAR1"):
-        return _parquet_rows
-    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        return _arrow_rows
+    if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+        return _table_rows
     if refusal := kinds.refused_kind(path, head, suffix):
         raise _not_rows(path, refusal)
     if suffix == ".txt":
@@ -404,43 +402,33 @@ def _text_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
     yield from document()
 
 
-def _parquet_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        whole = parquet.ParquetFile(_map_table(path, file))
-        yield from _table_rows(whole.iter_batches(batch_size=256))
-    except ArrowException as error:
-        raise _broken_file(path, error) from None
-
-
-def _arrow_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
-    """Yields the rows of a file that `datasets.save_to_disk` or Arrow itself wrote."""
-    from pyarrow import ArrowException, ipc
-
-    try:
-        mapped = _map_table(path, file)
-        if mapped.read(6) == b"ARROW1":
-            whole = ipc.open_file(mapped)
-            parts = (whole.get_batch(index) for index in range(whole.num_record_batches))
-            yield from _table_rows(parts)
-        else:
-            mapped.seek(0)
-            yield from _table_rows(ipc.open_stream(mapped))
-    except ArrowException as error:
-        raise _broken_file(path, error) from None
-
-
-def _map_table(path: str, file: io.BufferedReader) -> Any:
-    """Maps the file of a table; a compressed one is held in memory."""
+def _table_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
+    """Yields the rows of a Parquet file, or of one that Arrow or `datasets.save_to_disk` wrote."""
     import pyarrow
 
-    if compression_of(path):
-        return pyarrow.BufferReader(file.read())
-    return pyarrow.memory_map(path)
+    # A compressed file is held in memory.
+    is_packed = compression_of(path) is not None
+    try:
+        whole = pyarrow.BufferReader(file.read()) if is_packed else pyarrow.memory_map(path)
+        yield from _rows_of_batches(_batches(whole))
+    except pyarrow.ArrowException as error:
+        raise _broken_file(path, error) from None
 
 
-def _table_rows(batches: Iterable[Any]) -> Iterator[RawRow]:
+def _batches(table: Any) -> Iterable[Any]:
+    from pyarrow import ipc, parquet
+
+    head = table.read(6)
+    table.seek(0)
+    if head.startswith(b"PAR1"):
+        return parquet.ParquetFile(table).iter_batches(batch_size=256)
+    if head == b"ARROW1":
+        whole = ipc.open_file(table)
+        return map(whole.get_batch, range(whole.num_record_batches))
+    return ipc.open_stream(table)
+
+
+def _rows_of_batches(batches: Iterable[Any]) -> Iterator[RawRow]:
     import pyarrow
 
     line = 0
