@@ -645,6 +645,10 @@ BAD = {
         chat(ASK, HELLO, tools=[{}]),
         "tool 1: name: expected text, found None",
     ),
+    "tool of another program": (
+        chat(ASK, HELLO, tools=[{"name": "add", "input_schema": {"type": "object"}}]),
+        "tool 1: expected its schema as parameters, found input_schema; rename it",
+    ),
     "two system prompts": (
         chat(CALM, ASK, HELLO, system="a"),
         "a system prompt stands both in the",

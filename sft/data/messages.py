@@ -31,6 +31,8 @@ EXTRAS = {
     "assistant": {"name", "tool_calls", "function_call", *THOUGHTS},
     "tool": {"name", "tool_call_id"},
 }
+# Names of a tool's parameters in other programs; templates read `parameters`.
+OTHER_SCHEMAS = {"input_schema", "inputSchema", "args", "arguments", "params", "parameters_schema"}
 REMEDIES = {  # for keys that would not be rendered
     **dict.fromkeys(("train", "loss", "masked"), "use a weight of 0 or 1"),
     "refusal": "if the answer is to refuse, put this text in content",
@@ -250,6 +252,11 @@ def tools_of(row: dict[str, Any]) -> Tools | None:
         if "function" not in wrapped:
             wrapped = {"type": "function", "function": wrapped}
         function = as_object(json_value(wrapped["function"], at), f"{at}: function")
+        other = sorted(function.keys() & OTHER_SCHEMAS)
+        if other and "parameters" not in function:
+            raise ValueError(
+                f"{at}: expected its schema as parameters, found {other[0]}; rename it"
+            )
         if isinstance(function.get("parameters"), str):
             function["parameters"] = json_value(function["parameters"], f"{at}: parameters")
         as_text(function.get("name"), f"{at}: name")
