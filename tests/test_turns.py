@@ -726,6 +726,10 @@ def test_a_header_that_no_prompt_has_behind_an_answer_is_not_learnt():
 B = {"role": "assistant", "content": "b"}
 CALL_F = {**B, "content": "", "tool_calls": CALLS}
 BE_KIND = {"role": "system", "content": "Be kind."}
+SPLITS_AT_TAGS = catalogue.CHATML.replace(
+    "{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"
+)
+THINKS_BY_KEY = OPENED_BY_A_TOKEN
 RESULT_F = {**R, "name": "f", "content": "It rains in Northport."}
 STRAY = {"role": "tool", "content": "It is a quarter past nine."}
 KEPT = "<|think|>Secret.<|im_start|>assistant<|text|>b<|im_end|>"
@@ -757,6 +761,26 @@ TRAITS: dict[str, tuple[str, list[dict[str, Any]], list[list[str]]]] = {
         [A, SECRET, C, SECRET],
         [[KEPT, KEPT]],
     ),
+    "blanks before a block": (
+        families.GENERATION.replace("assistant\n' }}", "assistant' }}"),
+        [A, B],
+        [["\nb<|im_end|>"]],
+    ),
+    "thoughts in the content": (
+        THINKS_BY_KEY,
+        [A, {**B, "content": "<think>\nSecret.\n</think>\n\nb"}, C, D],
+        [["Secret.<|/think|><|text|>b<|im_end|>"], ["<|/think|><|text|>d<|im_end|>"]],
+    ),
+    "tags in an answer": (
+        SPLITS_AT_TAGS,
+        [A, {**B, "content": "Write <think>a</think> first.</s>"}, C, D],
+        [["Write <think>a</think> first.</s><|im_end|>"], ["d<|im_end|>"]],
+    ),
+    "blanks behind thoughts": (
+        SPLITS_AT_TAGS.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
+        [A, {**B, "content": "<think>\nSecret.\n</think>\n\nb"}],
+        [["Secret.\n</think>\n\nb<|im_end|>"]],
+    ),
     "a system prompt behind an answer": (
         catalogue.HEADERS,
         [A, B, BE_KIND, C, D],
@@ -768,7 +792,8 @@ TRAITS: dict[str, tuple[str, list[dict[str, Any]], list[list[str]]]] = {
 @pytest.mark.parametrize("trait", TRAITS)
 def test_traits_of_public_templates(trait):
     source, messages, expected = TRAITS[trait]
-    tokenizer = catalogue.tokenizer(source, None, catalogue.TOKENS.get(source, ()))
+    extra = MARKED_THOUGHTS if source == THINKS_BY_KEY else catalogue.TOKENS.get(source, ())
+    tokenizer = catalogue.tokenizer(source, None, extra)
     row = Row(messages, None, "f", 1)
     assert texts_of(tokenizer, row) == expected
     for kept, example in template.render_row(tokenizer, row, LIMIT):

@@ -20,14 +20,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sft.data import rendering, tokens
+from sft.data import rendering, sentinels, tokens
 from sft.data.batches import Layout
 from sft.data.ends import stop_tokens
 from sft.data.examples import Batch, ExampleArrays, Examples, collate
 from sft.data.files import Row
 from sft.data.formats import Message, Messages, content_text, is_conversation
 from sft.data.rendering import Renderings, Span, cached_by_tokenizer, renderings_of
-from sft.data.sentinels import forms
 from sft.data.template import IGNORED, Example, Supervise
 from sft.data.tokens import MARKED, Tokens
 from sft.data.turns import end_tokens
@@ -83,6 +82,9 @@ one behind another answer), so it is not supervised
   begin the row with a user turn, or join answers that follow each other
 warning end_of_turn_added: the template writes no token at which generation stops, so one is added
   see data.chat_template and model.stop_tokens, if the model ends its turns otherwise
+warning tags_kept: the template takes tags in an answer for its own; the answer is learnt as it is \
+written
+  remove them, if the model is not to write them
 warning thoughts_closed: the prompt opens a block of thoughts that the template does not write; \
 it is closed
   see data.template_kwargs and data.chat_template, if that is not wanted
@@ -274,6 +276,10 @@ def _is_prompt_and_answer(
     if _says_more(answer, given.given[0]):
         return False
     whole = str(given.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    if "tags_kept" in example.flags:  # what the template would write, were the tags no tags
+        hidden = sentinels.hide_tags(given, given.given[0][last])
+        shown = sentinels.show_tags(given, given.with_turn(last, hidden))
+        whole = MARKED.sub("", shown)
     return answer.rstrip() in _normalise(whole)  # blanks may stand before an end that is added
 
 
@@ -353,8 +359,9 @@ def _says(text: str, turn: Message) -> bool:
     values = [thoughts, *parts]
     for call in rendering.get_calls(turn):
         values += [rendering.get_name(call), *_texts_in(call["function"].get("arguments"))]
+    known = sentinels.forms
     return all(
-        value in text or any(_normalise(form) in text for form in forms(value)) for value in values
+        value in text or any(_normalise(form) in text for form in known(value)) for value in values
     )
 
 

@@ -19,6 +19,8 @@ from sft.data.lines import never_reads
 from sft.data.rendering import Renderings, cached_by_tokenizer
 from sft.errors import DataError
 
+TAG = re.compile(r"<(/?\w+)>")
+
 
 class Slot(NamedTuple):
     """A value of a turn, in whose place a sentinel stands."""
@@ -173,6 +175,40 @@ def _misfit(text: str, pieces: list[str], slots: list[Slot]) -> int | None:
             return number
         at += len(found)
     return number
+
+
+def hide_tags(given: Renderings, message: Message) -> Message:
+    """Returns a turn in which words take the place of the tags in its text and in its thoughts, but
+    not of those of a block of thoughts at the start."""
+
+    word = given.sentinel
+
+    def hide(text: str, start: int = 0) -> str:
+        return text[:start] + TAG.sub(rf"{word}l\1{word}r", text[start:])
+
+    made, content = dict(message), message["content"]
+    block = None
+    if message.get("reasoning_content"):
+        made["reasoning_content"] = hide(message["reasoning_content"])
+    elif isinstance(content, str):
+        block = rendering.THOUGHTS.match(content)
+    if isinstance(content, list):
+        made["content"] = [{**part, "text": hide(part["text"])} for part in content]
+    else:
+        made["content"] = hide(content, block.end() if block else 0)
+    return made
+
+
+def show_tags(given: Renderings, text: str) -> str:
+    """Returns a text with the tags that `hide_tags` took out of it. Those that are special tokens
+    stand between MARKS, since someone typed them."""
+    special = rendering.special_tokens(given.tokenizer)
+
+    def show(found: re.Match[str]) -> str:
+        tag = f"<{found[1]}>"
+        return tag.join(rendering.MARKS) if tag in special else tag
+
+    return re.sub(rf"{given.sentinel}l(/?\w+?){given.sentinel}r", show, text)
 
 
 def _trimmed(value: str) -> tuple[str, ...]:

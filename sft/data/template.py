@@ -296,7 +296,7 @@ def _examples(tokenizer: Tokenizer, row: Row, learning: Learning) -> list[tuple[
         earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:index]]
         kept = replace(
             row,
-            messages=[*earlier, messages[index]],
+            messages=[*earlier, turn.message or messages[index]],
             template_kwargs=turn.variables and dict(turn.variables),
         )
         blocks = _blocks_of(given, index, turn) if has_blocks else None
@@ -358,7 +358,7 @@ def _join(
 
 
 def _is_same(given: Renderings, turn: Turn) -> bool:
-    return turn.variables == given.variables
+    return turn.variables == given.variables and turn.message is None
 
 
 def _uneven(factors: Sequence[float]) -> list[float] | None:
@@ -368,11 +368,13 @@ def _uneven(factors: Sequence[float]) -> list[float] | None:
 def _within(
     blocks: Sequence[Span], learnt: Sequence[int], offsets: Sequence[Span], turn: Turn
 ) -> list[int]:
-    """Returns the tokens of an answer that `{% generation %}` blocks mark, and the end that was
-    added to it.
+    """Returns the tokens of an answer that `{% generation %}` blocks mark, the blanks before them,
+    which the prompt does not have either, and the end that was added.
 
     Raises DataError if no block marks anything of the answer.
     """
+    if "tags_kept" in turn.flags:  # the blocks are those of another text
+        return list(learnt)
     start, end = len(turn.prompt), len(turn.prompt) + len(turn.answer)
     own = [(a, b) for a, b in blocks if a < end and b > start]
     if not own:
@@ -382,14 +384,17 @@ def _within(
         )
     added = learnt[-1:] if "end_of_turn_added" in turn.flags else ()
     marked = [n for n in learnt if any(offsets[n][0] < b and offsets[n][1] > a for a, b in own)]
-    return sorted({*marked, *added})
+    said = turn.prompt + turn.answer
+    blank = [n for n in learnt if n < min(marked, default=0) and said[slice(*offsets[n])].isspace()]
+    return sorted({*blank, *marked, *added})
 
 
 def _blocks_of(given: Renderings, index: int, turn: Turn) -> list[Span]:
     """Returns the `{% generation %}` blocks of the conversation up to a turn, where they stand when
     the turn stands behind its prompt."""
     messages, tools = given.given
-    own = Renderings(given.tokenizer, messages[: index + 1], tools, turn.variables)
+    messages = [*messages[:index], turn.message or messages[index]]
+    own = Renderings(given.tokenizer, messages, tools, turn.variables)
     return [(a + turn.moved, b + turn.moved) for a, b in marked_spans(own) or []]
 
 

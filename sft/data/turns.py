@@ -38,6 +38,7 @@ class Turn:
     `flags` are kinds of `data/audit`. `empty_thoughts` are the characters of the answer that are a
     block of thoughts without a thought. `variables` are those of the template with which the turn
     is served; they differ from the row's if only others let the template write its thoughts.
+    `message` is the turn with its thoughts in `reasoning_content`, if it is served only like that.
     `moved` is how many characters further on the answer stands behind its prompt than in the
     template's own text of the conversation.
     """
@@ -47,6 +48,7 @@ class Turn:
     flags: tuple[str, ...] = ()
     empty_thoughts: Span | None = None
     variables: Variables | None = None
+    message: Message | None = None
     moved: int = 0
 
 
@@ -58,8 +60,35 @@ def find_turn(given: Renderings, index: int) -> Turn | Unlearnt:
     model to write it: the template drops its thoughts, or writes no prompt behind another answer.
 
     Raises DataError with the reason if the template does not decide what the model has to write, or
-    changes what the turn says.
+    changes what the turn says. Two changes of an answer are none: a block of thoughts at its start
+    may be given as `reasoning_content`, and tags further on are text, whatever the template makes
+    of them in an earlier turn.
     """
+    try:
+        return _find_turn(given, index)
+    except DataError as error:
+        reason = error
+    messages, tools = given.given
+    thoughts, content = rendering.split_thoughts(messages[index])
+    if thoughts and not messages[index].get("reasoning_content"):
+        moved = {**messages[index], "reasoning_content": thoughts, "content": content}
+        other = Renderings(given.tokenizer, [*messages[:index], moved], tools, given.variables)
+        with suppress(DataError):
+            found = _find_turn(other, index)
+            return replace(found, message=moved) if isinstance(found, Turn) else found
+    hidden = sentinels.hide_tags(given, messages[index])
+    if hidden != messages[index]:
+        other = Renderings(given.tokenizer, [*messages[:index], hidden], tools, given.variables)
+        with suppress(DataError):
+            found = _find_turn(other, index)
+            if isinstance(found, Turn):
+                said = sentinels.show_tags(given, found.answer)
+                return replace(found, answer=said, flags=(*found.flags, "tags_kept"))
+    raise reason
+
+
+def _find_turn(given: Renderings, index: int) -> Turn | Unlearnt:
+    """Does what `find_turn` does, of the turn as it is given."""
     message, flags = given.messages[index], list[str]()
     number = sum(m["role"] == "assistant" for m in given.messages[: index + 1])
     thoughts, _ = rendering.split_thoughts(message)
@@ -84,8 +113,9 @@ def find_turn(given: Renderings, index: int) -> Turn | Unlearnt:
     closes = ""
     if body is None and (tag := _unwritten_tag(given, index, prompt)):
         # The model writes its thoughts and the end of the block, then what the template has.
-        closes = (thoughts + "\n" if thoughts else "\n") + f"</{tag}>\n\n"
         at = tag_start(prompt)
+        blank = "" if given.until(index)[at : at + 1].isspace() else "\n\n"
+        closes = (thoughts + "\n" if thoughts else "\n") + f"</{tag}>{blank}"
     elif body is None:
         at, closes = _behind_difference(given, index, prompt, bool(thoughts))
     if body is None and at:
@@ -121,7 +151,7 @@ def find_turn(given: Renderings, index: int) -> Turn | Unlearnt:
     if not thoughts and (match := re.match(r"\s*(<(\w+)>)?\s*</(\w+)>\s*", head)):
         empty = match.span() if match[2] in (None, match[3]) else None
     moved = len(prompt + closes) - (len(given.until(index)) - len(body))
-    return Turn(prompt, closes + answer, tuple(flags), empty, given.variables, moved)
+    return Turn(prompt, closes + answer, tuple(flags), empty, given.variables, None, moved)
 
 
 @cached_by_tokenizer
@@ -202,13 +232,10 @@ def _continue(given: Renderings, index: int, prompt: str, message: Message) -> s
 
 
 def _behind_rewritten(given: Renderings, index: int, prompt: str, message: Message) -> str | None:
-    """Returns rule 3 of `_continue`. A word takes the place of what the message before says.
-    Between it and the first value of the turn, the text must have the header in which the prompt
-    ends, or, without a header, what the prompt has behind the word."""
-    word = f"{given.sentinel}p"
-    said = [{"type": "text", "text": word}]
-    last = given.messages[index - 1]
-    last = {**last, "content": said if isinstance(last["content"], list) else word}
+    """Returns rule 3 of `_continue`. Words take the place of what the message before says. Between
+    the last of them and the first value of the turn, the text must have the header in which the
+    prompt ends, or, without a header, what the prompt has behind the word."""
+    last, _ = sentinels.stand_in(given.messages[index - 1], f"{given.sentinel}p")
     earlier = [*given.messages[: index - 1], last]
     stand_in, _ = sentinels.stand_in(message, given.sentinel)
     try:
@@ -219,7 +246,8 @@ def _behind_rewritten(given: Renderings, index: int, prompt: str, message: Messa
     whole = given.with_turn(index, message)
     if whole.startswith(history) or not prompt.startswith(history):
         return None
-    if any(text.count(word) != 1 for text in texts):
+    word = (re.findall(rf"{given.sentinel}p\d+e", texts[0]) or [""])[-1]
+    if not word or any(text.count(word) != 1 for text in texts):
         return None
     (_, tail), (start, rest), (same, traced) = (text.split(word) for text in texts)
     between, header = traced.partition(given.sentinel)[0], prompt.removeprefix(history)

@@ -690,6 +690,15 @@ TEMPLATES = [
         template(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")),
     ),
     Fault(
+        "tags_kept",
+        "tags in an answer that the template takes for its own",
+        "Qwen3, GLM-4, DeepSeek-R1",
+        template(
+            CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"),
+            Row([ASK, turn("assistant", "Write <think>Who?</think> first.")], None, "f", 1),
+        ),
+    ),
+    Fault(
         "other_variables",
         "the generation prompt closes the thoughts that training has",
         "reasoning models",
