@@ -80,6 +80,10 @@ class CheckpointError(UserError):
     exit_code = ExitCode.CHECKPOINT
 
 
+class LostFolder(CheckpointError):
+    """The run folder was moved or removed while the run used it, or another run has taken it."""
+
+
 class LockedError(UserError):
     """Another run is using the folder."""
 

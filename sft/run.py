@@ -189,12 +189,8 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
             "run another train.output_dir"
         )
     if holds_run and not is_own and (resume != "auto" or earlier == "finished"):
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-            number += 1
         assert guard.lock
-        guard.lock.move_folder(aside)
-        show(f"{folder} holds an earlier run: moved to {aside}")
+        show(f"{folder} holds an earlier run: moved to {guard.lock.move_folder()}")
     guard.status.begin()
     return found
 

@@ -565,9 +565,9 @@ def test_every_rank_prepares_anew_what_one_does(material, monkeypatch):
 
 
 def test_what_another_process_holds_is_not_pruned(material, monkeypatch):
-    monkeypatch.setattr(data_cache, "KEPT", 0)
     given = rows(material / "rows.jsonl", "one", "two", "three", "four")
     folder = data_cache.prepare(config(*given, "data.max_seq_len=100")).folder
+    monkeypatch.setattr(data_cache, "KEPT", 0)
     with FileLock(folder.with_suffix(".lock")):
         data_cache.prepare(config(*given))
         assert folder.exists()

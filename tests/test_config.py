@@ -22,7 +22,7 @@ from sft import cli
 from sft.config.aliases import ALIASES, UNSET
 from sft.config.load import dump_config, load_config, parse_generation, with_values
 from sft.config.reference import render_reference
-from sft.config.rules import RULES, conditions
+from sft.config.rules import RULES, conditions, overlap
 from sft.config.schema import NESTED, Config, Section, sections_of
 from sft.errors import ConfigError, UserError
 from sft.tasks.distill.config import RULES as DISTILL_RULES
@@ -236,6 +236,7 @@ def test_an_override_that_is_not_yaml_is_refused(minimal):
 
 
 BREAKS = [  # for each rule, in order: overrides that break it, and one more that repairs it
+    (["data.cache_dir=outputs/x/cache"], "train.output_dir=outputs/y"),
     (["train.save_best=loss"], "train.eval_steps=10"),
     (["train.engine=deepspeed"], "train.deepspeed_config=z2.json"),
     (
@@ -264,6 +265,7 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
         ["train.save_best=token_accuracy", "train.eval_steps=1", "distill.context=40"],
         "train.save_best=loss",
     ),
+    (["distill.data_dir=outputs"], "distill.data_dir=out"),
 ]
 
 
@@ -943,3 +945,33 @@ def test_segments_of_gpu_memory_grow_unless_the_user_says_otherwise(monkeypatch,
     assert os.environ.get("PYTORCH_ALLOC_CONF") == (
         expected if given else "expandable_segments:True"
     )
+
+
+@pytest.mark.parametrize(
+    ("cache", "run"),
+    [
+        ("runs/a", "runs/a"),
+        ("runs", "runs/a"),
+        ("runs/a/cache", "runs/a"),
+        ("runs/b/../a/cache", "runs/a"),
+        ("link", "runs/a"),
+        ("link/cache", "runs/a"),
+        ("runs/a/cache", "link"),
+        (".", "runs/a"),
+    ],
+)
+def test_a_cache_and_a_run_folder_that_overlap_are_refused(tmp_path, monkeypatch, cache, run):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("runs/a")
+    assert overlap(cache, run)
+    assert overlap(run, cache)
+    given = [f"data.cache_dir={cache}", f"train.output_dir={run}"]
+    with pytest.raises(ConfigError, match="must not be, hold or lie in train.output_dir"):
+        load_config(ROOT / "configs/nano.yaml", given)
+
+
+def test_a_cache_beside_a_run_folder_is_fine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for cache, run in (("runs/cache", "runs/a"), ("runs/a2", "runs/a"), ("c/a", "d/a")):
+        assert not overlap(cache, run)

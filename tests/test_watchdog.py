@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -268,6 +269,84 @@ def test_a_rank_that_is_killed_stopped_or_loops_in_data_ends_all_and_is_named(
     assert "Traceback" not in run.reported
 
 
+def test_a_rank_that_is_stopped_before_its_first_line_is_named_by_the_others(start):
+    run = start(2, "launched", "SIGSTOP", 1, limit=4.0)
+    stopped = run.pids["ranks"][1]
+    try:
+        wait_for(lambda: "error: " in run.reported)
+        wait_for(lambda: run.status["state"] == "failed")
+    finally:
+        os.kill(stopped, signal.SIGKILL)
+    assert run.codes() == [7, -9], run.reported
+    assert (run.status["exit_code"], run.status["rank"]) == (7, 1)
+    assert "no sign of rank 1 for 4 s" in run.status["reason"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_a_run_folder_that_is_moved_while_it_is_used_ends_the_run(start, world, moment):
+    run = start(world, moment, "pause", train={"save_steps": 1}, times=3).at_moment()
+    moved = run.folder.rename(run.folder.with_name("moved"))
+    own = Lock(run.folder)  # another run starts in the same place
+    assert run.codes() == [4] * world, run.reported
+    status = json.loads((moved / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 4)
+    assert f"{run.folder} was moved to {moved}" in status["reason"]
+    assert f"its last checkpoint is {moved / status['checkpoint']}" in status["reason"]
+    assert {path.name for path in run.folder.iterdir()} == {".lock"}, "nothing is written there"
+    own.release()
+
+
+def test_a_run_folder_that_is_removed_while_it_is_used_ends_the_run(start):
+    run = start(1, "step", "pause", train={"save_steps": 1}, times=3).at_moment()
+    shutil.rmtree(run.folder)
+    assert run.codes() == [4], run.reported
+    assert f"error: {run.folder} was removed while the run used it" in run.reported
+    assert not run.folder.exists()
+
+
+def test_a_lock_that_is_removed_is_made_again_unless_another_run_has_it(tmp_path):
+    lock, status = Lock(tmp_path), Status(tmp_path)
+    status.begin()
+    (tmp_path / ".lock").unlink()
+    assert status.find_loss(lock) is None
+    with pytest.raises(errors.LockedError):
+        Lock(tmp_path)
+    (tmp_path / ".lock").unlink()
+    other = Lock(tmp_path)
+    assert "is in use by the run of process" in str(status.find_loss(lock))
+    lock.release()
+    assert (tmp_path / ".lock").exists(), "it is that of the other run"
+    other.release()
+    assert not status.end("failed", 4, None, 0, 1)
+
+
+def test_a_link_to_a_run_folder_stays_when_the_folder_is_moved_aside(tmp_path):
+    real, link = tmp_path / "scratch/real", tmp_path / "run"
+    link.symlink_to(real)  # to nothing yet
+    lock = Lock(link)
+    (link / "training.log").touch()
+    assert lock.move_folder() == tmp_path / "scratch/real.1"
+    assert link.is_symlink()
+    assert link.resolve() == real
+    assert (tmp_path / "scratch/real.1/training.log").exists()
+    lock.release()
+
+
+def test_only_what_a_guard_wrote_is_removed(tmp_path):
+    folder = tmp_path / "answers.jsonl.run"
+    status = Status(folder)
+    status.begin()
+    mine = folder / ".ranks/mine.txt"
+    mine.write_text("mine")
+    status.begin()
+    attempt.remove_record(folder)
+    assert [path for path in folder.rglob("*") if path.is_file()] == [mine]
+    mine.unlink()
+    attempt.remove_record(folder)
+    assert not folder.exists()
+
+
 def test_a_rank_that_raises_ends_all_with_the_original_error(start):
     token = "hf_sEcReT123"
     run = start(2, "data", "raise", 1, env={"HF_TOKEN": token})
@@ -445,7 +524,7 @@ def test_a_lock_goes_with_the_folder_that_is_moved_aside(tmp_path):
     folder = tmp_path / "run"
     lock = Lock(folder)
     (folder / "training.log").touch()
-    lock.move_folder(tmp_path / "run.1")
+    assert lock.move_folder() == tmp_path / "run.1"
     assert [path.name for path in (tmp_path / "run.1").iterdir()] == ["training.log"]
     with pytest.raises(errors.LockedError):
         Lock(folder)

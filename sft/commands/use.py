@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from sft.config.load import parse_generation
 from sft.config.schema import Config, Train
 from sft.errors import UserError
 from sft.runtime import launcher
+from sft.runtime.attempt import remove_record
 from sft.runtime.console import make_console
 from sft.runtime.output import show
 from sft.serve.classify import rows
@@ -190,7 +190,7 @@ def infer_batch(args: Namespace) -> int:
 
         chat.answer_file(args.input, args.output, folder, _connector_arguments(args), settings)
     if code == 0 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_record(folder)
     return code
 
 

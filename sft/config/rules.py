@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from sft.config.schema import OnlyWith, Rule, RunConfig, Section, sections_of
 
+
+def overlap(one: str | None, other: str | None) -> bool:
+    """Returns whether two folders are the same or one lies in the other, also through links."""
+    if not one or not other:  # missing, which is reported elsewhere
+        return False
+    return _identity(Path(one)) in _path_of(other) or _identity(Path(other)) in _path_of(one)
+
+
+def _path_of(folder: str) -> list[tuple[int, int] | str]:
+    real = Path(os.path.realpath(folder))
+    return [_identity(each) for each in (real, *real.parents)]
+
+
+def _identity(folder: Path) -> tuple[int, int] | str:
+    """Returns what a folder has in common with its other names: mounts and links."""
+    try:
+        found = folder.stat()
+    except (OSError, ValueError):
+        return os.path.realpath(folder)
+    return found.st_dev, found.st_ino
+
+
 RULES = [
+    Rule(
+        ("data.cache_dir", "train.output_dir"),
+        overlap,
+        "must not be, hold or lie in train.output_dir: a cache is pruned, and a run is moved aside",
+    ),
     Rule(
         ("train.save_best", "train.eval_steps"),
         lambda metric, interval: metric is not None and interval is None,

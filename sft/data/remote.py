@@ -33,6 +33,7 @@ from sft.runtime.console import bar, duration, make_console, read_json, size, wr
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 KEPT_DAYS = 7  # without use, after which a copy is removed
+SHA256 = "[0-9a-f]{64}"
 PAUSES = (1, 2, 4, 8, 16)  # seconds before each new attempt without progress
 MIB = 1 << 20
 SIGNATURES = re.compile(  # parts of a query that change while the file is the same
@@ -96,13 +97,13 @@ def prune(cache: Path, find_used: Callable[[], set[str]]) -> None:
     Copies whose digest `find_used` returns stay: prepared data were made of them.
     """
     oldest, addresses = time.time() - KEPT_DAYS * 86_400, cache / "remote" / "addresses"
-    folders = [path for path in cache.glob("remote/*") if path != addresses]
+    folders = [path for path in cache.glob("remote/*") if re.fullmatch(SHA256, path.name)]
     old = [path for path in folders if path.stat().st_mtime < oldest]
     used = find_used() if old else set()
     for folder in old:
         if folder.name not in used:
             shutil.rmtree(folder, ignore_errors=True)
-    for file in addresses.glob("*"):
+    for file in addresses.glob(f"{'[0-9a-f]' * 32}.*"):
         is_part = file.stem.endswith(".part") or file.suffix == ".part"
         sha256 = "" if is_part else read_json(file).get("sha256", "")
         is_lost = (
@@ -143,7 +144,7 @@ def _read_record(folder: Path, record: Path) -> dict[str, Any] | None:
     is_complete = known.keys() == RECORD.keys() and all(
         isinstance(known[key], kind) for key, kind in RECORD.items()
     )
-    if not is_complete or not re.fullmatch(r"[0-9a-f]{64}", known["sha256"]):
+    if not is_complete or not re.fullmatch(SHA256, known["sha256"]):
         return None
     file = Path(_copy(folder, known).path)
     is_whole = file.is_file() and file.stat().st_size == known["size"]

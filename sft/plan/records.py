@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ def load_or_trace(folder: Path, inputs: tuple[object, ...], trace: Callable[[], 
         folder.mkdir(exist_ok=True)
         with atomic_write(file) as out:
             json.dump(result, out)
-        files = sorted(folder.glob("*.json"), key=lambda each: -each.stat().st_mtime)
+        own = (each for each in folder.glob("*.json") if re.fullmatch("[0-9a-f]{24}", each.stem))
+        files = sorted(own, key=lambda each: -each.stat().st_mtime)
         for old in files[KEPT_TRACES:]:
             old.unlink(missing_ok=True)
     return result

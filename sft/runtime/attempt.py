@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
+import re
+import secrets
 import socket
 import time
 from contextlib import suppress
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import __version__
-from sft.errors import CheckpointError, LockedError
+from sft.errors import CheckpointError, LockedError, UserError
 from sft.runtime import checkpoint, run_folder, slurm
 from sft.runtime.children import is_dead, machine_id
 from sft.runtime.console import read_json, write_json
@@ -33,6 +34,7 @@ class Lock:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._is_lost = False  # to another run
         try:
             self._acquire()
         except OSError as error:
@@ -44,7 +46,7 @@ class Lock:
     def _acquire(self) -> None:
         path = self.folder / self.NAME
         while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.resolve().mkdir(parents=True, exist_ok=True)  # also where a link points to
             self._file = path.open("a+", encoding="utf-8")
             owner = read_json(path)
             try:
@@ -60,10 +62,10 @@ class Lock:
             self._file.close()
         if owner:
             show(f"removed the stale lock of {_describe(owner)} ({self.folder})")
-        own = {"pid": os.getpid(), "host": socket.gethostname(), "machine": machine_id()}
-        own["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._own = {"pid": os.getpid(), "host": socket.gethostname(), "machine": machine_id()}
+        self._own |= {"since": time.strftime("%Y-%m-%d %H:%M:%S"), "id": secrets.token_hex(8)}
         self._file.truncate(0)
-        self._file.write(json.dumps(own) + "\n")
+        self._file.write(json.dumps(self._own) + "\n")
         self._file.flush()
 
     def _in_use(self, owner: dict[str, Any], why: str = "") -> LockedError:
@@ -73,16 +75,51 @@ class Lock:
             f"{self.folder / self.NAME}.)"
         )
 
-    def move_folder(self, aside: Path) -> None:
-        """Renames the folder to `aside`, and locks a new, empty one in its place."""
-        self.folder.rename(aside)
+    def move_folder(self) -> Path:
+        """Gives the folder an unused name, which it returns, and locks a new one in its place.
+
+        A link to the folder stays; the folder that it points to is renamed.
+        """
+        folder = self.folder.resolve()
+        aside = checkpoint.unused_name(folder)
+        try:
+            folder.rename(aside)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder} holds an earlier run and cannot be renamed: {error.strerror}; give this "
+                "run another train.output_dir"
+            ) from None
         (aside / self.NAME).unlink()
         self._file.close()
         self._acquire()
+        return aside
+
+    def _is_held(self) -> bool:
+        """Returns whether the lock in the folder is still that of this run."""
+        path = self.folder / self.NAME
+        if self._is_lost:
+            return False
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
+                return True
+        return read_json(path) == self._own  # a file system whose inodes change
+
+    def renew(self) -> str | None:
+        """Locks the folder again if the lock was removed; returns why that is impossible."""
+        if self._is_held():
+            return None
+        try:
+            self._file.close()
+            self._acquire()
+        except (UserError, OSError) as error:
+            self._is_lost = True
+            return str(error)
+        return None
 
     def release(self) -> None:
         with suppress(OSError):
-            (self.folder / self.NAME).unlink()
+            if self._is_held():
+                (self.folder / self.NAME).unlink()
         self._file.close()
 
 
@@ -99,11 +136,43 @@ class Status:
     def __init__(self, folder: Path):
         self.folder = folder
         self.attempt: int | None = None  # of the run in the folder; None before it has begun
+        self._pinned: int | None = None  # a descriptor of the folder
+        self._loss: str | None = None
+
+    def pin(self) -> None:
+        """Remembers which folder this is, so that `find_loss` notices if it is moved or removed."""
+        self._pinned = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+
+    def find_loss(self, lock: Lock | None) -> str | None:
+        """Returns why the folder is not that of this run any more, or None.
+
+        It was moved or removed, or another run has its lock. The status is then written where the
+        folder is now, or not at all.
+        """
+        if self._pinned is None or self._loss:
+            return self._loss
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(self._pinned), self.folder.stat()):
+                if (reason := lock.renew() if lock else None) is not None:
+                    self.attempt, self._loss = None, reason
+                return self._loss
+        found = Path(_path_of(self._pinned) or "/nonexistent")
+        if found.is_dir():
+            last = run_folder.newest_valid(found)
+            kept = f"its last checkpoint is {last}" if last else "it has no checkpoint yet"
+            self._loss = f"{self.folder} was moved to {found} while the run used it; {kept}"
+            self.folder = found
+        else:
+            self._loss = f"{self.folder} was removed while the run used it"
+            self.attempt = None
+        return self._loss
 
     def begin(self) -> None:
         """Begins the next attempt in this folder. Only the first rank calls it."""
-        shutil.rmtree(self.folder / RANKS, ignore_errors=True)
-        (self.folder / RANKS).mkdir(parents=True)
+        (self.folder / RANKS).mkdir(parents=True, exist_ok=True)
+        self.pin()
+        for name in own_ranks_files(self.folder):
+            (self.folder / RANKS / name).unlink(missing_ok=True)
         self.attempt = 1 + (self.read().get("attempt") or 0)
         announced = {"attempt": self.attempt, "launch": launch_id()}
         write_json(self.folder / RANKS / "attempt.json", announced)
@@ -126,7 +195,7 @@ class Status:
         if self.attempt is None or self.read().get("attempt", self.attempt) != self.attempt:
             return False
         try:
-            self._end_mark(self.attempt).parent.mkdir(parents=True, exist_ok=True)
+            self._end_mark(self.attempt).parent.mkdir(exist_ok=True)
             self._end_mark(self.attempt).touch(exist_ok=False)
             self._write(state, code, reason, rank, step)
         except FileExistsError:
@@ -175,6 +244,33 @@ class Status:
             "checkpoint": found.name if found else None,
         }
         write_json(self.folder / self.NAME, values, sync=True)
+
+
+def own_ranks_files(folder: Path) -> list[str]:
+    """Returns the names of the files in .ranks that runs have written."""
+    names = (path.name for path in (folder / RANKS).glob("*"))
+    own = r"\.?(attempt|\d+)\.json(\.\d+)?|\d+\.stacks|ended_\d+"
+    return [name for name in names if re.fullmatch(own, name)]
+
+
+def remove_record(folder: Path) -> None:
+    """Removes what `Guard` writes into a folder, and the folder if nothing else is in it."""
+    for name in own_ranks_files(folder):
+        (folder / RANKS / name).unlink(missing_ok=True)
+    for name in (Status.NAME, Lock.NAME, TRACEBACK):
+        (folder / name).unlink(missing_ok=True)
+    for each in (folder / RANKS, folder):
+        with suppress(OSError):
+            each.rmdir()
+
+
+def _path_of(descriptor: int) -> str | None:
+    """Returns where an open folder is now, if the system knows."""
+    with suppress(OSError):
+        if hasattr(fcntl, "F_GETPATH"):  # macOS
+            return os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    return None
 
 
 def launch_id() -> str:

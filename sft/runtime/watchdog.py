@@ -31,7 +31,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from sft import errors
-from sft.errors import PeerError, Preempted, UserError, oom_message, redact
+from sft.errors import CheckpointError, PeerError, Preempted, UserError, oom_message, redact
 from sft.runtime import output
 from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
 from sft.runtime.children import is_dead, is_stopped, machine_id
@@ -162,6 +162,7 @@ class Guard:
         self._interrupts = False
         self.accelerator = accelerator
         value, self.status.attempt = shared
+        self.status.pin()
         self._beat()  # so that a rank that dies right now is known to the others
         return value
 
@@ -345,6 +346,7 @@ class Guard:
                 self._receive(os.read(self._pipe, 64))
             if time.monotonic() - beat_at >= BEAT:
                 beat_at = time.monotonic()
+                self._check_folder()
                 self._beat()
                 self._watch_peers()
             self._watch_progress()
@@ -362,13 +364,18 @@ class Guard:
             elif now - self._stop_at > SAME_REQUEST:
                 self._exit_now("interrupted", 128 + number, f"a second signal, {name}", patience=0)
 
+    def _check_folder(self) -> None:
+        """Ends this rank if the run folder was moved, removed or taken by another run."""
+        if reason := self.status.find_loss(self.lock):
+            self._exit_now("failed", CheckpointError.exit_code, reason)
+
     def _beat(self) -> None:
         if not (self.is_first or self.accelerator):
             self.status.follow()
         if self.world > 1 and self.status.attempt is not None:
             self._beats += 1
             with suppress(OSError):  # the main thread reports a full disk
-                self._file_of(self.rank).parent.mkdir(parents=True, exist_ok=True)
+                self._file_of(self.rank).parent.mkdir(exist_ok=True)
                 write_json(self._file_of(self.rank), asdict(self._heartbeat()))
 
     def _heartbeat(self) -> Heartbeat:
@@ -435,6 +442,13 @@ class Guard:
     def _find_stalled(self) -> tuple[list[Heartbeat], str]:
         """Returns the ranks for which all others wait (none if no rank is behind), and why."""
         now, own = time.monotonic(), self._heartbeat()
+        absent = [rank for rank in range(self.world) if rank not in (self.rank, *self._peers)]
+        if absent:  # they have ended normally, or were stopped before they could report anything
+            silent = Heartbeat(absent[0], 0, "", "", own.attempt, 0, 0, 0, "start", 0, False, "")
+            numbers = ", ".join(map(str, absent))
+            why = "it may be stopped, or was never started"
+            reason = f"no sign of rank {numbers} for {self.stall_timeout:g} s (train.stall_timeout)"
+            return [silent], f"{reason}; {why}"
         ranks = [((True, own.arrived, own.waits), own)]
         for peer in self._peers.values():
             ranks.append(((not peer.is_gone(now), peer.last.arrived, peer.last.waits), peer.last))

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from sft.config.schema import Train
-from sft.errors import AnotherRunError, CheckpointError, ExitCode
+from sft.errors import AnotherRunError, CheckpointError, ExitCode, LostFolder
 from sft.runtime import checkpoint, run_folder
 from sft.runtime.attempt import Status
 from sft.runtime.console import read_json, write_json
@@ -198,6 +198,7 @@ class Keeper:
         Calls `write` with the folder and the best checkpoint so far. Raises CheckpointError on all
         ranks if that fails on any.
         """
+        self._refuse_loss()
         final, known = self.folder / f"checkpoint_step_{step}", best or self.best
         if self.saved != step:
             started = time.perf_counter()
@@ -219,6 +220,13 @@ class Keeper:
         self.best = known
         return final
 
+    def _refuse_loss(self) -> None:
+        """Raises LostFolder on all ranks if the run folder is not this run's any more."""
+        main = self.accelerator.is_main_process
+        (reason,) = gather_object([self.status.find_loss(None)] if main else [])
+        if reason:
+            raise LostFolder(reason)
+
     def _tidy(self, step: int, best: Best | None, known: Best | None) -> None:
         self.parent = run_folder.reference(
             self.folder / f"checkpoint_step_{step}", self.folder
@@ -235,6 +243,8 @@ class Keeper:
         try:
             self.save(step, write, best)
             self.num_failed = 0
+        except LostFolder:
+            raise
         except CheckpointError as error:
             self.num_failed += 1
             allowed = self.train.max_failed_saves

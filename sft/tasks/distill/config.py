@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
+from sft.config.rules import overlap
 from sft.config.schema import (
     Count,
     Folder,
@@ -117,6 +118,11 @@ RULES = (
         ("train.save_best",),
         lambda metric: metric == "token_accuracy",
         "histories have no tokens of text: use loss",
+    ),
+    Rule(
+        ("distill.data_dir", "train.output_dir"),
+        overlap,
+        "must not be, hold or lie in train.output_dir: a run is moved aside",
     ),
 )
 

@@ -69,7 +69,7 @@ def collect(settings: Distill, tick: Callable[[], None] = lambda: None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
-            for partial in folder.glob(".*"):  # files of a killed collection
+            for partial in folder.glob(".goal_*.parquet"):  # files of a killed collection
                 partial.unlink()
             if jobs := missing_jobs(settings):
                 _collect(settings, folder, jobs, tick)
