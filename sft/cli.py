@@ -76,7 +76,7 @@ def write_json(file: Path, values: object) -> None:
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        console.write_json(file, values)
+        console.write_json(file, values, follow=True)
     except OSError as error:
         raise UserError(f"JSON: cannot write {file}: {error.strerror}") from None
 

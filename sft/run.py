@@ -143,6 +143,7 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> dict[str, flo
     config = drop_launch_requirements(runs.load_any_run_config(folder, overrides))
     task = task_of(config)
     out = folder / "evaluation" / name
+    run_folder.refuse_foreign(folder)
     with Guard(out, config.train.stall_timeout) as guard:
         if guard.is_first:
             guard.status.begin()

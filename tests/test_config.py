@@ -967,11 +967,11 @@ def test_a_cache_and_a_run_folder_that_overlap_are_refused(tmp_path, monkeypatch
     assert overlap(cache, run)
     assert overlap(run, cache)
     given = [f"data.cache_dir={cache}", f"train.output_dir={run}"]
-    with pytest.raises(ConfigError, match="must not be, hold or lie in train.output_dir"):
+    with pytest.raises(ConfigError, match="must not be, hold or lie in train"):
         load_config(ROOT / "configs/nano.yaml", given)
 
 
 def test_a_cache_beside_a_run_folder_is_fine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for cache, run in (("runs/cache", "runs/a"), ("runs/a2", "runs/a"), ("c/a", "d/a")):
-        assert not overlap(cache, run)
+    for cache, folder in (("runs/cache", "runs/a"), ("runs/a2", "runs/a"), ("c/a", "d/a")):
+        assert not overlap(cache, folder)

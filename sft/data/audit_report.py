@@ -19,6 +19,7 @@ from sft.data.examples import Examples
 from sft.data.files import Row
 from sft.data.template import IGNORED, Example
 from sft.errors import DataError
+from sft.runtime import plain
 from sft.runtime.console import table
 from sft.runtime.output import visible
 
@@ -158,7 +159,7 @@ def write_html(
             f"<h3>{escape(row.place)}: {', '.join(kinds) or 'nothing found'}</h3>"
             f"<pre>{''.join(_tokens_as_html(tokenizer, example))}</pre>"
         )
-    path.write_text("\n".join(lines), "utf-8")
+    plain.write_text(path, "\n".join(lines))
 
 
 def _part_as_html(title: str, part: dict[str, Any]) -> Iterator[str]:

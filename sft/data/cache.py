@@ -44,8 +44,9 @@ from sft.data.examples import (
 from sft.data.files import BadRow
 from sft.data.workers import HELD_OUT, PLACE, TRAIN, AnyRow
 from sft.models import load
-from sft.runtime import checkpoint
-from sft.runtime.console import bar, make_console, read_json, write_json
+from sft.runtime import checkpoint, plain
+from sft.runtime.console import bar, make_console, write_json
+from sft.runtime.plain import read_json
 
 ROWS = "rows"  # folder of the rows' fingerprints, removed at the end
 KEPT = 16  # folders in the cache
@@ -192,7 +193,8 @@ def write_audit(prepared: Prepared, folder: Path) -> None:
     )
     (folder / "rejected.jsonl").unlink(missing_ok=True)
     if len(prepared.rejected):
-        prepared.rejected.tofile(folder / "rejected.jsonl")
+        with plain.open_file(folder / "rejected.jsonl", "wb") as file:
+            prepared.rejected.tofile(file)
 
 
 def max_length(config: Config) -> int:

@@ -29,7 +29,8 @@ from filelock import FileLock, Timeout
 
 from sft.data.stores import Answer, FetchError, FileSystem, Web, open_store
 from sft.errors import HIDDEN, DataError, hide_credentials
-from sft.runtime.console import bar, duration, make_console, read_json, size, write_json
+from sft.runtime.console import bar, duration, make_console, size, write_json
+from sft.runtime.plain import read_json
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 KEPT_DAYS = 7  # without use, after which a copy is removed

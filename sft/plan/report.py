@@ -16,6 +16,7 @@ from sft.plan.advice import COMPARED, Advice
 from sft.plan.allocator import MIB
 from sft.plan.choose import UTILISATION
 from sft.plan.plan import Plan, chosen_values
+from sft.runtime import plain
 from sft.runtime.console import duration, facts, size, table, write_json
 
 LAUNCH_SECONDS = 0.05  # if a micro-batch takes less, a GPU mostly waits for kernel launches
@@ -157,5 +158,5 @@ def write_plan(plan: Plan, path: Path, measured: dict[str, Any] | None = None) -
 
 def write_resolved(resolved: RunConfig, plan: Plan, folder: Path) -> None:
     """Writes config.yaml and plan.json into a run folder."""
-    (folder / "config.yaml").write_text(dump_config(resolved, plan.reasons), "utf-8")
+    plain.write_text(folder / "config.yaml", dump_config(resolved, plan.reasons))
     write_plan(plan, folder / "plan.json")

@@ -15,10 +15,11 @@ from typing import Any
 
 from sft import __version__
 from sft.errors import CheckpointError, LockedError, UserError
-from sft.runtime import checkpoint, run_folder, slurm
+from sft.runtime import checkpoint, plain, run_folder, slurm
 from sft.runtime.children import is_dead, machine_id
-from sft.runtime.console import read_json, write_json
+from sft.runtime.console import write_json
 from sft.runtime.output import show
+from sft.runtime.plain import read_json
 
 RANKS = ".ranks"  # in the run folder: heartbeats, and which rank reported the end first
 TRACEBACK = "traceback.txt"
@@ -47,7 +48,7 @@ class Lock:
         path = self.folder / self.NAME
         while True:
             self.folder.resolve().mkdir(parents=True, exist_ok=True)  # also where a link points to
-            self._file = path.open("a+", encoding="utf-8")
+            self._file = plain.open_file(path, "a+", encoding="utf-8")
             owner = read_json(path)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sft.errors import CheckpointError
+from sft.runtime import plain
 from sft.runtime.console import size
 
 MANIFEST = "MANIFEST.json"
@@ -179,7 +180,7 @@ def is_ours(folder: Path) -> bool:
     """Returns whether a folder has a manifest and no file that it does not name."""
     try:
         named = {MANIFEST, *read_manifest(folder)["files"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return not folder.is_symlink() and all(
@@ -201,8 +202,8 @@ def sha256(path: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns the manifest of a folder. Raises OSError, ValueError or RecursionError."""
-    found = json.loads((folder / MANIFEST).read_text("utf-8"))
+    """Returns the manifest of a folder. Raises OSError or ValueError."""
+    found = plain.load_json(folder / MANIFEST)
     if not isinstance(found, dict):
         raise ValueError("it holds no object")
     return found
@@ -241,7 +242,7 @@ def fault(folder: Path, *, digests: bool = True) -> str | None:
             return f"{min(added)} is not in {MANIFEST}"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -24,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sft.errors import redact, redact_environment
+from sft.runtime import plain
 from sft.runtime.output import visible
 
 WIDTH = 100  # columns of a terminal; no table is wider
@@ -99,16 +101,22 @@ def metrics_line(metrics: dict[str, float]) -> str:
 
 
 @contextmanager
-def atomic_write(path: Path, *, sync: bool = False) -> Iterator[IO[str]]:
+def atomic_write(path: Path, *, sync: bool = False, follow: bool = True) -> Iterator[IO[str]]:
     """Opens a text file that appears whole or not at all.
 
-    A link or a special file such as `/dev/stdout` is written directly. `sync` waits until the disk
-    has the file.
+    A link or a special file such as `/dev/stdout` is written directly; without `follow`, as in a
+    run folder, it is refused (OSError). `sync` waits until the disk has the file.
     """
     is_special = path.is_symlink() or (path.exists() and not path.is_file())
+    if is_special and not follow:
+        raise OSError(errno.EINVAL, "a link, folder, pipe or device is in its place", str(path))
     part = path if is_special else path.with_name(f".{path.name}.{os.getpid()}")
+    if not is_special:
+        part.unlink(missing_ok=True)
+    opener = None if is_special else plain.opener
     try:
-        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        mode = "w" if is_special else "x"
+        with open(part, mode, encoding="utf-8", errors="backslashreplace", opener=opener) as file:
             yield file
             if sync:
                 file.flush()
@@ -120,18 +128,9 @@ def atomic_write(path: Path, *, sync: bool = False) -> Iterator[IO[str]]:
             part.unlink(missing_ok=True)  # what an error left
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file, or {} if the file is missing or holds no object."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def write_json(path: Path, values: Any, *, sync: bool = False) -> None:
+def write_json(path: Path, values: Any, *, sync: bool = False, follow: bool = False) -> None:
     """Writes JSON, without secrets, that appears whole or not at all (`atomic_write`)."""
-    with atomic_write(path, sync=sync) as file:
+    with atomic_write(path, sync=sync, follow=follow) as file:
         text = json.dumps(values, indent=2, ensure_ascii=False)
         file.write(redact_environment(text) + "\n")
 

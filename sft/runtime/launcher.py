@@ -31,9 +31,9 @@ import psutil
 
 from sft.config.schema import Train
 from sft.errors import PeerError
-from sft.runtime import children, output
-from sft.runtime.console import read_json
+from sft.runtime import children, output, plain
 from sft.runtime.output import show
+from sft.runtime.plain import read_json
 from sft.runtime.slurm import join_slurm
 from sft.runtime.world import (
     World,
@@ -273,7 +273,7 @@ def _captured_messages() -> Iterator[io.StringIO]:
 
 def _save(text: str, path: Path) -> None:
     try:
-        with path.open("a", encoding="utf-8") as file:
+        with plain.open_file(path, "a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
         show(f"cannot write {path}: {error.strerror}\n{text}", error=True, end="")

@@ -14,13 +14,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console, RenderableType
 from rich.progress import Progress
 
 from sft.errors import redact
-from sft.runtime import output
+from sft.runtime import output, plain
 from sft.runtime.console import Advance, bar, make_console
 from sft.runtime.run_folder import METRICS, metrics_end
 
@@ -32,13 +32,13 @@ class _Lines(io.TextIOBase):
     def __init__(self, path: Path, warn: Callable[[str, Exception], None]):
         super().__init__()
         self._path, self._warn = path, warn
-        self._raw: io.FileIO | None = None
+        self._raw: IO[bytes] | None = None
         self.write("")
 
     def write(self, text: str) -> int:
         data = redact(text).encode("utf-8", "backslashreplace")
         try:
-            raw = self._raw = self._raw or self._path.open("ab", buffering=0)
+            raw = self._raw = self._raw or plain.open_file(self._path, "ab", buffering=0)
             end = os.fstat(raw.fileno()).st_size
             try:
                 if raw.write(data) != len(data):
@@ -107,7 +107,7 @@ class Log:
         path = folder / METRICS
         self._metrics = _Lines(path, self._warn)
         with self.optional(path.name):  # truncating needs no disk space
-            os.truncate(path, metrics_end(path, step) if step else 0)
+            plain.cut(path, metrics_end(path, step) if step else 0)
         if self._use_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sft.errors import CheckpointError
-from sft.runtime import checkpoint
+from sft.runtime import checkpoint, plain
 from sft.runtime.checkpoint import fault
-from sft.runtime.console import read_json, write_json
+from sft.runtime.console import write_json
+from sft.runtime.plain import read_json
 
 NAME = re.compile(r"checkpoint_step_(\d+)")
 FINAL = "final_checkpoint"
@@ -28,8 +29,21 @@ BEST = "best.json"
 RESULTS = (FINAL, "evaluation", "merged")  # what only a run that has finished writes
 BASE_RESULTS = ("base.json", "base.jsonl")  # in evaluation/: those of the model before training
 ABANDONED = "abandoned"
+FILES = (
+    *("status.json", ".lock", "traceback.txt", "launcher.log", "requeue.json", "config.yaml"),
+    *("plan.json", "audit.json", "audit.html", "rejected.jsonl", "training.log", METRICS, BEST),
+    *("metrics.json", "predictions.jsonl", *BASE_RESULTS),  # in a folder of an evaluation
+)
+FOLDERS = (".ranks", "evaluation", "tensorboard", ABANDONED, checkpoint.SCRATCH)
 MOVING = ".moving"  # ends the name of a folder into which checkpoints are being moved
 BRANCH = "branch.json"  # in such a folder: what is moved, and why
+
+
+def refuse_foreign(run: Path) -> None:
+    """Raises CheckpointError if a link, pipe or device is where a run writes a file or a folder."""
+    within = [path for name in (".ranks", "evaluation") for path in (run / name).glob("*")]
+    files = [path for path in within if path.is_symlink() or not path.is_dir()]
+    plain.refuse_others([*(run / name for name in FILES), *files], [run / name for name in FOLDERS])
 
 
 # -- checkpoints
@@ -210,10 +224,11 @@ def _results_after(run: Path, step: int) -> Iterator[Path]:
 def metrics_end(path: Path, step: int) -> int:
     """Returns the length in bytes of the lines of metrics.jsonl up to `step`."""
     kept = 0
-    for line in path.read_bytes().splitlines(True) if path.exists() else []:
-        if not 0 <= _step_of_line(line) <= step:
-            break
-        kept += len(line)
+    with plain.open_file(path, "rb") as file:
+        for line in file:
+            if not 0 <= _step_of_line(line) <= step:
+                break
+            kept += len(line)
     return kept
 
 
@@ -227,15 +242,11 @@ def _step_of_line(line: bytes) -> int:
 
 def _move_metrics(path: Path, target: Path, step: int) -> None:
     """Moves the lines after `step` to `target`, which appears whole before the lines go."""
-    end = metrics_end(path, step)
+    end = metrics_end(path, step) if path.exists() else 0
     if path.exists() and path.stat().st_size > end:
         if not target.exists():
-            write_bytes(target, path.read_bytes()[end:])
-        os.truncate(path, end)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}")
-    part.write_bytes(data)
-    checkpoint.sync(part)
-    part.rename(path)
+            part = target.with_name(f".{target.name}")
+            part.write_bytes(path.read_bytes()[end:])
+            checkpoint.sync(part)
+            part.rename(target)
+        plain.cut(path, end)

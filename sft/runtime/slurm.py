@@ -9,8 +9,9 @@ from pathlib import Path
 
 from sft.config.schema import Train
 from sft.errors import Preempted
-from sft.runtime.console import read_json, write_json
+from sft.runtime.console import write_json
 from sft.runtime.output import show
+from sft.runtime.plain import read_json
 from sft.runtime.world import read_number
 
 ATTEMPT = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # they differ between attempts of a job

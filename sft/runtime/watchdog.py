@@ -32,11 +32,12 @@ from accelerate.utils import broadcast_object_list
 
 from sft import errors
 from sft.errors import CheckpointError, PeerError, Preempted, UserError, oom_message, redact
-from sft.runtime import output
+from sft.runtime import output, plain, run_folder
 from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
 from sft.runtime.children import is_dead, is_stopped, machine_id
-from sft.runtime.console import read_json, write_json
+from sft.runtime.console import write_json
 from sft.runtime.output import show
+from sft.runtime.plain import read_json
 
 TICK = 0.2  # seconds between two checks for signals and progress
 BEAT = 1.0  # seconds between two heartbeats
@@ -146,6 +147,8 @@ class Guard:
     def __enter__(self) -> Guard:
         assert self.folder
         output.begin_run()
+        if self.is_first:
+            run_folder.refuse_foreign(self.folder)
         self.lock = Lock(self.folder) if self.is_first else None
         self._interrupts = True
         self._catch_signals()
@@ -218,7 +221,7 @@ class Guard:
             text = redact("".join(traceback.format_exception(error)))
             show(text, error=True, end="")
             with suppress(OSError):
-                (self.status.folder / TRACEBACK).write_text(text, "utf-8")
+                plain.write_text(self.status.folder / TRACEBACK, text)
         return code
 
     def _write_end(
@@ -474,7 +477,7 @@ class Guard:
             self._print_error(reason)
         if code == PeerError.exit_code:
             stacks = self._file_of(self.rank).with_suffix(".stacks")
-            with suppress(OSError), stacks.open("w") as file:
+            with suppress(OSError), plain.open_file(stacks, "w") as file:
                 faulthandler.dump_traceback(file)
         for rank in culprits:
             if rank.rank != self.rank and rank.machine == machine_id():

@@ -22,8 +22,9 @@ from sft.config.schema import Train
 from sft.errors import AnotherRunError, CheckpointError, ExitCode, LostFolder
 from sft.runtime import checkpoint, run_folder
 from sft.runtime.attempt import Status
-from sft.runtime.console import read_json, write_json
+from sft.runtime.console import write_json
 from sft.runtime.log import Log
+from sft.runtime.plain import load_json, read_json
 
 # Metrics for `train.save_best`, and whether a smaller value is better.
 LESS_IS_BETTER = {"loss": True, "perplexity": True, "token_accuracy": False}
@@ -74,12 +75,12 @@ def read_state(folder: Path, own: dict[str, str]) -> dict[str, Any]:
             f"{folder} holds a model, not the state of a run: expected trainer.json; "
             "resume from a checkpoint_step_<n> folder"
         )
-    state = json.loads(path.read_text("utf-8"))
     try:
+        state = load_json(path)
         is_valid = all(type(state[key]) is int and state[key] >= 0 for key in COUNTS)
         then = dict(state["identity"])
         dict(state["settings"])
-    except (KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError):
         is_valid = False
     named = run_folder.NAME.fullmatch(folder.name)
     if not is_valid or (named and int(named[1]) != state["step"]):

@@ -16,7 +16,8 @@ from sft.data import batches
 from sft.errors import ConfigError, VerificationError
 from sft.models import attention
 from sft.runtime import children, hardware
-from sft.runtime.console import Advance, read_json
+from sft.runtime.console import Advance
+from sft.runtime.plain import read_json
 from sft.runtime.world import PLAIN
 from sft.tasks.registry import task_of
 

@@ -1,0 +1,197 @@
+"""What is not a plain file in a run folder is never followed, overwritten, waited for or read."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from sft.errors import CheckpointError
+from sft.runtime import checkpoint, plain, run_folder
+from sft.runtime.attempt import RANKS, Lock, Status
+from sft.runtime.checkpoint import MANIFEST, fault
+from sft.runtime.console import write_json
+from sft.runtime.log import Log
+from sft.runtime.run_folder import FILES, FOLDERS
+from sft.runtime.watchdog import Guard
+from sft.train.checkpoints import read_state
+
+SECRET = "mine, outside of the run folder"
+KINDS: dict[str, Callable[[Path, Path], Any]] = {
+    "a link": lambda path, outside: path.symlink_to(outside),
+    "a link to nothing": lambda path, outside: path.symlink_to(outside.with_name("missing")),
+    "a link to a device": lambda path, _: path.symlink_to("/dev/zero"),
+    "a pipe": lambda path, _: os.mkfifo(path),
+    "a folder": lambda path, _: path.mkdir(),
+}
+DAMAGED: dict[str, Callable[[Path], Any]] = {
+    **{kind: lambda path, make=make: make(path, path.parent / "x") for kind, make in KINDS.items()},
+    "huge": lambda path: _sparse(path, plain.LIMIT + 1),
+    "deeply nested": lambda path: path.write_text("[" * 10**6),
+    "nested objects": lambda path: path.write_text('{"a":' * 10**5 + "1" + "}" * 10**5),
+    "binary": lambda path: path.write_bytes(bytes(range(256))),
+    "zeros": lambda path: path.write_bytes(bytes(1000)),
+    "empty": lambda path: path.write_bytes(b""),
+    "a list": lambda path: path.write_text("[1]"),
+    "a huge number": lambda path: path.write_text('{"step": ' + "9" * 10_000 + "}"),
+}
+
+
+def _sparse(path: Path, size: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+@pytest.fixture
+def outside(tmp_path) -> Path:
+    path = tmp_path / "outside.txt"
+    path.write_text(SECRET)
+    return path
+
+
+@pytest.mark.parametrize("name", [*FILES, "evaluation/predictions.jsonl", ".ranks/0.json"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_plain_file_is_refused_before_anything_is_written(tmp_path, outside, kind, name):
+    if "/" in name and kind == "a folder":
+        pytest.skip("a folder in a folder is none of our files")
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    KINDS[kind](path, outside)
+    with pytest.raises(CheckpointError) as error, Guard(tmp_path / "run"):
+        pass
+    assert error.value.exit_code == 4
+    assert f"{path} is {' '.join(kind.split()[:2])}, not a plain file" in str(error.value)
+    assert outside.read_text() == SECRET
+    assert len(list((tmp_path / "run").iterdir())) == 1, "not even a lock"
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("kind", ["a link", "a pipe", "a link to nothing"])
+def test_what_is_no_folder_is_refused(tmp_path, outside, kind, name):
+    (tmp_path / "run").mkdir()
+    KINDS[kind](tmp_path / "run" / name, tmp_path)
+    with pytest.raises(CheckpointError, match="not a folder"), Guard(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_link_that_appears_later_is_not_followed_either(tmp_path, outside, kind, capsys):
+    for name in ("training.log", run_folder.METRICS, "status.json", ".lock"):
+        KINDS[kind](tmp_path / name, outside)
+    log = Log(tmp_path)
+    log.say("a line")
+    log.open_metrics(0)
+    log.log(1, {"train/loss": 1.0})
+    log.close()
+    for action in (lambda: Lock(tmp_path), lambda: write_json(tmp_path / "status.json", {})):
+        with pytest.raises((OSError, CheckpointError)):
+            action()
+    assert plain.read_json(tmp_path / "status.json") == {}
+    assert outside.read_text() == SECRET
+    assert not outside.with_name("missing").exists()
+    assert "training.log cannot be written" in capsys.readouterr().out
+
+
+def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path, outside):
+    (tmp_path / f".status.json.{os.getpid()}").symlink_to(outside)
+    write_json(tmp_path / "status.json", {"a": 1})
+    assert json.loads((tmp_path / "status.json").read_text()) == {"a": 1}
+    assert outside.read_text() == SECRET
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_manifest_that_is_no_manifest_is_a_fault_at_once(tmp_path, damage):
+    good = tmp_path / "checkpoint_step_1"
+    for folder in (good, tmp_path / "checkpoint_step_2"):
+        staging = checkpoint.make_staging(folder)
+        (staging / "trainer.json").write_text(json.dumps({"step": run_folder.step_of(folder)}))
+        checkpoint.seal(staging, folder)
+    (folder / MANIFEST).unlink()
+    DAMAGED[damage](folder / MANIFEST)
+    started = time.monotonic()
+    assert MANIFEST in str(fault(folder))
+    assert not checkpoint.is_ours(folder)
+    assert run_folder.find(tmp_path, "auto", lambda _: None) == good
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_record_that_is_none_counts_as_missing(tmp_path, damage):
+    for name in ("status.json", run_folder.BEST, "trainer.json"):
+        DAMAGED[damage](tmp_path / name)
+        assert plain.read_json(tmp_path / name).get("state") is None
+    with pytest.raises(CheckpointError):
+        read_state(tmp_path, {})
+    if damage not in KINDS:
+        DAMAGED[damage](tmp_path / Lock.NAME)
+        lock, status = Lock(tmp_path), Status(tmp_path)
+        status.begin()
+        assert plain.read_json(tmp_path / "status.json")["attempt"] == 1
+        lock.release()
+
+
+def test_the_lists_of_files_are_what_runs_write():
+    assert {Status.NAME, Lock.NAME} <= set(FILES)
+    assert {RANKS, checkpoint.SCRATCH} <= set(FOLDERS)
+
+
+# --- everything that removes, renames or cuts ----------------------------------------------------
+
+REMOVERS = {"unlink", "rmtree", "rmdir", "rename", "replace", "remove", "move"}
+REMOVERS |= {"truncate", "ftruncate", "cut"}
+OWNERS = ("os", "checkpoint")  # other objects with a method `remove` are lists
+# What each module may remove or rename, and why that is ours.
+EXPECTED = {
+    "runtime/checkpoint.py": {
+        "rmtree": 3,  # below a folder .sft, which is no link
+        "rmdir": 1,  # .sft itself, if it is empty
+        "rename": 4,  # a staged folder to its name; what is there to .sft or an unused name
+    },
+    "runtime/run_folder.py": {
+        "rename": 5,  # what came after a step, to abandoned/; what was being replaced, back
+        "rmdir": 1,  # an empty folder <name>.moving
+        "cut": 1,  # metrics.jsonl, when the rest has been copied
+        "remove": 1,  # checkpoint.remove, of checkpoints that `is_ours`
+    },
+    "runtime/attempt.py": {
+        "rename": 1,  # the run folder, to an unused name
+        "unlink": 5,  # .lock of this run; names of `own_ranks_files`; of `remove_record`
+        "rmdir": 1,  # folders that are empty
+        "truncate": 1,  # the lock that this run holds
+    },
+    "runtime/watchdog.py": {"unlink": 1},  # the heartbeat of this rank
+    "runtime/log.py": {"truncate": 1, "cut": 1},  # half a line; metrics after the step of a resume
+    "runtime/plain.py": {"truncate": 1},  # for those that call `cut`
+    "runtime/console.py": {"unlink": 2, "replace": 1},  # the temporary file of this process
+    "runtime/launcher.py": {"rmdir": 1},  # a temporary folder of its own
+    "evaluate/predictions.py": {"ftruncate": 1},  # half a line
+    "tasks/distill/histories.py": {"unlink": 1, "replace": 1},  # .goal_*.parquet
+    "serve/merge.py": {"rmdir": 1, "rename": 1, "replace": 1},  # an empty output; what is staged
+    "plan/records.py": {"unlink": 1},  # <24 hexadecimal digits>.json
+    "data/remote.py": {"unlink": 4, "rmtree": 1, "replace": 1},  # digests as names, in remote/
+    "data/cache.py": {"unlink": 1, "rmtree": 1, "remove": 1},  # rejected.jsonl; rows in the staging
+    "verify/laws.py": {"rmtree": 1},  # a temporary folder of its own
+    "commands/setup_accelerate.py": {"unlink": 1},  # a copy of its own
+}
+
+
+def test_every_call_that_removes_something_is_known():
+    found: dict[str, Counter[str]] = {}
+    for path in sorted((ROOT / "sft").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                called, owner = node.func.attr, node.func.value
+                is_file = called != "remove" or (isinstance(owner, ast.Name) and owner.id in OWNERS)
+                is_text = called == "replace" and len(node.args) != 1
+                if called in REMOVERS and is_file and not is_text:
+                    name = str(path.relative_to(ROOT / "sft"))
+                    found.setdefault(name, Counter())[called] += 1
+    assert found == {name: Counter(calls) for name, calls in EXPECTED.items()}
