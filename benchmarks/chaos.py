@@ -10,6 +10,10 @@ the steps that are lost are counted. Runs are real processes that write to a rea
 a server that has imported everything (tests/support/forked.py): 200 kills would else cost an
 hour. The model is that of `make verify-resume` for configs/nano.yaml. Configurations that are not
 run keep their entry in the JSON file.
+
+Between kills, some attempts are detours: the run is resumed from one of its earlier checkpoints
+with another learning rate, killed or finished, and then resumed from there as it was. Some have a
+console that cannot be written. Some find a link in the run folder, and must refuse to start.
 """
 
 from __future__ import annotations
@@ -37,11 +41,15 @@ from sft.cli import prepare_libraries
 from sft.config.load import dump_config, load_config, with_values
 from sft.runtime import checkpoint, run_folder
 from sft.runtime.console import Advance, bar, make_console
+from sft.runtime.plain import read_json
+from sft.train.checkpoints import STATE
 from sft.verify import laws
 from sft.verify.runs import TRAIN, SmallConfig, make_small, read_outcome
 
 ROOT = Path(__file__).parent.parent
 SAVE_STEPS = 3
+DETOURS, LINKS = 0.2, 0.05  # shares of the attempts
+DETOUR = ["train.learning_rate=0.003", "train.save_total_limit=99"]  # it removes no checkpoint
 STEPS = 30
 ORPHANED = 5.0  # seconds after which ranks whose launcher is dead are killed, too
 ZERO2 = {"train.engine": "deepspeed", "train.deepspeed_config": "configs/deepspeed_z2.json"}
@@ -76,6 +84,10 @@ class Found:
     unusable: int = 0  # kills that left no checkpoint to resume from where there was one
     torn: int = 0  # committed checkpoints that did not verify
     steps_lost: int = 0  # the most by one kill
+    detours: int = 0  # attempts with another learning rate, from an earlier checkpoint
+    links: int = 0  # attempts that found a link in the run folder, and refused
+    consoles: int = 0  # attempts whose console could not be written
+    leftovers: int = 0  # finished runs with something of a killed one
     orphaned: int = 0  # kills of a launcher whose ranks ran on
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
@@ -86,7 +98,7 @@ class Found:
 
     @property
     def sound(self) -> bool:
-        broken = self.mismatches or self.unusable or self.torn or self.problems
+        broken = self.mismatches or self.unusable or self.torn or self.problems or self.leftovers
         return not broken and self.steps_lost <= SAVE_STEPS
 
 
@@ -121,10 +133,10 @@ class Chase:
         path.write_text(dump_config(config), "utf-8")
         return path
 
-    def start(self, run: Path) -> Any:
+    def start(self, run: Path, *overrides: str, console: str = "") -> Any:
         run.with_suffix(".pids").unlink(missing_ok=True)
-        command = [*TRAIN, "--config", str(self.path(run))]
-        return forked.start(self.world, command, run.with_suffix(".log"))
+        command = [*TRAIN, "--config", str(self.path(run)), *overrides]
+        return forked.start(self.world, command, run.with_suffix(".log"), console)
 
     def uninterrupted(self) -> None:
         """The run to compare with; its time is that within which the others are killed."""
@@ -153,17 +165,54 @@ class Chase:
 
     def one_run(self, run: Path, kills: int, deadline: float, advance: Advance) -> None:
         """A run, killed until it has finished; not any more when enough is done."""
-        newest = 0
+        newest, left_at = 0, ""  # where a detour began, and the run has to go on
         while True:
-            process = self.start(run)
             enough = self.found.num_kills >= kills or time.monotonic() > deadline
+            overrides, is_detour = [f"train.resume_from_checkpoint={left_at or 'auto'}"], False
+            sound = [f for f in run_folder.newest_first(run) if checkpoint.fault(f) is None]
+            if sound and not enough and self.random.random() < DETOURS:
+                left_at, is_detour = left_at or str(self.random.choice(sound)), True
+                again = self.random.choice([left_at, "auto"])
+                overrides = [f"train.resume_from_checkpoint={again}", *DETOUR]
+                self.found.detours += 1
+            if sound and self.random.random() < LINKS:
+                self.refuses_a_link(run)
+            console = self.random.choice(["", "", *forked.CONSOLES])
+            self.found.consoles += bool(console)
+            process = self.start(run, *overrides, console=console)
             process.join(None if enough else self.random.uniform(0, self.seconds_of_a_run))
             if process.exitcode is not None:
                 self._must_have_finished(run)
+                if is_detour:
+                    continue
                 return
             self.kill(process, run)
-            newest = self.inspect(run, newest)
+            # Before it leaves the detour, a run can be killed; it then has to leave it once more.
+            has_left = not is_detour and left_at and self.has_left(run, left_at)
+            left_at = "" if has_left else left_at
+            newest = self.inspect(run, 0 if left_at or has_left else newest)
             advance(1, self.found.configuration)
+
+    def has_left(self, run: Path, left_at: str) -> bool:
+        """Whether all checkpoints after the place of a detour are of the undisturbed run."""
+        rate = self.config.train.learning_rate
+        run_folder.complete_moves(run)
+        after = [f for f in run_folder.newest_first(run) if f.name != Path(left_at).name]
+        return all(read_json(f / STATE)["settings"]["learning_rate"] == rate for f in after)
+
+    def refuses_a_link(self, run: Path) -> None:
+        """Puts a link in the place of a file of the run, which must refuse it and change nothing."""
+        name = self.random.choice([n for n in run_folder.FILES if (run / n).is_file()])
+        outside, kept = run.with_suffix(".outside"), run.with_suffix(".kept")
+        outside.write_text("outside")
+        (run / name).rename(kept)
+        (run / name).symlink_to(outside)
+        process = self.start(run)
+        process.join()
+        if process.exitcode == 0 or outside.read_text() != "outside":
+            raise Unsound(f"{run} is kept: it followed a link in the place of {name}")
+        kept.rename(run / name)
+        self.found.links += 1
 
     def kill(self, process: Any, run: Path) -> None:
         """SIGKILL for one rank, the launcher, or all; returns when no process is left."""
@@ -204,6 +253,13 @@ class Chase:
             if laws.read_curves(run, key) != laws.read_curves(self.whole, key):
                 self.found.mismatches += 1
                 raise Unsound(f"{run} is kept: its {key} are not those of {self.whole}")
+        left = [*run.glob(f"**/*{run_folder.MOVING}"), *run.glob(f"**/{checkpoint.SCRATCH}")]
+        left += [*run.glob("**/.*.json.*")]
+        self.found.leftovers += bool(left)
+        if left:
+            raise Unsound(f"{run} is kept: {left[0]} was left")
+        aside = run.glob(f"{run_folder.ABANDONED}/*/checkpoint_step_*")
+        self.found.torn += sum(checkpoint.fault(folder) is not None for folder in aside)
         for name in ("final_checkpoint", f"checkpoint_step_{STEPS - SAVE_STEPS}"):
             files = [laws.hash_state_files(folder / name) for folder in (run, self.whole)]
             if files[0] != files[1] or not files[1]:
@@ -237,10 +293,20 @@ def _last_step(run: Path) -> int:
 def shown(found: list[Found]) -> Table:
     table = Table(title=f"{STEPS} steps, saved every {SAVE_STEPS}", title_justify="left", box=None)
     table.add_column("configuration")
-    for column in ("runs", "kills", "in a save", "mismatches", "unusable", "lost", "orphaned", "s"):
+    columns = (
+        "runs",
+        "kills",
+        "detours",
+        "in a save",
+        "mismatches",
+        "unusable",
+        "lost",
+        "orphaned",
+    )
+    for column in (*columns, "s"):
         table.add_column(column, justify="right")
     for each in found:
-        cells = (each.runs, each.num_kills, each.in_a_save, each.mismatches)
+        cells = (each.runs, each.num_kills, each.detours, each.in_a_save, each.mismatches)
         cells += (each.unusable + each.torn, each.steps_lost, each.orphaned, round(each.seconds))
         table.add_row(each.configuration, *map(str, cells))
     return table
@@ -259,6 +325,10 @@ def write(path: Path, seed: int, found: list[dict[str, Any]]) -> None:
         "mismatches": sum(each["mismatches"] for each in rows),
         "unusable": sum(each["unusable"] + each["torn"] for each in rows),
         "most_steps_lost": max(each["steps_lost"] for each in rows),
+        "detours": sum(each.get("detours", 0) for each in rows),
+        "links": sum(each.get("links", 0) for each in rows),
+        "consoles": sum(each.get("consoles", 0) for each in rows),
+        "leftovers": sum(each.get("leftovers", 0) for each in rows),
         "configurations": rows,
     }
     path.write_text(json.dumps(reported, indent=1) + "\n", "utf-8")

@@ -27,6 +27,7 @@ import numpy as np
 from conftest import PATHS, ROOT, clean_environment
 
 IMPORTED = ["sft.run", "sft.verify", "peft", "bitsandbytes", "deepspeed", "forked"]
+CONSOLES = ("full disk", "closed pipe", "no stderr")
 GRACE = 5.0  # seconds that a launcher leaves the others, when one rank has failed
 
 
@@ -46,9 +47,13 @@ def server_ready() -> None:
     process.join()
 
 
-def start(world: int, command: list[str], log: Path) -> ForkServerProcess:
-    """A script, or `-m module`, with its arguments: by one process, or by a launcher of `world`."""
-    process = server().Process(target=_main, args=(world, command, str(log), str(log), {}))
+def start(world: int, command: list[str], log: Path, console: str = "") -> ForkServerProcess:
+    """A script, or `-m module`, with its arguments: by one process, or by a launcher of `world`.
+
+    `console`: one of CONSOLES, in place of the file `log`.
+    """
+    arguments = (world, command, str(log), str(log), {}, console)
+    process = server().Process(target=_main, args=arguments)
     process.start()
     return process
 
@@ -101,13 +106,33 @@ def alive(pid: int) -> bool:
         return False
 
 
-def _main(world: int, command: list[str], out: str, err: str, environment: dict[str, str]) -> None:
+def _main(
+    world: int,
+    command: list[str],
+    out: str,
+    err: str,
+    environment: dict[str, str],
+    console: str = "",
+) -> None:
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    _break(console)
     os.chdir(ROOT)
     os.environ |= environment
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     os._exit(_script(command) if world == 1 else _launcher(world, command, Path(out)))
+
+
+def _break(console: str) -> None:
+    """Makes standard output one that cannot be written, or closes standard error."""
+    if console == "full disk":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    elif console == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+    elif console == "no stderr":
+        os.close(2)
 
 
 def _launcher(world: int, command: list[str], log: Path) -> int:
