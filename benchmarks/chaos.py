@@ -201,7 +201,7 @@ class Chase:
         return all(read_json(f / STATE)["settings"]["learning_rate"] == rate for f in after)
 
     def refuses_a_link(self, run: Path) -> None:
-        """Puts a link in the place of a file of the run, which must refuse it and change nothing."""
+        """Puts a link in the place of a file of the run, which must refuse it."""
         name = self.random.choice([n for n in run_folder.FILES if (run / n).is_file()])
         outside, kept = run.with_suffix(".outside"), run.with_suffix(".kept")
         outside.write_text("outside")

@@ -24,6 +24,7 @@ import psutil
 
 from sft import cli
 from sft.errors import UserError
+from sft.runtime import plain
 from sft.runtime.children import is_dead
 from sft.runtime.output import show
 
@@ -115,7 +116,7 @@ def _why_taken(port: int) -> str | None:
 def _launch(folder: Path, port: int) -> None:
     """Starts a server and waits until it answers. Raises UserError with its log if it does not."""
     log = folder / LOG_NAME
-    with log.open("w") as sink:
+    with plain.open_file(log, "w") as sink:
         process = subprocess.Popen(
             [*PROGRAM, "--logdir", str(folder), "--host", HOST, "--port", str(port)],
             env=os.environ | {MARK: str(folder)},
