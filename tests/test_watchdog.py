@@ -321,6 +321,25 @@ def test_a_lock_that_is_removed_is_made_again_unless_another_run_has_it(tmp_path
     assert not status.end("failed", 4, None, 0, 1)
 
 
+def test_a_file_system_that_fails_to_answer_ends_no_run(tmp_path, monkeypatch):
+    lock, status = Lock(tmp_path), Status(tmp_path)
+    status.begin()
+    for code in (5, 13, 116):  # EIO, EACCES, ESTALE
+
+        def fail(*_: Any, code: int = code, **__: Any) -> None:
+            raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "stat", fail)
+            assert status.find_loss(lock) is None
+    (tmp_path / ".lock").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(attempt.plain, "open_file", fail)
+        assert status.find_loss(lock) is None
+    assert status.find_loss(lock) is None
+    lock.release()
+
+
 def test_a_link_to_a_run_folder_stays_when_the_folder_is_moved_aside(tmp_path):
     real, link = tmp_path / "scratch/real", tmp_path / "run"
     link.symlink_to(real)  # to nothing yet

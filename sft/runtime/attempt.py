@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import __version__
-from sft.errors import CheckpointError, LockedError, UserError
+from sft.errors import CheckpointError, LockedError
 from sft.runtime import checkpoint, plain, run_folder, slurm
 from sft.runtime.children import is_dead, machine_id
 from sft.runtime.console import write_json
@@ -100,21 +100,22 @@ class Lock:
         path = self.folder / self.NAME
         if self._is_lost:
             return False
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
-                return True
-        return read_json(path) == self._own  # a file system whose inodes change
+        is_same = is_same_file(self._file.fileno(), path)
+        return is_same or read_json(path) == self._own  # a file system whose inodes change
 
     def renew(self) -> str | None:
         """Locks the folder again if the lock was removed; returns why that is impossible."""
         if self._is_held():
             return None
+        former = self._file
         try:
-            self._file.close()
             self._acquire()
-        except (UserError, OSError) as error:
+            former.close()
+        except LockedError as error:
             self._is_lost = True
             return str(error)
+        except OSError as error:  # a full disk, for example
+            show(f"warning: {self.folder / self.NAME} cannot be made again: {error.strerror}")
         return None
 
     def release(self) -> None:
@@ -152,13 +153,11 @@ class Status:
         """
         if self._pinned is None or self._loss:
             return self._loss
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(self._pinned), self.folder.stat()):
-                if (reason := lock.renew() if lock else None) is not None:
-                    self.attempt, self._loss = None, reason
-                return self._loss
         found = Path(_path_of(self._pinned) or "/nonexistent")
-        if found.is_dir():
+        if is_same_file(self._pinned, self.folder) or found == self.folder.resolve():
+            if (reason := lock.renew() if lock else None) is not None:
+                self.attempt, self._loss = None, reason
+        elif found.is_dir():
             last = run_folder.newest_valid(found)
             kept = f"its last checkpoint is {last}" if last else "it has no checkpoint yet"
             self._loss = f"{self.folder} was moved to {found} while the run used it; {kept}"
@@ -263,6 +262,16 @@ def remove_record(folder: Path) -> None:
     for each in (folder / RANKS, folder):
         with suppress(OSError):
             each.rmdir()
+
+
+def is_same_file(descriptor: int, path: Path) -> bool:
+    """Returns whether `path` is the open file; True if the file system fails to answer."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+    except OSError:  # a server that is away for a while is no reason to end a run
+        return True
 
 
 def _path_of(descriptor: int) -> str | None:
