@@ -34,7 +34,7 @@ from hypothesis.stateful import (
 )
 
 from sft.data import batches
-from sft.errors import Preempted
+from sft.errors import CheckpointError, Preempted
 from sft.run import _open_folder
 from sft.runtime import checkpoint, run_folder
 from sft.runtime.attempt import Lock, Status
@@ -281,6 +281,31 @@ class Branches(RuleBasedStateMachine):
     @invariant()
     def nothing_is_left_behind(self) -> None:
         assert not list(self.folder.glob("*.staging*")) + list(self.folder.glob("*.old"))
+
+
+def test_auto_follows_the_branch_that_was_chosen(tmp_path):
+    """The reported case: the old branch had later checkpoints, and auto continued from those."""
+    run_attempt(tmp_path / "run", None, 1.0, 8, 0)
+    run_attempt(tmp_path / "run", str(tmp_path / "run/checkpoint_step_4"), 2.0, 6, 0)
+    status = Status(tmp_path / "run").read()
+    assert (status["state"], status["checkpoint"]) == ("preempted", "checkpoint_step_6")
+    assert lineage(tmp_path / "run") == [1.0] * 4 + [2.0] * 2
+    moved = {path.name for path in (tmp_path / "run" / ABANDONED / "attempt_2").iterdir()}
+    assert moved >= {"branch.json", "checkpoint_step_6", "checkpoint_step_8", "metrics.jsonl"}
+    run_attempt(tmp_path / "run", "auto", 2.0, 7, 0)
+    assert lineage(tmp_path / "run") == [1.0] * 4 + [2.0] * 3
+
+
+def test_an_abandoned_branch_is_continued_in_another_folder(tmp_path):
+    run_attempt(tmp_path / "run", None, 1.0, 8, 0)
+    run_attempt(tmp_path / "run", str(tmp_path / "run/checkpoint_step_4"), 2.0, 6, 0)
+    abandoned = str(tmp_path / "run" / ABANDONED / "attempt_2/checkpoint_step_8")
+    guard: Any = SimpleNamespace(status=Status(tmp_path / "run"))
+    train = tiny.config(tmp_path / "run", resume_from_checkpoint=abandoned).train
+    with pytest.raises(CheckpointError, match=r"not in the lineage .* another train\.output_dir"):
+        _open_folder(train, guard)
+    run_attempt(tmp_path / "other", abandoned, 1.0, STEPS, 0)
+    assert history_of(newest_first(tmp_path / "other")[0]) == [1.0] * STEPS
 
 
 def test_killed_before_each_change_a_branch_is_the_old_lineage_or_the_new_one(tmp_path):
