@@ -180,7 +180,8 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
         raise
     own = {Status.NAME, Lock.NAME, RANKS, TRACEBACK}  # all that a run writes before it begins
     earlier = guard.status.read().get("state")
-    holds_run = run_folder.newest_first(folder) or (
+    results = [*run_folder.newest_first(folder), folder / run_folder.FINAL]
+    holds_run = any(path.exists() for path in (*results, folder / run_folder.METRICS)) or (
         earlier and any(path.name not in own for path in folder.iterdir())
     )
     is_own = found and found.parent.resolve() == folder.resolve()
@@ -189,7 +190,8 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
             f"{found} is not in the lineage of the run in {folder}; to continue from it, give this "
             "run another train.output_dir"
         )
-    if holds_run and not is_own and (resume != "auto" or earlier == "finished"):
+    is_finished = earlier == "finished" or results[-1].exists()
+    if holds_run and not is_own and (resume != "auto" or is_finished):
         assert guard.lock
         show(f"{folder} holds an earlier run: moved to {guard.lock.move_folder()}")
     guard.status.begin()

@@ -214,7 +214,9 @@ def lineage(folder: Path) -> History:
 
 
 def all_histories(folder: Path) -> set[str]:
-    return {path.read_text() for path in folder.rglob("*/history.json")}
+    """Returns those of all committed checkpoints, also of abandoned ones."""
+    found = folder.rglob("*/history.json")
+    return {path.read_text() for path in found if checkpoint.SCRATCH not in path.parts}
 
 
 class Branches(RuleBasedStateMachine):
@@ -306,6 +308,32 @@ def test_an_abandoned_branch_is_continued_in_another_folder(tmp_path):
         _open_folder(train, guard)
     run_attempt(tmp_path / "other", abandoned, 1.0, STEPS, 0)
     assert history_of(newest_first(tmp_path / "other")[0]) == [1.0] * STEPS
+
+
+@pytest.mark.parametrize("left", [run_folder.METRICS, run_folder.FINAL, "checkpoint_step_3"])
+def test_a_run_whose_status_is_lost_is_moved_aside_all_the_same(tmp_path, left):
+    (tmp_path / "run" / left / "x").mkdir(parents=True)
+    run_attempt(tmp_path / "run", None, 1.0, 2, 0)
+    assert (tmp_path / "run.1" / left / "x").is_dir()
+    assert lineage(tmp_path / "run") == [1.0] * 2
+
+
+def test_a_move_that_cannot_be_completed_is_one_message(tmp_path, monkeypatch):
+    moving = tmp_path / ABANDONED / "attempt_2.moving"
+    moving.mkdir(parents=True)
+    (moving / "branch.json").write_text('{"after_step": 3}')
+    (tmp_path / run_folder.METRICS).write_text('{"step": 4}\n')
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(CheckpointError, match=r"cannot move .*attempt_2.*No space left"):
+            run_folder.complete_moves(tmp_path)
+    assert (tmp_path / run_folder.METRICS).read_text() == '{"step": 4}\n'
+    assert run_folder.complete_moves(tmp_path)
+    assert (tmp_path / ABANDONED / "attempt_2" / run_folder.METRICS).exists()
 
 
 def test_killed_before_each_change_a_branch_is_the_old_lineage_or_the_new_one(tmp_path):

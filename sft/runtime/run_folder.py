@@ -165,14 +165,22 @@ def set_aside(run: Path, step: int, attempt: int | None, is_changed: bool) -> st
 
 
 def complete_moves(run: Path) -> list[str]:
-    """Completes the moves that a killed run has begun; returns a sentence about each."""
+    """Completes the moves that a killed run has begun; returns a sentence about each.
+
+    Raises CheckpointError if that is impossible, for example on a full disk.
+    """
     done = []
     for moving in sorted((run / ABANDONED).glob(f"*{MOVING}")):
         step = read_json(moving / BRANCH).get("after_step")
-        if isinstance(step, int):
-            done.append(_complete_move(run, moving, step))
-        elif not any(moving.iterdir()):
-            moving.rmdir()
+        try:
+            if isinstance(step, int):
+                done.append(_complete_move(run, moving, step))
+            elif not any(moving.iterdir()):
+                moving.rmdir()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot move what came after step {step} to {moving}: {error.strerror}"
+            ) from None
     return done
 
 
