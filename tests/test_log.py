@@ -61,17 +61,17 @@ def test_json_is_there_as_a_whole_or_as_it_was(tmp_path, monkeypatch):
 def test_json_goes_through_what_is_no_file(tmp_path):
     """`JSON=/dev/stdout` must not replace that name by a file."""
     (tmp_path / "link").symlink_to(tmp_path / "target")
-    write_json(tmp_path / "link", [1])
+    write_json(tmp_path / "link", [1], follow=True)
     assert (tmp_path / "link").is_symlink()
     assert json.loads((tmp_path / "target").read_text()) == [1]
     os.mkfifo(tmp_path / "pipe")
     pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    write_json(tmp_path / "pipe", [1])
+    write_json(tmp_path / "pipe", [1], follow=True)
     assert json.loads(os.read(pipe, 100)) == [1]
     assert (tmp_path / "pipe").is_fifo()
     os.close(pipe)
     with pytest.raises(IsADirectoryError):
-        write_json(tmp_path, [1])
+        write_json(tmp_path, [1], follow=True)
 
 
 # --- metrics.jsonl -----------------------------------------------------------------------------
