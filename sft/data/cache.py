@@ -356,24 +356,10 @@ def _decide(config: Config, tokenizer: Tokenizer, folder: Path, counts: _Counts)
 
     Marks the findings that depend on all rows, and returns the contents of `audit.json`.
     """
-    data, seed = config.data, config.train.seed
-    places = map_array(folder / ROWS / "places.bin", PLACE)
     known = duplicates.RowFingerprint.open(folder / ROWS)
     arrays = ExampleArrays.open(folder)
     numbers = np.array(arrays.index["row"])  # the row of each example
-    is_kept = np.isin(np.arange(len(places)), numbers)  # False: dropped
-    train, held_out = (
-        np.flatnonzero((places["part"] == part) & is_kept) for part in (TRAIN, HELD_OUT)
-    )
-    if data.duplicates == "drop":
-        train = train[split.is_first(known.digests[train])]
-    if not data.eval_path and len(train) and not len(held_out):
-        held = split.split(known.digests[train], data.eval_fraction, seed)
-        train, held_out = train[~held], train[held]
-    mixed = train
-    if data.mix:
-        mixed = train[split.mix(places["entry"][train], data.mix, seed)]
-        train = np.unique(mixed)
+    mixed, train, held_out = _choose_rows(config, folder, known.digests, numbers)
     for part, rows in (("train", mixed), ("held_out", held_out)):
         if not len(rows):
             raise errors.DataError(
@@ -387,25 +373,10 @@ def _decide(config: Config, tokenizer: Tokenizer, folder: Path, counts: _Counts)
         order["example"], order["length"] = found, arrays.index["length"][found]
         order.tofile(folder / f"{part}.bin")
     parts = {part: _examples(folder, arrays, part) for part in ("train", "held_out")}
-    findings = open_findings(folder)
-
-    def mark(kind: str, rows: np.ndarray) -> None:
-        findings[_examples_of(numbers, rows)] |= audit.to_bits([kind])
-
-    for examples, rows in zip(parts.values(), (train, held_out), strict=True):
-        repeated, near = duplicates.find_duplicates(known, rows)
-        mark("duplicate", repeated)
-        mark("near_duplicate", near["later"])
-        lengths = np.asarray(examples.lengths)
-        far = examples.order[lengths > audit.outlier_length(lengths)]
-        findings[far] |= audit.to_bits(["length_outlier"])
-    leaked, near_leaked = duplicates.find_leaks(known, train, held_out)
-    mark("leaked", leaked)
-    mark("near_leak", near_leaked)
-    limit = max_length(config)
-    return {
-        part: audit_report.summarise_part(tokenizer, each, limit) for part, each in parts.items()
-    } | {
+    for kind, examples in _find_across(known, numbers, [*parts.values()], train, held_out):
+        open_findings(folder)[examples] |= audit.to_bits([kind])
+    limit, about = max_length(config), audit_report.summarise_part
+    return {part: about(tokenizer, each, limit) for part, each in parts.items()} | {
         "rejected": counts.rejected,
         "dropped": counts.dropped,
         "left_out": dict(counts.left_out),
@@ -415,6 +386,47 @@ def _decide(config: Config, tokenizer: Tokenizer, folder: Path, counts: _Counts)
         "ignored_columns": {n: c / counts.rows for n, c in counts.ignored.most_common()},
         "data_sha256": examples_sha256(parts["train"]),
     }
+
+
+def _choose_rows(
+    config: Config, folder: Path, digests: np.ndarray, numbers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the rows to train on as often as `data.mix` says, each of them once, and the held-out
+    ones. `numbers` (examples,) is the row of each example; rows without one were dropped."""
+    data, seed = config.data, config.train.seed
+    places = map_array(folder / ROWS / "places.bin", PLACE)
+    is_kept = np.isin(np.arange(len(places)), numbers)
+    train, held_out = (
+        np.flatnonzero((places["part"] == part) & is_kept) for part in (TRAIN, HELD_OUT)
+    )
+    if data.duplicates == "drop":
+        train = train[split.is_first(digests[train])]
+    if not data.eval_path and len(train) and not len(held_out):
+        held = split.split(digests[train], data.eval_fraction, seed)
+        train, held_out = train[~held], train[held]
+    if not data.mix:
+        return train, train, held_out
+    mixed = train[split.mix(places["entry"][train], data.mix, seed)]
+    return mixed, np.unique(mixed), held_out
+
+
+def _find_across(
+    known: duplicates.RowFingerprint,
+    numbers: np.ndarray,
+    parts: list[Examples],
+    train: np.ndarray,
+    held_out: np.ndarray,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (kind, examples) of the findings that depend on all rows."""
+    for examples, rows in zip(parts, (train, held_out), strict=True):
+        repeated, near = duplicates.find_duplicates(known, rows)
+        yield "duplicate", _examples_of(numbers, repeated)
+        yield "near_duplicate", _examples_of(numbers, near["later"])
+        lengths = np.asarray(examples.lengths)
+        yield "length_outlier", examples.order[lengths > audit.outlier_length(lengths)]
+    leaked, near_leaked = duplicates.find_leaks(known, train, held_out)
+    yield "leaked", _examples_of(numbers, leaked)
+    yield "near_leak", _examples_of(numbers, near_leaked)
 
 
 def _examples_of(numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -126,9 +126,12 @@ def _open_message(message: Any, name: str) -> tuple[str, Any, dict[str, Any]]:
     if "role" not in message:
         keys = ", ".join(repr(key) for key in [*message][:8]) or "none"
         raise ValueError(f"{name}: expected the keys 'role' and 'content', found {keys}")
-    given = {key: value for key, value in message.items() if not is_empty(value)}
-    role, content = given.pop("role", None), message.get("content")
-    given.pop("content", None)
+    role, content = message["role"], message.get("content")
+    given = {
+        key: value
+        for key, value in message.items()
+        if key not in ("role", "content") and not is_empty(value)
+    }
     if content is None and "value" in message:
         content, _ = message["value"], given.pop("value", None)
     role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role

@@ -113,6 +113,15 @@ def prepare_tokenizer(
     return tokenizer
 
 
+def _check_syntax(source: str, name: str) -> None:
+    try:
+        compile_template(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(
+            f"{name}: the chat template cannot be read: {error.message} (line {error.lineno})"
+        ) from None
+
+
 def _read_template(given: str) -> str:
     """Returns the template that `data.chat_template` names or is, also that of a
     tokenizer_config.json. Raises TemplateError."""
