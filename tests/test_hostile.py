@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import multiprocessing
@@ -16,11 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from conftest import ROOT
+from conftest import ROOT, run
 from safetensors.torch import save_file
 from test_export import finished
 
@@ -280,9 +282,9 @@ def in_child(action: Callable[[], Any]) -> Any:
 
 
 def test_a_table_whose_offsets_lie(tmp_path):
-    table = pyarrow.table({name: pyarrow.array(["hello", "world"]) for name in ("user", "text")})
+    table = pa.table({name: pa.array(["hello", "world"]) for name in ("user", "text")})
     sink = io.BytesIO()
-    with pyarrow.ipc.new_file(sink, table.schema) as writer:
+    with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     offsets = struct.pack("<iii", 0, 5, 10)
     assert offsets in sink.getvalue()
@@ -501,9 +503,9 @@ def test_no_pickle_of_a_data_folder_is_executed(tmp_path, marker):
         b"ARROW:extension:name": b"arrow.py_extension_type",
         b"ARROW:extension:metadata": payload(marker),
     }
-    field = pyarrow.field("text", pyarrow.string(), metadata=disguised)
-    table = pyarrow.table([pyarrow.array(["a"])], schema=pyarrow.schema([field]))
-    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+    field = pa.field("text", pa.string(), metadata=disguised)
+    table = pa.table([pa.array(["a"])], schema=pa.schema([field]))
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table)
     assert len(list(read_all(str(tmp_path / "a.arrow")))) == 1
     assert not marker.exists()
@@ -740,6 +742,75 @@ def test_a_template_without_end_in_workers(tmp_path, folder, monkeypatch):
     with pytest.raises(rendering.TemplateError, match="the chat template took more than 1 s"):
         cache.prepare(configured(path, folder=folder))
     assert not list((tmp_path / "cache").glob("*.staging"))
+
+
+# --- files that are far larger than they look ----------------------------------------------------
+
+PEAK = """
+import resource, sys
+from sft.data import files
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+try:
+    for row in files.read_all(sys.argv[1]): print("row", str(row)[:300])
+except files.DataError as error: print("error", error)
+print("peak", (peak() - before) // 1024)
+"""
+LONG = 48 << 20
+
+
+def dictionary_table(count: int) -> pa.Table:
+    indices = pa.array([0] * count, pa.int32())
+    texts = pa.DictionaryArray.from_arrays(indices, pa.array(["b" * LONG]))
+    return pa.table({"prompt": ["hi"] * count, "completion": texts})
+
+
+def gzipped(path, *parts: bytes) -> None:
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for part in parts:
+            file.write(part)
+
+
+def arrow_file(path, content: pa.Table) -> None:
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_file(path, content.schema, options=options) as file:
+        file.write_table(content)
+
+
+MIB = b" " * (1 << 20)
+BOMBS = {
+    "one line, gzip": ("x.jsonl.gz", lambda path: gzipped(path, b'{"x":"', *[MIB] * 700)),
+    "a list of blanks, gzip": ("x.json.gz", lambda path: gzipped(path, b"[{}", *[MIB] * 700, b"]")),
+    "one value of many rows, Parquet": (
+        "x.parquet",
+        lambda path: pq.write_table(dictionary_table(40), path, compression="zstd"),
+    ),
+    "one value of many rows, Arrow": (
+        "x.arrow",
+        lambda path: arrow_file(path, dictionary_table(40)),
+    ),
+    "one long value, Arrow": (
+        "x.arrow",
+        lambda path: arrow_file(
+            path, pa.table({"prompt": ["hi"], "completion": ["c" * (300 << 20)]})
+        ),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_small_file_of_much_content_takes_little_memory(tmp_path, bomb):
+    name, write = BOMBS[bomb]
+    path = tmp_path / name
+    write(path)
+    assert path.stat().st_size < 5 << 20
+    done = run(sys.executable, "-c", PEAK, str(path))
+    assert done.returncode == 0, done.stderr
+    *shown, last = done.stdout.splitlines()
+    assert int(last.split()[1]) < 1300, shown  # MiB; the contents are 300 to 1,920
+    expected = "of more than 512 MiB once" if "list" in bomb else "longer than 64 MiB"
+    assert (expected in done.stdout) == ("rows" not in bomb)
 
 
 # --- secrets -------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from sft.data.messages import error_reason, parse_json
 from sft.errors import DataError
 
 LONGEST = 64 << 20  # bytes of a line or of a document; a longer one is never held in memory
+EXPANDED = 512 * 2**20  # bytes that a compressed list or table, or rows read at once, may have
 SEPARATOR = b"<|endoftext|>"  # between the documents of a raw text
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 ALIASES = {".jsonlines": ".jsonl", ".jl": ".jsonl", ".ldjson": ".jsonl", ".tab": ".tsv"}
@@ -272,9 +273,19 @@ def _refuse_multiline_objects(path: str) -> None:
         raise _not_rows(path, refusal)
 
 
+def _read_whole(path: str, file: io.BufferedReader) -> bytes:
+    """Returns the bytes of a file. Refuses a compressed one that is far larger than it looks."""
+    is_packed = compression_of(path) is not None
+    content = file.read(EXPANDED + 1 if is_packed else -1)
+    if is_packed and len(content) > EXPANDED:
+        what = f"a list or table of more than {EXPANDED >> 20} MiB once it is decompressed"
+        raise _not_rows(path, f"{what}, which is read whole; decompress it, or write JSON lines")
+    return content
+
+
 def _list_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
     """Yields the items of a JSON list, each parsed by itself, so that a bad one is a bad row."""
-    content = file.read()
+    content = _read_whole(path, file)
     decoder = json.JSONDecoder(parse_int=len)  # the item's parser limits how large it may be
     try:
         text = content.decode("utf-8-sig")
@@ -406,10 +417,11 @@ def _table_rows(path: str, file: io.BufferedReader) -> Iterator[RawRow]:
     """Yields the rows of a Parquet file, or of one that Arrow or `datasets.save_to_disk` wrote."""
     import pyarrow
 
-    # A compressed file is held in memory.
-    is_packed = compression_of(path) is not None
     try:
-        whole = pyarrow.BufferReader(file.read()) if is_packed else pyarrow.memory_map(path)
+        if compression_of(path):  # then it is held in memory
+            whole = pyarrow.BufferReader(_read_whole(path, file))
+        else:
+            whole = pyarrow.memory_map(path)
         yield from _rows_of_batches(_batches(whole))
     except pyarrow.ArrowException as error:
         raise _broken_file(path, error) from None
@@ -421,11 +433,25 @@ def _batches(table: Any) -> Iterable[Any]:
     head = table.read(6)
     table.seek(0)
     if head.startswith(b"PAR1"):
-        return parquet.ParquetFile(table).iter_batches(batch_size=256)
+        whole = parquet.ParquetFile(table)
+        return whole.iter_batches(batch_size=_rows_at_once(whole.metadata))
     if head == b"ARROW1":
         whole = ipc.open_file(table)
         return map(whole.get_batch, range(whole.num_record_batches))
     return ipc.open_stream(table)
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """Returns how many rows of a Parquet file to read at once: many may refer to one long value."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
+    sizes = (each.total_uncompressed_size for each in chunks if each.has_dictionary_page)
+    return _rows_of(max(sizes, default=0))
+
+
+def _rows_of(num_bytes: int) -> int:
+    """Returns how many rows to make at once if each of them may refer to `num_bytes`."""
+    return max(1, min(256, EXPANDED // max(1, num_bytes)))
 
 
 def _rows_of_batches(batches: Iterable[Any]) -> Iterator[RawRow]:
@@ -435,12 +461,13 @@ def _rows_of_batches(batches: Iterable[Any]) -> Iterator[RawRow]:
     for batch in batches:
         _check_batch(batch)
         narrow = [f.name for f in batch.schema if f.type in (pyarrow.float16(), pyarrow.float32())]
-        for start in range(0, batch.num_rows, 256):
-            part = batch.slice(start, 256)
-            rows = _value_or_error(part.to_pylist)
-            if not isinstance(rows, list):  # one by one if a text in it is not UTF-8
+        step = _rows_of(batch.nbytes) if "dictionary<" in str(batch.schema) else 256
+        for start in range(0, batch.num_rows, step):
+            part = batch.slice(start, step)
+            rows = _value_or_error(part.to_pylist) if batch.nbytes <= LONGEST else None
+            if not isinstance(rows, list):  # one by one if one is too long, or a text not UTF-8
                 single = (part.slice(index, 1) for index in range(part.num_rows))
-                rows = [_value_or_error(lambda row: row.to_pylist()[0], row) for row in single]
+                rows = [_value_or_error(_only_row, row) for row in single]
             for row in rows:
                 line += 1
                 for name in narrow if isinstance(row, dict) else ():
@@ -449,11 +476,14 @@ def _rows_of_batches(batches: Iterable[Any]) -> Iterator[RawRow]:
                 yield RawRow(line, _without_nulls(row) if isinstance(row, dict) else row, row)
 
 
-def _check_batch(batch: Any) -> None:
-    """Raises ArrowInvalid for offsets that point outside their buffers; they would end the process.
+def _only_row(batch: Any) -> Any:
+    if batch.nbytes > LONGEST:
+        raise _too_long_error("row")
+    return batch.to_pylist()[0]
 
-    Text that is not UTF-8 is left to the rows.
-    """
+
+def _check_batch(batch: Any) -> None:
+    """Raises ArrowInvalid for false offsets, which would end the process. Rows check their text."""
     try:
         batch.validate(full=True)
     except ValueError as error:
