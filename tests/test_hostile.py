@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,8 +27,8 @@ from conftest import ROOT, run
 from safetensors.torch import save_file
 from test_export import finished
 
-from sft import errors
-from sft.config.load import load_config
+from sft import cli, errors
+from sft.config.load import load_config, with_values
 from sft.config.schema import Config, Model
 from sft.data import batches, cache, rendering, workers
 from sft.data.audit_report import colour_text
@@ -36,9 +37,11 @@ from sft.data.template import prepare_tokenizer, render
 from sft.errors import CheckpointError, ConfigError, DataError, UserError
 from sft.models import export
 from sft.models.load import architecture, load_base, load_tokenizer
-from sft.runtime import checkpoint, run_folder
+from sft.runtime import checkpoint, launcher, run_folder
 from sft.runtime.log import Log
 from sft.serve import runs
+from sft.tasks.base import Results
+from sft.tasks.sft import card
 
 CPU = torch.device("cpu")
 NANO = ROOT / "nano/model"
@@ -459,12 +462,22 @@ def payload(marker: Path) -> bytes:
 PICKLED = (
     *("pytorch_model.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth"),
     *("training_args.bin", "state.pkl", ".metadata", "adapter_model.bin", "mp_rank_00.pt"),
+    *("scaler.pt", "tokenizer.pkl", "tokenizer.bin", "special_tokens.pkl", "rows.npy", "rows.npz"),
+    *("model.ckpt", "model.msgpack", "tf_model.h5", "pytorch_lora_weights.bin", "dict.bin.index"),
 )
+SCRIPTED = ("dataset.py", "rows.py", "rows/rows.py", "setup.py", "modeling.py", "conftest.py")
 
 
 def poison(folder: Path, marker: Path) -> None:
+    """Adds pickles, arrays of objects, and Python files such as loading scripts of datasets."""
     for name in PICKLED:
         (folder / name).write_bytes(payload(marker))
+    objects = np.array([Payload(marker)], dtype=object)
+    np.save(folder / "objects.npy", objects, allow_pickle=True)
+    np.savez(folder / "objects.npz", rows=objects)
+    for name in SCRIPTED:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"open({str(marker)!r}, 'w')\n")
 
 
 def sealed_again(folder: Path) -> None:
@@ -491,14 +504,21 @@ def test_no_pickle_of_a_model_is_executed(folder, marker):
 def test_no_pickle_of_a_data_folder_is_executed(tmp_path, marker):
     rows = tmp_path / "rows"
     rows.mkdir()
-    poison(rows, marker)
+    others = tmp_path / "others"
+    others.mkdir()
+    for folder in (rows, others):
+        poison(folder, marker)
+    for pattern in ("*.np[yz]", "*.h5"):  # with them the folder is refused: two kinds of tables
+        for path in rows.glob(pattern):
+            path.unlink()
     (rows / "rows.jsonl").write_bytes(answered(1))
     assert len(list(read_all(str(rows)))) == 1
     (rows / "rows.jsonl").write_bytes(payload(marker))
     with pytest.raises(DataError, match="found a pickle, which is never loaded"):
         list(read_all(str(rows)))
-    with pytest.raises(DataError):
-        list(read_all(str(rows / "state.pkl")))
+    for name in ("state.pkl", "objects.npy", "objects.npz", "dataset.py", "rows.npz"):
+        with pytest.raises(DataError):
+            list(read_all(str(others / name)))
     disguised = {
         b"ARROW:extension:name": b"arrow.py_extension_type",
         b"ARROW:extension:metadata": payload(marker),
@@ -878,3 +898,71 @@ def test_a_crash_reports_no_secret(tmp_path, run_script, where):
     texts = {path.name: path.read_bytes().decode("latin1") for path in files}
     for place, text in {"stdout": done.stdout, "stderr": done.stderr, **texts}.items():
         assert not [secret for secret in SECRETS.values() if secret in text], (place, text)
+
+
+# --- names and modes of files --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_of_a_checkpoint_have_the_mode_that_the_user_wants(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        staging = tmp_path / "staging"
+        staging.mkdir()
+        save_file({"a": torch.zeros(1)}, staging / "model.safetensors")  # made private
+        (staging / "other.json").write_text("{}")
+        checkpoint.seal(staging, tmp_path / "final")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "final").iterdir()}
+    assert modes == {0o666 & ~umask}
+
+
+def test_a_report_outside_of_a_run_is_a_new_private_file(tmp_path, monkeypatch, capsys):
+    """A known name in a folder that everybody writes to could be a link to a file of the user."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    launcher._save("one", None)
+    launcher._save("two", None)
+    files = sorted(tmp_path.iterdir())
+    assert sorted(path.read_text() for path in files) == ["one", "two"]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    reported = capsys.readouterr().err
+    assert all(str(path) in reported for path in files)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file to another user")
+def test_another_user_cannot_silence_the_error_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sft.runtime.slurm.step_id", lambda: "7")
+    mark = tmp_path / "sft_reported_7"
+    mark.touch()
+    assert not cli._is_first()  # one of this run has reported
+    os.chown(mark, 12345, 12345)
+    assert cli._is_first()
+
+
+def test_a_model_card_holds_no_secret(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
+    data = {"data.train_path": "s3://AKIAsecret:password@bucket/x.jsonl"}
+    config = with_values(load_config(ROOT / "configs/nano.yaml"), data)
+    text = card.model_card(config, {"data": SECRETS["HF_TOKEN"]}, None, Results({}), "")
+    assert "s3://<hidden>@bucket/x.jsonl" in text.replace("&lt;", "<")
+    for secret in ("AKIAsecret", "password", SECRETS["HF_TOKEN"]):
+        assert secret not in text
+
+
+def test_a_report_obeys_no_html(tmp_path, folder):
+    """The table of findings, the rows, the names of files, columns and kinds of audit.html."""
+    mark = "<img src=x onerror=alert(1)>"
+    rows = [
+        {"messages": [{"role": r, "content": f"{mark}{i}"} for r in ("user", "assistant")], mark: 1}
+        for i in range(8)
+    ]
+    path = tmp_path / f"{mark.replace('/', '')}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = with_values(configured(path, folder=folder), {"data.audit": "warn"})
+    prepared = cache.prepare(config)
+    cache.write_audit(prepared, tmp_path)
+    text = (tmp_path / "audit.html").read_text()
+    assert mark not in text
+    assert "&lt;img" in text

@@ -153,6 +153,7 @@ def seal(staging: Path, final: Path, lineage: dict[str, Any] | None = None) -> N
     (staging / MANIFEST).write_text(
         json.dumps({"format": FORMAT, **(lineage or {}), "files": manifest}, indent=1), "utf-8"
     )
+    share_files(staging, staging / MANIFEST)
     for path in [*written, staging / MANIFEST, staging]:
         sync(path)
     old = staging.with_name(final.name + REPLACED)
@@ -168,6 +169,16 @@ def seal(staging: Path, final: Path, lineage: dict[str, Any] | None = None) -> N
         raise
     sync(final.parent)
     clear_scratch(final.parent, final.name + REPLACED)
+
+
+def share_files(folder: Path, like: Path) -> None:
+    """Gives all files in a folder the mode of `like`, a file that follows the user's umask.
+
+    safetensors makes its files private, so a colleague could read all of a model but its weights.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(like.stat().st_mode & 0o777)
 
 
 def unused_name(path: Path) -> Path:

@@ -98,8 +98,7 @@ def launch(train: Train, program: Sequence[str], *, trains: bool = False) -> int
         command += [f"train.num_processes={world.num_processes}"] if trains else []
         failures = _run(world, command)
     if _report_kill(failures, relay.stops):
-        own = Path(tempfile.gettempdir()) / f"sft_{os.getpid()}_{LOG}"
-        _save(report.getvalue(), folder / LOG if _stamp(status) != before else own)
+        _save(report.getvalue(), folder / LOG if _stamp(status) != before else None)
     written = read_json(status).get("exit_code") if _stamp(status) != before else None
     return _outcome(written, failures, relay.stops)
 
@@ -271,12 +270,17 @@ def _captured_messages() -> Iterator[io.StringIO]:
             each.propagate = True
 
 
-def _save(text: str, path: Path) -> None:
+def _save(text: str, path: Path | None) -> None:
+    """Adds a text to the file, or to a new one that nobody else could have made or linked."""
     try:
+        if path is None:
+            handle, name = tempfile.mkstemp(f"_{LOG}", "sft_")
+            os.close(handle)
+            path = Path(name)
         with plain.open_file(path, "a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        show(f"cannot write {path}: {error.strerror}\n{text}", error=True, end="")
+        show(f"cannot write {path or LOG}: {error.strerror}\n{text}", error=True, end="")
     else:
         show(f"what every rank ended with: {path}", error=True)
 

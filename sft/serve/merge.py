@@ -58,6 +58,7 @@ def merge(
         report = prove(staging, run, config, base)
         write_json(staging / REPORT, report)
         (staging / "README.md").write_text(_card(report, config, run, output), "utf-8")
+        checkpoint.share_files(staging, staging / "README.md")
     except BaseException:
         checkpoint.clear_scratch(output.parent, output.name)
         raise

@@ -8,6 +8,7 @@ from typing import Any
 
 from sft import __version__
 from sft.config.schema import Config
+from sft.errors import redact
 from sft.models.export import base_record
 from sft.runtime.output import visible
 from sft.tasks.base import Results
@@ -56,7 +57,7 @@ def model_card(
     lines += [f"# {_cell(config.train.output_dir)}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
     lines += ["", "## Scores", "", *_scores(base, tuned), "", "## Use", "", loading.rstrip(), ""]
-    return "\n".join(lines)
+    return redact("\n".join(lines))
 
 
 def _training(config: Config) -> dict[str, str]:
