@@ -390,16 +390,8 @@ class _Transfer:
                 "not be noticed"
             )
         now, sha256 = time.time(), digests["sha256"]
-        known = {
-            "name": self.name,
-            "file": file,
-            "sha256": sha256,
-            "size": arrived,
-            "version": answer.version,
-            "fetched": now,
-            "checked": now,
-            "asked": self.asked,
-        }
+        known = {"name": self.name, "file": file, "sha256": sha256, "size": arrived}
+        known |= {"version": answer.version, "asked": self.asked, "fetched": now, "checked": now}
         with self.part.open("rb") as part:
             os.fsync(part.fileno())
         (self.folder / sha256).mkdir(exist_ok=True)

@@ -6,11 +6,9 @@ is the id in its own place, or -100 where nothing is learnt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.data.messages import Message, Messages, as_list
@@ -103,22 +101,15 @@ def make_tokens(
 
 def _check_vocabulary(tokenizer: Tokenizer, message: Message) -> None:
     known = _known_ids(tokenizer, len(tokenizer))
-    ids = np.array(message["input_ids"], np.int64)
-    inside = (ids >= 0) & (ids < len(known))
-    is_wrong = ~(inside & known[np.where(inside, ids, 0)])
-    if is_wrong.any():
-        at = int(is_wrong.argmax())
-        raise DataError(
-            f"input_ids: {ids[at]} (token {at}) is no id of the tokenizer's vocabulary (0 to "
-            f"{len(known) - 1}); tokenise the row with the tokenizer of model.name"
-        )
+    for at, token in enumerate(message["input_ids"]):
+        if token not in known:
+            raise DataError(
+                f"input_ids: {token} (token {at}) is no id of the tokenizer's vocabulary (0 to "
+                f"{max(known)}); tokenise the row with the tokenizer of model.name"
+            )
 
 
 @lru_cache(maxsize=4)
-def _known_ids(tokenizer: Tokenizer, size: int) -> np.ndarray:
-    """Returns (ids,) bool: whether each id is one of the vocabulary."""
+def _known_ids(tokenizer: Tokenizer, size: int) -> frozenset[int]:
     del size  # only a key of the cache, since a tokenizer may grow
-    ids: Sequence[int] = list(tokenizer.get_vocab().values())
-    known = np.zeros(max(ids) + 1, bool)
-    known[ids] = True
-    return known
+    return frozenset(tokenizer.get_vocab().values())
