@@ -110,8 +110,8 @@ def test_what_the_messages_say_already_is_not_lost():
 @pytest.mark.parametrize(
     ("column", "values"),
     {
-        "correct": [True],
-        "weight": [1, 1.0],
+        "correct": [True, "True"],
+        "weight": [1, 1.0, "1.0"],
         "thinking": [True, "on", "Hello"],
         "role": ["writer"],
         "prompt": ["It rains."],

@@ -125,3 +125,11 @@ def test_what_csv_writes_is_read_back_or_refused(tmp_path, table, delimiter, quo
     with suppress(DataError):
         assert raw_rows(path) == written
     assert raw_rows(path, csv_delimiter=delimiter) == written
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_a_column_that_is_named_twice_is_what_is_reported(tmp_path, delimiter):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer,answer\na,b,c\n".replace(",", delimiter))
+    with pytest.raises(DataError, match="names each column once, found the column 'answer' twice"):
+        load_rows(str(path))

@@ -30,7 +30,8 @@ def _is_in_messages(value: Any, messages: Messages) -> bool:
 
 
 def _is_all_ones(value: Any, _: Messages) -> bool:
-    return all(item == 1 for item in (value if isinstance(value, list) else [value]))
+    items = value if isinstance(value, list) else [value]
+    return all(item == 1 or item in ("1", "1.0") for item in items)  # text in a CSV
 
 
 def _is_one_document(value: Any, messages: Messages) -> bool:
@@ -68,7 +69,7 @@ HARMLESS: dict[str, Callable[[Any, Messages], bool]] = {
     "": lambda *_: False,
     "said": _is_in_messages,
     "a word, or said": lambda value, m: " " not in str(value).strip() or _is_in_messages(value, m),
-    "true": lambda value, _: value is True,
+    "true": lambda value, _: str(value).lower() == "true",
     "ones": _is_all_ones,
     "no role": lambda value, _: value not in (*ROLES, "prompter", "human", "gpt", "bot"),
     "in labels": lambda _, messages: -100 in messages[0]["labels"],

@@ -35,7 +35,10 @@ def find_delimiter(lines: list[str], is_whole: bool, usual: str) -> str:
         raise ValueError(f"cells that {names} could separate equally well; {ASK}")
     if splitting:  # where none fits, some records are bad, and will be reported
         return max(splitting, key=lambda each: (splitting[each], each == usual))
-    if other := _other_delimiter(lines):
+    other = _other_delimiter(lines)
+    if other in CANDIDATES:  # its header names a column twice, as the reader will report
+        return other
+    if other:
         raise ValueError(
             f"cells that {other!r} seems to separate; save it with commas, semicolons, tabs or "
             f"bars, or {ASK}"
