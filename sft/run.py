@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +57,7 @@ def train(config: RunConfig) -> dict[str, float]:
     task = task_of(config)
     task.refuse_untrainable(config)
     with Guard(Path(config.train.output_dir), config.train.stall_timeout) as guard:
-        to_resume = _open_folder(config.train, guard) if guard.is_first else None
+        to_resume = _open_folder(config.train, guard, _inputs(config)) if guard.is_first else None
         prepared = task.prepare(config, guard.tick)  # first: a process group could time out
         accelerator = start_processes(config.train)
         resumed_from = guard.join(accelerator, to_resume)
@@ -168,8 +170,21 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> dict[str, flo
     return results.metrics
 
 
-def _open_folder(train: Train, guard: Guard) -> Path | None:
-    """Returns the checkpoint to resume from. A new run moves the folder of an earlier run."""
+def _inputs(config: RunConfig) -> list[Path]:
+    """Returns the files and folders that a run reads, as far as they are on this machine."""
+    values = config.model_dump()
+    given = [values.get("model", {}).get("name"), values.get("distill", {}).get("data_dir")]
+    for key in ("train_path", "eval_path"):
+        path = values.get("data", {}).get(key)
+        given += path if isinstance(path, list) else [path]
+    return [Path(path) for path in given if path and os.path.exists(path)]  # an address is long
+
+
+def _open_folder(train: Train, guard: Guard, inputs: Sequence[Path] = ()) -> Path | None:
+    """Returns the checkpoint to resume from. A new run moves the folder of an earlier run.
+
+    Raises CheckpointError if one of its `inputs` would be moved along.
+    """
     folder, resume = Path(train.output_dir), train.resume_from_checkpoint
     try:
         for moved in run_folder.complete_moves(folder):
@@ -193,6 +208,12 @@ def _open_folder(train: Train, guard: Guard) -> Path | None:
     is_finished = earlier == "finished" or results[-1].exists()
     if holds_run and not is_own and (resume != "auto" or is_finished):
         assert guard.lock
+        for path in inputs:
+            if path.resolve().is_relative_to(folder.resolve()):
+                raise CheckpointError(
+                    f"{path} lies in {folder}, which holds an earlier run and would be moved "
+                    "aside; give this run another train.output_dir"
+                )
         show(f"{folder} holds an earlier run: moved to {guard.lock.move_folder()}")
     guard.status.begin()
     return found

@@ -318,6 +318,21 @@ def test_a_run_whose_status_is_lost_is_moved_aside_all_the_same(tmp_path, left):
     assert lineage(tmp_path / "run") == [1.0] * 2
 
 
+def test_a_run_folder_that_holds_an_input_is_not_moved_aside(tmp_path):
+    run_attempt(tmp_path / "run", None, 1.0, 2, 0)
+    (tmp_path / "base").symlink_to(tmp_path / "run/merged")
+    (tmp_path / "run/merged").mkdir()
+    guard: Any = SimpleNamespace(status=Status(tmp_path / "run"), lock=None)
+    train, found = tiny.config(tmp_path / "run").train, tmp_path / "run/checkpoint_step_2"
+    guard.lock = Lock(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"base lies in .*run, which holds an"):
+        _open_folder(train, guard, [tmp_path / "base"])
+    assert found.exists()
+    resumed = train.model_copy(update={"resume_from_checkpoint": str(found)})
+    assert _open_folder(resumed, guard, [tmp_path / "base"]) == found
+    guard.lock.release()
+
+
 def test_a_move_that_cannot_be_completed_is_one_message(tmp_path, monkeypatch):
     moving = tmp_path / ABANDONED / "attempt_2.moving"
     moving.mkdir(parents=True)
