@@ -585,3 +585,23 @@ def test_a_link_in_the_place_of_the_scratch_folder_is_refused(run, tmp_path, acc
     with pytest.raises(CheckpointError, match="is a link"):
         commit(run / "checkpoint_step_200", content(200), accelerator)
     assert (outside / "checkpoint_step_200/mine.txt").read_text() == "mine"
+
+
+def test_processes_that_share_a_scratch_folder_do_not_disturb_each_other(tmp_path):
+    """Each removes the scratch folder when it is empty, while others are about to use it."""
+
+    def work(number: int) -> None:
+        for _ in range(200):
+            staging = checkpoint.make_staging(tmp_path / f"folder{number}")
+            (staging / "x").write_text("x")
+            checkpoint.seal(staging, tmp_path / f"folder{number}")
+            checkpoint.remove(tmp_path / f"folder{number}")
+
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=(number,)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert not list(tmp_path.iterdir())

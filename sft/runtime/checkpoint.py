@@ -83,8 +83,20 @@ def make_staging(final: Path) -> Path:
     """Makes an empty folder to write what will be `final`; removes one that a kill left."""
     staging = scratch_folder(final.parent) / final.name
     clear_scratch(final.parent, staging.name)
-    staging.mkdir(parents=True)
+    _with_parent(staging, staging.mkdir)
     return staging
+
+
+def _with_parent(path: Path, action: Callable[[], object]) -> None:
+    """Makes the folder of `path`, which another process may remove again, and does `action`."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            action()
+            return
+        except FileNotFoundError:
+            if path.parent.exists():
+                raise
 
 
 def clear_scratch(beside: Path, name: str | None = None) -> None:
@@ -99,9 +111,8 @@ def clear_scratch(beside: Path, name: str | None = None) -> None:
 def remove(folder: Path) -> None:
     """Removes a folder; a kill leaves no part of it in its place."""
     doomed = scratch_folder(folder.parent) / f"{folder.name}.removed"
-    doomed.parent.mkdir(exist_ok=True)
     shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
+    _with_parent(doomed, lambda: folder.rename(doomed))
     clear_scratch(folder.parent, doomed.name)
 
 
