@@ -173,7 +173,7 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> dict[str, flo
 def _inputs(config: RunConfig) -> list[Path]:
     """Returns the files and folders that a run reads, as far as they are on this machine."""
     values = config.model_dump()
-    given = [values.get("model", {}).get("name"), values.get("distill", {}).get("data_dir")]
+    given = [values.get("model", {}).get("name")]
     for key in ("train_path", "eval_path"):
         path = values.get("data", {}).get(key)
         given += path if isinstance(path, list) else [path]

@@ -587,6 +587,7 @@ def test_a_link_in_the_place_of_the_scratch_folder_is_refused(run, tmp_path, acc
     assert (outside / "checkpoint_step_200/mine.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_scratch_folder_do_not_disturb_each_other(tmp_path):
     """Each removes the scratch folder when it is empty, while others are about to use it."""
 
