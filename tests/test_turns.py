@@ -761,6 +761,15 @@ TRAITS: dict[str, tuple[str, list[dict[str, Any]], list[list[str]]]] = {
         [A, SECRET, C, SECRET],
         [[KEPT, KEPT]],
     ),
+    "thoughts with a variable": (
+        catalogue.CHATML.replace(
+            "{{ m.content }}",
+            "{% if thinks and m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+            "{% endif %}{{ m.content }}",
+        ),
+        [A, SECRET, C, D],
+        [["<think>Secret.</think>b<|im_end|>"], ["d<|im_end|>"]],
+    ),
     "blanks before a block": (
         families.GENERATION.replace("assistant\n' }}", "assistant' }}"),
         [A, B],

@@ -65,7 +65,8 @@ def find_turn(given: Renderings, index: int) -> Turn | Unlearnt:
     of them in an earlier turn.
     """
     try:
-        return _find_turn(given, index)
+        found = _find_turn(given, index)
+        return (_with_thoughts(given, index) or found) if found == "thoughts_dropped" else found
     except DataError as error:
         reason = error
     messages, tools = given.given
@@ -85,6 +86,35 @@ def find_turn(given: Renderings, index: int) -> Turn | Unlearnt:
                 said = sentinels.show_tags(given, found.answer)
                 return replace(found, answer=said, flags=(*found.flags, "tags_kept"))
     raise reason
+
+
+def _with_thoughts(given: Renderings, index: int) -> Turn | None:
+    """Returns a turn as it is served with a variable that lets the template write thoughts."""
+    for name, value in _thinking_variables(given.tokenizer):
+        if name in (given.variables or {}):  # the row says how it is served
+            continue
+        variables = {**(given.variables or {}), name: value}
+        with suppress(DataError):
+            found = _find_turn(replace(given, variables=variables, _texts={}), index)
+            if isinstance(found, Turn):
+                flags = dict.fromkeys((*found.flags, "other_variables"))
+                return replace(found, flags=tuple(flags))
+    return None
+
+
+@cached_by_tokenizer
+def _thinking_variables(tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """Returns variables, true or false, with which alone the template writes the thoughts of an
+    answer, as `enable_thinking` of DeepSeek-V4."""
+    turn = {"role": "assistant", "content": "b", "reasoning_content": "zq7s0e"}
+
+    def writes(variables: Variables | None) -> bool:
+        with suppress(DataError):
+            return "zq7s0e" in Renderings(tokenizer, [ASK, turn], None, variables).text
+        return False
+
+    names = rendering.template_variables(tokenizer)
+    return [(n, value) for n, value in product(names, (True, False)) if writes({n: value})]
 
 
 def _find_turn(given: Renderings, index: int) -> Turn | Unlearnt:
