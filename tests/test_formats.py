@@ -445,7 +445,7 @@ def chat(*turns, **more):
 PART = {"type": "image_url", "image_url": {"url": "a.png"}}
 BAD = {
     "number": (5, "expected an object, found int"),
-    "list": ([ASK, HELLO], "expected an object, found list"),
+    "list": ([ASK, HELLO], 'expected an object, found list; write {"messages": [the turns]}'),
     "no format": ({"q": "a"}, "expected the keys of one format (messages, conversations, instr"),
     "half a format": ({"prompt": "a"}, "found ['prompt']; name the columns to use in data.columns"),
     "many columns": (

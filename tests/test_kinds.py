@@ -255,9 +255,12 @@ def test_a_list_on_each_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path.write_text(f"{json.dumps(talk)}\n{json.dumps(talk)}\n")
-    assert "found a list on each line; if each is a conversation, write each row on a l" in refused(
-        path
+    assert (
+        "found a list on each line; write each row on a line of its own: jq -c '{messages: .}'"
+        in (refused(path))
     )
+    path.write_text(f"{json.dumps(ROWS)}\n{json.dumps(ROWS)}\n")
+    assert "a list on each line; write each row on a line of its own: jq -c '.[]' " in refused(path)
 
 
 def test_rows_over_several_lines_in_a_file_too_large_to_hold(tmp_path, monkeypatch):

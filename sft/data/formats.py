@@ -82,7 +82,8 @@ def recognise(row: Any) -> str:
     if isinstance(row, str):
         return "text"
     if not isinstance(row, dict):
-        raise ValueError(f"expected an object, found {type(row).__name__}")
+        advice = '; write {"messages": [the turns]}' if isinstance(row, list) else ""
+        raise ValueError(f"expected an object, found {type(row).__name__}{advice}")
     given = frozenset(key for key, value in row.items() if value is not None)
     found = list(_detect(given) or _detect(frozenset(row)))
     if len(found) == 2 and "text" in found and _is_copy(row, *found):

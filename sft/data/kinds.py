@@ -233,9 +233,11 @@ def multiline_object(path: str, start: bytes, is_whole: bool) -> str | None:
 
 def lists_on_lines(path: str, more: str) -> str | None:
     """Returns what a file is that goes on with another list behind its first, or None."""
-    if not more.lstrip().startswith("["):
+    more = more.lstrip()
+    if not more.startswith("["):
         return None
-    return f"a list on each line; if each is a conversation, {_by_jq(path, '{messages: .}')}"
+    is_turn = re.match(r'\[\s*\{\s*"(role|content|from|value)"', more)
+    return f"a list on each line; {_by_jq(path, '{messages: .}' if is_turn else '.[]')}"
 
 
 def _is_row(value: dict[str, Any]) -> bool:
