@@ -7,6 +7,7 @@ import math
 import resource
 import shutil
 import subprocess
+import threading
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from sft.data import batches
 from sft.errors import CheckpointError
 from sft.plan import plan
 from sft.runtime import checkpoint, disk, run_folder
-from sft.runtime.attempt import Lock
+from sft.runtime.attempt import Lock, Status
 from sft.runtime.log import Log
 
 BUDGET = batches.Budget(60, "padded")
@@ -176,7 +177,18 @@ def test_a_run_folder_that_takes_no_files_is_refused_at_start(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_full_disks_cost_logs_one_warning_each_and_the_run_goes_on(small, capsys):
+def test_how_a_run_ended_is_recorded_on_a_full_disk(small):
+    status = Status(small)
+    status.begin()
+    fill(small, 0)
+    assert status.end("failed", 4, "cannot save " + "x" * 300, 0, 7)
+    found = json.loads((small / "status.json").read_text())
+    assert (found["state"], found["exit_code"], found["step"]) == ("failed", 4, 7)
+    assert status.read() == found
+
+
+def test_full_disks_cost_logs_one_warning_each_and_the_run_goes_on(small, capsys, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not that of pytest
     log = Log(small, tensorboard=True)
     log.open_metrics(0)
     log.say("at the start")
@@ -189,7 +201,8 @@ def test_full_disks_cost_logs_one_warning_each_and_the_run_goes_on(small, capsys
     log.say("in the end")
     log.log(40, {"train/loss": 3.0})
     log.close()
-    reported = capsys.readouterr().out
+    reported, errors = capsys.readouterr()
+    assert "Traceback" not in errors
     for name in ("training.log", "metrics.jsonl", "tensorboard"):
         assert reported.count(f"warning: {name} cannot be written") == 1, name
     steps = [

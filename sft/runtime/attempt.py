@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -243,7 +244,17 @@ class Status:
             "attempt": self.attempt,
             "checkpoint": found.name if found else None,
         }
-        write_json(self.folder / self.NAME, values, sync=True)
+        path = self.folder / self.NAME
+        try:
+            write_json(path, values, sync=True)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not path.exists():
+                raise
+            # A full disk has room in the place of the old status: how the run ended matters more
+            # than that a kill in this moment leaves a whole file.
+            with plain.open_file(path, "r+", encoding="utf-8") as file:
+                file.write(json.dumps(values, indent=2) + "\n")
+                file.truncate()
 
 
 def own_ranks_files(folder: Path) -> list[str]:

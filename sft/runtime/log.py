@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,12 @@ from sft.errors import redact
 from sft.runtime import output, plain
 from sft.runtime.console import Advance, bar, make_console
 from sft.runtime.run_folder import METRICS, metrics_end
+
+
+def _hide_writers_trace(found: threading.ExceptHookArgs) -> None:
+    """Prints a thread's traceback, but not that of TensorBoard's writer: `Log` warns of it."""
+    if not (type(found.thread).__name__ == "_AsyncWriterThread" and found.exc_type is OSError):
+        threading.__excepthook__(found)
 
 
 class _Lines(io.TextIOBase):
@@ -111,6 +118,7 @@ class Log:
         if self._use_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _hide_writers_trace
             with self._board_errors():
                 self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
