@@ -351,6 +351,7 @@ def test_a_move_that_cannot_be_completed_is_one_message(tmp_path, monkeypatch):
     assert (tmp_path / ABANDONED / "attempt_2" / run_folder.METRICS).exists()
 
 
+@pytest.mark.slow
 def test_killed_before_each_change_a_branch_is_the_old_lineage_or_the_new_one(tmp_path):
     """Each kill is followed by an `auto` that is not killed."""
     original = tmp_path / "original"
@@ -392,7 +393,7 @@ def run_machine(machine: type[RuleBasedStateMachine], examples: int, steps: int)
 
 
 def test_any_sequence_of_starts_kills_and_branches_leaves_one_lineage():
-    run_machine(Branches, 8, 6)
+    run_machine(Branches, 2, 5)
 
 
 @pytest.mark.slow
