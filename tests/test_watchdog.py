@@ -279,7 +279,7 @@ def test_a_rank_that_is_stopped_before_its_first_line_is_named_by_the_others(sta
         os.kill(stopped, signal.SIGKILL)
     assert run.codes() == [7, -9], run.reported
     assert (run.status["exit_code"], run.status["rank"]) == (7, 1)
-    assert "no sign of rank 1 for 4 s" in run.status["reason"]
+    assert "no sign of rank 1, stopped or never started, for 4 s" in run.status["reason"]
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -37,6 +37,7 @@ class Lock:
     def __init__(self, folder: Path):
         self.folder = folder
         self._is_lost = False  # to another run
+        run_folder.refuse_foreign(folder)
         try:
             self._acquire()
         except OSError as error:

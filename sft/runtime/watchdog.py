@@ -32,7 +32,7 @@ from accelerate.utils import broadcast_object_list
 
 from sft import errors
 from sft.errors import CheckpointError, PeerError, Preempted, UserError, oom_message, redact
-from sft.runtime import output, plain, run_folder
+from sft.runtime import output, plain
 from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
 from sft.runtime.children import is_dead, is_stopped, machine_id
 from sft.runtime.console import write_json
@@ -147,8 +147,6 @@ class Guard:
     def __enter__(self) -> Guard:
         assert self.folder
         output.begin_run()
-        if self.is_first:
-            run_folder.refuse_foreign(self.folder)
         self.lock = Lock(self.folder) if self.is_first else None
         self._interrupts = True
         self._catch_signals()
@@ -448,10 +446,8 @@ class Guard:
         absent = [rank for rank in range(self.world) if rank not in (self.rank, *self._peers)]
         if absent:  # they have ended normally, or were stopped before they could report anything
             silent = Heartbeat(absent[0], 0, "", "", own.attempt, 0, 0, 0, "start", 0, False, "")
-            numbers = ", ".join(map(str, absent))
-            why = "it may be stopped, or was never started"
-            reason = f"no sign of rank {numbers} for {self.stall_timeout:g} s (train.stall_timeout)"
-            return [silent], f"{reason}; {why}"
+            named = f"no sign of rank {', '.join(map(str, absent))}, stopped or never started,"
+            return [silent], f"{named} for {self.stall_timeout:g} s (train.stall_timeout)"
         ranks = [((True, own.arrived, own.waits), own)]
         for peer in self._peers.values():
             ranks.append(((not peer.is_gone(now), peer.last.arrived, peer.last.waits), peer.last))
