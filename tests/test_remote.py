@@ -675,7 +675,6 @@ def test_the_package_of_a_protocol_is_missing(monkeypatch, scheme, module):
 
 @pytest.fixture
 def google(monkeypatch, tmp_path):
-    pytest.importorskip("gcsfs")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
     monkeypatch.setenv("NO_GCE_CHECK", "true")  # it has no such machine's credentials
