@@ -244,7 +244,7 @@ class Form:
         if isinstance(content, list) and self.content == "text":
             changes["content"] = content_text(message)
         elif isinstance(content, str) and self.content == "parts":
-            changes["content"] = [{"type": "text", "text": content}] if content else []
+            changes["content"] = [{"type": "text", "text": content}]
         if thoughts and self.thoughts == "content":
             said = f"<think>\n{thoughts.strip()}\n</think>\n\n{content_text(message)}"
             as_parts = self.content == "parts"
