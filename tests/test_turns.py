@@ -729,6 +729,9 @@ BE_KIND = {"role": "system", "content": "Be kind."}
 SPLITS_AT_TAGS = catalogue.CHATML.replace(
     "{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"
 )
+REWRITES_RESULTS = catalogue.CHATML.replace(  # Hermes, Command R+
+    "{{ m.content }}", "{{ '|' if m.role == 'tool' and not loop.last }}{{ m.content }}"
+)
 THINKS_BY_KEY = OPENED_BY_A_TOKEN
 RESULT_F = {**R, "name": "f", "content": "It rains in Northport."}
 STRAY = {"role": "tool", "content": "It is a quarter past nine."}
@@ -760,6 +763,11 @@ TRAITS: dict[str, tuple[str, list[dict[str, Any]], list[list[str]]]] = {
         catalogue.REWRITES,
         [A, SECRET, C, SECRET],
         [[KEPT, KEPT]],
+    ),
+    "an empty result in a text that is rewritten": (
+        REWRITES_RESULTS,
+        [A, CALL_F, {**R, "content": ""}, D],
+        [[OF_F.replace("call>", "tool>"), "d<|im_end|>"]],
     ),
     "thoughts with a variable": (
         catalogue.CHATML.replace(

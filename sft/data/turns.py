@@ -265,7 +265,8 @@ def _behind_rewritten(given: Renderings, index: int, prompt: str, message: Messa
     """Returns rule 3 of `_continue`. Words take the place of what the message before says. Between
     the last of them and the first value of the turn, the text must have the header in which the
     prompt ends, or, without a header, what the prompt has behind the word."""
-    last, _ = sentinels.stand_in(given.messages[index - 1], f"{given.sentinel}p")
+    last, slots = sentinels.stand_in(given.messages[index - 1], f"{given.sentinel}p")
+    last = last if slots else {**last, "content": f"{given.sentinel}p0e"}  # an empty result
     earlier = [*given.messages[: index - 1], last]
     stand_in, _ = sentinels.stand_in(message, given.sentinel)
     try:
