@@ -209,7 +209,7 @@ def lineage(folder: Path) -> History:
         if final.exists():
             assert history_of(final)[: len(tip)] == tip
         if (best := run_folder.read_json(run / run_folder.BEST)) and found:
-            assert (run / best["checkpoint"]).exists() or best["step"] > len(tip)
+            assert history_of(run / best["checkpoint"]) == tip[: best["step"]]
     return tip
 
 
@@ -296,6 +296,23 @@ def test_auto_follows_the_branch_that_was_chosen(tmp_path):
     assert moved >= {"branch.json", "checkpoint_step_6", "checkpoint_step_8", "metrics.jsonl"}
     run_attempt(tmp_path / "run", "auto", 2.0, 7, 0)
     assert lineage(tmp_path / "run") == [1.0] * 4 + [2.0] * 3
+
+
+@pytest.mark.parametrize(("rate", "is_moved"), [(1.0, False), (2.0, True)])
+def test_results_stay_only_if_the_finished_run_goes_on_as_it_did(tmp_path, rate, is_moved):
+    folder = tmp_path / "run"
+    run_attempt(folder, None, 1.0, STEPS, 0)
+    shutil.rmtree(folder / "checkpoint_step_9", ignore_errors=True)
+    (folder / "evaluation").mkdir()
+    for name in ("base.json", "metrics.json"):
+        (folder / "evaluation" / name).write_text("{}")
+    run_attempt(folder, "auto", rate, 8, 0)
+    moved = folder / ABANDONED / "attempt_2"
+    for name in (run_folder.FINAL, "evaluation/metrics.json"):
+        assert (folder / name).exists() != is_moved
+        assert (moved / name).exists() == is_moved
+    assert (folder / "evaluation/base.json").exists()
+    assert not is_moved or metrics_of(moved / run_folder.METRICS) == {9: value_of([1.0] * 9)}
 
 
 def test_an_abandoned_branch_is_continued_in_another_folder(tmp_path):

@@ -535,9 +535,12 @@ def test_a_checkpoint_of_another_branch_is_passed_over(tmp_path, accelerator):
 def test_a_damaged_parent_is_no_other_parent(tmp_path, accelerator):
     first = save(tmp_path, 2, None, accelerator)
     second = save(tmp_path, 4, first, accelerator)
-    for damage in (lambda path: flip(path, 200), lambda path: cut_to(path, 50)):
-        damage(first / MANIFEST)
-        assert find(tmp_path, "auto", pytest.fail) == second
+    manifest = json.loads((first / MANIFEST).read_text())
+    manifest["files"]["mark.json"]["sha256"] = "0" * 64  # its sizes are right
+    (first / MANIFEST).write_text(json.dumps(manifest))
+    assert find(tmp_path, "auto", pytest.fail) == second
+    cut_to(first / MANIFEST, 50)
+    assert find(tmp_path, "auto", pytest.fail) == second
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(run):

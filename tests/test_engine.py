@@ -261,6 +261,17 @@ def test_an_evaluation_that_a_signal_abandoned_is_made_up_for(tmp_path):
     assert again.keeper.best.step in seen
 
 
+def test_a_resumed_run_does_not_save_its_step_again(tmp_path):
+    built = make(tmp_path)
+    built.step = 3
+    folder = built.save()
+    before = (folder / checkpoint.MANIFEST).stat()
+    again = make(tmp_path)
+    again.resume(folder)
+    assert again.save() == folder
+    assert (folder / checkpoint.MANIFEST).stat() == before
+
+
 def test_an_evaluation_is_not_repeated_by_a_resume(tmp_path):
     settings = {"eval_steps": 2, "save_steps": 2}
     make(tmp_path, **settings).run()

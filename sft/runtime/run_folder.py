@@ -77,7 +77,8 @@ def find_fault(folder: Path, *, digests: bool = True) -> str | None:
         return f"it is the checkpoint of step {state['step']}"
     parent = checkpoint.read_manifest(folder).get("parent") or {}
     name = str(parent.get("folder"))
-    if NAME.fullmatch(name) and fault(folder.with_name(name), digests=False) is None:
+    is_beside = NAME.fullmatch(name) and name != folder.name
+    if is_beside and fault(folder.with_name(name), digests=False) is None:
         sha256 = checkpoint.manifest_sha256(folder.with_name(name))
         # A manifest with a damaged digest is no other parent.
         if sha256 != parent.get("manifest_sha256") and fault(folder.with_name(name)) is None:
