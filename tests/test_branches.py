@@ -219,6 +219,14 @@ def all_histories(folder: Path) -> set[str]:
     return {path.read_text() for path in found if checkpoint.SCRATCH not in path.parts}
 
 
+def kept_step(folder: Path) -> int:
+    """Returns the step after which a killed attempt began to move all checkpoints, if it did."""
+    moving = folder.glob(f"{ABANDONED}/*{run_folder.MOVING}/{run_folder.BRANCH}")
+    return min(
+        (run_folder.read_json(path).get("after_step", STEPS) for path in moving), default=STEPS
+    )
+
+
 class Branches(RuleBasedStateMachine):
     """Starts, kills, resumes and changes one run; `expected` is the lineage that auto follows."""
 
@@ -273,7 +281,7 @@ class Branches(RuleBasedStateMachine):
     def resume_from(self, pick: int, ahead: int, changes: int) -> None:
         if found := newest_first(self.folder):
             wanted = found[pick % len(found)]
-            if fault(wanted) is None:
+            if fault(wanted) is None and step_of(wanted) <= kept_step(self.folder):
                 self.start(str(wanted), history_of(wanted), ahead, changes)
 
     @rule(rate=st.sampled_from([1.0, 2.0, 3.0]))
@@ -323,15 +331,19 @@ def test_an_abandoned_branch_is_continued_in_another_folder(tmp_path):
     train = tiny.config(tmp_path / "run", resume_from_checkpoint=abandoned).train
     with pytest.raises(CheckpointError, match=r"not in the lineage .* another train\.output_dir"):
         _open_folder(train, guard)
+    with pytest.raises(CheckpointError, match=r"was moved to .*attempt_2/checkpoint_step_8; to"):
+        run_folder.find(tmp_path / "run", str(tmp_path / "run/checkpoint_step_8"), print)
     run_attempt(tmp_path / "other", abandoned, 1.0, STEPS, 0)
     assert history_of(newest_first(tmp_path / "other")[0]) == [1.0] * STEPS
 
 
 @pytest.mark.parametrize("left", [run_folder.METRICS, run_folder.FINAL, "checkpoint_step_3"])
 def test_a_run_whose_status_is_lost_is_moved_aside_all_the_same(tmp_path, left):
-    (tmp_path / "run" / left / "x").mkdir(parents=True)
+    kept = tmp_path / "run" / left
+    kept.parent.mkdir()
+    kept.write_text("{}\n") if left == run_folder.METRICS else kept.mkdir()
     run_attempt(tmp_path / "run", None, 1.0, 2, 0)
-    assert (tmp_path / "run.1" / left / "x").is_dir()
+    assert (tmp_path / "run.1" / left).exists()
     assert lineage(tmp_path / "run") == [1.0] * 2
 
 

@@ -55,11 +55,13 @@ def write(file: Path, text: str | bytes) -> Path:
 
 
 def problems(file: Path, *overrides: str) -> list[str]:
-    """The lines of the one message, without the folder; its header counts them."""
+    """The lines of the one message, without the folder; a header counts them if there are more."""
     with pytest.raises(ConfigError) as caught:
         load_run(file, list(overrides))
     assert caught.value.exit_code == 2
     header, *lines = str(caught.value).replace(f"{file.parent}/", "").split("\n  ")
+    if not lines:
+        return [header]
     plural = "s" if len(lines) > 1 else ""
     assert header == f"{file.name}: {len(lines)} problem{plural} in the configuration"
     return lines

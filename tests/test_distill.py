@@ -355,7 +355,7 @@ def test_what_does_not_fit_is_cut(tmp_path):
     assert 0.6 * tight.usable_bytes < tight.memory.reserved <= tight.usable_bytes
     assert "does not fit" in tight.warnings[0]  # the unseen goals, tried with 128 rows
     assert "lower distill.eval_seeds" in tight.warnings[0]
-    (reported, _) = plan._warnings(replace(tight, evaluation_bytes=tight.usable_bytes + 1))
+    (reported, _) = plan._warnings(replace(tight, evaluation_bytes=tight.usable_bytes + 1), None)
     assert "a smaller train.max_tokens or a smaller distill.context help" in reported
     trained, machine = blank_run(asked, tight), hardware.detect()
     work = task.Distillation.workload(asked)

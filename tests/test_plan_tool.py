@@ -85,7 +85,7 @@ def test_this_machine_and_the_default_configuration(tmp_path):
     [
         (
             ["--model=/no/where"],
-            "cannot load '/no/where': expected a folder in Hugging Face format",
+            "cannot load '/no/where': expected a folder with a run or a model, or a hub id",
         ),
         (["--gpu=Voodoo 2"], "expected one of T4, .* found 'Voodoo 2'; for any other .* GIB=48"),
         (["--gpu=4090 x 0"], "at least one GPU"),

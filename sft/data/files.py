@@ -399,8 +399,17 @@ def file_digests(path: Paths, cache_dir: str = CACHE_DIR) -> list[dict[str, str 
 
 def read_options(section: Data) -> dict[str, Any]:
     """Returns the options of `read_all` that a configuration sets."""
-    names = "format columns ignore_columns csv_delimiter system system_prompt cache_dir"
-    return section.model_dump(include={*names.split()})
+    return section.model_dump(
+        include={
+            "format",
+            "columns",
+            "ignore_columns",
+            "csv_delimiter",
+            "system",
+            "system_prompt",
+            "cache_dir",
+        }
+    )
 
 
 def content_digest(row: Row) -> bytes:

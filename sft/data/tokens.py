@@ -19,7 +19,7 @@ MARKED = re.compile(f"[{''.join(MARKS)}]")
 TYPED = re.compile(f"({MARKS[0]}[^{MARKS[1]}]*{MARKS[1]}|[{''.join(MARKS)}])")
 
 
-MOST_KNOWN = 2**20  # characters of the texts between added tokens whose ids are kept
+MOST_KNOWN = 2**18  # characters of the texts between added tokens whose ids are kept
 
 
 @dataclass

@@ -89,14 +89,12 @@ def make_staging(final: Path) -> Path:
 
 def _with_parent(path: Path, action: Callable[[], object]) -> None:
     """Makes the folder of `path`, which another process may remove again, and does `action`."""
-    while True:
+    for _ in range(100):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with suppress(FileNotFoundError):
             action()
             return
-        except FileNotFoundError:
-            if path.parent.exists():
-                raise
+    action()
 
 
 def clear_scratch(beside: Path, name: str | None = None) -> None:

@@ -93,7 +93,9 @@ def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
     and none is valid, so that training never restarts from zero silently.
     """
     candidates = [Path(wanted)]
-    if wanted == "auto":
+    if wanted != "auto":
+        _refuse_moved(candidates[0])
+    else:
         candidates = newest_first(run)
         if all(find_fault(folder, digests=False) for folder in candidates):
             candidates = [*_restore_replaced(run), *candidates]
@@ -111,6 +113,16 @@ def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
         + "\n  ".join(rejected)
         + "\nGive train.resume_from_checkpoint=<a good folder>, or remove these to start anew."
     )
+
+
+def _refuse_moved(wanted: Path) -> None:
+    moved = sorted(wanted.parent.glob(f"{ABANDONED}/*/{wanted.name}"))
+    if moved and not wanted.exists():
+        raise CheckpointError(
+            f"{wanted} is not in the lineage of the run any more: it was moved to "
+            f"{' and '.join(map(str, moved))}; to continue from it, give that folder and another "
+            "train.output_dir"
+        )
 
 
 def newest_valid(run: Path) -> Path | None:

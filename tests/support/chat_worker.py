@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import sys
 import termios
 import time
@@ -29,6 +30,7 @@ class Repeater:
 
 if __name__ == "__main__":
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     terminal = os.open(sys.argv[1], os.O_RDWR)
     fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
     for fd in range(3):

@@ -36,6 +36,10 @@ def signals() -> None:
     while not stops:
         time.sleep(0.05)
     time.sleep(1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when the first rank has ended
+    (FOLDER / f"done{RANK}").touch()
+    while len(list(FOLDER.glob("done*"))) < 2:
+        time.sleep(0.05)
     if RANK == 0:
         (FOLDER / "status.json").write_text('{"exit_code": 75}')
     sys.exit(75)

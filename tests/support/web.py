@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -227,9 +228,16 @@ def serve(**options: object) -> Iterator[Site]:
         yield site
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """Says nothing of a client that went away, which the cases of a lost connection do."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*_)
+
+
 @contextmanager
 def _running(site: Site, handler: type) -> Iterator[None]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     site.url = f"http://127.0.0.1:{server.server_port}"
     try:
