@@ -193,7 +193,8 @@ def _open_folder(train: Train, guard: Guard, inputs: Sequence[Path] = ()) -> Pat
     except UserError:
         guard.status.begin()  # so that the failure is recorded
         raise
-    own = {Status.NAME, Lock.NAME, RANKS, TRACEBACK}  # all that a run writes before it begins
+    # All that a run writes before it begins:
+    own = {Status.NAME, Lock.NAME, RANKS, TRACEBACK, run_folder.ORIGIN}
     earlier = guard.status.read().get("state")
     results = [*run_folder.newest_first(folder), folder / run_folder.FINAL]
     holds_run = any(path.exists() for path in (*results, folder / run_folder.METRICS)) or (
@@ -215,6 +216,10 @@ def _open_folder(train: Train, guard: Guard, inputs: Sequence[Path] = ()) -> Pat
                     "aside; give this run another train.output_dir"
                 )
         show(f"{folder} holds an earlier run: moved to {guard.lock.move_folder()}")
+    if not is_own:
+        run_folder.record_origin(folder, found)
+    if resume == "auto" and not found:
+        show(f"{folder} has no checkpoint: training starts at step 0")
     guard.status.begin()
     return found
 

@@ -411,6 +411,57 @@ def test_killed_before_each_change_a_branch_is_the_old_lineage_or_the_new_one(tm
     assert seen == {6, 7, STEPS}
 
 
+@pytest.mark.slow
+def test_killed_before_its_first_checkpoint_a_run_begins_again_from_its_origin(tmp_path):
+    """With a checkpoint of another folder; before each change, also where an earlier run lies."""
+    run_attempt(tmp_path / "other", None, 1.0, 4, 0)
+    given = tmp_path / "other/checkpoint_step_4"
+    for is_used in (False, True):
+        for changes in range(1, 100):
+            folder = tmp_path / "run"
+            if is_used:
+                run_attempt(folder, None, 3.0, 2, 0)
+            run_attempt(folder, str(given), 2.0, 6, changes)
+            had_begun, left = Status(folder).read(), [*map(history_of, newest_first(folder))]
+            run_attempt(folder, "auto", 2.0, 6, 0)
+            found, new = history_of(newest_first(folder)[0]), [1.0] * 4 + [2.0] * 2
+            if left and left[0] != new:  # the earlier run has not been moved aside
+                assert found == [3.0] * 2 + [2.0] * 4
+            else:
+                assert found == new or not had_begun
+            is_done = had_begun.get("state") == "preempted" and left[0] == new
+            for each in tmp_path.glob("run*"):
+                shutil.rmtree(each)
+            if is_done:
+                break
+        assert is_done
+
+
+def test_auto_says_so_if_the_origin_of_a_run_cannot_be_used(tmp_path, capsys):
+    run_attempt(tmp_path / "other", None, 1.0, 4, 0)
+    given, run = tmp_path / "other/checkpoint_step_4", tmp_path / "run"
+    guard: Any = SimpleNamespace(status=Status(run), lock=None)
+    train = tiny.config(run, resume_from_checkpoint="auto").train
+    assert _open_folder(train, guard) is None
+    assert "run has no checkpoint: training starts at step 0" in capsys.readouterr().out
+    run_folder.record_origin(run, given)
+    assert _open_folder(train, guard) == given
+    manifest = given / checkpoint.MANIFEST
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"attempt": 1', '"attempt": 2'))
+    with pytest.raises(CheckpointError, match=r"checkpoint_step_4: it is another checkpoint now"):
+        _open_folder(train, guard)
+    shutil.rmtree(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"checkpoint_step_4: it has no MANIFEST.*or null to"):
+        _open_folder(train, guard)
+    (run / run_folder.ORIGIN).write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot be used"):
+        _open_folder(train, guard)
+    anew = tiny.config(run).train
+    assert _open_folder(anew, guard) is None
+    assert _open_folder(train, guard) is None
+
+
 def run_machine(machine: type[RuleBasedStateMachine], examples: int, steps: int) -> None:
     chosen = settings(
         max_examples=examples,

@@ -26,13 +26,14 @@ NAME = re.compile(r"checkpoint_step_(\d+)")
 FINAL = "final_checkpoint"
 METRICS = "metrics.jsonl"
 BEST = "best.json"
+ORIGIN = "origin.json"  # the checkpoint of another folder with which the run began
 RESULTS = (FINAL, "evaluation", "merged")  # what only a run that has finished writes
 BASE_RESULTS = ("base.json", "base.jsonl")  # in evaluation/: those of the model before training
 ABANDONED = "abandoned"
 FILES = (
     *("status.json", ".lock", "traceback.txt", "launcher.log", "requeue.json", "config.yaml"),
     *("plan.json", "audit.json", "audit.html", "rejected.jsonl", "training.log", METRICS, BEST),
-    *("metrics.json", "predictions.jsonl", *BASE_RESULTS),  # in a folder of an evaluation
+    *(ORIGIN, "metrics.json", "predictions.jsonl", *BASE_RESULTS),  # in a folder of an evaluation
 )
 FOLDERS = (".ranks", "evaluation", "tensorboard", ABANDONED, checkpoint.SCRATCH)
 MOVING = ".moving"  # ends the name of a folder into which checkpoints are being moved
@@ -89,8 +90,9 @@ def find_fault(folder: Path, *, digests: bool = True) -> str | None:
 def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
     """Returns the checkpoint to resume from: `wanted`, or the newest valid one if that is `auto`.
 
-    Returns None only if `auto` finds no checkpoint at all. Raises CheckpointError if there are some
-    and none is valid, so that training never restarts from zero silently.
+    Before its first checkpoint, a run that began with one of another folder has that one. Returns
+    None only if `auto` finds no checkpoint at all. Raises CheckpointError if there are some and
+    none is valid, so that training never restarts from zero silently.
     """
     candidates = [Path(wanted)]
     if wanted != "auto":
@@ -107,11 +109,42 @@ def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
         rejected.append(f"{folder}: {reason}")
         warn(f"checkpoint rejected: {rejected[-1]}")
     if not rejected:
-        return None
+        return _find_origin(run)
     raise CheckpointError(
         "no valid checkpoint to resume from:\n  "
         + "\n  ".join(rejected)
         + "\nGive train.resume_from_checkpoint=<a good folder>, or remove these to start anew."
+    )
+
+
+def record_origin(run: Path, folder: Path | None) -> None:
+    """Records with which checkpoint of another folder a new run begins, if with any."""
+    try:
+        if not folder:
+            (run / ORIGIN).unlink(missing_ok=True)
+            return
+        values = {"folder": str(folder.resolve()), "sha256": checkpoint.manifest_sha256(folder)}
+        if read_json(run / ORIGIN) != values:
+            write_json(run / ORIGIN, values, sync=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {run / ORIGIN}: {error.strerror}") from None
+
+
+def _find_origin(run: Path) -> Path | None:
+    """Returns the recorded one, or None. Raises CheckpointError if it is not what it was."""
+    if not (run / ORIGIN).exists():
+        return None
+    recorded = read_json(run / ORIGIN)
+    folder = Path(str(recorded.get("folder")))
+    reason = fault(folder)
+    if reason is None and checkpoint.manifest_sha256(folder) != recorded.get("sha256"):
+        reason = "it is another checkpoint now"
+    if reason is None:
+        return folder
+    raise CheckpointError(
+        f"{run} has no checkpoint yet, and the one that its run began with cannot be used: "
+        f"{folder}: {reason}. Give train.resume_from_checkpoint=<that checkpoint, wherever it is "
+        "now>, or null to start anew"
     )
 
 
