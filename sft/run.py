@@ -118,11 +118,12 @@ def _run(
     measured |= engine.train_to_end(resumed_from)
     with engine.preemptible():
         task.finish(engine.model)
+        engine.save_final(planned.disk.final)  # first: no fault of what follows loses it
         state = f"{engine.digest()} {planned.precision}"
         tuned = task.measure(engine.model, folder / "evaluation", state)
     log.log(engine.step, {f"eval/{name}": value for name, value in tuned.metrics.items()})
     log.say(f"after: {metrics_line(tuned.metrics)}")
-    engine.save_final(planned.disk.final, task.model_card(base, tuned))
+    engine.add_card(task.model_card(base, tuned))
 
     measured |= {"total_seconds": time.perf_counter() - started, "memory_bytes": memory_bytes()}
     if log.folder:
@@ -163,8 +164,11 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> dict[str, flo
             manifest = checkpoint.sha256(folder / "final_checkpoint" / checkpoint.MANIFEST)
             results = opened.measure_saved(opened.model, out, f"{manifest} {precision}")
             if log.folder:
-                for shown in opened.report(None, results, out):
-                    log.say(shown)
+                try:
+                    for shown in opened.report(None, results, out):
+                        log.say(shown)
+                except OSError as error:
+                    raise CheckpointError(f"cannot write {out}: {error.strerror}") from None
         accelerator.wait_for_everyone()
     end_processes(accelerator)
     return results.metrics

@@ -8,10 +8,12 @@ import resource
 import shutil
 import subprocess
 import threading
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 from accelerate import Accelerator
@@ -214,6 +216,60 @@ def test_full_disks_cost_logs_one_warning_each_and_the_run_goes_on(small, capsys
     assert "at the start" in lines[0]
     assert "in the end" in lines
     assert "in between 30" not in "".join(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_disk_that_fills_up_after_training_costs_files_but_no_result(tmp_path, world):
+    """It fills while the final answers are written: the model is there already."""
+    folder, log = tmp_path / "small", tmp_path / "log"
+    folder.mkdir()
+    settings = ["data.max_rows=600", "data.eval_path=nano/valid.jsonl", "train.max_steps=2"]
+    settings += ["evaluation.num_examples=24", "evaluation.batch_size=4"]
+    settings += ["evaluation.max_new_tokens=8", f"train.output_dir={folder}/run"]
+    with mounted("-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)) as small:
+        process = forked.start(world, ["scripts/train.py", *settings], log)
+        while not (small / "run/evaluation/predictions.jsonl").exists():
+            assert process.is_alive(), log.read_text()
+            time.sleep(0.001)
+        fill(small, 0)
+        process.join()
+        final, status = small / "run/final_checkpoint", Status(small / "run").read()
+        assert checkpoint.fault(final) is None
+        assert not list(small.rglob(checkpoint.SCRATCH))
+    assert (process.exitcode, status["state"], status["checkpoint"]) == (0, "finished", final.name)
+    reported = "".join(log.read_text().split())  # a long path is cut into lines
+    for message in (
+        "evaluation/predictions.jsonl: No space left on device",
+        "All answers are scored, but the file lacks some; `make evaluate RUN=",
+        "after: loss",
+        "warning: README.md cannot be written",
+    ):
+        assert message.replace(" ", "") in reported
+    assert "Traceback" not in reported
+
+
+def test_a_file_is_added_to_a_sealed_folder_that_is_valid_at_any_instant(tmp_path, monkeypatch):
+    def write(staging):
+        (staging / "model.safetensors").write_bytes(b"x")
+
+    final, faults = tmp_path / "final_checkpoint", []
+    checkpoint.commit(final, write, Accelerator(cpu=True))
+    real = Path.rename
+
+    def rename(path, target):
+        faults.append(checkpoint.fault(final))
+        real(path, target)
+        faults.append(checkpoint.fault(final))
+
+    monkeypatch.setattr(Path, "rename", rename)
+    checkpoint.add_file(final, "README.md", "# card")
+    assert faults == [None] * 4
+    assert checkpoint.is_ours(final)
+    assert (final / "README.md").read_text() == "# card"
+    assert not (tmp_path / checkpoint.SCRATCH).exists()
+    (final / "README.md").write_text("# card of another")
+    assert "README.md" in (checkpoint.fault(final) or "")
 
 
 # --- at any instant ------------------------------------------------------------------------------

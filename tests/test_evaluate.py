@@ -142,7 +142,7 @@ def written(path, pairs, groups=""):
 def test_scores_count_what_failed(nano, tmp_path):
     pairs = [("a", "a"), ("b ", "b"), ("c", "x"), (None, "d")]
     path = written(tmp_path / "predictions.jsonl", pairs)
-    found = answers.score_file(path, ["exact_match"], nano[1].accelerator)
+    found = answers.score_records(read_records(path), ["exact_match"], nano[1].accelerator)
     assert found.tally.values() == {"exact_match": 0.5}
     assert (found.num_examples, found.num_failed) == (4, 1)
     low, high = found.tally.intervals()["exact_match"]
@@ -153,7 +153,7 @@ def test_ranks_together_have_the_scores_of_one(nano, tmp_path, monkeypatch):
     pairs = [("a b c d", "a b c d" if i % 3 else "a c d") for i in range(20)]
     path = written(tmp_path / "predictions.jsonl", pairs, groups="xxxyz")
     names = ["exact_match", "bleu", "rouge_l"]
-    whole = answers.score_file(path, names, nano[1].accelerator).tally.report()
+    whole = answers.score_records(read_records(path), names, nano[1].accelerator).tally.report()
     assert {name: own["num_examples"] for name, own in whole["groups"].items()} == {
         "x": 12,
         "y": 4,
@@ -177,7 +177,7 @@ def test_ranks_together_have_the_scores_of_one(nano, tmp_path, monkeypatch):
     for rank in range(3):
         ranks = Ranks(rank)
         monkeypatch.setattr(answers, "gather_object", ranks.gather)
-        found = answers.score_file(path, names, ranks)
+        found = answers.score_records(read_records(path), names, ranks)
     assert found.tally.report() == whole
 
 
@@ -201,7 +201,8 @@ def ask_and_score(nano, folder, number: int, names: list[str]) -> answers.Scores
         )
         predictions = Predictions(folder / "predictions.jsonl")
         answers.answer_all(quick, asked, predictions, context)
-    return answers.score_file(folder / "predictions.jsonl", names, context.accelerator)
+    found = read_records(folder / "predictions.jsonl")
+    return answers.score_records(found, names, context.accelerator)
 
 
 def test_no_question_or_answer_stays_in_memory(nano, tmp_path, monkeypatch):

@@ -160,7 +160,7 @@ EXPECTED = {
     "runtime/checkpoint.py": {
         "rmtree": 3,  # below a folder .sft, which is no link
         "rmdir": 1,  # .sft itself, if it is empty
-        "rename": 4,  # a staged folder to its name; what is there to .sft or an unused name
+        "rename": 5,  # what is staged to its name; what is there to .sft or an unused name
     },
     "runtime/run_folder.py": {
         "rename": 5,  # what came after a step, to abandoned/; what was being replaced, back

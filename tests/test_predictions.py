@@ -9,9 +9,10 @@ import time
 import tracemalloc
 
 import pytest
+from accelerate import Accelerator
 
 from sft.errors import UserError
-from sft.evaluate.predictions import Predictions, key_of, read_records
+from sft.evaluate.predictions import Predictions, ScoredPredictions, key_of, read_records
 
 
 def record(index: int, key: str, **more) -> dict:
@@ -186,3 +187,51 @@ def test_a_file_that_is_something_else_is_not_written_over(tmp_path, line):
 def test_a_folder_in_its_place_is_reported(tmp_path):
     with pytest.raises(UserError, match="Is a directory; make room, or give another file"):
         Predictions(tmp_path)
+
+
+@pytest.mark.parametrize("fails", ["read", "garbage", "append 1", "append 2", "append 3", "finish"])
+def test_answers_that_cannot_be_written_are_scored_all_the_same(tmp_path, monkeypatch, fails):
+    Accelerator(cpu=True)
+    path, count = tmp_path / "predictions.jsonl", [0]
+    if fails == "read":
+        path.mkdir()
+    elif fails == "garbage":
+        path.write_text("notes of the user\n")
+    else:
+        made, _ = announced(path)
+        made.append([record(1, KEYS[1], answer="1"), record(2, key_of("old"), answer="old")])
+    real = Predictions.append, Predictions.finish
+
+    def append(self, records):
+        count[0] += 1
+        if fails == f"append {count[0]}":
+            raise UserError("No space left")
+        real[0](self, records)
+
+    def finish(self):
+        if fails == "finish":
+            raise UserError("No space left")
+        real[1](self)
+
+    monkeypatch.setattr(Predictions, "append", append)
+    monkeypatch.setattr(Predictions, "finish", finish)
+    found = ScoredPredictions(path)
+    todo = [i for i, key in enumerate(KEYS) if found.expect(key)]
+    assert (1 in todo) == (fails in ("read", "garbage"))
+    for i in todo[::-1]:
+        found.append([record(i, KEYS[i], answer=str(i))])
+    found.finish()
+    records, reason = found.collect()
+    assert reason
+    assert [each["answer"] for each in records or ()] == ["0", "1", "2", "3", "4", "5"]
+    if fails == "garbage":
+        assert path.read_text() == "notes of the user\n"
+
+
+def test_answers_that_are_written_are_read_from_their_file(tmp_path):
+    Accelerator(cpu=True)
+    found = ScoredPredictions(tmp_path / "predictions.jsonl")
+    assert all(map(found.expect, KEYS))
+    found.append([record(i, key) for i, key in enumerate(KEYS)])
+    found.finish()
+    assert found.collect() == (None, None)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from statistics import median_low
 from typing import Any
 
@@ -32,7 +31,7 @@ from sft.data.formats import Messages, Tools, content_text
 from sft.errors import DataError
 from sft.evaluate import scores
 from sft.evaluate.generate import Answer, Decoder, context_length, eval_mode
-from sft.evaluate.predictions import MemoryPredictions, Predictions, Record, key_of, read_records
+from sft.evaluate.predictions import MemoryPredictions, Predictions, Record, key_of
 from sft.runtime.console import duration, table
 from sft.runtime.output import visible
 from sft.runtime.processes import Context
@@ -247,14 +246,20 @@ class Scores:
     num_failed: int
 
 
-def score_file(
-    path: Path, metrics: Sequence[str], accelerator: Accelerator, labels: Sequence[str] = ()
+def score_records(
+    records: Iterable[Record],
+    metrics: Sequence[str],
+    accelerator: Accelerator,
+    labels: Sequence[str] = (),
 ) -> Scores:
-    """Returns the scores of a finished file of predictions, equal on every rank. Collective."""
+    """Returns the scores of all predictions, equal on every rank. Collective.
+
+    Every rank gives all `records` in the same order.
+    """
     tally = scores.Tally(metrics, labels)
     total = num_failed = 0
     world, rank = accelerator.num_processes, accelerator.process_index
-    for number, record in enumerate(read_records(path)):
+    for number, record in enumerate(records):
         total += 1
         num_failed += record["answer"] is None
         if "reference" not in record:

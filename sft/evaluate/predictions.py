@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import gather_object
 
 from sft.errors import UserError, redact_environment
 from sft.runtime.console import atomic_write
@@ -117,6 +118,55 @@ class Predictions:
                     old.seek(begin)
                     line = old.readline().decode("utf-8", "surrogatepass")
                     new.write(line.rstrip("\n") + "\n")  # the last line may lack its end
+
+
+class ScoredPredictions(Predictions):
+    """Predictions that are needed for their scores: what cannot be written stays in memory.
+
+    Making one is collective. `reason` is None until something cannot be written on this rank.
+    """
+
+    def __init__(self, path: Path):
+        self.reason: str | None = None
+        self._unwritten: list[Record] = []
+        with self._keep_reason():
+            super().__init__(path)
+        if any(gather_object([self.reason])):  # then no rank uses what the file has
+            self._index, self._keys = np.zeros(0, np.int64), np.zeros(0, np.uint64)
+            self.reason = self.reason or f"{path}: another process cannot use it"
+
+    @contextmanager
+    def _keep_reason(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            self.reason = self.reason or str(error)
+
+    def append(self, records: list[Record]) -> None:
+        if self.reason is None:
+            with self._keep_reason():
+                super().append(records)
+                return
+        self._unwritten += records
+
+    def finish(self) -> None:
+        if self.reason is None:
+            with self._keep_reason():
+                super().finish()
+
+    def collect(self) -> tuple[list[Record] | None, str | None]:
+        """Returns all records in order if the file has not all of them, and why. Collective."""
+        reason = next(filter(None, gather_object([self.reason])), None)
+        if reason is None:
+            return None, None
+        found = {record["index"]: record for record in gather_object(self._unwritten)}
+        if missing := set(range(self.num_expected)) - found.keys():
+            with self.path.open("rb") as file:
+                for index, key, begin in self._read():
+                    if index in missing and key == self._expected[index]:
+                        file.seek(begin)
+                        found[index] = json.loads(file.readline())
+        return [found[index] for index in sorted(found)], reason
 
 
 class MemoryPredictions:

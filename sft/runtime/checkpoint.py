@@ -180,6 +180,22 @@ def seal(staging: Path, final: Path, lineage: dict[str, Any] | None = None) -> N
     clear_scratch(final.parent, final.name + REPLACED)
 
 
+def add_file(folder: Path, name: str, text: str) -> None:
+    """Adds a file to a sealed folder, which is valid before, meanwhile and after."""
+    staging = make_staging(folder)
+    try:
+        manifest, path = read_manifest(folder), staging / name
+        path.write_text(text, "utf-8")
+        manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
+        for each in (path, staging / MANIFEST):
+            sync(each)
+            each.rename(folder / each.name)
+        sync(folder)
+    finally:
+        clear_scratch(folder.parent, staging.name)
+
+
 def share_files(folder: Path, like: Path) -> None:
     """Gives all files in a folder the mode of `like`, a file that follows the user's umask.
 

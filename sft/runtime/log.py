@@ -20,7 +20,7 @@ from typing import IO, Any
 from rich.console import Console, RenderableType
 from rich.progress import Progress
 
-from sft.errors import redact
+from sft.errors import Preempted, UserError, redact
 from sft.runtime import output, plain
 from sft.runtime.console import Advance, bar, make_console
 from sft.runtime.run_folder import METRICS, metrics_end
@@ -103,7 +103,9 @@ class Log:
         """Goes on with a warning if what the body writes, `name`, cannot be written."""
         try:
             yield
-        except OSError as error:
+        except Preempted:
+            raise
+        except (OSError, UserError) as error:
             self._warn(name, error)
 
     def open_metrics(self, step: int) -> None:

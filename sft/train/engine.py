@@ -460,24 +460,21 @@ class Engine:
             own = identity(self.train, self.task.identity())
             write_state(staging, counts, self.train, own, best)
 
-    def save_final(self, need_bytes: int, card: str | None = None) -> None:
-        """Commits what a user loads, without the state that only training needs.
-
-        `card`: the text of its README.md.
-        """
-
-        def write(staging: Path) -> None:
-            self.write_final(staging)
-            if card is not None and self.accelerator.is_main_process:
-                (staging / "README.md").write_text(card, "utf-8")
-
+    def save_final(self, need_bytes: int) -> None:
+        """Commits what a user loads, without the state that only training needs."""
         checkpoint.commit(
             self.folder / run_folder.FINAL,
-            write,
+            self.write_final,
             self.accelerator,
             need_bytes,
             self.keeper.lineage(),
         )
+
+    def add_card(self, card: str | None) -> None:
+        """Adds README.md, with this text, to the final checkpoint."""
+        if card is not None and self.accelerator.is_main_process:
+            with self.log.optional("README.md"):
+                checkpoint.add_file(self.folder / run_folder.FINAL, "README.md", card)
 
     def write_final(self, staging: Path) -> None:
         weights = self.parallel.gather_weights()

@@ -76,6 +76,8 @@ def _side_by_side(folder: Path, num_shown: int) -> Table:
     for before, after in islice(
         zip(*map(predictions.read_records, paths), strict=False), num_shown
     ):
+        if before["index"] != after["index"]:  # a full disk has kept some out of a file
+            break
         is_right = (after["answer"] or "").strip() == after["reference"].strip()
         answer = Text(_shorten(after["answer"]), style="green" if is_right else "red")
         rows.append((Text(beginning(after["prompt"])), Text(_shorten(before["answer"])), answer))

@@ -27,7 +27,7 @@ from sft.data.formats import is_conversation
 from sft.errors import ConfigError, DataError, UserError, redact
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
-from sft.evaluate.predictions import Predictions, key_of, read_records
+from sft.evaluate.predictions import ScoredPredictions, key_of, read_records
 from sft.models import attention, export, layers, load
 from sft.runtime.console import write_json
 from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
@@ -329,16 +329,28 @@ class FineTune(SavedTuning):
             tokenizer=tokenizer,
             identity=key_of(self.identity(), self.config.train.seed, state),
         )
+        predictions = ScoredPredictions(path)
         with self.guard.section("generation"):
             answers.answer_all(
                 answer_model,
                 _questions(self.config, self.prepared),
-                Predictions(path),
+                predictions,
                 self.context,
                 before_batch=self.guard.stop_if_asked,
                 total=min(settings.num_examples, len(self.prepared.held_out)),
             )
-        return answers.score_file(path, settings.metrics, self.accelerator, settings.labels or ())
+        records, reason = predictions.collect()
+        if reason:
+            self.log.say(
+                f"warning: {reason}. All answers are scored, but the file lacks some; `make "
+                f"evaluate RUN={self.config.train.output_dir}` writes them"
+            )
+        return answers.score_records(
+            read_records(path) if records is None else records,
+            settings.metrics,
+            self.accelerator,
+            settings.labels or (),
+        )
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         base = None if self.config.tuning.mode == "full" else self.config.model
@@ -360,7 +372,8 @@ class FineTune(SavedTuning):
         state = f"{engine.digest()} {precision}"
         results = self._measure(engine.model, path.with_suffix(".jsonl"), state)
         if self.log.folder:
-            write_json(path, results.details | {"settings": settings})
+            with self.log.optional(path.name):
+                write_json(path, results.details | {"settings": settings})
         return results
 
     def measure(self, model: nn.Module, folder: Path, state: str) -> Results:
