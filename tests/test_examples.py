@@ -116,3 +116,14 @@ def test_a_micro_batch_of_nothing_is_a_token_that_nothing_is_learnt_from(layout)
     assert batch.input_ids.tolist() == [[PAD]]
     assert batch.positions.dtype == batch.targets.dtype == torch.long
     assert len(batch.positions) == len(batch.targets) == 0
+    assert batch.weights is batch.position_ids is None
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("chosen", [[0, 1], []])
+def test_a_micro_batch_lies_on_its_device(layout, chosen):
+    made = packed([Example([5, 6], [5, 6], [1.0, 0.5]), Example([7], [7])])
+    batch = collate(Examples(made), chosen, PAD, layout, torch.device("meta"))
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 3 + (layout == "packed" and bool(chosen)) + bool(chosen)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}

@@ -706,6 +706,15 @@ def test_a_prompt_that_says_more_than_the_text_is_continued(source, thoughts, ex
     assert not set(audit.examine(tokenizer, kept, example, LIMIT)) & set(audit.ERRORS)
 
 
+def test_a_text_that_thoughts_change_behind_the_answer_does_not_say_how_they_close():
+    changed = OPENED_BY_WORDS.replace(
+        "{{ m.content }}", "{{ m.content }}{{ '~' if m.reasoning_content }}"
+    )
+    row = Row([A, {"role": "assistant", "content": "Hello."}], None, "f", 1)
+    with pytest.raises(DataError, match="is not how the chat template begins that turn"):
+        template.render_row(catalogue.tokenizer(changed), row, LIMIT)
+
+
 def test_the_blanks_before_an_end_that_only_the_next_message_writes_are_learnt():
     tokenizer = catalogue.tokenizer(ENDS_BEFORE_THE_NEXT, None, ())
     row = Row(families.TWO_TURNS, None, "f", 1)
@@ -732,6 +741,9 @@ SPLITS_AT_TAGS = catalogue.CHATML.replace(
 REWRITES_RESULTS = catalogue.CHATML.replace(  # Hermes, Command R+
     "{{ m.content }}", "{{ '|' if m.role == 'tool' and not loop.last }}{{ m.content }}"
 )
+CLOSES_BEHIND_A_TOKEN = catalogue.CHATML.replace(
+    "{{ m.role }}\n", "{{ m.role }}{% if m.role == 'assistant' %}<|text|>{% endif %}"
+).replace("assistant\n{% endif %}", "assistant<|text|><think></think>{% endif %}")
 THINKS_BY_KEY = OPENED_BY_A_TOKEN
 RESULT_F = {**R, "name": "f", "content": "It rains in Northport."}
 STRAY = {"role": "tool", "content": "It is a quarter past nine."}
@@ -798,6 +810,11 @@ TRAITS: dict[str, tuple[str, list[dict[str, Any]], list[list[str]]]] = {
         [A, {**B, "content": "<think>\nSecret.\n</think>\n\nb"}],
         [["Secret.\n</think>\n\nb<|im_end|>"]],
     ),
+    "a block that the prompt closes behind a token": (
+        CLOSES_BEHIND_A_TOKEN,
+        [A, B],
+        [["b<|im_end|>"]],
+    ),
     "a system prompt behind an answer": (
         catalogue.HEADERS,
         [A, B, BE_KIND, C, D],
@@ -809,7 +826,8 @@ TRAITS: dict[str, tuple[str, list[dict[str, Any]], list[list[str]]]] = {
 @pytest.mark.parametrize("trait", TRAITS)
 def test_traits_of_public_templates(trait):
     source, messages, expected = TRAITS[trait]
-    extra = MARKED_THOUGHTS if source == THINKS_BY_KEY else catalogue.TOKENS.get(source, ())
+    by_marks = (THINKS_BY_KEY, CLOSES_BEHIND_A_TOKEN)
+    extra = MARKED_THOUGHTS if source in by_marks else catalogue.TOKENS.get(source, ())
     tokenizer = catalogue.tokenizer(source, None, extra)
     row = Row(messages, None, "f", 1)
     assert texts_of(tokenizer, row) == expected
@@ -876,6 +894,27 @@ def test_a_refusal_names_the_line_or_the_key(kind):
     row = Row([A, {**CALL_F, "tool_calls": [call]}], CALLS, "f", 1)
     with pytest.raises(DataError, match=reason):
         template.render_row(catalogue.tokenizer(source, None, ()), row, LIMIT)
+
+
+MARKED_BEHIND_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + families.GENERATION.replace(
+    "{% generation %}{{ m['content'] +", "{{ m['content'] }}{% generation %}{{"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "answer"),
+    [(SPLITS_AT_TAGS, "Write <think>a</think> first."), (MARKED_BEHIND_TOOLS, "b")],
+)
+def test_tools_are_part_of_every_rendering_of_a_turn(source, answer):
+    tokenizer = catalogue.tokenizer(source)
+    row = Row([A, {**B, "content": answer}], CALLS, "f", 1)
+    learnt = "" if source == MARKED_BEHIND_TOOLS else answer  # what the block has
+    assert texts_of(tokenizer, row) == [[learnt + "<|im_end|>"]]
+    ((kept, example),) = template.render_row(tokenizer, row, LIMIT)
+    ((first, _),) = audit.supervised_runs(example.labels)
+    prompt = serve(tokenizer, kept, 1)
+    assert example.ids[: len(prompt)] == prompt
+    assert first == len(example.ids) - 2 if not learnt else first == len(prompt)
 
 
 def test_a_row_with_tools_takes_the_template_for_tools():
