@@ -744,6 +744,11 @@ REWRITES_RESULTS = catalogue.CHATML.replace(  # Hermes, Command R+
 CLOSES_BEHIND_A_TOKEN = catalogue.CHATML.replace(
     "{{ m.role }}\n", "{{ m.role }}{% if m.role == 'assistant' %}<|text|>{% endif %}"
 ).replace("assistant\n{% endif %}", "assistant<|text|><think></think>{% endif %}")
+HEADED_BEHIND_RESULTS = catalogue.INSIDE.replace(
+    "{%- if add_generation_prompt and",
+    "{%- if add_generation_prompt and messages[-1].role == 'tool' %}<|text|>{% endif %}"
+    "{%- if add_generation_prompt and",
+)
 THINKS_BY_KEY = OPENED_BY_A_TOKEN
 RESULT_F = {**R, "name": "f", "content": "It rains in Northport."}
 STRAY = {"role": "tool", "content": "It is a quarter past nine."}
@@ -815,6 +820,11 @@ TRAITS: dict[str, tuple[str, list[dict[str, Any]], list[list[str]]]] = {
         [A, B],
         [["b<|im_end|>"]],
     ),
+    "a header of its own behind a result": (
+        HEADED_BEHIND_RESULTS,
+        [A, CALL_F, RESULT_F, B],
+        [['<|call>{"name": "f", "arguments": {"x": 1}}<call|><|result>', "b<turn|>"]],
+    ),
     "a system prompt behind an answer": (
         catalogue.HEADERS,
         [A, B, BE_KIND, C, D],
@@ -826,8 +836,9 @@ TRAITS: dict[str, tuple[str, list[dict[str, Any]], list[list[str]]]] = {
 @pytest.mark.parametrize("trait", TRAITS)
 def test_traits_of_public_templates(trait):
     source, messages, expected = TRAITS[trait]
-    by_marks = (THINKS_BY_KEY, CLOSES_BEHIND_A_TOKEN)
-    extra = MARKED_THOUGHTS if source in by_marks else catalogue.TOKENS.get(source, ())
+    extra = catalogue.TOKENS.get(source, MARKED_THOUGHTS)
+    if source == HEADED_BEHIND_RESULTS:
+        extra = (*MARKED_THOUGHTS, *catalogue.TOKENS[catalogue.INSIDE])
     tokenizer = catalogue.tokenizer(source, None, extra)
     row = Row(messages, None, "f", 1)
     assert texts_of(tokenizer, row) == expected

@@ -357,8 +357,9 @@ def _behind_difference(
 
     1. The prompt opens the thoughts, and the turn has none: what the template writes behind the
        thoughts of the same turn closes them (Cohere2MoE: "<|START_THINKING|>").
-    2. The thoughts of the turn stand where the text and the prompt part: words of the prompt open
-       them (Apriel: "Here are my reasoning steps:").
+    2. The first value of the turn stands where the text and the prompt part: a header that the text
+       does not have a second time (Apertus behind a tool's result), or words that open the thoughts
+       (Apriel: "Here are my reasoning steps:").
     3. The prompt ends in the header of a turn behind the user's. What the text then has before the
        first value is the same as behind the user, and all before that is in the prompt (Gemma 4
        joins an answer and the one before it).
@@ -377,8 +378,16 @@ def _behind_difference(
             if found and starts and rest and after.endswith(rest) and after != rest:
                 return at, after.removesuffix(rest)
     begins = traced[at:].lstrip().startswith(given.sentinel) and prompt[at:].strip()
+    is_header = (
+        not rendering.OPEN_TAG.search(prompt[at:])
+        and not re.sub(
+            added.pattern if (added := ends.added_pattern(given.tokenizer)) else "$^",
+            "",
+            prompt[at:],
+        ).strip()
+    )
     is_thought = has_thoughts and bool(slots) and slots[0].kind == "thoughts"
-    if begins and is_thought:
+    if begins and (is_thought or is_header):
         return at, ""
     fresh = Renderings(given.tokenizer, [ASK, stand_in], given.tools, given.variables)
     with suppress(DataError):
