@@ -554,6 +554,36 @@ def test_a_killed_worker_is_one_message(material, monkeypatch):
         data_cache.prepare(given)
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+def test_memory_is_bounded_by_tokens_whatever_rows_a_template_makes_long(
+    material, monkeypatch, cores
+):
+    """The examples are the same, and a worker never holds more than MOST_TOKENS and one row."""
+    texts = [f"{number} " * (number % 7 * (1 + number % 5)) + "x" for number in range(300)]
+    given = config(*rows(material / "rows.jsonl", *texts), "data.on_long=drop")
+    first = data_cache.prepare(given)
+    expected = {path.name: path.read_bytes() for path in first.folder.glob("*.bin")}
+    shutil.rmtree(first.folder)
+    monkeypatch.setattr(hardware, "usable_cores", lambda: cores)
+    monkeypatch.setattr(workers, "CHUNK_CHARACTERS", 2000)
+    monkeypatch.setattr(workers, "MOST_TOKENS", 500)
+    real, made = workers.map_chunks, []
+
+    def watched(*arguments):
+        for done in real(*arguments):
+            made.append(done)
+            yield done
+
+    monkeypatch.setattr(workers, "map_chunks", watched)
+    again = data_cache.prepare(given)
+    assert {path.name: path.read_bytes() for path in again.folder.glob("*.bin")} == expected
+    longest = max(map(len, (example.ids for example in again.train)))
+    assert max(len(done.arrays.ids) for done in made) <= 500 + longest
+    assert sum(done.num_taken for done in made) == len(texts)
+    assert len(made) > 10
+    assert any(len(done.arrays.ids) > 500 for done in made), "no chunk was left before its end"
+
+
 def test_every_rank_prepares_anew_what_one_does(material, monkeypatch):
     given = config(*rows(material / "rows.jsonl", "one", "two", "three", "four"), "data.audit=warn")
     first = data_cache.prepare(given)

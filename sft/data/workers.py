@@ -25,7 +25,9 @@ from sft.data.formats import content_text, is_conversation
 from sft.runtime import children, hardware
 from sft.runtime.console import make_console
 
-CHUNK_ROWS = 256  # rows that a worker takes at a time
+CHUNK_ROWS = 256  # rows that a worker takes at a time, unless they are long:
+CHUNK_CHARACTERS = 2**20  # then it takes those that reach so many characters
+MOST_TOKENS = 2**21  # of a chunk at a time; the rows behind them wait, so that memory is bounded
 PLACE = np.dtype([("part", "u1"), ("entry", "u2")])  # which path a row came from
 TRAIN, HELD_OUT = 0, 1  # values of `part`
 
@@ -41,6 +43,7 @@ class Rendered:
     ignored: Counter[str]  # columns of the good rows that are not used
     refused: list[BadRow]  # refused by the reader or by the chat template
     num_dropped: int  # rows dropped by data.on_long
+    num_taken: int  # rows of the chunk that were rendered; the others are still to be
     # Rows that have nothing to learn, by reason.
     left_out: Counter[str] = field(default_factory=Counter)
     # Conversations cut into several examples: rows, examples and further_tokens.
@@ -57,28 +60,76 @@ def map_chunks(work: Work, rows: Iterator[AnyRow]) -> Iterator[Rendered]:
     Forked processes do the work if there is more than one core and more than a few chunks. Only a
     few chunks are in memory at a time.
     """
-    chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
+    cutter = _Chunks(rows)
+    chunks = iter(cutter)
     first = list(islice(chunks, 4))
     workers = hardware.usable_cores()
     if workers < 2 or len(first) < 4:
-        yield from map(work, chain(first, chunks))
+        for chunk in chain(first, chunks):
+            rest = chunk
+            while rest:
+                yield (done := work(rest))
+                rest = cutter.cut_rest(rest, done)
         return
     # Forked workers inherit the tokenizer; sending it to them would take seconds.
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, fork, _start_worker, (work, os.getpid())) as pool:
         waiting: deque[tuple[list[AnyRow], Future[Rendered]]] = deque()
+
+        def take_next() -> Rendered:
+            chunk, future = waiting[0]
+            done = future.result()
+            waiting.popleft()
+            if rest := cutter.cut_rest(chunk, done):
+                waiting.appendleft((rest, pool.submit(_run_work, rest)))
+            return done
+
         try:
             for chunk in chain(first, chunks):
-                if len(waiting) > 2 * workers:
-                    yield waiting[0][1].result()
-                    waiting.popleft()
+                while len(waiting) > 2 * workers:
+                    yield take_next()
                 waiting.append((chunk, pool.submit(_run_work, chunk)))
             while waiting:
-                yield waiting[0][1].result()
-                waiting.popleft()
+                yield take_next()
         except BrokenProcessPool:
             broken = [chunk for chunk, result in waiting if result.exception()][:workers]
             raise _killed_worker(broken[0][0], broken[-1][-1]) from None
+
+
+class _Chunks:
+    """Chunks of all rows, in their order, of at most `most_rows`."""
+
+    def __init__(self, rows: Iterator[AnyRow]):
+        self._rows, self.most_rows = rows, CHUNK_ROWS
+
+    def __iter__(self) -> Iterator[list[AnyRow]]:
+        chunk, characters = list[AnyRow](), 0
+        for row in self._rows:
+            chunk.append(row)
+            if isinstance(row, Row):
+                characters += _size(row.messages) + _size(row.tools)
+            if len(chunk) >= self.most_rows or characters >= CHUNK_CHARACTERS:
+                yield chunk
+                chunk, characters = [], 0
+        if chunk:
+            yield chunk
+
+    def cut_rest(self, chunk: list[AnyRow], done: Rendered) -> list[AnyRow]:
+        """Returns what is left of a chunk; if there is anything, later chunks are smaller."""
+        if rest := chunk[done.num_taken :]:
+            self.most_rows = min(self.most_rows, done.num_taken)
+        return rest
+
+
+def _size(value: Any) -> int:
+    """Returns about how many characters a JSON value has."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    if isinstance(value, list) and value and isinstance(value[0], int):  # of tokens
+        return 4 * len(value)
+    return sum(map(_size, value)) if isinstance(value, list) else 0
 
 
 def _killed_worker(first: AnyRow, last: AnyRow) -> errors.DataError:
@@ -111,7 +162,7 @@ def render_rows(
     options: dict[str, Any],
     rows: Sequence[AnyRow],
 ) -> Rendered:
-    """Renders and examines rows, in this process.
+    """Renders and examines rows, in this process, until they have MOST_TOKENS.
 
     `limit`: tokens that an example may have. `options`: those of `template.render_row`.
     """
@@ -119,9 +170,12 @@ def render_rows(
     good: list[Row] = []
     samples: list[tuple[int, Row, template.Example]] = []
     row_findings: list[int] = []
-    num_dropped = 0
+    num_dropped = num_taken = num_tokens = 0
     left_out, split_rows = Counter[str](), Counter[str]()
     for row in rows:
+        if num_tokens > MOST_TOKENS:
+            break
+        num_taken += 1
         if isinstance(row, BadRow):
             refused.append(row)
             continue
@@ -145,6 +199,7 @@ def render_rows(
             split_rows.update(rows=1, examples=len(made), further_tokens=further)
         for kept, example in made:
             samples.append((len(good), kept, example))
+            num_tokens += len(example.ids)
             row_findings.append(audit.examine_row(tokenizer, kept, example, options["supervise"]))
         good.append(row)
     arrays = ExampleArrays.pack(samples)
@@ -154,9 +209,8 @@ def render_rows(
     formats = Counter(row.format for row in good)
     ignored = Counter(name for row in good for name in row.ignored)
     prints = duplicates.fingerprint(good)
-    return Rendered(
-        arrays, places, prints, formats, ignored, refused, num_dropped, left_out, split_rows
-    )
+    counts = (formats, ignored, refused, num_dropped, num_taken, left_out, split_rows)
+    return Rendered(arrays, places, prints, *counts)
 
 
 def only_document(rows: Iterator[AnyRow]) -> tuple[Row | None, Iterator[AnyRow]]:
@@ -197,4 +251,4 @@ def render_split_document(tokenizer: Tokenizer, row: Row, limit: int, share: flo
         "held out"
     )
     prints, ignored = duplicates.fingerprint(parts), Counter(row.ignored)
-    return Rendered(arrays, places, prints, Counter({row.format: 1}), ignored, [], 0)
+    return Rendered(arrays, places, prints, Counter({row.format: 1}), ignored, [], 0, 1)
