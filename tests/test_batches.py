@@ -132,6 +132,23 @@ def test_a_cut_keeps_its_promises(lengths, num_ranks, max_tokens, layout, micro_
 
 
 @property_of
+@given(
+    lengths=any_lengths,
+    num_ranks=any_ranks,
+    max_tokens=any_budget | st.just(10**9),
+    layout=any_layout,
+    rows=st.integers(1, 9),
+)
+def test_a_micro_batch_has_no_more_rows_than_allowed(lengths, num_ranks, max_tokens, layout, rows):
+    budget = Budget(max_tokens, layout, None, rows)
+    ranks = cut(range(len(lengths)), lengths, num_ranks, budget)
+    assert sorted(flat(ranks)) == list(range(len(lengths)))
+    assert max(len(micro_batch) for rank in ranks for micro_batch in rank) <= rows
+    if max_tokens == 10**9:  # then the rows alone say how many are needed
+        assert {len(rank) for rank in ranks} == {math.ceil(len(lengths) / rows / num_ranks)}
+
+
+@property_of
 @given(lengths=any_lengths, num_ranks=any_ranks, max_tokens=any_budget, layout=any_layout)
 def test_no_micro_batch_is_there_without_need(lengths, num_ranks, max_tokens, layout):
     ranks = cut(range(len(lengths)), lengths, num_ranks, Budget(max_tokens, layout))
@@ -234,6 +251,11 @@ CUTS = {
 def test_a_small_cut_is_the_one_written_out(layout, max_tokens):
     expected = CUTS[layout, max_tokens]
     assert cut(range(8), LENGTHS, 2, Budget(max_tokens, layout)) == expected
+
+
+def test_ranks_share_the_rows_where_their_number_is_given():
+    budget = Budget(10**9, "packed", None, 2)
+    assert cut(range(4), [60, 1, 1, 1], 2, budget) == [[[0, 3]], [[1, 2]]]
 
 
 def whole_cost(ranks, lengths, micro_batch_cost):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import signal
+import time
+import zlib
 
 import pytest
 import tiny
@@ -18,6 +20,7 @@ from sft.runtime import checkpoint
 from sft.runtime.console import make_console
 from sft.runtime.log import Log
 from sft.runtime.watchdog import Guard
+from sft.train import engine
 from sft.train.optimizer import build_optimizer
 from sft.train.schedule import learning_rate, total_steps
 
@@ -303,3 +306,53 @@ def test_the_digest_of_the_weights_changes_with_a_step(tmp_path):
     assert made.digest() == before
     made.optimizer_step()
     assert made.digest() != before
+
+
+def test_a_step_logs_what_it_was_made_of(tmp_path, monkeypatch):
+    built = make(tmp_path)
+    monkeypatch.setattr(engine, "memory_bytes", lambda: 3 * 2**30)
+    ids = built.window(0)[0]
+    started = time.perf_counter()
+    values = built.optimizer_step()
+    elapsed = time.perf_counter() - started
+    rows = [tiny.examples(0, 11)[i] for i in ids]
+    seconds, speed = values.pop("speed/step_seconds"), values.pop("speed/tokens_per_second")
+    assert 0 < seconds <= elapsed
+    assert speed * seconds == pytest.approx(sum(len(row.ids) for row in rows))
+    assert values.pop("train/loss") > 0
+    assert values.pop("train/grad_norm") > 0
+    assert 0 <= values.pop("train/token_accuracy") <= 1
+    assert values == {
+        "train/learning_rate": built.optimizer.param_groups[0]["lr"],
+        "train/tokens": sum(len(row.ids) for row in rows),
+        "train/supervised_tokens": sum(row.num_supervised for row in rows),
+        "data/examples_crc32": zlib.crc32(repr(ids).encode()),
+        "memory/gib": 3.0,
+    }
+
+
+def test_an_evaluation_is_logged_at_its_step(tmp_path):
+    built = make(tmp_path)
+    built.log = Log(tmp_path / "run")
+    built.log.open_metrics(0)
+    built.step = 5
+    metrics = built.evaluate()
+    (line,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    logged = json.loads(line)
+    assert logged["step"] == 5
+    assert {name: logged[f"eval/{name}"] for name in metrics} == metrics
+
+
+def test_what_is_saved_at_the_end_is_the_model_and_its_card(tmp_path):
+    built = make(tmp_path)
+    built.save_final(0)
+    for card in (None, "# Card"):
+        built.add_card(card)
+        folder = tmp_path / "final_checkpoint"
+        assert checkpoint.fault(folder) is None
+        files = {path.name for path in folder.iterdir()} - {"model.safetensors", "config.json"}
+        readme = {"README.md"} if card else set()
+        assert files - {"generation_config.json", checkpoint.MANIFEST} == readme
+        saved = load_file(folder / "model.safetensors")
+        assert all(torch.equal(value, weights(built)[name]) for name, value in saved.items())
+    assert (folder / "README.md").read_text() == "# Card"
