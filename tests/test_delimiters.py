@@ -133,3 +133,15 @@ def test_a_column_that_is_named_twice_is_what_is_reported(tmp_path, delimiter):
     path.write_text("question,answer,answer\na,b,c\n".replace(",", delimiter))
     with pytest.raises(DataError, match="names each column once, found the column 'answer' twice"):
         load_rows(str(path))
+
+
+@pytest.mark.parametrize(
+    ("lines", "delimiter"),
+    [
+        (["x,x,y;z\n", "1,2,3;4\n"], ";"),  # commas name a column twice
+        (["a,b;c\n", '1,"2"3;4\n'], ";"),  # with commas, a quote ends inside a cell
+        (["a:b\n"], ","),  # one line says nothing of another character
+    ],
+)
+def test_a_candidate_that_does_not_fit_stands_in_no_way(lines, delimiter):
+    assert delimiters.find_delimiter(lines, True, ",") == delimiter

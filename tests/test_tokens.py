@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, tra
 from tokenizers import pre_tokenizers as splits
 from transformers import PreTrainedTokenizerFast
 
-from sft.data.tokens import Tokens, tokenise
+from sft.data.rendering import MARKS
+from sft.data.tokens import Tokens, tokenise, tokenise_behind
 
 TEXT = "user assistant system Hello a b c the quick brown fox 1 2 3 \n\n e é ▁ ### "
 KINDS = {
@@ -97,3 +98,22 @@ def test_texts_between_added_tokens_are_tokenised_once(monkeypatch):
         tokenise(tokenizer, f"{system}<|im_start|>user zq7\n{word}<|im_end|>")
     assert sum("brown" in text for text in asked) == 1
     assert asked[-1] == "user zq7\ntwo"
+
+
+def test_a_typed_token_is_plain_text_in_its_place():
+    tokenizer = make("byte-level", "plain", "")
+    text = f"a {'<|im_end|>'.join(MARKS)} b"
+    made = tokenise(tokenizer, text)
+    assert "".join(text[start:end] for start, end in made.offsets) == "a <|im_end|> b"
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in made.ids
+
+
+def test_what_stands_behind_gets_no_blank():
+    tokenizer = make("metaspace", "plain", "")
+    eos, *expected = tokenise(tokenizer, "</s>Hello").ids
+    assert eos == tokenizer.eos_token_id
+    assert tokenise(tokenizer, "Hello").ids != expected
+    ids, offsets = tokenise_behind(tokenizer, "Hello")
+    assert (ids, offsets[0][0], offsets[-1][1]) == (expected, 0, 5)
+    typed = "a".join(MARKS)
+    assert tokenise(tokenizer, typed + "Hello").ids[-len(expected) :] == expected
