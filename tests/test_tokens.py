@@ -71,6 +71,12 @@ def test_parts_give_the_tokens_of_the_whole(normalizer, chosen, text):
         assert made.stop(length) == by_offsets.stop(length)
 
 
+def test_a_blank_that_is_dropped_is_no_end_within_a_token():
+    """A property found it: the tokens of the first 13 characters alone are those of 12."""
+    made = tokenise(make("words", "blank", "NFC"), "<|im_start|>\n\n")
+    assert [made.count(length) for length in (12, 13, 14)] == [1, None, 2]
+
+
 @settings(max_examples=100)
 @given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), st.integers(0, 40))
 def test_counted_tokens_are_those_of_the_prefix_alone(text, length):

@@ -62,6 +62,13 @@ class Sketches:
         append_array(folder / f"{name}_texts.bin", self.texts)
         append_array(folder / f"{name}_keys.bin", self.keys)
 
+    def part(self, first: int, stop: int) -> Sketches:
+        """Returns the sketches of the texts from `first` to `stop`."""
+        edges = [0, *self.ends.tolist()]
+        shingles = self.shingles[edges[first] : edges[stop]]
+        ends = self.ends[first:stop] - edges[first]
+        return Sketches(self.texts[first:stop], self.keys[first:stop], ends, shingles)
+
     def shingle_set(self, index: int) -> frozenset[int]:
         """Returns the shingles of a text."""
         start = int(self.ends[index - 1]) if index else 0
@@ -96,11 +103,11 @@ def fingerprint(rows: Sequence[Row]) -> RowFingerprint:
     """Makes the fingerprints of rows."""
     contexts = [[*map(_hashes.__getitem__, compared_words(row.messages[:-1]))] for row in rows]
     last = [[*map(_hashes.__getitem__, compared_words(row.messages[-1:]))] for row in rows]
+    conversations = [before + answer for before, answer in zip(contexts, last, strict=True)]
     return RowFingerprint(
         np.array([content_digest(row) for row in rows], DIGEST),
         np.array([prompt_digest(row) for row in rows], DIGEST),
-        sketch([before + answer for before, answer in zip(contexts, last, strict=True)]),
-        sketch(contexts),
+        *sketch(conversations, [*map(len, contexts)]),
     )
 
 
@@ -141,32 +148,50 @@ def _hash(text: bytes) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8])
 
 
-def sketch(texts: Sequence[list[int]]) -> Sketches:
-    """Makes the sketches of texts, each a function of the hashes of its words alone."""
-    if not texts:
+def sketch(texts: Sequence[list[int]], prefixes: Sequence[int]) -> tuple[Sketches, Sketches]:
+    """Makes the sketches of texts, and those of their first `prefixes` words, from one pass.
+
+    A text is the hashes of its words; its sketch is a function of these alone.
+    """
+    words: list[int] = []
+    spans: list[tuple[int, int]] = []  # the first word, and the number of words
+
+    def add(text: list[int]) -> None:
+        # A text of fewer words is one padded shingle; one without words is similar to none.
+        spans.append((len(words), len(text)))
+        words.extend(text)
+        words.extend([0] * (SHINGLE - len(text)))
+
+    for text in texts:
+        add(text)
+    for number, (text, prefix) in enumerate(zip(texts, prefixes, strict=True)):
+        if prefix < SHINGLE:
+            add(text[:prefix])
+        else:
+            spans.append((spans[number][0], prefix))
+    words.append(0)  # a place behind the last shingle
+    made = _sketch(np.array(words, np.uint64), np.array(spans, np.int64).reshape(-1, 2))
+    return made.part(0, len(texts)), made.part(len(texts), len(spans))
+
+
+def _sketch(words: np.ndarray, spans: np.ndarray) -> Sketches:
+    if not len(spans):
         keys = np.zeros((0, BANDS), np.uint32)
         return Sketches(np.zeros(0, np.uint64), keys, np.zeros(0, np.int64), keys.ravel())
     factors = np.random.default_rng(0).integers(1, 2**63, (BANDS * DEPTH, 2), np.uint64)
     factors[:, 0] |= 1  # odd: a permutation of the 64-bit numbers
-    words: list[int] = []
-    for found in texts:
-        # A text of fewer words is one padded shingle; one without words is similar to none.
-        words += found
-        words += [0] * (SHINGLE - len(found))
-    array = np.array(words, np.uint64)
-    ends = np.cumsum([max(SHINGLE, len(found)) for found in texts])
-    parts = np.split(array, ends[:-1])
-    hashes = [
-        _hash(part.tobytes()) if found else 0 for part, found in zip(parts, texts, strict=True)
-    ]
-    rolled = np.zeros(len(array) - SHINGLE + 1, np.uint64)
+    starts, lengths = spans.T
+    sizes = np.maximum(lengths - SHINGLE + 1, 1)  # shingles
+    raw, ends = words.tobytes(), 8 * (starts + sizes + SHINGLE - 1)
+    bounds = zip((8 * starts).tolist(), ends.tolist(), lengths.tolist(), strict=True)
+    hashes = [_hash(raw[start:end]) if length else 0 for start, end, length in bounds]
+    rolled = np.zeros(len(words) - SHINGLE + 1, np.uint64)
     for offset in range(SHINGLE):
-        rolled = rolled * factors[0, 0] + array[offset : len(rolled) + offset]
+        rolled = rolled * factors[0, 0] + words[offset : len(rolled) + offset]
     rolled ^= rolled >> np.uint64(31)
-    starts, stops = np.concatenate(([0], ends[:-1])), ends - SHINGLE + 1
-    # Minima from each start to each stop; every second one is between two texts, and unused.
-    edges = np.stack([starts, stops], 1).ravel()[:-1]
-    keys = np.zeros((len(ends), BANDS), np.uint64)
+    # Minima from each start to each stop; every second one is between two of these, and unused.
+    edges = np.stack([starts, starts + sizes], 1).ravel()
+    keys = np.zeros((len(spans), BANDS), np.uint64)
     mixed, high = np.empty_like(rolled), np.empty_like(rolled)
     for number, (factor, shift) in enumerate(factors):
         np.multiply(rolled, factor, out=mixed)
@@ -176,12 +201,11 @@ def sketch(texts: Sequence[list[int]]) -> Sketches:
         band = number // DEPTH
         keys[:, band] = keys[:, band] * factors[1, 0] + lowest + np.uint64(band)
     # The set of shingles of each text: one sort of (text, shingle), without repeated ones.
-    sizes = stops - starts
-    owners = np.repeat(np.arange(len(ends), dtype=np.uint64), sizes)
+    owners = np.repeat(np.arange(len(spans), dtype=np.uint64), sizes)
     inside = np.arange(len(owners)) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
     pairs = np.sort(owners << np.uint64(32) | (rolled[inside] & np.uint64(0xFFFFFFFF)))
     pairs = pairs[np.concatenate(([True], pairs[1:] != pairs[:-1]))]
-    counts = np.bincount((pairs >> np.uint64(32)).astype(np.int64), minlength=len(ends))
+    counts = np.bincount((pairs >> np.uint64(32)).astype(np.int64), minlength=len(spans))
     return Sketches(
         np.array(hashes, np.uint64),
         (keys >> np.uint64(32)).astype(np.uint32),

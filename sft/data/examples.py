@@ -24,6 +24,7 @@ from sft.data.batches import Layout
 from sft.data.files import Row
 from sft.data.template import IGNORED, Example
 
+ENCODER = json.JSONEncoder(ensure_ascii=False)  # `json.dumps` makes one each time
 INDEX = np.dtype(
     [
         ("row", np.int64),  # number of the row it was made of
@@ -115,7 +116,7 @@ def _to_json(row: Row) -> bytes:
     values = {"file": row.file, "line": row.line, "messages": row.messages}
     optional = {"tools": row.tools, "group": row.group, "template_kwargs": row.template_kwargs}
     values |= {key: value for key, value in optional.items() if value is not None}
-    return (json.dumps(values, ensure_ascii=False) + "\n").encode()
+    return (ENCODER.encode(values) + "\n").encode()
 
 
 def open_findings(folder: Path) -> np.ndarray:

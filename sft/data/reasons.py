@@ -33,7 +33,7 @@ def line_that_writes(
     }
     text = ""
     try:
-        with rendering.bounded(tokenizer, messages):
+        with rendering.Bounded(tokenizer, messages):
             pieces = template.root_render_func(template.new_context(values))
             for piece in pieces:
                 text += piece

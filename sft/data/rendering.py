@@ -9,8 +9,8 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal, TypeVar
@@ -155,7 +155,7 @@ def _apply_template(
     source = tokenizer.get_chat_template(tools=tools)
     if not all(map(REASONING.isdisjoint, messages)):
         messages = _alias_reasoning_fields([dict(message) for message in messages])
-    with bounded(tokenizer, messages):
+    with Bounded(tokenizer, messages):
         pieces = compile_template(source).generate(
             messages=messages,
             tools=tools,
@@ -342,30 +342,32 @@ def template_variables(tokenizer: Tokenizer) -> list[str]:
 _bound: list[Tokenizer] = []  # whose template is rendered under a limit of time now
 
 
-@contextmanager
-def bounded(tokenizer: Tokenizer, messages: Messages) -> Iterator[None]:
+class Bounded:
     """Turns errors of a template into errors of the row, and ends a template after SECONDS.
 
     SECONDS is CPU time, so a busy or sleeping machine does not matter. The signal reaches only the
     main thread, and does not interrupt a single long operation (see `try_template`). Inside another
-    `bounded` the limit of the outer one holds.
+    one the limit of the outer one holds. (A generator of `contextlib` takes three times as long.)
     """
 
-    is_main = not _bound and threading.current_thread() is threading.main_thread()
-    if is_main:
-        _bound.append(tokenizer)
-        _catch_signal(os.getpid())
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # noqa: BLE001  # a template may divide by zero, recurse ...
-        raise DataError(failure(tokenizer.get_chat_template(), messages, error)) from None
-    finally:
-        if is_main:
+    def __init__(self, tokenizer: Tokenizer, messages: Messages):
+        self.tokenizer, self.messages, self.is_outer = tokenizer, messages, False
+
+    def __enter__(self) -> None:
+        if not _bound and threading.current_thread() is threading.main_thread():
+            self.is_outer = True
+            _bound.append(self.tokenizer)
+            _catch_signal(os.getpid())
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self.is_outer:
             signal.setitimer(signal.ITIMER_PROF, 0)
             _bound.clear()
+        # A template may divide by zero, recurse ...
+        if isinstance(error, Exception) and not isinstance(error, (UserError, MemoryError)):
+            source = self.tokenizer.get_chat_template()
+            raise DataError(failure(source, self.messages, error)) from None
 
 
 @lru_cache(maxsize=1)  # once in every process
@@ -521,7 +523,7 @@ class Renderings:
 
     def prefetch(self, turns: Iterable[int]) -> None:
         """Renders what `find_turn` asks about these turns, under one limit of time."""
-        with suppress(DataError), bounded(self.tokenizer, self.messages):
+        with suppress(DataError), Bounded(self.tokenizer, self.messages):
             for turn in turns:
                 self.until(turn)
                 self.prompt(turn)

@@ -136,8 +136,8 @@ def _unknown(tokenizer: Tokenizer) -> int | None:
 def _parting(tokenizer: Tokenizer) -> _Parting | None:
     """Returns how added tokens part a text, or None if what stands between is not always tokenised
     by itself: added tokens that take blanks around them, or are sought in normalised text; a
-    pre-tokenizer that treats the first word of a text otherwise (Metaspace); a normalizer that may
-    drop characters."""
+    pre-tokenizer that treats the first word of a text otherwise (Metaspace); a pre-tokenizer or
+    normalizer that drops characters."""
     tokens = {n: t for n, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
     is_exact = all(
         not (token.lstrip or token.rstrip or token.single_word or token.normalized)
@@ -149,6 +149,8 @@ def _parting(tokenizer: Tokenizer) -> _Parting | None:
     treats_first = splits is None or b'"Metaspace"' in splits.__getstate__()
     keeps_all = normalizer is None or normalizer.__getstate__() == b'{"type":"NFC"}'
     if not (tokens and is_exact and keeps_all) or treats_first:
+        return None
+    if not all(_encode_ids(tokenizer, blank) for blank in " \n\t"):
         return None
     added = {token.content: number for number, token in tokens.items()}
     longest_first = sorted(added, key=len, reverse=True)

@@ -477,7 +477,7 @@ def _render_blocks(given: Renderings) -> tuple[str, list[Span]]:
     tokenizer = given.tokenizer
     names: dict[str, Any] = {**tokenizer.special_tokens_map, **(given.variables or {})}
     messages = rendering.read_form(tokenizer).apply(given.messages)
-    with rendering.bounded(tokenizer, messages):
+    with rendering.Bounded(tokenizer, messages):
         rendered: Any = render_jinja_template(
             conversations=[messages],
             tools=given.tools,
