@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -107,6 +108,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     prepare_libraries()
     sys.excepthook = _report_bug
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of `python -m sft`
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main() or 0
     except UserError as error:
         _report(error)

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
@@ -172,30 +174,70 @@ def test_the_end_of_the_input_ends(terminal):
     terminal.see("end")
 
 
+@contextmanager
+def shell(terminal: Terminal) -> Iterator[None]:
+    """A shell at a terminal that does not mark what is pasted."""
+    prompt = {"PS1": "$" + " ", "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), terminal._inner)
+    command = ["setsid", "--ctty", "bash", "--norc", "--noediting", "-i"]
+    process = subprocess.Popen(command, env=clean_environment(**prompt), cwd=ROOT, **streams)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.slow
 def test_the_rest_of_a_paste_is_not_run_by_the_shell(tmp_path):
-    """With the real program, in a real shell, at a terminal that does not mark what is pasted."""
+    """With the real program, in a real shell."""
     made = Terminal()
-    prompt = {"PS1": "$" + " ", "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-    shell = subprocess.Popen(
-        ["setsid", "--ctty", "bash", "--norc", "--noediting", "-i"],
-        env=clean_environment(**prompt),
-        cwd=ROOT,
-        stdin=made._inner,
-        stdout=made._inner,
-        stderr=made._inner,
-    )
     model = f"{sys.executable} -m sft infer --model nano/model generation.max_new_tokens=2"
-    made.type(f"{model}\n")
-    made.see("/quit or Ctrl-D ends")
-    made.see(PROMPT)
-    made.type(f"one\n\ntwo\n/quit\ntouch {tmp_path}/executed\n\ntouch {tmp_path}/executed\n")
-    made.see("$ ")
-    made.type("echo $((6 * 7))\n")
-    made.see("42")
-    shell.kill()
-    shell.wait()
+    with shell(made):
+        made.type(f"{model}\n")
+        made.see("/quit or Ctrl-D ends")
+        made.see(PROMPT)
+        made.type(f"one\n\ntwo\n/quit\ntouch {tmp_path}/executed\n\ntouch {tmp_path}/executed\n")
+        made.see("$ ")
+        made.type("echo $((6 * 7))\n")
+        made.see("42")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_through_make_stops_the_answer_and_twice_ends():
+    made = Terminal()
+    endless = "generation.max_new_tokens=480 generation.temperature=100"
+    with shell(made):
+        made.type(f"make infer MODEL=nano/model ARGS='{endless}'\n")
+        made.see("/quit or Ctrl-D ends")
+        for _ in range(2):
+            made.see(PROMPT)
+            made.type("a story\r")
+            made.see("\x1b[?2004l")  # the answer begins
+            time.sleep(0.3)
+            made.type("\x03")
+            made.see("[stopped]")
+            made.see("Ctrl-C again ends")
+        made.see(PROMPT)
+        made.type("\x03")
+        made.see("$ ")
+        made.type("echo $((6 * 7))\n")
+        seen = made.shown
+        made.see("42")
+    assert "Traceback" not in seen + made.shown
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_modules_are_imported_prints_no_traceback():
+    command = [sys.executable, "-m", "sft", "infer", "--model", "nano/model"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=clean_environment())
+    while "pydantic_core" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, reported = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert b"Traceback" not in reported
 
 
 def test_lines_of_a_pipe_are_answered_until_its_end(connector, monkeypatch, capsys):
