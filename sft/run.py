@@ -193,6 +193,7 @@ def _open_folder(train: Train, guard: Guard, inputs: Sequence[Path] = ()) -> Pat
     try:
         for moved in run_folder.complete_moves(folder):
             show(moved)
+        run_folder.remove_unfinished(folder)
         found = run_folder.find(folder, resume, show) if resume else None
     except UserError:
         guard.status.begin()  # so that the failure is recorded

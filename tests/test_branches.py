@@ -256,6 +256,7 @@ class Branches(RuleBasedStateMachine):
                 step: value_of(new[:step]) for step in range(1, until + 1)
             }
             status = Status(self.folder).read()
+            assert not list(self.folder.glob(".*.json.*")), "of an attempt that was killed"
             newest = "final_checkpoint" if until == STEPS else f"checkpoint_step_{until}"
             assert status["checkpoint"] == newest
         else:
@@ -345,6 +346,20 @@ def test_a_run_whose_status_is_lost_is_moved_aside_all_the_same(tmp_path, left):
     run_attempt(tmp_path / "run", None, 1.0, 2, 0)
     assert (tmp_path / "run.1" / left).exists()
     assert lineage(tmp_path / "run") == [1.0] * 2
+
+
+def test_temporary_files_of_killed_processes_are_removed_and_no_others(tmp_path):
+    run_attempt(tmp_path / "run", None, 1.0, 2, 0)
+    (tmp_path / "run/evaluation").mkdir()
+    alive, dead = os.getpid(), 999_999_999
+    left = [f".status.json.{dead}", f"..lock.{dead}", f"evaluation/.metrics.json.{dead}"]
+    kept = [f".status.json.{alive}", f".notes.json.{dead}", f".status.json.{'9' * 30}"]
+    for name in left + kept:
+        (tmp_path / "run" / name).write_text("{")
+    (tmp_path / f"run/.plan.json.{dead}").mkdir()
+    run_attempt(tmp_path / "run", "auto", 1.0, 4, 0)
+    assert [name for name in left + kept if (tmp_path / "run" / name).exists()] == kept
+    assert (tmp_path / f"run/.plan.json.{dead}").is_dir()
 
 
 def test_a_run_folder_that_holds_an_input_is_not_moved_aside(tmp_path):

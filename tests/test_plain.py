@@ -165,7 +165,7 @@ EXPECTED = {
     "runtime/run_folder.py": {
         "rename": 5,  # what came after a step, to abandoned/; what was being replaced, back
         "rmdir": 1,  # an empty folder <name>.moving
-        "unlink": 1,  # origin.json of an attempt that has left nothing else
+        "unlink": 2,  # origin.json of an attempt that has left nothing else; `remove_unfinished`
         "cut": 1,  # metrics.jsonl, when the rest has been copied
         "remove": 1,  # checkpoint.remove, of checkpoints that `is_ours`
     },

@@ -14,7 +14,10 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from sft.errors import CheckpointError
 from sft.runtime import checkpoint, plain
@@ -228,6 +231,15 @@ def complete_moves(run: Path) -> list[str]:
                 f"cannot move what came after step {step} to {moving}: {error.strerror}"
             ) from None
     return done
+
+
+def remove_unfinished(run: Path) -> None:
+    """Removes the temporary files of FILES that killed processes left (`console.atomic_write`)."""
+    for path in [*run.glob(".*"), *run.glob("evaluation/.*")]:
+        made = re.fullmatch(r"\.(.+)\.(\d{1,9})", path.name)
+        if made and made[1] in FILES and not psutil.pid_exists(int(made[2])):
+            with suppress(OSError):  # a folder is not ours
+                path.unlink()
 
 
 def _unused_name(folder: Path, name: str) -> Path:
