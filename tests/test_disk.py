@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import shutil
 import subprocess
@@ -247,6 +248,43 @@ def test_a_disk_that_fills_up_after_training_costs_files_but_no_result(tmp_path,
     ):
         assert message.replace(" ", "") in reported
     assert "Traceback" not in reported
+
+
+@pytest.mark.slow
+def test_a_file_system_that_turns_read_only_in_the_middle_of_a_run(tmp_path):
+    """As ext4 does after an error of its disk: files that are open cannot be written either."""
+    image, folder, log = tmp_path / "image", tmp_path / "disk", tmp_path / "log"
+    folder.mkdir()
+    image.write_bytes(b"")
+    os.truncate(image, 64 * 2**20)
+    if subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=False).returncode:
+        pytest.skip("cannot make a file system here")
+    mount, run = ["-o", "loop,errors=remount-ro", str(image), str(folder)], folder / "run"
+    settings = ["data.max_rows=600", "data.eval_path=nano/valid.jsonl", "train.max_steps=12"]
+    settings += ["train.save_steps=2", "train.global_batch=8", "evaluation.num_examples=0"]
+    command = ["scripts/train.py", *settings, f"train.output_dir={run}"]
+    with mounted(*mount):
+        process = forked.start(1, command, log)
+        while not (run / "checkpoint_step_4").exists():
+            assert process.is_alive(), log.read_text()
+            time.sleep(0.001)
+        options = ["mount", "-o", "remount,abort", str(folder)]
+        if subprocess.run(options, check=False).returncode:
+            pytest.skip("cannot make this file system read-only")
+        process.join()
+    reported = " ".join(log.read_text().split())
+    assert process.exitcode == 4, reported
+    for name in ("training.log", "metrics.jsonl", "tensorboard"):
+        assert reported.count(f"warning: {name} cannot be written") == 1, name
+    assert "Training goes on; this is failed save 2 in a row" in reported
+    assert "(the file system must be writable); earlier checkpoints are untouched" in reported
+    assert "Traceback" not in reported
+    with mounted(*mount):
+        resumed = forked.run(*command, "train.resume_from_checkpoint=auto")
+        assert resumed.returncode == 0, resumed.stderr
+        assert checkpoint.fault(run / "final_checkpoint") is None
+        steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
+    assert sorted(set(steps)) == list(range(1, 13))
 
 
 def test_a_file_is_added_to_a_sealed_folder_that_is_valid_at_any_instant(tmp_path, monkeypatch):

@@ -57,6 +57,14 @@ class _Lines(io.TextIOBase):
             self._warn(self._path.name, error)
         return len(text)
 
+    def sync(self) -> None:
+        """Waits until the disk has the lines."""
+        try:
+            if self._raw:
+                os.fsync(self._raw.fileno())
+        except OSError as error:
+            self._warn(self._path.name, error)
+
     def close(self) -> None:
         with suppress(OSError):
             if self._raw:
@@ -73,7 +81,7 @@ class Log:
         self.folder = folder
         self.console = make_console() if folder else None
         self._file: Console | None = None
-        self._metrics: io.TextIOBase | None = None
+        self._metrics: _Lines | None = None
         self._warned: set[str] = set()
         self._board: Any = None
         self._use_tensorboard = tensorboard
@@ -148,6 +156,11 @@ class Log:
                 self._board.flush()
         if self._wandb:
             self._try_wandb(lambda: self._wandb.log(values, step=step))
+
+    def sync_metrics(self) -> None:
+        """Waits until the disk has metrics.jsonl, of which a checkpoint needs what came before."""
+        if self._metrics:
+            self._metrics.sync()
 
     @contextmanager
     def progress(self, title: str, total: int | None, done: int = 0) -> Iterator[Advance]:

@@ -203,6 +203,7 @@ class Keeper:
         final, known = self.folder / f"checkpoint_step_{step}", best or self.best
         if self.saved != step:
             started = time.perf_counter()
+            self.log.sync_metrics()
             checkpoint.commit(
                 final,
                 lambda staging: write(staging, known),

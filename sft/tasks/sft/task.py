@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import ScoredPredictions, key_of, read_records
 from sft.models import attention, export, layers, load
 from sft.runtime.console import write_json
+from sft.runtime.plain import read_json
 from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
 from sft.tasks.sft import card, report, shrink
 from sft.tasks.sft.saved import SavedTuning
@@ -365,8 +365,8 @@ class FineTune(SavedTuning):
         """Returns the base's results; a resumed run reads them if `evaluation` is the same."""
         path = engine.folder / "evaluation" / "base.json"
         settings = self.config.evaluation.model_dump(exclude={"num_shown", "batch_size"})
-        if resumed and path.exists() and path.with_suffix(".jsonl").exists():
-            found = json.loads(path.read_text("utf-8"))
+        if resumed and path.with_suffix(".jsonl").exists():
+            found = read_json(path)  # a crash of the machine can leave it empty
             if found.get("settings") == settings:
                 return Results(found["metrics"], found)
         state = f"{engine.digest()} {precision}"
