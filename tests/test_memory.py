@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import forked
 import memory_worker
@@ -21,6 +22,7 @@ from sft.plan import counts as plan_counts
 from sft.plan import dry_run, memory, sharding
 from sft.plan.counts import model_key
 from sft.plan.dry_run import Window
+from sft.tasks.registry import task_of
 
 pytestmark = pytest.mark.slow
 
@@ -178,6 +180,36 @@ def sharded(config, train, **zero):
 
 
 @pytest.mark.parametrize(
+    ("sizes", "each"),
+    [
+        ({"hidden_size": 128}, 4 * (32 + 2)),
+        ({"hidden_size": 128, "head_dim": 66}, 4 * (96 + 2)),
+        ({"hidden_size": 128, "num_key_value_heads": 2}, 4 * (32 + 2) + 4 * 32),
+        ({"hidden_size": 128, "num_key_value_heads": 4}, 4 * (32 + 2)),
+    ],
+)
+def test_flash_attention_keeps_gradients_by_head_and_token(sizes, each):
+    shape = SimpleNamespace(num_attention_heads=4, **sizes)
+    info = SimpleNamespace(sizes=shape, attention="sdpa", copies=3)
+    window = Window((((10, 10), (7, 7)),))  # two rows of ten tokens, padding included
+    assert memory._attention_workspace(info, "bf16", window) == 20 * 4 * 3 * each
+    assert memory._attention_workspace(info, "fp32", window) == 0
+    info.attention = "eager"
+    assert memory._attention_workspace(info, "bf16", window) == 0
+
+
+@pytest.mark.parametrize(("mode", "bytes_each"), [("full", 4), ("lora", 2)])
+def test_the_closed_form_of_checkpointed_layers_keeps_their_inputs(tmp_path, mode, bytes_each):
+    config = configured(tmp_path, DEEP["Llama"], mode, gradient_checkpointing=True)
+    sizes = task_of(config).info(config).sizes
+    parts = memory._closed_form(config, "bf16", Window((((10, 4), (7, 7)),)), False)
+    units = 20 * sizes.hidden_size
+    assert parts["activations"] == sizes.num_hidden_layers * bytes_each * units
+    assert parts["backward"] == memory.ACTIVATION_BYTES["bf16"] * units
+    assert parts["logits and loss"] == (4 + 7) * sizes.vocab_size * 12
+
+
+@pytest.mark.parametrize(
     ("train", "zero", "offload", "hosted"),
     [
         ({"engine": "fsdp"}, {}, {"train.offload": True}, {"weights", "optimizer", "gradients"}),
@@ -185,7 +217,12 @@ def sharded(config, train, **zero):
         ({}, {"stage": 3, "reduce_bucket_size": "auto"}, {}, {"optimizer", "gradients"}),
     ],
 )
-def test_what_lies_in_host_memory_is_not_the_gpus(tmp_path, train, zero, offload, hosted):
+def test_what_lies_in_host_memory_is_not_the_gpus(
+    tmp_path, monkeypatch, train, zero, offload, hosted
+):
+    def refuse(*_):
+        raise NotImplementedError
+
     if zero:
         file = tmp_path / "zero.json"
         file.write_text(json.dumps({"zero_optimization": zero}))
@@ -196,6 +233,8 @@ def test_what_lies_in_host_memory_is_not_the_gpus(tmp_path, train, zero, offload
     there = sharded(config, offload, **zero, **more)
     assert hosted - {"gradients"} < set(here)
     assert not hosted & set(there)
+    monkeypatch.setattr(memory, "_trace", refuse)
+    assert not hosted & set(sharded(config, offload, **zero, **more))
     assert sum(there.values()) < sum(here.values())
 
 
