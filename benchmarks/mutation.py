@@ -57,9 +57,10 @@ TESTS = [  # of these modules, without what mostly waits for processes
         *("template", "delimiters", "tokens", "tokenised", "public_rows", "hostile", "faults"),
         *("merge", "generate", "evaluate", "infer", "metrics", "compare", "plan"),
         *("memory", "trace", "calibration", "models", "export", "disk", "classify"),
-        *("tasks", "attention", "crowd", "distill", "cache"),
+        *("tasks", "attention", "parallel", "distill", "cache", "rendering"),
     ]
 ]
+SLOW = ["tests/test_memory.py", "tests/test_plan.py", "tests/test_crowd.py"]  # mostly in process
 LIBRARIES = ["torch", "transformers", "accelerate", "peft", "pytest", "hypothesis", "sacrebleu"]
 LIBRARIES += ["scipy.stats", "datasets", "pyarrow", "rich", "pydantic", "ruamel.yaml", "sklearn"]
 RULES = (
@@ -194,13 +195,13 @@ class Trace:
         test |= {"lines": sorted(seen), "seconds": time.perf_counter() - self.started}
 
 
-def trace_tests(copy: Path, tests: list[str]) -> dict[str, dict[str, Any]]:
+def trace_tests(copy: Path, tests: list[str], mark: str) -> dict[str, dict[str, Any]]:
     """Runs tests in a child and returns {test: its lines, seconds, whether it passed}."""
     found = copy / ".trace.json"
     if not (pid := os.fork()):
         os.chdir(copy)
         trace = Trace(copy)
-        pytest.main([*tests, "-q", "-m", "not slow", *PYTEST], plugins=[trace])
+        pytest.main([*tests, "-q", "-m", mark, *PYTEST], plugins=[trace])
         found.write_text(json.dumps(trace.tests))
         os._exit(0)
     os.waitpid(pid, 0)
@@ -439,7 +440,9 @@ def main() -> None:
             importlib.import_module(name)
         trace = work / "trace.json"
         if not trace.exists():
-            trace.write_text(json.dumps(trace_tests(copy, TESTS)))
+            trace.write_text(
+                json.dumps(trace_tests(copy, TESTS, "not slow") | trace_tests(copy, SLOW, "slow"))
+            )
         tests = json.loads(trace.read_text())
         for path in arguments.modules:
             if time.monotonic() - started < 60 * arguments.minutes:
@@ -474,7 +477,9 @@ def try_and_report(
     merged = {
         name: entry if name == path else old[name] for name in MODULES if name in {*old, path}
     }
-    arguments.json.write_text(json.dumps({"rules": RULES, "modules": merged}, indent=1) + "\n")
+    arguments.json.write_text(
+        json.dumps(stored | {"rules": RULES, "modules": merged}, indent=1) + "\n"
+    )
     Console().print(show({path: entry}))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -321,3 +322,15 @@ def test_every_fault_has_a_test_that_exists():
         for file, name in named:
             assert name in exist.get(file, ()), row
     assert max(map(len, RELIABILITY.splitlines())) <= 220
+
+
+def test_the_mutants_of_reliability_are_those_of_the_results():
+    total = json.loads((ROOT / "benchmarks/results/mutation.json").read_text("utf-8"))["total"]
+    text = " ".join((ROOT / "docs/RELIABILITY.md").read_text("utf-8").split())
+    noticed = total["killed"] + total["timeout"]
+    for part in (
+        f"Of {total['mutants']:,} mutants a random sample of {total['tried']} was tried",
+        f"{noticed} were noticed ({total['killed_percent']} %)",
+        f"Of the {total['survived']} survivors {total['survivors_without_effect']} change no",
+    ):
+        assert part in text

@@ -215,3 +215,17 @@ def test_a_tiny_temperature_is_greedy():
     settings = Generation(temperature=1e-40)
     drawn = torch.tensor([0.999], dtype=torch.float64)
     assert generate.choose(torch.tensor([[1.0, 3.0, 2.0]]), settings, drawn).item() == 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+def test_halves_of_a_batch_are_answered_once_each_down_to_one_row(number):
+    tried = []
+
+    def decode(batch):
+        tried.append(batch)
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch
+
+    assert generate._halve_until_it_fits([*range(number)], decode) == [*range(number)]
+    assert len(tried) == 2 * number - 1  # a binary tree
