@@ -131,6 +131,17 @@ lora_alpha: 16
 output_dir: Qwen2-0.5B-SFT
 """
 
+SWIFT = "model: Qwen/Qwen2-0.5B\ntrain_type: lora\ndataset: AI/alpaca\ntorch_dtype: bfloat16\n"
+ACCELERATE = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+mixed_precision: bf16
+num_processes: 2
+"""
+DEEPSPEED = (
+    """{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}, "train_batch_size": 8}"""
+)
+
 
 @pytest.mark.parametrize(
     ("text", "program", "lines"),
@@ -138,6 +149,9 @@ output_dir: Qwen2-0.5B-SFT
         (AXOLOTL, "Axolotl", ["base_model model.name", "sequence_len data.max_seq_len"]),
         (FACTORY, "LLaMA-Factory", ["lora_rank tuning.r", "num_train_epochs train.epochs"]),
         (TRL, "TRL", ["dataset_name data.train_path", "lora_alpha tuning.lora_alpha"]),
+        (SWIFT, "ms-swift", ["model model.name", "train_type tuning.mode"]),
+        (ACCELERATE, "Accelerate (give it as ACCELERATE", ["mixed_precision train.precision"]),
+        (DEEPSPEED, "DeepSpeed (give it as", ["zero_optimization train.deepspeed_config"]),
     ],
 )
 def test_a_configuration_of_another_program_is_recognised(tmp_path, text, program, lines):
