@@ -57,7 +57,7 @@ TESTS = [  # of these modules, without what mostly waits for processes
         *("template", "delimiters", "tokens", "tokenised", "public_rows", "hostile", "faults"),
         *("merge", "generate", "evaluate", "infer", "metrics", "compare", "plan"),
         *("memory", "trace", "calibration", "models", "export", "disk", "classify"),
-        *("tasks", "attention", "parallel", "distill", "cache", "rendering"),
+        *("tasks", "attention", "parallel", "distill", "cache", "rendering", "sharding"),
     ]
 ]
 SLOW = ["tests/test_memory.py", "tests/test_plan.py", "tests/test_crowd.py"]  # mostly in process
