@@ -41,6 +41,7 @@ from allocations import FixedSegments, allocated_bytes
 from conftest import launch
 from rich.table import Table
 from shapes import architectures, configured, uniform_window
+from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -52,7 +53,7 @@ from sft.cli import prepare_libraries
 from sft.config.load import dump_config, with_values
 from sft.config.schema import Config, RunConfig
 from sft.errors import OutOfMemory
-from sft.models import dtypes, load
+from sft.models import adapt, load
 from sft.plan import choose, dry_run, memory, sharding
 from sft.plan.dry_run import Window
 from sft.runtime.console import make_console, table
@@ -289,7 +290,7 @@ def selective(function: Any, *arguments: Any, **options: Any) -> Any:
 @contextmanager
 def their_step(row: Row) -> Iterator[None]:
     """Where their step differs from ours."""
-    prepare, add_adapters = dry_run.CpuAccelerator.prepare, load.add_adapters
+    prepare = dry_run.CpuAccelerator.prepare
 
     def plain(_: Any, built: Any, optimizer: Any) -> tuple[Any, Any]:
         return built, optimizer
@@ -301,8 +302,8 @@ def their_step(row: Row) -> Iterator[None]:
         task.kept = built(input_ids=batch.input_ids, attention_mask=mask, labels=batch.input_ids)
         return task.kept.loss, {}
 
-    def added(*arguments: Any) -> Any:
-        built = add_adapters(*arguments)
+    def added(base: nn.Module, config: Config) -> Any:
+        built = adapt.add_adapters(base, config.tuning)
         for parameter in built.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(row.adapters)
@@ -310,8 +311,8 @@ def their_step(row: Row) -> Iterator[None]:
 
     with (
         mock.patch.object(dry_run.CpuAccelerator, "prepare", prepare if row.autocast else plain),
-        mock.patch.object(load, "add_adapters", added),
-        mock.patch.object(dtypes, "check_dtypes"),
+        mock.patch.object(FineTune, "adapt", staticmethod(added)),
+        mock.patch.object(load, "check_dtypes"),
         mock.patch.object(FineTune, "loss", loss) if row.own_loss else nullcontext(),
         mock.patch(CHECKPOINT, selective) if row.selective else nullcontext(),
     ):

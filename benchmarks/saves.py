@@ -25,7 +25,7 @@ from rich.table import Table
 from sft.cli import prepare_libraries
 from sft.config.load import with_values
 from sft.data import batches
-from sft.models.load import add_adapters
+from sft.models.adapt import add_adapters
 from sft.runtime import checkpoint, disk
 from sft.runtime.console import make_console, size
 from sft.train.engine import Engine

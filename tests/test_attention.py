@@ -25,7 +25,7 @@ from transformers import (
 from sft import errors
 from sft.config.schema import Crowd, Generation, Model, Tuning
 from sft.evaluate import generate
-from sft.models import attention, load
+from sft.models import adapt, attention, load
 from sft.tasks.crowd.agents import Agents
 
 SMALL = {
@@ -136,7 +136,7 @@ def test_adapters_of_packed_rows_have_the_gradients_that_they_have_with_sdpa(
 
     def gradients(name):
         base = build(SHAPES["llama"], name).requires_grad_(False)
-        built = load.add_adapters(base, Tuning(mode="lora", r=4))
+        built = adapt.add_adapters(base, Tuning(mode="lora", r=4))
         if num_agents:
             built = Agents(built, Crowd(num_agents=num_agents))
         for key, parameter in built.named_parameters():

@@ -31,8 +31,8 @@ from sft.config.schema import Config, Generation
 from sft.data import batches, template
 from sft.errors import ConfigError, UserError
 from sft.evaluate import generate
-from sft.models import load
-from sft.models.load import add_adapters
+from sft.models import digests, load, quantise
+from sft.models.adapt import add_adapters
 from sft.plan import dry_run, memory
 from sft.runtime.log import Log
 from sft.serve import merge, runs
@@ -61,7 +61,7 @@ def gpt2(dtype: torch.dtype) -> torch.nn.Module:
 
 def nf4(dtype: torch.dtype) -> torch.nn.Module:
     base = tiny.llama(dtype)
-    load.quantise(base, dtype)
+    quantise.quantise(base, dtype)
     return base
 
 
@@ -532,8 +532,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     ],
 )
 def test_another_crowd_is_not_resumed(tmp_path, monkeypatch, changes, reported):
-    real = load.model_sha256
-    monkeypatch.setattr(load, "model_sha256", lambda each: _fingerprint(real, each))
+    real = digests.model_sha256
+    monkeypatch.setattr(digests, "model_sha256", lambda each: _fingerprint(real, each))
     folder = trained(tmp_path, 1, {}).save()
     other = trained(tmp_path, 0, changes)
     with pytest.raises(errors.AnotherRunError, match=reported) as error:
@@ -699,7 +699,7 @@ def test_the_folder_reports_what_the_crowd_is(run):
         "aggregator": "learned",
         "base": {
             "name": str(ROOT / "nano/model"),
-            "weights_sha256": load.weights_sha256(runs.load_run_config(run).model),
+            "weights_sha256": digests.weights_sha256(runs.load_run_config(run).model),
         },
     }
     assert loaded(run).concentration == tuple(concentration) != (1.0, 1.0, 1.0)

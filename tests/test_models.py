@@ -25,9 +25,9 @@ from sft import errors
 from sft.config.schema import Config, Model, Tuning
 from sft.data import batches
 from sft.errors import ConfigError
-from sft.models import attention, dtypes, layers, load
+from sft.models import adapt, attention, dtypes, layers, load
 from sft.models.attention import documents_are_isolated
-from sft.models.load import weights_sha256
+from sft.models.digests import weights_sha256
 from sft.plan.dry_run import CpuAccelerator
 from sft.runtime import hardware
 from sft.runtime.log import Log
@@ -99,7 +99,7 @@ EXPECTED_TARGETS = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_auto_targets_are_all_linear_layers_but_the_head(name):
-    adapted = load.add_adapters(small(name), Tuning(r=4))
+    adapted = adapt.add_adapters(small(name), Tuning(r=4))
     found = {
         n.split(".lora_A")[0].rsplit(".", 1)[-1]
         for n, _ in adapted.named_parameters()
@@ -113,7 +113,7 @@ def test_auto_targets_are_all_linear_layers_but_the_head(name):
 
 def test_targets_that_match_nothing_are_refused_with_the_names_that_exist():
     with pytest.raises(errors.ModelError, match=r"c_attn.*down_proj, gate_proj"):
-        load.add_adapters(small("llama"), Tuning(target_modules=["c_attn"]))
+        adapt.add_adapters(small("llama"), Tuning(target_modules=["c_attn"]))
 
 
 @pytest.mark.parametrize("mode", ["lora", "qlora", "full"])

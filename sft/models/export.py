@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.config.schema import Model, Tuning
 from sft.errors import CheckpointError
-from sft.models.load import absolute_name, weights_sha256
+from sft.models.digests import weights_sha256
+from sft.models.load import absolute_name
 from sft.runtime.checkpoint import open_tensors
 
 ADAPTER = "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""Loads tokenizer and model as configured (full, LoRA or QLoRA), and makes digests of models.
+"""Loads tokenizer and model as configured (full, LoRA or QLoRA).
 
 Trained weights, their gradients and their optimizer state are fp32. A frozen base is stored in the
 compute dtype or in NF4. In bf16, compute runs under autocast. All this is checked after the build.
@@ -7,7 +7,6 @@ compute dtype or in NF4. In bf16, compute runs under autocast. All this is check
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -21,20 +20,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
 
-from sft.config.schema import Config, Model, Tuning
+from sft.config.schema import Config, Model
 from sft.errors import ModelError, UserError
 from sft.models import attention
+from sft.models.adapt import add_adapters
 from sft.models.dtypes import DTYPES, check_dtypes
+from sft.models.quantise import keep_nf4_trainable, nf4, quantise
 from sft.runtime import checkpoint
-
-SAMPLE = 4096  # bytes at each end of a tensor that enter a digest
 
 
 def absolute_name(name: str) -> str:
@@ -256,130 +252,3 @@ def check_attention(config: Model) -> None:
             f"model.attn_implementation: {attention.NAME} expects an architecture that has flash "
             f"attention and SDPA in transformers, found {arch.model_type}; set auto"
         )
-
-
-def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
-    """Returns `base` with a LoRA adapter (PEFT) in fp32. Raises ModelError if no layer matches."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    targets = "all-linear" if tuning.target_modules == "auto" else list(tuning.target_modules)
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=tuning.r,
-        lora_alpha=tuning.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
-        lora_dropout=tuning.lora_dropout,
-        target_modules=targets,
-    )
-    try:
-        model = get_peft_model(base, config)
-    except ValueError as error:
-        linear = {
-            name.rpartition(".")[2]
-            for name, module in base.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-        }
-        raise ModelError(
-            f"tuning.target_modules: {targets} names no layer of this model; "
-            f"its linear layers are: {', '.join(sorted(linear))}"
-        ) from error
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
-
-
-def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Returns the settings of QLoRA (Dettmers et al. 2023, section 3): NF4, double quantisation."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-
-
-def quantise(model: Any, compute_dtype: torch.dtype) -> None:
-    """Quantises a model that was made without files, as loading with `nf4` quantises."""
-    from bitsandbytes.functional import quantize_4bit
-    from bitsandbytes.nn import Linear4bit
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-
-    weights = dict(model.named_parameters())
-    settings = nf4(compute_dtype)
-    kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    with unset_fake_temporarily():  # parameters of bitsandbytes' own class cannot be fake
-        replace_with_bnb_linear(model, kept, settings)
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            weight = weights[f"{name}.weight"].detach()
-            weight = weight if weight.shape[0] == module.out_features else weight.T  # Conv1D
-            packed, state = quantize_4bit(
-                weight, compress_statistics=settings.bnb_4bit_use_double_quant, quant_type="nf4"
-            )
-            module.weight = nn.Parameter(packed, requires_grad=False)
-            vars(module.weight).update(
-                quant_state=state, quant_type="nf4", compress_statistics=True, bnb_quantized=True
-            )
-            if module.bias is not None:
-                module.bias = nn.Parameter(weights[f"{name}.bias"].detach(), requires_grad=False)
-    model.is_loaded_in_4bit = True  # PEFT reads it
-    keep_nf4_trainable(model)
-
-
-def keep_nf4_trainable(model: nn.Module) -> None:
-    """Stops bitsandbytes from repacking NF4 weights for inference on CPUs with AVX512-BF16.
-
-    It would repack every weight in place in the first forward pass of eval mode. Later backward
-    passes would read the old layout: wrong gradients, no error.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def model_sha256(config: Model) -> str:
-    """Hashes the base model's config.json and weights; where they are stored does not matter."""
-    digest = hashlib.sha256(architecture(config).to_json_string().encode())
-    if config.init == "pretrained":
-        for part in _sample_weights(config):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def weights_sha256(config: Model) -> str:
-    """Hashes only the weights: an adapter outlives a version of transformers, and versions read
-    config.json differently."""
-    return hashlib.sha256(b"".join(_sample_weights(config))).hexdigest()
-
-
-def _sample_weights(config: Model) -> Iterator[bytes]:
-    """Yields name, size and header of each file, and SAMPLE bytes at both ends of each tensor.
-
-    Samples are enough, since training changes most tensors everywhere.
-    """
-    with explain_load_errors(config.name):
-        found = cached_file(config.name, "config.json", revision=config.revision)
-    for path in sorted(Path(str(found)).parent.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = min(size, int.from_bytes(file.read(8), "little"))
-            header = file.read(length)
-            yield f"{path.name} {size}".encode() + header
-            for start, end in _tensor_ranges(header):
-                for place in (start, max(start, end - SAMPLE)):
-                    file.seek(8 + length + place)
-                    yield file.read(min(SAMPLE, end - start))
-
-
-def _tensor_ranges(header: bytes) -> list[tuple[int, int]]:
-    """Returns (start, end) of the tensors of a file; none if its header is damaged."""
-    try:
-        entries = json.loads(header).items()
-        places = [each["data_offsets"] for name, each in entries if name != "__metadata__"]
-        return sorted((int(start), int(end)) for start, end in places)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return []

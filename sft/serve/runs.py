@@ -17,7 +17,7 @@ from sft.errors import ExportError
 from sft.evaluate import generate
 from sft.evaluate.answers import AnswerModel
 from sft.evaluate.predictions import key_of
-from sft.models import load
+from sft.models import digests, load
 from sft.runtime import checkpoint
 from sft.tasks.registry import fine_tuning_tasks, load_run, task_of
 from sft.tasks.sft.saved import refuse_another_base
@@ -130,7 +130,7 @@ def _open_run(opening: Opening, config: Config, weights: Path) -> AnswerModel:
     task = task_of(config)
     built, tokenizer = task.load_saved(weights, config, opening.precision, opening.device)
     own = f"{checkpoint.sha256(weights / checkpoint.MANIFEST)} {task.selection(config)}"
-    base = load.model_sha256(config.model) if config.tuning.mode != "full" else ""
+    base = digests.model_sha256(config.model) if config.tuning.mode != "full" else ""
     return _answer_model(
         opening, task.as_answer_model(built), tokenizer, base, own, config.tuning.mode
     )
@@ -164,7 +164,7 @@ def _open_base(opening: Opening) -> AnswerModel:
         own = " ".join(checkpoint.sha256(file) for file in task.adapter_files(folder))
         if (folder / "tokenizer_config.json").exists():
             tokenizer = load.load_tokenizer(Model(name=adapter))
-    return _answer_model(opening, base.eval(), tokenizer, load.model_sha256(settings), own, mode)
+    return _answer_model(opening, base.eval(), tokenizer, digests.model_sha256(settings), own, mode)
 
 
 def _answer_model(

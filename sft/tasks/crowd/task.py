@@ -31,8 +31,8 @@ from sft.data.examples import Batch, Examples
 from sft.data.template import IGNORED
 from sft.errors import ConfigError, DataError, ExportError, MergeError, ModelError
 from sft.evaluate import generate
+from sft.models.adapt import add_adapters
 from sft.models.export import BASE, adapter_tuning, base_record, put_weights
-from sft.models.load import add_adapters
 from sft.runtime.console import write_json
 from sft.tasks.base import Finding, Shrunk, Task, TaskInfo
 from sft.tasks.crowd.agents import META, Agents, read_agents, read_meta

@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from sft.config.schema import Config, Model
 from sft.errors import CheckpointError, ExportError, ModelError
 from sft.models import load
+from sft.models.adapt import add_adapters
+from sft.models.digests import weights_sha256
 from sft.models.export import ADAPTER, BASE, adapter_tuning, load_weights
-from sft.models.load import add_adapters, weights_sha256
 from sft.tasks.base import Task
 
 ADAPTER_CONFIG = "adapter_config.json"
-# Features of LoRA adapters that `models.load.add_adapters` does not have.
+# Features of LoRA adapters that `models.adapt.add_adapters` does not have.
 UNSUPPORTED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
 
 

@@ -27,7 +27,7 @@ from sft.errors import ConfigError, DataError, UserError, redact
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import ScoredPredictions, key_of, read_records
-from sft.models import attention, export, layers, load
+from sft.models import attention, digests, export, layers, load
 from sft.runtime.console import write_json
 from sft.runtime.plain import read_json
 from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
@@ -63,7 +63,7 @@ class FineTune(SavedTuning):
     @classmethod
     def identity_of(cls, config: Config, prepared: Prepared) -> dict[str, str]:
         return {
-            "model": load.model_sha256(config.model),
+            "model": digests.model_sha256(config.model),
             "tuning": config.tuning.model_dump_json(),
             **cls.digests(prepared),
         }
