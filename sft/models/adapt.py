@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sft.config.schema import Tuning
 from sft.errors import ModelError
+from sft.models import experts
 
 
 def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
@@ -23,6 +24,10 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
         lora_dropout=tuning.lora_dropout,
         target_modules=targets,
     )
+    auto = tuning.target_modules == "auto"
+    if auto:
+        config.target_modules, config.target_parameters = experts.auto_targets(base)
+    experts.complete_targets(base, config, auto=auto)
     try:
         model = get_peft_model(base, config)
     except ValueError as error:

@@ -29,7 +29,7 @@ from sft.errors import ModelError, UserError
 from sft.models import attention
 from sft.models.adapt import add_adapters
 from sft.models.dtypes import DTYPES, check_dtypes
-from sft.models.quantise import keep_nf4_trainable, nf4, quantise
+from sft.models.quantise import keep_nf4_trainable, nf4, quantise, quantising_all
 from sft.runtime import checkpoint
 
 
@@ -206,15 +206,16 @@ def load_base(
                 quantise(model, compute)
             return model
         _check_files(Path(config.name))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            config.name,
-            **options,
-            revision=config.revision,
-            use_safetensors=True,
-            quantization_config=nf4(compute) if mode == "qlora" else None,
-            device_map={"": device},
-            output_loading_info=True,
-        )
+        with quantising_all():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                config.name,
+                **options,
+                revision=config.revision,
+                use_safetensors=True,
+                quantization_config=nf4(compute) if mode == "qlora" else None,
+                device_map={"": device},
+                output_loading_info=True,
+            )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers only warns and makes them up
         raise ModelError(

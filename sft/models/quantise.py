@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.quantizers import auto
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from sft.models.prepared import prepare
 
 
 def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -19,17 +28,95 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def matrices_elsewhere(model: nn.Module, kept: list[str]) -> set[str]:
+    """Returns the matrices to quantise that transformers leaves: those of no plain linear layer.
+
+    `kept`: modules that stay as they are.
+    """
+    return {
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if should_convert_module(name, kept) and type(module) is not nn.Linear
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and not type(module).__module__.startswith("torch.")
+    }
+
+
+class AllMatrices(Bnb4BitHfQuantizer):
+    """transformers' quantiser, which leaves what is not in linear layers, also for the rest."""
+
+    elsewhere: set[str]
+
+    def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, *args, **kwargs)
+        self.elsewhere = matrices_elsewhere(model, self.modules_to_not_convert)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        linear = super().param_needs_quantization(model, param_name, **kwargs)
+        return linear or param_name in self.elsewhere
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantise(self)
+
+
+class _Quantise(Bnb4bitQuantize):
+    """Quantises one parameter as it is read, so a model is never whole in memory before."""
+
+    def convert(self, input_dict: Any, **options: Any) -> Any:  # type: ignore[override]
+        model, settings = options["model"], self.hf_quantizer.quantization_config
+        elsewhere = self.hf_quantizer.elsewhere & input_dict.keys()
+        linear = {name: value for name, value in input_dict.items() if name not in elsewhere}
+        found = super().convert(linear, **options)
+        for name in elsewhere:
+            value = input_dict[name]
+            value = value[0] if isinstance(value, list) else value
+            found[name] = _quantise_parameter(model, name, value, settings)
+        return found
+
+
+@contextmanager
+def quantising_all() -> Iterator[None]:
+    """Lets transformers quantise, while it loads a model, all matrices that training freezes."""
+    before = auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
+    auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = AllMatrices
+    try:
+        yield
+    finally:
+        auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = before
+
+
+def _quantise_parameter(
+    model: nn.Module, name: str, weight: torch.Tensor, settings: BitsAndBytesConfig
+) -> nn.Parameter:
+    """Returns a weight in 4 bits, and lets its module dequantise it in each forward pass."""
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(
+        weight.detach().contiguous(),
+        compress_statistics=settings.bnb_4bit_use_double_quant,
+        quant_type=settings.bnb_4bit_quant_type,
+    )
+    parameter: Any = nn.Parameter(packed, requires_grad=False)
+    parameter.quant_state = state
+    owner, _, own = name.rpartition(".")
+    prepare(model.get_submodule(owner)).quant_states[own] = state
+    return parameter
+
+
 def quantise(model: Any, compute_dtype: torch.dtype) -> None:
     """Quantises a model that was made without files, as loading with `nf4` quantises."""
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit
     from torch._subclasses.fake_tensor import unset_fake_temporarily
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
     weights = dict(model.named_parameters())
     settings = nf4(compute_dtype)
     kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    for name in matrices_elsewhere(model, kept):
+        owner, _, own = name.rpartition(".")
+        parameter = _quantise_parameter(model, name, weights[name], settings)
+        model.get_submodule(owner).register_parameter(own, parameter)
     with unset_fake_temporarily():  # parameters of bitsandbytes' own class cannot be fake
         replace_with_bnb_linear(model, kept, settings)
     for name, module in model.named_modules():

@@ -149,7 +149,7 @@ def reference(model: nn.Module, rows: list[template.Example]) -> tuple[float, li
         loss = losses @ torch.tensor(weight[1:], dtype=losses.dtype)
         (loss / total).backward()
         loss_sum += loss.item()
-    gradients = [p.grad.clone() for p in model.parameters()]
+    gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
     return loss_sum / total, gradients
 

@@ -1,0 +1,152 @@
+"""Adapts the experts of a mixture, whose weights are one parameter of three dimensions.
+
+PEFT's `target_parameters` does this, and its files are what is saved. Only how an adapter changes
+the weight of a forward pass is ours: see `prepared`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sft.models.prepared import PreparedWeights, prepare
+
+
+class ExpertAdapter(ParamWrapper):
+    """PEFT's LoRA of a parameter, which may be quantised, or split over ranks."""
+
+    def get_param(self) -> torch.Tensor:
+        """Returns the parameter; of a quantised one only the shape and the dtype."""
+        module: Any = self.get_base_layer()
+        stored = module._parameters[self.parameter_name]
+        state = module.quant_states.get(self.parameter_name)
+        if state is None:
+            return stored
+        return torch.zeros((), dtype=state.dtype, device=stored.device).expand(state.shape)
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        module: Any = self.get_base_layer()
+        changes = module.changes
+        if any(name in self.lora_A for name in active_adapters):
+            changes[self.parameter_name] = self._add
+        try:
+            yield
+        finally:
+            changes.pop(self.parameter_name, None)
+
+    def _add(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns W + lora_alpha / r * B @ A of each expert, in the dtype of W, as PEFT does."""
+        for name in self.active_adapters:
+            if weight.ndim == 3:
+                left, right, scale = self.get_delta_factors(name)
+                with torch.autocast(weight.device.type, enabled=False):
+                    weight = torch.baddbmm(weight, left, right, alpha=scale)
+            else:
+                weight = weight + self.get_delta_weight(name)
+        return weight
+
+
+ExpertAdapter.__name__ = "ParamWrapper"  # PEFT finds its own class by this name
+
+
+def _wrap(target: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> Any:
+    """Returns the adapter of a parameter; None for a module, which PEFT's own classes adapt."""
+    name = options.pop("parameter_name", None)
+    if name is None:
+        return None
+    if isinstance(target, nn.Linear):  # the same adapter as that of the module, in other words
+        return LoraModel._create_new_module(config, adapter_name, target, **options)
+    return ExpertAdapter(target, adapter_name, parameter_name=name, config=config, **options)
+
+
+def complete_targets(base: Any, config: LoraConfig, *, auto: bool) -> None:
+    """Makes PEFT adapt all that `config` names, with the adapters of this module.
+
+    For some mixtures PEFT takes names of modules for names of experts, as they were called in
+    transformers 4. Linear layers of these names would get no adapter, so they are named by their
+    parameter. Such a file means the same to PEFT. `auto`: the names are those of `auto_targets`.
+    """
+    if config.target_modules != "all-linear":
+        named, converted = _linear_layers(base, config), copy.deepcopy(config)
+        convert_peft_config_for_transformers(converted, base, None)
+        kept = _linear_layers(base, converted)
+        if auto:
+            config.target_modules = short_names(kept)
+        else:
+            vars(config).update(vars(converted))
+        lost = short_names(f"{name}.weight" for name in named - kept)
+        config.target_parameters = sorted({*(config.target_parameters or ()), *lost}) or None
+    wanted = config.target_parameters or ()
+    for name, _ in base.named_parameters():
+        owner = base.get_submodule(name.rpartition(".")[0])
+        if is_named(name, wanted) and not isinstance(owner, nn.Linear):
+            prepare(owner)
+    if wanted:
+        own: Any = {PreparedWeights: _wrap, nn.Linear: _wrap}
+        config._register_custom_module(own)
+
+
+def _linear_layers(base: nn.Module, config: LoraConfig) -> set[str]:
+    """Returns the names of the linear layers that `config` names as modules."""
+    return {
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and check_target_module_exists(config, name)
+    }
+
+
+def auto_targets(base: Any) -> tuple[str | list[str], list[str] | None]:
+    """Returns modules and parameters that are adapted: all matrices of layers but routers.
+
+    Without experts, PEFT's own word for all linear layers.
+    """
+    found = expert_parameters(base)
+    if not found:
+        return "all-linear", None
+    head = base.get_output_embeddings()
+    linear = (
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    )
+    return short_names(linear), short_names(found)
+
+
+def is_named(name: str, targets: Iterable[str]) -> bool:
+    """Returns whether PEFT takes a parameter's name for one of `target_parameters`."""
+    return any(name == each or name.endswith(f".{each}") for each in targets)
+
+
+def expert_parameters(base: nn.Module) -> list[str]:
+    """Returns the names of the parameters that hold a matrix for each expert."""
+    return [
+        name
+        for name, parameter in base.named_parameters()
+        if len(shape_of(base, name, parameter)) == 3
+        and not type(base.get_submodule(name.rpartition(".")[0])).__module__.startswith("torch.")
+    ]
+
+
+def shape_of(model: nn.Module, name: str, parameter: nn.Parameter) -> torch.Size:
+    """Returns the shape of a parameter as the model computes with it."""
+    owner, _, own = name.rpartition(".")
+    states = getattr(model.get_submodule(owner), "quant_states", {})
+    return states[own].shape if own in states else parameter.shape
+
+
+def short_names(names: Iterable[str]) -> list[str]:
+    """Returns the ends of names behind the number of their layer, which all layers share."""
+    return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})

@@ -1,0 +1,198 @@
+"""Mixtures of experts: adapters and NF4 of weights that no linear layer holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from torch import nn
+
+from sft.config.schema import Config
+from sft.data import batches
+from sft.models import load
+from sft.models.attention import documents_are_isolated
+from sft.serve.proof import dequantise
+
+CPU = torch.device("cpu")
+IDS = torch.arange(2, 32)[None]
+KINDS = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "olmoe"]
+MORE = ["granitemoe", "ernie4_5_moe", "lfm2_moe"]
+
+
+def mixture(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Returns a tiny mixture whose weights are all far from zero, also those that begin at it."""
+    model = families.tiny_model(kind, dtype, vocabulary=tiny.VOCAB, initializer_range=0.2)
+    model.config.use_cache = False
+    random = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=random, dtype=dtype)
+    return model
+
+
+def configured(path: Path, **tuning: Any) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"name": str(path)},
+            "tuning": {"r": 4} | tuning,
+            "data": {"train_path": "none"},
+            "train": {"output_dir": "none"},
+        }
+    )
+
+
+def adapted(kind: str, folder: Path, **tuning: Any) -> Any:
+    """Returns a mixture, loaded from files, whose adapters change what it computes."""
+    if not folder.exists():
+        mixture(kind).save_pretrained(folder)
+    built = load.build(configured(folder, **tuning), "fp32", CPU)
+    random = torch.Generator().manual_seed(3)
+    for name, parameter in built.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=random)
+    return built
+
+
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", KINDS + MORE)
+def test_every_matrix_of_a_layer_has_an_adapter_that_plain_peft_loads(tmp_path, kind):
+    built = adapted(kind, tmp_path / "base")
+    found = gradients(built)
+    assert all(gradient.abs().max() > 0 for gradient in found.values())
+    with_adapter = {name.split(".lora_A")[0] for name in found if "lora_A" in name}
+    for name, parameter in built.get_base_model().named_parameters():
+        matrix = parameter.ndim > 1 and ("base_layer" in name or ".layers." in name)
+        if "lora_" in name or not matrix or "bias" in name:
+            continue
+        is_router = ".gate.weight" in name or ".router." in name
+        is_conv = ".conv.conv." in name
+        owner = f"base_model.model.{name.split('.base_layer')[0]}"
+        assert (owner in with_adapter) != (is_router or is_conv), name
+    built.save_pretrained(tmp_path / "adapter")
+    base = families.model_class(kind).from_pretrained(tmp_path / "base")
+    plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(plain), logits(built), rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert not config.get("rank_pattern")  # PEFT's own names would double the rank of experts
+
+
+def test_names_of_transformers_4_mean_experts_and_layers_of_these_names(tmp_path):
+    """PEFT alone would leave out the dense layer and the shared experts."""
+    names = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    built = adapted("deepseek_v3", tmp_path / "base", target_modules=names)
+    owners = {n.split(".lora_A")[0].split("layers.")[1] for n in gradients(built) if "lora_A" in n}
+    assert owners == {
+        *(f"0.mlp.{name}" for name in names[1:]),
+        *(f"1.mlp.shared_experts.{name}" for name in names[1:]),
+        *("1.mlp.experts", "1.mlp.experts.base_layer"),
+    }
+    built.save_pretrained(tmp_path / "adapter")
+    base = families.model_class("deepseek_v3").from_pretrained(tmp_path / "base")
+    plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(plain), logits(built), rtol=1e-4, atol=1e-4)
+
+
+def dequantised(built: Any, base: Any) -> Any:
+    """Returns `base` with the weights that the quantised model `built` computes with."""
+    plain = dict(base.named_parameters())
+    for name, parameter in built.get_base_model().named_parameters():
+        if "lora_" not in name:
+            plain[name.replace("base_layer.", "")].data = dequantise(parameter)
+    return base
+
+
+@pytest.mark.parametrize("kind", KINDS + MORE)
+def test_the_gradient_of_qlora_is_that_on_dequantised_weights(tmp_path, kind):
+    built = adapted(kind, tmp_path / "base", mode="qlora")
+    stored = {
+        name: parameter.dtype == torch.uint8
+        for name, parameter in built.get_base_model().named_parameters()
+        if "layers" in name and "lora_" not in name and parameter.ndim > 1 and "bias" not in name
+    }
+    left = {name for name, is_quantised in stored.items() if not is_quantised}
+    assert all(".gate.weight" in n or ".router." in n or ".conv.conv." in n for n in left), left
+    found = gradients(built)
+    built.save_pretrained(tmp_path / "adapter")
+    base = dequantised(built, families.model_class(kind).from_pretrained(tmp_path / "base"))
+    plain = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    expected = gradients(plain)
+    assert found.keys() == expected.keys()
+    assert tiny.relative_error(list(found.values()), list(expected.values())) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_weights_quantised_while_they_are_read_equal_those_quantised_in_memory(tmp_path, kind):
+    mixture(kind).save_pretrained(tmp_path)
+    config = configured(tmp_path, mode="qlora").model
+    read = load.load_base(config, "qlora", "fp32", CPU)
+    made = families.model_class(kind).from_pretrained(tmp_path)
+    load.quantise(made, torch.float32)
+    others = dict(made.named_parameters())
+    for name, parameter in read.named_parameters():
+        assert torch.equal(parameter, others[name]), name
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora"])
+def test_gradient_checkpointing_changes_no_gradient_of_experts(tmp_path, mode):
+    built = adapted("qwen3_moe", tmp_path / "base", mode=mode).train()
+    expected = gradients(built)
+    built.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = gradients(built)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        built.eval()
+        logits(built)
+    for name, gradient in gradients(built.train()).items():
+        assert torch.equal(gradient, found[name]), name
+
+
+def test_an_adapter_of_experts_can_be_switched_off(tmp_path):
+    built = adapted("qwen3_moe", tmp_path / "base", mode="qlora")
+    with built.disable_adapter():
+        alone = logits(built)
+    assert not torch.equal(alone, logits(built))
+    base = load.load_base(configured(tmp_path / "base").model, "qlora", "fp32", CPU)
+    assert torch.equal(alone, logits(base))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_any_cut_of_a_mixture_gives_the_same_loss_and_gradient(tmp_path, kind, mode):
+    rows = tiny.examples(4, 8)
+    settings = tiny.config(tmp_path, global_batch=len(rows))
+    tuning = settings.tuning.model_copy(update={"mode": mode, "r": 4})
+    settings = settings.model_copy(update={"tuning": tuning})
+
+    def fresh() -> nn.Module:
+        base = mixture(kind, torch.float64)
+        base.set_experts_implementation("eager")  # the others do not compute in fp64
+        return base if mode == "full" else tiny.adapted(settings, torch.float64, base)
+
+    reference = fresh()
+    loss, expected = tiny.reference(reference, rows)
+    can_pack = documents_are_isolated(reference, "fp32", CPU)  # the run refuses it otherwise
+    assert can_pack == (kind != "gpt_oss")
+    for layout in ("padded", "packed") if can_pack else ("padded",):
+        for max_tokens in (1, 60, 10_000):
+            model = fresh()
+            budget = batches.Budget(max_tokens, layout)  # type: ignore[arg-type]
+            values = tiny.make_engine(model, rows, rows, settings, budget).optimizer_step()
+            assert values["train/loss"] == pytest.approx(loss, rel=1e-7)  # some route in fp32
+            found = [p.grad for p in model.parameters() if p.requires_grad]
+            assert tiny.relative_error(found, expected) < 1e-7, (layout, max_tokens)
