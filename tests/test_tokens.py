@@ -5,15 +5,64 @@ import functools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers import pre_tokenizers as splits
 from transformers import PreTrainedTokenizerFast
 
 from sft.data.rendering import MARKS
-from sft.data.tokens import Tokens, tokenise, tokenise_behind
+from sft.data.tokens import BLANK, LINE, Tokens, _parting, tokenise, tokenise_behind
 
 TEXT = "user assistant system Hello a b c the quick brown fox 1 2 3 \n\n e é ▁ ### "
+SHORT, LETTERS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+"
+CASED = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]")
+LOWER, UPPER = f"{CASED[0]}*{CASED[1]}+", f"{CASED[0]}+{CASED[1]}*"
+SIGNS, BLANKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+CUT = {  # how public tokenizers part a text
+    "Qwen2.5": (SHORT, LETTERS, r"\p{N}", SIGNS, BLANKS),
+    "Llama 3": (SHORT, LETTERS, r"\p{N}{1,3}", SIGNS, BLANKS),
+    "GPT-4": (
+        *(r"'(?i:[sdmt]|ll|ve|re)", r"[^\r\n\p{L}\p{N}]?+\p{L}+", r"\p{N}{1,3}"),
+        *(r" ?[^\s\p{L}\p{N}]++[\r\n]*", r"\s*[\r\n]|\s+(?!\S)|\s+"),
+    ),
+    "Qwen3.5": (
+        *(SHORT, r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", r"\p{N}"),
+        *(r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*", BLANKS),
+    ),
+    "gpt-oss": (
+        *(f"{LOWER}{SHORT}?", f"{UPPER}{SHORT}?", r"\p{N}{1,3}"),
+        *(r" ?[^\s\p{L}\p{N}]+[\r\n/]*", BLANKS),
+    ),
+    "Tekken": (LOWER, UPPER, r"\p{N}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", BLANKS),
+    "DeepSeek": (
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+",
+        *(r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+", r" ?[\p{P}\p{S}]+[\r\n]*", BLANKS),
+    ),
+}
+OTHERS = {  # with which a blank or a newline may stand within a part
+    "pairs of words": (r"\w+ \w+", r"\s+", r"\S+"),
+    "blanks behind": (r"\S+\s", r"\s+"),
+    "looks behind": (r"(?<=[a1#] )\S+", r"\S", r"\s+"),
+    "no blanks": (r" ?\p{L}+",),
+}
+
+
+def split_at(*patterns: str) -> list[splits.PreTokenizer]:
+    return [splits.Split(Regex(each), "isolated") for each in patterns]
+
+
+BYTES = splits.ByteLevel(add_prefix_space=False, use_regex=False)
+FIRST = {"DeepSeek": (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+")}
 KINDS = {
+    f"bytes of {name}": splits.Sequence(
+        [*split_at(*FIRST.get(name, ()), "|".join(alternatives)), BYTES]
+    )
+    for name, alternatives in [*CUT.items(), *OTHERS.items()]
+}
+KINDS |= {
+    "bytes of one text": splits.Sequence(
+        [splits.Split("a 1", "isolated"), *split_at("|".join(CUT["Qwen2.5"])), BYTES]
+    ),
+    "bytes first": splits.Sequence([BYTES, *split_at("|".join(CUT["Qwen2.5"]))]),
     "byte-level": splits.ByteLevel(add_prefix_space=False),
     "byte-level with a first blank": splits.ByteLevel(add_prefix_space=True),
     "digits": splits.Sequence([splits.Digits(), splits.ByteLevel(add_prefix_space=False)]),
@@ -52,6 +101,7 @@ def make(kind: str, added: str, normalizer: str) -> PreTrainedTokenizerFast:
 
 
 PIECES = ["<|im_start|>", "<|im_end|>", "<|end|>", "<think>", "</s>", "user", "assistant"]
+PIECES += [" brown fox", " 12", "it's", "\u4e2d", "\t", "\u00a0", "\u200b", "\x1c", "#\n//", "B"]
 PIECES += [" ", "\n", "\n\n", "Hello", "a", "1", "é", "e\u0301", "\u0301", "▁", "ж", "###", "<|"]
 EVERY = [(kind, added) for kind in KINDS for added in TOKENS]
 
@@ -71,6 +121,37 @@ def test_parts_give_the_tokens_of_the_whole(normalizer, chosen, text):
         assert made.stop(length) == by_offsets.stop(length)
 
 
+CUT_AT_BLANKS = [*(f"bytes of {name}" for name in CUT), "byte-level", "digits"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_known_patterns_are_cut(kind):
+    found = _parting(make(kind, "plain", ""))
+    assert bool(found and found.words) == (kind in CUT_AT_BLANKS)
+
+
+@pytest.mark.parametrize("kind", CUT_AT_BLANKS)
+@settings(max_examples=100)
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_parts_on_both_sides_of_a_cut_are_those_of_the_whole(kind, text):
+    *lines, last = LINE.split(text)
+    words = [BLANK.split(line) for line in (*(line + "\n" for line in lines), last)]
+    pieces = [piece for first, *more in words for piece in (first, *(" " + each for each in more))]
+    assert "".join(pieces) == text
+    splitter = KINDS[kind].pre_tokenize_str
+    assert [part for piece in pieces for part, _ in splitter(piece)] == [
+        part for part, _ in splitter(text)
+    ]
+
+
+def test_words_are_tokenised_once(monkeypatch):
+    tokenizer = make("bytes of Qwen2.5", "plain", "NFC")
+    asked = watch(monkeypatch, tokenizer)
+    for text in ("fox zq8 fox zq8\nquick", "a zq8\nzq8 zq8"):
+        tokenise(tokenizer, f"<|im_start|>{text}<|im_end|>")
+    assert [text for text in asked if "zq8" in text] == [" zq8", " zq8\n", "zq8"]
+
+
 def test_a_blank_that_is_dropped_is_no_end_within_a_token():
     """A property found it: the tokens of the first 13 characters alone are those of 12."""
     made = tokenise(make("words", "blank", "NFC"), "<|im_start|>\n\n")
@@ -86,9 +167,9 @@ def test_counted_tokens_are_those_of_the_prefix_alone(text, length):
     assert tokenise(tokenizer, text).count(length) == (len(alone) if is_prefix else None)
 
 
-def test_texts_between_added_tokens_are_tokenised_once(monkeypatch):
-    tokenizer, asked = make("byte-level", "plain", "NFC"), []
-    encode = Tokenizer.encode_batch_fast
+def watch(monkeypatch, tokenizer) -> list[str]:
+    """Returns the texts that are encoded from now on."""
+    asked, encode = [], Tokenizer.encode_batch_fast
 
     class Counted:
         def __getattr__(self, name):
@@ -99,6 +180,12 @@ def test_texts_between_added_tokens_are_tokenised_once(monkeypatch):
             return encode(tokenizer.backend_tokenizer, texts, **options)
 
     monkeypatch.setattr("sft.data.tokens._backend", lambda _: Counted())
+    return asked
+
+
+def test_texts_between_added_tokens_are_tokenised_once(monkeypatch):
+    tokenizer = make("byte-level with a first blank", "plain", "NFC")
+    asked = watch(monkeypatch, tokenizer)
     system = "<|im_start|>system zq7\nfox" + 200 * " brown" + "<|im_end|>"
     for word in ("one", "two"):
         tokenise(tokenizer, f"{system}<|im_start|>user zq7\n{word}<|im_end|>")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -20,6 +22,34 @@ TYPED = re.compile(f"({MARKS[0]}[^{MARKS[1]}]*{MARKS[1]}|[{''.join(MARKS)}])")
 
 
 MOST_KNOWN = 2**18  # characters of the texts between added tokens whose ids are kept
+MOST_WORDS, LONG_WORD = 2**16, 32  # words whose ids are kept, and characters of one that is not
+# Where a text may be cut: behind one newline and before one blank, between other characters.
+LINE, BLANK = re.compile(r"\n(?=\w)(?<=\S\n)"), re.compile(r" (?=\S)(?<=\S )")
+# The alternatives of the patterns by which byte-level tokenizers (GPT-2, Llama 3, Qwen, DeepSeek,
+# gpt-oss, Tekken) part a text. In all of them a blank can only be the first character, or stand
+# among blanks, and no letter follows a newline. None looks at what stands before it, and only
+# blanks look at what follows them. So the parts on both sides of a cut are those of each side.
+_CASED = (r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]")
+_BY_CASE = [
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}{upper}{_CASED[1]}{lower}{end}"
+    for upper, lower in ("*+", "+*")
+    for end in ("", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?")
+]
+_OF_BYTES = [r"'s", r"'t", r"'re", r"'ve", r"'m", r"'ll", r"'d", r"\s+(?!\S)", r"\s+"]
+_OF_BYTES += [r" ?\p{L}+", r" ?\p{N}+", r" ?[^\s\p{L}\p{N}]+"]
+PARTED_AT_BLANKS = {
+    *_OF_BYTES,
+    *_BY_CASE,
+    *(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"'(?i:[sdmt]|ll|ve|re)"),
+    *(r"[^\r\n\p{L}\p{N}]?\p{L}+", r"[^\r\n\p{L}\p{N}]?+\p{L}+"),
+    *(r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"),
+    *(r"\p{N}", r"\p{N}{1,3}", r"\s*[\r\n]+", r"\s*[\r\n]"),
+    *(r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]++[\r\n]*"),
+    *(r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"),
+    *(r" ?[\p{P}\p{S}]+[\r\n]*", r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"),
+    *("[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",),
+}
+ALTERNATIVE = re.compile(r"(?:\\.|\[(?:\\.|[^]\\])*\]|\([^()]*\)|[^|\\])+")
 
 
 @dataclass
@@ -113,6 +143,7 @@ class _Parting:
     pattern: re.Pattern[str]
     added: dict[str, int]
     known: dict[str, list[int]]
+    words: tuple[_Words, _Words] | None  # at the start of a line, and behind a blank
     characters: int = 0  # in `known`
 
     def ids(self, tokenizer: Tokenizer, piece: str) -> list[int]:
@@ -120,9 +151,38 @@ class _Parting:
         if piece not in self.known:
             if self.characters > MOST_KNOWN:
                 self.known, self.characters = {}, 0
-            self.known[piece] = _encode_ids(tokenizer, piece)
+            self.known[piece] = self._encode(tokenizer, piece)
             self.characters += len(piece)
         return self.known[piece]
+
+    def _encode(self, tokenizer: Tokenizer, piece: str) -> list[int]:
+        if self.words is None:
+            return _encode_ids(tokenizer, piece)
+        ids, (first, later) = list[int](), self.words
+        *lines, last = LINE.split(piece)
+        for line in [*(line + "\n" for line in lines), last]:
+            word, *others = BLANK.split(line)
+            ids += first[word]
+            ids += chain.from_iterable(map(later.get_ids, others))
+        return ids
+
+
+class _Words(dict[str, tuple[int, ...]]):
+    """{word: its ids behind `before`}, of the words that were seen.
+
+    Most words of a text were seen before, and the tokenizer takes ten times as long for one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: str):
+        self.tokenizer, self.before, self.get_ids = tokenizer, before, self.__getitem__
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = tuple(_encode_ids(self.tokenizer, self.before + word))
+        if len(word) < LONG_WORD:
+            if len(self) >= MOST_WORDS:
+                self.clear()
+            self[word] = ids
+        return ids
 
 
 @cached_by_tokenizer
@@ -154,7 +214,31 @@ def _parting(tokenizer: Tokenizer) -> _Parting | None:
         return None
     added = {token.content: number for number, token in tokens.items()}
     longest_first = sorted(added, key=len, reverse=True)
-    return _Parting(re.compile(f"({'|'.join(map(re.escape, longest_first))})"), added, {})
+    words = (_Words(tokenizer, ""), _Words(tokenizer, " ")) if _parts_at_blanks(tokenizer) else None
+    return _Parting(re.compile(f"({'|'.join(map(re.escape, longest_first))})"), added, {}, words)
+
+
+def _parts_at_blanks(tokenizer: Tokenizer) -> bool:
+    """Returns whether a text may be cut at LINE and BLANK, and each piece tokenised by itself. This
+    is so if a part of the pre-tokenizer always begins there."""
+    backend = tokenizer.backend_tokenizer
+    added = tokenizer.added_tokens_decoder.values()
+    if any(token.lstrip or token.rstrip or token.single_word for token in added):
+        return False
+    if getattr(backend.model, "dropout", None):
+        return False
+    state = json.loads(backend.pre_tokenizer.__getstate__())
+    *steps, last = state.get("pretokenizers", [state])
+    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
+        return False
+    found = set(_OF_BYTES if last["use_regex"] else ())
+    for step in steps:
+        if step["type"] == "Split" and (step["behavior"], step["invert"]) == ("Isolated", False):
+            alternatives = ALTERNATIVE.findall(pattern := step["pattern"].get("Regex") or "?")
+            found.update(alternatives if "|".join(alternatives) == pattern else ["?"])
+        elif step["type"] != "Digits":
+            return False
+    return r"\s+" in found and found <= PARTED_AT_BLANKS
 
 
 def tokenise_behind(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
