@@ -23,7 +23,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 from sft.config.load import with_values
 from sft.config.schema import RunConfig
@@ -115,6 +115,9 @@ def _fake(mode: str, masked: bool) -> Iterator[None]:
             enter(_set_attributes(functional, name2qmap={}))  # its cache of tables
         enter(_set_attributes(masking_utils, is_tracing=lambda *_: masked))
         enter(_set_attributes(nn.Module, _apply=_convert))
+        # Fake weights have no values. A truncated normal would be drawn again and again: for ever.
+        enter(_set_attributes(PreTrainedModel, initialize_weights=lambda _: None))
+        enter(_set_attributes(nn.init, trunc_normal_=lambda tensor, *_, **__: tensor))
         enter(warnings.catch_warnings(action="ignore"))  # the real build gives the same warnings
         # torch would log a failure; the plan gives it as the reason for using a closed form.
         enter(_set_attributes(getLogger("torch._subclasses.fake_tensor"), disabled=True))
