@@ -7,6 +7,7 @@ import json
 import signal
 import time
 import zlib
+from types import SimpleNamespace as Has
 
 import pytest
 import tiny
@@ -356,3 +357,196 @@ def test_what_is_saved_at_the_end_is_the_model_and_its_card(tmp_path):
         saved = load_file(folder / "model.safetensors")
         assert all(torch.equal(value, weights(built)[name]) for name, value in saved.items())
     assert (folder / "README.md").read_text() == "# Card"
+
+
+def test_a_line_of_a_step_is_written_at_its_times(tmp_path):
+    built = make(tmp_path, log_steps=5)
+    built.log, advanced = tiny.Said(), []
+    values = {"train/loss": 0.5, "train/learning_rate": 1e-3, "train/grad_norm": 2.0}
+    values["speed/tokens_per_second"] = 1234.4
+    for step in range(1, 9):
+        built.step = step
+        built._report(values, lambda *given: advanced.append(given), 2.0)
+    assert built.log.lines == [
+        f"step     {step}/8  loss 0.5000  lr 1.00e-03  |g| 2.000  1,234 tokens/s  ETA {left} s"
+        for step, left in ((1, 14), (5, 6), (8, 0))
+    ]
+    assert advanced == [(1, "loss 0.5000  1,234 tokens/s")] * 8
+
+
+@pytest.mark.parametrize(
+    ("interval", "due"), [(None, []), (0, []), (1, [*range(1, 8)]), (3, [3, 6]), (4, [4]), (8, [])]
+)
+def test_what_is_done_every_few_steps_is_not_done_after_the_last(tmp_path, interval, due):
+    built, found = make(tmp_path), []
+    for built.step in range(1, 9):
+        found += [built.step] if built._is_due(interval) else []
+    assert found == due
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_run_reports_where_it_is_to_its_watchdog_and_on_its_bar(tmp_path, start):
+    built, seen = make(tmp_path, save_steps=3, max_steps=4), []
+    built.step = start
+    built.guard, built.log = tiny.Spy(built.guard, seen), tiny.Spy(built.log, seen)
+    built.run()
+    assert [each for each in seen if each[0] in ("section", "progress", "open_metrics")] == [
+        ("open_metrics", start),
+        *[("section", "save")] * (start == 0),  # it proves that it can save
+        ("section", "step"),
+        ("progress", "train", 4, start),
+        ("section", "save"),
+    ]
+    marked = [step for name, *given in seen for step in given if name == "mark"]
+    assert marked == [*range(start + 1, 5)]
+
+
+def test_training_to_the_end_predicts_from_a_probe_what_is_left(tmp_path):
+    built = make(tmp_path)
+    built.log = tiny.Said()
+    built.resume = lambda folder: setattr(built, "step", int(folder.name))
+    built.probe_seconds_per_step = lambda: 3.0
+    built.run = lambda: time.sleep(0.01)
+    seconds = built.train_to_end(tmp_path / "5")
+    assert seconds.keys() == {"training_seconds", "predicted_training_seconds"}
+    assert seconds["predicted_training_seconds"] == 9.0
+    assert 0.01 <= seconds["training_seconds"] < 3
+    assert built.log.lines == ["training: 8 steps, about 9 s (probed)"]
+
+
+@pytest.mark.parametrize(("engine_name", "factor"), [("ddp", 1), ("deepspeed", 3)])
+def test_a_trial_with_zero_runs_no_backward_pass_and_counts_it(
+    tmp_path, monkeypatch, engine_name, factor
+):
+    built, passes = make(tmp_path), []
+    built.train = built.train.model_copy(update={"engine": engine_name})
+    next(built.task.model.parameters()).register_hook(lambda _: passes.append(1))
+    monkeypatch.setattr(engine, "time", Has(perf_counter=iter([10.0, 12.0]).__next__))
+    assert built.try_out([[0, 1], [2]]) == 2.0 * factor
+    assert len(passes) == (2 if engine_name == "ddp" else 0)
+
+
+def test_what_was_skipped_before_is_in_the_message(tmp_path):
+    for allowed, expected in ((0, False), (1, True)):
+        built = make(tmp_path, skip_nonfinite=allowed)
+        built.task.model.get_input_embeddings().weight.data.fill_(float("nan"))
+        for _ in range(allowed):
+            built.optimizer_step()
+        with pytest.raises(errors.NonFiniteError) as error:
+            built.optimizer_step()
+        found = "exists. Skipped before it: 1 (train.skip_nonfinite). Examples:" in str(error.value)
+        assert found == expected
+
+
+@pytest.mark.parametrize(("change", "is_changed"), [({}, False), ({"log_steps": 3}, True)])
+def test_a_resume_reports_whether_settings_have_changed(tmp_path, change, is_changed):
+    folder, seen = make(tmp_path).save(), []
+    built = make(tmp_path, **change)
+    built.keeper, built.log = tiny.Spy(built.keeper, seen), tiny.Said()
+    built.resume(folder)
+    ((name, *given),) = seen
+    assert (name, given[0], given[1]["step"]) == ("continue_from", folder, 0)
+    assert given[2] is is_changed
+    assert built.log.lines[0] == f"resumed from {folder} after step 0"
+
+
+@pytest.mark.parametrize("fault", ["", "other weights", "unreadable"])
+def test_a_checkpoint_is_read_back_before_the_first_step(tmp_path, fault):
+    built, read = make(tmp_path), engine.Engine.read
+    built.log = Log(tmp_path / "run")
+
+    def damaged(folder):
+        if fault == "unreadable":
+            raise OSError("no such bytes")
+        state = read(built, folder)
+        if fault:
+            next(built.task.model.parameters()).data += 1
+        return state
+
+    built.read = damaged
+    if fault:
+        reason = {"unreadable": "no such bytes"}.get(
+            fault, "the weights that were read back differ"
+        )
+        with pytest.raises(errors.CheckpointError, match=f"cannot be used: .*{reason}"):
+            built.prove_saving()
+    else:
+        built.prove_saving()
+        taken = (tmp_path / "run/training.log").read_text()
+        assert "step 0, read back" in taken
+
+
+def whole_batch_task(built, waits_in, starved):
+    """Makes the task one that compares the examples of a batch; returns what it was given."""
+    seen, real = [], built.task.loss
+    built.task.needs_global_batch, built.parallel.waits_in = True, waits_in
+
+    def fail(batch, place):
+        if starved == place and len(batch.input_ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def summarise(model, batch):
+        fail(batch, "before")
+        with torch.no_grad():
+            model(input_ids=batch.input_ids)
+        fail(batch, "behind")
+        return batch.input_ids[:, :1] * torch.tensor([1, 2])
+
+    built.task.summarise = summarise
+    built.task.set_global_batch = lambda *given: seen.append((*given, torch.rand(1).item()))
+    built.task.loss = lambda model, batch: (fail(batch, "loss"), real(model, batch))[1]
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "waits_in", "starved"),
+    [
+        (1, "never", ""),
+        (60, "never", ""),
+        (10_000, "never", ""),
+        (60, "never", "before"),
+        (60, "never", "behind"),
+        (60, "forward", "behind"),
+        (60, "never", "loss"),
+    ],
+)
+def test_a_task_of_whole_batches_gets_the_summary_of_each_example(
+    tmp_path, max_tokens, waits_in, starved
+):
+    rows = tiny.examples(0, 11)
+    built = make(tmp_path, rows)
+    built.task.budget = batches.Budget(max_tokens, "padded")
+    seen = whole_batch_task(built, waits_in, starved)
+    ids, micro_batches = built.window(0)
+    values = built.optimizer_step()
+    found, table, supervised, drawn = seen[-1]
+    assert found == ids
+    assert supervised == values["train/supervised_tokens"]
+    if len(micro_batches) == 1:
+        assert table is None
+    else:
+        firsts = [rows[i].ids[0] for i in ids]
+        assert table.tolist() == [[first, 2 * first] for first in firsts]
+    other = make(tmp_path, rows)
+    again = whole_batch_task(other, "never", "")
+    assert other.optimizer_step()["train/supervised_tokens"] == supervised
+    assert again[0][-1] == drawn  # whatever the cut, the same random numbers
+
+
+def test_a_task_of_whole_batches_ends_where_a_pass_cannot_be_repeated(tmp_path):
+    built = make(tmp_path)
+    whole_batch_task(built, "forward", "before")
+    with pytest.raises(errors.OutOfMemory, match=r"rank 0: .* of step 1 that cannot be repeated"):
+        built.optimizer_step()
+
+
+@pytest.mark.parametrize("max_tokens", [60, 10_000])
+def test_a_trial_of_a_task_of_whole_batches_summarises_what_is_cut(tmp_path, max_tokens):
+    built = make(tmp_path)
+    built.task.budget = batches.Budget(max_tokens, "padded")
+    seen, micro_batches = whole_batch_task(built, "never", ""), built.window(0)[1]
+    real, summarised = built.task.summarise, []
+    built.task.summarise = lambda *given: summarised.append(real(*given))
+    built.try_out(micro_batches)
+    assert [given[:3] for given in seen] == [([], None, 0.0)]
+    assert len(summarised) == (len(micro_batches) if len(micro_batches) > 1 else 0)

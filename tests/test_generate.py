@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace as Has
 
 import pytest
 import tiny
@@ -229,3 +231,89 @@ def test_halves_of_a_batch_are_answered_once_each_down_to_one_row(number):
 
     assert generate._halve_until_it_fits([*range(number)], decode) == [*range(number)]
     assert len(tried) == 2 * number - 1  # a binary tree
+
+
+@pytest.mark.parametrize(
+    ("config", "prompt", "answer", "numbers"),
+    [  # for each token of the prompt: keys and values of 2 layers, 6 * 32, 4 * the inner size
+        (LlamaConfig(**LLAMA, num_key_value_heads=2), 100, 10, 100 * (2 * 32 + 6 * 32 + 4 * 48)),
+        (GPT2Config(**SIZES, n_embd=32, n_layer=2, n_head=4), 7, 1, 7 * (2 * 64 + 192 + 4 * 128)),
+        # for each token of prompt and answer: keys and values of 2 layers and of 1 again
+        (LlamaConfig(**LLAMA, num_key_value_heads=2), 100, 900, 1000 * 3 * 32),
+        (Gemma2Config(**LLAMA, num_key_value_heads=1, head_dim=16), 1, 999, 1000 * 3 * 32),
+    ],
+)
+def test_bytes_of_a_row_are_the_larger_of_reading_and_of_the_grown_cache(
+    config, prompt, answer, numbers
+):
+    assert generate.bytes_per_row(config, "fp32", prompt, answer) == 4 * numbers
+    assert generate.bytes_per_row(config, "bf16", prompt, answer) == 2 * numbers
+
+
+ROW = 4 * 100 * (2 * 32 + 6 * 32 + 4 * 48)  # bytes of a prompt of 100 tokens and 10 more in fp32
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "local_ranks", "copies", "expected"),
+    [
+        ("cpu", 2**40, 1, 1, 64),
+        ("cpu", 2**40, 1, 3, 21),
+        ("cuda", 2**40, 1, 1, 256),
+        ("cuda", 2**40, 2, 5, 51),
+        ("cpu", 2 * 10 * ROW, 1, 1, 10),
+        ("cpu", 2 * 10 * ROW - 2, 1, 1, 9),
+        ("cpu", 2 * 10 * ROW, 2, 1, 5),
+        ("cuda", 2 * 10 * ROW, 2, 1, 10),
+        ("cuda", 2 * 10 * ROW, 1, 5, 2),
+        ("cpu", 1, 1, 1, 1),
+    ],
+)
+def test_a_batch_fills_half_of_the_free_memory_up_to_a_limit(
+    monkeypatch, device, free, local_ranks, copies, expected
+):
+    of_host, of_device = (free, 0) if device == "cpu" else (0, free)
+    monkeypatch.setattr(generate.psutil, "virtual_memory", lambda: Has(available=of_host))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (of_device, 2**50))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
+    parameter = Has(device=Has(type=device), dtype=torch.float32)
+    config = LlamaConfig(**LLAMA, num_key_value_heads=2)
+    model = Has(parameters=lambda: iter([parameter]), config=config, rows_per_prompt=copies)
+    decoder = generate.Decoder(model, [], Generation(max_new_tokens=10))
+    asked = [[1] * 100, [1] * 50]
+    assert decoder.max_batch_size(asked, Has(num_processes=1)) == expected
+    monkeypatch.setattr(generate, "gather_object", lambda own: [*own, 2, 7])  # of other ranks
+    assert decoder.max_batch_size(asked, Has(num_processes=3)) == min(expected, 2)
+    assert replace(decoder, batch_size=3).max_batch_size(asked, Has(num_processes=1)) == 3
+
+
+def test_ranks_with_parts_of_the_weights_go_on_as_long_as_one_of_them_writes(monkeypatch):
+    """A rank without prompts takes part in every pass, and in those behind its last token."""
+    built, passes, flags = tiny.llama().eval(), [], []
+    built.register_forward_pre_hook(
+        lambda *given, **_: passes.append(given[2]["input_ids"].shape), with_kwargs=True
+    )
+    monkeypatch.setattr(generate, "is_split", lambda _: True)
+
+    def reduce(flag, kind):  # the other rank writes three tokens in each batch
+        assert kind == "sum"
+        flags.append(float(flag))
+        return flag + (len(flags) % 4 != 0)
+
+    ranks = Has(num_processes=2, process_index=0, device=torch.device("cpu"), reduce=reduce)
+    decoder = generate.Decoder(built, [], Generation(max_new_tokens=2), 1)
+    batches_seen = list(decoder.answer_batches([[5] * 9, [6] * 4, [7] * 3], ranks))
+    assert [batch for batch, _ in batches_seen] == [[0], []]
+    assert [[len(answer.ids) for answer in answers] for _, answers in batches_seen] == [[2], []]
+    assert flags == [1, 1, 0, 0] + [0] * 4
+    assert [tuple(shape) for shape in passes] == [(1, 9), (1, 1)] + [(1, 1)] * 4
+
+
+def test_numbers_of_prompts_seed_their_draws_and_each_batch_is_announced(accelerator):
+    built, asked, begun = tiny.llama().eval(), [prompts(3)[0]] * 4, []
+    decoder = generate.Decoder(built, STOP, DRAWN, 2)
+    found = decoder.answer_batches(asked, accelerator, None, lambda: begun.append(1))
+    assert sum(len(batch) for batch, _ in found) == 4
+    assert len(begun) == 2
+    seen = []
+    [answer] = generate.Decoder(built, [], GREEDY).decode([[5, 6]], on_tokens=seen.append)
+    assert [token for (token,) in seen] == answer.ids

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 CANDIDATES = (",", ";", "\t", "|")
 SAMPLE_BYTES, SAMPLE_LINES = 1 << 20, 1000
 EXCEL = re.compile(r'"?sep=(.)"?\r?\n?')  # a first line with which Excel names the character
-NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars (|)"}
 ASK = "set data.csv_delimiter to the right one"
 
 

@@ -32,14 +32,14 @@ def find_end(
     ends = [end for end, token in found if token in stops]
     ends = ends or [end for end, token in found if token == answer_end]
     if not ends:
-        blank, following = _next_header(given, index, message)
-        if following in stops:
-            return body + blank + str(following), True
+        header = _next_header(given, index, message)
+        if header.lstrip() in stops:
+            return body + header, True
         ends = [end for end, _ in found[-1:] if answer_end]
     if ends:
         return body[: len(body) - len(tail) + ends[0]], False
-    if following and _next_header_of_user(tokenizer)[1] in stops:
-        return body + blank + following, True
+    if header and _next_header_of_user(tokenizer).lstrip() in stops:
+        return body + header, True
     return body.rstrip() + tokenizer.eos_token, True
 
 
@@ -47,9 +47,9 @@ def early_stop(tokenizer: Tokenizer, answer: str) -> str | None:
     """Returns a token that ends the answer, or at which serving stops, and that stands in it before
     its end; None if there is none. What someone typed is not a token."""
     written = re.sub(f"{MARKS[0]}[^{MARKS[1]}]*{MARKS[1]}", "", answer)
-    *inside, last = [*added_tokens_in(tokenizer, written)] or [(0, "")]
-    stops = stop_tokens(tokenizer) | {last[1]}
-    return next((token for _, token in inside if token in stops), None)
+    tokens = [token for _, token in added_tokens_in(tokenizer, written)]
+    stops = stop_tokens(tokenizer) | {*tokens[-1:]}
+    return next((token for token in tokens[:-1] if token in stops), None)
 
 
 def added_tokens_in(tokenizer: Tokenizer, text: str) -> Iterator[tuple[int, str]]:
@@ -83,14 +83,13 @@ def stop_tokens(tokenizer: Tokenizer) -> frozenset[str]:
     return frozenset({tokenizer.eos_token, *tokenizer.init_kwargs.get("stop_tokens", ())})
 
 
-def _next_header(given: Renderings, index: int, message: Message) -> tuple[str, str | None]:
-    """Returns the added token that the template writes first behind the turn, and the blanks before
-    it: before the next message if it is the user's or a tool's result, else before such a one."""
-    following: Message = {"role": "user", "content": "zq7s0e"}
-    if rendering.get_calls(message):
-        following = {"role": "tool", "content": "zq7s0e"}
+def _next_header(given: Renderings, index: int, message: Message) -> str:
+    """Returns the added token that the template writes first behind the turn, with the blanks
+    before it: before the next message if it is the user's or a tool's result, else before such a
+    one. Returns "" if the template writes something else there."""
+    following: Message = {**ASK, "role": "tool"} if rendering.get_calls(message) else ASK
     if [m["role"] for m in given.messages[index + 1 : index + 2]] in (["user"], ["tool"]):
-        following = {**given.messages[index + 1], "content": "zq7s0e"}
+        following = {**given.messages[index + 1], "content": ASK["content"]}
     without = {**message, "reasoning_content": "", "content": rendering.split_thoughts(message)[1]}
     for turn in (message, without):  # some templates drop the thoughts of earlier turns
         try:
@@ -99,16 +98,14 @@ def _next_header(given: Renderings, index: int, message: Message) -> tuple[str, 
         except DataError:
             continue
         if longer.startswith(whole):
-            break
-    else:
-        return "", None
-    more = longer[len(whole) :]
-    blank = more[: len(more) - len(more.lstrip())]
-    added = added_tokens_in(given.tokenizer, more.lstrip())
-    return blank, next((token for at, token in added if at == 0), None)
+            more = longer[len(whole) :]
+            text = more.lstrip()
+            tokens = [token for at, token in added_tokens_in(given.tokenizer, text) if at == 0]
+            return "".join([more[: len(more) - len(text)], *tokens]) if tokens else ""
+    return ""
 
 
 @cached_by_tokenizer
-def _next_header_of_user(tokenizer: Tokenizer) -> tuple[str, str | None]:
+def _next_header_of_user(tokenizer: Tokenizer) -> str:
     answer = {"role": "assistant", "content": "b"}
     return _next_header(Renderings(tokenizer, [ASK, answer]), 1, answer)

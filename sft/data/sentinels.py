@@ -62,12 +62,9 @@ def stand_in(message: Message, word: str) -> tuple[Message, list[Slot]]:
         made["content"] = [{**p, "text": sentinel("content", p["text"])} for p in content]
     elif not made.get("reasoning_content") and (block := rendering.THOUGHTS.match(content)):
         opened, thoughts, closed = block.groups()
-        blanks = re.fullmatch(r"(?s)(\s*)(.*?)(\s*)", thoughts)
-        inner = blanks.groups() if blanks else ("", thoughts, "")
-        made["content"] = (
-            f"{opened}{inner[0]}{sentinel('thoughts', inner[1])}{inner[2]}{closed}"
-            f"{sentinel('content', content[block.end() :])}"
-        )
+        inner = thoughts.strip()
+        hidden = thoughts.replace(inner, sentinel("thoughts", inner), 1) if inner else thoughts
+        made["content"] = f"{opened}{hidden}{closed}{sentinel('content', content[block.end() :])}"
     else:
         made["content"] = sentinel("content", content)
     if calls := rendering.get_calls(message):

@@ -39,6 +39,24 @@ class Said(Log):
         self.lines.append(text)
 
 
+class Spy:
+    """Stands for an object, and records the calls of its methods."""
+
+    def __init__(self, real: Any, seen: list[tuple[Any, ...]]):
+        self._real, self._seen = real, seen
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._real, name)
+        if not callable(value):
+            return value
+
+        def call(*given: Any, **named: Any) -> Any:
+            self._seen.append((name, *given))
+            return value(*given, **named)
+
+        return call
+
+
 class Tokenizer:
     """All that the task asks of a tokenizer when examples are made of ids."""
 

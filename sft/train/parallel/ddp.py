@@ -207,7 +207,7 @@ class Split(Replicated):
             moments = {key: torch.zeros_like(tensor) for key in ("exp_avg", "exp_avg_sq")}
             states[tensor] = {"step": step, **moments}
         for shard in self.optimizer_shards():
-            if number := max((tensor.numel() for tensor in shard.state.values()), default=0):
+            if number := max(tensor.numel() for tensor in shard.state.values()):
                 found = read(shard.name, shard.start, number)
                 for key, tensor in shard.state.items():
                     tensor.copy_(found[key])
