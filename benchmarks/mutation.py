@@ -2,17 +2,23 @@
 
     python -m pip install --target FOLDER mutmut==3.8.1
     PYTHONPATH=.:tests:tests/support:FOLDER OMP_NUM_THREADS=1 python benchmarks/mutation.py
-        [--modules sft/data/turns.py ...] [--sample 100] [--survivors] [--work WORKFOLDER]
+        [--only sft/data/turns.py ...] [--tests tests/test_turns.py ...] [--sample 100]
 
 The mutants are mutmut's, its runner is not: its trampolines change the signatures that this code
 inspects. A mutant replaces its module in a copy of the repository, where processes that a test
 starts find it, too. A fork of a process that has imported the libraries runs pytest: first the
 tests that were seen to execute the mutated lines, the fastest first, then the other tests of
-these files (they may have found the result in a cache), until `--seconds` of tests are planned.
+these files (they may have found the result in a cache), until `--seconds` of processor time are
+planned.
+
+Tests that start ranks (`tests/support/forked`) fork them from the mutated process, which takes no
+seconds of imports. What ranks execute counts for the test that started them.
 
 The mutants of a module are tried in a random order that its name seeds, so `--sample` is a uniform
-sample and a larger one contains it. `--survivors` tries only those that survived before, after new
-tests. Reasons in the JSON file stay with the survivors they were written for.
+sample and a larger one contains it. A command replaces the parts of the modules that it tried, and
+each part names its command. The rest of the JSON file, reasons of survivors and totals, is
+computed: reasons come from `mutation_reasons.json`, where "no effect:" begins the reason of a
+mutant that changes no result. `--survivors` tries again what survived, and writes nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +27,10 @@ import argparse
 import ast
 import importlib
 import json
+import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -34,6 +42,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +67,17 @@ TESTS = [  # of these modules, without what mostly waits for processes
         *("merge", "generate", "evaluate", "infer", "metrics", "compare", "plan"),
         *("memory", "trace", "calibration", "models", "export", "disk", "classify"),
         *("tasks", "attention", "parallel", "distill", "cache", "rendering", "sharding"),
+        *("engines", "crowd", "numbers"),
     ]
 ]
-SLOW = ["tests/test_memory.py", "tests/test_plan.py", "tests/test_crowd.py"]  # mostly in process
+SLOW = [  # mostly in process, or with few ranks
+    f"tests/test_{name}.py" for name in ("memory", "plan", "crowd", "laws", "engines", "numbers")
+]
+REASONS = ROOT / "benchmarks/mutation_reasons.json"
+NO_EFFECT = "no effect:"
 LIBRARIES = ["torch", "transformers", "accelerate", "peft", "pytest", "hypothesis", "sacrebleu"]
 LIBRARIES += ["scipy.stats", "datasets", "pyarrow", "rich", "pydantic", "ruamel.yaml", "sklearn"]
+LIBRARIES += ["deepspeed", "bitsandbytes"]
 RULES = (
     "no mutants of: annotations, docstrings; what is inside of a raise statement or of a call of "
     "say, warn, warning, info, debug or print; strings with a space (messages); aliases of types"
@@ -84,11 +99,6 @@ class Mutant:
     mutation: str  # "old -> new"
     outcome: str = ""  # killed, survived, timeout
     killed_by: str = ""
-    reason: str = ""  # of a survivor that stays
-
-    @property
-    def key(self) -> str:
-        return f"{self.line}:{self.column} {self.mutation}"
 
 
 @dataclass
@@ -153,6 +163,41 @@ def make_mutants(path: str, source: str, sample: int | None) -> tuple[int, list[
 # -- which tests execute which lines
 
 
+NEW_TEST = {"lines": [], "seconds": 0.0, "processor": 0.0, "passed": True}
+
+
+class FileOfLines(set[tuple[str, int]]):
+    """A set of lines that are appended to a file, which another process reads."""
+
+    def __init__(self, path: Path):
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def add(self, line: tuple[str, int]) -> None:
+        if line not in self:
+            super().add(line)
+            os.write(self.file, f"{line[0]} {line[1]}\n".encode())
+
+    @staticmethod
+    def take(path: Path) -> set[tuple[str, int]]:
+        """Returns the lines of a file, and empties it."""
+        if not path.exists():
+            return set()
+        lines = [line.rsplit(" ", 1) for line in path.read_text().splitlines()]
+        os.truncate(path, 0)
+        return {(file, int(number)) for file, number in lines}
+
+
+def processor_seconds() -> float:
+    """Returns the processor time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
+def use_forks() -> None:
+    """Makes ranks forks of this process, not of a server that would import everything."""
+    if forked := sys.modules.get("forked"):
+        vars(forked)["server"] = lambda: multiprocessing.get_context("fork")
+
+
 class Trace:
     """A pytest plugin: records the lines of MODULES and the seconds of each test."""
 
@@ -161,6 +206,11 @@ class Trace:
         self.lines: set[tuple[str, int]] = set()
         self.fixtures: dict[str, set[tuple[str, int]]] = defaultdict(set)
         self.tests: dict[str, dict[str, Any]] = {}
+        self.forks = root / ".forks.txt"  # lines that forks of a test execute
+        os.register_at_fork(after_in_child=self._follow_fork)
+
+    def _follow_fork(self) -> None:
+        self.lines = FileOfLines(self.forks)
 
     def __call__(self, frame: Any, event: str, _: Any) -> Any:
         path = self.files.get(frame.f_code.co_filename)
@@ -171,7 +221,8 @@ class Trace:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: Any) -> None:
-        self.lines, self.started = set(), time.perf_counter()
+        self.lines, self.started = set(), (time.perf_counter(), processor_seconds())
+        use_forks()
         threading.settrace(self)
         sys.settrace(self)
 
@@ -179,20 +230,24 @@ class Trace:
     def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
         before, self.lines = self.lines, set()
         yield
+        self.lines |= FileOfLines.take(self.forks)
         if fixturedef.scope != "function":
             self.fixtures[fixturedef.argname] |= self.lines
         self.lines |= before
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        test = self.tests.setdefault(report.nodeid, {"lines": [], "seconds": 0.0, "passed": True})
+        test = self.tests.setdefault(report.nodeid, dict(NEW_TEST))
         test["passed"] &= report.outcome == "passed"
 
     def pytest_runtest_teardown(self, item: Any) -> None:
         sys.settrace(None)
         threading.settrace(None)  # type: ignore[arg-type]
+        self.lines |= FileOfLines.take(self.forks)
         seen = self.lines.union(*(self.fixtures[name] for name in item.fixturenames))
-        test = self.tests.setdefault(item.nodeid, {"lines": [], "seconds": 0.0, "passed": True})
-        test |= {"lines": sorted(seen), "seconds": time.perf_counter() - self.started}
+        test = self.tests.setdefault(item.nodeid, dict(NEW_TEST))
+        seconds, processor = time.perf_counter() - self.started[0], processor_seconds()
+        test |= {"lines": sorted(seen), "seconds": seconds}
+        test["processor"] = processor - self.started[1]
 
 
 def trace_tests(copy: Path, tests: list[str], mark: str) -> dict[str, dict[str, Any]]:
@@ -211,15 +266,16 @@ def trace_tests(copy: Path, tests: list[str], mark: str) -> dict[str, dict[str, 
 class Chosen:
     """A pytest plugin: runs these tests in this order, and keeps the name of the first failure."""
 
-    def __init__(self, seconds: dict[str, float]):
-        self.seconds = seconds
+    def __init__(self, seconds: dict[str, float], longest: dict[str, float]):
+        self.longest = longest
         self.places = {name: place for place, name in enumerate(seconds)}
         self.failed = ""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: Any) -> None:
-        """Ends the process by SIGALRM if a test takes far longer than it did."""
-        signal.setitimer(signal.ITIMER_REAL, 10 + 5 * self.seconds[item.nodeid])
+        """Ends the process by SIGALRM if a test takes far longer than the longest of its file."""
+        use_forks()
+        signal.setitimer(signal.ITIMER_REAL, 20 + 4 * self.longest[item.nodeid.split("::")[0]])
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
@@ -234,7 +290,7 @@ class Chosen:
 def choose_tests(
     tests: dict[str, Any], path: str, lines: range, function: range, seconds: float
 ) -> list[dict[str, float]]:
-    """Returns tests for a mutant with their seconds, in the order in which they are tried.
+    """Returns tests for a mutant and their processor seconds, in the order in which they are tried.
 
     The first list is of one file, because most mutants end there and each file costs an import.
     """
@@ -244,7 +300,7 @@ def choose_tests(
     }
 
     def fastest(names: list[str]) -> list[str]:
-        return sorted(names, key=lambda name: sound[name]["seconds"])
+        return sorted(names, key=lambda name: sound[name]["processor"])
 
     first = fastest([name for name in seen if seen[name] & set(lines)])
     near = fastest([name for name in seen if seen[name] & set(function)])
@@ -253,9 +309,9 @@ def choose_tests(
     cached = fastest([name for name in sound if name.split("::")[0] in files])
     chosen, left = {}, seconds
     for name in dict.fromkeys([*first, *near, *rest, *cached]):
-        left -= sound[name]["seconds"]
+        left -= sound[name]["processor"]
         if left > 0:
-            chosen[name] = sound[name]["seconds"]
+            chosen[name] = sound[name]["processor"]
     inner = [name for name in first or near or rest if name in chosen]
     if not inner:
         return [chosen]
@@ -294,8 +350,19 @@ def _uses(module: Any, names: set[str]) -> bool:
     )
 
 
-def try_tests(seconds: dict[str, float]) -> tuple[str, str]:
-    """Runs tests, of known seconds, in a fork and returns (outcome, the test that failed)."""
+def longest_by_file(tests: dict[str, Any]) -> dict[str, float]:
+    longest: dict[str, float] = defaultdict(float)
+    for name, test in tests.items():
+        file = name.split("::")[0]
+        longest[file] = max(longest[file], test["seconds"])
+    return longest
+
+
+def try_tests(seconds: dict[str, float], longest: dict[str, float]) -> tuple[str, str]:
+    """Runs tests, of known seconds, in a fork and returns (outcome, the test that failed).
+
+    `longest`: the seconds of the longest test of each file.
+    """
     reader, writer = os.pipe()
     if not (pid := os.fork()):
         os.setsid()
@@ -303,8 +370,8 @@ def try_tests(seconds: dict[str, float]) -> tuple[str, str]:
         for stream in (0, 1, 2):
             os.dup2(quiet, stream)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, 30)  # to import and collect
-        code, chosen = 1, Chosen(seconds)
+        signal.setitimer(signal.ITIMER_REAL, 120)  # to import and collect
+        code, chosen = 1, Chosen(seconds, longest)
         try:
             files = sorted({name.split("::")[0] for name in seconds})
             code = pytest.main([*files, "-x", "-q", *PYTEST], plugins=[chosen])
@@ -327,18 +394,18 @@ def try_module(
 ) -> Iterator[Mutant]:
     """Tries mutants of a module, in a child that has imported what the module needs."""
     reader, writer = os.pipe()
+    source = (copy / path).read_text("utf-8")
     if not (pid := os.fork()):
         os.chdir(copy)
         forget(path)
-        source = (copy / path).read_text("utf-8")
-        functions = _function_lines(source)
+        functions, longest = _function_lines(source), longest_by_file(tests)
         with os.fdopen(writer, "w") as out:
             for trial in trials:
                 mutant = trial.mutant
                 function = functions.get(mutant.function, range(0))
                 (copy / path).write_text(trial.source, "utf-8")
                 for names in choose_tests(tests, path, trial.lines, function, seconds):
-                    mutant.outcome, mutant.killed_by = try_tests(names)
+                    mutant.outcome, mutant.killed_by = try_tests(names, longest)
                     if mutant.outcome != "survived":
                         break
                 print(json.dumps(asdict(mutant)), file=out, flush=True)
@@ -348,7 +415,7 @@ def try_module(
         for line in lines_out:
             yield Mutant(**json.loads(line))
     os.waitpid(pid, 0)
-    shutil.copy(ROOT / path, copy / path)
+    (copy / path).write_text(source, "utf-8")
 
 
 def _function_lines(source: str) -> dict[str, range]:
@@ -386,101 +453,109 @@ def make_copy(folder: Path) -> Path:
     return copy
 
 
-def report(path: str, tried: list[Mutant], total: int, old: dict[str, Any]) -> dict[str, Any]:
-    """Returns the entry of a module. Survivors keep the reasons that they had."""
-    reasons = {entry["mutation"]: entry["reason"] for entry in old.get("survivors", [])}
+def report(copy: Path, path: str, tried: list[Mutant], total: int) -> dict[str, Any]:
+    """Returns the part of a module."""
     survivors = [mutant for mutant in tried if mutant.outcome == "survived"]
-    count = {name: sum(m.outcome == name for m in tried) for name in OUTCOMES}
-    killed = count["killed"] + count["timeout"]
+    places = ("line", "function", "mutation")
     return {
+        "command": shlex.join(["python", "benchmarks/mutation.py", *sys.argv[1:]]),
+        "source": sha256((copy / path).read_bytes()).hexdigest()[:12],
         "mutants": total,
         "tried": len(tried),
-        **count,
-        "killed_percent": round(100 * killed / len(tried), 1) if tried else None,
+        **{name: sum(m.outcome == name for m in tried) for name in OUTCOMES},
         "survivors": [
-            {
-                "line": m.line,
-                "function": m.function,
-                "mutation": m.mutation,
-                "reason": reasons.get(m.mutation, ""),
-            }
-            for m in sorted(survivors, key=lambda m: m.line)
+            {name: getattr(m, name) for name in places}
+            for m in sorted(survivors, key=lambda m: (m.line, m.mutation))
         ],
     }
 
 
-def show(results: dict[str, Any]) -> Table:
-    table = Table("module", "mutants", "tried", *OUTCOMES, "killed %", "explained")
-    for path, entry in results.items():
-        explained = sum(bool(survivor["reason"]) for survivor in entry["survivors"])
-        cells = [entry[name] for name in ("mutants", "tried", *OUTCOMES, "killed_percent")]
-        table.add_row(path, *map(str, cells), str(explained))
+def sum_up(modules: dict[str, Any]) -> dict[str, Any]:
+    """Adds reasons and percentages to the parts of modules, and returns the whole report."""
+    reasons = json.loads(REASONS.read_text("utf-8"))
+    columns = ("mutants", "tried", *OUTCOMES, "without_effect")
+    for path, entry in modules.items():
+        for survivor in entry["survivors"]:
+            survivor["reason"] = reasons.get(path, {}).get(survivor["mutation"], "")
+        found = [survivor["reason"] for survivor in entry["survivors"]]
+        entry["without_effect"] = sum(reason.startswith(NO_EFFECT) for reason in found)
+        entry.update(_percentages(entry))
+    total = {name: sum(entry[name] for entry in modules.values()) for name in columns}
+    return {"rules": RULES, "total": total | _percentages(total), "modules": modules}
+
+
+def _percentages(count: dict[str, int]) -> dict[str, float]:
+    """Returns the percentage of killed mutants: of all, and of those that change a result."""
+    killed, tried = count["killed"] + count["timeout"], count["tried"]
+    with_effect = tried - count["without_effect"]
+    return {
+        "killed_percent": round(100 * killed / tried, 1),
+        "killed_percent_of_those_with_effect": round(100 * killed / with_effect, 1),
+    }
+
+
+def show(modules: dict[str, Any]) -> Table:
+    columns = ("mutants", "tried", *OUTCOMES, "without_effect", "killed_percent")
+    table = Table("module", *columns)
+    for path, entry in modules.items():
+        table.add_row(path, *(str(entry[name]) for name in columns))
     return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--modules", nargs="+", default=MODULES)
+    parser.add_argument("--only", nargs="+", default=MODULES, help="modules to try; all by default")
+    parser.add_argument("--tests", nargs="+", help="files of tests; by default all of TESTS")
     parser.add_argument("--sample", type=int, help="mutants of each module; all unless given")
     parser.add_argument("--seconds", type=float, default=15.0, help="of tests for a mutant")
-    parser.add_argument("--survivors", action="store_true")
-    parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--work", type=Path, help="keeps the copy, the trace and the outcomes")
+    parser.add_argument("--survivors", action="store_true", help="try again, write nothing")
+    parser.add_argument("--report", action="store_true", help="only add reasons and totals again")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/mutation.json")
     arguments = parser.parse_args()
+    stored = json.loads(arguments.json.read_text("utf-8")) if arguments.json.exists() else {}
+    modules = stored.get("modules", {})
+    if not arguments.report:
+        with tempfile.TemporaryDirectory() as work:
+            for path, entry in try_modules(Path(work), arguments, modules):
+                if not arguments.survivors:
+                    modules[path] = entry
+                    write(arguments.json, modules)
+    if not arguments.survivors:
+        write(arguments.json, modules)
+        Console().print(show(modules))
+
+
+def write(path: Path, modules: dict[str, Any]) -> None:
+    ordered = {name: modules[name] for name in MODULES if name in modules}
+    path.write_text(json.dumps(sum_up(ordered), indent=1) + "\n", "utf-8")
+
+
+def try_modules(
+    work: Path, arguments: argparse.Namespace, old: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields modules with their parts of the report."""
     sys.dont_write_bytecode = True
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as temporary:
-        work = arguments.work or Path(temporary)
-        copy = make_copy(work)
-        os.environ.setdefault("SFT_SHARED", str(ROOT.parent / "shared"))
-        os.environ["PYTHONPATH"] = os.pathsep.join(str(copy / part) for part in PATHS)
-        sys.path[:] = [str(copy / part) for part in PATHS] + sys.path
-        for name in LIBRARIES:
-            importlib.import_module(name)
-        trace = work / "trace.json"
-        if not trace.exists():
-            trace.write_text(
-                json.dumps(trace_tests(copy, TESTS, "not slow") | trace_tests(copy, SLOW, "slow"))
-            )
-        tests = json.loads(trace.read_text())
-        for path in arguments.modules:
-            if time.monotonic() - started < 60 * arguments.minutes:
-                try_and_report(copy, path, tests, arguments, work)
-
-
-def _outcome(known: dict[str, Mutant], trial: Trial) -> str:
-    mutant = known.get(trial.mutant.key)
-    return mutant.outcome if mutant else ""
-
-
-def try_and_report(
-    copy: Path, path: str, tests: dict[str, Any], arguments: argparse.Namespace, work: Path
-) -> None:
-    """Tries a module's mutants and rewrites its entry in the JSON file."""
-    total, trials = make_mutants(path, (ROOT / path).read_text("utf-8"), arguments.sample)
-    outcomes = work / (path.replace("/", "_") + ".json")
-    known: dict[str, Mutant] = {}
-    if outcomes.exists():
-        known = {key: Mutant(**m) for key, m in json.loads(outcomes.read_text()).items()}
-    again = ("", "survived") if arguments.survivors else ("",)
-    new = [trial for trial in trials if _outcome(known, trial) in again]
-    for mutant in try_module(copy, path, tests, new, arguments.seconds):
-        known[mutant.key] = mutant
-        outcomes.write_text(json.dumps({key: asdict(m) for key, m in known.items()}, indent=1))
-        shown = f"{mutant.outcome:9}{path}:{mutant.line} {mutant.mutation}  [{mutant.killed_by}]"
-        print(shown, flush=True)
-    tried = [known[trial.mutant.key] for trial in trials]
-    stored = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-    old = stored.get("modules", {})
-    entry = report(path, tried, total, old.get(path, {}))
-    merged = {
-        name: entry if name == path else old[name] for name in MODULES if name in {*old, path}
-    }
-    arguments.json.write_text(
-        json.dumps(stored | {"rules": RULES, "modules": merged}, indent=1) + "\n"
-    )
-    Console().print(show({path: entry}))
+    copy = make_copy(work)
+    os.environ.setdefault("SFT_SHARED", str(ROOT.parent / "shared"))
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    os.environ["PYTHONPATH"] = os.pathsep.join(str(copy / part) for part in PATHS)
+    sys.path[:] = [str(copy / part) for part in PATHS] + sys.path
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    slow = [name for name in SLOW if name in (arguments.tests or SLOW)]
+    tests = trace_tests(copy, arguments.tests or TESTS, "not slow")
+    tests |= trace_tests(copy, slow, "slow") if slow else {}
+    for path in arguments.only:
+        total, trials = make_mutants(path, (copy / path).read_text("utf-8"), arguments.sample)
+        if arguments.survivors:
+            known = {(s["line"], s["mutation"]) for s in old[path]["survivors"]}
+            trials = [t for t in trials if (t.mutant.line, t.mutant.mutation) in known]
+        tried = []
+        for mutant in try_module(copy, path, tests, trials, arguments.seconds):
+            tried.append(mutant)
+            shown = f"{mutant.outcome:9}{path}:{mutant.line} {mutant.mutation}"
+            print(f"{shown}  [{mutant.killed_by}]", flush=True)
+        yield path, report(copy, path, tried, total)
 
 
 if __name__ == "__main__":

@@ -325,12 +325,18 @@ def test_every_fault_has_a_test_that_exists():
 
 
 def test_the_mutants_that_are_reported_are_those_of_the_results():
-    total = json.loads((ROOT / "benchmarks/results/mutation.json").read_text("utf-8"))["total"]
-    text = " ".join((ROOT / "CONTRIBUTING.md").read_text("utf-8").split())
+    found = json.loads((ROOT / "benchmarks/results/mutation.json").read_text("utf-8"))
+    total, text = found["total"], " ".join((ROOT / "CONTRIBUTING.md").read_text("utf-8").split())
     noticed = total["killed"] + total["timeout"]
     for part in (
         f"Of {total['mutants']:,} mutants a random sample of {total['tried']} was tried",
         f"{noticed} were noticed ({total['killed_percent']} %)",
-        f"Of the {total['survived']} survivors {total['survivors_without_effect']} change no",
+        f"Of the {total['survived']} survivors {total['without_effect']} change no result",
+        f"{total['killed_percent_of_those_with_effect']} % of the others",
     ):
         assert part in text
+    reasons = json.loads((ROOT / "benchmarks/mutation_reasons.json").read_text("utf-8"))
+    for path, entry in found["modules"].items():  # each survivor has a reason, and no other has
+        assert {s["mutation"] for s in entry["survivors"]} == set(reasons.pop(path, {})), path
+        assert all(survivor["reason"] for survivor in entry["survivors"]), path
+    assert not reasons
