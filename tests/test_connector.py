@@ -169,8 +169,8 @@ def test_an_adapter_that_is_none_or_of_another_base_is_refused(adapter, tmp_path
     (tmp_path / "adapter_config.json").write_text(claimed)
     with pytest.raises(ExportError, match=r"is not an adapter of this base \(it names .*260K\)"):
         said(other, adapter=tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(ExportError, match=r"expected a plain LoRA adapter.* use_dora; merge it"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_qalora": True}))
+    with pytest.raises(ExportError, match=r"not a LoRA shape: not supported: use_qalora \(it"):
         said("nano/model", adapter=tmp_path)
 
 

@@ -34,7 +34,7 @@ from sft.data import batches, cache, rendering, workers
 from sft.data.audit_report import colour_text
 from sft.data.files import BadRow, Row, read_all, sources
 from sft.data.template import prepare_tokenizer, render
-from sft.errors import CheckpointError, ConfigError, DataError, UserError
+from sft.errors import CheckpointError, ConfigError, DataError, ExportError, UserError
 from sft.models import export
 from sft.models.load import architecture, load_base, load_tokenizer
 from sft.runtime import checkpoint, launcher, run_folder
@@ -644,9 +644,14 @@ def test_an_adapter_cannot_name_modules_to_import(tmp_path, marker, monkeypatch)
     (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
     megatron = {"hidden_size": 192, "tensor_model_parallel_size": 1}
-    changed("adapter_config.json", megatron_core="evil", megatron_config=megatron)(final)
+    mapping = {"base_model_class": "Evil", "parent_library": "evil"}
+    changed("adapter_config.json", megatron_core="evil", auto_mapping=mapping)(final)
     sealed_again(final)
     runs.load_trained(made, runs.load_run_config(made))
+    changed("adapter_config.json", megatron_core="evil", megatron_config=megatron)(final)
+    sealed_again(final)
+    with pytest.raises(ExportError, match="not supported: megatron_config"):
+        runs.load_trained(made, runs.load_run_config(made))
     assert not marker.exists()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
-from sft.config.schema import Origins
+from sft.config.section import Origins
 from sft.errors import shorten
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import io
+import operator
 import re
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,11 @@ from sft.config.schema import (
     Config,
     Configured,
     Generation,
-    Origins,
     RunConfig,
-    Section,
     Strategy,
     sections_of,
 )
+from sft.config.section import Origins, Section
 from sft.errors import (
     URL,
     ConfigError,
@@ -175,8 +176,8 @@ def with_values(config: Configured, values: dict[str, Any]) -> Configured:
     """Returns a copy in which the values at dotted paths are replaced, validated again."""
     tree = config.model_dump()
     for path, value in values.items():
-        section, key = path.split(".")
-        tree[section][key] = value
+        *sections, key = path.split(".")
+        reduce(operator.getitem, sections, tree)[key] = value
     changed, problems = _validate(tree, type(config))
     if changed is None:
         raise ConfigError("\n  ".join(["these values do not fit the configuration", *problems]))
@@ -197,8 +198,7 @@ def _validate(
     except ValidationError as error:
         for path, reason in (_explain(item, schema, known) for item in error.errors()):
             problems.setdefault(path, reason)
-    given = config.model_dump() if config else _add_defaults(tree, schema)
-    values = {f"{name}.{key}": value for name, keys in given.items() for key, value in keys.items()}
+    values = dict(_add_defaults(config.model_dump() if config else tree, schema))
     for rule in rules_of(schema):
         can_judge = all(path in values and path not in problems for path in rule.paths)
         if can_judge and rule.broken(*(values[path] for path in rule.paths)):
@@ -213,14 +213,17 @@ def _validate(
     return None if problems else config, lines
 
 
-def _add_defaults(tree: dict[str, Any], schema: type[RunConfig]) -> dict[str, dict[str, Any]]:
-    """Returns the given values and the defaults, so that rules can judge an invalid tree, too."""
-    result = {}
-    for name, section in sections_of(schema).items():
-        given, fields = tree.get(name), section.model_fields.items()
-        defaults = {key: field.default for key, field in fields if not field.is_required()}
-        result[name] = defaults | (given if isinstance(given, dict) else {})
-    return result
+def _add_defaults(tree: Any, section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted path, value) of the keys in a section: those given in `tree`, and defaults.
+
+    So rules can judge an invalid tree, too.
+    """
+    given, nested = tree if isinstance(tree, dict) else {}, section.nested()
+    for key, own in nested.items():
+        yield from _add_defaults(given.get(key), own, f"{prefix}{key}.")
+    fields = section.model_fields.items()
+    defaults = {key: field.default for key, field in fields if not field.is_required()}
+    yield from ((prefix + key, value) for key, value in (defaults | given).items())
 
 
 def _where(path: str, origins: Origins) -> str:
@@ -239,8 +242,8 @@ def _locate(
     section, at = {**sections_of(schema), **NESTED}.get(parts[0]), 1
     if parts[0] == "classify" and parts[1:2] == ["strategies"] and len(parts) > 2:
         section, at = Strategy, 3
-        if parts[3:4] == ["generation"] and len(parts) > 4:
-            section, at = Generation, 4
+    while section and len(parts) > at + 1 and (inner := section.nested().get(parts[at])):
+        section, at = inner, at + 1
     return ".".join(parts[: at + 1]), section, "".join(parts[at : at + 1])
 
 
@@ -251,6 +254,8 @@ def _explain(item: Any, schema: type[RunConfig], known: Collection[str] = ()) ->
     kind, found = item["type"], item["input"]
     if kind == "extra_forbidden":
         word = key or str(item["loc"][0])  # may contain a dot
+        if section and word in section.refused:
+            return path, f"not supported: {section.refused[word]}"
         return path, f"unknown key; {_hint(word, list(fields), schema, known)}"
     if kind == "missing":
         about = f": {fields[key].description}" if key else ""
@@ -274,6 +279,6 @@ def _hint(word: str, keys: list[str], schema: type[RunConfig], known: Collection
         return "in a file, write the section, and the key below it"
     if not keys and word in known:
         return f"task: {schema.task} has no such section"
-    elsewhere = [f"{name}.{word}" for name, model in sections.items() if word in model.model_fields]
+    elsewhere = [path for path, _, key in schema.paths() if "." in path and key == word]
     elsewhere += [ALIASES[word].key] if word in ALIASES else []
     return f"did you mean {elsewhere[0]}?" if elsewhere else suggest(word, keys or [*sections])

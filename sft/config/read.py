@@ -18,7 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from sft.config.aliases import ALIASES, replace_aliases
-from sft.config.schema import Origins, Section
+from sft.config.section import Origins, Section
 from sft.errors import ConfigError
 
 PATH = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+"
@@ -81,7 +81,7 @@ class Reader:
                 tree = {key: tree}
             section, key, *_ = path.split(".")
             self.origins.setdefault(section, "override")
-            origins[f"{section}.{key}"] = "override"
+            origins |= dict.fromkeys((f"{section}.{key}", path), "override")
             merge(result, tree)
         replace_aliases(result, origins, self.problems)
         self.origins.update(origins)
@@ -215,15 +215,15 @@ def _find_key(flag: str, sections: Sections, problems: list[str]) -> str:
         return name  # an unknown key is reported when all of them are validated
     if name in ALIASES and (section := ALIASES[name].key.split(".")[0]) in sections:
         return f"{section}.{name}"
-    found = [section for section, schema in sections.items() if name in schema.model_fields]
+    keys = [each for own, schema in sections.items() for each in schema.paths(f"{own}.")]
+    found = [path for path, _, key in keys if key == name]
     if len(found) == 1:
-        return f"{found[0]}.{name}"
+        return found[0]
     if found:
-        meant = " or ".join(f"--{section}.{name}" for section in found)
+        meant = " or ".join(f"--{path}" for path in found)
         problems.append(f"{flag}: several sections have this key: expected {meant}")
     else:
-        keys = (key for schema in sections.values() for key in schema.model_fields)
-        known = ["config", *ALIASES, *keys]
+        known = ["config", *ALIASES, *(key for _, _, key in keys)]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean --{near[0]}?" if near else "docs/CONFIG.md lists the keys"
         problems.append(f"{flag}: unknown flag; {hint}")
@@ -237,5 +237,7 @@ def _is_switch(path: str, sections: Sections) -> bool:
         if ALIASES[key].is_switch:
             return True
         key = ALIASES[key].key.split(".")[1]
-    field = sections[section].model_fields.get(key) if section in sections else None
-    return field is not None and bool in (field.annotation, *typing.get_args(field.annotation))
+    keys = sections[section].paths(f"{section}.") if section in sections else ()
+    owner = next((own for found, own, _ in keys if found == path), None)
+    kind: Any = owner.model_fields[path.rpartition(".")[2]].annotation if owner else None
+    return bool in (kind, *typing.get_args(kind))

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from sft.config.aliases import ALIASES, UNSET
 from sft.config.rules import conditions
-from sft.config.schema import NESTED, RunConfig, Section, sections_of
+from sft.config.schema import NESTED, RunConfig, sections_of
+from sft.config.section import Section
 
 HEAD = """\
 # Configuration keys

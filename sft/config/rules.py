@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from sft.config.schema import OnlyWith, Rule, RunConfig, Section, sections_of
+from sft.config.lora import CHANGES_BASE, Lora
+from sft.config.schema import Rule, RunConfig
+from sft.config.section import OnlyWith, Section
 
 
 def overlap(one: str | None, other: str | None) -> bool:
@@ -91,9 +94,74 @@ RULES = [
 ]
 
 
+def _broken_lora(*keys: str) -> Callable[[Callable[..., bool], str], Rule]:
+    """Returns a function that makes a rule on keys of `tuning`, the first of which is wrong."""
+    return lambda broken, message: Rule(tuple(f"tuning.{key}" for key in keys), broken, message)
+
+
+def _changes_base(init: Any) -> bool:
+    return isinstance(init, str) and init.startswith(CHANGES_BASE)
+
+
+INIT = "lora.init_lora_weights"
+PATTERNS = ("lora.use_rslora", "lora.rank_pattern", "lora.alpha_pattern")
+LORA_RULES = [
+    _broken_lora(INIT, "mode")(
+        lambda init, mode: _changes_base(init) and mode == "qlora",
+        "changes the weights of the base, and a 4-bit base would be quantised once more: the "
+        "adapter would not fit the base that others load; use tuning.mode: lora, or loftq",
+    ),
+    _broken_lora(INIT, "mode")(
+        lambda init, mode: init == "loftq" and mode != "qlora",
+        "loftq fits adapters to the error of a 4-bit base: set tuning.mode: qlora",
+    ),
+    _broken_lora(INIT, "r", "lora_alpha", *PATTERNS)(
+        lambda init, r, alpha, *others: init == "loftq" and (alpha != r or any(others)),
+        "PEFT fits loftq without the scale: set lora_alpha equal to r, without use_rslora and "
+        "patterns",
+    ),
+    _broken_lora(INIT, *PATTERNS)(
+        lambda init, rslora, *patterns: _changes_base(init) and rslora and any(patterns),
+        "with use_rslora and a pattern, PEFT cannot express what is learnt as an adapter of the "
+        "base as it is: leave one of them out",
+    ),
+    _broken_lora(INIT, "r")(
+        lambda init, r: init == "orthogonal" and isinstance(r, int) and r % 2 == 1,
+        "orthogonal needs an even tuning.r",
+    ),
+    _broken_lora("lora.lora_bias", INIT)(
+        lambda bias, init: bias and not isinstance(init, bool),
+        "PEFT initialises it with init_lora_weights: true or false only",
+    ),
+    _broken_lora("lora.lora_bias", "lora.use_dora")(
+        lambda bias, dora: bias and dora, "DoRA has no bias: leave one of them out"
+    ),
+    _broken_lora("lora.layers_pattern", "lora.layers_to_transform")(
+        lambda pattern, layers: pattern is not None and layers is None,
+        "is read with layers_to_transform only: set that, or remove this key",
+    ),
+    _broken_lora("lora.layers_to_transform", "target_modules")(
+        lambda layers, targets: (
+            layers is not None and isinstance(targets, str) and targets != "auto"
+        ),
+        "a regular expression in target_modules names the layers itself: give names, or leave "
+        "this key out",
+    ),
+    _broken_lora("lora.target_parameters", "lora_dropout", "lora.use_dora", "lora.lora_bias")(
+        lambda parameters, *others: parameters is not None and any(others),
+        "PEFT adapts parameters without lora_dropout, use_dora and lora_bias: leave them out",
+    ),
+    Rule(
+        ("tuning.lora", "crowd.num_agents"),
+        lambda lora, agents: agents > 0 and lora not in (Lora(), Lora().model_dump(), {}),
+        "agents are plain LoRA adapters of one shape: remove this section",
+    ),
+]
+
+
 def rules_of(schema: type[RunConfig]) -> list[Rule]:
     """Returns the rules of a schema: those of all tasks, of its own task, and of its keys."""
-    return [*RULES, *schema.rules, *_rules_of_keys(schema)]
+    return [*RULES, *LORA_RULES, *schema.rules, *_rules_of_keys(schema)]
 
 
 def conditions(section: type[Section], key: str) -> list[OnlyWith]:
@@ -107,13 +175,12 @@ def conditions(section: type[Section], key: str) -> list[OnlyWith]:
 
 def _rules_of_keys(schema: type[RunConfig]) -> Iterator[Rule]:
     """Yields a rule for each condition of a key: unless it holds, the key must have its default."""
-    for name, section in sections_of(schema).items():
-        for key, field in section.model_fields.items():
-            for condition in conditions(section, key):
-                yield Rule(
-                    (f"{name}.{key}", condition.path),
-                    lambda value, other, default=field.default, condition=condition: (
-                        value != default and not condition.holds(other)
-                    ),
-                    f"is only read with {condition}; set that, or remove this key",
-                )
+    for path, section, key in schema.paths():
+        for condition in conditions(section, key):
+            yield Rule(
+                (path, condition.path),
+                lambda value, other, default=section.model_fields[key].default, on=condition: (
+                    value != default and not on.holds(other)
+                ),
+                f"is only read with {condition}; set that, or remove this key",
+            )

@@ -6,55 +6,31 @@ writes docs/CONFIG.md.
 
 from __future__ import annotations
 
+import json
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-Origins = dict[str, str]
-"""Dotted path of a key -> the place where it was written, for messages."""
-
-
-@dataclass(frozen=True)
-class OnlyWith:
-    """States that a key is read only if another key has one of `values`, or is above `above`."""
-
-    path: str
-    values: tuple[Any, ...] = ()
-    above: float = float("inf")
-
-    def holds(self, value: Any) -> bool:
-        """Returns whether the key is read if the other one has this value."""
-        if not self.values:
-            return value > self.above
-        return any(each in self.values for each in (value if isinstance(value, list) else [value]))
-
-    def __str__(self) -> str:
-        if not self.values:
-            return f"{self.path} > {self.above:g}"
-        return f"{self.path}: {' or '.join(str(value).lower() for value in self.values)}"
-
-
-class Section(BaseModel):
-    """A section of a configuration: its keys, each with its type, default and documentation."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
-    )
-    only_with: ClassVar[OnlyWith | None] = None
-    """States when the other keys of the section are read. None: always."""
-
-
-def _refuse_unsafe(path: str) -> str:
-    """Returns the path of a folder. Raises ValueError if it is unsafe; it may be absolute."""
-    is_name = path.isprintable() and len(path) <= 200 and Path(path).name.strip()
-    if not is_name or ".." in Path(path).parts or path.startswith("~"):
-        expected = "printable characters, at most 200, without '..' and '~'"
-        raise ValueError(f"must name a folder: {expected}")
-    return path
+from sft.config.lora import Lora, check_targets
+from sft.config.section import (
+    Char,
+    Count,
+    CountOrZero,
+    Folder,
+    Fraction,
+    NonNegative,
+    OnlyWith,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Text,
+    Texts,
+)
+from sft.errors import shorten
 
 
 def _refuse_fp16(precision: Any) -> Any:
@@ -67,17 +43,6 @@ def _refuse_fp16(precision: Any) -> Any:
     return precision
 
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
-Char = Annotated[str, Field(min_length=1, max_length=1, pattern=r"^[^\x00\r\n\"]$")]
-Texts = Annotated[list[Text], Field(min_length=1)]
-Folder = Annotated[str, Field(min_length=1), AfterValidator(_refuse_unsafe)]
 MetricName = Literal[
     "exact_match",
     "normalised_match",
@@ -124,8 +89,39 @@ class Tuning(Section):
     """Scale of the adapters: their output is multiplied by lora_alpha / r."""
     lora_dropout: Fraction = 0.0
     """Probability of dropping an input of an adapter during training."""
-    target_modules: Literal["auto"] | list[Text] = "auto"
-    """Modules that get an adapter. `auto`: every linear layer except the vocabulary head."""
+    target_modules: Annotated[
+        Literal["auto"] | list[Text] | Text, BeforeValidator(check_targets)
+    ] = "auto"
+    """Modules that get an adapter: names, or a regular expression of whole names. `auto`: every
+    linear layer except the vocabulary head."""
+    lora: Lora = Lora()
+    """Further settings of the adapters, by PEFT's names (section `tuning.lora`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _move_shared(cls, values: Any) -> Any:
+        """Moves keys of `lora` that this section has, too. Raises ValueError for two values."""
+        lora = values.get("lora") if isinstance(values, dict) else None
+        if not isinstance(lora, dict):
+            return values
+        shared = {key: lora[key] for key in cls.model_fields if key in lora and key != "lora"}
+        for key in shared.keys() & values.keys():
+            if values[key] != shared[key]:
+                raise ValueError(
+                    f"{key} is {shorten(values[key])} here and {shorten(shared[key])} in "
+                    "tuning.lora; remove one"
+                )
+        own = {key: value for key, value in lora.items() if key not in shared}
+        return values | shared | {"lora": own}
+
+    def identity(self) -> str:
+        """Returns what runs that continue each other share, as JSON.
+
+        A key that came later is left out while it has its default, so that older runs continue.
+        """
+        first = dict.fromkeys(("mode", "r", "lora_alpha", "lora_dropout", "target_modules"))
+        values = {key: self.model_dump()[key] for key in first}
+        return json.dumps(values | self.model_dump(exclude_defaults=True), separators=(",", ":"))
 
 
 class Data(Section):
@@ -458,4 +454,5 @@ def sections_of(schema: type[RunConfig]) -> dict[str, type[Section]]:
 NESTED: dict[str, type[Section]] = {
     "classify.strategies.<name>": Strategy,
     "generation": Generation,
+    "tuning.lora": Lora,
 }

@@ -1,46 +1,286 @@
-"""Adds the LoRA adapters (PEFT) that are trained on a frozen base."""
+"""Adds the LoRA adapters (PEFT) that are trained on a frozen base, and names what they consist of.
+
+PEFT makes, trains and names adapters. Here is what it leaves open: which keys of `tuning.lora` name
+something, and how an adapter that began with a part of the base fits the base that others have.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
+from sft.config.lora import CHANGES_BASE, REFUSED, Lora
 from sft.config.schema import Tuning
-from sft.errors import ModelError
+from sft.errors import ModelError, oom_message, suggest
 from sft.models import experts
+
+NAME = "default"  # of the adapter, in PEFT
+SHARED = ("r", "lora_alpha", "target_modules")  # keys of adapter_config.json and of `tuning`
+# Keys of adapter_config.json that change nothing in an adapter that is loaded.
+INERT = (
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "fan_in_fan_out", "lora_dropout", "megatron_core"),
+    *("loftq_config", "eva_config", "qalora_group_size", "runtime_config"),
+)
+DECOMPOSED = ("loftq", "corda", "lora_ga")  # first weights that belong to a changed base
 
 
 def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
-    """Returns `base` with a LoRA adapter (PEFT) in fp32. Raises ModelError if no layer matches."""
-    from peft import LoraConfig, TaskType, get_peft_model
+    """Returns `base` with a LoRA adapter (PEFT) in fp32.
 
-    targets = "all-linear" if tuning.target_modules == "auto" else list(tuning.target_modules)
-    config = LoraConfig(
+    Raises ModelError if a key of `tuning` names nothing in the base, or PEFT refuses a combination.
+    """
+    from peft import get_peft_model
+
+    targets = _targets(base, tuning)
+    config = lora_config(tuning, *targets, has_values=not _is_fake(base))
+    experts.complete_targets(base, config, auto=tuning.target_modules == "auto")
+    try:
+        model: Any = get_peft_model(base, config)
+    except Exception as error:
+        if isinstance(error, MemoryError) or oom_message(error):
+            raise
+        if config.target_modules and not _matching(base, config):
+            linear = (n for n, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D))
+            raise ModelError(
+                f"tuning.target_modules: {targets[0]} names no layer of this model; its linear "
+                f"layers are: {', '.join(sorted(_last_names(linear)))}"
+            ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"tuning: PEFT cannot add these adapters: {reason[:400]}") from error
+    if tuning.lora.init_lora_weights == "loftq" and not _is_fake(base):
+        from peft import replace_lora_weights_loftq
+
+        replace_lora_weights_loftq(model)
+    _refuse_unused(model, tuning)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if tuning.lora.changes_base and not _is_fake(base):
+        _keep_first(model, tuning)
+    return model
+
+
+def lora_config(
+    tuning: Tuning, modules: list[str] | str, parameters: list[str] | None, has_values: bool
+) -> Any:
+    """Returns PEFT's configuration. Without values, weights cannot be decomposed into adapters."""
+    from peft import LoraConfig, TaskType
+
+    lora = tuning.lora.model_dump(exclude={"target_parameters"})
+    init = lora.pop("init_lora_weights")
+    plain = init == "loftq" or (not has_values and not isinstance(init, bool))
+    return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=tuning.r,
         lora_alpha=tuning.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=tuning.lora_dropout,
-        target_modules=targets,
+        target_modules=modules,
+        target_parameters=parameters,
+        init_lora_weights=True if plain else init,
+        **lora,
     )
-    auto = tuning.target_modules == "auto"
-    if auto:
-        config.target_modules, config.target_parameters = experts.auto_targets(base)
-    experts.complete_targets(base, config, auto=auto)
-    try:
-        model = get_peft_model(base, config)
-    except ValueError as error:
-        linear = {
-            name.rpartition(".")[2]
-            for name, module in base.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-        }
-        raise ModelError(
-            f"tuning.target_modules: {targets} names no layer of this model; "
-            f"its linear layers are: {', '.join(sorted(linear))}"
-        ) from error
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
+
+
+def _targets(base: Any, tuning: Tuning) -> tuple[list[str] | str, list[str] | None]:
+    """Returns what PEFT gets as `target_modules` and `target_parameters`."""
+    found, parameters = tuning.target_modules, tuning.lora.target_parameters
+    if found != "auto":
+        return found if isinstance(found, str) else list(found), parameters
+    modules, own = experts.auto_targets(base)
+    parameters = sorted({*(own or ()), *(parameters or ())}) or None
+    if modules != "all-linear" or tuning.lora.layers_to_transform is None:
+        return modules, parameters
+    # PEFT looks at the numbers of layers only for names that are no whole names of modules.
+    head, every = base.get_output_embeddings(), base.named_modules()
+    linear = (n for n, m in every if isinstance(m, nn.Linear | Conv1D) and m is not head)
+    return experts.short_names(linear), parameters
+
+
+def _is_fake(model: nn.Module) -> bool:
+    """Returns whether the weights have no values: in a plan, or a model without storage."""
+    return any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters())
+
+
+def _matching(base: nn.Module, config: Any) -> list[str]:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return [name for name, _ in base.named_modules() if check_target_module_exists(config, name)]
+
+
+def _last_names(names: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}
+
+
+# -- keys that name something
+
+
+def _refuse_unused(model: Any, tuning: Tuning) -> None:
+    """Raises ModelError for a name or pattern in `tuning` that is nothing in this model."""
+    from peft.tuners.lora import LoraLayer
+
+    plain = model.get_base_model()
+    names = {name for name, _ in (*plain.named_modules(), *plain.named_parameters()) if name}
+    names = {re.sub(r"\.(base_layer|original_module|token_adapter)\b", "", n) for n in names}
+    layers = {n for n, m in plain.named_modules() if isinstance(m, LoraLayer)}
+    used = model.peft_config[NAME].target_modules or ()  # without old names of experts
+    for key, entries, known in _named(tuning, names, layers):
+        for entry in entries if key != "target_modules" else {*entries} & {*used}:
+            if not any(_ends_with(name, entry) for name in known):
+                near = suggest(entry, sorted(_last_names(known)))
+                raise ModelError(f"tuning.{key}: {entry} names nothing in this model; {near}")
+    wanted = tuning.lora.layers_to_transform
+    numbers = {int(n) for each in layers for n in re.findall(r"\.(\d+)\.", each)[:1]}
+    for number in [wanted] if isinstance(wanted, int) else wanted or []:
+        if number not in numbers:
+            raise ModelError(
+                f"tuning.lora.layers_to_transform: no layer {number} got an adapter; layers with "
+                f"one: {', '.join(map(str, sorted(numbers)))}"
+            )
+
+
+def _named(
+    tuning: Tuning, modules: set[str], adapted: set[str]
+) -> Iterator[tuple[str, list[str], set[str]]]:
+    """Yields (key, the names or patterns that it gives, the names that they may match)."""
+    lora, targets = tuning.lora, tuning.target_modules
+    yield "target_modules", [] if isinstance(targets, str) else list(targets), modules
+    yield "lora.rank_pattern", list(lora.rank_pattern), adapted
+    yield "lora.alpha_pattern", list(lora.alpha_pattern), adapted
+    yield "lora.modules_to_save", lora.modules_to_save or [], modules
+    if isinstance(lora.exclude_modules, list):
+        yield "lora.exclude_modules", lora.exclude_modules, modules
+    if isinstance(lora.trainable_token_indices, dict):
+        yield "lora.trainable_token_indices", list(lora.trainable_token_indices), modules
+
+
+def _ends_with(name: str, pattern: str) -> bool:
+    """Returns whether PEFT finds `pattern` in a name, as a regular expression of its end."""
+    return name.endswith(f".{pattern}") or bool(re.match(rf"(.*\.)?({pattern})$", name))
+
+
+# -- adapters in files
+
+
+def adapter_tuning(config: Mapping[str, Any]) -> Tuning:
+    """Returns the settings of an adapter's config, of which known keys of known types are read.
+
+    Raises ValueError or KeyError if it has none, or has features that are not supported.
+    """
+    given = {key: value for key, value in config.items() if value not in (None, [], {}, "")}
+    read = {*SHARED, *INERT, *Lora.model_fields}
+    if strange := sorted(key for key, value in given.items() if value and key not in read):
+        reasons = (f"{key} ({REFUSED.get(key, 'not known to PEFT 0.21')})" for key in strange)
+        raise ValueError(f"not supported: {', '.join(reasons)}")
+    init = given.get("init_lora_weights", True)
+    if not isinstance(init, bool | str) or init in DECOMPOSED:
+        raise ValueError(f"init_lora_weights: {init}, so the adapter belongs to a changed base")
+    own = {key: given[key] for key in Lora.model_fields if key in given}
+    # PEFT subtracts these from the base once more; what others begin with is overwritten.
+    own["init_lora_weights"] = init if str(init).startswith(CHANGES_BASE) else True
+    targets = given.get("target_modules", [] if "target_parameters" in given else None)
+    if targets is None:
+        raise KeyError("target_modules")
+    return Tuning(
+        r=config["r"], lora_alpha=config["lora_alpha"], target_modules=targets, lora=Lora(**own)
+    )
+
+
+def store_like_base(adapted: Any) -> None:
+    """Stores trained copies, rows and biases in the dtype of the base, with which they compute.
+
+    Training computes them under autocast; PEFT itself does so for A and B.
+    """
+    dtype = adapted.get_base_model().dtype
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+
+
+def tuning_of(adapted: Any) -> Tuning:
+    """Returns the settings of an adapter in memory, as its adapter_config.json would have them."""
+    values = adapted.peft_config[NAME].to_dict()
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+    return adapter_tuning(plain)
+
+
+# -- adapters that begin with a part of the base
+
+
+def served_tuning(tuning: Tuning) -> Tuning:
+    """Returns the settings of what is saved: an adapter that fits the base as others have it.
+
+    PiSSA and OLoRA train B A on a base from which B0 A0 was subtracted. On the whole base that is
+    an adapter of twice the rank, B A - B0 A0, and of the same scale.
+    """
+    lora = tuning.lora
+    if not lora.changes_base:
+        return tuning
+    changes: dict[str, Any] = {
+        "init_lora_weights": True,
+        "rank_pattern": {key: 2 * r for key, r in lora.rank_pattern.items()},
+        "alpha_pattern": {key: 2 * alpha for key, alpha in lora.alpha_pattern.items()},
+    }
+    factor = 2**0.5 if lora.use_rslora else 2
+    values = {"r": 2 * tuning.r, "lora_alpha": factor * tuning.lora_alpha}
+    return tuning.model_copy(update=values | {"lora": lora.model_copy(update=changes)})
+
+
+def _keep_first(model: Any, tuning: Tuning) -> None:
+    """Keeps the first A and B, which were subtracted from the base, as an attribute of `model`."""
+    first = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            first[name] = parameter.detach().cpu().clone()
+            rank = min(parameter.shape)
+            if ".lora_A." in name and rank < tuning.r and not tuning.lora.rank_pattern:
+                raise ModelError(
+                    f"tuning.r: init_lora_weights: {tuning.lora.init_lora_weights} gives "
+                    f"{name.split('.lora_A')[0]} a rank of {rank} at most, found {tuning.r}"
+                )
+    model.first_adapter, model.served_tuning = first, served_tuning(tuning)
+
+
+def extend_with_first(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the weights of the adapter B A - B0 A0, of twice the rank (`served_tuning`)."""
+    result = dict(weights)
+    for name, first in model.first_adapter.items():
+        now = weights[name].detach().cpu()
+        is_a = ".lora_A." in name
+        result[name] = torch.cat([now, first] if is_a else [now, -first], dim=0 if is_a else 1)
+    return result
+
+
+def without_first(model: Any, name: str, value: torch.Tensor) -> torch.Tensor:
+    """Returns the trained half of a weight that `extend_with_first` wrote."""
+    first = getattr(model, "first_adapter", {}).get(name)
+    if first is None:
+        return value
+    half = value.shape[0 if ".lora_A." in name else 1] // 2
+    return value[:half] if ".lora_A." in name else value[:, :half].contiguous()
+
+
+# -- names
+
+
+def saved_names(model: Any) -> dict[str, str]:
+    """Returns (name in PEFT's file -> name in `model`) of all weights of an adapter, from PEFT."""
+    from peft import get_peft_model_state_dict
+
+    tensors = {**aliases(model), **{name: name for name, _ in model.named_buffers()}}
+    names = list(tensors.values())
+    marks = {name: torch.tensor(number) for number, name in enumerate(tensors)}
+    found = get_peft_model_state_dict(model, state_dict=marks, save_embedding_layers=False)
+    return {saved: names[int(mark)] for saved, mark in found.items()}
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Returns (name -> first name of the same parameter); tied parameters have several names."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    return {name: first[p] for name, p in model.named_parameters(remove_duplicate=False)}

@@ -36,12 +36,24 @@ class ParameterGroup:
     num_bytes: int
 
 
+def part_of(name: str, on_base: bool) -> str:
+    """Returns what a parameter is, by its name. `on_base`: it is trained, on a frozen base."""
+    parts = {
+        "lora_": "adapters",
+        "modules_to_save": "modules to save",
+        "trainable_tokens": "rows of tokens",
+    }
+    if found := next((part for key, part in parts.items() if key in name), None):
+        return found
+    return "biases" if on_base else "embeddings" if "embed" in name else "layers"
+
+
 def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
     """Counts parameters by part, dtype and whether they are trained; NF4 packs two into a byte."""
     counts: dict[tuple[str, str, bool], list[int]] = defaultdict(lambda: [0, 0])
     for name, parameter in model.named_parameters():
         quantised = parameter.dtype == torch.uint8
-        part = "adapters" if "lora_" in name else "embeddings" if "embed" in name else "layers"
+        part = part_of(name, parameter.requires_grad and hasattr(model, "peft_config"))
         dtype = "NF4" if quantised else str(parameter.dtype).removeprefix("torch.")
         count = counts[part, dtype, parameter.requires_grad]
         count[0] += parameter.numel() * (2 if quantised else 1)

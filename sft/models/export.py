@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sft.config.schema import Model, Tuning
+from sft.config.schema import Model
 from sft.errors import CheckpointError
+from sft.models.adapt import NAME, aliases, extend_with_first, saved_names, without_first
 from sft.models.digests import weights_sha256
 from sft.models.load import absolute_name
 from sft.runtime.checkpoint import open_tensors
@@ -38,7 +40,7 @@ def save(
     `weights`: those to save, by name, if the model holds only parts of them (FSDP2, ZeRO-3).
     `base`: the base of an adapter; it is recorded, and another base is refused at loading.
     """
-    model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]
+    _save_model(model, folder, weights)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's, a form that nobody has filled in
     tokenizer.save_pretrained(str(folder))
     if base is not None:
@@ -49,6 +51,25 @@ def save(
         config.write_text(json.dumps(values | {"use_cache": True}, indent=2) + "\n", "utf-8")
 
 
+def _save_model(model: Any, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+    """Writes the model, or its adapter as it fits the base that others have."""
+    if not hasattr(model, "peft_config") or not hasattr(model, "base_model"):  # Agents have no base
+        model.save_pretrained(str(folder), state_dict=weights)
+        return
+    weights = model.state_dict() if weights is None else weights
+    weights |= {name: weights[first] for name, first in aliases(model).items() if first in weights}
+    if hasattr(model, "first_adapter"):
+        weights = extend_with_first(model, weights)
+    # PEFT would look for the base on the hub to find out whether its vocabulary has grown.
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    if hasattr(model, "served_tuning"):
+        config, served = copy.copy(model.peft_config[NAME]), model.served_tuning
+        config.r, config.lora_alpha, config.inference_mode = served.r, served.lora_alpha, True
+        for key in ("init_lora_weights", "rank_pattern", "alpha_pattern"):
+            setattr(config, key, getattr(served.lora, key))
+        config.save_pretrained(str(folder))
+
+
 def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name in `model`, weight) for the weights that `save` wrote.
 
@@ -57,12 +78,13 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
     known = dict(model.named_parameters())
     missing = {name for name, p in known.items() if p.requires_grad}
     names = {name: name for name in known}
-    if (folder / ADAPTER).exists():  # PEFT leaves the adapter's name out
-        names = {name.replace(".default", ""): name for name in known if "lora_" in name}
+    if (folder / ADAPTER).exists():
+        names = {saved: name for saved, name in saved_names(model).items() if name in known}
     for path in sorted(folder.glob("*model*.safetensors")):
         with open_tensors(path) as file:
             for saved in names.keys() & set(file.keys()):
-                name, value = names[saved], file.get_tensor(saved)
+                name = names[saved]
+                value = without_first(model, name, file.get_tensor(saved))
                 shape = getattr(known[name], "ds_shape", known[name].shape)  # ZeRO-3's are split
                 if value.shape != shape:
                     raise CheckpointError(
@@ -73,12 +95,6 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
                 yield name, value
     if missing:
         raise CheckpointError(f"{folder} does not fit the model: it lacks {min(missing)}")
-
-
-def adapter_tuning(config: dict[str, Any]) -> Tuning:
-    """Returns the LoRA settings of an adapter's config. Raises ValueError or KeyError if it has
-    none."""
-    return Tuning(**{key: config[key] for key in ("r", "lora_alpha", "target_modules")})
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -47,6 +47,16 @@ def full_tensor(parameter: Any) -> torch.Tensor:
         return parameter.detach().clone()
 
 
+def weights_to_save(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that a checkpoint holds, by name: all but those of a frozen base.
+
+    Frozen parts of an adapter, and of a model that has no base, are in no other file.
+    """
+    on_base = hasattr(model, "peft_config")
+    named = model.named_parameters()
+    return {n: p for n, p in named if not on_base or p.requires_grad or "lora_" in n}
+
+
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
     """Returns the model's layers: the list of modules that holds the most parameters."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))

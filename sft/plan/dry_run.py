@@ -32,7 +32,7 @@ from sft.data.batches import MicroBatch
 from sft.evaluate import generate
 from sft.models import dtypes
 from sft.models.attention import needs_no_mask
-from sft.models.layers import embedding_layers
+from sft.models.layers import embedding_layers, weights_to_save
 from sft.plan.trace import AssumeOnes, Recorder, Trace
 from sft.runtime.processes import Context
 from sft.tasks.base import ExampleSize
@@ -297,8 +297,9 @@ def record_step(engine: DryEngine, *, gradients: bool = False, evaluation: bool 
 def tensors_by_use(model: nn.Module) -> dict[str, list[torch.Tensor]]:
     """Returns all tensors that a model keeps, by their use."""
     weights, adapters, states = list(model.buffers()), list[torch.Tensor](), list[torch.Tensor]()
-    for name, parameter in model.named_parameters():
-        (adapters if "lora_" in name else weights).append(parameter)
+    own = set(weights_to_save(model).values()) if hasattr(model, "peft_config") else set()
+    for parameter in model.parameters():
+        (adapters if parameter in own else weights).append(parameter)
         state = getattr(parameter, "quant_state", None)
         while state is not None:
             states += tensors_in(vars(state))

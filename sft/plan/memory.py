@@ -175,7 +175,9 @@ def _depths(key: ModelKey) -> tuple[int, int, int] | None:
     )
     few = 2 * period + whole % period
     more = few + period
-    if info.small or few + more >= whole or info.deepest_layer >= whole:  # the task refuses it
+    if info.deepest_layer >= whole:  # the task refuses it
+        return None
+    if info.small or not info.repeats or few + more >= whole:
         return None
     key = model_key(config)
     numbers = [count_at_depth(key, depth).parameters for depth in (few, more, whole)]

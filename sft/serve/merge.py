@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from sft.config.schema import Config
 from sft.errors import MergeError
 from sft.models import export, load
+from sft.models.layers import weights_to_save
 from sft.runtime import checkpoint, disk
 from sft.runtime.console import size, write_json
 from sft.serve.proof import (
@@ -136,6 +137,11 @@ def _load_config(run: Path, base: str, overrides: list[str] | None) -> Config:
     if mode == "full":
         raise MergeError(f"{run}: full fine-tuning has no adapter; final_checkpoint/ is the model")
     task_of(config).refuse_merge(config, run)
+    if base == "original" and config.tuning.lora.init_lora_weights == "loftq":
+        raise MergeError(
+            f"{run}: its adapter corrects the errors of the 4-bit base (loftq), which the original "
+            "weights lack: give BASE=dequantised"
+        )
     if base == "dequantised" and mode != "qlora":
         raise MergeError(f"{run}: its base was not quantised ({mode}); leave BASE out")
     return config
@@ -145,7 +151,8 @@ def _write(run: Path, config: Config, base: str, folder: Path, dtype: str) -> No
     """Writes the merged model with its tokenizer. Raises MergeError if the disk is too full."""
     adapted, tokenizer = load_trained(run, config, quantised=False)
     plain: Any = adapted.get_base_model()  # type: ignore[operator]
-    weights = sum(p.numel() for name, p in plain.named_parameters() if "lora_" not in name)
+    adapter = weights_to_save(adapted).values()
+    weights = sum(p.numel() for p in adapted.parameters()) - sum(p.numel() for p in adapter)
     need = weights * DTYPES[dtype].itemsize + len(tokenizer) * disk.TOKENIZER_BYTES
     have = disk.free_bytes(folder)
     if need > have:

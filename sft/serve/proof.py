@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from sft.data import audit, template
 from sft.errors import MergeError
 from sft.evaluate import generate, predictions
 from sft.models import dtypes, load
+from sft.models.adapt import NAME
 from sft.runtime import checkpoint
 from sft.runtime.console import table
 from sft.serve.runs import load_trained
@@ -36,6 +38,8 @@ NUM_PROMPTS = 32  # conversations whose probabilities are compared
 NUM_POSITIONS = 64  # compared at the end of each, where the answer is
 # Nats per token that rounding to the dtype may cost (docs/LOG.md has what was measured).
 MAX_KL = {"fp32": 1e-8, "fp16": 1e-4, "bf16": 5e-3}
+# Names of parameters that are not of an adapter.
+IS_OF_BASE = re.compile(r"(?!.*\.(lora_\w+|modules_to_save|trainable_tokens_delta)\.).*")
 MAX_LOSS = 0.1  # KL as a share of the adapter's own effect; half its scale loses 0.25, no adapter 1
 MIN_EFFECT = 1e-9  # nats per token; a smaller effect counts as this one
 Say = Callable[[RenderableType], None]
@@ -77,7 +81,7 @@ def prove(folder: Path, run: Path, config: Config, base: str) -> dict[str, Any]:
         effect = _kl(expected, _logits(reference, prompts))
     checks = _compare_tokenizers(folder, config, tokenizer)
     checks["generation"] = _compare_generation(folder, generation)
-    checks |= _compare_tensors(reference, config, merged, loading, dtype)
+    checks |= _compare_tensors(reference, merged, loading, dtype)
     del reference  # its memory is needed for the merged model in fp32
     kl = _kl(expected, _logits(merged.float(), prompts))
     limit = min(MAX_KL[dtype], MAX_LOSS * max(effect, MIN_EFFECT))
@@ -171,13 +175,13 @@ def add_turn_ends(base: GenerationConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 @torch.no_grad()
 def _compare_tensors(
-    reference: Any, config: Config, merged: nn.Module, loading: dict[str, Any], dtype: str
+    reference: Any, merged: nn.Module, loading: dict[str, Any], dtype: str
 ) -> Checks:
     """Compares each tensor with its expected value; tied weights are one tensor."""
     found = dict(merged.named_parameters())
     strange = set(loading["missing_keys"]) | set(loading["unexpected_keys"])
     worst, where = 0.0, ""
-    for name, expected in _expected_weights(reference, config, merged):
+    for name, expected in _expected_weights(reference, merged):
         value = found.pop(name, None)
         if value is None or value.shape != expected.shape:
             strange.add(name)
@@ -192,29 +196,58 @@ def _compare_tensors(
     }
 
 
-def _expected_weights(
-    reference: Any, config: Config, merged: nn.Module
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _expected_weights(reference: Any, merged: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the name and expected value, in fp32, of each parameter of `merged`.
 
-    It uses LoRA's own formula, W + lora_alpha / r * B @ A, and not the library that merged.
+    It uses the formulas of `_adapted`, and not the library that merged.
     """
-    scale = config.tuning.lora_alpha / config.tuning.r
     plain, modules = reference.get_base_model(), dict(merged.named_modules())
     for name, parameter in plain.named_parameters():
-        if "lora_" in name:
-            continue
         owner, _, kind = name.rpartition(".")
-        adapted = owner.removesuffix(".base_layer")
-        is_transposed = isinstance(modules.get(adapted), Conv1D)  # GPT-2's, (in, out)
+        if ".modules_to_save.default" in owner:  # takes the place of `original_module`
+            yield name.replace(".modules_to_save.default", ""), parameter.float()
+        if ".original_module" in owner or not IS_OF_BASE.fullmatch(name):
+            continue
+        wrapped = re.sub(r"\.(base_layer|token_adapter)\b", "", owner)
+        wrapper = plain.get_submodule(wrapped) if wrapped != owner else None
+        is_transposed = isinstance(modules.get(wrapped), Conv1D)  # GPT-2's, (in, out)
         value = dequantise(parameter)
         if is_transposed and hasattr(parameter, "quant_state"):
             value = value.T
-        if owner != adapted and kind == "weight":
-            layer = plain.get_submodule(adapted)
-            a, b = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
-            value = value + scale * ((b @ a).T if is_transposed else b @ a)
-        yield f"{adapted}.{kind}", value
+        if wrapper is not None:
+            value = _adapted(wrapper, kind, value, is_transposed)
+        yield f"{wrapped}.{kind}", value
+
+
+def _adapted(layer: Any, kind: str, value: torch.Tensor, is_transposed: bool) -> torch.Tensor:
+    """Returns a weight or bias of the base as the adapter of `layer` changes it.
+
+    LoRA (Hu et al. 2021): W + s B A, with s = alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023).
+    DoRA (Liu et al. 2024): each row of that, scaled to the length that was learnt for it. Rows of
+    trained tokens are as they were learnt.
+    """
+    if hasattr(layer, "token_adapter"):
+        tokens = layer.token_adapter
+        value = value.clone()
+        value[tokens.token_indices[NAME]] = tokens.trainable_tokens_delta[NAME].float()
+        return value
+    rank, alpha = layer.r[NAME], layer.lora_alpha[NAME]
+    scale = alpha / (math.sqrt(rank) if layer.use_rslora[NAME] else rank)
+    if kind == "bias":
+        bias = layer.lora_B[NAME].bias if NAME in layer.lora_B else None
+        return value if bias is None else value + scale * bias
+    is_embedding = NAME in layer.lora_embedding_A
+    if is_embedding:
+        a, b = layer.lora_embedding_A[NAME], layer.lora_embedding_B[NAME]
+    else:
+        a, b = (part[NAME].weight for part in (layer.lora_A, layer.lora_B))
+    is_transposed |= is_embedding
+    value = value + scale * ((b @ a).T if is_transposed else b @ a)
+    if NAME in layer.lora_magnitude_vector:
+        rows = value.norm(dim=0 if is_transposed else 1, keepdim=True)
+        length = layer.lora_magnitude_vector[NAME].weight
+        value = value * (length.view(rows.shape) / rows)
+    return value
 
 
 def dequantise(weight: torch.Tensor) -> torch.Tensor:

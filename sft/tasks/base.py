@@ -74,6 +74,7 @@ class TaskInfo:
     attention: str = "auto"  # as in `model.attn_implementation`
     vocabulary: int = 0  # entries of the tokenizer that is saved
     small: bool = False  # traced whole, and without gradient checkpointing
+    repeats: bool = True  # whether layers of one kind have equal trained parts
     examples_bytes: int = 0  # bytes of all training examples, if each process keeps them in RAM
     waiting_bytes: int = 0  # bytes of a token in a collated micro-batch that waits for its turn
     labels: Labels = Labels()

@@ -23,6 +23,7 @@ from torch import nn
 from sft.config.schema import Train
 from sft.data.batches import MicroBatch, cut, global_batch_ids
 from sft.errors import CheckpointError, NonFiniteError, OutOfMemory, Preempted, oom_message
+from sft.models.layers import weights_to_save
 from sft.runtime import checkpoint, disk, run_folder
 from sft.runtime.console import Advance, duration, metrics_line, size
 from sft.runtime.processes import Context
@@ -52,8 +53,8 @@ class Engine:
         self.last_evaluated = 0  # the last step that was followed by an evaluation
         self.num_skipped = 0  # steps without an update: loss or gradient was not finite
         self.total_steps = total_steps(train, len(task.lengths))
-        trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
-        need = disk.checkpoint_bytes(train, trained, 0)
+        number = sum(p.numel() for p in weights_to_save(task.model).values())
+        need = disk.checkpoint_bytes(train, number, 0)
         self.keeper = Keeper(train, context.accelerator, context.log, context.guard.status, need)
         task.model.train()
         self.parallel = share_model(task.model, train, context.accelerator)
@@ -494,7 +495,8 @@ class Engine:
         """Loads step, weights and optimizer state from a verified checkpoint folder."""
         state = read_state(folder, identity(self.train, self.task.identity()))
         for name, value in self.task.read(folder):
-            self.parallel.set_weight(name, value)
+            if name in self.parallel.trained:  # frozen ones are as they were built
+                self.parallel.set_weight(name, value)
         with checkpoint.OptimizerState(folder) as saved:
             self.parallel.load_optimizer(state["optimizer_updates"], saved.read)
         self.step, self.num_skipped = state["step"], state["num_skipped"]

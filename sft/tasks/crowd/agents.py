@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sft.config.schema import Crowd
+from sft.config.schema import Crowd, Tuning
 from sft.errors import CheckpointError, ConfigError
-from sft.models.export import ADAPTER, adapter_tuning
+from sft.models.adapt import SHARED, adapter_tuning
+from sft.models.export import ADAPTER
 from sft.runtime.checkpoint import open_tensors
 
 META = "ci_llm_meta_config.json"  # the description of the agents, beside their folders
@@ -209,12 +210,17 @@ def _refuse_another_crowd(crowd: Agents, folder: Path) -> None:
         raise CheckpointError(f"{folder} holds another crowd:\n  " + "\n  ".join(differences))
 
 
+def shape_of(meta: dict[str, Any]) -> Tuning:
+    """Returns the shape of the agents in a description. Raises ValueError or KeyError."""
+    return adapter_tuning({key: meta[key] for key in SHARED})
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """Returns the description of the crowd in `folder`. Raises CheckpointError if it holds none."""
     path = folder / META
     try:
         found = json.loads(path.read_text("utf-8"))
-        adapter_tuning(found)
+        shape_of(found)
         settings = Crowd(num_agents=found["num_agents"], aggregator=found["aggregator"])
         numbers = list(map(float, found["concentration"]))
         is_sound = len(numbers) == settings.num_agents and 0 < sum(numbers) < math.inf

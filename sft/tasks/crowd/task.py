@@ -32,10 +32,10 @@ from sft.data.template import IGNORED
 from sft.errors import ConfigError, DataError, ExportError, MergeError, ModelError
 from sft.evaluate import generate
 from sft.models.adapt import add_adapters
-from sft.models.export import BASE, adapter_tuning, base_record, put_weights
+from sft.models.export import BASE, base_record, put_weights
 from sft.runtime.console import write_json
 from sft.tasks.base import Finding, Shrunk, Task, TaskInfo
-from sft.tasks.crowd.agents import META, Agents, read_agents, read_meta
+from sft.tasks.crowd.agents import META, Agents, read_agents, read_meta, shape_of
 from sft.tasks.crowd.aggregator import Mixture, aggregator_of, fit, mix
 from sft.tasks.crowd.diversity import (
     BatchDiversity,
@@ -338,7 +338,7 @@ class CrowdTune(FineTune):
         saved = read_meta(folder)
         settings = Crowd(num_agents=saved["num_agents"], aggregator=saved["aggregator"])
         try:
-            crowd: Any = Agents(add_adapters(base, adapter_tuning(saved)), settings)
+            crowd: Any = Agents(add_adapters(base, shape_of(saved)), settings)
             put_weights(crowd, read_agents(crowd, folder))
         except ModelError as error:
             raise ExportError(f"{folder} is no crowd of this base: {error}") from None

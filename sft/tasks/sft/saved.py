@@ -9,20 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sft.config.schema import Config, Model
-from sft.errors import CheckpointError, ExportError, ModelError
+from sft.config.schema import Config, Model, Tuning
+from sft.errors import CheckpointError, ExportError, ModelError, shorten
 from sft.models import load
-from sft.models.adapt import add_adapters
+from sft.models.adapt import (
+    SHARED,
+    adapter_tuning,
+    add_adapters,
+    served_tuning,
+    store_like_base,
+    tuning_of,
+)
 from sft.models.digests import weights_sha256
-from sft.models.export import ADAPTER, BASE, adapter_tuning, load_weights
+from sft.models.export import ADAPTER, BASE, load_weights
 from sft.tasks.base import Task
 
 ADAPTER_CONFIG = "adapter_config.json"
-# Features of LoRA adapters that `models.adapt.add_adapters` does not have.
-UNSUPPORTED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
 
 
 @dataclass(frozen=True)
@@ -67,16 +73,11 @@ def refuse_another_shape(folder: Path, adapted: Any) -> None:
 
     The tensors alone show neither lora_alpha nor modules that are left out.
     """
-    saved, given = read_adapter_config(folder), adapted.peft_config["default"]
-    shapes = {
-        "r": (saved.get("r"), given.r),
-        "lora_alpha": (saved.get("lora_alpha"), given.lora_alpha),
-        "target_modules": (sorted(saved["target_modules"]), sorted(given.target_modules)),
-    }
+    saved, given = shape_values(read_tuning(folder)), shape_values(tuning_of(adapted))
     differences = [
-        f"tuning.{key}: trained with {trained}, found {found}"
-        for key, (trained, found) in shapes.items()
-        if trained != found
+        f"tuning.{key}: trained with {trained}, found {given[key]}"
+        for key, trained in saved.items()
+        if trained != given[key]
     ]
     if differences:
         raise ExportError(
@@ -85,24 +86,49 @@ def refuse_another_shape(folder: Path, adapted: Any) -> None:
         )
 
 
+def shape_values(tuning: Tuning) -> dict[str, Any]:
+    """Returns the keys of `tuning` that decide what an adapter computes, with lists in order."""
+    values = tuning.model_dump()
+    lora = {f"lora.{key}": value for key, value in values["lora"].items()}
+    shape = {key: values[key] for key in SHARED} | lora
+    return {key: sorted(v) if isinstance(v, list) else v for key, v in shape.items()}
+
+
+def read_tuning(folder: Path) -> Tuning:
+    """Returns the settings of the adapter in `folder`. Raises ExportError if it has none."""
+    return _tuning_in(folder, read_adapter_config(folder))
+
+
+def _tuning_in(folder: Path, found: dict[str, Any]) -> Tuning:
+    try:
+        return adapter_tuning(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        reason = f"{where}: {first['msg']}, found {shorten(first['input'])}"
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error)
+    raise ExportError(f"{folder / ADAPTER_CONFIG}: not a LoRA shape: {reason}")
+
+
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Returns adapter_config.json. Raises ExportError if it is not that of a plain LoRA adapter."""
+    """Returns adapter_config.json. Raises ExportError if it is not that of a LoRA adapter."""
     path = folder / ADAPTER_CONFIG
     try:
         found = json.loads(path.read_text("utf-8"))
         kind, base = found["peft_type"], found["base_model_name_or_path"]
-        is_sound = isinstance(base, str) and isinstance(found["target_modules"], list)
+        is_sound = isinstance(base, str) and kind == "LORA"
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or repr(error)
         raise ExportError(
             f"{folder}: expected a LoRA adapter (adapter_config.json, {ADAPTER}): {reason}"
         ) from None
-    unsupported = [key for key in UNSUPPORTED if found.get(key)]
-    if kind != "LORA" or not is_sound or unsupported or found.get("bias", "none") != "none":
+    if not is_sound:
         raise ExportError(
-            f"{folder}: expected a plain LoRA adapter with target_modules as a list, found "
-            f"{kind} with {', '.join(unsupported) or found.get('bias')}; merge it with PEFT first"
+            f"{folder}: expected a LoRA adapter of a named base, found {kind} of {shorten(base)}; "
+            "merge it with PEFT first"
         )
+    _tuning_in(folder, found)
     return found
 
 
@@ -144,7 +170,8 @@ class SavedTuning(Task):
         refuse_another_base(config.model, cls.recorded_base(folder))
         base = load.load_base(config.model, mode if quantised else "lora", precision, device)
         # PEFT would follow adapter_config.json, which can name modules to import.
-        adapted = cls.adapt(base, config)
+        served = config.model_copy(update={"tuning": served_tuning(config.tuning)})
+        adapted = cls.adapt(base, served)
         cls.load_adapter(adapted, folder, config)
         return adapted.eval(), tokenizer
 
@@ -153,6 +180,7 @@ class SavedTuning(Task):
         """Loads the adapter in `folder` into the adapted model of `config`."""
         refuse_another_shape(folder, adapted)
         load_weights(adapted, folder)
+        store_like_base(adapted)
 
     # -- an adapter without its run
 
@@ -191,12 +219,9 @@ class SavedTuning(Task):
                 "weights, say so: set base_model_name_or_path in its adapter_config.json"
             )
         try:
-            tuning = adapter_tuning(found)
-        except (ValueError, KeyError) as error:
-            raise ExportError(f"{folder / ADAPTER_CONFIG}: not a LoRA shape: {error}") from None
-        try:
-            adapted = add_adapters(base, tuning)
+            adapted = add_adapters(base, _tuning_in(folder, found))
             load_weights(adapted, folder)
+            store_like_base(adapted)
         except (ModelError, CheckpointError) as error:
             raise ExportError(
                 f"{folder} is not an adapter of this base (it names "

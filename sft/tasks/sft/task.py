@@ -64,7 +64,7 @@ class FineTune(SavedTuning):
     def identity_of(cls, config: Config, prepared: Prepared) -> dict[str, str]:
         return {
             "model": digests.model_sha256(config.model),
-            "tuning": config.tuning.model_dump_json(),
+            "tuning": config.tuning.identity(),
             **cls.digests(prepared),
         }
 
@@ -87,6 +87,7 @@ class FineTune(SavedTuning):
             config.tuning.mode,
             attention=config.model.attn_implementation,
             vocabulary=text.vocab_size,
+            repeats=not config.tuning.lora.differs_by_layer,
         )
 
     @classmethod

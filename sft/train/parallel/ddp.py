@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sft.config.schema import Train
 from sft.errors import ConfigError
-from sft.models.layers import full_tensor
+from sft.models.layers import full_tensor, weights_to_save
 from sft.runtime.checkpoint import OptimizerShard, Tensors
 from sft.runtime.hardware import resolve_precision
 from sft.train.optimizer import build_optimizer
@@ -50,6 +50,7 @@ class Replicated:
         self.optimizer: torch.optim.Optimizer
         self._wrap(train)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.saved = weights_to_save(model)
 
     def _wrap(self, train: Train) -> None:
         """Sets `model` and `optimizer`."""
@@ -112,12 +113,12 @@ class Replicated:
     # -- state
 
     def gather_weights(self) -> Tensors:
-        """Returns the full trained parameters and the persistent buffers. Collective.
+        """Returns the full parameters that are saved, and the persistent buffers. Collective.
 
         Other processes than the main one get only the buffers.
         """
         found = dict(_persistent_buffers(self.module))
-        for name, parameter in self.trained.items():
+        for name, parameter in self.saved.items():
             whole = full_tensor(parameter)
             if self.accelerator.is_main_process:
                 found[name] = whole.cpu() if self.is_split else whole

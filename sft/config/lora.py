@@ -1,0 +1,152 @@
+"""The section `tuning.lora`: what adapters can be, under the names of PEFT's LoraConfig.
+
+`Lora` has the keys that are supported; `REFUSED` says of each other one why it is not. A test
+compares both with the fields of PEFT's own class, which this module does not import.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BeforeValidator
+
+from sft.config.section import Count, CountOrZero, OnlyWith, Positive, Section, Text, Texts
+
+CHANGES_BASE = ("pissa", "olora")  # these subtract what the adapter begins with from the base
+INITS = ("gaussian", "orthogonal", *CHANGES_BASE, "pissa_niter_<n>", "loftq")
+
+_BY_RUN = "the run sets it"
+_BASE = "the saved adapter would not fit the base that others load"
+_LOSS = "it needs a term of the loss, or a pass over the data, that this project does not have"
+REFUSED = {
+    **dict.fromkeys(
+        (
+            "task_type",
+            "peft_type",
+            "auto_mapping",
+            "peft_version",
+            "base_model_name_or_path",
+            "inference_mode",
+        ),
+        _BY_RUN,
+    ),
+    "revision": "set model.revision",
+    "fan_in_fan_out": "PEFT sets it for each layer",
+    "megatron_config": "this project does not train with Megatron",
+    "megatron_core": "this project does not train with Megatron",
+    "layer_replication": f"it changes the architecture of the base: {_BASE}",
+    "kasa_config": f"it cuts the weights of the base: {_BASE}",
+    "corda_config": _LOSS,
+    "lora_ga_config": _LOSS,
+    "eva_config": _LOSS,
+    "monteclora_config": _LOSS,
+    "arrow_config": "it mixes several trained adapters; train one",
+    "use_bdlora": "it is a layout for servers that split an adapter over GPUs",
+    "velora_config": "it approximates the gradient, so law 1 does not hold",
+    "alora_invocation_tokens": "where it is active depends on the prompt, and a merge cannot be",
+    "use_qalora": "it needs a base in GPTQ format, of whose layers this project reads no groups",
+    "qalora_group_size": "it is read with use_qalora only, which is not supported",
+    "loftq_config": "init_lora_weights: loftq fits the 4-bit base of tuning.mode: qlora in one "
+    "step; there is nothing to set",
+    "runtime_config": "it is no property of the adapter; DoRA is initialised on the run's device",
+}
+
+
+def _check_regex(text: str) -> str:
+    """Returns a regular expression. Raises ValueError if it is none."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"expected a regular expression, found {text!r}: {error}") from None
+    return text
+
+
+def check_targets(targets: Any) -> Any:
+    """Returns `target_modules`. Raises ValueError for a name, which PEFT would take as a regex."""
+    if targets == "all-linear":  # PEFT's own word
+        return "auto"
+    if isinstance(targets, str) and targets != "auto":
+        if re.fullmatch(r"\w*", targets):
+            raise ValueError(
+                "expected auto, a list of names, or a regular expression that matches the whole "
+                f"name of a module, found {targets!r}; did you mean [{targets}]?"
+            )
+        _check_regex(targets)
+    return targets
+
+
+def _check_init(value: Any) -> Any:
+    """Returns `init_lora_weights`. Raises ValueError for one that is not supported."""
+    known = {*INITS} - {"pissa_niter_<n>"}
+    if isinstance(value, bool) or (isinstance(value, str) and value in known):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"pissa_niter_\d{1,4}", value):
+        return value
+    why = {
+        "eva": f"; eva: {_LOSS}",
+        "corda": f"; corda: {_LOSS}",
+        "lora_ga": f"; lora_ga: {_LOSS}",
+        "mica": "; mica: it freezes half of the adapter; set train.groups for that",
+    }
+    hint = why.get(value, "") if isinstance(value, str) else ""
+    raise ValueError(f"expected true, false, {', '.join(INITS)}, found {value!r}{hint}")
+
+
+Regex = Annotated[Text, AfterValidator(_check_regex)]
+Init = Annotated[bool | str, BeforeValidator(_check_init)]
+
+
+class Lora(Section):
+    """Further settings of the adapters, under the names of PEFT's LoraConfig (peft 0.21). Its `r`,
+    `lora_alpha`, `lora_dropout` and `target_modules` may stand here or in `tuning`."""
+
+    only_with: ClassVar[OnlyWith | None] = OnlyWith("tuning.mode", ("lora", "qlora"))
+    refused = REFUSED
+    use_rslora: bool = False
+    """Scale the adapters by lora_alpha / sqrt(r) in place of lora_alpha / r."""
+    use_dora: bool = False
+    """Train the length of each row of a weight apart from its direction (DoRA); slower."""
+    init_lora_weights: Init = True
+    """First weights of the adapters: `true` (PEFT's own: B is 0), `false` (random, not 0),
+    `gaussian`, `orthogonal` (r must be even), `pissa`, `pissa_niter_<n>`, `olora` or `loftq`.
+    `pissa` and `olora` change the base while training; what is saved has twice the rank, and fits
+    the base as it is. `loftq` fits the adapters to the error of the 4-bit base."""
+    exclude_modules: Texts | Regex | None = None
+    """Modules that get no adapter although `target_modules` names them: names, or a regular
+    expression of whole names."""
+    target_parameters: Texts | None = None
+    """Parameters that get an adapter although no linear layer holds them (experts):
+    `[mlp.experts.gate_up_proj]`."""
+    layers_to_transform: CountOrZero | list[CountOrZero] | None = None
+    """Numbers of the layers, from 0, that get adapters. null: all."""
+    layers_pattern: Texts | Text | None = None
+    """Names of the list of layers that `layers_to_transform` counts. null: any."""
+    rank_pattern: dict[Regex, Count] = {}
+    """Other values of `r`, by the end of a module's name (a regular expression): `{q_proj: 32}`."""
+    alpha_pattern: dict[Regex, Positive] = {}
+    """Other values of `lora_alpha`, by the end of a module's name."""
+    modules_to_save: Texts | None = None
+    """Modules of which a whole copy is trained and saved, such as `[lm_head, embed_tokens]`."""
+    trainable_token_indices: list[CountOrZero] | dict[Text, list[CountOrZero]] | None = None
+    """Ids of the tokens whose embeddings are trained; or lists of ids, by the name of a module."""
+    ensure_weight_tying: bool = False
+    """Keep tied weights tied where `modules_to_save`, `target_modules` or
+    `trainable_token_indices` name one of them."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases of the base that are trained: none, all, or those of layers with an adapter."""
+    lora_bias: bool = False
+    """Give the second matrix of an adapter a bias. The base's layer needs a bias to merge it."""
+
+    @property
+    def changes_base(self) -> bool:
+        """Returns whether the adapters begin with a part of the base, which is subtracted there."""
+        init = self.init_lora_weights
+        return isinstance(init, str) and init.startswith(CHANGES_BASE)
+
+    @property
+    def differs_by_layer(self) -> bool:
+        """Returns whether layers of the same kind may have different adapters."""
+        patterns = (*self.rank_pattern, *self.alpha_pattern, *(self.target_parameters or ()))
+        numbered = any(re.search(r"\d", each) for each in patterns)
+        return self.layers_to_transform is not None or numbered or bool(self.exclude_modules)

@@ -1,0 +1,296 @@
+"""Every setting of `tuning.lora`: trained, resumed, saved, loaded by PEFT, merged, planned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
+
+from sft.config.load import load_config, with_values
+from sft.config.lora import REFUSED, Lora
+from sft.config.schema import Config, Tuning
+from sft.data import batches
+from sft.errors import ConfigError, ModelError
+from sft.models import adapt, export, layers
+from sft.plan import dry_run
+from sft.serve import proof
+from sft.tasks.sft.task import FineTune
+
+CPU = torch.device("cpu")
+IDS = torch.arange(2, 20)[None]
+# Each is trained on a tiny Llama with biases.
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "random": {"init_lora_weights": False},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa of ranks": {"init_lora_weights": "pissa_niter_4", "rank_pattern": {"q_proj": 2}},
+    "olora": {"init_lora_weights": "olora", "use_rslora": True, "use_dora": True},
+    "exclude_modules": {"exclude_modules": ["down_proj"]},
+    "exclude by regex": {"exclude_modules": r".*\.0\..*"},
+    "layers": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "ranks": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"1\.mlp\.\w+": 2.5}},
+    "ranks of rslora": {"rank_pattern": {"q_proj": 2}, "use_rslora": True},
+    "head": {"modules_to_save": ["lm_head"]},
+    "embeddings, head": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "norms": {"modules_to_save": ["norm"]},
+    "tokens": {"trainable_token_indices": [1, 5]},
+    "tokens by module": {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [4]}},
+    "all biases": {"bias": "all"},
+    "biases": {"bias": "lora_only", "use_dora": True},
+    "bias of B": {"lora_bias": True},
+}
+TIED = {
+    "head": {"modules_to_save": ["lm_head"]},
+    "embeddings": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "tokens": {"trainable_token_indices": [1, 5], "ensure_weight_tying": True},
+}
+CASES = [pytest.param(False, lora, id=name) for name, lora in FEATURES.items()]
+CASES += [pytest.param(True, lora, id=f"tied: {name}") for name, lora in TIED.items()]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[bool, Path]:
+    folders = {tied: tmp_path_factory.mktemp("base") for tied in (False, True)}
+    for tied, folder in folders.items():
+        built = tiny.llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=tied)
+        built.save_pretrained(folder)  # type: ignore[operator]
+    return folders
+
+
+def configured(base: Path, folder: Path, lora: dict[str, Any], **values: Any) -> Config:
+    changes = {"model.name": str(base), "tuning.mode": "lora", "tuning.r": 4}
+    changes |= {f"tuning.lora.{key}": value for key, value in lora.items()}
+    config = tiny.config(folder, learning_rate=0.02, max_steps=3, epochs=9.0)
+    return with_values(config, {**changes, **values})
+
+
+def engine_of(config: Config) -> Any:
+    built = FineTune.build_model(config, "fp32", CPU)
+    rows = tiny.examples(0, 16)
+    return tiny.make_engine(built, rows, rows[:2], config, batches.Budget(4096, "padded"))
+
+
+def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).requires_grad_(False)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+def saved_state(engine: Any) -> dict[str, torch.Tensor]:
+    """Returns the trained weights and what the optimizer knows of them."""
+    found = {name: p.detach().clone() for name, p in engine.parallel.trained.items()}
+    for shard in engine.parallel.optimizer_shards():
+        found |= {f"{shard.name} {key}": value.clone() for key, value in shard.state.items()}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tied", "lora"), CASES)
+def test_each_setting_trains_resumes_saves_loads_and_merges(bases, tmp_path, tied, lora):
+    base = bases[tied]
+    engine = engine_of(config := configured(base, tmp_path / "run", lora))
+    before = logits(engine.model)
+    engine.model.train()
+    engine.optimizer_step()
+    engine.step = 1
+    checkpoint = engine.save()
+    engine.optimizer_step()
+    expected = saved_state(engine)
+    assert all(p.dtype == torch.float32 for p in engine.parallel.trained.values())
+    assert all(p.grad is not None for p in engine.parallel.trained.values())
+
+    resumed = engine_of(config)
+    resumed.read(checkpoint)
+    resumed.optimizer_step()
+    found = saved_state(resumed)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+    folder = tmp_path / "adapter"
+    export.save(engine.model, tiny.Tokenizer(), folder, engine.parallel.gather_weights())  # type: ignore[arg-type]
+    trained = logits(engine.model)
+    assert (trained - before).abs().max() > 1e-3
+    by_peft = PeftModel.from_pretrained(load_base(base), str(folder))
+    torch.testing.assert_close(logits(by_peft), trained, atol=1e-4, rtol=1e-4)
+    logits(FineTune.with_adapter(load_base(base, torch.bfloat16), str(base), folder))
+    own = FineTune.with_adapter(load_base(base), str(base), folder)
+    torch.testing.assert_close(logits(own), trained, atol=1e-4, rtol=1e-4)
+    other = FineTune.with_adapter(load_base(base), str(base), folder)
+    check_merge(own, other, tmp_path / "merged")
+    check_plan(config, engine)
+
+
+def check_merge(adapted: Any, other: Any, folder: Path) -> None:
+    """Checks that the proof accepts what PEFT merges, and nothing else."""
+    other.merge_and_unload(safe_merge=True).save_pretrained(folder)
+    merged, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=1e-4)
+    checks = proof._compare_tensors(adapted, merged, loading, "fp32")
+    assert proof.failing_checks({"checks": checks}) == []
+    changed = next(p for name, p in merged.named_parameters() if "layers.1.self_attn" in name)
+    changed.data[0] *= 1.01
+    checks = proof._compare_tensors(adapted, merged, loading, "fp32")
+    assert proof.failing_checks({"checks": checks}) == ["weights"]
+
+
+def check_plan(config: Config, engine: Any) -> None:
+    """Checks that the plan counts the trained weights of the run."""
+    skeleton = FineTune.skeleton(config)
+    planned = {name: p.shape for name, p in layers.weights_to_save(skeleton).items()}
+    assert planned == {name: p.shape for name, p in engine.parallel.saved.items()}
+    traced = dry_run.trace_step(config, "bf16", dry_run.Window([[(20, 9)]], "padded"))
+    assert traced.phases
+
+
+# -- the section
+
+
+def problem(tmp_path: Path, *overrides: str) -> str:
+    """Returns the message about a configuration with these overrides; "" if it is accepted."""
+    given = ["model.name=m", "data.train_path=d", f"train.output_dir={tmp_path}", *overrides]
+    try:
+        load_config(None, given)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_every_key_of_peft_is_supported_or_refused_with_a_reason():
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    shared = {"r", "lora_alpha", "lora_dropout", "target_modules"}
+    assert known == {*Lora.model_fields, *REFUSED, *shared}
+    assert not Lora.model_fields.keys() & REFUSED.keys()
+
+
+def test_defaults_are_those_of_peft():
+    own = Lora().model_dump()
+    assert own == {key: getattr(LoraConfig(), key) for key in own}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_key_that_is_not_supported_is_refused_with_the_reason(tmp_path, key):
+    expected = f"tuning.lora.{key} (override): not supported: {REFUSED[key]}"
+    assert expected in problem(tmp_path, f"tuning.lora.{key}=1")
+
+
+REFUSALS = [
+    (["tuning.lora.use_rs_lora=true"], "did you mean use_rslora?"),
+    (["tuning.use_dora=true"], "did you mean tuning.lora.use_dora?"),
+    (["train.use_dora=true"], "did you mean tuning.lora.use_dora?"),
+    (["tuning.r=8", "tuning.lora.r=4"], "r is 8 here and 4 in tuning.lora; remove one"),
+    (["tuning.lora.init_lora_weights=pisa"], "expected true, false, gaussian"),
+    (["tuning.lora.init_lora_weights=corda"], "corda: it needs"),
+    (["tuning.lora.init_lora_weights=pissa", "tuning.mode=qlora"], "would be quantised once more"),
+    (["tuning.lora.init_lora_weights=loftq"], "set tuning.mode: qlora"),
+    (["tuning.lora.init_lora_weights=loftq", "tuning.mode=qlora"], "lora_alpha equal to r"),
+    (["tuning.lora.init_lora_weights=orthogonal", "tuning.r=3"], "needs an even tuning.r"),
+    (
+        [f"tuning.lora.{each}" for each in ("init_lora_weights=olora", "use_rslora=true")]
+        + ["tuning.lora.rank_pattern={q_proj: 2}"],
+        "PEFT cannot express what is learnt",
+    ),
+    (
+        ["tuning.lora.use_dora=true", "tuning.mode=full"],
+        "only read with tuning.mode: lora or",
+    ),
+    (["tuning.lora.lora_bias=true", "tuning.lora.use_dora=true"], "DoRA has no bias"),
+    (["tuning.lora.layers_pattern=h"], "read with layers_to_transform only"),
+    (
+        ["tuning.lora.layers_to_transform=1", "tuning.target_modules='.*q'"],
+        "the layers itself",
+    ),
+    (["tuning.lora.target_parameters=[w]", "tuning.lora_dropout=0.1"], "leave them out"),
+    (["tuning.target_modules=q_proj"], "did you mean [q_proj]?"),
+    (["tuning.target_modules='(q'"], "expected a regular expression"),
+    (["tuning.lora.rank_pattern={'(q': 2}"], "expected a regular expression"),
+    (["tuning.lora.bias=some"], "expected none or all or lora_only"),
+    (["tuning.lora.use_dora=true", "crowd.num_agents=2"], "agents are plain LoRA adapters"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "reported"), REFUSALS)
+def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path, overrides, reported):
+    assert reported in problem(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["tuning.lora.r=4", "tuning.lora.target_modules=[q]"], {"r": 4, "target_modules": ["q"]}),
+        (["tuning.r=4", "tuning.lora.r=4"], {"r": 4}),
+        (["tuning.target_modules=all-linear"], {"target_modules": "auto"}),
+        (["--use_dora"], {"lora": Lora(use_dora=True)}),
+        (["--tuning.lora.use_dora", "true"], {"lora": Lora(use_dora=True)}),
+    ],
+)
+def test_keys_of_peft_may_stand_in_either_place(tmp_path, overrides, expected):
+    given = ["model.name=m", "data.train_path=d", f"train.output_dir={tmp_path}", *overrides]
+    found = load_config(None, given).tuning
+    assert {key: getattr(found, key) for key in expected} == expected
+
+
+def test_runs_without_the_section_have_the_identity_that_they_had():
+    before = '{"mode":"lora","r":16,"lora_alpha":32.0,"lora_dropout":0.0,"target_modules":"auto"}'
+    assert Tuning().identity() == before
+    assert json.loads(Tuning(lora=Lora(use_dora=True)).identity())["lora"] == {"use_dora": True}
+
+
+@pytest.mark.parametrize(
+    ("lora", "reported"),
+    [
+        ({"rank_pattern": {"q_prj": 2}}, "q_prj names nothing in this model; did you mean q_proj?"),
+        ({"alpha_pattern": {"lm_head": 2.0}}, "alpha_pattern: lm_head names nothing"),
+        ({"modules_to_save": ["lm_haed"]}, "did you mean lm_head?"),
+        ({"exclude_modules": ["mlp.up"]}, "exclude_modules: mlp.up names nothing"),
+        ({"layers_to_transform": [0, 2]}, "no layer 2 got an adapter; layers with one: 0"),
+        ({"trainable_token_indices": {"wte": [1]}}, "Target modules {'wte'} not found"),
+        ({"trainable_token_indices": [99]}, "PEFT cannot add these adapters"),
+        ({"init_lora_weights": "pissa"}, "a rank of 16 at most, found 20"),
+    ],
+)
+def test_a_name_that_is_nothing_in_the_model_is_refused(lora, reported):
+    with pytest.raises(ModelError, match=re.escape(reported)):
+        adapt.add_adapters(tiny.llama(), Tuning(r=20, lora=Lora(**lora)))
+
+
+# -- files from elsewhere
+
+
+VALUES = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kasa_config": {"beta": 1.0}},
+        {"layer_replication": [[0, 2]]},
+        {"a_key_of_tomorrow": 3},
+        {"init_lora_weights": "loftq"},
+        {"target_modules": None},
+        *({key: value} for key in (*VALUES, *Lora.model_fields) for value in ({"a": {}}, [[1]])),
+    ],
+)
+def test_only_known_keys_of_known_types_are_read(changes):
+    with pytest.raises((ValueError, KeyError)):
+        adapt.adapter_tuning(VALUES | changes)
+
+
+def test_what_changes_nothing_in_a_loaded_adapter_is_not_read():
+    inert = {"auto_mapping": {"parent_library": "os"}, "lora_dropout": 0.1, "qalora_group_size": 16}
+    found = adapt.adapter_tuning(VALUES | inert | {"init_lora_weights": "eva", "use_dora": False})
+    assert found == Tuning(r=4, lora_alpha=8.0, target_modules=["q_proj"])
