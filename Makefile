@@ -26,6 +26,13 @@ export TOKENIZERS_PARALLELISM := false
 # The launcher reads these from the environment, whether they come from there or are given to make.
 export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERATE_CONFIG
 
+# A variable on the command line that no target reads would be ignored: CONFIGS=my.yaml would train the default.
+VARIABLES := A ACCELERATE_CONFIG ADAPTER AGENT ARGS AUTO B BASE COMPARE CONFIG DEEPSPEED DTYPE GGUF GIB GPU IDS INPUT JSON \
+	LLAMA_CPP LOGDIR MACHINE_RANK MASTER_ADDR MASTER_PORT MERGED METRIC MODEL NUM_MACHINES NUM_PROCESSES OUTPUT OUTPUTS \
+	PORT PROMPT PYTHON ROW RUN SEQ SHOW SYSTEM TB TUNE TUNING UNIFORM VENV VENV_TOO
+$(foreach name,$(filter-out $(VARIABLES) MAKE% -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),\
+	$(error $(name): no target reads it; keys of the configuration go into ARGS="section.key=value". Known: $(VARIABLES))))
+
 # $(call option,gpu,GPU) is --gpu "$(GPU)" where GPU has a value, else nothing.
 option = $(if $($2),--$1 "$($2)")
 flag = $(if $($2),--$1)

@@ -315,12 +315,16 @@ def test_results_stay_only_if_the_finished_run_goes_on_as_it_did(tmp_path, rate,
     (folder / "evaluation").mkdir()
     for name in ("base.json", "metrics.json"):
         (folder / "evaluation" / name).write_text("{}")
+    results = ("classify", "merged", "merged.failed.1", "merged_agent0")
+    for name in (*results, "merged_notes"):
+        (folder / name).mkdir()
     run_attempt(folder, "auto", rate, 8, 0)
     moved = folder / ABANDONED / "attempt_2"
-    for name in (run_folder.FINAL, "evaluation/metrics.json"):
+    for name in (run_folder.FINAL, "evaluation/metrics.json", *results):
         assert (folder / name).exists() != is_moved
         assert (moved / name).exists() == is_moved
     assert (folder / "evaluation/base.json").exists()
+    assert (folder / "merged_notes").exists(), "the user's"
     assert not is_moved or metrics_of(moved / run_folder.METRICS) == {9: value_of([1.0] * 9)}
 
 
@@ -336,6 +340,24 @@ def test_an_abandoned_branch_is_continued_in_another_folder(tmp_path):
         run_folder.find(tmp_path / "run", str(tmp_path / "run/checkpoint_step_8"), print)
     run_attempt(tmp_path / "other", abandoned, 1.0, STEPS, 0)
     assert history_of(newest_first(tmp_path / "other")[0]) == [1.0] * STEPS
+
+
+def test_a_link_to_a_checkpoint_is_that_checkpoint_wherever_the_link_is(tmp_path):
+    run_attempt(tmp_path / "run", None, 1.0, 8, 0)
+    (tmp_path / "latest").symlink_to(tmp_path / "run/checkpoint_step_6")
+    run_attempt(tmp_path / "run", str(tmp_path / "latest"), 2.0, 7, 0)
+    assert lineage(tmp_path / "run") == [1.0] * 6 + [2.0]
+
+
+def test_metrics_that_are_older_than_the_checkpoint_are_named(tmp_path, capsys):
+    """As an older backup of the file leaves them, copied over a run folder."""
+    (tmp_path / run_folder.METRICS).write_text('{"step": 1}\n{"step": 2}\n{"step": 9}\n')
+    for step, gap in ((4, "no steps 3 to 4, which"), (2, None), (0, None)):
+        log = Log(tmp_path)
+        log.open_metrics(step)
+        log.close()
+        shown = " ".join(capsys.readouterr().out.split())
+        assert gap in shown if gap else shown == ""
 
 
 @pytest.mark.parametrize("left", [run_folder.METRICS, run_folder.FINAL, "checkpoint_step_3"])

@@ -402,6 +402,7 @@ def test_the_best_survives_a_resume(tmp_path):
         ('{"metric": "perplexity", "value": 1.0, "step": 3}', None),
         ('{"metric": "loss", "value": 1.0, "step": 4}', None),  # after the resumed one
         ('{"metric": "loss", "value": 1.0, "step": 2}', None),  # is not there
+        ('{"metric": "loss", "value": 1.0, "step": 3, "held_out_sha256": "others"}', None),
         ('{"metric": "loss"', None),
         ("[]", None),
     ],

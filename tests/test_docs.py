@@ -26,14 +26,8 @@ DOCS = [ROOT / "README.md", ROOT / "nano/README.md", *sorted((ROOT / "docs").rgl
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
 ALIASES = {f"train-{kind}-tb" for kind in ("distributed", "fsdp", "deepspeed")}
-VARIABLES = {
-    *("CONFIG", "ARGS", "RUN", "NUM_PROCESSES", "ACCELERATE_CONFIG", "AUTO", "DEEPSPEED", "OUTPUT"),
-    *("ADAPTER", "SYSTEM", "AGENT"),
-    *("BASE", "MERGED", "GGUF", "LLAMA_CPP"),
-    *("DTYPE", "PROMPT", "PORT", "OUTPUTS", "VENV_TOO", "PYTHON", "INPUT", "ROW", "IDS"),
-    *("GPU", "GIB", "MODEL", "TUNING", "SEQ", "UNIFORM", "COMPARE", "JSON", "TUNE"),
-    *("A", "B", "METRIC", "SHOW"),
-    *("NUM_MACHINES", "MACHINE_RANK", "MASTER_ADDR", "MASTER_PORT", "TB"),
+VARIABLES = {*re.findall(r"^VARIABLES := ((?:.*\\\n)*.*)", MAKEFILE, re.MULTILINE)[0].split()} - {
+    "\\"
 }
 
 
@@ -151,6 +145,22 @@ def test_the_command_lists_its_verbs_in_both_forms(capsys):
         text=True,
     )
     assert (done.returncode, "--row ROW" in done.stdout) == (0, True)
+
+
+@pytest.mark.parametrize("word", ["CONFIGS=mine.yaml", "config=mine.yaml", "LR=1e-4"])
+def test_a_variable_that_no_target_reads_is_refused(word):
+    """It would be ignored, and `make train CONFIGS=mine.yaml` would train the default."""
+    command = ["make", "help", word]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+    name = word.partition("=")[0]
+    assert done.returncode == 2
+    assert f"{name}: no target reads it" in done.stderr
+
+
+def test_one_process_is_not_started_where_several_are_asked_for(monkeypatch):
+    monkeypatch.setenv("NUM_PROCESSES", "2")
+    with pytest.raises(UserError, match=r"`train` is one process; use train-distributed"):
+        run("train", [])
 
 
 def test_a_server_of_curves_is_started_first_where_it_is_asked_for():

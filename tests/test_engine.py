@@ -344,6 +344,44 @@ def test_an_evaluation_is_logged_at_its_step(tmp_path):
     assert {name: logged[f"eval/{name}"] for name in metrics} == metrics
 
 
+@pytest.mark.parametrize(
+    ("failures", "expected"),
+    [
+        ("f", "checkpoint"),  # only the final one cannot be written
+        ("fcfc", "final"),  # the disk is full for a while
+        ("fc" * 20, None),
+    ],
+)
+def test_a_result_that_cannot_be_saved_is_not_lost(tmp_path, monkeypatch, failures, expected):
+    built = make(tmp_path, max_steps=2)
+    built.run()
+    left, real = list(failures), checkpoint.commit
+
+    def commit(final, *arguments):
+        if left and left[0] == final.name[0]:
+            left.pop(0)
+            raise errors.CheckpointError(f"cannot save {final}: No space left on device")
+        return real(final, *arguments)
+
+    monkeypatch.setattr(checkpoint, "commit", commit)
+    monkeypatch.setattr("sft.train.engine.SECONDS_OF_WAIT", 0)
+    if expected == "final":
+        built.save_final(0)
+        assert checkpoint.fault(tmp_path / "final_checkpoint") is None
+        return
+    with pytest.raises(errors.CheckpointError, match=r"cannot save .*final_checkpoint") as error:
+        built.save_final(0)
+    saved = tmp_path / "checkpoint_step_2"
+    assert saved.exists() == (expected == "checkpoint")
+    assert not left
+    if expected:
+        assert f"done and saved in {saved}" in str(error.value)
+        again = make(tmp_path, max_steps=2)
+        again.train_to_end(saved)
+        again.save_final(0)
+        assert checkpoint.fault(tmp_path / "final_checkpoint") is None
+
+
 def test_what_is_saved_at_the_end_is_the_model_and_its_card(tmp_path):
     built = make(tmp_path)
     built.save_final(0)

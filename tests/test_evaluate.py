@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import time
 import tracemalloc
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -14,7 +17,7 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 from sft.config.load import load_config
-from sft.config.schema import Generation
+from sft.config.schema import Evaluation, Generation
 from sft.data import cache, template, workers
 from sft.data.files import BadRow, Row
 from sft.errors import UserError
@@ -23,6 +26,7 @@ from sft.evaluate.predictions import Predictions, key_of, read_records
 from sft.models import load
 from sft.runtime import processes
 from sft.runtime.processes import Context
+from sft.tasks.base import Results
 from sft.tasks.sft.task import FineTune
 
 SHORT = Generation(max_new_tokens=8)
@@ -284,3 +288,22 @@ def test_a_reference_that_a_metric_cannot_use_is_reported_before_anything_is_ans
     )
     with pytest.raises(UserError, match=r"nano/test\.jsonl:\d+: .*numeric_match"):
         FineTune.refuse_unusable(config, cache.prepare(config))
+
+
+def test_a_resumed_run_measures_the_base_again_on_other_held_out_rows(tmp_path):
+    """Else `before` and `after` would be scores of different rows."""
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation/base.jsonl").touch()
+    measured: list[str] = []
+    log = SimpleNamespace(folder=tmp_path, optional=lambda _: nullcontext())
+    engine: Any = SimpleNamespace(folder=tmp_path, digest=str, model=None)
+    for rows in ("a", "a", "b"):
+
+        def measure(*_: Any, rows: str = rows) -> Results:
+            measured.append(rows)
+            return Results({"loss": 1.0}, {"metrics": {"loss": 1.0}})
+
+        task: Any = SimpleNamespace(held_out_sha256=rows, log=log, _measure=measure)
+        task.config = SimpleNamespace(evaluation=Evaluation())
+        assert FineTune.measure_base(task, engine, "fp32", True).metrics == {"loss": 1.0}
+    assert measured == ["a", "b"]

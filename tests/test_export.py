@@ -87,6 +87,14 @@ def test_an_unfinished_run_is_one_message(tmp_path):
         runs.load_run_config(tmp_path)
     with pytest.raises(errors.ExportError, match="found nothing"):
         runs.load_run_config(tmp_path / "missing")
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.ExportError, match="found a file; run `make train`"):
+        runs.load_run_config(tmp_path / "file")
+    (tmp_path / "config.yaml").write_text("train: {}")
+    with pytest.raises(errors.ExportError, match="a part of one; give RUN="):
+        runs.load_run_config(tmp_path / "checkpoint_step_2")
+    with pytest.raises(errors.ExportError, match="has not finished; continue it with make train"):
+        runs.load_run_config(tmp_path)
 
 
 def test_a_damaged_adapter_is_not_loaded(tmp_path):

@@ -21,9 +21,10 @@ from conftest import ROOT, clean_environment
 from sft.config.schema import Train
 from sft.errors import ConfigError
 from sft.runtime import launcher
+from sft.runtime.attempt import Status
 from sft.runtime.console import write_json
 from sft.runtime.launcher import SignalRelay, has_handler, rank_pids
-from sft.runtime.slurm import modified_at, written_code
+from sft.runtime.slurm import written_code
 from sft.runtime.world import PLAIN, PORT, World, launch_file, read_launch_file, world_of
 
 WORKER = ROOT / "tests/support/launch_worker.py"
@@ -273,16 +274,19 @@ def test_the_code_is_what_the_run_wrote_else_what_its_ranks_say(written, failure
     assert launcher._outcome(written, failures, stops) == code
 
 
-def test_a_status_is_believed_only_if_it_was_written_since(tmp_path):
-    path = tmp_path / "status.json"
-    path.write_text('{"exit_code": 75}')
-    before = modified_at(path)
-    assert written_code(path, before) is None
-    path.write_text('{"exit_code": null, "state": "running"}')
-    assert written_code(path, before) is None
-    path.write_text('{"exit_code": 5}')
-    assert written_code(path, before) == 5
-    assert modified_at(tmp_path / "missing") < 0
+def test_a_status_is_believed_only_if_this_attempt_of_the_job_wrote_it(tmp_path, monkeypatch):
+    """Whatever the clocks say: a file that is newer by its time may be that of an old attempt."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert written_code(tmp_path) is None
+    status = Status(tmp_path)
+    status.begin()
+    assert written_code(tmp_path) is None, "it runs"
+    status.end("preempted", 75, "SIGTERM", 0, 3)
+    for seconds in (1, 2**33):
+        os.utime(tmp_path / "status.json", (seconds, seconds))
+        assert written_code(tmp_path) == 75
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert written_code(tmp_path) is None, "an attempt that ended before it began"
 
 
 def test_a_status_that_is_written_after_the_clock_has_jumped_back_is_new(tmp_path):
@@ -430,7 +434,10 @@ while code == 75 and not stopped:
 time.sleep(0.3)
 if rank == "0" and code == 75:
     (folder / f"checkpoint_step_{sys.argv[3]}").mkdir(exist_ok=True)
-    (folder / "status.json").write_text(json.dumps({"exit_code": code}))
+    (folder / "status.json").write_text(json.dumps({"exit_code": code, "attempt": 1}))
+    job = f"{os.environ['SLURM_JOB_ID']} {os.environ.get('SLURM_RESTART_COUNT', '-')}"
+    (folder / ".ranks").mkdir(exist_ok=True)
+    (folder / ".ranks/attempt.json").write_text(json.dumps({"attempt": 1, "job": job}))
 (folder / f"task{rank}").unlink()
 sys.exit(code + 68 * int(rank) if code == 75 else code)  # the last one was ended while it wound up
 """
@@ -504,7 +511,6 @@ def test_a_preempted_job_is_requeued_once_as_long_as_it_gets_on(slurm):
 @pytest.mark.parametrize("code", [0, 5])
 def test_a_job_that_was_not_preempted_is_not_requeued(slurm, code):
     (slurm.run / "status.json").write_text('{"exit_code": 75}')
-    os.utime(slurm.run / "status.json", (1, 1))  # of the attempt before
     (slurm.run / "checkpoint_step_3").mkdir()
     job = slurm.submit(f"{slurm.folder}/fake.py {slurm.run} {code}")
     reported = job.communicate(timeout=60)

@@ -6,6 +6,7 @@ import ast
 import itertools
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from sft.errors import CheckpointError
+from sft.config.schema import Model
+from sft.errors import CheckpointError, ExportError, ModelError
+from sft.models.load import load_tokenizer
 from sft.runtime import checkpoint, plain, run_folder
 from sft.runtime.attempt import RANKS, Lock, Status
 from sft.runtime.checkpoint import MANIFEST, fault
@@ -23,6 +26,8 @@ from sft.runtime.console import write_json
 from sft.runtime.log import Log
 from sft.runtime.run_folder import FILES, FOLDERS
 from sft.runtime.watchdog import Guard
+from sft.serve.runs import load_run_config
+from sft.tasks.sft.saved import read_adapter_config, read_base_record
 from sft.train.checkpoints import read_state
 
 SECRET = "mine, outside of the run folder"
@@ -143,6 +148,47 @@ def test_a_record_that_is_none_counts_as_missing(tmp_path, damage):
         status.begin()
         assert plain.read_json(tmp_path / "status.json")["attempt"] == 1
         lock.release()
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_what_is_no_file_of_a_run_or_model_from_elsewhere_is_refused_at_once(tmp_path, damage):
+    """Its readers follow links, as in the folders of a hub's cache, but wait for no pipe."""
+    path = tmp_path / "run" / "base.json"
+    path.parent.mkdir()
+    DAMAGED[damage](path)
+    if path.exists():  # else it counts as missing: the manifest of a run tells the difference
+        with pytest.raises(ExportError):
+            read_base_record(path)
+    path.rename(path.with_name("adapter_config.json"))
+    with pytest.raises(ExportError):
+        read_adapter_config(path.parent)
+    path.with_name("adapter_config.json").rename(path.with_name("config.yaml"))
+    (path.parent / run_folder.FINAL).mkdir()
+    if damage == "a pipe" or damage.startswith(("a link", "a folder")):
+        with pytest.raises(ExportError, match="expected a finished run"):
+            load_run_config(path.parent)
+
+
+def test_a_pipe_in_the_folder_of_a_model_is_refused_and_a_link_to_a_file_is_read(tmp_path):
+    (tmp_path / "real.json").write_text('{"name": "a", "weights_sha256": "b"}')
+    (tmp_path / "base.json").symlink_to(tmp_path / "real.json")
+    assert read_base_record(tmp_path / "base.json").name == "a"
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ModelError, match=r"tokenizer\.json is no file"):
+        load_tokenizer(Model(name=str(tmp_path)))
+
+
+def test_only_plain_reads_the_json_of_a_folder_from_elsewhere():
+    """`json.loads(path.read_text())` would wait for a pipe and read a device without end."""
+    allowed = {"plan/records.py", "data/files.py", "data/cache.py", "commands/setup_accelerate.py"}
+    allowed |= {"runtime/plain.py"}
+    allowed |= {"runtime/processes.py", "models/export.py", "tasks/distill/histories.py"}
+    found = {
+        str(path.relative_to(ROOT / "sft"))
+        for path in (ROOT / "sft").rglob("*.py")
+        if re.search(r"json\.loads\([^\n]*read_(text|bytes)\(", path.read_text("utf-8"))
+    }
+    assert found <= allowed, "use plain.load_json"
 
 
 def test_the_lists_of_files_are_what_runs_write():

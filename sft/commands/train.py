@@ -5,11 +5,18 @@ from __future__ import annotations
 from argparse import Namespace
 
 from sft import cli
+from sft.errors import UserError
 from sft.runtime import launcher, slurm
 
 
 def train(args: Namespace) -> None:
     """Trains in this process, or as a rank of any launcher."""
+    if launcher.has_ranks_to_start():
+        raise UserError(
+            "NUM_PROCESSES and NUM_MACHINES: "
+            f"`{args.verb}` is one process; use train-distributed, "
+            "train-fsdp or train-deepspeed, or unset them"
+        )
     config = cli.run_configuration(args)
     from sft import run  # imported last: an error in the configuration is reported at once
 
@@ -19,7 +26,7 @@ def train(args: Namespace) -> None:
 def train_distributed_options(parser: cli.Parser) -> None:
     parser.add_argument("--if-asked", action="store_true", help="only if NUM_PROCESSES is set")
     parser.add_argument("--requeue-after", type=int, metavar="CODE", help="of srun, in a SLURM job")
-    parser.add_argument("--since", type=int, default=0, help="when srun started, seconds")
+    parser.add_argument("--since", help="without effect; in job scripts of earlier versions")
 
 
 def train_distributed(args: Namespace) -> int | None:
@@ -29,7 +36,7 @@ def train_distributed(args: Namespace) -> int | None:
     """
     config = cli.run_configuration(args)
     if args.requeue_after is not None:
-        return slurm.requeue(config.train, args.requeue_after, args.since)
+        return slurm.requeue(config.train, args.requeue_after)
     if launcher.has_ranks_to_start() or not (args.if_asked or launcher.is_rank()):
         return launcher.launch(config.train, launcher.this_command(), trains=True)
     from sft import run

@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 
 from sft.data.stores import Answer, FetchError, FileSystem, Web, open_store
 from sft.errors import HIDDEN, DataError, hide_credentials
+from sft.runtime import plain
 from sft.runtime.console import bar, duration, make_console, size, write_json
 from sft.runtime.plain import read_json
 
@@ -357,7 +358,7 @@ class _Transfer:
         arrived = 0
         with (
             bar(make_console(), f"fetch {self.name} (MiB)", total) as advance,
-            self.part.open("a+b") as file,
+            plain.open_file(self.part, "a+b") as file,
         ):
             file.seek(0)
             for chunk in chain(iter(lambda: file.read(MIB), b""), self._write(file, answer)):

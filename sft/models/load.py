@@ -7,7 +7,6 @@ compute dtype or in NF4. In bf16, compute runs under autocast. All this is check
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,7 +29,7 @@ from sft.models import attention
 from sft.models.adapt import add_adapters
 from sft.models.dtypes import DTYPES, check_dtypes
 from sft.models.quantise import keep_nf4_trainable, nf4, quantise, quantising_all
-from sft.runtime import checkpoint
+from sft.runtime import checkpoint, plain
 
 
 def absolute_name(name: str) -> str:
@@ -110,10 +109,17 @@ def keep_layers(architecture: Any, depth: int) -> Any:
     return result
 
 
+def refuse_special(folder: str) -> None:
+    """Raises ModelError if a folder holds a pipe or a device, at which a library would wait."""
+    if special := plain.find_special(Path(folder)):
+        raise ModelError(f"{special} is no file; remove it")
+
+
 @contextmanager
 def explain_load_errors(name: str) -> Iterator[None]:
     """Turns what libraries raise for a missing, foreign or damaged model into a ModelError."""
     _refuse_missing_folder(name)
+    refuse_special(name)
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
@@ -128,7 +134,8 @@ def explain_load_errors(name: str) -> Iterator[None]:
         if Path(name).is_dir():
             found = f"a folder with {sorted(path.name for path in Path(name).iterdir())[:12]}"
         else:
-            found = "no such folder here, and the hub did not provide it"
+            is_file = Path(name).exists()
+            found = "a file" if is_file else "no such folder here, and the hub did not provide it"
         raise ModelError(
             f"model.name: cannot load {name!r}: expected a folder in Hugging Face format "
             f"(config.json, *.safetensors, tokenizer) or a hub id; found: {found}. ({reason[:300]})"
@@ -143,7 +150,7 @@ def _check_files(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         # transformers would read any file that it names, and unpickle one that is not safetensors.
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        names = set(plain.load_json(index, follow=True)["weight_map"].values())
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ModelError(f"model.name: {index} names {name!r}, expected *.safetensors")

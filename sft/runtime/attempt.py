@@ -18,7 +18,7 @@ from sft import __version__
 from sft.errors import CheckpointError, LockedError
 from sft.runtime import checkpoint, plain, run_folder, slurm
 from sft.runtime.children import is_dead, machine_id
-from sft.runtime.console import write_json
+from sft.runtime.console import parse_temporary, write_json
 from sft.runtime.output import show
 from sft.runtime.plain import read_json
 
@@ -176,8 +176,8 @@ class Status:
         for name in own_ranks_files(self.folder):
             (self.folder / RANKS / name).unlink(missing_ok=True)
         self.attempt = 1 + (self.read().get("attempt") or 0)
-        announced = {"attempt": self.attempt, "launch": launch_id()}
-        write_json(self.folder / RANKS / "attempt.json", announced)
+        announced = {"attempt": self.attempt, "launch": launch_id(), "job": slurm.attempt_of_job()}
+        write_json(self.folder / slurm.ANNOUNCED, announced)
         self._write("running")
 
     def update(self) -> None:
@@ -187,7 +187,7 @@ class Status:
 
     def follow(self) -> None:
         """Adopts the attempt that the first rank of the same launch has begun, if it has."""
-        announced = read_json(self.folder / RANKS / "attempt.json")
+        announced = read_json(self.folder / slurm.ANNOUNCED)
         number = announced.get("attempt")
         if announced.get("launch") == launch_id() and not self._end_mark(number).exists():
             self.attempt = number
@@ -260,9 +260,9 @@ class Status:
 
 def own_ranks_files(folder: Path) -> list[str]:
     """Returns the names of the files in .ranks that runs have written."""
-    names = (path.name for path in (folder / RANKS).glob("*"))
-    own = r"\.?(attempt|\d+)\.json(\.\d+)?|\d+\.stacks|ended_\d+"
-    return [name for name in names if re.fullmatch(own, name)]
+    names = [path.name for path in (folder / RANKS).glob("*")]
+    own = re.compile(r"(attempt|\d+)\.json|\d+\.stacks|ended_\d+")
+    return [name for name in names if own.fullmatch((parse_temporary(name) or (name,))[0])]
 
 
 def remove_record(folder: Path) -> None:
@@ -297,6 +297,5 @@ def _path_of(descriptor: int) -> str | None:
 
 def launch_id() -> str:
     """Returns a text that is equal on all ranks of a launch, and different in every launch."""
-    names = ["MASTER_ADDR", "MASTER_PORT", *slurm.ATTEMPT]
-    names += ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"]
-    return " ".join(os.environ.get(name, "-") for name in names)
+    names = ["MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"]
+    return " ".join([slurm.attempt_of_job(), *(os.environ.get(name, "-") for name in names)])

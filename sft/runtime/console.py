@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,6 +101,16 @@ def metrics_line(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
 
 
+_TEMPORARY = ".{}.{}"  # the name of a file, and the process that writes it
+
+
+def parse_temporary(name: str) -> tuple[str, int] | None:
+    """Returns the file for which a process writes a temporary one of this name, and the process;
+    None for another name."""
+    found = re.fullmatch(r"\.(.+)\.(\d{1,9})", name)
+    return (found[1], int(found[2])) if found else None
+
+
 @contextmanager
 def atomic_write(path: Path, *, sync: bool = False, follow: bool = True) -> Iterator[IO[str]]:
     """Opens a text file that appears whole or not at all.
@@ -110,7 +121,7 @@ def atomic_write(path: Path, *, sync: bool = False, follow: bool = True) -> Iter
     is_special = path.is_symlink() or (path.exists() and not path.is_file())
     if is_special and not follow:
         raise OSError(errno.EINVAL, "a link, folder, pipe or device is in its place", str(path))
-    part = path if is_special else path.with_name(f".{path.name}.{os.getpid()}")
+    part = path if is_special else path.with_name(_TEMPORARY.format(path.name, os.getpid()))
     if not is_special:
         part.unlink(missing_ok=True)
     opener = None if is_special else plain.opener

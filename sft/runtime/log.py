@@ -23,7 +23,7 @@ from rich.progress import Progress
 from sft.errors import Preempted, UserError, redact
 from sft.runtime import output, plain
 from sft.runtime.console import Advance, bar, make_console
-from sft.runtime.run_folder import METRICS, metrics_end
+from sft.runtime.run_folder import METRICS, last_step, metrics_end
 
 
 def _hide_writers_trace(found: threading.ExceptHookArgs) -> None:
@@ -125,6 +125,11 @@ class Log:
         self._metrics = _Lines(path, self._warn)
         with self.optional(path.name):  # truncating needs no disk space
             plain.cut(path, metrics_end(path, step) if step else 0)
+            if 0 < (last := last_step(path)) < step:
+                self.say(
+                    f"warning: {path} has no steps {last + 1:,} to {step:,}, which the checkpoint "
+                    "has: was an older copy of it restored?"
+                )
         if self._use_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

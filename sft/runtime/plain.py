@@ -11,6 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,11 +20,12 @@ from sft.errors import CheckpointError
 LIMIT = 16 * 2**20  # bytes of a JSON file of a run
 
 
-def opener(path: str, flags: int) -> int:
-    """Opens a file, as `opener` of `open`. Raises OSError if a link, folder, pipe or device is in
-    its place."""
+def opener(path: str, flags: int, *, follow: bool = False) -> int:
+    """Opens a file, as `opener` of `open`. Raises OSError if a folder, pipe or device is in its
+    place, or a link unless it may `follow` one."""
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(error.errno, "it is a link", path) from None
@@ -39,19 +41,22 @@ def open_file(path: Path, mode: str, **options: Any) -> IO[Any]:
     return open(path, mode, opener=opener, **options)
 
 
-def read_bytes(path: Path, limit: int = LIMIT) -> bytes:
-    """Returns the contents of a plain file. Raises OSError, also if it has more than `limit`."""
-    with open_file(path, "rb") as file:
+def read_bytes(path: Path, limit: int = LIMIT, *, follow: bool = False) -> bytes:
+    """Returns the contents of a plain file. Raises OSError, also if it has more than `limit`.
+
+    Only with `follow` a link to one is read, as in a folder that a hub's library has made.
+    """
+    with open(path, "rb", opener=partial(opener, follow=follow)) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
     return data
 
 
-def load_json(path: Path) -> Any:
+def load_json(path: Path, *, follow: bool = False) -> Any:
     """Returns what a JSON file holds. Raises OSError, or ValueError if it is no JSON."""
     try:
-        return json.loads(read_bytes(path).decode("utf-8"))
+        return json.loads(read_bytes(path, follow=follow).decode("utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -74,6 +79,15 @@ def cut(path: Path, length: int) -> None:
 def write_text(path: Path, text: str) -> None:
     with open_file(path, "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def find_special(folder: Path) -> Path | None:
+    """Returns a pipe, socket or device in a folder, or a link to one, whose reader would wait or
+    never end; None if there is none."""
+    for path in sorted(folder.glob("*")):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            return path
+    return None
 
 
 def refuse_others(files: Iterable[Path], folders: Iterable[Path]) -> None:

@@ -22,7 +22,7 @@ import psutil
 from sft.errors import CheckpointError
 from sft.runtime import checkpoint, plain
 from sft.runtime.checkpoint import fault
-from sft.runtime.console import write_json
+from sft.runtime.console import parse_temporary, write_json
 from sft.runtime.plain import read_json
 
 NAME = re.compile(r"checkpoint_step_(\d+)")
@@ -30,7 +30,8 @@ FINAL = "final_checkpoint"
 METRICS = "metrics.jsonl"
 BEST = "best.json"
 ORIGIN = "origin.json"  # the checkpoint of another folder with which the run began
-RESULTS = (FINAL, "evaluation", "merged")  # what only a run that has finished writes
+# What only a run that has finished writes, or a command that uses it:
+RESULTS = re.compile(rf"{FINAL}|evaluation|classify|merged(_agent\d+)?(\.failed(\.\d+)?)?")
 BASE_RESULTS = ("base.json", "base.jsonl")  # in evaluation/: those of the model before training
 ABANDONED = "abandoned"
 FILES = (
@@ -97,7 +98,7 @@ def find(run: Path, wanted: str, warn: Callable[[str], None]) -> Path | None:
     None only if `auto` finds no checkpoint at all. Raises CheckpointError if there are some and
     none is valid, so that training never restarts from zero silently.
     """
-    candidates = [Path(wanted)]
+    candidates = [Path(wanted).resolve() if Path(wanted).is_symlink() else Path(wanted)]
     if wanted != "auto":
         _refuse_moved(candidates[0])
     else:
@@ -236,8 +237,8 @@ def complete_moves(run: Path) -> list[str]:
 def remove_unfinished(run: Path) -> None:
     """Removes the temporary files of FILES that killed processes left (`console.atomic_write`)."""
     for path in [*run.glob(".*"), *run.glob("evaluation/.*")]:
-        made = re.fullmatch(r"\.(.+)\.(\d{1,9})", path.name)
-        if made and made[1] in FILES and not psutil.pid_exists(int(made[2])):
+        file, process = parse_temporary(path.name) or ("", 0)
+        if file in FILES and not psutil.pid_exists(process):
             with suppress(OSError):  # a folder is not ours
                 path.unlink()
 
@@ -277,10 +278,10 @@ def _results_after(run: Path, step: int) -> Iterator[Path]:
     best = read_json(run / BEST).get("step")
     if not isinstance(best, int) or best > step:
         yield from filter(Path.exists, [run / BEST])
-    for path in (run / name for name in RESULTS):
+    for path in sorted(path for path in run.iterdir() if RESULTS.fullmatch(path.name)):
         if path.name == "evaluation" and path.is_dir():
             yield from [each for each in path.iterdir() if each.name not in BASE_RESULTS]
-        elif path.exists():
+        else:
             yield path
 
 
@@ -296,6 +297,12 @@ def metrics_end(path: Path, step: int) -> int:
                 break
             kept += len(line)
     return kept
+
+
+def last_step(path: Path) -> int:
+    """Returns the step of the last line of metrics.jsonl; 0 if there is none."""
+    with plain.open_file(path, "rb") as file:
+        return max((_step_of_line(line) for line in file), default=0)
 
 
 def _step_of_line(line: bytes) -> int:

@@ -14,6 +14,7 @@ from sft.runtime.output import show
 from sft.runtime.plain import read_json
 from sft.runtime.world import read_number
 
+ANNOUNCED = Path(".ranks", "attempt.json")  # in a run folder: the attempt that began, and its job
 ATTEMPT = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # they differ between attempts of a job
 
 
@@ -56,13 +57,13 @@ def tasks_per_node(text: str) -> list[int]:
     return [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
 
 
-def requeue(train: Train, code: int, since: int) -> int:
+def requeue(train: Train, code: int) -> int:
     """Requeues this job if its run was preempted and progresses; returns the run's exit code.
 
-    `code` is srun's exit code. `since` is when srun was started, in seconds.
+    `code` is srun's exit code.
     """
     folder = Path(train.output_dir)
-    written = written_code(folder / "status.json", since)
+    written = written_code(folder)
     if written is not None and not (written == 0 and code in range(1, 128)):
         code = written
     if code != Preempted.exit_code:
@@ -93,14 +94,17 @@ def newest_step(folder: Path) -> int:
     return max((int(name.group(1)) for name in names if name), default=0)
 
 
-def written_code(status: Path, before: float) -> int | None:
-    """Returns the run's exit code in status.json; None if the file is no newer than `before`.
+def attempt_of_job() -> str:
+    """Returns a text that differs between attempts of a job; '- -' outside of SLURM."""
+    return " ".join(os.environ.get(name, "-") for name in ATTEMPT)
 
-    An older file belongs to an earlier attempt. While a run goes on, its file has no exit code.
+
+def written_code(folder: Path) -> int | None:
+    """Returns the exit code in status.json if this attempt of the job wrote it, else None.
+
+    No clock decides that: those of a node and of a file server differ, and may jump. While a run
+    goes on, its file has no exit code.
     """
-    return read_json(status).get("exit_code") if modified_at(status) > before else None
-
-
-def modified_at(path: Path) -> float:
-    """Returns when a file was last written, in seconds, or -1 if there is none."""
-    return path.stat().st_mtime if path.exists() else -1.0
+    begun, status = read_json(folder / ANNOUNCED), read_json(folder / "status.json")
+    is_own = begun.get("job") == attempt_of_job() and begun.get("attempt") == status.get("attempt")
+    return status.get("exit_code") if is_own else None

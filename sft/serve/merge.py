@@ -21,6 +21,7 @@ from sft.models import export, load
 from sft.models.layers import weights_to_save
 from sft.runtime import checkpoint, disk
 from sft.runtime.console import size, write_json
+from sft.runtime.plain import load_json
 from sft.serve.proof import (
     DTYPES,
     Say,
@@ -122,7 +123,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
             f"{'a folder without' if folder.is_dir() else 'nothing'}; run `make merge` first"
         )
     try:
-        report = json.loads((folder / REPORT).read_text("utf-8"))
+        report = load_json(folder / REPORT, follow=True)
         return {**report, "run": report["run"], "base": report["base"]}
     except FileNotFoundError:
         return {}
@@ -218,7 +219,7 @@ def _card(report: dict[str, Any], config: Config, run: Path, folder: Path) -> st
     tuning, train = config.tuning, config.train
     part = task_of(config).describe_selection(config)
     audit = run / "audit.json"
-    audited = json.loads(audit.read_text("utf-8")) if audit.exists() else {}
+    audited = load_json(audit, follow=True) if audit.is_file() else {}
     length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"
     rows = "\n".join(f"| {' | '.join(describe_check(c))} |" for c in report["checks"].values())
     return CARD.format(

@@ -127,7 +127,7 @@ def _load_merged(folder: Path, config: Config) -> tuple[Any, str, dict[str, Any]
 def _load_prompts(run: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Returns the ids of conversations that the run's evaluation stored, or else of two others."""
     path = run / "evaluation" / "predictions.jsonl"
-    stored = islice(predictions.read_records(path), NUM_PROMPTS) if path.exists() else ()
+    stored = islice(predictions.read_records(path), NUM_PROMPTS) if path.is_file() else ()
     texts = [(each["prompt"], each["reference"]) for each in stored if "reference" in each]
     return [
         template.render(

@@ -18,7 +18,7 @@ from sft.evaluate import generate
 from sft.evaluate.answers import AnswerModel
 from sft.evaluate.predictions import key_of
 from sft.models import digests, load
-from sft.runtime import checkpoint
+from sft.runtime import checkpoint, run_folder
 from sft.tasks.registry import fine_tuning_tasks, load_run, task_of
 from sft.tasks.sft.saved import refuse_another_base
 from sft.tasks.sft.task import FineTune
@@ -45,13 +45,27 @@ def load_any_run_config(run: Path, overrides: list[str]) -> RunConfig:
 
 def _refuse_unfinished(run: Path) -> None:
     """Raises ExportError if `run` is not a finished run, or if it is damaged."""
-    if not (run / "config.yaml").exists() or not (run / "final_checkpoint").exists():
+    if not (run / "config.yaml").is_file() or not (run / "final_checkpoint").exists():
         raise ExportError(
             f"{run}: expected a finished run (config.yaml and final_checkpoint/), found "
-            f"{'a folder without them' if run.is_dir() else 'nothing'}; run `make train` first, "
-            "or give RUN=<folder>"
+            f"{_describe(run)}"
         )
     _refuse_damaged(run / "final_checkpoint")
+
+
+def _describe(run: Path) -> str:
+    """Returns what is in the place of a finished run, and what to do."""
+    if (run.parent / "config.yaml").is_file():
+        return f"a part of one; give RUN={run.parent}"
+    if (run / "config.yaml").is_file():
+        last = run_folder.newest_valid(run)
+        use = f", or use its last checkpoint: make infer RUN={last}" if last else ""
+        return (
+            f"a run that has not finished; continue it with make train CONFIG={run}/config.yaml "
+            f'ARGS="train.output_dir={run} train.resume_from_checkpoint=auto"{use}'
+        )
+    found = "a folder without them" if run.is_dir() else "a file" if run.exists() else "nothing"
+    return f"{found}; run `make train` first, or give RUN=<folder>"
 
 
 def load_trained(
@@ -82,9 +96,9 @@ class Opening:
 def open_model(opening: Opening) -> AnswerModel:
     """Returns the run, checkpoint, adapter or base model that is named, ready to answer."""
     folder = Path(opening.name)
-    if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
+    if (folder / "config.yaml").is_file() and not (folder / "config.json").exists():
         config, weights = load_run_config(folder), folder / "final_checkpoint"
-    elif (folder / checkpoint.MANIFEST).exists() and (folder.parent / "config.yaml").exists():
+    elif (folder / checkpoint.MANIFEST).exists() and (folder.parent / "config.yaml").is_file():
         _refuse_damaged(folder)
         config, weights = load_config(folder.parent / "config.yaml", [UNTRUSTED]), folder
     elif part := _part_of_run(folder):
@@ -158,6 +172,7 @@ def _open_base(opening: Opening) -> AnswerModel:
     own = ""
     if adapter is not None:
         folder = Path(adapter)
+        load.refuse_special(adapter)
         task = _task_of_adapter(folder) or FineTune  # reports what is missing
         refuse_another_base(settings, task.recorded_base(folder))
         base = task.as_answer_model(task.with_adapter(base, name, folder))

@@ -315,6 +315,10 @@ class Task(ABC):
         return self.identity_of(self.config, self.prepared)
 
     @cached_property
+    def held_out_sha256(self) -> str:
+        return ""
+
+    @cached_property
     def _workload(self) -> Workload:
         return self.workload(self.config, self.prepared)
 

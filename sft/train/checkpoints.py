@@ -29,6 +29,8 @@ from sft.runtime.plain import load_json, read_json
 # Metrics for `train.save_best`, and whether a smaller value is better.
 LESS_IS_BETTER = {"loss": True, "perplexity": True, "token_accuracy": False}
 STATE = "trainer.json"
+TRIES = 20  # to save the result of a run that has no checkpoint
+SECONDS_OF_WAIT = 30  # before the next
 COUNTS = ("step", "evaluated", "num_skipped", "optimizer_updates", "world_size")
 NO_CHANGE = ("output_dir", "resume_from_checkpoint")  # may differ in the same run
 
@@ -103,6 +105,7 @@ class Best:
     metric: str
     value: float
     step: int
+    held_out_sha256: str = ""  # of the examples that were evaluated
 
     @property
     def name(self) -> str:
@@ -119,11 +122,18 @@ class Keeper:
     """Saves a run's checkpoints and removes old ones. Its public methods are collective."""
 
     def __init__(
-        self, train: Train, accelerator: Accelerator, log: Log, status: Status, need_bytes: int
+        self,
+        train: Train,
+        accelerator: Accelerator,
+        log: Log,
+        status: Status,
+        need_bytes: int,
+        held_out_sha256: str = "",
     ):
         self.train, self.accelerator, self.log, self.status = train, accelerator, log, status
         self.folder = Path(train.output_dir)
         self.need_bytes = need_bytes  # size of a checkpoint
+        self.held_out_sha256 = held_out_sha256
         self.best: Best | None = None
         self.num_failed = 0  # consecutive failed saves
         self.seconds = 0.0  # duration of the last save
@@ -168,10 +178,12 @@ class Keeper:
     def _read_best(self, found: Any, step: int) -> Best | None:
         """Returns the best checkpoint up to `step` from its record, if it still exists."""
         try:
-            best = Best(str(found["metric"]), float(found["value"]), int(found["step"]))
-        except (ValueError, KeyError, TypeError):
+            held_out = str(found.get("held_out_sha256", self.held_out_sha256))  # not in old ones
+            best = Best(str(found["metric"]), float(found["value"]), int(found["step"]), held_out)
+        except (ValueError, KeyError, TypeError, AttributeError):
             return None
         is_ours = best.metric == self.train.save_best and best.step <= step
+        is_ours = is_ours and held_out == self.held_out_sha256
         return best if is_ours and run_folder.find_fault(self.folder / best.name) is None else None
 
     def _record(self, best: Best) -> None:
@@ -188,7 +200,7 @@ class Keeper:
         metric = self.train.save_best
         if metric is None:
             return None
-        found = Best(metric, metrics[metric], step)
+        found = Best(metric, metrics[metric], step, self.held_out_sha256)
         return found if found.is_better_than(self.best) else None
 
     def save(
@@ -221,6 +233,44 @@ class Keeper:
             raise CheckpointError(f"saved {final}, but cannot tidy {self.folder}: {reason}")
         self.best = known
         return final
+
+    def save_final(
+        self,
+        step: int,
+        write_final: Callable[[Path], None],
+        write: Callable[[Path, Best | None], None],
+        need_bytes: int,
+        wait: Callable[[], None],
+    ) -> None:
+        """Commits the final checkpoint, or else one of the last step, from which `auto` goes on.
+
+        If neither can be written and the run has no checkpoint, it waits for room and tries again,
+        `TRIES` times. Raises CheckpointError unless the final checkpoint is there.
+        """
+        final = self.folder / run_folder.FINAL
+        for left in reversed(range(1 if self.saved else TRIES)):
+            try:
+                checkpoint.commit(final, write_final, self.accelerator, need_bytes, self.lineage())
+                return
+            except CheckpointError as error:
+                failed = error
+            try:
+                folder = self.save(step, write)
+            except LostFolder:
+                raise
+            except CheckpointError:
+                if left == 0:
+                    raise failed from None
+                self.log.say(
+                    f"warning: {failed}. Training is done, but nothing of it is saved: make room, "
+                    f"or end it; it is tried again every {SECONDS_OF_WAIT} s, {left} times"
+                )
+                wait()
+            else:
+                raise CheckpointError(
+                    f"{failed}. Training is done and saved in {folder}: remove the cause, and "
+                    'continue with ARGS="train.resume_from_checkpoint=auto"'
+                )
 
     def _refuse_loss(self) -> None:
         """Raises LostFolder on all ranks if the run folder is not this run's any more."""

@@ -28,6 +28,7 @@ from sft.runtime import checkpoint, disk, run_folder
 from sft.runtime.console import Advance, duration, metrics_line, size
 from sft.runtime.processes import Context
 from sft.train.checkpoints import (
+    SECONDS_OF_WAIT,
     Best,
     Keeper,
     changed_settings,
@@ -55,7 +56,8 @@ class Engine:
         self.total_steps = total_steps(train, len(task.lengths))
         number = sum(p.numel() for p in weights_to_save(task.model).values())
         need = disk.checkpoint_bytes(train, number, 0)
-        self.keeper = Keeper(train, context.accelerator, context.log, context.guard.status, need)
+        shared = train, context.accelerator, context.log, context.guard.status
+        self.keeper = Keeper(*shared, need, task.held_out_sha256)
         task.model.train()
         self.parallel = share_model(task.model, train, context.accelerator)
         self.model, self.optimizer = self.parallel.model, self.parallel.optimizer
@@ -463,13 +465,13 @@ class Engine:
 
     def save_final(self, need_bytes: int) -> None:
         """Commits what a user loads, without the state that only training needs."""
-        checkpoint.commit(
-            self.folder / run_folder.FINAL,
-            self.write_final,
-            self.accelerator,
-            need_bytes,
-            self.keeper.lineage(),
-        )
+
+        def wait() -> None:
+            for _ in range(SECONDS_OF_WAIT):
+                self.guard.stop_if_asked()
+                time.sleep(1)
+
+        self.keeper.save_final(self.step, self.write_final, self._write, need_bytes, wait)
 
     def add_card(self, card: str | None) -> None:
         """Adds README.md, with this text, to the final checkpoint."""

@@ -24,6 +24,10 @@ class Trainable(Protocol):
     """Whether the loss depends on the whole global batch instead of being a sum over examples."""
 
     @property
+    def held_out_sha256(self) -> str:
+        """Returns the digest of the held-out examples; scores of others are not compared."""
+
+    @property
     def lengths(self) -> Sequence[int]:
         """Returns the number of tokens of each training example."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ from sft.config.schema import Crowd, Tuning
 from sft.errors import CheckpointError, ConfigError
 from sft.models.adapt import SHARED, adapter_tuning
 from sft.models.export import ADAPTER
+from sft.runtime import plain
 from sft.runtime.checkpoint import open_tensors
 
 META = "ci_llm_meta_config.json"  # the description of the agents, beside their folders
@@ -219,7 +219,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """Returns the description of the crowd in `folder`. Raises CheckpointError if it holds none."""
     path = folder / META
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = plain.load_json(path, follow=True)
         shape_of(found)
         settings = Crowd(num_agents=found["num_agents"], aggregator=found["aggregator"])
         numbers = list(map(float, found["concentration"]))

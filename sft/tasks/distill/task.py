@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sft.models import layers
-from sft.runtime import hardware
+from sft.runtime import hardware, plain
 from sft.runtime.console import duration
 from sft.runtime.disk import refuse_if_unwritable
 from sft.tasks.base import ExampleSize, Finding, Labels, Results, Shrunk, Task, TaskInfo, Workload
@@ -366,7 +365,7 @@ class Distillation(Task):
     @classmethod
     def open(cls, run: Path, config: DistillConfig, prepared: Any, *arguments: Any) -> Task:
         """Returns the task with the settings that the model was trained with."""
-        saved = json.loads((run / "final_checkpoint" / SETTINGS).read_text("utf-8"))
+        saved = plain.load_json(run / "final_checkpoint" / SETTINGS, follow=True)
         trained = {key: saved[key] for key in Distill.model_fields.keys() & saved.keys()}
         given = config.distill.model_dump()
         evaluation = {key: value for key, value in given.items() if key.startswith("eval_")}

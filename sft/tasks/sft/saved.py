@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from sft.models.adapt import (
 )
 from sft.models.digests import weights_sha256
 from sft.models.export import ADAPTER, BASE, load_weights
+from sft.runtime import plain
 from sft.tasks.base import Task
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -48,10 +48,10 @@ def read_base_record(path: Path, key: str | None = None) -> BaseRecord | None:
     if not path.exists():  # the adapter is not from a run, or the run is an old one
         return None
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = plain.load_json(path, follow=True)
         found = found[key] if key else found
         return BaseRecord(path, str(found["name"]), str(found["weights_sha256"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{path} is not what a run writes: {error!r}") from None
 
 
@@ -115,7 +115,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Returns adapter_config.json. Raises ExportError if it is not that of a LoRA adapter."""
     path = folder / ADAPTER_CONFIG
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = plain.load_json(path, follow=True)
         kind, base = found["peft_type"], found["base_model_name_or_path"]
         is_sound = isinstance(base, str) and kind == "LORA"
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from sft.config.load import with_values
 from sft.config.schema import Config, Generation
 from sft.data import audit, audit_report, cache, files, template
 from sft.data.cache import Prepared
-from sft.data.examples import Batch, ExampleArrays, Examples, collate
+from sft.data.examples import Batch, ExampleArrays, Examples, collate, examples_sha256
 from sft.data.formats import is_conversation
 from sft.errors import ConfigError, DataError, UserError, redact
 from sft.evaluate import answers, generate, scores
@@ -353,6 +354,10 @@ class FineTune(SavedTuning):
             settings.labels or (),
         )
 
+    @cached_property
+    def held_out_sha256(self) -> str:
+        return examples_sha256(self.prepared.held_out)
+
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         base = None if self.config.tuning.mode == "full" else self.config.model
         export.save(self.model, self.prepared.tokenizer, folder, weights, base)
@@ -363,9 +368,10 @@ class FineTune(SavedTuning):
     # -- results
 
     def measure_base(self, engine: Engine, precision: str, resumed: bool) -> Results:
-        """Returns the base's results; a resumed run reads them if `evaluation` is the same."""
+        """Returns the base's results; a resumed run reads them if what is asked is the same."""
         path = engine.folder / "evaluation" / "base.json"
         settings = self.config.evaluation.model_dump(exclude={"num_shown", "batch_size"})
+        settings["held_out_sha256"] = self.held_out_sha256
         if resumed and path.with_suffix(".jsonl").exists():
             found = read_json(path)  # a crash of the machine can leave it empty
             if found.get("settings") == settings:
