@@ -11,16 +11,28 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import (
+    FEATURE_EXTRACTOR_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+    cached_file,
+)
 
 from sft.config.schema import Model
 from sft.errors import CheckpointError
 from sft.models.adapt import NAME, aliases, extend_with_first, saved_names, without_first
+from sft.models.classes import auto_class
 from sft.models.digests import weights_sha256
-from sft.models.load import absolute_name
+from sft.models.load import absolute_name, sub_configs
 from sft.runtime.checkpoint import open_tensors
 
 ADAPTER = "adapter_model.safetensors"
 BASE = "base.json"  # beside an adapter: the base that it was trained on
+# How a vision-language or audio model reads its media; training on text leaves it as it is.
+PROCESSORS = sorted(
+    {FEATURE_EXTRACTOR_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME}
+)
 
 
 def base_record(base: Model) -> dict[str, str]:
@@ -34,21 +46,42 @@ def save(
     folder: Path,
     weights: dict[str, torch.Tensor] | None = None,
     base: Model | None = None,
+    origin: Model | None = None,
 ) -> None:
     """Writes the model, or its adapter, and the tokenizer into `folder` (safetensors).
 
     `weights`: those to save, by name, if the model holds only parts of them (FSDP2, ZeRO-3).
     `base`: the base of an adapter; it is recorded, and another base is refused at loading.
+    `origin`: the base of a whole model; the files of its processor are copied.
     """
     _save_model(model, folder, weights)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's, a form that nobody has filled in
     tokenizer.save_pretrained(str(folder))
     if base is not None:
         (folder / BASE).write_text(json.dumps(base_record(base), indent=2) + "\n", "utf-8")
+    for name in PROCESSORS if origin else ():
+        _copy_processor(origin, name, folder)  # type: ignore[arg-type]
     config = folder / "config.json"
     if config.exists():  # training turns the cache off; inference needs it
         values = json.loads(config.read_text("utf-8"))
-        config.write_text(json.dumps(values | {"use_cache": True}, indent=2) + "\n", "utf-8")
+        for part in sub_configs(values):
+            if part is values or "use_cache" in part:
+                part["use_cache"] = True
+        config.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+
+
+def _copy_processor(origin: Model, name: str, folder: Path) -> None:
+    """Copies a file of the base's processor, if it has one, as it is."""
+    given: Any = {"revision": origin.revision} if origin.revision else {}
+    found = cached_file(
+        origin.name,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **given,
+    )
+    if found and not (folder / name).exists():
+        (folder / name).write_bytes(Path(found).read_bytes())
 
 
 def _save_model(model: Any, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
@@ -80,6 +113,9 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
     names = {name: name for name in known}
     if (folder / ADAPTER).exists():
         names = {saved: name for saved, name in saved_names(model).items() if name in known}
+    elif missing - _names_in_files(folder):
+        yield from _read_renamed(model, folder, missing)
+        return
     for path in sorted(folder.glob("*model*.safetensors")):
         with open_tensors(path) as file:
             for saved in names.keys() & set(file.keys()):
@@ -95,6 +131,32 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
                 yield name, value
     if missing:
         raise CheckpointError(f"{folder} does not fit the model: it lacks {min(missing)}")
+
+
+def _names_in_files(folder: Path) -> set[str]:
+    found: set[str] = set()
+    for path in folder.glob("*model*.safetensors"):
+        with open_tensors(path) as file:
+            found |= set(file.keys())
+    return found
+
+
+def _read_renamed(
+    model: nn.Module, folder: Path, needed: set[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the weights of files that name or cut them otherwise than the model does.
+
+    transformers saves each type as its first release was: a mixture's experts one by one.
+    """
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} does not fit the model: it lacks {min(needed)}")
+    loaded, info = auto_class(model.config).from_pretrained(
+        str(folder), dtype="auto", use_safetensors=True, output_loading_info=True
+    )
+    found = dict(loaded.named_parameters())
+    if absent := needed & (set(info["missing_keys"]) | (needed - found.keys())):
+        raise CheckpointError(f"{folder} does not fit the model: it lacks {min(absent)}")
+    yield from found.items()
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

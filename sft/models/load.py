@@ -17,15 +17,15 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.config.schema import Config, Model
 from sft.errors import ModelError, UserError
-from sft.models import attention
+from sft.models import attention, classes
 from sft.models.adapt import add_adapters
 from sft.models.dtypes import DTYPES, check_dtypes
 from sft.models.quantise import keep_nf4_trainable, nf4, quantise, quantising_all
@@ -92,11 +92,24 @@ def _stop_tokens(tokenizer: Tokenizer, config: Model) -> list[str]:
 
 
 def architecture(config: Model) -> Any:
-    """Returns the transformers configuration (`config.json`) of the model; reads no weights."""
+    """Returns the transformers configuration (`config.json`) of the model; reads no weights.
+
+    Raises ModelError for a model that does not write text from left to right.
+    """
     with explain_load_errors(config.name):
-        return AutoConfig.from_pretrained(
+        found = AutoConfig.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+        classes.refuse_other_than_decoders(found, config.name)
+        return found
+
+
+def sub_configs(config: Any) -> Iterator[Any]:
+    """Yields a transformers configuration, as an object or as JSON, and all within it."""
+    yield config
+    for value in (config if isinstance(config, dict) else vars(config)).values():
+        if isinstance(value, PretrainedConfig | dict):
+            yield from sub_configs(value)
 
 
 def keep_layers(architecture: Any, depth: int) -> Any:
@@ -178,6 +191,9 @@ def build(
         base = adapt(base, config) if adapt else add_adapters(base, config.tuning)
     # With a cache, transformers ignores the borders of packed documents.
     base.config.use_cache = False
+    for part in sub_configs(base.config):
+        if getattr(part, "use_cache", False):
+            part.use_cache = False
     if config.train.gradient_checkpointing is True:  # the plan has decided about `auto`
         # Non-reentrant: gradients reach adapters although frozen embeddings have none.
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -205,16 +221,16 @@ def load_base(
         "trust_remote_code": config.trust_remote_code,
     }
     with explain_load_errors(config.name):
+        arch = architecture(config)
         if config.init == "random" or not weights:
-            arch = architecture(config)
             arch = arch if depth is None else keep_layers(arch, depth)
-            model = AutoModelForCausalLM.from_config(arch, **options).to(device)
+            model = classes.from_config(arch, **options).to(device)
             if mode == "qlora":
                 quantise(model, compute)
             return model
         _check_files(Path(config.name))
         with quantising_all():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = classes.auto_class(arch).from_pretrained(
                 config.name,
                 **options,
                 revision=config.revision,
@@ -247,7 +263,7 @@ def check_attention(config: Model) -> None:
     arch, model = architecture(config), None
     with explain_load_errors(config.name), torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(
+            model = classes.from_config(
                 arch,
                 attn_implementation=attention.NAME,
                 trust_remote_code=config.trust_remote_code,

@@ -165,7 +165,7 @@ def _write(run: Path, config: Config, base: str, folder: Path, dtype: str) -> No
         _copy_dequantised(plain, config)
     merged = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     merged.generation_config = add_turn_ends(merged.generation_config, tokenizer)
-    export.save(merged.to(DTYPES[dtype]), tokenizer, folder)
+    export.save(merged.to(DTYPES[dtype]), tokenizer, folder, origin=config.model)
 
 
 def _copy_dequantised(plain: nn.Module, config: Config) -> None:

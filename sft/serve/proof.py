@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from rich.console import RenderableType
 from rich.text import Text
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from sft.config.schema import Config
 from sft.data import audit, template
 from sft.errors import MergeError
 from sft.evaluate import generate, predictions
-from sft.models import dtypes, load
+from sft.models import classes, dtypes, load
 from sft.models.adapt import NAME
 from sft.runtime import checkpoint
 from sft.runtime.console import table
@@ -105,7 +105,8 @@ def _load_merged(folder: Path, config: Config) -> tuple[Any, str, dict[str, Any]
         if reason := checkpoint.tensor_fault(path):
             raise MergeError(f"{path} cannot be loaded: {reason}; merge again")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        own = config.model.model_copy(update={"name": str(folder), "revision": None})
+        loaded: Any = classes.auto_class(load.architecture(own)).from_pretrained(
             str(folder),
             dtype="auto",
             trust_remote_code=config.model.trust_remote_code,

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from sft.config.schema import Config
 from sft.data import files
 from sft.errors import VerificationError, redact
+from sft.models import classes
 from sft.models.load import architecture, keep_layers, load_tokenizer
 from sft.tasks.base import Shrunk
 
@@ -68,7 +68,7 @@ def small_model(config: Config, exact: bool = False) -> tuple[nn.Module, list[tu
     for candidate in (narrow(few), few):  # not every architecture lets its widths be chosen
         torch.manual_seed(config.train.seed)
         try:
-            built = AutoModelForCausalLM.from_config(
+            built = classes.from_config(
                 candidate,
                 dtype=torch.float32,
                 trust_remote_code=config.model.trust_remote_code,

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from rich.console import RenderableType
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from sft.config.load import with_values
 from sft.config.schema import Config, Generation
@@ -28,7 +27,7 @@ from sft.errors import ConfigError, DataError, UserError, redact
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import ScoredPredictions, key_of, read_records
-from sft.models import attention, digests, export, layers, load
+from sft.models import attention, classes, digests, export, layers, load
 from sft.runtime.console import write_json
 from sft.runtime.plain import read_json
 from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
@@ -133,7 +132,7 @@ class FineTune(SavedTuning):
         load.check_attention(config.model)  # as `load_base` does, which a plan may not call
         arch = load.architecture(config.model)
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(
+            base = classes.from_config(
                 arch if depth is None else load.keep_layers(arch, depth),
                 trust_remote_code=config.model.trust_remote_code,
             )
@@ -359,8 +358,9 @@ class FineTune(SavedTuning):
         return examples_sha256(self.prepared.held_out)
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        base = None if self.config.tuning.mode == "full" else self.config.model
-        export.save(self.model, self.prepared.tokenizer, folder, weights, base)
+        own = self.config.model
+        whose = {"origin": own} if self.config.tuning.mode == "full" else {"base": own}
+        export.save(self.model, self.prepared.tokenizer, folder, weights, **whose)
 
     def name_example(self, number: int) -> str:
         return self.prepared.train.row(number).place
