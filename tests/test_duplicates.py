@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -104,6 +105,26 @@ def test_near_duplicates_are_found_by_their_real_similarity(monkeypatch, size):
     found = {(i, j) for i, j, _ in duplicates(rows)[1]}
     assert found == expected
     assert len(found) > 30
+
+
+@pytest.mark.parametrize("by_themselves", [True, False])
+def test_rows_that_share_a_key_may_meet(by_themselves):
+    draw = np.random.default_rng(0)
+    keys = draw.integers(0, 2**32, (2000, data_duplicates.BANDS), np.uint32)
+    for row in range(0, 200, 2):
+        band = draw.integers(data_duplicates.BANDS)
+        keys[draw.integers(1000), band] = keys[1000 + row, band]
+    asked = np.arange(2000) if by_themselves else np.arange(1000, 2000)
+    shared = [
+        [key in others for key in band]
+        for band in keys.T
+        for others in [{key for key, n in Counter(band[asked]).items() if n > by_themselves}]
+    ]
+    expected = set(np.flatnonzero(np.any(shared, 0)))
+    found = data_duplicates._may_meet(keys, asked, by_themselves=by_themselves)
+    assert expected <= set(np.flatnonzero(found))
+    assert found.sum() < len(expected) + 100
+    assert len(expected) >= 150
 
 
 def test_copies_are_found_among_rows_of_one_template():

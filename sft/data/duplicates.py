@@ -28,6 +28,7 @@ SHINGLE = 5  # words
 BANDS, DEPTH = 25, 5  # of MinHash: a pair at 0.8 is missed with probability 5e-5
 MOST_WORDS = 1 << 17  # whose hashes are kept
 QUERIES_PER_PASS = 1 << 18  # rows whose pairs are in memory at a time
+TABLE_BITS = 20  # of a key, by which keys that no other row has are found quickly
 BUCKET = 10  # maximum texts per key: limits the time for rows from few templates
 HALF, LOW = np.uint64(32), np.uint64(0xFFFFFFFF)  # of a key or row, and a row, in one number
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
@@ -248,9 +249,26 @@ def find_near(
     texts = sketches.texts
     known, asked = (r[texts[r] != 0] for r in (rows, rows if queries is None else queries))
     known = known[is_first(texts[known])]  # of equal texts, only the first is used
+    meets = _may_meet(sketches.keys, asked, by_themselves=queries is None)
+    known, asked = known[meets[known]], asked[meets[asked]]
     parts = (asked[at : at + QUERIES_PER_PASS] for at in range(0, len(asked), QUERIES_PER_PASS))
     pairs = (_pairs(sketches.keys, known, part, earlier_only=queries is None) for part in parts)
     return np.fromiter((found for each in pairs for found in _most_similar(sketches, each)), NEAR)
+
+
+def _may_meet(keys: np.ndarray, asked: np.ndarray, *, by_themselves: bool) -> np.ndarray:
+    """Returns (n,) of all rows that share the key of a band with one of `asked`, or, of `asked`
+    themselves, with another one; and a few more rows. Most rows of most data sets share none."""
+    meets, shift = np.zeros(len(keys), bool), np.uint32(32 - TABLE_BITS)
+    for band in map(np.ascontiguousarray, keys.T):
+        wanted = band[asked]
+        if by_themselves:
+            wanted.sort()
+            wanted = wanted[1:][wanted[1:] == wanted[:-1]]
+        begins = np.zeros(1 << TABLE_BITS, bool)  # with these bits
+        begins[wanted >> shift] = True
+        meets |= begins[band >> shift]
+    return meets
 
 
 def _pairs(
