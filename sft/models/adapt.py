@@ -58,7 +58,6 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
         from peft import replace_lora_weights_loftq
 
         replace_lora_weights_loftq(model)
-    _refuse_unused(model, tuning)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -121,8 +120,11 @@ def _last_names(names: Iterable[str]) -> set[str]:
 # -- keys that name something
 
 
-def _refuse_unused(model: Any, tuning: Tuning) -> None:
-    """Raises ModelError for a name or pattern in `tuning` that is nothing in this model."""
+def refuse_unused(model: Any, tuning: Tuning) -> None:
+    """Raises ModelError for a name or pattern in `tuning` that is nothing in this model.
+
+    Adapters of others may name more than their base has; PEFT ignores that, and so do we.
+    """
     from peft.tuners.lora import LoraLayer
 
     plain = model.get_base_model()

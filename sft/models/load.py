@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from sft.config.schema import Config, Model
 from sft.errors import ModelError, UserError
 from sft.models import attention, classes
-from sft.models.adapt import add_adapters
+from sft.models.adapt import add_adapters, refuse_unused
 from sft.models.dtypes import DTYPES, check_dtypes
 from sft.models.quantise import keep_nf4_trainable, nf4, quantise, quantising_all
 from sft.runtime import checkpoint, plain
@@ -189,6 +189,8 @@ def build(
     if mode != "full":
         base.requires_grad_(False)
         base = adapt(base, config) if adapt else add_adapters(base, config.tuning)
+        if hasattr(base, "get_base_model"):
+            refuse_unused(base, config.tuning)
     # With a cache, transformers ignores the borders of packed documents.
     base.config.use_cache = False
     for part in sub_configs(base.config):
