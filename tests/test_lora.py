@@ -264,8 +264,8 @@ def test_runs_without_the_section_have_the_identity_that_they_had():
     ],
 )
 def test_a_name_that_is_nothing_in_the_model_is_refused(lora, reported):
+    tuning = Tuning(r=20, lora=Lora(**lora))
     with pytest.raises(ModelError, match=re.escape(reported)):
-        tuning = Tuning(r=20, lora=Lora(**lora))
         adapt.refuse_unused(adapt.add_adapters(tiny.llama(), tuning), tuning)
 
 

@@ -97,6 +97,11 @@ Regex = Annotated[Text, AfterValidator(_check_regex)]
 Init = Annotated[bool | str, BeforeValidator(_check_init)]
 
 
+def names_layer(pattern: str) -> bool:
+    """Returns whether a name or regular expression may mean some of the layers only."""
+    return bool(re.search(r"(^|\W)\d", pattern))
+
+
 class Lora(Section):
     """Further settings of the adapters, under the names of PEFT's LoraConfig (peft 0.21). Its `r`,
     `lora_alpha`, `lora_dropout` and `target_modules` may stand here or in `tuning`."""
@@ -143,10 +148,3 @@ class Lora(Section):
         """Returns whether the adapters begin with a part of the base, which is subtracted there."""
         init = self.init_lora_weights
         return isinstance(init, str) and init.startswith(CHANGES_BASE)
-
-    @property
-    def differs_by_layer(self) -> bool:
-        """Returns whether layers of the same kind may have different adapters."""
-        patterns = (*self.rank_pattern, *self.alpha_pattern, *(self.target_parameters or ()))
-        numbered = any(re.search(r"\d", each) for each in patterns)
-        return self.layers_to_transform is not None or numbered or bool(self.exclude_modules)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from sft.config.lora import Lora, check_targets
+from sft.config.lora import Lora, check_targets, names_layer
 from sft.config.section import (
     Char,
     Count,
@@ -113,6 +113,15 @@ class Tuning(Section):
                 )
         own = {key: value for key, value in lora.items() if key not in shared}
         return values | shared | {"lora": own}
+
+    @property
+    def differs_by_layer(self) -> bool:
+        """Returns whether layers of the same kind may have different adapters."""
+        lora, names = self.lora, []
+        for each in (self.target_modules, lora.exclude_modules, lora.target_parameters):
+            names += [each] if isinstance(each, str) else each or []
+        names += [*(lora.modules_to_save or ()), *lora.rank_pattern, *lora.alpha_pattern]
+        return lora.layers_to_transform is not None or any(map(names_layer, names))
 
     def identity(self) -> str:
         """Returns what runs that continue each other share, as JSON.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sft.config.lora import Lora
 from sft.config.schema import Config
 from sft.data import files
 from sft.errors import VerificationError, redact
@@ -26,6 +27,7 @@ WIDTHS = {  # sizes of the small model, by their names in its configuration
     "num_experts": 4,
     "num_local_experts": 4,
 }
+OF_LAYERS = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
 EXAMPLES = 8  # maximum size of a global batch
 HELD_OUT = 6  # held-out rows
 
@@ -49,6 +51,13 @@ def shrink(config: Config, folder: Path, exact: bool) -> Shrunk:
         "evaluation.num_examples": min(config.evaluation.num_examples, 2),
         "evaluation.max_new_tokens": min(config.evaluation.max_new_tokens, 8),
     }
+    if config.tuning.differs_by_layer:
+        values |= {f"tuning.lora.{key}": Lora.model_fields[key].default for key in OF_LAYERS}
+        changes.append(
+            ("tuning", f"every layer has the same adapters, without {', '.join(OF_LAYERS)}")
+        )
+    if config.tuning.lora.changes_base:
+        values |= {"tuning.r": min(config.tuning.r, 8)}  # no matrix has a lower rank
     changes.append(("tuning", config.tuning.mode))
     chosen_from = f"the first {rows} of {redact(str(config.data.train_path))}"
     return Shrunk(values, changes, {"tuning.lora_dropout": 0.0}, batch, chosen_from)

@@ -87,7 +87,7 @@ class FineTune(SavedTuning):
             config.tuning.mode,
             attention=config.model.attn_implementation,
             vocabulary=text.vocab_size,
-            repeats=not config.tuning.lora.differs_by_layer,
+            repeats=not config.tuning.differs_by_layer,
         )
 
     @classmethod
