@@ -99,9 +99,13 @@ def test_the_example_of_the_docs_runs_in_an_interactive_process(tmp_path):
     """As in a notebook: one process, statement by statement, and one more training in it."""
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/API.md").read_text(), re.DOTALL)
     example = example.replace("outputs/api", f"{tmp_path}/run")
+    rows = (ROOT / "nano/valid.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "held_out.jsonl").write_text("".join(rows[:24]))
     given = '"train.max_steps": 20,'
     assert given in example
-    example = example.replace(given, '"train.max_steps": 4, "data.max_rows": 256,')
+    held_out = f'"data.eval_path": "{tmp_path}/held_out.jsonl",'
+    less = f'"train.max_steps": 4, "data.max_rows": 256, {held_out}'
+    example = example.replace(given, less)
     done = subprocess.run(
         [sys.executable, "-i", "-q"],
         input=example + AGAIN,

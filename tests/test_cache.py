@@ -7,8 +7,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -16,9 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import forked
 import psutil
 import pytest
-from conftest import ROOT, clean_environment
+from conftest import ROOT
 from filelock import FileLock
 from transformers.utils import chat_template_utils
 
@@ -624,6 +623,14 @@ def test_only_what_was_used_last_is_kept(material, monkeypatch):
     assert [folder.exists() for folder in folders] == [True, False, True, True]
 
 
+def fork(material: Path, code: str, *given: str, log: Path) -> forked.ForkServerProcess:
+    """Starts a process that runs this program on a configuration with these overrides."""
+    script = material / "script.py"
+    script.write_text(code)
+    overrides = [f"model.name={ROOT}/nano/model", *given, f"data.cache_dir={material}/cache"]
+    return forked.start(1, [str(script), str(ROOT / "configs/nano.yaml"), *overrides], log)
+
+
 @pytest.mark.slow
 def test_of_processes_that_ask_at_once_one_prepares(material):
     given = rows(material / "rows.jsonl", *(f"answer {n}" for n in range(3000)))
@@ -632,15 +639,13 @@ def test_of_processes_that_ask_at_once_one_prepares(material):
         "fill, calls = cache._fill, []\n"
         "cache._fill = lambda *a: (calls.append(1), fill(*a))\n"
         "made = cache.prepare(load_config(sys.argv[1], sys.argv[2:]))\n"
-        "print(len(calls), len(made.train), sum(made.train.lengths))\n"
+        "print('made', len(calls), len(made.train), sum(made.train.lengths))\n"
     )
-    overrides = [f"model.name={ROOT}/nano/model", *given, f"data.cache_dir={material}/cache"]
-    command = [sys.executable, "-c", code, str(ROOT / "configs/nano.yaml"), *overrides]
-    started = [
-        subprocess.Popen(command, env=clean_environment(), stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    reported = [process.communicate(timeout=120)[0].split() for process in started]
+    logs = [material / f"{number}.log" for number in range(3)]
+    started = [fork(material, code, *given, log=log) for log in logs]
+    for process in started:
+        process.join()
+    reported = [log.read_text().rpartition("made ")[2].split() for log in logs]
     assert sorted(calls for calls, _, _ in reported) == ["0", "0", "1"]
     assert len({tuple(rest) for _, *rest in reported}) == 1
 
@@ -667,14 +672,12 @@ def test_rows_are_not_held_in_memory(material):
         draw = random.Random(0)
         answers = (" ".join(f"w{draw.randrange(999)}" for _ in range(40)) for _ in range(number))
         given = rows(material / "rows.jsonl", *answers)
-        overrides = [f"model.name={ROOT}/nano/model", *given, "data.max_seq_len=2000"]
-        overrides += [f"data.cache_dir={material}/cache", "data.on_long=drop"]
-        command = [sys.executable, "-c", code, str(ROOT / "configs/nano.yaml"), *overrides]
-        process, peak = subprocess.Popen(command, env=clean_environment()), 0
-        while process.poll() is None:
+        options = "data.max_seq_len=2000", "data.on_long=drop"
+        process, peak = fork(material, code, *given, *options, log=material / "log"), 0
+        while process.is_alive():
             peak = max(peak, own_memory(process.pid))
             time.sleep(0.02)
-        assert process.returncode == 0
+        assert process.exitcode == 0
         peaks.append(peak)
     assert peaks[1] - peaks[0] < 8 << 10, peaks
 

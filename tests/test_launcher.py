@@ -238,6 +238,11 @@ def test_a_launcher_that_waits_for_other_machines_can_be_stopped(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
 # --- words and codes -----------------------------------------------------------------------------
 
 
@@ -350,39 +355,6 @@ def launchers(pid: int) -> list[int]:
     found = psutil.Process(pid).children(recursive=True)
     training = [each for each in found if "train-distributed" in each.cmdline()]
     return [each.pid for each in training if "LOCAL_RANK" not in each.environ()]
-
-
-# --- several machines ----------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-@pytest.mark.slow
-def test_two_launchers_make_one_world(tmp_path, request):
-    """In two networks joined by a cable where that can be made, else on loopback."""
-    try:
-        names, address = request.getfixturevalue("namespaces"), "10.213.77.1"
-    except pytest.skip.Exception:
-        names, address = [None, None], "127.0.0.1"
-    common = {"NUM_PROCESSES": "1", "NUM_MACHINES": "2", "MASTER_ADDR": address}
-    common |= {"MASTER_PORT": str(free_port())}
-    machines = []
-    for rank, name in enumerate(names):
-        before = ["ip", "netns", "exec", name] if name else []
-        own = {"MACHINE_RANK": str(rank)} | ({"GLOO_SOCKET_IFNAME": f"sft{rank}"} if name else {})
-        machines.append(start("world", tmp_path, *before, **common, **own))
-    for machine in machines:
-        code, reported = ended(machine)
-        assert code == 0, reported
-    reported = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    for each in reported:
-        assert each["world"] == 2
-        assert each["model"] == "DistributedDataParallel"
-        assert each["gradient"] == [[1.5, 1.5, 1.5]]  # the mean of 1 and 2: exchanged
-        assert each["spread"] == " on 2 machines, 1 on each, gloo"
 
 
 # --- SLURM ---------------------------------------------------------------------------------------

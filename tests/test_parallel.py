@@ -267,6 +267,17 @@ def test_other_numbers_of_processes_are_the_run_of_one_whole_and_resumed(two, wo
         assert_same(two, each["name"], each["name"].split("-")[0] + "-ddp-1")
 
 
+LAUNCHER = """
+import sys
+from sft import cli
+from sft.config.load import load_config
+from sft.runtime import launcher
+
+train = load_config("configs/nano.yaml", [f"train.output_dir={sys.argv[2]}"]).train
+cli.run(lambda: launcher.launch(train, ["tests/support/parallel_worker.py", *sys.argv[1:]]))
+"""
+
+
 @pytest.mark.slow
 def test_two_machines_are_the_run_of_one(alone, request):
     """Two launchers: in two networks joined by a cable where that can be made, else on loopback.
@@ -283,18 +294,20 @@ def test_two_machines_are_the_run_of_one(alone, request):
         names, host = [None, None], "127.0.0.1"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    common = {"NUM_PROCESSES": "1", "NUM_MACHINES": "2", "MASTER_ADDR": host}
     machines = []
     for rank, name in enumerate(names):
         command = ["ip", "netns", "exec", name] if name else []
-        command += [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
-        command += [f"--node-rank={rank}", f"--master-addr={host}", f"--master-port={port}"]
-        command += ["tests/support/parallel_worker.py", str(alone / "machines.json"), str(alone)]
-        own = {"GLOO_SOCKET_IFNAME": f"sft{rank}"} if name else {}
-        machines.append(subprocess.Popen(command, cwd=ROOT, env=clean_environment(**own)))
-    for machine in machines:
-        machine.wait(timeout=600)
+        command += [sys.executable, "-c", LAUNCHER, str(alone / "machines.json"), str(alone)]
+        own = {"MACHINE_RANK": str(rank)} | ({"GLOO_SOCKET_IFNAME": f"sft{rank}"} if name else {})
+        environment = clean_environment(**common, MASTER_PORT=str(port), **own)
+        machines.append(subprocess.Popen(command, cwd=ROOT, env=environment))
+    assert [machine.wait(timeout=600) for machine in machines] == [0, 0]
     for each in cases:
-        assert [reported["world_size"] for reported in found(alone, each["name"])] == [2, 2]
+        ranks = found(alone, each["name"])
+        assert [reported["world_size"] for reported in ranks] == [2, 2]
+        assert [reported["engine"] for reported in ranks] == ["Replicated"] * 2
+        assert {reported["spread"] for reported in ranks} == {" on 2 machines, 1 on each, gloo"}
         assert_same(alone, each["name"], each["name"].split("-")[0] + "-ddp-1")
 
 

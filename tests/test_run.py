@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -37,11 +38,13 @@ SHORT += ["train.global_batch=16"]
 BRIEF = [*ROWS, "train.max_steps=2", "evaluation.num_examples=0"]
 
 
-def make(target: str, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`make target`, as in the README."""
-    assignments = [f"{name}={value}" for name, value in variables.items()]
-    arguments = [f"ARGS={' '.join(overrides)}"] if overrides else []
-    return run("make", target, *assignments, *arguments, HF_HOME="/nonexistent")
+def make(target: str, *overrides: str) -> str:
+    """`make TARGET`, as in the README, by two processes where it takes several; returns what it
+    reported."""
+    arguments = ["make", target, f"ARGS={' '.join(overrides)}"]
+    done = run(*arguments, HF_HOME="/nonexistent", NUM_PROCESSES="2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def train(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -82,9 +85,7 @@ def status(folder: Path) -> dict:
 def nano(tmp_path_factory) -> tuple[Path, str]:
     """`make train`, only into another folder, and with 200 of its 375 steps."""
     folder = tmp_path_factory.mktemp("runs") / "nano"
-    done = make("train", f"train.output_dir={folder}", "train.max_steps=200")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
+    return folder, make("train", f"train.output_dir={folder}", "train.max_steps=200")
 
 
 def test_make_train_teaches_the_task(nano):
@@ -221,24 +222,37 @@ ENGINES = {
 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory) -> dict[str, tuple[Path, str, list[list[float]]]]:
-    """Of each target: its run folder, what it reported, and the losses that TensorBoard serves."""
-    made, outputs = {}, ROOT / "outputs" / f"test-tb-{os.getpid()}"
+    """Of each target: its run folder, what it reported, and the losses that TensorBoard serves.
+
+    The first starts everything anew. Of the others, the ranks are forked with the command that
+    make would give the launcher, which is the same for every engine.
+    """
+    made, address, outputs = {}, "", ROOT / "outputs" / f"test-tb-{os.getpid()}"
     try:
         for target in ENGINES:
             folder = outputs / target
-            done = make(target, f"train.output_dir={folder}", *SHORT, NUM_PROCESSES="2")
-            reported = done.stdout + done.stderr
+            start = fork if made else make
+            reported = start(target, f"train.output_dir={folder}", *SHORT)
             assert status(folder)["state"] == "finished", reported
-            address = re.search(r"http://localhost:\d+", done.stdout)
-            assert address, reported
-            made[target] = (folder, done.stdout, served(address[0], f"{outputs.name}/{target}"))
+            address = address or re.search(r"http://localhost:\d+", reported)[0]
+            made[target] = (folder, reported, served(address, f"{outputs.name}/{target}"))
         yield made
     finally:
-        stopped = make("tb-stop")
+        stopped = run("make", "tb-stop")
         subprocess.run(["rm", "-rf", str(outputs)], check=True)
     assert stopped.returncode == 0
     with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(address[0], timeout=10)
+        urllib.request.urlopen(address, timeout=10)
+
+
+def fork(target: str, *overrides: str) -> str:
+    """`make TARGET` for two processes, without TensorBoard; returns what they reported."""
+    printed = run("make", "-n", target, f"ARGS={' '.join(overrides)}").stdout
+    tensorboard, train = printed.replace("\\\n", "").splitlines()
+    assert " -m sft tensorboard" in tensorboard
+    python, *command = shlex.split(train)
+    assert python.endswith("/bin/python"), printed
+    return forked.launch(2, command)
 
 
 def served(address: str, name: str) -> list[list[float]]:

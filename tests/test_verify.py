@@ -376,6 +376,7 @@ def test_runs_killed_at_random_instants_end_as_if_they_had_not_been(tmp_path, mo
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import chaos
 
+    monkeypatch.setattr(chaos, "STEPS", 12)
     out = tmp_path / "chaos.json"
     arguments = ["--kills", "3", "--only", "LoRA, DDP x 2"]
     monkeypatch.setattr(sys, "argv", ["chaos.py", *arguments, "--json", str(out)])

@@ -209,9 +209,15 @@ def test_sigkill_at_any_moment_costs_what_came_after_the_last_save(
     assert_same_weights(resumed(start, world, run), whole[world])
 
 
-def test_sigterm_to_all_ranks_is_one_request(start):
-    run = start(2, "step", "all", times=2)
+def test_sigterm_to_all_ranks_and_again_from_their_launcher_is_one_request(start):
+    """As schedulers send it under torchrun: to each process, and the launcher passes its own on."""
+    run = start(2, "step", "pause", 1, times=2).at_moment()
+    for _ in range(2):
+        for pid in run.pids["ranks"]:
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.3)  # else the kernel makes one of both
     assert run.codes() == [75, 75], run.reported
+    assert (run.status["state"], run.status["exit_code"]) == ("preempted", 75)
     assert run.checkpoints() == ["checkpoint_step_2"]
     assert run.reported.count("SIGTERM: stopping after this step") == 1
 
@@ -465,33 +471,6 @@ def test_workers_do_not_outlive_a_run_that_is_killed(start):
     os.kill(run.pids["ranks"][0], signal.SIGKILL)
     for pid in pids:
         wait_for(lambda pid=pid: children.is_dead(pid), 2.0)
-
-
-# --- torchrun ------------------------------------------------------------------------------------
-
-
-def test_sigterm_to_torchrun_and_its_ranks_is_one_request(tmp_path):
-    """As schedulers send it: each rank gets it by itself, and again from its launcher."""
-    request = {"out": str(tmp_path), "folder": str(tmp_path / "run"), "world": 2, "port": 0}
-    request |= {"moment": "step", "fault": "pause", "rank": 1, "times": 2, "limit": BOUNDED}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["tests/support/watchdog_worker.py", json.dumps(request | {"train": {}, "env": {}})]
-    environment = clean_environment(PYTHONPATH=PATHS, OMP_NUM_THREADS="1")
-    run = Started(tmp_path, tmp_path / "run")
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
-        run.at_moment()
-        words = [run.folder / f".ranks/{rank}.json" for rank in range(2)]
-        wait_for(lambda: all(path.exists() for path in words), BOUNDED)  # a rank speaks each second
-        for path in words:
-            os.kill(json.loads(path.read_text())["pid"], signal.SIGTERM)
-        time.sleep(0.3)  # else the kernel makes one of both
-        process.send_signal(signal.SIGTERM)
-        reported = process.communicate(timeout=BOUNDED)[1]
-    assert (run.status["state"], run.status["exit_code"]) == ("preempted", 75), reported
-    assert run.checkpoints() == ["checkpoint_step_2"]
-    assert reported.count("SIGTERM: stopping after this step") == 1
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -82,7 +82,6 @@ def world() -> None:
     model(torch.full((1, 3), rank + 1.0, device=accelerator.device)).sum().backward()
     reported = {
         "world": accelerator.num_processes,
-        "model": type(model).__name__,
         "gradient": next(model.parameters()).grad.tolist(),
         **processes.describe_world(accelerator),
     }

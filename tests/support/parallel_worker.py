@@ -1,4 +1,4 @@
-"""Of torchrun, or forked: short runs of the nano model, in turn; ranks write what they saw.
+"""Of a launcher, or forked: short runs of the nano model, in turn; ranks write what they saw.
 
 parallel_worker.py CASES.json OUT, with cases as in tests/test_parallel.py.
 """
@@ -54,6 +54,7 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
     return {
         "world_size": made.accelerator.num_processes,
         "engine": type(made.parallel).__name__,
+        "spread": processes.describe_world(made.accelerator)["spread"],
         "steps": steps,
         "held_out": made.evaluate()["loss"],
     }

@@ -57,9 +57,6 @@ def happens(request: Request, moment: str) -> None:
         raise error
     elif fault == "pause":
         time.sleep(5)
-    elif fault == "all":  # as from a scheduler
-        for pid in json.loads(Path(request["out"], "pids").read_text())["ranks"]:
-            os.kill(pid, signal.SIGTERM)
     else:
         os.kill(os.getpid(), signal.Signals[fault])
     time.sleep(0.3)  # the process group's threads may still have been writing
@@ -188,8 +185,6 @@ def start_launcher(request: Request) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:  # by torchrun, as one rank
-        cli.run(lambda: train(json.loads(sys.argv[1])))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # launchers need no burial
     torch.set_num_threads(1)
     for line in sys.stdin:
