@@ -9,21 +9,17 @@ keep the tensors that they would keep there, as far as possible (docs/PLAN.md).
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from logging import getLogger
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import DistributedType, convert_outputs_to_fp32
 from torch import nn
-from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import PreTrainedModel, masking_utils
 
 from sft.config.load import with_values
 from sft.config.schema import RunConfig
@@ -32,8 +28,9 @@ from sft.data.batches import MicroBatch
 from sft.evaluate import generate
 from sft.models import dtypes
 from sft.models.attention import needs_no_mask
+from sft.models.fake import fake_tensors, set_attributes
 from sft.models.layers import embedding_layers, weights_to_save
-from sft.plan.trace import AssumeOnes, Recorder, Trace
+from sft.plan.trace import Recorder, Trace
 from sft.runtime.processes import Context
 from sft.tasks.base import ExampleSize
 from sft.tasks.registry import task_of
@@ -81,62 +78,10 @@ def trace_step(
     if depth is not None:
         config = task_class.with_depth(config, depth)
     masked = needs_mask and window.layout == "packed" and max(map(len, window.micro_batches)) > 1
-    with _fake(info.mode, masked), _imitate_gpu(info.sizes, precision) if on_gpu else nullcontext():
+    imitated = _imitate_gpu(info.sizes, precision) if on_gpu else nullcontext()
+    with fake_tensors(info.mode, masked), imitated:
         engine = make_engine(config, precision, window, weights=False, depth=depth)
         return record_step(engine, gradients=window.gradients or evaluation, evaluation=evaluation)
-
-
-@contextmanager
-def _set_attributes(owner: Any, **values: Any) -> Iterator[None]:
-    """Sets attributes of a library that has no option for them, and restores them afterwards."""
-    before = {name: getattr(owner, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(owner, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
-
-
-@contextmanager
-def _fake(mode: str, masked: bool) -> Iterator[None]:
-    """Makes every tensor fake within this context, and lets no library cache a fake one.
-
-    `masked`: whether transformers makes a mask, as it does for packed documents. To decide
-    it, transformers would read the values of a tensor, which a fake one lacks.
-    """
-    with ExitStack() as stack:
-        enter = stack.enter_context
-        enter(torch.random.fork_rng(devices=[]))
-        if mode == "qlora":
-            from bitsandbytes import functional
-
-            enter(_set_attributes(functional, name2qmap={}))  # its cache of tables
-        enter(_set_attributes(masking_utils, is_tracing=lambda *_: masked))
-        enter(_set_attributes(nn.Module, _apply=_convert))
-        # Fake weights have no values. A truncated normal would be drawn again and again: for ever.
-        enter(_set_attributes(PreTrainedModel, initialize_weights=lambda _: None))
-        enter(_set_attributes(nn.init, trunc_normal_=lambda tensor, *_, **__: tensor))
-        enter(warnings.catch_warnings(action="ignore"))  # the real build gives the same warnings
-        # torch would log a failure; the plan gives it as the reason for using a closed form.
-        enter(_set_attributes(getLogger("torch._subclasses.fake_tensor"), disabled=True))
-        enter(FakeTensorMode(allow_non_fake_inputs=True))
-        enter(AssumeOnes())
-        yield
-
-
-def _convert(module: nn.Module, function: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
-    """Replaces `nn.Module._apply`, which changes parameters in place; fake ones forbid it."""
-    for child in module.children() if recurse else ():
-        _convert(child, function)
-    for name, parameter in module._parameters.items():
-        if parameter is not None and (value := function(parameter)) is not parameter:
-            module._parameters[name] = nn.Parameter(value.detach(), parameter.requires_grad)
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = function(buffer)
-    return module
 
 
 @contextmanager
@@ -168,7 +113,7 @@ def _imitate_gpu(sizes: Any, precision: str) -> Iterator[None]:
     # No flash or memory-efficient kernel takes grouped queries in fp32.
     kernels = sdpa_kernel(SDPBackend.MATH) if precision == "fp32" and grouped else nullcontext()
     operations = {"dropout": dropout, "scaled_dot_product_attention": attention}
-    with _set_attributes(F, **operations, layer_norm=layer_norm), kernels:
+    with set_attributes(F, **operations, layer_norm=layer_norm), kernels:
         yield
 
 

@@ -19,7 +19,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -124,16 +123,6 @@ class Recorder(TorchDispatchMode):
     def _record_death(self, address: int) -> None:
         block, _ = self._known.pop(address)
         self.trace.events.append((False, block))
-
-
-class AssumeOnes(TorchDispatchMode):
-    """Gives 1 (or True) where a program reads the value of a fake tensor."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            dtype = args[0].dtype
-            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
-        return func(*args, **(kwargs or {}))
 
 
 def _is_accumulation(left: Any, right: Any = None, *further: Any) -> bool:

@@ -1,0 +1,80 @@
+"""Makes tensors fake: they have shapes, but no data, so a model of any size fits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from logging import getLogger
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel, masking_utils
+
+aten = torch.ops.aten
+
+
+@contextmanager
+def set_attributes(owner: Any, **values: Any) -> Iterator[None]:
+    """Sets attributes of a library that has no option for them, and restores them afterwards."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+@contextmanager
+def fake_tensors(mode: str = "full", masked: bool = False) -> Iterator[None]:
+    """Makes every tensor fake within this context, and lets no library cache a fake one.
+
+    `masked`: whether transformers makes a mask, as it does for packed documents. To decide
+    it, transformers would read the values of a tensor, which a fake one lacks.
+    """
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(torch.random.fork_rng(devices=[]))
+        if mode == "qlora":
+            from bitsandbytes import functional
+
+            enter(set_attributes(functional, name2qmap={}))  # its cache of tables
+        enter(set_attributes(masking_utils, is_tracing=lambda *_: masked))
+        enter(set_attributes(nn.Module, _apply=_convert))
+        # Fake weights have no values. A truncated normal would be drawn again and again: for ever.
+        enter(set_attributes(PreTrainedModel, initialize_weights=lambda _: None))
+        enter(set_attributes(nn.init, trunc_normal_=lambda tensor, *_, **__: tensor))
+        enter(warnings.catch_warnings(action="ignore"))  # the real build gives the same warnings
+        # torch would log a failure; the plan gives it as the reason for using a closed form.
+        enter(set_attributes(getLogger("torch._subclasses.fake_tensor"), disabled=True))
+        enter(FakeTensorMode(allow_non_fake_inputs=True))
+        enter(AssumeOnes())
+        yield
+
+
+def _convert(module: nn.Module, function: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
+    """Replaces `nn.Module._apply`, which changes parameters in place; fake ones forbid it."""
+    for child in module.children() if recurse else ():
+        _convert(child, function)
+    for name, parameter in module._parameters.items():
+        if parameter is not None and (value := function(parameter)) is not parameter:
+            module._parameters[name] = nn.Parameter(value.detach(), parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = function(buffer)
+    return module
+
+
+class AssumeOnes(TorchDispatchMode):
+    """Gives 1 (or True) where a program reads the value of a fake tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            dtype = args[0].dtype
+            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        return func(*args, **(kwargs or {}))
