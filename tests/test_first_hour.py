@@ -74,6 +74,9 @@ def test_a_missing_configuration_is_one_problem():
         load_config("nosuch.yaml")
     reported = str(found.value)
     assert reported == "cannot read the configuration nosuch.yaml: No such file or directory"
+    for name, expected in (("nano.yml", r"nano\.yaml\?"), (".", r"ad_darkroom\.yaml or .*\?")):
+        with pytest.raises(ConfigError, match=f"directory; did you mean .*configs/{expected}$"):
+            load_config(ROOT / "configs" / name)
 
 
 AXOLOTL = """
@@ -142,6 +145,40 @@ DEEPSPEED = (
     """{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}, "train_batch_size": 8}"""
 )
 
+UNSLOTH = """\
+model_name: unsloth/llama-3-8b-bnb-4bit
+max_seq_length: 2048
+load_in_4bit: true
+r: 16
+lora_alpha: 16
+use_gradient_checkpointing: unsloth
+per_device_train_batch_size: 2
+learning_rate: 2.0e-4
+"""
+TORCHTUNE = """\
+output_dir: /tmp/torchtune/llama3_2_1B
+tokenizer:
+  _component_: torchtune.models.llama3.llama3_tokenizer
+  path: /tmp/Llama-3.2-1B-Instruct/original/tokenizer.model
+dataset: {_component_: torchtune.datasets.alpaca_dataset, packed: false}
+seed: null
+batch_size: 4
+epochs: 1
+optimizer: {_component_: torch.optim.AdamW, lr: 3.0e-4}
+model: {_component_: torchtune.models.llama3_2.lora_llama3_2_1b, lora_rank: 64}
+gradient_accumulation_steps: 8
+log_every_n_steps: 1
+"""
+NEMO = """\
+name: megatron_gpt_sft
+trainer: {devices: 1, precision: bf16, max_steps: 100}
+exp_manager: {exp_dir: null}
+model: {restore_from_path: base.nemo, global_batch_size: 128, data: {train_ds: {file_names: []}}}
+"""
+ARGUMENTS = """{"output_dir": "out", "per_device_train_batch_size": 8, "num_train_epochs": 3.0,
+ "learning_rate": 5e-05, "evaluation_strategy": "steps", "logging_steps": 10, "seed": 42}"""
+MODEL = (ROOT / "nano/model/config.json").read_text()
+
 
 @pytest.mark.parametrize(
     ("text", "program", "lines"),
@@ -152,6 +189,11 @@ DEEPSPEED = (
         (SWIFT, "ms-swift", ["model model.name", "train_type tuning.mode"]),
         (ACCELERATE, "Accelerate (give it as ACCELERATE", ["mixed_precision train.precision"]),
         (DEEPSPEED, "DeepSpeed (give it as", ["zero_optimization train.deepspeed_config"]),
+        (UNSLOTH, "Unsloth", ["max_seq_length data.max_seq_len", "r tuning.r"]),
+        (TORCHTUNE, "torchtune", ["batch_size train.micro_batch", "epochs train.epochs"]),
+        (NEMO, "NeMo", ["trainer train.epochs, train.max_steps, train.precision"]),
+        (ARGUMENTS, "Transformers (TrainingArguments)", ["num_train_epochs train.epochs"]),
+        (MODEL, "a model (give its folder as model.name)", []),
     ],
 )
 def test_a_configuration_of_another_program_is_recognised(tmp_path, text, program, lines):
@@ -171,7 +213,8 @@ def test_every_equivalent_is_a_key_of_the_schema():
     keys = {
         f"{name}.{key}" for name, each in sections_of(Config).items() for key in each.model_fields
     }
-    named = [text for each in foreign.PROGRAMS.values() for text in each.values() if "." in text]
+    tables = [*foreign.PROGRAMS.values(), foreign.ARGUMENTS]
+    named = [text for each in tables for text in each.values() if "." in text]
     assert {re.match(r"[\w.]+", text)[0] for text in named} <= keys
 
 

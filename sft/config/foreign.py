@@ -78,6 +78,59 @@ PROGRAMS = {
         "chat_template_path": "data.chat_template",
         "report_to": "train.wandb: true",
     },
+    "Unsloth": {
+        "model_name": "model.name",
+        "max_seq_length": "data.max_seq_len",
+        "load_in_4bit": "tuning.mode: qlora",
+        "load_in_8bit": "tuning.mode: qlora (4 bits)",
+        "full_finetuning": "tuning.mode: full",
+        "dataset": "data.train_path",
+        "r": "tuning.r",
+        "target_modules": "tuning.target_modules",
+        "use_gradient_checkpointing": "train.gradient_checkpointing",
+        "random_state": "train.seed",
+        "use_rslora": "tuning.lora",
+        "loftq_config": "tuning.lora",
+        "train_on_completions": "data.supervise: all",
+        "save_method": "",
+        "save_gguf": "",
+    },
+    "torchtune": {
+        "tokenizer": "model.name",
+        "checkpointer": "model.name",
+        "model": "model.name, tuning.r, tuning.lora_alpha",
+        "dataset": "data.train_path",
+        "batch_size": "train.micro_batch",
+        "optimizer": "train.optimizer, train.learning_rate",
+        "lr_scheduler": "train.schedule, train.warmup_ratio",
+        "loss": "",
+        "dtype": "train.precision",
+        "clip_grad_norm": "train.max_grad_norm",
+        "max_steps_per_epoch": "train.max_steps",
+        "enable_activation_checkpointing": "train.gradient_checkpointing",
+        "metric_logger": "train.tensorboard: true",
+        "log_every_n_steps": "train.log_steps",
+        "resume_from_checkpoint": "train.resume_from_checkpoint",
+        "device": "",
+        "compile": "",
+        "profiler": "",
+    },
+    "NeMo": {
+        "name": "train.output_dir",
+        "trainer": "train.epochs, train.max_steps, train.precision",
+        "exp_manager": "train.output_dir, train.save_steps",
+        "model": "model.name, tuning.mode, data.train_path, train.global_batch",
+        "inference": "",
+        "cluster_type": "",
+    },
+    "a model (give its folder as model.name)": {
+        "architectures": "",
+        "model_type": "",
+        "hidden_size": "",
+        "num_hidden_layers": "",
+        "num_attention_heads": "",
+        "vocab_size": "",
+    },
     "ms-swift": {
         "model": "model.name",
         "train_type": "tuning.mode",
@@ -114,6 +167,27 @@ PROGRAMS = {
         "gradient_clipping": "train.max_grad_norm",
     },
 }
+# TRL, LLaMA-Factory and ms-swift have these, too.
+TRAINER = "Transformers (TrainingArguments)"
+ARGUMENTS = {
+    "model_name_or_path": "model.name",
+    "train_file": "data.train_path",
+    "validation_file": "data.eval_path",
+    "per_device_train_batch_size": "train.micro_batch",
+    "num_train_epochs": "train.epochs",
+    "logging_steps": "train.log_steps",
+    "lr_scheduler_type": "train.schedule",
+    "eval_strategy": "train.eval_steps",
+    "evaluation_strategy": "train.eval_steps",
+    "save_strategy": "train.save_steps",
+    "load_best_model_at_end": "train.save_best",
+    "metric_for_best_model": "train.save_best",
+    "report_to": "train.wandb: true",
+    "do_train": "",
+    "do_eval": "",
+    "overwrite_output_dir": "",
+    "remove_unused_columns": "",
+}
 
 
 def explain(tree: Mapping[str, Any], sections: Mapping[str, Collection[str]]) -> list[str]:
@@ -121,13 +195,16 @@ def explain(tree: Mapping[str, Any], sections: Mapping[str, Collection[str]]) ->
 
     `sections`: the keys of each section of this project.
     """
-    if any(isinstance(tree.get(name), dict) for name in sections):
+    if any(_is_own(tree.get(name), keys) for name, keys in sections.items()):
         return []
     own = {name: sum(key in keys for key in tree) for name, keys in PROGRAMS.items()}
     program = max(own, key=lambda name: own[name])
+    known = PROGRAMS[program]
     if own[program] < 3:
-        return []
-    found = {key: _equivalent(key, program, sections) for key in tree}
+        program, known = TRAINER, ARGUMENTS
+        if sum(key in known for key in tree) < 3:
+            return []
+    found = {key: _equivalent(key, known, sections) for key in tree}
     width = max((len(key) for key, target in found.items() if target), default=0)
     lines = [
         f"this looks like a configuration of {program}; write its values under these keys, which "
@@ -144,10 +221,19 @@ def explain(tree: Mapping[str, Any], sections: Mapping[str, Collection[str]]) ->
     return lines
 
 
-def _equivalent(key: str, program: str, sections: Mapping[str, Collection[str]]) -> str | None:
+def _is_own(values: Any, keys: Collection[str]) -> bool:
+    """Returns whether a value may be a section of this project: it has a key of it, or none."""
+    if not isinstance(values, dict):
+        return False
+    return not values or any(key in keys or key in ALIASES for key in values)
+
+
+def _equivalent(
+    key: str, known: Mapping[str, str], sections: Mapping[str, Collection[str]]
+) -> str | None:
     """Returns what to write in place of `key`; None if there is nothing like it."""
-    if key in PROGRAMS[program]:
-        return PROGRAMS[program][key]
+    if key in known:
+        return known[key]
     if key in ALIASES:
         return ALIASES[key].key
     return next((f"{name}.{key}" for name, keys in sections.items() if key in keys), None)

@@ -10,6 +10,7 @@ import io
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Reader:
             node = _parse(file.read_text("utf-8"), str(file))
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            self.problems.append(f"cannot read the configuration {file}: {reason}")
+            self.problems.append(f"cannot read the configuration {file}: {reason}{_near(file)}")
             return {}
         except ConfigError as error:
             self.problems.append(str(error))
@@ -104,6 +105,15 @@ class Reader:
             return names
         self.problems.append(f"include ({lines['include']}): expected a file or a list of files")
         return []
+
+
+def _near(file: Path) -> str:
+    """Returns the end of a message: configurations like a file that cannot be read, or in it."""
+    folder, names = (file if file.is_dir() else file.parent), list[str]()
+    with suppress(OSError):
+        names = sorted(path.name for path in folder.glob("*") if path.suffix in (".yaml", ".yml"))
+    near = names[:6] if file.is_dir() else difflib.get_close_matches(file.name, names, 1, 0.8)
+    return f"; did you mean {' or '.join(str(folder / name) for name in near)}?" if near else ""
 
 
 def merge(base: dict, over: dict) -> None:
