@@ -251,6 +251,7 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
     (["data.system=replace"], "data.system_prompt=Be kind."),
     (["evaluation.metrics=[classification]"], "evaluation.labels=[yes, no]"),
     (["crowd.num_agents=2", "tuning.mode=full"], "tuning.mode=qlora"),
+    (["crowd.num_agents=2", "tuning.router=trained"], "tuning.router=frozen"),
     (["crowd.num_agents=2", "crowd.agent=2"], "crowd.agent=1"),
     (["distill.context=50"], "distill.context=60"),
     (["distill.num_steps=300", "distill.context=320"], "distill.context=300"),

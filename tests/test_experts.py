@@ -10,12 +10,16 @@ import families
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from sft.config.load import with_values
 from sft.config.schema import Config
-from sft.data import batches
-from sft.models import load
+from sft.data import batches, template
+from sft.models import export, load
 from sft.models.attention import documents_are_isolated
 from sft.serve.proof import dequantise
 
@@ -196,3 +200,72 @@ def test_any_cut_of_a_mixture_gives_the_same_loss_and_gradient(tmp_path, kind, m
             assert values["train/loss"] == pytest.approx(loss, rel=1e-7)  # some route in fp32
             found = [p.grad for p in model.parameters() if p.requires_grad]
             assert tiny.relative_error(found, expected) < 1e-7, (layout, max_tokens)
+
+
+def balanced_reference(model: Any, rows: list[Any]) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of the whole batch at once, with the balancing of transformers itself."""
+    outputs = [model(input_ids=torch.tensor([r.ids]), output_router_logits=True) for r in rows]
+    routes = tuple(
+        torch.cat(each) for each in zip(*(o.router_logits for o in outputs), strict=True)
+    )
+    config = model.config
+    balance: Any = load_balancing_loss_func(
+        routes, routes[0].shape[-1], config.num_experts_per_tok, None
+    )
+    number = sum(row.num_supervised for row in rows)
+    losses = [
+        F.cross_entropy(
+            output.logits[0, :-1],
+            torch.tensor(row.labels[1:]),
+            ignore_index=template.IGNORED,
+            reduction="sum",
+        )
+        for output, row in zip(outputs, rows, strict=True)
+    ]
+    loss = sum(losses) / number + config.router_aux_loss_coef * balance  # type: ignore[operator]
+    loss.backward()
+    return float(loss), [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss", "olmoe"])
+def test_any_cut_gives_the_balancing_loss_of_the_global_batch(tmp_path, kind):
+    saved = mixture(kind, torch.float64)
+    saved.config.router_aux_loss_coef = 0.5
+    saved.save_pretrained(tmp_path / "base")
+    rows = tiny.examples(4, 8)
+    changes = {"model.name": str(tmp_path / "base"), "tuning.router": "trained"}
+    settings = with_values(tiny.config(tmp_path / "run", global_batch=len(rows)), changes)
+
+    def fresh() -> Any:
+        model = mixture(kind, torch.float64)
+        model.config.router_aux_loss_coef = 0.5
+        model.set_experts_implementation("eager")
+        return model
+
+    loss, expected = balanced_reference(fresh(), rows)
+    layouts: Any = ("padded",) if kind == "gpt_oss" else ("padded", "packed")
+    for layout in layouts:
+        for max_tokens in (1, 60, 10_000):
+            model = fresh()
+            budget = batches.Budget(max_tokens, layout)
+            engine = tiny.make_engine(model, rows, rows, settings, budget)
+            values = engine.optimizer_step()
+            assert values["train/loss"] == pytest.approx(loss, rel=1e-7)
+            assert values["train/balance"] > 1
+            found = [p.grad for p in model.parameters()]
+            assert tiny.relative_error(found, expected) < 1e-7, (layout, max_tokens)
+    plain = engine.task.evaluate(engine.model)["loss"]
+    assert plain < loss - 0.4  # what is held out is measured without it
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "deepseek_v3", "granitemoe"])
+def test_a_checkpoint_of_all_weights_is_read_as_transformers_wrote_it(tmp_path, kind):
+    """Files hold one tensor for each expert; the model has one parameter for all."""
+    model = mixture(kind)
+    model.save_pretrained(tmp_path)
+    own = dict(model.named_parameters())
+    in_files = load_file(tmp_path / "model.safetensors").keys()
+    assert not own.keys() <= in_files
+    found = dict(export.read_weights(model, tmp_path))
+    assert found.keys() == own.keys()
+    assert all(torch.equal(value, own[name]) for name, value in found.items())

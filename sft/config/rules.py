@@ -87,6 +87,11 @@ RULES = [
         "agents are LoRA adapters on a frozen base: set tuning.mode: lora or qlora",
     ),
     Rule(
+        ("crowd.num_agents", "tuning.router"),
+        lambda agents, router: agents > 0 and router == "trained",
+        "agents adapt linear layers of a frozen base: set tuning.router: frozen",
+    ),
+    Rule(
         ("crowd.agent", "crowd.num_agents"),
         lambda agent, number: agent is not None and 0 < number <= agent,
         "is no agent of this crowd: give 0 to crowd.num_agents - 1",

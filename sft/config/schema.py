@@ -94,6 +94,9 @@ class Tuning(Section):
     ] = "auto"
     """Modules that get an adapter: names, or a regular expression of whole names. `auto`: every
     linear layer except the vocabulary head."""
+    router: Literal["frozen", "trained"] = "frozen"
+    """Routers of a mixture of experts. `trained`: with the rest, and with the load-balancing loss
+    that the model's configuration asks for, over the global batch."""
     lora: Lora = Lora()
     """Further settings of the adapters, by PEFT's names (section `tuning.lora`)."""
 

@@ -194,6 +194,16 @@ class Batch:
     weights: torch.Tensor | None = None  # (supervised,); None: 1 everywhere
     examples: list[int] = field(default_factory=list)  # their ids, in the order of `positions`
     counts: list[int] = field(default_factory=list)  # supervised positions of each
+    lengths: list[int] = field(default_factory=list)  # tokens of each
+
+    def token_positions(self) -> torch.Tensor:
+        """Returns the flat indices of all tokens, in the order of `examples`, without padding."""
+        device = self.input_ids.device
+        if self.position_ids is not None:
+            return torch.arange(self.input_ids.numel(), device=device)
+        width = self.input_ids.shape[1]
+        starts = (row * width + torch.arange(n) for row, n in enumerate(self.lengths))
+        return torch.cat([torch.zeros(0, dtype=torch.long), *starts]).to(device)
 
 
 def collate(
@@ -237,4 +247,5 @@ def collate(
         weights,
         list(chosen),
         np.add.reduceat(supervised, starts, dtype=np.int64).tolist(),
+        lengths.tolist(),
     )

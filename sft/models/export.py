@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, KeysView
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers.utils import (
 from sft.config.schema import Model
 from sft.errors import CheckpointError
 from sft.models.adapt import NAME, aliases, extend_with_first, saved_names, without_first
-from sft.models.classes import auto_class
+from sft.models.converted import read_converted
 from sft.models.digests import weights_sha256
 from sft.models.load import absolute_name, sub_configs
 from sft.runtime.checkpoint import open_tensors
@@ -113,50 +113,32 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
     names = {name: name for name in known}
     if (folder / ADAPTER).exists():
         names = {saved: name for saved, name in saved_names(model).items() if name in known}
-    elif missing - _names_in_files(folder):
-        yield from _read_renamed(model, folder, missing)
-        return
-    for path in sorted(folder.glob("*model*.safetensors")):
-        with open_tensors(path) as file:
-            for saved in names.keys() & set(file.keys()):
-                name = names[saved]
-                value = without_first(model, name, file.get_tensor(saved))
-                shape = getattr(known[name], "ds_shape", known[name].shape)  # ZeRO-3's are split
-                if value.shape != shape:
-                    raise CheckpointError(
-                        f"{path} does not fit the model: {saved} is {list(value.shape)}, expected "
-                        f"{list(shape)}"
-                    )
-                missing.discard(name)
-                yield name, value
+    for saved, tensor in _read_files(model, folder, names.keys()):
+        name = names[saved]
+        value = without_first(model, name, tensor)
+        shape = getattr(known[name], "ds_shape", known[name].shape)  # ZeRO-3's are split
+        if value.shape != shape:
+            raise CheckpointError(
+                f"{folder} does not fit the model: {saved} is {list(value.shape)}, expected "
+                f"{list(shape)}"
+            )
+        missing.discard(name)
+        yield name, value
     if missing:
         raise CheckpointError(f"{folder} does not fit the model: it lacks {min(missing)}")
 
 
-def _names_in_files(folder: Path) -> set[str]:
-    found: set[str] = set()
-    for path in folder.glob("*model*.safetensors"):
-        with open_tensors(path) as file:
-            found |= set(file.keys())
-    return found
-
-
-def _read_renamed(
-    model: nn.Module, folder: Path, needed: set[str]
+def _read_files(
+    model: nn.Module, folder: Path, names: KeysView[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the weights of files that name or cut them otherwise than the model does.
-
-    transformers saves each type as its first release was: a mixture's experts one by one.
-    """
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} does not fit the model: it lacks {min(needed)}")
-    loaded, info = auto_class(model.config).from_pretrained(
-        str(folder), dtype="auto", use_safetensors=True, output_loading_info=True
-    )
-    found = dict(loaded.named_parameters())
-    if absent := needed & (set(info["missing_keys"]) | (needed - found.keys())):
-        raise CheckpointError(f"{folder} does not fit the model: it lacks {min(absent)}")
-    yield from found.items()
+    """Yields the tensors of these names, also those that transformers has to convert."""
+    files = sorted(folder.glob("*model*.safetensors"))
+    for path in files:
+        with open_tensors(path) as file:
+            for name in names & set(file.keys()):
+                yield name, file.get_tensor(name)
+    if not (folder / ADAPTER).exists():
+        yield from (item for item in read_converted(model, files, names) if item[0] in names)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -27,7 +27,7 @@ from sft.errors import ConfigError, DataError, UserError, redact
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import ScoredPredictions, key_of, read_records
-from sft.models import attention, classes, digests, export, layers, load
+from sft.models import attention, classes, digests, export, layers, load, routing
 from sft.runtime.console import write_json
 from sft.runtime.plain import read_json
 from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
@@ -88,7 +88,15 @@ class FineTune(SavedTuning):
             attention=config.model.attn_implementation,
             vocabulary=text.vocab_size,
             repeats=not config.tuning.differs_by_layer,
+            needs_global_batch=cls.balance_of(config) is not None,
         )
+
+    @classmethod
+    def balance_of(cls, config: Config) -> routing.Balance | None:
+        """Returns the balancing of experts that is part of the loss; None without it."""
+        if config.tuning.router == "frozen":
+            return None
+        return routing.balance_of(load.architecture(config.model))
 
     @classmethod
     def workload(cls, config: Config, prepared: Prepared | None = None) -> Workload:
@@ -245,6 +253,9 @@ class FineTune(SavedTuning):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self.head = layers.SupervisedHead(self.model)
+        self.balance = self.balance_of(self.config)
+        self.needs_global_batch = self.balance is not None
+        self.chosen: tuple[torch.Tensor | None, float] = None, 1.0
 
     def check_model(self, precision: str, layout: str) -> None:
         if self.config.tuning.mode != "full":
@@ -285,7 +296,25 @@ class FineTune(SavedTuning):
         return batch.targets.numel() if batch.weights is None else float(batch.weights.sum())
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        logits = self.logits(model, batch, batch.positions)
+        if self.balance is None:
+            return self._cross_entropy(self.logits(model, batch, batch.positions), batch)
+        output = self._run(model, batch, batch.positions, output_router_logits=True)
+        loss, extras = self._cross_entropy(_widen(output.logits), batch)
+        routes, (counts, supervised) = _router_logits(output, batch), self.chosen
+        if counts is None:  # the whole global batch is here
+            counts = self.balance.count(routes, batch.lengths).sum(0)
+        share = supervised * self.balance.share(routes, counts)  # the engine divides by it
+        return loss + self.balance.coefficient * share, {**extras, "balance": share.detach()}
+
+    def eval_loss(
+        self, model: nn.Module, batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self._cross_entropy(self.logits(model, batch, batch.positions), batch)
+
+    @staticmethod
+    def _cross_entropy(
+        logits: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         correct = logits.detach().argmax(-1) == batch.targets
         if batch.weights is None:
             loss = F.cross_entropy(logits, batch.targets, reduction="sum")
@@ -294,16 +323,34 @@ class FineTune(SavedTuning):
         weights = batch.weights.to(losses)
         return losses @ weights, {"token_accuracy": correct.to(losses) @ weights}
 
+    @torch.no_grad()
+    def summarise(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
+        """Returns the choices of each example's tokens, as `routing.Balance.count` does."""
+        assert self.balance is not None
+        output = self._run(model, batch, batch.positions, output_router_logits=True)
+        return self.balance.count(_router_logits(output, batch), batch.lengths)
+
+    def set_global_batch(
+        self, ids: list[int], summaries: torch.Tensor | None, supervised: float
+    ) -> None:
+        self.chosen = None if summaries is None else summaries.sum(0), supervised
+
     def logits(self, model: nn.Module, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
         """Returns logits (positions, vocabulary) in fp32 or wider; see `SupervisedHead`."""
+        return _widen(self._run(model, batch, positions).logits)
+
+    def _run(self, model: nn.Module, batch: Batch, positions: torch.Tensor, **options: Any) -> Any:
+        """Returns the model's output, whose logits are those of `positions`."""
         self.head.positions = positions
         try:
-            logits = model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-            ).logits
+            return model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                **options,
+            )
         finally:
             self.head.positions = None
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @classmethod
     def as_answer_model(cls, model: nn.Module) -> nn.Module:
@@ -421,6 +468,16 @@ def _questions(config: Config, prepared: Prepared) -> Iterator[answers.Question]
     rows = (row for row in prepared.held_out.rows() if is_conversation(row.messages))
     for row in islice(rows, config.evaluation.num_examples):
         yield answers.make_question(row, prepared.tokenizer)
+
+
+def _widen(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _router_logits(output: Any, batch: Batch) -> list[torch.Tensor]:
+    """Returns (tokens, experts) of each layer, without padding."""
+    tokens = batch.token_positions()
+    return [each.flatten(0, -2)[tokens] for each in output.router_logits]
 
 
 def _check_template(config: Config) -> Finding:
