@@ -30,6 +30,7 @@ from sft.config.schema import (
     Config,
     Configured,
     Generation,
+    Group,
     RunConfig,
     Strategy,
     sections_of,
@@ -244,6 +245,8 @@ def _locate(
         section, at = Strategy, 3
     while section and len(parts) > at + 1 and (inner := section.nested().get(parts[at])):
         section, at = inner, at + 1
+    if parts[:2] == ["train", "groups"] and len(parts) > 3:
+        section, at = Group, 3
     return ".".join(parts[: at + 1]), section, "".join(parts[at : at + 1])
 
 

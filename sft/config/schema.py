@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from sft.config.lora import Lora, check_targets, names_layer
+from sft.config.lora import Lora, Regex, check_targets, names_layer
 from sft.config.section import (
     Char,
     Count,
@@ -208,6 +208,28 @@ class Data(Section):
     It can be deleted."""
 
 
+class Group(Section):
+    """Parameters that are trained otherwise: an item of `train.groups`. The first that matches a
+    parameter decides."""
+
+    match: Regex
+    """Regular expression that is searched for in the names of the trained parameters."""
+    learning_rate: Positive | None = None
+    """Peak learning rate. null: that of the run."""
+    weight_decay: NonNegative | None = None
+    """Weight decay, also of vectors. null: as in the run."""
+    freeze: bool = False
+    """Keep these parameters as they are: no gradient, no optimizer state."""
+
+    @model_validator(mode="after")
+    def _refuse_idle(self) -> Group:
+        given = self.learning_rate is not None or self.weight_decay is not None
+        if given == self.freeze:
+            wrong = "and a frozen parameter has none" if given else "found neither"
+            raise ValueError(f"expected learning_rate or weight_decay, or freeze: true; {wrong}")
+        return self
+
+
 class Train(Section):
     """The training run: its length, batches, processes, optimizer, checkpoints and logs."""
 
@@ -252,6 +274,12 @@ class Train(Section):
     8 bits, paged to host memory, or both."""
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
+    loraplus_lr_ratio: Annotated[Positive | None, OnlyWith("tuning.mode", ("lora", "qlora"))] = None
+    """LoRA+: the learning rate of B, divided by that of A (the name is that of PEFT's optimizer).
+    null: 1."""
+    groups: Annotated[list[Group], Field(min_length=1)] | None = None
+    """Parameters with other settings: `[{match: lora_B, learning_rate: 1e-3}, {match: embed,
+    freeze: true}]` (section `train.groups`)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_ratio: Fraction = 0.03
@@ -295,6 +323,11 @@ class Train(Section):
     run. Slower on GPUs; no change on CPUs."""
     profile_steps: Count | None = None
     """Steps to trace into `<output_dir>/profile.json`, after two steps of warm-up."""
+
+    @property
+    def differs_by_layer(self) -> bool:
+        """Returns whether layers of the same kind may be trained otherwise."""
+        return any(names_layer(group.match) for group in self.groups or ())
 
 
 class Evaluation(Section):
@@ -467,4 +500,5 @@ NESTED: dict[str, type[Section]] = {
     "classify.strategies.<name>": Strategy,
     "generation": Generation,
     "tuning.lora": Lora,
+    "train.groups": Group,
 }

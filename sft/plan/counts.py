@@ -57,7 +57,8 @@ def model_key(config: RunConfig, **train: Any) -> ModelKey:
     """Returns a cache key: the sections that define the model, and these keys of `train`."""
     task = task_of(config)
     values: dict[str, Any] = {name: getattr(config, name) for name in task.model_sections}
-    values |= {"train": {"output_dir": "none", **train}, **task.placeholders}
+    train |= {"output_dir": "none", "groups": config.train.groups}
+    values |= {"train": train, **task.placeholders}
     return type(config), type(config).model_validate(values).model_dump_json()
 
 

@@ -23,6 +23,7 @@ from torch import nn
 from sft.config.schema import Train
 from sft.data.batches import MicroBatch, cut, global_batch_ids
 from sft.errors import CheckpointError, NonFiniteError, OutOfMemory, Preempted, oom_message
+from sft.models.groups import freeze_groups
 from sft.models.layers import weights_to_save
 from sft.runtime import checkpoint, disk, run_folder
 from sft.runtime.console import Advance, duration, metrics_line, size
@@ -54,6 +55,7 @@ class Engine:
         self.last_evaluated = 0  # the last step that was followed by an evaluation
         self.num_skipped = 0  # steps without an update: loss or gradient was not finite
         self.total_steps = total_steps(train, len(task.lengths))
+        freeze_groups(task.model, train)
         number = sum(p.numel() for p in weights_to_save(task.model).values())
         need = disk.checkpoint_bytes(train, number, 0)
         shared = train, context.accelerator, context.log, context.guard.status
@@ -91,7 +93,8 @@ class Engine:
         started = time.perf_counter()
         rate = learning_rate(self.train, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            peak = group.get("peak")
+            group["lr"] = learning_rate(self.train, self.step, self.total_steps, peak)
         while isinstance(done := self._accumulate(), Oom):
             self._shrink_budget(done)
         ids, loss, grad_norm = done.ids, done.totals["loss"], math.nan

@@ -8,18 +8,19 @@ from sft.config.schema import Train
 from sft.data import batches
 
 
-def learning_rate(train: Train, step: int, total_steps: int) -> float:
-    """Returns the rate of a step, counted from 0.
+def learning_rate(train: Train, step: int, total_steps: int, peak: float | None = None) -> float:
+    """Returns the rate of a step, counted from 0. `peak`: that of a group; None: the run's.
 
     It rises linearly during the warm-up, and then follows `schedule` down to `min_lr_ratio`.
     """
+    top = train.learning_rate if peak is None else peak
     warmup = math.ceil(train.warmup_ratio * total_steps)
     if step < warmup:
-        return train.learning_rate * (step + 1) / warmup
+        return top * (step + 1) / warmup
     done = (step - warmup) / max(1, total_steps - 1 - warmup)
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     floor = 1.0 if train.schedule == "constant" else train.min_lr_ratio
-    return train.learning_rate * (floor + (1 - floor) * shape[train.schedule])
+    return top * (floor + (1 - floor) * shape[train.schedule])
 
 
 def order_seed(train: Train) -> int | None:

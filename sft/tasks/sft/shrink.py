@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sft.config.lora import Lora
+from sft.config.lora import Lora, names_layer
 from sft.config.schema import Config
 from sft.data import files
 from sft.errors import VerificationError, redact
@@ -56,6 +56,12 @@ def shrink(config: Config, folder: Path, exact: bool) -> Shrunk:
         changes.append(
             ("tuning", f"every layer has the same adapters, without {', '.join(OF_LAYERS)}")
         )
+    if config.train.differs_by_layer:
+        kept: list[Any] = [
+            each for each in config.train.groups or () if not names_layer(each.match)
+        ]
+        values |= {"train.groups": [each.model_dump() for each in kept] or None}
+        changes.append(("train", "without groups of single layers"))
     if config.tuning.lora.changes_base:
         values |= {"tuning.r": min(config.tuning.r, 8)}  # no matrix has a lower rank
     changes.append(("tuning", config.tuning.mode))

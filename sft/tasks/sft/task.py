@@ -28,6 +28,7 @@ from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import ScoredPredictions, key_of, read_records
 from sft.models import attention, classes, digests, export, layers, load, routing
+from sft.models.groups import freeze_groups
 from sft.runtime.console import write_json
 from sft.runtime.plain import read_json
 from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
@@ -87,7 +88,7 @@ class FineTune(SavedTuning):
             config.tuning.mode,
             attention=config.model.attn_implementation,
             vocabulary=text.vocab_size,
-            repeats=not config.tuning.differs_by_layer,
+            repeats=not (config.tuning.differs_by_layer or config.train.differs_by_layer),
             needs_global_batch=cls.balance_of(config) is not None,
         )
 
@@ -144,9 +145,10 @@ class FineTune(SavedTuning):
                 arch if depth is None else load.keep_layers(arch, depth),
                 trust_remote_code=config.model.trust_remote_code,
             )
-            if config.tuning.mode == "full":
-                return base
-            return cls.adapt(base.requires_grad_(False), config)
+            if config.tuning.mode != "full":
+                base = cls.adapt(base.requires_grad_(False), config)
+            freeze_groups(base, config.train)
+            return base
 
     @classmethod
     def blank_data(cls, config: Config, sizes: Sequence[ExampleSize]) -> Prepared:
