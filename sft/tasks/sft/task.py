@@ -263,6 +263,11 @@ class FineTune(SavedTuning):
         if self.config.tuning.mode != "full":
             self._warn_of_untrained_ends()
         device = self.accelerator.device
+        if attention.reads_later_tokens(self.model, precision, device):
+            raise ConfigError(
+                f"model.name: {self.config.model.name}: its tokens see those that follow; "
+                f"{classes.EXPECTED}"
+            )
         if self.budget.layout == "padded" or attention.documents_are_isolated(
             self.model, precision, device
         ):
