@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace as Has
 
+import families
 import pytest
 import tiny
 import torch
@@ -39,7 +40,10 @@ CONFIGS = {
     "gemma2": Gemma2Config(**LLAMA, num_key_value_heads=2, head_dim=8, sliding_window=9),
     "gpt2": GPT2Config(**SIZES, n_embd=32, n_layer=2, n_head=4),
     "bloom": BloomConfig(**SIZES, hidden_size=32, n_layer=2, n_head=4),  # takes no position ids
+    # nothing but a state, which padding on the left must leave alone
+    "mamba": MambaConfig(**SIZES, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
+RECURRENT = ("falcon_h1", "granitemoehybrid", "jamba", "lfm2", "mamba2", "nemotron_h", "qwen3_next")
 STOP = list(range(2, 7))  # so that rows end at different times
 
 
@@ -192,12 +196,21 @@ def test_generation_leaves_the_mode_of_the_model_alone(accelerator):
     assert built.training
 
 
-def test_a_model_with_a_recurrent_state_is_answered_too(accelerator):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 4}
-    built = AutoModelForCausalLM.from_config(MambaConfig(**sizes)).eval()
-    with pytest.raises(ModelError, match="MambaForCausalLM"):
-        all_answers(built, prompts(2), GREEDY, accelerator, 1)
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_padding_on_the_left_leaves_a_recurrent_state_alone(model_type, accelerator):
+    built = families.tiny_model(model_type).eval()
+    torch.manual_seed(1)
+    for parameter in built.parameters():  # biases too: padding must not enter through them
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    few = prompts(4)
+    short = Generation(max_new_tokens=4)
+    alone = all_answers(built, few, short, accelerator, 1)
+    assert all_answers(built, few, short, accelerator, 4) == alone
+
+
+def test_a_model_without_a_cache_is_refused(accelerator):
+    with pytest.raises(ModelError, match="RwkvForCausalLM keeps no keys and values"):
+        all_answers(families.tiny_model("rwkv"), prompts(2), GREEDY, accelerator, 1)
 
 
 def test_the_end_of_a_turn_stops_an_answer():

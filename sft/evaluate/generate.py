@@ -31,6 +31,7 @@ from sft.models.dtypes import DTYPES
 from sft.models.layers import is_split
 
 ROWS_CPU, ROWS_GPU = 64, 256  # the largest batch; a CPU is no faster with more (docs/LOG.md)
+CACHES = ("past_key_values", "cache_params")  # names of the cache; the latter of a state alone
 DROP_SHARE = 1 / 8  # share of a batch that must have finished before its rows are dropped
 
 
@@ -248,11 +249,13 @@ class _Forward:
         self.model, self.device, self.cache = model, device, None
         plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.accepted = inspect.signature(plain.forward).parameters
-        if "past_key_values" not in self.accepted:
+        names = [name for name in CACHES if name in self.accepted]
+        if not names:
             raise ModelError(
                 f"{type(plain).__name__} keeps no keys and values (past_key_values) between "
                 "tokens, which writing answers needs; use the model's own `generate`"
             )
+        self.cache_name = names[0]
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Returns fp32 logits [rows, vocabulary] for ids [rows, new] and mask [rows, so far]."""
@@ -264,12 +267,12 @@ class _Forward:
             options["logits_to_keep"] = 1
         output = self.model(
             input_ids=ids,
-            attention_mask=mask,
-            past_key_values=self.cache,
+            attention_mask=mask if self.cache_name == CACHES[0] else mask[:, -ids.shape[1] :],
             use_cache=True,
             **options,
+            **{self.cache_name: self.cache},
         )
-        self.cache = output.past_key_values
+        self.cache = getattr(output, self.cache_name)
         return output.logits[:, -1].float()
 
     def keep_rows(self, rows: torch.Tensor) -> None:
