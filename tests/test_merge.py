@@ -6,10 +6,12 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import conftest
+import families
 import pytest
 import tiny
 import torch
@@ -35,6 +37,10 @@ SHAPES = {
     "gpt2": lambda: tiny.build(
         GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=1024, initializer_range=0.2)
     ),
+    **{
+        kind: partial(families.tiny_model, kind, initializer_range=0.2)
+        for kind in ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "olmoe")
+    },
 }
 ROWS = [
     {"prompt": "remind me to sew at 7 am", "reference": '{"call": "set_reminder"}'},
@@ -143,6 +149,28 @@ def test_transposed_layers_are_merged_onto_dequantised_weights(tmp_path):
     run = made_run(tmp_path, "qlora", "gpt2")
     report = merge.merge(run, tmp_path / "merged", "fp32", quiet, "dequantised")
     assert measured(report, "kl") < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode", "base_weights"),
+    [
+        ("qwen3_moe", "qlora", "dequantised"),
+        ("mixtral", "lora", "original"),
+        ("gpt_oss", "qlora", "dequantised"),
+        ("deepseek_v3", "qlora", "original"),
+        ("olmoe", "lora", "original"),
+    ],
+)
+def test_experts_are_merged(tmp_path, shape, mode, base_weights):
+    run, folder = made_run(tmp_path, mode, shape), tmp_path / "merged"
+    report = merge.merge(run, folder, "fp32", quiet, base_weights)
+    assert not failing(report)
+    config = load_run_config(run)
+    adapted, _ = load_trained(run, config, quantised=base_weights == "dequantised")
+    names = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
+    assert any(name.endswith("experts.lora_A.default.weight") for name in names)
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-3)
 
 
 def test_a_merge_stops_where_a_turn_ends(whole):

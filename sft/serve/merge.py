@@ -171,12 +171,13 @@ def _write(run: Path, config: Config, base: str, folder: Path, dtype: str) -> No
 def _copy_dequantised(plain: nn.Module, config: Config) -> None:
     """Replaces the weights that NF4 quantises by their quantised values."""
     quantised = load.load_base(config.model, "qlora", "fp32", CPU)
-    for name, layer in quantised.named_modules():
-        if hasattr(getattr(layer, "weight", None), "quant_state"):
-            target: Any = plain.get_submodule(name)
-            target = getattr(target, "base_layer", target)
-            weight = dequantise(layer.weight)
-            target.weight.data.copy_(weight.T if isinstance(target, Conv1D) else weight)
+    targets = {name.replace("base_layer.", ""): p for name, p in plain.named_parameters()}
+    for name, weight in quantised.named_parameters():
+        if hasattr(weight, "quant_state"):
+            value = dequantise(weight)
+            layer = quantised.get_submodule(name.rpartition(".")[0])
+            was_transposed = getattr(layer, "source_cls", None) is Conv1D
+            targets[name].data.copy_(value.T if was_transposed else value)
 
 
 def find_converter(llama_cpp: Path) -> Path:

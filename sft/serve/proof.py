@@ -232,8 +232,14 @@ def _adapted(layer: Any, kind: str, value: torch.Tensor, is_transposed: bool) ->
         value = value.clone()
         value[tokens.token_indices[NAME]] = tokens.trainable_tokens_delta[NAME].float()
         return value
+    while getattr(layer, "parameter_name", kind) != kind:  # PEFT nests adapters of parameters
+        layer = layer.base_layer
+    if not hasattr(layer, "lora_A"):  # another parameter of a module with an adapter
+        return value
     rank, alpha = layer.r[NAME], layer.lora_alpha[NAME]
     scale = alpha / (math.sqrt(rank) if layer.use_rslora[NAME] else rank)
+    if value.ndim == 3 and hasattr(layer, "parameter_name"):
+        return value + scale * _experts_product(layer, value.shape)
     if kind == "bias":
         bias = layer.lora_B[NAME].bias if NAME in layer.lora_B else None
         return value if bias is None else value + scale * bias
@@ -249,6 +255,20 @@ def _adapted(layer: Any, kind: str, value: torch.Tensor, is_transposed: bool) ->
         length = layer.lora_magnitude_vector[NAME].weight
         value = value * (length.view(rows.shape) / rows)
     return value
+
+
+def _experts_product(layer: Any, shape: torch.Size) -> torch.Tensor:
+    """Returns B A of each expert, in the shape of the weights: (experts, out, in), or transposed.
+
+    PEFT stores A as (experts * r, in) and B as (out, r * experts).
+    """
+    a, b = (part[NAME].weight for part in (layer.lora_A, layer.lora_B))
+    number = shape[0]
+    each = (
+        b[:, expert::number] @ rows for expert, rows in enumerate(a.chunk(number))
+    )  # column r * number + expert of B
+    product = torch.stack(list(each))
+    return product.mT if getattr(layer.get_base_layer(), "is_transposed", False) else product
 
 
 def dequantise(weight: torch.Tensor) -> torch.Tensor:
