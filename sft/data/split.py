@@ -60,6 +60,8 @@ def split(digests: np.ndarray, eval_fraction: float, seed: int) -> np.ndarray:
     wanted = min(round(eval_fraction * len(digests)), len(digests) - 1)
     num_held = 0
     for row in drawn:
+        if num_held == wanted:
+            break
         if num_held + sizes[row] <= wanted:
             held[row], num_held = True, num_held + sizes[row]
     if not num_held:

@@ -152,7 +152,7 @@ def _start_worker(work: Work, parent: int) -> None:
 
 
 def _run_work(chunk: Sequence[AnyRow]) -> Rendered:
-    gc.collect()
+    gc.collect(1)  # a full search would visit every word that `tokens` keeps
     return _inherited[-1](chunk)
 
 
