@@ -33,15 +33,21 @@ VARIABLES := A ACCELERATE_CONFIG ADAPTER AGENT ARGS AUTO B BASE COMPARE CONFIG D
 $(foreach name,$(filter-out $(VARIABLES) MAKE% -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),\
 	$(error $(name): no target reads it; keys of the configuration go into ARGS="section.key=value". Known: $(VARIABLES))))
 
-# $(call option,gpu,GPU) is --gpu "$(GPU)" where GPU has a value, else nothing.
-option = $(if $($2),--$1 "$($2)")
-flag = $(if $($2),--$1)
+# The shell reads values from the environment, where none of them is a command: RUN='outputs/a`b`$$c "d"' is a name.
+# ARGS is text for the shell, since it has several words.
+$(foreach name,$(filter-out ARGS,$(VARIABLES)),$(if $(findstring command line,$(origin $(name))),\
+	$(eval override $(name) := $$(value $(name)))$(eval export $(name))))
+
+# $(call option,gpu,GPU) is --gpu "$GPU" where GPU has a value, else nothing.
+option = $(if $(value $2),--$1 "$$$2")
+flag = $(if $(value $2),--$1)
 sft = $(BIN)/python -m sft $@ $(call option,config,CONFIG)
 run = $(BIN)/python -m sft $@ $(call option,run,RUN)
-agent = $(if $(AGENT),crowd.agent=$(AGENT))
-model = --model "$(or $(MODEL),$(or $(RUN),outputs/nano)$(if $(AGENT),/final_checkpoint/agent$(AGENT)))" $(call option,adapter,ADAPTER)
-merged = $(or $(OUTPUT),$(if $(AGENT),$(or $(RUN),outputs/nano)/merged_agent$(AGENT)))
-gguf = $(if $(or $(GGUF),$(LLAMA_CPP)),--gguf "$(or $(GGUF),$(LLAMA_CPP))")
+agent = $(if $(value AGENT),"crowd.agent=$$AGENT")
+part = $(if $(value AGENT),/final_checkpoint/agent$$AGENT)
+model = --model "$${MODEL:-$${RUN:-outputs/nano}$(part)}" $(call option,adapter,ADAPTER)
+merged = $(if $(value OUTPUT)$(value AGENT),--output "$${OUTPUT:-$${RUN:-outputs/nano}/merged_agent$$AGENT}")
+gguf = $(if $(value GGUF)$(value LLAMA_CPP),--gguf "$${GGUF:-$$LLAMA_CPP}")
 
 .PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
 	train train-crowd train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
@@ -89,7 +95,7 @@ verify-invariance: $(READY) ## Prove law 1 on CONFIG: micro-batches, layouts, pr
 
 ##@ Data
 process: $(READY) ## Write raw files as normalised chat JSONL, with a report [OUTPUT=file.jsonl] [INPUT=path]
-	@$(sft) --output "$(OUTPUT)" $(if $(INPUT),"data.train_path=$(INPUT)") $(ARGS)
+	@$(sft) --output "$$OUTPUT" $(if $(value INPUT),"data.train_path=$$INPUT") $(ARGS)
 
 audit: $(READY) ## Examine every row of CONFIG as training sees it: table, audit.json, audit.html
 	@$(sft) $(ARGS)
@@ -108,7 +114,7 @@ train-fsdp: $(READY) $(if $(TB),tensorboard) ## Fine-tune with weights, gradient
 	@$(sft) $(ARGS)
 
 train-deepspeed: $(READY) $(if $(TB),tensorboard) ## Fine-tune with DeepSpeed ZeRO-2 [DEEPSPEED=configs/deepspeed_z3.json] [TB=1]
-	@$(sft) $(if $(DEEPSPEED),train.deepspeed_config=$(DEEPSPEED)) $(ARGS)
+	@$(sft) $(if $(value DEEPSPEED),"train.deepspeed_config=$$DEEPSPEED") $(ARGS)
 
 train-distributed-tb train-fsdp-tb train-deepspeed-tb: train-%-tb: tensorboard train-%
 
@@ -129,32 +135,32 @@ tb-stop: $(READY) ## Stop the TensorBoard that was started here, and no other [L
 
 ##@ Use
 evaluate: $(READY) ## Measure held-out loss and score the answers of a run [RUN=folder] [AGENT=0] [NUM_PROCESSES=2]
-	@$(run) $(if $(AGENT),--name agent$(AGENT)) $(agent) $(ARGS)
+	@$(run) $(if $(value AGENT),--name "agent$$AGENT") $(agent) $(ARGS)
 
 eval-quick: $(READY) ## Measure held-out loss and score the first 32 answers
-	@$(run) $(if $(AGENT),--name quick$(AGENT)) $(agent) $(ARGS)
+	@$(run) $(if $(value AGENT),--name "quick$$AGENT") $(agent) $(ARGS)
 
 eval-test: $(READY) ## Measure held-out loss and score all answers, or those to another file [INPUT=file]
-	@$(run) $(if $(AGENT),--name test$(AGENT)) $(agent) $(if $(INPUT),"data.eval_path=$(INPUT)") $(ARGS)
+	@$(run) $(if $(value AGENT),--name "test$$AGENT") $(agent) $(if $(value INPUT),"data.eval_path=$$INPUT") $(ARGS)
 
 compare: $(READY) ## Say whether B is better or worse than A, or not distinguishable [A=run] [B=run] [METRIC=bleu]
-	@$(BIN)/python -m sft $@ --a "$(A)" --b "$(B)" $(call option,metric,METRIC) $(call option,show,SHOW) $(call option,json,JSON)
+	@$(BIN)/python -m sft $@ --a "$$A" --b "$$B" $(call option,metric,METRIC) $(call option,show,SHOW) $(call option,json,JSON)
 
 classify: $(READY) ## Ask MODEL or RUN for labels and score them; TUNE=1 also fine-tunes and compares [CONFIG=file]
 	@$(sft) $(call option,model,MODEL) $(call option,run,RUN) $(call flag,tune,TUNE) $(ARGS)
 
 infer: $(READY) ## Talk to a run or a model [RUN= or MODEL=] [ADAPTER=] [SYSTEM=] [PROMPT="one question"]
 	@$(BIN)/python -m sft $@ $(model) $(call option,system,SYSTEM) \
-		$(if $(filter-out undefined,$(origin PROMPT)),--prompt "$(PROMPT)") $(ARGS)
+		$(if $(filter-out undefined,$(origin PROMPT)),--prompt "$$PROMPT") $(ARGS)
 
 infer-batch: $(READY) ## Answer every row of INPUT into OUTPUT (JSONL) [RUN= or MODEL=] [NUM_PROCESSES=2]
-	@$(BIN)/python -m sft $@ $(model) --input "$(INPUT)" --output "$(OUTPUT)" $(ARGS)
+	@$(BIN)/python -m sft $@ $(model) --input "$$INPUT" --output "$$OUTPUT" $(ARGS)
 
 merge: $(READY) ## Merge RUN into its base, and prove it [OUTPUT=] [DTYPE=bf16] [BASE=] [GGUF=llama.cpp]
-	@$(run) $(call option,output,merged) $(agent) $(call option,dtype,DTYPE) $(call option,base,BASE) $(gguf) $(ARGS)
+	@$(run) $(merged) $(agent) $(call option,dtype,DTYPE) $(call option,base,BASE) $(gguf) $(ARGS)
 
 merge-test: $(READY) ## Prove a merged folder again [MERGED=folder] [RUN=folder] [GGUF=llama.cpp]
-	@$(run) --test "$(MERGED)" $(call option,base,BASE) $(gguf) $(ARGS)
+	@$(run) --test "$$MERGED" $(call option,base,BASE) $(gguf) $(ARGS)
 
 ##@ Develop
 nano: $(READY) ## Remake the embedded base model and its task from nothing (about 35 minutes)

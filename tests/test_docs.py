@@ -102,7 +102,7 @@ def test_every_variable_of_the_docs_is_read_by_the_makefile():
     launch = (ROOT / "sft/runtime/world.py").read_text()
     for name in VARIABLES:
         is_exported = name in exported and f'"{name}"' in launch
-        form = rf"\$\((or \$\()*{name}\)|\$\(call (option|flag),[a-z-]+,{name}\)"
+        form = rf"\$\((or \$\()*{name}\)|\$\(call (option|flag),[a-z-]+,{name}\)|\$\$\{{?{name}\b"
         assert is_exported or re.search(form, MAKEFILE), name
 
 
@@ -155,6 +155,37 @@ def test_a_variable_that_no_target_reads_is_refused(word):
     name = word.partition("=")[0]
     assert done.returncode == 2
     assert f"{name}: no target reads it" in done.stderr
+
+
+ODD = "a`touch made`$(touch made)$HOME \"'; touch made #% \\ ü\nb"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["infer", f"RUN={ODD}", "PROMPT=$x"], ["--model", ODD, "--prompt", "$x"]),
+        (["infer", f"MODEL={ODD}", "AGENT=1"], ["--model", ODD]),
+        (["infer", "AGENT=1"], ["--model", "outputs/nano/final_checkpoint/agent1"]),
+        (["train", f"CONFIG={ODD}", "ARGS=a.b=1 'c.d=e f'"], ["--config", ODD, "a.b=1", "c.d=e f"]),
+        (["process", f"OUTPUT={ODD}", f"INPUT={ODD}"], ["--output", ODD, f"data.train_path={ODD}"]),
+        (["compare", f"A={ODD}", f"B={ODD}"], ["--a", ODD, "--b", ODD]),
+        (["merge", "AGENT=0", f"RUN={ODD}"], ["--run", ODD, "--output", f"{ODD}/merged_agent0"]),
+        (["merge-test", f"MERGED={ODD}", f"GGUF={ODD}"], ["--test", ODD, "--gguf", ODD]),
+        (["eval-test", f"INPUT={ODD}"], [f"data.eval_path={ODD}"]),
+    ],
+)
+def test_a_value_for_make_is_a_name_and_no_command(tmp_path, words, expected):
+    """A stranger's folder may have any name; whoever completes it with Tab does not run it."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    stub = tmp_path / ".venv/bin/python"
+    stub.parent.mkdir(parents=True)
+    stub.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    stub.chmod(0o755)
+    command = ["make", "-s", "-o", ".venv/.installed", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    given = json.loads(done.stdout)
+    assert given[: 3 + len(expected)] == ["-m", "sft", words[0], *expected]
+    assert not (tmp_path / "made").exists()
 
 
 def test_one_process_is_not_started_where_several_are_asked_for(monkeypatch):

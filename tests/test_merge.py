@@ -434,7 +434,8 @@ def test_full_fine_tuning_has_nothing_to_merge(tmp_path):
 def planned(target: str, *arguments: str, **environment: str) -> str:
     done = conftest.run("make", "-n", target, *arguments, **environment)
     assert f"-m sft {target}" in done.stdout
-    return done.stdout.replace('"', "")
+    values = environment | dict(each.split("=", 1) for each in arguments)
+    return conftest.run("bash", "-c", f"echo {done.stdout}", **values).stdout
 
 
 def test_the_targets_pass_on_what_they_were_given():

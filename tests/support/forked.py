@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import random
 import runpy
-import shlex
 import signal
 import socket
 import subprocess
@@ -72,7 +71,9 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def make(target: str, *assignments: str) -> subprocess.CompletedProcess[str]:
     """`make TARGET`: the command is what make says it would run (`make -n`)."""
     printed = conftest.run("make", "-n", target, *assignments).stdout
-    python, *command = shlex.split(printed.replace("\\\n", ""))
+    values = dict(each.split("=", 1) for each in assignments)  # make exports them to the shell
+    words = conftest.run("bash", "-c", f"printf '%s\\0' {printed}", **values).stdout
+    python, *command = words.split("\0")[:-1]
     assert python.endswith("/bin/python"), printed
     return run(*command)
 
