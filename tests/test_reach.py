@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,12 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
 from support import shapes
-from support.families import tiny_config
-from torch import nn
+from support.families import tiny_config, tiny_model
+from torch import distributed, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from sft.models.reach import Reach, reach, trace
+from sft.config.lora import Lora
+from sft.config.schema import Tuning
+from sft.models.adapt import add_adapters
+from sft.models.reach import Reach, freeze_unreached, reach, trace
 
 WIDTH = 4
 
@@ -193,3 +198,57 @@ def test_tracing_changes_no_random_numbers_and_no_mode_of_the_caller() -> None:
         assert torch.empty(1).is_meta
         assert not torch.is_grad_enabled()
     assert torch.equal(torch.rand(3), expected)
+
+
+VISION = ["gemma3", "qwen2_5_vl", "qwen3_vl", "llama4", "mllama"]
+
+
+def trained_parts(kind: str, mode: str) -> nn.Module:
+    base = tiny_model(kind)
+    if mode == "full":
+        freeze_unreached(base)
+        return base
+    return add_adapters(base.requires_grad_(False), Tuning(mode="lora", r=2))
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("kind", VISION)
+def test_all_that_is_trained_of_a_vision_language_base_gets_a_gradient(kind, mode) -> None:
+    model = trained_parts(kind, mode)
+    ids = torch.arange(3, 9)[None]
+    output = model(input_ids=ids, position_ids=torch.arange(6)[None], use_cache=False)
+    output.logits.sum().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert not [name for name, parameter in trained.items() if parameter.grad is None]
+    if mode == "lora":
+        base = tiny_model(kind)
+        found = reach(base)
+        head = {id(base.get_output_embeddings().weight)}
+        wanted = {
+            n for n, p in base.named_parameters() if id(p) not in head and n in found.products
+        }
+        layers = {n for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+        adapted = {re.sub(r"^base_model.model.|.base_layer", "", name) for name in layers}
+        assert adapted == {name.rpartition(".")[0] for name in wanted - found.routers}
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_vl"])
+def test_ddp_of_adapters_on_a_vision_language_base_gets_past_the_first_step(tmp_path, kind) -> None:
+    """It died in step 1 with "Expected to have finished reduction in the prior iteration"."""
+    distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(trained_parts(kind, "lora"))
+        for _ in range(2):
+            ids = torch.arange(3, 9)[None]
+            model(input_ids=ids, use_cache=False).logits.sum().backward()
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_a_pattern_of_the_user_is_joined_with_what_no_text_reaches() -> None:
+    tuning = Tuning(mode="lora", r=2, lora=Lora(exclude_modules=["v_proj"]))
+    model = add_adapters(tiny_model("gemma3").requires_grad_(False), tuning)
+    adapted = {n for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    assert adapted
+    assert not [name for name in adapted if "vision" in name or "v_proj" in name]

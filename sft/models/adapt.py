@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from sft.config.lora import CHANGES_BASE, REFUSED, Lora
 from sft.config.schema import Tuning
 from sft.errors import ModelError, oom_message, suggest
 from sft.models import experts
+from sft.models.reach import reach
 
 NAME = "default"  # of the adapter, in PEFT
 SHARED = ("r", "lora_alpha", "target_modules")  # keys of adapter_config.json and of `tuning`
@@ -39,7 +41,7 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
     from peft import get_peft_model
 
     targets = _targets(base, tuning)
-    config = lora_config(tuning, *targets, has_values=not _is_fake(base))
+    config = lora_config(tuning, targets, has_values=not _is_fake(base))
     experts.complete_targets(base, config, auto=tuning.target_modules == "auto")
     try:
         model: Any = get_peft_model(base, config)
@@ -49,8 +51,8 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
         if config.target_modules and not _matching(base, config):
             linear = (n for n, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D))
             raise ModelError(
-                f"tuning.target_modules: {targets[0]} names no layer of this model; its linear "
-                f"layers are: {', '.join(sorted(_last_names(linear)))}"
+                f"tuning.target_modules: {targets.modules} names no layer of this model; "
+                f"its linear layers are: {', '.join(sorted(_last_names(linear)))}"
             ) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"tuning: PEFT cannot add these adapters: {reason[:400]}") from error
@@ -66,13 +68,12 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
     return model
 
 
-def lora_config(
-    tuning: Tuning, modules: list[str] | str, parameters: list[str] | None, has_values: bool
-) -> Any:
+def lora_config(tuning: Tuning, targets: experts.Targets, has_values: bool) -> Any:
     """Returns PEFT's configuration. Without values, weights cannot be decomposed into adapters."""
     from peft import LoraConfig, TaskType
 
     lora = tuning.lora.model_dump(exclude={"target_parameters"})
+    lora["exclude_modules"] = _exclude_also(tuning.lora.exclude_modules, targets.excluded)
     init = lora.pop("init_lora_weights")
     plain = init == "loftq" or (not has_values and not isinstance(init, bool))
     return LoraConfig(
@@ -80,26 +81,35 @@ def lora_config(
         r=tuning.r,
         lora_alpha=tuning.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=tuning.lora_dropout,
-        target_modules=modules,
-        target_parameters=parameters,
+        target_modules=targets.modules,
+        target_parameters=targets.parameters,
         init_lora_weights=True if plain else init,
         **lora,
     )
 
 
-def _targets(base: Any, tuning: Tuning) -> tuple[list[str] | str, list[str] | None]:
-    """Returns what PEFT gets as `target_modules` and `target_parameters`."""
+def _targets(base: Any, tuning: Tuning) -> experts.Targets:
+    """Returns the names that PEFT gets."""
     found, parameters = tuning.target_modules, tuning.lora.target_parameters
     if found != "auto":
-        return found if isinstance(found, str) else list(found), parameters
-    modules, own = experts.auto_targets(base)
-    parameters = sorted({*(own or ()), *(parameters or ())}) or None
-    if modules != "all-linear" or tuning.lora.layers_to_transform is None:
-        return modules, parameters
+        return experts.Targets(found if isinstance(found, str) else list(found), parameters)
+    auto = experts.auto_targets(base, reach(base))
+    parameters = sorted({*(auto.parameters or ()), *(parameters or ())}) or None
+    if auto.modules != "all-linear" or tuning.lora.layers_to_transform is None:
+        return replace(auto, parameters=parameters)
     # PEFT looks at the numbers of layers only for names that are no whole names of modules.
     head, every = base.get_output_embeddings(), base.named_modules()
     linear = (n for n, m in every if isinstance(m, nn.Linear | Conv1D) and m is not head)
-    return experts.short_names(linear), parameters
+    return experts.Targets(experts.short_names(linear), parameters)
+
+
+def _exclude_also(given: list[str] | str | None, pattern: str) -> list[str] | str | None:
+    """Returns PEFT's `exclude_modules` that excludes what `given` does, and `pattern`."""
+    if not pattern or not given:
+        return given or pattern or None
+    if not isinstance(given, str):  # names, or ends of names
+        given = rf"(.*\.)?({'|'.join(map(re.escape, given))})"
+    return f"({given})|({pattern})"
 
 
 def _is_fake(model: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sft.models.prepared import PreparedWeights, prepare
+from sft.models.reach import Reach
 
 
 class ExpertAdapter(ParamWrapper):
@@ -108,21 +110,47 @@ def _linear_layers(base: nn.Module, config: LoraConfig) -> set[str]:
     }
 
 
-def auto_targets(base: Any) -> tuple[str | list[str], list[str] | None]:
-    """Returns modules and parameters that are adapted: all matrices of layers but routers.
+@dataclass(frozen=True)
+class Targets:
+    """What PEFT gets as names of what it adapts."""
 
-    Without experts, PEFT's own word for all linear layers.
+    modules: str | list[str]
+    parameters: list[str] | None = None
+    excluded: str = ""  # a pattern of modules that have these names, but that no text reaches
+
+
+def auto_targets(base: Any, reach: Reach) -> Targets:
+    """Returns targets for all matrices that a step on text reaches, but routers and the head.
+
+    If these are all linear layers, it returns PEFT's own word for them.
     """
-    found = expert_parameters(base)
-    if not found:
-        return "all-linear", None
     head = base.get_output_embeddings()
-    linear = (
-        name
+    linear = {
+        name: reach.multiplies(f"{name}.weight") and f"{name}.weight" not in reach.routers
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
-    )
-    return short_names(linear), short_names(found)
+    }
+    held = {name: reach.multiplies(name) for name in expert_parameters(base)}
+    if all(linear.values()) and not any(held.values()):
+        return Targets("all-linear")
+    modules = short_names(name for name, wanted in linear.items() if wanted)
+    others = [name for name, wanted in linear.items() if not wanted and is_named(name, modules)]
+    parameters = short_names(name for name, wanted in held.items() if wanted)
+    if any(is_named(name, parameters) for name, wanted in held.items() if not wanted):
+        parameters = [name for name, wanted in held.items() if wanted]
+    outermost = {_outermost(name, reach) for name in others}
+    pattern = "|".join(re.escape(name) for name in sorted(outermost))
+    return Targets(modules, parameters or None, rf"({pattern})(\..*)?" if pattern else "")
+
+
+def _outermost(name: str, reach: Reach) -> str:
+    """Returns the name of the outermost module around a layer of which nothing is reached."""
+    parts = name.split(".")
+    for number in range(1, len(parts)):
+        module = ".".join(parts[:number])
+        if all(reach.is_unreached(n) for n in reach.parameters if n.startswith(f"{module}.")):
+            return module
+    return name
 
 
 def is_named(name: str, targets: Iterable[str]) -> bool:

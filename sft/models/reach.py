@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,7 @@ State = Literal["reached", "conditional", "unreached"]
 # Names of operations that multiply by a matrix, also those of libraries (bitsandbytes::gemv_4bit).
 PRODUCT = re.compile(r"(^|_)(mm|addmm|b?addbmm|bmm|mv|addmv|matmul|linear|gemm|gemv)(_|$)|conv")
 CHOICES = {"topk", "sort", "argsort", "argmax", "max", "kthvalue"}  # of experts, by their scores
+INERT = {"_name_or_path", "dtype", "torch_dtype", "use_cache", "transformers_version"}
 NOTHING: frozenset[str] = frozenset()
 
 
@@ -61,6 +62,18 @@ class Reach:
         """Returns whether a parameter never gets a gradient; no for an unknown one."""
         return self.parameters.get(name) == "unreached"
 
+    def multiplies(self, name: str) -> bool:
+        """Returns whether a weight multiplies activations; yes for all if that is not known.
+
+        An element that values of tensors did not choose, such as an expert, would if chosen.
+        """
+        return bool(self.problem) or name in self.products or name in self.not_chosen
+
+    @cached_property
+    def not_chosen(self) -> set[str]:
+        """Returns the parameters that the traced step could have reached."""
+        return {name for name, state in self.parameters.items() if state == "conditional"}
+
 
 def reach(base: Any) -> Reach:
     """Returns the reach of a base model of transformers, whose weights are not read.
@@ -69,7 +82,23 @@ def reach(base: Any) -> Reach:
     have no storage.
     """
     kind: Any = type(base)
-    return _reach(kind, _Key(base.config.to_json_string(use_diff=False), base.config))
+    return _reach(kind, _Key(_sizes(base.config.to_dict()), base.config))
+
+
+def freeze_unreached(base: nn.Module) -> None:
+    """Freezes what a step on text never gives a gradient, such as towers for images."""
+    found = reach(base)
+    for name, parameter in base.named_parameters():
+        if found.is_unreached(name):
+            parameter.requires_grad_(False)
+
+
+def _sizes(values: Any) -> str:
+    """Returns a configuration as text, without keys that change no computation."""
+    if not isinstance(values, dict):
+        return repr(values)
+    kept = sorted((str(key), value) for key, value in values.items() if key not in INERT)
+    return f"{{{', '.join(f'{key}: {_sizes(value)}' for key, value in kept)}}}"
 
 
 @dataclass(frozen=True)

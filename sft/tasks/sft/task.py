@@ -29,6 +29,7 @@ from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import ScoredPredictions, key_of, read_records
 from sft.models import attention, classes, digests, export, layers, load, routing
 from sft.models.groups import freeze_groups
+from sft.models.reach import freeze_unreached
 from sft.runtime.console import write_json
 from sft.runtime.plain import read_json
 from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
@@ -145,7 +146,9 @@ class FineTune(SavedTuning):
                 arch if depth is None else load.keep_layers(arch, depth),
                 trust_remote_code=config.model.trust_remote_code,
             )
-            if config.tuning.mode != "full":
+            if config.tuning.mode == "full":
+                freeze_unreached(base)
+            else:
                 base = cls.adapt(base.requires_grad_(False), config)
             freeze_groups(base, config.train)
             return base
