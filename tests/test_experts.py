@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from transformers import Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from sft.config.load import with_values
@@ -21,7 +22,11 @@ from sft.config.schema import Config
 from sft.data import batches, template
 from sft.models import export, load
 from sft.models.attention import documents_are_isolated
+from sft.plan import memory
+from sft.plan.counts import count_parameters
+from sft.plan.dry_run import Window
 from sft.serve.proof import dequantise
+from sft.tasks.sft.task import FineTune
 
 CPU = torch.device("cpu")
 IDS = torch.arange(2, 32)[None]
@@ -269,3 +274,39 @@ def test_a_checkpoint_of_all_weights_is_read_as_transformers_wrote_it(tmp_path, 
     found = dict(export.read_weights(model, tmp_path))
     assert found.keys() == own.keys()
     assert all(torch.equal(value, own[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_an_adapter_without_its_run_is_put_on_its_base(tmp_path, kind):
+    built = adapted(kind, tmp_path / "base")
+    built.save_pretrained(tmp_path / "adapter")
+    base = load.load_base(configured(tmp_path / "base").model, "lora", "fp32", CPU)
+    found = FineTune.with_adapter(base, str(tmp_path / "base"), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(found), logits(built))
+
+
+def test_the_plan_counts_all_experts_for_memory_and_chosen_ones_for_time(tmp_path):
+    """Three layers of Qwen3-30B-A3B. Its 48 take 15.5 GiB in NF4, and 57 if experts are left."""
+    config = Qwen3MoeConfig(
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        vocab_size=151936,
+        num_hidden_layers=3,
+    )
+    config.save_pretrained(tmp_path)
+    expert, attention, router, table = 3 * 2048 * 768, 18_874_368, 128 * 2048, 151936 * 2048
+    norms = 3 * (2 * 2048 + 2 * 128) + 2048
+    counts = count_parameters(configured(tmp_path, mode="full"))
+    assert counts.parameters == 3 * (128 * expert + attention + router) + 2 * table + norms
+    assert counts.multiplied == 3 * (8 * expert + attention + router) + table + norms
+    settings = configured(tmp_path, mode="qlora")
+    found = memory.predict(settings, "bf16", Window((((64, 8),),)), on_gpu=True)
+    assert found.method == "traced"
+    weights = found.breakdown["weights"] + found.breakdown["quantisation state"]
+    quantised = 3 * (128 * expert + attention) * memory.NF4_BYTES
+    assert weights == pytest.approx(quantised + 2 * (2 * table + 3 * router), rel=0.005)

@@ -42,6 +42,7 @@ class Product:
 
     kind: Literal["matrix", "convolution"]
     shape: tuple[int, ...]
+    per_token: float = 0.0  # multiplications of a token; of experts only those it chose
 
 
 @dataclass(frozen=True)
@@ -327,7 +328,7 @@ class _Tracer(TorchDispatchMode):
         if name in CHOICES:
             self.routers |= origins[0].source
         if PRODUCT.search(name):
-            found = _Origin(NOTHING, True, self._multiply(name, tensors))
+            found = _Origin(NOTHING, True, self._multiply(name, tensors, result))
         elif name in ("embedding", "_embedding_bag"):
             self.looked_up |= origins[0].parameters
             found = _Origin(from_inputs=True)
@@ -341,7 +342,7 @@ class _Tracer(TorchDispatchMode):
         """Returns whether a tensor is a parameter or a view of one."""
         return tensor.untyped_storage()._cdata in self._fixed
 
-    def _multiply(self, name: str, tensors: list[torch.Tensor]) -> frozenset[str]:
+    def _multiply(self, name: str, tensors: list[torch.Tensor], result: Any) -> frozenset[str]:
         """Records the parameters among the operands of a product, and returns their names."""
         operands = [t for t in tensors[name.startswith(("add", "badd")) :] if t.ndim > 1]
         origins = [o for o in map(self._get, operands) if o.parameters]
@@ -349,8 +350,10 @@ class _Tracer(TorchDispatchMode):
         origins = [o for o in origins if not o.from_inputs] or origins
         found = frozenset().union(*(o.parameters for o in origins))
         kind: Any = "convolution" if "conv" in name else "matrix"
+        number = result.numel() * operands[0].shape[-1] / TOKENS if operands else 0.0
         for each in found:
-            self.products[each] = Product(kind, self._shapes[each])
+            before = self.products[each].per_token if each in self.products else 0.0
+            self.products[each] = Product(kind, self._shapes[each], before + number)
         return found
 
 

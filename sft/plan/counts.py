@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from sft.config.schema import RunConfig
+from sft.models import experts
 from sft.models.layers import embedding_layers, repeated_layers
+from sft.models.reach import reach
 from sft.tasks.registry import task_of
 
 
@@ -17,7 +23,7 @@ class Counts:
 
     parameters: int
     trained: int  # trained parameters
-    multiplied: int  # parameters without embeddings: each multiplies every token once
+    multiplied: int  # parameters that a token is multiplied by: no embeddings, no other experts
     largest: int  # elements of the largest trained tensor
     layers: int  # repeated layers, which FSDP2 gathers one at a time
     outside: int  # parameters that belong to no layer
@@ -42,12 +48,33 @@ def count_at_depth(key: ModelKey, depth: int | None) -> Counts:
     return Counts(
         parameters=sum(sizes),
         trained=sum(trained),
-        multiplied=sum(sizes) - looked_up,
+        multiplied=sum(sizes) - looked_up - _idle(built),
         largest=max(trained),
         layers=len(layers),
         outside=sum(sizes) - in_layers,
         sizes=sizes,
     )
+
+
+def _idle(model: nn.Module) -> int:
+    """Returns how many parameters are of experts that a token does not choose, on average."""
+    base = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if base is None or not experts.expert_parameters(base):
+        return 0
+    idle = {  # of each parameter
+        name: max(0.0, 1 - product.per_token / math.prod(product.shape))
+        for name, product in reach(base).products.items()
+        if len(product.shape) == 3
+    }
+    number = 0.0
+    for name, parameter in base.named_parameters():
+        number += idle.get(name.replace("base_layer.", ""), 0.0) * parameter.numel()
+    for name, module in base.named_modules():
+        if isinstance(module, experts.ExpertAdapter):
+            own = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+            parts = (*module.lora_A.parameters(), *module.lora_B.parameters())
+            number += idle.get(own, 0.0) * sum(part.numel() for part in parts)
+    return round(number)
 
 
 ModelKey = tuple[type[RunConfig], str]  # a schema, and a configuration of it in JSON
