@@ -29,6 +29,7 @@ from sft.data import audit, batches
 from sft.errors import ModelError, oom_message
 from sft.models.dtypes import DTYPES
 from sft.models.layers import is_split
+from sft.models.sizes import read_sizes
 
 ROWS_CPU, ROWS_GPU = 64, 256  # the largest batch; a CPU is no faster with more (docs/LOG.md)
 CACHES = ("past_key_values", "cache_params")  # names of the cache; the latter of a state alone
@@ -74,12 +75,12 @@ def bytes_per_row(architecture: Any, precision: str, prompt: int, answer: int) -
     activations. At the end: all keys and values, and those of one layer again, because a growing
     cache is copied layer by layer.
     """
-    text = architecture.get_text_config()
-    heads, layers = getattr(text, "num_attention_heads", None) or 1, text.num_hidden_layers
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kept = 2 * (getattr(text, "num_key_value_heads", None) or heads) * size
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    first = prompt * (layers * kept + 6 * text.hidden_size + 4 * inner)
+    sizes = read_sizes(architecture)
+    heads, layers = sizes.num_attention_heads or 1, sizes.num_hidden_layers
+    size = sizes.head_dim or sizes.hidden_size // heads
+    kept = 2 * (sizes.num_key_value_heads or heads) * size
+    inner = sizes.intermediate_size or 4 * sizes.hidden_size
+    first = prompt * (layers * kept + 6 * sizes.hidden_size + 4 * inner)
     last = (prompt + answer) * (layers + 1) * kept
     return max(first, last) * DTYPES[precision].itemsize
 

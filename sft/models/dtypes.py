@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from sft.errors import ModelError
 from sft.runtime.console import table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -22,7 +23,11 @@ def check_dtypes(model: nn.Module, mode: str, precision: str) -> None:
         assert parameter.dtype in allowed, f"{name} is {parameter.dtype}, expected one of {allowed}"
     if mode == "qlora":
         quantised = sum(p.dtype == torch.uint8 for p in model.parameters())
-        assert quantised, "tuning.mode is qlora, but no weight was quantised"
+        if not quantised:
+            raise ModelError(
+                "tuning.mode: qlora expects linear layers that bitsandbytes can quantise, found "
+                "none in this model; use tuning.mode: lora"
+            )
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,17 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import (
+    _check_lora_target_modules_mamba,
+    check_target_module_exists,
+)
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -126,7 +130,9 @@ def auto_targets(base: Any, reach: Reach) -> Targets:
     """
     head = base.get_output_embeddings()
     linear = {
-        name: reach.multiplies(f"{name}.weight") and f"{name}.weight" not in reach.routers
+        name: reach.multiplies(f"{name}.weight")
+        and f"{name}.weight" not in reach.routers
+        and not is_refused(base, name)
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
@@ -134,13 +140,24 @@ def auto_targets(base: Any, reach: Reach) -> Targets:
     if all(linear.values()) and not any(held.values()):
         return Targets("all-linear")
     modules = short_names(name for name, wanted in linear.items() if wanted)
-    others = [name for name, wanted in linear.items() if not wanted and is_named(name, modules)]
+    named = (name for name, _ in base.named_modules() if is_named(name, modules))
+    others = [name for name in named if not linear.get(name)]
     parameters = short_names(name for name, wanted in held.items() if wanted)
     if any(is_named(name, parameters) for name, wanted in held.items() if not wanted):
         parameters = [name for name, wanted in held.items() if wanted]
     outermost = {_outermost(name, reach) for name in others}
     pattern = "|".join(re.escape(name) for name in sorted(outermost))
     return Targets(modules, parameters or None, rf"({pattern})(\..*)?" if pattern else "")
+
+
+def is_refused(base: Any, name: str) -> bool:
+    """Returns whether PEFT refuses to adapt a layer, since fused kernels read its weight alone."""
+    config: Any = SimpleNamespace(peft_type="LORA")
+    try:
+        _check_lora_target_modules_mamba(config, base, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
 
 
 def _outermost(name: str, reach: Reach) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sft.config.load import with_values
 from sft.config.schema import Config, RunConfig
-from sft.errors import ConfigError
+from sft.errors import UserError
 from sft.plan import gpus, memory
 from sft.plan.choose import Planner
 from sft.plan.dry_run import Window
@@ -41,9 +41,9 @@ def advise(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan)
     def consider(price: str, changes: dict[str, Any], window: Window = window) -> None:
         try:
             changed = with_values(config, changes)
-        except ConfigError:  # for example for adapters on random weights
+            reserved = planner.predict(window, changed, plan.micro_batches).reserved
+        except UserError:  # for example adapters on random weights, or on a layer of no known kind
             return
-        reserved = planner.predict(window, changed, plan.micro_batches).reserved
         saved = plan.memory.reserved - reserved
         if saved > 0:
             change = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())

@@ -30,6 +30,7 @@ from sft.evaluate.predictions import ScoredPredictions, key_of, read_records
 from sft.models import attention, classes, digests, export, layers, load, routing
 from sft.models.groups import freeze_groups
 from sft.models.reach import freeze_unreached
+from sft.models.sizes import read_sizes
 from sft.runtime.console import write_json
 from sft.runtime.plain import read_json
 from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
@@ -82,13 +83,13 @@ class FineTune(SavedTuning):
 
     @classmethod
     def info(cls, config: Config) -> TaskInfo:
-        text = load.architecture(config.model).get_text_config()
+        sizes = read_sizes(load.architecture(config.model))
         return TaskInfo(
-            text,
+            sizes,
             Path(config.data.cache_dir),
             config.tuning.mode,
             attention=config.model.attn_implementation,
-            vocabulary=text.vocab_size,
+            vocabulary=sizes.vocab_size,
             repeats=not (config.tuning.differs_by_layer or config.train.differs_by_layer),
             needs_global_batch=cls.balance_of(config) is not None,
         )
@@ -118,7 +119,7 @@ class FineTune(SavedTuning):
         Raises ConfigError if the model has no positions for them.
         """
         length, number = config.data.max_seq_len, config.train.global_batch
-        positions = getattr(cls.info(config).sizes, "max_position_embeddings", None)
+        positions = cls.info(config).sizes.max_position_embeddings
         if positions and length > positions:
             raise ConfigError(
                 f"{config.model.name} has positions for {positions:,} tokens, found {length:,}: "
@@ -141,7 +142,7 @@ class FineTune(SavedTuning):
     def skeleton(cls, config: Config, depth: int | None = None) -> nn.Module:
         load.check_attention(config.model)  # as `load_base` does, which a plan may not call
         arch = load.architecture(config.model)
-        with torch.device("meta"):
+        with load.explain_load_errors(config.model.name), torch.device("meta"):
             base = classes.from_config(
                 arch if depth is None else load.keep_layers(arch, depth),
                 trust_remote_code=config.model.trust_remote_code,
