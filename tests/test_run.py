@@ -83,9 +83,9 @@ def status(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory) -> tuple[Path, str]:
-    """`make train`, only into another folder, and with 200 of its 375 steps."""
+    """`make train`, only into another folder, and with 150 of its 375 steps."""
     folder = tmp_path_factory.mktemp("runs") / "nano"
-    return folder, make("train", f"train.output_dir={folder}", "train.max_steps=200")
+    return folder, make("train", f"train.output_dir={folder}", "train.max_steps=150")
 
 
 def test_make_train_teaches_the_task(nano):
