@@ -48,6 +48,8 @@ def audit(args: Namespace) -> int:
             console.print(audit_report.findings_table(found))
     formats = (f"{count:,} {name}" for name, count in prepared.audit["formats"].items())
     console.print(f"formats of the rows: {', '.join(formats)}")
+    for line in audit_report.describe_new_tokens(prepared.audit):
+        console.print(line, markup=False)
     if ignored := prepared.audit["ignored_columns"]:
         shares = (f"{visible(name)} ({share:.0%} of the rows)" for name, share in ignored.items())
         console.print(f"columns that are not used: {', '.join(shares)}", markup=False)

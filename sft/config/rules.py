@@ -157,6 +157,16 @@ LORA_RULES = [
         "PEFT adapts parameters without lora_dropout, use_dora and lora_bias: leave them out",
     ),
     Rule(
+        ("model.new_tokens", "tuning.lora.trainable_token_indices"),
+        lambda tokens, indices: tokens and isinstance(indices, dict),
+        "are trained in all embeddings: give tuning.lora.trainable_token_indices as a list",
+    ),
+    Rule(
+        ("model.new_tokens", "crowd.num_agents"),
+        lambda tokens, agents: tokens and agents > 0,
+        "agents share the embeddings of the base: add tokens to the base first, with one model",
+    ),
+    Rule(
         ("tuning.lora", "crowd.num_agents"),
         lambda lora, agents: agents > 0 and lora not in (Lora(), Lora().model_dump(), {}),
         "agents are plain LoRA adapters of one shape: remove this section",

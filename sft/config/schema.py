@@ -77,6 +77,10 @@ class Model(Section):
     """Further tokens at which generation stops, by their text: `["<end_of_turn>"]`. The others are
     the eos token, those of the model's generation_config.json, and the template's end of a turn."""
 
+    new_tokens: Texts | None = None
+    """Tokens to add to the tokenizer, by their text: `["<think>"]`. Their embeddings begin as the
+    mean of their pieces. With adapters only these rows of the embeddings are trained."""
+
 
 class Tuning(Section):
     """The weights that are trained."""

@@ -115,7 +115,18 @@ def summarise(audited: dict[str, Any]) -> str:
             f"{split['further_tokens']:,} further tokens)"
         )
     findings = f"{', '.join(found)} (audit.html)" if found else "nothing found"
-    return f"{rows:,} examples ({', '.join(audited['formats'])}), {findings}"
+    line = f"{rows:,} examples ({', '.join(audited['formats'])}), {findings}"
+    return "; ".join([line, *describe_new_tokens(audited)])
+
+
+def describe_new_tokens(audited: dict[str, Any]) -> list[str]:
+    """Returns, for each of `model.new_tokens`, how often the training rows teach it."""
+    counts = audited.get("new_tokens", {}).items()
+    often = {0: "never", 1: "once"}
+    return [
+        f"new token {visible(token)} is {often.get(number, f'{number:,} times')} supervised"
+        for token, number in counts
+    ]
 
 
 def pick_samples(examples: Examples, most: int = 20) -> list[Sample]:

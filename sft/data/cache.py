@@ -101,12 +101,24 @@ def prepare(config: Config, on_progress: Callable[[], None] = lambda: None) -> P
                 _fill(config, tokenizer, folder, made_of, on_progress)
             prepared = _open(folder, tokenizer)
     _prune(folder.parent)
+    prepared.audit["new_tokens"] = count_new_tokens(config, prepared)
     prepared.audit["hidden_files"] = hidden = files.hidden_files(config.data)
     if hidden and os.environ.get("RANK", "0") == "0":
         make_console().print(f"not read: {files.describe_hidden(hidden)}")
     if config.data.audit == "refuse":
         audit_report.refuse(prepared.audit)
     return prepared
+
+
+def count_new_tokens(config: Config, prepared: Prepared) -> dict[str, int]:
+    """Returns how often each of `model.new_tokens` is supervised in the training rows."""
+    arrays, ids = prepared.train.arrays, prepared.tokenizer.get_vocab()
+    counts = {}
+    for token in config.model.new_tokens or ():
+        places = np.flatnonzero(arrays.labels == ids[token])
+        examples = np.searchsorted(arrays.index["start"], places, side="right") - 1
+        counts[token] = int(np.isin(examples, prepared.train.order).sum())
+    return counts
 
 
 def with_validation(prepared: Prepared, share: float) -> Prepared:

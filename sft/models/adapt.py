@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from sft.config.lora import CHANGES_BASE, REFUSED, Lora
 from sft.config.schema import Tuning
 from sft.errors import ModelError, oom_message, suggest
 from sft.models import experts
+from sft.models.fake import is_fake
 from sft.models.reach import reach
 
 NAME = "default"  # of the adapter, in PEFT
@@ -41,7 +41,7 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
     from peft import get_peft_model
 
     targets = _targets(base, tuning)
-    config = lora_config(tuning, targets, has_values=not _is_fake(base))
+    config = lora_config(tuning, targets, has_values=not is_fake(base))
     experts.complete_targets(base, config, auto=tuning.target_modules == "auto")
     try:
         model: Any = get_peft_model(base, config)
@@ -56,14 +56,14 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
             ) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"tuning: PEFT cannot add these adapters: {reason[:400]}") from error
-    if tuning.lora.init_lora_weights == "loftq" and not _is_fake(base):
+    if tuning.lora.init_lora_weights == "loftq" and not is_fake(base):
         from peft import replace_lora_weights_loftq
 
         replace_lora_weights_loftq(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if tuning.lora.changes_base and not _is_fake(base):
+    if tuning.lora.changes_base and not is_fake(base):
         _keep_first(model, tuning)
     return model
 
@@ -110,11 +110,6 @@ def _exclude_also(given: list[str] | str | None, pattern: str) -> list[str] | st
     if not isinstance(given, str):  # names, or ends of names
         given = rf"(.*\.)?({'|'.join(map(re.escape, given))})"
     return f"({given})|({pattern})"
-
-
-def _is_fake(model: nn.Module) -> bool:
-    """Returns whether the weights have no values: in a plan, or a model without storage."""
-    return any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters())
 
 
 def _matching(base: nn.Module, config: Any) -> list[str]:

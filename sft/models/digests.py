@@ -18,6 +18,8 @@ SAMPLE = 4096  # bytes at each end of a tensor that enter a digest
 def model_sha256(config: Model) -> str:
     """Hashes the base model's config.json and weights; where they are stored does not matter."""
     digest = hashlib.sha256(architecture(config).to_json_string().encode())
+    if config.new_tokens:
+        digest.update(json.dumps(config.new_tokens).encode())
     if config.init == "pretrained":
         for part in _sample_weights(config):
             digest.update(part)

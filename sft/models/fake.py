@@ -30,6 +30,11 @@ def set_attributes(owner: Any, **values: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+def is_fake(model: nn.Module) -> bool:
+    """Returns whether the weights have no values: in a plan, or a model without storage."""
+    return any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters())
+
+
 @contextmanager
 def fake_tensors(mode: str = "full", masked: bool = False) -> Iterator[None]:
     """Makes every tensor fake within this context, and lets no library cache a fake one.

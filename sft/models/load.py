@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.config.schema import Config, Model
 from sft.errors import ModelError, UserError
-from sft.models import attention, classes
+from sft.models import attention, classes, vocabulary
 from sft.models.adapt import add_adapters, refuse_unused
 from sft.models.dtypes import DTYPES, check_dtypes
 from sft.models.groups import freeze_groups
@@ -73,6 +73,8 @@ def load_tokenizer(config: Model) -> Tokenizer:
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
         tokenizer("a")  # some errors in a tokenizer's files show only in use
+        if config.new_tokens:
+            vocabulary.add_tokens(tokenizer, config.new_tokens)
         tokenizer.init_kwargs["stop_tokens"] = _stop_tokens(tokenizer, config)
         return tokenizer
 
@@ -234,7 +236,7 @@ def load_base(
             model = classes.from_config(arch, **options).to(device)
             if mode == "qlora":
                 quantise(model, compute)
-            return model
+            return with_new_tokens(model, config)
         _check_files(Path(config.name))
         with quantising_all():
             loaded: Any = classes.auto_class(arch).from_pretrained(
@@ -255,6 +257,13 @@ def load_base(
     if mode == "qlora":
         keep_nf4_trainable(model)
     model.name_or_path = absolute_name(config.name)  # PEFT writes it into an adapter's config
+    return with_new_tokens(model, config)
+
+
+def with_new_tokens(model: nn.Module, config: Model) -> nn.Module:
+    """Returns the model with embeddings of `model.new_tokens`."""
+    if config.new_tokens:
+        vocabulary.add_rows(model, load_tokenizer(config))
     return model
 
 

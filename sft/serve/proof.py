@@ -141,7 +141,7 @@ def _load_prompts(run: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[in
 
 def _compare_tokenizers(folder: Path, config: Config, expected: PreTrainedTokenizerBase) -> Checks:
     """Compares the tokenizer in `folder` with the one that the run was trained with."""
-    own = {"name": str(folder), "revision": None}
+    own = {"name": str(folder), "revision": None, "new_tokens": None}
     both = (load.load_tokenizer(config.model.model_copy(update=own)), expected)
     tokenizers = (audit.tokenizer_sha256(each)[:12] for each in both)
     templates = (audit.template_sha256(each)[:12] for each in both)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.config.schema import Config, Model, Tuning
 from sft.errors import CheckpointError, ExportError, ModelError, shorten
-from sft.models import load
+from sft.models import load, vocabulary
 from sft.models.adapt import (
     SHARED,
     adapter_tuning,
@@ -138,7 +138,7 @@ class SavedTuning(Task):
     @classmethod
     def adapt(cls, base: nn.Module, config: Config) -> nn.Module:
         """Returns the frozen `base` with the adapters that are trained."""
-        return add_adapters(base, config.tuning)
+        return add_adapters(base, vocabulary.trained_tokens(base, config.tuning))
 
     @classmethod
     def load_model(
@@ -161,7 +161,7 @@ class SavedTuning(Task):
         A QLoRA adapter gets its NF4 base, or with `quantised=False` the original weights. Raises
         ExportError for another base or adapter.
         """
-        own = {"name": str(folder), "revision": None, "init": "pretrained"}
+        own = {"name": str(folder), "revision": None, "init": "pretrained", "new_tokens": None}
         model_files = config.model.model_copy(update=own)
         tokenizer = load.load_tokenizer(model_files)
         mode = config.tuning.mode
@@ -218,8 +218,12 @@ class SavedTuning(Task):
                 f"{folder} is an adapter of {named!r}, not of {name!r}; if these are the same "
                 "weights, say so: set base_model_name_or_path in its adapter_config.json"
             )
+        tuning = _tuning_in(folder, found)
+        rows = tuning.lora.trainable_token_indices or []
+        numbers = rows if isinstance(rows, list) else [n for own in rows.values() for n in own]
         try:
-            adapted = add_adapters(base, _tuning_in(folder, found))
+            vocabulary.fit_vocabulary(base, max(numbers, default=-1) + 1)
+            adapted = add_adapters(base, tuning)
             load_weights(adapted, folder)
             store_like_base(adapted)
         except (ModelError, CheckpointError) as error:

@@ -147,6 +147,7 @@ class FineTune(SavedTuning):
                 arch if depth is None else load.keep_layers(arch, depth),
                 trust_remote_code=config.model.trust_remote_code,
             )
+            load.with_new_tokens(base, config.model)
             if config.tuning.mode == "full":
                 freeze_unreached(base)
             else:

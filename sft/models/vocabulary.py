@@ -1,0 +1,89 @@
+"""Adds `model.new_tokens` to a tokenizer, and rows for them to the embeddings of a model.
+
+A new row begins as the mean of the rows of the pieces that its text had before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AddedToken
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from sft.config.schema import Tuning
+from sft.errors import ModelError
+from sft.models.fake import is_fake
+from sft.models.layers import embedding_layers
+
+KEY = "new_tokens"  # in tokenizer_config.json: each new token with the ids of its pieces
+
+
+def add_tokens(tokenizer: Tokenizer, tokens: Iterable[str]) -> None:
+    """Adds tokens, unless they were saved with the tokenizer as such.
+
+    Raises ModelError for a text that is a token already, or that has no pieces.
+    """
+    known: dict[str, list[int]] = dict(tokenizer.init_kwargs.get(KEY, {}))
+    vocabulary = tokenizer.get_vocab()
+    for token in tokens:
+        if token in known:
+            continue
+        if token in vocabulary:
+            raise ModelError(
+                f"model.new_tokens: {token!r} is a token of this tokenizer already (id "
+                f"{vocabulary[token]}); to train its embedding, set "
+                f"tuning.lora.trainable_token_indices: [{vocabulary[token]}]"
+            )
+        pieces = tokenizer.encode(token, add_special_tokens=False)
+        if not pieces or tokenizer.unk_token_id in pieces:
+            raise ModelError(f"model.new_tokens: the tokenizer has no pieces of {token!r}")
+        known[token] = pieces
+    fresh = [token for token in known if token not in vocabulary]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in fresh])
+    tokenizer.init_kwargs[KEY] = known
+
+
+def add_rows(model: Any, tokenizer: Tokenizer) -> None:
+    """Adds the rows of the tokenizer's new tokens to the embeddings of `model`."""
+    known: dict[str, list[int]] = tokenizer.init_kwargs[KEY]
+    ids: dict[str, int] = {token: tokenizer.get_vocab()[token] for token in known}
+    fit_vocabulary(model, max(ids.values()) + 1)
+    model.new_token_ids = sorted(ids.values())  # `trained_tokens` reads it
+    if is_fake(model):
+        return
+    for layer in embedding_layers(model):
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            with torch.no_grad():
+                for token, pieces in known.items():
+                    weight[ids[token]] = weight[pieces].float().mean(0).to(weight.dtype)
+
+
+def fit_vocabulary(model: Any, number: int) -> None:
+    """Makes the embeddings of `model` at least `number` rows long."""
+    first, _ = embedding_layers(model)
+    weight: Any = getattr(first, "weight", None)
+    if weight is None:
+        raise ModelError(
+            "model.new_tokens: this model has no embeddings to which rows can be added"
+        )
+    if number > len(weight):
+        model.resize_token_embeddings(number, mean_resizing=False)
+
+
+def trained_tokens(base: Any, tuning: Tuning) -> Tuning:
+    """Returns `tuning` with the new tokens of `base` among those whose rows are trained."""
+    ids = getattr(base, "new_token_ids", [])
+    if not ids:
+        return tuning
+    given = tuning.lora.trainable_token_indices or []
+    assert isinstance(given, list)  # a rule of the configuration
+    first, last = embedding_layers(base)
+    layers = [first] if last is None or last.weight is first.weight else [first, last]  # type: ignore[union-attr]
+    names = {module: name for name, module in base.named_modules()}
+    rows = {names[layer]: sorted({*given, *ids}) for layer in layers if layer is not None}
+    lora = tuning.lora.model_copy(update={"trainable_token_indices": rows})
+    return tuning.model_copy(update={"lora": lora})
