@@ -120,7 +120,7 @@ def summarise(audited: dict[str, Any]) -> str:
 
 
 def describe_new_tokens(audited: dict[str, Any]) -> list[str]:
-    """Returns, for each of `model.new_tokens`, how often the training rows teach it."""
+    """Returns how often the training rows teach each of `model.new_tokens`, as text."""
     counts = audited.get("new_tokens", {}).items()
     often = {0: "never", 1: "once"}
     return [
