@@ -275,6 +275,7 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
 READ_ONLY_WITH = {  # key -> value, the condition, and overrides under which it is read
     "train.deepspeed_config": ("z2.json", "train.engine: deepspeed", "train.engine=deepspeed"),
     "train.offload": ("true", "train.engine: fsdp", "train.engine=fsdp"),
+    "train.loraplus_lr_ratio": ("16", "tuning.mode: lora or qlora", "tuning.mode=lora"),
     "data.system_prompt": ("Hi.", "data.system: replace or prepend", "data.system=prepend"),
     "evaluation.labels": (
         "[yes, no]",
@@ -296,6 +297,7 @@ READ_ONLY_WITH = {  # key -> value, the condition, and overrides under which it 
     "distill.type_weight": ("1", "distill.compress: true", "distill.compress=true"),
 }
 UNDER = {  # overrides under which only the condition of READ_ONLY_WITH is broken
+    "tuning.mode: lora or qlora": ["tuning.mode=full"],
     "crowd.lambda_sw > 0": ["crowd.num_agents=2", "crowd.lambda_sw=0"],
     "crowd.representation: hidden": ["crowd.num_agents=2", "crowd.representation=logits"],
     "crowd.aggregator: sampled": ["crowd.num_agents=2"],
