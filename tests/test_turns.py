@@ -749,6 +749,12 @@ HEADED_BEHIND_RESULTS = catalogue.INSIDE.replace(
     "{%- if add_generation_prompt and messages[-1].role == 'tool' %}<|text|>{% endif %}"
     "{%- if add_generation_prompt and",
 )
+# As GLM-4.5: only the last answer shows its thoughts, and the next header ends a turn.
+HEADED_AFTER_THOUGHTS = catalogue.HEADERS.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' %}<|think|>{{ m.reasoning_content if loop.last }}<|/think|>"
+    "{% endif %}{{ m.content }}",
+)
 THINKS_BY_KEY = OPENED_BY_A_TOKEN
 RESULT_F = {**R, "name": "f", "content": "It rains in Northport."}
 STRAY = {"role": "tool", "content": "It is a quarter past nine."}
@@ -825,6 +831,11 @@ TRAITS: dict[str, tuple[str, list[dict[str, Any]], list[list[str]]]] = {
         [A, CALL_F, RESULT_F, B],
         [['<|call>{"name": "f", "arguments": {"x": 1}}<call|><|result>', "b<turn|>"]],
     ),
+    "thoughts that are dropped before a header that ends the turn": (
+        HEADED_AFTER_THOUGHTS,
+        [A, SECRET, C, {**SECRET, "content": "d"}],
+        [["<|think|>Secret.<|/think|>" + end] for end in ("b<|user|>", "d<|user|>")],
+    ),
     "a system prompt behind an answer": (
         catalogue.HEADERS,
         [A, B, BE_KIND, C, D],
@@ -833,12 +844,15 @@ TRAITS: dict[str, tuple[str, list[dict[str, Any]], list[list[str]]]] = {
 }
 
 
+SEVERAL = {HEADED_BEHIND_RESULTS: catalogue.INSIDE, HEADED_AFTER_THOUGHTS: catalogue.HEADERS}
+
+
 @pytest.mark.parametrize("trait", TRAITS)
 def test_traits_of_public_templates(trait):
     source, messages, expected = TRAITS[trait]
     extra = catalogue.TOKENS.get(source, MARKED_THOUGHTS)
-    if source == HEADED_BEHIND_RESULTS:
-        extra = (*MARKED_THOUGHTS, *catalogue.TOKENS[catalogue.INSIDE])
+    if source in SEVERAL:
+        extra = (*MARKED_THOUGHTS, *catalogue.TOKENS[SEVERAL[source]])
     tokenizer = catalogue.tokenizer(source, None, extra)
     row = Row(messages, None, "f", 1)
     assert texts_of(tokenizer, row) == expected
