@@ -23,6 +23,7 @@ from sft.runtime.log import Log
 from sft.runtime.watchdog import Guard
 from sft.train import engine
 from sft.train.optimizer import build_optimizer
+from sft.train.recovery import Oom, OomGuard
 from sft.train.schedule import learning_rate, total_steps
 
 BUDGET = batches.Budget(60, "padded")
@@ -588,3 +589,31 @@ def test_a_trial_of_a_task_of_whole_batches_summarises_what_is_cut(tmp_path, max
     built.try_out(micro_batches)
     assert [given[:3] for given in seen] == [([], None, 0.0)]
     assert len(summarised) == (len(micro_batches) if len(micro_batches) > 1 else 0)
+
+
+def test_the_seed_of_a_pass_is_a_function_of_seed_step_and_place(tmp_path):
+    built = make(tmp_path, seed=5)
+    built.step = 3
+    for micro_batch, place in (([8, 9], 1), ([7], 0), ([], 3)):
+        built._seed(micro_batch, [7, 8, 9])
+        assert torch.initial_seed() == ((5 * 1_000_003 + 3) << 20) + place
+
+
+@pytest.mark.parametrize("own", [None, Oom("own", [1])])
+@pytest.mark.parametrize("other", [None, Oom("other", [2])])
+def test_ranks_agree_on_the_first_of_them_whose_memory_ran_out(tmp_path, monkeypatch, own, other):
+    """A stand-in for the collectives of two ranks, of which this is the second."""
+    built, guard = make(tmp_path), OomGuard()
+    guard.oom = own
+    kinds = []
+
+    def reduce(flag, kind):
+        kinds.append(kind)
+        return flag + (other is not None)
+
+    built.accelerator = Has(num_processes=2, device=torch.device("cpu"), reduce=reduce)
+    monkeypatch.setattr(engine, "gather_object", lambda mine: [other, *mine])
+    assert built._oom_on_any_rank(guard) == (other or own)
+    assert built._on_any_rank(own is not None) == bool(own or other)
+    assert set(kinds) == {"sum"}
+    assert built._is_cut([[1]])
