@@ -16,9 +16,10 @@ seconds of imports. What ranks execute counts for the test that started them.
 
 The mutants of a module are tried in a random order that its name seeds, so `--sample` is a uniform
 sample and a larger one contains it. A command replaces the parts of the modules that it tried, and
-each part names its command. The rest of the JSON file, reasons of survivors and totals, is
-computed: reasons come from `mutation_reasons.json`, where "no effect:" begins the reason of a
-mutant that changes no result. `--survivors` tries again what survived, and writes nothing.
+each part names its command; `--merge` takes parts from another report. The rest of the JSON file,
+reasons of survivors and totals, is computed. Reasons come from `mutation_reasons.json`, where "no
+effect:" begins the reason of a mutant that changes no result. `--survivors` tries again what
+survived, and writes nothing.
 """
 
 from __future__ import annotations
@@ -458,7 +459,7 @@ def report(copy: Path, path: str, tried: list[Mutant], total: int) -> dict[str, 
     survivors = [mutant for mutant in tried if mutant.outcome == "survived"]
     places = ("line", "function", "mutation")
     return {
-        "command": shlex.join(["python", "benchmarks/mutation.py", *sys.argv[1:]]),
+        "command": ["python", "benchmarks/mutation.py", *sys.argv[1:]],
         "source": sha256((copy / path).read_bytes()).hexdigest()[:12],
         "mutants": total,
         "tried": len(tried),
@@ -475,6 +476,8 @@ def sum_up(modules: dict[str, Any]) -> dict[str, Any]:
     reasons = json.loads(REASONS.read_text("utf-8"))
     columns = ("mutants", "tried", *OUTCOMES, "without_effect")
     for path, entry in modules.items():
+        if "command" in entry:
+            entry["command"] = without_output(entry["command"])
         for survivor in entry["survivors"]:
             survivor["reason"] = reasons.get(path, {}).get(survivor["mutation"], "")
         found = [survivor["reason"] for survivor in entry["survivors"]]
@@ -482,6 +485,15 @@ def sum_up(modules: dict[str, Any]) -> dict[str, Any]:
         entry.update(_percentages(entry))
     total = {name: sum(entry[name] for entry in modules.values()) for name in columns}
     return {"rules": RULES, "total": total | _percentages(total), "modules": modules}
+
+
+def without_output(command: str | list[str]) -> str:
+    """Returns a command without the file that its report goes to."""
+    words = shlex.split(command) if isinstance(command, str) else list(command)
+    if "--json" in words:
+        place = words.index("--json")
+        del words[place : place + 2]
+    return shlex.join(words)
 
 
 def _percentages(count: dict[str, int]) -> dict[str, float]:
@@ -510,11 +522,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="of tests for a mutant")
     parser.add_argument("--survivors", action="store_true", help="try again, write nothing")
     parser.add_argument("--report", action="store_true", help="only add reasons and totals again")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", default=[], help="reports to take parts of"
+    )
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/mutation.json")
     arguments = parser.parse_args()
     stored = json.loads(arguments.json.read_text("utf-8")) if arguments.json.exists() else {}
     modules = stored.get("modules", {})
-    if not arguments.report:
+    for other in arguments.merge:
+        modules |= json.loads(other.read_text("utf-8"))["modules"]
+    if not (arguments.report or arguments.merge):
         with tempfile.TemporaryDirectory() as work:
             for path, entry in try_modules(Path(work), arguments, modules):
                 if not arguments.survivors:
