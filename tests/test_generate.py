@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     PreTrainedModel,
+    Qwen2Config,
 )
 
 from sft.config.schema import Generation, Model, Train
@@ -254,6 +255,7 @@ def test_halves_of_a_batch_are_answered_once_each_down_to_one_row(number):
         # for each token of prompt and answer: keys and values of 2 layers and of 1 again
         (LlamaConfig(**LLAMA, num_key_value_heads=2), 100, 900, 1000 * 3 * 32),
         (Gemma2Config(**LLAMA, num_key_value_heads=1, head_dim=16), 1, 999, 1000 * 3 * 32),
+        (Qwen2Config(**LLAMA, num_key_value_heads=2), 100, 900, 1000 * 3 * 32),
     ],
 )
 def test_bytes_of_a_row_are_the_larger_of_reading_and_of_the_grown_cache(
