@@ -31,7 +31,7 @@ from sft.tasks.sft.task import FineTune
 CPU = torch.device("cpu")
 IDS = torch.arange(2, 32)[None]
 KINDS = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "olmoe"]
-MORE = ["granitemoe", "ernie4_5_moe", "lfm2_moe"]
+MORE = ["llama4_text", "jetmoe", "ernie4_5_moe"]
 
 
 def mixture(kind: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -125,7 +125,7 @@ def dequantised(built: Any, base: Any) -> Any:
     return base
 
 
-@pytest.mark.parametrize("kind", KINDS + MORE)
+@pytest.mark.parametrize("kind", [*KINDS, "llama4_text", "falcon"])
 def test_the_gradient_of_qlora_is_that_on_dequantised_weights(tmp_path, kind):
     built = adapted(kind, tmp_path / "base", mode="qlora")
     stored = {
@@ -310,3 +310,29 @@ def test_the_plan_counts_all_experts_for_memory_and_chosen_ones_for_time(tmp_pat
     weights = found.breakdown["weights"] + found.breakdown["quantisation state"]
     quantised = 3 * (128 * expert + attention) * memory.NF4_BYTES
     assert weights == pytest.approx(quantised + 2 * (2 * table + 3 * router), rel=0.005)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "llama4_text", "jetmoe"])
+def test_a_router_is_trained_if_it_is_asked_for(tmp_path, kind):
+    """Routers are parameters, linear layers, or linear layers with a result of their own."""
+
+    def routers(model: Any) -> dict[str, bool]:
+        named = model.named_parameters()
+        return {n: p.requires_grad for n, p in named if ".gate." in n or ".router." in n}
+
+    frozen = adapted(kind, tmp_path / "base")
+    assert routers(frozen)
+    assert not any(routers(frozen).values())
+    built = adapted(kind, tmp_path / "base", router="trained")
+    found = gradients(built)
+    own = {name for name, is_trained in routers(built).items() if is_trained}
+    assert own
+    assert all("lora_" in name and found[name].abs().max() > 0 for name in own)
+    built.save_pretrained(tmp_path / "adapter")
+    base = families.model_class(kind).from_pretrained(tmp_path / "base")
+    plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(plain), logits(built), rtol=1e-4, atol=1e-4)
+    for router, expected in (("frozen", False), ("trained", True)):
+        whole = load.build(configured(tmp_path / "base", mode="full", router=router), "fp32", CPU)
+        assert set(routers(whole).values()) == {expected}
+        assert all(p.requires_grad for n, p in whole.named_parameters() if n not in routers(whole))

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from sft.config.lora import Lora
 from sft.config.schema import Tuning
 from sft.models.adapt import add_adapters
-from sft.models.reach import Reach, freeze_unreached, reach, trace
+from sft.models.reach import Reach, freeze_untrained, reach, trace
 
 WIDTH = 4
 
@@ -206,7 +206,7 @@ VISION = ["gemma3", "qwen2_5_vl", "qwen3_vl", "llama4", "mllama"]
 def trained_parts(kind: str, mode: str) -> nn.Module:
     base = tiny_model(kind)
     if mode == "full":
-        freeze_unreached(base)
+        freeze_untrained(base, routers=True)
         return base
     return add_adapters(base.requires_grad_(False), Tuning(mode="lora", r=2))
 

@@ -93,7 +93,7 @@ def _targets(base: Any, tuning: Tuning) -> experts.Targets:
     found, parameters = tuning.target_modules, tuning.lora.target_parameters
     if found != "auto":
         return experts.Targets(found if isinstance(found, str) else list(found), parameters)
-    auto = experts.auto_targets(base, reach(base))
+    auto = experts.auto_targets(base, reach(base), routers=tuning.router == "trained")
     parameters = sorted({*(auto.parameters or ()), *(parameters or ())}) or None
     if auto.modules != "all-linear" or tuning.lora.layers_to_transform is None:
         return replace(auto, parameters=parameters)

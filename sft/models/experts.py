@@ -73,7 +73,7 @@ def _wrap(target: nn.Module, adapter_name: str, config: LoraConfig, **options: A
     name = options.pop("parameter_name", None)
     if name is None:
         return None
-    if isinstance(target, nn.Linear):  # the same adapter as that of the module, in other words
+    if is_plain(target):  # the same adapter as that of the module, in other words
         return LoraModel._create_new_module(config, adapter_name, target, **options)
     return ExpertAdapter(target, adapter_name, parameter_name=name, config=config, **options)
 
@@ -97,8 +97,8 @@ def complete_targets(base: Any, config: LoraConfig, *, auto: bool) -> None:
         config.target_parameters = sorted({*(config.target_parameters or ()), *lost}) or None
     wanted = config.target_parameters or ()
     for name, _ in base.named_parameters():
-        owner = base.get_submodule(name.rpartition(".")[0])
-        if is_named(name, wanted) and not isinstance(owner, nn.Linear):
+        owner = base.get_submodule(_owner(name))
+        if is_named(name, wanted) and not is_plain(owner):
             prepare(owner)
     if wanted:
         own: Any = {PreparedWeights: _wrap, nn.Linear: _wrap}
@@ -123,20 +123,24 @@ class Targets:
     excluded: str = ""  # a pattern of modules that have these names, but that no text reaches
 
 
-def auto_targets(base: Any, reach: Reach) -> Targets:
-    """Returns targets for all matrices that a step on text reaches, but routers and the head.
+def auto_targets(base: Any, reach: Reach, *, routers: bool = False) -> Targets:
+    """Returns targets for all matrices that a step on text reaches, but the head.
+
+    `routers`: whether also those that choose experts.
 
     If these are all linear layers, it returns PEFT's own word for them.
     """
-    head = base.get_output_embeddings()
+    head, choosing = base.get_output_embeddings(), reach.routers
     linear = {
         name: reach.multiplies(f"{name}.weight")
-        and f"{name}.weight" not in reach.routers
+        and (f"{name}.weight" not in choosing or (routers and is_plain(module)))
         and not is_refused(base, name)
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
     held = {name: reach.multiplies(name) for name in expert_parameters(base)}
+    if routers:
+        held |= {n: True for n in choosing if not is_plain(base.get_submodule(_owner(n)))}
     if all(linear.values()) and not any(held.values()):
         return Targets("all-linear")
     modules = short_names(name for name, wanted in linear.items() if wanted)
@@ -168,6 +172,16 @@ def _outermost(name: str, reach: Reach) -> str:
         if all(reach.is_unreached(n) for n in reach.parameters if n.startswith(f"{module}.")):
             return module
     return name
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Returns whether PEFT's own classes adapt a module, whose result is one tensor."""
+    own = type(module).__module__.startswith(("torch.", "bitsandbytes.", "transformers.pytorch_u"))
+    return own and isinstance(module, nn.Linear | Conv1D)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def is_named(name: str, targets: Iterable[str]) -> bool:

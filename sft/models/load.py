@@ -30,7 +30,7 @@ from sft.models.adapt import add_adapters, refuse_unused
 from sft.models.dtypes import DTYPES, check_dtypes
 from sft.models.groups import freeze_groups
 from sft.models.quantise import keep_nf4_trainable, nf4, quantise, quantising_all
-from sft.models.reach import freeze_unreached
+from sft.models.reach import freeze_untrained
 from sft.runtime import checkpoint, plain
 
 
@@ -196,7 +196,7 @@ def build(
         if hasattr(base, "get_base_model"):
             refuse_unused(base, config.tuning)
     else:
-        freeze_unreached(base)
+        freeze_untrained(base, routers=config.tuning.router == "frozen")
     freeze_groups(base, config.train)
     # With a cache, transformers ignores the borders of packed documents.
     base.config.use_cache = False

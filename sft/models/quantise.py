@@ -16,6 +16,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sft.models.prepared import prepare
+from sft.models.reach import reach
 
 
 def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -33,12 +34,13 @@ def matrices_elsewhere(model: nn.Module, kept: list[str]) -> set[str]:
 
     `kept`: modules that stay as they are.
     """
+    found, modules = reach(model), dict(model.named_modules())
     return {
-        f"{name}.{own}"
-        for name, module in model.named_modules()
-        if should_convert_module(name, kept) and type(module) is not nn.Linear
-        for own, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and not type(module).__module__.startswith("torch.")
+        name
+        for name, product in found.products.items()
+        if product.kind == "matrix" and name not in found.routers | found.looked_up
+        if should_convert_module(owner := name.rpartition(".")[0], kept)
+        if type(modules[owner]).__name__ not in ("Linear", "Linear4bit", "Conv1D")
     }
 
 
@@ -46,6 +48,12 @@ class AllMatrices(Bnb4BitHfQuantizer):
     """transformers' quantiser, which leaves what is not in linear layers, also for the rest."""
 
     elsewhere: set[str]
+
+    @staticmethod
+    def get_modules_to_not_convert(model: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Returns what transformers keeps, and the routers: a rounded one chooses other experts."""
+        kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *args, **kwargs)
+        return [*kept, *(name.rpartition(".")[0] for name in reach(model).routers)]
 
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, *args, **kwargs)
@@ -112,7 +120,7 @@ def quantise(model: Any, compute_dtype: torch.dtype) -> None:
 
     weights = dict(model.named_parameters())
     settings = nf4(compute_dtype)
-    kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    kept = AllMatrices.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     for name in matrices_elsewhere(model, kept):
         owner, _, own = name.rpartition(".")
         parameter = _quantise_parameter(model, name, weights[name], settings)

@@ -86,11 +86,15 @@ def reach(base: Any) -> Reach:
     return _reach(kind, _Key(_sizes(base.config.to_dict()), base.config))
 
 
-def freeze_unreached(base: nn.Module) -> None:
-    """Freezes what a step on text never gives a gradient, such as towers for images."""
+def freeze_untrained(base: nn.Module, *, routers: bool) -> None:
+    """Freezes what a step on text never gives a gradient, such as towers for images.
+
+    `routers`: whether also all parameters of the modules that choose experts.
+    """
     found = reach(base)
+    choosing = {name.rpartition(".")[0] for name in found.routers} if routers else set()
     for name, parameter in base.named_parameters():
-        if found.is_unreached(name):
+        if found.is_unreached(name) or name.rpartition(".")[0] in choosing:
             parameter.requires_grad_(False)
 
 

@@ -29,7 +29,7 @@ from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import ScoredPredictions, key_of, read_records
 from sft.models import attention, classes, digests, export, layers, load, routing
 from sft.models.groups import freeze_groups
-from sft.models.reach import freeze_unreached
+from sft.models.reach import freeze_untrained
 from sft.models.sizes import read_sizes
 from sft.runtime.console import write_json
 from sft.runtime.plain import read_json
@@ -149,7 +149,7 @@ class FineTune(SavedTuning):
             )
             load.with_new_tokens(base, config.model)
             if config.tuning.mode == "full":
-                freeze_unreached(base)
+                freeze_untrained(base, routers=config.tuning.router == "frozen")
             else:
                 base = cls.adapt(base.requires_grad_(False), config)
             freeze_groups(base, config.train)
