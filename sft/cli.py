@@ -89,6 +89,7 @@ def prepare_libraries() -> None:
     now on, output that cannot be written is lost without an error.
     """
     output.protect()
+    output.cover_libraries()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

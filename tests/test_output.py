@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import io
 import json
+import logging
 import os
 import re
 import sys
+import warnings
 
 import forked
 import pytest
@@ -157,6 +159,25 @@ def test_what_is_shown_is_visible(capsys):
     output.show(HOSTILE, error=True, end="")
     for text in capsys.readouterr():
         assert text.startswith("a\\x1b[2J\\x1b]0;title\\x07\\r\\x08b\\x9bc\\u202ed\\u2066[/x]")
+
+
+def test_what_libraries_log_and_warn_of_steers_no_terminal_and_holds_no_secret(monkeypatch):
+    """A model's files name keys that a library repeats in a warning, and addresses have tokens."""
+    monkeypatch.setattr(logging, "_logRecordFactory", logging.LogRecord)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setenv("HF_TOKEN", "hf_12345678")
+    output.cover_libraries()
+    stream = io.StringIO()
+    handler, logger = logging.StreamHandler(stream), logging.getLogger("a.library")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    hostile = "\x1b[31m hf_12345678 https://x.org/a?token=mine"
+    logger.warning("unknown keys %s", {hostile: 1})
+    logger.warning(hostile + " 100 %")
+    stream.write(warnings.formatwarning(UserWarning(hostile), UserWarning, "a.py", 1, line=""))
+    shown = stream.getvalue()
+    assert shown.count("<HF_TOKEN>") == shown.count("token=<hidden>") == 3
+    assert "\x1b" not in shown
+    assert shown.endswith("\n")
 
 
 @pytest.mark.parametrize(

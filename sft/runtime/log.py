@@ -28,7 +28,9 @@ from sft.runtime.run_folder import METRICS, last_step, metrics_end
 
 def _hide_writers_trace(found: threading.ExceptHookArgs) -> None:
     """Prints a thread's traceback, but not that of TensorBoard's writer: `Log` warns of it."""
-    if not (type(found.thread).__name__ == "_AsyncWriterThread" and found.exc_type is OSError):
+    if not (
+        type(found.thread).__name__ == "_AsyncWriterThread" and issubclass(found.exc_type, OSError)
+    ):
         threading.__excepthook__(found)
 
 

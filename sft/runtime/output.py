@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import re
 import select
 import sys
+import warnings
 from contextlib import suppress
-from typing import TextIO
+from typing import Any, TextIO
 
 from sft.errors import redact
 
@@ -150,6 +152,20 @@ def _protected(stream: io.TextIOWrapper, fd: int, name: str) -> io.TextIOWrapper
         errors="backslashreplace",
         line_buffering=True,
     )
+
+
+def cover_libraries() -> None:
+    """Makes what libraries log and warn of `visible` and free of secrets, as all that is shown."""
+    make, form = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def make_record(*arguments: Any, **options: Any) -> logging.LogRecord:
+        record = make(*arguments, **options)
+        with suppress(Exception):  # logging itself reports a message that does not fit its values
+            record.msg, record.args = visible(redact(record.getMessage())), ()
+        return record
+
+    logging.setLogRecordFactory(make_record)
+    warnings.formatwarning = lambda *given, **options: visible(redact(form(*given, **options)))
 
 
 def begin_run() -> None:

@@ -44,6 +44,7 @@ BEAT = 1.0  # seconds between two heartbeats
 GRACE = 5.0  # seconds in which a rank should end by itself, and report why
 SAME_REQUEST = 2.0  # seconds in which a repeated signal counts once: launchers forward it as well
 SILENT = 5.0  # seconds without a heartbeat after which a rank on another machine counts as gone
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: a terminal was closed
 PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -335,7 +336,9 @@ class Guard:
 
         self._pipe, self._pipe_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._former_fd = signal.set_wakeup_fd(self._pipe_end, warn_on_full_buffer=False)
-        handlers = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGUSR1: save}
+        handlers = dict.fromkeys(STOPS, stop) | {signal.SIGUSR1: save}
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup leaves it
+            del handlers[signal.SIGHUP]
         self._former = {number: signal.signal(number, new) for number, new in handlers.items()}
 
     # -- the watch: a thread
@@ -355,7 +358,7 @@ class Guard:
     def _receive(self, signals: bytes) -> None:
         """Announces the first stop signal, and ends this process at the second."""
         for number in signals:
-            if number not in (signal.SIGINT, signal.SIGTERM):
+            if number not in STOPS:
                 continue
             name, now = signal.Signals(number).name, time.monotonic()
             if not self._stop_at:
