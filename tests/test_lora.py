@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
+from sft.config.adapters import adapter_tuning
 from sft.config.load import load_config, with_values
 from sft.config.lora import REFUSED, Lora
 from sft.config.schema import Config, Tuning
@@ -288,10 +289,10 @@ VALUES = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 )
 def test_only_known_keys_of_known_types_are_read(changes):
     with pytest.raises((ValueError, KeyError)):
-        adapt.adapter_tuning(VALUES | changes)
+        adapter_tuning(VALUES | changes)
 
 
 def test_what_changes_nothing_in_a_loaded_adapter_is_not_read():
     inert = {"auto_mapping": {"parent_library": "os"}, "lora_dropout": 0.1, "qalora_group_size": 16}
-    found = adapt.adapter_tuning(VALUES | inert | {"init_lora_weights": "eva", "use_dora": False})
+    found = adapter_tuning(VALUES | inert | {"init_lora_weights": "eva", "use_dora": False})
     assert found == Tuning(r=4, lora_alpha=8.0, target_modules=["q_proj"])

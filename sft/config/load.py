@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from sft.config import foreign
+from sft.config.adapters import continue_adapter
 from sft.config.aliases import ALIASES
 from sft.config.read import Reader, merge
 from sft.config.reference import type_name
@@ -84,6 +85,7 @@ def load_any(
         raise ConfigError("\n  ".join([f"{file}: {lines[0]}", *lines[1:]]))
     merge(tree, reader.read_overrides(overrides or [], sections_of(schemas[task])))
     _train_on_classified(tree)
+    continue_adapter(tree, reader.origins, reader.problems)
     known = {name for schema in schemas.values() for name in sections_of(schema)}
     config, found = _validate(tree, schemas[task], reader.origins, known)
     problems = reader.problems + found

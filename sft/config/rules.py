@@ -157,8 +157,18 @@ LORA_RULES = [
         "PEFT adapts parameters without lora_dropout, use_dora and lora_bias: leave them out",
     ),
     Rule(
-        ("model.new_tokens", "tuning.lora.trainable_token_indices"),
-        lambda tokens, indices: tokens and isinstance(indices, dict),
+        ("model.adapter", "tuning.mode"),
+        lambda adapter, mode: adapter is not None and mode == "full",
+        "an adapter is trained with tuning.mode: lora or qlora",
+    ),
+    Rule(
+        ("model.adapter", "crowd.num_agents"),
+        lambda adapter, agents: adapter is not None and agents > 0,
+        "agents begin with adapters of their own: remove one of the two",
+    ),
+    Rule(
+        ("model.new_tokens", "tuning.lora.trainable_token_indices", "model.adapter"),
+        lambda tokens, indices, adapter: tokens and isinstance(indices, dict) and not adapter,
         "are trained in all embeddings: give tuning.lora.trainable_token_indices as a list",
     ),
     Rule(

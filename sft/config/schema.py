@@ -77,6 +77,9 @@ class Model(Section):
     """Further tokens at which generation stops, by their text: `["<end_of_turn>"]`. The others are
     the eos token, those of the model's generation_config.json, and the template's end of a turn."""
 
+    adapter: Text | None = None
+    """Folder of an adapter of this base to go on from, with its shape: `final_checkpoint` of a run,
+    or one that PEFT wrote. null: a new adapter."""
     new_tokens: Texts | None = None
     """Tokens to add to the tokenizer, by their text: `["<think>"]`. Their embeddings begin as the
     mean of their pieces. With adapters only these rows of the embeddings are trained."""

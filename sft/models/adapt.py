@@ -7,7 +7,7 @@ something, and how an adapter that began with a part of the base fits the base t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sft.config.lora import CHANGES_BASE, REFUSED, Lora
+from sft.config.adapters import adapter_tuning
 from sft.config.schema import Tuning
 from sft.errors import ModelError, oom_message, suggest
 from sft.models import experts
@@ -23,14 +23,6 @@ from sft.models.fake import is_fake
 from sft.models.reach import reach
 
 NAME = "default"  # of the adapter, in PEFT
-SHARED = ("r", "lora_alpha", "target_modules")  # keys of adapter_config.json and of `tuning`
-# Keys of adapter_config.json that change nothing in an adapter that is loaded.
-INERT = (
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
-    *("revision", "inference_mode", "fan_in_fan_out", "lora_dropout", "megatron_core"),
-    *("loftq_config", "eva_config", "qalora_group_size", "runtime_config"),
-)
-DECOMPOSED = ("loftq", "corda", "lora_ga")  # first weights that belong to a changed base
 
 
 def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
@@ -173,30 +165,6 @@ def _ends_with(name: str, pattern: str) -> bool:
 
 
 # -- adapters in files
-
-
-def adapter_tuning(config: Mapping[str, Any]) -> Tuning:
-    """Returns the settings of an adapter's config, of which known keys of known types are read.
-
-    Raises ValueError or KeyError if it has none, or has features that are not supported.
-    """
-    given = {key: value for key, value in config.items() if value not in (None, [], {}, "")}
-    read = {*SHARED, *INERT, *Lora.model_fields}
-    if strange := sorted(key for key, value in given.items() if value and key not in read):
-        reasons = (f"{key} ({REFUSED.get(key, 'not known to PEFT 0.21')})" for key in strange)
-        raise ValueError(f"not supported: {', '.join(reasons)}")
-    init = given.get("init_lora_weights", True)
-    if not isinstance(init, bool | str) or init in DECOMPOSED:
-        raise ValueError(f"init_lora_weights: {init}, so the adapter belongs to a changed base")
-    own = {key: given[key] for key in Lora.model_fields if key in given}
-    # PEFT subtracts these from the base once more; what others begin with is overwritten.
-    own["init_lora_weights"] = init if str(init).startswith(CHANGES_BASE) else True
-    targets = given.get("target_modules", [] if "target_parameters" in given else None)
-    if targets is None:
-        raise KeyError("target_modules")
-    return Tuning(
-        r=config["r"], lora_alpha=config["lora_alpha"], target_modules=targets, lora=Lora(**own)
-    )
 
 
 def store_like_base(adapted: Any) -> None:

@@ -11,6 +11,7 @@ from transformers.utils import cached_file
 
 from sft.config.schema import Model
 from sft.models.load import architecture, explain_load_errors
+from sft.runtime.checkpoint import sha256
 
 SAMPLE = 4096  # bytes at each end of a tensor that enter a digest
 
@@ -20,6 +21,8 @@ def model_sha256(config: Model) -> str:
     digest = hashlib.sha256(architecture(config).to_json_string().encode())
     if config.new_tokens:
         digest.update(json.dumps(config.new_tokens).encode())
+    if config.adapter:
+        digest.update(sha256(Path(config.adapter, "adapter_model.safetensors")).encode())
     if config.init == "pretrained":
         for part in _sample_weights(config):
             digest.update(part)

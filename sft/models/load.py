@@ -193,7 +193,7 @@ def build(
     if mode != "full":
         base.requires_grad_(False)
         base = adapt(base, config) if adapt else add_adapters(base, config.tuning)
-        if hasattr(base, "get_base_model"):
+        if hasattr(base, "get_base_model") and not config.model.adapter:
             refuse_unused(base, config.tuning)
     else:
         freeze_untrained(base, routers=config.tuning.router == "frozen")

@@ -80,7 +80,10 @@ def trained_tokens(base: Any, tuning: Tuning) -> Tuning:
     if not ids:
         return tuning
     given = tuning.lora.trainable_token_indices or []
-    assert isinstance(given, list)  # a rule of the configuration
+    if isinstance(given, dict):  # of an adapter that goes on
+        if not all(set(ids) <= set(rows) for rows in given.values()):
+            raise ModelError("model.new_tokens: the adapter to go on from does not train them")
+        return tuning
     first, last = embedding_layers(base)
     layers = [first] if last is None or last.weight is first.weight else [first, last]  # type: ignore[union-attr]
     names = {module: name for name, module in base.named_modules()}

@@ -26,13 +26,14 @@ from sft.tasks.sft.task import FineTune
 CPU = torch.device("cpu")
 Quantization = Literal["nf4"] | None
 # A folder that came from elsewhere must not grant itself the right to run code.
-UNTRUSTED = "model.trust_remote_code=false"
+# What it has learnt is in its own adapter, not in the one that it went on from.
+AS_SAVED = ["model.trust_remote_code=false", "model.adapter=null"]
 
 
 def load_run_config(run: Path, overrides: list[str] | None = None) -> Config:
     """Returns the configuration of a finished fine-tuning run, with overrides."""
     _refuse_unfinished(run)
-    return load_config(run / "config.yaml", [UNTRUSTED, *(overrides or [])])
+    return load_config(run / "config.yaml", [*AS_SAVED, *(overrides or [])])
 
 
 def load_any_run_config(run: Path, overrides: list[str]) -> RunConfig:
@@ -40,7 +41,7 @@ def load_any_run_config(run: Path, overrides: list[str]) -> RunConfig:
     _refuse_unfinished(run)
     file = run / "config.yaml"
     has_model = "model" in sections_of(type(load_run(file)))
-    return load_run(file, [*([UNTRUSTED] if has_model else []), *overrides])
+    return load_run(file, [*(AS_SAVED if has_model else []), *overrides])
 
 
 def _refuse_unfinished(run: Path) -> None:
@@ -100,7 +101,7 @@ def open_model(opening: Opening) -> AnswerModel:
         config, weights = load_run_config(folder), folder / "final_checkpoint"
     elif (folder / checkpoint.MANIFEST).exists() and (folder.parent / "config.yaml").is_file():
         _refuse_damaged(folder)
-        config, weights = load_config(folder.parent / "config.yaml", [UNTRUSTED]), folder
+        config, weights = load_config(folder.parent / "config.yaml", AS_SAVED), folder
     elif part := _part_of_run(folder):
         config, weights = part, folder.parent
     elif opening.adapter is None and (task := _task_of_adapter(folder)):
@@ -120,7 +121,7 @@ def _part_of_run(folder: Path) -> Config | None:
     if overrides is None or not run.is_file():
         return None
     _refuse_damaged(folder.parent)
-    return load_config(run, [UNTRUSTED, *overrides])
+    return load_config(run, [*AS_SAVED, *overrides])
 
 
 def _task_of_adapter(folder: Path) -> type[FineTune] | None:

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from sft.config.adapters import SHARED, adapter_tuning
 from sft.config.schema import Crowd, Tuning
 from sft.errors import CheckpointError, ConfigError
-from sft.models.adapt import SHARED, adapter_tuning
 from sft.models.export import ADAPTER
 from sft.runtime import plain
 from sft.runtime.checkpoint import open_tensors

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from sft.config.adapters import ADAPTER_CONFIG, adapter_tuning, describe_fault, shape_values
 from sft.config.schema import Config, Model, Tuning
 from sft.errors import CheckpointError, ExportError, ModelError, shorten
 from sft.models import load, vocabulary
 from sft.models.adapt import (
-    SHARED,
-    adapter_tuning,
     add_adapters,
     served_tuning,
     store_like_base,
@@ -25,10 +23,9 @@ from sft.models.adapt import (
 )
 from sft.models.digests import weights_sha256
 from sft.models.export import ADAPTER, BASE, load_weights
+from sft.models.fake import is_fake
 from sft.runtime import plain
 from sft.tasks.base import Task
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -86,14 +83,6 @@ def refuse_another_shape(folder: Path, adapted: Any) -> None:
         )
 
 
-def shape_values(tuning: Tuning) -> dict[str, Any]:
-    """Returns the keys of `tuning` that decide what an adapter computes, with lists in order."""
-    values = tuning.model_dump()
-    lora = {f"lora.{key}": value for key, value in values["lora"].items()}
-    shape = {key: values[key] for key in SHARED} | lora
-    return {key: sorted(v) if isinstance(v, list) else v for key, v in shape.items()}
-
-
 def read_tuning(folder: Path) -> Tuning:
     """Returns the settings of the adapter in `folder`. Raises ExportError if it has none."""
     return _tuning_in(folder, read_adapter_config(folder))
@@ -102,12 +91,8 @@ def read_tuning(folder: Path) -> Tuning:
 def _tuning_in(folder: Path, found: dict[str, Any]) -> Tuning:
     try:
         return adapter_tuning(found)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        reason = f"{where}: {first['msg']}, found {shorten(first['input'])}"
     except (ValueError, KeyError, TypeError) as error:
-        reason = str(error)
+        reason = describe_fault(error)
     raise ExportError(f"{folder / ADAPTER_CONFIG}: not a LoRA shape: {reason}")
 
 
@@ -132,13 +117,30 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _refuse_another_name(folder: Path, name: str) -> None:
+    """Raises ExportError if an adapter without a record of its base names another one."""
+    named = str(read_adapter_config(folder)["base_model_name_or_path"])
+    if not (folder / BASE).exists() and Path(named).resolve().name != Path(name).resolve().name:
+        raise ExportError(
+            f"{folder} is an adapter of {named!r}, not of {name!r}; if these are the same "
+            "weights, say so: set base_model_name_or_path in its adapter_config.json"
+        )
+
+
 class SavedTuning(Task):
     """The part of fine-tuning that reads finished runs, and adapters that have no run."""
 
     @classmethod
     def adapt(cls, base: nn.Module, config: Config) -> nn.Module:
         """Returns the frozen `base` with the adapters that are trained."""
-        return add_adapters(base, vocabulary.trained_tokens(base, config.tuning))
+        adapted = add_adapters(base, vocabulary.trained_tokens(base, config.tuning))
+        if config.model.adapter and not is_fake(base):
+            folder = Path(config.model.adapter)
+            refuse_another_base(config.model, cls.recorded_base(folder))
+            _refuse_another_name(folder, config.model.name)
+            refuse_another_shape(folder, adapted)
+            load_weights(adapted, folder)
+        return adapted
 
     @classmethod
     def load_model(
@@ -170,7 +172,9 @@ class SavedTuning(Task):
         refuse_another_base(config.model, cls.recorded_base(folder))
         base = load.load_base(config.model, mode if quantised else "lora", precision, device)
         # PEFT would follow adapter_config.json, which can name modules to import.
-        served = config.model_copy(update={"tuning": served_tuning(config.tuning)})
+        base_model = config.model.model_copy(update={"adapter": None})  # which is in `folder`
+        changes = {"model": base_model, "tuning": served_tuning(config.tuning)}
+        served = config.model_copy(update=changes)
         adapted = cls.adapt(base, served)
         cls.load_adapter(adapted, folder, config)
         return adapted.eval(), tokenizer
@@ -212,18 +216,14 @@ class SavedTuning(Task):
         adapter_config.json could name modules to import.
         """
         found = read_adapter_config(folder)
-        named = str(found["base_model_name_or_path"])
-        if not (folder / BASE).exists() and Path(named).resolve().name != Path(name).resolve().name:
-            raise ExportError(
-                f"{folder} is an adapter of {named!r}, not of {name!r}; if these are the same "
-                "weights, say so: set base_model_name_or_path in its adapter_config.json"
-            )
+        _refuse_another_name(folder, name)
         tuning = _tuning_in(folder, found)
         rows = tuning.lora.trainable_token_indices or []
         numbers = rows if isinstance(rows, list) else [n for own in rows.values() for n in own]
         try:
             vocabulary.fit_vocabulary(base, max(numbers, default=-1) + 1)
             adapted = add_adapters(base, tuning)
+            vars(adapted).pop("first_adapter", None)  # PEFT has put it into this base, too
             load_weights(adapted, folder)
             store_like_base(adapted)
         except (ModelError, CheckpointError) as error:
