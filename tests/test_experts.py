@@ -8,13 +8,15 @@ from typing import Any
 
 import families
 import pytest
+import test_parallel
 import tiny
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Qwen3MoeConfig
+from transformers import AutoTokenizer, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from sft.config.load import with_values
@@ -181,17 +183,16 @@ def test_an_adapter_of_experts_can_be_switched_off(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", ["lora", "full"])
-def test_any_cut_of_a_mixture_gives_the_same_loss_and_gradient(tmp_path, kind, mode):
+def test_any_cut_of_a_mixture_gives_the_same_loss_and_gradient(tmp_path, kind):
     rows = tiny.examples(4, 8)
     settings = tiny.config(tmp_path, global_batch=len(rows))
-    tuning = settings.tuning.model_copy(update={"mode": mode, "r": 4})
+    tuning = settings.tuning.model_copy(update={"mode": "lora", "r": 4})
     settings = settings.model_copy(update={"tuning": tuning})
 
     def fresh() -> nn.Module:
         base = mixture(kind, torch.float64)
         base.set_experts_implementation("eager")  # the others do not compute in fp64
-        return base if mode == "full" else tiny.adapted(settings, torch.float64, base)
+        return tiny.adapted(settings, torch.float64, base)
 
     reference = fresh()
     loss, expected = tiny.reference(reference, rows)
@@ -336,3 +337,51 @@ def test_a_router_is_trained_if_it_is_asked_for(tmp_path, kind):
         whole = load.build(configured(tmp_path / "base", mode="full", router=router), "fp32", CPU)
         assert set(routers(whole).values()) == {expected}
         assert all(p.requires_grad for n, p in whole.named_parameters() if n not in routers(whole))
+
+
+RUNS = {  # (kind, mode): the engine of the run on two processes
+    ("qwen3_moe", "lora"): "fsdp",
+    ("qwen3_moe", "qlora"): "ddp",
+    ("deepseek_v3", "qlora"): "fsdp",
+    ("deepseek_v3", "full"): "ddp",
+    ("gpt_oss", "qlora"): "zero3",  # behind the others: a process keeps DeepSpeed's settings
+    ("qwen3_moe", "full"): "zero2",
+}
+
+
+@pytest.mark.slow
+def test_two_processes_and_resumed_runs_end_as_one_process_does(tmp_path):
+    """Laws 1 and 2, for routers that are trained in mode full, too."""
+    for kind in {kind for kind, _ in RUNS}:
+        base = families.tiny_model(kind, initializer_range=0.1)
+        base.save_pretrained(tmp_path / kind)
+        AutoTokenizer.from_pretrained(ROOT / "nano/model").save_pretrained(tmp_path / kind)
+
+    def named(kind: str, mode: str, engine: str, world: int, resume: str = "") -> dict[str, Any]:
+        short = {"steps": 3, "save_at": [] if resume else [2], "max_tokens": 300}
+        made = test_parallel.case(mode, engine, world, resume, prove=True, **short)
+        made["name"] = f"{kind}-{made['name']}"
+        made["overrides"] += [f"model.name={tmp_path / kind}", "train.gradient_checkpointing=true"]
+        made["overrides"] += ["tuning.router=trained"] if mode == "full" else []
+        return made
+
+    one, two = [], []
+    for (kind, mode), engine in RUNS.items():
+        first = named(kind, mode, "ddp", 1)
+        saved = str(tmp_path / first["name"] / "checkpoint_step_2")
+        one += [first, named(kind, mode, "ddp", 1, saved)]
+        two += [named(kind, mode, engine, 2), named(kind, mode, engine, 2, saved)]
+    test_parallel.run(tmp_path, 1, one)
+    test_parallel.run(tmp_path, 2, two)
+    for (kind, mode), engine in RUNS.items():
+        reference = f"{kind}-{mode}-ddp-1"
+        [expected] = test_parallel.found(tmp_path, reference)
+        test_parallel.assert_bit_equal(tmp_path, f"{reference}-resumed", reference)
+        for name in (f"{kind}-{mode}-{engine}-2", f"{kind}-{mode}-{engine}-2-resumed"):
+            assert test_parallel.difference(tmp_path, name, reference) < 1e-5, name
+            for rank in test_parallel.found(tmp_path, name):
+                assert rank["world_size"] == 2
+                assert rank["held_out"] == pytest.approx(expected["held_out"], rel=1e-5), name
+                losses = [float.fromhex(loss) for _, _, loss in rank["steps"]]
+                wanted = [float.fromhex(loss) for _, _, loss in expected["steps"]]
+                assert losses == pytest.approx(wanted[-len(losses) :], rel=1e-5), name

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sft.errors import ModelError
+
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # in configurations of transformers
 
 
@@ -59,3 +61,16 @@ def balance_of(architecture: Any) -> Balance | None:
     coefficient = next((each for each in found if each), 0.0)
     num_chosen = getattr(text, "num_experts_per_tok", None)
     return Balance(coefficient, num_chosen) if coefficient and num_chosen else None
+
+
+def logits_of(output: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Returns the routers' logits (tokens, experts) of each layer, at these positions of a batch.
+
+    Raises ModelError if the model does not return any.
+    """
+    if not getattr(output, "router_logits", None):
+        raise ModelError(
+            "tuning.router: this model does not return the scores of its routers, so its experts "
+            "cannot be balanced; set frozen"
+        )
+    return [each.flatten(0, -2)[tokens] for each in output.router_logits]

@@ -312,7 +312,10 @@ class FineTune(SavedTuning):
             return self._cross_entropy(self.logits(model, batch, batch.positions), batch)
         output = self._run(model, batch, batch.positions, output_router_logits=True)
         loss, extras = self._cross_entropy(_widen(output.logits), batch)
-        routes, (counts, supervised) = _router_logits(output, batch), self.chosen
+        routes, (counts, supervised) = (
+            routing.logits_of(output, batch.token_positions()),
+            self.chosen,
+        )
         if counts is None:  # the whole global batch is here
             counts = self.balance.count(routes, batch.lengths).sum(0)
         share = supervised * self.balance.share(routes, counts)  # the engine divides by it
@@ -340,7 +343,7 @@ class FineTune(SavedTuning):
         """Returns the choices of each example's tokens, as `routing.Balance.count` does."""
         assert self.balance is not None
         output = self._run(model, batch, batch.positions, output_router_logits=True)
-        return self.balance.count(_router_logits(output, batch), batch.lengths)
+        return self.balance.count(routing.logits_of(output, batch.token_positions()), batch.lengths)
 
     def set_global_batch(
         self, ids: list[int], summaries: torch.Tensor | None, supervised: float
@@ -484,12 +487,6 @@ def _questions(config: Config, prepared: Prepared) -> Iterator[answers.Question]
 
 def _widen(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _router_logits(output: Any, batch: Batch) -> list[torch.Tensor]:
-    """Returns (tokens, experts) of each layer, without padding."""
-    tokens = batch.token_positions()
-    return [each.flatten(0, -2)[tokens] for each in output.router_logits]
 
 
 def _check_template(config: Config) -> Finding:
