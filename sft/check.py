@@ -21,7 +21,7 @@ from rich.text import Text
 from sft.config.load import with_values
 from sft.config.schema import RunConfig
 from sft.errors import UserError
-from sft.plan import plan
+from sft.plan import coverage, plan
 from sft.runtime import hardware, processes
 from sft.runtime.console import make_console, size, table
 from sft.runtime.disk import folder_bytes, free_bytes, refuse_if_full, refuse_if_unwritable
@@ -61,6 +61,7 @@ def _findings(config_file: str, overrides: list[str]) -> Iterator[Finding]:
         task_of(config).refuse_untrainable(config)
         yield from task_of(config).check_data(config)
         yield disk(config)
+        yield from cover(config)
         yield from trial(config)
     except UserError as error:
         yield Finding(False, str(error), "fix this first; later checks that need it are left out")
@@ -128,6 +129,22 @@ def disk(config: RunConfig) -> Finding:
         return Finding(False, "disk", str(error))
     free = size(free_bytes(Path(config.train.output_dir)))
     return Finding(True, f"disk: {needed}; {free} free")
+
+
+def cover(config: RunConfig) -> Iterator[Finding]:
+    """Compares what will be trained, quantised and adapted with the configuration."""
+    found = coverage.cover(config)
+    if found is None:
+        return
+    kinds = ", ".join(
+        f"{kind} {group.parameters['trained']:,}"
+        for kind, group in found.groups.items()
+        if group.parameters["trained"]
+    )
+    what = f"coverage: trained parameters that text reaches: {kinds or 'none'}"
+    if found.missed:
+        what += f"; {len(found.missed)} matrix products have no adapter, such as {found.missed[0]}"
+    yield Finding(not found.contradictions, what, "; ".join(found.contradictions))
 
 
 def trial(config: RunConfig) -> Iterator[Finding]:

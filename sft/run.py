@@ -22,7 +22,7 @@ from sft.config.load import public_values, with_values
 from sft.config.schema import RunConfig, Train
 from sft.errors import CheckpointError, UserError
 from sft.models.dtypes import dtype_table
-from sft.plan import calibration, plan, report
+from sft.plan import calibration, coverage, plan, report
 from sft.runtime import checkpoint, hardware, run_folder
 from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
 from sft.runtime.console import duration, facts, metrics_line
@@ -106,6 +106,7 @@ def _run(
         kind.write_data_report(prepared, folder)
         report.write_resolved(resolved, planned, folder)
 
+    _report_coverage(resolved, log)
     guard.stop_if_asked()
     task = kind.build(resolved, prepared, planned.precision, planned.budget, context)
     log.say(dtype_table(task.model))
@@ -136,6 +137,17 @@ def _run(
         rows, commands = task.closing_rows(base, tuned)
         log.say(_closing(config, rows, commands, measured))
     return tuned.metrics
+
+
+def _report_coverage(config: RunConfig, log: Log) -> None:
+    """Reports what will be trained and adapted. Raises ConfigError for a contradiction."""
+    found = coverage.cover(config)
+    if found is None:
+        return
+    log.say(coverage.coverage_table(found))
+    if log.folder:
+        coverage.write_coverage(found, log.folder / "coverage.json")
+    found.refuse_contradictions()
 
 
 def evaluate_run(folder: Path, name: str, overrides: list[str]) -> dict[str, float]:

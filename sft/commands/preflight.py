@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from sft import api, cli
 from sft.config.load import load_config
@@ -28,10 +29,10 @@ def plan_options(parser: cli.Parser) -> None:
 def plan(args: Namespace) -> None:
     """Prints the plan of a run, for which no weights are loaded, and writes its numbers as JSON."""
     config = _configuration(args)
-    from sft.plan import advice, plan, report
+    from sft.plan import advice, coverage, plan, report
 
     console = make_console()
-    numbers: object
+    numbers: Any
     if args.compare and isinstance(config, Config):
         numbers = found = advice.compare_gpus(config)
         console.print(report.comparison_table(found, config.data.max_seq_len))
@@ -47,6 +48,10 @@ def plan(args: Namespace) -> None:
         advised = advice.advise(config, workload, machine, made)
         console.print(report.advice_table(advised))
         numbers = report.plan_values(made, advised)
+        if covered := coverage.cover(config):
+            console.print(coverage.coverage_table(covered))
+            numbers |= {"coverage": coverage.coverage_values(covered)}
+            covered.refuse_contradictions()
     cli.write_json(args.json, numbers)
     console.print(f"all numbers: {args.json}")
 

@@ -23,6 +23,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
+from sft.errors import UserError
 from sft.models.fake import fake_tensors
 
 aten = torch.ops.aten
@@ -31,6 +32,7 @@ TOKENS = 8  # of the traced row
 State = Literal["reached", "conditional", "unreached"]
 # Names of operations that multiply by a matrix, also those of libraries (bitsandbytes::gemv_4bit).
 PRODUCT = re.compile(r"(^|_)(mm|addmm|b?addbmm|bmm|mv|addmv|matmul|linear|gemm|gemv)(_|$)|conv")
+ATTENTION = re.compile("softmax|scaled_dot_product")
 CHOICES = {"topk", "sort", "argsort", "argmax", "max", "kthvalue"}  # of experts, by their scores
 INERT = {"_name_or_path", "dtype", "torch_dtype", "use_cache", "transformers_version"}
 NOTHING: frozenset[str] = frozenset()
@@ -57,6 +59,7 @@ class Reach:
     products: Mapping[str, Product]  # by parameter
     routers: frozenset[str] = NOTHING  # products whose results choose, such as of experts
     looked_up: frozenset[str] = NOTHING  # tables of embeddings
+    attends: frozenset[str] = NOTHING  # modules that compute a softmax, such as attention
     problem: str = ""  # why the step could not be traced; then every parameter counts as reached
 
     def is_unreached(self, name: str) -> bool:
@@ -120,16 +123,21 @@ def _reach(kind: Callable[[Any], nn.Module], key: _Key) -> Reach:
     return trace(lambda: kind(config))
 
 
-def trace(build: Callable[[], nn.Module]) -> Reach:
-    """Returns the reach of the model that `build` makes."""
+def trace(build: Callable[[], nn.Module], mode: str = "full", as_built: bool = False) -> Reach:
+    """Returns the reach of the model that `build` makes, quantised or not as `mode` says.
+
+    `as_built`: what is frozen stays so, and counts as unreached.
+    """
     problems = []
     # Some models ask in training for inputs that a step on text does not have.
     for training in (True, False):
         try:
-            return _trace(build, training)
+            return _trace(build, training, mode, as_built)
+        except UserError:
+            raise
         except Exception as error:  # noqa: BLE001  # a model may fail in any way
             problems.append(f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}")
-    with torch.device("meta"), _without_modes():
+    with _without_modes(), torch.device("cpu"), fake_tensors(mode):
         names = dict(build().named_parameters(remove_duplicate=False))
     return Reach(dict.fromkeys(names, "reached"), {}, problem=problems[0])
 
@@ -146,15 +154,16 @@ def _without_modes() -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
-def _trace(build: Callable[[], nn.Module], training: bool) -> Reach:
-    with _without_modes(), torch.device("cpu"), fake_tensors():
+def _trace(build: Callable[[], nn.Module], training: bool, mode: str, as_built: bool) -> Reach:
+    with _without_modes(), torch.device("cpu"), fake_tensors(mode):
         model = build().train(training)
         names: dict[int, list[str]] = {}
         parameters = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
             parameters[id(parameter)] = parameter
-            parameter.requires_grad_(parameter.is_floating_point())
+            if not as_built:
+                parameter.requires_grad_(parameter.is_floating_point())
         tracer = _Tracer({own[0]: parameters[key] for key, own in names.items()})
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         positions = torch.arange(TOKENS)[None]
@@ -176,6 +185,7 @@ def _trace(build: Callable[[], nn.Module], training: bool) -> Reach:
         {name: tracer.products[first[name]] for name in sorted(all_names(tracer.products))},
         frozenset(all_names(tracer.routers)),
         frozenset(all_names(tracer.looked_up)),
+        frozenset(n for n, m in model.named_modules() if id(m) in tracer.attends),
     )
 
 
@@ -281,6 +291,7 @@ class _Tracer(TorchDispatchMode):
         self.products: dict[str, Product] = {}
         self.routers: set[str] = set()
         self.looked_up: set[str] = set()
+        self.attends: set[int] = set()  # ids of modules
         self.running = _Running()
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._origins: dict[int, _Origin] = {}
@@ -331,7 +342,10 @@ class _Tracer(TorchDispatchMode):
         origins = [self._get(t) for t in tensors]
         if name in CHOICES:
             self.routers |= origins[0].source
-        if PRODUCT.search(name):
+        if ATTENTION.search(name) and self.running.stack:
+            self.attends.add(self.running.stack[-1])
+        # A product of parameters alone, such as of the parts of an adapter, is a form of them.
+        if PRODUCT.search(name) and any(origin.from_inputs for origin in origins):
             found = _Origin(NOTHING, True, self._multiply(name, tensors, result))
         elif name in ("embedding", "_embedding_bag"):
             self.looked_up |= origins[0].parameters

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -25,7 +26,9 @@ HISTORY = "memory.jsonl"  # in the folder that outlives a run: `TaskInfo.cache`
 KEPT_RUNS = 50  # the last lines that count
 
 
-def load_or_trace(folder: Path, inputs: tuple[object, ...], trace: Callable[[], Result]) -> Result:
+def load_or_trace(
+    folder: Path, inputs: tuple[object, ...], trace: Callable[[], Any], kind: Any = Result
+) -> Any:
     """Returns the result of `trace`; from `folder` if this code traced these inputs before.
 
     Traces again if a file is damaged. Keeps nothing if the folder above `folder` is missing or
@@ -34,14 +37,14 @@ def load_or_trace(folder: Path, inputs: tuple[object, ...], trace: Callable[[], 
     name = hashlib.sha256(repr((code_sha256(PACKAGE), inputs)).encode()).hexdigest()[:24]
     file = folder / f"{name}.json"
     with suppress(OSError, ValueError):
-        found = TypeAdapter(Result).validate_json(file.read_bytes())
+        found = TypeAdapter(kind).validate_json(file.read_bytes())
         file.touch()
         return found
     result = trace()
     with suppress(OSError):
         folder.mkdir(exist_ok=True)
         with atomic_write(file) as out:
-            json.dump(result, out)
+            json.dump(TypeAdapter(kind).dump_python(result, mode="json"), out)
         own = (each for each in folder.glob("*.json") if re.fullmatch("[0-9a-f]{24}", each.stem))
         files = sorted(own, key=lambda each: -each.stat().st_mtime)
         for old in files[KEPT_TRACES:]:

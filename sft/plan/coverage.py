@@ -1,0 +1,302 @@
+"""Reports what a run will train, freeze, quantise and adapt, before weights are loaded.
+
+The model of the run is built and traced on fake tensors (`models.reach`), adapters and 4 bits
+included. What contradicts the configuration stops the run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sft.config.load import with_values
+from sft.config.schema import Config, RunConfig
+from sft.errors import ConfigError
+from sft.models import load
+from sft.models.experts import is_refused, shape_of
+from sft.models.reach import Reach, reach, trace
+from sft.plan.counts import ModelKey, config_of_key, model_key
+from sft.plan.records import load_or_trace
+from sft.runtime.console import table, write_json
+from sft.tasks.registry import task_of
+
+STATES = ("trained", "conditional", "unreached", "frozen", "not_quantised")
+PRODUCTS = ("adapted", "by_choice", "missed")
+KINDS = (
+    *("attention", "MLP", "experts", "router", "recurrent", "embeddings", "head", "norm"),
+    *("vision", "audio", "no text", "other"),
+)
+SHOWN = 6  # names in a message
+
+
+@dataclass
+class Group:
+    """The parameters of one kind of module, by state, and the matrix products by adapter."""
+
+    parameters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STATES, 0))
+    products: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PRODUCTS, 0))
+
+
+@dataclass
+class Coverage:
+    """What a step on text does with every parameter, and with every matrix product."""
+
+    mode: str
+    num_parameters: int  # without adapters
+    num_trained: int
+    groups: dict[str, Group]
+    unreached: list[str]  # trained parameters without a gradient
+    not_quantised: list[str]  # frozen matrices that were to be quantised
+    missed: list[str]  # products of no adapter, for no reason
+    problem: str  # why the step could not be traced
+
+    @property
+    def contradictions(self) -> list[str]:
+        """Returns what contradicts the configuration, each with the remedy."""
+        found = []
+        if self.unreached:
+            found.append(
+                f"{len(self.unreached)} trained parameters get no gradient from text, such as "
+                f"{_some(self.unreached)}: leave them out of tuning.target_modules or tuning.lora"
+            )
+        if self.not_quantised:
+            found.append(
+                f"tuning.mode: qlora asks for 4 bits, but {len(self.not_quantised)} matrices stay "
+                f"as they are, such as {_some(self.not_quantised)}: set tuning.mode: lora"
+            )
+        return found
+
+    def refuse_contradictions(self) -> None:
+        """Raises ConfigError for what contradicts the configuration."""
+        if self.contradictions:
+            raise ConfigError("; ".join(self.contradictions))
+
+
+def cover(config: RunConfig) -> Coverage | None:
+    """Returns the coverage of a run; None for a task that has no base for text."""
+    if not isinstance(config, Config):
+        return None
+    return _cover(task_of(config).info(config).cache / "coverage", model_key(config))
+
+
+@lru_cache(maxsize=16)
+def _cover(folder: Path, key: ModelKey) -> Coverage:
+    """Returns the coverage of the model `key`; `folder` keeps it."""
+    config = config_of_key(key)  # it names a file of sizes, whose content is an input, too
+    inputs = (key, repr(task_of(config).info(config)))
+    return load_or_trace(folder, inputs, lambda: _trace(key), Coverage)
+
+
+def _trace(key: ModelKey) -> Coverage:
+    given = config_of_key(key)
+    # Attention that every architecture has on every device, and a base without its weights.
+    config = with_values(given, {"model.attn_implementation": "eager"})
+    assert isinstance(config, Config)
+    built: list[Any] = []
+
+    def build() -> nn.Module:
+        model: Any = load.build(config, "fp32", torch.device("cpu"), weights=False)
+        model.config._experts_implementation = "batched_mm"  # for tensors of any dtype
+        built[:] = [model]
+        return model
+
+    found = trace(build, config.tuning.mode, as_built=True)
+    return _count(built[0], found, config)
+
+
+def _count(model: Any, found: Reach, config: Config) -> Coverage:
+    """Counts the parameters of the traced model and its products."""
+    mode, base = config.tuning.mode, reach(_base_of(model))
+    kinds = _Kinds(model, found, base)
+    result = Coverage(mode, 0, 0, {}, [], [], [], found.problem)
+    own = {parameter: name for name, parameter in reversed([*model.named_parameters()])}
+    for parameter, name in own.items():
+        shape = shape_of(model, name, parameter)
+        state = getattr(parameter, "quant_state", None)
+        number = (state.shape if state is not None else shape).numel()
+        group = result.groups.setdefault(kinds.of(name), Group())
+        if parameter.requires_grad:
+            result.num_trained += number
+            how = {"reached": "trained"}.get(found.parameters[name], found.parameters[name])
+            if how == "unreached":
+                result.unreached.append(name)
+        else:
+            how = "frozen"
+            if mode == "qlora" and state is None and kinds.was_to_be_quantised(name):
+                how = "not_quantised"
+                result.not_quantised.append(name)
+        group.parameters[how] += number
+        result.num_parameters += 0 if kinds.is_adapter(name) else number
+        if name in found.products and not kinds.is_adapter(name):
+            use = kinds.use(name, parameter, config)
+            group.products[use] += 1
+            result.missed += [name] if use == "missed" else []
+    order = {kind: number for number, kind in enumerate(KINDS)}
+    result.groups = dict(sorted(result.groups.items(), key=lambda item: order[item[0]]))
+    return result
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class _Kinds:
+    """The kinds of a model's parameters, by what the trace saw of them and where they lie."""
+
+    def __init__(self, model: Any, found: Reach, base: Reach) -> None:
+        self.found, self.base = found, base
+        keys = " ".join(getattr(model.config, "sub_configs", None) or ())
+        self.media = [medium for medium in ("vision", "audio") if medium in keys]
+        self.modules = dict(model.named_modules())
+        self.head = getattr(model.get_output_embeddings(), "weight", None)
+        self.parameters = dict(model.named_parameters())
+        self.routing = {self._block(name) for name in found.routers}
+        owners = {name.rpartition(".")[0] for name, p in found.products.items()}
+        self.multiply = owners
+        self.recurrent = {
+            name.rpartition(".")[0].rpartition(".")[0]
+            for name, product in found.products.items()
+            if product.kind == "convolution"
+        }
+        self.attends = found.attends - self.routing
+
+    def _block(self, router: str) -> str:
+        """Returns the name of the module that calls a router, and its experts."""
+        return router.rpartition(".")[0].rpartition(".")[0]
+
+    def is_adapter(self, name: str) -> bool:
+        return "lora_" in name or ".modules_to_save." in name or ".token_adapter." in name
+
+    def plain(self, name: str) -> str:
+        """Returns the name that a parameter of the base has without adapters."""
+        for part in (".base_layer", ".original_module"):
+            name = name.replace(part, "")
+        return name.removeprefix("base_model.model.")
+
+    def of(self, name: str) -> str:
+        """Returns the kind of a parameter; of an adapter's, that of what it adapts."""
+        host = name.partition(".lora_")[0] + "." if self.is_adapter(name) else name
+        parameter, plain = self.parameters[name], self.plain(name)
+        if host != name:
+            inner = [n for n in self.parameters if n.startswith(host) and not self.is_adapter(n)]
+            return self.of(inner[0]) if inner else "other"
+        if not self.base.problem and self.base.is_unreached(plain) and parameter.ndim:
+            return self._unreached(plain)
+        if plain in self.base.looked_up:
+            return "embeddings"
+        if parameter is self.head:
+            return "head"
+        owner = name.rpartition(".")[0]
+        if any(owner == each.rpartition(".")[0] for each in self.found.routers):
+            return "router"
+        if self._within(name, self.routing):
+            return "norm" if self._is_norm(name) else "experts"
+        if self._is_norm(name) and not self._is_mixer(name):
+            return "norm"
+        if self._within(name, self.recurrent - {""}):
+            return "recurrent"
+        if self._within(name, self.attends - {""}):
+            return "attention"
+        return "MLP" if owner in self.multiply else "other"
+
+    def _is_mixer(self, name: str) -> bool:
+        return bool(self._within(name, self.recurrent - {""}))
+
+    def _is_norm(self, name: str) -> bool:
+        owner = name.rpartition(".")[0]
+        return self.parameters[name].ndim <= 1 and owner not in self.multiply
+
+    def _within(self, name: str, modules: Any) -> bool:
+        """Returns whether one of these modules contains `name`."""
+        parts = name.split(".")
+        return any(".".join(parts[:n]) in modules for n in range(1, len(parts)))
+
+    def _unreached(self, plain: str) -> str:
+        """Returns the kind of a part for other inputs than text, by its outermost module."""
+        twins = (n for n in self.base.parameters if _twin(n, plain))
+        if any(not self.base.is_unreached(name) for name in twins) or not self.media:
+            return "no text"
+        label = next((medium for medium in self.media if medium in plain), None)
+        return label or self.media[0]
+
+    def was_to_be_quantised(self, name: str) -> bool:
+        """Returns whether 4 bits were asked for a frozen parameter: a matrix of a linear layer,
+        or one for each expert, but not the head, and only where text goes."""
+        module = self.modules[name.rpartition(".")[0]]
+        parameter = self.parameters[name]
+        is_linear = isinstance(module, nn.Linear | Conv1D) and name.endswith(".weight")
+        is_matrix = parameter.ndim > 2 or (is_linear and parameter.ndim == 2)
+        product = self.found.products.get(name)
+        chosen = self.of(name) in ("head", "router", "embeddings")
+        return bool(product and product.kind == "matrix" and is_matrix and not chosen)
+
+    def use(self, name: str, parameter: nn.Parameter, config: Config) -> str:
+        """Returns whether a product has an adapter, has none by choice, or was missed."""
+        owner = name.rpartition(".")[0]
+        host = owner.removesuffix(".base_layer") + ".lora_"
+        if parameter.requires_grad or any(n.startswith(host) for n in self.parameters):
+            return "adapted"
+        kind, product = self.of(name), self.found.products[name]
+        if config.tuning.mode == "full" or config.tuning.target_modules != "auto":
+            return "by_choice"
+        if config.tuning.lora.exclude_modules or config.tuning.lora.layers_to_transform is not None:
+            return "by_choice"
+        chosen = kind in ("head", "router", "embeddings") or product.kind == "convolution"
+        refused = is_refused(_base_of_root(self.modules), self.plain(owner))
+        return "by_choice" if chosen or refused else "missed"
+
+
+def _base_of_root(modules: dict[str, nn.Module]) -> Any:
+    return _base_of(modules[""])
+
+
+def _twin(name: str, plain: str) -> bool:
+    """Returns whether two parameters lie in elements of one list, at the same place."""
+    without = [part for part in name.split(".") if not part.isdigit()]
+    return without == [part for part in plain.split(".") if not part.isdigit()]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def coverage_table(found: Coverage) -> Table:
+    """Returns the table "Coverage": a row for each kind of module."""
+
+    def cell(number: int) -> str:
+        return f"{number:,}" if number else "-"
+
+    totals: Counter[str] = Counter()
+    rows = []
+    for kind, group in found.groups.items():
+        values = group.parameters | group.products
+        totals.update(values)
+        rows.append([kind, *(cell(values[key]) for key in (*STATES, *PRODUCTS))])
+    rows.append(["total", *(cell(totals[key]) for key in (*STATES, *PRODUCTS))])
+    columns = (
+        *("parameters of", "trained", "if chosen", "trained, no gradient", "frozen"),
+        *("not quantised", "products adapted", "not, by choice", "missed"),
+    )
+    result = table("Coverage: parameters, and matrix products by adapter", columns, rows)
+    if found.problem:
+        result.caption = f"not traced, so all counts as reached: {found.problem[:150]}"
+    return result
+
+
+def write_coverage(found: Coverage, path: Path) -> None:
+    """Writes coverage.json (docs/RUNS.md)."""
+    write_json(path, coverage_values(found))
+
+
+def coverage_values(found: Coverage) -> dict[str, Any]:
+    """Returns the content of coverage.json."""
+    return asdict(found) | {"contradictions": found.contradictions}

@@ -1,0 +1,133 @@
+"""What a run trains, freezes, quantises and adapts, as it is reported before weights are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from support.families import tiny_config
+
+from sft.config.schema import Config
+from sft.errors import ConfigError, ModelError
+from sft.models import experts, load, quantise
+from sft.plan import coverage
+from sft.plan.coverage import Coverage, cover
+
+
+def configured(folder: Path, kind: str, mode: str, **tuning: Any) -> Config:
+    tiny_config(kind).save_pretrained(folder)
+    return Config.model_validate(
+        {
+            "model": {"name": str(folder)},
+            "tuning": {"mode": mode, "r": 2, **tuning},
+            "data": {"train_path": "none", "cache_dir": str(folder / "cache")},
+            "train": {"output_dir": "none"},
+        }
+    )
+
+
+def built(config: Config) -> Any:
+    return load.build(config, "fp32", torch.device("cpu"), weights=False)
+
+
+def totals(found: Coverage, key: str) -> int:
+    groups = found.groups.values()
+    return sum((group.parameters | group.products)[key] for group in groups)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gemma3", "qwen3_next"])
+def test_every_parameter_is_counted_once_and_nothing_contradicts(tmp_path, kind, mode) -> None:
+    config = configured(tmp_path, kind, mode)
+    found = cover(config)
+    assert found is not None
+    assert not found.problem
+    assert (found.contradictions, found.missed) == ([], [])
+    model = built(configured(tmp_path, kind, mode if mode == "full" else "lora"))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
+    assert (found.num_trained, found.num_parameters) == (trained, base)
+    assert totals(found, "trained") == trained
+    assert totals(found, "frozen") == base - (trained if mode == "full" else 0)
+
+
+def test_a_mixture_has_kinds_by_what_they_do(tmp_path) -> None:
+    found = cover(configured(tmp_path, "qwen3_moe", "lora"))
+    assert found is not None
+    kinds = {kind: tuple(group.products.values()) for kind, group in found.groups.items()}
+    assert kinds == {  # adapted, by choice, missed
+        "attention": (8, 0, 0),
+        "experts": (4, 0, 0),
+        "router": (0, 2, 0),
+        "embeddings": (0, 0, 0),
+        "head": (0, 1, 0),
+        "norm": (0, 0, 0),
+    }
+    text = Console(width=200)
+    with text.capture() as shown:
+        text.print(coverage.coverage_table(found))
+    assert "experts" in shown.get()
+
+
+def test_parts_for_images_are_frozen_in_every_mode(tmp_path) -> None:
+    for mode in ("full", "lora"):
+        found = cover(configured(tmp_path / mode, "gemma3", mode))
+        assert found is not None
+        vision = found.groups["vision"].parameters
+        assert vision["frozen"] == sum(vision.values()) > 0
+
+
+def test_experts_that_stay_in_16_bits_are_named_and_stop_the_run(tmp_path, monkeypatch) -> None:
+    """QLoRA left the experts of a mixture unquantised: exit 0, and 57 GiB in place of 17."""
+    monkeypatch.setattr(quantise, "matrices_elsewhere", lambda *_: set())
+    found = cover(configured(tmp_path, "qwen3_moe", "qlora"))
+    assert found is not None
+    assert len(found.not_quantised) == 4
+    assert found.groups["experts"].parameters["not_quantised"] > 0
+    with pytest.raises(
+        ConfigError, match=r"4 matrices stay as they are.*experts.*set tuning\.mode"
+    ):
+        found.refuse_contradictions()
+
+
+def test_linear_layers_of_an_own_class_are_quantised_or_named(tmp_path) -> None:
+    """Falcon's were left as they were, and nothing said so."""
+    try:
+        found = cover(configured(tmp_path, "falcon", "qlora"))
+        assert found is not None
+        reason = f"not quantised: {found.not_quantised}"
+    except ModelError as error:
+        reason = str(error)
+    assert reason == "not quantised: []" or "qlora expects" in reason
+
+
+def test_adapters_that_no_text_reaches_stop_the_run(tmp_path) -> None:
+    """All linear layers of a vision-language base got adapters: 30 of 58 had no gradient."""
+    config = configured(tmp_path, "gemma3", "lora", target_modules=["q_proj"])
+    found = cover(config)
+    assert found is not None
+    assert found.unreached
+    assert all("vision" in name for name in found.unreached)
+    with pytest.raises(ConfigError, match="get no gradient from text"):
+        found.refuse_contradictions()
+
+
+def test_a_product_that_auto_leaves_out_is_missed(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(experts, "is_refused", lambda _, name: name.endswith("v_proj"))
+    found = cover(configured(tmp_path, "llama", "lora"))
+    assert found is not None
+    assert [name.split(".")[-2] for name in found.missed] == ["v_proj", "v_proj"]
+
+
+def test_the_report_is_kept_beside_the_plans(tmp_path, monkeypatch) -> None:
+    config = configured(tmp_path, "llama", "lora")
+    (tmp_path / "cache").mkdir()
+    found = cover(config)
+    coverage._cover.cache_clear()
+    monkeypatch.setattr(coverage, "_trace", lambda _: pytest.fail("traced again"))
+    assert cover(config) == found
+    coverage.write_coverage(found, tmp_path / "coverage.json")
+    assert '"attention"' in (tmp_path / "coverage.json").read_text()
