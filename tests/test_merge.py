@@ -358,7 +358,11 @@ def test_an_adapter_that_rounding_would_lose_is_reported(tmp_path):
     stored = json.loads((tmp_path / "merged.failed" / merge.REPORT).read_text())
     assert failing(stored) == {"kl"}
     assert stored["checks"]["kl"]["measured"] < proof.MAX_KL["bf16"]  # which alone would pass it
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "merged").symlink_to(tmp_path / "disk")
     merge.merge(run, tmp_path / "merged", "fp32", quiet)
+    assert (tmp_path / "merged").is_symlink(), "an empty folder on another disk"
+    assert (tmp_path / "disk/model.safetensors").exists()
 
 
 def test_the_table_fits_a_terminal(whole, capsys):

@@ -78,11 +78,13 @@ def start(folder: Path, port: int | None) -> None:
         return
     port = choose_port(port)
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         _launch(folder, port)
     except OSError as error:
         raise UserError(f"TensorBoard needs to write in {folder}: {error.strerror}") from error
-    show(f"TensorBoard for {folder}: http://localhost:{port}")
+    note = " (a new folder, without runs as yet)" if is_new else ""
+    show(f"TensorBoard for {folder}{note}: http://localhost:{port}")
 
 
 def choose_port(port: int | None) -> int:

@@ -54,6 +54,7 @@ def merge(
     was trained. Raises MergeError if the proof fails; `output` then does not exist.
     """
     config = _load_config(run, base, overrides)
+    output = output.resolve() if output.is_symlink() else output  # a link stays a link
     staging = _make_room(output)
     try:
         _write(run, config, base, staging, dtype)
