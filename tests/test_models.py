@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -26,13 +27,14 @@ from sft import errors
 from sft.config.schema import Config, Model, Tuning
 from sft.data import batches
 from sft.errors import ConfigError
-from sft.models import adapt, attention, dtypes, layers, load
+from sft.models import adapt, attention, classes, dtypes, layers, load
 from sft.models.attention import documents_are_isolated, reads_later_tokens
 from sft.models.digests import weights_sha256
 from sft.plan.dry_run import CpuAccelerator
 from sft.runtime import hardware
 from sft.runtime.log import Log
 from sft.runtime.processes import Context
+from sft.tasks.registry import task_of
 from sft.tasks.sft.task import FineTune
 
 CPU = torch.device("cpu")
@@ -316,3 +318,62 @@ def test_packing_is_proven_where_documents_are_kept_apart(name, precision):
 @pytest.mark.parametrize("name", ["bert", "paligemma"])
 def test_a_model_whose_tokens_see_those_that_follow_is_found_out(name):
     assert reads_later_tokens(families.tiny_model(name), "fp32", CPU)
+
+
+# --- bases of other kinds ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["jamba", "falcon_h1", "gemma3n_text", "qwen2_5_vl", "llama4"])
+@pytest.mark.parametrize("depth", [2, 5])
+def test_a_model_keeps_its_first_layers_and_the_towers_are_no_layers(name, depth):
+    whole = CONFIG_MAPPING[name]()
+    with torch.device("meta"):
+        built = classes.from_config(load.keep_layers(whole, depth))
+    found = layers.repeated_layers(built)
+    assert len(found) == depth
+    assert {id(layer) for layer in found} <= {id(each) for each in built.get_decoder().modules()}
+
+
+@pytest.mark.parametrize(
+    ("name", "named", "expected"),
+    [
+        ("llama4", None, "Llama4ForConditionalGeneration"),
+        ("llama4", "Llama4ForCausalLM", "Llama4ForCausalLM"),
+        ("qwen3_5", "Qwen3_5ForConditionalGeneration", "Qwen3_5ForConditionalGeneration"),
+        ("qwen2_5_vl", None, "Qwen2_5_VLForConditionalGeneration"),
+        ("llama", "LlamaForSequenceClassification", "LlamaForCausalLM"),
+    ],
+)
+def test_a_base_is_loaded_as_the_class_that_its_files_name(name, named, expected):
+    config = families.tiny_config(name)
+    config.architectures = named and [named]
+    assert type(classes.from_config(config)).__name__ == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("t5", "is an encoder-decoder"),
+        ("bart", "is an encoder-decoder"),
+        ("whisper", "is an encoder-decoder"),
+        ("bert", "is an encoder"),
+        ("deberta-v2", "is an encoder"),
+        ("vit", "has no class in transformers that writes text"),
+    ],
+)
+def test_what_writes_no_text_is_refused_in_one_sentence_before_weights_are_read(
+    name, reason, tmp_path
+):
+    CONFIG_MAPPING[name]().save_pretrained(tmp_path)
+    config = configured(str(tmp_path))
+    task = task_of(config)
+    starts = (
+        lambda: task.info(config),  # the plan
+        lambda: task.skeleton(config),
+        lambda: load.load_base(config.model, "full", "fp32", CPU),
+        lambda: load.build(config, "fp32", CPU),
+    )
+    for start in starts:
+        with pytest.raises(errors.ModelError, match=reason) as found:
+            start()
+        assert len(str(found.value)) < 300 + len(str(tmp_path))

@@ -58,8 +58,9 @@ def weights_to_save(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """Returns the model's layers: the list of modules that holds the most parameters."""
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    """Returns the layers of the text model: its list of modules that holds the most parameters."""
+    decoder = getattr(model, "get_decoder", lambda: model)()  # not the towers of other media
+    lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList))
     return list(max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=()))
 
 

@@ -120,9 +120,13 @@ def keep_layers(architecture: Any, depth: int) -> Any:
     """Returns a copy of a transformers configuration with its first `depth` layers."""
     result = copy.deepcopy(architecture)
     text = result.get_text_config()
+    whole = text.num_hidden_layers
+    for name, value in [*vars(text).items()]:
+        if isinstance(value, list) and len(value) == whole:  # one entry for each layer
+            setattr(text, name, value[:depth])
     text.num_hidden_layers = depth
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:depth]
+    if shared := getattr(text, "num_kv_shared_layers", None):  # the last ones
+        text.num_kv_shared_layers = max(0, depth - (whole - shared))
     return result
 
 
