@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sft.config.adapters import adapter_tuning
 from sft.config.load import load_config, with_values
 from sft.config.lora import REFUSED, Lora
-from sft.config.schema import Config, Tuning
+from sft.config.schema import Config, Model, Tuning
 from sft.data import batches
 from sft.errors import ConfigError, ModelError
-from sft.models import adapt, export, layers
+from sft.models import adapt, export, layers, load
+from sft.models.quantise import keep_nf4_trainable
 from sft.plan import dry_run
 from sft.serve import proof
 from sft.tasks.sft.task import FineTune
@@ -158,6 +160,40 @@ def check_plan(config: Config, engine: Any) -> None:
     assert traced.phases
 
 
+ON_4_BITS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "loftq": {"init_lora_weights": "loftq"},
+    "rslora": {"init_lora_weights": "gaussian", "use_rslora": True},
+    "head and biases": {"modules_to_save": ["lm_head"], "bias": "lora_only"},
+    "tokens": {"trainable_token_indices": [1, 5]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", ON_4_BITS.values(), ids=ON_4_BITS)
+def test_settings_train_and_load_on_a_base_in_4_bits(bases, tmp_path, lora):
+    base = bases[False]
+    mode = {"tuning.mode": "qlora", "tuning.lora_alpha": 4.0}
+    engine = engine_of(config := configured(base, tmp_path / "run", lora, **mode))
+    engine.optimizer_step()
+    folder = tmp_path / "adapter"
+    export.save(engine.model, tiny.Tokenizer(), folder, engine.parallel.gather_weights())  # type: ignore[arg-type]
+    quantised = load.load_base(Model(name=str(base)), "qlora", "fp32", CPU)
+    own = FineTune.with_adapter(quantised, str(base), folder)
+    torch.testing.assert_close(logits(own), logits(engine.model), atol=1e-4, rtol=1e-4)
+    check_plan(config, engine)
+
+
+def test_loftq_begins_nearer_to_the_whole_base(bases, tmp_path):
+    base, mode = bases[False], {"tuning.mode": "qlora", "tuning.r": 16, "tuning.lora_alpha": 16.0}
+    whole = logits(load_base(base))
+    errors = []
+    for init in (True, "loftq"):
+        config = configured(base, tmp_path, {"init_lora_weights": init}, **mode)
+        errors.append((logits(FineTune.build_model(config, "fp32", CPU)) - whole).norm())
+    assert errors[1] < 0.8 * errors[0]
+
+
 # -- the section
 
 
@@ -200,6 +236,7 @@ REFUSALS = [
     (["tuning.lora.init_lora_weights=loftq"], "set tuning.mode: qlora"),
     (["tuning.lora.init_lora_weights=loftq", "tuning.mode=qlora"], "lora_alpha equal to r"),
     (["tuning.lora.init_lora_weights=orthogonal", "tuning.r=3"], "needs an even tuning.r"),
+    (["tuning.lora.init_lora_weights=orthogonal", "tuning.mode=qlora"], "which has none in 4 bits"),
     (
         [f"tuning.lora.{each}" for each in ("init_lora_weights=olora", "use_rslora=true")]
         + ["tuning.lora.rank_pattern={q_proj: 2}"],
@@ -296,3 +333,40 @@ def test_what_changes_nothing_in_a_loaded_adapter_is_not_read():
     inert = {"auto_mapping": {"parent_library": "os"}, "lora_dropout": 0.1, "qalora_group_size": 16}
     found = adapter_tuning(VALUES | inert | {"init_lora_weights": "eva", "use_dora": False})
     assert found == Tuning(r=4, lora_alpha=8.0, target_modules=["q_proj"])
+
+
+# -- bases that come quantised
+
+
+def quantised(base: Path, folder: Path, **settings: Any) -> Path:
+    """Writes `base` as transformers and bitsandbytes quantise it."""
+    given = BitsAndBytesConfig(**settings)
+    built = AutoModelForCausalLM.from_pretrained(base, quantization_config=given, device_map="cpu")
+    built.save_pretrained(folder)
+    return folder
+
+
+def test_a_base_in_4_bits_is_read_as_it_is(bases, tmp_path):
+    folder = quantised(bases[False], tmp_path / "base", load_in_4bit=True)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+    keep_nf4_trainable(theirs)
+    own = load.load_base(Model(name=str(folder)), "qlora", "fp32", CPU)
+    torch.testing.assert_close(logits(own), logits(theirs).float())
+    with pytest.raises(ModelError, match=r"quantised \(bitsandbytes\), and tuning.mode: lora"):
+        load.load_base(Model(name=str(folder)), "lora", "fp32", CPU)
+    mode = {"tuning.mode": "qlora", "tuning.lora_alpha": 4.0}
+    config = configured(folder, tmp_path, {"init_lora_weights": "loftq"}, **mode)
+    with pytest.raises(ModelError, match="give the model from which it was made"):
+        FineTune.build_model(config, "fp32", CPU)
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8"])
+def test_a_base_that_comes_quantised_is_refused_in_one_sentence(bases, tmp_path, method, mode):
+    """transformers would read numbers of 8 bits as weights, without an error."""
+    config = json.loads((bases[False] / "config.json").read_text())
+    settings = {"quant_method": method, "bits": 8, "load_in_8bit": True}
+    shutil.copytree(bases[False], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    with pytest.raises(ModelError, match=rf"comes quantised \({method}\), and tuning.mode: {mode}"):
+        load.load_base(Model(name=str(tmp_path)), mode, "fp32", CPU)

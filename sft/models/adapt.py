@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from sft.config.adapters import adapter_tuning
 from sft.config.schema import Tuning
 from sft.errors import ModelError, oom_message, suggest
-from sft.models import experts
+from sft.models import experts, peft_on_4_bits
 from sft.models.fake import is_fake
 from sft.models.reach import reach
 
@@ -36,7 +36,8 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
     config = lora_config(tuning, targets, has_values=not is_fake(base))
     experts.complete_targets(base, config, auto=tuning.target_modules == "auto")
     try:
-        model: Any = get_peft_model(base, config)
+        with peft_on_4_bits.dora(fake=is_fake(base)):
+            model: Any = get_peft_model(base, config)
     except Exception as error:
         if isinstance(error, MemoryError) or oom_message(error):
             raise
@@ -49,9 +50,7 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"tuning: PEFT cannot add these adapters: {reason[:400]}") from error
     if tuning.lora.init_lora_weights == "loftq" and not is_fake(base):
-        from peft import replace_lora_weights_loftq
-
-        replace_lora_weights_loftq(model)
+        peft_on_4_bits.fit_loftq(model, base)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -195,6 +194,10 @@ def served_tuning(tuning: Tuning) -> Tuning:
     an adapter of twice the rank, B A - B0 A0, and of the same scale.
     """
     lora = tuning.lora
+    if lora.init_lora_weights == "loftq":  # nothing is fitted where weights are read
+        return tuning.model_copy(
+            update={"lora": lora.model_copy(update={"init_lora_weights": True})}
+        )
     if not lora.changes_base:
         return tuning
     changes: dict[str, Any] = {

@@ -196,6 +196,8 @@ def build(
     base: Any = load_base(config.model, mode, precision, device, weights, depth)
     if mode != "full":
         base.requires_grad_(False)
+        if config.tuning.lora.init_lora_weights == "loftq" and weights:
+            refuse_quantised(architecture(config.model), config.model.name, "lora")
         base = adapt(base, config) if adapt else add_adapters(base, config.tuning)
         if hasattr(base, "get_base_model") and not config.model.adapter:
             refuse_unused(base, config.tuning)
@@ -241,6 +243,7 @@ def load_base(
             if mode == "qlora":
                 quantise(model, compute)
             return with_new_tokens(model, config)
+        refuse_quantised(arch, config.name, mode)
         _check_files(Path(config.name))
         with quantising_all():
             loaded: Any = classes.auto_class(arch).from_pretrained(
@@ -262,6 +265,26 @@ def load_base(
         keep_nf4_trainable(model)
     model.name_or_path = absolute_name(config.name)  # PEFT writes it into an adapter's config
     return with_new_tokens(model, config)
+
+
+def refuse_quantised(arch: Any, name: str, mode: str) -> None:
+    """Raises ModelError for a base whose files are quantised, unless training reads them as such.
+
+    Without its settings, transformers would read some of them as if they were plain numbers.
+    """
+    found = getattr(arch, "quantization_config", None)
+    if not found:
+        return
+    settings = found if isinstance(found, dict) else found.to_dict()
+    method = str(settings.get("quant_method") or "an unknown way")
+    in_4_bits = method == "bitsandbytes" and bool(settings.get("load_in_4bit"))
+    if in_4_bits and mode == "qlora":
+        return
+    remedy = "set tuning.mode: qlora, or give" if in_4_bits else "give"
+    raise ModelError(
+        f"model.name: {name!r} comes quantised ({method}), and tuning.mode: {mode} needs plain "
+        f"weights; {remedy} the model from which it was made"
+    )
 
 
 def with_new_tokens(model: nn.Module, config: Model) -> nn.Module:

@@ -1,0 +1,66 @@
+"""Lets DoRA and LoftQ of PEFT work on bases in 4 bits that are fake, split, or on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import cached_file
+
+from sft.models.fake import set_attributes
+
+
+def _dequantise(module: Any) -> torch.Tensor:
+    """Returns the weight of a layer, from 4 bits if it has them.
+
+    PEFT looks at the class of the weight, which is another one where it is fake or split.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight = module.weight
+    state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+    if state is None or weight.dtype != torch.uint8:
+        return dequantize_module_weight(module)
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, state)
+
+
+@contextmanager
+def dora(*, fake: bool) -> Iterator[None]:
+    """Makes DoRA dequantise with `_dequantise` from here on, and, if `fake`, copy no layer within
+    this context: a fake weight in 4 bits does not survive that."""
+    from peft.tuners.lora import dora as module
+
+    changed: Any = module
+    changed.dequantize_module_weight = _dequantise
+    with set_attributes(module, **({"deepcopy": lambda layer: layer} if fake else {})):
+        yield
+
+
+def fit_loftq(model: nn.Module, base: Any) -> None:
+    """Fits A and B to the error of a base in 4 bits (LoftQ), from the files of the base."""
+    from peft.utils import loftq_utils
+
+    revision = getattr(base.config, "_commit_hash", None)
+    config = cached_file(base.name_or_path, "config.json", revision=revision)
+    with set_attributes(loftq_utils, _loftq_init_new=_fit):
+        loftq_utils.replace_lora_weights_loftq(model, str(Path(str(config)).parent))
+
+
+def _fit(
+    quantised: Any, weight: torch.Tensor, num_bits: int, reduced_rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns A and B as PEFT's own function does, which works on a GPU only."""
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.utils import loftq_utils
+
+    assert num_bits == 4
+    known = dequantize_4bit(quantised.data, quantised.quant_state).float()
+    residual = weight.to(known.device, torch.float32) - known
+    found = loftq_utils._low_rank_decomposition(residual, reduced_rank=reduced_rank)
+    return found["R"], found["L"]
