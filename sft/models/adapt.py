@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from sft.config.adapters import adapter_tuning
 from sft.config.schema import Tuning
 from sft.errors import ModelError, oom_message, suggest
-from sft.models import experts, peft_on_4_bits
+from sft.models import experts, peft_quantised
 from sft.models.fake import is_fake
 from sft.models.reach import reach
 
@@ -36,7 +36,7 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
     config = lora_config(tuning, targets, has_values=not is_fake(base))
     experts.complete_targets(base, config, auto=tuning.target_modules == "auto")
     try:
-        with peft_on_4_bits.dora(fake=is_fake(base)):
+        with peft_quantised.dora(fake=is_fake(base)):
             model: Any = get_peft_model(base, config)
     except Exception as error:
         if isinstance(error, MemoryError) or oom_message(error):
@@ -50,7 +50,7 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"tuning: PEFT cannot add these adapters: {reason[:400]}") from error
     if tuning.lora.init_lora_weights == "loftq" and not is_fake(base):
-        peft_on_4_bits.fit_loftq(model, base)
+        peft_quantised.fit_loftq(model, base)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
