@@ -22,6 +22,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from sft.config.load import with_values
 from sft.config.schema import Config
 from sft.data import batches, template
+from sft.errors import ModelError
 from sft.models import export, load
 from sft.models.attention import documents_are_isolated
 from sft.plan import memory
@@ -385,3 +386,35 @@ def test_two_processes_and_resumed_runs_end_as_one_process_does(tmp_path):
                 losses = [float.fromhex(loss) for _, _, loss in rank["steps"]]
                 wanted = [float.fromhex(loss) for _, _, loss in expected["steps"]]
                 assert losses == pytest.approx(wanted[-len(losses) :], rel=1e-5), name
+
+
+def test_all_weights_of_experts_compute_in_the_dtype_of_autocast(tmp_path, monkeypatch):
+    """No product of experts casts by itself, so they would compute in fp32."""
+    mixture("qwen3_moe").save_pretrained(tmp_path)
+    built = load.build(configured(tmp_path, mode="full"), "bf16", CPU)
+    seen, product = [], F.grouped_mm
+
+    def grouped(x: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append((x.dtype, weight.dtype))
+        return product(x, weight, **options)
+
+    monkeypatch.setattr(F, "grouped_mm", grouped)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(built)
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+
+
+def test_dropout_of_experts_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"tuning.lora_dropout: .* found 0.1: set 0"):
+        adapted("qwen3_moe", tmp_path / "base", lora_dropout=0.1)
+
+
+def test_a_weight_that_another_module_reads_is_left_as_it_is(tmp_path):
+    """Mamba reads the weight of `dt_proj` alone: in 4 bits it would be bytes, an adapter idle."""
+    built = adapted("jamba", tmp_path / "base", mode="qlora")
+    found = gradients(built)
+    assert all(gradient.abs().max() > 0 for gradient in found.values())
+    named = dict(built.named_parameters())
+    assert not [name for name in found if "dt_proj" in name]
+    assert {p.dtype for n, p in named.items() if "dt_proj" in n} == {torch.float32}

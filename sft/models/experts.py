@@ -26,6 +26,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from sft.errors import ModelError
 from sft.models.prepared import PreparedWeights, prepare
 from sft.models.reach import Reach
 
@@ -96,6 +97,11 @@ def complete_targets(base: Any, config: LoraConfig, *, auto: bool) -> None:
         lost = short_names(f"{name}.weight" for name in named - kept)
         config.target_parameters = sorted({*(config.target_parameters or ()), *lost}) or None
     wanted = config.target_parameters or ()
+    if wanted and config.lora_dropout:
+        raise ModelError(
+            f"tuning.lora_dropout: PEFT has no dropout for adapters of parameters, such as "
+            f"{wanted[0]}, found {config.lora_dropout:g}: set 0"
+        )
     for name, _ in base.named_parameters():
         owner = base.get_submodule(_owner(name))
         if is_named(name, wanted) and not is_plain(owner):
@@ -133,12 +139,16 @@ def auto_targets(base: Any, reach: Reach, *, routers: bool = False) -> Targets:
     head, choosing = base.get_output_embeddings(), reach.routers
     linear = {
         name: reach.multiplies(f"{name}.weight")
+        and f"{name}.weight" not in reach.borrowed  # an adapter would have no effect
         and (f"{name}.weight" not in choosing or (routers and is_plain(module)))
         and not is_refused(base, name)
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-    held = {name: reach.multiplies(name) for name in expert_parameters(base)}
+    held = {
+        name: reach.multiplies(name) and name not in reach.borrowed
+        for name in expert_parameters(base)
+    }
     if routers:
         held |= {n: True for n in choosing if not is_plain(base.get_submodule(_owner(n)))}
     if all(linear.values()) and not any(held.values()):
@@ -187,6 +197,12 @@ def _owner(name: str) -> str:
 def is_named(name: str, targets: Iterable[str]) -> bool:
     """Returns whether PEFT takes a parameter's name for one of `target_parameters`."""
     return any(name == each or name.endswith(f".{each}") for each in targets)
+
+
+def follow_autocast(base: nn.Module) -> None:
+    """Makes experts compute in the dtype of autocast, as linear layers do by themselves."""
+    for name in expert_parameters(base):
+        prepare(base.get_submodule(_owner(name)))
 
 
 def expert_parameters(base: nn.Module) -> list[str]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, masking_utils
+from transformers.integrations import moe
 
 aten = torch.ops.aten
 
@@ -51,6 +52,9 @@ def fake_tensors(mode: str = "full", masked: bool = False) -> Iterator[None]:
             enter(set_attributes(functional, name2qmap={}))  # its cache of tables
         enter(set_attributes(masking_utils, is_tracing=lambda *_: masked))
         enter(set_attributes(nn.Module, _apply=_convert))
+        # Without a device, PyTorch's own grouped product has rules for bf16 only.
+        own = {"_can_use_grouped_mm": lambda _, weight, __: weight.dtype == torch.bfloat16}
+        enter(set_attributes(moe, **own))
         # Fake weights have no values. A truncated normal would be drawn again and again: for ever.
         enter(set_attributes(PreTrainedModel, initialize_weights=lambda _: None))
         enter(set_attributes(nn.init, trunc_normal_=lambda tensor, *_, **__: tensor))

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sft.config.schema import Config, Model
 from sft.errors import ModelError, UserError
-from sft.models import attention, classes, vocabulary
+from sft.models import attention, classes, experts, vocabulary
 from sft.models.adapt import add_adapters, refuse_unused
 from sft.models.dtypes import DTYPES, check_dtypes
 from sft.models.groups import freeze_groups
@@ -202,6 +202,7 @@ def build(
         if hasattr(base, "get_base_model") and not config.model.adapter:
             refuse_unused(base, config.tuning)
     else:
+        experts.follow_autocast(base)
         freeze_untrained(base, routers=config.tuning.router == "frozen")
     freeze_groups(base, config.train)
     # With a cache, transformers ignores the borders of packed documents.

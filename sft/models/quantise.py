@@ -51,9 +51,13 @@ class AllMatrices(Bnb4BitHfQuantizer):
 
     @staticmethod
     def get_modules_to_not_convert(model: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """Returns what transformers keeps, and the routers: a rounded one chooses other experts."""
+        """Returns what transformers keeps, routers, and what others than its module read.
+
+        A rounded router would choose other experts.
+        """
         kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *args, **kwargs)
-        return [*kept, *(name.rpartition(".")[0] for name in reach(model).routers)]
+        found = reach(model)
+        return [*kept, *(name.rpartition(".")[0] for name in found.routers | found.borrowed)]
 
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, *args, **kwargs)

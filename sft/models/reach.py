@@ -60,6 +60,7 @@ class Reach:
     routers: frozenset[str] = NOTHING  # products whose results choose, such as of experts
     looked_up: frozenset[str] = NOTHING  # tables of embeddings
     attends: frozenset[str] = NOTHING  # modules that compute a softmax, such as attention
+    borrowed: frozenset[str] = NOTHING  # products in the code of a module that does not own them
     problem: str = ""  # why the step could not be traced; then every parameter counts as reached
 
     def is_unreached(self, name: str) -> bool:
@@ -168,6 +169,9 @@ def _trace(build: Callable[[], nn.Module], training: bool, mode: str, as_built: 
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         positions = torch.arange(TOKENS)[None]
         tracer.add_inputs(ids, positions)
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                tracer.owners.setdefault(names[id(parameter)][0], set()).add(id(module))
         with _Running() as running, tracer:
             tracer.running = running
             output = model(input_ids=ids, position_ids=positions, use_cache=False)
@@ -186,6 +190,7 @@ def _trace(build: Callable[[], nn.Module], training: bool, mode: str, as_built: 
         frozenset(all_names(tracer.routers)),
         frozenset(all_names(tracer.looked_up)),
         frozenset(n for n, m in model.named_modules() if id(m) in tracer.attends),
+        frozenset(all_names(tracer.borrowed)),
     )
 
 
@@ -292,6 +297,8 @@ class _Tracer(TorchDispatchMode):
         self.routers: set[str] = set()
         self.looked_up: set[str] = set()
         self.attends: set[int] = set()  # ids of modules
+        self.borrowed: set[str] = set()
+        self.owners: dict[str, set[int]] = {}  # ids of modules, by parameter
         self.running = _Running()
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._origins: dict[int, _Origin] = {}
@@ -372,6 +379,8 @@ class _Tracer(TorchDispatchMode):
         for each in found:
             before = self.products[each].per_token if each in self.products else 0.0
             self.products[each] = Product(kind, self._shapes[each], before + number)
+            if self.running.stack and self.running.stack[-1] not in self.owners[each]:
+                self.borrowed.add(each)
         return found
 
 

@@ -236,7 +236,8 @@ class _Kinds:
         is_matrix = parameter.ndim > 2 or (is_linear and parameter.ndim == 2)
         product = self.found.products.get(name)
         chosen = self.of(name) in ("head", "router", "embeddings")
-        return bool(product and product.kind == "matrix" and is_matrix and not chosen)
+        left = chosen or self.plain(name) in self.base.borrowed
+        return bool(product and product.kind == "matrix" and is_matrix and not left)
 
     def use(self, name: str, parameter: nn.Parameter, config: Config) -> str:
         """Returns whether a product has an adapter, has none by choice, or was missed."""
@@ -251,6 +252,7 @@ class _Kinds:
             return "by_choice"
         chosen = kind in ("head", "router", "embeddings") or product.kind == "convolution"
         refused = is_refused(_base_of_root(self.modules), self.plain(owner))
+        refused |= self.plain(name) in self.base.borrowed
         return "by_choice" if chosen or refused else "missed"
 
 

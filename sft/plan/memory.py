@@ -212,7 +212,8 @@ def _closed_form(
     _, head = embedding_layers(model)
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
     for parameter in model.parameters():
-        quantised = mode == "qlora" and not parameter.requires_grad and id(parameter) in linear
+        is_matrix = id(parameter) in linear or parameter.ndim == 3  # of experts
+        quantised = mode == "qlora" and not parameter.requires_grad and is_matrix
         each = 4.0 if parameter.requires_grad else NF4_BYTES if quantised else width
         weights += parameter.numel() * each
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
