@@ -27,11 +27,12 @@ def read_converted(
     model: Any, files: Iterable[Path], known: Iterable[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name in `model`, weight) of what `files` hold under names that are not `known`."""
+    known = {*known, *dict(model.named_buffers())}  # buffers are no weights
     with ExitStack() as stack:
         groups: dict[str, dict[str, Any]] = defaultdict(dict)
         for path in files:
             file = stack.enter_context(open_tensors(path))
-            for key in set(file.keys()) - set(known):
+            for key in set(file.keys()) - known:
                 groups[_layer(key)][key] = file.get_slice(key)
         if not groups:
             return
