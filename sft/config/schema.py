@@ -90,6 +90,9 @@ class Tuning(Section):
 
     mode: Literal["lora", "qlora", "full"] = "lora"
     """`full`: all weights. `lora`: adapters on a frozen base. `qlora`: on a 4-bit base (NF4)."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] | None = None
+    """How the frozen base is stored: in 4 bits (`nf4`, `fp4`) or as it computes (`none`). null: as
+    `mode` says. `mode: lora` with 4 bits is `qlora`, and `qlora` alone is `nf4`."""
     r: Count = 16
     """Rank of the adapters."""
     lora_alpha: Positive = 32.0
@@ -110,7 +113,13 @@ class Tuning(Section):
     @model_validator(mode="before")
     @classmethod
     def _move_shared(cls, values: Any) -> Any:
-        """Moves keys of `lora` that this section has, too. Raises ValueError for two values."""
+        """Moves keys of `lora` that this section has, too; says qlora of a base in 4 bits.
+
+        Raises ValueError for a key with two values.
+        """
+        if isinstance(values, dict) and values.get("quantization") in ("nf4", "fp4"):
+            mode = values.get("mode", "lora")
+            values = values | {"mode": "qlora" if mode == "lora" else mode}
         lora = values.get("lora") if isinstance(values, dict) else None
         if not isinstance(lora, dict):
             return values
@@ -123,6 +132,11 @@ class Tuning(Section):
                 )
         own = {key: value for key, value in lora.items() if key not in shared}
         return values | shared | {"lora": own}
+
+    @property
+    def four_bits(self) -> str:
+        """Returns the kind of 4 bits in which `qlora` stores the base."""
+        return "fp4" if self.quantization == "fp4" else "nf4"
 
     @property
     def differs_by_layer(self) -> bool:

@@ -171,7 +171,8 @@ def _write(run: Path, config: Config, base: str, folder: Path, dtype: str) -> No
 
 def _copy_dequantised(plain: nn.Module, config: Config) -> None:
     """Replaces the weights that NF4 quantises by their quantised values."""
-    quantised = load.load_base(config.model, "qlora", "fp32", CPU)
+    kind = config.tuning.four_bits
+    quantised = load.load_base(config.model, "qlora", "fp32", CPU, quantization=kind)
     targets = {name.replace("base_layer.", ""): p for name, p in plain.named_parameters()}
     for name, weight in quantised.named_parameters():
         if hasattr(weight, "quant_state"):

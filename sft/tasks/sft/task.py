@@ -182,7 +182,7 @@ class FineTune(SavedTuning):
     def alternatives(cls, config: Config, workload: Workload) -> Iterator[Alternative]:
         if config.tuning.mode == "full":
             yield Alternative({"tuning.mode": "lora"}, "adapters instead of all weights")
-        if config.tuning.mode != "qlora":
+        if config.tuning.mode != "qlora" and config.tuning.quantization != "none":
             yield Alternative({"tuning.mode": "qlora"}, "frozen weights in 4 bits, slower")
         half = max(8, max(workload.lengths) // 2)
         price = "longer rows are cut or left out (data.on_long)"
