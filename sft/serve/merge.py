@@ -233,8 +233,7 @@ def _card(report: dict[str, Any], config: Config, run: Path, folder: Path) -> st
         run=run.name,
         weights=report["base"],
         dtype=report["dtype"],
-        adapter=f"{part}r {tuning.r}, lora_alpha {tuning.lora_alpha:g}, "
-        f"modules {tuning.target_modules}",
+        adapter=f"{part}{tuning.describe()}",
         training=f"{length} of {train.global_batch} examples, "
         f"learning rate {train.learning_rate:g}, seed {train.seed}",
         data=audited.get("data_sha256", "not known"),
