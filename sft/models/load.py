@@ -30,7 +30,7 @@ from sft.models.adapt import add_adapters, refuse_unused
 from sft.models.dtypes import DTYPES, check_dtypes
 from sft.models.groups import freeze_groups
 from sft.models.quantise import four_bits, keep_nf4_trainable, quantise, quantising_all
-from sft.models.reach import freeze_untrained
+from sft.models.reach import freeze_untrained, reach
 from sft.runtime import checkpoint, plain
 
 
@@ -195,6 +195,12 @@ def build(
     mode = config.tuning.mode
     kind = config.tuning.four_bits
     base: Any = load_base(config.model, mode, precision, device, weights, depth, kind)
+    if config.tuning.router == "trained" and not (found := reach(base)).routers:
+        why = f" (its step could not be traced: {found.problem})" if found.problem else ""
+        raise ModelError(
+            "tuning.router: expected a mixture of experts, found a model that chooses none"
+            f"{why}; set frozen"
+        )
     if mode != "full":
         base.requires_grad_(False)
         if config.tuning.lora.init_lora_weights == "loftq" and weights:

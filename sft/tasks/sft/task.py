@@ -266,6 +266,8 @@ class FineTune(SavedTuning):
     def check_model(self, precision: str, layout: str) -> None:
         if self.config.tuning.mode != "full":
             self._warn_of_untrained_ends()
+        if self.config.tuning.router == "trained" and self.balance is None:
+            self.log.say("tuning.router: the model has no load-balancing loss; there is none")
         device = self.accelerator.device
         if attention.reads_later_tokens(self.model, precision, device):
             raise ConfigError(
