@@ -200,6 +200,17 @@ def test_tracing_changes_no_random_numbers_and_no_mode_of_the_caller() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_a_layer_whose_weight_another_module_reads_gets_no_adapter() -> None:
+    """Gemma-3n clamps the weight of a layer in training, and multiplies by it itself."""
+    base = tiny_model("gemma3n_text").train()
+    found = reach(base)
+    linear = {name for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    read = {name for name in linear if f"{name}.weight" in found.borrowed}
+    assert {name.split(".")[-1] for name in read} == {"correction_coefs"}
+    model = add_adapters(base.requires_grad_(False), Tuning(mode="lora", r=2))
+    assert not [n for n, p in model.named_parameters() if "correction_coefs.lora_" in n]
+
+
 VISION = ["gemma3", "qwen2_5_vl", "qwen3_vl", "llama4", "mllama"]
 
 
