@@ -183,6 +183,7 @@ def test_an_adapter_of_experts_can_be_switched_off(tmp_path):
     assert torch.equal(alone, logits(base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_cut_of_a_mixture_gives_the_same_loss_and_gradient(tmp_path, kind):
     rows = tiny.examples(4, 8)
@@ -234,6 +235,7 @@ def balanced_reference(model: Any, rows: list[Any]) -> tuple[float, list[torch.T
     return float(loss), [p.grad for p in model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss", "olmoe"])
 def test_any_cut_gives_the_balancing_loss_of_the_global_batch(tmp_path, kind):
     saved = mixture(kind, torch.float64)
@@ -287,6 +289,7 @@ def test_an_adapter_without_its_run_is_put_on_its_base(tmp_path, kind):
     torch.testing.assert_close(logits(found), logits(built))
 
 
+@pytest.mark.slow
 def test_the_plan_counts_all_experts_for_memory_and_chosen_ones_for_time(tmp_path):
     """Three layers of Qwen3-30B-A3B. Its 48 take 15.5 GiB in NF4, and 57 if experts are left."""
     config = Qwen3MoeConfig(
