@@ -150,6 +150,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def shorten(reason: str, model: Path) -> str:
+    """Returns a reason without the folders of the benchmark."""
+    return " ".join(reason.split()).replace(f"{model.parent}/", "")[:300] or "failed"
+
+
 def worker(cell: str, model: Path) -> int:
     """Tries a cell in this process, a rank of it, and writes what is wrong."""
     cli.prepare_libraries()
@@ -158,9 +163,8 @@ def worker(cell: str, model: Path) -> int:
         problem = ""
     except BaseException as error:  # noqa: BLE001  # a cell shows whatever is wrong
         found = error.__context__ if isinstance(error, SystemExit) else error
-        text = " ".join(str(found).split()).replace(str(model), model.name)
         kind = "" if isinstance(found, UserError) else f"{type(found).__name__}: "
-        problem = re.sub(rf"{re.escape(str(model.parent))}/", "", f"{kind}{text}")[:300] or "failed"
+        problem = shorten(f"{kind}{found}", model)
     rank = os.environ.get("RANK", "0")
     (model.parent / f"{model.name}-{cell}.rank{rank}").write_text(problem)
     return bool(problem)
@@ -169,10 +173,11 @@ def worker(cell: str, model: Path) -> int:
 # --- the matrix -----------------------------------------------------------------------------------
 
 
-def measure(model_type: str, folder: Path) -> dict[str, str]:
+def measure(model_type: str, folder: Path, cells: list[str]) -> dict[str, str]:
     """Returns what is wrong by cell; an empty text for a cell that works."""
-    model, found = base(model_type, folder), {}
-    for cell, (world, _) in COLUMNS.items():
+    model, found = base(model_type, folder), dict[str, str]()
+    for cell in cells:
+        world = COLUMNS[cell][0]
         if cell == "merge" and found["LoRA"]:
             found[cell] = "there is no adapter"
             continue
@@ -185,9 +190,14 @@ def measure(model_type: str, folder: Path) -> dict[str, str]:
             if forked.alive(pid):
                 os.kill(pid, 9)
         results = [path.read_text() for path in sorted(folder.glob(f"{model_type}-{cell}.rank*"))]
-        if hung or len(results) != world:
-            results.append(f"hung for {SECONDS} s" if hung else "a process died")
-        found[cell] = min(filter(None, results), key=len, default="")
+        reasons = [*filter(None, results)]
+        if hung:
+            reasons = [f"hung for {SECONDS} s"]
+        elif len(results) < world and not reasons:
+            status = folder / f"{model_type}-{cell}" / "status.json"  # a run ends its ranks itself
+            stored = json.loads(status.read_text()) if status.exists() else {}
+            reasons = [shorten(stored.get("reason") or "a process died", model)]
+        found[cell] = min(reasons, key=len, default="")
     shutil.rmtree(model)
     for path in folder.glob(f"{model_type}-*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -195,7 +205,7 @@ def measure(model_type: str, folder: Path) -> dict[str, str]:
 
 
 def known_to_llama_cpp(model_type: str, known: list[str]) -> str:
-    """Returns the name of an architecture in the package gguf, as far as names tell."""
+    """Returns the name of an architecture in the package gguf, found by name."""
 
     def plain(name: str) -> str:
         return re.sub(r"[-_]|_text$", "", name)
@@ -209,6 +219,7 @@ def known_to_llama_cpp(model_type: str, known: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("types", nargs="*")
+    parser.add_argument("--cells", nargs="+", choices=COLUMNS, default=[*COLUMNS])
     parser.add_argument("--document", action="store_true", help="print docs/MODELS.md")
     parser.add_argument("--cell", nargs=2, help="try one cell: its name, and the folder of a model")
     args = parser.parse_args()
@@ -228,7 +239,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for model_type in args.types or [each for kind in KINDS.values() for each in kind]:
             started = time.perf_counter()
-            found = stored["types"][model_type] = measure(model_type, Path(folder))
+            found = stored["types"].setdefault(model_type, {})
+            found |= measure(model_type, Path(folder), args.cells)
             wrong = {cell: text for cell, text in found.items() if text}
             print(
                 f"{model_type:18} {time.perf_counter() - started:4.0f} s  {wrong or 'ok'}",
@@ -253,7 +265,7 @@ model of the type on this project's own tokenizer and data (`benchmarks/models.p
   it; `auto`, the default, then uses padded rows.
 - **DDP**: full fine-tuning by two processes. **FSDP2**: LoRA by two processes.
 - **merge**: the merged LoRA run is proven equal to the adapter on its base.
-- **GGUF**: the architecture's name in llama.cpp's package gguf, as far as names tell. Whether its
+- **GGUF**: the architecture's name in llama.cpp's package gguf, found by name. Whether its
   converter accepts a model, only `make merge GGUF=...` shows.
 """
 

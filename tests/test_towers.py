@@ -48,7 +48,9 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("towers")
     bases = {name: base(name, folder) for name in sorted({name for name, *_ in CASES})}
     cases = []
-    in_turn = sorted([*CASES, CASES[0]], key=lambda case: case[1] == "zero3")  # it stays for good
+    in_turn = sorted(
+        [*CASES, CASES[0]], key=lambda case: case[1] == "zero3"
+    )  # permanent in a process
     for name, engine, mode in in_turn:
         own = f"{name}-{engine}-{mode}"
         resumes = any(case["name"] == own for case in cases)
