@@ -21,7 +21,8 @@ from sft.config.lora import REFUSED, Lora
 from sft.config.schema import Config, Model, Tuning
 from sft.data import batches
 from sft.errors import ConfigError, ModelError
-from sft.models import adapt, export, layers, load
+from sft.models import adapt, dtypes, export, layers, load
+from sft.models.fake import set_attributes
 from sft.models.quantise import keep_nf4_trainable
 from sft.plan import dry_run
 from sft.serve import proof
@@ -151,13 +152,21 @@ def check_merge(adapted: Any, other: Any, folder: Path) -> None:
     assert proof.failing_checks({"checks": checks}) == ["weights"]
 
 
+def refuse_copy(parameter: torch.Tensor, _: Any) -> None:
+    """A copy of a fake weight damages memory: a run with modules_to_save died of it, anywhere."""
+    raise AssertionError(f"copied {parameter}")
+
+
 def check_plan(config: Config, engine: Any) -> None:
     """Checks that the plan counts the trained weights of the run."""
     skeleton = FineTune.skeleton(config)
     planned = {name: p.shape for name, p in layers.weights_to_save(skeleton).items()}
     assert planned == {name: p.shape for name, p in engine.parallel.saved.items()}
-    traced = dry_run.trace_step(config, "bf16", dry_run.Window([[(20, 9)]], "padded"))
-    assert traced.phases
+    others = {"use_dora", "modules_to_save", "trainable_token_indices", "bias"}
+    given = config.tuning.lora.model_dump(exclude_defaults=True).keys()
+    if config.tuning.mode == "qlora" or others & given:  # the others compute as plain adapters
+        with set_attributes(torch.nn.Parameter, __deepcopy__=refuse_copy):
+            assert dry_run.trace_step(config, "bf16", dry_run.Window((((20, 9),),))).phases
 
 
 ON_4_BITS: dict[str, dict[str, Any]] = {
@@ -370,3 +379,38 @@ def test_a_base_that_comes_quantised_is_refused_in_one_sentence(bases, tmp_path,
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     with pytest.raises(ModelError, match=rf"comes quantised \({method}\), and tuning.mode: {mode}"):
         load.load_base(Model(name=str(tmp_path)), mode, "fp32", CPU)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_base_is_stored_in_the_kind_of_4_bits_that_is_asked_for(bases, tmp_path, kind):
+    folder = quantised(
+        bases[False],
+        tmp_path / "base",
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+    keep_nf4_trainable(theirs)
+    config = configured(bases[False], tmp_path, {}, **{"tuning.quantization": kind})
+    assert config.tuning.mode == "qlora"  # lora with 4 bits
+    built = FineTune.build_model(config, "fp32", CPU)
+    torch.testing.assert_close(logits(built), logits(theirs))
+    parts = {(group.part, group.dtype) for group in dtypes.parameter_groups(built)}
+    assert ("layers", kind.upper()) in parts
+    assert dry_run.trace_step(config, "bf16", dry_run.Window((((20, 9),),))).phases
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reported"),
+    [
+        (["tuning.quantization=int8"], "the cut of a batch would change the result"),
+        (["tuning.quantization=none", "tuning.mode=qlora"], "set tuning.mode: lora, or remove"),
+        (["tuning.quantization=fp4", "tuning.mode=full"], "in 4 bits cannot be trained"),
+        (["tuning.quantization=nf3"], "did you mean nf4?"),
+    ],
+)
+def test_kinds_of_quantisation_that_cannot_work_are_refused(tmp_path, overrides, reported):
+    assert reported in problem(tmp_path, *overrides)
+    assert not problem(tmp_path, "tuning.quantization=none")
+    assert not problem(tmp_path, "tuning.quantization=nf4", "tuning.mode=qlora")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,41 @@ def _dequantise(module: Any) -> torch.Tensor:
 
 @contextmanager
 def dora(*, fake: bool) -> Iterator[None]:
-    """Makes DoRA dequantise with `_dequantise` from here on, and, if `fake`, copy no layer within
-    this context: a fake weight in 4 bits does not survive that."""
+    """Makes DoRA dequantise with `_dequantise` from here on.
+
+    If `fake`, nothing within this context copies a fake weight.
+    """
     from peft.tuners.lora import dora as module
 
     changed: Any = module
     changed.dequantize_module_weight = _dequantise
-    with set_attributes(module, **({"deepcopy": lambda layer: layer} if fake else {})):
+    with ExitStack() as stack:
+        if fake:
+            from peft.utils import other
+
+            stack.enter_context(set_attributes(module, deepcopy=lambda layer: layer))
+            stack.enter_context(set_attributes(other, copy=_FakeCopy))
         yield
+
+
+class _FakeCopy:
+    """Replaces the module `copy` where PEFT copies modules of fake weights.
+
+    A copy of a fake tensor damages memory (torch 2.13): the process dies later, anywhere.
+    """
+
+    copy = staticmethod(copy.copy)
+
+    @staticmethod
+    def deepcopy(module: Any) -> Any:
+        """Returns a copy of a module, with new fake weights."""
+        tensors = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
+        memo: dict[int, Any] = {}
+        for tensor in tensors:
+            fresh = torch.empty_like(tensor)
+            is_weight = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if is_weight else fresh
+        return copy.deepcopy(module, memo)
 
 
 def fit_loftq(model: nn.Module, base: Any) -> None:
