@@ -16,6 +16,8 @@ import torch
 from rich.table import Table
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sft.config.load import with_values
 from sft.config.schema import Config, RunConfig
@@ -155,7 +157,12 @@ class _Kinds:
         self.found, self.base = found, base
         keys = " ".join(getattr(model.config, "sub_configs", None) or ())
         self.media = [medium for medium in ("vision", "audio") if medium in keys]
-        self.modules = dict(model.named_modules())
+        self.modules, plain = dict(model.named_modules()), _base_of(model)
+        # Those that transformers leaves: the head, and some where 4 bits are too few.
+        kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(
+            plain, None, plain._keep_in_fp32_modules
+        )
+        self.kept = [self.plain(name.partition(".lora_")[0]) for name in kept]
         self.head = getattr(model.get_output_embeddings(), "weight", None)
         self.parameters = dict(model.named_parameters())
         self.routing = {self._block(name) for name in found.routers}
@@ -236,7 +243,9 @@ class _Kinds:
         is_matrix = parameter.ndim > 2 or (is_linear and parameter.ndim == 2)
         product = self.found.products.get(name)
         chosen = self.of(name) in ("head", "router", "embeddings")
-        left = chosen or self.plain(name) in self.base.borrowed
+        plain = self.plain(name)
+        kept = not should_convert_module(plain.rpartition(".")[0], self.kept)
+        left = chosen or kept or plain in self.base.borrowed
         return bool(product and product.kind == "matrix" and is_matrix and not left)
 
     def use(self, name: str, parameter: nn.Parameter, config: Config) -> str:
