@@ -16,7 +16,7 @@ from conftest import ROOT
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer, Qwen3MoeConfig
+from transformers import AutoTokenizer, DeepseekV3Config, GptOssConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from sft.config.load import with_values
@@ -29,6 +29,7 @@ from sft.plan import memory
 from sft.plan.counts import count_parameters
 from sft.plan.dry_run import Window
 from sft.serve.proof import dequantise
+from sft.tasks.sft.shrink import small_model
 from sft.tasks.sft.task import FineTune
 
 CPU = torch.device("cpu")
@@ -421,3 +422,17 @@ def test_a_weight_that_another_module_reads_is_left_as_it_is(tmp_path):
     named = dict(built.named_parameters())
     assert not [name for name in found if "dt_proj" in name]
     assert {p.dtype for n, p in named.items() if "dt_proj" in n} == {torch.float32}
+
+
+def test_a_router_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"tuning.router: .* found a model that chooses none; set"):
+        adapted("llama", tmp_path / "base", router="trained")
+
+
+@pytest.mark.parametrize("kind", [Qwen3MoeConfig, DeepseekV3Config, GptOssConfig])
+def test_the_small_model_of_a_mixture_has_few_narrow_experts(tmp_path, kind):
+    kind(vocab_size=1024).save_pretrained(tmp_path)
+    built, changes = small_model(configured(tmp_path))
+    assert sum(p.numel() for p in built.parameters()) < 5_000_000, changes
+    named = built.named_parameters()
+    assert {len(p) for name, p in named if name.endswith("experts.down_proj")} == {4}

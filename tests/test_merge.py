@@ -101,6 +101,15 @@ def failing(report: dict[str, Any]) -> set[str]:
 # --- merges that are right -----------------------------------------------------------------------
 
 
+def test_a_base_in_another_kind_of_4_bits_is_merged_as_it_was(runs, tmp_path):
+    given = ["tuning.quantization=fp4"]
+    report = merge.merge(runs["qlora"], tmp_path / "a", "fp32", quiet, "dequantised", given)
+    assert failing(report) == set()
+    merge.merge(runs["qlora"], tmp_path / "b", "fp32", quiet, "dequantised")
+    fp4, nf4 = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert any(not torch.equal(fp4[name], nf4[name]) for name in fp4)
+
+
 @pytest.mark.parametrize(
     ("mode", "base_weights"),
     [("lora", "original"), ("qlora", "original"), ("qlora", "dequantised")],

@@ -1,4 +1,4 @@
-"""The section `tuning.lora`: what adapters can be, under the names of PEFT's LoraConfig.
+"""The section `tuning`, and in it `lora`: what adapters can be, by the names of PEFT's LoraConfig.
 
 `Lora` has the keys that are supported; `REFUSED` says of each other one why it is not. A test
 compares both with the fields of PEFT's own class, which this module does not import.
@@ -6,12 +6,23 @@ compares both with the fields of PEFT's own class, which this module does not im
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
-from sft.config.section import Count, CountOrZero, OnlyWith, Positive, Section, Text, Texts
+from sft.config.section import (
+    Count,
+    CountOrZero,
+    Fraction,
+    OnlyWith,
+    Positive,
+    Section,
+    Text,
+    Texts,
+)
+from sft.errors import shorten
 
 CHANGES_BASE = ("pissa", "olora")  # these subtract what the adapter begins with from the base
 INITS = ("gaussian", "orthogonal", *CHANGES_BASE, "pissa_niter_<n>", "loftq")
@@ -148,3 +159,81 @@ class Lora(Section):
         """Returns whether the adapters begin with a part of the base, which is subtracted there."""
         init = self.init_lora_weights
         return isinstance(init, str) and init.startswith(CHANGES_BASE)
+
+
+class Tuning(Section):
+    """The weights that are trained."""
+
+    mode: Literal["lora", "qlora", "full"] = "lora"
+    """`full`: all weights. `lora`: adapters on a frozen base. `qlora`: on a 4-bit base (NF4)."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] | None = None
+    """How the frozen base is stored: in 4 bits (`nf4`, `fp4`) or as it computes (`none`). null: as
+    `mode` says. `mode: lora` with 4 bits is `qlora`, and `qlora` alone is `nf4`."""
+    r: Count = 16
+    """Rank of the adapters."""
+    lora_alpha: Positive = 32.0
+    """Scale of the adapters: their output is multiplied by lora_alpha / r."""
+    lora_dropout: Fraction = 0.0
+    """Probability of dropping an input of an adapter during training."""
+    target_modules: Annotated[
+        Literal["auto"] | list[Text] | Text, BeforeValidator(check_targets)
+    ] = "auto"
+    """Modules that get an adapter: names, or a regular expression of whole names. `auto`: every
+    linear layer except the vocabulary head."""
+    router: Literal["frozen", "trained"] = "frozen"
+    """Routers of a mixture of experts. `trained`: with the rest, and with the load-balancing loss
+    that the model's configuration asks for, over the global batch."""
+    lora: Lora = Lora()
+    """Further settings of the adapters, by PEFT's names (section `tuning.lora`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _move_shared(cls, values: Any) -> Any:
+        """Moves keys of `lora` that this section has, too; says qlora of a base in 4 bits.
+
+        Raises ValueError for a key with two values.
+        """
+        if isinstance(values, dict) and values.get("quantization") in ("nf4", "fp4"):
+            mode = values.get("mode", "lora")
+            values = values | {"mode": "qlora" if mode == "lora" else mode}
+        lora = values.get("lora") if isinstance(values, dict) else None
+        if not isinstance(lora, dict):
+            return values
+        shared = {key: lora[key] for key in cls.model_fields if key in lora and key != "lora"}
+        for key in shared.keys() & values.keys():
+            if values[key] != shared[key]:
+                raise ValueError(
+                    f"{key} is {shorten(values[key])} here and {shorten(shared[key])} in "
+                    "tuning.lora; remove one"
+                )
+        own = {key: value for key, value in lora.items() if key not in shared}
+        return values | shared | {"lora": own}
+
+    @property
+    def four_bits(self) -> str:
+        """Returns the kind of 4 bits in which `qlora` stores the base."""
+        return "fp4" if self.quantization == "fp4" else "nf4"
+
+    @property
+    def differs_by_layer(self) -> bool:
+        """Returns whether layers of the same kind may have different adapters."""
+        lora, names = self.lora, []
+        for each in (self.target_modules, lora.exclude_modules, lora.target_parameters):
+            names += [each] if isinstance(each, str) else each or []
+        names += [*(lora.modules_to_save or ()), *lora.rank_pattern, *lora.alpha_pattern]
+        return lora.layers_to_transform is not None or any(map(names_layer, names))
+
+    def identity(self) -> str:
+        """Returns what runs that continue each other share, as JSON.
+
+        A key that came later is left out while it has its default, so that older runs continue.
+        """
+        first = dict.fromkeys(("mode", "r", "lora_alpha", "lora_dropout", "target_modules"))
+        values = {key: self.model_dump()[key] for key in first}
+        return json.dumps(values | self.model_dump(exclude_defaults=True), separators=(",", ":"))
+
+    def describe(self) -> str:
+        """Returns the settings of the adapters in one line, for a model card."""
+        text = f"r {self.r}, lora_alpha {self.lora_alpha:g}, modules {self.target_modules}"
+        own = self.lora.model_dump(exclude_defaults=True)
+        return ", ".join([text, *(f"{key} {value}" for key, value in own.items())])

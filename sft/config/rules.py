@@ -111,6 +111,19 @@ def _changes_base(init: Any) -> bool:
 INIT = "lora.init_lora_weights"
 PATTERNS = ("lora.use_rslora", "lora.rank_pattern", "lora.alpha_pattern")
 LORA_RULES = [
+    _broken_lora("quantization")(
+        lambda kind: kind == "int8",
+        "bitsandbytes treats the columns with the largest values of a whole micro-batch otherwise "
+        "in 8 bits, so the cut of a batch would change the result: use nf4 or fp4",
+    ),
+    _broken_lora("quantization", "mode")(
+        lambda kind, mode: kind == "none" and mode == "qlora",
+        "qlora is a base in 4 bits: set tuning.mode: lora, or remove this key",
+    ),
+    _broken_lora("quantization", "mode")(
+        lambda kind, mode: kind in ("nf4", "fp4") and mode == "full",
+        "weights in 4 bits cannot be trained: set tuning.mode: qlora, or none",
+    ),
     _broken_lora(INIT, "mode")(
         lambda init, mode: _changes_base(init) and mode == "qlora",
         "changes the weights of the base, and a 4-bit base would be quantised once more: the "

@@ -6,7 +6,6 @@ writes docs/CONFIG.md.
 
 from __future__ import annotations
 
-import json
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from sft.config.lora import Lora, Regex, check_targets, names_layer
+from sft.config.lora import Lora, Regex, Tuning, names_layer
 from sft.config.section import (
     Char,
     Count,
@@ -30,7 +29,6 @@ from sft.config.section import (
     Text,
     Texts,
 )
-from sft.errors import shorten
 
 
 def _refuse_fp16(precision: Any) -> Any:
@@ -83,64 +81,6 @@ class Model(Section):
     new_tokens: Texts | None = None
     """Tokens to add to the tokenizer, by their text: `["<think>"]`. Their embeddings begin as the
     mean of their pieces. With adapters only these rows of the embeddings are trained."""
-
-
-class Tuning(Section):
-    """The weights that are trained."""
-
-    mode: Literal["lora", "qlora", "full"] = "lora"
-    """`full`: all weights. `lora`: adapters on a frozen base. `qlora`: on a 4-bit base (NF4)."""
-    r: Count = 16
-    """Rank of the adapters."""
-    lora_alpha: Positive = 32.0
-    """Scale of the adapters: their output is multiplied by lora_alpha / r."""
-    lora_dropout: Fraction = 0.0
-    """Probability of dropping an input of an adapter during training."""
-    target_modules: Annotated[
-        Literal["auto"] | list[Text] | Text, BeforeValidator(check_targets)
-    ] = "auto"
-    """Modules that get an adapter: names, or a regular expression of whole names. `auto`: every
-    linear layer except the vocabulary head."""
-    router: Literal["frozen", "trained"] = "frozen"
-    """Routers of a mixture of experts. `trained`: with the rest, and with the load-balancing loss
-    that the model's configuration asks for, over the global batch."""
-    lora: Lora = Lora()
-    """Further settings of the adapters, by PEFT's names (section `tuning.lora`)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _move_shared(cls, values: Any) -> Any:
-        """Moves keys of `lora` that this section has, too. Raises ValueError for two values."""
-        lora = values.get("lora") if isinstance(values, dict) else None
-        if not isinstance(lora, dict):
-            return values
-        shared = {key: lora[key] for key in cls.model_fields if key in lora and key != "lora"}
-        for key in shared.keys() & values.keys():
-            if values[key] != shared[key]:
-                raise ValueError(
-                    f"{key} is {shorten(values[key])} here and {shorten(shared[key])} in "
-                    "tuning.lora; remove one"
-                )
-        own = {key: value for key, value in lora.items() if key not in shared}
-        return values | shared | {"lora": own}
-
-    @property
-    def differs_by_layer(self) -> bool:
-        """Returns whether layers of the same kind may have different adapters."""
-        lora, names = self.lora, []
-        for each in (self.target_modules, lora.exclude_modules, lora.target_parameters):
-            names += [each] if isinstance(each, str) else each or []
-        names += [*(lora.modules_to_save or ()), *lora.rank_pattern, *lora.alpha_pattern]
-        return lora.layers_to_transform is not None or any(map(names_layer, names))
-
-    def identity(self) -> str:
-        """Returns what runs that continue each other share, as JSON.
-
-        A key that came later is left out while it has its default, so that older runs continue.
-        """
-        first = dict.fromkeys(("mode", "r", "lora_alpha", "lora_dropout", "target_modules"))
-        values = {key: self.model_dump()[key] for key in first}
-        return json.dumps(values | self.model_dump(exclude_defaults=True), separators=(",", ":"))
 
 
 class Data(Section):

@@ -59,7 +59,9 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
     for name, parameter in model.named_parameters():
         quantised = parameter.dtype == torch.uint8
         part = part_of(name, parameter.requires_grad and hasattr(model, "peft_config"))
-        dtype = "NF4" if quantised else str(parameter.dtype).removeprefix("torch.")
+        state = getattr(parameter, "quant_state", None)
+        bits = getattr(state, "quant_type", "nf4").upper()
+        dtype = bits if quantised else str(parameter.dtype).removeprefix("torch.")
         count = counts[part, dtype, parameter.requires_grad]
         count[0] += parameter.numel() * (2 if quantised else 1)
         count[1] += parameter.numel() * parameter.element_size()

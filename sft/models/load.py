@@ -29,8 +29,8 @@ from sft.models import attention, classes, experts, vocabulary
 from sft.models.adapt import add_adapters, refuse_unused
 from sft.models.dtypes import DTYPES, check_dtypes
 from sft.models.groups import freeze_groups
-from sft.models.quantise import keep_nf4_trainable, nf4, quantise, quantising_all
-from sft.models.reach import freeze_untrained
+from sft.models.quantise import four_bits, keep_nf4_trainable, quantise, quantising_all
+from sft.models.reach import freeze_untrained, reach
 from sft.runtime import checkpoint, plain
 
 
@@ -193,7 +193,14 @@ def build(
     """
     torch.manual_seed(config.train.seed)
     mode = config.tuning.mode
-    base: Any = load_base(config.model, mode, precision, device, weights, depth)
+    kind = config.tuning.four_bits
+    base: Any = load_base(config.model, mode, precision, device, weights, depth, kind)
+    if config.tuning.router == "trained" and not (found := reach(base)).routers:
+        why = f" (its step could not be traced: {found.problem})" if found.problem else ""
+        raise ModelError(
+            "tuning.router: expected a mixture of experts, found a model that chooses none"
+            f"{why}; set frozen"
+        )
     if mode != "full":
         base.requires_grad_(False)
         if config.tuning.lora.init_lora_weights == "loftq" and weights:
@@ -224,9 +231,11 @@ def load_base(
     device: torch.device,
     weights: bool = True,
     depth: int | None = None,
+    quantization: str = "nf4",
 ) -> nn.Module:
-    """Returns the base model without adapters, stored as `mode` says: fp32, compute dtype or NF4.
+    """Returns the base without adapters, stored as `mode` says: fp32, compute dtype or 4 bits.
 
+    `quantization`: the kind of 4 bits, as in `tuning.quantization`.
     Raises ModelError for a model that cannot be loaded, or whose files lack weights.
     """
     check_attention(config)
@@ -242,7 +251,7 @@ def load_base(
             arch = arch if depth is None else keep_layers(arch, depth)
             model = classes.from_config(arch, **options).to(device)
             if mode == "qlora":
-                quantise(model, compute)
+                quantise(model, compute, quantization)
             return with_new_tokens(model, config)
         refuse_quantised(arch, config.name, mode)
         _check_files(Path(config.name))
@@ -252,7 +261,7 @@ def load_base(
                 **options,
                 revision=config.revision,
                 use_safetensors=True,
-                quantization_config=nf4(compute) if mode == "qlora" else None,
+                quantization_config=four_bits(compute, quantization) if mode == "qlora" else None,
                 device_map={"": device},
                 output_loading_info=True,
             )

@@ -19,11 +19,14 @@ from sft.models.prepared import prepare
 from sft.models.reach import reach
 
 
-def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Returns the settings of QLoRA (Dettmers et al. 2023, section 3): NF4, double quantisation."""
+def four_bits(compute_dtype: torch.dtype, kind: str = "nf4") -> BitsAndBytesConfig:
+    """Returns the settings of QLoRA (Dettmers et al. 2023, section 3): NF4, double quantisation.
+
+    `kind`: as in `tuning.quantization`.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
@@ -115,15 +118,15 @@ def _quantise_parameter(
     return parameter
 
 
-def quantise(model: Any, compute_dtype: torch.dtype) -> None:
-    """Quantises a model that was made without files, as loading with `nf4` quantises."""
+def quantise(model: Any, compute_dtype: torch.dtype, kind: str = "nf4") -> None:
+    """Quantises a model that was made without files, as loading with `four_bits` quantises."""
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit
     from torch._subclasses.fake_tensor import unset_fake_temporarily
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
     weights = dict(model.named_parameters())
-    settings = nf4(compute_dtype)
+    settings = four_bits(compute_dtype, kind)
     kept = AllMatrices.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     for name in matrices_elsewhere(model, kept):
         owner, _, own = name.rpartition(".")
@@ -136,11 +139,11 @@ def quantise(model: Any, compute_dtype: torch.dtype) -> None:
             weight = weights[f"{name}.weight"].detach()
             weight = weight if weight.shape[0] == module.out_features else weight.T  # Conv1D
             packed, state = quantize_4bit(
-                weight, compress_statistics=settings.bnb_4bit_use_double_quant, quant_type="nf4"
+                weight, compress_statistics=settings.bnb_4bit_use_double_quant, quant_type=kind
             )
             module.weight = nn.Parameter(packed, requires_grad=False)
             vars(module.weight).update(
-                quant_state=state, quant_type="nf4", compress_statistics=True, bnb_quantized=True
+                quant_state=state, quant_type=kind, compress_statistics=True, bnb_quantized=True
             )
             if module.bias is not None:
                 module.bias = nn.Parameter(weights[f"{name}.bias"].detach(), requires_grad=False)

@@ -171,7 +171,8 @@ def _write(run: Path, config: Config, base: str, folder: Path, dtype: str) -> No
 
 def _copy_dequantised(plain: nn.Module, config: Config) -> None:
     """Replaces the weights that NF4 quantises by their quantised values."""
-    quantised = load.load_base(config.model, "qlora", "fp32", CPU)
+    kind = config.tuning.four_bits
+    quantised = load.load_base(config.model, "qlora", "fp32", CPU, quantization=kind)
     targets = {name.replace("base_layer.", ""): p for name, p in plain.named_parameters()}
     for name, weight in quantised.named_parameters():
         if hasattr(weight, "quant_state"):
@@ -232,8 +233,7 @@ def _card(report: dict[str, Any], config: Config, run: Path, folder: Path) -> st
         run=run.name,
         weights=report["base"],
         dtype=report["dtype"],
-        adapter=f"{part}r {tuning.r}, lora_alpha {tuning.lora_alpha:g}, "
-        f"modules {tuning.target_modules}",
+        adapter=f"{part}{tuning.describe()}",
         training=f"{length} of {train.global_batch} examples, "
         f"learning rate {train.learning_rate:g}, seed {train.seed}",
         data=audited.get("data_sha256", "not known"),

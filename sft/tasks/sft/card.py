@@ -38,7 +38,7 @@ def model_card(
     """Returns the card. `digests`: those of the data. `loading`: Markdown on how it is loaded."""
     record, tuning = base_record(config.model), config.tuning
     is_full = tuning.mode == "full"
-    adapter = f"r {tuning.r}, lora_alpha {tuning.lora_alpha:g}, modules {tuning.target_modules}"
+    adapter = tuning.describe()
     rows = {
         "base": record["name"],
         "base, sha256": record["weights_sha256"],

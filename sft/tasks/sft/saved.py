@@ -170,7 +170,8 @@ class SavedTuning(Task):
         if mode == "full":
             return load.load_base(model_files, mode, precision, device).eval(), tokenizer
         refuse_another_base(config.model, cls.recorded_base(folder))
-        base = load.load_base(config.model, mode if quantised else "lora", precision, device)
+        mode, kind = mode if quantised else "lora", config.tuning.four_bits
+        base = load.load_base(config.model, mode, precision, device, quantization=kind)
         # PEFT would follow adapter_config.json, which can name modules to import.
         base_model = config.model.model_copy(update={"adapter": None})  # which is in `folder`
         changes = {"model": base_model, "tuning": served_tuning(config.tuning)}

@@ -26,6 +26,11 @@ WIDTHS = {  # sizes of the small model, by their names in its configuration
     "head_dim": 16,
     "num_experts": 4,
     "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,  # layers without experts
 }
 OF_LAYERS = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
 EXAMPLES = 8  # maximum size of a global batch
@@ -109,7 +114,8 @@ def narrow(architecture: Any) -> Any:
         return result
     heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
     for name, size in WIDTHS.items():
-        if getattr(text, name, None) is not None:
+        is_derived = name == "head_dim" and hasattr(text, "qk_rope_head_dim")
+        if getattr(text, name, None) is not None and not is_derived:
             setattr(text, name, size)
     if groups is not None:  # still as many as heads, fewer, or one
         text.num_key_value_heads = 4 if groups == heads else min(groups, 2)

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import RenderableType
 from torch import nn
 
@@ -34,7 +33,7 @@ from sft.models.sizes import read_sizes
 from sft.runtime.console import write_json
 from sft.runtime.plain import read_json
 from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
-from sft.tasks.sft import card, report, shrink
+from sft.tasks.sft import card, losses, report, shrink
 from sft.tasks.sft.saved import SavedTuning
 from sft.train.engine import Engine
 
@@ -183,7 +182,7 @@ class FineTune(SavedTuning):
     def alternatives(cls, config: Config, workload: Workload) -> Iterator[Alternative]:
         if config.tuning.mode == "full":
             yield Alternative({"tuning.mode": "lora"}, "adapters instead of all weights")
-        if config.tuning.mode != "qlora":
+        if config.tuning.mode != "qlora" and config.tuning.quantization != "none":
             yield Alternative({"tuning.mode": "qlora"}, "frozen weights in 4 bits, slower")
         half = max(8, max(workload.lengths) // 2)
         price = "longer rows are cut or left out (data.on_long)"
@@ -267,6 +266,8 @@ class FineTune(SavedTuning):
     def check_model(self, precision: str, layout: str) -> None:
         if self.config.tuning.mode != "full":
             self._warn_of_untrained_ends()
+        if self.config.tuning.router == "trained" and self.balance is None:
+            self.log.say("tuning.router: the model has no load-balancing loss; there is none")
         device = self.accelerator.device
         if attention.reads_later_tokens(self.model, precision, device):
             raise ConfigError(
@@ -309,9 +310,9 @@ class FineTune(SavedTuning):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if self.balance is None:
-            return self._cross_entropy(self.logits(model, batch, batch.positions), batch)
+            return losses.cross_entropy(self.logits(model, batch, batch.positions), batch)
         output = self._run(model, batch, batch.positions, output_router_logits=True)
-        loss, extras = self._cross_entropy(_widen(output.logits), batch)
+        loss, extras = losses.cross_entropy(losses.widen(output.logits), batch)
         routes, (counts, supervised) = (
             routing.logits_of(output, batch.token_positions()),
             self.chosen,
@@ -324,19 +325,7 @@ class FineTune(SavedTuning):
     def eval_loss(
         self, model: nn.Module, batch: Batch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return self._cross_entropy(self.logits(model, batch, batch.positions), batch)
-
-    @staticmethod
-    def _cross_entropy(
-        logits: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        correct = logits.detach().argmax(-1) == batch.targets
-        if batch.weights is None:
-            loss = F.cross_entropy(logits, batch.targets, reduction="sum")
-            return loss, {"token_accuracy": correct.sum()}
-        losses = F.cross_entropy(logits, batch.targets, reduction="none")
-        weights = batch.weights.to(losses)
-        return losses @ weights, {"token_accuracy": correct.to(losses) @ weights}
+        return losses.cross_entropy(self.logits(model, batch, batch.positions), batch)
 
     @torch.no_grad()
     def summarise(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
@@ -352,7 +341,7 @@ class FineTune(SavedTuning):
 
     def logits(self, model: nn.Module, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
         """Returns logits (positions, vocabulary) in fp32 or wider; see `SupervisedHead`."""
-        return _widen(self._run(model, batch, positions).logits)
+        return losses.widen(self._run(model, batch, positions).logits)
 
     def _run(self, model: nn.Module, batch: Batch, positions: torch.Tensor, **options: Any) -> Any:
         """Returns the model's output, whose logits are those of `positions`."""
@@ -483,10 +472,6 @@ def _questions(config: Config, prepared: Prepared) -> Iterator[answers.Question]
     rows = (row for row in prepared.held_out.rows() if is_conversation(row.messages))
     for row in islice(rows, config.evaluation.num_examples):
         yield answers.make_question(row, prepared.tokenizer)
-
-
-def _widen(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _check_template(config: Config) -> Finding:
