@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from rich.console import Console
-from support.families import tiny_config
+from support.families import DECODERS, tiny_config
 
 from sft.config.schema import Config
 from sft.errors import ConfigError, ModelError
@@ -131,3 +133,14 @@ def test_the_report_is_kept_beside_the_plans(tmp_path, monkeypatch) -> None:
     assert cover(config) == found
     coverage.write_coverage(found, tmp_path / "coverage.json")
     assert '"attention"' in (tmp_path / "coverage.json").read_text()
+
+
+def test_the_measured_reports_name_no_surprise() -> None:
+    found = json.loads((ROOT / "benchmarks/results/coverage.json").read_text("utf-8"))
+    assert found["seconds"]["cpu"] < 600
+    assert len(found["configurations"]) >= 33
+    assert all(abs(row["difference"]) <= 0.001 for row in found["configurations"].values())
+    assert {*DECODERS} <= {*found["model_types"]}
+    rows = [found["model_types"][kind] for kind in DECODERS] + [*found["configurations"].values()]
+    for report in (report for row in rows for report in row["reports"]):
+        assert not {"refused", "problem", "contradictions", "missed"} & {*report}
