@@ -31,7 +31,7 @@ from sft import cli
 from sft.config.load import load_config, with_values
 from sft.config.schema import Config
 from sft.errors import UserError
-from sft.models import classes, load
+from sft.models import classes, pretrained
 from sft.plan import memory, plan
 from sft.runtime import hardware
 from sft.serve import merge
@@ -134,7 +134,7 @@ def compare_towers(model: Path, saved: Path) -> None:
         assert (saved / processor.name).read_bytes() == processor.read_bytes()
     before, after = tensors(model), tensors(saved)
     assert before.keys() == after.keys(), sorted(before.keys() ^ after.keys())[:2]
-    text = classes.from_config(load.architecture(configured(model, saved, {}).model))
+    text = classes.from_config(pretrained.architecture(configured(model, saved, {}).model))
     decoder = {id(p) for p in text.get_decoder().parameters()}
     decoder |= {id(p) for p in text.get_output_embeddings().parameters()}
     towers = [p for p in text.parameters() if id(p) not in decoder]

@@ -28,7 +28,7 @@ from sft.data import cache as data_cache
 from sft.data.cache import Prepared, prepare, write_audit
 from sft.data.template import prepare_tokenizer
 from sft.errors import DataError
-from sft.models.load import load_tokenizer
+from sft.models.pretrained import load_tokenizer
 from sft.runtime import checkpoint, hardware
 
 

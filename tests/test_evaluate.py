@@ -23,7 +23,7 @@ from sft.data.files import BadRow, Row
 from sft.errors import UserError
 from sft.evaluate import answers, generate
 from sft.evaluate.predictions import Predictions, key_of, read_records
-from sft.models import load
+from sft.models import load, pretrained
 from sft.runtime import processes
 from sft.runtime.processes import Context
 from sft.tasks.base import Results
@@ -35,7 +35,7 @@ SHORT = Generation(max_new_tokens=8)
 @pytest.fixture(scope="module")
 def nano():
     config = load_config(ROOT / "configs/nano.yaml")
-    tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))
+    tokenizer = template.prepare_tokenizer(pretrained.load_tokenizer(config.model))
     base = load.load_base(config.model, "full", "fp32", torch.device("cpu")).eval()
     stop = generate.stop_ids(tokenizer, base.generation_config)
     model = answers.AnswerModel(base, stop, SHORT, tokenizer=tokenizer, identity="nano")

@@ -15,7 +15,7 @@ from sft import errors
 from sft.config.load import dump_config, load_config, with_values
 from sft.config.schema import Config
 from sft.data import template
-from sft.models import export, load
+from sft.models import export, load, pretrained
 from sft.runtime import checkpoint, processes
 from sft.serve import runs
 
@@ -38,7 +38,7 @@ def finished(folder: Path, mode: str, base: Path = ROOT / "nano/model", std: flo
             "train.output_dir": str(folder),
         },
     )
-    tokenizer = template.prepare_tokenizer(load.load_tokenizer(config.model))
+    tokenizer = template.prepare_tokenizer(pretrained.load_tokenizer(config.model))
     built = load.build(config, "fp32", CPU)
     wake(built, std)
     commit(config, lambda target: export.save(built, tokenizer, target, base=config.model))

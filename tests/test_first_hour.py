@@ -20,7 +20,7 @@ from sft.config import foreign
 from sft.config.load import load_config, with_values
 from sft.config.schema import Config, sections_of
 from sft.errors import ConfigError, ModelError
-from sft.models import load
+from sft.models import pretrained
 from sft.runtime.log import Log
 from sft.tasks.base import Results
 from sft.tasks.sft import card, report
@@ -52,18 +52,18 @@ def test_a_name_that_looks_like_a_folder_is_one(name, is_local, tmp_path, monkey
     (tmp_path / "runs/other/config.yaml").touch()
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert load.looks_local(name) == is_local
+    assert pretrained.looks_local(name) == is_local
 
 
 def test_a_run_that_does_not_exist_is_not_looked_for_at_the_hub(tmp_path, monkeypatch):
     (tmp_path / "outputs/first").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(pretrained.AutoTokenizer, "from_pretrained", lambda *_, **__: 1 / 0)
     config = with_values(load_config(NANO), {"model.name": "outputs/nosuch"})
     with pytest.raises(
         ModelError, match=r"no such folder here \(outputs has first\)\. Train first"
     ):
-        load.load_tokenizer(config.model)
+        pretrained.load_tokenizer(config.model)
 
 
 # --- configurations ------------------------------------------------------------------------------

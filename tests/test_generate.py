@@ -27,7 +27,7 @@ from sft.config.schema import Generation, Model, Train
 from sft.data import template
 from sft.errors import ModelError
 from sft.evaluate import generate
-from sft.models import load
+from sft.models import pretrained
 from sft.runtime import processes
 
 GREEDY = Generation(max_new_tokens=24)
@@ -216,7 +216,7 @@ def test_a_model_without_a_cache_is_refused(accelerator):
 
 def test_the_end_of_a_turn_stops_an_answer():
     tokenizer = template.prepare_tokenizer(
-        load.load_tokenizer(Model(name=str(ROOT / "nano/model")))
+        pretrained.load_tokenizer(Model(name=str(ROOT / "nano/model")))
     )
     built = tiny.llama()
     built.generation_config.eos_token_id = [17, 18]

@@ -36,7 +36,8 @@ from sft.data.files import BadRow, Row, read_all, sources
 from sft.data.template import prepare_tokenizer, render
 from sft.errors import CheckpointError, ConfigError, DataError, ExportError, UserError
 from sft.models import export
-from sft.models.load import architecture, load_base, load_tokenizer
+from sft.models.load import load_base
+from sft.models.pretrained import architecture, load_tokenizer
 from sft.runtime import checkpoint, launcher, run_folder
 from sft.runtime.log import Log
 from sft.serve import runs

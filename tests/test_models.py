@@ -27,7 +27,7 @@ from sft import errors
 from sft.config.schema import Config, Model, Tuning
 from sft.data import batches
 from sft.errors import ConfigError
-from sft.models import adapt, attention, classes, dtypes, layers, load
+from sft.models import adapt, attention, classes, dtypes, layers, load, pretrained
 from sft.models.attention import documents_are_isolated, reads_later_tokens
 from sft.models.digests import weights_sha256
 from sft.plan.dry_run import CpuAccelerator
@@ -163,7 +163,7 @@ def test_tokens_that_a_base_model_never_saw():
 
 def test_a_missing_model_is_one_sentence(tmp_path):
     with pytest.raises(errors.ModelError, match=r"expected a folder.*no such folder here"):
-        load.load_tokenizer(configured(str(tmp_path / "nothing")).model)
+        pretrained.load_tokenizer(configured(str(tmp_path / "nothing")).model)
 
 
 def gradients(built: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -328,7 +328,7 @@ def test_a_model_whose_tokens_see_those_that_follow_is_found_out(name):
 def test_a_model_keeps_its_first_layers_and_the_towers_are_no_layers(name, depth):
     whole = CONFIG_MAPPING[name]()
     with torch.device("meta"):
-        built = classes.from_config(load.keep_layers(whole, depth))
+        built = classes.from_config(pretrained.keep_layers(whole, depth))
     found = layers.repeated_layers(built)
     assert len(found) == depth
     assert {id(layer) for layer in found} <= {id(each) for each in built.get_decoder().modules()}

@@ -18,7 +18,7 @@ from conftest import ROOT
 
 from sft.config.schema import Model
 from sft.errors import CheckpointError, ExportError, ModelError
-from sft.models.load import load_tokenizer
+from sft.models.pretrained import load_tokenizer
 from sft.runtime import checkpoint, plain, run_folder
 from sft.runtime.attempt import RANKS, Lock, Status
 from sft.runtime.checkpoint import MANIFEST, fault

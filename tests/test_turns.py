@@ -26,7 +26,7 @@ from sft.data import audit, template, tokens
 from sft.data.files import Row
 from sft.data.rendering import ESCAPED, TemplateError, read_form
 from sft.errors import DataError, ModelError
-from sft.models.load import load_tokenizer
+from sft.models.pretrained import load_tokenizer
 
 TEMPLATES = SHARED / "data/templates/templates"
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))

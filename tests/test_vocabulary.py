@@ -22,7 +22,7 @@ from sft.config.load import dump_config, load_config, with_values
 from sft.config.schema import Config, Model
 from sft.data import audit_report, cache
 from sft.errors import ModelError
-from sft.models import export, layers, load
+from sft.models import export, layers, load, pretrained
 from sft.plan import dry_run
 from sft.serve import merge, runs
 from sft.tasks.sft.saved import SavedTuning
@@ -136,7 +136,7 @@ def test_a_token_that_exists_is_no_new_one():
     nano = str(ROOT / "nano/model")
     known = max(AutoTokenizer.from_pretrained(nano).get_vocab(), key=len)
     with pytest.raises(ModelError, match="is a token of this tokenizer already"):
-        load.load_tokenizer(Model(name=nano, new_tokens=[known]))
+        pretrained.load_tokenizer(Model(name=nano, new_tokens=[known]))
 
 
 def test_what_cannot_work_with_new_tokens_is_refused(tmp_path):

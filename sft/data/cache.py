@@ -43,7 +43,7 @@ from sft.data.examples import (
 )
 from sft.data.files import BadRow
 from sft.data.workers import HELD_OUT, PLACE, TRAIN, AnyRow
-from sft.models import load
+from sft.models import pretrained
 from sft.runtime import checkpoint, plain
 from sft.runtime.console import bar, make_console, write_json
 from sft.runtime.plain import read_json
@@ -142,7 +142,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     """Loads the tokenizer with the chat template that `config` gives it."""
     data = config.data
     return template.prepare_tokenizer(
-        load.load_tokenizer(config.model), data.chat_template, data.template_kwargs
+        pretrained.load_tokenizer(config.model), data.chat_template, data.template_kwargs
     )
 
 
@@ -211,7 +211,7 @@ def write_audit(prepared: Prepared, folder: Path) -> None:
 
 def max_length(config: Config) -> int:
     """Returns the maximum length of an example: `data.max_seq_len`, or the positions if fewer."""
-    positions = getattr(load.architecture(config.model), "max_position_embeddings", None)
+    positions = getattr(pretrained.architecture(config.model), "max_position_embeddings", None)
     return min(config.data.max_seq_len, positions or config.data.max_seq_len)
 
 

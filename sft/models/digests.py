@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from sft.config.schema import Model
-from sft.models.load import architecture, explain_load_errors
+from sft.models.pretrained import architecture, explain_load_errors
 from sft.runtime.checkpoint import sha256
 
 SAMPLE = 4096  # bytes at each end of a tensor that enter a digest

@@ -24,7 +24,7 @@ from sft.errors import CheckpointError
 from sft.models.adapt import NAME, aliases, extend_with_first, saved_names, without_first
 from sft.models.converted import read_converted
 from sft.models.digests import weights_sha256
-from sft.models.load import absolute_name, sub_configs
+from sft.models.pretrained import absolute_name, sub_configs
 from sft.runtime.checkpoint import open_tensors
 
 ADAPTER = "adapter_model.safetensors"

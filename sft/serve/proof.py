@@ -26,7 +26,7 @@ from sft.config.schema import Config
 from sft.data import audit, template
 from sft.errors import MergeError
 from sft.evaluate import generate, predictions
-from sft.models import classes, dtypes, load
+from sft.models import classes, dtypes, pretrained
 from sft.models.adapt import NAME
 from sft.runtime import checkpoint
 from sft.runtime.console import table
@@ -106,7 +106,7 @@ def _load_merged(folder: Path, config: Config) -> tuple[Any, str, dict[str, Any]
             raise MergeError(f"{path} cannot be loaded: {reason}; merge again")
     try:
         own = config.model.model_copy(update={"name": str(folder), "revision": None})
-        loaded: Any = classes.auto_class(load.architecture(own)).from_pretrained(
+        loaded: Any = classes.auto_class(pretrained.architecture(own)).from_pretrained(
             str(folder),
             dtype="auto",
             trust_remote_code=config.model.trust_remote_code,
@@ -142,7 +142,7 @@ def _load_prompts(run: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[in
 def _compare_tokenizers(folder: Path, config: Config, expected: PreTrainedTokenizerBase) -> Checks:
     """Compares the tokenizer in `folder` with the one that the run was trained with."""
     own = {"name": str(folder), "revision": None, "new_tokens": None}
-    both = (load.load_tokenizer(config.model.model_copy(update=own)), expected)
+    both = (pretrained.load_tokenizer(config.model.model_copy(update=own)), expected)
     tokenizers = (audit.tokenizer_sha256(each)[:12] for each in both)
     templates = (audit.template_sha256(each)[:12] for each in both)
     return {

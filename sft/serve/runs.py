@@ -17,7 +17,7 @@ from sft.errors import ExportError
 from sft.evaluate import generate
 from sft.evaluate.answers import AnswerModel
 from sft.evaluate.predictions import key_of
-from sft.models import digests, load
+from sft.models import digests, load, pretrained
 from sft.runtime import checkpoint, run_folder
 from sft.tasks.registry import fine_tuning_tasks, load_run, task_of
 from sft.tasks.sft.saved import refuse_another_base
@@ -164,22 +164,22 @@ def _open_base(opening: Opening) -> AnswerModel:
         from huggingface_hub import snapshot_download
 
         wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-        with load.explain_load_errors(name):
+        with pretrained.explain_load_errors(name):
             name = snapshot_download(name, cache_dir=opening.cache_dir, allow_patterns=wanted)
     settings = Model(name=name)
     mode = "qlora" if opening.quantization else "lora"  # storage: NF4, or the compute dtype
-    tokenizer = load.load_tokenizer(settings)
+    tokenizer = pretrained.load_tokenizer(settings)
     base = load.load_base(settings, mode, opening.precision, opening.device)
     own = ""
     if adapter is not None:
         folder = Path(adapter)
-        load.refuse_special(adapter)
+        pretrained.refuse_special(adapter)
         task = _task_of_adapter(folder) or FineTune  # reports what is missing
         refuse_another_base(settings, task.recorded_base(folder))
         base = task.as_answer_model(task.with_adapter(base, name, folder))
         own = " ".join(checkpoint.sha256(file) for file in task.adapter_files(folder))
         if (folder / "tokenizer_config.json").exists():
-            tokenizer = load.load_tokenizer(Model(name=adapter))
+            tokenizer = pretrained.load_tokenizer(Model(name=adapter))
     return _answer_model(opening, base.eval(), tokenizer, digests.model_sha256(settings), own, mode)
 
 

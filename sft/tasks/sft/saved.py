@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from sft.config.adapters import ADAPTER_CONFIG, adapter_tuning, describe_fault, shape_values
 from sft.config.schema import Config, Model, Tuning
 from sft.errors import CheckpointError, ExportError, ModelError, shorten
-from sft.models import load, vocabulary
+from sft.models import load, pretrained, vocabulary
 from sft.models.adapt import (
     add_adapters,
     served_tuning,
@@ -165,7 +165,7 @@ class SavedTuning(Task):
         """
         own = {"name": str(folder), "revision": None, "init": "pretrained", "new_tokens": None}
         model_files = config.model.model_copy(update=own)
-        tokenizer = load.load_tokenizer(model_files)
+        tokenizer = pretrained.load_tokenizer(model_files)
         mode = config.tuning.mode
         if mode == "full":
             return load.load_base(model_files, mode, precision, device).eval(), tokenizer

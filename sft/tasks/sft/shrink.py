@@ -14,7 +14,7 @@ from sft.config.schema import Config
 from sft.data import files
 from sft.errors import VerificationError, redact
 from sft.models import classes
-from sft.models.load import architecture, keep_layers, load_tokenizer
+from sft.models.pretrained import architecture, keep_layers, load_tokenizer
 from sft.tasks.base import Shrunk
 
 LAYERS = 2

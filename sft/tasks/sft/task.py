@@ -26,7 +26,7 @@ from sft.errors import ConfigError, DataError, UserError, redact
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import ScoredPredictions, key_of, read_records
-from sft.models import attention, classes, digests, export, layers, load, routing
+from sft.models import attention, classes, digests, export, layers, load, pretrained, routing
 from sft.models.groups import freeze_groups
 from sft.models.reach import freeze_untrained
 from sft.models.sizes import read_sizes
@@ -82,7 +82,7 @@ class FineTune(SavedTuning):
 
     @classmethod
     def info(cls, config: Config) -> TaskInfo:
-        sizes = read_sizes(load.architecture(config.model))
+        sizes = read_sizes(pretrained.architecture(config.model))
         return TaskInfo(
             sizes,
             Path(config.data.cache_dir),
@@ -98,7 +98,7 @@ class FineTune(SavedTuning):
         """Returns the balancing of experts that is part of the loss; None without it."""
         if config.tuning.router == "frozen":
             return None
-        return routing.balance_of(load.architecture(config.model))
+        return routing.balance_of(pretrained.architecture(config.model))
 
     @classmethod
     def workload(cls, config: Config, prepared: Prepared | None = None) -> Workload:
@@ -140,10 +140,10 @@ class FineTune(SavedTuning):
     @classmethod
     def skeleton(cls, config: Config, depth: int | None = None) -> nn.Module:
         load.check_attention(config.model)  # as `load_base` does, which a plan may not call
-        arch = load.architecture(config.model)
-        with load.explain_load_errors(config.model.name), torch.device("meta"):
+        arch = pretrained.architecture(config.model)
+        with pretrained.explain_load_errors(config.model.name), torch.device("meta"):
             base = classes.from_config(
-                arch if depth is None else load.keep_layers(arch, depth),
+                arch if depth is None else pretrained.keep_layers(arch, depth),
                 trust_remote_code=config.model.trust_remote_code,
             )
             load.with_new_tokens(base, config.model)
@@ -174,7 +174,7 @@ class FineTune(SavedTuning):
         if not len(asked):
             return 0
         rows = min(settings.batch_size, math.ceil(len(asked) / world_size))
-        arch = load.architecture(config.model)
+        arch = pretrained.architecture(config.model)
         each = generate.bytes_per_row(arch, precision, int(max(asked)), settings.max_new_tokens)
         return rows * each * cls.info(config).copies
 
