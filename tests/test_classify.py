@@ -190,15 +190,18 @@ classify:
         ("classify.use=[plain, x]", "classify.use: no strategy 'x'; known: plain, json"),
         ("classify.strategies.plain.user=say", "plain.user: expected {text} where the text stands"),
         ("classify.strategies.plain.answer=it", "plain.answer: expected an answer in which each"),
-        ("classify.strategies.plain.usr=x", "classify.strategies.plain.usr: unknown key; did you"),
+        (
+            "classify.strategies.plain.usr=x",
+            "plain.usr (override): unknown key; did you mean user?",
+        ),
         ("classify.strategies.plain=x", "expected a section with keys, found 'x'"),
         (
             "classify.strategies.plain.generation.max_new_token=3",
-            "plain.generation.max_new_token: unknown key; did you mean max_new_tokens?",
+            "max_new_token (override): unknown key; did you mean max_new_tokens?",
         ),
         (
             "classify.strategies.plain.generation.top_p=3",
-            "top_p: expected number > 0, ≤ 1, found 3",
+            "top_p (override): expected number > 0, ≤ 1, found 3",
         ),
         ("classify.strategie=x", "classify.strategie (override): unknown key; did you mean strate"),
         ("classify.labels=[good]", "classify.labels: expected two or more that differ"),

@@ -116,7 +116,9 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 def without_buffers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: v for name, v in weights.items() if name not in ("root", "layers.1.inner")}
+    return {
+        name: v for name, v in weights.items() if name not in ("root", "layers.1.inner", "frozen")
+    }
 
 
 def test_what_an_engine_says_of_itself(ranks):
@@ -136,10 +138,14 @@ def test_norms_weights_and_moments_are_those_of_one_process(ranks, alone):
     for rank in ranks:
         assert rank["train"]["norms"] == pytest.approx(expected["norms"], rel=1e-5)
         assert rank["train"]["updates"] == [0, 2]
-        kept = {n: v for n, v in rank["train"]["saved"].items() if n not in expected["weights"][0]}
+        known = {*expected["weights"][0], "frozen"}
+        kept = {n: v for n, v in rank["train"]["saved"].items() if n not in known}
         assert_close(kept, {"root": torch.arange(2.0), "layers.1.inner": torch.arange(3.0)})
     assert_close(without_buffers(ranks[0]["train"]["saved"]), expected["weights"][1])
     assert_close(without_buffers(ranks[0]["train"]["weights"]), expected["weights"][2])
+    frozen = [ranks[0]["train"][part]["frozen"] for part in ("saved", "weights")]
+    assert torch.equal(frozen[0], frozen[1]), "it is saved too, and no step changes it"
+    assert "frozen" not in ranks[1]["train"]["saved"]
     assert not without_buffers(ranks[1]["train"]["saved"])
     assert not without_buffers(ranks[1]["train"]["weights"])
     for name, moments in expected["moments"][1].items():

@@ -29,13 +29,13 @@ from test_export import finished
 
 from sft import cli, errors
 from sft.config.load import load_config, with_values
-from sft.config.schema import Config, Model
+from sft.config.schema import Config, Model, Tuning
 from sft.data import batches, cache, rendering, workers
 from sft.data.audit_report import colour_text
 from sft.data.files import BadRow, Row, read_all, sources
 from sft.data.template import prepare_tokenizer, render
 from sft.errors import CheckpointError, ConfigError, DataError, ExportError, UserError
-from sft.models import export
+from sft.models import adapt, export
 from sft.models.load import load_base
 from sft.models.pretrained import architecture, load_tokenizer
 from sft.runtime import checkpoint, launcher, run_folder
@@ -346,9 +346,14 @@ def frugal():
     assert grown < 200 * 1024, "KiB"
 
 
+@pytest.fixture(scope="module")
+def adapted() -> torch.nn.Module:
+    return adapt.add_adapters(tiny.llama(), Tuning(r=2))
+
+
 @pytest.mark.usefixtures("frugal")
 @pytest.mark.parametrize("content", HEADERS.values(), ids=HEADERS)
-def test_a_hostile_header(tmp_path, content):
+def test_a_hostile_header(tmp_path, adapted, content):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(NANO / name, tmp_path)
     file = tmp_path / "model.safetensors"
@@ -362,7 +367,7 @@ def test_a_hostile_header(tmp_path, content):
     with pytest.raises(
         CheckpointError, match=r"adapter_model\.safetensors cannot be lo"
     ) as reported:
-        export.load_weights(torch.nn.Linear(1, 1), tmp_path)
+        export.load_weights(adapted, tmp_path)
     assert reported.value.exit_code == 4
 
 
