@@ -86,13 +86,17 @@ def train(request: Request) -> None:
         built.guard = task.guard = guard
         built.keeper.status = guard.status
         found = guard.join(built.accelerator, found)
-        loss = task.loss
+        loss, eval_loss = task.loss, task.eval_loss
 
         def hooked(*arguments: Any) -> Any:
-            happens(request, "step" if torch.is_grad_enabled() else f"{part(built)} evaluation")
+            happens(request, "step")
             return loss(*arguments)
 
-        task.loss = hooked  # type: ignore[method-assign]
+        def hooked_held_out(*arguments: Any) -> Any:
+            happens(request, f"{part(built)} evaluation")
+            return eval_loss(*arguments)
+
+        task.loss, task.eval_loss = hooked, hooked_held_out  # type: ignore[method-assign]
         task.collate = before(request, "data", task.collate)  # type: ignore[method-assign]
         engine.checkpoint.commit = before(request, "save", checkpoint.commit)
         built._write = before(request, "write", built._write)  # type: ignore[method-assign]
