@@ -14,8 +14,10 @@ planned.
 Tests that start ranks (`tests/support/forked`) fork them from the mutated process, which takes no
 seconds of imports. What ranks execute counts for the test that started them.
 
-The mutants of a module are tried in a random order that its name seeds, so `--sample` is a uniform
-sample and a larger one contains it. A command replaces the parts of the modules that it tried, and
+The mutants of a module are tried in a random order that its name and `--seed` seed, so `--sample`
+is a uniform sample and a larger one contains it. Tests that were written for the survivors of a
+sample are judged by that of another seed. A mutant that times out is tried again with more time,
+since the machine may have been busy. A command replaces the parts of the modules that it tried, and
 each part names its command; `--merge` takes parts from another report. The rest of the JSON file,
 reasons of survivors and totals, is computed. Reasons come from `mutation_reasons.json`, where "no
 effect:" begins the reason of a mutant that changes no result. `--survivors` tries again what
@@ -76,6 +78,7 @@ SLOW = [  # mostly in process, or with few ranks
 ]
 REASONS = ROOT / "benchmarks/mutation_reasons.json"
 NO_EFFECT = "no effect:"
+PATIENCE = 5  # times the usual limit, for a mutant that has timed out
 LIBRARIES = ["torch", "transformers", "accelerate", "peft", "pytest", "hypothesis", "sacrebleu"]
 LIBRARIES += ["scipy.stats", "datasets", "pyarrow", "rich", "pydantic", "ruamel.yaml", "sklearn"]
 LIBRARIES += ["deepspeed", "bitsandbytes"]
@@ -114,7 +117,9 @@ class Trial:
 # -- mutants
 
 
-def make_mutants(path: str, source: str, sample: int | None) -> tuple[int, list[Trial]]:
+def make_mutants(
+    path: str, source: str, sample: int | None, seed: str = ""
+) -> tuple[int, list[Trial]]:
     """Returns the number of a module's mutants, and those of the sample in random order."""
     import libcst as cst
     from libcst.metadata import MetadataWrapper, ParentNodeProvider, PositionProvider
@@ -145,7 +150,7 @@ def make_mutants(path: str, source: str, sample: int | None) -> tuple[int, list[
         return not is_text and old in places and not any(map(is_silent, outer(old)))
 
     eligible = [m for m in visitor.mutations if is_eligible(m.original_node)]
-    random.Random(path).shuffle(eligible)
+    random.Random(path + seed).shuffle(eligible)
     eligible = [m for m in eligible if not any(map(is_alias, outer(m.original_node)))]
     result = []
     for mutation in eligible[:sample]:
@@ -267,8 +272,8 @@ def trace_tests(copy: Path, tests: list[str], mark: str) -> dict[str, dict[str, 
 class Chosen:
     """A pytest plugin: runs these tests in this order, and keeps the name of the first failure."""
 
-    def __init__(self, seconds: dict[str, float], longest: dict[str, float]):
-        self.longest = longest
+    def __init__(self, seconds: dict[str, float], longest: dict[str, float], patience: int):
+        self.longest, self.patience = longest, patience
         self.places = {name: place for place, name in enumerate(seconds)}
         self.failed = ""
 
@@ -276,7 +281,8 @@ class Chosen:
     def pytest_runtest_protocol(self, item: Any) -> None:
         """Ends the process by SIGALRM if a test takes far longer than the longest of its file."""
         use_forks()
-        signal.setitimer(signal.ITIMER_REAL, 20 + 4 * self.longest[item.nodeid.split("::")[0]])
+        limit = 20 + 4 * self.longest[item.nodeid.split("::")[0]]
+        signal.setitimer(signal.ITIMER_REAL, limit * self.patience)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
@@ -359,10 +365,18 @@ def longest_by_file(tests: dict[str, Any]) -> dict[str, float]:
     return longest
 
 
-def try_tests(seconds: dict[str, float], longest: dict[str, float]) -> tuple[str, str]:
+def try_patiently(seconds: dict[str, float], longest: dict[str, float]) -> tuple[str, str]:
+    """Tries tests; if they time out, tries them again with more time: the machine may be busy."""
+    outcome = try_tests(seconds, longest, 1)
+    return try_tests(seconds, longest, PATIENCE) if outcome[0] == "timeout" else outcome
+
+
+def try_tests(
+    seconds: dict[str, float], longest: dict[str, float], patience: int
+) -> tuple[str, str]:
     """Runs tests, of known seconds, in a fork and returns (outcome, the test that failed).
 
-    `longest`: the seconds of the longest test of each file.
+    `longest`: the seconds of the longest test of each file. `patience` multiplies all limits.
     """
     reader, writer = os.pipe()
     if not (pid := os.fork()):
@@ -371,8 +385,8 @@ def try_tests(seconds: dict[str, float], longest: dict[str, float]) -> tuple[str
         for stream in (0, 1, 2):
             os.dup2(quiet, stream)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, 120)  # to import and collect
-        code, chosen = 1, Chosen(seconds, longest)
+        signal.setitimer(signal.ITIMER_REAL, 120 * patience)  # to import and collect
+        code, chosen = 1, Chosen(seconds, longest, patience)
         try:
             files = sorted({name.split("::")[0] for name in seconds})
             code = pytest.main([*files, "-x", "-q", *PYTEST], plugins=[chosen])
@@ -406,7 +420,7 @@ def try_module(
                 function = functions.get(mutant.function, range(0))
                 (copy / path).write_text(trial.source, "utf-8")
                 for names in choose_tests(tests, path, trial.lines, function, seconds):
-                    mutant.outcome, mutant.killed_by = try_tests(names, longest)
+                    mutant.outcome, mutant.killed_by = try_patiently(names, longest)
                     if mutant.outcome != "survived":
                         break
                 print(json.dumps(asdict(mutant)), file=out, flush=True)
@@ -519,6 +533,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=MODULES, help="modules to try; all by default")
     parser.add_argument("--tests", nargs="+", help="files of tests; by default all of TESTS")
     parser.add_argument("--sample", type=int, help="mutants of each module; all unless given")
+    parser.add_argument("--seed", default="", help="of the order; another gives another sample")
     parser.add_argument("--seconds", type=float, default=15.0, help="of tests for a mutant")
     parser.add_argument("--survivors", action="store_true", help="try again, write nothing")
     parser.add_argument("--report", action="store_true", help="only add reasons and totals again")
@@ -563,7 +578,9 @@ def try_modules(
     tests = trace_tests(copy, arguments.tests or TESTS, "not slow")
     tests |= trace_tests(copy, slow, "slow") if slow else {}
     for path in arguments.only:
-        total, trials = make_mutants(path, (copy / path).read_text("utf-8"), arguments.sample)
+        total, trials = make_mutants(
+            path, (copy / path).read_text("utf-8"), arguments.sample, arguments.seed
+        )
         if arguments.survivors:
             known = {(s["line"], s["mutation"]) for s in old[path]["survivors"]}
             trials = [t for t in trials if (t.mutant.line, t.mutant.mutation) in known]

@@ -253,6 +253,12 @@ def test_a_small_cut_is_the_one_written_out(layout, max_tokens):
     assert cut(range(8), LENGTHS, 2, Budget(max_tokens, layout)) == expected
 
 
+def test_micro_batches_whose_budget_is_smaller_by_quarters_are_tried():
+    """Of 29, 21, 15, 11 and 8 tokens, 15 cost least: 15 + 10 + 8 + 7 + 6 positions, and 5."""
+    expected = [[[4], [0], [5], [2], [1, 3]]]
+    assert cut(range(6), [10, 3, 7, 2, 15, 8], 1, Budget(29, "padded", 1)) == expected
+
+
 def test_ranks_share_the_rows_where_their_number_is_given():
     budget = Budget(10**9, "packed", None, 2)
     assert cut(range(4), [60, 1, 1, 1], 2, budget) == [[[0, 3]], [[1, 2]]]

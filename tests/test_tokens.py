@@ -10,7 +10,15 @@ from tokenizers import pre_tokenizers as splits
 from transformers import PreTrainedTokenizerFast
 
 from sft.data.rendering import MARKS
-from sft.data.tokens import BLANK, LINE, Tokens, _parting, tokenise, tokenise_behind
+from sft.data.tokens import (
+    BLANK,
+    LINE,
+    Tokens,
+    _parting,
+    decode_slice,
+    tokenise,
+    tokenise_behind,
+)
 
 TEXT = "user assistant system Hello a b c the quick brown fox 1 2 3 \n\n e é ▁ ### "
 SHORT, LETTERS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -208,5 +216,13 @@ def test_what_stands_behind_gets_no_blank():
     assert tokenise(tokenizer, "Hello").ids != expected
     ids, offsets = tokenise_behind(tokenizer, "Hello")
     assert (ids, offsets[0][0], offsets[-1][1]) == (expected, 0, 5)
-    typed = "a".join(MARKS)
+    typed = "Xa".join(MARKS)
     assert tokenise(tokenizer, typed + "Hello").ids[-len(expected) :] == expected
+
+
+def test_a_decoded_slice_keeps_the_blanks_that_a_tokenizer_would_clean_up():
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, ".": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = splits.Whitespace(), decoders.WordPiece(cleanup=False)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=True)
+    ids = tokenise(made, "a . a").ids
+    assert [decode_slice(made, ids, 0, 2), decode_slice(made, ids, 1, 3)] == ["a .", " . a"]

@@ -8,6 +8,7 @@ The cut changes speed and memory only, so it may differ between runs that must g
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -59,7 +60,7 @@ def num_tokens(lengths: Sequence[int], micro_batch: MicroBatch, layout: Layout) 
     if not micro_batch:
         return 0
     sizes = [lengths[i] for i in micro_batch]
-    return sum(sizes) if layout == "packed" else len(sizes) * max(sizes)
+    return len(sizes) * max(sizes) if layout == "padded" else sum(sizes)
 
 
 def cut(
@@ -129,16 +130,13 @@ def _cut_evenly(
 ) -> list[list[MicroBatch]]:
     """Cuts with the smallest budget that needs no more micro-batches: less padding, equal sizes."""
     most = math.ceil(num_micro_batches / num_ranks) * num_ranks
-    low, high = 1, budget.max_tokens
-    while low < high:
-        middle = (low + high) // 2
-        if len(_fill(ordered, lengths, replace(budget, max_tokens=middle))) <= most:
-            high = middle
-        else:
-            low = middle + 1
-    return _assign_to_ranks(
-        _fill(ordered, lengths, replace(budget, max_tokens=high)), lengths, num_ranks
-    )
+
+    def runs(size: int) -> list[MicroBatch]:
+        return _fill(ordered, lengths, replace(budget, max_tokens=size))
+
+    sizes = range(budget.max_tokens)
+    smallest = bisect_left(sizes, True, key=lambda size: len(runs(size)) <= most)
+    return _assign_to_ranks(runs(smallest), lengths, num_ranks)
 
 
 def _assign_to_ranks(

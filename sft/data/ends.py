@@ -46,8 +46,8 @@ def find_end(
 def early_stop(tokenizer: Tokenizer, answer: str) -> str | None:
     """Returns a token that ends the answer, or at which serving stops, and that stands in it before
     its end; None if there is none. What someone typed is not a token."""
-    written = re.sub(f"{MARKS[0]}[^{MARKS[1]}]*{MARKS[1]}", "", answer)
-    tokens = [token for _, token in added_tokens_in(tokenizer, written)]
+    written = re.split(f"{MARKS[0]}[^{MARKS[1]}]*{MARKS[1]}", answer)
+    tokens = [token for part in written for _, token in added_tokens_in(tokenizer, part)]
     stops = stop_tokens(tokenizer) | {*tokens[-1:]}
     return next((token for token in tokens[:-1] if token in stops), None)
 

@@ -63,7 +63,7 @@ def stand_in(message: Message, word: str) -> tuple[Message, list[Slot]]:
     elif not made.get("reasoning_content") and (block := rendering.THOUGHTS.match(content)):
         opened, thoughts, closed = block.groups()
         inner = thoughts.strip()
-        hidden = thoughts.replace(inner, sentinel("thoughts", inner), 1) if inner else thoughts
+        hidden = thoughts.replace(inner, sentinel("thoughts", inner))
         made["content"] = f"{opened}{hidden}{closed}{sentinel('content', content[block.end() :])}"
     else:
         made["content"] = sentinel("content", content)
@@ -113,7 +113,7 @@ def confirm(
     missing = [
         f"{slot.kind} ({slot.value[:40]!r})"
         for n, slot in enumerate(slots)
-        if n not in written and slot.kind not in ("", "thoughts")
+        if n not in written and slot.kind != "thoughts"
     ]
     for call in rendering.get_calls(message):
         literals = _literals(call["function"].get("arguments", {}))
@@ -158,41 +158,35 @@ def _literals(value: Any) -> Iterator[str]:
 def _misfit(text: str, pieces: list[str], slots: list[Slot]) -> int | None:
     """Returns None if a text is the pieces with a form of each value between them, else the number
     of the value at which it is not."""
-    at = number = 0
-    for k, piece in enumerate(pieces[::2]):
-        if not text.startswith(piece, at):
-            return number
-        at += len(piece)
-        if 2 * k + 1 == len(pieces):
-            return None if at == len(text) else number
-        number, after = int(pieces[2 * k + 1]), pieces[2 * k + 2]
+    if not text.startswith(pieces[0]):
+        return 0
+    at, number = len(pieces[0]), 0
+    for n in range(1, len(pieces), 2):
+        number, after = int(pieces[n]), pieces[n + 1]
         possible = forms(slots[number].value)
         found = next((f for f in possible if text.startswith(f + after, at)), None)
         if found is None:
             return number
-        at += len(found)
-    return number
+        at += len(found + after)
+    return None if at == len(text) else number
 
 
 def hide_tags(given: Renderings, message: Message) -> Message:
     """Returns a turn in which words take the place of the tags in its text and in its thoughts, but
     not of those of a block of thoughts at the start."""
 
-    word = given.sentinel
+    def hide(text: str) -> str:
+        return TAG.sub(rf"{given.sentinel}l\1{given.sentinel}r", text)
 
-    def hide(text: str, start: int = 0) -> str:
-        return text[:start] + TAG.sub(rf"{word}l\1{word}r", text[start:])
-
-    made, content = dict(message), message["content"]
-    block = None
+    made, content, block = dict(message), message["content"], ""
     if message.get("reasoning_content"):
         made["reasoning_content"] = hide(message["reasoning_content"])
-    elif isinstance(content, str):
-        block = rendering.THOUGHTS.match(content)
+    elif isinstance(content, str) and (match := rendering.THOUGHTS.match(content)):
+        block = match[0]
     if isinstance(content, list):
         made["content"] = [{**part, "text": hide(part["text"])} for part in content]
     else:
-        made["content"] = hide(content, block.end() if block else 0)
+        made["content"] = block + hide(content.removeprefix(block))
     return made
 
 

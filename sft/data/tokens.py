@@ -17,9 +17,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from sft.data.rendering import MARKS, Span, added_tokens, cached_by_tokenizer
 from sft.errors import DataError
 
-MARKED = re.compile(f"[{''.join(MARKS)}]")
-TYPED = re.compile(f"({MARKS[0]}[^{MARKS[1]}]*{MARKS[1]}|[{''.join(MARKS)}])")
-
+MARKED = re.compile("|".join(MARKS))
+TYPED = re.compile(f"({MARKS[0]}[^{MARKS[1]}]*{MARKS[1]}|{MARKED.pattern})")
 
 MOST_KNOWN = 2**18  # characters of the texts between added tokens whose ids are kept
 MOST_WORDS, LONG_WORD = 2**16, 32  # words whose ids are kept, and characters of one that is not
@@ -91,8 +90,8 @@ class Tokens:
         if first is None:
             return None
         added = added_tokens(self.tokenizer)
-        at = next((n for n in range(first - 1, -1, -1) if self.ids[n] in added), 0)
-        start = self.offsets[at][0] if first and at else 0
+        at = next((n for n in reversed(range(first)) if self.ids[n] in added), 0)
+        start = self.offsets[at][0] if at else 0
         alone = tokenise(self.tokenizer, self.text[start:length]).ids
         return first if alone == self.ids[at:first] else None
 
