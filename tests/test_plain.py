@@ -18,7 +18,9 @@ from conftest import ROOT
 
 from sft.config.schema import Model
 from sft.errors import CheckpointError, ExportError, ModelError
+from sft.evaluate.predictions import Predictions
 from sft.models.pretrained import load_tokenizer
+from sft.plan.records import append_run
 from sft.runtime import checkpoint, plain, run_folder
 from sft.runtime.attempt import RANKS, Lock, Status
 from sft.runtime.checkpoint import MANIFEST, fault
@@ -110,6 +112,78 @@ def test_a_link_that_appears_later_is_not_followed_either(tmp_path, outside, kin
     assert outside.read_text() == SECRET
     assert not outside.with_name("missing").exists()
     assert "training.log cannot be written" in capsys.readouterr().out
+
+
+def _write_in_place(path: Path, mode: str) -> None:
+    with plain.open_to_append(path) if mode == "append" else plain.open_file(path, mode) as file:
+        file.write(b"more" if mode == "append" else "more")
+    expected = {"a+": SECRET + "more", "r+": "more" + SECRET[4:], "w": "more"}
+    assert path.read_text() == expected.get(mode, SECRET + "more")
+
+
+def _write_log(path: Path) -> None:
+    log = Log(path.parent)
+    log.say("a line")
+    log.open_metrics(0)
+    log.log(1, {"train/loss": 1.0})
+    log.close()
+    assert path.read_text() != SECRET
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    **{mode: lambda path, mode=mode: _write_in_place(path, mode) for mode in ("a+", "r+", "w")},
+    "cut": lambda path: plain.cut(path, 3),
+    "several processes": lambda path: _write_in_place(path, "append"),
+    "metrics.jsonl": _write_log,
+    "training.log": _write_log,
+    "predictions.jsonl": lambda path: Predictions(path).append([{"index": 0, "key": "0" * 16}]),
+    "memory.jsonl": lambda path: append_run(path.parent, "H100", 1, 2),
+    ".lock": lambda path: Lock(path.parent).release(),
+    "status.json": lambda path: write_json(path, {"a": 1}),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_another_name_of_a_file_keeps_what_it_has(tmp_path, name):
+    """A backup of `cp -al` does not change when a run goes on, nor does a stranger's trap."""
+    backup, path = tmp_path / "backup", tmp_path / "run" / name
+    path.parent.mkdir()
+    backup.write_text('{"index": ' if name == "predictions.jsonl" else SECRET)
+    before = backup.read_text()
+    path.hardlink_to(backup)
+    WRITERS[name](path)
+    assert backup.read_text() == before
+    assert backup.stat().st_nlink == 1
+    assert len(list(path.parent.glob(f".{path.name}.*"))) == 0, "a temporary file is left"
+
+
+def test_two_processes_that_append_to_a_file_with_another_name_lose_no_line(tmp_path):
+    (tmp_path / "backup").write_bytes(b"old\n")
+    (path := tmp_path / "file").hardlink_to(tmp_path / "backup")
+    held = plain.open_to_append(path)
+    waiting = os.fork()
+    if not waiting:
+        held.close()  # else the lock is this process's, too
+        with plain.open_to_append(path) as file:
+            file.write(b"second\n")
+        os._exit(0)
+    held.write(b"first\n")
+    held.close()
+    assert os.waitpid(waiting, 0)[1] == 0
+    assert path.read_bytes() == b"old\nfirst\nsecond\n"
+
+
+def test_only_plain_opens_a_file_of_a_run_to_change_it():
+    allowed = {
+        "data/examples.py",  # of a cache that is being made
+        "serve/chat.py",  # the file that /save names
+    }
+    found = {
+        str(path.relative_to(ROOT / "sft"))
+        for path in (ROOT / "sft").rglob("*.py")
+        if re.search(r"(?<!plain)(?<!os)\.open\(\"[arwx]b?\+|\.open\(\"a", path.read_text("utf-8"))
+    }
+    assert found <= allowed, "use plain.open_file"
 
 
 def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path, outside):
@@ -217,13 +291,18 @@ EXPECTED = {
     },
     "runtime/attempt.py": {
         "rename": 1,  # the run folder, to an unused name
-        "unlink": 5,  # .lock of this run; names of `own_ranks_files`; of `remove_record`
+        "unlink": 6,  # .lock; names of `own_ranks_files`; of `remove_record`
         "rmdir": 1,  # folders that are empty
         "truncate": 2,  # the lock that this run holds; on a full disk its status, in place
     },
     "runtime/watchdog.py": {"unlink": 1},  # the heartbeat of this rank
     "runtime/log.py": {"truncate": 1, "cut": 1},  # half a line; metrics after the step of a resume
-    "runtime/plain.py": {"truncate": 1},  # for those that call `cut`
+    "runtime/plain.py": {
+        "truncate": 1,  # for those that call `cut`
+        "ftruncate": 1,  # for those that open it with "w"
+        "unlink": 2,  # the temporary file of this process
+        "replace": 1,  # the file by its copy
+    },
     "runtime/console.py": {"unlink": 2, "replace": 1},  # the temporary file of this process
     "runtime/launcher.py": {"rmdir": 1},  # a temporary folder of its own
     "models/export.py": {"unlink": 1},  # README.md of PEFT in a staging

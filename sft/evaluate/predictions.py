@@ -9,13 +9,12 @@ in the order of the examples. Memory holds each example's key and the place of i
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import numpy as np
 from accelerate.utils import gather_object
 
 from sft.errors import UserError, redact_environment
+from sft.runtime import plain
 from sft.runtime.console import atomic_write
 
 Record = dict[str, Any]
@@ -68,7 +68,7 @@ class Predictions:
         if not self.path.exists():
             return
         offset = 0
-        with self.path.open("rb") as file:
+        with plain.open_file(self.path, "rb", follow=True) as file:
             for number, line in enumerate(file, 1):
                 if record := _parse(line):
                     yield record["index"], int(record["key"], 16), offset
@@ -87,9 +87,7 @@ class Predictions:
         """Writes lines; once it returns, no kill loses them."""
         lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records)
         data = redact_environment(lines).encode("utf-8", "backslashreplace")
-        with self._report_os_errors(), self.path.open("ab+", buffering=0) as file:
-            with suppress(OSError):  # a file system without locks: single appends stay whole
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with self._report_os_errors(), plain.open_to_append(self.path) as file:
             end = file.seek(0, os.SEEK_END)
             if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
                 data = b"\n" + data  # a kill has cut off the line before
@@ -190,7 +188,7 @@ class MemoryPredictions:
 def read_records(path: Path) -> Iterator[Record]:
     """Yields the records of a finished file. Raises UserError for a bad line."""
     try:
-        with path.open("rb") as file:
+        with plain.open_file(path, "rb", follow=True) as file:
             for number, line in enumerate(file, 1):
                 if (record := _parse(line)) is None:
                     raise _not_a_record(path, number, line)

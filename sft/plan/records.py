@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from sft.runtime import plain
 from sft.runtime.console import atomic_write
 
 Phases = dict[str, dict[str, int]]  # phase -> use -> bytes at its peak
@@ -74,7 +75,7 @@ def read_past_runs(folder: Path, device: str) -> PastRuns | None:
     """Returns the last KEPT_RUNS runs on the device; skips lines that cannot be read."""
     errors = []
     with suppress(OSError, ValueError):
-        for line in (folder / HISTORY).read_text("utf-8").splitlines():
+        for line in plain.read_bytes(folder / HISTORY).decode("utf-8").splitlines():
             with suppress(ValueError, KeyError, TypeError, ZeroDivisionError):
                 row = json.loads(line)
                 error = float(row["measured_bytes"]) / float(row["predicted_bytes"]) - 1
@@ -86,5 +87,5 @@ def read_past_runs(folder: Path, device: str) -> PastRuns | None:
 def append_run(folder: Path, device: str, predicted: int, measured: int) -> None:
     """Adds a run to the history; does nothing if the folder cannot be written."""
     line = {"device": device, "predicted_bytes": predicted, "measured_bytes": measured}
-    with suppress(OSError), (folder / HISTORY).open("a", encoding="utf-8") as file:
+    with suppress(OSError), plain.open_file(folder / HISTORY, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

@@ -50,7 +50,7 @@ class Lock:
         path = self.folder / self.NAME
         while True:
             self.folder.resolve().mkdir(parents=True, exist_ok=True)  # also where a link points to
-            self._file = plain.open_file(path, "a+", encoding="utf-8")
+            self._file = plain.open_file(path, "a+", detach=False, encoding="utf-8")
             owner = read_json(path)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,8 +60,11 @@ class Lock:
                 if owner and not (owner.get("machine") == machine_id() and is_dead(owner["pid"])):
                     raise self._in_use(owner, f" (no locks here: {error.strerror})") from None
             with suppress(FileNotFoundError):  # moved aside or released since it was opened
-                if os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
-                    break
+                found = os.fstat(self._file.fileno())
+                if os.path.samestat(found, path.stat()):
+                    if found.st_nlink == 1:
+                        break
+                    path.unlink()  # the other names keep the file, which is not ours to change
             self._file.close()
         if owner:
             show(f"removed the stale lock of {_describe(owner)} ({self.folder})")

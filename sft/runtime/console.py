@@ -101,9 +101,6 @@ def metrics_line(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
 
 
-_TEMPORARY = ".{}.{}"  # the name of a file, and the process that writes it
-
-
 def parse_temporary(name: str) -> tuple[str, int] | None:
     """Returns the file for which a process writes a temporary one of this name, and the process;
     None for another name."""
@@ -121,7 +118,7 @@ def atomic_write(path: Path, *, sync: bool = False, follow: bool = True) -> Iter
     is_special = path.is_symlink() or (path.exists() and not path.is_file())
     if is_special and not follow:
         raise OSError(errno.EINVAL, "a link, folder, pipe or device is in its place", str(path))
-    part = path if is_special else path.with_name(_TEMPORARY.format(path.name, os.getpid()))
+    part = path if is_special else path.with_name(plain.TEMPORARY.format(path.name, os.getpid()))
     if not is_special:
         part.unlink(missing_ok=True)
     opener = None if is_special else plain.opener

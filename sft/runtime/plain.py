@@ -1,16 +1,21 @@
 """Opens the files of a run: plain files only, and never through a link.
 
 A run folder may come from a stranger. A link in it could make a run overwrite another file of its
-user, and a pipe or a device in the place of a file could block it or fill its memory.
+user, and a pipe or a device in the place of a file could block it or fill its memory. Another name
+of a file (a hard link) may be a stranger's trap or a backup made with `cp -al`. So a file that has
+other names is replaced by a copy before it is changed.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -18,11 +23,27 @@ from typing import IO, Any
 from sft.errors import CheckpointError
 
 LIMIT = 16 * 2**20  # bytes of a JSON file of a run
+TEMPORARY = ".{}.{}"  # the name of a file, and the process that writes it
 
 
-def opener(path: str, flags: int, *, follow: bool = False) -> int:
+def opener(path: str, flags: int, *, follow: bool = False, detach: bool = True) -> int:
     """Opens a file, as `opener` of `open`. Raises OSError if a folder, pipe or device is in its
-    place, or a link unless it may `follow` one."""
+    place, or a link unless it may `follow` one.
+
+    A file that is opened to be changed loses its other names, unless `detach` is False.
+    """
+    descriptor = _open_plain(path, flags & ~os.O_TRUNC, follow)
+    is_changed = detach and flags & (os.O_WRONLY | os.O_RDWR)
+    if is_changed and os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        _replace_by_copy(Path(path))
+        descriptor = _open_plain(path, flags & ~os.O_TRUNC, follow)
+    if flags & os.O_TRUNC:
+        os.ftruncate(descriptor, 0)
+    return descriptor
+
+
+def _open_plain(path: str, flags: int, follow: bool) -> int:
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
         descriptor = os.open(path, flags, 0o666)
@@ -36,9 +57,37 @@ def opener(path: str, flags: int, *, follow: bool = False) -> int:
     return descriptor
 
 
-def open_file(path: Path, mode: str, **options: Any) -> IO[Any]:
+def _replace_by_copy(path: Path) -> None:
+    """Puts a copy in the place of a file; its other names keep the file."""
+    path = path.resolve()
+    part = path.with_name(TEMPORARY.format(path.name, os.getpid()))
+    part.unlink(missing_ok=True)
+    try:
+        shutil.copy(path, part, follow_symlinks=False)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def open_file(
+    path: Path, mode: str, *, follow: bool = False, detach: bool = True, **options: Any
+) -> IO[Any]:
     """Opens a plain file as `open` does. Raises OSError for anything else in its place."""
-    return open(path, mode, opener=opener, **options)
+    return open(path, mode, opener=partial(opener, follow=follow, detach=detach), **options)
+
+
+def open_to_append(path: Path) -> IO[bytes]:
+    """Opens a file to which several processes append, and waits until this one has its lock."""
+    while True:
+        file = open_file(path, "ab+", follow=True, detach=False, buffering=0)
+        with suppress(OSError):  # a file system without locks: single appends stay whole
+            fcntl.flock(file, fcntl.LOCK_EX)
+        found = os.fstat(file.fileno())
+        if os.path.samestat(found, path.stat()):
+            if found.st_nlink == 1:
+                return file
+            _replace_by_copy(path)
+        file.close()
 
 
 def read_bytes(path: Path, limit: int = LIMIT, *, follow: bool = False) -> bytes:
@@ -46,7 +95,7 @@ def read_bytes(path: Path, limit: int = LIMIT, *, follow: bool = False) -> bytes
 
     Only with `follow` a link to one is read, as in a folder that a hub's library has made.
     """
-    with open(path, "rb", opener=partial(opener, follow=follow)) as file:
+    with open_file(path, "rb", follow=follow) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))

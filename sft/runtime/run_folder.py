@@ -36,8 +36,9 @@ BASE_RESULTS = ("base.json", "base.jsonl")  # in evaluation/: those of the model
 ABANDONED = "abandoned"
 FILES = (
     *("status.json", ".lock", "traceback.txt", "launcher.log", "requeue.json", "config.yaml"),
-    *("plan.json", "audit.json", "audit.html", "rejected.jsonl", "training.log", METRICS, BEST),
-    *(ORIGIN, "metrics.json", "predictions.jsonl", *BASE_RESULTS),  # in a folder of an evaluation
+    *("plan.json", "audit.json", "audit.html", "coverage.json", "rejected.jsonl", "training.log"),
+    *(METRICS, BEST, ORIGIN),
+    *("metrics.json", "predictions.jsonl", *BASE_RESULTS),  # in a folder of an evaluation
 )
 FOLDERS = (".ranks", "evaluation", "tensorboard", ABANDONED, checkpoint.SCRATCH)
 MOVING = ".moving"  # ends the name of a folder into which checkpoints are being moved
