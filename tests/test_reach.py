@@ -24,6 +24,19 @@ from sft.models.reach import Reach, freeze_untrained, reach, trace
 WIDTH = 4
 
 
+class Silent(torch.autograd.Function):
+    """Multiplies, and gives the weight no gradient, although the graph leads to it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ ctx.saved_tensors[0].mT, None
+
+
 class Block(nn.Module):
     """One of the ways in which a parameter can be used; `forward` gets and returns activations."""
 
@@ -63,13 +76,15 @@ class Block(nn.Module):
                 return torch.einsum("bti,noi->bto", self.first(x), 2 * self.matrix.double().float())
             case "selected":
                 return x + torch.bmm(x.transpose(0, 1), self.matrix[ids[0] % 3].mT).mT.mT[:1]
+            case "silent":
+                return Silent.apply(x, self.first.weight)
             case "choice":  # used, but only to choose
                 return x[..., (self.first(x).mean((0, 1)) + self.bias).argsort()]
         return x + self.first(x)
 
 
 KINDS = ["plain", "unused", "detached", "no_grad", "experts", "routed", "short"]
-KINDS += ["alien", "selected", "choice", "shared"]
+KINDS += ["alien", "selected", "choice", "shared", "silent"]
 
 
 class Toy(nn.Module):

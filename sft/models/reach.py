@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -176,8 +177,8 @@ def _trace(build: Callable[[], nn.Module], training: bool, mode: str, as_built: 
             tracer.running = running
             output = model(input_ids=ids, position_ids=positions, use_cache=False)
             logits = output.logits
-        logits.sum().backward()
-        reached = {own[0] for key, own in names.items() if parameters[key].grad is not None}
+        given = _with_gradient(logits.sum(), parameters.values())
+        reached = {own[0] for key, own in names.items() if key in given}
     first = {name: own[0] for own in names.values() for name in own}
     states = _states(model, first, reached, running)
 
@@ -192,6 +193,37 @@ def _trace(build: Callable[[], nn.Module], training: bool, mode: str, as_built: 
         frozenset(n for n, m in model.named_modules() if id(m) in tracer.attends),
         frozenset(all_names(tracer.borrowed)),
     )
+
+
+def _with_gradient(result: torch.Tensor, parameters: Iterable[nn.Parameter]) -> set[int]:
+    """Returns the ids of the parameters that a backward pass from `result` gives a gradient.
+
+    The graph of the forward pass tells, which is faster than a backward pass. Only a function with
+    a backward of its own may give none, so what lies behind such ones alone is computed.
+    """
+    sure, possible = (_leaves(result.grad_fn, behind_own=own) for own in (False, True))
+    if sure == possible:
+        return sure
+    result.backward()
+    return {id(parameter) for parameter in parameters if parameter.grad is not None}
+
+
+def _leaves(root: Any, *, behind_own: bool) -> set[int]:
+    """Returns the ids of the tensors that a graph of autograd begins with.
+
+    `behind_own`: also those behind functions with a backward of their own.
+    """
+    found, seen, waiting = set(), {root}, [root]
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        if isinstance(node, BackwardCFunction) and not behind_own:
+            continue
+        fresh = {each for each, _ in node.next_functions} - seen - {None}
+        seen |= fresh
+        waiting += fresh
+    return found
 
 
 def _states(

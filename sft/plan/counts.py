@@ -64,7 +64,7 @@ def _idle(model: nn.Module) -> int:
     idle = {  # of each parameter
         name: max(0.0, 1 - product.per_token / math.prod(product.shape))
         for name, product in reach(base).products.items()
-        if len(product.shape) == 3
+        if len(product.shape) == 3 and all(product.shape)
     }
     number = 0.0
     for name, parameter in base.named_parameters():
