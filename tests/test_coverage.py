@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT
-from rich.console import Console
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.families import DECODERS, tiny_config
 
 from sft.config.schema import Config
@@ -17,6 +20,7 @@ from sft.errors import ConfigError, ModelError
 from sft.models import experts, load, quantise
 from sft.plan import coverage
 from sft.plan.coverage import Coverage, cover
+from sft.runtime.console import make_console
 
 
 def configured(folder: Path, kind: str, mode: str, **tuning: Any) -> Config:
@@ -36,8 +40,7 @@ def built(config: Config) -> Any:
 
 
 def totals(found: Coverage, key: str) -> int:
-    groups = found.groups.values()
-    return sum((group.parameters | group.products)[key] for group in groups)
+    return sum(group.values[key] for group in found.groups.values())
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
@@ -68,10 +71,38 @@ def test_a_mixture_has_kinds_by_what_they_do(tmp_path) -> None:
         "head": (0, 1, 0),
         "norm": (0, 0, 0),
     }
-    text = Console(width=200)
-    with text.capture() as shown:
-        text.print(coverage.coverage_table(found))
-    assert "experts" in shown.get()
+    lines = shown(found)
+    assert "experts" in lines[3].split()
+    assert not [line for line in lines if "missed" in line or "no gradient" in line]  # all are 0
+
+
+NUMBERS = st.integers(0, 10**13)
+
+
+@settings(max_examples=30)
+@given(st.dictionaries(st.sampled_from(coverage.KINDS), st.lists(NUMBERS, min_size=8, max_size=8)))
+def test_each_row_of_the_table_is_one_line(rows) -> None:
+    """Qwen3-30B-A3B's numbers were cut into two lines."""
+    groups = {}
+    for kind, numbers in rows.items():
+        values = dict(zip(coverage.COLUMNS, numbers, strict=True))
+        own = ({key: values[key] for key in keys} for keys in (coverage.STATES, coverage.PRODUCTS))
+        groups[kind] = coverage.Group(*own)
+    lines = shown(Coverage("lora", 0, 0, groups, [], [], [], ""))
+    named = [line for line in lines if line.startswith((*rows, "total"))]
+    assert named == lines[-len(rows) - 1 :]
+    kept = len(re.sub(" (?=[MBT])", "", lines[-1]).split()) - 1
+    present = [
+        key for key in coverage.COLUMNS if any(group.values[key] for group in groups.values())
+    ]
+    assert kept == len({"trained", "frozen", *present})
+
+
+def shown(found: Coverage) -> list[str]:
+    """Returns the lines of the table as a terminal shows it."""
+    out = io.StringIO()
+    make_console(out).print(coverage.coverage_table(found))
+    return out.getvalue().splitlines()
 
 
 def test_parts_for_images_are_frozen_in_every_mode(tmp_path) -> None:

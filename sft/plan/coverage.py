@@ -6,7 +6,6 @@ included. What contradicts the configuration stops the run.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,11 +26,21 @@ from sft.models.experts import is_refused, shape_of
 from sft.models.reach import Reach, reach, trace
 from sft.plan.counts import ModelKey, config_of_key, model_key
 from sft.plan.records import load_or_trace
-from sft.runtime.console import table, write_json
+from sft.runtime.console import quantity, table, write_json
 from sft.tasks.registry import task_of
 
 STATES = ("trained", "conditional", "unreached", "frozen", "not_quantised")
 PRODUCTS = ("adapted", "by_choice", "missed")
+COLUMNS = {  # of the table
+    "trained": "trained",
+    "conditional": "trained if chosen",
+    "unreached": "trained, no gradient",
+    "frozen": "frozen",
+    "not_quantised": "not quantised",
+    "adapted": "products adapted",
+    "by_choice": "not adapted, by choice",
+    "missed": "not adapted, missed",
+}
 KINDS = (
     *("attention", "MLP", "experts", "router", "recurrent", "embeddings", "head", "norm"),
     *("vision", "audio", "no text", "other"),
@@ -45,6 +54,10 @@ class Group:
 
     parameters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STATES, 0))
     products: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PRODUCTS, 0))
+
+    @property
+    def values(self) -> dict[str, int]:
+        return self.parameters | self.products
 
 
 @dataclass
@@ -281,23 +294,20 @@ def _some(names: list[str]) -> str:
 
 
 def coverage_table(found: Coverage) -> Table:
-    """Returns the table "Coverage": a row for each kind of module."""
-
-    def cell(number: int) -> str:
-        return f"{number:,}" if number else "-"
-
-    totals: Counter[str] = Counter()
-    rows = []
-    for kind, group in found.groups.items():
-        values = group.parameters | group.products
-        totals.update(values)
-        rows.append([kind, *(cell(values[key]) for key in (*STATES, *PRODUCTS))])
-    rows.append(["total", *(cell(totals[key]) for key in (*STATES, *PRODUCTS))])
-    columns = (
-        *("parameters of", "trained", "if chosen", "trained, no gradient", "frozen"),
-        *("not quantised", "products adapted", "not, by choice", "missed"),
-    )
-    result = table("Coverage: parameters, and matrix products by adapter", columns, rows)
+    """Returns the table "Coverage": a row for each kind of module, without columns of zeros."""
+    values = {kind: group.values for kind, group in found.groups.items()}
+    columns = {
+        key: name
+        for key, name in COLUMNS.items()
+        if key in ("trained", "frozen") or any(own[key] for own in values.values())
+    }
+    values["total"] = {key: sum(own[key] for own in values.values()) for key in columns}
+    rows = [
+        [kind, *(quantity(own[key]) if own[key] else "-" for key in columns)]
+        for kind, own in values.items()
+    ]
+    title = "Coverage: parameters, and matrix products by adapter"
+    result = table(title, ("parameters of", *columns.values()), rows)
     if found.problem:
         result.caption = f"not traced, so all counts as reached: {found.problem[:150]}"
     return result

@@ -162,6 +162,14 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 2**10:.0f} KiB"
 
 
+def quantity(number: int) -> str:
+    """Returns '640', '999,000', '1.5 M' or '30.5 B'."""
+    for unit, size_of_unit in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if round(number / size_of_unit, 4) >= 1:
+            return f"{number / size_of_unit:,.1f} {unit}"
+    return f"{number:,}"
+
+
 @contextmanager
 def bar(console: Console, title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
     """Shows a bar with an ETA on a terminal, elsewhere a line every ten seconds.
