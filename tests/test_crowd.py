@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import shapes
@@ -93,6 +94,36 @@ def test_one_pass_is_each_agent_loaded_alone(tmp_path, base, dtype, tolerance):
             10 * tolerance
         )
     assert (logits[0] - logits[1]).abs().max() > 0.1
+
+
+def test_agents_of_a_mixture_need_names_of_linear_layers(tmp_path):
+    """`auto` adapts experts, too, which agents cannot."""
+    families.tiny_config("qwen3_moe").save_pretrained(tmp_path)
+    config = with_values(tiny.crowd_config(tmp_path), {"model.name": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"each expert .* \[self_attn.k_proj, .*v_proj\]$"):
+        CrowdTune.refuse_untrainable(config)
+    named = with_values(config, {"tuning.target_modules": ["q_proj", "o_proj"]})
+    CrowdTune.refuse_untrainable(named)
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("qwen3_moe", ["q_proj", "v_proj"]), ("gemma3", "auto")]
+)
+def test_agents_on_other_bases_than_dense_ones_are_saved_and_read(tmp_path, kind, targets):
+    """Of a vision-language base, agents adapt what text reaches, also where they are read."""
+    base = families.tiny_model(kind)
+    config = with_values(tiny.crowd_config(tmp_path), {"tuning.target_modules": targets})
+    crowd = tiny.adapted(config, torch.float32, base)
+    logits = crowd(input_ids=IDS, use_cache=False).logits
+    logits.square().sum().backward()
+    assert all(p.grad is not None for p in crowd.parameters() if p.requires_grad)
+    crowd.save_pretrained(str(tmp_path))
+    (tmp_path / META).write_text(json.dumps({**crowd.describe(), "base": {"name": "base"}}))
+    read = CrowdTune.with_adapter(families.tiny_model(kind), "base", tmp_path).eval()
+    torch.testing.assert_close(read(input_ids=IDS, use_cache=False).logits, logits)
+    alone = PeftModel.from_pretrained(families.tiny_model(kind), tmp_path / "agent1").eval()
+    own = alone(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(logits.view(3, *own.shape)[1], own, rtol=1e-4, atol=1e-5)
 
 
 def test_agents_start_as_peft_starts_adapters_each_by_itself(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from conftest import ROOT
@@ -15,9 +16,10 @@ from sft import errors
 from sft.config.load import dump_config, load_config, with_values
 from sft.config.schema import Config
 from sft.data import template
-from sft.models import export, load, pretrained
+from sft.models import classes, export, load, pretrained
 from sft.runtime import checkpoint, processes
 from sft.serve import runs
+from sft.tasks.sft.task import FineTune
 
 CPU = torch.device("cpu")
 
@@ -138,3 +140,45 @@ def test_the_modules_of_an_adapter_may_be_written_out(run):
     modules = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
     config = runs.load_run_config(run, [f"tuning.target_modules={modules}"])
     runs.load_trained(run, config)
+
+
+# --- the example of a model card, run as a reader would ------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen2_5_vl", "voxtral"])
+def test_a_card_loads_the_class_that_was_trained(tmp_path, kind, mode):
+    base, saved = tmp_path / "base", tmp_path / "saved"
+    shutil.copytree(ROOT / "nano/model", base, ignore=shutil.ignore_patterns("*.safetensors"))
+    families.tiny_model(kind).save_pretrained(base)
+    changes = {"model.name": str(base), "tuning.mode": mode, "tuning.r": 2}
+    config = with_values(load_config(ROOT / "configs/nano.yaml"), changes)
+    built = load.build(config, "fp32", CPU)
+    whose = {"origin": config.model} if mode == "full" else {"base": config.model}
+    export.save(built, pretrained.load_tokenizer(config.model), saved, **whose)
+    task = FineTune.__new__(FineTune)
+    task.config = config
+    code = task.loading().split("```python\n")[1].split("```")[0]
+    found: dict = {}
+    exec(code.replace("path/to/this/folder", str(saved)), found)
+    model = found["model"] if mode == "full" else found["model"].get_base_model()
+    assert type(model) is families.model_class(kind)
+    expected, given = built.state_dict(), found["model"].state_dict()
+    assert expected.keys() == given.keys()
+    assert all(torch.equal(expected[name], given[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "architectures", "name"),
+    [
+        ("llama", None, "AutoModelForCausalLM"),
+        ("qwen2_5_vl", None, "AutoModelForImageTextToText"),
+        ("voxtral", None, "AutoModelForMultimodalLM"),  # no images
+        ("llama4", ["Llama4ForCausalLM"], "AutoModelForCausalLM"),  # what the files name is loaded
+    ],
+)
+def test_a_card_names_the_auto_class_of_the_base(kind, architectures, name):
+    config = families.tiny_config(kind)
+    config.architectures = architectures
+    assert classes.auto_name(config) == name

@@ -197,6 +197,7 @@ def test_the_card_reports_base_run_settings_proof_and_use(runs, whole):
     for part in ("| run | run |", "r 16, lora_alpha 32", "**passed**", f"{kl['measured']:.3g}"):
         assert part in text
     assert str(runs["lora"].parent) not in text
+    assert "from transformers import AutoModelForCausalLM, AutoTokenizer" in text
     code = text.split("```python\n")[1].split("```")[0]
     exec(code.replace("path/to/merged", str(whole)), {})  # as a reader would
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 from transformers.models.auto import modeling_auto
 
 from sft.errors import ModelError
@@ -34,6 +38,14 @@ def auto_class(architecture: Any) -> Any:
         if getattr(auto._model_mapping[type(architecture)], "__name__", None) == named:
             return auto
     return fitting[0] if fitting else AutoModelForCausalLM
+
+
+def auto_name(architecture: Any) -> str:
+    """Returns the name of the auto class by which others load what `auto_class` loads."""
+    found, mapping = auto_class(architecture), AutoModelForImageTextToText._model_mapping
+    if found is AutoModelForMultimodalLM and type(architecture) in mapping:
+        found = AutoModelForImageTextToText  # the usual one, of the same class
+    return str(found.__name__)
 
 
 def from_config(architecture: Any, **options: Any) -> Any:

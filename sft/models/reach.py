@@ -198,8 +198,9 @@ def _trace(build: Callable[[], nn.Module], training: bool, mode: str, as_built: 
 def _with_gradient(result: torch.Tensor, parameters: Iterable[nn.Parameter]) -> set[int]:
     """Returns the ids of the parameters that a backward pass from `result` gives a gradient.
 
-    The graph of the forward pass tells, which is faster than a backward pass. Only a function with
-    a backward of its own may give none, so what lies behind such ones alone is computed.
+    They are in the graph of the forward pass, which is faster than a backward pass. Only a function
+    with a backward of its own may give none. If some lie behind such functions alone, the backward
+    pass runs.
     """
     sure, possible = (_leaves(result.grad_fn, behind_own=own) for own in (False, True))
     if sure == possible:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sft.config.schema import Config
 from sft.errors import MergeError
-from sft.models import export, load
+from sft.models import classes, export, load, pretrained
 from sft.models.layers import weights_to_save
 from sft.runtime import checkpoint, disk
 from sft.runtime.console import size, write_json
@@ -241,6 +241,7 @@ def _card(report: dict[str, Any], config: Config, run: Path, folder: Path) -> st
         if failing_checks(report)
         else "passed",
         rows=rows,
+        auto=classes.auto_name(pretrained.architecture(config.model)),
     )
 
 
@@ -273,9 +274,9 @@ The reloaded model against the adapter on its base, both computing in fp32: **{v
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/{title}", dtype="auto")
+model = {auto}.from_pretrained("path/to/{title}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("path/to/{title}")
 turns = [{{"role": "user", "content": "..."}}]
 prompt = tokenizer.apply_chat_template(

@@ -147,6 +147,7 @@ class Agents(nn.Module):
             "lora_alpha": lora.lora_alpha,
             "lora_dropout": lora.lora_dropout,
             "target_modules": sorted(lora.target_modules),
+            **({"exclude_modules": lora.exclude_modules} if lora.exclude_modules else {}),
             "aggregator": self.aggregator,
             "concentration": list(self.concentration),
         }
@@ -212,7 +213,8 @@ def _refuse_another_crowd(crowd: Agents, folder: Path) -> None:
 
 def shape_of(meta: dict[str, Any]) -> Tuning:
     """Returns the shape of the agents in a description. Raises ValueError or KeyError."""
-    return adapter_tuning({key: meta[key] for key in SHARED})
+    excluded = ("exclude_modules",) if "exclude_modules" in meta else ()
+    return adapter_tuning({key: meta[key] for key in (*SHARED, *excluded)})
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

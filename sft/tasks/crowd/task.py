@@ -31,8 +31,11 @@ from sft.data.examples import Batch, Examples
 from sft.data.template import IGNORED
 from sft.errors import ConfigError, DataError, ExportError, MergeError, ModelError
 from sft.evaluate import generate
+from sft.models import classes, pretrained
 from sft.models.adapt import add_adapters
+from sft.models.experts import auto_targets
 from sft.models.export import BASE, base_record, put_weights
+from sft.models.reach import reach
 from sft.runtime.console import write_json
 from sft.tasks.base import Finding, Shrunk, Task, TaskInfo
 from sft.tasks.crowd.agents import META, Agents, read_agents, read_meta, shape_of
@@ -63,6 +66,17 @@ class CrowdTune(FineTune):
     def refuse_untrainable(cls, config: Config) -> None:
         if config.crowd.agent is not None:
             raise ConfigError("crowd.agent: all agents of a crowd are trained; remove it")
+        if config.tuning.target_modules != "auto":
+            return
+        arch = pretrained.architecture(config.model)
+        with pretrained.explain_load_errors(config.model.name), torch.device("meta"):
+            base = classes.from_config(arch, trust_remote_code=config.model.trust_remote_code)
+        if (auto := auto_targets(base, reach(base))).parameters:
+            raise ConfigError(
+                "tuning.target_modules: agents adapt linear layers, and this model has a matrix "
+                f"for each expert in one parameter ({auto.parameters[0]}), which `auto` adapts, "
+                f"too; name its linear layers: [{', '.join(auto.modules)}]"
+            )
 
     @classmethod
     def prepare(cls, config: Config, tick: Callable[[], None] = lambda: None) -> Prepared:

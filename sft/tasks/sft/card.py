@@ -13,19 +13,37 @@ from sft.models.export import base_record
 from sft.runtime.output import visible
 from sft.tasks.base import Results
 
-WITH_ADAPTER = """\
+BY_ONE_CLASS = """\
 ```python
-from peft import AutoPeftModelForCausalLM
+from {library} import {auto}
 from transformers import AutoTokenizer
 
 folder = "path/to/this/folder"
-model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto")
+model = {auto}.from_pretrained(folder, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 """
-WHOLE = WITH_ADAPTER.replace("from peft import AutoPeft", "from transformers import Auto").replace(
-    "AutoPeft", "Auto"
-)
+ON_BASE = """\
+```python
+from peft import PeftConfig, PeftModel
+from transformers import {auto}, AutoTokenizer
+
+folder = "path/to/this/folder"
+name = PeftConfig.from_pretrained(folder).base_model_name_or_path
+base = {auto}.from_pretrained(name, dtype="auto")
+model = PeftModel.from_pretrained(base, folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+"""
+
+
+def loading(auto: str, *, whole: bool) -> str:
+    """Returns Markdown on how a final checkpoint is loaded; `auto`: the auto class of its base."""
+    if whole:
+        return BY_ONE_CLASS.format(library="transformers", auto=auto)
+    if auto == "AutoModelForCausalLM":
+        return BY_ONE_CLASS.format(library="peft", auto="AutoPeftModelForCausalLM")
+    return ON_BASE.format(auto=auto)  # PEFT has no class for images
 
 
 def model_card(

@@ -459,7 +459,8 @@ class FineTune(SavedTuning):
 
     def loading(self) -> str:
         """Returns Markdown on how the final checkpoint is loaded."""
-        return card.WHOLE if self.config.tuning.mode == "full" else card.WITH_ADAPTER
+        auto = classes.auto_name(pretrained.architecture(self.config.model))
+        return card.loading(auto, whole=self.config.tuning.mode == "full")
 
     def closing_rows(
         self, base: Results | None, tuned: Results
