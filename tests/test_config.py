@@ -154,6 +154,7 @@ BROKEN = {  # text of the file -> what its first problem says
     f"{MINIMAL}  seed: \x07\n": "a.yaml: not valid YAML: ",
     f"{MINIMAL}model: {{name: n}}\n": "a.yaml:7: model is given twice",
     f"? [a, b]\n: 1\n{MINIMAL}": "a.yaml:1",
+    f"task: [sft]\n{MINIMAL}": "task (a.yaml:1): expected ",
     f"{MINIMAL}tuning: {'[' * 600}": "a.yaml",
 }
 

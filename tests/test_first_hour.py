@@ -19,6 +19,7 @@ from rich.table import Table
 from sft.config import foreign
 from sft.config.load import load_config, with_values
 from sft.config.schema import Config, sections_of
+from sft.data import readers
 from sft.errors import ConfigError, ModelError
 from sft.models import pretrained
 from sft.runtime.log import Log
@@ -178,6 +179,29 @@ model: {restore_from_path: base.nemo, global_batch_size: 128, data: {train_ds: {
 ARGUMENTS = """{"output_dir": "out", "per_device_train_batch_size": 8, "num_train_epochs": 3.0,
  "learning_rate": 5e-05, "evaluation_strategy": "steps", "logging_steps": 10, "seed": 42}"""
 MODEL = (ROOT / "nano/model/config.json").read_text()
+ADAPTER = '{"peft_type": "LORA", "base_model_name_or_path": "x", "task_type": "CAUSAL_LM", "r": 8}'
+LITGPT = """
+checkpoint_dir: checkpoints/meta
+out_dir: out/finetune
+devices: 1
+lora_r: 32
+data: {class_path: litgpt.data.Alpaca}
+train: {save_interval: 200, epochs: 4}
+"""
+AUTOTRAIN = """
+task: llm-sft
+base_model: meta-llama/Meta-Llama-3-8B
+project_name: x
+log: tensorboard
+data: {path: argilla, chat_template: chatml}
+params: {epochs: 1}
+"""
+TRL_MIXTURE = """
+model_name_or_path: Qwen/Qwen2-0.5B
+datasets: [{path: trl-lib/Capybara}]
+use_peft: true
+"""
+MAYBE = (".json", ".txt", ".text")  # endings that a configuration may have, too
 
 
 @pytest.mark.parametrize(
@@ -194,6 +218,10 @@ MODEL = (ROOT / "nano/model/config.json").read_text()
         (NEMO, "NeMo", ["trainer train.epochs, train.max_steps, train.precision"]),
         (ARGUMENTS, "Transformers (TrainingArguments)", ["num_train_epochs train.epochs"]),
         (MODEL, "a model (give its folder as model.name)", []),
+        (ADAPTER, "an adapter (give its folder as model.adapter)", ["r tuning.r"]),
+        (LITGPT, "LitGPT", ["devices train.num_processes", "lora_r tuning.r"]),
+        (AUTOTRAIN, "AutoTrain", ["project_name train.output_dir"]),
+        (TRL_MIXTURE, "TRL", ["model_name_or_path model.name", "use_peft tuning.mode: lora"]),
     ],
 )
 def test_a_configuration_of_another_program_is_recognised(tmp_path, text, program, lines):
@@ -202,11 +230,41 @@ def test_a_configuration_of_another_program_is_recognised(tmp_path, text, progra
     with pytest.raises(ConfigError) as found:
         load_config(path)
     reported = str(found.value)
+    assert ("write its values" in reported) == (" -> " in reported)
     assert f"{path}: this looks like a configuration of {program}" in reported
     for line in lines:
         assert line in re.sub(r" +-> +", " ", reported)
     assert "unknown key" not in reported
     assert ("without an equivalent: flux_capacitor" in reported) == ("flux" in text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("rows" + name for name in (*readers.SUFFIXES, *readers.ALIASES) if name not in MAYBE),
+        *("rows.jsonl" + name for name in (*readers.PACKED, *readers.UNREADABLE_PACKED)),
+        *("lines.json", "list.json", "long.json"),
+    ],
+)
+def test_a_data_file_in_place_of_a_configuration_is_called_one(tmp_path, name):
+    row = '{"messages": [{"role": "user", "content": "a"}]}\n'
+    text = {"lines.json": row * 2, "list.json": f"[\n{row}]", "long.json": "[" + row * 30_000}
+    path = tmp_path / name
+    path.write_text(text.get(name, row))
+    with pytest.raises(ConfigError) as found:
+        load_config(path)
+    assert "found a file of rows; give it as data.train_path" in str(found.value)
+    assert f'ARGS="data.train_path={path}"' in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["own.json", "own.txt", "own"])
+def test_a_configuration_may_have_another_ending(tmp_path, name):
+    path, values = tmp_path / name, yaml.safe_load(NANO.read_text())
+    values["train"]["learning_rate"] = 0.005  # YAML 1.1 reads 5e-3 as a text
+    path.write_text(json.dumps(values, indent=1))
+    assert load_config(path).model.name == "nano/model"
+    path.write_text(json.dumps(values))
+    assert load_config(path).model.name == "nano/model"
 
 
 def test_every_equivalent_is_a_key_of_the_schema():

@@ -62,6 +62,7 @@ PROGRAMS = {
     },
     "TRL": {
         "dataset_name": "data.train_path",
+        "datasets": "data.train_path",
         "dataset_train_split": "data.train_path",
         "dataset_test_split": "data.eval_path",
         "dataset_text_field": "data.columns",
@@ -131,6 +132,40 @@ PROGRAMS = {
         "num_attention_heads": "",
         "vocab_size": "",
     },
+    "an adapter (give its folder as model.adapter)": {
+        "peft_type": "",
+        "task_type": "",
+        "base_model_name_or_path": "model.name",
+        "inference_mode": "",
+        "r": "tuning.r",
+        "lora_alpha": "tuning.lora_alpha",
+        "target_modules": "tuning.target_modules",
+    },
+    "LitGPT": {
+        "checkpoint_dir": "model.name",
+        "out_dir": "train.output_dir",
+        "quantize": "tuning.mode: qlora",
+        "devices": "train.num_processes",
+        "num_nodes": "",
+        "lora_r": "tuning.r",
+        "lora_query": "tuning.target_modules",
+        "lora_key": "tuning.target_modules",
+        "lora_value": "tuning.target_modules",
+        "data": "data.train_path, data.supervise",
+        "train": "train.epochs, train.global_batch, train.micro_batch, train.save_steps",
+        "eval": "train.eval_steps, evaluation.max_new_tokens",
+        "optimizer": "train.optimizer, train.learning_rate",
+        "logger_name": "train.tensorboard: true",
+    },
+    "AutoTrain": {
+        "base_model": "model.name",
+        "project_name": "train.output_dir",
+        "log": "train.tensorboard: true",
+        "backend": "",
+        "data": "data.train_path, data.chat_template, data.columns",
+        "params": "train.epochs, train.learning_rate, tuning.r",
+        "hub": "",
+    },
     "ms-swift": {
         "model": "model.name",
         "train_type": "tuning.mode",
@@ -167,7 +202,7 @@ PROGRAMS = {
         "gradient_clipping": "train.max_grad_norm",
     },
 }
-# TRL, LLaMA-Factory and ms-swift have these, too.
+WITH_ARGUMENTS = ("TRL", "LLaMA-Factory", "ms-swift")  # have these keys, too:
 TRAINER = "Transformers (TrainingArguments)"
 ARGUMENTS = {
     "model_name_or_path": "model.name",
@@ -195,21 +230,18 @@ def explain(tree: Mapping[str, Any], sections: Mapping[str, Collection[str]]) ->
 
     `sections`: the keys of each section of this project.
     """
-    if any(_is_own(tree.get(name), keys) for name, keys in sections.items()):
+    own = [name for name, keys in sections.items() if _is_own(tree.get(name), keys)]
+    program = _find_program([key for key in tree if key not in own], bool(own))
+    if program is None:
         return []
-    own = {name: sum(key in keys for key in tree) for name, keys in PROGRAMS.items()}
-    program = max(own, key=lambda name: own[name])
-    known = PROGRAMS[program]
-    if own[program] < 3:
-        program, known = TRAINER, ARGUMENTS
-        if sum(key in known for key in tree) < 3:
-            return []
+    known = PROGRAMS.get(program, {})
+    known = {**ARGUMENTS, **known} if program in (*WITH_ARGUMENTS, TRAINER) else known
     found = {key: _equivalent(key, known, sections) for key in tree}
     width = max((len(key) for key, target in found.items() if target), default=0)
-    lines = [
-        f"this looks like a configuration of {program}; write its values under these keys, which "
-        "docs/CONFIG.md explains:"
-    ]
+    title = f"this looks like a configuration of {program}"
+    if not any(found.values()):
+        return [title]
+    lines = [f"{title}; write its values under these keys, which docs/CONFIG.md explains:"]
     lines += [
         f"{key:<{width}} -> {target:<26} (now {shorten(tree[key])})"
         for key, target in found.items()
@@ -219,6 +251,25 @@ def explain(tree: Mapping[str, Any], sections: Mapping[str, Collection[str]]) ->
     if others := [key for key, target in found.items() if target is None]:
         lines.append(f"without an equivalent: {', '.join(others)}")
     return lines
+
+
+def _find_program(keys: Collection[str], has_own: bool) -> str | None:
+    """Returns the program that has most of these keys; None if each has fewer than three.
+
+    A configuration that also has sections of this project is that of a program with such sections,
+    but none of TrainingArguments.
+    """
+    shared = 0 if has_own else sum(key in ARGUMENTS for key in keys)
+    counts = dict[str, int]()
+    for name, known in PROGRAMS.items():
+        num = sum(key in known for key in keys)
+        extra = sum(key in ARGUMENTS and key not in known for key in keys)
+        is_likely = name in WITH_ARGUMENTS and num > 1 and not has_own
+        counts[name] = num + (extra if is_likely else 0)
+    program = max(counts, key=lambda name: counts[name])
+    if counts[program] >= 3 and counts[program] > shared:
+        return program
+    return TRAINER if shared >= 3 else None
 
 
 def _is_own(values: Any, keys: Collection[str]) -> bool:

@@ -76,18 +76,20 @@ def load_any(
     if not tree and reader.problems:  # what it should have is missing for this reason
         raise ConfigError("\n  ".join(reader.problems))
     task = tree.pop("task", Config.task)
-    if task not in schemas:
+    schema = schemas.get(task) if isinstance(task, str) else None
+    sections = sections_of(schema or next(iter(schemas.values())))
+    keys = {name: section.model_fields for name, section in sections.items()}
+    if lines := foreign.explain(tree, keys):
+        raise ConfigError("\n  ".join([f"{file}: {lines[0]}", *lines[1:]]))
+    if schema is None:
         hint = remedy or f"; {suggest(str(task), list(schemas))}"
         place = f"task{_where('task', reader.origins)}"
         raise ConfigError(f"{place}: expected {' or '.join(schemas)}, found {shorten(task)}{hint}")
-    keys = {name: section.model_fields for name, section in sections_of(schemas[task]).items()}
-    if lines := foreign.explain(tree, keys):
-        raise ConfigError("\n  ".join([f"{file}: {lines[0]}", *lines[1:]]))
-    merge(tree, reader.read_overrides(overrides or [], sections_of(schemas[task])))
+    merge(tree, reader.read_overrides(overrides or [], sections))
     _train_on_classified(tree)
     continue_adapter(tree, reader.origins, reader.problems)
-    known = {name for schema in schemas.values() for name in sections_of(schema)}
-    config, found = _validate(tree, schemas[task], reader.origins, known)
+    known = {name for each in schemas.values() for name in sections_of(each)}
+    config, found = _validate(tree, schema, reader.origins, known)
     problems = reader.problems + found
     if problems or config is None:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"

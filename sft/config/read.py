@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import json
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +25,12 @@ from sft.errors import ConfigError
 
 PATH = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+"
 OVERRIDE = re.compile(f"({PATH})=(.*)", re.DOTALL)
+# Names of data files, but .json and .txt, which a configuration may have, too.
+ROWS = re.compile(
+    r"(?i)\.(jsonl|ndjson|jsonlines|jl|ldjson|csv|tsv|tab|parquet|pq|arrow|feather)"
+    r"(\.(gz|zst|xz|bz2|zip|7z|lz4|br|lzma|z))?$"
+)
+MOST = 2**20  # bytes of a configuration
 Sections = Mapping[str, type[Section]]
 
 
@@ -44,17 +51,13 @@ class Reader:
             self.problems.append(f"{file}: includes itself ({chain})")
             return {}
         try:
-            node = _parse(file.read_text("utf-8"), str(file))
+            node = _read_node(file)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             self.problems.append(f"cannot read the configuration {file}: {reason}{_near(file)}")
             return {}
         except ConfigError as error:
             self.problems.append(str(error))
-            return {}
-        if not isinstance(node, MappingNode):
-            expected = "expected sections (model:, data:, train: ...)"
-            self.problems.append(f"{file}: {expected}, found none")
             return {}
         tree, lines = _construct(node), self._number_lines(node, file)
         replace_aliases(tree, lines, self.problems)
@@ -105,6 +108,36 @@ class Reader:
             return names
         self.problems.append(f"include ({lines['include']}): expected a file or a list of files")
         return []
+
+
+def _read_node(file: Path) -> MappingNode:
+    """Returns the sections in a file. Raises OSError, UnicodeDecodeError or ConfigError."""
+    is_json = file.suffix.lower() == ".json"
+    holds_rows = file.is_file() and bool(ROWS.search(file.name))
+    node = None
+    if not holds_rows:
+        with file.open("rb") as stream:
+            data = stream.read(MOST + 1)
+        is_long = len(data) > MOST
+        holds_rows = is_json and (is_long or _looks_like_rows(data))
+        node = None if is_long or holds_rows else _parse(data.decode("utf-8"), str(file))
+    if isinstance(node, MappingNode):
+        return node
+    found = "none"
+    if holds_rows:
+        found = (
+            "a file of rows; give it as data.train_path of a configuration: make train "
+            f'CONFIG=my.yaml ARGS="data.train_path={file}"'
+        )
+    raise ConfigError(f"{file}: expected sections (model:, data:, train: ...), found {found}")
+
+
+def _looks_like_rows(data: bytes) -> bool:
+    """Returns whether JSON is a list, or has an object in its first of several lines."""
+    first, _, rest = data.strip().partition(b"\n")
+    with suppress(ValueError):
+        return isinstance(json.loads(first), list) or bool(rest)
+    return data.lstrip().startswith(b"[")
 
 
 def _near(file: Path) -> str:

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -399,17 +400,8 @@ def file_digests(path: Paths, cache_dir: str = CACHE_DIR) -> list[dict[str, str 
 
 def read_options(section: Data) -> dict[str, Any]:
     """Returns the options of `read_all` that a configuration sets."""
-    return section.model_dump(
-        include={
-            "format",
-            "columns",
-            "ignore_columns",
-            "csv_delimiter",
-            "system",
-            "system_prompt",
-            "cache_dir",
-        }
-    )
+    names = {*signature(read).parameters, *signature(read_all).parameters}
+    return section.model_dump(include=names)
 
 
 def content_digest(row: Row) -> bytes:
