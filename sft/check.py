@@ -107,8 +107,8 @@ def precision(config: RunConfig, machine: hardware.Hardware) -> Finding:
     wanted, reason = resolve_precision(config.train)
     capable = all(d.bf16 for d in machine.devices) if machine.devices else machine.cpu_bf16
     what = f"precision: {wanted} ({reason}); bf16 {'in hardware' if capable else 'not in hardware'}"
-    slow = wanted == "bf16" and not capable
-    remedy = "set train.precision: fp32, which is faster than emulated bf16"
+    slow = (wanted == "bf16" and not capable) or (wanted == "fp16" and not machine.devices)
+    remedy = f"set train.precision: fp32, which is faster than {wanted} here"
     return Finding(not slow, what, remedy if slow else "")
 
 

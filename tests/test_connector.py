@@ -178,7 +178,10 @@ def test_an_adapter_that_is_none_or_of_another_base_is_refused(adapter, tmp_path
     ("options", "reported"),
     [
         ({"batch_size": 0}, "batch_size: expected 'auto' or a number above 0, found 0"),
-        ({"mixed_precision": "fp16"}, "mixed_precision: expected 'bf16' or 'no'"),
+        (
+            {"mixed_precision": "fp8"},
+            "mixed_precision: expected 'no' or 'fp32' or 'bf16' or 'fp16'",
+        ),
         ({"quantization": "int8"}, "quantization: expected None or 'nf4', found 'int8'"),
     ],
 )

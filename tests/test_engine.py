@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import signal
 import time
 import zlib
@@ -21,7 +22,7 @@ from sft.runtime import checkpoint
 from sft.runtime.console import make_console
 from sft.runtime.log import Log
 from sft.runtime.watchdog import Guard
-from sft.train import engine
+from sft.train import engine, loss_scale
 from sft.train.optimizer import build_optimizer
 from sft.train.recovery import Oom, OomGuard
 from sft.train.schedule import learning_rate, total_steps
@@ -201,6 +202,74 @@ def test_a_probe_leaves_no_trace(tmp_path):
     assert probed.optimizer_step()["train/loss"] == plain.optimizer_step()["train/loss"]
     for name, value in weights(plain).items():
         assert torch.equal(value, weights(probed)[name])
+
+
+def in_fp16(folder, scale=loss_scale.FIRST, **train):
+    """An engine whose gradients overflow at any loss scale above 2 ** 20."""
+    built = make(folder, precision="fp16", **train)
+    built.loss_scale.value = scale
+    return built
+
+
+def test_a_step_that_overflows_in_fp16_is_repeated_and_loses_no_example(tmp_path, capsys):
+    """It equals that of a run whose scale was small enough from the start, bit for bit."""
+    high, low = in_fp16(tmp_path / "a", 2.0**30), in_fp16(tmp_path / "b")
+    high.log = Log(tmp_path / "log")
+    first = high.optimizer_step()
+    fits = first["train/loss_scale"]
+    assert first["train/overflows"] == math.log2(2.0**30 / fits) >= 5
+    assert f"the step was repeated with a loss scale of {fits:,.0f}" in capsys.readouterr().out
+    low.loss_scale.value = fits
+    second = low.optimizer_step()
+    assert second["train/overflows"] == 0
+    for key in ("train/loss", "train/grad_norm", "data/examples_crc32"):
+        assert first[key] == second[key], key
+    assert all(torch.equal(v, weights(low)[n]) for n, v in weights(high).items())
+    assert high.num_skipped == 0
+
+
+def test_an_infinite_gradient_that_no_scale_mends_is_not_blamed_on_the_scale(tmp_path):
+    built = in_fp16(tmp_path)
+    parameter = next(built.task.model.parameters())
+    parameter.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+    with pytest.raises(errors.NonFiniteError, match="gradient norm is nan"):
+        built.optimizer_step()
+    assert built.loss_scale == loss_scale.LossScale()
+
+
+def test_the_loss_scale_doubles_after_many_updates_and_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_scale, "INTERVAL", 3)
+    whole, values = in_fp16(tmp_path / "whole", 2.0**8), []
+    for _ in range(8):
+        values.append(whole.optimizer_step())
+        whole.step += 1
+        if whole.step == 4:
+            folder = whole.save()
+    scales = [each["train/loss_scale"] / 2**8 for each in values]
+    assert scales == [1, 1, 2, 2, 2, 4, 4, 4]
+    resumed = in_fp16(tmp_path / "resumed")
+    resumed.resume(folder)
+    assert resumed.loss_scale == loss_scale.LossScale(2.0**9, 1, 0)
+    for expected in values[4:]:
+        found = resumed.optimizer_step()
+        resumed.step += 1
+        assert {k: v for k, v in found.items() if k.startswith("train")} == {
+            k: v for k, v in expected.items() if k.startswith("train")
+        }
+    assert all(torch.equal(v, weights(whole)[n]) for n, v in weights(resumed).items())
+
+
+@pytest.mark.parametrize("change", [{"value": 0}, {"value": "x"}, {"updates": -1}, {"value": None}])
+def test_a_loss_scale_that_no_run_writes_is_not_resumed(tmp_path, change):
+    built = in_fp16(tmp_path)
+    built.optimizer_step()
+    built.step += 1
+    folder = built.save()
+    state = json.loads((folder / "trainer.json").read_text())
+    state["loss_scale"] |= change
+    (folder / "trainer.json").write_text(json.dumps(state))
+    with pytest.raises(errors.CheckpointError, match="is not what a run writes"):
+        in_fp16(tmp_path).resume(folder)
 
 
 def test_training_lowers_the_loss_of_what_it_sees(tmp_path):

@@ -6,6 +6,7 @@ The loop shares no code with the engines. `engine_worker` has the network and it
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from pathlib import Path
 from types import SimpleNamespace as Has
@@ -124,7 +125,7 @@ def without_buffers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 def test_what_an_engine_says_of_itself(ranks):
     for rank in ranks:
         about = rank["train"]["about"]
-        keys = ("engine", "waits_in", "is_split", "loss_scale")
+        keys = ("engine", "waits_in", "is_split", "loss_factor")
         assert tuple(about[key] for key in keys) == ABOUT[rank["name"]]
         if rank["name"] == "fsdp":
             assert about["quant_state"] == "kept"
@@ -192,15 +193,24 @@ def test_without_a_limit_the_gradient_is_not_scaled(ranks):
     assert_close(without_buffers(ranks[0]["vary"]["weights"]), expected["weights"][0])
 
 
-def test_in_bf16_the_network_computes_in_bf16_and_returns_fp32(ranks):
+def test_in_16_bits_the_network_computes_in_them_and_returns_fp32(ranks):
     net = Net()
     for number, rank in enumerate(ranks):
         own = rows(0).chunk(2)[number]
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            expected = net(own)
-        assert rank["vary"]["bf16"].dtype == torch.float32
-        assert torch.equal(rank["vary"]["bf16"], expected.float())
-        assert not torch.equal(net(own), expected.float())
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            with torch.no_grad(), torch.autocast("cpu", dtype):
+                expected = net(own)
+            assert rank["vary"][name].dtype == torch.float32
+            assert torch.equal(rank["vary"][name], expected.float())
+            assert not torch.equal(net(own), expected.float())
+
+
+def test_a_loss_scale_changes_no_gradient_but_by_overflow(ranks, alone):
+    """Norms and updates are those of fp32 within the rounding of fp16, clipped at the same norm."""
+    expected = alone[ranks[0]["name"] != "ddp"]["norms"]
+    for rank in ranks:
+        assert rank["vary"]["scaled"] == pytest.approx(expected, rel=2e-3)
+        assert not math.isfinite(rank["vary"]["overflowed"])
 
 
 def test_an_optimizer_in_host_memory_makes_the_same_steps(ranks, alone):

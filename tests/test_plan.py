@@ -240,7 +240,8 @@ def test_a_plan_for_gpus_that_are_not_here(config, prepared):
     assert "35% of the GPU's peak" in report._time(slow)
     old = gpus.named_gpus("T4")
     made = plan.make_plan(config, sizes(prepared), replace(machine(8 * GIB), devices=old), 1)
-    assert (made.precision, made.seconds) == ("fp32", None)
+    assert made.precision == "fp16"
+    assert made.seconds is not None
 
 
 @pytest.mark.slow

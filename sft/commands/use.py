@@ -122,7 +122,7 @@ def _add_model_options(parser: cli.Parser) -> None:
     parser.add_argument("--model", default="outputs/nano", help="run, checkpoint, model or hub id")
     parser.add_argument("--adapter", help="folder of a LoRA adapter for the model")
     parser.add_argument("--quantization", choices=["nf4"], help="of the frozen weights")
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
     parser.add_argument("--batch-size", default="auto", help="prompts at once")
     parser.add_argument("--cache-dir", help="where a hub id is downloaded to")
     parser.add_overrides("generation")

@@ -70,7 +70,7 @@ def _render_section(name: str, section: type[Section]) -> str:
 
 def _render_alias(name: str) -> str:
     """Returns the table row of an alias."""
-    alias, meanings = ALIASES[name], {UNSET: "changes nothing", "fp16": "refused"}
+    alias, meanings = ALIASES[name], {UNSET: "changes nothing"}
     pairs = [(_yaml(given), own) for given, own in alias.values.items()]
     values = [f"`{given}`: {meanings.get(own, f'`{_yaml(own)}`')}" for given, own in pairs]
     return f"| `{name}` | `{alias.key}` | {', '.join(values) or 'the same'} |\n"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from sft.config.lora import Lora, Regex, Tuning, names_layer
 from sft.config.section import (
@@ -29,17 +29,6 @@ from sft.config.section import (
     Text,
     Texts,
 )
-
-
-def _refuse_fp16(precision: Any) -> Any:
-    """Returns the precision. Raises ValueError for fp16, which users may expect to work."""
-    if precision == "fp16":
-        raise ValueError(
-            "expected auto or fp32 or bf16, found 'fp16'; small gradients vanish in fp16 without "
-            "loss scaling; use bf16 or fp32"
-        )
-    return precision
-
 
 MetricName = Literal[
     "exact_match",
@@ -211,8 +200,9 @@ class Train(Section):
     its own file says so.)"""
     num_processes: Count | None = None
     """Processes that the run must have, or it refuses to start. The launcher sets it."""
-    precision: Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_refuse_fp16)] = "auto"
-    """Compute precision; trained weights stay in fp32. `auto`: bf16 if the GPU supports it."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Compute precision; trained weights stay in fp32. `fp16` has a loss scale. `auto`: bf16 on a
+    GPU that has it, fp16 on any other, fp32 on a CPU."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about 25 % slower. `auto`: only if
     memory would be short without it."""

@@ -156,7 +156,7 @@ class Decoder:
         else:
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             free = psutil.virtual_memory().available // local_ranks
-        precision = "bf16" if parameter.dtype == torch.bfloat16 else "fp32"
+        precision = next((p for p, dtype in DTYPES.items() if dtype == parameter.dtype), "fp32")
         longest = max((len(prompt) for prompt in prompts), default=1)
         copies = getattr(self.model, "rows_per_prompt", 1)  # a mixture of models has several
         new = self.settings.max_new_tokens

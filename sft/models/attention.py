@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sft.errors import ModelError
+from sft.models.dtypes import DTYPES
 
 NAME = "varlen"
 
@@ -128,7 +129,7 @@ def document_starts(
 
 
 LENGTHS = (7, 7, 7)  # tokens before, in and behind the document that a proof looks at
-ROUNDING = {"fp32": 1e-4, "bf16": 2e-2}  # of logits, relative to their size
+ROUNDING = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}  # of logits, relative to their size
 
 
 @torch.no_grad()
@@ -167,7 +168,7 @@ class _Proof:
 
     def __init__(self, model: torch.nn.Module, precision: str, device: torch.device, packed: bool):
         self.model, self.device, self.packed = model, device, packed
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        self.autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
         generator = torch.Generator().manual_seed(0)
         num_ids = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         num_ids = max(2, num_ids - num_ids // 16)  # the last ones may stand for images

@@ -12,7 +12,7 @@ from torch import nn
 from sft.errors import ModelError
 from sft.runtime.console import table
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_dtypes(model: nn.Module, mode: str, precision: str) -> None:

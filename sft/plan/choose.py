@@ -267,7 +267,7 @@ class Planner:
         None if the speed of the device is unknown.
         """
         gpu = gpus.find_gpu(self.machine.devices[0].name) if self.machine.devices else None
-        if gpu is None or self.precision != "bf16" or self.info.small:
+        if gpu is None or self.precision == "fp32" or self.info.small:
             return None
         passes = 3 if self.info.mode == "full" else 2
         passes += checkpointing + self.info.needs_global_batch

@@ -34,7 +34,7 @@ from sft.tasks.registry import task_of
 NF4_BYTES = 0.516  # per weight: 4 bits and the double-quantised scale of each block of 64
 # Closed form: activations of a layer, bytes per token and hidden unit. Traces of Llama and Qwen2
 # shapes gave 94 to 126 in fp32 and 61 to 77 in bf16 (autocast); of GPT-2, twice that.
-ACTIVATION_BYTES = {"fp32": 110, "bf16": 70}
+ACTIVATION_BYTES = {"fp32": 110, "bf16": 70, "fp16": 70}
 CONTEXT_BYTES = 600 * MIB  # CUDA and its kernels in a process; an assumption: GPUs differ
 CUBLAS_BYTES = 2 * 32 * MIB  # of two threads (forward, backward) on Hopper; less on other GPUs
 
@@ -192,7 +192,7 @@ def _attention_workspace(info: TaskInfo, precision: str, window: Window) -> int:
     queries also gradients of keys and values for every head (PyTorch, flash_api.cpp: mha_bwd).
     """
     heads = getattr(info.sizes, "num_attention_heads", None)  # a model may have no attention
-    if precision != "bf16" or info.attention == "eager" or not heads:
+    if precision == "fp32" or info.attention == "eager" or not heads:
         return 0
     size = getattr(info.sizes, "head_dim", None) or info.sizes.hidden_size // heads
     grouped = getattr(info.sizes, "num_key_value_heads", heads) != heads

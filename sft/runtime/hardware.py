@@ -102,7 +102,7 @@ def resolve_precision(train: Train, devices: list[Device] | None = None) -> tupl
     own = devices is None and torch.cuda.is_bf16_supported(including_emulation=False)
     if own or (devices and all(device.bf16 for device in devices)):
         return "bf16", "the GPU computes in bf16"
-    return "fp32", "the GPU has no bf16"
+    return "fp16", "the GPU has no bf16"
 
 
 def machine_table(hw: Hardware) -> Table:

@@ -157,7 +157,7 @@ def _refuse_conflicting_launch_file(train: Train, precision: str) -> None:
     if launched not in ("no", precision):
         raise ConfigError(
             f"the Accelerate launch file asks for mixed_precision {launched}, the configuration "
-            f"for {precision}: set train.precision={launched} (bf16 or fp32), or 'no' in the file"
+            f"for {precision}: set train.precision={launched}, or 'no' in the file"
         )
 
 

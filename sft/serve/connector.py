@@ -36,7 +36,10 @@ from sft.runtime.log import Log, Screen
 from sft.runtime.processes import Context, start_processes
 from sft.serve.runs import Opening, Quantization, open_model
 
-PRECISIONS: dict[str, Any] = {"bf16": "bf16", "no": "fp32", "fp32": "fp32", "auto": "auto"}
+PRECISIONS: dict[str, Any] = {
+    **dict.fromkeys(("no", "fp32"), "fp32"),
+    **{name: name for name in ("bf16", "fp16", "auto")},
+}
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,9 @@ class AccelerateConnector:
 
     `model_name`: folder of a run, of one of its checkpoints, of a model or adapter, or a hub id.
     `adapter`: folder of a LoRA adapter for it. `quantization`: `nf4`; None: as it was trained.
-    `mixed_precision`: `bf16`, `no` (fp32), or `auto`, as in training. `batch_size`: prompts in a
-    batch on each process. `cache_dir`: folder for downloads of a hub id. `before_batch`: called
-    before each batch.
+    `mixed_precision`: `bf16`, `fp16`, `no` (fp32), or `auto`, as in training. `batch_size`: prompts
+    in a batch on each process. `cache_dir`: folder for downloads of a hub id. `before_batch`:
+    called before each batch.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class AccelerateConnector:
         model_name: str | Path,
         cache_dir: str | Path | None = None,
         batch_size: int | Literal["auto"] = "auto",
-        mixed_precision: Literal["bf16", "no", "fp32", "auto"] = "bf16",
+        mixed_precision: Literal["bf16", "fp16", "no", "fp32", "auto"] = "bf16",
         adapter: str | Path | None = None,
         quantization: Quantization = None,
         *,

@@ -18,12 +18,12 @@ from transformers.pytorch_utils import Conv1D
 from sft.config.schema import Config
 from sft.errors import MergeError
 from sft.models import classes, export, load, pretrained
+from sft.models.dtypes import DTYPES
 from sft.models.layers import weights_to_save
 from sft.runtime import checkpoint, disk
 from sft.runtime.console import size, write_json
 from sft.runtime.plain import load_json
 from sft.serve.proof import (
-    DTYPES,
     Say,
     add_turn_ends,
     dequantise,

@@ -26,14 +26,14 @@ from sft.config.schema import Config
 from sft.data import audit, template
 from sft.errors import MergeError
 from sft.evaluate import generate, predictions
-from sft.models import classes, dtypes, pretrained
+from sft.models import classes, pretrained
 from sft.models.adapt import NAME
+from sft.models.dtypes import DTYPES
 from sft.runtime import checkpoint
 from sft.runtime.console import table
 from sft.serve.runs import load_trained
 from sft.tasks.registry import task_of
 
-DTYPES = {**dtypes.DTYPES, "fp16": torch.float16}
 NUM_PROMPTS = 32  # conversations whose probabilities are compared
 NUM_POSITIONS = 64  # compared at the end of each, where the answer is
 # Nats per token that rounding to the dtype may cost (docs/LOG.md has what was measured).

@@ -25,6 +25,7 @@ from sft.runtime.attempt import Status
 from sft.runtime.console import write_json
 from sft.runtime.log import Log
 from sft.runtime.plain import load_json, read_json
+from sft.train.loss_scale import LossScale
 
 # Metrics for `train.save_best`, and whether a smaller value is better.
 LESS_IS_BETTER = {"loss": True, "perplexity": True, "token_accuracy": False}
@@ -49,12 +50,19 @@ def identity(train: Train, of_task: dict[str, str]) -> dict[str, str]:
 
 
 def write_state(
-    folder: Path, counts: dict[str, int], train: Train, own: dict[str, str], best: Best | None
+    folder: Path,
+    counts: dict[str, int],
+    train: Train,
+    own: dict[str, str],
+    best: Best | None,
+    loss_scale: LossScale | None = None,
 ) -> None:
     """Writes trainer.json. `counts`: a number for each of `COUNTS`; `own`: the run's identity."""
     assert counts.keys() == set(COUNTS)
     state = {**counts, "identity": own, "settings": train.model_dump()}
     state["best"] = asdict(best) if best else None
+    if loss_scale:
+        state["loss_scale"] = asdict(loss_scale)
     (folder / STATE).write_text(json.dumps(state, indent=1), "utf-8")
 
 
@@ -84,6 +92,7 @@ def read_state(folder: Path, own: dict[str, str]) -> dict[str, Any]:
         is_valid = all(type(state[key]) is int and state[key] >= 0 for key in COUNTS)
         then = dict(state["identity"])
         dict(state["settings"])
+        LossScale.restore(state.get("loss_scale"))
     except (OSError, KeyError, TypeError, ValueError):
         is_valid = False
     named = run_folder.NAME.fullmatch(folder.name)

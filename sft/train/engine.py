@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from sft.models.groups import freeze_groups
 from sft.models.layers import weights_to_save
 from sft.runtime import checkpoint, disk, run_folder
 from sft.runtime.console import Advance, duration, metrics_line, size
+from sft.runtime.hardware import resolve_precision
 from sft.runtime.processes import Context
 from sft.train.checkpoints import (
     SECONDS_OF_WAIT,
@@ -37,6 +39,7 @@ from sft.train.checkpoints import (
     read_state,
     write_state,
 )
+from sft.train.loss_scale import LossScale
 from sft.train.parallel import share_model
 from sft.train.profile import memory_bytes, profiled
 from sft.train.recovery import AccumulatedStep, Oom, OomGuard, smaller_budget
@@ -54,6 +57,7 @@ class Engine:
         self.step = 0
         self.last_evaluated = 0  # the last step that was followed by an evaluation
         self.num_skipped = 0  # steps without an update: loss or gradient was not finite
+        self.loss_scale = LossScale() if resolve_precision(train)[0] == "fp16" else None
         self.total_steps = total_steps(train, len(task.lengths))
         freeze_groups(task.model, train)
         number = sum(p.numel() for p in weights_to_save(task.model).values())
@@ -87,31 +91,32 @@ class Engine:
     def optimizer_step(self) -> dict[str, float]:
         """Makes one update from the global batch of `self.step`, and returns the values to log.
 
-        If loss or gradient is not finite, skips the update or raises NonFiniteError. If memory runs
-        out, repeats the global batch in smaller micro-batches, as far as `recovery` allows it.
+        If loss or gradient is not finite, skips the update or raises NonFiniteError.
         """
         started = time.perf_counter()
         rate = learning_rate(self.train, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             peak = group.get("peak")
             group["lr"] = learning_rate(self.train, self.step, self.total_steps, peak)
-        while isinstance(done := self._accumulate(), Oom):
-            self._shrink_budget(done)
-        ids, loss, grad_norm = done.ids, done.totals["loss"], math.nan
+        done, grad_norm = self._compute_gradient()
+        ids, loss = done.ids, done.totals["loss"]
         if not math.isfinite(loss):
             self._skip("loss", loss, done.not_finite)
+        elif not math.isfinite(grad_norm):
+            self._skip("gradient norm", grad_norm, ids)
         else:
-            grad_norm = self._call_once(ids, self.clip)
-            if self._on_any_rank(not math.isfinite(grad_norm)):
-                self._skip("gradient norm", grad_norm, ids)
-            else:
-                self._call_once(ids, self.parallel.update)
+            self._call_once(ids, self.parallel.update)
+            if self.loss_scale:
+                self.loss_scale.count_update()
         seconds = time.perf_counter() - started
         tokens = sum(self.task.lengths[i] for i in ids)
         number = done.supervised or 1.0
         values = {f"train/{name}": value / number for name, value in done.totals.items()}
         if self.train.skip_nonfinite:
             values["train/skipped_steps"] = self.num_skipped
+        if self.loss_scale:
+            values["train/loss_scale"] = self.loss_scale.value
+            values["train/overflows"] = self.loss_scale.num_overflows
         return {
             **values,
             "train/grad_norm": grad_norm,
@@ -124,6 +129,35 @@ class Engine:
             "memory/gib": memory_bytes() / 2**30,
         }
 
+    def _compute_gradient(self) -> tuple[AccumulatedStep, float]:
+        """Returns the step's global batch, whose clipped gradient is in place, and its norm.
+
+        The norm is not finite on all ranks or on none; NaN if the loss is not finite. If memory
+        runs out, repeats the global batch in smaller micro-batches, as far as `recovery` allows it.
+        If gradients overflow in fp16, repeats it with a smaller loss scale.
+        """
+        scale = self.loss_scale and replace(self.loss_scale)  # as the step finds it
+        while True:
+            done = self._accumulate()
+            if isinstance(done, Oom):
+                self._shrink_budget(done)
+                continue
+            if not math.isfinite(done.totals["loss"]):
+                return done, math.nan
+            norm = self._call_once(done.ids, self.clip)
+            if not self._on_any_rank(not math.isfinite(norm)):
+                break
+            if self.loss_scale is None or not self.loss_scale.halve():
+                self.loss_scale = scale  # it was not the cause
+                return done, norm if not math.isfinite(norm) else math.inf
+            self.parallel.zero_grad()
+        if self.loss_scale and scale and self.loss_scale.value != scale.value:
+            self.log.say(
+                f"step {self.step + 1:,}: gradients overflowed in fp16; the step was repeated with "
+                f"a loss scale of {self.loss_scale.value:,.0f} (before: {scale.value:,.0f})"
+            )
+        return done, norm
+
     def _accumulate(self) -> AccumulatedStep | Oom:
         """Runs the forward and backward passes of the step's global batch.
 
@@ -133,6 +167,8 @@ class Engine:
         ids, micro_batches = self.window(self.step)
         guard, waits_in = OomGuard(), self.parallel.waits_in
         self.parallel.begin_step()
+        if self.loss_scale:
+            self.parallel.set_loss_scale(self.loss_scale.value)
         batches = [guard.call(m, self.collate, m) for m in micro_batches]
         count = 0.0 if guard.oom else self._count(batches)
         supervised, *signals = self._sum([count, *self.guard.flags()])
@@ -157,7 +193,7 @@ class Engine:
                 continue
             loss, extras = result
             self.parallel.prepare_backward(last)
-            scaled = loss * (self.parallel.loss_scale / (supervised or 1.0))
+            scaled = loss * (self.parallel.loss_factor / (supervised or 1.0))
             call = self._call_once if is_collective else guard.call
             call(micro_batch, self.parallel.backward, scaled)
             losses.append(loss.detach())
@@ -464,7 +500,7 @@ class Engine:
                 "world_size": world,
             }
             own = identity(self.train, self.task.identity())
-            write_state(staging, counts, self.train, own, best)
+            write_state(staging, counts, self.train, own, best, self.loss_scale)
 
     def save_final(self, need_bytes: int) -> None:
         """Commits what a user loads, without the state that only training needs."""
@@ -505,6 +541,8 @@ class Engine:
         with checkpoint.OptimizerState(folder) as saved:
             self.parallel.load_optimizer(state["optimizer_updates"], saved.read)
         self.step, self.num_skipped = state["step"], state["num_skipped"]
+        if self.loss_scale:
+            self.loss_scale = LossScale.restore(state.get("loss_scale"))
         self.last_evaluated = state["evaluated"]
         return state
 

@@ -71,11 +71,14 @@ def accumulate(parallel: Any, own: torch.Tensor, number: int = 2, scale: float =
         with parallel.no_sync():
             loss = scale * parallel.model(part).square().sum() / ROWS
         parallel.prepare_backward(index == 1)
-        parallel.backward(loss * parallel.loss_scale)
+        parallel.backward(loss * parallel.loss_factor)
 
 
-def take_step(parallel: Any, own: torch.Tensor) -> float:
+def take_step(parallel: Any, own: torch.Tensor, scale: float | None = None) -> float:
+    """`scale`: the loss scale of fp16."""
     parallel.begin_step()
+    if scale:
+        parallel.set_loss_scale(scale)
     accumulate(parallel, own)
     norm = parallel.clip()
     parallel.update()
@@ -102,7 +105,7 @@ def describe(parallel: Any) -> dict[str, Any]:
         "engine": type(parallel).__name__,
         "waits_in": parallel.waits_in,
         "is_split": parallel.is_split,
-        "loss_scale": parallel.loss_scale,
+        "loss_factor": parallel.loss_factor,
         "quant_state": getattr(parallel.module.head, "quant_state", None),
         "sharded": sorted(name for name, m in modules.items() if hasattr(m, "unshard")),
         "policies": {type(group.offload_policy).__name__ for group in groups},
@@ -170,8 +173,15 @@ def vary(engine: str, out: Path, own: list[torch.Tensor]) -> dict[str, Any]:
         accumulate(parallel, own[0], scale=scale)
         seen["small"] += [parallel.clip()]
         parallel.update()
-    parallel, _ = make(engine, out, precision="bf16")
-    seen["bf16"] = parallel.model(own[0]).detach().clone()
+    for precision in ("bf16", "fp16"):
+        parallel, _ = make(engine, out, precision=precision)
+        with parallel.no_sync():
+            seen[precision] = parallel.model(own[0]).detach().clone()
+    seen["scaled"] = [take_step(parallel, each, scale=2.0**10) for each in own]
+    parallel.begin_step()
+    parallel.set_loss_scale(2.0**40)
+    accumulate(parallel, own[0])
+    seen["overflowed"] = parallel.clip()
     if engine not in ("ddp", "zero1"):  # which cannot offload
         parallel, _ = make(engine, out, **offload(engine, out))
         seen["about"] = describe(parallel)

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sft.config.schema import Train
 from sft.errors import ConfigError
+from sft.models.dtypes import DTYPES
 from sft.models.layers import full_tensor, weights_to_save
 from sft.runtime.checkpoint import OptimizerShard, Tensors
 from sft.runtime.hardware import resolve_precision
@@ -40,8 +41,10 @@ class Replicated:
     """The passes in which ranks wait for each other, or which cannot be repeated."""
     is_split = False
     """Whether each rank keeps only a part of the weights."""
-    loss_scale = 1.0
+    loss_factor = 1.0
     """The factor that losses are multiplied by, so that gradients are sums over ranks."""
+    loss_scale = 1.0
+    """The power of two that backward passes multiply gradients by (`train/loss_scale`)."""
 
     def __init__(self, model: nn.Module, train: Train, accelerator: Accelerator):
         self.module, self.accelerator = model, accelerator
@@ -55,6 +58,8 @@ class Replicated:
     def _wrap(self, train: Train) -> None:
         """Sets `model` and `optimizer`."""
         self.waits_in = "last backward" if self.accelerator.num_processes > 1 else "never"
+        if resolve_precision(train)[0] == "fp16":  # Accelerate refuses it on CPUs
+            autocast(self.module, self.accelerator.device.type, train, cache=True)
         self.model, self.optimizer = self.accelerator.prepare(
             self.module, build_optimizer(train, self.module)
         )
@@ -93,14 +98,20 @@ class Replicated:
         if last and isinstance(self.model, DistributedDataParallel):
             self.model.reducer.prepare_for_backward([])
 
+    def set_loss_scale(self, scale: float) -> None:
+        """Sets the loss scale of the passes that follow; `clip` and `update` divide by it."""
+        self.loss_scale = scale
+
     def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+        (loss if self.loss_scale == 1 else loss * self.loss_scale).backward()
 
     def clip(self) -> float:
         """Scales the gradient down to `train.max_grad_norm`, and returns its norm before that."""
         for parameter in self.trained.values():
             if parameter.grad is None:  # no example used it; DDP sets 0, too
                 parameter.grad = torch.zeros_like(parameter)
+            elif self.loss_scale != 1:
+                parameter.grad /= self.loss_scale
         norm: Any = nn.utils.clip_grad_norm_(list(self.trained.values()), self.max_grad_norm)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
@@ -238,11 +249,12 @@ def state_tensors(state: dict[str, Any]) -> Tensors:
     return {key: value for key, value in found.items() if key != "step"}
 
 
-def autocast(model: nn.Module, device: str, train: Train) -> None:
+def autocast(model: nn.Module, device: str, train: Train, cache: bool = False) -> None:
     """Makes `model` compute in the run's precision and return fp32, like Accelerate's `prepare`.
 
-    Autocast's cache of weights is off: it would keep a copy of each gathered layer.
+    `cache`: keep a copy of each weight until the pass ends. Engines that gather layers must not.
     """
-    if resolve_precision(train)[0] == "bf16":
-        cast = torch.autocast(device, torch.bfloat16, cache_enabled=False)
+    precision = resolve_precision(train)[0]
+    if precision != "fp32":
+        cast = torch.autocast(device, DTYPES[precision], cache_enabled=cache)
         model.forward = convert_outputs_to_fp32(cast(model.forward))

@@ -24,12 +24,16 @@ class Zero(Split):
         self.engine: Any
         self.engine, self.optimizer = self.accelerator.prepare(self.module, own)
         self.model, self.zero = self.engine, self.engine.optimizer
-        self.loss_scale = float(self.accelerator.num_processes)  # DeepSpeed averages over processes
+        self.loss_factor = float(self.accelerator.num_processes)  # DeepSpeed averages over them
         self.is_split = self.engine.zero_optimization_stage() == 3
         self.waits_in = "forward" if self.is_split else "backward"
 
     def prepare_backward(self, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
+
+    def set_loss_scale(self, scale: float) -> None:
+        self.loss_scale = scale
+        self.zero.override_loss_scale(scale)  # it multiplies losses, and divides in its step
 
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss)
@@ -39,7 +43,7 @@ class Zero(Split):
         norms = self.zero._get_norm_groups() if self.is_split else [self.zero.scaled_global_norm()]
         if any(float(norm) < 0 for norm in norms):  # DeepSpeed returns -1 if not finite
             return math.inf
-        return math.hypot(*map(float, norms))
+        return math.hypot(*map(float, norms)) / self.loss_scale
 
     def update(self) -> None:
         self.engine.step()
