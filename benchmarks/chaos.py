@@ -4,8 +4,8 @@ never killed, bit for bit.
     PYTHONPATH=.:tests:tests/support python benchmarks/chaos.py [--kills 200] [--minutes 60]
         [--jobs 2]
 
-A rank, the launcher, or all of them get SIGKILL after a time drawn between start and end; the run
-is resumed, and so on. After each kill every committed checkpoint is verified as a load would, and
+A rank, the launcher, or all of them get SIGKILL at a drawn time or step (`Chase.wait`); the run is
+resumed, and so on. After each kill every committed checkpoint is verified as a load would, and
 the steps that are lost are counted. Runs are real processes that write to a real disk, forked from
 a server that has imported everything (tests/support/forked.py): 200 kills would else cost an
 hour. The model is that of `make verify-resume` for configs/nano.yaml. Configurations that are not
@@ -51,6 +51,7 @@ SAVE_STEPS = 3
 DETOURS, LINKS = 0.2, 0.05  # shares of the attempts
 DETOUR = ["train.learning_rate=0.003", "train.save_total_limit=99"]  # it removes no checkpoint
 STEPS = 30
+SPAN = 12  # steps behind the newest checkpoint within which a run is killed
 ORPHANED = 5.0  # seconds after which ranks whose launcher is dead are killed, too
 ZERO2 = {"train.engine": "deepspeed", "train.deepspeed_config": "configs/deepspeed_z2.json"}
 FSDP = {"train.engine": "fsdp"}
@@ -139,7 +140,7 @@ class Chase:
         return forked.start(self.world, command, run.with_suffix(".log"), console)
 
     def uninterrupted(self) -> None:
-        """The run to compare with; its time is that within which the others are killed."""
+        """The run to compare with; the times of kills are drawn within its time."""
         started = time.monotonic()
         self.start(self.whole).join()
         self.seconds_of_a_run = time.monotonic() - started
@@ -180,7 +181,7 @@ class Chase:
             console = self.random.choice(["", "", *forked.CONSOLES])
             self.found.consoles += bool(console)
             process = self.start(run, *overrides, console=console)
-            process.join(None if enough else self.random.uniform(0, self.seconds_of_a_run))
+            self.wait(process, run, None if enough else newest)
             if process.exitcode is not None:
                 self._must_have_finished(run)
                 if is_detour:
@@ -192,6 +193,22 @@ class Chase:
             left_at = "" if has_left else left_at
             newest = self.inspect(run, 0 if left_at or has_left else newest)
             advance(1, self.found.configuration)
+
+    def wait(self, process: Any, run: Path, newest: int | None) -> None:
+        """Waits for the instant of the next kill; None: for the end.
+
+        A third of the instants are a time, so that the start is hit, too. The others are a step and
+        a moment in it or in the save after it, so that a busy machine does not change which part of
+        a run is hit.
+        """
+        step, moment = (newest or 0) + self.random.randint(0, SPAN), self.random.random()
+        if newest is None or self.random.random() < 1 / 3:
+            process.join(None if newest is None else moment * self.seconds_of_a_run)
+            return
+        started, moment = time.time(), 2 * moment * self.seconds_of_a_run / STEPS
+        while process.exitcode is None and (_written(run) < started or _last_step(run) < step):
+            process.join(0.02)
+        process.join(moment)
 
     def has_left(self, run: Path, left_at: str) -> bool:
         """Whether all checkpoints after the place of a detour are of the undisturbed run."""
@@ -280,6 +297,12 @@ class Unsound(Exception):
 def _kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def _written(run: Path) -> float:
+    """When the metrics of a run were last written; 0 if they never were."""
+    path = run / "metrics.jsonl"
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _last_step(run: Path) -> int:
