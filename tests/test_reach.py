@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from sft.config.lora import Lora
 from sft.config.schema import Tuning
+from sft.models import quantise
 from sft.models.adapt import add_adapters
 from sft.models.reach import Reach, freeze_untrained, reach, trace
 
@@ -224,6 +225,17 @@ def test_a_layer_whose_weight_another_module_reads_gets_no_adapter() -> None:
     assert {name.split(".")[-1] for name in read} == {"correction_coefs"}
     model = add_adapters(base.requires_grad_(False), Tuning(mode="lora", r=2))
     assert not [n for n, p in model.named_parameters() if "correction_coefs.lora_" in n]
+
+
+def test_a_weight_that_the_forward_pass_changes_stays_out_of_4_bits() -> None:
+    """Gemma-3n clamps one in training: QLoRA, and the plan of it, ended in an error of dtypes."""
+    base = tiny_model("gemma3n_text")
+    written = reach(base).written
+    assert {name.split(".")[-2] for name in written} == {"prediction_coefs"}
+    quantise.quantise(base, torch.float32)
+    assert all(base.get_parameter(name).is_floating_point() for name in written)
+    output = base.train()(input_ids=torch.arange(8)[None], use_cache=False)
+    assert output.logits.isfinite().all()
 
 
 VISION = ["gemma3", "qwen2_5_vl", "qwen3_vl", "llama4", "mllama"]

@@ -54,13 +54,15 @@ class AllMatrices(Bnb4BitHfQuantizer):
 
     @staticmethod
     def get_modules_to_not_convert(model: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """Returns what transformers keeps, routers, and what others than its module read.
+        """Returns what transformers keeps, routers, and what is no weight of its module alone:
+        others read it, or the forward pass changes it.
 
         A rounded router would choose other experts.
         """
         kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *args, **kwargs)
         found = reach(model)
-        return [*kept, *(name.rpartition(".")[0] for name in found.routers | found.borrowed)]
+        left = found.routers | found.borrowed | found.written
+        return [*kept, *(name.rpartition(".")[0] for name in left)]
 
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, *args, **kwargs)

@@ -62,6 +62,7 @@ class Reach:
     looked_up: frozenset[str] = NOTHING  # tables of embeddings
     attends: frozenset[str] = NOTHING  # modules that compute a softmax, such as attention
     borrowed: frozenset[str] = NOTHING  # products in the code of a module that does not own them
+    written: frozenset[str] = NOTHING  # changed in place, such as clamped
     problem: str = ""  # why the step could not be traced; then every parameter counts as reached
 
     def is_unreached(self, name: str) -> bool:
@@ -192,6 +193,7 @@ def _trace(build: Callable[[], nn.Module], training: bool, mode: str, as_built: 
         frozenset(all_names(tracer.looked_up)),
         frozenset(n for n, m in model.named_modules() if id(m) in tracer.attends),
         frozenset(all_names(tracer.borrowed)),
+        frozenset(all_names(tracer.written)),
     )
 
 
@@ -331,6 +333,7 @@ class _Tracer(TorchDispatchMode):
         self.looked_up: set[str] = set()
         self.attends: set[int] = set()  # ids of modules
         self.borrowed: set[str] = set()
+        self.written: set[str] = set()
         self.owners: dict[str, set[int]] = {}  # ids of modules, by parameter
         self.running = _Running()
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
@@ -382,6 +385,8 @@ class _Tracer(TorchDispatchMode):
         origins = [self._get(t) for t in tensors]
         if name in CHOICES:
             self.routers |= origins[0].source
+        if name.endswith("_") and tensors and self._is_parameter(tensors[0]):
+            self.written |= origins[0].parameters
         if ATTENTION.search(name) and self.running.stack:
             self.attends.add(self.running.stack[-1])
         # A product of parameters alone, such as of the parts of an adapter, is a form of them.

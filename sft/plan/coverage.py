@@ -258,7 +258,7 @@ class _Kinds:
         chosen = self.of(name) in ("head", "router", "embeddings")
         plain = self.plain(name)
         kept = not should_convert_module(plain.rpartition(".")[0], self.kept)
-        left = chosen or kept or plain in self.base.borrowed
+        left = chosen or kept or plain in self.base.borrowed | self.base.written
         return bool(product and product.kind == "matrix" and is_matrix and not left)
 
     def use(self, name: str, parameter: nn.Parameter, config: Config) -> str:
