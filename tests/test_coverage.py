@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import DECODERS, tiny_config
+from test_reach import NeedsValues
 
 from sft.config.schema import Config
 from sft.errors import ConfigError, ModelError
-from sft.models import experts, load, quantise
+from sft.models import classes, experts, load, quantise
 from sft.plan import coverage
 from sft.plan.coverage import Coverage, cover
 from sft.runtime.console import make_console
@@ -153,6 +155,21 @@ def test_a_product_that_auto_leaves_out_is_missed(tmp_path, monkeypatch) -> None
     found = cover(configured(tmp_path, "llama", "lora"))
     assert found is not None
     assert [name.split(".")[-2] for name in found.missed] == ["v_proj", "v_proj"]
+
+
+def test_a_base_that_needs_values_is_reported_by_a_narrow_copy(tmp_path, monkeypatch) -> None:
+    expected = cover(configured(tmp_path / "plain", "qwen3_moe", "qlora"))
+
+    def from_config(architecture: Any, **options: Any) -> Any:
+        options.pop("trust_remote_code", None)
+        return NeedsValues._from_config(architecture, **options)
+
+    monkeypatch.setattr(classes, "from_config", from_config)
+    found = cover(configured(tmp_path / "own", "qwen3_moe", "qlora"))
+    assert found is not None
+    assert found.narrowed
+    assert replace(found, narrowed="") == expected
+    assert "a run of a narrow copy" in " ".join(shown(found))
 
 
 def test_the_report_is_kept_beside_the_plans(tmp_path, monkeypatch) -> None:

@@ -14,7 +14,11 @@ from peft.tuners.lora import LoraLayer
 from support import shapes
 from support.families import tiny_config, tiny_model
 from torch import distributed, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Qwen3MoeForCausalLM,
+)
 
 from sft.config.lora import Lora
 from sft.config.schema import Tuning
@@ -164,6 +168,28 @@ def test_a_model_that_cannot_be_traced_counts_as_reached_and_says_why() -> None:
     assert "no text" in found.problem
     assert {*found.parameters.values()} == {"reached"}
     assert not found.products
+
+
+class NeedsValues(Qwen3MoeForCausalLM):
+    """Reads activations as an array, which fake tensors are not."""
+
+    def forward(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        assert self.get_input_embeddings().weight[0].detach().numpy().size
+        return super().forward(input_ids, **given)
+
+
+def test_a_model_that_needs_values_is_run_as_a_narrow_copy() -> None:
+    config = tiny_config("qwen3_moe", hidden_size=128, num_experts=6)
+    with torch.device("meta"):
+        found, expected = reach(NeedsValues(config)), reach(Qwen3MoeForCausalLM(config))
+    assert "numpy" in found.narrowed
+    assert not found.problem
+    assert found.parameters == expected.parameters
+    assert found.routers == expected.routers
+    assert found.products.keys() == expected.products.keys()
+    for name, product in found.products.items():
+        assert product.shape == expected.products[name].shape
+        assert product.per_token == pytest.approx(expected.products[name].per_token), name
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2"])

@@ -25,6 +25,7 @@ from sft.models.pretrained import (
     explain_load_errors,
     keep_layers,
     load_tokenizer,
+    narrow,
     sub_configs,
 )
 from sft.models.quantise import four_bits, keep_nf4_trainable, quantise, quantising_all
@@ -53,17 +54,19 @@ def build(
     weights: bool = True,
     depth: int | None = None,
     adapt: Callable[[nn.Module, Config], nn.Module] | None = None,
+    narrowed: bool = False,
 ) -> nn.Module:
     """Returns the model ready to train: frozen, quantised and adapted as `tuning.mode` says.
 
     Weights are a function of (files, `train.seed`), the same on every process. Without `weights`
     they are random, and no weight file is read. `depth` sets the number of layers. `adapt` adds the
-    trained parts to a frozen base; by default, LoRA adapters.
+    trained parts to a frozen base; by default, LoRA adapters. `narrowed`: with narrow layers, and
+    without `weights`.
     """
     torch.manual_seed(config.train.seed)
     mode = config.tuning.mode
     kind = config.tuning.four_bits
-    base: Any = load_base(config.model, mode, precision, device, weights, depth, kind)
+    base: Any = load_base(config.model, mode, precision, device, weights, depth, kind, narrowed)
     if config.tuning.router == "trained" and not (found := reach(base)).routers:
         why = f" (its step could not be traced: {found.problem})" if found.problem else ""
         raise ModelError(
@@ -101,6 +104,7 @@ def load_base(
     weights: bool = True,
     depth: int | None = None,
     quantization: str = "nf4",
+    narrowed: bool = False,
 ) -> nn.Module:
     """Returns the base without adapters, stored as `mode` says: fp32, compute dtype or 4 bits.
 
@@ -118,6 +122,7 @@ def load_base(
         arch = architecture(config)
         if config.init == "random" or not weights:
             arch = arch if depth is None else keep_layers(arch, depth)
+            arch = narrow(arch) if narrowed else arch
             model = classes.from_config(arch, **options).to(device)
             if mode == "qlora":
                 quantise(model, compute, quantization)

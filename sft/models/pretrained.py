@@ -118,6 +118,43 @@ def keep_layers(architecture: Any, depth: int) -> Any:
     return result
 
 
+WIDTHS = {  # sizes of narrow layers, by their names in a configuration
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+}
+EXPERTS = {  # of a small mixture
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,  # layers without experts
+}
+
+
+def narrow(architecture: Any, *, experts: bool = False) -> Any:
+    """Returns a copy of a transformers configuration with narrow layers.
+
+    `experts`: also with few experts.
+    """
+    result = copy.deepcopy(architecture)
+    text = result.get_text_config()
+    if text.hidden_size <= WIDTHS["hidden_size"]:
+        return result
+    heads, groups = (getattr(text, f"num_{n}_heads", None) for n in ("attention", "key_value"))
+    for name, size in (WIDTHS | (EXPERTS if experts else {})).items():
+        is_derived = name == "head_dim" and hasattr(text, "qk_rope_head_dim")
+        if getattr(text, name, None) is not None and not is_derived:
+            setattr(text, name, size)
+    if groups is not None:  # still as many as heads, fewer, or one
+        text.num_key_value_heads = 4 if groups == heads else min(groups, 2)
+    return result
+
+
 def refuse_special(folder: str) -> None:
     """Raises ModelError if a folder holds a pipe or a device, at which a library would wait."""
     if special := plain.find_special(Path(folder)):

@@ -7,10 +7,11 @@ gradient. So the answer holds for any architecture: no name of a model, module o
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
@@ -26,10 +27,12 @@ from torch.utils._pytree import tree_iter
 
 from sft.errors import UserError
 from sft.models.fake import fake_tensors
+from sft.models.pretrained import narrow
 
 aten = torch.ops.aten
 
 TOKENS = 8  # of the traced row
+MOST_VALUES = 300_000_000  # parameters of a copy that is run with values
 State = Literal["reached", "conditional", "unreached"]
 # Names of operations that multiply by a matrix, also those of libraries (bitsandbytes::gemv_4bit).
 PRODUCT = re.compile(r"(^|_)(mm|addmm|b?addbmm|bmm|mv|addmv|matmul|linear|gemm|gemv)(_|$)|conv")
@@ -63,7 +66,8 @@ class Reach:
     attends: frozenset[str] = NOTHING  # modules that compute a softmax, such as attention
     borrowed: frozenset[str] = NOTHING  # products in the code of a module that does not own them
     written: frozenset[str] = NOTHING  # changed in place, such as clamped
-    problem: str = ""  # why the step could not be traced; then every parameter counts as reached
+    narrowed: str = ""  # why a narrow copy with values was run, in place of a trace
+    problem: str = ""  # why neither was possible; then every parameter counts as reached
 
     def is_unreached(self, name: str) -> bool:
         """Returns whether a parameter never gets a gradient; no for an unknown one."""
@@ -75,6 +79,18 @@ class Reach:
         An element that values of tensors did not choose, such as an expert, would if chosen.
         """
         return bool(self.problem) or name in self.products or name in self.not_chosen
+
+    def widened(self, shapes: Mapping[str, tuple[int, ...]], why: str) -> Reach:
+        """Returns what was found of a narrow copy for the whole model with these shapes."""
+        products = {
+            name: replace(
+                product,
+                shape=shapes[name],
+                per_token=product.per_token * math.prod(shapes[name]) / math.prod(product.shape),
+            )
+            for name, product in self.products.items()
+        }
+        return replace(self, products=products, narrowed=why)
 
     @cached_property
     def not_chosen(self) -> set[str]:
@@ -123,26 +139,42 @@ def _reach(kind: Callable[[Any], nn.Module], key: _Key) -> Reach:
     config = copy.deepcopy(key.config)
     # Those that every architecture has, for tensors of any device and dtype.
     config._attn_implementation, config._experts_implementation = "eager", "batched_mm"
-    return trace(lambda: kind(config))
+    return trace(lambda: kind(config), small=lambda: kind(narrow(config)))
 
 
-def trace(build: Callable[[], nn.Module], mode: str = "full", as_built: bool = False) -> Reach:
+def trace(
+    build: Callable[[], nn.Module],
+    mode: str = "full",
+    as_built: bool = False,
+    small: Callable[[], nn.Module] | None = None,
+) -> Reach:
     """Returns the reach of the model that `build` makes, quantised or not as `mode` says.
 
-    `as_built`: what is frozen stays so, and counts as unreached.
+    `as_built`: what is frozen stays so, and counts as unreached. `small` makes a narrow copy. It is
+    run with values if the code of the model does not run without them.
     """
     problems = []
-    # Some models ask in training for inputs that a step on text does not have.
-    for training in (True, False):
-        try:
-            return _trace(build, training, mode, as_built)
-        except UserError:
-            raise
-        except Exception as error:  # noqa: BLE001  # a model may fail in any way
-            problems.append(f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}")
+
+    def attempt(build: Callable[[], nn.Module], *, fake: bool = True) -> Reach | None:
+        # Some models ask in training for inputs that a step on text does not have.
+        for training in (True, False):
+            try:
+                return _trace(build, training, mode, as_built, fake)
+            except UserError:
+                raise
+            except Exception as error:  # noqa: BLE001  # a model may fail in any way
+                problems.append(f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}")
+        return None
+
+    if found := attempt(build):
+        return found
     with _without_modes(), torch.device("cpu"), fake_tensors(mode):
-        names = dict(build().named_parameters(remove_duplicate=False))
-    return Reach(dict.fromkeys(names, "reached"), {}, problem=problems[0])
+        whole = {n: tuple(p.shape) for n, p in build().named_parameters(remove_duplicate=False)}
+        if small and sum(p.numel() for p in small().parameters()) > MOST_VALUES:
+            small = None
+    if small and (found := attempt(small, fake=False)) and found.parameters.keys() == whole.keys():
+        return found.widened(whole, problems[0])
+    return Reach(dict.fromkeys(whole, "reached"), {}, problem=problems[0])
 
 
 @contextmanager
@@ -157,8 +189,11 @@ def _without_modes() -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
-def _trace(build: Callable[[], nn.Module], training: bool, mode: str, as_built: bool) -> Reach:
-    with _without_modes(), torch.device("cpu"), fake_tensors(mode):
+def _trace(
+    build: Callable[[], nn.Module], training: bool, mode: str, as_built: bool, fake: bool
+) -> Reach:
+    tensors = fake_tensors(mode) if fake else torch.random.fork_rng(devices=[])
+    with _without_modes(), torch.device("cpu"), tensors:
         model = build().train(training)
         names: dict[int, list[str]] = {}
         parameters = {}
@@ -167,7 +202,7 @@ def _trace(build: Callable[[], nn.Module], training: bool, mode: str, as_built: 
             parameters[id(parameter)] = parameter
             if not as_built:
                 parameter.requires_grad_(parameter.is_floating_point())
-        tracer = _Tracer({own[0]: parameters[key] for key, own in names.items()})
+        tracer = _Tracer({own[0]: parameters[key] for key, own in names.items()}, fake)
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         positions = torch.arange(TOKENS)[None]
         tracer.add_inputs(ids, positions)
@@ -323,11 +358,13 @@ class _Origin:
 class _Tracer(TorchDispatchMode):
     """Follows parameters through a forward pass to the operations that multiply by them.
 
-    Where a program reads values, it gets ones; where it asks which elements are not zero, all are.
+    Where a program reads values of `fake` tensors, it gets ones; where it asks which elements are
+    not zero, all are.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor]):
+    def __init__(self, parameters: Mapping[str, torch.Tensor], fake: bool):
         super().__init__()
+        self.fake = fake
         self.products: dict[str, Product] = {}
         self.routers: set[str] = set()
         self.looked_up: set[str] = set()
@@ -361,10 +398,10 @@ class _Tracer(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select"):
             self.running.note_read()
-        if name == "nonzero":
+        if name == "nonzero" and self.fake:
             result = args[0].new_zeros(args[0].numel(), args[0].ndim, dtype=torch.long)
         else:
-            if name == "index":
+            if name == "index" and self.fake:
                 args = args[0], [self._integers(each) for each in args[1]]
             if name == "split_with_sizes":
                 args = args[0], _fitting(args[0], *args[1:]), *args[2:]

@@ -7,7 +7,7 @@ included. What contradicts the configuration stops the run.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ class Coverage:
     unreached: list[str]  # trained parameters without a gradient
     not_quantised: list[str]  # frozen matrices that were to be quantised
     missed: list[str]  # products of no adapter, for no reason
-    problem: str  # why the step could not be traced
+    problem: str  # why it is not known what text reaches
+    narrowed: str = ""  # why the step was not traced, but run by a narrow copy of the model
 
     @property
     def contradictions(self) -> list[str]:
@@ -117,13 +118,15 @@ def _trace(key: ModelKey) -> Coverage:
     assert isinstance(config, Config)
     built: list[Any] = []
 
-    def build() -> nn.Module:
-        model: Any = load.build(config, "fp32", torch.device("cpu"), weights=False)
+    def build(narrowed: bool = False) -> nn.Module:
+        cpu = torch.device("cpu")
+        model: Any = load.build(config, "fp32", cpu, weights=False, narrowed=narrowed)
         model.config._experts_implementation = "batched_mm"  # for tensors of any dtype
-        built[:] = [model]
+        built[narrowed:] = [model]
         return model
 
-    found = trace(build, config.tuning.mode, as_built=True)
+    small = partial(build, narrowed=True)
+    found = trace(build, config.tuning.mode, as_built=True, small=small)
     return _count(built[0], found, config)
 
 
@@ -131,7 +134,7 @@ def _count(model: Any, found: Reach, config: Config) -> Coverage:
     """Counts the parameters of the traced model and its products."""
     mode, base = config.tuning.mode, reach(_base_of(model))
     kinds = _Kinds(model, found, base)
-    result = Coverage(mode, 0, 0, {}, [], [], [], found.problem)
+    result = Coverage(mode, 0, 0, {}, [], [], [], found.problem, found.narrowed)
     own = {parameter: name for name, parameter in reversed([*model.named_parameters()])}
     for parameter, name in own.items():
         shape = shape_of(model, name, parameter)
@@ -309,7 +312,13 @@ def coverage_table(found: Coverage) -> Table:
     title = "Coverage: parameters, and matrix products by adapter"
     result = table(title, ("parameters of", *columns.values()), rows)
     if found.problem:
-        result.caption = f"not traced, so all counts as reached: {found.problem[:150]}"
+        result.caption = (
+            f"not known what text reaches, so all counts as reached: {found.problem[:150]}"
+        )
+    elif found.narrowed:
+        result.caption = (
+            f"found by a run of a narrow copy, since tracing failed: {found.narrowed[:150]}"
+        )
     return result
 
 

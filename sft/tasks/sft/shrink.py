@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,10 @@ from sft.config.schema import Config
 from sft.data import files
 from sft.errors import VerificationError, redact
 from sft.models import classes
-from sft.models.pretrained import architecture, keep_layers, load_tokenizer
+from sft.models.pretrained import architecture, keep_layers, load_tokenizer, narrow
 from sft.tasks.base import Shrunk
 
 LAYERS = 2
-WIDTHS = {  # sizes of the small model, by their names in its configuration
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 64,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,  # layers without experts
-}
 OF_LAYERS = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
 EXAMPLES = 8  # maximum size of a global batch
 HELD_OUT = 6  # held-out rows
@@ -85,7 +70,10 @@ def small_model(config: Config, exact: bool = False) -> tuple[nn.Module, list[tu
     if exact and (dropped := _without_dropout(few)):
         changes.append(("model", f"no dropout ({', '.join(dropped)})"))
     problem = ""
-    for candidate in (narrow(few), few):  # not every architecture lets its widths be chosen
+    for candidate in (
+        narrow(few, experts=True),
+        few,
+    ):  # not every architecture lets its widths be chosen
         torch.manual_seed(config.train.seed)
         try:
             built = classes.from_config(
@@ -104,22 +92,6 @@ def small_model(config: Config, exact: bool = False) -> tuple[nn.Module, list[tu
         sizes += f" instead of {was.num_hidden_layers} of {was.hidden_size}, random weights"
         return built, [("model", f"{type(built).__name__}: {sizes}"), *changes]
     raise VerificationError(f"cannot make a small model of {config.model.name}: {problem}")
-
-
-def narrow(architecture: Any) -> Any:
-    """Returns a copy of a transformers configuration with narrow layers."""
-    result = copy.deepcopy(architecture)
-    text = result.get_text_config()
-    if text.hidden_size <= WIDTHS["hidden_size"]:
-        return result
-    heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
-    for name, size in WIDTHS.items():
-        is_derived = name == "head_dim" and hasattr(text, "qk_rope_head_dim")
-        if getattr(text, name, None) is not None and not is_derived:
-            setattr(text, name, size)
-    if groups is not None:  # still as many as heads, fewer, or one
-        text.num_key_value_heads = 4 if groups == heads else min(groups, 2)
-    return result
 
 
 def _without_dropout(architecture: Any) -> list[str]:
