@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from transformers import AutoTokenizer, DeepseekV3Config, GptOssConfig, Qwen3Moe
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from sft.config.load import with_values
-from sft.config.schema import Config
+from sft.config.lora import Lora
+from sft.config.schema import Config, Tuning
 from sft.data import batches, template
 from sft.errors import ModelError
-from sft.models import export, load
+from sft.models import adapt, export, load
 from sft.models.attention import documents_are_isolated
 from sft.plan import memory
 from sft.plan.counts import count_parameters
@@ -412,6 +414,59 @@ def test_all_weights_of_experts_compute_in_the_dtype_of_autocast(tmp_path, monke
 def test_dropout_of_experts_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"tuning.lora_dropout: .* found 0.1: set 0"):
         adapted("qwen3_moe", tmp_path / "base", lora_dropout=0.1)
+
+
+def names_of_adapters(kind: str, **tuning: Any) -> dict[str, int]:
+    """Returns the ranks of the adapters of a mixture, by the name of a matrix."""
+    with torch.device("meta"):
+        base: Any = mixture(kind).requires_grad_(False)
+        own = Tuning(r=4, **tuning)
+        built = adapt.add_adapters(base, own)
+        adapt.refuse_unused(built, own)
+    found = adapt.adapted_layers(built.get_base_model())
+    return {name.removeprefix("model.layers."): layer.r["default"] for name, layer in found}
+
+
+def test_what_is_chosen_of_layers_also_holds_for_experts():
+    """PEFT itself looks for parameters neither at layers nor at what is excluded."""
+    every = names_of_adapters("qwen3_moe")
+    assert "0.mlp.experts.gate_up_proj" in every
+    found = names_of_adapters("qwen3_moe", lora=Lora(layers_to_transform=[1]))
+    assert found == {name: rank for name, rank in every.items() if name.startswith("1.")}
+    for excluded in (["experts"], r".*experts.*"):
+        found = names_of_adapters("qwen3_moe", lora=Lora(exclude_modules=excluded))
+        assert found == {name: rank for name, rank in every.items() if "experts" not in name}
+    found = names_of_adapters("qwen3_moe", lora=Lora(exclude_modules=["down_proj"]))
+    assert found.keys() == {name for name in every if "down_proj" not in name}
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern", "name"),
+    [
+        ("qwen3_moe", "gate_up_proj", "1.mlp.experts.gate_up_proj"),
+        ("qwen3_moe", r"1\.mlp\.experts\.down_proj", "1.mlp.experts.down_proj"),
+        ("deepseek_v3", r".*(q_b|up)_proj", "1.mlp.shared_experts.up_proj"),
+    ],
+)
+def test_a_pattern_of_ranks_matches_parameters_by_the_names_of_their_layers(kind, pattern, name):
+    ranks = names_of_adapters(kind, lora=Lora(rank_pattern={pattern: 2}))
+    own = re.compile(rf"(.*\.)?({pattern})")
+    assert ranks[name] == 2
+    assert ranks == {each: 2 if own.fullmatch(each) else 4 for each in ranks}
+
+
+@pytest.mark.parametrize(
+    "lora", [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}]
+)
+def test_what_peft_cannot_do_with_experts_is_refused(lora):
+    with pytest.raises(ModelError, match="is a parameter of experts: name the linear layers"):
+        names_of_adapters("qwen3_moe", lora=Lora(**lora))
+    assert names_of_adapters("qwen3_moe", lora=Lora(**lora), target_modules=["q_proj"])
+
+
+def test_names_that_peft_cannot_convert_are_one_sentence():
+    with pytest.raises(ModelError, match="PEFT cannot add these adapters: Cannot convert"):
+        names_of_adapters("deepseek_v3", target_modules=["up_proj"])
 
 
 def test_a_weight_that_another_module_reads_is_left_as_it_is(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
 
 from sft.config.adapters import adapter_tuning
 from sft.config.load import load_config, with_values
@@ -25,7 +25,7 @@ from sft.models import adapt, dtypes, export, layers, load
 from sft.models.fake import set_attributes
 from sft.models.quantise import keep_nf4_trainable
 from sft.plan import dry_run
-from sft.serve import proof
+from sft.serve import merge, proof
 from sft.tasks.sft.task import FineTune
 
 CPU = torch.device("cpu")
@@ -54,10 +54,16 @@ FEATURES: dict[str, dict[str, Any]] = {
     "all biases": {"bias": "all"},
     "biases": {"bias": "lora_only", "use_dora": True},
     "bias of B": {"lora_bias": True},
+    "pissa of embeddings": {
+        "init_lora_weights": "pissa",
+        "target_modules": ["embed_tokens", "q_proj"],
+    },
 }
 TIED = {
     "head": {"modules_to_save": ["lm_head"]},
     "embeddings": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "embeddings alone": {"modules_to_save": ["embed_tokens"]},
+    "adapter of the head": {"target_modules": ["lm_head", "q_proj"]},
     "tokens": {"trainable_token_indices": [1, 5], "ensure_weight_tying": True},
 }
 CASES = [pytest.param(False, lora, id=name) for name, lora in FEATURES.items()]
@@ -75,9 +81,10 @@ def bases(tmp_path_factory) -> dict[bool, Path]:
 
 def configured(base: Path, folder: Path, lora: dict[str, Any], **values: Any) -> Config:
     changes = {"model.name": str(base), "tuning.mode": "lora", "tuning.r": 4}
-    changes |= {f"tuning.lora.{key}": value for key, value in lora.items()}
+    targets = {f"tuning.{key}": value for key, value in lora.items() if key == "target_modules"}
+    own = {f"tuning.lora.{key}": value for key, value in lora.items() if key != "target_modules"}
     config = tiny.config(folder, learning_rate=0.02, max_steps=3, epochs=9.0)
-    return with_values(config, {**changes, **values})
+    return with_values(config, {**changes, **targets, **own, **values})
 
 
 def engine_of(config: Config) -> Any:
@@ -141,6 +148,7 @@ def test_each_setting_trains_resumes_saves_loads_and_merges(bases, tmp_path, tie
 
 def check_merge(adapted: Any, other: Any, folder: Path) -> None:
     """Checks that the proof accepts what PEFT merges, and nothing else."""
+    merge.untie(other.get_base_model())
     other.merge_and_unload(safe_merge=True).save_pretrained(folder)
     merged, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=1e-4)
@@ -173,6 +181,7 @@ ON_4_BITS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "loftq": {"init_lora_weights": "loftq"},
     "rslora": {"init_lora_weights": "gaussian", "use_rslora": True},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
     "head and biases": {"modules_to_save": ["lm_head"], "bias": "lora_only"},
     "tokens": {"trainable_token_indices": [1, 5]},
 }
@@ -187,9 +196,13 @@ def test_settings_train_and_load_on_a_base_in_4_bits(bases, tmp_path, lora):
     engine.optimizer_step()
     folder = tmp_path / "adapter"
     export.save(engine.model, tiny.Tokenizer(), folder, engine.parallel.gather_weights())  # type: ignore[arg-type]
-    quantised = load.load_base(Model(name=str(base)), "qlora", "fp32", CPU)
-    own = FineTune.with_adapter(quantised, str(base), folder)
-    torch.testing.assert_close(logits(own), logits(engine.model), atol=1e-4, rtol=1e-4)
+    for load_adapter in (
+        FineTune.with_adapter,
+        lambda model, _, at: PeftModel.from_pretrained(model, at),
+    ):
+        quantised = load.load_base(Model(name=str(base)), "qlora", "fp32", CPU)
+        own = load_adapter(quantised, str(base), folder)
+        torch.testing.assert_close(logits(own), logits(engine.model), atol=1e-4, rtol=1e-4)
     check_plan(config, engine)
 
 
@@ -245,7 +258,6 @@ REFUSALS = [
     (["tuning.lora.init_lora_weights=loftq"], "set tuning.mode: qlora"),
     (["tuning.lora.init_lora_weights=loftq", "tuning.mode=qlora"], "lora_alpha equal to r"),
     (["tuning.lora.init_lora_weights=orthogonal", "tuning.r=3"], "needs an even tuning.r"),
-    (["tuning.lora.init_lora_weights=orthogonal", "tuning.mode=qlora"], "which has none in 4 bits"),
     (
         [f"tuning.lora.{each}" for each in ("init_lora_weights=olora", "use_rslora=true")]
         + ["tuning.lora.rank_pattern={q_proj: 2}"],
@@ -308,12 +320,66 @@ def test_runs_without_the_section_have_the_identity_that_they_had():
         ({"trainable_token_indices": {"wte": [1]}}, "Target modules {'wte'} not found"),
         ({"trainable_token_indices": [99]}, "PEFT cannot add these adapters"),
         ({"init_lora_weights": "pissa"}, "a rank of 16 at most, found 20"),
+        (
+            {"init_lora_weights": "olora", "rank_pattern": {"[kv]_proj": 4, "up_proj": 33}},
+            "gives model.layers.0.mlp.up_proj a rank of 32 at most, found 33",
+        ),
+        ({"exclude_modules": ".*up"}, "exclude_modules: .*up matches the whole name of no"),
+        ({"target_parameters": ["mlp.upproj.weight"]}, "did you mean mlp.up_proj.weight?"),
     ],
 )
 def test_a_name_that_is_nothing_in_the_model_is_refused(lora, reported):
     tuning = Tuning(r=20, lora=Lora(**lora))
     with pytest.raises(ModelError, match=re.escape(reported)):
         adapt.refuse_unused(adapt.add_adapters(tiny.llama(), tuning), tuning)
+
+
+GPT2 = GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=tiny.VOCAB, initializer_range=0.2)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "reported"),
+    [
+        (Tuning(lora=Lora(init_lora_weights="olora")), "takes transformer.h.0.attn.c_attn, whose"),
+        (Tuning(r=3, lora=Lora(init_lora_weights="orthogonal")), "even"),
+        (
+            Tuning(target_modules=["wte", "c_fc"], lora=Lora(ensure_weight_tying=True)),
+            "not lm_head here: remove this key",
+        ),
+    ],
+)
+def test_what_peft_makes_wrong_is_refused_by_run_and_plan(tuning, reported):
+    with pytest.raises(ModelError, match=re.escape(reported)):
+        adapt.add_adapters(tiny.build(GPT2), tuning)
+    with torch.device("meta"), pytest.raises(ModelError, match=re.escape(reported)):
+        adapt.add_adapters(tiny.build(GPT2), tuning)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tied_adapters_that_share_memory_are_refused(device):
+    tuning = Tuning(target_modules=["embed_tokens"], lora=Lora(ensure_weight_tying=True))
+    with torch.device(device), pytest.raises(ModelError, match="would update twice"):
+        adapt.add_adapters(tiny.llama(tie_word_embeddings=True), tuning)
+
+
+def test_loftq_fits_weights_that_are_stored_as_in_out(tmp_path):
+    base = tiny.build(GPT2)
+    base.save_pretrained(tmp_path)  # type: ignore[operator]
+    mode = {"tuning.mode": "qlora", "tuning.r": 16, "tuning.lora_alpha": 16.0}
+    errors = []
+    for init in (True, "loftq"):
+        config = configured(tmp_path, tmp_path, {"init_lora_weights": init}, **mode)
+        errors.append((logits(FineTune.build_model(config, "fp32", CPU)) - logits(base)).norm())
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_a_module_in_4_bits_cannot_be_copied_and_trained(bases, tmp_path):
+    mode = {"tuning.mode": "qlora", "tuning.target_modules": ["q_proj"]}
+    config = configured(bases[False], tmp_path, {"modules_to_save": ["v_proj"]}, **mode)
+    with pytest.raises(ModelError, match=r"layers.0.self_attn.v_proj is stored in 4 bits"):
+        FineTune.build_model(config, "fp32", CPU)
+    with pytest.raises(ModelError, match=r"layers.0.self_attn.v_proj is stored in 4 bits"):
+        dry_run.trace_step(config, "fp32", dry_run.Window((((20, 9),),)))
 
 
 # -- files from elsewhere

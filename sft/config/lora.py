@@ -133,7 +133,8 @@ class Lora(Section):
     expression of whole names."""
     target_parameters: Texts | None = None
     """Parameters that get an adapter although no linear layer holds them (experts):
-    `[mlp.experts.gate_up_proj]`."""
+    `[mlp.experts.gate_up_proj]`. As in PEFT, `exclude_modules` and `layers_to_transform` count for
+    `target_modules` only; with `auto`, they count for all."""
     layers_to_transform: CountOrZero | list[CountOrZero] | None = None
     """Numbers of the layers, from 0, that get adapters. null: all."""
     layers_pattern: Texts | Text | None = None

@@ -143,11 +143,6 @@ LORA_RULES = [
         "with use_rslora and a pattern, PEFT cannot express what is learnt as an adapter of the "
         "base as it is: leave one of them out",
     ),
-    _broken_lora(INIT, "mode")(
-        lambda init, mode: init == "orthogonal" and mode == "qlora",
-        "PEFT makes orthogonal weights in the dtype of the base, which has none in 4 bits: use "
-        "tuning.mode: lora, or gaussian",
-    ),
     _broken_lora(INIT, "r")(
         lambda init, r: init == "orthogonal" and isinstance(r, int) and r % 2 == 1,
         "orthogonal needs an even tuning.r",

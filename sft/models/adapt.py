@@ -7,7 +7,10 @@ something, and how an adapter that began with a part of the base fits the base t
 from __future__ import annotations
 
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +23,7 @@ from sft.config.schema import Tuning
 from sft.errors import ModelError, oom_message, suggest
 from sft.models import experts, peft_quantised
 from sft.models.fake import is_fake
+from sft.models.layers import embedding_layers
 from sft.models.reach import reach
 
 NAME = "default"  # of the adapter, in PEFT
@@ -34,29 +38,110 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
 
     targets = _targets(base, tuning)
     config = lora_config(tuning, targets, has_values=not is_fake(base))
-    experts.complete_targets(base, config, auto=tuning.target_modules == "auto")
+    init = tuning.lora.init_lora_weights
     try:
-        with peft_quantised.dora(fake=is_fake(base)):
+        experts.complete_targets(base, config, auto=tuning.target_modules == "auto", init=init)
+        with peft_quantised.dora(fake=is_fake(base)), peft_quantised.orthogonal(), _quiet():
             model: Any = get_peft_model(base, config)
     except Exception as error:
-        if isinstance(error, MemoryError) or oom_message(error):
+        if isinstance(error, MemoryError | ModelError) or oom_message(error):
             raise
-        if config.target_modules and not _matching(base, config):
-            linear = (n for n, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D))
-            raise ModelError(
-                f"tuning.target_modules: {targets.modules} names no layer of this model; "
-                f"its linear layers are: {', '.join(sorted(_last_names(linear)))}"
-            ) from error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"tuning: PEFT cannot add these adapters: {reason[:400]}") from error
-    if tuning.lora.init_lora_weights == "loftq" and not is_fake(base):
+        raise ModelError(f"tuning{_explain(error, base, config, targets)}") from error
+    _refuse_unable(model, tuning)
+    if init == "loftq" and not is_fake(base):
         peft_quantised.fit_loftq(model, base)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if tuning.lora.changes_base and not is_fake(base):
         _keep_first(model, tuning)
+    if init == "orthogonal":  # PEFT would make such weights of a 4-bit base again, and fail
+        config.init_lora_weights = True
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides PEFT's warning about patterns of ranks, which is wrong for those of parameters."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        yield
+
+
+def _explain(error: Exception, base: nn.Module, config: Any, targets: experts.Targets) -> str:
+    """Returns why PEFT could not add adapters, with the key that caused it."""
+    if config.target_modules and not _matching(base, config):
+        linear = (n for n, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D))
+        return (
+            f".target_modules: {targets.modules} names no layer of this model; "
+            f"its linear layers are: {', '.join(sorted(_last_names(linear)))}"
+        )
+    for name, parameter in base.named_parameters():
+        owners = [".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 1)]
+        copied = [o for o in owners for e in config.modules_to_save or () if o.endswith(e)]
+        if copied and not parameter.is_floating_point():
+            return (
+                f".lora.modules_to_save: {copied[0]} is stored in 4 bits, of which no copy can be "
+                "trained: give it an adapter, or set tuning.mode: lora"
+            )
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f": PEFT cannot add these adapters: {reason[:400]}"
+
+
+def _refuse_unable(model: Any, tuning: Tuning) -> None:
+    """Raises ModelError for adapters that PEFT makes, but that could not be right.
+
+    It also holds for weights without values, so that a plan refuses what a run does.
+    """
+    init, kept = tuning.lora.init_lora_weights, "tuning.lora.init_lora_weights"
+    plain = model.get_base_model()
+    for name, layer in adapted_layers(plain):
+        if NAME not in layer.lora_A:  # of embeddings: PEFT begins them as it always does
+            continue
+        rank, most = layer.r[NAME], min(layer.in_features, layer.out_features)
+        if tuning.lora.changes_base and rank > most:
+            raise ModelError(
+                f"tuning.r: init_lora_weights: {init} gives {name} a rank of {most} at most, "
+                f"found {rank}"
+            )
+        if init == "orthogonal" and rank % 2:
+            raise ModelError(f"{kept}: orthogonal needs even ranks, found {rank} for {name}")
+        if init == "olora" and isinstance(layer.get_base_layer(), Conv1D):
+            raise ModelError(
+                f"{kept}: PEFT's olora takes {name}, whose weight is stored as (in, out), for its "
+                "transpose: use pissa"
+            )
+    _refuse_half_tied(model, tuning)
+
+
+def _refuse_half_tied(model: Any, tuning: Tuning) -> None:
+    """Raises ModelError if `ensure_weight_tying` does not do what it says."""
+    trained = (p for p in model.parameters() if p.requires_grad)
+    if max(Counter(p.untyped_storage()._cdata for p in trained).values(), default=1) > 1:
+        raise ModelError(
+            "tuning.lora.ensure_weight_tying: PEFT ties adapters of embeddings and head as two "
+            "views of the same memory, which the optimizer would update twice: adapt one of "
+            "both without this key, or train rows with trainable_token_indices"
+        )
+    both = embedding_layers(model.get_base_model())
+    ends = [hasattr(m, "base_layer") or hasattr(m, "original_module") for m in both]
+    tied = model.base_model._get_module_names_tied_with_embedding()
+    if tuning.lora.ensure_weight_tying and tied and ends[0] != ends[1]:
+        raise ModelError(
+            "tuning.lora.ensure_weight_tying: PEFT finds tied weights only where they are named "
+            f"embed_tokens and lm_head, not {', '.join(tied)} here: remove this key"
+        )
+
+
+def adapted_layers(base: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields (name in the base, adapter); that of a parameter is named by the parameter."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            own = [part for part in name.split(".") if part != "base_layer"]
+            parameter = getattr(module, "parameter_name", None)
+            yield ".".join([*own, *([parameter] if parameter else [])]), module
 
 
 def lora_config(tuning: Tuning, targets: experts.Targets, has_values: bool) -> Any:
@@ -85,13 +170,15 @@ def _targets(base: Any, tuning: Tuning) -> experts.Targets:
     if found != "auto":
         return experts.Targets(found if isinstance(found, str) else list(found), parameters)
     auto = experts.auto_targets(base, reach(base), routers=tuning.router == "trained")
-    parameters = sorted({*(auto.parameters or ()), *(parameters or ())}) or None
+    own = lora_config(tuning, experts.Targets([]), has_values=False)
+    chosen = experts.without_unchosen(base, auto.parameters or [], own)
+    auto = replace(auto, parameters=sorted({*chosen, *(parameters or ())}) or None)
     if auto.modules != "all-linear" or tuning.lora.layers_to_transform is None:
-        return replace(auto, parameters=parameters)
+        return auto
     # PEFT looks at the numbers of layers only for names that are no whole names of modules.
     head, every = base.get_output_embeddings(), base.named_modules()
     linear = (n for n, m in every if isinstance(m, nn.Linear | Conv1D) and m is not head)
-    return experts.Targets(experts.short_names(linear), parameters)
+    return experts.Targets(experts.short_names(linear), auto.parameters)
 
 
 def _exclude_also(given: list[str] | str | None, pattern: str) -> list[str] | str | None:
@@ -121,18 +208,33 @@ def refuse_unused(model: Any, tuning: Tuning) -> None:
 
     Adapters of others may name more than their base has; PEFT ignores that, and so do we.
     """
-    from peft.tuners.lora import LoraLayer
-
     plain = model.get_base_model()
-    names = {name for name, _ in (*plain.named_modules(), *plain.named_parameters()) if name}
-    names = {re.sub(r"\.(base_layer|original_module|token_adapter)\b", "", n) for n in names}
-    layers = {n for n, m in plain.named_modules() if isinstance(m, LoraLayer)}
+    modules, parameters = (
+        {re.sub(r"\.(base_layer|original_module|token_adapter)\b", "", name) for name, _ in named}
+        for named in (plain.named_modules(), plain.named_parameters())
+    )
+    layers = {name for name, _ in adapted_layers(plain)}
+    names = {name for name in modules | parameters if name}
     used = model.peft_config[NAME].target_modules or ()  # without old names of experts
-    for key, entries, known in _named(tuning, names, layers):
+    for key, entries, known in _named(tuning, names, parameters, layers):
         for entry in entries if key != "target_modules" else {*entries} & {*used}:
             if not any(_ends_with(name, entry) for name in known):
-                near = suggest(entry, sorted(_last_names(known)))
+                is_whole = key == "lora.target_parameters"
+                near = suggest(
+                    entry, sorted(experts.short_names(known) if is_whole else _last_names(known))
+                )
                 raise ModelError(f"tuning.{key}: {entry} names nothing in this model; {near}")
+    whole = {
+        "target_modules": tuning.target_modules,
+        "lora.exclude_modules": tuning.lora.exclude_modules,
+    }
+    for key, pattern in whole.items():
+        if isinstance(pattern, str) and not any(re.fullmatch(pattern, n) for n in names | {"auto"}):
+            raise ModelError(f"tuning.{key}: {pattern} matches the whole name of no module")
+    _refuse_unused_layers(tuning, layers)
+
+
+def _refuse_unused_layers(tuning: Tuning, layers: Iterable[str]) -> None:
     wanted = tuning.lora.layers_to_transform
     numbers = {int(n) for each in layers for n in re.findall(r"\.(\d+)\.", each)[:1]}
     for number in [wanted] if isinstance(wanted, int) else wanted or []:
@@ -144,11 +246,12 @@ def refuse_unused(model: Any, tuning: Tuning) -> None:
 
 
 def _named(
-    tuning: Tuning, modules: set[str], adapted: set[str]
+    tuning: Tuning, modules: set[str], parameters: set[str], adapted: set[str]
 ) -> Iterator[tuple[str, list[str], set[str]]]:
     """Yields (key, the names or patterns that it gives, the names that they may match)."""
     lora, targets = tuning.lora, tuning.target_modules
     yield "target_modules", [] if isinstance(targets, str) else list(targets), modules
+    yield "lora.target_parameters", lora.target_parameters or [], parameters
     yield "lora.rank_pattern", list(lora.rank_pattern), adapted
     yield "lora.alpha_pattern", list(lora.alpha_pattern), adapted
     yield "lora.modules_to_save", lora.modules_to_save or [], modules
@@ -212,17 +315,18 @@ def served_tuning(tuning: Tuning) -> Tuning:
 
 def _keep_first(model: Any, tuning: Tuning) -> None:
     """Keeps the first A and B, which were subtracted from the base, as an attribute of `model`."""
-    first = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_A." in name or ".lora_B." in name:
-            first[name] = parameter.detach().cpu().clone()
-            rank = min(parameter.shape)
-            if ".lora_A." in name and rank < tuning.r and not tuning.lora.rank_pattern:
-                raise ModelError(
-                    f"tuning.r: init_lora_weights: {tuning.lora.init_lora_weights} gives "
-                    f"{name.split('.lora_A')[0]} a rank of {rank} at most, found {tuning.r}"
-                )
-    model.first_adapter, model.served_tuning = first, served_tuning(tuning)
+    model.first_adapter = {
+        name: parameter.detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if _part_of(name)
+    }
+    model.served_tuning = served_tuning(tuning)
+
+
+def _part_of(name: str) -> str:
+    """Returns A or B for a matrix of an adapter, also of embeddings; "" for other weights."""
+    found = re.search(r"\.lora_(?:embedding_)?([AB])\.", name)
+    return found[1] if found else ""
 
 
 def extend_with_first(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -230,7 +334,7 @@ def extend_with_first(model: Any, weights: dict[str, torch.Tensor]) -> dict[str,
     result = dict(weights)
     for name, first in model.first_adapter.items():
         now = weights[name].detach().cpu()
-        is_a = ".lora_A." in name
+        is_a = _part_of(name) == "A"
         result[name] = torch.cat([now, first] if is_a else [now, -first], dim=0 if is_a else 1)
     return result
 
@@ -240,8 +344,9 @@ def without_first(model: Any, name: str, value: torch.Tensor) -> torch.Tensor:
     first = getattr(model, "first_adapter", {}).get(name)
     if first is None:
         return value
-    half = value.shape[0 if ".lora_A." in name else 1] // 2
-    return value[:half] if ".lora_A." in name else value[:, :half].contiguous()
+    is_a = _part_of(name) == "A"
+    half = value.shape[0 if is_a else 1] // 2
+    return value[:half] if is_a else value[:, :half].contiguous()
 
 
 # -- names

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -79,13 +79,15 @@ def _wrap(target: nn.Module, adapter_name: str, config: LoraConfig, **options: A
     return ExpertAdapter(target, adapter_name, parameter_name=name, config=config, **options)
 
 
-def complete_targets(base: Any, config: LoraConfig, *, auto: bool) -> None:
+def complete_targets(base: Any, config: LoraConfig, *, auto: bool, init: bool | str) -> None:
     """Makes PEFT adapt all that `config` names, with the adapters of this module.
 
     For some mixtures PEFT takes names of modules for names of experts, as they were called in
     transformers 4. Linear layers of these names would get no adapter, so they are named by their
     parameter. Such a file means the same to PEFT. `auto`: the names are those of `auto_targets`.
+    `init`: `init_lora_weights`, which PEFT does not get where weights have no values.
     """
+    every = [name for name, _ in base.named_parameters()]
     if config.target_modules != "all-linear":
         named, converted = _linear_layers(base, config), copy.deepcopy(config)
         convert_peft_config_for_transformers(converted, base, None)
@@ -94,21 +96,45 @@ def complete_targets(base: Any, config: LoraConfig, *, auto: bool) -> None:
             config.target_modules = short_names(kept)
         else:
             vars(config).update(vars(converted))
-        lost = short_names(f"{name}.weight" for name in named - kept)
+        lost = shortest({f"{name}.weight" for name in named - kept}, every)
         config.target_parameters = sorted({*(config.target_parameters or ()), *lost}) or None
-    wanted = config.target_parameters or ()
-    if wanted and config.lora_dropout:
-        raise ModelError(
-            f"tuning.lora_dropout: PEFT has no dropout for adapters of parameters, such as "
-            f"{wanted[0]}, found {config.lora_dropout:g}: set 0"
-        )
-    for name, _ in base.named_parameters():
-        owner = base.get_submodule(_owner(name))
-        if is_named(name, wanted) and not is_plain(owner):
+        _follow_patterns(config, named - kept)
+    owners = {n: base.get_submodule(_owner(n)) for n in every if is_adapted(n, config)}
+    _refuse_parameters(config, owners, init)
+    for owner in owners.values():
+        if not is_plain(owner):
             prepare(owner)
-    if wanted:
+    if owners:
         own: Any = {PreparedWeights: _wrap, nn.Linear: _wrap}
         config._register_custom_module(own)
+
+
+def _follow_patterns(config: LoraConfig, layers: Iterable[str]) -> None:
+    """Makes patterns of `layers` match them, too, when they are named by their parameter."""
+    for patterns in (config.rank_pattern, config.alpha_pattern):
+        for pattern, value in list((patterns or {}).items()):
+            if any(re.match(rf"(.*\.)?({pattern})$", name) for name in layers):
+                patterns.setdefault(rf"({pattern})\.weight", value)  # type: ignore[union-attr]
+
+
+def _refuse_parameters(
+    config: LoraConfig, owners: Mapping[str, nn.Module], init: bool | str
+) -> None:
+    """Raises ModelError for what PEFT cannot do with parameters. `owners`: their modules."""
+    name = next(iter(owners), "")
+    if name and config.lora_dropout:
+        raise ModelError(
+            f"tuning.lora_dropout: PEFT has no dropout for adapters of parameters, such as "
+            f"{short_names([name])[0]}, found {config.lora_dropout:g}: set 0"
+        )
+    name = next((each for each, owner in owners.items() if not is_plain(owner)), "")
+    of_layers = {"use_dora": config.use_dora, "lora_bias": config.lora_bias}
+    of_layers[f"init_lora_weights: {init}"] = init not in (True, False, "gaussian")
+    if name and (wrong := next((key for key, given in of_layers.items() if given), None)):
+        raise ModelError(
+            f"tuning.lora.{wrong}: PEFT has it for linear layers only, and {short_names([name])[0]}"
+            " is a parameter of experts: name the linear layers in tuning.target_modules"
+        )
 
 
 def _linear_layers(base: nn.Module, config: LoraConfig) -> set[str]:
@@ -156,9 +182,7 @@ def auto_targets(base: Any, reach: Reach, *, routers: bool = False) -> Targets:
     modules = short_names(name for name, wanted in linear.items() if wanted)
     named = (name for name, _ in base.named_modules() if is_named(name, modules))
     others = [name for name in named if not linear.get(name)]
-    parameters = short_names(name for name, wanted in held.items() if wanted)
-    if any(is_named(name, parameters) for name, wanted in held.items() if not wanted):
-        parameters = [name for name, wanted in held.items() if wanted]
+    parameters = shortest([name for name, wanted in held.items() if wanted], held)
     outermost = {_outermost(name, reach) for name in others}
     pattern = "|".join(re.escape(name) for name in sorted(outermost))
     return Targets(modules, parameters or None, rf"({pattern})(\..*)?" if pattern else "")
@@ -220,6 +244,34 @@ def shape_of(model: nn.Module, name: str, parameter: nn.Parameter) -> torch.Size
     owner, _, own = name.rpartition(".")
     states = getattr(model.get_submodule(owner), "quant_states", {})
     return states[own].shape if own in states else parameter.shape
+
+
+def is_adapted(name: str, config: LoraConfig) -> bool:
+    """Returns whether `target_parameters` names a parameter."""
+    return is_named(name, config.target_parameters or ())
+
+
+def shortest(wanted: Collection[str], every: Iterable[str]) -> list[str]:
+    """Returns names that PEFT takes for exactly the `wanted` parameters of `every`."""
+    short = short_names(wanted)
+    return short if all(n in wanted for n in every if is_named(n, short)) else sorted(wanted)
+
+
+def without_unchosen(base: Any, parameters: list[str], config: LoraConfig) -> list[str]:
+    """Returns `parameters` without what `layers_to_transform` or `exclude_modules` leaves out.
+
+    PEFT itself looks at both for modules only.
+    """
+    every = [name for name, _ in base.named_parameters()]
+    named = [name for name in every if is_named(name, parameters)]
+    kept = [name for name in named if all(_is_chosen(n, config) for n in (name, _owner(name)))]
+    return parameters if kept == named else shortest(kept, every)
+
+
+def _is_chosen(name: str, config: LoraConfig) -> bool:
+    chosen = copy.copy(config)
+    chosen.target_modules = [name.rpartition(".")[2]]
+    return bool(check_target_module_exists(chosen, name))
 
 
 def short_names(names: Iterable[str]) -> list[str]:

@@ -6,12 +6,15 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
+from sft.errors import ModelError
 from sft.models.fake import set_attributes
 
 
@@ -50,6 +53,30 @@ def dora(*, fake: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def orthogonal() -> Iterator[None]:
+    """Lets PEFT make orthogonal weights, which it casts to the dtype of the base, in fp32.
+
+    It would cast them to whole numbers where the base is stored in 4 bits.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    made = LoraLayer.orthogonal_init
+
+    def make(layer: Any, name: str) -> None:
+        if layer.get_base_layer().weight.is_floating_point():
+            return made(layer, name)
+        unquantised = SimpleNamespace(weight=torch.empty(0))
+        layer.get_base_layer = lambda: unquantised
+        try:
+            return made(layer, name)
+        finally:
+            del layer.get_base_layer
+
+    with set_attributes(LoraLayer, orthogonal_init=make):
+        yield
+
+
 class _FakeCopy:
     """Replaces the module `copy` where PEFT copies modules of fake weights.
 
@@ -76,8 +103,14 @@ def fit_loftq(model: nn.Module, base: Any) -> None:
 
     revision = getattr(base.config, "_commit_hash", None)
     config = cached_file(base.name_or_path, "config.json", revision=revision)
-    with set_attributes(loftq_utils, _loftq_init_new=_fit):
-        loftq_utils.replace_lora_weights_loftq(model, str(Path(str(config)).parent))
+    try:
+        with set_attributes(loftq_utils, _loftq_init_new=_fit):
+            loftq_utils.replace_lora_weights_loftq(model, str(Path(str(config)).parent))
+    except (KeyError, ValueError, OSError) as error:  # it looks for the names of the model
+        raise ModelError(
+            "tuning.lora.init_lora_weights: PEFT finds no weights for loftq in the files of "
+            f"{base.name_or_path}: {error}; use true"
+        ) from error
 
 
 def _fit(
@@ -89,6 +122,8 @@ def _fit(
 
     assert num_bits == 4
     known = dequantize_4bit(quantised.data, quantised.quant_state).float()
+    if getattr(quantised.module, "source_cls", None) is Conv1D:  # whose files have (in, out)
+        weight = weight.T
     residual = weight.to(known.device, torch.float32) - known
     found = loftq_utils._low_rank_decomposition(residual, reduced_rank=reduced_rank)
     return found["R"], found["L"]

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -164,9 +166,23 @@ def _write(run: Path, config: Config, base: str, folder: Path, dtype: str) -> No
         )
     if base == "dequantised":
         _copy_dequantised(plain, config)
+    untie(plain)
     merged = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     merged.generation_config = add_turn_ends(merged.generation_config, tokenizer)
     export.save(merged.to(DTYPES[dtype]), tokenizer, folder, origin=config.model)
+
+
+def untie(plain: nn.Module) -> None:
+    """Gives each layer with an adapter a weight of its own, where the base ties it to another.
+
+    PEFT would merge into both. It then notes in the configuration that they are not tied.
+    """
+    shared = Counter(p for _, p in plain.named_parameters(remove_duplicate=False))
+    for layer in plain.modules():
+        if isinstance(layer, LoraLayer) and not hasattr(layer, "parameter_name"):
+            inner: Any = layer.get_base_layer()
+            if shared[inner.weight] > 1:
+                inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
 
 
 def _copy_dequantised(plain: nn.Module, config: Config) -> None:

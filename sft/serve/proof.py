@@ -178,8 +178,8 @@ def add_turn_ends(base: GenerationConfig, tokenizer: PreTrainedTokenizerBase) ->
 def _compare_tensors(
     reference: Any, merged: nn.Module, loading: dict[str, Any], dtype: str
 ) -> Checks:
-    """Compares each tensor with its expected value; tied weights are one tensor."""
-    found = dict(merged.named_parameters())
+    """Compares each tensor, by all names of tied ones, with its expected value."""
+    found = dict(merged.named_parameters(remove_duplicate=False))
     strange = set(loading["missing_keys"]) | set(loading["unexpected_keys"])
     worst, where = 0.0, ""
     for name, expected in _expected_weights(reference, merged):
@@ -203,7 +203,7 @@ def _expected_weights(reference: Any, merged: nn.Module) -> Iterator[tuple[str, 
     It uses the formulas of `_adapted`, and not the library that merged.
     """
     plain, modules = reference.get_base_model(), dict(merged.named_modules())
-    for name, parameter in plain.named_parameters():
+    for name, parameter in plain.named_parameters(remove_duplicate=False):
         owner, _, kind = name.rpartition(".")
         if ".modules_to_save.default" in owner:  # takes the place of `original_module`
             yield name.replace(".modules_to_save.default", ""), parameter.float()
