@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import tiny
 import torch
 from conftest import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_export import commit
 from test_models import wake
 from transformers import AutoModelForCausalLM
@@ -19,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from sft.config.load import dump_config, load_config
 from sft.config.schema import Config
 from sft.data import cache
-from sft.errors import ConfigError, ExportError
+from sft.errors import CheckpointError, ConfigError, ExportError
 from sft.models import export, layers
 from sft.models.digests import model_sha256
 from sft.serve import runs
@@ -154,3 +156,58 @@ def test_a_file_that_is_no_adapter_is_one_problem(first, tmp_path):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(ConfigError, match=r"1 problem in the configuration\n  model\.adapter"):
             configured(folder, tmp_path / "run", f"model.adapter={tmp_path}")
+
+
+def other_file(folder: Path, adapter: Path, kind: str) -> Path:
+    """Copies an adapter whose weights are missing, pickled, in parts, or more than those it names.
+
+    Or whose config is that of another kind of adapter.
+    """
+    shutil.copytree(adapter, folder)
+    path = folder / "adapter_model.safetensors"
+    known = json.loads((folder / "adapter_config.json").read_text())
+    weights = load_file(path)
+    if kind == "none":
+        path.unlink()
+    elif kind in ("adapter_model.bin", "adapter_model-00001-of-00002.safetensors"):
+        path.rename(folder / kind)
+    elif kind.startswith("base_model"):
+        save_file(weights | {kind: torch.ones(6, 32)}, path)
+    else:
+        known["peft_type"] = kind
+    (folder / "adapter_config.json").write_text(json.dumps(known))
+    return folder
+
+
+OTHER_FILES = {
+    "none": "expected adapter_model.safetensors, found none",
+    "adapter_model.bin": "found adapter_model.bin (a pickle, which could make code run); load it",
+    "adapter_model-00001-of-00002.safetensors": "of-00002.safetensors; load it with PEFT",
+    "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": "for which there is no place",
+    "base_model.model.model.norm.weight": "unlike that of the base",
+    "IA3": "expected peft_type LORA, found 'IA3'",
+    "PREFIX_TUNING": "expected peft_type LORA, found 'PREFIX_TUNING'",
+}
+
+
+@pytest.mark.parametrize(("kind", "reported"), OTHER_FILES.items())
+def test_weights_that_are_not_read_are_refused_with_the_reason(first, tmp_path, kind, reported):
+    folder, adapter, _ = first
+    other = other_file(tmp_path / "other", adapter, kind)
+    with pytest.raises((ConfigError, CheckpointError), match=re.escape(reported)):
+        FineTune.build_model(configured(folder, tmp_path, f"model.adapter={other}"), "fp32", CPU)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ExportError, match=re.escape(reported)):
+        FineTune.with_adapter(base, str(folder), other)
+
+
+def test_copies_of_embeddings_that_peft_saves_are_those_of_the_base(first, tmp_path):
+    folder, _, _ = first
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    built: Any = get_peft_model(plain, LoraConfig(target_modules=["q_proj", "lm_head"]))
+    wake(built, 0.1)
+    built.save_pretrained(tmp_path)
+    assert any("base_layer" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    own: Any = FineTune.with_adapter(plain.from_pretrained(folder), str(folder), tmp_path)
+    ids = torch.arange(2, 9)[None]
+    torch.testing.assert_close(own(input_ids=ids).logits, built(input_ids=ids).logits)

@@ -17,7 +17,7 @@ from sft.config.schema import Tuning
 from sft.config.section import Origins
 from sft.errors import shorten
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 SHARED = ("r", "lora_alpha", "target_modules")  # keys of adapter_config.json and of `tuning`
 # Keys of adapter_config.json that change nothing in an adapter that is loaded.
 INERT = (
@@ -26,6 +26,27 @@ INERT = (
     *("loftq_config", "eva_config", "qalora_group_size", "runtime_config"),
 )
 DECOMPOSED = ("loftq", "corda", "lora_ga")  # first weights that belong to a changed base
+
+
+def check_files(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises ValueError or KeyError unless a folder holds a LoRA adapter that can be read."""
+    kind, base = config["peft_type"], config["base_model_name_or_path"]
+    if kind != "LORA":
+        raise ValueError(
+            f"expected peft_type LORA, found {shorten(kind)}; if PEFT can merge it into its base, "
+            "give the result as model.name"
+        )
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"expected the name of its base, found {shorten(base)}: set base_model_name_or_path in "
+            f"its {ADAPTER_CONFIG}"
+        )
+    if not (folder / ADAPTER).is_file():
+        others = sorted(path.name for path in folder.glob("adapter_model*"))
+        hint = "; load it with PEFT, and save it again" if others else ""
+        is_pickle = any(not name.endswith((".safetensors", ".json")) for name in others)
+        why = " (a pickle, which could make code run)" if is_pickle else ""
+        raise ValueError(f"expected {ADAPTER}, found {', '.join(others[:3]) or 'none'}{why}{hint}")
 
 
 def adapter_tuning(config: Mapping[str, Any]) -> Tuning:
@@ -41,6 +62,11 @@ def adapter_tuning(config: Mapping[str, Any]) -> Tuning:
     init = given.get("init_lora_weights", True)
     if not isinstance(init, bool | str) or init in DECOMPOSED:
         raise ValueError(f"init_lora_weights: {init}, so the adapter belongs to a changed base")
+    if str(init).startswith("pissa_niter"):
+        raise ValueError(
+            f"init_lora_weights: {init}: its base was changed by a random approximation, which "
+            "cannot be repeated; convert it with PEFT's path_initial_model_for_weight_conversion"
+        )
     own = {key: given[key] for key in Lora.model_fields if key in given}
     # PEFT subtracts these from the base once more; what others begin with is overwritten.
     own["init_lora_weights"] = init if str(init).startswith(CHANGES_BASE) else True
@@ -85,6 +111,7 @@ def continue_adapter(tree: dict[str, Any], origins: Origins, problems: list[str]
         if not path.is_file():
             raise ValueError(f"expected the folder of an adapter ({ADAPTER_CONFIG}), found none")
         found = json.loads(path.read_text("utf-8"))
+        check_files(Path(given), found)
         read = adapter_tuning(found)
         if read.lora.changes_base:
             raise ValueError(

@@ -62,9 +62,10 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides PEFT's warning about patterns of ranks, which is wrong for those of parameters."""
+    """Hides warnings of PEFT that are wrong for parameters; `refuse_unused` reports the rest."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        warnings.filterwarnings("ignore", "You have passed exclude_modules")
         yield
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
+from sft.config.adapters import ADAPTER
 from sft.config.schema import Model
 from sft.models.pretrained import architecture, explain_load_errors
 from sft.runtime.checkpoint import sha256
@@ -22,7 +23,7 @@ def model_sha256(config: Model) -> str:
     if config.new_tokens:
         digest.update(json.dumps(config.new_tokens).encode())
     if config.adapter:
-        digest.update(sha256(Path(config.adapter, "adapter_model.safetensors")).encode())
+        digest.update(sha256(Path(config.adapter, ADAPTER)).encode())
     if config.init == "pretrained":
         for part in _sample_weights(config):
             digest.update(part)

@@ -19,6 +19,7 @@ from transformers.utils import (
     cached_file,
 )
 
+from sft.config.adapters import ADAPTER
 from sft.config.schema import Model
 from sft.errors import CheckpointError
 from sft.models.adapt import NAME, aliases, extend_with_first, saved_names, without_first
@@ -27,7 +28,6 @@ from sft.models.digests import weights_sha256
 from sft.models.pretrained import absolute_name, sub_configs
 from sft.runtime.checkpoint import open_tensors
 
-ADAPTER = "adapter_model.safetensors"
 BASE = "base.json"  # beside an adapter: the base that it was trained on
 # How a vision-language or audio model reads its media; training on text leaves it as it is.
 PROCESSORS = sorted(
@@ -126,6 +126,24 @@ def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Te
         yield name, value
     if missing:
         raise CheckpointError(f"{folder} does not fit the model: it lacks {min(missing)}")
+
+
+def refuse_unknown(model: Any, folder: Path) -> None:
+    """Raises CheckpointError if an adapter's file holds weights that `model` has no place for.
+
+    PEFT also saves copies of embeddings, which have to be those of the base.
+    """
+    known, names = {*saved_names(model)}, dict(model.get_base_model().named_parameters())
+    with open_tensors(folder / ADAPTER) as file:
+        for saved in sorted(set(file.keys()) - known):
+            plain = saved.removeprefix("base_model.model.")
+            own = names.get(plain, names.get(plain.replace(".base_layer", "")))
+            value = file.get_tensor(saved)
+            if own is None or own.shape != value.shape or not torch.equal(own, value.to(own)):
+                raise CheckpointError(
+                    f"{folder} does not fit the model: it holds {saved}, "
+                    + ("for which there is no place" if own is None else "unlike that of the base")
+                )
 
 
 def _read_files(

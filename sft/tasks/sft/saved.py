@@ -11,9 +11,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sft.config.adapters import ADAPTER_CONFIG, adapter_tuning, describe_fault, shape_values
+from sft.config.adapters import (
+    ADAPTER_CONFIG,
+    adapter_tuning,
+    check_files,
+    describe_fault,
+    shape_values,
+)
 from sft.config.schema import Config, Model, Tuning
-from sft.errors import CheckpointError, ExportError, ModelError, shorten
+from sft.errors import CheckpointError, ExportError, ModelError
 from sft.models import load, pretrained, vocabulary
 from sft.models.adapt import (
     add_adapters,
@@ -22,7 +28,7 @@ from sft.models.adapt import (
     tuning_of,
 )
 from sft.models.digests import weights_sha256
-from sft.models.export import ADAPTER, BASE, load_weights
+from sft.models.export import ADAPTER, BASE, load_weights, refuse_unknown
 from sft.models.fake import is_fake
 from sft.runtime import plain
 from sft.tasks.base import Task
@@ -98,21 +104,15 @@ def _tuning_in(folder: Path, found: dict[str, Any]) -> Tuning:
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Returns adapter_config.json. Raises ExportError if it is not that of a LoRA adapter."""
-    path = folder / ADAPTER_CONFIG
     try:
-        found = plain.load_json(path, follow=True)
-        kind, base = found["peft_type"], found["base_model_name_or_path"]
-        is_sound = isinstance(base, str) and kind == "LORA"
+        found = plain.load_json(folder / ADAPTER_CONFIG, follow=True)
+        check_files(folder, found)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or repr(error)
+        reason = getattr(error, "strerror", None)
+        reason = reason or (str(error) if type(error) is ValueError else repr(error))
         raise ExportError(
-            f"{folder}: expected a LoRA adapter (adapter_config.json, {ADAPTER}): {reason}"
+            f"{folder}: expected a LoRA adapter ({ADAPTER_CONFIG}, {ADAPTER}): {reason}"
         ) from None
-    if not is_sound:
-        raise ExportError(
-            f"{folder}: expected a LoRA adapter of a named base, found {kind} of {shorten(base)}; "
-            "merge it with PEFT first"
-        )
     _tuning_in(folder, found)
     return found
 
@@ -139,6 +139,7 @@ class SavedTuning(Task):
             refuse_another_base(config.model, cls.recorded_base(folder))
             _refuse_another_name(folder, config.model.name)
             refuse_another_shape(folder, adapted)
+            refuse_unknown(adapted, folder)
             load_weights(adapted, folder)
         return adapted
 
@@ -225,6 +226,7 @@ class SavedTuning(Task):
             vocabulary.fit_vocabulary(base, max(numbers, default=-1) + 1)
             adapted = add_adapters(base, tuning)
             vars(adapted).pop("first_adapter", None)  # PEFT has put it into this base, too
+            refuse_unknown(adapted, folder)
             load_weights(adapted, folder)
             store_like_base(adapted)
         except (ModelError, CheckpointError) as error:
