@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import tokenizers
 import torch
 from conftest import ROOT
 from peft import PeftModel
@@ -16,13 +18,14 @@ from test_export import commit
 from test_lora import problem
 from test_merge import quiet
 from test_models import wake
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sft.config.load import dump_config, load_config, with_values
-from sft.config.schema import Config, Model
+from sft.config.lora import Lora
+from sft.config.schema import Config, Model, Tuning
 from sft.data import audit_report, cache
-from sft.errors import ModelError
-from sft.models import export, layers, load, pretrained
+from sft.errors import ConfigError, ModelError
+from sft.models import adapt, export, layers, load, pretrained, vocabulary
 from sft.plan import dry_run
 from sft.serve import merge, runs
 from sft.tasks.sft.saved import SavedTuning
@@ -114,6 +117,46 @@ def test_new_tokens_are_trained_saved_served_and_merged(tmp_path, mode, tied):
         torch.testing.assert_close(logits(merged), logits(built), atol=1e-4, rtol=1e-4)
 
 
+def test_a_run_goes_on_with_the_new_tokens_of_its_adapter(tmp_path):
+    folder = base(tmp_path / "base", False)
+    finished(configured(folder, "lora", tmp_path / "first"))
+    adapter = f"model.adapter={tmp_path / 'first/final_checkpoint'}"
+    given = [f"model.name={folder}", adapter, f"train.output_dir={tmp_path / 'run'}", "tuning.r=4"]
+    config: Any = load_config(ROOT / "configs/nano.yaml", given)
+    assert config.model.new_tokens == NEW
+    own = f"model.new_tokens={json.dumps(NEW)}"
+    assert load_config(ROOT / "configs/nano.yaml", [*given, own]) == config
+    built = finished(config)
+    served, _ = runs.load_trained(tmp_path / "run", runs.load_run_config(tmp_path / "run"))
+    torch.testing.assert_close(logits(served), logits(built))
+    for tokens in (["<b>"], [*NEW, "<b>"]):  # "<b>" would get the row of "<plan>"
+        with pytest.raises(ConfigError, match=r"has rows of \['<plan>', 'Slowga'\], found"):
+            load_config(
+                None, [*given, "data.train_path=d", f"model.new_tokens={json.dumps(tokens)}"]
+            )
+
+
+def test_rows_that_a_base_has_learnt_stay(tmp_path):
+    folder = base(tmp_path / "base", False)
+    built = finished(configured(folder, "full", tmp_path / "run"))
+    learnt = tmp_path / "run/final_checkpoint"
+    for tokens in (["<more>"], ["<plan>", "<more>"]):
+        again: Any = load.load_base(Model(name=str(learnt), new_tokens=tokens), "lora", "fp32", CPU)
+        assert again.new_token_ids == ([1026] if len(tokens) == 1 else [1024, 1026])
+        for old, new in zip(
+            layers.embedding_layers(built), layers.embedding_layers(again), strict=True
+        ):
+            assert torch.equal(old.weight, new.weight[:1026])  # type: ignore[union-attr,index]
+
+
+def test_rows_may_be_listed_by_module_beside_new_tokens():
+    built: Any = tiny.llama()
+    built.new_token_ids = [7]
+    given = Tuning(lora=Lora(trainable_token_indices={"embed_tokens": [3]}))
+    found = vocabulary.trained_tokens(built, given).lora.trainable_token_indices
+    assert found == {"embed_tokens": [3, 7], "lm_head": [7]}
+
+
 def test_the_audit_counts_how_often_new_tokens_are_supervised(tmp_path):
     rows = [("Slowga", "go to Slowga <plan>"), ("<plan>", "to Slowga"), ("a", "b")]
     messages = [
@@ -132,15 +175,33 @@ def test_the_audit_counts_how_often_new_tokens_are_supervised(tmp_path):
     )
 
 
-def test_a_token_that_exists_is_no_new_one():
-    nano = str(ROOT / "nano/model")
-    known = max(AutoTokenizer.from_pretrained(nano).get_vocab(), key=len)
-    with pytest.raises(ModelError, match="is a token of this tokenizer already"):
-        pretrained.load_tokenizer(Model(name=nano, new_tokens=[known]))
+@pytest.mark.parametrize(
+    ("token", "reported"),
+    [
+        ("<|im_start|>", "'<|im_start|>' is a token of this tokenizer already (id 1)"),
+        ("é", "'é' is the name of another token in this tokenizer (id 168)"),  # of a byte
+    ],
+)
+def test_a_token_that_exists_is_no_new_one(token, reported):
+    with pytest.raises(ModelError, match=re.escape(reported)):
+        pretrained.load_tokenizer(Model(name=str(ROOT / "nano/model"), new_tokens=[token]))
+
+
+def test_a_token_with_a_space_may_be_stored_otherwise():
+    table = {"Ġ": 0, "t": 1, "Ġt": 2}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(table, [("Ġ", "t")]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    with pytest.raises(ModelError, match=r"' t' is a token of this tokenizer already \(id 2\)"):
+        vocabulary.add_tokens(PreTrainedTokenizerFast(tokenizer_object=inner), [" t"])
+
+
+def test_trained_rows_and_an_adapter_of_the_same_layer_are_refused():
+    tuning = Tuning(target_modules=["lm_head"], lora=Lora(trainable_token_indices=[1]))
+    with pytest.raises(ModelError, match="lm_head would have an adapter and trained rows"):
+        adapt.add_adapters(tiny.llama(tie_word_embeddings=True), tuning)
 
 
 def test_what_cannot_work_with_new_tokens_is_refused(tmp_path):
     new = "model.new_tokens=['<a>']"
     assert "agents share the embeddings" in problem(tmp_path, new, "crowd.num_agents=2")
-    indices = "tuning.lora.trainable_token_indices={embed_tokens: [1]}"
-    assert "trained in all embeddings" in problem(tmp_path, new, indices)

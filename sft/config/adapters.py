@@ -18,6 +18,7 @@ from sft.config.section import Origins
 from sft.errors import shorten
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+NEW_TOKENS = "new_tokens"  # in tokenizer_config.json: each new token with the ids of its pieces
 SHARED = ("r", "lora_alpha", "target_modules")  # keys of adapter_config.json and of `tuning`
 # Keys of adapter_config.json that change nothing in an adapter that is loaded.
 INERT = (
@@ -102,7 +103,11 @@ def continue_adapter(tree: dict[str, Any], origins: Origins, problems: list[str]
     """
     model = tree.get("model")
     given = model.get("adapter") if isinstance(model, dict) else None
-    if not isinstance(given, str) or not isinstance(tree.setdefault("tuning", {}), dict):
+    if (
+        not isinstance(model, dict)
+        or not isinstance(given, str)
+        or not isinstance(tree.setdefault("tuning", {}), dict)
+    ):
         return
     tuning: dict[str, Any] = tree["tuning"]
     place = f" ({origins['model.adapter']})" if "model.adapter" in origins else ""
@@ -113,6 +118,7 @@ def continue_adapter(tree: dict[str, Any], origins: Origins, problems: list[str]
         found = json.loads(path.read_text("utf-8"))
         check_files(Path(given), found)
         read = adapter_tuning(found)
+        tokens = _new_tokens(Path(given), read)
         if read.lora.changes_base:
             raise ValueError(
                 f"{read.lora.init_lora_weights}: it belongs to a changed base; convert it with "
@@ -121,6 +127,12 @@ def continue_adapter(tree: dict[str, Any], origins: Origins, problems: list[str]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problems.append(f"model.adapter{place}: {given}: {describe_fault(error)}")
         return
+    if (wanted := model.setdefault(NEW_TOKENS, tokens)) != tokens and wanted is not None:
+        problems.append(
+            f"model.{NEW_TOKENS}: the adapter in {given} has rows of {tokens or 'no new tokens'}, "
+            f"found {shorten(wanted)}; merge it into its base first, and add tokens to the result"
+        )
+    model[NEW_TOKENS] = tokens
     own = dict(_flat(tuning))
     for key, value in shape_values(read).items():
         mine = own.get(key, value)
@@ -134,6 +146,19 @@ def continue_adapter(tree: dict[str, Any], origins: Origins, problems: list[str]
     shape = read.model_dump()
     tuning.update({key: shape[key] for key in SHARED})
     tuning["lora"] = {**shape["lora"], "init_lora_weights": True}
+
+
+def _new_tokens(folder: Path, tuning: Tuning) -> list[str] | None:
+    """Returns the tokens whose rows the adapter in a folder trains, of those that were added."""
+    rows = tuning.lora.trainable_token_indices or []
+    ids = {i for own in (rows.values() if isinstance(rows, dict) else [rows]) for i in own}
+    settings, path = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not ids or not settings.is_file() or not path.is_file():
+        return None
+    added = json.loads(path.read_text("utf-8"))["added_tokens"]
+    own = {each["content"] for each in added if each["id"] in ids}
+    found = json.loads(settings.read_text("utf-8")).get(NEW_TOKENS, {})
+    return [token for token in found if token in own] or None
 
 
 def _flat(tuning: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -180,11 +180,6 @@ LORA_RULES = [
         "agents begin with adapters of their own: remove one of the two",
     ),
     Rule(
-        ("model.new_tokens", "tuning.lora.trainable_token_indices", "model.adapter"),
-        lambda tokens, indices, adapter: tokens and isinstance(indices, dict) and not adapter,
-        "are trained in all embeddings: give tuning.lora.trainable_token_indices as a list",
-    ),
-    Rule(
         ("model.new_tokens", "crowd.num_agents"),
         lambda tokens, agents: tokens and agents > 0,
         "agents share the embeddings of the base: add tokens to the base first, with one model",

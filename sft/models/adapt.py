@@ -97,6 +97,11 @@ def _refuse_unable(model: Any, tuning: Tuning) -> None:
     init, kept = tuning.lora.init_lora_weights, "tuning.lora.init_lora_weights"
     plain = model.get_base_model()
     for name, layer in adapted_layers(plain):
+        if hasattr(layer.base_layer, "token_adapter"):
+            raise ModelError(
+                f"tuning: {name} would have an adapter and trained rows (trainable_token_indices, "
+                "model.new_tokens), of which PEFT merges one only: leave one of them out"
+            )
         if NAME not in layer.lora_A:  # of embeddings: PEFT begins them as it always does
             continue
         rank, most = layer.r[NAME], min(layer.in_features, layer.out_features)

@@ -174,7 +174,7 @@ def refuse_quantised(arch: Any, name: str, mode: str) -> None:
 def with_new_tokens(model: nn.Module, config: Model) -> nn.Module:
     """Returns the model with embeddings of `model.new_tokens`."""
     if config.new_tokens:
-        vocabulary.add_rows(model, load_tokenizer(config))
+        vocabulary.add_rows(model, load_tokenizer(config), config.new_tokens)
     return model
 
 

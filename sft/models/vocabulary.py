@@ -13,12 +13,11 @@ from torch import nn
 from transformers import AddedToken
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from sft.config.adapters import NEW_TOKENS as KEY
 from sft.config.schema import Tuning
 from sft.errors import ModelError
 from sft.models.fake import is_fake
 from sft.models.layers import embedding_layers
-
-KEY = "new_tokens"  # in tokenizer_config.json: each new token with the ids of its pieces
 
 
 def add_tokens(tokenizer: Tokenizer, tokens: Iterable[str]) -> None:
@@ -27,39 +26,46 @@ def add_tokens(tokenizer: Tokenizer, tokens: Iterable[str]) -> None:
     Raises ModelError for a text that is a token already, or that has no pieces.
     """
     known: dict[str, list[int]] = dict(tokenizer.init_kwargs.get(KEY, {}))
-    vocabulary = tokenizer.get_vocab()
+    vocabulary, fresh = tokenizer.get_vocab(), []
     for token in tokens:
         if token in known:
             continue
-        if token in vocabulary:
+        pieces = tokenizer.encode(token, add_special_tokens=False)
+        # " the" is stored as "Ġthe", and "é" is the name of a byte.
+        if len(pieces) == 1 and token in (tokenizer.decode(pieces), *vocabulary):
             raise ModelError(
                 f"model.new_tokens: {token!r} is a token of this tokenizer already (id "
-                f"{vocabulary[token]}); to train its embedding, set "
-                f"tuning.lora.trainable_token_indices: [{vocabulary[token]}]"
+                f"{pieces[0]}); to train its embedding, set tuning.lora.trainable_token_indices: "
+                f"{pieces}"
             )
-        pieces = tokenizer.encode(token, add_special_tokens=False)
+        if token in vocabulary:
+            raise ModelError(
+                f"model.new_tokens: {token!r} is the name of another token in this tokenizer (id "
+                f"{vocabulary[token]}), which stands for other text: choose another text"
+            )
         if not pieces or tokenizer.unk_token_id in pieces:
             raise ModelError(f"model.new_tokens: the tokenizer has no pieces of {token!r}")
         known[token] = pieces
-    fresh = [token for token in known if token not in vocabulary]
+        fresh.append(token)
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in fresh])
     tokenizer.init_kwargs[KEY] = known
+    tokenizer.fresh_tokens = fresh  # `add_rows` reads it
 
 
-def add_rows(model: Any, tokenizer: Tokenizer) -> None:
-    """Adds the rows of the tokenizer's new tokens to the embeddings of `model`."""
+def add_rows(model: Any, tokenizer: Any, tokens: Iterable[str]) -> None:
+    """Adds rows for `tokens` to the embeddings of `model`, unless its files have them."""
     known: dict[str, list[int]] = tokenizer.init_kwargs[KEY]
-    ids: dict[str, int] = {token: tokenizer.get_vocab()[token] for token in known}
+    ids: dict[str, int] = {token: tokenizer.get_vocab()[token] for token in tokens}
     fit_vocabulary(model, max(ids.values()) + 1)
-    model.new_token_ids = sorted(ids.values())  # `trained_tokens` reads it
+    model.new_token_ids = sorted({*ids.values()})  # `trained_tokens` reads it
     if is_fake(model):
         return
     for layer in embedding_layers(model):
         weight = getattr(layer, "weight", None)
         if isinstance(weight, nn.Parameter):
             with torch.no_grad():
-                for token, pieces in known.items():
-                    weight[ids[token]] = weight[pieces].float().mean(0).to(weight.dtype)
+                for token in tokenizer.fresh_tokens:
+                    weight[ids[token]] = weight[known[token]].float().mean(0).to(weight.dtype)
 
 
 def fit_vocabulary(model: Any, number: int) -> None:
@@ -80,13 +86,13 @@ def trained_tokens(base: Any, tuning: Tuning) -> Tuning:
     if not ids:
         return tuning
     given = tuning.lora.trainable_token_indices or []
-    if isinstance(given, dict):  # of an adapter that goes on
-        if not all(set(ids) <= set(rows) for rows in given.values()):
-            raise ModelError("model.new_tokens: the adapter to go on from does not train them")
-        return tuning
     first, last = embedding_layers(base)
     layers = [first] if last is None or last.weight is first.weight else [first, last]  # type: ignore[union-attr]
     names = {module: name for name, module in base.named_modules()}
-    rows = {names[layer]: sorted({*given, *ids}) for layer in layers if layer is not None}
-    lora = tuning.lora.model_copy(update={"trainable_token_indices": rows})
+    own = dict(given) if isinstance(given, dict) else {}
+    for layer in filter(None, layers):
+        name = next((n for n in own if f".{names[layer]}".endswith(f".{n}")), names[layer])
+        listed = own.get(name, []) if isinstance(given, dict) else given
+        own[name] = sorted({*listed, *ids})
+    lora = tuning.lora.model_copy(update={"trainable_token_indices": own})
     return tuning.model_copy(update={"lora": lora})
