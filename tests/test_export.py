@@ -99,6 +99,21 @@ def test_an_unfinished_run_is_one_message(tmp_path):
         runs.load_run_config(tmp_path)
 
 
+@pytest.mark.parametrize("given", ["evaluation", "status.json", "evaluation/test", "", "nosuch"])
+def test_what_is_in_or_around_a_run_is_answered_with_the_run(tmp_path, given):
+    (tmp_path / "mine/evaluation/test").mkdir(parents=True)
+    for name in ("config.yaml", "status.json"):
+        (tmp_path / "mine" / name).touch()
+    run = tmp_path / "mine"
+    place = run / given if given.startswith(("eval", "stat")) else tmp_path / given
+    expected = "has the runs mine" if given == "nosuch" else f"give RUN={run}"
+    with pytest.raises(errors.ExportError, match=f"{expected}$"):
+        runs.load_run_config(place)
+    opening = runs.Opening(str(place), None, None, None, "fp32", runs.CPU)
+    with pytest.raises(errors.UserError, match="has mine" if given == "nosuch" else expected):
+        runs.open_model(opening)
+
+
 def test_a_damaged_adapter_is_not_loaded(tmp_path):
     folder = finished(tmp_path, "lora")
     path = folder / "final_checkpoint" / export.ADAPTER

@@ -56,8 +56,8 @@ def _refuse_unfinished(run: Path) -> None:
 
 def _describe(run: Path) -> str:
     """Returns what is in the place of a finished run, and what to do."""
-    if (run.parent / "config.yaml").is_file():
-        return f"a part of one; give RUN={run.parent}"
+    if whole := _run_around(run):
+        return f"a part of one; give RUN={whole}"
     if (run / "config.yaml").is_file():
         last = run_folder.newest_valid(run)
         use = f", or use its last checkpoint: make infer RUN={last}" if last else ""
@@ -65,8 +65,22 @@ def _describe(run: Path) -> str:
             f"a run that has not finished; continue it with make train CONFIG={run}/config.yaml "
             f'ARGS="train.output_dir={run} train.resume_from_checkpoint=auto"{use}'
         )
+    if own := _runs_in(run):
+        return f"a folder with the runs {', '.join(own)}; give RUN={run / own[0]}"
     found = "a folder without them" if run.is_dir() else "a file" if run.exists() else "nothing"
+    if beside := _runs_in(run.parent):
+        return f"{found}; {run.parent} has the runs {', '.join(beside)}"
     return f"{found}; run `make train` first, or give RUN=<folder>"
+
+
+def _run_around(folder: Path) -> Path | None:
+    """Returns the run of which a file or folder is a part, at most three levels below it."""
+    return next((each for each in folder.parents[:3] if (each / "config.yaml").is_file()), None)
+
+
+def _runs_in(folder: Path) -> list[str]:
+    """Returns the names of the first runs in a folder."""
+    return sorted(file.parent.name for file in folder.glob("*/config.yaml"))[:12]
 
 
 def load_trained(
@@ -108,6 +122,13 @@ def open_model(opening: Opening) -> AnswerModel:
         if (folder / checkpoint.MANIFEST).exists():  # a checkpoint without its run
             _refuse_damaged(folder)
         return open_model(replace(opening, name=task.base_name(folder), adapter=opening.name))
+    elif not (folder / "config.json").exists() and (
+        (folder.exists() and _run_around(folder)) or _runs_in(folder)
+    ):
+        raise ExportError(
+            f"{folder}: expected a run, a checkpoint, a model or a hub id, found "
+            f"{_describe(folder)}"
+        )
     else:
         return _open_base(opening)
     return _open_run(opening, config, weights)
