@@ -12,8 +12,9 @@ from sft.data.rendering import MARKS, Renderings
 
 HEADER = "<|im_start|>{{ m.role }}\n"  # a token at which no serving stops
 NAMED = '{{ "<|observation|>" if m.role == "tool" else "<|" + m.role + "|>" }}'
-PLAIN_RESULT = '{{ "Result <|a|>" if m.role == "tool" else "\n<|" + m.role + "|>" }}'
+PLAIN_RESULT = '{{ "\nResult <|a|>" if m.role == "tool" else "\n<|" + m.role + "|>" }}'
 OWN_RESULT = '{{ "<|result|>" if m.role == "tool" else "\n<|" + m.role + "|>" }}'
+ONLY_RESULTS = '{{ "\n<|observation|>" if m.role == "tool" else "<|a|>" }}'
 NO_RESULT = '{{ raise_exception("no") if m.role == "tool" else "<|" + m.role + "|>" }}'
 OTHERS = ("<|system|>", "<|assistant|>", "<|result|>", "<|a|>", "<|b|>")
 STOPS = ("<|user|>", "<|observation|>")  # and eos, which is <|im_end|>
@@ -62,7 +63,7 @@ CASES = {
         "{{ '\n' }}" + NAMED, "", [ASK, ANSWER], "\n<|user|>", True
     ),
     "the header of a result": Case(NAMED, "", [ASK, CALL], "<|observation|>", True),
-    "a user's behind a call": Case(NAMED, "", [ASK, CALL, ASK, ANSWER], "<|user|>", True),
+    "a user's behind a call": Case(NAMED, "", [ASK, CALL, ASK], "<|user|>", True),
     "a result's behind an answer": Case(
         NAMED, "", [ASK, ANSWER, RESULT, ASK], "<|observation|>", True
     ),
@@ -77,6 +78,9 @@ CASES = {
     ),
     "a result's header, where a user's ends turns": Case(
         OWN_RESULT, "", [ASK, CALL], "<|result|>", True
+    ),
+    "a result's header, where a user's ends none": Case(
+        ONLY_RESULTS, "", [ASK, CALL], "\n<|observation|>", True
     ),
     "a result without a header": Case(PLAIN_RESULT, "", [ASK, CALL], "<|im_end|>", True),
     "results are refused": Case(NO_RESULT, "", [ASK, CALL], "<|im_end|>", True),
