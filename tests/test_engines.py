@@ -22,6 +22,7 @@ from engine_worker import NORM, ROWS, STEPS, Net, rows
 
 from sft.errors import ConfigError
 from sft.train.parallel.ddp import Replicated, state_tensors
+from sft.train.parallel.fsdp import Sharded
 
 pytestmark = pytest.mark.slow
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -238,3 +239,16 @@ def test_processes_that_nothing_joins_are_refused(tmp_path):
 def test_state_is_found_in_nested_mappings_without_its_step():
     state = {"step": torch.ones(1), "a": torch.ones(2), "more": {"b": torch.ones(3), "step": 1}}
     assert {key: len(value) for key, value in state_tensors(state).items()} == {"a": 2, "b": 3}
+
+
+def test_weights_are_split_over_the_devices_of_the_run(tmp_path, monkeypatch):
+    """Left to itself, PyTorch takes GPUs where there are some, for a run on CPUs too."""
+    found = []
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *shape: shape)
+    monkeypatch.setattr(
+        "torch.distributed.fsdp.fully_shard", lambda module, mesh, **_: found.append((module, mesh))
+    )
+    accelerator = Has(device=torch.device("cpu"), num_processes=2)
+    net = Net()
+    Sharded(net, tiny.config(tmp_path).train, accelerator)
+    assert found == [(each, ("cpu", (2,))) for each in (*net.layers, net)]
