@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from faults import catalogue
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sft.data import sentinels
@@ -80,7 +80,7 @@ def test_a_sentinel_stands_in_place_of_each_text(name):
 
 
 FORMS = {  # a value and its forms, in the order in which they are sought
-    "a": ["a"],
+    "XaX": ["XaX"],
     ' "é"\n': [
         *(' "é"\n', ' "é"', '"é"\n', '"é"'),
         *(r" \"é\"\n", r" \\\"é\\\"\\n", r" \"\u00e9\"\n", r" \\\"\\u00e9\\\"\\n", r' "é"\n'),
@@ -144,6 +144,7 @@ BLOCK = re.compile(r"(?s)\s*<think>.*?</think>\s*")
 
 @settings(max_examples=100, deadline=None)
 @given(content=TAGGED, thoughts=TAGGED)
+@example(content="<think>\n<b></think> <b>", thoughts="")
 def test_hidden_tags_are_shown_again(content, thoughts):
     tokenizer = catalogue.tokenizer(bos="</s>")
     parts = [{"type": "text", "text": content}, {"type": "text", "text": thoughts}]
