@@ -214,6 +214,21 @@ def test_nvidia_smi_missing_or_failing_is_a_blank(
         ("NVIDIA H100 80GB HBM3 x 2", "NVIDIA H100 80GB HBM3", 79.1, 2),
         ("RTX 4090 X 4", "RTX 4090", 23.6, 4),
         ("L4", "L4", 22.0, 1),
+        ("2 x 4090", "4090", 23.6, 2),
+        ("4090x2", "4090", 23.6, 2),
+        ("8xH100-80GB", "H100-80GB", 79.1, 8),
+        ("RTX 3090", "RTX 3090", 23.6, 1),  # not 3,090 of a GPU named RT
+        ("3090ti", "3090ti", 23.6, 1),
+        ("RTX 4090x2", "RTX 4090", 23.6, 2),
+        ("A100", "A100", 39.4, 1),  # the smaller one
+        ("A100 x4", "A100", 39.4, 4),
+        ("A100 80GB PCIe", "A100 80GB PCIe", 79.2, 1),
+        ("NVIDIA H100 PCIe", "NVIDIA H100 PCIe", 79.1, 1),
+        ("NVIDIA RTX 6000 Ada Generation", "NVIDIA RTX 6000 Ada Generation", 47.4, 1),
+        ("AMD Instinct MI300X x 8", "AMD Instinct MI300X", 191.9, 8),
+        ("NVIDIA GH200 480GB", "NVIDIA GH200 480GB", 94.5, 1),  # 480 GB of the host
+        ("H100 MIG 3g.40gb", "H100 MIG 3g.40gb", 0.97 * 40, 1),
+        ("2 x A100-80GB 1g.10gb", "A100-80GB 1g.10gb", 0.97 * 10, 2),
     ],
 )
 def test_gpus_by_name(text, name, gib, number):
@@ -224,7 +239,7 @@ def test_gpus_by_name(text, name, gib, number):
 
 
 def test_gpus_without_a_known_name():
-    for text in ("A100", "", "x 8", "Voodoo"):  # an A100 has 40 or 80 GB
+    for text in ("", "x 8", "8 x", "Voodoo", "Voodoo 2", "A10-80GB", "1g.10gb", "NVIDIA", "40GB"):
         with pytest.raises(ValueError, match=r"expected one of T4, .* GIB=48"):
             gpus.named_gpus(text)
     for text, gib in (("H100-80GB x 0", None), ("H100-80GB", 0), ("mine", -5)):
@@ -232,4 +247,15 @@ def test_gpus_without_a_known_name():
             gpus.named_gpus(text, gib)
     assert gpus.named_gpus("Voodoo x 2", 48)[1].total_bytes == 48 * hardware.GIB
     assert gpus.named_gpus("H100-80GB", 10)[0].total_bytes == 10 * hardware.GIB
-    assert not gpus.named_gpus("T4")[0].bf16
+    for name in ("T4", "V100", "P100", "Tesla P100-PCIE-16GB", "RTX 2080 Ti", "TITAN RTX"):
+        assert not gpus.named_gpus(name)[0].bf16
+
+
+def test_every_gpu_is_found_by_its_own_name_and_a_slice_has_its_share():
+    for name, gpu in gpus.GPUS.items():
+        assert gpus.find_gpu(name) == gpu
+        assert gpus.find_gpu(f"NVIDIA {name.replace('-', ' ')}") == gpu
+        assert len(gpus.named_gpus(f"{name} x 3")) == len(gpus.named_gpus(f"3x{name}")) == 3
+    part = gpus.find_gpu("H100 2g.20gb")
+    assert part is not None
+    assert part.teraflops == pytest.approx(989 * 2 / 7)
