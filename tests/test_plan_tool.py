@@ -46,6 +46,11 @@ def test_a_model_without_a_configuration_on_a_gpu_that_is_not_here(model, tmp_pa
     assert done.returncode == 0, done.stderr
     for part in ("Plan", "Peak memory: H100-80GB x 8", "activations", "Changes that save memory"):
         assert part in done.stdout
+    assert "one batch of 32 rows of 1,024 tokens" in done.stdout
+    assert re.search(r"verdict +fits: [\d.,]+ GiB are left beside a margin", done.stdout)
+    for invented in ("per epoch", "steps ", "a model hardly learns"):  # there are no data
+        assert invented not in done.stdout
+    assert "train.engine=fsdp" in done.stdout
     read = json.loads(out.read_text())
     predicted = read["predicted"]
     assert sum(predicted["breakdown"].values()) == predicted["allocated_bytes"]
@@ -143,6 +148,9 @@ def test_a_gpu_without_a_known_name(model, tmp_path, capsys):
     given = ["--gib=24", "--gpu=mine", "--seq=64", f"--model={model}", f"--json={tmp_path}/a.json"]
     commands.run("plan", given)
     assert "mine x 1" in capsys.readouterr().out
+    commands.run("plan", ["--gib=0.7", *given[1:]])  # the context alone takes 0.6 GiB
+    printed = capsys.readouterr().out
+    assert re.search(r"verdict +does not fit: \d+ MiB more than fits with a margin", printed)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="JSON: cannot write"):
         commands.run("plan", [*given[:-1], f"--json={tmp_path}/file/a.json"])

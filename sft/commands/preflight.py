@@ -42,7 +42,8 @@ def plan(args: Namespace) -> None:
             workload = task_of(config).uniform_workload(config)
         else:
             workload = task_of(config).workload(config)
-        made = plan.make_plan(config, workload, machine, world_size)
+        asked = args.model is not None
+        made = plan.make_plan(config, workload, machine, world_size, asked)
         console.print(report.plan_table(made))
         console.print(report.memory_table(made))
         advised = advice.advise(config, workload, machine, made)

@@ -54,6 +54,8 @@ def advise(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan)
         consider("about 25 % slower, the same result", {"train.gradient_checkpointing": True})
     if config.train.optimizer == "adamw":
         consider("moments in 8 bits", {"train.optimizer": "adamw_8bit"})
+    if config.train.engine == "ddp" and plan.world_size > 1:
+        consider("weights are gathered in every pass", {"train.engine": "fsdp"})
     for each in task_of(config).alternatives(config, workload):
         consider(each.price, each.values, _shorten(window, each.max_length or sys.maxsize))
     return result

@@ -177,7 +177,7 @@ class Planner:
     def _predict(
         self, window: Window, config: RunConfig, accumulates: bool, evaluation: bool = False
     ) -> Memory:
-        train, zero = self.config.train, {}
+        train, zero = config.train, {}
         if train.engine == "deepspeed":
             zero = processes.deepspeed_settings(train)["zero_optimization"]
         return predict(

@@ -58,6 +58,7 @@ class Plan:
     disk: Need
     labels: Labels
     reasons: dict[str, str]  # dotted configuration key -> why its `auto` has this value
+    is_question: bool = False  # about a model alone: there are no data, so no run to predict
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -65,9 +66,25 @@ class Plan:
         """Returns by how much the step exceeds the usable memory; 0 if it fits."""
         return max(0, self.memory.reserved - self.usable_bytes)
 
+    @property
+    def verdict(self) -> str:
+        """Returns whether the step fits the memory of each process, and by how much."""
+        if self.missing_bytes:
+            return f"does not fit: {size(self.missing_bytes)} more than fits with a margin"
+        return f"fits: {size(self.usable_bytes - self.memory.reserved)} are left beside a margin"
 
-def make_plan(config: RunConfig, workload: Workload, machine: Hardware, world_size: int) -> Plan:
-    """Plans the run; raises ConfigError for a global batch that so many processes cannot make."""
+
+def make_plan(
+    config: RunConfig,
+    workload: Workload,
+    machine: Hardware,
+    world_size: int,
+    is_question: bool = False,
+) -> Plan:
+    """Plans the run, or one batch if `is_question`.
+
+    Raises ConfigError for a global batch that so many processes cannot make.
+    """
     precision, why_precision = resolve_precision(config.train, machine.devices)
     layout, why_layout = resolve_layout(config, precision, bool(machine.devices))
     planner = Planner(config, workload, machine, world_size, precision, layout)
@@ -117,6 +134,7 @@ def make_plan(config: RunConfig, workload: Workload, machine: Hardware, world_si
         disk=predict_disk(config, len(workload.lengths)),
         labels=info.labels,
         reasons={f"train.{key}": why for key, why in autos.items()},
+        is_question=is_question,
     )
     return replace(plan, warnings=_warnings(plan, config.train.max_steps))
 
@@ -151,7 +169,7 @@ def _warnings(plan: Plan, max_steps: int | None) -> list[str]:
             f"{plan.labels.answers} takes {size(plan.generation_bytes)}, which does not fit: "
             f"lower {plan.labels.answers_key}"
         )
-    if plan.steps < FEW_STEPS:
+    if plan.steps < FEW_STEPS and not plan.is_question:
         result.append(_few_steps(plan, max_steps))
     return result
 

@@ -40,6 +40,12 @@ def plan_table(plan: Plan) -> Table:
             f"{plan.tokens_per_epoch:,} per epoch ({supervised}), {plan.tokens:,} in total",
         ),
         ("steps", f"{plan.steps:,} of {plan.global_batch} {labels.examples}"),
+    ]
+    if plan.is_question:
+        each = plan.tokens_per_epoch // plan.num_examples
+        rows = [("question", f"one batch of {plan.num_examples:,} rows of {each:,} tokens")]
+    rows += [
+        ("verdict", Text(plan.verdict, "bold red" if plan.missing_bytes else "bold green")),
         ("batch", f"{cut} micro-batch(es) of {most}"),
         ("trained", f"{plan.num_trained:,} of {plan.num_parameters:,} parameters"),
         ("memory", _memory(plan)),
@@ -76,7 +82,10 @@ def _time(plan: Plan) -> str:
     assert plan.seconds is not None
     if plan.seconds < LAUNCH_SECONDS * plan.steps * plan.micro_batches:
         return "mostly kernel launches, as the micro-batches are so small; measured before step 1"
-    return f"about {duration(plan.seconds)}, if {UTILISATION:.0%} of the GPU's peak is reached"
+    what = " for the batch" if plan.is_question else ""
+    return (
+        f"about {duration(plan.seconds)}{what}, if {UTILISATION:.0%} of the GPU's peak is reached"
+    )
 
 
 def memory_table(plan: Plan) -> Table:
