@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from sft.models.attention import documents_are_isolated
+from sft.models.attention import keep_documents_apart
 
 spec = importlib.util.spec_from_file_location("models", ROOT / "benchmarks/models.py")
 models = importlib.util.module_from_spec(spec)
@@ -30,7 +30,7 @@ def test_the_matrix_has_thirty_types_with_every_cell():
 
 @pytest.mark.parametrize("model_type", PACKED)
 def test_what_the_matrix_says_about_packing_is_true(model_type):
-    isolated = documents_are_isolated(families.tiny_model(model_type), "fp32", torch.device("cpu"))
+    isolated = keep_documents_apart(families.tiny_model(model_type), "fp32", torch.device("cpu"))
     assert isolated == (not STORED["types"][model_type]["packed"])
 
 

@@ -28,7 +28,11 @@ from sft.config.schema import Config, Model, Tuning
 from sft.data import batches
 from sft.errors import ConfigError
 from sft.models import adapt, attention, classes, dtypes, layers, load, pretrained
-from sft.models.attention import documents_are_isolated, reads_later_tokens
+from sft.models.attention import (
+    documents_are_isolated,
+    keep_documents_apart,
+    reads_later_tokens,
+)
 from sft.models.digests import weights_sha256
 from sft.plan.dry_run import CpuAccelerator
 from sft.runtime import hardware
@@ -265,7 +269,7 @@ def test_a_packed_layout_that_leaks_falls_back_or_is_refused(monkeypatch, tmp_pa
     made = FineTune(settings, None, small("llama"), packed, context)
     made.check_model("fp32", "auto")
     assert made.budget is packed
-    monkeypatch.setattr(attention, "documents_are_isolated", lambda *_: False)
+    monkeypatch.setattr(attention, "keep_documents_apart", lambda *_: False)
     made.check_model("fp32", "auto")
     assert made.budget == batches.Budget(100, "padded")
     assert "layout: padded, since packed documents" in (tmp_path / "training.log").read_text()
@@ -303,7 +307,7 @@ def test_the_digest_of_a_model_sees_every_tensor(tmp_path):
 def test_packing_is_refused_however_little_a_document_leaks(name, precision):
     """The leak of these random models is a thousandth of the logits: less than rounding in bf16."""
     built = families.tiny_model(name)
-    assert not documents_are_isolated(built, precision, CPU)
+    assert not keep_documents_apart(built, precision, CPU)
     assert not reads_later_tokens(built, precision, CPU)  # so padding on the right is safe
 
 
@@ -313,6 +317,21 @@ def test_packing_is_proven_where_documents_are_kept_apart(name, precision):
     built = families.tiny_model(name)
     assert documents_are_isolated(built, precision, CPU)
     assert not reads_later_tokens(built, precision, CPU)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "gpt_oss"])
+def test_borders_are_told_in_the_form_that_a_model_takes(name):
+    """These do not pass position ids on to the mask, so packed documents saw each other."""
+    built = families.tiny_model(name).train()
+    assert not documents_are_isolated(built, "fp32", CPU)
+    assert keep_documents_apart(built, "fp32", CPU)
+    documents = [torch.arange(3, 3 + n)[None] for n in (5, 13, 9)]
+    joint = torch.cat(documents, 1).expand(2, -1)
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
+    packed = built(input_ids=joint, position_ids=positions, use_cache=False).logits
+    alone = torch.cat([built(input_ids=d, use_cache=False).logits for d in documents], 1)
+    torch.testing.assert_close(packed, alone.expand(2, -1, -1), rtol=1e-4, atol=1e-5)
+    assert built.generate(documents[0], max_new_tokens=2, do_sample=False).shape == (1, 7)
 
 
 @pytest.mark.parametrize("name", ["bert", "paligemma"])

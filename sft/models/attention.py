@@ -8,13 +8,14 @@ CPU, fp32, a cache of keys and values, left padding) is computed by SDPA with a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import create_masks_for_generate, sdpa_mask
 
 from sft.errors import ModelError
 from sft.models.dtypes import DTYPES
@@ -132,6 +133,55 @@ LENGTHS = (7, 7, 7)  # tokens before, in and behind the document that a proof lo
 ROUNDING = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}  # of logits, relative to their size
 
 
+def keep_documents_apart(model: torch.nn.Module, precision: str, device: torch.device) -> bool:
+    """Returns whether packed documents are apart, as `documents_are_isolated` shows it.
+
+    transformers reads borders from position ids, but some models do not pass these on to the mask.
+    They take borders in another form. If that is proven, the model is given it from now on.
+    """
+    if documents_are_isolated(model, precision, device):
+        return True
+    base = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    for form in (in_planes, in_masks) if base is not None else ():
+        given = base.register_forward_pre_hook(_telling(form), with_kwargs=True)  # type: ignore[union-attr]
+        try:
+            if documents_are_isolated(model, precision, device):
+                return True
+        except Exception:  # noqa: BLE001  # not an input of this model
+            pass
+        given.remove()
+    return False
+
+
+Form = Callable[[torch.nn.Module, dict[str, Any]], dict[str, Any]]
+
+
+def in_planes(_: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """Returns positions as models for images take them: of the text, then in three dimensions."""
+    rows = given["input_ids"].shape[0]
+    return {"position_ids": given["position_ids"].expand(rows, -1).expand(4, rows, -1)}
+
+
+def in_masks(base: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Returns masks, one for each kind of layer, as `generate` makes them."""
+    rows, time = given["input_ids"].shape
+    like = base.get_input_embeddings().weight.new_empty(rows, time, 0)
+    masks = create_masks_for_generate(base.config, like, None, None, given["position_ids"])
+    return {"attention_mask": masks}
+
+
+def _telling(form: Form) -> Callable[..., tuple[Any, dict[str, Any]] | None]:
+    """Returns a hook that gives a model its positions in this form, where it uses no cache."""
+
+    def hook(base: torch.nn.Module, args: Any, given: dict[str, Any]) -> Any:
+        positions = given.get("position_ids")
+        if given.get("use_cache") is not False or positions is None or positions.ndim != 2:
+            return None
+        return args, given | form(base, given)
+
+    return hook
+
+
 @torch.no_grad()
 def documents_are_isolated(model: torch.nn.Module, precision: str, device: torch.device) -> bool:
     """Returns whether a document packed behind another has the logits that it has by itself.
@@ -192,11 +242,13 @@ class _Proof:
             positions = [torch.arange(sum(LENGTHS), device=self.device)]
         was_training = self.model.training
         self.model.eval()
-        with self.autocast:
-            found = self.model(
-                input_ids=torch.cat(parts)[None],
-                position_ids=torch.cat(positions)[None],
-                use_cache=False,
-            ).logits[:, start : start + length]
-        self.model.train(was_training)
+        try:
+            with self.autocast:
+                found = self.model(
+                    input_ids=torch.cat(parts)[None],
+                    position_ids=torch.cat(positions)[None],
+                    use_cache=False,
+                ).logits[:, start : start + length]
+        finally:
+            self.model.train(was_training)
         return found.float()

@@ -274,9 +274,12 @@ class FineTune(SavedTuning):
                 f"model.name: {self.config.model.name}: its tokens see those that follow; "
                 f"{classes.EXPECTED}"
             )
-        if self.budget.layout == "padded" or attention.documents_are_isolated(
-            self.model, precision, device
-        ):
+        if self.budget.layout == "padded":
+            return
+        # The loss of a trained router takes no other form of a mask.
+        prove = attention.keep_documents_apart
+        prove = attention.documents_are_isolated if self.balance else prove
+        if prove(self.model, precision, device):
             return
         reason = "packed documents of this model would attend to each other"
         if layout == "packed":
