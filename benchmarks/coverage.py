@@ -4,8 +4,9 @@
 
 Every configuration of `../shared/data/model_configs` (or SFT_SHARED) is reported in full size, and
 its number of parameters is compared with the published one: that in the header of its weight files.
-Every model type of `tests/support/families.py` is reported for full, LoRA and QLoRA. No weights are
-read. A report that cannot be traced has its reason in `problem`, one that is refused in `refused`.
+Every model type of `tests/support/families.py` is reported for full, LoRA and QLoRA, and all other
+types of transformers that write text for LoRA. No weights are read. A report that cannot be traced
+has its reason in `problem`, one that is refused in `refused`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ from sft.runtime.console import make_console, table, write_json  # noqa: E402
 
 TOLERANCE = 0.001  # of the published number of parameters
 MODES = ("full", "lora", "qlora")
+OTHER_SECONDS = 120  # of a type for which no shape was written
 
 
 def report(folder: Path, mode: str) -> dict[str, Any]:
@@ -95,6 +100,40 @@ def tiny(folder: Path, kinds: list[str]) -> dict[str, Any]:
     return rows
 
 
+def others(folder: Path, kinds: list[str]) -> dict[str, str]:
+    """Returns what the report with LoRA says about all other types that write text: ok or why not.
+
+    Their shapes are the defaults of transformers, shrunk, for which nothing was written by hand.
+    """
+    found = {}
+    for kind in families.other_types() if not kinds else set(families.other_types()) & {*kinds}:
+        try:
+            with _at_most(OTHER_SECONDS):
+                families.tiny_config(kind).save_pretrained(folder / kind)
+                found[kind] = _verdict(report(folder / kind, "lora"))
+        except Exception as error:  # noqa: BLE001  # a type may fail in any way
+            reason = " ".join(str(error).split())[:150]
+            found[kind] = f"no tiny shape: {type(error).__name__}: {reason}"
+        print(kind, found[kind], flush=True)
+    return found
+
+
+@contextmanager
+def _at_most(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError in a block that takes longer."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _verdict(row: dict[str, Any]) -> str:
     keys = ("refused", "problem", "contradictions", "missed")
     return next((f"{key}: {row[key]}" for key in keys if key in row), "ok")
@@ -117,6 +156,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/coverage.json")
     parser.add_argument("--names", default="", help="configurations, by comma; -: none")
     parser.add_argument("--kinds", default="", help="model types, by comma; -: none")
+    parser.add_argument("--others", default="", help="further model types, by comma; -: none")
     parser.add_argument("--modes", default="lora", help="of the configurations, by comma")
     args = parser.parse_args()
     started, before = time.perf_counter(), sum(os.times()[:2])
@@ -125,6 +165,7 @@ def main() -> None:
         found = {
             "configurations": real(Path(folder), names, args.modes.split(",")),
             "model_types": tiny(Path(folder), kinds),
+            "other_types": others(Path(folder), list(filter(None, args.others.split(",")))),
         }
     seconds = {"wall": time.perf_counter() - started, "cpu": sum(os.times()[:2]) - before}
     summarise(found["configurations"] | found["model_types"], make_console())

@@ -32,7 +32,7 @@ from sft.runtime.console import make_console
 from sft.tasks.registry import task_of
 
 # Types whose plan ended in a traceback, or whose reason was reported as another.
-REPORTED = ["gemma4", "gemma4_text", "gemma3n_text", "falcon_h1"]
+REPORTED = ["gemma4", "gemma4_text", "gemma3n_text", "falcon_h1", "jetmoe"]
 
 
 def configured(folder: Path, mode: str) -> Config:

@@ -143,7 +143,7 @@ def keep_documents_apart(model: torch.nn.Module, precision: str, device: torch.d
         return True
     base = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     for form in (in_planes, in_masks) if base is not None else ():
-        given = base.register_forward_pre_hook(_telling(form), with_kwargs=True)  # type: ignore[union-attr]
+        given = base.register_forward_pre_hook(_in_form(form), with_kwargs=True)  # type: ignore[union-attr]
         try:
             if documents_are_isolated(model, precision, device):
                 return True
@@ -170,7 +170,7 @@ def in_masks(base: Any, given: dict[str, Any]) -> dict[str, Any]:
     return {"attention_mask": masks}
 
 
-def _telling(form: Form) -> Callable[..., tuple[Any, dict[str, Any]] | None]:
+def _in_form(form: Form) -> Callable[..., tuple[Any, dict[str, Any]] | None]:
     """Returns a hook that gives a model its positions in this form, where it uses no cache."""
 
     def hook(base: torch.nn.Module, args: Any, given: dict[str, Any]) -> Any:

@@ -86,4 +86,12 @@ class AssumeOnes(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        if func is aten.split_with_sizes.default and isinstance(args[0], FakeTensor):
+            args = args[0], _fitting(args[0], *args[1:]), *args[2:]
         return func(*args, **(kwargs or {}))
+
+
+def _fitting(tensor: torch.Tensor, sizes: list[int], dim: int = 0) -> list[int]:
+    """Returns sizes that add up, also where a program read them from a tensor: as ones."""
+    missing = tensor.shape[dim] - sum(sizes)
+    return [*sizes[:-1], sizes[-1] + missing]

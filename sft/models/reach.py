@@ -403,8 +403,6 @@ class _Tracer(TorchDispatchMode):
         else:
             if name == "index" and self.fake:
                 args = args[0], [self._integers(each) for each in args[1]]
-            if name == "split_with_sizes":
-                args = args[0], _fitting(args[0], *args[1:]), *args[2:]
             result = func(*args, **kwargs)
         self._follow(name, args, kwargs, result)
         return result
@@ -457,12 +455,6 @@ class _Tracer(TorchDispatchMode):
             if self.running.stack and self.running.stack[-1] not in self.owners[each]:
                 self.borrowed.add(each)
         return found
-
-
-def _fitting(tensor: torch.Tensor, sizes: list[int], dim: int = 0) -> list[int]:
-    """Returns sizes that add up, also where a program read them from a tensor: as ones."""
-    missing = tensor.shape[dim] - sum(sizes)
-    return [*sizes[:-1], sizes[-1] + missing]
 
 
 def _combine(tensors: list[torch.Tensor], origins: list[_Origin]) -> _Origin:

@@ -101,8 +101,20 @@ def tiny_config(model_type: str, vocabulary: int = VOCABULARY, **changes: Any) -
 
     `vocabulary` is the tokenizer's. Multimodal types have `MEDIA_TOKENS` more, for media.
     """
-    media = MEDIA_TOKENS if model_type in MULTIMODAL else 0
+    media = MEDIA_TOKENS if reads_media(model_type) else 0
     return _shrink(CONFIG_MAPPING[model_type](), vocabulary, media, changes)
+
+
+def reads_media(model_type: str) -> bool:
+    """Returns whether a type has a class for images or sounds."""
+    return model_type in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+
+def other_types() -> list[str]:
+    """Returns the types of transformers that write text, and are in no list above."""
+    known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    every = {*known, *modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
+    return sorted(every - {*DECODERS, *OTHER})
 
 
 def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
