@@ -13,7 +13,15 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from sft.config.adapters import adapter_tuning
 from sft.config.load import load_config, with_values
@@ -429,6 +437,9 @@ def test_a_base_in_4_bits_is_read_as_it_is(bases, tmp_path):
     torch.testing.assert_close(logits(own), logits(theirs).float())
     with pytest.raises(ModelError, match=r"quantised \(bitsandbytes\), and tuning.mode: lora"):
         load.load_base(Model(name=str(folder)), "lora", "fp32", CPU)
+    kind = configured(folder, tmp_path, {}, **{"tuning.quantization": "nf4"})
+    with pytest.raises(ModelError, match="comes quantised as fp4, which cannot be changed"):
+        FineTune.build_model(kind, "fp32", CPU)
     mode = {"tuning.mode": "qlora", "tuning.lora_alpha": 4.0}
     config = configured(folder, tmp_path, {"init_lora_weights": "loftq"}, **mode)
     with pytest.raises(ModelError, match="give the model from which it was made"):
@@ -436,15 +447,42 @@ def test_a_base_in_4_bits_is_read_as_it_is(bases, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["lora", "qlora", "full"])
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8"])
-def test_a_base_that_comes_quantised_is_refused_in_one_sentence(bases, tmp_path, method, mode):
+def test_every_way_to_quantise_that_transformers_knows_is_refused_in_one_sentence(mode):
+    methods = {*AUTO_QUANTIZATION_CONFIG_MAPPING, "one of tomorrow"} - {"bitsandbytes_4bit"}
+    for method in methods:
+        bits = {"load_in_8bit": True} if method == "bitsandbytes_8bit" else {}
+        settings = {"quant_method": method.removesuffix("_8bit"), "bits": 8} | bits
+        plain, nested = LlamaConfig(), Gemma3Config()
+        plain.quantization_config = settings
+        nested.text_config.quantization_config = settings
+        old = LlamaConfig(compression_config=settings)
+        for arch in (plain, nested, old):
+            with pytest.raises(ModelError, match=rf"comes quantised \({method[:12]}.*mode: {mode}"):
+                load.refuse_quantised(arch, "base", mode)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
+def test_a_base_that_comes_quantised_is_refused_by_run_and_plan(bases, tmp_path, method):
     """transformers would read numbers of 8 bits as weights, without an error."""
     config = json.loads((bases[False] / "config.json").read_text())
     settings = {"quant_method": method, "bits": 8, "load_in_8bit": True}
     shutil.copytree(bases[False], tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    with pytest.raises(ModelError, match=rf"comes quantised \({method}\), and tuning.mode: {mode}"):
-        load.load_base(Model(name=str(tmp_path)), mode, "fp32", CPU)
+    for weights in (True, False):
+        with pytest.raises(ModelError, match=rf"comes quantised \({method}\), and tuning.mode"):
+            load.load_base(Model(name=str(tmp_path)), "lora", "fp32", CPU, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_quantised_weights_of_which_the_config_says_nothing_are_refused(bases, tmp_path, dtype):
+    shutil.copytree(bases[False], tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(
+        weights | {name: weights[name].to(dtype)}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ModelError, match=f"stores {name} as [FIU]8"):
+        load.load_base(Model(name=str(tmp_path)), "lora", "fp32", CPU)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import cached_file
 
 from sft.config.schema import Config, Model
 from sft.errors import ModelError
@@ -66,6 +67,9 @@ def build(
     torch.manual_seed(config.train.seed)
     mode = config.tuning.mode
     kind = config.tuning.four_bits
+    if config.tuning.quantization and config.model.init == "pretrained":
+        arch = architecture(config.model)
+        refuse_quantised(arch, config.model.name, mode, config.tuning.quantization)
     base: Any = load_base(config.model, mode, precision, device, weights, depth, kind, narrowed)
     if config.tuning.router == "trained" and not (found := reach(base)).routers:
         why = f" (its step could not be traced: {found.problem})" if found.problem else ""
@@ -120,6 +124,8 @@ def load_base(
     }
     with explain_load_errors(config.name):
         arch = architecture(config)
+        if config.init == "pretrained":
+            refuse_quantised(arch, config.name, mode)
         if config.init == "random" or not weights:
             arch = arch if depth is None else keep_layers(arch, depth)
             arch = narrow(arch) if narrowed else arch
@@ -127,7 +133,6 @@ def load_base(
             if mode == "qlora":
                 quantise(model, compute, quantization)
             return with_new_tokens(model, config)
-        refuse_quantised(arch, config.name, mode)
         _check_files(Path(config.name))
         with quantising_all():
             loaded: Any = classes.auto_class(arch).from_pretrained(
@@ -145,30 +150,65 @@ def load_base(
             f"model.name: the weight files of {config.name!r} lack {len(missing)} tensors, such as "
             f"{missing[0]}; copy the model again, or set model.init: random for fresh weights"
         )
+    if not _quantization_of(arch):
+        _refuse_unlisted(config)
     if mode == "qlora":
         keep_nf4_trainable(model)
     model.name_or_path = absolute_name(config.name)  # PEFT writes it into an adapter's config
     return with_new_tokens(model, config)
 
 
-def refuse_quantised(arch: Any, name: str, mode: str) -> None:
+def refuse_quantised(arch: Any, name: str, mode: str, kind: str | None = None) -> None:
     """Raises ModelError for a base whose files are quantised, unless training reads them as such.
 
     Without its settings, transformers would read some of them as if they were plain numbers.
+    `kind`: the kind of 4 bits that is asked for; None: any.
     """
-    found = getattr(arch, "quantization_config", None)
+    found = next((own for each in sub_configs(arch) if (own := _quantization_of(each))), None)
     if not found:
         return
     settings = found if isinstance(found, dict) else found.to_dict()
-    method = str(settings.get("quant_method") or "an unknown way")
-    in_4_bits = method == "bitsandbytes" and bool(settings.get("load_in_4bit"))
+    bits = bool(settings.get("load_in_4bit"))  # old files of bitsandbytes name no method
+    method = str(settings.get("quant_method") or ("bitsandbytes" if bits else "an unknown way"))
+    in_4_bits, own = method == "bitsandbytes" and bits, settings.get("bnb_4bit_quant_type", "fp4")
     if in_4_bits and mode == "qlora":
+        if kind not in (None, own):
+            raise ModelError(
+                f"tuning.quantization: {name!r} comes quantised as {own}, which cannot be changed, "
+                f"found {kind}; remove this key, or give the model from which it was made"
+            )
         return
     remedy = "set tuning.mode: qlora, or give" if in_4_bits else "give"
     raise ModelError(
         f"model.name: {name!r} comes quantised ({method}), and tuning.mode: {mode} needs plain "
         f"weights; {remedy} the model from which it was made"
     )
+
+
+def _quantization_of(config: Any) -> Any:
+    """Returns the settings of quantisation in a configuration; older files have another key."""
+    keys = ("quantization_config", "compression_config")
+    return next((found for key in keys if (found := getattr(config, key, None))), None)
+
+
+def _refuse_unlisted(config: Model) -> None:
+    """Raises ModelError for weights of few bits of which config.json says nothing.
+
+    Some tools write the settings of quantisation into a file of their own (hf_quant_config.json).
+    transformers would cast such numbers without their scales.
+    """
+    with explain_load_errors(config.name):
+        found = cached_file(config.name, "config.json", revision=config.revision)
+    for path in sorted(Path(str(found)).parent.glob("*.safetensors")):
+        with checkpoint.open_tensors(path) as file:
+            for name in file.keys():  # noqa: SIM118  # it is no mapping
+                kind = file.get_slice(name).get_dtype()
+                if name.endswith("weight") and not kind.startswith(("F64", "F32", "F16", "BF16")):
+                    raise ModelError(
+                        f"model.name: {config.name!r} comes quantised: {path.name} stores {name} "
+                        f"as {kind}, and config.json does not say how to read it; give the model from "
+                        "which it was made"
+                    )
 
 
 def with_new_tokens(model: nn.Module, config: Model) -> nn.Module:
