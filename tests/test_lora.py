@@ -27,12 +27,14 @@ from sft.config.adapters import adapter_tuning
 from sft.config.load import load_config, with_values
 from sft.config.lora import REFUSED, Lora
 from sft.config.schema import Config, Model, Tuning
-from sft.data import batches
+from sft.data import batches, cache
 from sft.errors import ConfigError, ModelError
-from sft.models import adapt, dtypes, export, layers, load
+from sft.models import adapt, dtypes, eva, export, layers, load
 from sft.models.fake import set_attributes
 from sft.models.quantise import keep_nf4_trainable
 from sft.plan import dry_run
+from sft.runtime import processes
+from sft.runtime.processes import Context
 from sft.serve import merge, proof
 from sft.tasks.sft.task import FineTune
 
@@ -224,6 +226,46 @@ def test_loftq_begins_nearer_to_the_whole_base(bases, tmp_path):
     assert errors[1] < 0.8 * errors[0]
 
 
+def built_by_eva(base: Path, folder: Path, tokens: int, **values: Any) -> Any:
+    config = configured(base, folder, {"init_lora_weights": "eva"}, **values)
+    rows = tiny.stored(tiny.examples(0, 16))
+    prepared = cache.Prepared(tiny.Tokenizer(), rows, rows, tiny.AUDIT)  # type: ignore[arg-type]
+    context = Context(processes.start_processes(config.train))
+    return FineTune.build(config, prepared, "fp32", batches.Budget(tokens, "padded"), context)
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora"])
+def test_eva_begins_with_the_directions_of_the_inputs_for_every_cut(bases, tmp_path, mode):
+    values = {"tuning.mode": mode, "tuning.target_modules": ["q_proj", "up_proj"], "tuning.r": 2}
+    task = built_by_eva(bases[False], tmp_path, 4096, **values)
+    found = {n: p for n, p in task.model.named_parameters() if p.requires_grad}
+    other = built_by_eva(bases[False], tmp_path, 60, **values).model
+    assert all(torch.equal(p, other.get_parameter(name)) for name, p in found.items())
+    assert task.model.peft_config["default"].rank_pattern == {}
+    inputs: dict[str, list[torch.Tensor]] = {}
+    for name, module in task.model.named_modules():
+        if name.endswith(("q_proj", "up_proj")):
+            keep = inputs.setdefault(f"{name}.lora_A.default.weight", [])
+            module.register_forward_hook(lambda _, given, __, keep=keep: keep.append(given[0][0]))
+    with torch.no_grad():
+        for row in task.prepared.train:
+            task.model.get_base_model()(input_ids=torch.tensor([row.ids]))
+    for name, given in inputs.items():
+        rows = torch.cat(given)
+        centred = rows - rows.mean(0)
+        most = torch.linalg.svdvals(centred)[:2].square().sum()
+        explained = (centred @ found[name].detach().T).square().sum()
+        assert explained > 0.99 * most, name
+    assert not any(p.any() for name, p in found.items() if "lora_B" in name)
+    assert len(found) == 8
+
+
+def test_eva_that_does_not_settle_is_refused(bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(eva, "MAX_PASSES", 1)
+    with pytest.raises(ModelError, match="eva found no 4 directions that stay the same in 1"):
+        built_by_eva(bases[False], tmp_path, 4096)
+
+
 # -- the section
 
 
@@ -266,6 +308,10 @@ REFUSALS = [
     (["tuning.lora.init_lora_weights=loftq"], "set tuning.mode: qlora"),
     (["tuning.lora.init_lora_weights=loftq", "tuning.mode=qlora"], "lora_alpha equal to r"),
     (["tuning.lora.init_lora_weights=orthogonal", "tuning.r=3"], "needs an even tuning.r"),
+    (
+        ["tuning.lora.init_lora_weights=eva", "tuning.lora.rank_pattern={q_proj: 2}"],
+        "patterns of its own",
+    ),
     (
         [f"tuning.lora.{each}" for each in ("init_lora_weights=olora", "use_rslora=true")]
         + ["tuning.lora.rank_pattern={q_proj: 2}"],

@@ -25,7 +25,12 @@ from sft.config.section import (
 from sft.errors import shorten
 
 CHANGES_BASE = ("pissa", "olora")  # these subtract what the adapter begins with from the base
-INITS = ("gaussian", "orthogonal", *CHANGES_BASE, "pissa_niter_<n>", "loftq")
+INITS = ("gaussian", "orthogonal", *CHANGES_BASE, "pissa_niter_<n>", "loftq", "eva")
+ONLY_BEGINS = (
+    "loftq",
+    "orthogonal",
+    "eva",
+)  # nothing of these is done again where weights are read
 
 _BY_RUN = "the run sets it"
 _BASE = "the saved adapter would not fit the base that others load"
@@ -50,7 +55,7 @@ REFUSED = {
     "kasa_config": f"it cuts the weights of the base: {_BASE}",
     "corda_config": _LOSS,
     "lora_ga_config": _LOSS,
-    "eva_config": _LOSS,
+    "eva_config": "init_lora_weights: eva keeps the rank of each adapter; there is nothing to set",
     "monteclora_config": _LOSS,
     "arrow_config": "it mixes several trained adapters; train one",
     "use_bdlora": "it is a layout for servers that split an adapter over GPUs",
@@ -95,7 +100,6 @@ def _check_init(value: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"pissa_niter_\d{1,4}", value):
         return value
     why = {
-        "eva": f"; eva: {_LOSS}",
         "corda": f"; corda: {_LOSS}",
         "lora_ga": f"; lora_ga: {_LOSS}",
         "mica": "; mica: it freezes half of the adapter; set train.groups for that",
@@ -125,9 +129,10 @@ class Lora(Section):
     """Train the length of each row of a weight apart from its direction (DoRA); slower."""
     init_lora_weights: Init = True
     """First weights of the adapters: `true` (PEFT's own: B is 0), `false` (random, not 0),
-    `gaussian`, `orthogonal` (r must be even), `pissa`, `pissa_niter_<n>`, `olora` or `loftq`.
+    `gaussian`, `orthogonal` (r must be even), `pissa`, `pissa_niter_<n>`, `olora`, `loftq`, `eva`.
     `pissa` and `olora` change the base while training; what is saved has twice the rank, and fits
-    the base as it is. `loftq` fits the adapters to the error of the 4-bit base."""
+    the base as it is. `loftq` fits the adapters to the error of the 4-bit base. `eva`: A is what
+    the inputs of a layer have most in common on your first rows."""
     exclude_modules: Texts | Regex | None = None
     """Modules that get no adapter although `target_modules` names them: names, or a regular
     expression of whole names."""

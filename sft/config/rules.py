@@ -138,6 +138,10 @@ LORA_RULES = [
         "PEFT fits loftq without the scale: set lora_alpha equal to r, without use_rslora and "
         "patterns",
     ),
+    _broken_lora(INIT, "lora.rank_pattern", "lora.alpha_pattern")(
+        lambda init, *patterns: init == "eva" and any(patterns),
+        "PEFT's eva writes patterns of its own: leave these out",
+    ),
     _broken_lora(INIT, *PATTERNS)(
         lambda init, rslora, *patterns: _changes_base(init) and rslora and any(patterns),
         "with use_rslora and a pattern, PEFT cannot express what is learnt as an adapter of the "

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sft.config.adapters import adapter_tuning
+from sft.config.lora import ONLY_BEGINS
 from sft.config.schema import Tuning
 from sft.errors import ModelError, oom_message, suggest
 from sft.models import experts, peft_quantised
@@ -55,7 +56,7 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
             parameter.data = parameter.data.float()
     if tuning.lora.changes_base and not is_fake(base):
         _keep_first(model, tuning)
-    if init == "orthogonal":  # PEFT would make such weights of a 4-bit base again, and fail
+    if init in ONLY_BEGINS:  # PEFT would make them again where it reads the adapter
         config.init_lora_weights = True
     return model
 
@@ -103,6 +104,8 @@ def _refuse_unable(model: Any, tuning: Tuning) -> None:
                 "model.new_tokens), of which PEFT merges one only: leave one of them out"
             )
         if NAME not in layer.lora_A:  # of embeddings: PEFT begins them as it always does
+            if init == "eva":
+                raise ModelError(f"{kept}: eva begins linear layers only, found {name}: use true")
             continue
         rank, most = layer.r[NAME], min(layer.in_features, layer.out_features)
         if tuning.lora.changes_base and rank > most:
@@ -157,7 +160,7 @@ def lora_config(tuning: Tuning, targets: experts.Targets, has_values: bool) -> A
     lora = tuning.lora.model_dump(exclude={"target_parameters"})
     lora["exclude_modules"] = _exclude_also(tuning.lora.exclude_modules, targets.excluded)
     init = lora.pop("init_lora_weights")
-    plain = init == "loftq" or (not has_values and not isinstance(init, bool))
+    plain = init in ("loftq", "eva") or (not has_values and not isinstance(init, bool))
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=tuning.r,
@@ -303,7 +306,7 @@ def served_tuning(tuning: Tuning) -> Tuning:
     an adapter of twice the rank, B A - B0 A0, and of the same scale.
     """
     lora = tuning.lora
-    if lora.init_lora_weights == "loftq":  # nothing is fitted where weights are read
+    if lora.init_lora_weights in ONLY_BEGINS:
         return tuning.model_copy(
             update={"lora": lora.model_copy(update={"init_lora_weights": True})}
         )

@@ -206,8 +206,8 @@ def _refuse_unlisted(config: Model) -> None:
                 if name.endswith("weight") and not kind.startswith(("F64", "F32", "F16", "BF16")):
                     raise ModelError(
                         f"model.name: {config.name!r} comes quantised: {path.name} stores {name} "
-                        f"as {kind}, and config.json does not say how to read it; give the model from "
-                        "which it was made"
+                        f"as {kind}, and config.json does not say how to read it; give the model "
+                        "from which it was made"
                     )
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from sft.config.load import with_values
 from sft.config.schema import Config, Generation
 from sft.data import audit, audit_report, cache, files, template
+from sft.data.batches import global_batch_ids
 from sft.data.cache import Prepared
 from sft.data.examples import Batch, ExampleArrays, Examples, collate, examples_sha256
 from sft.data.formats import is_conversation
@@ -26,7 +27,7 @@ from sft.errors import ConfigError, DataError, UserError, redact
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import ScoredPredictions, key_of, read_records
-from sft.models import attention, classes, digests, export, layers, load, pretrained, routing
+from sft.models import attention, classes, digests, eva, export, layers, load, pretrained, routing
 from sft.models.groups import freeze_groups
 from sft.models.reach import freeze_untrained
 from sft.models.sizes import read_sizes
@@ -36,7 +37,9 @@ from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, T
 from sft.tasks.sft import card, losses, report, shrink
 from sft.tasks.sft.saved import SavedTuning
 from sft.train.engine import Engine
+from sft.train.schedule import order_seed, total_steps
 
+EVA_TOKENS, EVA_PARTS = 1024, 64  # what init_lora_weights: eva looks at
 TRIAL_ROWS, TRIAL_TOKENS = 8, 16  # rows of a trial, and tokens of its answer, at most
 
 
@@ -136,6 +139,30 @@ class FineTune(SavedTuning):
         depth: int | None = None,
     ) -> nn.Module:
         return load.build(config, precision, device, weights, depth, adapt=cls.adapt)
+
+    @classmethod
+    def build(cls, config: Config, *arguments: Any) -> FineTune:
+        task: Any = super().build(config, *arguments)
+        if config.tuning.lora.init_lora_weights == "eva":
+            run = lambda batch: task._run(task.model, batch, batch.positions)  # noqa: E731
+            eva.begin_with_inputs(task.model, task._first_rows(), task.collate, run)
+        return task
+
+    def _first_rows(self) -> list[list[int]]:
+        """Returns the ids of the first rows of the run, in parts of at least `EVA_TOKENS` tokens.
+
+        The parts do not depend on the cut of a global batch, nor on the number of processes.
+        """
+        train, lengths = self.config.train, self.lengths
+        parts: list[list[int]] = [[]]
+        for step in range(total_steps(train, len(lengths))):
+            for i in global_batch_ids(len(lengths), order_seed(train), step, train.global_batch):
+                if sum(lengths[j] for j in parts[-1]) >= max(EVA_TOKENS, 4 * self.config.tuning.r):
+                    parts.append([])
+                if len(parts) > EVA_PARTS:
+                    return parts[:-1]
+                parts[-1].append(i)
+        return parts
 
     @classmethod
     def skeleton(cls, config: Config, depth: int | None = None) -> nn.Module:

@@ -1,0 +1,68 @@
+"""Begins adapters with what the inputs of their layers have in common (EVA, Paischer et al. 2024).
+
+PEFT computes it. Here is what makes it the same for every cut and every number of processes: each
+process looks at the same rows in the same order, and every adapter keeps its rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from sft.errors import ModelError
+from sft.models.adapt import NAME
+
+MAX_PASSES = 256  # forward passes after which directions that still turn are an error
+
+
+def begin_with_inputs(
+    model: Any,
+    batches: Sequence[Sequence[int]],
+    collate: Callable[[list[int]], Any],
+    run: Callable[[Any], Any],
+) -> None:
+    """Sets each A to the directions in which the inputs of its layer differ most.
+
+    `batches`: ids of examples. `collate` makes a batch of some, with `token_positions`; `run` runs
+    the model on it. Raises ModelError if the directions do not settle.
+    """
+    from peft import EvaConfig
+    from peft.tuners.lora.eva import initialize_lora_eva_weights
+
+    config, batch, passes = model.peft_config[NAME], None, 0
+    kept = {
+        key: getattr(config, key) for key in ("target_modules", "rank_pattern", "alpha_pattern")
+    }
+    trained = {p: p.requires_grad for p in model.parameters()}
+
+    def prepare(ids: torch.Tensor, _: Any) -> torch.Tensor:
+        nonlocal batch
+        batch = collate(ids.tolist())
+        return batch.token_positions()
+
+    def forward(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes > MAX_PASSES:
+            raise ModelError(
+                f"tuning.lora.init_lora_weights: eva found no {config.r} directions that stay the "
+                f"same in {MAX_PASSES} passes; use a smaller tuning.r, or true"
+            )
+        run(batch)
+
+    config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)  # of the same ranks
+    initialize_lora_eva_weights(
+        model,
+        [torch.tensor(ids) for ids in batches],
+        forward_fn=forward,
+        prepare_model_inputs_fn=prepare,
+        prepare_layer_inputs_fn=lambda inputs, at, _: inputs[0].flatten(0, 1)[at],
+        gather_distributed_inputs=False,
+        show_progress_bar=False,
+    )
+    config.init_lora_weights, config.eva_config = True, None
+    vars(config).update(kept)
+    for parameter, is_trained in trained.items():
+        parameter.requires_grad_(is_trained)
