@@ -28,7 +28,7 @@ from sft.config.load import load_config, with_values
 from sft.config.lora import REFUSED, Lora
 from sft.config.schema import Config, Model, Tuning
 from sft.data import batches, cache
-from sft.errors import ConfigError, ModelError
+from sft.errors import ConfigError, MergeError, ModelError
 from sft.models import adapt, dtypes, eva, export, layers, load
 from sft.models.fake import set_attributes
 from sft.models.quantise import keep_nf4_trainable
@@ -158,8 +158,7 @@ def test_each_setting_trains_resumes_saves_loads_and_merges(bases, tmp_path, tie
 
 def check_merge(adapted: Any, other: Any, folder: Path) -> None:
     """Checks that the proof accepts what PEFT merges, and nothing else."""
-    merge.untie(other.get_base_model())
-    other.merge_and_unload(safe_merge=True).save_pretrained(folder)
+    merge.merge_weights(other).save_pretrained(folder)
     merged, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=1e-4)
     checks = proof._compare_tensors(adapted, merged, loading, "fp32")
@@ -185,6 +184,12 @@ def check_plan(config: Config, engine: Any) -> None:
     if config.tuning.mode == "qlora" or others & given:  # the others compute as plain adapters
         with set_attributes(torch.nn.Parameter, __deepcopy__=refuse_copy):
             assert dry_run.trace_step(config, "bf16", dry_run.Window((((20, 9),),))).phases
+
+
+def test_an_adapter_that_peft_cannot_merge_is_one_sentence():
+    adapted = adapt.add_adapters(tiny.llama(), Tuning(lora=Lora(lora_bias=True)))
+    with pytest.raises(MergeError, match="use it as it is: Impossible to merge LoRA with `lora_b"):
+        merge.merge_weights(adapted)
 
 
 ON_4_BITS: dict[str, dict[str, Any]] = {

@@ -113,8 +113,9 @@ PATTERNS = ("lora.use_rslora", "lora.rank_pattern", "lora.alpha_pattern")
 LORA_RULES = [
     _broken_lora("quantization")(
         lambda kind: kind == "int8",
-        "bitsandbytes treats the columns with the largest values of a whole micro-batch otherwise "
-        "in 8 bits, so the cut of a batch would change the result: use nf4 or fp4",
+        "bitsandbytes also computes in 8 bits what it stores in 8 bits: it rounds activations, "
+        "and keeps whole the columns with the largest values of a micro-batch, so the cut of a "
+        "batch would change the result: use nf4 or fp4",
     ),
     _broken_lora("quantization", "mode")(
         lambda kind, mode: kind == "none" and mode == "qlora",

@@ -166,10 +166,18 @@ def _write(run: Path, config: Config, base: str, folder: Path, dtype: str) -> No
         )
     if base == "dequantised":
         _copy_dequantised(plain, config)
-    untie(plain)
-    merged = adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    merged = merge_weights(adapted)
     merged.generation_config = add_turn_ends(merged.generation_config, tokenizer)
     export.save(merged.to(DTYPES[dtype]), tokenizer, folder, origin=config.model)
+
+
+def merge_weights(adapted: Any) -> Any:
+    """Returns the base with the adapter merged into it. Raises MergeError if PEFT cannot."""
+    untie(adapted.get_base_model())
+    try:
+        return adapted.merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise MergeError(f"PEFT cannot merge this adapter; use it as it is: {error}") from error
 
 
 def untie(plain: nn.Module) -> None:
