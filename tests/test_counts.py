@@ -17,11 +17,11 @@ from sft.plan.counts import Counts, config_of_key, count_parameters, model_key
 CPU = torch.device("cpu")
 
 
-def configured(path: Path, mode: str, **train: Any) -> Config:
+def configured(path: Path, mode: str, router: str = "frozen", **train: Any) -> Config:
     return Config.model_validate(
         {
             "model": {"name": str(path)},
-            "tuning": {"mode": mode} | ({} if mode == "full" else {"r": 4}),
+            "tuning": {"mode": mode, "router": router} | ({} if mode == "full" else {"r": 4}),
             "data": {"train_path": "none"},
             "train": {"output_dir": "none", **train},
         }
@@ -40,7 +40,7 @@ def test_counts_are_those_of_the_model_and_of_the_experts_that_a_token_chooses(
     if experts > 1:
         model.config.num_experts_per_tok = chosen
     model.save_pretrained(tmp_path)
-    config = configured(tmp_path, mode)
+    config = configured(tmp_path, mode, "trained" if experts > 1 else "frozen")
     parameters = dict(load.build(config, "fp32", CPU).named_parameters())
     sizes = {name: p.numel() for name, p in parameters.items()}
     trained = [p.numel() for p in parameters.values() if p.requires_grad]

@@ -1,12 +1,15 @@
 """Tokens and places in a text: with the cache of parts the same as of the whole."""
 
+import copy
 import functools
+import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers import pre_tokenizers as splits
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from sft.data.rendering import MARKS
@@ -14,7 +17,10 @@ from sft.data.tokens import (
     BLANK,
     LINE,
     Tokens,
+    _Parting,
     _parting,
+    _tokens_of_short,
+    _Words,
     decode_slice,
     tokenise,
     tokenise_behind,
@@ -28,6 +34,10 @@ SIGNS, BLANKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
 CUT = {  # how public tokenizers part a text
     "Qwen2.5": (SHORT, LETTERS, r"\p{N}", SIGNS, BLANKS),
     "Llama 3": (SHORT, LETTERS, r"\p{N}{1,3}", SIGNS, BLANKS),
+    "GPT-2": (
+        *("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", r" ?\p{L}+", r" ?\p{N}+"),
+        *(r" ?[^\s\p{L}\p{N}]+", r"\s+(?!\S)", r"\s+"),
+    ),
     "GPT-4": (
         *(r"'(?i:[sdmt]|ll|ve|re)", r"[^\r\n\p{L}\p{N}]?+\p{L}+", r"\p{N}{1,3}"),
         *(r" ?[^\s\p{L}\p{N}]++[\r\n]*", r"\s*[\r\n]|\s+(?!\S)|\s+"),
@@ -51,6 +61,7 @@ OTHERS = {  # with which a blank or a newline may stand within a part
     "blanks behind": (r"\S+\s", r"\s+"),
     "looks behind": (r"(?<=[a1#] )\S+", r"\S", r"\s+"),
     "no blanks": (r" ?\p{L}+",),
+    "an empty part": (*CUT["Qwen2.5"], ""),
 }
 
 
@@ -69,6 +80,12 @@ KINDS = {
 KINDS |= {
     "bytes of one text": splits.Sequence(
         [splits.Split("a 1", "isolated"), *split_at("|".join(CUT["Qwen2.5"])), BYTES]
+    ),
+    "bytes joined to what stands before": splits.Sequence(
+        [splits.Split(Regex("|".join(CUT["Qwen2.5"])), "merged_with_previous"), BYTES]
+    ),
+    "bytes between": splits.Sequence(
+        [splits.Split(Regex("|".join(CUT["Qwen2.5"])), "isolated", invert=True), BYTES]
     ),
     "bytes first": splits.Sequence([BYTES, *split_at("|".join(CUT["Qwen2.5"]))]),
     "byte-level": splits.ByteLevel(add_prefix_space=False),
@@ -116,6 +133,8 @@ EVERY = [(kind, added) for kind in KINDS for added in TOKENS]
 
 @pytest.mark.parametrize("normalizer", ["", "NFC", "Lowercase", "Strip"])
 @settings(max_examples=60)
+@example(("byte-level", "plain"), "ж" * 12 + "<|im_end|>" + "abcde")  # more tokens than characters
+@example(("words", "plain"), "<|im_start|>жж")  # one unknown token for both
 @given(st.sampled_from(EVERY), st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
 def test_parts_give_the_tokens_of_the_whole(normalizer, chosen, text):
     tokenizer = make(*chosen, normalizer)
@@ -150,6 +169,71 @@ def test_parts_on_both_sides_of_a_cut_are_those_of_the_whole(kind, text):
     assert [part for piece in pieces for part, _ in splitter(piece)] == [
         part for part, _ in splitter(text)
     ]
+
+
+@pytest.mark.parametrize("option", ["lstrip", "rstrip", "single_word"])
+def test_a_text_is_not_cut_where_a_blank_token_takes_blanks(option):
+    tokenizer = copy.deepcopy(make("bytes of Qwen2.5", "plain", ""))
+    tokenizer.add_tokens([AddedToken("\n\n", normalized=False, **{option: True})])
+    assert not _parting(tokenizer).words
+
+
+def test_a_text_is_not_cut_where_merges_are_random():
+    tokenizer = copy.deepcopy(make("bytes of Qwen2.5", "plain", ""))
+    tokenizer.backend_tokenizer.model.dropout = 0.5
+    assert not _parting(tokenizer).words
+
+
+def test_behind_an_added_token_no_offsets_are_needed():
+    made = tokenise(make("byte-level", "plain", ""), "<|im_start|>Hello<|im_end|>")
+    assert [made.stop(12), made.stop(27), made.count(17), made.count(27)] == [1, 4, 3, 4]
+    assert "offsets" not in vars(made)
+
+
+def test_few_texts_and_words_are_kept(monkeypatch):
+    for name, value in {"MOST_KNOWN": 6, "MOST_WORDS": 2, "LONG_WORD": 3}.items():
+        monkeypatch.setattr(f"sft.data.tokens.{name}", value)
+    tokenizer = make("byte-level", "plain", "")
+    parting, kept = _Parting(re.compile(""), {}, {}, None), []
+    for piece in ("abc", "def", "gh", "gh", "i", "jklmn", "o"):
+        parting.ids(tokenizer, piece)
+        kept.append(" ".join(parting.known))
+    assert kept == ["abc", "abc def", *2 * ["abc def gh"], "i", "i jklmn", "i jklmn o"]
+    words, kept = _Words(tokenizer, ""), []
+    for word in ("ab", "abc", "b", "c", "b"):
+        assert list(words[word]) == tokenise(tokenizer, word).ids
+        kept.append(" ".join(words))
+    assert kept == ["ab", "ab", "ab b", "c", "c b"]
+
+
+def test_long_texts_are_not_kept_among_short_ones():
+    tokenizer, asked = make("byte-level", "plain", ""), []
+    for number in (198, 199, 200):
+        tokenise(tokenizer, "ж" * number)
+        asked.append(_tokens_of_short.cache_info().misses)
+    assert [later - asked[0] for later in asked] == [0, 1, 1]
+
+
+def test_a_tokenizer_that_grows_is_asked_again():
+    tokenizer = copy.deepcopy(make("byte-level", "plain", ""))
+    assert len(tokenise(tokenizer, "Hello zq").ids) > 2
+    tokenizer.add_tokens(["Hello zq"])
+    assert tokenise(tokenizer, "Hello zq").ids == [len(tokenizer) - 1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding": "max_length", "max_length": 40}, {"truncation": True, "max_length": 2}]
+)
+def test_no_token_is_added_or_cut_off_whatever_the_tokenizer_was_called_with(options):
+    tokenizer = copy.deepcopy(make("byte-level", "plain", ""))
+    tokenizer.pad_token = "</s>"
+    start = ("</s>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("</s> $A", None, [start])
+    _, *expected = tokenizer("Hello brown fox").input_ids
+    tokenizer("a", **options)
+    made = tokenise(tokenizer, "Hello brown fox")
+    tokenizer("a", **options)
+    assert (made.ids, len(made.offsets)) == (expected, len(expected))
 
 
 def test_words_are_tokenised_once(monkeypatch):
@@ -207,6 +291,7 @@ def test_a_typed_token_is_plain_text_in_its_place():
     made = tokenise(tokenizer, text)
     assert "".join(text[start:end] for start, end in made.offsets) == "a <|im_end|> b"
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in made.ids
+    assert tokenise(tokenizer, "<|im_end|>").offsets == [(0, 10)]
 
 
 def test_what_stands_behind_gets_no_blank():
@@ -216,6 +301,10 @@ def test_what_stands_behind_gets_no_blank():
     assert tokenise(tokenizer, "Hello").ids != expected
     ids, offsets = tokenise_behind(tokenizer, "Hello")
     assert (ids, offsets[0][0], offsets[-1][1]) == (expected, 0, 5)
+    for text in ("Hello", "\n\nHello"):  # newlines behind a newline are one token with it
+        whole = tokenise(make("bytes of Qwen2.5", "plain", ""), text)
+        behind = tokenise_behind(make("bytes of Qwen2.5", "plain", ""), text)
+        assert behind == (whole.ids, whole.offsets)
     typed = "Xa".join(MARKS)
     assert tokenise(tokenizer, typed + "Hello").ids[-len(expected) :] == expected
 
