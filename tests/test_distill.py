@@ -355,7 +355,11 @@ def test_what_does_not_fit_is_cut(tmp_path):
     assert 0.6 * tight.usable_bytes < tight.memory.reserved <= tight.usable_bytes
     assert "does not fit" in tight.warnings[0]  # the unseen goals, tried with 128 rows
     assert "lower distill.eval_seeds" in tight.warnings[0]
-    (reported, _) = plan._warnings(replace(tight, evaluation_bytes=tight.usable_bytes + 1), None)
+    much = replace(tight, evaluation_bytes=tight.usable_bytes + 1)
+    late = asked.train.model_copy(update={"warmup_steps": tight.steps + 1})
+    reported, _, slow = plan._warnings(much, late)
+    assert f"fewer than the {tight.steps + 1:,} of its warm-up" in slow
+    assert len(plan._warnings(much, asked.train)) == 2
     assert "a smaller train.max_tokens or a smaller distill.context help" in reported
     trained, machine = blank_run(asked, tight), hardware.detect()
     work = task.Distillation.workload(asked)

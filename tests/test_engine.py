@@ -8,12 +8,16 @@ import math
 import signal
 import time
 import zlib
+from pathlib import Path
 from types import SimpleNamespace as Has
 
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import get_inverse_sqrt_schedule
 
 from sft import errors
 from sft.data import batches, template
@@ -32,16 +36,54 @@ SCHEDULES = {  # warm-up of 2 of 10 steps to a peak of 1; the floor of cosine an
     "constant": [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1],
     "linear": [0.5, 1, 1, 0.8714, 0.7429, 0.6143, 0.4857, 0.3571, 0.2286, 0.1],
     "cosine": [0.5, 1, 1, 0.9554, 0.8305, 0.6501, 0.4499, 0.2695, 0.1446, 0.1],
+    "wsd": [0.5, 1, 1, 1, 1, 1, 0.55, 0.3636, 0.2206, 0.1],  # 1 - sqrt(1/4, 2/4, 3/4, 1)
+    "cosine_with_restarts": [0.5, 1, 1, 0.8305, 0.4499, 0.1446, 0.9554, 0.6501, 0.2695, 0.1],
+    "inverse_sqrt": [0.5, 1, 0.8348, 0.7364, 0.6692, 0.6196, 0.5811, 0.55, 0.5243, 0.5025],
 }
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_learning_rate_by_step(tmp_path, schedule):
-    train = tiny.config(
-        tmp_path, schedule=schedule, learning_rate=1.0, warmup_ratio=0.15, min_lr_ratio=0.1
-    ).train
-    rates = [learning_rate(train, step, 10) for step in range(10)]
-    assert rates == pytest.approx(SCHEDULES[schedule], abs=1e-4)
+    own = {"decay_ratio": 0.4} if schedule == "wsd" else {}
+    for warmup in ({"warmup_ratio": 0.15}, {"warmup_steps": 2}):
+        settings = {"schedule": schedule, "learning_rate": 1.0, "min_lr_ratio": 0.1}
+        train = tiny.config(tmp_path, **settings, **own, **warmup).train
+        rates = [learning_rate(train, step, 10) for step in range(10)]
+        assert rates == pytest.approx(SCHEDULES[schedule], abs=1e-4)
+
+
+def test_inverse_sqrt_is_the_one_of_transformers_a_step_earlier(tmp_path):
+    """It begins with a rate of 0, in a step that changes nothing."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    for warmup in (0, 5):
+        scheduler = get_inverse_sqrt_schedule(optimizer, warmup)
+        settings = {"schedule": "inverse_sqrt", "learning_rate": 1.0, "warmup_steps": warmup}
+        train = tiny.config(tmp_path, **settings).train
+        for step in range(40):
+            expected = scheduler.lr_lambdas[0](step + 1)
+            assert learning_rate(train, step, 40) == pytest.approx(expected, rel=1e-6)
+
+
+@given(
+    schedule=st.sampled_from(sorted(SCHEDULES)),
+    steps=st.integers(1, 60),
+    warmup=st.integers(0, 70),
+    share=st.floats(0.01, 0.99),
+    cycles=st.integers(1, 9),
+)
+def test_no_rate_leaves_its_bounds_and_the_first_after_the_warm_up_is_near_the_peak(
+    schedule, steps, warmup, share, cycles
+):
+    own = {"wsd": {"decay_ratio": share}, "cosine_with_restarts": {"num_cycles": cycles}}
+    settings = {"schedule": schedule, "learning_rate": 1.0, "warmup_steps": warmup}
+    settings |= {"min_lr_ratio": 0.1, **own.get(schedule, {})}
+    train = tiny.config(Path("run"), **settings).train
+    rates = [learning_rate(train, step, steps) for step in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    if warmup and warmup <= steps:
+        assert rates[warmup - 1] == 1
+    if schedule in ("linear", "cosine", "wsd", "cosine_with_restarts") and warmup < steps - 1:
+        assert rates[-1] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,9 @@ ALIASES = {
     "num_train_epochs": Alias("train.epochs"),
     "per_device_train_batch_size": Alias("train.micro_batch"),
     "per_device_eval_batch_size": Alias("evaluation.batch_size"),
-    "lr_scheduler_type": Alias("train.schedule", {"constant_with_warmup": "constant"}),
+    "lr_scheduler_type": Alias(
+        "train.schedule", {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}
+    ),
     "optim": Alias(
         "train.optimizer",
         {

@@ -217,12 +217,22 @@ class Train(Section):
     groups: Annotated[list[Group], Field(min_length=1)] | None = None
     """Parameters with other settings: `[{match: lora_B, learning_rate: 1e-3}, {match: embed,
     freeze: true}]` (section `train.groups`)."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
+    schedule: Literal[
+        "cosine", "linear", "constant", "wsd", "cosine_with_restarts", "inverse_sqrt"
+    ] = "cosine"
+    """Shape of the learning rate after the warm-up. `wsd`: constant, then down by the square root
+    (Hägele et al. 2024). `inverse_sqrt`: the peak times the root of warm-up steps / step."""
     warmup_ratio: Fraction = 0.03
     """Share of the steps in which the learning rate rises linearly from 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """The number of these steps; takes precedence over `warmup_ratio`. null: the ratio decides."""
+    decay_ratio: Annotated[Fraction, OnlyWith("train.schedule", ("wsd",))] = 0.2
+    """Share of the steps, the last ones, in which the learning rate falls."""
+    num_cycles: Annotated[Count, OnlyWith("train.schedule", ("cosine_with_restarts",))] = 2
+    """Times that the cosine falls from the peak."""
     min_lr_ratio: Fraction = 0.0
-    """Learning rate at the last step, as a share of the peak (`cosine` and `linear`)."""
+    """Learning rate at the last step, as a share of the peak (not with `constant`; with
+    `inverse_sqrt` what it falls towards)."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay, on matrices only (not on norms and biases)."""
     adam_beta1: Fraction = 0.9

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sft.config.schema import RunConfig
+from sft.config.schema import RunConfig, Train
 from sft.data import batches
 from sft.plan.choose import Planner, resolve_layout
 from sft.plan.counts import count_parameters
@@ -136,7 +136,7 @@ def make_plan(
         reasons={f"train.{key}": why for key, why in autos.items()},
         is_question=is_question,
     )
-    return replace(plan, warnings=_warnings(plan, config.train.max_steps))
+    return replace(plan, warnings=_warnings(plan, config.train))
 
 
 def predict_disk(config: RunConfig, num_examples: int) -> Need:
@@ -151,7 +151,7 @@ def predict_disk(config: RunConfig, num_examples: int) -> Need:
     return replace(written, merged=2 * base + info.vocabulary * TOKENIZER_BYTES)
 
 
-def _warnings(plan: Plan, max_steps: int | None) -> list[str]:
+def _warnings(plan: Plan, train: Train) -> list[str]:
     result = []
     if plan.missing_bytes:
         result.append(
@@ -169,8 +169,13 @@ def _warnings(plan: Plan, max_steps: int | None) -> list[str]:
             f"{plan.labels.answers} takes {size(plan.generation_bytes)}, which does not fit: "
             f"lower {plan.labels.answers_key}"
         )
+    if plan.steps < (warmup := schedule.warmup_steps(train, plan.steps)):
+        result.append(
+            f"the run has {plan.steps:,} step(s), fewer than the {warmup:,} of its warm-up: the "
+            "learning rate never reaches its peak; lower train.warmup_steps"
+        )
     if plan.steps < FEW_STEPS and not plan.is_question:
-        result.append(_few_steps(plan, max_steps))
+        result.append(_few_steps(plan, train.max_steps))
     return result
 
 

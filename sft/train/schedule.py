@@ -7,6 +7,8 @@ import math
 from sft.config.schema import Train
 from sft.data import batches
 
+WITHOUT_WARMUP = 10_000  # steps that `inverse_sqrt` counts as the warm-up if there is none
+
 
 def learning_rate(train: Train, step: int, total_steps: int, peak: float | None = None) -> float:
     """Returns the rate of a step, counted from 0. `peak`: that of a group; None: the run's.
@@ -14,13 +16,34 @@ def learning_rate(train: Train, step: int, total_steps: int, peak: float | None 
     It rises linearly during the warm-up, and then follows `schedule` down to `min_lr_ratio`.
     """
     top = train.learning_rate if peak is None else peak
-    warmup = math.ceil(train.warmup_ratio * total_steps)
+    warmup = warmup_steps(train, total_steps)
     if step < warmup:
         return top * (step + 1) / warmup
-    done = (step - warmup) / max(1, total_steps - 1 - warmup)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     floor = 1.0 if train.schedule == "constant" else train.min_lr_ratio
-    return top * (floor + (1 - floor) * shape[train.schedule])
+    return top * (floor + (1 - floor) * _shape(train, step, warmup, total_steps))
+
+
+def warmup_steps(train: Train, total_steps: int) -> int:
+    """Returns the number of steps in which the rate rises."""
+    if train.warmup_steps is not None:
+        return train.warmup_steps
+    return math.ceil(train.warmup_ratio * total_steps)
+
+
+def _shape(train: Train, step: int, warmup: int, total_steps: int) -> float:
+    """Returns the rate after the warm-up, from 1 to 0."""
+    last = max(1, total_steps - 1 - warmup)
+    done = (step - warmup) / last
+    if train.schedule == "inverse_sqrt":
+        scale = warmup or WITHOUT_WARMUP
+        return math.sqrt(scale / (step + 1 - warmup + scale))
+    if train.schedule == "wsd":
+        falling = max(1, min(round(train.decay_ratio * total_steps), total_steps - warmup))
+        return 1 - math.sqrt(max(0.0, 1 - (total_steps - 1 - step) / falling))
+    if train.schedule == "cosine_with_restarts":
+        done = done * train.num_cycles % 1 if done < 1 else 1.0
+    cosine = (1 + math.cos(math.pi * done)) / 2
+    return {"constant": 1.0, "linear": 1 - done}.get(train.schedule, cosine)
 
 
 def order_seed(train: Train) -> int | None:
