@@ -15,7 +15,7 @@ from conftest import ROOT, clean_environment, run
 from packaging.requirements import Requirement
 
 import sft
-from sft import api
+from sft import api, commands
 from sft.config.load import load_config
 from sft.errors import ConfigError, UserError
 from sft.tasks.registry import EXTRAS
@@ -29,6 +29,26 @@ def test_importing_sft_loads_nothing_heavy():
     is_callable, version, *modules = done.stdout.split()
     assert (is_callable, version) == ("True", sft.__version__)
     assert {"torch", "pydantic", "transformers", "sft.run"}.isdisjoint(modules)
+
+
+HELP = """
+import sys
+from contextlib import suppress
+from sft import commands
+from sft.evaluate import compare
+
+for verb in commands.VERBS:
+    with suppress(SystemExit):
+        commands.run(verb, ["--help"])
+print(*sys.modules)
+"""
+
+
+def test_the_help_of_every_verb_and_compare_load_nothing_heavy():
+    done = run(sys.executable, "-c", HELP)
+    *shown, modules = done.stdout.splitlines()
+    assert sum(line.startswith("usage: ") for line in shown) == len(commands.VERBS)
+    assert {"torch", "transformers", "accelerate"}.isdisjoint(modules.split())
 
 
 def test_a_package_is_called_and_imported_from_alike():
@@ -134,7 +154,7 @@ import sft
 
 folder = sys.argv[1]
 values = {"train.max_steps": 2, "train.output_dir": f"{folder}/run", "evaluation.num_examples": 2}
-values |= {"data.max_rows": 64, "data.eval_path": "nano/valid.jsonl"}
+values |= {"data.max_rows": 80, "data.eval_path": None, "data.eval_fraction": 0.2}
 run = sft.train("configs/nano.yaml", values)
 again = sft.evaluate(run.folder, ["evaluation.num_examples=2"])
 second = sft.train("configs/nano.yaml", values | {"train.output_dir": f"{folder}/second"})

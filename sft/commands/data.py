@@ -7,7 +7,6 @@ from pathlib import Path
 
 from sft import cli
 from sft.config.load import with_values
-from sft.data import files
 from sft.errors import UserError
 from sft.runtime.console import facts, make_console
 from sft.runtime.output import visible
@@ -24,6 +23,8 @@ def process(args: Namespace) -> None:
         raise UserError("OUTPUT: required: OUTPUT=rows.jsonl")
     if args.output.exists():
         raise UserError(f"{args.output} exists already; remove it, or give another OUTPUT")
+    from sft.data import files
+
     report = files.process(config.data, args.output)
     make_console().print(facts(f"Written to {args.output}", report))
 
@@ -82,7 +83,7 @@ def show_data_options(parser: cli.Parser) -> None:
 def show_data(args: Namespace) -> None:
     """Prints the examples of every row that `--row` selects, as training sees them."""
     config = cli.configuration(args)
-    from sft.data import audit, audit_report, cache, template
+    from sft.data import audit, audit_report, cache, files, template
 
     settings, console, num_shown = config.data, make_console(), 0
     tokenizer = cache.load_tokenizer(config)

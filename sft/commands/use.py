@@ -13,10 +13,8 @@ from sft.config.load import parse_generation
 from sft.config.schema import Config, Train
 from sft.errors import UserError
 from sft.runtime import launcher
-from sft.runtime.attempt import remove_record
 from sft.runtime.console import make_console
 from sft.runtime.output import show
-from sft.serve.classify import rows
 
 
 def evaluate_options(parser: cli.Parser) -> None:
@@ -72,6 +70,8 @@ def classify(args: Namespace) -> int:
     """Asks a model for labels; with `--tune`, also trains it and classifies with the result."""
     args.overrides += [f"model.name={args.model}"] if args.model else []
     config = cli.configuration(args)
+    from sft.serve.classify import rows
+
     rows.check_section(config, tune=args.tune)
     if args.tune and args.run:
         raise UserError("give TUNE=1 or RUN, not both: the model of RUN is already tuned")
@@ -190,6 +190,8 @@ def infer_batch(args: Namespace) -> int:
 
         chat.answer_file(args.input, args.output, folder, _connector_arguments(args), settings)
     if code == 0 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        from sft.runtime.attempt import remove_record
+
         remove_record(folder)
     return code
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.utils import gather_object
 
 from sft.errors import UserError, redact_environment
 from sft.runtime import plain
@@ -33,6 +32,13 @@ def key_of(*parts: Any) -> str:
     """Returns a digest of these values: 16 hexadecimal digits."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _gather(values: list[Any]) -> list[Any]:
+    """Returns the values of all processes, in their order."""
+    from accelerate.utils import gather_object  # `compare`, which has no processes, needs no torch
+
+    return gather_object(values)
 
 
 class Predictions:
@@ -129,7 +135,7 @@ class ScoredPredictions(Predictions):
         self._unwritten: list[Record] = []
         with self._keep_reason():
             super().__init__(path)
-        if any(gather_object([self.reason])):  # then no rank uses what the file has
+        if any(_gather([self.reason])):  # then no rank uses what the file has
             self._index, self._keys = np.zeros(0, np.int64), np.zeros(0, np.uint64)
             self.reason = self.reason or f"{path}: another process cannot use it"
 
@@ -154,10 +160,10 @@ class ScoredPredictions(Predictions):
 
     def collect(self) -> tuple[list[Record] | None, str | None]:
         """Returns all records in order if the file has not all of them, and why. Collective."""
-        reason = next(filter(None, gather_object([self.reason])), None)
+        reason = next(filter(None, _gather([self.reason])), None)
         if reason is None:
             return None, None
-        found = {record["index"]: record for record in gather_object(self._unwritten)}
+        found = {record["index"]: record for record in _gather(self._unwritten)}
         if missing := set(range(self.num_expected)) - found.keys():
             with self.path.open("rb") as file:
                 for index, key, begin in self._read():
