@@ -17,6 +17,7 @@ from torch import distributed, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BitsAndBytesConfig,
     Qwen3MoeForCausalLM,
 )
 
@@ -229,6 +230,13 @@ def test_a_mixture_has_its_experts_as_products_and_its_router_known() -> None:
     assert len(experts) == 4
     assert all("experts" in name for name in experts)
     assert found.routers == {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
+
+
+def test_a_base_is_not_traced_again_once_it_is_quantised() -> None:
+    base = tiny_model("llama")
+    found = reach(base)
+    base.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
+    assert reach(base) is found
 
 
 def test_tracing_changes_no_random_numbers_and_no_mode_of_the_caller() -> None:

@@ -39,6 +39,7 @@ PRODUCT = re.compile(r"(^|_)(mm|addmm|b?addbmm|bmm|mv|addmv|matmul|linear|gemm|g
 ATTENTION = re.compile("softmax|scaled_dot_product")
 CHOICES = {"topk", "sort", "argsort", "argmax", "max", "kthvalue"}  # of experts, by their scores
 INERT = {"_name_or_path", "dtype", "torch_dtype", "use_cache", "transformers_version"}
+INERT |= {"quantization_config"}  # which applies to weights that are loaded
 NOTHING: frozenset[str] = frozenset()
 
 

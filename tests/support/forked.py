@@ -26,6 +26,7 @@ import numpy as np
 from conftest import PATHS, ROOT, clean_environment
 
 IMPORTED = ["sft.run", "sft.verify", "peft", "bitsandbytes", "deepspeed", "forked"]
+IMPORTED += ["scipy.stats", "torch.utils.tensorboard"]  # which a run imports late
 CONSOLES = ("full disk", "closed pipe", "no stderr")
 GRACE = 5.0  # seconds that a launcher leaves the others, when one rank has failed
 
