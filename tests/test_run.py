@@ -32,9 +32,9 @@ from sft.runtime import checkpoint
 
 pytestmark = pytest.mark.slow
 
-ROWS = ["data.max_rows=600", "data.eval_path=nano/valid.jsonl"]
-SHORT = [*ROWS, "train.max_steps=8", "evaluation.num_examples=8", "train.learning_rate=1e-3"]
-SHORT += ["train.global_batch=16"]
+ROWS = ["data.max_rows=600", "data.eval_path=null", "data.eval_fraction=0.05"]
+ROWS += ["train.global_batch=8", "train.learning_rate=1e-3"]
+SHORT = [*ROWS, "train.max_steps=8", "evaluation.num_examples=8", "evaluation.max_new_tokens=16"]
 BRIEF = [*ROWS, "train.max_steps=2", "evaluation.num_examples=0"]
 
 
@@ -84,16 +84,17 @@ def status(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory) -> tuple[Path, str]:
-    """`make train`, only into another folder, and with 150 of its 375 steps."""
+    """`make train`, only into another folder, with 75 of its 375 steps and half of the answers."""
     folder = tmp_path_factory.mktemp("runs") / "nano"
-    return folder, make("train", f"train.output_dir={folder}", "train.max_steps=150")
+    shorter = ["train.max_steps=75", "evaluation.num_examples=100"]
+    return folder, make("train", f"train.output_dir={folder}", *shorter)
 
 
 def test_make_train_teaches_the_task(nano):
     found = results(nano[0])
     assert found["base"]["exact_match"] <= 0.02
-    assert found["tuned"]["exact_match"] >= 0.90
-    assert found["num_examples"] == 200
+    assert found["tuned"]["exact_match"] >= 0.75
+    assert found["num_examples"] == 100
     assert found["tuned"]["loss"] < 0.1 * found["base"]["loss"]
 
 
@@ -139,13 +140,13 @@ def test_the_adapter_loads_with_peft_onto_the_base(nano):
             output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True
         )
         right += answer == row["reference"]
-    assert right >= 16  # unquantised weights under an adapter for NF4: a little may differ
+    assert right >= 14  # unquantised weights under an adapter for NF4: a little may differ
 
 
 def test_evaluate_infer_and_merge_use_the_run(nano, tmp_path):
     folder = nano[0]
     tuned = results(folder)["tuned"]
-    done = forked.make("evaluate", "ARGS=evaluation.num_examples=200", f"RUN={folder}")
+    done = forked.make("evaluate", "ARGS=evaluation.num_examples=100", f"RUN={folder}")
     assert done.returncode == 0, done.stderr
     again = json.loads((folder / "evaluation/evaluate/metrics.json").read_text())["metrics"]
     assert again["exact_match"] == tuned["exact_match"]
@@ -164,7 +165,7 @@ def test_evaluate_infer_and_merge_use_the_run(nano, tmp_path):
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_the_other_modes_learn_too(tmp_path, mode):
-    more = ["train.max_steps=15", "train.learning_rate=3e-3"]
+    more = ["train.max_steps=15", "train.learning_rate=3e-3", "train.global_batch=16"]
     done = train(tmp_path / "run", f"tuning.mode={mode}", *SHORT, *more)
     assert done.returncode == 0, done.stderr
     found = results(tmp_path / "run")
@@ -193,7 +194,8 @@ def test_a_real_model_on_real_data(tmp_path, shared, file, reached):
         f"model: {{name: {shared}/models/stories260K}}\n"
         "tuning: {mode: qlora}\n"
         f"data: {{train_path: {data}, max_seq_len: 512}}\n"
-        f"train: {{output_dir: {tmp_path}/run, learning_rate: 1e-2, max_steps: 60}}\n"
+        f"train: {{output_dir: {tmp_path}/run, learning_rate: 1e-2, max_steps: 40,\n"
+        "  global_batch: 16}\n"
         "evaluation: {num_examples: 4, max_new_tokens: 16}\n"
     )
     done = train(tmp_path / "run", "--config", str(config))
