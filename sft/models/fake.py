@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, masking_utils
 from transformers.integrations import moe
 
 aten = torch.ops.aten
+DEVICE, META = torch.ops.prim.device.default, torch.device("meta")
 
 
 @contextmanager
@@ -79,16 +80,35 @@ def _convert(module: nn.Module, function: Callable[[Any], Any], recurse: bool = 
     return module
 
 
-class AssumeOnes(TorchDispatchMode):
-    """Gives 1 (or True) where a program reads the value of a fake tensor."""
+class FastMode(TorchDispatchMode):
+    """A dispatch mode that is left out where the device of a fake tensor is asked for, which is
+    four of five calls, and that is called without torch.compile's guards."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is DEVICE and isinstance(args[0], FakeTensor):
+            is_inner = args[0].fake_mode.in_kernel_invocation
+            return META if is_inner else args[0].fake_device
+        return self.dispatch(func, args, kwargs or {})
+
+    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the operation."""
+        raise NotImplementedError
+
+
+class AssumeOnes(FastMode):
+    """Gives 1 (or True) where a program reads the value of a fake tensor."""
+
+    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         if func is aten.split_with_sizes.default and isinstance(args[0], FakeTensor):
             args = args[0], _fitting(args[0], *args[1:]), *args[2:]
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _fitting(tensor: torch.Tensor, sizes: list[int], dim: int = 0) -> list[int]:

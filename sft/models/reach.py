@@ -22,11 +22,11 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter
 
 from sft.errors import UserError
-from sft.models.fake import fake_tensors
+from sft.models.fake import FastMode, fake_tensors
 from sft.models.pretrained import narrow
 
 aten = torch.ops.aten
@@ -356,7 +356,7 @@ class _Origin:
     source: frozenset[str] = NOTHING  # the product of which it is the result, element by element
 
 
-class _Tracer(TorchDispatchMode):
+class _Tracer(FastMode):
     """Follows parameters through a forward pass to the operations that multiply by them.
 
     Where a program reads values of `fake` tensors, it gets ones; where it asks which elements are
@@ -394,8 +394,7 @@ class _Tracer(TorchDispatchMode):
     def _get(self, tensor: torch.Tensor) -> _Origin:
         return self._origins.get(tensor.untyped_storage()._cdata, _Origin())
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.partition("::")[2]
         if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select"):
             self.running.note_read()

@@ -19,9 +19,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from sft.models.fake import FastMode
 from sft.plan.allocator import CachingAllocator, Chunk
 
 aten = torch.ops.aten
@@ -82,7 +82,7 @@ class Peak:
     breakdown: dict[str, int]  # label -> bytes, largest first
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(FastMode):
     """Records into `trace` while it is entered, and labels new blocks with `label`."""
 
     def __init__(self) -> None:
@@ -101,10 +101,10 @@ class Recorder(TorchDispatchMode):
             if tensor is not None:
                 self._block_of(tensor, label).label = label
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is aten.add.Tensor and _is_accumulation(*args):
             func = aten.add_.Tensor
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
                 self._block_of(tensor, self.namespace_labels.get(func.namespace, self.label))
