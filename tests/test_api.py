@@ -155,6 +155,7 @@ import sft
 folder = sys.argv[1]
 values = {"train.max_steps": 2, "train.output_dir": f"{folder}/run", "evaluation.num_examples": 2}
 values |= {"data.max_rows": 80, "data.eval_path": None, "data.eval_fraction": 0.2}
+values |= {"train.global_batch": 8}
 run = sft.train("configs/nano.yaml", values)
 again = sft.evaluate(run.folder, ["evaluation.num_examples=2"])
 second = sft.train("configs/nano.yaml", values | {"train.output_dir": f"{folder}/second"})

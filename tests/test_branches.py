@@ -515,7 +515,7 @@ def test_any_sequence_of_starts_kills_and_branches_leaves_one_lineage():
 
 @pytest.mark.slow
 def test_the_same_for_longer():
-    run_machine(Branches, 100, 10)
+    run_machine(Branches, 40, 10)
 
 
 class EngineBranches(Branches):

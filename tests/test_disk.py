@@ -30,6 +30,8 @@ from sft.runtime.attempt import Lock, Status
 from sft.runtime.log import Log
 
 BUDGET = batches.Budget(60, "padded")
+ROWS = ["data.max_rows=600", "data.eval_path=null", "data.eval_fraction=0.05"]
+ROWS += ["train.global_batch=8"]
 
 
 def make(folder, **train):
@@ -225,7 +227,7 @@ def test_a_disk_that_fills_up_after_training_costs_files_but_no_result(tmp_path,
     """It fills while the final answers are written: the model is there already."""
     folder, log = tmp_path / "small", tmp_path / "log"
     folder.mkdir()
-    settings = ["data.max_rows=600", "data.eval_path=nano/valid.jsonl", "train.max_steps=2"]
+    settings = [*ROWS, "train.max_steps=2"]
     settings += ["evaluation.num_examples=24", "evaluation.batch_size=4"]
     settings += ["evaluation.max_new_tokens=8", f"train.output_dir={folder}/run"]
     with mounted("-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)) as small:
@@ -260,8 +262,8 @@ def test_a_file_system_that_turns_read_only_in_the_middle_of_a_run(tmp_path):
     if subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=False).returncode:
         pytest.skip("cannot make a file system here")
     mount, run = ["-o", "loop,errors=remount-ro", str(image), str(folder)], folder / "run"
-    settings = ["data.max_rows=600", "data.eval_path=nano/valid.jsonl", "train.max_steps=12"]
-    settings += ["train.save_steps=2", "train.global_batch=8", "evaluation.num_examples=0"]
+    settings = [*ROWS, "train.max_steps=12"]
+    settings += ["train.save_steps=2", "evaluation.num_examples=0"]
     command = ["scripts/train.py", *settings, f"train.output_dir={run}"]
     with mounted(*mount):
         process = forked.start(1, command, log)

@@ -353,8 +353,9 @@ def test_a_card_has_no_marks_of_names(monkeypatch):
     assert "# out\\|&lt;b>" in text
 
 
-BRIEF = ["data.max_rows=60", "data.eval_path=nano/valid.jsonl", "evaluation.max_new_tokens=4"]
-BRIEF += ["train.global_batch=16", "tuning.mode=lora", "train.epochs=2"]
+BRIEF = ["data.max_rows=75", "data.eval_path=null", "data.eval_fraction=0.2"]
+BRIEF += ["evaluation.max_new_tokens=4", "train.global_batch=16"]
+BRIEF += ["tuning.mode=lora", "train.epochs=2"]
 
 
 @pytest.fixture(scope="module")

@@ -228,7 +228,8 @@ ROWS = ROOT / "nano/train.jsonl"
 
 # --- trainings -----------------------------------------------------------------------------------
 
-BRIEF = ["data.max_rows=60", "data.eval_path=nano/valid.jsonl", "evaluation.num_examples=2"]
+BRIEF = ["data.max_rows=60", "data.eval_path=null", "data.eval_fraction=0.1"]
+BRIEF += ["evaluation.num_examples=2"]
 BRIEF += ["evaluation.max_new_tokens=4", "train.max_steps=4", "train.global_batch=4"]
 BRIEF += ["train.save_steps=2", "train.log_steps=1", "tuning.mode=lora"]
 

@@ -128,7 +128,7 @@ def offloaded(folder: Path, engine: str) -> list[str]:
 
 def cell(mode: str, engine: str, what: str, changed: list[str]) -> dict[str, Any]:
     """Two steps, of the matrix of docs/LAUNCH.md."""
-    short = case(mode, engine, 2, steps=2, save_at=[], max_tokens=400)
+    short = case(mode, engine, 2, steps=2, save_at=[], max_tokens=400, evaluate=False)
     return short | {"name": f"{mode}-{engine}-{what}", "overrides": short["overrides"] + changed}
 
 
@@ -156,7 +156,8 @@ def two(alone) -> Path:
         cases += [crowd(mode, each, 2) for mode, each in CROWDS if each == engine]
         for mode in MODES:
             saved = str(alone / f"{mode}-{engine}-2" / f"checkpoint_step_{MIDDLE}")
-            cases += [case(mode, engine, 2), case(mode, engine, 2, saved, save_at=[])]
+            rest = case(mode, engine, 2, saved, save_at=[], evaluate=False)
+            cases += [case(mode, engine, 2), rest]
             checkpointing = ["train.gradient_checkpointing=true"]
             cases += [cell(mode, engine, "checkpointing", checkpointing)]
             if engine in OFFLOADING:

@@ -61,6 +61,7 @@ def folder(tmp_path_factory) -> Path:
             "tuning.r=4",
             f"data.cache_dir={folder}/cache",
             "data.max_rows=16",
+            "data.eval_path=null",
             "train.precision=fp32",
             "train.global_batch=4",
             "train.max_steps=2",
@@ -75,6 +76,7 @@ def folder(tmp_path_factory) -> Path:
                 "save_at": [1, 2],
                 "resume": str(folder / own / "checkpoint_step_1") if resumes else None,
                 "prove": not resumes,
+                "evaluate": False,
             }
         )
     (folder / "cases.json").write_text(json.dumps(cases))

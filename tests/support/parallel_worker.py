@@ -56,7 +56,7 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
         "engine": type(made.parallel).__name__,
         "spread": processes.describe_world(made.accelerator)["spread"],
         "steps": steps,
-        "held_out": made.evaluate()["loss"],
+        "held_out": made.evaluate()["loss"] if case.get("evaluate", True) else None,
     }
 
 
