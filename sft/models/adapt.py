@@ -182,6 +182,11 @@ def _targets(base: Any, tuning: Tuning) -> experts.Targets:
     own = lora_config(tuning, experts.Targets([]), has_values=False)
     chosen = experts.without_unchosen(base, auto.parameters or [], own)
     auto = replace(auto, parameters=sorted({*chosen, *(parameters or ())}) or None)
+    if not auto.modules and not auto.parameters:
+        raise ModelError(
+            "tuning.target_modules: auto finds no matrix in this model that an adapter could "
+            "change; set tuning.mode: full"
+        )
     if auto.modules != "all-linear" or tuning.lora.layers_to_transform is None:
         return auto
     # PEFT looks at the numbers of layers only for names that are no whole names of modules.

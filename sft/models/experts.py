@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import ParamWrapper
@@ -28,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sft.errors import ModelError
 from sft.models.prepared import PreparedWeights, prepare
-from sft.models.reach import Reach
+from sft.models.reach import NOTHING, Reach, without_modes
 
 
 class ExpertAdapter(ParamWrapper):
@@ -62,7 +63,8 @@ class ExpertAdapter(ParamWrapper):
                 with torch.autocast(weight.device.type, enabled=False):
                     weight = torch.baddbmm(weight, left, right, alpha=scale)
             else:
-                weight = weight + self.get_delta_weight(name)
+                with torch.autocast(weight.device.type, enabled=False):
+                    weight = weight + self.get_delta_weight(name)
         return weight
 
 
@@ -162,30 +164,39 @@ def auto_targets(base: Any, reach: Reach, *, routers: bool = False) -> Targets:
 
     If these are all linear layers, it returns PEFT's own word for them.
     """
-    head, choosing = base.get_output_embeddings(), reach.routers
-    linear = {
-        name: reach.multiplies(f"{name}.weight")
-        and f"{name}.weight" not in reach.borrowed  # an adapter would have no effect
-        and (f"{name}.weight" not in choosing or (routers and is_plain(module)))
-        and not is_refused(base, name)
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    }
-    held = {
-        name: reach.multiplies(name) and name not in reach.borrowed
-        for name in expert_parameters(base)
-    }
-    if routers:
-        held |= {n: True for n in choosing if not is_plain(base.get_submodule(_owner(n)))}
+    head = base.get_output_embeddings()
+    # An adapter of what others than its module read would have no effect.
+    left = reach.borrowed | (NOTHING if routers else reach.routers)
+    linear, held = dict[str, bool](), dict[str, bool]()
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            fits = reach.multiplies(weight := f"{name}.weight") and weight not in left
+            fits = fits and not is_refused(base, name)
+            linear[name] = fits and acts_as_linear(module)
+            if fits and not linear[name]:
+                held[weight] = True
+    for name in [*expert_parameters(base), *(n for n in reach.matrices if _is_raw(base, n))]:
+        is_other = name in left | reach.looked_up or base.get_submodule(_owner(name)) is head
+        held[name] = reach.multiplies(name) and not is_other
     if all(linear.values()) and not any(held.values()):
         return Targets("all-linear")
     modules = short_names(name for name, wanted in linear.items() if wanted)
     named = (name for name, _ in base.named_modules() if is_named(name, modules))
     others = [name for name in named if not linear.get(name)]
-    parameters = shortest([name for name, wanted in held.items() if wanted], held)
-    outermost = {_outermost(name, reach) for name in others}
-    pattern = "|".join(re.escape(name) for name in sorted(outermost))
-    return Targets(modules, parameters or None, rf"({pattern})(\..*)?" if pattern else "")
+    every = [name for name, _ in base.named_parameters()]
+    parameters = shortest([name for name, wanted in held.items() if wanted], every)
+    return Targets(modules, parameters or None, _excluding(others, reach))
+
+
+def _excluding(names: list[str], reach: Reach) -> str:
+    """Returns a pattern of modules that get no adapters, with all within those that are unreached.
+
+    It is short: a tower is named once.
+    """
+    towers = {_outermost(name, reach) for name in names} - {*names}
+    parts = [rf"{re.escape(name)}(\..*)?" for name in sorted(towers)]
+    parts += [re.escape(n) for n in names if not any(n.startswith(f"{t}.") for t in towers)]
+    return f"({'|'.join(parts)})" if parts else ""
 
 
 def is_refused(base: Any, name: str) -> bool:
@@ -208,10 +219,48 @@ def _outermost(name: str, reach: Reach) -> str:
     return name
 
 
+LIBRARIES = ("torch.", "bitsandbytes.", "transformers.pytorch_u")
+
+
 def is_plain(module: nn.Module) -> bool:
     """Returns whether PEFT's own classes adapt a module, whose result is one tensor."""
-    own = type(module).__module__.startswith(("torch.", "bitsandbytes.", "transformers.pytorch_u"))
+    own = type(module).__module__.startswith(LIBRARIES)
     return own and isinstance(module, nn.Linear | Conv1D)
+
+
+def acts_as_linear(module: Any) -> bool:
+    """Returns whether a linear layer of any class computes x W + b, so an adapter may add x B A.
+
+    One that scales, rounds or splits its weight does not. A small copy is tried.
+    """
+    if is_plain(module):
+        return True
+    with without_modes(), torch.device("cpu"), torch.no_grad():
+        weight, bias, x = (torch.linspace(-1, 2, n).sin() for n in (24, 6, 36))
+        weight, x = weight.view(6, 4), x.view(3, 3, 4)
+        weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
+        small = copy.copy(module)
+        own = {"weight": weight, "bias": bias if module.bias is not None else None}
+        sizes = {"in_features": 4, "out_features": 6, "nx": 4, "nf": 6}
+        sizes = {name: size for name, size in sizes.items() if hasattr(module, name)}
+        hooks = {name: type(v)() for name, v in vars(module).items() if name.endswith("_hooks")}
+        vars(small).update(hooks | sizes | {"_parameters": own, "quant_states": {}, "changes": {}})
+        try:
+            expected = F.linear(x, weight if len(weight) == 6 else weight.T, own["bias"])
+            return bool(torch.allclose(small(x), expected, atol=1e-5))
+        except Exception:  # noqa: BLE001  # a class of a model may do anything
+            return False
+
+
+def _is_raw(base: nn.Module, name: str) -> bool:
+    """Returns whether a class of the model's own, which is no linear layer, reads a weight.
+
+    PyTorch's classes, such as of recurrent layers, keep other references to their weights.
+    """
+    owner = base.get_submodule(_owner(name))
+    own = type(owner).__module__.startswith("torch.") or isinstance(owner, nn.Linear | Conv1D)
+    weight: Any = owner._parameters[name.rpartition(".")[2]]
+    return not own and 2 <= len(shape_of(base, name, weight)) <= 3
 
 
 def _owner(name: str) -> str:
@@ -275,5 +324,8 @@ def _is_chosen(name: str, config: LoraConfig) -> bool:
 
 
 def short_names(names: Iterable[str]) -> list[str]:
-    """Returns the ends of names behind the number of their layer, which all layers share."""
-    return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
+    """Returns the ends of names behind the number of their layer, which all layers share.
+
+    An end that is a number only would name every element of a list.
+    """
+    return sorted({re.sub(r"^.*\.\d+\.(?!\d+$)", "", name) for name in names})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,9 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sft.models.prepared import prepare
 from sft.models.reach import reach
@@ -32,19 +33,36 @@ def four_bits(compute_dtype: torch.dtype, kind: str = "nf4") -> BitsAndBytesConf
     )
 
 
-def matrices_elsewhere(model: nn.Module, kept: list[str]) -> set[str]:
-    """Returns the matrices to quantise that transformers leaves: those of no plain linear layer.
+def matrices_to_quantise(model: Any) -> set[str]:
+    """Returns the names of the weights that 4 bits are asked for, in whatever module they are.
 
-    `kept`: modules that stay as they are.
+    Left out are the head, what is looked up, what the class of the model keeps in fp32, what others
+    than its module read or the step changes, and what only chooses: rounded, it chooses others.
     """
-    found, modules = reach(model), dict(model.named_modules())
-    return {
-        name
-        for name, product in found.products.items()
-        if product.kind == "matrix" and name not in found.routers | found.looked_up
-        if should_convert_module(owner := name.rpartition(".")[0], kept)
-        if type(modules[owner]).__name__ not in ("Linear", "Linear4bit", "Conv1D")
-    }
+    found, head = reach(model), model.get_output_embeddings()
+    layers = {f"{name}.weight": module for name, module in model.named_modules()}
+    left = {name for name, module in layers.items() if module is head}
+    left |= found.looked_up | found.routers | found.borrowed | found.written
+    exact = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    is_exact = re.compile(rf"(^|\.)({'|'.join(sorted(exact))})(\.|$)" if exact else r"(?!)")
+    # Of a model that cannot be traced, these are its linear layers, as transformers has it.
+    known = {name for name, module in layers.items() if _is_replaced(module)}
+    matrices = known if found.problem else found.matrices
+    sizes = {name: parameter.ndim for name, parameter in model.named_parameters()}
+    matrices = {name for name in matrices - left if sizes.get(name, 2) > 1}
+    return {name for name in matrices if not is_exact.search(name)}
+
+
+def matrices_elsewhere(model: nn.Module, wanted: set[str]) -> set[str]:
+    """Returns the matrices to quantise that transformers leaves: those of no plain linear layer."""
+    modules = dict(model.named_modules())
+    return {name for name in wanted if not _is_replaced(modules[name.rpartition(".")[0]])}
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Returns whether transformers replaces a layer by one of bitsandbytes, or has done so."""
+    own = type(module).__module__.startswith("bitsandbytes.")
+    return type(module) is nn.Linear or isinstance(module, Conv1D) or own
 
 
 class AllMatrices(Bnb4BitHfQuantizer):
@@ -54,19 +72,22 @@ class AllMatrices(Bnb4BitHfQuantizer):
 
     @staticmethod
     def get_modules_to_not_convert(model: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """Returns what transformers keeps, routers, and what is no weight of its module alone:
-        others read it, or the forward pass changes it.
+        """Returns the layers that stay: those of text that `matrices_to_quantise` leaves out.
 
-        A rounded router would choose other experts.
+        transformers itself takes the layer of the last parameter for the head.
         """
-        kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *args, **kwargs)
-        found = reach(model)
-        left = found.routers | found.borrowed | found.written
-        return [*kept, *(name.rpartition(".")[0] for name in left)]
+        found, wanted = reach(model), matrices_to_quantise(model)
+        layers = {n for n, module in model.named_modules() if _is_replaced(module)}
+        return [
+            rf"{re.escape(name)}$"
+            for name in layers
+            if (weight := f"{name}.weight") not in wanted
+            if weight in found.products or not found.is_unreached(weight)
+        ]
 
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        self.elsewhere = matrices_elsewhere(model, matrices_to_quantise(model))
         super()._process_model_before_weight_loading(model, *args, **kwargs)
-        self.elsewhere = matrices_elsewhere(model, self.modules_to_not_convert)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         linear = super().param_needs_quantization(model, param_name, **kwargs)
@@ -129,8 +150,8 @@ def quantise(model: Any, compute_dtype: torch.dtype, kind: str = "nf4") -> None:
 
     weights = dict(model.named_parameters())
     settings = four_bits(compute_dtype, kind)
-    kept = AllMatrices.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    for name in matrices_elsewhere(model, kept):
+    kept = AllMatrices.get_modules_to_not_convert(model)
+    for name in matrices_elsewhere(model, matrices_to_quantise(model)):
         owner, _, own = name.rpartition(".")
         parameter = _quantise_parameter(model, name, weights[name], settings)
         model.get_submodule(owner).register_parameter(own, parameter)
@@ -139,7 +160,7 @@ def quantise(model: Any, compute_dtype: torch.dtype, kind: str = "nf4") -> None:
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
             weight = weights[f"{name}.weight"].detach()
-            weight = weight if weight.shape[0] == module.out_features else weight.T  # Conv1D
+            weight = weight.T if getattr(module, "source_cls", None) is Conv1D else weight
             packed, state = quantize_4bit(
                 weight, compress_statistics=settings.bnb_4bit_use_double_quant, quant_type=kind
             )

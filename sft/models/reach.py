@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -18,38 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.autograd.function import BackwardCFunction
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_iter
 
 from sft.errors import UserError
-from sft.models.fake import FastMode, fake_tensors
+from sft.models.fake import fake_tensors
 from sft.models.pretrained import narrow
+from sft.models.tracer import NOTHING, TOKENS, Product, Running, Tracer, without_modes
 
-aten = torch.ops.aten
-
-TOKENS = 8  # of the traced row
 MOST_VALUES = 300_000_000  # parameters of a copy that is run with values
 State = Literal["reached", "conditional", "unreached"]
-# Names of operations that multiply by a matrix, also those of libraries (bitsandbytes::gemv_4bit).
-PRODUCT = re.compile(r"(^|_)(mm|addmm|b?addbmm|bmm|mv|addmv|matmul|linear|gemm|gemv)(_|$)|conv")
-ATTENTION = re.compile("softmax|scaled_dot_product")
-CHOICES = {"topk", "sort", "argsort", "argmax", "max", "kthvalue"}  # of experts, by their scores
 INERT = {"_name_or_path", "dtype", "torch_dtype", "use_cache", "transformers_version"}
 INERT |= {"quantization_config"}  # which applies to weights that are loaded
-NOTHING: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Product:
-    """A parameter that an operation of the forward pass multiplies the activations by."""
-
-    kind: Literal["matrix", "convolution"]
-    shape: tuple[int, ...]
-    per_token: float = 0.0  # multiplications of a token; of experts only those it chose
 
 
 @dataclass(frozen=True)
@@ -79,7 +55,7 @@ class Reach:
 
         An element that values of tensors did not choose, such as an expert, would if chosen.
         """
-        return bool(self.problem) or name in self.products or name in self.not_chosen
+        return bool(self.problem) or name in self.matrices
 
     def widened(self, shapes: Mapping[str, tuple[int, ...]], why: str) -> Reach:
         """Returns what was found of a narrow copy for the whole model with these shapes."""
@@ -94,9 +70,32 @@ class Reach:
         return replace(self, products=products, narrowed=why)
 
     @cached_property
-    def not_chosen(self) -> set[str]:
-        """Returns the parameters that the traced step could have reached."""
-        return {name for name, state in self.parameters.items() if state == "conditional"}
+    def matrices(self) -> set[str]:
+        """Returns the weights of matrix products that get a gradient.
+
+        Of an element that was not chosen, it returns all parameters: no product was seen.
+        """
+        matrices = {name for name, each in self.products.items() if each.kind == "matrix"}
+        states = self.parameters.items()
+        chosen = {name for name, state in states if state == "conditional"}
+        return chosen | {name for name in matrices if not self.is_unreached(name)}
+
+    @cached_property
+    def mixed(self) -> set[str]:
+        """Returns the modules that own other products besides those that choose."""
+        return {_owner(name) for name in self.products if name not in self.routers}
+
+    def chooses(self, name: str, size: int) -> bool:
+        """Returns whether a parameter of `size` elements only helps to choose, as of experts.
+
+        Such are routers, and what a module that is a router has besides. Of another one that has a
+        router's weight, it is a bias.
+        """
+        routers = [each for each in self.routers if _owner(each) == _owner(name)]
+        if name in self.routers or name in self.products or not routers:
+            return name in self.routers
+        is_bias = any(size == min(self.products[each].shape) for each in routers)
+        return is_bias or _owner(name) not in self.mixed
 
 
 def reach(base: Any) -> Reach:
@@ -112,13 +111,16 @@ def reach(base: Any) -> Reach:
 def freeze_untrained(base: nn.Module, *, routers: bool) -> None:
     """Freezes what a step on text never gives a gradient, such as towers for images.
 
-    `routers`: whether also all parameters of the modules that choose experts.
+    `routers`: whether also the parameters that choose experts.
     """
     found = reach(base)
-    choosing = {name.rpartition(".")[0] for name in found.routers} if routers else set()
     for name, parameter in base.named_parameters():
-        if found.is_unreached(name) or name.rpartition(".")[0] in choosing:
+        if found.is_unreached(name) or (routers and found.chooses(name, parameter.numel())):
             parameter.requires_grad_(False)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _sizes(values: Any) -> str:
@@ -169,7 +171,7 @@ def trace(
 
     if found := attempt(build):
         return found
-    with _without_modes(), torch.device("cpu"), fake_tensors(mode):
+    with without_modes(), torch.device("cpu"), fake_tensors(mode):
         whole = {n: tuple(p.shape) for n, p in build().named_parameters(remove_duplicate=False)}
         if small and sum(p.numel() for p in small().parameters()) > MOST_VALUES:
             small = None
@@ -178,23 +180,11 @@ def trace(
     return Reach(dict.fromkeys(whole, "reached"), {}, problem=problems[0])
 
 
-@contextmanager
-def _without_modes() -> Iterator[None]:
-    """Leaves the modes of a caller, such as a dry run's, which also makes its models."""
-    before = torch.get_default_dtype()
-    with _disable_current_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
-
-
 def _trace(
     build: Callable[[], nn.Module], training: bool, mode: str, as_built: bool, fake: bool
 ) -> Reach:
     tensors = fake_tensors(mode) if fake else torch.random.fork_rng(devices=[])
-    with _without_modes(), torch.device("cpu"), tensors:
+    with without_modes(), torch.device("cpu"), tensors:
         model = build().train(training)
         names: dict[int, list[str]] = {}
         parameters = {}
@@ -203,14 +193,14 @@ def _trace(
             parameters[id(parameter)] = parameter
             if not as_built:
                 parameter.requires_grad_(parameter.is_floating_point())
-        tracer = _Tracer({own[0]: parameters[key] for key, own in names.items()}, fake)
+        tracer = Tracer({own[0]: parameters[key] for key, own in names.items()}, fake)
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         positions = torch.arange(TOKENS)[None]
         tracer.add_inputs(ids, positions)
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
                 tracer.owners.setdefault(names[id(parameter)][0], set()).add(id(module))
-        with _Running() as running, tracer:
+        with Running() as running, tracer:
             tracer.running = running
             output = model(input_ids=ids, position_ids=positions, use_cache=False)
             logits = output.logits
@@ -266,7 +256,7 @@ def _leaves(root: Any, *, behind_own: bool) -> set[int]:
 
 
 def _states(
-    model: nn.Module, first: Mapping[str, str], reached: set[str], running: _Running
+    model: nn.Module, first: Mapping[str, str], reached: set[str], running: Running
 ) -> dict[str, State]:
     """Returns the state of each parameter, given those that got a gradient."""
     result: dict[str, State] = {
@@ -286,7 +276,7 @@ def _is_conditional(
     element: str,
     states: Mapping[str, State],
     modules: Mapping[str, nn.Module],
-    running: _Running,
+    running: Running,
 ) -> bool:
     """Returns whether values of tensors chose another module than `element`, which has `name`."""
     parent = element.rpartition(".")[0]
@@ -308,169 +298,3 @@ def _owners(name: str) -> Iterator[str]:
     """Yields the names of the modules that a parameter lies in, the outermost first."""
     parts = name.split(".")[:-1]
     return (".".join(parts[:n]) for n in range(len(parts) + 1))
-
-
-class _Running:
-    """Keeps the modules that run, and within which of them a program read values of tensors."""
-
-    def __init__(self) -> None:
-        self.stack: list[int] = []  # ids of modules, the outermost first
-        self.ran: set[int] = set()
-        self.reads: set[tuple[int, ...]] = set()  # the stack at each read
-
-    def __enter__(self) -> _Running:
-        self._handles = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _enter(self, module: nn.Module, _: Any) -> None:
-        self.stack.append(id(module))
-        self.ran.add(id(module))
-
-    def _leave(self, module: nn.Module, *_: Any) -> None:
-        self.stack.pop()
-
-    def note_read(self) -> None:
-        self.reads.add(tuple(self.stack))
-
-    def has_chosen(self, owner: int, elements: set[int]) -> bool:
-        """Returns whether `owner` may have chosen among `elements` by values of tensors.
-
-        It may if it read some, or anything that it called outside of these elements did.
-        """
-        return any(owner in stack and not elements & {*stack} for stack in self.reads)
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """What a tensor is made of."""
-
-    parameters: frozenset[str] = NOTHING  # of which it is a form: a view, a cast, a selection ...
-    from_inputs: bool = False
-    source: frozenset[str] = NOTHING  # the product of which it is the result, element by element
-
-
-class _Tracer(FastMode):
-    """Follows parameters through a forward pass to the operations that multiply by them.
-
-    Where a program reads values of `fake` tensors, it gets ones; where it asks which elements are
-    not zero, all are.
-    """
-
-    def __init__(self, parameters: Mapping[str, torch.Tensor], fake: bool):
-        super().__init__()
-        self.fake = fake
-        self.products: dict[str, Product] = {}
-        self.routers: set[str] = set()
-        self.looked_up: set[str] = set()
-        self.attends: set[int] = set()  # ids of modules
-        self.borrowed: set[str] = set()
-        self.written: set[str] = set()
-        self.owners: dict[str, set[int]] = {}  # ids of modules, by parameter
-        self.running = _Running()
-        self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        self._origins: dict[int, _Origin] = {}
-        self._fixed: set[int] = set()  # storages of parameters
-        self._alive: list[Any] = []  # so that no address of a storage is used again
-        for name, parameter in parameters.items():
-            self._fixed.add(self._set(parameter, _Origin(frozenset([name]))))
-
-    def add_inputs(self, *inputs: torch.Tensor) -> None:
-        for tensor in inputs:
-            self._set(tensor, _Origin(from_inputs=True))
-
-    def _set(self, tensor: torch.Tensor, origin: _Origin) -> int:
-        storage = tensor.untyped_storage()
-        self._alive.append(storage)
-        self._origins[storage._cdata] = origin
-        return storage._cdata
-
-    def _get(self, tensor: torch.Tensor) -> _Origin:
-        return self._origins.get(tensor.untyped_storage()._cdata, _Origin())
-
-    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = func._schema.name.partition("::")[2]
-        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select"):
-            self.running.note_read()
-        if name == "nonzero" and self.fake:
-            result = args[0].new_zeros(args[0].numel(), args[0].ndim, dtype=torch.long)
-        else:
-            if name == "index" and self.fake:
-                args = args[0], [self._integers(each) for each in args[1]]
-            result = func(*args, **kwargs)
-        self._follow(name, args, kwargs, result)
-        return result
-
-    def _integers(self, index: torch.Tensor | None) -> torch.Tensor | None:
-        """Returns the integer index of a boolean one of a single dimension."""
-        if index is None or index.dtype != torch.bool or index.ndim != 1:
-            return index
-        self.running.note_read()
-        return index.new_zeros(index.numel(), dtype=torch.long)
-
-    def _follow(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
-        """Records what the result of an operation is made of."""
-        tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
-        origins = [self._get(t) for t in tensors]
-        if name in CHOICES:
-            self.routers |= origins[0].source
-        if name.endswith("_") and tensors and self._is_parameter(tensors[0]):
-            self.written |= origins[0].parameters
-        if ATTENTION.search(name) and self.running.stack:
-            self.attends.add(self.running.stack[-1])
-        # A product of parameters alone, such as of the parts of an adapter, is a form of them.
-        if PRODUCT.search(name) and any(origin.from_inputs for origin in origins):
-            found = _Origin(NOTHING, True, self._multiply(name, tensors, result))
-        elif name in ("embedding", "_embedding_bag"):
-            self.looked_up |= origins[0].parameters
-            found = _Origin(from_inputs=True)
-        else:
-            found = _combine(tensors, origins)
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor) and not self._is_parameter(tensor):
-                self._set(tensor, found)
-
-    def _is_parameter(self, tensor: torch.Tensor) -> bool:
-        """Returns whether a tensor is a parameter or a view of one."""
-        return tensor.untyped_storage()._cdata in self._fixed
-
-    def _multiply(self, name: str, tensors: list[torch.Tensor], result: Any) -> frozenset[str]:
-        """Records the parameters among the operands of a product, and returns their names."""
-        operands = [t for t in tensors[name.startswith(("add", "badd")) :] if t.ndim > 1]
-        origins = [o for o in map(self._get, operands) if o.parameters]
-        # A row of embeddings that an index chose is no weight, a matrix of experts is.
-        origins = [o for o in origins if not o.from_inputs] or origins
-        found = frozenset().union(*(o.parameters for o in origins))
-        kind: Any = "convolution" if "conv" in name else "matrix"
-        number = result.numel() * operands[0].shape[-1] / TOKENS if operands else 0.0
-        for each in found:
-            before = self.products[each].per_token if each in self.products else 0.0
-            self.products[each] = Product(kind, self._shapes[each], before + number)
-            if self.running.stack and self.running.stack[-1] not in self.owners[each]:
-                self.borrowed.add(each)
-        return found
-
-
-def _combine(tensors: list[torch.Tensor], origins: list[_Origin]) -> _Origin:
-    """Returns what the result of an operation is made of that is no product.
-
-    What is computed from parameters alone is a form of all of them; what integers from the inputs
-    select of one is a form of it; everything else is an activation.
-    """
-    sources = frozenset().union(*(o.source for o in origins))
-    source = sources if len(sources) == 1 else NOTHING
-    from_inputs = any(o.from_inputs for o in origins)
-    mixes = any(
-        o.from_inputs and not o.parameters and t.is_floating_point()
-        for t, o in zip(tensors, origins, strict=True)
-    )
-    forms = [o.parameters for o in origins if o.parameters]
-    if mixes or (from_inputs and len(forms) > 1):
-        return _Origin(NOTHING, True, source)
-    return _Origin(frozenset().union(*forms), from_inputs, source)

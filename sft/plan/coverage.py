@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sft.config.load import with_values
 from sft.config.schema import Config, RunConfig
 from sft.errors import ConfigError
 from sft.models import load
 from sft.models.experts import is_refused, shape_of
+from sft.models.quantise import matrices_to_quantise
 from sft.models.reach import Reach, reach, trace
 from sft.plan.counts import ModelKey, config_of_key, model_key
 from sft.plan.records import load_or_trace
@@ -174,11 +172,7 @@ class _Kinds:
         keys = " ".join(getattr(model.config, "sub_configs", None) or ())
         self.media = [medium for medium in ("vision", "audio") if medium in keys]
         self.modules, plain = dict(model.named_modules()), _base_of(model)
-        # Those that transformers leaves: the head, and some where 4 bits are too few.
-        kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(
-            plain, None, plain._keep_in_fp32_modules
-        )
-        self.kept = [self.plain(name.partition(".lora_")[0]) for name in kept]
+        self.wanted = matrices_to_quantise(plain)
         self.head = getattr(model.get_output_embeddings(), "weight", None)
         self.parameters = dict(model.named_parameters())
         self.routing = {self._block(name) for name in found.routers}
@@ -193,7 +187,8 @@ class _Kinds:
 
     def _block(self, router: str) -> str:
         """Returns the name of the module that calls a router, and its experts."""
-        return router.rpartition(".")[0].rpartition(".")[0]
+        owner = router.rpartition(".")[0]
+        return owner if owner in self.found.mixed else owner.rpartition(".")[0]
 
     def is_adapter(self, name: str) -> bool:
         return "lora_" in name or ".modules_to_save." in name or ".token_adapter." in name
@@ -209,7 +204,9 @@ class _Kinds:
         host = name.partition(".lora_")[0] + "." if self.is_adapter(name) else name
         parameter, plain = self.parameters[name], self.plain(name)
         if host != name:
+            own = getattr(self.modules[host[:-1]], "parameter_name", "")
             inner = [n for n in self.parameters if n.startswith(host) and not self.is_adapter(n)]
+            inner = [n for n in inner if not own or self.plain(n) == self.plain(host + own)]
             return self.of(inner[0]) if inner else "other"
         if not self.base.problem and self.base.is_unreached(plain) and parameter.ndim:
             return self._unreached(plain)
@@ -218,7 +215,7 @@ class _Kinds:
         if parameter is self.head:
             return "head"
         owner = name.rpartition(".")[0]
-        if any(owner == each.rpartition(".")[0] for each in self.found.routers):
+        if self.base.chooses(plain, parameter.numel()):
             return "router"
         if self._within(name, self.routing):
             return "norm" if self._is_norm(name) else "experts"
@@ -251,24 +248,22 @@ class _Kinds:
         return label or self.media[0]
 
     def was_to_be_quantised(self, name: str) -> bool:
-        """Returns whether 4 bits were asked for a frozen parameter: a matrix of a linear layer,
-        or one for each expert, but not the head, and only where text goes."""
-        module = self.modules[name.rpartition(".")[0]]
-        parameter = self.parameters[name]
-        is_linear = isinstance(module, nn.Linear | Conv1D) and name.endswith(".weight")
-        is_matrix = parameter.ndim > 2 or (is_linear and parameter.ndim == 2)
-        product = self.found.products.get(name)
-        chosen = self.of(name) in ("head", "router", "embeddings")
-        plain = self.plain(name)
-        kept = not should_convert_module(plain.rpartition(".")[0], self.kept)
-        left = chosen or kept or plain in self.base.borrowed | self.base.written
-        return bool(product and product.kind == "matrix" and is_matrix and not left)
+        """Returns whether 4 bits were asked for a frozen parameter."""
+        return self.plain(name) in self.wanted and self.parameters[name].ndim > 1
+
+    def _has_adapter(self, name: str) -> bool:
+        owner, _, own = name.rpartition(".")
+        while not hasattr(self.modules[owner], "lora_A") and owner.endswith(".base_layer"):
+            owner = owner.removesuffix(".base_layer")
+        while getattr(self.modules[owner], "parameter_name", own) != own:
+            if not owner.endswith(".base_layer"):
+                return False
+            owner = owner.removesuffix(".base_layer")
+        return hasattr(self.modules[owner], "lora_A")
 
     def use(self, name: str, parameter: nn.Parameter, config: Config) -> str:
         """Returns whether a product has an adapter, has none by choice, or was missed."""
-        owner = name.rpartition(".")[0]
-        host = owner.removesuffix(".base_layer") + ".lora_"
-        if parameter.requires_grad or any(n.startswith(host) for n in self.parameters):
+        if parameter.requires_grad or self._has_adapter(name):
             return "adapted"
         kind, product = self.of(name), self.found.products[name]
         if config.tuning.mode == "full" or config.tuning.target_modules != "auto":
@@ -276,8 +271,9 @@ class _Kinds:
         if config.tuning.lora.exclude_modules or config.tuning.lora.layers_to_transform is not None:
             return "by_choice"
         chosen = kind in ("head", "router", "embeddings") or product.kind == "convolution"
-        refused = is_refused(_base_of_root(self.modules), self.plain(owner))
-        refused |= self.plain(name) in self.base.borrowed
+        plain = self.plain(name)
+        refused = is_refused(_base_of_root(self.modules), plain.rpartition(".")[0])
+        refused |= plain in self.base.borrowed or self.base.is_unreached(plain)
         return "by_choice" if chosen or refused else "missed"
 
 

@@ -7,6 +7,7 @@ the report.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -175,6 +176,7 @@ def merge_weights(adapted: Any) -> Any:
     """Returns the base with the adapter merged into it. Raises MergeError if PEFT cannot."""
     untie(adapted.get_base_model())
     try:
+        _merge_inner(adapted.get_base_model())
         return adapted.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise MergeError(f"PEFT cannot merge this adapter; use it as it is: {error}") from error
@@ -191,6 +193,15 @@ def untie(plain: nn.Module) -> None:
             inner: Any = layer.get_base_layer()
             if shared[inner.weight] > 1:
                 inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
+
+
+def _merge_inner(plain: nn.Module) -> None:
+    """Merges the adapters within modules whose own parameters have adapters; PEFT leaves those."""
+    for name, layer in reversed([*plain.named_modules()]):
+        if isinstance(layer, LoraLayer) and re.search(r"\.base_layer\.(?!base_layer$)", name):
+            merging: Any = layer
+            merging.merge(safe_merge=True)
+            plain.set_submodule(name, merging.get_base_layer())
 
 
 def _copy_dequantised(plain: nn.Module, config: Config) -> None:

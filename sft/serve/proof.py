@@ -40,6 +40,7 @@ NUM_POSITIONS = 64  # compared at the end of each, where the answer is
 MAX_KL = {"fp32": 1e-8, "fp16": 1e-4, "bf16": 5e-3}
 # Names of parameters that are not of an adapter.
 IS_OF_BASE = re.compile(r"(?!.*\.(lora_\w+|modules_to_save|trainable_tokens_delta)\.).*")
+WRAPPED = r"\.(base_layer|token_adapter)\b"  # what adapters add to the name of a module
 MAX_LOSS = 0.1  # KL as a share of the adapter's own effect; half its scale loses 0.25, no adapter 1
 MIN_EFFECT = 1e-9  # nats per token; a smaller effect counts as this one
 Say = Callable[[RenderableType], None]
@@ -203,14 +204,15 @@ def _expected_weights(reference: Any, merged: nn.Module) -> Iterator[tuple[str, 
     It uses the formulas of `_adapted`, and not the library that merged.
     """
     plain, modules = reference.get_base_model(), dict(merged.named_modules())
+    wrappers = {re.sub(WRAPPED, "", n): m for n, m in reversed([*plain.named_modules()])}
     for name, parameter in plain.named_parameters(remove_duplicate=False):
         owner, _, kind = name.rpartition(".")
         if ".modules_to_save.default" in owner:  # takes the place of `original_module`
             yield name.replace(".modules_to_save.default", ""), parameter.float()
         if ".original_module" in owner or not IS_OF_BASE.fullmatch(name):
             continue
-        wrapped = re.sub(r"\.(base_layer|token_adapter)\b", "", owner)
-        wrapper = plain.get_submodule(wrapped) if wrapped != owner else None
+        wrapped = re.sub(WRAPPED, "", owner)
+        wrapper = wrappers[wrapped] if wrapped != owner else None
         is_transposed = isinstance(modules.get(wrapped), Conv1D)  # GPT-2's, (in, out)
         value = dequantise(parameter)
         if is_transposed and hasattr(parameter, "quant_state"):
