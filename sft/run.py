@@ -159,7 +159,7 @@ def evaluate_run(folder: Path, name: str, overrides: list[str]) -> dict[str, flo
     task = task_of(config)
     out = folder / "evaluation" / name
     run_folder.refuse_foreign(folder)
-    with Guard(out, config.train.stall_timeout) as guard:
+    with Guard(out, config.train.stall_timeout, trains=False) as guard:
         if guard.is_first:
             guard.status.begin()
         prepared = task.prepare_evaluation(config, guard.tick)

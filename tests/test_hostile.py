@@ -733,6 +733,32 @@ def test_a_template_that_fills_the_memory(bomb):
         rendering.render_text(with_template(bomb), TURNS)
 
 
+CONSTANTS = {  # computed when the template is compiled, also behind a condition that never holds
+    "'a' * 10**11": "cannot render two words in 1 GiB",
+    "[0] * 10**11": "cannot render two words in 1 GiB",
+    "'a' | center(10**12)": "cannot render two words in 1 GiB",
+    "('a' * 10**6) | replace('a', 'b' * 10**6)": "cannot render two words in 1 GiB",
+    "2**(10**5)": "data.chat_template: the chat template cannot be read",  # its digits
+}
+
+
+@pytest.mark.usefixtures("frugal")
+@pytest.mark.parametrize(("bomb", "reported"), CONSTANTS.items(), ids=CONSTANTS)
+def test_a_constant_of_a_template_that_fills_the_memory(bomb, reported):
+    tokenizer = load_tokenizer(Model(name=str(NANO)))
+    template = "{% if false %}{{ BOMB }}{% endif %}".replace("BOMB", bomb) + tokenizer.chat_template
+    for kept in (template, "{% set x = messages[0].nosuch or BOMB %}".replace("BOMB", bomb)):
+        with pytest.raises(rendering.TemplateError, match=reported):
+            prepare_tokenizer(tokenizer, kept)
+
+
+@pytest.mark.slow
+def test_an_endless_constant_of_a_template(monkeypatch):
+    monkeypatch.setattr(rendering, "SECONDS", 1)
+    with pytest.raises(rendering.TemplateError, match="the chat template took more than 1 s"):
+        prepare_tokenizer(with_template("{% if false %}{{ 9**(9**9) }}{% endif %}"))
+
+
 EXPLODING = {
     "one long text": "{{ 'a' * 2000000 }}",
     "a loop": "{% for i in range(2000) %}{% for j in range(1000) %}a{% endfor %}{% endfor %}",

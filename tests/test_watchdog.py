@@ -529,3 +529,13 @@ def test_a_lock_goes_with_the_folder_that_is_moved_aside(tmp_path):
         Lock(folder)
     lock.release()
     Lock(folder).release()
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_only_a_training_that_is_stopped_speaks_of_steps_and_checkpoints(tmp_path, trains):
+    guard = watchdog.Guard(tmp_path, trains=trains)
+    guard.stopping = True
+    with pytest.raises(errors.Preempted) as stopped:
+        guard.stop_if_agreed()
+    assert ("first step" in str(stopped.value)) == trains
+    assert ("resume_from_checkpoint" in str(stopped.value)) == trains

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -382,10 +383,12 @@ def _end(*_: object) -> None:
 
 @cached_by_tokenizer
 def try_template(tokenizer: Tokenizer) -> None:
-    """Renders two words in a child process with limits of time and memory.
+    """Compiles all templates and renders two words in a child process with limits of time and
+    memory.
 
     A signal handler cannot end `9**(9**9)`, which is one operation, but the system can end the
-    process. Raises TemplateError.
+    process. Jinja computes such constants when it compiles, wherever they stand. Raises
+    TemplateError.
     """
     child = os.fork()
     if not child:
@@ -396,12 +399,17 @@ def try_template(tokenizer: Tokenizer) -> None:
             for limit, most in limits.items():
                 with suppress(ValueError, OSError):  # a smaller limit is set already
                     resource.setrlimit(limit, (most, most))
+            jinja2.nodes.Impossible = _NotConstant  # type: ignore[assignment,misc]  # only here
+            for variant in variants(tokenizer).values():
+                compile_template(variant.chat_template)
             words = [{"role": role, "content": "a"} for role in ("user", "assistant")]
             _apply_template(tokenizer, words, None, False, all_variables(tokenizer, None))
-        except DataError:
-            pass  # rows that the template refuses are reported later
         except TemplateError:
             code = 1
+        except MemoryError:
+            code = 2
+        except Exception:  # noqa: BLE001
+            pass  # what cannot be compiled, or refuses such rows, is reported later
         except BaseException:  # noqa: BLE001  # most likely it ran out of memory
             code = 2
         finally:
@@ -414,6 +422,14 @@ def try_template(tokenizer: Tokenizer) -> None:
             f"{tokenizer.name_or_path}: the chat template cannot render two words in "
             f"{BYTES / 2**30:g} GiB of memory; use one that is not made to fill it"
         )
+
+
+class _NotConstant(jinja2.nodes.Impossible):
+    """In place of jinja's error, with which it gives up computing a constant for any reason."""
+
+    def __init__(self) -> None:
+        if isinstance(sys.exception(), MemoryError):
+            os._exit(2)
 
 
 def _endless_message(tokenizer: Tokenizer) -> str:

@@ -97,17 +97,13 @@ def prepare_tokenizer(
             f"{tokenizer.name_or_path}: expected one chat template, or several of which one is "
             "called default; give it a chat_template.jinja"
         )
-    try:
-        for source in found.values() if isinstance(found, dict) else [found]:
-            compile_template(source)
-    except jinja2.TemplateSyntaxError as error:
-        name = tokenizer.name_or_path if chat_template is None else "data.chat_template"
-        raise TemplateError(
-            f"{name}: the chat template cannot be read: {error.message} (line {error.lineno})"
-        ) from None
+    try_template(tokenizer)
+    name = tokenizer.name_or_path if chat_template is None else "data.chat_template"
+    for source in found.values() if isinstance(found, dict) else [found]:
+        _check_syntax(source, name)
     if template_kwargs:
         tokenizer.chat_template = _with_defaults(tokenizer, template_kwargs)
-    try_template(tokenizer)
+        try_template(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -120,6 +116,8 @@ def _check_syntax(source: str, name: str) -> None:
         raise TemplateError(
             f"{name}: the chat template cannot be read: {error.message} (line {error.lineno})"
         ) from None
+    except (ValueError, RecursionError, MemoryError) as error:  # of a constant in it
+        raise TemplateError(f"{name}: the chat template cannot be read: {error}") from None
 
 
 def _read_template(given: str) -> str:

@@ -120,14 +120,16 @@ class Guard:
     """A context around a whole run, in every rank, that handles signals, stalls and the end.
 
     All ranks end after `stall_timeout` seconds in which none of them made progress (`tick`,
-    `mark`). Without `folder` it does nothing.
+    `mark`). Without `folder` it does nothing. `trains`: it is a training, which has checkpoints.
     """
 
-    def __init__(self, folder: Path | None = None, stall_timeout: float = math.inf):
+    def __init__(
+        self, folder: Path | None = None, stall_timeout: float = math.inf, *, trains: bool = True
+    ):
         self.rank = int(os.environ.get("RANK", "0"))
         self.is_first = self.rank == 0
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.folder, self.stall_timeout = folder, stall_timeout
+        self.folder, self.stall_timeout, self.trains = folder, stall_timeout, trains
         self.status = Status(folder or Path())
         self.accelerator: Accelerator | None = None  # set by `join`
         self.stopping = False  # all ranks have agreed to stop
@@ -318,6 +320,8 @@ class Guard:
         self, when: str = "before the first step; there was nothing to save"
     ) -> Preempted:
         name = self._stop.name if self._stop else "a signal"
+        if not self.trains:
+            return Preempted(f"stopped by {name}; the same command goes on with what is answered")
         return Preempted(
             f'stopped by {name} {when}. Continue with ARGS="train.resume_from_checkpoint=auto".'
         )

@@ -193,7 +193,7 @@ def guarded_model(
     folder: Path, model: dict[str, Any], output: Path
 ) -> Iterator[tuple[AccelerateConnector, Guard]]:
     """Yields a loaded model and its guard in `folder`, for answers into `output`. Collective."""
-    with Guard(folder, STALL_TIMEOUT) as guard:
+    with Guard(folder, STALL_TIMEOUT, trains=False) as guard:
         if guard.is_first:
             guard.status.begin()
 
