@@ -31,11 +31,13 @@ SHARED = Path(os.environ.get("SFT_SHARED", ROOT.parent / "shared"))
 
 
 LONG = (  # by seconds of processor time and of waiting
-    *("test_run.py", "test_parallel.py", "test_watchdog.py", "test_memory.py", "test_verify.py"),
-    *("test_cache.py", "test_launcher.py", "test_plan.py", "test_api.py", "test_distill.py"),
-    *("test_crowd.py", "test_numbers.py", "test_launch_tools.py", "test_processes.py"),
-    *("test_branches.py", "test_disk.py", "test_plan_tool.py", "test_old_runs.py", "test_laws.py"),
-    *("test_config.py", "test_merge.py", "test_check.py", "test_calibration.py"),
+    *("test_run.py", "test_parallel.py", "test_watchdog.py", "test_verify.py", "test_cache.py"),
+    *("test_launcher.py", "test_output.py", "test_memory.py", "test_branches.py", "test_api.py"),
+    *("test_experts.py", "test_crowd.py", "test_distill.py", "test_disk.py", "test_numbers.py"),
+    *("test_launch_tools.py", "test_processes.py", "test_turns.py", "test_plan.py"),
+    *("test_trace.py", "test_lora.py", "test_first_hour.py", "test_hostile.py", "test_infer.py"),
+    *("test_remote.py", "test_plan_tool.py", "test_old_runs.py", "test_laws.py", "test_towers.py"),
+    *("test_config.py", "test_merge.py", "test_check.py", "test_matrix.py", "test_calibration.py"),
 )
 
 

@@ -470,18 +470,26 @@ def test_a_run_leaves_its_results_and_resumes_bit_for_bit(collected, tmp_path):
     assert again["curve"] == pytest.approx(found["curve"], abs=0.1)
 
 
+WHOLE = ["distill.compress=true", "train.save_steps=null"]
+
+
+@pytest.fixture(scope="module")
+def alone(collected, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone") / "one"
+    train(folder, *collected, *WHOLE)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "deepspeed"])
-def test_two_processes_are_one_run_with_every_engine(collected, tmp_path, how):
+def test_two_processes_are_one_run_with_every_engine(collected, alone, tmp_path, how):
     """The same losses, and the same returns: those are played by both processes together."""
-    asked = [*collected, "distill.compress=true", "train.save_steps=null", f"train.engine={how}"]
     stage = ["train.deepspeed_config=configs/deepspeed_z3.json"] if how == "deepspeed" else []
-    train(tmp_path / "two", *asked, *stage, world=2)
-    train(tmp_path / "one", *asked[:-1])
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    folder = tmp_path / "two"
+    train(folder, *collected, *WHOLE, f"train.engine={how}", *stage, world=2)
+    assert losses(folder) == pytest.approx(losses(alone), rel=1e-5)
     one, two = (
-        json.loads((tmp_path / name / "evaluation/metrics.json").read_text())
-        for name in ("one", "two")
+        json.loads((run / "evaluation/metrics.json").read_text()) for run in (alone, folder)
     )
     assert two["held_out"]["loss"] == pytest.approx(one["held_out"]["loss"], rel=1e-5)
     assert two["in_context_return"]["all_3"]["mean"] == pytest.approx(

@@ -409,6 +409,7 @@ def test_the_final_checkpoint_has_a_card_and_loads_from_any_folder(trained, tmp_
 @pytest.mark.slow
 def test_without_questions_no_table_of_answers_is_shown(tmp_path):
     words = [f"train.output_dir={tmp_path}/run", "evaluation.num_examples=0", *BRIEF]
+    words += ["train.max_steps=2"]
     done = forked.run("scripts/train.py", *words)
     assert done.returncode == 0, done.stderr
     assert "same prompts" not in done.stdout
