@@ -297,7 +297,7 @@ def test_a_batch_fills_half_of_the_free_memory_up_to_a_limit(
     asked = [[1] * 100, [1] * 50]
     assert decoder.max_batch_size(asked, Has(num_processes=1)) == expected
     monkeypatch.setattr(generate, "gather_object", lambda own: [*own, 2, 7])  # of other ranks
-    assert decoder.max_batch_size(asked, Has(num_processes=3)) == min(expected, 2)
+    assert decoder.max_batch_size(asked, Has(num_processes=2)) == min(expected, 2)
     assert replace(decoder, batch_size=3).max_batch_size(asked, Has(num_processes=1)) == 3
 
 
