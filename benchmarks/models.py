@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,6 +40,7 @@ from sft.tasks.sft.task import FineTune
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/models.json"
+REPORTS = ROOT / "benchmarks/results/coverage.json"
 KINDS = {
     "Dense": families.TEXT,
     "Mixtures of experts": families.MIXTURES,
@@ -251,6 +253,13 @@ def main() -> None:
 
 # --- the document ---------------------------------------------------------------------------------
 
+SHORT = {  # a pattern in the verdict of a report -> what the document says
+    "missed": "with LoRA, where some matrices get no adapter, since no linear layer holds them",
+    "is an encoder-decoder": "refused, as encoder-decoders",
+    "is an encoder,": "refused, as encoders",
+    "timm library": "not tried, since it needs the package timm",
+    "^ok$": "with LoRA",
+}
 HEAD = """\
 # Model types
 
@@ -290,7 +299,34 @@ def document(stored: dict[str, Any]) -> str:
             lines.append(f"| {model_type} | {' | '.join(shown)} | {gguf} |\n")
     lines.append("\n## Reasons\n\n")
     lines += [f"{number}. {text}\n" for text, number in reasons.items()]
-    return "".join(lines)
+    return "".join([*lines, *_reported({*stored["types"]})])
+
+
+def _reported(run: set[str]) -> Iterator[str]:
+    """Yields the lines about types that were not run: what the coverage report says about them."""
+    found = json.loads(REPORTS.read_text("utf-8"))
+    yield "\n## Types that were not run\n\nFor these, `benchmarks/coverage.py` made the report of "
+    yield "`make plan` on what is trained, quantised\nand adapted; no more of them was tried.\n\n"
+    yield f"- with full weights, LoRA and QLoRA: {_names({*families.DECODERS} - run)}\n"
+    groups: dict[str, set[str]] = {}
+    for kind, verdict in found["other_types"].items():
+        group = next((short for each, short in SHORT.items() if re.search(each, verdict)), "")
+        groups.setdefault(group or verdict, set()).add(kind)
+    yield from (
+        f"- {short}: {_names(groups.pop(short))}\n" for short in SHORT.values() if short in groups
+    )
+    yield "\nOf these no report could be made. Their tiny shapes are defaults of transformers, "
+    yield "shrunk by rules;\nsizes may not fit each other, so this says nothing about real models."
+    yield "\n\n| type | why |\n|---|---|\n"
+    for verdict, kinds in sorted(groups.items(), key=lambda item: min(item[1])):
+        why = re.sub(
+            r"^.*(hub id; found: .*?\]\. \(|validate_architecture': ValueError: )", "", verdict
+        )
+        yield f"| {_names(kinds)} | {without_type(why, min(kinds))} |\n"
+
+
+def _names(kinds: set[str]) -> str:
+    return ", ".join(sorted(kinds))
 
 
 def without_type(text: str, model_type: str) -> str:

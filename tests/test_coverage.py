@@ -14,23 +14,28 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.families import DECODERS, tiny_config
+from support.families import DECODERS, OTHER, other_types, tiny_config
 from test_reach import NeedsValues
 
 from sft.config.schema import Config
 from sft.errors import ConfigError, ModelError
 from sft.models import classes, experts, load, quantise
 from sft.plan import coverage
+from sft.plan.counts import count_parameters
 from sft.plan.coverage import Coverage, cover
 from sft.runtime.console import make_console
 
 
 def configured(folder: Path, kind: str, mode: str, **tuning: Any) -> Config:
     tiny_config(kind).save_pretrained(folder)
+    return settings_of(folder, mode, **tuning)
+
+
+def settings_of(folder: Path, mode: str, **tuning: Any) -> Config:
     return Config.model_validate(
         {
             "model": {"name": str(folder)},
-            "tuning": {"mode": mode, "r": 2, **tuning},
+            "tuning": {"mode": mode, **({"r": 2} | tuning)},
             "data": {"train_path": "none", "cache_dir": str(folder / "cache")},
             "train": {"output_dir": "none"},
         }
@@ -107,6 +112,15 @@ def shown(found: Coverage) -> list[str]:
     return out.getvalue().splitlines()
 
 
+@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
+def test_layers_that_only_choose_tokens_are_frozen_and_get_no_adapter(tmp_path, mode) -> None:
+    """DeepSeek-V3.2's indexer takes part in the forward pass, and gets no gradient."""
+    found = cover(configured(tmp_path, "deepseek_v32", mode))
+    assert found is not None
+    assert (found.problem, found.contradictions, found.missed) == ("", [], [])
+    assert found.groups["no text"].parameters["frozen"] > 0
+
+
 def test_parts_for_images_are_frozen_in_every_mode(tmp_path) -> None:
     for mode in ("full", "lora"):
         found = cover(configured(tmp_path / mode, "gemma3", mode))
@@ -172,6 +186,12 @@ def test_a_base_that_needs_values_is_reported_by_a_narrow_copy(tmp_path, monkeyp
     assert "a run of a narrow copy" in " ".join(shown(found))
 
 
+def test_a_model_without_embeddings_is_refused_in_one_sentence(tmp_path) -> None:
+    """Of Qwen2.5-Omni as a whole, transformers raises NotImplementedError, also here."""
+    with pytest.raises(ModelError, match="get_input_embeddings"):
+        cover(configured(tmp_path, "qwen2_5_omni", "lora"))
+
+
 def test_the_report_is_kept_beside_the_plans(tmp_path, monkeypatch) -> None:
     config = configured(tmp_path, "llama", "lora")
     (tmp_path / "cache").mkdir()
@@ -189,6 +209,27 @@ def test_the_measured_reports_name_no_surprise() -> None:
     assert len(found["configurations"]) >= 33
     assert all(abs(row["difference"]) <= 0.001 for row in found["configurations"].values())
     assert {*DECODERS} <= {*found["model_types"]}
+    known = {*found["model_types"], *found["other_types"]}
+    assert {*DECODERS, *OTHER, *other_types()} <= known  # all that transformers has
     rows = [found["model_types"][kind] for kind in DECODERS] + [*found["configurations"].values()]
     for report in (report for row in rows for report in row["reports"]):
         assert not {"refused", "problem", "contradictions", "missed"} & {*report}
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("phi-1_5", 1_572_864), ("Llama-2-7b-hf", 4_194_304), ("Llama-2-13b-hf", 6_553_600)],
+)
+def test_adapters_have_the_published_number_of_parameters(
+    shared, tmp_path, name, published
+) -> None:
+    """LitGPT's: rank 8 on queries and values (../shared/reference/memory_published.md)."""
+    source = shared / f"data/model_configs/{name}.json"
+    (tmp_path / "config.json").write_bytes(source.read_bytes())
+    config = settings_of(tmp_path, "lora", r=8, target_modules=["q_proj", "v_proj"])
+    assert count_parameters(config).trained == published
+
+
+def test_a_real_model_has_the_published_number_of_parameters(shared) -> None:
+    config = settings_of(shared / "models/stories260K", "full")
+    assert count_parameters(config).parameters == 260_032

@@ -20,6 +20,7 @@ from sft.config.schema import Config, RunConfig
 from sft.errors import ConfigError
 from sft.models import load
 from sft.models.experts import is_refused, shape_of
+from sft.models.pretrained import explain_load_errors
 from sft.models.quantise import matrices_to_quantise
 from sft.models.reach import Reach, reach, trace
 from sft.plan.counts import ModelKey, config_of_key, model_key
@@ -124,8 +125,9 @@ def _trace(key: ModelKey) -> Coverage:
         return model
 
     small = partial(build, narrowed=True)
-    found = trace(build, config.tuning.mode, as_built=True, small=small)
-    return _count(built[0], found, config)
+    with explain_load_errors(config.model.name):  # its code may raise anything
+        found = trace(build, config.tuning.mode, as_built=True, small=small)
+        return _count(built[0], found, config)
 
 
 def _count(model: Any, found: Reach, config: Config) -> Coverage:

@@ -69,11 +69,14 @@ SIZES: list[tuple[str, int]] = [
 
 # What a type needs besides. Sub-configurations are types, too.
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+SECTIONS = {"mrope_section": [1, 1, 2]}
 SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
-    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
-    "deepseek_v3": {"num_key_value_heads": 4},
-    "kimi_linear": {"num_key_value_heads": 4},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "gemma3n_text": {"num_kv_shared_layers": 2},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
@@ -85,9 +88,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "bamba": {"attn_layer_indices": [1]},
     "mamba2": {"num_heads": 8},
+    "zamba2": {"n_mamba_heads": 8, "attention_head_dim": 16},
     "gemma4_text": {"global_head_dim": 16},
-    "qwen2_vl_text": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}},
-    "qwen2_5_vl_text": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}},
+    "qwen2_vl_text": {"rope_parameters": ROPE | SECTIONS},
+    "qwen2_5_vl_text": {"rope_parameters": ROPE | SECTIONS},
     "gemma4_vision": {"position_embedding_size": 16},
     "qwen2_5_vl_vision": {"fullatt_block_indexes": [1]},
     "qwen3_vl_vision": {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
@@ -157,6 +161,11 @@ def _shrink(
                 values[name] = size
     if "num_hidden_layers" in values and layers:
         values["num_hidden_layers"] = len(layers)
+    if hasattr(default, "qk_rope_head_dim"):  # latent attention has keys for all heads
+        values["num_key_value_heads"] = values.get("num_attention_heads")
+    rope = getattr(default, "rope_parameters", None)
+    if rope and "mrope_section" in rope:
+        values["rope_parameters"] = rope | SECTIONS
     values |= SPECIAL.get(default.model_type, {}) | changes
     return type(default)(**{k: v for k, v in values.items() if not k.startswith("_")})
 
