@@ -217,6 +217,8 @@ def _open_folder(train: Train, guard: Guard, inputs: Sequence[Path] = ()) -> Pat
     holds_run = any(path.exists() for path in (*results, folder / run_folder.METRICS)) or (
         earlier and any(path.name not in own for path in folder.iterdir())
     )
+    if not (holds_run or earlier):
+        run_folder.refuse_to_overwrite(folder)
     is_own = found and found.parent.resolve() == folder.resolve()
     if found and not is_own and found.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(

@@ -535,3 +535,22 @@ class EngineBranches(Branches):
 @pytest.mark.slow
 def test_the_same_with_the_engine_and_a_model():
     run_machine(EngineBranches, 8, 6)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "training.log", "evaluation/metrics.json"])
+def test_files_of_a_user_in_a_new_run_folder_are_not_overwritten(tmp_path, name):
+    """As the configuration of an experiment whose output_dir is the folder that it lies in."""
+    mine = tmp_path / "run" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    lock = Lock(tmp_path / "run")
+    guard: Any = SimpleNamespace(status=Status(tmp_path / "run"), lock=lock)
+    for resume in (None, "auto"):
+        train = tiny.config(tmp_path / "run", resume_from_checkpoint=resume).train
+        with pytest.raises(CheckpointError, match=f"{mine}: no run has written this"):
+            _open_folder(train, guard)
+    lock.release()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+    mine.rename(tmp_path / "elsewhere")
+    (tmp_path / "run/notes.txt").write_text("mine")
+    assert _open_folder(train, guard) is None

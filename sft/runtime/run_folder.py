@@ -40,6 +40,7 @@ FILES = (
     *(METRICS, BEST, ORIGIN),
     *("metrics.json", "predictions.jsonl", *BASE_RESULTS),  # in a folder of an evaluation
 )
+WRITTEN_FIRST = ("status.json", ".lock", "traceback.txt", "launcher.log", "requeue.json", ORIGIN)
 FOLDERS = (".ranks", "evaluation", "tensorboard", ABANDONED, checkpoint.SCRATCH)
 MOVING = ".moving"  # ends the name of a folder into which checkpoints are being moved
 BRANCH = "branch.json"  # in such a folder: what is moved, and why
@@ -50,6 +51,20 @@ def refuse_foreign(run: Path) -> None:
     within = [path for name in (".ranks", "evaluation") for path in (run / name).glob("*")]
     files = [path for path in within if path.is_symlink() or not path.is_dir()]
     plain.refuse_others([*(run / name for name in FILES), *files], [run / name for name in FOLDERS])
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    """Raises CheckpointError if a folder in which no run has been has files that one writes.
+
+    Such a file is a user's, as the configuration of an experiment that is to run in its folder.
+    """
+    names = [each for each in FILES if each not in WRITTEN_FIRST]
+    places = [folder / name for name in (*names, *(f"evaluation/{name}" for name in names))]
+    if found := [path for path in places if path.exists()]:
+        raise CheckpointError(
+            f"{', '.join(map(str, found))}: no run has written this, and a run in {folder} would "
+            f"overwrite it; set train.output_dir to a new folder, such as {folder / 'run'}"
+        )
 
 
 # -- checkpoints
