@@ -17,7 +17,7 @@ from conftest import ROOT
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer, DeepseekV3Config, GptOssConfig, Qwen3MoeConfig
+from transformers import AutoTokenizer, DbrxConfig, DeepseekV3Config, GptOssConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from sft.config.load import with_values
@@ -25,7 +25,7 @@ from sft.config.lora import Lora
 from sft.config.schema import Config, Tuning
 from sft.data import batches, template
 from sft.errors import ModelError
-from sft.models import adapt, export, load
+from sft.models import adapt, export, load, routing
 from sft.models.attention import documents_are_isolated
 from sft.plan import memory
 from sft.plan.counts import count_parameters
@@ -268,6 +268,21 @@ def test_any_cut_gives_the_balancing_loss_of_the_global_batch(tmp_path, kind):
             assert tiny.relative_error(found, expected) < 1e-7, (layout, max_tokens)
     plain = engine.task.evaluate(engine.model)["loss"]
     assert plain < loss - 0.4  # what is held out is measured without it
+
+
+def test_a_coefficient_in_a_section_of_the_configuration_is_found():
+    experts = {"ffn_hidden_size": 48, "hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}
+    config = DbrxConfig(
+        **{"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": tiny.VOCAB, "max_seq_len": 64},
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        ffn_config=experts | {"moe_loss_weight": 0.05},
+    )
+    found = routing.balance_of(config)
+    assert found == routing.Balance(0.05, 2)
+    output = tiny.build(config)(input_ids=IDS, output_router_logits=True)
+    logits = routing.logits_of(output, torch.arange(IDS.numel()))
+    share = found.share(logits, found.count(logits, [IDS.numel()]).sum(0))
+    assert float(share) == pytest.approx(float(output.aux_loss), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "deepseek_v3", "granitemoe"])

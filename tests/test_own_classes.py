@@ -59,7 +59,7 @@ class Block(nn.Module):
         self.kind, self.norm = kind, nn.LayerNorm(WIDTH)
         if kind in LAYERS:
             self.first = LAYERS[kind]()
-        if kind in ("sequences", "raw router", "raw choice"):
+        if kind in ("sequences", "raw router", "raw choice", "read router"):
             pairs = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU()) for _ in range(3))
             self.experts = nn.ModuleList(pairs)
         if kind in ("raw router", "raw choice"):
@@ -68,6 +68,8 @@ class Block(nn.Module):
         if kind in ("mixed", "raw choice"):
             self.inner = nn.Linear(WIDTH, 3)
             self.up = nn.Parameter(torch.empty(3, WIDTH, WIDTH))
+        if kind == "read router":
+            self.choice = nn.Linear(WIDTH, 3)
         if kind == "indexed":
             self.index, self.first = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
@@ -88,7 +90,10 @@ class Block(nn.Module):
         result = torch.zeros_like(x)
         if self.kind == "mixed":
             return result + torch.einsum("bte,eio,bti->bto", self.inner(x).softmax(-1), self.up, x)
-        scores = F.linear(x, self.scores, self.lift).softmax(-1)
+        if self.kind == "read router":
+            scores = F.linear(x, self.choice.weight).softmax(-1)
+        else:
+            scores = F.linear(x, self.scores, self.lift).softmax(-1)
         weight = 0.1 + scores * (scores == scores.topk(1).values)  # all get a gradient
         if self.kind == "raw choice":
             result = result + torch.einsum("bte,eio,bti->bto", self.inner(x) * weight, self.up, x)
@@ -109,6 +114,7 @@ ADAPTED = {
     "sequences": [f"experts.{number}.0.weight" for number in range(3)],
     "mixed": ["inner.weight", "up"],
     "raw router": [f"experts.{number}.0.weight" for number in range(3)],
+    "read router": [f"experts.{number}.0.weight" for number in range(3)],
     "raw choice": ["inner.weight", "up", *(f"experts.{number}.0.weight" for number in range(3))],
 }
 
@@ -151,8 +157,8 @@ def network(kind: str) -> Network:
     return Network(Config(kind=kind))
 
 
-def adapted(base: Network) -> Any:
-    model = add_adapters(base.requires_grad_(False), Tuning(mode="lora", r=4))
+def adapted(base: Network, **tuning: Any) -> Any:
+    model = add_adapters(base.requires_grad_(False), Tuning(mode="lora", r=4, **tuning))
     random = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -222,6 +228,13 @@ def test_a_router_without_a_module_of_its_own_is_frozen_alone(kind) -> None:
     trained = copy.deepcopy(network(kind))
     freeze_untrained(trained, routers=False)
     assert trained.get_parameter("layers.0.scores").requires_grad
+
+
+def test_a_router_that_no_adapter_can_change_is_named() -> None:
+    raw = adapted(network("raw router"), router="trained")
+    assert {f"layers.{number}.scores" for number in range(2)} <= weights_with_adapter(raw)
+    with pytest.raises(ModelError, match=r"tuning\.router: no adapter can change .* set frozen"):
+        adapted(network("read router"), router="trained")
 
 
 def test_a_model_without_a_matrix_to_adapt_is_refused(monkeypatch) -> None:

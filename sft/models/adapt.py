@@ -120,6 +120,13 @@ def _refuse_unable(model: Any, tuning: Tuning) -> None:
                 f"{kept}: PEFT's olora takes {name}, whose weight is stored as (in, out), for its "
                 "transpose: use pissa"
             )
+    names = {n for name, _ in adapted_layers(plain) for n in (name, f"{name}.weight")}
+    asked = tuning.router == "trained" and tuning.target_modules == "auto"
+    if asked and not names & reach(plain).routers:
+        raise ModelError(
+            "tuning.router: no adapter can change what chooses the experts of this model, since "
+            "other code reads it; set frozen, or tuning.mode: full"
+        )
     _refuse_half_tied(model, tuning)
 
 

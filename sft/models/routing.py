@@ -17,8 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from sft.errors import ModelError
+from sft.models.pretrained import sub_configs
 
-COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # in configurations of transformers
+# Names in configurations of transformers, of which some are in sections of their own.
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k")
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,13 @@ class Balance:
 def balance_of(architecture: Any) -> Balance | None:
     """Returns the balancing that a model's configuration asks for; None if it asks for none."""
     text = architecture.get_text_config()
-    found = (getattr(text, name, None) for name in COEFFICIENTS)
-    coefficient = next((each for each in found if each), 0.0)
-    num_chosen = getattr(text, "num_experts_per_tok", None)
+    parts = [part for part in sub_configs(text) if not isinstance(part, dict)]
+
+    def first(names: tuple[str, ...]) -> Any:
+        found = (getattr(part, name, None) for part in parts for name in names)
+        return next((each for each in found if each), None)
+
+    coefficient, num_chosen = first(COEFFICIENTS), first(CHOSEN)
     return Balance(coefficient, num_chosen) if coefficient and num_chosen else None
 
 
