@@ -14,11 +14,13 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from sft.config.schema import Tuning
-from sft.errors import ModelError
+from sft.errors import ConfigError, ModelError
 from sft.models.adapt import add_adapters
+from sft.models.layers import SupervisedHead
 from sft.models.quantise import matrices_to_quantise, quantise
 from sft.models.reach import freeze_untrained, reach
 from sft.serve import merge, proof
+from sft.tasks.sft.task import FineTune
 
 WIDTH, WORDS = 32, 61
 IDS = torch.arange(2, 26)[None]
@@ -241,3 +243,17 @@ def test_a_model_without_a_matrix_to_adapt_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(Block, "mix", lambda *_: 0.0)
     with pytest.raises(ModelError, match=r"auto finds no matrix .* set tuning\.mode: full"):
         adapted(network("none"))
+
+
+def test_a_model_that_needs_more_than_text_is_refused(tmp_path) -> None:
+    def forward(pixels: torch.Tensor, **_: Any) -> None: ...
+
+    model: Any = type("Images", (nn.Module,), {"forward": lambda _, **given: forward(**given)})()
+    model.get_input_embeddings = lambda: nn.Embedding(WORDS, WIDTH)
+    device = Has(device=torch.device("cpu"))
+    task: Any = Has(model=model, config=tiny.config(tmp_path), balance=None, accelerator=device)
+    with pytest.raises(ConfigError, match=r"nano/model does not run on text alone \(.*pixels"):
+        FineTune.check_model(task, "fp32", "padded")
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(ModelError, match="does not say which layer gives logits"):
+        SupervisedHead(model)

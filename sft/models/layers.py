@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sft.errors import ModelError
+
 
 def embedding_layers(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     """Returns the input and the output embedding; None for one that the model lacks."""
@@ -74,7 +76,13 @@ class SupervisedHead:
 
     def __init__(self, model: nn.Module):
         self.positions: torch.Tensor | None = None  # flat indices into batch * time
-        model.get_output_embeddings().register_forward_pre_hook(self._select)  # type: ignore[operator]
+        head = embedding_layers(model)[1]
+        if head is None:
+            raise ModelError(
+                "model.name: the model does not say which layer gives logits of its vocabulary "
+                "(get_output_embeddings), so it cannot be trained on text"
+            )
+        head.register_forward_pre_hook(self._select)
 
     def _select(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
         if self.positions is None:

@@ -296,7 +296,16 @@ class FineTune(SavedTuning):
         if self.config.tuning.router == "trained" and self.balance is None:
             self.log.say("tuning.router: the model has no load-balancing loss; there is none")
         device = self.accelerator.device
-        if attention.reads_later_tokens(self.model, precision, device):
+        try:
+            reads_later = attention.reads_later_tokens(self.model, precision, device)
+        except UserError:
+            raise
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise ConfigError(
+                f"model.name: {self.config.model.name} does not run on text alone "
+                f"({' '.join(str(error).split())[:200]}); {classes.EXPECTED}"
+            ) from error
+        if reads_later:
             raise ConfigError(
                 f"model.name: {self.config.model.name}: its tokens see those that follow; "
                 f"{classes.EXPECTED}"
