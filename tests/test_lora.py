@@ -265,6 +265,21 @@ def test_eva_begins_with_the_directions_of_the_inputs_for_every_cut(bases, tmp_p
     assert len(found) == 8
 
 
+@pytest.mark.parametrize(
+    "lora", [{"trainable_token_indices": [1]}, {"use_dora": True, "modules_to_save": ["norm"]}]
+)
+def test_eva_leaves_what_is_no_adapter_of_a_linear_layer(bases, tmp_path, lora):
+    targets = {"tuning.target_modules": ["q_proj", "lm_head"]}
+    targets = targets if "use_dora" in lora else {"tuning.target_modules": ["q_proj"]}
+    own = {f"tuning.lora.{key}": value for key, value in lora.items()}
+    by_eva = built_by_eva(bases[False], tmp_path, 4096, **targets, **own).model
+    plain = FineTune.build_model(configured(bases[False], tmp_path, lora, **targets), "fp32", CPU)
+    begun = dict(by_eva.named_parameters())
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, begun[name]) == ("lora_A" not in name), name
+        assert parameter.requires_grad == begun[name].requires_grad
+
+
 def test_eva_that_does_not_settle_is_refused(bases, tmp_path, monkeypatch):
     monkeypatch.setattr(eva, "MAX_PASSES", 1)
     with pytest.raises(ModelError, match="eva found no 4 directions that stay the same in 1"):

@@ -13,6 +13,7 @@ import torch
 
 from sft.errors import ModelError
 from sft.models.adapt import NAME
+from sft.models.fake import set_attributes
 
 MAX_PASSES = 256  # forward passes after which directions that still turn are an error
 
@@ -29,7 +30,8 @@ def begin_with_inputs(
     the model on it. Raises ModelError if the directions do not settle.
     """
     from peft import EvaConfig
-    from peft.tuners.lora.eva import initialize_lora_eva_weights
+    from peft.tuners.lora import eva
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     config, batch, passes = model.peft_config[NAME], None, 0
     kept = {
@@ -52,16 +54,22 @@ def begin_with_inputs(
             )
         run(batch)
 
+    def choose(inputs: tuple[torch.Tensor], tokens: torch.Tensor, _: str) -> torch.Tensor:
+        # The vocabulary head gets supervised positions only, in two dimensions.
+        return inputs[0] if inputs[0].ndim == 2 else inputs[0].flatten(0, 1)[tokens]
+
+    others = (*eva.UNSUPPORTED_LORA_MODULES, TrainableTokensLayer)  # PEFT takes it for an adapter
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)  # of the same ranks
-    initialize_lora_eva_weights(
-        model,
-        [torch.tensor(ids) for ids in batches],
-        forward_fn=forward,
-        prepare_model_inputs_fn=prepare,
-        prepare_layer_inputs_fn=lambda inputs, at, _: inputs[0].flatten(0, 1)[at],
-        gather_distributed_inputs=False,
-        show_progress_bar=False,
-    )
+    with set_attributes(eva, UNSUPPORTED_LORA_MODULES=others):
+        eva.initialize_lora_eva_weights(
+            model,
+            [torch.tensor(ids) for ids in batches],
+            forward_fn=forward,
+            prepare_model_inputs_fn=prepare,
+            prepare_layer_inputs_fn=choose,
+            gather_distributed_inputs=False,
+            show_progress_bar=False,
+        )
     config.init_lora_weights, config.eva_config = True, None
     vars(config).update(kept)
     for parameter, is_trained in trained.items():
