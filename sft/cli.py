@@ -115,6 +115,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         _report(error)
         sys.exit(error.exit_code)
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        if encoding == "utf-8":
+            raise
+        text = ascii(error.object[max(0, error.start - 40) : error.end + 40])
+        message = f"{text}: a file cannot have this name in {encoding}, which this Python uses"
+        _report(UserError(f"{message}; set PYTHONUTF8=1"))
+        sys.exit(UserError.exit_code)
     except KeyboardInterrupt:
         if _is_first():
             output.show("interrupted", error=True)

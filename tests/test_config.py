@@ -989,3 +989,21 @@ def test_a_cache_beside_a_run_folder_is_fine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for cache, folder in (("runs/cache", "runs/a"), ("runs/a2", "runs/a"), ("c/a", "d/a")):
         assert not overlap(cache, folder)
+
+
+def test_a_name_that_the_encoding_of_file_names_lacks_is_one_message(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    monkeypatch.setattr(cli, "prepare_libraries", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: "outputs/ünï".encode("ascii") and 0)
+    assert ended.value.code == 2
+    expected = "error: 'outputs/\\xfcn\\xef': a file cannot have this name in ascii"
+    assert capsys.readouterr().err.startswith(expected)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_an_override_in_another_encoding_is_refused_with_the_remedy(minimal, monkeypatch, encoding):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+    (found,) = problems(minimal, "data.train_path=caf\udce9.jsonl")
+    assert found.startswith(f"override data.train_path: expected text in {encoding}, ")
+    assert found.endswith("set PYTHONUTF8=1") == (encoding == "ascii")

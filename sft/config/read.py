@@ -9,6 +9,7 @@ import difflib
 import io
 import json
 import re
+import sys
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -73,6 +74,14 @@ class Reader:
         result: dict[str, Any] = {}
         origins: Origins = {}
         for path, text in _parse_overrides(words, sections, self.problems):
+            if re.search("[\ud800-\udfff]", text):
+                encoding = sys.getfilesystemencoding()
+                remedy = "; set PYTHONUTF8=1" if encoding != "utf-8" else ""
+                self.problems.append(
+                    f"override {path}: expected text in {encoding}, as which this Python reads "
+                    f"arguments, found {text!a}{remedy}"
+                )
+                continue
             try:
                 node = _parse(text, f"override {path}")
             except ConfigError as error:
