@@ -153,8 +153,8 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(top_p, top_k):
 def test_the_largest_uniform_number_draws_a_token_that_may_be_drawn():
     logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
     settings = Generation(temperature=1.0, top_k=2)
-    drawn = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    assert generate.choose(logits, settings, drawn).item() == 1
+    drawn = torch.tensor([1 - 2**-53] * 2, dtype=torch.float64)
+    assert generate.choose(logits.expand(2, -1), settings, drawn).tolist() == [1, 1]
 
 
 def test_a_batch_that_does_not_fit_is_answered_in_halves(accelerator, monkeypatch):
@@ -296,6 +296,11 @@ def test_a_batch_fills_half_of_the_free_memory_up_to_a_limit(
     decoder = generate.Decoder(model, [], Generation(max_new_tokens=10))
     asked = [[1] * 100, [1] * 50]
     assert decoder.max_batch_size(asked, Has(num_processes=1)) == expected
+    if copies == 1:  # also if nothing is said about them, and as fp32 in another dtype
+        of_doubles = Has(device=parameter.device, dtype=torch.float64)
+        model = Has(parameters=lambda: iter([of_doubles]), config=config)
+        plain = generate.Decoder(model, [], decoder.settings)
+        assert plain.max_batch_size(asked, Has(num_processes=1)) == expected
     monkeypatch.setattr(generate, "gather_object", lambda own: [*own, 2, 7])  # of other ranks
     assert decoder.max_batch_size(asked, Has(num_processes=2)) == min(expected, 2)
     assert replace(decoder, batch_size=3).max_batch_size(asked, Has(num_processes=1)) == 3
