@@ -28,11 +28,11 @@ from sft.runtime.attempt import RANKS, TRACEBACK, Lock, Status
 from sft.runtime.console import duration, facts, metrics_line
 from sft.runtime.disk import refuse_if_full
 from sft.runtime.hardware import resolve_precision
+from sft.runtime.launcher import check_launch
 from sft.runtime.log import Log
 from sft.runtime.output import show
 from sft.runtime.processes import (
     Context,
-    check_launch,
     collect_facts,
     describe_world,
     drop_launch_requirements,

@@ -18,7 +18,8 @@ def train(args: Namespace) -> None:
             "train-fsdp or train-deepspeed, or unset them"
         )
     config = cli.run_configuration(args)
-    from sft import run  # imported last: an error in the configuration is reported at once
+    launcher.check_launch(config.train)
+    from sft import run  # imported last: an error in configuration or launch is reported at once
 
     run.train(config)
 
@@ -39,6 +40,7 @@ def train_distributed(args: Namespace) -> int | None:
         return slurm.requeue(config.train, args.requeue_after)
     if launcher.has_ranks_to_start() or not (args.if_asked or launcher.is_rank()):
         return launcher.launch(config.train, launcher.this_command(), trains=True)
+    launcher.check_launch(config.train)
     from sft import run
 
     run.train(config)

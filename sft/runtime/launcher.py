@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 
 from sft.config.schema import Train
-from sft.errors import PeerError
+from sft.errors import ConfigError, PeerError, require_extra
 from sft.runtime import children, output, plain
 from sft.runtime.output import show
 from sft.runtime.plain import read_json
@@ -55,6 +55,26 @@ def is_rank() -> bool:
     """
     join_slurm()
     return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def check_launch(train: Train) -> None:
+    """Raises ConfigError if the launcher did not start as many processes as were asked for."""
+    if train.engine == "deepspeed":
+        require_extra("deepspeed", "train.engine: deepspeed", ["deepspeed"])
+    join_slurm()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if train.num_processes not in (None, world):
+        raise wrong_world(train.num_processes, world)
+
+
+def wrong_world(expected: int | None, found: int) -> ConfigError:
+    """Returns the error of a launch that started another number of processes."""
+    return ConfigError(
+        f"expected {expected} process(es), found {found}: the launcher did not start one run of "
+        f"{expected} process(es). Launch with `make train-distributed NUM_PROCESSES=n`, "
+        "`torchrun --nproc-per-node n`, or with an Accelerate file of distributed_type MULTI_GPU "
+        "(also for CPU processes)."
+    )
 
 
 def has_ranks_to_start() -> bool:

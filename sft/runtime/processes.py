@@ -29,9 +29,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sft.config.load import with_values
 from sft.config.schema import Configured, RunConfig, Train
-from sft.errors import ConfigError, PeerError, require_extra
+from sft.errors import ConfigError, PeerError
 from sft.runtime import hardware
 from sft.runtime.hardware import resolve_precision
+from sft.runtime.launcher import check_launch, wrong_world
 from sft.runtime.log import Log
 from sft.runtime.slurm import join_slurm
 from sft.runtime.watchdog import Guard
@@ -93,7 +94,7 @@ def start_processes(train: Train, *, shared: bool = False) -> Accelerator:
         mixed = "bf16" if precision == "bf16" else "no"
         accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[group, ddp])
     if accelerator.num_processes != world:
-        raise _wrong_world(world, accelerator.num_processes)
+        raise wrong_world(world, accelerator.num_processes)
     return accelerator
 
 
@@ -113,25 +114,6 @@ def keep_first_process() -> bool:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     return is_first
-
-
-def check_launch(train: Train) -> None:
-    """Raises ConfigError if the launcher did not start as many processes as were asked for."""
-    if train.engine == "deepspeed":
-        require_extra("deepspeed", "train.engine: deepspeed", ["deepspeed"])
-    join_slurm()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if train.num_processes not in (None, world):
-        raise _wrong_world(train.num_processes, world)
-
-
-def _wrong_world(expected: int | None, found: int) -> ConfigError:
-    return ConfigError(
-        f"expected {expected} process(es), found {found}: the launcher did not start one run of "
-        f"{expected} process(es). Launch with `make train-distributed NUM_PROCESSES=n`, "
-        "`torchrun --nproc-per-node n`, or with an Accelerate file of distributed_type MULTI_GPU "
-        "(also for CPU processes)."
-    )
 
 
 def _refuse_conflicting_launch_file(train: Train, precision: str) -> None:
