@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import forked
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import ROOT, clean_environment
 from hypothesis import given, settings
@@ -24,6 +26,7 @@ from sft.runtime import checkpoint
 from sft.runtime.checkpoint import OptimizerShard
 
 STEPS, MIDDLE = 7, 5
+MODEL: list[str] = []  # the override that names it
 MODES = ("lora", "qlora", "full")
 ENGINES = {  # as a user would ask for them
     "ddp": [],
@@ -38,7 +41,7 @@ def case(mode: str, engine: str, world: int, resume: str = "", **given: Any) -> 
     """A run of 7 steps; the first epoch ends after 4, the checkpoint is one of the second. Eight
     rows are held out."""
     name = f"{mode}-{engine}-{world}" + ("-resumed" if resume else "")
-    overrides = [f"tuning.mode={mode}", "data.max_rows=24", "train.global_batch=4"]
+    overrides = [*MODEL, f"tuning.mode={mode}", "data.max_rows=24", "train.global_batch=4"]
     overrides += ["data.eval_path=null", "data.eval_fraction=0.334"]
     overrides += [f"train.max_steps={STEPS}", "train.learning_rate=1e-3", *ENGINES[engine]]
     tokens = 128 if mode == "lora" else 200  # one or two examples in a micro-batch
@@ -48,13 +51,15 @@ def case(mode: str, engine: str, world: int, resume: str = "", **given: Any) -> 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("parallel")
+    MODEL[:] = [f"model.name={tiny.shallow_nano(folder)}"]
     stage_1 = json.loads((ROOT / "configs/deepspeed_z2.json").read_text())
     stage_1["zero_optimization"]["stage"] = 1
     (folder / "z1.json").write_text(json.dumps(stage_1))
     ENGINES["zero1"] = ["train.engine=deepspeed", f"train.deepspeed_config={folder / 'z1.json'}"]
-    return folder
+    yield folder
+    MODEL.clear()
 
 
 def run(folder: Path, world: int, cases: list[dict[str, Any]]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from allocations import allocated_bytes
 from conftest import ROOT
@@ -39,11 +39,8 @@ def sizes(prepared: cache.Prepared) -> Workload:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
-    """The default configuration, with the first two layers of its model: a trace takes half."""
-    model = tmp_path_factory.mktemp("plan") / "model"
-    shutil.copytree(ROOT / "nano/model", model)
-    shape = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 2}
-    (model / "config.json").write_text(json.dumps(shape))
+    """The default configuration, with the first two layers of its model."""
+    model = tiny.shallow_nano(tmp_path_factory.mktemp("plan"))
     return load_config(ROOT / "configs/nano.yaml", [f"model.name={model}"])
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
@@ -78,6 +82,19 @@ def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
         "initializer_range": 0.2,  # large, so that attention and gradients are far from trivial
     }
     return build(LlamaConfig(**(sizes | changes)), dtype)
+
+
+def shallow_nano(folder: Path) -> Path:
+    """The first two of the embedded model's four layers: a step takes half."""
+    model = folder / "nano"
+    shutil.copytree(ROOT / "nano/model", model)
+    shape = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (model / "config.json").write_text(json.dumps(shape))
+    weights = load_file(model / "model.safetensors")
+    dropped = ("model.layers.2.", "model.layers.3.")
+    kept = {name: value for name, value in weights.items() if not name.startswith(dropped)}
+    save_file(kept, model / "model.safetensors", {"format": "pt"})
+    return model
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
