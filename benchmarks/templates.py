@@ -15,7 +15,6 @@ import argparse
 import json
 import re
 from collections import Counter
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-@cache
-def base_folder(shared: Path) -> str:
-    return str(shared / "data/tokenizers/qwen2.5-instruct")
-
-
-def stand_in(shared: Path, pair: dict[str, Any]) -> Any:
+def stand_in(shared: Path, pair: dict[str, Any], vocabulary: str = "qwen2.5-instruct") -> Any:
     """Returns a tokenizer with the template of a row of the oracle and its tokens."""
-    made = AutoTokenizer.from_pretrained(base_folder(shared))
+    made = AutoTokenizer.from_pretrained(shared / "data/tokenizers" / vocabulary)
     special = [*pair["special_tokens"], *pair["end_of_turn"]]
     made.add_special_tokens(
         {"additional_special_tokens": special}, replace_extra_special_tokens=False

@@ -73,7 +73,8 @@ def stand_in(name: str) -> Any:
     if not TEMPLATES.is_dir():
         pytest.skip(f"no templates in {TEMPLATES}: set SFT_SHARED")
     known = {pair["template"]: pair for pair in pairs()}
-    made = oracle().stand_in(SHARED, {**known.get(name, known["llama3"]), "template": name})
+    pair = {**known.get(name, known["llama3"]), "template": name}
+    made = oracle().stand_in(SHARED, pair, "minimind")  # a small vocabulary is read at once
     made.chat_control_tokens = []  # special tokens are plain text in messages, others are tokens
     return made
 

@@ -383,7 +383,8 @@ def _normalise(text: str) -> str:
 def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Returns the tokens at which generation stops: eos, the model's, and the template's ends."""
     texts = [*stop_tokens(tokenizer), *end_tokens(tokenizer)]
-    return frozenset(map(tokenizer.get_vocab().__getitem__, texts))
+    find = tokenizer.backend_tokenizer.token_to_id  # `get_vocab` would copy the whole vocabulary
+    return frozenset(token for text in texts if (token := find(text)) is not None)
 
 
 @cached_by_tokenizer
