@@ -33,6 +33,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from sft.config.schema import Train
 from sft.data import batches
 from sft.errors import CheckpointError, Preempted
 from sft.run import _open_folder
@@ -554,3 +555,18 @@ def test_files_of_a_user_in_a_new_run_folder_are_not_overwritten(tmp_path, name)
     mine.rename(tmp_path / "elsewhere")
     (tmp_path / "run/notes.txt").write_text("mine")
     assert _open_folder(train, guard) is None
+
+
+def test_a_key_that_is_newer_than_a_run_is_no_change_at_its_default(tmp_path):
+    """Else `auto` would set the results of every finished run aside after an update."""
+    train = tiny.config(tmp_path).train
+    settings = train.model_dump()
+    for key in settings.keys() - {"output_dir"}:
+        state = {"settings": {k: v for k, v in settings.items() if k != key}, "world_size": 1}
+        default = Train.model_fields[key].get_default(call_default_factory=True)
+        same = train.model_copy(update={key: default})
+        assert [*changed_settings(state, same, 1)] == []
+    other = train.model_copy(update={"weight_decay": 0.123})
+    del settings["weight_decay"]
+    (found,) = changed_settings({"settings": settings, "world_size": 1}, other, 1)
+    assert found == f"weight_decay was {Train.model_fields['weight_decay'].default}, is 0.123"
