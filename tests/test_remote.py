@@ -659,6 +659,7 @@ def test_what_a_bucket_refuses(bucket, monkeypatch):
     )
     bucket.put_object(Key="rows.jsonl", Body=LINES, ACL="public-read")
     assert len(fetched("s3://rows/rows.jsonl")) == len(ROWS)  # a public one needs none
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # by default boto waits for half a minute
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     assert "the server cannot be reached" in refused("s3://rows/other.jsonl")
     assert len(fetched("s3://rows/rows.jsonl")) == len(ROWS)  # its copy
