@@ -185,7 +185,7 @@ def test_a_file_that_is_something_else_is_not_written_over(tmp_path, line):
 
 
 def test_a_folder_in_its_place_is_reported(tmp_path):
-    with pytest.raises(UserError, match="Is a directory; make room, or give another file"):
+    with pytest.raises(UserError, match="it is not a plain file; make room, or give another file"):
         Predictions(tmp_path)
 
 
