@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from sft.config.schema import Tuning
@@ -18,9 +18,10 @@ from sft.errors import ConfigError, ModelError
 from sft.models.adapt import add_adapters
 from sft.models.layers import SupervisedHead
 from sft.models.quantise import matrices_to_quantise, quantise
-from sft.models.reach import freeze_untrained, reach
+from sft.models.reach import freeze_untrained, may_leave_out, reach
 from sft.serve import merge, proof
 from sft.tasks.sft.task import FineTune
+from sft.train.parallel.ddp import Replicated
 
 WIDTH, WORDS = 32, 61
 IDS = torch.arange(2, 26)[None]
@@ -72,6 +73,8 @@ class Block(nn.Module):
             self.up = nn.Parameter(torch.empty(3, WIDTH, WIDTH))
         if kind == "read router":
             self.choice = nn.Linear(WIDTH, 3)
+        if kind == "either":
+            self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         if kind == "indexed":
             self.index, self.first = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
@@ -83,6 +86,8 @@ class Block(nn.Module):
             return self.first(x)[0]
         if self.kind in LAYERS:
             return self.first(x)
+        if self.kind == "either":
+            return self.first(x) if float(x.sum()) > 0 else self.second(x)
         if self.kind == "sequences":
             return sum(each(x) for each in self.experts)  # type: ignore[return-value]
         if self.kind == "indexed":  # what only chooses gets no gradient
@@ -257,3 +262,26 @@ def test_a_model_that_needs_more_than_text_is_refused(tmp_path) -> None:
     model.get_output_embeddings = lambda: None
     with pytest.raises(ModelError, match="does not say which layer gives logits"):
         SupervisedHead(model)
+
+
+def test_ddp_does_not_wait_for_what_a_step_leaves_out(tmp_path) -> None:
+    """It died in step 2 with "Expected to have finished reduction in the prior iteration"."""
+    assert not may_leave_out(network("own"))
+    distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrap = nn.parallel.DistributedDataParallel
+        accelerator: Any = Has(num_processes=1, prepare=lambda model, other: (wrap(model), other))
+        parallel = Replicated(network("either"), tiny.config(tmp_path).train, accelerator)
+        for _ in range(2):
+            parallel.begin_step()
+            with parallel.no_sync():
+                loss = parallel.model(input_ids=IDS).logits.square().sum()
+            parallel.prepare_backward(last=True)
+            parallel.backward(loss)
+            norms = [float(p.grad.norm()) for p in parallel.trained.values()]  # those left out: 0
+            assert 0 in norms
+            assert max(norms) > 0
+            parallel.clip()
+            parallel.update()
+    finally:
+        distributed.destroy_process_group()

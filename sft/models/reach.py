@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.autograd.function import BackwardCFunction
+from transformers import PreTrainedModel
 
 from sft.errors import UserError
 from sft.models.fake import fake_tensors
@@ -43,6 +44,7 @@ class Reach:
     attends: frozenset[str] = NOTHING  # modules that compute a softmax, such as attention
     borrowed: frozenset[str] = NOTHING  # products in the code of a module that does not own them
     written: frozenset[str] = NOTHING  # changed in place, such as clamped
+    branches: bool = False  # whether values of activations may decide which modules run
     narrowed: str = ""  # why a narrow copy with values was run, in place of a trace
     problem: str = ""  # why neither was possible; then every parameter counts as reached
 
@@ -106,6 +108,15 @@ def reach(base: Any) -> Reach:
     """
     kind: Any = type(base)
     return _reach(kind, _Key(_sizes(base.config.to_dict()), base.config))
+
+
+def may_leave_out(model: nn.Module) -> bool:
+    """Returns whether a step may leave out trained parameters, such as an expert without a token.
+
+    `model` is a base of transformers, or has one.
+    """
+    base = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    return base is not None and reach(base).branches
 
 
 def freeze_untrained(base: nn.Module, *, routers: bool) -> None:
@@ -177,7 +188,7 @@ def trace(
             small = None
     if small and (found := attempt(small, fake=False)) and found.parameters.keys() == whole.keys():
         return found.widened(whole, problems[0])
-    return Reach(dict.fromkeys(whole, "reached"), {}, problem=problems[0])
+    return Reach(dict.fromkeys(whole, "reached"), {}, branches=True, problem=problems[0])
 
 
 def _trace(
@@ -220,6 +231,7 @@ def _trace(
         frozenset(n for n, m in model.named_modules() if id(m) in tracer.attends),
         frozenset(all_names(tracer.borrowed)),
         frozenset(all_names(tracer.written)),
+        tracer.branches,
     )
 
 

@@ -93,6 +93,7 @@ class Origin:
 
     parameters: frozenset[str] = NOTHING  # of which it is a form: a view, a cast, a selection ...
     from_inputs: bool = False
+    has_content: bool = False  # it depends on the tokens or on parameters, not on positions alone
     source: frozenset[str] = NOTHING  # the product of which it is the result, element by element
 
 
@@ -112,6 +113,7 @@ class Tracer(FastMode):
         self.attends: set[int] = set()  # ids of modules
         self.borrowed: set[str] = set()
         self.written: set[str] = set()
+        self.branches = False
         self.owners: dict[str, set[int]] = {}  # ids of modules, by parameter
         self.running = Running()
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
@@ -121,9 +123,9 @@ class Tracer(FastMode):
         for name, parameter in parameters.items():
             self._fixed.add(self._set(parameter, Origin(frozenset([name]))))
 
-    def add_inputs(self, *inputs: torch.Tensor) -> None:
-        for tensor in inputs:
-            self._set(tensor, Origin(from_inputs=True))
+    def add_inputs(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        self._set(ids, Origin(from_inputs=True, has_content=True))
+        self._set(positions, Origin(from_inputs=True))
 
     def _set(self, tensor: torch.Tensor, origin: Origin) -> int:
         storage = tensor.untyped_storage()
@@ -137,7 +139,7 @@ class Tracer(FastMode):
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.partition("::")[2]
         if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select"):
-            self.running.note_read()
+            self._note_read(args[0])
         if name == "nonzero" and self.fake:
             result = args[0].new_zeros(args[0].numel(), args[0].ndim, dtype=torch.long)
         else:
@@ -147,11 +149,15 @@ class Tracer(FastMode):
         self._follow(name, args, kwargs, result)
         return result
 
+    def _note_read(self, tensor: torch.Tensor) -> None:
+        self.running.note_read()
+        self.branches |= self._get(tensor).has_content
+
     def _integers(self, index: torch.Tensor | None) -> torch.Tensor | None:
         """Returns the integer index of a boolean one of a single dimension."""
         if index is None or index.dtype != torch.bool or index.ndim != 1:
             return index
-        self.running.note_read()
+        self._note_read(index)
         return index.new_zeros(index.numel(), dtype=torch.long)
 
     def _follow(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
@@ -166,10 +172,10 @@ class Tracer(FastMode):
             self.attends.add(self.running.stack[-1])
         # A product of parameters alone, such as of the parts of an adapter, is a form of them.
         if PRODUCT.search(name) and any(origin.from_inputs for origin in origins):
-            found = Origin(NOTHING, True, self._multiply(name, tensors, result))
+            found = Origin(NOTHING, True, True, self._multiply(name, tensors, result))
         elif name in ("embedding", "_embedding_bag"):
             self.looked_up |= origins[0].parameters
-            found = Origin(from_inputs=True)
+            found = Origin(from_inputs=True, has_content=True)
         else:
             found = _combine(tensors, origins)
         for tensor in tree_iter(result):
@@ -211,6 +217,7 @@ def _combine(tensors: list[torch.Tensor], origins: list[Origin]) -> Origin:
         for t, o in zip(tensors, origins, strict=True)
     )
     forms = [o.parameters for o in origins if o.parameters]
+    has_content = bool(forms) or any(o.has_content for o in origins)
     if mixes or (from_inputs and len(forms) > 1):
-        return Origin(NOTHING, True, source)
-    return Origin(frozenset().union(*forms), from_inputs, source)
+        return Origin(NOTHING, True, has_content, source)
+    return Origin(frozenset().union(*forms), from_inputs, has_content, source)

@@ -23,6 +23,7 @@ from sft.config.schema import Train
 from sft.errors import ConfigError
 from sft.models.dtypes import DTYPES
 from sft.models.layers import full_tensor, weights_to_save
+from sft.models.reach import may_leave_out
 from sft.runtime.checkpoint import OptimizerShard, Tensors
 from sft.runtime.hardware import resolve_precision
 from sft.train.optimizer import build_optimizer
@@ -43,6 +44,9 @@ class Replicated:
     """Whether each rank keeps only a part of the weights."""
     loss_factor = 1.0
     """The factor that losses are multiplied by, so that gradients are sums over ranks."""
+    _sums_afterwards = False
+    """Whether DDP, which waits for the gradient of each parameter, would wait in vain for some."""
+    _is_last = False
     loss_scale = 1.0
     """The power of two that backward passes multiply gradients by (`train/loss_scale`)."""
 
@@ -65,6 +69,7 @@ class Replicated:
         )
         if isinstance(self.model, DistributedDataParallel):
             self.model.register_comm_hook(None, _sum_gradients)
+            self._sums_afterwards = may_leave_out(self.module)
         elif self.accelerator.num_processes > 1:
             raise ConfigError(
                 f"{self.accelerator.num_processes} processes, but the model was not wrapped for "
@@ -95,7 +100,8 @@ class Replicated:
         a later backward pass would then exchange gradients by mistake. So forward passes run in
         `no_sync`, and DDP is prepared here, when all ranks are sure to go on.
         """
-        if last and isinstance(self.model, DistributedDataParallel):
+        self._is_last = last
+        if last and isinstance(self.model, DistributedDataParallel) and not self._sums_afterwards:
             self.model.reducer.prepare_for_backward([])
 
     def set_loss_scale(self, scale: float) -> None:
@@ -104,6 +110,11 @@ class Replicated:
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss if self.loss_scale == 1 else loss * self.loss_scale).backward()
+        if self._is_last and self._sums_afterwards:
+            for parameter in self.trained.values():
+                if parameter.grad is None:  # such as of an expert that got no token on this rank
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
 
     def clip(self) -> float:
         """Scales the gradient down to `train.max_grad_norm`, and returns its norm before that."""
