@@ -271,7 +271,7 @@ model of the type on this project's own tokenizer and data (`benchmarks/models.p
   before and after, and a saved model. After full fine-tuning it is of the base's class, with its
   processor; the towers of a vision or audio model are unchanged.
 - **packed**: the run with `train.layout: packed`. A model that cannot keep documents apart refuses
-  it; `auto`, the default, then uses padded rows.
+  it. With `auto`, the default, it trains on padded rows.
 - **DDP**: full fine-tuning by two processes. **FSDP2**: LoRA by two processes.
 - **merge**: the merged LoRA run is proven equal to the adapter on its base.
 - **GGUF**: the architecture's name in llama.cpp's package gguf, found by name. Whether its

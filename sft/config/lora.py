@@ -24,13 +24,13 @@ from sft.config.section import (
 )
 from sft.errors import shorten
 
-CHANGES_BASE = ("pissa", "olora")  # these subtract what the adapter begins with from the base
+CHANGES_BASE = ("pissa", "olora")  # these subtract the initial adapter from the base
 INITS = ("gaussian", "orthogonal", *CHANGES_BASE, "pissa_niter_<n>", "loftq", "eva")
 ONLY_BEGINS = (
     "loftq",
     "orthogonal",
     "eva",
-)  # nothing of these is done again where weights are read
+)  # these only initialise, so they are not repeated when an adapter is loaded
 
 _BY_RUN = "the run sets it"
 _BASE = "the saved adapter would not fit the base that others load"
@@ -113,7 +113,7 @@ Init = Annotated[bool | str, BeforeValidator(_check_init)]
 
 
 def names_layer(pattern: str) -> bool:
-    """Returns whether a name or regular expression may mean some of the layers only."""
+    """Returns whether a name or regular expression may match only some of the layers."""
     return bool(re.search(r"(^|\W)\d", pattern))
 
 
@@ -126,24 +126,24 @@ class Lora(Section):
     use_rslora: bool = False
     """Scale the adapters by lora_alpha / sqrt(r) in place of lora_alpha / r."""
     use_dora: bool = False
-    """Train the length of each row of a weight apart from its direction (DoRA); slower."""
+    """Train the magnitude of each row of a weight separately from its direction (DoRA); slower."""
     init_lora_weights: Init = True
-    """First weights of the adapters: `true` (PEFT's own: B is 0), `false` (random, not 0),
+    """Initial weights of the adapters: `true` (PEFT's default: B is 0), `false` (random, not 0),
     `gaussian`, `orthogonal` (r must be even), `pissa`, `pissa_niter_<n>`, `olora`, `loftq`, `eva`.
-    `pissa` and `olora` change the base while training; what is saved has twice the rank, and fits
-    the base as it is. `loftq` fits the adapters to the error of the 4-bit base. `eva`: A is what
-    the inputs of a layer have most in common on your first rows."""
+    `pissa` and `olora` change the base during training; the saved adapter has twice the rank, and
+    fits the original base. `loftq` fits the adapters to the error of the 4-bit base. `eva`: A is
+    the directions in which the inputs of the layer vary most, over the first rows of the run."""
     exclude_modules: Texts | Regex | None = None
     """Modules that get no adapter although `target_modules` names them: names, or a regular
     expression of whole names."""
     target_parameters: Texts | None = None
-    """Parameters that get an adapter although no linear layer holds them (experts):
-    `[mlp.experts.gate_up_proj]`. As in PEFT, `exclude_modules` and `layers_to_transform` count for
-    `target_modules` only; with `auto`, they count for all."""
+    """Parameters outside of linear layers that get an adapter, such as experts:
+    `[mlp.experts.gate_up_proj]`. As in PEFT, `exclude_modules` and `layers_to_transform` apply to
+    `target_modules` only; with `target_modules: auto`, they apply to experts, too."""
     layers_to_transform: CountOrZero | list[CountOrZero] | None = None
     """Numbers of the layers, from 0, that get adapters. null: all."""
     layers_pattern: Texts | Text | None = None
-    """Names of the list of layers that `layers_to_transform` counts. null: any."""
+    """Name of the list of layers that `layers_to_transform` counts, or several. null: any list."""
     rank_pattern: dict[Regex, Count] = {}
     """Other values of `r`, by the end of a module's name (a regular expression): `{q_proj: 32}`."""
     alpha_pattern: dict[Regex, Positive] = {}
@@ -158,11 +158,11 @@ class Lora(Section):
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases of the base that are trained: none, all, or those of layers with an adapter."""
     lora_bias: bool = False
-    """Give the second matrix of an adapter a bias. The base's layer needs a bias to merge it."""
+    """Add a bias to B. It can be merged only into a layer of the base that has a bias."""
 
     @property
     def changes_base(self) -> bool:
-        """Returns whether the adapters begin with a part of the base, which is subtracted there."""
+        """Returns whether the adapters begin as a part of the base that is subtracted from it."""
         init = self.init_lora_weights
         return isinstance(init, str) and init.startswith(CHANGES_BASE)
 
@@ -171,10 +171,12 @@ class Tuning(Section):
     """The weights that are trained."""
 
     mode: Literal["lora", "qlora", "full"] = "lora"
-    """`full`: all weights. `lora`: adapters on a frozen base. `qlora`: on a 4-bit base (NF4)."""
+    """`full`: all weights. `lora`: adapters on a frozen base. `qlora`: adapters on a frozen base in
+    4 bits (NF4, or as `quantization` says)."""
     quantization: Literal["nf4", "fp4", "int8", "none"] | None = None
-    """How the frozen base is stored: in 4 bits (`nf4`, `fp4`) or as it computes (`none`). null: as
-    `mode` says. `mode: lora` with 4 bits is `qlora`, and `qlora` alone is `nf4`."""
+    """How the frozen base is stored: in 4 bits (`nf4`, `fp4`) or in the compute dtype (`none`).
+    null: as `mode` says, where `qlora` means `nf4`. `mode: lora` with 4 bits becomes `qlora`.
+    `int8` is refused (docs/ADAPTERS.md)."""
     r: Count = 16
     """Rank of the adapters."""
     lora_alpha: Positive = 32.0
@@ -185,17 +187,18 @@ class Tuning(Section):
         Literal["auto"] | list[Text] | Text, BeforeValidator(check_targets)
     ] = "auto"
     """Modules that get an adapter: names, or a regular expression of whole names. `auto`: every
-    linear layer except the vocabulary head."""
+    matrix by which text is multiplied, in linear layers and elsewhere (experts), except the
+    vocabulary head and routers."""
     router: Literal["frozen", "trained"] = "frozen"
-    """Routers of a mixture of experts. `trained`: with the rest, and with the load-balancing loss
-    that the model's configuration asks for, over the global batch."""
+    """Routers of a mixture of experts. `trained`: like the other weights, with the load-balancing
+    loss that the model's configuration asks for, computed over the global batch."""
     lora: Lora = Lora()
     """Further settings of the adapters, by PEFT's names (section `tuning.lora`)."""
 
     @model_validator(mode="before")
     @classmethod
     def _move_shared(cls, values: Any) -> Any:
-        """Moves keys of `lora` that this section has, too; says qlora of a base in 4 bits.
+        """Moves keys of `lora` that this section has, too; makes lora with 4 bits qlora.
 
         Raises ValueError for a key with two values.
         """
@@ -217,7 +220,7 @@ class Tuning(Section):
 
     @property
     def four_bits(self) -> str:
-        """Returns the kind of 4 bits in which `qlora` stores the base."""
+        """Returns the 4-bit data type in which `qlora` stores the base: nf4 or fp4."""
         return "fp4" if self.quantization == "fp4" else "nf4"
 
     @property

@@ -61,15 +61,17 @@ class Model(Section):
     elsewhere. `flash_attention_2`: the kernel of the package flash-attn. With a flash kernel,
     `train.layout: auto` packs."""
     stop_tokens: list[Text] | None = None
-    """Further tokens at which generation stops, by their text: `["<end_of_turn>"]`. The others are
-    the eos token, those of the model's generation_config.json, and the template's end of a turn."""
+    """Further tokens at which generation stops, by their text: `["<end_of_turn>"]`. It always stops
+    at the eos token, at those of the model's generation_config.json, and at the template's end of
+    a turn."""
 
     adapter: Text | None = None
-    """Folder of an adapter of this base to go on from, with its shape: `final_checkpoint` of a run,
-    or one that PEFT wrote. null: a new adapter."""
+    """Folder of an adapter of this base to continue training, with its rank and modules:
+    `final_checkpoint` of a run, or a folder that PEFT wrote. null: a new adapter."""
     new_tokens: Texts | None = None
-    """Tokens to add to the tokenizer, by their text: `["<think>"]`. Their embeddings begin as the
-    mean of their pieces. With adapters only these rows of the embeddings are trained."""
+    """Tokens to add to the tokenizer, by their text: `["<think>"]`. An embedding is initialised
+    with the mean of those of the pieces into which the token was split before. With adapters, only
+    these rows of the embeddings are trained."""
 
 
 class Data(Section):
@@ -153,7 +155,7 @@ class Group(Section):
     learning_rate: Positive | None = None
     """Peak learning rate. null: that of the run."""
     weight_decay: NonNegative | None = None
-    """Weight decay, also of vectors. null: as in the run."""
+    """Weight decay, also of norms and biases. null: as in the run."""
     freeze: bool = False
     """Keep these parameters as they are: no gradient, no optimizer state."""
 
@@ -190,9 +192,9 @@ class Train(Section):
     """Micro-batches per step and process. `auto`: as many as `global_batch` needs."""
     layout: Literal["auto", "padded", "packed"] = "auto"
     """`padded`: rows of similar length, padded to the longest. `packed`: one row of several
-    documents that cannot see each other. `auto`: the plan chooses."""
+    documents that cannot attend to each other. `auto`: the plan chooses."""
     engine: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
-    """What a process holds: a copy (`ddp`), a shard (`fsdp`: FSDP2), a ZeRO part (`deepspeed`)."""
+    """What a process holds: a whole copy (`ddp`), or a shard (`fsdp`: FSDP2; `deepspeed`: ZeRO)."""
     deepspeed_config: Annotated[Text | None, OnlyWith("train.engine", ("deepspeed",))] = None
     """DeepSpeed JSON file (configs/deepspeed_z2.json is ZeRO-2)."""
     offload: Annotated[bool, OnlyWith("train.engine", ("fsdp",))] = False
@@ -201,8 +203,8 @@ class Train(Section):
     num_processes: Count | None = None
     """Processes that the run must have, or it refuses to start. The launcher sets it."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Compute precision; trained weights stay in fp32. `fp16` has a loss scale. `auto`: bf16 on a
-    GPU that has it, fp16 on any other, fp32 on a CPU."""
+    """Compute precision; trained weights stay in fp32. `fp16` uses a dynamic loss scale. `auto`:
+    bf16 if all GPUs have it, else fp16; fp32 on a CPU."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about 25 % slower. `auto`: only if
     memory would be short without it."""
@@ -220,19 +222,20 @@ class Train(Section):
     schedule: Literal[
         "cosine", "linear", "constant", "wsd", "cosine_with_restarts", "inverse_sqrt"
     ] = "cosine"
-    """Shape of the learning rate after the warm-up. `wsd`: constant, then down by the square root
-    (Hägele et al. 2024). `inverse_sqrt`: the peak times the root of warm-up steps / step."""
+    """Shape of the learning rate after the warm-up. `wsd`: constant, then down as
+    1 - sqrt(progress) (Hägele et al. 2024). `inverse_sqrt`: peak times sqrt(warm-up steps / step);
+    without a warm-up, as after 10,000 steps of one."""
     warmup_ratio: Fraction = 0.03
-    """Share of the steps in which the learning rate rises linearly from 0."""
+    """Share of the steps, the first ones, in which the learning rate rises linearly to the peak."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """The number of these steps; takes precedence over `warmup_ratio`. null: the ratio decides."""
+    """Number of warm-up steps; takes precedence over `warmup_ratio`. null: the ratio decides."""
     decay_ratio: Annotated[Fraction, OnlyWith("train.schedule", ("wsd",))] = 0.2
     """Share of the steps, the last ones, in which the learning rate falls."""
     num_cycles: Annotated[Count, OnlyWith("train.schedule", ("cosine_with_restarts",))] = 2
-    """Times that the cosine falls from the peak."""
+    """How many times the cosine falls from the peak."""
     min_lr_ratio: Fraction = 0.0
-    """Learning rate at the last step, as a share of the peak (not with `constant`; with
-    `inverse_sqrt` what it falls towards)."""
+    """Learning rate at the last step, as a share of the peak. `constant` ignores it; `inverse_sqrt`
+    falls towards it."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay, on matrices only (not on norms and biases)."""
     adam_beta1: Fraction = 0.9
@@ -269,7 +272,7 @@ class Train(Section):
     """Use only algorithms that give the same bits every time; an operation without one ends the
     run. Slower on GPUs; no change on CPUs."""
     profile_steps: Count | None = None
-    """Steps to trace into `<output_dir>/profile.json`, after two steps of warm-up."""
+    """Steps to profile into `<output_dir>/profile.json`, after two steps that are not recorded."""
 
     @property
     def differs_by_layer(self) -> bool:

@@ -1,7 +1,8 @@
-"""Adds the LoRA adapters (PEFT) that are trained on a frozen base, and names what they consist of.
+"""Adds the LoRA adapters (PEFT) that are trained on a frozen base, and names their weights.
 
-PEFT makes, trains and names adapters. Here is what it leaves open: which keys of `tuning.lora` name
-something, and how an adapter that began with a part of the base fits the base that others have.
+PEFT creates adapters. This module adds what PEFT does not do. It refuses names in `tuning.lora`
+that match nothing in the base. It also converts an adapter that was initialised with a part of the
+base (PiSSA, OLoRA) to one that fits the original base.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ NAME = "default"  # of the adapter, in PEFT
 def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
     """Returns `base` with a LoRA adapter (PEFT) in fp32.
 
-    Raises ModelError if a key of `tuning` names nothing in the base, or PEFT refuses a combination.
+    Raises ModelError if a name in `tuning` matches nothing in the base, or if PEFT refuses a
+    combination.
     """
     from peft import get_peft_model
 
@@ -56,7 +58,7 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
             parameter.data = parameter.data.float()
     if tuning.lora.changes_base and not is_fake(base):
         _keep_first(model, tuning)
-    if init in ONLY_BEGINS:  # PEFT would make them again where it reads the adapter
+    if init in ONLY_BEGINS:  # PEFT would initialise them again when it reads the adapter
         config.init_lora_weights = True
     return model
 
@@ -93,7 +95,7 @@ def _explain(error: Exception, base: nn.Module, config: Any, targets: experts.Ta
 def _refuse_unable(model: Any, tuning: Tuning) -> None:
     """Raises ModelError for adapters that PEFT makes, but that could not be right.
 
-    It also holds for weights without values, so that a plan refuses what a run does.
+    It reads no values of weights, so a plan refuses the same adapters as a run.
     """
     init, kept = tuning.lora.init_lora_weights, "tuning.lora.init_lora_weights"
     plain = model.get_base_model()
@@ -103,7 +105,7 @@ def _refuse_unable(model: Any, tuning: Tuning) -> None:
                 f"tuning: {name} would have an adapter and trained rows (trainable_token_indices, "
                 "model.new_tokens), of which PEFT merges one only: leave one of them out"
             )
-        if NAME not in layer.lora_A:  # of embeddings: PEFT begins them as it always does
+        if NAME not in layer.lora_A:  # of embeddings, which PEFT always initialises in one way
             if init == "eva":
                 raise ModelError(f"{kept}: eva begins linear layers only, found {name}: use true")
             continue
@@ -131,7 +133,7 @@ def _refuse_unable(model: Any, tuning: Tuning) -> None:
 
 
 def _refuse_half_tied(model: Any, tuning: Tuning) -> None:
-    """Raises ModelError if `ensure_weight_tying` does not do what it says."""
+    """Raises ModelError if PEFT would not tie the weights as `ensure_weight_tying` asks."""
     trained = (p for p in model.parameters() if p.requires_grad)
     if max(Counter(p.untyped_storage()._cdata for p in trained).values(), default=1) > 1:
         raise ModelError(
@@ -150,7 +152,7 @@ def _refuse_half_tied(model: Any, tuning: Tuning) -> None:
 
 
 def adapted_layers(base: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields (name in the base, adapter); that of a parameter is named by the parameter."""
+    """Yields (name in the base, adapter). The adapter of a parameter has the parameter's name."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in base.named_modules():
@@ -161,7 +163,10 @@ def adapted_layers(base: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def lora_config(tuning: Tuning, targets: experts.Targets, has_values: bool) -> Any:
-    """Returns PEFT's configuration. Without values, weights cannot be decomposed into adapters."""
+    """Returns PEFT's configuration.
+
+    `has_values`: False for fake weights, which cannot be decomposed into the initial A and B.
+    """
     from peft import LoraConfig, TaskType
 
     lora = tuning.lora.model_dump(exclude={"target_parameters"})
@@ -181,7 +186,7 @@ def lora_config(tuning: Tuning, targets: experts.Targets, has_values: bool) -> A
 
 
 def _targets(base: Any, tuning: Tuning) -> experts.Targets:
-    """Returns the names that PEFT gets."""
+    """Returns the names of what gets an adapter. Raises ModelError if `auto` finds nothing."""
     found, parameters = tuning.target_modules, tuning.lora.target_parameters
     if found != "auto":
         return experts.Targets(found if isinstance(found, str) else list(found), parameters)
@@ -196,14 +201,14 @@ def _targets(base: Any, tuning: Tuning) -> experts.Targets:
         )
     if auto.modules != "all-linear" or tuning.lora.layers_to_transform is None:
         return auto
-    # PEFT looks at the numbers of layers only for names that are no whole names of modules.
+    # PEFT applies layers_to_transform only to names that are not whole names of modules.
     head, every = base.get_output_embeddings(), base.named_modules()
     linear = (n for n, m in every if isinstance(m, nn.Linear | Conv1D) and m is not head)
     return experts.Targets(experts.short_names(linear), auto.parameters)
 
 
 def _exclude_also(given: list[str] | str | None, pattern: str) -> list[str] | str | None:
-    """Returns PEFT's `exclude_modules` that excludes what `given` does, and `pattern`."""
+    """Returns a value of PEFT's `exclude_modules` that excludes what `given` and `pattern` do."""
     if not pattern or not given:
         return given or pattern or None
     if not isinstance(given, str):  # names, or ends of names
@@ -221,13 +226,13 @@ def _last_names(names: Iterable[str]) -> set[str]:
     return {name.rpartition(".")[2] for name in names}
 
 
-# -- keys that name something
+# -- names in `tuning` that match nothing
 
 
 def refuse_unused(model: Any, tuning: Tuning) -> None:
-    """Raises ModelError for a name or pattern in `tuning` that is nothing in this model.
+    """Raises ModelError for a name or pattern in `tuning` that matches nothing in this model.
 
-    Adapters of others may name more than their base has; PEFT ignores that, and so do we.
+    It is not called for an existing adapter. One may name more than its base has, as PEFT allows.
     """
     plain = model.get_base_model()
     modules, parameters = (
@@ -236,7 +241,7 @@ def refuse_unused(model: Any, tuning: Tuning) -> None:
     )
     layers = {name for name, _ in adapted_layers(plain)}
     names = {name for name in modules | parameters if name}
-    used = model.peft_config[NAME].target_modules or ()  # without old names of experts
+    used = model.peft_config[NAME].target_modules or ()  # without transformers 4's expert names
     for key, entries, known in _named(tuning, names, parameters, layers):
         for entry in entries if key != "target_modules" else {*entries} & {*used}:
             if not any(_ends_with(name, entry) for name in known):
@@ -269,7 +274,7 @@ def _refuse_unused_layers(tuning: Tuning, layers: Iterable[str]) -> None:
 def _named(
     tuning: Tuning, modules: set[str], parameters: set[str], adapted: set[str]
 ) -> Iterator[tuple[str, list[str], set[str]]]:
-    """Yields (key, the names or patterns that it gives, the names that they may match)."""
+    """Yields (key, its names or patterns, the names in the model that they may match)."""
     lora, targets = tuning.lora, tuning.target_modules
     yield "target_modules", [] if isinstance(targets, str) else list(targets), modules
     yield "lora.target_parameters", lora.target_parameters or [], parameters
@@ -283,7 +288,7 @@ def _named(
 
 
 def _ends_with(name: str, pattern: str) -> bool:
-    """Returns whether PEFT finds `pattern` in a name, as a regular expression of its end."""
+    """Returns whether PEFT takes `pattern`, a regular expression, for the end of a name."""
     return name.endswith(f".{pattern}") or bool(re.match(rf"(.*\.)?({pattern})$", name))
 
 
@@ -291,9 +296,10 @@ def _ends_with(name: str, pattern: str) -> bool:
 
 
 def store_like_base(adapted: Any) -> None:
-    """Stores trained copies, rows and biases in the dtype of the base, with which they compute.
+    """Stores trained copies, rows and biases in the dtype of the base.
 
-    Training computes them under autocast; PEFT itself does so for A and B.
+    In training, autocast casts them. Without autocast their dtype must be that of the base. For A
+    and B, PEFT does this by itself.
     """
     dtype = adapted.get_base_model().dtype
     for name, parameter in adapted.named_parameters():
@@ -308,14 +314,14 @@ def tuning_of(adapted: Any) -> Tuning:
     return adapter_tuning(plain)
 
 
-# -- adapters that begin with a part of the base
+# -- adapters that are initialised with a part of the base
 
 
 def served_tuning(tuning: Tuning) -> Tuning:
-    """Returns the settings of what is saved: an adapter that fits the base as others have it.
+    """Returns the settings of the adapter that is saved, which fits the original base.
 
-    PiSSA and OLoRA train B A on a base from which B0 A0 was subtracted. On the whole base that is
-    an adapter of twice the rank, B A - B0 A0, and of the same scale.
+    PiSSA and OLoRA train B A on a base from which the initial B0 A0 was subtracted. On the original
+    base this is the adapter B A - B0 A0, of twice the rank and the same scale.
     """
     lora = tuning.lora
     if lora.init_lora_weights in ONLY_BEGINS:
@@ -335,7 +341,7 @@ def served_tuning(tuning: Tuning) -> Tuning:
 
 
 def _keep_first(model: Any, tuning: Tuning) -> None:
-    """Keeps the first A and B, which were subtracted from the base, as an attribute of `model`."""
+    """Keeps the initial A and B, which were subtracted from the base, in `model.first_adapter`."""
     model.first_adapter = {
         name: parameter.detach().cpu().clone()
         for name, parameter in model.named_parameters()
@@ -345,7 +351,7 @@ def _keep_first(model: Any, tuning: Tuning) -> None:
 
 
 def _part_of(name: str) -> str:
-    """Returns A or B for a matrix of an adapter, also of embeddings; "" for other weights."""
+    """Returns "A" or "B" for a matrix of an adapter, also of embeddings; "" for other weights."""
     found = re.search(r"\.lora_(?:embedding_)?([AB])\.", name)
     return found[1] if found else ""
 
@@ -374,7 +380,7 @@ def without_first(model: Any, name: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def saved_names(model: Any) -> dict[str, str]:
-    """Returns (name in PEFT's file -> name in `model`) of all weights of an adapter, from PEFT."""
+    """Returns {name in PEFT's file: name in `model`} of all weights of an adapter, asking PEFT."""
     from peft import get_peft_model_state_dict
 
     tensors = {**aliases(model), **{name: name for name, _ in model.named_buffers()}}
@@ -385,6 +391,6 @@ def saved_names(model: Any) -> dict[str, str]:
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
-    """Returns (name -> first name of the same parameter); tied parameters have several names."""
+    """Returns {name: first name of the same parameter}; tied parameters have several names."""
     first = {parameter: name for name, parameter in model.named_parameters()}
     return {name: first[p] for name, p in model.named_parameters(remove_duplicate=False)}

@@ -1,9 +1,12 @@
 """Keeps packed documents apart in attention, with PyTorch's flash kernel for rows of any length.
 
 This is `model.attn_implementation: varlen`, which transformers lacks. Without it, packing needs the
-package flash-attn or a mask of tokens x tokens. The kernel needs no mask: a document begins where
+package flash-attn or a mask of (tokens, tokens). The kernel needs no mask: a document begins where
 position ids restart, as in transformers' use of flash-attn. What the kernel does not support (a
 CPU, fp32, a cache of keys and values, left padding) is computed by SDPA with a mask.
+
+Models whose mask ignores position ids are given the borders of documents in another form
+(`keep_documents_apart`).
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ def needs_no_mask(name: str, precision: str, on_gpu: bool) -> bool:
 
 
 def mask(*, q_length: int, kv_length: int, dtype: torch.dtype, **given: Any) -> torch.Tensor | None:
-    """Returns the mask of SDPA, or None if the kernel will be used."""
+    """Returns SDPA's mask (rows, 1, q_length, kv_length), or None if the kernel will be used."""
     has_padding_or_cache = given["attention_mask"] is not None or q_length != kv_length
     if not has_padding_or_cache and _kernel_dtype(torch.device(given["device"]), dtype):
         return None
@@ -46,13 +49,13 @@ def attend(
     module: torch.nn.Module,
     query: torch.Tensor,  # (rows, heads, time, size)
     key: torch.Tensor,  # (rows, groups, time, size)
-    value: torch.Tensor,
+    value: torch.Tensor,  # as key
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **given: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Returns the attended values (rows, time, heads, size).
+    """Returns the attended values (rows, time, heads, size), and None for the attention weights.
 
     Raises ModelError for dropout in the kernel, and for soft caps and sinks, which neither the
     kernel nor SDPA has.
@@ -112,10 +115,10 @@ _starts = WeakTensorKeyDictionary()
 def document_starts(
     positions: torch.Tensor | None, rows: int, time: int, device: torch.device
 ) -> tuple[torch.Tensor, int]:
-    """Returns the index of each document's first token, and the length of the longest document.
+    """Returns the index of each document's first token, and the most tokens of a document.
 
-    Indices count through all rows, and the end of the last row is one more entry. `positions`, of
-    shape (1 or rows, time), restart in each document.
+    The indices (documents + 1, int32) count through all rows; the last is the end of the last row.
+    `positions` (1 or rows, time) restart in each document.
     """
     if positions is None:
         return torch.arange(0, rows * time + 1, time, dtype=torch.int32, device=device), time
@@ -129,15 +132,16 @@ def document_starts(
     return starts, longest
 
 
-LENGTHS = (7, 7, 7)  # tokens before, in and behind the document that a proof looks at
-ROUNDING = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}  # of logits, relative to their size
+LENGTHS = (7, 7, 7)  # tokens before, in and after the document that a proof compares
+ROUNDING = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}  # error of logits, relative to their norm
 
 
 def keep_documents_apart(model: torch.nn.Module, precision: str, device: torch.device) -> bool:
-    """Returns whether packed documents are apart, as `documents_are_isolated` shows it.
+    """Returns whether packed documents are isolated, if needed with another form of borders.
 
-    transformers reads borders from position ids, but some models do not pass these on to the mask.
-    They take borders in another form. If that is proven, the model is given it from now on.
+    transformers finds borders where position ids restart, but some models do not pass position ids
+    on to the mask (Qwen2-VL, gpt-oss). So each further form is tried. If `documents_are_isolated`
+    is true with one, a hook stays on the model and gives it that form in every later pass.
     """
     if documents_are_isolated(model, precision, device):
         return True
@@ -157,13 +161,13 @@ Form = Callable[[torch.nn.Module, dict[str, Any]], dict[str, Any]]
 
 
 def in_planes(_: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """Returns positions as models for images take them: of the text, then in three dimensions."""
+    """Returns position ids (4, rows, time): of the text, then of time, height and width."""
     rows = given["input_ids"].shape[0]
     return {"position_ids": given["position_ids"].expand(rows, -1).expand(4, rows, -1)}
 
 
 def in_masks(base: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Returns masks, one for each kind of layer, as `generate` makes them."""
+    """Returns the masks of packed documents for each kind of layer, as `generate` makes them."""
     rows, time = given["input_ids"].shape
     like = base.get_input_embeddings().weight.new_empty(rows, time, 0)
     masks = create_masks_for_generate(base.config, like, None, None, given["position_ids"])
@@ -171,7 +175,7 @@ def in_masks(base: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_form(form: Form) -> Callable[..., tuple[Any, dict[str, Any]] | None]:
-    """Returns a hook that gives a model its positions in this form, where it uses no cache."""
+    """Returns a hook that gives a model the borders in this form in passes without a cache."""
 
     def hook(base: torch.nn.Module, args: Any, given: dict[str, Any]) -> Any:
         positions = given.get("position_ids")
@@ -184,12 +188,13 @@ def _in_form(form: Form) -> Callable[..., tuple[Any, dict[str, Any]] | None]:
 
 @torch.no_grad()
 def documents_are_isolated(model: torch.nn.Module, precision: str, device: torch.device) -> bool:
-    """Returns whether a document packed behind another has the logits that it has by itself.
+    """Returns whether a document packed after another has the logits that it has by itself.
 
-    transformers separates documents where position ids restart, but in several cases it silently
+    transformers separates documents where position ids restart, but for some models it silently
     does not. So this tries the model that will train, with the arguments and precision of training.
-    A recurrent state can leak so little that a comparison with the single document would take it
-    for rounding. Rounding is what changes the logits when only a *later* document is another.
+    A recurrent state can leak so little that it looks like rounding in a comparison with the single
+    document. So rounding is measured: it is all that changes the logits if a *later* document
+    changes.
     """
     proof = _Proof(model, precision, device, packed=True)
     together, single = proof.logits(), proof.logits(alone=True)
@@ -203,9 +208,9 @@ def documents_are_isolated(model: torch.nn.Module, precision: str, device: torch
 
 @torch.no_grad()
 def reads_later_tokens(model: torch.nn.Module, precision: str, device: torch.device) -> bool:
-    """Returns whether a token's logits depend on those behind it, about as on those before it.
+    """Returns whether a token's logits depend on later tokens about as much as on earlier ones.
 
-    Such a model cannot be trained to predict them, and padding on the right would change it.
+    Such a model cannot be trained to predict tokens, and padding on the right changes its logits.
     """
     proof = _Proof(model, precision, device, packed=False)
     later = min(proof.change(behind=i) for i in (1, 2))
@@ -214,7 +219,7 @@ def reads_later_tokens(model: torch.nn.Module, precision: str, device: torch.dev
 
 
 class _Proof:
-    """Logits of a document between two others, of which there are several versions."""
+    """Logits of a document between two others, each of which has three versions of its text."""
 
     def __init__(self, model: torch.nn.Module, precision: str, device: torch.device, packed: bool):
         self.model, self.device, self.packed = model, device, packed
@@ -226,10 +231,14 @@ class _Proof:
         self.versions = torch.randint(num_ids, shape, generator=generator).to(device)
 
     def change(self, before: int = 0, behind: int = 0) -> torch.Tensor:
-        """Returns by how much another text before or behind the document changes its logits."""
+        """Returns the norm by which another version of the text around it changes its logits."""
         return (self.logits(before, behind) - self.logits()).norm()
 
     def logits(self, before: int = 0, behind: int = 0, alone: bool = False) -> torch.Tensor:
+        """Returns the document's logits (1, time, vocabulary), in fp32.
+
+        `before`, `behind`: versions of the text around it. `alone`: without any text around it.
+        """
         parts = [
             self.versions[version].split(LENGTHS)[part]
             for part, version in enumerate((before, 0, behind))

@@ -16,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_dtypes(model: nn.Module, mode: str, precision: str) -> None:
-    """Asserts that trained weights are fp32, and frozen ones in the compute dtype or NF4."""
+    """Asserts that trained weights are fp32, and frozen ones in the compute dtype or 4 bits."""
     frozen = {torch.float32, DTYPES[precision]} | ({torch.uint8} if mode == "qlora" else set())
     for name, parameter in model.named_parameters():
         allowed = {torch.float32} if parameter.requires_grad else frozen
@@ -54,7 +54,7 @@ def part_of(name: str, on_base: bool) -> str:
 
 
 def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
-    """Counts parameters by part, dtype and whether they are trained; NF4 packs two into a byte."""
+    """Counts parameters by part, dtype and whether they are trained; 4 bits: two in a byte."""
     counts: dict[tuple[str, str, bool], list[int]] = defaultdict(lambda: [0, 0])
     for name, parameter in model.named_parameters():
         quantised = parameter.dtype == torch.uint8

@@ -1,7 +1,7 @@
-"""Begins adapters with what the inputs of their layers have in common (EVA, Paischer et al. 2024).
+"""Initialises A of each adapter from the inputs of its layer (EVA, Paischer et al. 2024).
 
-PEFT computes it. Here is what makes it the same for every cut and every number of processes: each
-process looks at the same rows in the same order, and every adapter keeps its rank.
+PEFT computes the principal components. This module makes them the same for every cut and every
+number of processes: each process reads the same rows in the same order, and ranks stay as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sft.errors import ModelError
 from sft.models.adapt import NAME
 from sft.models.fake import set_attributes
 
-MAX_PASSES = 256  # forward passes after which directions that still turn are an error
+MAX_PASSES = 256  # forward passes in which the directions must converge
 
 
 def begin_with_inputs(
@@ -24,10 +24,11 @@ def begin_with_inputs(
     collate: Callable[[list[int]], Any],
     run: Callable[[Any], Any],
 ) -> None:
-    """Sets each A to the directions in which the inputs of its layer differ most.
+    """Sets each A to the directions in which the inputs of its layer vary most; B stays 0.
 
-    `batches`: ids of examples. `collate` makes a batch of some, with `token_positions`; `run` runs
-    the model on it. Raises ModelError if the directions do not settle.
+    `batches`: lists of ids of examples. `collate` makes a batch of such a list; its method
+    `token_positions` leaves out padding. `run` runs the model on the batch. Raises ModelError if
+    the directions do not converge within `MAX_PASSES` forward passes.
     """
     from peft import EvaConfig
     from peft.tuners.lora import eva

@@ -1,7 +1,8 @@
-"""Adapts the experts of a mixture, whose weights are one parameter of three dimensions.
+"""Chooses what gets an adapter, and adapts weights that no linear layer holds, such as experts.
 
-PEFT's `target_parameters` does this, and its files are what is saved. Only how an adapter changes
-the weight of a forward pass is ours: see `prepared`.
+The experts of a mixture are one parameter of shape (experts, in, out) or (experts, out, in). PEFT's
+`target_parameters` adapts it, and adapters are saved in PEFT's files. Only the way in which an
+adapter changes the weight in a forward pass is this project's own: see `prepared`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class ExpertAdapter(ParamWrapper):
     """PEFT's LoRA of a parameter, which may be quantised, or split over ranks."""
 
     def get_param(self) -> torch.Tensor:
-        """Returns the parameter; of a quantised one only the shape and the dtype."""
+        """Returns the parameter; for a quantised one zeros of its shape and dtype (no memory)."""
         module: Any = self.get_base_layer()
         stored = module._parameters[self.parameter_name]
         state = module.quant_states.get(self.parameter_name)
@@ -76,18 +77,19 @@ def _wrap(target: nn.Module, adapter_name: str, config: LoraConfig, **options: A
     name = options.pop("parameter_name", None)
     if name is None:
         return None
-    if is_plain(target):  # the same adapter as that of the module, in other words
+    if is_plain(target):  # an adapter of its weight is the adapter of the module
         return LoraModel._create_new_module(config, adapter_name, target, **options)
     return ExpertAdapter(target, adapter_name, parameter_name=name, config=config, **options)
 
 
 def complete_targets(base: Any, config: LoraConfig, *, auto: bool, init: bool | str) -> None:
-    """Makes PEFT adapt all that `config` names, with the adapters of this module.
+    """Changes `config` so that PEFT adapts all that it names; prepares the modules with experts.
 
-    For some mixtures PEFT takes names of modules for names of experts, as they were called in
-    transformers 4. Linear layers of these names would get no adapter, so they are named by their
-    parameter. Such a file means the same to PEFT. `auto`: the names are those of `auto_targets`.
-    `init`: `init_lora_weights`, which PEFT does not get where weights have no values.
+    For some mixtures PEFT takes certain names of modules for the experts of transformers 4. Linear
+    layers with these names would get no adapter, so their weights are named as parameters. PEFT
+    reads such a file in the same way. `auto`: the names are those of `auto_targets`. `init`:
+    `init_lora_weights`, which `config` lacks if weights have no values. Raises ModelError for what
+    PEFT cannot do with parameters.
     """
     every = [name for name, _ in base.named_parameters()]
     if config.target_modules != "all-linear":
@@ -112,7 +114,7 @@ def complete_targets(base: Any, config: LoraConfig, *, auto: bool, init: bool | 
 
 
 def _follow_patterns(config: LoraConfig, layers: Iterable[str]) -> None:
-    """Makes patterns of `layers` match them, too, when they are named by their parameter."""
+    """Adds patterns of ranks and alphas for `layers` that are now named by their parameter."""
     for patterns in (config.rank_pattern, config.alpha_pattern):
         for pattern, value in list((patterns or {}).items()):
             if any(re.match(rf"(.*\.)?({pattern})$", name) for name in layers):
@@ -150,22 +152,21 @@ def _linear_layers(base: nn.Module, config: LoraConfig) -> set[str]:
 
 @dataclass(frozen=True)
 class Targets:
-    """What PEFT gets as names of what it adapts."""
+    """The names that PEFT gets of what it adapts."""
 
     modules: str | list[str]
     parameters: list[str] | None = None
-    excluded: str = ""  # a pattern of modules that have these names, but that no text reaches
+    excluded: str = ""  # a pattern of modules that have these names, but get no adapter
 
 
 def auto_targets(base: Any, reach: Reach, *, routers: bool = False) -> Targets:
-    """Returns targets for all matrices that a step on text reaches, but the head.
+    """Returns targets for all matrices that a step on text reaches, except the head.
 
-    `routers`: whether also those that choose experts.
-
-    If these are all linear layers, it returns PEFT's own word for them.
+    `routers`: whether to include those that choose experts. If the targets are exactly the linear
+    layers, the result is PEFT's `all-linear`.
     """
     head = base.get_output_embeddings()
-    # An adapter of what others than its module read would have no effect.
+    # An adapter has no effect on a weight that is read by another module than its owner.
     left = reach.borrowed | (NOTHING if routers else reach.routers)
     linear, held = dict[str, bool](), dict[str, bool]()
     for name, module in base.named_modules():
@@ -189,9 +190,9 @@ def auto_targets(base: Any, reach: Reach, *, routers: bool = False) -> Targets:
 
 
 def _excluding(names: list[str], reach: Reach) -> str:
-    """Returns a pattern of modules that get no adapters, with all within those that are unreached.
+    """Returns a pattern of the modules `names`, which get no adapters.
 
-    It is short: a tower is named once.
+    For an unreached tower it has one entry, which covers all modules in it.
     """
     towers = {_outermost(name, reach) for name in names} - {*names}
     parts = [rf"{re.escape(name)}(\..*)?" for name in sorted(towers)]
@@ -200,7 +201,7 @@ def _excluding(names: list[str], reach: Reach) -> str:
 
 
 def is_refused(base: Any, name: str) -> bool:
-    """Returns whether PEFT refuses to adapt a layer, since fused kernels read its weight alone."""
+    """Returns whether PEFT refuses a layer because fused kernels read its weight directly."""
     config: Any = SimpleNamespace(peft_type="LORA")
     try:
         _check_lora_target_modules_mamba(config, base, name.rpartition(".")[2])
@@ -210,7 +211,7 @@ def is_refused(base: Any, name: str) -> bool:
 
 
 def _outermost(name: str, reach: Reach) -> str:
-    """Returns the name of the outermost module around a layer of which nothing is reached."""
+    """Returns the outermost module that contains a layer and in which nothing is reached."""
     parts = name.split(".")
     for number in range(1, len(parts)):
         module = ".".join(parts[:number])
@@ -231,7 +232,7 @@ def is_plain(module: nn.Module) -> bool:
 def acts_as_linear(module: Any) -> bool:
     """Returns whether a linear layer of any class computes x W + b, so an adapter may add x B A.
 
-    One that scales, rounds or splits its weight does not. A small copy is tried.
+    A class that scales, rounds or splits its weight does not. This is tried on a small copy.
     """
     if is_plain(module):
         return True
@@ -253,9 +254,9 @@ def acts_as_linear(module: Any) -> bool:
 
 
 def _is_raw(base: nn.Module, name: str) -> bool:
-    """Returns whether a class of the model's own, which is no linear layer, reads a weight.
+    """Returns whether a weight belongs to a class of the model's own that is no linear layer.
 
-    PyTorch's classes, such as of recurrent layers, keep other references to their weights.
+    Not PyTorch's classes: recurrent layers, for example, keep other references to their weights.
     """
     owner = base.get_submodule(_owner(name))
     own = type(owner).__module__.startswith("torch.") or isinstance(owner, nn.Linear | Conv1D)
@@ -324,8 +325,8 @@ def _is_chosen(name: str, config: LoraConfig) -> bool:
 
 
 def short_names(names: Iterable[str]) -> list[str]:
-    """Returns the ends of names behind the number of their layer, which all layers share.
+    """Returns the part of each name after the number of its layer, which all layers share.
 
-    An end that is a number only would name every element of a list.
+    A part that is only a number is not used, since it would name every element of a list.
     """
     return sorted({re.sub(r"^.*\.\d+\.(?!\d+$)", "", name) for name in names})

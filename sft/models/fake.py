@@ -81,8 +81,8 @@ def _convert(module: nn.Module, function: Callable[[Any], Any], recurse: bool = 
 
 
 class FastMode(TorchDispatchMode):
-    """A dispatch mode that is left out where the device of a fake tensor is asked for, which is
-    four of five calls, and that is called without torch.compile's guards."""
+    """A dispatch mode that costs less than torch's: `dispatch` is not called for the device of a
+    fake tensor, which is four of five calls, and torch.compile's guards are skipped."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -112,6 +112,9 @@ class AssumeOnes(FastMode):
 
 
 def _fitting(tensor: torch.Tensor, sizes: list[int], dim: int = 0) -> list[int]:
-    """Returns sizes that add up, also where a program read them from a tensor: as ones."""
+    """Returns sizes that add up to the length of `dim`; the last one absorbs the difference.
+
+    Code that read its sizes from a fake tensor got ones.
+    """
     missing = tensor.shape[dim] - sum(sizes)
     return [*sizes[:-1], sizes[-1] + missing]

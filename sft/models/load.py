@@ -1,7 +1,7 @@
 """Loads the model as configured (full, LoRA or QLoRA).
 
 Trained weights, their gradients and their optimizer state are fp32. A frozen base is stored in the
-compute dtype or in NF4. In bf16, compute runs under autocast. All this is checked after the build.
+compute dtype or in 4 bits. bf16 and fp16 run under autocast. All this is checked after the build.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from sft.models.fake import set_attributes
 def _dequantise(module: Any) -> torch.Tensor:
     """Returns the weight of a layer, from 4 bits if it has them.
 
-    PEFT looks at the class of the weight, which is another one where it is fake or split.
+    PEFT decides by the class of the weight, but fake and split weights have other classes.
     """
     from peft.utils.integrations import dequantize_module_weight
 
@@ -55,9 +55,9 @@ def dora(*, fake: bool) -> Iterator[None]:
 
 @contextmanager
 def orthogonal() -> Iterator[None]:
-    """Lets PEFT make orthogonal weights, which it casts to the dtype of the base, in fp32.
+    """Makes PEFT create orthogonal weights in fp32 where the base is stored in 4 bits.
 
-    It would cast them to whole numbers where the base is stored in 4 bits.
+    PEFT casts them to the dtype of the stored base, which would round them to whole numbers.
     """
     from peft.tuners.lora import LoraLayer
 

@@ -1,12 +1,13 @@
 """Lets a module multiply by weights that differ from those it stores: 4 bits, adapters, dtypes.
 
-Linear layers have classes for this (bitsandbytes, PEFT). All other modules that hold matrices, such
-as the experts of a mixture in one parameter, read an attribute of their own in their own code. So
-while such a module runs, its attribute is the weight to compute with. Its stored parameters keep
-their names, for checkpoints, FSDP2 and ZeRO.
+bitsandbytes and PEFT have classes of linear layers for this. Other modules that hold matrices, such
+as the experts of a mixture, read them as attributes in their own code. So while such a module runs,
+its attribute is the weight to compute with. Its stored parameters keep their names, for
+checkpoints, FSDP2 and ZeRO.
 
-Parametrizations of PyTorch, on which bitsandbytes and PEFT build the same, are not used: PEFT 0.21
-leaves its own on a weight that bitsandbytes has parametrised, so adapters would add up over steps.
+bitsandbytes and PEFT can do the same with PyTorch's parametrizations. These are not used: PEFT 0.21
+does not remove its own from a weight that bitsandbytes has parametrised, so what adapters add would
+accumulate over steps.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ class PreparedWeights(nn.Module):
     """Computes weights from stored parameters in each forward pass; `prepare` mixes it in."""
 
     quant_states: dict[str, Any]
-    """How stored parameters are quantised (bitsandbytes), by name. Engines replace parameters, so
-    a parameter cannot keep it."""
+    """How stored parameters are quantised (bitsandbytes), by name. It is not an attribute of the
+    parameter, because engines replace parameters."""
     changes: dict[str, Change]
-    """What adapters do to weights, by name, while they are active."""
+    """The functions by which active adapters change weights, by name of the parameter."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         shadows = vars(self)  # an attribute of the instance comes before its parameter
@@ -45,7 +46,7 @@ class PreparedWeights(nn.Module):
                 shadows.pop(name, None)
 
     def _prepare(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Returns the weight to compute with, given the stored one."""
+        """Returns the weight to compute with: dequantised, adapted, and cast for autocast."""
         if name in self.quant_states:
             from bitsandbytes.functional import dequantize_4bit
 
@@ -53,13 +54,16 @@ class PreparedWeights(nn.Module):
         if name in self.changes:
             weight = self.changes[name](weight)
         kind = weight.device.type
-        if weight.ndim == 3 and torch.is_autocast_enabled(kind):  # no product of experts casts
+        if weight.ndim == 3 and torch.is_autocast_enabled(kind):  # autocast skips experts' products
             weight = weight.to(torch.get_autocast_dtype(kind))
         return weight
 
 
 def prepare(module: nn.Module) -> Any:
-    """Makes a module compute with prepared weights, and returns it."""
+    """Makes a module compute with prepared weights, and returns it.
+
+    It changes the class of the module in place. A second call changes nothing.
+    """
     if not isinstance(module, PreparedWeights):
         kind: Any = type(module)
         module.__class__ = _prepared_class(kind)

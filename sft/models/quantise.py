@@ -1,4 +1,4 @@
-"""Stores frozen weights in 4 bits (NF4), and keeps them right while adapters train on them."""
+"""Stores frozen weights in 4 bits (NF4 or FP4), and keeps them valid while adapters train."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from sft.models.reach import reach
 
 
 def four_bits(compute_dtype: torch.dtype, kind: str = "nf4") -> BitsAndBytesConfig:
-    """Returns the settings of QLoRA (Dettmers et al. 2023, section 3): NF4, double quantisation.
+    """Returns bitsandbytes' settings of QLoRA, with double quantisation (Dettmers et al. 2023, 3).
 
-    `kind`: as in `tuning.quantization`.
+    `kind`: `nf4` or `fp4`, as in `tuning.quantization`.
     """
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -34,10 +34,11 @@ def four_bits(compute_dtype: torch.dtype, kind: str = "nf4") -> BitsAndBytesConf
 
 
 def matrices_to_quantise(model: Any) -> set[str]:
-    """Returns the names of the weights that 4 bits are asked for, in whatever module they are.
+    """Returns the names of the weights that `qlora` stores in 4 bits, in modules of any class.
 
-    Left out are the head, what is looked up, what the class of the model keeps in fp32, what others
-    than its module read or the step changes, and what only chooses: rounded, it chooses others.
+    These are matrices, except the head, tables of embeddings, and weights that the model's class
+    keeps in fp32, that another module than their owner reads, or that the step changes in place.
+    Routers are left out, too, since with rounded weights they would choose other experts.
     """
     found, head = reach(model), model.get_output_embeddings()
     layers = {f"{name}.weight": module for name, module in model.named_modules()}
@@ -45,7 +46,7 @@ def matrices_to_quantise(model: Any) -> set[str]:
     left |= found.looked_up | found.routers | found.borrowed | found.written
     exact = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     is_exact = re.compile(rf"(^|\.)({'|'.join(sorted(exact))})(\.|$)" if exact else r"(?!)")
-    # Of a model that cannot be traced, these are its linear layers, as transformers has it.
+    # For a model that cannot be traced, these are its linear layers, as in transformers.
     known = {name for name, module in layers.items() if _is_replaced(module)}
     matrices = known if found.problem else found.matrices
     sizes = {name: parameter.ndim for name, parameter in model.named_parameters()}
@@ -54,27 +55,28 @@ def matrices_to_quantise(model: Any) -> set[str]:
 
 
 def matrices_elsewhere(model: nn.Module, wanted: set[str]) -> set[str]:
-    """Returns the matrices to quantise that transformers leaves: those of no plain linear layer."""
+    """Returns the names in `wanted` that transformers does not quantise: not in linear layers."""
     modules = dict(model.named_modules())
     return {name for name in wanted if not _is_replaced(modules[name.rpartition(".")[0]])}
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    """Returns whether transformers replaces a layer by one of bitsandbytes, or has done so."""
+    """Returns whether transformers replaces a layer by one of bitsandbytes, or has replaced it."""
     own = type(module).__module__.startswith("bitsandbytes.")
     return type(module) is nn.Linear or isinstance(module, Conv1D) or own
 
 
 class AllMatrices(Bnb4BitHfQuantizer):
-    """transformers' quantiser, which leaves what is not in linear layers, also for the rest."""
+    """transformers' quantiser of linear layers, extended to the matrices of all other modules."""
 
     elsewhere: set[str]
+    """Matrices to quantise that no linear layer holds."""
 
     @staticmethod
     def get_modules_to_not_convert(model: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """Returns the layers that stay: those of text that `matrices_to_quantise` leaves out.
+        """Returns patterns of the linear layers that stay: those of text that are not quantised.
 
-        transformers itself takes the layer of the last parameter for the head.
+        transformers itself would take the layer of the last parameter for the head.
         """
         found, wanted = reach(model), matrices_to_quantise(model)
         layers = {n for n, module in model.named_modules() if _is_replaced(module)}
@@ -98,7 +100,7 @@ class AllMatrices(Bnb4BitHfQuantizer):
 
 
 class _Quantise(Bnb4bitQuantize):
-    """Quantises one parameter as it is read, so a model is never whole in memory before."""
+    """Quantises each parameter as it is read, so the full-size model is never in memory."""
 
     def convert(self, input_dict: Any, **options: Any) -> Any:  # type: ignore[override]
         model, settings = options["model"], self.hf_quantizer.quantization_config
@@ -114,7 +116,7 @@ class _Quantise(Bnb4bitQuantize):
 
 @contextmanager
 def quantising_all() -> Iterator[None]:
-    """Lets transformers quantise, while it loads a model, all matrices that training freezes."""
+    """Makes transformers quantise all of `matrices_to_quantise` while it loads a model."""
     before = auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
     auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = AllMatrices
     try:
@@ -126,7 +128,7 @@ def quantising_all() -> Iterator[None]:
 def _quantise_parameter(
     model: nn.Module, name: str, weight: torch.Tensor, settings: BitsAndBytesConfig
 ) -> nn.Parameter:
-    """Returns a weight in 4 bits, and lets its module dequantise it in each forward pass."""
+    """Returns a weight in 4 bits, and makes its module dequantise it in each forward pass."""
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(
@@ -142,7 +144,7 @@ def _quantise_parameter(
 
 
 def quantise(model: Any, compute_dtype: torch.dtype, kind: str = "nf4") -> None:
-    """Quantises a model that was made without files, as loading with `four_bits` quantises."""
+    """Quantises a model that was built without files, with the same result as loading one."""
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit
     from torch._subclasses.fake_tensor import unset_fake_temporarily

@@ -1,7 +1,9 @@
 """Finds the parameters that a step on text reaches, and those that are operands of matrix products.
 
-The base's own forward and backward pass run on fake tensors, with every parameter requiring a
-gradient. So the answer holds for any architecture: no name of a model, module or parameter counts.
+The base's own forward pass runs on fake tensors, with every parameter requiring a gradient. The
+graph that it leaves says which parameters a backward pass would reach. So this works for any
+architecture, and no name of a model, module or parameter is looked at. If the model's code needs
+values of tensors, a narrow copy of the model is run with values instead.
 """
 
 from __future__ import annotations
@@ -23,44 +25,47 @@ from sft.models.fake import fake_tensors
 from sft.models.pretrained import narrow
 from sft.models.tracer import NOTHING, TOKENS, Product, Running, Tracer, without_modes
 
-MOST_VALUES = 300_000_000  # parameters of a copy that is run with values
+MOST_VALUES = 300_000_000  # a narrow copy with more parameters is not run with values
 State = Literal["reached", "conditional", "unreached"]
 INERT = {"_name_or_path", "dtype", "torch_dtype", "use_cache", "transformers_version"}
-INERT |= {"quantization_config"}  # which applies to weights that are loaded
+INERT |= {"quantization_config"}  # it applies only to weights that are loaded
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What a step on text does with the parameters of a base; a tied one has all its names.
+    """What a step on text does with the parameters of a base; a tied one is listed by each name.
 
-    A parameter without a gradient is `unreached`, or `conditional` if values of tensors chose
-    another element of the same kind, such as an expert that got no token.
+    A parameter without a gradient is `unreached`. It is `conditional` if the step chose another
+    element of the same kind by values of tensors: an expert to which no token was sent.
     """
 
     parameters: Mapping[str, State]
     products: Mapping[str, Product]  # by parameter
-    routers: frozenset[str] = NOTHING  # products whose results choose, such as of experts
+    routers: frozenset[str] = NOTHING  # weights whose products choose, such as experts
     looked_up: frozenset[str] = NOTHING  # tables of embeddings
     attends: frozenset[str] = NOTHING  # modules that compute a softmax, such as attention
-    borrowed: frozenset[str] = NOTHING  # products in the code of a module that does not own them
-    written: frozenset[str] = NOTHING  # changed in place, such as clamped
+    borrowed: frozenset[str] = NOTHING  # weights that another module than their owner reads
+    written: frozenset[str] = NOTHING  # weights that the step changes in place, such as by clamping
     branches: bool = False  # whether values of activations may decide which modules run
     narrowed: str = ""  # why a narrow copy with values was run, in place of a trace
     problem: str = ""  # why neither was possible; then every parameter counts as reached
 
     def is_unreached(self, name: str) -> bool:
-        """Returns whether a parameter never gets a gradient; no for an unknown one."""
+        """Returns whether a parameter never gets a gradient; False for an unknown name."""
         return self.parameters.get(name) == "unreached"
 
     def multiplies(self, name: str) -> bool:
-        """Returns whether a weight multiplies activations; yes for all if that is not known.
+        """Returns whether a weight multiplies activations; True for all if that is not known.
 
-        An element that values of tensors did not choose, such as an expert, would if chosen.
+        It is also True for the weights of an expert that was not chosen, but could be.
         """
         return bool(self.problem) or name in self.matrices
 
     def widened(self, shapes: Mapping[str, tuple[int, ...]], why: str) -> Reach:
-        """Returns what was found of a narrow copy for the whole model with these shapes."""
+        """Returns this reach, found on a narrow copy, with the `shapes` of the whole model.
+
+        `why`: the reason for which the whole model was not traced.
+        """
         products = {
             name: replace(
                 product,
@@ -75,7 +80,7 @@ class Reach:
     def matrices(self) -> set[str]:
         """Returns the weights of matrix products that get a gradient.
 
-        Of an element that was not chosen, it returns all parameters: no product was seen.
+        Of an expert that was not chosen, these are all parameters, since no product was seen.
         """
         matrices = {name for name, each in self.products.items() if each.kind == "matrix"}
         states = self.parameters.items()
@@ -84,14 +89,14 @@ class Reach:
 
     @cached_property
     def mixed(self) -> set[str]:
-        """Returns the modules that own other products besides those that choose."""
+        """Returns the modules that own weights of products other than routers."""
         return {_owner(name) for name in self.products if name not in self.routers}
 
     def chooses(self, name: str, size: int) -> bool:
-        """Returns whether a parameter of `size` elements only helps to choose, as of experts.
+        """Returns whether a parameter of `size` elements only takes part in choosing experts.
 
-        Such are routers, and what a module that is a router has besides. Of another one that has a
-        router's weight, it is a bias.
+        This is a router's weight, and all else in a module whose products are routers only. In a
+        module that has a router's weight and others, it is a bias with the router's output size.
         """
         routers = [each for each in self.routers if _owner(each) == _owner(name)]
         if name in self.routers or name in self.products or not routers:
@@ -122,7 +127,7 @@ def may_leave_out(model: nn.Module) -> bool:
 def freeze_untrained(base: nn.Module, *, routers: bool) -> None:
     """Freezes what a step on text never gives a gradient, such as towers for images.
 
-    `routers`: whether also the parameters that choose experts.
+    `routers`: whether to freeze the parameters that choose experts, too.
     """
     found = reach(base)
     for name, parameter in base.named_parameters():
@@ -151,7 +156,7 @@ class _Key:
 @lru_cache(maxsize=32)
 def _reach(kind: Callable[[Any], nn.Module], key: _Key) -> Reach:
     config = copy.deepcopy(key.config)
-    # Those that every architecture has, for tensors of any device and dtype.
+    # These implementations exist for every architecture, device and dtype.
     config._attn_implementation, config._experts_implementation = "eager", "batched_mm"
     return trace(lambda: kind(config), small=lambda: kind(narrow(config)))
 
@@ -165,7 +170,8 @@ def trace(
     """Returns the reach of the model that `build` makes, quantised or not as `mode` says.
 
     `as_built`: what is frozen stays so, and counts as unreached. `small` makes a narrow copy. It is
-    run with values if the code of the model does not run without them.
+    run with values if the model's code does not run on fake tensors. If that fails, too, the
+    result has a `problem`. Raises UserError if `build` does.
     """
     problems = []
 
@@ -238,9 +244,9 @@ def _trace(
 def _with_gradient(result: torch.Tensor, parameters: Iterable[nn.Parameter]) -> set[int]:
     """Returns the ids of the parameters that a backward pass from `result` gives a gradient.
 
-    They are in the graph of the forward pass, which is faster than a backward pass. Only a function
-    with a backward of its own may give none. If some lie behind such functions alone, the backward
-    pass runs.
+    The graph of the forward pass shows them, and reading it is faster than a backward pass. Only a
+    function that defines its own backward may pass on no gradient. If some parameters lie only
+    behind such functions, the backward pass is run.
     """
     sure, possible = (_leaves(result.grad_fn, behind_own=own) for own in (False, True))
     if sure == possible:
@@ -250,9 +256,9 @@ def _with_gradient(result: torch.Tensor, parameters: Iterable[nn.Parameter]) -> 
 
 
 def _leaves(root: Any, *, behind_own: bool) -> set[int]:
-    """Returns the ids of the tensors that a graph of autograd begins with.
+    """Returns the ids of the leaf tensors of an autograd graph.
 
-    `behind_own`: also those behind functions with a backward of their own.
+    `behind_own`: also of those behind functions that define their own backward.
     """
     found, seen, waiting = set(), {root}, [root]
     while waiting:
@@ -290,7 +296,7 @@ def _is_conditional(
     modules: Mapping[str, nn.Module],
     running: Running,
 ) -> bool:
-    """Returns whether values of tensors chose another module than `element`, which has `name`."""
+    """Returns whether values chose a sibling of `element`, the module that holds `name`."""
     parent = element.rpartition(".")[0]
     alike = {
         f"{parent}.{child}".lstrip("."): id(module)
@@ -307,6 +313,6 @@ def _is_conditional(
 
 
 def _owners(name: str) -> Iterator[str]:
-    """Yields the names of the modules that a parameter lies in, the outermost first."""
+    """Yields the names of the modules that contain a parameter, the outermost first."""
     parts = name.split(".")[:-1]
     return (".".join(parts[:n]) for n in range(len(parts) + 1))

@@ -31,16 +31,19 @@ NOTHING: frozenset[str] = frozenset()
 
 @dataclass(frozen=True)
 class Product:
-    """A parameter that an operation of the forward pass multiplies the activations by."""
+    """A parameter by which an operation of the forward pass multiplies activations."""
 
     kind: Literal["matrix", "convolution"]
     shape: tuple[int, ...]
-    per_token: float = 0.0  # multiplications of a token; of experts only those it chose
+    per_token: float = 0.0  # multiply-adds per token; of experts, only of those it chose
 
 
 @contextmanager
 def without_modes() -> Iterator[None]:
-    """Leaves the modes of a caller, such as a dry run's, which also makes its models."""
+    """Switches off the caller's dispatch modes and autocast, and sets fp32 as default dtype.
+
+    A dry run builds and runs its models under such modes, and a trace may be made within it.
+    """
     before = torch.get_default_dtype()
     with _disable_current_modes(), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         torch.set_default_dtype(torch.float32)
@@ -51,7 +54,7 @@ def without_modes() -> Iterator[None]:
 
 
 class Running:
-    """Keeps the modules that run, and within which of them a program read values of tensors."""
+    """Records which modules run, and within which of them code reads values of tensors."""
 
     def __init__(self) -> None:
         self.stack: list[int] = []  # ids of modules, the outermost first
@@ -82,26 +85,26 @@ class Running:
     def has_chosen(self, owner: int, elements: set[int]) -> bool:
         """Returns whether `owner` may have chosen among `elements` by values of tensors.
 
-        It may if it read some, or anything that it called outside of these elements did.
+        It may if values were read while it ran, but outside of `elements`.
         """
         return any(owner in stack and not elements & {*stack} for stack in self.reads)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a tensor is made of."""
+    """What a tensor was computed from."""
 
-    parameters: frozenset[str] = NOTHING  # of which it is a form: a view, a cast, a selection ...
+    parameters: frozenset[str] = NOTHING  # of which it is a view, a cast, a selection ...
     from_inputs: bool = False
     has_content: bool = False  # it depends on the tokens or on parameters, not on positions alone
-    source: frozenset[str] = NOTHING  # the product of which it is the result, element by element
+    source: frozenset[str] = NOTHING  # weights whose product it is, up to elementwise operations
 
 
 class Tracer(FastMode):
     """Follows parameters through a forward pass to the operations that multiply by them.
 
-    Where a program reads values of `fake` tensors, it gets ones; where it asks which elements are
-    not zero, all are.
+    If tensors are `fake`, code that reads their values gets ones. Code that asks for the elements
+    that are not zero gets all of them.
     """
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], fake: bool):
@@ -154,14 +157,14 @@ class Tracer(FastMode):
         self.branches |= self._get(tensor).has_content
 
     def _integers(self, index: torch.Tensor | None) -> torch.Tensor | None:
-        """Returns the integer index of a boolean one of a single dimension."""
+        """Returns an integer index as long as a boolean one of one dimension, else `index`."""
         if index is None or index.dtype != torch.bool or index.ndim != 1:
             return index
         self._note_read(index)
         return index.new_zeros(index.numel(), dtype=torch.long)
 
     def _follow(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
-        """Records what the result of an operation is made of."""
+        """Records what the result of an operation was computed from."""
         tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
         origins = [self._get(t) for t in tensors]
         if name in CHOICES:
@@ -170,7 +173,7 @@ class Tracer(FastMode):
             self.written |= origins[0].parameters
         if ATTENTION.search(name) and self.running.stack:
             self.attends.add(self.running.stack[-1])
-        # A product of parameters alone, such as of the parts of an adapter, is a form of them.
+        # A product of parameters only, such as B A of an adapter, still counts as these parameters.
         if PRODUCT.search(name) and any(origin.from_inputs for origin in origins):
             found = Origin(NOTHING, True, True, self._multiply(name, tensors, result))
         elif name in ("embedding", "_embedding_bag"):
@@ -190,7 +193,7 @@ class Tracer(FastMode):
         """Records the parameters among the operands of a product, and returns their names."""
         operands = [t for t in tensors[name.startswith(("add", "badd")) :] if t.ndim > 1]
         origins = [o for o in map(self._get, operands) if o.parameters]
-        # A row of embeddings that an index chose is no weight, a matrix of experts is.
+        # A selected row of embeddings is an activation; a selected matrix of an expert is a weight.
         origins = [o for o in origins if not o.from_inputs] or origins
         found = frozenset().union(*(o.parameters for o in origins))
         kind: Any = "convolution" if "conv" in name else "matrix"
@@ -204,10 +207,10 @@ class Tracer(FastMode):
 
 
 def _combine(tensors: list[torch.Tensor], origins: list[Origin]) -> Origin:
-    """Returns what the result of an operation is made of that is no product.
+    """Returns the origin of the result of an operation that is no product.
 
-    What is computed from parameters alone is a form of all of them; what integers from the inputs
-    select of one is a form of it; everything else is an activation.
+    A result that is computed from parameters only still counts as all of them. So does what
+    integers from the inputs select from one parameter. Everything else is an activation.
     """
     sources = frozenset().union(*(o.source for o in origins))
     source = sources if len(sources) == 1 else NOTHING

@@ -1,7 +1,7 @@
 """Reports what a run will train, freeze, quantise and adapt, before weights are loaded.
 
-The model of the run is built and traced on fake tensors (`models.reach`), adapters and 4 bits
-included. What contradicts the configuration stops the run.
+The run's model, with its adapters and 4 bits, is built on fake tensors and traced (`models.reach`).
+What contradicts the configuration stops the run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SHOWN = 6  # names in a message
 
 @dataclass
 class Group:
-    """The parameters of one kind of module, by state, and the matrix products by adapter."""
+    """Counts for one kind of module: elements of parameters by state, matrix products by use."""
 
     parameters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STATES, 0))
     products: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PRODUCTS, 0))
@@ -68,10 +68,10 @@ class Coverage:
     num_trained: int
     groups: dict[str, Group]
     unreached: list[str]  # trained parameters without a gradient
-    not_quantised: list[str]  # frozen matrices that were to be quantised
-    missed: list[str]  # products of no adapter, for no reason
-    problem: str  # why it is not known what text reaches
-    narrowed: str = ""  # why the step was not traced, but run by a narrow copy of the model
+    not_quantised: list[str]  # frozen matrices that should be in 4 bits and are not
+    missed: list[str]  # products that should have an adapter and have none
+    problem: str  # why it is not known what text reaches; "" if it is
+    narrowed: str = ""  # why a narrow copy was run in place of a trace; "" if it was not
 
     @property
     def contradictions(self) -> list[str]:
@@ -96,7 +96,7 @@ class Coverage:
 
 
 def cover(config: RunConfig) -> Coverage | None:
-    """Returns the coverage of a run; None for a task that has no base for text."""
+    """Returns the coverage of a run; None for a task without a language model as its base."""
     if not isinstance(config, Config):
         return None
     return _cover(task_of(config).info(config).cache / "coverage", model_key(config))
@@ -104,15 +104,15 @@ def cover(config: RunConfig) -> Coverage | None:
 
 @lru_cache(maxsize=16)
 def _cover(folder: Path, key: ModelKey) -> Coverage:
-    """Returns the coverage of the model `key`; `folder` keeps it."""
-    config = config_of_key(key)  # it names a file of sizes, whose content is an input, too
+    """Returns the coverage of the model `key`, which is cached in `folder`."""
+    config = config_of_key(key)  # if it names a file of sizes, the content is an input, too
     inputs = (key, repr(task_of(config).info(config)))
     return load_or_trace(folder, inputs, lambda: _trace(key), Coverage)
 
 
 def _trace(key: ModelKey) -> Coverage:
     given = config_of_key(key)
-    # Attention that every architecture has on every device, and a base without its weights.
+    # Eager attention exists for every architecture and device.
     config = with_values(given, {"model.attn_implementation": "eager"})
     assert isinstance(config, Config)
     built: list[Any] = []
@@ -167,7 +167,7 @@ def _base_of(model: Any) -> Any:
 
 
 class _Kinds:
-    """The kinds of a model's parameters, by what the trace saw of them and where they lie."""
+    """The kinds of a model's parameters, from what the trace saw of them and where they are."""
 
     def __init__(self, model: Any, found: Reach, base: Reach) -> None:
         self.found, self.base = found, base
@@ -188,7 +188,7 @@ class _Kinds:
         self.attends = found.attends - self.routing
 
     def _block(self, router: str) -> str:
-        """Returns the name of the module that calls a router, and its experts."""
+        """Returns the name of the module that calls a router and its experts."""
         owner = router.rpartition(".")[0]
         return owner if owner in self.found.mixed else owner.rpartition(".")[0]
 
@@ -196,13 +196,13 @@ class _Kinds:
         return "lora_" in name or ".modules_to_save." in name or ".token_adapter." in name
 
     def plain(self, name: str) -> str:
-        """Returns the name that a parameter of the base has without adapters."""
+        """Returns a parameter's name in the base without adapters."""
         for part in (".base_layer", ".original_module"):
             name = name.replace(part, "")
         return name.removeprefix("base_model.model.")
 
     def of(self, name: str) -> str:
-        """Returns the kind of a parameter; of an adapter's, that of what it adapts."""
+        """Returns the kind of a parameter; for one of an adapter, that of what it adapts."""
         host = name.partition(".lora_")[0] + "." if self.is_adapter(name) else name
         parameter, plain = self.parameters[name], self.plain(name)
         if host != name:
@@ -242,7 +242,7 @@ class _Kinds:
         return any(".".join(parts[:n]) in modules for n in range(1, len(parts)))
 
     def _unreached(self, plain: str) -> str:
-        """Returns the kind of a part for other inputs than text, by its outermost module."""
+        """Returns `vision` or `audio` for a part that reads such inputs, else `no text`."""
         twins = (n for n in self.base.parameters if _twin(n, plain))
         if any(not self.base.is_unreached(name) for name in twins) or not self.media:
             return "no text"
@@ -284,7 +284,7 @@ def _base_of_root(modules: dict[str, nn.Module]) -> Any:
 
 
 def _twin(name: str, plain: str) -> bool:
-    """Returns whether two parameters lie in elements of one list, at the same place."""
+    """Returns whether two parameters have the same place in elements of the same lists."""
     without = [part for part in name.split(".") if not part.isdigit()]
     return without == [part for part in plain.split(".") if not part.isdigit()]
 

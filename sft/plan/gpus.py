@@ -18,7 +18,7 @@ class Gpu:
     bf16: bool = True
 
 
-GPUS = {  # of several memories, the smallest first: it is what the name without one means
+GPUS = {  # of a GPU with several sizes of memory the smallest first: a name without size means it
     "T4": Gpu(14.6, 65, False),
     "P100": Gpu(15.9, 19, False),
     "V100-16GB": Gpu(15.8, 125, False),
@@ -119,7 +119,7 @@ def find_gpu(name: str) -> Gpu | None:
 
 
 def _plain(name: str, noise: str) -> tuple[str, int]:
-    """Returns a name without `noise` and memory, and its gigabytes; 0 if it says none."""
+    """Returns a name without `noise` and memory, and its gigabytes (10^9 bytes); 0 if none."""
     words = re.sub(noise, " ", name.upper())
     gigabytes = re.search(r"(\d+)\s*GB", words)
     words = words.replace(gigabytes[0], " ") if gigabytes else words

@@ -1,9 +1,9 @@
 """Trains. A task brings a model, examples and a loss; the engine decides everything else.
 
 Law 1: loss and gradient are the sum over the supervised items of the global batch divided by their
-number, for every cut over processes and micro-batches. Law 2: the only state is the global step;
-order, learning rate and randomness are functions of (configuration, step), so a checkpoint is the
-weights, the optimizer's state and one number. The engine never asks which task it runs.
+number, for every cut over processes and micro-batches. Law 2: order, learning rate and randomness
+are functions of (configuration, step). So a checkpoint is the weights, the optimizer's state, the
+step with a few counts, and in fp16 the loss scale. The engine never asks which task it runs.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Engine:
     def optimizer_step(self) -> dict[str, float]:
         """Makes one update from the global batch of `self.step`, and returns the values to log.
 
-        If loss or gradient is not finite, skips the update or raises NonFiniteError.
+        If loss or gradient is not finite, skips the update, or raises NonFiniteError after
+        `train.skip_nonfinite` skipped ones. Raises OutOfMemory if no smaller micro-batches help.
         """
         started = time.perf_counter()
         rate = learning_rate(self.train, self.step, self.total_steps)
@@ -130,13 +131,14 @@ class Engine:
         }
 
     def _compute_gradient(self) -> tuple[AccumulatedStep, float]:
-        """Returns the step's global batch, whose clipped gradient is in place, and its norm.
+        """Computes and clips the gradient of the step's global batch.
 
-        The norm is not finite on all ranks or on none; NaN if the loss is not finite. If memory
-        runs out, repeats the global batch in smaller micro-batches, as far as `recovery` allows it.
-        If gradients overflow in fp16, repeats it with a smaller loss scale.
+        Returns the batch's sums, and the gradient's norm before clipping: finite on all ranks or on
+        none, and NaN if the loss is not finite. If memory runs out, repeats the global batch in
+        smaller micro-batches, as far as `recovery` allows it. If gradients overflow in fp16,
+        repeats it with a smaller loss scale.
         """
-        scale = self.loss_scale and replace(self.loss_scale)  # as the step finds it
+        scale = self.loss_scale and replace(self.loss_scale)  # its value before this step
         while True:
             done = self._accumulate()
             if isinstance(done, Oom):
@@ -148,7 +150,7 @@ class Engine:
             if not self._on_any_rank(not math.isfinite(norm)):
                 break
             if self.loss_scale is None or not self.loss_scale.halve():
-                self.loss_scale = scale  # it was not the cause
+                self.loss_scale = scale  # a smaller scale does not help, so it was not the cause
                 return done, norm if not math.isfinite(norm) else math.inf
             self.parallel.zero_grad()
         if self.loss_scale and scale and self.loss_scale.value != scale.value:

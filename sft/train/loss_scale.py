@@ -1,11 +1,11 @@
 """The loss scale of fp16: losses are multiplied by it, so that small gradients do not vanish.
 
-fp16 knows no number below 6e-8 and none above 65,504 (Micikevicius et al. 2018, Mixed Precision
-Training, section 3.2). The scale doubles after `INTERVAL` updates, and halves where a gradient
-overflows; these are the numbers of `torch.amp.GradScaler`. That class skips the update of a step
-that overflows, so its examples would be lost, and which steps these are would depend on the cut.
-Here the same global batch is computed again with half the scale. All scales are powers of two, so
-they change no gradient that neither overflows nor vanishes.
+fp16 represents no number below 6e-8 and none above 65,504 (Micikevicius et al. 2018, Mixed
+Precision Training, section 3.2). The scale doubles after `INTERVAL` updates, and halves when a
+gradient overflows; these are the numbers of `torch.amp.GradScaler`. That class skips the update of
+a step that overflows. Then the examples of the step would be lost, and which steps these are would
+depend on the cut. Here the same global batch is computed again with half the scale. All scales are
+powers of two, so they change no gradient that neither overflows nor vanishes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-FIRST, LEAST, INTERVAL = 2.0**16, 1.0, 2000
+FIRST, LEAST, INTERVAL = 2.0**16, 1.0, 2000  # scales; updates between two doublings
 
 
 @dataclass
@@ -25,7 +25,7 @@ class LossScale:
     updates: int = 0
     """Updates since the scale last changed."""
     num_overflows: int = 0
-    """Passes of a global batch that were repeated with a smaller scale."""
+    """How often a global batch was repeated with a smaller scale, in the whole run."""
 
     @classmethod
     def restore(cls, saved: Any) -> LossScale:
@@ -45,7 +45,7 @@ class LossScale:
         return found
 
     def halve(self) -> bool:
-        """Halves the scale after an overflow; returns False if it is the least already."""
+        """Halves the scale after an overflow; returns False, unchanged, if it is `LEAST`."""
         if self.value <= LEAST:
             return False
         self.value, self.updates, self.num_overflows = self.value / 2, 0, self.num_overflows + 1

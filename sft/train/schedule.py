@@ -7,13 +7,14 @@ import math
 from sft.config.schema import Train
 from sft.data import batches
 
-WITHOUT_WARMUP = 10_000  # steps that `inverse_sqrt` counts as the warm-up if there is none
+WITHOUT_WARMUP = 10_000  # the warm-up steps in the formula of `inverse_sqrt` if there are none
 
 
 def learning_rate(train: Train, step: int, total_steps: int, peak: float | None = None) -> float:
     """Returns the rate of a step, counted from 0. `peak`: that of a group; None: the run's.
 
-    It rises linearly during the warm-up, and then follows `schedule` down to `min_lr_ratio`.
+    It rises linearly to the peak during the warm-up, and then follows `schedule`. Except with
+    `constant`, it falls towards `min_lr_ratio` times the peak.
     """
     top = train.learning_rate if peak is None else peak
     warmup = warmup_steps(train, total_steps)
@@ -24,14 +25,14 @@ def learning_rate(train: Train, step: int, total_steps: int, peak: float | None 
 
 
 def warmup_steps(train: Train, total_steps: int) -> int:
-    """Returns the number of steps in which the rate rises."""
+    """Returns the number of warm-up steps, in which the rate rises."""
     if train.warmup_steps is not None:
         return train.warmup_steps
     return math.ceil(train.warmup_ratio * total_steps)
 
 
 def _shape(train: Train, step: int, warmup: int, total_steps: int) -> float:
-    """Returns the rate after the warm-up, from 1 to 0."""
+    """Returns the rate after the warm-up: 1 is the peak, 0 the floor (`min_lr_ratio`)."""
     last = max(1, total_steps - 1 - warmup)
     done = (step - warmup) / last
     if train.schedule == "inverse_sqrt":
