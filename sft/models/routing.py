@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from sft.errors import ModelError
 from sft.models.pretrained import sub_configs
 
-# Names in configurations of transformers, of which some are in sections of their own.
+# Names of keys in configurations of transformers; DBRX has them in a section of its own.
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k")
 

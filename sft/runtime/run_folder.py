@@ -54,9 +54,9 @@ def refuse_foreign(run: Path) -> None:
 
 
 def refuse_to_overwrite(folder: Path) -> None:
-    """Raises CheckpointError if a folder in which no run has been has files that one writes.
+    """Raises CheckpointError if a folder without a run has files with names that a run writes.
 
-    Such a file is a user's, as the configuration of an experiment that is to run in its folder.
+    Such a file belongs to a user, for example the configuration of an experiment.
     """
     names = [each for each in FILES if each not in WRITTEN_FIRST]
     places = [folder / name for name in (*names, *(f"evaluation/{name}" for name in names))]
