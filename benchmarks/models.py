@@ -306,7 +306,7 @@ def _reported(run: set[str]) -> Iterator[str]:
     """Yields the lines about types that were not run: what the coverage report says about them."""
     found = json.loads(REPORTS.read_text("utf-8"))
     yield "\n## Types that were not run\n\nFor these, `benchmarks/coverage.py` made the report of "
-    yield "`make plan` on what is trained, quantised\nand adapted. Nothing else was tried with them.\n\n"
+    yield "`make plan` on what is trained, quantised\nand adapted. Nothing else was tried.\n\n"
     yield f"- with full weights, LoRA and QLoRA: {_names({*families.DECODERS} - run)}\n"
     groups: dict[str, set[str]] = {}
     for kind, verdict in found["other_types"].items():
