@@ -268,14 +268,14 @@ model of the type on this project's own tokenizer and data (`benchmarks/models.p
 {transformers}): `ok`, or the number of the reason below.
 
 - **plan**: the step is traced. **full**, **LoRA**, **QLoRA**: two steps, with evaluation
-  before and after, and a saved model. After full fine-tuning it is of the base's class, with its
-  processor; the towers of a vision or audio model are unchanged.
+  before and after, and a saved model. After full fine-tuning, the saved model has the base's class
+  and processor; the encoders of a vision or audio model are unchanged.
 - **packed**: the run with `train.layout: packed`. A model that cannot keep documents apart refuses
   it. With `auto`, the default, it trains on padded rows.
 - **DDP**: full fine-tuning by two processes. **FSDP2**: LoRA by two processes.
 - **merge**: the merged LoRA run is proven equal to the adapter on its base.
-- **GGUF**: the architecture's name in llama.cpp's package gguf, found by name. Whether its
-  converter accepts a model, only `make merge GGUF=...` shows.
+- **GGUF**: the name of the architecture in llama.cpp's package gguf, if it has one. Only
+  `make merge GGUF=...` shows whether llama.cpp's converter accepts a model.
 """
 
 

@@ -80,6 +80,7 @@ class Running:
         self.stack.pop()
 
     def note_read(self) -> None:
+        """Records that values of a tensor are read in the modules that run now."""
         self.reads.add(tuple(self.stack))
 
     def has_chosen(self, owner: int, elements: set[int]) -> bool:
@@ -127,6 +128,7 @@ class Tracer(FastMode):
             self._fixed.add(self._set(parameter, Origin(frozenset([name]))))
 
     def add_inputs(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        """Marks the inputs of the model: token ids and position ids, each (1, TOKENS)."""
         self._set(ids, Origin(from_inputs=True, has_content=True))
         self._set(positions, Origin(from_inputs=True))
 

@@ -193,6 +193,7 @@ class _Kinds:
         return owner if owner in self.found.mixed else owner.rpartition(".")[0]
 
     def is_adapter(self, name: str) -> bool:
+        """Returns whether a parameter is A or B, or a trained copy of a module or of rows."""
         return "lora_" in name or ".modules_to_save." in name or ".token_adapter." in name
 
     def plain(self, name: str) -> str:

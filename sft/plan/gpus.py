@@ -10,6 +10,8 @@ from sft.runtime.hardware import GIB, Device
 
 @dataclass(frozen=True)
 class Gpu:
+    """What a plan needs to know about a kind of GPU."""
+
     gib: float
     """Total memory as torch reports it; the numbers in data sheets are larger."""
     teraflops: float

@@ -441,6 +441,7 @@ class Engine:
         return bool(interval and self.step % interval == 0 and self.step < self.total_steps)
 
     def evaluate(self) -> dict[str, float]:
+        """Logs and returns the held-out metrics of the current weights. Collective."""
         metrics = self.task.evaluate(self.model)
         self.last_evaluated = self.step
         self.log.log(self.step, {f"eval/{name}": value for name, value in metrics.items()})
@@ -521,6 +522,7 @@ class Engine:
                 checkpoint.add_file(self.folder / run_folder.FINAL, "README.md", card)
 
     def write_final(self, staging: Path) -> None:
+        """Writes what a user loads (weights, tokenizer, configuration) to `staging`. Collective."""
         weights = self.parallel.gather_weights()
         if self.accelerator.is_main_process:
             self.task.save(staging, weights)
