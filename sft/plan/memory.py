@@ -31,7 +31,7 @@ from sft.runtime.disk import ADAM_BYTES
 from sft.tasks.base import TaskInfo
 from sft.tasks.registry import task_of
 
-NF4_BYTES = 0.516  # per weight: 4 bits and the double-quantised scale of each block of 64
+NF4_BYTES = 0.516  # per weight, also in FP4: 4 bits, and a double-quantised scale per block of 64
 # Closed form: activations of a layer, bytes per token and hidden unit. Traces of Llama and Qwen2
 # shapes gave 94 to 126 in fp32 and 61 to 77 in bf16 (autocast); of GPT-2, twice that.
 ACTIVATION_BYTES = {"fp32": 110, "bf16": 70, "fp16": 70}

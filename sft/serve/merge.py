@@ -205,7 +205,7 @@ def _merge_inner(plain: nn.Module) -> None:
 
 
 def _copy_dequantised(plain: nn.Module, config: Config) -> None:
-    """Replaces the weights that NF4 quantises by their quantised values."""
+    """Replaces the weights that `qlora` quantises by their quantised values."""
     kind = config.tuning.four_bits
     quantised = load.load_base(config.model, "qlora", "fp32", CPU, quantization=kind)
     targets = {name.replace("base_layer.", ""): p for name, p in plain.named_parameters()}

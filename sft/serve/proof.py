@@ -274,7 +274,7 @@ def _experts_product(layer: Any, shape: torch.Size) -> torch.Tensor:
 
 
 def dequantise(weight: torch.Tensor) -> torch.Tensor:
-    """Returns a weight in fp32, whether it is stored in NF4 or not."""
+    """Returns a weight in fp32, whether it is stored in 4 bits or not."""
     if not hasattr(weight, "quant_state"):
         return weight.float()
     from bitsandbytes.functional import dequantize_4bit

@@ -89,7 +89,7 @@ def load_trained(
     """Returns the final model of a run, in fp32 on the CPU, and its tokenizer.
 
     `config` is what `load_run_config(run)` returned. `quantised=False` puts a QLoRA adapter on the
-    original weights instead of NF4.
+    original weights instead of those in 4 bits.
     """
     folder = run / "final_checkpoint"
     return task_of(config).load_saved(folder, config, "fp32", CPU, quantised=quantised)

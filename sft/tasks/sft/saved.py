@@ -161,7 +161,7 @@ class SavedTuning(Task):
     ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         """Returns the trained model in a checkpoint `folder`, and its tokenizer.
 
-        A QLoRA adapter gets its NF4 base, or with `quantised=False` the original weights. Raises
+        A QLoRA adapter gets its 4-bit base, or with `quantised=False` the original weights. Raises
         ExportError for another base or adapter.
         """
         own = {"name": str(folder), "revision": None, "init": "pretrained", "new_tokens": None}
