@@ -118,7 +118,7 @@ def reach(base: Any) -> Reach:
 def may_leave_out(model: nn.Module) -> bool:
     """Returns whether a step may leave out trained parameters, such as an expert without a token.
 
-    `model` is a base of transformers, or has one.
+    `model`: a base of transformers, or a module that contains one; for any other, False.
     """
     base = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     return base is not None and reach(base).branches

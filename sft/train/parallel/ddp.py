@@ -45,7 +45,8 @@ class Replicated:
     loss_factor = 1.0
     """The factor that losses are multiplied by, so that gradients are sums over ranks."""
     _sums_afterwards = False
-    """Whether DDP, which waits for the gradient of each parameter, would wait in vain for some."""
+    """Whether some parameters may get no gradient, so gradients are summed after the last pass.
+    DDP itself would wait for each gradient."""
     _is_last = False
     loss_scale = 1.0
     """The power of two that backward passes multiply gradients by (`train/loss_scale`)."""
@@ -109,6 +110,7 @@ class Replicated:
         self.loss_scale = scale
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of a loss; in the step's last pass, sums them over ranks."""
         (loss if self.loss_scale == 1 else loss * self.loss_scale).backward()
         if self._is_last and self._sums_afterwards:
             for parameter in self.trained.values():
