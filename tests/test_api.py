@@ -124,7 +124,7 @@ def test_the_example_of_the_docs_runs_in_an_interactive_process(tmp_path):
     given = '"train.max_steps": 20,'
     assert given in example
     held_out = f'"data.eval_path": "{tmp_path}/held_out.jsonl",'
-    less = f'"train.max_steps": 4, "data.max_rows": 256, {held_out}'
+    less = f'"train.max_steps": 4, "train.global_batch": 8, "data.max_rows": 64, {held_out}'
     example = example.replace(given, less)
     done = subprocess.run(
         [sys.executable, "-i", "-q"],
