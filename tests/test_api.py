@@ -35,6 +35,7 @@ HELP = """
 import sys
 from contextlib import suppress
 from sft import commands
+from sft.data import files
 from sft.evaluate import compare
 
 for verb in commands.VERBS:
@@ -44,7 +45,7 @@ print(*sys.modules)
 """
 
 
-def test_the_help_of_every_verb_and_compare_load_nothing_heavy():
+def test_the_help_of_every_verb_rows_and_compare_load_nothing_heavy():
     done = run(sys.executable, "-c", HELP)
     *shown, modules = done.stdout.splitlines()
     assert sum(line.startswith("usage: ") for line in shown) == len(commands.VERBS)

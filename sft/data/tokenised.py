@@ -7,12 +7,13 @@ is the id in its own place, or -100 where nothing is learnt.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from sft.data.messages import Message, Messages, as_list
 from sft.errors import DataError
+
+if TYPE_CHECKING:  # rows are read without it, as `sft process` does
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 TOKENS = "tokens"  # role of the only message of such a row
 IGNORED = -100  # label of a token that is not learnt
