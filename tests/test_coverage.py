@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from support.families import DECODERS, OTHER, other_types, tiny_config
 from test_reach import NeedsValues
 
+from sft.config.load import with_values
 from sft.config.schema import Config
 from sft.errors import ConfigError, ModelError
 from sft.models import classes, experts, load, quantise
@@ -119,6 +120,27 @@ def test_layers_that_only_choose_tokens_are_frozen_and_get_no_adapter(tmp_path, 
     assert found is not None
     assert (found.problem, found.contradictions, found.missed) == ("", [], [])
     assert found.groups["no text"].parameters["frozen"] > 0
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora"])
+def test_trained_rows_and_copies_are_counted_with_what_they_replace(tmp_path, mode) -> None:
+    """New tokens, rows of tokens and copies of modules lie beside the base under names of PEFT."""
+    plain = settings_of(ROOT / "nano/model", mode, target_modules=["q_proj"])
+    plain = with_values(plain, {"data.cache_dir": str(tmp_path)})
+    without = cover(plain)
+    assert without is not None
+    for change, kind in (
+        ({"model.new_tokens": ["<plan>"]}, "embeddings"),
+        ({"tuning.lora.trainable_token_indices": [5, 6]}, "embeddings"),
+        ({"tuning.lora.modules_to_save": ["lm_head"]}, "head"),
+        ({"tuning.lora.modules_to_save": ["embed_tokens"]}, "embeddings"),
+    ):
+        found = cover(with_values(plain, change))
+        assert found is not None
+        assert (found.problem, found.contradictions) == ("", []), change
+        assert "other" not in found.groups, change
+        assert found.groups[kind].parameters["trained"] > 0, change
+        assert found.num_trained > without.num_trained, change
 
 
 def test_parts_for_images_are_frozen_in_every_mode(tmp_path) -> None:

@@ -6,6 +6,7 @@ What contradicts the configuration stops the run.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,10 +20,12 @@ from sft.config.load import with_values
 from sft.config.schema import Config, RunConfig
 from sft.errors import ConfigError
 from sft.models import load
+from sft.models.adapt import add_adapters
 from sft.models.experts import is_refused, shape_of
 from sft.models.pretrained import explain_load_errors
 from sft.models.quantise import matrices_to_quantise
 from sft.models.reach import Reach, reach, trace
+from sft.models.vocabulary import trained_tokens
 from sft.plan.counts import ModelKey, config_of_key, model_key
 from sft.plan.records import load_or_trace
 from sft.runtime.console import quantity, table, write_json
@@ -45,6 +48,8 @@ KINDS = (
     *("vision", "audio", "no text", "other"),
 )
 SHOWN = 6  # names in a message
+# What PEFT puts behind the name of a module: A and B, a trained copy of it, or of some rows.
+ADAPTER = r"\.(?:lora_|modules_to_save\.|token_adapter\.(?!base_layer))"
 
 
 @dataclass
@@ -119,7 +124,8 @@ def _trace(key: ModelKey) -> Coverage:
 
     def build(narrowed: bool = False) -> nn.Module:
         cpu = torch.device("cpu")
-        model: Any = load.build(config, "fp32", cpu, weights=False, narrowed=narrowed)
+        options: dict[str, Any] = {"weights": False, "adapt": _adapt, "narrowed": narrowed}
+        model: Any = load.build(config, "fp32", cpu, **options)
         model.config._experts_implementation = "batched_mm"  # for tensors of any dtype
         built[narrowed:] = [model]
         return model
@@ -128,6 +134,11 @@ def _trace(key: ModelKey) -> Coverage:
     with explain_load_errors(config.model.name):  # its code may raise anything
         found = trace(build, config.tuning.mode, as_built=True, small=small)
         return _count(built[0], found, config)
+
+
+def _adapt(base: nn.Module, config: Config) -> nn.Module:
+    """Returns the frozen `base` with adapters and the rows of new tokens, without their values."""
+    return add_adapters(base, trained_tokens(base, config.tuning))
 
 
 def _count(model: Any, found: Reach, config: Config) -> Coverage:
@@ -175,8 +186,9 @@ class _Kinds:
         self.media = [medium for medium in ("vision", "audio") if medium in keys]
         self.modules, plain = dict(model.named_modules()), _base_of(model)
         self.wanted = matrices_to_quantise(plain)
-        self.head = getattr(model.get_output_embeddings(), "weight", None)
-        self.parameters = dict(model.named_parameters())
+        self.head_layer = model.get_output_embeddings()
+        self.head = getattr(self.head_layer, "weight", None)
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.routing = {self._block(name) for name in found.routers}
         owners = {name.rpartition(".")[0] for name, p in found.products.items()}
         self.multiply = owners
@@ -194,19 +206,20 @@ class _Kinds:
 
     def is_adapter(self, name: str) -> bool:
         """Returns whether a parameter is A or B, or a trained copy of a module or of rows."""
-        return "lora_" in name or ".modules_to_save." in name or ".token_adapter." in name
+        return re.search(ADAPTER, name) is not None
 
     def plain(self, name: str) -> str:
         """Returns a parameter's name in the base without adapters."""
-        for part in (".base_layer", ".original_module"):
-            name = name.replace(part, "")
-        return name.removeprefix("base_model.model.")
+        inner = re.sub(r"(\.token_adapter)?\.base_layer|\.original_module", "", name)
+        return inner.removeprefix("base_model.model.")
 
     def of(self, name: str) -> str:
         """Returns the kind of a parameter; for one of an adapter, that of what it adapts."""
-        host = name.partition(".lora_")[0] + "." if self.is_adapter(name) else name
+        host = re.split(ADAPTER, name, maxsplit=1)[0] + "." if self.is_adapter(name) else name
         parameter, plain = self.parameters[name], self.plain(name)
         if host != name:
+            if self.modules[host[:-1]] is self.head_layer:
+                return "head"
             own = getattr(self.modules[host[:-1]], "parameter_name", "")
             inner = [n for n in self.parameters if n.startswith(host) and not self.is_adapter(n)]
             inner = [n for n in inner if not own or self.plain(n) == self.plain(host + own)]
