@@ -143,6 +143,22 @@ def test_trained_rows_and_copies_are_counted_with_what_they_replace(tmp_path, mo
         assert found.num_trained > without.num_trained, change
 
 
+def test_experts_whose_weights_their_parent_reads_have_no_adapter_and_refuse_4_bits(tmp_path):
+    """DBRX's experts hand views of their weights to the module that holds them."""
+    found = cover(configured(tmp_path / "lora", "dbrx", "lora"))
+    assert found is not None
+    assert (found.problem, found.contradictions, found.missed) == ("", [], [])
+    assert totals(found, "by_choice") == 6 + 2 + 1  # experts, routers, head
+    assert totals(found, "adapted") == 4
+    found = cover(configured(tmp_path / "qlora", "dbrx", "qlora"))
+    assert found is not None
+    assert len(found.not_quantised) == 6
+    with pytest.raises(
+        ConfigError, match=r"6 matrices stay as they are, such as .*set tuning\.mode"
+    ):
+        found.refuse_contradictions()
+
+
 def test_parts_for_images_are_frozen_in_every_mode(tmp_path) -> None:
     for mode in ("full", "lora"):
         found = cover(configured(tmp_path / mode, "gemma3", mode))

@@ -100,12 +100,15 @@ def _lacks(feature: str) -> ModelError:
 
 
 def _kernel_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
-    """Returns the dtype that the kernel would compute in, or None if it cannot be used."""
+    """Returns the dtype that the kernel would compute in, or None if it cannot be used.
+
+    Only bf16: GPUs that lack it, which compute in fp16, lack the kernel, too.
+    """
     if device.type != "cuda":
         return None
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
-    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+    return dtype if dtype == torch.bfloat16 else None
 
 
 # (rows, starts, longest) by the tensor of position ids, which all layers of a pass share.

@@ -176,7 +176,7 @@ def auto_targets(base: Any, reach: Reach, *, routers: bool = False) -> Targets:
             linear[name] = fits and acts_as_linear(module)
             if fits and not linear[name]:
                 held[weight] = True
-    for name in [*expert_parameters(base), *(n for n in reach.matrices if _is_raw(base, n))]:
+    for name in [*expert_parameters(base), *(n for n in reach.matrices if is_raw(base, n))]:
         is_other = name in left | reach.looked_up or base.get_submodule(_owner(name)) is head
         held[name] = reach.multiplies(name) and not is_other
     if all(linear.values()) and not any(held.values()):
@@ -253,7 +253,7 @@ def acts_as_linear(module: Any) -> bool:
             return False
 
 
-def _is_raw(base: nn.Module, name: str) -> bool:
+def is_raw(base: nn.Module, name: str) -> bool:
     """Returns whether a weight belongs to a class of the model's own that is no linear layer.
 
     Not PyTorch's classes: recurrent layers, for example, keep other references to their weights.

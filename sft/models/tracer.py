@@ -173,8 +173,14 @@ class Tracer(FastMode):
             self.routers |= origins[0].source
         if name.endswith("_") and tensors and self._is_parameter(tensors[0]):
             self.written |= origins[0].parameters
-        if ATTENTION.search(name) and self.running.stack:
-            self.attends.add(self.running.stack[-1])
+        if self.running.stack:
+            running = self.running.stack[-1]
+            if ATTENTION.search(name):
+                self.attends.add(running)
+            if not name.endswith("_") and name != "detach":  # to clamp a weight is not to use it
+                weights = (o.parameters for o in origins if not o.from_inputs)
+                read = frozenset[str]().union(*weights)
+                self.borrowed |= {each for each in read if running not in self.owners[each]}
         # A product of parameters only, such as B A of an adapter, still counts as these parameters.
         if PRODUCT.search(name) and any(origin.from_inputs for origin in origins):
             found = Origin(NOTHING, True, True, self._multiply(name, tensors, result))
@@ -203,8 +209,6 @@ class Tracer(FastMode):
         for each in found:
             before = self.products[each].per_token if each in self.products else 0.0
             self.products[each] = Product(kind, self._shapes[each], before + number)
-            if self.running.stack and self.running.stack[-1] not in self.owners[each]:
-                self.borrowed.add(each)
         return found
 
 

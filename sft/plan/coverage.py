@@ -21,7 +21,7 @@ from sft.config.schema import Config, RunConfig
 from sft.errors import ConfigError
 from sft.models import load
 from sft.models.adapt import add_adapters
-from sft.models.experts import is_refused, shape_of
+from sft.models.experts import is_raw, is_refused, shape_of
 from sft.models.pretrained import explain_load_errors
 from sft.models.quantise import matrices_to_quantise
 from sft.models.reach import Reach, reach, trace
@@ -185,7 +185,8 @@ class _Kinds:
         keys = " ".join(getattr(model.config, "sub_configs", None) or ())
         self.media = [medium for medium in ("vision", "audio") if medium in keys]
         self.modules, plain = dict(model.named_modules()), _base_of(model)
-        self.wanted = matrices_to_quantise(plain)
+        # Weights of own classes that another module reads cannot be in 4 bits, which is no choice.
+        self.wanted = matrices_to_quantise(plain) | {n for n in base.borrowed if is_raw(plain, n)}
         self.head_layer = model.get_output_embeddings()
         self.head = getattr(self.head_layer, "weight", None)
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
