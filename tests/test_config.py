@@ -241,6 +241,7 @@ def test_an_override_that_is_not_yaml_is_refused(minimal):
 
 BREAKS = [  # for each rule, in order: overrides that break it, and one more that repairs it
     (["data.cache_dir=outputs/x/cache"], "train.output_dir=outputs/y"),
+    (["data.train_path=[a.jsonl, nano]", "train.output_dir=nano/x/y"], "train.output_dir=outputs"),
     (["train.save_best=loss"], "train.eval_steps=10"),
     (["train.engine=deepspeed"], "train.deepspeed_config=z2.json"),
     (

@@ -19,6 +19,13 @@ def overlap(one: str | None, other: str | None) -> bool:
     return _identity(Path(one)) in _path_of(other) or _identity(Path(other)) in _path_of(one)
 
 
+def lies_in(folder: str | None, paths: str | list[str] | None) -> bool:
+    """Returns whether a folder is one of `paths`, or lies in one of them; files hold nothing."""
+    named = [paths] if isinstance(paths, str) else paths or []
+    holders = {_identity(Path(each)) for each in named if os.path.isdir(each)}
+    return bool(folder) and not holders.isdisjoint(_path_of(str(folder)))
+
+
 def _path_of(folder: str) -> list[tuple[int, int] | str]:
     real = Path(os.path.realpath(folder))
     return [_identity(each) for each in (real, *real.parents)]
@@ -38,6 +45,11 @@ RULES = [
         ("data.cache_dir", "train.output_dir"),
         overlap,
         "must not be, hold or lie in train.output_dir: a cache is pruned, and a run is moved aside",
+    ),
+    Rule(
+        ("train.output_dir", "data.train_path"),
+        lies_in,
+        "lies in the folder data.train_path, so the run's own files would be read as data",
     ),
     Rule(
         ("train.save_best", "train.eval_steps"),
