@@ -119,6 +119,7 @@ def test_hidden_files_are_in_the_audit(tmp_path, capsys):
     prepared = prepare(config(*given))
     assert (len(prepared.train), prepared.audit["hidden_files"]) == (3, [])
     given[0] = f"data.train_path={tmp_path}"
+    given.append(f"train.output_dir={tmp_path}_run")
     for _ in range(2):  # the cache lies in the folder, and is not counted
         prepared = prepare(config(*given))
         assert (len(prepared.train), prepared.audit["hidden_files"]) == (3, [str(hidden)])

@@ -228,10 +228,11 @@ def test_a_disk_that_fills_up_after_training_costs_files_but_no_result(tmp_path,
     """It fills while the final answers are written: the model is there already."""
     folder, log = tmp_path / "small", tmp_path / "log"
     folder.mkdir()
-    settings = [*ROWS, "train.max_steps=2"]
-    settings += ["evaluation.num_examples=24", "evaluation.batch_size=4"]
+    settings = [*ROWS, "data.eval_fraction=0.1", "train.max_steps=2"]
+    settings += ["evaluation.num_examples=48", "evaluation.batch_size=4"]
     settings += ["evaluation.max_new_tokens=8", f"train.output_dir={folder}/run"]
-    with mounted("-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)) as small:
+    # So small that it is full at once: else all answers are written meanwhile.
+    with mounted("-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)) as small:
         process = forked.start(world, ["scripts/train.py", *settings], log)
         while not (small / "run/evaluation/predictions.jsonl").exists():
             assert process.is_alive(), log.read_text()
