@@ -160,11 +160,20 @@ def test_experts_whose_weights_their_parent_reads_have_no_adapter_and_refuse_4_b
 
 
 def test_parts_for_images_are_frozen_in_every_mode(tmp_path) -> None:
-    for mode in ("full", "lora"):
-        found = cover(configured(tmp_path / mode, "gemma3", mode))
-        assert found is not None
-        vision = found.groups["vision"].parameters
-        assert vision["frozen"] == sum(vision.values()) > 0
+    pixtral = tiny_config("llava")
+    pixtral.vision_config = tiny_config("mistral3").vision_config
+    assert pixtral.vision_config.model_type == "pixtral"
+    pixtral.save_pretrained(tmp_path / "pixtral")
+    for mode in ("full", "lora", "qlora"):
+        for config in (
+            configured(tmp_path / mode, "gemma3", mode),
+            settings_of(tmp_path / "pixtral", mode),
+        ):
+            found = cover(config)
+            assert found is not None
+            assert (found.problem, found.contradictions, found.missed) == ("", [], [])
+            vision = found.groups["vision"].parameters
+            assert vision["frozen"] == sum(vision.values()) > 0
 
 
 def test_experts_that_stay_in_16_bits_are_named_and_stop_the_run(tmp_path, monkeypatch) -> None:
