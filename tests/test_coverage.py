@@ -52,7 +52,7 @@ def totals(found: Coverage, key: str) -> int:
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gemma3", "qwen3_next"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gemma3", "gemma4", "qwen3_next"])
 def test_every_parameter_is_counted_once_and_nothing_contradicts(tmp_path, kind, mode) -> None:
     config = configured(tmp_path, kind, mode)
     found = cover(config)

@@ -186,7 +186,8 @@ class _Kinds:
         self.media = [medium for medium in ("vision", "audio") if medium in keys]
         self.modules, plain = dict(model.named_modules()), _base_of(model)
         # Weights of own classes that another module reads cannot be in 4 bits, which is no choice.
-        self.wanted = matrices_to_quantise(plain) | {n for n in base.borrowed if is_raw(plain, n)}
+        read = (base.matrices & base.borrowed) - base.looked_up - base.routers
+        self.wanted = matrices_to_quantise(plain) | {n for n in read if is_raw(plain, n)}
         self.head_layer = model.get_output_embeddings()
         self.head = getattr(self.head_layer, "weight", None)
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
