@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -307,14 +308,12 @@ def _reported(run: set[str]) -> Iterator[str]:
     found = json.loads(REPORTS.read_text("utf-8"))
     yield "\n## Types that were not run\n\nFor these, `benchmarks/coverage.py` made the report of "
     yield "`make plan` on what is trained, quantised\nand adapted. Nothing else was tried.\n\n"
-    yield f"- with full weights, LoRA and QLoRA: {_names({*families.DECODERS} - run)}\n"
+    yield _item("with full weights, LoRA and QLoRA", {*families.DECODERS} - run)
     groups: dict[str, set[str]] = {}
     for kind, verdict in found["other_types"].items():
         group = next((short for each, short in SHORT.items() if re.search(each, verdict)), "")
         groups.setdefault(group or verdict, set()).add(kind)
-    yield from (
-        f"- {short}: {_names(groups.pop(short))}\n" for short in SHORT.values() if short in groups
-    )
+    yield from (_item(short, groups.pop(short)) for short in SHORT.values() if short in groups)
     yield "\nFor these, no report could be made. Their tiny shapes are defaults of transformers, "
     yield "shrunk by rules;\nsizes may not fit each other, so this says nothing about real models."
     yield "\n\n| type | why |\n|---|---|\n"
@@ -323,6 +322,13 @@ def _reported(run: set[str]) -> Iterator[str]:
             r"^.*(hub id; found: .*?\]\. \(|validate_architecture': ValueError: )", "", verdict
         )
         yield f"| {_names(kinds)} | {without_type(why, min(kinds))} |\n"
+
+
+def _item(label: str, kinds: set[str]) -> str:
+    """Returns an item of a list in lines of at most 120 characters."""
+    text = f"- {label}: {_names(kinds)}"
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, 120, subsequent_indent="  ", **options) + "\n"
 
 
 def _names(kinds: set[str]) -> str:

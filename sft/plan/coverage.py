@@ -185,7 +185,7 @@ class _Kinds:
         keys = " ".join(getattr(model.config, "sub_configs", None) or ())
         self.media = [medium for medium in ("vision", "audio") if medium in keys]
         self.modules, plain = dict(model.named_modules()), _base_of(model)
-        # Weights of own classes that another module reads cannot be in 4 bits, which is no choice.
+        # Other modules read these weights, so they cannot be in 4 bits. That must be reported.
         read = (base.matrices & base.borrowed) - base.looked_up - base.routers
         self.wanted = matrices_to_quantise(plain) | {n for n in read if is_raw(plain, n)}
         self.head_layer = model.get_output_embeddings()
