@@ -133,7 +133,7 @@ def _trace(key: ModelKey) -> Coverage:
     small = partial(build, narrowed=True)
     with explain_load_errors(config.model.name):  # its code may raise anything
         found = trace(build, config.tuning.mode, as_built=True, small=small)
-        return _count(built[0], found, config)
+    return _count(built[0], found, config)
 
 
 def _adapt(base: nn.Module, config: Config) -> nn.Module:
