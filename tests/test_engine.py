@@ -16,7 +16,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import get_inverse_sqrt_schedule
 
 from sft import errors
@@ -180,6 +180,26 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, optimizer):
         second.step += 1
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(second)[name]), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_a_checkpoint_of_before_optimizers_by_name_is_resumed_bit_for_bit(tmp_path, optimizer):
+    """Its header has no numbers, and says of every tensor that it starts at 0."""
+    whole = make(tmp_path, optimizer=optimizer)
+    for _ in range(3):
+        whole.optimizer_step()
+        whole.step += 1
+    folder = whole.save()
+    (file,) = folder.glob("optimizer*")
+    tensors = load_file(file)
+    starts = dict.fromkeys(tensors, 0)
+    save_file(tensors, file, metadata={"starts": json.dumps(starts)})
+    resumed = make(tmp_path, optimizer=optimizer)
+    resumed.read(folder)
+    for each in (whole, resumed):
+        each.optimizer_step()
+    assert resumed.parallel.checksums() == whole.parallel.checksums()
+    assert resumed.parallel.num_updates == 4
 
 
 def test_a_checkpoint_is_the_weights_the_optimizer_and_one_number(tmp_path):

@@ -21,8 +21,9 @@ from conftest import ROOT
 from engine_worker import NORM, ROWS, STEPS, Net, rows
 
 from sft.errors import ConfigError
-from sft.train.parallel.ddp import Replicated, state_tensors
+from sft.train.parallel.ddp import Replicated
 from sft.train.parallel.fsdp import Sharded
+from sft.train.parallel.state import decode, split_state
 
 pytestmark = pytest.mark.slow
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -236,9 +237,20 @@ def test_processes_that_nothing_joins_are_refused(tmp_path):
         Replicated(Net(), tiny.config(tmp_path).train, accelerator)
 
 
-def test_state_is_found_in_nested_mappings_without_its_step():
-    state = {"step": torch.ones(1), "a": torch.ones(2), "more": {"b": torch.ones(3), "step": 1}}
-    assert {key: len(value) for key, value in state_tensors(state).items()} == {"a": 2, "b": 3}
+def test_state_is_cut_only_where_it_has_a_value_for_each_element():
+    """And what no checkpoint can hold is refused."""
+    state = {"step": torch.tensor(3.0), "k": 2, "none": None, "half": torch.tensor(0.5).half()}
+    state |= {"m": torch.ones(2, 3), "row": torch.ones(2, 1), "flat": torch.ones(6)}
+    by_element, whole, numbers = split_state(state, torch.ones(2, 3))
+    assert (set(by_element), set(whole)) == ({"m"}, {"row", "flat"})
+    found = {key: decode(value, "cpu") for key, value in json.loads(json.dumps(numbers)).items()}
+    assert found == {key: state[key] for key in ("step", "k", "none", "half")}
+    assert found["half"].dtype == torch.float16
+    assert set(split_state({"step": torch.ones(()), "m": torch.ones(())}, torch.ones(()))[0]) == {
+        "m"
+    }
+    with pytest.raises(ConfigError, match="keeps queue as list, which no checkpoint can hold"):
+        split_state({"queue": [torch.ones(1)]}, torch.ones(1))
 
 
 def test_weights_are_split_over_the_devices_of_the_run(tmp_path, monkeypatch):

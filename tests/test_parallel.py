@@ -178,7 +178,7 @@ def test_in_bf16_ranks_exchange_gradients_in_fp32(two, engine):
 
     def moments(name: str) -> torch.Tensor:
         with checkpoint.OptimizerState(two / f"lora-{name}-bf16/checkpoint_step_1") as saved:
-            read = (saved.read(each, 0, None)["exp_avg"] for each in sorted(saved.found))
+            read = (saved.read(each, 0, None).state["exp_avg"] for each in sorted(saved.found))
             return torch.cat([value.double().flatten() for value in read])
 
     expected = moments("ddp")
@@ -340,12 +340,12 @@ def test_what_some_ranks_wrote_any_others_read(tmp_path_factory, sizes, writers,
         checkpoint.save_optimizer(pieces, folder, rank, writers)
     with checkpoint.OptimizerState(folder) as saved:
         for name, state in whole.items():
-            everything = saved.read(name, 0, None)
+            everything = saved.read(name, 0, None).state
             assert all(torch.equal(everything[key], state[key]) for key in state)
             step = -(-len(state["sq"]) // readers)
             for start in range(0, len(state["sq"]), step):
                 number = min(step, len(state["sq"]) - start)
-                part = saved.read(name, start, number)
+                part = saved.read(name, start, number).state
                 for key, value in state.items():
                     assert torch.equal(part[key], value[start : start + number])
         with pytest.raises(errors.CheckpointError, match="no optimizer state of other"):

@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -321,23 +321,44 @@ class OptimizerShard:
     start: int
     """The first element of the flat parameter that the part covers."""
     state: Tensors
-    """The live tensor for each key of the optimizer, flat if it is a slice."""
+    """The live tensors that have a value for each element, by the optimizer's key: this part."""
+    whole: Tensors = field(default_factory=dict)
+    """The live tensors of other shapes, by key. They belong to the parameter as a whole."""
+    plain: dict[str, Any] = field(default_factory=dict)
+    """Values for JSON by key: numbers of the parameter, such as its count of updates."""
+    group: dict[str, Any] = field(default_factory=dict)
+    """Values for JSON that the optimizer has changed in the group of the parameter."""
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The optimizer's state of one parameter, as it was saved."""
+
+    state: Tensors
+    whole: Tensors
+    plain: dict[str, Any] | None  # None: the checkpoint is older than these values
+    group: dict[str, Any]
 
 
 def save_optimizer(shards: Iterable[OptimizerShard], folder: Path, rank: int, world: int) -> None:
     """Writes this rank's part of the optimizer's state to a safetensors file, if it has any.
 
-    Tensors are named `<key>:<parameter>`; the header says where each starts in the flat parameter.
+    Tensors are named `<key>:<parameter>`; the header says where each starts in the flat parameter
+    (null: it is whole), and has the values that are no tensors.
     """
     tensors: dict[str, torch.Tensor] = {}
-    starts: dict[str, int] = {}
+    starts: dict[str, int | None] = {}
+    values: dict[str, list[dict[str, Any]]] = {}
     for shard in shards:
-        for key, value in shard.state.items():
-            tensors[f"{key}:{shard.name}"] = value.detach().cpu().contiguous().clone()
-            starts[f"{key}:{shard.name}"] = shard.start
-    if tensors:
+        values[shard.name] = [shard.plain, shard.group]
+        for kind, start in ((shard.state, shard.start), (shard.whole, None)):
+            for key, value in kind.items():
+                tensors[f"{key}:{shard.name}"] = value.detach().cpu().contiguous().clone()
+                starts[f"{key}:{shard.name}"] = start
+    if values:
         name = f"optimizer-{rank + 1:05}-of-{world:05}.safetensors"
-        save_file(tensors, folder / name, metadata={"starts": json.dumps(starts)})
+        header = {"starts": json.dumps(starts), "values": json.dumps(values)}
+        save_file(tensors, folder / name, metadata=header)
 
 
 class OptimizerState(ExitStack):
@@ -346,28 +367,37 @@ class OptimizerState(ExitStack):
     def __init__(self, folder: Path):
         super().__init__()
         self.folder = folder
-        # {parameter: {key: [(where a slice starts, its file)]}}
-        self.found: dict[str, dict[str, list[tuple[int, Any]]]] = {}
+        # {parameter: {key: [(where a slice starts, its file)]}}; None: the tensor is whole
+        self.found: dict[str, dict[str, list[tuple[int | None, Any]]]] = {}
+        self.values: dict[str, list[dict[str, Any]]] = {}
         for path in sorted(folder.glob("optimizer-*.safetensors")):
             file = self.enter_context(open_tensors(path))
-            for tensor, start in json.loads(file.metadata()["starts"]).items():
+            header = file.metadata()
+            for name, values in json.loads(header.get("values", "{}")).items():
+                self.found.setdefault(name, {})
+                self.values.setdefault(name, values)
+            for tensor, start in json.loads(header["starts"]).items():
                 key, name = tensor.split(":", 1)
                 self.found.setdefault(name, {}).setdefault(key, []).append((start, file))
 
-    def read(self, name: str, start: int, number: int | None) -> dict[str, torch.Tensor]:
-        """Returns the state of a parameter by key: elements [start, start + number), flat.
+    def read(self, name: str, start: int, number: int | None) -> SavedState:
+        """Returns the state of a parameter: elements [start, start + number), flat.
 
         With `number` None it returns whole tensors, in the shape in which they were saved.
         """
         if name not in self.found:
             raise CheckpointError(f"{self.folder} has no optimizer state of {name}")
-        return {
-            key: self._join(f"{key}:{name}", parts, start, number)
-            for key, parts in self.found[name].items()
-        }
+        state, whole = Tensors(), Tensors()
+        for key, parts in self.found[name].items():
+            if parts[0][0] is None:
+                whole[key] = parts[0][1].get_tensor(f"{key}:{name}")
+            else:
+                state[key] = self._join(f"{key}:{name}", parts, start, number)
+        numbers, group = self.values.get(name, (None, {}))
+        return SavedState(state, whole, numbers, group)
 
     def _join(
-        self, tensor: str, parts: list[tuple[int, Any]], start: int, number: int | None
+        self, tensor: str, parts: list[tuple[Any, Any]], start: int, number: int | None
     ) -> torch.Tensor:
         if len(parts) == 1 and parts[0][0] == 0 and number is None:
             return parts[0][1].get_tensor(tensor)
@@ -383,4 +413,4 @@ class OptimizerState(ExitStack):
                 at = min(last, end)
         if at < end:
             raise CheckpointError(f"{self.folder}: {tensor} lacks elements from {at} on")
-        return torch.cat(found)
+        return torch.cat(found) if found else spans[0][2].get_slice(tensor)[:0].flatten()

@@ -7,11 +7,12 @@ number of processes and on another engine.
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -24,15 +25,27 @@ from sft.errors import ConfigError
 from sft.models.dtypes import DTYPES
 from sft.models.layers import full_tensor, weights_to_save
 from sft.models.reach import may_leave_out
-from sft.runtime.checkpoint import OptimizerShard, Tensors
+from sft.runtime.checkpoint import OptimizerShard, SavedState, Tensors
 from sft.runtime.hardware import resolve_precision
 from sft.train.optimizer import build_optimizer
+from sft.train.parallel.state import changes_of, decode, settings_of, split_state
 from sft.train.recovery import Waits
 
-# read(parameter, start, number) -> the parameter's saved state, tensors by key. Of each flattened
-# tensor it returns `number` elements from `start` on. If `number` is None, it returns the tensors
-# as they were saved.
-ReadState = Callable[[str, int, int | None], Tensors]
+# read(parameter, start, number) -> the parameter's saved state. Of each flattened tensor it returns
+# `number` elements from `start` on. If `number` is None, it returns the tensors as they were saved.
+ReadState = Callable[[str, int, int | None], SavedState]
+
+
+class Place(NamedTuple):
+    """The place of this rank's elements of a parameter, in a tensor that the optimizer updates."""
+
+    tensor: torch.Tensor
+    start: int
+    """The first of the elements in the flat parameter."""
+    first: int
+    """The first of the elements in this rank's part of `tensor`, flat."""
+    number: int | None
+    """The number of elements; None: the tensor is the parameter."""
 
 
 class Replicated:
@@ -48,6 +61,8 @@ class Replicated:
     """Whether some parameters may get no gradient, so gradients are summed after the last pass.
     DDP itself would wait for each gradient."""
     _is_last = False
+    num_updates = 0
+    """The number of updates that the optimizer has made."""
     loss_scale = 1.0
     """The power of two that backward passes multiply gradients by (`train/loss_scale`)."""
 
@@ -57,6 +72,8 @@ class Replicated:
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
         self._wrap(train)
+        groups = self._base_optimizer.param_groups
+        self._settings = [copy.deepcopy(settings_of(group)) for group in groups]
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.saved = weights_to_save(model)
 
@@ -129,7 +146,9 @@ class Replicated:
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def update(self) -> None:
+        """Updates the weights from the gradient."""
         self.optimizer.step()
+        self.num_updates += 1
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
@@ -162,12 +181,6 @@ class Replicated:
         self.trained[name].data.copy_(value)
 
     @property
-    def num_updates(self) -> int:
-        """Returns the number of updates that the optimizer has made."""
-        states = self._base_optimizer.state.values()
-        return max((int(values["step"]) for values in states), default=0)
-
-    @property
     def _base_optimizer(self) -> Any:
         """Returns the optimizer without its wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
@@ -175,67 +188,87 @@ class Replicated:
     def optimizer_shards(self) -> Iterator[OptimizerShard]:
         """Yields the optimizer's state that this rank saves: all of it on the main process."""
         if self.accelerator.is_main_process:
-            for name, parameter in self.trained.items():
-                state = self._base_optimizer.state.get(parameter, {})
-                yield OptimizerShard(name, 0, state_tensors(state))
+            yield from self._shards_of(self.trained)
+
+    def _shards_of(self, names: Iterable[str]) -> Iterator[OptimizerShard]:
+        """Yields this rank's part of the state of these parameters."""
+        groups = self._groups()
+        for name in names:
+            for place in self._places(name):
+                state = self._base_optimizer.state.get(place.tensor, {})
+                by_element, whole, numbers = split_state(state, place.tensor)
+                cut = {key: self._cut(value, place) for key, value in by_element.items()}
+                changed = changes_of(*groups.get(id(place.tensor), ({}, {})))
+                yield OptimizerShard(name, place.start, cut, whole, numbers, changed)
+
+    def _groups(self) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
+        """Returns the group of each tensor, by its id, with the settings that it was built with."""
+        pairs = zip(self._base_optimizer.param_groups, self._settings, strict=True)
+        return {id(tensor): pair for pair in pairs for tensor in pair[0]["params"]}
+
+    def _places(self, name: str) -> Iterator[Place]:
+        """Yields where this rank's elements of a parameter are."""
+        yield Place(self.trained[name], 0, 0, None)
+
+    def _cut(self, value: torch.Tensor, place: Place) -> torch.Tensor:
+        """Returns the elements of a place, of a tensor of the shape of `place.tensor`."""
+        return value
 
     def load_optimizer(self, num_updates: int, read: ReadState) -> None:
         """Sets the optimizer's state to the saved one that `read` returns."""
         optimizer = self._base_optimizer
         optimizer.state.clear()
-        if not num_updates:
-            return
-        is_torch = isinstance(optimizer, torch.optim.AdamW)
-        known = {id(p): name for name, p in self.trained.items()}
-        order = [known[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        state: dict[int, dict[str, Any]] = {}
-        for index, name in enumerate(order):
-            state[index] = dict(read(name, 0, None))
-            if is_torch:
-                shape = self.trained[name].shape
-                state[index] = {key: value.view(shape) for key, value in state[index].items()}
-            state[index]["step"] = torch.tensor(float(num_updates)) if is_torch else num_updates
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
+            for key in settings_of(group):
+                del group[key]
+            group.update(copy.deepcopy(settings))
+        self.num_updates = num_updates
+        groups = self._groups()
+        for name in self.trained if num_updates else ():
+            for place in self._places(name):
+                saved = read(name, place.start, place.number)
+                self._load_state(place, saved)
+                if group_pair := groups.get(id(place.tensor)):
+                    for key, value in saved.group.items():
+                        group_pair[0][key] = decode(value, place.tensor.device)
+
+    def _load_state(self, place: Place, saved: SavedState) -> None:
+        """Sets the state of a place; allocates it if another place of its tensor did not."""
+        optimizer, device = self._base_optimizer, place.tensor.device
+        state = optimizer.state[place.tensor]
+        for key, value in saved.state.items():
+            if place.number is None and value.numel() != place.tensor.numel():
+                state[key] = value.to(device)  # of a checkpoint that does not say what is whole
+                continue
+            if key not in state:
+                state[key] = torch.zeros_like(place.tensor, dtype=value.dtype)
+            part = self._cut(state[key], place)
+            part.copy_(value.view(part.shape))
+        for key, value in saved.whole.items():
+            state[key] = value.to(device)
+        numbers = saved.plain
+        if numbers is None:  # as AdamW of torch and of bitsandbytes count
+            is_torch = isinstance(optimizer, torch.optim.AdamW)
+            numbers = {"step": ["float32", self.num_updates] if is_torch else self.num_updates}
+        on_device = any(optimizer.defaults.get(key) for key in ("fused", "capturable"))
+        for key, value in numbers.items():
+            state[key] = decode(value, device if on_device else "cpu")
 
 
 class Split(Replicated):
     """Base of the engines whose ranks keep parts of weights or of the optimizer's state."""
 
-    def _shards(self, name: str) -> Iterator[tuple[OptimizerShard, torch.Tensor]]:
-        """Yields this rank's shard of a parameter, if it has one, with the shard's flat weights."""
-        raise NotImplementedError
-
-    def _optimized(self) -> Iterable[torch.Tensor]:
-        """Returns the tensors that this rank's optimizer updates."""
-        return self.trained.values()
-
     def _local_weights(self) -> Iterator[torch.Tensor]:
         for name in self.trained:
-            yield from (weight for _, weight in self._shards(name))
+            yield from (self._cut(place.tensor, place) for place in self._places(name))
 
     def set_weight(self, name: str, value: torch.Tensor) -> None:
-        for shard, weight in self._shards(name):
-            weight.copy_(value.flatten()[shard.start : shard.start + weight.numel()])
+        for place in self._places(name):
+            weight = self._cut(place.tensor, place)
+            weight.copy_(value.flatten()[place.start : place.start + weight.numel()])
 
     def optimizer_shards(self) -> Iterator[OptimizerShard]:
-        for name in self.trained:
-            yield from (shard for shard, _ in self._shards(name))
-
-    def load_optimizer(self, num_updates: int, read: ReadState) -> None:
-        states = self._base_optimizer.state
-        states.clear()
-        if not num_updates:
-            return
-        for tensor in self._optimized():
-            step = torch.tensor(float(num_updates), device=tensor.device)
-            moments = {key: torch.zeros_like(tensor) for key in ("exp_avg", "exp_avg_sq")}
-            states[tensor] = {"step": step, **moments}
-        for shard in self.optimizer_shards():
-            if number := max(tensor.numel() for tensor in shard.state.values()):
-                found = read(shard.name, shard.start, number)
-                for key, tensor in shard.state.items():
-                    tensor.copy_(found[key])
+        yield from self._shards_of(self.trained)
 
 
 def _sum_gradients(_, bucket):
@@ -249,17 +282,6 @@ def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 yield f"{prefix}.{name}".removeprefix("."), buffer
-
-
-def state_tensors(state: dict[str, Any]) -> Tensors:
-    """Returns the tensors of a parameter's state, without its step count.
-
-    bitsandbytes keeps some of them in a nested mapping.
-    """
-    found: Tensors = {}
-    for key, value in state.items():
-        found |= state_tensors(value) if isinstance(value, dict) else {key: value}
-    return {key: value for key, value in found.items() if key != "step"}
 
 
 def autocast(model: nn.Module, device: str, train: Train, cache: bool = False) -> None:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from sft.config.schema import Train
-from sft.runtime.checkpoint import OptimizerShard
 from sft.train.optimizer import build_optimizer
-from sft.train.parallel.ddp import Split, autocast, state_tensors
+from sft.train.parallel.ddp import Place, Split, autocast
 
 
 class Zero(Split):
@@ -47,6 +46,7 @@ class Zero(Split):
 
     def update(self) -> None:
         self.engine.step()
+        self.num_updates += 1
 
     def zero_grad(self) -> None:
         """Clears all gradients, including those that only DeepSpeed's own step clears."""
@@ -69,10 +69,10 @@ class Zero(Split):
         if parameter.shape == value.shape:  # otherwise it is split, and empty here
             parameter.data.copy_(value)
         if self.is_split:  # stage 3 gathers from ds_tensor, a copy of the fp32 weights
-            for _, weight in self._shards(name):
+            for weight in (self._cut(place.tensor, place) for place in self._places(name)):
                 parameter.ds_tensor.data[: len(weight)].copy_(weight)
 
-    def _shards(self, name: str) -> Iterator[tuple[OptimizerShard, torch.Tensor]]:
+    def _places(self, name: str) -> Iterator[Place]:
         parameter: Any = self.trained[name]
         if self.is_split:
             group, first, number = self.zero.grad_position[self.zero.get_param_id(parameter)]
@@ -85,10 +85,11 @@ class Zero(Split):
         else:
             number = 0
         if number > 0:
-            flat = self._optimized()[group]
-            state = state_tensors(self._base_optimizer.state.get(flat, {}))
-            parts = {key: value.narrow(0, first, number) for key, value in state.items()}
-            yield OptimizerShard(name, start, parts), flat.data.narrow(0, first, number)
+            yield Place(self._optimized()[group], start, first, number)
+
+    def _cut(self, value: torch.Tensor, place: Place) -> torch.Tensor:
+        assert place.number is not None
+        return value.detach().narrow(0, place.first, place.number)
 
     @property
     def _base_optimizer(self) -> Any:

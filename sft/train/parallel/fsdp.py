@@ -10,9 +10,8 @@ import torch
 
 from sft.config.schema import Train
 from sft.models.layers import repeated_layers
-from sft.runtime.checkpoint import OptimizerShard
 from sft.train.optimizer import build_optimizer
-from sft.train.parallel.ddp import Split, autocast, state_tensors
+from sft.train.parallel.ddp import Place, Split, autocast
 
 
 class Sharded(Split):
@@ -50,12 +49,13 @@ class Sharded(Split):
         autocast(self.module, device, train)
         self.model, self.optimizer = self.module, build_optimizer(train, self.module)
 
-    def _shards(self, name: str) -> Iterator[tuple[OptimizerShard, torch.Tensor]]:
+    def _places(self, name: str) -> Iterator[Place]:
         parameter = self.trained[name]
         weight, start = _local_slice(parameter)
-        state = state_tensors(self.optimizer.state.get(parameter, {}))
-        tensors = {key: _local_slice(value)[0] for key, value in state.items()}
-        yield OptimizerShard(name, start, tensors), weight
+        yield Place(parameter, start, 0, weight.numel())
+
+    def _cut(self, value: torch.Tensor, place: Place) -> torch.Tensor:
+        return _local_slice(value)[0]
 
 
 def _local_slice(value: Any) -> tuple[torch.Tensor, int]:
