@@ -313,6 +313,7 @@ def their_step(row: Row) -> Iterator[None]:
         mock.patch.object(dry_run.CpuAccelerator, "prepare", prepare if row.autocast else plain),
         mock.patch.object(FineTune, "adapt", staticmethod(added)),
         mock.patch.object(load, "check_dtypes"),
+        mock.patch.object(adapt, "forward_once"),  # PEFT's own layers, with all their casts
         mock.patch.object(FineTune, "loss", loss) if row.own_loss else nullcontext(),
         mock.patch(CHECKPOINT, selective) if row.selective else nullcontext(),
     ):

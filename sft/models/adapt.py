@@ -26,6 +26,7 @@ from sft.errors import ModelError, oom_message, suggest
 from sft.models import experts, peft_quantised
 from sft.models.fake import is_fake
 from sft.models.layers import embedding_layers
+from sft.models.peft_forward import forward_once
 from sft.models.reach import reach
 
 NAME = "default"  # of the adapter, in PEFT
@@ -58,6 +59,7 @@ def add_adapters(base: nn.Module, tuning: Tuning) -> Any:
             parameter.data = parameter.data.float()
     if tuning.lora.changes_base and not is_fake(base):
         _keep_first(model, tuning)
+    forward_once(model)
     if init in ONLY_BEGINS:  # PEFT would initialise them again when it reads the adapter
         config.init_lora_weights = True
     return model
