@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from counting import count
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -193,6 +194,18 @@ def test_borders():
     assert (starts.tolist(), longest) == ([0, 3, 6], 3)
     middle = torch.tensor([[4, 5, 6]])  # of a document that began before
     assert attention.document_starts(middle, 1, 3, CPU)[0].tolist() == [0, 3]
+
+
+def test_known_borders_are_those_that_are_found():
+    lengths = [3, 1, 2]
+    found, known = (torch.cat([torch.arange(n) for n in lengths])[None] for _ in range(2))
+    attention.remember_starts(known, lengths)
+    starts, longest = attention.document_starts(found, 1, 6, CPU)
+    counts, launched = count(lambda: attention.document_starts(known, 1, 6, CPU))
+    assert not counts.syncs
+    assert not launched
+    again, most = attention.document_starts(known, 1, 6, CPU)
+    assert (again.tolist(), again.dtype, most) == (starts.tolist(), starts.dtype, longest)
 
 
 def test_what_the_kernel_has_not_is_refused(kernel):

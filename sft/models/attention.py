@@ -11,17 +11,25 @@ Models whose mask ignores position ids are given the borders of documents in ano
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedModel,
+    masking_utils,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_masks_for_generate, sdpa_mask
 
 from sft.errors import ModelError
 from sft.models.dtypes import DTYPES
+from sft.models.fake import set_attributes
 
 NAME = "varlen"
 
@@ -133,6 +141,26 @@ def document_starts(
         _starts[positions] = rows, starts.int(), int(starts.diff().max())
     _, starts, longest = _starts[positions]
     return starts, longest
+
+
+def remember_starts(positions: torch.Tensor | None, lengths: Sequence[int]) -> None:
+    """Gives `document_starts` its result for a row of documents of these lengths.
+
+    To find it in `positions` during a forward pass, the host would wait for the device.
+    """
+    if positions is not None:
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        _starts[positions] = 1, starts.to(positions.device), max(lengths)
+
+
+def known_documents(positions: torch.Tensor | None) -> AbstractContextManager[None]:
+    """Returns a context for a forward pass in which, without `positions`, a row is one document.
+
+    transformers would look for several in each pass, and the host would wait for the device.
+    """
+    if positions is not None:
+        return nullcontext()
+    return set_attributes(masking_utils, find_packed_sequence_indices=lambda _: None)
 
 
 LENGTHS = (7, 7, 7)  # tokens before, in and after the document that a proof compares

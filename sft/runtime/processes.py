@@ -171,6 +171,20 @@ def _forget_launch_file() -> None:
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
 
 
+def sum_over_ranks(values: list[Any], accelerator: Accelerator) -> list[float]:
+    """Returns the sums of numbers and scalar tensors over ranks, in fp64. Collective.
+
+    The host waits for the device once, and for plain numbers of a single process not at all.
+    """
+    are_numbers = not any(isinstance(value, torch.Tensor) for value in values)
+    if are_numbers and accelerator.num_processes == 1:
+        return [float(value) for value in values]
+    place: Any = {"dtype": torch.float64, "device": accelerator.device}
+    each = values if are_numbers else [torch.as_tensor(value, **place) for value in values]
+    local = torch.tensor(each, **place) if are_numbers else torch.stack(each)
+    return accelerator.reduce(local, "sum").tolist()
+
+
 def describe_world(accelerator: Accelerator) -> dict[str, str]:
     """Returns texts: the `devices` of all ranks, and their `spread` over machines. Collective."""
     world, device = accelerator.num_processes, accelerator.device

@@ -29,7 +29,7 @@ from sft.models.layers import weights_to_save
 from sft.runtime import checkpoint, disk, run_folder
 from sft.runtime.console import Advance, duration, metrics_line, size
 from sft.runtime.hardware import resolve_precision
-from sft.runtime.processes import Context
+from sft.runtime.processes import Context, sum_over_ranks
 from sft.train.checkpoints import (
     SECONDS_OF_WAIT,
     Best,
@@ -217,8 +217,7 @@ class Engine:
     def _sum(self, values: list[Any]) -> list[float]:
         """Returns sums over ranks, in fp64."""
         self.guard.mark()
-        local = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for v in values])
-        return self.accelerator.reduce(local.to(self.accelerator.device), "sum").tolist()
+        return sum_over_ranks(values, self.accelerator)
 
     def _seed(self, micro_batch: MicroBatch, ids: list[int]) -> None:
         """Makes randomness (dropout) a function of seed, step and position in the global batch."""

@@ -134,9 +134,10 @@ class _Operators(FastMode):
             self.counts.flops += _attention_flops(func, name, args, kwargs)
         else:
             self.counts.moved += _bytes_moved(func, name, args, kwargs, result)
-            is_copy = name == "_to_copy" and storage_of(args[0]) in self.weights
-            if is_copy:
-                self.copies[storage_of(result)] = None
+            if name == "_to_copy" and storage_of(args[0]) in self.weights:
+                address = storage_of(result)
+                forget = lambda _: self.copies.pop(address, None)  # noqa: E731
+                self.copies[address] = weakref.ref(result.untyped_storage(), forget)
 
     # -- what autograd saves
 
@@ -157,7 +158,6 @@ class _Operators(FastMode):
     def _forget(self, address: int, kind: str) -> None:
         size, _ = self.kept.pop(address)
         self.living[kind] -= size
-        self.copies.pop(address, None)
 
 
 class _Syncs(TorchFunctionMode):

@@ -340,8 +340,10 @@ class FineTune(SavedTuning):
         return self._collate(self.prepared.held_out, ids)
 
     def _collate(self, examples: Examples, ids: list[int]) -> Batch:
-        pad = self.prepared.tokenizer.pad_token_id
-        return collate(examples, ids, pad, self.budget.layout, self.accelerator.device)
+        pad, layout = self.prepared.tokenizer.pad_token_id, self.budget.layout
+        batch = collate(examples, ids, pad, layout, self.accelerator.device)
+        attention.remember_starts(batch.position_ids, batch.lengths)
+        return batch
 
     def num_supervised(self, batch: Batch) -> float:
         """Returns the number of supervised tokens, or the sum of their weights."""
@@ -385,13 +387,10 @@ class FineTune(SavedTuning):
     def _run(self, model: nn.Module, batch: Batch, positions: torch.Tensor, **options: Any) -> Any:
         """Returns the model's output, whose logits are those of `positions`."""
         self.head.positions = positions
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         try:
-            return model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                **options,
-            )
+            with attention.known_documents(batch.position_ids):
+                return model(**inputs, use_cache=False, **options)
         finally:
             self.head.positions = None
 

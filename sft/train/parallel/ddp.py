@@ -142,8 +142,12 @@ class Replicated:
                 parameter.grad = torch.zeros_like(parameter)
             elif self.loss_scale != 1:
                 parameter.grad /= self.loss_scale
-        norm: Any = nn.utils.clip_grad_norm_(list(self.trained.values()), self.max_grad_norm)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        parameters = list(self.trained.values())
+        norm: Any = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        found = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not found + 1e-6 < 0.999 * self.max_grad_norm:  # else it would multiply all by exactly 1
+            nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+        return found
 
     def update(self) -> None:
         """Updates the weights from the gradient."""
