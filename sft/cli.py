@@ -93,7 +93,8 @@ def prepare_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for name in ("bitsandbytes", "DeepSpeed"):
+    # torchao logs kernels of other versions of CUDA that it could not load, and deprecations.
+    for name in ("bitsandbytes", "DeepSpeed", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|peft")

@@ -67,6 +67,12 @@ RULES = [
         "fsdp and deepspeed cannot split the packed state of a bitsandbytes optimizer: use adamw",
     ),
     Rule(
+        ("train.precision", "train.engine"),
+        lambda precision, engine: precision == "bf16_pure" and engine == "deepspeed",
+        "DeepSpeed keeps an fp32 copy of the trained weights, so weights in bf16 would save "
+        "nothing: set train.engine: fsdp, or train.precision: bf16",
+    ),
+    Rule(
         ("model.init", "tuning.mode"),
         lambda init, mode: init == "random" and mode != "full",
         "random weights have nothing to adapt: set tuning.mode: full",

@@ -202,9 +202,10 @@ class Train(Section):
     its own file says so.)"""
     num_processes: Count | None = None
     """Processes that the run must have, or it refuses to start. The launcher sets it."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Compute precision; trained weights stay in fp32. `fp16` uses a dynamic loss scale. `auto`:
-    bf16 if all GPUs have it, else fp16; fp32 on a CPU."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "bf16_pure"] = "auto"
+    """Compute precision; trained weights stay in fp32. `fp16` uses a dynamic loss scale.
+    `bf16_pure`: trained weights, gradients and moments in bf16 as well, with stochastic rounding.
+    `auto`: bf16 if all GPUs have it, else fp16; fp32 on a CPU."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about 25 % slower. `auto`: only if
     memory would be short without it."""
@@ -273,6 +274,16 @@ class Train(Section):
     run. Slower on GPUs; no change on CPUs."""
     profile_steps: Count | None = None
     """Steps to profile into `<output_dir>/profile.json`, after two steps that are not recorded."""
+
+    @property
+    def is_bf16_pure(self) -> bool:
+        """Returns whether trained weights, their gradients and moments are stored in bf16."""
+        return self.precision == "bf16_pure"
+
+    @property
+    def trained_bytes(self) -> int:
+        """Returns the bytes of a trained weight, and of its gradient."""
+        return 2 if self.is_bf16_pure else 4
 
     @property
     def differs_by_layer(self) -> bool:

@@ -9,17 +9,28 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from sft.config.schema import Train
 from sft.errors import ModelError
 from sft.runtime.console import table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check_dtypes(model: nn.Module, mode: str, precision: str) -> None:
-    """Asserts that trained weights are fp32, and frozen ones in the compute dtype or 4 bits."""
+def store_trained(model: nn.Module, train: Train) -> nn.Module:
+    """Returns the model, with its trained weights in the dtype in which they are kept."""
+    for parameter in model.parameters():
+        if train.is_bf16_pure and parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16().contiguous()
+    return model
+
+
+def check_dtypes(
+    model: nn.Module, mode: str, precision: str, stored: torch.dtype = torch.float32
+) -> None:
+    """Asserts that trained weights are `stored`, and frozen ones in the compute dtype or 4 bits."""
     frozen = {torch.float32, DTYPES[precision]} | ({torch.uint8} if mode == "qlora" else set())
     for name, parameter in model.named_parameters():
-        allowed = {torch.float32} if parameter.requires_grad else frozen
+        allowed = {stored} if parameter.requires_grad else frozen
         assert parameter.dtype in allowed, f"{name} is {parameter.dtype}, expected one of {allowed}"
     if mode == "qlora":
         quantised = sum(p.dtype == torch.uint8 for p in model.parameters())

@@ -1,7 +1,8 @@
 """Loads the model as configured (full, LoRA or QLoRA).
 
-Trained weights, their gradients and their optimizer state are fp32. A frozen base is stored in the
-compute dtype or in 4 bits. bf16 and fp16 run under autocast. All this is checked after the build.
+Trained weights, their gradients and their optimizer state are fp32, or bf16 with `bf16_pure`. A
+frozen base is stored in the compute dtype or in 4 bits. bf16 and fp16 run under autocast. All this
+is checked after the build.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sft.config.schema import Config, Model
 from sft.errors import ModelError
 from sft.models import attention, classes, experts, vocabulary
 from sft.models.adapt import add_adapters, refuse_unused
-from sft.models.dtypes import DTYPES, check_dtypes
+from sft.models.dtypes import DTYPES, check_dtypes, store_trained
 from sft.models.groups import freeze_groups
 from sft.models.pretrained import (
     absolute_name,
@@ -70,7 +71,9 @@ def build(
     if config.tuning.quantization and config.model.init == "pretrained":
         arch = architecture(config.model)
         refuse_quantised(arch, config.model.name, mode, config.tuning.quantization)
-    base: Any = load_base(config.model, mode, precision, device, weights, depth, kind, narrowed)
+    stored = DTYPES["bf16" if config.train.is_bf16_pure else "fp32"]
+    options = weights, depth, kind, narrowed, stored
+    base: Any = load_base(config.model, mode, precision, device, *options)
     if config.tuning.router == "trained" and not (found := reach(base)).routers:
         why = f" (its step could not be traced: {found.problem})" if found.problem else ""
         raise ModelError(
@@ -96,7 +99,7 @@ def build(
     if config.train.gradient_checkpointing is True:  # the plan has decided about `auto`
         # Non-reentrant: gradients reach adapters although frozen embeddings have none.
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    check_dtypes(base, mode, precision)
+    check_dtypes(store_trained(base, config.train), mode, precision, stored)
     return base
 
 
@@ -109,8 +112,9 @@ def load_base(
     depth: int | None = None,
     quantization: str = "nf4",
     narrowed: bool = False,
+    stored: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Returns the base without adapters, stored as `mode` says: fp32, compute dtype or 4 bits.
+    """Returns the base without adapters: in the compute dtype or 4 bits, or `stored` if trained.
 
     `quantization`: the kind of 4 bits, as in `tuning.quantization`.
     Raises ModelError for a model that cannot be loaded, or whose files lack weights.
@@ -118,7 +122,7 @@ def load_base(
     check_attention(config)
     compute, kernel = DTYPES[precision], config.attn_implementation
     options = {
-        "dtype": torch.float32 if mode == "full" else compute,
+        "dtype": stored if mode == "full" else compute,
         "attn_implementation": None if kernel == "auto" else kernel,
         "trust_remote_code": config.trust_remote_code,
     }

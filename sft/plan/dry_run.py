@@ -184,7 +184,7 @@ def make_engine(
     engine.micro_batches = [[next(numbers) for _ in each] for each in window.micro_batches]
     if accelerator is None:
         engine.fill_gradients()
-        engine.optimizer.step()
+        engine.parallel.update()
         engine.optimizer.zero_grad()
     return engine
 

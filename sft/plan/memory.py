@@ -27,7 +27,7 @@ from sft.plan.dry_run import Window
 from sft.plan.records import Result, load_or_trace
 from sft.plan.sharding import ONE_PROCESS, Group, parts_on_rank
 from sft.plan.trace import Trace
-from sft.runtime.disk import ADAM_BYTES
+from sft.runtime.disk import state_bytes
 from sft.tasks.base import TaskInfo
 from sft.tasks.registry import task_of
 
@@ -67,7 +67,9 @@ def predict(
         # one of the two kinds of engine, which differ in what autocast keeps.
         casts = group.engine == "deepspeed" or (group.engine == "fsdp" and group.world_size > 1)
         engine, checkpointing = "fsdp" if casts else "ddp", config.train.gradient_checkpointing
-        key = model_key(config, gradient_checkpointing=checkpointing, engine=engine)
+        key = model_key(
+            config, gradient_checkpointing=checkpointing, engine=engine, **_stored(config)
+        )
         without = replace(window, waiting=0)
         folder = task_of(config).info(config).cache / "traces"
         phases, reserved, method = _trace(folder, key, precision, without, on_gpu, evaluation)
@@ -90,6 +92,11 @@ def predict(
     return Memory(breakdown, reserved + total - traced if on_gpu else total, method)
 
 
+def _stored(config: RunConfig) -> dict[str, Any]:
+    """Returns the keys of `train` that decide how trained weights are kept and updated."""
+    return {"precision": "bf16_pure"} if config.train.is_bf16_pure else {}
+
+
 def _untraced(
     phase: str,
     parts: dict[str, int],
@@ -100,7 +107,8 @@ def _untraced(
 ) -> dict[str, int]:
     """Returns the parts of a phase that a formula adds or, for the optimizer, replaces."""
     info = task_of(config).info(config)
-    share = ADAM_BYTES[config.train.optimizer] / ADAM_BYTES["adamw"]
+    traced = config.train.trained_bytes * 2  # of AdamW, whose moments have the weights' dtype
+    share = state_bytes(config.train) / traced
     result = {
         "waiting batches": window.waiting * info.waiting_bytes,
         "optimizer": round(parts["optimizer"] * share),
@@ -214,7 +222,8 @@ def _closed_form(
     for parameter in model.parameters():
         is_matrix = id(parameter) in linear or parameter.ndim == 3  # of experts
         quantised = mode == "qlora" and not parameter.requires_grad and is_matrix
-        each = 4.0 if parameter.requires_grad else NF4_BYTES if quantised else width
+        own = float(config.train.trained_bytes)
+        each = own if parameter.requires_grad else NF4_BYTES if quantised else width
         weights += parameter.numel() * each
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = window.micro_batches[-1]
@@ -226,8 +235,8 @@ def _closed_form(
         kept, again = layers * (4 if mode == "full" else width), ACTIVATION_BYTES[precision]
     return {
         "weights": round(weights),
-        "gradients": trained * 4,
-        "optimizer": round(trained * ADAM_BYTES[config.train.optimizer]),
+        "gradients": trained * config.train.trained_bytes,
+        "optimizer": round(trained * state_bytes(config.train)),
         "activations": round(kept * hidden),
         # fp32 logits, their softmax and gradient
         "logits and loss": sum(s for _, s in rows) * copies * arch.vocab_size * 12,

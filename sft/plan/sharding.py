@@ -63,7 +63,8 @@ def parts_on_rank(
         parts = _fsdp2(phase, parts, config, precision, group)
     elif group.world_size > 1 and group.accumulates:
         # DDP keeps gradients in its buckets, and separately their sum over earlier micro-batches.
-        parts = parts | {"communication": 4 * count_parameters(config).trained}
+        width = config.train.trained_bytes
+        parts = parts | {"communication": width * count_parameters(config).trained}
     hosted: tuple[str, ...] = ()
     if on_gpu and config.train.offload:
         hosted = ("weights", "adapters", "gradients", "optimizer")
@@ -124,13 +125,14 @@ def _fsdp2(
     """
     counted, trains_all = count_parameters(config), task_of(config).info(config).mode == "full"
     whole = parts["weights"] + parts.get("adapters", 0)
-    outside = counted.outside * (4 if trains_all else DTYPES[precision].itemsize)
+    width = config.train.trained_bytes
+    outside = counted.outside * (width if trains_all else DTYPES[precision].itemsize)
     layers = max(1, counted.layers)
     layer = (whole - outside) // layers
-    outside_grads = 4 * counted.outside if trains_all else 0
-    head_grads = max(0, outside_grads - 4 * (counted.parameters - counted.multiplied))
-    layer_grads = (4 * counted.trained - outside_grads) // layers
-    share = math.ceil(4 * counted.trained / group.world_size)
+    outside_grads = width * counted.outside if trains_all else 0
+    head_grads = max(0, outside_grads - width * (counted.parameters - counted.multiplied))
+    layer_grads = (width * counted.trained - outside_grads) // layers
+    share = math.ceil(width * counted.trained / group.world_size)
     gathered = outside
     kept = share if group.accumulates else 0
     if phase.startswith("forward"):

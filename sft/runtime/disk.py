@@ -16,7 +16,6 @@ from sft.runtime.run_folder import newest_first, step_of
 
 # Of the optimizer's state, per trained parameter.
 ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.05, "paged_adamw_8bit": 2.05}
-WEIGHT_BYTES = 4  # trained weights are kept in fp32
 TOKENIZER_BYTES = 130  # per token of the vocabulary; files of Llama-3, Qwen2 and Gemma have 70-130
 SMALL_BYTES = 64 * 1024  # headers of tensors, JSON of configuration, optimizer and manifest
 STEP_BYTES = 2000  # of metrics.jsonl, training.log and TensorBoard, per step
@@ -45,14 +44,20 @@ class Need:
         )
 
 
+def state_bytes(train: Train) -> float:
+    """Returns the bytes of the optimizer's state per trained weight."""
+    halves = train.is_bf16_pure and train.optimizer == "adamw"  # others keep their own formats
+    return ADAM_BYTES[train.optimizer] / (2 if halves else 1)
+
+
 def checkpoint_bytes(train: Train, num_trained: int, vocabulary: int) -> int:
     """Returns the size of trained weights, their optimizer state and the tokenizer."""
-    state = math.ceil(num_trained * ADAM_BYTES[train.optimizer])
-    return _final_bytes(num_trained, vocabulary) + state
+    state = math.ceil(num_trained * state_bytes(train))
+    return _final_bytes(train, num_trained, vocabulary) + state
 
 
-def _final_bytes(num_trained: int, vocabulary: int) -> int:
-    return num_trained * WEIGHT_BYTES + vocabulary * TOKENIZER_BYTES + SMALL_BYTES
+def _final_bytes(train: Train, num_trained: int, vocabulary: int) -> int:
+    return num_trained * train.trained_bytes + vocabulary * TOKENIZER_BYTES + SMALL_BYTES
 
 
 def estimate_need(train: Train, num_trained: int, vocabulary: int, steps: int) -> Need:
@@ -64,7 +69,7 @@ def estimate_need(train: Train, num_trained: int, vocabulary: int, steps: int) -
     return Need(
         checkpoint=checkpoint_bytes(train, num_trained, vocabulary),
         copies=kept + staging,
-        final=_final_bytes(num_trained, vocabulary),
+        final=_final_bytes(train, num_trained, vocabulary),
         logs=steps * STEP_BYTES + 2**20,
     )
 

@@ -91,8 +91,14 @@ def default_num_processes(hw: Hardware) -> int:
 
 
 def resolve_precision(train: Train, devices: list[Device] | None = None) -> tuple[str, str]:
-    """Returns (precision, reason) for `devices`; by default, for the GPU of this process."""
+    """Returns (precision, reason) for `devices`; by default, for the GPU of this process.
+
+    It is the precision of computing: `bf16_pure` computes in bf16.
+    """
     import torch
+
+    if train.is_bf16_pure:
+        return "bf16", "configured, as are bf16 weights, gradients and moments"
 
     if train.precision != "auto":
         return train.precision, "configured"

@@ -168,7 +168,7 @@ class Engine:
         """
         ids, micro_batches = self.window(self.step)
         guard, waits_in = OomGuard(), self.parallel.waits_in
-        self.parallel.begin_step()
+        self.parallel.begin_step(self.step)
         if self.loss_scale:
             self.parallel.set_loss_scale(self.loss_scale.value)
         batches = [guard.call(m, self.collate, m) for m in micro_batches]

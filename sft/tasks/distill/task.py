@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sft.models import layers
+from sft.models.dtypes import store_trained
 from sft.runtime import hardware, plain
 from sft.runtime.console import duration
 from sft.runtime.disk import refuse_if_unwritable
@@ -125,7 +126,7 @@ class Distillation(Task):
         depth: int | None = None,
     ) -> nn.Module:
         assert depth is None  # `TaskInfo.small`: traced whole
-        return build(config.distill, config.train.seed, device)
+        return store_trained(build(config.distill, config.train.seed, device), config.train)
 
     @classmethod
     def blank_data(cls, config: DistillConfig, sizes: Sequence[ExampleSize]) -> Histories:

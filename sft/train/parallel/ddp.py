@@ -30,6 +30,7 @@ from sft.runtime.hardware import resolve_precision
 from sft.train.optimizer import build_optimizer
 from sft.train.parallel.state import changes_of, decode, settings_of, split_state
 from sft.train.recovery import Waits
+from sft.train.updates import Updates
 
 # read(parameter, start, number) -> the parameter's saved state. Of each flattened tensor it returns
 # `number` elements from `start` on. If `number` is None, it returns the tensors as they were saved.
@@ -76,6 +77,9 @@ class Replicated:
         self._settings = [copy.deepcopy(settings_of(group)) for group in groups]
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.saved = weights_to_save(model)
+        self.updates: Updates | None = None
+        if train.is_bf16_pure:
+            self.updates = Updates(self._base_optimizer, self.trained, train, self._slice)
 
     def _wrap(self, train: Train) -> None:
         """Sets `model` and `optimizer`."""
@@ -97,9 +101,11 @@ class Replicated:
 
     # -- a step
 
-    def begin_step(self) -> None:
-        """Clears what an earlier step left. Collective."""
+    def begin_step(self, step: int = 0) -> None:
+        """Clears what an earlier step left, before the step after `step`. Collective."""
         self.zero_grad()
+        if self.updates:
+            self.updates.step = step
         if isinstance(self.model, DistributedDataParallel):
             # Rebuilding is collective. If a pass did it, ranks would wait for one that has
             # abandoned the pass.
@@ -142,6 +148,8 @@ class Replicated:
                 parameter.grad = torch.zeros_like(parameter)
             elif self.loss_scale != 1:
                 parameter.grad /= self.loss_scale
+        if self.updates:
+            return self.updates.clip(self.max_grad_norm)
         parameters = list(self.trained.values())
         norm: Any = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         found = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -151,13 +159,21 @@ class Replicated:
 
     def update(self) -> None:
         """Updates the weights from the gradient."""
-        self.optimizer.step()
+        if self.updates:
+            self.updates.apply_all()
+        else:
+            self.optimizer.step()
         self.num_updates += 1
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
 
     # -- state
+
+    @staticmethod
+    def _slice(tensor: Any) -> tuple[torch.Tensor, int]:
+        """Returns a view of this rank's elements, flat, and where they start in the flat whole."""
+        return tensor.detach().view(-1), 0
 
     def gather_weights(self) -> Tensors:
         """Returns the full parameters that are saved, and the persistent buffers. Collective.
@@ -244,6 +260,8 @@ class Replicated:
             if place.number is None and value.numel() != place.tensor.numel():
                 state[key] = value.to(device)  # of a checkpoint that does not say what is whole
                 continue
+            if value.dtype == torch.bfloat16 != place.tensor.dtype:  # of a run in bf16_pure
+                value = value.float()
             if key not in state:
                 state[key] = torch.zeros_like(place.tensor, dtype=value.dtype)
             part = self._cut(state[key], place)

@@ -49,6 +49,10 @@ class Sharded(Split):
         autocast(self.module, device, train)
         self.model, self.optimizer = self.module, build_optimizer(train, self.module)
 
+    @staticmethod
+    def _slice(tensor: Any) -> tuple[torch.Tensor, int]:
+        return _local_slice(tensor)
+
     def _places(self, name: str) -> Iterator[Place]:
         parameter = self.trained[name]
         weight, start = _local_slice(parameter)
