@@ -150,7 +150,7 @@ def final_loss(make: Any, name: str, seed: int, ids: torch.Tensor, rate: float) 
     optimizer = build(list(model.parameters()))
     settings = Train(output_dir="none", seed=seed, precision="bf16_pure")
     named = dict(model.named_parameters())
-    own = Updates(optimizer, named, settings, lambda tensor: (tensor.detach().view(-1), 0))
+    own = Updates(settings, optimizer, named, lambda tensor: (tensor.detach().view(-1), 0))
     for step in range(STEPS):
         chosen = rows[torch.randint(len(rows), (ROWS,), generator=generator)]
         optimizer.zero_grad()

@@ -73,6 +73,30 @@ RULES = [
         "nothing: set train.engine: fsdp, or train.precision: bf16",
     ),
     Rule(
+        ("train.optimizer_in_backward", "train.max_grad_norm"),
+        lambda early, norm: early and norm > 0,
+        "the norm of the whole gradient is known only after the backward pass: set "
+        "train.max_grad_norm: 0, or remove this key",
+    ),
+    Rule(
+        ("train.optimizer_in_backward", "train.skip_nonfinite"),
+        lambda early, allowed: early and allowed > 0,
+        "when a gradient is found not to be finite, weights have been updated: set "
+        "train.skip_nonfinite: 0, or remove this key",
+    ),
+    Rule(
+        ("train.optimizer_in_backward", "train.precision"),
+        lambda early, precision: early and precision == "fp16",
+        "in fp16 a step whose gradients overflow is repeated, which needs the weights of before: "
+        "set train.precision: bf16, or remove this key",
+    ),
+    Rule(
+        ("train.optimizer_in_backward", "train.engine"),
+        lambda early, engine: early and engine == "deepspeed",
+        "DeepSpeed updates in its own step, after the backward pass: set train.engine: fsdp, or "
+        "remove this key",
+    ),
+    Rule(
         ("model.init", "tuning.mode"),
         lambda init, mode: init == "random" and mode != "full",
         "random weights have nothing to adapt: set tuning.mode: full",

@@ -245,6 +245,9 @@ class Train(Section):
     """Decay rate of the second moment."""
     adam_epsilon: Positive = 1e-8
     """Added to the denominator of the update."""
+    optimizer_in_backward: bool = False
+    """Update each parameter in the step's last backward pass, as soon as its gradient is complete,
+    and free the gradient: the same weights in less memory. Needs `max_grad_norm: 0`."""
     max_grad_norm: NonNegative = 1.0
     """Gradients with a larger global norm are scaled down to this norm. 0: no clipping."""
     skip_nonfinite: CountOrZero = 0

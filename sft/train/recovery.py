@@ -5,7 +5,7 @@ agree on whether any of them ran out of memory. `Waits` says which passes these 
 
     never          one process: every pass can be repeated
     last backward  DDP exchanges gradients only in the last backward pass of a step: every pass
-                   before it can be repeated
+                   before it can be repeated; so it is where that pass updates the weights
     backward       ZeRO-1 and 2 reduce gradients in every backward pass: only the forward passes
                    between them can be repeated
     forward        FSDP2 and ZeRO-3 also gather weights in forward passes: only the loss after a

@@ -11,6 +11,7 @@ Fine-tuning for Large Language Models with Limited Resources, call it fused back
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from torch import nn
 
 from sft.config.schema import Train
+from sft.errors import ConfigError, NonFiniteError
+from sft.runtime.hardware import resolve_precision
 from sft.train.rounding import round_into
 
 PART = 2**24  # elements of a parameter that are updated at once, where the optimizer allows it
@@ -32,7 +35,7 @@ class Updates:
     factor = 1.0  # of the gradient of bf16 weights, to clip it without rounding it again
 
     def __init__(
-        self, optimizer: Any, trained: Mapping[str, nn.Parameter], train: Train, cut: Slice
+        self, train: Train, optimizer: Any, trained: Mapping[str, nn.Parameter], cut: Slice
     ):
         self.optimizer, self.seed, self.is_bf16 = optimizer, train.seed, train.is_bf16_pure
         self.names = {parameter: name for name, parameter in trained.items()}
@@ -40,6 +43,9 @@ class Updates:
         # Elements that do not depend on each other can be updated in parts.
         self.has_parts = type(optimizer) is torch.optim.AdamW
         self.is_torch = "bitsandbytes" not in type(optimizer).__module__
+
+    def begin_step(self, step: int) -> None:
+        self.step = step
 
     def clip(self, max_norm: float) -> float:
         """Returns the norm of the gradient; `apply_all` scales it down to `max_norm`, in fp32."""
@@ -64,7 +70,7 @@ class Updates:
         size = PART if self.has_parts else max(1, number)
         before = {key: _local(value) for key, value in self.optimizer.state[parameter].items()}
         after: dict[str, Any] = {}
-        for at in range(0, number, size):
+        for at in range(0, max(1, number), size):
             part = slice(at, at + size)
             form = (-1,) if self.has_parts else shape
             twin = weight[part].float().view(form)
@@ -109,16 +115,41 @@ class Updates:
 class BackwardUpdates(Updates):
     """Updates a parameter as soon as its gradient is complete, and frees the gradient."""
 
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
+    def __init__(self, accelerator: Any, train: Train, *arguments: Any):
+        super().__init__(train, *arguments)
+        self.accelerator = accelerator
         self.is_last = False  # whether the backward pass that runs is the step's last
+        self.losses: list[torch.Tensor] = []  # of the step so far, on this rank
         self.norms: dict[nn.Parameter, torch.Tensor] = {}  # of the gradients that are used up
+        self.groups: dict[nn.Parameter, dict[str, Any]] = {}
+        self._refuse(train)
         for parameter in self.names:
             parameter.register_post_accumulate_grad_hook(self._use)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Runs the step's last backward pass."""
-        self.is_last, self.norms = True, {}
+    def _refuse(self, train: Train) -> None:
+        """Raises ConfigError where weights cannot be updated in the backward pass."""
+        refused = "train.optimizer_in_backward: "
+        if self.accelerator.num_processes > 1 and train.engine == "ddp":
+            raise ConfigError(
+                f"{refused}DDP keeps all gradients in its buffers of exchange, so nothing would be "
+                "saved: set train.engine: fsdp, or remove this key"
+            )
+        if resolve_precision(train)[0] == "fp16":
+            raise ConfigError(
+                f"{refused}in fp16 a step whose gradients overflow is repeated, which needs the "
+                "weights of before: set train.precision, or remove this key"
+            )
+
+    def begin_step(self, step: int) -> None:
+        super().begin_step(step)
+        self.losses, self.norms = [], {}
+
+    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        """Runs a backward pass; the step's last one not if a loss is not finite on any rank."""
+        self.losses.append(loss.detach())
+        if is_last and not self._are_finite():
+            return  # the engine ends the run; no weight has changed
+        self.is_last = is_last
         groups = self.optimizer.param_groups  # a resumed optimizer has new ones
         self.groups = {parameter: group for group in groups for parameter in group["params"]}
         try:
@@ -126,20 +157,49 @@ class BackwardUpdates(Updates):
         finally:
             self.is_last = False
 
+    def _are_finite(self) -> bool:
+        bad = (~torch.stack(self.losses).isfinite()).any().float()
+        several = self.accelerator.num_processes > 1
+        return not (self.accelerator.reduce(bad, "sum") if several else bad) > 0
+
     def finish(self) -> float:
-        """Updates what got no gradient, as with a gradient of 0; returns the gradient's norm."""
+        """Updates what got no gradient, as if it were 0, and returns the gradient's norm."""
         for parameter in self.names:
             if parameter not in self.norms:
                 parameter.grad = torch.zeros_like(parameter)
-                self._use(parameter, is_last=True)
-        return total_norm([self.norms[parameter] for parameter in self.names])
+                self._update(parameter)
+        norm = total_norm([self.norms[parameter] for parameter in self.names])
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"gradient norm is {norm} in step {self.step + 1}. With "
+                "train.optimizer_in_backward it is known only after the update: these weights are "
+                "lost, and no checkpoint of the step exists. Without that key, a resumed run "
+                "names the examples, or skips them with train.skip_nonfinite."
+            )
+        return norm
 
-    def _use(self, parameter: Any, is_last: bool = False) -> None:
-        if self.is_last or is_last:
-            assert parameter not in self.norms, "a gradient is complete only once in a pass"
-            self.norms[parameter] = gradient_norm(parameter.grad)
-            self.apply(self.groups[parameter], parameter)
-            parameter.grad = None
+    def _use(self, parameter: nn.Parameter) -> None:
+        if self.is_last:
+            self._update(parameter)
+
+    def _update(self, parameter: Any) -> None:
+        assert parameter not in self.norms, "a gradient is complete once in the last pass"
+        self.norms[parameter] = gradient_norm(parameter.grad)
+        self.apply(self.groups[parameter], parameter)
+        parameter.grad = None
+
+
+def make_updates(
+    train: Train,
+    accelerator: Any,
+    optimizer: Any,
+    trained: Mapping[str, nn.Parameter],
+    cut: Slice,
+) -> Updates | None:
+    """Returns what updates parameters one at a time; None if the optimizer updates all at once."""
+    if train.optimizer_in_backward:
+        return BackwardUpdates(accelerator, train, optimizer, trained, cut)
+    return Updates(train, optimizer, trained, cut) if train.is_bf16_pure else None
 
 
 def gradient_norm(gradient: Any) -> torch.Tensor:

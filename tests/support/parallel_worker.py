@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from sft.config.load import load_config
 from sft.data import batches, cache
 from sft.runtime import checkpoint, processes
+from sft.runtime.hardware import resolve_precision
 from sft.runtime.processes import Context
 from sft.tasks.registry import task_of
 from sft.train import engine
@@ -29,7 +30,8 @@ def make(case: dict[str, Any], folder: Path) -> engine.Engine:
     accelerator = processes.start_processes(config.train)
     budget = batches.Budget(case["max_tokens"], "padded")
     context = Context(accelerator)
-    task = task_of(config).build(config, prepared, config.train.precision, budget, context)
+    precision = resolve_precision(config.train)[0]
+    task = task_of(config).build(config, prepared, precision, budget, context)
     return engine.Engine(task, config.train, context)
 
 

@@ -30,7 +30,7 @@ from sft.runtime.hardware import resolve_precision
 from sft.train.optimizer import build_optimizer
 from sft.train.parallel.state import changes_of, decode, settings_of, split_state
 from sft.train.recovery import Waits
-from sft.train.updates import Updates
+from sft.train.updates import BackwardUpdates, make_updates
 
 # read(parameter, start, number) -> the parameter's saved state. Of each flattened tensor it returns
 # `number` elements from `start` on. If `number` is None, it returns the tensors as they were saved.
@@ -77,9 +77,11 @@ class Replicated:
         self._settings = [copy.deepcopy(settings_of(group)) for group in groups]
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.saved = weights_to_save(model)
-        self.updates: Updates | None = None
-        if train.is_bf16_pure:
-            self.updates = Updates(self._base_optimizer, self.trained, train, self._slice)
+        parts = self._base_optimizer, self.trained, self._slice
+        self.updates = make_updates(train, accelerator, *parts)
+        self.in_backward = self.updates if isinstance(self.updates, BackwardUpdates) else None
+        if self.in_backward and self.waits_in == "never":
+            self.waits_in = "last backward"  # which cannot be repeated
 
     def _wrap(self, train: Train) -> None:
         """Sets `model` and `optimizer`."""
@@ -105,7 +107,7 @@ class Replicated:
         """Clears what an earlier step left, before the step after `step`. Collective."""
         self.zero_grad()
         if self.updates:
-            self.updates.step = step
+            self.updates.begin_step(step)
         if isinstance(self.model, DistributedDataParallel):
             # Rebuilding is collective. If a pass did it, ranks would wait for one that has
             # abandoned the pass.
@@ -134,6 +136,9 @@ class Replicated:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradients of a loss; in the step's last pass, sums them over ranks."""
+        if self.in_backward:
+            self.in_backward.backward(loss, self._is_last)
+            return
         (loss if self.loss_scale == 1 else loss * self.loss_scale).backward()
         if self._is_last and self._sums_afterwards:
             for parameter in self.trained.values():
@@ -143,6 +148,8 @@ class Replicated:
 
     def clip(self) -> float:
         """Scales the gradient down to `train.max_grad_norm`, and returns its norm before that."""
+        if self.in_backward:
+            return self.in_backward.finish()
         for parameter in self.trained.values():
             if parameter.grad is None:  # no example used it; DDP sets 0, too
                 parameter.grad = torch.zeros_like(parameter)
@@ -160,7 +167,7 @@ class Replicated:
     def update(self) -> None:
         """Updates the weights from the gradient."""
         if self.updates:
-            self.updates.apply_all()
+            self.updates.apply_all()  # in the backward pass, it has used up the gradients
         else:
             self.optimizer.step()
         self.num_updates += 1
@@ -260,10 +267,10 @@ class Replicated:
             if place.number is None and value.numel() != place.tensor.numel():
                 state[key] = value.to(device)  # of a checkpoint that does not say what is whole
                 continue
-            if value.dtype == torch.bfloat16 != place.tensor.dtype:  # of a run in bf16_pure
-                value = value.float()
             if key not in state:
-                state[key] = torch.zeros_like(place.tensor, dtype=value.dtype)
+                was_pure = value.dtype == torch.bfloat16 != place.tensor.dtype
+                dtype = torch.float32 if was_pure else value.dtype
+                state[key] = torch.zeros_like(place.tensor, dtype=dtype)
             part = self._cut(state[key], place)
             part.copy_(value.view(part.shape))
         for key, value in saved.whole.items():
