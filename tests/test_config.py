@@ -239,6 +239,8 @@ def test_an_override_that_is_not_yaml_is_refused(minimal):
     assert "not valid YAML" in found
 
 
+DEEPSPEED = ["train.engine=deepspeed", "train.deepspeed_config=f"]
+EARLY = "train.optimizer_in_backward=true"
 BREAKS = [  # for each rule, in order: overrides that break it, and one more that repairs it
     (["data.cache_dir=outputs/x/cache"], "train.output_dir=outputs/y"),
     (["data.train_path=[a.jsonl, nano]", "train.output_dir=nano/x/y"], "train.output_dir=outputs"),
@@ -248,6 +250,11 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
         ["train.engine=deepspeed", "train.deepspeed_config=f", "train.optimizer=paged_adamw"],
         "train.optimizer=adamw",
     ),
+    ([*DEEPSPEED, "train.precision=bf16_pure"], "train.precision=bf16"),
+    ([EARLY], "train.max_grad_norm=0"),
+    ([EARLY, "train.max_grad_norm=0", "train.skip_nonfinite=1"], "train.skip_nonfinite=0"),
+    ([EARLY, "train.max_grad_norm=0", "train.precision=fp16"], "train.precision=bf16"),
+    ([EARLY, "train.max_grad_norm=0", *DEEPSPEED], "train.optimizer_in_backward=false"),
     (["model.init=random"], "tuning.mode=full"),
     (["data.eval_fraction=0"], "data.eval_path=held_out.jsonl"),
     (["data.mix=[1, 2]"], "data.train_path=[a.jsonl, b.jsonl]"),
@@ -644,7 +651,7 @@ def test_flags_are_read_as_people_type_them(minimal, words, expected):
             (words, "train.precision (override" + found)
             for words, found in (
                 (["--mixed_precision", "fp8"], " as mixed_precision): expected auto or fp32 or"),
-                (["--precision", "fp8"], "): expected auto or fp32 or bf16 or fp16, found 'fp8'"),
+                (["--precision", "fp8"], "): expected auto or fp32 or bf16 or fp16 or bf16_pure, "),,
             )
         ),
     ],

@@ -94,7 +94,8 @@ def predict(
 
 def _stored(config: RunConfig) -> dict[str, Any]:
     """Returns the keys of `train` that decide how trained weights are kept and updated."""
-    return {"precision": "bf16_pure"} if config.train.is_bf16_pure else {}
+    pure = {"precision": "bf16_pure"} if config.train.is_bf16_pure else {}
+    return pure | {"optimizer_in_backward": config.train.optimizer_in_backward}
 
 
 def _untraced(

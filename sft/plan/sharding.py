@@ -135,17 +135,18 @@ def _fsdp2(
     share = math.ceil(width * counted.trained / group.world_size)
     gathered = outside
     kept = share if group.accumulates else 0
+    late = 0 if config.train.optimizer_in_backward and not kept else share
     if phase.startswith("forward"):
         gathered += 2 * layer
     elif "embedding" in phase:
         gathered += 2 * outside_grads
-        kept = share
+        kept = late
     elif phase.startswith("backward"):
         freed = parts.get("activations", 0) // layers
         gathered += head_grads + 3 * layer + max(0, layer_grads - freed)
-        kept = share
+        kept = late
     elif phase.startswith("update"):
-        gathered, kept = 0, share
+        gathered, kept = 0, late
     return _split(parts, group) | {"gradients": kept, "communication": gathered}
 
 

@@ -1,0 +1,347 @@
+"""Weights in bf16, and updates in the backward pass: laws 1 and 2, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import test_parallel
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_parallel import assert_bit_equal, case, difference, found
+
+from sft import errors
+from sft.data import batches
+from sft.train import rounding, updates
+
+PURE, EARLY = ["train.precision=bf16_pure"], ["train.optimizer_in_backward=true"]
+UNCLIPPED = ["train.max_grad_norm=0"]
+
+
+def round_all(values: torch.Tensor, start: int = 0, *parts: object) -> torch.Tensor:
+    target = torch.empty_like(values, dtype=torch.bfloat16)
+    rounding.round_into(target, values, start, *parts)
+    return target
+
+
+# --- rounding ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("first", [1.0, -1.0, 3e-20, 1e30])
+def test_rounding_is_exact_on_average_and_never_leaves_the_two_neighbours(share, first):
+    low = torch.tensor(first).bfloat16().float()
+    high = (low.view(torch.int32) + 0x10000).view(torch.float32)  # away from 0
+    values = (low + share * (high - low)).expand(100_000).contiguous()
+    rounded = round_all(values, 0, "a").float()
+    assert {*rounded.tolist()} <= {float(low), float(high)}
+    up = float((rounded == high).double().mean())
+    exact = float((values[0] - low) / (high - low))
+    assert up == pytest.approx(exact, abs=5 * math.sqrt(0.25 / 100_000))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, 300), max_size=4),
+    chunk=st.integers(1, 300),
+    start=st.sampled_from([0, 7, 2**31 - 5, 2**32 - 5, 2**40]),
+)
+def test_the_noise_depends_on_the_place_not_on_the_cut(cuts, chunk, start):
+    values = torch.randn(300, generator=torch.Generator().manual_seed(1))
+    whole = round_all(values, start, 0, 3, "p")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounding, "CHUNK", chunk)
+        edges = [0, *sorted(cuts), 300]
+        parts = [
+            round_all(values[a:b].clone(), start + a, 0, 3, "p")
+            for a, b in itertools.pairwise(edges)
+        ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_the_noise_differs_by_seed_step_parameter_tensor_and_high_positions():
+    values = torch.rand(4096) + 1
+    keys = [(0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b"), (0, 0, "a", "exp_avg")]
+    drawn = [(round_all(values, 0, *key).float() - values) for key in keys]
+    drawn.append(round_all(values, 2**32, *keys[0]).float() - values)
+    assert torch.corrcoef(torch.stack(drawn)).fill_diagonal_(0).abs().max() < 0.1
+    # Rounded to the nearest, the same values would give the same errors: a correlation of 1.
+
+
+def test_infinity_stays_infinity():
+    values = torch.tensor([math.inf, -math.inf, 0.0])
+    assert round_all(values).tolist() == values.tolist()
+
+
+# --- one process ---------------------------------------------------------------------------------
+
+
+def make(folder, budget=10_000, layout="padded", model=None, **train):
+    rows = tiny.examples(0, 12)
+    values = {"global_batch": 6, "max_steps": 6, "learning_rate": 1e-3} | train
+    kept = torch.bfloat16 if values.get("precision") == "bf16_pure" else torch.float32
+    built = tiny.llama(kept) if model is None else model
+    settings = tiny.config(folder, **values)
+    return tiny.make_engine(built, rows, rows, settings, batches.Budget(budget, layout))
+
+
+def weights(built):
+    return {name: value.clone() for name, value in built.task.model.state_dict().items()}
+
+
+def go(built, steps):
+    for _ in range(steps):
+        built.optimizer_step()
+        built.step += 1
+    return weights(built)
+
+
+def apart(one, other):
+    return tiny.relative_error(list(one.values()), list(other.values()))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_what_bf16_loses_to_the_nearest_stochastic_rounding_keeps(tmp_path, optimizer):
+    """Updates of 1e-5 to weights of 0.2: less than half the distance of two bf16 numbers."""
+    built = make(tmp_path, precision="bf16_pure", learning_rate=1e-5, optimizer=optimizer)
+    first = {n: v.double() for n, v in weights(built).items()}
+    exact = make(tmp_path, learning_rate=1e-5, precision="bf16", optimizer=optimizer)
+    before = {n: v.double() for n, v in weights(exact).items()}
+    moved, expected = go(built, 4), go(exact, 4)
+    moves = torch.cat([(moved[n].double() - first[n]).flatten() for n in first])
+    wanted = torch.cat([(expected[n].double() - before[n]).flatten() for n in first])
+    along = float(moves @ wanted / (wanted @ wanted))
+    assert along == pytest.approx(1, abs=0.25)
+    assert {p.dtype for p in built.task.model.parameters()} == {torch.bfloat16}
+    assert {p.grad.dtype for p in built.task.model.parameters()} == {torch.bfloat16}
+
+
+def test_moments_are_in_bf16_too_and_a_run_can_go_on_in_fp32_and_back(tmp_path):
+    pure = make(tmp_path / "a", precision="bf16_pure")
+    go(pure, 2)
+    saved = pure.save()
+    moments = [v for s in pure.optimizer.state.values() for k, v in s.items() if k != "step"]
+    assert {v.dtype for v in moments} == {torch.bfloat16}
+    plain = make(tmp_path / "b", precision="bf16")
+    plain.read(saved)
+    assert all(torch.equal(v.float(), weights(plain)[n]) for n, v in weights(pure).items())
+    go(plain, 1)
+    back = make(tmp_path / "c", precision="bf16_pure")
+    back.read(plain.save())
+    go(back, 1)
+    moments = [v for s in back.optimizer.state.values() for k, v in s.items() if k != "step"]
+    assert {v.dtype for v in moments} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("budget", "layout"), [(1, "padded"), (60, "padded"), (10_000, "packed")])
+def test_law_1_in_bf16_pure(tmp_path, budget, layout):
+    """Another cut changes roundings of the gradient, not the noise. Adam's first steps are +-rate
+    for gradients of any size, so single weights differ where gradients are roundings of 0."""
+    one = make(tmp_path / "a", precision="bf16_pure")
+    other = make(tmp_path / "b", budget, layout, precision="bf16_pure")
+    first, second = one.optimizer_step(), other.optimizer_step()
+    assert second["train/loss"] == pytest.approx(first["train/loss"], rel=2e-3)
+    assert second["train/grad_norm"] == pytest.approx(first["train/grad_norm"], rel=5e-3)
+    assert apart(weights(one), weights(other)) < 5e-4
+    nearest = {name: value.bfloat16() for name, value in weights(make(tmp_path)).items()}
+    assert apart(weights(one), nearest) > 3e-3  # what the step itself changes
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("early", [False, True])
+def test_law_2_in_bf16_pure(tmp_path, optimizer, early):
+    options = {"precision": "bf16_pure", "optimizer": optimizer, "optimizer_in_backward": early}
+    whole = make(tmp_path / "whole", 60, **options)
+    go(whole, 3)
+    saved = whole.save()
+    expected = go(whole, 3)
+    resumed = make(tmp_path / "resumed", 60, **options)
+    resumed.resume(saved)
+    found = go(resumed, 3)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_parts_of_a_parameter_are_updated_as_the_whole(tmp_path, monkeypatch):
+    whole = go(make(tmp_path / "a", precision="bf16_pure"), 3)
+    monkeypatch.setattr(updates, "PART", 64)  # a multiple of what a vector unit takes at once
+    parts = go(make(tmp_path / "b", precision="bf16_pure"), 3)
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_the_gradient_is_clipped_in_fp32(tmp_path):
+    free, clipped = (make(tmp_path, precision="bf16_pure", max_grad_norm=n) for n in (0.0, 1e-3))
+    first, second = free.optimizer_step(), clipped.optimizer_step()
+    assert first["train/grad_norm"] == second["train/grad_norm"] > 1
+    assert clipped.parallel.updates.factor == pytest.approx(1e-3 / first["train/grad_norm"], 1e-3)
+    moments = [
+        torch.cat([s["exp_avg"].float().flatten() for s in each.optimizer.state.values()]).norm()
+        for each in (free, clipped)
+    ]
+    assert float(moments[0] / moments[1]) == pytest.approx(first["train/grad_norm"] / 1e-3, 1e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_pure"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("budget", [60, 10_000])
+def test_in_the_backward_pass_the_same_bits_and_no_gradients(
+    tmp_path, precision, optimizer, budget
+):
+    options = {"precision": precision, "optimizer": optimizer}
+    late = make(tmp_path / "a", budget, **options)
+    early = make(tmp_path / "b", budget, optimizer_in_backward=True, **options)
+    for _ in range(3):
+        expected, found = late.optimizer_step(), early.optimizer_step()
+        late.step, early.step = late.step + 1, early.step + 1
+        for key in ("train/loss", "train/grad_norm"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-6), key
+        assert all(p.grad is None for p in early.task.model.parameters())
+        assert early.parallel.num_updates == late.parallel.num_updates
+    assert all(torch.equal(value, weights(early)[name]) for name, value in weights(late).items())
+
+
+def test_a_weight_without_a_gradient_is_updated_as_with_a_gradient_of_0(tmp_path):
+    """Weight decay and moments move it; an expert that no token chose is such a weight."""
+
+    def with_unused():
+        model = tiny.llama()
+        model.register_parameter("unused", torch.nn.Parameter(torch.ones(3, 3)))
+        return model
+
+    options = {"weight_decay": 0.1, "learning_rate": 1e-2}
+    late = make(tmp_path / "a", model=with_unused(), **options)
+    early = make(tmp_path / "b", model=with_unused(), optimizer_in_backward=True, **options)
+    expected, found = go(late, 2), go(early, 2)
+    assert float(found["unused"].mean()) < 1
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight(tmp_path):
+    """It is known before the last backward pass, from whichever micro-batch it came."""
+    built = make(tmp_path, 1, optimizer_in_backward=True)
+    _, micro_batches = built.window(0)
+    real, calls = built.task.loss, []
+
+    def loss(model, batch):
+        total, extras = real(model, batch)
+        calls.append(batch)
+        return total * (math.nan if len(calls) == 2 else 1.0), extras
+
+    built.task.loss = loss
+    before = weights(built)
+    with pytest.raises(errors.NonFiniteError, match="loss is nan in step 1; the step was not"):
+        built.optimizer_step()
+    assert len(calls) == len(micro_batches) > 2
+    assert all(torch.equal(value, weights(built)[name]) for name, value in before.items())
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_is_named(tmp_path):
+    built = make(tmp_path, optimizer_in_backward=True)
+    parameter = next(built.task.model.parameters())
+    parameter.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+    with pytest.raises(errors.NonFiniteError, match="is inf in step 1"):
+        built.optimizer_step()
+
+
+def test_a_probe_updates_nothing(tmp_path):
+    built = make(tmp_path, optimizer_in_backward=True)
+    go(built, 1)
+    before = weights(built)
+    built.probe_seconds_per_step()
+    assert all(torch.equal(value, weights(built)[name]) for name, value in before.items())
+
+
+def test_memory_that_runs_out_in_the_last_pass_cannot_be_repeated(tmp_path, monkeypatch):
+    """Some weights are updated by then. Before it, the step is repeated in smaller parts."""
+    built = make(tmp_path, optimizer_in_backward=True)
+    run_out = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    def backward(*_):
+        raise run_out
+
+    monkeypatch.setattr(built.parallel.in_backward, "backward", backward)
+    with pytest.raises(errors.OutOfMemory, match="cannot be repeated"):
+        built.optimizer_step()
+
+
+def test_an_automatic_fp16_is_refused_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(updates, "resolve_precision", lambda _: ("fp16", "no bf16"))
+    with pytest.raises(errors.ConfigError, match="in fp16 a step whose gradients overflow"):
+        make(tmp_path, optimizer_in_backward=True)
+
+
+# --- two processes -------------------------------------------------------------------------------
+
+
+CASES = {  # name: what is asked for, engine, processes
+    "pure-lora": ("lora", PURE, ("ddp", "fsdp")),
+    "pure-qlora": ("qlora", PURE, ("ddp", "fsdp")),
+    "pure-full": ("full", PURE, ("ddp", "fsdp")),
+    "late-full": ("full", UNCLIPPED, ("fsdp",)),
+    "early-full": ("full", [*UNCLIPPED, *EARLY], ("fsdp",)),
+    "early-qlora": ("qlora", [*UNCLIPPED, *EARLY], ("fsdp",)),
+    "early-pure-full": ("full", [*UNCLIPPED, *EARLY, *PURE], ("fsdp",)),
+}
+
+
+def cases(folder: Path, world: int) -> list[dict]:
+    found = []
+    for name, (mode, more, engines) in CASES.items():
+        for engine in engines if world > 1 else ("ddp",):
+            plain = case(mode, engine, world, save_at=[4], steps=6)
+            plain |= {"name": f"{name}-{engine}-{world}", "overrides": plain["overrides"] + more}
+            saved = str(folder / plain["name"] / "checkpoint_step_4")
+            resumed = {"name": f"{plain['name']}-resumed", "resume": saved, "save_at": []}
+            found += [plain] + ([plain | resumed] if world > 1 else [])
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("updates")
+    test_parallel.MODEL[:] = [f"model.name={tiny.shallow_nano(folder)}"]
+    for world in (1, 2):
+        test_parallel.run(folder, world, cases(folder, world))
+    yield folder
+    test_parallel.MODEL.clear()
+
+
+NAMES = [f"{name}-{engine}-2" for name, each in CASES.items() for engine in each[2]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_are_the_run_of_one(folder, name):
+    [expected] = found(folder, name.rpartition("-")[0].rpartition("-")[0] + "-ddp-1")
+    tolerance = 5e-3 if "pure" in name else 1e-5
+    for rank in found(folder, name):
+        assert rank["world_size"] == 2
+        for mine, theirs in zip(rank["steps"], expected["steps"], strict=True):
+            assert mine[0] == theirs[0]
+            assert float.fromhex(mine[2]) == pytest.approx(float.fromhex(theirs[2]), tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_resumed_on_two_processes_equals_uninterrupted_bit_for_bit(folder, name):
+    assert_bit_equal(folder, f"{name}-resumed", name)
+
+
+@pytest.mark.slow
+def test_fsdp_updates_in_the_backward_pass_the_same_bits(folder):
+    assert difference(folder, "early-full-fsdp-2", "late-full-fsdp-2") == 0
+
+
+@pytest.mark.slow
+def test_ddp_refuses_updates_in_the_backward_pass(folder):
+    asked = case("full", "ddp", 2) | {"name": "refused"}
+    asked["overrides"] += [*UNCLIPPED, *EARLY]
+    (folder / "refused.json").write_text(json.dumps([asked]))
+    log = folder / "refused.log"
+    command = ["tests/support/parallel_worker.py", str(folder / "refused.json"), str(folder)]
+    test_parallel.forked.start(2, command, log).join()
+    assert "DDP keeps all gradients in its buffers" in " ".join(log.read_text().split())
