@@ -651,7 +651,7 @@ def test_flags_are_read_as_people_type_them(minimal, words, expected):
             (words, "train.precision (override" + found)
             for words, found in (
                 (["--mixed_precision", "fp8"], " as mixed_precision): expected auto or fp32 or"),
-                (["--precision", "fp8"], "): expected auto or fp32 or bf16 or fp16 or bf16_pure, "),,
+                (["--precision", "fp8"], "): expected auto or fp32 or bf16 or fp16 or bf16_pure"),
             )
         ),
     ],

@@ -95,7 +95,8 @@ def predict(
 def _stored(config: RunConfig) -> dict[str, Any]:
     """Returns the keys of `train` that decide how trained weights are kept and updated."""
     pure = {"precision": "bf16_pure"} if config.train.is_bf16_pure else {}
-    return pure | {"optimizer_in_backward": config.train.optimizer_in_backward}
+    early = {"optimizer_in_backward": True, "max_grad_norm": 0.0}  # which needs no clipping
+    return pure | (early if config.train.optimizer_in_backward else {})
 
 
 def _untraced(

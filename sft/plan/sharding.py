@@ -70,6 +70,8 @@ def parts_on_rank(
         hosted = ("weights", "adapters", "gradients", "optimizer")
     elif on_gpu and group.offloads:
         hosted = ("gradients", "optimizer")
+    elif on_gpu and config.train.optimizer.startswith("paged"):  # moves there if memory is short
+        hosted = ("optimizer",)
     return {label: size for label, size in parts.items() if size and label not in hosted}
 
 

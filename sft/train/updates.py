@@ -158,9 +158,9 @@ class BackwardUpdates(Updates):
             self.is_last = False
 
     def _are_finite(self) -> bool:
-        bad = (~torch.stack(self.losses).isfinite()).any().float()
-        several = self.accelerator.num_processes > 1
-        return not (self.accelerator.reduce(bad, "sum") if several else bad) > 0
+        fine = torch.stack(self.losses).isfinite().all().float()
+        world = self.accelerator.num_processes
+        return float(self.accelerator.reduce(fine, "sum") if world > 1 else fine) == world
 
     def finish(self) -> float:
         """Updates what got no gradient, as if it were 0, and returns the gradient's norm."""
