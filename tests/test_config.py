@@ -278,6 +278,11 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
         ["train.save_best=token_accuracy", "train.eval_steps=1", "distill.context=40"],
         "train.save_best=loss",
     ),
+    (["train.loss=dft", "distill.context=40"], "train.loss=cross_entropy"),
+    (["train.label_smoothing=0.1", "distill.context=40"], "train.label_smoothing=0"),
+    (["train.z_loss=1e-4", "distill.context=40"], "train.z_loss=0"),
+    (["train.mean_per=example", "distill.context=40"], "train.mean_per=token"),
+    (["train.neftune_alpha=5", "distill.context=40"], "train.neftune_alpha=0"),
     (["distill.data_dir=outputs"], "distill.data_dir=out"),
 ]
 
@@ -286,6 +291,7 @@ READ_ONLY_WITH = {  # key -> value, the condition, and overrides under which it 
     "train.deepspeed_config": ("z2.json", "train.engine: deepspeed", "train.engine=deepspeed"),
     "train.offload": ("true", "train.engine: fsdp", "train.engine=fsdp"),
     "train.loraplus_lr_ratio": ("16", "tuning.mode: lora or qlora", "tuning.mode=lora"),
+    "train.label_smoothing": ("0.1", "train.loss: cross_entropy", "train.loss=cross_entropy"),
     "train.decay_ratio": ("0.1", "train.schedule: wsd", "train.schedule=wsd"),
     "train.num_cycles": (
         "3",
@@ -314,6 +320,7 @@ READ_ONLY_WITH = {  # key -> value, the condition, and overrides under which it 
 }
 UNDER = {  # overrides under which only the condition of READ_ONLY_WITH is broken
     "tuning.mode: lora or qlora": ["tuning.mode=full"],
+    "train.loss: cross_entropy": ["train.loss=dft"],
     "crowd.lambda_sw > 0": ["crowd.num_agents=2", "crowd.lambda_sw=0"],
     "crowd.representation: hidden": ["crowd.num_agents=2", "crowd.representation=logits"],
     "crowd.aggregator: sampled": ["crowd.num_agents=2"],

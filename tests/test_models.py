@@ -34,6 +34,7 @@ from sft.models.attention import (
     reads_later_tokens,
 )
 from sft.models.digests import weights_sha256
+from sft.models.head import SupervisedHead
 from sft.plan.dry_run import CpuAccelerator
 from sft.runtime import hardware
 from sft.runtime.log import Log
@@ -280,7 +281,7 @@ def test_a_packed_layout_that_leaks_falls_back_or_is_refused(monkeypatch, tmp_pa
 
 def test_only_chosen_positions_reach_the_head():
     built = small("llama")
-    head = layers.SupervisedHead(built)
+    head = SupervisedHead(built)
     ids = torch.stack([torch.arange(2, 12), torch.arange(12, 22)])
     everything = built(input_ids=ids).logits.flatten(0, 1)
     head.positions = torch.tensor([3, 0, 17])

@@ -16,7 +16,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from sft.config.schema import Tuning
 from sft.errors import ConfigError, ModelError
 from sft.models.adapt import add_adapters
-from sft.models.layers import SupervisedHead
+from sft.models.head import SupervisedHead
 from sft.models.quantise import matrices_to_quantise, quantise
 from sft.models.reach import freeze_untrained, may_leave_out, reach
 from sft.serve import merge, proof

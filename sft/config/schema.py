@@ -212,6 +212,20 @@ class Train(Section):
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     """`adamw` is PyTorch's (fused where available). The others are those of bitsandbytes: state in
     8 bits, paged to host memory, or both."""
+    loss: Literal["cross_entropy", "dft"] = "cross_entropy"
+    """Loss of a supervised token. `dft` (Wu et al. 2025): its cross-entropy times its probability,
+    taken as a constant, so that unlikely tokens weigh less. The held-out loss is always plain
+    cross-entropy per token, so that runs compare."""
+    label_smoothing: Annotated[Fraction, OnlyWith("train.loss", ("cross_entropy",))] = 0.0
+    """Share of the target's probability that is spread evenly over the vocabulary."""
+    z_loss: NonNegative = 0.0
+    """Coefficient of log(sum of exp(logits)) squared, which keeps logits small (PaLM: 1e-4)."""
+    mean_per: Literal["token", "example"] = "token"
+    """What weighs the same in a step: each supervised `token`, or each `example`, whose tokens'
+    weights then sum to 1."""
+    neftune_alpha: NonNegative = 0.0
+    """NEFTune (Jain et al. 2023; `neftune_noise_alpha` in transformers): uniform noise on input
+    embeddings, scaled by alpha / sqrt(length * width). Usual: 5 to 15. 0: none."""
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
     loraplus_lr_ratio: Annotated[Positive | None, OnlyWith("tuning.mode", ("lora", "qlora"))] = None

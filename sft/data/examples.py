@@ -195,6 +195,7 @@ class Batch:
     examples: list[int] = field(default_factory=list)  # their ids, in the order of `positions`
     counts: list[int] = field(default_factory=list)  # supervised positions of each
     lengths: list[int] = field(default_factory=list)  # tokens of each
+    num_items: float | None = None  # what the loss is divided by; None: the sum of the weights
 
     def token_positions(self) -> torch.Tensor:
         """Returns the flat indices of all tokens, in the order of `examples`, without padding."""
@@ -207,14 +208,19 @@ class Batch:
 
 
 def collate(
-    examples: Examples, chosen: Sequence[int], pad: int, layout: Layout, device: torch.device
+    examples: Examples,
+    chosen: Sequence[int],
+    pad: int,
+    layout: Layout,
+    device: torch.device,
+    per_example: bool = False,
 ) -> Batch:
     """Lays the examples `chosen` out as rows padded on the right (`padded`), or as one row of
     documents with restarting position ids (`packed`).
 
     Neither needs an attention mask: causal attention cannot see padding on the right, and
     transformers confines attention to documents by their position ids as long as no mask and no
-    cache is passed.
+    cache is passed. `per_example`: the weights of each example are scaled to sum to 1.
     """
     if not chosen:
         none = torch.zeros(0, dtype=torch.long, device=device)
@@ -235,10 +241,17 @@ def collate(
         places = within + np.repeat(np.arange(len(parts)) * width, lengths)
         input_ids.flat[places] = ids
     supervised = (labels != IGNORED) & (within > 0)  # the first token has no predecessor
-    weights = None
-    if any(own is not None for _, _, own in parts):
+    weights, num_items = None, None
+    if per_example or any(own is not None for _, _, own in parts):
         ones = (np.ones(len(ids)) if own is None else own for ids, _, own in parts)
-        weights = torch.from_numpy(np.concatenate(list(ones))[supervised]).to(device)
+        each = np.concatenate(list(ones)) * supervised
+        if per_example:
+            sums = np.add.reduceat(each, starts)
+            each, num_items = (
+                each / np.repeat(np.where(sums, sums, 1), lengths),
+                float(np.count_nonzero(sums)),
+            )
+        weights = torch.from_numpy(each[supervised]).to(device)
     return Batch(
         torch.from_numpy(input_ids).to(device),
         position_ids,
@@ -248,4 +261,5 @@ def collate(
         list(chosen),
         np.add.reduceat(supervised, starts, dtype=np.int64).tolist(),
         lengths.tolist(),
+        num_items,
     )

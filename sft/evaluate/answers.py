@@ -58,7 +58,8 @@ def held_out_loss(
             count += num_supervised(batch)
             for name, value in {"loss": total, **extras}.items():
                 sums[name] = sums.get(name, 0) + value.double()
-    local = torch.stack([value.cpu() for value in sums.values()] + [torch.tensor(float(count))])
+    number_of_items = torch.tensor(count, dtype=torch.float64)  # fp32 would round it
+    local = torch.stack([*(value.cpu() for value in sums.values()), number_of_items])
     *totals, number = accelerator.reduce(local.to(accelerator.device), "sum").tolist()
     means = {name: total / (number or 1.0) for name, total in zip(sums, totals, strict=True)}
     return {**means, "perplexity": math.exp(min(means["loss"], 700.0))}

@@ -1,4 +1,4 @@
-"""Finds layers of a model, gathers parameters that are split over ranks, and hooks the head."""
+"""Finds layers of a model, and gathers parameters that are split over ranks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-from sft.errors import ModelError
 
 
 def embedding_layers(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
@@ -64,27 +62,3 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     decoder = getattr(model, "get_decoder", lambda: model)()  # not the towers of other media
     lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList))
     return list(max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=()))
-
-
-class SupervisedHead:
-    """A hook that lets only chosen positions reach the vocabulary head: no others get logits.
-
-    While `positions` is set, the head's input (batch, time, hidden) becomes (positions, hidden),
-    and the model returns logits (positions, vocabulary). As a hook on the head it works for every
-    architecture that has one, and through DDP and checkpointing.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.positions: torch.Tensor | None = None  # flat indices into batch * time
-        head = embedding_layers(model)[1]
-        if head is None:
-            raise ModelError(
-                "model.name: the model does not say which layer gives logits of its vocabulary "
-                "(get_output_embeddings), so it cannot be trained on text"
-            )
-        head.register_forward_pre_hook(self._select)
-
-    def _select(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
-        if self.positions is None:
-            return None
-        return (inputs[0].flatten(0, 1)[self.positions],)

@@ -17,7 +17,7 @@ from sft.models import attention
 from sft.plan import gpus, sharding
 from sft.plan.counts import Counts
 from sft.plan.dry_run import Window
-from sft.plan.memory import ACTIVATION_BYTES, CONTEXT_BYTES, Memory, predict
+from sft.plan.memory import ACTIVATION_BYTES, CONTEXT_BYTES, Memory, predict, rows_of_logits
 from sft.runtime import processes
 from sft.runtime.hardware import Hardware
 from sft.tasks.base import TaskInfo, Workload
@@ -230,11 +230,12 @@ class Planner:
         arch = self.info.sizes
         per_token = arch.hidden_size * ACTIVATION_BYTES[self.precision]
         per_token *= arch.num_hidden_layers if keeps_layers else 1
+        at_once = rows_of_logits(self.info)
 
         def weight(micro_batch: batches.MicroBatch) -> float:
             tokens = batches.num_tokens(work.lengths, micro_batch, self.layout)
-            supervised = int(work.supervised[micro_batch].sum())
-            return tokens * per_token + supervised * arch.vocab_size * 12
+            rows = min(int(work.supervised[micro_batch].sum()), at_once)
+            return tokens * per_token + rows * arch.vocab_size * 12
 
         return max(micro_batches, key=weight)
 

@@ -19,6 +19,7 @@ from torch import nn
 from sft.config.schema import RunConfig
 from sft.errors import UserError
 from sft.models.dtypes import DTYPES
+from sft.models.head import most_rows
 from sft.models.layers import embedding_layers
 from sft.plan import dry_run
 from sft.plan.allocator import LARGE_PAGE, MIB, SMALL_PAGE, CachingAllocator
@@ -35,6 +36,7 @@ NF4_BYTES = 0.516  # per weight, also in FP4: 4 bits, and a double-quantised sca
 # Closed form: activations of a layer, bytes per token and hidden unit. Traces of Llama and Qwen2
 # shapes gave 94 to 126 in fp32 and 61 to 77 in bf16 (autocast); of GPT-2, twice that.
 ACTIVATION_BYTES = {"fp32": 110, "bf16": 70, "fp16": 70}
+PASSES = ("loss", "label_smoothing", "z_loss", "mean_per", "neftune_alpha")  # change a trace
 CONTEXT_BYTES = 600 * MIB  # CUDA and its kernels in a process; an assumption: GPUs differ
 CUBLAS_BYTES = 2 * 32 * MIB  # of two threads (forward, backward) on Hopper; less on other GPUs
 
@@ -67,9 +69,9 @@ def predict(
         # one of the two kinds of engine, which differ in what autocast keeps.
         casts = group.engine == "deepspeed" or (group.engine == "fsdp" and group.world_size > 1)
         engine, checkpointing = "fsdp" if casts else "ddp", config.train.gradient_checkpointing
-        key = model_key(
-            config, gradient_checkpointing=checkpointing, engine=engine, **_stored(config)
-        )
+        kept = {"gradient_checkpointing": checkpointing, "engine": engine}
+        passes = {name: getattr(config.train, name) for name in PASSES}
+        key = model_key(config, **kept, **passes, **_stored(config))
         without = replace(window, waiting=0)
         folder = task_of(config).info(config).cache / "traces"
         phases, reserved, method = _trace(folder, key, precision, without, on_gpu, evaluation)
@@ -210,6 +212,12 @@ def _attention_workspace(info: TaskInfo, precision: str, window: Window) -> int:
     return window.tokens * heads * each * info.copies
 
 
+def rows_of_logits(info: TaskInfo) -> int:
+    """Returns how many rows of logits exist at once, at most."""
+    trained = 4 * info.sizes.vocab_size * info.sizes.hidden_size if info.mode == "full" else 0
+    return most_rows(info.sizes.vocab_size, trained)
+
+
 def _closed_form(
     config: RunConfig, precision: str, window: Window, evaluation: bool
 ) -> dict[str, int]:
@@ -241,6 +249,8 @@ def _closed_form(
         "optimizer": round(trained * state_bytes(config.train)),
         "activations": round(kept * hidden),
         # fp32 logits, their softmax and gradient
-        "logits and loss": sum(s for _, s in rows) * copies * arch.vocab_size * 12,
+        "logits and loss": min(sum(s for _, s in rows) * copies, rows_of_logits(info))
+        * arch.vocab_size
+        * 12,
         "backward": round(again * hidden),
     }

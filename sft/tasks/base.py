@@ -336,6 +336,8 @@ class Task(ABC):
     @abstractmethod
     def num_supervised(self, batch: Batch) -> float: ...
 
+    def begin_step(self, step: int, factor: float) -> None: ...
+
     @abstractmethod
     def loss(
         self, model: nn.Module, batch: Batch

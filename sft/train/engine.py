@@ -175,6 +175,8 @@ class Engine:
         count = 0.0 if guard.oom else self._count(batches)
         supervised, *signals = self._sum([count, *self.guard.flags()])
         self.guard.agree(*signals)
+        factor = self.parallel.loss_factor / (supervised or 1.0)
+        self.task.begin_step(self.step, factor * self.parallel.loss_scale)
         if waits_in == "forward" and (oom := self._oom_on_any_rank(guard)):
             return oom
         if self.task.needs_global_batch and (
@@ -195,9 +197,8 @@ class Engine:
                 continue
             loss, extras = result
             self.parallel.prepare_backward(last)
-            scaled = loss * (self.parallel.loss_factor / (supervised or 1.0))
             call = self._call_once if is_collective else guard.call
-            call(micro_batch, self.parallel.backward, scaled)
+            call(micro_batch, self.parallel.backward, loss * factor)
             losses.append(loss.detach())
             for name, value in {"loss": loss, **extras}.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()

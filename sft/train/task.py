@@ -37,6 +37,13 @@ class Trainable(Protocol):
     def num_supervised(self, batch: Batch) -> float:
         """Returns the number of items that the loss sums over, or the sum of their weights."""
 
+    def begin_step(self, step: int, factor: float) -> None:
+        """Receives the number of the step and the factor that it multiplies losses by.
+
+        Noise depends on the step. A loss that computes gradients in its forward pass multiplies
+        them by the factor, so that they do not vanish in fp16.
+        """
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Returns the *sum* of the loss over the supervised items, and further sums to report."""
 

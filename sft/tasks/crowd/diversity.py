@@ -23,7 +23,8 @@ from torch import nn
 from sft.config.schema import Crowd
 from sft.data.examples import Batch
 from sft.errors import ConfigError
-from sft.models.layers import SupervisedHead, repeated_layers
+from sft.models.head import SupervisedHead
+from sft.models.layers import repeated_layers
 from sft.tasks.crowd.agents import Agents
 
 
@@ -100,10 +101,11 @@ class RepresentationReader:
             states = output[0] if isinstance(output, tuple) else output
             self.states = states.flatten(0, 1)[self.head.positions]
 
-    def read_points(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def read_points(self, logits: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         """Returns points (examples with a supervised token, agents, d), in fp32 or wider.
 
-        `logits`: (agents, supervised, vocabulary), of the pass whose states were read.
+        `logits`: (agents, supervised, vocabulary), of the pass whose states were read; needed only
+        if they are compared.
         """
         states = logits if self.settings.representation == "logits" else self.states
         assert states is not None

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -35,6 +34,7 @@ from sft.models import classes, pretrained
 from sft.models.adapt import add_adapters
 from sft.models.experts import auto_targets
 from sft.models.export import BASE, base_record, put_weights
+from sft.models.head import Measure, widen
 from sft.models.reach import reach
 from sft.runtime.console import write_json
 from sft.tasks.base import Finding, Shrunk, Task, TaskInfo
@@ -48,6 +48,7 @@ from sft.tasks.crowd.diversity import (
     diversity,
     select_pooled,
 )
+from sft.tasks.sft import losses
 from sft.tasks.sft.saved import BaseRecord, read_base_record
 from sft.tasks.sft.task import FineTune
 from sft.train.engine import Engine
@@ -143,35 +144,65 @@ class CrowdTune(FineTune):
     # -- training
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        logits = self._forward(model, batch)
-        agents, _, vocabulary = logits.shape
-        targets = batch.targets.repeat(agents)
-        losses = F.cross_entropy(logits.view(-1, vocabulary), targets, reduction="none")
-        correct = logits.detach().argmax(-1) == batch.targets
-        loss = self._weighted_sum(losses.view(agents, -1), batch)
-        extras = {
-            "cross_entropy": loss.detach(),
-            "token_accuracy": self._weighted_sum(correct.to(losses), batch),
-        }
+        measure, train = self._token_sums(batch), True
+        logits = None
+        if self.needs_global_batch and self.settings.representation == "logits":
+            logits = self._forward(model, batch, train)  # whole: they are compared, too
+            sums = measure(logits.flatten(0, 1), slice(None))
+        else:
+            sums = self._agent_sums(model, batch, measure, train)
+        loss = sums.pop("loss")
+        extras = {"cross_entropy": loss.detach(), **sums}
         if not self.needs_global_batch:
             return loss, extras
         spread = self._diversity_sum(self.reader.read_points(logits, batch), batch)
         return loss - self.settings.lambda_sw * spread, {**extras, "diversity": spread.detach()}
 
-    def _forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Returns logits (agents, supervised, vocabulary)."""
+    def _token_sums(self, batch: Batch) -> Measure:
+        """Returns a function that sums losses and hits of logits (agents * positions, words)."""
+        train, agents = self.config.train, self.settings.num_agents
+
+        def sums(logits: torch.Tensor, part: slice) -> dict[str, torch.Tensor]:
+            targets = batch.targets[part]
+            each, plain = losses.token_losses(logits, targets.repeat(agents), train)
+            correct = logits.detach().argmax(-1).view(agents, -1) == targets
+            found = {"loss": each, "cross_entropy": plain, "token_accuracy": correct.to(each)}
+            if losses.is_plain(train):
+                del found["cross_entropy"]
+            return {
+                name: self._weighted_sum(values.view(agents, -1), batch, part)
+                for name, values in found.items()
+            }
+
+        return sums
+
+    def _agent_sums(
+        self, model: nn.Module, batch: Batch, measure: Measure, trains: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Returns what `measure` sums over the supervised positions of all agents."""
+        run = lambda: self._call(model, batch, trains)  # noqa: E731
+        return self.head.sums(run, self._all_positions(batch), measure)[0]
+
+    def _all_positions(self, batch: Batch) -> torch.Tensor:
+        """Returns the supervised positions of each agent's rows, agent by agent."""
         if self.needs_global_batch:
             self.reader.clear()
         size, agents = batch.input_ids.numel(), self.settings.num_agents
-        positions = torch.cat([batch.positions + agent * size for agent in range(agents)])
-        logits = self.logits(model, batch, positions)
-        return logits.view(agents, -1, logits.shape[-1])
+        return torch.cat([batch.positions + agent * size for agent in range(agents)])
+
+    def _forward(self, model: nn.Module, batch: Batch, trains: bool = False) -> torch.Tensor:
+        """Returns logits (agents, supervised, vocabulary)."""
+        logits = widen(self._run(model, batch, self._all_positions(batch), trains).logits)
+        return logits.view(self.settings.num_agents, -1, logits.shape[-1])
 
     @staticmethod
-    def _weighted_sum(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Returns the weighted sum over tokens of the agents' mean: (agents, supervised) -> ()."""
+    def _weighted_sum(values: torch.Tensor, batch: Batch, part: slice) -> torch.Tensor:
+        """Returns the weighted sum over tokens of the agents' mean: (agents, positions) -> ().
+
+        `part`: which supervised positions these are.
+        """
         mean = values.mean(0)
-        return mean.sum() if batch.weights is None else mean @ batch.weights.to(mean)
+        return mean.sum() if batch.weights is None else mean @ batch.weights[part].to(mean)
 
     def _diversity_sum(self, points: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Returns a micro-batch's share of the diversity times the number of items.
@@ -189,8 +220,12 @@ class CrowdTune(FineTune):
     @torch.no_grad()
     def summarise(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Returns representations (examples, agents, d), 0 for examples without a target."""
-        batch = select_pooled(batch, self.settings.pooling)
-        points = self.reader.read_points(self._forward(model, batch), batch)
+        batch, logits = select_pooled(batch, self.settings.pooling), None
+        if self.settings.representation == "logits":
+            logits = self._forward(model, batch, True)
+        else:
+            self._agent_sums(model, batch, lambda found, _: {"loss": found.new_zeros(())}, True)
+        points = self.reader.read_points(logits, batch)
         table = points.new_zeros(len(batch.examples), *points.shape[1:])
         table[[i for i, count in enumerate(batch.counts) if count]] = points
         return table
@@ -223,17 +258,25 @@ class CrowdTune(FineTune):
         Reported besides: the mean loss of single agents, and the share of tokens on which two
         agents differ.
         """
-        logits = self._forward(model, batch).log_softmax(-1)
-        mixed = mix(logits, aggregator_of(self.model).expected().to(logits))
-        chosen = batch.targets[:, None]
-        losses = -mixed.gather(-1, chosen)[:, 0]
-        own = -logits.gather(-1, chosen.expand(len(logits), -1, 1))[..., 0]
-        correct = (mixed.argmax(-1) == batch.targets).to(own)
-        return self._weighted_sum(losses[None], batch), {
-            "token_accuracy": self._weighted_sum(correct[None], batch),
-            "agent_loss": self._weighted_sum(own, batch),
-            "disagreement": self._weighted_sum(disagreement(logits)[None], batch),
-        }
+        agents = self.settings.num_agents
+
+        def sums(logits: torch.Tensor, part: slice) -> dict[str, torch.Tensor]:
+            targets = batch.targets[part]
+            logits = logits.view(agents, -1, logits.shape[-1]).log_softmax(-1)
+            mixed = mix(logits, aggregator_of(self.model).expected().to(logits))
+            chosen = targets[:, None]
+            found = -mixed.gather(-1, chosen)[:, 0]
+            own = -logits.gather(-1, chosen.expand(len(logits), -1, 1))[..., 0]
+            correct = (mixed.argmax(-1) == targets).to(own)
+            return {
+                "loss": self._weighted_sum(found[None], batch, part),
+                "token_accuracy": self._weighted_sum(correct[None], batch, part),
+                "agent_loss": self._weighted_sum(own, batch, part),
+                "disagreement": self._weighted_sum(disagreement(logits)[None], batch, part),
+            }
+
+        found = self._agent_sums(model, batch, sums)
+        return found.pop("loss"), found
 
     @classmethod
     def as_answer_model(cls, model: nn.Module) -> nn.Module:
@@ -271,13 +314,24 @@ class CrowdTune(FineTune):
                 self.guard.stop_if_asked()
                 advance()
                 batch = self._collate(rows, ids)
-                logits = self._forward(model, batch).log_softmax(-1)
-                chosen = batch.targets[:, None].expand(len(logits), -1, 1)
-                parts = logits.gather(-1, chosen)[..., 0].double().cpu().split(batch.counts, dim=1)
+                parts = self._likelihoods_of(model, batch).split(batch.counts, dim=1)
                 found += zip(batch.examples, parts, strict=True)
         every = sorted(gather_object(found), key=lambda pair: pair[0])
         owners = [torch.full((part.shape[1],), i) for i, part in every]
         return torch.cat([part for _, part in every], 1), torch.cat(owners)
+
+    def _likelihoods_of(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Returns each target's log likelihoods (agents, supervised) in fp64 on the CPU."""
+        agents, found = self.settings.num_agents, list[torch.Tensor]()
+
+        def collect(logits: torch.Tensor, part: slice) -> dict[str, torch.Tensor]:
+            logits = logits.view(agents, -1, logits.shape[-1]).log_softmax(-1)
+            chosen = batch.targets[part, None].expand(agents, -1, 1)
+            found.append(logits.gather(-1, chosen)[..., 0].double().cpu())
+            return {"loss": logits.new_zeros(())}
+
+        self._agent_sums(model, batch, collect)
+        return torch.cat(found, dim=1)
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """Writes each agent as an adapter that loads alone, and a description of all of them."""

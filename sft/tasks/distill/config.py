@@ -119,6 +119,14 @@ RULES = (
         lambda metric: metric == "token_accuracy",
         "histories have no tokens of text: use loss",
     ),
+    *(
+        Rule(
+            (f"train.{key}",),
+            lambda value, default=Train.model_fields[key].default: value != default,
+            "histories have losses of their own, and no embeddings of words: remove this key",
+        )
+        for key in ("loss", "label_smoothing", "z_loss", "mean_per", "neftune_alpha")
+    ),
     Rule(
         ("distill.data_dir", "train.output_dir"),
         overlap,

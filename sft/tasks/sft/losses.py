@@ -5,22 +5,57 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from sft.config.schema import Train
 from sft.data.examples import Batch
+from sft.models.head import Measure
 
 
-def widen(logits: torch.Tensor) -> torch.Tensor:
-    """Returns logits in fp32 or wider."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def is_plain(settings: Train) -> bool:
+    """Returns whether the loss of a token is its cross-entropy."""
+    return settings.loss == "cross_entropy" and not settings.label_smoothing and not settings.z_loss
 
 
-def cross_entropy(
-    logits: torch.Tensor, batch: Batch
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Returns the sum over the supervised tokens, each times its weight, and that of hits."""
-    correct = logits.detach().argmax(-1) == batch.targets
-    if batch.weights is None:
-        loss = F.cross_entropy(logits, batch.targets, reduction="sum")
-        return loss, {"token_accuracy": correct.sum()}
-    each = F.cross_entropy(logits, batch.targets, reduction="none")
-    weights = batch.weights.to(each)
-    return each @ weights, {"token_accuracy": correct.to(each) @ weights}
+def token_losses(
+    logits: torch.Tensor, targets: torch.Tensor, settings: Train
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the loss of each token that `settings` ask for, and its plain cross-entropy.
+
+    `dft` multiplies the cross-entropy by the probability of the target, as a constant (Wu et al.
+    2025, Dynamic Fine-Tuning, equation 9). `z_loss` is that of PaLM (Chowdhery et al. 2022).
+    """
+    smoothing = settings.label_smoothing
+    each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    plain = each.detach()
+    if smoothing:
+        plain = F.cross_entropy(logits.detach(), targets, reduction="none")
+    if settings.loss == "dft":
+        each = each * (-plain).exp()
+    if settings.z_loss:
+        each = each + settings.z_loss * logits.logsumexp(-1).square()
+    return each, plain
+
+
+def measure(batch: Batch, settings: Train | None = None) -> Measure:
+    """Returns a function that sums losses and hits over supervised tokens, times their weights.
+
+    Without `settings` the loss is plain cross-entropy, as that of held-out rows always is.
+    """
+
+    def sums(logits: torch.Tensor, part: slice) -> dict[str, torch.Tensor]:
+        targets = batch.targets[part]
+        weights = None if batch.weights is None else batch.weights[part]
+        correct = logits.detach().argmax(-1) == targets
+        if settings is not None and not is_plain(settings):
+            each, plain = token_losses(logits, targets, settings)
+            weights = torch.ones_like(plain) if weights is None else weights.to(plain)
+            found = {"loss": each @ weights, "cross_entropy": plain @ weights}
+        elif weights is None:
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            return {"loss": loss, "token_accuracy": correct.sum()}
+        else:
+            each = F.cross_entropy(logits, targets, reduction="none")
+            weights = weights.to(each)
+            found = {"loss": each @ weights}
+        return {**found, "token_accuracy": correct.to(weights) @ weights}
+
+    return sums

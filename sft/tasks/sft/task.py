@@ -21,21 +21,21 @@ from sft.config.schema import Config, Generation
 from sft.data import audit, audit_report, cache, files, template
 from sft.data.batches import global_batch_ids
 from sft.data.cache import Prepared
-from sft.data.examples import Batch, ExampleArrays, Examples, collate, examples_sha256
+from sft.data.examples import ExampleArrays, Examples, examples_sha256
 from sft.data.formats import is_conversation
 from sft.errors import ConfigError, DataError, UserError, redact
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import ScoredPredictions, key_of, read_records
-from sft.models import attention, classes, digests, eva, export, layers, load, pretrained, routing
+from sft.models import attention, classes, digests, eva, export, layers, load, pretrained
 from sft.models.groups import freeze_groups
 from sft.models.reach import freeze_untrained
 from sft.models.sizes import read_sizes
 from sft.runtime.console import write_json
 from sft.runtime.plain import read_json
 from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
-from sft.tasks.sft import card, losses, report, shrink
-from sft.tasks.sft.saved import SavedTuning
+from sft.tasks.sft import card, report, shrink
+from sft.tasks.sft.passes import Passes
 from sft.train.engine import Engine
 from sft.train.schedule import order_seed, total_steps
 
@@ -43,13 +43,11 @@ EVA_TOKENS, EVA_PARTS = 1024, 64  # what init_lora_weights: eva looks at
 TRIAL_ROWS, TRIAL_TOKENS = 8, 16  # rows of a trial, and tokens of its answer, at most
 
 
-class FineTune(SavedTuning):
+class FineTune(Passes):
     """Supervised fine-tuning of a causal language model: full, LoRA or QLoRA."""
 
     model_sections: ClassVar[tuple[str, ...]] = ("model", "tuning")
     placeholders: ClassVar[Mapping[str, Any]] = {"data": {"train_path": "none"}}
-    prepared: Prepared
-
     # -- before there is a model
 
     @classmethod
@@ -95,13 +93,6 @@ class FineTune(SavedTuning):
             repeats=not (config.tuning.differs_by_layer or config.train.differs_by_layer),
             needs_global_batch=cls.balance_of(config) is not None,
         )
-
-    @classmethod
-    def balance_of(cls, config: Config) -> routing.Balance | None:
-        """Returns the balancing of experts that is part of the loss; None without it."""
-        if config.tuning.router == "frozen":
-            return None
-        return routing.balance_of(pretrained.architecture(config.model))
 
     @classmethod
     def workload(cls, config: Config, prepared: Prepared | None = None) -> Workload:
@@ -283,13 +274,6 @@ class FineTune(SavedTuning):
 
     # -- with a model
 
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
-        self.head = layers.SupervisedHead(self.model)
-        self.balance = self.balance_of(self.config)
-        self.needs_global_batch = self.balance is not None
-        self.chosen: tuple[torch.Tensor | None, float] = None, 1.0
-
     def check_model(self, precision: str, layout: str) -> None:
         if self.config.tuning.mode != "full":
             self._warn_of_untrained_ends()
@@ -310,6 +294,7 @@ class FineTune(SavedTuning):
                 f"model.name: {self.config.model.name}: its tokens see those that follow; "
                 f"{classes.EXPECTED}"
             )
+        self.prove_head(precision)
         if self.budget.layout == "padded":
             return
         # The loss of a trained router takes no other form of a mask.
@@ -332,67 +317,6 @@ class FineTune(SavedTuning):
                 "adapters may not learn to end a turn; use tuning.mode: full, or the template of a "
                 "token that the base knows (data.chat_template)"
             )
-
-    def collate(self, ids: list[int]) -> Batch:
-        return self._collate(self.prepared.train, ids)
-
-    def collate_held_out(self, ids: list[int]) -> Batch:
-        return self._collate(self.prepared.held_out, ids)
-
-    def _collate(self, examples: Examples, ids: list[int]) -> Batch:
-        pad, layout = self.prepared.tokenizer.pad_token_id, self.budget.layout
-        batch = collate(examples, ids, pad, layout, self.accelerator.device)
-        attention.remember_starts(batch.position_ids, batch.lengths)
-        return batch
-
-    def num_supervised(self, batch: Batch) -> float:
-        """Returns the number of supervised tokens, or the sum of their weights."""
-        return batch.targets.numel() if batch.weights is None else float(batch.weights.sum())
-
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if self.balance is None:
-            return losses.cross_entropy(self.logits(model, batch, batch.positions), batch)
-        output = self._run(model, batch, batch.positions, output_router_logits=True)
-        loss, extras = losses.cross_entropy(losses.widen(output.logits), batch)
-        routes, (counts, supervised) = (
-            routing.logits_of(output, batch.token_positions()),
-            self.chosen,
-        )
-        if counts is None:  # the whole global batch is here
-            counts = self.balance.count(routes, batch.lengths).sum(0)
-        share = supervised * self.balance.share(routes, counts)  # the engine divides by it
-        return loss + self.balance.coefficient * share, {**extras, "balance": share.detach()}
-
-    def eval_loss(
-        self, model: nn.Module, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return losses.cross_entropy(self.logits(model, batch, batch.positions), batch)
-
-    @torch.no_grad()
-    def summarise(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
-        """Returns the choices of each example's tokens, as `routing.Balance.count` does."""
-        assert self.balance is not None
-        output = self._run(model, batch, batch.positions, output_router_logits=True)
-        return self.balance.count(routing.logits_of(output, batch.token_positions()), batch.lengths)
-
-    def set_global_batch(
-        self, ids: list[int], summaries: torch.Tensor | None, supervised: float
-    ) -> None:
-        self.chosen = None if summaries is None else summaries.sum(0), supervised
-
-    def logits(self, model: nn.Module, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
-        """Returns logits (positions, vocabulary) in fp32 or wider; see `SupervisedHead`."""
-        return losses.widen(self._run(model, batch, positions).logits)
-
-    def _run(self, model: nn.Module, batch: Batch, positions: torch.Tensor, **options: Any) -> Any:
-        """Returns the model's output, whose logits are those of `positions`."""
-        self.head.positions = positions
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-        try:
-            with attention.known_documents(batch.position_ids):
-                return model(**inputs, use_cache=False, **options)
-        finally:
-            self.head.positions = None
 
     @classmethod
     def as_answer_model(cls, model: nn.Module) -> nn.Module:
