@@ -5,8 +5,9 @@
 
 grid       The dry run against the same recorder on the real step, and against what the CPU
            allocator of the process really gave: architectures x tuning x checkpointing x windows.
-published  Rows that others printed, with their step in place of ours where it differs (see Row).
-           Nothing is fitted to them; what they leave open is said in `unknown`.
+published  Rows that others printed, by kind of tuning, with their step in place of ours where it
+           differs (`published.Row`). Nothing is fitted to them; what they leave open is said in
+           `unknown`, and why a number is left out in `excluded`.
 processes  One of two real processes (DDP, FSDP2, ZeRO, offloading) against its prediction.
 distillation  Both of these of a model of histories.
 gpu        Real steps on a GPU, where there is one (not by default; not yet run).
@@ -24,43 +25,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+import forked
 import memory_worker
+import published
 import torch
 from accelerate import Accelerator
-from allocations import FixedSegments, allocated_bytes
-from conftest import launch
+from allocations import FixedSegments, RoundedSizes, allocated_bytes
+from published import LLAMA_8B, llama
+from rich.console import Group
 from rich.table import Table
 from shapes import architectures, configured, uniform_window
-from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
-from transformers import LlamaConfig, PhiConfig, PretrainedConfig, Qwen2Config
 
 from sft.cli import prepare_libraries
 from sft.config.load import dump_config, with_values
 from sft.config.schema import Config, RunConfig
 from sft.errors import OutOfMemory
-from sft.models import adapt, load
 from sft.plan import choose, dry_run, memory, sharding
 from sft.plan.dry_run import Window
 from sft.runtime.console import make_console, table
 from sft.runtime.processes import deepspeed_settings
 from sft.tasks.distill.transformer import num_positions
 from sft.tasks.registry import load_run
-from sft.tasks.sft.task import FineTune
 
 MIB = 2**20
 
@@ -125,243 +117,79 @@ def show_grid(found: list[dict[str, Any]]) -> Table:
 
 # --- what others measured ----------------------------------------------------------------------
 
-
-def llama(hidden: int, inter: int, layers: int, heads: int, kv: int, vocab: int, **more: Any):
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=inter,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        vocab_size=vocab,
-        max_position_embeddings=32768,
-        **more,
-    )
+ALLOCATORS = {"fixed": FixedSegments, "rounded": RoundedSizes}
+KINDS = ("full", "LoRA", "QLoRA", "sharded", "DDP")
 
 
-def qwen1(hidden: int, inter: int, layers: int, heads: int) -> PretrainedConfig:
-    """Qwen (v1) in the shape of Qwen2: the same parts, with separate query, key and value."""
-    return Qwen2Config(
-        hidden_size=hidden,
-        intermediate_size=inter,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        vocab_size=151936,
-        max_position_embeddings=32768,
-        tie_word_embeddings=False,
-    )
+def against_published(folder: Path) -> dict[str, Any]:
+    """Compares every published step, and returns those that are none with the reason."""
+    found = [against_row(row, folder / str(n)) for n, row in enumerate(published.rows())]
+    return {"rows": found, "excluded": published.EXCLUDED}
 
 
-LLAMA_3B = llama(3072, 8192, 28, 24, 8, 128256, head_dim=128, tie_word_embeddings=True)
-LLAMA_8B = llama(4096, 14336, 32, 32, 8, 128256)
-LLAMA2_7B, LLAMA2_13B = llama(4096, 11008, 32, 32, 32, 32000), llama(5120, 13824, 40, 40, 40, 32000)
-PHI_15 = PhiConfig(
-    hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
-    vocab_size=51200, max_position_embeddings=2048, hidden_act="gelu_pytorch_tanh",
-)  # fmt: skip
-QV = ["q_proj", "v_proj"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A published run."""
-
-    source: str
-    what: str
-    architecture: PretrainedConfig
-    tuning: dict[str, Any]
-    window: Window
-    measured_bytes: float
-    unknown: str
-    checkpointing: bool = False
-    reserved: bool = True  # what was measured: reserved, or allocated
-    autocast: bool = True  # else everything is computed in the dtype that it is stored in
-    adapters: torch.dtype = torch.float32
-    own_loss: bool = False
-    native: bool = False  # a full trace through the allocator without expandable segments
-    group: sharding.Group = sharding.ONE_PROCESS
-    selective: bool = False  # layers keep attention and every second matrix product
-
-
-def published() -> list[Row]:
-    rows = []
-    for rank, modules, mib in (
-        (32, QV, 21260),
-        (64, QV, 21508),
-        (10, ["gate_proj", "up_proj", "down_proj"], 23554),
-    ):
-        rows.append(
-            Row(
-                "PEFT method comparison, L40S",
-                f"Llama-3.2-3B LoRA r{rank} {'q,v' if modules is QV else 'MLP'}",
-                LLAMA_3B,
-                {"mode": "lora", "r": rank, "target_modules": modules},
-                uniform_window(4, 699, 699),
-                mib * MIB,
-                "longest padded batch: 699 tokens, which the reference found from the first row",
-                autocast=False,
-                native=True,
-                own_loss=True,
-            )
-        )
-    for name, arch, layers in (
-        ("phi-1.5", PHI_15, 1044),
-        ("Llama-2 7B", LLAMA2_7B, 1304),
-        ("Llama-2 13B", LLAMA2_13B, 1304),
-    ):
-        measured = {
-            "phi-1.5": {1: 4.82, 2: 6.76, 4: 10.68},
-            "Llama-2 7B": {1: 21.30, 2: 29.07},
-            "Llama-2 13B": {1: 38.12},
-        }[name]
-        for number, gb in measured.items():
-            rows.append(
-                Row(
-                    "LitGPT, A100-40GB",
-                    f"{name} LoRA r8 q,v, micro-batch {number}",
-                    arch,
-                    {"mode": "lora", "r": 8, "target_modules": QV},
-                    uniform_window(number, layers, layers),
-                    gb * 1e9,
-                    "its own model code and loss; whether the longest rows meet in one batch",
-                    reserved=False,
-                    autocast=False,
-                    adapters=torch.bfloat16,
-                )
-            )
-    lengths = (256, 512, 1024, 2048, 4096, 8192)
-    for name, arch, sizes in (
-        ("1.8B", qwen1(2048, 5504, 24, 16), (6.7, 7.4, 8.4, 11.0, 16.2, 21.8)),
-        ("7B", qwen1(4096, 11008, 32, 32), (20.1, 20.4, 21.5, 23.8, 29.7, 36.6)),
-    ):
-        for length, gb in zip(lengths, sizes, strict=True):
-            rows.append(
-                Row(
-                    "Qwen README, A100-80GB",
-                    f"Qwen {name} LoRA r64, {length} tokens",
-                    arch,
-                    {"mode": "lora", "r": 64, "target_modules": "auto"},
-                    uniform_window(1, length, length),
-                    gb * 1e9,
-                    "what was read (taken as reserved, 1e9 bytes), dtypes of adapters, engine",
-                    checkpointing=True,
-                )
-            )
-    for world, gib in ((8, 82.4), (128, 67.0)):
-        rows.append(
-            Row(
-                f"torchtitan, {world} x H100",
-                "Llama-3.1 8B full, FSDP2, 2 rows of 8,192 tokens",
-                LLAMA_8B,
-                {"mode": "full"},
-                uniform_window(2, 8192, 8192),
-                gib * 2**30,
-                "which operations its checkpointing keeps (taken: every second product); what was "
-                "read (taken as reserved); it gathers bf16, and head and embedding on their own",
-                checkpointing=True,
-                selective=True,
-                group=sharding.Group(world, "fsdp"),
-            )
-        )
-    return rows
-
-
-CHECKPOINT = "transformers.modeling_utils.checkpoint"
-
-
-def selective(function: Any, *arguments: Any, **options: Any) -> Any:
-    """Checkpointing as torchtitan's option "op": attention and every second matrix product are
-    kept, the rest is computed again."""
-    seen = Counter[bool]()
-
-    def policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-        if operation is torch.ops.aten.mm.default:
-            seen[context.is_recompute] += 1
-            keeps = seen[context.is_recompute] % 2 == 1
-        else:
-            keeps = "scaled_dot_product" in str(operation)
-        return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
-
-    contexts = partial(create_selective_checkpoint_contexts, policy)
-    return checkpoint(function, *arguments, use_reentrant=False, context_fn=contexts)
-
-
-@contextmanager
-def their_step(row: Row) -> Iterator[None]:
-    """Where their step differs from ours."""
-    prepare = dry_run.CpuAccelerator.prepare
-
-    def plain(_: Any, built: Any, optimizer: Any) -> tuple[Any, Any]:
-        return built, optimizer
-
-    def loss(task: Any, built: Any, batch: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-        """transformers' own, of all tokens; a padded batch has a mask, and outputs are kept."""
-        rows, length = batch.input_ids.shape
-        mask = torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
-        task.kept = built(input_ids=batch.input_ids, attention_mask=mask, labels=batch.input_ids)
-        return task.kept.loss, {}
-
-    def added(base: nn.Module, config: Config) -> Any:
-        built = adapt.add_adapters(base, config.tuning)
-        for parameter in built.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(row.adapters)
-        return built
-
-    with (
-        mock.patch.object(dry_run.CpuAccelerator, "prepare", prepare if row.autocast else plain),
-        mock.patch.object(FineTune, "adapt", staticmethod(added)),
-        mock.patch.object(load, "check_dtypes"),
-        mock.patch.object(adapt, "forward_once"),  # PEFT's own layers, with all their casts
-        mock.patch.object(FineTune, "loss", loss) if row.own_loss else nullcontext(),
-        mock.patch(CHECKPOINT, selective) if row.selective else nullcontext(),
-    ):
-        yield
-
-
-def against_published(folder: Path) -> list[dict[str, Any]]:
-    found = []
-    for number, row in enumerate(published()):
-        train = {"gradient_checkpointing": row.checkpointing}
-        config = configured(folder / str(number), row.architecture, **train)
-        config = with_values(config, {f"tuning.{key}": each for key, each in row.tuning.items()})
-        with their_step(row):
-            predicted = memory.predict(config, "bf16", row.window, on_gpu=True, group=row.group)
-            num_bytes = predicted.reserved if row.reserved else predicted.allocated
-            if row.native:
-                trace = dry_run.trace_step(config, "bf16", row.window, on_gpu=True)
-                libraries = predicted.breakdown.get("libraries", 0)
-                num_bytes = trace.reserved(FixedSegments()) + libraries
-        found.append(
-            {
-                "source": row.source,
-                "what": row.what,
-                "measured_bytes": row.measured_bytes,
-                "predicted_bytes": num_bytes,
-                "error": num_bytes / row.measured_bytes - 1,
-                "method": predicted.method,
-                "unknown": row.unknown,
-            }
-        )
-    return found
-
-
-def show_published(found: list[dict[str, Any]]) -> Table:
-    result = table(
-        "Against what others measured",
-        ("source", "run", "measured", "predicted", "error"),
-        [],
-        left=2,
-    )
-    for row in found:
-        sizes = (f"{row[key] / 2**30:.1f} GiB" for key in ("measured_bytes", "predicted_bytes"))
-        result.add_row(row["source"], row["what"], *sizes, f"{row['error']:+.1%}")
-    errors = [abs(row["error"]) for row in found]
-    result.add_row(
-        "", "median, worst", "", f"{statistics.median(errors):.1%}", f"{max(errors):.1%}"
-    )
+def against_row(row: published.Row, folder: Path) -> dict[str, Any]:
+    num_bytes, method = predict_row(row, folder)
+    result = {
+        "kind": row.kind,
+        "source": row.source,
+        "what": row.what,
+        "measured_bytes": row.measured_bytes,
+        "predicted_bytes": num_bytes,
+        "error": num_bytes / row.measured_bytes - 1,
+        "is_bound": row.is_bound,
+        "method": method,
+        "unknown": row.unknown,
+    }
+    if row.old_nf4:  # what today's bitsandbytes takes
+        today, _ = predict_row(replace(row, old_nf4=False), folder / "today")
+        result["error_today"] = today / row.measured_bytes - 1
     return result
+
+
+def predict_row(row: published.Row, folder: Path) -> tuple[int, str]:
+    config = configured(folder, row.architecture, **{"gradient_checkpointing": False} | row.train)
+    config = with_values(config, {f"tuning.{key}": each for key, each in row.tuning.items()})
+    with published.their_step(row):
+        predicted = memory.predict(config, row.precision, row.window, on_gpu=True, group=row.group)
+        if not row.reserved:
+            return predicted.allocated, predicted.method
+        if row.allocator == "growing":
+            return predicted.reserved, predicted.method
+        trace = dry_run.trace_step(config, row.precision, row.window, on_gpu=True)
+        untraced = predicted.allocated - trace.peak().num_bytes
+        return trace.reserved(ALLOCATORS[row.allocator]()) + untraced, "traced"
+
+
+def summaries(found: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
+    """Yields (kind, number of rows, median error, worst row) of each kind."""
+    for kind in KINDS:
+        rows = [row for row in found if row["kind"] == kind and not row["is_bound"]]
+        if not rows:
+            yield kind, "0", "-", "no published number is of this kind; see one of two processes"
+            continue
+        median = statistics.median(abs(row["error"]) for row in rows)
+        worst = max(rows, key=lambda row: abs(row["error"]))
+        name = f"{worst['error']:+.1%} ({worst['source']}, {worst['what']})"
+        yield kind, str(len(rows)), f"{median:.1%}", name
+
+
+def show_published(values: dict[str, Any]) -> Group:
+    found = values["rows"]
+    title, columns = "Against what others measured", ("source", "run", "measured", "predicted")
+    result = table(title, (*columns, "error"), [], left=2)
+    for row in sorted(found, key=lambda row: KINDS.index(row["kind"])):
+        measured, size = (
+            f"{row[key] / 2**30:.1f} GiB" for key in ("measured_bytes", "predicted_bytes")
+        )
+        error = f"{row['error']:+.1%}"
+        if row["is_bound"]:
+            measured, error = f"more than {measured}", "fits" if row["error"] < 0 else "as measured"
+        if "error_today" in row:
+            error += f" ({row['error_today']:+.1%} with today's bitsandbytes)"
+        result.add_row(row["source"], f"{row['kind']}: {row['what']}", measured, size, error)
+    kinds = ("kind", "rows", "median error", "worst")
+    left_out = table("Numbers that are left out", ("number", "reason"), values["excluded"], left=2)
+    return Group(result, table("By kind", kinds, list(summaries(found)), left=1), left_out)
 
 
 # --- speed -------------------------------------------------------------------------------------
@@ -431,7 +259,7 @@ def one_of_two(config: RunConfig, folder: Path, length: int | None = None) -> di
     """`length`: tokens of an example, if another than the worker asks for."""
     file, out = folder / "run.yaml", folder / "peak"
     file.write_text(dump_config(config))
-    launch(2, "tests/support/memory_worker.py", str(file), str(out))
+    forked.launch(2, ["tests/support/memory_worker.py", str(file), str(out)])
     (rows, _) = memory_worker.WINDOW.micro_batches
     if length:
         rows = ((length, length),) * len(rows)

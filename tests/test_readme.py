@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,20 @@ def test_what_make_train_prints_is_from_a_real_run():
     assert [line for line in lines if line not in {p.rstrip() for p in printed.splitlines()}] == []
 
 
+MEMORY = README[README.index("| peak memory predicted for |") :].split("\n\n")[0]
+
+
+def test_errors_of_predicted_memory_are_the_measured_ones_by_kind():
+    rows, expected = result("memory.json")["published"]["rows"], []
+    for kind in ("full", "LoRA", "QLoRA", "sharded"):
+        errors = [r["error"] for r in rows if r["kind"] == kind and not r["is_bound"]]
+        median, worst = statistics.median(map(abs, errors)), max(errors, key=abs)
+        expected.append(f"| {kind} | {len(errors)} | {100 * median:.1f} % | {100 * worst:+.0f} % |")
+    assert MEMORY.splitlines()[2:] == expected
+
+
 def test_no_other_number_of_readme_is_a_measurement():
-    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL).replace(MEMORY, "")
     text = text.replace(README[README.index("| what | against | ratio |") :].split("\n\n")[0], "")
     decimals = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", text)
     assert set(decimals) <= {"3.11", "2.0"}  # Python, the licence

@@ -4,11 +4,13 @@ The model has 1,000 parameters in 4 layers, 200 of them outside of layers, and 8
 of them are in ten tensors of 10, and the rest in tensors of 100. 100 parameters are looked up only.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from sft.plan import sharding
+from sft.plan.allocator import MIB
 from sft.plan.counts import Counts
 
 COUNTS = Counts(
@@ -40,8 +42,12 @@ def model(monkeypatch):
     return info
 
 
+TRAIN = {"offload": False, "trained_bytes": 4, "optimizer_in_backward": False}
+CONFIG = SimpleNamespace(train=SimpleNamespace(**TRAIN))
+
+
 def on_rank(phase, group, parts=WHOLE, precision="fp32", on_gpu=False, offload=False):
-    config = SimpleNamespace(train=SimpleNamespace(offload=offload))
+    config = SimpleNamespace(train=SimpleNamespace(**TRAIN | {"offload": offload}))
     return sharding.parts_on_rank(phase, parts, config, precision, group, on_gpu)
 
 
@@ -172,3 +178,33 @@ def test_what_is_in_host_memory_does_not_count_on_a_gpu():
     assert on_rank("forward", one, LORA, on_gpu=False, offload=True) == LORA
     found = on_rank("forward", zero, on_gpu=True)
     assert found.keys() == {"weights", "activations", "communication"}
+
+
+@pytest.mark.parametrize(
+    ("outside", "gathering"),
+    [
+        (100, 400 + 900 + 900),  # the second layer does not fit where the weights outside were
+        (300, 1200 + 700),  # it does, and so does any later one
+    ],
+)
+@pytest.mark.parametrize("phase", ["forward", "loss", "backward", "update"])
+def test_streams_of_fsdp2_have_pools_of_their_own(phase, outside, gathering, monkeypatch):
+    numbers = {"parameters": 1000, "trained": 800, "multiplied": 900, "outside": outside}
+    large = {key: size * MIB for key, size in numbers.items()}  # no tensor of the small pool
+    monkeypatch.setattr(sharding, "count_parameters", lambda _: replace(COUNTS, **large))
+    group, whole = sharding.Group(4, "fsdp"), {key: size * MIB for key, size in WHOLE.items()}
+    parts = on_rank(phase, group, whole)
+    gradients = 800 * MIB if phase in ("backward", "update") else 0  # a quarter of 800 x 4 bytes
+    layer = 1000 - outside if phase in ("forward", "backward") else 0
+    assert sharding.pools(phase, whole, parts, CONFIG, "fp32", group) == {
+        "computing": sum(parts.values()) - gradients - layer * MIB,
+        "gathering": gathering * MIB,
+        "reducing": gradients,
+    }
+
+
+@pytest.mark.parametrize("group", [sharding.Group(4), sharding.Group(1, "fsdp")])
+def test_other_engines_compute_and_exchange_on_one_pool(group):
+    parts = on_rank("backward", group)
+    found = sharding.pools("backward", WHOLE, parts, CONFIG, "fp32", group)
+    assert found == {"computing": sum(parts.values())}

@@ -183,7 +183,7 @@ def test_under_autocast_the_stand_in_for_accelerate_does_as_accelerate(tmp_path,
     monkeypatch.setattr(
         dry_run,
         "CpuAccelerator",
-        lambda precision, _: Accelerator(cpu=True, mixed_precision=precision),
+        lambda precision, *_: Accelerator(cpu=True, mixed_precision=precision),
     )
     AcceleratorState._reset_state(True)
     real = dry_run.record_step(real_engine(config, window, "bf16")).peak()
@@ -290,3 +290,45 @@ def test_a_trace_is_replayed_through_the_allocator():
     assert record.reserved(FixedSegments()) == 14 * MIB
     assert record.reserved() == 22 * MIB
     assert record.reserved(CachingAllocator(pages=False)) == 12 * MIB + 1024
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_copies_of_weights_that_autocast_makes_have_a_name(tmp_path, mode):
+    config = configured(tmp_path, architectures(num_hidden_layers=4)["Llama"], mode)
+    weights, found = 0, {}
+    for checkpointing in (False, True):
+        asked = with_values(config, {"train.gradient_checkpointing": checkpointing})
+        engine = dry_run.make_engine(asked, "bf16", uniform_window(2, 16, 4), weights=False)
+        weights = sum(p.numel() for p in engine.parallel.trained.values())
+        peaks = dry_run.record_step(engine).peaks()
+        found[checkpointing] = peaks["loss 1"].breakdown.get(trace.WEIGHT_COPIES, 0)
+    # The table of embeddings is looked up in fp32; the norms of a layer compute in fp32.
+    if mode == "full":
+        assert 0.7 * 2 * weights < found[False] < 2 * weights
+    assert found[True] < found[False] / 2
+
+
+def test_a_cache_of_weight_copies_changes_no_bit_of_a_step(tmp_path, monkeypatch):
+    config = configured(tmp_path, architectures()["Llama"], "full", gradient_checkpointing=True)
+    gradients = []
+    for caches in (True, False):
+        monkeypatch.setattr(dry_run, "keeps_weight_copies", lambda _, caches=caches: caches)
+        engine = dry_run.make_engine(config, "bf16", uniform_window(2, 16, 4), weights=False)
+        engine.optimizer_step()
+        gradients.append([p.grad.clone() for p in engine.parallel.trained.values()])
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_accelerate_caches_copies_of_weights_as_the_plan_says(tmp_path, checkpointing):
+    config = configured(tmp_path, architectures()["Llama"], "full")
+    config = with_values(config, {"train.gradient_checkpointing": checkpointing})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    window, cached = uniform_window(2, 16, 4), []
+    engine = dry_run.make_engine(config, "bf16", window, weights=False, accelerator=accelerator)
+    head = engine.task.model.get_output_embeddings()
+    head.register_forward_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
+    engine.optimizer_step()
+    assert cached == [not checkpointing]
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -18,6 +18,7 @@ from sft.plan import gpus, sharding
 from sft.plan.counts import Counts
 from sft.plan.dry_run import Window
 from sft.plan.memory import ACTIVATION_BYTES, CONTEXT_BYTES, Memory, predict, rows_of_logits
+from sft.plan.trace import WEIGHT_COPIES
 from sft.runtime import processes
 from sft.runtime.hardware import Hardware
 from sft.tasks.base import TaskInfo, Workload
@@ -258,7 +259,7 @@ class Planner:
         prompts = (np.asarray(work.lengths) - work.supervised).tolist()
         task = task_of(self.config)
         taken = task.answering_bytes(self.config, self.precision, prompts, self.world_size)
-        transient = ("activations", "logits and loss", "dequantisation")
+        transient = ("activations", "logits and loss", "dequantisation", WEIGHT_COPIES)
         kept = sum(v for k, v in evaluation.breakdown.items() if k not in transient)
         return kept + taken if taken else 0
 

@@ -35,6 +35,7 @@ from sft.runtime.processes import Context
 from sft.tasks.base import ExampleSize
 from sft.tasks.registry import task_of
 from sft.train.engine import Engine
+from sft.train.parallel.ddp import keeps_weight_copies
 from sft.train.task import Batch
 
 CPU = torch.device("cpu")
@@ -174,7 +175,9 @@ def make_engine(
     rows = [row for micro_batch in window.micro_batches for row in micro_batch]
     config = with_values(config, {"train.global_batch": len(rows)})
     budget = batches.Budget(sum(length for length, _ in rows), window.layout)
-    context = Context(accelerator or CpuAccelerator(precision, config.train.engine))
+    train = config.train
+    caches = train.engine == "ddp" and keeps_weight_copies(train)
+    context = Context(accelerator or CpuAccelerator(precision, caches))
     task_class = task_of(config)
     examples = task_class.blank_data(config, rows)
     model = task_class.build_model(config, precision, context.accelerator.device, weights, depth)
@@ -198,9 +201,9 @@ class CpuAccelerator:
     device, num_processes, process_index, is_main_process = CPU, 1, 0, True
     distributed_type = DistributedType.NO
 
-    def __init__(self, precision: str, engine: str = "ddp"):
+    def __init__(self, precision: str, caches: bool = True):
         self.precision = precision
-        self.caches = engine == "ddp"  # whether bf16 copies of weights live until a pass ends
+        self.caches = caches  # whether copies of weights in that precision live until a pass ends
 
     def prepare(self, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
         """Makes the model compute in the precision and return fp32, as Accelerator does."""

@@ -9,6 +9,7 @@ model that cannot be traced. `Memory.method` names the method.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +27,7 @@ from sft.plan.allocator import LARGE_PAGE, MIB, SMALL_PAGE, CachingAllocator
 from sft.plan.counts import ModelKey, config_of_key, count_at_depth, model_key
 from sft.plan.dry_run import Window
 from sft.plan.records import Result, load_or_trace
-from sft.plan.sharding import ONE_PROCESS, Group, parts_on_rank
+from sft.plan.sharding import ONE_PROCESS, Group, parts_on_rank, pools
 from sft.plan.trace import Trace
 from sft.runtime.disk import state_bytes
 from sft.tasks.base import TaskInfo
@@ -83,15 +84,18 @@ def predict(
         parts = parts_on_rank("backward", parts, config, precision, group, on_gpu)
         method = f"closed form, since the step could not be traced: {why}"
         return Memory(parts, round(1.05 * sum(parts.values())), method)
-    totals = []
+    totals, streams = [], defaultdict[str, int](int)  # the most bytes of each stream
     for name, parts in phases.items():
         complete = parts | _untraced(name, parts, config, precision, window, on_gpu)
         totals.append(parts_on_rank(name, complete, config, precision, group, on_gpu))
+        for stream, size in pools(name, complete, totals[-1], config, precision, group).items():
+            streams[stream] = max(streams[stream], size)
     heaviest = max(totals, key=lambda parts: sum(parts.values()))
-    total = sum(heaviest.values())
     traced = max(sum(parts.values()) for parts in phases.values())
     breakdown = dict(sorted(heaviest.items(), key=lambda item: -item[1]))
-    return Memory(breakdown, reserved + total - traced if on_gpu else total, method)
+    if not on_gpu:
+        return Memory(breakdown, sum(breakdown.values()), method)
+    return Memory(breakdown, reserved - traced + sum(streams.values()), method)
 
 
 def _stored(config: RunConfig) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from sft.config.schema import RunConfig
 from sft.models.dtypes import DTYPES
+from sft.plan.allocator import CachingAllocator, Chunk
 from sft.plan.counts import count_parameters
+from sft.plan.trace import WEIGHT_COPIES
 from sft.tasks.registry import task_of
 
 
@@ -126,11 +129,8 @@ def _fsdp2(
     the activations of the layer below are freed.
     """
     counted, trains_all = count_parameters(config), task_of(config).info(config).mode == "full"
-    whole = parts["weights"] + parts.get("adapters", 0)
-    width = config.train.trained_bytes
-    outside = counted.outside * (width if trains_all else DTYPES[precision].itemsize)
-    layers = max(1, counted.layers)
-    layer = (whole - outside) // layers
+    width, layers = config.train.trained_bytes, max(1, counted.layers)
+    outside, layer = gathered_bytes(parts, config, precision)
     outside_grads = width * counted.outside if trains_all else 0
     head_grads = max(0, outside_grads - width * (counted.parameters - counted.multiplied))
     layer_grads = (width * counted.trained - outside_grads) // layers
@@ -144,12 +144,58 @@ def _fsdp2(
         gathered += 2 * outside_grads
         kept = late
     elif phase.startswith("backward"):
-        freed = parts.get("activations", 0) // layers
+        freed = (parts.get("activations", 0) + parts.get(WEIGHT_COPIES, 0)) // layers
         gathered += head_grads + 3 * layer + max(0, layer_grads - freed)
         kept = late
     elif phase.startswith("update"):
         gathered, kept = 0, late
     return _split(parts, group) | {"gradients": kept, "communication": gathered}
+
+
+def gathered_bytes(parts: dict[str, int], config: RunConfig, precision: str) -> tuple[int, int]:
+    """Returns the bytes that FSDP2 gathers for what is in no layer, and for a layer."""
+    counted, trains_all = count_parameters(config), task_of(config).info(config).mode == "full"
+    width = config.train.trained_bytes if trains_all else DTYPES[precision].itemsize
+    outside = counted.outside * width
+    whole = parts["weights"] + parts.get("adapters", 0)
+    return outside, (whole - outside) // max(1, counted.layers)
+
+
+def pools(
+    phase: str,
+    parts: dict[str, int],
+    on_rank: dict[str, int],
+    config: RunConfig,
+    precision: str,
+    group: Group,
+) -> dict[str, int]:
+    """Returns the bytes of a phase by the CUDA stream that allocates them.
+
+    `parts`: as of one process; `on_rank`: as `parts_on_rank` gives them. The caching allocator has
+    a pool for each stream, and what one stream has freed is lost to the others. FSDP2 (torch 2.13,
+    `_fsdp_collectives`) gathers weights into a flat buffer on a stream of its own, from which the
+    stream that computes copies them; these buffers are replayed through the allocator. Reduced
+    gradients are born on a third stream, and stay there.
+    """
+    total = sum(on_rank.values())
+    if group.engine != "fsdp" or group.world_size == 1:
+        return {"computing": total}
+    outside, layer = gathered_bytes(parts, config, precision)
+    gradients = on_rank.get("gradients", 0)
+    passes = phase.startswith(("forward", "backward")) and "embedding" not in phase
+    computing = total - gradients - (layer if passes else 0)
+    gathering = _gathering_pool(outside, layer, count_parameters(config).layers)
+    return {"computing": computing, "gathering": gathering, "reducing": gradients}
+
+
+def _gathering_pool(outside: int, layer: int, layers: int) -> int:
+    """Returns what the allocator takes for FSDP2's buffers in a forward and a backward pass."""
+    allocator, buffers = CachingAllocator(pages=False), deque[Chunk]()
+    for size in (outside, *[layer] * 2 * layers):
+        buffers.append(allocator.malloc(size))
+        if len(buffers) > 1:  # a buffer is freed when the next one is full
+            allocator.free(buffers.popleft())
+    return allocator.reserved_bytes
 
 
 def _zero3(phase: str, parts: dict[str, int], config: RunConfig, group: Group) -> dict[str, int]:

@@ -25,6 +25,8 @@ from sft.models.fake import FastMode
 from sft.plan.allocator import CachingAllocator, Chunk
 
 aten = torch.ops.aten
+KEPT = ("weights", "adapters")  # labels of what a model keeps; a cast makes a copy of it
+WEIGHT_COPIES = "weight copies"  # in the dtype that autocast computes in
 
 
 @dataclass(eq=False)
@@ -105,10 +107,18 @@ class Recorder(FastMode):
         if func is aten.add.Tensor and _is_accumulation(*args):
             func = aten.add_.Tensor
         result = func(*args, **kwargs)
+        label = self.namespace_labels.get(func.namespace, self.label)
+        if func is aten._to_copy.default and self._label_of(args[0]) in KEPT:
+            label = WEIGHT_COPIES
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
-                self._block_of(tensor, self.namespace_labels.get(func.namespace, self.label))
+                self._block_of(tensor, label)
         return result
+
+    def _label_of(self, tensor: torch.Tensor) -> str | None:
+        """Returns the label of a tensor's storage; None if it was born before the record."""
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        return known and known[0].label
 
     def _block_of(self, tensor: torch.Tensor, label: str) -> Block:
         storage = tensor.untyped_storage()

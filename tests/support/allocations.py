@@ -54,3 +54,12 @@ class FixedSegments(CachingAllocator):
         self.reserved_bytes += needed
         address, self.top = self.top, self.top + needed
         return Chunk(address, needed, small)
+
+
+class RoundedSizes(CachingAllocator):
+    """The allocator as Axolotl sets it: roundup_power2_divisions:16."""
+
+    def malloc(self, num_bytes: int) -> Chunk:
+        power = 2 ** max(0, num_bytes - 1).bit_length() // 2
+        step = max(1, power // 16)
+        return super().malloc(-(-num_bytes // step) * step)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -86,8 +87,10 @@ class Replicated:
     def _wrap(self, train: Train) -> None:
         """Sets `model` and `optimizer`."""
         self.waits_in = "last backward" if self.accelerator.num_processes > 1 else "never"
+        caches = keeps_weight_copies(train)
         if resolve_precision(train)[0] == "fp16":  # Accelerate refuses it on CPUs
-            autocast(self.module, self.accelerator.device.type, train, cache=True)
+            autocast(self.module, self.accelerator.device.type, train, cache=caches)
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=caches)
         self.model, self.optimizer = self.accelerator.prepare(
             self.module, build_optimizer(train, self.module)
         )
@@ -311,6 +314,16 @@ def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 yield f"{prefix}.{name}".removeprefix("."), buffer
+
+
+def keeps_weight_copies(train: Train) -> bool:
+    """Returns whether autocast keeps its copies of weights until the forward pass ends.
+
+    A layer uses a weight once in a pass, so this saves no work. Without checkpointing the backward
+    pass needs the copies anyway. With checkpointing it makes them again, one layer at a time, and
+    the copies of a whole model would only take memory.
+    """
+    return train.gradient_checkpointing is not True
 
 
 def autocast(model: nn.Module, device: str, train: Train, cache: bool = False) -> None:
