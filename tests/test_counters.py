@@ -3,18 +3,133 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+from dataclasses import replace
+from functools import partial
 
+import counted
+import forked
 import pytest
 import torch
-from counting import count
+from conftest import ROOT
+from counting import Counting, count, gpu_choices, num_bytes, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
 from shapes import architectures, configured
 from torch import nn
 
+from sft.config.load import dump_config
 from sft.plan import dry_run
 from sft.train.parallel.ddp import Replicated
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def test_no_counter_of_a_small_step_has_changed():
+    """If a change is meant, the command in the table's second line writes it anew."""
+    expected = counted.TABLE.read_text("utf-8")
+    assert counted.small_table() == expected, f"is it meant? {counted.UPDATE}"
+    assert max(map(len, expected.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("mode", "checkpointing"), [("lora", False), ("qlora", True), ("full", False)]
+)
+def test_a_step_on_fake_tensors_counts_as_the_real_one(tmp_path, mode, checkpointing):
+    """So a shape of 8B parameters can be counted."""
+    config = configured(tmp_path, counted.LLAMA, mode, gradient_checkpointing=checkpointing)
+    window = dry_run.Window(counted.ROWS)
+    real = counted.small_step(tmp_path, mode, "padded", checkpointing)
+    found = []
+
+    def record(engine, **_):
+        engine.recorder = dry_run.Recorder()
+        with gpu_choices(), Counting(weights_of(engine.task.model)) as counting:
+            engine.optimizer_step()
+        found.append(replace(counting.counts, views=real.views))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dry_run, "record_step", record)
+        dry_run.trace_step(config, "bf16", window)
+    assert found == [real]
+
+
+@pytest.mark.slow
+def test_what_ranks_exchange_is_what_their_engine_needs(tmp_path):
+    cases = [
+        {"engine": name, "mode": mode, "config": dump_config(config)}
+        for name, mode, config in counted.rank_cases(tmp_path)
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    out = tmp_path / "found.json"
+    forked.launch(2, ["tests/support/counted.py", str(tmp_path / "cases.json"), str(out)])
+    found = {(row["engine"], row["mode"]): row for row in json.loads(out.read_text("utf-8"))}
+    kept = json.loads((ROOT / "benchmarks/results/counters.json").read_text("utf-8"))
+    assert list(found.values()) == kept["after"]["ranks"], counted.UPDATE_RANKS
+    for mode in ("full", "lora"):
+        row = found["DDP", mode]
+        assert row["exchanged"] == pytest.approx(row["trained_bytes"], rel=0.01)
+
+
+# --- the counters themselves ---------------------------------------------------------------------
+
+
+def test_every_kind_of_work_is_counted_as_what_it_is():
+    x = torch.ones(4, 8, requires_grad=True)
+    counts, launched = count(lambda: x.t()[2:].view(6, 2, 2))
+    assert (counts.launches, counts.views, counts.moved) == (0, 3, 0)
+    counts, launched = count(lambda: (x.detach() + 1).mul_(2))
+    assert (dict(launched), counts.moved) == ({"add": 1, "mul_": 1}, 4 * 128)  # each reads, writes
+    counts, _ = count(lambda: x @ torch.ones(8, 3))
+    assert (counts.flops, counts.saved) == (2 * 4 * 8 * 3, 8 * 3 * 4)
+    counts, _ = count(lambda: x.detach().expand(5, 4, 8) + 0.0)
+    assert counts.moved == 128 + 5 * 128
+    counts, _ = count(lambda: torch.zeros(10).copy_(torch.ones(10)))
+    assert counts.moved == 40 + 40 + 80
+    q = torch.ones(1, 2, 6, 8)
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, q, q, q)
+    assert count(attend)[0].flops == 2 * 2 * 2 * 6 * 6 * 8
+    assert count(partial(attend, is_causal=True))[0].flops == 2 * 2 * 6 * 6 * 8
+
+
+@pytest.mark.parametrize(
+    ("call", "syncs"),
+    [
+        (lambda x: x.sum().item(), 1),
+        (lambda x: float(x.sum()), 1),
+        (lambda x: x.tolist(), 1),
+        (lambda x: x.cpu().tolist(), 1),  # the second is on the host
+        (lambda x: x.to("cpu"), 1),
+        (lambda x: bool((x > 0).all()), 1),
+        (lambda x: x[x > 0], 1),
+        (lambda x: x.nonzero(), 1),
+        (lambda x: torch.tensor([1.0]).item(), 0),
+        (lambda x: torch.as_tensor(3.0).cpu().tolist(), 0),
+        (lambda x: x[:2] + x.to(torch.float64)[2:], 0),
+    ],
+)
+def test_the_host_waits_where_it_needs_values(call, syncs):
+    x = torch.ones(4)
+    assert count(lambda: call(x))[0].syncs == syncs
+
+
+def test_storages_are_kept_once_and_until_they_die():
+    w = torch.ones(8, 8, requires_grad=True)
+    x = torch.ones(4, 8)
+
+    def two_layers():
+        for _ in range(3):  # each frees what it kept
+            y = (x @ w).exp()
+            (y * y.view(4, 8) * (x @ w)).sum().backward()
+            del y
+
+    counts, _ = count(two_layers)
+    kept = [x, x @ w, x @ w, x @ w]  # x for both products, y, its square, and the second product
+    assert counts.saved == sum(map(num_bytes, kept))
+
+
+# --- what a step need not do ---------------------------------------------------------------------
 
 
 class OneProcess(Replicated):

@@ -21,12 +21,13 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
@@ -35,7 +36,6 @@ from torch.utils.flop_counter import flop_registry
 from sft.models.fake import FastMode
 
 aten = torch.ops.aten
-ATTENTION = "scaled_dot_product|_flash_attention|_efficient_attention|varlen"
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 NO_LAUNCH = ALLOCATIONS | {"_unsafe_view", "lift_fresh", "detach", "set_", "record_stream"}
 NO_LAUNCH |= {"_local_scalar_dense", "is_same_size", "resize_", "_has_compatible_shallow_copy_type"}
@@ -63,17 +63,9 @@ def count(call: Callable[[], Any], model: nn.Module | None = None) -> tuple[Coun
 
     `model`: its parameters, quantised ones included, are no activations.
     """
-    return count_between(call, () if model is None else weights_of(model))
-
-
-def count_between(
-    call: Callable[[], Any], weights: Iterable[torch.Tensor]
-) -> tuple[Counts, Counter[str]]:
-    counter = _Operators(weights)
-    saved = saved_tensors_hooks(counter.pack, lambda tensor: tensor)
-    with counter, _Syncs(counter), saved:
+    with Counting(() if model is None else weights_of(model)) as counting:
         call()
-    return counter.counts, counter.launched
+    return counting.counts, counting.launched
 
 
 def weights_of(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -86,17 +78,57 @@ def weights_of(model: nn.Module) -> Iterator[torch.Tensor]:
             state = state.state2
 
 
-class _Operators(FastMode):
-    """Counts operators, and the storages that autograd saves."""
+class Counting(FastMode):
+    """Counts into `counts` while it is entered."""
 
-    def __init__(self, weights: Iterable[torch.Tensor]):
+    def __init__(self, weights: Iterable[torch.Tensor], attention_share: float = 1.0):
+        """`attention_share`: part of the scores that a kernel computes which knows documents, where
+        attention over a whole packed row stands for it."""
         super().__init__()
+        self.attention_share = attention_share
         self.counts, self.launched = Counts(), Counter[str]()
         self.weights = {storage_of(each) for each in weights}
         self.copies: dict[int, Any] = {}  # storages that hold a weight in another dtype
         self.kept: dict[int, tuple[int, Any]] = {}
         self.living = Counter[str]()
         self.in_sync = False  # a read of values is counted where Python asks for it
+        self.is_paused = False
+
+    def __enter__(self) -> Counting:
+        def tolist(tensor: torch.Tensor) -> Any:
+            return self._fake_list(tensor)
+
+        self.others = ExitStack()
+        self.others.enter_context(saved_tensors_hooks(self.pack, lambda tensor: tensor))
+        self.others.enter_context(_Syncs(self))
+        self.others.enter_context(mock.patch.object(FakeTensor, "tolist", tolist))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.others.close()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Counts nothing within this context."""
+        self.is_paused, before = True, self.is_paused
+        try:
+            yield
+        finally:
+            self.is_paused = before
+
+    def _fake_list(self, tensor: torch.Tensor) -> Any:
+        """Replaces a method that reads a fake tensor's elements one by one."""
+        self.counts.syncs += not (self.in_sync or self.is_paused)
+        with self.paused():
+            return [each.item() for each in tensor] if tensor.ndim else tensor.item()
+
+    def record_kernel(self, name: str, moved: int) -> None:
+        """Counts a kernel that only a GPU would launch, in place of what stands for it here."""
+        self.counts.launches += 1
+        self.counts.moved += moved
+        self.launched[name] += 1
 
     # -- operators
 
@@ -107,6 +139,8 @@ class _Operators(FastMode):
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
+        if self.is_paused:
+            return result
         name = func._schema.name.partition("::")[2]
         self.counts.syncs += not self.in_sync and (name in NEEDS_VALUES or _is_mask(name, args))
         if func.namespace in ("c10d", "_c10d_functional"):
@@ -127,11 +161,13 @@ class _Operators(FastMode):
 
     def _work(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
         packet = func._overloadpacket
-        if packet in flop_registry:
-            whole = flop_registry[packet](*args, **kwargs, out_val=result)
-            self.counts.flops += whole // 2 if _is_causal(func, args, kwargs) else whole
-        elif "scaled_dot_product" in name or "varlen" in name:
-            self.counts.flops += _attention_flops(func, name, args, kwargs)
+        if "scaled_dot_product" in name:
+            whole = _attention_flops(func, name, args, kwargs)
+            self.counts.flops += round(whole * self.attention_share)
+        elif packet in flop_registry:
+            self.counts.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        elif name in ("gemm_4bit", "gemv_4bit"):  # of bitsandbytes: x (..., in), shape (out, in)
+            self.counts.flops += 2 * args[0].numel() * args[2][0]
         else:
             self.counts.moved += _bytes_moved(func, name, args, kwargs, result)
             if name == "_to_copy" and storage_of(args[0]) in self.weights:
@@ -142,6 +178,7 @@ class _Operators(FastMode):
     # -- what autograd saves
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Takes note of a tensor that autograd saves."""
         address = storage_of(tensor)
         if address in self.weights or address in self.kept or isinstance(tensor, nn.Parameter):
             return tensor
@@ -163,7 +200,7 @@ class _Operators(FastMode):
 class _Syncs(TorchFunctionMode):
     """Counts the calls that bring values to the host. On a CPU, no operator shows them."""
 
-    def __init__(self, counter: _Operators):
+    def __init__(self, counter: Counting):
         super().__init__()
         self.counter = counter
         self.on_host: dict[int, Any] = {}  # storages that would be in host memory, too
@@ -172,7 +209,7 @@ class _Syncs(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         counter = self.counter
         to_host = name in TO_HOST or (name == "to" and _asks_for_host(args[1:], kwargs))
-        if not to_host or counter.in_sync:
+        if not to_host or counter.in_sync or counter.is_paused:
             result = func(*args, **kwargs)
             if func in (torch.tensor, torch.as_tensor, torch.from_numpy):
                 self._remember(result, args)
@@ -245,15 +282,9 @@ def _bytes_moved(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> i
     return total + sum(num_bytes(each) for each in tensors_in(result) if id(each) not in written)
 
 
-def _is_causal(func: Any, args: Any, kwargs: Any) -> bool:
-    return bool(_named(func, args, kwargs).get("is_causal"))
-
-
 def _attention_flops(func: Any, name: str, args: Any, kwargs: Any) -> int:
-    """Returns the work of kernels that torch has no formula for: those of CPUs, and varlen.
-
-    A forward pass has two products. A backward pass has four, and one to compute scores again.
-    """
+    """Returns the work of attention: two products in a forward pass, and in a backward pass four
+    and one to compute scores again. torch has no formula for its kernel of CPUs."""
     given = _named(func, args, kwargs)
     query, key = given["query"], given["key"]  # (rows, heads, time, size)
     size = query.shape[-1]
@@ -276,7 +307,3 @@ def gpu_choices() -> Iterator[None]:
         is_enabled = lambda device="cpu": enabled(device)  # noqa: E731
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", is_enabled))
         yield
-
-
-def as_dict(counts: Counts) -> dict[str, int]:
-    return asdict(counts)
