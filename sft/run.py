@@ -42,7 +42,7 @@ from sft.runtime.processes import (
 )
 from sft.runtime.watchdog import Guard
 from sft.serve import runs
-from sft.tasks.base import Task
+from sft.tasks.base import Results, Task
 from sft.tasks.registry import task_of
 from sft.train.checkpoints import identity, read_state
 from sft.train.engine import Engine
@@ -117,11 +117,7 @@ def _run(
     if base:
         log.say(f"before: {metrics_line(base.metrics)}")
     measured |= engine.train_to_end(resumed_from)
-    with engine.preemptible():
-        task.finish(engine.model)
-        engine.save_final(planned.disk.final)  # first: no fault of what follows loses it
-        state = f"{engine.digest()} {planned.precision}"
-        tuned = task.measure(engine.model, folder / "evaluation", state)
+    tuned = _finish(task, engine, planned, folder)
     log.log(engine.step, {f"eval/{name}": value for name, value in tuned.metrics.items()})
     log.say(f"after: {metrics_line(tuned.metrics)}")
     engine.add_card(task.model_card(base, tuned))
@@ -137,6 +133,17 @@ def _run(
         rows, commands = task.closing_rows(base, tuned)
         log.say(_closing(config, rows, commands, measured))
     return tuned.metrics
+
+
+def _finish(task: Task, engine: Engine, planned: plan.Plan, folder: Path) -> Results:
+    """Saves the final checkpoint, and returns the results of the trained model. Collective."""
+    with engine.preemptible():
+        with engine.parallel.averaged():
+            task.finish(engine.model)
+        engine.save_final(planned.disk.final)  # first: no fault of what follows loses it
+        state = f"{engine.digest()} {planned.precision}"
+        with engine.parallel.averaged():
+            return task.measure(engine.model, folder / "evaluation", state)
 
 
 def _report_coverage(config: RunConfig, log: Log) -> None:

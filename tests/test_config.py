@@ -246,10 +246,6 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
     (["data.train_path=[a.jsonl, nano]", "train.output_dir=nano/x/y"], "train.output_dir=outputs"),
     (["train.save_best=loss"], "train.eval_steps=10"),
     (["train.engine=deepspeed"], "train.deepspeed_config=z2.json"),
-    (
-        ["train.engine=deepspeed", "train.deepspeed_config=f", "train.optimizer=paged_adamw"],
-        "train.optimizer=adamw",
-    ),
     ([*DEEPSPEED, "train.precision=bf16_pure"], "train.precision=bf16"),
     ([EARLY], "train.max_grad_norm=0"),
     ([EARLY, "train.max_grad_norm=0", "train.skip_nonfinite=1"], "train.skip_nonfinite=0"),
@@ -287,12 +283,19 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
 ]
 
 
+ADAM = (
+    "train.optimizer: adamw or adamw_8bit or paged_adamw or paged_adamw_8bit or muon or "
+    "schedule_free"
+)
 READ_ONLY_WITH = {  # key -> value, the condition, and overrides under which it is read
     "train.deepspeed_config": ("z2.json", "train.engine: deepspeed", "train.engine=deepspeed"),
     "train.offload": ("true", "train.engine: fsdp", "train.engine=fsdp"),
     "train.loraplus_lr_ratio": ("16", "tuning.mode: lora or qlora", "tuning.mode=lora"),
     "train.label_smoothing": ("0.1", "train.loss: cross_entropy", "train.loss=cross_entropy"),
     "train.decay_ratio": ("0.1", "train.schedule: wsd", "train.schedule=wsd"),
+    "train.adam_beta1": ("0.8", ADAM, "train.optimizer=muon"),
+    "train.adam_beta2": ("0.95", ADAM, "train.optimizer=schedule_free"),
+    "train.adam_epsilon": ("1e-6", ADAM, "train.optimizer=paged_adamw"),
     "train.num_cycles": (
         "3",
         "train.schedule: cosine_with_restarts",
@@ -321,6 +324,7 @@ READ_ONLY_WITH = {  # key -> value, the condition, and overrides under which it 
 UNDER = {  # overrides under which only the condition of READ_ONLY_WITH is broken
     "tuning.mode: lora or qlora": ["tuning.mode=full"],
     "train.loss: cross_entropy": ["train.loss=dft"],
+    ADAM: ["train.optimizer=torch.optim.SGD"],
     "crowd.lambda_sw > 0": ["crowd.num_agents=2", "crowd.lambda_sw=0"],
     "crowd.representation: hidden": ["crowd.num_agents=2", "crowd.representation=logits"],
     "crowd.aggregator: sampled": ["crowd.num_agents=2"],

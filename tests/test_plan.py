@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -21,14 +22,16 @@ from sft.data import batches, cache
 from sft.errors import ConfigError
 from sft.models import dtypes, load
 from sft.plan import advice, choose, dry_run, gpus, memory, plan, report
+from sft.plan.counts import count_parameters
 from sft.plan.trace import Recorder
-from sft.runtime import disk, hardware
+from sft.runtime import hardware
 from sft.runtime.log import Log
 from sft.runtime.processes import Context
 from sft.tasks.base import Workload
 from sft.tasks.registry import task_of
 from sft.tasks.sft.task import FineTune
 from sft.train import engine
+from sft.train.parallel.trial import state_bytes
 
 GIB = 2**30
 
@@ -271,12 +274,42 @@ def test_a_model_that_cannot_be_traced_gets_a_closed_form(config, prepared, monk
     assert 0.5 < made.memory.allocated / traced.memory.allocated < 2
 
 
-@pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw"])
-def test_the_state_of_optimizers_of_bitsandbytes(config, prepared, kind):
-    given = with_values(config, {"train.optimizer": kind})
+MOMENTS = {  # number, and bytes of an element
+    "adamw": (2, 4),
+    "adamw_8bit": (2, 1),
+    "paged_adamw": (2, 4),
+    "lion": (1, 4),
+    "schedule_free": (2, 4),
+    "torch.optim.SGD": (0, 4),
+    "bitsandbytes.optim.Lion8bit": (1, 1),
+}
+
+
+@pytest.mark.parametrize("kind", MOMENTS)
+def test_the_state_of_an_optimizer_is_measured(config, prepared, kind):
+    """Traced where the optimizer takes tensors without data, else that of a real step."""
+    given = with_values(config, {"train.optimizer": kind, "tuning.mode": "full"})
     made = plan.make_plan(given, sizes(prepared), machine(8 * GIB), 1)
-    each = disk.ADAM_BYTES[kind]
-    assert made.memory.breakdown["optimizer"] == pytest.approx(each * made.num_trained, rel=0.01)
+    (number, width), expected = MOMENTS[kind], 0
+    for (shape, _), times in count_parameters(given).shapes.items():
+        size = math.prod(shape)
+        packed = size + 4 * math.ceil(size / 256)  # a scale for each block
+        each = packed if width == 1 and size >= 4096 else 4 * size
+        expected += times * number * each
+    assert made.memory.method.startswith("traced")
+    assert made.memory.breakdown.get("optimizer", 0) == pytest.approx(expected, rel=0.01)
+    extra = 4 * made.num_trained if kind == "schedule_free" else 0  # the weights in training
+    of_checkpoint = made.disk.checkpoint - made.disk.final
+    assert of_checkpoint == pytest.approx(expected + extra, rel=0.01)
+
+
+def test_the_state_of_muon_and_adafactor_depends_on_the_shapes(config):
+    """Muon keeps one moment of matrices in layers; Adafactor their rows and columns."""
+    shapes = {((100, 30), False): 2, ((100, 30), True): 1, ((30,), False): 1}
+    kinds = ({"train.optimizer": each} for each in ("muon", "adafactor"))
+    muon, adafactor = (state_bytes(with_values(config, kind).train, shapes) for kind in kinds)
+    assert muon == 4 * (2 * 3000 + 2 * 3000 + 2 * 30)
+    assert adafactor == 4 * (3 * 130 + 30)
 
 
 def test_processes_share_the_memory_of_a_cpu(config, prepared):

@@ -62,11 +62,6 @@ RULES = [
         "engine: deepspeed needs train.deepspeed_config (for example configs/deepspeed_z2.json)",
     ),
     Rule(
-        ("train.engine", "train.optimizer"),
-        lambda engine, optimizer: engine != "ddp" and optimizer != "adamw",
-        "fsdp and deepspeed cannot split the packed state of a bitsandbytes optimizer: use adamw",
-    ),
-    Rule(
         ("train.precision", "train.engine"),
         lambda precision, engine: precision == "bf16_pure" and engine == "deepspeed",
         "DeepSpeed keeps an fp32 copy of the trained weights, so weights in bf16 would save "

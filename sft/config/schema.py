@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from sft.config.lora import Lora, Regex, Tuning, names_layer
+from sft.config.optimizers import LIKE_ADAM, ImportPath, OptimizerName
 from sft.config.section import (
     Char,
     Count,
@@ -209,9 +210,12 @@ class Train(Section):
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about 25 % slower. `auto`: only if
     memory would be short without it."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """`adamw` is PyTorch's (fused where available). The others are those of bitsandbytes: state in
-    8 bits, paged to host memory, or both."""
+    optimizer: OptimizerName | ImportPath = "adamw"
+    """`adamw` is PyTorch's (fused where available). `adamw_8bit`, `paged_adamw` and
+    `paged_adamw_8bit` are those of bitsandbytes: state in 8 bits, paged to host memory, or both.
+    Others by name, or a class by its import path, as in `torch.optim.RAdam`: docs/OPTIMIZERS.md."""
+    optimizer_args: dict[Text, Any] | None = None
+    """Further arguments of the optimizer's class, for example `{momentum: 0.9}`."""
     loss: Literal["cross_entropy", "dft"] = "cross_entropy"
     """Loss of a supervised token. `dft` (Wu et al. 2025): its cross-entropy times its probability,
     taken as a constant, so that unlikely tokens weigh less. The held-out loss is always plain
@@ -253,11 +257,11 @@ class Train(Section):
     falls towards it."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay, on matrices only (not on norms and biases)."""
-    adam_beta1: Fraction = 0.9
+    adam_beta1: Annotated[Fraction, OnlyWith("train.optimizer", LIKE_ADAM)] = 0.9
     """Decay rate of the first moment."""
-    adam_beta2: Fraction = 0.999
+    adam_beta2: Annotated[Fraction, OnlyWith("train.optimizer", LIKE_ADAM)] = 0.999
     """Decay rate of the second moment."""
-    adam_epsilon: Positive = 1e-8
+    adam_epsilon: Annotated[Positive, OnlyWith("train.optimizer", LIKE_ADAM)] = 1e-8
     """Added to the denominator of the update."""
     optimizer_in_backward: bool = False
     """Update each parameter in the step's last backward pass, as soon as its gradient is complete,

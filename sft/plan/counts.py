@@ -15,6 +15,7 @@ from sft.models import experts
 from sft.models.layers import embedding_layers, repeated_layers
 from sft.models.reach import reach
 from sft.tasks.registry import task_of
+from sft.train.parallel.trial import Shapes, trained_shapes
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Counts:
     layers: int  # repeated layers, which FSDP2 gathers one at a time
     outside: int  # parameters that belong to no layer
     sizes: tuple[int, ...]  # elements of each tensor
+    shapes: Shapes  # of the trained tensors
 
 
 def count_parameters(config: RunConfig) -> Counts:
@@ -53,6 +55,7 @@ def count_at_depth(key: ModelKey, depth: int | None) -> Counts:
         layers=len(layers),
         outside=sum(sizes) - in_layers,
         sizes=sizes,
+        shapes=trained_shapes(built),
     )
 
 

@@ -24,14 +24,20 @@ from sft.models.head import most_rows
 from sft.models.layers import embedding_layers
 from sft.plan import dry_run
 from sft.plan.allocator import LARGE_PAGE, MIB, SMALL_PAGE, CachingAllocator
-from sft.plan.counts import ModelKey, config_of_key, count_at_depth, model_key
+from sft.plan.counts import (
+    ModelKey,
+    config_of_key,
+    count_at_depth,
+    count_parameters,
+    model_key,
+)
 from sft.plan.dry_run import Window
 from sft.plan.records import Result, load_or_trace
 from sft.plan.sharding import ONE_PROCESS, Group, parts_on_rank, pools
 from sft.plan.trace import Trace
-from sft.runtime.disk import state_bytes
 from sft.tasks.base import TaskInfo
 from sft.tasks.registry import task_of
+from sft.train.parallel.trial import calls_library, state_bytes, trained_shapes
 
 NF4_BYTES = 0.516  # per weight, also in FP4: 4 bits, and a double-quantised scale per block of 64
 # Closed form: activations of a layer, bytes per token and hidden unit. Traces of Llama and Qwen2
@@ -66,13 +72,14 @@ def predict(
 ) -> Memory:
     """Returns the peak of one process in a step, or in the held-out loss (`evaluation`)."""
     try:
-        # The key has PyTorch's optimizer, because those of bitsandbytes have no shape rules, and
-        # one of the two kinds of engine, which differ in what autocast keeps.
+        # The key has AdamW for optimizers that call another library, whose operations have no
+        # shape rules, and one of the two kinds of engine, which differ in what autocast keeps.
         casts = group.engine == "deepspeed" or (group.engine == "fsdp" and group.world_size > 1)
         engine, checkpointing = "fsdp" if casts else "ddp", config.train.gradient_checkpointing
         kept = {"gradient_checkpointing": checkpointing, "engine": engine}
         passes = {name: getattr(config.train, name) for name in PASSES}
-        key = model_key(config, **kept, **passes, **_stored(config))
+        own = _stored(config) | _traced_optimizer(config)
+        key = model_key(config, **kept, **passes, **own)
         without = replace(window, waiting=0)
         folder = task_of(config).info(config).cache / "traces"
         phases, reserved, method = _trace(folder, key, precision, without, on_gpu, evaluation)
@@ -115,17 +122,22 @@ def _untraced(
 ) -> dict[str, int]:
     """Returns the parts of a phase that a formula adds or, for the optimizer, replaces."""
     info = task_of(config).info(config)
-    traced = config.train.trained_bytes * 2  # of AdamW, whose moments have the weights' dtype
-    share = state_bytes(config.train) / traced
-    result = {
-        "waiting batches": window.waiting * info.waiting_bytes,
-        "optimizer": round(parts["optimizer"] * share),
-    }
+    result = {"waiting batches": window.waiting * info.waiting_bytes}
+    if not _traced_optimizer(config):
+        result["optimizer"] = state_bytes(config.train, count_parameters(config).shapes)
     if not on_gpu:
         return result | {"examples": info.examples_bytes}
     if phase.startswith("backward"):
         result["attention workspace"] = _attention_workspace(info, precision, window)
     return result | {"libraries": CUBLAS_BYTES}
+
+
+def _traced_optimizer(config: RunConfig) -> dict[str, Any]:
+    """Returns the keys of the optimizer that a trace can step; none if AdamW replaces it."""
+    if calls_library(config.train):
+        return {}
+    train = config.train
+    return {"optimizer": train.optimizer, "optimizer_args": train.optimizer_args}
 
 
 @lru_cache(maxsize=256)
@@ -250,7 +262,7 @@ def _closed_form(
     return {
         "weights": round(weights),
         "gradients": trained * config.train.trained_bytes,
-        "optimizer": round(trained * state_bytes(config.train)),
+        "optimizer": state_bytes(config.train, trained_shapes(model)),
         "activations": round(kept * hidden),
         # fp32 logits, their softmax and gradient
         "logits and loss": min(sum(s for _, s in rows) * copies, rows_of_logits(info))

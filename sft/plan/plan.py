@@ -23,6 +23,7 @@ from sft.runtime.hardware import Hardware, resolve_precision
 from sft.tasks.base import Labels, Workload
 from sft.tasks.registry import task_of
 from sft.train import schedule
+from sft.train.parallel.trial import saved_state_bytes
 
 FEW_STEPS = 50  # with fewer updates, hardly anything is learnt at usual learning rates
 
@@ -144,7 +145,8 @@ def predict_disk(config: RunConfig, num_examples: int) -> Need:
     info = task_of(config).info(config)
     steps = schedule.total_steps(config.train, num_examples)
     counts = count_parameters(config)
-    written = estimate_need(config.train, counts.trained, info.vocabulary, steps)
+    state = saved_state_bytes(config.train, counts.shapes)
+    written = estimate_need(config.train, counts.trained, state, info.vocabulary, steps)
     if info.mode == "full":
         return written
     base = counts.parameters - counts.trained

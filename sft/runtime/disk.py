@@ -14,8 +14,6 @@ from sft.runtime import hardware
 from sft.runtime.console import size
 from sft.runtime.run_folder import newest_first, step_of
 
-# Of the optimizer's state, per trained parameter.
-ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.05, "paged_adamw_8bit": 2.05}
 TOKENIZER_BYTES = 130  # per token of the vocabulary; files of Llama-3, Qwen2 and Gemma have 70-130
 SMALL_BYTES = 64 * 1024  # headers of tensors, JSON of configuration, optimizer and manifest
 STEP_BYTES = 2000  # of metrics.jsonl, training.log and TensorBoard, per step
@@ -44,30 +42,28 @@ class Need:
         )
 
 
-def state_bytes(train: Train) -> float:
-    """Returns the bytes of the optimizer's state per trained weight."""
-    halves = train.is_bf16_pure and train.optimizer == "adamw"  # others keep their own formats
-    return ADAM_BYTES[train.optimizer] / (2 if halves else 1)
-
-
-def checkpoint_bytes(train: Train, num_trained: int, vocabulary: int) -> int:
-    """Returns the size of trained weights, their optimizer state and the tokenizer."""
-    state = math.ceil(num_trained * state_bytes(train))
-    return _final_bytes(train, num_trained, vocabulary) + state
+def checkpoint_bytes(train: Train, num_trained: int, state_bytes: int, vocabulary: int) -> int:
+    """Returns the size of trained weights, the optimizer's state and the tokenizer."""
+    return _final_bytes(train, num_trained, vocabulary) + state_bytes
 
 
 def _final_bytes(train: Train, num_trained: int, vocabulary: int) -> int:
     return num_trained * train.trained_bytes + vocabulary * TOKENIZER_BYTES + SMALL_BYTES
 
 
-def estimate_need(train: Train, num_trained: int, vocabulary: int, steps: int) -> Need:
-    """Returns what a run of `steps` steps needs. Without `save_steps`, only a signal saves."""
+def estimate_need(
+    train: Train, num_trained: int, state_bytes: int, vocabulary: int, steps: int
+) -> Need:
+    """Returns what a run of `steps` steps needs. Without `save_steps`, only a signal saves.
+
+    `state_bytes`: the bytes of a checkpoint that belong to the optimizer.
+    """
     saves = 1 + math.ceil(steps / train.save_steps) if train.save_steps else 1
     best = bool(train.save_best)
     kept = min(saves, train.save_total_limit) + best
     staging = saves > 1 or best
     return Need(
-        checkpoint=checkpoint_bytes(train, num_trained, vocabulary),
+        checkpoint=checkpoint_bytes(train, num_trained, state_bytes, vocabulary),
         copies=kept + staging,
         final=_final_bytes(train, num_trained, vocabulary),
         logs=steps * STEP_BYTES + 2**20,

@@ -43,6 +43,7 @@ from sft.models.export import load_weights, read_weights
 from sft.runtime.console import Advance, metrics_line, write_json
 from sft.runtime.processes import Context
 from sft.train.engine import Engine
+from sft.train.parallel.trial import refuse_unusable
 from sft.train.task import Batch
 
 ExampleSize = tuple[int, int]  # tokens of an example, and how many of them the loss is a sum over
@@ -155,6 +156,7 @@ class Task(ABC):
     @classmethod
     def refuse_untrainable(cls, config: Any) -> None:
         """Raises ConfigError for a configuration that can be used, but not trained."""
+        refuse_unusable(config.train)
 
     @classmethod
     def digests(cls, prepared: Any) -> dict[str, str]:

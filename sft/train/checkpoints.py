@@ -38,12 +38,14 @@ NO_CHANGE = ("output_dir", "resume_from_checkpoint")  # may differ in the same r
 
 def identity(train: Train, of_task: dict[str, str]) -> dict[str, str]:
     """Returns the values that a run and the run that resumes it must share."""
+    arguments = train.optimizer_args
     frozen = [each.match for each in train.groups or () if each.freeze]
     return {
         "train.seed": str(train.seed),
         "train.shuffle": str(train.shuffle),
         "train.global_batch": str(train.global_batch),
         "train.optimizer": train.optimizer,
+        **({"train.optimizer_args": str(arguments)} if arguments else {}),
         **({"train.groups": f"freeze {frozen}"} if frozen else {}),
         **of_task,
     }

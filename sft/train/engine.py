@@ -25,7 +25,6 @@ from sft.config.schema import Train
 from sft.data.batches import MicroBatch, cut, global_batch_ids
 from sft.errors import CheckpointError, NonFiniteError, OutOfMemory, Preempted, oom_message
 from sft.models.groups import freeze_groups
-from sft.models.layers import weights_to_save
 from sft.runtime import checkpoint, disk, run_folder
 from sft.runtime.console import Advance, duration, metrics_line, size
 from sft.runtime.hardware import resolve_precision
@@ -41,6 +40,7 @@ from sft.train.checkpoints import (
 )
 from sft.train.loss_scale import LossScale
 from sft.train.parallel import share_model
+from sft.train.parallel.trial import checkpoint_bytes
 from sft.train.profile import memory_bytes, profiled
 from sft.train.recovery import AccumulatedStep, Oom, OomGuard, smaller_budget
 from sft.train.schedule import learning_rate, order_seed, total_steps
@@ -60,8 +60,7 @@ class Engine:
         self.loss_scale = LossScale() if resolve_precision(train)[0] == "fp16" else None
         self.total_steps = total_steps(train, len(task.lengths))
         freeze_groups(task.model, train)
-        number = sum(p.numel() for p in weights_to_save(task.model).values())
-        need = disk.checkpoint_bytes(train, number, 0)
+        need = checkpoint_bytes(train, task.model)
         shared = train, context.accelerator, context.log, context.guard.status
         self.keeper = Keeper(*shared, need, task.held_out_sha256)
         task.model.train()
@@ -97,8 +96,7 @@ class Engine:
         started = time.perf_counter()
         rate = learning_rate(self.train, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
-            peak = group.get("peak")
-            group["lr"] = learning_rate(self.train, self.step, self.total_steps, peak)
+            group["lr"] = learning_rate(self.train, self.step, self.total_steps, group.get("peak"))
         done, grad_norm = self._compute_gradient()
         ids, loss = done.ids, done.totals["loss"]
         if not math.isfinite(loss):
@@ -442,7 +440,8 @@ class Engine:
 
     def evaluate(self) -> dict[str, float]:
         """Logs and returns the held-out metrics of the current weights. Collective."""
-        metrics = self.task.evaluate(self.model)
+        with self.parallel.averaged():
+            metrics = self.task.evaluate(self.model)
         self.last_evaluated = self.step
         self.log.log(self.step, {f"eval/{name}": value for name, value in metrics.items()})
         self.log.say(f"step {self.step:,}: held-out {metrics_line(metrics)}")
@@ -523,9 +522,10 @@ class Engine:
 
     def write_final(self, staging: Path) -> None:
         """Writes what a user loads (weights, tokenizer, configuration) to `staging`. Collective."""
-        weights = self.parallel.gather_weights()
-        if self.accelerator.is_main_process:
-            self.task.save(staging, weights)
+        with self.parallel.averaged():
+            weights = self.parallel.gather_weights()
+            if self.accelerator.is_main_process:
+                self.task.save(staging, weights)
 
     def resume(self, folder: Path) -> None:
         """Continues from a verified checkpoint, written by any engine and number of processes."""

@@ -73,6 +73,7 @@ def make_small(config: RunConfig, folder: Path, *, exact: bool = False) -> Small
     }
     if exact:
         wanted = {"train.precision": "fp32", "train.optimizer": "adamw", **shrunk.exact}
+        wanted["train.optimizer_args"] = None  # it may be that of another optimizer
         changes += _list_changes(config, wanted)
         values |= wanted
     config, batch = with_values(config, values), shrunk.batch

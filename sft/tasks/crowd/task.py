@@ -65,6 +65,7 @@ class CrowdTune(FineTune):
 
     @classmethod
     def refuse_untrainable(cls, config: Config) -> None:
+        super().refuse_untrainable(config)
         if config.crowd.agent is not None:
             raise ConfigError("crowd.agent: all agents of a crowd are trained; remove it")
         if config.tuning.target_modules != "auto":

@@ -246,7 +246,7 @@ class Distillation(Task):
         values = {f"distill.{key}": value for key, value in sizes.items()}
         batch = 2 * number // 5  # an epoch has two whole batches and a partial one
         # The biases of keys get gradients from rounding alone, which AdamW would scale up.
-        epsilon = max(1e-6, config.train.adam_epsilon)
+        epsilon = max(1e-6, config.train.adam_epsilon)  # `verify` takes AdamW if cuts are compared
         exactly = {"distill.dropout": 0.0, "train.adam_epsilon": epsilon}
         return Shrunk(values, changes, exactly, batch, "windows")
 

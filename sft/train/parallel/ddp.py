@@ -11,7 +11,7 @@ import copy
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from sft.models.layers import full_tensor, weights_to_save
 from sft.models.reach import may_leave_out
 from sft.runtime.checkpoint import OptimizerShard, SavedState, Tensors
 from sft.runtime.hardware import resolve_precision
-from sft.train.optimizer import build_optimizer
+from sft.train.optimizer import averages, build_optimizer
 from sft.train.parallel.state import changes_of, decode, settings_of, split_state
 from sft.train.recovery import Waits
 from sft.train.updates import BackwardUpdates, make_updates
@@ -36,6 +36,7 @@ from sft.train.updates import BackwardUpdates, make_updates
 # read(parameter, start, number) -> the parameter's saved state. Of each flattened tensor it returns
 # `number` elements from `start` on. If `number` is None, it returns the tensors as they were saved.
 ReadState = Callable[[str, int, int | None], SavedState]
+TRAINED = "trained"  # the key of trained weights where the model's file has averaged ones
 
 
 class Place(NamedTuple):
@@ -75,6 +76,7 @@ class Replicated:
         self.optimizer: torch.optim.Optimizer
         self._wrap(train)
         groups = self._base_optimizer.param_groups
+        self._begins_with_state = bool(self._base_optimizer.state)
         self._settings = [copy.deepcopy(settings_of(group)) for group in groups]
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.saved = weights_to_save(model)
@@ -178,6 +180,25 @@ class Replicated:
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Gives the model the weights that are evaluated and saved, if others are trained.
+
+        Drops gradients, and restores the trained weights bit for bit.
+        """
+        if not averages(optimizer := self._base_optimizer):
+            yield
+            return
+        self.zero_grad()
+        kept = [weight.detach().clone() for weight in self._local_weights()]
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+            for weight, before in zip(self._local_weights(), kept, strict=True):
+                weight.detach().copy_(before)
+
     # -- state
 
     @staticmethod
@@ -227,6 +248,8 @@ class Replicated:
             for place in self._places(name):
                 state = self._base_optimizer.state.get(place.tensor, {})
                 by_element, whole, numbers = split_state(state, place.tensor)
+                if averages(self._base_optimizer) and state:
+                    by_element[TRAINED] = place.tensor.detach()  # the model's file has the averages
                 cut = {key: self._cut(value, place) for key, value in by_element.items()}
                 changed = changes_of(*groups.get(id(place.tensor), ({}, {})))
                 yield OptimizerShard(name, place.start, cut, whole, numbers, changed)
@@ -254,19 +277,23 @@ class Replicated:
             group.update(copy.deepcopy(settings))
         self.num_updates = num_updates
         groups = self._groups()
-        for name in self.trained if num_updates else ():
+        for name in self.trained if num_updates or self._begins_with_state else ():
             for place in self._places(name):
                 saved = read(name, place.start, place.number)
-                self._load_state(place, saved)
-                if group_pair := groups.get(id(place.tensor)):
-                    for key, value in saved.group.items():
-                        group_pair[0][key] = decode(value, place.tensor.device)
+                group, _ = groups.get(id(place.tensor), (optimizer.defaults, {}))
+                self._load_state(place, saved, group)
+                for key, value in saved.group.items():
+                    group[key] = decode(value, place.tensor.device)
 
-    def _load_state(self, place: Place, saved: SavedState) -> None:
+    def _load_state(self, place: Place, saved: SavedState, group: dict[str, Any]) -> None:
         """Sets the state of a place; allocates it if another place of its tensor did not."""
         optimizer, device = self._base_optimizer, place.tensor.device
         state = optimizer.state[place.tensor]
         for key, value in saved.state.items():
+            if key == TRAINED:
+                weight = self._cut(place.tensor.detach(), place)
+                weight.copy_(value.view(weight.shape))
+                continue
             if place.number is None and value.numel() != place.tensor.numel():
                 state[key] = value.to(device)  # of a checkpoint that does not say what is whole
                 continue
@@ -282,7 +309,7 @@ class Replicated:
         if numbers is None:  # as AdamW of torch and of bitsandbytes count
             is_torch = isinstance(optimizer, torch.optim.AdamW)
             numbers = {"step": ["float32", self.num_updates] if is_torch else self.num_updates}
-        on_device = any(optimizer.defaults.get(key) for key in ("fused", "capturable"))
+        on_device = any(group.get(key) for key in ("fused", "capturable"))
         for key, value in numbers.items():
             state[key] = decode(value, device if on_device else "cpu")
 
