@@ -107,11 +107,11 @@ class EmbeddingNoise:
         """Returns noise (rows * time, width), 0 for padding."""
         device = tokens.places.device
         noise = torch.zeros(math.prod(tokens.shape), width, dtype=dtype, device=device)
-        lengths = torch.tensor(tokens.lengths, device=device)
+        lengths = torch.tensor(tokens.lengths, dtype=torch.long, device=device)
         owner = torch.repeat_interleave(lengths, output_size=len(tokens.places))
         starts = lengths.cumsum(0) - lengths
         positions = torch.arange(len(owner), device=device) - starts[owner]
-        examples = torch.tensor(tokens.examples, device=device)[owner]
+        examples = torch.tensor(tokens.examples, dtype=torch.long, device=device)[owner]
         keys = token_keys(self.seed, self.step, examples, positions)
         scales = [self.alpha / math.sqrt(n * width) for n in tokens.lengths]
         scale = torch.tensor(scales, dtype=torch.float32, device=device)[owner]

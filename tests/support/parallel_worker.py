@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from sft.config.load import load_config
 from sft.data import batches, cache
+from sft.models import head
 from sft.runtime import checkpoint, processes
 from sft.runtime.hardware import resolve_precision
 from sft.runtime.processes import Context
@@ -32,6 +33,10 @@ def make(case: dict[str, Any], folder: Path) -> engine.Engine:
     context = Context(accelerator)
     precision = resolve_precision(config.train)[0]
     task = task_of(config).build(config, prepared, precision, budget, context)
+    if rows := case.get("chunk_rows"):  # of logits; their weights' gradient does not count
+        head.CHUNK_BYTES = 4 * rows * task.head._vocabulary()
+        head.SupervisedHead._trained_bytes = lambda _: 0  # type: ignore[method-assign]
+        task.head.prove(precision)
     return engine.Engine(task, config.train, context)
 
 
@@ -58,6 +63,8 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
         "engine": type(made.parallel).__name__,
         "spread": processes.describe_world(made.accelerator)["spread"],
         "steps": steps,
+        "chunks": made.task.head.tail is not None,
+        "why_whole": made.task.head.why_whole,
         "held_out": made.evaluate()["loss"] if case.get("evaluate", True) else None,
     }
 
