@@ -58,7 +58,7 @@ def calibrate(
         chosen, accumulates = planner.heaviest_micro_batch(budget, plan.gradient_checkpointing)
         return [chosen] * (2 if accumulates else 1)
 
-    peak = fit_budget(engine, heaviest, plan.memory.breakdown["optimizer"])
+    peak = fit_budget(engine, heaviest, plan.memory.breakdown.get("optimizer", 0))
     plan, _ = _adopt_budget(engine, plan, resolved, workload, machine)
     predicted = plan.memory.allocated
     compared = f"{size(peak)} measured, {size(predicted)} predicted"

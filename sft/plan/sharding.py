@@ -97,7 +97,7 @@ def _zero12(phase: str, parts: dict[str, int], config: RunConfig, group: Group) 
     is_zero1 = group.zero["stage"] == 1
     kept = (trained if is_zero1 else share) if group.accumulates else 0
     kept, transit = (3 * share + largest, largest) if offloads else (kept, 0)
-    adam = math.ceil(parts["optimizer"] / group.world_size)
+    adam = math.ceil(parts.get("optimizer", 0) / group.world_size)
     parts = parts | {"gradients": kept, "optimizer": adam + share, "communication": transit}
     if phase.startswith("update"):
         return parts | {"gradients": kept + 2 * share if offloads else 2 * share}
@@ -232,7 +232,7 @@ def _zero3(phase: str, parts: dict[str, int], config: RunConfig, group: Group) -
     result = _split(parts, group)
     share = math.ceil(trained / group.world_size)
     return result | {
-        "optimizer": result["optimizer"] + share,
+        "optimizer": result.get("optimizer", 0) + share,
         "gradients": share * (2 if group.offloads else 1),
         "communication": round(whole * small_fraction) + bucket + transient,
     }
