@@ -30,6 +30,7 @@ from sft.runtime.processes import Context
 from sft.tasks.base import Finding, Task
 from sft.tasks.registry import load_run, task_of
 from sft.train import engine
+from sft.train.compiled import compiled
 
 TRIAL_EXAMPLES = 8  # global batch of the trial step
 
@@ -168,7 +169,11 @@ def trial(config: RunConfig) -> Iterator[Finding]:
         described = dict(task.describe(config))
         yield Finding(True, f"model: {described.get('model', config.task)}, {share}")
         trainer = engine.Engine(task, task.config.train, task.context)
-        values = trainer.optimizer_step()
+        with compiled(trainer, required=True) as of_compiler:  # `auto` does not: two steps
+            values = trainer.optimizer_step()
+        if of_compiler:
+            graphs, seconds = of_compiler["compiled_graphs"], of_compiler["compile_seconds"]
+            yield Finding(True, f"compiler: {graphs} graphs in {seconds:.0f} s")
         yield Finding(
             True,
             f"one training step: {planned.global_batch} {planned.labels.examples}, "

@@ -45,6 +45,7 @@ from sft.serve import runs
 from sft.tasks.base import Results, Task
 from sft.tasks.registry import task_of
 from sft.train.checkpoints import identity, read_state
+from sft.train.compiled import compiled
 from sft.train.engine import Engine
 from sft.train.profile import memory_bytes
 
@@ -116,7 +117,7 @@ def _run(
     base = task.measure_base(engine, planned.precision, resumed_from is not None)
     if base:
         log.say(f"before: {metrics_line(base.metrics)}")
-    measured |= engine.train_to_end(resumed_from)
+    planned = _train(engine, config, resolved, planned, resumed_from, measured)
     tuned = _finish(task, engine, planned, folder)
     log.log(engine.step, {f"eval/{name}": value for name, value in tuned.metrics.items()})
     log.say(f"after: {metrics_line(tuned.metrics)}")
@@ -133,6 +134,30 @@ def _run(
         rows, commands = task.closing_rows(base, tuned)
         log.say(_closing(config, rows, commands, measured))
     return tuned.metrics
+
+
+def _train(
+    engine: Engine,
+    config: RunConfig,
+    resolved: RunConfig,
+    planned: plan.Plan,
+    resumed_from: Path | None,
+    measured: dict[str, Any],
+) -> plan.Plan:
+    """Trains to the last step, with compiled layers if the plan says so; adds to `measured`.
+
+    Returns the plan, which is another one if the layers cannot be compiled.
+    """
+    with compiled(engine, required=config.train.compile is True) as of_compiler:
+        if problem := of_compiler.get("compile_problem"):
+            reasons = planned.reasons | {"train.compile": problem}
+            planned = replace(planned, compile=False, reasons=reasons)
+            if engine.log.folder:
+                now = resolved.model_copy(update={"train": engine.train})
+                report.write_resolved(now, planned, engine.log.folder)
+        measured |= engine.train_to_end(resumed_from)
+    measured |= of_compiler
+    return planned
 
 
 def _finish(task: Task, engine: Engine, planned: plan.Plan, folder: Path) -> Results:

@@ -59,6 +59,30 @@ def machine(ram_bytes: int, gpu_bytes: int | None = None) -> hardware.Hardware:
     )
 
 
+def test_layers_are_compiled_where_a_run_on_a_cpu_takes_hours(config, prepared):
+    """It does not depend on memory, so a resumed run does the same."""
+
+    def made(machine: hardware.Hardware, **changes: Any) -> plan.Plan:
+        changes |= {"global_batch": 300}  # one step is an epoch: fewer steps to scan
+        changed = with_values(config, {f"train.{key}": value for key, value in changes.items()})
+        return plan.make_plan(changed, sizes(prepared), machine, 1)
+
+    short = made(machine(8 * GIB))
+    assert not short.compile
+    assert "does not earn" in short.reasons["train.compile"]
+    for given in (machine(8 * GIB), machine(GIB)):
+        long = made(given, epochs=20_000)
+        assert long.compile
+        assert "earns" in long.reasons["train.compile"]
+        assert plan.resolved_values(long)["train.compile"] is True
+    on_gpu = made(machine(8 * GIB, 80 * GIB), epochs=20_000)
+    assert not on_gpu.compile
+    assert "on GPUs" in on_gpu.reasons["train.compile"]
+    given = made(machine(8 * GIB), compile=True)
+    assert given.compile
+    assert "train.compile" not in given.reasons
+
+
 def test_counts_are_those_of_the_data_and_of_the_model(config, prepared):
     made = plan.make_plan(config, sizes(prepared), machine(8 * GIB), 1)
     assert made.num_examples == 300

@@ -210,6 +210,10 @@ class Train(Section):
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about 25 % slower. `auto`: only if
     memory would be short without it."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the repeated layers (torch.compile) before the first step: 3 to 13 % faster on a CPU,
+    after about a minute; the result is the same within rounding. `auto`: on a CPU, if the run takes
+    hours."""
     optimizer: OptimizerName | ImportPath = "adamw"
     """`adamw` is PyTorch's (fused where available). `adamw_8bit`, `paged_adamw` and
     `paged_adamw_8bit` are those of bitsandbytes: state in 8 bits, paged to host memory, or both.

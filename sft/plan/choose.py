@@ -20,6 +20,7 @@ from sft.plan.dry_run import Window
 from sft.plan.memory import ACTIVATION_BYTES, CONTEXT_BYTES, Memory, predict, rows_of_logits
 from sft.plan.trace import WEIGHT_COPIES
 from sft.runtime import processes
+from sft.runtime.console import duration
 from sft.runtime.hardware import Hardware
 from sft.tasks.base import TaskInfo, Workload
 from sft.tasks.registry import task_of
@@ -33,6 +34,8 @@ SATURATING_SMALL = {"cpu": 8192, "cuda": 65536}  # the same for a small model
 # the fewest micro-batches are taken.
 MICRO_BATCH_COST = {"cpu": 64, "cuda": None}
 UTILISATION = 0.35  # share of a GPU's peak that training reaches; an assumption
+CORE_FLOPS = 6e10  # operations a second of a CPU core in training, measured (docs/LOG.md)
+COMPILED_SECONDS = 3600.0  # a run on a CPU that takes as long gains 1 to 8 minutes by compiling
 SCANNED = 20_000  # examples among which the heaviest micro-batch is searched
 
 
@@ -271,13 +274,33 @@ class Planner:
         gpu = gpus.find_gpu(self.machine.devices[0].name) if self.machine.devices else None
         if gpu is None or self.precision == "fp32" or self.info.small:
             return None
+        speed = gpu.teraflops * 1e12 * UTILISATION * self.world_size
+        return self._operations(counts, checkpointing, tokens) / speed
+
+    def _operations(self, counts: Counts, checkpointing: bool, tokens: int) -> float:
+        """Returns the floating-point operations of a run of `tokens`."""
         passes = 3 if self.info.mode == "full" else 2
         passes += checkpointing + self.info.needs_global_batch
-        speed = gpu.teraflops * 1e12 * UTILISATION * self.world_size
         multiplied, copies = counts.multiplied, self.info.copies
         if copies > 1:  # each copy has an adapter, which sees its own rows
             multiplied = copies * (multiplied - counts.trained) + counts.trained
-        return 2 * passes * multiplied * tokens / speed
+        return 2 * passes * multiplied * tokens
+
+    def choose_compile(self, counts: Counts, tokens: int) -> tuple[bool, str]:
+        """Returns whether layers are compiled for a run of `tokens`, and why.
+
+        It does not depend on memory or on time that was measured: a resumed run chooses the same.
+        """
+        asked = self.config.train.compile
+        if asked != "auto":
+            return asked, "configured"
+        if self.machine.devices:
+            return False, "on GPUs no gain has been measured yet"
+        speed = CORE_FLOPS * max(self.machine.cores, self.world_size)
+        about = self._operations(counts, False, tokens) / speed
+        if about < COMPILED_SECONDS:
+            return False, f"a run of about {duration(about)} does not earn the time to compile"
+        return True, f"a run of about {duration(about)} earns the time to compile"
 
 
 def configured_rows(train: Train, world_size: int) -> int | None:

@@ -43,6 +43,7 @@ class Plan:
     budget: batches.Budget
     precision: str
     gradient_checkpointing: bool
+    compile: bool
     micro_batch: int  # examples, at most, in the first step
     micro_batches: int  # per process in the first step
     num_parameters: int
@@ -93,20 +94,24 @@ def make_plan(
     info, counts = planner.info, count_parameters(config)
     cuts, budget, global_batch = choice.cuts, choice.budget, len(planner.ids_of_step(0))
     hold = f"{budget.max_tokens:,} tokens"
+    steps = schedule.total_steps(config.train, len(workload.lengths))
+    per_epoch = sum(workload.lengths)
+    tokens = round(per_epoch * steps * global_batch / len(workload.lengths))
+    compiles, why_compile = planner.choose_compile(counts, tokens)
     reasons = {
         "precision": why_precision,
         "layout": why_layout,
         "gradient_checkpointing": why_checkpointing,
+        "compile": why_compile,
         "max_tokens": choice.why,
         "micro_batch": f"what {hold} hold",
         "gradient_accumulation_steps": f"{global_batch} {info.labels.examples} in {world_size} "
         f"process(es) of micro-batches of at most {hold}",
     }
+    if is_question:
+        del reasons["compile"]  # it depends on the length of a run
     autos = {key: why for key, why in reasons.items() if getattr(config.train, key) == "auto"}
     evaluation = planner.predict_evaluation(budget)
-    steps = schedule.total_steps(config.train, len(workload.lengths))
-    per_epoch = sum(workload.lengths)
-    tokens = round(per_epoch * steps * global_batch / len(workload.lengths))
     plan = Plan(
         num_examples=len(workload.lengths),
         num_held_out=len(workload.held_out.lengths) if workload.held_out else 0,
@@ -119,6 +124,7 @@ def make_plan(
         budget=budget,
         precision=precision,
         gradient_checkpointing=choice.checkpointing,
+        compile=compiles,
         micro_batch=max(len(m) for rank in cuts for m in rank),
         micro_batches=len(cuts[0]),
         num_parameters=counts.parameters,
@@ -217,6 +223,7 @@ def chosen_values(plan: Plan) -> dict[str, Any]:
         "precision": plan.precision,
         "layout": plan.budget.layout,
         "gradient_checkpointing": plan.gradient_checkpointing,
+        "compile": plan.compile,
         "max_tokens": plan.budget.max_tokens,
         "micro_batch": plan.micro_batch,
         "gradient_accumulation_steps": plan.micro_batches,

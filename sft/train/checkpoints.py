@@ -71,12 +71,14 @@ def write_state(
 def changed_settings(state: dict[str, Any], train: Train, world_size: int) -> Iterator[str]:
     """Yields the settings of a resumed run that differ from the run that wrote `state`.
 
-    A key that is newer than that run counts as its default, which does what was done without it.
+    A key that is newer than that run counts as its default, which does what was done without it;
+    if that is `auto`, as false.
     """
     now = train.model_dump() | {"processes": world_size}
     then = state["settings"] | {"processes": state["world_size"]}
     for key in now.keys() - then.keys() - {*NO_CHANGE}:
-        then[key] = type(train).model_fields[key].get_default(call_default_factory=True)
+        default = type(train).model_fields[key].get_default(call_default_factory=True)
+        then[key] = False if default == "auto" else default
     for key in now:
         if then.get(key) != now[key] and key not in NO_CHANGE:
             yield f"{key} was {then.get(key)}, is {now[key]}"

@@ -22,6 +22,7 @@ from sft.runtime.hardware import resolve_precision
 from sft.runtime.processes import Context
 from sft.tasks.registry import task_of
 from sft.train import engine
+from sft.train.compiled import compiled
 
 
 def make(case: dict[str, Any], folder: Path) -> engine.Engine:
@@ -42,19 +43,21 @@ def make(case: dict[str, Any], folder: Path) -> engine.Engine:
 
 def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
     made = make(case, out / case["name"])
-    if case["prove"]:
-        made.prove_saving()
-    if case["resume"]:
-        assert checkpoint.fault(Path(case["resume"])) is None
-        made.resume(Path(case["resume"]))
-    steps = []
-    while made.step < case["steps"]:
-        ids, mine = made.window(made.step)
-        values = made.optimizer_step()
-        made.step += 1
-        steps.append([ids, list(chain.from_iterable(mine)), values["train/loss"].hex()])
-        if made.step in case["save_at"]:
-            made.save()
+    backend = case.get("backend", "inductor")
+    with compiled(made, required=True, backend=backend) as of_compiler:
+        if case["prove"]:
+            made.prove_saving()
+        if case["resume"]:
+            assert checkpoint.fault(Path(case["resume"])) is None
+            made.resume(Path(case["resume"]))
+        steps = []
+        while made.step < case["steps"]:
+            ids, mine = made.window(made.step)
+            values = made.optimizer_step()
+            made.step += 1
+            steps.append([ids, list(chain.from_iterable(mine)), values["train/loss"].hex()])
+            if made.step in case["save_at"]:
+                made.save()
     weights = made.parallel.gather_weights()
     if made.accelerator.is_main_process:
         save_file({k: v.contiguous() for k, v in weights.items()}, out / f"{case['name']}.weights")
@@ -65,6 +68,7 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
         "steps": steps,
         "chunks": made.task.head.tail is not None,
         "why_whole": made.task.head.why_whole,
+        "compiler": of_compiler,
         "held_out": made.evaluate()["loss"] if case.get("evaluate", True) else None,
     }
 

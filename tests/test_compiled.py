@@ -1,0 +1,192 @@
+"""`train.compile`: the same result as without, a known number of graphs, and how it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tiny
+import torch
+
+from sft.config.load import with_values
+from sft.data import batches
+from sft.errors import ConfigError
+from sft.models.layers import repeated_layers
+from sft.models.quantise import quantise
+from sft.train.compiled import compiled
+from sft.train.engine import Engine
+
+pytestmark = pytest.mark.slow
+FULL: dict[str, Any] = {}
+LORA = {"tuning.mode": "lora", "tuning.r": 4, "tuning.lora_dropout": 0.3}
+QLORA = {"tuning.mode": "qlora", "tuning.r": 4}
+CROWD = {"tuning.mode": "lora", "tuning.r": 4, "crowd.num_agents": 2, "crowd.dropconnect": 0.2}
+CHECKPOINTED = {"train.gradient_checkpointing": True}
+BF16 = {"train.precision": "bf16"}
+
+
+class Counted:
+    """A backend that runs graphs as they are, and counts them and their calls."""
+
+    def __init__(self) -> None:
+        self.graphs = self.calls = 0
+
+    def __call__(self, module: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        self.graphs += 1
+
+        def run(*given: Any) -> Any:
+            self.calls += 1
+            return module(*given)
+
+        return run
+
+
+def make(folder: Path, changes: dict[str, Any], layout: Any = "padded", **size: Any) -> Engine:
+    settings = tiny.config(folder, global_batch=12, compile=True)
+    settings = with_values(settings, changes)
+    model = tiny.llama(**size)
+    if settings.tuning.mode == "qlora":
+        quantise(model, torch.float32, "nf4")
+    if settings.tuning.mode != "full":
+        model = tiny.adapted(settings, base=model)
+    if settings.train.gradient_checkpointing is True:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    budget = batches.Budget(70, layout)
+    return tiny.make_engine(model, tiny.examples(3, 24), tiny.examples(4, 4), settings, budget)
+
+
+def step(engine: Engine, number: int = 1) -> list[torch.Tensor]:
+    """The loss and the gradients of a step, whose cut differs from that of the first."""
+    engine.step = number
+    values = engine.optimizer_step()
+    gradients = [p.grad.clone() for p in engine.parallel.trained.values()]
+    return [torch.tensor(values["train/loss"]), *gradients]
+
+
+CASES = {
+    "full": (FULL, "padded"),
+    "bf16": (BF16, "padded"),
+    "lora": (LORA | CHECKPOINTED, "packed"),
+    "qlora": (QLORA, "padded"),
+    "crowd": (CROWD, "packed"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_layers_compute_what_layers_compute(tmp_path, name):
+    """By a backend that runs the operations of PyTorch: to the bit."""
+    changes, layout = CASES[name]
+    expected = step(make(tmp_path, changes, layout))
+    engine = make(tmp_path, changes, layout)
+    with compiled(engine, required=True, backend="aot_eager") as values:
+        found = step(engine)
+    assert values["compiled_graphs"] in (1, 2, 3)
+    assert (values["graph_breaks"], values["recompilations"]) == (0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_the_compilers_own_code_gives_the_same_within_rounding_and_leaves_no_process(
+    tmp_path, name
+):
+    changes, layout = CASES[name]
+    expected = step(make(tmp_path, changes, layout))
+    engine = make(tmp_path, changes, layout)
+    with compiled(engine, required=True) as values:
+        found = step(engine)
+        assert not psutil.Process().children(recursive=True)
+    assert values["graph_breaks"] == values["recompilations"] == 0
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert 0 < tiny.relative_error(found[1:], expected[1:]) < 1e-4
+
+
+def test_all_lengths_share_the_graphs_of_the_first_step(tmp_path):
+    """Also lengths and numbers of rows that equal each other, or a size of the model, in it."""
+    engine, backend = make(tmp_path, FULL, hidden_size=16, head_dim=4), Counted()
+    engine.task.prepared.train.arrays.index["length"][:] = 8  # = intermediate / 6, rows, 2 x head
+    engine.task.budget = batches.Budget(64, "padded")
+    with compiled(engine, required=True, backend=backend) as values:
+        used = backend.calls
+        for rows, length in ((8, 8), (4, 8), (16, 16), (3, 5), (5, 48), (32, 32)):
+            batch = torch.ones(rows, length, dtype=torch.long)
+            engine.model(input_ids=batch, use_cache=False).logits.sum().backward()
+            used += 2  # layers
+            assert backend.calls == used, (rows, length)
+    assert backend.graphs == values["compiled_graphs"] == 1
+
+
+def test_what_no_graph_fits_runs_eagerly(tmp_path):
+    engine, backend = make(tmp_path, FULL), Counted()
+    layers = repeated_layers(engine.task.model)
+    with compiled(engine, required=True, backend=backend) as values:
+        seen = backend.calls, backend.graphs
+        engine.model(input_ids=torch.ones(1, 9, dtype=torch.long), use_cache=False)  # one row
+        engine.evaluate()
+        engine.model.train()
+        assert (backend.calls, backend.graphs) == seen
+        step(engine)
+        assert backend.calls > seen[0]
+        names = [name for name, _ in engine.task.model.named_parameters()]
+    assert values["recompilations"] == 0
+    assert backend.graphs == seen[1]
+    assert names == [name for name, _ in tiny.llama().named_parameters()]
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+def fails(*_: Any) -> Any:
+    raise RuntimeError("no compiler\nhere")
+
+
+def breaks(layer: Any) -> Iterator[None]:
+    forward = layer.mlp.forward
+    layer.mlp.forward = lambda x: forward(x) * float(x.detach().sum() > -1e30)
+
+
+@pytest.mark.parametrize("why", ["no compiler here", "breaks into", "no list of repeated layers"])
+def test_auto_runs_eagerly_where_layers_cannot_be_compiled(tmp_path, why, monkeypatch):
+    expected = step(make(tmp_path, FULL))
+    engine, backend = make(tmp_path, FULL), Counted()
+    engine.log = tiny.Said()
+    if why == "breaks into":
+        for layer in repeated_layers(engine.task.model):
+            breaks(layer)
+    if why == "no list of repeated layers":
+        monkeypatch.setattr("sft.train.compiled.repeated_layers", lambda _: [])
+    given = fails if why == "no compiler here" else backend
+    with compiled(engine, required=False, backend=given) as values:
+        used = backend.calls
+        found = step(engine)
+    assert why in values["compile_problem"]
+    assert why in engine.log.lines[-1]
+    assert not engine.train.compile
+    assert backend.calls == used
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_true_ends_where_layers_cannot_be_compiled(tmp_path):
+    engine = make(tmp_path, FULL)
+    with pytest.raises(ConfigError, match=r"train\.compile: .*no compiler here; set"):  # noqa: SIM117
+        with compiled(engine, required=True, backend=fails):
+            pass
+    assert not any("forward" in vars(layer) for layer in repeated_layers(engine.task.model))
+
+
+def test_layers_that_need_ever_more_graphs_are_refused(tmp_path):
+    engine = make(tmp_path, FULL, num_hidden_layers=12)
+    for number, layer in enumerate(repeated_layers(engine.task.model)):
+        layer.number = number
+        layer.mlp.forward = _numbered(layer.mlp)
+        layer.mlp.number = number
+    with (
+        pytest.raises(ConfigError, match="RecompileLimit"),
+        compiled(engine, required=True, backend=Counted()),
+    ):
+        pass
+
+
+def _numbered(mlp: Any) -> Any:
+    forward = type(mlp).forward
+    return lambda x: forward(mlp, x) * (1 + mlp.number)
