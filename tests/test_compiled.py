@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import psutil
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from sft.config.load import with_values
 from sft.data import batches
@@ -190,3 +193,72 @@ def test_layers_that_need_ever_more_graphs_are_refused(tmp_path):
 def _numbered(mlp: Any) -> Any:
     forward = type(mlp).forward
     return lambda x: forward(mlp, x) * (1 + mlp.number)
+
+
+def test_a_resumed_run_makes_the_same_graphs_and_ends_with_the_same_bits(tmp_path, run_script):
+    model = tiny.shallow_nano(tmp_path)
+    common = [f"model.name={model}", "tuning.mode=full", "data.max_rows=40", "train.compile=true"]
+    common += ["train.global_batch=8", "train.max_steps=4", "train.save_steps=2"]
+    common += [
+        "evaluation.num_examples=2",
+        "evaluation.max_new_tokens=4",
+        "train.tensorboard=false",
+    ]
+
+    def run(name: str, *more: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        folder = tmp_path / name
+        done = run_script("train.py", *common, f"train.output_dir={folder}", *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "kind(s) of layer" in done.stdout
+        measured = json.loads((folder / "plan.json").read_text())["measured"]
+        return measured, load_file(folder / "final_checkpoint/model.safetensors")
+
+    whole, weights = run("whole")
+    saved = tmp_path / "whole/checkpoint_step_2"
+    resumed, again = run("resumed", f"train.resume_from_checkpoint={saved}")
+    for measured in (whole, resumed):
+        assert measured["compiled_graphs"] in (1, 2)
+        assert measured["graph_breaks"] == measured["recompilations"] == 0
+    assert weights.keys() == again.keys() == load_file(model / "model.safetensors").keys()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    lines = (tmp_path / "resumed/training.log").read_text()
+    assert "changed since" not in lines
+
+
+ENGINES = {  # an engine, and why it refuses
+    "ddp": None,
+    "fsdp": None,
+    "zero2": None,
+    "zero3": "ZeRO-3 gathers weights within a layer",
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_processes_compute_the_same_compiled_or_refuse(tmp_path, name):
+    model, why = tiny.shallow_nano(tmp_path), ENGINES[name]
+    engine = {"zero2": "deepspeed_z2", "zero3": "deepspeed_z3"}.get(name)
+    own = [f"train.engine={'deepspeed' if engine else name}"]
+    own += [f"train.deepspeed_config=configs/{engine}.json"] if engine else []
+    common = [f"model.name={model}", "tuning.mode=lora", "data.max_rows=24", "train.precision=fp32"]
+    common += ["train.global_batch=8", "train.max_steps=3", "train.learning_rate=1e-3"]
+    sizes = {"max_tokens": 200, "steps": 3, "save_at": [], "prove": False, "resume": ""}
+    cases = [
+        {"name": f"{each}", "overrides": [*common, *own, f"train.compile={each}"]} | sizes
+        for each in ("false", "true")
+    ]
+    (tmp_path / "cases.json").write_text(
+        json.dumps([case | {"backend": "aot_eager"} for case in cases])
+    )
+    log = tmp_path / "log.txt"
+    command = ["tests/support/parallel_worker.py", str(tmp_path / "cases.json"), str(tmp_path)]
+    started = forked.start(2, command, log)
+    started.join()
+    if why:
+        assert why in log.read_text()
+        return
+    eager, compiled_ = (load_file(tmp_path / f"{each}.weights") for each in ("false", "true"))
+    assert all(torch.equal(eager[key], compiled_[key]) for key in eager)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"true.rank{rank}.json").read_text())
+        assert found["compiler"]["compiled_graphs"] in (2, 3, 4)
+        assert found["compiler"]["graph_breaks"] == found["compiler"]["recompilations"] == 0
