@@ -13,6 +13,7 @@ from pathlib import Path
 import forked
 import optimizer_worker
 import pytest
+import test_distill
 import tiny
 import torch
 from conftest import ROOT
@@ -180,6 +181,41 @@ def test_muon_trains_matrices_of_layers_and_adamw_the_rest(tmp_path):
         if "proj" in name and "q_proj" not in name:  # the size of AdamW's first update is 1
             rms = float((parameter.detach() - before[name]).square().mean().sqrt()) / 1e-2
             assert 0.1 < rms < 0.4, name
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lion", "schedule_free"])
+def test_a_crowd_resumes_bit_for_bit(tmp_path, name):
+    given = tiny.crowd_config(
+        tmp_path, train={"global_batch": 4, **optimizer_worker.settings_of(name)}
+    )
+    rows = tiny.examples(0, 11)
+    whole, resumed = (
+        tiny.make_engine(tiny.adapted(given), rows, rows, given, Budget(60, "padded"))
+        for _ in range(2)
+    )
+    list(take_steps(whole, 2))
+    resumed.resume(whole.save())
+    whole.evaluate()
+    assert [*take_steps(resumed, 2)] == [*take_steps(whole, 2)]
+    assert resumed.parallel.checksums() == whole.parallel.checksums()
+
+
+def test_muon_refuses_agents_of_which_a_layer_has_all_in_one_tensor(tmp_path):
+    given = tiny.crowd_config(tmp_path, train={"optimizer": "muon"})
+    rows = tiny.examples(0, 4)
+    with pytest.raises(ConfigError, match="no trained parameter is a matrix in a layer"):
+        tiny.make_engine(tiny.adapted(given), rows, rows, given, Budget(60, "padded"))
+
+
+@pytest.mark.parametrize("name", ["muon", "schedule_free"])
+def test_the_transformer_of_distillation_resumes_bit_for_bit(tmp_path, name):
+    own = optimizer_worker.settings_of(name)
+    asked = test_distill.config(tmp_path, **own)
+    whole, resumed = (test_distill.make_engine(asked, 100, torch.float32) for _ in range(2))
+    list(take_steps(whole, 2))
+    resumed.resume(whole.save())
+    assert [*take_steps(resumed, 2)] == [*take_steps(whole, 2)]
+    assert resumed.parallel.checksums() == whole.parallel.checksums()
 
 
 WRONG = {  # keys of `train`, and how the message ends

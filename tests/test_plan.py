@@ -141,6 +141,9 @@ def test_activations_are_checkpointed_where_nothing_else_makes_room(config, prep
     assert without.budget.max_tokens < tight.budget.max_tokens
 
 
+UPDATE_DECIDES = {"tuning.mode": "full", "train.max_tokens": 32, "train.global_batch": 2}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -150,6 +153,8 @@ def test_activations_are_checkpointed_where_nothing_else_makes_room(config, prep
         {"train.gradient_checkpointing": True},
         {"crowd.num_agents": 3},
         {"crowd.num_agents": 3, "tuning.mode": "lora", "train.gradient_checkpointing": True},
+        *({"train.optimizer": each} | UPDATE_DECIDES for each in ("muon", "adafactor", "lion")),
+        {"train.optimizer": "schedule_free", "train.schedule": "constant"} | UPDATE_DECIDES,
     ],
 )
 def test_the_planned_memory_is_what_the_heaviest_window_allocates(config, prepared, changes):

@@ -154,6 +154,7 @@ class DryEngine(Engine):
     def clip(self) -> float:
         if self.recorder is not None:
             self.recorder.begin_phase("update")
+            self.recorder.label = "update"  # of what the optimizer needs in between
         return super().clip()
 
 

@@ -39,6 +39,11 @@ def build_optimizer(train: Train, model: nn.Module) -> torch.optim.Optimizer:
         group = {"params": params, "lr": rate, "peak": rate}
         listed[is_rest].append(group | ({"weight_decay": decay} if _decays(kind) else {}))
     own, rest = listed
+    if rest and not own:
+        raise ConfigError(
+            f"train.optimizer: {train.optimizer}: no trained parameter is a matrix in a layer, so "
+            "AdamW would train all of them: use adamw"
+        )
     parts = [kind(own, lr=train.learning_rate, **arguments)] if own else []
     if rest:
         parts.append(torch.optim.AdamW(rest, lr=train.learning_rate, **_adam(train), fused=True))

@@ -158,8 +158,12 @@ def _try(train: Train, operations: _Operations) -> Traits:
 
 
 def _make(train: Train, weights: dict[str, torch.Tensor] | None = None) -> Replicated:
-    """Returns a model of one matrix and one vector, or of `weights`, with the optimizer."""
+    """Returns a model of one matrix and one vector, or of `weights`, with the optimizer.
+
+    It also has a matrix whose gradient is 0, since Muon refuses a model without any.
+    """
     weights = weights or {"matrix": _values(0), "vector": _values(1)[0]}
+    weights = {"idle": torch.zeros(2, 2)} | weights
     model = nn.ParameterDict({name: nn.Parameter(each.clone()) for name, each in weights.items()})
     alone: Any = SimpleNamespace(num_processes=1, is_main_process=True, prepare=lambda *both: both)
     return Replicated(model, train, alone)
@@ -176,7 +180,7 @@ def _step(parallel: Replicated, steps: Iterable[int]) -> None:
         halves = gradient.flatten().chunk(2)
         own = {"matrix": gradient, "vector": gradient[0], "a": halves[0], "b": halves[1]}
         for name, parameter in parallel.trained.items():
-            parameter.grad = own[name].clone()
+            parameter.grad = own[name].clone() if name in own else torch.zeros_like(parameter)
         parallel.update()
 
 
@@ -270,14 +274,15 @@ def _state_bytes(settings: str, pure: bool, shape: tuple[int, ...], is_outside: 
 
 def _measure(train: Train, shape: tuple[int, ...], is_outside: bool, pure: bool = False) -> int:
     weight = nn.Parameter(torch.zeros(shape))
-    model: nn.Module = nn.ParameterDict({"weight": weight})
-    if is_outside:
-        model = nn.Embedding(1, 1)
-        model.weight = weight
-    weight.grad = torch.zeros(shape)
+    holder = nn.Embedding(1, 1) if is_outside else nn.Module()
+    holder.weight = weight
+    model = nn.ModuleDict({"holder": holder})
+    model.matrix = nn.Parameter(torch.zeros(2, 2))  # as in `_make`
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     optimizer = build_optimizer(train, model)
     optimizer.step()
-    kept = (value for state in optimizer.state.values() for value in state.values())
+    kept = optimizer.state.get(weight, {}).values()
     tensors = (value for value in kept if isinstance(value, torch.Tensor) and value.ndim)
     shared = {id(each) for each in getattr(optimizer, "name2qmap", {}).values()}  # bitsandbytes
     return sum(
