@@ -83,7 +83,7 @@ def planned_machine(
         devices = gpus.named_gpus(gpu or "GPU", gib)
     except ValueError as error:
         raise ConfigError(f"GPU: {error}") from None
-    return replace(machine, devices=devices), len(devices)
+    return replace(machine, devices=devices, is_here=False), len(devices)
 
 
 def configuration(config: str | Path | RunConfig | None, overrides: Overrides) -> RunConfig:

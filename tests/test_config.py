@@ -271,6 +271,10 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
         "train.gradient_checkpointing=auto",
     ),
     (
+        ["train.activation_offload=true", "distill.context=40"],
+        "train.activation_offload=auto",
+    ),
+    (
         ["train.save_best=token_accuracy", "train.eval_steps=1", "distill.context=40"],
         "train.save_best=loss",
     ),

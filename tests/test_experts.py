@@ -25,7 +25,7 @@ from sft.config.lora import Lora
 from sft.config.schema import Config, Tuning
 from sft.data import batches, template
 from sft.errors import ModelError
-from sft.models import adapt, export, load, routing
+from sft.models import adapt, checkpointing, export, load, routing
 from sft.models.attention import documents_are_isolated
 from sft.plan import memory
 from sft.plan.counts import count_parameters
@@ -162,11 +162,12 @@ def test_weights_quantised_while_they_are_read_equal_those_quantised_in_memory(t
         assert torch.equal(parameter, others[name]), name
 
 
+@pytest.mark.parametrize("kind", [True, "selective"])
 @pytest.mark.parametrize("mode", ["lora", "qlora"])
-def test_gradient_checkpointing_changes_no_gradient_of_experts(tmp_path, mode):
+def test_gradient_checkpointing_changes_no_gradient_of_experts(tmp_path, mode, kind):
     built = adapted("qwen3_moe", tmp_path / "base", mode=mode).train()
     expected = gradients(built)
-    built.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointing.enable(built, kind)
     found = gradients(built)
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,7 @@ def crowd(mode: str, engine: str, world: int) -> dict[str, Any]:
 
 CROWDS = [("lora", e) for e in ("ddp", "fsdp", "zero3")] + [("qlora", e) for e in ("ddp", "zero2")]
 OFFLOADING = ("fsdp", "zero2", "zero3")
+KEEPS_ALL = ("fsdp", "zero3")  # what they save without checkpointing: gathered weights, too
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,10 @@ def two(alone) -> Path:
             cases += [case(mode, engine, 2), rest]
             checkpointing = ["train.gradient_checkpointing=true"]
             cases += [cell(mode, engine, "checkpointing", checkpointing)]
+            selective = ["train.gradient_checkpointing=selective", "train.activation_offload=true"]
+            cases += [cell(mode, engine, "selective", selective)]
+            if engine in KEEPS_ALL:
+                cases += [cell(mode, engine, "activations", selective[1:])]
             if engine in OFFLOADING:
                 cases += [cell(mode, engine, "offload", offloaded(alone, engine))]
     run(alone, 2, cases)
@@ -188,7 +193,11 @@ def test_in_bf16_ranks_exchange_gradients_in_fp32(two, engine):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "what"),
-    [*((e, "checkpointing") for e in ENGINES), *((e, "offload") for e in OFFLOADING)],
+    [
+        *product(ENGINES, ("checkpointing", "selective")),
+        *product(OFFLOADING, ["offload"]),
+        *product(KEEPS_ALL, ["activations"]),
+    ],
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_checkpointing_and_offloading_change_no_loss(two, mode, engine, what):

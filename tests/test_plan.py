@@ -131,9 +131,9 @@ def test_the_budget_is_what_fits_what_saturates_or_the_longest(config, prepared)
 @pytest.mark.slow
 def test_activations_are_checkpointed_where_nothing_else_makes_room(config, prepared):
     roomy = plan.make_plan(config, sizes(prepared), machine(64 * GIB), 1)
-    assert not roomy.gradient_checkpointing
+    assert roomy.rung == choose.Rung(False)
     tight = plan.make_plan(config, sizes(prepared), machine(17 * 2**20), 1)
-    assert tight.gradient_checkpointing
+    assert tight.rung in choose.LADDER[1:3]
     assert not tight.missing_bytes
     assert "micro-batch without it" in tight.reasons["train.gradient_checkpointing"]
     kept = with_values(config, {"train.gradient_checkpointing": False})
@@ -167,7 +167,7 @@ def test_the_planned_memory_is_what_the_heaviest_window_allocates(config, prepar
     trained.optimizer_step()  # now there is a state of the optimizer
     trained.optimizer.zero_grad()
     at = plan.planner_of(given, sizes(prepared), machine(8 * GIB), made)
-    heaviest, _ = at.heaviest_micro_batch(made.budget, made.gradient_checkpointing)
+    heaviest, _ = at.heaviest_micro_batch(made.budget, made.rung.checkpointing)
     trained.window = lambda _: (heaviest * 2, [heaviest] * 2)
     assert made.memory.allocated == pytest.approx(allocated_bytes(trained), rel=0.02)
 
@@ -279,15 +279,21 @@ def test_what_would_take_less_takes_less(config, prepared):
     work = sizes(prepared)
     made = plan.make_plan(full, work, machine(8 * GIB), 1)
     found = {each.change: each for each in advice.advise(full, work, machine(8 * GIB), made)}
-    assert list(found)[:2] == ["train.gradient_checkpointing=true", "train.optimizer=adamw_8bit"]
-    for change in list(found)[:2]:
+    rungs = [f"train.gradient_checkpointing={kind}" for kind in ("false", "selective", "true")]
+    assert [change for change, each in found.items() if each.is_rung] == rungs
+    assert [change for change, each in found.items() if each.is_planned] == rungs[:1]
+    assert list(found)[3] == "train.optimizer=adamw_8bit"
+    assert found[rungs[1]].saved_bytes < found[rungs[2]].saved_bytes
+    for change in list(found)[1:4]:
         key, value = change.split("=")
         changed = with_values(full, {"train.gradient_checkpointing": False})
         changed = with_values(changed, {key: value == "true" or value})
         then = plan.make_plan(changed, work, machine(8 * GIB), 1)
         saved = made.memory.reserved - then.memory.reserved
         assert found[change].saved_bytes == pytest.approx(saved, rel=0.01)
-    assert report.plan_values(made, list(found.values()))["advice"][0]["saved_bytes"] > 0
+    values = report.plan_values(made, list(found.values()))
+    assert values["advice"][0]["saved_bytes"] > 0
+    assert [each["change"] for each in values["ladder"]] == rungs
 
 
 def test_a_model_that_cannot_be_traced_gets_a_closed_form(config, prepared, monkeypatch):

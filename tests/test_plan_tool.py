@@ -44,7 +44,7 @@ def test_a_model_without_a_configuration_on_a_gpu_that_is_not_here(model, tmp_pa
     out = tmp_path / "out" / "plan.json"
     done = plan(f"MODEL={model}", "TUNING=qlora", "SEQ=1024", "GPU=H100-80GB x 8", f"JSON={out}")
     assert done.returncode == 0, done.stderr
-    for part in ("Plan", "Peak memory: H100-80GB x 8", "activations", "Changes that save memory"):
+    for part in ("Plan", "Peak memory: H100-80GB x 8", "activations", "Ladder"):
         assert part in done.stdout
     assert "one batch of 32 rows of 1,024 tokens" in done.stdout
     assert re.search(r"verdict +fits: [\d.,]+ GiB are left beside a margin", done.stdout)
@@ -62,7 +62,14 @@ def test_a_model_without_a_configuration_on_a_gpu_that_is_not_here(model, tmp_pa
     assert made == 32
     assert chosen["max_tokens"] >= chosen["micro_batch"] * 1024
     assert set(chosen) == set(read["reasons"])
-    assert read["advice"][0]["change"] == "train.gradient_checkpointing=true"
+    assert read["advice"][0]["change"] == "train.gradient_checkpointing=selective"
+    ladder = read["ladder"]
+    assert [each["is_planned"] for each in ladder] == [True, False, False, False]
+    sizes = [each["reserved_bytes"] for each in ladder]
+    assert sizes == sorted(sizes, reverse=True)
+    assert "recomputes" in ladder[1]["price"]
+    assert "offloads" in ladder[3]["price"]
+    assert max(map(len, done.stdout.splitlines())) <= 100
 
 
 def test_the_matrix(model):

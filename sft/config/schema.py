@@ -207,9 +207,12 @@ class Train(Section):
     """Compute precision; trained weights stay in fp32. `fp16` uses a dynamic loss scale.
     `bf16_pure`: trained weights, gradients and moments in bf16 as well, with stochastic rounding.
     `auto`: bf16 if all GPUs have it, else fp16; fp32 on a CPU."""
-    gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass: less memory, about 25 % slower. `auto`: only if
-    memory would be short without it."""
+    gradient_checkpointing: Literal["auto", "selective"] | bool = "auto"
+    """Recompute activations in the backward pass: less memory, about 25 % slower. `selective`: all
+    but matrix products and attention, which are kept. `auto`: no more than memory needs."""
+    activation_offload: Literal["auto"] | bool = False
+    """Keep activations in host memory between the forward and the backward pass; copies run beside
+    the computation. On a CPU it saves nothing. `auto`: only if no checkpointing makes room."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the repeated layers (torch.compile) before the first step: 3 to 13 % faster on a CPU,
     after about a minute; the result is the same within rounding. `auto`: on a CPU, if the run takes

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from sft.config.schema import Config, Model
 from sft.errors import ModelError
-from sft.models import attention, classes, experts, vocabulary
+from sft.models import attention, checkpointing, classes, experts, offload, vocabulary
 from sft.models.adapt import add_adapters, refuse_unused
 from sft.models.dtypes import DTYPES, check_dtypes, store_trained
 from sft.models.groups import freeze_groups
@@ -67,12 +67,12 @@ def build(
     """
     torch.manual_seed(config.train.seed)
     mode = config.tuning.mode
-    kind = config.tuning.four_bits
+    bits = config.tuning.four_bits
     if config.tuning.quantization and config.model.init == "pretrained":
         arch = architecture(config.model)
         refuse_quantised(arch, config.model.name, mode, config.tuning.quantization)
     stored = DTYPES["bf16" if config.train.is_bf16_pure else "fp32"]
-    options = weights, depth, kind, narrowed, stored
+    options = weights, depth, bits, narrowed, stored
     base: Any = load_base(config.model, mode, precision, device, *options)
     if config.tuning.router == "trained" and not (found := reach(base)).routers:
         why = f" (its step could not be traced: {found.problem})" if found.problem else ""
@@ -96,9 +96,11 @@ def build(
     for part in sub_configs(base.config):
         if getattr(part, "use_cache", False):
             part.use_cache = False
-    if config.train.gradient_checkpointing is True:  # the plan has decided about `auto`
-        # Non-reentrant: gradients reach adapters although frozen embeddings have none.
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    kind = config.train.gradient_checkpointing
+    if kind and kind != "auto":  # the plan has decided about `auto`
+        checkpointing.enable(base, kind)
+    if config.train.activation_offload is True:
+        offload.install(base)
     check_dtypes(store_trained(base, config.train), mode, precision, stored)
     return base
 

@@ -8,12 +8,14 @@ from typing import Any
 
 from sft.config.load import with_values
 from sft.config.schema import Config, RunConfig
-from sft.errors import UserError
-from sft.plan import gpus, memory
-from sft.plan.choose import Planner
+from sft.errors import ModelError, UserError
+from sft.plan import gpus
+from sft.plan.choose import LADDER, Planner, Rung
 from sft.plan.dry_run import Window
+from sft.plan.memory import Memory, predict
 from sft.plan.plan import Plan, planner_of
 from sft.runtime import hardware
+from sft.runtime.console import size
 from sft.runtime.hardware import Hardware
 from sft.tasks.base import Workload
 from sft.tasks.registry import task_of
@@ -29,36 +31,69 @@ class Advice:
     reserved_bytes: int
     saved_bytes: int
     fits: bool
+    host_bytes: int = 0  # of what is in host memory then
+    is_rung: bool = False  # it changes no result, so `auto` may choose it
+    is_planned: bool = False
 
 
 def advise(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan) -> list[Advice]:
-    """Returns changes that save memory with the same micro-batch, cheapest first."""
-    config = with_values(config, {"train.gradient_checkpointing": plan.gradient_checkpointing})
+    """Returns what the same micro-batch takes on each rung, and with changes that save memory.
+
+    Rungs change no result. The changes after them do. Both are sorted from the cheapest on.
+    """
+    config = with_values(config, plan.rung.values)
     planner = planner_of(config, workload, machine, plan)
-    window = planner.heaviest_window(plan.budget, plan.gradient_checkpointing)
+    window = planner.heaviest_window(plan.budget, plan.rung.checkpointing)
     result = []
 
-    def consider(price: str, changes: dict[str, Any], window: Window = window) -> None:
+    def consider(
+        changes: dict[str, Any], price: str, window: Window = window, rung: Rung | None = None
+    ) -> None:
         try:
-            changed = with_values(config, changes)
-            reserved = planner.predict(window, changed, plan.micro_batches).reserved
+            changed = with_values(config, rung.values if rung else changes)
+            memory = planner.predict(window, changed, plan.micro_batches)
         except UserError:  # for example adapters on random weights, or on a layer of no known kind
             return
-        saved = plan.memory.reserved - reserved
-        if saved > 0:
+        saved = plan.memory.reserved - memory.reserved
+        if saved > 0 or rung:
             change = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
-            fits = reserved <= planner.usable_bytes
-            result.append(Advice(change, price, reserved, saved, fits))
+            fits, price = planner.fits(memory), price or _price_of(memory)
+            sizes = (memory.reserved, saved, fits, memory.host_bytes)
+            result.append(Advice(change, price, *sizes, rung is not None, rung == plan.rung))
 
-    if not plan.gradient_checkpointing:
-        consider("about 25 % slower, the same result", {"train.gradient_checkpointing": True})
+    for rung in _rungs(planner, plan):
+        shown = {key: value for key, value in rung.values.items() if value}
+        consider(shown or {GRADIENT_CHECKPOINTING: False}, "", rung=rung)
     if config.train.optimizer == "adamw":
-        consider("moments in 8 bits", {"train.optimizer": "adamw_8bit"})
+        consider({"train.optimizer": "adamw_8bit"}, "moments in 8 bits")
     if config.train.engine == "ddp" and plan.world_size > 1:
-        consider("weights are gathered in every pass", {"train.engine": "fsdp"})
+        consider({"train.engine": "fsdp"}, "weights are gathered in every pass")
     for each in task_of(config).alternatives(config, workload):
-        consider(each.price, each.values, _shorten(window, each.max_length or sys.maxsize))
+        consider(each.values, each.price, _shorten(window, each.max_length or sys.maxsize))
     return result
+
+
+GRADIENT_CHECKPOINTING = "train.gradient_checkpointing"
+
+
+def _rungs(planner: Planner, plan: Plan) -> list[Rung]:
+    """Returns the planned rung and all others that the task and the device have."""
+    if planner.info.small:
+        return []
+    rungs = [rung for rung in LADDER if planner.device_type == "cuda" or not rung.offload]
+    return rungs if plan.rung in rungs else [*rungs, plan.rung]
+
+
+def _price_of(memory: Memory) -> str:
+    """Returns what a rung costs: counted by the trace."""
+    if memory.recomputed is None:
+        return "unknown, as the step was not traced"
+    prices = ["same result"]
+    if memory.recomputed:
+        prices.append(f"recomputes {memory.recomputed:.1%}")
+    if memory.copied_bytes:
+        prices.append(f"offloads {size(memory.copied_bytes)}")
+    return ", ".join(prices)
 
 
 def _shorten(window: Window, most: int) -> Window:
@@ -89,7 +124,10 @@ def compare_gpus(config: Config) -> list[dict[str, Any]]:
             changes = {"tuning.mode": mode, "train.gradient_checkpointing": checkpointing}
             changed = with_values(config, changes | {"model.init": "pretrained"})
             windows = (Window((((length, length),) * n,), gradients=True) for n in (1, 2))
-            one, two = (memory.predict(changed, "bf16", w, on_gpu=True).reserved for w in windows)
+            try:
+                one, two = (predict(changed, "bf16", w, on_gpu=True).reserved for w in windows)
+            except ModelError:  # it cannot be checkpointed
+                continue
             rows = {
                 name: max(0, 1 + int((usable_bytes(name) - one) // max(1, two - one)))
                 for name in COMPARED

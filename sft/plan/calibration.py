@@ -55,7 +55,7 @@ def calibrate(
     planner = planner_of(resolved, workload, machine, plan)
 
     def heaviest(budget: Budget) -> list[MicroBatch]:
-        chosen, accumulates = planner.heaviest_micro_batch(budget, plan.gradient_checkpointing)
+        chosen, accumulates = planner.heaviest_micro_batch(budget, plan.rung.checkpointing)
         return [chosen] * (2 if accumulates else 1)
 
     peak = fit_budget(engine, heaviest, plan.memory.breakdown.get("optimizer", 0))

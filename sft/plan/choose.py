@@ -1,4 +1,4 @@
-"""Chooses the token budget and gradient checkpointing."""
+"""Chooses the token budget, and how far to climb the ladder of what saves memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ import numpy as np
 from sft.config.load import with_values
 from sft.config.schema import RunConfig, Train
 from sft.data import batches
-from sft.errors import ConfigError
-from sft.models import attention
+from sft.errors import ConfigError, ModelError
+from sft.models import attention, checkpointing
 from sft.plan import gpus, sharding
 from sft.plan.counts import Counts
 from sft.plan.dry_run import Window
-from sft.plan.memory import ACTIVATION_BYTES, CONTEXT_BYTES, Memory, predict, rows_of_logits
+from sft.plan.memory import (
+    ACTIVATION_BYTES,
+    CONTEXT_BYTES,
+    RUNG_KEYS,
+    Memory,
+    predict,
+    rows_of_logits,
+)
 from sft.plan.trace import WEIGHT_COPIES
 from sft.runtime import processes
 from sft.runtime.console import duration
@@ -40,10 +47,28 @@ SCANNED = 20_000  # examples among which the heaviest micro-batch is searched
 
 
 @dataclass(frozen=True)
-class _Choice:
-    """A token budget, with or without gradient checkpointing, and its memory."""
+class Rung:
+    """What is done about activations: it takes less memory, more time, and changes no result."""
 
-    checkpointing: bool
+    checkpointing: checkpointing.Kind
+    offload: bool = False
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Returns its configuration, by dotted key."""
+        chosen = (self.checkpointing, self.offload)
+        return {f"train.{key}": each for key, each in zip(RUNG_KEYS, chosen, strict=True)}
+
+
+# From the cheapest on.
+LADDER = (Rung(False), Rung("selective"), Rung(True), Rung(True, offload=True))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A token budget on a rung, and its memory."""
+
+    rung: Rung
     budget: batches.Budget
     cuts: list[list[batches.MicroBatch]]  # of the first step
     tokens: int  # of the heaviest micro-batch of the run
@@ -97,30 +122,52 @@ class Planner:
         return batches.global_batch_ids(len(self.workload.lengths), order, step, train.global_batch)
 
     def choose(self) -> tuple[_Choice, str]:
-        """Returns the choice, and why activations are checkpointed or not."""
-        asked = self.config.train.gradient_checkpointing
-        if asked != "auto":
-            return self._choose_largest(asked), "configured"
+        """Returns the choice, and why its rung was chosen: the first with large micro-batches."""
+        rungs = self._rungs()
+        if len(rungs) == 1:
+            return self._choose_largest(rungs[0]), "configured"
         if self.info.small:
-            return self._choose_largest(False), "the model is too small for it"
-        kept = self._choose_largest(False)  # all activations
+            return self._choose_largest(rungs[0]), "the model is too small for it"
         batch = sum(self.workload.lengths[i] for i in self.ids_of_step(0)) // self.world_size
-        if kept.fits and kept.budget.max_tokens >= min(self.saturating_tokens // 4, batch):
-            return kept, "not needed, and it would cost about a quarter of the speed"
-        recomputed = self._choose_largest(True)
-        if kept.fits and recomputed.budget.max_tokens <= kept.budget.max_tokens:
-            return kept, "it would not make larger micro-batches possible"
-        without = "does not fit" if not kept.fits else f"holds {kept.budget.max_tokens:,} tokens"
-        return recomputed, f"a micro-batch without it {without}"
+        enough, tried = min(self.saturating_tokens // 4, batch), list[_Choice]()
+        for rung in rungs:
+            try:
+                tried.append(self._choose_largest(rung))
+            except ModelError:  # its layers cannot be checkpointed in this way
+                if not tried:
+                    raise
+                continue
+            if tried[-1].fits and tried[-1].budget.max_tokens >= enough:
+                break
+        fitting = [each for each in tried if each.fits]
+        tokens = [each.budget.max_tokens for each in fitting]
+        chosen = fitting[tokens.index(max(tokens))] if fitting else tried[-1]
+        first = tried[0]
+        if chosen is first:
+            if len(tried) == 1 and first.fits:
+                return first, "not needed, and it would cost time"
+            return first, "it would not make larger micro-batches possible"
+        without = "does not fit" if not first.fits else f"holds {first.budget.max_tokens:,} tokens"
+        return chosen, f"a micro-batch without it {without}"
 
-    def _choose_largest(self, checkpointing: bool) -> _Choice:
+    def _rungs(self) -> list[Rung]:
+        """Returns the rungs that the configuration leaves open, from the cheapest on."""
+        train = self.config.train
+        kind, offload = train.gradient_checkpointing, train.activation_offload
+        kinds: list[checkpointing.Kind] = [False, "selective", True] if kind == "auto" else [kind]
+        if offload != "auto":
+            return [Rung(each, offload) for each in kinds]
+        result = [Rung(each) for each in kinds]
+        return [*result, Rung(kinds[-1], True)] if self.device_type == "cuda" else result
+
+    def _choose_largest(self, rung: Rung) -> _Choice:
         """Returns the largest budget that fits, up to the configured or the saturating one."""
         train, lengths = self.config.train, self.workload.lengths
         longest = max(lengths)
         if rows := configured_rows(train, self.world_size):
             limit = rows * longest if train.max_tokens == "auto" else train.max_tokens
             budget = batches.Budget(limit, self.layout, None, rows)
-            choice = self._try(checkpointing, budget, f"{rows} of the longest example")
+            choice = self._try(rung, budget, f"{rows} of the longest example")
             steps = train.gradient_accumulation_steps
             if steps != "auto" and len(choice.cuts[0]) > steps:
                 raise ConfigError(
@@ -130,13 +177,13 @@ class Planner:
                 )
             return choice
         if train.max_tokens != "auto":
-            return self._try(checkpointing, self._budget(train.max_tokens), "configured")
+            return self._try(rung, self._budget(train.max_tokens), "configured")
         most = max(longest, self.saturating_tokens)
         why = "the longest example" if longest == most else "more is no faster on this device"
-        high = self._try(checkpointing, self._budget(most), why)
+        high = self._try(rung, self._budget(most), why)
         if high.fits or longest == most:
             return high
-        low = self._try(checkpointing, self._budget(longest), "the longest example")
+        low = self._try(rung, self._budget(longest), "the longest example")
         if not low.fits:
             return low
         for _ in range(4):  # memory is convex in tokens, so interpolated values are never too low
@@ -145,7 +192,7 @@ class Planner:
             tokens = int(low.tokens + share * (high.tokens - low.tokens))
             if tokens <= 1.02 * low.tokens:
                 break
-            middle = self._try(checkpointing, self._budget(tokens), "what fits the memory")
+            middle = self._try(rung, self._budget(tokens), "what fits the memory")
             low, high = (middle, high) if middle.fits else (low, middle)
         return low
 
@@ -165,13 +212,25 @@ class Planner:
         """Returns the available bytes without the context and a margin."""
         return self.available_bytes * (1 - MARGIN[self.device_type]) - self.context_bytes
 
-    def _try(self, checkpointing: bool, budget: batches.Budget, why: str) -> _Choice:
-        config = with_values(self.config, {"train.gradient_checkpointing": checkpointing})
+    def _try(self, rung: Rung, budget: batches.Budget, why: str) -> _Choice:
+        config = with_values(self.config, rung.values)
         cuts = batches.cut(self.ids_of_step(0), self.workload.lengths, self.world_size, budget)
-        window = self.heaviest_window(budget, checkpointing)
+        window = self.heaviest_window(budget, rung.checkpointing)
         memory = self.predict(window, config, len(cuts[0]))
-        fits = memory.reserved <= self.usable_bytes
-        return _Choice(checkpointing, budget, cuts, window.tokens, memory, fits, why)
+        return _Choice(rung, budget, cuts, window.tokens, memory, self.fits(memory), why)
+
+    def fits(self, memory: Memory) -> bool:
+        """Returns whether the device has room for it, and the host for what is there."""
+        return memory.reserved <= self.usable_bytes and memory.host_bytes <= self.host_usable_bytes
+
+    @property
+    def host_usable_bytes(self) -> float:
+        """Returns a process's share of the RAM without a margin; infinite if there is no GPU, or
+        if it is unknown."""
+        if not self.machine.is_here or not self.machine.devices:
+            return math.inf
+        here = min(self.world_size, len(self.machine.devices))
+        return self.machine.ram_available_bytes * (1 - MARGIN["cpu"]) / here
 
     def predict(self, window: Window, config: RunConfig, micro_batches: int) -> Memory:
         """Returns the memory of a step with `micro_batches` micro-batches on each process."""
@@ -193,13 +252,13 @@ class Planner:
             group=sharding.Group(self.world_size, train.engine, accumulates, zero),
         )
 
-    def heaviest_window(self, budget: batches.Budget, checkpointing: bool) -> Window:
+    def heaviest_window(self, budget: batches.Budget, kind: checkpointing.Kind) -> Window:
         """Returns the heaviest micro-batch, with gradients from the start if a step has several."""
-        chosen, accumulates = self.heaviest_micro_batch(budget, checkpointing)
+        chosen, accumulates = self.heaviest_micro_batch(budget, kind)
         return Window((self.workload.sizes(chosen),), budget.layout, accumulates)
 
     def heaviest_micro_batch(
-        self, budget: batches.Budget, checkpointing: bool
+        self, budget: batches.Budget, kind: checkpointing.Kind
     ) -> tuple[batches.MicroBatch, bool]:
         """Returns the run's micro-batch that takes the most memory, and whether gradients exist
         before it, from earlier micro-batches or in DDP's buckets.
@@ -209,7 +268,7 @@ class Planner:
         if budget not in self._candidates:
             self._candidates[budget] = self._heavy_micro_batches(budget)
         micro_batches, several = self._candidates[budget]
-        chosen = self._heaviest(self.workload, micro_batches, not checkpointing)
+        chosen = self._heaviest(self.workload, micro_batches, kind is not True)
         return chosen, several or self.world_size > 1
 
     def _heavy_micro_batches(self, budget: batches.Budget) -> tuple[list[batches.MicroBatch], bool]:
@@ -251,7 +310,7 @@ class Planner:
         ranks = batches.cut(range(len(work.lengths)), work.lengths, self.world_size, budget)
         chosen = self._heaviest(work, [m for rank in ranks for m in rank if m], False)
         window = Window((work.sizes(chosen),), budget.layout, gradients=True)
-        config = with_values(self.config, {"train.gradient_checkpointing": False})
+        config = with_values(self.config, LADDER[0].values)
         return self._predict(window, config, False, evaluation=True)
 
     def answering_bytes(self, evaluation: Memory) -> int:
@@ -266,8 +325,10 @@ class Planner:
         kept = sum(v for k, v in evaluation.breakdown.items() if k not in transient)
         return kept + taken if taken else 0
 
-    def seconds(self, counts: Counts, checkpointing: bool, tokens: int) -> float | None:
+    def seconds(self, counts: Counts, recomputed: float, tokens: int) -> float | None:
         """Returns the time of a run of `tokens`, at an assumed share of the GPU's peak.
+
+        `recomputed`: the share of the forward pass that the backward pass repeats.
 
         None if the speed of the device is unknown.
         """
@@ -275,12 +336,12 @@ class Planner:
         if gpu is None or self.precision == "fp32" or self.info.small:
             return None
         speed = gpu.teraflops * 1e12 * UTILISATION * self.world_size
-        return self._operations(counts, checkpointing, tokens) / speed
+        return self._operations(counts, recomputed, tokens) / speed
 
-    def _operations(self, counts: Counts, checkpointing: bool, tokens: int) -> float:
+    def _operations(self, counts: Counts, recomputed: float, tokens: int) -> float:
         """Returns the floating-point operations of a run of `tokens`."""
-        passes = 3 if self.info.mode == "full" else 2
-        passes += checkpointing + self.info.needs_global_batch
+        passes: float = 3 if self.info.mode == "full" else 2
+        passes += recomputed + self.info.needs_global_batch
         multiplied, copies = counts.multiplied, self.info.copies
         if copies > 1:  # each copy has an adapter, which sees its own rows
             multiplied = copies * (multiplied - counts.trained) + counts.trained
@@ -297,7 +358,7 @@ class Planner:
         if self.machine.devices:
             return False, "on GPUs no gain has been measured yet"
         speed = CORE_FLOPS * max(self.machine.cores, self.world_size)
-        about = self._operations(counts, False, tokens) / speed
+        about = self._operations(counts, 0, tokens) / speed
         if about < COMPILED_SECONDS:
             return False, f"a run of about {duration(about)} does not earn the time to compile"
         return True, f"a run of about {duration(about)} earns the time to compile"

@@ -26,7 +26,7 @@ from sft.config.schema import RunConfig
 from sft.data import batches
 from sft.data.batches import MicroBatch
 from sft.evaluate import generate
-from sft.models import dtypes
+from sft.models import dtypes, offload
 from sft.models.attention import needs_no_mask
 from sft.models.fake import fake_tensors, set_attributes
 from sft.models.layers import embedding_layers, weights_to_save
@@ -39,6 +39,7 @@ from sft.train.parallel.ddp import keeps_weight_copies
 from sft.train.task import Batch
 
 CPU = torch.device("cpu")
+OFFLOADED = "offloaded activations"  # the label of what is in host memory
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def record_step(engine: DryEngine, *, gradients: bool = False, evaluation: bool 
     state = (t for s in engine.optimizer.state.values() for t in tensors_in(s))
     recorder.label_tensors(state, "optimizer")
     recorder.label, recorder.namespace_labels = "activations", {"bitsandbytes": "dequantisation"}
-    with recorder, _label_passes(model, recorder):
+    with recorder, _label_passes(model, recorder), _observe(recorder):
         if evaluation:
             with generate.eval_mode(model):
                 engine.task.eval_loss(engine.model, engine.collate(engine.micro_batches[0]))
@@ -241,6 +242,28 @@ def record_step(engine: DryEngine, *, gradients: bool = False, evaluation: bool 
             engine.label_gradients(recorder)
     engine.recorder = None
     return recorder.trace
+
+
+@contextmanager
+def _observe(recorder: Recorder) -> Iterator[None]:
+    """Reports what goes to the host, and when checkpointing repeats a forward pass."""
+    run = torch.utils.checkpoint._run_fn_with_dynamo_disabled
+
+    def repeat(*arguments: Any, **options: Any) -> None:
+        recorder.recomputing = True
+        try:
+            run(*arguments, **options)
+        finally:
+            recorder.recomputing = False
+
+    def on_copy(tensor: torch.Tensor) -> None:
+        recorder.label_tensors([tensor], OFFLOADED)
+
+    with (
+        set_attributes(torch.utils.checkpoint, _run_fn_with_dynamo_disabled=repeat),
+        set_attributes(offload, on_copy=on_copy),
+    ):
+        yield
 
 
 def tensors_by_use(model: nn.Module) -> dict[str, list[torch.Tensor]]:

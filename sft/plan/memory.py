@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 
 from sft.config.schema import RunConfig
 from sft.errors import UserError
+from sft.models import offload
 from sft.models.dtypes import DTYPES
 from sft.models.head import most_rows
 from sft.models.layers import embedding_layers
@@ -32,13 +34,14 @@ from sft.plan.counts import (
     model_key,
 )
 from sft.plan.dry_run import Window
-from sft.plan.records import Result, load_or_trace
+from sft.plan.records import Traced, load_or_trace
 from sft.plan.sharding import ONE_PROCESS, Group, parts_on_rank, pools
 from sft.plan.trace import Trace
 from sft.tasks.base import TaskInfo
 from sft.tasks.registry import task_of
 from sft.train.parallel.trial import calls_library, state_bytes, trained_shapes
 
+RUNG_KEYS = ("gradient_checkpointing", "activation_offload")  # of `train`; see `choose.Rung`
 NF4_BYTES = 0.516  # per weight, also in FP4: 4 bits, and a double-quantised scale per block of 64
 # Closed form: activations of a layer, bytes per token and hidden unit. Traces of Llama and Qwen2
 # shapes gave 94 to 126 in fp32 and 61 to 77 in bf16 (autocast); of GPT-2, twice that.
@@ -55,6 +58,9 @@ class Memory:
     breakdown: dict[str, int]  # by use, largest first
     reserved: int  # what a GPU's caching allocator takes for them; on a CPU their sum
     method: str  # how it was predicted
+    recomputed: float | None = None  # share of the forward pass done again; None: unknown
+    host_bytes: int = 0  # of what is in host memory beside a GPU
+    copied_bytes: int = 0  # of activations that go to the host, and come back
 
     @property
     def allocated(self) -> int:
@@ -75,14 +81,13 @@ def predict(
         # The key has AdamW for optimizers that call another library, whose operations have no
         # shape rules, and one of the two kinds of engine, which differ in what autocast keeps.
         casts = group.engine == "deepspeed" or (group.engine == "fsdp" and group.world_size > 1)
-        engine, checkpointing = "fsdp" if casts else "ddp", config.train.gradient_checkpointing
-        kept = {"gradient_checkpointing": checkpointing, "engine": engine}
-        passes = {name: getattr(config.train, name) for name in PASSES}
+        engine = "fsdp" if casts else "ddp"
+        passes = {name: getattr(config.train, name) for name in (*RUNG_KEYS, *PASSES)}
         own = _stored(config) | _traced_optimizer(config)
-        key = model_key(config, **kept, **passes, **own)
+        key = model_key(config, engine=engine, **passes, **own)
         without = replace(window, waiting=0)
         folder = task_of(config).info(config).cache / "traces"
-        phases, reserved, method = _trace(folder, key, precision, without, on_gpu, evaluation)
+        traced = _trace(folder, key, precision, without, on_gpu, evaluation)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  # a model may fail in any way
@@ -91,18 +96,24 @@ def predict(
         parts = parts_on_rank("backward", parts, config, precision, group, on_gpu)
         method = f"closed form, since the step could not be traced: {why}"
         return Memory(parts, round(1.05 * sum(parts.values())), method)
-    totals, streams = [], defaultdict[str, int](int)  # the most bytes of each stream
-    for name, parts in phases.items():
+    totals, hosted, streams = [], [0], defaultdict[str, int](int)  # the most bytes of each stream
+    for name, parts in traced.phases.items():
         complete = parts | _untraced(name, parts, config, precision, window, on_gpu)
         totals.append(parts_on_rank(name, complete, config, precision, group, on_gpu))
+        everywhere = parts_on_rank(name, complete, config, precision, group, False)
+        hosted.append(sum(everywhere.values()) - sum(totals[-1].values()))
         for stream, size in pools(name, complete, totals[-1], config, precision, group).items():
             streams[stream] = max(streams[stream], size)
     heaviest = max(totals, key=lambda parts: sum(parts.values()))
-    traced = max(sum(parts.values()) for parts in phases.values())
+    seen = max(sum(parts.values()) for parts in traced.phases.values())
     breakdown = dict(sorted(heaviest.items(), key=lambda item: -item[1]))
-    if not on_gpu:
-        return Memory(breakdown, sum(breakdown.values()), method)
-    return Memory(breakdown, reserved - traced + sum(streams.values()), method)
+    reserved = sum(breakdown.values())
+    if on_gpu:
+        reserved = traced.reserved_bytes - seen + sum(streams.values())
+    host_bytes = traced.host_bytes + max(hosted)
+    return Memory(
+        breakdown, reserved, traced.method, traced.recomputed, host_bytes, traced.copied_bytes
+    )
 
 
 def _stored(config: RunConfig) -> dict[str, Any]:
@@ -141,7 +152,7 @@ def _traced_optimizer(config: RunConfig) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=256)
-def _trace(folder: Path, key: ModelKey, *step: Any) -> Result:
+def _trace(folder: Path, key: ModelKey, *step: Any) -> Traced:
     """Returns the traced peaks of a step of the model `key`; `folder` keeps them.
 
     `step`: its precision, its window, and whether it is on a GPU and an evaluation.
@@ -153,22 +164,28 @@ def _trace(folder: Path, key: ModelKey, *step: Any) -> Result:
 
 def _trace_anew(
     key: ModelKey, precision: str, window: Window, on_gpu: bool, evaluation: bool
-) -> Result:
+) -> Traced:
     """Traces a step of the whole model, or extends two steps with few layers to all layers."""
     config = config_of_key(key)
 
-    def trace_at(depth: int | None) -> Trace:
-        return dry_run.trace_step(
+    def trace_at(depth: int | None) -> tuple[Trace, int, int]:
+        """Returns what is on the device, and the bytes in host memory and of copies to it."""
+        trace = dry_run.trace_step(
             config, precision, window, depth=depth, on_gpu=on_gpu, evaluation=evaluation
         )
+        label = dry_run.OFFLOADED
+        if not on_gpu:
+            return trace, 0, 0
+        return trace.without(label), trace.pinned_bytes(label), trace.born_bytes(label)
 
     depths = _depths(key)
     if depths is None:
-        trace = trace_at(None)
+        trace, *host = trace_at(None)
         phases = {name: peak.breakdown for name, peak in trace.peaks().items()}
-        return phases, trace.reserved() if on_gpu else trace.peak().num_bytes, "traced"
+        reserved = trace.reserved() if on_gpu else trace.peak().num_bytes
+        return Traced(phases, reserved, "traced", _share(trace.flops), *host)
     few, more, whole = depths
-    first, second = trace_at(few), trace_at(more)
+    (first, *host_at_first), (second, *host_at_second) = trace_at(few), trace_at(more)
     times = (whole - few) // (more - few)
 
     def extend(with_few: int, with_more: int) -> int:
@@ -186,7 +203,15 @@ def _trace_anew(
     if on_gpu:  # the allocator rounds to pages, at most one per pool: this must not be extended
         unrounded = [each.reserved(CachingAllocator(pages=False)) for each in (first, second)]
         reserved = max(reserved, extend(*unrounded)) + SMALL_PAGE + LARGE_PAGE
-    return phases, reserved, f"traced with {few} and {more} of {whole} layers"
+    flops = {kind: extend(first.flops[kind], number) for kind, number in second.flops.items()}
+    method = f"traced with {few} and {more} of {whole} layers"
+    extended = map(extend, host_at_first, host_at_second)
+    return Traced(phases, reserved, method, _share(flops), *extended)
+
+
+def _share(flops: Mapping[str, int]) -> float:
+    """Returns the operations that are done again as a share of those of the forward pass."""
+    return flops.get("recomputed", 0) / max(1, flops.get("forward", 0))
 
 
 def _depths(key: ModelKey) -> tuple[int, int, int] | None:
@@ -202,6 +227,8 @@ def _depths(key: ModelKey) -> tuple[int, int, int] | None:
         n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds))
     )
     few = 2 * period + whole % period
+    if config.train.activation_offload is True:  # as many storages as are on their way at once
+        few += period * math.ceil(offload.AHEAD / period)
     more = few + period
     if info.deepest_layer >= whole:  # the task refuses it
         return None
@@ -257,7 +284,7 @@ def _closed_form(
     kept, again = layers * ACTIVATION_BYTES[precision], 0
     if evaluation:
         kept = ACTIVATION_BYTES[precision]
-    elif config.train.gradient_checkpointing:  # inputs of layers, and one layer at a time
+    elif config.train.gradient_checkpointing is True:  # inputs of layers, and one layer at a time
         kept, again = layers * (4 if mode == "full" else width), ACTIVATION_BYTES[precision]
     return {
         "weights": round(weights),

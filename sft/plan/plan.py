@@ -13,7 +13,7 @@ from typing import Any
 
 from sft.config.schema import RunConfig, Train
 from sft.data import batches
-from sft.plan.choose import Planner, resolve_layout
+from sft.plan.choose import Planner, Rung, resolve_layout
 from sft.plan.counts import count_parameters
 from sft.plan.memory import Memory
 from sft.plan.records import PastRuns, read_past_runs
@@ -42,7 +42,7 @@ class Plan:
     world_size: int
     budget: batches.Budget
     precision: str
-    gradient_checkpointing: bool
+    rung: Rung
     compile: bool
     micro_batch: int  # examples, at most, in the first step
     micro_batches: int  # per process in the first step
@@ -54,6 +54,7 @@ class Plan:
     context_bytes: int  # taken by the device for itself
     available_bytes: int
     usable_bytes: int  # available to a step: without the context and a margin
+    host_usable_bytes: float  # RAM for what is kept there beside a GPU; infinite if unknown
     device: str
     past: PastRuns | None  # of earlier runs on the device
     seconds: float | None  # of all steps, where the device's speed is known
@@ -73,6 +74,8 @@ class Plan:
         """Returns whether the step fits the memory of each process, and by how much."""
         if self.missing_bytes:
             return f"does not fit: {size(self.missing_bytes)} more than fits with a margin"
+        if self.memory.host_bytes > self.host_usable_bytes:
+            return f"does not fit the host: {size(self.memory.host_bytes)} are kept there"
         return f"fits: {size(self.usable_bytes - self.memory.reserved)} are left beside a margin"
 
 
@@ -90,7 +93,7 @@ def make_plan(
     precision, why_precision = resolve_precision(config.train, machine.devices)
     layout, why_layout = resolve_layout(config, precision, bool(machine.devices))
     planner = Planner(config, workload, machine, world_size, precision, layout)
-    choice, why_checkpointing = planner.choose()
+    choice, why_rung = planner.choose()
     info, counts = planner.info, count_parameters(config)
     cuts, budget, global_batch = choice.cuts, choice.budget, len(planner.ids_of_step(0))
     hold = f"{budget.max_tokens:,} tokens"
@@ -101,7 +104,8 @@ def make_plan(
     reasons = {
         "precision": why_precision,
         "layout": why_layout,
-        "gradient_checkpointing": why_checkpointing,
+        "gradient_checkpointing": why_rung,
+        "activation_offload": why_rung if choice.rung.offload else "not needed",
         "compile": why_compile,
         "max_tokens": choice.why,
         "micro_batch": f"what {hold} hold",
@@ -110,8 +114,12 @@ def make_plan(
     }
     if is_question:
         del reasons["compile"]  # it depends on the length of a run
+    if not machine.devices:
+        reasons["activation_offload"] = "on a CPU it would save nothing"
     autos = {key: why for key, why in reasons.items() if getattr(config.train, key) == "auto"}
-    evaluation = planner.predict_evaluation(budget)
+    evaluation, recomputed = planner.predict_evaluation(budget), choice.memory.recomputed
+    if recomputed is None:  # not traced
+        recomputed = float(choice.rung.checkpointing is True)
     plan = Plan(
         num_examples=len(workload.lengths),
         num_held_out=len(workload.held_out.lengths) if workload.held_out else 0,
@@ -123,7 +131,7 @@ def make_plan(
         world_size=world_size,
         budget=budget,
         precision=precision,
-        gradient_checkpointing=choice.checkpointing,
+        rung=choice.rung,
         compile=compiles,
         micro_batch=max(len(m) for rank in cuts for m in rank),
         micro_batches=len(cuts[0]),
@@ -135,9 +143,10 @@ def make_plan(
         context_bytes=planner.context_bytes,
         available_bytes=planner.available_bytes,
         usable_bytes=int(planner.usable_bytes),
+        host_usable_bytes=planner.host_usable_bytes,
         device=planner.device_name,
         past=read_past_runs(info.cache, planner.device_name),
-        seconds=planner.seconds(counts, choice.checkpointing, tokens),
+        seconds=planner.seconds(counts, recomputed, tokens),
         disk=predict_disk(config, len(workload.lengths)),
         labels=info.labels,
         reasons={f"train.{key}": why for key, why in autos.items()},
@@ -167,6 +176,13 @@ def _warnings(plan: Plan, train: Train) -> list[str]:
             f"{size(plan.available_bytes)} per process of {plan.device}, "
             f"{size(plan.missing_bytes)} more than fits with a margin: expect to run out of memory"
         )
+    if plan.memory.host_bytes > plan.host_usable_bytes:
+        result.append(
+            f"{size(plan.memory.host_bytes)} per process are kept in host memory, of which each "
+            f"has {size(int(plan.host_usable_bytes))}: expect to run out of it"
+        )
+    if train.activation_offload is True and not plan.context_bytes:
+        result.append("train.activation_offload saves nothing on a CPU: its copies are in RAM, too")
     if plan.evaluation_bytes > plan.usable_bytes:
         result.append(
             f"the held-out loss takes {size(plan.evaluation_bytes)}, which does not fit: a smaller "
@@ -222,7 +238,7 @@ def chosen_values(plan: Plan) -> dict[str, Any]:
     return {
         "precision": plan.precision,
         "layout": plan.budget.layout,
-        "gradient_checkpointing": plan.gradient_checkpointing,
+        **{key.removeprefix("train."): value for key, value in plan.rung.values.items()},
         "compile": plan.compile,
         "max_tokens": plan.budget.max_tokens,
         "micro_batch": plan.micro_batch,

@@ -19,7 +19,6 @@ from sft.runtime import plain
 from sft.runtime.console import atomic_write
 
 Phases = dict[str, dict[str, int]]  # phase -> use -> bytes at its peak
-Result = tuple[Phases, int, str]  # the phases, the reserved bytes, and how they were found
 KEPT_TRACES = 200  # results in a folder
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 PACKAGE = Path(__file__).parent.parent
@@ -27,8 +26,20 @@ HISTORY = "memory.jsonl"  # in the folder that outlives a run: `TaskInfo.cache`
 KEPT_RUNS = 50  # the last lines that count
 
 
+@dataclass(frozen=True)
+class Traced:
+    """The memory of a traced step."""
+
+    phases: Phases
+    reserved_bytes: int
+    method: str  # how they were found
+    recomputed: float  # floating-point operations of the forward pass done again, as a share
+    host_bytes: int  # of the host memory that holds offloaded activations
+    copied_bytes: int  # of what is copied to the host, and back
+
+
 def load_or_trace(
-    folder: Path, inputs: tuple[object, ...], trace: Callable[[], Any], kind: Any = Result
+    folder: Path, inputs: tuple[object, ...], trace: Callable[[], Any], kind: Any = Traced
 ) -> Any:
     """Returns the result of `trace`; from `folder` if this code traced these inputs before.
 

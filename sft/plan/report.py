@@ -71,10 +71,11 @@ def _memory(plan: Plan) -> str:
     reserved = f" ({size(memory.reserved)} reserved)" if plan.context_bytes else ""
     context = f", context {size(plan.context_bytes)} (assumed)" if plan.context_bytes else ""
     span = f"{100 * (1 + past.least):.1f} to {100 * (1 + past.most):.1f} %" if past else ""
+    host = f", {size(memory.host_bytes)} in host memory" if memory.host_bytes else ""
     seen = f"; {past.runs} earlier runs took {span} of their prediction" if past else ""
     return (
         f"{size(memory.allocated)}{reserved} of {size(plan.available_bytes)} per process: "
-        f"{parts}{context} ({memory.method}{seen})"
+        f"{parts}{context}{host} ({memory.method}{seen})"
     )
 
 
@@ -110,13 +111,18 @@ def memory_table(plan: Plan) -> Table:
 
 
 def advice_table(found: list[Advice]) -> Table:
-    """Returns a table of changes that save memory; those that still do not fit are dim."""
+    """Returns a table of rungs and of changes that save memory; those that do not fit are dim."""
     rows = []
     for each in found:
-        result = "fits" if each.fits else "does not fit"
-        cells = (each.change, size(each.saved_bytes), result, each.price)
-        rows.append([Text(cell, "" if each.fits else "dim") for cell in cells])
-    return table("Changes that save memory", ("change", "saves", "result", "price"), rows, left=4)
+        fits = "planned" if each.is_planned else "fits" if each.fits else "does not fit"
+        style = "bold" if each.is_planned else "" if each.fits else "dim"
+        cells = (each.change, size(each.reserved_bytes), fits, each.price)
+        rows.append([Text(cell, style) for cell in cells])
+    title = "Ladder: memory and price of the planned micro-batch with other settings"
+    result = table(title, ("setting", "memory", "result", "price"), rows, left=4)
+    if any(each.is_rung for each in found):
+        result.caption = "`auto` chooses among those with the same result; % of the forward pass"
+    return result
 
 
 def comparison_table(found: list[dict[str, Any]], length: int) -> Table:
@@ -141,6 +147,7 @@ def plan_values(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
             "allocated_bytes": memory.allocated,
             "reserved_bytes": memory.reserved,
             "context_bytes": plan.context_bytes,
+            "host_bytes": memory.host_bytes,
             "breakdown": memory.breakdown,
             "method": memory.method,
             "past": plan.past and asdict(plan.past),
@@ -155,7 +162,8 @@ def plan_values(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
         "reasons": {key.removeprefix("train."): why for key, why in plan.reasons.items()},
         "device": {"name": plan.device, "available_bytes": plan.available_bytes},
         "work": {key: getattr(plan, key) for key in WORK},
-        "advice": [asdict(each) for each in found],
+        "advice": [asdict(each) for each in found if each.saved_bytes > 0],
+        "ladder": [asdict(each) for each in found if each.is_rung],
         "warnings": plan.warnings,
     }
 

@@ -15,12 +15,13 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, compress, pairwise
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_iter
 
+from sft.models.checkpointing import count_flops, is_product
 from sft.models.fake import FastMode
 from sft.plan.allocator import CachingAllocator, Chunk
 
@@ -43,6 +44,8 @@ class Trace:
 
     events: list[tuple[bool, Block]] = field(default_factory=list)
     phases: list[tuple[int, str]] = field(default_factory=list)  # first event, name
+    flops: Counter[str] = field(default_factory=Counter)
+    """Floating-point operations of matrix products: "forward", "recomputed", "backward"."""
 
     def peak(self) -> Peak:
         """Returns the first moment at which the living blocks have the most bytes."""
@@ -77,6 +80,30 @@ class Trace:
                 allocator.free(chunks.pop(block))
         return allocator.reserved_bytes
 
+    def without(self, label: str) -> Trace:
+        """Returns the trace of all other blocks."""
+        kept = [block.label != label for _, block in self.events]
+        starts = [0, *accumulate(kept)]  # where each event is, or would be, among those kept
+        events = list(compress(self.events, kept))
+        return Trace(events, [(starts[start], name) for start, name in self.phases], self.flops)
+
+    def pinned_bytes(self, label: str) -> int:
+        """Returns the most bytes that PyTorch's allocator of pinned memory takes for these blocks.
+
+        It rounds sizes up to powers of two, and gives no memory back (CachingHostAllocator.h).
+        """
+        now, most = Counter[int](), Counter[int]()  # by rounded size
+        for born, block in self.events:
+            if block.label == label:
+                size = 1 << max(0, block.num_bytes - 1).bit_length()
+                now[size] += size if born else -size
+                most[size] = max(most[size], now[size])
+        return most.total()
+
+    def born_bytes(self, label: str) -> int:
+        """Returns the bytes of all these blocks together."""
+        return sum(block.num_bytes for born, block in self.events if born and block.label == label)
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -92,6 +119,7 @@ class Recorder(FastMode):
         self.trace = Trace()
         self.label = "other"
         self.namespace_labels: dict[str, str] = {}  # labels of blocks by operations of a namespace
+        self.recomputing = False  # whether checkpointing repeats a forward pass
         self._known: dict[int, tuple[Block, weakref.ref]] = {}  # address of the storage -> block
 
     def begin_phase(self, phase: str) -> None:
@@ -110,6 +138,9 @@ class Recorder(FastMode):
         label = self.namespace_labels.get(func.namespace, self.label)
         if func is aten._to_copy.default and self._label_of(args[0]) in KEPT:
             label = WEIGHT_COPIES
+        elif is_product(func):
+            label = self.label
+            self.trace.flops[self._pass()] += count_flops(func, args, kwargs, result)
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
                 self._block_of(tensor, label)
@@ -119,6 +150,11 @@ class Recorder(FastMode):
         """Returns the label of a tensor's storage; None if it was born before the record."""
         known = self._known.get(tensor.untyped_storage()._cdata)
         return known and known[0].label
+
+    def _pass(self) -> str:
+        if torch._C._current_graph_task_id() == -1:
+            return "forward"
+        return "recomputed" if self.recomputing else "backward"
 
     def _block_of(self, tensor: torch.Tensor, label: str) -> Block:
         storage = tensor.untyped_storage()

@@ -61,6 +61,8 @@ class Hardware:
     """Free space where `path` of `detect` is or will be."""
     interconnect: str | None
     """The worst link between two of the GPUs; None if unknown or with fewer than two."""
+    is_here: bool = True
+    """Whether it is this machine. If not, only its devices are known."""
 
 
 def detect(path: str | Path = ".") -> Hardware:

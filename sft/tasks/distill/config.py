@@ -111,8 +111,13 @@ RULES = (
     ),
     Rule(
         ("train.gradient_checkpointing",),
-        lambda checkpointing: checkpointing is True,
+        lambda checkpointing: checkpointing in (True, "selective"),
         "the model of histories is too small for it: leave it at auto",
+    ),
+    Rule(
+        ("train.activation_offload",),
+        lambda offload: offload is True,
+        "the model of histories is too small for it: leave it at false",
     ),
     Rule(
         ("train.save_best",),

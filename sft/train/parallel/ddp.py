@@ -348,9 +348,9 @@ def keeps_weight_copies(train: Train) -> bool:
 
     A layer uses a weight once in a pass, so this saves no work. Without checkpointing the backward
     pass needs the copies anyway. With checkpointing it makes them again, one layer at a time, and
-    the copies of a whole model would only take memory.
+    the copies of a whole model would only take memory. Offloaded copies are on the host.
     """
-    return train.gradient_checkpointing is not True
+    return train.gradient_checkpointing in (False, "auto") and train.activation_offload is not True
 
 
 def autocast(model: nn.Module, device: str, train: Train, cache: bool = False) -> None:
