@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
+from test_experts import mixture
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from sft.config.load import with_values
 from sft.config.schema import Train
@@ -143,6 +145,76 @@ def test_chunks_give_the_sums_and_gradients_of_the_whole(
     assert any(g.abs().max() > 0 for g in gradients)
     assert tiny.relative_error(own, gradients) < 1e-12
     assert not any(p.grad is not None for p in model.parameters() if not p.requires_grad)
+
+
+def test_hooks_that_move_what_a_pass_saves_see_no_logits(monkeypatch):
+    """Such as those of activations that are offloaded to host memory."""
+    seen: list[tuple[int, ...]] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(tensor.shape))
+        return tensor
+
+    model, positions = Small(TAILS["softcap"]), torch.arange(30)
+    measure = weighted(torch.arange(30) % WORDS, torch.ones(30))
+    chunks = Chunks(model, 7, monkeypatch)
+    chunks.head.prove()
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        _, found, is_chunked = chunks.run(False, torch.arange(30)[None] % WORDS, positions, measure)
+    assert is_chunked
+    assert seen
+    assert not [shape for shape in seen if shape[-1:] == (WORDS,) and shape[0] > 1]
+    _, expected, _ = chunks.run(True, torch.arange(30)[None] % WORDS, positions, measure)
+    assert tiny.relative_error(found, expected) < 1e-5
+
+
+ADAPTED = {
+    "copy": {"tuning.lora.modules_to_save": ["lm_head"]},
+    "adapter": {"tuning.target_modules": ["q_proj", "lm_head"]},
+    "DoRA": {"tuning.target_modules": ["q_proj", "lm_head"], "tuning.lora.use_dora": True},
+    "rows": {"tuning.lora.trainable_token_indices": [3, 5, 9]},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ADAPTED)
+def test_heads_that_peft_wraps(monkeypatch, tmp_path, name, tied):
+    """With tied embeddings, rows of tokens reach the head from a module that is not part of it."""
+    given_ = with_values(tiny.config(tmp_path), {"tuning.mode": "lora", **ADAPTED[name]})
+    base = tiny.llama(torch.float64, tie_word_embeddings=tied)
+    model = tiny.adapted(given_, torch.float64, base).double().eval()
+    random = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, tiny.VOCAB, (2, 15), generator=random)
+    measure = weighted(torch.arange(25), torch.rand(25, generator=random, dtype=torch.float64))
+    chunks = Chunks(model, 7, monkeypatch)
+    whole, expected, _ = chunks.run(True, ids, torch.arange(25), measure)
+    sums, found, is_chunked = chunks.run(False, ids, torch.arange(25), measure)
+    assert is_chunked, chunks.head.why_whole
+    assert sums["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-12)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_balanced_router_with_chunks(monkeypatch, tmp_path):
+    saved = mixture("qwen3_moe", torch.float64)
+    saved.config.router_aux_loss_coef = 0.5
+    saved.save_pretrained(tmp_path / "base")
+    changes = {"model.name": str(tmp_path / "base"), "tuning.router": "trained"}
+    given_ = with_values(tiny.config(tmp_path / "run", global_batch=8), changes)
+    rows, found = tiny.examples(4, 8), []
+    for chunk in (10**9, 5):
+        small_chunks(monkeypatch, chunk)
+        model = mixture("qwen3_moe", torch.float64)
+        model.config.router_aux_loss_coef = 0.5
+        model.set_experts_implementation("eager")
+        engine = tiny.make_engine(model, rows, rows, given_, batches.Budget(60, "padded"))
+        values = engine.optimizer_step()
+        assert (engine.task.head.tail is None) == (chunk > 5)
+        found.append((values["train/loss"], values["train/balance"], model))
+    (loss, balance, whole), (mine, own, cut) = found
+    assert (mine, own) == pytest.approx((loss, balance), rel=1e-7)
+    gradients = [[p.grad for p in each.parameters()] for each in (cut, whole)]
+    assert tiny.relative_error(*gradients) < 1e-7
 
 
 SAMPLE = ["llama", "gemma2", "gemma3n_text", "cohere", "granite", "recurrent_gemma", "mamba"]

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from sft.errors import ModelError
 from sft.models.dtypes import DTYPES
@@ -279,7 +280,9 @@ class _ChunkedPass:
         for start in range(0, parts.shape[1], self.rows):
             part = slice(start, start + self.rows)
             chunk = parts[:, part].reshape(-1, states.shape[-1]).requires_grad_(wanted)
-            row = self._run_chunk(compute, chunk, part, of_states, differentiates)
+            # Its backward pass follows at once: no hooks of the caller move what it saves.
+            with saved_tensors_hooks(_keep, _keep):
+                row = self._run_chunk(compute, chunk, part, of_states, differentiates)
             first = row if first is None else first
         assert first is not None
         if of_states is not None:
@@ -394,6 +397,10 @@ def leaves_of(tensor: torch.Tensor, *but: torch.Tensor) -> list[torch.Tensor]:
             found[id(leaf)] = leaf
         stack += [following for following, _ in node.next_functions]
     return list(found.values())
+
+
+def _keep(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _is_alone(gradient: torch.Tensor, among: tuple[torch.Tensor | None, ...]) -> bool:
