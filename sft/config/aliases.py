@@ -39,6 +39,8 @@ ALIASES = {
             "adamw_torch": "adamw",
             "adamw_torch_fused": "adamw",
             "adamw_bnb_8bit": "adamw_8bit",
+            "adamw_torch_8bit": "torchao_adamw_8bit",
+            "adamw_torch_4bit": "torchao_adamw_4bit",
             "paged_adamw_32bit": "paged_adamw",
             "schedule_free_adamw": "schedule_free",
             "lion_32bit": "lion",

@@ -17,6 +17,8 @@ OptimizerName = Literal[
     "adafactor",
     "lion",
     "schedule_free",
+    "torchao_adamw_8bit",
+    "torchao_adamw_4bit",
 ]
 ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
 
@@ -31,6 +33,8 @@ class Named:
     """Arguments of the class that differ from its defaults; `optimizer_args` go first."""
     extra: str = ""
     """The extra of this package that installs it."""
+    needs: str = ""
+    """The package that the class imports later; "": the one that has it."""
 
 
 OPTIMIZERS: dict[str, Named] = {
@@ -47,6 +51,17 @@ OPTIMIZERS: dict[str, Named] = {
     # Its kernel of Triton would be chosen by the device, and a checkpoint would keep that choice.
     "lion": Named("optimi.Lion", {"triton": False}, "optimizers"),
     "schedule_free": Named("schedulefree.AdamWScheduleFree", {}, "optimizers"),
+    "torchao_adamw_8bit": Named("sft.train.packed.AdamW8bit", {}, "torchao", "torchao"),
+    "torchao_adamw_4bit": Named("sft.train.packed.AdamW4bit", {}, "torchao", "torchao"),
 }
 # These read `adam_beta1`, `adam_beta2` and `adam_epsilon`; Muon for what AdamW trains beside it.
-LIKE_ADAM = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon", "schedule_free")
+LIKE_ADAM = (
+    "adamw",
+    "adamw_8bit",
+    "paged_adamw",
+    "paged_adamw_8bit",
+    "muon",
+    "schedule_free",
+    "torchao_adamw_8bit",
+    "torchao_adamw_4bit",
+)

@@ -82,7 +82,11 @@ def optimizer_class(train: Train) -> Any:
     named = OPTIMIZERS.get(train.optimizer, Named(train.optimizer))
     module, _, name = named.path.rpartition(".")
     if named.extra:
-        require_extra(named.extra, f"train.optimizer: {train.optimizer}", [module.split(".")[0]])
+        require_extra(
+            named.extra,
+            f"train.optimizer: {train.optimizer}",
+            [named.needs or module.split(".")[0]],
+        )
     try:
         missing = find_spec(module.split(".")[0]) is None
         found = None if missing else getattr(importlib.import_module(module), name, None)

@@ -29,7 +29,7 @@ from sft.models.reach import may_leave_out
 from sft.runtime.checkpoint import OptimizerShard, SavedState, Tensors
 from sft.runtime.hardware import resolve_precision
 from sft.train.optimizer import averages, build_optimizer
-from sft.train.parallel.state import changes_of, decode, settings_of, split_state
+from sft.train.parallel.state import changes_of, decode, settings_of, split_state, take_blocks
 from sft.train.recovery import Waits
 from sft.train.updates import BackwardUpdates, make_updates
 
@@ -246,13 +246,21 @@ class Replicated:
         groups = self._groups()
         for name in names:
             for place in self._places(name):
-                state = self._base_optimizer.state.get(place.tensor, {})
+                state = dict(self._base_optimizer.state.get(place.tensor, {}))
+                blocks = take_blocks(state, self._per_value(place))
                 by_element, whole, numbers = split_state(state, place.tensor)
                 if averages(self._base_optimizer) and state:
                     by_element[TRAINED] = place.tensor.detach()  # the model's file has the averages
                 cut = {key: self._cut(value, place) for key, value in by_element.items()}
                 changed = changes_of(*groups.get(id(place.tensor), ({}, {})))
                 yield OptimizerShard(name, place.start, cut, whole, numbers, changed)
+                for each, values in blocks.items():
+                    yield OptimizerShard(f"{name}@{each}", place.start // each, values)
+
+    def _per_value(self, place: Place) -> dict[str, int]:
+        """Returns how many elements share a value, of state that is kept in blocks (`packed`)."""
+        optimizer = self._base_optimizer
+        return optimizer.per_value(place.tensor) if hasattr(optimizer, "per_value") else {}
 
     def _groups(self) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
         """Returns the group of each tensor, by its id, with the settings that it was built with."""
@@ -282,6 +290,10 @@ class Replicated:
                 saved = read(name, place.start, place.number)
                 group, _ = groups.get(id(place.tensor), (optimizer.defaults, {}))
                 self._load_state(place, saved, group)
+                for key, each in self._per_value(place).items() if place.number != 0 else ():
+                    number = place.number and place.number // each
+                    values = read(f"{name}@{each}", place.start // each, number).state[key]
+                    optimizer.state[place.tensor][key] = values.to(place.tensor.device)
                 for key, value in saved.group.items():
                     group[key] = decode(value, place.tensor.device)
 

@@ -35,6 +35,21 @@ def split_state(
     return by_element, whole, numbers
 
 
+def take_blocks(state: dict[str, Any], per_value: Mapping[str, int]) -> dict[int, Tensors]:
+    """Removes from a state what has a value for several elements, by how many these are.
+
+    Such tensors are saved as if they were parameters of their own, of fewer elements. They can be
+    cut wherever no block is (`train/packed`).
+    """
+    found: dict[int, Tensors] = {}
+    for key, each in per_value.items():
+        if key in state:
+            value = state.pop(key)
+            local = value.to_local() if hasattr(value, "to_local") else value
+            found.setdefault(each, {})[key] = local
+    return found
+
+
 def encode(key: str, value: Any) -> Any:
     """Returns a value for JSON. A tensor of one number becomes its dtype and the number."""
     if isinstance(value, torch.Tensor) and value.ndim == 0:

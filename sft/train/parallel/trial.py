@@ -44,6 +44,8 @@ class Traits:
 
     by_element: bool
     """Whether an element is updated from its own gradient and state alone."""
+    by_row: bool
+    """Whether a row of a matrix is updated from its own gradient and state alone."""
     averages: bool
     """Whether other weights are evaluated and saved than those that are trained."""
     counts_in_groups: bool
@@ -75,7 +77,7 @@ def refuse_unusable(train: Train) -> None:
             f"it calls operations of {found.library}, which do not know the slices of {splitting}: "
             "set train.engine: ddp, or use adamw"
         )
-    elif splitting and not found.by_element:
+    elif splitting and not (found.by_element or (found.by_row and train.engine == "fsdp")):
         problem = (
             f"it updates a weight from others of its matrix, of which {splitting} gives a process "
             "only a slice: set train.engine: ddp, or use adamw"
@@ -141,14 +143,22 @@ def _try(train: Train, operations: _Operations) -> Traits:
     for each in (whole, resumed):
         _step(each, range(STEPS - 1, STEPS))
     torch.manual_seed(1)  # an optimizer that draws numbers draws others
-    halves = _make(train, dict(zip(("a", "b"), start.flatten().chunk(2), strict=True)))
-    _step(halves, range(STEPS))
-    joined = torch.cat([halves.trained[name].detach() for name in ("a", "b")])
+    joined = []
+    for halves in (start.flatten().chunk(2), start.chunk(2)):
+        cut = _make(train, dict(zip(("a", "b"), halves, strict=True)))
+        _step(cut, range(STEPS))
+        joined.append(torch.cat([cut.trained[name].detach().flatten() for name in ("a", "b")]))
     moved = (whole.trained["matrix"].detach() - start).flatten()
     parts = [shard for shard in whole.optimizer_shards() if shard.name == "matrix"]
+    is_whole = any(shard.whole for shard in parts)
+    by_element, by_row = (
+        not is_whole
+        and bool((each - start.flatten() - moved).abs().max() <= 1e-3 * moved.abs().max())
+        for each in joined
+    )
     return Traits(
-        by_element=bool((joined - start.flatten() - moved).abs().max() <= 1e-3 * moved.abs().max())
-        and not any(shard.whole for shard in parts),
+        by_element=by_element,
+        by_row=by_row,
         averages=averages(optimizer),
         counts_in_groups=before != [settings_of(group) for group in optimizer.param_groups],
         begins_with_state=begins_with_state,
@@ -180,7 +190,8 @@ def _step(parallel: Replicated, steps: Iterable[int]) -> None:
         halves = gradient.flatten().chunk(2)
         own = {"matrix": gradient, "vector": gradient[0], "a": halves[0], "b": halves[1]}
         for name, parameter in parallel.trained.items():
-            parameter.grad = own[name].clone() if name in own else torch.zeros_like(parameter)
+            known = own.get(name, torch.zeros_like(parameter))
+            parameter.grad = known.clone().view(parameter.shape)
         parallel.update()
 
 
