@@ -247,6 +247,8 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
     (["train.save_best=loss"], "train.eval_steps=10"),
     (["train.engine=deepspeed"], "train.deepspeed_config=z2.json"),
     ([*DEEPSPEED, "train.precision=bf16_pure"], "train.precision=bf16"),
+    (["train.fp8=true", "tuning.mode=qlora"], "tuning.mode=lora"),
+    (["train.fp8=true", *DEEPSPEED], "train.fp8=false"),
     ([EARLY], "train.max_grad_norm=0"),
     ([EARLY, "train.max_grad_norm=0", "train.skip_nonfinite=1"], "train.skip_nonfinite=0"),
     ([EARLY, "train.max_grad_norm=0", "train.precision=fp16"], "train.precision=bf16"),
@@ -270,6 +272,7 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
         ["train.gradient_checkpointing=true", "distill.context=40"],
         "train.gradient_checkpointing=auto",
     ),
+    (["train.fp8=true", "distill.context=40"], "train.fp8=false"),
     (
         ["train.activation_offload=true", "distill.context=40"],
         "train.activation_offload=auto",
@@ -289,10 +292,11 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
 
 ADAM = (
     "train.optimizer: adamw or adamw_8bit or paged_adamw or paged_adamw_8bit or muon or "
-    "schedule_free"
+    "schedule_free or torchao_adamw_8bit or torchao_adamw_4bit"
 )
 READ_ONLY_WITH = {  # key -> value, the condition, and overrides under which it is read
     "train.deepspeed_config": ("z2.json", "train.engine: deepspeed", "train.engine=deepspeed"),
+    "train.fp8": ("true", "train.precision: auto or bf16 or bf16_pure", "train.precision=bf16"),
     "train.offload": ("true", "train.engine: fsdp", "train.engine=fsdp"),
     "train.loraplus_lr_ratio": ("16", "tuning.mode: lora or qlora", "tuning.mode=lora"),
     "train.label_smoothing": ("0.1", "train.loss: cross_entropy", "train.loss=cross_entropy"),
@@ -327,6 +331,7 @@ READ_ONLY_WITH = {  # key -> value, the condition, and overrides under which it 
 }
 UNDER = {  # overrides under which only the condition of READ_ONLY_WITH is broken
     "tuning.mode: lora or qlora": ["tuning.mode=full"],
+    "train.precision: auto or bf16 or bf16_pure": ["train.precision=fp32"],
     "train.loss: cross_entropy": ["train.loss=dft"],
     ADAM: ["train.optimizer=torch.optim.SGD"],
     "crowd.lambda_sw > 0": ["crowd.num_agents=2", "crowd.lambda_sw=0"],

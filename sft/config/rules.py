@@ -68,6 +68,18 @@ RULES = [
         "nothing: set train.engine: fsdp, or train.precision: bf16",
     ),
     Rule(
+        ("train.fp8", "tuning.mode"),
+        lambda eight, mode: eight and mode == "qlora",
+        "a 4-bit base is dequantised to bf16 and computed in it: set tuning.mode: lora or full, or "
+        "remove this key",
+    ),
+    Rule(
+        ("train.fp8", "train.engine"),
+        lambda eight, engine: eight and engine == "deepspeed",
+        "it has not been tried with ZeRO, which gathers weights by hooks on other layers: set "
+        "train.engine: fsdp, or remove this key",
+    ),
+    Rule(
         ("train.optimizer_in_backward", "train.max_grad_norm"),
         lambda early, norm: early and norm > 0,
         "the norm of the whole gradient is known only after the backward pass: set "

@@ -207,6 +207,9 @@ class Train(Section):
     """Compute precision; trained weights stay in fp32. `fp16` uses a dynamic loss scale.
     `bf16_pure`: trained weights, gradients and moments in bf16 as well, with stochastic rounding.
     `auto`: bf16 if all GPUs have it, else fp16; fp32 on a CPU."""
+    fp8: Annotated[bool, OnlyWith("train.precision", ("auto", "bf16", "bf16_pure"))] = False
+    """Compute products of matrices in FP8 (torchao), with a scale for each token, on GPUs that have
+    it. Gradients of weights are computed in bf16."""
     gradient_checkpointing: Literal["auto", "selective"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about 25 % slower. `selective`: all
     but matrix products and attention, which are kept. `auto`: no more than memory needs."""

@@ -120,6 +120,11 @@ RULES = (
         "the model of histories is too small for it: leave it at false",
     ),
     Rule(
+        ("train.fp8",),
+        bool,
+        "the model of histories is too small for it: remove this key",
+    ),
+    Rule(
         ("train.save_best",),
         lambda metric: metric == "token_accuracy",
         "histories have no tokens of text: use loss",
