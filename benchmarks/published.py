@@ -7,6 +7,7 @@ the numbers that are no peak of a training step, each with the reason.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -37,7 +38,7 @@ from transformers import (
 )
 
 from sft.config.schema import Config
-from sft.models import adapt, load, quantise
+from sft.models import adapt, head, load, quantise
 from sft.plan import dry_run, sharding
 from sft.plan.dry_run import Window
 from sft.tasks.sft.task import FineTune
@@ -447,6 +448,7 @@ def their_step(row: Row) -> Iterator[None]:
         mock.patch.object(load, "load_base", base),
         mock.patch.object(FineTune, "adapt", staticmethod(added)),
         mock.patch.object(load, "check_dtypes"),
+        mock.patch.object(head, "most_rows", lambda *_: sys.maxsize),  # logits of a batch at once
         mock.patch.object(adapt, "forward_once"),  # PEFT's own layers, with all their casts
         mock.patch.object(quantise, "four_bits", single),
         mock.patch.object(FineTune, "loss", loss) if row.own_loss else nullcontext(),
