@@ -4,6 +4,7 @@
 #   ARGS="train.epochs=1"  overrides of its keys               JSON=file         where `plan`, `compare` write
 #   NUM_PROCESSES=n        on this machine (train-*, verify-*, evaluate ...; several machines: docs/LAUNCH.md)
 #   AGENT=0                one agent of a crowd (docs/research/CROWD.md)
+#   COST_PER_HOUR=2.5      price of one GPU: `plan` prints what a run costs
 #   GIB=48                 memory of a GPU without a known name   LLAMA_CPP=path where llama.cpp is (merge: docs/MERGE.md)
 
 PYTHON ?= python3
@@ -27,8 +28,8 @@ export TOKENIZERS_PARALLELISM := false
 export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERATE_CONFIG
 
 # A variable on the command line that no target reads would be ignored: CONFIGS=my.yaml would train the default.
-VARIABLES := A ACCELERATE_CONFIG ADAPTER AGENT ARGS AUTO B BASE COMPARE CONFIG DEEPSPEED DTYPE GGUF GIB GPU IDS INPUT JSON \
-	LLAMA_CPP LOGDIR MACHINE_RANK MASTER_ADDR MASTER_PORT MERGED METRIC MODEL NUM_MACHINES NUM_PROCESSES OUTPUT OUTPUTS \
+VARIABLES := A ACCELERATE_CONFIG ADAPTER AGENT ARGS AUTO B BASE COMPARE CONFIG COST_PER_HOUR DEEPSPEED DTYPE GGUF GIB GPU IDS \
+	INPUT JSON LLAMA_CPP LOGDIR MACHINE_RANK MASTER_ADDR MASTER_PORT MERGED METRIC MODEL NUM_MACHINES NUM_PROCESSES OUTPUT OUTPUTS \
 	PORT PROMPT PYTHON ROW RUN SEQ SHOW SYSTEM TB TUNE TUNING UNIFORM VENV VENV_TOO
 $(foreach name,$(filter-out $(VARIABLES) MAKE% -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),\
 	$(error $(name): no target reads it; keys of the configuration go into ARGS="section.key=value". Known: $(VARIABLES))))
@@ -82,7 +83,8 @@ memory-check: $(READY) ## Show how much memory and disk is used, and by what
 
 plan: $(READY) ## Predict memory, time and disk of a run [GPU="H100-80GB x 8"] [MODEL=config.json] [COMPARE=1]
 	@$(sft) $(call option,gpu,GPU) $(call option,gib,GIB) $(call option,model,MODEL) $(call option,tuning,TUNING) \
-		$(call option,seq,SEQ) $(call flag,uniform,UNIFORM) $(call flag,compare,COMPARE) $(call option,json,JSON) $(ARGS)
+		$(call option,seq,SEQ) $(call flag,uniform,UNIFORM) $(call flag,compare,COMPARE) $(call option,json,JSON) \
+		$(call option,cost-per-hour,COST_PER_HOUR) $(ARGS)
 
 check: $(READY) ## Try everything that CONFIG needs, one training step included; nothing is written
 	@$(sft) $(ARGS)

@@ -448,7 +448,7 @@ def their_step(row: Row) -> Iterator[None]:
         mock.patch.object(load, "load_base", base),
         mock.patch.object(FineTune, "adapt", staticmethod(added)),
         mock.patch.object(load, "check_dtypes"),
-        mock.patch.object(head, "most_rows", lambda *_: sys.maxsize),  # logits of a batch at once
+        mock.patch.object(head, "most_rows", return_value=sys.maxsize),  # all logits at once
         mock.patch.object(adapt, "forward_once"),  # PEFT's own layers, with all their casts
         mock.patch.object(quantise, "four_bits", single),
         mock.patch.object(FineTune, "loss", loss) if row.own_loss else nullcontext(),

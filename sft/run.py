@@ -118,6 +118,10 @@ def _run(
     if base:
         log.say(f"before: {metrics_line(base.metrics)}")
     planned = _train(engine, config, resolved, planned, resumed_from, measured)
+    if accelerator.is_main_process:
+        at = plan.planner_of(resolved, workload, machine, planned)
+        steps = engine.total_steps - (step if resumed_from else 0)
+        calibration.keep_speed(planned, at, steps, measured["training_seconds"])
     tuned = _finish(task, engine, planned, folder)
     log.log(engine.step, {f"eval/{name}": value for name, value in tuned.metrics.items()})
     log.say(f"after: {metrics_line(tuned.metrics)}")

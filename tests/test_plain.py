@@ -21,6 +21,7 @@ from sft.errors import CheckpointError, ExportError, ModelError
 from sft.evaluate.predictions import Predictions
 from sft.models.pretrained import load_tokenizer
 from sft.plan.records import append_run
+from sft.plan.speed import Kind, append_speed
 from sft.runtime import checkpoint, plain, run_folder
 from sft.runtime.attempt import RANKS, Lock, Status
 from sft.runtime.checkpoint import MANIFEST, fault
@@ -138,6 +139,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "training.log": _write_log,
     "predictions.jsonl": lambda path: Predictions(path).append([{"index": 0, "key": "0" * 16}]),
     "memory.jsonl": lambda path: append_run(path.parent, "H100", 1, 2),
+    "speed.jsonl": lambda path: append_speed(path.parent, "H100", Kind("lora", "bf16", 9), 2.0),
     ".lock": lambda path: Lock(path.parent).release(),
     "status.json": lambda path: write_json(path, {"a": 1}),
 }

@@ -105,6 +105,9 @@ def test_this_machine_and_the_default_configuration(tmp_path):
         (["--seq=9999"], "has positions for 4,096 tokens, found 9,999: give a smaller SEQ"),
         (["--compare", "--gpu=4090"], "COMPARE has GPUs of its own"),
         (["--seq=512", "--config=configs/nano.yaml"], "TUNING and SEQ describe a MODEL"),
+        (["--cost-per-hour=-1"], "COST_PER_HOUR is the price of one GPU .* found -1"),
+        (["--cost-per-hour=nan"], "COST_PER_HOUR is the price of one GPU .* found nan"),
+        (["--cost-per-hour=1", "--compare"], "COST_PER_HOUR .* no COMPARE"),
         (
             ["train.gradient_accumulation_steps=3", "--gpu=4090 x 2"],
             r"2 process\(es\) with 3 micro-batches of 5 make 30 examples, not 32",

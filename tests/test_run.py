@@ -28,6 +28,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sft.config.load import load_config
 from sft.runtime import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -120,6 +121,9 @@ def test_the_run_shows_machine_plan_answers_and_where_to_go(nano):
     assert (found["attempt"], found["checkpoint"]) == (1, "final_checkpoint")
     assert found["step"] == len(metrics(folder))
     assert (folder / "training.log").read_text() in reported + "\n"
+    device = json.loads((folder / "plan.json").read_text("utf-8"))["device"]["name"]
+    history = ROOT / load_config(folder / "config.yaml").data.cache_dir / "speed.jsonl"
+    assert device in history.read_text("utf-8")  # a later plan takes the time from it
 
 
 def test_the_adapter_loads_with_peft_onto_the_base(nano):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ def plan_options(parser: cli.Parser) -> None:
     parser.add_argument("--seq", type=int, help="tokens of each row, with --model (2048)")
     parser.add_argument("--uniform", action="store_true", help="all rows of max_seq_len; no data")
     parser.add_argument("--compare", action="store_true", help="full, LoRA, QLoRA on several GPUs")
+    parser.add_argument("--cost-per-hour", type=float, help="price of one GPU: prints the cost")
     parser.add_argument("--json", type=Path, default=Path("outputs/plan.json"), help="all numbers")
 
 
@@ -44,6 +47,7 @@ def plan(args: Namespace) -> None:
             workload = task_of(config).workload(config)
         asked = args.model is not None
         made = plan.make_plan(config, workload, machine, world_size, asked)
+        made = replace(made, cost_per_hour=args.cost_per_hour)
         console.print(report.plan_table(made))
         console.print(report.memory_table(made))
         advised = advice.advise(config, workload, machine, made)
@@ -61,6 +65,11 @@ def _configuration(args: Namespace) -> RunConfig:
     """Returns the configuration of the file, or the defaults for `--model` alone."""
     if args.compare and not (args.gpu is None and args.gib is None):
         raise ConfigError("COMPARE has GPUs of its own, a fixed list; leave out GPU and GIB")
+    if args.cost_per_hour is not None and (args.compare or not 0 <= args.cost_per_hour < math.inf):
+        raise ConfigError(
+            "COST_PER_HOUR is the price of one GPU in a plan: expected a number of at least 0, and "
+            f"no COMPARE, found {args.cost_per_hour:g}"
+        )
     if args.model is None:
         if args.tuning or args.seq:
             instead = 'in a configuration set ARGS="tuning.mode=... data.max_seq_len=..."'

@@ -18,8 +18,9 @@ from sft.config.load import with_values
 from sft.config.schema import RunConfig
 from sft.data.batches import Budget, MicroBatch
 from sft.errors import OutOfMemory
-from sft.plan import dry_run, records
-from sft.plan.choose import budget_values
+from sft.plan import dry_run, records, speed
+from sft.plan.choose import Planner, budget_values
+from sft.plan.counts import count_parameters
 from sft.plan.plan import Plan, make_plan, planner_of
 from sft.plan.report import write_resolved
 from sft.plan.trace import Recorder
@@ -66,6 +67,17 @@ def calibrate(
     if engine.accelerator.is_main_process:
         records.append_run(planner.info.cache, plan.device, predicted, peak)
     return plan, {"heaviest_micro_batch_bytes": peak}
+
+
+def keep_speed(plan: Plan, planner: Planner, steps: float, seconds: float) -> None:
+    """Adds the speed of a training of so many steps to those of the device."""
+    if steps < speed.FEW_STEPS or not seconds:
+        return
+    counts = count_parameters(planner.config)
+    recomputed = plan.memory.recomputed_share(plan.rung.checkpointing)
+    flops = planner.flops(counts, recomputed, plan.tokens * steps / plan.steps)
+    reached = flops / seconds / plan.world_size
+    speed.append_speed(planner.info.cache, plan.device, planner.speed_kind(counts), reached)
 
 
 def _adopt_budget(

@@ -14,7 +14,7 @@ from sft.config.schema import RunConfig, Train
 from sft.data import batches
 from sft.errors import ConfigError, ModelError
 from sft.models import attention, checkpointing
-from sft.plan import gpus, sharding
+from sft.plan import sharding, speed
 from sft.plan.counts import Counts
 from sft.plan.dry_run import Window
 from sft.plan.memory import (
@@ -40,7 +40,6 @@ SATURATING_SMALL = {"cpu": 8192, "cuda": 65536}  # the same for a small model
 # Overhead of one micro-batch, in tokens: measured on 2 cores (docs/LOG.md), but not on a GPU, where
 # the fewest micro-batches are taken.
 MICRO_BATCH_COST = {"cpu": 64, "cuda": None}
-UTILISATION = 0.35  # share of a GPU's peak that training reaches; an assumption
 CORE_FLOPS = 6e10  # operations a second of a CPU core in training, measured (docs/LOG.md)
 COMPILED_SECONDS = 3600.0  # a run on a CPU that takes as long gains 1 to 8 minutes by compiling
 SCANNED = 20_000  # examples among which the heaviest micro-batch is searched
@@ -325,21 +324,27 @@ class Planner:
         kept = sum(v for k, v in evaluation.breakdown.items() if k not in transient)
         return kept + taken if taken else 0
 
-    def seconds(self, counts: Counts, recomputed: float, tokens: int) -> float | None:
-        """Returns the time of a run of `tokens`, at an assumed share of the GPU's peak.
+    def time(self, counts: Counts, recomputed: float, tokens: int) -> speed.Time | None:
+        """Returns the time of a run of `tokens`; None if the speed of the device is unknown."""
+        # Nobody knows what share of a GPU's peak so small a model reaches before it was measured.
+        gpu = self.machine.devices[0].name if self.machine.devices else None
+        return speed.predict_time(
+            self.flops(counts, recomputed, tokens),
+            self.info.cache,
+            self.device_name,
+            None if self.info.small else gpu,
+            self.world_size,
+            self.speed_kind(counts),
+        )
+
+    def speed_kind(self, counts: Counts) -> speed.Kind:
+        return speed.Kind(self.info.mode, self.precision, counts.multiplied)
+
+    def flops(self, counts: Counts, recomputed: float, tokens: float) -> float:
+        """Returns the operations that training on `tokens` takes, on all processes together.
 
         `recomputed`: the share of the forward pass that the backward pass repeats.
-
-        None if the speed of the device is unknown.
         """
-        gpu = gpus.find_gpu(self.machine.devices[0].name) if self.machine.devices else None
-        if gpu is None or self.precision == "fp32" or self.info.small:
-            return None
-        speed = gpu.teraflops * 1e12 * UTILISATION * self.world_size
-        return self._operations(counts, recomputed, tokens) / speed
-
-    def _operations(self, counts: Counts, recomputed: float, tokens: int) -> float:
-        """Returns the floating-point operations of a run of `tokens`."""
         passes: float = 3 if self.info.mode == "full" else 2
         passes += recomputed + self.info.needs_global_batch
         multiplied, copies = counts.multiplied, self.info.copies
@@ -357,8 +362,8 @@ class Planner:
             return asked, "configured"
         if self.machine.devices:
             return False, "on GPUs no gain has been measured yet"
-        speed = CORE_FLOPS * max(self.machine.cores, self.world_size)
-        about = self._operations(counts, 0, tokens) / speed
+        rate = CORE_FLOPS * max(self.machine.cores, self.world_size)
+        about = self.flops(counts, 0, tokens) / rate
         if about < COMPILED_SECONDS:
             return False, f"a run of about {duration(about)} does not earn the time to compile"
         return True, f"a run of about {duration(about)} earns the time to compile"

@@ -62,6 +62,11 @@ class Memory:
     host_bytes: int = 0  # of what is in host memory beside a GPU
     copied_bytes: int = 0  # of activations that go to the host, and come back
 
+    def recomputed_share(self, checkpointing: bool | str) -> float:
+        """Returns the share of the forward pass that the backward pass repeats."""
+        # A step that could not be traced repeats it with `checkpointing`.
+        return float(checkpointing is True) if self.recomputed is None else self.recomputed
+
     @property
     def allocated(self) -> int:
         return sum(self.breakdown.values())

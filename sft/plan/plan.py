@@ -17,6 +17,7 @@ from sft.plan.choose import Planner, Rung, resolve_layout
 from sft.plan.counts import count_parameters
 from sft.plan.memory import Memory
 from sft.plan.records import PastRuns, read_past_runs
+from sft.plan.speed import Time
 from sft.runtime.console import size
 from sft.runtime.disk import TOKENIZER_BYTES, Need, estimate_need
 from sft.runtime.hardware import Hardware, resolve_precision
@@ -57,10 +58,11 @@ class Plan:
     host_usable_bytes: float  # RAM for what is kept there beside a GPU; infinite if unknown
     device: str
     past: PastRuns | None  # of earlier runs on the device
-    seconds: float | None  # of all steps, where the device's speed is known
+    time: Time | None  # of all steps, where the device's speed is known
     disk: Need
     labels: Labels
     reasons: dict[str, str]  # dotted configuration key -> why its `auto` has this value
+    cost_per_hour: float | None = None  # of one process's device
     is_question: bool = False  # about a model alone: there are no data, so no run to predict
     warnings: list[str] = field(default_factory=list)
 
@@ -68,6 +70,14 @@ class Plan:
     def missing_bytes(self) -> int:
         """Returns by how much the step exceeds the usable memory; 0 if it fits."""
         return max(0, self.memory.reserved - self.usable_bytes)
+
+    @property
+    def cost(self) -> tuple[float, float] | None:
+        """Returns the least and the most that the run costs; None without a price or a time."""
+        if self.time is None or self.cost_per_hour is None:
+            return None
+        hourly = self.cost_per_hour * self.world_size
+        return hourly * self.time.least / 3600, hourly * self.time.most / 3600
 
     @property
     def verdict(self) -> str:
@@ -117,9 +127,8 @@ def make_plan(
     if not machine.devices:
         reasons["activation_offload"] = "on a CPU it would save nothing"
     autos = {key: why for key, why in reasons.items() if getattr(config.train, key) == "auto"}
-    evaluation, recomputed = planner.predict_evaluation(budget), choice.memory.recomputed
-    if recomputed is None:  # not traced
-        recomputed = float(choice.rung.checkpointing is True)
+    evaluation = planner.predict_evaluation(budget)
+    recomputed = choice.memory.recomputed_share(choice.rung.checkpointing)
     plan = Plan(
         num_examples=len(workload.lengths),
         num_held_out=len(workload.held_out.lengths) if workload.held_out else 0,
@@ -146,7 +155,7 @@ def make_plan(
         host_usable_bytes=planner.host_usable_bytes,
         device=planner.device_name,
         past=read_past_runs(info.cache, planner.device_name),
-        seconds=planner.seconds(counts, recomputed, tokens),
+        time=planner.time(counts, recomputed, tokens),
         disk=predict_disk(config, len(workload.lengths)),
         labels=info.labels,
         reasons={f"train.{key}": why for key, why in autos.items()},

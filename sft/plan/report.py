@@ -14,8 +14,8 @@ from sft.config.load import dump_config
 from sft.config.schema import RunConfig
 from sft.plan.advice import COMPARED, Advice
 from sft.plan.allocator import MIB
-from sft.plan.choose import UTILISATION
 from sft.plan.plan import Plan, chosen_values
+from sft.plan.speed import Time
 from sft.runtime import plain
 from sft.runtime.console import duration, facts, size, table, write_json
 
@@ -54,8 +54,10 @@ def plan_table(plan: Plan) -> Table:
     if plan.evaluation_bytes:
         loss, answers = size(plan.evaluation_bytes), size(plan.generation_bytes)
         rows.append(("evaluation", f"{loss} for the held-out loss, {answers} for {labels.answers}"))
-    if plan.seconds is not None:
-        rows.append(("time", _time(plan)))
+    if plan.time is not None:
+        rows.append(("time", _time(plan, plan.time)))
+    if plan.cost_per_hour is not None:
+        rows.append(("cost", _cost(plan, plan.cost_per_hour)))
     values = chosen_values(plan)
     rows += [
         ("auto", f"{key}={values[key.removeprefix('train.')]}: {why}")
@@ -79,14 +81,33 @@ def _memory(plan: Plan) -> str:
     )
 
 
-def _time(plan: Plan) -> str:
-    assert plan.seconds is not None
-    if plan.seconds < LAUNCH_SECONDS * plan.steps * plan.micro_batches:
+def _time(plan: Plan, time: Time) -> str:
+    if not time.runs and time.seconds < LAUNCH_SECONDS * plan.steps * plan.micro_batches:
         return "mostly kernel launches, as the micro-batches are so small; measured before step 1"
-    what = " for the batch" if plan.is_question else ""
-    return (
-        f"about {duration(plan.seconds)}{what}, if {UTILISATION:.0%} of the GPU's peak is reached"
-    )
+    what, span = " for the batch" if plan.is_question else "", _span(time.least, time.most)
+    share = ""
+    if time.shares:
+        low, high = (f"{100 * each:.0f}" for each in time.shares)
+        share = low if low == high else f"{low} to {high}"
+    if not time.runs:
+        return f"{span}{what}, if {share} % of the GPU's peak is reached; not measured on this GPU"
+    between = "" if time.runs == 1 else f" ({span})"
+    runs = f"{time.runs} earlier run{'s' if time.runs > 1 else ''} on this device"
+    reached = f" at {share} % of its peak" if share else ""
+    return f"about {duration(time.seconds)}{what}{between}, from {runs}{reached}"
+
+
+def _span(least: float, most: float) -> str:
+    low, high = duration(least), duration(most)
+    return low if low == high else f"{low} to {high}"
+
+
+def _cost(plan: Plan, per_hour: float) -> str:
+    if plan.cost is None:
+        return "unknown, since the speed of this device is unknown"
+    low, high = (f"{each:,.2f}" for each in plan.cost)
+    processes = f" x {plan.world_size}" if plan.world_size > 1 else ""
+    return f"{low if low == high else f'{low} to {high}'}, at {per_hour:,.2f} an hour{processes}"
 
 
 def memory_table(plan: Plan) -> Table:
@@ -156,7 +177,9 @@ def plan_values(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
             "generation_bytes": plan.generation_bytes,
             "checkpoint_bytes": plan.disk.checkpoint,
             "disk_bytes": plan.disk.total,
-            "seconds": plan.seconds,
+            "seconds": plan.time and plan.time.seconds,
+            "time": plan.time and asdict(plan.time),
+            "cost": plan.cost,
         },
         "chosen": chosen_values(plan),
         "reasons": {key.removeprefix("train."): why for key, why in plan.reasons.items()},
