@@ -456,3 +456,32 @@ def test_the_peak_of_logits_does_not_depend_on_the_supervised_tokens(
     peaks = [peak_of_logits(tmp_path, number, evaluation) for number in sizes]
     assert peaks[1] - peaks[0] <= 400 * 96 * 8
     assert peaks[1] < whole[1] / 4
+
+
+WITH = {
+    "update in backward": {"optimizer_in_backward": True},
+    "offload": {"activation_offload": True},
+    "selective": {"gradient_checkpointing": "selective"},
+    "checkpointing": {"gradient_checkpointing": True},
+    "bf16": {"precision": "bf16"},
+    "bf16_pure": {"precision": "bf16_pure"},
+}
+
+
+@pytest.mark.parametrize("name", WITH)
+def test_chunks_with_what_else_changes_a_pass(monkeypatch, tmp_path, name):
+    """Two steps end with the weights that the whole gives."""
+    rows, found = tiny.examples(5, 9), []
+    settings_ = tiny.config(tmp_path, global_batch=9, **WITH[name])
+    is_bf16 = "bf16" in name
+    for chunk in (10**9, 7):
+        small_chunks(monkeypatch, chunk)
+        model = tiny.llama(torch.bfloat16 if name == "bf16_pure" else torch.float32)
+        engine = tiny.make_engine(model, rows, rows, settings_, batches.Budget(60, "padded"))
+        for engine.step in range(2):
+            values = engine.optimizer_step()
+        assert (engine.task.head.tail is None) == (chunk > 7), engine.task.head.why_whole
+        found.append((values["train/loss"], [p.detach().float() for p in model.parameters()]))
+    (loss, weights), (mine, own) = found
+    assert mine == pytest.approx(loss, rel=1e-3 if is_bf16 else 1e-5)
+    assert tiny.relative_error(own, weights) < (5e-3 if is_bf16 else 1e-5)

@@ -53,6 +53,7 @@ PROGRAMS = {
         "max_samples": "data.max_rows",
         "train_on_prompt": "data.supervise: everything",
         "mask_history": "data.supervise: last",
+        "use_dft_loss": "train.loss: dft",
         "flash_attn": "model.attn_implementation",
         "overwrite_cache": "",
         "overwrite_output_dir": "",

@@ -38,6 +38,7 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative errors; of oth
 # Returns sums over positions, the loss first. It gets logits (copies * positions, vocabulary) in
 # fp32 or wider, and which positions of the micro-batch they belong to.
 Measure = Callable[[torch.Tensor, slice], dict[str, torch.Tensor]]
+WHOLE = slice(None)
 
 
 def widen(logits: torch.Tensor) -> torch.Tensor:
@@ -52,6 +53,11 @@ def most_rows(vocabulary: int, trained_bytes: int = 0) -> int:
     begin to save memory later.
     """
     return (CHUNK_BYTES + trained_bytes) // (4 * vocabulary) or 1
+
+
+def take(values: torch.Tensor, part: slice) -> torch.Tensor:
+    """Returns those of a micro-batch's `values` that belong to a part of its positions."""
+    return values if part == WHOLE else values[part]
 
 
 class SupervisedHead:
@@ -100,7 +106,7 @@ class SupervisedHead:
         with self._selecting(positions, chunked):
             output = run()
         if chunked is None:
-            return measure(widen(output.logits), slice(None)), output
+            return measure(widen(output.logits), WHOLE), output
         assert chunked.found, "the model did not call its head"
         first = next(iter(chunked.found))
         return {**chunked.found, first: output.logits}, output
@@ -238,7 +244,7 @@ class SupervisedHead:
             return {"loss": each @ weights[part].repeat(self.copies).to(each)}
 
         with torch.autocast(logits.device.type, enabled=False):
-            whole = measure(widen(logits), slice(None))["loss"]
+            whole = measure(widen(logits), WHOLE)["loss"]
         leaves = leaves_of(whole, states)
         expected = torch.autograd.grad(whole, [states, *leaves])
         chunked = _ChunkedPass(measure, tail, PROBE_ROWS, self.copies, 2.0)

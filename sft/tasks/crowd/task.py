@@ -34,7 +34,7 @@ from sft.models import classes, pretrained
 from sft.models.adapt import add_adapters
 from sft.models.experts import auto_targets
 from sft.models.export import BASE, base_record, put_weights
-from sft.models.head import Measure, widen
+from sft.models.head import WHOLE, Measure, take, widen
 from sft.models.reach import reach
 from sft.runtime.console import write_json
 from sft.tasks.base import Finding, Shrunk, Task, TaskInfo
@@ -149,7 +149,7 @@ class CrowdTune(FineTune):
         logits = None
         if self.needs_global_batch and self.settings.representation == "logits":
             logits = self._forward(model, batch, train)  # whole: they are compared, too
-            sums = measure(logits.flatten(0, 1), slice(None))
+            sums = measure(logits.flatten(0, 1), WHOLE)
         else:
             sums = self._agent_sums(model, batch, measure, train)
         loss = sums.pop("loss")
@@ -164,7 +164,7 @@ class CrowdTune(FineTune):
         train, agents = self.config.train, self.settings.num_agents
 
         def sums(logits: torch.Tensor, part: slice) -> dict[str, torch.Tensor]:
-            targets = batch.targets[part]
+            targets = take(batch.targets, part)
             each, plain = losses.token_losses(logits, targets.repeat(agents), train)
             correct = logits.detach().argmax(-1).view(agents, -1) == targets
             found = {"loss": each, "cross_entropy": plain, "token_accuracy": correct.to(each)}
@@ -203,7 +203,7 @@ class CrowdTune(FineTune):
         `part`: which supervised positions these are.
         """
         mean = values.mean(0)
-        return mean.sum() if batch.weights is None else mean @ batch.weights[part].to(mean)
+        return mean.sum() if batch.weights is None else mean @ take(batch.weights, part).to(mean)
 
     def _diversity_sum(self, points: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Returns a micro-batch's share of the diversity times the number of items.
@@ -262,7 +262,7 @@ class CrowdTune(FineTune):
         agents = self.settings.num_agents
 
         def sums(logits: torch.Tensor, part: slice) -> dict[str, torch.Tensor]:
-            targets = batch.targets[part]
+            targets = take(batch.targets, part)
             logits = logits.view(agents, -1, logits.shape[-1]).log_softmax(-1)
             mixed = mix(logits, aggregator_of(self.model).expected().to(logits))
             chosen = targets[:, None]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from sft.config.schema import Train
 from sft.data.examples import Batch
-from sft.models.head import Measure
+from sft.models.head import Measure, take
 
 
 def is_plain(settings: Train) -> bool:
@@ -21,7 +21,7 @@ def token_losses(
     """Returns the loss of each token that `settings` ask for, and its plain cross-entropy.
 
     `dft` multiplies the cross-entropy by the probability of the target, as a constant (Wu et al.
-    2025, Dynamic Fine-Tuning, equation 9). `z_loss` is that of PaLM (Chowdhery et al. 2022).
+    2025, arXiv 2508.05629). `z_loss` is that of PaLM (Chowdhery et al. 2022).
     """
     smoothing = settings.label_smoothing
     each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
@@ -42,8 +42,8 @@ def measure(batch: Batch, settings: Train | None = None) -> Measure:
     """
 
     def sums(logits: torch.Tensor, part: slice) -> dict[str, torch.Tensor]:
-        targets = batch.targets[part]
-        weights = None if batch.weights is None else batch.weights[part]
+        targets = take(batch.targets, part)
+        weights = None if batch.weights is None else take(batch.weights, part)
         correct = logits.detach().argmax(-1) == targets
         if settings is not None and not is_plain(settings):
             each, plain = token_losses(logits, targets, settings)
