@@ -234,6 +234,7 @@ WRONG = {  # keys of `train`, and how the message ends
     "{optimizer: schedule_free}": "set train.schedule: constant (found cosine)",
     "{optimizer: schedulefree.SGDScheduleFree, schedule: linear}": "(found linear)",
     "{optimizer: optimi.Adan, precision: bf16_pure}": "steps them one at a time",
+    "{optimizer: muon, engine: fsdp, precision: bf16_pure}": "gathers whole matrices, but train.",
     "{optimizer: optimizer_of_tests.Noisy}": "draws random numbers, or keeps values outside",
     "{optimizer: optimizer_of_tests.Forgetful}": "draws random numbers, or keeps values outside",
     "{optimizer: optimizer_of_tests.Listing}": "keeps history as list, which no checkpoint",

@@ -43,7 +43,7 @@ OPTIMIZERS: dict[str, Named] = {
     "paged_adamw": Named("bitsandbytes.optim.PagedAdamW32bit"),
     "paged_adamw_8bit": Named("bitsandbytes.optim.PagedAdamW8bit"),
     # An update of the size of AdamW's, so that both can have the same learning rate.
-    "muon": Named("torch.optim.Muon", {"adjust_lr_fn": "match_rms_adamw"}),
+    "muon": Named("sft.train.optimizer.Muon", {"adjust_lr_fn": "match_rms_adamw"}),
     # The schedule gives the learning rate; torch.optim.Adafactor would scale and cap it.
     "adafactor": Named(
         "transformers.optimization.Adafactor", {"scale_parameter": False, "relative_step": False}

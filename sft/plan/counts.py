@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -29,7 +29,7 @@ class Counts:
     layers: int  # repeated layers, which FSDP2 gathers one at a time
     outside: int  # parameters that belong to no layer
     sizes: tuple[int, ...]  # elements of each tensor
-    shapes: Shapes  # of the trained tensors
+    shapes: Shapes = field(default_factory=dict, compare=False)  # of the trained tensors
 
 
 def count_parameters(config: RunConfig) -> Counts:

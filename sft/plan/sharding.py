@@ -14,6 +14,7 @@ from sft.plan.allocator import CachingAllocator, Chunk
 from sft.plan.counts import count_parameters
 from sft.plan.trace import WEIGHT_COPIES
 from sft.tasks.registry import task_of
+from sft.train.parallel.trial import update_gather_bytes
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _fsdp2(
         gathered += head_grads + 3 * layer + max(0, layer_grads - freed)
         kept = late
     elif phase.startswith("update"):
-        gathered, kept = 0, late
+        gathered, kept = update_gather_bytes(config.train, counted.shapes), late
     return _split(parts, group) | {"gradients": kept, "communication": gathered}
 
 

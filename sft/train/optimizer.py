@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import _muon
 
 from sft.config.optimizers import LIKE_ADAM, OPTIMIZERS, Named
 from sft.config.schema import Train
 from sft.errors import ConfigError, require_extra, suggest
+from sft.models.fake import set_attributes
 from sft.models.groups import find_group
 from sft.models.layers import embedding_layers
 
+ORTHOGONALISE = _muon._zeropower_via_newtonschulz
 GIVEN = {"params": "the trained parameters", "lr": "train.learning_rate"}  # arguments of all
 
 
@@ -53,6 +56,27 @@ def build_optimizer(train: Train, model: nn.Module) -> torch.optim.Optimizer:
     return built
 
 
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon, which orthogonalises a whole matrix, also where FSDP2 has split it."""
+
+    gathers_matrices = True
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Makes a step. Collective if the parameters are split."""
+        with set_attributes(_muon, _zeropower_via_newtonschulz=_orthogonalise):
+            return super().step(closure)
+
+
+def _orthogonalise(update: Any, *settings: Any) -> torch.Tensor:
+    """Returns the orthogonalised update; of a split one, this rank's part."""
+    if not hasattr(update, "device_mesh"):
+        return ORTHOGONALISE(update, *settings)
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = ORTHOGONALISE(update.full_tensor(), *settings)
+    return distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
+
+
 class Combined(torch.optim.Optimizer):
     """Optimizers that share the parameters. Each steps the groups that have its number."""
 
@@ -75,6 +99,12 @@ class Combined(torch.optim.Optimizer):
 def averages(optimizer: Any) -> bool:
     """Returns whether evaluation needs other weights than training: schedule-free optimizers."""
     return hasattr(optimizer, "train") and hasattr(optimizer, "eval")
+
+
+def gathers_matrices(optimizer: Any) -> bool:
+    """Returns whether an optimizer gathers matrices of which FSDP2 gives a rank slices."""
+    parts = getattr(optimizer, "parts", [optimizer])
+    return any(getattr(part, "gathers_matrices", False) for part in parts)
 
 
 def optimizer_class(train: Train) -> Any:

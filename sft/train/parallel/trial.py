@@ -28,7 +28,7 @@ from sft.errors import ConfigError, UserError
 from sft.models.layers import weights_to_save
 from sft.runtime import disk
 from sft.runtime.checkpoint import SavedState
-from sft.train.optimizer import averages, build_optimizer, outside_of_layers
+from sft.train.optimizer import averages, build_optimizer, gathers_matrices, outside_of_layers
 from sft.train.parallel.ddp import Replicated
 from sft.train.parallel.state import settings_of
 
@@ -46,6 +46,8 @@ class Traits:
     """Whether an element is updated from its own gradient and state alone."""
     by_row: bool
     """Whether a row of a matrix is updated from its own gradient and state alone."""
+    gathers: bool
+    """Whether it gathers matrices of which FSDP2 gives a rank slices."""
     averages: bool
     """Whether other weights are evaluated and saved than those that are trained."""
     counts_in_groups: bool
@@ -61,7 +63,10 @@ class Traits:
 def refuse_unusable(train: Train) -> None:
     """Raises ConfigError if the run's optimizer does not work with its engine and schedule."""
     found = try_optimizer(_settings_of_trial(train))
-    name, problem = train.optimizer, ""
+    name, problem, one_at_a_time = train.optimizer, "", ""
+    if train.is_bf16_pure or train.optimizer_in_backward:
+        early = train.optimizer_in_backward
+        one_at_a_time = "optimizer_in_backward" if early else "precision: bf16_pure"
     if not found.resumes:
         problem = (
             "a resumed run would not continue as it was: the optimizer draws random numbers, or "
@@ -77,7 +82,9 @@ def refuse_unusable(train: Train) -> None:
             f"it calls operations of {found.library}, which do not know the slices of {splitting}: "
             "set train.engine: ddp, or use adamw"
         )
-    elif splitting and not (found.by_element or (found.by_row and train.engine == "fsdp")):
+    elif splitting and not (
+        found.by_element or (train.engine == "fsdp" and (found.by_row or found.gathers))
+    ):
         problem = (
             f"it updates a weight from others of its matrix, of which {splitting} gives a process "
             "only a slice: set train.engine: ddp, or use adamw"
@@ -87,11 +94,15 @@ def refuse_unusable(train: Train) -> None:
             "it keeps values for all parameters together, but ZeRO steps them in parts: set "
             "train.engine: ddp or fsdp"
         )
-    elif (train.is_bf16_pure or train.optimizer_in_backward) and found.counts_in_groups:
-        key = "optimizer_in_backward" if train.optimizer_in_backward else "precision: bf16_pure"
+    elif one_at_a_time and found.counts_in_groups:
         problem = (
-            f"it keeps values for all parameters together, but train.{key} steps them one at a "
-            "time: remove that key, or use adamw"
+            f"it keeps values for all parameters together, but train.{one_at_a_time} steps them "
+            "one at a time: remove that key, or use adamw"
+        )
+    elif one_at_a_time and splitting and found.gathers:
+        problem = (
+            f"it gathers whole matrices, but train.{one_at_a_time} steps slices one at a time: "
+            "remove that key, or use adamw"
         )
     elif train.engine == "deepspeed" and found.begins_with_state:
         problem = (
@@ -159,6 +170,7 @@ def _try(train: Train, operations: _Operations) -> Traits:
     return Traits(
         by_element=by_element,
         by_row=by_row,
+        gathers=gathers_matrices(optimizer),
         averages=averages(optimizer),
         counts_in_groups=before != [settings_of(group) for group in optimizer.param_groups],
         begins_with_state=begins_with_state,
@@ -250,6 +262,14 @@ def saved_state_bytes(train: Train, shapes: Shapes) -> int:
     trained = sum(number * math.prod(shape) for (shape, _), number in shapes.items())
     has_copy = try_optimizer(_settings_of_trial(train)).averages  # of the weights in training
     return state_bytes(train, shapes) + train.trained_bytes * trained * has_copy
+
+
+def update_gather_bytes(train: Train, shapes: Shapes) -> int:
+    """Returns the bytes of the largest matrix that an update gathers from slices, in two copies."""
+    inside = [math.prod(shape) for shape, apart in shapes if len(shape) == 2 and not apart]
+    if not inside or not try_optimizer(_settings_of_trial(train)).gathers:
+        return 0
+    return 2 * 4 * max(inside)
 
 
 def checkpoint_bytes(train: Train, model: nn.Module) -> int:
