@@ -10,6 +10,7 @@ from typing import Any
 import forked
 import psutil
 import pytest
+import test_distill
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -262,3 +263,17 @@ def test_two_processes_compute_the_same_compiled_or_refuse(tmp_path, name):
         found = json.loads((tmp_path / f"true.rank{rank}.json").read_text())
         assert found["compiler"]["compiled_graphs"] in (2, 3, 4)
         assert found["compiler"]["graph_breaks"] == found["compiler"]["recompilations"] == 0
+
+
+def test_the_model_of_histories_compiles_too(tmp_path):
+    engines = []
+    for compiles in (False, True):
+        asked = test_distill.config(tmp_path, compile=compiles)
+        engines.append(test_distill.make_engine(asked, 100, torch.float64))
+    backend = Counted()
+    with compiled(engines[1], required=True, backend=backend) as values:
+        made = backend.calls
+        eager, found = (step(engine) for engine in engines)
+    assert backend.calls > made
+    assert (values["graph_breaks"], values["recompilations"]) == (0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(found, eager, strict=True))

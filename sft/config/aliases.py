@@ -58,6 +58,7 @@ ALIASES = {
     "loss_type": Alias("train.loss", {"nll": "cross_entropy"}),
     "logging_steps": Alias("train.log_steps"),
     "full_determinism": Alias("train.deterministic"),
+    "torch_compile": Alias("train.compile"),
     "deepspeed": Alias("train.deepspeed_config"),
     "packing": Alias("train.layout", {True: "packed", False: "padded"}),
     "model_name_or_path": Alias("model.name"),

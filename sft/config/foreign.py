@@ -114,7 +114,7 @@ PROGRAMS = {
         "log_every_n_steps": "train.log_steps",
         "resume_from_checkpoint": "train.resume_from_checkpoint",
         "device": "",
-        "compile": "",
+        "compile": "train.compile",
         "profiler": "",
     },
     "NeMo": {
