@@ -227,6 +227,8 @@ def test_nvidia_smi_missing_or_failing_is_a_blank(
         ("NVIDIA RTX 6000 Ada Generation", "NVIDIA RTX 6000 Ada Generation", 47.4, 1),
         ("AMD Instinct MI300X x 8", "AMD Instinct MI300X", 191.9, 8),
         ("NVIDIA GH200 480GB", "NVIDIA GH200 480GB", 94.5, 1),  # 480 GB of the host
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "NVIDIA GeForce RTX 4070 Ti SUPER", 15.6, 1),
+        ("RTX A5000 x 2", "RTX A5000", 23.6, 2),
         ("H100 MIG 3g.40gb", "H100 MIG 3g.40gb", 0.97 * 40, 1),
         ("2 x A100-80GB 1g.10gb", "A100-80GB 1g.10gb", 0.97 * 10, 2),
     ],
@@ -247,7 +249,15 @@ def test_gpus_without_a_known_name():
             gpus.named_gpus(text, gib)
     assert gpus.named_gpus("Voodoo x 2", 48)[1].total_bytes == 48 * hardware.GIB
     assert gpus.named_gpus("H100-80GB", 10)[0].total_bytes == 10 * hardware.GIB
-    for name in ("T4", "V100", "P100", "Tesla P100-PCIE-16GB", "RTX 2080 Ti", "TITAN RTX"):
+    for name in (
+        "T4",
+        "V100",
+        "P100",
+        "Tesla P100-PCIE-16GB",
+        "RTX 2080 Ti",
+        "TITAN RTX",
+        "GTX 1080 Ti",
+    ):
         assert not gpus.named_gpus(name)[0].bf16
 
 

@@ -25,6 +25,8 @@ GPUS = {  # of a GPU with several sizes of memory the smallest first: a name wit
     "P100": Gpu(15.9, 19, False),
     "V100-16GB": Gpu(15.8, 125, False),
     "V100-32GB": Gpu(31.7, 125, False),
+    "1080 Ti": Gpu(10.9, 11, False),
+    "2080": Gpu(7.6, 40, False),
     "2080 Ti": Gpu(10.6, 54, False),
     "Titan RTX": Gpu(23.6, 65, False),
     "Quadro RTX 8000": Gpu(47.4, 65, False),
@@ -34,13 +36,22 @@ GPUS = {  # of a GPU with several sizes of memory the smallest first: a name wit
     "A40": Gpu(44.4, 150),
     "L4": Gpu(22.0, 121),
     "3060": Gpu(11.6, 25),
+    "3060 Ti": Gpu(7.6, 32),
+    "3070": Gpu(7.6, 41),
     "3080": Gpu(9.6, 60),
+    "3080 Ti": Gpu(11.6, 68),
     "3090": Gpu(23.6, 71),
     "3090 Ti": Gpu(23.6, 80),
+    "4060": Gpu(7.6, 30),
     "4060 Ti": Gpu(15.6, 44),
+    "4070": Gpu(11.6, 58),
+    "4070 SUPER": Gpu(11.6, 71),
     "4070 Ti": Gpu(11.6, 80),
+    "4070 Ti SUPER": Gpu(15.6, 88),
     "4080": Gpu(15.6, 97),
+    "4080 SUPER": Gpu(15.6, 104),
     "4090": Gpu(23.6, 165),
+    "5070": Gpu(11.5, 62),
     "5070 Ti": Gpu(15.5, 88),
     "5080": Gpu(15.5, 113),
     "5090": Gpu(31.3, 210),
@@ -48,23 +59,32 @@ GPUS = {  # of a GPU with several sizes of memory the smallest first: a name wit
     "A100-80GB": Gpu(79.2, 312),
     "L40": Gpu(44.4, 181),
     "L40S": Gpu(44.4, 362),
+    "A4000": Gpu(15.6, 77),
+    "A4500": Gpu(19.6, 95),
+    "A5000": Gpu(23.6, 111),
     "A6000": Gpu(47.4, 155),
+    "RTX 4000 Ada": Gpu(19.6, 107),
+    "RTX 5000 Ada": Gpu(31.4, 261),
     "RTX 6000 Ada": Gpu(47.4, 364),
     "RTX PRO 6000 Blackwell": Gpu(94.9, 504),
     "H100-80GB": Gpu(79.1, 989),
     "H100 PCIe-80GB": Gpu(79.1, 756),
     "H100 NVL-94GB": Gpu(93.1, 835),
     "GH200-96GB": Gpu(94.5, 989),
+    "A800-80GB": Gpu(79.2, 312),
+    "H800-80GB": Gpu(79.1, 989),
     "H20": Gpu(95.1, 148),
     "H200": Gpu(139.8, 989),
     "B200": Gpu(178.3, 2250),
     "MI210": Gpu(64.0, 181),
+    "MI250X": Gpu(64.0, 191),  # one of its two halves, which torch sees as a GPU each
     "MI300X": Gpu(191.9, 1307),
     "MI325X": Gpu(255.9, 1307),
 }
 # What drivers add to a name, as in "NVIDIA GeForce RTX 4090" or "NVIDIA RTX 6000 Ada Generation".
 NOT_IN_A_NAME = (
-    "NVIDIA|AMD|GEFORCE|INSTINCT|QUADRO|TESLA|RTX|MIG|GENERATION|WORKSTATION|SERVER|EDITION|480GB"
+    "NVIDIA|AMD|GEFORCE|GTX|INSTINCT|QUADRO|TESLA|RTX|MIG|GENERATION|WORKSTATION|SERVER|EDITION|"
+    "480GB"
 )
 OF_A_VARIANT = r"PCIE|SXM\d?|HBM\d?E?"
 SLICE = re.compile(r"\b(\d)g\.(\d+)gb", re.IGNORECASE)  # of a GPU that is cut into seven (MIG)
