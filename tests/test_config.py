@@ -272,11 +272,11 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
         ["train.gradient_checkpointing=true", "distill.context=40"],
         "train.gradient_checkpointing=auto",
     ),
-    (["train.fp8=true", "distill.context=40"], "train.fp8=false"),
     (
         ["train.activation_offload=true", "distill.context=40"],
         "train.activation_offload=auto",
     ),
+    (["train.fp8=true", "distill.context=40"], "train.fp8=false"),
     (
         ["train.save_best=token_accuracy", "train.eval_steps=1", "distill.context=40"],
         "train.save_best=loss",

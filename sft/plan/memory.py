@@ -140,7 +140,13 @@ def _untraced(
     info = task_of(config).info(config)
     result = {"waiting batches": window.waiting * info.waiting_bytes}
     if not _traced_optimizer(config):
-        result["optimizer"] = state_bytes(config.train, count_parameters(config).shapes)
+        counted, updates = count_parameters(config), "update"
+        result["optimizer"] = state_bytes(config.train, counted.shapes)
+        if config.train.optimizer_in_backward:
+            updates = "backward"
+        if config.train.is_bf16_pure and phase.startswith(updates):
+            # A parameter and its gradient in fp32; AdamW, which is traced, needs only parts of it.
+            result["weight copies"] = parts.get("weight copies", 0) + 8 * counted.largest
     if not on_gpu:
         return result | {"examples": info.examples_bytes}
     if phase.startswith("backward"):
