@@ -11,12 +11,16 @@ import pytest
 import test_parallel
 import tiny
 import torch
+from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_parallel import assert_bit_equal, case, difference, found
 
 from sft import errors
+from sft.config.load import load_config
 from sft.data import batches
+from sft.plan import memory
+from sft.plan.dry_run import Window
 from sft.train import packed, rounding, updates
 
 PURE, EARLY = ["train.precision=bf16_pure"], ["train.optimizer_in_backward=true"]
@@ -420,3 +424,54 @@ def test_ddp_refuses_updates_in_the_backward_pass(folder):
     command = ["tests/support/parallel_worker.py", str(folder / "refused.json"), str(folder)]
     test_parallel.forked.start(2, command, log).join()
     assert "DDP keeps all gradients in its buffers" in " ".join(log.read_text().split())
+
+
+# --- tasks and the plan --------------------------------------------------------------------------
+
+
+def test_a_crowd_trains_in_bf16_and_in_the_backward_pass(tmp_path):
+    options = {"precision": "bf16_pure", "optimizer_in_backward": True, "max_grad_norm": 0.0}
+    crowd = tiny.crowd_config(tmp_path, train={"global_batch": 6, **options})
+    adapted = tiny.adapted(crowd, torch.float32)
+    for parameter in adapted.parameters():
+        parameter.data = parameter.data.bfloat16()
+    rows = tiny.examples(0, 12)
+    built = tiny.make_engine(adapted, rows, rows, crowd, batches.Budget(60, "padded"))
+    before = weights(built)
+    after = go(built, 2)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    trained = set(built.parallel.trained)
+    assert changed == trained
+    assert {p.dtype for p in built.parallel.trained.values()} == {torch.bfloat16}
+
+
+LLAMA = SHARED / "data/model_configs/Llama-3.1-8B.json"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LLAMA.exists(), reason="needs ../shared")
+@pytest.mark.parametrize(("early", "limit"), [(True, 24), (False, 40)])
+def test_an_8b_model_is_planned_on_one_small_gpu(tmp_path, early, limit):
+    """All weights, moments in 8 bits that are paged: 21.0 and 34.9 GiB, and the context of CUDA."""
+    given = [f"model.name={LLAMA}", "tuning.mode=full", "data.train_path=none", *UNCLIPPED, *PURE]
+    given += [f"train.output_dir={tmp_path}", "train.optimizer=paged_adamw_8bit"]
+    given += ["train.gradient_checkpointing=true", *(EARLY if early else [])]
+    window = Window((((2048, 2048),),), gradients=not early)
+    found = memory.predict(load_config(None, given), "bf16", window, on_gpu=True)
+    assert found.method.startswith("traced")
+    assert limit - 6 < (found.reserved + memory.CONTEXT_BYTES) / 2**30 < limit
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "torchao_adamw_8bit", "adamw_8bit"])
+def test_the_plan_sees_what_bf16_and_the_backward_pass_save(optimizer):
+    def predict(*more):
+        given = ["tuning.mode=full", f"train.optimizer={optimizer}", *UNCLIPPED, *more]
+        config = load_config("configs/nano.yaml", given)
+        return memory.predict(config, "bf16", Window((((64, 32),),)), on_gpu=True).breakdown
+
+    late, early, wide = predict(*PURE), predict(*PURE, *EARLY), predict("train.precision=bf16")
+    assert late["weights"] * 2 == pytest.approx(wide["weights"], rel=1e-3)
+    assert late["gradients"] * 2 == pytest.approx(wide["gradients"], rel=1e-3)
+    assert early.get("gradients", 0) == 0
+    halves = 2 if optimizer == "adamw" else 1
+    assert late["optimizer"] * halves == pytest.approx(wide["optimizer"], rel=0.02)

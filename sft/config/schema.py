@@ -223,6 +223,7 @@ class Train(Section):
     optimizer: OptimizerName | ImportPath = "adamw"
     """`adamw` is PyTorch's (fused where available). `adamw_8bit`, `paged_adamw` and
     `paged_adamw_8bit` are those of bitsandbytes: state in 8 bits, paged to host memory, or both.
+    `torchao_adamw_8bit` and `torchao_adamw_4bit` also work with FSDP2.
     Others by name, or a class by its import path, as in `torch.optim.RAdam`: docs/OPTIMIZERS.md."""
     optimizer_args: dict[Text, Any] | None = None
     """Further arguments of the optimizer's class, for example `{momentum: 0.9}`."""
