@@ -32,6 +32,7 @@ from sft.models.layers import embedding_layers, is_split
 from sft.models.tail import NotRepeatable, Tail, TailRecorder
 
 CHUNK_BYTES = 2**28  # of a chunk's logits in fp32
+COPIES = 3  # of logits at the peak of whole ones: themselves, the softmax and the gradient
 PROBE, PROBE_ROWS = 8, 3  # positions of the proof, and of each of its chunks
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative errors; of other dtypes 3e-2
 
@@ -49,10 +50,16 @@ def widen(logits: torch.Tensor) -> torch.Tensor:
 def most_rows(vocabulary: int, trained_bytes: int = 0) -> int:
     """Returns how many rows of logits are computed at once before chunks are used.
 
-    Chunks need the gradient of a trained head, of `trained_bytes`, a second time, so that they
-    begin to save memory later.
+    Chunks need the gradient of a trained head, of `trained_bytes`, a second time. They are used
+    where that is less than what whole logits take in addition to those of a chunk.
     """
-    return (CHUNK_BYTES + trained_bytes) // (4 * vocabulary) or 1
+    return (_chunk_bytes(trained_bytes) + trained_bytes // COPIES) // (4 * vocabulary) or 1
+
+
+def _chunk_bytes(trained_bytes: int) -> int:
+    """Returns the bytes of a chunk's logits. Each chunk adds to the gradient of a trained head, so
+    they are larger with one."""
+    return max(CHUNK_BYTES, trained_bytes // 4)
 
 
 def take(values: torch.Tensor, part: slice) -> torch.Tensor:
@@ -152,8 +159,7 @@ class SupervisedHead:
             self.prove()
         if self.why_whole:
             return 0
-        # A larger chunk of a trained head: each adds to a gradient as large as the weights.
-        chunk = max(CHUNK_BYTES, self._trained_bytes() // 4)
+        chunk = _chunk_bytes(self._trained_bytes())
         return max(1, chunk // (4 * self._vocabulary() * self.copies))
 
     def _refuse(self, reason: str) -> None:
