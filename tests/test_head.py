@@ -24,8 +24,12 @@ from sft.config.schema import Train
 from sft.data import batches
 from sft.models import head
 from sft.models.head import SupervisedHead
+from sft.models.tail import NotRepeatable
 from sft.plan import dry_run
+from sft.runtime.log import Log
+from sft.runtime.processes import Context
 from sft.tasks.sft import losses
+from sft.tasks.sft.task import FineTune
 
 WORDS, WIDTH = 24, 6
 
@@ -485,3 +489,31 @@ def test_chunks_with_what_else_changes_a_pass(monkeypatch, tmp_path, name):
     (loss, weights), (mine, own) = found
     assert mine == pytest.approx(loss, rel=1e-3 if is_bf16 else 1e-5)
     assert tiny.relative_error(own, weights) < (5e-3 if is_bf16 else 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("model_type", ["gemma2", "mamba", "cohere"])
+def test_a_run_tries_chunks_in_its_precision_before_it_trains(
+    monkeypatch, tmp_path, precision, model_type
+):
+    said: list[str] = []
+    context = Context(dry_run.CpuAccelerator(precision), Log(None))
+    monkeypatch.setattr(context.log, "say", said.append)
+    model = families.tiny_model(model_type)
+    task = FineTune(tiny.config(tmp_path), None, model, batches.Budget(60, "padded"), context)
+    task.prove_head(precision)
+    assert task.head.tail is None  # 60 tokens never need chunks
+    small_chunks(monkeypatch, 9)
+    task.prove_head(precision)
+    assert task.head.tail is not None
+    assert not said
+    task.head.tail = None
+    monkeypatch.setattr(SupervisedHead, "_compare", _differ)
+    task.prove_head(precision)
+    [text] = said
+    assert text.startswith("logits: those of a micro-batch are computed at once, since chunks")
+    assert task.head._rows_per_chunk(60) == 0
+
+
+def _differ(*_: object) -> None:
+    raise NotRepeatable("chunks differ")
