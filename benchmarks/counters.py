@@ -42,7 +42,7 @@ import counted
 import forked
 import torch
 from conftest import ROOT
-from counting import Counting, gpu_choices, weights_of
+from counting import Counting, gpu_choices, minimum_flops, weights_of
 from rich.table import Table
 from shapes import configured
 from transformers import LlamaConfig
@@ -83,26 +83,6 @@ def case_config(folder: Path, mode: str, layout: str, checkpointing: bool) -> Co
     config = configured(folder, LLAMA_8B, mode, gradient_checkpointing=checkpointing)
     kernel = "varlen" if layout == "packed" else "auto"
     return with_values(config, {"tuning.r": RANK, "model.attn_implementation": kernel})
-
-
-def minimum_flops(mode: str) -> int:
-    """Returns the work that no step can avoid, without recomputation.
-
-    Forward: 2 x matrix parameters x tokens, with the head at supervised positions only, and causal
-    attention within each conversation. Backward: once more for frozen matrices, twice for others.
-    """
-    arch = LLAMA_8B
-    hidden, inner = arch.hidden_size, arch.intermediate_size
-    kv = hidden * arch.num_key_value_heads // arch.num_attention_heads
-    shapes = [*[(hidden, hidden)] * 2, *[(hidden, kv)] * 2, *[(hidden, inner)] * 3]
-    layers, tokens = arch.num_hidden_layers, sum(length for length, _ in ROWS)
-    matrices = layers * sum(a * b for a, b in shapes) * tokens
-    matrices += hidden * arch.vocab_size * sum(supervised for _, supervised in ROWS)
-    adapters = layers * sum(RANK * (a + b) for a, b in shapes) * tokens
-    scores = layers * hidden * sum(length**2 for length, _ in ROWS)  # two products, half of each
-    if mode == "full":
-        return 6 * matrices + 6 * scores
-    return 4 * matrices + 6 * adapters + 6 * scores
 
 
 def share_of_scores(layout: str) -> float:
@@ -148,7 +128,8 @@ def shapes(folder: Path, _: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def as_row(case: tuple[Any, ...], counts: Any, launched: Any) -> dict[str, Any]:
-    values = asdict(counts) | {"flops_over_minimum": counts.flops / minimum_flops(case[0])}
+    least = minimum_flops(LLAMA_8B, case[0], RANK, ROWS)
+    values = asdict(counts) | {"flops_over_minimum": counts.flops / least}
     return {"case": case_name(*case), **values, "most": dict(launched.most_common(12))}
 
 
@@ -165,8 +146,7 @@ def trl(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
 
     result = []
     for case in CASES:
-        config = case_config(folder / "model", *case)
-        counts, launched = peer_counts.count_step(config, LLAMA_8B, ROWS, case, TRL_BATCH)
+        counts, launched = peer_counts.count_step(folder, LLAMA_8B, ROWS, case, TRL_BATCH)
         result.append(as_row(case, counts, launched))
         print(json.dumps(result[-1])[:160], flush=True)
     return result

@@ -1,8 +1,13 @@
-"""What only a GPU shows: `make test-gpu`; skipped, and said so, elsewhere."""
+"""What only a GPU shows: `make test-gpu`; skipped, and said so, elsewhere.
+
+With SFT_TEST_GPU=rehearse they run on a CPU, so that they are not stale when there is a GPU.
+"""
 
 from __future__ import annotations
 
 import gc
+import os
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -12,9 +17,14 @@ from test_numbers import steps, weights
 
 from sft.data import batches, template
 from sft.models import attention
+from sft.tasks.sft.task import FineTune
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make test-gpu")
-LONG = 512
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+REHEARSED = os.environ.get("SFT_TEST_GPU") == "rehearse"
+NEEDED = "needs a GPU: make test-gpu"
+pytestmark = pytest.mark.skipif(not ON_GPU and not REHEARSED, reason=NEEDED)
+LONG = 512 if ON_GPU else 32
 WHOLE = batches.Budget(64 * LONG, "padded")
 SIZES = {
     "hidden_size": 256,
@@ -39,23 +49,48 @@ def make(folder):
     return made
 
 
+def end(made) -> None:
+    made.accelerator.free_memory(made.model, made.optimizer)
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def half_the_memory(peak: int):
+    """Leaves half of the bytes that a step needs; a CPU pretends that larger batches do not fit."""
+    if ON_GPU:
+        share = 0.5 * peak / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(share)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        return
+    loss = FineTune.loss
+
+    def limited(task, model, batch):
+        if batch.input_ids.numel() > WHOLE.max_tokens / 2:
+            raise torch.OutOfMemoryError("CUDA out of memory: rehearsed")
+        return loss(task, model, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FineTune, "loss", limited)
+        yield
+
+
 def test_a_gpu_whose_memory_runs_out_does_the_same_global_batch_in_smaller_pieces(tmp_path):
-    torch.cuda.reset_peak_memory_stats()
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
     rich = make(tmp_path / "rich")
     expected = steps(rich, 3)
-    peak, trained = torch.cuda.max_memory_reserved(), weights(rich).cpu()
-    rich.accelerator.free_memory(rich.model, rich.optimizer)
+    peak, trained = torch.cuda.max_memory_reserved() if ON_GPU else 0, weights(rich).cpu()
+    end(rich)
     del rich
-    gc.collect()
-    torch.cuda.empty_cache()
-    share = 0.5 * peak / torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(share)
-    try:
+    with half_the_memory(peak):
         poor = make(tmp_path / "poor")
         found = steps(poor, 3)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    assert poor.budget.max_tokens < WHOLE.max_tokens
+    assert poor.task.budget.max_tokens < WHOLE.max_tokens
     assert any("memory ran out" in str(line) for line in poor.log.lines)
     for key in ("train/loss", "train/supervised_tokens", "train/grad_norm"):
         assert [v[key] for v in found] == pytest.approx([v[key] for v in expected], rel=1e-4)
@@ -66,16 +101,19 @@ def test_a_gpu_whose_memory_runs_out_does_the_same_global_batch_in_smaller_piece
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_packed_documents_do_not_see_each_other_on_a_gpu(dtype, most):
     """The logits of each are those that it has alone."""
-    model = tiny.llama(dtype, **SIZES).cuda()
+    model = tiny.llama(dtype, **SIZES).to(DEVICE)
     random = torch.Generator().manual_seed(0)
     documents = [torch.randint(2, 4096, (n,), generator=random) for n in (300, 17, 128, 1, 66)]
-    positions = torch.cat([torch.arange(len(d)) for d in documents])[None].cuda()
+    positions = torch.cat([torch.arange(len(d)) for d in documents])[None].to(DEVICE)
     with torch.no_grad():
-        packed = model(input_ids=torch.cat(documents)[None].cuda(), position_ids=positions).logits
-        alone = torch.cat([model(input_ids=d[None].cuda()).logits[0] for d in documents])
+        packed = model(
+            input_ids=torch.cat(documents)[None].to(DEVICE), position_ids=positions
+        ).logits
+        alone = torch.cat([model(input_ids=d[None].to(DEVICE)).logits[0] for d in documents])
     assert float((packed[0] - alone).norm() / alone.norm()) < most
 
 
+@pytest.mark.skipif(not ON_GPU, reason=NEEDED)
 @pytest.mark.parametrize("window", [None, 64])
 def test_the_varlen_kernel_is_attention_within_documents(window):
     """Against SDPA on each document alone, in fp32: output and gradients."""
@@ -84,13 +122,13 @@ def test_the_varlen_kernel_is_attention_within_documents(window):
     shapes = [(1, heads, sum(lengths), 64) for heads in (8, 2, 2)]
     plain = [torch.randn(s, generator=random, device="cuda", requires_grad=True) for s in shapes]
     packed = [each.detach().bfloat16().requires_grad_() for each in plain]
-    positions = torch.cat([torch.arange(n) for n in lengths])[None].cuda()
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].to(DEVICE)
     given = {"position_ids": positions, "sliding_window": window}
     found, _ = attention.attend(torch.nn.Module(), *packed, None, scaling=0.125, **given)
     expected = []
     for q, k, v in zip(*(each.split(lengths, 2) for each in plain), strict=True):
         distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
-        seen = ((distance >= 0) & (distance < (window or LONG))).cuda()
+        seen = ((distance >= 0) & (distance < (window or LONG))).to(DEVICE)
         options = {"attn_mask": seen, "scale": 0.125, "enable_gqa": True}
         expected.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **options))
     whole = torch.cat(expected, 2).transpose(1, 2)
@@ -106,18 +144,18 @@ def test_a_step_packed_by_the_varlen_kernel_is_the_padded_one():
     """Loss and gradients in bf16, the difference no larger than rounding."""
     attention.register()
     documents = [torch.randint(2, 4096, (n,)) for n in (300, 17, 128, 2, 66)]
-    packed = torch.cat(documents)[None].cuda()
-    positions = torch.cat([torch.arange(len(d)) for d in documents])[None].cuda()
-    padded = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True).cuda()
+    packed = torch.cat(documents)[None].to(DEVICE)
+    positions = torch.cat([torch.arange(len(d)) for d in documents])[None].to(DEVICE)
+    padded = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True).to(DEVICE)
     inside = torch.nn.utils.rnn.pad_sequence([torch.ones(len(d)) for d in documents], True).bool()
     gradients = []
     for name in ("varlen", "sdpa"):
-        model = tiny.llama(torch.bfloat16, **SIZES).cuda()
+        model = tiny.llama(torch.bfloat16, **SIZES).to(DEVICE)
         model.set_attn_implementation(name)
         if name == "varlen":
             logits = model(input_ids=packed, position_ids=positions).logits[0]
         else:
-            logits = model(input_ids=padded).logits[inside.cuda()]
+            logits = model(input_ids=padded).logits[inside.to(DEVICE)]
         torch.nn.functional.cross_entropy(logits.float(), packed[0]).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert tiny.relative_error(*gradients) < 2e-2

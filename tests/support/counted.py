@@ -34,7 +34,7 @@ UPDATE_RANKS = UPDATE.replace("--small", "--parts ranks")
 LLAMA = architectures(num_hidden_layers=1)["Llama"]
 ROWS = (((24, 12), (17, 9)), ((30, 4), (30, 7)))  # micro-batches of (tokens, supervised)
 SMALL = list(product(("lora", "qlora", "full"), ("padded", "packed"), (False, True)))
-NUMBERS = ("launches", "views", "syncs", "saved", "saved_weights", "moved", "flops")
+NUMBERS = ("launches", "syncs", "saved", "saved_weights", "moved", "flops")
 
 
 def small_step(folder: Path, mode: str, layout: Layout, checkpointing: bool) -> Counts:

@@ -307,3 +307,23 @@ def gpu_choices() -> Iterator[None]:
         is_enabled = lambda device="cpu": enabled(device)  # noqa: E731
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", is_enabled))
         yield
+
+
+def minimum_flops(llama: Any, mode: str, rank: int, rows: Iterable[tuple[int, int]]) -> int:
+    """Returns the work that no step of a Llama on `rows` can avoid, without recomputation.
+
+    Forward: 2 x matrix parameters x tokens, with the head at supervised positions only, and causal
+    attention within each row. Backward: once more for frozen matrices, twice for others. `rows`:
+    (tokens, supervised). `rank`: of adapters on all matrices but the head.
+    """
+    hidden, inner, layers = llama.hidden_size, llama.intermediate_size, llama.num_hidden_layers
+    kv = hidden * llama.num_key_value_heads // llama.num_attention_heads
+    shapes = [*[(hidden, hidden)] * 2, *[(hidden, kv)] * 2, *[(hidden, inner)] * 3]
+    lengths, supervised = zip(*rows, strict=True)
+    matrices = layers * sum(a * b for a, b in shapes) * sum(lengths)
+    matrices += hidden * llama.vocab_size * sum(supervised)
+    adapters = layers * sum(rank * (a + b) for a, b in shapes) * sum(lengths)
+    scores = layers * hidden * sum(n * n for n in lengths)  # two products, half of each
+    if mode == "full":
+        return 6 * matrices + 6 * scores
+    return 4 * matrices + 6 * adapters + 6 * scores
