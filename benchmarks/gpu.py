@@ -29,7 +29,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -51,11 +51,13 @@ from sft.config.load import with_values
 from sft.config.schema import Config
 from sft.data import batches
 from sft.errors import OutOfMemory, UserError
-from sft.models import classes
+from sft.models import classes, load
+from sft.models.fp8 import compute_in_fp8
 from sft.plan import choose, dry_run, gpus, memory
 from sft.plan.dry_run import Window
 from sft.runtime.hardware import resolve_precision
 from sft.runtime.processes import start_processes
+from sft.train.compiled import compiled
 
 Rows = list[tuple[int, int]]  # tokens of an example, and those that are supervised
 REHEARSE = os.environ.get("SFT_TEST_GPU") == "rehearse"
@@ -86,13 +88,23 @@ def long_rows(number: int) -> Rows:
 @contextmanager
 def built_on_device() -> Iterator[None]:
     """Makes models with random weights on the GPU: a CPU would take a minute for 8B."""
-    build = classes.from_config
+    make, build = classes.from_config, load.build
+    device = torch.device("cuda" if ON_GPU else "cpu")
 
     def on_device(*arguments: Any, **options: Any) -> Any:
-        with torch.device("cuda" if ON_GPU else "cpu"):
-            return build(*arguments, **options)
+        with device:
+            return make(*arguments, **options)
 
-    with mock.patch.object(classes, "from_config", on_device):
+    def build_as_run(config: Config, *arguments: Any, **options: Any) -> Any:
+        model = build(config, *arguments, **options)
+        if config.train.fp8:  # which a run does with real weights only
+            compute_in_fp8(model, device)
+        return model
+
+    with (
+        mock.patch.object(classes, "from_config", on_device),
+        mock.patch.object(load, "build", build_as_run),
+    ):
         yield
 
 
@@ -106,7 +118,10 @@ def engine(config: Config, window: Window) -> Iterator[Any]:
         with built_on_device():
             options: dict[str, Any] = {"weights": False, "accelerator": accelerator}
             made = dry_run.make_engine(config, precision, window, **options)
-        yield made
+        backend = "inductor" if ON_GPU else "eager"
+        required = config.train.compile is True
+        with compiled(made, required, backend) if required else nullcontext():
+            yield made
     finally:
         if made is not None:
             accelerator.free_memory(made.model, made.optimizer)
@@ -197,8 +212,6 @@ def speed(folder: Path) -> Iterator[Callable[[], dict[str, Any]]]:
     text, long = conversations(64), long_rows(4)
     kept = {"train.gradient_checkpointing": True}
     light = {"train.precision": "bf16_pure", "train.optimizer": "adamw_8bit", **kept}
-    if not ON_GPU:
-        light.pop("train.optimizer")
     yield partial(ours, folder, BIG, "lora", "rows of 4,096 tokens", long)
     yield partial(trl, folder, BIG, "lora", "rows of 4,096 tokens", long, packing=True, liger=True)
     yield partial(ours, folder, BIG, "lora", "conversations", text)
@@ -362,7 +375,6 @@ def _largest(group: Group, config: Config, length: int, planned: int) -> dict[st
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "compile": {"train.compile": True},
     "fp16": {"train.precision": "fp16"},
     "bf16_pure": {"train.precision": "bf16_pure"},
     "update in the backward pass": {
@@ -372,7 +384,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "checkpointing": {"train.gradient_checkpointing": True},
     "selective checkpointing": {"train.gradient_checkpointing": "selective"},
     "offloaded activations": {"train.activation_offload": True},
-    "fp8": {"train.precision": "fp8"},
+    "fp8": {"train.fp8": True},
+    "compile": {"train.compile": True},  # the last, since to compile takes long
 }
 
 
@@ -434,15 +447,20 @@ def _attention(rows: Rows) -> dict[str, Any]:
         "packed with a mask": (partial(scaled, attn_mask=seen), tensors(1, total)),
         "packed, varlen": (varlen, tensors(1, total)),
     }
-    row: dict[str, Any] = {"rows": len(lengths), "tokens": total, "padded": longest * len(lengths)}
+    row: dict[str, Any] = {
+        "rows": len(lengths),
+        "tokens": total,
+        "padded_tokens": longest * len(lengths),
+    }
     for name, (call, given) in ways.items():
 
         def step(call: Any = call, given: Any = given) -> None:
             call(*given).sum().backward()
 
         row[name], _ = seconds_per_step(step)
-    whole = ways["packed with a mask"][0](*ways["packed with a mask"][1]).transpose(1, 2)
-    found = varlen(*ways["packed, varlen"][1])
+    with torch.no_grad():
+        whole = ways["packed with a mask"][0](*ways["packed with a mask"][1]).transpose(1, 2)
+        found = varlen(*ways["packed, varlen"][1])
     row["error"] = float((found - whole).float().norm() / whole.float().norm())
     return row
 

@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.." || exit 1
 OUT=${OUT:-benchmarks/results/gpu}
 PYTHON=${PYTHON:-.venv/bin/python}
 # The most important first. Their limits add up to 480 s.
-declare -A LIMITS=([machine]=30 [speed]=150 [memory]=100 [tests]=30 [resume]=90 [variants]=40 [attention]=15 [inference]=25)
+declare -A LIMITS=([machine]=28 [speed]=150 [memory]=100 [tests]=30 [variants]=65 [attention]=12 [inference]=20 [resume]=75)
 PARTS=${PARTS:-machine speed memory tests variants attention inference resume}
 export PYTHONPATH=.:tests:tests/support${PEERS:+:$PEERS} SFT_TEST_GPU=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTORCH_NVML_BASED_CUDA_CHECK=1
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
