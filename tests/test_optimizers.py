@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import engine_worker
 import forked
 import optimizer_worker
 import pytest
@@ -79,7 +80,7 @@ def alone(out) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def ranks(out) -> Callable[[str, str], list[dict]]:
+def ranks(out, alone) -> Callable[[str, str], list[dict]]:
     """What both ranks see of an optimizer with an engine, whose processes try all optimizers."""
     printed: dict[str, str] = {}
 
@@ -296,6 +297,19 @@ def test_two_processes_are_one_and_resume_bit_for_bit(ranks, alone, name, engine
         for key, value in first[part].items():
             expected = alone[name][part][key]
             assert torch.allclose(value, expected, rtol=1e-4, atol=2e-6), (part, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "engine"), WORKING)
+def test_what_one_engine_saved_another_continues(ranks, alone, out, name, engine):
+    both = ranks(name, engine)
+    same_net = "ddp" if engine == "ddp" else "one"  # of one process, too
+    single, _ = engine_worker.make(same_net, out, **optimizer_worker.settings_of(name))
+    optimizer_worker.load(single, out / f"{engine}-{name}")
+    for found in (both[0]["from one"], optimizer_worker.step_from(single, rows(2))):
+        for key, value in found.items():
+            expected = alone[name]["weights"][key]
+            assert torch.allclose(value, expected, rtol=1e-4, atol=2e-6), key
 
 
 @pytest.mark.parametrize(("name", "engine"), CELLS)

@@ -361,6 +361,15 @@ def test_what_some_ranks_wrote_any_others_read(tmp_path_factory, sizes, writers,
             saved.read("other", 0, 1)
 
 
+def test_empty_slices_hide_no_others(tmp_path):
+    """FSDP2 gives a rank without a row of a parameter an empty slice that starts at 0."""
+    for rank, part in enumerate((torch.ones(3), torch.ones(0))):
+        checkpoint.save_optimizer([OptimizerShard("p", 0, {"sq": part})], tmp_path, rank, 2)
+    with checkpoint.OptimizerState(tmp_path) as saved:
+        for number, expected in ((None, 3), (3, 3), (0, 0)):
+            assert len(saved.read("p", 0, number).state["sq"]) == expected
+
+
 def test_a_missing_slice_is_an_error(tmp_path):
     checkpoint.save_optimizer([OptimizerShard("p", 4, {"sq": torch.ones(4)})], tmp_path, 1, 2)
     with checkpoint.OptimizerState(tmp_path) as saved:

@@ -405,7 +405,8 @@ class OptimizerState(ExitStack):
             (first, first + math.prod(file.get_slice(tensor).get_shape()), file)
             for first, file in sorted(parts, key=lambda part: part[0])
         ]
-        end = spans[-1][1] if number is None else start + number
+        last_end = max(last for _, last, _ in spans)  # slices may be empty, at any place
+        end = last_end if number is None else start + number
         found, at = [], start
         for first, last, file in spans:
             if first <= at < min(last, end):

@@ -55,15 +55,30 @@ def try_out(engine: str, name: str, out: Path, own: list[torch.Tensor]) -> dict[
         weights = {key: value.clone() for key, value in parallel.gather_weights().items()}
     resumed, _ = make(engine, out, **settings_of(name))
     take_step(resumed, own[2])  # it had another state before
-    for key, value in torch.load(folder / "weights.pt").items():
-        if key in resumed.trained:
-            resumed.set_weight(key, value)
-    with checkpoint.OptimizerState(folder) as state:
-        resumed.load_optimizer(2, state.read)
+    load(resumed, folder)
     loaded = resumed.checksums()
     take_step(resumed, own[2])
-    found = {"loaded": loaded == before, "resumed": resumed.checksums() == trained}
+    found: dict[str, Any] = {"loaded": loaded == before, "resumed": resumed.checksums() == trained}
+    if engine != "one" and (other := out / f"one-{name}").exists():
+        load(resumed, other)
+        found["from one"] = step_from(resumed, own[2])
     return found | {"weights": weights, "saved": saved}
+
+
+def load(parallel: Any, folder: Path) -> None:
+    """Loads the weights and the optimizer's state that any engine saved after two steps."""
+    for key, value in torch.load(folder / "weights.pt").items():
+        if key in parallel.trained:
+            parallel.set_weight(key, value)
+    with checkpoint.OptimizerState(folder) as state:
+        parallel.load_optimizer(2, state.read)
+
+
+def step_from(parallel: Any, own: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns the weights after one more step."""
+    take_step(parallel, own)
+    with parallel.averaged():
+        return {key: value.clone() for key, value in parallel.gather_weights().items()}
 
 
 def main(out: Path, engine: str, names: list[str]) -> None:
