@@ -39,7 +39,7 @@ from sft.runtime.console import make_console, write_json
 from sft.train.updates import Updates
 
 PRECISIONS = ("fp32", "bf16", "bf16_pure", "fp16")
-STEPS, ROWS, LENGTH = 200, 8, 128  # of the part `rounding`
+STEPS, ROWS, LENGTH = 100, 8, 128  # of the part `rounding`
 RATES = (1e-3, 1e-4)
 
 

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+import test_distill
 import test_parallel
 import tiny
 import torch
@@ -19,9 +20,14 @@ from test_parallel import assert_bit_equal, case, difference, found
 from sft import errors
 from sft.config.load import load_config
 from sft.data import batches
+from sft.models.dtypes import store_trained
 from sft.plan import memory
 from sft.plan.dry_run import Window
-from sft.train import packed, rounding, updates
+from sft.runtime import processes
+from sft.runtime.log import Log
+from sft.runtime.processes import Context
+from sft.tasks.distill import task
+from sft.train import engine, packed, rounding, updates
 
 PURE, EARLY = ["train.precision=bf16_pure"], ["train.optimizer_in_backward=true"]
 UNCLIPPED = ["train.max_grad_norm=0"]
@@ -348,9 +354,9 @@ CASES = {  # name: what is asked for, engine, processes
 def cases(folder: Path, world: int) -> list[dict]:
     found = []
     for name, (mode, more, engines) in CASES.items():
-        for engine in engines if world > 1 else ("ddp",):
-            plain = case(mode, engine, world, save_at=[4], steps=6)
-            plain |= {"name": f"{name}-{engine}-{world}", "overrides": plain["overrides"] + more}
+        for each in engines if world > 1 else ("ddp",):
+            plain = case(mode, each, world, save_at=[4], steps=6)
+            plain |= {"name": f"{name}-{each}-{world}", "overrides": plain["overrides"] + more}
             saved = str(folder / plain["name"] / "checkpoint_step_4")
             resumed = {"name": f"{plain['name']}-resumed", "resume": saved, "save_at": []}
             found += [plain] + ([plain | resumed] if world > 1 else [])
@@ -443,6 +449,25 @@ def test_a_crowd_trains_in_bf16_and_in_the_backward_pass(tmp_path):
     trained = set(built.parallel.trained)
     assert changed == trained
     assert {p.dtype for p in built.parallel.trained.values()} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [test_distill.SMALL, test_distill.PAIR])
+def test_distillation_trains_in_bf16_and_in_the_backward_pass(tmp_path, kind):
+    losses = []
+    options = {"precision": "bf16_pure", "optimizer_in_backward": True}
+    for changes in ({"precision": "bf16"}, options):
+        asked = test_distill.config(tmp_path, kind, **changes)
+        accelerator = processes.start_processes(asked.train)
+        histories = test_distill.random_histories(4, kind.num_streams, kind.num_steps)
+        model = store_trained(test_distill.made(kind), asked.train)
+        context, budget = Context(accelerator, Log(None)), batches.Budget(100, "padded")
+        work = task.Distillation(asked, histories, model, budget, context)
+        built = engine.Engine(work, asked.train, context)
+        go(built, 2)
+        losses.append(built.evaluate()["loss"])
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
 
 
 LLAMA = SHARED / "data/model_configs/Llama-3.1-8B.json"
