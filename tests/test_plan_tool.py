@@ -61,7 +61,8 @@ def test_a_model_without_a_configuration_on_a_gpu_that_is_not_here(model, tmp_pa
     made = chosen["micro_batch"] * chosen["gradient_accumulation_steps"] * work["world_size"]
     assert made == 32
     assert chosen["max_tokens"] >= chosen["micro_batch"] * 1024
-    assert set(chosen) == set(read["reasons"])
+    given = {"activation_offload", "compile"}  # the one is not `auto`, the other needs a run
+    assert set(chosen) - given == set(read["reasons"])
     assert read["advice"][0]["change"] == "train.gradient_checkpointing=selective"
     ladder = read["ladder"]
     assert [each["is_planned"] for each in ladder] == [True, False, False, False]

@@ -12,11 +12,11 @@ from transformers import LlamaConfig
 
 from sft.config.schema import Config
 from sft.plan import dry_run, memory, records
-from sft.plan.records import load_or_trace
+from sft.plan.records import Traced, load_or_trace
 
 WINDOW = uniform_window(2, 16, 8)
 INPUTS = ("a model", "fp32", WINDOW)
-FOUND = ({"forward 1": {"weights": 7}}, 9, "traced")
+FOUND = Traced({"forward 1": {"weights": 7}}, 9, "traced", 0.5, 3, 4)
 
 
 class Tracer:
@@ -61,7 +61,7 @@ def test_changed_code_is_traced_anew(tmp_path, tracer, monkeypatch, change):
 
 
 @pytest.mark.parametrize(
-    "damaged", ["", "{", '[{"forward 1": {"weights": "many"}}, 9, "traced"]', "[1, 2]", "\udcff"]
+    "damaged", ["", "{", '{"phases": {"forward 1": {"weights": "many"}}}', "[1, 2]", "\udcff"]
 )
 def test_a_damaged_file_is_replaced(tmp_path, tracer, damaged):
     load_or_trace(tmp_path, INPUTS, tracer)

@@ -139,10 +139,12 @@ def advice_table(found: list[Advice]) -> Table:
         style = "bold" if each.is_planned else "" if each.fits else "dim"
         cells = (each.change, size(each.reserved_bytes), fits, each.price)
         rows.append([Text(cell, style) for cell in cells])
+    columns = ("setting", "memory", "result", "price")
+    if not any(each.is_rung for each in found):
+        return table("Changes that save memory", columns, rows, left=4)
     title = "Ladder: memory and price of the planned micro-batch with other settings"
-    result = table(title, ("setting", "memory", "result", "price"), rows, left=4)
-    if any(each.is_rung for each in found):
-        result.caption = "`auto` chooses among those with the same result; % of the forward pass"
+    result = table(title, columns, rows, left=4)
+    result.caption = "`auto` chooses among those with the same result; % of the forward pass"
     return result
 
 
