@@ -50,7 +50,7 @@ def test_a_model_without_a_configuration_on_a_gpu_that_is_not_here(model, tmp_pa
     assert re.search(r"verdict +fits: [\d.,]+ GiB are left beside a margin", done.stdout)
     for invented in ("per epoch", "steps ", "a model hardly learns"):  # there are no data
         assert invented not in done.stdout
-    assert "train.engine=fsdp" in done.stdout
+    assert "train.optimizer=adamw_8bit" in done.stdout
     read = json.loads(out.read_text())
     predicted = read["predicted"]
     assert sum(predicted["breakdown"].values()) == predicted["allocated_bytes"]

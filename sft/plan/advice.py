@@ -65,7 +65,14 @@ def advise(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan)
         shown = {key: value for key, value in rung.values.items() if value}
         consider(shown or {GRADIENT_CHECKPOINTING: False}, "", rung=rung)
     if config.train.optimizer == "adamw":
-        consider({"train.optimizer": "adamw_8bit"}, "moments in 8 bits")
+        for name, price in STATES.items():
+            consider({"train.optimizer": name}, price)
+    early = {"train.optimizer_in_backward": True, "train.max_grad_norm": 0}
+    consider(early, "gradients are not clipped")
+    if planner.precision == "bf16":
+        pure = {"train.precision": "bf16_pure"}
+        consider(pure, "weights and moments in bf16, too")
+        consider(early | pure | {"train.optimizer": "torchao_adamw_8bit"}, "all of these")
     if config.train.engine == "ddp" and plan.world_size > 1:
         consider({"train.engine": "fsdp"}, "weights are gathered in every pass")
     for each in task_of(config).alternatives(config, workload):
@@ -73,6 +80,10 @@ def advise(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan)
     return result
 
 
+STATES = {  # optimizers with less state than AdamW's, which behave like it
+    "adamw_8bit": "moments in 8 bits",
+    "torchao_adamw_4bit": "moments in 4 bits",
+}
 GRADIENT_CHECKPOINTING = "train.gradient_checkpointing"
 
 

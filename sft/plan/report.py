@@ -144,6 +144,7 @@ def advice_table(found: list[Advice]) -> Table:
         return table("Changes that save memory", columns, rows, left=4)
     title = "Ladder: memory and price of the planned micro-batch with other settings"
     result = table(title, columns, rows, left=4)
+    result.columns[0].min_width = len("train.gradient_checkpointing=selective")
     result.caption = "`auto` chooses among those with the same result; % of the forward pass"
     return result
 
