@@ -263,18 +263,19 @@ def test_an_environment_without_pip_is_made_again(tmp_path):
 
 def names_of_the_map(block: str) -> Iterator[str]:
     """Yields 'data/cache', 'tasks/sft/task' ... as the map of docs/DESIGN.md lists them."""
+    one = "[a-z0-9_]+"
     for line in re.sub(r"\n {12}", " ", block).splitlines():
         folder, _, rest = line.partition(" ")
         if folder.endswith(".py"):
             yield folder.removesuffix(".py")
             continue
         known = ", ".join(
-            re.findall(r"(?:[a-z_]+/\{[^}]*\}|[a-z_]+)(?:, (?:[a-z_]+/\{[^}]*\}|[a-z_]+))*$", rest)
+            re.findall(rf"(?:{one}/\{{[^}}]*\}}|{one})(?:, (?:{one}/\{{[^}}]*\}}|{one}))*$", rest)
         )
-        for inner, names in re.findall(r"([a-z_]+)/\{([^}]*)\}", known):
+        for inner, names in re.findall(r"([a-z0-9_]+)/\{([^}]*)\}", known):
             yield from (f"{folder}{inner}/{name.strip()}" for name in names.split(","))
-        plain = re.sub(r"[a-z_]+/\{[^}]*\}", "", known)
-        yield from (f"{folder}{name}" for name in re.findall(r"[a-z_]+", plain))
+        plain = re.sub(r"[a-z0-9_]+/\{[^}]*\}", "", known)
+        yield from (f"{folder}{name}" for name in re.findall(r"[a-z0-9_]+", plain))
 
 
 def test_the_map_of_the_design_names_every_module():
