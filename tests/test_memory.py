@@ -23,6 +23,7 @@ from sft.plan import dry_run, memory, sharding
 from sft.plan.counts import model_key
 from sft.plan.dry_run import Window
 from sft.tasks.registry import task_of
+from sft.train.parallel import ddp
 
 pytestmark = pytest.mark.slow
 
@@ -248,16 +249,19 @@ def test_buckets_that_accelerate_sizes(tmp_path):
     assert sharding._zero_size(config, sharding.Group(2), "reduce_bucket_size") == 500_000_000
 
 
-def test_bf16_copies_of_weights_live_only_where_autocast_keeps_them(tmp_path):
+def test_bf16_copies_of_weights_live_only_where_autocast_keeps_them(tmp_path, monkeypatch):
     config = configured(tmp_path, DEEP["Llama"], "full", gradient_checkpointing=True)
 
-    def forward(engine):
+    def forward(engine, caches=False):
+        monkeypatch.setattr(dry_run, "keeps_weight_copies", lambda _: caches)
         other = with_values(config, {"train.engine": engine})
         trace = dry_run.trace_step(other, "bf16", uniform_window(1, 16, 16))
         return trace.peaks()["forward 1"].num_bytes
 
     layer = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176)  # bytes in bf16; norms have no copy
-    more = forward("ddp") - forward("fsdp")
+    assert not ddp.keeps_weight_copies(config.train)
+    assert forward("ddp") == forward("fsdp")
+    more = forward("ddp", caches=True) - forward("fsdp", caches=True)
     assert 6 * layer < more <= 7 * layer  # those of the layer at work are there either way
 
 
