@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from sft.config.load import with_values
 from sft.data import batches
 from sft.errors import ConfigError
+from sft.models import checkpointing, offload
 from sft.models.layers import repeated_layers
 from sft.models.quantise import quantise
 from sft.train.compiled import compiled
@@ -29,6 +30,8 @@ LORA = {"tuning.mode": "lora", "tuning.r": 4, "tuning.lora_dropout": 0.3}
 QLORA = {"tuning.mode": "qlora", "tuning.r": 4}
 CROWD = {"tuning.mode": "lora", "tuning.r": 4, "crowd.num_agents": 2, "crowd.dropconnect": 0.2}
 CHECKPOINTED = {"train.gradient_checkpointing": True}
+SELECTIVE = {"train.gradient_checkpointing": "selective"}
+OFFLOADED = {"train.activation_offload": True}
 BF16 = {"train.precision": "bf16"}
 
 
@@ -56,8 +59,10 @@ def make(folder: Path, changes: dict[str, Any], layout: Any = "padded", **size: 
         quantise(model, torch.float32, "nf4")
     if settings.tuning.mode != "full":
         model = tiny.adapted(settings, base=model)
-    if settings.train.gradient_checkpointing is True:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.train.gradient_checkpointing != "auto":
+        checkpointing.enable(model, settings.train.gradient_checkpointing)
+    if settings.train.activation_offload is True:
+        offload.install(model)
     budget = batches.Budget(70, layout)
     return tiny.make_engine(model, tiny.examples(3, 24), tiny.examples(4, 4), settings, budget)
 
@@ -76,12 +81,15 @@ CASES = {
     "lora": (LORA | CHECKPOINTED, "packed"),
     "qlora": (QLORA, "padded"),
     "crowd": (CROWD, "packed"),
+    "selective": (SELECTIVE, "padded"),
+    "offload": (OFFLOADED, "padded"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_compiled_layers_compute_what_layers_compute(tmp_path, name):
+def test_compiled_layers_compute_what_layers_compute(tmp_path, name, monkeypatch):
     """By a backend that runs the operations of PyTorch: to the bit."""
+    monkeypatch.setattr(offload, "MIN_BYTES", 0)
     changes, layout = CASES[name]
     expected = step(make(tmp_path, changes, layout))
     engine = make(tmp_path, changes, layout)
