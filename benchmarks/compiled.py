@@ -66,7 +66,7 @@ def make(case: str, folder: Path) -> Engine:
         shape = json.loads(Path("nano/model/config.json").read_text("utf-8")) | SHAPE
         (folder / "model").mkdir()
         (folder / "model/config.json").write_text(json.dumps(shape), "utf-8")
-        overrides += [f"model.name={folder / 'model'}", "model.init=random", "train.global_batch=8"]
+        overrides += [f"model.name={folder / 'model'}", "train.global_batch=8"]
     config = load_config("configs/nano.yaml", overrides)
     accelerator = processes.start_processes(config.train)
     if is_large:
@@ -75,7 +75,7 @@ def make(case: str, folder: Path) -> Engine:
     else:
         prepared = cache.prepare(config)
     context = Context(accelerator)
-    model = load.build(config, "fp32", accelerator.device)
+    model = load.build(config, "fp32", accelerator.device, weights=not is_large)
     task = FineTune(config, prepared, model, batches.Budget(2048, "padded", 64), context)
     train = config.train.model_copy(update={"compile": True})
     return Engine(task, train, context)
