@@ -217,7 +217,7 @@ class Train(Section):
     """Keep activations in host memory between the forward and the backward pass; copies run beside
     the computation. On a CPU it saves nothing. `auto`: only if no checkpointing makes room."""
     compile: Literal["auto"] | bool = "auto"
-    """Compile the repeated layers (torch.compile) before the first step: 3 to 13 % faster on a CPU,
+    """Compile the repeated layers (torch.compile) before the first step: 4 to 17 % faster on a CPU,
     after about a minute; the result is the same within rounding. `auto`: on a CPU, if the run takes
     hours."""
     optimizer: OptimizerName | ImportPath = "adamw"

@@ -41,7 +41,7 @@ SATURATING_SMALL = {"cpu": 8192, "cuda": 65536}  # the same for a small model
 # the fewest micro-batches are taken.
 MICRO_BATCH_COST = {"cpu": 64, "cuda": None}
 CORE_FLOPS = 6e10  # operations a second of a CPU core in training, measured (docs/LOG.md)
-COMPILED_SECONDS = 3600.0  # a run on a CPU that takes as long gains 1 to 8 minutes by compiling
+COMPILED_SECONDS = 3600.0  # a run on a CPU that takes as long gains minutes by compiling
 SCANNED = 20_000  # examples among which the heaviest micro-batch is searched
 
 
