@@ -107,6 +107,7 @@ def count_ours(folder: Path, mode: str, layout: batches.Layout, checkpointing: b
 
     def record(engine: Any, **_: Any) -> None:
         engine.recorder = mock.MagicMock()  # makes the batch fake; its labels are not used
+        engine.optimizer_step()  # the first step also proves that its head may be cut
         weights = weights_of(engine.task.model)
         with gpu_choices(), Counting(weights, share_of_scores(layout)) as counting:
             engine.optimizer_step()
