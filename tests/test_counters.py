@@ -137,6 +137,7 @@ class OneProcess(Replicated):
 
     def __init__(self, model: nn.Module, max_grad_norm: float):
         self.trained, self.max_grad_norm = dict(model.named_parameters()), max_grad_norm
+        self.in_backward = self.updates = None
 
 
 def check_clipping(scale: float, most: float) -> float:
