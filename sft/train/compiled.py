@@ -33,7 +33,7 @@ def compiled(engine: Engine, required: bool, backend: Any = "inductor") -> Itera
     Yields the values to record of it. If compiling fails, layers run eagerly, or if it is
     `required` (not `auto`), raises ConfigError.
     """
-    if not engine.train.compile:
+    if engine.train.compile is not True:  # `auto` that no plan has decided is off, too
         yield {}
         return
     import torch._dynamo  # takes seconds
