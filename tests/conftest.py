@@ -31,7 +31,9 @@ SHARED = Path(os.environ.get("SFT_SHARED", ROOT.parent / "shared"))
 
 
 LONG = (  # by seconds of processor time and of waiting
-    *("test_run.py", "test_parallel.py", "test_watchdog.py", "test_verify.py", "test_cache.py"),
+    *("test_run.py", "test_parallel.py", "test_optimizers.py", "test_compiled.py", "test_head.py"),
+    *("test_gpu_script.py", "test_losses.py", "test_updates.py", "test_checkpointing.py"),
+    *("test_watchdog.py", "test_verify.py", "test_cache.py"),
     *("test_launcher.py", "test_output.py", "test_memory.py", "test_branches.py", "test_api.py"),
     *("test_experts.py", "test_crowd.py", "test_distill.py", "test_disk.py", "test_numbers.py"),
     *("test_launch_tools.py", "test_processes.py", "test_turns.py", "test_plan.py"),
