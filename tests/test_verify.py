@@ -255,7 +255,13 @@ engine.Engine._seed = seed
         {"losses", "weights", "optimizer"},
     ),
     "the optimizer starts afresh": (
-        "torch.optim.Optimizer.load_state_dict = lambda *_: None",
+        """
+sound = engine.Engine.read
+def read(self, folder):
+    self.parallel.load_optimizer = lambda *_: None
+    return sound(self, folder)
+engine.Engine.read = read
+""",
         {"losses", "weights", "optimizer"},
     ),
     "the epoch starts afresh": (
