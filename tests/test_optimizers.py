@@ -19,11 +19,14 @@ import tiny
 import torch
 from conftest import ROOT
 from engine_worker import STEPS, rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from sft.config.load import load_config
 from sft.config.optimizers import LIKE_ADAM, OPTIMIZERS
+from sft.config.schema import Train
 from sft.data.batches import Budget
 from sft.errors import ConfigError, UserError
 from sft.tasks.sft.task import FineTune
@@ -323,3 +326,17 @@ def test_the_table_says_what_is_refused_and_why(tmp_path, name, engine):
         return
     with pytest.raises(ConfigError, match=REASONS[text.removeprefix("refused: ")]):
         refuse_unusable(train)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    rate=st.floats(1e-7, 1.0),
+    decay=st.floats(0, 1),
+    betas=st.tuples(st.floats(0, 0.95), st.floats(0.5, 0.999)),
+)
+def test_no_setting_of_adamw_keeps_it_from_an_engine(rate, decay, betas):
+    """A weight decay of matrices once looked like an update from other weights of the matrix."""
+    own = {"learning_rate": rate, "weight_decay": decay}
+    own |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}
+    for engine in ("ddp", "fsdp", "deepspeed"):
+        refuse_unusable(Train(output_dir="runs/a", engine=engine, **own))

@@ -33,7 +33,7 @@ from sft.train.parallel.ddp import Replicated
 from sft.train.parallel.state import settings_of
 
 WIDTH = 64  # of a square matrix with 4,096 elements, from which bitsandbytes keeps 8-bit state
-STEPS = 3
+STEPS, RATE = 3, 1e-2
 OWN = {"aten", "prim", "prims", "profiler"}  # namespaces of PyTorch's operations
 SPLITTING = {"fsdp": "FSDP2", "deepspeed": "ZeRO"}
 
@@ -117,6 +117,7 @@ def _settings_of_trial(train: Train) -> str:
     """Returns the settings of a trial, as JSON."""
     changed: dict[str, Any] = {"groups": None, "loraplus_lr_ratio": None, "precision": "fp32"}
     changed |= {"engine": "ddp", "optimizer_in_backward": False}
+    changed |= {"learning_rate": RATE, "weight_decay": 0.0}  # only matrices decay, but no slices
     return train.model_copy(update=changed).model_dump_json()
 
 
