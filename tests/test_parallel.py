@@ -370,6 +370,15 @@ def test_empty_slices_hide_no_others(tmp_path):
             assert len(saved.read("p", 0, number).state["sq"]) == expected
 
 
+def test_the_same_state_is_the_same_file(tmp_path):
+    """safetensors once wrote two entries of a header in a random order."""
+    shards = [OptimizerShard(f"p{i}", 0, {"sq": torch.ones(3)}, plain={"k": i}) for i in range(3)]
+    for copy in range(12):
+        (tmp_path / str(copy)).mkdir()
+        checkpoint.save_optimizer(shards, tmp_path / str(copy), 0, 1)
+    assert len({path.read_bytes() for path in tmp_path.rglob("*.safetensors")}) == 1
+
+
 def test_a_missing_slice_is_an_error(tmp_path):
     checkpoint.save_optimizer([OptimizerShard("p", 4, {"sq": torch.ones(4)})], tmp_path, 1, 2)
     with checkpoint.OptimizerState(tmp_path) as saved:

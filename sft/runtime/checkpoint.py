@@ -357,7 +357,8 @@ def save_optimizer(shards: Iterable[OptimizerShard], folder: Path, rank: int, wo
                 starts[f"{key}:{shard.name}"] = start
     if values:
         name = f"optimizer-{rank + 1:05}-of-{world:05}.safetensors"
-        header = {"starts": json.dumps(starts), "values": json.dumps(values)}
+        # One entry: safetensors writes several in a random order, so files would differ.
+        header = {"state": json.dumps({"starts": starts, "values": values})}
         save_file(tensors, folder / name, metadata=header)
 
 
@@ -373,10 +374,14 @@ class OptimizerState(ExitStack):
         for path in sorted(folder.glob("optimizer-*.safetensors")):
             file = self.enter_context(open_tensors(path))
             header = file.metadata()
-            for name, values in json.loads(header.get("values", "{}")).items():
+            if "state" in header:
+                found = json.loads(header["state"])
+            else:  # of an older run
+                found = {"starts": json.loads(header["starts"]), "values": {}}
+            for name, values in found["values"].items():
                 self.found.setdefault(name, {})
                 self.values.setdefault(name, values)
-            for tensor, start in json.loads(header["starts"]).items():
+            for tensor, start in found["starts"].items():
                 key, name = tensor.split(":", 1)
                 self.found.setdefault(name, {}).setdefault(key, []).append((start, file))
 
