@@ -28,7 +28,13 @@ from sft.errors import ConfigError, UserError
 from sft.models.layers import weights_to_save
 from sft.runtime import disk
 from sft.runtime.checkpoint import SavedState
-from sft.train.optimizer import averages, build_optimizer, gathers_matrices, outside_of_layers
+from sft.train.optimizer import (
+    averages,
+    build_optimizer,
+    class_arguments,
+    gathers_matrices,
+    outside_of_layers,
+)
 from sft.train.parallel.ddp import Replicated
 from sft.train.parallel.state import settings_of
 
@@ -62,6 +68,7 @@ class Traits:
 
 def refuse_unusable(train: Train) -> None:
     """Raises ConfigError if the run's optimizer does not work with its engine and schedule."""
+    class_arguments(train)  # raises what the trial's own settings would hide
     found = try_optimizer(_settings_of_trial(train))
     name, problem, one_at_a_time = train.optimizer, "", ""
     if train.is_bf16_pure or train.optimizer_in_backward:
