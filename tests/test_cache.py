@@ -626,7 +626,7 @@ def test_only_what_was_used_last_is_kept(material, monkeypatch):
 
 def fork(material: Path, code: str, *given: str, log: Path) -> forked.ForkServerProcess:
     """Starts a process that runs this program on a configuration with these overrides."""
-    script = material / "script.py"
+    script = log.with_suffix(".py")  # its own: writing would empty one that another process reads
     script.write_text(code)
     overrides = [f"model.name={ROOT}/nano/model", *given, f"data.cache_dir={material}/cache"]
     return forked.start(1, [str(script), str(ROOT / "configs/nano.yaml"), *overrides], log)

@@ -90,8 +90,9 @@ def make_staging(final: Path) -> Path:
 def _with_parent(path: Path, action: Callable[[], object]) -> None:
     """Makes the folder of `path`, which another process may remove again, and does `action`."""
     for _ in range(100):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
+        # It may be gone before mkdir has seen that it is a folder, or before the action.
+        with suppress(FileNotFoundError, FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
             action()
             return
     action()

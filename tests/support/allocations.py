@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from sft.plan import dry_run
@@ -22,6 +24,7 @@ def true_peak(work, *arguments) -> tuple[int, object]:
     """(bytes that the CPU allocator gave out at most during `work`, beyond what was there before;
     its result), from the allocator's own events, which the profiler records."""
     activities = [torch.profiler.ProfilerActivity.CPU]
+    gc.collect()  # what earlier work left in cycles would be freed within, and count below zero
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = work(*arguments)
     nodes = list(profile.profiler.kineto_results.experimental_event_tree())
