@@ -19,41 +19,46 @@ from torch import nn
 from sft.errors import ModelError
 from sft.models.layers import embedding_layers
 
-MASK = 2**32 - 1
-# A mixer of 32 bits (hash-prospector). Its factors are below 2^31, so no int64 overflows.
-FACTORS, SHIFTS = (0x2C1B3C6D, 0x297A2D39), (15, 12, 15)
+FACTORS = 0x7FEB352D, 0x846CA68B - 2**32  # of the hash "lowbias32" (C. Wellons, 2018)
 GOLDEN = 0x1E3779B9  # odd: products with it are distinct for all features
 BLOCK = 2**22  # elements that are hashed at once
 
 
-def mix(numbers: torch.Tensor) -> torch.Tensor:
-    """Hashes int64 numbers below 2^32 in place: each bit of the result depends on all bits."""
-    for shift, factor in zip(SHIFTS, FACTORS, strict=False):
-        numbers.bitwise_xor_(numbers >> shift)
-        numbers.mul_(factor).bitwise_and_(MASK)
-    return numbers.bitwise_xor_(numbers >> SHIFTS[-1])
+def mix(bits: torch.Tensor) -> torch.Tensor:
+    """Hashes int32 numbers in place: each bit of the result depends on all bits."""
+    for shift, factor in ((16, FACTORS[0]), (15, FACTORS[1]), (16, 1)):
+        bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << 32 - shift) - 1))
+        bits.mul_(factor)
+    return bits
 
 
 def token_keys(
     seed: int, step: int, examples: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns two hashes (tokens,) of each token, which together name it."""
+    """Returns two hashes (tokens,) of each token, as int32, which together name it."""
     keys = []
     for word in (1, 2):
-        key = torch.full_like(examples, word)
+        key = torch.full_like(examples, word, dtype=torch.int32)
         for number in (seed, step, examples, positions):
-            key = mix(key.bitwise_xor_(number).bitwise_and_(MASK).add_(word).bitwise_and_(MASK))
+            key = mix(key.bitwise_xor_(_to_int32(number)).add_(word))
         keys.append(key)
     return keys[0], keys[1]
+
+
+def _to_int32(number: int | torch.Tensor) -> int | torch.Tensor:
+    """Returns the lower 32 bits, with their sign."""
+    if isinstance(number, torch.Tensor):
+        return number.to(torch.int32)
+    return (number + 2**31) % 2**32 - 2**31
 
 
 def uniform(keys: tuple[torch.Tensor, torch.Tensor], number: int) -> torch.Tensor:
     """Returns (tokens, number) in fp32, uniform in [-1, 1), of the tokens with these keys."""
     first, second = keys
-    features = torch.arange(number, device=first.device) * GOLDEN
-    numbers = (first[:, None] + features).bitwise_and_(MASK)
+    features = torch.arange(number, dtype=torch.int32, device=first.device) * GOLDEN
+    numbers = first[:, None] + features
     mix(mix(numbers).bitwise_xor_(second[:, None]))
-    return (numbers >> 8).float().mul_(2.0**-23).sub_(1)
+    return (numbers >> 8).float().mul_(2.0**-23)
 
 
 class EmbeddingNoise:

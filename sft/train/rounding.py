@@ -12,8 +12,9 @@ import hashlib
 
 import torch
 
+from sft.models.noise import FACTORS, mix
+
 CHUNK = 2**22  # elements that are rounded at once: bounds the memory of their random bits
-FACTORS = 0x7FEB352D, 0x846CA68B - 2**32  # of the hash "lowbias32" (C. Wellons, 2018)
 
 
 def noise_keys(*parts: object) -> tuple[int, int]:
@@ -46,8 +47,5 @@ def random_bits(
     bits = torch.arange(start, start + number, device=device)  # int64: tensors may be larger
     bits = (bits ^ (bits >> 32) * FACTORS[0]).to(torch.int32)
     for key in keys:
-        bits.bitwise_xor_(key)
-        for shift, factor in ((16, FACTORS[0]), (15, FACTORS[1]), (16, 1)):
-            bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << 32 - shift) - 1))
-            bits.mul_(factor)
+        mix(bits.bitwise_xor_(key))
     return bits
