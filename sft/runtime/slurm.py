@@ -76,11 +76,20 @@ def requeue(train: Train, code: int) -> int:
     if last.get("job") == job and step <= last["step"]:
         return _refuse(f"no progress, the newest checkpoint is of step {step} again")
     write_json(folder / "requeue.json", {"job": job, "step": step})
-    done = subprocess.run(["scontrol", "requeue", job], check=False)
-    if done.returncode:
-        return _refuse(f"`scontrol requeue {job}` failed with exit code {done.returncode}")
-    show(f"preempted after step {step}: requeued job {job} ({times + 1} of at most {most})")
+    name = _job_name()
+    command = ["scontrol", "requeue", name]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode and "pending" not in done.stderr:  # else SLURM has requeued it itself
+        return _refuse(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
+    show(f"preempted after step {step}: requeued job {name} ({times + 1} of at most {most})")
     return code
+
+
+def _job_name() -> str:
+    """Returns the name of this job; the number of one task of an array may be that of all tasks."""
+    own = os.environ
+    task = f"{own.get('SLURM_ARRAY_JOB_ID')}_{own.get('SLURM_ARRAY_TASK_ID')}"
+    return task if "SLURM_ARRAY_TASK_ID" in own else own["SLURM_JOB_ID"]
 
 
 def _refuse(reason: str) -> int:
