@@ -8,9 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sft.data.examples
 from sft.data.examples import Batch, ExampleArrays, Examples, append_array, collate, map_array
 from sft.data.files import Row
 from sft.data.template import IGNORED, Example
+from sft.runtime import hardware
 
 CPU = torch.device("cpu")
 PAD = 0
@@ -121,9 +123,33 @@ def test_a_micro_batch_of_nothing_is_a_token_that_nothing_is_learnt_from(layout)
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("chosen", [[0, 1], []])
-def test_a_micro_batch_lies_on_its_device(layout, chosen):
+def test_a_micro_batch_lies_on_its_device(layout, chosen, monkeypatch):
+    sent = []
+
+    def send(tensor, device):
+        sent.append(hardware.to_device(tensor, device))
+        return sent[-1]
+
+    monkeypatch.setattr(sft.data.examples, "to_device", send)
     made = packed([Example([5, 6], [5, 6], [1.0, 0.5]), Example([7], [7])])
     batch = collate(Examples(made), chosen, PAD, layout, torch.device("meta"))
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 3 + (layout == "packed" and bool(chosen)) + bool(chosen)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert all(any(each is one for one in sent) for each in tensors if each.numel())
+
+
+def test_a_copy_to_a_gpu_comes_from_pinned_memory_and_is_not_waited_for():
+    calls = []
+
+    class Host:
+        def pin_memory(self):
+            calls.append("pinned")
+            return self
+
+        def to(self, device, **given):
+            calls.append((device.type, given))
+
+    hardware.to_device(Host(), torch.device("cuda", 1))
+    assert calls == ["pinned", ("cuda", {"non_blocking": True})]
+    assert torch.equal(hardware.to_device(torch.arange(3), CPU), torch.arange(3))

@@ -16,6 +16,8 @@ import torch
 from test_numbers import steps, weights
 
 from sft.data import batches, template
+from sft.data.examples import ExampleArrays, Examples, collate
+from sft.data.files import Row
 from sft.models import attention
 from sft.tasks.sft.task import FineTune
 
@@ -111,6 +113,22 @@ def test_packed_documents_do_not_see_each_other_on_a_gpu(dtype, most):
         ).logits
         alone = torch.cat([model(input_ids=d[None].to(DEVICE)).logits[0] for d in documents])
     assert float((packed[0] - alone).norm() / alone.norm()) < most
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_collation_does_not_wait_for_a_gpu(layout):
+    ids = list(range(2, 40))
+    rows = [template.Example(ids, ids, [0.5] * len(ids))] * 3
+    made = Examples(ExampleArrays.pack((i, Row([], None, "f", i), r) for i, r in enumerate(rows)))
+    if ON_GPU:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = collate(made, [0, 1, 2], 0, layout, torch.device(DEVICE))
+        attention.remember_starts(batch.position_ids, batch.lengths)
+    finally:
+        if ON_GPU:
+            torch.cuda.set_sync_debug_mode("default")
+    assert batch.input_ids.flatten().tolist() == ids * 3
 
 
 @pytest.mark.skipif(not ON_GPU, reason=NEEDED)

@@ -23,6 +23,7 @@ from numpy.typing import DTypeLike
 from sft.data.batches import Layout
 from sft.data.files import Row
 from sft.data.template import IGNORED, Example
+from sft.runtime.hardware import to_device
 
 ENCODER = json.JSONEncoder(ensure_ascii=False)  # `json.dumps` makes one each time
 INDEX = np.dtype(
@@ -204,7 +205,7 @@ class Batch:
             return torch.arange(self.input_ids.numel(), device=device)
         width = self.input_ids.shape[1]
         starts = (row * width + torch.arange(n) for row, n in enumerate(self.lengths))
-        return torch.cat([torch.zeros(0, dtype=torch.long), *starts]).to(device)
+        return to_device(torch.cat([torch.zeros(0, dtype=torch.long), *starts]), device)
 
 
 def collate(
@@ -224,7 +225,7 @@ def collate(
     """
     if not chosen:
         none = torch.zeros(0, dtype=torch.long, device=device)
-        return Batch(torch.tensor([[pad]], device=device), None, none, none)
+        return Batch(to_device(torch.tensor([[pad]]), device), None, none, none)
     parts = [examples.tokens(i) for i in chosen]
     lengths = np.array([len(ids) for ids, _, _ in parts])
     ids = np.concatenate([ids for ids, _, _ in parts]).astype(np.int64)
@@ -234,7 +235,7 @@ def collate(
     places = np.arange(len(ids))  # place in the batch
     position_ids = None
     if layout == "packed":
-        input_ids, position_ids = ids[None], torch.from_numpy(within[None]).to(device)
+        input_ids, position_ids = ids[None], to_device(torch.from_numpy(within[None]), device)
     else:
         width = int(lengths.max())
         input_ids = np.full((len(parts), width), pad)
@@ -251,12 +252,12 @@ def collate(
                 each / np.repeat(np.where(sums, sums, 1), lengths),
                 float(np.count_nonzero(sums)),
             )
-        weights = torch.from_numpy(each[supervised]).to(device)
+        weights = to_device(torch.from_numpy(each[supervised]), device)
     return Batch(
-        torch.from_numpy(input_ids).to(device),
+        to_device(torch.from_numpy(input_ids), device),
         position_ids,
-        torch.from_numpy(places[supervised] - 1).to(device),
-        torch.from_numpy(labels[supervised].astype(np.int64)).to(device),
+        to_device(torch.from_numpy(places[supervised] - 1), device),
+        to_device(torch.from_numpy(labels[supervised].astype(np.int64)), device),
         weights,
         list(chosen),
         np.add.reduceat(supervised, starts, dtype=np.int64).tolist(),

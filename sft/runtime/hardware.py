@@ -1,4 +1,4 @@
-"""Detects what this machine has: devices, memory, bf16, interconnect, cores, disk.
+"""Detects what this machine has: devices, memory, bf16, interconnect, cores, disk. Copies to a GPU.
 
 - Cores and memory are what *this process* may use: CPU affinity and cgroup limits (containers,
   SLURM) count, not what the mainboard has.
@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from rich.table import Table
@@ -24,6 +25,9 @@ from rich.table import Table
 from sft.config.schema import Train
 from sft.runtime.console import facts
 from sft.runtime.output import show
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 1024**3
 CPU_PROCESSES = 2  # without a GPU: enough to exchange gradients, cheap enough for a laptop
@@ -111,6 +115,16 @@ def resolve_precision(train: Train, devices: list[Device] | None = None) -> tupl
     if own or (devices and all(device.bf16 for device in devices)):
         return "bf16", "the GPU computes in bf16"
     return "fp16", "the GPU has no bf16"
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a tensor of the host on a device; the host does not wait until a GPU has it.
+
+    A copy from memory that is not pinned would wait for all work that the GPU has to do before.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def machine_table(hw: Hardware) -> Table:

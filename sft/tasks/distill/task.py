@@ -23,6 +23,7 @@ from sft.models.dtypes import store_trained
 from sft.runtime import hardware, plain
 from sft.runtime.console import duration
 from sft.runtime.disk import refuse_if_unwritable
+from sft.runtime.hardware import to_device
 from sft.tasks.base import ExampleSize, Finding, Labels, Results, Shrunk, Task, TaskInfo, Workload
 from sft.tasks.distill import darkroom, histories, report, rollout
 from sft.tasks.distill.config import EPISODE, Distill, DistillConfig
@@ -266,7 +267,7 @@ class Distillation(Task):
 
     def _collate(self, windows: Windows, ids: Sequence[int]) -> Batch:
         device = self.accelerator.device
-        window = Histories(*(each.to(device) for each in windows.gather(ids)))
+        window = Histories(*(to_device(each, device) for each in windows.gather(ids)))
         tokens = window_tokens(window)
         tokens = with_marks(tokens) if self.settings.compress else tokens
         return Batch(tokens, window.actions.long())
