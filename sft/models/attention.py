@@ -12,7 +12,7 @@ Models whose mask ignores position ids are given the borders of documents in ano
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import accumulate
 from typing import Any
 
@@ -30,6 +30,7 @@ from transformers.masking_utils import create_masks_for_generate, sdpa_mask
 from sft.errors import ModelError
 from sft.models.dtypes import DTYPES
 from sft.models.fake import set_attributes
+from sft.runtime.hardware import to_device
 
 NAME = "varlen"
 
@@ -150,17 +151,22 @@ def remember_starts(positions: torch.Tensor | None, lengths: Sequence[int]) -> N
     """
     if positions is not None:
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        _starts[positions] = 1, starts.to(positions.device), max(lengths)
+        _starts[positions] = 1, to_device(starts, positions.device), max(lengths)
 
 
-def known_documents(positions: torch.Tensor | None) -> AbstractContextManager[None]:
-    """Returns a context for a forward pass in which, without `positions`, a row is one document.
+def known_documents(lengths: Sequence[int]) -> AbstractContextManager[None]:
+    """Returns a context for a forward pass of a row of documents of these lengths.
 
-    transformers would look for several in each pass, and the host would wait for the device.
+    `lengths` of no or one document: each row is one. transformers would look in each pass whether
+    there are several, and the host would wait for the device.
     """
-    if positions is not None:
-        return nullcontext()
-    return set_attributes(masking_utils, find_packed_sequence_indices=lambda _: None)
+    number = number_documents if len(lengths) > 1 else lambda _: None
+    return set_attributes(masking_utils, find_packed_sequence_indices=number)
+
+
+def number_documents(positions: torch.Tensor) -> torch.Tensor:
+    """Returns the number of each token's document, (rows, time), which begins where it restarts."""
+    return (positions == 0).cumsum(-1)
 
 
 LENGTHS = (7, 7, 7)  # tokens before, in and after the document that a proof compares
@@ -283,7 +289,7 @@ class _Proof:
         was_training = self.model.training
         self.model.eval()
         try:
-            with self.autocast:
+            with self.autocast, known_documents(LENGTHS if len(parts) > 1 and self.packed else ()):
                 found = self.model(
                     input_ids=torch.cat(parts)[None],
                     position_ids=torch.cat(positions)[None],

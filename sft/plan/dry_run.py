@@ -26,8 +26,7 @@ from sft.config.schema import RunConfig
 from sft.data import batches
 from sft.data.batches import MicroBatch
 from sft.evaluate import generate
-from sft.models import dtypes, offload
-from sft.models.attention import needs_no_mask
+from sft.models import attention, dtypes, offload
 from sft.models.fake import fake_tensors, set_attributes
 from sft.models.layers import embedding_layers, weights_to_save
 from sft.plan.trace import Recorder, Trace
@@ -74,14 +73,15 @@ def trace_step(
     """
     task_class = task_of(config)
     info = task_class.info(config)
-    needs_mask = not needs_no_mask(info.attention, precision, on_gpu)
+    needs_mask = not attention.needs_no_mask(info.attention, precision, on_gpu)
     if not needs_mask:  # such kernels need a GPU; SDPA, if a model has it, keeps the same tensors
         config = with_values(config, {"model.attn_implementation": "auto"})
     if depth is not None:
         config = task_class.with_depth(config, depth)
     masked = needs_mask and window.layout == "packed" and max(map(len, window.micro_batches)) > 1
     imitated = _imitate_gpu(info.sizes, precision) if on_gpu else nullcontext()
-    with fake_tensors(info.mode, masked), imitated:
+    numbered = {} if masked else {"number_documents": lambda _: None}
+    with fake_tensors(info.mode, masked), imitated, set_attributes(attention, **numbered):
         engine = make_engine(config, precision, window, weights=False, depth=depth)
         return record_step(engine, gradients=window.gradients or evaluation, evaluation=evaluation)
 

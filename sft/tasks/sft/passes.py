@@ -135,7 +135,8 @@ class Passes(SavedTuning):
         if trains and self.noise:
             places = batch.token_positions()
             noise = self.noise.on(batch.input_ids.shape, places, batch.examples, batch.lengths)
-        with noise, attention.known_documents(batch.position_ids):
+        documents = () if batch.position_ids is None else batch.lengths
+        with noise, attention.known_documents(documents):
             return model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
