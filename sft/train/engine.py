@@ -131,10 +131,10 @@ class Engine:
     def _compute_gradient(self) -> tuple[AccumulatedStep, float]:
         """Computes and clips the gradient of the step's global batch.
 
-        Returns the batch's sums, and the gradient's norm before clipping: finite on all ranks or on
-        none, and NaN if the loss is not finite. If memory runs out, repeats the global batch in
-        smaller micro-batches, as far as `recovery` allows it. If gradients overflow in fp16,
-        repeats it with a smaller loss scale.
+        Returns the batch's sums, and the gradient's norm before clipping: the same on all ranks,
+        and NaN if the loss is not finite. If memory runs out, repeats the global batch in smaller
+        micro-batches, as far as `recovery` allows it. If gradients overflow in fp16, repeats it
+        with a smaller loss scale.
         """
         scale = self.loss_scale and replace(self.loss_scale)  # its value before this step
         while True:
@@ -145,11 +145,11 @@ class Engine:
             if not math.isfinite(done.totals["loss"]):
                 return done, math.nan
             norm = self._call_once(done.ids, self.clip)
-            if not self._on_any_rank(not math.isfinite(norm)):
+            if math.isfinite(norm):
                 break
             if self.loss_scale is None or not self.loss_scale.halve():
                 self.loss_scale = scale  # a smaller scale does not help, so it was not the cause
-                return done, norm if not math.isfinite(norm) else math.inf
+                return done, norm
             self.parallel.zero_grad()
         if self.loss_scale and scale and self.loss_scale.value != scale.value:
             self.log.say(

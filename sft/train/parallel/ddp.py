@@ -152,7 +152,10 @@ class Replicated:
                 torch.distributed.all_reduce(parameter.grad)
 
     def clip(self) -> float:
-        """Scales the gradient down to `train.max_grad_norm`, and returns its norm before that."""
+        """Scales the gradient down to `train.max_grad_norm`, and returns its norm before that.
+
+        The norm is that of the gradient that ranks have summed, so all of them return the same.
+        """
         if self.in_backward:
             return self.in_backward.finish()
         for parameter in self.trained.values():
