@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from sft.config.schema import Config, Model
 from sft.errors import ModelError
-from sft.models import attention, checkpointing, classes, experts, fp8, offload, vocabulary
+from sft.models import attention, casts, checkpointing, classes, experts, fp8, offload, vocabulary
 from sft.models.adapt import add_adapters, refuse_unused
 from sft.models.dtypes import DTYPES, check_dtypes, store_trained
 from sft.models.groups import freeze_groups
@@ -104,6 +104,8 @@ def build(
     check_dtypes(store_trained(base, config.train), mode, precision, stored)
     if config.train.fp8 and weights:  # a plan counts products in bf16, which keep the same tensors
         fp8.compute_in_fp8(base, device)
+    if mode == "full":  # a frozen base gives activations in the compute dtype
+        casts.share(base)
     return base
 
 
