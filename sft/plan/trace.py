@@ -138,6 +138,10 @@ class Recorder(FastMode):
         label = self.namespace_labels.get(func.namespace, self.label)
         if func is aten._to_copy.default and self._label_of(args[0]) in KEPT:
             label = WEIGHT_COPIES
+        elif func is aten._foreach_copy_.default:
+            for copy, given in zip(*args[:2], strict=True):
+                if self._label_of(given) in KEPT:
+                    self._block_of(copy, label).label = WEIGHT_COPIES
         elif is_product(func):
             label = self.label
             self.trace.flops[self._pass()] += count_flops(func, args, kwargs, result)

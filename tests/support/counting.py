@@ -40,6 +40,7 @@ ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_s
 NO_LAUNCH = ALLOCATIONS | {"_unsafe_view", "lift_fresh", "detach", "set_", "record_stream"}
 NO_LAUNCH |= {"_local_scalar_dense", "is_same_size", "resize_", "_has_compatible_shallow_copy_type"}
 WRITES_ONLY = {"copy_", "zero_", "fill_", "normal_", "uniform_", "bernoulli_", "random_"}
+WRITES_ONLY |= {"_foreach_copy_"}
 NEEDS_VALUES = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"}
 NEEDS_VALUES |= {"_unique2", "unique_dim", "unique_consecutive"}
 TO_HOST = {"cpu", "numpy", "tolist", "item", "__bool__", "__float__", "__int__", "__index__"}
@@ -161,6 +162,8 @@ class Counting(FastMode):
 
     def _work(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
         packet = func._overloadpacket
+        if name == "addmm" and args[0].ndim == 2 and kwargs.get("beta", 1):
+            self.record_kernel("copy_", 2 * num_bytes(args[0]))  # to which the product is added
         if "scaled_dot_product" in name:
             whole = _attention_flops(func, name, args, kwargs)
             self.counts.flops += round(whole * self.attention_share)
@@ -170,10 +173,15 @@ class Counting(FastMode):
             self.counts.flops += 2 * args[0].numel() * args[2][0]
         else:
             self.counts.moved += _bytes_moved(func, name, args, kwargs, result)
-            if name == "_to_copy" and storage_of(args[0]) in self.weights:
-                address = storage_of(result)
-                forget = lambda _: self.copies.pop(address, None)  # noqa: E731
-                self.copies[address] = weakref.ref(result.untyped_storage(), forget)
+            pairs = [(result, args[0])] if name == "_to_copy" else []
+            for copy, given in zip(*args[:2], strict=True) if name == "_foreach_copy_" else pairs:
+                if storage_of(given) in self.weights:
+                    self._remember_copy(copy)
+
+    def _remember_copy(self, copy: torch.Tensor) -> None:
+        address = storage_of(copy)
+        forget = lambda _: self.copies.pop(address, None)  # noqa: E731
+        self.copies[address] = weakref.ref(copy.untyped_storage(), forget)
 
     # -- what autograd saves
 
