@@ -72,6 +72,17 @@ def test_what_ranks_exchange_is_what_their_engine_needs(tmp_path):
         assert row["exchanged"] == pytest.approx(row["trained_bytes"], rel=0.01)
 
 
+def test_no_step_of_8b_launches_moves_or_waits_more_than_that_of_trl():
+    kept = json.loads((ROOT / "benchmarks/results/counters.json").read_text("utf-8"))
+    ours, theirs = (
+        {row["case"]: row for row in kept[name]["shapes"]} for name in ("after", "TRL 1.16.0")
+    )
+    assert len(ours) == 12
+    for case, row in ours.items():
+        for key in ("launches", "moved", "syncs"):
+            assert row[key] < theirs[case][key], (case, key)
+
+
 # --- the counters themselves ---------------------------------------------------------------------
 
 
