@@ -57,6 +57,10 @@ ZERO2 = {"train.engine": "deepspeed", "train.deepspeed_config": "configs/deepspe
 FSDP = {"train.engine": "fsdp"}
 LORA = {"tuning.mode": "lora", "tuning.lora_dropout": 0.1}
 FULL = {"tuning.mode": "full", "train.learning_rate": 1e-3}
+BF16 = FULL | {"train.precision": "bf16_pure"}
+IN_BACKWARD = {"train.optimizer_in_backward": True, "train.max_grad_norm": 0.0}
+AVERAGES = FULL | {"train.optimizer": "schedule_free", "train.schedule": "constant"}
+MUON, EIGHT_BITS = ({"train.optimizer": name} for name in ("muon", "torchao_adamw_8bit"))
 CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "LoRA, one process": (1, LORA),
     "full, one process": (1, FULL),
@@ -69,6 +73,16 @@ CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "LoRA, FSDP2 x 2": (2, LORA | FSDP),
     "full, FSDP2 x 2": (2, FULL | FSDP),
     "QLoRA, FSDP2 x 2": (2, LORA | FSDP | {"tuning.mode": "qlora"}),
+    "LoRA compiled, one process": (1, LORA | {"train.compile": True}),
+    "full in bf16, DDP x 2": (2, BF16),
+    "full in bf16 updated in the backward pass, FSDP2 x 2": (2, BF16 | IN_BACKWARD | FSDP),
+    "full in fp16, DDP x 2": (2, FULL | {"train.precision": "fp16"}),
+    "full with averaged weights, DDP x 2": (2, AVERAGES),
+    "full with averaged weights, FSDP2 x 2": (2, AVERAGES | FSDP),
+    "full with Muon, DDP x 2": (2, FULL | MUON),
+    "LoRA with Muon, FSDP2 x 2": (2, LORA | MUON | FSDP),
+    "full with 8-bit moments, FSDP2 x 2": (2, FULL | EIGHT_BITS | FSDP),
+    "full in bf16 with 8-bit moments, one process": (1, BF16 | EIGHT_BITS | IN_BACKWARD),
 }
 
 
