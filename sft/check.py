@@ -30,7 +30,7 @@ from sft.runtime.processes import Context
 from sft.tasks.base import Finding, Task
 from sft.tasks.registry import load_run, task_of
 from sft.train import engine
-from sft.train.compiled import compiled
+from sft.train.compiled import compiled, refuse_missing_compiler
 
 TRIAL_EXAMPLES = 8  # global batch of the trial step
 
@@ -60,6 +60,7 @@ def _findings(config_file: str, overrides: list[str]) -> Iterator[Finding]:
     yield writable(Path(config.train.output_dir))
     try:
         task_of(config).refuse_untrainable(config)
+        refuse_missing_compiler(config.train)
         yield from task_of(config).check_data(config)
         yield disk(config)
         yield from cover(config)

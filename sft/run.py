@@ -45,7 +45,7 @@ from sft.serve import runs
 from sft.tasks.base import Results, Task
 from sft.tasks.registry import task_of
 from sft.train.checkpoints import identity, read_state
-from sft.train.compiled import compiled
+from sft.train.compiled import compiled, refuse_missing_compiler
 from sft.train.engine import Engine
 from sft.train.profile import memory_bytes
 
@@ -57,6 +57,7 @@ def train(config: RunConfig) -> dict[str, float]:
         raise UserError("train.wandb: wandb is not installed; pip install wandb, or set it false")
     task = task_of(config)
     task.refuse_untrainable(config)
+    refuse_missing_compiler(config.train)
     with Guard(Path(config.train.output_dir), config.train.stall_timeout) as guard:
         to_resume = _open_folder(config.train, guard, _inputs(config)) if guard.is_first else None
         prepared = task.prepare(config, guard.tick)  # first: a process group could time out

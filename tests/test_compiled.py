@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import test_distill
 import tiny
 import torch
 from safetensors.torch import load_file
+from torch._inductor import codecache
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from sft.config.load import with_values
 from sft.data import batches
@@ -21,7 +24,8 @@ from sft.errors import ConfigError
 from sft.models import checkpointing, offload
 from sft.models.layers import repeated_layers
 from sft.models.quantise import quantise
-from sft.train.compiled import compiled
+from sft.runtime import hardware
+from sft.train.compiled import compiled, refuse_missing_compiler
 from sft.train.engine import Engine
 
 pytestmark = pytest.mark.slow
@@ -182,6 +186,47 @@ def test_true_ends_where_layers_cannot_be_compiled(tmp_path):
         with compiled(engine, required=True, backend=fails):
             pass
     assert not any("forward" in vars(layer) for layer in repeated_layers(engine.task.model))
+
+
+@pytest.mark.parametrize("problem", [OSError("file too short"), PermissionError("read-only")])
+def test_a_cache_that_cannot_be_used_is_left_alone(tmp_path, problem, monkeypatch):
+    """A compiler that was killed leaves half a file there, which nothing would replace."""
+    engine, backend, used = make(tmp_path, FULL), Counted(), []
+
+    def fails_in_the_shared_cache(*given: Any) -> Any:
+        used.append((cache_dir(), codecache._HEADER_DIR))
+        if len(used) == 1:
+            raise problem
+        return backend(*given)
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "shared"))
+    with compiled(engine, required=True, backend=fails_in_the_shared_cache) as values:
+        step(engine)
+    assert values["compiled_graphs"] == backend.graphs == 1
+    assert used[0] == (str(tmp_path / "shared"), codecache._HEADER_DIR)
+    own = Path(used[1][0]).parent
+    assert own.name.startswith("sft-compile-")
+    assert used[1][1] == str(own / "headers")
+    assert not own.exists()
+    assert cache_dir() == str(tmp_path / "shared")
+
+
+def test_a_missing_compiler_is_reported_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    asked = tiny.config(tmp_path, compile=True).train
+    with pytest.raises(ConfigError, match=r"train.compile: true, but there is no C\+\+ compiler"):
+        refuse_missing_compiler(asked)
+    refuse_missing_compiler(tiny.config(tmp_path, optimizer="torchao_adamw_4bit").train)  # on a CPU
+    gpu = hardware.Device(0, "a GPU", 1, 1, True, (9, 0))
+    monkeypatch.setattr(hardware, "_devices", lambda: [gpu])
+    for name in ("torchao_adamw_8bit", "torchao_adamw_4bit"):
+        with pytest.raises(ConfigError, match=f"{name} .* no C compiler .looked for gcc and clang"):
+            refuse_missing_compiler(tiny.config(tmp_path, optimizer=name).train)
+    refuse_missing_compiler(tiny.config(tmp_path).train)
+    monkeypatch.setenv("CC", sys.executable)  # a program that exists
+    refuse_missing_compiler(asked)
 
 
 def test_layers_that_need_ever_more_graphs_are_refused(tmp_path):

@@ -31,7 +31,7 @@ from sft.data.batches import Budget
 from sft.errors import ConfigError, UserError
 from sft.tasks.sft.task import FineTune
 from sft.train.optimizer import class_arguments, optimizer_class
-from sft.train.parallel.trial import refuse_unusable
+from sft.train.parallel.trial import is_smooth, refuse_unusable
 
 ENGINES = ("ddp", "fsdp", "zero2", "zero3")
 
@@ -340,3 +340,11 @@ def test_no_setting_of_adamw_keeps_it_from_an_engine(rate, decay, betas):
     own |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}
     for engine in ("ddp", "fsdp", "deepspeed"):
         refuse_unusable(Train(output_dir="runs/a", engine=engine, **own))
+
+
+ROUGH = {"muon", "adamw_8bit", "paged_adamw_8bit", "torchao_adamw_8bit", "torchao_adamw_4bit"}
+
+
+def test_optimizers_that_round_are_not_smooth(tmp_path):
+    given = {name: tiny.config(tmp_path, **optimizer_worker.settings_of(name)) for name in table()}
+    assert {name for name, each in given.items() if not is_smooth(each.train)} == ROUGH

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -59,8 +60,9 @@ def machine(ram_bytes: int, gpu_bytes: int | None = None) -> hardware.Hardware:
     )
 
 
-def test_layers_are_compiled_where_a_run_on_a_cpu_takes_hours(config, prepared):
+def test_layers_are_compiled_where_a_run_on_a_cpu_takes_hours(config, prepared, monkeypatch):
     """It does not depend on memory, so a resumed run does the same."""
+    monkeypatch.setenv("CXX", sys.executable)  # a program that exists
 
     def made(machine: hardware.Hardware, **changes: Any) -> plan.Plan:
         changes |= {"global_batch": 300}  # one step is an epoch: fewer steps to scan
@@ -75,6 +77,10 @@ def test_layers_are_compiled_where_a_run_on_a_cpu_takes_hours(config, prepared):
         assert long.compile
         assert "earns" in long.reasons["train.compile"]
         assert plan.resolved_values(long)["train.compile"] is True
+    monkeypatch.setenv("CXX", "nowhere++")
+    without = made(machine(8 * GIB), epochs=20_000)
+    assert not without.compile
+    assert "no C++ compiler (looked for nowhere++)" in without.reasons["train.compile"]
     on_gpu = made(machine(8 * GIB, 80 * GIB), epochs=20_000)
     assert not on_gpu.compile
     assert "on GPUs" in on_gpu.reasons["train.compile"]

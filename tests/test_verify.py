@@ -150,6 +150,18 @@ def test_that_varlen_has_no_kernel_in_fp32_is_a_change(tmp_path, exact):
     assert changes.get("packed rows", "").startswith("SDPA with a mask: varlen has no") == exact
 
 
+def test_runs_that_are_cut_otherwise_are_compared_with_the_own_optimizer_if_it_is_smooth(tmp_path):
+    """Muon computes in bf16: what rounding makes of its updates is as large as faults are."""
+    for own, used in (("adafactor", "adafactor"), ("muon", "adamw")):
+        overrides = ["data.max_rows=64", f"train.optimizer={own}"]
+        config = load_config(ROOT / "configs/nano.yaml", overrides)
+        small = make_small(config, tmp_path / own, exact=True)
+        assert small.config.train.optimizer == used
+        said = dict(small.changes).get("train.optimizer", "")
+        assert said[:34] == ("" if used == own else "adamw instead of muon, which makes")
+        assert make_small(config, tmp_path / own).config.train.optimizer == own
+
+
 DARKROOM = ["distill.compress=true", "distill.dropout=0.1", "distill.width=48"]
 
 

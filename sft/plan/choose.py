@@ -26,7 +26,7 @@ from sft.plan.memory import (
     rows_of_logits,
 )
 from sft.plan.trace import WEIGHT_COPIES
-from sft.runtime import processes
+from sft.runtime import hardware, processes
 from sft.runtime.console import duration
 from sft.runtime.hardware import Hardware
 from sft.tasks.base import TaskInfo, Workload
@@ -366,6 +366,8 @@ class Planner:
         about = self.flops(counts, 0, tokens) / rate
         if about < COMPILED_SECONDS:
             return False, f"a run of about {duration(about)} does not earn the time to compile"
+        if self.machine.is_here and (missing := hardware.missing_compiler([])):
+            return False, missing
         return True, f"a run of about {duration(about)} earns the time to compile"
 
 

@@ -158,6 +158,23 @@ def gib(num_bytes: int | None) -> str:
     return UNKNOWN if num_bytes is None else f"{num_bytes / GIB:.1f} GiB"
 
 
+def missing_compiler(devices: list[Device]) -> str:
+    """Returns what `torch.compile` lacks on this machine, with the remedy; "": nothing.
+
+    It generates C++ for a CPU. For a GPU, Triton builds a launcher in C.
+    """
+    kind, variable, usual = "C++", "CXX", ["clang++" if platform.system() == "Darwin" else "g++"]
+    if devices:
+        kind, variable, usual = "C", "CC", ["gcc", "clang"]
+    names = [os.environ[variable]] if variable in os.environ else usual
+    if any(map(shutil.which, names)):
+        return ""
+    return (
+        f"there is no {kind} compiler (looked for {' and '.join(names)}): install one, or set the "
+        f"environment variable {variable} to its path"
+    )
+
+
 def nearest_existing(path: Path) -> Path:
     """Returns `path`, or the nearest of its parents that exists."""
     path = path.absolute()

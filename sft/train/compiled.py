@@ -10,6 +10,7 @@ several).
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,11 +20,32 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
+from sft.config.schema import Train
 from sft.errors import ConfigError, UserError
+from sft.models.fake import set_attributes
 from sft.models.layers import repeated_layers
+from sft.runtime import hardware
 from sft.train.engine import Engine
+from sft.train.optimizer import compiles_on_gpus
 
 MOST_GRAPHS = 8  # of one function: one row or several, the first layer or others, two kinds of them
+
+
+def refuse_missing_compiler(train: Train) -> None:
+    """Raises ConfigError if a key of `train` compiles code, and this machine has no compiler."""
+    layers, update = train.compile is True, compiles_on_gpus(train)
+    if not (layers or update):
+        return
+    devices = hardware.detect().devices
+    if not (missing := hardware.missing_compiler(devices)):
+        return
+    if layers:
+        raise ConfigError(f"train.compile: true, but {missing}; or set train.compile: false")
+    if devices:
+        raise ConfigError(
+            f"train.optimizer: {train.optimizer} compiles its update, but {missing}; or use "
+            "adamw_8bit"
+        )
 
 
 @contextmanager
@@ -90,22 +112,66 @@ def _make_graphs(
 
 
 def _compile(engine: Engine, layers: list[nn.Module], backend: Any) -> str | None:
-    """Compiles layers in the micro-batches of the first step; returns why it failed, or None."""
+    """Compiles layers, if need be into a cache of their own; returns why it failed, or None."""
     if not layers:
         return "the model has no list of repeated layers"
     if engine.train.engine == "deepspeed" and engine.parallel.is_split:
         return "ZeRO-3 gathers weights within a layer, one by one; use ZeRO-2, or fsdp"
     try:
-        with _settings():
-            for layer in layers:
-                layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)
-            engine.try_out(engine.window(0)[1])
+        try:
+            _run_compiler(engine, layers, backend)
+        except Exception as error:
+            if not _is_of_files(error):
+                raise
+            engine.guard.stop_if_asked()  # Ctrl-C ends the compiler, too
+            _restore(layers)
+            with _own_cache():
+                _run_compiler(engine, layers, backend)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  # of the compiler, whatever it is
         text = " ".join(str(error).split()).split(" Set TORCHDYNAMO_VERBOSE")[0]
         return f"{type(error).__name__}: {text[:300]}"
     return None
+
+
+def _run_compiler(engine: Engine, layers: list[nn.Module], backend: Any) -> None:
+    """Compiles layers in the micro-batches of the first step."""
+    with _settings():
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)
+        engine.try_out(engine.window(0)[1])
+
+
+def _is_of_files(error: Exception) -> bool:
+    """Returns whether the compiler failed at its files or at its C++, not at the code of a layer.
+
+    The folder of its cache may not be writable. Or a compiler that was killed has left half a file
+    there, which nothing would ever replace.
+    """
+    from torch._inductor.exc import CppCompileError
+
+    return isinstance(getattr(error, "inner_exception", error), OSError | CppCompileError)
+
+
+@contextmanager
+def _own_cache() -> Iterator[None]:
+    """Compiles into a temporary folder in place of the cache that all programs of a user share."""
+    from torch._inductor import codecache
+    from torch._inductor.utils import fresh_cache
+
+    with (
+        tempfile.TemporaryDirectory(prefix="sft-compile-") as folder,
+        fresh_cache(dir=folder),
+        set_attributes(
+            codecache, _HEADER_DIR=f"{folder}/headers", _HEADER_LOCK_DIR=f"{folder}/locks"
+        ),
+    ):
+        codecache._precompile_header.cache_clear()
+        try:
+            yield
+        finally:
+            codecache._precompile_header.cache_clear()
 
 
 def _restore(layers: list[nn.Module]) -> None:

@@ -107,6 +107,11 @@ def gathers_matrices(optimizer: Any) -> bool:
     return any(getattr(part, "gathers_matrices", False) for part in parts)
 
 
+def compiles_on_gpus(train: Train) -> bool:
+    """Returns whether the optimizer compiles its update on a GPU."""
+    return getattr(optimizer_class(train), "compiles_on_gpus", False)
+
+
 def optimizer_class(train: Train) -> Any:
     """Returns the class that `train.optimizer` names. Raises UserError if there is none."""
     named = OPTIMIZERS.get(train.optimizer, Named(train.optimizer))

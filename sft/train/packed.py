@@ -24,7 +24,7 @@ MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether they have a sign
 class PackedAdamW(torch.optim.Optimizer):
     """AdamW with moments of `bits` bits. Its state of a parameter has flat tensors only."""
 
-    in_blocks = True  # how a checkpoint cuts its state (`parallel/state`)
+    compiles_on_gpus = True  # its update (`_adam`)
     bits, largest = 8, 256  # of a moment; elements of a block at most
 
     def __init__(

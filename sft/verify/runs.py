@@ -20,9 +20,11 @@ from sft.runtime.console import Advance
 from sft.runtime.plain import read_json
 from sft.runtime.world import PLAIN
 from sft.tasks.registry import task_of
+from sft.train.parallel.trial import is_smooth
 
 TRAIN = ["-m", "sft", "train"]
 PATIENCE = 900  # seconds for one run
+ROUGH = ", which makes differences of rounding larger, so that faults would hide among them"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def make_small(config: RunConfig, folder: Path, *, exact: bool = False) -> Small
     """Returns `config` with a small model of random weights and few examples.
 
     An epoch has at least three steps; three steps of the next epoch follow. `exact`: without
-    dropout and in fp32, so that runs with different cuts can be compared.
+    dropout, in fp32, and with AdamW in place of an optimizer that makes differences of rounding
+    larger, so that runs with different cuts can be compared.
     """
     if not hardware.detect().devices:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it guesses
@@ -72,8 +75,9 @@ def make_small(config: RunConfig, folder: Path, *, exact: bool = False) -> Small
         **shrunk.values,
     }
     if exact:
-        wanted = {"train.precision": "fp32", "train.optimizer": "adamw", **shrunk.exact}
-        wanted["train.optimizer_args"] = None  # it may be that of another optimizer
+        wanted = {"train.precision": "fp32", **shrunk.exact}
+        if not is_smooth(config.train) or "train.adam_epsilon" in wanted:
+            wanted |= {"train.optimizer": "adamw", "train.optimizer_args": None}
         changes += _list_changes(config, wanted)
         values |= wanted
     config, batch = with_values(config, values), shrunk.batch
@@ -103,8 +107,9 @@ def _list_changes(config: RunConfig, wanted: dict[str, Any]) -> Iterator[tuple[s
     given["train"]["precision"], _ = hardware.resolve_precision(config.train)
     for key, value in wanted.items():
         section, name = key.split(".")
+        why = ROUGH if key == "train.optimizer" and not is_smooth(config.train) else ""
         if (before := given[section][name]) != value:
-            yield key, f"{value} instead of {before}"
+            yield key, f"{value} instead of {before}{why}"
     if task_of(config).info(config).attention == attention.NAME:
         yield "packed rows", f"SDPA with a mask: {attention.NAME} has no kernel in fp32"
 

@@ -40,6 +40,7 @@ from sft.train.parallel.state import settings_of
 
 WIDTH = 64  # of a square matrix with 4,096 elements, from which bitsandbytes keeps 8-bit state
 STEPS, RATE = 3, 1e-2
+NOISE, MOST = 1e-4, 3e-4  # relative: of the gradients of another trial, and of its updates
 OWN = {"aten", "prim", "prims", "profiler"}  # namespaces of PyTorch's operations
 SPLITTING = {"fsdp": "FSDP2", "deepspeed": "ZeRO"}
 
@@ -64,6 +65,8 @@ class Traits:
     """The library whose own operations it calls; "": PyTorch."""
     resumes: bool
     """Whether it continues with the same bits after its state was saved and loaded."""
+    smooth: bool
+    """Whether gradients that differ a little give updates that differ about as little."""
 
 
 def refuse_unusable(train: Train) -> None:
@@ -120,6 +123,11 @@ def refuse_unusable(train: Train) -> None:
         raise ConfigError(f"train.optimizer: {name}: {problem}")
 
 
+def is_smooth(train: Train) -> bool:
+    """Returns whether the optimizer keeps differences of rounding as small as they are."""
+    return try_optimizer(_settings_of_trial(train)).smooth
+
+
 def _settings_of_trial(train: Train) -> str:
     """Returns the settings of a trial, as JSON."""
     changed: dict[str, Any] = {"groups": None, "loraplus_lr_ratio": None, "precision": "fp32"}
@@ -167,7 +175,10 @@ def _try(train: Train, operations: _Operations) -> Traits:
         cut = _make(train, dict(zip(("a", "b"), halves, strict=True)))
         _step(cut, range(STEPS))
         joined.append(torch.cat([cut.trained[name].detach().flatten() for name in ("a", "b")]))
+    near = _make(train)
+    _step(near, range(STEPS), NOISE)
     moved = (whole.trained["matrix"].detach() - start).flatten()
+    deviation = (near.trained["matrix"] - whole.trained["matrix"]).detach().norm()
     parts = [shard for shard in whole.optimizer_shards() if shard.name == "matrix"]
     is_whole = any(shard.whole for shard in parts)
     by_element, by_row = (
@@ -184,6 +195,7 @@ def _try(train: Train, operations: _Operations) -> Traits:
         begins_with_state=begins_with_state,
         library=next(iter(sorted(operations.namespaces - OWN)), ""),
         resumes=whole.checksums() == resumed.checksums(),
+        smooth=bool(deviation <= MOST * moved.norm()),
     )
 
 
@@ -199,13 +211,14 @@ def _make(train: Train, weights: dict[str, torch.Tensor] | None = None) -> Repli
     return Replicated(model, train, alone)
 
 
-def _step(parallel: Replicated, steps: Iterable[int]) -> None:
+def _step(parallel: Replicated, steps: Iterable[int], noise: float = 0.0) -> None:
     """Makes steps. The gradient of each half of the matrix is the same whether it is cut or not.
 
     That of the first half grows, so that an update that depends on a norm differs between them.
+    `noise`: by how much gradients differ from those of other trials, as a share of each element.
     """
     for step in steps:
-        gradient = _values(10 + step)
+        gradient = _values(10 + step) * (1 + noise * _values(20 + step))
         gradient[: WIDTH // 2] *= 10**step
         halves = gradient.flatten().chunk(2)
         own = {"matrix": gradient, "vector": gradient[0], "a": halves[0], "b": halves[1]}
