@@ -391,8 +391,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def variants(folder: Path) -> Iterator[Callable[[], dict[str, Any]]]:
     rows = conversations(64)
-    for (name, changes), mode in ((v, m) for v in VARIANTS.items() for m in ("lora", "full")):
-        if not (mode == "lora" and "optimizer_in_backward" in str(changes)):
+    for name, changes in VARIANTS.items():
+        modes = ("full",) if "optimizer_in_backward" in str(changes) else ("lora", "full")
+        for mode in modes[:1] if REHEARSE else modes:
             yield partial(_variant, folder, mode, name, rows, changes)
 
 

@@ -26,12 +26,12 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 REHEARSED = os.environ.get("SFT_TEST_GPU") == "rehearse"
 NEEDED = "needs a GPU: make test-gpu"
 pytestmark = pytest.mark.skipif(not ON_GPU and not REHEARSED, reason=NEEDED)
-LONG = 512 if ON_GPU else 32
-WHOLE = batches.Budget(64 * LONG, "padded")
+LONG, ROWS = (512, 64) if ON_GPU else (32, 16)
+WHOLE = batches.Budget(ROWS * LONG, "padded")
 SIZES = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 4,
+    "hidden_size": 256 if ON_GPU else 64,
+    "intermediate_size": 704 if ON_GPU else 176,
+    "num_hidden_layers": 4 if ON_GPU else 2,
     "vocab_size": 4096,
     "max_position_embeddings": LONG,
     "initializer_range": 0.05,
@@ -40,12 +40,12 @@ SIZES = {
 
 def make(folder):
     random = np.random.default_rng(0)
-    ids = random.integers(2, SIZES["vocab_size"], (64, LONG)).tolist()
+    ids = random.integers(2, SIZES["vocab_size"], (ROWS, LONG)).tolist()
     rows = [
         template.Example(ids=row, labels=[template.IGNORED] * (LONG // 2) + row[LONG // 2 :])
         for row in ids
     ]
-    settings = tiny.config(folder, global_batch=64, max_steps=4, precision="fp32")
+    settings = tiny.config(folder, global_batch=ROWS, max_steps=4, precision="fp32")
     made = tiny.make_engine(tiny.llama(**SIZES), rows, rows, settings, WHOLE)
     made.log = tiny.Said()
     return made
