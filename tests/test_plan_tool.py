@@ -155,7 +155,14 @@ def test_distillation_on_gpus_that_are_not_here(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "rooms").exists()  # nothing was collected
 
 
-def test_a_gpu_without_a_known_name(model, tmp_path, capsys):
+@pytest.fixture
+def without_ladder(monkeypatch):
+    """Traces no other settings than the planned ones; the first test above has the ladder."""
+    monkeypatch.setattr("sft.plan.advice.advise", lambda *_: [])
+
+
+def test_a_gpu_without_a_known_name(without_ladder, model, tmp_path, capsys):
+    model.write_text(json.dumps(SIZES | {"num_hidden_layers": 2}))
     given = ["--gib=24", "--gpu=mine", "--seq=64", f"--model={model}", f"--json={tmp_path}/a.json"]
     commands.run("plan", given)
     assert "mine x 1" in capsys.readouterr().out
