@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -144,10 +145,15 @@ def redact(text: str) -> str:
 
 def redact_environment(text: str) -> str:
     """Replaces the value of each secret variable of the environment by its name, `<HF_TOKEN>`."""
-    for name, value in os.environ.items():
-        if SECRET.search(name) and len(value) >= 8:
+    for name in filter(_is_secret, os.environ):
+        if len(value := os.environ.get(name, "")) >= 8:
             text = text.replace(value, f"<{name}>")
     return text
+
+
+@cache
+def _is_secret(name: str) -> bool:
+    return SECRET.search(name) is not None
 
 
 def hide_credentials(address: str) -> str:

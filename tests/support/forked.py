@@ -2,8 +2,9 @@
 
 A fresh Python with torch and transformers costs six seconds before it does anything, a fork of a
 process that has imported them some milliseconds. Each run is forked anew, so none inherits what
-another has computed; only the seed of hash() is common to all. Without a GPU only: CUDA, once
-looked at, cannot be forked.
+another has computed; only the seed of hash() and what warm.py found are common to all. Without a
+GPU only: CUDA, once looked at, cannot be forked. No backward pass in the server, either: autograd
+cannot be forked then.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from conftest import PATHS, ROOT, clean_environment
 
 IMPORTED = ["sft.run", "sft.verify", "peft", "bitsandbytes", "deepspeed", "forked"]
 IMPORTED += ["scipy.stats", "torch.utils.tensorboard"]  # which a run imports late
+IMPORTED += ["sft.tasks.distill.config", "warm"]
 CONSOLES = ("full disk", "closed pipe", "no stderr")
 GRACE = 5.0  # seconds that a launcher leaves the others, when one rank has failed
 

@@ -1,0 +1,13 @@
+"""What the server of forks computes before the first fork: see forked.py.
+
+Most runs of tests train the embedded model or its first two layers. Which of its parameters a step
+reaches is a function of its sizes, found in about two seconds.
+"""
+
+from conftest import ROOT
+
+from sft.tasks.registry import load_run, task_of
+
+config = load_run(ROOT / "configs/nano.yaml")
+for depth in (None, 2):
+    task_of(config).skeleton(config, depth)
