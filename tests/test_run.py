@@ -85,17 +85,18 @@ def status(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory) -> tuple[Path, str]:
-    """`make train`, only into another folder, with 75 of its 375 steps and half of the answers."""
+    """`make train`, only into another folder, with a tenth of its training and fewer answers."""
     folder = tmp_path_factory.mktemp("runs") / "nano"
-    shorter = ["train.max_steps=75", "evaluation.num_examples=100"]
+    shorter = ["data.max_rows=2000", "train.max_steps=75", "train.global_batch=16"]
+    shorter += ["evaluation.num_examples=50"]
     return folder, make("train", f"train.output_dir={folder}", *shorter)
 
 
 def test_make_train_teaches_the_task(nano):
     found = results(nano[0])
     assert found["base"]["exact_match"] <= 0.02
-    assert found["tuned"]["exact_match"] >= 0.75
-    assert found["num_examples"] == 100
+    assert found["tuned"]["exact_match"] >= 0.3
+    assert found["num_examples"] == 50
     assert found["tuned"]["loss"] < 0.1 * found["base"]["loss"]
 
 
@@ -143,14 +144,14 @@ def test_the_adapter_loads_with_peft_onto_the_base(nano):
         answer = tokenizer.decode(
             output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        right += answer == row["reference"]
-    assert right >= 14  # unquantised weights under an adapter for NF4: a little may differ
+        right += answer == row["answer"]
+    assert right >= 12  # unquantised weights under an adapter for NF4: a little may differ
 
 
 def test_evaluate_infer_and_merge_use_the_run(nano, tmp_path):
     folder = nano[0]
     tuned = results(folder)["tuned"]
-    done = forked.make("evaluate", "ARGS=evaluation.num_examples=100", f"RUN={folder}")
+    done = forked.make("evaluate", "ARGS=evaluation.num_examples=50", f"RUN={folder}")
     assert done.returncode == 0, done.stderr
     again = json.loads((folder / "evaluation/evaluate/metrics.json").read_text())["metrics"]
     assert again["exact_match"] == tuned["exact_match"]
