@@ -168,10 +168,10 @@ def test_evaluate_infer_and_merge_use_the_run(nano, tmp_path):
     assert all(check["ok"] for check in checks.values())
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
-def test_the_other_modes_learn_too(tmp_path, mode):
+def test_full_weights_learn_too(tmp_path):
+    """LoRA does below, on real data."""
     more = ["train.max_steps=15", "train.learning_rate=3e-3", "train.global_batch=16"]
-    done = train(tmp_path / "run", f"tuning.mode={mode}", *SHORT, *more)
+    done = train(tmp_path / "run", "tuning.mode=full", *SHORT, *more)
     assert done.returncode == 0, done.stderr
     found = results(tmp_path / "run")
     assert found["tuned"]["loss"] < 0.5 * found["base"]["loss"]
@@ -197,7 +197,7 @@ def test_a_real_model_on_real_data(tmp_path, shared, file, reached):
     data = short_rows(shared / "data/instruct" / file, tmp_path / "rows.jsonl")
     config.write_text(
         f"model: {{name: {shared}/models/stories260K}}\n"
-        "tuning: {mode: qlora}\n"
+        "tuning: {mode: lora}\n"
         f"data: {{train_path: {data}, max_seq_len: 512}}\n"
         f"train: {{output_dir: {tmp_path}/run, learning_rate: 1e-2, max_steps: 40,\n"
         "  global_batch: 16}\n"
