@@ -516,7 +516,7 @@ def test_any_sequence_of_starts_kills_and_branches_leaves_one_lineage():
 
 @pytest.mark.slow
 def test_the_same_for_longer():
-    run_machine(Branches, 40, 10)
+    run_machine(Branches, 15, 10)
 
 
 class EngineBranches(Branches):
@@ -535,7 +535,7 @@ class EngineBranches(Branches):
 
 @pytest.mark.slow
 def test_the_same_with_the_engine_and_a_model():
-    run_machine(EngineBranches, 8, 6)
+    run_machine(EngineBranches, 4, 6)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "training.log", "evaluation/metrics.json"])

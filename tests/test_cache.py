@@ -746,9 +746,16 @@ def test_the_longest_real_row_gets_what_the_policy_says(shared, tmp_path, policy
     assert prepared.audit["dropped"] == (not is_kept)
 
 
+# Rows of one question and one answer with one tokenizer each; those of several turns, and with
+# tools, with each template that treats them in its own way.
+READ_WITH = [("gsm8k", "qwen2.5-instruct"), ("rasbt", "minimind"), ("self-instruct", "stories260K")]
+READ_WITH += [("hatecheck", "stories260K"), ("fastchat", "qwen2.5-instruct")]
+READ_WITH += [(name, "minimind") for name in ("fastchat", "glaive")]
+READ_WITH += [("glaive", "qwen2.5-instruct"), ("glaive", "stories260K")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("tokenizer", ["qwen2.5-instruct", "minimind", "stories260K"])
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(("name", "tokenizer"), READ_WITH)
 def test_real_data_have_no_error(shared, tmp_path, name, tokenizer):
     file, overrides, expected = REAL[name]
     given = config(

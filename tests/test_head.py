@@ -447,6 +447,7 @@ def peak_of_logits(folder, supervised: int, evaluation: bool) -> int:
     return max(peak.breakdown.get("logits and loss", 0) for peak in trace.peaks().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evaluation", [False, True])
 def test_the_peak_of_logits_does_not_depend_on_the_supervised_tokens(
     monkeypatch, tmp_path, evaluation

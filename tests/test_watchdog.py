@@ -196,7 +196,7 @@ KILLS = {"middle evaluation": 2, "save": 3, "write": 3}  # how often it has come
 
 @pytest.mark.parametrize(
     ("world", "moment", "times"),
-    [(1, "step", 11), (2, "step", 6), *((w, *kill) for w in (1, 2) for kill in KILLS.items())],
+    [(1, "step", 11), (1, "write", 3), (2, "step", 6), *((2, *kill) for kill in KILLS.items())],
 )
 def test_sigkill_at_any_moment_costs_what_came_after_the_last_save(
     start, whole, world, moment, times
@@ -289,8 +289,7 @@ def test_a_rank_that_is_stopped_before_its_first_line_is_named_by_the_others(sta
     assert "no sign of rank 1, stopped or never started, for 4 s" in run.status["reason"]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("moment", ["step", "save"])
+@pytest.mark.parametrize(("world", "moment"), [(1, "step"), (2, "save")])
 def test_a_run_folder_that_is_moved_while_it_is_used_ends_the_run(start, world, moment):
     run = start(world, moment, "pause", train={"save_steps": 1}, times=3).at_moment()
     moved = run.folder.rename(run.folder.with_name("moved"))
@@ -388,7 +387,7 @@ def test_a_rank_that_raises_ends_all_with_the_original_error(start):
     assert not any(token.encode() in content for content in [*kept, run.reported.encode()])
 
 
-@pytest.mark.parametrize("code", [2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("code", [2, 7])
 def test_an_error_of_the_user_ends_with_its_code_and_one_message(start, code):
     run = start(1, "start", code)
     assert run.codes() == [code]
