@@ -101,7 +101,7 @@ def test_a_speed_that_is_kept_predicts_the_time_that_was_measured(tmp_path, monk
 @pytest.mark.slow
 def test_what_a_run_costs(tmp_path, shared, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sft.plan.advice.advise", lambda *_: [])  # traces ten other settings
+    monkeypatch.setattr("sft.plan.advice.advise", lambda *_: [])  # traces eleven other settings
     model, out = shared / "data/model_configs/Llama-3.2-1B.json", tmp_path / "plan.json"
     given = ["--model", str(model), "--seq", "2048", "--json", str(out)]
     commands.run("plan", [*given, "--gpu", "H100-80GB x 2", "--cost-per-hour", "2.5"])
