@@ -97,7 +97,7 @@ def test_a_command_that_starts_ranks_is_understood_as_written(command: str) -> N
 
 
 def test_every_launch_file_has_its_command() -> None:
-    assert len(launch_commands()) == 4 + len(list(CONFIGS.iterdir()))
+    assert len(launch_commands()) == 5 + len(list(CONFIGS.iterdir()))
 
 
 WORKER = """

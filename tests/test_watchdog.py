@@ -57,13 +57,13 @@ class Started:
         path = self.out / name
         return path.read_text() if path.exists() else ""
 
-    def codes(self) -> list[int]:
+    def codes(self, seconds: float = BOUNDED) -> list[int]:
         """Exit codes of the ranks, once all have ended."""
-        wait_for((self.out / "codes").exists)
+        wait_for((self.out / "codes").exists, seconds)
         return json.loads(self._text("codes"))
 
-    def at_moment(self) -> Started:
-        wait_for((self.out / "moment").exists)
+    def at_moment(self, seconds: float = BOUNDED) -> Started:
+        wait_for((self.out / "moment").exists, seconds)
         return self
 
     @property
@@ -104,6 +104,7 @@ def start(tmp_path_factory) -> Iterator[Start]:
                 port = free.getsockname()[1]
             folder = more.pop("folder", out / "run")
             request = {"times": 1, "limit": BOUNDED, "train": {}, "env": {}} | more
+            request.setdefault("hosts", [])
             request |= {"out": str(out), "folder": str(folder), "port": port, "world": world}
             request |= {"moment": moment, "fault": fault, "rank": rank}
             assert worker.stdin
@@ -538,3 +539,46 @@ def test_only_a_training_that_is_stopped_speaks_of_steps_and_checkpoints(tmp_pat
         guard.stop_if_agreed()
     assert ("first step" in str(stopped.value)) == trains
     assert ("resume_from_checkpoint" in str(stopped.value)) == trains
+
+
+# --- several machines ----------------------------------------------------------------------------
+# Two hosts of two processes each, in networks of their own. The second one's clocks are ahead.
+
+
+LONG = 300.0  # seconds; four processes, and this machine may be busy
+
+
+def cut(name: str, state: str = "down") -> None:
+    interface = "sft" + name[-1]
+    subprocess.run(["ip", "-n", name, "link", "set", interface, state], check=True)
+
+
+def test_a_link_that_is_cut_for_a_while_costs_nothing_but_time(start, namespaces):
+    expected = start(4, hosts=namespaces)
+    assert expected.codes(LONG) == [0] * 4, expected.reported
+    run = start(4, "step", "wait", 2, hosts=namespaces).at_moment(LONG)
+    cut(namespaces[1])
+    (run.out / "go").touch()
+    time.sleep(2)  # all wait for each other
+    assert not (run.out / "codes").exists()
+    cut(namespaces[1], "up")
+    assert run.codes(LONG) == [0] * 4, run.reported
+    assert_same_weights(run, expected)
+
+
+def test_a_link_that_stays_cut_or_a_host_that_vanishes_ends_the_run(start, namespaces):
+    """The folder that they share stays: its file server is in another network."""
+    wait = {"world": 4, "moment": "step", "fault": "wait", "rank": 2, "hosts": namespaces}
+    alive = start(**wait, times=4, limit=60)
+    killed = start(**wait, times=4, limit=60, train={"save_steps": 1})
+    for run in (alive, killed):
+        run.at_moment(LONG)
+    cut(namespaces[1])  # first, so that no connection is closed
+    (alive.out / "go").touch()
+    for pid in killed.pids["ranks"][2:]:
+        os.kill(pid, signal.SIGKILL)
+    assert alive.codes(LONG) == [7] * 4, alive.reported
+    assert killed.codes(LONG) == [7, 7, -9, -9], killed.reported
+    assert "Traceback" not in alive.reported + killed.reported
+    assert killed.status["rank"] in (2, 3), killed.status
+    resumed(start, 2, killed)

@@ -1,14 +1,16 @@
 """Forks the ranks of small runs for test_watchdog.py: imported once, so that a run takes a second.
 
-One JSON request a line: {out, world, folder, train, limit, moment, rank, fault, times, env}; for it
-a launcher is forked, which forks the ranks and, unlike torchrun, lets them end by themselves: that
-they do is what the tests are about. At `moment` the fault happens in `rank`. In `out` appear pids,
-`codes` (exit codes), `reported` (stdout and stderr), `moment` (the fault has happened) and
-weights.safetensors (the run has finished).
+One JSON request a line: {out, world, folder, train, limit, moment, rank, fault, times, env,
+hosts}. For each a launcher is forked, which forks the ranks and, unlike torchrun, lets them end by
+themselves: that they do is what the tests are about. At `moment` the fault happens in `rank`. In
+`out` appear pids, `codes` (exit codes), `reported` (stdout and stderr), `moment` (the fault has
+happened) and weights.safetensors (the run has finished). The ranks are spread evenly over `hosts`,
+network namespaces with other clocks; without any they are on this machine.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -28,13 +30,15 @@ from sft.config.schema import Generation
 from sft.data import batches, cache, workers
 from sft.errors import UserError
 from sft.evaluate import generate
-from sft.runtime import checkpoint, children, processes
+from sft.runtime import attempt, checkpoint, children, processes, watchdog
 from sft.runtime.watchdog import Guard
 from sft.train import engine
 
 ROWS = tiny.examples(0, 11)
 PROMPTS = [row.ids for row in ROWS[:6]]
 Request = dict[str, Any]
+LIBC = ctypes.CDLL(None, use_errno=True)
+NEW_TIME, NEW_NETWORK = 0x80, 0x40000000  # CLONE_NEWTIME, CLONE_NEWNET
 
 
 def happens(request: Request, moment: str) -> None:
@@ -57,6 +61,9 @@ def happens(request: Request, moment: str) -> None:
         raise error
     elif fault == "pause":
         time.sleep(5)
+    elif fault == "wait":
+        while not Path(request["out"], "go").exists():
+            time.sleep(0.05)
     else:
         os.kill(os.getpid(), signal.Signals[fault])
     time.sleep(0.3)  # the process group's threads may still have been writing
@@ -150,12 +157,32 @@ def prepare_data(request: Request) -> None:
         cache.prepare(config, guard.tick)
 
 
+def enter_host(number: int, name: str) -> None:
+    """Makes this process one of another machine: its network, its name, its time of day."""
+    if LIBC.setns(os.open(f"/run/netns/{name}", os.O_RDONLY), NEW_NETWORK):
+        raise OSError(ctypes.get_errno(), f"setns {name}")
+    os.environ |= {"MASTER_ADDR": "10.213.77.1", "GLOO_SOCKET_IFNAME": f"sft{number}"}
+    attempt.machine_id = watchdog.machine_id = lambda: name  # type: ignore[assignment]
+    clock = time.time
+    time.time = lambda: clock() + 3 * 86400 * number  # type: ignore[assignment]
+
+
+def shift_monotonic_clock() -> None:
+    """Gives the processes that this one starts from now on a clock that is a day ahead."""
+    if LIBC.unshare(NEW_TIME):
+        raise OSError(ctypes.get_errno(), "unshare")
+    Path("/proc/self/timens_offsets").write_text("monotonic 86400 0\n")
+
+
 def start_rank(rank: int, request: Request) -> None:
     world = request["world"]
     if world > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])}
     os.environ |= request["env"]
+    if hosts := request["hosts"]:
+        number = rank * len(hosts) // world
+        enter_host(number, hosts[number])
     code = 1
     try:
         cli.run(lambda: (prepare_data if request["moment"] == "prepare" else train)(request))
@@ -175,6 +202,8 @@ def start_launcher(request: Request) -> None:
     pids = []
     gate, opened = os.pipe()
     for rank in range(request["world"]):
+        if request["hosts"] and rank == request["world"] // 2:
+            shift_monotonic_clock()
         pids.append(os.fork())
         if not pids[-1]:
             os.close(opened)
