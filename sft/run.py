@@ -112,8 +112,8 @@ def _run(
     guard.stop_if_asked()
     task = kind.build(resolved, prepared, planned.precision, planned.budget, context)
     log.say(dtype_table(task.model))
+    engine = Engine(task, resolved.train, context)  # before its weights are used: it gathers them
     task.check_model(planned.precision, config.train.layout)
-    engine = Engine(task, resolved.train, context)
     planned, measured = calibration.calibrate(engine, planned, resolved, workload, machine)
     base = task.measure_base(engine, planned.precision, resumed_from is not None)
     if base:

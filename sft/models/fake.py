@@ -33,8 +33,12 @@ def set_attributes(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def is_fake(model: nn.Module) -> bool:
-    """Returns whether the weights have no values: in a plan, or a model without storage."""
-    return any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters())
+    """Returns whether the weights have no values: in a plan, or a model without storage.
+
+    Weights of which a rank keeps a part (`models/cut`) have values.
+    """
+    empty = (p.is_meta and not hasattr(p, "is_cut") for p in model.parameters())
+    return any(empty) or any(isinstance(p, FakeTensor) for p in model.parameters())
 
 
 @contextmanager

@@ -154,7 +154,7 @@ class SupervisedHead:
         if self._gathers_parts():
             self._refuse("ZeRO-3 gathers parts of this head one by one")
         elif self.tail is None and is_split(self.model):
-            self._refuse("its code was not tried before ranks split the weights")
+            self._refuse("its code was not tried when the run began")
         elif self.tail is None:
             self.prove()
         if self.why_whole:
@@ -196,11 +196,15 @@ class SupervisedHead:
         cast: Any = nullcontext()
         if precision not in (None, "fp32"):
             cast = torch.autocast(device.type, DTYPES[precision])
+        ids = (7 * torch.arange(PROBE, device=device) + 5) % max(2, self._vocabulary() // 2)
         was_training = self.model.training
         self.model.eval()
         try:
-            with cast, torch.enable_grad():
-                self.tail = self._record(device)
+            with cast, torch.no_grad():
+                tail = self._record(ids)
+                if not is_fake(self.model):
+                    self._try_chunks(tail, ids)
+            self.tail = tail
         except NotRepeatable as error:
             self._refuse(str(error))
         except Exception as error:  # noqa: BLE001  # a model may fail in any way
@@ -208,40 +212,48 @@ class SupervisedHead:
         finally:
             self.model.train(was_training)
 
-    def _record(self, device: torch.device) -> Tail:
+    def _record(self, ids: torch.Tensor) -> Tail:
         """Returns what the model's code does to logits. Raises NotRepeatable."""
-        ids = (7 * torch.arange(PROBE, device=device) + 5) % max(2, self._vocabulary() // 2)
-        positions = torch.arange(PROBE * self.copies, device=device)
-        kind = device.type
-        given: list[torch.Tensor] = []
-        cast: list[Any] = []  # the autocast in which the model calls its head
+        with TailRecorder() as recorder:
+            output = self._probe(ids, self.layer.register_forward_hook(_begin(recorder)))
+        return recorder.finish(output.logits)
 
-        def cut_off(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-            given.append(inputs[0].detach().requires_grad_())
-            enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-            cast.append(torch.autocast(kind, dtype, enabled=enabled))
-            return (given[-1],)
+    def _try_chunks(self, tail: Tail, ids: torch.Tensor) -> None:
+        """Raises NotRepeatable unless chunks give the loss and gradients of the whole.
 
-        with TailRecorder() as recorder, self._selecting(positions, None):
-            handles = [
-                self.layer.register_forward_pre_hook(cut_off),
-                self.layer.register_forward_hook(lambda _, __, logits: recorder.begin(logits)),
-            ]
+        Both are computed while the model calls its head, whose weights are then gathered.
+        """
+        found: list[torch.Tensor | Exception] = []
+
+        def compare(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             try:
-                output = self.model(input_ids=ids[None], use_cache=False)
-            finally:
-                for handle in handles:
-                    handle.remove()
-        tail = recorder.finish(output.logits)
-        if not is_fake(self.model):
-            with cast[0]:
-                self._compare(tail, given[0], output.logits, ids)
-        return tail
+                with torch.enable_grad():
+                    found.append(self._compare(tail, inputs[0].detach().requires_grad_(), ids))
+            except Exception as error:  # noqa: BLE001  # engines expect that the pass goes on
+                found.append(error)
 
-    def _compare(
-        self, tail: Tail, states: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
-    ) -> None:
-        """Raises NotRepeatable unless chunks give the loss and gradients of `logits`."""
+        output = self._probe(ids, self.layer.register_forward_pre_hook(compare))
+        (logits,) = found
+        if isinstance(logits, Exception):
+            raise logits
+        if not _is_close(output.logits, logits, logits.dtype):
+            raise NotRepeatable("what its code does to logits gives others when repeated")
+
+    def _probe(self, ids: torch.Tensor, hook: Any) -> Any:
+        """Returns the output of a pass over a few tokens, with a hook on the head."""
+        positions = torch.arange(PROBE * self.copies, device=ids.device)
+        try:
+            with self._selecting(positions, None):
+                return self.model(input_ids=ids[None], use_cache=False)
+        finally:
+            hook.remove()
+
+    def _compare(self, tail: Tail, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Returns the model's logits from the head's input.
+
+        Raises NotRepeatable unless chunks give their loss and gradients.
+        """
+        logits = tail(self._compute(states))
         weights = torch.linspace(0.5, 1.5, PROBE, device=logits.device)
 
         def measure(found: torch.Tensor, part: slice) -> dict[str, torch.Tensor]:
@@ -259,10 +271,18 @@ class SupervisedHead:
         if len(chunked.leaves) != len(leaves):
             raise NotRepeatable("a chunk reaches other weights than the whole batch")
         found = torch.autograd.grad(loss, [states, *leaves])
-        error = ROUNDING.get(row.dtype, 3e-2)
         pairs = zip([whole.detach(), *expected], [loss.detach(), *found], strict=True)
-        if any((a - b).norm() > error * a.norm() for a, b in pairs):
+        if not all(_is_close(a, b, row.dtype) for a, b in pairs):
             raise NotRepeatable("chunks of this model do not give the loss and gradients of all")
+        return logits.detach()
+
+
+def _begin(recorder: TailRecorder) -> Callable[..., None]:
+    return lambda _, __, logits: recorder.begin(logits)
+
+
+def _is_close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+    return bool((a - b).norm() <= ROUNDING.get(dtype, 3e-2) * a.norm())
 
 
 class _ChunkedPass:

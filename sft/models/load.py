@@ -8,6 +8,7 @@ is checked after the build.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sft.config.schema import Config, Model
 from sft.errors import ModelError
 from sft.models import attention, casts, checkpointing, classes, experts, fp8, offload, vocabulary
 from sft.models.adapt import add_adapters, refuse_unused
+from sft.models.cut import Cutting
 from sft.models.dtypes import DTYPES, check_dtypes, store_trained
 from sft.models.groups import freeze_groups
 from sft.models.pretrained import (
@@ -57,13 +59,14 @@ def build(
     depth: int | None = None,
     adapt: Callable[[nn.Module, Config], nn.Module] | None = None,
     narrowed: bool = False,
+    cutting: Cutting | None = None,
 ) -> nn.Module:
     """Returns the model ready to train: frozen, quantised and adapted as `tuning.mode` says.
 
     Weights are a function of (files, `train.seed`), the same on every process. Without `weights`
     they are random, and no weight file is read. `depth` sets the number of layers. `adapt` adds the
     trained parts to a frozen base; by default, LoRA adapters. `narrowed`: with narrow layers, and
-    without `weights`.
+    without `weights`. `cutting`: the context within which a rank keeps its own elements only.
     """
     torch.manual_seed(config.train.seed)
     mode = config.tuning.mode
@@ -72,7 +75,7 @@ def build(
         arch = architecture(config.model)
         refuse_quantised(arch, config.model.name, mode, config.tuning.quantization)
     stored = DTYPES["bf16" if config.train.is_bf16_pure else "fp32"]
-    options = weights, depth, bits, narrowed, stored
+    options = weights, depth, bits, narrowed, stored, cutting
     base: Any = load_base(config.model, mode, precision, device, *options)
     if config.tuning.router == "trained" and not (found := reach(base)).routers:
         why = f" (its step could not be traced: {found.problem})" if found.problem else ""
@@ -119,6 +122,7 @@ def load_base(
     quantization: str = "nf4",
     narrowed: bool = False,
     stored: torch.dtype = torch.float32,
+    cutting: Cutting | None = None,
 ) -> nn.Module:
     """Returns the base without adapters: in the compute dtype or 4 bits, or `stored` if trained.
 
@@ -139,12 +143,13 @@ def load_base(
         if config.init == "random" or not weights:
             arch = arch if depth is None else keep_layers(arch, depth)
             arch = narrow(arch) if narrowed else arch
-            model = classes.from_config(arch, **options).to(device)
+            with cutting.drawing() if cutting else nullcontext():
+                model = classes.from_config(arch, **options).to(device)
             if mode == "qlora":
                 quantise(model, compute, quantization)
             return with_new_tokens(model, config)
         _check_files(Path(config.name))
-        with quantising_all():
+        with quantising_all(), cutting.reading() if cutting else nullcontext():
             loaded: Any = classes.auto_class(arch).from_pretrained(
                 config.name,
                 **options,
@@ -165,7 +170,10 @@ def load_base(
     if mode == "qlora":
         keep_nf4_trainable(model)
     model.name_or_path = absolute_name(config.name)  # PEFT writes it into an adapter's config
-    return with_new_tokens(model, config)
+    model = with_new_tokens(model, config)
+    if cutting:
+        cutting.cut_rest(model)
+    return model
 
 
 def refuse_quantised(arch: Any, name: str, mode: str, kind: str | None = None) -> None:

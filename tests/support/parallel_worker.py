@@ -36,11 +36,12 @@ def make(case: dict[str, Any], folder: Path) -> engine.Engine:
     context = Context(accelerator)
     precision = resolve_precision(config.train)[0]
     task = task_of(config).build(config, prepared, precision, budget, context)
+    made = engine.Engine(task, config.train, context)
     if rows := case.get("chunk_rows"):  # of logits; their weights' gradient does not count
         head.CHUNK_BYTES = 4 * rows * task.head._vocabulary()
         head.SupervisedHead._trained_bytes = lambda _: 0  # type: ignore[method-assign]
         task.head.prove(precision)
-    return engine.Engine(task, config.train, context)
+    return made
 
 
 def run(case: dict[str, Any], out: Path) -> dict[str, Any]:

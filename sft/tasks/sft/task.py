@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from rich.console import RenderableType
 from torch import nn
 
 from sft.config.load import with_values
 from sft.config.schema import Config, Generation
 from sft.data import audit, audit_report, cache, files, template
-from sft.data.batches import global_batch_ids
+from sft.data.batches import Budget, global_batch_ids
 from sft.data.cache import Prepared
 from sft.data.examples import ExampleArrays, Examples, examples_sha256
 from sft.data.formats import is_conversation
@@ -28,15 +29,18 @@ from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import ScoredPredictions, key_of, read_records
 from sft.models import attention, classes, digests, eva, export, layers, load, pretrained
+from sft.models.cut import CannotCut, Cutting
 from sft.models.groups import freeze_groups
 from sft.models.reach import freeze_untrained
 from sft.models.sizes import read_sizes
 from sft.runtime.console import write_json
 from sft.runtime.plain import read_json
+from sft.runtime.processes import Context
 from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
 from sft.tasks.sft import card, report, shrink
 from sft.tasks.sft.passes import Passes
 from sft.train.engine import Engine
+from sft.train.parallel import cutting_rule
 from sft.train.schedule import order_seed, total_steps
 
 EVA_TOKENS, EVA_PARTS = 1024, 64  # what init_lora_weights: eva looks at
@@ -132,12 +136,44 @@ class FineTune(Passes):
         return load.build(config, precision, device, weights, depth, adapt=cls.adapt)
 
     @classmethod
-    def build(cls, config: Config, *arguments: Any) -> FineTune:
-        task: Any = super().build(config, *arguments)
+    def build(
+        cls, config: Config, prepared: Any, precision: str, budget: Budget, context: Context
+    ) -> FineTune:
+        model = cls._build_cut(config, precision, context)
+        if model is None:
+            model = cls.build_model(config, precision, context.accelerator.device)
+        task = cls(config, prepared, model, budget, context)
         if config.tuning.lora.init_lora_weights == "eva":
             run = lambda batch: task._run(task.model, batch, batch.positions)  # noqa: E731
             eva.begin_with_inputs(task.model, task._first_rows(), task.collate, run)
         return task
+
+    @classmethod
+    def _build_cut(cls, config: Config, precision: str, context: Context) -> nn.Module | None:
+        """Returns a model of which this rank has its own elements only; None: it must be whole."""
+        accelerator, tuning = context.accelerator, config.tuning
+        rule = cutting_rule(config.train, accelerator)
+        if rule is None:
+            return None
+        model, reason = None, ""
+        try:
+            if tuning.mode != "full" and tuning.lora.init_lora_weights == "eva":
+                raise CannotCut("init_lora_weights: eva runs it before it is split")
+            device, keep_ends = accelerator.device, cls.reads_rows(config)
+            with Cutting(rule, device, keep_ends) as cutting:
+                model = load.build(config, precision, device, adapt=cls.adapt, cutting=cutting)
+                cutting.finish(model)
+        except CannotCut as error:
+            reason = str(error)
+        if reason := next(filter(None, gather_object([reason])), ""):
+            context.log.say(f"start: every rank reads the whole model, since {reason}")
+            return None
+        return model
+
+    @classmethod
+    def reads_rows(cls, config: Config) -> bool:
+        """Returns whether building the model reads single rows of its embeddings."""
+        return bool(config.model.new_tokens or config.tuning.lora.trainable_token_indices)
 
     def _first_rows(self) -> list[list[int]]:
         """Returns the ids of the first rows of the run, in parts of at least `EVA_TOKENS` tokens.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from accelerate import Accelerator
 from torch import nn
 
 from sft.config.schema import Train
+from sft.models.cut import Rule
+from sft.runtime.processes import deepspeed_settings
 from sft.train.parallel.ddp import Replicated
-from sft.train.parallel.deepspeed import Zero
-from sft.train.parallel.fsdp import Sharded
+from sft.train.parallel.deepspeed import Zero, elements_of
+from sft.train.parallel.fsdp import Sharded, rows_of
 
 
 def share_model(model: nn.Module, train: Train, accelerator: Accelerator) -> Replicated:
@@ -18,3 +22,17 @@ def share_model(model: nn.Module, train: Train, accelerator: Accelerator) -> Rep
     if train.engine == "fsdp" and accelerator.num_processes > 1:
         return Sharded(model, train, accelerator)
     return Replicated(model, train, accelerator)
+
+
+def cutting_rule(train: Train, accelerator: Accelerator) -> Rule | None:
+    """Returns which elements of a weight this rank keeps; None if every rank keeps all."""
+    place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    if place["world"] == 1:
+        return None
+    if train.engine == "deepspeed":
+        settings = deepspeed_settings(train)["zero_optimization"]
+        is_usual = not any(
+            key.startswith("zero_") for key in settings
+        )  # else other groups of ranks
+        return partial(elements_of, **place) if settings["stage"] == 3 and is_usual else None
+    return partial(rows_of, **place) if train.engine == "fsdp" else None

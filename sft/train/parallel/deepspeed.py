@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 from sft.config.schema import Train
+from sft.models.fake import set_attributes
 from sft.train.optimizer import build_optimizer
 from sft.train.parallel.ddp import Place, Split, autocast
 
@@ -20,6 +23,8 @@ class Zero(Split):
         # DeepSpeed's own autocast is not used: it rounds gradients and gathered weights to bf16.
         autocast(self.module, self.accelerator.device.type, train)
         own = build_optimizer(train, self.module)
+        if any(hasattr(parameter, "piece") for parameter in self.module.parameters()):
+            _split_pieces(self.module, self.accelerator)
         self.engine: Any
         self.engine, self.optimizer = self.accelerator.prepare(self.module, own)
         self.model, self.zero = self.engine, self.engine.optimizer
@@ -100,3 +105,41 @@ class Zero(Split):
         if self.is_split:
             return self.zero.fp32_partitioned_groups_flat
         return self.zero.single_partition_of_fp32_groups
+
+
+def elements_of(shape: torch.Size, rank: int, world: int) -> tuple[int, int]:
+    """Returns a rank's elements (first, end) of a flat parameter, as stage 3 splits it."""
+    number = math.prod(shape)
+    each = math.ceil(number / world)
+    return min(rank * each, number), min((rank + 1) * each, number)
+
+
+def _split_pieces(model: nn.Module, accelerator: Accelerator) -> None:
+    """Splits a model of which each rank has its own elements only (`models/cut`).
+
+    DeepSpeed splits whole weights, and sends those of rank 0 to all before that. Here a weight is
+    whole for a moment, with the elements of this rank only, which are all that it keeps.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    rank, world = accelerator.process_index, accelerator.num_processes
+
+    def split(init: Any, parameters: Iterable[Any]) -> None:
+        for parameter in parameters:
+            if hasattr(parameter, "piece"):
+                start, stop = elements_of(parameter.shape, rank, world)
+                whole = torch.empty(
+                    parameter.shape, dtype=parameter.dtype, device=accelerator.device
+                )
+                whole.view(-1)[start:stop] = parameter.piece
+                own = {k: v for k, v in vars(parameter).items() if k != "piece"}
+                filled = nn.Parameter(whole, parameter.requires_grad)
+                vars(filled).update(own)
+                torch.utils.swap_tensors(parameter, filled)  # optimizers know `parameter`
+                del filled, whole
+            init._convert_to_deepspeed_param(parameter)
+            parameter.partition()
+
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    with set_attributes(Init, _convert_to_zero_parameters=split):
+        Init(module=model, config_dict_or_path=settings, dtype=torch.float32)

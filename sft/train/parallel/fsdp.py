@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from sft.config.schema import Train
 from sft.models.layers import repeated_layers
@@ -38,6 +40,7 @@ class Sharded(Split):
         for module in self.module.modules():  # bitsandbytes looks here if its weight is a DTensor
             if state := getattr(getattr(module, "weight", None), "quant_state", None):
                 module.quant_state = state
+        pieces = {n: p.piece for n, p in self.module.named_parameters() if hasattr(p, "piece")}
         offload = CPUOffloadPolicy(pin_memory=device != "cpu") if train.offload else OffloadPolicy()
         for module in [*repeated_layers(self.module), self.module]:
             fully_shard(module, mesh=mesh, offload_policy=offload)
@@ -46,6 +49,7 @@ class Sharded(Split):
                 # Sums: 1 / world would round gradients, and our losses are shares of a sum.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+        _put_pieces(self.module, pieces, "cpu" if train.offload else device)
         autocast(self.module, device, train)
         self.model, self.optimizer = self.module, build_optimizer(train, self.module)
 
@@ -60,6 +64,34 @@ class Sharded(Split):
 
     def _cut(self, value: torch.Tensor, place: Place) -> torch.Tensor:
         return _local_slice(value)[0]
+
+
+def rows_of(shape: torch.Size, rank: int, world: int) -> tuple[int, int]:
+    """Returns a rank's elements (first, end) of a flat parameter: FSDP2 gives it whole rows."""
+    rows, size = math.ceil(shape[0] / world), math.prod(shape[1:])
+    return min(rank * rows, shape[0]) * size, min((rank + 1) * rows, shape[0]) * size
+
+
+def _put_pieces(model: nn.Module, pieces: Mapping[str, torch.Tensor], device: str) -> None:
+    """Gives split parameters without storage the elements that this rank has (`models/cut`)."""
+    if not pieces:
+        return
+    found = {id(p): pieces[name] for name, p in model.named_parameters() if name in pieces}
+
+    def put(tensor: Any) -> Any:
+        if id(tensor) not in found:
+            return tensor
+        local = found[id(tensor)].to(device).view(tensor.to_local().shape)
+        return DTensor.from_local(
+            local,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+
+    model._apply(put)
 
 
 def _local_slice(value: Any) -> tuple[torch.Tensor, int]:
