@@ -5,8 +5,9 @@
 A Llama of random weights is written once. Each row starts a run of it up to its first step: the
 model is built, split and given an optimizer. `peak` is private memory (RssAnon of
 /proc/self/status, every 2 ms; pages of mapped files belong to the page cache and are not counted),
-less what the process had before, and the most of all ranks. `bound` is what a rank keeps
-afterwards, and the largest layer as it is stored. `read` is what all ranks together read from disk
+less what the process had before, and the most of all ranks. `bound` is the bytes of a
+rank's elements (in ZeRO-3 with the fp32 copies of those that are trained), and of the largest layer
+as it is stored. The C library returns what is freed (MALLOC_MMAP_THRESHOLD_). `read` is what all ranks together read from disk
 (read_bytes of /proc/self/io), after the files were dropped from the page cache. The rows `whole`
 are runs in which every rank reads the whole model, as it is done where a model cannot be cut.
 """
@@ -97,6 +98,14 @@ class Peak:
         self.peak, self.kept = self.most - self.before, private_bytes() - self.before
 
 
+def own_bytes(parameter: Any) -> int:
+    """Returns the bytes of this rank's elements of a parameter."""
+    if hasattr(parameter, "ds_tensor"):
+        copied = 4 * parameter.ds_tensor.numel() if parameter.requires_grad else 0
+        return int(parameter.ds_tensor.nbytes + copied)
+    return int(parameter.to_local().nbytes if hasattr(parameter, "to_local") else parameter.nbytes)
+
+
 def rank(model: str, mode: str, engine: str, start: str, out: Path) -> None:
     """Starts a run, as one of its ranks, and writes what it took."""
     from sft.config.load import load_config
@@ -105,7 +114,7 @@ def rank(model: str, mode: str, engine: str, start: str, out: Path) -> None:
     from sft.tasks.sft.task import FineTune
     from sft.train.parallel import share_model
 
-    def begin(name: str) -> tuple[Any, Any]:
+    def begin(name: str) -> tuple[Any, int, int]:
         config = load_config(
             ROOT / "configs/nano.yaml",
             [
@@ -126,7 +135,8 @@ def rank(model: str, mode: str, engine: str, start: str, out: Path) -> None:
             sum(p.nbytes for p in each.parameters())
             for each in [*repeated_layers(built), built.get_input_embeddings()]
         )
-        return share_model(built, config.train, accelerator), layer
+        shared = share_model(built, config.train, accelerator)
+        return shared, layer, sum(map(own_bytes, shared.module.parameters()))
 
     accelerators: list[Any] = []
     messages: list[str] = []
@@ -141,6 +151,7 @@ def rank(model: str, mode: str, engine: str, start: str, out: Path) -> None:
         "peak_bytes": memory.peak,
         "kept_bytes": memory.kept,
         "layer_bytes": kept[1][1],
+        "own_bytes": kept[1][2],
         "read_bytes": read_bytes() - already,
         "seconds": seconds,
     }
@@ -165,6 +176,7 @@ def measure(model: Path, world: int, mode: str, engine: str, start: str) -> dict
         command += [f"--master-port={free.getsockname()[1]}", __file__, "--rank"]
         free.close()
         own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        own |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
         own |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         done = subprocess.run(
             [*command, str(model), mode, engine, start, folder],
@@ -177,7 +189,7 @@ def measure(model: Path, world: int, mode: str, engine: str, start: str) -> dict
         ranks = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank*.json"))]
     if len(ranks) != world:
         raise RuntimeError(done.stderr[-4000:])
-    bound = max(each["kept_bytes"] + each["layer_bytes"] for each in ranks)
+    bound = max(each["own_bytes"] + each["layer_bytes"] for each in ranks)
     peak = max(each["peak_bytes"] for each in ranks)
     return {
         "processes": world,
@@ -186,6 +198,7 @@ def measure(model: Path, world: int, mode: str, engine: str, start: str) -> dict
         "start": start,
         "peak_bytes": peak,
         "kept_bytes": max(each["kept_bytes"] for each in ranks),
+        "own_bytes": max(each["own_bytes"] for each in ranks),
         "layer_bytes": ranks[0]["layer_bytes"],
         "bound_bytes": bound,
         "peak_of_bound": peak / bound,
@@ -197,10 +210,10 @@ def measure(model: Path, world: int, mode: str, engine: str, start: str) -> dict
 
 def line(row: dict[str, Any]) -> str:
     """Returns a row as it is printed."""
-    peak, kept, layer = (row[f"{key}_bytes"] / 2**20 for key in ("peak", "kept", "layer"))
+    peak, own, layer = (row[f"{key}_bytes"] / 2**20 for key in ("peak", "own", "layer"))
     return (
         f"{row['processes']} {row['engine']:6} {row['mode']:5} {row['start']:5}  peak {peak:6,.0f} "
-        f"MiB  kept {kept:6,.0f}  layer {layer:4,.0f}  peak / (kept + layer) "
+        f"MiB  own {own:6,.0f}  layer {layer:4,.0f}  peak / (own + layer) "
         f"{row['peak_of_bound']:.2f}  read {row['read_bytes'] / row['file_bytes']:.2f} x the files"
         f"  {row['seconds']:.0f} s"
     )
@@ -231,7 +244,7 @@ def main() -> None:
                         row = measure(model, world, mode, engine, start)
                         rows.append(row)
                         print(line(row), flush=True)
-    given.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+                        given.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

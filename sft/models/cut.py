@@ -58,6 +58,9 @@ class Cutting(TorchDispatchMode):
     `keep_ends`: leave embeddings and head whole, since single rows of them will be read.
     """
 
+    keeps_values = True
+    """Weights on the meta device have values (`models/fake`)."""
+
     def __init__(self, rule: Rule, device: torch.device, keep_ends: bool = False):
         super().__init__()
         self.rule, self.device, self.keep_ends = rule, device, keep_ends
@@ -190,7 +193,6 @@ class Cutting(TorchDispatchMode):
                 if parameter not in done:
                     cut = nn.Parameter(parameter.detach().to(META), parameter.requires_grad)
                     vars(cut).update(vars(parameter))  # such as how it is quantised
-                    cut.is_cut = True  # type: ignore[attr-defined]  # not `is_fake`
                     done[parameter] = cut
                 module._parameters[name] = done[parameter]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from transformers import PreTrainedModel, masking_utils
 from transformers.integrations import moe
 
@@ -35,10 +35,13 @@ def set_attributes(owner: Any, **values: Any) -> Iterator[None]:
 def is_fake(model: nn.Module) -> bool:
     """Returns whether the weights have no values: in a plan, or a model without storage.
 
-    Weights of which a rank keeps a part (`models/cut`) have values.
+    Weights of which a rank keeps its elements have values (`models/cut`).
     """
-    empty = (p.is_meta and not hasattr(p, "is_cut") for p in model.parameters())
-    return any(empty) or any(isinstance(p, FakeTensor) for p in model.parameters())
+    if any(isinstance(p, FakeTensor) for p in model.parameters()):
+        return True
+    modes = _get_current_dispatch_mode_stack()
+    is_cutting = any(getattr(mode, "keeps_values", False) for mode in modes)
+    return any(p.is_meta and not (is_cutting or hasattr(p, "piece")) for p in model.parameters())
 
 
 @contextmanager

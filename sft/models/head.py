@@ -33,6 +33,7 @@ from sft.models.tail import NotRepeatable, Tail, TailRecorder
 
 CHUNK_BYTES = 2**28  # of a chunk's logits in fp32
 COPIES = 3  # of logits at the peak of whole ones: themselves, the softmax and the gradient
+GATHERED = "ZeRO-3 gathers parts of this head one by one"
 PROBE, PROBE_ROWS = 8, 3  # positions of the proof, and of each of its chunks
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative errors; of other dtypes 3e-2
 
@@ -152,7 +153,7 @@ class SupervisedHead:
         if self.why_whole or number <= self.limit() * self.copies:
             return 0
         if self._gathers_parts():
-            self._refuse("ZeRO-3 gathers parts of this head one by one")
+            self._refuse(GATHERED)
         elif self.tail is None and is_split(self.model):
             self._refuse("its code was not tried when the run began")
         elif self.tail is None:
@@ -192,6 +193,9 @@ class SupervisedHead:
 
         `precision`: that of the run, unless the model's own forward pass has it already.
         """
+        if self._gathers_parts():
+            self._refuse(GATHERED)
+            return
         device = next(self.model.parameters()).device
         cast: Any = nullcontext()
         if precision not in (None, "fp32"):

@@ -74,6 +74,7 @@ class TailRecorder(TorchFunctionMode):
         super().__init__()
         self._slots: dict[int, int] = {}  # id of a tensor -> its slot
         self._alive: list[Any] = []  # so that no id is used again
+        self._detached: list[Any] = []  # the same
         self._steps: list[tuple[Any, Any, Any, tuple[int | None, ...]]] = []
         self._problem, self._calls = "", 0
 
@@ -101,6 +102,10 @@ class TailRecorder(TorchFunctionMode):
 
     def _record(self, func: Any, args: Any, kwargs: Any, result: Any, closed: bool) -> None:
         name = getattr(func, "__name__", "")
+        if name == "detach":  # by hooks of an engine, whose own backward passes it on
+            self._slots[id(result)] = self._slots[id(args[0])]
+            self._detached.append(result)
+            return
         found = tree_leaves(result)
         is_tensor = [isinstance(each, torch.Tensor) for each in found]
         if name in READS:

@@ -24,7 +24,7 @@ from sft.data.batches import Budget, global_batch_ids
 from sft.data.cache import Prepared
 from sft.data.examples import ExampleArrays, Examples, examples_sha256
 from sft.data.formats import is_conversation
-from sft.errors import ConfigError, DataError, UserError, redact
+from sft.errors import ConfigError, DataError, ModelError, UserError, oom_message, redact
 from sft.evaluate import answers, generate, scores
 from sft.evaluate.answers import Scores
 from sft.evaluate.predictions import ScoredPredictions, key_of, read_records
@@ -163,8 +163,10 @@ class FineTune(Passes):
             with Cutting(rule, device, keep_ends) as cutting:
                 model = load.build(config, precision, device, adapt=cls.adapt, cutting=cutting)
                 cutting.finish(model)
-        except CannotCut as error:
-            reason = str(error)
+        except (ModelError, RuntimeError) as error:  # or a library met a weight without values
+            if oom_message(error):
+                raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
         if reason := next(filter(None, gather_object([reason])), ""):
             context.log.say(f"start: every rank reads the whole model, since {reason}")
             return None
