@@ -5,11 +5,12 @@
 A Llama of random weights is written once. Each row starts a run of it up to its first step: the
 model is built, split and given an optimizer. `peak` is private memory (RssAnon of
 /proc/self/status, every 2 ms; pages of mapped files belong to the page cache and are not counted),
-less what the process had before, and the most of all ranks. `bound` is the bytes of a
-rank's elements (in ZeRO-3 with the fp32 copies of those that are trained), and of the largest layer
-as it is stored. The C library returns what is freed (MALLOC_MMAP_THRESHOLD_). `read` is what all ranks together read from disk
-(read_bytes of /proc/self/io), after the files were dropped from the page cache. The rows `whole`
-are runs in which every rank reads the whole model, as it is done where a model cannot be cut.
+less what the process had before, and the most of all ranks. `own` is the bytes of a rank's
+elements, in ZeRO-3 with the fp32 copies of those that are trained; `layer` is the largest layer as
+it is stored; the bound is their sum. The C library returns what is freed (MALLOC_MMAP_THRESHOLD_).
+`read` is what all ranks together read from disk (read_bytes of /proc/self/io), after the files were
+dropped from the page cache. The rows `whole` are runs in which every rank reads the whole model, as
+it is done where a model cannot be cut.
 """
 
 from __future__ import annotations
