@@ -159,8 +159,9 @@ class FineTune(Passes):
         try:
             if tuning.mode != "full" and tuning.lora.init_lora_weights == "eva":
                 raise CannotCut("init_lora_weights: eva runs it before it is split")
-            device, keep_ends = accelerator.device, cls.reads_rows(config)
-            with Cutting(rule, device, keep_ends) as cutting:
+            device, host = accelerator.device, torch.device("cpu")
+            kept_on = host if config.train.offload else device
+            with Cutting(rule, kept_on, keep_ends=cls.reads_rows(config)) as cutting:
                 model = load.build(config, precision, device, adapt=cls.adapt, cutting=cutting)
                 cutting.finish(model)
         except (ModelError, RuntimeError) as error:  # or a library met a weight without values

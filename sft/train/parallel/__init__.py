@@ -31,8 +31,6 @@ def cutting_rule(train: Train, accelerator: Accelerator) -> Rule | None:
         return None
     if train.engine == "deepspeed":
         settings = deepspeed_settings(train)["zero_optimization"]
-        is_usual = not any(
-            key.startswith("zero_") for key in settings
-        )  # else other groups of ranks
-        return partial(elements_of, **place) if settings["stage"] == 3 and is_usual else None
+        own_groups = any(key.startswith("zero_") for key in settings)  # such as within a node
+        return partial(elements_of, **place) if settings["stage"] == 3 and not own_groups else None
     return partial(rows_of, **place) if train.engine == "fsdp" else None
