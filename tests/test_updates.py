@@ -333,14 +333,16 @@ def test_an_automatic_fp16_is_refused_too(tmp_path, monkeypatch):
 # --- two processes -------------------------------------------------------------------------------
 
 
-CASES = {  # name: what is asked for, engine, processes
-    "pure-lora": ("lora", PURE, ("ddp", "fsdp")),
-    "pure-qlora": ("qlora", PURE, ("ddp", "fsdp")),
+# Both engines with full weights, which differ most: each engine once with each kind of adapter, and
+# FSDP2, whose shards the updates must cut, with all others.
+CASES = {  # name: tuning, overrides, engines
+    "pure-lora": ("lora", PURE, ("fsdp",)),
+    "pure-qlora": ("qlora", PURE, ("ddp",)),
     "pure-full": ("full", PURE, ("ddp", "fsdp")),
     "late-full": ("full", UNCLIPPED, ("fsdp",)),
     "early-full": ("full", [*UNCLIPPED, *EARLY], ("fsdp",)),
     "early-qlora": ("qlora", [*UNCLIPPED, *EARLY], ("fsdp",)),
-    "packed8-full": ("full", ["train.optimizer=torchao_adamw_8bit"], ("ddp", "fsdp")),
+    "packed8-full": ("full", ["train.optimizer=torchao_adamw_8bit"], ("fsdp",)),
     "packed4-lora": ("lora", ["train.optimizer=torchao_adamw_4bit"], ("fsdp",)),
     "packed8-pure-full": (
         "full",
@@ -355,9 +357,9 @@ def cases(folder: Path, world: int) -> list[dict]:
     found = []
     for name, (mode, more, engines) in CASES.items():
         for each in engines if world > 1 else ("ddp",):
-            plain = case(mode, each, world, save_at=[4], steps=6)
+            plain = case(mode, each, world, save_at=[2], steps=3, evaluate=False)
             plain |= {"name": f"{name}-{each}-{world}", "overrides": plain["overrides"] + more}
-            saved = str(folder / plain["name"] / "checkpoint_step_4")
+            saved = str(folder / plain["name"] / "checkpoint_step_2")
             resumed = {"name": f"{plain['name']}-resumed", "resume": saved, "save_at": []}
             found += [plain] + ([plain | resumed] if world > 1 else [])
     return found
@@ -397,19 +399,20 @@ def test_resumed_on_two_processes_equals_uninterrupted_bit_for_bit(folder, name)
 
 @pytest.mark.slow
 def test_moments_in_blocks_resume_on_another_number_of_processes_and_engine(folder):
-    saved = str(folder / "packed8-full-fsdp-2" / "checkpoint_step_4")
-    rest = case("full", "ddp", 1, saved, save_at=[], steps=6) | {"name": "packed8-by-1"}
+    saved = str(folder / "packed8-full-fsdp-2" / "checkpoint_step_2")
+    rest = case("full", "ddp", 1, saved, save_at=[], steps=3, evaluate=False)
+    rest["name"] = "packed8-by-1"
     rest["overrides"] += ["train.optimizer=torchao_adamw_8bit"]
     test_parallel.run(folder, 1, [rest])
     [by_one], [by_two, _] = found(folder, "packed8-by-1"), found(folder, "packed8-full-fsdp-2")
-    for mine, theirs in zip(by_one["steps"], by_two["steps"][4:], strict=True):
+    for mine, theirs in zip(by_one["steps"], by_two["steps"][2:], strict=True):
         assert mine[0] == theirs[0]
         assert float.fromhex(mine[2]) == pytest.approx(float.fromhex(theirs[2]), 1e-4)
 
 
 @pytest.mark.slow
 def test_moments_in_blocks_are_stored_as_codes_and_scales(folder):
-    saved = folder / "packed8-full-fsdp-2" / "checkpoint_step_4"
+    saved = folder / "packed8-full-fsdp-2" / "checkpoint_step_2"
     sizes = [path.stat().st_size for path in sorted(saved.glob("optimizer-*.safetensors"))]
     model = (saved / "model.safetensors").stat().st_size
     assert sum(sizes) == pytest.approx(model * (2 + 2 * 4 / 64) / 4, rel=0.05)  # blocks of 64
@@ -475,22 +478,30 @@ LLAMA = SHARED / "data/model_configs/Llama-3.1-8B.json"
 
 @pytest.mark.slow
 @pytest.mark.skipif(not LLAMA.exists(), reason="needs ../shared")
-@pytest.mark.parametrize(("early", "limit"), [(True, 24), (False, 40)])
-def test_an_8b_model_is_planned_on_one_small_gpu(tmp_path, early, limit):
-    """All weights, moments in 8 bits that are paged: 21.0 and 34.9 GiB, and the context of CUDA."""
+def test_an_8b_model_is_planned_on_one_small_gpu(tmp_path):
+    """All weights, moments in 8 bits that are paged: 21.0 GiB, and the context of CUDA."""
     given = [f"model.name={LLAMA}", "tuning.mode=full", "data.train_path=none", *UNCLIPPED, *PURE]
     given += [f"train.output_dir={tmp_path}", "train.optimizer=paged_adamw_8bit"]
-    given += ["train.gradient_checkpointing=true", *(EARLY if early else [])]
-    window = Window((((2048, 2048),),), gradients=not early)
+    given += ["train.gradient_checkpointing=true", *EARLY]
+    window = Window((((2048, 2048),),))
     found = memory.predict(load_config(None, given), "bf16", window, on_gpu=True)
     assert found.method.startswith("traced")
-    assert limit - 6 < (found.reserved + memory.CONTEXT_BYTES) / 2**30 < limit
+    assert 18 < (found.reserved + memory.CONTEXT_BYTES) / 2**30 < 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "torchao_adamw_8bit", "adamw_8bit"])
-def test_the_plan_sees_what_bf16_and_the_backward_pass_save(optimizer):
+def test_the_plan_sees_what_bf16_and_the_backward_pass_save(tmp_path, optimizer):
+    model = tiny.shallow_nano(tmp_path)
+
     def predict(*more):
-        given = ["tuning.mode=full", f"train.optimizer={optimizer}", *UNCLIPPED, *more]
+        given = [
+            f"model.name={model}",
+            "tuning.mode=full",
+            f"train.optimizer={optimizer}",
+            *UNCLIPPED,
+            *more,
+        ]
         config = load_config("configs/nano.yaml", given)
         return memory.predict(config, "bf16", Window((((64, 32),),)), on_gpu=True).breakdown
 
