@@ -86,8 +86,8 @@ CASES = {
     "full": (FULL, "padded", "eager"),
     "bf16": (BF16, "padded", "eager"),
     "lora": (LORA | SMALL | CHECKPOINTED, "packed", "aot_eager"),
-    "qlora": (QLORA, "padded", "eager"),
-    "crowd": (CROWD, "packed", "eager"),
+    "qlora": (QLORA | SMALL, "padded", "eager"),
+    "crowd": (CROWD | SMALL, "packed", "eager"),
     "selective": (SELECTIVE, "padded", "eager"),
     "offload": (OFFLOADED, "padded", "eager"),
 }
@@ -232,8 +232,9 @@ def test_a_missing_compiler_is_reported_before_the_run(tmp_path, monkeypatch):
     refuse_missing_compiler(asked)
 
 
-def test_layers_that_need_ever_more_graphs_are_refused(tmp_path):
-    engine = make(tmp_path, FULL, num_hidden_layers=12)
+def test_layers_that_need_ever_more_graphs_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sft.train.compiled.MOST_GRAPHS", 2)
+    engine = make(tmp_path, FULL, num_hidden_layers=4)
     for number, layer in enumerate(repeated_layers(engine.task.model)):
         layer.number = number
         layer.mlp.forward = _numbered(layer.mlp)
