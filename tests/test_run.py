@@ -33,9 +33,11 @@ from sft.runtime import checkpoint
 
 pytestmark = pytest.mark.slow
 
-ROWS = ["data.max_rows=600", "data.eval_path=null", "data.eval_fraction=0.05"]
+ROWS = ["data.max_rows=240", "data.eval_path=null", "data.eval_fraction=0.1"]
 ROWS += ["train.global_batch=8", "train.learning_rate=1e-3"]
-SHORT = [*ROWS, "train.max_steps=8", "evaluation.num_examples=8", "evaluation.max_new_tokens=16"]
+STEPS = 5
+SHORT = [*ROWS, f"train.max_steps={STEPS}"]
+SHORT += ["evaluation.num_examples=4", "evaluation.max_new_tokens=8"]
 BRIEF = [*ROWS, "train.max_steps=2", "evaluation.num_examples=0"]
 
 
@@ -268,7 +270,7 @@ def served(address: str, name: str) -> list[list[float]]:
     query = urllib.parse.urlencode({"run": f"{name}/tensorboard", "tag": "train/loss"})
     found: list = []
     deadline = time.monotonic() + 60
-    while len(found) < 8 and time.monotonic() < deadline:
+    while len(found) < STEPS and time.monotonic() < deadline:
         try:
             url = f"{address}/data/plugin/scalars/scalars?{query}"
             found = json.load(urllib.request.urlopen(url, timeout=10))
@@ -282,25 +284,25 @@ def served(address: str, name: str) -> list[list[float]]:
 def test_two_processes_give_the_run_of_one_and_tensorboard_serves_it(alone, targets, target):
     folder, reported, points = targets[target]
     assert re.search(rf"processes\s+2 \({ENGINES[target]}\)", reported)
-    assert reported.count("step     1/8") == 1  # output of many ranks comes from one
+    assert reported.count(f"step     1/{STEPS}") == 1  # output of many ranks comes from one
     assert metrics(folder) == pytest.approx(metrics(alone), rel=1e-4)
     assert results(folder)["base"] == pytest.approx(results(alone)["base"], rel=1e-5)
     tuned = results(folder)["tuned"]["loss"]
     assert tuned == pytest.approx(results(alone)["tuned"]["loss"], rel=1e-4)
-    assert [point[1] for point in points] == list(range(1, 9))
+    assert [point[1] for point in points] == list(range(1, STEPS + 1))
     assert [point[2] for point in points] == pytest.approx(metrics(folder), rel=1e-6)
 
 
 def test_scores_are_reported_by_a_column_of_the_rows_on_any_number_of_processes(alone, tmp_path):
     """`kind` is what a request asks for; the first row has none."""
-    rows = [json.loads(line) for line in (ROOT / "nano/valid.jsonl").open()][:24]
+    rows = [json.loads(line) for line in (ROOT / "nano/valid.jsonl").open()][:12]
     kinds = ["", *(json.loads(row["messages"][1]["content"])["call"] for row in rows[1:])]
     reported = [
         row | ({"kind": kind} if kind else {}) for row, kind in zip(rows, kinds, strict=True)
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reported))
     words = ["scripts/evaluate.py", "--run", str(alone), f"data.eval_path={tmp_path}/rows.jsonl"]
-    words += ["evaluation.num_examples=24", "evaluation.group=kind"]
+    words += ["evaluation.num_examples=12", "evaluation.group=kind"]
     words += ["evaluation.metrics=[exact_match, json_fields]"]
     found = []
     for world in (1, 2):
@@ -325,9 +327,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, alone):
     folder = tmp_path / "run"
-    assert train_until(3, signal.SIGTERM, folder, *SHORT) == 75
+    assert train_until(2, signal.SIGTERM, folder, *SHORT) == 75
     assert status(folder)["state"] == "preempted"
-    assert len(metrics(folder)) < 8
+    assert len(metrics(folder)) < STEPS
     resume = [f"train.output_dir={folder}", *SHORT, "train.resume_from_checkpoint=auto"]
     done = run(sys.executable, "scripts/train.py", *resume)
     assert done.returncode == 0, done.stderr
