@@ -230,8 +230,8 @@ ROWS = ROOT / "nano/train.jsonl"
 
 BRIEF = ["data.max_rows=60", "data.eval_path=null", "data.eval_fraction=0.1"]
 BRIEF += ["evaluation.num_examples=2"]
-BRIEF += ["evaluation.max_new_tokens=4", "train.max_steps=4", "train.global_batch=4"]
-BRIEF += ["train.save_steps=2", "train.log_steps=1", "tuning.mode=lora"]
+BRIEF += ["evaluation.max_new_tokens=4", "train.max_steps=2", "train.global_batch=4"]
+BRIEF += ["train.save_steps=1", "train.log_steps=1", "tuning.mode=lora"]
 
 
 @pytest.mark.slow
@@ -239,7 +239,7 @@ BRIEF += ["train.save_steps=2", "train.log_steps=1", "tuning.mode=lora"]
     ("world", "case"),
     [
         *((1, case) for case in CASES),
-        *((2, case) for case in ("both on a full disk", "a reader that goes", "all closed")),
+        *((2, case) for case in ("a reader that goes", "all closed")),
     ],
 )
 def test_a_training_goes_on_without_its_console(tmp_path, world, case):
@@ -251,7 +251,7 @@ def test_a_training_goes_on_without_its_console(tmp_path, world, case):
     assert world > 1 or process.exitcode == 0
     assert (tmp_path / "run/final_checkpoint/MANIFEST.json").exists()
     log = (tmp_path / "run/training.log").read_text()
-    assert "step     4/4" in log
+    assert "step     2/2" in log
     warned = [line for line in log.splitlines() if "cannot be written" in line]
     assert len(warned) == len(set(warned))
     expected = {"both on a full disk": 2, "a reader that is gone": 2, "a reader that goes": 2}
