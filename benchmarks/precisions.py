@@ -4,9 +4,9 @@
         [--threads 1] [--shared ../shared] [--json benchmarks/results/precisions.json]
 
 runs      configs/nano.yaml in fp32, bf16, bf16_pure and fp16 for each seed; exact match against
-          that of fp32 with the same seed. CPUs multiply fp16 matrices slowly, rounding each sum to
-          fp16. Here, and only here, products of fp16 matrices are computed in fp32 and rounded
-          once, as tensor cores do.
+          that of fp32 with the same seed. Many CPUs multiply such matrices slowly, or round each
+          sum of a product. Here, and only here, products of matrices in 16 bits are computed in
+          fp32 and rounded once, as tensor cores do.
 rounding  Full fine-tuning of the nano model and of stories260K (../shared) with weights in bf16
           that are rounded in several ways; held-out loss after the same steps against fp32.
           `kahan` needs torch-optimi 0.3.3, the moments in 8 and 4 bits torchao.
@@ -47,15 +47,15 @@ RATES = (1e-3, 1e-4)
 
 
 @contextmanager
-def fp16_as_on_tensor_cores() -> Iterator[None]:
-    """Makes products of fp16 matrices sum in fp32 and round once."""
+def halves_as_on_tensor_cores() -> Iterator[None]:
+    """Makes products of fp16 or bf16 matrices sum in fp32 and round once."""
     library = torch.library.Library("aten", "IMPL")
     outs = {name: getattr(torch.ops.aten, name).out for name in ("mm", "bmm", "addmm", "baddbmm")}
 
     def replace(name: str) -> Callable[..., torch.Tensor]:
         def multiply(*tensors: torch.Tensor, **factors: float) -> torch.Tensor:
             kind = tensors[-1].dtype
-            wide = torch.float32 if kind == torch.float16 else kind
+            wide = torch.float32 if kind in (torch.float16, torch.bfloat16) else kind
             operands = [tensor.to(wide) for tensor in tensors]
             out = operands[-1].new_empty(0)
             return outs[name](*operands, **factors, out=out).to(kind)
@@ -73,7 +73,7 @@ def run_once(precision: str, seed: int, folder: Path) -> None:
     """Trains the nano model once, into `folder`."""
     values = {"output_dir": str(folder), "precision": precision, "seed": seed, "tensorboard": False}
     overrides = {f"train.{key}": value for key, value in (values | {"save_steps": None}).items()}
-    with fp16_as_on_tensor_cores() if precision == "fp16" else nullcontext():
+    with nullcontext() if precision == "fp32" else halves_as_on_tensor_cores():
         api.train("configs/nano.yaml", overrides)
 
 
