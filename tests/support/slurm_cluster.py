@@ -148,10 +148,11 @@ class Cluster:
         return done.stdout if check or done.returncode == 0 else done.stderr
 
     def wait(self, condition: Callable[[], bool], seconds: float = 60) -> None:
-        """Waits until `condition` holds; shows what the daemons say if it never does."""
+        """Waits until `condition` holds; shows what daemons and jobs say if it never does."""
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                texts = [f"{path}:\n{path.read_text()}" for path in self.folder.glob("*.log")]
+                logs = [*self.folder.glob("*.log"), *self.folder.parent.glob("*.log")]
+                texts = [f"{path}:\n{path.read_text()}" for path in logs]
                 raise AssertionError("\n".join([self.call("squeue"), *texts]))
             time.sleep(0.2)
