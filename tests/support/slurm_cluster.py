@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+from conftest import clean_environment
+
 PROGRAMS = (
     "munged",
     "slurmctld",
@@ -118,7 +120,7 @@ class Cluster:
         with (self.folder / "daemons.log").open("w") as log:
             self.daemons = subprocess.Popen(
                 [*ALONE.split(), script],
-                env={**os.environ, **self.environment},
+                env=clean_environment(**self.environment),
                 stdout=log,
                 stderr=log,
             )
@@ -139,7 +141,7 @@ class Cluster:
         """Returns what a program of SLURM prints."""
         done = subprocess.run(
             command,
-            env={**os.environ, **self.environment, **environment},
+            env=clean_environment(**self.environment, **environment),
             capture_output=True,
             text=True,
             check=False,
