@@ -44,6 +44,16 @@ def is_fake(model: nn.Module) -> bool:
     return any(p.is_meta and not (is_cutting or hasattr(p, "piece")) for p in model.parameters())
 
 
+def block_starts(tensor: torch.Tensor, size: int) -> range:
+    """Returns where blocks of `size` elements of a flat tensor begin; an empty tensor has one.
+
+    Of a fake tensor only the first two: a plan would need minutes for thousands of blocks, which
+    take the same memory one after the other.
+    """
+    starts = range(0, max(1, tensor.numel()), size)
+    return starts[:2] if isinstance(tensor, FakeTensor) else starts
+
+
 @contextmanager
 def fake_tensors(mode: str = "full", masked: bool = False) -> Iterator[None]:
     """Makes every tensor fake within this context, and lets no library cache a fake one.

@@ -237,7 +237,7 @@ def _depths(key: ModelKey) -> tuple[int, int, int] | None:
     period = next(
         n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds))
     )
-    few = 2 * period + whole % period
+    few = period * math.ceil(2 / period) + whole % period
     if config.train.activation_offload is True:  # as many storages as are on their way at once
         few += period * math.ceil(offload.AHEAD / period)
     more = few + period

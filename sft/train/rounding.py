@@ -12,6 +12,7 @@ import hashlib
 
 import torch
 
+from sft.models.fake import block_starts
 from sft.models.noise import FACTORS, mix
 
 CHUNK = 2**22  # elements that are rounded at once: bounds the memory of their random bits
@@ -31,7 +32,7 @@ def round_into(target: torch.Tensor, source: torch.Tensor, start: int, *parts: o
     """
     keys = noise_keys(*parts)
     flat_target, flat_source = target.view(-1), source.view(-1)
-    for at in range(0, source.numel(), CHUNK):
+    for at in block_starts(flat_source, CHUNK):
         part = flat_source[at : at + CHUNK]
         bits = random_bits(part.numel(), start + at, keys, part.device).bitwise_and_(0xFFFF)
         # bf16 is the upper half of fp32. Adding noise to the lower half carries over into it with

@@ -20,6 +20,7 @@ from torch import nn
 
 from sft.config.schema import Train
 from sft.errors import ConfigError, NonFiniteError
+from sft.models.fake import block_starts
 from sft.runtime.hardware import resolve_precision
 from sft.train.rounding import round_into
 
@@ -70,7 +71,7 @@ class Updates:
         size = PART if self.has_parts else max(1, number)
         before = {key: _local(value) for key, value in self.optimizer.state[parameter].items()}
         after: dict[str, Any] = {}
-        for at in range(0, max(1, number), size):
+        for at in block_starts(weight, size):
             part = slice(at, at + size)
             form = (-1,) if self.has_parts else shape
             twin = weight[part].float().view(form)
