@@ -36,6 +36,7 @@ LONG = (  # by seconds of processor time and of waiting
     *("test_watchdog.py", "test_verify.py", "test_cache.py"),
     *(
         "test_slurm.py",
+        "test_elastic.py",
         "test_launcher.py",
         "test_output.py",
         "test_memory.py",

@@ -1,10 +1,15 @@
-"""slow_training.py SECONDS ARGUMENT ...: train_distributed with longer steps."""
+"""slow_training.py SECONDS ARGUMENT ...: train_distributed with longer steps.
+
+Steps take no longer from the moment on at which the file of the variable HURRY exists.
+"""
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 import time
+from pathlib import Path
 
 from sft.train.engine import Engine
 
@@ -12,10 +17,10 @@ TRAINING = "scripts/train_distributed.py"
 
 
 def main(seconds: float, arguments: list[str]) -> None:
-    step = Engine.optimizer_step
+    step, hurry = Engine.optimizer_step, Path(os.environ.get("HURRY", "/nowhere"))
 
     def slow(engine: Engine) -> dict[str, float]:
-        time.sleep(seconds)
+        time.sleep(0 if hurry.exists() else seconds)
         return step(engine)
 
     Engine.optimizer_step = slow  # type: ignore[method-assign]
