@@ -4,7 +4,7 @@
 #   ARGS="train.epochs=1"  overrides of its keys               JSON=file         where `plan`, `compare` write
 #   NUM_PROCESSES=n        on this machine (train-*, verify-*, evaluate ...; several machines: docs/LAUNCH.md)
 #   AGENT=0                one agent of a crowd (docs/research/CROWD.md)
-#   COST_PER_HOUR=2.5      price of one GPU: `plan` prints what a run costs
+#   COST_PER_HOUR=2.5      price of one GPU: `plan` prints what a run costs     LINK=50   GB/s that a GPU sends: network time
 #   GIB=48                 memory of a GPU without a known name   LLAMA_CPP=path where llama.cpp is (merge: docs/MERGE.md)
 
 PYTHON ?= python3
@@ -29,7 +29,7 @@ export NUM_PROCESSES NUM_MACHINES MACHINE_RANK MASTER_ADDR MASTER_PORT ACCELERAT
 
 # A variable on the command line that no target reads would be ignored: CONFIGS=my.yaml would train the default.
 VARIABLES := A ACCELERATE_CONFIG ADAPTER AGENT ARGS AUTO B BASE COMPARE CONFIG COST_PER_HOUR DEEPSPEED DTYPE GGUF GIB GPU IDS \
-	INPUT JSON LLAMA_CPP LOGDIR MACHINE_RANK MASTER_ADDR MASTER_PORT MERGED METRIC MODEL NUM_MACHINES NUM_PROCESSES OUTPUT OUTPUTS \
+	INPUT JSON LINK LLAMA_CPP LOGDIR MACHINE_RANK MASTER_ADDR MASTER_PORT MERGED METRIC MODEL NUM_MACHINES NUM_PROCESSES OUTPUT OUTPUTS \
 	PORT PROMPT PYTHON ROW RUN SEQ SHOW SYSTEM TB TUNE TUNING UNIFORM VENV VENV_TOO
 $(foreach name,$(filter-out $(VARIABLES) MAKE% -%,$(.VARIABLES)),$(if $(findstring command line,$(origin $(name))),\
 	$(error $(name): no target reads it; keys of the configuration go into ARGS="section.key=value". Known: $(VARIABLES))))
@@ -84,7 +84,7 @@ memory-check: $(READY) ## Show how much memory and disk is used, and by what
 plan: $(READY) ## Predict memory, time and disk of a run [GPU="H100-80GB x 8"] [MODEL=config.json] [COMPARE=1]
 	@$(sft) $(call option,gpu,GPU) $(call option,gib,GIB) $(call option,model,MODEL) $(call option,tuning,TUNING) \
 		$(call option,seq,SEQ) $(call flag,uniform,UNIFORM) $(call flag,compare,COMPARE) $(call option,json,JSON) \
-		$(call option,cost-per-hour,COST_PER_HOUR) $(ARGS)
+		$(call option,cost-per-hour,COST_PER_HOUR) $(call option,link,LINK) $(ARGS)
 
 check: $(READY) ## Try everything that CONFIG needs, one training step included; nothing is written
 	@$(sft) $(ARGS)
@@ -170,7 +170,7 @@ nano: $(READY) ## Remake the embedded base model and its task from nothing (abou
 	@$(BIN)/python -m sft train --config configs/nano_base.yaml
 	@$(BIN)/python -m nano.make_nano --weights outputs/nano_base/final_checkpoint
 
-test: $(READY) ## Run all tests (about 12 minutes on two cores)
+test: $(READY) ## Run all tests (20 to 40 minutes on two cores)
 	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(READY) ## Run the tests that need a GPU, which the others hide

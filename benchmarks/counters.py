@@ -219,7 +219,8 @@ def main() -> None:
         name, key = ("TRL 1.16.0", "shapes") if part == "TRL" else (args.name, part)
         versions = {each: version(each) for each in ("torch", "transformers", "peft")}
         run = values.setdefault(name, {})
-        run |= {"commit": commit_of(str(sft.__path__[0])), "versions": versions, key: found}
+        commits = run.get("commits", {}) | {key: commit_of(str(sft.__path__[0]))}
+        run |= {"commits": commits, "versions": versions, key: found}
         args.json.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
     for each in show(values):
         make_console().print(each)

@@ -20,7 +20,7 @@ from shapes import architectures, configured
 from torch import nn
 
 from sft.config.load import dump_config
-from sft.plan import dry_run
+from sft.plan import dry_run, memory, network, sharding
 from sft.train.parallel.ddp import Replicated
 
 # --- the table -----------------------------------------------------------------------------------
@@ -70,6 +70,13 @@ def test_what_ranks_exchange_is_what_their_engine_needs(tmp_path):
     for mode in ("full", "lora"):
         row = found["DDP", mode]
         assert row["exchanged"] == pytest.approx(row["trained_bytes"], rel=0.01)
+    for name, mode, config in counted.rank_cases(tmp_path):
+        zero = {"stage": int(name[-1])} if name.startswith("ZeRO") else {}
+        group = sharding.Group(2, config.train.engine, True, zero)
+        whole = memory.predict(config, "fp32", counted.WINDOW, on_gpu=False).model_bytes
+        planned = network.predict_traffic(config, "fp32", group, whole, 2)
+        given = planned.gathered / 2 + planned.scattered + planned.reduced  # to collectives
+        assert given == pytest.approx(found[name, mode]["exchanged"], rel=0.01), (name, mode)
 
 
 def test_no_step_of_8b_launches_moves_or_waits_more_than_that_of_trl():

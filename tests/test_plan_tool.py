@@ -109,6 +109,8 @@ def test_this_machine_and_the_default_configuration(tmp_path):
         (["--cost-per-hour=-1"], "COST_PER_HOUR is the price of one GPU .* found -1"),
         (["--cost-per-hour=nan"], "COST_PER_HOUR is the price of one GPU .* found nan"),
         (["--cost-per-hour=1", "--compare"], "COST_PER_HOUR .* no COMPARE"),
+        (["--link=0"], "LINK is what a GPU sends to others, in GB/s.* found 0"),
+        (["--link=50", "--compare"], "LINK .* no COMPARE"),
         (
             ["train.gradient_accumulation_steps=3", "--gpu=4090 x 2"],
             r"2 process\(es\) with 3 micro-batches of 5 make 30 examples, not 32",

@@ -104,8 +104,13 @@ def test_what_a_run_costs(tmp_path, shared, monkeypatch, capsys):
     monkeypatch.setattr("sft.plan.advice.advise", lambda *_: [])  # traces eleven other settings
     model, out = shared / "data/model_configs/Llama-3.2-1B.json", tmp_path / "plan.json"
     given = ["--model", str(model), "--seq", "2048", "--json", str(out)]
-    commands.run("plan", [*given, "--gpu", "H100-80GB x 2", "--cost-per-hour", "2.5"])
-    assert "at 2.50 an hour x 2" in " ".join(capsys.readouterr().out.split())
+    commands.run("plan", [*given, "--gpu=H100-80GB x 2", "--cost-per-hour=2.5", "--link=50"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "at 2.50 an hour x 2" in said
     values = json.loads(out.read_text())["predicted"]
     expected = [2 * 2.5 * values["time"][end] / 3600 for end in ("least", "most")]
     assert values["cost"] == pytest.approx(expected)
+    trained = json.loads(out.read_text())["work"]["num_trained"]
+    assert values["traffic"]["sent_bytes"] == 4 * trained  # all-reduced by two: 2 * 1 / 2 times
+    assert "each process sends" in said
+    assert " s at 50 GB/s" in said

@@ -26,6 +26,7 @@ def plan_options(parser: cli.Parser) -> None:
     parser.add_argument("--uniform", action="store_true", help="all rows of max_seq_len; no data")
     parser.add_argument("--compare", action="store_true", help="full, LoRA, QLoRA on several GPUs")
     parser.add_argument("--cost-per-hour", type=float, help="price of one GPU: prints the cost")
+    parser.add_argument("--link", type=float, help="GB/s that a GPU sends: prints network time")
     parser.add_argument("--json", type=Path, default=Path("outputs/plan.json"), help="all numbers")
 
 
@@ -47,7 +48,7 @@ def plan(args: Namespace) -> None:
             workload = task_of(config).workload(config)
         asked = args.model is not None
         made = plan.make_plan(config, workload, machine, world_size, asked)
-        made = replace(made, cost_per_hour=args.cost_per_hour)
+        made = replace(made, cost_per_hour=args.cost_per_hour, link=args.link)
         console.print(report.plan_table(made))
         console.print(report.memory_table(made))
         advised = advice.advise(config, workload, machine, made)
@@ -69,6 +70,11 @@ def _configuration(args: Namespace) -> RunConfig:
         raise ConfigError(
             "COST_PER_HOUR is the price of one GPU in a plan: expected a number of at least 0, and "
             f"no COMPARE, found {args.cost_per_hour:g}"
+        )
+    if args.link is not None and (args.compare or not 0 < args.link < math.inf):
+        raise ConfigError(
+            "LINK is what a GPU sends to others, in GB/s: expected a number above 0 (LINK=50 for "
+            f"400 Gbit/s), and no COMPARE, found {args.link:g}"
         )
     if args.model is None:
         if args.tuning or args.seq:

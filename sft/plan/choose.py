@@ -14,7 +14,7 @@ from sft.config.schema import RunConfig, Train
 from sft.data import batches
 from sft.errors import ConfigError, ModelError
 from sft.models import attention, checkpointing
-from sft.plan import sharding, speed
+from sft.plan import network, sharding, speed
 from sft.plan.counts import Counts
 from sft.plan.dry_run import Window
 from sft.plan.memory import (
@@ -239,16 +239,26 @@ class Planner:
     def _predict(
         self, window: Window, config: RunConfig, accumulates: bool, evaluation: bool = False
     ) -> Memory:
-        train, zero = config.train, {}
-        if train.engine == "deepspeed":
-            zero = processes.deepspeed_settings(train)["zero_optimization"]
         return predict(
             config,
             self.precision,
             window,
             on_gpu=self.device_type == "cuda",
             evaluation=evaluation,
-            group=sharding.Group(self.world_size, train.engine, accumulates, zero),
+            group=self._group(config, accumulates),
+        )
+
+    def _group(self, config: RunConfig, accumulates: bool) -> sharding.Group:
+        train, zero = config.train, {}
+        if train.engine == "deepspeed":
+            zero = processes.deepspeed_settings(train)["zero_optimization"]
+        return sharding.Group(self.world_size, train.engine, accumulates, zero)
+
+    def traffic(self, memory: Memory, micro_batches: int) -> network.Traffic:
+        """Returns what a step of so many micro-batches exchanges."""
+        group = self._group(self.config, micro_batches > 1)
+        return network.predict_traffic(
+            self.config, self.precision, group, memory.model_bytes, micro_batches
         )
 
     def heaviest_window(self, budget: batches.Budget, kind: checkpointing.Kind) -> Window:

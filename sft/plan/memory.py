@@ -35,7 +35,7 @@ from sft.plan.counts import (
 )
 from sft.plan.dry_run import Window
 from sft.plan.records import Traced, load_or_trace
-from sft.plan.sharding import ONE_PROCESS, Group, parts_on_rank, pools
+from sft.plan.sharding import ONE_PROCESS, Group, model_bytes, parts_on_rank, pools
 from sft.plan.trace import Trace
 from sft.tasks.base import TaskInfo
 from sft.tasks.registry import task_of
@@ -61,6 +61,7 @@ class Memory:
     recomputed: float | None = None  # share of the forward pass done again; None: unknown
     host_bytes: int = 0  # of what is in host memory beside a GPU
     copied_bytes: int = 0  # of activations that go to the host, and come back
+    model_bytes: int = 0  # of weights and adapters, before ranks split them
 
     def recomputed_share(self, checkpointing: bool | str) -> float:
         """Returns the share of the forward pass that the backward pass repeats."""
@@ -98,9 +99,10 @@ def predict(
     except Exception as error:  # noqa: BLE001  # a model may fail in any way
         why = str(error).strip().split("\n")[0] or type(error).__name__
         parts = _closed_form(config, precision, window, evaluation)
+        whole = model_bytes(parts)
         parts = parts_on_rank("backward", parts, config, precision, group, on_gpu)
         method = f"closed form, since the step could not be traced: {why}"
-        return Memory(parts, round(1.05 * sum(parts.values())), method)
+        return Memory(parts, round(1.05 * sum(parts.values())), method, model_bytes=whole)
     totals, hosted, streams = [], [0], defaultdict[str, int](int)  # the most bytes of each stream
     for name, parts in traced.phases.items():
         complete = parts | _untraced(name, parts, config, precision, window, on_gpu)
@@ -116,9 +118,9 @@ def predict(
     if on_gpu:
         reserved = traced.reserved_bytes - seen + sum(streams.values())
     host_bytes = traced.host_bytes + max(hosted)
-    return Memory(
-        breakdown, reserved, traced.method, traced.recomputed, host_bytes, traced.copied_bytes
-    )
+    host = host_bytes, traced.copied_bytes
+    whole = max(map(model_bytes, traced.phases.values()))
+    return Memory(breakdown, reserved, traced.method, traced.recomputed, *host, whole)
 
 
 def _stored(config: RunConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from sft.data import batches
 from sft.plan.choose import Planner, Rung, resolve_layout
 from sft.plan.counts import count_parameters
 from sft.plan.memory import Memory
+from sft.plan.network import Traffic
 from sft.plan.records import PastRuns, read_past_runs
 from sft.plan.speed import Time
 from sft.runtime.console import size
@@ -59,10 +60,12 @@ class Plan:
     device: str
     past: PastRuns | None  # of earlier runs on the device
     time: Time | None  # of all steps, where the device's speed is known
+    traffic: Traffic  # of the first step
     disk: Need
     labels: Labels
     reasons: dict[str, str]  # dotted configuration key -> why its `auto` has this value
     cost_per_hour: float | None = None  # of one process's device
+    link: float | None = None  # GB/s that a process can send to others
     is_question: bool = False  # about a model alone: there are no data, so no run to predict
     warnings: list[str] = field(default_factory=list)
 
@@ -78,6 +81,11 @@ class Plan:
             return None
         hourly = self.cost_per_hour * self.world_size
         return hourly * self.time.least / 3600, hourly * self.time.most / 3600
+
+    @property
+    def sent_bytes(self) -> int:
+        """Returns what each process sends in a step."""
+        return self.traffic.sent(self.world_size)
 
     @property
     def verdict(self) -> str:
@@ -156,6 +164,7 @@ def make_plan(
         device=planner.device_name,
         past=read_past_runs(info.cache, planner.device_name),
         time=planner.time(counts, recomputed, tokens),
+        traffic=planner.traffic(choice.memory, len(cuts[0])),
         disk=predict_disk(config, len(workload.lengths)),
         labels=info.labels,
         reasons={f"train.{key}": why for key, why in autos.items()},

@@ -56,6 +56,8 @@ def plan_table(plan: Plan) -> Table:
         rows.append(("evaluation", f"{loss} for the held-out loss, {answers} for {labels.answers}"))
     if plan.time is not None:
         rows.append(("time", _time(plan, plan.time)))
+    if plan.world_size > 1:
+        rows.append(("network", _network(plan)))
     if plan.cost_per_hour is not None:
         rows.append(("cost", _cost(plan, plan.cost_per_hour)))
     values = chosen_values(plan)
@@ -100,6 +102,14 @@ def _time(plan: Plan, time: Time) -> str:
 def _span(least: float, most: float) -> str:
     low, high = duration(least), duration(most)
     return low if low == high else f"{low} to {high}"
+
+
+def _network(plan: Plan) -> str:
+    sent = f"each process sends {size(plan.sent_bytes)} in a step"
+    if plan.link is None:
+        return sent
+    took = plan.sent_bytes / 1e9 / plan.link
+    return f"{sent}: {took:,.3g} s at {plan.link:g} GB/s, beside the computation or after it"
 
 
 def _cost(plan: Plan, per_hour: float) -> str:
@@ -183,6 +193,7 @@ def plan_values(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
             "seconds": plan.time and plan.time.seconds,
             "time": plan.time and asdict(plan.time),
             "cost": plan.cost,
+            "traffic": asdict(plan.traffic) | {"sent_bytes": plan.sent_bytes, "link": plan.link},
         },
         "chosen": chosen_values(plan),
         "reasons": {key.removeprefix("train."): why for key, why in plan.reasons.items()},

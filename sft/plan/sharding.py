@@ -41,6 +41,7 @@ ZERO_SIZES: dict[str, tuple[float, Callable[[int], float]]] = {
     "stage3_prefetch_bucket_size": (5e7, lambda hidden: 0.9 * hidden**2),
     "stage3_param_persistence_threshold": (1e5, lambda hidden: 10 * hidden),
     "stage3_max_live_parameters": (1e9, lambda _: 1e9),
+    "stage3_max_reuse_distance": (1e9, lambda _: 1e9),
 }
 
 
@@ -131,7 +132,7 @@ def _fsdp2(
     """
     counted, trains_all = count_parameters(config), task_of(config).info(config).mode == "full"
     width, layers = config.train.trained_bytes, max(1, counted.layers)
-    outside, layer = gathered_bytes(parts, config, precision)
+    outside, layer = gathered_bytes(model_bytes(parts), config, precision)
     outside_grads = width * counted.outside if trains_all else 0
     head_grads = max(0, outside_grads - width * (counted.parameters - counted.multiplied))
     layer_grads = (width * counted.trained - outside_grads) // layers
@@ -153,13 +154,31 @@ def _fsdp2(
     return _split(parts, group) | {"gradients": kept, "communication": gathered}
 
 
-def gathered_bytes(parts: dict[str, int], config: RunConfig, precision: str) -> tuple[int, int]:
-    """Returns the bytes that FSDP2 gathers for what is in no layer, and for a layer."""
+def model_bytes(parts: dict[str, int]) -> int:
+    """Returns the bytes of weights and adapters."""
+    return parts.get("weights", 0) + parts.get("adapters", 0)
+
+
+def gathered_bytes(whole: int, config: RunConfig, precision: str) -> tuple[int, int]:
+    """Returns the bytes that FSDP2 gathers for what is in no layer, and for a layer.
+
+    `whole`: of the model on one process, adapters included.
+    """
     counted, trains_all = count_parameters(config), task_of(config).info(config).mode == "full"
     width = config.train.trained_bytes if trains_all else DTYPES[precision].itemsize
     outside = counted.outside * width
-    whole = parts["weights"] + parts.get("adapters", 0)
     return outside, (whole - outside) // max(1, counted.layers)
+
+
+def stays_gathered(config: RunConfig, group: Group) -> bool:
+    """Returns whether ZeRO-3 gathers each parameter once in a step: all may be whole at once.
+
+    DeepSpeed frees a parameter after use if more are live, or if its next use is far away
+    (deepspeed/runtime/zero/partitioned_param_coordinator.py, 0.19.8).
+    """
+    elements = count_parameters(config).parameters
+    limits = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+    return all(elements <= _zero_size(config, group, key) for key in limits)
 
 
 def pools(
@@ -181,7 +200,7 @@ def pools(
     total = sum(on_rank.values())
     if group.engine != "fsdp" or group.world_size == 1:
         return {"computing": total}
-    outside, layer = gathered_bytes(parts, config, precision)
+    outside, layer = gathered_bytes(model_bytes(parts), config, precision)
     gradients = on_rank.get("gradients", 0)
     passes = phase.startswith(("forward", "backward")) and "embedding" not in phase
     computing = total - gradients - (layer if passes else 0)
@@ -208,8 +227,7 @@ def _zero3(phase: str, parts: dict[str, int], config: RunConfig, group: Group) -
     copies it once more. The rank has a copy of its share of the trained weights. If the optimizer
     is on the host, so are the gradients.
     """
-    counted = count_parameters(config)
-    whole = parts["weights"] + parts.get("adapters", 0)
+    counted, whole = count_parameters(config), model_bytes(parts)
     threshold = _zero_size(config, group, "stage3_param_persistence_threshold")
     small_fraction = sum(size for size in counted.sizes if size <= threshold) / counted.parameters
 

@@ -74,7 +74,8 @@ def rank_cases(folder: Path) -> Iterator[tuple[str, str, Config]]:
         file.write_text(json.dumps({"zero_optimization": {"stage": stage}}), "utf-8")
         return {"engine": "deepspeed", "deepspeed_config": str(file)}
 
-    engines = {"DDP": {}, "FSDP2": {"engine": "fsdp"}, "ZeRO-2": zero(2), "ZeRO-3": zero(3)}
+    engines = {"DDP": {}, "FSDP2": {"engine": "fsdp"}}
+    engines |= {f"ZeRO-{stage}": zero(stage) for stage in (1, 2, 3)}
     for (name, train), mode in product(engines.items(), ("full", "lora")):
         config = configured(folder / "model", architectures()["Llama"], mode, **train)
         yield name, mode, with_values(config, {"train.gradient_checkpointing": False})
