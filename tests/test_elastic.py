@@ -25,7 +25,7 @@ STEPS, PATIENCE = 40, 400  # seconds that a start of all processes takes at most
 
 
 class Machines:
-    """Agents of one run, each with one process; a step takes two seconds until `hurry`."""
+    """Agents of one run, each with one process; a step takes five seconds until `hurry`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.agents = folder, list[subprocess.Popen[bytes]]()
@@ -41,7 +41,7 @@ class Machines:
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:4"]
         command += ["--nproc-per-node", "1", "--max-restarts", "10", "--rdzv-backend", "c10d"]
         command += ["--rdzv-endpoint", self.endpoint, "--rdzv-conf", "last_call_timeout=1"]
-        command += ["tests/support/slow_training.py", "2", "--config", "configs/nano.yaml"]
+        command += ["tests/support/slow_training.py", "5", "--config", "configs/nano.yaml"]
         with (self.folder / f"machine{len(self.agents)}.log").open("wb") as log:
             agent = subprocess.Popen(
                 [*command, *overrides, "train.resume_from_checkpoint=auto"],
