@@ -25,7 +25,7 @@ from sft.models import dtypes, load
 from sft.plan import advice, choose, dry_run, gpus, memory, plan, report
 from sft.plan.counts import count_parameters
 from sft.plan.trace import Recorder
-from sft.runtime import hardware
+from sft.runtime import console, hardware
 from sft.runtime.log import Log
 from sft.runtime.processes import Context
 from sft.tasks.base import Workload
@@ -239,13 +239,16 @@ def test_fewer_tokens_than_the_accumulation_needs_are_refused(config, prepared):
         cut_of(config, prepared, 1, **train)
 
 
-def test_random_weights_are_advised_on_without_adapters(config, prepared):
+def test_random_weights_are_advised_on_without_adapters(config, prepared, monkeypatch, capsys):
     given = with_values(config, {"model.init": "random", "tuning.mode": "full"})
     work = sizes(prepared)
     made = plan.make_plan(given, work, machine(8 * GIB), 1)
-    found = advice.advise(given, work, machine(8 * GIB), made)
+    monkeypatch.setattr(console, "LINE_EVERY", 0)
+    found = advice.advise(given, work, machine(8 * GIB), made, console.make_console())
     assert found
     assert not any("tuning.mode" in each.change for each in found)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"other settings: 1 of {len(lines)}, ETA ")
 
 
 def test_a_batch_that_the_processes_cannot_make_is_refused(config, prepared):

@@ -51,7 +51,7 @@ def plan(args: Namespace) -> None:
         made = replace(made, cost_per_hour=args.cost_per_hour, link=args.link)
         console.print(report.plan_table(made))
         console.print(report.memory_table(made))
-        advised = advice.advise(config, workload, machine, made)
+        advised = advice.advise(config, workload, machine, made, console)
         console.print(report.advice_table(advised))
         numbers = report.plan_values(made, advised)
         if covered := coverage.cover(config):

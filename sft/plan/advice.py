@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+
+from rich.console import Console
 
 from sft.config.load import with_values
 from sft.config.schema import Config, RunConfig
@@ -15,7 +18,7 @@ from sft.plan.dry_run import Window
 from sft.plan.memory import Memory, predict
 from sft.plan.plan import Plan, planner_of
 from sft.runtime import hardware
-from sft.runtime.console import size
+from sft.runtime.console import bar, size
 from sft.runtime.hardware import Hardware
 from sft.tasks.base import Workload
 from sft.tasks.registry import task_of
@@ -36,48 +39,86 @@ class Advice:
     is_planned: bool = False
 
 
-def advise(config: RunConfig, workload: Workload, machine: Hardware, plan: Plan) -> list[Advice]:
+@dataclass(frozen=True)
+class Setting:
+    """A change to consider. A rung replaces `changes`, which then only name it."""
+
+    changes: dict[str, Any]
+    price: str
+    window: Window
+    rung: Rung | None = None
+
+
+def advise(
+    config: RunConfig,
+    workload: Workload,
+    machine: Hardware,
+    plan: Plan,
+    console: Console | None = None,
+) -> list[Advice]:
     """Returns what the same micro-batch takes on each rung, and with changes that save memory.
 
-    Rungs change no result. The changes after them do. Both are sorted from the cheapest on.
+    Rungs change no result. The changes after them do. Both are sorted from the cheapest on. Each
+    takes seconds to trace, for which `console` shows the progress.
     """
     config = with_values(config, plan.rung.values)
     planner = planner_of(config, workload, machine, plan)
+    result = []
+    settings = _settings(config, workload, planner, plan)
+    shown = bar(console, "other settings", len(settings)) if console else nullcontext(_ignore)
+    with shown as advance:
+        for each in settings:
+            if found := _consider(each, config, planner, plan):
+                result.append(found)
+            advance()
+    return result
+
+
+def _ignore(*_: object, **__: object) -> None:
+    """Shows no progress."""
+
+
+def _settings(config: RunConfig, workload: Workload, planner: Planner, plan: Plan) -> list[Setting]:
     window = planner.heaviest_window(plan.budget, plan.rung.checkpointing)
     result = []
 
-    def consider(
-        changes: dict[str, Any], price: str, window: Window = window, rung: Rung | None = None
-    ) -> None:
-        try:
-            changed = with_values(config, rung.values if rung else changes)
-            memory = planner.predict(window, changed, plan.micro_batches)
-        except UserError:  # for example adapters on random weights, or on a layer of no known kind
-            return
-        saved = plan.memory.reserved - memory.reserved
-        if saved > 0 or rung:
-            change = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
-            fits, price = planner.fits(memory), price or _price_of(memory)
-            sizes = (memory.reserved, saved, fits, memory.host_bytes)
-            result.append(Advice(change, price, *sizes, rung is not None, rung == plan.rung))
+    def add(changes: dict[str, Any], price: str, window: Window = window) -> None:
+        result.append(Setting(changes, price, window))
 
     for rung in _rungs(planner, plan):
         shown = {key: value for key, value in rung.values.items() if value}
-        consider(shown or {GRADIENT_CHECKPOINTING: False}, "", rung=rung)
+        result.append(Setting(shown or {GRADIENT_CHECKPOINTING: False}, "", window, rung))
     if config.train.optimizer == "adamw":
         for name, price in STATES.items():
-            consider({"train.optimizer": name}, price)
+            add({"train.optimizer": name}, price)
     early = {"train.optimizer_in_backward": True, "train.max_grad_norm": 0}
-    consider(early, "gradients are not clipped")
+    add(early, "gradients are not clipped")
     if planner.precision == "bf16":
         pure = {"train.precision": "bf16_pure"}
-        consider(pure, "weights and moments in bf16, too")
-        consider(early | pure | {"train.optimizer": "torchao_adamw_8bit"}, "all of these")
+        add(pure, "weights and moments in bf16, too")
+        add(early | pure | {"train.optimizer": "torchao_adamw_8bit"}, "all of these")
     if config.train.engine == "ddp" and plan.world_size > 1:
-        consider({"train.engine": "fsdp"}, "weights are gathered in every pass")
+        add({"train.engine": "fsdp"}, "weights are gathered in every pass")
     for each in task_of(config).alternatives(config, workload):
-        consider(each.values, each.price, _shorten(window, each.max_length or sys.maxsize))
+        add(each.values, each.price, _shorten(window, each.max_length or sys.maxsize))
     return result
+
+
+def _consider(asked: Setting, config: RunConfig, planner: Planner, plan: Plan) -> Advice | None:
+    """Returns the effect of a setting; None if it saves nothing or is not possible."""
+    rung = asked.rung
+    try:
+        changed = with_values(config, rung.values if rung else asked.changes)
+        memory = planner.predict(asked.window, changed, plan.micro_batches)
+    except UserError:  # for example adapters on random weights, or on a layer of no known kind
+        return None
+    saved = plan.memory.reserved - memory.reserved
+    if saved <= 0 and rung is None:
+        return None
+    change = " ".join(f"{key}={str(value).lower()}" for key, value in asked.changes.items())
+    fits, price = planner.fits(memory), asked.price or _price_of(memory)
+    sizes = (memory.reserved, saved, fits, memory.host_bytes)
+    return Advice(change, price, *sizes, rung is not None, rung == plan.rung)
 
 
 STATES = {  # optimizers with less state than AdamW's, which behave like it
