@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+import shapes
 import test_distill
 import test_parallel
 import tiny
@@ -16,12 +17,13 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_parallel import assert_bit_equal, case, difference, found
+from transformers import LlamaConfig
 
 from sft import errors
 from sft.config.load import load_config
 from sft.data import batches
 from sft.models.dtypes import store_trained
-from sft.plan import memory
+from sft.plan import dry_run, memory
 from sft.plan.dry_run import Window
 from sft.runtime import processes
 from sft.runtime.log import Log
@@ -487,6 +489,19 @@ def test_an_8b_model_is_planned_on_one_small_gpu(tmp_path):
     found = memory.predict(load_config(None, given), "bf16", window, on_gpu=True)
     assert found.method.startswith("traced")
     assert 18 < (found.reserved + memory.CONTEXT_BYTES) / 2**30 < 24
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_pure"])
+@pytest.mark.parametrize("optimizer", ["adamw", "torchao_adamw_8bit", "torchao_adamw_4bit", "lion"])
+def test_larger_weights_take_no_longer_to_plan(tmp_path, optimizer, precision):
+    """What is updated in blocks takes the memory of two; a plan of 70B parameters has 17,000."""
+    events = []
+    for rows in (2**20, 2**21):  # of 64 elements: 16 and 32 blocks
+        sizes = shapes.SIZES | {"num_hidden_layers": 1, "vocab_size": rows, "hidden_size": 64}
+        train = {"optimizer": optimizer, "precision": precision}
+        config = shapes.configured(tmp_path / str(rows), LlamaConfig(**sizes), "full", **train)
+        events.append(len(dry_run.trace_step(config, "bf16", Window((((8, 8),),))).events))
+    assert events[0] == events[1]
 
 
 @pytest.mark.slow

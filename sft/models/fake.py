@@ -45,12 +45,12 @@ def is_fake(model: nn.Module) -> bool:
 
 
 def block_starts(tensor: torch.Tensor, size: int) -> range:
-    """Returns where blocks of `size` elements of a flat tensor begin; an empty tensor has one.
+    """Returns where blocks of `size` elements of a flat tensor begin.
 
     Of a fake tensor only the first two: a plan would need minutes for thousands of blocks, which
     take the same memory one after the other.
     """
-    starts = range(0, max(1, tensor.numel()), size)
+    starts = range(0, tensor.numel(), size)
     return starts[:2] if isinstance(tensor, FakeTensor) else starts
 
 

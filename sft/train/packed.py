@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from sft.models.fake import block_starts
+
 PART = 2**22  # elements that are updated at once: bounds the memory of moments in fp32
 LEAST = 32  # elements of a block: a smaller one would need too many scales
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether they have a sign
@@ -66,7 +68,7 @@ class PackedAdamW(torch.optim.Optimizer):
                 state[key] = weight.new_zeros(weight.numel() // each, dtype=kind)
         state["step"] = state.get("step", 0) + 1
         count, rate = torch.tensor(float(state["step"])), torch.tensor(group["lr"])
-        for at in range(0, weight.numel(), PART):
+        for at in block_starts(weight, PART):
             part = slice(at, min(at + PART, weight.numel()))
             moments = [self._moment(state, sizes, name, part) for name in MOMENTS]
             _adam(weight.device.type)(

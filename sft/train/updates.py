@@ -71,7 +71,7 @@ class Updates:
         size = PART if self.has_parts else max(1, number)
         before = {key: _local(value) for key, value in self.optimizer.state[parameter].items()}
         after: dict[str, Any] = {}
-        for at in block_starts(weight, size):
+        for at in block_starts(weight, size) or (0,):
             part = slice(at, at + size)
             form = (-1,) if self.has_parts else shape
             twin = weight[part].float().view(form)
