@@ -63,7 +63,9 @@ def test_what_ranks_exchange_is_what_their_engine_needs(tmp_path):
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     out = tmp_path / "found.json"
-    forked.launch(2, ["tests/support/counted.py", str(tmp_path / "cases.json"), str(out)])
+    command = ["tests/support/counted.py", str(tmp_path / "cases.json"), str(out)]
+    printed = forked.launch(2, command)
+    assert out.exists(), printed
     found = {(row["engine"], row["mode"]): row for row in json.loads(out.read_text("utf-8"))}
     kept = json.loads((ROOT / "benchmarks/results/counters.json").read_text("utf-8"))
     assert list(found.values()) == kept["after"]["ranks"], counted.UPDATE_RANKS
