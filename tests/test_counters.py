@@ -65,8 +65,6 @@ def test_what_ranks_exchange_is_what_their_engine_needs(tmp_path):
     out = tmp_path / "found.json"
     command = ["tests/support/counted.py", str(tmp_path / "cases.json"), str(out)]
     printed = forked.launch(2, command)
-    if not out.exists():  # gloo may abort a run; the counts themselves are exact in any
-        printed += forked.launch(2, command)
     assert out.exists(), printed
     found = {(row["engine"], row["mode"]): row for row in json.loads(out.read_text("utf-8"))}
     kept = json.loads((ROOT / "benchmarks/results/counters.json").read_text("utf-8"))

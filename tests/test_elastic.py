@@ -91,9 +91,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
 
 
-def test_a_machine_joins_and_dies_and_every_step_is_that_of_one_process(
-    tmp_path, machines, run_script
-):
+def test_a_machine_joins_and_dies(tmp_path, machines, run_script):
     rows = (ROOT / "nano/train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(rows[:24]))
     given = [f"model.name={tiny.shallow_nano(tmp_path)}", "tuning.mode=lora", "data.audit=warn"]

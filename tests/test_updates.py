@@ -504,6 +504,20 @@ def test_larger_weights_take_no_longer_to_plan(tmp_path, optimizer, precision):
     assert events[0] == events[1]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "torchao_adamw_8bit", "torchao_adamw_4bit"])
+def test_two_blocks_of_a_plan_show_the_peak_of_all(tmp_path, monkeypatch, optimizer):
+    for module, name in ((rounding, "CHUNK"), (updates, "PART"), (packed, "PART")):
+        monkeypatch.setattr(module, name, 2**12)
+    architecture, train = LlamaConfig(**shapes.SIZES), {"precision": "bf16_pure"}
+    config = shapes.configured(tmp_path, architecture, "full", optimizer=optimizer, **train)
+    window = Window((((8, 8),),))
+    fake = dry_run.trace_step(config, "bf16", window)
+    real = dry_run.record_step(dry_run.make_engine(config, "bf16", window, weights=False))
+    assert len(fake.events) < len(real.events)
+    for phase, peak in real.peaks().items():
+        assert fake.peaks()[phase].num_bytes == peak.num_bytes, phase
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "torchao_adamw_8bit", "adamw_8bit"])
 def test_the_plan_sees_what_bf16_and_the_backward_pass_save(tmp_path, optimizer):
