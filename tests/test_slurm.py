@@ -90,6 +90,10 @@ class Jobs:
         python.chmod(0o755)
         self.environment = {"PYTHON": str(python), "PYTHONPATH": PATHS, "HF_HUB_OFFLINE": "1"}
         self.environment |= {"OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+        self.environment |= {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+        }  # as from a notebook; sbatch passes all
         self.numbers: dict[str, str] = {}
 
     def submit(self, name: str, *options: str, task: str = "ends", more: list[str]) -> None:
