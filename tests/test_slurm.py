@@ -116,6 +116,11 @@ class Jobs:
         for name in names:
             self.cluster.wait(lambda name=name: self.state(name)["JobState"] in ended, 240)
 
+    def wait_for_idle_nodes(self) -> None:
+        """Waits until SLURM has cleaned up after all jobs; one ends before its nodes are free."""
+        states = ["sinfo", "--noheader", "--Node", "--format=%T"]
+        self.cluster.wait(lambda: set(self.cluster.call(*states).split()) == {"idle"}, 120)
+
     def tasks(self, folder: str) -> list[dict[str, Any]]:
         path = self.folder / folder / "tasks.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
@@ -246,6 +251,7 @@ def test_a_training_that_is_preempted_goes_on_where_it_was(stopped):
 
 @pytest.mark.slow
 def test_a_job_whose_node_dies_goes_on_with_the_nodes_that_are_left(jobs):
+    jobs.wait_for_idle_nodes()  # else the job starts on one node
     jobs.submit("node", "--nodes=1-2", task="waits", more=[])
     jobs.cluster.wait(lambda: len(jobs.tasks("node")) == 6)
     down = ["scontrol", "update", "nodename=gpu2", "state=down", "reason=test"]
