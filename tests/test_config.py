@@ -240,6 +240,7 @@ def test_an_override_that_is_not_yaml_is_refused(minimal):
 
 
 DEEPSPEED = ["train.engine=deepspeed", "train.deepspeed_config=f"]
+EVA = ["tuning.mode=lora", "tuning.lora.init_lora_weights=eva"]
 EARLY = "train.optimizer_in_backward=true"
 BREAKS = [  # for each rule, in order: overrides that break it, and one more that repairs it
     (["data.cache_dir=outputs/x/cache"], "train.output_dir=outputs/y"),
@@ -247,6 +248,9 @@ BREAKS = [  # for each rule, in order: overrides that break it, and one more tha
     (["train.save_best=loss"], "train.eval_steps=10"),
     (["train.engine=deepspeed"], "train.deepspeed_config=z2.json"),
     ([*DEEPSPEED, "train.precision=bf16_pure"], "train.precision=bf16"),
+    (["train.context_parallel=2", "train.neftune_alpha=5"], "train.neftune_alpha=0"),
+    (["train.context_parallel=2", *EVA], "tuning.lora.init_lora_weights=true"),
+    (["train.context_parallel=2", "train.compile=true"], "train.compile=auto"),
     (["train.fp8=true", "tuning.mode=qlora"], "tuning.mode=lora"),
     (["train.fp8=true", *DEEPSPEED], "train.fp8=false"),
     ([EARLY], "train.max_grad_norm=0"),

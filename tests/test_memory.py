@@ -151,12 +151,17 @@ def test_what_a_gpu_adds(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mode", "engine", "stage"),
-    [("full", "ddp", None), ("full", "fsdp", None), ("lora", "deepspeed", 2)],
+    ("mode", "engine", "stage", "shared_by"),
+    [
+        ("full", "ddp", None, 1),
+        ("full", "fsdp", None, 1),
+        ("lora", "deepspeed", 2, 1),
+        ("lora", "ddp", None, 2),
+    ],
 )
-def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, engine, stage):
+def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, engine, stage, shared_by):
     sizes = SIZES | {"hidden_size": 256, "vocab_size": 4096, "num_hidden_layers": 4}
-    train = {"gradient_checkpointing": False, "engine": engine}
+    train = {"gradient_checkpointing": False, "engine": engine, "context_parallel": shared_by}
     zero = stage and {"stage": stage, "overlap_comm": True, "reduce_bucket_size": 500_000}
     if zero:
         file = tmp_path / "zero.json"
@@ -168,7 +173,7 @@ def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, engine, st
     forked.launch(2, ["tests/support/memory_worker.py", *files])
     (rows, _) = memory_worker.WINDOW.micro_batches
     group = sharding.Group(2, config.train.engine, accumulates=True, zero=zero or {})
-    window = Window((rows,), gradients=True)
+    window = Window((rows,), gradients=True, shared_by=shared_by)
     predicted = memory.predict(config, "fp32", window, on_gpu=False, group=group).allocated
     measured = int((tmp_path / "peak").read_text())
     assert 0.99 * measured < predicted < (1.02 if engine == "ddp" else 1.06) * measured

@@ -68,6 +68,21 @@ RULES = [
         "nothing: set train.engine: fsdp, or train.precision: bf16",
     ),
     Rule(
+        ("train.context_parallel", "train.neftune_alpha"),
+        lambda size, alpha: size > 1 and alpha > 0,
+        "noise is drawn for whole examples, of which a process has a part: set neftune_alpha: 0",
+    ),
+    Rule(
+        ("train.context_parallel", "tuning.lora.init_lora_weights"),
+        lambda size, init: size > 1 and init == "eva",
+        "EVA looks at whole rows, of which a process has a part: use another initialisation",
+    ),
+    Rule(
+        ("train.context_parallel", "train.compile"),
+        lambda size, compiles: size > 1 and compiles is True,
+        "compiled layers cannot exchange tokens around attention: set train.compile: false",
+    ),
+    Rule(
         ("train.fp8", "tuning.mode"),
         lambda eight, mode: eight and mode == "qlora",
         "a 4-bit base is dequantised to bf16 and computed in it: set tuning.mode: lora or full, or "

@@ -201,6 +201,10 @@ class Train(Section):
     offload: Annotated[bool, OnlyWith("train.engine", ("fsdp",))] = False
     """Keep shards in host memory between uses: less GPU memory, much slower. (DeepSpeed offloads if
     its own file says so.)"""
+    context_parallel: Count = 1
+    """Processes that share each sequence: each computes a part of its tokens, and a part of the
+    heads of attention (DeepSpeed-Ulysses). It must divide both the number of processes and that of
+    heads. For rows that are too long for one GPU; with every engine."""
     num_processes: Count | None = None
     """Processes that the run must have, or it refuses to start. The launcher sets it."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "bf16_pure"] = "auto"

@@ -25,10 +25,11 @@ MicroBatch = list[int]  # example ids; empty if a rank only has to join the coll
 class Budget:
     """What one micro-batch may hold, and how it is laid out: speed and memory, never the result."""
 
-    max_tokens: int  # including padding; a longer example gets its own micro-batch
+    max_tokens: int  # of one process, padding included; a longer example gets its own micro-batch
     layout: Layout
     micro_batch_cost: int | None = None  # overhead of one micro-batch, in tokens; None: ignore
     max_rows: int | None = None  # maximum number of examples
+    shared_by: int = 1  # processes that compute a micro-batch together, each a part of its tokens
 
 
 def steps_per_epoch(num_examples: int, global_batch: int) -> int:
@@ -71,8 +72,12 @@ def cut(
     Every id appears once, every rank has the same number of micro-batches, and their tokens are
     balanced. There are as few as the budget allows. If they are padded, there are more if this
     saves more padding than their `micro_batch_cost`. No micro-batch exceeds the budget, except one
-    that is a single longer example.
+    that is a single longer example. Ranks that share micro-batches get the same ones.
     """
+    if (shared_by := budget.shared_by) > 1:
+        whole = replace(budget, max_tokens=budget.max_tokens * shared_by, shared_by=1)
+        groups = cut(ids, lengths, num_ranks // shared_by, whole)
+        return [group for group in groups for _ in range(shared_by)]
     ordered = sorted(ids, key=lambda i: (-lengths[i], i))
     if budget.layout == "padded":
         return _cut_padded(ordered, lengths, num_ranks, budget)

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import DTypeLike
 
 from sft.data.batches import Layout
@@ -197,15 +199,65 @@ class Batch:
     counts: list[int] = field(default_factory=list)  # supervised positions of each
     lengths: list[int] = field(default_factory=list)  # tokens of each
     num_items: float | None = None  # what the loss is divided by; None: the sum of the weights
+    tokens: torch.Tensor | None = None  # flat indices of those of `examples`; None: all of them
+    whole_positions: torch.Tensor | None = None  # (1, time) before processes shared the sequences
 
     def token_positions(self) -> torch.Tensor:
         """Returns the flat indices of all tokens, in the order of `examples`, without padding."""
         device = self.input_ids.device
+        if self.tokens is not None:
+            return self.tokens
         if self.position_ids is not None:
             return torch.arange(self.input_ids.numel(), device=device)
         width = self.input_ids.shape[1]
         starts = (row * width + torch.arange(n) for row, n in enumerate(self.lengths))
         return to_device(torch.cat([torch.zeros(0, dtype=torch.long), *starts]), device)
+
+    def to(self, device: torch.device) -> Batch:
+        """Returns the batch with its tensors on `device`."""
+        values = vars(self).items()
+        moved: dict[str, Any] = {k: to_device(v, device) for k, v in values if torch.is_tensor(v)}
+        return replace(self, **moved)
+
+
+def share(batch: Batch, part: int, parts: int, pad: int) -> Batch:
+    """Returns what one of `parts` processes computes of a batch: as many tokens of each row.
+
+    Rows are padded until they can be divided. `lengths` and `counts` are those of this part, and
+    the padding of a packed row is a document of its own.
+    """
+    time = batch.input_ids.shape[1]
+    own = math.ceil(time / parts)
+    first, padding = part * own, parts * own - time
+    whole = torch.arange(time)[None] if batch.position_ids is None else batch.position_ids
+    whole = torch.cat([whole, torch.arange(padding)[None]], 1)
+
+    def find(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns which flat indices are in this part, and those in it."""
+        at = places % time - first
+        mine = (at >= 0) & (at < own)
+        return mine, (places // time * own + at)[mine]
+
+    def count(numbers: list[int], mine: torch.Tensor) -> list[int]:
+        """Returns how many there are of each example in this part."""
+        owners = torch.repeat_interleave(torch.tensor(numbers, dtype=torch.long))
+        return torch.bincount(owners[mine], minlength=len(numbers)).tolist()
+
+    is_mine, tokens = find(batch.token_positions())
+    is_predicted, positions = find(batch.positions)
+    return replace(
+        batch,
+        input_ids=F.pad(batch.input_ids, (0, padding), value=pad)[:, first : first + own],
+        position_ids=whole[:, first : first + own].contiguous(),
+        positions=positions,
+        targets=batch.targets[is_predicted],
+        weights=None if batch.weights is None else batch.weights[is_predicted],
+        counts=count(batch.counts, is_predicted),
+        lengths=count(batch.lengths, is_mine),
+        num_items=batch.num_items if part == 0 or batch.num_items is None else 0.0,
+        tokens=tokens,
+        whole_positions=whole,
+    )
 
 
 def collate(

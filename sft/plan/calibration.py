@@ -51,7 +51,8 @@ def calibrate(
     """
     plan, resolved = _adopt_budget(engine, plan, resolved, workload, machine)
     train = resolved.train
-    if train.engine != "ddp" or (plan.world_size > 1 and not machine.devices):
+    others = train.engine != "ddp" or train.context_parallel > 1
+    if others or (plan.world_size > 1 and not machine.devices):
         return plan, {}  # a trial would miss the memory of other engines and of DDP's buckets
     planner = planner_of(resolved, workload, machine, plan)
 

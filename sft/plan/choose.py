@@ -161,11 +161,11 @@ class Planner:
 
     def _choose_largest(self, rung: Rung) -> _Choice:
         """Returns the largest budget that fits, up to the configured or the saturating one."""
-        train, lengths = self.config.train, self.workload.lengths
-        longest = max(lengths)
+        train = self.config.train
+        longest = math.ceil(max(self.workload.lengths) / train.context_parallel)
         if rows := configured_rows(train, self.world_size):
             limit = rows * longest if train.max_tokens == "auto" else train.max_tokens
-            budget = batches.Budget(limit, self.layout, None, rows)
+            budget = replace(self._budget(limit), micro_batch_cost=None, max_rows=rows)
             choice = self._try(rung, budget, f"{rows} of the longest example")
             steps = train.gradient_accumulation_steps
             if steps != "auto" and len(choice.cuts[0]) > steps:
@@ -198,7 +198,9 @@ class Planner:
     def _budget(self, max_tokens: int) -> batches.Budget:
         cost = MICRO_BATCH_COST[self.device_type]
         cost = cost and max(1, cost // self.info.copies)
-        return batches.Budget(max_tokens, self.layout, cost)
+        return batches.Budget(
+            max_tokens, self.layout, cost, shared_by=self.config.train.context_parallel
+        )
 
     @property
     def saturating_tokens(self) -> int:
@@ -264,7 +266,12 @@ class Planner:
     def heaviest_window(self, budget: batches.Budget, kind: checkpointing.Kind) -> Window:
         """Returns the heaviest micro-batch, with gradients from the start if a step has several."""
         chosen, accumulates = self.heaviest_micro_batch(budget, kind)
-        return Window((self.workload.sizes(chosen),), budget.layout, accumulates)
+        return Window(
+            (self.workload.sizes(chosen),),
+            budget.layout,
+            accumulates,
+            shared_by=budget.shared_by,
+        )
 
     def heaviest_micro_batch(
         self, budget: batches.Budget, kind: checkpointing.Kind
@@ -291,9 +298,10 @@ class Planner:
             several |= len(cuts[0]) > 1
             result += [m for rank in cuts for m in rank if m]
         if steps > scanned:
-            share = min(math.ceil(len(self.ids_of_step(0)) / world), len(lengths))
+            groups = world // budget.shared_by
+            share = min(math.ceil(len(self.ids_of_step(0)) / groups), len(lengths))
             order = np.argpartition(-np.asarray(lengths), share - 1)[:share]
-            result += batches.cut(order.tolist(), lengths, 1, budget)[0]
+            result += batches.cut(order.tolist(), lengths, budget.shared_by, budget)[0]
         return result, several
 
     def _heaviest(
@@ -318,7 +326,8 @@ class Planner:
             return None
         ranks = batches.cut(range(len(work.lengths)), work.lengths, self.world_size, budget)
         chosen = self._heaviest(work, [m for rank in ranks for m in rank if m], False)
-        window = Window((work.sizes(chosen),), budget.layout, gradients=True)
+        shared_by = budget.shared_by
+        window = Window((work.sizes(chosen),), budget.layout, gradients=True, shared_by=shared_by)
         config = with_values(self.config, LADDER[0].values)
         return self._predict(window, config, False, evaluation=True)
 
@@ -370,6 +379,8 @@ class Planner:
         asked = self.config.train.compile
         if asked != "auto":
             return asked, "configured"
+        if self.config.train.context_parallel > 1:
+            return False, "processes exchange tokens around attention"
         if self.machine.devices:
             return False, "on GPUs no gain has been measured yet"
         rate = CORE_FLOPS * max(self.machine.cores, self.world_size)
@@ -386,7 +397,8 @@ def configured_rows(train: Train, world_size: int) -> int | None:
     rows, steps = train.micro_batch, train.gradient_accumulation_steps
     if steps == "auto":
         return None if rows == "auto" else rows
-    batch, number = train.global_batch, world_size * steps
+    processes = world_size // train.context_parallel  # that have examples of their own
+    batch, number = train.global_batch, processes * steps
     expected = max(1, batch // number) if rows == "auto" else rows
     if expected * number != batch:
         raise ConfigError(

@@ -9,6 +9,7 @@ keep the tensors that they would keep there, as far as possible (docs/PLAN.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -49,12 +50,14 @@ class Window:
     layout: batches.Layout = "padded"
     gradients: bool = False  # exist before the step, from earlier micro-batches or in DDP's buckets
     waiting: int = 0  # tokens of collated micro-batches that wait; `memory` adds their bytes
+    shared_by: int = 1  # processes that share its sequences
 
     @property
     def tokens(self) -> int:
-        """Returns the tokens that the last micro-batch computes, padding included."""
+        """Returns the tokens of the last micro-batch that a process computes, with padding."""
         lengths = [length for length, _ in self.micro_batches[-1]]
-        return batches.num_tokens(lengths, [*range(len(lengths))], self.layout)
+        whole = batches.num_tokens(lengths, [*range(len(lengths))], self.layout)
+        return math.ceil(whole / self.shared_by)
 
 
 def trace_step(
@@ -176,7 +179,8 @@ def make_engine(
     """
     rows = [row for micro_batch in window.micro_batches for row in micro_batch]
     config = with_values(config, {"train.global_batch": len(rows)})
-    budget = batches.Budget(sum(length for length, _ in rows), window.layout)
+    tokens = sum(length for length, _ in rows)
+    budget = batches.Budget(tokens, window.layout, shared_by=window.shared_by)
     train = config.train
     caches = train.engine == "ddp" and keeps_weight_copies(train)
     context = Context(accelerator or CpuAccelerator(precision, caches))

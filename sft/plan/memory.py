@@ -46,7 +46,9 @@ NF4_BYTES = 0.516  # per weight, also in FP4: 4 bits, and a double-quantised sca
 # Closed form: activations of a layer, bytes per token and hidden unit. Traces of Llama and Qwen2
 # shapes gave 94 to 126 in fp32 and 61 to 77 in bf16 (autocast); of GPT-2, twice that.
 ACTIVATION_BYTES = {"fp32": 110, "bf16": 70, "fp16": 70}
-PASSES = ("loss", "label_smoothing", "z_loss", "mean_per", "neftune_alpha")  # change a trace
+PASSES = (  # keys of `train` that change a trace
+    *("loss", "label_smoothing", "z_loss", "mean_per", "neftune_alpha", "context_parallel"),
+)
 CONTEXT_BYTES = 600 * MIB  # CUDA and its kernels in a process; an assumption: GPUs differ
 CUBLAS_BYTES = 2 * 32 * MIB  # of two threads (forward, backward) on Hopper; less on other GPUs
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from sft.config.schema import RunConfig, Train
 from sft.data import batches
+from sft.errors import ConfigError
+from sft.models.sequences import refuse_heads
 from sft.plan.choose import Planner, Rung, resolve_layout
 from sft.plan.counts import count_parameters
 from sft.plan.memory import Memory
@@ -108,6 +110,7 @@ def make_plan(
 
     Raises ConfigError for a global batch that so many processes cannot make.
     """
+    _refuse_sharing(config, world_size)
     precision, why_precision = resolve_precision(config.train, machine.devices)
     layout, why_layout = resolve_layout(config, precision, bool(machine.devices))
     planner = Planner(config, workload, machine, world_size, precision, layout)
@@ -171,6 +174,21 @@ def make_plan(
         is_question=is_question,
     )
     return replace(plan, warnings=_warnings(plan, config.train))
+
+
+def _refuse_sharing(config: RunConfig, world_size: int) -> None:
+    """Raises ConfigError if so many processes cannot share sequences as `config` says."""
+    size = config.train.context_parallel
+    if size == 1:
+        return
+    if world_size % size:
+        raise ConfigError(
+            f"train.context_parallel: {size} processes share a sequence, so the number of "
+            f"processes must be a multiple of {size}, found {world_size}: launch so many, or set 1"
+        )
+    heads = getattr(task_of(config).info(config).sizes, "num_attention_heads", None)
+    if heads and heads % size:
+        raise ConfigError(refuse_heads(size, heads))
 
 
 def predict_disk(config: RunConfig, num_examples: int) -> Need:

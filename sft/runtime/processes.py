@@ -51,7 +51,7 @@ def drop_launch_requirements(config: Configured) -> Configured:
     """Returns `config` without its requirements on the launch, for use with any processes."""
     values: dict[str, Any] = dict.fromkeys(("train.num_processes", "train.deepspeed_config"))
     values |= {"train.engine": "ddp", "train.offload": False, "train.micro_batch": "auto"}
-    values |= {"train.gradient_accumulation_steps": "auto"}
+    values |= {"train.gradient_accumulation_steps": "auto", "train.context_parallel": 1}
     return with_values(config, values)
 
 

@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sft.data import batches
-from sft.errors import VerificationError
+from sft.errors import ConfigError, VerificationError
 from sft.evaluate import answers
 from sft.models.export import load_weights, read_weights
 from sft.runtime.console import Advance, metrics_line, write_json
@@ -138,6 +138,8 @@ class Task(ABC):
     model_sections: ClassVar[tuple[str, ...]]
     """Sections of the configuration that say what the model is."""
     placeholders: ClassVar[Mapping[str, Any]] = {}
+    shares_sequences: ClassVar[bool] = False
+    """Whether several processes can share a sequence (`train.context_parallel`)."""
     """Values for required keys of other sections, where only the model matters."""
     needs_global_batch = False
 
@@ -157,6 +159,11 @@ class Task(ABC):
     def refuse_untrainable(cls, config: Any) -> None:
         """Raises ConfigError for a configuration that can be used, but not trained."""
         refuse_unusable(config.train)
+        if config.train.context_parallel > 1 and not cls.shares_sequences:
+            raise ConfigError(
+                "train.context_parallel: only fine-tuning shares sequences between processes, "
+                "not this task; set 1"
+            )
 
     @classmethod
     def digests(cls, prepared: Any) -> dict[str, str]:
@@ -384,7 +391,7 @@ class Task(ABC):
             for own in cut[self.accelerator.process_index]:
                 self.guard.stop_if_asked()
                 yield self.collate_held_out(own)
-                advance(len(own) * world)
+                advance(len(own) * world // self.budget.shared_by)
 
     def eval_loss(
         self, model: nn.Module, batch: Batch

@@ -221,6 +221,9 @@ class Engine:
     def _seed(self, micro_batch: MicroBatch, ids: list[int]) -> None:
         """Makes randomness (dropout) a function of seed, step and position in the global batch."""
         position = ids.index(micro_batch[0]) if micro_batch else len(ids)
+        # Processes that share sequences have other tokens of them.
+        part = self.accelerator.process_index % self.task.budget.shared_by
+        position += part * (len(ids) + 1)
         torch.manual_seed((((self.train.seed * 1_000_003 + self.step) << 20) + position) % 2**63)
 
     def _summarise(
@@ -277,7 +280,8 @@ class Engine:
         passed: list[bool] = []  # not empty once the pass in which other ranks wait is over
         handle = self.model.register_forward_hook(lambda *_: passed.append(True))
         try:
-            return action(self.model, batch)
+            with self.parallel.no_sync():
+                return action(self.model, batch)
         except Exception as error:
             if not passed and (reason := oom_message(error)):
                 raise self._out_of_memory(reason, micro_batch) from None

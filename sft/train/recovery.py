@@ -17,6 +17,7 @@ OutOfMemory at once. So no half-exchanged gradient is used, and no rank waits fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -79,4 +80,5 @@ def smaller_budget(
     if not several:
         return None
     largest = max(batches.num_tokens(lengths, m, budget.layout) for m in several)
+    largest = math.ceil(largest / budget.shared_by)
     return halve_budget(replace(budget, max_tokens=min(largest, budget.max_tokens)), 1)

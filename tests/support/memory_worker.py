@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,10 @@ def paused(wait: Callable[..., Any]) -> Callable[..., Any]:
 def main(file: str, out: Path) -> None:
     config = load_run(file)
     accelerator = start_processes(config.train)
+    window = replace(WINDOW, shared_by=config.train.context_parallel)
 
     def steps() -> None:
-        made = dry_run.make_engine(config, "fp32", WINDOW, weights=False, accelerator=accelerator)
+        made = dry_run.make_engine(config, "fp32", window, weights=False, accelerator=accelerator)
         for _ in range(2):
             made.optimizer_step()
 

@@ -59,6 +59,7 @@ class CrowdTune(FineTune):
 
     model_sections = (*FineTune.model_sections, "crowd")
     merge_arguments = " AGENT=0"
+    shares_sequences = False
     model: Agents
 
     # -- before there is a model

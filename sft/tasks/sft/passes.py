@@ -10,10 +10,11 @@ from torch import nn
 
 from sft.config.schema import Config
 from sft.data.cache import Prepared
-from sft.data.examples import Batch, Examples, collate
+from sft.data.examples import Batch, Examples, collate, share
 from sft.models import attention, pretrained, routing
 from sft.models.head import Measure, SupervisedHead, widen
 from sft.models.noise import EmbeddingNoise
+from sft.models.sequences import SequenceGroup
 from sft.tasks.sft import losses
 from sft.tasks.sft.saved import SavedTuning
 
@@ -36,6 +37,10 @@ class Passes(SavedTuning):
         self.head = SupervisedHead(self.model, copies, self._report_whole)
         alpha, seed = self.config.train.neftune_alpha, self.config.train.seed
         self.noise = EmbeddingNoise(self.model, alpha, seed) if alpha else None
+        self.sequences = None
+        if (size := self.config.train.context_parallel) > 1:
+            self.sequences = SequenceGroup.of(self.accelerator, size)
+            self.sequences.follow(self.model)
         self.balance = self.balance_of(self.config)
         self.needs_global_batch = self.balance is not None
         self.chosen: tuple[torch.Tensor | None, float] = None, 1.0
@@ -59,7 +64,11 @@ class Passes(SavedTuning):
 
     def _collate(self, examples: Examples, ids: list[int], per_example: bool = False) -> Batch:
         pad, layout = self.prepared.tokenizer.pad_token_id, self.budget.layout
-        batch = collate(examples, ids, pad, layout, self.accelerator.device, per_example)
+        device = self.accelerator.device
+        if group := self.sequences:
+            whole = collate(examples, ids, pad, layout, torch.device("cpu"), per_example)
+            return share(whole, group.rank, group.size, pad).to(device)
+        batch = collate(examples, ids, pad, layout, device, per_example)
         attention.remember_starts(batch.position_ids, batch.lengths)
         return batch
 
@@ -135,7 +144,9 @@ class Passes(SavedTuning):
         if trains and self.noise:
             places = batch.token_positions()
             noise = self.noise.on(batch.input_ids.shape, places, batch.examples, batch.lengths)
-        documents = () if batch.position_ids is None else batch.lengths
+        documents = batch.lengths if self.budget.layout == "packed" else ()
+        if self.sequences and batch.position_ids is not None and batch.whole_positions is not None:
+            self.sequences.share(batch.position_ids, batch.whole_positions)
         with noise, attention.known_documents(documents):
             return model(
                 input_ids=batch.input_ids,

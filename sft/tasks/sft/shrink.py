@@ -94,6 +94,26 @@ def small_model(config: Config, exact: bool = False) -> tuple[nn.Module, list[tu
     raise VerificationError(f"cannot make a small model of {config.model.name}: {problem}")
 
 
+def narrow_copy(config: Config) -> nn.Module | None:
+    """Returns a model of the configured architecture with all layers, narrow, random and in fp64;
+    None if its widths cannot be chosen."""
+    few = narrow(architecture(config.model), experts=True)
+    few._experts_implementation = "batched_mm"  # for tensors of any dtype
+    torch.manual_seed(config.train.seed)
+    try:
+        built = classes.from_config(
+            few,
+            dtype=torch.float64,
+            trust_remote_code=config.model.trust_remote_code,
+            attn_implementation="eager",
+        ).eval()
+        with torch.no_grad():
+            built(input_ids=torch.arange(8)[None])
+    except Exception:  # noqa: BLE001  # code of the model may raise anything
+        return None
+    return built
+
+
 def _without_dropout(architecture: Any) -> list[str]:
     """Turns every dropout of a configuration off and returns the names of those that were on."""
     found = []

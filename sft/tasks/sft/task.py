@@ -32,6 +32,7 @@ from sft.models import attention, classes, digests, eva, export, layers, load, p
 from sft.models.cut import CannotCut, Cutting
 from sft.models.groups import freeze_groups
 from sft.models.reach import freeze_untrained
+from sft.models.sequences import find_difference
 from sft.models.sizes import read_sizes
 from sft.runtime.console import write_json
 from sft.runtime.plain import read_json
@@ -52,6 +53,7 @@ class FineTune(Passes):
 
     model_sections: ClassVar[tuple[str, ...]] = ("model", "tuning")
     placeholders: ClassVar[Mapping[str, Any]] = {"data": {"train_path": "none"}}
+    shares_sequences = True
     # -- before there is a model
 
     @classmethod
@@ -334,6 +336,23 @@ class FineTune(Passes):
                 f"{classes.EXPECTED}"
             )
         self.prove_head(precision)
+        self._choose_layout(precision, layout, device)
+        if (group := self.sequences) is None:
+            return
+        packed = self.budget.layout == "packed"
+        reason = find_difference(self.model, group.size, precision, device, packed)
+        if exact := shrink.narrow_copy(self.config):  # where no rounding can hide a difference
+            group.follow(exact)
+            reason = reason or find_difference(exact, 2, "fp64", torch.device("cpu"), packed)
+        if reason:
+            raise ConfigError(
+                f"train.context_parallel: processes cannot share sequences of this model: {reason};"
+                " set 1. Attention must be one that transformers finds by name, and all other "
+                "layers must compute each token alone, unlike recurrent layers and convolutions"
+            )
+
+    def _choose_layout(self, precision: str, layout: str, device: torch.device) -> None:
+        """Pads rows if packed documents of this model would see each other."""
         if self.budget.layout == "padded":
             return
         # The loss of a trained router takes no other form of a mask.

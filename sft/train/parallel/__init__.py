@@ -17,11 +17,15 @@ from sft.train.parallel.fsdp import Sharded, rows_of
 
 def share_model(model: nn.Module, train: Train, accelerator: Accelerator) -> Replicated:
     """Returns `model` and its optimizer, shared as `train.engine` says."""
+    kind: type[Replicated] = Replicated
     if train.engine == "deepspeed":
-        return Zero(model, train, accelerator)
-    if train.engine == "fsdp" and accelerator.num_processes > 1:
-        return Sharded(model, train, accelerator)
-    return Replicated(model, train, accelerator)
+        kind = Zero
+    elif train.engine == "fsdp" and accelerator.num_processes > 1:
+        kind = Sharded
+    shared = kind(model, train, accelerator)
+    if train.context_parallel > 1 and accelerator.num_processes > 1:
+        shared.waits_in = "forward"  # processes wait for each other in attention
+    return shared
 
 
 def cutting_rule(train: Train, accelerator: Accelerator) -> Rule | None:
