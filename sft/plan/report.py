@@ -33,8 +33,8 @@ def plan_table(plan: Plan) -> Table:
     examples = f"{plan.num_examples:,}{labels.each} to train on, {plan.num_held_out:,} held out"
     supervised = f"{plan.supervised_share:.0%} {labels.items}"
     most = f"at most {plan.budget.max_tokens:,} tokens, {plan.budget.layout}"
-    if (size := plan.budget.shared_by) > 1:
-        most += f", each row shared by {size} processes"
+    if plan.budget.shared_by > 1:
+        most += f", each row shared by {plan.budget.shared_by} processes"
     rows: list[tuple[str, str | Text]] = [
         (labels.examples, examples),
         (
