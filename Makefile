@@ -52,7 +52,7 @@ gguf = $(if $(value GGUF)$(value LLAMA_CPP),--gguf "$${GGUF:-$$LLAMA_CPP}")
 
 .PHONY: help setup setup-accelerate gpu-info memory-check plan check process audit show-data \
 	train train-crowd train-distributed train-fsdp train-deepspeed train-distributed-tb train-fsdp-tb train-deepspeed-tb tensorboard \
-	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare classify infer infer-batch merge merge-test nano test test-gpu test-fast lint format docs clean
+	tb-stop verify-resume verify-invariance collect-darkroom train-darkroom evaluate eval-quick eval-test compare classify infer infer-batch merge merge-test nano test test-all test-fast test-gpu lint format docs clean
 
 ##@ Start
 help: ## This list
@@ -170,14 +170,18 @@ nano: $(READY) ## Remake the embedded base model and its task from nothing (abou
 	@$(BIN)/python -m sft train --config configs/nano_base.yaml
 	@$(BIN)/python -m nano.make_nano --weights outputs/nano_base/final_checkpoint
 
-test: $(READY) ## Run all tests (20 to 40 minutes on two cores)
-	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+pytest = $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+test: $(READY) ## Run the tests, one or two cases of each kind (about 15 minutes on two cores)
+	@$(pytest) -m "not thorough"
+
+test-all: $(READY) ## Run all cases of all tests (about 40 minutes on two cores)
+	@$(pytest)
+
+test-fast: $(READY) ## Run those of `make test` that start no whole runs (a few minutes)
+	@$(pytest) -m "not slow and not thorough"
 
 test-gpu: $(READY) ## Run the tests that need a GPU, which the others hide
 	@SFT_TEST_GPU=1 $(BIN)/python -m pytest tests/test_gpu.py
-
-test-fast: $(READY) ## Run the tests that start no whole runs (under 90 s)
-	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: $(READY) ## Run ruff check, ruff format and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ if "SFT_TEST_GPU" not in os.environ:  # `make test-gpu`; all else is the same on
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from hypothesis import settings
 
 from sft import errors
@@ -54,12 +56,43 @@ LONG = (  # by seconds of processor time and of waiting
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One worker more than there are cores: slow tests often wait for signals and processes."""
-    return len(os.sched_getaffinity(0)) + (config.option.markexpr != "not slow")
+    return len(os.sched_getaffinity(0)) + ("not slow" not in config.option.markexpr)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts long files first, so that no worker is left with one in the end."""
     items.sort(key=lambda item: LONG.index(name) if (name := item.path.name) in LONG else len(LONG))
+
+
+def pytest_collection_finish() -> None:
+    """Hides libraries and tests from the garbage collector, which takes seconds to look at them
+    whenever the package asks for a collection."""
+    gc.collect()
+    gc.freeze()
+
+
+def representatives(cases: Iterable[Any], kept: int | Collection[Any] = 1) -> list[Any]:
+    """Returns the cases of a parametrised test. `make test` runs those that are kept: the first
+    ones, or some by value or id; `make test-all` runs all."""
+    marked = []
+    for number, case in enumerate(cases):
+        is_set = isinstance(case, ParameterSet)
+        name = case.id if is_set else case
+        if number < kept if isinstance(kept, int) else name in kept:
+            marked.append(case)
+            continue
+        mark = pytest.mark.thorough("other cases of this test")
+        values = case.values if is_set else case if isinstance(case, tuple) else (case,)
+        more = {"id": case.id, "marks": [*case.marks, mark]} if is_set else {"marks": mark}
+        marked.append(pytest.param(*values, **more))
+    return marked
+
+
+@pytest.fixture(scope="session")
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether tests with the mark `thorough` run: what prepares all cases in one launch prepares
+    no other cases than those that run."""
+    return any(item.get_closest_marker("thorough") for item in request.session.items)
 
 
 @pytest.fixture(scope="session")

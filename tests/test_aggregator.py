@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from conftest import ROOT
+from conftest import ROOT, representatives
 from scipy.optimize import minimize
 from scipy.special import gammaln
 from scipy.stats import beta, chisquare
@@ -399,7 +399,7 @@ DRAWN = Generation(max_new_tokens=16, temperature=0.8, top_p=0.9, seed=3)
 
 
 @pytest.mark.parametrize("settings", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("kind", AGGREGATORS)
+@pytest.mark.parametrize("kind", representatives(AGGREGATORS, ["learned"]))
 def test_an_answer_is_that_of_the_plainest_loop_in_any_batch(crowd, accelerator, kind, settings):
     mixture, asked = Mixture(crowd, AGGREGATORS[kind]), prompts()
     weights = AGGREGATORS[kind].weights_for(asked)

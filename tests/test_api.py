@@ -166,6 +166,7 @@ with open(f"{folder}/{os.environ['RANK']}.json", "w") as file:
 """
 
 
+@pytest.mark.thorough("the same calls by one process, ranks in test_parallel.py")
 @pytest.mark.slow
 def test_two_processes_get_the_same_results(tmp_path):
     program = tmp_path / "program.py"

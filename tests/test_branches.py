@@ -449,6 +449,7 @@ def test_killed_before_each_change_a_branch_is_the_old_lineage_or_the_new_one(tm
     assert seen == {6, 7, STEPS}
 
 
+@pytest.mark.thorough("the same of a run with checkpoints, killed before each change")
 @pytest.mark.slow
 def test_killed_before_its_first_checkpoint_a_run_begins_again_from_its_origin(tmp_path):
     """With a checkpoint of another folder; before each change, also where an earlier run lies."""
@@ -514,6 +515,7 @@ def test_any_sequence_of_starts_kills_and_branches_leaves_one_lineage():
     run_machine(Branches, 2, 5)
 
 
+@pytest.mark.thorough("the same with fewer examples")
 @pytest.mark.slow
 def test_the_same_for_longer():
     run_machine(Branches, 15, 10)
@@ -533,6 +535,7 @@ class EngineBranches(Branches):
             assert self.weights.setdefault(history, digest) == digest
 
 
+@pytest.mark.thorough("the same with a history in place of a model")
 @pytest.mark.slow
 def test_the_same_with_the_engine_and_a_model():
     run_machine(EngineBranches, 4, 6)

@@ -17,7 +17,7 @@ import datasets
 import forked
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, representatives
 from filelock import FileLock
 from transformers.utils import chat_template_utils
 
@@ -725,7 +725,9 @@ def real_model(shared: Path, tmp_path: Path, tokenizer: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["error", "drop", "truncate_left_turns", "truncate"])
+@pytest.mark.parametrize(
+    "policy", representatives(["error", "drop", "truncate_left_turns", "truncate"], 2)
+)
 def test_the_longest_real_row_gets_what_the_policy_says(shared, tmp_path, policy):
     """11,561 tokens with its tools; the answer stands behind the limit."""
     given = config(
@@ -755,7 +757,10 @@ READ_WITH += [("glaive", "qwen2.5-instruct"), ("glaive", "stories260K")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "tokenizer"), READ_WITH)
+@pytest.mark.parametrize(
+    ("name", "tokenizer"),
+    representatives(READ_WITH, [("gsm8k", "qwen2.5-instruct"), ("glaive", "minimind")]),
+)
 def test_real_data_have_no_error(shared, tmp_path, name, tokenizer):
     file, overrides, expected = REAL[name]
     given = config(

@@ -80,6 +80,7 @@ def test_emulated_bf16_is_a_finding():
     assert check.precision(config, machine).ok == machine.cpu_bf16 or machine.devices
 
 
+@pytest.mark.thorough("the default task")
 @pytest.mark.slow
 def test_a_crowd_is_tried_out_before_it_is_trained(tmp_path):
     run = f"train.output_dir={tmp_path / 'run'}"
@@ -95,6 +96,7 @@ def test_a_crowd_is_tried_out_before_it_is_trained(tmp_path):
     assert not list(tmp_path.glob(".check_*"))
 
 
+@pytest.mark.thorough("the default task")
 @pytest.mark.slow
 def test_distillation_is_tried_before_it_is_trained(tmp_path, monkeypatch):
     """With its histories, and without: then on blank ones, and nothing is collected."""

@@ -14,6 +14,7 @@ import pytest
 import test_distill
 import tiny
 import torch
+from conftest import representatives
 from safetensors.torch import load_file
 from torch._inductor import codecache
 from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -93,7 +94,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", representatives(CASES, ["full", "bf16", "qlora", "selective", "offload"])
+)
 def test_compiled_layers_compute_what_layers_compute(tmp_path, name, monkeypatch):
     """By a backend that runs the operations of PyTorch: to the bit."""
     monkeypatch.setattr(offload, "MIN_BYTES", 0)
@@ -107,8 +110,11 @@ def test_compiled_layers_compute_what_layers_compute(tmp_path, name, monkeypatch
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_the_compilers_own_code_gives_the_same_within_rounding_and_leaves_no_process(tmp_path):
-    changes, layout, _ = CASES["lora"]
+@pytest.mark.parametrize("name", representatives(["full", "lora"]))
+def test_the_compilers_own_code_gives_the_same_within_rounding_and_leaves_no_process(
+    tmp_path, name
+):
+    changes, layout, _ = CASES[name]
     expected = step(make(tmp_path, changes, layout))
     engine = make(tmp_path, changes, layout)
     before = set(psutil.Process().children(recursive=True))  # those of other tests
@@ -251,6 +257,7 @@ def _numbered(mlp: Any) -> Any:
     return lambda x: forward(mlp, x) * (1 + mlp.number)
 
 
+@pytest.mark.thorough("parts: one step of the compiler's code here, resuming in test_parallel.py")
 def test_a_resumed_run_makes_the_same_graphs_and_ends_with_the_same_bits(tmp_path, run_script):
     model = tiny.shallow_nano(tmp_path)
     common = [f"model.name={model}", "tuning.mode=full", "data.max_rows=40", "train.compile=true"]
@@ -291,7 +298,7 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", representatives(ENGINES, ["ddp", "zero3"]))
 def test_two_processes_compute_the_same_compiled_or_refuse(tmp_path, name):
     model, (backend, why) = tiny.shallow_nano(tmp_path), ENGINES[name]
     engine = {"zero2": "deepspeed_z2", "zero3": "deepspeed_z3"}.get(name)

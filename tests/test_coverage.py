@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, representatives
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import DECODERS, OTHER, other_types, tiny_config
@@ -52,7 +52,9 @@ def totals(found: Coverage, key: str) -> int:
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gemma3", "gemma4", "qwen3_next"])
+@pytest.mark.parametrize(
+    "kind", representatives(["qwen3_moe", "gemma3", "gemma4", "qwen3_next"], 2)
+)
 def test_every_parameter_is_counted_once_and_nothing_contradicts(tmp_path, kind, mode) -> None:
     config = configured(tmp_path, kind, mode)
     found = cover(config)
@@ -122,7 +124,7 @@ def test_layers_that_only_choose_tokens_are_frozen_and_get_no_adapter(tmp_path, 
     assert found.groups["no text"].parameters["frozen"] > 0
 
 
-@pytest.mark.parametrize("mode", ["lora", "qlora"])
+@pytest.mark.parametrize("mode", representatives(["lora", "qlora"]))
 def test_trained_rows_and_copies_are_counted_with_what_they_replace(tmp_path, mode) -> None:
     """New tokens, rows of tokens and copies of modules lie beside the base under names of PEFT."""
     plain = settings_of(ROOT / "nano/model", mode, target_modules=["q_proj"])
@@ -233,6 +235,7 @@ def test_a_base_that_needs_values_is_reported_by_a_narrow_copy(tmp_path, monkeyp
     assert "a run of a narrow copy" in " ".join(shown(found))
 
 
+@pytest.mark.thorough("other refusals in test_configs.py")
 def test_a_model_without_embeddings_is_refused_in_one_sentence(tmp_path) -> None:
     """Of Qwen2.5-Omni as a whole, transformers raises NotImplementedError, also here."""
     with pytest.raises(ModelError, match="get_input_embeddings"):

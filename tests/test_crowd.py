@@ -520,6 +520,7 @@ def test_modules_that_are_not_linear_are_refused(tmp_path):
         tiny.adapted(given)
 
 
+@pytest.mark.thorough("test_memory.py, and a crowd's plan in test_plan.py")
 @pytest.mark.slow
 def test_a_plan_of_few_layers_is_that_of_all_wherever_a_crowd_reads(tmp_path):
     deep = shapes.configured(tmp_path, shapes.architectures(num_hidden_layers=7)["Llama"])

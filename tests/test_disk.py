@@ -18,7 +18,7 @@ import forked
 import pytest
 import tiny
 from accelerate import Accelerator
-from conftest import ROOT
+from conftest import ROOT, representatives
 
 from sft.config.load import load_config
 from sft.config.optimizers import OPTIMIZERS
@@ -224,7 +224,7 @@ def test_full_disks_cost_logs_one_warning_each_and_the_run_goes_on(small, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", representatives([1, 2]))
 def test_a_disk_that_fills_up_after_training_costs_files_but_no_result(tmp_path, world):
     """It fills while the final answers are written: the model is there already."""
     folder, log = tmp_path / "small", tmp_path / "log"
@@ -255,6 +255,7 @@ def test_a_disk_that_fills_up_after_training_costs_files_but_no_result(tmp_path,
     assert "Traceback" not in reported
 
 
+@pytest.mark.thorough("files that cannot be written since the disk is full")
 @pytest.mark.slow
 def test_a_file_system_that_turns_read_only_in_the_middle_of_a_run(tmp_path):
     """As ext4 does after an error of its disk: files that are open cannot be written either."""
@@ -505,7 +506,9 @@ def test_a_full_disk_ends_the_run_before_step_1(small):
 # --- how much ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize(
+    "optimizer", representatives(list(OPTIMIZERS), ["adamw", "adamw_8bit", "adafactor"])
+)
 def test_a_checkpoint_takes_what_is_forecast(tmp_path, optimizer):
     large = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 5000}
     rows = tiny.examples(0, 4)

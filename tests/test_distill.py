@@ -13,6 +13,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from allocations import allocated_bytes
+from conftest import representatives
 from safetensors.torch import load_file
 
 from sft.config.load import load_config, with_values
@@ -335,7 +336,7 @@ def test_micro_batches_are_cut_as_asked(tmp_path):
     assert planned(config(tmp_path, global_batch=64, micro_batch=8), world=2).micro_batches == 4
 
 
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("name", representatives(PLANNED))
 def test_the_planned_memory_is_what_a_step_allocates(name):
     asked = with_values(DARKROOM, PLANNED[name])
     predicted = planned(asked)
@@ -372,7 +373,9 @@ def test_what_does_not_fit_is_cut(tmp_path):
     assert (tmp_path / "memory.jsonl").exists()
 
 
-@pytest.mark.parametrize("settings", [SMALL, SMALL.model_copy(update={"slide": 2}), PAIR])
+@pytest.mark.parametrize(
+    "settings", representatives([SMALL, SMALL.model_copy(update={"slide": 2}), PAIR])
+)
 def test_trying_the_unseen_goals_takes_what_is_planned(tmp_path, settings):
     settings = settings.model_copy(update={"eval_episodes": 4})
     predicted = planned(config(tmp_path, settings))
@@ -481,7 +484,7 @@ def alone(collected, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["ddp", "fsdp", "deepspeed"])
+@pytest.mark.parametrize("how", representatives(["ddp", "fsdp", "deepspeed"]))
 def test_two_processes_are_one_run_with_every_engine(collected, alone, tmp_path, how):
     """The same losses, and the same returns: those are played by both processes together."""
     stage = ["train.deepspeed_config=configs/deepspeed_z3.json"] if how == "deepspeed" else []

@@ -79,6 +79,15 @@ def test_an_unknown_part_is_refused_before_any_runs(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_script_runs_a_part(tmp_path):
+    done = run("benchmarks/gpu.sh", OUT=str(tmp_path), PARTS="machine", REHEARSE="1")
+    assert done.returncode == 0, done.stderr
+    assert "a rehearsal" in done.stdout
+    assert json.loads((tmp_path / "results.json").read_text("utf-8"))["machine"]["rows"]
+
+
+@pytest.mark.thorough("the first part, by the same lines of the script")
+@pytest.mark.slow
 def test_every_part_runs_on_tiny_shapes(tmp_path):
     """The script itself runs one part of each of its two programs. The other parts, which it starts
     by the same line as the first, are forked: each would import for six seconds. verify-resume

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from conftest import representatives
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
@@ -223,10 +224,10 @@ def test_a_balanced_router_with_chunks(monkeypatch, tmp_path):
 
 SAMPLE = ["llama", "gemma2", "gemma3n_text", "cohere", "granite", "recurrent_gemma", "mamba"]
 SAMPLE += ["qwen2_moe", "gpt_oss", "granitemoehybrid", "falcon_h1", "opt", "gemma3", "qwen2_vl"]
-REST = [pytest.param(name, marks=pytest.mark.slow) for name in families.DECODERS]
+REST = [name for name in families.DECODERS if name not in SAMPLE]
 
 
-@pytest.mark.parametrize("model_type", SAMPLE + REST)
+@pytest.mark.parametrize("model_type", representatives(SAMPLE + REST, SAMPLE))
 def test_chunks_of_a_type_give_what_its_own_code_gives(monkeypatch, model_type):
     model = families.tiny_model(model_type).train()
     random = torch.Generator().manual_seed(1)

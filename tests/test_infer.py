@@ -188,6 +188,7 @@ def shell(terminal: Terminal) -> Iterator[None]:
         process.wait()
 
 
+@pytest.mark.thorough("the same shell gets Ctrl-C")
 @pytest.mark.slow
 def test_the_rest_of_a_paste_is_not_run_by_the_shell(tmp_path):
     """With the real program, in a real shell."""

@@ -115,6 +115,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.thorough("`make setup-accelerate` proves the same of the file that it mends")
 @pytest.mark.slow
 def test_ddp_file_makes_one_world(tmp_path: Path) -> None:
     """Trap 3: two processes that are not one run. Judged by what the ranks wrote."""

@@ -321,6 +321,7 @@ def test_ranks_that_are_not_one_run_end_with_7_and_say_what_differs(tmp_path):
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
+@pytest.mark.thorough("the launcher's code, without make")
 @pytest.mark.slow
 def test_make_ends_with_the_code_of_the_run(tmp_path):
     """`Error 75`, as a scheduler's script sees it."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from conftest import representatives
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -78,6 +79,7 @@ TIED = {
 }
 CASES = [pytest.param(False, lora, id=name) for name, lora in FEATURES.items()]
 CASES += [pytest.param(True, lora, id=f"tied: {name}") for name, lora in TIED.items()]
+FEW = ["plain", "dora", "ranks", "tokens", "biases", "tied: embeddings"]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def saved_state(engine: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tied", "lora"), CASES)
+@pytest.mark.parametrize(("tied", "lora"), representatives(CASES, FEW))
 def test_each_setting_trains_resumes_saves_loads_and_merges(bases, tmp_path, tied, lora):
     base = bases[tied]
     engine = engine_of(config := configured(base, tmp_path / "run", lora))
@@ -203,7 +205,7 @@ ON_4_BITS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", ON_4_BITS.values(), ids=ON_4_BITS)
+@pytest.mark.parametrize("lora", representatives(ON_4_BITS.values(), 2), ids=ON_4_BITS)
 def test_settings_train_and_load_on_a_base_in_4_bits(bases, tmp_path, lora):
     base = bases[False]
     mode = {"tuning.mode": "qlora", "tuning.lora_alpha": 4.0}

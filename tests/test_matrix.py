@@ -8,7 +8,7 @@ import json
 import families
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, representatives
 
 from sft.models.attention import keep_documents_apart
 
@@ -36,7 +36,8 @@ def test_what_the_matrix_says_about_packing_is_true(model_type):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model_type", "cells"), [("gemma3", ["LoRA", "merge"]), ("lfm2", ["packed"]), ("t5", ["full"])]
+    ("model_type", "cells"),
+    representatives([("lfm2", ["packed"]), ("t5", ["full"]), ("gemma3", ["LoRA", "merge"])], 2),
 )
 def test_cells_of_the_matrix_are_found_again(model_type, cells, tmp_path):
     found = models.measure(model_type, tmp_path, cells)

@@ -10,7 +10,7 @@ import forked
 import memory_worker
 import pytest
 import shapes
-from conftest import ROOT
+from conftest import ROOT, representatives
 from shapes import architectures, configured, uniform_window
 from transformers import GPT2Config, LlamaConfig, MambaConfig, Qwen2MoeConfig
 
@@ -38,14 +38,17 @@ WINDOWS = [uniform_window(3, 40, 20, micro_batches=2), Window((((100, 90), (60, 
 @pytest.mark.slow
 @pytest.mark.parametrize(  # each way of tuning, with and without checkpointing, each architecture
     ("name", "mode", "checkpointing"),
-    [
-        ("Llama", "full", True),
-        ("Llama", "lora", False),
-        ("Qwen2", "lora", True),
-        ("Gemma2", "full", False),
-        ("GPT2", "qlora", False),
-        ("Llama", "qlora", True),
-    ],
+    representatives(
+        [
+            ("Llama", "full", True),
+            ("Llama", "lora", False),
+            ("Qwen2", "lora", True),
+            ("Gemma2", "full", False),
+            ("GPT2", "qlora", False),
+            ("Llama", "qlora", True),
+        ],
+        2,
+    ),
 )
 def test_few_layers_report_what_all_take(tmp_path, name, mode, checkpointing):
     config = configured(tmp_path, DEEP[name], mode, gradient_checkpointing=checkpointing)
@@ -79,11 +82,13 @@ def test_counts_are_those_of_the_model(mode):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "checkpointing", "window"),
-    [
-        ("lora", False, uniform_window(2, 128, 128)),
-        ("full", True, uniform_window(3, 100, 100)),
-        ("qlora", False, uniform_window(3, 100, 20)),
-    ],
+    representatives(
+        [
+            ("lora", False, uniform_window(2, 128, 128)),
+            ("full", True, uniform_window(3, 100, 100)),
+            ("qlora", False, uniform_window(3, 100, 20)),
+        ]
+    ),
 )
 def test_few_layers_report_what_the_allocator_of_a_gpu_reserves(
     tmp_path, mode, checkpointing, window
@@ -152,12 +157,15 @@ def test_what_a_gpu_adds(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "engine", "stage", "shared_by"),
-    [
-        ("full", "ddp", None, 1),
-        ("full", "fsdp", None, 1),
-        ("lora", "deepspeed", 2, 1),
-        ("lora", "ddp", None, 2),
-    ],
+    representatives(
+        [
+            ("full", "fsdp", None, 1),
+            ("lora", "ddp", None, 2),
+            ("full", "ddp", None, 1),
+            ("lora", "deepspeed", 2, 1),
+        ],
+        2,
+    ),
 )
 def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, engine, stage, shared_by):
     sizes = SIZES | {"hidden_size": 256, "vocab_size": 4096, "num_hidden_layers": 4}

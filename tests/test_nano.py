@@ -98,6 +98,7 @@ def test_it_is_small_enough_to_be_committed():
     assert sum(path.stat().st_size for path in NANO.rglob("*") if path.is_file()) < 8_000_000
 
 
+@pytest.mark.thorough("the committed files are read by most tests")
 @pytest.mark.slow
 def test_all_but_the_weights_is_made_again_byte_for_byte(tmp_path):
     target, primer = tmp_path / "nano", tmp_path / "primer.jsonl"

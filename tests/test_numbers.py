@@ -14,7 +14,7 @@ import forked
 import pytest
 import tiny
 import torch
-from conftest import PATHS, run
+from conftest import PATHS, representatives, run
 
 from sft import errors
 from sft.data import batches, template
@@ -293,7 +293,7 @@ def test_a_real_limit_of_host_memory(tmp_path):
 # --- several processes -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["ddp", "deepspeed"])
+@pytest.fixture(scope="module", params=representatives(["ddp", "deepspeed"]))
 def ranks(request, tmp_path_factory) -> list[dict]:
     """What two processes wrote, of which the second met the faults (fault_worker.py)."""
     out = Path(tmp_path_factory.mktemp(request.param))

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from conftest import representatives
 from shapes import SIZES, architectures, configured, uniform_window
 from torch import nn
 from transformers import LlamaConfig
@@ -162,7 +163,7 @@ def test_a_pass_that_fails_leaves_nothing_behind():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mode", "kind"), [("full", False), ("qlora", True), ("lora", "selective")]
+    ("mode", "kind"), representatives([("full", False), ("qlora", True), ("lora", "selective")])
 )
 def test_the_dry_run_tells_what_is_on_the_device_and_what_on_the_host(
     tmp_path, monkeypatch, mode, kind

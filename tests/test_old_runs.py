@@ -8,7 +8,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from conftest import ROOT
+from conftest import ROOT, representatives
 
 RUNS = ROOT / "tests/fixtures/runs_before_0.1.0"
 FP32 = ("--precision", "fp32")
@@ -28,7 +28,7 @@ def script(name: str, *words: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("kind", ["qlora", "crowd"])
+@pytest.mark.parametrize("kind", representatives(["qlora", "crowd"]))
 def test_an_old_run_has_the_scores_that_it_had(old, kind):
     script("evaluate", "--run", old / kind, "--name", "again", "train.precision=fp32")
     found = json.loads((old / kind / "evaluation/again/metrics.json").read_text())["metrics"]

@@ -13,7 +13,7 @@ import warnings
 
 import forked
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, representatives, run
 from console_worker import CASES, dead_reader
 from hypothesis import given
 from hypothesis import strategies as st
@@ -228,6 +228,8 @@ ROWS = ROOT / "nano/train.jsonl"
 
 # --- trainings -----------------------------------------------------------------------------------
 
+FEW = [(1, "both on a full disk"), (1, "a reader that goes"), (1, "all closed")]
+FEW += [(2, "a reader that goes")]
 BRIEF = ["data.max_rows=60", "data.eval_path=null", "data.eval_fraction=0.1"]
 BRIEF += ["evaluation.num_examples=2"]
 BRIEF += ["evaluation.max_new_tokens=4", "train.max_steps=2", "train.global_batch=4"]
@@ -237,10 +239,13 @@ BRIEF += ["train.save_steps=1", "train.log_steps=1", "tuning.mode=lora"]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "case"),
-    [
-        *((1, case) for case in CASES),
-        *((2, case) for case in ("a reader that goes", "all closed")),
-    ],
+    representatives(
+        [
+            *((1, case) for case in CASES),
+            *((2, case) for case in ("a reader that goes", "all closed")),
+        ],
+        FEW,
+    ),
 )
 def test_a_training_goes_on_without_its_console(tmp_path, world, case):
     command = [str(ROOT / "tests/support/console_worker.py"), case, *BRIEF]
@@ -258,6 +263,7 @@ def test_a_training_goes_on_without_its_console(tmp_path, world, case):
     assert len(warned) == expected.get(case, int("closed" not in case))
 
 
+@pytest.mark.thorough("two ranks whose reader goes, forked")
 @pytest.mark.slow
 def test_a_launched_training_goes_on_when_its_reader_goes(tmp_path):
     words = " ".join([*BRIEF, f"train.output_dir={tmp_path}/run"])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import ROOT, clean_environment
+from conftest import ROOT, clean_environment, representatives
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -156,19 +156,32 @@ CELLS = [
 # Each with one way of tuning, in turn: every engine with everything that saves memory, and all
 # three ways with each of these (two with `activations`). Whole runs have every way on every engine.
 SAVING = [(MODES[number % 3], *each) for number, each in enumerate(CELLS)]
+WHOLE = list(product(MODES, ENGINES))
+# `make test` has every engine, and one cell of each kind of saving.
+FEW_WHOLE = [("lora", "zero1"), ("qlora", "zero2"), ("full", "ddp"), ("lora", "fsdp")]
+FEW_WHOLE += [("full", "fsdp"), ("full", "zero3")]
+FEW_BF16 = ["fsdp", "zero2"]
+FEW_CROWDS = [("lora", "fsdp"), ("qlora", "zero2")]
+FEW_SAVING = [
+    next(each for each in SAVING if each[2] == what) for what in ("checkpointing", "selective")
+]
+FEW_SAVING += [each for each in SAVING if each[1] == "fsdp"]
 
 
 @pytest.fixture(scope="module")
-def two(alone) -> Path:
+def two(alone, thorough) -> Path:
     """Every engine in every mode on two processes: whole, resumed in its middle, and two steps of
-    each cell of the matrix."""
+    each cell of the matrix; or the few of `make test`."""
     cases = []
+    whole, crowds, saving, bf16s = FEW_WHOLE, FEW_CROWDS, FEW_SAVING, ["ddp", *FEW_BF16]
+    if thorough:
+        whole, crowds, saving, bf16s = WHOLE, CROWDS, SAVING, list(ENGINES)
     for engine in ENGINES:  # DeepSpeed's last: after them a process makes no others
         bf16 = cell("lora", engine, "bf16", ["train.precision=bf16"])
         bf16 |= {"prove": True, "max_tokens": 128, "steps": 1, "save_at": [1]}
-        cases += [bf16]  # of which step 0 is saved and read back, too
-        cases += [crowd(mode, each, 2) for mode, each in CROWDS if each == engine]
-        for mode in MODES:
+        cases += [bf16] if engine in bf16s else []  # of which step 0 is saved and read back, too
+        cases += [crowd(mode, each, 2) for mode, each in crowds if each == engine]
+        for mode in (mode for mode, each in whole if each == engine):
             saved = str(alone / f"{mode}-{engine}-2" / f"checkpoint_step_{MIDDLE}")
             rest = case(mode, engine, 2, saved, save_at=[], evaluate=False)
             cases += [case(mode, engine, 2), rest]
@@ -180,14 +193,14 @@ def two(alone) -> Path:
         }
         if engine in OFFLOADING:
             changes["offload"] = offloaded(alone, engine)
-        for mode, own, what in SAVING:
+        for mode, own, what in saving:
             cases += [cell(mode, engine, what, changes[what])] if own == engine else []
     run(alone, 2, cases)
     return alone
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", representatives(["fsdp", "zero1", "zero2", "zero3"], FEW_BF16))
 def test_in_bf16_ranks_exchange_gradients_in_fp32(two, engine):
     """The first moments after one step are a tenth of the gradient; in bf16 2e-3 would be lost."""
 
@@ -201,7 +214,7 @@ def test_in_bf16_ranks_exchange_gradients_in_fp32(two, engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "engine", "what"), SAVING)
+@pytest.mark.parametrize(("mode", "engine", "what"), representatives(SAVING, FEW_SAVING))
 def test_checkpointing_and_offloading_change_no_loss(two, mode, engine, what):
     expected = found(two, f"{mode}-ddp-1")[0]["steps"][:2]
     for rank in found(two, f"{mode}-{engine}-{what}"):
@@ -211,8 +224,7 @@ def test_checkpointing_and_offloading_change_no_loss(two, mode, engine, what):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "engine"), representatives(WHOLE, FEW_WHOLE))
 def test_two_processes_with_any_engine_are_the_run_of_one(two, mode, engine):
     expected = {"ddp": "Replicated", "fsdp": "Sharded"}.get(engine, "Zero")
     for rank in found(two, f"{mode}-{engine}-2"):
@@ -221,7 +233,7 @@ def test_two_processes_with_any_engine_are_the_run_of_one(two, mode, engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "engine"), CROWDS)
+@pytest.mark.parametrize(("mode", "engine"), representatives(CROWDS, FEW_CROWDS))
 def test_a_crowd_on_two_processes_is_that_of_one(two, mode, engine):
     name, reference = f"crowd-{mode}-{engine}-2", f"crowd-{mode}-ddp-1"
     [alone] = found(two, reference)
@@ -241,14 +253,21 @@ def test_a_crowd_on_two_processes_is_that_of_one(two, mode, engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("of", ["ddp-1", *(f"{engine}-2" for engine in ENGINES)])
 @pytest.mark.parametrize("mode", MODES)
-def test_resumed_equals_uninterrupted_bit_for_bit(two, mode, of):
-    assert_bit_equal(two, f"{mode}-{of}-resumed", f"{mode}-{of}")
+def test_one_process_resumes_bit_for_bit(alone, mode):
+    assert_bit_equal(alone, f"{mode}-ddp-1-resumed", f"{mode}-ddp-1")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("mode", "engine"), representatives(WHOLE, FEW_WHOLE))
+def test_resumed_equals_uninterrupted_bit_for_bit(two, mode, engine):
+    assert_bit_equal(two, f"{mode}-{engine}-2-resumed", f"{mode}-{engine}-2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "engine", representatives(ENGINES, [e for m, e in FEW_WHOLE if m == "full"])
+)
 def test_the_state_of_the_optimizer_is_sharded_where_the_engine_shards(two, engine):
     saved = two / f"full-{engine}-2" / f"checkpoint_step_{MIDDLE}"
     sizes = [path.stat().st_size for path in sorted(saved.glob("optimizer-*.safetensors"))]
@@ -268,7 +287,7 @@ def resumed(folder: Path, world: int, mode: str, source: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "sources"),
-    [(1, ["zero2-2", "fsdp-2"]), (3, ["ddp-1"]), (4, ["ddp-2", "zero3-2"])],
+    representatives([(3, ["ddp-1"]), (1, ["zero2-2", "fsdp-2"]), (4, ["ddp-2", "zero3-2"])]),
 )
 def test_other_numbers_of_processes_are_the_run_of_one_whole_and_resumed(two, world, sources):
     """Resumed on another number of processes, by another engine, with another token budget: the

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from allocations import allocated_bytes
-from conftest import ROOT
+from conftest import ROOT, representatives
 from transformers import BloomConfig
 
 from sft import errors
@@ -153,15 +153,18 @@ UPDATE_DECIDES = {"tuning.mode": "full", "train.max_tokens": 32, "train.global_b
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [
-        {},
-        {"tuning.mode": "full"},
-        {"train.gradient_checkpointing": True},
-        {"crowd.num_agents": 3},
-        {"crowd.num_agents": 3, "tuning.mode": "lora", "train.gradient_checkpointing": True},
-        *({"train.optimizer": each} | UPDATE_DECIDES for each in ("muon", "adafactor", "lion")),
-        {"train.optimizer": "schedule_free", "train.schedule": "constant"} | UPDATE_DECIDES,
-    ],
+    representatives(
+        [
+            {},
+            {"tuning.mode": "full"},
+            {"crowd.num_agents": 3},
+            {"train.gradient_checkpointing": True},
+            {"crowd.num_agents": 3, "tuning.mode": "lora", "train.gradient_checkpointing": True},
+            *({"train.optimizer": each} | UPDATE_DECIDES for each in ("muon", "adafactor", "lion")),
+            {"train.optimizer": "schedule_free", "train.schedule": "constant"} | UPDATE_DECIDES,
+        ],
+        3,
+    ),
 )
 def test_the_planned_memory_is_what_the_heaviest_window_allocates(config, prepared, changes):
     given = with_values(config, {"train.gradient_checkpointing": False} | changes)
@@ -179,7 +182,7 @@ def test_the_planned_memory_is_what_the_heaviest_window_allocates(config, prepar
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["lora", "qlora"])
+@pytest.mark.parametrize("mode", representatives(["lora", "qlora"]))
 def test_the_planned_answers_take_what_real_ones_take(config, prepared, mode, tmp_path):
     changes = {"tuning.mode": mode, "evaluation.num_examples": 48, "evaluation.batch_size": 48}
     given = with_values(config, changes)
@@ -214,7 +217,7 @@ def cut_of(config, prepared, world_size, **train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", representatives(["padded", "packed"]))
 def test_the_batch_that_was_asked_for_is_made_of_what_was_asked_for(config, prepared, layout):
     given = with_values(config, {"train.layout": layout})
     made = cut_of(given, prepared, 2, micro_batch=4)
@@ -239,6 +242,7 @@ def test_fewer_tokens_than_the_accumulation_needs_are_refused(config, prepared):
         cut_of(config, prepared, 1, **train)
 
 
+@pytest.mark.thorough("advice on trained weights")
 def test_random_weights_are_advised_on_without_adapters(config, prepared, monkeypatch, capsys):
     given = with_values(config, {"model.init": "random", "tuning.mode": "full"})
     work = sizes(prepared)

@@ -40,6 +40,7 @@ def plan(*assignments: str):
     return done
 
 
+@pytest.mark.thorough("a GPU without a name here, the ladder in test_plan.py")
 def test_a_model_without_a_configuration_on_a_gpu_that_is_not_here(model, tmp_path):
     out = tmp_path / "out" / "plan.json"
     done = plan(f"MODEL={model}", "TUNING=qlora", "SEQ=1024", "GPU=H100-80GB x 8", f"JSON={out}")
@@ -73,6 +74,7 @@ def test_a_model_without_a_configuration_on_a_gpu_that_is_not_here(model, tmp_pa
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
+@pytest.mark.thorough("one plan here and in test_plan.py")
 def test_the_matrix(model):
     model.write_text(json.dumps(SIZES | {"num_hidden_layers": 2}))
     done = plan(f"MODEL={model}", "SEQ=512", "COMPARE=1")
@@ -140,6 +142,7 @@ def test_what_distillation_has_none_of_is_refused(monkeypatch, arguments, messag
         commands.run("plan", ["--config=configs/ad_darkroom.yaml", *arguments])
 
 
+@pytest.mark.thorough("plans of distillation in test_distill.py")
 def test_distillation_on_gpus_that_are_not_here(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
     out = tmp_path / "plan.json"

@@ -23,7 +23,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, representatives, run
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -170,6 +170,7 @@ def test_evaluate_infer_and_merge_use_the_run(nano, tmp_path):
     assert all(check["ok"] for check in checks.values())
 
 
+@pytest.mark.thorough("mode full in test_parallel.py")
 def test_full_weights_learn_too(tmp_path):
     """LoRA does below, on real data."""
     more = ["train.max_steps=15", "train.learning_rate=3e-3", "train.global_batch=16"]
@@ -193,6 +194,7 @@ def short_rows(path: Path, target: Path, most: int = 600) -> Path:
     return target
 
 
+@pytest.mark.thorough("the embedded model here, real data in test_cache.py")
 @pytest.mark.parametrize(("file", "reached"), REAL)
 def test_a_real_model_on_real_data(tmp_path, shared, file, reached):
     config = tmp_path / "real.yaml"
@@ -231,7 +233,7 @@ ENGINES = {
 
 
 @pytest.fixture(scope="module")
-def targets(tmp_path_factory) -> dict[str, tuple[Path, str, list[list[float]]]]:
+def targets(thorough) -> dict[str, tuple[Path, str, list[list[float]]]]:
     """Of each target: its run folder, what it reported, and the losses that TensorBoard serves.
 
     The first starts everything anew. Of the others, the ranks are forked with the command that
@@ -239,7 +241,7 @@ def targets(tmp_path_factory) -> dict[str, tuple[Path, str, list[list[float]]]]:
     """
     made, address, outputs = {}, "", ROOT / "outputs" / f"test-tb-{os.getpid()}"
     try:
-        for target in ENGINES:
+        for target in list(ENGINES)[: None if thorough else 1]:
             folder = outputs / target
             start = fork if made else make
             reported = start(target, f"train.output_dir={folder}", *SHORT)
@@ -280,7 +282,7 @@ def served(address: str, name: str) -> list[list[float]]:
     return found
 
 
-@pytest.mark.parametrize("target", ENGINES)
+@pytest.mark.parametrize("target", representatives(ENGINES, 1))
 def test_two_processes_give_the_run_of_one_and_tensorboard_serves_it(alone, targets, target):
     folder, reported, points = targets[target]
     assert re.search(rf"processes\s+2 \({ENGINES[target]}\)", reported)
@@ -293,6 +295,7 @@ def test_two_processes_give_the_run_of_one_and_tensorboard_serves_it(alone, targ
     assert [point[2] for point in points] == pytest.approx(metrics(folder), rel=1e-6)
 
 
+@pytest.mark.thorough("groups in test_metrics.py and test_evaluate.py")
 def test_scores_are_reported_by_a_column_of_the_rows_on_any_number_of_processes(alone, tmp_path):
     """`kind` is what a request asks for; the first row has none."""
     rows = [json.loads(line) for line in (ROOT / "nano/valid.jsonl").open()][:12]
@@ -325,6 +328,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "final_checkpoint/adapter_model.safetensors")
 
 
+@pytest.mark.thorough("test_watchdog.py stops and resumes small runs, test_verify.py whole ones")
 def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(tmp_path, alone):
     folder = tmp_path / "run"
     assert train_until(2, signal.SIGTERM, folder, *SHORT) == 75

@@ -98,6 +98,7 @@ def test_a_speed_that_is_kept_predicts_the_time_that_was_measured(tmp_path, monk
     assert time.seconds == pytest.approx(30.0 * 50 / 20)
 
 
+@pytest.mark.thorough("times and traffic, from which the cost is computed")
 @pytest.mark.slow
 def test_what_a_run_costs(tmp_path, shared, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import test_template as families
-from conftest import ROOT, SHARED, load_rows
+from conftest import ROOT, SHARED, load_rows, representatives
 from faults import catalogue
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -268,6 +268,7 @@ SPLITS = st.sampled_from(["auto", "auto", "auto", "split", "together"])
 EMPTY = st.sampled_from([True, True, False])
 EMPTY_THOUGHTS = re.compile(r"(\s*<(\w+)>)?\s*</\w+>\s*|")
 SUPERVISE = st.sampled_from(["all", "all", "last"])
+FEW = ["cohere2", "deepseekv3", "gemma3", "gptoss", "llama3_1", "qwen2_5", "qwen3"]
 PROPERTY = settings(
     max_examples=int(os.environ.get("SFT_EXAMPLES", "4")),
     derandomize="SFT_EXAMPLES" not in os.environ,  # a search is asked for by its size
@@ -288,7 +289,7 @@ def test_what_is_supervised_is_what_follows_the_prompt_of_serving(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not NAMES, reason=f"no templates in {TEMPLATES}: set SFT_SHARED")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", representatives(NAMES, FEW))
 @PROPERTY
 @given(row=rows(), split=SPLITS, supervise=SUPERVISE, empty_thoughts=EMPTY)
 def test_what_is_supervised_on_real_templates_is_what_follows_the_prompt(

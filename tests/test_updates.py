@@ -13,7 +13,7 @@ import test_distill
 import test_parallel
 import tiny
 import torch
-from conftest import SHARED
+from conftest import SHARED, representatives
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_parallel import assert_bit_equal, case, difference, found
@@ -210,7 +210,9 @@ def test_blocks_divide_rows_so_no_slice_of_rows_cuts_one(shape, block):
     assert all(state[key].numel() == parameter.numel() // each for key, each in sizes.items())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "torchao_adamw_8bit"])
+@pytest.mark.parametrize(
+    "optimizer", representatives(["adamw", "adamw_8bit", "torchao_adamw_8bit"])
+)
 @pytest.mark.parametrize("early", [False, True])
 def test_law_2_in_bf16_pure(tmp_path, optimizer, early):
     options = {"precision": "bf16_pure", "optimizer": optimizer, "optimizer_in_backward": early}
@@ -245,7 +247,7 @@ def test_the_gradient_is_clipped_in_fp32(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_pure"])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-@pytest.mark.parametrize("budget", [60, 10_000])
+@pytest.mark.parametrize("budget", representatives([60, 10_000]))
 def test_in_the_backward_pass_the_same_bits_and_no_gradients(
     tmp_path, precision, optimizer, budget
 ):
@@ -355,10 +357,12 @@ CASES = {  # name: tuning, overrides, engines
 }
 
 
-def cases(folder: Path, world: int) -> list[dict]:
+def cases(folder: Path, world: int, names: list[str]) -> list[dict]:
+    """The runs that those named are compared with if `world` is 1, else these and their rest."""
     found = []
-    for name, (mode, more, engines) in CASES.items():
-        for each in engines if world > 1 else ("ddp",):
+    for name, (mode, more, all_engines) in CASES.items():
+        engines = [each for each in all_engines if f"{name}-{each}-2" in names]
+        for each in engines if world > 1 else ["ddp"] * bool(engines):
             plain = case(mode, each, world, save_at=[2], steps=3, evaluate=False)
             plain |= {"name": f"{name}-{each}-{world}", "overrides": plain["overrides"] + more}
             saved = str(folder / plain["name"] / "checkpoint_step_2")
@@ -368,20 +372,22 @@ def cases(folder: Path, world: int) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, thorough):
     folder = tmp_path_factory.mktemp("updates")
     test_parallel.MODEL[:] = [f"model.name={tiny.shallow_nano(folder)}"]
     for world in (1, 2):
-        test_parallel.run(folder, world, cases(folder, world))
+        test_parallel.run(folder, world, cases(folder, world, NAMES if thorough else FEW))
     yield folder
     test_parallel.MODEL.clear()
 
 
 NAMES = [f"{name}-{engine}-2" for name, each in CASES.items() for engine in each[2]]
+FEW = [f"{name}-2" for name in ("pure-qlora-ddp", "late-full-fsdp", "early-full-fsdp")]
+FEW += ["packed8-full-fsdp-2"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", representatives(NAMES, FEW))
 def test_two_processes_are_the_run_of_one(folder, name):
     [expected] = found(folder, name.rpartition("-")[0].rpartition("-")[0] + "-ddp-1")
     # A moment that is rounded to 8 bits may fall on the other side, after a different summation.
@@ -394,7 +400,7 @@ def test_two_processes_are_the_run_of_one(folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", representatives(NAMES, FEW))
 def test_resumed_on_two_processes_equals_uninterrupted_bit_for_bit(folder, name):
     assert_bit_equal(folder, f"{name}-resumed", name)
 
@@ -457,7 +463,7 @@ def test_a_crowd_trains_in_bf16_and_in_the_backward_pass(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [test_distill.SMALL, test_distill.PAIR])
+@pytest.mark.parametrize("kind", representatives([test_distill.SMALL, test_distill.PAIR]))
 def test_distillation_trains_in_bf16_and_in_the_backward_pass(tmp_path, kind):
     losses = []
     options = {"precision": "bf16_pure", "optimizer_in_backward": True}
@@ -478,6 +484,7 @@ def test_distillation_trains_in_bf16_and_in_the_backward_pass(tmp_path, kind):
 LLAMA = SHARED / "data/model_configs/Llama-3.1-8B.json"
 
 
+@pytest.mark.thorough("plans of these keys for a small model")
 @pytest.mark.slow
 @pytest.mark.skipif(not LLAMA.exists(), reason="needs ../shared")
 def test_an_8b_model_is_planned_on_one_small_gpu(tmp_path):
@@ -519,7 +526,9 @@ def test_two_blocks_of_a_plan_show_the_peak_of_all(tmp_path, monkeypatch, optimi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "torchao_adamw_8bit", "adamw_8bit"])
+@pytest.mark.parametrize(
+    "optimizer", representatives(["adamw", "torchao_adamw_8bit", "adamw_8bit"])
+)
 def test_the_plan_sees_what_bf16_and_the_backward_pass_save(tmp_path, optimizer):
     model = tiny.shallow_nano(tmp_path)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, representatives
 from rich.console import Console
 from safetensors.torch import save_file
 from shapes import architectures, configured
@@ -294,7 +294,7 @@ engine.global_batch_ids = lambda number, seed, step, batch: sound(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RESUME_FAULTS)
+@pytest.mark.parametrize("name", representatives(RESUME_FAULTS, 2))
 def test_a_run_that_resumes_otherwise_is_found_out(killed, broken, name):
     fault, differs = RESUME_FAULTS[name]
     broken(fault)
@@ -313,6 +313,7 @@ def test_a_torn_checkpoint_is_found_out(killed):
     assert not row.holds
 
 
+@pytest.mark.thorough("law 2 in test_distill.py")
 @pytest.mark.slow
 def test_distillation_keeps_both_laws(tmp_path, monkeypatch):
     made = runs.Trials(small_darkroom(tmp_path, monkeypatch), forks)
@@ -389,6 +390,7 @@ def test_a_run_that_depends_on_its_cut_is_found_out(exact, broken, name):
     assert found == {cell: cell not in differs for cell in CELLS[1:4]}
 
 
+@pytest.mark.thorough("test_watchdog.py kills at chosen instants")
 @pytest.mark.slow
 def test_runs_killed_at_random_instants_end_as_if_they_had_not_been(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import tokenizers
 import torch
-from conftest import ROOT
+from conftest import ROOT, representatives
 from peft import PeftModel
 from test_export import commit
 from test_lora import problem
@@ -84,7 +84,9 @@ def test_new_rows_begin_as_the_mean_of_their_pieces(tmp_path, tied):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "tied"), [("lora", True), ("qlora", False), ("full", False)])
+@pytest.mark.parametrize(
+    ("mode", "tied"), representatives([("lora", True), ("full", False), ("qlora", False)], 2)
+)
 def test_new_tokens_are_trained_saved_served_and_merged(tmp_path, mode, tied):
     config = configured(base(tmp_path / "base", tied), mode, tmp_path / "run")
     built = finished(config)
