@@ -40,6 +40,7 @@ from transformers import (
 from sft.config.schema import Config
 from sft.models import adapt, head, load, quantise
 from sft.plan import dry_run, sharding
+from sft.plan.counts import CastCounts
 from sft.plan.dry_run import Window
 from sft.tasks.sft.task import FineTune
 
@@ -437,6 +438,9 @@ def their_step(row: Row) -> Iterator[None]:
         settings.bnb_4bit_use_double_quant = row.double_quant
         return settings
 
+    def none_cast(*_: Any) -> CastCounts:
+        return CastCounts()
+
     def halves(*arguments: Any) -> tuple[int, int]:
         """Head and embedding are gathered one after the other, and all in bf16."""
         outside, layer = gathered(*arguments)
@@ -454,6 +458,7 @@ def their_step(row: Row) -> Iterator[None]:
         mock.patch.object(FineTune, "loss", loss) if row.own_loss else nullcontext(),
         mock.patch(CHECKPOINT, selective) if row.titan else nullcontext(),
         mock.patch.object(sharding, "gathered_bytes", halves) if row.titan else nullcontext(),
+        mock.patch.object(sharding, "count_casts", none_cast) if row.titan else nullcontext(),
         mock.patch.object(bnb_functions.MatMul4Bit, "forward", old)
         if row.old_nf4
         else nullcontext(),

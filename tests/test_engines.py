@@ -26,10 +26,11 @@ from sft.train.parallel.fsdp import Sharded
 from sft.train.parallel.state import decode, split_state
 
 pytestmark = pytest.mark.slow
-ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+ENGINES = ("ddp", "fsdp", "fsdp_all", "zero1", "zero2", "zero3")
 ABOUT = {  # the class, where ranks wait, whether weights are split, the factor of losses
     "ddp": ("Replicated", "last backward", False, 1.0),
     "fsdp": ("Sharded", "forward", True, 1.0),
+    "fsdp_all": ("Sharded", "forward", True, 1.0),
     "zero1": ("Zero", "backward", False, 2.0),
     "zero2": ("Zero", "backward", False, 2.0),
     "zero3": ("Zero", "forward", True, 2.0),
@@ -37,6 +38,7 @@ ABOUT = {  # the class, where ranks wait, whether weights are split, the factor 
 SIZES = {  # of 65 elements of matrices and 14 of vectors, 1 of them not used; of both ranks
     "ddp": [78, 0],
     "fsdp": [3 * 5 + 3 * 5 + 2 * 5 + 3 + 3 + 2 + 1, 30],  # rows: 3 and 2 of 5, 2 and 1 of 3
+    "fsdp_all": [3 * 5 + 3 * 5 + 2 * 5 + 3 + 3 + 2 + 1, 30],
     "zero1": [34 + 8, 31 + 6],  # halves of both groups, in multiples of two elements
     "zero2": [34 + 8, 31 + 6],
     "zero3": [13 + 13 + 8 + 3 + 3 + 2 + 1, 36],  # halves of each parameter, rounded up
@@ -44,6 +46,7 @@ SIZES = {  # of 65 elements of matrices and 14 of vectors, 1 of them not used; o
 CHECKSUMS = {  # of parameters; ZeRO-1 and 2 also have fp32 copies of the part that they update
     "ddp": [6, 6],
     "fsdp": [7, 7],
+    "fsdp_all": [7, 7],
     "zero1": [7 + 5, 7 + 4],
     "zero2": [7 + 5, 7 + 4],
     "zero3": [7, 6],
@@ -129,7 +132,7 @@ def test_what_an_engine_says_of_itself(ranks):
         about = rank["train"]["about"]
         keys = ("engine", "waits_in", "is_split", "loss_factor")
         assert tuple(about[key] for key in keys) == ABOUT[rank["name"]]
-        if rank["name"] == "fsdp":
+        if rank["name"].startswith("fsdp"):
             assert about["quant_state"] == "kept"
             assert about["sharded"] == ["", "layers.0", "layers.1"]
             assert about["policies"] == {"OffloadPolicy"}
@@ -256,7 +259,7 @@ def test_state_is_cut_only_where_it_has_a_value_for_each_element():
 def test_weights_are_split_over_the_devices_of_the_run(tmp_path, monkeypatch):
     """Left to itself, PyTorch takes GPUs where there are some, for a run on CPUs too."""
     found = []
-    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *shape: shape)
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *shape, **_: shape)
     monkeypatch.setattr(
         "torch.distributed.fsdp.fully_shard", lambda module, mesh, **_: found.append((module, mesh))
     )

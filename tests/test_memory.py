@@ -64,10 +64,10 @@ def test_few_layers_report_what_all_take(tmp_path, name, mode, checkpointing):
 def test_layers_that_do_not_repeat_are_traced_all(tmp_path):
     sizes = SIZES | {"num_experts": 2, "moe_intermediate_size": 32, "mlp_only_layers": [6]}
     config = configured(tmp_path, Qwen2MoeConfig(**sizes), "lora", gradient_checkpointing=False)
-    assert memory._depths(model_key(config)) is None
+    assert plan_counts.depths(model_key(config)) is None
     shallow = LlamaConfig(**SIZES | {"num_hidden_layers": 5})
     few = configured(tmp_path, shallow)
-    assert memory._depths(model_key(few)) is None
+    assert plan_counts.depths(model_key(few)) is None
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
@@ -156,20 +156,21 @@ def test_what_a_gpu_adds(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mode", "engine", "stage", "shared_by"),
+    ("mode", "engine", "stage", "changed"),
     representatives(
         [
-            ("full", "fsdp", None, 1),
-            ("lora", "ddp", None, 2),
-            ("full", "ddp", None, 1),
-            ("lora", "deepspeed", 2, 1),
+            ("full", "fsdp", None, {"keep_whole": "all"}),
+            ("lora", "ddp", None, {"context_parallel": 2}),
+            ("full", "fsdp", None, {"keep_whole": False}),
+            ("full", "ddp", None, {}),
+            ("lora", "deepspeed", 2, {}),
         ],
         2,
     ),
 )
-def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, engine, stage, shared_by):
+def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, engine, stage, changed):
     sizes = SIZES | {"hidden_size": 256, "vocab_size": 4096, "num_hidden_layers": 4}
-    train = {"gradient_checkpointing": False, "engine": engine, "context_parallel": shared_by}
+    train = {"gradient_checkpointing": False, "engine": engine} | changed
     zero = stage and {"stage": stage, "overlap_comm": True, "reduce_bucket_size": 500_000}
     if zero:
         file = tmp_path / "zero.json"
@@ -181,7 +182,7 @@ def test_one_of_two_processes_takes_what_is_predicted(tmp_path, mode, engine, st
     forked.launch(2, ["tests/support/memory_worker.py", *files])
     (rows, _) = memory_worker.WINDOW.micro_batches
     group = sharding.Group(2, config.train.engine, accumulates=True, zero=zero or {})
-    window = Window((rows,), gradients=True, shared_by=shared_by)
+    window = Window((rows,), gradients=True, shared_by=changed.get("context_parallel", 1))
     predicted = memory.predict(config, "fp32", window, on_gpu=False, group=group).allocated
     measured = int((tmp_path / "peak").read_text())
     assert 0.99 * measured < predicted < (1.02 if engine == "ddp" else 1.06) * measured

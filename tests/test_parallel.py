@@ -300,6 +300,34 @@ def test_other_numbers_of_processes_are_the_run_of_one_whole_and_resumed(two, wo
         assert_same(two, each["name"], each["name"].split("-")[0] + "-ddp-1")
 
 
+def in_groups(mode: str, resume: str = "", name: str = "", **given: Any) -> dict[str, Any]:
+    """A run by two groups of two processes, each of which has all shards."""
+    made = case(mode, "fsdp", 4, resume, **given)
+    groups = ["train.shard_within=2", "train.keep_whole=gradients"]
+    name = name or made["name"].replace("fsdp", "hsdp")
+    return made | {"name": name, "overrides": made["overrides"] + groups}
+
+
+@pytest.mark.slow
+def test_groups_of_shards_are_the_run_of_one_whole_and_resumed(alone):
+    """Whole, resumed in its middle bit for bit, and from and by one process."""
+    modes, cases = ("lora", "full"), []
+    for mode in modes:
+        own, other = (
+            str(alone / f"{mode}-{of}" / f"checkpoint_step_{MIDDLE}") for of in ("hsdp-4", "ddp-1")
+        )
+        cases += [in_groups(mode), in_groups(mode, own, save_at=[])]
+        cases += [in_groups(mode, other, f"{mode}-ddp-1-by-hsdp", save_at=[])]
+    run(alone, 4, cases)
+    run(alone, 1, [resumed(alone, 1, mode, "hsdp-4") for mode in modes])
+    for mode in modes:
+        for name in (f"{mode}-hsdp-4", f"{mode}-ddp-1-by-hsdp", f"{mode}-hsdp-4-by-1"):
+            assert_same(alone, name, f"{mode}-ddp-1")
+        assert_bit_equal(alone, f"{mode}-hsdp-4-resumed", f"{mode}-hsdp-4")
+    saved = alone / "full-hsdp-4" / f"checkpoint_step_{MIDDLE}"
+    assert len([*saved.glob("optimizer-*.safetensors")]) == 2, "the copies write nothing"
+
+
 LAUNCHER = """
 import sys
 from sft import cli

@@ -11,7 +11,7 @@ import pytest
 
 from sft.plan import sharding
 from sft.plan.allocator import MIB
-from sft.plan.counts import Counts
+from sft.plan.counts import CastCounts, Counts
 
 COUNTS = Counts(
     parameters=1000,
@@ -38,16 +38,18 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 def model(monkeypatch):
     info = SimpleNamespace(mode="full", sizes=SimpleNamespace(hidden_size=8))
     monkeypatch.setattr(sharding, "count_parameters", lambda _: COUNTS)
+    monkeypatch.setattr(sharding, "count_casts", lambda *_: CastCounts())
     monkeypatch.setattr(sharding, "task_of", lambda _: SimpleNamespace(info=lambda _: info))
     return info
 
 
 TRAIN = {"offload": False, "trained_bytes": 4, "optimizer_in_backward": False}
+TRAIN |= {"keep_whole": False, "reduce_dtype": "fp32"}
 CONFIG = SimpleNamespace(train=SimpleNamespace(**TRAIN))
 
 
-def on_rank(phase, group, parts=WHOLE, precision="fp32", on_gpu=False, offload=False):
-    config = SimpleNamespace(train=SimpleNamespace(**TRAIN | {"offload": offload}))
+def on_rank(phase, group, parts=WHOLE, precision="fp32", on_gpu=False, **train):
+    config = SimpleNamespace(train=SimpleNamespace(**TRAIN | train))
     return sharding.parts_on_rank(phase, parts, config, precision, group, on_gpu)
 
 
@@ -62,6 +64,7 @@ def test_ddp_keeps_the_sum_of_earlier_gradients_beside_its_buckets(world_size, a
 
 FSDP2 = [  # gathered: weights outside of layers 800, a layer 800; a layer's gradients 600
     ("forward", 800, 800 + 2 * 800),
+    ("loss", 800, 800 + 800),  # the last layer stays
     ("backward", 800, 800 + 400 + 3 * 800 + (600 - 400 // 4)),  # 400: the head's gradients
     ("backward of the embedding", 800, 800 + 2 * 800),
     ("update", 800, 0),
@@ -73,6 +76,37 @@ def test_fsdp2_of_a_full_fine_tuning(phase, gradients, gathered):
     split = {"weights": 1000, "optimizer": 1600, "activations": 400, "gradients": gradients}
     expected = split | ({"communication": gathered} if gathered else {})
     assert on_rank(phase, sharding.Group(4, "fsdp", True)) == expected
+
+
+@pytest.mark.parametrize(
+    ("phase", "keeps", "gradients", "gathered"),
+    [  # gradients of 800 x 4 bytes are whole; with `all`, so are four layers of 800
+        ("forward", "gradients", 3200, 800 + 2 * 800),
+        ("backward", "gradients", 3200, 800 + 400 + 3 * 800 + 500),
+        ("forward", "all", 3200, 800 + 5 * 800),
+        ("loss", "all", 3200, 800 + 4 * 800),
+        ("backward", "all", 3200, 800 + 400 + 4 * 800 + 500),
+        ("update", "all", 800, 0),
+    ],
+)
+def test_fsdp2_keeps_whole_what_it_is_told(phase, keeps, gradients, gathered):
+    found = on_rank(phase, sharding.Group(4, "fsdp", True), keep_whole=keeps)
+    assert (found["gradients"], found.get("communication", 0)) == (gradients, gathered)
+
+
+def test_fsdp2_within_groups_has_larger_shards():
+    group = sharding.Group(4, "fsdp", True, within=2)
+    found = on_rank("backward", group)
+    assert [found[key] for key in ("weights", "optimizer", "gradients")] == [2000, 3200, 1600]
+
+
+def test_fsdp2_gathers_rounded_weights_in_two_bytes_and_copies_them_no_more(monkeypatch):
+    casts = CastCounts(outside=50, inside=400, others=10)
+    monkeypatch.setattr(sharding, "count_casts", lambda *_: casts)
+    parts = WHOLE | {"weight copies": 1000}
+    found = on_rank("forward", sharding.Group(4, "fsdp"), parts, "bf16")
+    assert found["weight copies"] == 2 * 10
+    assert found["communication"] == (800 - 2 * 50) + 2 * (3200 - 2 * 400) // 4
 
 
 def test_fsdp2_without_accumulation_has_no_gradients_in_the_forward_pass():

@@ -83,6 +83,17 @@ RULES = [
         "compiled layers cannot exchange tokens around attention: set train.compile: false",
     ),
     Rule(
+        ("train.reduce_dtype", "train.engine"),
+        lambda dtype, engine: dtype != "fp32" and engine == "deepspeed",
+        "DeepSpeed exchanges gradients itself: set communication_data_type in "
+        "train.deepspeed_config, and remove this key",
+    ),
+    Rule(
+        ("train.reduce_dtype", "train.precision"),
+        lambda dtype, precision: dtype != "fp32" and precision == "bf16_pure",
+        "gradients of bf16_pure are in bf16 and are exchanged so: remove this key",
+    ),
+    Rule(
         ("train.fp8", "tuning.mode"),
         lambda eight, mode: eight and mode == "qlora",
         "a 4-bit base is dequantised to bf16 and computed in it: set tuning.mode: lora or full, or "

@@ -147,6 +147,9 @@ class Data(Section):
     It can be deleted."""
 
 
+KeepWhole = Literal["auto", "gradients", "all", False]  # see Train.keep_whole
+
+
 class Group(Section):
     """Parameters that are trained otherwise: an item of `train.groups`. The first that matches a
     parameter decides."""
@@ -205,6 +208,21 @@ class Train(Section):
     """Processes that share each sequence: each computes a part of its tokens, and a part of the
     heads of attention (DeepSpeed-Ulysses). It must divide both the number of processes and that of
     heads. For rows that are too long for one GPU; with every engine."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What processes add gradients in. `bf16` exchanges half the bytes and rounds each sum: the
+    result then depends on the number of processes. `bf16_pure` has gradients in bf16 anyway.
+    (DeepSpeed has `communication_data_type` in its own file.)"""
+    keep_whole: Annotated[KeepWhole, OnlyWith("train.engine", ("fsdp",))] = "auto"
+    """What FSDP2 keeps whole on each process until the last micro-batch of a step, so that it is
+    exchanged once. `gradients`: 4 bytes per trained parameter. `all`: gathered weights as well,
+    from the forward to the backward pass. Changes speed and memory, never the result. `auto`: what
+    memory allows."""
+    shard_within: Annotated[
+        Literal["node"] | Annotated[int, Field(ge=2)] | None, OnlyWith("train.engine", ("fsdp",))
+    ] = None
+    """Processes over which FSDP2 splits weights, a divisor of all; groups of so many have copies of
+    each other. `node`: those of a machine, so that only gradients go between machines. null: all
+    processes."""
     num_processes: Count | None = None
     """Processes that the run must have, or it refuses to start. The launcher sets it."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "bf16_pure"] = "auto"

@@ -393,7 +393,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, done: _ChunkedPass, row: torch.Tensor, *inputs: torch.Tensor) -> Any:
-        ctx.done, ctx.dtypes = done, [each.dtype for each in inputs]
+        ctx.done, ctx.dtypes = done, [_gradient_dtype(each) for each in inputs]
         return row.clone()
 
     @staticmethod
@@ -402,6 +402,11 @@ class _Enter(torch.autograd.Function):
         taken += [None] * (len(ctx.dtypes) - len(taken))
         cast = [g if g is None else g.to(d) for g, d in zip(taken, ctx.dtypes, strict=True)]
         return None, None, *cast
+
+
+def _gradient_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Returns the dtype of its gradient: of a weight that FSDP2 has gathered in bf16, fp32."""
+    return (tensor.grad_dtype if tensor.is_leaf else None) or tensor.dtype
 
 
 class _Leave(torch.autograd.Function):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sft.config.load import with_values
-from sft.config.schema import RunConfig, Train
+from sft.config.schema import KeepWhole, RunConfig, Train
 from sft.data import batches
 from sft.errors import ConfigError, ModelError
 from sft.models import attention, checkpointing
@@ -42,6 +42,7 @@ SATURATING_SMALL = {"cpu": 8192, "cuda": 65536}  # the same for a small model
 MICRO_BATCH_COST = {"cpu": 64, "cuda": None}
 CORE_FLOPS = 6e10  # operations a second of a CPU core in training, measured (docs/LOG.md)
 COMPILED_SECONDS = 3600.0  # a run on a CPU that takes as long gains minutes by compiling
+GPUS_PER_MACHINE = 8  # of a plan for GPUs that are elsewhere
 SCANNED = 20_000  # examples among which the heaviest micro-batch is searched
 
 
@@ -254,13 +255,39 @@ class Planner:
         train, zero = config.train, {}
         if train.engine == "deepspeed":
             zero = processes.deepspeed_settings(train)["zero_optimization"]
-        return sharding.Group(self.world_size, train.engine, accumulates, zero)
+        here = self._per_machine
+        within = processes.shards_within(train, self.world_size, here)
+        return sharding.Group(self.world_size, train.engine, accumulates, zero, within)
 
-    def traffic(self, memory: Memory, micro_batches: int) -> network.Traffic:
-        """Returns what a step of so many micro-batches exchanges."""
-        group = self._group(self.config, micro_batches > 1)
+    @property
+    def _per_machine(self) -> int:
+        """Returns the processes on a machine; of GPUs that are elsewhere, 8 at most."""
+        if self.machine.is_here:
+            return processes.processes_here(self.world_size)
+        return min(GPUS_PER_MACHINE, self.world_size)
+
+    def choose_kept(self, choice: _Choice) -> tuple[_Choice, KeepWhole, str]:
+        """Returns the choice, with what FSDP2 keeps whole: as much as fits; and why."""
+        asked = self.config.train.keep_whole
+        if asked != "auto" or self.config.train.engine != "fsdp" or self.world_size == 1:
+            return choice, asked, "configured"
+        kinds: tuple[KeepWhole, ...] = ("all", "gradients") if choice.fits else ()
+        for kind in kinds:
+            config = with_values(self.config, choice.rung.values | {"train.keep_whole": kind})
+            window = self.heaviest_window(choice.budget, choice.rung.checkpointing)
+            memory = self.predict(window, config, len(choice.cuts[0]))
+            if self.fits(memory):
+                return replace(choice, memory=memory), kind, "it fits, and less is exchanged"
+        return choice, False, "more does not fit"
+
+    def traffic(self, memory: Memory, micro_batches: int, kept: KeepWhole) -> network.Traffic:
+        """Returns what a step of so many micro-batches exchanges, with this `train.keep_whole`."""
+        config = self.config
+        if config.train.engine == "fsdp":
+            config = with_values(config, {"train.keep_whole": kept})
+        group = self._group(config, micro_batches > 1)
         return network.predict_traffic(
-            self.config, self.precision, group, memory.model_bytes, micro_batches
+            config, self.precision, group, memory.model_bytes, micro_batches
         )
 
     def heaviest_window(self, budget: batches.Budget, kind: checkpointing.Kind) -> Window:
@@ -319,7 +346,7 @@ class Planner:
 
         return max(micro_batches, key=weight)
 
-    def predict_evaluation(self, budget: batches.Budget) -> Memory | None:
+    def predict_evaluation(self, budget: batches.Budget, kept: KeepWhole) -> Memory | None:
         """Returns the peak of the held-out loss; None if nothing is held out."""
         work = self.workload.held_out
         if work is None:
@@ -328,7 +355,10 @@ class Planner:
         chosen = self._heaviest(work, [m for rank in ranks for m in rank if m], False)
         shared_by = budget.shared_by
         window = Window((work.sizes(chosen),), budget.layout, gradients=True, shared_by=shared_by)
-        config = with_values(self.config, LADDER[0].values)
+        values = LADDER[0].values
+        if self.config.train.engine == "fsdp":
+            values |= {"train.keep_whole": kept}
+        config = with_values(self.config, values)
         return self._predict(window, config, False, evaluation=True)
 
     def answering_bytes(self, evaluation: Memory) -> int:

@@ -20,7 +20,6 @@ from torch import nn
 
 from sft.config.schema import RunConfig
 from sft.errors import UserError
-from sft.models import offload
 from sft.models.dtypes import DTYPES
 from sft.models.head import most_rows
 from sft.models.layers import embedding_layers
@@ -31,6 +30,7 @@ from sft.plan.counts import (
     config_of_key,
     count_at_depth,
     count_parameters,
+    depths,
     model_key,
 )
 from sft.plan.dry_run import Window
@@ -193,13 +193,13 @@ def _trace_anew(
             return trace, 0, 0
         return trace.without(label), trace.pinned_bytes(label), trace.born_bytes(label)
 
-    depths = _depths(key)
-    if depths is None:
+    found = depths(key)
+    if found is None:
         trace, *host = trace_at(None)
         phases = {name: peak.breakdown for name, peak in trace.peaks().items()}
         reserved = trace.reserved() if on_gpu else trace.peak().num_bytes
         return Traced(phases, reserved, "traced", _share(trace.flops), *host)
-    few, more, whole = depths
+    few, more, whole = found
     (first, *host_at_first), (second, *host_at_second) = trace_at(few), trace_at(more)
     times = (whole - few) // (more - few)
 
@@ -227,32 +227,6 @@ def _trace_anew(
 def _share(flops: Mapping[str, int]) -> float:
     """Returns the operations that are done again as a share of those of the forward pass."""
     return flops.get("recomputed", 0) / max(1, flops.get("forward", 0))
-
-
-def _depths(key: ModelKey) -> tuple[int, int, int] | None:
-    """Returns three depths (few, more, all), between which every layer adds the same memory.
-
-    None if layers do not repeat, or if there are so few that shorter traces save no time.
-    """
-    config = config_of_key(key)
-    info = task_of(config).info(config)
-    sizes = info.sizes
-    whole, kinds = sizes.num_hidden_layers, getattr(sizes, "layer_types", None) or ["same"]
-    period = next(
-        n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds))
-    )
-    few = period * math.ceil(2 / period) + whole % period
-    if config.train.activation_offload is True:  # as many storages as are on their way at once
-        few += period * math.ceil(offload.AHEAD / period)
-    more = few + period
-    if info.deepest_layer >= whole:  # the task refuses it
-        return None
-    if info.small or not info.repeats or few + more >= whole:
-        return None
-    key = model_key(config)
-    numbers = [count_at_depth(key, depth).parameters for depth in (few, more, whole)]
-    repeats = numbers[2] - numbers[0] == (whole - few) // period * (numbers[1] - numbers[0])
-    return (few, more, whole) if repeats else None
 
 
 def _attention_workspace(info: TaskInfo, precision: str, window: Window) -> int:

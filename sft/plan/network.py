@@ -23,12 +23,15 @@ class Traffic:
 
     gathered: int = 0  # from shards
     scattered: int = 0  # summed, into shards
-    reduced: int = 0  # summed, on every rank
+    reduced: int = 0  # summed, on every rank, or on those that have copies of a shard
+    within: int | None = None  # processes that weights are split over; None: all
 
     def sent(self, world_size: int) -> int:
         """Returns the bytes that each rank sends, and receives, in a ring."""
-        through = self.gathered + self.scattered + 2 * self.reduced
-        return round(through * (world_size - 1) / world_size)
+        shards = self.within or world_size
+        copies = world_size // shards if self.within else world_size
+        split = (self.gathered + self.scattered) * (shards - 1) / shards
+        return round(split + 2 * self.reduced * (copies - 1) / copies)
 
 
 def predict_traffic(
@@ -38,16 +41,24 @@ def predict_traffic(
 
     `model_bytes`: of weights and adapters, before they are split.
     """
-    counts = count_parameters(config)
-    gradients = config.train.trained_bytes * counts.trained
+    train, counts = config.train, count_parameters(config)
+    gradients = train.trained_bytes * counts.trained
     if group.world_size == 1:
         return Traffic()
+    if group.engine != "deepspeed" and train.reduce_dtype == "bf16":
+        gradients = 2 * counts.trained
     if group.engine == "ddp":
         return Traffic(reduced=gradients)
-    if group.engine == "fsdp":  # the last layers' weights are gathered in both passes, too
+    if group.engine == "fsdp":
         outside, layer = sharding.gathered_bytes(model_bytes, config, precision)
-        passes = outside + 2 * layer * max(1, counts.layers)
-        return Traffic(gathered=passes * micro_batches, scattered=gradients * micro_batches)
+        layers, keeps = max(1, counts.layers), train.keep_whole
+        # The last layer stays whole between the forward and the backward pass.
+        gathered = (outside + (2 * layers - 1) * layer) * micro_batches
+        if keeps == "all":
+            gathered = outside + layers * layer
+        scattered = gradients * (1 if keeps in ("gradients", "all") else micro_batches)
+        reduced = gradients // group.num_shards if group.within else 0
+        return Traffic(gathered, scattered, reduced, group.within)
     if group.zero["stage"] < 3:  # ZeRO-1 keeps gradients until the last micro-batch
         times = 1 if group.zero["stage"] == 1 else micro_batches
         return Traffic(gathered=gradients, reduced=gradients * times)

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sft.config.schema import RunConfig, Train
+from sft.config.schema import KeepWhole, RunConfig, Train
 from sft.data import batches
 from sft.errors import ConfigError
 from sft.models.sequences import refuse_heads
@@ -48,6 +48,7 @@ class Plan:
     precision: str
     rung: Rung
     compile: bool
+    keep_whole: KeepWhole
     micro_batch: int  # examples, at most, in the first step
     micro_batches: int  # per process in the first step
     num_parameters: int
@@ -115,6 +116,7 @@ def make_plan(
     layout, why_layout = resolve_layout(config, precision, bool(machine.devices))
     planner = Planner(config, workload, machine, world_size, precision, layout)
     choice, why_rung = planner.choose()
+    choice, kept, why_kept = planner.choose_kept(choice)
     info, counts = planner.info, count_parameters(config)
     cuts, budget, global_batch = choice.cuts, choice.budget, len(planner.ids_of_step(0))
     hold = f"{budget.max_tokens:,} tokens"
@@ -128,6 +130,7 @@ def make_plan(
         "gradient_checkpointing": why_rung,
         "activation_offload": why_rung if choice.rung.offload else "not needed",
         "compile": why_compile,
+        "keep_whole": why_kept,
         "max_tokens": choice.why,
         "micro_batch": f"what {hold} hold",
         "gradient_accumulation_steps": f"{global_batch} {info.labels.examples} in {world_size} "
@@ -137,8 +140,10 @@ def make_plan(
         del reasons["compile"]  # it depends on the length of a run
     if not machine.devices:
         reasons["activation_offload"] = "on a CPU it would save nothing"
+    if config.train.engine != "fsdp":
+        del reasons["keep_whole"]
     autos = {key: why for key, why in reasons.items() if getattr(config.train, key) == "auto"}
-    evaluation = planner.predict_evaluation(budget)
+    evaluation = planner.predict_evaluation(budget, kept)
     recomputed = choice.memory.recomputed_share(choice.rung.checkpointing)
     plan = Plan(
         num_examples=len(workload.lengths),
@@ -153,6 +158,7 @@ def make_plan(
         precision=precision,
         rung=choice.rung,
         compile=compiles,
+        keep_whole=kept,
         micro_batch=max(len(m) for rank in cuts for m in rank),
         micro_batches=len(cuts[0]),
         num_parameters=counts.parameters,
@@ -167,7 +173,7 @@ def make_plan(
         device=planner.device_name,
         past=read_past_runs(info.cache, planner.device_name),
         time=planner.time(counts, recomputed, tokens),
-        traffic=planner.traffic(choice.memory, len(cuts[0])),
+        traffic=planner.traffic(choice.memory, len(cuts[0]), kept),
         disk=predict_disk(config, len(workload.lengths)),
         labels=info.labels,
         reasons={f"train.{key}": why for key, why in autos.items()},
@@ -276,6 +282,7 @@ def chosen_values(plan: Plan) -> dict[str, Any]:
         "layout": plan.budget.layout,
         **{key.removeprefix("train."): value for key, value in plan.rung.values.items()},
         "compile": plan.compile,
+        "keep_whole": plan.keep_whole,
         "max_tokens": plan.budget.max_tokens,
         "micro_batch": plan.micro_batch,
         "gradient_accumulation_steps": plan.micro_batches,

@@ -11,7 +11,7 @@ from typing import Any
 from sft.config.schema import RunConfig
 from sft.models.dtypes import DTYPES
 from sft.plan.allocator import CachingAllocator, Chunk
-from sft.plan.counts import count_parameters
+from sft.plan.counts import count_casts, count_parameters
 from sft.plan.trace import WEIGHT_COPIES
 from sft.tasks.registry import task_of
 from sft.train.parallel.trial import update_gather_bytes
@@ -25,6 +25,11 @@ class Group:
     engine: str = "ddp"
     accumulates: bool = False  # several micro-batches per step on each process
     zero: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's zero_optimization
+    within: int | None = None  # processes that FSDP2 splits weights over; None: all
+
+    @property
+    def num_shards(self) -> int:
+        return self.within or self.world_size
 
     @property
     def offloads(self) -> bool:
@@ -116,7 +121,7 @@ def _zero12(phase: str, parts: dict[str, int], config: RunConfig, group: Group) 
 def _split(parts: dict[str, int], group: Group) -> dict[str, int]:
     """Returns the parts, with the rank's share of those that FSDP2 and ZeRO-3 split."""
     split = ("weights", "adapters", "optimizer")
-    return parts | {k: math.ceil(parts[k] / group.world_size) for k in split if k in parts}
+    return parts | {k: math.ceil(parts[k] / group.num_shards) for k in split if k in parts}
 
 
 def _fsdp2(
@@ -124,34 +129,53 @@ def _fsdp2(
 ) -> dict[str, int]:
     """Returns the parts with FSDP2 (torch 2.13).
 
-    Weights outside of layers stay gathered from the first layer to the end of the backward pass.
-    The layer that computes is gathered, and the next layer arrives in a buffer, which gloo copies
-    in the backward pass. Gradients of the head stay whole from the loss to the end. Gradients of a
-    layer stay in an exchange buffer until the backward pass has those of the layer below. By then
-    the activations of the layer below are freed.
+    Weights outside of layers stay gathered from the first layer to the end of the backward pass,
+    and the last layer from its forward pass on. The layer that computes is gathered, and the next
+    layer arrives in a buffer, which gloo copies in the backward pass. Gradients of the head stay
+    whole from the loss to the end. Gradients of a layer stay in an exchange buffer until the
+    backward pass has those of the layer below. By then the activations of the layer below are
+    freed. Weights that are gathered in 16 bits need no copy.
     """
-    counted, trains_all = count_parameters(config), task_of(config).info(config).mode == "full"
-    width, layers = config.train.trained_bytes, max(1, counted.layers)
+    train, counted = config.train, count_parameters(config)
+    trains_all = task_of(config).info(config).mode == "full"
+    width, layers = train.trained_bytes, max(1, counted.layers)
     outside, layer = gathered_bytes(model_bytes(parts), config, precision)
     outside_grads = width * counted.outside if trains_all else 0
     head_grads = max(0, outside_grads - width * (counted.parameters - counted.multiplied))
     layer_grads = (width * counted.trained - outside_grads) // layers
-    share = math.ceil(width * counted.trained / group.world_size)
-    gathered = outside
-    kept = share if group.accumulates else 0
-    late = 0 if config.train.optimizer_in_backward and not kept else share
+    share = math.ceil(width * counted.trained / group.num_shards)
+    keeps, gathered, whole_layers = train.keep_whole, outside, 0
+    if keeps == "all":
+        whole_layers = layers * layer
+    kept = 0
+    if group.accumulates:
+        kept = width * counted.trained if keeps in ("gradients", "all") else share
+    late = 0 if train.optimizer_in_backward and not kept else share
+    parts = _without_copies(parts, config, precision)
     if phase.startswith("forward"):
-        gathered += 2 * layer
+        gathered += max(2 * layer, whole_layers + layer)
+    elif phase.startswith("loss"):
+        gathered += max(layer, whole_layers)
     elif "embedding" in phase:
         gathered += 2 * outside_grads
         kept = late
     elif phase.startswith("backward"):
         freed = (parts.get("activations", 0) + parts.get(WEIGHT_COPIES, 0)) // layers
-        gathered += head_grads + 3 * layer + max(0, layer_grads - freed)
-        kept = late
+        exchanged = layer_grads // (1 if train.reduce_dtype == "fp32" else 2)
+        gathered += head_grads + max(3 * layer, whole_layers) + max(0, exchanged - freed)
+        kept = max(kept, late)
     elif phase.startswith("update"):
-        gathered, kept = update_gather_bytes(config.train, counted.shapes), late
+        gathered, kept = update_gather_bytes(train, counted.shapes), late
     return _split(parts, group) | {"gradients": kept, "communication": gathered}
+
+
+def _without_copies(parts: dict[str, int], config: RunConfig, precision: str) -> dict[str, int]:
+    """Returns the parts without autocast's copies of weights that are gathered in 16 bits."""
+    others = count_casts(config, precision).others
+    if others is None or WEIGHT_COPIES not in parts:
+        return parts
+    most = others * DTYPES[precision].itemsize
+    return parts | {WEIGHT_COPIES: min(parts[WEIGHT_COPIES], most)}
 
 
 def model_bytes(parts: dict[str, int]) -> int:
@@ -165,9 +189,11 @@ def gathered_bytes(whole: int, config: RunConfig, precision: str) -> tuple[int, 
     `whole`: of the model on one process, adapters included.
     """
     counted, trains_all = count_parameters(config), task_of(config).info(config).mode == "full"
-    width = config.train.trained_bytes if trains_all else DTYPES[precision].itemsize
-    outside = counted.outside * width
-    return outside, (whole - outside) // max(1, counted.layers)
+    width, casts = DTYPES[precision].itemsize, count_casts(config, precision)
+    saved = config.train.trained_bytes - width  # of each element that is gathered in 16 bits
+    outside = counted.outside * (config.train.trained_bytes if trains_all else width)
+    in_layers = whole - outside - saved * casts.inside
+    return outside - saved * casts.outside, in_layers // max(1, counted.layers)
 
 
 def stays_gathered(config: RunConfig, group: Group) -> bool:

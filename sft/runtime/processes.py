@@ -71,7 +71,7 @@ def start_processes(train: Train, *, shared: bool = False) -> Accelerator:
     torch.use_deterministic_algorithms(train.deterministic)
     on_cpu = not torch.cuda.is_available()
     if on_cpu and world > 1:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        local = processes_here(world)
         torch.set_num_threads(max(1, hardware.usable_cores() // local))
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
@@ -185,13 +185,34 @@ def sum_over_ranks(values: list[Any], accelerator: Accelerator) -> list[float]:
     return accelerator.reduce(local, "sum").tolist()
 
 
+def processes_here(world: int) -> int:
+    """Returns how many of the run's processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world))
+
+
+def shards_within(train: Train, world: int, here: int) -> int | None:
+    """Returns over how many processes FSDP2 splits weights, if not over all of them.
+
+    `here`: the processes on a machine. Raises ConfigError if the processes make no such groups.
+    """
+    if train.engine != "fsdp" or train.shard_within is None or world == 1:
+        return None
+    number = here if train.shard_within == "node" else train.shard_within
+    if number == 1 or world % number:
+        raise ConfigError(
+            f"train.shard_within: {train.shard_within}: {world} processes, {here} on this machine, "
+            f"cannot be cut into groups of {number}: expected a divisor above 1 of {world}"
+        )
+    return number if number < world else None
+
+
 def describe_world(accelerator: Accelerator) -> dict[str, str]:
     """Returns texts: the `devices` of all ranks, and their `spread` over machines. Collective."""
     world, device = accelerator.num_processes, accelerator.device
     cpu = f"CPU with {torch.get_num_threads()} thread(s)"
     own = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     names = Counter(gather_object([own]))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    local = processes_here(world)
     backend = f", {torch.distributed.get_backend()}" if world > 1 else ""
     machines = f" on {math.ceil(world / local)} machines, {local} on each" if local < world else ""
     devices = ", ".join(f"{number} x {name}" for name, number in names.items())

@@ -72,13 +72,13 @@ def changed_settings(state: dict[str, Any], train: Train, world_size: int) -> It
     """Yields the settings of a resumed run that differ from the run that wrote `state`.
 
     A key that is newer than that run counts as its default, which does what was done without it;
-    if that is `auto`, as false.
+    if that is `auto`, as what it was decided to be, or as false.
     """
     now = train.model_dump() | {"processes": world_size}
     then = state["settings"] | {"processes": state["world_size"]}
     for key in now.keys() - then.keys() - {*NO_CHANGE}:
         default = type(train).model_fields[key].get_default(call_default_factory=True)
-        then[key] = False if default == "auto" else default
+        then[key] = False if default == "auto" != now[key] else default
     for key in now:
         if then.get(key) != now[key] and key not in NO_CHANGE:
             yield f"{key} was {then.get(key)}, is {now[key]}"

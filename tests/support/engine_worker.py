@@ -57,8 +57,8 @@ def make(engine: str, out: Path, **train: Any) -> tuple[Any, Accelerator]:
     settings = {"precision": "fp32", "max_grad_norm": NORM, "weight_decay": 0.1}
     if engine.startswith("zero"):
         settings |= {"engine": "deepspeed", "deepspeed_config": str(out / f"{engine}.json")}
-    elif engine == "fsdp":
-        settings["engine"] = "fsdp"
+    elif engine.startswith("fsdp"):
+        settings |= {"engine": "fsdp", "keep_whole": "all" if engine == "fsdp_all" else False}
     settings |= train
     configured = tiny.config(out, **settings).train
     accelerator = processes.start_processes(configured)
@@ -87,7 +87,7 @@ def take_step(parallel: Any, own: torch.Tensor, scale: float | None = None) -> f
 
 def offload(engine: str, out: Path) -> dict[str, Any]:
     """Returns settings that keep the optimizer in host memory."""
-    if engine == "fsdp":
+    if engine.startswith("fsdp"):
         return {"offload": True}
     settings = json.loads((out / f"{engine}.json").read_text())
     settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}

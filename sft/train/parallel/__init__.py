@@ -9,7 +9,7 @@ from torch import nn
 
 from sft.config.schema import Train
 from sft.models.cut import Rule
-from sft.runtime.processes import deepspeed_settings
+from sft.runtime.processes import deepspeed_settings, processes_here, shards_within
 from sft.train.parallel.ddp import Replicated
 from sft.train.parallel.deepspeed import Zero, elements_of
 from sft.train.parallel.fsdp import Sharded, rows_of
@@ -37,4 +37,7 @@ def cutting_rule(train: Train, accelerator: Accelerator) -> Rule | None:
         settings = deepspeed_settings(train)["zero_optimization"]
         own_groups = any(key.startswith("zero_") for key in settings)  # such as within a node
         return partial(elements_of, **place) if settings["stage"] == 3 and not own_groups else None
-    return partial(rows_of, **place) if train.engine == "fsdp" else None
+    if train.engine != "fsdp":
+        return None
+    shards = shards_within(train, place["world"], processes_here(place["world"])) or place["world"]
+    return partial(rows_of, rank=place["rank"] % shards, world=shards)

@@ -74,6 +74,7 @@ class Replicated:
         self.max_grad_norm = train.max_grad_norm or math.inf
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
+        self._rounds = train.reduce_dtype == "bf16"  # gradients, to exchange them
         self._wrap(train)
         groups = self._base_optimizer.param_groups
         self._begins_with_state = bool(self._base_optimizer.state)
@@ -97,7 +98,7 @@ class Replicated:
             self.module, build_optimizer(train, self.module)
         )
         if isinstance(self.model, DistributedDataParallel):
-            self.model.register_comm_hook(None, _sum_gradients)
+            self.model.register_comm_hook(self._rounds, _sum_gradients)
             self._sums_afterwards = may_leave_out(self.module)
         elif self.accelerator.num_processes > 1:
             raise ConfigError(
@@ -149,7 +150,9 @@ class Replicated:
             for parameter in self.trained.values():
                 if parameter.grad is None:  # such as of an expert that got no token on this rank
                     parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
+                sent = parameter.grad.bfloat16() if self._rounds else parameter.grad
+                torch.distributed.all_reduce(sent)
+                parameter.grad = sent.to(parameter.dtype)
 
     def clip(self) -> float:
         """Scales the gradient down to `train.max_grad_norm`, and returns its norm before that.
@@ -345,10 +348,15 @@ class Split(Replicated):
         yield from self._shards_of(self.trained)
 
 
-def _sum_gradients(_, bucket):
-    """Sums gradients over ranks; DDP's own mean would round 1 / world to fp32."""
-    work = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
+def _sum_gradients(rounds, bucket):
+    """Sums gradients over ranks; DDP's own mean would round 1 / world to fp32.
+
+    `rounds`: exchanges them in bf16.
+    """
+    gradients = bucket.buffer()
+    sent = gradients.bfloat16() if rounds else gradients
+    work = torch.distributed.all_reduce(sent, async_op=True)
+    return work.get_future().then(lambda future: future.value()[0].to(gradients.dtype))
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

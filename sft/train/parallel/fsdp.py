@@ -11,7 +11,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from sft.config.schema import Train
+from sft.models.dtypes import DTYPES
 from sft.models.layers import repeated_layers
+from sft.models.rounded import Casts, find_casts
+from sft.runtime.checkpoint import OptimizerShard
+from sft.runtime.hardware import resolve_precision
+from sft.runtime.processes import processes_here, shards_within
 from sft.train.optimizer import build_optimizer
 from sft.train.parallel.ddp import Place, Split, autocast
 
@@ -19,8 +24,9 @@ from sft.train.parallel.ddp import Place, Split, autocast
 class Sharded(Split):
     """A model trained by FSDP2: a rank keeps a slice of each parameter and gathers layers.
 
-    Gradients are exchanged after each micro-batch: to keep them whole would take the memory that
-    sharding saves.
+    With `train.shard_within`, groups of ranks have copies of the slices of each other (HSDP).
+    Weights that autocast rounds are rounded before they are gathered, which gives the same bits.
+    `train.keep_whole` says what stays whole on each rank until the last micro-batch of a step.
     """
 
     waits_in = "forward"
@@ -31,27 +37,68 @@ class Sharded(Split):
         from torch.distributed.fsdp import (
             CPUOffloadPolicy,
             FSDPModule,
+            MixedPrecisionPolicy,
             OffloadPolicy,
             fully_shard,
         )
 
-        device = self.accelerator.device.type
-        mesh = init_device_mesh(device, (self.accelerator.num_processes,))
+        from sft.train.parallel.gathered import gather_rounded
+
+        device, dtype = self.accelerator.device.type, DTYPES[resolve_precision(train)[0]]
+        world = self.accelerator.num_processes
+        within = shards_within(train, world, processes_here(world))
+        sizes = {"copies": world // within, "shards": within} if within else {"shards": world}
+        names = tuple(sizes)
+        self.mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=names)
         for module in self.module.modules():  # bitsandbytes looks here if its weight is a DTensor
             if state := getattr(getattr(module, "weight", None), "quant_state", None):
                 module.quant_state = state
         pieces = {n: p.piece for n, p in self.module.named_parameters() if hasattr(p, "piece")}
-        offload = CPUOffloadPolicy(pin_memory=device != "cpu") if train.offload else OffloadPolicy()
-        for module in [*repeated_layers(self.module), self.module]:
-            fully_shard(module, mesh=mesh, offload_policy=offload)
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                # Sums: 1 / world would round gradients, and our losses are shares of a sum.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        found = find_casts(self.module, dtype, device) if dtype != torch.float32 else Casts()
+        on_gpu = device != "cpu"
+        offload = CPUOffloadPolicy(pin_memory=on_gpu) if train.offload else OffloadPolicy()
+        exchange = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if self._rounds else None)
+        layers = repeated_layers(self.module)
+        self.keeps = train.keep_whole
+        for module in [*layers, self.module]:
+            # The backward pass begins with the last layer and with what is in no layer.
+            stays = self.keeps == "all" or module is self.module or module is layers[-1]
+            options: Any = {"mp_policy": exchange, "offload_policy": offload}
+            fully_shard(module, mesh=self.mesh, reshard_after_forward=not stays, **options)
+        self._split = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
+        for module in self._split:
+            # Sums: 1 / world would round gradients, and our losses are shares of a sum.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        gather_rounded(self.module, found.rounded, dtype)
         _put_pieces(self.module, pieces, "cpu" if train.offload else device)
         autocast(self.module, device, train)
         self.model, self.optimizer = self.module, build_optimizer(train, self.module)
+
+    def begin_step(self, step: int = 0) -> None:
+        super().begin_step(step)
+        for module in self._split:  # an evaluation leaves some layers whole
+            module.reshard()
+
+    def prepare_backward(self, last: bool) -> None:
+        super().prepare_backward(last)
+        for module in self._split:
+            module.set_requires_all_reduce(last, recurse=False)
+            if self.keeps in ("gradients", "all"):
+                module.set_requires_gradient_sync(last, recurse=False)
+            if self.keeps == "all":
+                module.set_reshard_after_backward(last, recurse=False)
+
+    def optimizer_shards(self) -> Iterator[OptimizerShard]:
+        if self.mesh.ndim == 1 or self.mesh.get_local_rank("copies") == 0:
+            yield from super().optimizer_shards()
+
+    def zero_grad(self) -> None:
+        """Clears all gradients, including those that earlier micro-batches left whole."""
+        from sft.train.parallel.gathered import drop_gradients
+
+        super().zero_grad()
+        drop_gradients(self.module)
 
     @staticmethod
     def _slice(tensor: Any) -> tuple[torch.Tensor, int]:
