@@ -1,7 +1,7 @@
 """What an optimizer step does, counted without a GPU: ours, before and after, and TRL's.
 
     PYTHONPATH=.:tests:tests/support .venv/bin/python benchmarks/counters.py
-        [--parts shapes ranks TRL] [--name after] [--trl FOLDER]
+        [--parts shapes ranks exchange TRL] [--name after] [--trl FOLDER]
 
 shapes  A Llama of 8B parameters on fake tensors, as a GPU would run it: 16 conversations with the
         lengths of GSM8K in one optimizer step of LoRA r16, QLoRA or full weights in bf16; padded in
@@ -13,6 +13,9 @@ TRL     The same by TRL's `SFTTrainer.train()` with its default settings, where 
         --no-deps --target`), or taken from `--trl`.
 ranks   Collectives of one of two real processes, and the bytes that it gives to them, against the
         bytes of the trained weights in fp32.
+exchange
+        What one of four processes exchanges in a step of full weights in bf16, of one and of two
+        micro-batches, with each engine, and with FSDP2 as torchtitan and Accelerate set it up.
 
 The result is in benchmarks/results/counters.json under `--name`, with the commit that was counted.
 To count an earlier version, make a worktree of it and run this file with its folder in place of the
@@ -163,13 +166,19 @@ def ranks(folder: Path, _: argparse.Namespace) -> list[dict[str, Any]]:
         for name, mode, each in counted.rank_cases(folder)
     ]
     config.write_text(json.dumps(cases), "utf-8")
-    forked.launch(2, ["tests/support/counted.py", str(config), str(folder / "found.json")])
-    return json.loads((folder / "found.json").read_text("utf-8"))
+    out = folder / "found.json"
+    printed = forked.launch(2, ["tests/support/counted.py", str(config), str(out)])
+    assert out.exists(), printed
+    return json.loads(out.read_text("utf-8"))
+
+
+def exchange(folder: Path, _: argparse.Namespace) -> list[dict[str, Any]]:
+    return counted.count_exchange(folder, counted.exchange_cases(folder, (1, 2)))
 
 
 # --- all of it ---------------------------------------------------------------------------------
 
-PARTS = {"shapes": shapes, "TRL": trl, "ranks": ranks}
+PARTS = {"shapes": shapes, "TRL": trl, "ranks": ranks, "exchange": exchange}
 
 
 def show(found: dict[str, Any]) -> Iterator[Table]:
@@ -192,6 +201,12 @@ def show(found: dict[str, Any]) -> Iterator[Table]:
             rows.append((row["engine"], row["mode"], name, *cells))
     columns = ("engine, two ranks", "tuning", "of", "collectives", "bytes", "over trained weights")
     yield table("Exchanged by a rank", columns, rows, left=3)
+    rows = []
+    for name, run in found.items():
+        for row in run.get("exchange", []):
+            rows.append((row["case"], name, f"{row['collectives']}", f"{row['sent']:,}"))
+    columns = ("of four ranks, micro-batches", "of", "collectives", "bytes sent in a ring")
+    yield table("Exchanged in bf16", columns, rows, left=2)
 
 
 def commit_of(package: str) -> str:
@@ -201,7 +216,9 @@ def commit_of(package: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=["shapes", "ranks"], choices=PARTS)
+    parser.add_argument(
+        "--parts", nargs="+", default=["shapes", "ranks", "exchange"], choices=PARTS
+    )
     parser.add_argument("--name", default="after", help="of the version that is counted")
     parser.add_argument("--trl", type=Path, help="a folder with trl 1.16.0")
     parser.add_argument("--small", action="store_true", help="write the table of the test")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from shapes import architectures, configured
 from torch import nn
 
-from sft.config.load import dump_config
+from sft.config.load import dump_config, load_config
 from sft.plan import dry_run, memory, network, sharding
 from sft.train.parallel.ddp import Replicated
 
@@ -79,6 +79,47 @@ def test_what_ranks_exchange_is_what_their_engine_needs(tmp_path):
         planned = network.predict_traffic(config, "fp32", group, whole, 2)
         given = planned.gathered / 2 + planned.scattered + planned.reduced  # to collectives
         assert given == pytest.approx(found[name, mode]["exchanged"], rel=0.01), (name, mode)
+
+
+def test_fsdp2_exchanges_no_more_than_that_of_other_tools():
+    kept = json.loads((ROOT / "benchmarks/results/counters.json").read_text("utf-8"))
+    found = {row["case"]: row for row in kept["after"]["exchange"]}
+
+    def pairs(key, ours, theirs):
+        return [(found[f"{ours}, {n}"][key], found[f"{theirs}, {n}"][key]) for n in (1, 2)]
+
+    once, hsdp = "FSDP2, keep_whole: gradients", "HSDP, keep_whole: gradients"
+    for keeps in ("false", "gradients", "all"):
+        ours = f"FSDP2, keep_whole: {keeps}"
+        for mine, titan in pairs("sent", f"{ours}, fp32", "torchtitan"):
+            assert mine < titan
+        for mine, accelerate in pairs("sent", f"{ours}, bf16", "Accelerate"):
+            assert mine < accelerate or keeps == "false"  # which exchanges more often
+    for key in ("sent", "collectives"):
+        for mine, titan in pairs(key, f"{hsdp}, fp32", "torchtitan, HSDP"):
+            assert mine < titan
+    for mine, accelerate in pairs("collectives", f"{once}, bf16", "Accelerate"):
+        assert mine <= accelerate
+
+
+@pytest.mark.slow
+def test_no_engine_exchanges_more_than_it_did_and_the_plan_knows_it(tmp_path):
+    """Those whose exchange is not shown by others: in bf16, once in a step, and within groups."""
+    kept = json.loads((ROOT / "benchmarks/results/counters.json").read_text("utf-8"))
+    names = ("DDP, bf16", "FSDP2, keep_whole: gradients", "HSDP")
+    cases = [c for c in counted.exchange_cases(tmp_path, (2,)) if c["name"].startswith(names)]
+    found = {row["case"]: row for row in counted.count_exchange(tmp_path, cases)}
+    expected = {row["case"]: row for row in kept["after"]["exchange"] if row["case"] in found}
+    assert found == expected, counted.UPDATE_EXCHANGE
+    assert len(found) == 5
+    for case in cases:
+        config = load_config(case["config"])
+        engine, within = config.train.engine, config.train.shard_within
+        group = sharding.Group(counted.EXCHANGING, engine, True, {}, within)
+        whole = memory.predict(config, "bf16", counted.WINDOW, on_gpu=False).model_bytes
+        planned = network.predict_traffic(config, "bf16", group, whole, 2)
+        sent = planned.sent(counted.EXCHANGING)
+        assert sent == pytest.approx(found[case["name"]]["sent"], rel=0.01), case["name"]
 
 
 def test_no_step_of_8b_launches_moves_or_waits_more_than_that_of_trl():

@@ -94,7 +94,7 @@ def _annotation_name(annotation: Any) -> str:
     if origin is Annotated:
         return _annotation_name(arguments[0]) + _bounds(arguments[1].metadata)
     if origin is Literal:
-        return " or ".join(map(str, arguments))
+        return " or ".join(str(a).lower() if isinstance(a, bool) else str(a) for a in arguments)
     if origin is dict:
         return " to ".join(map(_annotation_name, arguments))
     if origin is list:

@@ -9,18 +9,19 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT
 from counting import Counting, Counts, weights_of
 from shapes import architectures, configured, uniform_window
 
-from sft.config.load import with_values
+from sft.config.load import dump_config, with_values
 from sft.config.schema import Config
 from sft.data.batches import Layout
 from sft.plan import dry_run
@@ -31,6 +32,7 @@ from sft.tasks.registry import load_run
 TABLE = ROOT / "tests/fixtures/counters.txt"
 UPDATE = "PYTHONPATH=.:tests:tests/support .venv/bin/python benchmarks/counters.py --small"
 UPDATE_RANKS = UPDATE.replace("--small", "--parts ranks")
+UPDATE_EXCHANGE = UPDATE.replace("--small", "--parts exchange")
 LLAMA = architectures(num_hidden_layers=1)["Llama"]
 ROWS = (((24, 12), (17, 9)), ((30, 4), (30, 7)))  # micro-batches of (tokens, supervised)
 SMALL = list(product(("lora", "qlora", "full"), ("padded", "packed"), (False, True)))
@@ -74,11 +76,74 @@ def rank_cases(folder: Path) -> Iterator[tuple[str, str, Config]]:
         file.write_text(json.dumps({"zero_optimization": {"stage": stage}}), "utf-8")
         return {"engine": "deepspeed", "deepspeed_config": str(file)}
 
-    engines = {"DDP": {}, "FSDP2": {"engine": "fsdp"}}
+    engines = {"DDP": {}, "FSDP2": {"engine": "fsdp", "keep_whole": False}}
     engines |= {f"ZeRO-{stage}": zero(stage) for stage in (1, 2, 3)}
     for (name, train), mode in product(engines.items(), ("full", "lora")):
         config = configured(folder / "model", architectures()["Llama"], mode, **train)
         yield name, mode, with_values(config, {"train.gradient_checkpointing": False})
+
+
+EXCHANGING = 4  # processes, in two groups of two with HSDP
+LLAMA_4 = architectures(num_hidden_layers=4, vocab_size=512)["Llama"]
+OURS = {  # of `train`
+    "DDP": {},
+    "FSDP2, keep_whole: false": {"engine": "fsdp", "keep_whole": False},
+    "FSDP2, keep_whole: gradients": {"engine": "fsdp", "keep_whole": "gradients"},
+    "FSDP2, keep_whole: all": {"engine": "fsdp", "keep_whole": "all"},
+    "HSDP, keep_whole: gradients": {
+        "engine": "fsdp",
+        "keep_whole": "gradients",
+        "shard_within": 2,
+    },
+    "ZeRO-2": 2,
+    "ZeRO-3": 3,
+}
+PEERS = {"torchtitan": "torchtitan", "torchtitan, HSDP": "torchtitan", "Accelerate": "accelerate"}
+
+
+def exchange_cases(folder: Path, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Yields cases of exchange_worker.py: full tuning in bf16, of several engines and tools.
+
+    `numbers`: of micro-batches in a step.
+
+    DeepSpeed's come last: after them a process makes no others.
+    """
+    numbers = tuple(numbers)
+    for (name, own), narrow, number in product(OURS.items(), ("fp32", "bf16"), numbers):
+        train: dict[str, Any] = {"precision": "bf16", "gradient_checkpointing": False}
+        if isinstance(own, int):
+            if narrow == "bf16":  # which is a setting of DeepSpeed's own file
+                continue
+            file = folder / f"zero{own}.json"
+            file.write_text(json.dumps({"zero_optimization": {"stage": own}}), "utf-8")
+            train |= {"engine": "deepspeed", "deepspeed_config": str(file)}
+        else:
+            train |= own | {"reduce_dtype": narrow}
+        if (name, number) == ("ZeRO-2", numbers[0]):
+            yield from _peer_cases(folder, numbers)
+        config = configured(folder / "model", LLAMA_4, "full", **train)
+        path = folder / f"{name}, {narrow}.yaml"
+        path.write_text(dump_config(config), "utf-8")
+        case = {"name": f"{name}, {narrow}, {number}", "micro_batches": number}
+        yield case | {"config": str(path)}
+
+
+def _peer_cases(folder: Path, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+    config, model = str(folder / "DDP, fp32.yaml"), str(folder / "model")
+    for (name, peer), number in product(PEERS.items(), numbers):
+        case = {"name": f"{name}, {number}", "peer": peer, "model": model, "config": config}
+        yield case | {"within": 2 if "HSDP" in name else None, "micro_batches": number}
+
+
+def count_exchange(folder: Path, cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns what a rank exchanges in a step of each case."""
+    file, out = folder / "exchange.json", folder / "exchanged.json"
+    file.write_text(json.dumps([*cases]), "utf-8")
+    printed = forked.launch(EXCHANGING, ["tests/support/exchange_worker.py", str(file), str(out)])
+    assert out.exists(), printed
+    keys = ("collectives", "exchanged", "sent")
+    found = json.loads(out.read_text("utf-8"))
+    return [{"case": name} | {key: each[key] for key in keys} for name, each in found.items()]
 
 
 def exchange(config: Config) -> dict[str, int]:

@@ -12,7 +12,8 @@ flops        Floating-point work of matrix products and attention. Attention tha
              a mask counts half: kernels skip the other half. A mask hides nothing from a kernel.
 syncs        Times that the host has to wait for a GPU: .item(), .tolist(), .cpu(), float(x), shapes
              that depend on values.
-collectives  Operations that exchange tensors between ranks, and the bytes of what they are given.
+collectives  Operations that exchange tensors between ranks; the bytes of what they are given
+             (exchanged); and what a rank of a ring sends for them (sent).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from sft.models.fake import FastMode
 
 aten = torch.ops.aten
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+NOTHING_SENT = {"wait_tensor", "wrap_tensor_autograd", "barrier", "monitored_barrier"}
 NO_LAUNCH = ALLOCATIONS | {"_unsafe_view", "lift_fresh", "detach", "set_", "record_stream"}
 NO_LAUNCH |= {"_local_scalar_dense", "is_same_size", "resize_", "_has_compatible_shallow_copy_type"}
 WRITES_ONLY = {"copy_", "zero_", "fill_", "normal_", "uniform_", "bernoulli_", "random_"}
@@ -57,6 +59,7 @@ class Counts:
     syncs: int = 0
     collectives: int = 0
     exchanged: int = 0
+    sent: int = 0
 
 
 def count(call: Callable[[], Any], model: nn.Module | None = None) -> tuple[Counts, Counter[str]]:
@@ -155,10 +158,12 @@ class Counting(FastMode):
         return result
 
     def _exchange(self, name: str, args: tuple[Any, ...]) -> None:
-        if name.strip("_") not in ("wait_tensor", "barrier", "monitored_barrier"):
+        if name.strip("_") not in NOTHING_SENT:
             self.counts.collectives += 1
             given = args[1] if "allgather" in name or "reduce_scatter" in name else args[0]
-            self.counts.exchanged += sum(map(num_bytes, tensors_in(given)))
+            size = sum(map(num_bytes, tensors_in(given)))
+            self.counts.exchanged += size
+            self.counts.sent += _sent(name, size, args)
 
     def _work(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
         packet = func._overloadpacket
@@ -335,3 +340,20 @@ def minimum_flops(llama: Any, mode: str, rank: int, rows: Iterable[tuple[int, in
     if mode == "full":
         return 6 * matrices + 6 * scores
     return 4 * matrices + 6 * adapters + 6 * scores
+
+
+def _sent(name: str, size: int, args: tuple[Any, ...]) -> int:
+    """Returns the bytes that a rank sends in a ring, for a collective that was given `size`."""
+    kind, n = name.replace("_", ""), _group_of(args).size()
+    if kind.startswith("allgather"):
+        return size * (n - 1)
+    return round(size * (n - 1) / n) * (2 if kind.startswith("allreduce") else 1)
+
+
+def _group_of(args: tuple[Any, ...]) -> Any:
+    """Returns the process group of a collective, which some operators get by its name."""
+    for each in args:
+        if isinstance(each, torch.ScriptObject) and each._type().name() == "ProcessGroup":
+            return torch.distributed.ProcessGroup.unbox(each)
+    *_, name = (each for each in args if isinstance(each, str))
+    return torch.distributed.distributed_c10d._resolve_process_group(name)

@@ -15,6 +15,9 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from counting import Counting
 from shapes import uniform_window
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft.models import head
 from sft.models.rounded import Casts
@@ -27,12 +30,60 @@ from sft.train.parallel import fsdp, gathered
 STEPS, ROWS = 2, 4  # rows of a micro-batch, over all ranks
 
 
+def run_peer(case: dict[str, Any]) -> dict[str, Any]:
+    """Counts a step as another tool makes it with FSDP2 and its default settings.
+
+    The units, the dtypes and what stays gathered are those of torchtitan (parallelize.py of Llama)
+    and of Accelerate 1.14 (fsdp2_prepare_model), whose own wrapper does nothing on CPUs. torchtitan
+    exchanges gradients in fp32 after each micro-batch, Accelerate in bf16 after the last.
+    """
+    accelerator = start_processes(load_run(case["config"]).train)
+    world, within = accelerator.num_processes, case.get("within") or accelerator.num_processes
+    model: Any = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(case["model"]), dtype=torch.float32
+    )
+    shape, names = (
+        ((world // within, within), ("copies", "shards"))
+        if within < world
+        else ((world,), ("shards",))
+    )
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    is_titan = case["peer"] == "torchtitan"
+    dtypes = (
+        {"reduce_dtype": torch.float32}
+        if is_titan
+        else dict.fromkeys(("reduce_dtype", "output_dtype"), torch.bfloat16)
+    )
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(torch.bfloat16, **dtypes)}
+    for module in (model.model.embed_tokens, *model.model.layers):
+        fully_shard(module, reshard_after_forward=True, **options)
+    fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False, **options)
+    fully_shard(model, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    ids = torch.ones(ROWS // world, 24, dtype=torch.long)
+    for _ in range(STEPS):
+        with Counting(()) as counting:
+            for number in range(case["micro_batches"]):
+                last = number == case["micro_batches"] - 1
+                model.set_requires_gradient_sync(is_titan or last)
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return {"world_size": world, **exchanged(counting)}
+
+
+def exchanged(counting: Counting) -> dict[str, int]:
+    return {name: getattr(counting.counts, name) for name in ("collectives", "exchanged", "sent")}
+
+
 def run(case: dict[str, Any]) -> dict[str, Any]:
     AcceleratorState._reset_state(False)  # Accelerate takes one DeepSpeed configuration a process
     config = load_run(case["config"])
     accelerator = start_processes(config.train)
     torch.manual_seed(0)  # the same random weights on all ranks and in all cases
-    window = uniform_window(ROWS // accelerator.num_processes, 24, 24, micro_batches=2)
+    number = case.get("micro_batches", 2)
+    window = uniform_window(ROWS // accelerator.num_processes, 24, 24, micro_batches=number)
     precision = resolve_precision(config.train)[0]
     made = dry_run.make_engine(config, precision, window, weights=False, accelerator=accelerator)
     if rows := case.get("chunk_rows"):  # of logits; their weights' gradient does not count
@@ -49,15 +100,13 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     }
     sharded = isinstance(made.parallel, fsdp.Sharded)
     records = gathered.parameters_of(made.task.model) if sharded else ()
-    counts = counting.counts
     return {
         "world_size": accelerator.num_processes,
         "steps": steps,
         "sums": sums,
         "chunks": made.task.head.tail is not None,
         "rounded": sum(each._orig_size.numel() for each in records if each.gathered_dtype),
-        "collectives": counts.collectives,
-        "exchanged": counts.exchanged,
+        **exchanged(counting),
     }
 
 
@@ -66,7 +115,7 @@ def main(cases: Path, out: Path) -> None:
     found, find = {}, fsdp.find_casts
     for case in json.loads(cases.read_text("utf-8")):
         fsdp.find_casts = (lambda *_: Casts()) if case.get("as_stored") else find
-        found[case["name"]] = run(case)
+        found[case["name"]] = (run_peer if "peer" in case else run)(case)
     state = PartialState()
     if state.is_main_process:
         out.write_text(json.dumps(found), "utf-8")
