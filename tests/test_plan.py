@@ -440,3 +440,21 @@ def test_a_plan_refuses_an_attention_that_the_model_cannot_have(config, tmp_path
     for gpu in (None, 80 * GIB):
         with pytest.raises(errors.ModelError, match="attn_implementation: varlen expects"):
             plan.make_plan(given, work, machine(8 * GIB, gpu), 1)
+
+
+@pytest.mark.parametrize(
+    ("gib", "keeps", "why"),
+    [(8.0, "all", "it fits, and less is exchanged"), (0.0, False, "more does not fit")],
+)
+def test_fsdp2_keeps_whole_what_memory_allows(config, prepared, gib, keeps, why):
+    sharded = with_values(config, {"train.engine": "fsdp"})
+    made = plan.make_plan(sharded, sizes(prepared), machine(int(gib * GIB) + 1), 2)
+    assert plan.resolved_values(made)["train.keep_whole"] == keeps
+    assert made.reasons["train.keep_whole"] == why
+    once = plan.make_plan(
+        with_values(sharded, {"train.keep_whole": "gradients"}),
+        sizes(prepared),
+        machine(8 * GIB),
+        2,
+    )
+    assert (made.sent_bytes < once.sent_bytes) == (keeps == "all")

@@ -269,8 +269,10 @@ class Planner:
     def choose_kept(self, choice: _Choice) -> tuple[_Choice, KeepWhole, str]:
         """Returns the choice, with what FSDP2 keeps whole: as much as fits; and why."""
         asked = self.config.train.keep_whole
-        if asked != "auto" or self.config.train.engine != "fsdp" or self.world_size == 1:
+        if asked != "auto" or self.config.train.engine != "fsdp":
             return choice, asked, "configured"
+        if self.world_size == 1:
+            return choice, False, "one process exchanges nothing"
         kinds: tuple[KeepWhole, ...] = ("all", "gradients") if choice.fits else ()
         for kind in kinds:
             config = with_values(self.config, choice.rung.values | {"train.keep_whole": kind})

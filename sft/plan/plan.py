@@ -277,12 +277,13 @@ def planner_of(config: RunConfig, workload: Workload, machine: Hardware, plan: P
 
 def chosen_values(plan: Plan) -> dict[str, Any]:
     """Returns the values of `train` that `auto` would become, configured ones included."""
+    kept = {} if plan.keep_whole == "auto" else {"keep_whole": plan.keep_whole}  # FSDP2's only
     return {
         "precision": plan.precision,
         "layout": plan.budget.layout,
         **{key.removeprefix("train."): value for key, value in plan.rung.values.items()},
         "compile": plan.compile,
-        "keep_whole": plan.keep_whole,
+        **kept,
         "max_tokens": plan.budget.max_tokens,
         "micro_batch": plan.micro_batch,
         "gradient_accumulation_steps": plan.micro_batches,
