@@ -100,6 +100,27 @@ def test_a_speed_that_is_kept_predicts_the_time_that_was_measured(tmp_path, monk
 
 @pytest.mark.thorough("times and traffic, from which the cost is computed")
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "spans"),
+    [
+        ({}, [99, 99]),
+        ({"sliding_window": 4}, [4, 4]),
+        ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}, [4, 99]),
+        ({"layer_types": ["chunked_attention"] * 2, "attention_chunk_size": 5}, [5, 5]),
+        ({"layer_types": ["linear_attention", "full_attention"]}, [0, 99]),
+        ({"num_attention_heads": None}, [0, 0]),
+    ],
+)
+def test_attention_compares_a_token_with_those_before_it(sizes, spans):
+    """Two products of a query, each of as many multiplications and additions as it has features."""
+    shape = {"num_attention_heads": 3, "head_dim": 8, "num_hidden_layers": 2, "hidden_size": 24}
+    lengths = [7, 20, 1]
+    pairs = sum(min(i + 0.5, span) for n in lengths for i in range(n) for span in spans)
+    expected = 2 * 2 * 3 * 8 * pairs / sum(lengths)
+    found = speed.attention_flops(SimpleNamespace(**(shape | sizes)), lengths)
+    assert found == pytest.approx(expected, rel=0.02)
+
+
 def test_what_a_run_costs(tmp_path, shared, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sft.plan.advice.advise", lambda *_: [])  # traces eleven other settings

@@ -401,7 +401,13 @@ class Planner:
         multiplied, copies = counts.multiplied, self.info.copies
         if copies > 1:  # each copy has an adapter, which sees its own rows
             multiplied = copies * (multiplied - counts.trained) + counts.trained
-        return 2 * passes * multiplied * tokens
+        # Gradients of queries, keys and values take two more passes, whatever is trained.
+        attention = (3 + recomputed) * copies * self._attention_flops
+        return (2 * passes * multiplied + attention) * tokens
+
+    @cached_property
+    def _attention_flops(self) -> float:
+        return speed.attention_flops(self.info.sizes, self.workload.lengths)
 
     def choose_compile(self, counts: Counts, tokens: int) -> tuple[bool, str]:
         """Returns whether layers are compiled for a run of `tokens`, and why.

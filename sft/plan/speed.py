@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sft.plan import gpus
 from sft.plan.records import KEPT_RUNS
@@ -66,6 +68,37 @@ def predict_time(
     seconds, least, most = (flops / (speed * world_size) for speed in (usual, fast, slow))
     shares = (slow / peak, fast / peak) if peak else None
     return Time(seconds, least, most, len(speeds), shares)
+
+
+def attention_flops(sizes: Any, lengths: Sequence[int]) -> float:
+    """Returns the operations of attention for a token in a forward pass, on average.
+
+    `sizes`: named as in transformers' configurations. A token is compared with those before it, or
+    with a window of them. Recurrent layers and convolutions have none.
+    """
+    heads = getattr(sizes, "num_attention_heads", None)
+    if not heads:
+        return 0.0
+    features = getattr(sizes, "head_dim", None) or sizes.hidden_size // heads
+    window = getattr(sizes, "sliding_window", None)
+    usual = "sliding_attention" if window else "full_attention"
+    named = getattr(sizes, "layer_types", None) or getattr(sizes, "layers_block_type", None)
+    kinds = named or [usual] * sizes.num_hidden_layers
+    spans = {
+        "attention": None,
+        "full_attention": None,
+        "sliding_attention": window,
+        "chunked_attention": getattr(sizes, "attention_chunk_size", None),
+    }
+    tokens = np.asarray(lengths, np.float64)
+
+    def seen(span: int | None) -> float:
+        """Returns how many tokens are compared with each, summed over all rows."""
+        most = tokens if span is None else np.minimum(tokens, span)
+        return float((most * tokens - most**2 / 2).sum())
+
+    pairs = sum(seen(spans[kind]) for kind in kinds if kind in spans)
+    return 4 * heads * features * pairs / float(tokens.sum())
 
 
 def read_speeds(folder: Path, device: str, kind: Kind) -> list[float]:
