@@ -32,24 +32,20 @@ PATHS = os.pathsep.join(str(ROOT / part) for part in (".", "tests", "tests/suppo
 SHARED = Path(os.environ.get("SFT_SHARED", ROOT.parent / "shared"))
 
 
-LONG = (  # by seconds of processor time and of waiting
-    *("test_run.py", "test_parallel.py", "test_optimizers.py", "test_compiled.py", "test_head.py"),
-    *("test_gpu_script.py", "test_losses.py", "test_updates.py", "test_checkpointing.py"),
-    *("test_watchdog.py", "test_verify.py", "test_cache.py"),
-    *(
-        "test_slurm.py",
-        "test_elastic.py",
-        "test_launcher.py",
-        "test_output.py",
-        "test_memory.py",
-        "test_branches.py",
-        "test_api.py",
-    ),
-    *("test_experts.py", "test_crowd.py", "test_distill.py", "test_disk.py", "test_numbers.py"),
-    *("test_launch_tools.py", "test_processes.py", "test_turns.py", "test_plan.py"),
-    *("test_trace.py", "test_lora.py", "test_first_hour.py", "test_hostile.py", "test_infer.py"),
-    *("test_remote.py", "test_plan_tool.py", "test_old_runs.py", "test_laws.py", "test_towers.py"),
-    *("test_config.py", "test_merge.py", "test_check.py", "test_matrix.py", "test_calibration.py"),
+LONG = (  # by what `make test` runs of them, in seconds
+    *("test_run.py", "test_watchdog.py", "test_compiled.py", "test_crowd.py"),
+    *("test_parallel.py", "test_plan.py", "test_slurm.py", "test_branches.py"),
+    *("test_optimizers.py", "test_api.py", "test_cache.py", "test_updates.py"),
+    *("test_memory.py", "test_configs.py", "test_output.py", "test_verify.py"),
+    *("test_distill.py", "test_remote.py", "test_engine.py", "test_disk.py"),
+    *("test_merge.py", "test_first_hour.py", "test_check.py", "test_trace.py"),
+    *("test_hostile.py", "test_numbers.py", "test_launcher.py", "test_launch_tools.py"),
+    *("test_plan_tool.py", "test_config.py", "test_losses.py", "test_old_runs.py"),
+    *("test_lora.py", "test_generate.py", "test_towers.py", "test_laws.py"),
+    *("test_template.py", "test_experts.py", "test_coverage.py", "test_turns.py"),
+    *("test_calibration.py", "test_counters.py", "test_faults.py", "test_head.py"),
+    *("test_infer.py", "test_classify.py", "test_offload.py", "test_processes.py"),
+    *("test_checkpointing.py", "test_engines.py"),
 )
 
 

@@ -143,6 +143,7 @@ def test_one_agent_alone_is_not_trained(tmp_path):
     assert last.what.startswith("crowd.agent: all agents")
 
 
+@pytest.mark.thorough("a sound configuration here")
 @pytest.mark.slow
 def test_text_that_asks_nothing_is_tried_without_an_answer(tmp_path):
     text = ROOT / "nano/README.md"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, clean_environment, run
+from conftest import ROOT, clean_environment, representatives, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -587,6 +587,7 @@ def outcome(file: Path, *words: str) -> Any:
         return re.sub(r" as \w+\)", ")", str(error))
 
 
+@pytest.mark.thorough("overrides and aliases here")
 @settings(deadline=None, max_examples=150)
 @given(
     key=st.sampled_from(PATHS),
@@ -707,7 +708,7 @@ def test_other_names_work_in_files_and_each_file_is_laid_over_the_next(tmp_path)
     ]
 
 
-@pytest.mark.parametrize(("name", "alias"), ALIASES.items())
+@pytest.mark.parametrize(("name", "alias"), representatives(ALIASES.items(), 8))
 def test_an_alias_is_another_name_of_a_key_and_hides_none(minimal, name, alias):
     section, key = alias.key.split(".")
     assert key in SECTIONS[section].model_fields

@@ -55,6 +55,7 @@ def test_a_step_on_fake_tensors_counts_as_the_real_one(tmp_path, mode, checkpoin
     assert found == [real]
 
 
+@pytest.mark.thorough("counters of a step; the engines in test_parallel.py")
 @pytest.mark.slow
 def test_what_ranks_exchange_is_what_their_engine_needs(tmp_path):
     cases = [

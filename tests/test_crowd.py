@@ -17,7 +17,7 @@ import shapes
 import tiny
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, representatives
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -179,7 +179,7 @@ def test_a_crowd_of_one_trains_as_one_adapter_does(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "crowd", [{}, {"layer": 0}, {"representation": "logits"}, {"dropconnect": 0.2}]
+    "crowd", representatives([{}, {"layer": 0}, {"representation": "logits"}, {"dropconnect": 0.2}])
 )
 def test_gradient_checkpointing_changes_no_gradient(tmp_path, crowd):
     given = tiny.crowd_config(tmp_path, train={"global_batch": 11}, **crowd)
@@ -266,7 +266,9 @@ def test_of_many_points_the_distance_is_the_closed_form():
     assert float(diversity.diversity(uniform, LINE)) == pytest.approx(4 / 3, rel=1e-3)
 
 
-@pytest.mark.parametrize(("d", "apart", "scales"), [(3, 2.0, (1.0, 1.0)), (8, 3.0, (0.5, 1.5))])
+@pytest.mark.parametrize(
+    ("d", "apart", "scales"), representatives([(3, 2.0, (1.0, 1.0)), (8, 3.0, (0.5, 1.5))])
+)
 def test_of_isotropic_gaussians_the_distance_is_the_closed_form(d, apart, scales):
     """|m1 - m2|^2 / d + (s1 - s2)^2: the mean over directions of that of the projections."""
     random = torch.Generator().manual_seed(1)
@@ -452,7 +454,7 @@ def test_a_batch_that_is_whole_needs_no_survey(tmp_path, monkeypatch):
         step(tmp_path, rows, batches.Budget(30, "padded"))
 
 
-@pytest.mark.parametrize("place", ["summarise", "loss"])
+@pytest.mark.parametrize("place", representatives(["summarise", "loss"]))
 def test_where_memory_runs_out_the_same_batch_is_done_in_smaller_pieces(
     tmp_path, monkeypatch, place
 ):
@@ -551,17 +553,20 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "reported"),
-    [
-        ({"crowd.num_agents": 2}, r"crowd\.num_agents: was 3, is 2"),
-        ({"crowd.lambda_sw": 0.1}, r"crowd\.lambda_sw: was 0\.7, is 0\.1"),
-        ({"crowd.pooling": "mean"}, r"crowd\.pooling: was last, is mean"),
-        ({"tuning.r": 2}, r'tuning: was .*"r":4.*, is .*"r":2'),
-        ({"model.name": "another"}, r"model: was \w{64}, is \w{64}"),
-        (
-            {f"crowd.{key}": value for key, value in schema.Crowd().model_dump().items()},
-            r"crowd\.num_agents: was 3, is None",
-        ),
-    ],
+    representatives(
+        [
+            ({"crowd.num_agents": 2}, r"crowd\.num_agents: was 3, is 2"),
+            ({"crowd.lambda_sw": 0.1}, r"crowd\.lambda_sw: was 0\.7, is 0\.1"),
+            ({"crowd.pooling": "mean"}, r"crowd\.pooling: was last, is mean"),
+            ({"tuning.r": 2}, r'tuning: was .*"r":4.*, is .*"r":2'),
+            ({"model.name": "another"}, r"model: was \w{64}, is \w{64}"),
+            (
+                {f"crowd.{key}": value for key, value in schema.Crowd().model_dump().items()},
+                r"crowd\.num_agents: was 3, is None",
+            ),
+        ],
+        2,
+    ),
 )
 def test_another_crowd_is_not_resumed(tmp_path, monkeypatch, changes, reported):
     real = digests.model_sha256
@@ -704,6 +709,7 @@ def said(built: Any) -> torch.Tensor:
     return built(input_ids=IDS, use_cache=False).logits
 
 
+@pytest.mark.thorough("one agent evaluated and merged here")
 @pytest.mark.slow
 def test_each_agent_of_a_run_loads_alone(run):
     crowd = said(loaded(run)).view(3, *IDS.shape, -1)
@@ -780,25 +786,28 @@ WEIGHTS = "agent1/adapter_model.safetensors"
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change", "reported"),
-    [
-        (WEIGHTS, lacking, rf"{WEIGHTS} cannot be loaded: .*No such file"),
-        (WEIGHTS, cut_off, rf"{WEIGHTS} cannot be loaded: it is no valid safetensors file"),
-        (META, lacking, rf"{META}: expected a crowd's description: No such file"),
-        (META, cut_off, rf"{META} is not what a run writes: JSONDecodeError"),
-        (META, rewritten(num_agents=2), f"{META} is not what a run writes"),
-        (META, rewritten(concentration=[1, -1, 1]), f"{META} is not what a run writes"),
-        (
-            META,
-            rewritten(num_agents=2, concentration=[1, 1]),
-            r"holds another crowd:\n  num_agents: saved with 2, configured as 3",
-        ),
-        (META, rewritten(r=8), r"holds another crowd:\n  r: saved with 8, configured as 4"),
-        (
-            META,
-            rewritten(base={"name": "x", "weights_sha256": "0"}),
-            "belongs to 'x': expected",
-        ),
-    ],
+    representatives(
+        [
+            (WEIGHTS, lacking, rf"{WEIGHTS} cannot be loaded: .*No such file"),
+            (WEIGHTS, cut_off, rf"{WEIGHTS} cannot be loaded: it is no valid safetensors file"),
+            (META, lacking, rf"{META}: expected a crowd's description: No such file"),
+            (META, cut_off, rf"{META} is not what a run writes: JSONDecodeError"),
+            (META, rewritten(num_agents=2), f"{META} is not what a run writes"),
+            (META, rewritten(concentration=[1, -1, 1]), f"{META} is not what a run writes"),
+            (
+                META,
+                rewritten(num_agents=2, concentration=[1, 1]),
+                r"holds another crowd:\n  num_agents: saved with 2, configured as 3",
+            ),
+            (META, rewritten(r=8), r"holds another crowd:\n  r: saved with 8, configured as 4"),
+            (
+                META,
+                rewritten(base={"name": "x", "weights_sha256": "0"}),
+                "belongs to 'x': expected",
+            ),
+        ],
+        3,
+    ),
 )
 def test_a_folder_that_is_not_that_of_the_crowd_is_refused(run, moved, name, change, reported):
     change(moved / name)

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import representatives
 from gymnasium.utils.env_checker import check_env
 
 from sft.runtime import hardware
@@ -114,7 +115,7 @@ def test_the_return_of_a_source_rises(monkeypatch):
     assert (returns[:, 0] < 2.5).all()
 
 
-@pytest.mark.parametrize("name", list(source.SOURCES))
+@pytest.mark.parametrize("name", representatives(list(source.SOURCES)))
 def test_histories_are_whole_episodes_of_the_room(name):
     if name == "stable_baselines3":
         pytest.importorskip(name)

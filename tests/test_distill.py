@@ -348,6 +348,7 @@ def test_the_planned_memory_is_what_a_step_allocates(name):
     assert of_step(predicted) == pytest.approx(allocated_bytes(trained), rel=0.005)
 
 
+@pytest.mark.thorough("the same of the default task in test_plan.py and test_calibration.py")
 def test_what_does_not_fit_is_cut(tmp_path):
     asked = with_values(DARKROOM, {"distill.data_dir": str(tmp_path)})
     tight = planned(asked, 44 * 2**20)

@@ -17,7 +17,7 @@ import forked
 import pytest
 import tiny
 import torch
-from conftest import ROOT
+from conftest import ROOT, representatives
 from engine_worker import NORM, ROWS, STEPS, Net, rows
 
 from sft.errors import ConfigError
@@ -102,7 +102,7 @@ def kept() -> dict[str, Any]:
     return {}
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=representatives(ENGINES, ["ddp", "fsdp", "zero2"]))
 def ranks(request, out, kept) -> list[dict[str, Any]]:
     """What both ranks saw. DeepSpeed's processes can make no others, so each engine has its own."""
     name = request.param

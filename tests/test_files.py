@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
-from conftest import load_rows
+from conftest import load_rows, representatives
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -610,7 +610,11 @@ def peak_of_reading(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet", "a.arrow", "a.txt"]
+    "name",
+    representatives(
+        ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet", "a.arrow", "a.txt"],
+        ["a.jsonl", "a.parquet"],
+    ),
 )
 def test_memory_does_not_grow_with_the_file(tmp_path, name):
     peaks = []

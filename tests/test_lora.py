@@ -553,7 +553,7 @@ def test_quantised_weights_of_which_the_config_says_nothing_are_refused(bases, t
         load.load_base(Model(name=str(tmp_path)), "lora", "fp32", CPU)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("kind", representatives(["nf4", "fp4"]))
 def test_a_base_is_stored_in_the_kind_of_4_bits_that_is_asked_for(bases, tmp_path, kind):
     folder = quantised(
         bases[False],

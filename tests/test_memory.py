@@ -228,11 +228,18 @@ def test_the_closed_form_of_checkpointed_layers_keeps_their_inputs(tmp_path, mod
 
 @pytest.mark.parametrize(
     ("train", "zero", "offload", "hosted"),
-    [
-        ({"engine": "fsdp"}, {}, {"train.offload": True}, {"weights", "optimizer", "gradients"}),
-        ({}, {"stage": 2, "reduce_bucket_size": 1000}, {}, {"optimizer", "gradients"}),
-        ({}, {"stage": 3, "reduce_bucket_size": "auto"}, {}, {"optimizer", "gradients"}),
-    ],
+    representatives(
+        [
+            (
+                {"engine": "fsdp"},
+                {},
+                {"train.offload": True},
+                {"weights", "optimizer", "gradients"},
+            ),
+            ({}, {"stage": 2, "reduce_bucket_size": 1000}, {}, {"optimizer", "gradients"}),
+            ({}, {"stage": 3, "reduce_bucket_size": "auto"}, {}, {"optimizer", "gradients"}),
+        ]
+    ),
 )
 def test_what_lies_in_host_memory_is_not_the_gpus(
     tmp_path, monkeypatch, train, zero, offload, hosted
@@ -264,6 +271,7 @@ def test_buckets_that_accelerate_sizes(tmp_path):
     assert sharding._zero_size(config, sharding.Group(2), "reduce_bucket_size") == 500_000_000
 
 
+@pytest.mark.thorough("copies by name in test_trace.py")
 def test_bf16_copies_of_weights_live_only_where_autocast_keeps_them(tmp_path, monkeypatch):
     config = configured(tmp_path, DEEP["Llama"], "full", gradient_checkpointing=True)
 
@@ -280,6 +288,7 @@ def test_bf16_copies_of_weights_live_only_where_autocast_keeps_them(tmp_path, mo
     assert 6 * layer < more <= 7 * layer  # those of the layer at work are there either way
 
 
+@pytest.mark.thorough("what else a GPU keeps here")
 @pytest.mark.slow
 def test_dropout_on_a_gpu_keeps_booleans(tmp_path):
     plain = LlamaConfig(**SIZES | {"num_hidden_layers": 7, "num_key_value_heads": 4})

@@ -314,7 +314,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", representatives(FAULTS, 8))
 def test_a_folder_that_is_another_model_fails(runs, whole, tmp_path, fault):
     damage, expected = FAULTS[fault]
     folder, run = shutil.copytree(whole, tmp_path / "merged"), runs["lora"]

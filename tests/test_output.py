@@ -276,6 +276,7 @@ def test_a_launched_training_goes_on_when_its_reader_goes(tmp_path):
 POOR = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
 
 
+@pytest.mark.thorough("ASCII consoles and names of all characters in other tests here")
 @pytest.mark.slow
 def test_a_training_in_a_poor_environment(tmp_path):
     """Two processes with 64 open files, no home, an ASCII console, and names of all characters."""

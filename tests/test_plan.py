@@ -60,6 +60,7 @@ def machine(ram_bytes: int, gpu_bytes: int | None = None) -> hardware.Hardware:
     )
 
 
+@pytest.mark.thorough("layers that are compiled when it is asked for, in test_compiled.py")
 def test_layers_are_compiled_where_a_run_on_a_cpu_takes_hours(config, prepared, monkeypatch):
     """It does not depend on memory, so a resumed run does the same."""
     monkeypatch.setenv("CXX", sys.executable)  # a program that exists

@@ -297,6 +297,7 @@ end_processes(accelerator)
 """
 
 
+@pytest.mark.thorough("the budget of ranks that share a machine, in test_plan.py")
 @pytest.mark.slow
 def test_ranks_with_unlike_memory_make_one_plan(tmp_path):
     script = tmp_path / "plan.py"

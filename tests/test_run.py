@@ -90,7 +90,7 @@ def nano(tmp_path_factory) -> tuple[Path, str]:
     """`make train`, only into another folder, with a tenth of its training and fewer answers."""
     folder = tmp_path_factory.mktemp("runs") / "nano"
     shorter = ["data.max_rows=2000", "train.max_steps=75", "train.global_batch=16"]
-    shorter += ["evaluation.num_examples=50"]
+    shorter += ["evaluation.num_examples=25"]
     return folder, make("train", f"train.output_dir={folder}", *shorter)
 
 
@@ -98,7 +98,7 @@ def test_make_train_teaches_the_task(nano):
     found = results(nano[0])
     assert found["base"]["exact_match"] <= 0.02
     assert found["tuned"]["exact_match"] >= 0.3
-    assert found["num_examples"] == 50
+    assert found["num_examples"] == 25
     assert found["tuned"]["loss"] < 0.1 * found["base"]["loss"]
 
 
@@ -153,7 +153,7 @@ def test_the_adapter_loads_with_peft_onto_the_base(nano):
 def test_evaluate_infer_and_merge_use_the_run(nano, tmp_path):
     folder = nano[0]
     tuned = results(folder)["tuned"]
-    done = forked.make("evaluate", "ARGS=evaluation.num_examples=50", f"RUN={folder}")
+    done = forked.make("evaluate", "ARGS=evaluation.num_examples=25", f"RUN={folder}")
     assert done.returncode == 0, done.stderr
     again = json.loads((folder / "evaluation/evaluate/metrics.json").read_text())["metrics"]
     assert again["exact_match"] == tuned["exact_match"]

@@ -98,8 +98,6 @@ def test_a_speed_that_is_kept_predicts_the_time_that_was_measured(tmp_path, monk
     assert time.seconds == pytest.approx(30.0 * 50 / 20)
 
 
-@pytest.mark.thorough("times and traffic, from which the cost is computed")
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "spans"),
     [
@@ -121,6 +119,8 @@ def test_attention_compares_a_token_with_those_before_it(sizes, spans):
     assert found == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.thorough("times and traffic, from which the cost is computed")
+@pytest.mark.slow
 def test_what_a_run_costs(tmp_path, shared, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sft.plan.advice.advise", lambda *_: [])  # traces eleven other settings

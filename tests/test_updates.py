@@ -525,6 +525,7 @@ def test_two_blocks_of_a_plan_show_the_peak_of_all(tmp_path, monkeypatch, optimi
         assert fake.peaks()[phase].num_bytes == peak.num_bytes, phase
 
 
+@pytest.mark.thorough("two blocks of a plan, which show the peak of all")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer", representatives(["adamw", "torchao_adamw_8bit", "adamw_8bit"])
