@@ -1,118 +1,153 @@
-"""How long training stands still for a checkpoint, and what of it could be done beside it.
+"""Measures the time and the memory that each rank takes to save and to resume a checkpoint.
 
-A save gathers, copies and writes tensors (which an asynchronous one could do later only from a copy
-of them), then hashes, syncs, renames and prunes (which it could do later as it is). A step of the
-same run is the measure.
+    python benchmarks/saves.py [--worlds 2 4] [--mib 400] [--out benchmarks/results/saves.json]
 
-    PYTHONPATH=.:tests:tests/support python benchmarks/saves.py
+A Llama of random weights is trained for two steps by each engine that splits it. Then a checkpoint
+is saved and read back. `peak` is private memory (RssAnon of /proc/self/status, every 2 ms) beyond
+that before the save or the resume, the most of all ranks: 0 is a save that needs nothing. `model`
+is the bytes of the whole model, `state` those of a rank's part of the optimizer's state, `layer`
+those of the largest layer; all are fp32. `step` is the time of the second step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
+import shutil
+import socket
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import tiny
-from rich.table import Table
+from start import ENGINES, ROOT, Peak
 
-from sft.cli import prepare_libraries
-from sft.config.load import with_values
-from sft.data import batches
-from sft.models.adapt import add_adapters
-from sft.runtime import checkpoint, disk
-from sft.runtime.console import make_console, size
-from sft.train.engine import Engine
-
-SIZES = {
-    "5M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "vocab_size": 512},
-    "60M": {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 10}
-    | {"num_attention_heads": 10, "num_key_value_heads": 10, "vocab_size": 8192},
-}
-SAVES = 7
+LAYER = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8}
+LAYER |= {"num_key_value_heads": 2, "vocab_size": 4096, "tie_word_embeddings": False}
 
 
-def make(folder: Path, name: str, mode: str) -> Engine:
-    rows = tiny.examples(0, 32)
-    settings = tiny.config(folder, global_batch=32, save_total_limit=2)
-    model = tiny.llama(**SIZES[name])
-    if mode == "lora":
-        settings = with_values(settings, {"tuning.mode": "lora"})
-        model = add_adapters(model.requires_grad_(False), settings.tuning)
-    return tiny.make_engine(model, rows, rows, settings, batches.Budget(1024, "padded"))
+def write_model(folder: Path, mib: float) -> None:
+    """Writes a Llama whose fp32 weights take about `mib` MiB, with the tokenizer of nano."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        built = [LlamaForCausalLM(LlamaConfig(**LAYER, num_hidden_layers=n)) for n in (0, 1)]
+    sizes = [sum(p.nbytes for p in each.parameters()) for each in built]
+    layers = max(1, round((mib * 2**20 - sizes[0]) / (sizes[1] - sizes[0])))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LAYER, num_hidden_layers=layers))
+    shutil.copytree(ROOT / "nano/model", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(folder)
 
 
-def timed(spent: dict[str, float], name: str, action: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any, **options: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return action(*arguments, **options)
-        finally:
-            spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
+def rank(model: str, engine: str, out: Path) -> None:
+    """Trains, saves and resumes, as one of the ranks of a run, and writes what it took."""
+    import torch
+    from parallel_worker import make
 
-    return call
+    from sft.models.layers import repeated_layers
 
-
-def measured(folder: Path, name: str, mode: str) -> dict[str, Any]:
-    made, steps, saves = make(folder, name, mode), [], []
-    for _ in range(SAVES + 1):
+    overrides = [f"model.name={model}", "tuning.mode=full", "train.precision=fp32"]
+    overrides += ["data.max_rows=16", "train.global_batch=2", "train.max_steps=4"]
+    overrides += ["train.gradient_checkpointing=false", *ENGINES[engine]]
+    made = make({"overrides": overrides, "max_tokens": 128}, out / "run")
+    for _ in range(2):
         started = time.perf_counter()
         made.optimizer_step()
-        steps.append(time.perf_counter() - started)
         made.step += 1
-        spent: dict[str, float] = {}
-        parts = [
-            mock.patch.object(made, "_write", timed(spent, "write", made._write)),
-            mock.patch.object(checkpoint, "sha256", timed(spent, "hash", checkpoint.sha256)),
-            mock.patch.object(checkpoint, "_sync", timed(spent, "sync", checkpoint._sync)),
-            mock.patch.object(checkpoint, "prune", timed(spent, "prune", checkpoint.prune)),
-        ]
-        started = time.perf_counter()
-        for part in parts:
-            part.start()
-        saved = made.save()
-        for part in parts:
-            part.stop()
-        saves.append(spent | {"all": time.perf_counter() - started})
-    medians = {key: statistics.median(save[key] for save in saves[1:]) for key in saves[0]}
-    reported = {"model": name, "mode": mode, "checkpoint_bytes": disk.folder_bytes(saved)}
-    return reported | {"step_seconds": statistics.median(steps[1:]), "save_seconds": medians}
+    found: dict[str, Any] = {"step_seconds": time.perf_counter() - started}
+    sizes = {name: math_bytes(p) for name, p in made.model.named_parameters()}
+    found["model_bytes"] = sum(sizes.values())
+    found["layer_bytes"] = max(
+        sum(map(math_bytes, each.parameters())) for each in repeated_layers(made.parallel.module)
+    )
+    shards = made.parallel.optimizer_shards()
+    found["state_bytes"] = sum(t.nbytes for s in shards for t in s.state.values())
+    folders: list[Path] = []
+    actions = {"save": lambda: folders.append(made.save()), "resume": lambda: made.read(folders[0])}
+    for name, action in actions.items():
+        made.accelerator.wait_for_everyone()
+        with Peak() as memory:
+            started = time.perf_counter()
+            action()
+            found[f"{name}_seconds"] = time.perf_counter() - started
+        found[f"{name}_peak_bytes"] = memory.peak
+    (out / f"rank{made.accelerator.process_index}.json").write_text(json.dumps(found))
+    made.accelerator.wait_for_everyone()
+    assert torch.distributed.get_world_size() == int(os.environ["WORLD_SIZE"])
 
 
-def show(found: list[dict[str, Any]]) -> Table:
-    table = Table(title="A checkpoint, and a step of the same run", title_justify="left", box=None)
-    for column in ("model", "tuning"):
-        table.add_column(column)
-    for column in ("size", "step", "save", "write", "hash", "sync", "prune", "of 200 steps"):
-        table.add_column(column, justify="right")
-    for row in found:
-        saves, step = row["save_seconds"], row["step_seconds"]
-        cells = [f"{saves[key]:.3f} s" for key in ("all", "write", "hash", "sync", "prune")]
-        share = saves["all"] / (200 * step + saves["all"])
-        cells = [size(row["checkpoint_bytes"]), f"{step:.3f} s", *cells, f"{share:.1%}"]
-        table.add_row(row["model"], row["mode"], *cells)
-    return table
+def math_bytes(parameter: Any) -> int:
+    """Returns the bytes of a whole parameter, which ZeRO-3 has split."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size())
+
+
+def measure(model: Path, world: int, engine: str) -> dict[str, Any]:
+    """Returns a row of the table."""
+    with tempfile.TemporaryDirectory(dir=model.parent) as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
+        command += [f"--master-port={free.getsockname()[1]}", __file__, "--rank"]
+        free.close()
+        paths = ("", "benchmarks", "tests", "tests/support")
+        own = {"PYTHONPATH": os.pathsep.join(str(ROOT / path) for path in paths)}
+        own |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(
+            [*command, str(model), engine, folder],
+            env=os.environ | own,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        ranks = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank*.json"))]
+    if len(ranks) != world:
+        raise RuntimeError(done.stderr[-4000:])
+    return {"processes": world, "engine": engine} | {
+        key: max(each[key] for each in ranks) for key in ranks[0]
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """Returns a row as it is printed."""
+    mib = {key: value / 2**20 for key, value in row.items() if key.endswith("_bytes")}
+    return (
+        f"{row['processes']} {row['engine']:6}  model {mib['model_bytes']:5,.0f} MiB  state "
+        f"{mib['state_bytes']:4,.0f}  layer {mib['layer_bytes']:3,.0f}  "
+        f"save {row['save_seconds']:4.1f} s, peak {mib['save_peak_bytes']:5,.0f} MiB  "
+        f"resume {row['resume_seconds']:4.1f} s, peak {mib['resume_peak_bytes']:5,.0f} MiB  "
+        f"step {row['step_seconds']:.1f} s"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/saves.json"))
-    args = parser.parse_args()
-    prepare_libraries()
-    with tempfile.TemporaryDirectory(dir=".") as folder:  # on a disk, which /tmp may not be
-        found = [
-            measured(Path(folder, f"{name}_{mode}"), name, mode)
-            for name in SIZES
-            for mode in ("lora", "full")
-        ]
-    make_console().print(show(found))
-    args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--engines", nargs="+", default=[*ENGINES])
+    parser.add_argument("--mib", type=float, default=400.0)
+    parser.add_argument("--label", default="after", help="what this code is called in the file")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/saves.json")
+    parser.add_argument("--rank", nargs=3)
+    given = parser.parse_args()
+    if given.rank:
+        *names, folder = given.rank
+        rank(*names, Path(folder))
+        return
+    known = json.loads(given.out.read_text()) if given.out.exists() else {}
+    known[given.label] = []
+    with tempfile.TemporaryDirectory(dir=".") as scratch:  # on a disk, which /tmp may not be
+        model = Path(scratch, "model").resolve()
+        write_model(model, given.mib)
+        for world in given.worlds:
+            for engine in given.engines:
+                row = measure(model, world, engine)
+                known[given.label].append(row)
+                print(line(row), flush=True)
+    given.out.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def test_the_task_reports_losses_and_accuracies_of_actions_and_types(tmp_path):
 
 def test_a_model_is_loaded_as_it_was_saved(tmp_path):
     made_engine = make_engine(config(tmp_path, PAIR), 1000, torch.float32)
-    made_engine.task.save(tmp_path, made_engine.parallel.gather_weights())
+    made_engine.task.save(tmp_path, made_engine.parallel.weights())
     loaded = Transformer(PAIR).eval()
     export.load_weights(loaded, tmp_path)
     tokens = with_marks(window_tokens(random_histories(2, 40)))

@@ -145,7 +145,7 @@ def test_each_setting_trains_resumes_saves_loads_and_merges(bases, tmp_path, tie
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
     folder = tmp_path / "adapter"
-    export.save(engine.model, tiny.Tokenizer(), folder, engine.parallel.gather_weights())  # type: ignore[arg-type]
+    export.save(engine.model, tiny.Tokenizer(), folder, engine.parallel.weights())  # type: ignore[arg-type]
     trained = logits(engine.model)
     assert (trained - before).abs().max() > 1e-3
     by_peft = PeftModel.from_pretrained(load_base(base), str(folder))
@@ -212,7 +212,7 @@ def test_settings_train_and_load_on_a_base_in_4_bits(bases, tmp_path, lora):
     engine = engine_of(config := configured(base, tmp_path / "run", lora, **mode))
     engine.optimizer_step()
     folder = tmp_path / "adapter"
-    export.save(engine.model, tiny.Tokenizer(), folder, engine.parallel.gather_weights())  # type: ignore[arg-type]
+    export.save(engine.model, tiny.Tokenizer(), folder, engine.parallel.weights())  # type: ignore[arg-type]
     for load_adapter in (
         FineTune.with_adapter,
         lambda model, _, at: PeftModel.from_pretrained(model, at),

@@ -442,7 +442,7 @@ def test_full_fine_tuning_has_nothing_to_merge(tmp_path):
         load_config(ROOT / "configs/nano.yaml"),
         {"tuning.mode": "full", "train.output_dir": str(tmp_path)},
     )
-    commit(config, lambda target: (target / "config.json").write_text(json.dumps({})))
+    commit(config, lambda target: (target / "config.json").write_text(json.dumps({})) and [])
     (tmp_path / "config.yaml").write_text(dump_config(config))
     with pytest.raises(errors.MergeError, match="has no adapter"):
         merge.merge(tmp_path, tmp_path / "merged", "fp32", quiet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,11 @@ RULES = [
         ("train.save_best", "train.eval_steps"),
         lambda metric, interval: metric is not None and interval is None,
         "nothing would be evaluated during training: set train.eval_steps",
+    ),
+    Rule(
+        ("train.max_shard_size",),
+        lambda size: not re.fullmatch(r"[1-9]\d*[KMGT]B", size),
+        "must be a whole number with KB, MB, GB or TB, such as 5GB",
     ),
     Rule(
         ("train.engine", "train.deepspeed_config"),

@@ -309,6 +309,8 @@ class Train(Section):
     """Steps between two checkpoints. null: only the final one."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Number of checkpoints to keep; the oldest are deleted first."""
+    max_shard_size: Text = "5GB"
+    """Largest file of a saved model, as in `save_pretrained`: a number with KB, MB, GB or TB."""
     stall_timeout: Annotated[float, Field(ge=10, allow_inf_nan=False)] = 1800.0
     """Seconds without progress (a micro-batch or a save) on all processes before the run fails."""
     save_best: Literal["loss", "perplexity", "token_accuracy"] | None = None

@@ -33,7 +33,7 @@ def read_converted(
         for path in files:
             file = stack.enter_context(open_tensors(path))
             for key in set(file.keys()) - known:
-                groups[_layer(key)][key] = file.get_slice(key)
+                groups[layer_of(key)][key] = file.get_slice(key)
         if not groups:
             return
         with torch.device("meta"):
@@ -42,7 +42,7 @@ def read_converted(
             yield from _convert(skeleton, group)
 
 
-def _layer(key: str) -> str:
+def layer_of(key: str) -> str:
     """Returns the part of a name that ends with the number of its layer."""
     found = re.match(r".*?\.\d+\.", key)
     return found[0] if found else ""

@@ -25,8 +25,12 @@ from sft.errors import CheckpointError
 from sft.models.adapt import NAME, aliases, extend_with_first, saved_names, without_first
 from sft.models.converted import read_converted
 from sft.models.digests import weights_sha256
+from sft.models.layers import persistent_buffers
 from sft.models.pretrained import absolute_name, sub_configs
+from sft.models.shards import MAX_SHARD_SIZE, save_whole
+from sft.models.weights import Weights
 from sft.runtime.checkpoint import open_tensors
+from sft.runtime.tensor_file import TensorFile
 
 BASE = "base.json"  # beside an adapter: the base that it was trained on
 # How a vision-language or audio model reads its media; training on text leaves it as it is.
@@ -44,17 +48,21 @@ def save(
     model: nn.Module,
     tokenizer: Tokenizer,
     folder: Path,
-    weights: dict[str, torch.Tensor] | None = None,
+    weights: Weights | None = None,
     base: Model | None = None,
     origin: Model | None = None,
-) -> None:
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> list[TensorFile]:
     """Writes the model, or its adapter, and the tokenizer into `folder` (safetensors).
 
-    `weights`: those to save, by name, if the model holds only parts of them (FSDP2, ZeRO-3).
+    Collective if `weights`, those to save, are split over ranks (FSDP2, ZeRO-3). Returns the files
+    of tensors that this rank has written, as far as PEFT has not written them.
     `base`: the base of an adapter; it is recorded, and another base is refused at loading.
     `origin`: the base of a whole model; the files of its processor are copied.
     """
-    _save_model(model, folder, weights)
+    files = _save_model(model, folder, weights or Weights(_own(model)), max_shard_size)
+    if weights and not weights.is_main:
+        return files
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's, a form that nobody has filled in
     tokenizer.save_pretrained(str(folder))
     if base is not None:
@@ -68,6 +76,7 @@ def save(
             if part is values or "use_cache" in part:
                 part["use_cache"] = True
         config.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    return files
 
 
 def _copy_processor(origin: Model, name: str, folder: Path) -> None:
@@ -84,12 +93,21 @@ def _copy_processor(origin: Model, name: str, folder: Path) -> None:
         (folder / name).write_bytes(Path(found).read_bytes())
 
 
-def _save_model(model: Any, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+def _own(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the weights and persistent buffers of a model."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(persistent_buffers(model))
+
+
+def _save_model(model: Any, folder: Path, source: Weights, max_shard_size: str) -> list[TensorFile]:
     """Writes the model, or its adapter as it fits the base that others have."""
     if not hasattr(model, "peft_config") or not hasattr(model, "base_model"):  # Agents have no base
-        model.save_pretrained(str(folder), state_dict=weights)
-        return
-    weights = model.state_dict() if weights is None else weights
+        if getattr(model, "hf_quantizer", None) is None:
+            return save_whole(model, folder, source, max_shard_size)
+        model.save_pretrained(str(folder), state_dict=source.all())  # it knows its own format
+        return []
+    weights = source.all()
+    if not source.is_main:
+        return []
     weights |= {name: weights[first] for name, first in aliases(model).items() if first in weights}
     if hasattr(model, "first_adapter"):
         weights = extend_with_first(model, weights)
@@ -101,6 +119,7 @@ def _save_model(model: Any, folder: Path, weights: dict[str, torch.Tensor] | Non
         for key in ("init_lora_weights", "rank_pattern", "alpha_pattern"):
             setattr(config, key, getattr(served.lora, key))
         config.save_pretrained(str(folder))
+    return []
 
 
 def read_weights(model: nn.Module, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

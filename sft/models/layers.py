@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,14 @@ def weights_to_save(model: nn.Module) -> dict[str, nn.Parameter]:
     on_base = hasattr(model, "peft_config")
     named = model.named_parameters()
     return {n: p for n, p in named if not on_base or p.requires_grad or "lora_" in n}
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the buffers that belong to a checkpoint, with their names."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}".removeprefix("."), buffer
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:

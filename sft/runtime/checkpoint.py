@@ -15,56 +15,129 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from sft.errors import CheckpointError
 from sft.runtime import plain
 from sft.runtime.console import size
+from sft.runtime.hardware import PeakMemory
+from sft.runtime.tensor_file import Entry, TensorFile, entry, sha256, sync
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1  # of a checkpoint; a version that reads it differently increases it
 SCRATCH = ".sft"  # the name of a folder of which everything may be removed
 REPLACED = ".replaced"  # ends the name of a folder in it that a newer one replaces
+Write = Callable[[Path], Iterable[TensorFile] | None]
+"""Writes into a folder, and returns the files of tensors that it has written."""
+
+
+class Cost(NamedTuple):
+    """What a save took."""
+
+    seconds: float  # on the slowest rank
+    peak_bytes: int  # host memory in addition, on the rank that took most
+    ranks: int
+
+    def __str__(self) -> str:
+        each = f"the slowest of {self.ranks} ranks " if self.ranks > 1 else ""
+        return f"{each}took {self.seconds:.1f} s, at most {size(self.peak_bytes)} more memory"
 
 
 def commit(
     final: Path,
-    write: Callable[[Path], None],
+    write: Write,
     accelerator: Accelerator,
     need_bytes: int = 0,
     lineage: dict[str, Any] | None = None,
-) -> None:
+) -> Cost:
     """Calls `write(staging)` on every rank, then makes the result appear at `final` at once.
 
     Raises CheckpointError on all ranks if any of them failed; earlier checkpoints stay untouched.
     `need_bytes` is the expected size; the message for a full disk names it. `lineage` is written
     into the manifest.
     """
-    staging, main = scratch_folder(final.parent) / final.name, accelerator.is_main_process
-    errors = gather_object([catch_error(make_staging, final) if main else None])
-    if not any(errors):
-        errors = gather_object([catch_error(write, staging)])
-    if not any(errors):
-        errors = gather_object([catch_error(seal, staging, final, lineage) if main else None])
-    if any(errors):
-        reason = next(error for error in errors if error)
-        (remedy,) = gather_object([_remedy(reason, staging, need_bytes)] if main else [])
-        if main:
-            clear_scratch(final.parent, staging.name)
+    saving = Saving(final, write, accelerator, need_bytes, lineage)
+    with saving.memory:
+        saving.flush()
+    return saving.complete()
+
+
+class Saving:
+    """A checkpoint that is being written. All methods but `flush` are collective."""
+
+    def __init__(
+        self,
+        final: Path,
+        write: Write,
+        accelerator: Accelerator,
+        need_bytes: int = 0,
+        lineage: dict[str, Any] | None = None,
+    ):
+        """Calls `write(staging)` on every rank. Raises CheckpointError as `commit` does."""
+        self.final, self.lineage, self.need_bytes = final, lineage, need_bytes
+        self.is_main, self.started = accelerator.is_main_process, time.perf_counter()
+        self.staging = scratch_folder(final.parent) / final.name
+        self.files: list[TensorFile] = []
+        self.entries: dict[str, Entry] = {}
+        self.error: str | None = None
+        self.seconds = 0.0
+        self.memory = PeakMemory()
+        with self.memory:
+            self._refuse(gather_object([self.is_main and catch_error(make_staging, final)]))
+            error = catch_error(lambda: self.files.extend(write(self.staging) or ()))
+            self._refuse(gather_object([error]))
+        self.claimed = set(gather_object([self._name(file.path) for file in self.files]))
+
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.staging))
+
+    def flush(self) -> None:
+        """Completes and syncs the files of this rank; those of no rank are the main process's."""
+        self.error = catch_error(self._flush)
+        self.seconds = time.perf_counter() - self.started
+
+    def _flush(self) -> None:
+        for file in self.files:
+            self.entries[self._name(file.path)] = file.finish()
+        for path in sorted(self.staging.rglob("*")) if self.is_main else ():
+            if path.is_file() and self._name(path) not in self.claimed:
+                sync(path)
+                self.entries[self._name(path)] = entry(path)
+
+    def complete(self) -> Cost:
+        """Makes what all ranks have flushed appear at `final`; returns what it took.
+
+        Raises CheckpointError as `commit` does.
+        """
+        mine = self.error, self.entries, self.seconds, self.memory.most
+        errors, entries, seconds, peaks = zip(*gather_object([mine]), strict=True)
+        self._refuse(errors)
+        found = {name: each for part in entries for name, each in part.items()}
+        seal_all = (seal, self.staging, self.final, self.lineage, found)
+        self._refuse(gather_object([self.is_main and catch_error(*seal_all)]))
+        return Cost(max(seconds), max(peaks), len(peaks))
+
+    def _refuse(self, errors: Iterable[str | bool | None]) -> None:
+        """Removes what is staged and raises CheckpointError if any rank has an error."""
+        if not (reason := next(filter(None, errors), None)):
+            return
+        remedies = [_remedy(str(reason), self.staging, self.need_bytes)] if self.is_main else []
+        (remedy,) = gather_object(remedies)
+        if self.is_main:
+            clear_scratch(self.final.parent, self.staging.name)
         raise CheckpointError(
-            f"cannot save {final}: {reason}{remedy}; earlier checkpoints are untouched"
+            f"cannot save {self.final}: {reason}{remedy}; earlier checkpoints are untouched"
         )
 
 
@@ -149,23 +222,30 @@ def catch_error(action: Callable[..., object], *arguments: Any) -> str | None:
     return None
 
 
-def seal(staging: Path, final: Path, lineage: dict[str, Any] | None = None) -> None:
+def seal(
+    staging: Path,
+    final: Path,
+    lineage: dict[str, Any] | None = None,
+    known: Mapping[str, Entry] | None = None,
+) -> None:
     """Writes the manifest of `staging`, and renames the folder to `final`, replacing one there.
 
     A folder there that holds anything that its manifest does not name is kept under another name.
+    `known`: the entries of files that are synced.
     """
-    written = sorted(staging.rglob("*"))
-    files = [path for path in written if path.is_file()]
-    manifest = {
-        str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in files
-    }
+    known = known or {}
+    written = {path: str(path.relative_to(staging)) for path in sorted(staging.rglob("*"))}
+    names = {name: path for path, name in written.items() if path.is_file()}
+    if lost := known.keys() - names.keys():
+        raise FileNotFoundError(f"{min(lost)} was written, but is not in {staging}")
+    manifest = {name: known[name] if name in known else entry(names[name]) for name in names}
     (staging / MANIFEST).write_text(
         json.dumps({"format": FORMAT, **(lineage or {}), "files": manifest}, indent=1), "utf-8"
     )
     share_files(staging, staging / MANIFEST)
-    for path in [*written, staging / MANIFEST, staging]:
+    for path in [*(path for path in written if written[path] not in known), staging / MANIFEST]:
         sync(path)
+    sync(staging)
     old = staging.with_name(final.name + REPLACED)
     if final.exists() or final.is_symlink():
         shutil.rmtree(old, ignore_errors=True)
@@ -187,7 +267,7 @@ def add_file(folder: Path, name: str, text: str) -> None:
     try:
         manifest, path = read_manifest(folder), staging / name
         path.write_text(text, "utf-8")
-        manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        manifest["files"][name] = entry(path)
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
         for each in (path, staging / MANIFEST):
             sync(each)
@@ -223,19 +303,6 @@ def is_ours(folder: Path) -> bool:
     return not folder.is_symlink() and all(
         not path.is_symlink() and str(path.relative_to(folder)) in named for path in found
     )
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -341,11 +408,13 @@ class SavedState:
     group: dict[str, Any]
 
 
-def save_optimizer(shards: Iterable[OptimizerShard], folder: Path, rank: int, world: int) -> None:
+def save_optimizer(
+    shards: Iterable[OptimizerShard], folder: Path, rank: int, world: int, behind: bool = False
+) -> list[TensorFile]:
     """Writes this rank's part of the optimizer's state to a safetensors file, if it has any.
 
     Tensors are named `<key>:<parameter>`; the header says where each starts in the flat parameter
-    (null: it is whole), and has the values that are no tensors.
+    (null: it is whole), and has the values that are no tensors. `behind`: see `TensorFile`.
     """
     tensors: dict[str, torch.Tensor] = {}
     starts: dict[str, int | None] = {}
@@ -354,13 +423,16 @@ def save_optimizer(shards: Iterable[OptimizerShard], folder: Path, rank: int, wo
         values[shard.name] = [shard.plain, shard.group]
         for kind, start in ((shard.state, shard.start), (shard.whole, None)):
             for key, value in kind.items():
-                tensors[f"{key}:{shard.name}"] = value.detach().cpu().contiguous().clone()
+                tensors[f"{key}:{shard.name}"] = value
                 starts[f"{key}:{shard.name}"] = start
-    if values:
-        name = f"optimizer-{rank + 1:05}-of-{world:05}.safetensors"
-        # One entry: safetensors writes several in a random order, so files would differ.
-        header = {"state": json.dumps({"starts": starts, "values": values})}
-        save_file(tensors, folder / name, metadata=header)
+    if not values:
+        return []
+    header = {"state": json.dumps({"starts": starts, "values": values})}
+    name = f"optimizer-{rank + 1:05}-of-{world:05}.safetensors"
+    file = TensorFile(folder / name, tensors, header, behind)
+    for each, value in tensors.items():
+        file.write(each, value)
+    return [file]
 
 
 class OptimizerState(ExitStack):

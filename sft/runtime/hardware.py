@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -354,3 +355,40 @@ def _read(path: Path) -> str:
 
 if __name__ == "__main__":  # `world` runs this to count GPUs
     show(str(default_num_processes(detect())))
+
+
+def private_bytes() -> int:
+    """Returns the memory of this process that no file backs, if the system counts it."""
+    found = psutil.Process().memory_info()
+    return int(found.rss - getattr(found, "shared", 0))
+
+
+class PeakMemory:
+    """The most private memory within a context, beyond that at its beginning."""
+
+    SECONDS = 0.01  # between two looks
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._before: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self._before is None:
+            self._before = private_bytes()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(self.SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        assert self._before is not None
+        self.most = max(self.most, private_bytes() - self._before)
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._look()

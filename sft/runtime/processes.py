@@ -14,7 +14,7 @@ import os
 import re
 import socket
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from hashlib import sha256
@@ -96,6 +96,31 @@ def start_processes(train: Train, *, shared: bool = False) -> Accelerator:
     if accelerator.num_processes != world:
         raise wrong_world(world, accelerator.num_processes)
     return accelerator
+
+
+class BetweenCollectives:
+    """A context for what a rank does by itself between collective operations.
+
+    An error would keep this rank from the next of them, for which the others wait. So it is raised
+    at the end, and what comes after it is left out.
+    """
+
+    def __init__(self) -> None:
+        self._error: Exception | None = None
+
+    def __call__(self, action: Callable[..., object], *arguments: Any) -> None:
+        if self._error is None:
+            try:
+                action(*arguments)
+            except Exception as error:  # noqa: BLE001  # it is raised later
+                self._error = error
+
+    def __enter__(self) -> BetweenCollectives:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._error is not None and kind is None:
+            raise self._error
 
 
 def _form_group_of_one() -> None:

@@ -30,10 +30,12 @@ from sft.evaluate import answers, generate
 from sft.evaluate.answers import AnswerModel, Question
 from sft.evaluate.predictions import MemoryPredictions, Predictions, Record, read_records
 from sft.models import export
+from sft.models.weights import Weights
 from sft.runtime import checkpoint
 from sft.runtime.hardware import resolve_precision
 from sft.runtime.log import Log, Screen
 from sft.runtime.processes import Context, start_processes
+from sft.runtime.tensor_file import TensorFile
 from sft.serve.runs import Opening, Quantization, open_model
 
 PRECISIONS: dict[str, Any] = {
@@ -284,9 +286,10 @@ class AccelerateConnector:
         if getattr(plain, "rows_per_prompt", 1) > 1:
             raise UserError("save_model: a mixture of models is saved by the run that trains it")
 
-        def write(staging: Path) -> None:
-            if self.is_main_process:
-                export.save(plain, tokenizer, staging, weights)
+        def write(staging: Path) -> list[TensorFile]:
+            if not self.is_main_process:
+                return []
+            return export.save(plain, tokenizer, staging, Weights(weights))
 
         checkpoint.commit(folder, write, self.accelerator)
 

@@ -32,7 +32,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from rich.console import RenderableType
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -40,8 +39,10 @@ from sft.data import batches
 from sft.errors import ConfigError, VerificationError
 from sft.evaluate import answers
 from sft.models.export import load_weights, read_weights
+from sft.models.weights import Weights
 from sft.runtime.console import Advance, metrics_line, write_json
-from sft.runtime.processes import Context
+from sft.runtime.processes import BetweenCollectives, Context
+from sft.runtime.tensor_file import TensorFile
 from sft.train.engine import Engine
 from sft.train.parallel.trial import refuse_unusable
 from sft.train.task import Batch
@@ -398,9 +399,14 @@ class Task(ABC):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return self.loss(model, batch)
 
-    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-        save_file(tensors, folder / "model.safetensors")
+    def save(self, folder: Path, weights: Weights) -> list[TensorFile]:
+        file = TensorFile(folder / "model.safetensors", weights.empty(), {}, weights.behind)
+        with BetweenCollectives() as local:
+            for name in weights.tensors:
+                whole = weights.whole(name)
+                if weights.is_main:
+                    local(file.write, name, whole)
+        return [file] if weights.is_main else []
 
     def read(self, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         return read_weights(self.model, folder)

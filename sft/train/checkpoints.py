@@ -25,6 +25,7 @@ from sft.runtime.attempt import Status
 from sft.runtime.console import write_json
 from sft.runtime.log import Log
 from sft.runtime.plain import load_json, read_json
+from sft.runtime.tensor_file import TensorFile
 from sft.train.loss_scale import LossScale
 
 # Metrics for `train.save_best`, and whether a smaller value is better.
@@ -33,6 +34,8 @@ STATE = "trainer.json"
 TRIES = 20  # to save the result of a run that has no checkpoint
 SECONDS_OF_WAIT = 30  # before the next
 COUNTS = ("step", "evaluated", "num_skipped", "optimizer_updates", "world_size")
+WriteState = Callable[[Path, "Best | None"], list[TensorFile]]
+"""Writes a checkpoint into a folder, which names the best one so far (see `checkpoint.Write`)."""
 NO_CHANGE = ("output_dir", "resume_from_checkpoint")  # may differ in the same run
 
 
@@ -224,7 +227,10 @@ class Keeper:
         return found if found.is_better_than(self.best) else None
 
     def save(
-        self, step: int, write: Callable[[Path, Best | None], None], best: Best | None = None
+        self,
+        step: int,
+        write: WriteState,
+        best: Best | None = None,
     ) -> Path:
         """Commits `checkpoint_step_<n>`, records a new best one and removes old ones.
 
@@ -236,7 +242,7 @@ class Keeper:
         if self.saved != step:
             started = time.perf_counter()
             self.log.sync_metrics()
-            checkpoint.commit(
+            cost = checkpoint.commit(
                 final,
                 lambda staging: write(staging, known),
                 self.accelerator,
@@ -245,6 +251,7 @@ class Keeper:
             )
             self.seconds = time.perf_counter() - started
             self.saved = step
+            self.log.say(f"saved {final.name}: {cost}")
         tidied: list[Any] = []
         if self.accelerator.is_main_process:
             tidied = [checkpoint.catch_error(self._tidy, step, best, known)]
@@ -257,8 +264,8 @@ class Keeper:
     def save_final(
         self,
         step: int,
-        write_final: Callable[[Path], None],
-        write: Callable[[Path, Best | None], None],
+        write_final: checkpoint.Write,
+        write: WriteState,
         need_bytes: int,
         wait: Callable[[], None],
     ) -> None:
@@ -309,7 +316,10 @@ class Keeper:
         run_folder.prune(self.folder, self.train.save_total_limit, spared, step)
 
     def try_to_save(
-        self, step: int, write: Callable[[Path, Best | None], None], best: Best | None = None
+        self,
+        step: int,
+        write: WriteState,
+        best: Best | None = None,
     ) -> None:
         """Saves a checkpoint; logs a failure, and raises it after `max_failed_saves` in a row."""
         try:

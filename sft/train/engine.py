@@ -29,6 +29,7 @@ from sft.runtime import checkpoint, disk, run_folder
 from sft.runtime.console import Advance, duration, metrics_line, size
 from sft.runtime.hardware import resolve_precision
 from sft.runtime.processes import Context, sum_over_ranks
+from sft.runtime.tensor_file import TensorFile
 from sft.train.checkpoints import (
     SECONDS_OF_WAIT,
     Best,
@@ -493,10 +494,10 @@ class Engine:
         """Returns a digest of the trained weights of all ranks, the same on each. Collective."""
         return " ".join(map(str, gather_object(self.parallel.checksums())))
 
-    def _write(self, staging: Path, best: Best | None) -> None:
-        self.write_final(staging)
+    def _write(self, staging: Path, best: Best | None) -> list[TensorFile]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        checkpoint.save_optimizer(self.parallel.optimizer_shards(), staging, rank, world)
+        shards = self.parallel.optimizer_shards()
+        files = self.write_final(staging) + checkpoint.save_optimizer(shards, staging, rank, world)
         if self.accelerator.is_main_process:
             counts = {  # the keys are those of `checkpoints.COUNTS`
                 "step": self.step,
@@ -507,6 +508,7 @@ class Engine:
             }
             own = identity(self.train, self.task.identity())
             write_state(staging, counts, self.train, own, best, self.loss_scale)
+        return files
 
     def save_final(self, need_bytes: int) -> None:
         """Commits what a user loads, without the state that only training needs."""
@@ -524,12 +526,10 @@ class Engine:
             with self.log.optional("README.md"):
                 checkpoint.add_file(self.folder / run_folder.FINAL, "README.md", card)
 
-    def write_final(self, staging: Path) -> None:
+    def write_final(self, staging: Path) -> list[TensorFile]:
         """Writes what a user loads (weights, tokenizer, configuration) to `staging`. Collective."""
         with self.parallel.averaged():
-            weights = self.parallel.gather_weights()
-            if self.accelerator.is_main_process:
-                self.task.save(staging, weights)
+            return self.task.save(staging, self.parallel.weights())
 
     def resume(self, folder: Path) -> None:
         """Continues from a verified checkpoint, written by any engine and number of processes."""

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from sft.data import batches
+from sft.models.weights import Weights
+from sft.runtime.tensor_file import TensorFile
 
 Batch = Any
 
@@ -67,10 +69,11 @@ class Trainable(Protocol):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Returns the same values as `loss`, for the model as it is used and held-out examples."""
 
-    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        """Writes the model or adapter in the format of its library. Main process only.
+    def save(self, folder: Path, weights: Weights) -> list[TensorFile]:
+        """Writes the model or adapter in the format of its library. Collective.
 
-        `weights`: the whole trained weights and buffers of the model by name.
+        `weights`: the trained weights and buffers of the model by name. Returns the files of
+        tensors that this rank has written, or will have once they are finished.
         """
 
     def read(self, folder: Path) -> Iterable[tuple[str, torch.Tensor]]:

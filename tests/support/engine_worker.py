@@ -124,7 +124,7 @@ def train(engine: str, out: Path, own: list[torch.Tensor]) -> dict[str, Any]:
         accumulate(parallel, own[2], number)
         parallel.zero_grad()
     seen["norms"] += [take_step(parallel, own[1])]
-    seen["saved"] = {k: v.clone() for k, v in parallel.gather_weights().items()}
+    seen["saved"] = {k: v.clone() for k, v in parallel.weights().all().items()}
     seen["checksums"] += [parallel.checksums()]
     seen["updates"] += [parallel.num_updates]
     shards = list(parallel.optimizer_shards())
@@ -138,7 +138,7 @@ def train(engine: str, out: Path, own: list[torch.Tensor]) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     seen["norms"] += [take_step(parallel, own[2])]
     seen["checksums"] += [parallel.checksums()]
-    return seen | {"weights": parallel.gather_weights()}
+    return seen | {"weights": parallel.weights().all()}
 
 
 def resume(engine: str, out: Path, own: list[torch.Tensor]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def vary(engine: str, out: Path, own: list[torch.Tensor]) -> dict[str, Any]:
     """Returns what this rank sees of other settings, and of a gradient that is not finite."""
     parallel, accelerator = make(engine, out, max_grad_norm=0.0)
     seen: dict[str, Any] = {"norm": take_step(parallel, own[0])}
-    seen["weights"] = {k: v.clone() for k, v in parallel.gather_weights().items()}
+    seen["weights"] = {k: v.clone() for k, v in parallel.weights().all().items()}
     parallel.begin_step()
     accumulate(parallel, own[1] * (math.inf if accelerator.is_main_process else 1.0))
     seen["not_finite"] = parallel.clip()

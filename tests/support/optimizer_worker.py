@@ -40,7 +40,7 @@ def try_out(engine: str, name: str, out: Path, own: list[torch.Tensor]) -> dict[
     before = parallel.checksums()
     for _ in range(2):
         with parallel.averaged():
-            saved = {key: value.clone() for key, value in parallel.gather_weights().items()}
+            saved = {key: value.clone() for key, value in parallel.weights().all().items()}
     assert parallel.checksums() == before
     folder = out / f"{engine}-{name}"
     folder.mkdir(exist_ok=True)
@@ -52,7 +52,7 @@ def try_out(engine: str, name: str, out: Path, own: list[torch.Tensor]) -> dict[
     take_step(parallel, own[2])
     trained = parallel.checksums()
     with parallel.averaged():
-        weights = {key: value.clone() for key, value in parallel.gather_weights().items()}
+        weights = {key: value.clone() for key, value in parallel.weights().all().items()}
     resumed, _ = make(engine, out, **settings_of(name))
     take_step(resumed, own[2])  # it had another state before
     load(resumed, folder)
@@ -78,7 +78,7 @@ def step_from(parallel: Any, own: torch.Tensor) -> dict[str, torch.Tensor]:
     """Returns the weights after one more step."""
     take_step(parallel, own)
     with parallel.averaged():
-        return {key: value.clone() for key, value in parallel.gather_weights().items()}
+        return {key: value.clone() for key, value in parallel.weights().all().items()}
 
 
 def main(out: Path, engine: str, names: list[str]) -> None:

@@ -61,7 +61,7 @@ def run(case: dict[str, Any], out: Path) -> dict[str, Any]:
             steps.append([ids, list(chain.from_iterable(mine)), values["train/loss"].hex()])
             if made.step in case["save_at"]:
                 made.save()
-    weights = made.parallel.gather_weights()
+    weights = made.parallel.weights().all()
     if made.accelerator.is_main_process:
         save_file({k: v.contiguous() for k, v in weights.items()}, out / f"{case['name']}.weights")
     return {

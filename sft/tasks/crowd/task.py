@@ -36,7 +36,9 @@ from sft.models.experts import auto_targets
 from sft.models.export import BASE, base_record, put_weights
 from sft.models.head import WHOLE, Measure, take, widen
 from sft.models.reach import reach
+from sft.models.weights import Weights
 from sft.runtime.console import write_json
+from sft.runtime.tensor_file import TensorFile
 from sft.tasks.base import Finding, Shrunk, Task, TaskInfo
 from sft.tasks.crowd.agents import META, Agents, read_agents, read_meta, shape_of
 from sft.tasks.crowd.aggregator import Mixture, aggregator_of, fit, mix
@@ -335,10 +337,12 @@ class CrowdTune(FineTune):
         self._agent_sums(model, batch, collect)
         return torch.cat(found, dim=1)
 
-    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    def save(self, folder: Path, weights: Weights) -> list[TensorFile]:
         """Writes each agent as an adapter that loads alone, and a description of all of them."""
-        crowd, tokenizer = self.model, self.prepared.tokenizer
-        crowd.save_pretrained(str(folder), state_dict=weights)
+        crowd, tokenizer, whole = self.model, self.prepared.tokenizer, weights.all()
+        if not weights.is_main:
+            return []
+        crowd.save_pretrained(str(folder), state_dict=whole)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form
         record = base_record(self.config.model)
         for agent in sorted(folder.glob("agent*")):
@@ -346,6 +350,7 @@ class CrowdTune(FineTune):
             write_json(agent / BASE, record)
         tokenizer.save_pretrained(str(folder))
         write_json(folder / META, {**crowd.describe(), "base": record})
+        return []
 
     def loading(self) -> str:
         run = self.config.train.output_dir

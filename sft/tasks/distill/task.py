@@ -20,10 +20,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sft.models import layers
 from sft.models.dtypes import store_trained
+from sft.models.weights import Weights
 from sft.runtime import hardware, plain
 from sft.runtime.console import duration
 from sft.runtime.disk import refuse_if_unwritable
 from sft.runtime.hardware import to_device
+from sft.runtime.tensor_file import TensorFile
 from sft.tasks.base import ExampleSize, Finding, Labels, Results, Shrunk, Task, TaskInfo, Workload
 from sft.tasks.distill import darkroom, histories, report, rollout
 from sft.tasks.distill.config import EPISODE, Distill, DistillConfig
@@ -294,9 +296,11 @@ class Distillation(Task):
             quick = self._try_unseen(model, self.settings.eval_quick, self.guard.mark)
         return {**found, "in_context_return": float(quick.returns.mean())}
 
-    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        super().save(folder, weights)
-        (folder / SETTINGS).write_text(self.settings.model_dump_json(indent=2) + "\n", "utf-8")
+    def save(self, folder: Path, weights: Weights) -> list[TensorFile]:
+        if weights.is_main:
+            settings = self.settings.model_dump_json(indent=2) + "\n"
+            (folder / SETTINGS).write_text(settings, "utf-8")
+        return super().save(folder, weights)
 
     def name_example(self, number: int) -> str:
         goal, _, episodes = self.train.choose(number)

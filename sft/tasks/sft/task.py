@@ -34,9 +34,11 @@ from sft.models.groups import freeze_groups
 from sft.models.reach import freeze_untrained
 from sft.models.sequences import find_difference
 from sft.models.sizes import read_sizes
+from sft.models.weights import Weights
 from sft.runtime.console import write_json
 from sft.runtime.plain import read_json
 from sft.runtime.processes import Context
+from sft.runtime.tensor_file import TensorFile
 from sft.tasks.base import Alternative, ExampleSize, Finding, Results, Shrunk, TaskInfo, Workload
 from sft.tasks.sft import card, report, shrink
 from sft.tasks.sft.passes import Passes
@@ -428,10 +430,11 @@ class FineTune(Passes):
     def held_out_sha256(self) -> str:
         return examples_sha256(self.prepared.held_out)
 
-    def save(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    def save(self, folder: Path, weights: Weights) -> list[TensorFile]:
         own = self.config.model
-        whose = {"origin": own} if self.config.tuning.mode == "full" else {"base": own}
-        export.save(self.model, self.prepared.tokenizer, folder, weights, **whose)
+        whose: Any = {"origin": own} if self.config.tuning.mode == "full" else {"base": own}
+        whose["max_shard_size"] = self.config.train.max_shard_size
+        return export.save(self.model, self.prepared.tokenizer, folder, weights, **whose)
 
     def name_example(self, number: int) -> str:
         return self.prepared.train.row(number).place

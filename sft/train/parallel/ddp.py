@@ -24,9 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from sft.config.schema import Train
 from sft.errors import ConfigError
 from sft.models.dtypes import DTYPES
-from sft.models.layers import full_tensor, weights_to_save
+from sft.models.layers import persistent_buffers, weights_to_save
 from sft.models.reach import may_leave_out
-from sft.runtime.checkpoint import OptimizerShard, SavedState, Tensors
+from sft.models.weights import Weights
+from sft.runtime.checkpoint import OptimizerShard, SavedState
 from sft.runtime.hardware import resolve_precision
 from sft.train.optimizer import averages, build_optimizer
 from sft.train.parallel.state import changes_of, decode, settings_of, split_state, take_blocks
@@ -212,17 +213,14 @@ class Replicated:
         """Returns a view of this rank's elements, flat, and where they start in the flat whole."""
         return tensor.detach().view(-1), 0
 
-    def gather_weights(self) -> Tensors:
-        """Returns the full parameters that are saved, and the persistent buffers. Collective.
+    def weights(self, behind: bool = False) -> Weights:
+        """Returns the parameters that are saved, and the persistent buffers.
 
-        Other processes than the main one get only the buffers.
+        `behind`: files are written from copies, while training goes on.
         """
-        found = dict(_persistent_buffers(self.module))
-        for name, parameter in self.saved.items():
-            whole = full_tensor(parameter)
-            if self.accelerator.is_main_process:
-                found[name] = whole.cpu() if self.is_split else whole
-        return found
+        tensors = {**dict(persistent_buffers(self.module)), **self.saved}
+        world = self.accelerator.num_processes if self.is_split else 1
+        return Weights(tensors, rank=self.accelerator.process_index, world=world, behind=behind)
 
     def checksums(self) -> list[int]:
         """Returns a checksum of this rank's part of each trained weight."""
@@ -357,13 +355,6 @@ def _sum_gradients(rounds, bucket):
     sent = gradients.bfloat16() if rounds else gradients
     work = torch.distributed.all_reduce(sent, async_op=True)
     return work.get_future().then(lambda future: future.value()[0].to(gradients.dtype))
-
-
-def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}".removeprefix("."), buffer
 
 
 def keeps_weight_copies(train: Train) -> bool:
