@@ -96,7 +96,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             values = made.optimizer_step()
         steps.append([values["train/loss"].hex(), values["train/grad_norm"].hex()])
     sums = {
-        name: float(w.double().sum()).hex() for name, w in made.parallel.gather_weights().items()
+        name: float(w.double().sum()).hex() for name, w in made.parallel.weights().all().items()
     }
     sharded = isinstance(made.parallel, fsdp.Sharded)
     records = gathered.parameters_of(made.task.model) if sharded else ()

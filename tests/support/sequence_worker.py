@@ -113,7 +113,7 @@ def of_engine(out: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         engine = tiny.make_engine(model, rows, held_out, settings, budget)
         values = engine.optimizer_step()
         held = engine.task.evaluate(engine.model)["loss"]
-        weights = engine.parallel.gather_weights()
+        weights = engine.parallel.weights().all()
         saved = {name: value.flatten().tolist() for name, value in weights.items()}
         result.append({"loss": values["train/loss"], "held_out": held, "weights": saved})
         result[-1]["norm"] = values["train/grad_norm"]
