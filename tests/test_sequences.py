@@ -13,10 +13,15 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Llama4TextConfig, LlamaConfig
 
+from sft.config.load import with_values
 from sft.data.examples import collate, share
 from sft.errors import ConfigError
 from sft.models import sequences
+from sft.plan.plan import Plan, make_plan
+from sft.runtime import hardware
+from sft.tasks.base import Workload
 
 CPU = torch.device("cpu")
 
@@ -138,9 +143,46 @@ def test_a_step_and_an_evaluation_are_those_of_one_process(tmp_path):
             assert found["weights"][name] == near, (case, name)
 
 
-def test_heads_that_cannot_be_divided_are_refused_with_what_can_be_set():
+def plan_for(folder: Path, architecture: Any, longest: int, size: int, world: int) -> Plan:
+    """The plan of a run whose longest row is held out."""
+    architecture.save_pretrained(folder)
+    values = {"model.name": str(folder), "train.context_parallel": size}
+    held_out = Workload([2, longest], np.array([1, 1]))
+    work = Workload([3], np.array([1]), held_out)
+    config = with_values(tiny.config(folder, global_batch=1), values)
+    return make_plan(config, work, hardware.detect(), world)
+
+
+def test_processes_and_heads_that_do_not_divide_are_refused_with_what_can_be_set(tmp_path):
+    six = LlamaConfig(num_attention_heads=6, num_key_value_heads=6, **SMALL)
     with pytest.raises(ConfigError, match="6 heads cannot be divided by 4: set one of 1, 2, 3, 6"):
-        raise ConfigError(sequences.refuse_heads(4, 6))
+        plan_for(tmp_path, six, 9, size=4, world=4)
+    with pytest.raises(ConfigError, match="must be a multiple of 3, found 4: launch so many"):
+        plan_for(tmp_path, six, 9, size=3, world=4)
+
+
+SMALL = {"hidden_size": 96, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 8, "factor": 2.0}
+LONG |= {"rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+TURNED = {
+    "longrope": LlamaConfig(rope_parameters=LONG, num_attention_heads=3, **SMALL),
+    "dynamic": LlamaConfig(
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        max_position_embeddings=8,
+        num_attention_heads=3,
+        **SMALL,
+    ),
+    "counted by the model": Llama4TextConfig(floor_scale=9, num_attention_heads=3, **SMALL),
+}
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_rows_whose_length_changes_their_tokens_are_refused(tmp_path, name):
+    """The last position is in one process, and Llama 4 counts from the first token it is given."""
+    with pytest.raises(ConfigError, match=r"more than 8 tokens .*has 9: set 1, or data.max_seq_l"):
+        plan_for(tmp_path, TURNED[name], 9, size=3, world=3)
+    assert sequences.most_tokens(TURNED[name]) == 8
+    assert plan_for(tmp_path, TURNED[name], 9, size=1, world=3)
 
 
 def test_a_pass_that_is_not_shared_is_as_it_was():

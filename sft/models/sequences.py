@@ -129,6 +129,7 @@ class _Pass:
     def __init__(self, group: SequenceGroup, positions: torch.Tensor):
         self.group = group
         self.positions = positions  # (1, time) of the whole sequences
+        self.of_one_row = positions[:1]  # the same tensor in all layers (`attention._starts`)
 
 
 class _Passes:
@@ -189,7 +190,7 @@ def _attend(
     if repeats > 1:
         key, value = (each.repeat_interleave(repeats, 1) for each in (key, value))
     if given.get("position_ids") is not None:
-        given["position_ids"] = shared.positions[:1]
+        given["position_ids"] = shared.of_one_row
 
     def of_some_heads(part: int, *tensors: torch.Tensor) -> torch.Tensor:
         own = slice(part * heads // group.size, (part + 1) * heads // group.size)
@@ -203,6 +204,27 @@ def _attend(
 
 def _is_per_head(value: Any, heads: int) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == (heads,)
+
+
+def most_tokens(architecture: Any) -> float:
+    """Returns the tokens of a row up to which a token's position is all that its place depends on.
+
+    In longer rows the last position changes rotations (`dynamic`, `longrope`), or the code counts
+    positions from the first token that a process has (Llama 4). A proof with few tokens cannot see
+    this.
+    """
+    text = architecture.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    limits: list[float] = []
+    for each in (rope, *rope.values()):  # layers of different kinds may have their own
+        kind = each.get("rope_type") if isinstance(each, dict) else None
+        if kind == "longrope":
+            limits.append(each["original_max_position_embeddings"])
+        elif kind == "dynamic":
+            limits.append(text.max_position_embeddings)
+    if getattr(text, "attn_temperature_tuning", False):
+        limits.append(text.floor_scale - 1)
+    return min(limits, default=math.inf)
 
 
 def refuse_heads(size: int, heads: int) -> str:

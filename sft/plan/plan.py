@@ -111,7 +111,7 @@ def make_plan(
 
     Raises ConfigError for a global batch that so many processes cannot make.
     """
-    _refuse_sharing(config, world_size)
+    _refuse_sharing(config, workload, world_size)
     precision, why_precision = resolve_precision(config.train, machine.devices)
     layout, why_layout = resolve_layout(config, precision, bool(machine.devices))
     planner = Planner(config, workload, machine, world_size, precision, layout)
@@ -182,8 +182,8 @@ def make_plan(
     return replace(plan, warnings=_warnings(plan, config.train))
 
 
-def _refuse_sharing(config: RunConfig, world_size: int) -> None:
-    """Raises ConfigError if so many processes cannot share sequences as `config` says."""
+def _refuse_sharing(config: RunConfig, workload: Workload, world_size: int) -> None:
+    """Raises ConfigError if so many processes cannot share these sequences as `config` says."""
     size = config.train.context_parallel
     if size == 1:
         return
@@ -192,9 +192,18 @@ def _refuse_sharing(config: RunConfig, world_size: int) -> None:
             f"train.context_parallel: {size} processes share a sequence, so the number of "
             f"processes must be a multiple of {size}, found {world_size}: launch so many, or set 1"
         )
-    heads = getattr(task_of(config).info(config).sizes, "num_attention_heads", None)
+    info = task_of(config).info(config)
+    heads = getattr(info.sizes, "num_attention_heads", None)
     if heads and heads % size:
         raise ConfigError(refuse_heads(size, heads))
+    parts = (part.lengths for part in (workload, workload.held_out) if part)
+    longest, most = max(max(each, default=0) for each in parts), info.most_shared_tokens
+    if longest > most:
+        raise ConfigError(
+            "train.context_parallel: how this model places the tokens of a row of more than "
+            f"{most:,} tokens depends on the whole row, of which a process has a part, and the "
+            f"longest row has {longest:,}: set 1, or data.max_seq_len: {most}"
+        )
 
 
 def predict_disk(config: RunConfig, num_examples: int) -> Need:

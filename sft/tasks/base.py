@@ -21,6 +21,7 @@ have defaults, and a task overrides those that do not suit it.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class TaskInfo:
     repeats: bool = True  # whether layers of one kind have equal trained parts
     examples_bytes: int = 0  # bytes of all training examples, if each process keeps them in RAM
     waiting_bytes: int = 0  # bytes of a token in a collated micro-batch that waits for its turn
+    most_shared_tokens: float = math.inf  # of a row that processes can share
     labels: Labels = Labels()
 
 
@@ -139,9 +141,9 @@ class Task(ABC):
     model_sections: ClassVar[tuple[str, ...]]
     """Sections of the configuration that say what the model is."""
     placeholders: ClassVar[Mapping[str, Any]] = {}
+    """Values for required keys of other sections, where only the model matters."""
     shares_sequences: ClassVar[bool] = False
     """Whether several processes can share a sequence (`train.context_parallel`)."""
-    """Values for required keys of other sections, where only the model matters."""
     needs_global_batch = False
 
     # -- before there is a model

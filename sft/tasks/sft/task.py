@@ -32,7 +32,7 @@ from sft.models import attention, classes, digests, eva, export, layers, load, p
 from sft.models.cut import CannotCut, Cutting
 from sft.models.groups import freeze_groups
 from sft.models.reach import freeze_untrained
-from sft.models.sequences import find_difference
+from sft.models.sequences import find_difference, most_tokens
 from sft.models.sizes import read_sizes
 from sft.models.weights import Weights
 from sft.runtime.console import write_json
@@ -56,6 +56,7 @@ class FineTune(Passes):
     model_sections: ClassVar[tuple[str, ...]] = ("model", "tuning")
     placeholders: ClassVar[Mapping[str, Any]] = {"data": {"train_path": "none"}}
     shares_sequences = True
+
     # -- before there is a model
 
     @classmethod
@@ -91,7 +92,8 @@ class FineTune(Passes):
 
     @classmethod
     def info(cls, config: Config) -> TaskInfo:
-        sizes = read_sizes(pretrained.architecture(config.model))
+        architecture = pretrained.architecture(config.model)
+        sizes = read_sizes(architecture)
         return TaskInfo(
             sizes,
             Path(config.data.cache_dir),
@@ -100,6 +102,7 @@ class FineTune(Passes):
             vocabulary=sizes.vocab_size,
             repeats=not (config.tuning.differs_by_layer or config.train.differs_by_layer),
             needs_global_batch=cls.balance_of(config) is not None,
+            most_shared_tokens=most_tokens(architecture),
         )
 
     @classmethod
