@@ -174,6 +174,16 @@ def test_a_step_of_a_resumed_run_is_bit_for_bit_that_of_the_run(ranks):
         assert all(not value.any() for value in resumed["moments"])
 
 
+def test_an_evaluation_after_loading_uses_the_loaded_weights(ranks):
+    """Although another evaluation came before, which leaves some layers of FSDP2 gathered."""
+    for number, rank in enumerate(ranks):
+        net = Net(rank["name"] != "ddp")
+        net.load_state_dict(ranks[0]["train"]["saved"], strict=False)
+        with torch.no_grad():
+            expected = net(rows(2).chunk(2)[number])
+        assert torch.allclose(rank["resume"]["outputs"], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_ranks_keep_their_own_part_where_an_engine_splits(ranks):
     name = ranks[0]["name"]
     first, second = (rank["train"]["checksums"][1] for rank in ranks)

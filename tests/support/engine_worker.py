@@ -145,12 +145,16 @@ def resume(engine: str, out: Path, own: list[torch.Tensor]) -> dict[str, Any]:
     """Returns what this rank sees of the last step, by a run that had another state before."""
     parallel, _ = make(engine, out)
     take_step(parallel, own[2])
+    with torch.no_grad():  # an evaluation, after which some layers may stay whole
+        parallel.model(own[2])
     for name, value in torch.load(out / engine / "weights.pt").items():
         if name in parallel.trained:
             parallel.set_weight(name, value)
     with checkpoint.OptimizerState(out / engine) as state:
         parallel.load_optimizer(2, state.read)
     seen: dict[str, Any] = {"updates": [parallel.num_updates], "checksums": [parallel.checksums()]}
+    with torch.no_grad():
+        seen["outputs"] = parallel.model(own[2]).clone()
     seen["norm"] = take_step(parallel, own[2])
     seen["checksums"] += [parallel.checksums()]
     parallel.load_optimizer(0, lambda *_: {})

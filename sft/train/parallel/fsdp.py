@@ -18,7 +18,7 @@ from sft.runtime.checkpoint import OptimizerShard
 from sft.runtime.hardware import resolve_precision
 from sft.runtime.processes import processes_here, shards_within
 from sft.train.optimizer import build_optimizer
-from sft.train.parallel.ddp import Place, Split, autocast
+from sft.train.parallel.ddp import Place, ReadState, Split, autocast
 
 
 class Sharded(Split):
@@ -77,7 +77,15 @@ class Sharded(Split):
 
     def begin_step(self, step: int = 0) -> None:
         super().begin_step(step)
-        for module in self._split:  # an evaluation leaves some layers whole
+        self._reshard()
+
+    def load_optimizer(self, num_updates: int, read: ReadState) -> None:
+        super().load_optimizer(num_updates, read)
+        self._reshard()
+
+    def _reshard(self) -> None:
+        """Frees weights that an evaluation has left whole, and that may have changed since."""
+        for module in self._split:
             module.reshard()
 
     def prepare_backward(self, last: bool) -> None:
