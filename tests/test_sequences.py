@@ -19,6 +19,7 @@ from sft.config.load import with_values
 from sft.data.examples import collate, share
 from sft.errors import ConfigError
 from sft.models import sequences
+from sft.plan import network
 from sft.plan.plan import Plan, make_plan
 from sft.runtime import hardware
 from sft.tasks.base import Workload
@@ -141,6 +142,10 @@ def test_a_step_and_an_evaluation_are_those_of_one_process(tmp_path):
         for name, weight in expected["weights"].items():
             near = pytest.approx(weight, rel=1e-4, abs=1e-6)
             assert found["weights"][name] == near, (case, name)
+        passes = 3 if case["train"].get("gradient_checkpointing") else 2
+        sizes = tiny.llama().config
+        planned = network.exchanged_bytes(sizes, case["size"], 4, found["tokens"], passes)
+        assert planned == found["sent"] > 0, case
 
 
 def plan_for(folder: Path, architecture: Any, longest: int, size: int, world: int) -> Plan:

@@ -14,6 +14,7 @@ from sft.config.schema import KeepWhole, RunConfig, Train
 from sft.data import batches
 from sft.errors import ConfigError, ModelError
 from sft.models import attention, checkpointing
+from sft.models.dtypes import DTYPES
 from sft.plan import network, sharding, speed
 from sft.plan.counts import Counts
 from sft.plan.dry_run import Window
@@ -282,15 +283,21 @@ class Planner:
                 return replace(choice, memory=memory), kind, "it fits, and less is exchanged"
         return choice, False, "more does not fit"
 
-    def traffic(self, memory: Memory, micro_batches: int, kept: KeepWhole) -> network.Traffic:
-        """Returns what a step of so many micro-batches exchanges, with this `train.keep_whole`."""
-        config = self.config
+    def traffic(self, choice: _Choice, kept: KeepWhole) -> network.Traffic:
+        """Returns what the first step exchanges, with this `train.keep_whole`."""
+        config, own = self.config, choice.cuts[0]
         if config.train.engine == "fsdp":
             config = with_values(config, {"train.keep_whole": kept})
-        group = self._group(config, micro_batches > 1)
-        return network.predict_traffic(
-            config, self.precision, group, memory.model_bytes, micro_batches
+        group = self._group(config, len(own) > 1)
+        found = network.predict_traffic(
+            config, self.precision, group, choice.memory.model_bytes, len(own)
         )
+        lengths, shared_by = self.workload.lengths, choice.budget.shared_by
+        tokens = sum(batches.num_tokens(lengths, m, self.layout) for m in own) // shared_by
+        passes = 3 if choice.rung.checkpointing else 2
+        itemsize = DTYPES[self.precision].itemsize
+        exchanged = network.exchanged_bytes(self.info.sizes, shared_by, itemsize, tokens, passes)
+        return replace(found, exchanged=exchanged)
 
     def heaviest_window(self, budget: batches.Budget, kind: checkpointing.Kind) -> Window:
         """Returns the heaviest micro-batch, with gradients from the start if a step has several."""

@@ -4,12 +4,14 @@ The collectives are those of each engine's code, and `benchmarks/counters.py` co
 A ring of n ranks sends (n - 1) / n of a tensor that is gathered or reduced into shards, and twice
 that if every rank gets the sum (Patarasuk and Yuan 2009, Bandwidth Optimal All-reduce Algorithms
 for Clusters of Workstations). Evaluations, checkpoints, and the few numbers on which ranks agree
-are not counted.
+are not counted. Processes that share rows exchange tokens for heads in each pass.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from sft.config.schema import RunConfig
 from sft.plan import sharding
@@ -25,13 +27,29 @@ class Traffic:
     scattered: int = 0  # summed, into shards
     reduced: int = 0  # summed, on every rank, or on those that have copies of a shard
     within: int | None = None  # processes that weights are split over; None: all
+    exchanged: int = 0  # of tokens for heads, by the processes that share a row
 
     def sent(self, world_size: int) -> int:
         """Returns the bytes that each rank sends, and receives, in a ring."""
         shards = self.within or world_size
         copies = world_size // shards if self.within else world_size
         split = (self.gathered + self.scattered) * (shards - 1) / shards
-        return round(split + 2 * self.reduced * (copies - 1) / copies)
+        return round(split + 2 * self.reduced * (copies - 1) / copies) + self.exchanged
+
+
+def exchanged_bytes(sizes: Any, size: int, itemsize: int, tokens: int, passes: int) -> int:
+    """Returns what a process sends around attention, if `size` processes share each row.
+
+    It has `tokens`. In each pass, queries, keys, values and results are exchanged; heads of keys
+    and values are repeated until each process has one. `sizes`: as in transformers' configurations.
+    """
+    heads = getattr(sizes, "num_attention_heads", None)
+    if size == 1 or not heads:
+        return 0
+    features = getattr(sizes, "head_dim", None) or sizes.hidden_size // heads
+    groups = math.lcm(getattr(sizes, "num_key_value_heads", None) or heads, size)
+    each = 2 * (heads + groups) * features * itemsize * sizes.num_hidden_layers
+    return each * tokens * passes * (size - 1) // size
 
 
 def predict_traffic(

@@ -173,7 +173,7 @@ def make_plan(
         device=planner.device_name,
         past=read_past_runs(info.cache, planner.device_name),
         time=planner.time(counts, recomputed, tokens),
-        traffic=planner.traffic(choice.memory, len(cuts[0]), kept),
+        traffic=planner.traffic(choice, kept),
         disk=predict_disk(config, len(workload.lengths)),
         labels=info.labels,
         reasons={f"train.{key}": why for key, why in autos.items()},

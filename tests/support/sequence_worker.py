@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from sft.config.schema import Train
 from sft.data import batches, template
 from sft.data.examples import Batch, collate, share
 from sft.errors import ConfigError, UserError
-from sft.models import attention
+from sft.models import attention, checkpointing
+from sft.models.fake import set_attributes
 from sft.models.sequences import SequenceGroup, find_difference
 from sft.runtime import processes
 
@@ -99,6 +102,21 @@ def of_types(size: int, types: list[str]) -> dict[str, Any]:
     return result
 
 
+@contextmanager
+def counted_exchange() -> Iterator[list[int]]:
+    """Gives the bytes that each exchange sends to other processes, in this context."""
+    sent: list[int] = []
+    exchange = distributed.all_to_all_single
+
+    def count(out: torch.Tensor, own: torch.Tensor, group: Any) -> None:
+        size = distributed.get_world_size(group)
+        sent.append(own.nbytes * (size - 1) // size)
+        exchange(out, own, group=group)
+
+    with set_attributes(distributed, all_to_all_single=count):
+        yield sent
+
+
 def of_engine(out: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     result = []
     for case in cases:
@@ -108,15 +126,20 @@ def of_engine(out: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows, held_out = tiny.examples(3, 9), tiny.examples(103, 7)
         model = tiny.llama()
         model = tiny.adapted(settings, base=model) if settings.tuning.mode != "full" else model
+        if settings.train.gradient_checkpointing is True:
+            checkpointing.enable(model, True)
         size = settings.train.context_parallel
         budget = batches.Budget(case["max_tokens"], case["layout"], shared_by=size)
         engine = tiny.make_engine(model, rows, held_out, settings, budget)
-        values = engine.optimizer_step()
+        with counted_exchange() as sent:
+            values = engine.optimizer_step()
+        own = engine.window(0)[1]
+        tokens = sum(engine.collate(each).input_ids.numel() for each in own)
         held = engine.task.evaluate(engine.model)["loss"]
         weights = engine.parallel.weights().all()
         saved = {name: value.flatten().tolist() for name, value in weights.items()}
         result.append({"loss": values["train/loss"], "held_out": held, "weights": saved})
-        result[-1]["norm"] = values["train/grad_norm"]
+        result[-1] |= {"norm": values["train/grad_norm"], "sent": sum(sent), "tokens": tokens}
     return result
 
 
