@@ -13,9 +13,10 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from transformers import Llama4TextConfig, LlamaConfig
 
-from sft.config.load import with_values
+from sft.config.load import load_config, with_values
 from sft.data.examples import collate, share
 from sft.errors import ConfigError
 from sft.models import sequences
@@ -23,6 +24,8 @@ from sft.plan import network
 from sft.plan.plan import Plan, make_plan
 from sft.runtime import hardware
 from sft.tasks.base import Workload
+from sft.verify import laws
+from sft.verify.runs import SmallConfig, Trials
 
 CPU = torch.device("cpu")
 
@@ -219,3 +222,25 @@ def test_rounding_does_not_hide_a_layer_that_mixes_tokens(is_sharp):
     found = sequences.find_difference(model, 2, "fp64", CPU, packed=False)
     assert bool(found) == is_sharp
     assert found.startswith("logits of a token differ") == is_sharp
+
+
+@pytest.mark.parametrize(("world", "expected"), [(1, 1), (2, 2), (3, 1), (4, 2)])
+def test_what_verify_compares_with_shares_rows_if_its_processes_can(tmp_path, world, expected):
+    """The run of one process, with which `make verify-*` compares, was refused."""
+    settings = tiny.config(tmp_path, global_batch=4, context_parallel=2)
+    launched: list[str] = []
+
+    def launch(_: int, __: Path, program: list[str]) -> str:
+        launched.append(program[program.index("--config") + 1])
+        return "error: not launched"
+
+    Trials(SmallConfig(settings, tmp_path, [9, 5], []), launch).run("trial", world)
+    assert load_config(launched[0]).train.context_parallel == expected
+
+
+@pytest.mark.parametrize("verify", [laws.verify_resume, laws.verify_invariance])
+def test_verify_refuses_processes_that_cannot_share_rows(tmp_path, verify):
+    """It would prove a law of another run than the configured one."""
+    settings = tiny.config(tmp_path, context_parallel=2)
+    with pytest.raises(ConfigError, match="must be a multiple of 2, found 3"):
+        verify(settings, 3, Console())

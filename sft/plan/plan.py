@@ -182,16 +182,22 @@ def make_plan(
     return replace(plan, warnings=_warnings(plan, config.train))
 
 
-def _refuse_sharing(config: RunConfig, workload: Workload, world_size: int) -> None:
-    """Raises ConfigError if so many processes cannot share these sequences as `config` says."""
+def refuse_processes(config: RunConfig, world_size: int) -> None:
+    """Raises ConfigError if so many processes cannot be divided into those that share sequences."""
     size = config.train.context_parallel
-    if size == 1:
-        return
     if world_size % size:
         raise ConfigError(
             f"train.context_parallel: {size} processes share a sequence, so the number of "
             f"processes must be a multiple of {size}, found {world_size}: launch so many, or set 1"
         )
+
+
+def _refuse_sharing(config: RunConfig, workload: Workload, world_size: int) -> None:
+    """Raises ConfigError if so many processes cannot share these sequences as `config` says."""
+    size = config.train.context_parallel
+    if size == 1:
+        return
+    refuse_processes(config, world_size)
     info = task_of(config).info(config)
     heads = getattr(info.sizes, "num_attention_heads", None)
     if heads and heads % size:

@@ -27,6 +27,7 @@ from sft import errors
 from sft.config.load import with_values
 from sft.config.schema import RunConfig
 from sft.errors import VerificationError
+from sft.plan.plan import refuse_processes
 from sft.runtime import checkpoint, hardware, run_folder
 from sft.runtime.console import bar, facts, table
 from sft.tasks.registry import task_of
@@ -207,6 +208,7 @@ def _same(holds: bool) -> tuple[str, bool]:
 
 def verify_resume(config: RunConfig, world: int, console: Console) -> None:
     """Prints the verdicts on law 2; raises VerificationError if it does not hold."""
+    refuse_processes(config, world)
     others = (world - 1 if world > 2 else 1,) if world > 1 else ()
     with _scratch_folder() as folder:
         small = make_small(config, folder / "as_configured")
@@ -295,6 +297,7 @@ def judge_cut(cut: Cut, run: Run, first: Run) -> Verdict:
 
 def verify_invariance(config: RunConfig, world: int, console: Console) -> None:
     """Prints the verdicts on law 1; raises VerificationError if it does not hold."""
+    refuse_processes(config, world)
     deepspeed = sorted(Path.cwd().glob("configs/deepspeed_z*.json"))
     own = config.train.deepspeed_config
     if own and all(Path(own).resolve() != file for file in deepspeed):

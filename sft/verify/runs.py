@@ -157,7 +157,9 @@ class Trials:
     def run(self, name: str, world: int, *overrides: str, kill: str | None = None) -> Run:
         """Trains with `world` processes, and kills them at the point `kill` of `die_at`."""
         folder, file = (self.small.folder / f"{name}{suffix}" for suffix in ("", ".yaml"))
-        values = {"train.output_dir": str(folder), "train.num_processes": world}
+        values: dict[str, Any] = {"train.output_dir": str(folder), "train.num_processes": world}
+        if world % self.small.config.train.context_parallel:  # so many cannot share rows
+            values["train.context_parallel"] = 1
         file.write_text(dump_config(with_values(self.small.config, values)), "utf-8")
         program = ["-m", "sft.verify.runs", kill, "train"] if kill else TRAIN
         printed = self.launch(world, folder, [*program, "--config", str(file), *overrides])
