@@ -419,13 +419,13 @@ def test_a_move_that_cannot_be_completed_is_one_message(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_before_each_change_a_branch_is_the_old_lineage_or_the_new_one(tmp_path):
-    """Each kill is followed by an `auto` that is not killed."""
+def test_killed_before_each_change_a_branch_is_the_old_lineage_or_the_new_one(tmp_path, thorough):
+    """Each kill is followed by an `auto` that is not killed; `make test` has every other change."""
     original = tmp_path / "original"
     run_attempt(original, None, 1.0, STEPS, 0)
     old, seen = lineage(original), set()
     assert len(old) == STEPS
-    for changes in range(1, 200):
+    for changes in range(1, 200, 1 if thorough else 2):
         folder = Path(shutil.copytree(original, tmp_path / "run"))
         resumed = str(folder / "checkpoint_step_6")
         run_attempt(folder, resumed, 2.0, 7, changes)

@@ -55,7 +55,8 @@ CELLS = {
     for engine in ENGINES
 }
 WORKING = [cell for cell, text in CELLS.items() if text == "yes"]
-FEW = [cell for cell in WORKING if cell[1] == "ddp" or cell == ("adamw", "fsdp")]
+FEW = [(name, "ddp") for name in ("adamw", "adamw_8bit", "muon", "schedule_free")]
+FEW += [("adamw", "fsdp")]
 REASONS = {
     "matrices": "updates a weight from others of its matrix",
     "library": "calls operations of bitsandbytes",
