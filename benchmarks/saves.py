@@ -15,15 +15,12 @@ import argparse
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from start import ENGINES, ROOT, Peak
+from start import ENGINES, ROOT, Peak, run_ranks
 
 LAYER = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8}
 LAYER |= {"num_key_value_heads": 2, "vocab_size": 4096, "tie_word_embeddings": False}
@@ -88,25 +85,9 @@ def math_bytes(parameter: Any) -> int:
 
 def measure(model: Path, world: int, engine: str) -> dict[str, Any]:
     """Returns a row of the table."""
-    with tempfile.TemporaryDirectory(dir=model.parent) as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
-        command += [f"--master-port={free.getsockname()[1]}", __file__, "--rank"]
-        free.close()
-        paths = ("", "benchmarks", "tests", "tests/support")
-        own = {"PYTHONPATH": os.pathsep.join(str(ROOT / path) for path in paths)}
-        own |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": "65536"}
-        done = subprocess.run(
-            [*command, str(model), engine, folder],
-            env=os.environ | own,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        ranks = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank*.json"))]
-    if len(ranks) != world:
-        raise RuntimeError(done.stderr[-4000:])
+    parts = (".", "benchmarks", "tests", "tests/support")
+    path = os.pathsep.join(str(ROOT / part) for part in parts)
+    ranks = run_ranks(__file__, world, model.parent, [str(model), engine], path)
     return {"processes": world, "engine": engine} | {
         key: max(each[key] for each in ranks) for key in ranks[0]
     }

@@ -164,6 +164,35 @@ def rank(model: str, mode: str, engine: str, start: str, out: Path) -> None:
 # -- all
 
 
+def run_ranks(
+    script: str, world: int, scratch: Path, arguments: list[str], path: str = str(ROOT)
+) -> list[dict[str, Any]]:
+    """Returns what each rank of `script --rank ARGUMENTS FOLDER` writes into FOLDER/rank*.json.
+
+    `path`: PYTHONPATH. Raises RuntimeError if a rank has written nothing.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
+        command += [f"--master-port={free.getsockname()[1]}", script, "--rank"]
+        free.close()
+        own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        own |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        own |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        done = subprocess.run(
+            [*command, *arguments, folder],
+            env=os.environ | own,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        ranks = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("rank*.json"))]
+    if len(ranks) != world:
+        raise RuntimeError(done.stderr[-4000:])
+    return ranks
+
+
 def measure(model: Path, world: int, mode: str, engine: str, start: str) -> dict[str, Any]:
     """Returns a row of the table."""
     files = sorted(model.glob("*.safetensors"))
@@ -171,25 +200,7 @@ def measure(model: Path, world: int, mode: str, engine: str, start: str) -> dict
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    with tempfile.TemporaryDirectory(dir=model.parent) as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
-        command += [f"--master-port={free.getsockname()[1]}", __file__, "--rank"]
-        free.close()
-        own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        own |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        own |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        done = subprocess.run(
-            [*command, str(model), mode, engine, start, folder],
-            env=os.environ | own,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        ranks = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank*.json"))]
-    if len(ranks) != world:
-        raise RuntimeError(done.stderr[-4000:])
+    ranks = run_ranks(__file__, world, model.parent, [str(model), mode, engine, start])
     bound = max(each["own_bytes"] + each["layer_bytes"] for each in ranks)
     peak = max(each["peak_bytes"] for each in ranks)
     return {

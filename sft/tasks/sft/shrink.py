@@ -70,20 +70,10 @@ def small_model(config: Config, exact: bool = False) -> tuple[nn.Module, list[tu
     if exact and (dropped := _without_dropout(few)):
         changes.append(("model", f"no dropout ({', '.join(dropped)})"))
     problem = ""
-    for candidate in (
-        narrow(few, experts=True),
-        few,
-    ):  # not every architecture lets its widths be chosen
-        torch.manual_seed(config.train.seed)
+    # Not every architecture lets its widths be chosen.
+    for candidate in (narrow(few, experts=True), few):
         try:
-            built = classes.from_config(
-                candidate,
-                dtype=torch.float32,
-                trust_remote_code=config.model.trust_remote_code,
-                attn_implementation="eager",
-            )
-            with torch.no_grad():
-                built(input_ids=torch.arange(8)[None])
+            built = _build(config, candidate, torch.float32)
         except Exception as error:  # noqa: BLE001  # code of the model may raise anything
             problem = f"{type(error).__name__}: {error}"
             continue
@@ -99,18 +89,26 @@ def narrow_copy(config: Config) -> nn.Module | None:
     None if its widths cannot be chosen."""
     few = narrow(architecture(config.model), experts=True)
     few._experts_implementation = "batched_mm"  # for tensors of any dtype
-    torch.manual_seed(config.train.seed)
     try:
-        built = classes.from_config(
-            few,
-            dtype=torch.float64,
-            trust_remote_code=config.model.trust_remote_code,
-            attn_implementation="eager",
-        ).eval()
-        with torch.no_grad():
-            built(input_ids=torch.arange(8)[None])
+        return _build(config, few, torch.float64).eval()
     except Exception:  # noqa: BLE001  # code of the model may raise anything
         return None
+
+
+def _build(config: Config, candidate: Any, dtype: torch.dtype) -> nn.Module:
+    """Builds a random model of a transformers configuration, and runs it once.
+
+    Raises whatever the code of the model raises.
+    """
+    torch.manual_seed(config.train.seed)
+    built: nn.Module = classes.from_config(
+        candidate,
+        dtype=dtype,
+        trust_remote_code=config.model.trust_remote_code,
+        attn_implementation="eager",
+    )
+    with torch.no_grad():
+        built(input_ids=torch.arange(8)[None])
     return built
 
 

@@ -353,7 +353,7 @@ class FineTune(Passes):
             raise ConfigError(
                 f"train.context_parallel: processes cannot share sequences of this model: {reason};"
                 " set 1. Attention must be one that transformers finds by name, and all other "
-                "layers must compute each token alone, unlike recurrent layers and convolutions"
+                "layers must compute each token by itself; recurrent layers and convolutions do not"
             )
 
     def _choose_layout(self, precision: str, layout: str, device: torch.device) -> None:
