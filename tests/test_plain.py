@@ -305,6 +305,7 @@ EXPECTED = {
         "unlink": 2,  # the temporary file of this process
         "replace": 1,  # the file by its copy
     },
+    "runtime/tensor_file.py": {"truncate": 1},  # a file that it has just made, to its size
     "runtime/console.py": {"unlink": 2, "replace": 1},  # the temporary file of this process
     "runtime/launcher.py": {"rmdir": 1},  # a temporary folder of its own
     "models/export.py": {"unlink": 1},  # README.md of PEFT in a staging

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import _TYPES
 
+from sft.runtime import plain
+
 Entry = dict[str, int | str]
 NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
@@ -61,13 +63,13 @@ class TensorFile:
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8)
         assert len(content) == end - start, name
         self._begin()
-        with self.path.open("r+b") as file:
+        with plain.open_file(self.path, "r+b") as file:
             file.seek(len(self._header) + start)
             file.write(content.numpy().data)
 
     def _begin(self) -> None:
         if not self.path.exists():
-            with self.path.open("xb") as file:
+            with plain.open_file(self.path, "xb") as file:
                 file.write(self._header)
                 file.truncate(len(self._header) + self._bytes)
 
