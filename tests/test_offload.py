@@ -182,7 +182,7 @@ def test_the_dry_run_tells_what_is_on_the_device_and_what_on_the_host(
     predicted = memory.predict(config, "fp32", WINDOW, on_gpu=True)
     assert predicted.method == "traced with 3 and 4 of 8 layers"
     trace = dry_run.trace_step(config, "fp32", WINDOW, on_gpu=True)
-    assert predicted.host_bytes == trace.pinned_bytes(OFFLOADED)
+    assert predicted.hosted == {memory.ACTIVATIONS: trace.pinned_bytes(OFFLOADED), memory.STATE: 0}
     assert predicted.copied_bytes == trace.born_bytes(OFFLOADED)
     libraries = predicted.breakdown["libraries"]
     assert predicted.allocated - libraries == trace.without(OFFLOADED).peak().num_bytes

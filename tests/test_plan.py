@@ -312,6 +312,42 @@ def test_what_would_take_less_takes_less(config, prepared):
     assert [each["change"] for each in values["ladder"]] == rungs
 
 
+@pytest.mark.slow
+def test_what_is_kept_in_host_memory_is_counted_for_each_machine(config, prepared, monkeypatch):
+    """The state that FSDP2 offloads: weights, gradients and two moments of half the model."""
+    changes = {"tuning.mode": "full", "train.engine": "fsdp", "train.offload": True}
+    offloaded = with_values(config, changes)
+    two = replace(machine(64 * GIB, 8 * GIB), devices=machine(0, 8 * GIB).devices * 2)
+    made = plan.make_plan(offloaded, sizes(prepared), two, 2)
+    state = 4 * 4 * made.num_trained // 2
+    assert made.host == {"offloaded state": pytest.approx(state, rel=0.05)}
+    assert made.verdict.startswith("fits")
+    shown = report._host(made)
+    needed = console.size(2 * made.host_bytes)
+    assert f"a machine with 2 processes needs {needed} of {console.size(int(54.4 * GIB))}" in shown
+    little = plan.make_plan(offloaded, sizes(prepared), replace(two, ram_available_bytes=state), 2)
+    assert little.verdict.startswith("does not fit the host")
+    elsewhere = plan.make_plan(offloaded, sizes(prepared), replace(two, is_here=False), 2)
+    assert report._host(elsewhere).endswith(f"needs {needed}")
+
+
+@pytest.mark.parametrize(
+    ("tuning", "splits"),
+    [
+        ({}, True),
+        ({"tuning.mode": "full"}, True),
+        ({"tuning.mode": "lora", "tuning.lora": {"init_lora_weights": "pissa"}}, False),
+        ({"tuning.lora": {"init_lora_weights": "loftq"}, "tuning.lora_alpha": 16}, False),
+        ({"tuning.lora": {"use_dora": True}}, False),
+        ({"tuning.mode": "lora", "tuning.lora": {"use_dora": True}}, True),
+        ({"crowd.num_agents": 2}, False),
+    ],
+)
+def test_adapters_that_are_computed_from_the_base_need_it_whole(config, tuning, splits):
+    given = with_values(config, {"tuning.r": 16} | tuning)
+    assert task_of(given).info(given).starts_split == splits
+
+
 def test_a_model_that_cannot_be_traced_gets_a_closed_form(config, prepared, monkeypatch):
     traced = plan.make_plan(config, sizes(prepared), machine(8 * GIB), 1)
 

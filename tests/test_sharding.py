@@ -242,3 +242,18 @@ def test_other_engines_compute_and_exchange_on_one_pool(group):
     parts = on_rank("backward", group)
     found = sharding.pools("backward", WHOLE, parts, CONFIG, "fp32", group)
     assert found == {"computing": sum(parts.values())}
+
+
+@pytest.mark.parametrize(
+    ("engine", "splits", "most"),
+    [  # weights of 4,000 bytes, and a layer of 200 parameters
+        (sharding.Group(4, "fsdp"), True, 1000 + 800),
+        (sharding.Group(4, "fsdp", within=2), True, 2000 + 800),
+        (sharding.Group(4, "deepspeed", zero={"stage": 3}), True, 1000 + 800),
+        (sharding.Group(4, "deepspeed", zero={"stage": 2}), True, 4000),
+        (sharding.Group(4, "ddp"), True, 4000),
+        (sharding.Group(4, "fsdp"), False, 4000),  # such as PiSSA, computed from whole weights
+    ],
+)
+def test_a_rank_starts_with_its_elements_and_a_layer(engine, splits, most):
+    assert sharding.start_bytes(4000, CONFIG, splits, engine) == most

@@ -117,7 +117,7 @@ def _consider(asked: Setting, config: RunConfig, planner: Planner, plan: Plan) -
         return None
     change = " ".join(f"{key}={str(value).lower()}" for key, value in asked.changes.items())
     fits, price = planner.fits(memory), asked.price or _price_of(memory)
-    sizes = (memory.reserved, saved, fits, memory.host_bytes)
+    sizes = (memory.reserved, saved, fits, sum(planner.host_parts(memory).values()))
     return Advice(change, price, *sizes, rung is not None, rung == plan.rung)
 
 

@@ -224,7 +224,12 @@ class Planner:
 
     def fits(self, memory: Memory) -> bool:
         """Returns whether the device has room for it, and the host for what is there."""
-        return memory.reserved <= self.usable_bytes and memory.host_bytes <= self.host_usable_bytes
+        on_host = sum(self.host_parts(memory).values())
+        return memory.reserved <= self.usable_bytes and on_host <= self.host_usable_bytes
+
+    def host_parts(self, memory: Memory) -> dict[str, int]:
+        """Returns the bytes that a process keeps in host memory beside a GPU, by use."""
+        return {use: each for use, each in memory.hosted.items() if each}
 
     @property
     def host_usable_bytes(self) -> float:
@@ -232,7 +237,7 @@ class Planner:
         if it is unknown."""
         if not self.machine.is_here or not self.machine.devices:
             return math.inf
-        here = min(self.world_size, len(self.machine.devices))
+        here = min(self.per_machine, len(self.machine.devices))
         return self.machine.ram_available_bytes * (1 - MARGIN["cpu"]) / here
 
     def predict(self, window: Window, config: RunConfig, micro_batches: int) -> Memory:
@@ -256,16 +261,20 @@ class Planner:
         train, zero = config.train, {}
         if train.engine == "deepspeed":
             zero = processes.deepspeed_settings(train)["zero_optimization"]
-        here = self._per_machine
-        within = processes.shards_within(train, self.world_size, here)
+        within = processes.shards_within(train, self.world_size, self.per_machine)
         return sharding.Group(self.world_size, train.engine, accumulates, zero, within)
 
     @property
-    def _per_machine(self) -> int:
+    def per_machine(self) -> int:
         """Returns the processes on a machine; of GPUs that are elsewhere, 8 at most."""
         if self.machine.is_here:
             return processes.processes_here(self.world_size)
         return min(GPUS_PER_MACHINE, self.world_size)
+
+    def start_bytes(self, memory: Memory) -> int:
+        """Returns the bytes of the model that a process has while weights are read, at most."""
+        info, group = self.info, self._group(self.config, False)
+        return sharding.start_bytes(memory.model_bytes, self.config, info.starts_split, group)
 
     def choose_kept(self, choice: _Choice) -> tuple[_Choice, KeepWhole, str]:
         """Returns the choice, with what FSDP2 keeps whole: as much as fits; and why."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ ACTIVATION_BYTES = {"fp32": 110, "bf16": 70, "fp16": 70}
 PASSES = (  # keys of `train` that change a trace
     *("loss", "label_smoothing", "z_loss", "mean_per", "neftune_alpha", "context_parallel"),
 )
+STATE, ACTIVATIONS = "offloaded state", "offloaded activations"  # uses of host memory
 CONTEXT_BYTES = 600 * MIB  # CUDA and its kernels in a process; an assumption: GPUs differ
 CUBLAS_BYTES = 2 * 32 * MIB  # of two threads (forward, backward) on Hopper; less on other GPUs
 
@@ -61,7 +62,7 @@ class Memory:
     reserved: int  # what a GPU's caching allocator takes for them; on a CPU their sum
     method: str  # how it was predicted
     recomputed: float | None = None  # share of the forward pass done again; None: unknown
-    host_bytes: int = 0  # of what is in host memory beside a GPU
+    hosted: dict[str, int] = field(default_factory=dict)  # in host memory beside a GPU, by use
     copied_bytes: int = 0  # of activations that go to the host, and come back
     model_bytes: int = 0  # of weights and adapters, before ranks split them
 
@@ -100,17 +101,23 @@ def predict(
         raise
     except Exception as error:  # noqa: BLE001  # a model may fail in any way
         why = str(error).strip().split("\n")[0] or type(error).__name__
-        parts = _closed_form(config, precision, window, evaluation)
-        whole = model_bytes(parts)
-        parts = parts_on_rank("backward", parts, config, precision, group, on_gpu)
+        closed = _closed_form(config, precision, window, evaluation)
+        step = ("backward", closed, config, precision, group)
+        parts = parts_on_rank(*step, on_gpu)
+        hosted = {STATE: sum(parts_on_rank(*step, False).values()) - sum(parts.values())}
         method = f"closed form, since the step could not be traced: {why}"
-        return Memory(parts, round(1.05 * sum(parts.values())), method, model_bytes=whole)
-    totals, hosted, streams = [], [0], defaultdict[str, int](int)  # the most bytes of each stream
+        reserved = round(1.05 * sum(parts.values()))
+        return Memory(parts, reserved, method, hosted=hosted, model_bytes=model_bytes(closed))
+    totals, hosted_state, streams = (
+        [],
+        [0],
+        defaultdict[str, int](int),
+    )  # the most bytes of each stream
     for name, parts in traced.phases.items():
         complete = parts | _untraced(name, parts, config, precision, window, on_gpu)
         totals.append(parts_on_rank(name, complete, config, precision, group, on_gpu))
         everywhere = parts_on_rank(name, complete, config, precision, group, False)
-        hosted.append(sum(everywhere.values()) - sum(totals[-1].values()))
+        hosted_state.append(sum(everywhere.values()) - sum(totals[-1].values()))
         for stream, size in pools(name, complete, totals[-1], config, precision, group).items():
             streams[stream] = max(streams[stream], size)
     heaviest = max(totals, key=lambda parts: sum(parts.values()))
@@ -119,8 +126,7 @@ def predict(
     reserved = sum(breakdown.values())
     if on_gpu:
         reserved = traced.reserved_bytes - seen + sum(streams.values())
-    host_bytes = traced.host_bytes + max(hosted)
-    host = host_bytes, traced.copied_bytes
+    host = {ACTIVATIONS: traced.host_bytes, STATE: max(hosted_state)}, traced.copied_bytes
     whole = max(map(model_bytes, traced.phases.values()))
     return Memory(breakdown, reserved, traced.method, traced.recomputed, *host, whole)
 

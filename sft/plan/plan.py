@@ -56,10 +56,13 @@ class Plan:
     memory: Memory
     evaluation_bytes: int  # at the peak of the held-out loss; 0 without one
     generation_bytes: int  # while held-out prompts are answered; 0 without
+    start_bytes: int  # of the model while weights are read
     context_bytes: int  # taken by the device for itself
     available_bytes: int
     usable_bytes: int  # available to a step: without the context and a margin
     host_usable_bytes: float  # RAM for what is kept there beside a GPU; infinite if unknown
+    host: dict[str, int]  # bytes that a process keeps in RAM beside a GPU, by use
+    per_machine: int  # processes on a machine
     device: str
     past: PastRuns | None  # of earlier runs on the device
     time: Time | None  # of all steps, where the device's speed is known
@@ -76,6 +79,11 @@ class Plan:
     def missing_bytes(self) -> int:
         """Returns by how much the step exceeds the usable memory; 0 if it fits."""
         return max(0, self.memory.reserved - self.usable_bytes)
+
+    @property
+    def host_bytes(self) -> int:
+        """Returns what a process keeps in host memory beside a GPU."""
+        return sum(self.host.values())
 
     @property
     def cost(self) -> tuple[float, float] | None:
@@ -95,8 +103,8 @@ class Plan:
         """Returns whether the step fits the memory of each process, and by how much."""
         if self.missing_bytes:
             return f"does not fit: {size(self.missing_bytes)} more than fits with a margin"
-        if self.memory.host_bytes > self.host_usable_bytes:
-            return f"does not fit the host: {size(self.memory.host_bytes)} are kept there"
+        if self.host_bytes > self.host_usable_bytes:
+            return f"does not fit the host: {size(self.host_bytes)} are kept there"
         return f"fits: {size(self.usable_bytes - self.memory.reserved)} are left beside a margin"
 
 
@@ -166,10 +174,13 @@ def make_plan(
         memory=choice.memory,
         evaluation_bytes=evaluation.allocated if evaluation else 0,
         generation_bytes=planner.answering_bytes(evaluation) if evaluation else 0,
+        start_bytes=planner.start_bytes(choice.memory),
         context_bytes=planner.context_bytes,
         available_bytes=planner.available_bytes,
         usable_bytes=int(planner.usable_bytes),
         host_usable_bytes=planner.host_usable_bytes,
+        host=planner.host_parts(choice.memory),
+        per_machine=planner.per_machine,
         device=planner.device_name,
         past=read_past_runs(info.cache, planner.device_name),
         time=planner.time(counts, recomputed, tokens),
@@ -233,9 +244,14 @@ def _warnings(plan: Plan, train: Train) -> list[str]:
             f"{size(plan.available_bytes)} per process of {plan.device}, "
             f"{size(plan.missing_bytes)} more than fits with a margin: expect to run out of memory"
         )
-    if plan.memory.host_bytes > plan.host_usable_bytes:
+    if plan.start_bytes > plan.usable_bytes and not plan.missing_bytes:
         result.append(
-            f"{size(plan.memory.host_bytes)} per process are kept in host memory, of which each "
+            f"the start takes {size(plan.start_bytes)} of each process, which does not fit: this "
+            "run reads the whole model on every process before it is split (docs/LAUNCH.md)"
+        )
+    if plan.host_bytes > plan.host_usable_bytes:
+        result.append(
+            f"{size(plan.host_bytes)} per process are kept in host memory, of which each "
             f"has {size(int(plan.host_usable_bytes))}: expect to run out of it"
         )
     if train.activation_offload is True and not plan.context_bytes:

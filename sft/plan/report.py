@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -51,8 +52,13 @@ def plan_table(plan: Plan) -> Table:
         ("batch", f"{cut} micro-batch(es) of {most}"),
         ("trained", f"{plan.num_trained:,} of {plan.num_parameters:,} parameters"),
         ("memory", _memory(plan)),
-        ("disk", str(plan.disk)),
     ]
+    if plan.host:
+        rows.append(("host memory", _host(plan)))
+    if plan.world_size > 1:
+        start = f"{size(plan.start_bytes)} of the model per process, at most, while it is read"
+        rows.append(("start", start))
+    rows.append(("disk", str(plan.disk)))
     if plan.evaluation_bytes:
         loss, answers = size(plan.evaluation_bytes), size(plan.generation_bytes)
         rows.append(("evaluation", f"{loss} for the held-out loss, {answers} for {labels.answers}"))
@@ -77,11 +83,22 @@ def _memory(plan: Plan) -> str:
     reserved = f" ({size(memory.reserved)} reserved)" if plan.context_bytes else ""
     context = f", context {size(plan.context_bytes)} (assumed)" if plan.context_bytes else ""
     span = f"{100 * (1 + past.least):.1f} to {100 * (1 + past.most):.1f} %" if past else ""
-    host = f", {size(memory.host_bytes)} in host memory" if memory.host_bytes else ""
     seen = f"; {past.runs} earlier runs took {span} of their prediction" if past else ""
     return (
         f"{size(memory.allocated)}{reserved} of {size(plan.available_bytes)} per process: "
-        f"{parts}{context}{host} ({memory.method}{seen})"
+        f"{parts}{context} ({memory.method}{seen})"
+    )
+
+
+def _host(plan: Plan) -> str:
+    """Returns what is kept in RAM beside GPUs, and what a machine needs for it."""
+    parts = ", ".join(f"{use} {size(each)}" for use, each in plan.host.items())
+    known = plan.host_usable_bytes < math.inf
+    has = f" of {size(int(plan.per_machine * plan.host_usable_bytes))}" if known else ""
+    return (
+        f"{size(plan.host_bytes)} per process: {parts}; a machine with {plan.per_machine} "
+        f"process{'es' if plan.per_machine > 1 else ''} needs "
+        f"{size(plan.per_machine * plan.host_bytes)}{has}"
     )
 
 
@@ -183,7 +200,9 @@ def plan_values(plan: Plan, found: Sequence[Advice] = ()) -> dict[str, Any]:
             "allocated_bytes": memory.allocated,
             "reserved_bytes": memory.reserved,
             "context_bytes": plan.context_bytes,
-            "host_bytes": memory.host_bytes,
+            "host_bytes": plan.host_bytes,
+            "host": plan.host,
+            "start_bytes": plan.start_bytes,
             "breakdown": memory.breakdown,
             "method": memory.method,
             "past": plan.past and asdict(plan.past),

@@ -196,6 +196,21 @@ def gathered_bytes(whole: int, config: RunConfig, precision: str) -> tuple[int, 
     return outside - saved * casts.outside, in_layers // max(1, counted.layers)
 
 
+def start_bytes(whole: int, config: RunConfig, splits: bool, group: Group) -> int:
+    """Returns the bytes that a rank has of the model while it is read: its elements and a layer.
+
+    `whole`: of the model as it is trained. `splits`: whether each weight is cut once it is read; if
+    not, or if the engine keeps copies, a rank has the whole model.
+    """
+    shards = group.engine == "fsdp" or group.zero.get("stage") == 3
+    if not splits or not shards or group.world_size == 1:
+        return whole
+    counted, is_full = count_parameters(config), task_of(config).info(config).mode == "full"
+    width = config.train.trained_bytes if is_full else 2  # as it is read, before it is quantised
+    in_layers = counted.parameters - counted.outside
+    return math.ceil(whole / group.num_shards) + width * in_layers // max(1, counted.layers)
+
+
 def stays_gathered(config: RunConfig, group: Group) -> bool:
     """Returns whether ZeRO-3 gathers each parameter once in a step: all may be whole at once.
 

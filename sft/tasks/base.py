@@ -80,6 +80,7 @@ class TaskInfo:
     repeats: bool = True  # whether layers of one kind have equal trained parts
     examples_bytes: int = 0  # bytes of all training examples, if each process keeps them in RAM
     waiting_bytes: int = 0  # bytes of a token in a collated micro-batch that waits for its turn
+    starts_split: bool = False  # whether a rank of FSDP2 or ZeRO-3 reads its own elements only
     most_shared_tokens: float = math.inf  # of a row that processes can share
     labels: Labels = Labels()
 

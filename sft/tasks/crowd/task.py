@@ -106,6 +106,7 @@ class CrowdTune(FineTune):
         return replace(
             super().info(config),
             copies=crowd.num_agents,
+            starts_split=False,
             deepest_layer=crowd.layer,
             needs_global_batch=crowd.num_agents > 1 and crowd.lambda_sw > 0,
         )

@@ -18,6 +18,7 @@ from rich.console import RenderableType
 from torch import nn
 
 from sft.config.load import with_values
+from sft.config.lora import Tuning
 from sft.config.schema import Config, Generation
 from sft.data import audit, audit_report, cache, files, template
 from sft.data.batches import Budget, global_batch_ids
@@ -48,6 +49,13 @@ from sft.train.schedule import order_seed, total_steps
 
 EVA_TOKENS, EVA_PARTS = 1024, 64  # what init_lora_weights: eva looks at
 TRIAL_ROWS, TRIAL_TOKENS = 8, 16  # rows of a trial, and tokens of its answer, at most
+
+
+def _needs_whole_weights(tuning: Tuning) -> bool:
+    """Returns whether adapters are computed from weights that a rank must have whole."""
+    lora = tuning.lora
+    computed = lora.changes_base or lora.init_lora_weights in ("loftq", "eva")
+    return tuning.mode != "full" and (computed or (lora.use_dora and tuning.mode == "qlora"))
 
 
 class FineTune(Passes):
@@ -102,6 +110,7 @@ class FineTune(Passes):
             vocabulary=sizes.vocab_size,
             repeats=not (config.tuning.differs_by_layer or config.train.differs_by_layer),
             needs_global_batch=cls.balance_of(config) is not None,
+            starts_split=not _needs_whole_weights(config.tuning),
             most_shared_tokens=most_tokens(architecture),
         )
 
