@@ -170,7 +170,7 @@ nano: $(READY) ## Remake the embedded base model and its task from nothing (abou
 	@$(BIN)/python -m sft train --config configs/nano_base.yaml
 	@$(BIN)/python -m nano.make_nano --weights outputs/nano_base/final_checkpoint
 
-pytest = $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+pytest = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 test: $(READY) ## Run the tests, one or two cases of each kind (about 25 minutes on two cores)
 	@$(pytest) -m "not thorough"
 
