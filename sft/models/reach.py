@@ -115,13 +115,17 @@ def reach(base: Any) -> Reach:
     return _reach(kind, _Key(_sizes(base.config.to_dict()), base.config))
 
 
-def may_leave_out(model: nn.Module) -> bool:
+def may_leave_out(model: nn.Module, if_unknown: bool = True) -> bool:
     """Returns whether a step may leave out trained parameters, such as an expert without a token.
 
     `model`: a base of transformers, or a module that contains one; for any other, False.
+    `if_unknown`: what to return for a model that cannot be traced.
     """
     base = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    return base is not None and reach(base).branches
+    if base is None:
+        return False
+    found = reach(base)
+    return if_unknown if found.problem else found.branches
 
 
 def freeze_untrained(base: nn.Module, *, routers: bool) -> None:

@@ -11,7 +11,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from sft.config.schema import Train
+from sft.errors import ConfigError
 from sft.models.fake import set_attributes
+from sft.models.reach import may_leave_out
+from sft.runtime.processes import deepspeed_settings
 from sft.train.optimizer import build_optimizer
 from sft.train.parallel.ddp import Place, Split, autocast
 
@@ -23,6 +26,9 @@ class Zero(Split):
         # DeepSpeed's own autocast is not used: it rounds gradients and gathered weights to bf16.
         autocast(self.module, self.accelerator.device.type, train)
         own = build_optimizer(train, self.module)
+        is_alone = self.accelerator.num_processes == 1
+        if not is_alone and deepspeed_settings(train)["zero_optimization"]["stage"] == 3:
+            _refuse_branches(self.module)
         if any(hasattr(parameter, "piece") for parameter in self.module.parameters()):
             _split_pieces(self.module, self.accelerator)
         self.engine: Any
@@ -31,6 +37,8 @@ class Zero(Split):
         self.loss_factor = float(self.accelerator.num_processes)  # DeepSpeed averages over them
         self.is_split = self.engine.zero_optimization_stage() == 3
         self.waits_in = "forward" if self.is_split else "backward"
+        if not self.is_split and not is_alone and may_leave_out(self.module):
+            _exchange_in_order(self.engine)
 
     def prepare_backward(self, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -105,6 +113,37 @@ class Zero(Split):
         if self.is_split:
             return self.zero.fp32_partitioned_groups_flat
         return self.zero.single_partition_of_fp32_groups
+
+
+def _refuse_branches(model: nn.Module) -> None:
+    """Raises ConfigError if stage 3 cannot train a model whose modules do not all run."""
+    if may_leave_out(model, if_unknown=False):
+        raise ConfigError(
+            "train.engine: deepspeed: values of activations decide which modules of this model "
+            "run, such as experts. In ZeRO-3 all ranks have to run the same modules, since these "
+            "gather their weights: set train.engine: fsdp, or a DeepSpeed file of stage 2"
+        )
+
+
+def _exchange_in_order(engine: Any) -> None:
+    """Makes ZeRO-1 and 2 exchange all gradients after a backward pass, in one order on all ranks.
+
+    They put gradients into buckets as they arrive, so an expert that gets no token on one rank
+    would shift all that follow. Gradients of a whole pass take memory until then.
+    """
+    zero, exchange = engine.optimizer, engine.allreduce_gradients
+    process = zero.process_gradients
+
+    def exchange_all(*arguments: Any, **named: Any) -> None:
+        for number, group in enumerate(zero.bit16_groups):
+            for parameter in group:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                process(parameter, number)
+        exchange(*arguments, **named)
+
+    zero.process_gradients = lambda *_: None
+    engine.allreduce_gradients = exchange_all
 
 
 def elements_of(shape: torch.Size, rank: int, world: int) -> tuple[int, int]:

@@ -70,6 +70,8 @@ class Sharded(Split):
             # Sums: 1 / world would round gradients, and our losses are shares of a sum.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            # An expert without a token on this rank may have one on another; else slices mix up.
+            module.set_reduce_scatter_unused_params(True)
         gather_rounded(self.module, found.rounded, dtype)
         _put_pieces(self.module, pieces, "cpu" if train.offload else device)
         autocast(self.module, device, train)
