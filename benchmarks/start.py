@@ -3,11 +3,12 @@
     python benchmarks/start.py [--worlds 2 4] [--gib 2] [--out benchmarks/results/start.json]
 
 A Llama of random weights is written once. Each row starts a run of it up to its first step: the
-model is built, split and given an optimizer. `peak` is private memory (RssAnon of
-/proc/self/status, every 2 ms; pages of mapped files belong to the page cache and are not counted),
-less what the process had before, and the most of all ranks. `own` is the bytes of a rank's
-elements, in ZeRO-3 with the fp32 copies of those that are trained; `layer` is the largest layer as
-it is stored; the bound is their sum. The C library returns what is freed (MALLOC_MMAP_THRESHOLD_).
+model is built, split and given an optimizer. Other rows that the file has are kept. `peak` is
+private memory (RssAnon of /proc/self/status, every 2 ms; pages of mapped files belong to the page
+cache and are not counted), less what the process had before, and the most of all ranks. `own` is
+the bytes of a rank's elements, in ZeRO-3 with the fp32 copies of those that are trained; `layer` is
+the largest layer as it is stored; the bound is their sum. The C library returns what is freed
+(MALLOC_MMAP_THRESHOLD_).
 `read` is what all ranks together read from disk (read_bytes of /proc/self/io), after the files were
 dropped from the page cache. The rows `whole` are runs in which every rank reads the whole model, as
 it is done where a model cannot be cut.
@@ -220,6 +221,11 @@ def measure(model: Path, world: int, mode: str, engine: str, start: str) -> dict
     }
 
 
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns what a row measures: another row of the same replaces it."""
+    return row["start"], row["processes"], row["engine"], MODES.index(row["mode"])
+
+
 def line(row: dict[str, Any]) -> str:
     """Returns a row as it is printed."""
     peak, own, layer = (row[f"{key}_bytes"] / 2**20 for key in ("peak", "own", "layer"))
@@ -245,7 +251,8 @@ def main() -> None:
         *names, folder = given.rank
         rank(*names, Path(folder))
         return
-    rows = []
+    known = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    rows = {key(row): row for row in known}
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch, "model")
         write_model(model, given.gib)
@@ -254,9 +261,10 @@ def main() -> None:
                 for mode in given.modes:
                     for start in given.starts:
                         row = measure(model, world, mode, engine, start)
-                        rows.append(row)
+                        rows[key(row)] = row
                         print(line(row), flush=True)
-                        given.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+                        ordered = [rows[each] for each in sorted(rows)]
+                        given.out.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
